@@ -1,0 +1,34 @@
+"""Training-data attribution for PyTorch Lightning: TRAK, and how to tell whether to believe it.
+
+Names are imported on first use, so that ``lightning_trak.metrics.functional`` works without importing Lightning.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from lightning_trak.version import __version__
+
+if TYPE_CHECKING:
+    from lightning_trak.attribution import TRAK
+    from lightning_trak.callback import TRAKCallback
+    from lightning_trak.metrics import LinearDatamodelingScore
+    from lightning_trak.module import AttributionMixin
+
+_HOMES = {
+    "TRAK": "attribution",
+    "AttributionMixin": "module",
+    "LinearDatamodelingScore": "metrics",
+    "TRAKCallback": "callback",
+}
+
+__all__ = ["TRAK", "AttributionMixin", "LinearDatamodelingScore", "TRAKCallback", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
