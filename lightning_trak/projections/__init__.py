@@ -1,0 +1,15 @@
+"""Projections: from per-example gradients to features of a chosen size."""
+
+from lightning_trak.projections.base import BoundProjection, Projection
+from lightning_trak.projections.dense import GaussianProjection, RademacherProjection
+from lightning_trak.projections.identity import IdentityProjection
+from lightning_trak.projections.sparse import SparseProjection
+
+__all__ = [
+    "BoundProjection",
+    "GaussianProjection",
+    "IdentityProjection",
+    "Projection",
+    "RademacherProjection",
+    "SparseProjection",
+]

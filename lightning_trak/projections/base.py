@@ -1,0 +1,110 @@
+"""What every projection offers: a configuration that binds to one checkpoint's parameters, and the bound projection."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_FEATURE_DTYPES = (torch.float32, torch.float64)
+
+
+def check_positive(**values: int) -> None:
+    """Raise a ValueError for a value that is not a positive integer."""
+    for name, value in values.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"Expected `{name}` to be a positive integer but got {value!r}.")
+
+
+@dataclass(frozen=True)
+class Projection(ABC):
+    """Configuration of a map from gradients to features that keeps inner products, exactly or on average.
+
+    A projection of one's own is a frozen dataclass that derives from this class, with a `BoundProjection` beside it.
+    """
+
+    @abstractmethod
+    def bind(self, sizes: Mapping[str, int], seed: int, checkpoint: int, device: torch.device) -> BoundProjection:
+        """Fix the projection for one checkpoint.
+
+        The entries that belong to a parameter depend on `seed`, `checkpoint`, its name and the index in it alone, so
+        they are the same for every batch size, device, world size and choice of the other parameters.
+
+        Args:
+            sizes: Number of elements of each parameter, by name, in the order of the features.
+            seed: Any non-negative integer.
+            checkpoint: Index of the checkpoint.
+            device: Where gradients and features will be.
+
+        Returns:
+            The projection for this checkpoint.
+
+        """
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Everything about the configuration that changes features, as JSON-able values.
+
+        Fields declared with `compare=False` only trade memory for time, and are left out.
+        """
+        config = {field.name: getattr(self, field.name) for field in fields(self) if field.compare}
+        return {"class": type(self).__qualname__, **config}
+
+
+class BoundProjection(ABC):
+    """A projection P of one checkpoint's parameters: a block of rows P_name for each parameter.
+
+    Args:
+        sizes: Number of elements n of each parameter, by name.
+        dim: Number of features k.
+
+    """
+
+    def __init__(self, sizes: Mapping[str, int], dim: int) -> None:
+        if not sizes:
+            raise ValueError("Expected at least one parameter to project but got none; check the parameter selection.")
+        self.sizes = dict(sizes)
+        self.dim = dim
+
+    def add_(self, features: Tensor, name: str, gradients: Tensor) -> None:
+        """Add `gradients @ P_name` to `features` in place.
+
+        Works under autocast, which it ignores, under `torch.no_grad` and in inference mode.
+
+        Args:
+            features: Features so far, float32 or float64 of shape (batch, dim).
+            name: Name of the parameter.
+            gradients: Its flattened gradient per example, of shape (batch, n).
+
+        Raises:
+            ValueError: If the parameter is unknown, or a shape or dtype is not as above.
+
+        """
+        size = self.sizes.get(name)
+        if size is None:
+            raise ValueError(
+                f"Unknown parameter {name!r}: this projection was bound to {len(self.sizes)} others, such as "
+                f"{next(iter(self.sizes))!r}; bind it to the sizes of every parameter to project."
+            )
+        if gradients.ndim != 2 or gradients.shape[1] != size:
+            raise ValueError(
+                f"Expected gradients of {name!r} to have shape (batch, {size}) but got {tuple(gradients.shape)}."
+            )
+        if features.shape != (len(gradients), self.dim):
+            raise ValueError(
+                f"Expected features of shape {(len(gradients), self.dim)} but got {tuple(features.shape)}."
+            )
+        if features.dtype not in _FEATURE_DTYPES:
+            raise ValueError(
+                f"Expected features in float32 or float64, which sums over {size} elements need, but got "
+                f"{features.dtype}; convert them after the last parameter."
+            )
+        with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
+            self._add(features, name, gradients)
+
+    @abstractmethod
+    def _add(self, features: Tensor, name: str, gradients: Tensor) -> None:
+        """Add `gradients @ P_name` to `features` in place, both already checked."""

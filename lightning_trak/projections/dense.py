@@ -1,0 +1,76 @@
+"""Dense random projections, whose entries are independent with mean 0 and variance 1 / dim."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_trak.projections.blocks import RandomProjection
+from lightning_trak.projections.philox import Stream
+
+
+@dataclass(frozen=True)
+class DenseProjection(RandomProjection):
+    """Base of the dense kinds: a block is a matrix of entries with variance 1, float32 of shape (rows, dim).
+
+    An entry depends on its stream, row and column alone, not on `dim`: a wider block begins with a narrower one.
+    """
+
+    @property
+    def values_per_row(self) -> int:
+        """Random values that a block holds for each of its rows: `dim`."""
+        return self.dim
+
+    def apply_(self, features: Tensor, gradients: Tensor, block: Tensor) -> None:
+        """Multiply by the block and by the scale 1 / sqrt(dim), in the gradients' precision but at least float32."""
+        dtype = torch.promote_types(gradients.dtype, torch.float32)
+        features.add_(gradients.to(dtype) @ block.to(dtype), alpha=1 / math.sqrt(self.dim))
+
+
+@dataclass(frozen=True)
+class GaussianProjection(DenseProjection):
+    """Normal entries N(0, 1 / dim), the projection of the TRAK paper (Park et al. 2023).
+
+    The inner product of two features has mean <x, y> and variance (|x|^2 |y|^2 + <x, y>^2) / dim. The slowest kind to
+    generate: where the matrix does not fit into `cache_bytes`, take `RademacherProjection` or `SparseProjection`.
+    Needs a device with float64, in which the normal variates are computed, so that they differ between devices by no
+    more than float32 rounding.
+
+    Args:
+        dim: Number of features k.
+        cache_bytes: Bytes of the matrix to keep between batches; the rest is generated again for each batch.
+
+    """
+
+    def block(self, stream: Stream, rows: Tensor) -> Tensor:
+        """Make rows by the transform of Box and Muller (1958), column j from block j div 4 of the stream."""
+        words = stream.words(rows, math.ceil(self.dim / 4))
+        uniform = words[..., :2].double().add_(0.5).mul_(2**-32)  # strictly inside (0, 1): the logarithm is finite
+        radius = uniform.log_().mul_(-2).sqrt_()
+        angle = words[..., 2:].double().mul_(2 * math.pi * 2**-32)
+        normal = torch.cat((radius * angle.cos(), radius * angle.sin()), dim=-1)
+        return normal.flatten(1)[:, : self.dim].to(torch.float32, memory_format=torch.contiguous_format)
+
+
+@dataclass(frozen=True)
+class RademacherProjection(DenseProjection):
+    """Entries +-1 / sqrt(dim) with equal probability (Achlioptas 2003), at one random bit each.
+
+    The inner product of two features has mean <x, y> and variance (|x|^2 |y|^2 + <x, y>^2 - 2 sum_i x_i^2 y_i^2) / dim.
+
+    Args:
+        dim: Number of features k.
+        cache_bytes: Bytes of the matrix to keep between batches; the rest is generated again for each batch.
+
+    """
+
+    def block(self, stream: Stream, rows: Tensor) -> Tensor:
+        """Make rows, column j from bit j mod 128 of block j div 128 of the stream."""
+        words = stream.words(rows, math.ceil(self.dim / 128)).flatten(1)
+        # Looking up a byte at a time writes each entry once; shifting out single bits takes several passes.
+        octets = (words.unsqueeze(-1) >> torch.arange(0, 32, 8, device=rows.device)).bitwise_and_(0xFF)
+        bits = torch.arange(256, device=rows.device).unsqueeze(1) >> torch.arange(8, device=rows.device) & 1
+        return (1 - 2 * bits).float()[octets].flatten(1)[:, : self.dim].contiguous()
