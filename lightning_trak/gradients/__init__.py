@@ -1,0 +1,15 @@
+"""Per-example gradients of the declared output."""
+
+from lightning_trak.gradients.base import GradientEngine
+from lightning_trak.gradients.functional import FunctionalEngine
+from lightning_trak.gradients.loop import LoopEngine
+from lightning_trak.gradients.parameters import ParameterSelection, canonical_name, select_parameters
+
+__all__ = [
+    "FunctionalEngine",
+    "GradientEngine",
+    "LoopEngine",
+    "ParameterSelection",
+    "canonical_name",
+    "select_parameters",
+]

@@ -1,0 +1,190 @@
+"""Engines against each other, against autograd over the whole batch, and against finite differences."""
+
+from collections import OrderedDict, UserDict
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_trak.gradients import FunctionalEngine, LoopEngine, select_parameters
+from lightning_trak.gradients.batch import infer_batch_size, map_batch, slice_batch
+from lightning_trak.outputs import ClassificationMargin
+from tests.zoo import ZOO, specimen
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_engines_agree(name):
+    module, output, batch, size = specimen(name)
+    names = select_parameters(module)
+    loop_values, loop = LoopEngine(module, output, names)(batch, size)
+    values, functional = FunctionalEngine(module, output, names)(batch, size)
+    torch.testing.assert_close(values, loop_values)
+    assert list(functional) == list(loop) == list(names)
+    for parameter in loop:
+        scale = float(loop[parameter].abs().max())
+        torch.testing.assert_close(functional[parameter], loop[parameter], rtol=1e-4, atol=1e-5 * max(scale, 1e-3))
+
+
+@pytest.mark.parametrize("engine", [FunctionalEngine, LoopEngine])
+@pytest.mark.parametrize("name", ZOO)
+def test_sum_of_rows_is_the_gradient_of_the_summed_output(name, engine):
+    module, output, batch, size = specimen(name)
+    _, rows = engine(module, output, select_parameters(module))(batch, size)
+    total = output.output(module, batch).sum()
+    expected = torch.autograd.grad(total, list(module.parameters()), allow_unused=True, materialize_grads=True)
+    for row, gradient in zip(rows.values(), expected, strict=True):
+        torch.testing.assert_close(row.sum(0), gradient.flatten(), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("engine", [FunctionalEngine, LoopEngine])
+def test_a_row_is_a_finite_difference_in_float64(engine):
+    module, output, batch, size = specimen("mlp")
+    module.double()
+    batch = (batch[0].double(), batch[1])
+    _, rows = engine(module, output, select_parameters(module))(batch, size)
+    weight = module[0].weight
+    with torch.no_grad():
+        for i, j in ((0, 0), (3, 2), (11, 5)):
+            kept = weight[i, j].item()
+            weight[i, j] = kept + 1e-6
+            above = output.output(module, batch)
+            weight[i, j] = kept - 1e-6
+            below = output.output(module, batch)
+            weight[i, j] = kept
+            torch.testing.assert_close(rows["0.weight"][:, i * 6 + j], (above - below) / 2e-6, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("engine", [FunctionalEngine, LoopEngine])
+@pytest.mark.parametrize("name", ["conv_batchnorm", "gpt_tied"])
+def test_the_module_is_left_as_it_was(name, engine):
+    module, output, batch, size = specimen(name)
+    for parameter in module.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    next(module.parameters()).requires_grad_(False)
+    state = {key: value.clone() for key, value in module.state_dict().items()}
+    flags = [parameter.requires_grad for parameter in module.parameters()]
+    modules = dict(module.named_modules())
+    engine(module, output, select_parameters(module))(batch, size)
+    assert all(torch.equal(state[key], value) for key, value in module.state_dict().items())
+    assert flags == [parameter.requires_grad for parameter in module.parameters()]
+    assert all(bool((parameter.grad == 1).all()) for parameter in module.parameters())
+    assert modules == dict(module.named_modules())
+    assert not any(part._forward_hooks or part._backward_hooks for part in module.modules())
+
+
+def test_loop_restores_flags_after_an_exception():
+    module, output, batch, _ = specimen("mlp")
+    with pytest.raises(ValueError, match="first dimension"):
+        LoopEngine(module, output, select_parameters(module, "2.*"))(batch, 7)
+    assert all(parameter.requires_grad for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("engine", [FunctionalEngine, LoopEngine])
+def test_only_selected_parameters_are_differentiated(engine, monkeypatch):
+    module, output, batch, size = specimen("mlp")
+    whole = engine(module, output, select_parameters(module))(batch, size)[1]
+    touched: list[str] = []
+    for name, parameter in module.named_parameters():
+        parameter.register_hook(lambda gradient, name=name: touched.append(name))
+    head = engine(module, output, select_parameters(module, "2.*"))(batch, size)[1]
+    assert list(head) == ["2.weight", "2.bias"]
+    torch.testing.assert_close(head["2.weight"], whole["2.weight"])
+    assert not any(name.startswith("0.") for name in touched)
+
+
+def test_frozen_parameters_can_be_selected_by_name():
+    module, output, batch, size = specimen("mlp")
+    whole = LoopEngine(module, output, select_parameters(module))(batch, size)[1]
+    module.requires_grad_(False)
+    frozen = LoopEngine(module, output, select_parameters(module, "0.*"))(batch, size)[1]
+    torch.testing.assert_close(frozen["0.weight"], whole["0.weight"])
+
+
+def test_selection_by_pattern():
+    module = nn.ModuleDict({"base": nn.Linear(2, 2), "lora_a": nn.Linear(2, 1), "lora_b": nn.Linear(1, 2)})
+    module["base"].requires_grad_(False)
+    lora = ["lora_a.weight", "lora_a.bias", "lora_b.weight", "lora_b.bias"]
+    assert list(select_parameters(module)) == lora
+    assert list(select_parameters(module, "*lora*")) == lora
+    assert list(select_parameters(module, ["base.*", "lora_b.bias"])) == ["base.weight", "base.bias", "lora_b.bias"]
+    assert list(select_parameters(module, lambda name, parameter: parameter.numel() == 1)) == ["lora_a.bias"]
+    with pytest.raises(ValueError, match=r"'head.\*' matches no parameter; the model has: base.weight"):
+        select_parameters(module, ["base.*", "head.*"])
+    with pytest.raises(ValueError, match="chose none"):
+        select_parameters(module, lambda name, parameter: False)
+    with pytest.raises(ValueError, match="no parameter of the model requires gradients"):
+        select_parameters(module.requires_grad_(False))
+
+
+def test_names_do_not_show_compilation():
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    compiled = nn.Sequential(torch.compile(module[0]), module[1])
+    assert list(select_parameters(compiled)) == list(select_parameters(module))
+    assert select_parameters(compiled)["0.weight"] == "0._orig_mod.weight"
+
+
+def test_an_output_that_is_not_one_scalar_is_refused():
+    class Wrong(ClassificationMargin):
+        def output(self, module: nn.Module, batch: Any) -> Tensor:
+            return module(batch[0])
+
+    module, _, batch, size = specimen("mlp")
+    for engine in (FunctionalEngine, LoopEngine):
+        with pytest.raises(ValueError, match=r"Wrong.output returned shape \(1, 4\).*expected \(1,\)"):
+            engine(module, Wrong(), select_parameters(module))(batch, size)
+
+
+def test_an_output_without_gradient_is_refused():
+    class Constant(ClassificationMargin):
+        def output(self, module: nn.Module, batch: Any) -> Tensor:
+            return batch[0].sum(1)
+
+    module, _, batch, size = specimen("mlp")
+    with pytest.raises(ValueError, match="does not depend on any selected parameter"):
+        LoopEngine(module, Constant(), select_parameters(module))(batch, size)
+
+
+class Pair(NamedTuple):
+    first: Tensor
+    second: Any
+
+
+@dataclass
+class Record:
+    values: Tensor
+    name: str
+
+
+def test_batches_of_many_structures_are_sliced():
+    values = torch.arange(3)
+    batch = {
+        "pair": Pair(values, ["a", "b", "c"]),
+        "record": Record(values * 2, "shared"),
+        "ordered": OrderedDict(x=[values, (values, 1.5)]),
+        "user": UserDict(y=values),
+        "temperature": torch.tensor(0.5),
+        "none": None,
+    }
+    one = slice_batch(batch, 3, 1, 2)
+    assert isinstance(one["pair"], Pair)
+    assert one["pair"].second == ["b"]
+    assert one["pair"].first.tolist() == [1]
+    assert one["record"] == Record(torch.tensor([2]), "shared")
+    assert isinstance(one["ordered"], OrderedDict)
+    assert one["ordered"]["x"][1][0].tolist() == [1]
+    assert isinstance(one["user"], UserDict)
+    assert one["user"]["y"].tolist() == [1]
+    assert one["temperature"] == 0.5
+    assert batch["user"]["y"].tolist() == [0, 1, 2]
+    assert infer_batch_size(batch) == 3
+
+
+def test_batches_that_cannot_be_taken_apart_are_refused():
+    with pytest.raises(ValueError, match=r"shape \(4, 2\) stands in a batch of 3 examples"):
+        slice_batch((torch.zeros(3), torch.zeros(4, 2)), 3, 0, 1)
+    with pytest.raises(TypeError, match="cannot take examples out of a object"):
+        map_batch([object()], 1, lambda tensor: tensor, lambda items: items)
+    with pytest.raises(ValueError, match="cannot tell how many examples"):
+        infer_batch_size({"text": ["a", "b"]})
