@@ -1,0 +1,216 @@
+"""Features on disk: safetensors shards, each a fixed range of examples at one checkpoint, written once and whole.
+
+    store/manifest.json                        what every feature depends on, and how examples fall into shards
+    store/checkpoint-0002/shard-00017.safetensors    features and outputs of examples 17 * shard_size, ...
+    store/checkpoint-0002/context.safetensors        what the model output remembers of the data (the CLIP bank)
+    store/checkpoint-0002/gram-<curvature>.safetensors   Gram matrix, a cache: it can be made again from the shards
+
+Completion protocol: a shard exists under its own name only when it is complete, because it is written elsewhere,
+flushed and renamed. A process killed at any moment leaves complete shards and, at worst, a hidden temporary file. A
+shard's range depends on the manifest alone, so any number of ranks, now or in a later run, can share out the missing
+ones.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lightning_trak.files import tensor_digest, write_atomically, write_json
+
+FORMAT_VERSION = 1
+
+
+class Features(NamedTuple):
+    """Rows of a shard, or of a batch.
+
+    Attributes:
+        features: projected gradients phi, shape ``(n, k)``.
+        outputs: model outputs f, shape ``(n,)``.
+        residuals: Q = -dl/df, shape ``(n,)``.
+        curvatures: R = d2l/df2, shape ``(n,)``.
+    """
+
+    features: Tensor
+    outputs: Tensor
+    residuals: Tensor
+    curvatures: Tensor
+
+
+class FeatureStore:
+    """The features of one training set at a series of checkpoints.
+
+    Args:
+        directory: a local or mounted directory; made on first use.
+        identity: everything that the features depend on, as JSON-able values: seed, projection, checkpoints, ... A
+            store that exists must have been made with the same.
+        num_examples: size of the training set.
+        shard_size: examples per shard of a new store; one that exists keeps its own.
+
+    Raises:
+        ValueError: if the directory holds a store of another identity or data size, naming the first difference.
+    """
+
+    def __init__(
+        self, directory: str | Path, identity: dict[str, Any], num_examples: int, shard_size: int = 1024
+    ) -> None:
+        self.directory = Path(directory)
+        self._verified: set[tuple[Path, int, int]] = set()
+        path = self.directory / "manifest.json"
+        if path.exists():
+            manifest = self.read_manifest(directory)
+            self._compare(
+                manifest["identity"] | {"num_examples": manifest["num_examples"]},
+                identity | {"num_examples": num_examples},
+            )
+        else:
+            if num_examples < 1 or shard_size < 1:
+                raise ValueError(f"a store needs examples and shards, got {num_examples=} and {shard_size=}")
+            if self.directory.exists() and any(self.directory.glob("checkpoint-*")):
+                raise ValueError(f'"{directory}" holds shards but no manifest.json; use another directory')
+            manifest = {
+                "format": FORMAT_VERSION,
+                "num_examples": num_examples,
+                "shard_size": shard_size,
+                "identity": identity,
+            }
+            write_json(path, manifest)
+        self.num_examples: int = manifest["num_examples"]
+        self.shard_size: int = manifest["shard_size"]
+        self.num_checkpoints = len(manifest["identity"]["checkpoints"])
+        self.num_shards = -(-self.num_examples // self.shard_size)
+
+    @staticmethod
+    def read_manifest(directory: str | Path) -> dict[str, Any]:
+        """The manifest of a store that exists.
+
+        Raises:
+            FileNotFoundError: if there is none.
+            ValueError: if it is not one, or of a format that this version cannot read.
+        """
+        path = Path(directory) / "manifest.json"
+        if not path.exists():
+            raise FileNotFoundError(f'"{directory}" is not a feature store yet; call featurize first')
+        try:
+            manifest: dict[str, Any] = json.loads(path.read_text())
+            version = manifest["format"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f'"{path}" is not the manifest of a feature store: {error!r}') from error
+        if version != FORMAT_VERSION:
+            raise ValueError(f'store "{directory}" has format {version}; this version reads {FORMAT_VERSION}')
+        return manifest
+
+    def _compare(self, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
+        for field in wanted:
+            mine, theirs = wanted[field], stored.get(field)
+            if mine == theirs:
+                continue
+            if field in ("checkpoints", "parameters") and isinstance(theirs, list):
+                differing = [i for i, pair in enumerate(zip(mine, theirs, strict=False)) if pair[0] != pair[1]]
+                if len(mine) != len(theirs):
+                    mine, theirs = f"{len(mine)} {field}", f"{len(theirs)} {field}"
+                else:
+                    i = differing[0]
+                    mine, theirs = f"{field} with number {i} = {mine[i]}", f"{field} with number {i} = {theirs[i]}"
+            else:
+                mine, theirs = f"{field} {mine}", f"{field} {theirs}"
+            raise ValueError(
+                f'store "{self.directory}" was made with {theirs}, this TRAK has {mine};'
+                f" use another directory or the same {field}"
+            )
+
+    def shard(self, index: int) -> range:
+        """The examples of a shard."""
+        start = index * self.shard_size
+        return range(start, min(start + self.shard_size, self.num_examples))
+
+    def _path(self, checkpoint: int, name: str) -> Path:
+        return self.directory / f"checkpoint-{checkpoint:04d}" / f"{name}.safetensors"
+
+    def _shard_path(self, checkpoint: int, shard: int) -> Path:
+        return self._path(checkpoint, f"shard-{shard:05d}")
+
+    def missing(self, checkpoint: int) -> list[int]:
+        """Shards of a checkpoint that are not on disk yet."""
+        return [shard for shard in range(self.num_shards) if not self._shard_path(checkpoint, shard).exists()]
+
+    def require_complete(self) -> None:
+        """Check that every shard is there.
+
+        Raises:
+            RuntimeError: if some are missing, saying how many.
+        """
+        missing = sum(len(self.missing(checkpoint)) for checkpoint in range(self.num_checkpoints))
+        if missing:
+            raise RuntimeError(
+                f'store "{self.directory}" lacks {missing} of {self.num_shards * self.num_checkpoints} shards;'
+                " call featurize again to finish it before scoring"
+            )
+
+    def write(self, checkpoint: int, shard: int, rows: Features) -> None:
+        """Write a complete shard.
+
+        Raises:
+            ValueError: if the rows are not as many as the shard's examples.
+        """
+        if len(rows.features) != len(self.shard(shard)):
+            raise ValueError(f"shard {shard} holds {len(self.shard(shard))} examples, got {len(rows.features)} rows")
+        self._save(self._shard_path(checkpoint, shard), rows._asdict())
+
+    def read(self, checkpoint: int, shard: int) -> Features:
+        """Read a shard, memory-mapped; its checksum is verified the first time that this object reads it.
+
+        Raises:
+            ValueError: if the file is truncated or altered.
+        """
+        return Features(**self._load(self._shard_path(checkpoint, shard)))
+
+    def write_extra(self, checkpoint: int, name: str, tensors: dict[str, Tensor], key: str = "") -> None:
+        """Write tensors that belong to a checkpoint as a whole; ``key`` says what they were made from."""
+        self._save(self._path(checkpoint, name), tensors, key)
+
+    def read_extra(self, checkpoint: int, name: str, key: str = "") -> dict[str, Tensor] | None:
+        """Read what :meth:`write_extra` wrote, or None if nothing was written with this ``key``."""
+        path = self._path(checkpoint, name)
+        return self._load(path) if path.exists() and self._metadata(path).get("key", "") == key else None
+
+    def digest(self, checkpoint: int) -> str:
+        """Stands for all features of a checkpoint: changes when a shard does."""
+        sums = [self._metadata(self._shard_path(checkpoint, shard))["sha256"] for shard in range(self.num_shards)]
+        return tensor_digest({"sums": torch.frombuffer(bytearray("".join(sums), "ascii"), dtype=torch.uint8)})
+
+    @staticmethod
+    def _save(path: Path, tensors: dict[str, Tensor], key: str = "") -> None:
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        metadata = {"sha256": tensor_digest(tensors), "key": key}
+        write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+    def _metadata(self, path: Path) -> dict[str, str]:
+        try:
+            with safe_open(path, framework="pt") as file:
+                return file.metadata() or {}
+        except (SafetensorError, OSError) as error:
+            raise self._damaged(path, str(error)) from error
+
+    def _load(self, path: Path) -> dict[str, Tensor]:
+        status = path.stat()
+        seen = (path, status.st_size, status.st_mtime_ns)
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                metadata = file.metadata() or {}
+        except (SafetensorError, OSError) as error:
+            raise self._damaged(path, str(error)) from error
+        if seen not in self._verified:
+            if metadata.get("sha256") != tensor_digest(tensors):
+                raise self._damaged(path, "its checksum does not match its content")
+            self._verified.add(seen)
+        return tensors
+
+    @staticmethod
+    def _damaged(path: Path, reason: str) -> ValueError:
+        return ValueError(f'"{path}" is truncated or altered ({reason}); delete it and call featurize again')

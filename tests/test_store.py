@@ -1,0 +1,189 @@
+"""The store on disk: what it refuses, what it survives."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lightning_trak.files import tensor_digest, write_atomically
+from lightning_trak.store import Features, FeatureStore
+
+IDENTITY = {
+    "seed": 0,
+    "dtype": "float32",
+    "projection": {"class": "SparseProjection", "dim": 4},
+    "output": {"class": "ClassificationMargin"},
+    "parameters": [["weight", [2, 3]], ["bias", [2]]],
+    "checkpoints": ["aa", "bb"],
+}
+
+
+def rows(count: int, seed: int = 0) -> Features:
+    generator = torch.Generator().manual_seed(seed)
+    return Features(torch.randn(count, 4, generator=generator), *torch.rand(3, count, generator=generator))
+
+
+@pytest.fixture
+def store(tmp_path):
+    store = FeatureStore(tmp_path / "store", IDENTITY, num_examples=10, shard_size=4)
+    for checkpoint in range(2):
+        for shard in range(3):
+            store.write(checkpoint, shard, rows(len(store.shard(shard)), 10 * checkpoint + shard))
+    return store
+
+
+def contents(store):
+    return {path: path.read_bytes() for path in sorted(store.directory.rglob("*")) if path.is_file()}
+
+
+def test_what_is_written_is_read(store):
+    again = FeatureStore(store.directory, IDENTITY, 10, shard_size=999)
+    assert (again.num_shards, again.num_checkpoints, again.shard_size) == (3, 2, 4)
+    assert [again.shard(i) for i in range(3)] == [range(4), range(4, 8), range(8, 10)]
+    for checkpoint in range(2):
+        for shard in range(3):
+            for found, expected in zip(
+                again.read(checkpoint, shard), rows(len(store.shard(shard)), 10 * checkpoint + shard), strict=True
+            ):
+                assert torch.equal(found, expected)
+    again.require_complete()
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"seed": 1}, r"was made with seed 0, this TRAK has seed 1; use another directory or the same seed"),
+        ({"dtype": "float16"}, "made with dtype float32, this TRAK has dtype float16"),
+        ({"projection": {"class": "SparseProjection", "dim": 8}}, "made with projection .*4.*, this TRAK has .*8"),
+        ({"output": {"class": "NegativeLoss"}}, "made with output .*ClassificationMargin"),
+        ({"parameters": [["weight", [2, 3]]]}, "made with 2 parameters, this TRAK has 1 parameters"),
+        ({"parameters": [["weight", [2, 3]], ["b", [2]]]}, r"parameters with number 1 = \['bias', \[2\]\]"),
+        ({"checkpoints": ["aa", "cc"]}, "checkpoints with number 1 = bb, this TRAK has .*cc"),
+        ({"checkpoints": ["aa"]}, "made with 2 checkpoints, this TRAK has 1"),
+        ({"extra": 1}, "made with extra None, this TRAK has extra 1"),
+    ],
+)
+def test_another_identity_is_refused_and_nothing_lost(store, change, match):
+    before = contents(store)
+    with pytest.raises(ValueError, match=match):
+        FeatureStore(store.directory, IDENTITY | change, 10)
+    assert contents(store) == before
+
+
+def test_another_data_size_is_refused(store):
+    before = contents(store)
+    with pytest.raises(ValueError, match="made with num_examples 10, this TRAK has num_examples 11"):
+        FeatureStore(store.directory, IDENTITY, 11)
+    assert contents(store) == before
+
+
+def test_missing_shards_are_named(store):
+    assert store.missing(1) == []
+    store._shard_path(1, 2).unlink()
+    assert store.missing(0) == []
+    assert store.missing(1) == [2]
+    with pytest.raises(RuntimeError, match="lacks 1 of 6 shards; call featurize again"):
+        store.require_complete()
+
+
+@pytest.mark.parametrize("where", [0.0, 0.3, 0.6, 0.9, 0.999])
+def test_an_altered_byte_is_found_anywhere(store, where):
+    path = store._shard_path(0, 1)
+    content = bytearray(path.read_bytes())
+    content[int(where * len(content))] ^= 0x10
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"shard-00001.safetensors\" is truncated or altered .*delete it"):
+        FeatureStore(store.directory, IDENTITY, 10).read(0, 1)
+    store.read(0, 0)
+
+
+@pytest.mark.parametrize("kept", [0, 5, 100, -1])
+def test_a_truncated_shard_is_found(store, kept):
+    path = store._shard_path(1, 0)
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ValueError, match="truncated or altered"):
+        FeatureStore(store.directory, IDENTITY, 10).read(1, 0)
+
+
+def test_an_alteration_after_the_first_read_is_found(store):
+    store.read(0, 0)
+    path = store._shard_path(0, 0)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="checksum"):
+        store.read(0, 0)
+
+
+def test_the_wrong_number_of_rows_is_refused(store):
+    with pytest.raises(ValueError, match="shard 2 holds 2 examples, got 3 rows"):
+        store.write(0, 2, rows(3))
+
+
+def test_reading_what_is_no_store(tmp_path):
+    with pytest.raises(FileNotFoundError, match="is not a feature store yet; call featurize first"):
+        FeatureStore.read_manifest(tmp_path)
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(ValueError, match="not the manifest of a feature store"):
+        FeatureStore.read_manifest(tmp_path)
+    (tmp_path / "manifest.json").write_text(json.dumps({"format": 99}))
+    with pytest.raises(ValueError, match="has format 99; this version reads 1"):
+        FeatureStore.read_manifest(tmp_path)
+
+
+def test_shards_without_a_manifest_are_not_adopted(store):
+    (store.directory / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="holds shards but no manifest"):
+        FeatureStore(store.directory, IDENTITY, 10)
+
+
+def test_extras_are_kept_by_key(store):
+    assert store.read_extra(0, "gram", "k1") is None
+    store.write_extra(0, "gram", {"gram": torch.eye(3)}, "k1")
+    assert torch.equal(store.read_extra(0, "gram", "k1")["gram"], torch.eye(3))
+    assert store.read_extra(0, "gram", "k2") is None
+    assert store.read_extra(1, "gram", "k1") is None
+
+
+def test_the_digest_changes_with_any_shard(store):
+    before = store.digest(0), store.digest(1)
+    store.write(0, 2, rows(2, seed=77))
+    assert store.digest(0) != before[0]
+    assert store.digest(1) == before[1]
+
+
+def test_files_are_plain_safetensors(store):
+    loaded = load_file(store._shard_path(0, 0))
+    assert {name: tuple(tensor.shape) for name, tensor in loaded.items()} == {
+        "features": (4, 4), "outputs": (4,), "residuals": (4,), "curvatures": (4,),
+    }  # fmt: skip
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
+    path = tmp_path / "file"
+    write_atomically(path, lambda temporary: temporary.write_text("old"))
+
+    def fail(temporary):
+        temporary.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, fail)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_digest_sees_names_dtypes_shapes_and_values():
+    base = {"a": torch.arange(6.0), "b": torch.tensor(True)}
+    variants = [
+        {"c": base["a"], "b": base["b"]},
+        base | {"a": base["a"].reshape(2, 3)},
+        base | {"a": base["a"].double()},
+        base | {"a": -base["a"]},
+        base | {"b": torch.tensor(False)},
+    ]
+    digests = [tensor_digest(variant) for variant in [base, *variants]]
+    assert len(set(digests)) == len(digests)
+    assert tensor_digest({"b": base["b"], "a": base["a"].expand(2, 6)[1]}) == digests[0]
+    assert tensor_digest({"x": torch.ones(3, dtype=torch.bfloat16)}) != tensor_digest({"x": torch.ones(3)})
