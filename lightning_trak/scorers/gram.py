@@ -1,0 +1,108 @@
+"""The k x k Gram matrix of the features, and its damped Cholesky factor."""
+
+import warnings
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_trak.store import Features
+
+Curvature = Literal["gauss_newton", "identity"]
+
+
+def gram_matrix(shards: Iterable[Features], curvature: Curvature, k: int, device: torch.device) -> Tensor:
+    """sum_j R_j phi_j phi_j^T over the examples of some shards.
+
+    Args:
+        shards: the features.
+        curvature: ``"gauss_newton"`` weights example j by R_j = d2l/df2 (Pregibon 1981, eq. for logistic regression:
+            p (1 - p)); ``"identity"`` by 1, as TRAK was published (arXiv 2303.14186, section 3).
+        k: number of features of an example.
+        device: where the products are computed.
+
+    Returns:
+        float64, shape ``(k, k)``: shards are multiplied in the features' precision (at least float32) and summed in
+        float64.
+
+    Raises:
+        ValueError: if some R_j is negative: the loss is not convex in the output.
+    """
+    total = torch.zeros(k, k, dtype=torch.float64, device=device)
+    for rows in shards:
+        features = rows.features.to(device)
+        features = features.to(torch.promote_types(features.dtype, torch.float32))
+        if curvature == "gauss_newton":
+            if rows.curvatures.min() < 0:
+                raise ValueError(
+                    f"the second derivative of the loss is negative ({float(rows.curvatures.min()):g}) for some"
+                    ' training example: curvature="gauss_newton" needs a loss that is convex in the output; use'
+                    ' curvature="identity"'
+                )
+            weighted = features * rows.curvatures.to(features).unsqueeze(1)
+        else:
+            weighted = features
+        total += weighted.T @ features
+    return total
+
+
+class DampedGram:
+    """Solves (K + damping * mean(diag K) * I) x = b by Cholesky factorisation in float64.
+
+    Args:
+        gram: K, float64, shape ``(k, k)``.
+        damping: relative to the mean of K's diagonal, so that it means the same whatever the scale of the features.
+        precision: dtype of the features that K was made from: what the condition number is judged by.
+        name: what to call the matrix in errors.
+
+    Raises:
+        ValueError: if K is zero, not finite, or singular to the precision of the features.
+    """
+
+    def __init__(self, gram: Tensor, damping: float, precision: torch.dtype, name: str) -> None:
+        if damping < 0:
+            raise ValueError(f"damping must be at least 0, got {damping}")
+        scale = gram.diagonal().mean()
+        if not torch.isfinite(gram).all() or scale <= 0:
+            raise ValueError(
+                f"the Gram matrix of {name} is {'zero' if scale == 0 else 'not finite'}: the model output has no"
+                ' gradient, or no curvature (a loss linear in the output needs curvature="identity")'
+            )
+        # Divided by its scale, so that tiny gradients or curvatures cannot underflow.
+        damped = gram / scale
+        damped.diagonal().add_(damping)
+        factor, info = torch.linalg.cholesky_ex(damped)
+        advice = f"use a larger damping (now {damping:g}; 1 suits most models), a smaller k or more training examples"
+        if info != 0:
+            raise ValueError(f"the Gram matrix of {name} ({len(gram)} x {len(gram)}) is singular: {advice}")
+        self._factor, self._scale = factor, scale
+        self.condition = self._condition_number(damped)
+        noise = self.condition * torch.finfo(precision).eps
+        if noise > 1:
+            raise ValueError(
+                f"the Gram matrix of {name} is singular to the precision of its {precision} features (condition number"
+                f" {self.condition:.1e}): {advice}"
+            )
+        if noise > 0.01:
+            warnings.warn(
+                f"the Gram matrix of {name} is ill-conditioned ({self.condition:.1e}), so rounding of the {precision}"
+                f" features shows in the scores: {advice}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def _condition_number(self, damped: Tensor, steps: int = 20) -> float:
+        """Largest over smallest eigenvalue, by power iteration on the matrix and on its inverse."""
+        generator = torch.Generator().manual_seed(0)
+        start = torch.randn(len(damped), 1, generator=generator, dtype=torch.float64).to(damped.device)
+        largest, smallest = start, start
+        for _ in range(steps):
+            largest = damped @ (largest / largest.norm())
+            smallest = torch.cholesky_solve(smallest / smallest.norm(), self._factor)
+        return float(largest.norm() * smallest.norm())
+
+    def solve(self, rows: Tensor) -> Tensor:
+        """(K + ...)^-1 applied to each row, shape ``(n, k)``, in the rows' dtype."""
+        solution = torch.cholesky_solve(rows.to(torch.float64).T, self._factor).T
+        return (solution / self._scale).to(rows.dtype)

@@ -1,0 +1,147 @@
+"""TRAK scores from stored features: one Newton step for each training example, averaged over checkpoints."""
+
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_trak import distributed
+from lightning_trak.scorers.gram import Curvature, DampedGram, gram_matrix
+from lightning_trak.scorers.topk import TopK, block_top_k, merge_top_k
+from lightning_trak.store import FeatureStore
+
+Residuals = Literal["per_checkpoint", "averaged"]
+Scores = Tensor | TopK
+
+
+class TRAKScorer:
+    """tau(x)_i = 1/M sum_m phi_m(x)^T (K_m + lambda_m I)^-1 phi_m(i) Q_m(i).
+
+    K_m = sum_j R_m(j) phi_m(j) phi_m(j)^T is the Hessian of the linearised model's loss, so tau(x)_i is what a Newton
+    step says that training example i adds to the output at x (Pregibon 1981; Park et al. 2023, arXiv 2303.14186, section 3).
+
+    Args:
+        store: complete features of the training set.
+        curvature: how K weighs examples, see :func:`~lightning_trak.scorers.gram.gram_matrix`.
+        damping: lambda_m relative to the mean of K_m's diagonal.
+        residuals: ``"per_checkpoint"`` as above; ``"averaged"`` as published (arXiv 2303.14186, section 3): the average
+            of phi^T K^-1 phi over checkpoints times the average of Q.
+        soft_threshold: scores move towards zero by this much, and no further: the paper's optional sparsification.
+    """
+
+    def __init__(
+        self,
+        store: FeatureStore,
+        curvature: Curvature,
+        damping: float,
+        residuals: Residuals,
+        soft_threshold: float,
+    ) -> None:
+        self.store = store
+        self.curvature: Curvature = curvature
+        self.damping = damping
+        self.residuals = residuals
+        self.soft_threshold = soft_threshold
+        self._factors: list[DampedGram] = []
+        self._device = torch.device("cpu")
+
+    def fit(self, device: torch.device) -> None:
+        """Make and factor the Gram matrices; with several ranks, all must call this.
+
+        Raises:
+            RuntimeError: if the store is incomplete.
+            ValueError: if a Gram matrix cannot be factored.
+        """
+        self.store.require_complete()
+        self._device = device
+        if not self._factors:
+            for checkpoint in range(self.store.num_checkpoints):
+                gram = self._gram(checkpoint).to(device)
+                precision = self.store.read(checkpoint, 0).features.dtype
+                self._factors.append(DampedGram(gram, self.damping, precision, f"checkpoint {checkpoint}"))
+
+    def _gram(self, checkpoint: int) -> Tensor:
+        name, key = f"gram-{self.curvature}", self.store.digest(checkpoint)
+        stored = self.store.read_extra(checkpoint, name, key)
+        if distributed.all_true(stored is not None) and stored is not None:
+            return stored["gram"]
+        k = self.store.read(checkpoint, 0).features.shape[1]
+        mine = (self.store.read(checkpoint, shard) for shard in self._own_shards())
+        gram = distributed.all_reduce_sum(gram_matrix(mine, self.curvature, k, self._device))
+        if distributed.rank() == 0:
+            self.store.write_extra(checkpoint, name, {"gram": gram}, key)
+        return gram
+
+    def _own_shards(self) -> range:
+        return range(distributed.rank(), self.store.num_shards, distributed.world_size())
+
+    def precondition(self, checkpoint: int, features: Tensor) -> Tensor:
+        """(K_m + lambda_m I)^-1 phi(x) for each target: shape ``(num_targets, k)``, in at least float32."""
+        working = torch.promote_types(features.dtype, torch.float32)
+        return self._factors[checkpoint].solve(features.to(self._device, working))
+
+    def blocks(self, directions: Sequence[Tensor], shards: Sequence[int]) -> Iterator[tuple[range, Tensor]]:
+        """Scores of all targets, a shard of training examples at a time.
+
+        Args:
+            directions: preconditioned targets for each checkpoint, ``(num_targets, k)`` each.
+            shards: which shards.
+
+        Yields:
+            The training examples and their scores ``(num_targets, len(examples))``.
+        """
+        count = self.store.num_checkpoints
+        for shard in shards:
+            products: Tensor | None = None
+            residuals: Tensor | None = None
+            for checkpoint, direction in enumerate(directions):
+                rows = self.store.read(checkpoint, shard)
+                product = direction @ rows.features.to(direction).T
+                residual = rows.residuals.to(direction)
+                if self.residuals == "per_checkpoint":
+                    product *= residual
+                products = product if products is None else products.add_(product)
+                residuals = residual if residuals is None else residuals + residual
+            assert products is not None
+            assert residuals is not None
+            scores = products / count
+            if self.residuals == "averaged":
+                scores *= residuals / count
+            if self.soft_threshold:
+                scores = torch.nn.functional.softshrink(scores, self.soft_threshold)
+            if not scores.isfinite().all():
+                raise ValueError(
+                    f"scores of training examples {self.store.shard(shard)} are not finite: the features overflow"
+                    f" {scores.dtype}; featurize with dtype=torch.float64"
+                )
+            yield self.store.shard(shard), scores
+
+    def score(self, directions: Sequence[Tensor], top_k: int | None = None, largest: bool = True) -> Scores:
+        """Scores against the whole training set, computed by this process alone.
+
+        Returns:
+            A Tensor ``(num_targets, num_train)``, or with ``top_k`` the best ones only, without ever holding the rest.
+        """
+        return self._collect(directions, range(self.store.num_shards), top_k, largest)
+
+    def score_together(self, directions: Sequence[Tensor], top_k: int | None = None, largest: bool = True) -> Scores:
+        """The same, with the shards shared out over the ranks; every rank gets the result."""
+        mine = self._collect(directions, self._own_shards(), top_k, largest)
+        if isinstance(mine, Tensor):
+            return distributed.all_reduce_sum(mine)
+        assert top_k is not None
+        return merge_top_k(distributed.all_gather(mine), top_k, largest)
+
+    def _collect(self, directions: Sequence[Tensor], shards: Sequence[int], top_k: int | None, largest: bool) -> Scores:
+        targets, dtype = len(directions[0]), directions[0].dtype
+        if top_k is None:
+            scores = torch.zeros(targets, self.store.num_examples, dtype=dtype)
+            for examples, block in self.blocks(directions, shards):
+                scores[:, examples.start : examples.stop] = block.cpu()
+            return scores
+        best = TopK(torch.empty(targets, 0, dtype=dtype), torch.empty(targets, 0, dtype=torch.int64))
+        for examples, block in self.blocks(directions, shards):
+            found = block_top_k(block, examples.start, top_k, largest)
+            best = merge_top_k([best, TopK(found.values.cpu(), found.indices.cpu())], top_k, largest)
+        return best

@@ -1,0 +1,172 @@
+"""Scores from stored features against a few lines of NumPy, and Gram matrices that must not be trusted."""
+
+import numpy as np
+import pytest
+import torch
+
+from lightning_trak.scorers import TRAKScorer
+from lightning_trak.scorers.gram import DampedGram, gram_matrix
+from lightning_trak.scorers.topk import TopK, block_top_k, merge_top_k
+from lightning_trak.store import Features, FeatureStore
+
+N, K, M = 50, 6, 3
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def store(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    store = FeatureStore(tmp_path, {"checkpoints": ["a", "b", "c"]}, N, shard_size=8)
+    for checkpoint in range(M):
+        scale = 10.0 ** (checkpoint - 1)  # checkpoints whose gradients differ a lot in size
+        for shard in range(store.num_shards):
+            n = len(store.shard(shard))
+            features = torch.randn(n, K, generator=generator) * scale
+            outputs = torch.randn(n, generator=generator)
+            p = outputs.sigmoid()
+            store.write(checkpoint, shard, Features(features, outputs, 1 - p, p * (1 - p)))
+    return store
+
+
+def reference(store, targets, curvature, damping, residuals):
+    """(num_targets, num_train), in float64 by NumPy."""
+    products, qs = [], []
+    for checkpoint in range(M):
+        shards = [store.read(checkpoint, shard) for shard in range(store.num_shards)]
+        phi = np.concatenate([shard.features.numpy() for shard in shards]).astype(float)
+        q = np.concatenate([shard.residuals.numpy() for shard in shards]).astype(float)
+        r = np.concatenate([shard.curvatures.numpy() for shard in shards]).astype(float)
+        gram = (phi * (r if curvature == "gauss_newton" else np.ones(N))[:, None]).T @ phi
+        gram += damping * np.diag(gram).mean() * np.eye(K)
+        products.append(targets[checkpoint].numpy().astype(float) @ np.linalg.inv(gram) @ phi.T)
+        qs.append(q)
+    if residuals == "averaged":
+        return np.mean(products, axis=0) * np.mean(qs, axis=0)
+    return np.mean([product * q for product, q in zip(products, qs, strict=True)], axis=0)
+
+
+@pytest.mark.parametrize("curvature", ["gauss_newton", "identity"])
+@pytest.mark.parametrize("residuals", ["per_checkpoint", "averaged"])
+@pytest.mark.parametrize("damping", [0.0, 0.5])
+def test_scores_are_the_formula(store, curvature, residuals, damping):
+    targets = [torch.randn(4, K) * 10.0**m for m in range(M)]
+    scorer = TRAKScorer(store, curvature, damping, residuals, 0.0)
+    scorer.fit(CPU)
+    scores = scorer.score([scorer.precondition(m, rows) for m, rows in enumerate(targets)])
+    expected = reference(store, targets, curvature, damping, residuals)
+    np.testing.assert_allclose(scores.numpy(), expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+
+
+def test_damping_means_the_same_at_any_scale():
+    phi = torch.randn(30, K, dtype=torch.float64)
+    gram = phi.T @ phi
+    rows = torch.randn(2, K, dtype=torch.float64)
+    one = DampedGram(gram, 0.3, torch.float64, "x").solve(rows)
+    tiny = DampedGram(gram * 1e-30, 0.3, torch.float64, "x").solve(rows)
+    torch.testing.assert_close(tiny * 1e-30, one)
+
+
+def test_soft_threshold(store):
+    targets = [torch.randn(4, K) for _ in range(M)]
+
+    def score(threshold):
+        scorer = TRAKScorer(store, "identity", 0.1, "averaged", threshold)
+        scorer.fit(CPU)
+        return scorer.score([scorer.precondition(m, rows) for m, rows in enumerate(targets)])
+
+    plain, cut = score(0.0), score(0.01)
+    torch.testing.assert_close(cut, plain.sign() * (plain.abs() - 0.01).clamp(min=0))
+    assert 0 < int((cut == 0).sum()) < cut.numel()
+
+
+@pytest.mark.parametrize("largest", [True, False])
+@pytest.mark.parametrize("k", [1, 9, 20, 50, 80])
+def test_top_k_is_the_top_of_the_full_matrix(store, k, largest):
+    scorer = TRAKScorer(store, "gauss_newton", 1.0, "per_checkpoint", 0.0)
+    scorer.fit(CPU)
+    directions = [scorer.precondition(m, torch.randn(5, K)) for m in range(M)]
+    full = scorer.score(directions)
+    found = scorer.score(directions, top_k=k, largest=largest)
+    expected = full.topk(min(k, N), largest=largest)
+    assert torch.equal(found.indices, expected.indices)
+    assert torch.equal(found.values, expected.values)
+    assert found.indices.dtype == torch.int64
+
+
+def test_merging_keeps_global_positions():
+    parts = [block_top_k(torch.tensor([[1.0, 5.0]]), 0, 1, True), block_top_k(torch.tensor([[4.0, 9.0]]), 2, 2, True)]
+    merged = merge_top_k(parts, 2, True)
+    assert isinstance(merged, TopK)
+    assert merged.indices.tolist() == [[3, 1]]
+    assert merged.values.tolist() == [[9.0, 5.0]]
+
+
+def test_the_gram_matrix_is_read_again_only_if_features_changed(store, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        "lightning_trak.scorers.trak.gram_matrix", lambda *args: calls.append(args) or gram_matrix(*args)
+    )
+
+    def fit():
+        calls.clear()
+        TRAKScorer(store, "gauss_newton", 1.0, "per_checkpoint", 0.0).fit(CPU)
+        return len(calls)
+
+    assert fit() == M
+    assert fit() == 0
+    rows = store.read(1, 2)
+    store.write(1, 2, rows._replace(features=rows.features * 2))
+    assert fit() == 1
+
+
+def test_singular_gram_is_refused_with_advice():
+    phi = torch.randn(4, K, dtype=torch.float64)  # rank 4 < K
+    with pytest.raises(ValueError, match=r"Gram matrix of checkpoint 7 .* singular.*use a larger damping \(now 0;"):
+        DampedGram(phi.T @ phi, 0.0, torch.float32, "checkpoint 7")
+    assert torch.isfinite(DampedGram(phi.T @ phi, 0.1, torch.float32, "x").solve(phi)).all()
+
+
+def test_a_gram_that_only_rounding_makes_regular_is_refused():
+    phi = torch.randn(40, K, dtype=torch.float32)
+    phi[:, 5] = phi[:, 4]
+    phi[:, 5] += 1e-6 * torch.randn(40)
+    gram = phi.double().T @ phi.double()
+    assert torch.linalg.cholesky_ex(gram).info == 0
+    with pytest.raises(ValueError, match=r"singular to the precision of its torch\.float32 features"):
+        DampedGram(gram, 0.0, torch.float32, "x")
+
+
+def test_an_ill_conditioned_gram_warns():
+    gram = torch.diag(torch.logspace(0, -6, K, dtype=torch.float64))
+    with pytest.warns(RuntimeWarning, match=r"ill-conditioned \(1.0e\+06\)"):
+        DampedGram(gram, 0.0, torch.float32, "x")
+
+
+def test_the_condition_number_is_numpys():
+    phi = torch.randn(60, 30, dtype=torch.float64)
+    gram = phi.T @ phi
+    found = DampedGram(gram, 0.0, torch.float64, "x").condition
+    assert 0.5 * np.linalg.cond(gram.numpy()) < found < 1.01 * np.linalg.cond(gram.numpy())
+
+
+@pytest.mark.parametrize(
+    ("gram", "match"), [(torch.zeros(3, 3), "is zero"), (torch.full((3, 3), torch.nan), "not fin")]
+)
+def test_a_gram_that_means_nothing_is_refused(gram, match):
+    with pytest.raises(ValueError, match=match):
+        DampedGram(gram.double(), 1.0, torch.float32, "x")
+
+
+def test_negative_curvature_is_refused():
+    rows = Features(torch.randn(3, 2), torch.zeros(3), torch.ones(3), torch.tensor([1.0, -0.5, 1.0]))
+    with pytest.raises(ValueError, match=r"second derivative of the loss is negative \(-0.5\)"):
+        gram_matrix([rows], "gauss_newton", 2, CPU)
+    gram_matrix([rows], "identity", 2, CPU)
+
+
+def test_scores_that_overflow_are_refused(store):
+    scorer = TRAKScorer(store, "gauss_newton", 1.0, "per_checkpoint", 0.0)
+    scorer.fit(CPU)
+    directions = [scorer.precondition(m, torch.randn(2, K)) * 3e38 for m in range(M)]
+    with pytest.raises(ValueError, match="are not finite"):
+        scorer.score(directions)
