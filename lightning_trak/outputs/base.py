@@ -1,0 +1,149 @@
+"""What an attributed output is: one number per example, and the training loss as a function of that number."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class ModelOutput(ABC):
+    """A scalar output f of the model per example, through which the training loss depends on the parameters.
+
+    A subclass gives :meth:`output` and :meth:`loss`; the derivatives of the loss follow by autograd. Gradient engines
+    call :meth:`output` under ``torch.func.vmap`` or with real batches, so it may not branch on the values of tensors.
+    An example that has no output (an ignored label, say) should give NaN, which stops featurizing with its name.
+
+    Attributes:
+        context_size: number of training examples that :meth:`make_context` wants to see at each checkpoint.
+
+    Example:
+        >>> import torch
+        >>> class SquaredError(ModelOutput):
+        ...     def output(self, module, batch):
+        ...         inputs, targets = batch
+        ...         return module(inputs).squeeze(-1) - targets
+        ...
+        ...     def loss(self, output):
+        ...         return output**2
+        >>> SquaredError().derivatives(torch.tensor([1.0, -2.0]))
+        (tensor([-2.,  4.]), tensor([2., 2.]))
+    """
+
+    context_size: int = 0
+
+    @abstractmethod
+    def output(self, module: nn.Module, batch: Any) -> Tensor:
+        """The output of each example, differentiable in the module's parameters.
+
+        Args:
+            module: the model, in eval mode.
+            batch: a batch as the dataloader gives it.
+
+        Returns:
+            Shape ``(batch,)``, in float32 or better.
+        """
+
+    @abstractmethod
+    def loss(self, output: Tensor) -> Tensor:
+        """The training loss of each example as a function of its output alone.
+
+        Args:
+            output: shape ``(batch,)``.
+
+        Returns:
+            Shape ``(batch,)``; entry i depends on ``output[i]`` only.
+        """
+
+    def derivatives(self, output: Tensor) -> tuple[Tensor, Tensor]:
+        """Q = -dl/df and R = d2l/df2 of the loss l at the outputs f, by autograd; also inside inference mode.
+
+        Args:
+            output: shape ``(batch,)``; its graph is left alone.
+
+        Returns:
+            Q and R, each of shape ``(batch,)``, in float32 (float64 for float64 outputs).
+
+        Raises:
+            ValueError: if :meth:`loss` does not return one differentiable value per output.
+        """
+        with torch.inference_mode(False), torch.enable_grad():
+            variable = _float_copy(output).requires_grad_()
+            losses = self.loss(variable)
+            name = f"{type(self).__name__}.loss"
+            if not isinstance(losses, Tensor) or losses.shape != variable.shape:
+                received = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+                raise ValueError(
+                    f"{name} must return one loss per example: expected shape {tuple(variable.shape)}, the shape of the"
+                    f" outputs it was given, received {received}; do not reduce over the batch"
+                )
+            if not losses.requires_grad:
+                raise ValueError(
+                    f"{name} must be differentiable in its argument, received a tensor without gradient; compute it"
+                    " from `output` by torch operations, without detach() or item()"
+                )
+            (slope,) = torch.autograd.grad(losses.sum(), variable, create_graph=True, materialize_grads=True)
+            # A linear loss has a constant slope, which autograd does not track; its curvature is exactly zero.
+            curvature = torch.zeros_like(slope)
+            if slope.requires_grad:
+                (curvature,) = torch.autograd.grad(slope.sum(), variable, materialize_grads=True)
+            return -slope.detach(), curvature
+
+    def make_context(self, module: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
+        """What the output needs to know of other training examples at one checkpoint; nothing by default.
+
+        Args:
+            module: the model at this checkpoint, in eval mode.
+            batches: batches of training examples, ``context_size`` in all.
+
+        Returns:
+            Tensors by name, for :meth:`set_context`.
+        """
+        del module, batches
+        return {}
+
+    def set_context(self, context: dict[str, Tensor]) -> None:
+        """Install what :meth:`make_context` returned, before outputs at that checkpoint are computed."""
+        if context:
+            raise ValueError(f"{type(self).__name__} takes no context, received {', '.join(context)}")
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Identity of this output, in JSON's types: features made with another output must not be mixed with its own.
+
+        The class and its public instance attributes; functions and classes stand by name, so that the name is all that
+        tells two of them apart. Attributes whose name begins with an underscore are not part of the identity.
+
+        Raises:
+            TypeError: if an attribute is neither a primitive, a callable nor a container of them.
+        """
+        configuration = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        return {"class": _qualified_name(type(self)), **_describe(configuration, type(self).__name__)}
+
+
+def _float_copy(output: Tensor) -> Tensor:
+    """A detached copy in float32 or better, which autograd can save even if ``output`` is an inference tensor."""
+    return output.detach().clone().to(torch.promote_types(output.dtype, torch.float32))
+
+
+def _qualified_name(value: Any) -> str:
+    named = value if hasattr(value, "__qualname__") else type(value)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def _describe(value: Any, owner: str) -> Any:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [_describe(item, owner) for item in value]
+    if isinstance(value, Mapping):
+        return {str(key): _describe(item, owner) for key, item in value.items()}
+    if callable(value):
+        return _qualified_name(value)
+    raise TypeError(
+        f"{owner} holds a {type(value).__name__}, which its fingerprint cannot describe; expected primitives, callables"
+        " and containers of them: override fingerprint(), or begin the attribute's name with an underscore if it does"
+        " not change the output"
+    )

@@ -1,0 +1,60 @@
+"""Any loss as the attributed output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.data import extract_batch_size
+from torch import Tensor, nn
+
+from lightning_trak.outputs.base import ModelOutput
+
+
+class NegativeLoss(ModelOutput):
+    r"""The negative training loss, :math:`f = -l`, for models that have no margin: any task whose loss is per example.
+
+    As a function of f the loss is linear: Q = 1, and R = 0, which leaves a Gauss-Newton matrix of nothing. R is
+    therefore set to 1: the Gram matrix becomes the empirical Fisher, the sum of outer products of loss gradients. It
+    weighs badly fitted examples most and can be far from the curvature (Kunstner et al. 2019, arXiv 1905.12558; Martens
+    2020, arXiv 1412.1193), so prefer an output with a curvature of its own where one exists.
+
+    Args:
+        loss_fn: ``(module, batch) -> losses`` of shape ``(batch,)``, not reduced over the batch. A scalar is taken for
+            a batch of one example only, so that a mean loss will do for gradient engines that go one by one.
+
+    Example:
+        >>> import torch.nn.functional as F
+        >>> output = NegativeLoss(lambda module, batch: F.cross_entropy(module(batch[0]), batch[1], reduction="none"))
+        >>> hugging_face = NegativeLoss(lambda module, batch: module(**batch).loss)
+    """
+
+    def __init__(self, loss_fn: Callable[[nn.Module, Any], Tensor]) -> None:
+        self.loss_fn = loss_fn
+
+    def output(self, module: nn.Module, batch: Any) -> Tensor:
+        """The negative loss of each example, shape ``(batch,)``.
+
+        Raises:
+            ValueError: if ``loss_fn`` does not return one loss per example.
+        """
+        losses = self.loss_fn(module, batch)
+        if isinstance(losses, Tensor) and losses.ndim == 0 and extract_batch_size(batch) == 1:
+            losses = losses.unsqueeze(0)
+        if not isinstance(losses, Tensor) or losses.ndim != 1:
+            received = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
+            raise ValueError(
+                f"expected loss_fn to return one loss per example, shape (batch,), received {received}; use"
+                " reduction='none' and reduce over every dimension but the first"
+            )
+        return -losses.to(torch.promote_types(losses.dtype, torch.float32))
+
+    def loss(self, output: Tensor) -> Tensor:
+        """The loss itself, shape ``(batch,)``."""
+        return -output
+
+    def derivatives(self, output: Tensor) -> tuple[Tensor, Tensor]:
+        """Q = 1, and R = 1 in place of the second derivative, which is 0: see the class."""
+        slope, curvature = super().derivatives(output)
+        return slope, curvature.fill_(1.0)

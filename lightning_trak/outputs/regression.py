@@ -1,0 +1,61 @@
+"""The residual of a scalar regression."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_trak.outputs.base import ModelOutput
+from lightning_trak.outputs.batches import (
+    LABELS_KEYS,
+    Forward,
+    LabelsKey,
+    as_keys,
+    one_per_example,
+    predict,
+    split_labels,
+)
+
+
+class RegressionOutput(ModelOutput):
+    r"""Signed residual :math:`f` = prediction - target, with the squared error :math:`l = f^2/2`: Q = -f and R = 1.
+
+    The target is a constant, so gradients are those of the prediction, and the effects on f are effects on the
+    prediction; unlike the prediction itself, f alone determines the loss.
+
+    Batches are tuples ``(inputs, ..., targets)`` or mappings with targets, as for
+    :class:`~lightning_trak.outputs.classification.ClassificationMargin`; the module returns one prediction per example,
+    ``(batch,)`` or ``(batch, 1)``, as a tensor, as ``logits`` of an object or mapping, or first of a tuple.
+
+    Args:
+        forward: ``(module, batch) -> predictions``, for modules that are called in another way.
+        labels_key: key (or attribute) of the targets; of several, the first that the batch has.
+    """
+
+    def __init__(self, forward: Forward | None = None, labels_key: LabelsKey = LABELS_KEYS) -> None:
+        self.forward = forward
+        self.labels_key = as_keys(labels_key)
+
+    def output(self, module: nn.Module, batch: Any) -> Tensor:
+        """The residual of each example, shape ``(batch,)``.
+
+        Raises:
+            ValueError: if predictions or targets are not one number per example, or differ in number.
+        """
+        inputs, targets = split_labels(batch, self.labels_key)
+        advice = "for several targets per example use NegativeLoss"
+        predictions = one_per_example("predictions", predict(module, batch, inputs, self.forward), advice)
+        targets = one_per_example("targets", targets, advice)
+        if predictions.shape != targets.shape:
+            raise ValueError(
+                f"expected one target per prediction, received {predictions.shape[0]} predictions and"
+                f" {targets.shape[0]} targets"
+            )
+        dtype = torch.promote_types(predictions.dtype, torch.float32)
+        return predictions.to(dtype) - targets.to(dtype)
+
+    def loss(self, output: Tensor) -> Tensor:
+        """Half the squared residual, shape ``(batch,)``."""
+        return output.square() / 2
