@@ -1,0 +1,215 @@
+"""The life of the linear datamodeling score as a metric: batches, copies, casts, collections, a Trainer's logger."""
+
+from __future__ import annotations
+
+import csv
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import MetricCollection
+
+from lightning_trak.metrics import LinearDatamodelingScore
+from lightning_trak.metrics.functional import linear_datamodeling_interval, linear_datamodeling_score, noise_ceiling
+
+NUM_SUBSETS, NUM_TRAIN = 16, 30
+
+
+def draw_masks(generator):
+    return torch.rand(NUM_SUBSETS, NUM_TRAIN, generator=generator) < 0.5
+
+
+@pytest.fixture
+def task():
+    """Scores, noisy outputs with three seeds, masks."""
+    generator = torch.Generator().manual_seed(0)
+    masks = draw_masks(generator)
+    scores = torch.randn(12, NUM_TRAIN, generator=generator)
+    noise = torch.randn(12, NUM_SUBSETS, 3, generator=generator)
+    return scores, (scores @ masks.float().T)[..., None] + 2 * noise, masks
+
+
+class TestMetric:
+    def test_batches_add_up_to_the_functional(self, task):
+        scores, outputs, masks = task
+        metric = LinearDatamodelingScore(masks)
+        for batch in (slice(0, 5), slice(5, 5), slice(5, 12)):
+            metric.update(scores[batch], outputs[batch])
+        values = linear_datamodeling_score(*task, reduction="none")
+        torch.testing.assert_close(metric.compute(), values.mean())
+        torch.testing.assert_close(metric.per_target(), values)
+        torch.testing.assert_close(
+            metric.interval(0.9, 500, 3), linear_datamodeling_interval(*task, "zero", 0.9, 500, 3)
+        )
+        torch.testing.assert_close(metric.noise_ceiling(), noise_ceiling(outputs).mean())
+
+    def test_never_keeps_a_number_per_training_example(self, task):
+        metric = LinearDatamodelingScore(task[2])
+        metric.update(*task[:2])
+        for states in metric.metric_state.values():
+            assert all(s.shape[1:] in ((), (NUM_SUBSETS,)) and s.dtype == torch.float64 for s in states)
+
+    def test_forward_gives_the_batch_and_keeps_the_rest(self, task):
+        scores, outputs, masks = task
+        metric = LinearDatamodelingScore(masks)
+        metric.update(scores[:5], outputs[:5])
+        torch.testing.assert_close(
+            metric(scores[5:], outputs[5:]), linear_datamodeling_score(scores[5:], outputs[5:], masks)
+        )
+        torch.testing.assert_close(metric.compute(), linear_datamodeling_score(*task))
+
+    def test_reset(self, task):
+        metric = LinearDatamodelingScore(task[2])
+        metric.update(-task[0], task[1])
+        metric.reset()
+        metric.update(*task[:2])
+        torch.testing.assert_close(metric.compute(), linear_datamodeling_score(*task))
+
+    @pytest.mark.filterwarnings("ignore:The ``compute`` method")
+    @pytest.mark.parametrize("method", ["compute", "per_target", "interval", "noise_ceiling"])
+    def test_without_targets(self, task, method):
+        with pytest.raises((RuntimeError, ValueError), match="none were seen: call `update"):
+            getattr(LinearDatamodelingScore(task[2]), method)()
+
+    def test_refused_batch_is_not_counted(self, task):
+        scores, outputs, masks = task
+        metric = LinearDatamodelingScore(masks, constant_rows="error")
+        metric.update(scores, outputs)
+        with pytest.raises(ValueError, match="row 0, whose predicted outputs are constant"):
+            metric.update(torch.zeros_like(scores), outputs)
+        torch.testing.assert_close(metric.compute(), linear_datamodeling_score(*task))
+
+    def test_ignored_targets(self, task):
+        scores, outputs, masks = task
+        metric = LinearDatamodelingScore(masks, constant_rows="ignore")
+        metric.update(torch.cat([scores, torch.zeros(1, NUM_TRAIN)]), torch.cat([outputs, outputs[:1]]))
+        torch.testing.assert_close(metric.compute(), linear_datamodeling_score(*task))
+        torch.testing.assert_close(metric.noise_ceiling(), noise_ceiling(outputs).mean())
+        assert metric.per_target().isnan().tolist() == [False] * 12 + [True]
+
+    def test_noise_ceiling_needs_seeds(self, task):
+        scores, outputs, masks = task
+        metric = LinearDatamodelingScore(masks)
+        metric.update(scores, outputs)
+        metric.update(scores[:4], outputs[:4, :, :1])
+        with pytest.raises(RuntimeError, match="at least 2 seeds in every update, but 4 of 16 targets"):
+            metric.noise_ceiling()
+
+    def test_copies_and_state_dict(self, task):
+        metric = LinearDatamodelingScore(task[2])
+        metric.update(*task[:2])
+        for copy in (metric.clone(), pickle.loads(pickle.dumps(metric))):
+            metric_before = copy.compute()
+            copy.update(-task[0], task[1])
+            assert copy.compute() < metric_before == metric.compute()
+        assert metric.state_dict() == {}
+        metric.persistent(True)
+        restored = LinearDatamodelingScore(task[2])
+        restored.load_state_dict(metric.state_dict())
+        torch.testing.assert_close(restored.per_target(), metric.per_target())
+
+    @pytest.mark.parametrize(
+        "cast",
+        [
+            lambda m: m.half(),
+            lambda m: m.to(torch.bfloat16),
+            lambda m: m.set_dtype(torch.float16),
+            lambda m: torch.nn.Sequential(m).to(torch.bfloat16)[0],
+        ],
+    )
+    def test_casts_do_not_touch_the_ranks(self, task, cast):
+        scores, outputs, masks = task
+        metric = LinearDatamodelingScore(masks)
+        metric.update(scores[:6], 1e4 + outputs[:6])  # bfloat16 would round all outputs to one value
+        metric = cast(metric)
+        metric.update(scores[6:], 1e4 + outputs[6:])
+        torch.testing.assert_close(metric.compute(), linear_datamodeling_score(scores, 1e4 + outputs, masks))
+        assert metric.subset_masks.dtype == torch.bool
+
+    def test_follows_a_device_move(self, task):
+        metric = LinearDatamodelingScore(task[2])
+        metric.update(*task[:2])
+        metric.to("meta")
+        assert {metric.subset_masks.device.type, metric.predictions[0].device.type, metric.device.type} == {"meta"}
+
+    def test_collection(self, task):
+        scores, outputs, masks = task
+        other = draw_masks(torch.Generator().manual_seed(9))
+        collection = MetricCollection({"a": LinearDatamodelingScore(masks), "b": LinearDatamodelingScore(other)})
+        for batch in (slice(0, 5), slice(5, 12)):
+            collection.update(scores[batch], outputs[batch])
+        result = collection.compute()
+        torch.testing.assert_close(result["a"], linear_datamodeling_score(*task))
+        torch.testing.assert_close(result["b"], linear_datamodeling_score(scores, outputs, other))
+
+    def test_gradients_are_not_followed(self, task):
+        scores = task[0].clone().requires_grad_()
+        metric = LinearDatamodelingScore(task[2])
+        assert not metric(scores, task[1]).requires_grad
+
+    def test_plot(self, task):
+        pyplot = pytest.importorskip("matplotlib.pyplot")
+        pyplot.switch_backend("agg")
+        metric = LinearDatamodelingScore(task[2])
+        metric.update(*task[:2])
+        figure, axis = metric.plot()
+        assert axis.get_ylim()[0] <= -1
+        assert axis.get_ylim()[1] >= 1
+        pyplot.close(figure)
+
+
+class LitAttributed(L.LightningModule):
+    """Logs the metric as users do."""
+
+    def __init__(self, masks):
+        super().__init__()
+        self.lds = LinearDatamodelingScore(masks)
+
+    def test_step(self, batch, batch_idx):
+        self.lds.update(*batch)
+        self.log("lds", self.lds)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_log_in_test_step(task, tmp_path, precision):
+    scores, outputs, masks = task
+    trainer = L.Trainer(
+        accelerator="cpu",
+        precision=precision,
+        logger=CSVLogger(tmp_path),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    model = LitAttributed(masks)
+    for _ in range(2):  # the second run starts from nothing
+        (result,) = trainer.test(model, DataLoader(TensorDataset(scores, outputs), batch_size=5), verbose=False)
+    if precision == "bf16-true":  # Lightning rounds the batch, not the metric
+        scores, outputs = scores.bfloat16(), outputs.bfloat16()
+    expected = linear_datamodeling_score(scores, outputs, masks).item()
+    assert result["lds"] == pytest.approx(expected, abs=1e-6)
+    with Path(trainer.logger.log_dir, "metrics.csv").open() as file:
+        assert float(list(csv.DictReader(file))[-1]["lds"]) == pytest.approx(expected, abs=1e-6)
+
+
+def test_needs_no_lightning():
+    """The metrics load where Lightning cannot be imported; the package's own __init__ is left out on purpose."""
+    folder = Path(sys.modules["lightning_trak.metrics"].__file__).parents[1]
+    code = f"""
+import sys, types
+sys.modules["lightning"] = sys.modules["pytorch_lightning"] = sys.modules["lightning_fabric"] = None
+package = types.ModuleType("lightning_trak")
+package.__path__ = [{str(folder)!r}]
+sys.modules["lightning_trak"] = package
+import torch
+import lightning_trak.metrics.functional as functional
+print(functional.linear_datamodeling_score(torch.eye(4), torch.eye(4), torch.eye(4).bool()).item())
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert float(result.stdout) == 1
