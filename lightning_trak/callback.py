@@ -1,0 +1,227 @@
+"""Keeps snapshots of the weights during ``trainer.fit``."""
+
+from __future__ import annotations
+
+import os
+import time
+from datetime import timedelta
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_trak.snapshots import ParameterGroup, SnapshotSeries
+
+
+class TRAKCallback(Callback):
+    """Saves snapshots of the whole state dict for attribution.
+
+    At most one trigger may be given; with none it is ``every_n_epochs=1``. A step is never saved twice, sanity checking
+    and ``fast_dev_run`` save nothing, and a run without optimizer steps neither.
+
+    **Which weights.** The raw ones that the optimizer steps, and buffers such as BatchNorm statistics, at the end of a
+    training batch or epoch. Callbacks that average weights (``WeightAveraging``, ``EMAWeightAveraging``) put the
+    average in their place when training ends: list this callback before them, or ``save_last`` may save the average.
+    Sharded weights (FSDP) are gathered on the CPU of rank zero, which writes.
+
+    **What else.** The manifest records optimizer steps taken, epochs completed, and the learning rate and weight decay
+    that each parameter group had in its optimizer's last step.
+
+    **Which run.** A directory belongs to one run. Starting another in it is an error. Resuming with
+    ``trainer.fit(ckpt_path=...)``, or calling ``fit`` again to train on, continues the series: snapshots of steps later
+    than the one resumed from leave the manifest. ``validate``, ``test`` and ``predict`` do not touch it.
+
+    Args:
+        dirpath: directory of the snapshots, local or any URL that fsspec understands.
+        every_n_epochs: save at the end of every n-th training epoch.
+        every_n_train_steps: save whenever ``trainer.global_step`` (optimizer steps, over all optimizers) reaches or
+            passes a multiple of n.
+        train_time_interval: save after an optimizer step once this much time has passed since the last such save. Rank
+            zero's clock decides.
+        save_last: save when training ends, unless its last step is saved already.
+
+    Raises:
+        ValueError: if several triggers are given or one is not positive; in ``setup`` if two callbacks of a Trainer
+            have the same directory; when training starts if the directory holds another run's snapshots.
+        RuntimeError: in ``setup`` with DeepSpeed ZeRO stage 3, whose weights are not in the state dict.
+
+    Example::
+
+        trainer = L.Trainer(max_epochs=20, callbacks=[TRAKCallback("run/snapshots", every_n_epochs=5)])
+        trainer.fit(model, train_loader)
+    """
+
+    def __init__(
+        self,
+        dirpath: str | os.PathLike[str],
+        *,
+        every_n_epochs: int | None = None,
+        every_n_train_steps: int | None = None,
+        train_time_interval: timedelta | None = None,
+        save_last: bool = True,
+    ) -> None:
+        counts = {"every_n_epochs": every_n_epochs, "every_n_train_steps": every_n_train_steps}
+        seconds = None if train_time_interval is None else train_time_interval.total_seconds()
+        given = {
+            name: value for name, value in (counts | {"train_time_interval": seconds}).items() if value is not None
+        }
+        if len(given) > 1:
+            raise ValueError(
+                f"expected at most one trigger, got {' and '.join(sorted(given))}; use several TRAKCallbacks"
+            )
+        for name, value in given.items():
+            if value < (1 if name in counts else 0):
+                raise ValueError(f"expected a positive {name}, got {value}")
+        self.dirpath = os.fspath(dirpath)
+        self.every_n_epochs = every_n_epochs if given else 1
+        self.every_n_train_steps = every_n_train_steps
+        self.train_time_interval = train_time_interval
+        self.save_last = save_last
+        self._series: SnapshotSeries | None = None  # None: nothing is to be saved
+        self._run: str | None = None
+        self._resumed_runs: list[str] = []
+        self._saved_step = 0
+        self._seen_step = 0
+        self._saved_time = 0.0
+        self._groups: dict[int, list[ParameterGroup]] = {}  # of each optimizer, at its last step
+
+    @property
+    @override
+    def state_key(self) -> str:
+        """Tells several of these callbacks in one Trainer apart."""
+        return self._generate_state_key(
+            dirpath=self.dirpath,
+            every_n_epochs=self.every_n_epochs,
+            every_n_train_steps=self.every_n_train_steps,
+            train_time_interval=self.train_time_interval,
+        )
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Which run the snapshots belong to, for a Lightning checkpoint."""
+        return {"run": self._run} if self._run else {}
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Note which runs the checkpoint continues, whatever directory or trigger they had then."""
+        states = checkpoint.get("callbacks", {})
+        name = type(self).__qualname__
+        self._resumed_runs = [state["run"] for key, state in states.items() if key.startswith(name) and "run" in state]
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Settle the directory on all ranks."""
+        self._series = None
+        self._resumed_runs = []  # of the coming call alone: predict(ckpt_path=...) loads callback states too
+        if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        if getattr(trainer.strategy, "zero_stage_3", False):
+            raise RuntimeError(
+                "TRAKCallback cannot save weights that DeepSpeed ZeRO stage 3 partitions; use FSDP or stage 2"
+            )
+        self._series = SnapshotSeries(trainer.strategy.broadcast(self.dirpath))
+        others = [other for other in trainer.callbacks if other is not self]  # type: ignore[attr-defined]
+        if any(SnapshotSeries(o.dirpath).url == self._series.url for o in others if isinstance(o, TRAKCallback)):
+            raise ValueError(f'two TRAKCallbacks write to "{self.dirpath}"; give each a directory of its own')
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start or continue the series."""
+        if self._series is None:
+            return
+        opened: tuple[str, int] | Exception = ("", 0)
+        if trainer.is_global_zero:
+            try:
+                opened = self._open(self._series, trainer.global_step)
+            except (OSError, ValueError) as error:
+                opened = error
+        opened = trainer.strategy.broadcast(opened)  # so that no rank waits for one that has failed
+        if isinstance(opened, Exception):
+            raise opened
+        self._run, self._saved_step = opened
+        self._seen_step = trainer.global_step
+        self._saved_time = time.monotonic()
+        self._groups = {
+            position: _settings(position, optimizer) for position, optimizer in enumerate(trainer.optimizers)
+        }
+
+    def _open(self, series: SnapshotSeries, step: int) -> tuple[str, int]:
+        if self._resumed_runs:
+            manifest = series.resume(self._resumed_runs, step)
+        elif self._run is not None and self._saved_step <= step:  # fit again with the same Trainer
+            manifest = series.resume([self._run], step)
+        else:
+            return series.begin(), 0
+        return manifest.run, max((snapshot.step for snapshot in manifest.snapshots), default=0)
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Note the learning rate that this step uses; when a snapshot is taken a scheduler may have changed it."""
+        for position, candidate in enumerate(trainer.optimizers):
+            if candidate is optimizer:
+                self._groups[position] = _settings(position, optimizer)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save if the optimizer has stepped and a step or time trigger says so."""
+        before, self._seen_step = self._seen_step, trainer.global_step
+        if self._seen_step == before:  # gradients are accumulating
+            return
+        if self.every_n_train_steps is not None:
+            # passing counts as well as reaching: with several optimizers the step advances by more than one
+            due = self._seen_step // self.every_n_train_steps > before // self.every_n_train_steps
+        elif self.train_time_interval is not None:
+            elapsed = time.monotonic() - self._saved_time
+            due = trainer.strategy.broadcast(elapsed >= self.train_time_interval.total_seconds())
+        else:
+            due = False
+        if due:
+            self._save(trainer, trainer.current_epoch)
+            self._saved_time = time.monotonic()
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save if the epoch trigger says so."""
+        epoch = trainer.current_epoch + 1
+        if self.every_n_epochs is not None and epoch % self.every_n_epochs == 0:
+            self._save(trainer, epoch)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the last step."""
+        if self.save_last:
+            self._save(trainer, trainer.current_epoch)
+
+    def _save(self, trainer: Trainer, epoch: int) -> None:
+        step = trainer.global_step
+        if self._series is None or step <= self._saved_step:
+            return
+        state_dict = _gather(trainer)
+        if trainer.is_global_zero:
+            self._series.save(state_dict, step, epoch, [group for groups in self._groups.values() for group in groups])
+        trainer.strategy.barrier("TRAKCallback")  # no rank goes on to read what is not there yet
+        self._saved_step = step
+
+
+def _gather(trainer: Trainer) -> dict[str, Any]:
+    """The module's whole state dict, on rank zero at least. To be called on all ranks."""
+    strategy = trainer.strategy
+    if isinstance(strategy, (FSDPStrategy, ModelParallelStrategy)) and strategy.model is not None:
+        # configured for sharded checkpoints, lightning_module_state_dict() is this rank's part alone
+        return get_model_state_dict(strategy.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return strategy.lightning_module_state_dict()
+
+
+def _settings(position: int, optimizer: Optimizer) -> list[ParameterGroup]:
+    def number(value: Any) -> float | None:
+        return None if value is None else float(value)
+
+    return [
+        ParameterGroup(position, type(optimizer).__name__, number(group.get("lr")), number(group.get("weight_decay")))
+        for group in optimizer.param_groups
+    ]

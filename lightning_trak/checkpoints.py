@@ -1,0 +1,180 @@
+"""Weights from any kind of checkpoint, as plain state dicts on CPU."""
+
+from __future__ import annotations
+
+import os
+import re
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import PurePosixPath
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+from torch import Tensor
+
+from lightning_trak.files import tensor_digest
+from lightning_trak.snapshots import Snapshot, SnapshotSeries, read_safetensors, require_tensors
+
+CheckpointSource = str | os.PathLike[str] | Mapping[str, Tensor]
+CheckpointsLike = CheckpointSource | Sequence[CheckpointSource]
+
+_TORCH_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Weights that can be loaded when they are needed.
+
+    Attributes:
+        name: short label for messages, such as the file's name.
+        read: reads the state dict.
+        record: step, epoch and optimizer settings, for a snapshot of a series.
+    """
+
+    name: str
+    read: Callable[[], dict[str, Tensor]]
+    record: Snapshot | None = None
+
+    def load(self) -> dict[str, Tensor]:
+        """The state dict, name -> tensor on CPU, under the names that it was saved with. Not to be written into.
+
+        Raises:
+            FileNotFoundError: if the file is gone.
+            ValueError: if it is damaged, or needs ``weights_only=False``.
+            TypeError: if it holds something other than tensors.
+        """
+        return self.read()
+
+    def fingerprint(self) -> str:
+        """SHA-256 over sorted names, dtypes, shapes and bytes: equal for equal weights in any kind of file."""
+        return tensor_digest(self.load())
+
+
+def resolve_checkpoints(checkpoints: CheckpointsLike, weights_only: bool = True) -> list[Checkpoint]:
+    """Find the checkpoints that a user names, without loading weights yet.
+
+    Args:
+        checkpoints: one of these, or a list that may mix them, in the order wanted:
+
+            - a directory that :class:`~lightning_trak.callback.TRAKCallback` has written: all its snapshots;
+            - a ``.safetensors`` file;
+            - a Lightning ``.ckpt`` or a ``.pt``, ``.pth`` or ``.bin`` file of ``torch.save``: its ``"state_dict"`` when
+              it has one, else all of it;
+            - a state dict in memory, copied here so that later training or loading does not change it.
+
+            Paths may be local or URLs that fsspec understands.
+        weights_only: False lets ``torch.load`` run code from the files, which those need that hold pickled objects,
+            such as hyperparameters. Only for files from a source you trust.
+
+    Returns:
+        At least one checkpoint.
+
+    Raises:
+        TypeError: if an item is none of these.
+        ValueError: if there are no checkpoints, or two state dicts in memory are one model's live tensors.
+        FileNotFoundError: if a file, or a snapshot that a manifest names, does not exist.
+    """
+    items = list(checkpoints) if isinstance(checkpoints, (list, tuple)) else [checkpoints]
+    if not items:
+        raise ValueError("no checkpoints: got an empty list; pass a snapshot directory or a list with at least one")
+    _refuse_shared(items)
+    resolved: list[Checkpoint] = []
+    for position, item in enumerate(items):
+        if isinstance(item, Mapping):
+            name = f"state dict {position}"
+            copied = {key: value.detach().cpu().clone() for key, value in _state_dict(item, name).items()}
+            resolved.append(Checkpoint(name, partial(dict, copied)))
+        elif isinstance(item, (str, os.PathLike)):
+            resolved += _find(os.fspath(item), weights_only)
+        else:
+            raise TypeError(
+                "expected a snapshot directory, a safetensors, .ckpt or .pt path, or a state dict as checkpoint"
+                f" {position}, got {type(item).__name__}"
+            )
+    return resolved
+
+
+def _refuse_shared(items: Sequence[Any]) -> None:
+    seen: dict[frozenset[tuple[str, int]], int] = {}
+    for position, item in enumerate(items):
+        if not isinstance(item, Mapping):
+            continue
+        memory = frozenset((name, value.data_ptr()) for name, value in item.items() if isinstance(value, Tensor))
+        first = seen.setdefault(memory, position)
+        if memory and first != position:
+            raise ValueError(
+                f"checkpoints {first} and {position} are the same tensors in memory: state_dict() returns a model's"
+                " live weights; keep copy.deepcopy(model.state_dict()) instead"
+            )
+
+
+def _find(location: str, weights_only: bool) -> list[Checkpoint]:
+    suffix = PurePosixPath(location).suffix
+    if suffix != ".safetensors" and suffix not in _TORCH_SUFFIXES:
+        return _snapshots(SnapshotSeries(location))
+    filesystem, path = url_to_fs(location)
+    if not filesystem.exists(path):
+        raise FileNotFoundError(f'checkpoint "{location}" does not exist')
+    if filesystem.isdir(path):
+        return _snapshots(SnapshotSeries(location))
+    read = partial(_read_safetensors, location) if suffix == ".safetensors" else None
+    return [Checkpoint(PurePosixPath(path).name, read or partial(_read_torch, location, weights_only))]
+
+
+def _snapshots(series: SnapshotSeries) -> list[Checkpoint]:
+    snapshots = series.read().snapshots
+    if not snapshots:
+        raise ValueError(f'"{series.directory}" holds no snapshots yet; train with TRAKCallback until it has saved one')
+    missing = [snapshot.file for snapshot in snapshots if not series.filesystem.exists(series.path(snapshot.file))]
+    if missing:
+        raise FileNotFoundError(
+            f'"{series.directory}" lacks {len(missing)} of the {len(snapshots)} snapshots in its manifest, first'
+            f' "{missing[0]}"; restore the files, or pass a list of those that you want'
+        )
+    directory = PurePosixPath(series.url)
+    return [
+        Checkpoint(f"{directory.name}/{entry.file}", partial(_read_safetensors, f"{series.url}/{entry.file}"), entry)
+        for entry in snapshots
+    ]
+
+
+def _read_safetensors(location: str) -> dict[str, Tensor]:
+    return _state_dict(read_safetensors(location), f'"{location}"')
+
+
+def _read_torch(location: str, weights_only: bool) -> dict[str, Tensor]:
+    filesystem, path = url_to_fs(location)
+    try:
+        if isinstance(filesystem, LocalFileSystem):
+            # only the weights are read from disk then, not the optimizer's state; files of old formats do not allow it
+            content = torch.load(path, "cpu", weights_only=weights_only, mmap=zipfile.is_zipfile(path))
+        else:
+            with filesystem.open(path, "rb") as file:
+                content = torch.load(file, "cpu", weights_only=weights_only)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # torch and pickle raise many kinds for a damaged file
+        refused = re.search(r"unsupported (?:global: )?GLOBAL (\S+)", str(error), re.IGNORECASE)
+        if weights_only and isinstance(error, UnpicklingError) and refused:
+            raise ValueError(
+                f'"{location}" holds more than tensors and plain values: it needs {refused[1]}. weights_only=False'
+                " reads it by running code from the file, so use that only for files from a source you trust"
+            ) from error
+        raise ValueError(f'"{location}" is truncated or not a file of torch.save: {error!r}') from error
+    return _state_dict(content, f'"{location}"')
+
+
+def _state_dict(content: Any, source: str) -> dict[str, Tensor]:
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    if not isinstance(content, Mapping):
+        raise TypeError(f"expected a state dict in {source}, got {type(content).__name__}")
+    require_tensors(content, source)
+    if not content:
+        raise ValueError(f"the state dict in {source} is empty")
+    return {name: tensor.detach() for name, tensor in content.items()}
