@@ -1,5 +1,7 @@
 """Scores from stored features against a few lines of NumPy, and Gram matrices that must not be trusted."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -137,16 +139,27 @@ def test_a_gram_that_only_rounding_makes_regular_is_refused():
 
 
 def test_an_ill_conditioned_gram_warns():
-    gram = torch.diag(torch.logspace(0, -6, K, dtype=torch.float64))
-    with pytest.warns(RuntimeWarning, match=r"ill-conditioned \(1.0e\+06\)"):
+    gram = torch.diag(torch.logspace(0, -7, K, dtype=torch.float64))
+    with pytest.warns(RuntimeWarning, match=r"ill-conditioned \(1.0e\+07\)"):
         DampedGram(gram, 0.0, torch.float32, "x")
 
 
-def test_the_condition_number_is_numpys():
+def test_the_extreme_eigenvalues_are_numpys():
     phi = torch.randn(60, 30, dtype=torch.float64)
     gram = phi.T @ phi
-    found = DampedGram(gram, 0.0, torch.float64, "x").condition
-    assert 0.5 * np.linalg.cond(gram.numpy()) < found < 1.01 * np.linalg.cond(gram.numpy())
+    eigenvalues = np.linalg.eigvalsh(gram.numpy() / gram.diagonal().mean().item())
+    found = DampedGram(gram, 0.0, torch.float64, "x")
+    assert 0.8 * eigenvalues[-1] < found.largest < 1.001 * eigenvalues[-1]
+    assert 0.999 * eigenvalues[0] < found.smallest < 1.2 * eigenvalues[0]
+
+
+def test_coarse_features_are_fine_with_damping():
+    phi = torch.randn(500, 200, dtype=torch.float64) @ torch.diag(torch.logspace(0, -2, 200, dtype=torch.float64))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        coarse = phi.to(torch.bfloat16).double()
+        exact, rounded = (DampedGram(x.T @ x, 1.0, torch.bfloat16, "x").solve(phi[:5]) for x in (phi, coarse))
+    assert float((exact - rounded).norm() / exact.norm()) < 0.02
 
 
 @pytest.mark.parametrize(

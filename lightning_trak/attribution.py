@@ -1,0 +1,359 @@
+"""The facade: a model, its checkpoints and a store in, attributions out."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+from lightning.pytorch.utilities.seed import isolate_rng
+from lightning_utilities.core.rank_zero import rank_zero_info
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_trak import distributed
+from lightning_trak.checkpoints import CheckpointSource, resolve_checkpoints
+from lightning_trak.data import Data, Range, as_loaders, batch_size_of, share_out
+from lightning_trak.features import EngineName, FeatureExtractor
+from lightning_trak.gradients import ParameterSelection
+from lightning_trak.module import AttributionMixin
+from lightning_trak.outputs import ModelOutput
+from lightning_trak.predict import FeatureBuffer, FeaturizeModule, ScoreModule, ShardWriter
+from lightning_trak.projections import GaussianProjection, Projection, SparseProjection
+from lightning_trak.scorers.gram import Curvature
+from lightning_trak.scorers.topk import TopK
+from lightning_trak.scorers.trak import Residuals, Scores, TRAKScorer
+from lightning_trak.store import FeatureStore
+
+Checkpoints = CheckpointSource | Sequence[CheckpointSource]
+
+# Features of this many bytes, over all checkpoints, are held for the targets at a time.
+TARGET_BYTES = 1 << 30
+
+
+class TRAK:
+    """Attributes a trained model's outputs to its training examples.
+
+    Every default is the best-measured one; :meth:`paper` is the published algorithm. The model, its mode, weights,
+    ``.grad`` and buffers are never touched: the work is done on a copy.
+
+    Args:
+        model: the trained model; a LightningModule with :class:`~lightning_trak.AttributionMixin`, or any module when
+            ``output`` is given.
+        checkpoints: a snapshot directory, or a list of snapshot directories, state dicts, safetensors files and
+            Lightning ``.ckpt`` paths. Scores are averaged over them.
+        store: directory of the features, on a disk that all ranks see.
+        output: the scalar output to attribute; default: the model's ``configure_model_output()``.
+        projection: what compresses gradients; default: :class:`~lightning_trak.projections.SparseProjection`.
+        curvature: ``"gauss_newton"``, or ``"identity"`` as published.
+        damping: ridge term relative to the mean of the Gram matrix's diagonal.
+        residuals: ``"per_checkpoint"``, or ``"averaged"`` as published: see
+            :class:`~lightning_trak.scorers.TRAKScorer`.
+        soft_threshold: scores move towards zero by this much (0: not at all).
+        parameters: which parameters to differentiate, by name pattern; default: all that require gradients.
+        engine: how gradients are computed: ``"auto"``, ``"functional"`` or ``"loop"``.
+        seed: seed of the projection.
+        dtype: dtype of the stored features.
+        weights_only: ``False`` lets ``.ckpt`` and ``.pt`` files run code when they are read; for files you trust only.
+
+    Example::
+
+        trak = TRAK(model, checkpoints="run/snapshots", store="run/features")
+        trak.featurize(trainer, train_loader)
+        scores = trak.score(trainer, target_loader)  # (num_targets, num_train)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        checkpoints: Checkpoints,
+        store: str | Path,
+        *,
+        output: ModelOutput | None = None,
+        projection: Projection | None = None,
+        curvature: Curvature = "gauss_newton",
+        damping: float = 1.0,
+        residuals: Residuals = "per_checkpoint",
+        soft_threshold: float = 0.0,
+        parameters: ParameterSelection = None,
+        engine: EngineName = "auto",
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+        weights_only: bool = True,
+    ) -> None:
+        _require("curvature", curvature, ("gauss_newton", "identity"))
+        _require("residuals", residuals, ("per_checkpoint", "averaged"))
+        _require("engine", engine, ("auto", "functional", "loop"))
+        _require("dtype", dtype, (torch.float64, torch.float32, torch.bfloat16, torch.float16))
+        for name, value in (("damping", damping), ("soft_threshold", soft_threshold)):
+            if value < 0:
+                raise ValueError(f"{name} must be at least 0, got {value}")
+        if output is None:
+            if not isinstance(model, AttributionMixin):
+                raise TypeError(
+                    f"{type(model).__name__} declares no model output: derive it from AttributionMixin and define"
+                    " configure_model_output(), or pass output="
+                )
+            output = model.configure_model_output()
+        if not isinstance(output, ModelOutput):
+            raise TypeError(f"the model output must be a ModelOutput, got {type(output).__name__}")
+        self.model = model
+        self.output = output
+        self.checkpoints = resolve_checkpoints(checkpoints, weights_only=weights_only)
+        self.store = Path(store)
+        self.projection = projection if projection is not None else SparseProjection()
+        self.curvature: Curvature = curvature
+        self.damping = damping
+        self.residuals: Residuals = residuals
+        self.soft_threshold = soft_threshold
+        self.parameters = parameters
+        self.engine: EngineName = engine
+        self.seed = seed
+        self.dtype = dtype
+
+    @classmethod
+    def paper(
+        cls,
+        model: nn.Module,
+        checkpoints: Checkpoints,
+        store: str | Path,
+        **options: Any,
+    ) -> "TRAK":
+        """TRAK as published (arXiv 2303.14186): a Gaussian projection, no curvature, no damping, Q averaged apart.
+
+        Args:
+            model: as for :class:`TRAK`.
+            checkpoints: as for :class:`TRAK`.
+            store: as for :class:`TRAK`.
+            **options: what :class:`TRAK` takes; these replace the published settings.
+        """
+        published: dict[str, Any] = {"curvature": "identity", "damping": 0.0, "residuals": "averaged"}
+        if "projection" not in options:
+            published["projection"] = GaussianProjection(2048)
+        return cls(model, checkpoints, store, **(published | options))
+
+    def featurize(self, trainer: L.Trainer, data: Data, shard_size: int | None = None) -> None:
+        """Compute and store the features of the training set at every checkpoint; continues where it was interrupted.
+
+        Args:
+            trainer: any Trainer whose strategy keeps the model whole on each rank (one device, DDP).
+            data: the training data: a DataLoader, map-style Dataset or LightningDataModule (its ``train_dataloader``).
+                Every item of the dataset is featurized once, in order, whatever the loader's sampler does. Give data
+                without random augmentation.
+            shard_size: examples per file, when the store is new; a rank's unit of work. Default: about 1024.
+
+        Raises:
+            ValueError: if the store was made with other settings, or an example's features are not finite.
+        """
+        loaders = as_loaders(data, "fit")
+        if len(loaders) != 1:
+            raise ValueError(f"featurize takes one training set, got {len(loaders)} loaders; use a ConcatDataset")
+        loader = loaders[0]
+        extractor = self._extractor()
+        num_examples = len(cast(Any, loader.dataset))
+        store = self._store(extractor, num_examples, shard_size or _default_shard_size(num_examples, loader))
+        missing = [store.missing(checkpoint) for checkpoint in range(store.num_checkpoints)]
+        selected = sum(extractor.sizes.values())
+        total = sum(parameter.numel() for parameter in self.model.parameters())
+        rank_zero_info(
+            f"TRAK: {num_examples} examples at {store.num_checkpoints} checkpoints, gradients of {selected} of {total}"
+            f" parameters, {type(self.projection).__name__} to {self._dim(extractor)} features:"
+            f" {sum(map(len, missing))} of {store.num_checkpoints * store.num_shards} shards to do"
+        )
+        if not any(missing):
+            return
+        jobs = [[Range(number, store.shard(number)) for number in numbers] for numbers in missing]
+        datamodule = data if isinstance(data, L.LightningDataModule) else None
+        module = FeaturizeModule(ShardWriter(store), extractor, store, datamodule, loader)
+        with _borrowed(trainer):
+            trainer.predict(module, share_out(loader, jobs, trainer), return_predictions=False)
+        distributed.barrier()
+        store.require_complete()
+
+    def score(
+        self, trainer: L.Trainer, data: Data | Sequence[DataLoader[Any]], top_k: int | None = None, largest: bool = True
+    ) -> Any:
+        """Score every target against every training example.
+
+        A positive score says that training on the example raises the output at the target.
+
+        Args:
+            trainer: as for :meth:`featurize`; the strategy must not spawn its processes.
+            data: the targets: a DataLoader, a sequence of them, a map-style Dataset or a LightningDataModule (its
+                ``predict_dataloader``).
+            top_k: keep only this many training examples for each target; the full matrix then never exists.
+            largest: whether ``top_k`` keeps the highest scores (proponents) or the lowest (opponents).
+
+        Returns:
+            On every rank a CPU Tensor ``(num_targets, num_train)``, or with ``top_k`` a
+            :class:`~lightning_trak.scorers.TopK`; rows in the order of the targets' dataset. A list of them for a
+            sequence of loaders.
+
+        Raises:
+            FileNotFoundError: if there is no store yet.
+            RuntimeError: if featurizing is not complete.
+            ValueError: if the store was made with other settings, or a Gram matrix is singular.
+        """
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k must be at least 1, got {top_k}")
+        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+            raise ValueError("a strategy that spawns or forks processes cannot return scores; use strategy='ddp'")
+        loaders = as_loaders(data, "predict")
+        extractor = self._extractor()
+        store = self._existing_store(extractor)
+        store.require_complete()
+        scorer = self._scorer(store)
+        datamodule = data if isinstance(data, L.LightningDataModule) else None
+        results = []
+        for loader in loaders:
+            parts: list[Scores] = []
+            for examples in _target_blocks(loader, store, self._dim(extractor)):
+                directions = self._directions(trainer, loader, examples, extractor, store, scorer, datamodule)
+                parts.append(scorer.score_together(directions, top_k, largest))
+            results.append(_concatenate(parts))
+        return results if isinstance(data, (list, tuple)) else results[0]
+
+    def scorer(self, top_k: int | None = None, largest: bool = True) -> ScoreModule:
+        """A module for ``trainer.predict(trak.scorer(), loader)``: scores for each batch as the loader yields it.
+
+        Args:
+            top_k: keep only this many training examples for each target.
+            largest: whether ``top_k`` keeps the highest scores or the lowest.
+        """
+        extractor = self._extractor(keep=True)
+        store = self._existing_store(extractor)
+        store.require_complete()
+        return ScoreModule(self._scorer(store), top_k, largest, extractor, store)
+
+    def _directions(
+        self,
+        trainer: L.Trainer,
+        loader: DataLoader[Any],
+        examples: range,
+        extractor: FeatureExtractor,
+        store: FeatureStore,
+        scorer: TRAKScorer,
+        datamodule: L.LightningDataModule | None,
+    ) -> list[Tensor]:
+        """Preconditioned features of some targets at each checkpoint, ``(len(examples), k)``, on every rank."""
+        size = batch_size_of(loader)
+        batches = [
+            Range(number, examples[start : start + size]) for number, start in enumerate(range(0, len(examples), size))
+        ]
+        buffer = FeatureBuffer()
+        module = FeaturizeModule(buffer, extractor, store, datamodule)
+        with _borrowed(trainer):
+            loaders = share_out(loader, [batches] * store.num_checkpoints, trainer)
+            trainer.predict(module, loaders, return_predictions=False)
+        scorer.fit(trainer.strategy.root_device)
+        features = [
+            torch.empty(len(examples), self._dim(extractor), dtype=self.dtype) for _ in range(store.num_checkpoints)
+        ]
+        received = torch.zeros(store.num_checkpoints, len(examples), dtype=torch.bool)
+        for rows in distributed.all_gather(buffer.rows):
+            for checkpoint, positions, found in rows:
+                features[checkpoint][positions - examples.start] = found
+                received[checkpoint, positions - examples.start] = True
+        if not received.all():
+            raise RuntimeError(f"{int((~received).sum())} target features never arrived; a rank must have failed")
+        return [scorer.precondition(checkpoint, rows) for checkpoint, rows in enumerate(features)]
+
+    def _extractor(self, keep: bool = False) -> FeatureExtractor:
+        return FeatureExtractor(
+            self.model,
+            self.output,
+            self.checkpoints,
+            self.projection,
+            parameters=self.parameters,
+            engine=self.engine,
+            seed=self.seed,
+            dtype=self.dtype,
+            keep=keep,
+        )
+
+    @cached_property
+    def _weights(self) -> list[str]:
+        return [checkpoint.fingerprint() for checkpoint in self.checkpoints]
+
+    def _scorer(self, store: FeatureStore) -> TRAKScorer:
+        return TRAKScorer(store, self.curvature, self.damping, self.residuals, self.soft_threshold)
+
+    def _dim(self, extractor: FeatureExtractor) -> int:
+        return self.projection.bind(extractor.sizes, seed=self.seed, checkpoint=0, device=torch.device("cpu")).dim
+
+    def _identity(self, extractor: FeatureExtractor) -> dict[str, Any]:
+        shapes = {name: list(parameter.shape) for name, parameter in extractor.module.named_parameters()}
+        return {
+            "seed": self.seed,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "projection": self.projection.fingerprint(),
+            "output": self.output.fingerprint(),
+            "parameters": [[name, shapes[raw]] for name, raw in extractor.names.items()],
+            "checkpoints": self._weights,
+        }
+
+    def _store(self, extractor: FeatureExtractor, num_examples: int, shard_size: int) -> FeatureStore:
+        return FeatureStore(self.store, self._identity(extractor), num_examples, shard_size)
+
+    def _existing_store(self, extractor: FeatureExtractor) -> FeatureStore:
+        num_examples = FeatureStore.read_manifest(self.store)["num_examples"]
+        return self._store(extractor, num_examples, shard_size=1)
+
+
+def _require(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
+
+
+def _default_shard_size(num_examples: int, loader: DataLoader[Any]) -> int:
+    """About 1024 examples, less for small data so that there is work to share, and whole batches."""
+    batch = batch_size_of(loader)
+    wanted = min(1024, -(-num_examples // 32))
+    return batch * max(1, round(wanted / batch))
+
+
+def _target_blocks(loader: DataLoader[Any], store: FeatureStore, dim: int) -> Iterator[range]:
+    """Targets in blocks whose features fit in memory."""
+    total, batch = len(cast(Any, loader.dataset)), batch_size_of(loader)
+    step = batch * max(1, TARGET_BYTES // (batch * dim * 4 * store.num_checkpoints))
+    return (range(start, min(start + step, total)) for start in range(0, total, step))
+
+
+def _concatenate(parts: list[Scores]) -> Scores:
+    if isinstance(parts[0], TopK):
+        return TopK(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    return torch.cat(cast(list[Tensor], parts))
+
+
+@contextmanager
+def _borrowed(trainer: L.Trainer) -> Iterator[None]:
+    """The user's Trainer for a predict loop of ours: no logger and no callback but the progress bar takes part."""
+    if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
+        raise ValueError(
+            f"{type(trainer.strategy).__name__} splits the parameters over ranks, and per-example gradients need them"
+            " whole: use a Trainer with strategy='ddp' or a single device"
+        )
+    limit = trainer.limit_predict_batches
+    if limit != 1.0 or isinstance(limit, int):  # 1 is one batch, 1.0 is all of them
+        raise ValueError(
+            f"the Trainer has limit_predict_batches={limit} (fast_dev_run sets it too), so some"
+            " examples would be missed; use a Trainer without it"
+        )
+    loggers, callbacks = trainer.loggers, trainer.callbacks  # type: ignore[attr-defined]
+    module = cast(L.LightningModule, trainer.strategy.lightning_module)
+    trainer.loggers = []
+    bars = [callback for callback in callbacks if isinstance(callback, ProgressBar)]
+    trainer.callbacks = bars  # type: ignore[attr-defined]
+    try:
+        with isolate_rng(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*does not have many workers.*")
+            yield
+    finally:
+        trainer.loggers, trainer.callbacks = loggers, callbacks  # type: ignore[attr-defined]
+        trainer.strategy.connect(module)

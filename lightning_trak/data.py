@@ -1,0 +1,155 @@
+"""From what a user passes as data to examples in a fixed order.
+
+Features and scores belong to positions in a dataset. So the loader's sampler, its shuffling and Lightning's distributed
+sampler are all left out: the dataset is cut into ranges, and each rank loads whole ranges, in order. A batch then holds
+the same examples whatever the number of processes, which is what makes results reproducible bit for bit.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomSampler
+
+DEFAULT_BATCH_SIZE = 32
+
+Data = DataLoader[Any] | Dataset[Any] | L.LightningDataModule
+
+
+class Range(NamedTuple):
+    """Consecutive examples that one rank handles as a whole.
+
+    Attributes:
+        number: which range this is (the shard's number).
+        examples: positions in the dataset.
+    """
+
+    number: int
+    examples: range
+
+
+class IndexedBatch(NamedTuple):
+    """A batch that knows where it comes from.
+
+    Attributes:
+        number: the number of the range that it is part of.
+        positions: in the dataset, int64, shape ``(batch,)``.
+        batch: what the user's collate function made.
+    """
+
+    number: int
+    positions: Tensor
+    batch: Any
+
+
+def as_loaders(data: Data | Sequence[DataLoader[Any]], stage: str) -> list[DataLoader[Any]]:
+    """Loaders of map-style datasets from anything that ``Trainer`` methods take.
+
+    Args:
+        data: a DataLoader, a sequence of them, a Dataset (batches of 32) or a LightningDataModule.
+        stage: ``"fit"`` asks a data module for ``train_dataloader()``, ``"predict"`` for ``predict_dataloader()``.
+
+    Raises:
+        TypeError: if it is none of these, or a dataset has no positions (an IterableDataset).
+        ValueError: if a loader draws a subset or makes its own batches, so that examples cannot be told apart.
+    """
+    if isinstance(data, L.LightningDataModule):
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # as the Trainer does: once on each machine
+            data.prepare_data()
+        data.setup(stage)
+        data = data.train_dataloader() if stage == "fit" else data.predict_dataloader()
+    loaders = list(data) if isinstance(data, (list, tuple)) else [data]
+    return [_as_loader(item) for item in loaders]
+
+
+def _as_loader(data: Any) -> DataLoader[Any]:
+    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+        data = DataLoader(data, batch_size=DEFAULT_BATCH_SIZE)
+    dataset = getattr(data, "dataset", data)
+    if not isinstance(data, DataLoader) or isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        raise TypeError(
+            f"cannot attribute to a {type(dataset).__name__}: expected a DataLoader, Dataset or LightningDataModule"
+            " over a map-style dataset (with __len__ and __getitem__), because scores are indexed by position in it"
+        )
+    if isinstance(data.sampler, SubsetRandomSampler):
+        raise ValueError(
+            "the loader draws a subset with SubsetRandomSampler, but scores are indexed by position in its dataset; use"
+            " DataLoader(torch.utils.data.Subset(dataset, indices))"
+        )
+    if data.batch_sampler is None:
+        raise ValueError("the loader has automatic batching off (batch_size=None); give it a batch_size")
+    if len(dataset) == 0:
+        raise ValueError("the dataset is empty")
+    return data
+
+
+def batch_size_of(loader: DataLoader[Any]) -> int:
+    """The loader's batch size, or 32 when a batch sampler of varying sizes decides."""
+    return loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or DEFAULT_BATCH_SIZE
+
+
+def load(loader: DataLoader[Any], batches: list[list[int]]) -> DataLoader[Any]:
+    """A loader like the given one that yields exactly these batches of dataset positions."""
+    return DataLoader(
+        loader.dataset,
+        batch_sampler=batches,
+        collate_fn=loader.collate_fn,
+        num_workers=loader.num_workers,
+        pin_memory=loader.pin_memory,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        prefetch_factor=loader.prefetch_factor,
+        generator=torch.Generator(),  # the workers' base seed must not come from the user's random state
+    )
+
+
+class RangeLoader:
+    """Yields this rank's share of some ranges as :class:`IndexedBatch`.
+
+    It is not a DataLoader, so Lightning neither re-creates it nor adds a distributed sampler.
+
+    Args:
+        loader: where dataset, collate function, workers and batch size come from.
+        ranges: the ranges to load. Rank r takes those whose ``turn`` is r modulo the world size.
+        turns: one number per range.
+        trainer: asked for rank and world size once its processes run.
+    """
+
+    def __init__(
+        self, loader: DataLoader[Any], ranges: Sequence[Range], turns: Sequence[int], trainer: L.Trainer
+    ) -> None:
+        self.loader = loader
+        self.ranges = ranges
+        self.turns = turns
+        self.trainer = trainer
+
+    def _plan(self) -> list[tuple[int, range]]:
+        size = batch_size_of(self.loader)
+        return [
+            (number, examples[start : start + size])
+            for (number, examples), turn in zip(self.ranges, self.turns, strict=True)
+            if turn % self.trainer.world_size == self.trainer.global_rank
+            for start in range(0, len(examples), size)
+        ]
+
+    def __len__(self) -> int:
+        return len(self._plan())
+
+    def __iter__(self) -> Iterator[IndexedBatch]:
+        plan = self._plan()
+        batches = load(self.loader, [list(examples) for _, examples in plan])
+        for (number, examples), batch in zip(plan, batches, strict=True):
+            yield IndexedBatch(number, torch.arange(examples.start, examples.stop), batch)
+
+
+def share_out(loader: DataLoader[Any], jobs: Sequence[Sequence[Range]], trainer: L.Trainer) -> list[RangeLoader]:
+    """One loader per job (checkpoint), with all ranges of all jobs dealt evenly to the ranks."""
+    loaders, dealt = [], 0
+    for ranges in jobs:
+        loaders.append(RangeLoader(loader, ranges, range(dealt, dealt + len(ranges)), trainer))
+        dealt += len(ranges)
+    return loaders

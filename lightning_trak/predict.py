@@ -1,0 +1,174 @@
+"""The LightningModules that ``trainer.predict`` runs: one featurizes, one scores batches as they come."""
+
+import random
+from typing import Any, Protocol
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_trak.data import IndexedBatch, batch_size_of, load
+from lightning_trak.features import FeatureExtractor
+from lightning_trak.gradients.batch import infer_batch_size
+from lightning_trak.scorers.trak import Scores, TRAKScorer
+from lightning_trak.store import Features, FeatureStore
+
+
+class Sink(Protocol):
+    """Where features go, apart from how they are made."""
+
+    def add(self, checkpoint: int, number: int, positions: Tensor, rows: Features) -> None:
+        """Take the rows of the examples at ``positions``, which are part of range ``number``."""
+
+
+class ShardWriter:
+    """Collects rows until a shard is whole, then writes it to the store."""
+
+    def __init__(self, store: FeatureStore) -> None:
+        self.store = store
+        self._parts: list[Features] = []
+
+    def add(self, checkpoint: int, number: int, positions: Tensor, rows: Features) -> None:  # noqa: D102
+        shard = self.store.shard(number)
+        if int(positions[0]) == shard.start:
+            self._parts = []
+        self._parts.append(Features(*(column.cpu() for column in rows)))
+        if int(positions[-1]) == shard[-1]:
+            whole = Features(*(torch.cat(column) for column in zip(*self._parts, strict=True)))
+            self.store.write(checkpoint, number, whole)
+
+
+class FeatureBuffer:
+    """Keeps features in memory, as ``(checkpoint, positions, features)``."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[int, Tensor, Tensor]] = []
+
+    def add(self, checkpoint: int, number: int, positions: Tensor, rows: Features) -> None:  # noqa: ARG002, D102
+        self.rows.append((checkpoint, positions.cpu(), rows.features.cpu()))
+
+
+class ExtractorModule(L.LightningModule):
+    """Holds the extractor's copy of the user's module, so that Lightning moves it to the device.
+
+    Args:
+        extractor: makes the features.
+        store: holds what the model output remembers of the training data at each checkpoint.
+        datamodule: where the data came from, if it has batch transfer hooks of its own.
+        train_loader: training data to remember when the store holds nothing yet.
+    """
+
+    # A rank without work runs no hook, and there is no collective that the others could wait in.
+    allow_zero_length_dataloader_with_multiple_devices = True
+
+    def __init__(
+        self,
+        extractor: FeatureExtractor,
+        store: FeatureStore,
+        datamodule: L.LightningDataModule | None = None,
+        train_loader: DataLoader[Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.extractor = extractor
+        self.model = extractor.module
+        self._store = store
+        self._datamodule = datamodule
+        self._train_loader = train_loader
+
+    def enter(self, checkpoint: int) -> None:
+        """Make the extractor ready for a checkpoint."""
+        if self.extractor.current == checkpoint:
+            return
+        self.extractor.to_checkpoint(checkpoint, self.device)
+        if not self.extractor.output.context_size:
+            return
+        context = self._store.read_extra(checkpoint, "context")
+        if context is None:
+            context = self.extractor.make_context(self._context_batches(checkpoint))
+            self._store.write_extra(checkpoint, "context", context)
+        self.extractor.output.set_context({name: tensor.to(self.device) for name, tensor in context.items()})
+
+    def _context_batches(self, checkpoint: int) -> Any:
+        """A uniform sample of the training data, without replacement, another one at each checkpoint."""
+        assert self._train_loader is not None, "the store holds the context once featurizing is complete"
+        total = self._store.num_examples
+        draw = random.Random(f"{self.extractor.seed}/{checkpoint}/context")
+        sample = draw.sample(range(total), min(self.extractor.output.context_size, total))
+        size = batch_size_of(self._train_loader)
+        for batch in load(self._train_loader, [sample[i : i + size] for i in range(0, len(sample), size)]):
+            batch = self.on_before_batch_transfer(batch, 0)
+            batch = self.transfer_batch_to_device(batch, self.device, 0)
+            yield self.on_after_batch_transfer(batch, 0)
+
+    def configure_model(self) -> None:
+        """As the user's module does it."""
+        if isinstance(self.model, L.LightningModule):
+            self.model.configure_model()
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """The user's hook, on the user's batch."""
+        return self._hook("on_before_batch_transfer", batch, dataloader_idx)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """The user's hook, on the user's batch."""
+        return self._hook("transfer_batch_to_device", batch, device, dataloader_idx)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """The user's hook, on the user's batch."""
+        return self._hook("on_after_batch_transfer", batch, dataloader_idx)
+
+    def _hook(self, name: str, batch: Any, *args: Any) -> Any:
+        if self._datamodule is not None and is_overridden(name, self._datamodule, L.LightningDataModule):
+            hook = getattr(self._datamodule, name)
+        elif isinstance(self.model, L.LightningModule):
+            hook = getattr(self.model, name)
+        else:
+            hook = getattr(super(), name)
+        if isinstance(batch, IndexedBatch):
+            return batch._replace(batch=hook(batch.batch, *args))
+        return hook(batch, *args)
+
+
+class FeaturizeModule(ExtractorModule):
+    """Featurizes :class:`~lightning_trak.data.IndexedBatch`; the m-th dataloader is for the m-th checkpoint."""
+
+    def __init__(self, sink: Sink, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._sink = sink
+
+    def predict_step(self, batch: IndexedBatch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:  # noqa: ARG002
+        """Hand the batch's features to the sink; returns its positions, since Lightning warns of None."""
+        self.enter(dataloader_idx)
+        rows = self.extractor(batch.batch, batch.positions)
+        self._sink.add(dataloader_idx, batch.number, batch.positions, rows)
+        return batch.positions
+
+
+class ScoreModule(ExtractorModule):
+    """Scores the batches of any loader against every stored example, one batch at a time.
+
+    ``trainer.predict`` returns for each batch a Tensor ``(batch, num_train)``, or a
+    :class:`~lightning_trak.scorers.topk.TopK` of ``(batch, top_k)`` each. The weights of all checkpoints stay in host
+    memory; :meth:`lightning_trak.TRAK.score` loads each only once and suits many targets better.
+    """
+
+    def __init__(self, scorer: TRAKScorer, top_k: int | None, largest: bool, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._scorer = scorer
+        self._top_k = top_k
+        self._largest = largest
+
+    def setup(self, stage: str) -> None:  # noqa: ARG002
+        """Factor the Gram matrices; every rank takes part."""
+        self._scorer.fit(self.trainer.strategy.root_device)
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Scores:  # noqa: ARG002
+        """Scores of a batch of targets."""
+        positions = torch.arange(infer_batch_size(batch))
+        directions = []
+        for checkpoint in range(self._store.num_checkpoints):
+            self.enter(checkpoint)
+            directions.append(self._scorer.precondition(checkpoint, self.extractor(batch, positions).features))
+        return self._scorer.score(directions, top_k=self._top_k, largest=self._largest)

@@ -1,0 +1,77 @@
+"""A small Lightning model, data for it, and checkpoints of it."""
+
+from typing import Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from lightning_trak import AttributionMixin
+from lightning_trak.outputs import ClassificationMargin, ModelOutput
+
+
+class LitNet(AttributionMixin, L.LightningModule):
+    """Has what can go wrong in a copy: batch statistics, dropout, a buffer that is not saved, a tied weight."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, width)
+        self.norm = nn.BatchNorm1d(width)
+        self.dropout = nn.Dropout(0.5)
+        self.head = nn.Linear(width, 3)
+        self.register_buffer("scale", torch.tensor(1.5), persistent=False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(self.dropout(torch.tanh(self.norm(self.first(inputs))))) * self.scale
+
+    def configure_model_output(self) -> ModelOutput:
+        return ClassificationMargin()
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1, weight_decay=1e-3)
+
+
+def make_data(size: int, seed: int = 0) -> TensorDataset:
+    """Three overlapping clusters in six dimensions."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, 3, (size,), generator=generator)
+    centres = torch.randn(3, 6, generator=torch.Generator().manual_seed(99))
+    return TensorDataset(centres[labels] + torch.randn(size, 6, generator=generator), labels)
+
+
+def make_model(seed: int = 0, steps: int = 30) -> LitNet:
+    """A net trained for some steps in plain torch."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = LitNet()
+        inputs, labels = make_data(64).tensors
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            F.cross_entropy(model(inputs), labels).backward()
+            optimizer.step()
+    model.zero_grad()
+    return model
+
+
+def make_checkpoints(count: int) -> list[dict[str, Tensor]]:
+    """State dicts of independently trained nets."""
+    return [make_model(seed=seed + 1).state_dict() for seed in range(count)]
+
+
+def make_trainer(**options: Any) -> L.Trainer:
+    """A quiet Trainer on the CPU."""
+    quiet: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return L.Trainer(**(quiet | options))
