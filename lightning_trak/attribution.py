@@ -352,7 +352,7 @@ def _borrowed(trainer: L.Trainer) -> Iterator[None]:
     trainer.callbacks = bars  # type: ignore[attr-defined]
     try:
         with isolate_rng(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*does not have many workers.*")
+            warnings.filterwarnings("ignore", ".*RangeLoader.*")  # it may have nothing left to do
             yield
     finally:
         trainer.loggers, trainer.callbacks = loggers, callbacks  # type: ignore[attr-defined]

@@ -60,9 +60,6 @@ class ExtractorModule(L.LightningModule):
         train_loader: training data to remember when the store holds nothing yet.
     """
 
-    # A rank without work runs no hook, and there is no collective that the others could wait in.
-    allow_zero_length_dataloader_with_multiple_devices = True
-
     def __init__(
         self,
         extractor: FeatureExtractor,
@@ -71,6 +68,8 @@ class ExtractorModule(L.LightningModule):
         train_loader: DataLoader[Any] | None = None,
     ) -> None:
         super().__init__()
+        # A rank without work runs no hook, and there is no collective that the others could wait in.
+        self.allow_zero_length_dataloader_with_multiple_devices = True
         self.extractor = extractor
         self.model = extractor.module
         self._store = store

@@ -176,7 +176,7 @@ class FeatureStore:
     def read_extra(self, checkpoint: int, name: str, key: str = "") -> dict[str, Tensor] | None:
         """Read what :meth:`write_extra` wrote, or None if nothing was written with this ``key``."""
         path = self._path(checkpoint, name)
-        return self._load(path) if path.exists() and self._metadata(path).get("key", "") == key else None
+        return self._load(path) if path.exists() and self._metadata(path)["key"] == key else None
 
     def digest(self, checkpoint: int) -> str:
         """Stands for all features of a checkpoint: changes when a shard does."""
@@ -186,30 +186,38 @@ class FeatureStore:
     @staticmethod
     def _save(path: Path, tensors: dict[str, Tensor], key: str = "") -> None:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        metadata = {"sha256": tensor_digest(tensors), "key": key}
+        # One entry, since safetensors writes several in any order, and equal content should give equal files.
+        metadata = {"lightning_trak": json.dumps({"sha256": tensor_digest(tensors), "key": key})}
         write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
 
     def _metadata(self, path: Path) -> dict[str, str]:
-        try:
-            with safe_open(path, framework="pt") as file:
-                return file.metadata() or {}
-        except (SafetensorError, OSError) as error:
-            raise self._damaged(path, str(error)) from error
+        with self._open(path) as file:
+            return self._parse(path, file)
 
     def _load(self, path: Path) -> dict[str, Tensor]:
         status = path.stat()
         seen = (path, status.st_size, status.st_mtime_ns)
-        try:
-            with safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                metadata = file.metadata() or {}
-        except (SafetensorError, OSError) as error:
-            raise self._damaged(path, str(error)) from error
+        with self._open(path) as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = self._parse(path, file)
         if seen not in self._verified:
-            if metadata.get("sha256") != tensor_digest(tensors):
+            if metadata["sha256"] != tensor_digest(tensors):
                 raise self._damaged(path, "its checksum does not match its content")
             self._verified.add(seen)
         return tensors
+
+    def _open(self, path: Path) -> Any:
+        try:
+            return safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise self._damaged(path, str(error)) from error
+
+    def _parse(self, path: Path, file: Any) -> dict[str, str]:
+        try:
+            metadata: dict[str, str] = json.loads(file.metadata()["lightning_trak"])
+            return {"sha256": metadata["sha256"], "key": metadata["key"]}
+        except (TypeError, KeyError, ValueError) as error:
+            raise self._damaged(path, "its header lacks the checksum") from error
 
     @staticmethod
     def _damaged(path: Path, reason: str) -> ValueError:

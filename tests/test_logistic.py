@@ -39,7 +39,7 @@ def fit(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 @pytest.fixture(scope="module")
 def problem():
     x, y = load_breast_cancer(return_X_y=True)
-    # Ten features for 400 examples: one Newton step leaves out the factor 1 / (1 - leverage), so leverage must be small.
+    # Ten features for 400 examples: one Newton step leaves out the factor 1 / (1 - leverage), so that must be small.
     x = StandardScaler().fit_transform(x[:, :10])
     order = np.random.default_rng(0).permutation(len(x))
     train, targets = order[:400], order[400:440]

@@ -140,7 +140,7 @@ def test_a_gram_that_only_rounding_makes_regular_is_refused():
 
 def test_an_ill_conditioned_gram_warns():
     gram = torch.diag(torch.logspace(0, -7, K, dtype=torch.float64))
-    with pytest.warns(RuntimeWarning, match=r"ill-conditioned \(1.0e\+07\)"):
+    with pytest.warns(RuntimeWarning, match=r"ill-conditioned \(condition number 1.0e\+07\)"):
         DampedGram(gram, 0.0, torch.float32, "x")
 
 

@@ -80,16 +80,17 @@ class DampedGram:
         self.largest, self.smallest = self._extreme_eigenvalues(damped)
         # Features phi with independent rounding errors e give K errors of about phi^T e, whose norm is at most
         # |phi| |e| ~ sqrt(largest) eps in units of K's scale; they must not reach the smallest eigenvalue.
+        condition = f"condition number {self.largest / self.smallest:.1e}"
         noise = torch.finfo(precision).eps * self.largest**0.5 / self.smallest
         if noise > 1:
             raise ValueError(
-                f"the Gram matrix of {name} is singular to the precision of its {precision} features (condition number"
-                f" {self.largest / self.smallest:.1e}): {advice}"
+                f"the Gram matrix of {name} is singular to the precision of its {precision} features"
+                f" ({condition}): {advice}"
             )
         if noise > 0.1:
             warnings.warn(
-                f"the Gram matrix of {name} is ill-conditioned ({self.largest / self.smallest:.1e}), so rounding of the {precision}"
-                f" features shows in the scores: {advice}",
+                f"the Gram matrix of {name} is ill-conditioned ({condition}), so rounding of the {precision} features"
+                f" shows in the scores: {advice}",
                 RuntimeWarning,
                 stacklevel=2,
             )

@@ -19,7 +19,8 @@ class TRAKScorer:
     """tau(x)_i = 1/M sum_m phi_m(x)^T (K_m + lambda_m I)^-1 phi_m(i) Q_m(i).
 
     K_m = sum_j R_m(j) phi_m(j) phi_m(j)^T is the Hessian of the linearised model's loss, so tau(x)_i is what a Newton
-    step says that training example i adds to the output at x (Pregibon 1981; Park et al. 2023, arXiv 2303.14186, section 3).
+    step says that training example i adds to the output at x (Pregibon 1981; Park et al. 2023, arXiv 2303.14186,
+    section 3).
 
     Args:
         store: complete features of the training set.
