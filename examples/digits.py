@@ -8,12 +8,12 @@ truth, against which the linear datamodeling score (LDS) measures those scores, 
 import argparse
 import logging
 import time
+import warnings
 from pathlib import Path
 
 import lightning as L
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -58,12 +58,6 @@ class LitDigits(AttributionMixin, L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-3)
 
 
-class StageBar(TQDMProgressBar):
-    """Lightning's progress bar, saying which stage of the attribution `trainer.predict` is at."""
-
-    predict_description = "Gradients, checkpoint"
-
-
 def make_data() -> tuple[TensorDataset, TensorDataset]:
     """Training and target images with labels, shuffled once."""
     digits = load_digits()
@@ -100,6 +94,7 @@ def main() -> None:
     started = time.time()
     run = args.out / time.strftime("%Y%m%d-%H%M%S")
     torch.set_num_threads(1)  # the net is too small to share
+    warnings.filterwarnings("ignore", ".*LeafSpec.*|.*does not have many workers.*")  # Lightning's own
     train, targets = make_data()
     logger = CSVLogger(run, name="", version="logs")
 
@@ -110,7 +105,7 @@ def main() -> None:
         max_epochs=EPOCHS,
         accelerator="cpu",
         logger=logger,
-        callbacks=[TRAKCallback(run / "snapshots", every_n_epochs=4), StageBar()],
+        callbacks=[TRAKCallback(run / "snapshots", every_n_epochs=4)],
         enable_checkpointing=False,
         enable_model_summary=False,
         log_every_n_steps=12,
@@ -121,9 +116,9 @@ def main() -> None:
     projection = SparseProjection(args.k)
     trak = TRAK(model, run / "snapshots", run / "features", projection=projection)
     trak.featurize(trainer, DataLoader(train, batch_size=100))
-    scores = {"lightning_trak": trak.score(trainer, DataLoader(targets, batch_size=100))}
+    scores = trak.score(trainer, DataLoader(targets, batch_size=100))
     paper = TRAK.paper(model, run / "snapshots", run / "features", projection=projection)
-    scores["TRAK as published"] = paper.score(trainer, DataLoader(targets, batch_size=100))
+    paper_scores = paper.score(trainer, DataLoader(targets, batch_size=100))
 
     print(f"3. Retraining on {args.subsets} random halves", flush=True)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -136,19 +131,22 @@ def main() -> None:
     )
 
     print("4. Linear datamodeling score: rank correlation of predicted and retrained outputs")
-    for name, values in scores.items():
+    measured = {}
+    for name, values in (("TRAK", scores), ("TRAK.paper", paper_scores)):
         lds = LinearDatamodelingScore(masks)
         lds.update(values, outputs)
         low, high = lds.interval()
-        print(f"   {name:20s} LDS {lds.compute():.3f}  (95% interval {low:.3f} to {high:.3f})")
-        logger.log_metrics({f"lds/{name}": float(lds.compute())})
+        measured |= {f"lds/{name}": lds.compute(), f"lds/{name}_low": low, f"lds/{name}_high": high}
+        print(f"   {name:12s} LDS {lds.compute():.3f}  (95% interval {low:.3f} to {high:.3f})")
+    logger.log_metrics(measured, step=trainer.global_step)
     logger.save()
 
+    print("5. Which training images made the model say this?")
     shown = torch.tensor([int((targets.tensors[1] == digit).nonzero()[0]) for digit in (3, 8, 9)])
     for target in shown.tolist():
         print(f"   held-out image {target}, a {int(targets.tensors[1][target])}:")
         for kind, largest in (("proponents", True), ("opponents", False)):
-            values, indices = scores["lightning_trak"][target].topk(5, largest=largest)
+            values, indices = scores[target].topk(5, largest=largest)
             items = [
                 f"#{i} (a {int(train.tensors[1][i])}) {value:+.2g}" for i, value in zip(indices, values, strict=True)
             ]
@@ -156,7 +154,7 @@ def main() -> None:
     figure = plot_attributions(
         targets.tensors[0][shown],
         train.tensors[0],
-        scores["lightning_trak"][shown],
+        scores[shown],
         target_names=[f"a {int(label)}" for label in targets.tensors[1][shown]],
         train_names=[f"a {int(label)}" for label in train.tensors[1]],
     )

@@ -170,7 +170,7 @@ class TRAK:
             return
         jobs = [[Range(number, store.shard(number)) for number in numbers] for numbers in missing]
         datamodule = data if isinstance(data, L.LightningDataModule) else None
-        module = FeaturizeModule(ShardWriter(store), extractor, store, datamodule, loader)
+        module = FeaturizeModule(ShardWriter(store), "Featurizing", extractor, store, datamodule, loader)
         with _borrowed(trainer):
             trainer.predict(module, share_out(loader, jobs, trainer), return_predictions=False)
         distributed.barrier()
@@ -247,7 +247,7 @@ class TRAK:
             Range(number, examples[start : start + size]) for number, start in enumerate(range(0, len(examples), size))
         ]
         buffer = FeatureBuffer()
-        module = FeaturizeModule(buffer, extractor, store, datamodule)
+        module = FeaturizeModule(buffer, "Scoring", extractor, store, datamodule)
         with _borrowed(trainer):
             loaders = share_out(loader, [batches] * store.num_checkpoints, trainer)
             trainer.predict(module, loaders, return_predictions=False)

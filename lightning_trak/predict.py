@@ -5,6 +5,7 @@ from typing import Any, Protocol
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -133,9 +134,19 @@ class ExtractorModule(L.LightningModule):
 class FeaturizeModule(ExtractorModule):
     """Featurizes :class:`~lightning_trak.data.IndexedBatch`; the m-th dataloader is for the m-th checkpoint."""
 
-    def __init__(self, sink: Sink, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, sink: Sink, task: str, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._sink = sink
+        self._task = task
+
+    def on_predict_batch_start(self, batch: IndexedBatch, batch_idx: int, dataloader_idx: int = 0) -> None:  # noqa: ARG002
+        """Have the progress bar say what it shows, rather than "Predicting DataLoader 0"."""
+        bar, text = self.trainer.progress_bar_callback, f"{self._task}, checkpoint {dataloader_idx + 1}"
+        if batch_idx == 0 and isinstance(bar, TQDMProgressBar):
+            bar.predict_progress_bar.set_description(text)
+        elif batch_idx == 0 and isinstance(bar, RichProgressBar) and bar.predict_progress_bar_id is not None:
+            assert bar.progress is not None
+            bar.progress.update(bar.predict_progress_bar_id, description=text)
 
     def predict_step(self, batch: IndexedBatch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:  # noqa: ARG002
         """Hand the batch's features to the sink; returns its positions, since Lightning warns of None."""

@@ -1,0 +1,45 @@
+import re
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+import lightning_trak
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_public_names_are_there():
+    assert set(lightning_trak.__all__) == set(dir(lightning_trak))
+    for name in lightning_trak.__all__:
+        assert getattr(lightning_trak, name) is not None
+    with pytest.raises(AttributeError, match="has no attribute 'TRAC'"):
+        lightning_trak.TRAC  # noqa: B018
+    assert version("lightning-trak") == lightning_trak.__version__
+
+
+def test_the_metric_needs_no_lightning():
+    code = (
+        "import sys, torch; from lightning_trak.metrics.functional import linear_datamodeling_score as lds;"
+        " masks = torch.rand(9, 7) < 0.5; scores = torch.randn(4, 7);"
+        " print(float(lds(scores, scores @ masks.T.float(), masks)), 'lightning' in sys.modules)"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.split() == ["1.0", "False"]
+
+
+def test_the_demo_in_the_small(tmp_path):
+    command = [sys.executable, str(ROOT / "examples" / "digits.py"), "--out", str(tmp_path), "--subsets", "3"]
+    result = subprocess.run([*command, "--k", "256"], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    found = re.findall(r"TRAK(?:\.paper)? +LDS (-?\d\.\d+)  \(95% interval (-?\d\.\d+) to (-?\d\.\d+)\)", result.stdout)
+    assert len(found) == 2, result.stdout
+    assert all(float(low) < float(value) < float(high) for value, low, high in found)
+    assert result.stdout.count("proponents") == 3
+    assert result.stdout.count("opponents") == 6  # "proponents" holds it too
+    (run,) = tmp_path.iterdir()
+    assert (run / "attributions.png").stat().st_size > 10_000
+    assert (run / "logs" / "metrics.csv").read_text().startswith("lds/TRAK,")
+    assert len(list((run / "snapshots").glob("*.safetensors"))) == 4
