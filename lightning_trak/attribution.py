@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from lightning_trak import distributed
 from lightning_trak.checkpoints import CheckpointSource, resolve_checkpoints
-from lightning_trak.data import Data, Range, as_loaders, batch_size_of, share_out
+from lightning_trak.data import Data, Range, as_loaders, batch_size_of, fingerprint, share_out
 from lightning_trak.features import EngineName, FeatureExtractor
 from lightning_trak.gradients import ParameterSelection
 from lightning_trak.module import AttributionMixin
@@ -157,7 +157,10 @@ class TRAK:
         loader = loaders[0]
         extractor = self._extractor()
         num_examples = len(cast(Any, loader.dataset))
-        store = self._store(extractor, num_examples, shard_size or _default_shard_size(num_examples, loader))
+        identity = self._identity(extractor) | {"data": fingerprint(loader)}
+        store = FeatureStore(
+            self.store, identity, num_examples, shard_size or _default_shard_size(num_examples, loader)
+        )
         missing = [store.missing(checkpoint) for checkpoint in range(store.num_checkpoints)]
         selected = sum(extractor.sizes.values())
         total = sum(parameter.numel() for parameter in self.model.parameters())
@@ -298,12 +301,9 @@ class TRAK:
             "checkpoints": self._weights,
         }
 
-    def _store(self, extractor: FeatureExtractor, num_examples: int, shard_size: int) -> FeatureStore:
-        return FeatureStore(self.store, self._identity(extractor), num_examples, shard_size)
-
     def _existing_store(self, extractor: FeatureExtractor) -> FeatureStore:
         num_examples = FeatureStore.read_manifest(self.store)["num_examples"]
-        return self._store(extractor, num_examples, shard_size=1)
+        return FeatureStore(self.store, self._identity(extractor), num_examples)
 
 
 def _require(name: str, value: object, allowed: tuple[object, ...]) -> None:

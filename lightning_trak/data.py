@@ -6,13 +6,19 @@ the same examples whatever the number of processes, which is what makes results 
 """
 
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import lightning as L
+import numpy as np
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomSampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomSampler, default_collate
+
+from lightning_trak.files import tensor_digest
 
 DEFAULT_BATCH_SIZE = 32
 
@@ -84,6 +90,35 @@ def _as_loader(data: Any) -> DataLoader[Any]:
     if len(dataset) == 0:
         raise ValueError("the dataset is empty")
     return data
+
+
+def fingerprint(loader: DataLoader[Any]) -> str | None:
+    """Stands for the content of the dataset: a digest of its first, middle and last item, as the loader collates them.
+
+    None, with a warning, if an item is not the same twice, as under random augmentation.
+    """
+    dataset: Any = loader.dataset
+    positions = sorted({0, len(dataset) // 2, len(dataset) - 1})
+
+    def digest() -> str:
+        leaves: list[Tensor] = []
+        for position in positions:
+            batch = (loader.collate_fn or default_collate)([dataset[position]])
+            apply_to_collection(batch, Tensor, leaves.append)
+            apply_to_collection(batch, np.ndarray, lambda array: leaves.append(torch.as_tensor(array)))
+            apply_to_collection(batch, str, lambda text: leaves.append(torch.tensor(list(text.encode()))))
+        return tensor_digest({str(number): leaf for number, leaf in enumerate(leaves)})
+
+    with isolate_rng():
+        first, second = digest(), digest()
+    if first == second:
+        return first
+    warnings.warn(
+        "an item of the training data is not the same twice: is there random augmentation? Features will be those of"
+        " whatever is drawn, and differ from run to run; give the data without it",
+        stacklevel=3,
+    )
+    return None
 
 
 def batch_size_of(loader: DataLoader[Any]) -> int:

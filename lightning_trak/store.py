@@ -13,7 +13,7 @@ ones.
 
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -55,18 +55,18 @@ class FeatureStore:
         ValueError: if the directory holds a store of another identity or data size, naming the first difference.
     """
 
+    # Files whose checksum has been found right, by path, size and time of change: once in a process is enough.
+    _verified: ClassVar[set[tuple[Path, int, int]]] = set()
+
     def __init__(
         self, directory: str | Path, identity: dict[str, Any], num_examples: int, shard_size: int = 1024
     ) -> None:
         self.directory = Path(directory)
-        self._verified: set[tuple[Path, int, int]] = set()
         path = self.directory / "manifest.json"
         if path.exists():
             manifest = self.read_manifest(directory)
-            self._compare(
-                manifest["identity"] | {"num_examples": manifest["num_examples"]},
-                identity | {"num_examples": num_examples},
-            )
+            stored = {"num_examples": manifest["num_examples"]} | manifest["identity"]
+            self._compare(stored, {"num_examples": num_examples} | identity)
         else:
             if num_examples < 1 or shard_size < 1:
                 raise ValueError(f"a store needs examples and shards, got {num_examples=} and {shard_size=}")
@@ -162,7 +162,7 @@ class FeatureStore:
         self._save(self._shard_path(checkpoint, shard), rows._asdict())
 
     def read(self, checkpoint: int, shard: int) -> Features:
-        """Read a shard, memory-mapped; its checksum is verified the first time that this object reads it.
+        """Read a shard, memory-mapped; its checksum is verified the first time that this process reads it.
 
         Raises:
             ValueError: if the file is truncated or altered.
@@ -196,7 +196,7 @@ class FeatureStore:
 
     def _load(self, path: Path) -> dict[str, Tensor]:
         status = path.stat()
-        seen = (path, status.st_size, status.st_mtime_ns)
+        seen = (path.resolve(), status.st_size, status.st_mtime_ns)
         with self._open(path) as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             metadata = self._parse(path, file)

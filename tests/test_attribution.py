@@ -279,6 +279,25 @@ def test_other_checkpoints_and_data_are_refused(tmp_path, checkpoints):
         TRAK(make_model(), checkpoints, tmp_path, **options).featurize(trainer, Subset(TRAIN, range(49)))
 
 
+def test_other_data_of_the_same_size_is_refused(tmp_path, checkpoints):
+    attribute(tmp_path, checkpoints)
+    with pytest.raises(ValueError, match=r"made with data .*, this TRAK has data"):
+        attribute(tmp_path, checkpoints, make_data(50, seed=5))
+
+
+def test_random_augmentation_is_noticed(tmp_path, checkpoints):
+    class Augmented(Dataset):
+        def __len__(self):
+            return 50
+
+        def __getitem__(self, index):
+            inputs, label = TRAIN[index]
+            return inputs + 0.01 * torch.randn(6), label
+
+    with pytest.warns(UserWarning, match="not the same twice: is there random augmentation"):
+        attribute(tmp_path, checkpoints, Augmented())
+
+
 def test_a_finished_store_is_not_computed_again(tmp_path, checkpoints, monkeypatch):
     trak = TRAK(make_model(), checkpoints, tmp_path, projection=SparseProjection(32))
     trak.featurize(make_trainer(), TRAIN)

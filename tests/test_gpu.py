@@ -1,0 +1,25 @@
+"""The same scores on a GPU as on the CPU, for when there is one."""
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from lightning_trak import TRAK
+from lightning_trak.projections import SparseProjection
+from tests.lit import make_checkpoints, make_data, make_model, make_trainer
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("engine", ["functional", "loop"])
+def test_scores_on_a_gpu_are_those_on_the_cpu(tmp_path, engine):
+    checkpoints = make_checkpoints(2)
+    found = {}
+    for accelerator in ("cpu", "gpu"):
+        trainer = make_trainer(accelerator=accelerator)
+        model = make_model()
+        trak = TRAK(model, checkpoints, tmp_path / accelerator, projection=SparseProjection(32), engine=engine)
+        trak.featurize(trainer, DataLoader(make_data(50), batch_size=16))
+        found[accelerator] = trak.score(trainer, make_data(13, seed=1))
+        assert next(model.parameters()).device.type == "cpu"
+    torch.testing.assert_close(found["gpu"], found["cpu"], rtol=1e-3, atol=1e-4 * float(found["cpu"].abs().max()))
