@@ -167,5 +167,5 @@ class FeatureExtractor:
 
     def make_context(self, batches: Iterable[Any]) -> dict[str, Tensor]:
         """What the model output wants to remember of the data at this checkpoint."""
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(self._device.type, enabled=False):
             return {name: tensor.clone() for name, tensor in self.output.make_context(self.module, batches).items()}
