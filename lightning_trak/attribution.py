@@ -195,8 +195,8 @@ class TRAK:
 
         Returns:
             On every rank a CPU Tensor ``(num_targets, num_train)``, or with ``top_k`` a
-            :class:`~lightning_trak.scorers.TopK`; rows in the order of the targets' dataset. A list of them for a
-            sequence of loaders.
+            :class:`~lightning_trak.scorers.TopK`; rows in the order of the targets' dataset. A list of them for
+            several loaders.
 
         Raises:
             FileNotFoundError: if there is no store yet.
@@ -220,7 +220,7 @@ class TRAK:
                 directions = self._directions(trainer, loader, examples, extractor, store, scorer, datamodule)
                 parts.append(scorer.score_together(directions, top_k, largest))
             results.append(_concatenate(parts))
-        return results if isinstance(data, (list, tuple)) else results[0]
+        return results if isinstance(data, (list, tuple)) or len(results) > 1 else results[0]
 
     def scorer(self, top_k: int | None = None, largest: bool = True) -> ScoreModule:
         """A module for ``trainer.predict(trak.scorer(), loader)``: scores for each batch as the loader yields it.

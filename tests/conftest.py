@@ -3,6 +3,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.lit import attribute, make_checkpoints
+
 
 @pytest.fixture(params=["local", "file", "memory"])
 def directory(request: pytest.FixtureRequest, tmp_path: Path) -> str:
@@ -10,3 +12,14 @@ def directory(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return {"local": str(tmp_path / "run/snapshots"), "file": (tmp_path / "run").as_uri(), "memory": remote}[
         request.param
     ]
+
+
+@pytest.fixture(scope="session")
+def checkpoints():
+    return make_checkpoints(2)
+
+
+@pytest.fixture(scope="session")
+def expected(checkpoints, tmp_path_factory):
+    """Scores of TARGETS and TRAIN in one process, in order."""
+    return attribute(tmp_path_factory.mktemp("expected"), checkpoints)

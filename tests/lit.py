@@ -1,5 +1,6 @@
 """A small Lightning model, data for it, and checkpoints of it."""
 
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -8,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from lightning_trak import AttributionMixin
+from lightning_trak import TRAK, AttributionMixin
 from lightning_trak.outputs import ClassificationMargin, ModelOutput
+from lightning_trak.projections import SparseProjection
 
 
 class LitNet(AttributionMixin, L.LightningModule):
@@ -75,3 +77,23 @@ def make_trainer(**options: Any) -> L.Trainer:
         "enable_model_summary": False,
     }
     return L.Trainer(**(quiet | options))
+
+
+TRAIN, TARGETS = make_data(50), make_data(13, seed=1)
+
+
+def attribute(
+    tmp_path: Path,
+    checkpoints: list[dict[str, Tensor]],
+    train: Any = TRAIN,
+    targets: Any = TARGETS,
+    trainer: L.Trainer | None = None,
+    name: str = "store",
+    score: dict[str, Any] | None = None,
+    **options: Any,
+) -> Any:
+    """Scores by the whole pipeline, with a small projection."""
+    trak = TRAK(make_model(), checkpoints, tmp_path / name, projection=SparseProjection(32), **options)
+    trainer = trainer or make_trainer()
+    trak.featurize(trainer, train)
+    return trak.score(trainer, targets, **(score or {}))

@@ -1,0 +1,131 @@
+"""Data in every form, and forms that are refused."""
+
+import lightning as L
+import pytest
+import torch
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
+
+from lightning_trak import TRAK
+from lightning_trak.projections import SparseProjection
+from tests.lit import TARGETS, TRAIN, LitNet, attribute, make_data, make_trainer
+
+
+def with_batch_sampler(data):
+    return DataLoader(data, batch_sampler=BatchSampler(WeightedRandomSampler([1.0] * len(data), len(data)), 9, True))
+
+
+class Data(L.LightningDataModule):
+    def setup(self, stage):
+        self.stage = stage
+
+    def train_dataloader(self):
+        assert self.stage == "fit"
+        return DataLoader(TRAIN, batch_size=11, shuffle=True)
+
+    def predict_dataloader(self):
+        assert self.stage == "predict"
+        return DataLoader(TARGETS, batch_size=4)
+
+
+@pytest.mark.parametrize(
+    "train",
+    [
+        DataLoader(TRAIN, batch_size=1),
+        DataLoader(TRAIN, batch_size=7),
+        DataLoader(TRAIN, batch_size=500),
+        DataLoader(TRAIN, batch_size=16, shuffle=True, drop_last=True),
+        DataLoader(TRAIN, batch_size=16, num_workers=2, persistent_workers=True),
+        DataLoader(TRAIN, batch_size=8, sampler=torch.utils.data.DistributedSampler(TRAIN, 3, 1)),
+        with_batch_sampler(TRAIN),
+        DataLoader(Subset(TRAIN, range(50)), batch_size=8),
+        Data(),
+    ],
+    ids=["one", "seven", "all", "shuffled", "workers", "distributed", "batch_sampler", "subset", "datamodule"],
+)
+def test_scores_do_not_depend_on_how_the_data_comes(tmp_path, checkpoints, expected, train):
+    targets = train if isinstance(train, Data) else DataLoader(TARGETS, batch_size=5, shuffle=True)
+    scores = attribute(tmp_path, checkpoints, train, targets)
+    torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_columns_follow_a_subset(tmp_path, checkpoints, expected):
+    chosen = [40, 3, 17, 29, 8]
+    rows = attribute(tmp_path, checkpoints, TRAIN, Subset(TARGETS, [12, 0, 5]))
+    torch.testing.assert_close(rows, expected[[12, 0, 5]])
+    # Damping this large leaves phi(x) phi(i) Q(i), times a factor for each checkpoint.
+    scores = attribute(tmp_path, checkpoints[:1], Subset(TRAIN, chosen), name="subset", damping=1e6)
+    whole = attribute(tmp_path, checkpoints[:1], TRAIN, name="whole", damping=1e6)
+    torch.testing.assert_close(scores / scores.norm(), whole[:, chosen] / whole[:, chosen].norm(), rtol=1e-3, atol=1e-5)
+
+
+def test_other_data_of_the_same_size_is_refused(tmp_path, checkpoints):
+    attribute(tmp_path, checkpoints)
+    with pytest.raises(ValueError, match=r"made with data .*, this TRAK has data"):
+        attribute(tmp_path, checkpoints, make_data(50, seed=5))
+
+
+def test_random_augmentation_is_noticed(tmp_path, checkpoints):
+    class Augmented(Dataset):
+        def __len__(self):
+            return 50
+
+        def __getitem__(self, index):
+            inputs, label = TRAIN[index]
+            return inputs + 0.01 * torch.randn(6), label
+
+    with pytest.warns(UserWarning, match="not the same twice: is there random augmentation"):
+        attribute(tmp_path, checkpoints, Augmented())
+
+
+def test_several_loaders(tmp_path, checkpoints, expected):
+    loaders = [DataLoader(TARGETS, batch_size=4), DataLoader(Subset(TARGETS, [3, 1]), batch_size=4)]
+    scores = attribute(tmp_path, checkpoints, targets=loaders)
+    assert [tuple(part.shape) for part in scores] == [(13, 50), (2, 50)]
+    torch.testing.assert_close(scores[0], expected)
+    torch.testing.assert_close(scores[1], expected[[3, 1]])
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(TRAIN)
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "match"),
+    [
+        (DataLoader(Stream()), TypeError, "cannot attribute to a Stream.*map-style"),
+        (Stream(), TypeError, "cannot attribute to a Stream"),
+        ([1, 2], TypeError, "cannot attribute to a int"),
+        (DataLoader(TRAIN, sampler=SubsetRandomSampler([1, 2])), ValueError, r"draws a subset.*Subset\(dataset"),
+        (DataLoader(TRAIN, batch_size=None), ValueError, "automatic batching off"),
+        (DataLoader(Subset(TRAIN, []), batch_size=2), ValueError, "dataset is empty"),
+        ([DataLoader(TRAIN), DataLoader(TRAIN)], ValueError, "one training set, got 2 loaders"),
+    ],
+)
+def test_data_that_cannot_be_attributed_to(tmp_path, checkpoints, data, error, match):
+    with pytest.raises(error, match=match):
+        attribute(tmp_path, checkpoints, train=data)
+    assert not (tmp_path / "store").exists()
+
+
+def test_transfer_hooks_of_the_user_are_called(tmp_path, checkpoints, expected):
+    class Scaling(LitNet):
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            return (batch[0] / 10, batch[1])
+
+    times_ten = TensorDataset(TRAIN.tensors[0] * 10, TRAIN.tensors[1])
+    targets = TensorDataset(TARGETS.tensors[0] * 10, TARGETS.tensors[1])
+    trak = TRAK(Scaling(), checkpoints, tmp_path, projection=SparseProjection(32))
+    trak.featurize(make_trainer(), times_ten)
+    torch.testing.assert_close(trak.score(make_trainer(), targets), expected, rtol=1e-3, atol=1e-6)
+    parts = make_trainer().predict(trak.scorer(), DataLoader(targets, batch_size=13))
+    torch.testing.assert_close(parts[0], expected, rtol=1e-3, atol=1e-6)

@@ -1,0 +1,137 @@
+"""Bad input is a clear error, and nothing on disk is lost."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import (
+    DataLoader,
+    Subset,
+    TensorDataset,
+)
+
+from lightning_trak import TRAK
+from lightning_trak.outputs import NegativeLoss
+from lightning_trak.projections import GaussianProjection, SparseProjection
+from tests.lit import TARGETS, TRAIN, attribute, make_model, make_trainer
+
+
+def test_a_bad_example_is_named_and_good_shards_are_kept(tmp_path, checkpoints):
+    inputs, labels = (tensor.clone() for tensor in TRAIN.tensors)
+    inputs[37, 2] = torch.inf
+    trak = TRAK(make_model(), checkpoints, tmp_path / "store", projection=SparseProjection(32))
+    with pytest.raises(ValueError, match=r"feature of example 37 at checkpoint 0 \(.*\) is not finite"):
+        trak.featurize(make_trainer(), DataLoader(TensorDataset(inputs, labels), batch_size=5), shard_size=10)
+    written = sorted(path.name for path in (tmp_path / "store").rglob("shard*"))
+    assert written == ["shard-00000.safetensors", "shard-00001.safetensors", "shard-00002.safetensors"]
+    with pytest.raises(RuntimeError, match="lacks 7 of 10 shards"):
+        trak.score(make_trainer(), TARGETS)
+
+
+def test_overflow_of_the_stored_dtype_is_an_error(tmp_path):
+    weights = make_model().state_dict()
+    weights["head.weight"] = weights["head.weight"] * 1e6
+    with pytest.raises(ValueError, match=r"is not finite .*features are torch.float16"):
+        attribute(tmp_path, [weights], dtype=torch.float16)
+
+
+def test_scoring_an_unfinished_store_is_refused(tmp_path, checkpoints):
+    trak = TRAK(make_model(), checkpoints, tmp_path / "store", projection=SparseProjection(32))
+    for call in (lambda: trak.score(make_trainer(), TARGETS), trak.scorer):
+        with pytest.raises(FileNotFoundError, match="not a feature store yet; call featurize first"):
+            call()
+    trak.featurize(make_trainer(), DataLoader(TRAIN, batch_size=10), shard_size=10)
+    next((tmp_path / "store").rglob("shard-00003.safetensors")).unlink()
+    for call in (lambda: trak.score(make_trainer(), TARGETS), trak.scorer):
+        with pytest.raises(RuntimeError, match="lacks 1 of 10 shards"):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"seed": 1}, "made with seed 0, this TRAK has seed 1"),
+        ({"projection": SparseProjection(64)}, "made with projection"),
+        ({"projection": GaussianProjection(32)}, "made with projection"),
+        ({"dtype": torch.float16}, "made with dtype float32"),
+        ({"parameters": "head.*"}, "made with 6 parameters, this TRAK has 2 parameters"),
+        ({"output": NegativeLoss(lambda module, batch: module(batch[0]).sum(1))}, "made with output"),
+    ],
+)
+def test_a_store_made_otherwise_is_refused(tmp_path, checkpoints, options, match):
+    trainer = make_trainer()
+    base = {"projection": SparseProjection(32)}
+    TRAK(make_model(), checkpoints, tmp_path, **base).featurize(trainer, TRAIN)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")}
+    other = TRAK(make_model(), checkpoints, tmp_path, **(base | options))
+    with pytest.raises(ValueError, match=match):
+        other.featurize(trainer, TRAIN)
+    with pytest.raises(ValueError, match=match):
+        other.score(trainer, TARGETS)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")} == before
+
+
+def test_other_checkpoints_and_data_are_refused(tmp_path, checkpoints):
+    trainer = make_trainer()
+    options = {"projection": SparseProjection(32)}
+    TRAK(make_model(), checkpoints, tmp_path, **options).featurize(trainer, TRAIN)
+    with pytest.raises(ValueError, match="checkpoints with number 1"):
+        TRAK(make_model(), [checkpoints[0], make_model(seed=9).state_dict()], tmp_path, **options).score(
+            trainer, TARGETS
+        )
+    with pytest.raises(ValueError, match="num_examples 50, this TRAK has num_examples 49"):
+        TRAK(make_model(), checkpoints, tmp_path, **options).featurize(trainer, Subset(TRAIN, range(49)))
+
+
+def test_a_finished_store_is_not_computed_again(tmp_path, checkpoints, monkeypatch):
+    trak = TRAK(make_model(), checkpoints, tmp_path, projection=SparseProjection(32))
+    trak.featurize(make_trainer(), TRAIN)
+    stamps = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("shard*")}
+    monkeypatch.setattr("lightning_trak.features.FeatureExtractor.__call__", None)
+    trak.featurize(make_trainer(), TRAIN)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("shard*")} == stamps
+
+
+def test_fewer_examples_than_features_without_damping_is_an_error(tmp_path, checkpoints):
+    paper = TRAK.paper(make_model(), checkpoints, tmp_path, projection=GaussianProjection(60))
+    paper.featurize(make_trainer(), TRAIN)
+    with pytest.raises(ValueError, match=r"Gram matrix of checkpoint 0 \(60 x 60\) is singular.*larger damping"):
+        paper.score(make_trainer(), TARGETS)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"curvature": "fisher"}, ValueError, "curvature must be one of 'gauss_newton', 'identity'; got 'fisher'"),
+        ({"residuals": "none"}, ValueError, "residuals must be one of"),
+        ({"engine": "fast"}, ValueError, "engine must be one of"),
+        ({"dtype": torch.int8}, ValueError, "dtype must be one of"),
+        ({"damping": -1.0}, ValueError, "damping must be at least 0"),
+        ({"soft_threshold": -1.0}, ValueError, "soft_threshold must be at least 0"),
+        ({"output": "margin"}, TypeError, "must be a ModelOutput, got str"),
+    ],
+)
+def test_bad_options(tmp_path, checkpoints, options, error, match):
+    with pytest.raises(error, match=match):
+        TRAK(make_model(), checkpoints, tmp_path, **options)
+
+
+def test_a_model_without_an_output_is_refused(tmp_path, checkpoints):
+    with pytest.raises(TypeError, match="Linear declares no model output: derive it from AttributionMixin"):
+        TRAK(nn.Linear(2, 2), checkpoints, tmp_path)
+
+
+def test_weights_of_another_model_are_refused(tmp_path):
+    other = nn.Linear(6, 3).state_dict()
+    with pytest.raises(ValueError, match=r"does not fit LitNet: .*\n.*Missing key"):
+        attribute(tmp_path, [other])
+
+
+@pytest.mark.parametrize("option", [{"limit_predict_batches": 1}, {"fast_dev_run": True}])
+def test_a_trainer_that_would_skip_examples_is_refused(tmp_path, checkpoints, option):
+    with pytest.raises(ValueError, match=r"limit_predict_batches=1.*use a Trainer without it"):
+        attribute(tmp_path, checkpoints, trainer=make_trainer(**option))
+
+
+def test_top_k_must_be_positive(tmp_path, checkpoints):
+    with pytest.raises(ValueError, match="top_k must be at least 1, got 0"):
+        attribute(tmp_path, checkpoints, score={"top_k": 0})
