@@ -17,14 +17,14 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_trak import distributed
 from lightning_trak.checkpoints import CheckpointSource, resolve_checkpoints
 from lightning_trak.data import Data, Range, as_loaders, batch_size_of, fingerprint, share_out
+from lightning_trak.distributed import Ranks
 from lightning_trak.features import EngineName, FeatureExtractor
 from lightning_trak.gradients import ParameterSelection
 from lightning_trak.module import AttributionMixin
 from lightning_trak.outputs import ModelOutput
-from lightning_trak.predict import FeatureBuffer, FeaturizeModule, ScoreModule, ShardWriter
+from lightning_trak.predict import ExtractorModule, FeatureBuffer, FeaturizeModule, ScoreModule, ShardWriter
 from lightning_trak.projections import GaussianProjection, Projection, SparseProjection
 from lightning_trak.scorers.gram import Curvature
 from lightning_trak.scorers.topk import TopK
@@ -33,8 +33,8 @@ from lightning_trak.store import FeatureStore
 
 Checkpoints = CheckpointSource | Sequence[CheckpointSource]
 
-# Features of this many bytes, over all checkpoints, are held for the targets at a time.
-TARGET_BYTES = 1 << 30
+# Targets are scored in blocks whose features take this much memory; a few copies of them are made on the way.
+TARGET_BYTES = 1 << 28
 
 
 class TRAK:
@@ -94,6 +94,8 @@ class TRAK:
         for name, value in (("damping", damping), ("soft_threshold", soft_threshold)):
             if value < 0:
                 raise ValueError(f"{name} must be at least 0, got {value}")
+        if isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = cast(nn.Module, model._orig_mod)  # what torch.compile was given: copies cannot share its code
         if output is None:
             if not isinstance(model, AttributionMixin):
                 raise TypeError(
@@ -151,13 +153,13 @@ class TRAK:
         Raises:
             ValueError: if the store was made with other settings, or an example's features are not finite.
         """
-        loaders = as_loaders(data, "fit")
+        loaders = as_loaders(data, "fit", trainer)
         if len(loaders) != 1:
             raise ValueError(f"featurize takes one training set, got {len(loaders)} loaders; use a ConcatDataset")
         loader = loaders[0]
         extractor = self._extractor()
         num_examples = len(cast(Any, loader.dataset))
-        identity = self._identity(extractor) | {"data": fingerprint(loader)}
+        identity = self._identity(extractor) | {"precision": _precision(trainer), "data": fingerprint(loader)}
         store = FeatureStore(
             self.store, identity, num_examples, shard_size or _default_shard_size(num_examples, loader)
         )
@@ -174,9 +176,9 @@ class TRAK:
         jobs = [[Range(number, store.shard(number)) for number in numbers] for numbers in missing]
         datamodule = data if isinstance(data, L.LightningDataModule) else None
         module = FeaturizeModule(ShardWriter(store), "Featurizing", extractor, store, datamodule, loader)
-        with _borrowed(trainer):
+        with _borrowed(trainer, module):
             trainer.predict(module, share_out(loader, jobs, trainer), return_predictions=False)
-        distributed.barrier()
+        Ranks.of(trainer).barrier()
         store.require_complete()
 
     def score(
@@ -207,18 +209,18 @@ class TRAK:
             raise ValueError(f"top_k must be at least 1, got {top_k}")
         if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
             raise ValueError("a strategy that spawns or forks processes cannot return scores; use strategy='ddp'")
-        loaders = as_loaders(data, "predict")
+        loaders = as_loaders(data, "predict", trainer)
         extractor = self._extractor()
-        store = self._existing_store(extractor)
+        store = self._existing_store(extractor, trainer)
         store.require_complete()
         scorer = self._scorer(store)
         datamodule = data if isinstance(data, L.LightningDataModule) else None
         results = []
         for loader in loaders:
             parts: list[Scores] = []
-            for examples in _target_blocks(loader, store, self._dim(extractor)):
+            for examples in self._target_blocks(loader, store, extractor, top_k):
                 directions = self._directions(trainer, loader, examples, extractor, store, scorer, datamodule)
-                parts.append(scorer.score_together(directions, top_k, largest))
+                parts.append(scorer.score(directions, top_k, largest, Ranks.of(trainer)))
             results.append(_concatenate(parts))
         return results if isinstance(data, (list, tuple)) or len(results) > 1 else results[0]
 
@@ -249,29 +251,41 @@ class TRAK:
         batches = [
             Range(number, examples[start : start + size]) for number, start in enumerate(range(0, len(examples), size))
         ]
-        buffer = FeatureBuffer()
+        buffer = FeatureBuffer(store.num_checkpoints)
         module = FeaturizeModule(buffer, "Scoring", extractor, store, datamodule)
-        with _borrowed(trainer):
+        with _borrowed(trainer, module):
             loaders = share_out(loader, [batches] * store.num_checkpoints, trainer)
             trainer.predict(module, loaders, return_predictions=False)
-        scorer.fit(trainer.strategy.root_device)
-        features = [
-            torch.empty(len(examples), self._dim(extractor), dtype=self.dtype) for _ in range(store.num_checkpoints)
-        ]
-        received = torch.zeros(store.num_checkpoints, len(examples), dtype=torch.bool)
-        for rows in distributed.all_gather(buffer.rows):
-            for checkpoint, positions, found in rows:
-                features[checkpoint][positions - examples.start] = found
-                received[checkpoint, positions - examples.start] = True
-        if not received.all():
-            raise RuntimeError(f"{int((~received).sum())} target features never arrived; a rank must have failed")
-        return [scorer.precondition(checkpoint, rows) for checkpoint, rows in enumerate(features)]
+        ranks = Ranks.of(trainer)
+        scorer.fit(trainer.strategy.root_device, ranks)
+        directions = []
+        for checkpoint in range(store.num_checkpoints):
+            features = torch.empty(len(examples), self._dim(extractor), dtype=self.dtype)
+            received = torch.zeros(len(examples), dtype=torch.bool)
+            for rows in ranks.gather(buffer.take(checkpoint)):
+                for positions, found in rows:
+                    features[positions - examples.start] = found
+                    received[positions - examples.start] = True
+            if not received.all():
+                raise RuntimeError(f"{int((~received).sum())} target features never arrived; a rank must have failed")
+            directions.append(scorer.precondition(checkpoint, features))
+        return directions
+
+    def _target_blocks(
+        self, loader: DataLoader[Any], store: FeatureStore, extractor: FeatureExtractor, top_k: int | None
+    ) -> Iterator[range]:
+        """Targets in blocks that fit in memory: their features at all checkpoints, and their scores for a shard."""
+        total, batch = len(cast(Any, loader.dataset)), batch_size_of(loader)
+        numbers = max(self._dim(extractor) * store.num_checkpoints, store.shard_size + (top_k or 0))
+        step = batch * max(1, TARGET_BYTES // (batch * numbers * max(4, self.dtype.itemsize)))
+        return (range(start, min(start + step, total)) for start in range(0, total, step))
 
     def _extractor(self, keep: bool = False) -> FeatureExtractor:
         return FeatureExtractor(
             self.model,
             self.output,
             self.checkpoints,
+            self._weights,
             self.projection,
             parameters=self.parameters,
             engine=self.engine,
@@ -301,9 +315,15 @@ class TRAK:
             "checkpoints": self._weights,
         }
 
-    def _existing_store(self, extractor: FeatureExtractor) -> FeatureStore:
+    def _existing_store(self, extractor: FeatureExtractor, trainer: L.Trainer | None = None) -> FeatureStore:
         num_examples = FeatureStore.read_manifest(self.store)["num_examples"]
-        return FeatureStore(self.store, self._identity(extractor), num_examples)
+        precision = {} if trainer is None else {"precision": _precision(trainer)}
+        return FeatureStore(self.store, self._identity(extractor) | precision, num_examples)
+
+
+def _precision(trainer: L.Trainer) -> str:
+    """What the Trainer makes of the weights: mixed precision leaves them alone, and features are made of them."""
+    return "32-true" if "mixed" in str(trainer.precision) else str(trainer.precision)
 
 
 def _require(name: str, value: object, allowed: tuple[object, ...]) -> None:
@@ -318,13 +338,6 @@ def _default_shard_size(num_examples: int, loader: DataLoader[Any]) -> int:
     return batch * max(1, round(wanted / batch))
 
 
-def _target_blocks(loader: DataLoader[Any], store: FeatureStore, dim: int) -> Iterator[range]:
-    """Targets in blocks whose features fit in memory."""
-    total, batch = len(cast(Any, loader.dataset)), batch_size_of(loader)
-    step = batch * max(1, TARGET_BYTES // (batch * dim * 4 * store.num_checkpoints))
-    return (range(start, min(start + step, total)) for start in range(0, total, step))
-
-
 def _concatenate(parts: list[Scores]) -> Scores:
     if isinstance(parts[0], TopK):
         return TopK(*(torch.cat(column) for column in zip(*parts, strict=True)))
@@ -332,7 +345,7 @@ def _concatenate(parts: list[Scores]) -> Scores:
 
 
 @contextmanager
-def _borrowed(trainer: L.Trainer) -> Iterator[None]:
+def _borrowed(trainer: L.Trainer, ours: ExtractorModule) -> Iterator[None]:
     """The user's Trainer for a predict loop of ours: no logger and no callback but the progress bar takes part."""
     if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
         raise ValueError(
@@ -357,3 +370,4 @@ def _borrowed(trainer: L.Trainer) -> Iterator[None]:
     finally:
         trainer.loggers, trainer.callbacks = loggers, callbacks  # type: ignore[attr-defined]
         trainer.strategy.connect(module)
+        ours.release()

@@ -7,8 +7,8 @@ the same examples whatever the number of processes, which is what makes results 
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, cast
 
 import lightning as L
 import numpy as np
@@ -16,7 +16,16 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomSampler, default_collate
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    WeightedRandomSampler,
+)
 
 from lightning_trak.files import tensor_digest
 
@@ -51,21 +60,26 @@ class IndexedBatch(NamedTuple):
     batch: Any
 
 
-def as_loaders(data: Data | Sequence[DataLoader[Any]], stage: str) -> list[DataLoader[Any]]:
+def as_loaders(data: Data | Sequence[DataLoader[Any]], stage: str, trainer: L.Trainer) -> list[DataLoader[Any]]:
     """Loaders of map-style datasets from anything that ``Trainer`` methods take.
 
     Args:
         data: a DataLoader, a sequence of them, a Dataset (batches of 32) or a LightningDataModule.
         stage: ``"fit"`` asks a data module for ``train_dataloader()``, ``"predict"`` for ``predict_dataloader()``.
+        trainer: what a data module is attached to. One that this Trainer has fitted with is not set up for ``"fit"``
+            again, since a random split would then be another than the one trained on.
 
     Raises:
         TypeError: if it is none of these, or a dataset has no positions (an IterableDataset).
         ValueError: if a loader draws a subset or makes its own batches, so that examples cannot be told apart.
     """
     if isinstance(data, L.LightningDataModule):
-        if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # as the Trainer does: once on each machine
-            data.prepare_data()
-        data.setup(stage)
+        fitted = stage == "fit" and getattr(trainer, "datamodule", None) is data
+        data.trainer = trainer
+        if not fitted:
+            if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # as the Trainer does: once on each machine
+                data.prepare_data()
+            data.setup(stage)
         data = data.train_dataloader() if stage == "fit" else data.predict_dataloader()
     loaders = list(data) if isinstance(data, (list, tuple)) else [data]
     return [_as_loader(item) for item in loaders]
@@ -80,10 +94,12 @@ def _as_loader(data: Any) -> DataLoader[Any]:
             f"cannot attribute to a {type(dataset).__name__}: expected a DataLoader, Dataset or LightningDataModule"
             " over a map-style dataset (with __len__ and __getitem__), because scores are indexed by position in it"
         )
-    if isinstance(data.sampler, SubsetRandomSampler):
+    sampler: Any = data.sampler
+    whole = (SequentialSampler, RandomSampler, WeightedRandomSampler, DistributedSampler)
+    if not isinstance(sampler, whole) and (not hasattr(sampler, "__len__") or len(sampler) != len(dataset)):
         raise ValueError(
-            "the loader draws a subset with SubsetRandomSampler, but scores are indexed by position in its dataset; use"
-            " DataLoader(torch.utils.data.Subset(dataset, indices))"
+            f"the loader draws a subset with {type(sampler).__name__}, but scores are indexed by position in its"
+            " dataset; use DataLoader(torch.utils.data.Subset(dataset, indices))"
         )
     if data.batch_sampler is None:
         raise ValueError("the loader has automatic batching off (batch_size=None); give it a batch_size")
@@ -93,32 +109,36 @@ def _as_loader(data: Any) -> DataLoader[Any]:
 
 
 def fingerprint(loader: DataLoader[Any]) -> str | None:
-    """Stands for the content of the dataset: a digest of its first, middle and last item, as the loader collates them.
+    """Stands for the content of the dataset: a digest of eight items spread over it, as the loader collates them.
 
-    None, with a warning, if an item is not the same twice, as under random augmentation.
+    They are read through the loader's workers, if it has some: a dataset that opens files on first use must not do so
+    in this process, from which workers would inherit them.
+
+    Returns:
+        The digest, or None, with a warning, if the items are not the same twice, as under random augmentation.
     """
-    dataset: Any = loader.dataset
-    positions = sorted({0, len(dataset) // 2, len(dataset) - 1})
-
-    def digest() -> str:
-        leaves: list[Tensor] = []
-        for position in positions:
-            batch = (loader.collate_fn or default_collate)([dataset[position]])
-            apply_to_collection(batch, Tensor, leaves.append)
-            apply_to_collection(batch, np.ndarray, lambda array: leaves.append(torch.as_tensor(array)))
-            apply_to_collection(batch, str, lambda text: leaves.append(torch.tensor(list(text.encode()))))
-        return tensor_digest({str(number): leaf for number, leaf in enumerate(leaves)})
-
+    total = len(cast(Any, loader.dataset))
+    sample = sorted({position * (total - 1) // 7 for position in range(8)})
     with isolate_rng():
-        first, second = digest(), digest()
+        first, second = (
+            _digest(batch) for batch in load(loader, [sample, sample], num_workers=min(1, loader.num_workers))
+        )
     if first == second:
         return first
     warnings.warn(
-        "an item of the training data is not the same twice: is there random augmentation? Features will be those of"
+        "items of the training data are not the same twice: is there random augmentation? Features will be those of"
         " whatever is drawn, and differ from run to run; give the data without it",
         stacklevel=3,
     )
     return None
+
+
+def _digest(batch: Any) -> str:
+    leaves: list[Tensor] = []
+    apply_to_collection(batch, Tensor, leaves.append)
+    apply_to_collection(batch, np.ndarray, lambda array: leaves.append(torch.as_tensor(array)))
+    apply_to_collection(batch, str, lambda text: leaves.append(torch.tensor(list(text.encode()))))
+    return tensor_digest({str(number): leaf for number, leaf in enumerate(leaves)})
 
 
 def batch_size_of(loader: DataLoader[Any]) -> int:
@@ -126,13 +146,24 @@ def batch_size_of(loader: DataLoader[Any]) -> int:
     return loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or DEFAULT_BATCH_SIZE
 
 
-def load(loader: DataLoader[Any], batches: list[list[int]]) -> DataLoader[Any]:
+class _Batches(Sampler[list[int]]):
+    """Lists of positions, made as they are asked for."""
+
+    def __init__(self, batches: Iterable[Sequence[int]]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (list(batch) for batch in self.batches)
+
+
+def load(loader: DataLoader[Any], batches: Iterable[Sequence[int]], num_workers: int | None = None) -> DataLoader[Any]:
     """A loader like the given one that yields exactly these batches of dataset positions."""
+    workers = loader.num_workers if num_workers is None else num_workers
     return DataLoader(
         loader.dataset,
-        batch_sampler=batches,
+        batch_sampler=_Batches(batches),
         collate_fn=loader.collate_fn,
-        num_workers=loader.num_workers,
+        num_workers=workers,
         pin_memory=loader.pin_memory,
         timeout=loader.timeout,
         worker_init_fn=loader.worker_init_fn,
@@ -162,22 +193,24 @@ class RangeLoader:
         self.turns = turns
         self.trainer = trainer
 
-    def _plan(self) -> list[tuple[int, range]]:
+    def _own(self) -> Iterator[Range]:
+        for part, turn in zip(self.ranges, self.turns, strict=True):
+            if turn % self.trainer.world_size == self.trainer.global_rank:
+                yield part
+
+    def _plan(self) -> Iterator[tuple[int, range]]:
         size = batch_size_of(self.loader)
-        return [
-            (number, examples[start : start + size])
-            for (number, examples), turn in zip(self.ranges, self.turns, strict=True)
-            if turn % self.trainer.world_size == self.trainer.global_rank
-            for start in range(0, len(examples), size)
-        ]
+        for number, examples in self._own():
+            for start in range(0, len(examples), size):
+                yield number, examples[start : start + size]
 
     def __len__(self) -> int:
-        return len(self._plan())
+        size = batch_size_of(self.loader)
+        return sum(-(-len(examples) // size) for _, examples in self._own())
 
     def __iter__(self) -> Iterator[IndexedBatch]:
-        plan = self._plan()
-        batches = load(self.loader, [list(examples) for _, examples in plan])
-        for (number, examples), batch in zip(plan, batches, strict=True):
+        batches = load(self.loader, (examples for _, examples in self._plan()))
+        for (number, examples), batch in zip(self._plan(), batches, strict=True):
             yield IndexedBatch(number, torch.arange(examples.start, examples.stop), batch)
 
 

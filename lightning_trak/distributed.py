@@ -1,7 +1,8 @@
 """The few places where ranks meet, written so that one process needs no process group."""
 
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
+import lightning as L
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -9,43 +10,49 @@ from torch import Tensor
 T = TypeVar("T")
 
 
-def rank() -> int:
-    """This process's rank, 0 without a process group."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+class Ranks(NamedTuple):
+    """Which of how many processes this is, as a Trainer sees it.
 
+    The Trainer decides, not the process group: one that runs on rank zero alone must not wait for the others.
+    """
 
-def world_size() -> int:
-    """Number of processes, 1 without a process group."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    rank: int = 0
+    world_size: int = 1
 
+    @classmethod
+    def of(cls, trainer: L.Trainer) -> "Ranks":
+        """The Trainer's ranks; before its processes run, or after they were spawned and are gone, one."""
+        together = dist.is_available() and dist.is_initialized() and trainer.world_size > 1
+        return cls(trainer.global_rank, trainer.world_size) if together else cls()
 
-def barrier() -> None:
-    """Wait until every rank is here."""
-    if world_size() > 1:
-        dist.barrier()
+    def share(self, count: int) -> range:
+        """This rank's share of ``count`` things."""
+        return range(self.rank, count, self.world_size)
 
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self.world_size > 1:
+            dist.barrier()
 
-def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """The sum of every rank's tensor, in place where the backend reduces on the tensor's device."""
-    if world_size() == 1:
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum of every rank's tensor, in place."""
+        if self.world_size == 1:
+            return tensor
+        if dist.get_backend() == "nccl" and tensor.device.type == "cpu":
+            reduced = tensor.cuda()
+            dist.all_reduce(reduced)
+            return tensor.copy_(reduced)
+        dist.all_reduce(tensor)
         return tensor
-    if dist.get_backend() == "nccl" and tensor.device.type == "cpu":
-        reduced = tensor.cuda()
-        dist.all_reduce(reduced)
-        return tensor.copy_(reduced)
-    dist.all_reduce(tensor)
-    return tensor
 
+    def gather(self, value: T) -> list[T]:
+        """Every rank's (picklable) value, in the order of ranks."""
+        if self.world_size == 1:
+            return [value]
+        gathered: list[T | None] = [None] * self.world_size
+        dist.all_gather_object(gathered, value)
+        return gathered  # type: ignore[return-value]
 
-def all_gather(value: T) -> list[T]:
-    """Every rank's (picklable) value, in the order of ranks."""
-    if world_size() == 1:
-        return [value]
-    gathered: list[T | None] = [None] * world_size()
-    dist.all_gather_object(gathered, value)
-    return gathered  # type: ignore[return-value]
-
-
-def all_true(condition: bool) -> bool:
-    """Whether the condition holds on every rank."""
-    return bool(all_reduce_sum(torch.tensor(int(condition))) == world_size())
+    def all_true(self, condition: bool) -> bool:
+        """Whether the condition holds on every rank."""
+        return bool(self.sum(torch.tensor(int(condition))) == self.world_size)

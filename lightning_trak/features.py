@@ -3,17 +3,22 @@
 import copy
 import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal
 
+import lightning as L
 import torch
 from torch import Tensor, nn
+from torch.backends import cudnn
 
 from lightning_trak.checkpoints import Checkpoint
+from lightning_trak.files import tensor_digest
 from lightning_trak.gradients import (
     FunctionalEngine,
     GradientEngine,
     LoopEngine,
     ParameterSelection,
+    canonical_name,
     select_parameters,
 )
 from lightning_trak.gradients.batch import fresh_batch, slice_batch
@@ -35,6 +40,7 @@ class FeatureExtractor:
         module: the trained model.
         output: the scalar output to differentiate.
         checkpoints: the weights, one set per checkpoint.
+        digests: their fingerprints.
         projection: what compresses gradients to k numbers.
         parameters: which parameters to differentiate, see :func:`~lightning_trak.gradients.select_parameters`.
         engine: ``"functional"`` (vmap), ``"loop"``, or ``"auto"``: vmap, and the loop for models that vmap cannot
@@ -49,6 +55,7 @@ class FeatureExtractor:
         module: nn.Module,
         output: ModelOutput,
         checkpoints: Sequence[Checkpoint],
+        digests: Sequence[str],
         projection: Projection,
         parameters: ParameterSelection = None,
         engine: EngineName = "auto",
@@ -56,11 +63,10 @@ class FeatureExtractor:
         dtype: torch.dtype = torch.float32,
         keep: bool = False,
     ) -> None:
-        self.module = copy.deepcopy(module)
-        for parameter in self.module.parameters():
-            parameter.grad = None
+        self.module = _copy(module)
         self.output = copy.deepcopy(output)
         self.checkpoints = checkpoints
+        self.digests = digests
         self.names = select_parameters(self.module, parameters)
         sizes = {name: parameter.numel() for name, parameter in self.module.named_parameters()}
         self.sizes = {name: sizes[raw] for name, raw in self.names.items()}
@@ -68,28 +74,39 @@ class FeatureExtractor:
         self.engine_name = engine
         self.seed = seed
         self.dtype = dtype
+        self._fast: GradientEngine = FunctionalEngine(self.module, self.output, self.names)
+        self._slow: GradientEngine = LoopEngine(self.module, self.output, self.names)
+        self._keep = keep
+        # cuDNN cannot differentiate a recurrent layer in eval mode.
+        self._recurrent = any(isinstance(part, nn.RNNBase) for part in self.module.modules())
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what has been loaded, which may be on a device or in a precision that is not used any more."""
         self.current: int | None = None
         self._device = torch.device("cpu")
-        self._engine: GradientEngine | None = None
-        self._keep = keep
         self._loaded: dict[int, tuple[dict[str, Tensor], BoundProjection]] = {}
+        self._seen = False
 
     def to_checkpoint(self, number: int, device: torch.device) -> None:
         """Load the weights of a checkpoint, and its projection.
 
         Raises:
-            ValueError: if the weights do not fit the module.
+            ValueError: if the weights do not fit the module, or their file has changed since this object was made.
         """
         checkpoint = self.checkpoints[number]
         with torch.inference_mode(False), torch.no_grad():
             if number not in self._loaded:
                 if not self._keep:
                     self._loaded.clear()
+                weights = checkpoint.load()
+                if tensor_digest(weights) != self.digests[number]:
+                    raise ValueError(f"{checkpoint.name} has changed since this TRAK was made; make another")
                 bound = self.projection.bind(self.sizes, seed=self.seed, checkpoint=number, device=device)
-                self._loaded[number] = (checkpoint.load(), bound)
+                self._loaded[number] = (_renamed(weights, self.module), bound)
             weights, self._bound = self._loaded[number]
             try:
-                self.module.load_state_dict(weights)
+                self.module.load_state_dict(weights, strict=getattr(self.module, "strict_loading", True))
             except RuntimeError as error:
                 raise ValueError(f"{checkpoint.name} does not fit {type(self.module).__name__}: {error}") from error
             self.module.eval()
@@ -108,7 +125,12 @@ class FeatureExtractor:
         size = len(positions)
         # Lightning predicts in inference mode, where nothing can be differentiated, and under autocast with mixed
         # precision, which vmap cannot always follow: gradients are taken in the precision of the weights.
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(self._device.type, enabled=False):
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            torch.autocast(self._device.type, enabled=False),
+            cudnn.flags(enabled=False) if self._recurrent else nullcontext(),
+        ):
             batch = fresh_batch(batch, size)
             row_bytes = sum(self.sizes.values()) * 4
             step = max(1, GRADIENT_BYTES // row_bytes)
@@ -126,46 +148,83 @@ class FeatureExtractor:
         for name, gradient in gradients.items():
             self._bound.add_(features, name, gradient.to(working))
         features = features.to(self.dtype)
-        self._check(features, outputs, positions)
         residuals, curvatures = self.output.derivatives(outputs)
         scalar = torch.promote_types(self.dtype, torch.float32)  # k numbers dwarf these three: no need to round them
-        return Features(features, outputs.to(scalar), residuals.to(scalar), curvatures.to(scalar))
+        rows = Features(features, outputs.to(scalar), residuals.to(scalar), curvatures.to(scalar))
+        self._check(rows, positions)
+        return rows
 
     def _differentiate(self, batch: Any, size: int) -> tuple[Tensor, dict[str, Tensor]]:
-        if self._engine is not None:
-            return self._engine(batch, size)
         if self.engine_name == "loop":
-            engine: GradientEngine = LoopEngine(self.module, self.output, self.names)
-            result = engine(batch, size)
-        else:
-            engine = FunctionalEngine(self.module, self.output, self.names)
-            try:
-                result = engine(batch, size)
-            except (RuntimeError, TypeError) as error:
-                if self.engine_name == "functional":
-                    raise
-                engine = LoopEngine(self.module, self.output, self.names)
-                result = engine(batch, size)  # if this fails too, the model is at fault: let it say so
-                warnings.warn(
-                    f"vmap cannot differentiate {type(self.module).__name__}, so each example is differentiated alone,"
-                    f" which is slow (engine='loop' chooses this without the warning). vmap said: {error}",
-                    stacklevel=2,
-                )
-        self._engine = engine
+            return self._slow(batch, size)
+        try:
+            return self._fast(batch, size)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError) as error:
+            if "randomness" in str(error):
+                raise ValueError(
+                    f"the output of {type(self.module).__name__} is random in eval mode, so that it has no one"
+                    " gradient: draw from a fixed generator, or leave the noise out when not training"
+                ) from error
+            if self.engine_name == "functional":
+                raise
+            result = self._slow(batch, size)  # if this fails too, the model is at fault: let it say so
+            reason = error
+        # Batch by batch, not once for all: a batch must have the same features whichever others came before.
+        warnings.warn(
+            f"vmap cannot differentiate {type(self.module).__name__}, so examples are differentiated one by one, which"
+            f" is slow (engine='loop' chooses this without the warning). vmap said: {reason}",
+            stacklevel=2,
+        )
         return result
 
-    def _check(self, features: Tensor, outputs: Tensor, positions: Tensor) -> None:
-        bad = ~(features.isfinite().all(1) & outputs.isfinite())
+    def _check(self, rows: Features, positions: Tensor) -> None:
         where = f"at checkpoint {self.current} ({self.checkpoints[self.current or 0].name})"
+        finite = [column.isfinite().flatten(1).all(1) if column.ndim > 1 else column.isfinite() for column in rows]
+        bad = ~torch.stack(finite).all(0)
         if bad.any():
             first = int(bad.nonzero()[0])
+            values = ", ".join(f"{name} {float(getattr(rows, name)[first]):g}" for name in Features._fields[1:])
             raise ValueError(
-                f"the feature of example {int(positions[first])} {where} is not finite (its output is"
-                f" {float(outputs[first]):g}, features are {self.dtype}): look for NaN or huge values in this example"
-                " or the weights, or use a dtype with a larger range; nothing of its shard was written"
+                f"the feature of example {int(positions[first])} {where} is not finite ({values}; features are"
+                f" {self.dtype}): look for NaN or huge values in this example or the weights, or use a dtype with a"
+                " larger range; nothing of its shard was written"
             )
+        if not self._seen and not rows.features.any():
+            warnings.warn(
+                f"all features of examples {int(positions[0])} to {int(positions[-1])} {where} are zero: does the"
+                f" output {type(self.output).__name__} depend on the selected parameters?",
+                stacklevel=2,
+            )
+        self._seen = True
 
     def make_context(self, batches: Iterable[Any]) -> dict[str, Tensor]:
         """What the model output wants to remember of the data at this checkpoint."""
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(self._device.type, enabled=False):
             return {name: tensor.clone() for name, tensor in self.output.make_context(self.module, batches).items()}
+
+
+def _copy(module: nn.Module) -> nn.Module:
+    """A copy of the module, to work on."""
+    try:
+        copied = copy.deepcopy(module)
+    except Exception as error:
+        raise ValueError(
+            f"TRAK works on a copy of the model, but {type(module).__name__} cannot be copied: {error}; keep tensors"
+            " with gradients, locks and open files out of its attributes"
+        ) from error
+    for part in copied.modules():
+        # LightningModule keeps what compile() made of it, which would run the original.
+        part._compiled_call_impl = None
+    for parameter in copied.parameters():
+        parameter.grad = None
+    if isinstance(copied, L.LightningModule):
+        copied.configure_model()
+    return copied
+
+
+def _renamed(weights: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+    """Weights under the module's own names: either may have been compiled or wrapped."""
+    own = {canonical_name(name): name for name in module.state_dict()}
+    return {own.get(canonical_name(name), name): tensor for name, tensor in weights.items()}

@@ -12,31 +12,38 @@ import torch
 from torch import Tensor
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], None], replace: bool = True) -> None:
     """Write a file under a temporary name in its folder, flush it to disk, and move it into place.
 
     Args:
-        path: where the file will be; whatever stands there is replaced in one step.
+        path: where the file will be.
         write: writes the content to the path that it is given.
+        replace: whether a file that stands there is replaced, in one step.
+
+    Raises:
+        FileExistsError: if ``replace`` is false and a file stands there, which is then left as it is.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         write(temporary)
         _flush(temporary)
-        os.replace(temporary, path)
+        if replace:
+            os.replace(temporary, path)
+        else:
+            os.link(temporary, path)
         _flush(path.parent)  # the rename itself, so that it survives a power failure
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON atomically."""
+def write_json(path: Path, content: dict[str, Any], replace: bool = True) -> None:
+    """Write JSON as :func:`write_atomically` does."""
 
     def write(temporary: Path) -> None:
         temporary.write_text(json.dumps(content, indent=2) + "\n")
 
-    write_atomically(path, write)
+    write_atomically(path, write, replace)
 
 
 def _flush(path: Path) -> None:

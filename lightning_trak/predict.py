@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_trak.data import IndexedBatch, batch_size_of, load
+from lightning_trak.distributed import Ranks
 from lightning_trak.features import FeatureExtractor
 from lightning_trak.gradients.batch import infer_batch_size
 from lightning_trak.scorers.trak import Scores, TRAKScorer
@@ -42,13 +43,18 @@ class ShardWriter:
 
 
 class FeatureBuffer:
-    """Keeps features in memory, as ``(checkpoint, positions, features)``."""
+    """Keeps features in memory."""
 
-    def __init__(self) -> None:
-        self.rows: list[tuple[int, Tensor, Tensor]] = []
+    def __init__(self, num_checkpoints: int) -> None:
+        self._rows: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(num_checkpoints)]
 
     def add(self, checkpoint: int, number: int, positions: Tensor, rows: Features) -> None:  # noqa: ARG002, D102
-        self.rows.append((checkpoint, positions.cpu(), rows.features.cpu()))
+        self._rows[checkpoint].append((positions.cpu(), rows.features.cpu()))
+
+    def take(self, checkpoint: int) -> list[tuple[Tensor, Tensor]]:
+        """Positions and features that came for a checkpoint; they are not kept any longer."""
+        rows, self._rows[checkpoint] = self._rows[checkpoint], []
+        return rows
 
 
 class ExtractorModule(L.LightningModule):
@@ -77,6 +83,10 @@ class ExtractorModule(L.LightningModule):
         self._datamodule = datamodule
         self._train_loader = train_loader
 
+    def release(self) -> None:
+        """Let go of model and features, since the Trainer keeps this module until its next call."""
+        del self.extractor, self.model
+
     def enter(self, checkpoint: int) -> None:
         """Make the extractor ready for a checkpoint."""
         if self.extractor.current == checkpoint:
@@ -101,11 +111,6 @@ class ExtractorModule(L.LightningModule):
             batch = self.on_before_batch_transfer(batch, 0)
             batch = self.transfer_batch_to_device(batch, self.device, 0)
             yield self.on_after_batch_transfer(batch, 0)
-
-    def configure_model(self) -> None:
-        """As the user's module does it."""
-        if isinstance(self.model, L.LightningModule):
-            self.model.configure_model()
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """The user's hook, on the user's batch."""
@@ -171,8 +176,9 @@ class ScoreModule(ExtractorModule):
         self._largest = largest
 
     def setup(self, stage: str) -> None:  # noqa: ARG002
-        """Factor the Gram matrices; every rank takes part."""
-        self._scorer.fit(self.trainer.strategy.root_device)
+        """Factor the Gram matrices; every rank takes part. What an earlier run has on another device is dropped."""
+        self.extractor.reset()
+        self._scorer.fit(self.trainer.strategy.root_device, Ranks.of(self.trainer))
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Scores:  # noqa: ARG002
         """Scores of a batch of targets."""

@@ -12,6 +12,7 @@ ones.
 """
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -61,28 +62,33 @@ class FeatureStore:
     def __init__(
         self, directory: str | Path, identity: dict[str, Any], num_examples: int, shard_size: int = 1024
     ) -> None:
-        self.directory = Path(directory)
+        if "://" in str(directory):
+            raise ValueError(f'a store must be on a disk, since it is memory-mapped, got "{directory}"')
+        self.directory = Path(directory).expanduser()
         path = self.directory / "manifest.json"
-        if path.exists():
-            manifest = self.read_manifest(directory)
-            stored = {"num_examples": manifest["num_examples"]} | manifest["identity"]
-            self._compare(stored, {"num_examples": num_examples} | identity)
-        else:
-            if num_examples < 1 or shard_size < 1:
-                raise ValueError(f"a store needs examples and shards, got {num_examples=} and {shard_size=}")
-            if self.directory.exists() and any(self.directory.glob("checkpoint-*")):
-                raise ValueError(f'"{directory}" holds shards but no manifest.json; use another directory')
-            manifest = {
-                "format": FORMAT_VERSION,
-                "num_examples": num_examples,
-                "shard_size": shard_size,
-                "identity": identity,
-            }
-            write_json(path, manifest)
+        if not path.exists():
+            self._create(path, identity, num_examples, shard_size)
+        manifest = self.read_manifest(directory)
+        stored = {"num_examples": manifest["num_examples"]} | manifest["identity"]
+        self._compare(stored, {"num_examples": num_examples} | json.loads(json.dumps(identity)))
         self.num_examples: int = manifest["num_examples"]
         self.shard_size: int = manifest["shard_size"]
         self.num_checkpoints = len(manifest["identity"]["checkpoints"])
         self.num_shards = -(-self.num_examples // self.shard_size)
+
+    def _create(self, path: Path, identity: dict[str, Any], num_examples: int, shard_size: int) -> None:
+        if num_examples < 1 or shard_size < 1:
+            raise ValueError(f"a store needs examples and shards, got {num_examples=} and {shard_size=}")
+        if any(self.directory.glob("checkpoint-*")):
+            raise ValueError(f'"{self.directory}" holds shards but no manifest.json; use another directory')
+        manifest = {
+            "format": FORMAT_VERSION,
+            "num_examples": num_examples,
+            "shard_size": shard_size,
+            "identity": identity,
+        }
+        with suppress(FileExistsError):  # another process was faster: its manifest counts
+            write_json(path, manifest, replace=False)
 
     @staticmethod
     def read_manifest(directory: str | Path) -> dict[str, Any]:
@@ -92,7 +98,7 @@ class FeatureStore:
             FileNotFoundError: if there is none.
             ValueError: if it is not one, or of a format that this version cannot read.
         """
-        path = Path(directory) / "manifest.json"
+        path = Path(directory).expanduser() / "manifest.json"
         if not path.exists():
             raise FileNotFoundError(f'"{directory}" is not a feature store yet; call featurize first')
         try:
@@ -167,7 +173,11 @@ class FeatureStore:
         Raises:
             ValueError: if the file is truncated or altered.
         """
-        return Features(**self._load(self._shard_path(checkpoint, shard)))
+        path = self._shard_path(checkpoint, shard)
+        rows = Features(**self._load(path))
+        if len(rows.features) != len(self.shard(shard)):
+            raise self._damaged(path, f"it holds {len(rows.features)} examples, not {len(self.shard(shard))}")
+        return rows
 
     def write_extra(self, checkpoint: int, name: str, tensors: dict[str, Tensor], key: str = "") -> None:
         """Write tensors that belong to a checkpoint as a whole; ``key`` says what they were made from."""

@@ -41,6 +41,10 @@ def main(root: Path) -> None:
 
     unfinished = TRAK(make_model(), checkpoints, root / "continued by one", projection=SparseProjection(32))
     unfinished.featurize(trainer, DataLoader(train, batch_size=4), shard_size=6)
+    if trainer.global_rank == 0:  # alone, while the process group of both is still there
+        alone = TRAK(make_model(), checkpoints, root / "alone", projection=SparseProjection(32))
+        alone.featurize(make_trainer(), train)
+        results["alone"] = alone.score(make_trainer(), targets)
     torch.save(results, root / f"rank-{trainer.global_rank}.pt")
 
 

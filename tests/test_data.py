@@ -106,6 +106,7 @@ class Stream(IterableDataset):
         (Stream(), TypeError, "cannot attribute to a Stream"),
         ([1, 2], TypeError, "cannot attribute to a int"),
         (DataLoader(TRAIN, sampler=SubsetRandomSampler([1, 2])), ValueError, r"draws a subset.*Subset\(dataset"),
+        (DataLoader(TRAIN, sampler=[3, 4]), ValueError, "draws a subset with list"),
         (DataLoader(TRAIN, batch_size=None), ValueError, "automatic batching off"),
         (DataLoader(Subset(TRAIN, []), batch_size=2), ValueError, "dataset is empty"),
         ([DataLoader(TRAIN), DataLoader(TRAIN)], ValueError, "one training set, got 2 loaders"),

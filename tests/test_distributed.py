@@ -97,6 +97,11 @@ def test_a_rank_without_targets(runs):
         close(rank["one target"], expected[:1])
 
 
+def test_one_rank_alone_waits_for_nobody(runs):
+    ranks, expected, _ = runs
+    close(ranks[0]["alone"], expected)
+
+
 def test_scorer_scores_what_lightning_deals_out(runs):
     ranks, expected, _ = runs
     for number, rank in enumerate(ranks):

@@ -254,7 +254,7 @@ def test_fingerprint_of_a_users_output():
     assert Weighted().fingerprint() == {
         "class": f"{__name__}.test_fingerprint_of_a_users_output.<locals>.Weighted",
         "weights": {"a": [1.0, 2.0]},
-        "reduce": "functools.partial",
+        "reduce": ["torch._VariableFunctionsClass.sum", [], {"dim": 1}],
         "kind": "torch.nn.modules.linear.Linear",
     }
 
@@ -296,3 +296,16 @@ def test_the_mixin_says_what_to_do_when_nothing_is_declared():
 
     with pytest.raises(RuntimeError, match=r"override LitNet.configure_model_output\(self\)"):
         LitNet().configure_model_output()
+
+
+def test_fingerprints_tell_functions_of_one_name_apart():
+    def make(scale):
+        return [NegativeLoss(lambda module, batch: module(batch).sum(1)), NegativeLoss(lambda module, batch: scale)]
+
+    first, second = make(1)
+    assert first.fingerprint() != second.fingerprint()
+    assert first.fingerprint() == make(1)[0].fingerprint()
+    smooth, plain = (NegativeLoss(nn.CrossEntropyLoss(label_smoothing=value)) for value in (0.1, 0.0))
+    assert smooth.fingerprint() != plain.fingerprint()
+    powers = [NegativeLoss(functools.partial(torch.pow, exponent=value)) for value in (2, 3)]
+    assert powers[0].fingerprint() != powers[1].fingerprint()

@@ -10,9 +10,9 @@ from torch.utils.data import (
 )
 
 from lightning_trak import TRAK
-from lightning_trak.outputs import NegativeLoss
+from lightning_trak.outputs import ClassificationMargin, NegativeLoss
 from lightning_trak.projections import GaussianProjection, SparseProjection
-from tests.lit import TARGETS, TRAIN, attribute, make_model, make_trainer
+from tests.lit import TARGETS, TRAIN, LitNet, attribute, make_model, make_trainer
 
 
 def test_a_bad_example_is_named_and_good_shards_are_kept(tmp_path, checkpoints):
@@ -135,3 +135,56 @@ def test_a_trainer_that_would_skip_examples_is_refused(tmp_path, checkpoints, op
 def test_top_k_must_be_positive(tmp_path, checkpoints):
     with pytest.raises(ValueError, match="top_k must be at least 1, got 0"):
         attribute(tmp_path, checkpoints, score={"top_k": 0})
+
+
+def test_a_checkpoint_that_changes_is_noticed(tmp_path, checkpoints):
+    path = tmp_path / "last.pt"
+    torch.save(checkpoints[0], path)
+    trak = TRAK(make_model(), [path], tmp_path / "store", projection=SparseProjection(32))
+    trak.featurize(make_trainer(), TRAIN)
+    torch.save(checkpoints[1], path)
+    with pytest.raises(ValueError, match=r"last\.pt has changed since this TRAK was made"):
+        trak.score(make_trainer(), TARGETS)
+
+
+def test_another_precision_is_refused(tmp_path, checkpoints):
+    trak = TRAK(make_model(), checkpoints, tmp_path, projection=SparseProjection(32))
+    trak.featurize(make_trainer(precision="bf16-true"), TRAIN)
+    with pytest.raises(ValueError, match="made with precision bf16-true, this TRAK has precision 32-true"):
+        trak.score(make_trainer(), TARGETS)
+
+
+def test_derivatives_that_are_not_finite_are_refused(tmp_path, checkpoints):
+    class Broken(ClassificationMargin):
+        def derivatives(self, output):
+            residuals, curvatures = super().derivatives(output)
+            return torch.where(torch.arange(len(output)) == 3, torch.nan, residuals), curvatures
+
+    with pytest.raises(ValueError, match=r"feature of example 3 .* is not finite \(outputs .*, residuals nan, curv"):
+        attribute(tmp_path, checkpoints, output=Broken())
+
+
+def test_features_that_are_all_zero_are_noticed(tmp_path, checkpoints):
+    class TwoHeads(LitNet):
+        def __init__(self):
+            super().__init__()
+            self.other = torch.nn.Linear(2, 2)
+
+    model = TwoHeads()
+    trak = TRAK(model, [model.state_dict()], tmp_path, projection=SparseProjection(32), parameters="other.*")
+    with pytest.warns(UserWarning, match="features of examples 0 to 31 .* are zero: does the output"):
+        trak.featurize(make_trainer(), TRAIN)
+    with pytest.raises(ValueError, match="Gram matrix of checkpoint 0 is zero"):
+        trak.score(make_trainer(), TARGETS)
+
+
+def test_a_store_that_cannot_be_written_can_be_scored(tmp_path, checkpoints, expected, monkeypatch):
+    trak = TRAK(make_model(), checkpoints, tmp_path, projection=SparseProjection(32))
+    trak.featurize(make_trainer(), TRAIN)
+
+    def refuse(*args):
+        raise PermissionError("read only")
+
+    monkeypatch.setattr("lightning_trak.store.FeatureStore.write_extra", refuse)
+    with pytest.warns(UserWarning, match="Gram matrix cannot be kept .*: read only"):
+        assert torch.equal(trak.score(make_trainer(), TARGETS), expected)

@@ -1,6 +1,7 @@
 """The store on disk: what it refuses, what it survives."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -187,3 +188,43 @@ def test_digest_sees_names_dtypes_shapes_and_values():
     assert len(set(digests)) == len(digests)
     assert tensor_digest({"b": base["b"], "a": base["a"].expand(2, 6)[1]}) == digests[0]
     assert tensor_digest({"x": torch.ones(3, dtype=torch.bfloat16)}) != tensor_digest({"x": torch.ones(3)})
+
+
+def test_two_first_runs_agree_on_one_manifest(tmp_path, monkeypatch):
+    """The slower one, which has already looked for a manifest, takes that of the faster."""
+    exists, seen = Path.exists, []
+
+    def raced(self):
+        if self.name == "manifest.json" and not seen:
+            seen.append(self)
+            FeatureStore(tmp_path / "store", IDENTITY, 10, shard_size=4)
+            return False
+        return exists(self)
+
+    monkeypatch.setattr(Path, "exists", raced)
+    assert FeatureStore(tmp_path / "store", IDENTITY, 10, shard_size=8).shard_size == 4
+
+
+def test_a_shard_of_another_size_is_found(store):
+    other = FeatureStore(store.directory.parent / "other", IDENTITY, 10, shard_size=5)
+    other.write(0, 0, rows(5))
+    other._shard_path(0, 0).replace(store._shard_path(0, 0))
+    with pytest.raises(ValueError, match="it holds 5 examples, not 4"):
+        store.read(0, 0)
+
+
+def test_identity_is_compared_as_json_keeps_it(tmp_path):
+    identity = IDENTITY | {"output": {"sizes": (1, 2)}}
+    FeatureStore(tmp_path, identity, 10)
+    FeatureStore(tmp_path, identity, 10)
+
+
+def test_a_home_directory_is_meant(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert FeatureStore("~/store", IDENTITY, 10).directory == tmp_path / "store"
+    assert FeatureStore.read_manifest("~/store")["num_examples"] == 10
+
+
+def test_a_remote_store_is_refused():
+    with pytest.raises(ValueError, match=r'must be on a disk.*"s3://bucket/features"'):
+        FeatureStore("s3://bucket/features", IDENTITY, 10)

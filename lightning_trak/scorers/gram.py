@@ -11,6 +11,8 @@ from lightning_trak.store import Features
 
 Curvature = Literal["gauss_newton", "identity"]
 
+_ROWS = 1024  # solved at a time, which bounds the float64 copies
+
 
 def gram_matrix(shards: Iterable[Features], curvature: Curvature, k: int, device: torch.device) -> Tensor:
     """sum_j R_j phi_j phi_j^T over the examples of some shards.
@@ -64,10 +66,15 @@ class DampedGram:
         if damping < 0:
             raise ValueError(f"damping must be at least 0, got {damping}")
         scale = gram.diagonal().mean()
-        if not torch.isfinite(gram).all() or scale <= 0:
+        if not torch.isfinite(gram).all():
             raise ValueError(
-                f"the Gram matrix of {name} is {'zero' if scale == 0 else 'not finite'}: the model output has no"
-                ' gradient, or no curvature (a loss linear in the output needs curvature="identity")'
+                f"the Gram matrix of {name} is not finite: products of the features overflow; featurize with"
+                " dtype=torch.float64"
+            )
+        if scale <= 0:
+            raise ValueError(
+                f"the Gram matrix of {name} is zero: the model output has no gradient, or no curvature (a loss linear"
+                ' in the output needs curvature="identity")'
             )
         # Divided by its scale, so that tiny gradients or curvatures cannot underflow.
         damped = gram / scale
@@ -107,5 +114,7 @@ class DampedGram:
 
     def solve(self, rows: Tensor) -> Tensor:
         """(K + ...)^-1 applied to each row, shape ``(n, k)``, in the rows' dtype."""
-        solution = torch.cholesky_solve(rows.to(torch.float64).T, self._factor).T
-        return (solution / self._scale).to(rows.dtype)
+        solved = torch.empty_like(rows)
+        for part, result in zip(torch.split(rows, _ROWS), torch.split(solved, _ROWS), strict=True):
+            result.copy_(torch.cholesky_solve(part.to(torch.float64).T, self._factor).T / self._scale)
+        return solved

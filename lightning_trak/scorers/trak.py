@@ -1,12 +1,13 @@
 """TRAK scores from stored features: one Newton step for each training example, averaged over checkpoints."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lightning_trak import distributed
+from lightning_trak.distributed import Ranks
 from lightning_trak.scorers.gram import Curvature, DampedGram, gram_matrix
 from lightning_trak.scorers.topk import TopK, block_top_k, merge_top_k
 from lightning_trak.store import FeatureStore
@@ -29,6 +30,7 @@ class TRAKScorer:
         residuals: ``"per_checkpoint"`` as above; ``"averaged"`` as published (arXiv 2303.14186, section 3): the average
             of phi^T K^-1 phi over checkpoints times the average of Q.
         soft_threshold: scores move towards zero by this much, and no further: the paper's optional sparsification.
+            Where fewer than ``top_k`` scores are left, which zeros fill the rest is arbitrary.
     """
 
     def __init__(
@@ -47,35 +49,42 @@ class TRAKScorer:
         self._factors: list[DampedGram] = []
         self._device = torch.device("cpu")
 
-    def fit(self, device: torch.device) -> None:
-        """Make and factor the Gram matrices; with several ranks, all must call this.
+    def fit(self, device: torch.device, ranks: Ranks = Ranks()) -> None:  # noqa: B008
+        """Make and factor the Gram matrices.
+
+        Args:
+            device: where scores will be computed.
+            ranks: the processes that share the work; all must call this.
 
         Raises:
             RuntimeError: if the store is incomplete.
             ValueError: if a Gram matrix cannot be factored.
         """
         self.store.require_complete()
-        self._device = device
-        if not self._factors:
-            for checkpoint in range(self.store.num_checkpoints):
-                gram = self._gram(checkpoint).to(device)
-                precision = self.store.read(checkpoint, 0).features.dtype
-                self._factors.append(DampedGram(gram, self.damping, precision, f"checkpoint {checkpoint}"))
+        device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
+        if self._factors and device == self._device:
+            return
+        self._device, self._factors = device, []
+        for checkpoint in range(self.store.num_checkpoints):
+            gram = self._gram(checkpoint, ranks).to(device)
+            precision = self.store.read(checkpoint, 0).features.dtype
+            self._factors.append(DampedGram(gram, self.damping, precision, f"checkpoint {checkpoint}"))
 
-    def _gram(self, checkpoint: int) -> Tensor:
+    def _gram(self, checkpoint: int, ranks: Ranks) -> Tensor:
         name, key = f"gram-{self.curvature}", self.store.digest(checkpoint)
         stored = self.store.read_extra(checkpoint, name, key)
-        if distributed.all_true(stored is not None) and stored is not None:
+        if ranks.all_true(stored is not None) and stored is not None:
             return stored["gram"]
         k = self.store.read(checkpoint, 0).features.shape[1]
-        mine = (self.store.read(checkpoint, shard) for shard in self._own_shards())
-        gram = distributed.all_reduce_sum(gram_matrix(mine, self.curvature, k, self._device))
-        if distributed.rank() == 0:
-            self.store.write_extra(checkpoint, name, {"gram": gram}, key)
+        mine = (self.store.read(checkpoint, shard) for shard in ranks.share(self.store.num_shards))
+        with _full_precision(self._device):
+            gram = ranks.sum(gram_matrix(mine, self.curvature, k, self._device))
+        if ranks.rank == 0:
+            try:
+                self.store.write_extra(checkpoint, name, {"gram": gram}, key)
+            except OSError as error:  # the store may be somebody else's, to be read only
+                warnings.warn(f"the Gram matrix cannot be kept and will be made again next time: {error}", stacklevel=2)
         return gram
-
-    def _own_shards(self) -> range:
-        return range(distributed.rank(), self.store.num_shards, distributed.world_size())
 
     def precondition(self, checkpoint: int, features: Tensor) -> Tensor:
         """(K_m + lambda_m I)^-1 phi(x) for each target: shape ``(num_targets, k)``, in at least float32."""
@@ -118,21 +127,30 @@ class TRAKScorer:
                 )
             yield self.store.shard(shard), scores
 
-    def score(self, directions: Sequence[Tensor], top_k: int | None = None, largest: bool = True) -> Scores:
-        """Scores against the whole training set, computed by this process alone.
+    def score(
+        self,
+        directions: Sequence[Tensor],
+        top_k: int | None = None,
+        largest: bool = True,
+        ranks: Ranks = Ranks(),  # noqa: B008
+    ) -> Scores:
+        """Scores against the whole training set.
+
+        Args:
+            directions: preconditioned targets for each checkpoint, ``(num_targets, k)`` each.
+            top_k: keep only this many training examples for each target, without ever holding the rest.
+            largest: whether ``top_k`` keeps the highest scores or the lowest.
+            ranks: the processes that share the shards; all must call this with the same targets.
 
         Returns:
-            A Tensor ``(num_targets, num_train)``, or with ``top_k`` the best ones only, without ever holding the rest.
+            On every rank a CPU Tensor ``(num_targets, num_train)``, or a :class:`~lightning_trak.scorers.TopK`.
         """
-        return self._collect(directions, range(self.store.num_shards), top_k, largest)
-
-    def score_together(self, directions: Sequence[Tensor], top_k: int | None = None, largest: bool = True) -> Scores:
-        """The same, with the shards shared out over the ranks; every rank gets the result."""
-        mine = self._collect(directions, self._own_shards(), top_k, largest)
+        with _full_precision(self._device):
+            mine = self._collect(directions, ranks.share(self.store.num_shards), top_k, largest)
         if isinstance(mine, Tensor):
-            return distributed.all_reduce_sum(mine)
+            return ranks.sum(mine)
         assert top_k is not None
-        return merge_top_k(distributed.all_gather(mine), top_k, largest)
+        return merge_top_k(ranks.gather(mine), top_k, largest)
 
     def _collect(self, directions: Sequence[Tensor], shards: Sequence[int], top_k: int | None, largest: bool) -> Scores:
         targets, dtype = len(directions[0]), directions[0].dtype
@@ -146,3 +164,8 @@ class TRAKScorer:
             found = block_top_k(block, examples.start, top_k, largest)
             best = merge_top_k([best, TopK(found.values.cpu(), found.indices.cpu())], top_k, largest)
         return best
+
+
+def _full_precision(device: torch.device) -> torch.autocast:
+    """Outside autocast, under which Lightning's mixed precision or the user's own would round products."""
+    return torch.autocast(device.type, enabled=False)
