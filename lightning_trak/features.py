@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning_utilities.core.rank_zero import WarningCache
 from torch import Tensor, nn
 from torch.backends import cudnn
 
@@ -26,6 +27,8 @@ from lightning_trak.outputs import ModelOutput
 from lightning_trak.projections import Projection
 from lightning_trak.projections.base import BoundProjection
 from lightning_trak.store import Features
+
+_told = WarningCache()  # says a thing once
 
 EngineName = Literal["auto", "functional", "loop"]
 
@@ -172,10 +175,10 @@ class FeatureExtractor:
             result = self._slow(batch, size)  # if this fails too, the model is at fault: let it say so
             reason = error
         # Batch by batch, not once for all: a batch must have the same features whichever others came before.
-        warnings.warn(
+        said = f"{type(reason).__name__}: {reason}".splitlines()[0][:200]
+        _told.warn(
             f"vmap cannot differentiate {type(self.module).__name__}, so examples are differentiated one by one, which"
-            f" is slow (engine='loop' chooses this without the warning). vmap said: {reason}",
-            stacklevel=2,
+            f" is slow; engine='loop' does so without saying. vmap said: {said}"
         )
         return result
 

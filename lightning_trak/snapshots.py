@@ -111,8 +111,10 @@ class SnapshotSeries:
         try:
             content = self.filesystem.cat_file(self.path(MANIFEST))
         except (FileNotFoundError, NotADirectoryError) as error:
+            found = "it does not exist" if not self.filesystem.exists(self._root) else f"it has no {MANIFEST}"
             raise FileNotFoundError(
-                f'no {MANIFEST} in "{self.directory}"; expected a directory that TRAKCallback has written'
+                f'"{self.directory}" is not a directory that TRAKCallback has written: {found}; give checkpoint'
+                " files as a list of their paths"
             ) from error
         try:
             manifest: dict[str, Any] = json.loads(content)

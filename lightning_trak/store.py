@@ -70,16 +70,27 @@ class FeatureStore:
             self._create(path, identity, num_examples, shard_size)
         manifest = self.read_manifest(directory)
         stored = {"num_examples": manifest["num_examples"]} | manifest["identity"]
-        self._compare(stored, {"num_examples": num_examples} | json.loads(json.dumps(identity)))
+        wanted = {"num_examples": num_examples} | json.loads(json.dumps(identity))
+        if any(stored.get(field) != value for field, value in wanted.items()) and self._is_empty():
+            # Of a run that failed before its first shard, over a mistake that has been mended since.
+            path.unlink(missing_ok=True)
+            self._create(path, identity, num_examples, shard_size)
+            manifest = self.read_manifest(directory)
+        else:
+            self._compare(stored, wanted)
+        self._manifest = manifest
         self.num_examples: int = manifest["num_examples"]
         self.shard_size: int = manifest["shard_size"]
         self.num_checkpoints = len(manifest["identity"]["checkpoints"])
         self.num_shards = -(-self.num_examples // self.shard_size)
 
+    def _is_empty(self) -> bool:
+        return not any(self.directory.glob("checkpoint-*/shard-*"))
+
     def _create(self, path: Path, identity: dict[str, Any], num_examples: int, shard_size: int) -> None:
         if num_examples < 1 or shard_size < 1:
             raise ValueError(f"a store needs examples and shards, got {num_examples=} and {shard_size=}")
-        if any(self.directory.glob("checkpoint-*")):
+        if not self._is_empty():
             raise ValueError(f'"{self.directory}" holds shards but no manifest.json; use another directory')
         manifest = {
             "format": FORMAT_VERSION,
@@ -111,22 +122,25 @@ class FeatureStore:
         return manifest
 
     def _compare(self, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
-        for field in wanted:
-            mine, theirs = wanted[field], stored.get(field)
+        for field, mine in wanted.items():
+            theirs = stored.get(field)
             if mine == theirs:
                 continue
-            if field in ("checkpoints", "parameters") and isinstance(theirs, list):
-                differing = [i for i, pair in enumerate(zip(mine, theirs, strict=False)) if pair[0] != pair[1]]
-                if len(mine) != len(theirs):
-                    mine, theirs = f"{len(mine)} {field}", f"{len(theirs)} {field}"
-                else:
-                    i = differing[0]
-                    mine, theirs = f"{field} with number {i} = {mine[i]}", f"{field} with number {i} = {theirs[i]}"
+            if field == "data":
+                made, have = "other training data of this size", "data that differ in eight items spread over them"
+            elif field == "checkpoints" and isinstance(theirs, list) and len(theirs) == len(mine):
+                number = next(i for i, pair in enumerate(zip(mine, theirs, strict=True)) if pair[0] != pair[1])
+                made, have = f"other weights as checkpoint {number}", "the same number of them"
+            elif field in ("checkpoints", "parameters") and isinstance(theirs, list):
+                made, have = f"{len(theirs)} {field}", f"{len(mine)}"
+                differing = [item[0] for item in [*mine, *theirs] if (item in mine) != (item in theirs)]
+                if field == "parameters":
+                    have += f" (differing in {', '.join(differing[:5])}{', ...' if len(differing) > 5 else ''})"
             else:
-                mine, theirs = f"{field} {mine}", f"{field} {theirs}"
+                made, have = f"{field} {theirs}", f"{field} {mine}"
             raise ValueError(
-                f'store "{self.directory}" was made with {theirs}, this TRAK has {mine};'
-                f" use another directory or the same {field}"
+                f'store "{self.directory}" was made with {made}, this TRAK has {have}; use another directory or the'
+                f" same {field}"
             )
 
     def shard(self, index: int) -> range:
@@ -162,7 +176,10 @@ class FeatureStore:
 
         Raises:
             ValueError: if the rows are not as many as the shard's examples.
+            RuntimeError: if another run has replaced the manifest since this object was made.
         """
+        if self.read_manifest(self.directory) != self._manifest:
+            raise RuntimeError(f'another run has taken store "{self.directory}" over; give each run a directory')
         if len(rows.features) != len(self.shard(shard)):
             raise ValueError(f"shard {shard} holds {len(self.shard(shard))} examples, got {len(rows.features)} rows")
         self._save(self._shard_path(checkpoint, shard), rows._asdict())

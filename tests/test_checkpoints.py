@@ -216,13 +216,15 @@ def test_file_that_goes_away(tmp_path: Path) -> None:
 
 
 def test_directory_without_manifest(directory: str) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no manifest\.json in .* TRAKCallback"):
+    with pytest.raises(
+        FileNotFoundError, match=r"TRAKCallback has written: it does not exist; give checkpoint files as a list"
+    ):
         resolve_checkpoints(directory)
 
 
 def test_file_in_place_of_a_directory(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("weights?")
-    with pytest.raises(FileNotFoundError, match=r'no manifest\.json in ".*notes\.txt"'):
+    with pytest.raises(FileNotFoundError, match=r"notes\.txt\" is not a directory .*: it has no manifest\.json"):
         resolve_checkpoints(tmp_path / "notes.txt")
 
 

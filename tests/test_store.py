@@ -58,9 +58,15 @@ def test_what_is_written_is_read(store):
         ({"dtype": "float16"}, "made with dtype float32, this TRAK has dtype float16"),
         ({"projection": {"class": "SparseProjection", "dim": 8}}, "made with projection .*4.*, this TRAK has .*8"),
         ({"output": {"class": "NegativeLoss"}}, "made with output .*ClassificationMargin"),
-        ({"parameters": [["weight", [2, 3]]]}, "made with 2 parameters, this TRAK has 1 parameters"),
-        ({"parameters": [["weight", [2, 3]], ["b", [2]]]}, r"parameters with number 1 = \['bias', \[2\]\]"),
-        ({"checkpoints": ["aa", "cc"]}, "checkpoints with number 1 = bb, this TRAK has .*cc"),
+        (
+            {"parameters": [["weight", [2, 3]]]},
+            r"2 parameters, this TRAK has 1 \(differing in bias\); .* the same parameters",
+        ),
+        (
+            {"parameters": [["weight", [2, 3]], ["b", [2]]]},
+            r"2 parameters, this TRAK has 2 \(differing in b, bias\)",
+        ),
+        ({"checkpoints": ["aa", "cc"]}, "made with other weights as checkpoint 1"),
         ({"checkpoints": ["aa"]}, "made with 2 checkpoints, this TRAK has 1"),
         ({"extra": 1}, "made with extra None, this TRAK has extra 1"),
     ],
@@ -228,3 +234,12 @@ def test_a_home_directory_is_meant(tmp_path, monkeypatch):
 def test_a_remote_store_is_refused():
     with pytest.raises(ValueError, match=r'must be on a disk.*"s3://bucket/features"'):
         FeatureStore("s3://bucket/features", IDENTITY, 10)
+
+
+def test_a_run_that_failed_before_its_first_shard_leaves_no_claim(tmp_path):
+    failed = FeatureStore(tmp_path, IDENTITY | {"output": {"class": "Wrong"}}, 10)
+    store = FeatureStore(tmp_path, IDENTITY, 10, shard_size=5)
+    store.write(0, 0, rows(5))
+    with pytest.raises(RuntimeError, match="another run has taken store"):
+        failed.write(0, 0, rows(10))
+    assert len(store.read(0, 0).features) == 5

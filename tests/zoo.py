@@ -108,6 +108,27 @@ class _TwoTower(nn.Module):
         return self.image(image), self.text(text)
 
 
+class _Reuse(nn.Module):
+    """Layers called often, by keyword, on ranks 2 to 4, with time folded into the batch, and on shared positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(20, 6, padding_idx=0)
+        self.positions = nn.Embedding(8, 6)
+        self.rows = nn.Embedding(8, 6)
+        self.mix = nn.Linear(6, 6)
+        self.frame = nn.Conv1d(2, 2, 3, padding=1)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        steps = torch.arange(ids.shape[1], device=ids.device)
+        hidden = self.tokens(input=ids) + self.positions(steps) + self.mix(self.rows(steps.unsqueeze(0)))
+        hidden = self.mix(hidden) + self.mix(F.relu(self.mix(hidden), inplace=True))
+        folded = self.frame(hidden.flatten(0, 1).reshape(-1, 2, 3))  # one row for each step of each example
+        hidden = self.mix(folded.reshape(len(ids), -1, 2, 6))
+        return self.head(self.mix(hidden.mean((1, 2))))
+
+
 def _mlp() -> Specimen:
     module = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 4))
     return Specimen(module, ClassificationMargin(), (torch.randn(5, 6), torch.tensor([0, 1, 2, 3, 0])), 5)
@@ -168,6 +189,45 @@ def _own_loss() -> Specimen:
     return Specimen(module, NegativeLoss(loss), (torch.randn(4, 3), torch.randn(4, 3)), 4)
 
 
+def _convolutions() -> Specimen:
+    module = nn.Sequential(
+        nn.Conv1d(2, 4, 3, stride=2, padding=2, dilation=2, groups=2, padding_mode="circular"),
+        nn.ReLU(inplace=True),
+        nn.Conv1d(4, 3, 3, padding="same", dilation=2, bias=False),
+        nn.ConvTranspose1d(3, 2, 3, stride=2, padding=1, output_padding=1),
+        nn.Unflatten(2, (3, 4)),
+        nn.Conv2d(2, 4, (2, 3), stride=(1, 2), padding=(1, 2), dilation=(2, 1), padding_mode="reflect"),
+        nn.ConvTranspose2d(4, 4, 2, groups=2),
+        nn.Unflatten(1, (2, 2)),
+        nn.Conv3d(2, 4, 2, stride=(1, 2, 1), padding=1, groups=2),
+        nn.ConvTranspose3d(4, 2, 2, bias=False),
+        nn.Flatten(),
+        nn.LazyLinear(3),
+    )
+    batch = (torch.randn(4, 2, 12), torch.tensor([0, 1, 2, 0]))
+    module(batch[0])
+    return Specimen(module, ClassificationMargin(), batch, 4)
+
+
+def _normalizations() -> Specimen:
+    module = nn.Sequential(
+        nn.BatchNorm1d(6), nn.Linear(6, 8), nn.RMSNorm(8), nn.Unflatten(1, (4, 2)), nn.BatchNorm1d(4), nn.PReLU(4),
+        nn.LayerNorm((4, 2)), nn.Unflatten(2, (2, 1)), nn.GroupNorm(2, 4), nn.Unflatten(3, (1, 1)), nn.BatchNorm3d(4),
+        nn.Flatten(), nn.RMSNorm(8, eps=0.1), nn.Linear(8, 1),
+    )  # fmt: skip
+    for part in module:
+        if isinstance(part, (nn.BatchNorm1d, nn.BatchNorm3d, nn.RMSNorm, nn.LayerNorm, nn.GroupNorm)):
+            nn.init.normal_(part.weight, 1, 0.3)
+    for _ in range(3):
+        module(torch.randn(8, 6) * 2 + 1)
+    return Specimen(module, RegressionOutput(), (torch.randn(4, 6), torch.randn(4)), 4)
+
+
+def _reuse() -> Specimen:
+    batch = (torch.randint(0, 20, (4, 8)), torch.tensor([0, 1, 2, 0]))
+    return Specimen(_Reuse(), ClassificationMargin(), batch, 4)
+
+
 ZOO: dict[str, Callable[[], Specimen]] = {
     "mlp": _mlp,
     "conv_batchnorm": _conv_batchnorm,
@@ -178,13 +238,20 @@ ZOO: dict[str, Callable[[], Specimen]] = {
     "text_classifier": _text_classifier,
     "two_tower": _two_tower,
     "own_loss": _own_loss,
+    "convolutions": _convolutions,
+    "normalizations": _normalizations,
+    "reuse": _reuse,
 }
 
 
-def specimen(name: str) -> Specimen:
+def specimen(name: str, dtype: torch.dtype = torch.float32) -> Specimen:
     """A model of the zoo in eval mode, the same at every call."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        found = ZOO[name]()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            found = ZOO[name]()
+    finally:
+        torch.set_default_dtype(torch.float32)
     found.module.eval()
     return found

@@ -63,12 +63,20 @@ def split_labels(batch: Any, labels_keys: tuple[str, ...]) -> tuple[Any, Tensor]
 
 def call_module(module: nn.Module, inputs: Any) -> Any:
     """Call the module on a mapping's items as keywords, on a tuple's or list's elements in order, or on a tensor."""
-    if isinstance(inputs, Mapping):
-        return module(**inputs)
-    if isinstance(inputs, (tuple, list)):
-        return module(*inputs)
-    if isinstance(inputs, Tensor):
-        return module(inputs)
+    try:
+        if isinstance(inputs, Mapping):
+            return module(**inputs)
+        if isinstance(inputs, (tuple, list)):
+            return module(*inputs)
+        if isinstance(inputs, Tensor):
+            return module(inputs)
+    except TypeError as error:
+        if "argument" not in str(error):
+            raise
+        raise TypeError(
+            f"{error}: the batch holds other things than {type(module).__name__} takes; pass forward=, a function of"
+            " (module, batch) that makes the call"
+        ) from error
     raise TypeError(
         f"cannot tell how to call {type(module).__name__} on a {type(inputs).__name__}; expected a tuple, list, mapping"
         " or Tensor: pass forward=, a function of (module, batch) that makes the call"
