@@ -366,6 +366,7 @@ def _borrowed(trainer: L.Trainer, ours: ExtractorModule) -> Iterator[None]:
     try:
         with isolate_rng(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*RangeLoader.*")  # it may have nothing left to do
+            warnings.filterwarnings("ignore", ".*LeafSpec.*")  # Lightning's own, in every loop
             yield
     finally:
         trainer.loggers, trainer.callbacks = loggers, callbacks  # type: ignore[attr-defined]
