@@ -57,7 +57,8 @@ class TRAK:
             :class:`~lightning_trak.scorers.TRAKScorer`.
         soft_threshold: scores move towards zero by this much (0: not at all).
         parameters: which parameters to differentiate, by name pattern; default: all that require gradients.
-        engine: how gradients are computed: ``"auto"``, ``"functional"`` or ``"loop"``.
+        engine: how gradients are computed: ``"auto"``, ``"functional"``, ``"hooks"`` or ``"loop"``, see
+            :class:`~lightning_trak.features.FeatureExtractor`.
         seed: seed of the projection.
         dtype: dtype of the stored features.
         weights_only: ``False`` lets ``.ckpt`` and ``.pt`` files run code when they are read; for files you trust only.
@@ -89,7 +90,7 @@ class TRAK:
     ) -> None:
         _require("curvature", curvature, ("gauss_newton", "identity"))
         _require("residuals", residuals, ("per_checkpoint", "averaged"))
-        _require("engine", engine, ("auto", "functional", "loop"))
+        _require("engine", engine, ("auto", "functional", "hooks", "loop"))
         _require("dtype", dtype, (torch.float64, torch.float32, torch.bfloat16, torch.float16))
         for name, value in (("damping", damping), ("soft_threshold", soft_threshold)):
             if value < 0:

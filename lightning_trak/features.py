@@ -17,9 +17,12 @@ from lightning_trak.files import tensor_digest
 from lightning_trak.gradients import (
     FunctionalEngine,
     GradientEngine,
+    HookEngine,
     LoopEngine,
+    MixedEngine,
     ParameterSelection,
     canonical_name,
+    coverage_report,
     select_parameters,
 )
 from lightning_trak.gradients.batch import fresh_batch, slice_batch
@@ -30,7 +33,7 @@ from lightning_trak.store import Features
 
 _told = WarningCache()  # says a thing once
 
-EngineName = Literal["auto", "functional", "loop"]
+EngineName = Literal["auto", "functional", "hooks", "loop"]
 
 # Per-example gradients of a sub-batch may take this much memory; larger batches are cut.
 GRADIENT_BYTES = 1 << 29
@@ -47,7 +50,8 @@ class FeatureExtractor:
         projection: what compresses gradients to k numbers.
         parameters: which parameters to differentiate, see :func:`~lightning_trak.gradients.select_parameters`.
         engine: ``"functional"`` (vmap), ``"loop"``, or ``"auto"``: vmap, and the loop for models that vmap cannot
-            handle, with a warning that says why.
+            handle, with a warning that says why. ``"hooks"`` is faster than either where most parameters belong to
+            common layers; vmap does the others, and the first batch is checked against autograd.
         seed: seed of the projection.
         dtype: dtype of the features.
         keep: keep the weights and projection of every checkpoint in memory, for going through all of them repeatedly.
@@ -77,7 +81,8 @@ class FeatureExtractor:
         self.engine_name = engine
         self.seed = seed
         self.dtype = dtype
-        self._fast: GradientEngine = FunctionalEngine(self.module, self.output, self.names)
+        self._hooks = self._hook_engine() if engine == "hooks" else None
+        self._fast: GradientEngine = self._hooks or FunctionalEngine(self.module, self.output, self.names)
         self._slow: GradientEngine = LoopEngine(self.module, self.output, self.names)
         self._keep = keep
         # cuDNN cannot differentiate a recurrent layer in eval mode.
@@ -135,8 +140,8 @@ class FeatureExtractor:
             cudnn.flags(enabled=False) if self._recurrent else nullcontext(),
         ):
             batch = fresh_batch(batch, size)
-            row_bytes = sum(self.sizes.values()) * 4
-            step = max(1, GRADIENT_BYTES // row_bytes)
+            # Hooks form the gradients of one layer at a time; the other engines those of all, and take fewer examples.
+            step = size if self._hooks else max(1, GRADIENT_BYTES // (sum(self.sizes.values()) * 4))
             parts = [
                 self._rows(slice_batch(batch, size, start, start + step), positions[start : start + step])
                 for start in range(0, size, step)
@@ -144,12 +149,10 @@ class FeatureExtractor:
             return Features(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
     def _rows(self, batch: Any, positions: Tensor) -> Features:
-        outputs, gradients = self._differentiate(batch, len(positions))
-        working = torch.promote_types(outputs.dtype, torch.float32)
-        outputs = outputs.to(working)
-        features = torch.zeros(len(positions), self._bound.dim, dtype=working, device=outputs.device)
-        for name, gradient in gradients.items():
-            self._bound.add_(features, name, gradient.to(working))
+        weights = next(iter(self._fast.parameters.values()))
+        working = torch.promote_types(weights.dtype, torch.float32)
+        features = torch.zeros(len(positions), self._bound.dim, dtype=working, device=weights.device)
+        outputs = self._project(batch, len(positions), features).to(working)
         features = features.to(self.dtype)
         residuals, curvatures = self.output.derivatives(outputs)
         scalar = torch.promote_types(self.dtype, torch.float32)  # k numbers dwarf these three: no need to round them
@@ -157,11 +160,25 @@ class FeatureExtractor:
         self._check(rows, positions)
         return rows
 
-    def _differentiate(self, batch: Any, size: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def _hook_engine(self) -> HookEngine | MixedEngine:
+        left_out = HookEngine.uncovered(self.module, self.names)
+        if len(left_out) == len(self.names):
+            raise ValueError(f"engine='hooks' is of no use here: {coverage_report(left_out, self.sizes)}")
+        if left_out:
+            return MixedEngine(self.module, self.output, self.names, left_out)
+        return HookEngine(self.module, self.output, self.names)
+
+    def _project(self, batch: Any, size: int, features: Tensor) -> Tensor:
+        """Add the examples' projected gradients to their features; returns their outputs."""
         if self.engine_name == "loop":
-            return self._slow(batch, size)
+            return self._slow.project(batch, size, self._bound, features)
+        if self._hooks and not self._seen:
+            wrong = self._hooks.check(batch, size)
+            if wrong:
+                reasons = "; ".join(f"{name}: {reason}" for name, reason in wrong.items())
+                raise ValueError(f"engine='hooks' gets some gradients wrong, use engine='auto': {reasons}")
         try:
-            return self._fast(batch, size)
+            return self._fast.project(batch, size, self._bound, features)
         except torch.cuda.OutOfMemoryError:
             raise
         except (RuntimeError, TypeError) as error:
@@ -170,9 +187,11 @@ class FeatureExtractor:
                     f"the output of {type(self.module).__name__} is random in eval mode, so that it has no one"
                     " gradient: draw from a fixed generator, or leave the noise out when not training"
                 ) from error
-            if self.engine_name == "functional":
+            if self.engine_name != "auto":
                 raise
-            result = self._slow(batch, size)  # if this fails too, the model is at fault: let it say so
+            outputs = self._slow.project(
+                batch, size, self._bound, features
+            )  # if this fails too, the model is at fault: let it say so
             reason = error
         # Batch by batch, not once for all: a batch must have the same features whichever others came before.
         said = f"{type(reason).__name__}: {reason}".splitlines()[0][:200]
@@ -180,7 +199,7 @@ class FeatureExtractor:
             f"vmap cannot differentiate {type(self.module).__name__}, so examples are differentiated one by one, which"
             f" is slow; engine='loop' does so without saying. vmap said: {said}"
         )
-        return result
+        return outputs
 
     def _check(self, rows: Features, positions: Tensor) -> None:
         where = f"at checkpoint {self.current} ({self.checkpoints[self.current or 0].name})"

@@ -94,11 +94,12 @@ class ExtractorModule(L.LightningModule):
         self.extractor.to_checkpoint(checkpoint, self.device)
         if not self.extractor.output.context_size:
             return
-        context = self._store.read_extra(checkpoint, "context")
-        if context is None:
-            context = self.extractor.make_context(self._context_batches(checkpoint))
-            self._store.write_extra(checkpoint, "context", context)
-        self.extractor.output.set_context({name: tensor.to(self.device) for name, tensor in context.items()})
+        with torch.inference_mode(False):  # autograd saves the context
+            context = self._store.read_extra(checkpoint, "context")
+            if context is None:
+                context = self.extractor.make_context(self._context_batches(checkpoint))
+                self._store.write_extra(checkpoint, "context", context)
+            self.extractor.output.set_context({name: tensor.to(self.device) for name, tensor in context.items()})
 
     def _context_batches(self, checkpoint: int) -> Any:
         """A uniform sample of the training data, without replacement, another one at each checkpoint."""

@@ -21,7 +21,7 @@ from tests.zoo import ZOO, specimen
 
 
 def test_engines_and_shard_sizes_agree(tmp_path, checkpoints, expected):
-    for engine, shard_size in (("functional", 3), ("loop", 50)):
+    for engine, shard_size in (("functional", 3), ("hooks", 7), ("loop", 50)):
         trak = TRAK(make_model(), checkpoints, tmp_path / engine, projection=SparseProjection(32), engine=engine)
         trak.featurize(make_trainer(), DataLoader(TRAIN, batch_size=8), shard_size=shard_size)
         scores = trak.score(make_trainer(), TARGETS)
@@ -148,8 +148,9 @@ def test_a_plain_module_with_an_output(tmp_path):
     assert trak.score(make_trainer(), TARGETS).shape == (13, 50)
 
 
+@pytest.mark.parametrize("engine", ["auto", "hooks", "loop"])
 @pytest.mark.parametrize("name", ZOO)
-def test_every_architecture_end_to_end(tmp_path, name):
+def test_every_architecture_end_to_end(tmp_path, name, engine):
     """Under inference mode, from a real loader, against features computed by hand."""
     module, output, batch, size = specimen(name)
     if output.context_size:
@@ -157,7 +158,13 @@ def test_every_architecture_end_to_end(tmp_path, name):
     examples = [copy.copy(part) for part in _unstack(batch, size)]
     loader = DataLoader(_Listed(examples), batch_size=2, collate_fn=lambda items: _stack(items, batch))
     trak = TRAK(
-        module, [module.state_dict()], tmp_path, output=output, projection=IdentityProjection(), curvature="identity"
+        module,
+        [module.state_dict()],
+        tmp_path,
+        output=output,
+        projection=IdentityProjection(),
+        curvature="identity",
+        engine=engine,
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
@@ -227,3 +234,24 @@ def test_true_half_precision_of_the_trainer_is_used(tmp_path, checkpoints, expec
     scores = attribute(tmp_path, checkpoints, trainer=trainer, engine="functional")
     assert not torch.equal(scores, expected)
     assert float((scores - expected).norm() / expected.norm()) < 0.1
+
+
+class Bypassing(LitNet):
+    """Uses the head's weight behind the back of the head's forward."""
+
+    def forward(self, inputs):
+        hidden = torch.tanh(self.norm(self.first(inputs)))
+        return (self.head(hidden) + torch.nn.functional.linear(hidden, self.head.weight)) * self.scale
+
+
+def test_hooks_that_would_miss_a_gradient_are_refused(tmp_path, checkpoints):
+    trak = TRAK(Bypassing(), checkpoints, tmp_path, projection=SparseProjection(32), engine="hooks")
+    with pytest.raises(ValueError, match="engine='hooks' gets some gradients wrong, use engine='auto': head"):
+        trak.featurize(make_trainer(), TRAIN)
+
+
+def test_hooks_that_cover_nothing_are_refused(tmp_path):
+    module = nn.LSTM(6, 3)
+    trak = TRAK(module, [module.state_dict()], tmp_path, output=ClassificationMargin(), engine="hooks")
+    with pytest.raises(ValueError, match="engine='hooks' is of no use here: hooks cover 0 of 4"):
+        trak.featurize(make_trainer(), TRAIN)

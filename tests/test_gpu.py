@@ -11,7 +11,7 @@ from tests.lit import make_checkpoints, make_data, make_model, make_trainer
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("engine", ["functional", "loop"])
+@pytest.mark.parametrize("engine", ["functional", "hooks", "loop"])
 def test_scores_on_a_gpu_are_those_on_the_cpu(tmp_path, engine):
     checkpoints = make_checkpoints(2)
     found = {}

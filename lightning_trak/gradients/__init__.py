@@ -2,14 +2,19 @@
 
 from lightning_trak.gradients.base import GradientEngine
 from lightning_trak.gradients.functional import FunctionalEngine
+from lightning_trak.gradients.hooks import HookEngine, Layer, MixedEngine, coverage_report
 from lightning_trak.gradients.loop import LoopEngine
 from lightning_trak.gradients.parameters import ParameterSelection, canonical_name, select_parameters
 
 __all__ = [
     "FunctionalEngine",
     "GradientEngine",
+    "HookEngine",
+    "Layer",
     "LoopEngine",
+    "MixedEngine",
     "ParameterSelection",
     "canonical_name",
+    "coverage_report",
     "select_parameters",
 ]

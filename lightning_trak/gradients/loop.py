@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_trak.gradients.base import GradientEngine
+from lightning_trak.gradients.base import GradientEngine, differentiating
 from lightning_trak.gradients.batch import slice_batch
 
 
@@ -16,26 +16,14 @@ class LoopEngine(GradientEngine):
         """One example after the other."""
         values: list[Tensor] = []
         rows: dict[str, list[Tensor]] = {name: [] for name in self.parameters}
-        flags = {name: parameter.requires_grad for name, parameter in self.module.named_parameters()}
-        try:
-            self.module.requires_grad_(False)
-            for parameter in self.parameters.values():
-                parameter.requires_grad_(True)
-            with torch.enable_grad():
-                for i in range(size):
-                    value = self._one(self.output.output(self.module, slice_batch(batch, size, i, i + 1)))
-                    if not value.requires_grad:
-                        raise ValueError(
-                            f"{type(self.output).__name__}.output does not depend on any selected parameter"
-                            f" ({', '.join(self.parameters)}); choose others with parameters="
-                        )
-                    gradients = torch.autograd.grad(
-                        value, list(self.parameters.values()), allow_unused=True, materialize_grads=True
-                    )
-                    values.append(value.detach())
-                    for name, gradient in zip(rows, gradients, strict=True):
-                        rows[name].append(gradient.flatten())
-        finally:
-            for name, parameter in self.module.named_parameters():
-                parameter.requires_grad_(flags[name])
+        with differentiating(self.module, self.parameters.values()), torch.enable_grad():
+            for i in range(size):
+                value = self._one(self.output.output(self.module, slice_batch(batch, size, i, i + 1)))
+                self._require_gradient(value)
+                gradients = torch.autograd.grad(
+                    value, list(self.parameters.values()), allow_unused=True, materialize_grads=True
+                )
+                values.append(value.detach())
+                for name, gradient in zip(rows, gradients, strict=True):
+                    rows[name].append(gradient.flatten())
         return torch.stack(values), {name: torch.stack(gradients) for name, gradients in rows.items()}

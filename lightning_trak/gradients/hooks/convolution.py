@@ -1,0 +1,57 @@
+"""Convolutions, transposed ones included."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_trak.gradients.hooks.layers import Layer
+
+_TYPES = [nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d]
+
+
+class ConvolutionLayer(Layer, covers=[*_TYPES]):
+    """Any stride, padding, dilation and number of groups."""
+
+    @staticmethod
+    def weight(module: Any, activation: Tensor, gradient: Tensor, size: int) -> Tensor:
+        """Shape ``(size, *weight.shape)``."""
+        activation, padding = _padded(module, activation)
+        weight = module.weight
+
+        def one(part: Tensor, slope: Tensor) -> Tensor:
+            gradients = torch.ops.aten.convolution_backward(
+                slope, part, weight, None, module.stride, padding, module.dilation, module.transposed,
+                module.output_padding, module.groups, [False, True, False],
+            )  # fmt: skip
+            kernel: Tensor = gradients[1]
+            return kernel
+
+        parts, slopes = _images(activation, weight, size), _images(gradient, weight, size)
+        if activation.device.type != "cpu":
+            return torch.vmap(one)(parts, slopes)
+        # A kernel call for each example beats unfolding and multiplying, and the grouped convolution that vmap makes
+        # of it: measured on the layers of a ResNet-9, by 1.2 to 2.5 times.
+        return torch.stack([one(part, slope) for part, slope in zip(parts, slopes, strict=True)])
+
+    @staticmethod
+    def bias(module: Any, activation: Tensor, gradient: Tensor, size: int) -> Tensor:  # noqa: ARG004
+        """Sum over positions."""
+        return _images(gradient, module.weight, size).flatten(3).sum((1, 3))
+
+
+def _images(images: Tensor, weight: Tensor, size: int) -> Tensor:
+    """Shape ``(size, images of an example, channels, *positions)``."""
+    return images.reshape(size, -1, *images.shape[1 - weight.ndim :])
+
+
+def _padded(module: Any, activation: Tensor) -> tuple[Tensor, list[int]]:
+    """The activation and what the kernel is to pad it by: all padding that is not with as many zeros on both sides."""
+    if isinstance(module.padding, tuple) and module.padding_mode == "zeros":
+        return activation, list(module.padding)
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    # The module's own list of pads, from the last dimension to the first; strings ("same") are resolved in it.
+    return F.pad(activation, module._reversed_padding_repeated_twice, mode=mode), [0] * len(module.kernel_size)

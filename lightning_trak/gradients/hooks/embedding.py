@@ -1,0 +1,35 @@
+"""Embeddings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_trak.gradients.hooks.layers import Layer
+
+
+class EmbeddingLayer(Layer, covers=[nn.Embedding]):
+    """``nn.Embedding``, with or without a padding index."""
+
+    @classmethod
+    def refusal(cls, module: Any) -> str | None:
+        """Renormalising changes the weights in every forward, and scaling by frequency is no gradient."""
+        if module.max_norm is not None:
+            return "max_norm changes the weights in every forward"
+        if module.scale_grad_by_freq:
+            return "scale_grad_by_freq replaces the gradient"
+        return None
+
+    @staticmethod
+    def weight(module: Any, activation: Tensor, gradient: Tensor, size: int) -> Tensor:
+        """Shape ``(size * ids, width)``: each position's gradient is added to the row of its id."""
+        ids, width = activation.reshape(size, -1), gradient.shape[-1]
+        gradient = gradient.reshape(-1, width)
+        if module.padding_idx is not None:
+            gradient = gradient * (ids != module.padding_idx).reshape(-1, 1)
+        offsets = torch.arange(size, device=ids.device).unsqueeze(1) * module.num_embeddings
+        rows = gradient.new_zeros(size * module.num_embeddings, width)
+        rows.index_add_(0, (ids + offsets).flatten(), gradient)
+        return rows.view(size, -1)

@@ -1,0 +1,216 @@
+"""Per-example gradients of whole batches from one backward pass, which never forms a weight's gradient itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_trak.gradients.base import GradientEngine, differentiating
+from lightning_trak.gradients.batch import slice_batch
+from lightning_trak.gradients.hooks.coverage import Site, coverage_report, find_sites
+from lightning_trak.gradients.hooks.layout import find_shared, hooked, spread
+from lightning_trak.gradients.hooks.tap import Tap
+from lightning_trak.gradients.loop import LoopEngine
+from lightning_trak.outputs import ModelOutput
+from lightning_trak.projections.base import BoundProjection
+
+# Gradients that `project` forms at a time. On a CPU they should stay in cache, and below the size from which the
+# allocator returns memory to the system after each use; elsewhere kernels should be few.
+_CPU_BYTES = 1 << 23
+_ACCELERATOR_BYTES = 1 << 28
+
+Receive = Callable[[Site, Tensor, Tensor], None]
+
+
+class HookEngine(GradientEngine):
+    """Gradients by forward hooks on the layers: the input times the gradient of the output, layer by layer.
+
+    All parameters are frozen while it runs, so the backward pass costs what the gradients of activations cost. Each
+    layer is done with as soon as the pass has reached it: :meth:`project` holds a few examples of one parameter.
+
+    Hooks see only what goes through a layer's own forward. A weight that is also used elsewhere, by ``F.linear`` say,
+    gets an incomplete gradient: :meth:`check` finds out.
+
+    Args:
+        module: the model.
+        output: the scalar output that is differentiated.
+        names: canonical parameter name -> name in ``module``; only these are differentiated.
+
+    Raises:
+        ValueError: if a parameter's module is not covered, see :meth:`uncovered`.
+    """
+
+    def __init__(self, module: nn.Module, output: ModelOutput, names: dict[str, str]) -> None:
+        super().__init__(module, output, names)
+        self._sites, left_out = find_sites(module, names)
+        if left_out:
+            sizes = {name: parameter.numel() for name, parameter in self.parameters.items()}
+            raise ValueError(coverage_report(left_out, sizes))
+        self._by_module = {site.module: site for site in self._sites}
+        self._shared: set[nn.Module] | None = None
+        self._refused: dict[nn.Module, str] = {}
+
+    @staticmethod
+    def uncovered(module: nn.Module, names: dict[str, str]) -> dict[str, str]:
+        """The parameters that hooks cannot differentiate, with the reasons, by canonical name.
+
+        Args:
+            module: the model.
+            names: canonical parameter name -> name in ``module``.
+        """
+        return find_sites(module, names)[1]
+
+    def __call__(self, batch: Any, size: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """All examples in one forward and backward pass.
+
+        Raises:
+            ValueError: if a layer's output does not hold the examples in its first dimension.
+        """
+        rows: dict[str, Tensor] = {}
+
+        def collect(site: Site, activation: Tensor, gradient: Tensor) -> None:
+            for attribute, name in site.parameters.items():
+                part = getattr(site.layer, attribute)(site.module, activation, gradient, size).reshape(size, -1)
+                rows[name] = rows[name] + part if name in rows else part
+
+        values = self._backward(batch, size, collect)
+        return values, {
+            name: rows[name] if name in rows else parameter.new_zeros(size, parameter.numel())
+            for name, parameter in self.parameters.items()
+        }
+
+    def project(self, batch: Any, size: int, projection: BoundProjection, features: Tensor) -> Tensor:
+        """Project each layer's gradients as the backward pass reaches it: see :meth:`GradientEngine.project`.
+
+        Raises:
+            ValueError: if a layer's output does not hold the examples in its first dimension.
+        """
+        limit = _CPU_BYTES if features.device.type == "cpu" else _ACCELERATOR_BYTES
+
+        def add(site: Site, activation: Tensor, gradient: Tensor) -> None:
+            for attribute, name in site.parameters.items():
+                rows = getattr(site.layer, attribute)
+                step = max(1, limit // (self.parameters[name].numel() * gradient.element_size()))
+                for start in range(0, size, step):
+                    stop = min(start + step, size)
+                    parts = (_examples(tensor, size, start, stop) for tensor in (activation, gradient))
+                    part = rows(site.module, *parts, stop - start).reshape(stop - start, -1)
+                    projection.add_(features[start:stop], name, part)
+
+        return self._backward(batch, size, add)
+
+    def check(self, batch: Any, size: int, tolerance: float = 1e-3) -> dict[str, str]:
+        """Compare the gradients of the first two examples with those of autograd, one example at a time.
+
+        Args:
+            batch: a batch without inference tensors.
+            size: its number of examples.
+            tolerance: largest relative error, in the norm of a parameter's gradients; never less than a few roundings
+                of their dtype. Gradients below 1e-5 of the whole are rounding noise.
+
+        Returns:
+            The parameters that hooks get wrong, with what is wrong; empty if all is well.
+        """
+        two = min(size, 2)
+        batch = slice_batch(batch, size, 0, two)
+        self._find_layout(batch, two)
+        wrong = {
+            name: f"{self._by_module[module].path}: {reason}"
+            for module, reason in self._refused.items()
+            for name in self._by_module[module].parameters.values()
+        }
+        names = {name: raw for name, raw in self.names.items() if name not in wrong}
+        if not names:
+            return wrong
+        engine = HookEngine(self.module, self.output, names) if wrong else self
+        _, rows = engine(batch, two)
+        _, expected = LoopEngine(self.module, self.output, names)(batch, two)
+        norms = {name: float(gradient.double().norm()) for name, gradient in expected.items()}
+        noise = 1e-5 * sum(norm**2 for norm in norms.values()) ** 0.5
+        for name, gradient in expected.items():
+            error = float((rows[name].double() - gradient.double()).norm())
+            if not error <= max(tolerance, 8 * _rounding(gradient)) * norms[name] + noise:
+                wrong[name] = (
+                    f"hooks give it a gradient that is off by {error:.3g} where autograd's has norm {norms[name]:.3g}:"
+                    " it is also used outside its module's forward, or examples are not in the first dimension"
+                )
+        return wrong
+
+    def _backward(self, batch: Any, size: int, receive: Receive) -> Tensor:
+        """Run the model and let ``receive`` see each layer's input and output gradient; returns the outputs."""
+        self._find_layout(batch, size)
+        if self._refused:
+            module, reason = next(iter(self._refused.items()))
+            site = self._by_module[module]
+            raise ValueError(
+                f"hooks cannot tell the examples apart in {site.path} ({type(module).__name__}): {reason}; use"
+                f" engine='functional', or vmap for {', '.join(site.parameters.values())} (MixedEngine)"
+            )
+        shared = self._shared or set()
+        anchor = torch.zeros((), requires_grad=True)
+
+        def tap(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+            site = self._by_module[module]
+            activation = (*args, *kwargs.values())[0]
+            if module in shared:
+                activation, output = spread(activation, size), spread(output, size).clone()
+            elif len(output) % size:
+                raise ValueError(
+                    f"{site.path} ({type(module).__name__}) was called on {len(activation)} rows in a batch of"
+                    f" {size} examples; expected a multiple: use engine='functional' or engine='loop'"
+                )
+            tapped: Tensor = Tap.apply(output, anchor, activation, lambda *pair: receive(site, *pair))  # type: ignore[no-untyped-call]
+            return tapped
+
+        with self._eager(), torch.enable_grad(), hooked(self._by_module, tap):
+            values = self.output.output(self.module, batch)
+            if values.shape != (size,):
+                raise ValueError(
+                    f"{type(self.output).__name__}.output returned shape {tuple(values.shape)} for a batch of {size}"
+                    f" examples; expected ({size},): one scalar per example"
+                )
+            self._require_gradient(values)
+            torch.autograd.grad(values.sum(), anchor, allow_unused=True)
+        return values.detach()
+
+    def _find_layout(self, batch: Any, size: int) -> None:
+        """Once, when a batch is large enough to show it; of a single example, everything belongs to that example."""
+        if self._shared is None and size > 1:
+            with self._eager():
+                self._shared, self._refused = find_shared(
+                    list(self._by_module),
+                    lambda count: self.output.output(self.module, slice_batch(batch, size, 0, count)),
+                )
+
+    @contextmanager
+    def _eager(self) -> Iterator[None]:
+        """Nothing is differentiated by itself, and no fused or compiled code skips the hooks."""
+        fastpath = torch.backends.mha.get_fastpath_enabled()
+        compiled = any("_orig_mod" in part._modules or part._compiled_call_impl for part in self.module.modules())
+        with differentiating(self.module, ()):
+            torch.backends.mha.set_fastpath_enabled(False)
+            try:
+                if compiled:
+                    with torch.compiler.set_stance("force_eager"):
+                        yield
+                else:
+                    yield
+            finally:
+                torch.backends.mha.set_fastpath_enabled(fastpath)
+
+
+def _examples(tensor: Tensor, size: int, start: int, stop: int) -> Tensor:
+    """The rows of some examples."""
+    each = len(tensor) // size
+    return tensor[start * each : stop * each]
+
+
+def _rounding(gradient: Tensor) -> float:
+    """Relative rounding error of products in this dtype; on accelerators, float32 may be computed as TF32."""
+    if gradient.dtype == torch.float32 and gradient.device.type != "cpu":
+        return 2**-10
+    return torch.finfo(gradient.dtype).eps

@@ -1,0 +1,59 @@
+"""What hooks need to know of a type of layer: its parameters' gradients from its input and its output's gradient."""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Callable
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+# (module, input, gradient of the output, examples) -> gradients with one row per example
+Rows = Callable[[nn.Module, Tensor, Tensor, int], Tensor]
+
+
+class Layer(ABC):  # noqa: B024  # what a subclass defines has the names of the parameters
+    """Per-example gradients of one family of modules; a subclass is registered for the types it ``covers``.
+
+    A subclass has one static method for each parameter, under the parameter's name, with the arguments
+    ``(module, activation, gradient, size)``: the module, its first input, the gradient of the summed outputs with
+    respect to the module's output, and the number of examples. It returns shape ``(size, ...)``, numel elements a row.
+    The first dimension of input and gradient is ``size``, or a multiple of it where the model folded another dimension
+    into the batch, the example being the slower index: ``reshape(size, -1, ...)`` takes them apart.
+
+    Types are matched exactly: a subclass may compute anything in its own ``forward``. One that does not is covered by
+    naming it.
+
+    Example:
+        >>> import torch
+        >>> class Scale(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.weight = torch.nn.Parameter(torch.ones(()))
+        ...
+        ...     def forward(self, x):
+        ...         return self.weight * x
+        >>> class ScaleLayer(Layer, covers=[Scale]):
+        ...     @staticmethod
+        ...     def weight(module, activation, gradient, size):
+        ...         return (activation * gradient).reshape(size, -1).sum(1, keepdim=True)
+    """
+
+    _registry: ClassVar[dict[type[nn.Module] | str, type[Layer]]] = {}
+
+    def __init_subclass__(cls, covers: list[type[nn.Module] | str] | None = None) -> None:
+        """Register the subclass for modules of these types, or of types given as ``"package.module.Type"``."""
+        for kind in covers or ():
+            Layer._registry[kind] = cls
+
+    @classmethod
+    def refusal(cls, module: nn.Module) -> str | None:
+        """Why this module, though of a covered type, cannot be differentiated by hooks; None if it can."""
+        del module
+        return None
+
+
+def layer_of(module: nn.Module) -> type[Layer] | None:
+    """The layer class that covers a module's type, if any."""
+    kind = type(module)
+    return Layer._registry.get(kind) or Layer._registry.get(f"{kind.__module__}.{kind.__qualname__}")

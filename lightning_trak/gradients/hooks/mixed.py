@@ -1,0 +1,46 @@
+"""Hooks where they cover, vmap for the parameters they leave out."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_trak.gradients.base import GradientEngine
+from lightning_trak.gradients.functional import FunctionalEngine
+from lightning_trak.gradients.hooks.engine import HookEngine
+from lightning_trak.outputs import ModelOutput
+from lightning_trak.projections.base import BoundProjection
+
+
+class MixedEngine(GradientEngine):
+    """A :class:`HookEngine` and a :class:`FunctionalEngine` side by side: two forward and backward passes.
+
+    Args:
+        module: the model.
+        output: the scalar output that is differentiated.
+        names: canonical parameter name -> name in ``module``; only these are differentiated.
+        vmapped: the canonical names to differentiate by vmap: some of ``names``, not all.
+    """
+
+    def __init__(self, module: nn.Module, output: ModelOutput, names: dict[str, str], vmapped: Collection[str]) -> None:
+        super().__init__(module, output, names)
+        hooked = {name: raw for name, raw in names.items() if name not in vmapped}
+        self._hooks = HookEngine(module, output, hooked)
+        self._vmap = FunctionalEngine(module, output, {name: names[name] for name in vmapped})
+
+    def __call__(self, batch: Any, size: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """All examples, in two passes."""
+        values, rows = self._hooks(batch, size)
+        rows |= self._vmap(batch, size)[1]
+        return values, {name: rows[name] for name in self.names}
+
+    def project(self, batch: Any, size: int, projection: BoundProjection, features: Tensor) -> Tensor:
+        """Project both engines' gradients: see :meth:`GradientEngine.project`."""
+        self._vmap.project(batch, size, projection, features)
+        return self._hooks.project(batch, size, projection, features)
+
+    def check(self, batch: Any, size: int) -> dict[str, str]:
+        """See :meth:`HookEngine.check`."""
+        return self._hooks.check(batch, size)

@@ -1,0 +1,264 @@
+"""What the hook engine refuses, what it notices, and what it leaves behind: nothing."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lightning_trak.gradients import HookEngine, Layer, LoopEngine, MixedEngine, coverage_report, select_parameters
+from lightning_trak.gradients.hooks.layers import layer_of
+from lightning_trak.outputs import ClassificationMargin
+from lightning_trak.projections import SparseProjection
+from tests.zoo import specimen
+
+
+def attributes(module: nn.Module) -> list[set[str]]:
+    return [set(vars(part)) for part in module.modules()]
+
+
+def assert_no_hooks(module: nn.Module) -> None:
+    for part in module.modules():
+        assert not any(value for name, value in vars(part).items() if "hooks" in name)
+
+
+@pytest.mark.parametrize("name", ["conv_batchnorm", "convolutions", "reuse"])
+def test_the_module_is_left_as_it_was(name):
+    module, output, batch, size = specimen(name)
+    for parameter in module.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    next(module.parameters()).requires_grad_(False)
+    state = copy.deepcopy(module.state_dict())
+    flags = [parameter.requires_grad for parameter in module.parameters()]
+    before, names = attributes(module), select_parameters(module)
+    engine = HookEngine(module, output, names)
+    sizes = {key: parameter.numel() for key, parameter in engine.parameters.items()}
+    engine(batch, size)
+    engine.project(batch, size, SparseProjection(16).bind(sizes, 0, 0, torch.device("cpu")), torch.zeros(size, 16))
+    engine.check(batch, size)
+    assert all(torch.equal(state[key], value) for key, value in module.state_dict().items())
+    assert flags == [parameter.requires_grad for parameter in module.parameters()]
+    assert all(bool((parameter.grad == 1).all()) for parameter in module.parameters())
+    assert not any(part.training for part in module.modules())
+    assert attributes(module) == before
+    assert_no_hooks(module)
+
+
+class _Failing(nn.Module):
+    """Fails in the forward or in the backward pass, from the third call on: after the two that find the layout."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 3)
+        self.where, self.calls = where, 0
+
+    def forward(self, x):
+        self.calls += 1
+        hidden = self.first(x)
+        if self.calls > 2:
+            if self.where == "forward":
+                raise KeyError("broken forward")
+            hidden.register_hook(self._fail)
+        return self.second(hidden)
+
+    def _fail(self, gradient):
+        raise KeyError("broken backward")
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_no_hook_survives_an_exception(where):
+    module = _Failing(where)
+    before = attributes(module)
+    engine = HookEngine(module, ClassificationMargin(), select_parameters(module))
+    with pytest.raises(KeyError, match=f"broken {where}"):
+        engine((torch.randn(3, 4), torch.tensor([0, 1, 2])), 3)
+    assert_no_hooks(module)
+    assert attributes(module) == before
+    assert all(parameter.requires_grad for parameter in module.parameters())
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_hooks_of_the_user_come_after():
+    module, output, batch, size = specimen("mlp", torch.float64)
+    module[0].register_forward_hook(lambda part, args, result: result.square())
+    module[2].register_forward_pre_hook(lambda part, args: (args[0] + 1,))
+    names = select_parameters(module)
+    expected = LoopEngine(module, output, names)(batch, size)[1]
+    torch.testing.assert_close(HookEngine(module, output, names)(batch, size)[1], expected, rtol=1e-10, atol=1e-10)
+    assert len(module[0]._forward_hooks) == 1
+
+
+class _Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_types_are_matched_exactly():
+    replaced = nn.Linear(4, 4)
+    replaced.forward = lambda x: x
+    module = nn.Sequential(
+        nn.Linear(4, 4), _Doubled(4, 4), replaced, nn.utils.parametrizations.weight_norm(nn.Linear(4, 3))
+    )
+    names = select_parameters(module)
+    left_out = HookEngine.uncovered(module, names)
+    assert set(names) - set(left_out) == {"0.weight", "0.bias"}
+    assert left_out["1.weight"] == "1 (_Doubled): no layer class covers this type"
+    assert left_out["2.bias"] == "2 (Linear): its forward was replaced"
+    with pytest.raises(
+        ValueError, match=r"hooks cover 2 of 9 parameters and leave out .*1.weight \[[\d.]+%\]: 1 \(_Dou"
+    ):
+        HookEngine(module, ClassificationMargin(), names)
+
+
+def test_layers_that_mix_or_change_are_refused():
+    module = nn.ModuleDict(
+        {
+            "mixing": nn.BatchNorm1d(3),
+            "untracked": nn.BatchNorm1d(3, track_running_stats=False).eval(),
+            "renormalized": nn.Embedding(3, 3, max_norm=1.0),
+            "scaled": nn.Embedding(3, 3, scale_grad_by_freq=True),
+            "parametrized": nn.utils.spectral_norm(nn.Linear(3, 3)),
+        }
+    )
+    left_out = HookEngine.uncovered(module, select_parameters(module))
+    for name, reason in {
+        "mixing.weight": "training mode",
+        "untracked.bias": "without running statistics",
+        "renormalized.weight": "max_norm",
+        "scaled.weight": "scale_grad_by_freq",
+        "parametrized.weight_orig": "LinearLayer does not know the parameter 'weight_orig'",
+    }.items():
+        assert reason in left_out[name]
+    assert "parametrized.bias" not in left_out
+
+
+def test_a_parameter_tied_to_an_uncovered_module_is_left_out():
+    module = nn.Sequential(nn.Linear(3, 3), _Doubled(3, 3))
+    module[1].weight = module[0].weight
+    assert list(HookEngine.uncovered(module, select_parameters(module))) == ["0.weight", "1.bias"]
+
+
+def test_the_report_names_shares_and_what_to_do():
+    report = coverage_report({"b": "why"}, {"a": 30, "b": 10})
+    assert report.startswith("hooks cover 1 of 2 parameters and leave out 25% of their 40 elements: b [25%]: why.")
+    assert "parameters=" in report
+    assert "Layer" in report
+    assert coverage_report({}, {"a": 30}) == "hooks cover all 1 parameters (30 elements)"
+
+
+def test_a_layer_of_ones_own():
+    class Scale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.tensor([1.5, 2.0, 0.5]))
+
+        def forward(self, x):
+            return self.weight * x
+
+    module = nn.Sequential(nn.Linear(4, 3), Scale()).double()
+    names = select_parameters(module)
+    assert list(HookEngine.uncovered(module, names)) == ["1.weight"]
+
+    class ScaleLayer(Layer, covers=[Scale]):
+        @staticmethod
+        def weight(module, activation, gradient, size):
+            return (activation * gradient).reshape(size, -1, 3).sum(1)
+
+    assert layer_of(module[1]) is ScaleLayer
+    batch = (torch.randn(5, 4).double(), torch.tensor([0, 1, 2, 0, 1]))
+    expected = LoopEngine(module, ClassificationMargin(), names)(batch, 5)[1]
+    rows = HookEngine(module, ClassificationMargin(), names)(batch, 5)[1]
+    torch.testing.assert_close(rows, expected, rtol=1e-10, atol=1e-10)
+
+
+class _Borrowed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(F.linear(self.a(x), self.b.weight) + self.b(x))
+
+
+def test_check_finds_weights_used_elsewhere():
+    module, batch = _Borrowed(), (torch.randn(3, 4), torch.tensor([0, 1, 2]))
+    names = select_parameters(module)
+    wrong = HookEngine(module, ClassificationMargin(), names).check(batch, 3)
+    assert list(wrong) == ["b.weight"]
+    assert "used outside its module's forward" in wrong["b.weight"]
+    rows = MixedEngine(module, ClassificationMargin(), names, wrong)(batch, 3)[1]
+    torch.testing.assert_close(rows, LoopEngine(module, ClassificationMargin(), names)(batch, 3)[1])
+
+
+class _TimeFirst(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.inner(x.transpose(0, 1)).mean(0))
+
+
+def test_examples_that_are_not_in_the_first_dimension_are_refused():
+    module, batch = _TimeFirst(), (torch.randn(3, 5, 4), torch.tensor([0, 1, 2]))
+    names = select_parameters(module)
+    engine = HookEngine(module, ClassificationMargin(), names)
+    with pytest.raises(ValueError, match=r"cannot tell the examples apart in inner \(Linear\).*\(5, 1, 4\) for one ex"):
+        engine(batch, 3)
+    wrong = engine.check(batch, 3)
+    assert list(wrong) == ["inner.weight", "inner.bias"]
+    rows = MixedEngine(module, ClassificationMargin(), names, wrong)(batch, 3)[1]
+    torch.testing.assert_close(rows, LoopEngine(module, ClassificationMargin(), names)(batch, 3)[1])
+
+
+class _Folded(nn.Module):
+    """Folds time into the batch, with time as the slower index: rows that look right and are not."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        folded = self.inner(x.transpose(0, 1).flatten(0, 1))
+        return self.head(folded.unflatten(0, (x.shape[1], -1)).mean(0))
+
+
+def test_check_finds_examples_folded_the_wrong_way_round():
+    module, batch = _Folded(), (torch.randn(3, 5, 4), torch.tensor([0, 1, 2]))
+    wrong = HookEngine(module, ClassificationMargin(), select_parameters(module)).check(batch, 3)
+    assert list(wrong) == ["inner.weight", "inner.bias"]
+
+
+class _Routed(nn.Module):
+    """Sends the rows with a positive first entry through a layer, as a mixture of experts does."""
+
+    def __init__(self):
+        super().__init__()
+        self.expert, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = x.clone()
+        x[x[:, 0] > 0] = self.expert(x[x[:, 0] > 0])
+        return self.head(x)
+
+
+def test_routing_that_changes_from_batch_to_batch_is_an_error():
+    module, output = _Routed(), ClassificationMargin()
+    engine = HookEngine(module, output, select_parameters(module))
+    engine((torch.ones(3, 4), torch.tensor([0, 1, 2])), 3)
+    mixed = torch.ones(3, 4)
+    mixed[1] = -1
+    with pytest.raises(ValueError, match=r"expert \(Linear\) was called on 2 rows in a batch of 3 examples"):
+        engine((mixed, torch.tensor([0, 1, 2])), 3)
+    assert_no_hooks(module)
+
+
+def test_an_output_that_is_not_one_scalar_per_example_is_refused():
+    class Wrong(ClassificationMargin):
+        def output(self, module, batch):
+            return module(batch[0])
+
+    module, _, batch, size = specimen("mlp")
+    with pytest.raises(ValueError, match=r"Wrong.output returned shape \(5, 4\) for a batch of 5 examples"):
+        HookEngine(module, Wrong(), select_parameters(module))(batch, size)
