@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from lightning_trak.gradients import FunctionalEngine, LoopEngine, select_parameters
 from lightning_trak.outputs import (
     CausalLMMargin,
     ClassificationMargin,
@@ -146,3 +147,25 @@ def test_clip_with_its_learned_temperature(clip):
     torch.testing.assert_close(f.double(), expected, rtol=1e-4, atol=1e-4)
     gradients = torch.autograd.grad(f.sum(), (clip.visual_projection.weight, clip.text_projection.weight))
     assert all(gradient.isfinite().all() and gradient.abs().max() > 0 for gradient in gradients)
+
+
+def test_a_mask_of_four_dimensions_keeps_a_model_on_vmap():
+    """As the guide says: transformers looks at the values of a mask of two dimensions, which vmap forbids."""
+
+    def forward(module, batch):
+        mask = batch["attention_mask"][:, None, None, :].bool()
+        length = mask.shape[-1]
+        return module(input_ids=batch["input_ids"], attention_mask=mask.expand(-1, 1, length, -1)).logits
+
+    module = bert(num_labels=3)
+    batch = {
+        "input_ids": torch.randint(1, 50, (4, 6)),
+        "attention_mask": torch.tensor([[1] * 6, [1, 1, 0, 0, 0, 0]] * 2),
+        "labels": torch.tensor([0, 2, 1, 1]),
+    }
+    output = ClassificationMargin(forward=forward)
+    values, gradients = FunctionalEngine(module, output, select_parameters(module))(batch, 4)
+    torch.testing.assert_close(values, ClassificationMargin().output(module, batch), rtol=1e-4, atol=1e-5)
+    _, expected = LoopEngine(module, ClassificationMargin(), select_parameters(module))(batch, 4)
+    for name in expected:
+        torch.testing.assert_close(gradients[name], expected[name], rtol=1e-3, atol=1e-5)

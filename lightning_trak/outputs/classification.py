@@ -7,22 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_trak.outputs.base import ModelOutput
-from lightning_trak.outputs.batches import (
-    LABELS_KEYS,
-    Forward,
-    LabelsKey,
-    as_keys,
-    one_per_example,
-    predict,
-    split_labels,
-)
+from lightning_trak.outputs.batches import one_per_example
+from lightning_trak.outputs.labelled import LabelledOutput
 from lightning_trak.outputs.margins import log_odds, logistic_loss, nan_unless
 
 _OTHERWISE = "for other tasks write a ModelOutput of your own, or use NegativeLoss"
 
 
-class ClassificationMargin(ModelOutput):
+class ClassificationMargin(LabelledOutput):
     r"""Log-odds of the label, :math:`f = \log p_y - \log(1 - p_y)`.
 
     The loss is the cross-entropy, :math:`l = -\log p_y = \log(1 + e^{-f})`; hence Q = 1 - p and R = p(1 - p) (Park et
@@ -41,18 +33,13 @@ class ClassificationMargin(ModelOutput):
         labels_key: key (or attribute) of the labels; of several, the first that the batch has.
     """
 
-    def __init__(self, forward: Forward | None = None, labels_key: LabelsKey = LABELS_KEYS) -> None:
-        self.forward = forward
-        self.labels_key = as_keys(labels_key)
-
     def output(self, module: nn.Module, batch: Any) -> Tensor:
         """The margin of each example's label, shape ``(batch,)``.
 
         Raises:
             ValueError: if logits and labels have other shapes or types than the class describes.
         """
-        inputs, labels = split_labels(batch, self.labels_key)
-        logits = predict(module, batch, inputs, self.forward)
+        logits, labels = self.predict(module, batch)
         labels = one_per_example("labels", labels, _OTHERWISE)
         if logits.ndim not in (1, 2) or logits.shape[0] != labels.shape[0]:
             raise ValueError(

@@ -8,23 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_trak.outputs.base import ModelOutput
-from lightning_trak.outputs.batches import LABELS_KEYS, Forward, LabelsKey, as_keys, predict, split_labels
+from lightning_trak.outputs.batches import LABELS_KEYS, Forward, LabelsKey, predict, split_labels
+from lightning_trak.outputs.labelled import LabelledOutput
 from lightning_trak.outputs.margins import log_odds, logistic_loss
 
 IGNORED = -100  # the label that torch.nn.CrossEntropyLoss and Hugging Face leave out
 
 
-class _LanguageModelMargin(ModelOutput):
+class _LanguageModelMargin(LabelledOutput):
     def __init__(
         self,
         pad_token_id: int | None = None,
         forward: Forward | None = None,
         labels_key: LabelsKey = LABELS_KEYS,
     ) -> None:
+        super().__init__(forward, labels_key)
         self.pad_token_id = pad_token_id
-        self.forward = forward
-        self.labels_key = as_keys(labels_key)
 
     def loss(self, output: Tensor) -> Tensor:
         """The cross-entropy of a token at each mean margin, shape ``(batch,)``."""

@@ -7,19 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_trak.outputs.base import ModelOutput
-from lightning_trak.outputs.batches import (
-    LABELS_KEYS,
-    Forward,
-    LabelsKey,
-    as_keys,
-    one_per_example,
-    predict,
-    split_labels,
-)
+from lightning_trak.outputs.batches import one_per_example
+from lightning_trak.outputs.labelled import LabelledOutput
 
 
-class RegressionOutput(ModelOutput):
+class RegressionOutput(LabelledOutput):
     r"""Signed residual :math:`f` = prediction - target, with the squared error :math:`l = f^2/2`: Q = -f and R = 1.
 
     The target is a constant, so gradients are those of the prediction, and the effects on f are effects on the
@@ -34,19 +26,15 @@ class RegressionOutput(ModelOutput):
         labels_key: key (or attribute) of the targets; of several, the first that the batch has.
     """
 
-    def __init__(self, forward: Forward | None = None, labels_key: LabelsKey = LABELS_KEYS) -> None:
-        self.forward = forward
-        self.labels_key = as_keys(labels_key)
-
     def output(self, module: nn.Module, batch: Any) -> Tensor:
         """The residual of each example, shape ``(batch,)``.
 
         Raises:
             ValueError: if predictions or targets are not one number per example, or differ in number.
         """
-        inputs, targets = split_labels(batch, self.labels_key)
+        predictions, targets = self.predict(module, batch)
         advice = "for several targets per example use NegativeLoss"
-        predictions = one_per_example("predictions", predict(module, batch, inputs, self.forward), advice)
+        predictions = one_per_example("predictions", predictions, advice)
         targets = one_per_example("targets", targets, advice)
         if predictions.shape != targets.shape:
             raise ValueError(
