@@ -216,9 +216,7 @@ def test_file_that_goes_away(tmp_path: Path) -> None:
 
 
 def test_directory_without_manifest(directory: str) -> None:
-    with pytest.raises(
-        FileNotFoundError, match="it does not exist; give checkpoint files as a list"
-    ):
+    with pytest.raises(FileNotFoundError, match="it does not exist; give checkpoint files as a list"):
         resolve_checkpoints(directory)
 
 
