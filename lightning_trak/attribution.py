@@ -319,7 +319,7 @@ class TRAK:
     def _existing_store(self, extractor: FeatureExtractor, trainer: L.Trainer | None = None) -> FeatureStore:
         num_examples = FeatureStore.read_manifest(self.store)["num_examples"]
         precision = {} if trainer is None else {"precision": _precision(trainer)}
-        return FeatureStore(self.store, self._identity(extractor) | precision, num_examples)
+        return FeatureStore(self.store, self._identity(extractor) | precision, num_examples, read_only=True)
 
 
 def _precision(trainer: L.Trainer) -> str:

@@ -189,9 +189,8 @@ class FeatureExtractor:
                 ) from error
             if self.engine_name != "auto":
                 raise
-            outputs = self._slow.project(
-                batch, size, self._bound, features
-            )  # if this fails too, the model is at fault: let it say so
+            # If this fails too, the model is at fault: let it say so.
+            outputs = self._slow.project(batch, size, self._bound, features)
             reason = error
         # Batch by batch, not once for all: a batch must have the same features whichever others came before.
         said = f"{type(reason).__name__}: {reason}".splitlines()[0][:200]

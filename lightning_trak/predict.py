@@ -95,10 +95,10 @@ class ExtractorModule(L.LightningModule):
         if not self.extractor.output.context_size:
             return
         with torch.inference_mode(False):  # autograd saves the context
-            context = self._store.read_extra(checkpoint, "context")
+            context = self._store.read_extra(checkpoint, "context", self._store.key)
             if context is None:
                 context = self.extractor.make_context(self._context_batches(checkpoint))
-                self._store.write_extra(checkpoint, "context", context)
+                self._store.write_extra(checkpoint, "context", context, self._store.key)
             self.extractor.output.set_context({name: tensor.to(self.device) for name, tensor in context.items()})
 
     def _context_batches(self, checkpoint: int) -> Any:

@@ -11,6 +11,7 @@ shard's range depends on the manifest alone, so any number of ranks, now or in a
 ones.
 """
 
+import hashlib
 import json
 from contextlib import suppress
 from pathlib import Path
@@ -51,6 +52,10 @@ class FeatureStore:
             store that exists must have been made with the same.
         num_examples: size of the training set.
         shard_size: examples per shard of a new store; one that exists keeps its own.
+        read_only: the store must exist, and its manifest is left alone.
+
+    Attributes:
+        key: stands for the identity: what extras were made under.
 
     Raises:
         ValueError: if the directory holds a store of another identity or data size, naming the first difference.
@@ -60,18 +65,24 @@ class FeatureStore:
     _verified: ClassVar[set[tuple[Path, int, int]]] = set()
 
     def __init__(
-        self, directory: str | Path, identity: dict[str, Any], num_examples: int, shard_size: int = 1024
+        self,
+        directory: str | Path,
+        identity: dict[str, Any],
+        num_examples: int,
+        shard_size: int = 1024,
+        read_only: bool = False,
     ) -> None:
         if "://" in str(directory):
             raise ValueError(f'a store must be on a disk, since it is memory-mapped, got "{directory}"')
         self.directory = Path(directory).expanduser()
         path = self.directory / "manifest.json"
-        if not path.exists():
+        if not read_only and not path.exists():
             self._create(path, identity, num_examples, shard_size)
         manifest = self.read_manifest(directory)
         stored = {"num_examples": manifest["num_examples"]} | manifest["identity"]
         wanted = {"num_examples": num_examples} | json.loads(json.dumps(identity))
-        if any(stored.get(field) != value for field, value in wanted.items()) and self._is_empty():
+        differs = any(stored.get(field) != value for field, value in wanted.items())
+        if differs and not read_only and self._is_empty():
             # Of a run that failed before its first shard, over a mistake that has been mended since.
             path.unlink(missing_ok=True)
             self._create(path, identity, num_examples, shard_size)
@@ -79,6 +90,7 @@ class FeatureStore:
         else:
             self._compare(stored, wanted)
         self._manifest = manifest
+        self.key = hashlib.sha256(json.dumps(manifest["identity"], sort_keys=True).encode()).hexdigest()
         self.num_examples: int = manifest["num_examples"]
         self.shard_size: int = manifest["shard_size"]
         self.num_checkpoints = len(manifest["identity"]["checkpoints"])

@@ -243,3 +243,21 @@ def test_a_run_that_failed_before_its_first_shard_leaves_no_claim(tmp_path):
     with pytest.raises(RuntimeError, match="another run has taken store"):
         failed.write(0, 0, rows(10))
     assert len(store.read(0, 0).features) == 5
+
+
+def test_a_reader_leaves_the_claim_of_another_alone(tmp_path):
+    FeatureStore(tmp_path, IDENTITY, 10)
+    before = (tmp_path / "manifest.json").read_bytes()
+    with pytest.raises(ValueError, match="made with seed 0, this TRAK has seed 1"):
+        FeatureStore(tmp_path, IDENTITY | {"seed": 1}, 10, read_only=True)
+    assert (tmp_path / "manifest.json").read_bytes() == before
+    with pytest.raises(FileNotFoundError, match="call featurize first"):
+        FeatureStore(tmp_path / "none", IDENTITY, 10, read_only=True)
+
+
+def test_what_a_failed_run_remembered_is_not_taken_over(tmp_path):
+    failed = FeatureStore(tmp_path, IDENTITY | {"seed": 1}, 10)
+    failed.write_extra(0, "context", {"bank": torch.ones(2)}, failed.key)
+    store = FeatureStore(tmp_path, IDENTITY, 10)
+    assert store.read_extra(0, "context", store.key) is None
+    assert FeatureStore(tmp_path, IDENTITY, 10).key == store.key
