@@ -303,7 +303,7 @@ class TRAK:
         return TRAKScorer(store, self.curvature, self.damping, self.residuals, self.soft_threshold)
 
     def _dim(self, extractor: FeatureExtractor) -> int:
-        return self.projection.bind(extractor.sizes, seed=self.seed, checkpoint=0, device=torch.device("cpu")).dim
+        return self.projection.bind(extractor.shapes, seed=self.seed, checkpoint=0, device=torch.device("cpu")).dim
 
     def _identity(self, extractor: FeatureExtractor) -> dict[str, Any]:
         shapes = {name: list(parameter.shape) for name, parameter in extractor.module.named_parameters()}

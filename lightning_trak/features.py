@@ -75,8 +75,9 @@ class FeatureExtractor:
         self.checkpoints = checkpoints
         self.digests = digests
         self.names = select_parameters(self.module, parameters)
-        sizes = {name: parameter.numel() for name, parameter in self.module.named_parameters()}
-        self.sizes = {name: sizes[raw] for name, raw in self.names.items()}
+        shapes = {name: parameter.shape for name, parameter in self.module.named_parameters()}
+        self.shapes = {name: shapes[raw] for name, raw in self.names.items()}
+        self.sizes = {name: shape.numel() for name, shape in self.shapes.items()}
         self.projection = projection
         self.engine_name = engine
         self.seed = seed
@@ -110,7 +111,7 @@ class FeatureExtractor:
                 weights = checkpoint.load()
                 if tensor_digest(weights) != self.digests[number]:
                     raise ValueError(f"{checkpoint.name} has changed since this TRAK was made; make another")
-                bound = self.projection.bind(self.sizes, seed=self.seed, checkpoint=number, device=device)
+                bound = self.projection.bind(self.shapes, seed=self.seed, checkpoint=number, device=device)
                 self._loaded[number] = (_renamed(weights, self.module), bound)
             weights, self._bound = self._loaded[number]
             try:

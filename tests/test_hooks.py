@@ -10,8 +10,10 @@ from torch.utils.checkpoint import checkpoint
 from lightning_trak.gradients import HookEngine, LoopEngine, MixedEngine, select_parameters
 from lightning_trak.gradients.hooks import engine as hook_engine
 from lightning_trak.outputs import CausalLMMargin, ClassificationMargin, NegativeLoss
-from lightning_trak.projections import GaussianProjection, IdentityProjection, SparseProjection
+from lightning_trak.projections import GaussianProjection, IdentityProjection, KroneckerProjection, SparseProjection
 from tests.zoo import ZOO, specimen
+
+KRONECKER = [KroneckerProjection(3, 2), KroneckerProjection(4, 5, dim=32), KroneckerProjection(1000, 1000)]
 
 
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -68,7 +70,7 @@ def test_vmap_takes_what_hooks_leave_out(name):
     torch.testing.assert_close(values, loop_values, **tolerance)
     assert list(rows) == list(loop)
     torch.testing.assert_close(rows, loop, **tolerance)
-    bound = IdentityProjection().bind({key: row.shape[1] for key, row in rows.items()}, 0, 0, torch.device("cpu"))
+    bound = IdentityProjection().bind({key: row.shape[1:] for key, row in rows.items()}, 0, 0, torch.device("cpu"))
     features = torch.zeros(size, bound.dim, dtype=dtype)
     torch.testing.assert_close(engine.project(batch, size, bound, features), values)
     torch.testing.assert_close(features, torch.cat(list(loop.values()), 1), **tolerance)
@@ -115,17 +117,19 @@ def test_a_batch_as_long_as_the_texts_is_no_excuse():
     assert_agrees_with_loop(module, output, (ids, batch[1].repeat(2)), 8)
 
 
-@pytest.mark.parametrize("projection", [SparseProjection(64, 2), GaussianProjection(32), IdentityProjection()])
-@pytest.mark.parametrize("name", ["gpt", "convolutions", "reuse"])
+@pytest.mark.parametrize("projection", [SparseProjection(64, 2), GaussianProjection(32), IdentityProjection(), *KRONECKER])
+@pytest.mark.parametrize("name", ["gpt", *ZOO])
 def test_streaming_equals_projecting_the_rows(name, projection, monkeypatch):
     if name == "gpt":
         (module, output, batch), size = hugging_face("gpt2"), 3
     else:
         module, output, batch, size = specimen(name, torch.float64)
     names = select_parameters(module)
-    engine = HookEngine(module, output, names)
+    left_out = HookEngine.uncovered(module, names)
+    engine = HookEngine(module, output, {key: raw for key, raw in names.items() if key not in left_out})
     values, rows = engine(batch, size)
-    bound = projection.bind({key: row.shape[1] for key, row in rows.items()}, 1, 0, torch.device("cpu"))
+    shapes = {key: engine.parameters[key].shape for key in rows}
+    bound = projection.bind(shapes, 1, 0, torch.device("cpu"))
     expected = torch.ones(size, bound.dim, dtype=torch.float64)
     for key, row in rows.items():
         bound.add_(expected, key, row)
@@ -155,8 +159,8 @@ def test_streaming_never_holds_the_gradients_of_a_batch(monkeypatch):
     batch, size = (torch.randn(32, 16), torch.randint(0, 3, (32,))), 32
     monkeypatch.setattr(hook_engine, "_CPU_BYTES", 2 * 64 * 64 * 4)  # two examples of the largest parameter
     engine = HookEngine(module, ClassificationMargin(), select_parameters(module))
-    sizes = {name: parameter.numel() for name, parameter in module.named_parameters()}
-    bound = SparseProjection(32).bind(sizes, 0, 0, torch.device("cpu"))
+    shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
+    bound = SparseProjection(32).bind(shapes, 0, 0, torch.device("cpu"))
     engine.project(batch, size, bound, torch.zeros(size, 32))  # makes the projection, which is as large as the model
     with _Live() as live:
         engine.project(batch, size, bound, torch.zeros(size, 32))

@@ -33,9 +33,9 @@ def test_the_module_is_left_as_it_was(name):
     flags = [parameter.requires_grad for parameter in module.parameters()]
     before, names = attributes(module), select_parameters(module)
     engine = HookEngine(module, output, names)
-    sizes = {key: parameter.numel() for key, parameter in engine.parameters.items()}
+    shapes = {key: parameter.shape for key, parameter in engine.parameters.items()}
     engine(batch, size)
-    engine.project(batch, size, SparseProjection(16).bind(sizes, 0, 0, torch.device("cpu")), torch.zeros(size, 16))
+    engine.project(batch, size, SparseProjection(16).bind(shapes, 0, 0, torch.device("cpu")), torch.zeros(size, 16))
     engine.check(batch, size)
     assert all(torch.equal(state[key], value) for key, value in module.state_dict().items())
     assert flags == [parameter.requires_grad for parameter in module.parameters()]

@@ -26,7 +26,7 @@ def kind(projection):
 
 
 def bind(projection, sizes=SIZES, seed=0, checkpoint=0, device=CPU):
-    return projection.bind(sizes, seed, checkpoint, device)
+    return projection.bind({name: (size,) for name, size in sizes.items()}, seed, checkpoint, device)
 
 
 def matrix(bound, name, dtype=torch.float64):

@@ -3,12 +3,14 @@
 from lightning_trak.projections.base import BoundProjection, Projection
 from lightning_trak.projections.dense import GaussianProjection, RademacherProjection
 from lightning_trak.projections.identity import IdentityProjection
+from lightning_trak.projections.kronecker import KroneckerProjection
 from lightning_trak.projections.sparse import SparseProjection
 
 __all__ = [
     "BoundProjection",
     "GaussianProjection",
     "IdentityProjection",
+    "KroneckerProjection",
     "Projection",
     "RademacherProjection",
     "SparseProjection",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -28,14 +29,16 @@ class Projection(ABC):
     """
 
     @abstractmethod
-    def bind(self, sizes: Mapping[str, int], seed: int, checkpoint: int, device: torch.device) -> BoundProjection:
+    def bind(
+        self, shapes: Mapping[str, Sequence[int]], seed: int, checkpoint: int, device: torch.device
+    ) -> BoundProjection:
         """Fix the projection for one checkpoint.
 
         The entries that belong to a parameter depend on `seed`, `checkpoint`, its name and the index in it alone, so
         they are the same for every batch size, device, world size and choice of the other parameters.
 
         Args:
-            sizes: Number of elements of each parameter, by name, in the order of the features.
+            shapes: Shape of each parameter, by name, in the order of the features.
             seed: Any non-negative integer.
             checkpoint: Index of the checkpoint.
             device: Where gradients and features will be.
@@ -58,15 +61,15 @@ class BoundProjection(ABC):
     """A projection P of one checkpoint's parameters: a block of rows P_name for each parameter.
 
     Args:
-        sizes: Number of elements n of each parameter, by name.
+        shapes: Shape of each parameter, of n elements, by name.
         dim: Number of features k.
 
     """
 
-    def __init__(self, sizes: Mapping[str, int], dim: int) -> None:
-        if not sizes:
+    def __init__(self, shapes: Mapping[str, Sequence[int]], dim: int) -> None:
+        if not shapes:
             raise ValueError("Expected at least one parameter to project but got none; check the parameter selection.")
-        self.sizes = dict(sizes)
+        self.sizes = {name: math.prod(shape) for name, shape in shapes.items()}
         self.dim = dim
 
     def add_(self, features: Tensor, name: str, gradients: Tensor) -> None:
@@ -87,7 +90,7 @@ class BoundProjection(ABC):
         if size is None:
             raise ValueError(
                 f"Unknown parameter {name!r}: this projection was bound to {len(self.sizes)} others, such as "
-                f"{next(iter(self.sizes))!r}; bind it to the sizes of every parameter to project."
+                f"{next(iter(self.sizes))!r}; bind it to the shapes of every parameter to project."
             )
         if gradients.ndim != 2 or gradients.shape[1] != size:
             raise ValueError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -55,18 +55,24 @@ class RandomProjection(Projection):
     def apply_(self, features: Tensor, gradients: Tensor, block: Tensor) -> None:
         """Add the product of gradients (batch, rows) and a block's rows of P_name to features (batch, dim) in place."""
 
-    def bind(self, sizes: Mapping[str, int], seed: int, checkpoint: int, device: torch.device) -> BoundProjection:
+    def bind(
+        self, shapes: Mapping[str, Sequence[int]], seed: int, checkpoint: int, device: torch.device
+    ) -> BoundProjection:
         """Fix the projection for one checkpoint: see `Projection.bind`."""
         kind = type(self).__qualname__
-        streams = {name: Stream.derive(kind, seed, checkpoint, name) for name in sizes}
-        return _BoundRandomProjection(self, sizes, streams, device)
+        streams = {name: Stream.derive(kind, seed, checkpoint, name) for name in shapes}
+        return _BoundRandomProjection(self, shapes, streams, device)
 
 
 class _BoundRandomProjection(BoundProjection):
     def __init__(
-        self, config: RandomProjection, sizes: Mapping[str, int], streams: Mapping[str, Stream], device: torch.device
+        self,
+        config: RandomProjection,
+        shapes: Mapping[str, Sequence[int]],
+        streams: Mapping[str, Stream],
+        device: torch.device,
     ) -> None:
-        super().__init__(sizes, config.dim)
+        super().__init__(shapes, config.dim)
         self._config = config
         self._streams = streams
         self._device = device

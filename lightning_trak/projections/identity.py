@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -20,15 +21,21 @@ class IdentityProjection(Projection):
     square of that.
     """
 
-    def bind(self, sizes: Mapping[str, int], seed: int, checkpoint: int, device: torch.device) -> BoundProjection:  # noqa: ARG002
+    def bind(
+        self,
+        shapes: Mapping[str, Sequence[int]],
+        seed: int,  # noqa: ARG002
+        checkpoint: int,  # noqa: ARG002
+        device: torch.device,  # noqa: ARG002
+    ) -> BoundProjection:
         """Lay the parameters out side by side: see `Projection.bind`. Nothing is random."""
-        return _BoundIdentityProjection(sizes, sum(sizes.values()))
+        return _BoundIdentityProjection(shapes)
 
 
 class _BoundIdentityProjection(BoundProjection):
-    def __init__(self, sizes: Mapping[str, int], dim: int) -> None:
-        super().__init__(sizes, dim)
-        self._offsets = dict(zip(sizes, accumulate(sizes.values(), initial=0), strict=False))
+    def __init__(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        super().__init__(shapes, sum(map(math.prod, shapes.values())))
+        self._offsets = dict(zip(self.sizes, accumulate(self.sizes.values(), initial=0), strict=False))
 
     def _add(self, features: Tensor, name: str, gradients: Tensor) -> None:
         features.narrow(1, self._offsets[name], self.sizes[name]).add_(gradients)

@@ -38,6 +38,28 @@ class ConvolutionLayer(Layer, covers=[*_TYPES]):
         return torch.stack([one(part, slope) for part, slope in zip(parts, slopes, strict=True)])
 
     @staticmethod
+    def project_weight(
+        module: Any, activation: Tensor, gradient: Tensor, size: int, left: Tensor, right: Tensor
+    ) -> Tensor | None:
+        """Shape ``(size, l, r)``: multiplying every patch by ``right`` is a convolution with its columns as kernels.
+
+        A transposed convolution is the same with input and output exchanged, as the rows of its weight are. Not for
+        groups, whose weights are small.
+        """
+        if module.groups > 1:
+            return None
+        activation, padding = _padded(module, activation)
+        patched, pointwise = (gradient, activation) if module.transposed else (activation, gradient)
+        kernels = right.T.reshape(-1, *module.weight.shape[1:])
+        patches = torch.ops.aten.convolution(
+            patched, kernels, None, module.stride, padding, module.dilation, False, [0] * len(padding), 1
+        )
+        # Positions last, on both sides; of a transposed convolution the input's size says how many there are.
+        columns = _images(patches, module.weight, size).flatten(3)
+        rows = torch.matmul(left.T, _images(pointwise, module.weight, size).flatten(3))
+        return torch.einsum("bilp,birp->blr", rows, columns)
+
+    @staticmethod
     def bias(module: Any, activation: Tensor, gradient: Tensor, size: int) -> Tensor:  # noqa: ARG004
         """Sum over positions."""
         return _images(gradient, module.weight, size).flatten(3).sum((1, 3))

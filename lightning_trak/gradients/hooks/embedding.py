@@ -33,3 +33,14 @@ class EmbeddingLayer(Layer, covers=[nn.Embedding]):
         rows = gradient.new_zeros(size * module.num_embeddings, width)
         rows.index_add_(0, (ids + offsets).flatten(), gradient)
         return rows.view(size, -1)
+
+    @staticmethod
+    def project_weight(
+        module: Any, activation: Tensor, gradient: Tensor, size: int, left: Tensor, right: Tensor
+    ) -> Tensor:
+        """Shape ``(size, l, r)``: an id stands for the vector that picks its row, so it picks a row of ``left``."""
+        ids = activation.reshape(size, -1)
+        rows = left[ids]
+        if module.padding_idx is not None:
+            rows = rows * (ids != module.padding_idx).unsqueeze(-1)
+        return rows.transpose(1, 2) @ (gradient @ right).reshape(size, -1, right.shape[1])

@@ -17,6 +17,7 @@ from lightning_trak.gradients.hooks.tap import Tap
 from lightning_trak.gradients.loop import LoopEngine
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.projections.base import BoundProjection
+from lightning_trak.projections.kronecker import BoundKroneckerProjection
 
 # Gradients that `project` forms at a time. On a CPU they should stay in cache, and below the size from which the
 # allocator returns memory to the system after each use; elsewhere kernels should be few.
@@ -91,8 +92,21 @@ class HookEngine(GradientEngine):
         """
         limit = _CPU_BYTES if features.device.type == "cpu" else _ACCELERATOR_BYTES
 
+        def add_core(site: Site, activation: Tensor, gradient: Tensor, attribute: str, name: str) -> bool:
+            """Project both sides of a gradient that need not be formed; False if it must be."""
+            project = getattr(site.layer, f"project_{attribute}", None)
+            if project is None or not isinstance(projection, BoundKroneckerProjection):
+                return False
+            left, right = (factor.to(gradient) for factor in projection.factors(name))
+            cores = project(site.module, activation, gradient, size, left, right)
+            if cores is not None:
+                projection.add_core_(features, name, cores)
+            return cores is not None
+
         def add(site: Site, activation: Tensor, gradient: Tensor) -> None:
             for attribute, name in site.parameters.items():
+                if add_core(site, activation, gradient, attribute, name):
+                    continue
                 rows = getattr(site.layer, attribute)
                 step = max(1, limit // (self.parameters[name].numel() * gradient.element_size()))
                 for start in range(0, size, step):

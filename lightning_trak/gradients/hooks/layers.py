@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Callable
 from typing import ClassVar
 
 from torch import Tensor, nn
-
-# (module, input, gradient of the output, examples) -> gradients with one row per example
-Rows = Callable[[nn.Module, Tensor, Tensor, int], Tensor]
-
 
 class Layer(ABC):  # noqa: B024  # what a subclass defines has the names of the parameters
     """Per-example gradients of one family of modules; a subclass is registered for the types it ``covers``.
@@ -20,6 +15,12 @@ class Layer(ABC):  # noqa: B024  # what a subclass defines has the names of the 
     respect to the module's output, and the number of examples. It returns shape ``(size, ...)``, numel elements a row.
     The first dimension of input and gradient is ``size``, or a multiple of it where the model folded another dimension
     into the batch, the example being the slower index: ``reshape(size, -1, ...)`` takes them apart.
+
+    Where the gradient is a sum of outer products, a subclass may have a second method ``project_<parameter>``, with
+    the arguments ``(module, activation, gradient, size, left, right)``. It returns left^T G right for each example,
+    shape ``(size, l, r)``, without forming G: the gradient as a matrix of as many rows as the parameter's first
+    dimension, with the factors ``left`` and ``right`` of shapes ``(rows, l)`` and ``(columns, r)``; or None for a
+    module where that is no use.
 
     Types are matched exactly: a subclass may compute anything in its own ``forward``. One that does not is covered by
     naming it.

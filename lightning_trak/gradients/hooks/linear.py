@@ -29,6 +29,18 @@ class LinearLayer(_Affine, covers=[nn.Linear]):
         """Shape ``(size, outputs, inputs)``."""
         return _product(gradient, activation, size)
 
+    @staticmethod
+    def project_weight(
+        module: nn.Module,  # noqa: ARG004
+        activation: Tensor,
+        gradient: Tensor,
+        size: int,
+        left: Tensor,
+        right: Tensor,
+    ) -> Tensor:
+        """Shape ``(size, l, r)``: each side projected, then multiplied."""
+        return _product(gradient @ left, activation @ right, size)
+
 
 class TransposedLinearLayer(_Affine, covers=["transformers.pytorch_utils.Conv1D"]):
     """GPT-2's linear layer in Hugging Face Transformers, whose weight lies the other way round."""
@@ -37,3 +49,15 @@ class TransposedLinearLayer(_Affine, covers=["transformers.pytorch_utils.Conv1D"
     def weight(module: nn.Module, activation: Tensor, gradient: Tensor, size: int) -> Tensor:  # noqa: ARG004
         """Shape ``(size, inputs, outputs)``."""
         return _product(activation, gradient, size)
+
+    @staticmethod
+    def project_weight(
+        module: nn.Module,  # noqa: ARG004
+        activation: Tensor,
+        gradient: Tensor,
+        size: int,
+        left: Tensor,
+        right: Tensor,
+    ) -> Tensor:
+        """Shape ``(size, l, r)``: the rows of this weight belong to its inputs."""
+        return _product(activation @ left, gradient @ right, size)
