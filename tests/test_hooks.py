@@ -117,7 +117,9 @@ def test_a_batch_as_long_as_the_texts_is_no_excuse():
     assert_agrees_with_loop(module, output, (ids, batch[1].repeat(2)), 8)
 
 
-@pytest.mark.parametrize("projection", [SparseProjection(64, 2), GaussianProjection(32), IdentityProjection(), *KRONECKER])
+@pytest.mark.parametrize(
+    "projection", [SparseProjection(64, 2), GaussianProjection(32), IdentityProjection(), *KRONECKER]
+)
 @pytest.mark.parametrize("name", ["gpt", *ZOO])
 def test_streaming_equals_projecting_the_rows(name, projection, monkeypatch):
     if name == "gpt":

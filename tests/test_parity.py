@@ -24,7 +24,12 @@ class SharedProjector(AbstractProjector):
         self.projection, self.sizes = projection, sizes
 
     def project(self, grads: dict[str, Tensor], model_id: int) -> Tensor:
-        bound = self.projection.bind({name: (size,) for name, size in self.sizes.items()}, seed=0, checkpoint=model_id, device=torch.device("cpu"))
+        bound = self.projection.bind(
+            {name: (size,) for name, size in self.sizes.items()},
+            seed=0,
+            checkpoint=model_id,
+            device=torch.device("cpu"),
+        )
         features = torch.zeros(len(next(iter(grads.values()))), bound.dim)
         for name, gradient in grads.items():
             bound.add_(features, name, gradient.flatten(1))

@@ -14,7 +14,6 @@ from lightning_trak.gradients.batch import slice_batch
 from lightning_trak.gradients.hooks.coverage import Site, coverage_report, find_sites
 from lightning_trak.gradients.hooks.layout import find_shared, hooked, spread
 from lightning_trak.gradients.hooks.tap import Tap
-from lightning_trak.gradients.loop import LoopEngine
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.projections.base import BoundProjection
 from lightning_trak.projections.kronecker import BoundKroneckerProjection
@@ -118,7 +117,10 @@ class HookEngine(GradientEngine):
         return self._backward(batch, size, add)
 
     def check(self, batch: Any, size: int, tolerance: float = 1e-3) -> dict[str, str]:
-        """Compare the gradients of the first two examples with those of autograd, one example at a time.
+        """Compare the gradients of the first two examples with those of autograd for each of the two outputs.
+
+        Both go through the same batch: of one example alone, other kernels round otherwise, and a rectifier or maximum
+        that is nearly tied then turns rounding into another gradient.
 
         Args:
             batch: a batch without inference tensors.
@@ -142,7 +144,7 @@ class HookEngine(GradientEngine):
             return wrong
         engine = HookEngine(self.module, self.output, names) if wrong else self
         _, rows = engine(batch, two)
-        _, expected = LoopEngine(self.module, self.output, names)(batch, two)
+        expected = engine._autograd(batch, two)
         norms = {name: float(gradient.double().norm()) for name, gradient in expected.items()}
         noise = 1e-5 * sum(norm**2 for norm in norms.values()) ** 0.5
         for name, gradient in expected.items():
@@ -153,6 +155,18 @@ class HookEngine(GradientEngine):
                     " it is also used outside its module's forward, or examples are not in the first dimension"
                 )
         return wrong
+
+    def _autograd(self, batch: Any, size: int) -> dict[str, Tensor]:
+        """Each output's gradients by autograd, shape ``(size, numel)``: a backward pass for each example."""
+        parameters = list(self.parameters.values())
+        with self._eager(), differentiating(self.module, parameters), torch.enable_grad():
+            values = self.output.output(self.module, batch)
+            rows = [
+                torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
+                for value in values
+            ]
+        columns = (torch.stack(column).reshape(size, -1) for column in zip(*rows, strict=True))
+        return dict(zip(self.parameters, columns, strict=True))
 
     def _backward(self, batch: Any, size: int, receive: Receive) -> Tensor:
         """Run the model and let ``receive`` see each layer's input and output gradient; returns the outputs."""

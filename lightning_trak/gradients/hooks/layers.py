@@ -5,7 +5,8 @@ from __future__ import annotations
 from abc import ABC
 from typing import ClassVar
 
-from torch import Tensor, nn
+from torch import nn
+
 
 class Layer(ABC):  # noqa: B024  # what a subclass defines has the names of the parameters
     """Per-example gradients of one family of modules; a subclass is registered for the types it ``covers``.
