@@ -2,8 +2,8 @@
 
 import copy
 import warnings
-from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import lightning as L
@@ -49,9 +49,10 @@ class FeatureExtractor:
         digests: their fingerprints.
         projection: what compresses gradients to k numbers.
         parameters: which parameters to differentiate, see :func:`~lightning_trak.gradients.select_parameters`.
-        engine: ``"functional"`` (vmap), ``"loop"``, or ``"auto"``: vmap, and the loop for models that vmap cannot
-            handle, with a warning that says why. ``"hooks"`` is faster than either where most parameters belong to
-            common layers; vmap does the others, and the first batch is checked against autograd.
+        engine: ``"hooks"``, the fastest, where vmap does the parameters that hooks do not cover and the first batch is
+            checked against autograd; ``"functional"`` (vmap); ``"loop"``; or ``"auto"``: what :meth:`choose_engine`
+            says, or vmap until it has been asked, and the loop for batches that this cannot handle, with a warning
+            that says why.
         seed: seed of the projection.
         dtype: dtype of the features.
         keep: keep the weights and projection of every checkpoint in memory, for going through all of them repeatedly.
@@ -85,10 +86,50 @@ class FeatureExtractor:
         self._hooks = self._hook_engine() if engine == "hooks" else None
         self._fast: GradientEngine = self._hooks or FunctionalEngine(self.module, self.output, self.names)
         self._slow: GradientEngine = LoopEngine(self.module, self.output, self.names)
+        self._settled = False
         self._keep = keep
         # cuDNN cannot differentiate a recurrent layer in eval mode.
         self._recurrent = any(isinstance(part, nn.RNNBase) for part in self.module.modules())
         self.reset()
+
+    def choose_engine(self, batch: Any, size: int) -> tuple[EngineName, str]:
+        """Hooks where they cover every parameter and agree with autograd on some examples, else vmap.
+
+        Hooks beside vmap would differentiate twice, which seldom pays.
+
+        Args:
+            batch: examples on the module's device. The choice depends on them, so they should always be the same.
+            size: their number; a single one does not show which dimension the examples are in.
+
+        Returns:
+            The engine and the reason, for people.
+        """
+        left_out = HookEngine.uncovered(self.module, self.names)
+        if left_out or size < 2:
+            return "functional", coverage_report(left_out, self.sizes) if left_out else "there is a single example"
+        with self._differentiable():
+            try:
+                wrong = HookEngine(self.module, self.output, self.names).check(fresh_batch(batch, size), size)
+            except torch.cuda.OutOfMemoryError:
+                raise
+            except (RuntimeError, TypeError, ValueError) as error:  # a model at fault will fail again, and be heard
+                return "functional", f"hooks fail on the first examples: {error}".splitlines()[0][:200]
+        if wrong:
+            return "functional", "; ".join(f"{name}: {reason}" for name, reason in wrong.items())
+        return "hooks", coverage_report({}, self.sizes)
+
+    def use_engine(self, engine: EngineName) -> None:
+        """Settle what ``"auto"`` means."""
+        self._settled = True
+        self._hooks = self._hook_engine() if engine == "hooks" else None
+        self._fast = self._hooks or FunctionalEngine(self.module, self.output, self.names)
+        if engine == "loop":
+            self._fast = self._slow
+
+    @property
+    def undecided(self) -> bool:
+        """Whether ``"auto"`` has not been settled yet."""
+        return self.engine_name == "auto" and not self._settled
 
     def reset(self) -> None:
         """Forget what has been loaded, which may be on a device or in a precision that is not used any more."""
@@ -132,14 +173,7 @@ class FeatureExtractor:
             ValueError: if a feature is not finite.
         """
         size = len(positions)
-        # Lightning predicts in inference mode, where nothing can be differentiated, and under autocast with mixed
-        # precision, which vmap cannot always follow: gradients are taken in the precision of the weights.
-        with (
-            torch.inference_mode(False),
-            torch.no_grad(),
-            torch.autocast(self._device.type, enabled=False),
-            cudnn.flags(enabled=False) if self._recurrent else nullcontext(),
-        ):
+        with self._differentiable():
             batch = fresh_batch(batch, size)
             # Hooks form the gradients of one layer at a time; the other engines those of all, and take fewer examples.
             step = size if self._hooks else max(1, GRADIENT_BYTES // (sum(self.sizes.values()) * 4))
@@ -148,6 +182,21 @@ class FeatureExtractor:
                 for start in range(0, size, step)
             ]
             return Features(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+    @contextmanager
+    def _differentiable(self) -> Iterator[None]:
+        """Outside what Lightning predicts in.
+
+        In inference mode nothing can be differentiated, and vmap cannot always follow the autocast of mixed precision:
+        gradients are taken in the precision of the weights.
+        """
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            torch.autocast(self._device.type, enabled=False),
+            cudnn.flags(enabled=False) if self._recurrent else nullcontext(),
+        ):
+            yield
 
     def _rows(self, batch: Any, positions: Tensor) -> Features:
         weights = next(iter(self._fast.parameters.values()))
@@ -173,7 +222,7 @@ class FeatureExtractor:
         """Add the examples' projected gradients to their features; returns their outputs."""
         if self.engine_name == "loop":
             return self._slow.project(batch, size, self._bound, features)
-        if self._hooks and not self._seen:
+        if self._hooks and not self._seen and self.engine_name == "hooks":
             wrong = self._hooks.check(batch, size)
             if wrong:
                 reasons = "; ".join(f"{name}: {reason}" for name, reason in wrong.items())
@@ -182,7 +231,7 @@ class FeatureExtractor:
             return self._fast.project(batch, size, self._bound, features)
         except torch.cuda.OutOfMemoryError:
             raise
-        except (RuntimeError, TypeError) as error:
+        except (RuntimeError, TypeError, ValueError) as error:
             if "randomness" in str(error):
                 raise ValueError(
                     f"the output of {type(self.module).__name__} is random in eval mode, so that it has no one"
@@ -194,10 +243,11 @@ class FeatureExtractor:
             outputs = self._slow.project(batch, size, self._bound, features)
             reason = error
         # Batch by batch, not once for all: a batch must have the same features whichever others came before.
+        name = "the hook engine" if self._hooks else "vmap"
         said = f"{type(reason).__name__}: {reason}".splitlines()[0][:200]
         _told.warn(
-            f"vmap cannot differentiate {type(self.module).__name__}, so examples are differentiated one by one, which"
-            f" is slow; engine='loop' does so without saying. vmap said: {said}"
+            f"{name} cannot differentiate {type(self.module).__name__}, so examples are differentiated one by one, which"
+            f" is slow; engine='loop' does so without saying. {name} said: {said}"
         )
         return outputs
 

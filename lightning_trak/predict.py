@@ -1,18 +1,20 @@
 """The LightningModules that ``trainer.predict`` runs: one featurizes, one scores batches as they come."""
 
 import random
-from typing import Any, Protocol
+from collections.abc import Iterator
+from typing import Any, Protocol, cast
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_trak.data import IndexedBatch, batch_size_of, load
 from lightning_trak.distributed import Ranks
-from lightning_trak.features import FeatureExtractor
+from lightning_trak.features import EngineName, FeatureExtractor
 from lightning_trak.gradients.batch import infer_batch_size
 from lightning_trak.scorers.trak import Scores, TRAKScorer
 from lightning_trak.store import Features, FeatureStore
@@ -82,6 +84,7 @@ class ExtractorModule(L.LightningModule):
         self._store = store
         self._datamodule = datamodule
         self._train_loader = train_loader
+        self._settled = False
 
     def release(self) -> None:
         """Let go of model and features, since the Trainer keeps this module until its next call."""
@@ -92,14 +95,35 @@ class ExtractorModule(L.LightningModule):
         if self.extractor.current == checkpoint:
             return
         self.extractor.to_checkpoint(checkpoint, self.device)
-        if not self.extractor.output.context_size:
-            return
+        if self.extractor.output.context_size:
+            self._enter_context(checkpoint)
+        self._settle_engine()
+
+    def _enter_context(self, checkpoint: int) -> None:
         with torch.inference_mode(False):  # autograd saves the context
             context = self._store.read_extra(checkpoint, "context", self._store.key)
             if context is None:
                 context = self.extractor.make_context(self._context_batches(checkpoint))
                 self._store.write_extra(checkpoint, "context", context, self._store.key)
             self.extractor.output.set_context({name: tensor.to(self.device) for name, tensor in context.items()})
+
+    def _settle_engine(self) -> None:
+        """Choose by the first two training examples, once for the store: no run depends on what it happens to see."""
+        if self._settled:
+            return
+        self._settled = True
+        engine = self._store.settle("engine", None)
+        if self._train_loader is not None and engine is None:
+            engine = self.extractor.engine_name
+            if self.extractor.undecided:
+                positions = list(range(min(2, self._store.num_examples)))
+                (batch,) = self._batches([positions])
+                engine, reason = self.extractor.choose_engine(batch, len(positions))
+                how = {"hooks": "module hooks", "functional": "vmap"}[engine]
+                rank_zero_info(f"TRAK: gradients by {how}, chosen by engine='auto': {reason}")
+            engine = self._store.settle("engine", engine)
+        if self.extractor.undecided and engine is not None:
+            self.extractor.use_engine(cast(EngineName, engine))
 
     def _context_batches(self, checkpoint: int) -> Any:
         """A uniform sample of the training data, without replacement, another one at each checkpoint."""
@@ -108,7 +132,11 @@ class ExtractorModule(L.LightningModule):
         draw = random.Random(f"{self.extractor.seed}/{checkpoint}/context")
         sample = draw.sample(range(total), min(self.extractor.output.context_size, total))
         size = batch_size_of(self._train_loader)
-        for batch in load(self._train_loader, [sample[i : i + size] for i in range(0, len(sample), size)]):
+        return self._batches([sample[i : i + size] for i in range(0, len(sample), size)])
+
+    def _batches(self, positions: list[list[int]]) -> Iterator[Any]:
+        """Training examples at some positions, a batch for each list, on the device."""
+        for batch in load(cast(DataLoader[Any], self._train_loader), positions):
             batch = self.on_before_batch_transfer(batch, 0)
             batch = self.transfer_batch_to_device(batch, self.device, 0)
             yield self.on_after_batch_transfer(batch, 0)

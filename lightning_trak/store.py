@@ -1,6 +1,7 @@
 """Features on disk: safetensors shards, each a fixed range of examples at one checkpoint, written once and whole.
 
     store/manifest.json                        what every feature depends on, and how examples fall into shards
+    store/engine-<key>.json                    how gradients were computed: equal bits need equal engines
     store/checkpoint-0002/shard-00017.safetensors    features and outputs of examples 17 * shard_size, ...
     store/checkpoint-0002/context.safetensors        what the model output remembers of the data (the CLIP bank)
     store/checkpoint-0002/gram-<curvature>.safetensors   Gram matrix, a cache: it can be made again from the shards
@@ -216,6 +217,27 @@ class FeatureStore:
         """Read what :meth:`write_extra` wrote, or None if nothing was written with this ``key``."""
         path = self._path(checkpoint, name)
         return self._load(path) if path.exists() and self._metadata(path)["key"] == key else None
+
+    def settle(self, name: str, value: str | None) -> str | None:
+        """A choice that every run on this store is to share, such as the engine: the first one made counts.
+
+        Args:
+            name: what is chosen.
+            value: this process's choice, or None if it has none.
+
+        Returns:
+            The choice that counts; None if there is none yet.
+        """
+        path = self.directory / f"{name}-{self.key[:16]}.json"
+        if value is not None and not path.exists():
+            with suppress(FileExistsError):  # another process was faster
+                write_json(path, {name: value}, replace=False)
+        if not path.exists():
+            return None
+        try:
+            return str(json.loads(path.read_text())[name])
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise self._damaged(path, repr(error)) from error
 
     def digest(self, checkpoint: int) -> str:
         """Stands for all features of a checkpoint: changes when a shard does."""
