@@ -246,8 +246,8 @@ class FeatureExtractor:
         name = "the hook engine" if self._hooks else "vmap"
         said = f"{type(reason).__name__}: {reason}".splitlines()[0][:200]
         _told.warn(
-            f"{name} cannot differentiate {type(self.module).__name__}, so examples are differentiated one by one, which"
-            f" is slow; engine='loop' does so without saying. {name} said: {said}"
+            f"{name} cannot differentiate {type(self.module).__name__}, so examples are differentiated one by one,"
+            f" which is slow; engine='loop' does so without saying. {name} said: {said}"
         )
         return outputs
 

@@ -16,7 +16,7 @@ from lightning_trak import TRAK
 from lightning_trak.gradients import LoopEngine, select_parameters
 from lightning_trak.outputs import ClassificationMargin
 from lightning_trak.projections import GaussianProjection, IdentityProjection, SparseProjection
-from tests.lit import TARGETS, TRAIN, LitNet, attribute, make_data, make_model, make_trainer
+from tests.lit import TARGETS, TRAIN, LitNet, attribute, beyond_hooks, make_data, make_model, make_trainer
 from tests.zoo import ZOO, specimen
 
 
@@ -212,7 +212,7 @@ class Untraceable(LitNet):
 
 
 def test_auto_falls_back_to_the_loop_and_says_so(tmp_path, checkpoints, expected):
-    trak = TRAK(Untraceable(), checkpoints, tmp_path / "auto", projection=SparseProjection(32))
+    trak = TRAK(beyond_hooks(Untraceable()), checkpoints, tmp_path / "auto", projection=SparseProjection(32))
     with pytest.warns(UserWarning, match=r"vmap cannot differentiate Untraceable.*\.item\(\)"):
         trak.featurize(make_trainer(), TRAIN)
     with warnings.catch_warnings():

@@ -15,7 +15,7 @@ from lightning_trak import TRAK, AttributionMixin
 from lightning_trak.features import FeatureExtractor
 from lightning_trak.outputs import ClassificationMargin, NegativeLoss
 from lightning_trak.projections import IdentityProjection, SparseProjection
-from tests.lit import TARGETS, TRAIN, LitNet, attribute, make_data, make_model, make_trainer
+from tests.lit import TARGETS, TRAIN, LitNet, attribute, beyond_hooks, make_data, make_model, make_trainer
 
 OPTIONS = {"projection": SparseProjection(32)}
 
@@ -137,7 +137,7 @@ def test_vmap_may_fail_at_any_batch(tmp_path, checkpoints, expected):
                 os.environ["TRAK_TEST_ITEM"] = "1"
             return TRAIN[index]
 
-    trak = TRAK(Sometimes(), checkpoints, tmp_path, **OPTIONS)
+    trak = TRAK(beyond_hooks(Sometimes()), checkpoints, tmp_path, **OPTIONS)
     try:
         with pytest.warns(UserWarning, match="vmap cannot differentiate Sometimes"):
             trak.featurize(make_trainer(), DataLoader(Switching(), batch_size=10))
@@ -147,10 +147,10 @@ def test_vmap_may_fail_at_any_batch(tmp_path, checkpoints, expected):
 
 
 def test_a_full_memory_is_not_a_reason_for_the_loop(tmp_path, checkpoints, monkeypatch):
-    def full(self, batch, size):
+    def full(*args):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("lightning_trak.features.FunctionalEngine.__call__", full)
+    monkeypatch.setattr("lightning_trak.features.HookEngine.project", full)
     with pytest.raises(torch.cuda.OutOfMemoryError):
         attribute(tmp_path, checkpoints)
 
