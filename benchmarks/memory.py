@@ -1,0 +1,75 @@
+"""Peak memory, read from the operating system (Linux)."""
+
+import multiprocessing
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from models import WORKLOADS
+from ours import SETTINGS, featurizer
+
+MIB = 1 << 20
+
+
+def status(field: str) -> int:
+    """A field of this process's status, in bytes: ``VmRSS``, ``VmHWM``, ``RssAnon`` or ``RssFile``."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}; peak memory can be measured on Linux only")
+
+
+def reset_peak() -> None:
+    """Make ``VmHWM`` start anew."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_of(action: Callable[[], object]) -> int:
+    """Bytes that an action needs at its peak beyond what is resident before it."""
+    before = status("VmRSS")
+    reset_peak()
+    action()
+    return status("VmHWM") - before
+
+
+def _measure(workload: str, size: int, setting: str, answer: "multiprocessing.SimpleQueue[int]") -> None:
+    work = WORKLOADS[workload](size)
+    answer.put(peak_of(work.train_step if setting == "training step" else featurizer(work, *SETTINGS[setting])))
+
+
+def fresh_peak(workload: str, size: int, setting: str) -> int:
+    """Peak bytes of one setting, or of a ``"training step"``, in a new process.
+
+    ``getrusage`` is of no use here: a process inherits the peak of the one that started it.
+    """
+    context = multiprocessing.get_context("spawn")
+    answer = context.SimpleQueue()
+    process = context.Process(target=_measure, args=(workload, size, setting, answer))
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise RuntimeError(f"measuring {setting} of {workload} failed with exit code {process.exitcode}")
+    return answer.get()
+
+
+@contextmanager
+def sampled(interval: float = 0.002) -> Iterator[dict[str, int]]:
+    """Peaks of ``RssAnon`` and ``RssFile`` while the block runs, in bytes, sampled by a thread."""
+    peaks = {"RssAnon": 0, "RssFile": 0}
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.is_set():
+            for field in peaks:
+                peaks[field] = max(peaks[field], status(field))
+            time.sleep(interval)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield peaks
+    finally:
+        done.set()
+        thread.join()

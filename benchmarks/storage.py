@@ -1,0 +1,119 @@
+"""Scoring stored features, against the bare matrix product of the same shape and against reading the files."""
+
+import shutil
+import statistics
+import tempfile
+from pathlib import Path
+
+import torch
+from memory import MIB, reset_peak, sampled, status
+from timing import Row, ratios, rows, seconds
+from torch import Tensor
+
+from lightning_trak.scorers import TRAKScorer
+from lightning_trak.store import Features, FeatureStore
+
+TARGETS, K = 256, 2048
+
+
+def make_store(directory: Path, num_examples: int, dtype: torch.dtype) -> FeatureStore:
+    """A store of noise."""
+    store = FeatureStore(directory, {"checkpoints": ["noise"]}, num_examples)
+    generator = torch.Generator().manual_seed(0)
+    for shard in range(store.num_shards):
+        n = len(store.shard(shard))
+        outputs = torch.randn(n, generator=generator)
+        p = outputs.sigmoid()
+        features = torch.randn(n, K, generator=generator).to(dtype)
+        store.write(0, shard, Features(features, outputs, 1 - p, p * (1 - p)))
+    return store
+
+
+def make_scorer(store: FeatureStore) -> TRAKScorer:
+    """The default scorer."""
+    return TRAKScorer(store, "gauss_newton", 1.0, "per_checkpoint", 0.0)
+
+
+def read_files(store: FeatureStore) -> None:
+    """Read every byte of a store's shards into one buffer, without looking at them."""
+    buffer = bytearray(16 * MIB)
+    for path in sorted(store.directory.glob("checkpoint-*/shard-*")):
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+
+
+def scoring(out: Path, repetitions: int, num_examples: int = 20_000) -> list[Row]:
+    """Throughput of scoring as a share of the bare product's: 1 would be free of overhead."""
+    with tempfile.TemporaryDirectory(dir=out) as directory:
+        store = make_store(Path(directory), num_examples, torch.float32)
+        scorer = make_scorer(store)
+        directions = [torch.randn(TARGETS, K)]
+        features = torch.cat([store.read(0, shard).features for shard in range(store.num_shards)])
+
+        def one_product() -> Tensor:
+            return directions[0] @ features.T
+
+        def block_products() -> None:
+            for block in features.split(store.shard_size):
+                directions[0] @ block.T
+
+        def score() -> object:
+            return scorer.score(directions)
+
+        def first_score() -> object:
+            store._verified.clear()  # as a new process begins
+            return score()
+
+        actions = {
+            "products in blocks": block_products,
+            "score, later passes": score,
+            "score, first pass (checksums)": first_score,
+            "score, top_k=10": lambda: scorer.score(directions, top_k=10),
+        }
+        measured = ratios(one_product, actions, repetitions)
+    shares = {name: [1 / ratio for ratio in found] for name, found in measured.items()}
+    return rows("scoring", shares, f"of the throughput of one bare product ({TARGETS} x {num_examples} x {K})")
+
+
+def topk(out: Path, repetitions: int, num_examples: int = 1_000_000) -> list[Row]:
+    """Time and peak memory of the ten best of a million stored float16 examples, for 256 targets.
+
+    Raises:
+        OSError: if the disk lacks room for the store.
+    """
+    needed = 2.2 * num_examples * K
+    if shutil.disk_usage(out).free < needed:
+        raise OSError(
+            f"the topk part needs {needed / 1e9:.1f} GB free at {out}; give another --out or fewer --examples"
+        )
+    with tempfile.TemporaryDirectory(dir=out) as directory:
+        store = make_store(Path(directory), num_examples, torch.float16)
+        scorer = make_scorer(store)
+        directions = [torch.randn(TARGETS, K)]
+        block = torch.randn(store.shard_size, K)
+        product, reading, first, later = [], [], [], []
+        reset_peak()
+        with sampled() as peaks:
+            for _ in range(repetitions):
+                reading.append(seconds(lambda: read_files(store)))
+                product.append(seconds(lambda: [directions[0] @ block.T for _ in range(store.num_shards)]))
+                store._verified.clear()
+                first.append(seconds(lambda: scorer.score(directions, top_k=10)))
+                later.append(seconds(lambda: scorer.score(directions, top_k=10)))
+        whole = status("VmHWM")
+
+    def row(name: str, above: list[float], below: list[float], unit: str) -> Row:
+        found = [a / b for a, b in zip(above, below, strict=True)]
+        return Row("topk", name, statistics.median(found), unit, min(found), max(found), len(found))
+
+    product_unit, reading_unit = "of the time of the bare products", "of the time of reading the files"
+    return [
+        row("first pass (checksums)", first, product, product_unit),
+        row("later passes", later, product, product_unit),
+        row("first pass (checksums)", first, reading, reading_unit),
+        row("later passes", later, reading, reading_unit),
+        Row("topk", "peak anonymous memory", peaks["RssAnon"] / MIB, "MiB, the interpreter and torch included"),
+        Row("topk", "peak file-backed memory", peaks["RssFile"] / MIB, "MiB, shared libraries included"),
+        Row("topk", "peak resident memory", whole / MIB, "MiB (VmHWM)"),
+    ]

@@ -1,0 +1,88 @@
+"""Times as ratios: what is compared runs in turn, so that a machine's other load falls on all alike."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+Action = Callable[[], object]
+
+
+@dataclass
+class Row:
+    """A line of the table.
+
+    Attributes:
+        part: the part of the benchmark.
+        name: what was measured.
+        value: the number; a ratio of times unless ``unit`` says otherwise.
+        unit: of the value, or what it is a ratio to.
+        low: lowest of the repetitions, or lower end of a 95% interval.
+        high: highest of the repetitions, or upper end of a 95% interval.
+        repetitions: how many times it was measured; 0 where it was skipped.
+        note: what a reader must know.
+    """
+
+    part: str
+    name: str
+    value: float | None
+    unit: str
+    low: float | None = None
+    high: float | None = None
+    repetitions: int = 1
+    note: str = ""
+
+
+def seconds(action: Action) -> float:
+    """How long one call takes."""
+    started = time.perf_counter()
+    action()
+    return time.perf_counter() - started
+
+
+def ratios(baseline: Action, actions: Mapping[str, Action], repetitions: int = 5) -> dict[str, list[float]]:
+    """Times of actions as multiples of a baseline's.
+
+    In each round the baseline and all actions run once, after a first round that only warms up.
+
+    Args:
+        baseline: what the others are compared to; called at least twice in a round, before and after.
+        actions: what is compared, by name.
+        repetitions: rounds.
+
+    Returns:
+        For each action one ratio a round, to the mean of the baseline's times around the round.
+    """
+    measured: dict[str, list[float]] = {name: [] for name in actions}
+    for round_ in range(repetitions + 1):
+        before = seconds(baseline)
+        times = {name: seconds(action) for name, action in actions.items()}
+        unit = (before + seconds(baseline)) / 2
+        if round_:
+            for name, time_ in times.items():
+                measured[name].append(time_ / unit)
+    return measured
+
+
+def rows(
+    part: str, measured: Mapping[str, list[float]], unit: str, notes: Mapping[str, str] | None = None
+) -> list[Row]:
+    """A row for each list of ratios: its median and range."""
+    return [
+        Row(part, name, statistics.median(found), unit, min(found), max(found), len(found), (notes or {}).get(name, ""))
+        for name, found in measured.items()
+    ]
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as aligned text."""
+    width = max(len(row.name) for row in rows)
+    lines = [f"{'part':9}  {'what':{width}}  {'value':>9}  {'range':>19}  {'n':>2}  unit"]
+    for row in rows:
+        value = "-" if row.value is None else f"{row.value:9.3f}"
+        range_ = "" if row.low is None or row.high is None else f"{row.low:.3f} to {row.high:.3f}"
+        note = f"; {row.note}" if row.note else ""
+        lines.append(
+            f"{row.part:9}  {row.name:{width}}  {value:>9}  {range_:>19}  {row.repetitions:2}  {row.unit}{note}"
+        )
+    return "\n".join(lines)
