@@ -42,7 +42,7 @@ def traker_featurizer(work: Workload, k: int, folder: Path) -> Callable[[], obje
     calls = iter(range(100))
 
     def featurize() -> None:
-        # It refuses to do the same examples twice: a new one each time, whose making is not the work.
+        # It refuses to do the same examples twice: a new one each time, whose making and loading are timed too.
         tracker = _traker(work.model, work.size, k, str(folder / f"traker-{next(calls)}"))
         tracker.load_checkpoint(work.model.state_dict(), model_id=0)
         tracker.featurize(batch=work.batch, num_samples=work.size)
