@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from models import WORKLOADS
-from ours import SETTINGS, featurizer
+from benchmarks.models import WORKLOADS
+from benchmarks.ours import SETTINGS, featurizer
 
 MIB = 1 << 20
 

@@ -6,10 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
 
 from lightning_trak.outputs import CausalLMMargin, ClassificationMargin, ModelOutput
 
@@ -93,43 +90,3 @@ def gpt2(size: int = 8) -> Workload:
 
 
 WORKLOADS: dict[str, Callable[[int], Workload]] = {"resnet9": resnet9, "gpt2": gpt2}
-
-
-def digits_net() -> nn.Module:
-    """A small convolutional net for 8 x 8 images."""
-    return nn.Sequential(
-        nn.Conv2d(1, 32, 3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(32, 64, 3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Linear(256, 10),
-    )
-
-
-def digits_data(num_train: int = 1500) -> tuple[TensorDataset, TensorDataset]:
-    """scikit-learn's handwritten digits, shuffled once: training images, and the rest as targets."""
-    digits = load_digits()
-    order = torch.randperm(len(digits.target), generator=torch.Generator().manual_seed(0))
-    images = torch.tensor(digits.images / 16, dtype=torch.float32).unsqueeze(1)[order]
-    labels = torch.tensor(digits.target)[order]
-    return (
-        TensorDataset(images[:num_train], labels[:num_train]),
-        TensorDataset(images[num_train:], labels[num_train:]),
-    )
-
-
-def train_digits(data: TensorDataset, seed: int, mask: Tensor | None = None, epochs: int = 16) -> nn.Module:
-    """Train a net on the digits that a mask selects."""
-    torch.manual_seed(seed)
-    images, labels = data.tensors if mask is None else (tensor[mask] for tensor in data.tensors)
-    model = digits_net()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-3)
-    for _ in range(epochs):
-        for rows in torch.randperm(len(images)).split(100):
-            optimizer.zero_grad()
-            F.cross_entropy(model(images[rows]), labels[rows]).backward()
-            optimizer.step()
-    return model.eval()

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 
 import torch
-from models import Workload
 
+from benchmarks.models import Workload
 from lightning_trak.checkpoints import resolve_checkpoints
 from lightning_trak.features import EngineName, FeatureExtractor
 from lightning_trak.projections import KroneckerProjection, Projection, SparseProjection

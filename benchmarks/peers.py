@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from models import Workload
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from benchmarks.models import Workload
 from lightning_trak.outputs import ClassificationMargin
 
 Scores = Callable[[nn.Module, TensorDataset, TensorDataset, int], Tensor]
@@ -39,15 +39,10 @@ def _traker(model: nn.Module, num_train: int, k: int, folder: str) -> Any:
 
 def traker_featurizer(work: Workload, k: int, folder: Path) -> Callable[[], object]:
     """TRAKer.featurize of one batch."""
-    calls = iter(range(100))
-
-    def featurize() -> None:
-        # It refuses to do the same examples twice: a new one each time, whose making and loading are timed too.
-        tracker = _traker(work.model, work.size, k, str(folder / f"traker-{next(calls)}"))
-        tracker.load_checkpoint(work.model.state_dict(), model_id=0)
-        tracker.featurize(batch=work.batch, num_samples=work.size)
-
-    return featurize
+    # It does no example twice: room for more than the calls that will be made.
+    tracker = _traker(work.model, 10 * work.size, k, str(folder / "traker"))
+    tracker.load_checkpoint(work.model.state_dict(), model_id=0)
+    return lambda: tracker.featurize(batch=work.batch, num_samples=work.size)
 
 
 def traker_scores(model: nn.Module, train: TensorDataset, targets: TensorDataset, k: int) -> Tensor:

@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import json
+import logging
 import platform
 import statistics
 import tempfile
@@ -13,16 +14,17 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from memory import MIB, fresh_peak
-from models import WORKLOADS, digits_data, resnet9, train_digits
-from ours import SETTINGS, K, featurizer
-from peers import FEATURIZERS, SCORES, package_of
-from storage import scoring, topk
-from timing import Row, ratios, rows, seconds, table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
+from benchmarks.memory import MIB, fresh_peak
+from benchmarks.models import WORKLOADS, resnet9
+from benchmarks.ours import SETTINGS, K, featurizer
+from benchmarks.peers import FEATURIZERS, SCORES, package_of
+from benchmarks.storage import scoring, topk
+from benchmarks.timing import Row, ratios, rows, seconds, table
+from examples.digits import make_data, random_halves, retrain, train_on
 from lightning_trak import TRAK, LinearDatamodelingScore
 from lightning_trak.outputs import ClassificationMargin
 from lightning_trak.projections import KroneckerProjection, SparseProjection
@@ -104,12 +106,13 @@ def peers(out: Path, _: int) -> list[Row]:
 
 def lds(out: Path, repetitions: int, subsets: int = 40, k: int = 1024) -> list[Row]:
     """How faithful scores of one model of the digits are, and what they cost."""
-    train, targets = digits_data()
-    model = train_digits(train, seed=0)
-    generator = torch.Generator().manual_seed(1)
-    masks = torch.stack([torch.randperm(len(train), generator=generator) < len(train) // 2 for _ in range(subsets)])
-    retrained = (train_digits(train, seed, mask) for seed, mask in enumerate(tqdm(masks, "Retraining"), start=1))
-    outputs = torch.stack([ClassificationMargin().output(net, targets.tensors).detach() for net in retrained], dim=1)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    train, targets = make_data()
+    model = train_on(train, seed=0).net
+    masks = random_halves(subsets)
+    outputs = torch.stack(
+        [retrain(train, mask, targets, seed) for seed, mask in enumerate(tqdm(masks, "Retraining"), start=1)], dim=1
+    )
     projection = SparseProjection(k)
     methods: dict[str, Callable[[], Tensor]] = {
         "lightning-trak": lambda: _our_scores(out, model, train, targets, projection=projection),

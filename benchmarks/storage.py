@@ -6,10 +6,10 @@ import tempfile
 from pathlib import Path
 
 import torch
-from memory import MIB, reset_peak, sampled, status
-from timing import Row, ratios, rows, seconds
 from torch import Tensor
 
+from benchmarks.memory import MIB, reset_peak, sampled, status
+from benchmarks.timing import Row, ratios, rows, seconds
 from lightning_trak.scorers import TRAKScorer
 from lightning_trak.store import Features, FeatureStore
 
@@ -84,9 +84,7 @@ def topk(out: Path, repetitions: int, num_examples: int = 1_000_000) -> list[Row
     """
     needed = 2.2 * num_examples * K
     if shutil.disk_usage(out).free < needed:
-        raise OSError(
-            f"the topk part needs {needed / 1e9:.1f} GB free at {out}; give another --out or fewer --examples"
-        )
+        raise OSError(f"the topk part needs {needed / 1e9:.1f} GB free at {out}; give another --out")
     with tempfile.TemporaryDirectory(dir=out) as directory:
         store = make_store(Path(directory), num_examples, torch.float16)
         scorer = make_scorer(store)

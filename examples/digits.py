@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from lightning.pytorch.loggers import CSVLogger
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from tqdm import tqdm
 
 from lightning_trak import TRAK, AttributionMixin, LinearDatamodelingScore, TRAKCallback
@@ -68,8 +68,14 @@ def make_data() -> tuple[TensorDataset, TensorDataset]:
     return TensorDataset(images[train], labels[train]), TensorDataset(images[targets], labels[targets])
 
 
-def retrain(train: TensorDataset, mask: Tensor, targets: TensorDataset, seed: int) -> Tensor:
-    """Train a fresh model on a subset; returns its outputs at the targets, (num_targets,)."""
+def random_halves(count: int) -> Tensor:
+    """Masks of random halves of the training set, bool (count, NUM_TRAIN)."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.stack([torch.randperm(NUM_TRAIN, generator=generator) < NUM_TRAIN // 2 for _ in range(count)])
+
+
+def train_on(data: Dataset, seed: int) -> LitDigits:
+    """Train a fresh model."""
     torch.manual_seed(seed)
     model = LitDigits()
     trainer = L.Trainer(
@@ -80,9 +86,15 @@ def retrain(train: TensorDataset, mask: Tensor, targets: TensorDataset, seed: in
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(model, DataLoader(Subset(train, mask.nonzero().flatten().tolist()), batch_size=100, shuffle=True))
+    trainer.fit(model, DataLoader(data, batch_size=100, shuffle=True))
+    return model.eval()
+
+
+def retrain(train: TensorDataset, mask: Tensor, targets: TensorDataset, seed: int) -> Tensor:
+    """Train a fresh model on a subset; returns its outputs at the targets, (num_targets,)."""
+    model = train_on(Subset(train, mask.nonzero().flatten().tolist()), seed)
     with torch.no_grad():
-        return model.configure_model_output().output(model.eval(), targets.tensors)
+        return model.configure_model_output().output(model, targets.tensors)
 
 
 def main() -> None:
@@ -122,10 +134,7 @@ def main() -> None:
 
     print(f"3. Retraining on {args.subsets} random halves", flush=True)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    generator = torch.Generator().manual_seed(1)
-    masks = torch.stack(
-        [torch.randperm(len(train), generator=generator) < len(train) // 2 for _ in range(args.subsets)]
-    )
+    masks = random_halves(args.subsets)
     outputs = torch.stack(
         [retrain(train, mask, targets, seed) for seed, mask in enumerate(tqdm(masks, "Retraining"))], dim=1
     )

@@ -164,6 +164,8 @@ class TRAK:
         store = FeatureStore(
             self.store, identity, num_examples, shard_size or _default_shard_size(num_examples, loader)
         )
+        if self.engine != "auto":
+            store.settle_engine(self.engine)
         missing = [store.missing(checkpoint) for checkpoint in range(store.num_checkpoints)]
         selected = sum(extractor.sizes.values())
         total = sum(parameter.numel() for parameter in self.model.parameters())

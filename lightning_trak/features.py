@@ -51,8 +51,7 @@ class FeatureExtractor:
         parameters: which parameters to differentiate, see :func:`~lightning_trak.gradients.select_parameters`.
         engine: ``"hooks"``, the fastest, where vmap does the parameters that hooks do not cover and the first batch is
             checked against autograd; ``"functional"`` (vmap); ``"loop"``; or ``"auto"``: what :meth:`choose_engine`
-            says, or vmap until it has been asked, and the loop for batches that this cannot handle, with a warning
-            that says why.
+            found, vmap until :meth:`use_engine` is told, and the loop, with a warning, for batches that fail in it.
         seed: seed of the projection.
         dtype: dtype of the features.
         keep: keep the weights and projection of every checkpoint in memory, for going through all of them repeatedly.
@@ -83,10 +82,9 @@ class FeatureExtractor:
         self.engine_name = engine
         self.seed = seed
         self.dtype = dtype
-        self._hooks = self._hook_engine() if engine == "hooks" else None
-        self._fast: GradientEngine = self._hooks or FunctionalEngine(self.module, self.output, self.names)
-        self._slow: GradientEngine = LoopEngine(self.module, self.output, self.names)
-        self._settled = False
+        self._slow = LoopEngine(self.module, self.output, self.names)
+        self.use_engine("functional" if engine == "auto" else engine)
+        self.undecided = engine == "auto"
         self._keep = keep
         # cuDNN cannot differentiate a recurrent layer in eval mode.
         self._recurrent = any(isinstance(part, nn.RNNBase) for part in self.module.modules())
@@ -105,8 +103,10 @@ class FeatureExtractor:
             The engine and the reason, for people.
         """
         left_out = HookEngine.uncovered(self.module, self.names)
-        if left_out or size < 2:
-            return "functional", coverage_report(left_out, self.sizes) if left_out else "there is a single example"
+        if left_out:
+            return "functional", coverage_report(left_out, self.sizes)
+        if size < 2:
+            return "functional", "hooks cannot be checked on a single example"
         with self._differentiable():
             try:
                 wrong = HookEngine(self.module, self.output, self.names).check(fresh_batch(batch, size), size)
@@ -116,20 +116,16 @@ class FeatureExtractor:
                 return "functional", f"hooks fail on the first examples: {error}".splitlines()[0][:200]
         if wrong:
             return "functional", "; ".join(f"{name}: {reason}" for name, reason in wrong.items())
-        return "hooks", coverage_report({}, self.sizes)
+        return "hooks", coverage_report(left_out, self.sizes)
 
     def use_engine(self, engine: EngineName) -> None:
-        """Settle what ``"auto"`` means."""
-        self._settled = True
+        """Use an engine from now on: what ``"auto"`` was found to mean."""
+        self.undecided = False
         self._hooks = self._hook_engine() if engine == "hooks" else None
-        self._fast = self._hooks or FunctionalEngine(self.module, self.output, self.names)
         if engine == "loop":
-            self._fast = self._slow
-
-    @property
-    def undecided(self) -> bool:
-        """Whether ``"auto"`` has not been settled yet."""
-        return self.engine_name == "auto" and not self._settled
+            self._engine: GradientEngine = self._slow
+        else:
+            self._engine = self._hooks or FunctionalEngine(self.module, self.output, self.names)
 
     def reset(self) -> None:
         """Forget what has been loaded, which may be on a device or in a precision that is not used any more."""
@@ -199,7 +195,7 @@ class FeatureExtractor:
             yield
 
     def _rows(self, batch: Any, positions: Tensor) -> Features:
-        weights = next(iter(self._fast.parameters.values()))
+        weights = next(iter(self._engine.parameters.values()))
         working = torch.promote_types(weights.dtype, torch.float32)
         features = torch.zeros(len(positions), self._bound.dim, dtype=working, device=weights.device)
         outputs = self._project(batch, len(positions), features).to(working)
@@ -220,15 +216,15 @@ class FeatureExtractor:
 
     def _project(self, batch: Any, size: int, features: Tensor) -> Tensor:
         """Add the examples' projected gradients to their features; returns their outputs."""
-        if self.engine_name == "loop":
+        if self._engine is self._slow:
             return self._slow.project(batch, size, self._bound, features)
-        if self._hooks and not self._seen and self.engine_name == "hooks":
+        if self._hooks and self.engine_name == "hooks" and not self._seen:
             wrong = self._hooks.check(batch, size)
             if wrong:
                 reasons = "; ".join(f"{name}: {reason}" for name, reason in wrong.items())
                 raise ValueError(f"engine='hooks' gets some gradients wrong, use engine='auto': {reasons}")
         try:
-            return self._fast.project(batch, size, self._bound, features)
+            return self._engine.project(batch, size, self._bound, features)
         except torch.cuda.OutOfMemoryError:
             raise
         except (RuntimeError, TypeError, ValueError) as error:

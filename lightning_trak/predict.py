@@ -84,7 +84,6 @@ class ExtractorModule(L.LightningModule):
         self._store = store
         self._datamodule = datamodule
         self._train_loader = train_loader
-        self._settled = False
 
     def release(self) -> None:
         """Let go of model and features, since the Trainer keeps this module until its next call."""
@@ -97,7 +96,8 @@ class ExtractorModule(L.LightningModule):
         self.extractor.to_checkpoint(checkpoint, self.device)
         if self.extractor.output.context_size:
             self._enter_context(checkpoint)
-        self._settle_engine()
+        if self.extractor.undecided:
+            self._settle_engine()
 
     def _enter_context(self, checkpoint: int) -> None:
         with torch.inference_mode(False):  # autograd saves the context
@@ -109,20 +109,15 @@ class ExtractorModule(L.LightningModule):
 
     def _settle_engine(self) -> None:
         """Choose by the first two training examples, once for the store: no run depends on what it happens to see."""
-        if self._settled:
-            return
-        self._settled = True
-        engine = self._store.settle("engine", None)
-        if self._train_loader is not None and engine is None:
-            engine = self.extractor.engine_name
-            if self.extractor.undecided:
-                positions = list(range(min(2, self._store.num_examples)))
-                (batch,) = self._batches([positions])
-                engine, reason = self.extractor.choose_engine(batch, len(positions))
-                how = {"hooks": "module hooks", "functional": "vmap"}[engine]
-                rank_zero_info(f"TRAK: gradients by {how}, chosen by engine='auto': {reason}")
-            engine = self._store.settle("engine", engine)
-        if self.extractor.undecided and engine is not None:
+        engine = self._store.settle_engine()
+        if engine is None and self._train_loader is not None:
+            positions = list(range(min(2, self._store.num_examples)))
+            (batch,) = self._batches([positions])
+            choice, reason = self.extractor.choose_engine(batch, len(positions))
+            how = {"hooks": "module hooks", "functional": "vmap"}[choice]
+            rank_zero_info(f"TRAK: gradients by {how}, chosen by engine='auto': {reason}")
+            engine = self._store.settle_engine(choice)
+        if engine is not None:
             self.extractor.use_engine(cast(EngineName, engine))
 
     def _context_batches(self, checkpoint: int) -> Any:

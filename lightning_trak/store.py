@@ -218,24 +218,23 @@ class FeatureStore:
         path = self._path(checkpoint, name)
         return self._load(path) if path.exists() and self._metadata(path)["key"] == key else None
 
-    def settle(self, name: str, value: str | None) -> str | None:
-        """A choice that every run on this store is to share, such as the engine: the first one made counts.
+    def settle_engine(self, engine: str | None = None) -> str | None:
+        """How gradients are computed in every run on this store: the first one that says so decides.
 
         Args:
-            name: what is chosen.
-            value: this process's choice, or None if it has none.
+            engine: this process's choice, or None if it has none.
 
         Returns:
-            The choice that counts; None if there is none yet.
+            The engine that was decided on; None if there is none yet.
         """
-        path = self.directory / f"{name}-{self.key[:16]}.json"
-        if value is not None and not path.exists():
-            with suppress(FileExistsError):  # another process was faster
-                write_json(path, {name: value}, replace=False)
+        path = self.directory / f"engine-{self.key[:16]}.json"
+        if engine is not None:
+            with suppress(FileExistsError):  # another run or process was faster
+                write_json(path, {"engine": engine}, replace=False)
         if not path.exists():
             return None
         try:
-            return str(json.loads(path.read_text())[name])
+            return str(json.loads(path.read_text())["engine"])
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise self._damaged(path, repr(error)) from error
 

@@ -130,7 +130,7 @@ def test_streaming_equals_projecting_the_rows(name, projection, monkeypatch):
     left_out = HookEngine.uncovered(module, names)
     engine = HookEngine(module, output, {key: raw for key, raw in names.items() if key not in left_out})
     values, rows = engine(batch, size)
-    shapes = {key: engine.parameters[key].shape for key in rows}
+    shapes = {key: parameter.shape for key, parameter in engine.parameters.items()}
     bound = projection.bind(shapes, 1, 0, torch.device("cpu"))
     expected = torch.ones(size, bound.dim, dtype=torch.float64)
     for key, row in rows.items():

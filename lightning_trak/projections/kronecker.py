@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from lightning_trak.projections.base import BoundProjection, Projection, check_positive
 from lightning_trak.projections.dense import RademacherProjection
+from lightning_trak.projections.identity import IdentityProjection
 from lightning_trak.projections.philox import Stream
 from lightning_trak.projections.sparse import SparseProjection
 
@@ -22,7 +22,7 @@ class KroneckerProjection(Projection):
 
     A weight of shape (outputs, *inputs) is a matrix of as many rows as outputs; a vector is a matrix of one column. The
     gradient of a layer is a sum of products g a^T, of output gradients and inputs, so the `HookEngine` projects g and a
-    and multiplies what is left, (A^T g) (B^T a)^T: no gradient is ever formed (Choe et al. 2024, arXiv 2405.13954,
+    and multiplies what is left, (A^T g) (B^T a)^T, and the gradient is not formed (Choe et al. 2024, arXiv 2405.13954,
     section 3.1). Other engines get the same features by multiplying the gradients.
 
     The inner product of two features has mean <x, y>, summed over parameters. Its variance is larger than that of a
@@ -69,13 +69,9 @@ class BoundKroneckerProjection(BoundProjection):
             name: (min(rows, config.left), min(columns, config.right))
             for name, (rows, columns) in self._matrices.items()
         }
-        widths = {name: left * right for name, (left, right) in self._cores.items()}
-        super().__init__(shapes, sum(widths.values()) if config.dim is None else config.dim)
-        self._offsets = dict(zip(widths, accumulate(widths.values(), initial=0), strict=False))
-        self._hash = None
-        if config.dim is not None:
-            cores = {name: (width,) for name, width in widths.items()}
-            self._hash = SparseProjection(config.dim).bind(cores, seed, checkpoint, device)
+        together = IdentityProjection() if config.dim is None else SparseProjection(config.dim)
+        self._together = together.bind(self._cores, seed, checkpoint, device)
+        super().__init__(shapes, self._together.dim)
         self._seed, self._checkpoint, self._device = seed, checkpoint, device
         self._factors: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -103,16 +99,10 @@ class BoundKroneckerProjection(BoundProjection):
             cores: A^T G B for each example, of shape (batch, left, right), with A and B from `factors`.
 
         """
-        left, right = self._cores[name]
-        # Signs have variance 1: what they sum over has to be divided by their number.
-        lengths = zip(self._matrices[name], (left, right), strict=True)
-        scale = math.prod(1 / math.sqrt(width) for length, width in lengths if length != width)
-        with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
-            rows = cores.flatten(1)
-            if self._hash is None:
-                features.narrow(1, self._offsets[name], left * right).add_(rows, alpha=scale)
-            else:
-                self._hash.add_(features, name, rows * scale)
+        # Entries of variance 1 / width keep inner products; signs have variance 1.
+        sides = zip(self._matrices[name], self._cores[name], strict=True)
+        scale = math.prod(1 / math.sqrt(width) for length, width in sides if length != width)
+        self._together.add_(features, name, cores.flatten(1) * scale)
 
     def _add(self, features: Tensor, name: str, gradients: Tensor) -> None:
         dtype = torch.promote_types(gradients.dtype, torch.float32)

@@ -54,7 +54,6 @@ class ConvolutionLayer(Layer, covers=[*_TYPES]):
         patches = torch.ops.aten.convolution(
             patched, kernels, None, module.stride, padding, module.dilation, False, [0] * len(padding), 1
         )
-        # Positions last, on both sides; of a transposed convolution the input's size says how many there are.
         columns = _images(patches, module.weight, size).flatten(3)
         rows = torch.matmul(left.T, _images(pointwise, module.weight, size).flatten(3))
         return torch.einsum("bilp,birp->blr", rows, columns)

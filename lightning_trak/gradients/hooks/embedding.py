@@ -25,13 +25,11 @@ class EmbeddingLayer(Layer, covers=[nn.Embedding]):
     @staticmethod
     def weight(module: Any, activation: Tensor, gradient: Tensor, size: int) -> Tensor:
         """Shape ``(size * ids, width)``: each position's gradient is added to the row of its id."""
-        ids, width = activation.reshape(size, -1), gradient.shape[-1]
-        gradient = gradient.reshape(-1, width)
-        if module.padding_idx is not None:
-            gradient = gradient * (ids != module.padding_idx).reshape(-1, 1)
+        ids, gradient = _positions(module, activation, gradient, size)
+        width = gradient.shape[-1]
         offsets = torch.arange(size, device=ids.device).unsqueeze(1) * module.num_embeddings
         rows = gradient.new_zeros(size * module.num_embeddings, width)
-        rows.index_add_(0, (ids + offsets).flatten(), gradient)
+        rows.index_add_(0, (ids + offsets).flatten(), gradient.flatten(0, 1))
         return rows.view(size, -1)
 
     @staticmethod
@@ -39,8 +37,14 @@ class EmbeddingLayer(Layer, covers=[nn.Embedding]):
         module: Any, activation: Tensor, gradient: Tensor, size: int, left: Tensor, right: Tensor
     ) -> Tensor:
         """Shape ``(size, l, r)``: an id stands for the vector that picks its row, so it picks a row of ``left``."""
-        ids = activation.reshape(size, -1)
-        rows = left[ids]
-        if module.padding_idx is not None:
-            rows = rows * (ids != module.padding_idx).unsqueeze(-1)
-        return rows.transpose(1, 2) @ (gradient @ right).reshape(size, -1, right.shape[1])
+        ids, gradient = _positions(module, activation, gradient, size)
+        return left[ids].transpose(1, 2) @ (gradient @ right)
+
+
+def _positions(module: Any, activation: Tensor, gradient: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Ids, ``(size, positions)``, and gradients, ``(size, positions, width)``, which padding does not get."""
+    ids = activation.reshape(size, -1)
+    gradient = gradient.reshape(*ids.shape, -1)
+    if module.padding_idx is not None:
+        gradient = gradient * (ids != module.padding_idx).unsqueeze(-1)
+    return ids, gradient

@@ -2,10 +2,43 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import torch
 from torch import Tensor, nn
 
 from lightning_trak.gradients.hooks.layers import Layer
+
+
+class _Affine(Layer):
+    @staticmethod
+    @abstractmethod
+    def sides(activation: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """What belongs to the rows of the weight, and what to its columns."""
+
+    @classmethod
+    def weight(cls, module: nn.Module, activation: Tensor, gradient: Tensor, size: int) -> Tensor:  # noqa: ARG003
+        """Shape ``(size, rows, columns)``."""
+        return _product(*cls.sides(activation, gradient), size)
+
+    @classmethod
+    def project_weight(
+        cls,
+        module: nn.Module,  # noqa: ARG003
+        activation: Tensor,
+        gradient: Tensor,
+        size: int,
+        left: Tensor,
+        right: Tensor,
+    ) -> Tensor:
+        """Shape ``(size, l, r)``: each side projected, then multiplied."""
+        rows, columns = cls.sides(activation, gradient)
+        return _product(rows @ left, columns @ right, size)
+
+    @staticmethod
+    def bias(module: nn.Module, activation: Tensor, gradient: Tensor, size: int) -> Tensor:  # noqa: ARG004
+        """Sum over positions."""
+        return gradient.reshape(size, -1, gradient.shape[-1]).sum(1)
 
 
 def _product(left: Tensor, right: Tensor, size: int) -> Tensor:
@@ -14,50 +47,19 @@ def _product(left: Tensor, right: Tensor, size: int) -> Tensor:
     return torch.bmm(left.transpose(1, 2), right)
 
 
-class _Affine(Layer):
-    @staticmethod
-    def bias(module: nn.Module, activation: Tensor, gradient: Tensor, size: int) -> Tensor:  # noqa: ARG004
-        """Sum over positions."""
-        return gradient.reshape(size, -1, gradient.shape[-1]).sum(1)
-
-
 class LinearLayer(_Affine, covers=[nn.Linear]):
     """``nn.Linear`` on inputs of any rank."""
 
     @staticmethod
-    def weight(module: nn.Module, activation: Tensor, gradient: Tensor, size: int) -> Tensor:  # noqa: ARG004
-        """Shape ``(size, outputs, inputs)``."""
-        return _product(gradient, activation, size)
-
-    @staticmethod
-    def project_weight(
-        module: nn.Module,  # noqa: ARG004
-        activation: Tensor,
-        gradient: Tensor,
-        size: int,
-        left: Tensor,
-        right: Tensor,
-    ) -> Tensor:
-        """Shape ``(size, l, r)``: each side projected, then multiplied."""
-        return _product(gradient @ left, activation @ right, size)
+    def sides(activation: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """A row for each output."""
+        return gradient, activation
 
 
 class TransposedLinearLayer(_Affine, covers=["transformers.pytorch_utils.Conv1D"]):
     """GPT-2's linear layer in Hugging Face Transformers, whose weight lies the other way round."""
 
     @staticmethod
-    def weight(module: nn.Module, activation: Tensor, gradient: Tensor, size: int) -> Tensor:  # noqa: ARG004
-        """Shape ``(size, inputs, outputs)``."""
-        return _product(activation, gradient, size)
-
-    @staticmethod
-    def project_weight(
-        module: nn.Module,  # noqa: ARG004
-        activation: Tensor,
-        gradient: Tensor,
-        size: int,
-        left: Tensor,
-        right: Tensor,
-    ) -> Tensor:
-        """Shape ``(size, l, r)``: the rows of this weight belong to its inputs."""
-        return _product(activation @ left, gradient @ right, size)
+    def sides(activation: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """A row for each input."""
+        return activation, gradient
