@@ -1,0 +1,181 @@
+"""Small tasks on real data that are retrained in seconds: what faithfulness is measured on.
+
+All data come with scikit-learn or with Python itself.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from pydoc_data.topics import topics as pages
+from sklearn.datasets import load_breast_cancer, load_diabetes
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from examples.digits import LitDigits, make_data
+from lightning_trak.outputs import CausalLMMargin, ClassificationMargin, ModelOutput, RegressionOutput
+
+CHARACTERS = " etaoinsrhldcumpfgywbvkxjqz0123456789.,()_'\"`*:-=/\n"
+LENGTH = 48
+
+
+class DigitsMLP(LitDigits):
+    """A multilayer perceptron for 8 x 8 images, trained as the convolutional net is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)
+        )
+
+
+class UndecayedMLP(DigitsMLP):
+    """The same without weight decay."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+class TabularMLP(L.LightningModule):
+    """A perceptron with one output, for tables of standardised numbers."""
+
+    def __init__(self, features: int, regression: bool) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(features, 64), nn.GELU(), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 1), nn.Flatten(0)
+        )
+        self.loss = F.mse_loss if regression else F.binary_cross_entropy_with_logits
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return self.net(rows)
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        rows, labels = batch
+        return self.loss(self(rows), labels)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=2e-3, weight_decay=0.01)
+
+
+class Block(nn.Module):
+    """A transformer's layer with causal attention."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.before_attention, self.before_mlp = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention, self.merged = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        split = self.attention(self.before_attention(hidden)).unflatten(-1, (3, self.heads, -1))
+        query, key, value = (part.transpose(-2, -3) for part in split.unbind(-3))
+        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        hidden = hidden + self.merged(attended.transpose(-2, -3).flatten(-2))
+        return hidden + self.mlp(self.before_mlp(hidden))
+
+
+class LitText(L.LightningModule):
+    """A language model of characters: two causal transformer layers."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(len(CHARACTERS), width), nn.Embedding(LENGTH, width)
+        self.blocks = nn.Sequential(Block(width, 2), Block(width, 2))
+        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, len(CHARACTERS)))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        places = torch.arange(ids.shape[-1], device=ids.device)
+        return self.head(self.blocks(self.tokens(ids) + self.places(places)))
+
+    def training_step(self, batch: list[Tensor]) -> Tensor:
+        (ids,) = batch
+        return F.cross_entropy(self(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=3e-3, weight_decay=0.1)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained, and what is attributed.
+
+    Attributes:
+        name: of the task.
+        about: data and model in a few words.
+        make_module: makes a module, freshly initialised.
+        output: the attributed output.
+        train: training set.
+        targets: examples whose outputs are attributed.
+        max_epochs: of each training.
+        batch_size: of each training step.
+    """
+
+    name: str
+    about: str
+    make_module: Callable[[], L.LightningModule]
+    output: ModelOutput
+    train: TensorDataset
+    targets: TensorDataset
+    max_epochs: int
+    batch_size: int
+
+
+def make_tasks() -> dict[str, Task]:
+    """All tasks by name."""
+    margin = ClassificationMargin()
+    digits = make_data()
+    cancer = _table(load_breast_cancer(return_X_y=True), 420)
+    diabetes = _table(load_diabetes(return_X_y=True), 342, standardise_labels=True)
+    tasks = [
+        Task("digits MLP", "digits, 64-64-64-10 perceptron, SGD", DigitsMLP, margin, *digits, 16, 100),
+        Task("digits conv", "digits, two convolutions, SGD", LitDigits, margin, *digits, 16, 100),
+        Task("digits no decay", "the first without weight decay, 30 epochs", UndecayedMLP, margin, *digits, 30, 100),
+        Task("cancer", "tumours, perceptron, AdamW", lambda: TabularMLP(30, False), _binary(), *cancer, 20, 32),
+        Task(
+            "diabetes",
+            "regression, perceptron, AdamW",
+            lambda: TabularMLP(10, True),
+            RegressionOutput(),
+            *diabetes,
+            20,
+            32,
+        ),
+        Task("text", "characters of Python's manual, transformer, AdamW", LitText, CausalLMMargin(), *_texts(), 12, 50),
+    ]
+    return {task.name: task for task in tasks}
+
+
+class _BinaryMargin(ClassificationMargin):
+    """The log-odds of a binary label, from one logit."""
+
+    def output(self, module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        rows, labels = batch
+        return module(rows) * (2 * labels - 1)
+
+
+def _binary() -> ModelOutput:
+    return _BinaryMargin()
+
+
+def _table(
+    data: tuple[Tensor, Tensor], num_train: int, standardise_labels: bool = False
+) -> tuple[TensorDataset, TensorDataset]:
+    rows, labels = (torch.tensor(column, dtype=torch.float32) for column in data)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+    rows, labels = rows[order], labels[order]
+    rows = (rows - rows[:num_train].mean(0)) / rows[:num_train].std(0)
+    if standardise_labels:
+        labels = (labels - labels[:num_train].mean()) / labels[:num_train].std()
+    return TensorDataset(rows[:num_train], labels[:num_train]), TensorDataset(rows[num_train:], labels[num_train:])
+
+
+def _texts(num_train: int = 1000, num_targets: int = 150) -> tuple[TensorDataset, TensorDataset]:
+    """Random passages of the manual that comes with Python (`help("assert")` prints a page of it)."""
+    text = "".join(pages[name] for name in sorted(pages)).lower()
+    ids = torch.tensor([place for place in map(CHARACTERS.find, text) if place >= 0])
+    passages = ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
+    chosen = passages[torch.randperm(len(passages), generator=torch.Generator().manual_seed(0))]
+    return TensorDataset(chosen[:num_train]), TensorDataset(chosen[num_train : num_train + num_targets])

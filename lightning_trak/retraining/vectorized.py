@@ -1,0 +1,193 @@
+"""Many small models trained at once: their parameters are stacked, and each operation runs for all of them.
+
+A step of a small model takes as long as it takes to start its operations, not to do them. One step of a hundred such
+models, vectorised by `torch.func.vmap` over stacked parameters, takes little longer than a step of one.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.core.optimizer import _configure_optimizers, _configure_schedulers_automatic_opt
+from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch.utilities.seed import isolate_rng
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from lightning.pytorch.utilities.types import LRSchedulerConfig
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_map
+from torch.utils.data import Dataset, default_collate
+
+from lightning_trak.outputs import ModelOutput
+
+
+class _Call(nn.Module):
+    """Makes any function of a module its ``forward``, which is what `functional_call` calls."""
+
+    def __init__(self, module: nn.Module, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.module = module
+        self.function = function
+
+    def forward(self, *args: Any) -> Any:
+        return self.function(self.module, *args)
+
+
+class StackedModules:
+    """Modules of one architecture, each with its own parameters and buffers.
+
+    Args:
+        modules: at least one; they are left alone.
+        device: where the stacked parameters live.
+
+    Attributes:
+        stacked: a module whose parameters and buffers have one more dimension, the first, of size ``num_modules``.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], device: torch.device | str = "cpu") -> None:
+        self.stacked = copy.deepcopy(modules[0])
+        states = [dict(_tensors(module)) for module in modules]
+        for name, tensor in _tensors(self.stacked):
+            tensor.data = torch.stack([state[name].detach() for state in states]).to(device)
+
+    def __len__(self) -> int:
+        return len(next(iter(_tensors(self.stacked)))[1])
+
+    def map(self, function: Callable[..., Any], *args: Any, in_dims: int | None = 0) -> Any:
+        """``function(module, *args)`` for each module at once.
+
+        Args:
+            function: of a module; traced by `torch.func.vmap`, so it may not branch on the values of tensors.
+            args: trees of tensors.
+            in_dims: 0 if the arguments are stacked as the modules are, None if all modules get the same.
+        """
+        call = _Call(self.stacked, function)
+
+        def one(state: dict[str, Tensor], *inputs: Any) -> Any:
+            return functional_call(call, state, inputs)
+
+        mapped = vmap(one, in_dims=(0, *[in_dims] * len(args)), randomness="different")
+        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels of attention would run one module at a time
+            return mapped(dict(_tensors(call)), *args)
+
+    def outputs(self, output: ModelOutput, batch: Any) -> Tensor:
+        """The output of each example of a batch by each module, shape ``(num_modules, batch)``."""
+        with torch.no_grad():
+            result: Tensor = self.map(output.output, batch, in_dims=None)
+        return result
+
+    def state_dicts(self) -> list[dict[str, Tensor]]:
+        """The state dict of each module, as the module itself would give it."""
+        states = self.stacked.state_dict()
+        return [{name: tensor[i].cpu().clone() for name, tensor in states.items()} for i in range(len(self))]
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+def train_together(
+    make_module: Callable[[], L.LightningModule],
+    dataset: Dataset[Any],
+    subsets: Tensor,
+    seeds: Sequence[int],
+    *,
+    max_epochs: int,
+    batch_size: int,
+    device: torch.device | str = "cpu",
+) -> StackedModules:
+    """Train a fresh module on each subset of a dataset, all of them at once.
+
+    What a Trainer does is done for each module: its own initialisation and order of examples, its ``training_step``,
+    and the optimizer and scheduler of its ``configure_optimizers``, which must treat each element of a parameter by
+    itself (SGD, Adam and AdamW do; clipping by the norm, LARS, LAMB and Muon do not).
+
+    Args:
+        make_module: makes a module, in its own random initialisation; ``training_step`` may take ``batch`` alone.
+        dataset: the whole training set, of items that ``default_collate`` can put together; it is held in memory.
+        subsets: bool ``(num_modules, num_train)``, the examples that each module sees: as many for every module.
+        seeds: of each module: its initialisation, and the order of its examples.
+        max_epochs: passes over the subset.
+        batch_size: examples in a step; the last step of an epoch takes what is left.
+        device: where to train.
+
+    Returns:
+        The trained modules, in eval mode.
+
+    Raises:
+        ValueError: if the subsets differ in size, or do not fit the seeds or the dataset.
+        TypeError: if the module optimizes by hand, or with more than one optimizer.
+    """
+    data = move_data_to_device(default_collate([dataset[i] for i in range(len(subsets[0]))]), torch.device(device))
+    sizes = subsets.sum(1).unique()
+    if len(subsets) != len(seeds) or subsets.shape[1] != len(dataset):  # type: ignore[arg-type]
+        raise ValueError(
+            f"expected {len(seeds)} subsets, one for each seed, of {len(dataset)} examples,"  # type: ignore[arg-type]
+            f" got {tuple(subsets.shape)}"
+        )
+    if len(sizes) != 1 or sizes[0] == 0:
+        raise ValueError(f"modules are trained together on subsets of one size, got sizes {sizes.tolist()}")
+    with isolate_rng():
+        modules = []
+        for seed in seeds:
+            torch.manual_seed(seed)
+            modules.append(make_module())
+        stack = StackedModules(modules, device)
+        stack.stacked.train()
+        _fit(stack, data, subsets, seeds, max_epochs, batch_size)
+    stack.stacked.eval()
+    return stack
+
+
+def _fit(
+    stack: StackedModules, data: Any, subsets: Tensor, seeds: Sequence[int], max_epochs: int, batch_size: int
+) -> None:
+    optimizer, schedulers = _optimizer(stack.stacked)
+    members = torch.stack([mask.nonzero().flatten() for mask in subsets])
+    orders = [torch.Generator().manual_seed(seed) for seed in seeds]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*`self.trainer` reference is not registered.*")  # self.log has nowhere to go
+        for _ in range(max_epochs):
+            shuffled = torch.stack(
+                [row[torch.randperm(len(row), generator=order)] for row, order in zip(members, orders, strict=True)]
+            )
+            for positions in shuffled.split(batch_size, dim=1):
+                batch = tree_map(lambda value, at=positions: value[at.to(value.device)], data)
+                optimizer.zero_grad()
+                stack.map(_loss, batch).sum().backward()
+                optimizer.step()
+                _advance(schedulers, "step")
+            _advance(schedulers, "epoch")
+
+
+def _loss(module: L.LightningModule, batch: Any) -> Tensor:
+    takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
+    result = module.training_step(batch, 0) if takes_index else module.training_step(batch)
+    loss: Tensor = result["loss"] if isinstance(result, dict) else result
+    return loss
+
+
+def _optimizer(module: nn.Module) -> tuple[Optimizer, list[LRSchedulerConfig]]:
+    if not module.automatic_optimization:
+        raise TypeError(f"{type(module).__name__} optimizes by hand, which is not done for many modules at once")
+    optimizers, schedulers, monitor = _configure_optimizers(module.configure_optimizers())
+    if len(optimizers) != 1 or monitor is not None:
+        raise TypeError(
+            f"{type(module).__name__}.configure_optimizers() gave {len(optimizers)} optimizers, monitor={monitor!r};"
+            " modules are trained together by one optimizer, with schedulers that monitor nothing"
+        )
+    return optimizers[0], _configure_schedulers_automatic_opt(schedulers, monitor)
+
+
+def _advance(schedulers: list[LRSchedulerConfig], interval: str) -> None:
+    for config in schedulers:
+        if config.interval == interval:
+            config.scheduler.step()
