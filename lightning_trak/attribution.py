@@ -26,6 +26,7 @@ from lightning_trak.module import AttributionMixin
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.predict import ExtractorModule, FeatureBuffer, FeaturizeModule, ScoreModule, ShardWriter
 from lightning_trak.projections import GaussianProjection, Projection, SparseProjection
+from lightning_trak.scorers.damping import Damping
 from lightning_trak.scorers.gram import Curvature
 from lightning_trak.scorers.topk import TopK
 from lightning_trak.scorers.trak import Residuals, Scores, TRAKScorer
@@ -52,7 +53,8 @@ class TRAK:
         output: the scalar output to attribute; default: the model's ``configure_model_output()``.
         projection: what compresses gradients; default: :class:`~lightning_trak.projections.SparseProjection`.
         curvature: ``"gauss_newton"``, or ``"identity"`` as published.
-        damping: ridge term relative to the mean of the Gram matrix's diagonal.
+        damping: ridge term relative to the mean of the Gram matrix's diagonal; ``"auto"`` chooses it from the features
+            (:func:`~lightning_trak.scorers.damping.auto_damping`).
         residuals: ``"per_checkpoint"``, or ``"averaged"`` as published: see
             :class:`~lightning_trak.scorers.TRAKScorer`.
         soft_threshold: scores move towards zero by this much (0: not at all).
@@ -79,7 +81,7 @@ class TRAK:
         output: ModelOutput | None = None,
         projection: Projection | None = None,
         curvature: Curvature = "gauss_newton",
-        damping: float = 1.0,
+        damping: Damping = "auto",
         residuals: Residuals = "per_checkpoint",
         soft_threshold: float = 0.0,
         parameters: ParameterSelection = None,
@@ -92,9 +94,12 @@ class TRAK:
         _require("residuals", residuals, ("per_checkpoint", "averaged"))
         _require("engine", engine, ("auto", "functional", "hooks", "loop"))
         _require("dtype", dtype, (torch.float64, torch.float32, torch.bfloat16, torch.float16))
-        for name, value in (("damping", damping), ("soft_threshold", soft_threshold)):
-            if value < 0:
-                raise ValueError(f"{name} must be at least 0, got {value}")
+        if isinstance(damping, str):
+            _require("damping, if it is not a number,", damping, ("auto",))
+        elif damping < 0:
+            raise ValueError(f"damping must be at least 0, got {damping}")
+        if soft_threshold < 0:
+            raise ValueError(f"soft_threshold must be at least 0, got {soft_threshold}")
         if isinstance(getattr(model, "_orig_mod", None), nn.Module):
             model = cast(nn.Module, model._orig_mod)  # what torch.compile was given: copies cannot share its code
         if output is None:
@@ -112,7 +117,7 @@ class TRAK:
         self.store = Path(store)
         self.projection = projection if projection is not None else SparseProjection()
         self.curvature: Curvature = curvature
-        self.damping = damping
+        self.damping: Damping = damping
         self.residuals: Residuals = residuals
         self.soft_threshold = soft_threshold
         self.parameters = parameters

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils._pytree import tree_map
 from torch.utils.data import Dataset, default_collate
 
@@ -71,7 +72,7 @@ class StackedModules:
         call = _Call(self.stacked, function)
 
         def one(state: dict[str, Tensor], *inputs: Any) -> Any:
-            return functional_call(call, state, inputs)
+            return functional_call(call, state, inputs, tie_weights=False)  # all names are there
 
         mapped = vmap(one, in_dims=(0, *[in_dims] * len(args)), randomness="different")
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernels of attention would run one module at a time
@@ -90,8 +91,10 @@ class StackedModules:
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters()
-    yield from module.named_buffers()
+    """Parameters and buffers: those of a shared module once, a shared tensor once for each module that holds it."""
+    for prefix, part in module.named_modules():
+        for name, tensor in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)):
+            yield f"{prefix}.{name}" if prefix else name, tensor
 
 
 def train_together(
@@ -150,16 +153,18 @@ def train_together(
 def _fit(
     stack: StackedModules, data: Any, subsets: Tensor, seeds: Sequence[int], max_epochs: int, batch_size: int
 ) -> None:
-    optimizer, schedulers = _optimizer(stack.stacked)
+    optimizer, schedulers = _optimizer(cast(L.LightningModule, stack.stacked))
     members = torch.stack([mask.nonzero().flatten() for mask in subsets])
     orders = [torch.Generator().manual_seed(seed) for seed in seeds]
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*`self.trainer` reference is not registered.*")  # self.log has nowhere to go
+        warnings.filterwarnings(
+            "ignore", ".*`self.trainer` reference is not registered.*"
+        )  # self.log has nowhere to go
         for _ in range(max_epochs):
             shuffled = torch.stack(
                 [row[torch.randperm(len(row), generator=order)] for row, order in zip(members, orders, strict=True)]
             )
-            for positions in shuffled.split(batch_size, dim=1):
+            for positions in torch.split(shuffled, batch_size, dim=1):
                 batch = tree_map(lambda value, at=positions: value[at.to(value.device)], data)
                 optimizer.zero_grad()
                 stack.map(_loss, batch).sum().backward()
@@ -170,12 +175,12 @@ def _fit(
 
 def _loss(module: L.LightningModule, batch: Any) -> Tensor:
     takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
-    result = module.training_step(batch, 0) if takes_index else module.training_step(batch)
+    result: Any = module.training_step(batch, 0) if takes_index else module.training_step(batch)
     loss: Tensor = result["loss"] if isinstance(result, dict) else result
     return loss
 
 
-def _optimizer(module: nn.Module) -> tuple[Optimizer, list[LRSchedulerConfig]]:
+def _optimizer(module: L.LightningModule) -> tuple[Optimizer, list[LRSchedulerConfig]]:
     if not module.automatic_optimization:
         raise TypeError(f"{type(module).__name__} optimizes by hand, which is not done for many modules at once")
     optimizers, schedulers, monitor = _configure_optimizers(module.configure_optimizers())
@@ -190,4 +195,4 @@ def _optimizer(module: nn.Module) -> tuple[Optimizer, list[LRSchedulerConfig]]:
 def _advance(schedulers: list[LRSchedulerConfig], interval: str) -> None:
     for config in schedulers:
         if config.interval == interval:
-            config.scheduler.step()
+            cast(LRScheduler, config.scheduler).step()

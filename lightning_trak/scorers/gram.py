@@ -14,8 +14,10 @@ Curvature = Literal["gauss_newton", "identity"]
 _ROWS = 1024  # solved at a time, which bounds the float64 copies
 
 
-def gram_matrix(shards: Iterable[Features], curvature: Curvature, k: int, device: torch.device) -> Tensor:
-    """sum_j R_j phi_j phi_j^T over the examples of some shards.
+def gram_matrix(
+    shards: Iterable[Features], curvature: Curvature, k: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """sum_j R_j phi_j phi_j^T over the examples of some shards, and sum_j (R_j |phi_j|^2)^2.
 
     Args:
         shards: the features.
@@ -25,13 +27,14 @@ def gram_matrix(shards: Iterable[Features], curvature: Curvature, k: int, device
         device: where the products are computed.
 
     Returns:
-        float64, shape ``(k, k)``: shards are multiplied in the features' precision (at least float32) and summed in
+        float64, shapes ``(k, k)`` and ``()``: shards are multiplied in the features' precision (at least float32) and summed in
         float64.
 
     Raises:
         ValueError: if some R_j is negative: the loss is not convex in the output.
     """
     total = torch.zeros(k, k, dtype=torch.float64, device=device)
+    squared_weights = torch.zeros((), dtype=torch.float64, device=device)
     for rows in shards:
         features = rows.features.to(device)
         features = features.to(torch.promote_types(features.dtype, torch.float32))
@@ -46,7 +49,8 @@ def gram_matrix(shards: Iterable[Features], curvature: Curvature, k: int, device
         else:
             weighted = features
         total += weighted.T @ features
-    return total
+        squared_weights += (weighted * features).sum(1, dtype=torch.float64).square().sum()
+    return total, squared_weights
 
 
 class DampedGram:
@@ -80,7 +84,9 @@ class DampedGram:
         damped = gram / scale
         damped.diagonal().add_(damping)
         factor, info = torch.linalg.cholesky_ex(damped)
-        advice = f"use a larger damping (now {damping:g}; 1 suits most models), a smaller k or more training examples"
+        advice = (
+            f"use a larger damping (now {damping:g}; 'auto' suits most models), a smaller k or more training examples"
+        )
         if info != 0:
             raise ValueError(f"the Gram matrix of {name} ({len(gram)} x {len(gram)}) is singular: {advice}")
         self._factor, self._scale = factor, scale

@@ -5,9 +5,11 @@ from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_trak.distributed import Ranks
+from lightning_trak.scorers.damping import Damping, auto_damping
 from lightning_trak.scorers.gram import Curvature, DampedGram, gram_matrix
 from lightning_trak.scorers.topk import TopK, block_top_k, merge_top_k
 from lightning_trak.store import FeatureStore
@@ -26,7 +28,8 @@ class TRAKScorer:
     Args:
         store: complete features of the training set.
         curvature: how K weighs examples, see :func:`~lightning_trak.scorers.gram.gram_matrix`.
-        damping: lambda_m relative to the mean of K_m's diagonal.
+        damping: lambda_m relative to the mean of K_m's diagonal; ``"auto"`` chooses it for each checkpoint, see
+            :func:`~lightning_trak.scorers.damping.auto_damping`.
         residuals: ``"per_checkpoint"`` as above; ``"averaged"`` as published (arXiv 2303.14186, section 3): the average
             of phi^T K^-1 phi over checkpoints times the average of Q.
         soft_threshold: scores move towards zero by this much, and no further: the paper's optional sparsification.
@@ -37,13 +40,13 @@ class TRAKScorer:
         self,
         store: FeatureStore,
         curvature: Curvature,
-        damping: float,
+        damping: Damping,
         residuals: Residuals,
         soft_threshold: float,
     ) -> None:
         self.store = store
         self.curvature: Curvature = curvature
-        self.damping = damping
+        self.damping: Damping = damping
         self.residuals = residuals
         self.soft_threshold = soft_threshold
         self._factors: list[DampedGram] = []
@@ -66,25 +69,28 @@ class TRAKScorer:
             return
         self._device, self._factors = device, []
         for checkpoint in range(self.store.num_checkpoints):
-            gram = self._gram(checkpoint, ranks).to(device)
+            gram, squared_weights = (tensor.to(device) for tensor in self._gram(checkpoint, ranks))
+            damping = auto_damping(gram, squared_weights) if self.damping == "auto" else self.damping
+            if self.damping == "auto":
+                rank_zero_info(f"TRAK: damping {damping:.3g} at checkpoint {checkpoint}")
             precision = self.store.read(checkpoint, 0).features.dtype
-            self._factors.append(DampedGram(gram, self.damping, precision, f"checkpoint {checkpoint}"))
+            self._factors.append(DampedGram(gram, damping, precision, f"checkpoint {checkpoint}"))
 
-    def _gram(self, checkpoint: int, ranks: Ranks) -> Tensor:
+    def _gram(self, checkpoint: int, ranks: Ranks) -> tuple[Tensor, Tensor]:
         name, key = f"gram-{self.curvature}", self.store.digest(checkpoint)
         stored = self.store.read_extra(checkpoint, name, key)
         if ranks.all_true(stored is not None) and stored is not None:
-            return stored["gram"]
+            return stored["gram"], stored["squared_weights"]
         k = self.store.read(checkpoint, 0).features.shape[1]
         mine = (self.store.read(checkpoint, shard) for shard in ranks.share(self.store.num_shards))
         with _full_precision(self._device):
-            gram = ranks.sum(gram_matrix(mine, self.curvature, k, self._device))
+            gram, squared_weights = map(ranks.sum, gram_matrix(mine, self.curvature, k, self._device))
         if ranks.rank == 0:
             try:
-                self.store.write_extra(checkpoint, name, {"gram": gram}, key)
+                self.store.write_extra(checkpoint, name, {"gram": gram, "squared_weights": squared_weights}, key)
             except OSError as error:  # the store may be somebody else's, to be read only
                 warnings.warn(f"the Gram matrix cannot be kept and will be made again next time: {error}", stacklevel=2)
-        return gram
+        return gram, squared_weights
 
     def precondition(self, checkpoint: int, features: Tensor) -> Tensor:
         """(K_m + lambda_m I)^-1 phi(x) for each target: shape ``(num_targets, k)``, in at least float32."""

@@ -1,0 +1,256 @@
+"""Linear datamodeling score of every setting: projection, k, curvature, damping and number of models.
+
+    python -m benchmarks.faithfulness --out faithfulness_output            # about 20 minutes on two cores
+    python -m benchmarks.faithfulness --out faithfulness_output --quick    # two tasks, few settings
+
+For each task ten models are trained on all data, whose features give the scores, and 100 random halves are retrained
+with three seeds each, whose outputs are the truth. Everything is written to the directory: `faithfulness.json`,
+`faithfulness.md` (the tables) and `faithfulness.png`.
+"""
+
+import argparse
+import json
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import lightning as L
+import matplotlib.pyplot as plt
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from benchmarks.tasks import Task, make_tasks
+from lightning_trak import TRAK, LinearDatamodelingScore
+from lightning_trak.projections import (
+    GaussianProjection,
+    KroneckerProjection,
+    Projection,
+    RademacherProjection,
+    SparseProjection,
+)
+from lightning_trak.retraining import train_together
+from lightning_trak.scorers import TRAKScorer
+from lightning_trak.scorers.damping import Damping
+from lightning_trak.scorers.gram import Curvature
+from lightning_trak.store import FeatureStore
+
+MODELS, SUBSETS, SEEDS = 10, 100, 3
+GRID: tuple[float, ...] = (0.01, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+SWEPT = ("digits MLP", "digits conv")  # with every projection; the other tasks with SWEEP_LESS
+PROJECTIONS: dict[str, Projection] = {
+    "sparse 256": SparseProjection(256),
+    "sparse 1024": SparseProjection(1024),
+    "sparse 2048": SparseProjection(2048),
+    "Gaussian 1024": GaussianProjection(1024),
+    "Rademacher 1024": RademacherProjection(1024),
+    "Kronecker 8 x 8": KroneckerProjection(8, 8),
+    "Kronecker 16 x 16": KroneckerProjection(16, 16),
+    "Kronecker 32 x 32": KroneckerProjection(32, 32),
+}
+SWEEP_LESS = ("sparse 1024", "Kronecker 16 x 16")
+
+
+@dataclass
+class Result:
+    """One setting on one task.
+
+    Attributes:
+        task: name of the task.
+        projection: name of the projection.
+        k: features of an example.
+        curvature: of the Gram matrix.
+        damping: relative to the mean of the Gram matrix's diagonal, or "auto".
+        models: number of models averaged.
+        lds: mean over targets; None where the Gram matrix was singular.
+        low: lower end of the 95% interval over targets and subsets.
+        high: upper end.
+    """
+
+    task: str
+    projection: str
+    k: int
+    curvature: Curvature
+    damping: Damping
+    models: int
+    lds: float | None
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass
+class Truth:
+    """What retraining says.
+
+    Attributes:
+        masks: bool (SUBSETS, num_train).
+        outputs: (num_targets, SUBSETS, SEEDS).
+        states: state dicts of models trained on all data.
+    """
+
+    masks: Tensor
+    outputs: Tensor
+    states: list[dict[str, Tensor]]
+
+
+def retrain(task: Task, subsets: int, seeds: int, members: int = 25) -> Truth:
+    """Train on all data and on random halves."""
+    num_train = len(task.train)
+    generator = torch.Generator().manual_seed(1)
+    masks = torch.stack([torch.randperm(num_train, generator=generator) < num_train // 2 for _ in range(subsets)])
+    recipe = {"max_epochs": task.max_epochs, "batch_size": task.batch_size}
+    everything = torch.ones(MODELS, num_train, dtype=torch.bool)
+    full = train_together(task.make_module, task.train, everything, range(MODELS), **recipe)
+    outputs = torch.empty(len(task.targets), subsets, seeds)
+    for seed in range(seeds):
+        for start in range(0, subsets, members):
+            part = masks[start : start + members]
+            first = MODELS + seed * subsets + start
+            stack = train_together(task.make_module, task.train, part, range(first, first + len(part)), **recipe)
+            outputs[:, start : start + members, seed] = stack.outputs(task.output, list(task.targets.tensors)).T
+    return Truth(masks, outputs, full.state_dicts())
+
+
+def sweep(
+    task: Task, truth: Truth, name: str, curvatures: tuple[Curvature, ...], counts: tuple[int, ...], directory: Path
+) -> Iterator[Result]:
+    """The score of a projection at every damping, from one set of features."""
+    module, projection = task.make_module().eval(), PROJECTIONS[name]
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+    stores = []
+    for part, data in (("train", task.train), ("targets", task.targets)):
+        place = directory / f"{task.name}-{name}-{part}".replace(" ", "_")
+        trak = TRAK(module, truth.states, place, output=task.output, projection=projection)
+        trak.featurize(trainer, DataLoader(data, batch_size=100))
+        manifest = FeatureStore.read_manifest(place)
+        stores.append(FeatureStore(place, manifest["identity"], manifest["num_examples"], read_only=True))
+    store, targets = stores
+    features = [
+        torch.cat([targets.read(checkpoint, shard).features for shard in range(targets.num_shards)])
+        for checkpoint in range(MODELS)
+    ]
+    for curvature in curvatures:
+        for damping in (*GRID, "auto"):
+            scorer = TRAKScorer(store, curvature, damping, "per_checkpoint", 0.0)
+            row = (task.name, name, features[0].shape[1], curvature, damping)
+            try:
+                scorer.fit(torch.device("cpu"))
+            except ValueError:  # singular
+                yield from (Result(*row, count, None) for count in counts)
+                continue
+            directions = [scorer.precondition(checkpoint, rows) for checkpoint, rows in enumerate(features)]
+            for count in counts:
+                lds = LinearDatamodelingScore(truth.masks)
+                lds.update(scorer.score(directions[:count]), truth.outputs)  # a constant factor changes no rank
+                yield Result(*row, count, float(lds.compute()), *map(float, lds.interval(num_bootstraps=300)))
+
+
+def best_of(results: list[Result], **having: object) -> Result:
+    """The result with the highest score among those on the grid that have these values."""
+    return max(
+        (
+            result
+            for result in results
+            if result.lds is not None
+            and result.damping != "auto"
+            and all(getattr(result, field) == value for field, value in having.items())
+        ),
+        key=lambda result: result.lds or 0.0,
+    )
+
+
+def groups(results: list[Result]) -> list[dict[str, object]]:
+    """Every setting but the damping, in the order of the results."""
+    fields = ("task", "projection", "curvature", "models")
+    return [
+        dict(zip(fields, key, strict=True))
+        for key in dict.fromkeys(tuple(getattr(r, f) for f in fields) for r in results)
+    ]
+
+
+def tables(results: list[Result]) -> str:
+    """Markdown: every grid, and what the automatic damping reaches of the best."""
+    heads = [f"{damping:g}" for damping in GRID]
+    lines = [
+        f"| task | projection | k | curvature | M | {' | '.join(heads)} | auto | auto / best |",
+        "|---" * (7 + len(GRID)) + "|",
+    ]
+    for group in groups(results):
+        rows = [result for result in results if all(getattr(result, field) == value for field, value in group.items())]
+        best, auto = best_of(rows), rows[-1]
+        half = ((best.high or 0) - (best.low or 0)) / 2
+        cells = ["-" if r.lds is None else f"**{r.lds:.3f}**" if r is best else f"{r.lds:.3f}" for r in rows]
+        share = "-" if auto.lds is None else f"{auto.lds / (best.lds or 1):.2f}"
+        lines.append(
+            f"| {best.task} | {best.projection} | {best.k} | {best.curvature} | {best.models} | {' | '.join(cells)}"
+            f" (± {half:.3f}) | {share} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def plot(results: list[Result], path: Path) -> None:
+    """LDS against damping: a row for each number of models, a column for each task, a line for each projection."""
+    gauss_newton = [result for result in results if result.curvature == "gauss_newton"]
+    tasks = list(dict.fromkeys(result.task for result in gauss_newton))
+    counts = sorted({result.models for result in gauss_newton})
+    names = list(dict.fromkeys(result.projection for result in gauss_newton))
+    figure, axes = plt.subplots(
+        len(counts), len(tasks), figsize=(3.3 * len(tasks), 3.2 * len(counts)), squeeze=False, sharex=True, sharey="col"
+    )
+    for row, count in enumerate(counts):
+        for column, task in enumerate(tasks):
+            axis = axes[row][column]
+            for number, name in enumerate(names):
+                line = [r for r in gauss_newton if (r.task, r.models, r.projection) == (task, count, name)]
+                grid = [r for r in line if r.damping != "auto" and r.lds is not None]
+                if not grid:
+                    continue
+                style = "--" if name.startswith("Kronecker") else "-"
+                x = [float(r.damping) for r in grid]
+                axis.plot(x, [r.lds for r in grid], style, color=f"C{number}", label=name)
+                axis.fill_between(x, [r.low for r in grid], [r.high for r in grid], color=f"C{number}", alpha=0.06)
+                axis.axhline(line[-1].lds, color=f"C{number}", linewidth=0.6, linestyle=":")
+            axis.set_xscale("log")
+            axis.set_title(f"{task}, M = {count}", fontsize=10)
+            axis.grid(alpha=0.3)
+            if row == len(counts) - 1:
+                axis.set_xlabel("damping (dotted: auto)")
+        axes[row][0].set_ylabel("LDS")
+    handles, labels = max((axis.get_legend_handles_labels() for axis in axes.flat), key=lambda pair: len(pair[0]))
+    figure.legend(handles, labels, loc="lower center", ncols=4, fontsize=9, frameon=False)
+    figure.tight_layout(rect=(0, 0.09, 1, 1))
+    figure.savefig(path, dpi=120)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("faithfulness_output"), help="where everything is written")
+    parser.add_argument("--tasks", nargs="*", help="names of tasks; all by default")
+    parser.add_argument("--quick", action="store_true", help="two small tasks, one projection each, 20 halves once")
+    args = parser.parse_args(arguments)
+    warnings.filterwarnings("ignore", ".*LeafSpec.*|.*does not have many workers.*|.*ill-conditioned.*")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    args.out.mkdir(parents=True, exist_ok=True)
+    subsets, seeds = (20, 1) if args.quick else (SUBSETS, SEEDS)
+    results: list[Result] = []
+    for name, task in make_tasks().items():
+        if name not in (args.tasks or (("cancer", "diabetes") if args.quick else make_tasks())):
+            continue
+        truth = retrain(task, subsets, seeds)
+        swept = name in SWEPT and not args.quick
+        for projection in tqdm(PROJECTIONS if swept else SWEEP_LESS[: 1 if args.quick else None], name):
+            curvatures: tuple[Curvature, ...] = ("gauss_newton", "identity") if swept else ("gauss_newton",)
+            with tempfile.TemporaryDirectory() as directory:
+                results += sweep(task, truth, projection, curvatures, (1, MODELS), Path(directory))
+            (args.out / "faithfulness.json").write_text(json.dumps([asdict(r) for r in results], indent=1))
+    (args.out / "faithfulness.md").write_text(tables(results))
+    plot(results, args.out / "faithfulness.png")
+    print(tables(results))
+
+
+if __name__ == "__main__":
+    main()

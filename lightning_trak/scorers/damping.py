@@ -1,0 +1,27 @@
+"""How much damping, from the features alone."""
+
+from typing import Literal
+
+from torch import Tensor
+
+Damping = float | Literal["auto"]
+
+
+def auto_damping(gram: Tensor, squared_weights: Tensor) -> float:
+    """k / (2 n_eff), relative to the mean of the Gram matrix's diagonal: a rule found by measurement.
+
+    Example j adds w_j = R_j |phi_j|^2 to the trace of K. n_eff = (sum_j w_j)^2 / sum_j w_j^2 is how many examples carry
+    that trace (Kish 1965, Survey Sampling, for the effective size of a weighted sample): n if all carry alike, few if
+    the model is sure of most. In absolute units the rule is lambda = sum_j w_j^2 / (2 sum_j w_j), half of what an
+    example that carries the trace adds to it. So no example outweighs the damping by far, however few there are, and
+    lambda does not grow with k, since projections keep norms. docs/faithfulness.md has the evidence, failures too.
+
+    Args:
+        gram: K, shape ``(k, k)``.
+        squared_weights: sum_j w_j^2.
+
+    Returns:
+        The damping; not a number if K is zero.
+    """
+    num_effective = gram.trace().square() / squared_weights
+    return float(len(gram) / (2 * num_effective))
