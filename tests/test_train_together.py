@@ -59,7 +59,7 @@ def train_alone(subset, seed, algorithm):
     order = torch.Generator().manual_seed(seed)
     members = subset.nonzero().flatten()
     for _ in range(EPOCHS):
-        for positions in members[torch.randperm(SIZE, generator=order)].split(7):
+        for positions in members[torch.randperm(SIZE, generator=order)].split(8):
             x, y = (column[positions] for column in DATA.tensors)
             optimizer.zero_grad()
             F.cross_entropy(net(x), y).backward()
@@ -71,7 +71,7 @@ def train_alone(subset, seed, algorithm):
 @pytest.mark.filterwarnings("ignore:.*lr_scheduler.step.*")
 @pytest.mark.parametrize("algorithm", ["sgd", "adamw"])
 def test_each_is_what_it_would_be_alone(algorithm):
-    stack = train_together(lambda: Net(algorithm), DATA, SUBSETS, SEEDS, max_epochs=EPOCHS, batch_size=7)
+    stack = train_together(lambda: Net(algorithm), DATA, SUBSETS, SEEDS, max_epochs=EPOCHS, batch_size=8)
     states = stack.state_dicts()
     outputs = stack.outputs(ClassificationMargin(), DATA.tensors)
     assert outputs.shape == (4, N)
@@ -86,7 +86,7 @@ def test_each_is_what_it_would_be_alone(algorithm):
 
 def test_global_random_state_is_left_alone():
     before = torch.random.get_rng_state()
-    train_together(Net, DATA, SUBSETS, SEEDS, max_epochs=1, batch_size=7)
+    train_together(Net, DATA, SUBSETS, SEEDS, max_epochs=1, batch_size=8)
     assert torch.equal(before, torch.random.get_rng_state())
 
 
@@ -94,9 +94,9 @@ def test_what_does_not_fit_is_refused():
     uneven = SUBSETS.clone()
     uneven[0, uneven[0].nonzero()[0]] = False
     with pytest.raises(ValueError, match=r"subsets of one size, got sizes \[14, 15\]"):
-        train_together(Net, DATA, uneven, SEEDS, max_epochs=1, batch_size=7)
+        train_together(Net, DATA, uneven, SEEDS, max_epochs=1, batch_size=8)
     with pytest.raises(ValueError, match=r"expected 3 subsets.* of 24 examples, got \(4, 24\)"):
-        train_together(Net, DATA, SUBSETS, SEEDS[:3], max_epochs=1, batch_size=7)
+        train_together(Net, DATA, SUBSETS, SEEDS[:3], max_epochs=1, batch_size=8)
 
     class Manual(Net):
         def __init__(self):
@@ -104,4 +104,4 @@ def test_what_does_not_fit_is_refused():
             self.automatic_optimization = False
 
     with pytest.raises(TypeError, match="optimizes by hand"):
-        train_together(Manual, DATA, SUBSETS, SEEDS, max_epochs=1, batch_size=7)
+        train_together(Manual, DATA, SUBSETS, SEEDS, max_epochs=1, batch_size=8)

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 from torch.utils._pytree import tree_map
 from torch.utils.data import Dataset, default_collate
 
@@ -130,7 +129,7 @@ def train_together(
         TypeError: if the module optimizes by hand, or with more than one optimizer.
     """
     data = move_data_to_device(default_collate([dataset[i] for i in range(len(subsets[0]))]), torch.device(device))
-    sizes = subsets.sum(1).unique()
+    sizes = torch.unique(subsets.sum(1))
     if len(subsets) != len(seeds) or subsets.shape[1] != len(dataset):  # type: ignore[arg-type]
         raise ValueError(
             f"expected {len(seeds)} subsets, one for each seed, of {len(dataset)} examples,"  # type: ignore[arg-type]
@@ -183,7 +182,7 @@ def _loss(module: L.LightningModule, batch: Any) -> Tensor:
 def _optimizer(module: L.LightningModule) -> tuple[Optimizer, list[LRSchedulerConfig]]:
     if not module.automatic_optimization:
         raise TypeError(f"{type(module).__name__} optimizes by hand, which is not done for many modules at once")
-    optimizers, schedulers, monitor = _configure_optimizers(module.configure_optimizers())
+    optimizers, schedulers, monitor = _configure_optimizers(cast(Any, module.configure_optimizers()))
     if len(optimizers) != 1 or monitor is not None:
         raise TypeError(
             f"{type(module).__name__}.configure_optimizers() gave {len(optimizers)} optimizers, monitor={monitor!r};"
@@ -195,4 +194,4 @@ def _optimizer(module: L.LightningModule) -> tuple[Optimizer, list[LRSchedulerCo
 def _advance(schedulers: list[LRSchedulerConfig], interval: str) -> None:
     for config in schedulers:
         if config.interval == interval:
-            cast(LRScheduler, config.scheduler).step()
+            config.scheduler.step()

@@ -8,7 +8,7 @@ Damping = float | Literal["auto"]
 
 
 def auto_damping(gram: Tensor, squared_weights: Tensor) -> float:
-    """k / (2 n_eff), relative to the mean of the Gram matrix's diagonal: a rule found by measurement.
+    """The rule k / (2 n_eff), relative to the mean of the Gram matrix's diagonal, which was found by measurement.
 
     Example j adds w_j = R_j |phi_j|^2 to the trace of K. n_eff = (sum_j w_j)^2 / sum_j w_j^2 is how many examples carry
     that trace (Kish 1965, Survey Sampling, for the effective size of a weighted sample): n if all carry alike, few if

@@ -27,8 +27,8 @@ def gram_matrix(
         device: where the products are computed.
 
     Returns:
-        float64, shapes ``(k, k)`` and ``()``: shards are multiplied in the features' precision (at least float32) and summed in
-        float64.
+        float64, shapes ``(k, k)`` and ``()``: shards are multiplied in the features' precision (at least float32)
+        and summed in float64.
 
     Raises:
         ValueError: if some R_j is negative: the loss is not convex in the output.
