@@ -5,11 +5,11 @@ All data come with scikit-learn or with Python itself.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pydoc_data.topics import topics as pages
 
 import lightning as L
 import torch
 import torch.nn.functional as F
-from pydoc_data.topics import topics as pages
 from sklearn.datasets import load_breast_cancer, load_diabetes
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset

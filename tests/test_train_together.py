@@ -25,7 +25,7 @@ class Net(L.LightningModule):
     def __init__(self, algorithm="sgd"):
         super().__init__()
         self.algorithm = algorithm
-        self.body = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 6))
+        self.body = nn.Sequential(nn.Linear(5, 6, bias=False), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 6))
         self.head = nn.Linear(6, 3)
         self.body[3].weight = self.body[3].weight
         self.twin = self.head

@@ -13,8 +13,8 @@ from typing import Any, cast
 
 import lightning as L
 import torch
-from lightning.pytorch.core.optimizer import _configure_optimizers, _configure_schedulers_automatic_opt
 from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch.core.optimizer import _configure_optimizers, _configure_schedulers_automatic_opt
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from lightning.pytorch.utilities.types import LRSchedulerConfig
@@ -194,4 +194,4 @@ def _optimizer(module: L.LightningModule) -> tuple[Optimizer, list[LRSchedulerCo
 def _advance(schedulers: list[LRSchedulerConfig], interval: str) -> None:
     for config in schedulers:
         if config.interval == interval:
-            config.scheduler.step()
+            config.scheduler.step()  # type: ignore[call-arg]  # ReduceLROnPlateau would monitor something
