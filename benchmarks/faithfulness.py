@@ -227,6 +227,7 @@ def plot(results: list[Result], path: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("faithfulness_output"), help="where everything is written")
     parser.add_argument("--tasks", nargs="*", help="names of tasks; all by default")
