@@ -1,1 +1,1 @@
-"""Speed and memory, beside other packages."""
+"""Speed and memory, beside other packages; faithfulness of every setting."""

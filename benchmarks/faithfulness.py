@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from benchmarks.tasks import Task, make_tasks
+from examples.digits import random_halves
 from lightning_trak import TRAK, LinearDatamodelingScore
 from lightning_trak.projections import (
     GaussianProjection,
@@ -40,7 +41,7 @@ from lightning_trak.scorers.gram import Curvature
 from lightning_trak.store import FeatureStore
 
 MODELS, SUBSETS, SEEDS = 10, 100, 3
-GRID: tuple[float, ...] = (0.01, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+GRID: tuple[float, ...] = (0.01, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 SWEPT = ("digits MLP", "digits conv")  # with every projection; the other tasks with SWEEP_LESS
 PROJECTIONS: dict[str, Projection] = {
     "sparse 256": SparseProjection(256),
@@ -66,7 +67,7 @@ class Result:
         curvature: of the Gram matrix.
         damping: relative to the mean of the Gram matrix's diagonal, or "auto".
         models: number of models averaged.
-        lds: mean over targets; None where the Gram matrix was singular.
+        lds: mean over targets.
         low: lower end of the 95% interval over targets and subsets.
         high: upper end.
     """
@@ -77,9 +78,9 @@ class Result:
     curvature: Curvature
     damping: Damping
     models: int
-    lds: float | None
-    low: float | None = None
-    high: float | None = None
+    lds: float
+    low: float
+    high: float
 
 
 @dataclass
@@ -99,11 +100,9 @@ class Truth:
 
 def retrain(task: Task, subsets: int, seeds: int, members: int = 25) -> Truth:
     """Train on all data and on random halves."""
-    num_train = len(task.train)
-    generator = torch.Generator().manual_seed(1)
-    masks = torch.stack([torch.randperm(num_train, generator=generator) < num_train // 2 for _ in range(subsets)])
+    masks = random_halves(subsets, len(task.train))
     recipe = {"max_epochs": task.max_epochs, "batch_size": task.batch_size}
-    everything = torch.ones(MODELS, num_train, dtype=torch.bool)
+    everything = torch.ones(MODELS, len(task.train), dtype=torch.bool)
     full = train_together(task.make_module, task.train, everything, range(MODELS), **recipe)
     outputs = torch.empty(len(task.targets), subsets, seeds)
     for seed in range(seeds):
@@ -137,11 +136,7 @@ def sweep(
         for damping in (*GRID, "auto"):
             scorer = TRAKScorer(store, curvature, damping, "per_checkpoint", 0.0)
             row = (task.name, name, features[0].shape[1], curvature, damping)
-            try:
-                scorer.fit(torch.device("cpu"))
-            except ValueError:  # singular
-                yield from (Result(*row, count, None) for count in counts)
-                continue
+            scorer.fit(torch.device("cpu"))
             directions = [scorer.precondition(checkpoint, rows) for checkpoint, rows in enumerate(features)]
             for count in counts:
                 lds = LinearDatamodelingScore(truth.masks)
@@ -149,46 +144,22 @@ def sweep(
                 yield Result(*row, count, float(lds.compute()), *map(float, lds.interval(num_bootstraps=300)))
 
 
-def best_of(results: list[Result], **having: object) -> Result:
-    """The result with the highest score among those on the grid that have these values."""
-    return max(
-        (
-            result
-            for result in results
-            if result.lds is not None
-            and result.damping != "auto"
-            and all(getattr(result, field) == value for field, value in having.items())
-        ),
-        key=lambda result: result.lds or 0.0,
-    )
-
-
-def groups(results: list[Result]) -> list[dict[str, object]]:
-    """Every setting but the damping, in the order of the results."""
-    fields = ("task", "projection", "curvature", "models")
-    return [
-        dict(zip(fields, key, strict=True))
-        for key in dict.fromkeys(tuple(getattr(r, f) for f in fields) for r in results)
-    ]
-
-
 def tables(results: list[Result]) -> str:
-    """Markdown: every grid, and what the automatic damping reaches of the best."""
+    """Markdown: every grid, and what the automatic damping reaches of its best."""
     heads = [f"{damping:g}" for damping in GRID]
     lines = [
-        f"| task | projection | k | curvature | M | {' | '.join(heads)} | auto | auto / best |",
-        "|---" * (7 + len(GRID)) + "|",
+        f"| task | projection | k | curvature | M | {' | '.join(heads)} | ± | auto | auto / best |",
+        "|---" * (8 + len(GRID)) + "|",
     ]
-    for group in groups(results):
-        rows = [result for result in results if all(getattr(result, field) == value for field, value in group.items())]
-        best, auto = best_of(rows), rows[-1]
-        half = ((best.high or 0) - (best.low or 0)) / 2
-        cells = ["-" if r.lds is None else f"**{r.lds:.3f}**" if r is best else f"{r.lds:.3f}" for r in rows]
-        share = "-" if auto.lds is None else f"{auto.lds / (best.lds or 1):.2f}"
-        lines.append(
-            f"| {best.task} | {best.projection} | {best.k} | {best.curvature} | {best.models} | {' | '.join(cells)}"
-            f" (± {half:.3f}) | {share} |"
-        )
+    settings: dict[tuple[object, ...], list[Result]] = {}
+    for result in results:
+        key = (result.task, result.projection, result.k, result.curvature, result.models)
+        settings.setdefault(key, []).append(result)
+    for key, (*grid, auto) in settings.items():
+        best = max(grid, key=lambda result: result.lds)
+        cells = [f"**{result.lds:.3f}**" if result is best else f"{result.lds:.3f}" for result in grid]
+        cells += [f"{(best.high - best.low) / 2:.3f}", f"{auto.lds:.3f}", f"{auto.lds / best.lds:.2f}"]
+        lines.append(f"| {' | '.join([*map(str, key), *cells])} |")
     return "\n".join(lines) + "\n"
 
 
@@ -206,7 +177,7 @@ def plot(results: list[Result], path: Path) -> None:
             axis = axes[row][column]
             for number, name in enumerate(names):
                 line = [r for r in gauss_newton if (r.task, r.models, r.projection) == (task, count, name)]
-                grid = [r for r in line if r.damping != "auto" and r.lds is not None]
+                grid = [r for r in line if r.damping != "auto"]
                 if not grid:
                     continue
                 style = "--" if name.startswith("Kronecker") else "-"

@@ -133,7 +133,7 @@ def make_tasks() -> dict[str, Task]:
         Task("digits MLP", "digits, 64-64-64-10 perceptron, SGD", DigitsMLP, margin, *digits, 16, 100),
         Task("digits conv", "digits, two convolutions, SGD", LitDigits, margin, *digits, 16, 100),
         Task("digits no decay", "the first without weight decay, 30 epochs", UndecayedMLP, margin, *digits, 30, 100),
-        Task("cancer", "tumours, perceptron, AdamW", lambda: TabularMLP(30, False), _binary(), *cancer, 20, 32),
+        Task("cancer", "tumours, perceptron, AdamW", lambda: TabularMLP(30, False), margin, *cancer, 20, 32),
         Task(
             "diabetes",
             "regression, perceptron, AdamW",
@@ -146,18 +146,6 @@ def make_tasks() -> dict[str, Task]:
         Task("text", "characters of Python's manual, transformer, AdamW", LitText, CausalLMMargin(), *_texts(), 12, 50),
     ]
     return {task.name: task for task in tasks}
-
-
-class _BinaryMargin(ClassificationMargin):
-    """The log-odds of a binary label, from one logit."""
-
-    def output(self, module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        rows, labels = batch
-        return module(rows) * (2 * labels - 1)
-
-
-def _binary() -> ModelOutput:
-    return _BinaryMargin()
 
 
 def _table(

@@ -68,10 +68,10 @@ def make_data() -> tuple[TensorDataset, TensorDataset]:
     return TensorDataset(images[train], labels[train]), TensorDataset(images[targets], labels[targets])
 
 
-def random_halves(count: int) -> Tensor:
-    """Masks of random halves of the training set, bool (count, NUM_TRAIN)."""
+def random_halves(count: int, num_train: int = NUM_TRAIN) -> Tensor:
+    """Masks of random halves of the training set, bool (count, num_train)."""
     generator = torch.Generator().manual_seed(1)
-    return torch.stack([torch.randperm(NUM_TRAIN, generator=generator) < NUM_TRAIN // 2 for _ in range(count)])
+    return torch.stack([torch.randperm(num_train, generator=generator) < num_train // 2 for _ in range(count)])
 
 
 def train_on(data: Dataset, seed: int) -> LitDigits:

@@ -94,10 +94,8 @@ class TRAK:
         _require("residuals", residuals, ("per_checkpoint", "averaged"))
         _require("engine", engine, ("auto", "functional", "hooks", "loop"))
         _require("dtype", dtype, (torch.float64, torch.float32, torch.bfloat16, torch.float16))
-        if isinstance(damping, str):
-            _require("damping, if it is not a number,", damping, ("auto",))
-        elif damping < 0:
-            raise ValueError(f"damping must be at least 0, got {damping}")
+        if damping != "auto" and (isinstance(damping, str) or damping < 0):
+            raise ValueError(f"damping must be at least 0, or 'auto'; got {damping!r}")
         if soft_threshold < 0:
             raise ValueError(f"soft_threshold must be at least 0, got {soft_threshold}")
         if isinstance(getattr(model, "_orig_mod", None), nn.Module):

@@ -106,6 +106,7 @@ def test_fewer_examples_than_features_without_damping_is_an_error(tmp_path, chec
         ({"engine": "fast"}, ValueError, "engine must be one of"),
         ({"dtype": torch.int8}, ValueError, "dtype must be one of"),
         ({"damping": -1.0}, ValueError, "damping must be at least 0"),
+        ({"damping": "Auto"}, ValueError, "damping must be at least 0, or 'auto'; got 'Auto'"),
         ({"soft_threshold": -1.0}, ValueError, "soft_threshold must be at least 0"),
         ({"output": "margin"}, TypeError, "must be a ModelOutput, got str"),
     ],

@@ -121,6 +121,17 @@ def test_the_gram_matrix_is_read_again_only_if_features_changed(store, monkeypat
     assert fit() == 1
 
 
+def test_what_an_older_format_kept_with_the_gram_matrix_is_made_again(store):
+    for checkpoint in range(M):
+        store.write_extra(checkpoint, "gram-gauss_newton", {"gram": torch.zeros(K, K)}, store.digest(checkpoint))
+    targets = torch.randn(2, K)
+    scorer = TRAKScorer(store, "gauss_newton", 0.5, "per_checkpoint", 0.0)
+    scorer.fit(CPU)
+    scores = scorer.score([scorer.precondition(m, targets) for m in range(M)])
+    expected = reference(store, [targets] * M, "gauss_newton", 0.5, "per_checkpoint")
+    np.testing.assert_allclose(scores.numpy(), expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+
+
 def test_singular_gram_is_refused_with_advice():
     phi = torch.randn(4, K, dtype=torch.float64)  # rank 4 < K
     with pytest.raises(ValueError, match=r"Gram matrix of checkpoint 7 .* singular.*use a larger damping \(now 0;"):

@@ -20,18 +20,19 @@ SEEDS = [3, 1, 4, 15]
 
 
 class Net(L.LightningModule):
-    """Batch normalisation has buffers that training changes; the head's weight is tied to the embedding's."""
+    """Buffers that training changes (batch normalisation), a tied weight (twin) and a shared module (again)."""
 
     def __init__(self, algorithm="sgd"):
         super().__init__()
         self.algorithm = algorithm
         self.body = nn.Sequential(nn.Linear(5, 6, bias=False), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 6))
         self.head = nn.Linear(6, 3)
-        self.body[3].weight = self.body[3].weight
-        self.twin = self.head
+        self.twin = nn.Linear(6, 3)
+        self.twin.weight = self.head.weight
+        self.again = self.head
 
     def forward(self, x):
-        return self.head(self.body(x)) + self.twin(x.new_ones(6))
+        return self.head(self.body(x)) + self.twin(x.new_ones(6)) + self.again(x.new_ones(6))
 
     def training_step(self, batch, batch_idx):
         x, y = batch
@@ -44,7 +45,7 @@ class Net(L.LightningModule):
             optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
         else:
             optimizer = torch.optim.AdamW(
-                [{"params": self.body.parameters()}, {"params": self.head.parameters(), "lr": 0.05}]
+                [{"params": self.body.parameters()}, {"params": [*self.head.parameters(), self.twin.bias], "lr": 0.05}]
             )
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 0.2, 1.0, total_iters=4)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -97,6 +98,9 @@ def test_what_does_not_fit_is_refused():
         train_together(Net, DATA, uneven, SEEDS, max_epochs=1, batch_size=8)
     with pytest.raises(ValueError, match=r"expected 3 subsets.* of 24 examples, got \(4, 24\)"):
         train_together(Net, DATA, SUBSETS, SEEDS[:3], max_epochs=1, batch_size=8)
+    too_wide = torch.cat([SUBSETS, SUBSETS], 1)
+    with pytest.raises(ValueError, match=r"expected 4 subsets.* of 24 examples, got \(4, 48\)"):
+        train_together(Net, DATA, too_wide, SEEDS, max_epochs=1, batch_size=8)
 
     class Manual(Net):
         def __init__(self):

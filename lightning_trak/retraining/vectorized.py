@@ -110,7 +110,8 @@ def train_together(
 
     What a Trainer does is done for each module: its own initialisation and order of examples, its ``training_step``,
     and the optimizer and scheduler of its ``configure_optimizers``, which must treat each element of a parameter by
-    itself (SGD, Adam and AdamW do; clipping by the norm, LARS, LAMB and Muon do not).
+    itself (SGD, Adam and AdamW do; LARS, LAMB and Muon do not). What a module draws while it trains, as for dropout,
+    depends on which modules train with it.
 
     Args:
         make_module: makes a module, in its own random initialisation; ``training_step`` may take ``batch`` alone.
@@ -128,15 +129,15 @@ def train_together(
         ValueError: if the subsets differ in size, or do not fit the seeds or the dataset.
         TypeError: if the module optimizes by hand, or with more than one optimizer.
     """
-    data = move_data_to_device(default_collate([dataset[i] for i in range(len(subsets[0]))]), torch.device(device))
-    sizes = torch.unique(subsets.sum(1))
-    if len(subsets) != len(seeds) or subsets.shape[1] != len(dataset):  # type: ignore[arg-type]
+    num_train = len(cast(Any, dataset))
+    if subsets.shape != (len(seeds), num_train):
         raise ValueError(
-            f"expected {len(seeds)} subsets, one for each seed, of {len(dataset)} examples,"  # type: ignore[arg-type]
-            f" got {tuple(subsets.shape)}"
+            f"expected {len(seeds)} subsets, one for each seed, of {num_train} examples, got {tuple(subsets.shape)}"
         )
+    sizes = torch.unique(subsets.sum(1))
     if len(sizes) != 1 or sizes[0] == 0:
         raise ValueError(f"modules are trained together on subsets of one size, got sizes {sizes.tolist()}")
+    data = move_data_to_device(default_collate([dataset[i] for i in range(num_train)]), torch.device(device))
     with isolate_rng():
         modules = []
         for seed in seeds:
@@ -156,9 +157,8 @@ def _fit(
     members = torch.stack([mask.nonzero().flatten() for mask in subsets])
     orders = [torch.Generator().manual_seed(seed) for seed in seeds]
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", ".*`self.trainer` reference is not registered.*"
-        )  # self.log has nowhere to go
+        # self.log has nowhere to go
+        warnings.filterwarnings("ignore", ".*`self.trainer` reference is not registered.*")
         for _ in range(max_epochs):
             shuffled = torch.stack(
                 [row[torch.randperm(len(row), generator=order)] for row, order in zip(members, orders, strict=True)]

@@ -17,6 +17,8 @@ from lightning_trak.store import FeatureStore
 Residuals = Literal["per_checkpoint", "averaged"]
 Scores = Tensor | TopK
 
+_CACHE_FORMAT = 2  # of what is kept with a Gram matrix; that of another format is made again
+
 
 class TRAKScorer:
     """tau(x)_i = 1/M sum_m phi_m(x)^T (K_m + lambda_m I)^-1 phi_m(i) Q_m(i).
@@ -68,16 +70,18 @@ class TRAKScorer:
         if self._factors and device == self._device:
             return
         self._device, self._factors = device, []
+        dampings = []
         for checkpoint in range(self.store.num_checkpoints):
             gram, squared_weights = (tensor.to(device) for tensor in self._gram(checkpoint, ranks))
             damping = auto_damping(gram, squared_weights) if self.damping == "auto" else self.damping
-            if self.damping == "auto":
-                rank_zero_info(f"TRAK: damping {damping:.3g} at checkpoint {checkpoint}")
+            dampings.append(damping)
             precision = self.store.read(checkpoint, 0).features.dtype
             self._factors.append(DampedGram(gram, damping, precision, f"checkpoint {checkpoint}"))
+        if self.damping == "auto":
+            rank_zero_info(f"TRAK: damping='auto' is {min(dampings):.3g} to {max(dampings):.3g} at the checkpoints")
 
     def _gram(self, checkpoint: int, ranks: Ranks) -> tuple[Tensor, Tensor]:
-        name, key = f"gram-{self.curvature}", self.store.digest(checkpoint)
+        name, key = f"gram-{self.curvature}", f"{_CACHE_FORMAT}:{self.store.digest(checkpoint)}"
         stored = self.store.read_extra(checkpoint, name, key)
         if ranks.all_true(stored is not None) and stored is not None:
             return stored["gram"], stored["squared_weights"]
