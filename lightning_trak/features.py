@@ -267,6 +267,38 @@ class FeatureExtractor:
             )
         self._seen = True
 
+    def fit_projection(self, batches: Iterable[tuple[Any, int]]) -> dict[str, Tensor]:
+        """What the projection learns from training examples at this checkpoint.
+
+        Args:
+            batches: batches on the module's device, each with its number of examples.
+        """
+
+        def gradients() -> Iterator[dict[str, Tensor]]:
+            step = max(1, GRADIENT_BYTES // (sum(self.sizes.values()) * 4))
+            for batch, size in batches:
+                batch = fresh_batch(batch, size)
+                for start in range(0, size, step):
+                    count = min(step, size - start)
+                    yield self._gradients(slice_batch(batch, size, start, start + count), count)
+
+        with self._differentiable():
+            return self._bound.fit(gradients())
+
+    def set_projection_fit(self, fitted: dict[str, Tensor]) -> None:
+        """Use what :meth:`fit_projection` returned."""
+        self._bound.set_fit(fitted)
+
+    def _gradients(self, batch: Any, size: int) -> dict[str, Tensor]:
+        try:
+            return self._engine(batch, size)[1]
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError, ValueError):
+            if self.engine_name != "auto":
+                raise
+            return self._slow(batch, size)[1]  # featurizing will warn of it
+
     def make_context(self, batches: Iterable[Any]) -> dict[str, Tensor]:
         """What the model output wants to remember of the data at this checkpoint."""
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(self._device.type, enabled=False):

@@ -98,14 +98,25 @@ class ExtractorModule(L.LightningModule):
             self._enter_context(checkpoint)
         if self.extractor.undecided:
             self._settle_engine()
+        if self.extractor.projection.sample_size:
+            self._enter_projection(checkpoint)
 
     def _enter_context(self, checkpoint: int) -> None:
         with torch.inference_mode(False):  # autograd saves the context
             context = self._store.read_extra(checkpoint, "context", self._store.key)
             if context is None:
-                context = self.extractor.make_context(self._context_batches(checkpoint))
+                batches = self._sample(checkpoint, "context", self.extractor.output.context_size)
+                context = self.extractor.make_context(batch for batch, _ in batches)
                 self._store.write_extra(checkpoint, "context", context, self._store.key)
             self.extractor.output.set_context({name: tensor.to(self.device) for name, tensor in context.items()})
+
+    def _enter_projection(self, checkpoint: int) -> None:
+        fitted = self._store.read_extra(checkpoint, "projection", self._store.key)
+        if fitted is None:
+            batches = self._sample(checkpoint, "projection", self.extractor.projection.sample_size)
+            fitted = self.extractor.fit_projection(batches)
+            self._store.write_extra(checkpoint, "projection", fitted, self._store.key)
+        self.extractor.set_projection_fit(fitted)
 
     def _settle_engine(self) -> None:
         """Choose by the first two training examples, once for the store: no run depends on what it happens to see."""
@@ -120,14 +131,15 @@ class ExtractorModule(L.LightningModule):
         if engine is not None:
             self.extractor.use_engine(cast(EngineName, engine))
 
-    def _context_batches(self, checkpoint: int) -> Any:
+    def _sample(self, checkpoint: int, purpose: str, count: int) -> Iterator[tuple[Any, int]]:
         """A uniform sample of the training data, without replacement, another one at each checkpoint."""
         assert self._train_loader is not None, "the store holds the context once featurizing is complete"
         total = self._store.num_examples
-        draw = random.Random(f"{self.extractor.seed}/{checkpoint}/context")
-        sample = draw.sample(range(total), min(self.extractor.output.context_size, total))
+        draw = random.Random(f"{self.extractor.seed}/{checkpoint}/{purpose}")
+        sample = draw.sample(range(total), min(count, total))
         size = batch_size_of(self._train_loader)
-        return self._batches([sample[i : i + size] for i in range(0, len(sample), size)])
+        positions = [sample[i : i + size] for i in range(0, len(sample), size)]
+        yield from zip(self._batches(positions), map(len, positions), strict=True)
 
     def _batches(self, positions: list[list[int]]) -> Iterator[Any]:
         """Training examples at some positions, a batch for each list, on the device."""

@@ -68,4 +68,5 @@ def test_refuses_impossible_sizes(wrong):
 def test_fingerprint():
     assert KroneckerProjection(4, 8, 100).fingerprint() == {
         "class": "KroneckerProjection", "left": 4, "right": 8, "dim": 100,
+        "axes": "random", "sample": 512,
     }  # fmt: skip

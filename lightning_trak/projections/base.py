@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -48,6 +48,11 @@ class Projection(ABC):
 
         """
 
+    @property
+    def sample_size(self) -> int:
+        """Number of training examples whose gradients the bound projection is fitted to before use; 0 for none."""
+        return 0
+
     def fingerprint(self) -> dict[str, Any]:
         """Everything about the configuration that changes features, as JSON-able values.
 
@@ -71,6 +76,24 @@ class BoundProjection(ABC):
             raise ValueError("Expected at least one parameter to project but got none; check the parameter selection.")
         self.sizes = {name: math.prod(shape) for name, shape in shapes.items()}
         self.dim = dim
+
+    def fit(self, gradients: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Learn from training gradients; needed where the configuration's `sample_size` is not 0.
+
+        Args:
+            gradients: For each batch, each parameter's flattened gradients, of shape (batch, n).
+
+        Returns:
+            What was learned, for `set_fit`.
+
+        """
+        del gradients
+        return {}
+
+    def set_fit(self, fitted: Mapping[str, Tensor]) -> None:
+        """Take over what `fit` returned, here or in another process."""
+        if fitted:
+            raise ValueError(f"{type(self).__name__} learns nothing from data but was given {', '.join(fitted)}.")
 
     def add_(self, features: Tensor, name: str, gradients: Tensor) -> None:
         """Add `gradients @ P_name` to `features` in place.
