@@ -181,9 +181,10 @@ class TRAK:
             return
         jobs = [[Range(number, store.shard(number)) for number in numbers] for numbers in missing]
         datamodule = data if isinstance(data, L.LightningDataModule) else None
-        module = FeaturizeModule(ShardWriter(store), "Featurizing", extractor, store, datamodule, loader)
-        with _borrowed(trainer, module):
-            trainer.predict(module, share_out(loader, jobs, trainer), return_predictions=False)
+        with ShardWriter(store, extractor.places) as writer:
+            module = FeaturizeModule(writer, "Featurizing", extractor, store, datamodule, loader)
+            with _borrowed(trainer, module):
+                trainer.predict(module, share_out(loader, jobs, trainer), return_predictions=False)
         Ranks.of(trainer).barrier()
         store.require_complete()
 
@@ -257,7 +258,7 @@ class TRAK:
         batches = [
             Range(number, examples[start : start + size]) for number, start in enumerate(range(0, len(examples), size))
         ]
-        buffer = FeatureBuffer(store.num_checkpoints)
+        buffer = FeatureBuffer(extractor.places)
         module = FeaturizeModule(buffer, "Scoring", extractor, store, datamodule)
         with _borrowed(trainer, module):
             loaders = share_out(loader, [batches] * store.num_checkpoints, trainer)
