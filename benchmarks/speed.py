@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -27,7 +28,7 @@ from benchmarks.timing import Action, Row, Run, ratios, rows, seconds, table
 from examples.digits import make_data, random_halves, retrain, train_on
 from lightning_trak import TRAK, LinearDatamodelingScore
 from lightning_trak.outputs import ClassificationMargin
-from lightning_trak.projections import KroneckerProjection, SparseProjection
+from lightning_trak.projections import KroneckerProjection, Projection, SparseProjection
 
 PLAIN = "of forward + backward"
 
@@ -132,15 +133,16 @@ def lds(run: Run, subsets: int = 40, k: int = 1024) -> list[Row]:
     outputs = torch.stack(
         [retrain(train, mask, targets, seed) for seed, mask in enumerate(tqdm(masks, "Retraining"), start=1)], dim=1
     )
-    projection = SparseProjection(k)
+    kronecker = KroneckerProjection(16, 16)
+    ours: dict[str, dict[str, Any]] = {
+        "lightning-trak": {"projection": SparseProjection(k)},
+        "lightning-trak, bf16-true": {"projection": SparseProjection(k), "precision": "bf16-true"},
+        "lightning-trak, Kronecker": {"projection": kronecker},
+        "lightning-trak, Kronecker, bf16-true": {"projection": kronecker, "precision": "bf16-true"},
+    }
     methods: dict[str, Callable[[], Tensor]] = {
-        "lightning-trak": lambda: _our_scores(run.out, model, train, targets, projection=projection),
-        "lightning-trak, hooks": lambda: _our_scores(
-            run.out, model, train, targets, projection=projection, engine="hooks"
-        ),
-        "lightning-trak, hooks + Kronecker": lambda: _our_scores(
-            run.out, model, train, targets, projection=KroneckerProjection(16, 16), engine="hooks"
-        ),
+        name: lambda options=options: _our_scores(run.out, model, train, targets, **options)
+        for name, options in ours.items()
     }
     skipped = []
     for name, score in SCORES.items():
@@ -159,11 +161,25 @@ def lds(run: Run, subsets: int = 40, k: int = 1024) -> list[Row]:
     return found + skipped + rows("lds", times, "of the time of lightning-trak, features and scores")
 
 
-def _our_scores(out: Path, model: nn.Module, train: TensorDataset, targets: TensorDataset, **options: object) -> Tensor:
+def _our_scores(
+    out: Path,
+    model: nn.Module,
+    train: TensorDataset,
+    targets: TensorDataset,
+    projection: Projection,
+    precision: Literal["32-true", "bf16-true"] = "32-true",
+) -> Tensor:
     """Featurize and score as users do, with a Trainer and a store on disk."""
-    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        precision=precision,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
     with tempfile.TemporaryDirectory(dir=out) as folder:
-        trak = TRAK(model, [model.state_dict()], folder, output=ClassificationMargin(), **options)
+        trak = TRAK(model, [model.state_dict()], folder, output=ClassificationMargin(), projection=projection)
         trak.featurize(trainer, DataLoader(train, batch_size=100))
         return trak.score(trainer, DataLoader(targets, batch_size=100))
 

@@ -43,7 +43,7 @@ class _OwnAndOthers(torch.autograd.Function):
         owns, others = [], []
         for rows, index in _blocks(logits, labels):
             owns.append(rows.gather(1, index).to(dtype))
-            others.append(rows.to(dtype, copy=True).scatter_(1, index, -torch.inf).logsumexp(1))
+            others.append(rows.to(dtype).scatter(1, index, -torch.inf).logsumexp(1))
         return torch.cat(owns).view(labels.shape), torch.cat(others).view(labels.shape)
 
     @staticmethod
