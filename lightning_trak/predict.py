@@ -17,7 +17,7 @@ from lightning_trak.data import IndexedBatch, batch_size_of, load
 from lightning_trak.distributed import Ranks
 from lightning_trak.features import EngineName, FeatureExtractor, require_finite
 from lightning_trak.gradients.batch import infer_batch_size
-from lightning_trak.scorers.trak import Scores, TRAKScorer
+from lightning_trak.scorers.base import Scorer, Scores
 from lightning_trak.store import Features, FeatureStore
 from lightning_trak.transfer import HostCopy, Upload
 
@@ -79,7 +79,7 @@ class ShardWriter:
 
 
 class FeatureBuffer:
-    """Keeps features in memory.
+    """Keeps rows in memory.
 
     Args:
         places: what to call the checkpoints in errors.
@@ -92,8 +92,8 @@ class FeatureBuffer:
     def add(self, checkpoint: int, number: int, positions: Tensor, rows: Features) -> None:  # noqa: ARG002, D102
         self._copies[checkpoint].append((positions, HostCopy.start(rows)))
 
-    def take(self, checkpoint: int) -> list[tuple[Tensor, Tensor]]:
-        """Positions and features that came for a checkpoint; they are not kept any longer.
+    def take(self, checkpoint: int) -> list[tuple[Tensor, Features]]:
+        """Positions and rows that came for a checkpoint; they are not kept any longer.
 
         Raises:
             ValueError: if one of them is not finite.
@@ -103,7 +103,7 @@ class FeatureBuffer:
         for positions, copy in copies:
             rows = Features(*copy.wait())
             require_finite(rows, positions, self._places[checkpoint])
-            found.append((positions, rows.features))
+            found.append((positions, rows))
         return found
 
 
@@ -253,17 +253,17 @@ class ScoreModule(ExtractorModule):
 
     ``trainer.predict`` returns for each batch a Tensor ``(batch, num_train)``, or a
     :class:`~lightning_trak.scorers.topk.TopK` of ``(batch, top_k)`` each. The weights of all checkpoints stay in host
-    memory; :meth:`lightning_trak.TRAK.score` loads each only once and suits many targets better.
+    memory; the method's ``score`` loads each only once and suits many targets better.
     """
 
-    def __init__(self, scorer: TRAKScorer, top_k: int | None, largest: bool, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, scorer: Scorer, top_k: int | None, largest: bool, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._scorer = scorer
         self._top_k = top_k
         self._largest = largest
 
     def setup(self, stage: str) -> None:  # noqa: ARG002
-        """Factor the Gram matrices; every rank takes part. What an earlier run has on another device is dropped."""
+        """Get the scorer ready; every rank takes part. What an earlier run has on another device is dropped."""
         self.extractor.reset()
         self._scorer.fit(self.trainer.strategy.root_device, Ranks.of(self.trainer))
 
@@ -275,5 +275,5 @@ class ScoreModule(ExtractorModule):
             self.enter(checkpoint)
             rows = self.extractor(batch, positions)
             require_finite(rows, positions, self.extractor.places[checkpoint])
-            directions.append(self._scorer.precondition(checkpoint, rows.features))
+            directions.append(self._scorer.directions(checkpoint, rows))
         return self._scorer.score(directions, top_k=self._top_k, largest=self._largest)

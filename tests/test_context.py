@@ -13,7 +13,7 @@ from lightning_trak.store import FeatureStore
 def sample(seed: int, checkpoint: int, store: FeatureStore, loader: DataLoader) -> list[int]:
     extractor = SimpleNamespace(module=nn.Linear(1, 1), seed=seed, output=SimpleNamespace(context_size=4))
     module = ExtractorModule(extractor, store, train_loader=loader)
-    return [int(value) for (batch,) in module._context_batches(checkpoint) for value in batch]
+    return [int(value) for (batch,), _ in module._sample(checkpoint, "context", 4) for value in batch]
 
 
 def test_every_example_is_drawn_equally_often(tmp_path):

@@ -1,5 +1,8 @@
-"""Attribution methods beside TRAK, all with the interface of `Method`."""
+"""Attribution methods, all with the interface of `Method`."""
 
 from lightning_trak.methods.base import Method
+from lightning_trak.methods.feature import FeatureMethod
+from lightning_trak.methods.gradients import GradientCosine, GradientDot, TracIn
+from lightning_trak.methods.trak import TRAK
 
-__all__ = ["Method"]
+__all__ = ["TRAK", "FeatureMethod", "GradientCosine", "GradientDot", "Method", "TracIn"]
