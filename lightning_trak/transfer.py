@@ -1,11 +1,21 @@
 """Copies between host and CUDA device that computation does not wait for; elsewhere, plain copies."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
+
+T = TypeVar("T")
+
+
+@functools.cache
+def _download_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 class HostCopy(NamedTuple):
@@ -21,12 +31,17 @@ class HostCopy(NamedTuple):
 
     @classmethod
     def start(cls, tensors: tuple[Tensor, ...]) -> "HostCopy":
-        """Copy tensors of one device to the host, behind what it is computing."""
-        if tensors[0].device.type != "cuda":
+        """Copy tensors of one device to the host, behind what it is computing now and beside what comes next."""
+        device = tensors[0].device
+        if device.type != "cuda":
             return cls(tuple(tensor.cpu() for tensor in tensors), None)
-        # A non-blocking copy to the host goes to pinned memory.
-        copies = tuple(tensor.to("cpu", non_blocking=True) for tensor in tensors)
-        return cls(copies, torch.cuda.current_stream(tensors[0].device).record_event())
+        stream = _download_stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            copies = tuple(tensor.to("cpu", non_blocking=True) for tensor in tensors)  # to pinned memory
+        for tensor in tensors:
+            tensor.record_stream(stream)
+        return cls(copies, stream.record_event())
 
     def wait(self) -> tuple[Tensor, ...]:
         """The tensors, once they are there."""
@@ -64,3 +79,13 @@ class Upload:
         # The allocator must not give a tensor's memory away before the stream that uses it is done.
         apply_to_collection(batch, Tensor, lambda tensor: tensor.record_stream(current) if tensor.is_cuda else None)
         return batch
+
+
+def ahead(items: Iterable[T]) -> Iterator[T]:
+    """The items, the next of which a thread is getting while one is in use."""
+    iterator = iter(items)
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(lambda: list(itertools.islice(iterator, 1)))
+        while found := coming.result():
+            coming = thread.submit(lambda: list(itertools.islice(iterator, 1)))
+            yield found[0]

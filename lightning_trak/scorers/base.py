@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from torch import Tensor
 from lightning_trak.distributed import Ranks
 from lightning_trak.scorers.topk import TopK, block_top_k, merge_top_k
 from lightning_trak.store import Features, FeatureStore
+from lightning_trak.transfer import HostCopy, Upload, ahead
 
 Scores = Tensor | TopK
 
@@ -51,14 +53,21 @@ class Scorer(ABC):
         The features of the rows are on the device of :meth:`fit` and in the precision of the directions.
         """
 
-    def block(self, directions: Sequence[Tensor], shard: int) -> Tensor:
-        """Scores of all targets against the training examples of a shard, ``(num_targets, len(examples))``."""
+    def block(self, directions: Sequence[Tensor], shard: int, rows: Iterator[Features]) -> Tensor:  # noqa: ARG002
+        """Scores of all targets against the training examples of a shard.
+
+        Args:
+            directions: those of the targets at each checkpoint, ``(num_targets, k)`` each.
+            shard: which shard.
+            rows: yields its rows at each checkpoint, on the directions' device and in their precision.
+
+        Returns:
+            Shape ``(num_targets, len(examples))``.
+        """
         total: Tensor | None = None
-        for checkpoint, direction in enumerate(directions):
-            rows = self.store.read(checkpoint, shard)
-            rows = rows._replace(features=rows.features.to(direction))
-            product = direction @ rows.features.T
-            weights = self.weights(checkpoint, rows)
+        for checkpoint, (direction, part) in enumerate(zip(directions, rows, strict=False)):  # rows go on: other shards
+            product = direction @ part.features.T
+            weights = self.weights(checkpoint, part)
             if weights is not None:
                 product *= weights.to(direction)
             total = product if total is None else total.add_(product)
@@ -68,6 +77,8 @@ class Scorer(ABC):
     def blocks(self, directions: Sequence[Tensor], shards: Sequence[int]) -> Iterator[tuple[range, Tensor]]:
         """Scores of all targets, a shard of training examples at a time.
 
+        Shards are read, and copied to the device, while others are multiplied; nothing waits for the device.
+
         Args:
             directions: those of the targets at each checkpoint, ``(num_targets, k)`` each.
             shards: which shards.
@@ -76,17 +87,37 @@ class Scorer(ABC):
             The training examples and their scores ``(num_targets, len(examples))``.
 
         Raises:
-            ValueError: if a score is not finite.
+            ValueError: at the end, if a score was not finite.
         """
+        rows, sums = self._rows(shards, directions[0]), []
         for shard in shards:
-            scores = self.block(directions, shard)
-            # A sum is a quick look: it is not finite if any score is not.
-            if not (scores.sum().isfinite() or scores.isfinite().all()):
+            scores = self.block(directions, shard, rows)
+            sums.append(scores.sum())
+            yield self.store.shard(shard), scores
+        # Sums are a quick look: one is not finite if any of its scores is not.
+        suspects = torch.stack(sums).isfinite().logical_not().nonzero().flatten().tolist() if sums else []
+        for shard in (shards[number] for number in suspects):
+            if not self.block(directions, shard, self._rows([shard], directions[0])).isfinite().all():
                 raise ValueError(
                     f"scores of training examples {self.store.shard(shard)} are not finite: the features overflow"
-                    f" {scores.dtype}; featurize with dtype=torch.float64"
+                    f" {directions[0].dtype}; featurize with dtype=torch.float64"
                 )
-            yield self.store.shard(shard), scores
+
+    def _rows(self, shards: Sequence[int], like: Tensor) -> Iterator[Features]:
+        """Rows of each shard at each checkpoint, their features on the device and in the precision of a tensor."""
+        upload = Upload(like.device)
+
+        def read() -> Iterator[Features]:
+            for shard in shards:
+                for checkpoint in range(self.store.num_checkpoints):
+                    rows = self.store.read(checkpoint, shard)
+                    if like.is_cuda:  # what is copied beside the computation must be pinned
+                        rows = rows._replace(features=rows.features.pin_memory())
+                    yield rows
+
+        for rows in ahead(read()):
+            features = upload(partial(rows.features.to, like.device, non_blocking=True))
+            yield rows._replace(features=features.to(like.dtype))
 
     def score(
         self,
@@ -114,17 +145,26 @@ class Scorer(ABC):
         return merge_top_k(ranks.gather(mine), top_k, largest)
 
     def _collect(self, directions: Sequence[Tensor], shards: Sequence[int], top_k: int | None, largest: bool) -> Scores:
-        targets, dtype = len(directions[0]), directions[0].dtype
+        targets, like = len(directions[0]), directions[0]
         if top_k is None:
-            scores = torch.zeros(targets, self.store.num_examples, dtype=dtype)
+            scores = torch.zeros(targets, self.store.num_examples, dtype=like.dtype)
+
+            def keep(examples: range, copy: HostCopy) -> None:
+                (scores[:, examples.start : examples.stop],) = copy.wait()
+
+            coming: tuple[range, HostCopy] | None = None
             for examples, block in self.blocks(directions, shards):
-                scores[:, examples.start : examples.stop] = block.cpu()
+                copy = HostCopy.start((block,))
+                if coming is not None:
+                    keep(*coming)  # while the next one is on its way
+                coming = examples, copy
+            if coming is not None:
+                keep(*coming)
             return scores
-        best = TopK(torch.empty(targets, 0, dtype=dtype), torch.empty(targets, 0, dtype=torch.int64))
+        best = TopK(like.new_empty(targets, 0), like.new_empty(targets, 0, dtype=torch.int64))
         for examples, block in self.blocks(directions, shards):
-            found = block_top_k(block, examples.start, top_k, largest)
-            best = merge_top_k([best, TopK(found.values.cpu(), found.indices.cpu())], top_k, largest)
-        return best
+            best = merge_top_k([best, block_top_k(block, examples.start, top_k, largest)], top_k, largest)
+        return TopK(best.values.cpu(), best.indices.cpu())
 
     def _working(self, tensor: Tensor) -> Tensor:
         """On the device, in at least float32."""
