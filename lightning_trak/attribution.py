@@ -1,30 +1,34 @@
 """The facade: a model, its checkpoints and a store in, attributions out."""
 
-import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
-from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_trak.checkpoints import CheckpointSource, resolve_checkpoints
-from lightning_trak.data import Data, Range, as_loaders, batch_size_of, fingerprint, share_out
+from lightning_trak.copies import uncompiled
+from lightning_trak.data import (
+    Data,
+    Range,
+    as_loaders,
+    batch_ranges,
+    batch_size_of,
+    fingerprint,
+    share_out,
+    single_loader,
+)
 from lightning_trak.distributed import Ranks
 from lightning_trak.features import EngineName, FeatureExtractor
 from lightning_trak.gradients import ParameterSelection
-from lightning_trak.module import AttributionMixin
+from lightning_trak.module import declared_output
 from lightning_trak.outputs import ModelOutput
-from lightning_trak.predict import ExtractorModule, FeatureBuffer, FeaturizeModule, ScoreModule, ShardWriter
+from lightning_trak.predict import FeatureBuffer, FeaturizeModule, ScoreModule, ShardWriter, borrowed, refuse_spawning
 from lightning_trak.projections import GaussianProjection, Projection, SparseProjection
 from lightning_trak.scorers.damping import Damping
 from lightning_trak.scorers.gram import Curvature
@@ -98,15 +102,9 @@ class TRAK:
             raise ValueError(f"damping must be at least 0, or 'auto'; got {damping!r}")
         if soft_threshold < 0:
             raise ValueError(f"soft_threshold must be at least 0, got {soft_threshold}")
-        if isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = cast(nn.Module, model._orig_mod)  # what torch.compile was given: copies cannot share its code
+        model = uncompiled(model)
         if output is None:
-            if not isinstance(model, AttributionMixin):
-                raise TypeError(
-                    f"{type(model).__name__} declares no model output: derive it from AttributionMixin and define"
-                    " configure_model_output(), or pass output="
-                )
-            output = model.configure_model_output()
+            output = declared_output(model, "pass output=")
         if not isinstance(output, ModelOutput):
             raise TypeError(f"the model output must be a ModelOutput, got {type(output).__name__}")
         self.model = model
@@ -157,10 +155,7 @@ class TRAK:
         Raises:
             ValueError: if the store was made with other settings, or an example's features are not finite.
         """
-        loaders = as_loaders(data, "fit", trainer)
-        if len(loaders) != 1:
-            raise ValueError(f"featurize takes one training set, got {len(loaders)} loaders; use a ConcatDataset")
-        loader = loaders[0]
+        loader = single_loader(data, "fit", trainer)
         extractor = self._extractor()
         num_examples = len(cast(Any, loader.dataset))
         identity = self._identity(extractor) | {"precision": _precision(trainer), "data": fingerprint(loader)}
@@ -182,7 +177,7 @@ class TRAK:
         jobs = [[Range(number, store.shard(number)) for number in numbers] for numbers in missing]
         datamodule = data if isinstance(data, L.LightningDataModule) else None
         module = FeaturizeModule(ShardWriter(store), "Featurizing", extractor, store, datamodule, loader)
-        with _borrowed(trainer, module):
+        with borrowed(trainer, module):
             trainer.predict(module, share_out(loader, jobs, trainer), return_predictions=False)
         Ranks.of(trainer).barrier()
         store.require_complete()
@@ -213,8 +208,7 @@ class TRAK:
         """
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k must be at least 1, got {top_k}")
-        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
-            raise ValueError("a strategy that spawns or forks processes cannot return scores; use strategy='ddp'")
+        refuse_spawning(trainer)
         loaders = as_loaders(data, "predict", trainer)
         extractor = self._extractor()
         store = self._existing_store(extractor, trainer)
@@ -253,13 +247,10 @@ class TRAK:
         datamodule: L.LightningDataModule | None,
     ) -> list[Tensor]:
         """Preconditioned features of some targets at each checkpoint, ``(len(examples), k)``, on every rank."""
-        size = batch_size_of(loader)
-        batches = [
-            Range(number, examples[start : start + size]) for number, start in enumerate(range(0, len(examples), size))
-        ]
+        batches = batch_ranges(examples, batch_size_of(loader))
         buffer = FeatureBuffer(store.num_checkpoints)
         module = FeaturizeModule(buffer, "Scoring", extractor, store, datamodule)
-        with _borrowed(trainer, module):
+        with borrowed(trainer, module):
             loaders = share_out(loader, [batches] * store.num_checkpoints, trainer)
             trainer.predict(module, loaders, return_predictions=False)
         ranks = Ranks.of(trainer)
@@ -348,33 +339,3 @@ def _concatenate(parts: list[Scores]) -> Scores:
     if isinstance(parts[0], TopK):
         return TopK(*(torch.cat(column) for column in zip(*parts, strict=True)))
     return torch.cat(cast(list[Tensor], parts))
-
-
-@contextmanager
-def _borrowed(trainer: L.Trainer, ours: ExtractorModule) -> Iterator[None]:
-    """The user's Trainer for a predict loop of ours: no logger and no callback but the progress bar takes part."""
-    if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
-        raise ValueError(
-            f"{type(trainer.strategy).__name__} splits the parameters over ranks, and per-example gradients need them"
-            " whole: use a Trainer with strategy='ddp' or a single device"
-        )
-    limit = trainer.limit_predict_batches
-    if limit != 1.0 or isinstance(limit, int):  # 1 is one batch, 1.0 is all of them
-        raise ValueError(
-            f"the Trainer has limit_predict_batches={limit} (fast_dev_run sets it too), so some"
-            " examples would be missed; use a Trainer without it"
-        )
-    loggers, callbacks = trainer.loggers, trainer.callbacks  # type: ignore[attr-defined]
-    module = cast(L.LightningModule, trainer.strategy.lightning_module)
-    trainer.loggers = []
-    bars = [callback for callback in callbacks if isinstance(callback, ProgressBar)]
-    trainer.callbacks = bars  # type: ignore[attr-defined]
-    try:
-        with isolate_rng(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*RangeLoader.*")  # it may have nothing left to do
-            warnings.filterwarnings("ignore", ".*LeafSpec.*")  # Lightning's own, in every loop
-            yield
-    finally:
-        trainer.loggers, trainer.callbacks = loggers, callbacks  # type: ignore[attr-defined]
-        trainer.strategy.connect(module)
-        ours.release()

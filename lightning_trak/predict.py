@@ -1,15 +1,20 @@
 """The LightningModules that ``trainer.predict`` runs: one featurizes, one scores batches as they come."""
 
 import random
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol, cast
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.rank_zero import rank_zero_info
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_trak.data import IndexedBatch, batch_size_of, load
@@ -59,11 +64,54 @@ class FeatureBuffer:
         return rows
 
 
-class ExtractorModule(L.LightningModule):
-    """Holds the extractor's copy of the user's module, so that Lightning moves it to the device.
+class PredictModule(L.LightningModule):
+    """Holds our copy of the user's module, so that Lightning moves it to the device, and uses the user's batch hooks.
 
     Args:
-        extractor: makes the features.
+        model: the copy.
+        datamodule: where the data came from, if it has batch transfer hooks of its own.
+    """
+
+    def __init__(self, model: nn.Module, datamodule: L.LightningDataModule | None = None) -> None:
+        super().__init__()
+        # A rank without work runs no hook, and there is no collective that the others could wait in.
+        self.allow_zero_length_dataloader_with_multiple_devices = True
+        self.model = model
+        self._datamodule = datamodule
+
+    def release(self) -> None:
+        """Let go of the model, since the Trainer keeps this module until its next call."""
+        del self.model
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """The user's hook, on the user's batch."""
+        return self._hook("on_before_batch_transfer", batch, dataloader_idx)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """The user's hook, on the user's batch."""
+        return self._hook("transfer_batch_to_device", batch, device, dataloader_idx)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """The user's hook, on the user's batch."""
+        return self._hook("on_after_batch_transfer", batch, dataloader_idx)
+
+    def _hook(self, name: str, batch: Any, *args: Any) -> Any:
+        if self._datamodule is not None and is_overridden(name, self._datamodule, L.LightningDataModule):
+            hook = getattr(self._datamodule, name)
+        elif isinstance(self.model, L.LightningModule):
+            hook = getattr(self.model, name)
+        else:
+            hook = getattr(super(), name)
+        if isinstance(batch, IndexedBatch):
+            return batch._replace(batch=hook(batch.batch, *args))
+        return hook(batch, *args)
+
+
+class ExtractorModule(PredictModule):
+    """Makes features.
+
+    Args:
+        extractor: makes the features, on a copy of the user's module.
         store: holds what the model output remembers of the training data at each checkpoint.
         datamodule: where the data came from, if it has batch transfer hooks of its own.
         train_loader: training data to remember when the store holds nothing yet.
@@ -76,18 +124,15 @@ class ExtractorModule(L.LightningModule):
         datamodule: L.LightningDataModule | None = None,
         train_loader: DataLoader[Any] | None = None,
     ) -> None:
-        super().__init__()
-        # A rank without work runs no hook, and there is no collective that the others could wait in.
-        self.allow_zero_length_dataloader_with_multiple_devices = True
+        super().__init__(extractor.module, datamodule)
         self.extractor = extractor
-        self.model = extractor.module
         self._store = store
-        self._datamodule = datamodule
         self._train_loader = train_loader
 
     def release(self) -> None:
-        """Let go of model and features, since the Trainer keeps this module until its next call."""
-        del self.extractor, self.model
+        """Let go of model and features."""
+        super().release()
+        del self.extractor
 
     def enter(self, checkpoint: int) -> None:
         """Make the extractor ready for a checkpoint."""
@@ -148,29 +193,6 @@ class ExtractorModule(L.LightningModule):
             batch = self.transfer_batch_to_device(batch, self.device, 0)
             yield self.on_after_batch_transfer(batch, 0)
 
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """The user's hook, on the user's batch."""
-        return self._hook("on_before_batch_transfer", batch, dataloader_idx)
-
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """The user's hook, on the user's batch."""
-        return self._hook("transfer_batch_to_device", batch, device, dataloader_idx)
-
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """The user's hook, on the user's batch."""
-        return self._hook("on_after_batch_transfer", batch, dataloader_idx)
-
-    def _hook(self, name: str, batch: Any, *args: Any) -> Any:
-        if self._datamodule is not None and is_overridden(name, self._datamodule, L.LightningDataModule):
-            hook = getattr(self._datamodule, name)
-        elif isinstance(self.model, L.LightningModule):
-            hook = getattr(self.model, name)
-        else:
-            hook = getattr(super(), name)
-        if isinstance(batch, IndexedBatch):
-            return batch._replace(batch=hook(batch.batch, *args))
-        return hook(batch, *args)
-
 
 class FeaturizeModule(ExtractorModule):
     """Featurizes :class:`~lightning_trak.data.IndexedBatch`; the m-th dataloader is for the m-th checkpoint."""
@@ -224,3 +246,39 @@ class ScoreModule(ExtractorModule):
             self.enter(checkpoint)
             directions.append(self._scorer.precondition(checkpoint, self.extractor(batch, positions).features))
         return self._scorer.score(directions, top_k=self._top_k, largest=self._largest)
+
+
+@contextmanager
+def borrowed(trainer: L.Trainer, ours: PredictModule) -> Iterator[None]:
+    """The user's Trainer for a predict loop of ours: no logger and no callback but the progress bar takes part."""
+    if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
+        raise ValueError(
+            f"{type(trainer.strategy).__name__} splits the parameters over ranks, and per-example gradients need them"
+            " whole: use a Trainer with strategy='ddp' or a single device"
+        )
+    limit = trainer.limit_predict_batches
+    if limit != 1.0 or isinstance(limit, int):  # 1 is one batch, 1.0 is all of them
+        raise ValueError(
+            f"the Trainer has limit_predict_batches={limit} (fast_dev_run sets it too), so some"
+            " examples would be missed; use a Trainer without it"
+        )
+    loggers, callbacks = trainer.loggers, trainer.callbacks  # type: ignore[attr-defined]
+    module = cast(L.LightningModule, trainer.strategy.lightning_module)
+    trainer.loggers = []
+    bars = [callback for callback in callbacks if isinstance(callback, ProgressBar)]
+    trainer.callbacks = bars  # type: ignore[attr-defined]
+    try:
+        with isolate_rng(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*RangeLoader.*")  # it may have nothing left to do
+            warnings.filterwarnings("ignore", ".*LeafSpec.*")  # Lightning's own, in every loop
+            yield
+    finally:
+        trainer.loggers, trainer.callbacks = loggers, callbacks  # type: ignore[attr-defined]
+        trainer.strategy.connect(module)
+        ours.release()
+
+
+def refuse_spawning(trainer: L.Trainer) -> None:
+    """Results come back from processes that run the user's script, not from spawned or forked ones."""
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        raise ValueError("a strategy that spawns or forks processes cannot return scores; use strategy='ddp'")
