@@ -7,7 +7,7 @@ the same examples whatever the number of processes, which is what makes results 
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import lightning as L
@@ -169,13 +169,18 @@ class _Batches(Sampler[list[int]]):
         return (list(batch) for batch in self.batches)
 
 
-def load(loader: DataLoader[Any], batches: Iterable[Sequence[int]], num_workers: int | None = None) -> DataLoader[Any]:
+def load(
+    loader: DataLoader[Any],
+    batches: Iterable[Sequence[int]],
+    num_workers: int | None = None,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
+) -> DataLoader[Any]:
     """A loader like the given one that yields exactly these batches of dataset positions."""
     workers = loader.num_workers if num_workers is None else num_workers
     return DataLoader(
         loader.dataset,
         batch_sampler=_Batches(batches),
-        collate_fn=loader.collate_fn,
+        collate_fn=collate_fn or loader.collate_fn,
         num_workers=workers,
         pin_memory=loader.pin_memory,
         timeout=loader.timeout,
