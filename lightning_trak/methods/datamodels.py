@@ -19,7 +19,7 @@ class Datamodels(SubsetMethod):
         outputs: ``(num_targets, num_subsets[, num_seeds])``, see
             :class:`~lightning_trak.methods.subsets.SubsetMethod`.
         folds: of the cross-validation, each a run of consecutive subsets.
-        n_jobs: targets that are fitted at once, in processes; -1 is one for each CPU.
+        n_jobs: targets that are fitted at once, in threads; -1 is one for each CPU.
         **options: further options of ``sklearn.linear_model.LassoCV``, such as ``max_iter``.
     """
 
@@ -48,7 +48,7 @@ class Datamodels(SubsetMethod):
         scores = torch.zeros(len(self.outputs), masks.shape[1])
         # Where the output never changes there is nothing to explain, and no penalty to choose.
         changing = (self.outputs != self.outputs[:, :1]).any(1).nonzero().flatten()
-        fits = Parallel(n_jobs=self.n_jobs)(
+        fits = Parallel(n_jobs=self.n_jobs, prefer="threads")(  # the solver lets other threads run
             delayed(LassoCV(cv=self.folds, **self.options).fit)(masks, self.outputs[target].numpy())
             for target in changing
         )

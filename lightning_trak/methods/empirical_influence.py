@@ -8,7 +8,7 @@ from lightning_trak.methods.subsets import SubsetMethod
 class EmpiricalInfluence(SubsetMethod):
     """Mean output over the subsets that hold an example minus the mean over those that do not.
 
-    Feldman and Zhang 2020 (arXiv 2008.03703), section 2.2 and algorithm 1, of any output rather than of correctness.
+    Feldman and Zhang 2020 (arXiv 2008.03703), algorithm 1, of any output rather than of correctness.
 
     Args:
         masks: bool ``(num_subsets, num_train)``.

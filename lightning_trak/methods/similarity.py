@@ -21,8 +21,8 @@ _TARGETS = 1024
 class RepresentationSimilarity(RepresentationMethod):
     """Dot product, cosine, or minus the Euclidean distance of two examples' representations.
 
-    The baselines of Pezeshkpour et al. 2021 (arXiv 2104.04128) and Hanawa et al. 2021 (arXiv 2006.04528); minus the
-    distance is "representation distance" in the comparisons of Park et al. 2023 (arXiv 2303.14186).
+    Hanawa et al. 2021 (arXiv 2006.04528) compare such measures; minus the distance is the "representation distance" of
+    Park et al. 2023 (arXiv 2303.14186).
 
     Args:
         model: the trained model.
