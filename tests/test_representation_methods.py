@@ -90,6 +90,13 @@ def test_a_named_layer_and_a_call_of_ones_own():
     torch.testing.assert_close(method.attribute(make_trainer(), TRAIN, TARGETS), targets @ train.T)
 
 
+def test_a_compiled_model(checkpoints):
+    plain, compiled = make_model(), torch.compile(make_model(), backend="eager")
+    methods = [RepresentationSimilarity(model, checkpoints) for model in (plain, compiled)]
+    first, second = (method.attribute(make_trainer(), TRAIN, TARGETS) for method in methods)
+    torch.testing.assert_close(first, second)
+
+
 class Items(Dataset):
     """The examples of one collated batch."""
 
@@ -167,6 +174,8 @@ def test_layers_that_cannot_be_taken(checkpoints):
         attribute(forward=twice)
     with pytest.raises(ValueError, match="layer 'head' is called 0 times"):
         attribute(forward=lambda module, batch: module.first(batch[0]))
+    with pytest.raises(ValueError, match=r"expected the representation at .* of 32 rows, .* got shape \(64, 8\)"):
+        attribute(forward=lambda module, batch: module(torch.cat([batch[0], batch[0]])))
 
 
 def test_bad_options_and_inputs(checkpoints):
