@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from lightning_trak.outputs import ModelOutput
 
 
@@ -28,3 +30,21 @@ class AttributionMixin:
             " lightning_trak.outputs.ModelOutput, e.g. ClassificationMargin() for batches (inputs, labels) with"
             " logits = self(inputs)"
         )
+
+
+def declared_output(module: nn.Module, otherwise: str) -> ModelOutput:
+    """The output that a module declares.
+
+    Args:
+        module: a module with :class:`AttributionMixin`.
+        otherwise: what the user can do instead, for the error.
+
+    Raises:
+        TypeError: if it declares none.
+    """
+    if not isinstance(module, AttributionMixin):
+        raise TypeError(
+            f"{type(module).__name__} declares no model output: derive it from AttributionMixin and define"
+            f" configure_model_output(), or {otherwise}"
+        )
+    return module.configure_model_output()

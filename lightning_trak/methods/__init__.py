@@ -1,8 +1,29 @@
 """Attribution methods, all with the interface of `Method`."""
 
 from lightning_trak.methods.base import Method
+from lightning_trak.methods.bm25 import BM25
+from lightning_trak.methods.data_shapley import DataShapley
+from lightning_trak.methods.datamodels import Datamodels
+from lightning_trak.methods.empirical_influence import EmpiricalInfluence
 from lightning_trak.methods.feature import FeatureMethod
 from lightning_trak.methods.gradients import GradientCosine, GradientDot, TracIn
+from lightning_trak.methods.knn_shapley import KNNShapley
+from lightning_trak.methods.random_scores import RandomScores
+from lightning_trak.methods.similarity import RepresentationSimilarity
 from lightning_trak.methods.trak import TRAK
 
-__all__ = ["TRAK", "FeatureMethod", "GradientCosine", "GradientDot", "Method", "TracIn"]
+__all__ = [
+    "BM25",
+    "TRAK",
+    "DataShapley",
+    "Datamodels",
+    "EmpiricalInfluence",
+    "FeatureMethod",
+    "GradientCosine",
+    "GradientDot",
+    "KNNShapley",
+    "Method",
+    "RandomScores",
+    "RepresentationSimilarity",
+    "TracIn",
+]
