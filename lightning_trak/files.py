@@ -48,8 +48,34 @@ def write_json(path: Path, content: dict[str, Any], replace: bool = True) -> Non
     write_atomically(path, write, replace)
 
 
+def read_manifest(directory: str | Path, what: str, version: int, advice: str) -> dict[str, Any]:
+    """The ``manifest.json`` of a directory.
+
+    Args:
+        directory: where it is.
+        what: what has such a manifest, such as ``"feature store"``, for messages.
+        version: its ``"format"`` that this version reads.
+        advice: what to do if there is none.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is not one, or of another format.
+    """
+    path = Path(directory).expanduser() / "manifest.json"
+    if not path.exists():
+        raise FileNotFoundError(f'"{directory}" is not a {what} yet; {advice}')
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text())
+        found, _ = manifest["format"], manifest["identity"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f'"{path}" is not the manifest of a {what}: {error!r}') from error
+    if found != version:
+        raise ValueError(f'{what} "{directory}" has format {found}; this version reads {version}')
+    return manifest
+
+
 def save_tensors(path: Path, tensors: dict[str, Tensor], **metadata: Any) -> None:
-    """Write a safetensors file as :func:`write_atomically` does, with a checksum of the tensors and JSON-able metadata."""
+    """Write a safetensors file as :func:`write_atomically` does, with a checksum and JSON-able metadata."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     # One entry, since safetensors writes several in any order, and equal content should give equal files.
     header = {"lightning_trak": json.dumps({"sha256": tensor_digest(tensors), **metadata})}

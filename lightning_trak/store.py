@@ -21,7 +21,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_trak.files import load_metadata, load_tensors, save_tensors, tensor_digest, write_json
+from lightning_trak.files import load_metadata, load_tensors, read_manifest, save_tensors, tensor_digest, write_json
 
 FORMAT_VERSION = 1
 
@@ -120,17 +120,7 @@ class FeatureStore:
             FileNotFoundError: if there is none.
             ValueError: if it is not one, or of a format that this version cannot read.
         """
-        path = Path(directory).expanduser() / "manifest.json"
-        if not path.exists():
-            raise FileNotFoundError(f'"{directory}" is not a feature store yet; call featurize first')
-        try:
-            manifest: dict[str, Any] = json.loads(path.read_text())
-            version = manifest["format"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f'"{path}" is not the manifest of a feature store: {error!r}') from error
-        if version != FORMAT_VERSION:
-            raise ValueError(f'store "{directory}" has format {version}; this version reads {FORMAT_VERSION}')
-        return manifest
+        return read_manifest(directory, "feature store", FORMAT_VERSION, "call featurize first")
 
     def _compare(self, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
         for field, mine in wanted.items():
