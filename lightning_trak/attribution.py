@@ -22,7 +22,7 @@ from lightning_trak.data import Data, Range, as_loaders, batch_size_of, fingerpr
 from lightning_trak.distributed import Ranks
 from lightning_trak.features import EngineName, FeatureExtractor
 from lightning_trak.gradients import ParameterSelection
-from lightning_trak.module import AttributionMixin
+from lightning_trak.module import declared_output
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.predict import ExtractorModule, FeatureBuffer, FeaturizeModule, ScoreModule, ShardWriter
 from lightning_trak.projections import GaussianProjection, Projection, SparseProjection
@@ -100,17 +100,8 @@ class TRAK:
             raise ValueError(f"soft_threshold must be at least 0, got {soft_threshold}")
         if isinstance(getattr(model, "_orig_mod", None), nn.Module):
             model = cast(nn.Module, model._orig_mod)  # what torch.compile was given: copies cannot share its code
-        if output is None:
-            if not isinstance(model, AttributionMixin):
-                raise TypeError(
-                    f"{type(model).__name__} declares no model output: derive it from AttributionMixin and define"
-                    " configure_model_output(), or pass output="
-                )
-            output = model.configure_model_output()
-        if not isinstance(output, ModelOutput):
-            raise TypeError(f"the model output must be a ModelOutput, got {type(output).__name__}")
         self.model = model
-        self.output = output
+        self.output = declared_output(model, output)
         self.checkpoints = resolve_checkpoints(checkpoints, weights_only=weights_only)
         self.store = Path(store)
         self.projection = projection if projection is not None else SparseProjection()

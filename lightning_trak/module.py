@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from lightning_trak.outputs import ModelOutput
 
 
@@ -28,3 +30,21 @@ class AttributionMixin:
             " lightning_trak.outputs.ModelOutput, e.g. ClassificationMargin() for batches (inputs, labels) with"
             " logits = self(inputs)"
         )
+
+
+def declared_output(module: nn.Module, output: ModelOutput | None = None) -> ModelOutput:
+    """The output to attribute: the one given, or else the one that the module declares.
+
+    Raises:
+        TypeError: if there is none, or it is not a ModelOutput.
+    """
+    if output is None:
+        if not isinstance(module, AttributionMixin):
+            raise TypeError(
+                f"{type(module).__name__} declares no model output: derive it from AttributionMixin and define"
+                " configure_model_output(), or pass output="
+            )
+        output = module.configure_model_output()
+    if not isinstance(output, ModelOutput):
+        raise TypeError(f"the model output must be a ModelOutput, got {type(output).__name__}")
+    return output

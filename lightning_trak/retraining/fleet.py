@@ -1,11 +1,9 @@
 """A fleet of models, each trained afresh on a subset of the training data: the ground truth of attribution."""
 
 import copy
-import logging
 import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -16,14 +14,22 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from lightning_trak.data import as_loaders, batch_size_of, fingerprint, like, load
-from lightning_trak.module import AttributionMixin
+from lightning_trak.data import as_loaders, batch_size_of, fingerprint, load
+from lightning_trak.module import declared_output
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.retraining.members import Member, MemberStore
-from lightning_trak.retraining.training import FactoryError, NothingTwice, outputs_of, seeded, train_alone
+from lightning_trak.retraining.training import (
+    FactoryError,
+    NothingTwice,
+    outputs_of,
+    quiet,
+    seeded,
+    shuffled_like,
+    train_alone,
+)
 from lightning_trak.retraining.vectorized import require_trainable_together, train_together
 
 Part = str | tuple[int, int]
@@ -89,15 +95,15 @@ class RetrainingFleet:
         self.num_seeds = num_seeds
         self.seed = seed
         self._nothing_twice = NothingTwice()
-        with seeded(seed), _quiet():
+        with seeded(seed), quiet():
             module, trainer = self._new_module(), self._new_trainer()
         self._train = _one_loader("train", train, trainer)
         self._targets = _one_loader("targets", targets, trainer)
         self.masks = _checked(masks, len(cast(Any, self._train.dataset)))
         if num_seeds < 1:
             raise ValueError(f"num_seeds must be at least 1, got {num_seeds}")
-        self.make_loader = make_loader if make_loader is not None else _loader_like(self._train)
-        self.output = copy.deepcopy(_declared(module) if output is None else output)
+        self.make_loader = make_loader if make_loader is not None else shuffled_like(self._train)
+        self.output = copy.deepcopy(declared_output(module, output))
         self._identity = self._describe(module, trainer)
         # Any fixed number will do as the first; consecutive ones give no seed to two members.
         self._first_seed = random.Random(f"fleet {seed}").getrandbits(32)
@@ -173,7 +179,7 @@ class RetrainingFleet:
             self._require_trainable_together(together)
         missing = self._missing(members)
         done = len(members) - len(missing)
-        with tqdm(total=len(members), initial=done, desc="Retraining", disable=not progress_bar) as bar, _quiet():
+        with tqdm(total=len(members), initial=done, desc="Retraining", disable=not progress_bar) as bar, quiet():
             for _ in range(1 + retries):
                 for group in self._groups(missing, together or 1):
                     wanted = self._missing(group)  # another process may have trained some meanwhile
@@ -268,7 +274,7 @@ class RetrainingFleet:
                 f"{type(self.output).__name__} compares with training examples, whose context is made for one module"
                 " at a time; train without together="
             )
-        with seeded(self.seed), _quiet():
+        with seeded(self.seed), quiet():
             require_trainable_together(self._new_module(), self._new_trainer(), self._loader_of(0))
 
     def _target_batches(self) -> DataLoader[Any]:
@@ -309,35 +315,3 @@ def _checked(masks: Tensor, num_train: int) -> Tensor:
             + (f", sizes {masks.sum(1).tolist()[:5]}, ..." if masks.ndim == 2 else "")
         )
     return masks.cpu()
-
-
-def _declared(module: L.LightningModule) -> ModelOutput:
-    if not isinstance(module, AttributionMixin):
-        raise TypeError(
-            f"{type(module).__name__} declares no model output: derive it from AttributionMixin and define"
-            " configure_model_output(), or pass output="
-        )
-    return module.configure_model_output()
-
-
-def _loader_like(loader: DataLoader[Any]) -> Callable[[Dataset[Any]], DataLoader[Any]]:
-    sampler: Any = loader.sampler
-    random = type(sampler) is RandomSampler and not sampler.replacement and sampler._num_samples is None
-    if type(loader.batch_sampler) is not BatchSampler or not (random or type(sampler) is SequentialSampler):
-        raise ValueError(
-            f"train has a {type(loader.batch_sampler).__name__} of a {type(sampler).__name__}, which a subset may need"
-            " another of: pass make_loader=, a function that makes the loader of a subset"
-        )
-    return lambda dataset: like(loader, dataset, batch_size=loader.batch_size, shuffle=True, drop_last=loader.drop_last)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Lightning says the same of every new Trainer."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(max(logger.getEffectiveLevel(), logging.WARNING))
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -1,8 +1,9 @@
 """Training one member of a fleet: from scratch, to the end, and its outputs afterwards."""
 
+import logging
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,8 +11,9 @@ import lightning as L
 import torch
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states, seed_everything
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
 
+from lightning_trak.data import like
 from lightning_trak.outputs import ModelOutput
 
 
@@ -90,6 +92,34 @@ def seeded(seed: int) -> Iterator[None]:
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Lightning says the same of every new Trainer."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(max(logger.getEffectiveLevel(), logging.WARNING))
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def shuffled_like(loader: DataLoader[Any]) -> Callable[[Dataset[Any]], DataLoader[Any]]:
+    """Makes loaders of subsets like the one of the whole training set, in random order.
+
+    Raises:
+        ValueError: if the loader draws otherwise than in order or at random.
+    """
+    sampler: Any = loader.sampler
+    random = type(sampler) is RandomSampler and not sampler.replacement and sampler._num_samples is None
+    if type(loader.batch_sampler) is not BatchSampler or not (random or type(sampler) is SequentialSampler):
+        raise ValueError(
+            f"train has a {type(loader.batch_sampler).__name__} of a {type(sampler).__name__}, which a subset may need"
+            " another of: pass make_loader=, a function that makes the loader of a subset"
+        )
+    return lambda dataset: like(loader, dataset, batch_size=loader.batch_size, shuffle=True, drop_last=loader.drop_last)
 
 
 class _FromScratch(L.Callback):
