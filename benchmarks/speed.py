@@ -16,18 +16,19 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-from tqdm import tqdm
 
+from benchmarks.fleet import fleet
 from benchmarks.memory import MIB, fresh_peak
 from benchmarks.models import WORKLOADS, resnet9
 from benchmarks.ours import SETTINGS, K, featurizer
 from benchmarks.peers import FEATURIZERS, SCORES, package_of
 from benchmarks.storage import scoring, topk
 from benchmarks.timing import Row, ratios, rows, seconds, table
-from examples.digits import make_data, random_halves, retrain, train_on
+from examples.digits import LitDigits, make_data, make_trainer
 from lightning_trak import TRAK, LinearDatamodelingScore
 from lightning_trak.outputs import ClassificationMargin
 from lightning_trak.projections import KroneckerProjection, SparseProjection
+from lightning_trak.retraining import RetrainingFleet, random_subsets
 
 PLAIN = "of forward + backward"
 
@@ -108,11 +109,15 @@ def lds(out: Path, repetitions: int, subsets: int = 40, k: int = 1024) -> list[R
     """How faithful scores of one model of the digits are, and what they cost."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     train, targets = make_data()
-    model = train_on(train, seed=0).net
-    masks = random_halves(subsets)
-    outputs = torch.stack(
-        [retrain(train, mask, targets, seed) for seed, mask in enumerate(tqdm(masks, "Retraining"), start=1)], dim=1
-    )
+    torch.manual_seed(0)
+    trained = LitDigits()
+    make_trainer().fit(trained, DataLoader(train, batch_size=100, shuffle=True))
+    model = trained.net.eval()
+    masks = random_subsets(len(train), subsets, seed=1)
+    with tempfile.TemporaryDirectory(dir=out) as folder:
+        retrained = RetrainingFleet(folder, LitDigits, make_trainer, DataLoader(train, batch_size=100), targets, masks)
+        retrained.run()
+        outputs = retrained.outputs
     projection = SparseProjection(k)
     methods: dict[str, Callable[[], Tensor]] = {
         "lightning-trak": lambda: _our_scores(out, model, train, targets, projection=projection),
@@ -154,6 +159,7 @@ PARTS = {
     "lds": lds,
     "peers": peers,
     "topk": topk,
+    "fleet": fleet,
 }
 
 

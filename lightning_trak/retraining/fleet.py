@@ -162,7 +162,8 @@ class RetrainingFleet:
             together: train so many members at once, by :func:`~lightning_trak.retraining.train_together`: for small
                 modules whose training is their ``training_step`` and optimizer alone. The Trainer is then asked for
                 its device and ``max_epochs`` only. Such members start from the same weights as members trained one at
-                a time; the order of their data is another, so that the two agree in distribution.
+                a time; the order of their data is another, so that the two agree in distribution. Continue with the
+                same number and parts to get the same bits: what is missing is trained with the same others again.
             retries: how often a member that failed is tried again, after all others. Calling ``run`` again tries again
                 what is missing still.
             progress_bar: whether to show one.
@@ -170,34 +171,38 @@ class RetrainingFleet:
         Raises:
             RuntimeError: at the end, if members failed, naming them. The others are finished then; tracebacks are in
                 the folder ``failures``.
-            ValueError: if the part does not exist, a factory gives something twice, or members cannot be trained
-                together.
-            TypeError: if members cannot be trained together.
+            ValueError: if the part does not exist, or a factory gives something twice.
+            TypeError: if training members together would leave something out that a Trainer does, naming it.
         """
         members = _share([Member(s, r) for r in range(self.num_seeds) for s in range(len(self.masks))], part)
         if together is not None:
             self._require_trainable_together(together)
-        missing = self._missing(members)
+        missing = set(self._missing(members))
         done = len(members) - len(missing)
         with tqdm(total=len(members), initial=done, desc="Retraining", disable=not progress_bar) as bar, quiet():
             for _ in range(1 + retries):
-                for group in self._groups(missing, together or 1):
-                    wanted = self._missing(group)  # another process may have trained some meanwhile
-                    if wanted:
-                        self._attempt(wanted, together is not None)
-                    bar.update(len(group) - len(self._missing(group)))
-                missing = self._missing(members)
+                for group in self._groups(members, together or 1):
+                    if self._missing(group):  # now, since another process may have trained some meanwhile
+                        self._attempt(group, together is not None)
+                    found = missing.intersection(group).difference(self._missing(group))
+                    missing -= found
+                    bar.update(len(found))
         if missing:
             raise RuntimeError(
                 f"{len(missing)} of {len(members)} members failed, all others are finished:"
-                f' {self.store.describe(missing)}. Tracebacks are in "{self.directory}/failures"; run again to retry'
+                f' {self.store.describe(sorted(missing))}. See their tracebacks in "{self.directory}/failures", and run'
+                " again to retry"
             )
 
     def _missing(self, members: Sequence[Member]) -> list[Member]:
         return [member for member in members if member not in self.store]
 
     def _groups(self, members: list[Member], size: int) -> Iterator[list[Member]]:
-        """Members to be trained at once: on subsets of one size, as a vectorised fleet needs them."""
+        """Members to be trained at once: on subsets of one size, as a vectorised fleet needs them.
+
+        They do not depend on what is missing: one that is will be trained together with the same others, to the same
+        bits, however often the run is interrupted.
+        """
         if size > 1:
             members = sorted(members, key=self._subset_size)
         for _, alike in groupby(members, self._subset_size):
@@ -213,10 +218,12 @@ class RetrainingFleet:
         except FactoryError:
             raise
         except Exception as error:  # whatever it is, the others can do without this member
-            for member in group:
+            for member in self._missing(group):
                 self._failed(member, error)
             return
         for member, row in zip(group, outputs, strict=True):
+            if member in self.store:
+                continue
             bad = (~row.isfinite()).nonzero().flatten().tolist()
             if bad:
                 self._failed(

@@ -128,8 +128,8 @@ class _FromScratch(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
         if trainer.global_step or trainer.current_epoch:
             raise RuntimeError(
-                f"training began at step {trainer.global_step}, epoch {trainer.current_epoch}: the Trainer has"
-                f' found a checkpoint, perhaps in "{trainer.default_root_dir}"; give every member a default_root_dir of its own, or none'
+                f"training began at step {trainer.global_step}, epoch {trainer.current_epoch}: the Trainer has found"
+                f' a checkpoint, perhaps in "{trainer.default_root_dir}"; give every member such a directory of its own'
             )
 
 
