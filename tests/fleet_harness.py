@@ -100,7 +100,7 @@ def main() -> None:
         killed.mkdir()
         codes, counts = [], []
         # The manifest and the masks take five operations, each member three.
-        first, then = draw.randrange(9, 15), draw.randrange(1, 10)
+        first, then = draw.randrange(13, 18), draw.randrange(1, 10)
         for die_at, patience in ((first, None), (then, None), (None, draw.uniform(0.1, 0.4))):
             codes.append(attempt(killed, die_at, patience, together))
             counts.append(len(members(killed)))

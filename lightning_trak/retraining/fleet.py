@@ -4,6 +4,7 @@ import copy
 import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -221,9 +222,11 @@ class RetrainingFleet:
             for member in self._missing(group):
                 self._failed(member, error)
             return
-        for member, row in zip(group, outputs, strict=True):
-            if member in self.store:
-                continue
+        missing = self._missing(group)
+
+        def keep(member: Member, row: Tensor) -> None:
+            if member not in missing:
+                return
             bad = (~row.isfinite()).nonzero().flatten().tolist()
             if bad:
                 self._failed(
@@ -231,6 +234,9 @@ class RetrainingFleet:
                 )
             else:
                 self.store.write(member, row, record | {"seed": self._seed_of(member)})
+
+        with ThreadPoolExecutor() as pool:  # what takes time is to wait for the disk
+            list(pool.map(keep, group, outputs))
 
     def _failed(self, member: Member, error: Exception) -> None:
         self.store.record_failure(member, error)

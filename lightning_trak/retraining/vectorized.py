@@ -215,12 +215,18 @@ def _fit(
                 [row[torch.randperm(len(row), generator=order)] for row, order in zip(members, orders, strict=True)]
             )
             for positions in torch.split(shuffled, batch_size, dim=1):
-                batch = tree_map(lambda value, at=positions: value[at.to(value.device)], data)
+                batch = tree_map(lambda value, at=positions: _take(value, at), data)
                 optimizer.zero_grad()
                 stack.map(_loss, batch).sum().backward()
                 optimizer.step()
                 _advance(schedulers, "step")
             _advance(schedulers, "epoch")
+
+
+def _take(value: Tensor, positions: Tensor) -> Tensor:
+    """``value[positions]``, several times as fast."""
+    rows = value.index_select(0, positions.to(value.device).flatten())
+    return rows.view(*positions.shape, *value.shape[1:])
 
 
 def _loss(module: L.LightningModule, batch: Any) -> Tensor:
