@@ -169,6 +169,26 @@ class _Batches(Sampler[list[int]]):
         return (list(batch) for batch in self.batches)
 
 
+def like(loader: DataLoader[Any], dataset: Dataset[Any], **options: Any) -> DataLoader[Any]:
+    """A loader of another dataset, or in another order, that collates and works as the given one does.
+
+    Args:
+        loader: the loader to be like.
+        dataset: what is loaded.
+        options: of the new DataLoader: which batches, and what differs.
+    """
+    same = {
+        "collate_fn": loader.collate_fn,
+        "num_workers": loader.num_workers,
+        "pin_memory": loader.pin_memory,
+        "timeout": loader.timeout,
+        "worker_init_fn": loader.worker_init_fn,
+        "multiprocessing_context": loader.multiprocessing_context,
+        "prefetch_factor": loader.prefetch_factor,
+    }
+    return DataLoader(dataset, **(same | options))
+
+
 def load(
     loader: DataLoader[Any],
     batches: Iterable[Sequence[int]],
@@ -176,17 +196,12 @@ def load(
     collate_fn: Callable[[list[Any]], Any] | None = None,
 ) -> DataLoader[Any]:
     """A loader like the given one that yields exactly these batches of dataset positions."""
-    workers = loader.num_workers if num_workers is None else num_workers
-    return DataLoader(
+    return like(
+        loader,
         loader.dataset,
         batch_sampler=_Batches(batches),
+        num_workers=loader.num_workers if num_workers is None else num_workers,
         collate_fn=collate_fn or loader.collate_fn,
-        num_workers=workers,
-        pin_memory=loader.pin_memory,
-        timeout=loader.timeout,
-        worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context,
-        prefetch_factor=loader.prefetch_factor,
         generator=torch.Generator(),  # the workers' base seed must not come from the user's random state
     )
 

@@ -23,7 +23,7 @@ def declared_rows(module: nn.Module, otherwise: str) -> Rows:
         TypeError: if it declares none.
         ValueError: if the output needs to know other training examples.
     """
-    output = declared_output(module, otherwise)
+    output = declared_output(module, otherwise=otherwise)
     if output.context_size:
         raise ValueError(f"{type(output).__name__} depends on other training examples too; {otherwise}")
     return output.output
