@@ -10,7 +10,6 @@ from typing import Any, cast
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.rank_zero import rank_zero_info
@@ -19,14 +18,14 @@ from torch.utils.data import DataLoader
 
 from lightning_trak.checkpoints import CheckpointSource, resolve_checkpoints
 from lightning_trak.data import Data, Range, as_loaders, batch_size_of, fingerprint, share_out
-from lightning_trak.distributed import Ranks
+from lightning_trak.distributed import Ranks, require_whole_parameters
 from lightning_trak.features import EngineName, FeatureExtractor
 from lightning_trak.gradients import ParameterSelection
-from lightning_trak.module import AttributionMixin
+from lightning_trak.module import declared_output, uncompiled
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.predict import ExtractorModule, FeatureBuffer, FeaturizeModule, ScoreModule, ShardWriter
 from lightning_trak.projections import GaussianProjection, Projection, SparseProjection
-from lightning_trak.scorers.damping import Damping
+from lightning_trak.scorers.damping import Damping, require_damping
 from lightning_trak.scorers.gram import Curvature
 from lightning_trak.scorers.topk import TopK
 from lightning_trak.scorers.trak import Residuals, Scores, TRAKScorer
@@ -94,28 +93,16 @@ class TRAK:
         _require("residuals", residuals, ("per_checkpoint", "averaged"))
         _require("engine", engine, ("auto", "functional", "hooks", "loop"))
         _require("dtype", dtype, (torch.float64, torch.float32, torch.bfloat16, torch.float16))
-        if damping != "auto" and (isinstance(damping, str) or damping < 0):
-            raise ValueError(f"damping must be at least 0, or 'auto'; got {damping!r}")
         if soft_threshold < 0:
             raise ValueError(f"soft_threshold must be at least 0, got {soft_threshold}")
-        if isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = cast(nn.Module, model._orig_mod)  # what torch.compile was given: copies cannot share its code
-        if output is None:
-            if not isinstance(model, AttributionMixin):
-                raise TypeError(
-                    f"{type(model).__name__} declares no model output: derive it from AttributionMixin and define"
-                    " configure_model_output(), or pass output="
-                )
-            output = model.configure_model_output()
-        if not isinstance(output, ModelOutput):
-            raise TypeError(f"the model output must be a ModelOutput, got {type(output).__name__}")
+        model = uncompiled(model)
         self.model = model
-        self.output = output
+        self.output = declared_output(model, output)
         self.checkpoints = resolve_checkpoints(checkpoints, weights_only=weights_only)
         self.store = Path(store)
         self.projection = projection if projection is not None else SparseProjection()
         self.curvature: Curvature = curvature
-        self.damping: Damping = damping
+        self.damping = require_damping(damping)
         self.residuals: Residuals = residuals
         self.soft_threshold = soft_threshold
         self.parameters = parameters
@@ -353,11 +340,7 @@ def _concatenate(parts: list[Scores]) -> Scores:
 @contextmanager
 def _borrowed(trainer: L.Trainer, ours: ExtractorModule) -> Iterator[None]:
     """The user's Trainer for a predict loop of ours: no logger and no callback but the progress bar takes part."""
-    if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
-        raise ValueError(
-            f"{type(trainer.strategy).__name__} splits the parameters over ranks, and per-example gradients need them"
-            " whole: use a Trainer with strategy='ddp' or a single device"
-        )
+    require_whole_parameters(trainer)
     limit = trainer.limit_predict_batches
     if limit != 1.0 or isinstance(limit, int):  # 1 is one batch, 1.0 is all of them
         raise ValueError(

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import cast
+
+from torch import nn
+
 from lightning_trak.outputs import ModelOutput
 
 
@@ -28,3 +32,26 @@ class AttributionMixin:
             " lightning_trak.outputs.ModelOutput, e.g. ClassificationMargin() for batches (inputs, labels) with"
             " logits = self(inputs)"
         )
+
+
+def declared_output(model: nn.Module, output: ModelOutput | None) -> ModelOutput:
+    """The output to attribute: the one that is given, or else what the model declares.
+
+    Raises:
+        TypeError: if there is neither, or it is no ModelOutput.
+    """
+    if output is None:
+        if not isinstance(model, AttributionMixin):
+            raise TypeError(
+                f"{type(model).__name__} declares no model output: derive it from AttributionMixin and define"
+                " configure_model_output(), or pass output="
+            )
+        output = model.configure_model_output()
+    if not isinstance(output, ModelOutput):
+        raise TypeError(f"the model output must be a ModelOutput, got {type(output).__name__}")
+    return output
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """What torch.compile was given, since copies cannot share its code; any other module as it is."""
+    return cast(nn.Module, model._orig_mod) if isinstance(getattr(model, "_orig_mod", None), nn.Module) else model
