@@ -38,13 +38,22 @@ def auto_damping(gram: Tensor, squared_weights: Tensor) -> float:
     return float(len(gram) / (2 * num_effective))
 
 
-def absolute_damping(damping: Damping, weights: Tensor, size: int) -> float:
-    """lambda of a matrix that need not be there: what :func:`auto_damping`, or a number, means for it.
+def absolute_damping(damping: Damping, weights: Tensor, size: int, where: str) -> float:
+    """The lambda of a matrix that need not be there: what :func:`auto_damping`, or a number, means for it.
 
     Args:
         damping: relative to the mean of the matrix's diagonal, or ``"auto"``.
         weights: what each example adds to the matrix's trace: w_j, shape ``(n,)``.
         size: the number of its rows.
+        where: what to call the matrix in errors.
+
+    Raises:
+        ValueError: if the matrix is zero.
     """
     total = weights.sum()
+    if total <= 0:
+        raise ValueError(
+            f"there is no curvature at {where}: the output has no gradient, or the loss is linear in it; use an output"
+            " with a curvature, such as ClassificationMargin, or NegativeLoss"
+        )
     return float(weights.square().sum() / (2 * total) if damping == "auto" else damping * total / size)

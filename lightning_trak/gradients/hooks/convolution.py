@@ -60,7 +60,7 @@ class ConvolutionLayer(Layer, covers=[*_TYPES]):
 
     @staticmethod
     def factored(module: Any) -> bool:
-        """Whether there are sides: not for groups, nor transposed, where an output belongs to many patches."""
+        """Not for groups, whose weight is many matrices, nor transposed ones, where patches are of the output."""
         return module.groups == 1 and not module.transposed
 
     @staticmethod

@@ -24,8 +24,8 @@ class Layer(ABC):  # noqa: B024  # what a subclass defines has the names of the 
     module where that is no use.
 
     Where it is one, a third method ``sides(module, activation, gradient, size)`` may give those products' factors, of
-    shapes ``(size, positions, rows)`` and ``(size, positions, columns)``; or None for a module where there are none.
-    One side is what the module makes of its inputs, and ``rows_are_inputs`` says which.
+    shapes ``(size, positions, rows)`` and ``(size, positions, columns)``, for modules that are ``factored``. One side
+    is made of the inputs, and ``rows_are_inputs`` says which; the other is the output's gradient, as for the bias.
 
     Types are matched exactly: a subclass may compute anything in its own ``forward``. One that does not is covered by
     naming it.
@@ -52,6 +52,12 @@ class Layer(ABC):  # noqa: B024  # what a subclass defines has the names of the 
         """Register the subclass for modules of these types, or of types given as ``"package.module.Type"``."""
         for kind in covers or ():
             Layer._registry[kind] = cls
+
+    @staticmethod
+    def factored(module: nn.Module) -> bool:
+        """Whether ``sides`` gives the gradient of this module's weight."""
+        del module
+        return False
 
     @classmethod
     def refusal(cls, module: nn.Module) -> str | None:

@@ -11,6 +11,11 @@ from lightning_trak.gradients.hooks.layers import Layer
 
 class _Affine(Layer):
     @staticmethod
+    def factored(module: nn.Module) -> bool:  # noqa: ARG004
+        """Always."""
+        return True
+
+    @staticmethod
     @abstractmethod
     def sides(module: nn.Module, activation: Tensor, gradient: Tensor, size: int) -> tuple[Tensor, Tensor]:
         """See :class:`~lightning_trak.gradients.hooks.layers.Layer`."""
