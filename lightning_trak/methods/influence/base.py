@@ -18,7 +18,6 @@ from lightning_trak.methods.influence.solvers import InverseProduct
 from lightning_trak.module import declared_output, uncompiled
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.projections import IdentityProjection
-from lightning_trak.scorers.damping import Damping, require_damping
 
 # Gradients of this many bytes are preconditioned at a time; solvers hold a few copies.
 TARGET_BYTES = 1 << 29
@@ -34,7 +33,6 @@ class Influence(Method):
         model: as for :class:`~lightning_trak.TRAK`: it is not touched.
         checkpoints: as for :class:`~lightning_trak.TRAK`.
         output: the scalar output to attribute; default: the model's ``configure_model_output()``.
-        damping: lambda relative to the mean of the diagonal, or ``"auto"``.
         parameters: which parameters to differentiate, by name pattern; default: all that require gradients.
         seed: of what is drawn at random.
         weights_only: ``False`` lets ``.ckpt`` and ``.pt`` files run code when they are read; for files you trust only.
@@ -46,7 +44,6 @@ class Influence(Method):
         checkpoints: CheckpointsLike,
         *,
         output: ModelOutput | None,
-        damping: Damping,
         parameters: ParameterSelection,
         seed: int,
         weights_only: bool,
@@ -54,7 +51,6 @@ class Influence(Method):
         self.model = uncompiled(model)
         self.output = declared_output(self.model, output)
         self.checkpoints = resolve_checkpoints(checkpoints, weights_only=weights_only)
-        self.damping = require_damping(damping)
         self.parameters = parameters
         self.seed = seed
 
@@ -83,16 +79,16 @@ class Influence(Method):
         """
         require_whole_parameters(trainer)
         train_set, target_set = Examples.of(train, "fit", trainer), Examples.of(targets, "predict", trainer)
-        extractor = FeatureExtractor(
-            self.model,
-            self.output,
-            self.checkpoints,
-            [checkpoint.fingerprint() for checkpoint in self.checkpoints],
-            IdentityProjection(),
-            parameters=self._selection(),
-            seed=self.seed,
-        )
         with isolate_rng(), torch.inference_mode(False), torch.no_grad():
+            extractor = FeatureExtractor(
+                self.model,
+                self.output,
+                self.checkpoints,
+                [checkpoint.fingerprint() for checkpoint in self.checkpoints],
+                IdentityProjection(),
+                parameters=self._selection(),
+                seed=self.seed,
+            )
             passes = Passes(extractor, trainer, train_set)
             scores = torch.zeros(target_set.num_examples, train_set.num_examples, dtype=passes.dtype)
             for checkpoint in range(len(self.checkpoints)):

@@ -17,7 +17,6 @@ from lightning_trak.methods.influence.hessian import require_convex
 from lightning_trak.methods.influence.passes import Passes
 from lightning_trak.methods.influence.solvers import InverseProduct
 from lightning_trak.outputs import ModelOutput
-from lightning_trak.scorers.damping import Damping, absolute_damping
 
 EKFACCurvature = Literal["gauss_newton", "empirical"]
 
@@ -43,8 +42,9 @@ class EKFACInfluence(Influence):
         checkpoints: as for :class:`~lightning_trak.TRAK`; scores are averaged over them.
         output: the scalar output to attribute; default: the model's ``configure_model_output()``.
         curvature: what is approximated.
-        damping: lambda of each layer relative to the mean of its eigenvalues (0.1 is the habit in the literature);
-            ``"auto"`` is the rule of :func:`~lightning_trak.scorers.damping.auto_damping`, for each layer.
+        damping: lambda of each layer, relative to the mean of its eigenvalues. The default is the habit of the
+            literature; on digits 0.01 to 0.3 were best, and the rule of
+            :func:`~lightning_trak.scorers.damping.auto_damping` far too large for what no projection has mixed.
         parameters: which parameters to differentiate, by name pattern; default: all that require gradients.
         seed: of what is drawn at random.
         weights_only: ``False`` lets ``.ckpt`` and ``.pt`` files run code when they are read; for files you trust only.
@@ -57,23 +57,25 @@ class EKFACInfluence(Influence):
         *,
         output: ModelOutput | None = None,
         curvature: EKFACCurvature = "gauss_newton",
-        damping: Damping = "auto",
+        damping: float = 0.1,
         parameters: ParameterSelection = None,
         seed: int = 0,
         weights_only: bool = True,
     ) -> None:
         if curvature not in ("gauss_newton", "empirical"):
             raise ValueError(f"curvature must be 'gauss_newton' or 'empirical', got {curvature!r}")
+        if isinstance(damping, str) or damping < 0:
+            raise ValueError(f"damping must be a number of at least 0, got {damping!r}")
         super().__init__(
             model,
             checkpoints,
             output=output,
-            damping=damping,
             parameters=parameters,
             seed=seed,
             weights_only=weights_only,
         )
         self.curvature: EKFACCurvature = curvature
+        self.damping = damping
 
     def _selection(self) -> Callable[[str, nn.Parameter], bool]:
         names = select_parameters(self.model, self.parameters)
@@ -91,17 +93,20 @@ class EKFACInfluence(Influence):
     def _prepare(self, passes: Passes) -> InverseProduct:
         blocks = find_blocks(passes.extractor.module, passes.extractor.names)[0]
         bases = self._bases(passes, blocks)
-        eigenvalues, weights = self._eigenvalues(passes, blocks, bases)
-        dampings = [
-            absolute_damping(self.damping, each, values.numel(), f"{passes.where}, {block.site.path}")
-            for block, values, each in zip(blocks, eigenvalues, weights, strict=True)
-        ]
+        damped = []
+        for block, values in zip(blocks, self._eigenvalues(passes, blocks, bases), strict=True):
+            if not values.any():
+                raise ValueError(
+                    f"there is no curvature in {block.site.path} at {passes.where}: the output does not depend on it,"
+                    " or the loss is linear in the output; leave it out by parameters=, or use curvature='empirical'"
+                )
+            damped.append(values + self.damping * values.mean())
 
         def inverse(rows: Tensor) -> Tensor:
             solved = torch.empty_like(rows)
             source, target = passes.split(rows), passes.split(solved)
-            for block, basis, values, damping in zip(blocks, bases, eigenvalues, dampings, strict=True):
-                rotated = basis.rotate(block.gather(source)) / (values + damping).to(rows)
+            for block, basis, values in zip(blocks, bases, damped, strict=True):
+                rotated = basis.rotate(block.gather(source)) / values.to(rows)
                 block.scatter(basis.rotate_back(rotated), target)
             return solved
 
@@ -131,20 +136,15 @@ class EKFACInfluence(Influence):
                 engine.add(fresh, size)
         return [Basis(*(torch.linalg.eigh(part)[1].to(passes.dtype) for part in pair)) for pair in engine.covariances]
 
-    def _eigenvalues(
-        self, passes: Passes, blocks: list[Block], bases: list["Basis"]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """For each layer the curvature's diagonal, float64, and what each example adds to its trace: another pass."""
+    def _eigenvalues(self, passes: Passes, blocks: list[Block], bases: list["Basis"]) -> list[Tensor]:
+        """The curvature's diagonal of each layer, float64 ``(outputs, inputs)``: another pass."""
         totals = [torch.zeros(len(basis.outputs), len(basis.inputs), device=passes.device).double() for basis in bases]
-        weights: list[list[Tensor]] = [[] for _ in blocks]
         for _, rows in passes.rows(passes.train):
             counts = self._squared_weights(rows.residuals, rows.curvatures).view(-1, 1, 1)
             parts = passes.split(rows.features)
-            for block, basis, total, each in zip(blocks, bases, totals, weights, strict=True):
-                squares = basis.rotate(block.gather(parts)).square_().mul_(counts)
-                total += squares.sum(0)
-                each.append(squares.sum((1, 2), dtype=torch.float64))
-        return totals, [torch.cat(each) for each in weights]
+            for block, basis, total in zip(blocks, bases, totals, strict=True):
+                total += (basis.rotate(block.gather(parts)).square_() * counts).sum(0)
+        return totals
 
 
 class Basis(NamedTuple):

@@ -9,7 +9,7 @@ from lightning_trak.methods.influence.hessian import Hessian, HessianKind
 from lightning_trak.methods.influence.passes import Passes
 from lightning_trak.methods.influence.solvers import ConjugateGradient, InverseProduct, Solver
 from lightning_trak.outputs import ModelOutput
-from lightning_trak.scorers.damping import Damping
+from lightning_trak.scorers.damping import Damping, require_damping
 
 
 class InfluenceFunction(Influence):
@@ -58,13 +58,13 @@ class InfluenceFunction(Influence):
             model,
             checkpoints,
             output=output,
-            damping=damping,
             parameters=parameters,
             seed=seed,
             weights_only=weights_only,
         )
         self.solver = solver or ConjugateGradient()
         self.hessian: HessianKind = hessian
+        self.damping = require_damping(damping)
 
     def _prepare(self, passes: Passes) -> InverseProduct:
         return self.solver.prepare(Hessian(passes, self.hessian, self.damping))

@@ -73,13 +73,13 @@ class ConjugateGradient(Solver):
         squared = _inner(rows, rows)
         goal = self.tolerance**2 * squared
         for _ in range(self.max_iterations):
-            active = (squared > goal).flatten().nonzero().flatten()
+            active = (~(squared <= goal)).flatten().nonzero().flatten()
             if len(active) == 0:
                 return solution
             along = direction[active]
             product = hessian.damped_product(along)
             bend = _inner(along, product)
-            if bend.min() <= 0:
+            if not bend.min() > 0:
                 worst = float((bend / _inner(along, along)).min())
                 raise ValueError(
                     f"conjugate gradients at {hessian.passes.where} came to a direction in which the damped Hessian is"
@@ -90,8 +90,9 @@ class ConjugateGradient(Solver):
             residual[active] -= step.to(rows) * product
             before, squared = squared, _inner(residual, residual)
             direction[active] = residual[active] + (squared[active] / before[active]).to(rows) * along
-        error = float((squared / (goal / self.tolerance**2)).nan_to_num().max().sqrt())
-        if error > self.tolerance:
+        left = ~(squared <= goal)
+        if left.any():
+            error = float((squared[left] / goal[left]).max().sqrt()) * self.tolerance
             warnings.warn(
                 f"conjugate gradients at {hessian.passes.where} stopped after {self.max_iterations} iterations at a"
                 f" relative residual of {error:.2g}, above {self.tolerance:g}: use more max_iterations or a larger"
