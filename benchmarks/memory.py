@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks.models import WORKLOADS
-from benchmarks.ours import SETTINGS, featurizer
+from benchmarks.ours import featurizer, settings
 
 MIB = 1 << 20
 
@@ -36,7 +36,7 @@ def peak_of(action: Callable[[], object]) -> int:
 
 def _measure(workload: str, size: int, setting: str, answer: "multiprocessing.SimpleQueue[int]") -> None:
     work = WORKLOADS[workload](size)
-    answer.put(peak_of(work.train_step if setting == "training step" else featurizer(work, *SETTINGS[setting])))
+    answer.put(peak_of(work.train_step if setting == "training step" else featurizer(work, settings()[setting])))
 
 
 def fresh_peak(workload: str, size: int, setting: str) -> int:

@@ -1,11 +1,13 @@
 """The models that are timed, their batches, and what a plain step of them costs."""
 
+import copy
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_trak.outputs import CausalLMMargin, ClassificationMargin, ModelOutput
@@ -52,12 +54,19 @@ def _convolution(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, pa
 
 @dataclass
 class Workload:
-    """A model in eval mode, the output that is attributed, and a batch of it."""
+    """A model in eval mode, the output that is attributed, and a batch of it.
+
+    Attributes:
+        unit: what a batch consists of, for rates.
+        count: how many of them.
+    """
 
     model: nn.Module
     output: ModelOutput
     batch: Any
     size: int
+    unit: str
+    count: int
 
     def plain(self) -> None:
         """Forward and backward of the outputs' sum with all parameters' gradients: the unit of all ratios."""
@@ -70,23 +79,54 @@ class Workload:
         self.plain()
         optimizer.step()
 
+    def to(self, device: torch.device, dtype: torch.dtype) -> "Workload":
+        """A copy elsewhere, or in another precision."""
+        batch = apply_to_collection(
+            self.batch, Tensor, lambda t: t.to(device, dtype if t.is_floating_point() else None)
+        )
+        return replace(self, model=copy.deepcopy(self.model).to(device, dtype), batch=batch)
+
 
 def resnet9(size: int = 32) -> Workload:
     """ResNet-9 with a batch of CIFAR-shaped noise."""
     torch.manual_seed(0)
     batch = (torch.randn(size, 3, 32, 32), torch.randint(10, (size,)))
-    return Workload(ResNet9().eval(), ClassificationMargin(), batch, size)
+    return Workload(ResNet9().eval(), ClassificationMargin(), batch, size, "examples", size)
 
 
-def gpt2(size: int = 8) -> Workload:
-    """A GPT-2 of six layers and width 256 (5.3M parameters) with a batch of 128 random tokens each."""
+def gpt2_6(size: int = 8) -> Workload:
+    """GPT-2 small with six layers instead of twelve (DistilGPT2's shape, 82M parameters), 128 random tokens a text."""
+    return _gpt2(size, layers=6, length=128)
+
+
+def gpt2_12(size: int = 8) -> Workload:
+    """GPT-2 small (124M parameters), 512 random tokens a text."""
+    return _gpt2(size, layers=12, length=512)
+
+
+def _gpt2(size: int, layers: int, length: int) -> Workload:
     transformers = importlib.import_module("transformers")
     torch.manual_seed(0)
-    config = transformers.GPT2Config(
-        vocab_size=2048, n_positions=128, n_embd=256, n_layer=6, n_head=8, bos_token_id=0, eos_token_id=0
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=layers, n_positions=length)).eval()
+    batch = {"input_ids": torch.randint(model.config.vocab_size, (size, length))}
+    return Workload(model, CausalLMMargin(), batch, size, "tokens", size * length)
+
+
+def resnet18(size: int = 64) -> Workload:
+    """ResNet-18 (11.7M parameters), 224 x 224 noise."""
+    transformers = importlib.import_module("transformers")
+    torch.manual_seed(0)
+    config = transformers.ResNetConfig(
+        layer_type="basic", hidden_sizes=[64, 128, 256, 512], depths=[2, 2, 2, 2], num_labels=1000
     )
-    batch = {"input_ids": torch.randint(2048, (size, 128))}
-    return Workload(transformers.GPT2LMHeadModel(config).eval(), CausalLMMargin(), batch, size)
+    batch = {"pixel_values": torch.randn(size, 3, 224, 224), "labels": torch.randint(1000, (size,))}
+    model = transformers.ResNetForImageClassification(config).eval()
+    return Workload(model, ClassificationMargin(), batch, size, "examples", size)
 
 
-WORKLOADS: dict[str, Callable[[int], Workload]] = {"resnet9": resnet9, "gpt2": gpt2}
+WORKLOADS: dict[str, Callable[[int], Workload]] = {
+    "resnet9": resnet9,
+    "gpt2, 6 layers": gpt2_6,
+    "resnet18": resnet18,
+    "gpt2": gpt2_12,
+}

@@ -1,6 +1,7 @@
 """The library's ways from a batch to features, as they are timed."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -12,18 +13,36 @@ from lightning_trak.store import Features
 
 K = 2048
 
-SETTINGS: dict[str, tuple[EngineName, Projection]] = {
-    "vmap + SparseProjection": ("functional", SparseProjection(K)),
-    "hooks + SparseProjection": ("hooks", SparseProjection(K)),
-    "hooks + KroneckerProjection": ("hooks", KroneckerProjection(16, 16)),
-}
+
+class Setting(NamedTuple):
+    """How features are made."""
+
+    engine: EngineName
+    projection: Projection
+    dtype: torch.dtype = torch.float32
 
 
-def featurizer(work: Workload, engine: EngineName, projection: Projection) -> Callable[[], Features]:
-    """Makes the features of a workload's batch."""
+def settings(k: int = K) -> dict[str, Setting]:
+    """What is timed, by name."""
+    sparse, kronecker = SparseProjection(k), KroneckerProjection(16, 16)
+    return {
+        "vmap + SparseProjection": Setting("functional", sparse),
+        "hooks + SparseProjection": Setting("hooks", sparse),
+        "hooks + KroneckerProjection": Setting("hooks", kronecker),
+        "hooks + SparseProjection, bf16-true": Setting("hooks", sparse, torch.bfloat16),
+        "hooks + KroneckerProjection, bf16-true": Setting("hooks", kronecker, torch.bfloat16),
+    }
+
+
+def featurizer(work: Workload, setting: Setting) -> Callable[[], Features]:
+    """Makes the features of a workload's batch, where its model is."""
+    device = next(work.model.parameters()).device
     checkpoints = resolve_checkpoints([work.model.state_dict()])
     digests = [checkpoint.fingerprint() for checkpoint in checkpoints]
-    extractor = FeatureExtractor(work.model, work.output, checkpoints, digests, projection, engine=engine)
-    extractor.to_checkpoint(0, torch.device("cpu"))
+    work = work.to(device, setting.dtype)
+    extractor = FeatureExtractor(
+        work.model, work.output, checkpoints, digests, setting.projection, engine=setting.engine
+    )
+    extractor.to_checkpoint(0, device)
     positions = torch.arange(work.size)
     return lambda: extractor(work.batch, positions)

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -20,14 +21,14 @@ from tqdm import tqdm
 
 from benchmarks.memory import MIB, fresh_peak
 from benchmarks.models import WORKLOADS, resnet9
-from benchmarks.ours import SETTINGS, K, featurizer
+from benchmarks.ours import K, featurizer, settings
 from benchmarks.peers import FEATURIZERS, SCORES, package_of
 from benchmarks.storage import scoring, topk
-from benchmarks.timing import Row, ratios, rows, seconds, table
+from benchmarks.timing import Action, Row, Run, ratios, rows, seconds, table
 from examples.digits import make_data, random_halves, retrain, train_on
 from lightning_trak import TRAK, LinearDatamodelingScore
 from lightning_trak.outputs import ClassificationMargin
-from lightning_trak.projections import KroneckerProjection, SparseProjection
+from lightning_trak.projections import KroneckerProjection, Projection, SparseProjection
 
 PLAIN = "of forward + backward"
 
@@ -37,45 +38,64 @@ def _absent(name: str) -> str | None:
     return None if importlib.util.find_spec(package) else f"skipped: {package} is not installed"
 
 
-def featurize(_: Path, repetitions: int) -> list[Row]:
-    """Features of a batch, from its gradients."""
+# Batch sizes of each part: timed on a CPU or on a GPU, and where memory is measured.
+CPU_SIZES = {"resnet9": 32, "gpt2, 6 layers": 8}
+GPU_SIZES = {"resnet9": 512, "gpt2, 6 layers": 64, "resnet18": 128, "gpt2": 32}
+MEMORY_SIZES = {"resnet9": 128, "gpt2, 6 layers": 8}
+
+
+def featurize(run: Run) -> list[Row]:
+    """Features of a batch, from its gradients; on a GPU also what the plain pass takes in the same precision."""
     found = []
-    for workload, make in WORKLOADS.items():
-        if workload == "gpt2" and not importlib.util.find_spec("transformers"):
-            found.append(Row("featurize", workload, None, PLAIN, repetitions=0, note="transformers is not installed"))
+    on_gpu = run.device.type == "cuda"
+    for name, size in (GPU_SIZES if on_gpu else CPU_SIZES).items():
+        if name != "resnet9" and not importlib.util.find_spec("transformers"):
+            found.append(Row("featurize", name, None, PLAIN, repetitions=0, note="transformers is not installed"))
             continue
-        work = make({"resnet9": 32, "gpt2": 8}[workload])
-        actions = {f"{workload}: {name}": featurizer(work, *setting) for name, setting in SETTINGS.items()}
-        notes = {name: f"k = {action().features.shape[1]}" for name, action in actions.items()}
-        found += rows("featurize", ratios(work.plain, actions, repetitions), PLAIN, notes)
+        work = WORKLOADS[name](size).to(run.device, torch.float32)
+        options = settings(4096 if on_gpu else K)
+        if on_gpu:
+            del options["vmap + SparseProjection"]  # it would hold all examples' gradients
+        half = "forward + backward, bf16-true"
+        actions: dict[str, Action] = {key: featurizer(work, setting) for key, setting in options.items()}
+        actions[half] = work.to(run.device, torch.bfloat16).plain
+        measured = ratios(work.plain, actions, run.repetitions)
+        unit = statistics.median(seconds(work.plain) for _ in range(run.repetitions))
+        rates = {key: f"{work.count / unit / statistics.median(r):.4g} {work.unit}/s" for key, r in measured.items()}
+        for key, setting in options.items():
+            if setting.dtype == torch.bfloat16:
+                pairs = zip(measured[key], measured[half], strict=True)
+                measured[f"{key}, against bf16-true"] = [ratio / below for ratio, below in pairs]
+        named = {f"{name}: {key}": values for key, values in measured.items()}
+        found += rows("featurize", named, PLAIN, {f"{name}: {key}": rate for key, rate in rates.items()})
     return found
 
 
-def memory(_: Path, repetitions: int) -> list[Row]:
-    """Peak memory of the same, each in a fresh process, beside that of a training step."""
+def memory(run: Run) -> list[Row]:
+    """Peak memory of the same on a CPU, each in a fresh process, beside that of a training step."""
     found = []
-    for workload, size in (("resnet9", 128), ("gpt2", 32)):
-        if workload == "gpt2" and not importlib.util.find_spec("transformers"):
+    for workload, size in MEMORY_SIZES.items():
+        if workload != "resnet9" and not importlib.util.find_spec("transformers"):
             continue
-        for name in ("training step", *SETTINGS):
-            peaks = [fresh_peak(workload, size, name) / MIB for _ in range(min(repetitions, 3))]
+        for name in ("training step", *settings()):
+            peaks = [fresh_peak(workload, size, name) / MIB for _ in range(min(run.repetitions, 3))]
             value = statistics.median(peaks)
             note = f"batch of {size}"
             found.append(Row("memory", f"{workload}: {name}", value, "MiB", min(peaks), max(peaks), len(peaks), note))
     return found
 
 
-def peers(out: Path, _: int) -> list[Row]:
+def peers(run: Run) -> list[Row]:
     """Other packages on ResNet-9, one at a time beside forward + backward of the examples that each goes through."""
     work = resnet9(32)
     unit = statistics.median(seconds(work.plain) for _ in range(5))
     found = rows(
         "peers",
         ratios(
-            work.plain, {f"lightning-trak {name}": featurizer(work, *setting) for name, setting in SETTINGS.items()}
+            work.plain, {f"lightning-trak {name}": featurizer(work, setting) for name, setting in settings().items()}
         ),
         PLAIN,
-        dict.fromkeys((f"lightning-trak {name}" for name in SETTINGS), "featurize 32 examples"),
+        dict.fromkeys((f"lightning-trak {name}" for name in settings()), "featurize 32 examples"),
     )
 
     def once(action: Callable[[], object], examples: int) -> float:
@@ -91,7 +111,7 @@ def peers(out: Path, _: int) -> list[Row]:
         return Row("peers", name, statistics.median(values), PLAIN, min(values), max(values), len(values), what)
 
     data = TensorDataset(*work.batch)
-    with tempfile.TemporaryDirectory(dir=out) as folder:
+    with tempfile.TemporaryDirectory(dir=run.out) as folder:
         for name in dict.fromkeys((*FEATURIZERS, *SCORES)):
             if reason := _absent(name):
                 found.append(Row("peers", name, None, PLAIN, repetitions=0, note=reason))
@@ -104,7 +124,7 @@ def peers(out: Path, _: int) -> list[Row]:
     return found
 
 
-def lds(out: Path, repetitions: int, subsets: int = 40, k: int = 1024) -> list[Row]:
+def lds(run: Run, subsets: int = 40, k: int = 1024) -> list[Row]:
     """How faithful scores of one model of the digits are, and what they cost."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     train, targets = make_data()
@@ -113,13 +133,16 @@ def lds(out: Path, repetitions: int, subsets: int = 40, k: int = 1024) -> list[R
     outputs = torch.stack(
         [retrain(train, mask, targets, seed) for seed, mask in enumerate(tqdm(masks, "Retraining"), start=1)], dim=1
     )
-    projection = SparseProjection(k)
+    kronecker = KroneckerProjection(16, 16)
+    ours: dict[str, dict[str, Any]] = {
+        "lightning-trak": {"projection": SparseProjection(k)},
+        "lightning-trak, bf16-true": {"projection": SparseProjection(k), "precision": "bf16-true"},
+        "lightning-trak, Kronecker": {"projection": kronecker},
+        "lightning-trak, Kronecker, bf16-true": {"projection": kronecker, "precision": "bf16-true"},
+    }
     methods: dict[str, Callable[[], Tensor]] = {
-        "lightning-trak": lambda: _our_scores(out, model, train, targets, projection=projection),
-        "lightning-trak, hooks": lambda: _our_scores(out, model, train, targets, projection=projection, engine="hooks"),
-        "lightning-trak, hooks + Kronecker": lambda: _our_scores(
-            out, model, train, targets, projection=KroneckerProjection(16, 16), engine="hooks"
-        ),
+        name: lambda options=options: _our_scores(run.out, model, train, targets, **options)
+        for name, options in ours.items()
     }
     skipped = []
     for name, score in SCORES.items():
@@ -134,15 +157,29 @@ def lds(out: Path, repetitions: int, subsets: int = 40, k: int = 1024) -> list[R
         low, high = metric.interval()
         found.append(Row("lds", name, float(metric.compute()), "LDS", float(low), float(high)))
     baseline = methods.pop("lightning-trak")
-    times = ratios(baseline, methods, min(repetitions, 3))
+    times = ratios(baseline, methods, min(run.repetitions, 3))
     return found + skipped + rows("lds", times, "of the time of lightning-trak, features and scores")
 
 
-def _our_scores(out: Path, model: nn.Module, train: TensorDataset, targets: TensorDataset, **options: object) -> Tensor:
+def _our_scores(
+    out: Path,
+    model: nn.Module,
+    train: TensorDataset,
+    targets: TensorDataset,
+    projection: Projection,
+    precision: Literal["32-true", "bf16-true"] = "32-true",
+) -> Tensor:
     """Featurize and score as users do, with a Trainer and a store on disk."""
-    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        precision=precision,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
     with tempfile.TemporaryDirectory(dir=out) as folder:
-        trak = TRAK(model, [model.state_dict()], folder, output=ClassificationMargin(), **options)
+        trak = TRAK(model, [model.state_dict()], folder, output=ClassificationMargin(), projection=projection)
         trak.featurize(trainer, DataLoader(train, batch_size=100))
         return trak.score(trainer, DataLoader(targets, batch_size=100))
 
@@ -157,20 +194,33 @@ PARTS = {
 }
 
 
+GPU_PARTS = {"featurize", "scoring"}
+
+
 def main() -> None:
     """Run the parts that were asked for; print a table, and write one JSON file for each part."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("speed_output"), help="folder of the JSON files")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--device", type=torch.device, default="cpu", help="cpu or cuda (parts featurize, scoring)")
     parser.add_argument("--repetitions", type=int, default=5, help="rounds of alternating measurements")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", ".*LeafSpec.*|.*does not have many workers.*")  # Lightning's own
-    machine = {"torch": torch.__version__, "python": platform.python_version(), "threads": torch.get_num_threads()}
+    run = Run(args.out, args.repetitions, torch.device(args.device))
+    if run.device.type == "cuda" and not set(args.parts) <= GPU_PARTS:
+        parser.error(f"on a GPU, --parts can be {' and '.join(sorted(GPU_PARTS))}")
+    name = torch.cuda.get_device_name() if run.device.type == "cuda" else platform.processor()
+    machine = {
+        "device": name,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+    }
     found = []
     for part in args.parts:
-        measured = PARTS[part](args.out, args.repetitions)
+        measured = PARTS[part](run)
         content = machine | {"rows": [asdict(row) for row in measured]}
         (args.out / f"{part}.json").write_text(json.dumps(content, indent=2) + "\n")
         print(table(measured), flush=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.memory import MIB, reset_peak, sampled, status
-from benchmarks.timing import Row, ratios, rows, seconds
+from benchmarks.timing import Row, Run, ratios, rows, seconds
 from lightning_trak.scorers import TRAKScorer
 from lightning_trak.store import Features, FeatureStore
 
@@ -43,9 +43,9 @@ def read_files(store: FeatureStore) -> None:
                 pass
 
 
-def scoring(out: Path, repetitions: int, num_examples: int = 20_000) -> list[Row]:
+def scoring(run: Run, num_examples: int = 20_000) -> list[Row]:
     """Throughput of scoring as a share of the bare product's: 1 would be free of overhead."""
-    with tempfile.TemporaryDirectory(dir=out) as directory:
+    with tempfile.TemporaryDirectory(dir=run.out) as directory:
         store = make_store(Path(directory), num_examples, torch.float32)
         scorer = make_scorer(store)
         directions = [torch.randn(TARGETS, K)]
@@ -71,21 +71,21 @@ def scoring(out: Path, repetitions: int, num_examples: int = 20_000) -> list[Row
             "score, first pass (checksums)": first_score,
             "score, top_k=10": lambda: scorer.score(directions, top_k=10),
         }
-        measured = ratios(one_product, actions, repetitions)
+        measured = ratios(one_product, actions, run.repetitions)
     shares = {name: [1 / ratio for ratio in found] for name, found in measured.items()}
     return rows("scoring", shares, f"of the throughput of one bare product ({TARGETS} x {num_examples} x {K})")
 
 
-def topk(out: Path, repetitions: int, num_examples: int = 1_000_000) -> list[Row]:
+def topk(run: Run, num_examples: int = 1_000_000) -> list[Row]:
     """Time and peak memory of the ten best of a million stored float16 examples, for 256 targets.
 
     Raises:
         OSError: if the disk lacks room for the store.
     """
     needed = 2.2 * num_examples * K
-    if shutil.disk_usage(out).free < needed:
-        raise OSError(f"the topk part needs {needed / 1e9:.1f} GB free at {out}; give another --out")
-    with tempfile.TemporaryDirectory(dir=out) as directory:
+    if shutil.disk_usage(run.out).free < needed:
+        raise OSError(f"the topk part needs {needed / 1e9:.1f} GB free at {run.out}; give another --out")
+    with tempfile.TemporaryDirectory(dir=run.out) as directory:
         store = make_store(Path(directory), num_examples, torch.float16)
         scorer = make_scorer(store)
         directions = [torch.randn(TARGETS, K)]
@@ -93,7 +93,7 @@ def topk(out: Path, repetitions: int, num_examples: int = 1_000_000) -> list[Row
         product, reading, first, later = [], [], [], []
         reset_peak()
         with sampled() as peaks:
-            for _ in range(repetitions):
+            for _ in range(run.repetitions):
                 reading.append(seconds(lambda: read_files(store)))
                 product.append(seconds(lambda: [directions[0] @ block.T for _ in range(store.num_shards)]))
                 store._verified.clear()

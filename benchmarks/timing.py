@@ -4,8 +4,26 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+
+import torch
 
 Action = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the command line asks of a part.
+
+    Attributes:
+        out: folder for files.
+        repetitions: rounds of alternating measurements.
+        device: where to measure.
+    """
+
+    out: Path
+    repetitions: int
+    device: torch.device
 
 
 @dataclass
@@ -34,9 +52,11 @@ class Row:
 
 
 def seconds(action: Action) -> float:
-    """How long one call takes."""
+    """How long one call takes, until the GPU is done with it, if there is one."""
     started = time.perf_counter()
     action()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
     return time.perf_counter() - started
 
 

@@ -1,4 +1,4 @@
-"""Training-data attribution for PyTorch Lightning: TRAK, and how to tell whether to believe it.
+"""Training-data attribution for PyTorch Lightning: TRAK and others, and how to tell whether to believe it.
 
 Names are imported on first use, so that ``lightning_trak.metrics.functional`` works without importing Lightning.
 """
@@ -9,19 +9,31 @@ from typing import TYPE_CHECKING, Any
 from lightning_trak.version import __version__
 
 if TYPE_CHECKING:
-    from lightning_trak.attribution import TRAK
     from lightning_trak.callback import TRAKCallback
+    from lightning_trak.methods import TRAK, GradientCosine, GradientDot, TracIn
     from lightning_trak.metrics import LinearDatamodelingScore
     from lightning_trak.module import AttributionMixin
 
 _HOMES = {
-    "TRAK": "attribution",
+    "TRAK": "methods",
     "AttributionMixin": "module",
+    "GradientCosine": "methods",
+    "GradientDot": "methods",
     "LinearDatamodelingScore": "metrics",
     "TRAKCallback": "callback",
+    "TracIn": "methods",
 }
 
-__all__ = ["TRAK", "AttributionMixin", "LinearDatamodelingScore", "TRAKCallback", "__version__"]
+__all__ = [
+    "TRAK",
+    "AttributionMixin",
+    "GradientCosine",
+    "GradientDot",
+    "LinearDatamodelingScore",
+    "TRAKCallback",
+    "TracIn",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

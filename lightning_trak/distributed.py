@@ -5,7 +5,6 @@ from typing import NamedTuple, TypeVar
 import lightning as L
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 
 T = TypeVar("T")
@@ -57,16 +56,3 @@ class Ranks(NamedTuple):
     def all_true(self, condition: bool) -> bool:
         """Whether the condition holds on every rank."""
         return bool(self.sum(torch.tensor(int(condition))) == self.world_size)
-
-
-def require_whole_parameters(trainer: L.Trainer) -> None:
-    """Refuse a Trainer whose strategy splits the parameters.
-
-    Raises:
-        ValueError: if it does.
-    """
-    if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
-        raise ValueError(
-            f"{type(trainer.strategy).__name__} splits the parameters over ranks, and per-example gradients need them"
-            " whole: use a Trainer with strategy='ddp' or a single device"
-        )

@@ -55,6 +55,9 @@ class FeatureExtractor:
         seed: seed of the projection.
         dtype: dtype of the features.
         keep: keep the weights and projection of every checkpoint in memory, for going through all of them repeatedly.
+
+    Attributes:
+        places: what to call each checkpoint in messages.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class FeatureExtractor:
         self.output = copy.deepcopy(output)
         self.checkpoints = checkpoints
         self.digests = digests
+        self.places = [f"at checkpoint {number} ({item.name})" for number, item in enumerate(checkpoints)]
         self.names = select_parameters(self.module, parameters)
         shapes = {name: parameter.shape for name, parameter in self.module.named_parameters()}
         self.shapes = {name: shapes[raw] for name, raw in self.names.items()}
@@ -163,10 +167,10 @@ class FeatureExtractor:
 
         Args:
             batch: a batch on the module's device.
-            positions: what to call its examples in errors, shape ``(n,)``; its length is the number of examples.
+            positions: what to call its examples in messages, shape ``(n,)``; its length is the number of examples.
 
-        Raises:
-            ValueError: if a feature is not finite.
+        Returns:
+            Features on the module's device, which may still be at work on them: :func:`require_finite` looks at them.
         """
         size = len(positions)
         with self.differentiable():
@@ -202,9 +206,14 @@ class FeatureExtractor:
         features = features.to(self.dtype)
         residuals, curvatures = self.output.derivatives(outputs)
         scalar = torch.promote_types(self.dtype, torch.float32)  # k numbers dwarf these three: no need to round them
-        rows = Features(features, outputs.to(scalar), residuals.to(scalar), curvatures.to(scalar))
-        self._check(rows, positions)
-        return rows
+        if not self._seen and not features.any():
+            warnings.warn(
+                f"all features of examples {int(positions[0])} to {int(positions[-1])} {self.places[self.current or 0]}"
+                f" are zero: does the output {type(self.output).__name__} depend on the selected parameters?",
+                stacklevel=2,
+            )
+        self._seen = True
+        return Features(features, outputs.to(scalar), residuals.to(scalar), curvatures.to(scalar))
 
     def _hook_engine(self) -> HookEngine | MixedEngine:
         left_out = HookEngine.uncovered(self.module, self.names)
@@ -247,26 +256,6 @@ class FeatureExtractor:
         )
         return outputs
 
-    def _check(self, rows: Features, positions: Tensor) -> None:
-        where = f"at checkpoint {self.current} ({self.checkpoints[self.current or 0].name})"
-        finite = [column.isfinite().flatten(1).all(1) if column.ndim > 1 else column.isfinite() for column in rows]
-        bad = ~torch.stack(finite).all(0)
-        if bad.any():
-            first = int(bad.nonzero()[0])
-            values = ", ".join(f"{name} {float(getattr(rows, name)[first]):g}" for name in Features._fields[1:])
-            raise ValueError(
-                f"the feature of example {int(positions[first])} {where} is not finite ({values}; features are"
-                f" {self.dtype}): look for NaN or huge values in this example or the weights, or use a dtype with a"
-                " larger range; nothing of its shard was written"
-            )
-        if not self._seen and not rows.features.any():
-            warnings.warn(
-                f"all features of examples {int(positions[0])} to {int(positions[-1])} {where} are zero: does the"
-                f" output {type(self.output).__name__} depend on the selected parameters?",
-                stacklevel=2,
-            )
-        self._seen = True
-
     def fit_projection(self, batches: Iterable[tuple[Any, int]]) -> dict[str, Tensor]:
         """What the projection learns from training examples at this checkpoint.
 
@@ -303,6 +292,29 @@ class FeatureExtractor:
         """What the model output wants to remember of the data at this checkpoint."""
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(self._device.type, enabled=False):
             return {name: tensor.clone() for name, tensor in self.output.make_context(self.module, batches).items()}
+
+
+def require_finite(rows: Features, positions: Tensor, where: str) -> None:
+    """Check features, best on the host: a device would be waited for.
+
+    Args:
+        rows: features of some examples.
+        positions: of the examples in the dataset, shape ``(n,)``.
+        where: what to call the checkpoint.
+
+    Raises:
+        ValueError: if a feature or one of its scalars is not finite, naming the first such example.
+    """
+    finite = [column.isfinite().flatten(1).all(1) if column.ndim > 1 else column.isfinite() for column in rows]
+    bad = ~torch.stack(finite).all(0)
+    if bad.any():
+        first = int(bad.nonzero()[0])
+        values = ", ".join(f"{name} {float(getattr(rows, name)[first]):g}" for name in Features._fields[1:])
+        raise ValueError(
+            f"the feature of example {int(positions[first])} {where} is not finite ({values}; features are"
+            f" {rows.features.dtype}): look for NaN or huge values in this example or the weights, or use a dtype with"
+            " a larger range; nothing of its shard was written"
+        )
 
 
 def _copy(module: nn.Module) -> nn.Module:

@@ -1,6 +1,7 @@
 """The LightningModules that ``trainer.predict`` runs: one featurizes, one scores batches as they come."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol, cast
 
 import lightning as L
@@ -12,10 +13,11 @@ from torch.utils.data import DataLoader
 
 from lightning_trak.data import IndexedBatch, load, sample_batches, transfer_hook
 from lightning_trak.distributed import Ranks
-from lightning_trak.features import EngineName, FeatureExtractor
+from lightning_trak.features import EngineName, FeatureExtractor, require_finite
 from lightning_trak.gradients.batch import infer_batch_size
-from lightning_trak.scorers.trak import Scores, TRAKScorer
+from lightning_trak.scorers.base import Scorer, Scores
 from lightning_trak.store import Features, FeatureStore
+from lightning_trak.transfer import HostCopy, Upload
 
 
 class Sink(Protocol):
@@ -26,35 +28,81 @@ class Sink(Protocol):
 
 
 class ShardWriter:
-    """Collects rows until a shard is whole, then writes it to the store."""
+    """Collects rows until a shard is whole, then checks it and writes it to the store while the next one is computed.
 
-    def __init__(self, store: FeatureStore) -> None:
+    Use it as a context manager, which waits for the last shard. An error in one is raised before the one after the next
+    is begun.
+
+    Args:
+        store: where shards go.
+        places: what to call the checkpoints in errors.
+    """
+
+    def __init__(self, store: FeatureStore, places: Sequence[str]) -> None:
         self.store = store
-        self._parts: list[Features] = []
+        self._places = places
+        self._copies: list[HostCopy] = []
+        self._thread = ThreadPoolExecutor(1)
+        self._writing: Future[None] | None = None
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        try:
+            self._wait()
+        finally:
+            self._thread.shutdown()
+
+    def _wait(self) -> None:
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
 
     def add(self, checkpoint: int, number: int, positions: Tensor, rows: Features) -> None:  # noqa: D102
         shard = self.store.shard(number)
         if int(positions[0]) == shard.start:
-            self._parts = []
-        self._parts.append(Features(*(column.cpu() for column in rows)))
+            self._copies = []
+        self._copies.append(HostCopy.start(rows))
         if int(positions[-1]) == shard[-1]:
-            whole = Features(*(torch.cat(column) for column in zip(*self._parts, strict=True)))
-            self.store.write(checkpoint, number, whole)
+            self._wait()
+            self._writing = self._thread.submit(self._write, checkpoint, number, self._copies)
+
+    def _write(self, checkpoint: int, number: int, copies: list[HostCopy]) -> None:
+        parts = [copy.wait() for copy in copies]
+        rows = Features(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        shard = self.store.shard(number)
+        require_finite(rows, torch.arange(shard.start, shard.stop), self._places[checkpoint])
+        self.store.write(checkpoint, number, rows)
 
 
 class FeatureBuffer:
-    """Keeps features in memory."""
+    """Keeps rows in memory.
 
-    def __init__(self, num_checkpoints: int) -> None:
-        self._rows: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(num_checkpoints)]
+    Args:
+        places: what to call the checkpoints in errors.
+    """
+
+    def __init__(self, places: Sequence[str]) -> None:
+        self._places = places
+        self._copies: list[list[tuple[Tensor, HostCopy]]] = [[] for _ in places]
 
     def add(self, checkpoint: int, number: int, positions: Tensor, rows: Features) -> None:  # noqa: ARG002, D102
-        self._rows[checkpoint].append((positions.cpu(), rows.features.cpu()))
+        self._copies[checkpoint].append((positions, HostCopy.start(rows)))
 
-    def take(self, checkpoint: int) -> list[tuple[Tensor, Tensor]]:
-        """Positions and features that came for a checkpoint; they are not kept any longer."""
-        rows, self._rows[checkpoint] = self._rows[checkpoint], []
-        return rows
+    def take(self, checkpoint: int) -> list[tuple[Tensor, Features]]:
+        """Positions and rows that came for a checkpoint; they are not kept any longer.
+
+        Raises:
+            ValueError: if one of them is not finite.
+        """
+        copies, self._copies[checkpoint] = self._copies[checkpoint], []
+        found = []
+        for positions, copy in copies:
+            rows = Features(*copy.wait())
+            require_finite(rows, positions, self._places[checkpoint])
+            found.append((positions, rows))
+        return found
 
 
 class ExtractorModule(L.LightningModule):
@@ -82,6 +130,7 @@ class ExtractorModule(L.LightningModule):
         self._store = store
         self._datamodule = datamodule
         self._train_loader = train_loader
+        self._upload: Upload | None = None
 
     def release(self) -> None:
         """Let go of model and features, since the Trainer keeps this module until its next call."""
@@ -147,8 +196,10 @@ class ExtractorModule(L.LightningModule):
         return self._hook("on_before_batch_transfer", batch, dataloader_idx)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """The user's hook, on the user's batch."""
-        return self._hook("transfer_batch_to_device", batch, device, dataloader_idx)
+        """The user's hook, on the user's batch, beside what the device is computing."""
+        if self._upload is None:
+            self._upload = Upload(device)
+        return self._upload(lambda: self._hook("transfer_batch_to_device", batch, device, dataloader_idx))
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """The user's hook, on the user's batch."""
@@ -191,17 +242,17 @@ class ScoreModule(ExtractorModule):
 
     ``trainer.predict`` returns for each batch a Tensor ``(batch, num_train)``, or a
     :class:`~lightning_trak.scorers.topk.TopK` of ``(batch, top_k)`` each. The weights of all checkpoints stay in host
-    memory; :meth:`lightning_trak.TRAK.score` loads each only once and suits many targets better.
+    memory; the method's ``score`` loads each only once and suits many targets better.
     """
 
-    def __init__(self, scorer: TRAKScorer, top_k: int | None, largest: bool, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, scorer: Scorer, top_k: int | None, largest: bool, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._scorer = scorer
         self._top_k = top_k
         self._largest = largest
 
     def setup(self, stage: str) -> None:  # noqa: ARG002
-        """Factor the Gram matrices; every rank takes part. What an earlier run has on another device is dropped."""
+        """Get the scorer ready; every rank takes part. What an earlier run has on another device is dropped."""
         self.extractor.reset()
         self._scorer.fit(self.trainer.strategy.root_device, Ranks.of(self.trainer))
 
@@ -211,5 +262,7 @@ class ScoreModule(ExtractorModule):
         directions = []
         for checkpoint in range(self._store.num_checkpoints):
             self.enter(checkpoint)
-            directions.append(self._scorer.precondition(checkpoint, self.extractor(batch, positions).features))
+            rows = self.extractor(batch, positions)
+            require_finite(rows, positions, self.extractor.places[checkpoint])
+            directions.append(self._scorer.directions(checkpoint, rows))
         return self._scorer.score(directions, top_k=self._top_k, largest=self._largest)

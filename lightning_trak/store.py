@@ -54,6 +54,7 @@ class FeatureStore:
         num_examples: size of the training set.
         shard_size: examples per shard of a new store; one that exists keeps its own.
         read_only: the store must exist, and its manifest is left alone.
+        user: what to call the method that opens the store, in errors.
 
     Attributes:
         key: stands for the identity: what extras were made under.
@@ -72,6 +73,7 @@ class FeatureStore:
         num_examples: int,
         shard_size: int = 1024,
         read_only: bool = False,
+        user: str = "TRAK",
     ) -> None:
         if "://" in str(directory):
             raise ValueError(f'a store must be on a disk, since it is memory-mapped, got "{directory}"')
@@ -89,7 +91,7 @@ class FeatureStore:
             self._create(path, identity, num_examples, shard_size)
             manifest = self.read_manifest(directory)
         else:
-            self._compare(stored, wanted)
+            self._compare(stored, wanted, user)
         self._manifest = manifest
         self.key = hashlib.sha256(json.dumps(manifest["identity"], sort_keys=True).encode()).hexdigest()
         self.num_examples: int = manifest["num_examples"]
@@ -134,7 +136,7 @@ class FeatureStore:
             raise ValueError(f'store "{directory}" has format {version}; this version reads {FORMAT_VERSION}')
         return manifest
 
-    def _compare(self, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
+    def _compare(self, stored: dict[str, Any], wanted: dict[str, Any], user: str) -> None:
         for field, mine in wanted.items():
             theirs = stored.get(field)
             if mine == theirs:
@@ -152,7 +154,7 @@ class FeatureStore:
             else:
                 made, have = f"{field} {theirs}", f"{field} {mine}"
             raise ValueError(
-                f'store "{self.directory}" was made with {made}, this TRAK has {have}; use another directory or the'
+                f'store "{self.directory}" was made with {made}, this {user} has {have}; use another directory or the'
                 f" same {field}"
             )
 

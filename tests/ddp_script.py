@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader, DistributedSampler, Subset
 
-from lightning_trak import TRAK
+from lightning_trak import TRAK, TracIn
 from lightning_trak.outputs import ContrastiveMargin
 from lightning_trak.projections import SparseProjection
 from tests.lit import make_data, make_model, make_trainer
-from tests.test_distributed import TOWERS, make_pairs
+from tests.test_distributed import RATES, TOWERS, make_pairs
 
 
 def main(root: Path) -> None:
@@ -31,6 +31,10 @@ def main(root: Path) -> None:
     # Lightning deals the targets of its own loader out to the ranks: rows 0, 2, 4, ... here, rows 1, 3, 5, ... there.
     mine = torch.cat(trainer.predict(trak.scorer(), DataLoader(targets, batch_size=4)))
     results[f"scorer on rank {trainer.global_rank}"] = mine
+    tracin = TracIn(make_model(), checkpoints, root / "shuffled", projection=SparseProjection(32), learning_rates=RATES)
+    results["TracIn"] = tracin.attribute(trainer, DataLoader(train, batch_size=4), DataLoader(targets, batch_size=2))
+    mine = torch.cat(trainer.predict(tracin.scorer(), DataLoader(targets, batch_size=4)))
+    results[f"TracIn's scorer on rank {trainer.global_rank}"] = mine
     sampler = DistributedSampler(train, num_replicas=2, rank=trainer.global_rank)  # repeats an example to make 54
     attribute("sampler", DataLoader(train, batch_size=4, sampler=sampler), DataLoader(targets, num_workers=1))
     attribute("begun by one", DataLoader(train, batch_size=6, num_workers=2), DataLoader(targets, batch_size=50))

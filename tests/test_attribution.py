@@ -96,7 +96,7 @@ def test_top_k_never_holds_the_full_matrix(tmp_path, checkpoints, monkeypatch):
 
 
 def test_blocks_of_targets_change_nothing(tmp_path, checkpoints, expected, monkeypatch):
-    monkeypatch.setattr("lightning_trak.attribution.TARGET_BYTES", 3 * 32 * 4 * 2)
+    monkeypatch.setattr("lightning_trak.methods.feature.TARGET_BYTES", 3 * 32 * 4 * 2)
     scores = attribute(tmp_path, checkpoints, targets=DataLoader(TARGETS, batch_size=3))
     torch.testing.assert_close(scores, expected)
     top = attribute(tmp_path, checkpoints, targets=DataLoader(TARGETS, batch_size=3), score={"top_k": 2})

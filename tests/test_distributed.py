@@ -11,13 +11,14 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_trak import TRAK
+from lightning_trak import TRAK, TracIn
 from lightning_trak.outputs import ContrastiveMargin
 from lightning_trak.projections import SparseProjection
 from tests.lit import make_checkpoints, make_data, make_model, make_trainer
 
 ROOT = Path(__file__).parent.parent
 TRAIN, TARGETS = make_data(53), make_data(11, seed=1)
+RATES = [0.3, 0.1]
 
 
 class _Towers(nn.Module):
@@ -106,6 +107,22 @@ def test_scorer_scores_what_lightning_deals_out(runs):
     ranks, expected, _ = runs
     for number, rank in enumerate(ranks):
         close(rank[f"scorer on rank {number}"], expected[number::2])
+
+
+def test_other_methods_get_the_scores_of_one_process(runs):
+    """TracIn needs more of a target than its features."""
+    ranks, _, root = runs
+    tracin = TracIn(
+        make_model(),
+        torch.load(root / "checkpoints.pt"),
+        root / "one",
+        projection=SparseProjection(32),
+        learning_rates=RATES,
+    )
+    expected = tracin.score(make_trainer(), TARGETS)
+    for number, rank in enumerate(ranks):
+        close(rank["TracIn"], expected)
+        close(rank[f"TracIn's scorer on rank {number}"], expected[number::2])
 
 
 def test_a_context_is_the_same_on_every_rank(runs, tmp_path):

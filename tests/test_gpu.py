@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_trak import TRAK
+from lightning_trak import TRAK, GradientCosine, GradientDot, TracIn
 from lightning_trak.projections import SparseProjection
 from tests.lit import make_checkpoints, make_data, make_model, make_trainer
 
@@ -23,3 +23,16 @@ def test_scores_on_a_gpu_are_those_on_the_cpu(tmp_path, engine):
         found[accelerator] = trak.score(trainer, make_data(13, seed=1))
         assert next(model.parameters()).device.type == "cpu"
     torch.testing.assert_close(found["gpu"], found["cpu"], rtol=1e-3, atol=1e-4 * float(found["cpu"].abs().max()))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("method", [GradientDot, GradientCosine, TracIn])
+def test_methods_score_on_a_gpu_as_on_the_cpu(tmp_path, method):
+    options = {"learning_rates": [0.3, 0.1]} if method is TracIn else {}
+    method = method(make_model(), make_checkpoints(2), tmp_path, projection=SparseProjection(32), **options)
+    loader = DataLoader(make_data(13, seed=1), batch_size=5)
+    expected = method.attribute(make_trainer(accelerator="cpu"), make_data(50), loader)
+    trainer = make_trainer(accelerator="gpu")
+    for found in (method.score(trainer, loader), torch.cat(trainer.predict(method.scorer(), loader))):
+        torch.testing.assert_close(found.cpu(), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))

@@ -348,7 +348,7 @@ def test_losses_without_a_gauss_newton_matrix_are_refused(output, message):
 
 
 def test_arguments_are_checked():
-    with pytest.raises(ValueError, match="hessian must be 'gauss_newton' or 'exact', got 'fisher'"):
+    with pytest.raises(ValueError, match="hessian must be one of 'gauss_newton', 'exact'"):
         InfluenceFunction(make_model(), make_checkpoints(1), hessian="fisher")
     with pytest.raises(ValueError, match="damping must be at least 0"):
         InfluenceFunction(make_model(), make_checkpoints(1), damping=-1.0)

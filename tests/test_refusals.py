@@ -12,7 +12,8 @@ from torch.utils.data import (
 from lightning_trak import TRAK
 from lightning_trak.outputs import ClassificationMargin, NegativeLoss
 from lightning_trak.projections import GaussianProjection, SparseProjection
-from tests.lit import TARGETS, TRAIN, LitNet, attribute, make_model, make_trainer
+from lightning_trak.store import FeatureStore
+from tests.lit import TARGETS, TRAIN, LitNet, attribute, make_data, make_model, make_trainer
 
 
 def test_a_bad_example_is_named_and_good_shards_are_kept(tmp_path, checkpoints):
@@ -189,3 +190,13 @@ def test_a_store_that_cannot_be_written_can_be_scored(tmp_path, checkpoints, exp
     monkeypatch.setattr("lightning_trak.store.FeatureStore.write_extra", refuse)
     with pytest.warns(UserWarning, match="Gram matrix cannot be kept .*: read only"):
         assert torch.equal(trak.score(make_trainer(), TARGETS), expected)
+
+
+def test_a_shard_that_cannot_be_written_stops_featurizing(tmp_path, checkpoints, monkeypatch):
+    def full(self, checkpoint, shard, rows):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(FeatureStore, "write", full)
+    trak = TRAK(make_model(), checkpoints, tmp_path, projection=SparseProjection(32))
+    with pytest.raises(OSError, match="No space left"):
+        trak.featurize(make_trainer(), DataLoader(make_data(40), batch_size=8))

@@ -50,3 +50,20 @@ def select_parameters(module: nn.Module, selection: ParameterSelection = None) -
     return {
         name: raw for name, (raw, _) in parameters.items() if any(fnmatchcase(name, pattern) for pattern in patterns)
     }
+
+
+def last_layer(module: nn.Module) -> list[str]:
+    """Names of the last layer's parameters, to be given as ``parameters=``.
+
+    The last layer is the submodule that was registered last among those with parameters of their own that require
+    gradients: the head, in most models. A weight that it shares with another layer counts as a whole.
+
+    Raises:
+        ValueError: if no parameter requires gradients.
+    """
+    names = {id(parameter): canonical_name(name) for name, parameter in module.named_parameters()}
+    for layer in reversed(list(module.modules())):
+        own = [parameter for parameter in layer.parameters(recurse=False) if parameter.requires_grad]
+        if own:
+            return [names[id(parameter)] for parameter in own]
+    raise ValueError("no parameter of the model requires gradients, so that there is no last layer")

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_trak.outputs.batches import LABELS_KEYS, Forward, LabelsKey, predict, split_labels
@@ -77,7 +78,9 @@ class CausalLMMargin(_LanguageModelMargin):
                     f" {tuple(attention.shape)}; for other masks subclass CausalLMMargin, or use NegativeLoss"
                 )
             counted = counted & (attention[:, 1:] != 0) & (attention[:, :-1] != 0)
-        return _mean_margin(logits[:, :-1], labels[:, 1:], counted)
+        # The last position predicts nothing. A slice of the logits would cost a copy of them.
+        following = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        return _mean_margin(logits, following, F.pad(counted, (0, 1), value=False))
 
     def _split(self, batch: Any) -> tuple[Any, Tensor]:
         """The module's inputs without the labels, and the labels, which are the ids unless given."""

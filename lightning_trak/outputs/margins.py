@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -18,12 +21,60 @@ def log_odds(logits: Tensor, labels: Tensor) -> Tensor:
     Returns:
         Shape ``(...)``, float32 or better. NaN, with NaN gradients, where a label is outside ``0..classes - 1``.
     """
-    dtype = torch.promote_types(logits.dtype, torch.float32)
     valid = (labels >= 0) & (labels < logits.shape[-1])
-    index = torch.where(valid, labels, 0).long().unsqueeze(-1)
-    own = logits.gather(-1, index).squeeze(-1).to(dtype)
-    others = logits.scatter(-1, index, -torch.inf).to(dtype).logsumexp(-1)
-    return (own - others) * nan_unless(valid)
+    own, others = _OwnAndOthers.apply(logits, torch.where(valid, labels, 0).long())  # type: ignore[no-untyped-call]
+    margin: Tensor = (own - others) * nan_unless(valid)
+    return margin
+
+
+class _OwnAndOthers(torch.autograd.Function):
+    """The label's logit and the logsumexp of the others, a few rows at a time.
+
+    Logits over a vocabulary are often the largest tensors of a language model. Nothing else of their size is made here
+    but their gradient, where autograd would make ten.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Shapes ``(...)``, float32 or better, for logits ``(..., classes)`` and labels ``(...)``."""
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        owns, others = [], []
+        for rows, index in _blocks(logits, labels):
+            owns.append(rows.gather(1, index).to(dtype))
+            others.append(rows.to(dtype).scatter(1, index, -torch.inf).logsumexp(1))
+        return torch.cat(owns).view(labels.shape), torch.cat(others).view(labels.shape)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
+        """Keep what the gradient needs."""
+        ctx.save_for_backward(*inputs, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, own_slope: Tensor, others_slope: Tensor) -> tuple[Tensor, None]:
+        """The softmax of the others times their slope, and the label's slope at its place."""
+        logits, labels, others = ctx.saved_tensors
+        gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        start = 0
+        for rows, index, other, slope, own in _blocks(logits, labels, others, others_slope, own_slope):
+            part = ((rows - other).exp() * slope).scatter(1, index, own)
+            gradient.view(-1, logits.shape[-1])[start : start + len(rows)] = part
+            start += len(rows)
+        return gradient, None
+
+
+# Logits in a block: on a CPU they should stay in its cache, elsewhere kernels should be few.
+_CPU_BLOCK, _ACCELERATOR_BLOCK = 1 << 17, 1 << 26
+
+
+def _blocks(logits: Tensor, *columns: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Some rows of logits ``(rows, classes)`` at a time, with what belongs to them, ``(rows, 1)`` each."""
+    classes = logits.shape[-1]
+    step = max(1, (_CPU_BLOCK if logits.device.type == "cpu" else _ACCELERATOR_BLOCK) // classes)
+    table = [logits.reshape(-1, classes), *(column.reshape(-1, 1) for column in columns)]
+    for start in range(0, len(table[0]), step):
+        yield tuple(column[start : start + step] for column in table)
 
 
 def nan_unless(valid: Tensor) -> Tensor:

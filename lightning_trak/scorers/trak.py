@@ -9,18 +9,17 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_trak.distributed import Ranks
+from lightning_trak.scorers.base import Scorer, full_precision
 from lightning_trak.scorers.damping import Damping, auto_damping
 from lightning_trak.scorers.gram import Curvature, DampedGram, gram_matrix
-from lightning_trak.scorers.topk import TopK, block_top_k, merge_top_k
-from lightning_trak.store import FeatureStore
+from lightning_trak.store import Features, FeatureStore
 
 Residuals = Literal["per_checkpoint", "averaged"]
-Scores = Tensor | TopK
 
 _CACHE_FORMAT = 2  # of what is kept with a Gram matrix; that of another format is made again
 
 
-class TRAKScorer:
+class TRAKScorer(Scorer):
     """tau(x)_i = 1/M sum_m phi_m(x)^T (K_m + lambda_m I)^-1 phi_m(i) Q_m(i).
 
     K_m = sum_j R_m(j) phi_m(j) phi_m(j)^T is the Hessian of the linearised model's loss, so tau(x)_i is what a Newton
@@ -46,13 +45,12 @@ class TRAKScorer:
         residuals: Residuals,
         soft_threshold: float,
     ) -> None:
-        self.store = store
+        super().__init__(store)
         self.curvature: Curvature = curvature
         self.damping: Damping = damping
         self.residuals = residuals
         self.soft_threshold = soft_threshold
         self._factors: list[DampedGram] = []
-        self._device = torch.device("cpu")
 
     def fit(self, device: torch.device, ranks: Ranks = Ranks()) -> None:  # noqa: B008
         """Make and factor the Gram matrices.
@@ -65,14 +63,14 @@ class TRAKScorer:
             RuntimeError: if the store is incomplete.
             ValueError: if a Gram matrix cannot be factored.
         """
-        self.store.require_complete()
-        device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
-        if self._factors and device == self._device:
+        before = self._device
+        super().fit(device, ranks)
+        if self._factors and self._device == before:
             return
-        self._device, self._factors = device, []
+        self._factors = []
         dampings = []
         for checkpoint in range(self.store.num_checkpoints):
-            gram, squared_weights = (tensor.to(device) for tensor in self._gram(checkpoint, ranks))
+            gram, squared_weights = (tensor.to(self._device) for tensor in self._gram(checkpoint, ranks))
             damping = auto_damping(gram, squared_weights) if self.damping == "auto" else self.damping
             dampings.append(damping)
             precision = self.store.read(checkpoint, 0).features.dtype
@@ -87,7 +85,7 @@ class TRAKScorer:
             return stored["gram"], stored["squared_weights"]
         k = self.store.read(checkpoint, 0).features.shape[1]
         mine = (self.store.read(checkpoint, shard) for shard in ranks.share(self.store.num_shards))
-        with _full_precision(self._device):
+        with full_precision(self._device):
             gram, squared_weights = map(ranks.sum, gram_matrix(mine, self.curvature, k, self._device))
         if ranks.rank == 0:
             try:
@@ -98,85 +96,21 @@ class TRAKScorer:
 
     def precondition(self, checkpoint: int, features: Tensor) -> Tensor:
         """(K_m + lambda_m I)^-1 phi(x) for each target: shape ``(num_targets, k)``, in at least float32."""
-        working = torch.promote_types(features.dtype, torch.float32)
-        return self._factors[checkpoint].solve(features.to(self._device, working))
+        return self._factors[checkpoint].solve(self._working(features))
 
-    def blocks(self, directions: Sequence[Tensor], shards: Sequence[int]) -> Iterator[tuple[range, Tensor]]:
-        """Scores of all targets, a shard of training examples at a time.
+    def directions(self, checkpoint: int, targets: Features) -> Tensor:
+        """Preconditioned features, see :meth:`precondition`."""
+        return self.precondition(checkpoint, targets.features)
 
-        Args:
-            directions: preconditioned targets for each checkpoint, ``(num_targets, k)`` each.
-            shards: which shards.
+    def weights(self, checkpoint: int, rows: Features) -> Tensor | None:  # noqa: ARG002
+        """Q, unless its average is to come after that of the products."""
+        return rows.residuals if self.residuals == "per_checkpoint" else None
 
-        Yields:
-            The training examples and their scores ``(num_targets, len(examples))``.
-        """
-        count = self.store.num_checkpoints
-        for shard in shards:
-            products: Tensor | None = None
-            residuals: Tensor | None = None
-            for checkpoint, direction in enumerate(directions):
-                rows = self.store.read(checkpoint, shard)
-                product = direction @ rows.features.to(direction).T
-                residual = rows.residuals.to(direction)
-                if self.residuals == "per_checkpoint":
-                    product *= residual
-                products = product if products is None else products.add_(product)
-                residuals = residual if residuals is None else residuals + residual
-            assert products is not None
-            assert residuals is not None
-            scores = products / count
-            if self.residuals == "averaged":
-                scores *= residuals / count
-            if self.soft_threshold:
-                scores = torch.nn.functional.softshrink(scores, self.soft_threshold)
-            # A sum is a quick look: it is not finite if any score is not.
-            if not (scores.sum().isfinite() or scores.isfinite().all()):
-                raise ValueError(
-                    f"scores of training examples {self.store.shard(shard)} are not finite: the features overflow"
-                    f" {scores.dtype}; featurize with dtype=torch.float64"
-                )
-            yield self.store.shard(shard), scores
-
-    def score(
-        self,
-        directions: Sequence[Tensor],
-        top_k: int | None = None,
-        largest: bool = True,
-        ranks: Ranks = Ranks(),  # noqa: B008
-    ) -> Scores:
-        """Scores against the whole training set.
-
-        Args:
-            directions: preconditioned targets for each checkpoint, ``(num_targets, k)`` each.
-            top_k: keep only this many training examples for each target, without ever holding the rest.
-            largest: whether ``top_k`` keeps the highest scores or the lowest.
-            ranks: the processes that share the shards; all must call this with the same targets.
-
-        Returns:
-            On every rank a CPU Tensor ``(num_targets, num_train)``, or a :class:`~lightning_trak.scorers.TopK`.
-        """
-        with _full_precision(self._device):
-            mine = self._collect(directions, ranks.share(self.store.num_shards), top_k, largest)
-        if isinstance(mine, Tensor):
-            return ranks.sum(mine)
-        assert top_k is not None
-        return merge_top_k(ranks.gather(mine), top_k, largest)
-
-    def _collect(self, directions: Sequence[Tensor], shards: Sequence[int], top_k: int | None, largest: bool) -> Scores:
-        targets, dtype = len(directions[0]), directions[0].dtype
-        if top_k is None:
-            scores = torch.zeros(targets, self.store.num_examples, dtype=dtype)
-            for examples, block in self.blocks(directions, shards):
-                scores[:, examples.start : examples.stop] = block.cpu()
-            return scores
-        best = TopK(torch.empty(targets, 0, dtype=dtype), torch.empty(targets, 0, dtype=torch.int64))
-        for examples, block in self.blocks(directions, shards):
-            found = block_top_k(block, examples.start, top_k, largest)
-            best = merge_top_k([best, TopK(found.values.cpu(), found.indices.cpu())], top_k, largest)
-        return best
-
-
-def _full_precision(device: torch.device) -> torch.autocast:
-    """Outside autocast, under which Lightning's mixed precision or the user's own would round products."""
-    return torch.autocast(device.type, enabled=False)
+    def block(self, directions: Sequence[Tensor], shard: int, rows: Iterator[Features]) -> Tensor:
+        """The mean over checkpoints; times the mean of Q, and cut, as published, if so wanted."""
+        scores = super().block(directions, shard, rows) / self.store.num_checkpoints
+        if self.residuals == "averaged":
+            checkpoints = range(self.store.num_checkpoints)
+            residuals = torch.stack([self.store.read(checkpoint, shard).residuals for checkpoint in checkpoints])
+            scores *= residuals.mean(0).to(scores)
+        return torch.nn.functional.softshrink(scores, self.soft_threshold) if self.soft_threshold else scores

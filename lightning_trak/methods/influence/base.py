@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from lightning_trak.checkpoints import CheckpointsLike, resolve_checkpoints
 from lightning_trak.data import Data
-from lightning_trak.distributed import require_whole_parameters
 from lightning_trak.features import FeatureExtractor
 from lightning_trak.gradients import ParameterSelection
 from lightning_trak.methods.base import Method
@@ -18,6 +17,7 @@ from lightning_trak.methods.influence.solvers import InverseProduct
 from lightning_trak.module import declared_output, uncompiled
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.projections import IdentityProjection
+from lightning_trak.trainers import require_whole_parameters
 
 # Gradients of this many bytes are preconditioned at a time; solvers hold a few copies.
 TARGET_BYTES = 1 << 29

@@ -11,6 +11,7 @@ from lightning_trak.checkpoints import CheckpointsLike
 from lightning_trak.gradients import HookEngine, ParameterSelection, select_parameters
 from lightning_trak.gradients.batch import fresh_batch
 from lightning_trak.gradients.hooks.coverage import Site
+from lightning_trak.methods.feature import require_one_of
 from lightning_trak.methods.influence.base import Influence
 from lightning_trak.methods.influence.blocks import Block, find_blocks
 from lightning_trak.methods.influence.hessian import require_convex
@@ -62,8 +63,7 @@ class EKFACInfluence(Influence):
         seed: int = 0,
         weights_only: bool = True,
     ) -> None:
-        if curvature not in ("gauss_newton", "empirical"):
-            raise ValueError(f"curvature must be 'gauss_newton' or 'empirical', got {curvature!r}")
+        require_one_of("curvature", curvature, ("gauss_newton", "empirical"))
         if isinstance(damping, str) or damping < 0:
             raise ValueError(f"damping must be a number of at least 0, got {damping!r}")
         super().__init__(

@@ -4,6 +4,7 @@ from torch import nn
 
 from lightning_trak.checkpoints import CheckpointsLike
 from lightning_trak.gradients import ParameterSelection
+from lightning_trak.methods.feature import require_one_of
 from lightning_trak.methods.influence.base import Influence
 from lightning_trak.methods.influence.hessian import Hessian, HessianKind
 from lightning_trak.methods.influence.passes import Passes
@@ -52,8 +53,7 @@ class InfluenceFunction(Influence):
         seed: int = 0,
         weights_only: bool = True,
     ) -> None:
-        if hessian not in ("gauss_newton", "exact"):
-            raise ValueError(f"hessian must be 'gauss_newton' or 'exact', got {hessian!r}")
+        require_one_of("hessian", hessian, ("gauss_newton", "exact"))
         super().__init__(
             model,
             checkpoints,

@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 
 from lightning_trak.data import Data, as_loaders, batch_size_of, load, sample_batches, transfer_hook
-from lightning_trak.features import GRADIENT_BYTES, FeatureExtractor
+from lightning_trak.features import GRADIENT_BYTES, FeatureExtractor, require_finite
 from lightning_trak.gradients.base import differentiating
 from lightning_trak.store import Features
 
@@ -121,7 +121,10 @@ class Passes:
             range(examples.num_examples) if span is None else span, min(batch_size_of(examples.loader), fitting)
         )
         for part, (batch, _) in zip(parts, self.batches(examples, parts), strict=True):
-            yield part, self.extractor(batch, torch.arange(part.start, part.stop))
+            positions = torch.arange(part.start, part.stop)
+            features = self.extractor(batch, positions)
+            require_finite(features, positions, f"at {self.where}")
+            yield part, features
 
     def split(self, rows: Tensor) -> dict[str, Tensor]:
         """Rows of all parameters side by side, ``(n, p)``, by parameter: views of shape ``(n, *shape)``."""

@@ -1,35 +1,32 @@
-"""The facade: a model, its checkpoints and a store in, attributions out."""
+"""What methods over stored gradient features share: a model, its checkpoints and a store in, attributions out."""
 
-import warnings
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypedDict, cast
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
-from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_trak.checkpoints import CheckpointSource, resolve_checkpoints
 from lightning_trak.data import Data, Range, as_loaders, batch_size_of, fingerprint, share_out
-from lightning_trak.distributed import Ranks, require_whole_parameters
+from lightning_trak.distributed import Ranks
 from lightning_trak.features import EngineName, FeatureExtractor
 from lightning_trak.gradients import ParameterSelection
+from lightning_trak.methods.base import Method
 from lightning_trak.module import declared_output, uncompiled
 from lightning_trak.outputs import ModelOutput
-from lightning_trak.predict import ExtractorModule, FeatureBuffer, FeaturizeModule, ScoreModule, ShardWriter
-from lightning_trak.projections import GaussianProjection, Projection, SparseProjection
-from lightning_trak.scorers.damping import Damping, require_damping
-from lightning_trak.scorers.gram import Curvature
+from lightning_trak.predict import FeatureBuffer, FeaturizeModule, ScoreModule, ShardWriter
+from lightning_trak.projections import Projection, SparseProjection
+from lightning_trak.scorers.base import Scorer, Scores
 from lightning_trak.scorers.topk import TopK
-from lightning_trak.scorers.trak import Residuals, Scores, TRAKScorer
-from lightning_trak.store import FeatureStore
+from lightning_trak.store import Features, FeatureStore
+from lightning_trak.trainers import borrowed, precision_of
 
 Checkpoints = CheckpointSource | Sequence[CheckpointSource]
 
@@ -37,38 +34,38 @@ Checkpoints = CheckpointSource | Sequence[CheckpointSource]
 TARGET_BYTES = 1 << 28
 
 
-class TRAK:
-    """Attributes a trained model's outputs to its training examples.
+class FeatureOptions(TypedDict, total=False):
+    """Keyword arguments of every method over features, see :class:`FeatureMethod`."""
 
-    Every default is the best-measured one; :meth:`paper` is the published algorithm. The model, its mode, weights,
-    ``.grad`` and buffers are never touched: the work is done on a copy.
+    output: ModelOutput | None
+    projection: Projection | None
+    parameters: ParameterSelection
+    engine: EngineName
+    seed: int
+    dtype: torch.dtype
+    weights_only: bool
+
+
+class FeatureMethod(Method):
+    """Attributes a trained model's outputs to its training examples by features on disk.
+
+    Methods that differ in how they score can share a store: what it holds depends on none of that. The model, its mode,
+    weights, ``.grad`` and buffers are never touched: the work is done on a copy.
 
     Args:
         model: the trained model; a LightningModule with :class:`~lightning_trak.AttributionMixin`, or any module when
             ``output`` is given.
         checkpoints: a snapshot directory, or a list of snapshot directories, state dicts, safetensors files and
-            Lightning ``.ckpt`` paths. Scores are averaged over them.
+            Lightning ``.ckpt`` paths.
         store: directory of the features, on a disk that all ranks see.
         output: the scalar output to attribute; default: the model's ``configure_model_output()``.
         projection: what compresses gradients; default: :class:`~lightning_trak.projections.SparseProjection`.
-        curvature: ``"gauss_newton"``, or ``"identity"`` as published.
-        damping: ridge term relative to the mean of the Gram matrix's diagonal; ``"auto"`` chooses it from the features
-            (:func:`~lightning_trak.scorers.damping.auto_damping`).
-        residuals: ``"per_checkpoint"``, or ``"averaged"`` as published: see
-            :class:`~lightning_trak.scorers.TRAKScorer`.
-        soft_threshold: scores move towards zero by this much (0: not at all).
         parameters: which parameters to differentiate, by name pattern; default: all that require gradients.
         engine: how gradients are computed: ``"auto"``, ``"functional"``, ``"hooks"`` or ``"loop"``, see
             :class:`~lightning_trak.features.FeatureExtractor`.
         seed: seed of the projection.
         dtype: dtype of the stored features.
         weights_only: ``False`` lets ``.ckpt`` and ``.pt`` files run code when they are read; for files you trust only.
-
-    Example::
-
-        trak = TRAK(model, checkpoints="run/snapshots", store="run/features")
-        trak.featurize(trainer, train_loader)
-        scores = trak.score(trainer, target_loader)  # (num_targets, num_train)
     """
 
     def __init__(
@@ -79,57 +76,44 @@ class TRAK:
         *,
         output: ModelOutput | None = None,
         projection: Projection | None = None,
-        curvature: Curvature = "gauss_newton",
-        damping: Damping = "auto",
-        residuals: Residuals = "per_checkpoint",
-        soft_threshold: float = 0.0,
         parameters: ParameterSelection = None,
         engine: EngineName = "auto",
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
         weights_only: bool = True,
     ) -> None:
-        _require("curvature", curvature, ("gauss_newton", "identity"))
-        _require("residuals", residuals, ("per_checkpoint", "averaged"))
-        _require("engine", engine, ("auto", "functional", "hooks", "loop"))
-        _require("dtype", dtype, (torch.float64, torch.float32, torch.bfloat16, torch.float16))
-        if soft_threshold < 0:
-            raise ValueError(f"soft_threshold must be at least 0, got {soft_threshold}")
-        model = uncompiled(model)
-        self.model = model
-        self.output = declared_output(model, output)
+        require_one_of("engine", engine, ("auto", "functional", "hooks", "loop"))
+        require_one_of("dtype", dtype, (torch.float64, torch.float32, torch.bfloat16, torch.float16))
+        self.model = uncompiled(model)
+        self.output = declared_output(self.model, output)
         self.checkpoints = resolve_checkpoints(checkpoints, weights_only=weights_only)
         self.store = Path(store)
         self.projection = projection if projection is not None else SparseProjection()
-        self.curvature: Curvature = curvature
-        self.damping = require_damping(damping)
-        self.residuals: Residuals = residuals
-        self.soft_threshold = soft_threshold
         self.parameters = parameters
         self.engine: EngineName = engine
         self.seed = seed
         self.dtype = dtype
 
-    @classmethod
-    def paper(
-        cls,
-        model: nn.Module,
-        checkpoints: Checkpoints,
-        store: str | Path,
-        **options: Any,
-    ) -> "TRAK":
-        """TRAK as published (arXiv 2303.14186): a Gaussian projection, no curvature, no damping, Q averaged apart.
+    @abstractmethod
+    def make_scorer(self, store: FeatureStore) -> Scorer:
+        """What scores complete features as this method does."""
+
+    def attribute(self, trainer: L.Trainer, train: Data, targets: Data) -> Tensor:
+        """:meth:`featurize`, which does nothing if the store is complete, and :meth:`score`.
 
         Args:
-            model: as for :class:`TRAK`.
-            checkpoints: as for :class:`TRAK`.
-            store: as for :class:`TRAK`.
-            **options: what :class:`TRAK` takes; these replace the published settings.
+            trainer: as for :meth:`featurize` and :meth:`score`.
+            train: the training data, as for :meth:`featurize`.
+            targets: one set of targets, as for :meth:`score`.
+
+        Returns:
+            On every rank a CPU Tensor ``(num_targets, num_train)``.
         """
-        published: dict[str, Any] = {"curvature": "identity", "damping": 0.0, "residuals": "averaged"}
-        if "projection" not in options:
-            published["projection"] = GaussianProjection(2048)
-        return cls(model, checkpoints, store, **(published | options))
+        self.featurize(trainer, train)
+        scores = self.score(trainer, targets)
+        if not isinstance(scores, Tensor):
+            raise ValueError(f"attribute takes one set of targets, got {len(scores)} loaders; use score")
+        return scores
 
     def featurize(self, trainer: L.Trainer, data: Data, shard_size: int | None = None) -> None:
         """Compute and store the features of the training set at every checkpoint; continues where it was interrupted.
@@ -150,27 +134,27 @@ class TRAK:
         loader = loaders[0]
         extractor = self._extractor()
         num_examples = len(cast(Any, loader.dataset))
-        identity = self._identity(extractor) | {"precision": _precision(trainer), "data": fingerprint(loader)}
-        store = FeatureStore(
-            self.store, identity, num_examples, shard_size or _default_shard_size(num_examples, loader)
-        )
+        identity = self._identity(extractor) | {"precision": precision_of(trainer), "data": fingerprint(loader)}
+        shard_size = shard_size or _default_shard_size(num_examples, loader)
+        store = FeatureStore(self.store, identity, num_examples, shard_size, user=type(self).__name__)
         if self.engine != "auto":
             store.settle_engine(self.engine)
         missing = [store.missing(checkpoint) for checkpoint in range(store.num_checkpoints)]
         selected = sum(extractor.sizes.values())
         total = sum(parameter.numel() for parameter in self.model.parameters())
         rank_zero_info(
-            f"TRAK: {num_examples} examples at {store.num_checkpoints} checkpoints, gradients of {selected} of {total}"
-            f" parameters, {type(self.projection).__name__} to {self._dim(extractor)} features:"
+            f"{type(self).__name__}: {num_examples} examples at {store.num_checkpoints} checkpoints, gradients of"
+            f" {selected} of {total} parameters, {type(self.projection).__name__} to {self._dim(extractor)} features:"
             f" {sum(map(len, missing))} of {store.num_checkpoints * store.num_shards} shards to do"
         )
         if not any(missing):
             return
         jobs = [[Range(number, store.shard(number)) for number in numbers] for numbers in missing]
         datamodule = data if isinstance(data, L.LightningDataModule) else None
-        module = FeaturizeModule(ShardWriter(store), "Featurizing", extractor, store, datamodule, loader)
-        with _borrowed(trainer, module):
-            trainer.predict(module, share_out(loader, jobs, trainer), return_predictions=False)
+        with ShardWriter(store, extractor.places) as writer:
+            module = FeaturizeModule(writer, "Featurizing", extractor, store, datamodule, loader)
+            with borrowed(trainer, module):
+                trainer.predict(module, share_out(loader, jobs, trainer), return_predictions=False)
         Ranks.of(trainer).barrier()
         store.require_complete()
 
@@ -179,7 +163,7 @@ class TRAK:
     ) -> Any:
         """Score every target against every training example.
 
-        A positive score says that training on the example raises the output at the target.
+        A positive score says that training on the example helps the target, as each method has it.
 
         Args:
             trainer: as for :meth:`featurize`; the strategy must not spawn its processes.
@@ -206,7 +190,7 @@ class TRAK:
         extractor = self._extractor()
         store = self._existing_store(extractor, trainer)
         store.require_complete()
-        scorer = self._scorer(store)
+        scorer = self.make_scorer(store)
         datamodule = data if isinstance(data, L.LightningDataModule) else None
         results = []
         for loader in loaders:
@@ -218,7 +202,7 @@ class TRAK:
         return results if isinstance(data, (list, tuple)) or len(results) > 1 else results[0]
 
     def scorer(self, top_k: int | None = None, largest: bool = True) -> ScoreModule:
-        """A module for ``trainer.predict(trak.scorer(), loader)``: scores for each batch as the loader yields it.
+        """A module for ``trainer.predict(method.scorer(), loader)``: scores for each batch as the loader yields it.
 
         Args:
             top_k: keep only this many training examples for each target.
@@ -227,7 +211,7 @@ class TRAK:
         extractor = self._extractor(keep=True)
         store = self._existing_store(extractor)
         store.require_complete()
-        return ScoreModule(self._scorer(store), top_k, largest, extractor, store)
+        return ScoreModule(self.make_scorer(store), top_k, largest, extractor, store)
 
     def _directions(
         self,
@@ -236,32 +220,25 @@ class TRAK:
         examples: range,
         extractor: FeatureExtractor,
         store: FeatureStore,
-        scorer: TRAKScorer,
+        scorer: Scorer,
         datamodule: L.LightningDataModule | None,
     ) -> list[Tensor]:
-        """Preconditioned features of some targets at each checkpoint, ``(len(examples), k)``, on every rank."""
+        """The scorer's directions of some targets at each checkpoint, ``(len(examples), k)``, on every rank."""
         size = batch_size_of(loader)
         batches = [
             Range(number, examples[start : start + size]) for number, start in enumerate(range(0, len(examples), size))
         ]
-        buffer = FeatureBuffer(store.num_checkpoints)
+        buffer = FeatureBuffer(extractor.places)
         module = FeaturizeModule(buffer, "Scoring", extractor, store, datamodule)
-        with _borrowed(trainer, module):
+        with borrowed(trainer, module):
             loaders = share_out(loader, [batches] * store.num_checkpoints, trainer)
             trainer.predict(module, loaders, return_predictions=False)
         ranks = Ranks.of(trainer)
         scorer.fit(trainer.strategy.root_device, ranks)
         directions = []
         for checkpoint in range(store.num_checkpoints):
-            features = torch.empty(len(examples), self._dim(extractor), dtype=self.dtype)
-            received = torch.zeros(len(examples), dtype=torch.bool)
-            for rows in ranks.gather(buffer.take(checkpoint)):
-                for positions, found in rows:
-                    features[positions - examples.start] = found
-                    received[positions - examples.start] = True
-            if not received.all():
-                raise RuntimeError(f"{int((~received).sum())} target features never arrived; a rank must have failed")
-            directions.append(scorer.precondition(checkpoint, features))
+            parts = [part for found in ranks.gather(buffer.take(checkpoint)) for part in found]
+            directions.append(scorer.directions(checkpoint, _in_order(parts, examples)))
         return directions
 
     def _target_blocks(
@@ -291,9 +268,6 @@ class TRAK:
     def _weights(self) -> list[str]:
         return [checkpoint.fingerprint() for checkpoint in self.checkpoints]
 
-    def _scorer(self, store: FeatureStore) -> TRAKScorer:
-        return TRAKScorer(store, self.curvature, self.damping, self.residuals, self.soft_threshold)
-
     def _dim(self, extractor: FeatureExtractor) -> int:
         return self.projection.bind(extractor.shapes, seed=self.seed, checkpoint=0, device=torch.device("cpu")).dim
 
@@ -310,18 +284,23 @@ class TRAK:
 
     def _existing_store(self, extractor: FeatureExtractor, trainer: L.Trainer | None = None) -> FeatureStore:
         num_examples = FeatureStore.read_manifest(self.store)["num_examples"]
-        precision = {} if trainer is None else {"precision": _precision(trainer)}
-        return FeatureStore(self.store, self._identity(extractor) | precision, num_examples, read_only=True)
+        identity = self._identity(extractor) | ({} if trainer is None else {"precision": precision_of(trainer)})
+        return FeatureStore(self.store, identity, num_examples, read_only=True, user=type(self).__name__)
 
 
-def _precision(trainer: L.Trainer) -> str:
-    """What the Trainer makes of the weights: mixed precision leaves them alone, and features are made of them."""
-    return "32-true" if "mixed" in str(trainer.precision) else str(trainer.precision)
-
-
-def _require(name: str, value: object, allowed: tuple[object, ...]) -> None:
+def require_one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    """Check an argument that has few values."""
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
+
+
+def _in_order(parts: list[tuple[Tensor, Features]], examples: range) -> Features:
+    """Rows that came in parts, with their positions, in the order of the examples."""
+    missing = len(examples) - sum(len(positions) for positions, _ in parts)
+    if missing:
+        raise RuntimeError(f"{missing} target features never arrived; a rank must have failed")
+    order = torch.cat([positions for positions, _ in parts]).argsort()
+    return Features(*(torch.cat(column)[order] for column in zip(*(rows for _, rows in parts), strict=True)))
 
 
 def _default_shard_size(num_examples: int, loader: DataLoader[Any]) -> int:
@@ -335,29 +314,3 @@ def _concatenate(parts: list[Scores]) -> Scores:
     if isinstance(parts[0], TopK):
         return TopK(*(torch.cat(column) for column in zip(*parts, strict=True)))
     return torch.cat(cast(list[Tensor], parts))
-
-
-@contextmanager
-def _borrowed(trainer: L.Trainer, ours: ExtractorModule) -> Iterator[None]:
-    """The user's Trainer for a predict loop of ours: no logger and no callback but the progress bar takes part."""
-    require_whole_parameters(trainer)
-    limit = trainer.limit_predict_batches
-    if limit != 1.0 or isinstance(limit, int):  # 1 is one batch, 1.0 is all of them
-        raise ValueError(
-            f"the Trainer has limit_predict_batches={limit} (fast_dev_run sets it too), so some"
-            " examples would be missed; use a Trainer without it"
-        )
-    loggers, callbacks = trainer.loggers, trainer.callbacks  # type: ignore[attr-defined]
-    module = cast(L.LightningModule, trainer.strategy.lightning_module)
-    trainer.loggers = []
-    bars = [callback for callback in callbacks if isinstance(callback, ProgressBar)]
-    trainer.callbacks = bars  # type: ignore[attr-defined]
-    try:
-        with isolate_rng(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*RangeLoader.*")  # it may have nothing left to do
-            warnings.filterwarnings("ignore", ".*LeafSpec.*")  # Lightning's own, in every loop
-            yield
-    finally:
-        trainer.loggers, trainer.callbacks = loggers, callbacks  # type: ignore[attr-defined]
-        trainer.strategy.connect(module)
-        ours.release()

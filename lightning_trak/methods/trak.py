@@ -1,0 +1,117 @@
+"""TRAK (Park et al. 2023, arXiv 2303.14186), with what was measured to be better than as published."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_trak.features import EngineName
+from lightning_trak.gradients import ParameterSelection
+from lightning_trak.methods.feature import Checkpoints, FeatureMethod, require_one_of
+from lightning_trak.outputs import ModelOutput
+from lightning_trak.projections import GaussianProjection, Projection
+from lightning_trak.scorers.damping import Damping, require_damping
+from lightning_trak.scorers.gram import Curvature
+from lightning_trak.scorers.trak import Residuals, TRAKScorer
+from lightning_trak.store import FeatureStore
+
+
+class TRAK(FeatureMethod):
+    """Attributes a trained model's outputs to its training examples, by a Newton step for each of them.
+
+    A positive score says that training on the example raises the output at the target. Every default is the
+    best-measured one; :meth:`paper` is the published algorithm. The model, its mode, weights, ``.grad`` and buffers are
+    never touched: the work is done on a copy.
+
+    Args:
+        model: the trained model; a LightningModule with :class:`~lightning_trak.AttributionMixin`, or any module when
+            ``output`` is given.
+        checkpoints: a snapshot directory, or a list of snapshot directories, state dicts, safetensors files and
+            Lightning ``.ckpt`` paths. Scores are averaged over them.
+        store: directory of the features, on a disk that all ranks see.
+        output: the scalar output to attribute; default: the model's ``configure_model_output()``.
+        projection: what compresses gradients; default: :class:`~lightning_trak.projections.SparseProjection`.
+        curvature: ``"gauss_newton"``, or ``"identity"`` as published.
+        damping: ridge term relative to the mean of the Gram matrix's diagonal; ``"auto"`` chooses it from the features
+            (:func:`~lightning_trak.scorers.damping.auto_damping`).
+        residuals: ``"per_checkpoint"``, or ``"averaged"`` as published: see
+            :class:`~lightning_trak.scorers.TRAKScorer`.
+        soft_threshold: scores move towards zero by this much (0: not at all).
+        parameters: which parameters to differentiate, by name pattern; default: all that require gradients.
+        engine: how gradients are computed: ``"auto"``, ``"functional"``, ``"hooks"`` or ``"loop"``, see
+            :class:`~lightning_trak.features.FeatureExtractor`.
+        seed: seed of the projection.
+        dtype: dtype of the stored features.
+        weights_only: ``False`` lets ``.ckpt`` and ``.pt`` files run code when they are read; for files you trust only.
+
+    Example::
+
+        trak = TRAK(model, checkpoints="run/snapshots", store="run/features")
+        trak.featurize(trainer, train_loader)
+        scores = trak.score(trainer, target_loader)  # (num_targets, num_train)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        checkpoints: Checkpoints,
+        store: str | Path,
+        *,
+        output: ModelOutput | None = None,
+        projection: Projection | None = None,
+        curvature: Curvature = "gauss_newton",
+        damping: Damping = "auto",
+        residuals: Residuals = "per_checkpoint",
+        soft_threshold: float = 0.0,
+        parameters: ParameterSelection = None,
+        engine: EngineName = "auto",
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+        weights_only: bool = True,
+    ) -> None:
+        require_one_of("curvature", curvature, ("gauss_newton", "identity"))
+        require_one_of("residuals", residuals, ("per_checkpoint", "averaged"))
+        if soft_threshold < 0:
+            raise ValueError(f"soft_threshold must be at least 0, got {soft_threshold}")
+        super().__init__(
+            model,
+            checkpoints,
+            store,
+            output=output,
+            projection=projection,
+            parameters=parameters,
+            engine=engine,
+            seed=seed,
+            dtype=dtype,
+            weights_only=weights_only,
+        )
+        self.curvature: Curvature = curvature
+        self.damping = require_damping(damping)
+        self.residuals: Residuals = residuals
+        self.soft_threshold = soft_threshold
+
+    @classmethod
+    def paper(
+        cls,
+        model: nn.Module,
+        checkpoints: Checkpoints,
+        store: str | Path,
+        **options: Any,
+    ) -> "TRAK":
+        """TRAK as published (arXiv 2303.14186): a Gaussian projection, no curvature, no damping, Q averaged apart.
+
+        Args:
+            model: as for :class:`TRAK`.
+            checkpoints: as for :class:`TRAK`.
+            store: as for :class:`TRAK`.
+            **options: what :class:`TRAK` takes; these replace the published settings.
+        """
+        published: dict[str, Any] = {"curvature": "identity", "damping": 0.0, "residuals": "averaged"}
+        if "projection" not in options:
+            published["projection"] = GaussianProjection(2048)
+        return cls(model, checkpoints, store, **(published | options))
+
+    def make_scorer(self, store: FeatureStore) -> TRAKScorer:
+        """TRAK's scorer."""
+        return TRAKScorer(store, self.curvature, self.damping, self.residuals, self.soft_threshold)

@@ -1,0 +1,57 @@
+"""What this package does with the user's Trainer, apart from running it."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import cast
+
+import lightning as L
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.seed import isolate_rng
+
+from lightning_trak.predict import ExtractorModule
+
+
+def precision_of(trainer: L.Trainer) -> str:
+    """What the Trainer makes of the weights: mixed precision leaves them alone, and features are made of them."""
+    return "32-true" if "mixed" in str(trainer.precision) else str(trainer.precision)
+
+
+def require_whole_parameters(trainer: L.Trainer) -> None:
+    """Refuse a Trainer whose strategy splits the parameters.
+
+    Raises:
+        ValueError: if it does.
+    """
+    if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
+        raise ValueError(
+            f"{type(trainer.strategy).__name__} splits the parameters over ranks, and per-example gradients need them"
+            " whole: use a Trainer with strategy='ddp' or a single device"
+        )
+
+
+@contextmanager
+def borrowed(trainer: L.Trainer, ours: ExtractorModule) -> Iterator[None]:
+    """The user's Trainer for a predict loop of ours: no logger and no callback but the progress bar takes part."""
+    require_whole_parameters(trainer)
+    limit = trainer.limit_predict_batches
+    if limit != 1.0 or isinstance(limit, int):  # 1 is one batch, 1.0 is all of them
+        raise ValueError(
+            f"the Trainer has limit_predict_batches={limit} (fast_dev_run sets it too), so some"
+            " examples would be missed; use a Trainer without it"
+        )
+    loggers, callbacks = trainer.loggers, trainer.callbacks  # type: ignore[attr-defined]
+    module = cast(L.LightningModule, trainer.strategy.lightning_module)
+    trainer.loggers = []
+    bars = [callback for callback in callbacks if isinstance(callback, ProgressBar)]
+    trainer.callbacks = bars  # type: ignore[attr-defined]
+    try:
+        with isolate_rng(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*RangeLoader.*")  # it may have nothing left to do
+            warnings.filterwarnings("ignore", ".*LeafSpec.*")  # Lightning's own, in every loop
+            yield
+    finally:
+        trainer.loggers, trainer.callbacks = loggers, callbacks  # type: ignore[attr-defined]
+        trainer.strategy.connect(module)
+        ours.release()
