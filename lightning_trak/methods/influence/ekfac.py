@@ -25,7 +25,7 @@ EKFACCurvature = Literal["gauss_newton", "empirical"]
 class EKFACInfluence(Influence):
     """Influence functions with the eigenvalue-corrected Kronecker-factored curvature of each layer.
 
-    (George et al. 2018, arXiv 1806.03884; Grosse et al. 2023, arXiv 2308.03296, section 3.) Layers are taken to be
+    (George et al. 2018, arXiv 1806.03884; Grosse et al. 2023, arXiv 2308.03296.) Layers are taken to be
     independent. For a layer with inputs a (and a 1 for the bias) and output gradients s, the eigenvectors of sum a a^T
     and of sum s s^T give a basis of Kronecker products, in which the curvature is taken to be diagonal, with the sum
     over training examples of the squared gradients on the diagonal.
@@ -44,8 +44,8 @@ class EKFACInfluence(Influence):
         output: the scalar output to attribute; default: the model's ``configure_model_output()``.
         curvature: what is approximated.
         damping: lambda of each layer, relative to the mean of its eigenvalues. The default is the habit of the
-            literature; on digits 0.01 to 0.3 were best, and the rule of
-            :func:`~lightning_trak.scorers.damping.auto_damping` far too large for what no projection has mixed.
+            literature. On digits 0.01 and 0.1 were better than 1, and than the rule of
+            :func:`~lightning_trak.scorers.damping.auto_damping` in each layer.
         parameters: which parameters to differentiate, by name pattern; default: all that require gradients.
         seed: of what is drawn at random.
         weights_only: ``False`` lets ``.ckpt`` and ``.pt`` files run code when they are read; for files you trust only.

@@ -28,7 +28,7 @@ class LiSSA(Solver):
         batch_size: examples in a step.
         scale: what H + lambda I is divided by; default: 1 / the step size with which stochastic gradient descent on
             least squares converges fastest, n max_j w_j / |B| + (1 - 1 / |B|) |H| + lambda, with w_j = R_j |g_j|^2
-            (Ma, Bassily and Belkin 2018, arXiv 1712.06559, theorem 4).
+            (Ma, Bassily and Belkin 2018, arXiv 1712.06559).
         tolerance: warn if the residual is larger than this, relative to the target's gradient.
     """
 
