@@ -88,6 +88,19 @@ def as_loaders(data: Data | Sequence[DataLoader[Any]], stage: str, trainer: L.Tr
     return [_as_loader(item) for item in loaders]
 
 
+def single_loader(data: Data, stage: str, trainer: L.Trainer) -> DataLoader[Any]:
+    """What :func:`as_loaders` finds, where it must be one.
+
+    Raises:
+        ValueError: if a data module has several loaders.
+    """
+    loaders = as_loaders(data, stage, trainer)
+    if len(loaders) != 1:
+        what = "training set" if stage == "fit" else "set of targets"
+        raise ValueError(f"expected one {what}, got {len(loaders)} loaders; use a ConcatDataset")
+    return loaders[0]
+
+
 def _as_loader(data: Any) -> DataLoader[Any]:
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
         data = DataLoader(data, batch_size=DEFAULT_BATCH_SIZE)
@@ -159,13 +172,18 @@ class _Batches(Sampler[list[int]]):
         return (list(batch) for batch in self.batches)
 
 
-def load(loader: DataLoader[Any], batches: Iterable[Sequence[int]], num_workers: int | None = None) -> DataLoader[Any]:
+def load(
+    loader: DataLoader[Any],
+    batches: Iterable[Sequence[int]],
+    num_workers: int | None = None,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
+) -> DataLoader[Any]:
     """A loader like the given one that yields exactly these batches of dataset positions."""
     workers = loader.num_workers if num_workers is None else num_workers
     return DataLoader(
         loader.dataset,
         batch_sampler=_Batches(batches),
-        collate_fn=loader.collate_fn,
+        collate_fn=collate_fn or loader.collate_fn,
         num_workers=workers,
         pin_memory=loader.pin_memory,
         timeout=loader.timeout,
@@ -244,6 +262,11 @@ class RangeLoader:
         batches = load(self.loader, (examples for _, examples in self._plan()))
         for (number, examples), batch in zip(self._plan(), batches, strict=True):
             yield IndexedBatch(number, torch.arange(examples.start, examples.stop), batch)
+
+
+def batch_ranges(examples: range, size: int) -> list[Range]:
+    """Ranges of ``size`` examples, so that each is loaded as a batch."""
+    return [Range(number, examples[start : start + size]) for number, start in enumerate(range(0, len(examples), size))]
 
 
 def share_out(loader: DataLoader[Any], jobs: Sequence[Sequence[Range]], trainer: L.Trainer) -> list[RangeLoader]:

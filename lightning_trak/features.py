@@ -6,13 +6,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
-import lightning as L
 import torch
 from lightning_utilities.core.rank_zero import WarningCache
 from torch import Tensor, nn
 from torch.backends import cudnn
 
 from lightning_trak.checkpoints import Checkpoint
+from lightning_trak.copies import copy_module, load_weights
 from lightning_trak.files import tensor_digest
 from lightning_trak.gradients import (
     FunctionalEngine,
@@ -21,7 +21,6 @@ from lightning_trak.gradients import (
     LoopEngine,
     MixedEngine,
     ParameterSelection,
-    canonical_name,
     coverage_report,
     select_parameters,
 )
@@ -73,7 +72,7 @@ class FeatureExtractor:
         dtype: torch.dtype = torch.float32,
         keep: bool = False,
     ) -> None:
-        self.module = _copy(module)
+        self.module = copy_module(module)
         self.output = copy.deepcopy(output)
         self.checkpoints = checkpoints
         self.digests = digests
@@ -153,12 +152,9 @@ class FeatureExtractor:
                 if tensor_digest(weights) != self.digests[number]:
                     raise ValueError(f"{checkpoint.name} has changed since this TRAK was made; make another")
                 bound = self.projection.bind(self.shapes, seed=self.seed, checkpoint=number, device=device)
-                self._loaded[number] = (_renamed(weights, self.module), bound)
+                self._loaded[number] = (weights, bound)
             weights, self._bound = self._loaded[number]
-            try:
-                self.module.load_state_dict(weights, strict=getattr(self.module, "strict_loading", True))
-            except RuntimeError as error:
-                raise ValueError(f"{checkpoint.name} does not fit {type(self.module).__name__}: {error}") from error
+            load_weights(self.module, weights, checkpoint.name)
             self.module.eval()
         self.current, self._device = number, device
 
@@ -315,28 +311,3 @@ def require_finite(rows: Features, positions: Tensor, where: str) -> None:
             f" {rows.features.dtype}): look for NaN or huge values in this example or the weights, or use a dtype with"
             " a larger range; nothing of its shard was written"
         )
-
-
-def _copy(module: nn.Module) -> nn.Module:
-    """A copy of the module, to work on."""
-    try:
-        copied = copy.deepcopy(module)
-    except Exception as error:
-        raise ValueError(
-            f"TRAK works on a copy of the model, but {type(module).__name__} cannot be copied: {error}; keep tensors"
-            " with gradients, locks and open files out of its attributes"
-        ) from error
-    for part in copied.modules():
-        # LightningModule keeps what compile() made of it, which would run the original.
-        part._compiled_call_impl = None
-    for parameter in copied.parameters():
-        parameter.grad = None
-    if isinstance(copied, L.LightningModule):
-        copied.configure_model()
-    return copied
-
-
-def _renamed(weights: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
-    """Weights under the module's own names: either may have been compiled or wrapped."""
-    own = {canonical_name(name): name for name in module.state_dict()}
-    return {own.get(canonical_name(name), name): tensor for name, tensor in weights.items()}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 from torch import nn
 
 from lightning_trak.outputs import ModelOutput
@@ -34,24 +32,32 @@ class AttributionMixin:
         )
 
 
-def declared_output(model: nn.Module, output: ModelOutput | None) -> ModelOutput:
-    """The output to attribute: the one that is given, or else what the model declares.
+def declared_output(module: nn.Module, otherwise: str) -> ModelOutput:
+    """The output that a module declares.
+
+    Args:
+        module: a module with :class:`AttributionMixin`.
+        otherwise: what the user can do instead, for the error.
+
+    Raises:
+        TypeError: if it declares none.
+    """
+    if not isinstance(module, AttributionMixin):
+        raise TypeError(
+            f"{type(module).__name__} declares no model output: derive it from AttributionMixin and define"
+            f" configure_model_output(), or {otherwise}"
+        )
+    return module.configure_model_output()
+
+
+def chosen_output(module: nn.Module, output: ModelOutput | None) -> ModelOutput:
+    """The output that is given, or else the one that the module declares.
 
     Raises:
         TypeError: if there is neither, or it is no ModelOutput.
     """
     if output is None:
-        if not isinstance(model, AttributionMixin):
-            raise TypeError(
-                f"{type(model).__name__} declares no model output: derive it from AttributionMixin and define"
-                " configure_model_output(), or pass output="
-            )
-        output = model.configure_model_output()
+        output = declared_output(module, "pass output=")
     if not isinstance(output, ModelOutput):
         raise TypeError(f"the model output must be a ModelOutput, got {type(output).__name__}")
     return output
-
-
-def uncompiled(model: nn.Module) -> nn.Module:
-    """What torch.compile was given, since copies cannot share its code; any other module as it is."""
-    return cast(nn.Module, model._orig_mod) if isinstance(getattr(model, "_orig_mod", None), nn.Module) else model

@@ -8,7 +8,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning_utilities.core.rank_zero import rank_zero_info
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_trak.data import IndexedBatch, load, sample_batches, transfer_hook
@@ -105,11 +105,52 @@ class FeatureBuffer:
         return found
 
 
-class ExtractorModule(L.LightningModule):
-    """Holds the extractor's copy of the user's module, so that Lightning moves it to the device.
+class PredictModule(L.LightningModule):
+    """Holds our copy of the user's module, so that Lightning moves it to the device, and uses the user's batch hooks.
 
     Args:
-        extractor: makes the features.
+        model: the copy.
+        datamodule: where the data came from, if it has batch transfer hooks of its own.
+    """
+
+    def __init__(self, model: nn.Module, datamodule: L.LightningDataModule | None = None) -> None:
+        super().__init__()
+        # A rank without work runs no hook, and there is no collective that the others could wait in.
+        self.allow_zero_length_dataloader_with_multiple_devices = True
+        self.model = model
+        self._datamodule = datamodule
+        self._upload: Upload | None = None
+
+    def release(self) -> None:
+        """Let go of the model, since the Trainer keeps this module until its next call."""
+        del self.model
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """The user's hook, on the user's batch."""
+        return self._hook("on_before_batch_transfer", batch, dataloader_idx)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """The user's hook, on the user's batch, beside what the device is computing."""
+        if self._upload is None:
+            self._upload = Upload(device)
+        return self._upload(lambda: self._hook("transfer_batch_to_device", batch, device, dataloader_idx))
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """The user's hook, on the user's batch."""
+        return self._hook("on_after_batch_transfer", batch, dataloader_idx)
+
+    def _hook(self, name: str, batch: Any, *args: Any) -> Any:
+        hook = transfer_hook(name, self.model, self._datamodule)
+        if isinstance(batch, IndexedBatch):
+            return batch._replace(batch=hook(batch.batch, *args))
+        return hook(batch, *args)
+
+
+class ExtractorModule(PredictModule):
+    """Makes features.
+
+    Args:
+        extractor: makes the features, on a copy of the user's module.
         store: holds what the model output remembers of the training data at each checkpoint.
         datamodule: where the data came from, if it has batch transfer hooks of its own.
         train_loader: training data to remember when the store holds nothing yet.
@@ -122,19 +163,15 @@ class ExtractorModule(L.LightningModule):
         datamodule: L.LightningDataModule | None = None,
         train_loader: DataLoader[Any] | None = None,
     ) -> None:
-        super().__init__()
-        # A rank without work runs no hook, and there is no collective that the others could wait in.
-        self.allow_zero_length_dataloader_with_multiple_devices = True
+        super().__init__(extractor.module, datamodule)
         self.extractor = extractor
-        self.model = extractor.module
         self._store = store
-        self._datamodule = datamodule
         self._train_loader = train_loader
-        self._upload: Upload | None = None
 
     def release(self) -> None:
-        """Let go of model and features, since the Trainer keeps this module until its next call."""
-        del self.extractor, self.model
+        """Let go of model and features."""
+        super().release()
+        del self.extractor
 
     def enter(self, checkpoint: int) -> None:
         """Make the extractor ready for a checkpoint."""
@@ -190,26 +227,6 @@ class ExtractorModule(L.LightningModule):
             batch = self.on_before_batch_transfer(batch, 0)
             batch = self.transfer_batch_to_device(batch, self.device, 0)
             yield self.on_after_batch_transfer(batch, 0)
-
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """The user's hook, on the user's batch."""
-        return self._hook("on_before_batch_transfer", batch, dataloader_idx)
-
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """The user's hook, on the user's batch, beside what the device is computing."""
-        if self._upload is None:
-            self._upload = Upload(device)
-        return self._upload(lambda: self._hook("transfer_batch_to_device", batch, device, dataloader_idx))
-
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """The user's hook, on the user's batch."""
-        return self._hook("on_after_batch_transfer", batch, dataloader_idx)
-
-    def _hook(self, name: str, batch: Any, *args: Any) -> Any:
-        hook = transfer_hook(name, self.model, self._datamodule)
-        if isinstance(batch, IndexedBatch):
-            return batch._replace(batch=hook(batch.batch, *args))
-        return hook(batch, *args)
 
 
 class FeaturizeModule(ExtractorModule):

@@ -8,9 +8,10 @@ from typing import cast
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from lightning_trak.predict import ExtractorModule
+from lightning_trak.predict import PredictModule
 
 
 def precision_of(trainer: L.Trainer) -> str:
@@ -32,7 +33,7 @@ def require_whole_parameters(trainer: L.Trainer) -> None:
 
 
 @contextmanager
-def borrowed(trainer: L.Trainer, ours: ExtractorModule) -> Iterator[None]:
+def borrowed(trainer: L.Trainer, ours: PredictModule) -> Iterator[None]:
     """The user's Trainer for a predict loop of ours: no logger and no callback but the progress bar takes part."""
     require_whole_parameters(trainer)
     limit = trainer.limit_predict_batches
@@ -55,3 +56,9 @@ def borrowed(trainer: L.Trainer, ours: ExtractorModule) -> Iterator[None]:
         trainer.loggers, trainer.callbacks = loggers, callbacks  # type: ignore[attr-defined]
         trainer.strategy.connect(module)
         ours.release()
+
+
+def refuse_spawning(trainer: L.Trainer) -> None:
+    """Results come back from processes that run the user's script, not from spawned or forked ones."""
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        raise ValueError("a strategy that spawns or forks processes cannot return scores; use strategy='ddp'")

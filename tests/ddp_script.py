@@ -7,10 +7,11 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler, Subset
 
 from lightning_trak import TRAK, TracIn
+from lightning_trak.methods import RepresentationSimilarity
 from lightning_trak.outputs import ContrastiveMargin
 from lightning_trak.projections import SparseProjection
 from tests.lit import make_data, make_model, make_trainer
-from tests.test_distributed import RATES, TOWERS, make_pairs
+from tests.test_distributed import RATES, TOWERS, make_pairs, make_shapley
 
 
 def main(root: Path) -> None:
@@ -42,6 +43,10 @@ def main(root: Path) -> None:
     pairs = TRAK(TOWERS, [TOWERS.state_dict()], root / "pairs", output=ContrastiveMargin(context_size=9))
     pairs.featurize(trainer, make_pairs(20))
     results["pairs"] = pairs.score(trainer, make_pairs(5))
+
+    similarity = RepresentationSimilarity(make_model(), checkpoints)
+    results["similarity"] = similarity.attribute(trainer, DataLoader(train, batch_size=4), Subset(targets, [0]))
+    results["shapley"] = make_shapley().attribute(trainer, Subset(train, range(4)), targets)
 
     unfinished = TRAK(make_model(), checkpoints, root / "continued by one", projection=SparseProjection(32))
     unfinished.featurize(trainer, DataLoader(train, batch_size=4), shard_size=6)

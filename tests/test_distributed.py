@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from lightning_trak import TRAK, TracIn
+from lightning_trak.methods import DataShapley, RepresentationSimilarity
 from lightning_trak.outputs import ContrastiveMargin
 from lightning_trak.projections import SparseProjection
-from tests.lit import make_checkpoints, make_data, make_model, make_trainer
+from tests.lit import LitNet, make_checkpoints, make_data, make_model, make_trainer
 
 ROOT = Path(__file__).parent.parent
 TRAIN, TARGETS = make_data(53), make_data(11, seed=1)
@@ -39,6 +40,10 @@ def make_pairs(size: int) -> DataLoader:
     generator = torch.Generator().manual_seed(size)
     data = TensorDataset(torch.randn(size, 4, generator=generator), torch.randn(size, 5, generator=generator))
     return DataLoader(data, batch_size=3)
+
+
+def make_shapley() -> DataShapley:
+    return DataShapley(LitNet, lambda: make_trainer(max_epochs=1), permutations=3, step=2)
 
 
 def one_process(folder: Path, checkpoints) -> tuple[TRAK, torch.Tensor]:
@@ -82,6 +87,16 @@ def test_both_ranks_get_the_scores_of_one_process(runs, name):
     ranks, expected, _ = runs
     for rank in ranks:
         close(rank[name], expected)
+
+
+def test_methods_that_share_their_work(runs):
+    ranks, _, root = runs
+    similarity = RepresentationSimilarity(make_model(), torch.load(root / "checkpoints.pt"))
+    similarities = similarity.attribute(make_trainer(), TRAIN, Subset(TARGETS, [0]))
+    values = make_shapley().attribute(make_trainer(), Subset(TRAIN, range(4)), TARGETS)
+    for rank in ranks:
+        close(rank["similarity"], similarities)
+        close(rank["shapley"], values)
 
 
 def test_top_k_is_merged_over_ranks(runs):

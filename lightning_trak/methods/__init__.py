@@ -1,6 +1,10 @@
 """Attribution methods, all with the interface of `Method`."""
 
 from lightning_trak.methods.base import Method
+from lightning_trak.methods.bm25 import BM25
+from lightning_trak.methods.data_shapley import DataShapley
+from lightning_trak.methods.datamodels import Datamodels
+from lightning_trak.methods.empirical_influence import EmpiricalInfluence
 from lightning_trak.methods.feature import FeatureMethod
 from lightning_trak.methods.gradients import GradientCosine, GradientDot, TracIn
 from lightning_trak.methods.influence import (
@@ -11,19 +15,29 @@ from lightning_trak.methods.influence import (
     InfluenceFunction,
     LiSSA,
 )
+from lightning_trak.methods.knn_shapley import KNNShapley
+from lightning_trak.methods.random_scores import RandomScores
+from lightning_trak.methods.similarity import RepresentationSimilarity
 from lightning_trak.methods.trak import TRAK
 
 __all__ = [
+    "BM25",
     "TRAK",
     "Arnoldi",
     "ConjugateGradient",
+    "DataShapley",
+    "Datamodels",
     "EKFACInfluence",
+    "EmpiricalInfluence",
     "Explicit",
     "FeatureMethod",
     "GradientCosine",
     "GradientDot",
     "InfluenceFunction",
+    "KNNShapley",
     "LiSSA",
     "Method",
+    "RandomScores",
+    "RepresentationSimilarity",
     "TracIn",
 ]

@@ -8,25 +8,34 @@ from typing import Any, TypedDict, cast
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_trak.checkpoints import CheckpointSource, resolve_checkpoints
-from lightning_trak.data import Data, Range, as_loaders, batch_size_of, fingerprint, share_out
+from lightning_trak.copies import uncompiled
+from lightning_trak.data import (
+    Data,
+    Range,
+    as_loaders,
+    batch_ranges,
+    batch_size_of,
+    fingerprint,
+    share_out,
+    single_loader,
+)
 from lightning_trak.distributed import Ranks
 from lightning_trak.features import EngineName, FeatureExtractor
 from lightning_trak.gradients import ParameterSelection
 from lightning_trak.methods.base import Method
-from lightning_trak.module import declared_output, uncompiled
+from lightning_trak.module import chosen_output
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.predict import FeatureBuffer, FeaturizeModule, ScoreModule, ShardWriter
 from lightning_trak.projections import Projection, SparseProjection
 from lightning_trak.scorers.base import Scorer, Scores
 from lightning_trak.scorers.topk import TopK
 from lightning_trak.store import Features, FeatureStore
-from lightning_trak.trainers import borrowed, precision_of
+from lightning_trak.trainers import borrowed, precision_of, refuse_spawning
 
 Checkpoints = CheckpointSource | Sequence[CheckpointSource]
 
@@ -85,7 +94,7 @@ class FeatureMethod(Method):
         require_one_of("engine", engine, ("auto", "functional", "hooks", "loop"))
         require_one_of("dtype", dtype, (torch.float64, torch.float32, torch.bfloat16, torch.float16))
         self.model = uncompiled(model)
-        self.output = declared_output(self.model, output)
+        self.output = chosen_output(self.model, output)
         self.checkpoints = resolve_checkpoints(checkpoints, weights_only=weights_only)
         self.store = Path(store)
         self.projection = projection if projection is not None else SparseProjection()
@@ -128,10 +137,7 @@ class FeatureMethod(Method):
         Raises:
             ValueError: if the store was made with other settings, or an example's features are not finite.
         """
-        loaders = as_loaders(data, "fit", trainer)
-        if len(loaders) != 1:
-            raise ValueError(f"featurize takes one training set, got {len(loaders)} loaders; use a ConcatDataset")
-        loader = loaders[0]
+        loader = single_loader(data, "fit", trainer)
         extractor = self._extractor()
         num_examples = len(cast(Any, loader.dataset))
         identity = self._identity(extractor) | {"precision": precision_of(trainer), "data": fingerprint(loader)}
@@ -184,8 +190,7 @@ class FeatureMethod(Method):
         """
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k must be at least 1, got {top_k}")
-        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
-            raise ValueError("a strategy that spawns or forks processes cannot return scores; use strategy='ddp'")
+        refuse_spawning(trainer)
         loaders = as_loaders(data, "predict", trainer)
         extractor = self._extractor()
         store = self._existing_store(extractor, trainer)
@@ -224,10 +229,7 @@ class FeatureMethod(Method):
         datamodule: L.LightningDataModule | None,
     ) -> list[Tensor]:
         """The scorer's directions of some targets at each checkpoint, ``(len(examples), k)``, on every rank."""
-        size = batch_size_of(loader)
-        batches = [
-            Range(number, examples[start : start + size]) for number, start in enumerate(range(0, len(examples), size))
-        ]
+        batches = batch_ranges(examples, batch_size_of(loader))
         buffer = FeatureBuffer(extractor.places)
         module = FeaturizeModule(buffer, "Scoring", extractor, store, datamodule)
         with borrowed(trainer, module):

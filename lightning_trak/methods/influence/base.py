@@ -8,13 +8,15 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from lightning_trak.checkpoints import CheckpointsLike, resolve_checkpoints
+from lightning_trak.copies import uncompiled
 from lightning_trak.data import Data
 from lightning_trak.features import FeatureExtractor
 from lightning_trak.gradients import ParameterSelection
 from lightning_trak.methods.base import Method
-from lightning_trak.methods.influence.passes import Examples, Passes
+from lightning_trak.methods.examples import Examples
+from lightning_trak.methods.influence.passes import Passes
 from lightning_trak.methods.influence.solvers import InverseProduct
-from lightning_trak.module import declared_output, uncompiled
+from lightning_trak.module import chosen_output
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.projections import IdentityProjection
 from lightning_trak.trainers import require_whole_parameters
@@ -49,7 +51,7 @@ class Influence(Method):
         weights_only: bool,
     ) -> None:
         self.model = uncompiled(model)
-        self.output = declared_output(self.model, output)
+        self.output = chosen_output(self.model, output)
         self.checkpoints = resolve_checkpoints(checkpoints, weights_only=weights_only)
         self.parameters = parameters
         self.seed = seed
@@ -78,7 +80,7 @@ class Influence(Method):
             ValueError: if a gradient is not finite, or the inverse cannot be applied: see the solvers.
         """
         require_whole_parameters(trainer)
-        train_set, target_set = Examples.of(train, "fit", trainer), Examples.of(targets, "predict", trainer)
+        train_set, target_set = Examples(train, "fit", trainer), Examples(targets, "predict", trainer)
         with isolate_rng(), torch.inference_mode(False), torch.no_grad():
             extractor = FeatureExtractor(
                 self.model,
@@ -90,7 +92,7 @@ class Influence(Method):
                 seed=self.seed,
             )
             passes = Passes(extractor, trainer, train_set)
-            scores = torch.zeros(target_set.num_examples, train_set.num_examples, dtype=passes.dtype)
+            scores = torch.zeros(len(target_set), len(train_set), dtype=passes.dtype)
             for checkpoint in range(len(self.checkpoints)):
                 passes.enter(checkpoint)
                 self._add(scores, passes, target_set)
@@ -100,8 +102,8 @@ class Influence(Method):
         """Add the scores at the current checkpoint."""
         inverse = self._prepare(passes)
         block = max(1, TARGET_BYTES // (passes.size * passes.dtype.itemsize))
-        for start in range(0, targets.num_examples, block):
-            span = range(start, min(start + block, targets.num_examples))
+        for start in range(0, len(targets), block):
+            span = range(start, min(start + block, len(targets)))
             directions = inverse(torch.cat([rows.features for _, rows in passes.rows(targets, span)]))
             for part, rows in passes.rows(passes.train):
                 products = directions @ rows.features.T * rows.residuals

@@ -71,7 +71,7 @@ class LiSSA(Solver):
     def _run(self, hessian: Hessian, rows: Tensor, scale: float, repeat: int) -> Tensor:
         passes = hessian.passes
         draw = random.Random(passes.key(f"lissa/{repeat}"))
-        count = passes.train.num_examples
+        count = len(passes.train)
         size = min(self.batch_size, count)
         series = rows.clone()
         positions = (draw.sample(range(count), size) for _ in range(self.depth))
@@ -83,7 +83,7 @@ class LiSSA(Solver):
         return series
 
     def _default_scale(self, hessian: Hessian) -> float:
-        count = hessian.passes.train.num_examples
+        count = len(hessian.passes.train)
         batch = min(self.batch_size, count)
         generator = torch.Generator().manual_seed(random.Random(hessian.passes.key("power")).getrandbits(63))
         vector = torch.randn(1, hessian.passes.size, generator=generator, dtype=hessian.passes.dtype)

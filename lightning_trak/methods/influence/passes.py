@@ -2,47 +2,18 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import lightning as L
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.data import DataLoader
 
-from lightning_trak.data import Data, as_loaders, batch_size_of, load, sample_batches, transfer_hook
+from lightning_trak.data import batch_size_of, load, sample_batches, transfer_hook
 from lightning_trak.features import GRADIENT_BYTES, FeatureExtractor, require_finite
 from lightning_trak.gradients.base import differentiating
+from lightning_trak.methods.examples import Examples
 from lightning_trak.store import Features
-
-
-class Examples(NamedTuple):
-    """A dataset in its own order.
-
-    Attributes:
-        loader: where dataset, collate function, workers and batch size come from.
-        datamodule: where the loader came from, if it has batch transfer hooks of its own.
-    """
-
-    loader: DataLoader[Any]
-    datamodule: L.LightningDataModule | None
-
-    @classmethod
-    def of(cls, data: Data, stage: str, trainer: L.Trainer) -> "Examples":
-        """What a user passes as data; ``stage`` is ``"fit"`` or ``"predict"``.
-
-        Raises:
-            ValueError: if it has several loaders.
-        """
-        loaders = as_loaders(data, stage, trainer)
-        if len(loaders) != 1:
-            raise ValueError(f"attribute takes one dataset, got {len(loaders)} loaders; use a ConcatDataset")
-        return cls(loaders[0], data if isinstance(data, L.LightningDataModule) else None)
-
-    @property
-    def num_examples(self) -> int:
-        """Number of examples."""
-        return len(cast(Any, self.loader.dataset))
 
 
 class Passes:
@@ -84,7 +55,7 @@ class Passes:
             sample = sample_batches(self.train.loader, extractor.output.context_size, self.key("context"))
             extractor.output.set_context(extractor.make_context(batch for batch, _ in self.batches(self.train, sample)))
         if extractor.undecided:
-            first = range(min(2, self.train.num_examples))
+            first = range(min(2, len(self.train)))
             ((batch, size),) = self.batches(self.train, [first])
             extractor.use_engine(extractor.choose_engine(batch, size)[0])
 
@@ -98,7 +69,7 @@ class Passes:
             positions: what is in each batch; default: everything once, in batches of the loader's size.
         """
         if positions is None:
-            positions = _cut(range(examples.num_examples), batch_size_of(examples.loader))
+            positions = _cut(range(len(examples)), batch_size_of(examples.loader))
         sizes: list[int] = []
 
         def noted() -> Iterator[Sequence[int]]:
@@ -117,9 +88,7 @@ class Passes:
             span: which of them; default: all.
         """
         fitting = max(1, GRADIENT_BYTES // (self.size * self.dtype.itemsize))
-        parts = _cut(
-            range(examples.num_examples) if span is None else span, min(batch_size_of(examples.loader), fitting)
-        )
+        parts = _cut(range(len(examples)) if span is None else span, min(batch_size_of(examples.loader), fitting))
         for part, (batch, _) in zip(parts, self.batches(examples, parts), strict=True):
             positions = torch.arange(part.start, part.stop)
             features = self.extractor(batch, positions)

@@ -1,0 +1,103 @@
+"""A dataset's examples in order, and what a function of a model and a batch says of them."""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from lightning_trak.data import Data, IndexedBatch, batch_ranges, batch_size_of, share_out, single_loader
+from lightning_trak.distributed import Ranks
+from lightning_trak.module import declared_output
+from lightning_trak.predict import PredictModule
+from lightning_trak.trainers import borrowed, refuse_spawning
+
+Rows = Callable[[nn.Module, Any], Tensor]
+
+
+def declared_rows(module: nn.Module, otherwise: str) -> Rows:
+    """The output that a module declares, as a function of (module, batch).
+
+    Raises:
+        TypeError: if it declares none.
+        ValueError: if the output needs to know other training examples.
+    """
+    output = declared_output(module, otherwise)
+    if output.context_size:
+        raise ValueError(f"{type(output).__name__} depends on other training examples too; {otherwise}")
+    return output.output
+
+
+class Examples:
+    """The examples of one dataset.
+
+    Args:
+        data: what a user passes as data.
+        stage: ``"fit"`` or ``"predict"``, which loader a data module is asked for.
+        trainer: what a data module is attached to.
+
+    Attributes:
+        loader: where dataset, collate function, batch size and workers come from.
+        datamodule: where the loader came from, if it has batch transfer hooks of its own.
+    """
+
+    def __init__(self, data: Data, stage: str, trainer: L.Trainer) -> None:
+        self.loader = single_loader(data, stage, trainer)
+        self.datamodule = data if isinstance(data, L.LightningDataModule) else None
+
+    def __len__(self) -> int:
+        return len(cast(Any, self.loader.dataset))
+
+    def map(self, trainer: L.Trainer, module: nn.Module, function: Rows, what: str) -> Tensor:
+        """A row for each example, computed without gradients on the Trainer's device, module in eval mode.
+
+        Args:
+            trainer: runs the predict loop, and is left as it was.
+            module: a copy of the user's module.
+            function: ``(module, batch) -> rows`` of shape ``(batch, ...)``.
+            what: what the rows are, for errors.
+
+        Returns:
+            On every rank, on the CPU: ``(len(self), ...)``, in the order of the dataset.
+
+        Raises:
+            ValueError: if ``function`` does not give one row per example, or a row is not finite.
+        """
+        refuse_spawning(trainer)
+        found: list[tuple[Tensor, Tensor]] = []
+        mapper = _MapModule(function, what, found, module, self.datamodule)
+        batches = batch_ranges(range(len(self)), batch_size_of(self.loader))
+        with borrowed(trainer, mapper):
+            trainer.predict(mapper, share_out(self.loader, [batches], trainer), return_predictions=False)
+        parts = [part for parts in Ranks.of(trainer).gather(found) for part in parts]
+        positions = torch.cat([part for part, _ in parts])
+        if len(positions) != len(self):
+            missing = len(self) - len(positions)
+            raise RuntimeError(f"{what} of {missing} examples never arrived; a rank must have failed")
+        rows = torch.cat([part for _, part in parts])
+        return rows[positions.argsort()]
+
+
+class _MapModule(PredictModule):
+    def __init__(self, function: Rows, what: str, found: list[tuple[Tensor, Tensor]], *args: Any) -> None:
+        super().__init__(*args)
+        self._function = function
+        self._what = what
+        self._found = found
+
+    def predict_step(self, batch: IndexedBatch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:  # noqa: ARG002
+        """Keep the batch's rows; returns its positions, since Lightning warns of None."""
+        self.model.eval()
+        with torch.autocast(self.device.type, enabled=False):  # in the precision of the weights, as features are
+            rows = self._function(self.model, batch.batch)
+        count = len(batch.positions)
+        if not isinstance(rows, Tensor) or rows.ndim == 0 or len(rows) != count:
+            received = f"shape {tuple(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
+            raise ValueError(f"expected {self._what} as a tensor of {count} rows, one per example, got {received}")
+        finite = rows.isfinite().flatten(1).all(1) if rows.ndim > 1 else rows.isfinite()
+        if not finite.all():
+            first = int(batch.positions[int((~finite).nonzero()[0])])
+            raise ValueError(f"{self._what} of example {first} is not finite: look for NaN in it or in the weights")
+        self._found.append((batch.positions, rows.cpu()))
+        return batch.positions
