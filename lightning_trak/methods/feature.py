@@ -93,9 +93,8 @@ class FeatureMethod(Method):
     ) -> None:
         require_one_of("engine", engine, ("auto", "functional", "hooks", "loop"))
         require_one_of("dtype", dtype, (torch.float64, torch.float32, torch.bfloat16, torch.float16))
-        model = uncompiled(model)
-        self.model = model
-        self.output = declared_output(model, output)
+        self.model = uncompiled(model)
+        self.output = declared_output(self.model, output)
         self.checkpoints = resolve_checkpoints(checkpoints, weights_only=weights_only)
         self.store = Path(store)
         self.projection = projection if projection is not None else SparseProjection()
