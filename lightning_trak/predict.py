@@ -16,7 +16,9 @@ from lightning_trak.distributed import Ranks
 from lightning_trak.features import EngineName, FeatureExtractor, require_finite
 from lightning_trak.gradients.batch import infer_batch_size
 from lightning_trak.scorers.base import Scorer, Scores
+from lightning_trak.sharded import ShardedFeatureExtractor
 from lightning_trak.store import Features, FeatureStore
+from lightning_trak.trainers import shards_model
 from lightning_trak.transfer import HostCopy, Upload
 
 
@@ -187,7 +189,7 @@ class ExtractorModule(PredictModule):
 
     def _enter_context(self, checkpoint: int) -> None:
         with torch.inference_mode(False):  # autograd saves the context
-            context = self._store.read_extra(checkpoint, "context", self._store.key)
+            context = self._read_extra(checkpoint, "context")
             if context is None:
                 batches = self._sample(checkpoint, "context", self.extractor.output.context_size)
                 context = self.extractor.make_context(batch for batch, _ in batches)
@@ -195,19 +197,26 @@ class ExtractorModule(PredictModule):
             self.extractor.output.set_context({name: tensor.to(self.device) for name, tensor in context.items()})
 
     def _enter_projection(self, checkpoint: int) -> None:
-        fitted = self._store.read_extra(checkpoint, "projection", self._store.key)
+        fitted = self._read_extra(checkpoint, "projection")
         if fitted is None:
             batches = self._sample(checkpoint, "projection", self.extractor.projection.sample_size)
             fitted = self.extractor.fit_projection(batches)
             self._store.write_extra(checkpoint, "projection", fitted, self._store.key)
         self.extractor.set_projection_fit(fitted)
 
+    def _read_extra(self, checkpoint: int, name: str) -> dict[str, Tensor] | None:
+        """What the store has, if anything; ranks that compute together find it together or not at all."""
+        found = self._store.read_extra(checkpoint, name, self._store.key)
+        if self.extractor.sharded and not Ranks.of(self.trainer).all_true(found is not None):
+            return None
+        return found
+
     def _settle_engine(self) -> None:
         """Choose by the first two training examples, once for the store: no run depends on what it happens to see."""
         engine = self._store.settle_engine()
         if engine is None and self._train_loader is not None:
             positions = list(range(min(2, self._store.num_examples)))
-            (batch,) = self._batches([positions])
+            (batch,) = self._batches(self._train_loader, [positions])
             choice, reason = self.extractor.choose_engine(batch, len(positions))
             how = {"hooks": "module hooks", "functional": "vmap"}[choice]
             rank_zero_info(f"TRAK: gradients by {how}, chosen by engine='auto': {reason}")
@@ -219,23 +228,49 @@ class ExtractorModule(PredictModule):
         """A uniform sample of the training data, without replacement, another one at each checkpoint."""
         assert self._train_loader is not None, "the store holds the context once featurizing is complete"
         positions = sample_batches(self._train_loader, count, f"{self.extractor.seed}/{checkpoint}/{purpose}")
-        yield from zip(self._batches(positions), map(len, positions), strict=True)
+        yield from zip(self._batches(self._train_loader, positions), map(len, positions), strict=True)
 
-    def _batches(self, positions: list[list[int]]) -> Iterator[Any]:
-        """Training examples at some positions, a batch for each list, on the device."""
-        for batch in load(cast(DataLoader[Any], self._train_loader), positions):
+    def _batches(self, loader: DataLoader[Any], positions: list[list[int]]) -> Iterator[Any]:
+        """Examples at some positions, a batch for each list, on the device."""
+        for batch in load(loader, positions):
             batch = self.on_before_batch_transfer(batch, 0)
             batch = self.transfer_batch_to_device(batch, self.device, 0)
             yield self.on_after_batch_transfer(batch, 0)
 
 
 class FeaturizeModule(ExtractorModule):
-    """Featurizes :class:`~lightning_trak.data.IndexedBatch`; the m-th dataloader is for the m-th checkpoint."""
+    """Featurizes :class:`~lightning_trak.data.IndexedBatch`; the m-th dataloader is for the m-th checkpoint.
 
-    def __init__(self, sink: Sink, task: str, *args: Any, **kwargs: Any) -> None:
+    Args:
+        sink: where features go.
+        task: what to call the work on the progress bar.
+        loader: the data.
+        args: as for :class:`ExtractorModule`.
+        kwargs: as for :class:`ExtractorModule`.
+    """
+
+    def __init__(self, sink: Sink, task: str, loader: DataLoader[Any], *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._sink = sink
         self._task = task
+        self._loader = loader
+
+    def configure_model(self) -> None:
+        """Have the model shard itself, if the Trainer's strategy does that; the ranks are there now."""
+        if isinstance(self.extractor, ShardedFeatureExtractor):
+            self.extractor.shard(self.device_mesh)
+
+    def _settle_engine(self) -> None:
+        """Sharded models leave no choice, but what hooks must know has to be found on the same examples everywhere."""
+        if not isinstance(self.extractor, ShardedFeatureExtractor):
+            return super()._settle_engine()
+        positions = list(range(min(2, len(cast(Any, self._loader.dataset)))))
+        (batch,) = self._batches(self._loader, [positions])
+        found = self.extractor.lay_hooks(batch, len(positions))
+        if self._train_loader is not None:
+            rank_zero_info(f"TRAK: gradients by module hooks, since the model is sharded: {found}")
+            self._store.settle_engine("hooks")
+        return None
 
     def on_predict_batch_start(self, batch: IndexedBatch, batch_idx: int, dataloader_idx: int = 0) -> None:  # noqa: ARG002
         """Have the progress bar say what it shows, rather than "Predicting DataLoader 0"."""
@@ -250,7 +285,8 @@ class FeaturizeModule(ExtractorModule):
         """Hand the batch's features to the sink; returns its positions, since Lightning warns of None."""
         self.enter(dataloader_idx)
         rows = self.extractor(batch.batch, batch.positions)
-        self._sink.add(dataloader_idx, batch.number, batch.positions, rows)
+        if batch.number is not None:
+            self._sink.add(dataloader_idx, batch.number, batch.positions, rows)
         return batch.positions
 
 
@@ -270,6 +306,11 @@ class ScoreModule(ExtractorModule):
 
     def setup(self, stage: str) -> None:  # noqa: ARG002
         """Get the scorer ready; every rank takes part. What an earlier run has on another device is dropped."""
+        if shards_model(self.trainer):
+            raise ValueError(
+                "scorer() scores what Lightning deals out, which need not be equally many batches on each rank, as a"
+                " sharded model needs: use score()"
+            )
         self.extractor.reset()
         self._scorer.fit(self.trainer.strategy.root_device, Ranks.of(self.trainer))
 
