@@ -258,7 +258,7 @@ class FeaturizeModule(ExtractorModule):
     def configure_model(self) -> None:
         """Have the model shard itself, if the Trainer's strategy does that; the ranks are there now."""
         if isinstance(self.extractor, ShardedFeatureExtractor):
-            self.extractor.shard(self.device_mesh)
+            self.extractor.shard(self.device_mesh, self.trainer.strategy.root_device)
 
     def _settle_engine(self) -> None:
         """Sharded models leave no choice, but what hooks must know has to be found on the same examples everywhere."""

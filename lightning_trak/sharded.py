@@ -13,6 +13,7 @@ from lightning_trak.copies import copy_module
 from lightning_trak.features import FeatureExtractor
 from lightning_trak.gradients import HookEngine, ShardedHookEngine, canonical_name, coverage_report
 from lightning_trak.gradients.batch import fresh_batch
+from lightning_trak.gradients.sharding import reshard
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -50,6 +51,13 @@ class ShardedFeatureExtractor(FeatureExtractor):
                 " layers in __init__() (on the meta device, if they are too large for one) and only shard them in"
                 " configure_model()"
             )
+        saved = module.state_dict()
+        lost = [key for key, buffer in module.named_buffers() if buffer.is_meta and key not in saved]
+        if lost:
+            raise ValueError(
+                f"{name} has buffers on the meta device, {', '.join(lost)}, that no checkpoint gives a content, since"
+                " they are not persistent: make them on the CPU"
+            )
         super().__init__(module, *args, **kwargs)
         self.module.eval()
         left_out = HookEngine.uncovered(self.module, self.names)
@@ -72,11 +80,12 @@ class ShardedFeatureExtractor(FeatureExtractor):
             )
         self.undecided = True
 
-    def shard(self, mesh: DeviceMesh | None) -> None:
+    def shard(self, mesh: DeviceMesh | None, device: torch.device) -> None:
         """Have the module shard itself, once the processes run; does nothing the second time.
 
         Args:
             mesh: what the module finds as ``self.device_mesh``.
+            device: where parameters go that were made on the meta device.
 
         Raises:
             ValueError: if parameters are others afterwards.
@@ -96,6 +105,12 @@ class ShardedFeatureExtractor(FeatureExtractor):
         self.names = {name: own[name][0] for name in self.names}
         for name, (_, parameter) in own.items():
             parameter.requires_grad_(name in self.names)
+        if any(parameter.is_meta for _, parameter in own.values()):
+            # Lightning would do this too, but to everything: buffers that no checkpoint holds would lose their content.
+            def materialize(tensor: Tensor) -> Tensor:
+                return torch.empty_like(tensor, device=device) if tensor.is_meta else tensor
+
+            self.module._apply(materialize)  # type: ignore[no-untyped-call]
         self._shards = True
 
     def lay_hooks(self, batch: Any, size: int) -> str:
@@ -112,6 +127,7 @@ class ShardedFeatureExtractor(FeatureExtractor):
             ValueError: if hooks do not give the right gradients of the sharded model.
         """
         try:
+            reshard(self.module)
             with self.differentiable():
                 engine = ShardedHookEngine(self.module, self.output, self.names)
                 wrong = engine.check(fresh_batch(batch, size), size)

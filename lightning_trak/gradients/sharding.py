@@ -39,10 +39,17 @@ def shard_like(whole: Tensor, like: Tensor) -> Tensor:
 
 def squared_norm(tensor: Tensor) -> float:
     """The sum of squares, in float64, of all parts; all ranks must ask for it."""
-    if not is_sharded(tensor):
-        return float(tensor.double().square().sum())
     total = tensor.double().square().sum()
-    return float(total.full_tensor())  # type: ignore[attr-defined]
+    return float(total.full_tensor() if is_sharded(total) else total)  # type: ignore[attr-defined]
+
+
+def reshard(module: nn.Module) -> None:
+    """Put the sharded parameters back: a forward pass without a backward pass may leave whole ones in their places."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
 
 
 def own_type(module: nn.Module) -> type[nn.Module]:
