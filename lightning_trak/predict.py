@@ -1,5 +1,6 @@
 """The LightningModules that ``trainer.predict`` runs: one featurizes, one scores batches as they come."""
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol, cast
@@ -11,7 +12,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_trak.data import IndexedBatch, load, sample_batches, transfer_hook
+from lightning_trak.data import IndexedBatch, RangeLoader, load, sample_batches, transfer_hook
 from lightning_trak.distributed import Ranks
 from lightning_trak.features import EngineName, FeatureExtractor, require_finite
 from lightning_trak.gradients.batch import infer_batch_size
@@ -259,6 +260,22 @@ class FeaturizeModule(ExtractorModule):
         """Have the model shard itself, if the Trainer's strategy does that; the ranks are there now."""
         if isinstance(self.extractor, ShardedFeatureExtractor):
             self.extractor.shard(self.device_mesh, self.trainer.strategy.root_device)
+
+    def on_predict_start(self) -> None:
+        """Ranks that compute together must have the same plan: else FSDP2 would mix up what they send, unnoticed.
+
+        Raises:
+            RuntimeError: if they have not.
+        """
+        if self.extractor.sharded:
+            loaders = cast(list[RangeLoader], self.trainer.predict_dataloaders)
+            plan = [[(part.start, part.stop) for _, part in loader.ranges] for loader in loaders]
+            digest = hashlib.sha256(repr(plan).encode()).hexdigest()
+            if len(set(Ranks.of(self.trainer).gather(digest))) > 1:
+                raise RuntimeError(
+                    "the ranks of a sharded model see different shards as missing in the store: it must lie on a disk"
+                    " that all of them share, and no other run may be writing to it"
+                )
 
     def _settle_engine(self) -> None:
         """Sharded models leave no choice, but what hooks must know has to be found on the same examples everywhere."""

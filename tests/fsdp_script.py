@@ -53,7 +53,7 @@ def main(root: Path) -> None:
     def refusal(call) -> str:
         try:
             call()
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:
             return str(error)
         raise AssertionError("it was not refused")
 
@@ -61,6 +61,10 @@ def main(root: Path) -> None:
     results["halved"] = refusal(lambda: clip_trak(root, Halved(), "halved").featurize(trainer, make_pairs(4)))
     results["scorer"] = refusal(
         lambda: trainer.predict(net_trak(root, "net", Net()).scorer(), DataLoader(targets, batch_size=2))
+    )
+    own = f"own of {trainer.global_rank}"
+    results["own"] = refusal(
+        lambda: net_trak(root, own, Net()).featurize(trainer, train, shard_size=6 + trainer.global_rank)
     )
     trained = Net()
     fitting = make_trainer(

@@ -212,6 +212,7 @@ def test_other_models_outputs_and_projections(runs, tmp_path, name, make, data):
         ),
         ("halved", "first.weight has torch.float32 weights and is used in torch.bfloat16.*leave param_dtype out"),
         ("scorer", "equally many batches on each rank, as a sharded model needs: use score"),
+        ("own", "see different shards as missing in the store"),
         ("trained", r"this \w*Net has been sharded.*pass a new one instead"),
     ],
 )
