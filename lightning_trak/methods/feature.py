@@ -30,11 +30,12 @@ from lightning_trak.gradients import ParameterSelection
 from lightning_trak.methods.base import Method
 from lightning_trak.module import declared_output
 from lightning_trak.outputs import ModelOutput
-from lightning_trak.predict import FeatureBuffer, FeaturizeModule, ScoreModule, ShardWriter
+from lightning_trak.predict import FeaturizeModule, ScoreModule
 from lightning_trak.projections import Projection, SparseProjection
 from lightning_trak.scorers.base import Scorer, Scores
 from lightning_trak.scorers.topk import TopK
 from lightning_trak.sharded import ShardedFeatureExtractor
+from lightning_trak.sinks import FeatureBuffer, ShardWriter
 from lightning_trak.store import Features, FeatureStore
 from lightning_trak.trainers import borrowed, precision_of, refuse_spawning, shards_model
 
