@@ -66,7 +66,7 @@ def read_manifest(directory: str | Path, what: str, version: int, advice: str) -
         raise FileNotFoundError(f'"{directory}" is not a {what} yet; {advice}')
     try:
         manifest: dict[str, Any] = json.loads(path.read_text())
-        found, _ = manifest["format"], manifest["identity"]
+        found = manifest["format"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f'"{path}" is not the manifest of a {what}: {error!r}') from error
     if found != version:
