@@ -10,7 +10,6 @@ what it holds. Without, scenes of coloured shapes are drawn.
 """
 
 import argparse
-import textwrap
 import time
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from examples.common import begin, make_trainer
-from examples.pairs import Pairs, make_scenes, read_pairs
+from examples.pairs import Pairs, draw_pairs, make_scenes, read_pairs
 from lightning_trak import TRAK, AttributionMixin, TRAKCallback
 from lightning_trak.methods import RandomScores
 from lightning_trak.outputs import ContrastiveMargin, ModelOutput
@@ -82,22 +81,6 @@ def neighbours(model: LitCLIP, train: Pairs, targets: Pairs) -> Tensor:
     """Cosines of image with image and caption with caption, averaged: ``(num_targets, num_train)``."""
     of_train, of_targets = model(train.images, train.words), model(targets.images, targets.words)
     return sum(ours @ theirs.T for ours, theirs in zip(of_targets, of_train, strict=True)) / 2
-
-
-def draw_pairs(targets: Pairs, train: Pairs, rows: list[int], columns: dict[str, Tensor], k: int = 3) -> Figure:
-    """Each target beside the training pairs that score highest in each column, scores being (len(rows), num_train)."""
-    figure = Figure(figsize=(1.3 * (1 + k * len(columns)), 1.75 * len(rows) + 0.3), layout="constrained")
-    parts = figure.subfigures(1, 1 + len(columns), width_ratios=[1.15, *[k] * len(columns)], wspace=0.04)
-    shown = [("target", targets, torch.tensor(rows)[:, None])]
-    shown += [(name, train, scores.topk(k).indices) for name, scores in columns.items()]
-    for part, (name, pairs, indices) in zip(parts, shown, strict=True):
-        part.suptitle(name, fontsize=10)
-        for axes, row in zip(part.subplots(*indices.shape, squeeze=False), indices.tolist(), strict=True):
-            for axis, index in zip(axes, row, strict=True):
-                axis.imshow(pairs.images[index].permute(1, 2, 0))
-                axis.set_title(textwrap.fill(pairs.captions[index], 22, max_lines=3), fontsize=6, pad=2)
-                axis.axis("off")
-    return figure
 
 
 def draw_fall(fractions: Tensor, before: float, falls: dict[str, Tensor]) -> Figure:
