@@ -83,15 +83,22 @@ def neighbours(model: LitCLIP, train: Pairs, targets: Pairs) -> Tensor:
     return sum(ours @ theirs.T for ours, theirs in zip(of_targets, of_train, strict=True)) / 2
 
 
+def without_first(scores: Tensor, counts: list[int]) -> Tensor:
+    """The training set without the first of each target, for each count: bool ``(num_targets, counts, num_train)``."""
+    ranks = scores.argsort(dim=1, descending=True).argsort(dim=1)
+    return ranks[:, None] >= torch.tensor(counts)[:, None]
+
+
 def draw_fall(fractions: Tensor, before: float, falls: dict[str, Tensor]) -> Figure:
     """Alignment over the share of removed pairs, ``(num_fractions, num_values)``, with standard errors."""
     figure = Figure(figsize=(5, 3.2), layout="constrained")
     axis = figure.subplots()
     for name, values in falls.items():
-        axis.errorbar(100 * fractions, values.mean(1), values.std(1) / values.shape[1] ** 0.5, label=name, marker="o")
+        error = values.std(1) / values.shape[1] ** 0.5
+        axis.errorbar((100 * fractions).numpy(), values.mean(1).numpy(), error.numpy(), label=name, marker="o")
     axis.axhline(before, color="grey", linestyle=":", label="nothing removed")
     axis.set(xlabel="removed training pairs, %", ylabel="alignment of the targets", xscale="log")
-    axis.set_xticks(100 * fractions, [f"{100 * fraction:g}" for fraction in fractions.tolist()])
+    axis.set_xticks((100 * fractions).numpy(), [f"{100 * fraction:g}" for fraction in fractions.tolist()])
     axis.minorticks_off()
     axis.legend()
     return figure
@@ -101,12 +108,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="directory of captions.jsonl and images")
     parser.add_argument("--out", type=Path, default=Path("clip_output"), help="where everything is written")
-    parser.add_argument("--scenes", type=int, default=1000, help="pairs to draw, without --data")
+    parser.add_argument("--scenes", type=int, default=600, help="pairs to draw, without --data")
     parser.add_argument("--size", type=int, default=24, help="of the images that the model sees")
     parser.add_argument("--targets", type=int, default=4, help="held-out pairs to attribute")
     parser.add_argument("--models", type=int, default=4, help="models that TRAK averages over")
     parser.add_argument("--seeds", type=int, default=2, help="models to retrain for each set of removed pairs")
-    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--epochs", type=int, default=12)
     args = parser.parse_args(arguments)
     started = time.time()
     run = begin(args.out)
@@ -149,10 +156,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     print(f"3. Retraining without the first of each list, {args.seeds} times each", flush=True)
     counts = [max(1, round(fraction * len(train))) for fraction in FRACTIONS]
-    masks = torch.ones(len(scores), len(counts), len(chosen), len(train), dtype=torch.bool)
-    for method, values in enumerate(scores.values()):
-        for step, count in enumerate(counts):
-            masks[method, step].scatter_(1, values.topk(count).indices, False)
+    masks = torch.stack([without_first(values, counts) for values in scores.values()])
     everything = torch.ones(1, len(train), dtype=torch.bool)
     fleet = RetrainingFleet(
         run / "fleet",
@@ -166,8 +170,9 @@ def main(arguments: list[str] | None = None) -> None:
     )
     fleet.run()
     before = fleet.outputs[:, 0].mean().item()
-    # Of the models that were trained without pairs for some target, the alignment of that target.
-    outputs = fleet.outputs[:, 1:].unflatten(1, masks.shape[:3]).diagonal(dim1=0, dim2=3).transpose(2, 3)
+    # Of a model that was trained without pairs for one target, the alignment of that target.
+    outputs = fleet.outputs[:, 1:].unflatten(1, masks.shape[:3]).diagonal(dim1=0, dim2=2)
+    outputs = outputs.transpose(2, 3)  # (method, count, target, seed)
     falls = {name: found.flatten(1) for name, found in zip(scores, outputs, strict=True)}
     shares = torch.tensor(counts) / len(train)
     print(f"   alignment of the targets, without {', '.join(f'{share:.1%}' for share in shares.tolist())}")

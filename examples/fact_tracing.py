@@ -71,17 +71,22 @@ def without_first(scores: Tensor, number: int) -> Tensor:
     return kept
 
 
-def draw(arms: list[str], outputs: Tensor) -> Figure:
-    """How many queries are answered in each arm; ``outputs`` is (num_queries, num_arms, num_seeds)."""
-    answered = (outputs > 0).float().mean(0)
-    figure = Figure(figsize=(6.4, 3.2), layout="constrained")
+def draw(arms: list[str], traced: Tensor, others: Tensor) -> Figure:
+    """How many queries are answered in each arm, of outputs ``(num_queries, num_arms, num_seeds)``."""
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axis = figure.subplots()
-    axis.barh(arms, answered.mean(1), color="lightsteelblue")
-    for position, values in enumerate(answered):
-        axis.plot(values, [position] * len(values), "k.", markersize=4)
+    for name, outputs, shift, colour in (
+        ("queries traced", traced, -0.2, "tab:blue"),
+        ("other queries", others, 0.2, "lightgrey"),
+    ):
+        answered = (outputs > 0).float().mean(0)
+        places = torch.arange(len(arms)) + shift
+        axis.barh(places.numpy(), answered.mean(1).numpy(), 0.4, color=colour, label=name)
+        axis.plot(answered.T.numpy(), places.expand(answered.shape[1], -1).numpy(), "k.", markersize=3)
+    axis.set_yticks(range(len(arms)), arms)
     axis.invert_yaxis()
-    axis.set_xlabel("share of the queries that the retrained models answer (dots: models)")
-    axis.set_xlim(0, 1.02)
+    axis.set(xlabel="share answered by models retrained without sentences (dots: models)", xlim=(0, 1.02))
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, 1.15), ncols=2, frameon=False)
     return figure
 
 
@@ -93,7 +98,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--queries", type=int, default=30, help="how many of the facts that were learned to trace")
     parser.add_argument("--models", type=int, default=4, help="models that TRAK averages over")
     parser.add_argument("--seeds", type=int, default=3, help="models to retrain for each set of removed sentences")
-    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--epochs", type=int, default=40)
     args = parser.parse_args(arguments)
     started = time.time()
     run = begin(args.out)
@@ -105,7 +110,7 @@ def main(arguments: list[str] | None = None) -> None:
     def make_model() -> LitBlankFiller:
         return LitBlankFiller(len(train.vocabulary) + 3, train.length)
 
-    print(f"1. Training {args.models} models")
+    print(f"1. Training {args.models} models", flush=True)
     snapshots, outputs = [], []
     for seed in range(args.models):
         L.seed_everything(seed, verbose=False)
@@ -118,13 +123,14 @@ def main(arguments: list[str] | None = None) -> None:
             batches = DataLoader(queries, batch_size=100)
             outputs.append(torch.cat([model.configure_model_output().output(model, batch) for batch in batches]))
     known = (torch.stack(outputs) > 0).all(0)  # a margin above 0 is a probability above 1/2
-    print(f"   all of them answer {int(known.sum())} of {len(queries)} queries")
+    print(f"   all of them answer {int(known.sum())} of {len(queries)} queries", flush=True)
     if not known.any():
         raise SystemExit("There is nothing to trace: train with more --epochs, or on more sentences for each fact.")
-    chosen = known.nonzero().flatten()[: args.queries]
-    relevant, targets = relevant[chosen], Subset(queries, chosen.tolist())
+    chosen = known.nonzero().flatten()
+    traced = min(args.queries, -(-len(chosen) // 2))  # the others show what else is lost
+    relevant, targets = relevant[chosen[:traced]], Subset(queries, chosen[:traced].tolist())
 
-    print(f"2. Tracing {len(chosen)} of them")
+    print(f"2. Tracing {traced} of them", flush=True)
     trainer = make_trainer(args.epochs)
     methods = {
         "TRAK": TRAK(model, snapshots, run / "features"),
@@ -132,13 +138,13 @@ def main(arguments: list[str] | None = None) -> None:
         "random": RandomScores(),
     }
     scores = {name: method.attribute(trainer, train_loader, targets) for name, method in methods.items()}
-    rows = torch.arange(len(chosen)).repeat_interleave(len(train))
+    rows = torch.arange(traced).repeat_interleave(len(train))
     for name, values in scores.items():
         pairs = (values.flatten(), relevant.flatten())
         mrr, recall = (metric(*pairs, indexes=rows).item() for metric in (RetrievalMRR(), RetrievalRecall(top_k=10)))
         print(f"   {name:8s} MRR {mrr:.2f}   recall@10 {recall:.2f}")
 
-    print(f"3. Retraining without them, {args.seeds} times each")
+    print(f"3. Retraining without them, {args.seeds} times each", flush=True)
     stating = relevant.any(0)
     arms = {"nothing": torch.ones_like(stating), "annotated": ~stating}
     for name, values in scores.items():
@@ -148,20 +154,20 @@ def main(arguments: list[str] | None = None) -> None:
         make_model,
         lambda: make_trainer(args.epochs),
         train_loader,
-        targets,
+        Subset(queries, chosen.tolist()),
         torch.stack([*arms.values()]),
         num_seeds=args.seeds,
     )
     fleet.run()
-    print(f"   {'removed':12s} sentences  answered  mean log-odds of the answer")
+    print(f"   {'removed':12s} sentences  answered  log-odds of the answer  answered of the queries not traced")
     for number, (name, kept) in enumerate(arms.items()):
-        found = fleet.outputs[:, number]
-        answered = (found > 0).float().mean()
-        print(f"   {name:12s} {int((~kept).sum()):9d} {answered:9.2f} {found.mean():9.1f}")
-    draw([*arms], fleet.outputs).savefig(run / "removed.png", dpi=120)
+        found, others = fleet.outputs[:traced, number], fleet.outputs[traced:, number]
+        share, other_share = ((outputs > 0).float().mean() for outputs in (found, others))
+        print(f"   {name:12s} {int((~kept).sum()):9d} {share:9.2f} {found.mean():9.1f} {other_share:21.2f}")
+    draw([*arms], fleet.outputs[:traced], fleet.outputs[traced:]).savefig(run / "removed.png", dpi=120)
 
     print("4. Where it learned these (* marks sentences that state the fact)")
-    for row, query in enumerate(chosen[:3].tolist()):
+    for row, query in enumerate(chosen[: min(3, traced)].tolist()):
         print(f"   {queries.show(query)}")
         for name in ("TRAK", "BM25"):
             for index in scores[name][row].topk(3).indices.tolist():

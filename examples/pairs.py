@@ -129,7 +129,7 @@ def draw_pairs(targets: Pairs, train: Pairs, rows: list[int], columns: dict[str,
         part.suptitle(name, fontsize=10)
         for axes, row in zip(part.subplots(*indices.shape, squeeze=False), indices.tolist(), strict=True):
             for axis, index in zip(axes, row, strict=True):
-                axis.imshow(pairs.images[index].permute(1, 2, 0))
+                axis.imshow(pairs.images[index].permute(1, 2, 0).numpy())
                 axis.set_title(textwrap.fill(pairs.captions[index], 22, max_lines=3), fontsize=6, pad=2)
                 axis.axis("off")
     return figure
