@@ -169,6 +169,8 @@ class AttributionCLI(LightningCLI):
         parser.add_lightning_class_args(AttributionTrainer, "trainer")
         parser.add_lightning_class_args(L.LightningModule, "model", subclass_mode=True, required=False)
         parser.add_lightning_class_args(L.LightningDataModule, "data", subclass_mode=True, required=False)
+        # A completion script would go through all layers of torch as arguments of this package's own modules.
+        parser._option_string_actions["--model"].complete = {}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The section that all subcommands accept, so that they can share a file."""
