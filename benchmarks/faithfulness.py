@@ -25,7 +25,6 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from benchmarks.tasks import Task, make_tasks
-from examples.digits import random_halves
 from lightning_trak import TRAK, LinearDatamodelingScore
 from lightning_trak.projections import (
     GaussianProjection,
@@ -34,7 +33,7 @@ from lightning_trak.projections import (
     RademacherProjection,
     SparseProjection,
 )
-from lightning_trak.retraining import train_together
+from lightning_trak.retraining import random_subsets, train_together
 from lightning_trak.scorers import TRAKScorer
 from lightning_trak.scorers.damping import Damping
 from lightning_trak.scorers.gram import Curvature
@@ -101,7 +100,7 @@ class Truth:
 
 def retrain(task: Task, subsets: int, seeds: int, members: int = 25) -> Truth:
     """Train on all data and on random halves."""
-    masks = random_halves(subsets, len(task.train))
+    masks = random_subsets(len(task.train), subsets, seed=1)
     recipe = {"max_epochs": task.max_epochs, "batch_size": task.batch_size}
     everything = torch.ones(MODELS, len(task.train), dtype=torch.bool)
     full = train_together(task.make_module, task.train, everything, range(MODELS), **recipe)

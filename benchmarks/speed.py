@@ -17,18 +17,19 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-from tqdm import tqdm
 
+from benchmarks.fleet import fleet
 from benchmarks.memory import MIB, fresh_peak
 from benchmarks.models import WORKLOADS, resnet9
 from benchmarks.ours import K, featurizer, settings
 from benchmarks.peers import FEATURIZERS, SCORES, package_of
 from benchmarks.storage import scoring, topk
 from benchmarks.timing import Action, Row, Run, ratios, rows, seconds, table
-from examples.digits import make_data, random_halves, retrain, train_on
+from examples.digits import LitDigits, make_data, make_trainer
 from lightning_trak import TRAK, LinearDatamodelingScore
 from lightning_trak.outputs import ClassificationMargin
 from lightning_trak.projections import KroneckerProjection, Projection, SparseProjection
+from lightning_trak.retraining import RetrainingFleet, random_subsets
 
 PLAIN = "of forward + backward"
 
@@ -128,11 +129,15 @@ def lds(run: Run, subsets: int = 40, k: int = 1024) -> list[Row]:
     """How faithful scores of one model of the digits are, and what they cost."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     train, targets = make_data()
-    model = train_on(train, seed=0).net
-    masks = random_halves(subsets)
-    outputs = torch.stack(
-        [retrain(train, mask, targets, seed) for seed, mask in enumerate(tqdm(masks, "Retraining"), start=1)], dim=1
-    )
+    torch.manual_seed(0)
+    trained = LitDigits()
+    make_trainer().fit(trained, DataLoader(train, batch_size=100, shuffle=True))
+    model = trained.net.eval()
+    masks = random_subsets(len(train), subsets, seed=1)
+    with tempfile.TemporaryDirectory(dir=run.out) as folder:
+        retrained = RetrainingFleet(folder, LitDigits, make_trainer, DataLoader(train, batch_size=100), targets, masks)
+        retrained.run()
+        outputs = retrained.outputs
     kronecker = KroneckerProjection(16, 16)
     ours: dict[str, dict[str, Any]] = {
         "lightning-trak": {"projection": SparseProjection(k)},
@@ -191,6 +196,7 @@ PARTS = {
     "lds": lds,
     "peers": peers,
     "topk": topk,
+    "fleet": fleet,
 }
 
 

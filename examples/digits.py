@@ -6,7 +6,6 @@ truth, against which the linear datamodeling score (LDS) measures those scores, 
 """
 
 import argparse
-import logging
 import time
 import warnings
 from pathlib import Path
@@ -17,13 +16,13 @@ import torch.nn.functional as F
 from lightning.pytorch.loggers import CSVLogger
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
-from tqdm import tqdm
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_trak import TRAK, AttributionMixin, LinearDatamodelingScore, TRAKCallback
 from lightning_trak.outputs import ClassificationMargin
 from lightning_trak.plots import plot_attributions
 from lightning_trak.projections import SparseProjection
+from lightning_trak.retraining import RetrainingFleet, random_subsets
 
 NUM_TRAIN, NUM_TARGETS, EPOCHS = 1500, 297, 16
 
@@ -68,17 +67,9 @@ def make_data() -> tuple[TensorDataset, TensorDataset]:
     return TensorDataset(images[train], labels[train]), TensorDataset(images[targets], labels[targets])
 
 
-def random_halves(count: int, num_train: int = NUM_TRAIN) -> Tensor:
-    """Masks of random halves of the training set, bool (count, num_train)."""
-    generator = torch.Generator().manual_seed(1)
-    return torch.stack([torch.randperm(num_train, generator=generator) < num_train // 2 for _ in range(count)])
-
-
-def train_on(data: Dataset, seed: int) -> LitDigits:
-    """Train a fresh model."""
-    torch.manual_seed(seed)
-    model = LitDigits()
-    trainer = L.Trainer(
+def make_trainer() -> L.Trainer:
+    """A quiet Trainer, for one of many models."""
+    return L.Trainer(
         max_epochs=EPOCHS,
         accelerator="cpu",
         logger=False,
@@ -86,15 +77,6 @@ def train_on(data: Dataset, seed: int) -> LitDigits:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(model, DataLoader(data, batch_size=100, shuffle=True))
-    return model.eval()
-
-
-def retrain(train: TensorDataset, mask: Tensor, targets: TensorDataset, seed: int) -> Tensor:
-    """Train a fresh model on a subset; returns its outputs at the targets, (num_targets,)."""
-    model = train_on(Subset(train, mask.nonzero().flatten().tolist()), seed)
-    with torch.no_grad():
-        return model.configure_model_output().output(model, targets.tensors)
 
 
 def main() -> None:
@@ -133,17 +115,15 @@ def main() -> None:
     paper_scores = paper.score(trainer, DataLoader(targets, batch_size=100))
 
     print(f"3. Retraining on {args.subsets} random halves", flush=True)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    masks = random_halves(args.subsets)
-    outputs = torch.stack(
-        [retrain(train, mask, targets, seed) for seed, mask in enumerate(tqdm(masks, "Retraining"))], dim=1
-    )
+    masks = random_subsets(len(train), args.subsets, fraction=0.5, seed=1)
+    fleet = RetrainingFleet(run / "fleet", LitDigits, make_trainer, DataLoader(train, batch_size=100), targets, masks)
+    fleet.run()
 
     print("4. Linear datamodeling score: rank correlation of predicted and retrained outputs")
     measured = {}
     for name, values in (("TRAK", scores), ("TRAK.paper", paper_scores)):
         lds = LinearDatamodelingScore(masks)
-        lds.update(values, outputs)
+        lds.update(values, fleet.outputs)
         low, high = lds.interval()
         measured |= {f"lds/{name}": lds.compute(), f"lds/{name}_low": low, f"lds/{name}_high": high}
         print(f"   {name:12s} LDS {lds.compute():.3f}  (95% interval {low:.3f} to {high:.3f})")

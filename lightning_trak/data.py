@@ -6,6 +6,7 @@ the same examples whatever the number of processes, which is what makes results 
 """
 
 import os
+import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
@@ -13,9 +14,11 @@ from typing import Any, NamedTuple, cast
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.core.hooks import DataHooks
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.apply_func import apply_to_collection
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import (
     DataLoader,
     Dataset,
@@ -169,6 +172,26 @@ class _Batches(Sampler[list[int]]):
         return (list(batch) for batch in self.batches)
 
 
+def like(loader: DataLoader[Any], dataset: Dataset[Any], **options: Any) -> DataLoader[Any]:
+    """A loader of another dataset, or in another order, that collates and works as the given one does.
+
+    Args:
+        loader: the loader to be like.
+        dataset: what is loaded.
+        options: of the new DataLoader: which batches, and what differs.
+    """
+    same = {
+        "collate_fn": loader.collate_fn,
+        "num_workers": loader.num_workers,
+        "pin_memory": loader.pin_memory,
+        "timeout": loader.timeout,
+        "worker_init_fn": loader.worker_init_fn,
+        "multiprocessing_context": loader.multiprocessing_context,
+        "prefetch_factor": loader.prefetch_factor,
+    }
+    return DataLoader(dataset, **(same | options))
+
+
 def load(
     loader: DataLoader[Any],
     batches: Iterable[Sequence[int]],
@@ -176,19 +199,43 @@ def load(
     collate_fn: Callable[[list[Any]], Any] | None = None,
 ) -> DataLoader[Any]:
     """A loader like the given one that yields exactly these batches of dataset positions."""
-    workers = loader.num_workers if num_workers is None else num_workers
-    return DataLoader(
+    return like(
+        loader,
         loader.dataset,
         batch_sampler=_Batches(batches),
+        num_workers=loader.num_workers if num_workers is None else num_workers,
         collate_fn=collate_fn or loader.collate_fn,
-        num_workers=workers,
-        pin_memory=loader.pin_memory,
-        timeout=loader.timeout,
-        worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context,
-        prefetch_factor=loader.prefetch_factor,
         generator=torch.Generator(),  # the workers' base seed must not come from the user's random state
     )
+
+
+def sample_batches(loader: DataLoader[Any], count: int, key: str) -> list[list[int]]:
+    """Positions of a uniform sample of a loader's dataset, without replacement, in batches of the loader's size.
+
+    Args:
+        loader: whose dataset.
+        count: how many; all, in another order, if there are no more.
+        key: what the sample depends on.
+    """
+    total = len(cast(Any, loader.dataset))
+    sample = random.Random(key).sample(range(total), min(count, total))
+    size = batch_size_of(loader)
+    return [sample[start : start + size] for start in range(0, len(sample), size)]
+
+
+def transfer_hook(name: str, module: nn.Module, datamodule: L.LightningDataModule | None) -> Callable[..., Any]:
+    """The batch transfer hook that Lightning would call: the data module's if it has its own, else the module's.
+
+    Args:
+        name: such as ``"on_after_batch_transfer"``.
+        module: the model; one that is no LightningModule has Lightning's own hooks.
+        datamodule: where the data came from.
+    """
+    if datamodule is not None and is_overridden(name, datamodule, L.LightningDataModule):
+        owner: Any = datamodule
+    else:
+        owner = module if isinstance(module, L.LightningModule) else DataHooks()
+    return cast(Callable[..., Any], getattr(owner, name))
 
 
 class RangeLoader:

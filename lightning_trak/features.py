@@ -110,7 +110,7 @@ class FeatureExtractor:
             return "functional", coverage_report(left_out, self.sizes)
         if size < 2:
             return "functional", "hooks cannot be checked on a single example"
-        with self._differentiable():
+        with self.differentiable():
             try:
                 wrong = HookEngine(self.module, self.output, self.names).check(fresh_batch(batch, size), size)
             except torch.cuda.OutOfMemoryError:
@@ -169,7 +169,7 @@ class FeatureExtractor:
             Features on the module's device, which may still be at work on them: :func:`require_finite` looks at them.
         """
         size = len(positions)
-        with self._differentiable():
+        with self.differentiable():
             batch = fresh_batch(batch, size)
             # Hooks form the gradients of one layer at a time; the other engines those of all, and take fewer examples.
             step = size if self._hooks else max(1, GRADIENT_BYTES // (sum(self.sizes.values()) * 4))
@@ -180,7 +180,7 @@ class FeatureExtractor:
             return Features(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
     @contextmanager
-    def _differentiable(self) -> Iterator[None]:
+    def differentiable(self) -> Iterator[None]:
         """Outside what Lightning predicts in.
 
         In inference mode nothing can be differentiated, and vmap cannot always follow the autocast of mixed precision:
@@ -267,7 +267,7 @@ class FeatureExtractor:
                     count = min(step, size - start)
                     yield self._gradients(slice_batch(batch, size, start, start + count), count)
 
-        with self._differentiable():
+        with self.differentiable():
             return self._bound.fit(gradients())
 
     def set_projection_fit(self, fitted: dict[str, Tensor]) -> None:

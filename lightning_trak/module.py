@@ -32,19 +32,26 @@ class AttributionMixin:
         )
 
 
-def declared_output(module: nn.Module, otherwise: str) -> ModelOutput:
-    """The output that a module declares.
+def declared_output(
+    module: nn.Module, output: ModelOutput | None = None, otherwise: str = "pass output="
+) -> ModelOutput:
+    """The output to attribute: the one given, or else the one that the module declares.
 
     Args:
-        module: a module with :class:`AttributionMixin`.
+        module: a module with :class:`AttributionMixin`, if no output is given.
+        output: takes the place of the module's own.
         otherwise: what the user can do instead, for the error.
 
     Raises:
-        TypeError: if it declares none.
+        TypeError: if there is none, or it is not a ModelOutput.
     """
-    if not isinstance(module, AttributionMixin):
-        raise TypeError(
-            f"{type(module).__name__} declares no model output: derive it from AttributionMixin and define"
-            f" configure_model_output(), or {otherwise}"
-        )
-    return module.configure_model_output()
+    if output is None:
+        if not isinstance(module, AttributionMixin):
+            raise TypeError(
+                f"{type(module).__name__} declares no model output: derive it from AttributionMixin and define"
+                f" configure_model_output(), or {otherwise}"
+            )
+        output = module.configure_model_output()
+    if not isinstance(output, ModelOutput):
+        raise TypeError(f"the model output must be a ModelOutput, got {type(output).__name__}")
+    return output

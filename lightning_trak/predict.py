@@ -1,6 +1,5 @@
 """The LightningModules that ``trainer.predict`` runs: one featurizes, one scores batches as they come."""
 
-import random
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol, cast
@@ -8,12 +7,11 @@ from typing import Any, Protocol, cast
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_trak.data import IndexedBatch, batch_size_of, load
+from lightning_trak.data import IndexedBatch, load, sample_batches, transfer_hook
 from lightning_trak.distributed import Ranks
 from lightning_trak.features import EngineName, FeatureExtractor, require_finite
 from lightning_trak.gradients.batch import infer_batch_size
@@ -142,12 +140,7 @@ class PredictModule(L.LightningModule):
         return self._hook("on_after_batch_transfer", batch, dataloader_idx)
 
     def _hook(self, name: str, batch: Any, *args: Any) -> Any:
-        if self._datamodule is not None and is_overridden(name, self._datamodule, L.LightningDataModule):
-            hook = getattr(self._datamodule, name)
-        elif isinstance(self.model, L.LightningModule):
-            hook = getattr(self.model, name)
-        else:
-            hook = getattr(super(), name)
+        hook = transfer_hook(name, self.model, self._datamodule)
         if isinstance(batch, IndexedBatch):
             return batch._replace(batch=hook(batch.batch, *args))
         return hook(batch, *args)
@@ -225,11 +218,7 @@ class ExtractorModule(PredictModule):
     def _sample(self, checkpoint: int, purpose: str, count: int) -> Iterator[tuple[Any, int]]:
         """A uniform sample of the training data, without replacement, another one at each checkpoint."""
         assert self._train_loader is not None, "the store holds the context once featurizing is complete"
-        total = self._store.num_examples
-        draw = random.Random(f"{self.extractor.seed}/{checkpoint}/{purpose}")
-        sample = draw.sample(range(total), min(count, total))
-        size = batch_size_of(self._train_loader)
-        positions = [sample[i : i + size] for i in range(0, len(sample), size)]
+        positions = sample_batches(self._train_loader, count, f"{self.extractor.seed}/{checkpoint}/{purpose}")
         yield from zip(self._batches(positions), map(len, positions), strict=True)
 
     def _batches(self, positions: list[list[int]]) -> Iterator[Any]:

@@ -19,11 +19,9 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from lightning_trak.files import tensor_digest, write_atomically, write_json
+from lightning_trak.files import load_metadata, load_tensors, read_manifest, save_tensors, tensor_digest, write_json
 
 FORMAT_VERSION = 1
 
@@ -124,17 +122,7 @@ class FeatureStore:
             FileNotFoundError: if there is none.
             ValueError: if it is not one, or of a format that this version cannot read.
         """
-        path = Path(directory).expanduser() / "manifest.json"
-        if not path.exists():
-            raise FileNotFoundError(f'"{directory}" is not a feature store yet; call featurize first')
-        try:
-            manifest: dict[str, Any] = json.loads(path.read_text())
-            version = manifest["format"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f'"{path}" is not the manifest of a feature store: {error!r}') from error
-        if version != FORMAT_VERSION:
-            raise ValueError(f'store "{directory}" has format {version}; this version reads {FORMAT_VERSION}')
-        return manifest
+        return read_manifest(directory, "feature store", FORMAT_VERSION, "call featurize first")
 
     def _compare(self, stored: dict[str, Any], wanted: dict[str, Any], user: str) -> None:
         for field, mine in wanted.items():
@@ -197,7 +185,7 @@ class FeatureStore:
             raise RuntimeError(f'another run has taken store "{self.directory}" over; give each run a directory')
         if len(rows.features) != len(self.shard(shard)):
             raise ValueError(f"shard {shard} holds {len(self.shard(shard))} examples, got {len(rows.features)} rows")
-        self._save(self._shard_path(checkpoint, shard), rows._asdict())
+        save_tensors(self._shard_path(checkpoint, shard), rows._asdict(), key="")
 
     def read(self, checkpoint: int, shard: int) -> Features:
         """Read a shard, memory-mapped; its checksum is verified the first time that this process reads it.
@@ -213,12 +201,12 @@ class FeatureStore:
 
     def write_extra(self, checkpoint: int, name: str, tensors: dict[str, Tensor], key: str = "") -> None:
         """Write tensors that belong to a checkpoint as a whole; ``key`` says what they were made from."""
-        self._save(self._path(checkpoint, name), tensors, key)
+        save_tensors(self._path(checkpoint, name), tensors, key=key)
 
     def read_extra(self, checkpoint: int, name: str, key: str = "") -> dict[str, Tensor] | None:
         """Read what :meth:`write_extra` wrote, or None if nothing was written with this ``key``."""
         path = self._path(checkpoint, name)
-        return self._load(path) if path.exists() and self._metadata(path)["key"] == key else None
+        return self._load(path) if path.exists() and self._metadata(path).get("key") == key else None
 
     def settle_engine(self, engine: str | None = None) -> str | None:
         """How gradients are computed in every run on this store: the first one that says so decides.
@@ -245,41 +233,21 @@ class FeatureStore:
         sums = [self._metadata(self._shard_path(checkpoint, shard))["sha256"] for shard in range(self.num_shards)]
         return tensor_digest({"sums": torch.frombuffer(bytearray("".join(sums), "ascii"), dtype=torch.uint8)})
 
-    @staticmethod
-    def _save(path: Path, tensors: dict[str, Tensor], key: str = "") -> None:
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        # One entry, since safetensors writes several in any order, and equal content should give equal files.
-        metadata = {"lightning_trak": json.dumps({"sha256": tensor_digest(tensors), "key": key})}
-        write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
-
-    def _metadata(self, path: Path) -> dict[str, str]:
-        with self._open(path) as file:
-            return self._parse(path, file)
+    def _metadata(self, path: Path) -> dict[str, Any]:
+        try:
+            return load_metadata(path)
+        except ValueError as error:
+            raise self._damaged(path, str(error)) from error
 
     def _load(self, path: Path) -> dict[str, Tensor]:
         status = path.stat()
         seen = (path.resolve(), status.st_size, status.st_mtime_ns)
-        with self._open(path) as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            metadata = self._parse(path, file)
-        if seen not in self._verified:
-            if metadata["sha256"] != tensor_digest(tensors):
-                raise self._damaged(path, "its checksum does not match its content")
-            self._verified.add(seen)
-        return tensors
-
-    def _open(self, path: Path) -> Any:
         try:
-            return safe_open(path, framework="pt")
-        except (SafetensorError, OSError) as error:
+            tensors, _ = load_tensors(path, verify=seen not in self._verified)
+        except ValueError as error:
             raise self._damaged(path, str(error)) from error
-
-    def _parse(self, path: Path, file: Any) -> dict[str, str]:
-        try:
-            metadata: dict[str, str] = json.loads(file.metadata()["lightning_trak"])
-            return {"sha256": metadata["sha256"], "key": metadata["key"]}
-        except (TypeError, KeyError, ValueError) as error:
-            raise self._damaged(path, "its header lacks the checksum") from error
+        self._verified.add(seen)
+        return tensors
 
     @staticmethod
     def _damaged(path: Path, reason: str) -> ValueError:

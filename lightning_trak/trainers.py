@@ -19,14 +19,23 @@ def precision_of(trainer: L.Trainer) -> str:
     return "32-true" if "mixed" in str(trainer.precision) else str(trainer.precision)
 
 
-@contextmanager
-def borrowed(trainer: L.Trainer, ours: PredictModule) -> Iterator[None]:
-    """The user's Trainer for a predict loop of ours: no logger and no callback but the progress bar takes part."""
+def require_whole_parameters(trainer: L.Trainer) -> None:
+    """Refuse a Trainer whose strategy splits the parameters.
+
+    Raises:
+        ValueError: if it does.
+    """
     if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
         raise ValueError(
             f"{type(trainer.strategy).__name__} splits the parameters over ranks, and per-example gradients need them"
             " whole: use a Trainer with strategy='ddp' or a single device"
         )
+
+
+@contextmanager
+def borrowed(trainer: L.Trainer, ours: PredictModule) -> Iterator[None]:
+    """The user's Trainer for a predict loop of ours: no logger and no callback but the progress bar takes part."""
+    require_whole_parameters(trainer)
     limit = trainer.limit_predict_batches
     if limit != 1.0 or isinstance(limit, int):  # 1 is one batch, 1.0 is all of them
         raise ValueError(

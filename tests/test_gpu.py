@@ -5,6 +5,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_trak import TRAK, GradientCosine, GradientDot, TracIn
+from lightning_trak.methods import Arnoldi, ConjugateGradient, EKFACInfluence, Explicit, InfluenceFunction, LiSSA
 from lightning_trak.projections import SparseProjection
 from tests.lit import make_checkpoints, make_data, make_model, make_trainer
 
@@ -36,3 +37,23 @@ def test_methods_score_on_a_gpu_as_on_the_cpu(tmp_path, method):
     trainer = make_trainer(accelerator="gpu")
     for found in (method.score(trainer, loader), torch.cat(trainer.predict(method.scorer(), loader))):
         torch.testing.assert_close(found.cpu(), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(
+    "solver", [Explicit(), ConjugateGradient(tolerance=1e-9), LiSSA(20, tolerance=9.0), Arnoldi(40, 20), None]
+)
+def test_influence_on_a_gpu_is_that_on_the_cpu(solver):
+    model, checkpoints = make_model(), make_checkpoints(2)
+    if solver is None:
+        method = EKFACInfluence(model, checkpoints, parameters=["first.*", "head.*"])
+    else:
+        method = InfluenceFunction(model, checkpoints, solver=solver, damping=5.0)
+    train, targets = make_data(50), make_data(9, seed=1)
+    found, expected = (
+        method.attribute(make_trainer(accelerator=accelerator, precision="64-true"), train, targets)
+        for accelerator in ("gpu", "cpu")
+    )
+    assert found.device.type == "cpu"
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max()))

@@ -10,11 +10,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-def run(*arguments: str) -> str:
-    """Run the harness; its output, or a failure that shows it."""
+def run(harness: str, *arguments: str) -> str:
+    """Run a harness; its output, or a failure that shows it."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     result = subprocess.run(
-        [sys.executable, "-m", "tests.kill_harness", *arguments],
+        [sys.executable, "-m", harness, *arguments],
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,
@@ -28,5 +28,5 @@ def run(*arguments: str) -> str:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the harness forks")
 def test_a_killed_run_continues_to_the_same_bits(tmp_path):
-    run(str(tmp_path))
-    assert "identical" in run(str(tmp_path), "20230328")
+    run("tests.kill_harness", str(tmp_path))
+    assert "identical" in run("tests.kill_harness", str(tmp_path), "20230328")

@@ -7,6 +7,14 @@ from lightning_trak.methods.datamodels import Datamodels
 from lightning_trak.methods.empirical_influence import EmpiricalInfluence
 from lightning_trak.methods.feature import FeatureMethod
 from lightning_trak.methods.gradients import GradientCosine, GradientDot, TracIn
+from lightning_trak.methods.influence import (
+    Arnoldi,
+    ConjugateGradient,
+    EKFACInfluence,
+    Explicit,
+    InfluenceFunction,
+    LiSSA,
+)
 from lightning_trak.methods.knn_shapley import KNNShapley
 from lightning_trak.methods.random_scores import RandomScores
 from lightning_trak.methods.similarity import RepresentationSimilarity
@@ -15,13 +23,19 @@ from lightning_trak.methods.trak import TRAK
 __all__ = [
     "BM25",
     "TRAK",
+    "Arnoldi",
+    "ConjugateGradient",
     "DataShapley",
     "Datamodels",
+    "EKFACInfluence",
     "EmpiricalInfluence",
+    "Explicit",
     "FeatureMethod",
     "GradientCosine",
     "GradientDot",
+    "InfluenceFunction",
     "KNNShapley",
+    "LiSSA",
     "Method",
     "RandomScores",
     "RepresentationSimilarity",

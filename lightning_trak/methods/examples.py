@@ -23,7 +23,7 @@ def declared_rows(module: nn.Module, otherwise: str) -> Rows:
         TypeError: if it declares none.
         ValueError: if the output needs to know other training examples.
     """
-    output = declared_output(module, otherwise)
+    output = declared_output(module, otherwise=otherwise)
     if output.context_size:
         raise ValueError(f"{type(output).__name__} depends on other training examples too; {otherwise}")
     return output.output
@@ -39,11 +39,12 @@ class Examples:
 
     Attributes:
         loader: where dataset, collate function, batch size and workers come from.
+        datamodule: where the loader came from, if it has batch transfer hooks of its own.
     """
 
     def __init__(self, data: Data, stage: str, trainer: L.Trainer) -> None:
         self.loader = single_loader(data, stage, trainer)
-        self._datamodule = data if isinstance(data, L.LightningDataModule) else None
+        self.datamodule = data if isinstance(data, L.LightningDataModule) else None
 
     def __len__(self) -> int:
         return len(cast(Any, self.loader.dataset))
@@ -65,7 +66,7 @@ class Examples:
         """
         refuse_spawning(trainer)
         found: list[tuple[Tensor, Tensor]] = []
-        mapper = _MapModule(function, what, found, module, self._datamodule)
+        mapper = _MapModule(function, what, found, module, self.datamodule)
         batches = batch_ranges(range(len(self)), batch_size_of(self.loader))
         with borrowed(trainer, mapper):
             trainer.predict(mapper, share_out(self.loader, [batches], trainer), return_predictions=False)

@@ -93,13 +93,8 @@ class FeatureMethod(Method):
     ) -> None:
         require_one_of("engine", engine, ("auto", "functional", "hooks", "loop"))
         require_one_of("dtype", dtype, (torch.float64, torch.float32, torch.bfloat16, torch.float16))
-        model = uncompiled(model)
-        if output is None:
-            output = declared_output(model, "pass output=")
-        if not isinstance(output, ModelOutput):
-            raise TypeError(f"the model output must be a ModelOutput, got {type(output).__name__}")
-        self.model = model
-        self.output = output
+        self.model = uncompiled(model)
+        self.output = declared_output(self.model, output)
         self.checkpoints = resolve_checkpoints(checkpoints, weights_only=weights_only)
         self.store = Path(store)
         self.projection = projection if projection is not None else SparseProjection()

@@ -11,7 +11,7 @@ from lightning_trak.gradients import ParameterSelection
 from lightning_trak.methods.feature import Checkpoints, FeatureMethod, require_one_of
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.projections import GaussianProjection, Projection
-from lightning_trak.scorers.damping import Damping
+from lightning_trak.scorers.damping import Damping, require_damping
 from lightning_trak.scorers.gram import Curvature
 from lightning_trak.scorers.trak import Residuals, TRAKScorer
 from lightning_trak.store import FeatureStore
@@ -72,8 +72,6 @@ class TRAK(FeatureMethod):
     ) -> None:
         require_one_of("curvature", curvature, ("gauss_newton", "identity"))
         require_one_of("residuals", residuals, ("per_checkpoint", "averaged"))
-        if damping != "auto" and (isinstance(damping, str) or damping < 0):
-            raise ValueError(f"damping must be at least 0, or 'auto'; got {damping!r}")
         if soft_threshold < 0:
             raise ValueError(f"soft_threshold must be at least 0, got {soft_threshold}")
         super().__init__(
@@ -89,7 +87,7 @@ class TRAK(FeatureMethod):
             weights_only=weights_only,
         )
         self.curvature: Curvature = curvature
-        self.damping: Damping = damping
+        self.damping = require_damping(damping)
         self.residuals: Residuals = residuals
         self.soft_threshold = soft_threshold
 

@@ -55,7 +55,8 @@ class _OwnAndOthers(torch.autograd.Function):
     def backward(ctx: Any, own_slope: Tensor, others_slope: Tensor) -> tuple[Tensor, None]:
         """The softmax of the others times their slope, and the label's slope at its place."""
         logits, labels, others = ctx.saved_tensors
-        gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        # Made from a slope, so that a backward pass that is mapped over several slopes has one for each.
+        gradient = others_slope.new_empty(logits.shape, dtype=logits.dtype)
         start = 0
         for rows, index, other, slope, own in _blocks(logits, labels, others, others_slope, own_slope):
             part = ((rows - other).exp() * slope).scatter(1, index, own)

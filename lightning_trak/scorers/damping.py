@@ -7,6 +7,17 @@ from torch import Tensor
 Damping = float | Literal["auto"]
 
 
+def require_damping(damping: Damping) -> Damping:
+    """The damping, if it is one.
+
+    Raises:
+        ValueError: if it is negative, or another word than "auto".
+    """
+    if damping != "auto" and (isinstance(damping, str) or damping < 0):
+        raise ValueError(f"damping must be at least 0, or 'auto'; got {damping!r}")
+    return damping
+
+
 def auto_damping(gram: Tensor, squared_weights: Tensor) -> float:
     """The rule k / (2 n_eff), relative to the mean of the Gram matrix's diagonal, which was found by measurement.
 
@@ -25,3 +36,24 @@ def auto_damping(gram: Tensor, squared_weights: Tensor) -> float:
     """
     num_effective = gram.trace().square() / squared_weights
     return float(len(gram) / (2 * num_effective))
+
+
+def absolute_damping(damping: Damping, weights: Tensor, size: int, where: str) -> float:
+    """The lambda of a matrix that need not be there: what :func:`auto_damping`, or a number, means for it.
+
+    Args:
+        damping: relative to the mean of the matrix's diagonal, or ``"auto"``.
+        weights: what each example adds to the matrix's trace: w_j, shape ``(n,)``.
+        size: the number of its rows.
+        where: what to call the matrix in errors.
+
+    Raises:
+        ValueError: if the matrix is zero.
+    """
+    total = weights.sum()
+    if total <= 0:
+        raise ValueError(
+            f"there is no curvature at {where}: the output has no gradient, or the loss is linear in it; use an output"
+            " with a curvature, such as ClassificationMargin, or NegativeLoss"
+        )
+    return float(weights.square().sum() / (2 * total) if damping == "auto" else damping * total / size)

@@ -59,6 +59,27 @@ class ConvolutionLayer(Layer, covers=[*_TYPES]):
         return torch.einsum("bilp,birp->blr", rows, columns)
 
     @staticmethod
+    def factored(module: Any) -> bool:
+        """Not for groups, whose weight is many matrices, nor transposed ones, where patches are of the output."""
+        return module.groups == 1 and not module.transposed
+
+    @staticmethod
+    def sides(module: Any, activation: Tensor, gradient: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        """A row for each output channel; the columns are the patches that the kernel is laid on."""
+        activation, padding = _padded(module, activation)
+        columns = module.weight[0].numel()
+        # Patches by convolution with all unit kernels: any number of dimensions, strides and dilations.
+        kernels = torch.eye(columns, dtype=activation.dtype, device=activation.device)
+        patches = torch.ops.aten.convolution(
+            activation, kernels.view(-1, *module.weight.shape[1:]), None, module.stride, padding, module.dilation,
+            False, [0] * len(padding), 1,
+        )  # fmt: skip
+        rows, columns = (
+            _images(part, module.weight, size).flatten(3).transpose(2, 3).flatten(1, 2) for part in (gradient, patches)
+        )
+        return rows, columns
+
+    @staticmethod
     def bias(module: Any, activation: Tensor, gradient: Tensor, size: int) -> Tensor:  # noqa: ARG004
         """Sum over positions."""
         return _images(gradient, module.weight, size).flatten(3).sum((1, 3))

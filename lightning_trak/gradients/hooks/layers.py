@@ -23,6 +23,10 @@ class Layer(ABC):  # noqa: B024  # what a subclass defines has the names of the 
     dimension, with the factors ``left`` and ``right`` of shapes ``(rows, l)`` and ``(columns, r)``; or None for a
     module where that is no use.
 
+    Where it is one, a third method ``sides(module, activation, gradient, size)`` may give those products' factors, of
+    shapes ``(size, positions, rows)`` and ``(size, positions, columns)``, for modules that are ``factored``. One side
+    is made of the inputs, and ``rows_are_inputs`` says which; the other is the output's gradient, as for the bias.
+
     Types are matched exactly: a subclass may compute anything in its own ``forward``. One that does not is covered by
     naming it.
 
@@ -41,12 +45,19 @@ class Layer(ABC):  # noqa: B024  # what a subclass defines has the names of the 
         ...         return (activation * gradient).reshape(size, -1).sum(1, keepdim=True)
     """
 
+    rows_are_inputs: ClassVar[bool] = False
     _registry: ClassVar[dict[type[nn.Module] | str, type[Layer]]] = {}
 
     def __init_subclass__(cls, covers: list[type[nn.Module] | str] | None = None) -> None:
         """Register the subclass for modules of these types, or of types given as ``"package.module.Type"``."""
         for kind in covers or ():
             Layer._registry[kind] = cls
+
+    @staticmethod
+    def factored(module: nn.Module) -> bool:
+        """Whether ``sides`` gives the gradient of this module's weight."""
+        del module
+        return False
 
     @classmethod
     def refusal(cls, module: nn.Module) -> str | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 
-import torch
 from torch import Tensor, nn
 
 from lightning_trak.gradients.hooks.layers import Layer
@@ -12,19 +11,25 @@ from lightning_trak.gradients.hooks.layers import Layer
 
 class _Affine(Layer):
     @staticmethod
+    def factored(module: nn.Module) -> bool:  # noqa: ARG004
+        """Always."""
+        return True
+
+    @staticmethod
     @abstractmethod
-    def sides(activation: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        """What belongs to the rows of the weight, and what to its columns."""
+    def sides(module: nn.Module, activation: Tensor, gradient: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        """See :class:`~lightning_trak.gradients.hooks.layers.Layer`."""
 
     @classmethod
-    def weight(cls, module: nn.Module, activation: Tensor, gradient: Tensor, size: int) -> Tensor:  # noqa: ARG003
+    def weight(cls, module: nn.Module, activation: Tensor, gradient: Tensor, size: int) -> Tensor:
         """Shape ``(size, rows, columns)``."""
-        return _product(*cls.sides(activation, gradient), size)
+        rows, columns = cls.sides(module, activation, gradient, size)
+        return rows.transpose(1, 2) @ columns
 
     @classmethod
     def project_weight(
         cls,
-        module: nn.Module,  # noqa: ARG003
+        module: nn.Module,
         activation: Tensor,
         gradient: Tensor,
         size: int,
@@ -32,34 +37,44 @@ class _Affine(Layer):
         right: Tensor,
     ) -> Tensor:
         """Shape ``(size, l, r)``: each side projected, then multiplied."""
-        rows, columns = cls.sides(activation, gradient)
-        return _product(rows @ left, columns @ right, size)
+        rows, columns = cls.sides(module, activation, gradient, size)
+        return (rows @ left).transpose(1, 2) @ (columns @ right)
 
     @staticmethod
     def bias(module: nn.Module, activation: Tensor, gradient: Tensor, size: int) -> Tensor:  # noqa: ARG004
         """Sum over positions."""
-        return gradient.reshape(size, -1, gradient.shape[-1]).sum(1)
+        return _positions(gradient, size).sum(1)
 
 
-def _product(left: Tensor, right: Tensor, size: int) -> Tensor:
-    """Per example, the sum over positions of outer products."""
-    left, right = (part.reshape(size, -1, part.shape[-1]) for part in (left, right))
-    return torch.bmm(left.transpose(1, 2), right)
+def _positions(tensor: Tensor, size: int) -> Tensor:
+    return tensor.reshape(size, -1, tensor.shape[-1])
 
 
 class LinearLayer(_Affine, covers=[nn.Linear]):
     """``nn.Linear`` on inputs of any rank."""
 
     @staticmethod
-    def sides(activation: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    def sides(
+        module: nn.Module,  # noqa: ARG004
+        activation: Tensor,
+        gradient: Tensor,
+        size: int,
+    ) -> tuple[Tensor, Tensor]:
         """A row for each output."""
-        return gradient, activation
+        return _positions(gradient, size), _positions(activation, size)
 
 
 class TransposedLinearLayer(_Affine, covers=["transformers.pytorch_utils.Conv1D"]):
     """GPT-2's linear layer in Hugging Face Transformers, whose weight lies the other way round."""
 
+    rows_are_inputs = True
+
     @staticmethod
-    def sides(activation: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    def sides(
+        module: nn.Module,  # noqa: ARG004
+        activation: Tensor,
+        gradient: Tensor,
+        size: int,
+    ) -> tuple[Tensor, Tensor]:
         """A row for each input."""
-        return activation, gradient
+        return _positions(activation, size), _positions(gradient, size)

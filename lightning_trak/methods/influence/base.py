@@ -1,0 +1,110 @@
+"""What influence methods share: preconditioned target gradients, multiplied by streamed training gradients."""
+
+from abc import abstractmethod
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+
+from lightning_trak.checkpoints import CheckpointsLike, resolve_checkpoints
+from lightning_trak.copies import uncompiled
+from lightning_trak.data import Data
+from lightning_trak.features import FeatureExtractor
+from lightning_trak.gradients import ParameterSelection
+from lightning_trak.methods.base import Method
+from lightning_trak.methods.examples import Examples
+from lightning_trak.methods.influence.passes import Passes
+from lightning_trak.methods.influence.solvers import InverseProduct
+from lightning_trak.module import declared_output
+from lightning_trak.outputs import ModelOutput
+from lightning_trak.projections import IdentityProjection
+from lightning_trak.trainers import require_whole_parameters
+
+# Gradients of this many bytes are preconditioned at a time; solvers hold a few copies.
+TARGET_BYTES = 1 << 29
+
+
+class Influence(Method):
+    r"""tau(x)_i = g(x)^T (H + lambda I)^-1 g_i Q_i, with g the unprojected gradient of the output (Koh and Liang 2017).
+
+    H is a Hessian of the *sum* of the training losses. Scores are averaged over checkpoints. Each process computes all
+    of them.
+
+    Args:
+        model: as for :class:`~lightning_trak.TRAK`: it is not touched.
+        checkpoints: as for :class:`~lightning_trak.TRAK`.
+        output: the scalar output to attribute; default: the model's ``configure_model_output()``.
+        parameters: which parameters to differentiate, by name pattern; default: all that require gradients.
+        seed: of what is drawn at random.
+        weights_only: ``False`` lets ``.ckpt`` and ``.pt`` files run code when they are read; for files you trust only.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        checkpoints: CheckpointsLike,
+        *,
+        output: ModelOutput | None,
+        parameters: ParameterSelection,
+        seed: int,
+        weights_only: bool,
+    ) -> None:
+        self.model = uncompiled(model)
+        self.output = declared_output(self.model, output)
+        self.checkpoints = resolve_checkpoints(checkpoints, weights_only=weights_only)
+        self.parameters = parameters
+        self.seed = seed
+
+    @abstractmethod
+    def _prepare(self, passes: Passes) -> InverseProduct:
+        """Do what a checkpoint needs before the targets come."""
+
+    def _selection(self) -> ParameterSelection:
+        return self.parameters
+
+    def attribute(self, trainer: L.Trainer, train: Data, targets: Data) -> Tensor:
+        """Score every target against every training example.
+
+        Args:
+            trainer: any Trainer whose strategy keeps the model whole. Its device and precision are used;
+                ``precision="64-true"`` computes everything in float64.
+            train: the training data, without random augmentation. It is gone over several times.
+            targets: the targets.
+
+        Returns:
+            On the CPU, shape ``(num_targets, num_train)``, in the dtype of the weights, float32 or better. A positive
+            score says that training on the example raises the output at the target.
+
+        Raises:
+            ValueError: if a gradient is not finite, or the inverse cannot be applied: see the solvers.
+        """
+        require_whole_parameters(trainer)
+        train_set, target_set = Examples(train, "fit", trainer), Examples(targets, "predict", trainer)
+        with isolate_rng(), torch.inference_mode(False), torch.no_grad():
+            extractor = FeatureExtractor(
+                self.model,
+                self.output,
+                self.checkpoints,
+                [checkpoint.fingerprint() for checkpoint in self.checkpoints],
+                IdentityProjection(),
+                parameters=self._selection(),
+                seed=self.seed,
+            )
+            passes = Passes(extractor, trainer, train_set)
+            scores = torch.zeros(len(target_set), len(train_set), dtype=passes.dtype)
+            for checkpoint in range(len(self.checkpoints)):
+                passes.enter(checkpoint)
+                self._add(scores, passes, target_set)
+        return scores / len(self.checkpoints)
+
+    def _add(self, scores: Tensor, passes: Passes, targets: Examples) -> None:
+        """Add the scores at the current checkpoint."""
+        inverse = self._prepare(passes)
+        block = max(1, TARGET_BYTES // (passes.size * passes.dtype.itemsize))
+        for start in range(0, len(targets), block):
+            span = range(start, min(start + block, len(targets)))
+            directions = inverse(torch.cat([rows.features for _, rows in passes.rows(targets, span)]))
+            for part, rows in passes.rows(passes.train):
+                products = directions @ rows.features.T * rows.residuals
+                scores[span.start : span.stop, part.start : part.stop] += products.cpu()

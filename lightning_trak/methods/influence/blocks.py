@@ -1,0 +1,89 @@
+"""The layers that a Kronecker factorisation covers, with weight and bias as one matrix."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_trak.gradients.hooks.coverage import Site, find_sites
+from lightning_trak.gradients.hooks.layers import layer_of
+
+
+@dataclass(frozen=True)
+class Block:
+    """One layer's parameters as a matrix ``(outputs, inputs)``; the bias is the weight of an input that is always 1.
+
+    Attributes:
+        site: the layer.
+        weight: canonical name of the weight.
+        bias: of the bias, if it is selected too.
+    """
+
+    site: Site
+    weight: str
+    bias: str | None
+
+    def gather(self, parts: dict[str, Tensor]) -> Tensor:
+        """The block's matrices, ``(n, outputs, inputs)``, from rows by parameter, ``(n, *shape)`` each."""
+        matrices = parts[self.weight].flatten(2)
+        if self.site.layer.rows_are_inputs:
+            matrices = matrices.transpose(1, 2)
+        return matrices if self.bias is None else torch.cat([matrices, parts[self.bias].unsqueeze(2)], dim=2)
+
+    def scatter(self, matrices: Tensor, parts: dict[str, Tensor]) -> None:
+        """Write matrices to where :meth:`gather` takes them from."""
+        if self.bias is not None:
+            parts[self.bias].copy_(matrices[..., -1])
+            matrices = matrices[..., :-1]
+        if self.site.layer.rows_are_inputs:
+            matrices = matrices.transpose(1, 2)
+        parts[self.weight].copy_(matrices.reshape(parts[self.weight].shape))
+
+    def sides(self, activation: Tensor, gradient: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        """Output gradients ``(positions, outputs)`` and inputs ``(positions, inputs)`` of a batch."""
+        layer: Any = self.site.layer
+        rows, columns = (part.flatten(0, 1) for part in layer.sides(self.site.module, activation, gradient, size))
+        outputs, inputs = (columns, rows) if layer.rows_are_inputs else (rows, columns)
+        if self.bias is not None:
+            inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], dim=1)
+        return outputs, inputs
+
+
+def find_blocks(module: nn.Module, names: dict[str, str]) -> tuple[list[Block], dict[str, str]]:
+    """The layers whose gradients are sums of outer products.
+
+    Args:
+        module: the model.
+        names: canonical parameter name -> name in ``module``: the selected parameters.
+
+    Returns:
+        The blocks, and by canonical name the reason why each other parameter is left out.
+    """
+    parameters = dict(module.named_parameters())
+    selected = {parameters[raw]: name for name, raw in names.items()}
+    left_out = {
+        selected[parameter]: f"{path} ({type(part).__name__}): its gradient is no sum of outer products"
+        for path, part in module.named_modules()
+        if (layer := layer_of(part)) is not None and not layer.factored(part)
+        for parameter in part.parameters(recurse=False)
+        if parameter in selected
+    }
+    sites, uncovered = find_sites(module, {name: raw for name, raw in names.items() if name not in left_out})
+    left_out |= uncovered
+    owners = [name for site in sites for name in site.parameters.values()]
+    blocks = []
+    for site in sites:
+        weight, bias = site.parameters.get("weight"), site.parameters.get("bias")
+        reason = None
+        if weight is None:
+            reason = "a bias without its weight"
+        elif any(owners.count(name) > 1 for name in site.parameters.values()):
+            reason = "it is tied: its gradient is the sum of several layers' gradients"
+        else:
+            blocks.append(Block(site, weight, bias))
+        if reason is not None:
+            left_out |= {
+                name: f"{site.path} ({type(site.module).__name__}): {reason}" for name in site.parameters.values()
+            }
+    return blocks, left_out

@@ -1,0 +1,70 @@
+"""Influence functions, by any solver."""
+
+from torch import nn
+
+from lightning_trak.checkpoints import CheckpointsLike
+from lightning_trak.gradients import ParameterSelection
+from lightning_trak.methods.feature import require_one_of
+from lightning_trak.methods.influence.base import Influence
+from lightning_trak.methods.influence.hessian import Hessian, HessianKind
+from lightning_trak.methods.influence.passes import Passes
+from lightning_trak.methods.influence.solvers import ConjugateGradient, InverseProduct, Solver
+from lightning_trak.outputs import ModelOutput
+from lightning_trak.scorers.damping import Damping, require_damping
+
+
+class InfluenceFunction(Influence):
+    """Influence functions (Koh and Liang 2017, arXiv 1703.04730), with the Hessian of the sum of the training losses.
+
+    Args:
+        model: as for :class:`~lightning_trak.TRAK`; it is not touched.
+        checkpoints: as for :class:`~lightning_trak.TRAK`; scores are averaged over them.
+        output: the scalar output to attribute; default: the model's ``configure_model_output()``.
+        solver: how the inverse of the damped Hessian is applied:
+            :class:`~lightning_trak.methods.influence.Explicit` for small models,
+            :class:`~lightning_trak.methods.influence.ConjugateGradient`,
+            :class:`~lightning_trak.methods.influence.LiSSA` or
+            :class:`~lightning_trak.methods.influence.Arnoldi`.
+        hessian: ``"gauss_newton"``, or ``"exact"``, which may be indefinite where the model is no minimum: see
+            :class:`~lightning_trak.methods.influence.hessian.Hessian`.
+        damping: lambda relative to the mean of the diagonal of the Gauss-Newton matrix; ``"auto"`` is the rule of
+            :func:`~lightning_trak.scorers.damping.auto_damping`. For a model trained with weight decay w on the mean
+            of n losses, n w is the lambda of its objective.
+        parameters: which parameters to differentiate, by name pattern; default: all that require gradients.
+        seed: of what is drawn at random.
+        weights_only: ``False`` lets ``.ckpt`` and ``.pt`` files run code when they are read; for files you trust only.
+
+    Example::
+
+        method = InfluenceFunction(model, "run/snapshots", solver=ConjugateGradient(max_iterations=50))
+        scores = method.attribute(trainer, train_loader, target_loader)  # (num_targets, num_train)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        checkpoints: CheckpointsLike,
+        *,
+        output: ModelOutput | None = None,
+        solver: Solver | None = None,
+        hessian: HessianKind = "gauss_newton",
+        damping: Damping = "auto",
+        parameters: ParameterSelection = None,
+        seed: int = 0,
+        weights_only: bool = True,
+    ) -> None:
+        require_one_of("hessian", hessian, ("gauss_newton", "exact"))
+        super().__init__(
+            model,
+            checkpoints,
+            output=output,
+            parameters=parameters,
+            seed=seed,
+            weights_only=weights_only,
+        )
+        self.solver = solver or ConjugateGradient()
+        self.hessian: HessianKind = hessian
+        self.damping = require_damping(damping)
+
+    def _prepare(self, passes: Passes) -> InverseProduct:
+        return self.solver.prepare(Hessian(passes, self.hessian, self.damping))

@@ -1,0 +1,130 @@
+"""The Hessian of the training loss: products with vectors, without ever forming it, or the matrix of a small model."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_trak.gradients.batch import fresh_batch
+from lightning_trak.methods.influence.passes import Passes
+from lightning_trak.scorers.damping import Damping, absolute_damping
+from lightning_trak.scorers.gram import gram_matrix
+
+HessianKind = Literal["gauss_newton", "exact"]
+
+_TOGETHER = 32  # vectors multiplied at once, in the memory of as many backward passes
+
+
+class Hessian:
+    """H + lambda I at one checkpoint, with H the Hessian of the *sum* of the training examples' losses.
+
+    ``"gauss_newton"`` is sum_j R_j g_j g_j^T, with g_j the gradient of output j: never negative (Schraudolph 2002, Fast
+    curvature matrix-vector products). ``"exact"`` adds sum_j l'(f_j) times the Hessian of f_j, and may have negative
+    eigenvalues. Where outputs are linear in the parameters, they are the same.
+
+    Args:
+        passes: the model at the checkpoint, and the training data.
+        kind: which.
+        damping: relative to the mean of the diagonal of the Gauss-Newton matrix, for either kind, or ``"auto"``: see
+            :func:`~lightning_trak.scorers.damping.auto_damping`.
+
+    Attributes:
+        passes: as given.
+        weights: R_j |g_j|^2, what each example adds to the trace of the Gauss-Newton matrix, float64 ``(num_train,)``.
+        damping: lambda.
+
+    Raises:
+        ValueError: if some R_j is negative, for ``"gauss_newton"``, or all are zero.
+    """
+
+    def __init__(self, passes: Passes, kind: HessianKind, damping: Damping) -> None:
+        self.passes = passes
+        self.kind = kind
+        weights = []
+        for _, rows in passes.rows(passes.train):
+            if kind == "gauss_newton":
+                require_convex(rows.curvatures, 'hessian="exact"')
+            weights.append(rows.curvatures.abs().double() * rows.features.double().square().sum(1))
+        self.weights = torch.cat(weights)
+        self.damping = absolute_damping(damping, self.weights, passes.size, passes.where)
+
+    def damped_product(self, vectors: Tensor) -> Tensor:
+        """(H + lambda I) v for each row v of ``vectors``, shape ``(n, p)``: one pass over the training data."""
+        return self.product(vectors).add_(vectors, alpha=self.damping)
+
+    def product(self, vectors: Tensor) -> Tensor:
+        """H v for each row v of ``vectors``, shape ``(n, p)``: one pass over the training data."""
+        total = torch.zeros_like(vectors)
+        for batch, size in self.passes.batches(self.passes.train):
+            total += self.batch_product(batch, size, vectors)
+        return total
+
+    def batch_product(self, batch: Any, size: int, vectors: Tensor) -> Tensor:
+        """What a batch of training examples adds to H v, for each row v of ``vectors``, shape ``(n, p)``."""
+        parameters: list[Tensor] = list(self.passes.parameters.values())
+        output = self.passes.extractor.output
+        multiply = self._exact if self.kind == "exact" else self._gauss_newton
+        with self.passes.differentiable():
+            outputs = output.output(self.passes.extractor.module, fresh_batch(batch, size))
+            slopes_of = output.loss(outputs).sum() if self.kind == "exact" else outputs
+            return torch.cat(multiply(slopes_of, parameters, torch.split(vectors, _TOGETHER)))
+
+    def _exact(self, loss: Tensor, parameters: list[Tensor], parts: Sequence[Tensor]) -> list[Tensor]:
+        slopes = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
+        return [_vector_jacobian(slopes, parameters, self._split(part)) for part in parts]
+
+    def _gauss_newton(self, outputs: Tensor, parameters: list[Tensor], parts: Sequence[Tensor]) -> list[Tensor]:
+        # The vector-Jacobian product is linear in its vector. Its derivative by that vector is the Jacobian-vector
+        # product: by reverse mode alone, which every operation has.
+        vector = torch.zeros_like(outputs, requires_grad=True)
+        slopes = torch.autograd.grad(outputs, parameters, vector, create_graph=True, allow_unused=True)
+        curvatures = self.passes.extractor.output.derivatives(outputs)[1].to(outputs)
+        changes = (_vector_jacobian(slopes, [vector], self._split(part)) for part in parts)
+        return [_vector_jacobian([outputs], parameters, [change * curvatures]) for change in changes]
+
+    def _split(self, vectors: Tensor) -> list[Tensor]:
+        return list(self.passes.split(vectors).values())
+
+    def matrix(self) -> Tensor:
+        """H itself, float64 ``(p, p)``."""
+        if self.kind == "gauss_newton":
+            rows = (features for _, features in self.passes.rows(self.passes.train))
+            return gram_matrix(rows, "gauss_newton", self.passes.size, self.passes.device)[0]
+        product = self.product(torch.eye(self.passes.size, dtype=self.passes.dtype, device=self.passes.device)).double()
+        return (product + product.T) / 2
+
+
+def _vector_jacobian(outputs: Sequence[Tensor | None], inputs: Sequence[Tensor], vectors: Sequence[Tensor]) -> Tensor:
+    """The derivative, by all inputs side by side, of the inner products of outputs and vectors: a row per vector."""
+    pairs = [(out, vector.to(out)) for out, vector in zip(outputs, vectors, strict=True) if out is not None]
+    pairs = [(out, vector) for out, vector in pairs if out.requires_grad]
+    count, working = len(vectors[0]), vectors[0]
+    if not pairs:
+        return working.new_zeros(count, sum(part.numel() for part in inputs))
+    live, along = zip(*pairs, strict=True)
+    slopes = torch.autograd.grad(live, inputs, along, retain_graph=True, allow_unused=True, is_grads_batched=True)
+    return torch.cat(
+        [
+            working.new_zeros(count, part.numel()) if slope is None else slope.reshape(count, -1).to(working)
+            for slope, part in zip(slopes, inputs, strict=True)
+        ],
+        dim=1,
+    )
+
+
+def require_convex(curvatures: Tensor, instead: str) -> None:
+    """Refuse negative R.
+
+    Args:
+        curvatures: R of some training examples.
+        instead: the setting to use for such losses.
+
+    Raises:
+        ValueError: if some R is negative.
+    """
+    if curvatures.min() < 0:
+        raise ValueError(
+            f"the second derivative of the loss is negative ({float(curvatures.min()):g}) for some training example,"
+            f" where the Gauss-Newton matrix needs a loss that is convex in the output; use {instead}"
+        )

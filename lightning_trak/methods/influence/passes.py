@@ -1,0 +1,125 @@
+"""Going over data with the model at one checkpoint."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lightning_trak.data import batch_size_of, load, sample_batches, transfer_hook
+from lightning_trak.features import GRADIENT_BYTES, FeatureExtractor, require_finite
+from lightning_trak.gradients.base import differentiating
+from lightning_trak.methods.examples import Examples
+from lightning_trak.store import Features
+
+
+class Passes:
+    """The extractor's copy of the model, on the Trainer's device and in its precision, and data to go over.
+
+    Args:
+        extractor: makes gradients, unprojected; its dtype becomes that of the weights, at least float32.
+        trainer: whose device and precision are used.
+        train: the training examples.
+    """
+
+    def __init__(self, extractor: FeatureExtractor, trainer: L.Trainer, train: Examples) -> None:
+        self.extractor = extractor
+        self.train = train
+        self.device = trainer.strategy.root_device
+        self._convert = trainer.precision_plugin.convert_input
+        trainer.precision_plugin.convert_module(extractor.module).to(self.device)
+        parameters = dict(extractor.module.named_parameters())
+        self.parameters = {name: parameters[raw] for name, raw in extractor.names.items()}
+        self.size = sum(extractor.sizes.values())
+        self.dtype = torch.promote_types(next(iter(self.parameters.values())).dtype, torch.float32)
+        extractor.dtype = self.dtype
+
+    @property
+    def where(self) -> str:
+        """The checkpoint, for errors."""
+        number = cast(int, self.extractor.current)
+        return f"checkpoint {number} ({self.extractor.checkpoints[number].name})"
+
+    def key(self, purpose: str) -> str:
+        """What random draws at this checkpoint depend on."""
+        return f"{self.extractor.seed}/{self.extractor.current}/{purpose}"
+
+    def enter(self, checkpoint: int) -> None:
+        """Load the weights of a checkpoint, and what the output remembers of the training data there."""
+        extractor = self.extractor
+        extractor.to_checkpoint(checkpoint, self.device)
+        if extractor.output.context_size:
+            sample = sample_batches(self.train.loader, extractor.output.context_size, self.key("context"))
+            extractor.output.set_context(extractor.make_context(batch for batch, _ in self.batches(self.train, sample)))
+        if extractor.undecided:
+            first = range(min(2, len(self.train)))
+            ((batch, size),) = self.batches(self.train, [first])
+            extractor.use_engine(extractor.choose_engine(batch, size)[0])
+
+    def batches(
+        self, examples: Examples, positions: Iterable[Sequence[int]] | None = None
+    ) -> Iterator[tuple[Any, int]]:
+        """Batches on the device, with their sizes.
+
+        Args:
+            examples: the dataset.
+            positions: what is in each batch; default: everything once, in batches of the loader's size.
+        """
+        if positions is None:
+            positions = _cut(range(len(examples)), batch_size_of(examples.loader))
+        sizes: list[int] = []
+
+        def noted() -> Iterator[Sequence[int]]:
+            for batch in positions:
+                sizes.append(len(batch))
+                yield batch
+
+        for batch in load(examples.loader, noted()):
+            yield self._transferred(batch, examples.datamodule), sizes.pop(0)
+
+    def rows(self, examples: Examples, span: range | None = None) -> Iterator[tuple[range, Features]]:
+        """Gradients, Q and R of examples in order, in batches that fit in memory.
+
+        Args:
+            examples: the dataset.
+            span: which of them; default: all.
+        """
+        fitting = max(1, GRADIENT_BYTES // (self.size * self.dtype.itemsize))
+        parts = _cut(range(len(examples)) if span is None else span, min(batch_size_of(examples.loader), fitting))
+        for part, (batch, _) in zip(parts, self.batches(examples, parts), strict=True):
+            positions = torch.arange(part.start, part.stop)
+            features = self.extractor(batch, positions)
+            require_finite(features, positions, f"at {self.where}")
+            yield part, features
+
+    def split(self, rows: Tensor) -> dict[str, Tensor]:
+        """Rows of all parameters side by side, ``(n, p)``, by parameter: views of shape ``(n, *shape)``."""
+        parts = torch.split(rows, list(self.extractor.sizes.values()), dim=1)
+        shapes = self.extractor.shapes
+        return {name: part.view(len(rows), *shapes[name]) for name, part in zip(shapes, parts, strict=True)}
+
+    @contextmanager
+    def differentiable(self) -> Iterator[None]:
+        """Autograd on, for the selected parameters, any number of times."""
+        with (
+            self.extractor.differentiable(),
+            differentiating(self.extractor.module, self.parameters.values()),
+            sdpa_kernel(SDPBackend.MATH),  # the fused kernels of attention cannot be differentiated twice
+            torch.enable_grad(),
+        ):
+            yield
+
+    def _transferred(self, batch: Any, datamodule: L.LightningDataModule | None) -> Any:
+        def hook(name: str, batch: Any, *args: Any) -> Any:
+            return transfer_hook(name, self.extractor.module, datamodule)(batch, *args)
+
+        batch = hook("on_before_batch_transfer", self._convert(batch), 0)
+        batch = hook("transfer_batch_to_device", batch, self.device, 0)
+        return hook("on_after_batch_transfer", batch, 0)
+
+
+def _cut(span: range, size: int) -> list[range]:
+    return [span[start : start + size] for start in range(0, len(span), size)]

@@ -1,0 +1,330 @@
+"""A fleet of models, each trained afresh on a subset of the training data: the ground truth of attribution."""
+
+import copy
+import random
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from itertools import groupby
+from pathlib import Path
+from typing import Any, cast
+
+import lightning as L
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+from tqdm import tqdm
+
+from lightning_trak.data import as_loaders, batch_size_of, fingerprint, load
+from lightning_trak.module import declared_output
+from lightning_trak.outputs import ModelOutput
+from lightning_trak.retraining.members import Member, MemberStore
+from lightning_trak.retraining.training import (
+    FactoryError,
+    NothingTwice,
+    outputs_of,
+    quiet,
+    seeded,
+    shuffled_like,
+    train_alone,
+)
+from lightning_trak.retraining.vectorized import require_trainable_together, train_together
+
+Part = str | tuple[int, int]
+
+
+class RetrainingFleet:
+    """Trains a new model on each subset, several times if asked to, and keeps its outputs at the targets.
+
+    Every member has a new module, a new Trainer, and a seed of its own for its initialisation and the order of its
+    data, which depends on the fleet's seed and on which member it is alone. So it does not matter who trains it, when,
+    and how often the run is stopped; and the user's random state is left alone.
+
+    Args:
+        directory: where members are kept, on a disk that all processes see. It may hold members from earlier runs.
+        make_module: makes a new LightningModule in each call.
+        make_trainer: makes a new Trainer of one process in each call, with new callbacks. Switch its progress bar,
+            logger and checkpoints off unless you want them for each member. One more of both is made at first, to see
+            what they are like.
+        train: the whole training set: a map-style Dataset, or a DataLoader over it.
+        targets: where outputs are kept: a Dataset or DataLoader; outputs are in the order of its dataset.
+        masks: bool ``(num_subsets, num_train)``, true where a subset holds the example; see
+            :func:`~lightning_trak.retraining.random_subsets`.
+        num_seeds: how often a model is trained on each subset. A fleet that has run for some can be run for more.
+        seed: of the fleet.
+        output: the output to keep; default: the module's ``configure_model_output()``.
+        make_loader: makes the loader of a subset, a Dataset, for training. Default: one with the batch size (32 for a
+            Dataset), collate function, workers and ``drop_last`` of ``train``, always in random order.
+
+    Attributes:
+        masks: as given.
+        store: the members on disk.
+
+    Raises:
+        ValueError: if the masks do not fit the training set, or a factory gives what cannot be trained with.
+        TypeError: if data or output are of another kind.
+
+    Example::
+
+        masks = random_subsets(len(train), num_subsets=100)
+        fleet = RetrainingFleet("run/fleet", LitNet, make_trainer, train_loader, targets, masks, num_seeds=3)
+        fleet.run()  # or, in each of 16 processes, run(part="1/16") to run(part="16/16")
+        lds = LinearDatamodelingScore(fleet.masks)
+        lds.update(scores, fleet.outputs)
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        make_module: Callable[[], L.LightningModule],
+        make_trainer: Callable[[], L.Trainer],
+        train: DataLoader[Any] | Dataset[Any],
+        targets: DataLoader[Any] | Dataset[Any],
+        masks: Tensor,
+        *,
+        num_seeds: int = 1,
+        seed: int = 0,
+        output: ModelOutput | None = None,
+        make_loader: Callable[[Dataset[Any]], DataLoader[Any]] | None = None,
+    ) -> None:
+        self.directory = Path(directory)
+        self.make_module = make_module
+        self.make_trainer = make_trainer
+        self.num_seeds = num_seeds
+        self.seed = seed
+        self._nothing_twice = NothingTwice()
+        with seeded(seed), quiet():
+            module, trainer = self._new_module(), self._new_trainer()
+        self._train = _one_loader("train", train, trainer)
+        self._targets = _one_loader("targets", targets, trainer)
+        self.masks = _checked(masks, len(cast(Any, self._train.dataset)))
+        if num_seeds < 1:
+            raise ValueError(f"num_seeds must be at least 1, got {num_seeds}")
+        self.make_loader = make_loader if make_loader is not None else shuffled_like(self._train)
+        self.output = copy.deepcopy(declared_output(module, output))
+        self._identity = self._describe(module, trainer)
+        # Any fixed number will do as the first; consecutive ones give no seed to two members.
+        self._first_seed = random.Random(f"fleet {seed}").getrandbits(32)
+
+    def _describe(self, module: L.LightningModule, trainer: L.Trainer) -> dict[str, Any]:
+        plain = (bool, int, float, str, type(None))
+        with warnings.catch_warnings():  # training data may be augmented at random
+            warnings.filterwarnings("ignore", "items of the training data are not the same twice")
+            train = fingerprint(self._train)
+        return {
+            "seed": self.seed,
+            "num_subsets": len(self.masks),
+            "num_train": self.masks.shape[1],
+            "num_targets": len(cast(Any, self._targets.dataset)),
+            "train": train,
+            "targets": fingerprint(self._targets),
+            "output": self.output.fingerprint(),
+            "parameters": [[name, list(parameter.shape)] for name, parameter in module.named_parameters()],
+            "hyperparameters": {name: value for name, value in module.hparams.items() if isinstance(value, plain)},
+            "max_epochs": trainer.max_epochs,
+            "max_steps": trainer.max_steps,
+            "accumulate_grad_batches": trainer.accumulate_grad_batches,
+            "gradient_clip_val": trainer.gradient_clip_val,
+            "precision": str(trainer.precision),
+            "batch_size": batch_size_of(self._loader_of(0)),
+        }
+
+    @cached_property
+    def store(self) -> MemberStore:
+        """The members on disk.
+
+        Raises:
+            ValueError: if the directory holds a fleet of other data, subsets or settings, naming the first difference.
+        """
+        return MemberStore(self.directory, self._identity, self.masks)
+
+    @property
+    def outputs(self) -> Tensor:
+        """Outputs at the targets of all members, float32 ``(num_targets, num_subsets, num_seeds)``.
+
+        Raises:
+            RuntimeError: if members are missing, naming them, and which of them failed.
+        """
+        return self.store.outputs(self.num_seeds)
+
+    def run(
+        self, part: Part | None = None, *, together: int | None = None, retries: int = 1, progress_bar: bool = True
+    ) -> None:
+        """Train the members that are missing; continues where it was interrupted.
+
+        Processes may run different parts at once. One that runs a part that another has begun trains what is missing
+        when it gets there.
+
+        Args:
+            part: ``"3/16"`` or ``(3, 16)``: the third of sixteen parts of the fleet; default: all of it.
+            together: train so many members at once, by :func:`~lightning_trak.retraining.train_together`: for small
+                modules whose training is their ``training_step`` and optimizer alone. The Trainer is then asked for
+                its device and ``max_epochs`` only. Such members start from the same weights as members trained one at
+                a time; the order of their data is another, so that the two agree in distribution. Continue with the
+                same number and parts to get the same bits: what is missing is trained with the same others again.
+            retries: how often a member that failed is tried again, after all others. Calling ``run`` again tries again
+                what is missing still.
+            progress_bar: whether to show one.
+
+        Raises:
+            RuntimeError: at the end, if members failed, naming them. The others are finished then; tracebacks are in
+                the folder ``failures``.
+            ValueError: if the part does not exist, or a factory gives something twice.
+            TypeError: if training members together would leave something out that a Trainer does, naming it.
+        """
+        members = _share([Member(s, r) for r in range(self.num_seeds) for s in range(len(self.masks))], part)
+        if together is not None:
+            self._require_trainable_together(together)
+        missing = set(self._missing(members))
+        done = len(members) - len(missing)
+        with tqdm(total=len(members), initial=done, desc="Retraining", disable=not progress_bar) as bar, quiet():
+            for _ in range(1 + retries):
+                for group in self._groups(members, together or 1):
+                    if self._missing(group):  # now, since another process may have trained some meanwhile
+                        self._attempt(group, together is not None)
+                    found = missing.intersection(group).difference(self._missing(group))
+                    missing -= found
+                    bar.update(len(found))
+        if missing:
+            raise RuntimeError(
+                f"{len(missing)} of {len(members)} members failed, all others are finished:"
+                f' {self.store.describe(sorted(missing))}. See their tracebacks in "{self.directory}/failures", and run'
+                " again to retry"
+            )
+
+    def _missing(self, members: Sequence[Member]) -> list[Member]:
+        return [member for member in members if member not in self.store]
+
+    def _groups(self, members: list[Member], size: int) -> Iterator[list[Member]]:
+        """Members to be trained at once: on subsets of one size, as a vectorised fleet needs them.
+
+        They do not depend on what is missing: one that is will be trained together with the same others, to the same
+        bits, however often the run is interrupted.
+        """
+        if size > 1:
+            members = sorted(members, key=self._subset_size)
+        for _, alike in groupby(members, self._subset_size):
+            group = list(alike)
+            yield from (group[start : start + size] for start in range(0, len(group), size))
+
+    def _subset_size(self, member: Member) -> int:
+        return int(self.masks[member.subset].sum())
+
+    def _attempt(self, group: list[Member], together: bool) -> None:
+        try:
+            outputs, record = self._train_together(group) if together else self._train_alone(group[0])
+        except FactoryError:
+            raise
+        except Exception as error:  # whatever it is, the others can do without this member
+            for member in self._missing(group):
+                self._failed(member, error)
+            return
+        missing = self._missing(group)
+
+        def keep(member: Member, row: Tensor) -> None:
+            if member not in missing:
+                return
+            bad = (~row.isfinite()).nonzero().flatten().tolist()
+            if bad:
+                self._failed(
+                    member, ValueError(f"the output is not finite at {len(bad)} targets, target {bad[0]} first")
+                )
+            else:
+                self.store.write(member, row, record | {"seed": self._seed_of(member)})
+
+        with ThreadPoolExecutor() as pool:  # what takes time is to wait for the disk
+            list(pool.map(keep, group, outputs))
+
+    def _failed(self, member: Member, error: Exception) -> None:
+        self.store.record_failure(member, error)
+        rank_zero_warn(f"Retraining: {member} failed, which is noted: {type(error).__name__}: {error}")
+
+    def _seed_of(self, member: Member) -> int:
+        return (self._first_seed + member.repetition * len(self.masks) + member.subset) % 2**32
+
+    def _new_module(self) -> L.LightningModule:
+        return self._nothing_twice.module(self.make_module())
+
+    def _new_trainer(self) -> L.Trainer:
+        return self._nothing_twice.trainer(self.make_trainer())
+
+    def _loader_of(self, subset: int) -> DataLoader[Any]:
+        return self.make_loader(Subset(self._train.dataset, self.masks[subset].nonzero().flatten().tolist()))
+
+    def _train_alone(self, member: Member) -> tuple[Tensor, dict[str, Any]]:
+        with seeded(self._seed_of(member)):
+            module, trainer = self._new_module(), self._new_trainer()
+            record = train_alone(module, trainer, self._loader_of(member.subset))
+            device = trainer.strategy.root_device
+            outputs = outputs_of(module, self.output, self._target_batches(), self._context_batches(), device)
+        return outputs[None], record | {"together": 1}
+
+    def _train_together(self, group: list[Member]) -> tuple[Tensor, dict[str, Any]]:
+        trainer, loader = self._new_trainer(), self._loader_of(group[0].subset)
+        device, max_epochs = trainer.strategy.root_device, cast(int, trainer.max_epochs)
+        with seeded(self.seed):
+            stack = train_together(
+                self._new_module,
+                self._train.dataset,
+                self.masks[[member.subset for member in group]],
+                [self._seed_of(member) for member in group],
+                max_epochs=max_epochs,
+                batch_size=cast(int, loader.batch_size),
+                device=device,
+            )
+            batches = (move_data_to_device(batch, device) for batch in self._target_batches())
+            outputs = torch.cat([stack.outputs(self.output, batch).float().cpu() for batch in batches], dim=1)
+        return outputs, {"steps": max_epochs * len(loader), "epochs": max_epochs, "together": len(group)}
+
+    def _require_trainable_together(self, together: int) -> None:
+        if together < 1:
+            raise ValueError(f"together must be at least 1, got {together}")
+        if self.output.context_size:
+            raise TypeError(
+                f"{type(self.output).__name__} compares with training examples, whose context is made for one module"
+                " at a time; train without together="
+            )
+        with seeded(self.seed), quiet():
+            require_trainable_together(self._new_module(), self._new_trainer(), self._loader_of(0))
+
+    def _target_batches(self) -> DataLoader[Any]:
+        size, total = batch_size_of(self._targets), len(cast(Any, self._targets.dataset))
+        return load(self._targets, (range(start, min(start + size, total)) for start in range(0, total, size)))
+
+    def _context_batches(self) -> DataLoader[Any]:
+        """The same random training examples for every member, so that all have one and the same output."""
+        size, total = batch_size_of(self._train), self.masks.shape[1]
+        sample = random.Random(f"{self.seed}/context").sample(range(total), min(self.output.context_size, total))
+        return load(self._train, (sample[start : start + size] for start in range(0, len(sample), size)))
+
+
+def _share(members: list[Member], part: Part | None) -> list[Member]:
+    """Every n-th member, so that any number of finished parts is spread over the fleet."""
+    if part is None:
+        return members
+    try:
+        number, count = map(int, part.split("/") if isinstance(part, str) else part)
+    except (ValueError, TypeError):
+        number, count = 0, 0
+    if not 1 <= number <= count:
+        raise ValueError(f'part must be "i/n" or (i, n) with 1 <= i <= n, got {part!r}')
+    return members[number - 1 :: count]
+
+
+def _one_loader(name: str, data: Any, trainer: L.Trainer) -> DataLoader[Any]:
+    if not isinstance(data, (DataLoader, Dataset)):
+        raise TypeError(f"{name} must be a map-style Dataset or a DataLoader, got {type(data).__name__}")
+    return as_loaders(data, "fit", trainer)[0]
+
+
+def _checked(masks: Tensor, num_train: int) -> Tensor:
+    if masks.dtype != torch.bool or masks.ndim != 2 or masks.shape[1] != num_train or not masks.any(1).all():
+        raise ValueError(
+            f"masks must be bool of shape (num_subsets, {num_train}), the size of the training set, each subset with an"
+            f" example; got {str(masks.dtype).removeprefix('torch.')} of shape {tuple(masks.shape)}"
+            + (f", sizes {masks.sum(1).tolist()[:5]}, ..." if masks.ndim == 2 else "")
+        )
+    return masks.cpu()

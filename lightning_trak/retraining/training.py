@@ -1,0 +1,192 @@
+"""Training one member of a fleet: from scratch, to the end, and its outputs afterwards."""
+
+import logging
+import os
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states, seed_everything
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
+
+from lightning_trak.data import like
+from lightning_trak.outputs import ModelOutput
+
+
+class FactoryError(ValueError):
+    """A factory gave what no member can be trained with: an error of the whole fleet, not of a member."""
+
+
+class NothingTwice:
+    """Refuses what a factory has given before: a trained module would be trained on, a used Trainer trains no step.
+
+    It remembers Trainers, their callbacks and strategies, and parameters (a new module around a trained network is no
+    new module), for as long as they exist.
+    """
+
+    def __init__(self) -> None:
+        self._seen: weakref.WeakValueDictionary[int, object] = weakref.WeakValueDictionary()
+
+    def module(self, module: Any) -> L.LightningModule:
+        """A module that may be trained, which is then remembered.
+
+        Raises:
+            FactoryError: if it is not a LightningModule, or has parameters that were given before.
+        """
+        if not isinstance(module, L.LightningModule):
+            raise FactoryError(f"make_module() must return a LightningModule, got {type(module).__name__}")
+        for name, parameter in module.named_parameters():
+            self._note(
+                parameter,
+                f'make_module() returned the parameter "{name}" of an earlier call again, so that members would train'
+                " on from each other's weights; make module and networks anew in each call",
+            )
+        return module
+
+    def trainer(self, trainer: Any) -> L.Trainer:
+        """A Trainer that may be used, which is then remembered.
+
+        Raises:
+            FactoryError: if it is not a Trainer, has been used or given before, in whole or in part, or runs several
+                processes.
+        """
+        if not isinstance(trainer, L.Trainer):
+            raise FactoryError(f"make_trainer() must return a Trainer, got {type(trainer).__name__}")
+        again = "make_trainer() returned {} that an earlier call {}; make {} anew in each call"
+        self._note(trainer, again.format("the same Trainer", "returned too", "it"))
+        if trainer.state.fn is not None:
+            raise FactoryError(again.format("a Trainer", "has used", "it"))
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        for part in (*callbacks, trainer.strategy):
+            kind = type(part).__name__
+            self._note(part, again.format(f"a Trainer with the same {kind}", "had, whose state would go on", "both"))
+        if trainer.world_size > 1:
+            raise FactoryError(
+                f"make_trainer() returned a Trainer of {trainer.world_size} processes, but a member is trained by one:"
+                ' use devices=1, and share the members out by run(part="1/2") and run(part="2/2")'
+            )
+        return trainer
+
+    def _note(self, thing: object, message: str) -> None:
+        if self._seen.get(id(thing)) is thing:
+            raise FactoryError(message)
+        self._seen[id(thing)] = thing
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seeds everything; random states and environment are as they were afterwards, after an error too."""
+    states = _collect_rng_states()
+    names = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
+    environment = {name: os.environ.get(name) for name in names}
+    try:
+        seed_everything(seed, workers=True, verbose=False)
+        yield
+    finally:
+        _set_rng_states(states)
+        for name, value in environment.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Lightning says the same of every new Trainer."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(max(logger.getEffectiveLevel(), logging.WARNING))
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def shuffled_like(loader: DataLoader[Any]) -> Callable[[Dataset[Any]], DataLoader[Any]]:
+    """Makes loaders of subsets like the one of the whole training set, in random order.
+
+    Raises:
+        ValueError: if the loader draws otherwise than in order or at random.
+    """
+    sampler: Any = loader.sampler
+    random = type(sampler) is RandomSampler and not sampler.replacement and sampler._num_samples is None
+    if type(loader.batch_sampler) is not BatchSampler or not (random or type(sampler) is SequentialSampler):
+        raise ValueError(
+            f"train has a {type(loader.batch_sampler).__name__} of a {type(sampler).__name__}, which a subset may need"
+            " another of: pass make_loader=, a function that makes the loader of a subset"
+        )
+    return lambda dataset: like(loader, dataset, batch_size=loader.batch_size, shuffle=True, drop_last=loader.drop_last)
+
+
+class _FromScratch(L.Callback):
+    """Refuses a fit that goes on from a checkpoint, as SLURM's automatic requeueing would have it."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
+        if trainer.global_step or trainer.current_epoch:
+            raise RuntimeError(
+                f"training began at step {trainer.global_step}, epoch {trainer.current_epoch}: the Trainer has found"
+                f' a checkpoint, perhaps in "{trainer.default_root_dir}"; give every member such a directory of its own'
+            )
+
+
+def train_alone(module: L.LightningModule, trainer: L.Trainer, loader: DataLoader[Any]) -> dict[str, int]:
+    """Fit a new module by a new Trainer.
+
+    Returns:
+        ``"steps"`` of the optimizers and ``"epochs"`` that training took.
+
+    Raises:
+        RuntimeError: if it did not take its full number of steps, and was not stopped early by a callback either.
+    """
+    trainer.callbacks.append(_FromScratch())  # type: ignore[attr-defined]
+    trainer.fit(module, loader)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    steps, epochs = trainer.global_step, trainer.current_epoch
+    max_epochs = -1 if trainer.max_epochs is None else trainer.max_epochs
+    full = trainer.should_stop or 0 <= trainer.max_steps <= steps or 0 <= max_epochs <= epochs
+    if steps == 0 or not full:
+        raise RuntimeError(
+            f"training took {steps} steps in {epochs} epochs, but the Trainer has max_steps={trainer.max_steps} and"
+            f" max_epochs={max_epochs}, over {len(loader)} batches; no callback stopped it early"
+        )
+    return {"steps": steps, "epochs": epochs}
+
+
+def outputs_of(
+    module: L.LightningModule,
+    output: ModelOutput,
+    targets: DataLoader[Any],
+    context: DataLoader[Any],
+    device: torch.device,
+) -> Tensor:
+    """The declared output at each target, in eval mode and in float32, whatever precision the training had.
+
+    Args:
+        module: a trained module, of which its own batch transfer hooks are used, but no ``predict_step``.
+        output: which output; it keeps the context that is made for this module.
+        targets: batches of targets, in order.
+        context: batches of training data, for an output that has a context.
+        device: where to compute.
+
+    Returns:
+        Shape ``(num_targets,)``, on the CPU.
+    """
+    module.to(device).float().eval()
+    with torch.no_grad():
+        if output.context_size:
+            output.set_context(output.make_context(module, _on_device(module, context)))
+        found = [output.output(module, batch).float().cpu() for batch in _on_device(module, targets)]
+    module.cpu()
+    return torch.cat(found)
+
+
+def _on_device(module: L.LightningModule, batches: DataLoader[Any]) -> Iterator[Any]:
+    for batch in batches:
+        batch = module.on_before_batch_transfer(batch, 0)
+        batch = module.transfer_batch_to_device(batch, module.device, 0)
+        yield module.on_after_batch_transfer(batch, 0)

@@ -1,0 +1,148 @@
+"""Fleets whose members are trained at once, against fleets whose members are trained one by one."""
+
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lightning_trak import AttributionMixin
+from lightning_trak.outputs import ClassificationMargin, ContrastiveMargin
+from lightning_trak.retraining import RetrainingFleet, random_subsets
+from lightning_trak.retraining.members import Member
+from tests.lit import make_data
+from tests.lit import make_trainer as quiet_trainer
+
+N, SEEDS = 24, 12
+TRAIN, TARGETS = make_data(N), make_data(15, seed=1)
+LOADER = DataLoader(TRAIN, batch_size=4)
+MASKS = random_subsets(N, 3, seed=1)
+
+
+class Net(AttributionMixin, L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+
+    def forward(self, inputs):
+        return self.net(inputs)
+
+    def configure_model_output(self):
+        return ClassificationMargin()
+
+    def training_step(self, batch):
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.3)
+
+
+def make_trainer():
+    return quiet_trainer(max_epochs=4)
+
+
+def make_fleet(directory, make_module=Net, make_trainer=make_trainer, train=LOADER, masks=MASKS, **options):
+    return RetrainingFleet(directory, make_module, make_trainer, train, TARGETS, masks, **options)
+
+
+def z_scores(first, second):
+    """Differences of means over seeds, in standard errors; ``(num_targets, num_subsets)``."""
+    spread = (first.var(2) + second.var(2)) / SEEDS
+    return (first.mean(2) - second.mean(2)) / spread.sqrt()
+
+
+def test_it_agrees_with_one_by_one_in_distribution(tmp_path):
+    alone, together = (make_fleet(tmp_path / name, num_seeds=SEEDS) for name in ("alone", "together"))
+    alone.run(progress_bar=False)
+    together.run(together=20, progress_bar=False)
+    first, second = alone.outputs, together.outputs
+    assert not torch.equal(first, second)  # the order of the data is another
+    z = z_scores(first, second)
+    assert z.square().mean().sqrt() < 1.5
+    assert z.abs().max() < 5
+    assert 0.7 < (first.std(2).mean() / second.std(2).mean()) < 1.4
+    # The measure can tell: members of other subsets differ.
+    assert z_scores(first, second.roll(1, 1)).square().mean().sqrt() > 3
+
+
+def test_what_is_written_down(tmp_path):
+    masks = torch.stack([MASKS[0], torch.arange(N) < 7, MASKS[1], MASKS[2]])  # two sizes
+    fleet = make_fleet(tmp_path, masks=masks, num_seeds=2)
+    fleet.run("1/2", together=2, progress_bar=False)
+    assert len(fleet.store.finished()) == 4
+    fleet.run(progress_bar=False)  # the rest one by one
+    records = {member: fleet.store.read(member)[1] for member in fleet.store.finished()}
+    assert sorted(record["together"] for record in records.values()) == [1, 1, 1, 1, 2, 2, 2, 2]
+    assert len({record["seed"] for record in records.values()}) == 8
+    assert records[Member(0, 0)]["steps"] == 4 * 3
+    assert records[Member(1, 0)]["steps"] == 4 * 2
+    assert fleet.outputs.isfinite().all()
+
+
+def test_uneven_subsets_are_grouped_by_size(tmp_path):
+    masks = torch.stack([MASKS[0], torch.arange(N) < 7, MASKS[1], torch.arange(N) > 16])
+    fleet = make_fleet(tmp_path, masks=masks)
+    fleet.run(together=4, progress_bar=False)
+    assert [fleet.store.read(Member(subset, 0))[1]["together"] for subset in range(4)] == [2, 2, 2, 2]
+    alone = make_fleet(tmp_path / "other", masks=masks[1:2])
+    alone.run(together=1, progress_bar=False)
+
+
+def test_a_member_that_diverges_fails_alone(tmp_path):
+    train = make_data(N)
+    bad = int((MASKS[0] & ~MASKS[1] & ~MASKS[2]).nonzero()[0])
+    train.tensors[0][bad] = torch.inf
+    fleet = make_fleet(tmp_path, train=DataLoader(train, batch_size=4))
+    summary = r"1 of 3 members failed.*subset 0, repetition 0 \(failed 2x, ValueError: the output is not finite"
+    with pytest.warns(UserWarning, match="failed"), pytest.raises(RuntimeError, match=summary):
+        fleet.run(together=3, progress_bar=False)
+    assert fleet.store.finished() == {Member(1, 0), Member(2, 0)}
+
+
+def test_an_error_is_that_of_all_who_were_trained_at_once(tmp_path):
+    class Branching(Net):
+        def training_step(self, batch):
+            loss = super().training_step(batch)
+            return loss if loss < 10 else 2 * loss
+
+    fleet = make_fleet(tmp_path, Branching)
+    with pytest.warns(UserWarning, match="failed"), pytest.raises(RuntimeError, match="3 of 3 members failed"):
+        fleet.run(together=3, retries=0, progress_bar=False)
+    assert "data-dependent control flow" in fleet.store.failure(Member(2, 0))["traceback"]
+    fleet.run(progress_bar=False)
+    assert fleet.outputs.isfinite().all()
+
+
+class Clipping(Net):
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val, gradient_clip_algorithm):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"make_module": Clipping}, r"leaves out Clipping.configure_gradient_clipping; train them one at a time"),
+        ({"make_trainer": lambda: quiet_trainer(max_epochs=1, gradient_clip_val=1.0)}, "gradient_clip_val=1.0 of the"),
+        ({"make_trainer": lambda: quiet_trainer(max_steps=5)}, "max_steps=5 of the Trainer, max_epochs=-1 of the Tr"),
+        ({"make_trainer": lambda: quiet_trainer(max_epochs=1, callbacks=[L.pytorch.callbacks.Timer()])}, "out Timer"),
+        ({"train": DataLoader(TRAIN, batch_size=5, drop_last=True)}, "drop_last=True of the loader"),
+        ({"train": DataLoader(TRAIN, collate_fn=lambda items: items)}, "leaves out the loader's collate_fn"),
+        ({"make_loader": lambda data: DataLoader(data, batch_size=4)}, "leaves out the order of SequentialSampler"),
+        ({"output": ContrastiveMargin(context_size=5)}, "ContrastiveMargin compares with training examples"),
+    ],
+)
+def test_what_would_be_left_out_is_refused(tmp_path, options, match):
+    fleet = make_fleet(tmp_path, **options)
+    with pytest.raises(TypeError, match=match):
+        fleet.run(together=3)
+    assert not list(tmp_path.glob("failures/*"))
+
+
+def test_a_module_is_not_given_twice_here_either(tmp_path):
+    modules = iter([Net(), Net(), *[Net()] * 3])
+    fleet = make_fleet(tmp_path, lambda: next(modules))
+    with pytest.raises(ValueError, match="of an earlier call again"):
+        fleet.run(together=3, progress_bar=False)
+    with pytest.raises(ValueError, match="together must be at least 1"):
+        fleet.run(together=0)
