@@ -4,10 +4,11 @@
 """
 
 import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -84,8 +85,8 @@ class AttributionTrainer(L.Trainer):
         """Measure saved scores against retrained models: linear datamodeling score, interval and noise ceiling.
 
         Args:
-            ground_truth: safetensors file with masks, bool (num_subsets, num_train), and outputs, (num_targets,
-                num_subsets) or (num_targets, num_subsets, num_seeds).
+            ground_truth: directory of a fleet, or safetensors file with masks, bool (num_subsets, num_train), and
+                outputs, (num_targets, num_subsets) or (num_targets, num_subsets, num_seeds).
             scores: file that score has written.
             confidence: of the bootstrap interval.
         """
@@ -99,7 +100,9 @@ class AttributionTrainer(L.Trainer):
         lds.update(saved.scores, outputs)
         low, high = lds.interval(confidence).tolist()
         measured = {"lds": float(lds.compute()), "lds_low": low, "lds_high": high}
-        print(f"{saved.method}: {saved.num_targets} targets, {len(masks)} subsets of {saved.num_train} training examples")
+        print(
+            f"{saved.method}: {saved.num_targets} targets, {len(masks)} subsets of {saved.num_train} training examples"
+        )
         print(f"LDS            {measured['lds']:.3f}  ({confidence:.0%} interval {low:.3f} to {high:.3f})")
         if outputs.ndim == 3 and outputs.shape[2] > 1:
             measured["lds_noise_ceiling"] = float(lds.noise_ceiling())
@@ -137,17 +140,21 @@ class AttributionTrainer(L.Trainer):
         describe = getattr(datamodule, "describe", None) or getattr(model, "describe", None)
         explanations = explain(saved, targets, k, train, shown, describe)
         if out is None:
-            print(table(explanations))
-        elif kind == ".png":
-            figure = picture(explanations)
-            write_atomically(Path(out), lambda path: figure.savefig(path, format="png", dpi=150))
-        else:
-            text = page(explanations, f"{saved.method}: {saved.num_train} training examples")
-            write_atomically(Path(out), lambda path: path.write_text(text, encoding="utf-8") and None)
+            print(table(explanations, shutil.get_terminal_size((100, 24)).columns))
+            return
+
+        def write(path: Path) -> None:
+            if kind == ".png":
+                picture(explanations).savefig(path, format="png", dpi=150)
+            else:
+                title = f"{saved.method}: {saved.num_train} training examples"
+                path.write_text(page(explanations, title), encoding="utf-8")
+
+        write_atomically(Path(out).expanduser(), write)
 
 
 class AttributionCLI(LightningCLI):
-    """LightningCLI with a section ``method`` and these subcommands; their arguments are those of the Trainer's methods."""
+    """LightningCLI with a section ``method``, and a subcommand for each method of the Trainer above."""
 
     def __init__(self) -> None:
         about = {"prog": "lightning-trak", "description": "Which training examples made the model do this?"}
@@ -170,7 +177,7 @@ class AttributionCLI(LightningCLI):
         parser.add_lightning_class_args(L.LightningModule, "model", subclass_mode=True, required=False)
         parser.add_lightning_class_args(L.LightningDataModule, "data", subclass_mode=True, required=False)
         # A completion script would go through all layers of torch as arguments of this package's own modules.
-        parser._option_string_actions["--model"].complete = {}
+        cast(Any, parser._option_string_actions["--model"]).complete = {}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The section that all subcommands accept, so that they can share a file."""
@@ -198,8 +205,8 @@ class AttributionCLI(LightningCLI):
     def _require(self, section: str, value: Any) -> None:
         if value is None:
             raise ValueError(
-                f"{self.subcommand} needs a {section}: give a class with --{section}, or a section `{section}:` in the"
-                " configuration file"
+                f"{self.subcommand} needs `{section}`: give a class with --{section}, or that section in the configuration"
+                " file"
             )
 
 

@@ -27,12 +27,12 @@ class Entry(NamedTuple):
     """A training example and its score for a target.
 
     Attributes:
-        index: its position in the training set.
+        position: in the training set.
         score: of the method.
         example: the item.
     """
 
-    index: int
+    position: int
     score: float
     example: Example
 
@@ -41,12 +41,12 @@ class Explanation(NamedTuple):
     """A target and the training examples that count most for it.
 
     Attributes:
-        index: position of the target in its dataset.
+        position: in its dataset.
         target: the item.
         groups: ``"proponents"`` and ``"opponents"``, strongest first; one of them where only that was kept.
     """
 
-    index: int
+    position: int
     target: Example
     groups: dict[str, list[Entry]]
 

@@ -39,11 +39,11 @@ def table(explanations: Sequence[Explanation], width: int = 100) -> str:
     """
     lines = []
     for explanation in explanations:
-        lines += [_cut(f"target {explanation.index}  {explanation.target.text}", width)]
+        lines += [_cut(f"target {explanation.position}  {explanation.target.text}", width)]
         for name, entries in explanation.groups.items():
-            lines += [f"  {name}", "    rank     index       score  example"]
+            lines += [f"  {name}", "    rank  position       score  example"]
             lines += [
-                f"    {rank:4}  {entry.index:8}  {entry.score:+10.3g}  {_cut(entry.example.text, width - 30)}"
+                f"    {rank:4}  {entry.position:8}  {entry.score:+10.3g}  {_cut(entry.example.text, width - 32)}"
                 for rank, entry in enumerate(entries, 1)
             ]
         lines += [""]
@@ -57,11 +57,11 @@ def picture(explanations: Sequence[Explanation]) -> "Figure":
         ValueError: if an item holds no image.
     """
     return plot_pictures(
-        [_picture(entry.target, f"#{entry.index} {entry.target.text}") for entry in explanations],
+        [_picture(entry.target, f"#{entry.position} {entry.target.text}") for entry in explanations],
         {
             name: [
                 [
-                    _picture(entry.example, f"#{entry.index} {entry.example.text}", f"{entry.score:+.2g}")
+                    _picture(entry.example, f"#{entry.position} {entry.example.text}", f"{entry.score:+.2g}")
                     for entry in explanation.groups[name]
                 ]
                 for explanation in explanations
@@ -119,10 +119,10 @@ def _section(explanation: Explanation) -> str:
     rows = [f'<div class="row">{_figure(explanation.target, "")}</div>']
     for name, entries in explanation.groups.items():
         figures = "\n".join(
-            _figure(entry.example, f"<b>{entry.score:+.3g}</b> #{entry.index}<br>") for entry in entries
+            _figure(entry.example, f"<b>{entry.score:+.3g}</b> #{entry.position}<br>") for entry in entries
         )
         rows.append(f'<h3>{html.escape(name)}</h3>\n<div class="row {html.escape(name)}">\n{figures}\n</div>')
-    return f'<section class="{kind}">\n<h2>target {explanation.index}</h2>\n' + "\n".join(rows) + "\n</section>"
+    return f'<section class="{kind}">\n<h2>target {explanation.position}</h2>\n' + "\n".join(rows) + "\n</section>"
 
 
 def _figure(example: Example, caption: str) -> str:

@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_trak.files import write_atomically
+from lightning_trak.retraining import Retrained, read_fleet
 from lightning_trak.scorers.topk import TopK, block_top_k
 
 
@@ -68,28 +68,27 @@ class SavedScores(NamedTuple):
         return {name: TopK(*(part[0] for part in best)) for name, best in found.items()}
 
 
-def load_ground_truth(path: str | Path) -> tuple[Tensor, Tensor]:
-    """Subsets and outputs of models retrained on them.
+def load_ground_truth(path: str | Path) -> Retrained:
+    """Subsets, and outputs of models retrained on them.
 
     Args:
-        path: a safetensors file with ``masks`` and ``outputs``.
-
-    Returns:
-        Masks ``(num_subsets, num_train)`` and outputs ``(num_targets, num_subsets)`` or
-        ``(num_targets, num_subsets, num_seeds)``.
+        path: directory of a :class:`~lightning_trak.retraining.RetrainingFleet` that has run, or a safetensors file
+            with ``masks`` and ``outputs``; outputs may then be without seeds, ``(num_targets, num_subsets)``.
 
     Raises:
         FileNotFoundError: if there is no such file.
+        RuntimeError: if members of the fleet are missing.
         ValueError: if it is another kind of file.
     """
+    if Path(path).expanduser().is_dir():
+        return read_fleet(path)
     tensors, _ = read_tensors(path, "it should hold masks and outputs of retrained models")
     if missing := {"masks", "outputs"} - set(tensors):
         raise ValueError(
-            f'"{path}" lacks {" and ".join(sorted(missing))}: expected a safetensors file with masks, bool (num_subsets,'
-            " num_train), and outputs, (num_targets, num_subsets[, num_seeds])"
+            f'"{path}" lacks {" and ".join(sorted(missing))}: expected a safetensors file with masks, bool'
+            " (num_subsets, num_train), and outputs, (num_targets, num_subsets[, num_seeds])"
         )
-    masks = tensors["masks"]
-    return (masks.bool() if masks.dtype == torch.uint8 else masks), tensors["outputs"]
+    return Retrained(tensors["masks"], tensors["outputs"])
 
 
 def read_tensors(path: str | Path, advice: str) -> tuple[dict[str, Tensor], dict[str, str]]:

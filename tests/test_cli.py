@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from matplotlib.image import imread
 from safetensors.torch import load_file, save_file
 
@@ -19,6 +20,7 @@ from examples.digits_data import DigitsData
 from lightning_trak import TRAK, GradientCosine, LinearDatamodelingScore
 from lightning_trak.cli import AttributionCLI, main
 from lightning_trak.projections import SparseProjection
+from lightning_trak.retraining.members import Member, MemberStore
 from tests.lit import make_trainer
 
 ROOT = Path(__file__).parent.parent
@@ -39,6 +41,7 @@ def folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         command_line(patch, "featurize", *SMALL)
+        command_line(patch, "score", *SMALL)
     return folder
 
 
@@ -61,8 +64,7 @@ def run(folder, monkeypatch, capsys):
 
 
 @pytest.fixture
-def scored(run, folder):
-    assert "TRAK: 8 targets, 60 training examples, in run/scores.safetensors" in run("score", *SMALL)
+def scored(folder):
     return load_file(folder / "run/scores.safetensors")["scores"]
 
 
@@ -76,7 +78,8 @@ def attributed(folder, method):
 def test_scores_are_those_of_the_method(folder, run, scored, tmp_path):
     torch.testing.assert_close(scored, attributed(tmp_path, TRAK))
     top = str(tmp_path / "top.safetensors")
-    run("score", *SMALL, "--scores", top, "--top_k", "3", "--largest", "false", "--method", "GradientCosine")
+    printed = run("score", *SMALL, "--scores", top, "--top_k", "3", "--largest", "false", "--method", "GradientCosine")
+    assert printed.endswith(f"GradientCosine: 8 targets, 60 training examples, in {top}\n")
     expected = attributed(tmp_path, GradientCosine).topk(3, largest=False)
     found = load_file(top)
     torch.testing.assert_close(found["values"], expected.values)
@@ -105,6 +108,11 @@ def test_evaluate_prints_and_logs(folder, run, scored, tmp_path):
     (metrics,) = tmp_path.rglob("metrics.csv")
     names, values = (line.split(",") for line in metrics.read_text().split())
     assert float(values[names.index("lds")]) == pytest.approx(float(lds.compute()))
+    store = MemberStore(tmp_path / "fleet", {"num_targets": 8}, masks)
+    for subset in range(12):
+        for repetition in range(3):
+            store.write(Member(subset, repetition), outputs[:, subset, repetition], {})
+    assert run("evaluate", "--ground_truth", str(tmp_path / "fleet"), "--trainer.logger", "false") == printed
     save_file({"masks": masks}, truth)
     with pytest.raises(ValueError, match="lacks outputs: expected a safetensors file with masks"):
         run("evaluate", "--ground_truth", truth)
@@ -171,18 +179,30 @@ def test_the_data_must_be_those_that_were_scored(run, scored):
 
 
 def test_sections_that_are_missing(run):
-    with pytest.raises(ValueError, match="featurize needs a model: give a class with --model"):
+    with pytest.raises(ValueError, match="featurize needs `model`: give a class with --model"):
         run("featurize", "--data", "examples.digits_data.DigitsData")
-    with pytest.raises(ValueError, match="show needs a data: "):
+    with pytest.raises(ValueError, match="show needs `data`: "):
         run("show")
-    with pytest.raises(FileNotFoundError, match='no file "none.safetensors"; run `lightning-trak score` first'):
+    with pytest.raises(FileNotFoundError, match=r'no file "none.safetensors"; run `lightning-trak score` first'):
         run("show", *SMALL, "--scores", "none.safetensors")
 
 
-def test_settings_of_the_method(run):
-    parse = ["score", "--config", CONFIG, "--method.checkpoints", "[a.ckpt, b.ckpt]", "--method.parameters", "head.*"]
+def test_settings_of_the_method(monkeypatch, capsys):
+    settings = [
+        "--method.checkpoints",
+        "[a.ckpt, b.ckpt]",
+        "--method.parameters",
+        "head.*",
+        "--method.dtype",
+        "float16",
+    ]
     with pytest.raises(SystemExit, match="0"):
-        run(*parse, "--method.dtype", "float16", "--print_config")
+        command_line(monkeypatch, "score", "--config", CONFIG, *settings, "--method.dtype", "float16", "--print_config")
+    printed = yaml.safe_load(capsys.readouterr().out)["method"]
+    assert printed["class_path"] == "lightning_trak.TRAK"
+    found = printed["init_args"]
+    assert (found["checkpoints"], found["parameters"], found["dtype"]) == (["a.ckpt", "b.ckpt"], "head.*", "float16")
+    assert found["projection"]["init_args"]["dim"] == 1024
 
 
 def test_completion(monkeypatch, capsys):
@@ -196,7 +216,7 @@ def test_completion(monkeypatch, capsys):
         OneCommand()
     script = capsys.readouterr().out
     assert "complete -o bashdefault -F _shtab_lightning_trak lightning-trak" in script
-    assert "'--ground_truth'" in script
+    assert "--ground_truth" in script
     assert "gauss_newton identity" in script
 
 
