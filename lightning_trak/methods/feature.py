@@ -39,7 +39,7 @@ from lightning_trak.sinks import FeatureBuffer, ShardWriter
 from lightning_trak.store import Features, FeatureStore
 from lightning_trak.trainers import borrowed, precision_of, refuse_spawning, shards_model
 
-Checkpoints = CheckpointSource | Sequence[CheckpointSource]
+Checkpoints = Sequence[CheckpointSource] | CheckpointSource  # in this order a command line can tell them apart
 
 # Targets are scored in blocks whose features take this much memory; a few copies of them are made on the way.
 TARGET_BYTES = 1 << 28
