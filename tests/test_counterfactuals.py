@@ -140,10 +140,12 @@ def test_metrics_and_table_hold_the_numbers():
     assert len(metrics) == 1 + 2 * 2 * 2 * 3
     assert metrics["good/drop_50"] == float(found.drop().mean[0, 1])
     assert metrics["bad/flips_5_high"] == float(found.flips().high[1, 0])
-    lines = found.table().splitlines()
-    assert len(lines) == 2 + 4 + 1
-    assert lines[3].startswith(f"| good | 50 | {metrics['good/drop_50']:.2f} (")
-    assert f"| {metrics['good/flips_50']:.0%} (" in lines[3]
+    table = found.table()
+    assert [row[:2] for row in table.rows[:4]] == [("good", 5), ("good", 50), ("bad", 5), ("bad", 50)]
+    fall, low, high = (metrics[f"good/drop_50{end}"] for end in ("", "_low", "_high"))
+    assert table.rows[1][2] == f"{fall:.2f} ({low:.2f} to {high:.2f})"
+    assert table.rows[1][3].startswith(f"{metrics['good/flips_50']:.0%} (")
+    assert table.markdown().splitlines()[3].startswith(f"| good | 50 | {fall:.2f} (")
 
 
 def test_nothing_can_flip_that_is_wrong_already():

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_trak.tables import Cell, Table
+
 
 class Estimate(NamedTuple):
     """Means over targets, with an interval for the mean over new targets; all of one shape, float64.
@@ -114,17 +116,16 @@ class Brittleness:
                         found[f"{method}/{kind}_{k}{end}"] = float(values[row, column])
         return found
 
-    def table(self) -> str:
-        """A Markdown table: a row for each method and k, with the intervals."""
+    def table(self) -> Table:
+        """A row for each method and k, with the intervals."""
         drop, flips = self.drop(), self.flips()
-        lines = ["| method | removed | output falls by | predictions that flip |", "|---|---|---|---|"]
+        rows: list[tuple[Cell, ...]] = []
         for row, method in enumerate(self.methods):
             for column, k in enumerate(self.ks):
                 fall, share = (_written(values, row, column) for values in (drop, flips))
-                lines.append(f"| {method} | {k} | {fall('.2f')} | {share('.0%')} |")
-        noise = _written(self.noise_flips())
-        lines.append(f"| trained again on everything | 0 | 0 | {noise('.0%')} |")
-        return "\n".join(lines)
+                rows.append((method, k, fall(".2f"), share(".0%")))
+        rows.append(("trained again on everything", 0, "0", _written(self.noise_flips())(".0%")))
+        return Table(("method", "removed", "output falls by", "predictions that flip"), rows)
 
 
 def _written(estimate: Estimate, *place: int) -> Callable[[str], str]:
