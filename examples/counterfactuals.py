@@ -48,7 +48,8 @@ def train_runs(data: TensorDataset, folder: Path, runs: int) -> tuple[DigitsMLP,
     return model, folders
 
 
-def count_margins(model: DigitsMLP, data: TensorDataset) -> Tensor:
+def margins(model: DigitsMLP, data: TensorDataset) -> Tensor:
+    """Log-odds of each label."""
     with torch.no_grad():
         return model.configure_model_output().output(model, data.tensors)
 
@@ -71,7 +72,7 @@ def main() -> None:
 
     print(f"1. Training {args.runs} models, and attributing", flush=True)
     model, snapshots = train_runs(train, run / "clean", args.runs)
-    right = (count_margins(model, held_out) > 0).nonzero().flatten()[: args.targets].tolist()
+    right = (margins(model, held_out) > 0).nonzero().flatten()[: args.targets].tolist()
     targets = Subset(held_out, right)
     store = {"checkpoints": snapshots, "store": run / "clean/features"}
     methods = {
@@ -102,7 +103,7 @@ def main() -> None:
     for name, method in (("TRAK", TRAK(model, **store)), ("gradient dot", GradientDot(model, **store))):
         method.featurize(trainer, DataLoader(spoilt, batch_size=100))
         suspicions[f"self-influence, {name}"] = method.self_influence(trainer)
-    suspicions["loss"] = -count_margins(model, spoilt)
+    suspicions["loss"] = -margins(model, spoilt)
     curves = {name: mislabel_detection_curve(values, wrong) for name, values in suspicions.items()}
     for name, curve in curves.items():
         print(f"   {name:30s} area under the detection curve {float(curve.area):.3f}, at best {1 - 0.1 / 2:.3f}")

@@ -168,7 +168,8 @@ def test_wandb_offline_run(tmp_path, monkeypatch):
 
 
 def test_mlflow_run(tmp_path):
-    pytest.importorskip("mlflow")
+    for needed in ("mlflow", "sqlalchemy", "alembic"):
+        pytest.importorskip(needed)
     logger = MLFlowLogger("tests", tracking_uri=f"sqlite:///{tmp_path}/runs.db", artifact_location=tmp_path.as_uri())
     log_everything(logger)
     found = logger.experiment.get_run(logger.run_id).data.metrics

@@ -3,8 +3,14 @@
 import pytest
 import torch
 from sklearn.metrics import roc_auc_score
+from torch.utils.data import DataLoader, TensorDataset
 
+from examples.counterfactuals import DigitsMLP
+from examples.digits import make_data
+from lightning_trak import TRAK, GradientDot
 from lightning_trak.metrics.functional import flip_labels, mislabel_detection_curve
+from lightning_trak.projections import SparseProjection
+from tests.lit import make_trainer
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -64,3 +70,18 @@ def test_nothing_to_flip_is_an_error():
             flip_labels(labels, fraction)
     with pytest.raises(ValueError, match="Expected integer `labels`"):
         flip_labels(torch.rand(9))
+
+
+def test_self_influence_finds_wrong_labels_of_digits(tmp_path):
+    images, labels = (part[:500] for part in make_data()[0].tensors)
+    spoilt, mislabelled = flip_labels(labels, 0.1, seed=0)
+    data = TensorDataset(images, spoilt)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = DigitsMLP()
+        make_trainer(max_epochs=20).fit(model, DataLoader(data, batch_size=100, shuffle=True))
+    for method in (TRAK, GradientDot):
+        attribution = method(model, [model.state_dict()], tmp_path, projection=SparseProjection(256))
+        attribution.featurize(make_trainer(), data)
+        area = mislabel_detection_curve(attribution.self_influence(make_trainer()), mislabelled).area
+        assert 0.85 < float(area) <= 0.95
