@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from lightning_trak.metrics.functional import DetectionCurve
+    from lightning_trak.retraining import Brittleness
+
 
 _STYLES = {
     "proponents": ("tab:green", "proponents: training on them raises the output most"),
@@ -81,10 +84,8 @@ def plot_pictures(targets: Sequence[Picture], rows: Mapping[str, Sequence[Sequen
         targets: the leftmost column.
         rows: under ``"proponents"``, ``"opponents"`` or both, a row of images for each target, all of the same length.
     """
-    from matplotlib.figure import Figure
-
     counts = [len(group[0]) for group in rows.values()]
-    figure = Figure(figsize=(1.0 * (sum(counts) + 1.2), 1.45 * len(targets) + 0.4), layout="constrained")
+    figure = _figure(figsize=(1.0 * (sum(counts) + 1.2), 1.45 * len(targets) + 0.4), layout="constrained")
     left, *parts = cast(Any, figure.subfigures(1, 1 + len(counts), width_ratios=[1.2, *counts], wspace=0.05))
     left.suptitle("target", fontsize=10)
     for axis, target in zip(left.subplots(len(targets), 1, squeeze=False)[:, 0], targets, strict=True):
@@ -96,6 +97,89 @@ def plot_pictures(targets: Sequence[Picture], rows: Mapping[str, Sequence[Sequen
             for axis, picture in zip(axes, pictures, strict=True):
                 _draw(axis, picture, colour)
     return figure
+
+
+def plot_brittleness(brittleness: "Brittleness") -> "Figure":
+    """Draw how far outputs fall, and how many predictions flip, against the number of proponents taken away.
+
+    Args:
+        brittleness: what :meth:`~lightning_trak.retraining.Counterfactuals.brittleness` returned.
+
+    Returns:
+        A matplotlib figure with a line for each method; bars are intervals, side by side.
+    """
+    figure = _figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for axis, estimate in ((left, brittleness.drop()), (right, brittleness.flips())):
+        axis.set_xscale("log")
+        for row, method in enumerate(brittleness.methods):
+            mean, low, high = (values[row] for values in estimate)
+            places = [k * 1.02 ** (row - len(brittleness.methods) / 2) for k in brittleness.ks]
+            bars = [(mean - low).clamp(min=0).tolist(), (high - mean).clamp(min=0).tolist()]
+            axis.errorbar(places, mean.tolist(), bars, marker="o", markersize=4, elinewidth=1, capsize=2, label=method)
+        axis.set_xlabel("proponents taken away")
+        axis.set_xticks(brittleness.ks, [str(k) for k in brittleness.ks], minor=False)
+        axis.minorticks_off()
+    noise = float(brittleness.noise_flips().mean)
+    right.axhline(noise, color="gray", linestyle="--", label="trained again on everything")
+    left.axhline(0, color="gray", linestyle="--", label="trained again on everything")
+    left.set_ylabel("fall of the output")
+    right.set_ylabel("predictions that flip")
+    right.set_ylim(bottom=0)
+    left.legend(fontsize=8)
+    return figure
+
+
+def plot_mislabel_curves(curves: Mapping[str, "DetectionCurve"]) -> "Figure":
+    """Draw how many wrong labels are found against how many examples are inspected.
+
+    Args:
+        curves: of each suspicion by name, from
+            :func:`~lightning_trak.metrics.functional.mislabel_detection_curve`.
+
+    Returns:
+        A matplotlib figure, with the area under each curve in its legend.
+    """
+    figure = _figure(figsize=(5, 4.5), layout="constrained")
+    axis = figure.subplots()
+    for name, curve in curves.items():
+        axis.plot(curve.inspected.tolist(), curve.found.tolist(), label=f"{name}: area {float(curve.area):.3f}")
+    axis.plot([0, 1], [0, 1], color="gray", linestyle="--", label="at random: area 0.500")
+    axis.set_xlabel("examples inspected, most suspicious first")
+    axis.set_ylabel("wrong labels found")
+    axis.legend(loc="lower right")
+    return figure
+
+
+def plot_histogram(values: Tensor, label: str) -> "Figure":
+    """Draw how one number for each target is distributed, and its mean.
+
+    Args:
+        values: shape ``(num_targets,)``; NaNs are left out.
+        label: what they are.
+    """
+    known = values[~values.isnan()].double().cpu()
+    figure = _figure(figsize=(5, 3.5), layout="constrained")
+    axis = figure.subplots()
+    axis.hist(known.tolist(), bins=min(30, max(5, len(known) // 5)), color="tab:blue", alpha=0.7)
+    axis.axvline(float(known.mean()), color="black", linestyle="--", label=f"mean {float(known.mean()):.3f}")
+    axis.set_xlabel(label)
+    axis.set_ylabel("targets")
+    axis.legend()
+    return figure
+
+
+def _figure(**options: Any) -> "Figure":
+    """A figure that needs no display.
+
+    Raises:
+        ModuleNotFoundError: if matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError('pictures need matplotlib: pip install "lightning-trak[plots]"') from error
+    return Figure(**options)
 
 
 def _draw(axis: "Axes", picture: Picture, colour: str) -> None:
