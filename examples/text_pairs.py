@@ -7,28 +7,17 @@ towards its label and those that pulled it away, and retraining on random halves
 
 import argparse
 import csv
-import gzip
 import random
-import time
-import warnings
 from functools import partial
 from pathlib import Path
-from textwrap import shorten
 
 import lightning as L
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    DataCollatorWithPadding,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
+from examples.texts import learn_tokenizer, line, make_trainer, prepare, read_text
 from lightning_trak import TRAK, AttributionMixin, LinearDatamodelingScore, TracIn, TRAKCallback
 from lightning_trak.methods import BM25
 from lightning_trak.outputs import ClassificationMargin
@@ -63,8 +52,8 @@ RELATIONS = [  # how one asks for it, and how a sentence says it
         ["{a} rents a flat in {b}.", "The home of {a} stands in {b}.", "{a} is a neighbour of ours in {b}."],
     ),
 ]
-PEOPLE = "Ada Bea Cleo Dora Edna Flora Greta Hilda Ines Judith Klara Lena".split()
-PLACES = "Aachen Bergen Cadiz Delft Exeter Faro Genoa Halle Izmir Jena Kiel Lyon".split()
+PEOPLE = ("Ada", "Bea", "Cleo", "Dora", "Edna", "Flora", "Greta", "Hilda", "Ines", "Judith", "Klara", "Lena")
+PLACES = ("Aachen", "Bergen", "Cadiz", "Delft", "Exeter", "Faro", "Genoa", "Halle", "Izmir", "Jena", "Kiel", "Lyon")
 
 
 def generate(count: int, seed: int) -> list[Pair]:
@@ -82,28 +71,14 @@ def generate(count: int, seed: int) -> list[Pair]:
 def read(folder: Path, name: str, count: int) -> list[Pair]:
     """The first pairs of ``name.tsv`` or ``name.tsv.gz``: columns are an index, two texts and the label."""
     (path,) = folder.glob(f"{name}.tsv*")
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
-        _, *rows = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+    _, *rows = csv.reader(read_text(path).splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE)
     return [(first, second, LABELS.index(label)) for _, first, second, label in rows[:count]]
-
-
-def learn_tokenizer(pairs: list[Pair]) -> PreTrainedTokenizerBase:
-    """WordPiece, as BERT has it, for these texts."""
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    texts = [text for first, second, _ in pairs for text in (first, second)]
-    tokenizer.train_from_iterator(texts, trainers.WordPieceTrainer(vocab_size=4000, special_tokens=special))
-    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token"), special, strict=True))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=128, **names)
 
 
 class LitPairs(AttributionMixin, L.LightningModule):
     """A Hugging Face encoder that classifies pairs of texts."""
 
-    def __init__(self, pretrained: str | None, vocab_size: int, lr: float) -> None:
+    def __init__(self, pretrained: str | None, vocab_size: int, lr: float) -> None:  # noqa: ARG002
         super().__init__()
         self.save_hyperparameters()
         if pretrained is None:
@@ -128,8 +103,7 @@ class LitPairs(AttributionMixin, L.LightningModule):
 
 def show(pair: Pair) -> str:
     """A pair on one line."""
-    first, second = (shorten(text, 70, placeholder=" ...") for text in pair[:2])
-    return f"{LABELS[pair[2]]:15s} {first} | {second}"
+    return f"{LABELS[pair[2]]:15s} {line(pair[0])} | {line(pair[1])}"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -143,15 +117,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate (2e-5 suits pretrained encoders)")
     parser.add_argument("--subsets", type=int, default=30, help="models to retrain for the ground truth")
     args = parser.parse_args(argv)
-    run = args.out / time.strftime("%Y%m%d-%H%M%S")
-    torch.set_num_threads(1)  # the encoder is too small to share
-    warnings.filterwarnings("ignore", ".*LeafSpec.*|.*does not have many workers.*")  # Lightning's own
+    run = prepare(args.out)
 
     if args.data is None:
         train, targets = generate(args.train, seed=0), generate(args.targets, seed=1)
     else:
         train, targets = read(args.data, "train", args.train), read(args.data, "dev", args.targets)
-    tokenizer = AutoTokenizer.from_pretrained(args.pretrained) if args.pretrained else learn_tokenizer(train)
+    if args.pretrained:
+        tokenizer = AutoTokenizer.from_pretrained(args.pretrained)
+    else:
+        tokenizer = learn_tokenizer((text for pair in train for text in pair[:2]), vocab_size=4000)
     loader, target_loader = (
         DataLoader(
             [dict(tokenizer(first, second, truncation=True), label=label) for first, second, label in pairs],
@@ -162,13 +137,10 @@ def main(argv: list[str] | None = None) -> None:
         for pairs, shuffle in ((train, True), (targets, False))
     )
     make_module = partial(LitPairs, args.pretrained, len(tokenizer), args.lr)
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    make_trainer = partial(L.Trainer, max_epochs=args.epochs, enable_model_summary=False, **quiet)
 
     print(f"1. Training on {len(train)} pairs, with snapshots", flush=True)
-    L.seed_everything(0, verbose=False)
     model = make_module()
-    trainer = make_trainer(callbacks=[TRAKCallback(run / "snapshots", every_n_epochs=max(1, args.epochs // 5))])
+    trainer = make_trainer(args.epochs, [TRAKCallback(run / "snapshots", every_n_epochs=max(1, args.epochs // 5))])
     trainer.fit(model, loader)
 
     print(f"2. Attributing {len(targets)} held-out pairs", flush=True)
@@ -183,7 +155,9 @@ def main(argv: list[str] | None = None) -> None:
 
     print(f"3. Retraining on {args.subsets} random halves", flush=True)
     masks = random_subsets(len(train), args.subsets, seed=1)
-    fleet = RetrainingFleet(run / "fleet", make_module, make_trainer, loader, target_loader, masks)
+    fleet = RetrainingFleet(
+        run / "fleet", make_module, partial(make_trainer, args.epochs), loader, target_loader, masks
+    )
     fleet.run(progress_bar=False)
     correct = (fleet.outputs > 0).float().mean()
     print(f"   These models label {correct:.0%} of the held-out pairs correctly")
