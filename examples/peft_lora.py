@@ -1,15 +1,14 @@
 """Which instructions should a language model be tuned on, for the sake of one task?
 
 A small GPT-2 learns some skills under terse names. LoRA adapters then teach it the instructions by which people ask for
-them, from a pool in which a third of the answers are wrong. TRAK on the gradients of the adapters alone scores this pool
-for a few examples of one task. Two checks: how many of the selected instructions are of that task and answered rightly,
+them, from a pool in which a third of the answers are wrong. TRAK scores the pool for a few examples of one task, by the
+gradients of the adapters alone. Two checks: how many of the selected instructions are of that task and right,
 and the loss on new examples of it after tuning on the selection, beside as many that BM25 or chance selects.
 """
 
 import argparse
 import copy
 import random
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -64,7 +63,7 @@ def with_adapters(base: GPT2LMHeadModel, lr: float) -> LitCausalLM:
     """A copy of the base model, of which only new LoRA adapters are trained."""
     layers = ["c_attn", "c_fc", "c_proj"]
     config = LoraConfig(r=4, lora_alpha=8, target_modules=layers, fan_in_fan_out=True, task_type="CAUSAL_LM")
-    return LitCausalLM(get_peft_model(copy.deepcopy(base), config), lr)
+    return LitCausalLM(get_peft_model(copy.deepcopy(base), config), lr).train()
 
 
 def loss(model: LitCausalLM, examples: list[Example]) -> float:

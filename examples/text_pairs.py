@@ -43,14 +43,6 @@ RELATIONS = [  # how one asks for it, and how a sentence says it
         ["Where does {a} work?", "Who employs {a}?"],
         ["{a} earns a salary in {b}.", "The mill at {b} pays {a}.", "{a} has an office in {b}."],
     ),
-    (
-        ["Where did {a} marry?", "Which church held the wedding of {a}?"],
-        ["{a} became a bride in {b}.", "The vows of {a} were heard in {b}.", "{b} saw {a} exchange rings."],
-    ),
-    (
-        ["Where does {a} live?", "What is the address of {a}?"],
-        ["{a} rents a flat in {b}.", "The home of {a} stands in {b}.", "{a} is a neighbour of ours in {b}."],
-    ),
 ]
 PEOPLE = ("Ada", "Bea", "Cleo", "Dora", "Edna", "Flora", "Greta", "Hilda", "Ines", "Judith", "Klara", "Lena")
 PLACES = ("Aachen", "Bergen", "Cadiz", "Delft", "Exeter", "Faro", "Genoa", "Halle", "Izmir", "Jena", "Kiel", "Lyon")
@@ -82,8 +74,9 @@ class LitPairs(AttributionMixin, L.LightningModule):
         super().__init__()
         self.save_hyperparameters()
         if pretrained is None:
-            sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
-            config = AutoConfig.for_model("bert", vocab_size=vocab_size, max_position_embeddings=128, **sizes)
+            sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 128}
+            no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+            config = AutoConfig.for_model("bert", vocab_size=vocab_size, **sizes, **no_dropout)
             self.encoder = AutoModelForSequenceClassification.from_config(config)
         else:
             self.encoder = AutoModelForSequenceClassification.from_pretrained(pretrained, num_labels=2)
@@ -111,11 +104,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, help="folder with train.tsv and dev.tsv (or .tsv.gz); default: generated")
     parser.add_argument("--out", type=Path, default=Path("demo_output/text_pairs"), help="where everything is written")
     parser.add_argument("--pretrained", help="name or folder of a pretrained encoder; default: a small new one")
-    parser.add_argument("--train", type=int, default=1000, help="training pairs")
+    parser.add_argument("--train", type=int, default=600, help="training pairs")
     parser.add_argument("--targets", type=int, default=100, help="held-out pairs")
-    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--runs", type=int, default=6, help="models to attribute: scores are averaged over them")
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate (2e-5 suits pretrained encoders)")
-    parser.add_argument("--subsets", type=int, default=30, help="models to retrain for the ground truth")
+    parser.add_argument("--subsets", type=int, default=30, help="random halves to retrain on, twice each")
     args = parser.parse_args(argv)
     run = prepare(args.out)
 
@@ -138,16 +132,20 @@ def main(argv: list[str] | None = None) -> None:
     )
     make_module = partial(LitPairs, args.pretrained, len(tokenizer), args.lr)
 
-    print(f"1. Training on {len(train)} pairs, with snapshots", flush=True)
-    model = make_module()
-    trainer = make_trainer(args.epochs, [TRAKCallback(run / "snapshots", every_n_epochs=max(1, args.epochs // 5))])
-    trainer.fit(model, loader)
+    print(f"1. Training {args.runs} models on {len(train)} pairs, with snapshots", flush=True)
+    snapshots = [run / f"snapshots{number}" for number in range(args.runs)]
+    for directory in snapshots:
+        model = make_module()
+        trainer = make_trainer(args.epochs, [TRAKCallback(directory, every_n_epochs=max(1, args.epochs // 4))])
+        trainer.fit(model, loader)
 
     print(f"2. Attributing {len(targets)} held-out pairs", flush=True)
-    scores = {
-        method.__name__: method(model, run / "snapshots", run / "features").attribute(trainer, loader, target_loader)
-        for method in (TRAK, TracIn)
+    methods = {
+        "TRAK": TRAK(model, snapshots, run / "features"),
+        "TRAK, one model": TRAK(model, snapshots[0], run / "features0"),
+        "TracIn": TracIn(model, snapshots, run / "features"),
     }
+    scores = {name: method.attribute(trainer, loader, target_loader) for name, method in methods.items()}
     labels, target_labels = (torch.tensor([label for *_, label in pairs]) for pairs in (train, targets))
     agree = target_labels[:, None] == labels
     overlap = BM25("input_ids").attribute(trainer, loader, target_loader)
@@ -168,6 +166,7 @@ def main(argv: list[str] | None = None) -> None:
         lds.update(values, fleet.outputs)
         low, high = lds.interval()
         print(f"   {name:20s} LDS {lds.compute():.3f}  (95% interval {low:.3f} to {high:.3f})")
+    print(f"   What no method can exceed, because retraining is noisy: {lds.noise_ceiling():.3f}")
 
     print("5. Which training pairs made the model say this?")
     trak = scores["TRAK"]

@@ -1,6 +1,7 @@
 """What the examples on text share."""
 
 import gzip
+import logging
 import time
 import warnings
 from collections.abc import Iterable
@@ -19,6 +20,11 @@ def prepare(out: Path) -> Path:
     """Settle what every example needs; returns a new folder for this run."""
     torch.set_num_threads(1)  # the models are too small to share
     warnings.filterwarnings("ignore", ".*LeafSpec.*|.*does not have many workers.*")  # Lightning's own
+    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*")  # between Transformers and PEFT
+    said_of_every_trainer = ("GPU available", "TPU available", "💡", "`Trainer.fit` stopped")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: not record.getMessage().startswith(said_of_every_trainer)
+    )
     L.seed_everything(0, verbose=False)
     return out / time.strftime("%Y%m%d-%H%M%S")
 
