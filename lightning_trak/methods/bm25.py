@@ -83,7 +83,8 @@ class BM25(Method):
         rarity = torch.log1p((len(documents) - holding + 0.5) / (holding + 0.5))
         saturation = self.k1 * (1 - self.b + self.b * lengths / lengths.mean())
         values = rarity[columns] * counts / (counts + saturation[rows])
-        return torch.sparse_coo_tensor(torch.stack([rows, columns]), values, (len(documents), len(numbers))).coalesce()
+        places, shape = torch.stack([rows, columns]), (len(documents), len(numbers))
+        return torch.sparse_coo_tensor(places, values, shape, check_invariants=True).coalesce()
 
     def _count(self, loader: DataLoader[Any]) -> list[Counter[Hashable]]:
         ranges = batch_ranges(range(len(cast(Any, loader.dataset))), batch_size_of(loader))

@@ -1,0 +1,179 @@
+"""Where did a language model learn its facts?
+
+A small GPT-2 learns to fill the blanks in sentences that state facts. For facts that it then knows, asked as in "anna
+berg was born in [MASK] .", TRAK and BM25 rank the sentences. Two things are measured: whether the first are those that
+state the fact (mean reciprocal rank, recall), and whether the model loses the fact when it is trained without them.
+
+Run it as `python -m examples.fact_tracing`. With --data, facts and sentences are read from files like LAMA's T-REx;
+examples/facts.py says what they hold. Without, facts about invented people are made.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+from torchmetrics.retrieval import RetrievalMRR, RetrievalRecall
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from examples.common import begin, make_trainer, read_rows
+from examples.facts import PAD, make_data, make_facts
+from lightning_trak import TRAK, AttributionMixin, TRAKCallback
+from lightning_trak.methods import BM25, RandomScores
+from lightning_trak.outputs import CausalLMMargin
+from lightning_trak.retraining import RetrainingFleet
+
+
+class LitBlankFiller(AttributionMixin, L.LightningModule):
+    """Predicts what was left out of a text, after the text."""
+
+    def __init__(self, vocabulary_size: int, length: int) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        config = GPT2Config(
+            vocab_size=vocabulary_size,
+            n_positions=length,
+            n_embd=64,
+            n_layer=1,
+            n_head=4,
+            tie_word_embeddings=False,
+            use_cache=False,
+            bos_token_id=PAD,
+            eos_token_id=PAD,
+            **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+        )
+        self.gpt = GPT2LMHeadModel(config)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.gpt(input_ids=input_ids).logits
+
+    def configure_model_output(self) -> CausalLMMargin:
+        return CausalLMMargin()
+
+    def training_step(self, batch: dict[str, Tensor]) -> Tensor:
+        logits, labels = self(batch["input_ids"])[:, :-1], batch["labels"][:, 1:]
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=3e-3, weight_decay=0.01)
+
+
+def without_first(scores: Tensor, number: int) -> Tensor:
+    """The training set without the first of every query, then the second, and so on, until so many are left out."""
+    ranked = scores.argsort(dim=1, descending=True).T.flatten().tolist()
+    kept = torch.ones(scores.shape[1], dtype=torch.bool)
+    kept[list(dict.fromkeys(ranked))[:number]] = False
+    return kept
+
+
+def draw(arms: list[str], traced: Tensor, others: Tensor) -> Figure:
+    """How many queries are answered in each arm, of outputs ``(num_queries, num_arms, num_seeds)``."""
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axis = figure.subplots()
+    for name, outputs, shift, colour in (
+        ("queries traced", traced, -0.2, "tab:blue"),
+        ("other queries", others, 0.2, "lightgrey"),
+    ):
+        answered = (outputs > 0).float().mean(0)
+        places = torch.arange(len(arms)) + shift
+        axis.barh(places.numpy(), answered.mean(1).numpy(), 0.4, color=colour, label=name)
+        axis.plot(answered.T.numpy(), places.expand(answered.shape[1], -1).numpy(), "k.", markersize=3)
+    axis.set_yticks(range(len(arms)), arms)
+    axis.invert_yaxis()
+    axis.set(xlabel="share answered by models retrained without sentences (dots: models)", xlim=(0, 1.02))
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, 1.15), ncols=2, frameon=False)
+    return figure
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="directory of facts.jsonl and sentences.jsonl (or .jsonl.gz)")
+    parser.add_argument("--out", type=Path, default=Path("fact_tracing_output"), help="where everything is written")
+    parser.add_argument("--facts", type=int, default=160, help="facts to learn, drawn at random")
+    parser.add_argument("--queries", type=int, default=30, help="how many of the facts that were learned to trace")
+    parser.add_argument("--models", type=int, default=4, help="models that TRAK averages over")
+    parser.add_argument("--seeds", type=int, default=3, help="models to retrain for each set of removed sentences")
+    parser.add_argument("--epochs", type=int, default=40)
+    args = parser.parse_args(arguments)
+    started = time.time()
+    run = begin(args.out)
+    facts, sentences = [read_rows(args.data, name) for name in ("facts", "sentences")] if args.data else make_facts(40)
+    train, queries, relevant = make_data(facts, sentences, args.facts)
+    train_loader = DataLoader(train, batch_size=32)
+    print(f"{len(train)} sentences state {len(queries)} facts, with {len(train.vocabulary)} words")
+
+    def make_model() -> LitBlankFiller:
+        return LitBlankFiller(len(train.vocabulary) + 3, train.length)
+
+    print(f"1. Training {args.models} models", flush=True)
+    snapshots, outputs = [], []
+    for seed in range(args.models):
+        L.seed_everything(seed, verbose=False)
+        model = make_model()
+        snapshots.append(run / f"snapshots{seed}")
+        make_trainer(args.epochs, TRAKCallback(snapshots[-1], every_n_epochs=-(-args.epochs // 2))).fit(
+            model, DataLoader(train, batch_size=32, shuffle=True)
+        )
+        with torch.no_grad():
+            batches = DataLoader(queries, batch_size=100)
+            outputs.append(torch.cat([model.configure_model_output().output(model, batch) for batch in batches]))
+    known = (torch.stack(outputs) > 0).all(0)  # a margin above 0 is a probability above 1/2
+    print(f"   all of them answer {int(known.sum())} of {len(queries)} queries", flush=True)
+    if not known.any():
+        raise SystemExit("There is nothing to trace: train with more --epochs, or on more sentences for each fact.")
+    chosen = known.nonzero().flatten()
+    traced = min(args.queries, -(-len(chosen) // 2))  # the others show what else is lost
+    relevant, targets = relevant[chosen[:traced]], Subset(queries, chosen[:traced].tolist())
+
+    print(f"2. Tracing {traced} of them", flush=True)
+    trainer = make_trainer(args.epochs)
+    methods = {
+        "TRAK": TRAK(model, snapshots, run / "features"),
+        "BM25": BM25(lambda item: item["input_ids"][item["input_ids"] != PAD]),
+        "random": RandomScores(),
+    }
+    scores = {name: method.attribute(trainer, train_loader, targets) for name, method in methods.items()}
+    rows = torch.arange(traced).repeat_interleave(len(train))
+    for name, values in scores.items():
+        pairs = (values.flatten(), relevant.flatten())
+        mrr, recall = (metric(*pairs, indexes=rows).item() for metric in (RetrievalMRR(), RetrievalRecall(top_k=10)))
+        print(f"   {name:8s} MRR {mrr:.2f}   recall@10 {recall:.2f}")
+
+    print(f"3. Retraining without them, {args.seeds} times each", flush=True)
+    stating = relevant.any(0)
+    arms = {"nothing": torch.ones_like(stating), "annotated": ~stating}
+    for name, values in scores.items():
+        arms |= {f"{name} x {factor}": without_first(values, factor * int(stating.sum())) for factor in (1, 2)}
+    fleet = RetrainingFleet(
+        run / "fleet",
+        make_model,
+        lambda: make_trainer(args.epochs),
+        train_loader,
+        Subset(queries, chosen.tolist()),
+        torch.stack([*arms.values()]),
+        num_seeds=args.seeds,
+    )
+    fleet.run()
+    print(f"   {'removed':12s} sentences  answered  log-odds of the answer  answered of the queries not traced")
+    for number, (name, kept) in enumerate(arms.items()):
+        found, others = fleet.outputs[:traced, number], fleet.outputs[traced:, number]
+        share, other_share = ((outputs > 0).float().mean() for outputs in (found, others))
+        print(f"   {name:12s} {int((~kept).sum()):9d} {share:9.2f} {found.mean():9.1f} {other_share:21.2f}")
+    draw([*arms], fleet.outputs[:traced], fleet.outputs[traced:]).savefig(run / "removed.png", dpi=120)
+
+    print("4. Where it learned these (* marks sentences that state the fact)")
+    for row, query in enumerate(chosen[: min(3, traced)].tolist()):
+        print(f"   {queries.show(query)}")
+        for name in ("TRAK", "BM25"):
+            for index in scores[name][row].topk(3).indices.tolist():
+                print(f"      {name}  {'*' if relevant[row, index] else ' '} {train.show(index)}")
+    print(f"Wrote {run}/removed.png in {time.time() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""The examples at a tiny size: what they say, and that it means what they say it does."""
+
+import csv
+import json
+import logging
+import re
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("matplotlib")
+
+from examples import clip, fact_tracing, imagenet
+from examples.facts import make_data, make_facts
+from examples.images import ImageFolder, write_crops
+from examples.pairs import Pairs, make_scenes, read_pairs
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    logger, threads = logging.getLogger("lightning.pytorch"), torch.get_num_threads()
+    level = logger.level
+    yield
+    logger.setLevel(level)
+    torch.set_num_threads(threads)
+
+
+def _rows(text, pattern):
+    """Names and numbers of the lines of a printed table."""
+    found = re.findall(rf"^   ({pattern}) +((?:[-\d.]+ *)+)$", text, re.MULTILINE)
+    return {name.strip(): [float(number) for number in numbers.split()] for name, numbers in found}
+
+
+def test_blanks_and_the_sentences_that_state_a_fact():
+    facts = [
+        {"query": "Ada was born in [MASK] .", "object": "New York", "sents": [7, 3, 5]},
+        {"query": "Bea died in [MASK] .", "object": "Rome", "sents": [5]},
+    ]
+    texts = {3: "Ada came from New York .", 5: "Ada left New York, Bea died in Rome.", 7: "Ada was a New Yorker ."}
+    train, queries, relevant = make_data(facts, [{"id": number, "text": texts[number]} for number in texts], 10)
+    shown = [train.show(i) for i in range(len(train))]
+    assert "ada came from [new york] ." in shown
+    assert len(train) == 2  # the third does not name the city
+    asked = ["ada" in queries.show(row) for row in range(2)]
+    for row, about_ada in enumerate(asked):
+        assert relevant[row].tolist() == [about_ada or "rome" in text for text in shown]
+    item = train[shown.index("ada came from [new york] .")]
+    numbers = [train.vocabulary[word] for word in ("new", "york")]
+    assert item["labels"][item["labels"] >= 0].tolist() == numbers
+    assert item["input_ids"][4].item() == train.vocabulary["[MASK]"] or numbers[0] not in item["input_ids"][:5]
+
+
+def test_made_facts_are_stated_by_their_sentences_alone():
+    facts, sentences = make_facts(5)
+    train, queries, relevant = make_data(facts, sentences, len(facts))
+    assert len(train) == len(sentences) == int(relevant.sum())
+    for row in range(len(queries)):
+        (answer,) = queries.texts[row][1]
+        person = re.search(r"\w+ (berg|lind|holm|dahl|falk)", queries.show(row)).group()
+        for index in relevant[row].nonzero().flatten().tolist():
+            assert train.texts[index][1] == [answer]
+            assert person in train.show(index)
+
+
+def test_as_many_sentences_are_removed_as_asked_for():
+    scores = torch.tensor([[3.0, 2.0, 1.0, 0.0], [3.0, 0.0, 1.0, 2.0]])
+    assert fact_tracing.without_first(scores, 1).tolist() == [False, True, True, True]
+    assert fact_tracing.without_first(scores, 3).tolist() == [False, False, True, False]  # first of both, then second
+
+
+def test_fact_tracing(tmp_path, capsys):
+    sizes = ["--facts", "8", "--queries", "3", "--models", "1", "--seeds", "1", "--epochs", "60"]
+    fact_tracing.main(["--out", str(tmp_path), *sizes])
+    text = capsys.readouterr().out
+    found = re.findall(r"(\w+) +MRR ([\d.]+) +recall@10 ([\d.]+)", text)
+    mrr = {name: float(value) for name, value, _ in found}
+    assert list(mrr) == ["TRAK", "BM25", "random"]
+    assert mrr["TRAK"] > mrr["random"]
+    removed = _rows(text, r"nothing|\w+ x \d|annotated")
+    assert len(removed) == 8
+    number, answered, log_odds, _ = zip(*removed.values(), strict=True)
+    assert number[0] == 0
+    assert number[1] == number[2] == number[4] > 0
+    assert all(0 <= share <= 1 for share in answered)
+    assert log_odds[1] < log_odds[0]  # without what states the facts, they are known less well
+    assert len(list(tmp_path.rglob("removed.png"))) == 1
+
+
+def test_scenes_are_as_their_captions_say():
+    scenes = make_scenes(30)
+    assert make_scenes(30)[7][1] == scenes[7][1]
+    image, _ = next(scene for scene in scenes if re.fullmatch(r"a red \w+ left of a \w+ \w+", scene[1]))
+    pixels = np.asarray(image).astype(int)
+    red = (abs(pixels - (220, 40, 40)).sum(2) < 30).nonzero()[1]
+    assert len(red) > 10
+    assert red.min() < 32
+    wrong = sum(one[1] != other[1] for one, other in zip(make_scenes(200, wrong=1.0), make_scenes(200), strict=True))
+    assert wrong > 150
+
+
+def test_pairs_from_files_and_from_bytes(tmp_path):
+    rows, contents = [], []
+    for number, (image, caption) in enumerate(make_scenes(3)):
+        image.save(tmp_path / f"{number}.jpg")
+        contents.append(np.frombuffer((tmp_path / f"{number}.jpg").read_bytes(), np.uint8))
+        rows.append({"image": f"{number}.jpg", "captions": [caption, f"scene {number}"][: 2 - (number == 2)]})
+    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    train, targets = read_pairs(tmp_path)
+    assert [caption for _, caption in targets] == ["scene 0", "scene 1"]
+    offsets = np.cumsum([0, *map(len, contents)])
+    np.savez(tmp_path / "images.npz", jpeg=np.concatenate(contents), off=offsets)
+    packed, _ = read_pairs(tmp_path)
+    assert Pairs(packed, 16).captions == Pairs(train, 16).captions == [row["captions"][0] for row in rows]
+    assert torch.equal(Pairs(packed, 16).images, Pairs(train, 16).images)
+    known = Pairs([(train[0][0], "red unheard square")], 16, {"red": 1, "square": 2})
+    assert known.words[0, :3].tolist() == [1, 2, 0]
+
+
+def test_the_first_of_each_target_are_left_out():
+    masks = clip.without_first(torch.tensor([[0.1, 0.3, 0.2], [3.0, 2.0, 1.0]]), [1, 2])
+    assert masks.tolist() == [[[True, False, True], [True, False, False]], [[False, True, True], [False, False, True]]]
+
+
+def test_clip(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(clip, "FRACTIONS", (0.01, 0.05))
+    sizes = ["--scenes", "100", "--size", "16", "--targets", "1", "--models", "1", "--seeds", "1", "--epochs", "12"]
+    clip.main(["--out", str(tmp_path), *sizes])
+    text = capsys.readouterr().out
+    assert "without 1.0%, 5.0%" in text
+    alignment = _rows(text, "nothing removed|TRAK|nearest neighbours|random")
+    assert [len(values) for values in alignment.values()] == [1, 2, 2, 2]
+    assert all(-1 <= value <= 1 for values in alignment.values() for value in values)
+    assert alignment["nothing removed"][0] > 0.2  # it has learned something
+    assert len(list(tmp_path.rglob("*.png"))) == 2
+
+
+def test_nearest_neighbours_of_a_training_pair_begin_with_itself():
+    torch.manual_seed(0)
+    train = Pairs(make_scenes(20), 16)
+    model = clip.LitCLIP(len(train.vocabulary) + 1)
+    similar = clip.neighbours(model, train, train)
+    torch.testing.assert_close(similar.diagonal(), torch.ones(20))
+    assert bool((similar <= similar.diagonal()[:, None] + 1e-5).all())
+
+
+def test_imagenet(tmp_path, capsys):
+    pytest.importorskip("sklearn")
+    sizes = ["--size", "32", "--crops", "12", "--targets", "2", "--top", "2", "--k", "256", "--accelerator", "cpu"]
+    sizes += ["--batch-size", "6", "--epochs", "3", "--snapshot-every", "3", "--lr", "0.003"]
+    imagenet.main(["--out", str(tmp_path / "one"), *sizes])
+    assert "100% of the proponents are of the target's class" in capsys.readouterr().out
+
+    again = ["--data", str(tmp_path / "one/crops-12"), "--snapshots", str(tmp_path / "one/snapshots")]
+    imagenet.main(["--out", str(tmp_path / "two"), *sizes, *again, "--precision", "bf16-true"])
+    plain, half = (list(csv.DictReader((tmp_path / name / "top.csv").open())) for name in ("one", "two"))
+    assert len(plain) == len(half) == 2 * 2 * 2
+    for rows in (plain, half):
+        for highest, second, lowest in zip(rows[::4], rows[1::4], rows[2::4], strict=True):
+            assert float(highest["score"]) >= float(second["score"]) > float(lowest["score"])
+    assert (tmp_path / "two/top.png").exists()
+    assert not (tmp_path / "two/snapshots").exists()
+
+
+def test_a_folder_of_images(tmp_path):
+    pytest.importorskip("sklearn")
+    write_crops(tmp_path, 4, size=64)
+    (tmp_path / "train/china/notes.txt").write_text("no image")
+    folder = ImageFolder(tmp_path / "train", 16)
+    assert folder.classes == ["china", "flower"]
+    assert folder.labels.tolist() == [0, 0, 1, 1]
+    item, label = folder[3]
+    assert label == 1
+    assert item.shape == (3, 16, 16)
+    (tmp_path / "empty/class").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="has no images"):
+        ImageFolder(tmp_path / "empty", 16)
