@@ -1,0 +1,157 @@
+"""Which passages of the training text made a language model write this?
+
+A small GPT-2 learns a text, cut into passages, and continues prompts that it has not seen. TRAK says which training
+passages made each continuation likely. The check is the tail patch (Chang et al. 2024, arXiv 2410.17413, section 5.2):
+one more training step on the passages that a method names should make the continuation more likely.
+"""
+
+import argparse
+import copy
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, default_collate
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from examples.texts import interval, learn_tokenizer, line, make_trainer, prepare, read_text
+from lightning_trak import TRAK, AttributionMixin, GradientCosine, TRAKCallback
+from lightning_trak.methods import BM25, RandomScores
+from lightning_trak.outputs import CausalLMMargin
+
+Example = dict[str, Tensor]  # input_ids, and labels as Hugging Face has them: the ids, or -100 where nothing is asked
+
+
+class LitCausalLM(AttributionMixin, L.LightningModule):
+    """A causal language model of Hugging Face, as it comes."""
+
+    def __init__(self, network: nn.Module, lr: float) -> None:
+        super().__init__()
+        self.network = network
+        self.lr = lr
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        return self.network(**inputs).logits
+
+    def configure_model_output(self) -> CausalLMMargin:
+        return CausalLMMargin()
+
+    def training_step(self, batch: Example) -> Tensor:
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        return F.cross_entropy(self(**inputs)[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        return torch.optim.AdamW(trainable, lr=self.lr, weight_decay=0.1)
+
+
+def small_gpt2(vocab_size: int, length: int, width: int = 64) -> GPT2LMHeadModel:
+    """GPT-2 with two layers, newly initialised."""
+    sizes = {"n_embd": width, "n_layer": 2, "n_head": width // 16, "n_positions": length}
+    no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    config = GPT2Config(vocab_size=vocab_size, bos_token_id=None, eos_token_id=None, **sizes, **no_dropout)
+    return GPT2LMHeadModel(config)
+
+
+def generate(model: LitCausalLM, prompts: Tensor, length: int) -> list[Example]:
+    """Continue prompts; the continuations alone are labelled."""
+    ids = model.network.generate(
+        prompts,
+        attention_mask=torch.ones_like(prompts),
+        max_length=length,
+        do_sample=True,
+        top_k=20,
+        pad_token_id=0,
+    )
+    labels = ids.clone()
+    labels[:, : prompts.shape[1]] = -100
+    return [{"input_ids": row, "labels": asked} for row, asked in zip(ids, labels, strict=True)]
+
+
+def tail_patch(model: LitCausalLM, optimizer: torch.optim.Optimizer, passages: list[Example], target: Example) -> float:
+    """By how much one more step of training on some passages raises the target's log-probability, per token."""
+    model, optimizer = copy.deepcopy((model, optimizer))  # together, so that the copies belong together
+    asked = default_collate([target])
+    before = model.training_step(asked).item()
+    optimizer.zero_grad()
+    model.training_step(default_collate(passages)).backward()
+    optimizer.step()
+    return before - model.training_step(asked).item()
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--data", type=Path, help="a text file (.gz or not); default: the manual that comes with Python"
+    )
+    parser.add_argument("--out", type=Path, default=Path("demo_output/language_model"), help="where all is written")
+    parser.add_argument("--train", type=int, default=1200, help="training passages")
+    parser.add_argument("--targets", type=int, default=50, help="prompts to continue")
+    parser.add_argument("--length", type=int, default=64, help="tokens of a passage; a quarter makes a prompt")
+    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--lr", type=float, default=3e-3, help="learning rate")
+    parser.add_argument("--vocabulary", type=int, default=1000)
+    parser.add_argument("--top", type=int, default=8, help="passages of a tail patch")
+    args = parser.parse_args(argv)
+    run = prepare(args.out)
+
+    text = read_text(args.data) if args.data else "\n".join(topics[name] for name in sorted(topics))
+    tokenizer = learn_tokenizer(text.splitlines(keepends=True), args.vocabulary)
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    passages = ids[: len(ids) // args.length * args.length].view(-1, args.length)
+    passages = passages[torch.randperm(len(passages))[: args.train + args.targets]]
+    if len(passages) < args.train + args.targets:
+        raise SystemExit(f"the text has {len(passages)} passages only; ask for less with --train, --targets, --length")
+    train = [{"input_ids": passage, "labels": passage} for passage in passages[: args.train]]
+
+    print(f"1. Training on {args.train} passages of {args.length} tokens, with snapshots", flush=True)
+    model = LitCausalLM(small_gpt2(len(tokenizer), args.length), args.lr)
+    trainer = make_trainer(args.epochs, [TRAKCallback(run / "snapshots", every_n_epochs=max(1, args.epochs // 4))])
+    loader = DataLoader(train, batch_size=16, shuffle=True)
+    trainer.fit(model, loader)
+    optimizer = trainer.optimizers[0]
+    model.eval()
+    with torch.no_grad():
+        for name, chosen in (("Training", passages[: args.targets]), ("Held-out", passages[args.train :])):
+            print(f"   {name} loss {model.training_step({'input_ids': chosen, 'labels': chosen}):.2f} nats a token")
+
+    print(f"2. Attributing {args.targets} continuations of held-out prompts", flush=True)
+    targets = generate(model, passages[args.train :, : args.length // 4], args.length)
+    methods = {
+        "TRAK": TRAK(model, run / "snapshots", run / "features"),
+        "GradientCosine": GradientCosine(model, run / "snapshots", run / "features"),
+        "BM25": BM25("input_ids"),
+        "random": RandomScores(),
+    }
+    target_loader = DataLoader(targets, batch_size=16)
+    scores = {name: method.attribute(trainer, loader, target_loader) for name, method in methods.items()}
+    for target in range(min(2, args.targets)):
+        prompt, continuation = targets[target]["input_ids"].tensor_split([args.length // 4])
+        print(f"\n   {'prompt':14s} {line(tokenizer.decode(prompt), 90)}")
+        print(f"   {'continuation':14s} {line(tokenizer.decode(continuation), 90)}")
+        for name in ("TRAK", "BM25"):
+            for index in scores[name][target].topk(3).indices.tolist():
+                print(f"   {name:14s} {line(tokenizer.decode(passages[index]), 90)}")
+
+    print(f"\n3. Tail patch: one training step on the {args.top} passages that each method names")
+    print("   rise of the continuation's log-probability in thousandths of a nat per token, mean over the targets")
+    rises = {
+        name: torch.tensor(
+            [
+                1000 * tail_patch(model, optimizer, [train[i] for i in row.topk(args.top).indices.tolist()], target)
+                for row, target in zip(values, targets, strict=True)
+            ]
+        )
+        for name, values in scores.items()
+    }
+    rises |= {f"TRAK - {name}": rises["TRAK"] - rises[name] for name in ("GradientCosine", "BM25", "random")}
+    for name, values in rises.items():
+        mean, low, high = interval(values)
+        print(f"   {name:22s} {mean:+7.2f}  (95% interval {low:+.2f} to {high:+.2f})")
+
+
+if __name__ == "__main__":
+    main()
