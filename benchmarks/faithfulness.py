@@ -17,12 +17,11 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from benchmarks.stores import featurize
 from benchmarks.tasks import Task, make_tasks
-from benchmarks.truth import MODELS, SUBSETS, Truth, quiet, retrain, trainer_for
-from lightning_trak import TRAK
+from benchmarks.truth import MODELS, SUBSETS, Truth, quiet, retrain
 from lightning_trak.projections import (
     GaussianProjection,
     KroneckerProjection,
@@ -33,7 +32,6 @@ from lightning_trak.projections import (
 from lightning_trak.scorers import TRAKScorer
 from lightning_trak.scorers.damping import Damping
 from lightning_trak.scorers.gram import Curvature
-from lightning_trak.store import FeatureStore
 
 SEEDS = 3
 GRID: tuple[float, ...] = (0.01, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
@@ -83,20 +81,7 @@ def sweep(
     task: Task, truth: Truth, name: str, curvatures: tuple[Curvature, ...], counts: tuple[int, ...], directory: Path
 ) -> Iterator[Result]:
     """The score of a projection at every damping, from one set of features."""
-    module, projection = task.make_module().eval(), PROJECTIONS[name]
-    trainer = trainer_for(task)
-    stores = []
-    for part, data in (("train", task.train), ("targets", task.targets)):
-        place = directory / f"{task.name}-{name}-{part}".replace(" ", "_")
-        trak = TRAK(module, truth.states, place, output=task.output, projection=projection)
-        trak.featurize(trainer, DataLoader(data, batch_size=100))
-        manifest = FeatureStore.read_manifest(place)
-        stores.append(FeatureStore(place, manifest["identity"], manifest["num_examples"], read_only=True))
-    store, targets = stores
-    features = [
-        torch.cat([targets.read(checkpoint, shard).features for shard in range(targets.num_shards)])
-        for checkpoint in range(MODELS)
-    ]
+    store, features = featurize(task, truth.states, PROJECTIONS[name], directory)
     for curvature in curvatures:
         for damping in (*GRID, "auto"):
             scorer = TRAKScorer(store, curvature, damping, "per_checkpoint", 0.0)
