@@ -205,8 +205,7 @@ class AttributionCLI(LightningCLI):
     def _require(self, section: str, value: Any) -> None:
         if value is None:
             raise ValueError(
-                f"{self.subcommand} needs `{section}`: give a class with --{section}, or that section in the configuration"
-                " file"
+                f"{self.subcommand} needs `{section}`: give a class with --{section}, or that section in a file"
             )
 
 
