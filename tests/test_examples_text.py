@@ -1,9 +1,6 @@
 """The examples on text, at a size at which they still find something."""
 
-import gzip
-import random
 import re
-from pydoc_data.topics import topics
 
 import pytest
 import torch
@@ -11,13 +8,14 @@ from scipy import stats
 
 pytest.importorskip("transformers")
 
-from examples import language_model, text_pairs
-from examples.texts import interval, learn_tokenizer
+from examples.texts import interval
 
 
 def measured(printed, name):
     """Value and interval on the line that begins with a name."""
-    (found,) = re.findall(rf"^ +{re.escape(name)} .*?([-+]?\d\.?\d*) +\(95% interval (\S+) to ([^,)\s]+)", printed, re.M)
+    (found,) = re.findall(
+        rf"^ +{re.escape(name)} .*?([-+]?\d\.?\d*) +\(95% interval (\S+) to ([^,)\s]+)", printed, re.M
+    )
     value, low, high = map(float, found)
     assert low <= value <= high
     return value, low, high
