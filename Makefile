@@ -1,10 +1,11 @@
 # make demo   set everything up in .venv, then run the main job on real data
 # make test   set everything up in .venv, then run all tests
 # make lint   ruff and mypy
+# make docs   the documentation as HTML, in docs/_build
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 
 demo: .venv/.demo
 	$(BIN)/python examples/digits.py --out demo_output
@@ -18,6 +19,9 @@ lint: .venv/.lint
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: .venv/.docs
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs docs/_build
+
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv
@@ -27,4 +31,4 @@ $(BIN)/python:
 	touch $@
 
 clean:
-	rm -rf .venv demo_output
+	rm -rf .venv demo_output docs/_build

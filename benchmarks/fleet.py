@@ -2,8 +2,7 @@
 
 import itertools
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +20,6 @@ def fleet(settings: Run) -> list[Row]:
     """Fleets of a perceptron for the digits, from its factories to its outputs on disk."""
     train, targets = make_data()
     masks = random_subsets(len(train), TOGETHER, seed=1)
-    found = []
     with tempfile.TemporaryDirectory(dir=settings.out) as folder:
         places = map(str, itertools.count())
 
@@ -35,20 +33,12 @@ def fleet(settings: Run) -> list[Row]:
                 masks[:count],
             ).run(together=together, progress_bar=False)
 
-        for threads in (1, 2):
-            with _threads(threads):
-                actions = {"": lambda: run(ALONE)}
-                (times,) = ratios(lambda: run(TOGETHER, TOGETHER), actions, settings.repetitions).values()
-            speedups = {f"digits MLP, {threads} threads": [time * TOGETHER / ALONE for time in times]}
-            found += rows("fleet", speedups, f"models, {TOGETHER} at once, in the time of one by one")
-    return found
+        def together(threads: int) -> None:
+            torch.set_num_threads(threads)
+            run(TOGETHER, TOGETHER)
+            torch.set_num_threads(1)  # what is fastest for one small model
 
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+        actions = {f"digits MLP, {count} thread{'s' * (count > 1)}": partial(together, count) for count in (1, 2)}
+        times = ratios(lambda: run(ALONE), actions, settings.repetitions)
+    speedups = {name: [TOGETHER / ALONE / time for time in found] for name, found in times.items()}
+    return rows("fleet", speedups, f"models, {TOGETHER} at once, in the time of one alone")

@@ -53,12 +53,12 @@ class IndexedBatch(NamedTuple):
     """A batch that knows where it comes from.
 
     Attributes:
-        number: the number of the range that it is part of.
+        number: the number of the range that it is part of; None for a batch that only keeps up with other ranks.
         positions: in the dataset, int64, shape ``(batch,)``.
         batch: what the user's collate function made.
     """
 
-    number: int
+    number: int | None
     positions: Tensor
     batch: Any
 
@@ -248,30 +248,43 @@ class RangeLoader:
         ranges: the ranges to load. Rank r takes those whose ``turn`` is r modulo the world size.
         turns: one number per range.
         trainer: asked for rank and world size once its processes run.
+        even: give every rank equally many batches, by repeating some examples without a number.
     """
 
     def __init__(
-        self, loader: DataLoader[Any], ranges: Sequence[Range], turns: Sequence[int], trainer: L.Trainer
+        self,
+        loader: DataLoader[Any],
+        ranges: Sequence[Range],
+        turns: Sequence[int],
+        trainer: L.Trainer,
+        even: bool = False,
     ) -> None:
         self.loader = loader
         self.ranges = ranges
         self.turns = turns
         self.trainer = trainer
+        self.even = even
 
-    def _own(self) -> Iterator[Range]:
+    def _own(self, rank: int) -> Iterator[Range]:
         for part, turn in zip(self.ranges, self.turns, strict=True):
-            if turn % self.trainer.world_size == self.trainer.global_rank:
+            if turn % self.trainer.world_size == rank:
                 yield part
 
-    def _plan(self) -> Iterator[tuple[int, range]]:
+    def _count(self, rank: int) -> int:
         size = batch_size_of(self.loader)
-        for number, examples in self._own():
+        return sum(-(-len(examples) // size) for _, examples in self._own(rank))
+
+    def _plan(self) -> Iterator[tuple[int | None, range]]:
+        size, rank = batch_size_of(self.loader), self.trainer.global_rank
+        for number, examples in self._own(rank):
             for start in range(0, len(examples), size):
                 yield number, examples[start : start + size]
+        for _ in range(len(self) - self._count(rank)):
+            yield None, self.ranges[0].examples[: min(size, 2)]
 
     def __len__(self) -> int:
-        size = batch_size_of(self.loader)
-        return sum(-(-len(examples) // size) for _, examples in self._own())
+        ranks = range(self.trainer.world_size) if self.even else [self.trainer.global_rank]
+        return max(map(self._count, ranks))
 
     def __iter__(self) -> Iterator[IndexedBatch]:
         batches = load(self.loader, (examples for _, examples in self._plan()))
@@ -284,10 +297,19 @@ def batch_ranges(examples: range, size: int) -> list[Range]:
     return [Range(number, examples[start : start + size]) for number, start in enumerate(range(0, len(examples), size))]
 
 
-def share_out(loader: DataLoader[Any], jobs: Sequence[Sequence[Range]], trainer: L.Trainer) -> list[RangeLoader]:
-    """One loader per job (checkpoint), with all ranges of all jobs dealt evenly to the ranks."""
+def share_out(
+    loader: DataLoader[Any], jobs: Sequence[Sequence[Range]], trainer: L.Trainer, even: bool = False
+) -> list[RangeLoader]:
+    """One loader per job (checkpoint), with all ranges of all jobs dealt evenly to the ranks.
+
+    Args:
+        loader: the user's loader.
+        jobs: the ranges of each job.
+        trainer: whose ranks share the work.
+        even: in each job, give every rank equally many batches.
+    """
     loaders, dealt = [], 0
     for ranges in jobs:
-        loaders.append(RangeLoader(loader, ranges, range(dealt, dealt + len(ranges)), trainer))
+        loaders.append(RangeLoader(loader, ranges, range(dealt, dealt + len(ranges)), trainer, even))
         dealt += len(ranges)
     return loaders

@@ -4,7 +4,7 @@ import copy
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning_utilities.core.rank_zero import WarningCache
@@ -57,7 +57,10 @@ class FeatureExtractor:
 
     Attributes:
         places: what to call each checkpoint in messages.
+        sharded: whether ranks compute together.
     """
+
+    sharded: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -72,7 +75,7 @@ class FeatureExtractor:
         dtype: torch.dtype = torch.float32,
         keep: bool = False,
     ) -> None:
-        self.module = copy_module(module)
+        self.module = self._copy(module)
         self.output = copy.deepcopy(output)
         self.checkpoints = checkpoints
         self.digests = digests
@@ -85,13 +88,20 @@ class FeatureExtractor:
         self.engine_name = engine
         self.seed = seed
         self.dtype = dtype
-        self._slow = LoopEngine(self.module, self.output, self.names)
-        self.use_engine("functional" if engine == "auto" else engine)
-        self.undecided = engine == "auto"
+        self._begin()
         self._keep = keep
         # cuDNN cannot differentiate a recurrent layer in eval mode.
         self._recurrent = any(isinstance(part, nn.RNNBase) for part in self.module.modules())
         self.reset()
+
+    @staticmethod
+    def _copy(module: nn.Module) -> nn.Module:
+        return copy_module(module)
+
+    def _begin(self) -> None:
+        self._slow = LoopEngine(self.module, self.output, self.names)
+        self.use_engine("functional" if self.engine_name == "auto" else self.engine_name)
+        self.undecided = self.engine_name == "auto"
 
     def choose_engine(self, batch: Any, size: int) -> tuple[EngineName, str]:
         """Hooks where they cover every parameter and agree with autograd on some examples, else vmap.
@@ -197,7 +207,7 @@ class FeatureExtractor:
     def _rows(self, batch: Any, positions: Tensor) -> Features:
         weights = next(iter(self._engine.parameters.values()))
         working = torch.promote_types(weights.dtype, torch.float32)
-        features = torch.zeros(len(positions), self._bound.dim, dtype=working, device=weights.device)
+        features = torch.zeros(len(positions), self._bound.dim, dtype=working, device=self._device)
         outputs = self._project(batch, len(positions), features).to(working)
         features = features.to(self.dtype)
         residuals, curvatures = self.output.derivatives(outputs)

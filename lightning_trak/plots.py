@@ -1,7 +1,7 @@
 """Pictures of attributions; needs the ``plots`` extra (matplotlib)."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -11,6 +11,24 @@ from lightning_trak.scorers.topk import block_top_k
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+
+_STYLES = {
+    "proponents": ("tab:green", "proponents: training on them raises the output most"),
+    "opponents": ("tab:red", "opponents: training on them lowers it most"),
+}
+
+
+class Picture(NamedTuple):
+    """An image and its title.
+
+    Attributes:
+        image: ``(height, width)`` or ``(1 or 3, height, width)``, colours in [0, 1].
+        title: above it.
+    """
+
+    image: Tensor
+    title: str
 
 
 def plot_attributions(
@@ -39,33 +57,53 @@ def plot_attributions(
     """
     if scores.shape != (len(targets), len(train)):
         raise ValueError(f"expected scores of shape {(len(targets), len(train))}, got {tuple(scores.shape)}")
+    k = min(k, len(train))
+
+    def picture(index: int, value: float) -> Picture:
+        name = train_names[index] if train_names else f"#{index}"
+        return Picture(train[index], f"{name}\n{value:+.2g}")
+
+    rows = {}
+    for name, largest in (("proponents", True), ("opponents", False)):
+        best = block_top_k(scores, 0, k, largest)
+        rows[name] = [
+            [picture(index, value) for index, value in zip(indices, values, strict=True)]
+            for indices, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        ]
+    names = target_names or [""] * len(targets)
+    return plot_pictures([Picture(image, name) for image, name in zip(targets, names, strict=True)], rows)
+
+
+def plot_pictures(targets: Sequence[Picture], rows: Mapping[str, Sequence[Sequence[Picture]]]) -> "Figure":
+    """Draw each target beside groups of training images.
+
+    Args:
+        targets: the leftmost column.
+        rows: under ``"proponents"``, ``"opponents"`` or both, a row of images for each target, all of the same length.
+    """
     from matplotlib.figure import Figure
 
-    k = min(k, len(train))
-    figure = Figure(figsize=(1.0 * (2 * k + 1.2), 1.45 * len(targets) + 0.4), layout="constrained")
-    left, middle, right = cast(Any, figure.subfigures(1, 3, width_ratios=[1.2, k, k], wspace=0.05))
+    counts = [len(group[0]) for group in rows.values()]
+    figure = Figure(figsize=(1.0 * (sum(counts) + 1.2), 1.45 * len(targets) + 0.4), layout="constrained")
+    left, *parts = cast(Any, figure.subfigures(1, 1 + len(counts), width_ratios=[1.2, *counts], wspace=0.05))
     left.suptitle("target", fontsize=10)
-    for row, axis in enumerate(left.subplots(len(targets), 1, squeeze=False)[:, 0]):
-        _draw(axis, targets[row], target_names[row] if target_names else "", "black")
-    for part, largest, colour, title in (
-        (middle, True, "tab:green", "proponents: training on them raises the output most"),
-        (right, False, "tab:red", "opponents: training on them lowers it most"),
-    ):
+    for axis, target in zip(left.subplots(len(targets), 1, squeeze=False)[:, 0], targets, strict=True):
+        _draw(axis, target, "black")
+    for part, (name, group) in zip(parts, rows.items(), strict=True):
+        colour, title = _STYLES[name]
         part.suptitle(title, fontsize=10, color=colour)
-        best = block_top_k(scores, 0, k, largest)
-        for row, axes in enumerate(part.subplots(len(targets), k, squeeze=False)):
-            for axis, index, value in zip(axes, best.indices[row].tolist(), best.values[row].tolist(), strict=True):
-                name = train_names[index] if train_names else f"#{index}"
-                _draw(axis, train[index], f"{name}\n{value:+.2g}", colour)
+        for axes, pictures in zip(part.subplots(len(targets), len(group[0]), squeeze=False), group, strict=True):
+            for axis, picture in zip(axes, pictures, strict=True):
+                _draw(axis, picture, colour)
     return figure
 
 
-def _draw(axis: "Axes", image: Tensor, title: str, colour: str) -> None:
-    pixels = image.detach().cpu().to(torch.float32)
+def _draw(axis: "Axes", picture: Picture, colour: str) -> None:
+    pixels = picture.image.detach().cpu().to(torch.float32)
     if pixels.ndim == 3:
         pixels = pixels.permute(1, 2, 0).squeeze(2)
     axis.imshow(pixels.numpy(), cmap="gray_r" if pixels.ndim == 2 else None)
-    axis.set_title(title, fontsize=8, pad=3)
+    axis.set_title(picture.title, fontsize=8, pad=3)
     axis.set_xticks([])
     axis.set_yticks([])
     for spine in axis.spines.values():

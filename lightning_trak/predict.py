@@ -1,8 +1,8 @@
 """The LightningModules that ``trainer.predict`` runs: one featurizes, one scores batches as they come."""
 
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol, cast
+import hashlib
+from collections.abc import Iterator
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -11,98 +11,16 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_trak.data import IndexedBatch, load, sample_batches, transfer_hook
+from lightning_trak.data import IndexedBatch, RangeLoader, load, sample_batches, transfer_hook
 from lightning_trak.distributed import Ranks
 from lightning_trak.features import EngineName, FeatureExtractor, require_finite
 from lightning_trak.gradients.batch import infer_batch_size
 from lightning_trak.scorers.base import Scorer, Scores
-from lightning_trak.store import Features, FeatureStore
-from lightning_trak.transfer import HostCopy, Upload
-
-
-class Sink(Protocol):
-    """Where features go, apart from how they are made."""
-
-    def add(self, checkpoint: int, number: int, positions: Tensor, rows: Features) -> None:
-        """Take the rows of the examples at ``positions``, which are part of range ``number``."""
-
-
-class ShardWriter:
-    """Collects rows until a shard is whole, then checks it and writes it to the store while the next one is computed.
-
-    Use it as a context manager, which waits for the last shard. An error in one is raised before the one after the next
-    is begun.
-
-    Args:
-        store: where shards go.
-        places: what to call the checkpoints in errors.
-    """
-
-    def __init__(self, store: FeatureStore, places: Sequence[str]) -> None:
-        self.store = store
-        self._places = places
-        self._copies: list[HostCopy] = []
-        self._thread = ThreadPoolExecutor(1)
-        self._writing: Future[None] | None = None
-
-    def __enter__(self) -> "ShardWriter":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        try:
-            self._wait()
-        finally:
-            self._thread.shutdown()
-
-    def _wait(self) -> None:
-        writing, self._writing = self._writing, None
-        if writing is not None:
-            writing.result()
-
-    def add(self, checkpoint: int, number: int, positions: Tensor, rows: Features) -> None:  # noqa: D102
-        shard = self.store.shard(number)
-        if int(positions[0]) == shard.start:
-            self._copies = []
-        self._copies.append(HostCopy.start(rows))
-        if int(positions[-1]) == shard[-1]:
-            self._wait()
-            self._writing = self._thread.submit(self._write, checkpoint, number, self._copies)
-
-    def _write(self, checkpoint: int, number: int, copies: list[HostCopy]) -> None:
-        parts = [copy.wait() for copy in copies]
-        rows = Features(*(torch.cat(column) for column in zip(*parts, strict=True)))
-        shard = self.store.shard(number)
-        require_finite(rows, torch.arange(shard.start, shard.stop), self._places[checkpoint])
-        self.store.write(checkpoint, number, rows)
-
-
-class FeatureBuffer:
-    """Keeps rows in memory.
-
-    Args:
-        places: what to call the checkpoints in errors.
-    """
-
-    def __init__(self, places: Sequence[str]) -> None:
-        self._places = places
-        self._copies: list[list[tuple[Tensor, HostCopy]]] = [[] for _ in places]
-
-    def add(self, checkpoint: int, number: int, positions: Tensor, rows: Features) -> None:  # noqa: ARG002, D102
-        self._copies[checkpoint].append((positions, HostCopy.start(rows)))
-
-    def take(self, checkpoint: int) -> list[tuple[Tensor, Features]]:
-        """Positions and rows that came for a checkpoint; they are not kept any longer.
-
-        Raises:
-            ValueError: if one of them is not finite.
-        """
-        copies, self._copies[checkpoint] = self._copies[checkpoint], []
-        found = []
-        for positions, copy in copies:
-            rows = Features(*copy.wait())
-            require_finite(rows, positions, self._places[checkpoint])
-            found.append((positions, rows))
-        return found
+from lightning_trak.sharded import ShardedFeatureExtractor
+from lightning_trak.sinks import Sink
+from lightning_trak.store import FeatureStore
+from lightning_trak.trainers import shards_model
+from lightning_trak.transfer import Upload
 
 
 class PredictModule(L.LightningModule):
@@ -187,7 +105,7 @@ class ExtractorModule(PredictModule):
 
     def _enter_context(self, checkpoint: int) -> None:
         with torch.inference_mode(False):  # autograd saves the context
-            context = self._store.read_extra(checkpoint, "context", self._store.key)
+            context = self._read_extra(checkpoint, "context")
             if context is None:
                 batches = self._sample(checkpoint, "context", self.extractor.output.context_size)
                 context = self.extractor.make_context(batch for batch, _ in batches)
@@ -195,19 +113,26 @@ class ExtractorModule(PredictModule):
             self.extractor.output.set_context({name: tensor.to(self.device) for name, tensor in context.items()})
 
     def _enter_projection(self, checkpoint: int) -> None:
-        fitted = self._store.read_extra(checkpoint, "projection", self._store.key)
+        fitted = self._read_extra(checkpoint, "projection")
         if fitted is None:
             batches = self._sample(checkpoint, "projection", self.extractor.projection.sample_size)
             fitted = self.extractor.fit_projection(batches)
             self._store.write_extra(checkpoint, "projection", fitted, self._store.key)
         self.extractor.set_projection_fit(fitted)
 
+    def _read_extra(self, checkpoint: int, name: str) -> dict[str, Tensor] | None:
+        """What the store has, if anything; ranks that compute together find it together or not at all."""
+        found = self._store.read_extra(checkpoint, name, self._store.key)
+        if self.extractor.sharded and not Ranks.of(self.trainer).all_true(found is not None):
+            return None
+        return found
+
     def _settle_engine(self) -> None:
         """Choose by the first two training examples, once for the store: no run depends on what it happens to see."""
         engine = self._store.settle_engine()
         if engine is None and self._train_loader is not None:
             positions = list(range(min(2, self._store.num_examples)))
-            (batch,) = self._batches([positions])
+            (batch,) = self._batches(self._train_loader, [positions])
             choice, reason = self.extractor.choose_engine(batch, len(positions))
             how = {"hooks": "module hooks", "functional": "vmap"}[choice]
             rank_zero_info(f"TRAK: gradients by {how}, chosen by engine='auto': {reason}")
@@ -219,23 +144,65 @@ class ExtractorModule(PredictModule):
         """A uniform sample of the training data, without replacement, another one at each checkpoint."""
         assert self._train_loader is not None, "the store holds the context once featurizing is complete"
         positions = sample_batches(self._train_loader, count, f"{self.extractor.seed}/{checkpoint}/{purpose}")
-        yield from zip(self._batches(positions), map(len, positions), strict=True)
+        yield from zip(self._batches(self._train_loader, positions), map(len, positions), strict=True)
 
-    def _batches(self, positions: list[list[int]]) -> Iterator[Any]:
-        """Training examples at some positions, a batch for each list, on the device."""
-        for batch in load(cast(DataLoader[Any], self._train_loader), positions):
+    def _batches(self, loader: DataLoader[Any], positions: list[list[int]]) -> Iterator[Any]:
+        """Examples at some positions, a batch for each list, on the device."""
+        for batch in load(loader, positions):
             batch = self.on_before_batch_transfer(batch, 0)
             batch = self.transfer_batch_to_device(batch, self.device, 0)
             yield self.on_after_batch_transfer(batch, 0)
 
 
 class FeaturizeModule(ExtractorModule):
-    """Featurizes :class:`~lightning_trak.data.IndexedBatch`; the m-th dataloader is for the m-th checkpoint."""
+    """Featurizes :class:`~lightning_trak.data.IndexedBatch`; the m-th dataloader is for the m-th checkpoint.
 
-    def __init__(self, sink: Sink, task: str, *args: Any, **kwargs: Any) -> None:
+    Args:
+        sink: where features go.
+        task: what to call the work on the progress bar.
+        loader: the data.
+        args: as for :class:`ExtractorModule`.
+        kwargs: as for :class:`ExtractorModule`.
+    """
+
+    def __init__(self, sink: Sink, task: str, loader: DataLoader[Any], *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._sink = sink
         self._task = task
+        self._loader = loader
+
+    def configure_model(self) -> None:
+        """Have the model shard itself, if the Trainer's strategy does that; the ranks are there now."""
+        if isinstance(self.extractor, ShardedFeatureExtractor):
+            self.extractor.shard(self.device_mesh, self.trainer.strategy.root_device)
+
+    def on_predict_start(self) -> None:
+        """Ranks that compute together must have the same plan: else FSDP2 would mix up what they send, unnoticed.
+
+        Raises:
+            RuntimeError: if they have not.
+        """
+        if self.extractor.sharded:
+            loaders = cast(list[RangeLoader], self.trainer.predict_dataloaders)
+            plan = [[(part.start, part.stop) for _, part in loader.ranges] for loader in loaders]
+            digest = hashlib.sha256(repr(plan).encode()).hexdigest()
+            if len(set(Ranks.of(self.trainer).gather(digest))) > 1:
+                raise RuntimeError(
+                    "the ranks of a sharded model see different shards as missing in the store: it must lie on a disk"
+                    " that all of them share, and no other run may be writing to it"
+                )
+
+    def _settle_engine(self) -> None:
+        """Sharded models leave no choice, but what hooks must know has to be found on the same examples everywhere."""
+        if not isinstance(self.extractor, ShardedFeatureExtractor):
+            return super()._settle_engine()
+        positions = list(range(min(2, len(cast(Any, self._loader.dataset)))))
+        (batch,) = self._batches(self._loader, [positions])
+        found = self.extractor.lay_hooks(batch, len(positions))
+        if self._train_loader is not None:
+            rank_zero_info(f"TRAK: gradients by module hooks, since the model is sharded: {found}")
+            self._store.settle_engine("hooks")
+        return None
 
     def on_predict_batch_start(self, batch: IndexedBatch, batch_idx: int, dataloader_idx: int = 0) -> None:  # noqa: ARG002
         """Have the progress bar say what it shows, rather than "Predicting DataLoader 0"."""
@@ -250,7 +217,8 @@ class FeaturizeModule(ExtractorModule):
         """Hand the batch's features to the sink; returns its positions, since Lightning warns of None."""
         self.enter(dataloader_idx)
         rows = self.extractor(batch.batch, batch.positions)
-        self._sink.add(dataloader_idx, batch.number, batch.positions, rows)
+        if batch.number is not None:
+            self._sink.add(dataloader_idx, batch.number, batch.positions, rows)
         return batch.positions
 
 
@@ -270,6 +238,11 @@ class ScoreModule(ExtractorModule):
 
     def setup(self, stage: str) -> None:  # noqa: ARG002
         """Get the scorer ready; every rank takes part. What an earlier run has on another device is dropped."""
+        if shards_model(self.trainer):
+            raise ValueError(
+                "scorer() scores what Lightning deals out, which need not be equally many batches on each rank, as a"
+                " sharded model needs: use score()"
+            )
         self.extractor.reset()
         self._scorer.fit(self.trainer.strategy.root_device, Ranks.of(self.trainer))
 

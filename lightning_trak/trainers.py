@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
@@ -11,7 +11,8 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from lightning_trak.predict import PredictModule
+if TYPE_CHECKING:
+    from lightning_trak.predict import PredictModule
 
 
 def precision_of(trainer: L.Trainer) -> str:
@@ -27,15 +28,36 @@ def require_whole_parameters(trainer: L.Trainer) -> None:
     """
     if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
         raise ValueError(
-            f"{type(trainer.strategy).__name__} splits the parameters over ranks, and per-example gradients need them"
-            " whole: use a Trainer with strategy='ddp' or a single device"
+            f"{type(trainer.strategy).__name__} splits the parameters over ranks, and they are needed whole here: use a"
+            " Trainer with strategy='ddp' or a single device (methods over stored features, such as TRAK, also take"
+            " ModelParallelStrategy, which is FSDP2)"
         )
 
 
+def shards_model(trainer: L.Trainer) -> bool:
+    """Whether the Trainer's strategy shards the model as FSDP2 does.
+
+    Raises:
+        ValueError: if it splits the parameters in another way.
+    """
+    strategy = trainer.strategy
+    if not isinstance(strategy, ModelParallelStrategy):
+        require_whole_parameters(trainer)
+        return False
+    size = strategy._tensor_parallel_size
+    size = strategy.num_processes if size == "auto" else size
+    if size > 1:
+        raise ValueError(
+            f"ModelParallelStrategy has tensor_parallel_size={size} ('auto' is the number of devices of a node), and"
+            " layers split in that way have no per-example gradients of their own: use tensor_parallel_size=1 with"
+            f" data_parallel_size={trainer.num_nodes * strategy.num_processes}, which is FSDP2, or strategy='ddp'"
+        )
+    return True
+
+
 @contextmanager
-def borrowed(trainer: L.Trainer, ours: PredictModule) -> Iterator[None]:
+def borrowed(trainer: L.Trainer, ours: "PredictModule") -> Iterator[None]:
     """The user's Trainer for a predict loop of ours: no logger and no callback but the progress bar takes part."""
-    require_whole_parameters(trainer)
     limit = trainer.limit_predict_batches
     if limit != 1.0 or isinstance(limit, int):  # 1 is one batch, 1.0 is all of them
         raise ValueError(

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import torch
 
 from lightning_trak.checkpoints import resolve_checkpoints
+from tests.launch import run_together
 
 DISTRIBUTED = """
     import json, os, sys
     from datetime import timedelta
     from pathlib import Path
-    sys.path.insert(0, sys.argv[1])
     import lightning as L, torch
     from lightning.pytorch.strategies import ModelParallelStrategy
     from lightning_trak.callback import TRAKCallback
@@ -32,7 +30,7 @@ DISTRIBUTED = """
             from torch.distributed.fsdp import fully_shard
             fully_shard(self, mesh=self.device_mesh["data_parallel"])
 
-    root = Path(sys.argv[2])
+    root = Path(sys.argv[1])
     rank = int(os.environ.get("LOCAL_RANK", 0))
     save = SnapshotSeries.save
     def counted(self, *args):
@@ -66,9 +64,7 @@ DISTRIBUTED = """
 def test_two_processes(tmp_path: Path) -> None:
     script = tmp_path / "distributed.py"
     script.write_text(textwrap.dedent(DISTRIBUTED))
-    command = [sys.executable, script, Path(__file__).parent.parent, tmp_path]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
-    assert finished.returncode == 0, finished.stderr
+    run_together([script, tmp_path], tmp_path / "log")
 
     seen = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
     assert seen[0] == seen[1]

@@ -1,9 +1,5 @@
 """Two real processes (`strategy="ddp"`, gloo) against one: the same scores, on every rank."""
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,9 +11,9 @@ from lightning_trak import TRAK, TracIn
 from lightning_trak.methods import DataShapley, RepresentationSimilarity
 from lightning_trak.outputs import ContrastiveMargin
 from lightning_trak.projections import SparseProjection
+from tests.launch import run_together
 from tests.lit import LitNet, make_checkpoints, make_data, make_model, make_trainer
 
-ROOT = Path(__file__).parent.parent
 TRAIN, TARGETS = make_data(53), make_data(11, seed=1)
 RATES = [0.3, 0.1]
 
@@ -62,19 +58,7 @@ def runs(tmp_path_factory):
     begun, _ = one_process(root / "begun by one", checkpoints)
     for path in [*begun.store.rglob("shard-0000[2467].safetensors"), *begun.store.rglob("gram-*")]:
         path.unlink()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    result = subprocess.run(
-        [sys.executable, "-m", "tests.ddp_script", str(root)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "MASTER_PORT": port},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout
+    run_together(["-m", "tests.ddp_script", root], root / "log")
     return [torch.load(root / f"rank-{rank}.pt") for rank in range(2)], expected, root
 
 
@@ -173,13 +157,3 @@ def test_spawned_processes_cannot_return_scores(tmp_path):
     trak = TRAK(make_model(), checkpoints, tmp_path, projection=SparseProjection(32))
     with pytest.raises(ValueError, match="spawns or forks processes cannot return scores; use strategy='ddp'"):
         trak.score(make_trainer(strategy="ddp_spawn", devices=2), TARGETS)
-
-
-def test_strategies_that_split_parameters_are_refused(tmp_path):
-    from lightning.pytorch.strategies import ModelParallelStrategy
-
-    trainer = make_trainer()
-    trainer.strategy.__class__ = type("Sharded", (ModelParallelStrategy, type(trainer.strategy)), {})
-    trak = TRAK(make_model(), make_checkpoints(1), tmp_path, projection=SparseProjection(32))
-    with pytest.raises(ValueError, match="splits the parameters over ranks"):
-        trak.featurize(trainer, TRAIN)

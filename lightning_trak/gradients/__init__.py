@@ -2,7 +2,7 @@
 
 from lightning_trak.gradients.base import GradientEngine
 from lightning_trak.gradients.functional import FunctionalEngine
-from lightning_trak.gradients.hooks import HookEngine, Layer, MixedEngine, coverage_report
+from lightning_trak.gradients.hooks import HookEngine, Layer, MixedEngine, ShardedHookEngine, coverage_report
 from lightning_trak.gradients.loop import LoopEngine
 from lightning_trak.gradients.parameters import ParameterSelection, canonical_name, last_layer, select_parameters
 
@@ -14,6 +14,7 @@ __all__ = [
     "LoopEngine",
     "MixedEngine",
     "ParameterSelection",
+    "ShardedHookEngine",
     "canonical_name",
     "coverage_report",
     "last_layer",

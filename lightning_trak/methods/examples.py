@@ -11,7 +11,7 @@ from lightning_trak.data import Data, IndexedBatch, batch_ranges, batch_size_of,
 from lightning_trak.distributed import Ranks
 from lightning_trak.module import declared_output
 from lightning_trak.predict import PredictModule
-from lightning_trak.trainers import borrowed, refuse_spawning
+from lightning_trak.trainers import borrowed, refuse_spawning, require_whole_parameters
 
 Rows = Callable[[nn.Module, Any], Tensor]
 
@@ -62,9 +62,11 @@ class Examples:
             On every rank, on the CPU: ``(len(self), ...)``, in the order of the dataset.
 
         Raises:
-            ValueError: if ``function`` does not give one row per example, or a row is not finite.
+            ValueError: if ``function`` does not give one row per example, a row is not finite, or the Trainer's
+                strategy splits the model.
         """
         refuse_spawning(trainer)
+        require_whole_parameters(trainer)
         found: list[tuple[Tensor, Tensor]] = []
         mapper = _MapModule(function, what, found, module, self.datamodule)
         batches = batch_ranges(range(len(self)), batch_size_of(self.loader))

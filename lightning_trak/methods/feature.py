@@ -30,14 +30,16 @@ from lightning_trak.gradients import ParameterSelection
 from lightning_trak.methods.base import Method
 from lightning_trak.module import declared_output
 from lightning_trak.outputs import ModelOutput
-from lightning_trak.predict import FeatureBuffer, FeaturizeModule, ScoreModule, ShardWriter
+from lightning_trak.predict import FeaturizeModule, ScoreModule
 from lightning_trak.projections import Projection, SparseProjection
 from lightning_trak.scorers.base import Scorer, Scores
 from lightning_trak.scorers.topk import TopK
+from lightning_trak.sharded import ShardedFeatureExtractor
+from lightning_trak.sinks import FeatureBuffer, ShardWriter
 from lightning_trak.store import Features, FeatureStore
-from lightning_trak.trainers import borrowed, precision_of, refuse_spawning
+from lightning_trak.trainers import borrowed, precision_of, refuse_spawning, shards_model
 
-Checkpoints = CheckpointSource | Sequence[CheckpointSource]
+Checkpoints = Sequence[CheckpointSource] | CheckpointSource  # in this order a command line can tell them apart
 
 # Targets are scored in blocks whose features take this much memory; a few copies of them are made on the way.
 TARGET_BYTES = 1 << 28
@@ -128,23 +130,27 @@ class FeatureMethod(Method):
         """Compute and store the features of the training set at every checkpoint; continues where it was interrupted.
 
         Args:
-            trainer: any Trainer whose strategy keeps the model whole on each rank (one device, DDP).
+            trainer: any Trainer whose strategy keeps the model whole on each rank (one device, DDP) or shards it as
+                FSDP2 does (``ModelParallelStrategy``).
             data: the training data: a DataLoader, map-style Dataset or LightningDataModule (its ``train_dataloader``).
                 Every item of the dataset is featurized once, in order, whatever the loader's sampler does. Give data
                 without random augmentation.
             shard_size: examples per file, when the store is new; a rank's unit of work. Default: about 1024.
 
         Raises:
-            ValueError: if the store was made with other settings, or an example's features are not finite.
+            ValueError: if the store was made with other settings, an example's features are not finite, or the
+                strategy splits the model in another way, or one that hooks do not cover.
         """
+        sharded = shards_model(trainer)
         loader = single_loader(data, "fit", trainer)
-        extractor = self._extractor()
+        extractor = self._extractor(sharded=sharded)
         num_examples = len(cast(Any, loader.dataset))
         identity = self._identity(extractor) | {"precision": precision_of(trainer), "data": fingerprint(loader)}
         shard_size = shard_size or _default_shard_size(num_examples, loader)
         store = FeatureStore(self.store, identity, num_examples, shard_size, user=type(self).__name__)
         if self.engine != "auto":
             store.settle_engine(self.engine)
+        self._require_engine(store, sharded)
         missing = [store.missing(checkpoint) for checkpoint in range(store.num_checkpoints)]
         selected = sum(extractor.sizes.values())
         total = sum(parameter.numel() for parameter in self.model.parameters())
@@ -158,9 +164,9 @@ class FeatureMethod(Method):
         jobs = [[Range(number, store.shard(number)) for number in numbers] for numbers in missing]
         datamodule = data if isinstance(data, L.LightningDataModule) else None
         with ShardWriter(store, extractor.places) as writer:
-            module = FeaturizeModule(writer, "Featurizing", extractor, store, datamodule, loader)
+            module = FeaturizeModule(writer, "Featurizing", loader, extractor, store, datamodule, loader)
             with borrowed(trainer, module):
-                trainer.predict(module, share_out(loader, jobs, trainer), return_predictions=False)
+                trainer.predict(module, share_out(loader, jobs, trainer, sharded), return_predictions=False)
         Ranks.of(trainer).barrier()
         store.require_complete()
 
@@ -191,10 +197,12 @@ class FeatureMethod(Method):
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k must be at least 1, got {top_k}")
         refuse_spawning(trainer)
+        sharded = shards_model(trainer)
         loaders = as_loaders(data, "predict", trainer)
-        extractor = self._extractor()
+        extractor = self._extractor(sharded=sharded)
         store = self._existing_store(extractor, trainer)
         store.require_complete()
+        self._require_engine(store, sharded)
         scorer = self.make_scorer(store)
         datamodule = data if isinstance(data, L.LightningDataModule) else None
         results = []
@@ -231,9 +239,9 @@ class FeatureMethod(Method):
         """The scorer's directions of some targets at each checkpoint, ``(len(examples), k)``, on every rank."""
         batches = batch_ranges(examples, batch_size_of(loader))
         buffer = FeatureBuffer(extractor.places)
-        module = FeaturizeModule(buffer, "Scoring", extractor, store, datamodule)
+        module = FeaturizeModule(buffer, "Scoring", loader, extractor, store, datamodule)
         with borrowed(trainer, module):
-            loaders = share_out(loader, [batches] * store.num_checkpoints, trainer)
+            loaders = share_out(loader, [batches] * store.num_checkpoints, trainer, extractor.sharded)
             trainer.predict(module, loaders, return_predictions=False)
         ranks = Ranks.of(trainer)
         scorer.fit(trainer.strategy.root_device, ranks)
@@ -252,8 +260,17 @@ class FeatureMethod(Method):
         step = batch * max(1, TARGET_BYTES // (batch * numbers * max(4, self.dtype.itemsize)))
         return (range(start, min(start + step, total)) for start in range(0, total, step))
 
-    def _extractor(self, keep: bool = False) -> FeatureExtractor:
-        return FeatureExtractor(
+    def _require_engine(self, store: FeatureStore, sharded: bool) -> None:
+        engine = store.settle_engine()
+        if sharded and self.engine == "auto" and engine not in (None, "hooks"):
+            raise ValueError(
+                f'store "{store.directory}" was begun with engine {engine!r}, which needs whole parameters, and'
+                " ModelParallelStrategy splits them: use strategy='ddp' or a single device, or another directory"
+            )
+
+    def _extractor(self, keep: bool = False, sharded: bool = False) -> FeatureExtractor:
+        kind = ShardedFeatureExtractor if sharded else FeatureExtractor
+        return kind(
             self.model,
             self.output,
             self.checkpoints,

@@ -34,8 +34,8 @@ class DenseProjection(RandomProjection):
 class GaussianProjection(DenseProjection):
     """Normal entries N(0, 1 / dim), the projection of the TRAK paper (Park et al. 2023).
 
-    The inner product of two features has mean <x, y> and variance (|x|^2 |y|^2 + <x, y>^2) / dim. The slowest kind to
-    generate: where the matrix does not fit into `cache_bytes`, take `RademacherProjection` or `SparseProjection`.
+    The inner product of two features has mean <x, y> and variance ``(|x|^2 |y|^2 + <x, y>^2) / dim``. The slowest kind
+    to generate: where the matrix does not fit into `cache_bytes`, take `RademacherProjection` or `SparseProjection`.
     Needs a device with float64, in which the normal variates are computed, so that they differ between devices by no
     more than float32 rounding.
 
@@ -59,7 +59,8 @@ class GaussianProjection(DenseProjection):
 class RademacherProjection(DenseProjection):
     """Entries +-1 / sqrt(dim) with equal probability (Achlioptas 2003), at one random bit each.
 
-    The inner product of two features has mean <x, y> and variance (|x|^2 |y|^2 + <x, y>^2 - 2 sum_i x_i^2 y_i^2) / dim.
+    The inner product of two features has mean <x, y> and variance
+    ``(|x|^2 |y|^2 + <x, y>^2 - 2 sum_i x_i^2 y_i^2) / dim``.
 
     Args:
         dim: Number of features k.

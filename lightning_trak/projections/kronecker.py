@@ -22,10 +22,10 @@ from lightning_trak.projections.sparse import SparseProjection
 class KroneckerProjection(Projection):
     """Project each parameter's gradient G, as a matrix, to A^T G B with random signs or principal axes A and B.
 
-    A weight of shape (outputs, *inputs) is a matrix of as many rows as outputs; a vector is a matrix of one column. The
-    gradient of a layer is a sum of products g a^T, of output gradients and inputs, so the `HookEngine` projects g and a
-    and multiplies what is left, (A^T g) (B^T a)^T, and the gradient is not formed (Choe et al. 2024, arXiv 2405.13954,
-    section 3.1). Other engines get the same features by multiplying the gradients.
+    A weight of shape ``(outputs, *inputs)`` is a matrix of as many rows as outputs; a vector is a matrix of one column.
+    The gradient of a layer is a sum of products g a^T, of output gradients and inputs, so the `HookEngine` projects g
+    and a and multiplies what is left, (A^T g) (B^T a)^T, and the gradient is not formed (Choe et al. 2024,
+    arXiv 2405.13954, section 3.1). Other engines get the same features by multiplying the gradients.
 
     The inner product of two features has mean <x, y>, summed over parameters. Its variance is larger than that of a
     dense projection to as many features where gradients are close to rank one. A side that is not longer than its

@@ -21,7 +21,7 @@ class SparseProjection(RandomProjection):
     features form `nonzeros` equal blocks, and an element goes to one feature of each. Its targets are thus distinct and
     every row of P has length one. `nonzeros=1` is the count sketch (Charikar, Chen and Farach-Colton 2002), which GraSS
     (Hu et al. 2025) found as good for attribution as dense projections. The inner product of two features has mean
-    <x, y> and variance (|x|^2 |y|^2 + <x, y>^2 - 2 sum_i x_i^2 y_i^2) / dim for any `nonzeros`; more of them only
+    <x, y> and variance ``(|x|^2 |y|^2 + <x, y>^2 - 2 sum_i x_i^2 y_i^2) / dim`` for any `nonzeros`; more of them only
     thin the tails for gradients with a few dominant elements, at proportional cost.
 
     On a CPU, features are the same bit for bit for any number of threads. On CUDA, atomic additions round in the order

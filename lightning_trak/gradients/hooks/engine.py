@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from lightning_trak.gradients.batch import slice_batch
 from lightning_trak.gradients.hooks.coverage import Site, coverage_report, find_sites
 from lightning_trak.gradients.hooks.layout import find_shared, hooked, spread
 from lightning_trak.gradients.hooks.tap import Tap
+from lightning_trak.gradients.sharding import squared_norm
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.projections.base import BoundProjection
 from lightning_trak.projections.kronecker import BoundKroneckerProjection
@@ -79,7 +80,7 @@ class HookEngine(GradientEngine):
 
         values = self._backward(batch, size, collect)
         return values, {
-            name: rows[name] if name in rows else parameter.new_zeros(size, parameter.numel())
+            name: rows[name] if name in rows else values.new_zeros(size, parameter.numel(), dtype=parameter.dtype)
             for name, parameter in self.parameters.items()
         }
 
@@ -142,22 +143,22 @@ class HookEngine(GradientEngine):
         names = {name: raw for name, raw in self.names.items() if name not in wrong}
         if not names:
             return wrong
-        engine = HookEngine(self.module, self.output, names) if wrong else self
-        _, rows = engine(batch, two)
-        expected = engine._autograd(batch, two)
-        norms = {name: float(gradient.double().norm()) for name, gradient in expected.items()}
+        engine = type(self)(self.module, self.output, names) if wrong else self
+        pairs = engine._pairs(batch, two)
+        norms = {name: _norm(expected) for name, (_, expected) in pairs.items()}
         noise = 1e-5 * sum(norm**2 for norm in norms.values()) ** 0.5
-        for name, gradient in expected.items():
-            error = float((rows[name].double() - gradient.double()).norm())
-            if not error <= max(tolerance, 8 * _rounding(gradient)) * norms[name] + noise:
+        for name, (rows, expected) in pairs.items():
+            error = _norm([row.double() - gradient.double() for row, gradient in zip(rows, expected, strict=True)])
+            if not error <= max(tolerance, 8 * _rounding(expected[0])) * norms[name] + noise:
                 wrong[name] = (
                     f"hooks give it a gradient that is off by {error:.3g} where autograd's has norm {norms[name]:.3g}:"
                     " it is also used outside its module's forward, or examples are not in the first dimension"
                 )
         return wrong
 
-    def _autograd(self, batch: Any, size: int) -> dict[str, Tensor]:
-        """Each output's gradients by autograd, shape ``(size, numel)``: a backward pass for each example."""
+    def _pairs(self, batch: Any, size: int) -> dict[str, tuple[Sequence[Tensor], Sequence[Tensor]]]:
+        """The examples' gradients by hooks, and by autograd with a backward pass for each example."""
+        _, found = self(batch, size)
         parameters = list(self.parameters.values())
         with self._eager(), differentiating(self.module, parameters), torch.enable_grad():
             values = self.output.output(self.module, batch)
@@ -166,7 +167,7 @@ class HookEngine(GradientEngine):
                 for value in values
             ]
         columns = (torch.stack(column).reshape(size, -1) for column in zip(*rows, strict=True))
-        return dict(zip(self.parameters, columns, strict=True))
+        return {name: (list(found[name]), list(column)) for name, column in zip(self.parameters, columns, strict=True)}
 
     def _backward(self, batch: Any, size: int, receive: Receive) -> Tensor:
         """Run the model and let ``receive`` see each layer's input and output gradient; returns the outputs."""
@@ -214,12 +215,15 @@ class HookEngine(GradientEngine):
                     lambda count: self.output.output(self.module, slice_batch(batch, size, 0, count)),
                 )
 
+    def _frozen(self) -> AbstractContextManager[None]:
+        return differentiating(self.module, ())
+
     @contextmanager
     def _eager(self) -> Iterator[None]:
         """Nothing is differentiated by itself, and no fused or compiled code skips the hooks."""
         fastpath = torch.backends.mha.get_fastpath_enabled()
         compiled = any("_orig_mod" in part._modules or part._compiled_call_impl for part in self.module.modules())
-        with differentiating(self.module, ()):
+        with self._frozen():
             torch.backends.mha.set_fastpath_enabled(False)
             try:
                 if compiled:
@@ -235,6 +239,11 @@ def _examples(tensor: Tensor, size: int, start: int, stop: int) -> Tensor:
     """The rows of some examples."""
     each = len(tensor) // size
     return tensor[start * each : stop * each]
+
+
+def _norm(gradients: Iterable[Tensor]) -> float:
+    """Euclidean norm of several gradients as one."""
+    return float(sum(squared_norm(gradient) for gradient in gradients) ** 0.5)
 
 
 def _rounding(gradient: Tensor) -> float:

@@ -7,6 +7,8 @@ from typing import ClassVar
 
 from torch import nn
 
+from lightning_trak.gradients.sharding import own_type
+
 
 class Layer(ABC):  # noqa: B024  # what a subclass defines has the names of the parameters
     """Per-example gradients of one family of modules; a subclass is registered for the types it ``covers``.
@@ -68,5 +70,5 @@ class Layer(ABC):  # noqa: B024  # what a subclass defines has the names of the 
 
 def layer_of(module: nn.Module) -> type[Layer] | None:
     """The layer class that covers a module's type, if any."""
-    kind = type(module)
+    kind = own_type(module)
     return Layer._registry.get(kind) or Layer._registry.get(f"{kind.__module__}.{kind.__qualname__}")

@@ -18,8 +18,8 @@ _DIVERGED = 10.0
 class LiSSA(Solver):
     """Stochastic Neumann series (Agarwal et al. 2017, arXiv 1602.03943; Koh and Liang 2017, section 3).
 
-    From s = v, each of ``depth`` steps takes a random batch B of the n training examples and sets
-    s <- v + s - ((n / |B|) H_B + lambda I) s / scale. Then s / scale comes near (H + lambda I)^-1 v, if ``scale`` is
+    From s = v, each of ``depth`` steps takes a random batch B of b of the n training examples and sets
+    ``s <- v + s - ((n / b) H_B + lambda I) s / scale``. Then s / scale comes near (H + lambda I)^-1 v, if ``scale`` is
     large enough and ``depth`` several times scale / lambda.
 
     Args:
@@ -27,7 +27,7 @@ class LiSSA(Solver):
         repeats: number of independent runs, which are averaged.
         batch_size: examples in a step.
         scale: what H + lambda I is divided by; default: 1 / the step size with which stochastic gradient descent on
-            least squares converges fastest, n max_j w_j / |B| + (1 - 1 / |B|) |H| + lambda, with w_j = R_j |g_j|^2
+            least squares converges fastest, ``n max_j w_j / b + (1 - 1 / b) |H| + lambda`` with ``w_j = R_j |g_j|^2``
             (Ma, Bassily and Belkin 2018, arXiv 1712.06559).
         tolerance: warn if the residual is larger than this, relative to the target's gradient.
     """

@@ -1,0 +1,63 @@
+"""Parameters and modules that FSDP2 (``fully_shard``) has split over ranks."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this rank may hold only a part of the tensor (a DTensor)."""
+    if not dist.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+def shard_like(whole: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of a tensor that every rank has whole, split as another one is; nothing is communicated.
+
+    Args:
+        whole: the tensor.
+        like: a tensor of its shape; if that is not sharded, neither is the result.
+    """
+    if not is_sharded(like):
+        return whole
+    from torch.distributed.tensor import DTensor, Replicate
+
+    assert isinstance(like, DTensor)
+    everywhere = [Replicate()] * like.device_mesh.ndim
+    split = DTensor.from_local(whole.to(like.device), like.device_mesh, everywhere, run_check=False).redistribute(
+        placements=like.placements
+    )
+    # The part may be a view, which would keep the whole in memory.
+    return DTensor.from_local(
+        split.to_local().clone(), like.device_mesh, like.placements, shape=whole.shape, stride=split.stride()
+    )
+
+
+def squared_norm(tensor: Tensor) -> float:
+    """The sum of squares, in float64, of all parts; all ranks must ask for it."""
+    total = tensor.double().square().sum()
+    return float(total.full_tensor() if is_sharded(total) else total)  # type: ignore[attr-defined]
+
+
+def reshard(module: nn.Module) -> None:
+    """Put the sharded parameters back: a forward pass without a backward pass may leave whole ones in their places."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
+def own_type(module: nn.Module) -> type[nn.Module]:
+    """The module's type as its author wrote it: ``fully_shard`` puts a subclass in its place."""
+    kind = type(module)
+    if dist.is_available():
+        from torch.distributed.fsdp import FSDPModule
+
+        if issubclass(kind, FSDPModule):
+            return kind.__mro__[2]
+    return kind

@@ -1,0 +1,44 @@
+"""Runs scripts of which Lightning starts a copy for each further process."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def run_together(arguments: list[str | Path], log: Path, timeout: float = 240) -> None:
+    """Run Python with these arguments; failures and hangs show what all of the processes printed.
+
+    A process that hangs is made to print where each of its threads is.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "MASTER_PORT": port, "PYTHONFAULTHANDLER": "1"}
+    with log.open("w") as output:  # not a pipe, which a process that is left over would keep open
+        process = subprocess.Popen(
+            [sys.executable, *map(str, arguments)],
+            cwd=ROOT,
+            env=os.environ | settings,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGABRT)
+            process.wait(10)
+            pytest.fail(f"not done after {timeout} seconds:\n{log.read_text()}")
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    assert code == 0, log.read_text()
