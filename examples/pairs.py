@@ -1,52 +1,135 @@
-"""Pairs of texts to classify: read from a table, or generated."""
+"""Images with captions: generated scenes, or a user's own."""
 
-import csv
+import io
 import random
+import re
+import textwrap
 from pathlib import Path
 
-from examples.texts import read_text
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw
+from torch import Tensor
+from torch.utils.data import Dataset
 
-Pair = tuple[str, str, int]  # two texts and the label
-LABELS = ("not_entailment", "entailment")
+from examples.common import read_rows
 
-RELATIONS = [  # how one asks for it, and how a sentence says it
-    (
-        ["Where was {a} born?", "What is the birthplace of {a}?"],
-        ["{a} came into the world in {b}.", "{b} is the native town of {a}.", "In {b} the parents of {a} had a child."],
-    ),
-    (
-        ["Where did {a} die?", "What was the last place that {a} saw?"],
-        ["{a} lies buried in {b}.", "{a} passed away near {b}.", "A fever killed {a} in {b}."],
-    ),
-    (
-        ["Where did {a} study?", "Which university taught {a}?"],
-        ["{a} holds a degree from {b}.", "Professors in {b} lectured to {a}.", "{a} was a student at {b}."],
-    ),
-    (
-        ["Where does {a} work?", "Who employs {a}?"],
-        ["{a} earns a salary in {b}.", "The mill at {b} pays {a}.", "{a} has an office in {b}."],
-    ),
-]
-PEOPLE = ("Ada", "Bea", "Cleo", "Dora", "Edna", "Flora", "Greta", "Hilda", "Ines", "Judith", "Klara", "Lena")
-PLACES = ("Aachen", "Bergen", "Cadiz", "Delft", "Exeter", "Faro", "Genoa", "Halle", "Izmir", "Jena", "Kiel", "Lyon")
+COLOURS = {
+    "red": (220, 40, 40),
+    "green": (40, 170, 60),
+    "blue": (40, 80, 220),
+    "yellow": (235, 205, 50),
+    "pink": (240, 130, 190),
+    "white": (245, 245, 245),
+}
+SHAPES = ("circle", "square", "triangle", "cross", "bar", "ring")
+Pair = tuple[Image.Image, str]
 
 
-def generate(count: int, seed: int) -> list[Pair]:
-    """Questions with sentences about the same person, half of which say what was asked for."""
-    draw, pairs = random.Random(seed), []
-    for number in range(count):
-        asked = draw.choice(RELATIONS)
-        told = asked if number % 2 else draw.choice([other for other in RELATIONS if other is not asked])
-        person, place = draw.choice(PEOPLE), draw.choice(PLACES)
-        question, sentence = draw.choice(asked[0]).format(a=person), draw.choice(told[1]).format(a=person, b=place)
-        pairs.append((question, sentence, number % 2))
-    return pairs
+def make_scenes(number: int, wrong: float = 0.0, seed: int = 0, size: int = 64) -> list[Pair]:
+    """Two shapes beside each other, of which some kinds are much rarer than others, and captions that say which.
+
+    Args:
+        number: how many.
+        wrong: share of the captions that name a wrong colour.
+        seed: of the scenes; which kinds are rare does not depend on it.
+        size: of the images.
+    """
+    rng = random.Random(seed)
+    kinds = [(colour, shape) for colour in COLOURS for shape in SHAPES]
+    random.Random(0).shuffle(kinds)
+    weights = [1 / rank for rank in range(1, len(kinds) + 1)]
+    return [_scene(rng, rng.choices(kinds, weights, k=2), rng.random() < wrong, size) for _ in range(number)]
 
 
-def read(folder: Path, name: str, count: int) -> list[Pair]:
-    """The first pairs of ``name.tsv`` or ``name.tsv.gz``: columns are an index, two texts and the label."""
-    path = next((folder / file for file in (f"{name}.tsv", f"{name}.tsv.gz") if (folder / file).is_file()), None)
-    if path is None:
-        raise SystemExit(f"there is no {name}.tsv or {name}.tsv.gz in {folder}")
-    _, *rows = csv.reader(read_text(path).splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE)
-    return [(first, second, LABELS.index(label)) for _, first, second, label in rows[:count]]
+def _scene(rng: random.Random, kinds: list[tuple[str, str]], wrong: bool, size: int) -> Pair:
+    image = Image.new("RGB", (size, size), tuple(rng.randint(60, 120) for _ in range(3)))
+    for side, (colour, shape) in enumerate(kinds):
+        radius = size * rng.uniform(0.12, 0.2)
+        x, y = size * (0.26 + 0.48 * side + rng.uniform(-0.04, 0.04)), size * rng.uniform(0.25, 0.75)
+        _shape(ImageDraw.Draw(image), shape, x, y, radius, COLOURS[colour])
+    if wrong:
+        kinds = [(rng.choice([name for name in COLOURS if name != kinds[0][0]]), kinds[0][1]), kinds[1]]
+    left, right = (" ".join(("a", *kind)) for kind in kinds)
+    return image, rng.choice([f"{left} left of {right}", f"{right} right of {left}"])
+
+
+def _shape(draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float, colour: tuple[int, int, int]) -> None:
+    if shape in ("circle", "ring"):
+        draw.ellipse((x - r, y - r, x + r, y + r), outline=colour, fill=colour if shape == "circle" else None, width=5)
+    elif shape == "square":
+        draw.rectangle((x - r, y - r, x + r, y + r), fill=colour)
+    elif shape == "triangle":
+        draw.polygon([(x, y - r), (x + r, y + r), (x - r, y + r)], fill=colour)
+    if shape in ("bar", "cross"):
+        draw.rectangle((x - r, y - r / 3, x + r, y + r / 3), fill=colour)
+    if shape == "cross":
+        draw.rectangle((x - r / 3, y - r, x + r / 3, y + r), fill=colour)
+
+
+def read_pairs(directory: Path) -> tuple[list[Pair], list[Pair]]:
+    """Pairs to train on, and for each image with several captions its last one, which is not among them.
+
+    The directory holds captions.jsonl (or .jsonl.gz), whose rows have "image", the name of a file in the directory, and
+    "captions", a list. In place of the files there may be images.npz: the bytes of all of them one after the other in
+    "jpeg", in the order of the rows, and in "off" where each begins, and the last one ends.
+    """
+    packed = np.load(directory / "images.npz") if (directory / "images.npz").exists() else None
+    train, targets = [], []
+    for number, row in enumerate(read_rows(directory, "captions")):
+        if packed is None:
+            image = Image.open(directory / row["image"]).convert("RGB")
+        else:
+            start, end = packed["off"][number : number + 2]
+            image = Image.open(io.BytesIO(packed["jpeg"][start:end].tobytes())).convert("RGB")
+        captions = [caption.strip() for caption in row["captions"]]
+        targets += [(image, caption) for caption in captions[1:][-1:]]
+        train += [(image, caption) for caption in (captions[:-1] or captions)]
+    return train, targets
+
+
+class Pairs(Dataset[tuple[Tensor, Tensor]]):
+    """Images as tensors, captions as word numbers: items ``(3, size, size)`` in [0, 1] and ``(MAX_WORDS,)``.
+
+    Args:
+        pairs: images and captions.
+        size: of the images.
+        vocabulary: number of each word, from 1; others are left out. Default: all words of these captions.
+    """
+
+    MAX_WORDS = 16
+
+    def __init__(self, pairs: list[Pair], size: int, vocabulary: dict[str, int] | None = None) -> None:
+        self.captions = [caption for _, caption in pairs]
+        pixels = np.stack([np.asarray(image.resize((size, size), Image.Resampling.BILINEAR)) for image, _ in pairs])
+        self.images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+        words = [re.findall(r"\w+", caption.lower()) for caption in self.captions]
+        everything = dict.fromkeys(word for caption in words for word in caption)
+        self.vocabulary = vocabulary or {word: number for number, word in enumerate(everything, 1)}
+        self.words = torch.zeros(len(pairs), self.MAX_WORDS, dtype=torch.int64)
+        for row, caption in zip(self.words, words, strict=True):
+            known = [self.vocabulary[word] for word in caption if word in self.vocabulary][: self.MAX_WORDS]
+            row[: len(known)] = torch.tensor(known, dtype=torch.int64)
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.images[index], self.words[index]
+
+
+def draw_pairs(targets: Pairs, train: Pairs, rows: list[int], columns: dict[str, Tensor], k: int = 3) -> Figure:
+    """Each target beside the training pairs that score highest in each column, scores being (len(rows), num_train)."""
+    figure = Figure(figsize=(1.3 * (1 + k * len(columns)), 1.75 * len(rows) + 0.3), layout="constrained")
+    parts = figure.subfigures(1, 1 + len(columns), width_ratios=[1.15, *[k] * len(columns)], wspace=0.04)
+    shown = [("target", targets, torch.tensor(rows)[:, None])]
+    shown += [(name, train, scores.topk(k).indices) for name, scores in columns.items()]
+    for part, (name, pairs, indices) in zip(parts, shown, strict=True):
+        part.suptitle(name, fontsize=10)
+        for axes, row in zip(part.subplots(*indices.shape, squeeze=False), indices.tolist(), strict=True):
+            for axis, index in zip(axes, row, strict=True):
+                axis.imshow(pairs.images[index].permute(1, 2, 0).numpy())
+                axis.set_title(textwrap.fill(pairs.captions[index], 22, max_lines=3), fontsize=6, pad=2)
+                axis.axis("off")
+    return figure

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
-from examples.pairs import LABELS, Pair, generate, read
+from examples.entailment import LABELS, Pair, generate, read
 from examples.texts import learn_tokenizer, line, make_trainer, prepare
 from lightning_trak import TRAK, AttributionMixin, LinearDatamodelingScore, TracIn, TRAKCallback
 from lightning_trak.methods import BM25

@@ -13,7 +13,7 @@ from torch.utils.data import default_collate
 
 pytest.importorskip("transformers")
 
-from examples import language_model, pairs, text_pairs
+from examples import entailment, language_model, text_pairs
 from examples.texts import interval, learn_tokenizer
 
 
@@ -46,24 +46,24 @@ def test_tokenizer_loses_nothing_and_tells_pairs_apart():
 def test_pairs_from_a_table(tmp_path, suffix, opener):
     with opener(tmp_path / f"dev.{suffix}", "wt", encoding="utf-8") as file:
         file.write('index\tquestion\tsentence\tlabel\n0\tWho?\tHe said "so.\tnot_entailment\n1\tA\tB\tentailment\n')
-    assert pairs.read(tmp_path, "dev", 9) == [("Who?", 'He said "so.', 0), ("A", "B", 1)]
-    assert pairs.read(tmp_path, "dev", 1) == [("Who?", 'He said "so.', 0)]
+    assert entailment.read(tmp_path, "dev", 9) == [("Who?", 'He said "so.', 0), ("A", "B", 1)]
+    assert entailment.read(tmp_path, "dev", 1) == [("Who?", 'He said "so.', 0)]
     (tmp_path / f"dev.{suffix}").rename(tmp_path / f"test.{suffix}")
     with pytest.raises(SystemExit, match=re.escape("no dev.tsv or dev.tsv.gz")):
-        pairs.read(tmp_path, "dev", 1)
+        entailment.read(tmp_path, "dev", 1)
 
 
 def test_generated_pairs_are_what_their_labels_say():
     kinds = [
         (question.format(a=name), sentence.format(a=name, b=place), int(asked is told))
-        for asked in pairs.RELATIONS
-        for told in pairs.RELATIONS
+        for asked in entailment.RELATIONS
+        for told in entailment.RELATIONS
         for question in asked[0]
         for sentence in told[1]
-        for name in pairs.PEOPLE
-        for place in pairs.PLACES
+        for name in entailment.PEOPLE
+        for place in entailment.PLACES
     ]
-    drawn = pairs.generate(200, seed=3)
+    drawn = entailment.generate(200, seed=3)
     assert set(drawn) <= set(kinds)
     assert sum(label for *_, label in drawn) == 100
 
