@@ -10,22 +10,18 @@ with three seeds each, whose outputs are the truth. Everything is written to the
 
 import argparse
 import json
-import logging
 import tempfile
-import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import lightning as L
 import matplotlib.pyplot as plt
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from benchmarks.stores import featurize
 from benchmarks.tasks import Task, make_tasks
-from lightning_trak import TRAK, LinearDatamodelingScore
+from benchmarks.truth import MODELS, SUBSETS, Truth, quiet, retrain
 from lightning_trak.projections import (
     GaussianProjection,
     KroneckerProjection,
@@ -33,13 +29,11 @@ from lightning_trak.projections import (
     RademacherProjection,
     SparseProjection,
 )
-from lightning_trak.retraining import random_subsets, train_together
 from lightning_trak.scorers import TRAKScorer
 from lightning_trak.scorers.damping import Damping
 from lightning_trak.scorers.gram import Curvature
-from lightning_trak.store import FeatureStore
 
-MODELS, SUBSETS, SEEDS = 10, 100, 3
+SEEDS = 3
 GRID: tuple[float, ...] = (0.01, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 SWEPT = ("digits MLP", "digits conv")  # with every projection; the other tasks with SWEEP_LESS
 PROJECTIONS: dict[str, Projection] = {
@@ -83,55 +77,11 @@ class Result:
     high: float
 
 
-@dataclass
-class Truth:
-    """What retraining says.
-
-    Attributes:
-        masks: bool (SUBSETS, num_train).
-        outputs: (num_targets, SUBSETS, SEEDS).
-        states: state dicts of models trained on all data.
-    """
-
-    masks: Tensor
-    outputs: Tensor
-    states: list[dict[str, Tensor]]
-
-
-def retrain(task: Task, subsets: int, seeds: int, members: int = 25) -> Truth:
-    """Train on all data and on random halves."""
-    masks = random_subsets(len(task.train), subsets, seed=1)
-    recipe = {"max_epochs": task.max_epochs, "batch_size": task.batch_size}
-    everything = torch.ones(MODELS, len(task.train), dtype=torch.bool)
-    full = train_together(task.make_module, task.train, everything, range(MODELS), **recipe)
-    outputs = torch.empty(len(task.targets), subsets, seeds)
-    for seed in range(seeds):
-        for start in range(0, subsets, members):
-            part = masks[start : start + members]
-            first = MODELS + seed * subsets + start
-            stack = train_together(task.make_module, task.train, part, range(first, first + len(part)), **recipe)
-            outputs[:, start : start + members, seed] = stack.outputs(task.output, list(task.targets.tensors)).T
-    return Truth(masks, outputs, full.state_dicts())
-
-
 def sweep(
     task: Task, truth: Truth, name: str, curvatures: tuple[Curvature, ...], counts: tuple[int, ...], directory: Path
 ) -> Iterator[Result]:
     """The score of a projection at every damping, from one set of features."""
-    module, projection = task.make_module().eval(), PROJECTIONS[name]
-    trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
-    stores = []
-    for part, data in (("train", task.train), ("targets", task.targets)):
-        place = directory / f"{task.name}-{name}-{part}".replace(" ", "_")
-        trak = TRAK(module, truth.states, place, output=task.output, projection=projection)
-        trak.featurize(trainer, DataLoader(data, batch_size=100))
-        manifest = FeatureStore.read_manifest(place)
-        stores.append(FeatureStore(place, manifest["identity"], manifest["num_examples"], read_only=True))
-    store, targets = stores
-    features = [
-        torch.cat([targets.read(checkpoint, shard).features for shard in range(targets.num_shards)])
-        for checkpoint in range(MODELS)
-    ]
+    store, features = featurize(task, truth.states, PROJECTIONS[name], directory)
     for curvature in curvatures:
         for damping in (*GRID, "auto"):
             scorer = TRAKScorer(store, curvature, damping, "per_checkpoint", 0.0)
@@ -139,8 +89,7 @@ def sweep(
             scorer.fit(torch.device("cpu"))
             directions = [scorer.precondition(checkpoint, rows) for checkpoint, rows in enumerate(features)]
             for count in counts:
-                lds = LinearDatamodelingScore(truth.masks)
-                lds.update(scorer.score(directions[:count]), truth.outputs)  # a constant factor changes no rank
+                lds = truth.measure(scorer.score(directions[:count]))  # a constant factor changes no rank
                 yield Result(*row, count, float(lds.compute()), *map(float, lds.interval(num_bootstraps=300)))
 
 
@@ -205,8 +154,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tasks", nargs="+", choices=tasks, help="which; default: all, or two of them with --quick")
     parser.add_argument("--quick", action="store_true", help="one projection, 20 halves once")
     args = parser.parse_args(arguments)
-    warnings.filterwarnings("ignore", ".*LeafSpec.*|.*does not have many workers.*|.*ill-conditioned.*")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    quiet()
     args.out.mkdir(parents=True, exist_ok=True)
     subsets, seeds = (20, 1) if args.quick else (SUBSETS, SEEDS)
     results: list[Result] = []

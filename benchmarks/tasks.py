@@ -14,21 +14,12 @@ from sklearn.datasets import load_breast_cancer, load_diabetes
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from examples.counterfactuals import DigitsMLP
 from examples.digits import LitDigits, make_data
 from lightning_trak.outputs import CausalLMMargin, ClassificationMargin, ModelOutput, RegressionOutput
 
 CHARACTERS = " etaoinsrhldcumpfgywbvkxjqz0123456789.,()_'\"`*:-=/\n"
 LENGTH = 48
-
-
-class DigitsMLP(LitDigits):
-    """A multilayer perceptron for 8 x 8 images, trained as the convolutional net is."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Sequential(
-            nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)
-        )
 
 
 class UndecayedMLP(DigitsMLP):

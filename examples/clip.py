@@ -94,7 +94,7 @@ def draw_fall(fractions: Tensor, before: float, falls: dict[str, Tensor]) -> Fig
     figure = Figure(figsize=(5, 3.2), layout="constrained")
     axis = figure.subplots()
     for name, values in falls.items():
-        error = values.std(1) / values.shape[1] ** 0.5
+        error = values.std(1, correction=0) / max(1, values.shape[1] - 1) ** 0.5
         axis.errorbar((100 * fractions).numpy(), values.mean(1).numpy(), error.numpy(), label=name, marker="o")
     axis.axhline(before, color="grey", linestyle=":", label="nothing removed")
     axis.set(xlabel="removed training pairs, %", ylabel="alignment of the targets", xscale="log")

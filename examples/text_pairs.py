@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
+from examples.common import begin, make_trainer
 from examples.entailment import LABELS, Pair, generate, read
-from examples.texts import learn_tokenizer, line, make_trainer, prepare
+from examples.texts import learn_tokenizer, line
 from lightning_trak import TRAK, AttributionMixin, LinearDatamodelingScore, TracIn, TRAKCallback
 from lightning_trak.methods import BM25
 from lightning_trak.outputs import ClassificationMargin
@@ -67,7 +68,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate (2e-5 suits pretrained encoders)")
     parser.add_argument("--subsets", type=int, default=30, help="random halves to retrain on, twice each")
     args = parser.parse_args(argv)
-    run = prepare(args.out)
+    run = begin(args.out)
+    L.seed_everything(0, verbose=False)
 
     if args.data is None:
         train, targets = generate(args.train, seed=0), generate(args.targets, seed=1)
@@ -92,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
     snapshots = [run / f"snapshots{number}" for number in range(args.runs)]
     for directory in snapshots:
         model = make_module()
-        trainer = make_trainer(args.epochs, [TRAKCallback(directory, every_n_epochs=max(1, args.epochs // 4))])
+        trainer = make_trainer(args.epochs, TRAKCallback(directory, every_n_epochs=max(1, args.epochs // 4)))
         trainer.fit(model, loader)
 
     print(f"2. Attributing {len(targets)} held-out pairs", flush=True)

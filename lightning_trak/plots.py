@@ -1,7 +1,7 @@
 """Pictures of attributions; needs the ``plots`` extra (matplotlib)."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -11,6 +11,27 @@ from lightning_trak.scorers.topk import block_top_k
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from lightning_trak.metrics.functional import DetectionCurve
+    from lightning_trak.retraining import Brittleness
+
+
+_STYLES = {
+    "proponents": ("tab:green", "proponents: training on them raises the output most"),
+    "opponents": ("tab:red", "opponents: training on them lowers it most"),
+}
+
+
+class Picture(NamedTuple):
+    """An image and its title.
+
+    Attributes:
+        image: ``(height, width)`` or ``(1 or 3, height, width)``, colours in [0, 1].
+        title: above it.
+    """
+
+    image: Tensor
+    title: str
 
 
 def plot_attributions(
@@ -39,33 +60,134 @@ def plot_attributions(
     """
     if scores.shape != (len(targets), len(train)):
         raise ValueError(f"expected scores of shape {(len(targets), len(train))}, got {tuple(scores.shape)}")
-    from matplotlib.figure import Figure
-
     k = min(k, len(train))
-    figure = Figure(figsize=(1.0 * (2 * k + 1.2), 1.45 * len(targets) + 0.4), layout="constrained")
-    left, middle, right = cast(Any, figure.subfigures(1, 3, width_ratios=[1.2, k, k], wspace=0.05))
-    left.suptitle("target", fontsize=10)
-    for row, axis in enumerate(left.subplots(len(targets), 1, squeeze=False)[:, 0]):
-        _draw(axis, targets[row], target_names[row] if target_names else "", "black")
-    for part, largest, colour, title in (
-        (middle, True, "tab:green", "proponents: training on them raises the output most"),
-        (right, False, "tab:red", "opponents: training on them lowers it most"),
-    ):
-        part.suptitle(title, fontsize=10, color=colour)
+
+    def picture(index: int, value: float) -> Picture:
+        name = train_names[index] if train_names else f"#{index}"
+        return Picture(train[index], f"{name}\n{value:+.2g}")
+
+    rows = {}
+    for name, largest in (("proponents", True), ("opponents", False)):
         best = block_top_k(scores, 0, k, largest)
-        for row, axes in enumerate(part.subplots(len(targets), k, squeeze=False)):
-            for axis, index, value in zip(axes, best.indices[row].tolist(), best.values[row].tolist(), strict=True):
-                name = train_names[index] if train_names else f"#{index}"
-                _draw(axis, train[index], f"{name}\n{value:+.2g}", colour)
+        rows[name] = [
+            [picture(index, value) for index, value in zip(indices, values, strict=True)]
+            for indices, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        ]
+    names = target_names or [""] * len(targets)
+    return plot_pictures([Picture(image, name) for image, name in zip(targets, names, strict=True)], rows)
+
+
+def plot_pictures(targets: Sequence[Picture], rows: Mapping[str, Sequence[Sequence[Picture]]]) -> "Figure":
+    """Draw each target beside groups of training images.
+
+    Args:
+        targets: the leftmost column.
+        rows: under ``"proponents"``, ``"opponents"`` or both, a row of images for each target, all of the same length.
+    """
+    counts = [len(group[0]) for group in rows.values()]
+    figure = _figure(figsize=(1.0 * (sum(counts) + 1.2), 1.45 * len(targets) + 0.4), layout="constrained")
+    left, *parts = cast(Any, figure.subfigures(1, 1 + len(counts), width_ratios=[1.2, *counts], wspace=0.05))
+    left.suptitle("target", fontsize=10)
+    for axis, target in zip(left.subplots(len(targets), 1, squeeze=False)[:, 0], targets, strict=True):
+        _draw(axis, target, "black")
+    for part, (name, group) in zip(parts, rows.items(), strict=True):
+        colour, title = _STYLES[name]
+        part.suptitle(title, fontsize=10, color=colour)
+        for axes, pictures in zip(part.subplots(len(targets), len(group[0]), squeeze=False), group, strict=True):
+            for axis, picture in zip(axes, pictures, strict=True):
+                _draw(axis, picture, colour)
     return figure
 
 
-def _draw(axis: "Axes", image: Tensor, title: str, colour: str) -> None:
-    pixels = image.detach().cpu().to(torch.float32)
+def plot_brittleness(brittleness: "Brittleness") -> "Figure":
+    """Draw how far outputs fall, and how many predictions flip, against the number of proponents taken away.
+
+    Args:
+        brittleness: what :meth:`~lightning_trak.retraining.Counterfactuals.brittleness` returned.
+
+    Returns:
+        A matplotlib figure with a line for each method; bars are intervals, side by side.
+    """
+    figure = _figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for axis, estimate in ((left, brittleness.drop()), (right, brittleness.flips())):
+        axis.set_xscale("log")
+        for row, method in enumerate(brittleness.methods):
+            mean, low, high = (values[row] for values in estimate)
+            places = [k * 1.02 ** (row - len(brittleness.methods) / 2) for k in brittleness.ks]
+            bars = [(mean - low).clamp(min=0).tolist(), (high - mean).clamp(min=0).tolist()]
+            axis.errorbar(places, mean.tolist(), bars, marker="o", markersize=4, elinewidth=1, capsize=2, label=method)
+        axis.set_xlabel("proponents taken away")
+        axis.set_xticks(brittleness.ks, [str(k) for k in brittleness.ks], minor=False)
+        axis.minorticks_off()
+    noise = float(brittleness.noise_flips().mean)
+    right.axhline(noise, color="gray", linestyle="--", label="trained again on everything")
+    left.axhline(0, color="gray", linestyle="--", label="trained again on everything")
+    left.set_ylabel("fall of the output")
+    right.set_ylabel("predictions that flip")
+    right.set_ylim(bottom=0)
+    left.legend(fontsize=8)
+    return figure
+
+
+def plot_mislabel_curves(curves: Mapping[str, "DetectionCurve"]) -> "Figure":
+    """Draw how many wrong labels are found against how many examples are inspected.
+
+    Args:
+        curves: of each suspicion by name, from
+            :func:`~lightning_trak.metrics.functional.mislabel_detection_curve`.
+
+    Returns:
+        A matplotlib figure, with the area under each curve in its legend.
+    """
+    figure = _figure(figsize=(5, 4.5), layout="constrained")
+    axis = figure.subplots()
+    for name, curve in curves.items():
+        axis.plot(curve.inspected.tolist(), curve.found.tolist(), label=f"{name}: area {float(curve.area):.3f}")
+    axis.plot([0, 1], [0, 1], color="gray", linestyle="--", label="at random: area 0.500")
+    axis.set_xlabel("examples inspected, most suspicious first")
+    axis.set_ylabel("wrong labels found")
+    axis.legend(loc="lower right")
+    return figure
+
+
+def plot_histogram(values: Tensor, label: str) -> "Figure":
+    """Draw how one number for each target is distributed, and its mean.
+
+    Args:
+        values: shape ``(num_targets,)``; NaNs are left out.
+        label: what they are.
+    """
+    known = values[~values.isnan()].double().cpu()
+    figure = _figure(figsize=(5, 3.5), layout="constrained")
+    axis = figure.subplots()
+    axis.hist(known.tolist(), bins=min(30, max(5, len(known) // 5)), color="tab:blue", alpha=0.7)
+    axis.axvline(float(known.mean()), color="black", linestyle="--", label=f"mean {float(known.mean()):.3f}")
+    axis.set_xlabel(label)
+    axis.set_ylabel("targets")
+    axis.legend()
+    return figure
+
+
+def _figure(**options: Any) -> "Figure":
+    """A figure that needs no display.
+
+    Raises:
+        ModuleNotFoundError: if matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError('pictures need matplotlib: pip install "lightning-trak[plots]"') from error
+    return Figure(**options)
+
+
+def _draw(axis: "Axes", picture: Picture, colour: str) -> None:
+    pixels = picture.image.detach().cpu().to(torch.float32)
     if pixels.ndim == 3:
         pixels = pixels.permute(1, 2, 0).squeeze(2)
     axis.imshow(pixels.numpy(), cmap="gray_r" if pixels.ndim == 2 else None)
-    axis.set_title(title, fontsize=8, pad=3)
+    axis.set_title(picture.title, fontsize=8, pad=3)
     axis.set_xticks([])
     axis.set_yticks([])
     for spine in axis.spines.values():

@@ -83,6 +83,14 @@ def test_methods_that_share_their_work(runs):
         close(rank["shapley"], values)
 
 
+def test_self_influence_is_shared(runs):
+    ranks, _, root = runs
+    checkpoints = torch.load(root / "checkpoints.pt")
+    alone = TRAK(make_model(), checkpoints, root / "one", projection=SparseProjection(32))
+    for rank in ranks:
+        close(rank["self influence"], alone.self_influence(make_trainer()))
+
+
 def test_top_k_is_merged_over_ranks(runs):
     ranks, expected, _ = runs
     best = expected.topk(5)

@@ -8,11 +8,16 @@ import re
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
+
+from lightning_trak import TRAK
+from lightning_trak.projections import SparseProjection
 
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
 from examples import clip, fact_tracing, imagenet
+from examples.common import make_trainer
 from examples.facts import make_data, make_facts
 from examples.images import ImageFolder, write_crops
 from examples.pairs import Pairs, make_scenes, read_pairs
@@ -136,6 +141,22 @@ def test_clip(tmp_path, capsys, monkeypatch):
     assert len(list(tmp_path.rglob("*.png"))) == 2
 
 
+def test_pairs_that_align_an_image_with_its_caption_show_the_same_things(tmp_path):
+    torch.manual_seed(0)
+    train, targets = Pairs(make_scenes(150), 16), make_scenes(20, seed=1)
+    targets = Pairs(targets, 16, train.vocabulary)
+    model = clip.LitCLIP(len(train.vocabulary) + 1)
+    make_trainer(12).fit(model, DataLoader(train, batch_size=32, shuffle=True))
+    trak = TRAK(model, [model.state_dict()], tmp_path, projection=SparseProjection(256))
+    scores = trak.attribute(make_trainer(1), DataLoader(train, batch_size=50), targets)
+
+    things = [[set(caption.split()) - {"a", "of"} for caption in pairs.captions] for pairs in (targets, train)]
+    shared = torch.tensor([[len(one & other) for other in things[1]] for one in things[0]], dtype=torch.float32)
+    first, last = (shared.gather(1, scores.topk(5, largest=largest).indices).mean() for largest in (True, False))
+    assert first > shared.mean() + 0.5
+    assert first > last + 0.5
+
+
 def test_nearest_neighbours_of_a_training_pair_begin_with_itself():
     torch.manual_seed(0)
     train = Pairs(make_scenes(20), 16)
@@ -148,7 +169,7 @@ def test_nearest_neighbours_of_a_training_pair_begin_with_itself():
 def test_imagenet(tmp_path, capsys):
     pytest.importorskip("sklearn")
     sizes = ["--size", "32", "--crops", "12", "--targets", "2", "--top", "2", "--k", "256", "--accelerator", "cpu"]
-    sizes += ["--batch-size", "6", "--epochs", "3", "--snapshot-every", "3", "--lr", "0.003"]
+    sizes += ["--batch-size", "3", "--epochs", "3", "--snapshot-every", "3"]
     imagenet.main(["--out", str(tmp_path / "one"), *sizes])
     assert "100% of the proponents are of the target's class" in capsys.readouterr().out
 

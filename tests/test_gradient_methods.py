@@ -185,3 +185,15 @@ def test_attribute_takes_one_set_of_targets(tmp_path, checkpoints):
     with pytest.raises(ValueError, match="attribute takes one set of targets, got 2 loaders; use score"):
         method.attribute(make_trainer(), TRAIN, loaders)
     assert len(method.score(make_trainer(), loaders)) == 2
+
+
+@pytest.mark.parametrize("name", [*METHODS, "TRAK"])
+def test_self_influence_is_the_diagonal(tmp_path, checkpoints, name):
+    method, options = METHODS.get(name, (TRAK, {}))
+    method = method(make_model(), checkpoints, tmp_path, projection=SparseProjection(32), **options)
+    trainer = make_trainer()
+    with pytest.raises(FileNotFoundError):
+        method.self_influence(trainer)
+    method.featurize(trainer, DataLoader(TRAIN, batch_size=4), shard_size=8)
+    found = method.self_influence(trainer)
+    torch.testing.assert_close(found, method.score(trainer, TRAIN).diagonal(), rtol=1e-4, atol=1e-6)

@@ -2,7 +2,9 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from lightning_trak.plots import plot_attributions
+from lightning_trak.metrics.functional import mislabel_detection_curve
+from lightning_trak.plots import plot_attributions, plot_brittleness, plot_histogram, plot_mislabel_curves
+from tests.test_counterfactuals import example
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (1, 8, 8), (3, 8, 8)])
@@ -26,3 +28,34 @@ def test_a_row_holds_the_target_and_its_extremes(tmp_path, shape):
 def test_shapes_must_belong_together():
     with pytest.raises(ValueError, match=r"expected scores of shape \(2, 5\), got \(5, 2\)"):
         plot_attributions(torch.rand(2, 8, 8), torch.rand(5, 8, 8), torch.rand(5, 2))
+
+
+def test_brittleness_is_drawn_as_it_is(tmp_path):
+    found = example()
+    figure = plot_brittleness(found)
+    left, right = figure.axes
+    for axis, estimate in ((left, found.drop()), (right, found.flips())):
+        for row, container in enumerate(axis.containers):
+            line, _, (bars,) = container
+            torch.testing.assert_close(
+                torch.tensor([float(y) for y in line.get_ydata()], dtype=torch.float64), estimate.mean[row]
+            )
+            ends = torch.stack([torch.tensor(segment[:, 1]).double() for segment in bars.get_segments()])
+            torch.testing.assert_close(ends, torch.stack([estimate.low[row], estimate.high[row]], dim=1))
+    assert [text.get_text() for text in left.get_legend().get_texts()] == ["trained again on everything", "good", "bad"]
+    figure.savefig(tmp_path / "picture.png")
+    assert imread(tmp_path / "picture.png").std() > 0
+
+
+def test_detection_curves_are_drawn_with_their_areas():
+    curve = mislabel_detection_curve(torch.tensor([3.0, 1.0, 2.0]), torch.tensor([True, False, False]))
+    axis = plot_mislabel_curves({"loss": curve}).axes[0]
+    assert list(axis.lines[0].get_xdata()) == curve.inspected.tolist()
+    assert list(axis.lines[0].get_ydata()) == curve.found.tolist()
+    assert axis.get_legend().get_texts()[0].get_text() == "loss: area 0.833"
+
+
+def test_histograms_leave_nans_out():
+    axis = plot_histogram(torch.tensor([0.1, 0.2, torch.nan, 0.6]), "score").axes[0]
+    assert sum(bar.get_height() for bar in axis.patches) == 3
+    assert axis.get_legend().get_texts()[0].get_text() == "mean 0.300"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_trak.scorers import TRAKScorer
+from lightning_trak.scorers import GradientDotScorer, TRAKScorer
 from lightning_trak.scorers.gram import DampedGram, gram_matrix
 from lightning_trak.scorers.topk import TopK, block_top_k, merge_top_k
 from lightning_trak.store import Features, FeatureStore
@@ -194,3 +194,26 @@ def test_scores_that_overflow_are_refused(store):
     directions = [scorer.precondition(m, torch.randn(2, K)) * 3e38 for m in range(M)]
     with pytest.raises(ValueError, match="are not finite"):
         scorer.score(directions)
+
+
+@pytest.mark.parametrize("residuals", ["per_checkpoint", "averaged"])
+def test_self_scores_are_the_diagonal(store, residuals):
+    scorer = TRAKScorer(store, "gauss_newton", 0.5, residuals, 0.1)
+    scorer.fit(CPU)
+    shards = [[store.read(m, shard) for shard in range(store.num_shards)] for m in range(M)]
+    train = [torch.cat([part.features for part in parts]) for parts in shards]
+    expected = torch.nn.functional.softshrink(
+        torch.tensor(reference(store, train, "gauss_newton", 0.5, residuals)).diagonal(), 0.1
+    )
+    assert (expected == 0).any()
+    torch.testing.assert_close(scorer.self_scores().double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_self_scores_that_overflow_are_named(store):
+    rows = store.read(1, 2)
+    (store.directory / "checkpoint-0001/shard-00002.safetensors").unlink()
+    store.write(1, 2, rows._replace(features=rows.features * 1e30))
+    scorer = GradientDotScorer(store, [1 / M] * M, "loss")
+    scorer.fit(CPU)
+    with pytest.raises(ValueError, match=r"scores of training examples range\(16, 24\) are not finite"):
+        scorer.self_scores()

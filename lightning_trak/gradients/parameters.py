@@ -8,7 +8,7 @@ from torch import nn
 # What torch.compile, FSDP and activation checkpointing put into a parameter's name without changing the parameter.
 _WRAPPER_PREFIXES = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
-ParameterSelection = str | Sequence[str] | Callable[[str, nn.Parameter], bool] | None
+ParameterSelection = Sequence[str] | str | Callable[[str, nn.Parameter], bool] | None
 
 
 def canonical_name(name: str) -> str:

@@ -39,7 +39,7 @@ from lightning_trak.sinks import FeatureBuffer, ShardWriter
 from lightning_trak.store import Features, FeatureStore
 from lightning_trak.trainers import borrowed, precision_of, refuse_spawning, shards_model
 
-Checkpoints = CheckpointSource | Sequence[CheckpointSource]
+Checkpoints = Sequence[CheckpointSource] | CheckpointSource  # in this order a command line can tell them apart
 
 # Targets are scored in blocks whose features take this much memory; a few copies of them are made on the way.
 TARGET_BYTES = 1 << 28
@@ -213,6 +213,31 @@ class FeatureMethod(Method):
                 parts.append(scorer.score(directions, top_k, largest, Ranks.of(trainer)))
             results.append(_concatenate(parts))
         return results if isinstance(data, (list, tuple)) or len(results) > 1 else results[0]
+
+    def self_influence(self, trainer: L.Trainer) -> Tensor:
+        """The score of each training example at itself, from the stored features alone.
+
+        It is the diagonal of ``score(trainer, train)``. Examples with a high one are fitted by themselves, not by what
+        they share with others: rare ones, and those with a wrong label (Koh and Liang 2017, arXiv 1703.04730, section
+        5.4; Pruthi et al. 2020, arXiv 2002.08484, section 4.1). Cosines of gradients are of no use here: they are all
+        the same.
+
+        Args:
+            trainer: as for :meth:`score`; its device computes. Processes share the work if they run already, as after
+                :meth:`featurize`; else each does all of it.
+
+        Returns:
+            On every rank a CPU Tensor ``(num_train,)``.
+
+        Raises:
+            FileNotFoundError: if there is no store yet.
+            RuntimeError: if featurizing is not complete.
+            ValueError: if the store was made with other settings, or a Gram matrix is singular.
+        """
+        refuse_spawning(trainer)
+        scorer, ranks = self.make_scorer(self._existing_store(self._extractor(), trainer)), Ranks.of(trainer)
+        scorer.fit(trainer.strategy.root_device, ranks)
+        return scorer.self_scores(ranks)
 
     def scorer(self, top_k: int | None = None, largest: bool = True) -> ScoreModule:
         """A module for ``trainer.predict(method.scorer(), loader)``: scores for each batch as the loader yields it.

@@ -19,7 +19,7 @@ class Scorer(ABC):
     """score(x)_i = sum_m d_m(x) . phi_m(i) w_m(i), over checkpoints m.
 
     A method says what the direction d_m of a target and the weight w_m of a training example are, and may go on from
-    there by overriding :meth:`block`.
+    there by overriding :meth:`finish`.
 
     Args:
         store: complete features of the training set.
@@ -53,7 +53,19 @@ class Scorer(ABC):
         The features of the rows are on the device of :meth:`fit` and in the precision of the directions.
         """
 
-    def block(self, directions: Sequence[Tensor], shard: int, rows: Iterator[Features]) -> Tensor:  # noqa: ARG002
+    def finish(self, sums: Tensor, shard: int) -> Tensor:  # noqa: ARG002
+        """What becomes of the sums over checkpoints.
+
+        Args:
+            sums: of the training examples of a shard, shape ``(..., n)``.
+            shard: which shard.
+
+        Returns:
+            The scores, of the same shape.
+        """
+        return sums
+
+    def block(self, directions: Sequence[Tensor], shard: int, rows: Iterator[Features]) -> Tensor:
         """Scores of all targets against the training examples of a shard.
 
         Args:
@@ -72,7 +84,7 @@ class Scorer(ABC):
                 product *= weights.to(direction)
             total = product if total is None else total.add_(product)
         assert total is not None
-        return total
+        return self.finish(total, shard)
 
     def blocks(self, directions: Sequence[Tensor], shards: Sequence[int]) -> Iterator[tuple[range, Tensor]]:
         """Scores of all targets, a shard of training examples at a time.
@@ -97,11 +109,14 @@ class Scorer(ABC):
         # Sums are a quick look: one is not finite if any of its scores is not.
         suspects = torch.stack(sums).isfinite().logical_not().nonzero().flatten().tolist() if sums else []
         for shard in (shards[number] for number in suspects):
-            if not self.block(directions, shard, self._rows([shard], directions[0])).isfinite().all():
-                raise ValueError(
-                    f"scores of training examples {self.store.shard(shard)} are not finite: the features overflow"
-                    f" {directions[0].dtype}; featurize with dtype=torch.float64"
-                )
+            self._require_finite(self.block(directions, shard, self._rows([shard], directions[0])), shard)
+
+    def _require_finite(self, scores: Tensor, shard: int) -> None:
+        if not scores.isfinite().all():
+            raise ValueError(
+                f"scores of training examples {self.store.shard(shard)} are not finite: the features overflow"
+                f" {scores.dtype}; featurize with dtype=torch.float64"
+            )
 
     def _rows(self, shards: Sequence[int], like: Tensor) -> Iterator[Features]:
         """Rows of each shard at each checkpoint, their features on the device and in the precision of a tensor."""
@@ -143,6 +158,36 @@ class Scorer(ABC):
             return ranks.sum(mine)
         assert top_k is not None
         return merge_top_k(ranks.gather(mine), top_k, largest)
+
+    def self_scores(self, ranks: Ranks = Ranks()) -> Tensor:  # noqa: B008
+        """The score of each training example at itself: the diagonal of the scores of the training set at itself.
+
+        Shards are read one after the other; that matrix never exists.
+
+        Args:
+            ranks: the processes that share the shards; all must call this.
+
+        Returns:
+            On every rank a CPU Tensor ``(num_train,)``.
+
+        Raises:
+            ValueError: if a score is not finite.
+        """
+        shards, like = ranks.share(self.store.num_shards), self._working(self.store.read(0, 0).features[:0])
+        scores = torch.zeros(self.store.num_examples, dtype=like.dtype)
+        with full_precision(self._device):
+            rows = self._rows(shards, like)
+            for shard in shards:
+                examples = self.store.shard(shard)
+                sums = like.new_zeros(len(examples))
+                for checkpoint, part in zip(range(self.store.num_checkpoints), rows, strict=False):
+                    products = (self.directions(checkpoint, part) * part.features).sum(1)
+                    weights = self.weights(checkpoint, part)
+                    sums += products if weights is None else products * weights.to(products)
+                found = self.finish(sums, shard)
+                self._require_finite(found, shard)
+                scores[examples.start : examples.stop] = found.cpu()
+        return ranks.sum(scores)
 
     def _collect(self, directions: Sequence[Tensor], shards: Sequence[int], top_k: int | None, largest: bool) -> Scores:
         targets, like = len(directions[0]), directions[0]

@@ -1,7 +1,6 @@
 """TRAK scores from stored features: one Newton step for each training example, averaged over checkpoints."""
 
 import warnings
-from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -106,9 +105,9 @@ class TRAKScorer(Scorer):
         """Q, unless its average is to come after that of the products."""
         return rows.residuals if self.residuals == "per_checkpoint" else None
 
-    def block(self, directions: Sequence[Tensor], shard: int, rows: Iterator[Features]) -> Tensor:
+    def finish(self, sums: Tensor, shard: int) -> Tensor:
         """The mean over checkpoints; times the mean of Q, and cut, as published, if so wanted."""
-        scores = super().block(directions, shard, rows) / self.store.num_checkpoints
+        scores = sums / self.store.num_checkpoints
         if self.residuals == "averaged":
             checkpoints = range(self.store.num_checkpoints)
             residuals = torch.stack([self.store.read(checkpoint, shard).residuals for checkpoint in checkpoints])

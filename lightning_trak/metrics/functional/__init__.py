@@ -2,13 +2,17 @@
 
 from lightning_trak.metrics.functional.bootstrap import crossed_bootstrap_interval
 from lightning_trak.metrics.functional.lds import linear_datamodeling_interval, linear_datamodeling_score
+from lightning_trak.metrics.functional.mislabelled import DetectionCurve, flip_labels, mislabel_detection_curve
 from lightning_trak.metrics.functional.noise_ceiling import noise_ceiling
 from lightning_trak.metrics.functional.ranking import rank_rows, spearman_corrcoef, spearman_influence
 
 __all__ = [
+    "DetectionCurve",
     "crossed_bootstrap_interval",
+    "flip_labels",
     "linear_datamodeling_interval",
     "linear_datamodeling_score",
+    "mislabel_detection_curve",
     "noise_ceiling",
     "rank_rows",
     "spearman_corrcoef",

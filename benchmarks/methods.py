@@ -1,0 +1,310 @@
+"""Linear datamodeling score against compute, for every method, on handwritten digits.
+
+    python -m benchmarks.methods --out methods_output            # about 20 minutes on two cores
+    python -m benchmarks.methods --out methods_output --quick    # a few hundred digits, under a minute
+
+The truth are outputs of models retrained on 100 random halves, several times each. A method's cost is that of training
+the models that it needs, and its own time, in units of the training of one model. Written are `methods.json`,
+`methods.md` (the tables) and `methods.png`; the truth is kept in the directory, too.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import matplotlib.pyplot as plt
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+from tqdm import tqdm
+
+from benchmarks.tasks import Task, make_tasks
+from benchmarks.truth import MODELS, SUBSETS, Truth, kept, outputs_of, quiet, trainer_for
+from lightning_trak import TRAK, TRAKCallback
+from lightning_trak.gradients import last_layer
+from lightning_trak.methods import (
+    Arnoldi,
+    ConjugateGradient,
+    Datamodels,
+    DataShapley,
+    EKFACInfluence,
+    EmpiricalInfluence,
+    Explicit,
+    GradientCosine,
+    GradientDot,
+    InfluenceFunction,
+    KNNShapley,
+    LiSSA,
+    Method,
+    RandomScores,
+    RepresentationSimilarity,
+    TracIn,
+)
+from lightning_trak.projections import GaussianProjection, SparseProjection
+from lightning_trak.retraining import random_subsets
+
+SEEDS = {"digits MLP": 5, "digits conv": 2}  # repetitions of each half: convolutions take forty times as long
+RETRAINED = {"digits MLP": (25, 50, 100, 400, 1600), "digits conv": (25, 50, 100)}
+ONCE = {  # too slow with ten checkpoints; conjugate gradients and LiSSA approximate what Explicit solves
+    "digits MLP": ("influence, CG", "influence, LiSSA"),
+    "digits conv": ("influence, CG", "influence, Arnoldi"),
+}
+TOO_LARGE = {"digits conv": ("influence, explicit", "influence, LiSSA")}
+AVERAGING = "TRAK, Q averaged"  # which is TRAK with one checkpoint
+ONE_RUN = ("TRAK, one run", "TracIn", "TracIn, last layer", "GAS")  # checkpoints of one training run
+LASSO: dict[str, Any] = {"alphas": 10, "eps": 0.1, "tol": 1e-2}  # scikit-learn's own defaults take an hour
+
+
+@dataclass
+class Result:
+    """One method on one task.
+
+    Attributes:
+        task: name of the task.
+        method: name of the method.
+        checkpoints: over which scores are averaged.
+        runs: training runs that they come from.
+        retrained: models retrained on halves of the data.
+        own_seconds: of CPU time, after training.
+        cost: in units of the training of one model.
+        seconds: the same in CPU time.
+        lds: mean over targets.
+        low: lower end of the 95% interval over targets and subsets.
+        high: upper end.
+        behind: LDS of TRAK minus this, with as many checkpoints (as with MODELS if there are none).
+        behind_low: lower end of its 95% interval, targets and subsets being paired.
+        behind_high: upper end.
+    """
+
+    task: str
+    method: str
+    checkpoints: int
+    runs: int
+    retrained: int
+    own_seconds: float
+    cost: float
+    seconds: float
+    lds: float
+    low: float
+    high: float
+    behind: float = 0.0
+    behind_low: float = 0.0
+    behind_high: float = 0.0
+
+
+def gradient_methods(model: L.LightningModule) -> dict[str, Callable[[Any, Path], Method]]:
+    """The methods that start from trained models, as functions of checkpoints and a directory for a store."""
+
+    def influence(solver: Any) -> Callable[[Any, Path], Method]:
+        return lambda checkpoints, _: InfluenceFunction(model, checkpoints, solver=solver)
+
+    def similarity(kind: Any) -> Callable[[Any, Path], Method]:
+        return lambda checkpoints, _: RepresentationSimilarity(model, checkpoints, similarity=kind)
+
+    last: Any = {"effect_on": "output", "parameters": last_layer(model)}
+    return {
+        "TRAK": lambda checkpoints, store: TRAK(model, checkpoints, store),
+        "TRAK, one run": lambda checkpoints, store: TRAK(model, checkpoints, store),
+        "TRAK, k = 4096": lambda checkpoints, store: TRAK(model, checkpoints, store, projection=SparseProjection(4096)),
+        "TRAK, Q averaged": lambda checkpoints, store: TRAK(model, checkpoints, store, residuals="averaged"),
+        "TRAK.paper, k = 256": lambda checkpoints, store: TRAK.paper(
+            model, checkpoints, store, projection=GaussianProjection(256)
+        ),
+        "TRAK.paper, k = 1024": lambda checkpoints, store: TRAK.paper(
+            model, checkpoints, store, projection=GaussianProjection(1024)
+        ),
+        "EK-FAC": lambda checkpoints, _: EKFACInfluence(model, checkpoints),
+        "EK-FAC, empirical": lambda checkpoints, _: EKFACInfluence(model, checkpoints, curvature="empirical"),
+        "gradient dot": lambda checkpoints, store: GradientDot(model, checkpoints, store, effect_on="output"),
+        "gradient cosine": lambda checkpoints, store: GradientCosine(model, checkpoints, store, effect_on="output"),
+        "TracIn": lambda checkpoints, store: TracIn(model, checkpoints, store, effect_on="output"),
+        "TracIn, last layer": lambda checkpoints, store: TracIn(model, checkpoints, store, **last),
+        "GAS": lambda checkpoints, store: GradientCosine(
+            model, checkpoints, store, learning_rates="snapshots", effect_on="output"
+        ),
+        "representations, dot": similarity("dot"),
+        "representations, cosine": similarity("cosine"),
+        "representations, distance": similarity("l2"),
+        "KNN-Shapley": lambda checkpoints, _: KNNShapley(model, checkpoints),
+        "influence, Arnoldi": influence(Arnoldi()),
+        "influence, explicit": influence(Explicit()),
+        "influence, CG": influence(ConjugateGradient()),
+        "influence, LiSSA": influence(LiSSA(depth=300, batch_size=128)),
+    }
+
+
+class Measured:
+    """One task: its data, its truth, and the time of one training."""
+
+    def __init__(self, task: Task, truth: Truth, directory: Path) -> None:
+        self.task, self.truth, self.directory = task, truth, directory
+        self.train = DataLoader(task.train, batch_size=task.batch_size, shuffle=True)
+        self.targets = DataLoader(task.targets, batch_size=100)
+        self.trainer = trainer_for(task)
+        self.reference: dict[int, Tensor] = {}
+        self._fit()  # the first is slower
+        self.unit = sorted(self._fit() for _ in range(3))[1]
+        every = -(-task.max_epochs * len(self.train) // MODELS)
+        self._fit(callbacks=[TRAKCallback(directory / "snapshots", every_n_train_steps=every)])
+
+    def _fit(self, **options: Any) -> float:
+        torch.manual_seed(0)
+        module, trainer = self.task.make_module(), trainer_for(self.task, **options)
+        started = time.process_time()
+        trainer.fit(module, self.train)
+        return time.process_time() - started
+
+    def run(self, name: str, method: Method, checkpoints: int = 0, runs: int = 0, retrained: int = 0) -> Result:
+        """Attribute and compare."""
+        started = time.process_time()
+        scores = method.attribute(self.trainer, self.train, self.targets)
+        own = time.process_time() - started
+        if name == "TRAK":
+            self.reference[checkpoints] = scores
+        lds = self.truth.measure(scores)
+        behind = self.truth.difference(self.reference[checkpoints or max(self.reference)], scores)
+        cost = runs + retrained / 2 + own / self.unit
+        row = (self.task.name, name, checkpoints, runs, retrained, own, cost, cost * self.unit)
+        return Result(*row, float(lds.compute()), *map(float, lds.interval()), *behind)
+
+
+def results(measured: Measured, retrained: tuple[int, ...], orders: int) -> Iterator[Result]:
+    """Every method on one task."""
+    task = measured.task
+    for name, make in gradient_methods(task.make_module().eval()).items():
+        if name in TOO_LARGE.get(task.name, ()):
+            continue
+        one_run = name in ONE_RUN
+        counts = (MODELS,) if one_run or name == AVERAGING else (1,) if name in ONCE[task.name] else (1, MODELS)
+        for count in counts:
+            checkpoints: Any = measured.directory / "snapshots" if one_run else measured.truth.states[:count]
+            with tempfile.TemporaryDirectory() as store:
+                yield measured.run(name, make(checkpoints, Path(store) / "features"), count, 1 if one_run else count)
+    masks = random_subsets(len(task.train), max(retrained), seed=2)
+    outputs = outputs_of(task, masks, 1_000_000)  # other subsets and seeds than those of the truth
+    for count in retrained:
+        part = masks[:count], outputs[:, :count]
+        yield measured.run("empirical influence", EmpiricalInfluence(*part), retrained=count)
+        yield measured.run("datamodels", Datamodels(*part, **LASSO), retrained=count)
+    yield measured.run(
+        "Data Shapley", DataShapley(task.make_module, lambda: trainer_for(task), permutations=orders, step=150)
+    )
+    yield measured.run("random", RandomScores())
+
+
+def tables(found: list[Result], ceilings: dict[str, float], units: dict[str, float]) -> str:
+    """Markdown: a table for each task."""
+    lines = []
+    for task, ceiling in ceilings.items():
+        lines += [
+            f"**{task}**: noise ceiling {ceiling:.3f}; one training takes {units[task]:.2f} s of CPU time.\n",
+            "| method | M | runs | retrained | own (s) | in all (s) | trainings | LDS | 95% | TRAK minus it |",
+            "|---" * 10 + "|",
+        ]
+        for row in sorted((row for row in found if row.task == task), key=lambda row: -row.lds):
+            behind = f"{row.behind:+.3f} ({row.behind_low:+.3f} to {row.behind_high:+.3f})"
+            cells = [
+                *(row.method, row.checkpoints or "", row.runs or "", row.retrained or ""),
+                *(f"{row.own_seconds:.1f}", f"{row.seconds:.1f}", f"{row.cost:.1f}"),
+                *(f"{row.lds:.3f}", f"{row.low:.3f} to {row.high:.3f}", "" if row.method == "TRAK" else behind),
+            ]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+STYLES = {  # colour of a family, then markers within it
+    "TRAK": "tab:red",
+    "EK-FAC": "tab:blue",
+    "influence": "tab:green",
+    "gradient": "tab:orange",
+    "TracIn": "tab:brown",
+    "GAS": "tab:olive",
+    "representations": "tab:purple",
+    "KNN-Shapley": "tab:pink",
+    "empirical influence": "black",
+    "datamodels": "dimgrey",
+    "Data Shapley": "tab:cyan",
+}
+MARKERS = "osD^vP"
+
+
+def plot(found: list[Result], ceilings: dict[str, float], path: Path) -> None:
+    """LDS against cost: a panel for each task, a line from few to many models for each method."""
+    figure, axes = plt.subplots(1, len(ceilings), figsize=(6 * len(ceilings), 6.6), squeeze=False, sharey=True)
+    names = [name for name in dict.fromkeys(row.method for row in found) if name != "random"]
+    families = {name: next(family for family in STYLES if name.startswith(family)) for name in names}
+    for axis, (task, ceiling) in zip(axes[0], ceilings.items(), strict=True):
+        for name in names:
+            rows = [row for row in found if (row.task, row.method) == (task, name)]
+            if not rows:
+                continue
+            family = families[name]
+            marker = MARKERS[[other for other in names if families[other] == family].index(name)]
+            x, y = [row.cost for row in rows], [row.lds for row in rows]
+            errors = [[row.lds - row.low for row in rows], [row.high - row.lds for row in rows]]
+            style: dict[str, Any] = {"marker": marker, "color": STYLES[family], "label": name}
+            style |= {"linewidth": 2.5, "markersize": 9, "zorder": 5} if name == "TRAK" else {"linewidth": 1}
+            axis.errorbar(x, y, errors, elinewidth=0.8, **style)
+        for row in found:
+            if (row.task, row.method) == (task, "random"):
+                axis.axhline(row.lds, color="grey", linestyle=":", label="random")
+        axis.axhline(ceiling, color="black", linestyle="--", label="noise ceiling")
+        axis.set(xscale="log", title=task, xlabel="cost (trainings of one model; models and own time)")
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("LDS (bars: 95% over targets and subsets)")
+    entries = {label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels())}  # noqa: B905
+    figure.legend(entries.values(), entries, loc="lower center", ncols=4, fontsize=9, frameon=False)
+    figure.tight_layout(rect=(0, 0.2, 1, 1))
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def small(task: Task) -> Task:
+    """Less data and shorter training."""
+    train, targets = (
+        TensorDataset(*(part[:count] for part in data.tensors))
+        for data, count in ((task.train, 200), (task.targets, 20))
+    )
+    return replace(task, train=train, targets=targets, max_epochs=2, batch_size=20)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("methods_output"), help="where everything is written")
+    parser.add_argument("--tasks", nargs="+", choices=SEEDS, help="which; default: all, or the first with --quick")
+    parser.add_argument("--quick", action="store_true", help="200 digits, two epochs, 20 halves")
+    args = parser.parse_args(arguments)
+    quiet()
+    torch.set_num_threads(1)  # the nets are too small to share
+    args.out.mkdir(parents=True, exist_ok=True)
+    found: list[Result] = []
+    ceilings, units = {}, {}
+    for name in args.tasks or list(SEEDS)[: 1 if args.quick else None]:
+        task = make_tasks()[name]
+        task = small(task) if args.quick else task
+        truth = kept(args.out, task, *((20, 2) if args.quick else (SUBSETS, SEEDS[name])))
+        ceilings[name] = float(truth.measure(torch.zeros(len(task.targets), len(task.train))).noise_ceiling())
+        with tempfile.TemporaryDirectory() as directory:
+            measured = Measured(task, truth, Path(directory))
+            units[name] = measured.unit
+            progress = tqdm(results(measured, (25,) if args.quick else RETRAINED[name], 1 if args.quick else 5), name)
+            for result in progress:
+                progress.set_postfix_str(f"{result.method} {result.checkpoints or result.retrained}: {result.lds:.3f}")
+                found.append(result)
+                kept_results = {"noise_ceilings": ceilings, "unit_seconds": units, "results": list(map(asdict, found))}
+                (args.out / "methods.json").write_text(json.dumps(kept_results, indent=1))
+    (args.out / "methods.md").write_text(tables(found, ceilings, units))
+    plot(found, ceilings, args.out / "methods.png")
+    print(tables(found, ceilings, units))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""Wrong labels: how to make some, and how soon a suspicion finds them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class DetectionCurve(NamedTuple):
+    """Mislabelled examples found, against examples looked at in order of suspicion.
+
+    Attributes:
+        inspected: fraction of all examples looked at, from 0 to 1, float64 ``(points,)``.
+        found: fraction of the mislabelled ones among them, float64 ``(points,)``.
+        area: under the curve, float64 scalar: 1/2 is expected of a suspicion that knows nothing, 1 - p/2 is the most
+            that there is, where p is the fraction of mislabelled examples.
+    """
+
+    inspected: Tensor
+    found: Tensor
+    area: Tensor
+
+
+def mislabel_detection_curve(suspicion: Tensor, mislabelled: Tensor) -> DetectionCurve:
+    """How many of the wrong labels are found when examples are inspected in order of suspicion.
+
+    Self-influence is the suspicion of Koh and Liang 2017 (arXiv 1703.04730, section 5.4) and of Pruthi et al. 2020
+    (arXiv 2002.08484, section 4.1): the score of a training example at itself. Equally suspicious examples are
+    inspected in a random order: the curve is what is expected of it, a straight line through them.
+
+    Args:
+        suspicion: ``(num_train,)``, the most suspicious highest.
+        mislabelled: bool ``(num_train,)``, true where the label is wrong.
+
+    Returns:
+        The curve, which starts at (0, 0), and the area under it.
+
+    Raises:
+        ValueError: If shapes or dtype do not fit, a suspicion is NaN, or all labels are right or all wrong.
+
+    Example:
+        >>> import torch
+        >>> curve = mislabel_detection_curve(torch.tensor([0.1, 3.0, 0.2, 2.0]), torch.tensor([0, 1, 1, 0]).bool())
+        >>> curve.found
+        tensor([0.0000, 0.5000, 0.5000, 1.0000, 1.0000], dtype=torch.float64)
+        >>> curve.area
+        tensor(0.6250, dtype=torch.float64)
+    """
+    if suspicion.ndim != 1 or mislabelled.shape != suspicion.shape or mislabelled.dtype != torch.bool:
+        raise ValueError(
+            "Expected `suspicion` and a boolean `mislabelled` of one shape `(num_train,)`, but got "
+            f"{tuple(suspicion.shape)} and {mislabelled.dtype} of {tuple(mislabelled.shape)}."
+        )
+    if suspicion.isnan().any():
+        raise ValueError(f"Expected numbers as `suspicion`, but {int(suspicion.isnan().sum())} are NaN.")
+    total = int(mislabelled.sum())
+    if not 0 < total < len(mislabelled):
+        raise ValueError(
+            f"Expected some wrong labels and some right ones, but {total} of {len(mislabelled)} are wrong."
+        )
+    values, group = torch.unique(suspicion.detach(), return_inverse=True)  # in ascending order
+    steps = torch.stack([torch.ones_like(mislabelled), mislabelled]).double()
+    counts = steps.new_zeros(2, len(values)).index_add_(1, group, steps).flip(1).cumsum(1)
+    inspected, found = torch.nn.functional.pad(counts, (1, 0)) / steps.sum(1, keepdim=True)
+    return DetectionCurve(inspected, found, torch.trapezoid(found, inspected))
+
+
+def flip_labels(labels: Tensor, fraction: float = 0.1, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Give some examples the label of another class, to see whether they are found.
+
+    The examples are drawn uniformly, and for each a class uniformly from the other classes that occur. The global
+    random state is neither read nor changed.
+
+    Args:
+        labels: class of each example, ``(num_train,)``, integers or booleans.
+        fraction: of the examples that get a wrong label.
+        seed: of the draws.
+
+    Returns:
+        The new labels, and bool ``(num_train,)``, true where they are wrong.
+
+    Raises:
+        ValueError: If there are fewer than two classes, or nothing would be flipped.
+
+    Example:
+        >>> import torch
+        >>> labels, mislabelled = flip_labels(torch.arange(20) % 4, fraction=0.1)
+        >>> int(mislabelled.sum()), bool((labels != torch.arange(20) % 4).eq(mislabelled).all())
+        (2, True)
+    """
+    if labels.ndim != 1 or labels.is_floating_point():
+        raise ValueError(f"Expected integer `labels` of shape `(num_train,)`, but got {labels.dtype} {labels.shape}.")
+    classes, place = torch.unique(labels.cpu(), return_inverse=True)
+    count = round(fraction * len(labels))
+    if len(classes) < 2 or not 0 < count <= len(labels):
+        raise ValueError(
+            f"Expected labels to flip, but got {len(labels)} of {len(classes)} classes and `fraction` {fraction}."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    mislabelled = torch.randperm(len(labels), generator=generator) < count
+    shift = torch.randint(1, len(classes), (len(labels),), generator=generator)
+    wrong = classes[(place + shift) % len(classes)].to(labels.device)
+    mislabelled = mislabelled.to(labels.device)
+    return torch.where(mislabelled, wrong, labels), mislabelled

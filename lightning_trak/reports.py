@@ -1,0 +1,133 @@
+"""Explanations for the terminal, as a picture and as a web page."""
+
+import base64
+import html
+import struct
+import zlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lightning_trak.explanations import Example, Explanation
+from lightning_trak.plots import Picture, plot_pictures
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+STYLE = """
+body { font: 15px/1.4 system-ui, sans-serif; margin: 2rem; color: #222; background: #fff; }
+section { border-top: 1px solid #ccc; margin-top: 1.5rem; }
+.row { display: flex; flex-wrap: wrap; gap: .75rem; }
+figure { margin: 0; padding: .5rem; width: 8rem; border: 2px solid #888; border-radius: 4px; }
+.text figure { width: 20rem; }
+.proponents figure { border-color: #2a7d2a; }
+.opponents figure { border-color: #b52a2a; }
+img { width: 100%; image-rendering: pixelated; }
+figcaption { font-size: .85rem; overflow-wrap: anywhere; }
+b { font-variant-numeric: tabular-nums; }
+"""
+
+
+def table(explanations: Sequence[Explanation], width: int = 100) -> str:
+    """Explanations as text.
+
+    Args:
+        explanations: what to show.
+        width: of the lines, in characters; descriptions are cut to fit.
+    """
+    lines = []
+    for explanation in explanations:
+        lines += [_cut(f"target {explanation.position}  {explanation.target.text}", width)]
+        for name, entries in explanation.groups.items():
+            lines += [f"  {name}", "    rank  position       score  example"]
+            lines += [
+                f"    {rank:4}  {entry.position:8}  {entry.score:+10.3g}  {_cut(entry.example.text, width - 32)}"
+                for rank, entry in enumerate(entries, 1)
+            ]
+        lines += [""]
+    return "\n".join(lines)
+
+
+def picture(explanations: Sequence[Explanation]) -> "Figure":
+    """Explanations as a matplotlib figure.
+
+    Raises:
+        ValueError: if an item holds no image.
+    """
+    return plot_pictures(
+        [_picture(entry.target, f"#{entry.position} {entry.target.text}") for entry in explanations],
+        {
+            name: [
+                [
+                    _picture(entry.example, f"#{entry.position} {entry.example.text}", f"{entry.score:+.2g}")
+                    for entry in explanation.groups[name]
+                ]
+                for explanation in explanations
+            ]
+            for name in explanations[0].groups
+        },
+    )
+
+
+def page(explanations: Sequence[Explanation], title: str) -> str:
+    """Explanations as an HTML page that needs no other file: images are inside, texts are escaped.
+
+    Args:
+        explanations: what to show.
+        title: of the page.
+    """
+    sections = "\n".join(_section(explanation) for explanation in explanations)
+    return (
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n'
+        f"<style>{STYLE}</style>\n</head>\n<body>\n<h1>{html.escape(title)}</h1>\n{sections}\n</body>\n</html>\n"
+    )
+
+
+def png(image: Tensor) -> bytes:
+    """An image as a PNG file (ISO/IEC 15948) of 8 bits per channel.
+
+    Args:
+        image: in [0, 1], ``(height, width)`` or ``(3, height, width)``.
+    """
+    pixels = (image * 255).round().to(torch.uint8)
+    colour = pixels.ndim == 3
+    rows = (pixels.permute(1, 2, 0) if colour else pixels).contiguous().numpy()
+    size = struct.pack(">IIBBBBB", rows.shape[1], rows.shape[0], 8, 2 if colour else 0, 0, 0, 0)
+    unfiltered = b"".join(b"\0" + row.tobytes() for row in rows)  # each row begins with the number of its filter
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in ((b"IHDR", size), (b"IDAT", zlib.compress(unfiltered)), (b"IEND", b""))
+    )
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 3] + "..."
+
+
+def _picture(example: Example, name: str, *more: str) -> Picture:
+    if example.image is None:
+        raise ValueError(f"{name} holds no image, so there is no picture to draw; write a .html page, or a table")
+    image = example.image
+    # in colour, so that grey images are not drawn as ink on paper
+    return Picture(image.expand(3, -1, -1) if image.ndim == 2 else image, "\n".join((_cut(name, 15), *more)))
+
+
+def _section(explanation: Explanation) -> str:
+    kind = "text" if explanation.target.image is None else "images"
+    rows = [f'<div class="row">{_figure(explanation.target, "")}</div>']
+    for name, entries in explanation.groups.items():
+        figures = "\n".join(
+            _figure(entry.example, f"<b>{entry.score:+.3g}</b> #{entry.position}<br>") for entry in entries
+        )
+        rows.append(f'<h3>{html.escape(name)}</h3>\n<div class="row {html.escape(name)}">\n{figures}\n</div>')
+    return f'<section class="{kind}">\n<h2>target {explanation.position}</h2>\n' + "\n".join(rows) + "\n</section>"
+
+
+def _figure(example: Example, caption: str) -> str:
+    image = ""
+    if example.image is not None:
+        data = base64.b64encode(png(example.image)).decode()
+        image = f'<img alt="{html.escape(example.text)}" src="data:image/png;base64,{data}">'
+    return f"<figure>{image}<figcaption>{caption}{html.escape(_cut(example.text, 2000))}</figcaption></figure>"

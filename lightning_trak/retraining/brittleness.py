@@ -1,0 +1,149 @@
+"""How brittle predictions are: how far outputs fall, and how many predictions flip, without their proponents."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_trak.tables import Cell, Table
+
+
+class Estimate(NamedTuple):
+    """Means over targets, with an interval for the mean over new targets; all of one shape, float64.
+
+    Attributes:
+        mean: over the targets.
+        low: lower end of the interval.
+        high: upper end.
+    """
+
+    mean: Tensor
+    low: Tensor
+    high: Tensor
+
+
+@dataclass(frozen=True)
+class Brittleness:
+    """Outputs of models trained without the proponents of a target, and of models trained on everything.
+
+    Attributes:
+        methods: names of the methods.
+        ks: how many proponents were taken away, ascending.
+        outputs: ``(num_methods, num_ks, num_targets, num_seeds)``.
+        references: of models trained on everything, ``(num_targets, num_references, num_seeds)``.
+        threshold: a prediction is right while the output, averaged over seeds, is above it. For a
+            :class:`~lightning_trak.outputs.ClassificationMargin`, above 0 is a probability of the label above 1/2; of
+            more than two classes the label may be the most probable one with less. To count by that, give
+            :class:`Counterfactuals` an output of your own, such as the label's logit minus the largest other one.
+    """
+
+    methods: tuple[str, ...]
+    ks: tuple[int, ...]
+    outputs: Tensor
+    references: Tensor
+    threshold: float = 0.0
+
+    @property
+    def drops(self) -> Tensor:
+        """The mean output of all references minus that without proponents, float64 ``(methods, ks, targets)``."""
+        return self.references.double().mean((1, 2)) - self.outputs.double().mean(3)
+
+    def drop(self, confidence: float = 0.95, num_bootstraps: int = 2000, seed: int = 0) -> Estimate:
+        """Mean drop over targets, in units of the output.
+
+        Its interval is a percentile bootstrap over targets (Efron and Tibshirani 1993, chapter 13), the same draws for
+        every method and k. The drop that ``"random"`` proponents bring is what any other one has to be compared with.
+
+        Args:
+            confidence: of the interval, in (0, 1).
+            num_bootstraps: replicates.
+            seed: of the replicates; the global random state is neither read nor changed.
+
+        Returns:
+            Shapes ``(num_methods, num_ks)``.
+        """
+        _require_confidence(confidence)
+        drops = self.drops
+        size = drops.shape[2]
+        drawn = torch.randint(size, (num_bootstraps, size), generator=torch.Generator().manual_seed(seed))
+        means = torch.stack([drops[..., row].mean(-1) for row in drawn], dim=-1)
+        tail = (1 - confidence) / 2
+        low, high = means.quantile(means.new_tensor([tail, 1 - tail]), dim=-1)
+        return Estimate(drops.mean(-1), low, high)
+
+    @property
+    def counted(self) -> Tensor:
+        """Targets whose predictions can flip, since the references are right about them: bool ``(num_targets,)``."""
+        return self.references.double().mean((1, 2)) > self.threshold
+
+    def flips(self, confidence: float = 0.95) -> Estimate:
+        """The fraction of predictions that flip, of those that can (:attr:`counted`); NaN if none can.
+
+        Its interval is Wilson's for a proportion (Wilson 1927, Journal of the American Statistical Association 22).
+
+        Returns:
+            Shapes ``(num_methods, num_ks)``.
+        """
+        flipped = self.outputs.double().mean(3)[..., self.counted] <= self.threshold
+        return _proportion(flipped.sum(-1), flipped.shape[-1], confidence)
+
+    def noise_flips(self, confidence: float = 0.95) -> Estimate:
+        """The fraction of predictions that flip with nothing taken away: of models that were only trained again.
+
+        For each reference, it is counted against the mean of the others, as for a method. Its interval takes the
+        references for one: they say much the same.
+
+        Returns:
+            Scalars.
+        """
+        means = self.references.double().mean(2)
+        count = means.shape[1]
+        others = (means.sum(1, keepdim=True) - means) / (count - 1)
+        counted = others > self.threshold
+        flipped = counted & (means <= self.threshold)
+        return _proportion(flipped.sum() / count, counted.sum() / count, confidence)
+
+    def metrics(self) -> dict[str, float]:
+        """Everything as numbers by name, such as ``TRAK/drop_40``, ``TRAK/drop_40_low`` and ``TRAK/flips_40``."""
+        found = {"noise/flips": float(self.noise_flips().mean)}
+        for kind, estimate in (("drop", self.drop()), ("flips", self.flips())):
+            for row, method in enumerate(self.methods):
+                for column, k in enumerate(self.ks):
+                    for end, values in zip(("", "_low", "_high"), estimate, strict=True):
+                        found[f"{method}/{kind}_{k}{end}"] = float(values[row, column])
+        return found
+
+    def table(self) -> Table:
+        """A row for each method and k, with the intervals."""
+        drop, flips = self.drop(), self.flips()
+        rows: list[tuple[Cell, ...]] = []
+        for row, method in enumerate(self.methods):
+            for column, k in enumerate(self.ks):
+                fall, share = (_written(values, row, column) for values in (drop, flips))
+                rows.append((method, k, fall(".2f"), share(".0%")))
+        rows.append(("trained again on everything", 0, "0", _written(self.noise_flips())(".0%")))
+        return Table(("method", "removed", "output falls by", "predictions that flip"), rows)
+
+
+def _written(estimate: Estimate, *place: int) -> Callable[[str], str]:
+    """A function of the format."""
+    mean, low, high = (float(values[place]) for values in estimate)
+    return lambda form: f"{mean:{form}} ({low:{form}} to {high:{form}})"
+
+
+def _proportion(successes: Tensor, total: Tensor | int, confidence: float) -> Estimate:
+    _require_confidence(confidence)
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    total = torch.as_tensor(total, dtype=torch.float64)
+    share = successes.double() / total
+    centre = (share + z**2 / (2 * total)) / (1 + z**2 / total)
+    radius = z / (1 + z**2 / total) * (share * (1 - share) / total + z**2 / (4 * total**2)).sqrt()
+    return Estimate(share, (centre - radius).clamp(min=0), (centre + radius).clamp(max=1))
+
+
+def _require_confidence(confidence: float) -> None:
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must be strictly between 0 and 1, got {confidence}")

@@ -1,0 +1,135 @@
+"""Counterfactuals: what becomes of a prediction when the examples that are said to have made it are taken away?"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_trak.retraining.brittleness import Brittleness
+from lightning_trak.retraining.fleet import RetrainingFleet
+
+
+def removal_masks(scores: Tensor, k: int) -> Tensor:
+    """For each target, the training set without its ``k`` strongest proponents.
+
+    Args:
+        scores: ``(num_targets, num_train)``. Of equal scores, those of the first examples count as higher.
+        k: how many are taken away, at least one and not all.
+
+    Returns:
+        Bool ``(num_targets, num_train)``, false at the ``k`` highest scores of each row.
+
+    Raises:
+        ValueError: if the scores are no matrix of numbers, or k does not fit.
+    """
+    if scores.ndim != 2 or scores.isnan().any():
+        raise ValueError(
+            f"scores must be numbers of shape (num_targets, num_train), got shape {tuple(scores.shape)} with"
+            f" {int(scores.isnan().sum())} NaNs"
+        )
+    if not 0 < k < scores.shape[1]:
+        raise ValueError(f"k must leave some of {scores.shape[1]} training examples and take some away, got {k}")
+    strongest = scores.argsort(dim=1, descending=True, stable=True)[:, :k]
+    return torch.ones_like(scores, dtype=torch.bool).scatter_(1, strongest, False)
+
+
+class Counterfactuals:
+    """Takes the strongest proponents of each target away, as each method has them, and trains again without them.
+
+    The targets' predictions are as *brittle* as few examples hold them up, and a method is as good as it finds those
+    (Ilyas et al. 2022, arXiv 2202.00622, section 4.1; Park et al. 2023, arXiv 2303.14186, section 5). For each method,
+    target and k, ``num_seeds`` models are trained without that target's k strongest proponents; and as a reference,
+    ``num_references`` times as many on everything. So there are
+    ``(methods * ks * targets + num_references) * num_seeds`` models in all.
+
+    Args:
+        directory: where the models' outputs are kept, and may be found, see :class:`RetrainingFleet`.
+        make_module: as for :class:`RetrainingFleet`, and so are the next three.
+        make_trainer: makes a new Trainer.
+        train: the whole training set.
+        targets: the examples whose predictions are to fall, best a few dozen of them.
+        scores: ``(num_targets, num_train)`` for each method by name. Give random ones, too
+            (:class:`~lightning_trak.methods.RandomScores`): what anything is worth that a method finds.
+        ks: how many proponents are taken away.
+        num_seeds: models for each method, target and k.
+        num_references: groups of ``num_seeds`` models that are trained on everything, at least 2. Their outputs serve
+            all targets, and how they differ from each other shows what is noise.
+        **options: ``seed``, ``output`` and ``make_loader``, as for :class:`RetrainingFleet`.
+
+    Attributes:
+        fleet: what trains: its first subsets are the references, then come methods, ks, and targets, the last one
+            changing fastest.
+
+    Raises:
+        ValueError: if scores and data do not fit, or a k or number is out of range.
+
+    Example::
+
+        scores = {"TRAK": trak.score(trainer, targets), "random": RandomScores().attribute(trainer, train, targets)}
+        removal = Counterfactuals("run/removed", LitNet, make_trainer, train, targets, scores, ks=(10, 40, 160))
+        removal.run(together=50)
+        print(removal.brittleness().table().markdown())
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        make_module: Callable[[], L.LightningModule],
+        make_trainer: Callable[[], L.Trainer],
+        train: DataLoader[Any] | Dataset[Any],
+        targets: DataLoader[Any] | Dataset[Any],
+        scores: Mapping[str, Tensor],
+        ks: Sequence[int],
+        *,
+        num_seeds: int = 3,
+        num_references: int = 5,
+        **options: Any,
+    ) -> None:
+        num_train, num_targets = (_length(data) for data in (train, targets))
+        if not scores or not ks:
+            raise ValueError(f"expected the scores of some methods and some ks, got {len(scores)} and {len(ks)}")
+        for name, values in scores.items():
+            if values.shape != (num_targets, num_train):
+                raise ValueError(
+                    f'scores of "{name}" must have shape (num_targets, num_train) = {(num_targets, num_train)}, got'
+                    f" {tuple(values.shape)}"
+                )
+        if num_references < 2:
+            raise ValueError(f"num_references must be at least 2, to tell what is noise; got {num_references}")
+        self.methods = tuple(scores)
+        self.ks = tuple(sorted(set(ks)))
+        self.num_references = num_references
+        removed = [removal_masks(values.cpu(), k) for values in scores.values() for k in self.ks]
+        masks = torch.cat([torch.ones(num_references, num_train, dtype=torch.bool), *removed])
+        self.fleet = RetrainingFleet(
+            directory, make_module, make_trainer, train, targets, masks, num_seeds=num_seeds, **options
+        )
+
+    def run(self, *args: Any, **options: Any) -> None:
+        """Train the models that are missing; arguments as for :meth:`RetrainingFleet.run`."""
+        self.fleet.run(*args, **options)
+
+    def brittleness(self, threshold: float = 0.0) -> Brittleness:
+        """How far the predictions fell.
+
+        Args:
+            threshold: a prediction flips when the output falls to this or below.
+
+        Raises:
+            RuntimeError: if models are missing.
+        """
+        found = self.fleet.outputs  # of all models at all targets
+        num_targets = len(found)
+        removed = found[:, self.num_references :].view(num_targets, len(self.methods), len(self.ks), num_targets, -1)
+        own = torch.arange(num_targets)  # each target by the models that were trained without its proponents
+        outputs = removed[own, :, :, own].permute(1, 2, 0, 3)
+        return Brittleness(self.methods, self.ks, outputs, found[:, : self.num_references], threshold)
+
+
+def _length(data: Any) -> int:
+    dataset: Any = data.dataset if isinstance(data, DataLoader) else data
+    return len(dataset)

@@ -1,0 +1,109 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lightning_trak.explanations import Entry, Example, Explanation, explain
+from lightning_trak.items import describe_item, find_image
+from lightning_trak.reports import page, picture, png, table
+from lightning_trak.scorers import TopK
+from lightning_trak.scores import SavedScores, load_ground_truth
+
+
+@pytest.mark.parametrize(
+    ("item", "expected"),
+    [
+        ((torch.rand(1, 8, 8), torch.tensor(3)), "label: 3"),
+        ((torch.rand(1, 8, 8), 3), "label: 3"),
+        (
+            {"text": "A fine\n  film.", "input_ids": torch.arange(9), "label": np.int64(1)},
+            "text: A fine film., label: 1",
+        ),
+        ({"input_ids": torch.arange(9), "mask": [1, 1]}, "input_ids: int64 (9,), mask: list of 2"),
+        (("a sentence", 0.5), "label: 0.5, a sentence"),
+        (("a question", "an answer"), "a question, an answer"),
+        (torch.rand(2, 5), "float32 (2, 5)"),
+        (np.zeros((3, 2)), "float64 (3, 2)"),
+        (Image.new("RGB", (6, 4)), "image 6 x 4"),
+        ((torch.rand(4), torch.tensor([2.5])), "label: 2.5"),
+        (object(), "object"),
+    ],
+)
+def test_descriptions(item, expected):
+    assert describe_item(item) == expected
+
+
+def test_images_of_all_kinds():
+    image = torch.rand(3, 6, 4)
+    bytes_ = (image * 255).round().to(torch.uint8)
+    rows = bytes_.permute(1, 2, 0).numpy()
+    for item in (bytes_, (rows, 1), {"label": 1, "image": Image.fromarray(rows)}):
+        torch.testing.assert_close(find_image(item), bytes_ / 255)
+    torch.testing.assert_close(find_image(image), image)
+    torch.testing.assert_close(find_image((image[:1], 5)), image[0])
+    low, high = image.min(), image.max()
+    torch.testing.assert_close(find_image(image * 4 - 2), (image - low) / (high - low))
+    assert find_image(torch.zeros(4, 4) - 1).max() == 0
+    for item in (torch.rand(9), torch.arange(16).view(4, 4), "text", (torch.rand(5, 6, 7), 1), torch.rand(3, 1, 9)):
+        assert find_image(item) is None
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (3, 5, 7)])
+def test_png(tmp_path, shape):
+    image = torch.randint(0, 256, shape) / 255
+    (tmp_path / "image.png").write_bytes(png(image))
+    read = torch.from_numpy(np.array(Image.open(tmp_path / "image.png")))
+    assert torch.equal(read if len(shape) == 2 else read.permute(2, 0, 1), (image * 255).round().to(torch.uint8))
+
+
+def test_scores_come_back_from_the_file(tmp_path):
+    full = SavedScores(torch.randn(3, 9), 9, "TRAK")
+    full.save(tmp_path / "full")
+    found = SavedScores.load(tmp_path / "full")
+    assert torch.equal(found.scores, full.scores)
+    assert found[1:] == (9, "TRAK", True)
+    best = found.best(1, 20)
+    assert best["proponents"].indices.tolist() == full.scores[1].argsort(descending=True).tolist()
+    assert best["opponents"].indices.tolist() == full.scores[1].argsort().tolist()
+    lowest = TopK(*full.scores.topk(4, largest=False))
+    SavedScores(lowest, 9, "TRAK", largest=False).save(tmp_path / "lowest")
+    (kept,) = SavedScores.load(tmp_path / "lowest").best(1, 3).items()
+    assert kept[0] == "opponents"
+    assert torch.equal(kept[1].indices, lowest.indices[1, :3])
+
+
+def test_files_of_another_kind(tmp_path):
+    (tmp_path / "text").write_text("scores")
+    with pytest.raises(ValueError, match=r'text" is truncated or not a safetensors file'):
+        SavedScores.load(tmp_path / "text")
+    SavedScores(torch.randn(3, 9), 9, "TRAK").save(tmp_path / "scores")
+    with pytest.raises(ValueError, match="lacks masks and outputs: expected a safetensors file"):
+        load_ground_truth(tmp_path / "scores")
+
+
+def test_texts_are_escaped_cut_and_described_by_the_user():
+    train, targets = [f"<b>{'long ' * 50}</b>", "& so on"], ["a target"]
+    saved = SavedScores(torch.tensor([[1.5, -2.0]]), 2, "TRAK")
+    explanations = explain(saved, [0], 1, train, targets)
+    assert explanations == [
+        Explanation(
+            0,
+            Example("a target", None),
+            {
+                "proponents": [Entry(0, 1.5, Example(describe_item(train[0]), None))],
+                "opponents": [Entry(1, -2.0, Example("& so on", None))],
+            },
+        )
+    ]
+    assert max(map(len, table(explanations, width=80).splitlines())) == 80
+    text = page(explanations, "<title>")
+    assert "&lt;b&gt;long long" in text
+    assert "&amp; so on" in text
+    assert "<h1>&lt;title&gt;</h1>" in text
+    assert "<img" not in text
+    with pytest.raises(ValueError, match=r"#0 a target holds no image, so there is no picture to draw"):
+        picture(explanations)
+    (mine,) = explain(saved, [0], 1, train, targets, describe=str.upper)
+    assert mine.target.text == "A TARGET"
+    with pytest.raises(ValueError, match="k must be at least 1, got 0"):
+        explain(saved, [0], 0, train, targets)
