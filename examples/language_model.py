@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from examples.texts import interval, learn_tokenizer, line, make_trainer, prepare, read_text
+from examples.common import begin, make_trainer
+from examples.texts import interval, learn_tokenizer, line, read_text
 from lightning_trak import TRAK, AttributionMixin, GradientCosine, TRAKCallback
 from lightning_trak.methods import BM25, RandomScores
 from lightning_trak.outputs import CausalLMMargin
@@ -96,7 +97,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--vocabulary", type=int, default=1000)
     parser.add_argument("--top", type=int, default=8, help="passages of a tail patch")
     args = parser.parse_args(argv)
-    run = prepare(args.out)
+    run = begin(args.out)
+    L.seed_everything(0, verbose=False)
 
     text = read_text(args.data) if args.data else "\n".join(topics[name] for name in sorted(topics))
     tokenizer = learn_tokenizer(text.splitlines(keepends=True), args.vocabulary)
@@ -109,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
 
     print(f"1. Training on {args.train} passages of {args.length} tokens, with snapshots", flush=True)
     model = LitCausalLM(small_gpt2(len(tokenizer), args.length), args.lr)
-    trainer = make_trainer(args.epochs, [TRAKCallback(run / "snapshots", every_n_epochs=max(1, args.epochs // 4))])
+    trainer = make_trainer(args.epochs, TRAKCallback(run / "snapshots", every_n_epochs=max(1, args.epochs // 4)))
     loader = DataLoader(train, batch_size=16, shuffle=True)
     trainer.fit(model, loader)
     optimizer = trainer.optimizers[0]

@@ -11,13 +11,15 @@ import copy
 import random
 from pathlib import Path
 
+import lightning as L
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils.data import DataLoader, default_collate
 from transformers import GPT2LMHeadModel
 
+from examples.common import begin, make_trainer
 from examples.language_model import Example, LitCausalLM, small_gpt2
-from examples.texts import interval, make_trainer, prepare
+from examples.texts import interval
 from lightning_trak import TRAK, GradientCosine, TRAKCallback
 from lightning_trak.methods import BM25, RandomScores
 
@@ -82,7 +84,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, default=12, help="of tuning on the pool")
     parser.add_argument("--seeds", type=int, default=2, help="tunings on each selection")
     args = parser.parse_args(argv)
-    run = prepare(args.out)
+    run = begin(args.out)
+    L.seed_everything(0, verbose=False)
     draw = random.Random(0)
 
     print(f"1. Training a base model on {args.base} examples of {len(SKILLS)} skills", flush=True)
@@ -94,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
     kinds = [(draw.choice(list(SKILLS)), draw.random() < 2 / 3) for _ in range(args.pool)]
     pool = [instruction(draw, task, right) for task, right in kinds]
     model = with_adapters(base.network, lr=3e-3)
-    trainer = make_trainer(args.epochs, [TRAKCallback(run / "snapshots", every_n_epochs=max(1, args.epochs // 4))])
+    trainer = make_trainer(args.epochs, TRAKCallback(run / "snapshots", every_n_epochs=max(1, args.epochs // 4)))
     loader = DataLoader(pool, batch_size=16, shuffle=True)
     trainer.fit(model, loader)
 

@@ -6,8 +6,6 @@ towards its label and those that pulled it away, and retraining on random halves
 """
 
 import argparse
-import csv
-import random
 from functools import partial
 from pathlib import Path
 
@@ -17,54 +15,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
-from examples.texts import learn_tokenizer, line, make_trainer, prepare, read_text
+from examples.common import begin, make_trainer
+from examples.entailment import LABELS, Pair, generate, read
+from examples.texts import learn_tokenizer, line
 from lightning_trak import TRAK, AttributionMixin, LinearDatamodelingScore, TracIn, TRAKCallback
 from lightning_trak.methods import BM25
 from lightning_trak.outputs import ClassificationMargin
 from lightning_trak.retraining import RetrainingFleet, random_subsets
-
-Pair = tuple[str, str, int]  # two texts and the label
-LABELS = ("not_entailment", "entailment")
-
-RELATIONS = [  # how one asks for it, and how a sentence says it
-    (
-        ["Where was {a} born?", "What is the birthplace of {a}?"],
-        ["{a} came into the world in {b}.", "{b} is the native town of {a}.", "In {b} the parents of {a} had a child."],
-    ),
-    (
-        ["Where did {a} die?", "What was the last place that {a} saw?"],
-        ["{a} lies buried in {b}.", "{a} passed away near {b}.", "A fever killed {a} in {b}."],
-    ),
-    (
-        ["Where did {a} study?", "Which university taught {a}?"],
-        ["{a} holds a degree from {b}.", "Professors in {b} lectured to {a}.", "{a} was a student at {b}."],
-    ),
-    (
-        ["Where does {a} work?", "Who employs {a}?"],
-        ["{a} earns a salary in {b}.", "The mill at {b} pays {a}.", "{a} has an office in {b}."],
-    ),
-]
-PEOPLE = ("Ada", "Bea", "Cleo", "Dora", "Edna", "Flora", "Greta", "Hilda", "Ines", "Judith", "Klara", "Lena")
-PLACES = ("Aachen", "Bergen", "Cadiz", "Delft", "Exeter", "Faro", "Genoa", "Halle", "Izmir", "Jena", "Kiel", "Lyon")
-
-
-def generate(count: int, seed: int) -> list[Pair]:
-    """Questions with sentences about the same person, half of which say what was asked for."""
-    draw, pairs = random.Random(seed), []
-    for number in range(count):
-        asked = draw.choice(RELATIONS)
-        told = asked if number % 2 else draw.choice([other for other in RELATIONS if other is not asked])
-        person, place = draw.choice(PEOPLE), draw.choice(PLACES)
-        question, sentence = draw.choice(asked[0]).format(a=person), draw.choice(told[1]).format(a=person, b=place)
-        pairs.append((question, sentence, number % 2))
-    return pairs
-
-
-def read(folder: Path, name: str, count: int) -> list[Pair]:
-    """The first pairs of ``name.tsv`` or ``name.tsv.gz``: columns are an index, two texts and the label."""
-    (path,) = folder.glob(f"{name}.tsv*")
-    _, *rows = csv.reader(read_text(path).splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE)
-    return [(first, second, LABELS.index(label)) for _, first, second, label in rows[:count]]
 
 
 class LitPairs(AttributionMixin, L.LightningModule):
@@ -111,7 +68,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate (2e-5 suits pretrained encoders)")
     parser.add_argument("--subsets", type=int, default=30, help="random halves to retrain on, twice each")
     args = parser.parse_args(argv)
-    run = prepare(args.out)
+    run = begin(args.out)
+    L.seed_everything(0, verbose=False)
 
     if args.data is None:
         train, targets = generate(args.train, seed=0), generate(args.targets, seed=1)
@@ -136,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
     snapshots = [run / f"snapshots{number}" for number in range(args.runs)]
     for directory in snapshots:
         model = make_module()
-        trainer = make_trainer(args.epochs, [TRAKCallback(directory, every_n_epochs=max(1, args.epochs // 4))])
+        trainer = make_trainer(args.epochs, TRAKCallback(directory, every_n_epochs=max(1, args.epochs // 4)))
         trainer.fit(model, loader)
 
     print(f"2. Attributing {len(targets)} held-out pairs", flush=True)
@@ -151,11 +109,10 @@ def main(argv: list[str] | None = None) -> None:
     overlap = BM25("input_ids").attribute(trainer, loader, target_loader)
     scores["BM25, label's sign"] = torch.where(agree, overlap, -overlap)
 
-    print(f"3. Retraining on {args.subsets} random halves", flush=True)
+    print(f"3. Retraining twice on each of {args.subsets} random halves", flush=True)
     masks = random_subsets(len(train), args.subsets, seed=1)
-    fleet = RetrainingFleet(
-        run / "fleet", make_module, partial(make_trainer, args.epochs), loader, target_loader, masks
-    )
+    new_trainer = partial(make_trainer, args.epochs)
+    fleet = RetrainingFleet(run / "fleet", make_module, new_trainer, loader, target_loader, masks, num_seeds=2)
     fleet.run(progress_bar=False)
     correct = (fleet.outputs > 0).float().mean()
     print(f"   These models label {correct:.0%} of the held-out pairs correctly")
@@ -173,8 +130,8 @@ def main(argv: list[str] | None = None) -> None:
     for target in range(min(3, len(targets))):
         print(f"\n   {'target':16s}{show(targets[target])}")
         for kind, largest in (("positive", True), ("negative", False)):
-            for value, index in zip(*(part.tolist() for part in trak[target].topk(4, largest=largest)), strict=True):
-                print(f"   {kind} {value:+.2f}  {show(train[index])}")
+            for index in trak[target].topk(4, largest=largest).indices.tolist():
+                print(f"   {kind} {trak[target, index]:+.3f} {show(train[index])}")
     for kind, largest in (("positive", True), ("negative", False)):
         share = agree.gather(1, trak.topk(min(10, len(train)), largest=largest).indices).float().mean()
         print(f"   Of the ten most {kind} pairs of every target, {share:.0%} have the target's label")

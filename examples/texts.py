@@ -1,40 +1,14 @@
 """What the examples on text share."""
 
 import gzip
-import logging
-import time
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
 
-import lightning as L
 import torch
 from tokenizers import ByteLevelBPETokenizer, processors
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
-
-
-def prepare(out: Path) -> Path:
-    """Settle what every example needs; returns a new folder for this run."""
-    torch.set_num_threads(1)  # the models are too small to share
-    warnings.filterwarnings("ignore", ".*LeafSpec.*|.*does not have many workers.*")  # Lightning's own
-    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*")  # between Transformers and PEFT
-    said_of_every_trainer = ("GPU available", "TPU available", "💡", "`Trainer.fit` stopped")
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: not record.getMessage().startswith(said_of_every_trainer)
-    )
-    L.seed_everything(0, verbose=False)
-    return out / time.strftime("%Y%m%d-%H%M%S")
-
-
-def make_trainer(max_epochs: int, callbacks: Iterable[L.Callback] = ()) -> L.Trainer:
-    """A quiet Trainer."""
-    quiet: dict[str, Any] = dict.fromkeys(
-        ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
-    )
-    return L.Trainer(accelerator="cpu", max_epochs=max_epochs, callbacks=list(callbacks), **quiet)
 
 
 def read_text(path: Path) -> str:
