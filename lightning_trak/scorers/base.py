@@ -101,7 +101,7 @@ class Scorer(ABC):
         Raises:
             ValueError: at the end, if a score was not finite.
         """
-        rows, sums = self._rows(shards, directions[0]), []
+        rows, sums = self._rows(shards, directions), []
         for shard in shards:
             scores = self.block(directions, shard, rows)
             sums.append(scores.sum())
@@ -109,7 +109,7 @@ class Scorer(ABC):
         # Sums are a quick look: one is not finite if any of its scores is not.
         suspects = torch.stack(sums).isfinite().logical_not().nonzero().flatten().tolist() if sums else []
         for shard in (shards[number] for number in suspects):
-            self._require_finite(self.block(directions, shard, self._rows([shard], directions[0])), shard)
+            self._require_finite(self.block(directions, shard, self._rows([shard], directions)), shard)
 
     def _require_finite(self, scores: Tensor, shard: int) -> None:
         if not scores.isfinite().all():
@@ -118,13 +118,14 @@ class Scorer(ABC):
                 f" {scores.dtype}; featurize with dtype=torch.float64"
             )
 
-    def _rows(self, shards: Sequence[int], like: Tensor) -> Iterator[Features]:
-        """Rows of each shard at each checkpoint, their features on the device and in the precision of a tensor."""
+    def _rows(self, shards: Sequence[int], directions: Sequence[Tensor]) -> Iterator[Features]:
+        """Rows of each shard at each direction's checkpoint, their features where the directions are, and as precise."""
+        like = directions[0]
         upload = Upload(like.device)
 
         def read() -> Iterator[Features]:
             for shard in shards:
-                for checkpoint in range(self.store.num_checkpoints):
+                for checkpoint in range(len(directions)):
                     rows = self.store.read(checkpoint, shard)
                     if like.is_cuda:  # what is copied beside the computation must be pinned
                         rows = rows._replace(features=rows.features.pin_memory())
