@@ -45,7 +45,6 @@ PROJECTIONS: dict[str, Projection] = {
     "Kronecker 8 x 8": KroneckerProjection(8, 8),
     "Kronecker 16 x 16": KroneckerProjection(16, 16),
     "Kronecker 32 x 32": KroneckerProjection(32, 32),
-    "principal 16 x 16": KroneckerProjection(16, 16, axes="principal"),
 }
 SWEEP_LESS = ("sparse 1024", "Kronecker 16 x 16")
 

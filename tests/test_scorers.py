@@ -59,6 +59,13 @@ def test_scores_are_the_formula(store, curvature, residuals, damping):
     np.testing.assert_allclose(scores.numpy(), expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
 
 
+def test_directions_at_the_first_checkpoints_alone_are_scored_there(store):
+    directions = [torch.randn(4, K) for _ in range(M)]
+    scorer = TRAKScorer(store, "identity", 0.5, "per_checkpoint", 0.0)
+    absent = [*directions[:2], torch.zeros(4, K)]
+    torch.testing.assert_close(scorer.score(directions[:2]), scorer.score(absent))
+
+
 def test_damping_means_the_same_at_any_scale():
     phi = torch.randn(30, K, dtype=torch.float64)
     gram = phi.T @ phi

@@ -101,7 +101,7 @@ class Scorer(ABC):
         Raises:
             ValueError: at the end, if a score was not finite.
         """
-        rows, sums = self._rows(shards, directions), []
+        rows, sums = self._rows(shards, len(directions), directions[0]), []
         for shard in shards:
             scores = self.block(directions, shard, rows)
             sums.append(scores.sum())
@@ -109,7 +109,8 @@ class Scorer(ABC):
         # Sums are a quick look: one is not finite if any of its scores is not.
         suspects = torch.stack(sums).isfinite().logical_not().nonzero().flatten().tolist() if sums else []
         for shard in (shards[number] for number in suspects):
-            self._require_finite(self.block(directions, shard, self._rows([shard], directions)), shard)
+            again = self._rows([shard], len(directions), directions[0])
+            self._require_finite(self.block(directions, shard, again), shard)
 
     def _require_finite(self, scores: Tensor, shard: int) -> None:
         if not scores.isfinite().all():
@@ -118,14 +119,13 @@ class Scorer(ABC):
                 f" {scores.dtype}; featurize with dtype=torch.float64"
             )
 
-    def _rows(self, shards: Sequence[int], directions: Sequence[Tensor]) -> Iterator[Features]:
-        """Rows of each shard at each direction's checkpoint, their features where the directions are, and as precise."""
-        like = directions[0]
+    def _rows(self, shards: Sequence[int], checkpoints: int, like: Tensor) -> Iterator[Features]:
+        """Rows of each shard at the first checkpoints, their features on the device and in the precision of a tensor."""
         upload = Upload(like.device)
 
         def read() -> Iterator[Features]:
             for shard in shards:
-                for checkpoint in range(len(directions)):
+                for checkpoint in range(checkpoints):
                     rows = self.store.read(checkpoint, shard)
                     if like.is_cuda:  # what is copied beside the computation must be pinned
                         rows = rows._replace(features=rows.features.pin_memory())
@@ -177,7 +177,7 @@ class Scorer(ABC):
         shards, like = ranks.share(self.store.num_shards), self._working(self.store.read(0, 0).features[:0])
         scores = torch.zeros(self.store.num_examples, dtype=like.dtype)
         with full_precision(self._device):
-            rows = self._rows(shards, like)
+            rows = self._rows(shards, self.store.num_checkpoints, like)
             for shard in shards:
                 examples = self.store.shard(shard)
                 sums = like.new_zeros(len(examples))
