@@ -120,7 +120,7 @@ class Scorer(ABC):
             )
 
     def _rows(self, shards: Sequence[int], checkpoints: int, like: Tensor) -> Iterator[Features]:
-        """Rows of each shard at the first checkpoints, their features on the device and in the precision of a tensor."""
+        """Rows of each shard at the first checkpoints, their features where a tensor is and as precise."""
         upload = Upload(like.device)
 
         def read() -> Iterator[Features]:
