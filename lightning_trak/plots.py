@@ -49,8 +49,8 @@ def plot_attributions(
     for row, axis in enumerate(left.subplots(len(targets), 1, squeeze=False)[:, 0]):
         _draw(axis, targets[row], target_names[row] if target_names else "", "black")
     for part, largest, colour, title in (
-        (middle, True, "tab:green", "proponents: training on them raises the output most"),
-        (right, False, "tab:red", "opponents: training on them lowers it most"),
+        (middle, True, "tab:green", "proponents: raise the output"),
+        (right, False, "tab:red", "opponents: lower it"),
     ):
         part.suptitle(title, fontsize=10, color=colour)
         best = block_top_k(scores, 0, k, largest)

@@ -37,7 +37,9 @@ def test_brittleness_is_drawn_as_it_is(tmp_path):
     for axis, estimate in ((left, found.drop()), (right, found.flips())):
         for row, container in enumerate(axis.containers):
             line, _, (bars,) = container
-            torch.testing.assert_close(torch.tensor([float(y) for y in line.get_ydata()], dtype=torch.float64), estimate.mean[row])
+            torch.testing.assert_close(
+                torch.tensor([float(y) for y in line.get_ydata()], dtype=torch.float64), estimate.mean[row]
+            )
             ends = torch.stack([torch.tensor(segment[:, 1]).double() for segment in bars.get_segments()])
             torch.testing.assert_close(ends, torch.stack([estimate.low[row], estimate.high[row]], dim=1))
     assert [text.get_text() for text in left.get_legend().get_texts()] == ["trained again on everything", "good", "bad"]
