@@ -23,7 +23,6 @@ from lightning_trak import TRAK, GradientCosine, GradientDot, TRAKCallback
 from lightning_trak.loggers import log_brittleness, log_mislabel_curves
 from lightning_trak.methods import RandomScores, RepresentationSimilarity
 from lightning_trak.metrics.functional import flip_labels, mislabel_detection_curve
-from lightning_trak.plots import plot_brittleness, plot_mislabel_curves
 from lightning_trak.retraining import Counterfactuals
 
 
@@ -91,7 +90,6 @@ def main() -> None:
     removal.run(together=50)
     brittleness = removal.brittleness()
     print(brittleness.table().markdown())
-    plot_brittleness(brittleness).savefig(run / "brittleness.png", dpi=150)
     log_brittleness([logger], brittleness)
 
     print("3. Looking for wrong labels: a tenth of them", flush=True)
@@ -107,9 +105,8 @@ def main() -> None:
     curves = {name: mislabel_detection_curve(values, wrong) for name, values in suspicions.items()}
     for name, curve in curves.items():
         print(f"   {name:30s} area under the detection curve {float(curve.area):.3f}, at best {1 - 0.1 / 2:.3f}")
-    plot_mislabel_curves(curves).savefig(run / "mislabelled.png", dpi=150)
     log_mislabel_curves([logger], curves)
-    print(f"Wrote {run}/*.png and {run}/logs in {time.time() - started:.0f} s")
+    print(f"Wrote numbers, tables and pictures to {run}/logs in {time.time() - started:.0f} s")
 
 
 if __name__ == "__main__":

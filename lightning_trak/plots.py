@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 
 _STYLES = {
-    "proponents": ("tab:green", "proponents: training on them raises the output most"),
-    "opponents": ("tab:red", "opponents: training on them lowers it most"),
+    "proponents": ("tab:green", "proponents: raise the output"),
+    "opponents": ("tab:red", "opponents: lower it"),
 }
 
 
