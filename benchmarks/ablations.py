@@ -1,7 +1,7 @@
 """What TRAK's score depends on: k, training epochs, and how many runs the checkpoints come from.
 
     python -m benchmarks.ablations --out ablations_output            # about ten minutes on two cores
-    python -m benchmarks.ablations --out ablations_output --quick    # a few hundred digits, under a minute
+    python -m benchmarks.ablations --out ablations_output --quick    # a tiny net, few models, under a minute
 
 The ablations of TRAK's authors, on handwritten digits and a perceptron, with the published settings and the defaults.
 The truth are models retrained on random halves. Written are `ablations.json`, `ablations.md` (the tables) and
@@ -23,7 +23,7 @@ from tqdm import tqdm
 from benchmarks.methods import SEEDS, small
 from benchmarks.stores import featurize
 from benchmarks.tasks import Task, make_tasks
-from benchmarks.truth import SUBSETS, Truth, kept, quiet, train_all
+from benchmarks.truth import MODELS, SUBSETS, Truth, kept, quiet, train_all
 from lightning_trak.projections import SparseProjection
 from lightning_trak.scorers.damping import auto_damping
 from lightning_trak.scorers.gram import DampedGram, gram_matrix
@@ -177,14 +177,14 @@ def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("ablations_output"), help="where everything is written")
-    parser.add_argument("--quick", action="store_true", help="200 digits, two epochs, 20 halves")
+    parser.add_argument("--quick", action="store_true", help="a tiny net, 200 digits, 20 halves")
     args = parser.parse_args(arguments)
     quiet()
     torch.set_num_threads(1)  # the nets are too small to share
     args.out.mkdir(parents=True, exist_ok=True)
     task = make_tasks()[TASK]
     task = small(task) if args.quick else task
-    truth = kept(args.out, task, *((20, 2) if args.quick else (SUBSETS, SEEDS[TASK])))
+    truth = kept(args.out, task, *((20, 2, 2) if args.quick else (SUBSETS, SEEDS[TASK], MODELS)))
     ceiling = float(truth.measure(torch.zeros(len(task.targets), len(task.train))).noise_ceiling())
     found: list[Result] = []
     for point in tqdm(ablations(task, truth, args.quick)):

@@ -1,7 +1,7 @@
 """Linear datamodeling score against compute, for every method, on handwritten digits.
 
     python -m benchmarks.methods --out methods_output            # about 20 minutes on two cores
-    python -m benchmarks.methods --out methods_output --quick    # a few hundred digits, under a minute
+    python -m benchmarks.methods --out methods_output --quick    # a tiny net, two models, under a minute
 
 The truth are outputs of models retrained on 100 random halves, several times each. A method's cost is that of training
 the models that it needs, and its own time, in units of the training of one model. Written are `methods.json`,
@@ -20,12 +20,13 @@ from typing import Any
 import lightning as L
 import matplotlib.pyplot as plt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
 from benchmarks.tasks import Task, make_tasks
 from benchmarks.truth import MODELS, SUBSETS, Truth, kept, outputs_of, quiet, trainer_for
+from examples.digits import LitDigits
 from lightning_trak import TRAK, TRAKCallback
 from lightning_trak.gradients import last_layer
 from lightning_trak.methods import (
@@ -77,7 +78,7 @@ class Result:
         lds: mean over targets.
         low: lower end of the 95% interval over targets and subsets.
         high: upper end.
-        behind: LDS of TRAK minus this, with as many checkpoints (as with MODELS if there are none).
+        behind: LDS of TRAK minus this, with as many checkpoints, or with the most if there are none.
         behind_low: lower end of its 95% interval, targets and subsets being paired.
         behind_high: upper end.
     """
@@ -150,7 +151,7 @@ class Measured:
         self.reference: dict[int, Tensor] = {}
         self._fit()  # the first is slower
         self.unit = sorted(self._fit() for _ in range(3))[1]
-        every = -(-task.max_epochs * len(self.train) // MODELS)
+        every = -(-task.max_epochs * len(self.train) // len(truth.states))
         self._fit(callbacks=[TRAKCallback(directory / "snapshots", every_n_train_steps=every)])
 
     def _fit(self, **options: Any) -> float:
@@ -176,14 +177,15 @@ class Measured:
 
 def results(measured: Measured, retrained: tuple[int, ...], orders: int) -> Iterator[Result]:
     """Every method on one task."""
-    task = measured.task
+    task, states = measured.task, measured.truth.states
     for name, make in gradient_methods(task.make_module().eval()).items():
         if name in TOO_LARGE.get(task.name, ()):
             continue
         one_run = name in ONE_RUN
-        counts = (MODELS,) if one_run or name == AVERAGING else (1,) if name in ONCE[task.name] else (1, MODELS)
+        many = len(states)
+        counts = (many,) if one_run or name == AVERAGING else (1,) if name in ONCE[task.name] else (1, many)
         for count in counts:
-            checkpoints: Any = measured.directory / "snapshots" if one_run else measured.truth.states[:count]
+            checkpoints: Any = measured.directory / "snapshots" if one_run else states[:count]
             with tempfile.TemporaryDirectory() as store:
                 yield measured.run(name, make(checkpoints, Path(store) / "features"), count, 1 if one_run else count)
     masks = random_subsets(len(task.train), max(retrained), seed=2)
@@ -266,13 +268,21 @@ def plot(found: list[Result], ceilings: dict[str, float], path: Path) -> None:
     plt.close(figure)
 
 
+class SmallMLP(LitDigits):
+    """A perceptron that every method is done with in a second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 10))
+
+
 def small(task: Task) -> Task:
-    """Less data and shorter training."""
+    """A smaller model, less data and shorter training."""
     train, targets = (
         TensorDataset(*(part[:count] for part in data.tensors))
         for data, count in ((task.train, 200), (task.targets, 20))
     )
-    return replace(task, train=train, targets=targets, max_epochs=2, batch_size=20)
+    return replace(task, make_module=SmallMLP, train=train, targets=targets, max_epochs=2, batch_size=20)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -280,7 +290,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("methods_output"), help="where everything is written")
     parser.add_argument("--tasks", nargs="+", choices=SEEDS, help="which; default: all, or the first with --quick")
-    parser.add_argument("--quick", action="store_true", help="200 digits, two epochs, 20 halves")
+    parser.add_argument("--quick", action="store_true", help="a tiny net, 200 digits, two models, 20 halves")
     args = parser.parse_args(arguments)
     quiet()
     torch.set_num_threads(1)  # the nets are too small to share
@@ -290,7 +300,7 @@ def main(arguments: list[str] | None = None) -> None:
     for name in args.tasks or list(SEEDS)[: 1 if args.quick else None]:
         task = make_tasks()[name]
         task = small(task) if args.quick else task
-        truth = kept(args.out, task, *((20, 2) if args.quick else (SUBSETS, SEEDS[name])))
+        truth = kept(args.out, task, *((20, 2, 2) if args.quick else (SUBSETS, SEEDS[name], MODELS)))
         ceilings[name] = float(truth.measure(torch.zeros(len(task.targets), len(task.train))).noise_ceiling())
         with tempfile.TemporaryDirectory() as directory:
             measured = Measured(task, truth, Path(directory))

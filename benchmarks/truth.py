@@ -92,11 +92,11 @@ def retrain(task: Task, subsets: int, seeds: int, models: int = MODELS) -> Truth
     return Truth(masks, torch.stack(outputs, dim=2), train_all(task, models))
 
 
-def kept(directory: Path, task: Task, subsets: int, seeds: int) -> Truth:
+def kept(directory: Path, task: Task, subsets: int, seeds: int, models: int) -> Truth:
     """:func:`retrain`, once for each directory."""
-    path = directory / f"truth-{task.name.replace(' ', '-')}-{subsets}-{seeds}.pt"
+    path = directory / f"truth-{task.name.replace(' ', '-')}-{subsets}-{seeds}-{models}.pt"
     if not path.exists():
-        truth = retrain(task, subsets, seeds)
+        truth = retrain(task, subsets, seeds, models)
         torch.save((truth.masks, truth.outputs, truth.states), path)
     return Truth(*torch.load(path))
 

@@ -1,0 +1,67 @@
+import json
+
+import pytest
+import torch
+
+from benchmarks import ablations, methods
+from benchmarks.methods import small
+from benchmarks.tasks import make_tasks
+from benchmarks.truth import Truth, outputs_of, retrain
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_every_method_is_measured(tmp_path):
+    methods.main(["--quick", "--out", str(tmp_path)])
+    results = json.loads((tmp_path / "methods.json").read_text())["results"]
+    names = {result["method"] for result in results}
+    assert {*methods.gradient_methods(methods.SmallMLP())} < names
+    assert {"empirical influence", "datamodels", "Data Shapley", "random"} < names
+    for result in results:
+        assert result["low"] <= result["lds"] <= result["high"], result
+        assert result["cost"] >= result["runs"] + result["retrained"] / 2
+        (same,) = (
+            r["lds"] for r in results if r["method"] == "TRAK" and r["checkpoints"] == (result["checkpoints"] or 2)
+        )
+        assert result["behind"] == pytest.approx(same - result["lds"], abs=1e-6)
+    table = (tmp_path / "methods.md").read_text()
+    assert all(f"| {name} |" in table for name in names)
+    assert (tmp_path / "methods.png").stat().st_size > 10_000
+
+
+def test_ablations(tmp_path):
+    ablations.main(["--quick", "--out", str(tmp_path)])
+    written = json.loads((tmp_path / "ablations.json").read_text())
+    points = {(p["ablation"], p["settings"], p["models"], p["x"]): p["lds"] for p in written["results"]}
+    assert len(points) == len(written["results"]) == 16
+    # The last checkpoint of each of two runs is what two runs of all epochs end with.
+    for settings in ablations.SETTINGS:
+        assert points["runs", settings, 2, 2] == pytest.approx(points["epochs", settings, 2, 2], abs=1e-9)
+    assert "0.308" in (tmp_path / "ablations.md").read_text()
+    assert (tmp_path / "ablations.png").stat().st_size > 10_000
+
+
+def test_difference_is_that_of_the_scores():
+    torch.manual_seed(0)
+    masks = torch.rand(30, 40) < 0.5
+    good = torch.randn(8, 40)
+    truth = Truth(masks, (good @ masks.float().T)[..., None] + 2 * torch.randn(8, 30, 2), [])
+    worse = good + torch.randn(8, 40)
+    mean, low, high = truth.difference(good, worse)
+    assert mean == pytest.approx(float(truth.measure(good).compute() - truth.measure(worse).compute()), abs=1e-9)
+    assert low < mean < high
+    assert truth.difference(good, 3 * good) == (0, 0, 0)
+
+
+def test_retraining_is_as_wide_as_asked(monkeypatch):
+    task = small(make_tasks()["digits MLP"])
+    truth = retrain(task, 7, 2, models=3)
+    assert truth.outputs.shape == (20, 7, 2)
+    assert len(truth.states) == 3
+    monkeypatch.setattr("benchmarks.truth.TOGETHER", 4)  # in two parts
+    torch.testing.assert_close(outputs_of(task, truth.masks, 3), truth.outputs[..., 0], atol=1e-4, rtol=1e-4)
