@@ -239,7 +239,7 @@ MARKERS = "osD^vP"
 
 def plot(found: list[Result], ceilings: dict[str, float], path: Path) -> None:
     """LDS against cost: a panel for each task, a line from few to many models for each method."""
-    figure, axes = plt.subplots(1, len(ceilings), figsize=(6 * len(ceilings), 6.6), squeeze=False, sharey=True)
+    figure, axes = plt.subplots(1, len(ceilings), figsize=(6 * len(ceilings) + 2, 7.2), squeeze=False, sharey=True)
     names = [name for name in dict.fromkeys(row.method for row in found) if name != "random"]
     families = {name: next(family for family in STYLES if name.startswith(family)) for name in names}
     for axis, (task, ceiling) in zip(axes[0], ceilings.items(), strict=True):
@@ -262,8 +262,8 @@ def plot(found: list[Result], ceilings: dict[str, float], path: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("LDS (bars: 95% over targets and subsets)")
     entries = {label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels())}  # noqa: B905
-    figure.legend(entries.values(), entries, loc="lower center", ncols=4, fontsize=9, frameon=False)
-    figure.tight_layout(rect=(0, 0.2, 1, 1))
+    figure.legend(entries.values(), entries, loc="lower center", ncols=2 + len(ceilings), fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, 0.26, 1, 1))
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
