@@ -56,6 +56,7 @@ ONCE = {  # too slow with ten checkpoints; conjugate gradients and LiSSA approxi
     "digits MLP": ("influence, CG", "influence, LiSSA"),
     "digits conv": ("influence, CG", "influence, Arnoldi"),
 }
+UNDAMPED = {"TRAK.paper, k = 256": 256, "TRAK.paper, k = 1024": 1024}  # need more examples than that
 TOO_LARGE = {"digits conv": ("influence, explicit", "influence, LiSSA")}
 AVERAGING = "TRAK, Q averaged"  # which is TRAK with one checkpoint
 ONE_RUN = ("TRAK, one run", "TracIn", "TracIn, last layer", "GAS")  # checkpoints of one training run
@@ -179,7 +180,7 @@ def results(measured: Measured, retrained: tuple[int, ...], orders: int) -> Iter
     """Every method on one task."""
     task, states = measured.task, measured.truth.states
     for name, make in gradient_methods(task.make_module().eval()).items():
-        if name in TOO_LARGE.get(task.name, ()):
+        if name in TOO_LARGE.get(task.name, ()) or UNDAMPED.get(name, 0) >= len(measured.train):
             continue
         one_run = name in ONE_RUN
         many = len(states)
