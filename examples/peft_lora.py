@@ -9,6 +9,7 @@ and the loss on new examples of it after tuning on the selection, beside as many
 import argparse
 import copy
 import random
+import warnings
 from pathlib import Path
 
 import lightning as L
@@ -77,6 +78,7 @@ def loss(model: LitCausalLM, examples: list[Example]) -> float:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("demo_output/peft_lora"), help="where everything is written")
+    parser.add_argument("--tasks", nargs="+", choices=SKILLS, default=list(SKILLS), help="to select instructions for")
     parser.add_argument("--base", type=int, default=64000, help="examples that the base model learns from")
     parser.add_argument("--pool", type=int, default=600, help="instructions to select from")
     parser.add_argument("--targets", type=int, default=10, help="examples of a task that the selection is for")
@@ -85,6 +87,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=2, help="tunings on each selection")
     args = parser.parse_args(argv)
     run = begin(args.out)
+    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*")  # PEFT asks Transformers for it
     L.seed_everything(0, verbose=False)
     draw = random.Random(0)
 
@@ -101,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
     loader = DataLoader(pool, batch_size=16, shuffle=True)
     trainer.fit(model, loader)
 
-    print(f"3. Attributing {args.targets} examples of each task to the instructions", flush=True)
+    print(f"3. Attributing {args.targets} examples of each task to these instructions", flush=True)
     features = {"checkpoints": run / "snapshots", "store": run / "features", "parameters": "*lora*"}
     methods = {
         "TRAK": TRAK(model, **features),
@@ -109,17 +112,17 @@ def main(argv: list[str] | None = None) -> None:
         "BM25": BM25(lambda item: item["input_ids"][item["attention_mask"] == 1]),
         "random": RandomScores(),
     }
-    targets = DataLoader([instruction(draw, task) for task in SKILLS for _ in range(args.targets)], batch_size=16)
+    targets = DataLoader([instruction(draw, task) for task in args.tasks for _ in range(args.targets)], batch_size=16)
     selected = {}
     for name, method in methods.items():
-        scores = method.attribute(trainer, loader, targets).view(len(SKILLS), args.targets, args.pool)
+        scores = method.attribute(trainer, loader, targets).view(len(args.tasks), args.targets, args.pool)
         selected[name] = scores.mean(1).topk(args.top).indices.tolist()
 
     print(f"4. New adapters tuned on the {args.top} instructions selected for a task: loss on new examples of it")
     print("   (in brackets: how many of the selected are of the task and rightly answered)")
     print(f"   {'task':10s}{'untuned':>9s}" + "".join(f"{name:>20s}" for name in methods))
     results: dict[str, list[float]] = {name: [] for name in methods}
-    for row, task in enumerate(SKILLS):
+    for row, task in enumerate(args.tasks):
         new = [instruction(draw, task) for _ in range(200)]
         print(f"   {task:10s}{loss(base, new):9.2f}", end="")
         for name in methods:
