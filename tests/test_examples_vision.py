@@ -168,8 +168,8 @@ def test_nearest_neighbours_of_a_training_pair_begin_with_itself():
 
 def test_imagenet(tmp_path, capsys):
     pytest.importorskip("sklearn")
-    sizes = ["--size", "32", "--crops", "12", "--targets", "2", "--top", "2", "--k", "256", "--accelerator", "cpu"]
-    sizes += ["--batch-size", "3", "--epochs", "3", "--snapshot-every", "3"]
+    sizes = ["--size", "48", "--crops", "12", "--targets", "2", "--top", "2", "--k", "256", "--accelerator", "cpu"]
+    sizes += ["--batch-size", "6", "--epochs", "6", "--snapshot-every", "6"]
     imagenet.main(["--out", str(tmp_path / "one"), *sizes])
     assert "100% of the proponents are of the target's class" in capsys.readouterr().out
 
