@@ -77,20 +77,20 @@ def curve(
         store, targets = featurize(task, states, SparseProjection(k), Path(directory))
         for settings in SETTINGS:
             products = weighted = residuals = torch.zeros(())
-            try:
-                for checkpoint, features in enumerate(targets):
-                    shards = [store.read(checkpoint, shard) for shard in range(store.num_shards)]
-                    rows = Features(*map(torch.cat, zip(*shards, strict=True)))
+            for checkpoint, features in enumerate(targets):
+                shards = [store.read(checkpoint, shard) for shard in range(store.num_shards)]
+                rows = Features(*map(torch.cat, zip(*shards, strict=True)))
+                try:
                     product = scores(settings, rows, features)
-                    products, residuals = products + product, residuals + rows.residuals
-                    weighted = weighted + product * rows.residuals
-                    if checkpoint + 1 in counts:
-                        lds = truth.measure(products * residuals if settings == "published" else weighted)
-                        interval = map(float, lds.interval(num_bootstraps=300))
-                        yield settings, checkpoint + 1, float(lds.compute()), *interval
-            except ValueError:  # the Gram matrix is singular
-                for count in counts:
-                    yield settings, count, None, None, None
+                except ValueError:  # the Gram matrix is singular, and no average of this model and others exists
+                    yield from ((settings, count, None, None, None) for count in counts if count > checkpoint)
+                    break
+                products, residuals = products + product, residuals + rows.residuals
+                weighted = weighted + product * rows.residuals
+                if checkpoint + 1 in counts:
+                    lds = truth.measure(products * residuals if settings == "published" else weighted)
+                    interval = map(float, lds.interval(num_bootstraps=300))
+                    yield settings, checkpoint + 1, float(lds.compute()), *interval
 
 
 def ablations(task: Task, truth: Truth, quick: bool) -> Iterator[Result]:

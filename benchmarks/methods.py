@@ -57,6 +57,7 @@ ONCE = {  # too slow with ten checkpoints; conjugate gradients and LiSSA approxi
     "digits conv": ("influence, CG", "influence, Arnoldi"),
 }
 UNDAMPED = {"TRAK.paper, k = 256": 256, "TRAK.paper, k = 1024": 1024}  # need more examples than that
+WIDE = {"TRAK, k = 4096": 4096}  # for models of more parameters than that
 TOO_LARGE = {"digits conv": ("influence, explicit", "influence, LiSSA")}
 AVERAGING = "TRAK, Q averaged"  # which is TRAK with one checkpoint
 ONE_RUN = ("TRAK, one run", "TracIn", "TracIn, last layer", "GAS")  # checkpoints of one training run
@@ -179,8 +180,11 @@ class Measured:
 def results(measured: Measured, retrained: tuple[int, ...], orders: int) -> Iterator[Result]:
     """Every method on one task."""
     task, states = measured.task, measured.truth.states
-    for name, make in gradient_methods(task.make_module().eval()).items():
-        if name in TOO_LARGE.get(task.name, ()) or UNDAMPED.get(name, 0) >= len(measured.train):
+    model = task.make_module().eval()
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    for name, make in gradient_methods(model).items():
+        too_wide = WIDE.get(name, 0) > parameters or UNDAMPED.get(name, 0) >= len(task.train)
+        if too_wide or name in TOO_LARGE.get(task.name, ()):
             continue
         one_run = name in ONE_RUN
         many = len(states)
