@@ -54,11 +54,11 @@ SEEDS = {"digits MLP": 5, "digits conv": 2}  # repetitions of each half: convolu
 RETRAINED = {"digits MLP": (25, 50, 100, 400, 1600), "digits conv": (25, 50, 100)}
 ONCE = {  # too slow with ten checkpoints; conjugate gradients and LiSSA approximate what Explicit solves
     "digits MLP": ("influence, CG", "influence, LiSSA"),
-    "digits conv": ("influence, CG", "influence, Arnoldi"),
+    "digits conv": ("influence, Arnoldi",),
 }
 UNDAMPED = {"TRAK.paper, k = 256": 256, "TRAK.paper, k = 1024": 1024}  # need more examples than that
 WIDE = {"TRAK, k = 4096": 4096}  # for models of more parameters than that
-TOO_LARGE = {"digits conv": ("influence, explicit", "influence, LiSSA")}
+TOO_LARGE = {"digits conv": ("influence, explicit", "influence, CG", "influence, LiSSA")}
 AVERAGING = "TRAK, Q averaged"  # which is TRAK with one checkpoint
 ONE_RUN = ("TRAK, one run", "TracIn", "TracIn, last layer", "GAS")  # checkpoints of one training run
 LASSO: dict[str, Any] = {"alphas": 10, "eps": 0.1, "tol": 1e-2}  # scikit-learn's own defaults take an hour
