@@ -1,6 +1,6 @@
 """What TRAK's score depends on: k, training epochs, and how many runs the checkpoints come from.
 
-    python -m benchmarks.ablations --out ablations_output            # about ten minutes on two cores
+    python -m benchmarks.ablations --out ablations_output            # about three minutes
     python -m benchmarks.ablations --out ablations_output --quick    # a tiny net, few models, under a minute
 
 The ablations of TRAK's authors, on handwritten digits and a perceptron, with the published settings and the defaults.
