@@ -1,6 +1,6 @@
 """Linear datamodeling score against compute, for every method, on handwritten digits.
 
-    python -m benchmarks.methods --out methods_output            # about 20 minutes on two cores
+    python -m benchmarks.methods --out methods_output            # about half an hour on one core
     python -m benchmarks.methods --out methods_output --quick    # a tiny net, two models, under a minute
 
 The truth are outputs of models retrained on 100 random halves, several times each. A method's cost is that of training
