@@ -1,7 +1,7 @@
 """Which passages of the training text made a language model write this?
 
 A small GPT-2 learns a text, cut into passages, and continues prompts that it has not seen. TRAK says which training
-passages made each continuation likely. The check is the tail patch (Chang et al. 2024, arXiv 2410.17413, section 5.2):
+passages made each continuation likely. The check is the tail patch (Chang et al. 2024, arXiv 2410.17413):
 one more training step on the passages that a method names should make the continuation more likely.
 """
 

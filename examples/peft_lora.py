@@ -133,14 +133,18 @@ def main(argv: list[str] | None = None) -> None:
                 examples = DataLoader([pool[i] for i in chosen], batch_size=16, shuffle=True)
                 make_trainer(args.epochs * 2).fit(tuned, examples)
                 found.append(loss(tuned, new))
-            results[name] += found
+            results[name].append(sum(found) / args.seeds)
             right = sum(kinds[i] == (task, True) for i in chosen) / args.top
-            print(f"{sum(found) / args.seeds:13.2f} ({right:4.0%})", end="", flush=True)
+            print(f"{results[name][-1]:13.2f} ({right:4.0%})", end="", flush=True)
         print()
+    print("   Of the task, but wrongly answered, are of the selected:")
+    for name, rows in selected.items():
+        wrong = [kinds[i] == (task, False) for task, row in zip(args.tasks, rows, strict=True) for i in row]
+        print(f"   {name:15s}{sum(wrong) / len(wrong):.1%}")
     print("   Loss on the selection of TRAK minus that on the selection of")
     for name in list(methods)[1:]:
         mean, low, high = interval(torch.tensor(results["TRAK"]) - torch.tensor(results[name]))
-        print(f"   {name:15s}{mean:+.2f}  (95% interval {low:+.2f} to {high:+.2f}, over tasks and seeds)")
+        print(f"   {name:15s}{mean:+.2f}  (95% interval {low:+.2f} to {high:+.2f}, over tasks)")
 
 
 if __name__ == "__main__":

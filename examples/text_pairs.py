@@ -123,7 +123,7 @@ def main(argv: list[str] | None = None) -> None:
         lds.update(values, fleet.outputs)
         low, high = lds.interval()
         print(f"   {name:20s} LDS {lds.compute():.3f}  (95% interval {low:.3f} to {high:.3f})")
-    print(f"   What no method can exceed, because retraining is noisy: {lds.noise_ceiling():.3f}")
+    print(f"   The highest that can be expected, because retraining is noisy: {lds.noise_ceiling():.3f}")
 
     print("5. Which training pairs made the model say this?")
     trak = scores["TRAK"]

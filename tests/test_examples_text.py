@@ -150,7 +150,7 @@ def test_peft_lora(tmp_path, capsys):
     pytest.importorskip("peft")
     from examples import peft_lora
 
-    sizes = ["--tasks", "reverse", "last", "--base", "16000", "--pool", "150", "--targets", "8", "--top", "10"]
+    sizes = ["--tasks", "reverse", "last", "--base", "12800", "--pool", "120", "--targets", "8", "--top", "10"]
     sizes += ["--epochs", "6", "--seeds", "1"]
     peft_lora.main([*sizes, "--out", str(tmp_path)])
     printed = capsys.readouterr().out
