@@ -45,6 +45,8 @@ PROJECTIONS: dict[str, Projection] = {
     "Kronecker 8 x 8": KroneckerProjection(8, 8),
     "Kronecker 16 x 16": KroneckerProjection(16, 16),
     "Kronecker 32 x 32": KroneckerProjection(32, 32),
+    "principal 8 x 8": KroneckerProjection(8, 8, axes="principal"),
+    "principal 16 x 16": KroneckerProjection(16, 16, axes="principal"),
 }
 SWEEP_LESS = ("sparse 1024", "Kronecker 16 x 16")
 
@@ -128,7 +130,7 @@ def plot(results: list[Result], path: Path) -> None:
                 grid = [r for r in line if r.damping != "auto"]
                 if not grid:
                     continue
-                style = "--" if name.startswith("Kronecker") else "-"
+                style = "--" if name.startswith(("Kronecker", "principal")) else "-"
                 x = [float(r.damping) for r in grid]
                 axis.plot(x, [r.lds for r in grid], style, color=f"C{number}", label=name)
                 axis.fill_between(x, [r.low for r in grid], [r.high for r in grid], color=f"C{number}", alpha=0.06)

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -18,14 +17,9 @@ def featurize(
 ) -> tuple[FeatureStore, list[Tensor]]:
     """The store of the training set, and the features of the targets, (num_targets, k), at each model."""
     module, trainer = task.make_module().eval(), trainer_for(task)
-    stores = []
-    for name, data in (("train", task.train), ("targets", task.targets)):
-        trak = TRAK(module, states, directory / name, output=task.output, projection=projection)
-        trak.featurize(trainer, DataLoader(data, batch_size=100))
-        manifest = FeatureStore.read_manifest(directory / name)
-        stores.append(FeatureStore(directory / name, manifest["identity"], manifest["num_examples"], read_only=True))
-    store, targets = stores
-    return store, [
-        torch.cat([targets.read(checkpoint, shard).features for shard in range(targets.num_shards)])
-        for checkpoint in range(len(states))
-    ]
+    trak = TRAK(module, states, directory, output=task.output, projection=projection)
+    trak.featurize(trainer, DataLoader(task.train, batch_size=100))
+    manifest = FeatureStore.read_manifest(directory)
+    store = FeatureStore(directory, manifest["identity"], manifest["num_examples"], read_only=True)
+    targets = trak.target_features(trainer, DataLoader(task.targets, batch_size=100))
+    return store, [found.features for found in targets]

@@ -7,15 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from torch.utils.data import (
-    DataLoader,
-    Dataset,
-)
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from lightning_trak import TRAK
 from lightning_trak.gradients import LoopEngine, select_parameters
 from lightning_trak.outputs import ClassificationMargin
-from lightning_trak.projections import GaussianProjection, IdentityProjection, SparseProjection
+from lightning_trak.projections import GaussianProjection, IdentityProjection, KroneckerProjection, SparseProjection
+from lightning_trak.store import FeatureStore
 from tests.lit import TARGETS, TRAIN, LitNet, attribute, beyond_hooks, make_data, make_model, make_trainer
 from tests.zoo import ZOO, specimen
 
@@ -26,6 +24,20 @@ def test_engines_and_shard_sizes_agree(tmp_path, checkpoints, expected):
         trak.featurize(make_trainer(), DataLoader(TRAIN, batch_size=8), shard_size=shard_size)
         scores = trak.score(make_trainer(), TARGETS)
         torch.testing.assert_close(scores, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_target_features_are_the_rows_that_the_store_would_hold(tmp_path, checkpoints):
+    """Training examples as targets: the store's own rows, on axes that are fitted to the training set alone."""
+    projection = KroneckerProjection(3, 3, axes="principal")
+    trak = TRAK(make_model(), checkpoints, tmp_path, projection=projection, engine="hooks")
+    trak.featurize(make_trainer(), DataLoader(TRAIN, batch_size=8), shard_size=8)
+    some = Subset(TRAIN, [5, 1, 17])
+    manifest = FeatureStore.read_manifest(tmp_path)
+    store = FeatureStore(tmp_path, manifest["identity"], len(TRAIN), read_only=True)
+    for checkpoint, found in enumerate(trak.target_features(make_trainer(), some)):
+        stored = [store.read(checkpoint, shard) for shard in range(store.num_shards)]
+        for column, columns in zip(found, zip(*stored, strict=True), strict=True):
+            torch.testing.assert_close(column, torch.cat(columns)[[5, 1, 17]])
 
 
 @pytest.mark.parametrize("inference_mode", [True, False])

@@ -196,23 +196,41 @@ class FeatureMethod(Method):
         """
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k must be at least 1, got {top_k}")
-        refuse_spawning(trainer)
-        sharded = shards_model(trainer)
-        loaders = as_loaders(data, "predict", trainer)
-        extractor = self._extractor(sharded=sharded)
-        store = self._existing_store(extractor, trainer)
-        store.require_complete()
-        self._require_engine(store, sharded)
+        loaders, extractor = as_loaders(data, "predict", trainer), self._extractor(sharded=shards_model(trainer))
+        store = self._ready_store(extractor, trainer)
         scorer = self.make_scorer(store)
         datamodule = data if isinstance(data, L.LightningDataModule) else None
         results = []
         for loader in loaders:
             parts: list[Scores] = []
             for examples in self._target_blocks(loader, store, extractor, top_k):
-                directions = self._directions(trainer, loader, examples, extractor, store, scorer, datamodule)
+                features = self._target_features(trainer, loader, examples, extractor, store, datamodule)
+                scorer.fit(trainer.strategy.root_device, Ranks.of(trainer))
+                directions = [scorer.directions(checkpoint, rows) for checkpoint, rows in enumerate(features)]
                 parts.append(scorer.score(directions, top_k, largest, Ranks.of(trainer)))
             results.append(_concatenate(parts))
         return results if isinstance(data, (list, tuple)) or len(results) > 1 else results[0]
+
+    def target_features(self, trainer: L.Trainer, data: Data) -> list[Features]:
+        """What :meth:`score` compares with the store: the features of targets, projected as those of the store are.
+
+        Args:
+            trainer: as for :meth:`score`.
+            data: one set of targets, as for :meth:`score`.
+
+        Returns:
+            On every rank the CPU features of all targets at each checkpoint, rows in the order of their dataset.
+
+        Raises:
+            FileNotFoundError: if there is no store yet.
+            RuntimeError: if featurizing is not complete.
+            ValueError: if the store was made with other settings.
+        """
+        loader, extractor = single_loader(data, "predict", trainer), self._extractor(sharded=shards_model(trainer))
+        store = self._ready_store(extractor, trainer)
+        examples = range(len(cast(Any, loader.dataset)))
+        datamodule = data if isinstance(data, L.LightningDataModule) else None
+        return list(self._target_features(trainer, loader, examples, extractor, store, datamodule))
 
     def self_influence(self, trainer: L.Trainer) -> Tensor:
         """The score of each training example at itself, from the stored features alone.
@@ -251,17 +269,16 @@ class FeatureMethod(Method):
         store.require_complete()
         return ScoreModule(self.make_scorer(store), top_k, largest, extractor, store)
 
-    def _directions(
+    def _target_features(
         self,
         trainer: L.Trainer,
         loader: DataLoader[Any],
         examples: range,
         extractor: FeatureExtractor,
         store: FeatureStore,
-        scorer: Scorer,
         datamodule: L.LightningDataModule | None,
-    ) -> list[Tensor]:
-        """The scorer's directions of some targets at each checkpoint, ``(len(examples), k)``, on every rank."""
+    ) -> Iterator[Features]:
+        """The features of some targets, computed now and given checkpoint by checkpoint, on every rank."""
         batches = batch_ranges(examples, batch_size_of(loader))
         buffer = FeatureBuffer(extractor.places)
         module = FeaturizeModule(buffer, "Scoring", loader, extractor, store, datamodule)
@@ -269,12 +286,10 @@ class FeatureMethod(Method):
             loaders = share_out(loader, [batches] * store.num_checkpoints, trainer, extractor.sharded)
             trainer.predict(module, loaders, return_predictions=False)
         ranks = Ranks.of(trainer)
-        scorer.fit(trainer.strategy.root_device, ranks)
-        directions = []
-        for checkpoint in range(store.num_checkpoints):
-            parts = [part for found in ranks.gather(buffer.take(checkpoint)) for part in found]
-            directions.append(scorer.directions(checkpoint, _in_order(parts, examples)))
-        return directions
+        return (
+            _in_order([part for found in ranks.gather(buffer.take(checkpoint)) for part in found], examples)
+            for checkpoint in range(store.num_checkpoints)
+        )
 
     def _target_blocks(
         self, loader: DataLoader[Any], store: FeatureStore, extractor: FeatureExtractor, top_k: int | None
@@ -325,6 +340,13 @@ class FeatureMethod(Method):
             "parameters": [[name, shapes[raw]] for name, raw in extractor.names.items()],
             "checkpoints": self._weights,
         }
+
+    def _ready_store(self, extractor: FeatureExtractor, trainer: L.Trainer) -> FeatureStore:
+        refuse_spawning(trainer)
+        store = self._existing_store(extractor, trainer)
+        store.require_complete()
+        self._require_engine(store, extractor.sharded)
+        return store
 
     def _existing_store(self, extractor: FeatureExtractor, trainer: L.Trainer | None = None) -> FeatureStore:
         num_examples = FeatureStore.read_manifest(self.store)["num_examples"]
