@@ -13,7 +13,7 @@ from benchmarks.timing import Row, Run, ratios, rows
 from examples.digits import make_data, make_trainer
 from lightning_trak.retraining import RetrainingFleet, random_subsets
 
-ALONE, TOGETHER = 5, 50
+ALONE, TOGETHER = 10, 100
 
 
 def fleet(settings: Run) -> list[Row]:
@@ -33,12 +33,12 @@ def fleet(settings: Run) -> list[Row]:
                 masks[:count],
             ).run(together=together, progress_bar=False)
 
-        def together(threads: int) -> None:
+        speedups = {}
+        for threads in (1, 2):
             torch.set_num_threads(threads)
-            run(TOGETHER, TOGETHER)
-            torch.set_num_threads(1)  # what is fastest for one small model
-
-        actions = {f"digits MLP, {count} thread{'s' * (count > 1)}": partial(together, count) for count in (1, 2)}
-        times = ratios(lambda: run(ALONE), actions, settings.repetitions)
-    speedups = {name: [TOGETHER / ALONE / time for time in found] for name, found in times.items()}
+            actions = {"together": partial(run, TOGETHER, TOGETHER)}
+            times = ratios(partial(run, ALONE), actions, settings.repetitions)["together"]
+            name = f"digits MLP, {threads} thread{'s' * (threads > 1)}"
+            speedups[name] = [TOGETHER / ALONE / time for time in times]
+        torch.set_num_threads(1)
     return rows("fleet", speedups, f"models, {TOGETHER} at once, in the time of one alone")
