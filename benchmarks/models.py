@@ -57,6 +57,7 @@ class Workload:
     """A model in eval mode, the output that is attributed, and a batch of it.
 
     Attributes:
+        first: name of a small parameter next to the model's input.
         unit: what a batch consists of, for rates.
         count: how many of them.
     """
@@ -65,6 +66,7 @@ class Workload:
     output: ModelOutput
     batch: Any
     size: int
+    first: str
     unit: str
     count: int
 
@@ -72,6 +74,11 @@ class Workload:
         """Forward and backward of the outputs' sum with all parameters' gradients: the unit of all ratios."""
         self.model.zero_grad()
         self.output.output(self.model, self.batch).sum().backward()
+
+    def activations(self) -> None:
+        """Forward, and backward to the first layer by activations' gradients alone: part of any engine's work."""
+        output = self.output.output(self.model, self.batch).sum()
+        torch.autograd.grad(output, self.model.get_parameter(self.first))
 
     def train_step(self) -> None:
         """What training costs: forward, backward and one step of SGD."""
@@ -91,7 +98,7 @@ def resnet9(size: int = 32) -> Workload:
     """ResNet-9 with a batch of CIFAR-shaped noise."""
     torch.manual_seed(0)
     batch = (torch.randn(size, 3, 32, 32), torch.randint(10, (size,)))
-    return Workload(ResNet9().eval(), ClassificationMargin(), batch, size, "examples", size)
+    return Workload(ResNet9().eval(), ClassificationMargin(), batch, size, "layers.0.1.bias", "examples", size)
 
 
 def gpt2_6(size: int = 8) -> Workload:
@@ -109,7 +116,7 @@ def _gpt2(size: int, layers: int, length: int) -> Workload:
     torch.manual_seed(0)
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=layers, n_positions=length)).eval()
     batch = {"input_ids": torch.randint(model.config.vocab_size, (size, length))}
-    return Workload(model, CausalLMMargin(), batch, size, "tokens", size * length)
+    return Workload(model, CausalLMMargin(), batch, size, "transformer.wpe.weight", "tokens", size * length)
 
 
 def resnet18(size: int = 64) -> Workload:
@@ -121,7 +128,8 @@ def resnet18(size: int = 64) -> Workload:
     )
     batch = {"pixel_values": torch.randn(size, 3, 224, 224), "labels": torch.randint(1000, (size,))}
     model = transformers.ResNetForImageClassification(config).eval()
-    return Workload(model, ClassificationMargin(), batch, size, "examples", size)
+    first = "resnet.embedder.embedder.normalization.bias"
+    return Workload(model, ClassificationMargin(), batch, size, first, "examples", size)
 
 
 WORKLOADS: dict[str, Callable[[int], Workload]] = {

@@ -59,6 +59,7 @@ def featurize(run: Run) -> list[Row]:
             del options["vmap + SparseProjection"]  # it would hold all examples' gradients
         half = "forward + backward, bf16-true"
         actions: dict[str, Action] = {key: featurizer(work, setting) for key, setting in options.items()}
+        actions["forward + activations' gradients alone"] = work.activations
         actions[half] = work.to(run.device, torch.bfloat16).plain
         measured = ratios(work.plain, actions, run.repetitions)
         unit = statistics.median(seconds(work.plain) for _ in range(run.repetitions))
