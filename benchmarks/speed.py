@@ -205,9 +205,9 @@ GPU_PARTS = {"featurize", "scoring"}
 
 
 def main() -> None:
-    """Run the parts that were asked for; print a table, and write one JSON file for each part."""
+    """Run the parts that were asked for; print a table of each, and write it as JSON and Markdown."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("speed_output"), help="folder of the JSON files")
+    parser.add_argument("--out", type=Path, default=Path("speed_output"), help="folder of the tables")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--device", type=torch.device, default="cpu", help="cpu or cuda (parts featurize, scoring)")
     parser.add_argument("--repetitions", type=int, default=5, help="rounds of alternating measurements")
@@ -225,15 +225,12 @@ def main() -> None:
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
     }
-    found = []
     for part in args.parts:
         measured = PARTS[part](run)
         content = machine | {"rows": [asdict(row) for row in measured]}
         (args.out / f"{part}.json").write_text(json.dumps(content, indent=2) + "\n")
-        print(table(measured), flush=True)
-        found += measured
-    if len(args.parts) > 1:
-        print(f"\n{table(found)}")
+        (args.out / f"{part}.md").write_text(table(measured) + "\n")
+        print(table(measured), end="\n\n", flush=True)
 
 
 if __name__ == "__main__":

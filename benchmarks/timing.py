@@ -95,14 +95,14 @@ def rows(
 
 
 def table(rows: list[Row]) -> str:
-    """The rows as aligned text."""
-    width = max(len(row.name) for row in rows)
-    lines = [f"{'part':9}  {'what':{width}}  {'value':>9}  {'range':>19}  {'n':>2}  unit"]
+    """The rows in Markdown, aligned."""
+    cells = [("what", "value", "range", "n", "unit")]
     for row in rows:
-        value = "-" if row.value is None else f"{row.value:9.3f}"
-        range_ = "" if row.low is None or row.high is None else f"{row.low:.3f} to {row.high:.3f}"
-        note = f"; {row.note}" if row.note else ""
-        lines.append(
-            f"{row.part:9}  {row.name:{width}}  {value:>9}  {range_:>19}  {row.repetitions:2}  {row.unit}{note}"
-        )
-    return "\n".join(lines)
+        value = "-" if row.value is None else f"{row.value:.3f}"
+        spread = "" if row.low is None or row.high is None else f"{row.low:.3f} to {row.high:.3f}"
+        unit = "; ".join(filter(None, (row.unit, row.note)))
+        cells.append((f"{row.part}: {row.name}", value, spread, str(row.repetitions), unit))
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
+    lines.insert(1, " | ".join("-" * width for width in widths))
+    return "\n".join(f"| {line} |" for line in lines)
