@@ -51,6 +51,20 @@ def test_gradients_of_low_rank_and_zeros_have_axes():
     assert axes_of([torch.zeros(3, 60, 2)], 4).isfinite().all()
 
 
+@pytest.mark.parametrize("length", [10, 60])  # the sketch is as wide as the matrices, or narrower
+@pytest.mark.parametrize("seed", range(5))
+def test_gradients_that_sum_to_zero_have_axes(length, seed):
+    """As those of logits do: the matrix whose axes are sought is singular, and known with rounding errors."""
+    generator = torch.Generator().manual_seed(seed)
+    scales = 3 * torch.randn(512, 1, 1, generator=generator)
+    data = torch.randn(512, 10, 64, generator=generator) * scales.exp()
+    data -= data.mean(1, keepdim=True)
+    data = torch.cat([data, torch.zeros(512, length - 10, 64)], 1)
+    found = axes_of(data.split(100), 8, length).double()
+    exact = torch.linalg.eigh(torch.einsum("bij,bkj->ik", data.double(), data.double())).eigenvectors[:, -8:]
+    assert torch.linalg.svdvals(exact.T @ found).min() > 0.999
+
+
 def featurized(tmp_path, name, projection, batch_size=16, engine="auto"):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 24), nn.Tanh(), nn.Linear(24, 3))

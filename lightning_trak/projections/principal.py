@@ -44,12 +44,12 @@ class PrincipalAxes:
         if self._identity:
             return torch.eye(self._width)
         sketch, omega = self._sketch.cpu(), self._omega.cpu()
-        # A shift of the size of rounding errors makes the core positive definite.
-        shift = 1e-6 * float(sketch.norm()) / omega.shape[1] ** 0.5 + torch.finfo(torch.float64).tiny
-        shifted = sketch + shift * omega
-        core = omega.T @ shifted
-        factor = torch.linalg.cholesky((core + core.T) / 2)
-        half = torch.linalg.solve_triangular(factor, shifted.T, upper=False).T
+        core = omega.T @ sketch
+        values, vectors = torch.linalg.eigh((core + core.T) / 2)
+        # C may be of lower rank, as where outputs sum to one: eigenvalues that are rounding errors, of either sign,
+        # are raised to what keeps their axes behind all others.
+        floor = max(1e-6 * float(values[-1]), torch.finfo(torch.float64).tiny)
+        half = sketch @ (vectors * values.clamp_min(floor).rsqrt())
         axes = torch.linalg.svd(half, full_matrices=False).U[:, : self._width]
         # An eigenvector's sign is arbitrary: let its largest entry be positive.
         largest = axes.gather(0, axes.abs().argmax(0, keepdim=True))
