@@ -53,7 +53,8 @@ def absolute_damping(damping: Damping, weights: Tensor, size: int, where: str) -
     total = weights.sum()
     if total <= 0:
         raise ValueError(
-            f"there is no curvature at {where}: the output has no gradient, or the loss is linear in it; use an output"
-            " with a curvature, such as ClassificationMargin, or NegativeLoss"
+            f"there is no curvature at {where}: the output has no gradient, or the loss is linear in it (use an output"
+            " with a curvature, such as ClassificationMargin, or NegativeLoss), or the model is so sure of all training"
+            ' examples that probabilities are 0 or 1 to rounding (use an earlier checkpoint, or precision="64-true")'
         )
     return float(weights.square().sum() / (2 * total) if damping == "auto" else damping * total / size)
