@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_trak.gradients import canonical_name
 from lightning_trak.snapshots import ParameterGroup, SnapshotSeries
 
 
@@ -27,8 +28,8 @@ class TRAKCallback(Callback):
     average in their place when training ends: list this callback before them, or ``save_last`` may save the average.
     Sharded weights (FSDP) are gathered on the CPU of rank zero, which writes.
 
-    **What else.** The manifest records optimizer steps taken, epochs completed, and the learning rate and weight decay
-    that each parameter group had in its optimizer's last step.
+    **What else.** The manifest records optimizer steps taken, epochs completed, and for each parameter group the names
+    of its parameters and the learning rate and weight decay of its optimizer's last step.
 
     **Which run.** A directory belongs to one run. Starting another in it is an error. Resuming with
     ``trainer.fit(ckpt_path=...)``, or calling ``fit`` again to train on, continues the series: snapshots of steps later
@@ -145,7 +146,7 @@ class TRAKCallback(Callback):
         self._seen_step = trainer.global_step
         self._saved_time = time.monotonic()
         self._groups = {
-            position: _settings(position, optimizer) for position, optimizer in enumerate(trainer.optimizers)
+            position: _settings(position, optimizer, pl_module) for position, optimizer in enumerate(trainer.optimizers)
         }
 
     def _open(self, series: SnapshotSeries, step: int) -> tuple[str, int]:
@@ -162,7 +163,7 @@ class TRAKCallback(Callback):
         """Note the learning rate that this step uses; when a snapshot is taken a scheduler may have changed it."""
         for position, candidate in enumerate(trainer.optimizers):
             if candidate is optimizer:
-                self._groups[position] = _settings(position, optimizer)
+                self._groups[position] = _settings(position, optimizer, pl_module)
 
     @override
     def on_train_batch_end(
@@ -217,11 +218,19 @@ def _gather(trainer: Trainer) -> dict[str, Any]:
     return strategy.lightning_module_state_dict()
 
 
-def _settings(position: int, optimizer: Optimizer) -> list[ParameterGroup]:
+def _settings(position: int, optimizer: Optimizer, module: LightningModule) -> list[ParameterGroup]:
+    names = {id(parameter): canonical_name(name) for name, parameter in module.named_parameters()}
+
     def number(value: Any) -> float | None:
         return None if value is None else float(value)
 
     return [
-        ParameterGroup(position, type(optimizer).__name__, number(group.get("lr")), number(group.get("weight_decay")))
+        ParameterGroup(
+            position,
+            type(optimizer).__name__,
+            number(group.get("lr")),
+            number(group.get("weight_decay")),
+            tuple(names[id(parameter)] for parameter in group["params"] if id(parameter) in names),
+        )
         for group in optimizer.param_groups
     ]

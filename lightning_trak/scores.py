@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_trak.files import write_atomically
 from lightning_trak.retraining import Retrained, read_fleet
-from lightning_trak.scorers.topk import TopK, block_top_k
+from lightning_trak.scorers.topk import TopK, strongest
 
 
 class SavedScores(NamedTuple):
@@ -60,11 +60,8 @@ class SavedScores(NamedTuple):
     def best(self, target: int, k: int) -> dict[str, TopK]:
         """The strongest ``"proponents"`` and ``"opponents"`` of a target, of shape ``(k,)``; what there is of them."""
         row = slice(target, target + 1)
-        if isinstance(self.scores, Tensor):
-            ends = {"proponents": True, "opponents": False}
-            found = {name: block_top_k(self.scores[row], 0, k, largest) for name, largest in ends.items()}
-        else:
-            found = {"proponents" if self.largest else "opponents": TopK(*(part[row, :k] for part in self.scores))}
+        one = self.scores[row] if isinstance(self.scores, Tensor) else TopK(*(part[row] for part in self.scores))
+        found = strongest(one, k, self.largest)
         return {name: TopK(*(part[0] for part in best)) for name, best in found.items()}
 
 

@@ -41,12 +41,14 @@ class ParameterGroup:
         algorithm: class name of the optimizer, which says how it applies the weight decay.
         lr: learning rate, or None where the optimizer has no such setting.
         weight_decay: weight decay, or None where the optimizer has no such setting.
+        parameters: names of its parameters, as the module has them; empty in a manifest that does not say.
     """
 
     optimizer: int
     algorithm: str
     lr: float | None
     weight_decay: float | None
+    parameters: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -290,5 +292,8 @@ def _untie(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[st
 
 
 def _parse(entry: dict[str, Any]) -> Snapshot:
-    groups = tuple(ParameterGroup(**group) for group in entry["parameter_groups"])
+    groups = tuple(
+        ParameterGroup(**(group | {"parameters": tuple(group.get("parameters", ()))}))
+        for group in entry["parameter_groups"]
+    )
     return Snapshot(**(entry | {"parameter_groups": groups}))

@@ -131,9 +131,11 @@ def test_nothing_is_saved_without_optimizer_steps(tmp_path: Path) -> None:
 def test_manifest_records_every_parameter_group(tmp_path: Path) -> None:
     fit(TRAKCallback(tmp_path), max_epochs=1)
     content = json.loads((tmp_path / "manifest.json").read_text())
+    weights, biases = ["encode.weight", "norm.weight", "head.weight"], ["encode", "norm", "decode", "head"]
+    biases = [f"{layer}.bias" for layer in biases]
     assert content["snapshots"][0]["parameter_groups"] == [
-        {"optimizer": 0, "algorithm": "SGD", "lr": 0.1, "weight_decay": 0.01},
-        {"optimizer": 0, "algorithm": "SGD", "lr": 0.02, "weight_decay": 0.0},
+        {"optimizer": 0, "algorithm": "SGD", "lr": 0.1, "weight_decay": 0.01, "parameters": weights},
+        {"optimizer": 0, "algorithm": "SGD", "lr": 0.02, "weight_decay": 0.0, "parameters": biases},
     ]
 
 

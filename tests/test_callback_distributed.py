@@ -83,3 +83,6 @@ def test_two_processes(tmp_path: Path) -> None:
     assert sharded.keys() == final.keys()
     for name in final:
         torch.testing.assert_close(sharded[name], final[name])
+    groups = [resolve_checkpoints(tmp_path / name)[-1].record.parameter_groups for name in ("epochs-0", "sharded")]
+    assert groups[0] == groups[1]
+    assert groups[0][0].parameters == ("encode.weight", "norm.weight", "head.weight")

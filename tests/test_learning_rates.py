@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -26,8 +27,8 @@ def make_series(directory, *groups_of_snapshots):
     return directory
 
 
-def group(lr, optimizer=0):
-    return ParameterGroup(optimizer, "SGD", lr, 0.0)
+def group(lr, optimizer=0, parameters=()):
+    return ParameterGroup(optimizer, "SGD", lr, 0.0, parameters)
 
 
 def test_those_of_a_real_run_are_used(tmp_path):
@@ -72,6 +73,61 @@ def test_rates_that_cannot_be_known_are_refused(tmp_path, groups, match):
     with pytest.raises(ValueError, match=match):
         TracIn(make_model(), series, tmp_path)
     assert TracIn(make_model(), series, tmp_path, learning_rates=[0.1, 0.1]).checkpoint_weights == [0.1, 0.1]
+
+
+class TwoRates(LitNet):
+    def configure_optimizers(self):
+        rest = [parameter for name, parameter in self.named_parameters() if not name.startswith("head.")]
+        groups = [{"params": rest}, {"params": self.head.parameters(), "lr": 0.02}]
+        optimizer = torch.optim.SGD(groups, lr=0.5)
+        return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.1)]
+
+
+def test_a_tracin_for_each_rate_adds_up_to_that_of_all(tmp_path):
+    trainer = make_trainer(max_epochs=2, callbacks=[TRAKCallback(tmp_path / "snapshots")])
+    trainer.fit(TwoRates(), DataLoader(TRAIN, batch_size=25))
+    options = {"projection": IdentityProjection()}
+    with pytest.raises(
+        ValueError,
+        match=r"not one learning rate at snapshots/snapshot-00000002\.saf.* but 0\.02 \(head\.weight, head\.bias\)"
+        r"; 0\.5 \(first\.weight, first\.bias, norm\.weight and 1 more\), .* one TracIn for .* by parameters=",
+    ):
+        TracIn(TwoRates(), tmp_path / "snapshots", tmp_path / "all", **options)
+    names = [name for name, _ in TwoRates().named_parameters()]
+    methods = {
+        part: TracIn(TwoRates(), tmp_path / "snapshots", tmp_path / part, parameters=selected, **options)
+        for part, selected in {"head": "head.*", "rest": [name for name in names if name[:4] != "head"]}.items()
+    }
+    assert methods["head"].checkpoint_weights == pytest.approx([0.02, 0.002])
+    assert methods["rest"].checkpoint_weights == pytest.approx([0.5, 0.05])
+    found = sum(method.attribute(make_trainer(), TRAIN, TARGETS) for method in methods.values())
+
+    expected = torch.zeros(len(TARGETS), len(TRAIN))
+    for file, decay in zip(sorted((tmp_path / "snapshots").glob("*.safetensors")), (1.0, 0.1), strict=True):
+        model = TwoRates().eval()
+        model.load_state_dict(load_file(file))
+        weights = [decay * (0.02 if name[:4] == "head" else 0.5) for name in names]
+        gradients = [
+            [torch.autograd.grad(model.training_step((x[None], y[None])), list(model.parameters())) for x, y in data]
+            for data in (TARGETS, TRAIN)
+        ]
+        for row, target in enumerate(gradients[0]):
+            for column, example in enumerate(gradients[1]):
+                products = (w * (a * b).sum() for w, a, b in zip(weights, target, example, strict=True))
+                expected[row, column] += sum(products)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_rates_of_selected_parameters_that_were_not_trained_are_refused(tmp_path):
+    groups = [group(0.1, parameters=("first.weight", "head.weight")), group(0.02, 1, ("norm.weight", "head.weight"))]
+    series = make_series(tmp_path / "s", groups)
+    assert TracIn(make_model(), series, tmp_path, parameters="first.weight").checkpoint_weights == [0.1]
+    for selected, said in (
+        ("head.weight", r"0\.02 and 0\.1 \(head"),
+        ("first.*", r"none \(first\.bias\); 0\.1 \(first\.w"),
+    ):
+        with pytest.raises(ValueError, match=f"have not one learning rate at .* but {said}"):
+            TracIn(make_model(), series, tmp_path, parameters=selected)
 
 
 @pytest.mark.parametrize(

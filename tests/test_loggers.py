@@ -28,6 +28,7 @@ from lightning_trak.methods import RandomScores
 from lightning_trak.metrics.functional import mislabel_detection_curve
 from lightning_trak.projections import SparseProjection
 from lightning_trak.retraining import Retrained, random_subsets
+from lightning_trak.scorers import TopK
 from lightning_trak.tables import Table
 from tests.lit import TARGETS, TRAIN, LitNet, make_trainer
 from tests.test_counterfactuals import example
@@ -238,6 +239,34 @@ def test_one_seed_has_no_noise_ceiling_and_names_are_positions(tmp_path):
     assert all(row[1] == f"#{row[0]}" and row[5] == f"#{row[4]}" for row in rows)
     with pytest.raises(ValueError, match=r"expected scores of shape \(13, 50\), got \(50, 13\)"):
         log_attributions([logger], SCORES.T, TRAIN, TARGETS)
+
+
+@pytest.mark.parametrize(("largest", "kind"), [(True, "proponent"), (False, "opponent")])
+def test_the_best_scores_alone_give_the_same_rows(tmp_path, largest, kind):
+    logger = CSVLogger(tmp_path, name="", version="run")
+    best = TopK(*SCORES.topk(5, largest=largest))
+    options = {"k": 2, "shown": [3, 0], "describe": describe, "image": image, "largest": largest}
+    log_attributions([logger], best, TRAIN, TARGETS, **options)
+    with (tmp_path / "run/attributions/table-step-0.csv").open() as file:
+        rows = list(csv.reader(file))[1:]
+    assert rows == [list(map(str, row)) for row in expected_rows() if row[2] == kind]
+    assert imread(tmp_path / "run/attributions/images-step-0.png").std() > 0.02
+    log_attributions([logger], best, TRAIN, TARGETS, largest=largest, name="all")
+    with (tmp_path / "run/all/table-step-0.csv").open() as file:
+        assert len(list(csv.reader(file))) == 1 + 8 * 5
+
+
+def test_best_scores_that_do_not_fit_are_refused(tmp_path):
+    best, worst = (TopK(*SCORES.topk(5, largest=largest)) for largest in (True, False))
+    logger = CSVLogger(tmp_path)
+    with pytest.raises(ValueError, match="rise from first to last, so that they are opponents: pass largest=False"):
+        log_attributions([logger], worst, TRAIN, TARGETS)
+    with pytest.raises(ValueError, match="fall from first to last, so that they are proponents: leave largest=True"):
+        log_attributions([logger], best, TRAIN, TARGETS, largest=False)
+    with pytest.raises(ValueError, match="expected the best scores of 50 targets, got those of 13"):
+        log_attributions([logger], best, TRAIN, TRAIN)
+    with pytest.raises(ValueError, match=r"the scores name training example \d+, and there are 13"):
+        log_attributions([logger], best, TARGETS, TARGETS)
 
 
 def test_tables_survive_awkward_cells():

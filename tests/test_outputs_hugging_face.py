@@ -150,7 +150,7 @@ def test_clip_with_its_learned_temperature(clip):
 
 
 def test_a_mask_of_four_dimensions_keeps_a_model_on_vmap():
-    """As the guide says: transformers looks at the values of a mask of two dimensions, which vmap forbids."""
+    """As the guides say: transformers looks at the values of a mask of two dimensions, which vmap forbids."""
 
     def forward(module, batch):
         mask = batch["attention_mask"][:, None, None, :].bool()

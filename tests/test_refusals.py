@@ -1,5 +1,6 @@
 """Bad input is a clear error, and nothing on disk is lost."""
 
+import lightning as L
 import pytest
 import torch
 from torch import nn
@@ -9,9 +10,10 @@ from torch.utils.data import (
     TensorDataset,
 )
 
-from lightning_trak import TRAK
+from lightning_trak import TRAK, AttributionMixin
+from lightning_trak.methods import Explicit, InfluenceFunction
 from lightning_trak.outputs import ClassificationMargin, NegativeLoss
-from lightning_trak.projections import GaussianProjection, SparseProjection
+from lightning_trak.projections import GaussianProjection, IdentityProjection, SparseProjection
 from lightning_trak.store import FeatureStore
 from tests.lit import TARGETS, TRAIN, LitNet, attribute, make_data, make_model, make_trainer
 
@@ -178,6 +180,40 @@ def test_features_that_are_all_zero_are_noticed(tmp_path, checkpoints):
         trak.featurize(make_trainer(), TRAIN)
     with pytest.raises(ValueError, match="Gram matrix of checkpoint 0 is zero"):
         trak.score(make_trainer(), TARGETS)
+
+
+def test_a_model_that_is_sure_of_everything_is_told_what_to_do(tmp_path):
+    class Sure(AttributionMixin, L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(1, 2, bias=False)
+            self.layer.weight.data.copy_(torch.tensor([[-150.0], [150.0]]))
+
+        def forward(self, inputs):
+            return self.layer(inputs)
+
+        def configure_model_output(self):
+            return ClassificationMargin()
+
+    labels = torch.tensor([0, 1, 1, 0])
+    data = TensorDataset(2.0 * labels.unsqueeze(1) - 1, labels)  # margins of 300, where float32 knows no curvature
+    trak = TRAK(Sure(), [Sure().state_dict()], tmp_path / "32", projection=IdentityProjection())
+    trak.featurize(make_trainer(), data)
+    with pytest.raises(
+        ValueError, match=r"is zero: .* so sure of all training examples .* earlier .* dtype=torch.float64"
+    ):
+        trak.score(make_trainer(), data)
+    influence = InfluenceFunction(Sure(), [Sure().state_dict()], solver=Explicit())
+    with pytest.raises(ValueError, match=r"no curvature at .* so sure of all training examples .* earlier checkpoint"):
+        influence.attribute(make_trainer(), data, data)
+    # As the errors say:
+    trak = TRAK(Sure(), [Sure().state_dict()], tmp_path / "64", projection=IdentityProjection(), dtype=torch.float64)
+    scores = trak.attribute(make_trainer(precision="64-true"), data, data)
+    # All gradients are phi, |phi|^2 = 2, Q = R, and the automatic damping is R: phi (4 R phi phi^T + R)^-1 phi Q = 2/9.
+    expected = torch.full((4, 4), 2 / 9, dtype=torch.float64)
+    torch.testing.assert_close(scores, expected, check_dtype=False)
+    precise = influence.attribute(make_trainer(precision="64-true"), data, data)
+    torch.testing.assert_close(precise, expected, check_dtype=False)
 
 
 def test_a_store_that_cannot_be_written_can_be_scored(tmp_path, checkpoints, expected, monkeypatch):

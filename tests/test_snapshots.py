@@ -44,7 +44,7 @@ def test_manifest_is_plain_json(tmp_path: Path) -> None:
             "file": "snapshot-00000010.safetensors",
             "step": 10,
             "epoch": 1,
-            "parameter_groups": [asdict(group) for group in GROUPS],
+            "parameter_groups": [asdict(group) | {"parameters": list(group.parameters)} for group in GROUPS],
         }
     ]
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from lightning_trak.loggers.base import writers_for
 from lightning_trak.metrics import LinearDatamodelingScore
 from lightning_trak.metrics.functional import DetectionCurve
-from lightning_trak.plots import plot_attributions, plot_brittleness, plot_mislabel_curves
+from lightning_trak.plots import Picture, plot_brittleness, plot_mislabel_curves, plot_pictures
 from lightning_trak.retraining.brittleness import Brittleness
-from lightning_trak.scorers.topk import block_top_k
+from lightning_trak.scorers.topk import TopK, strongest
 from lightning_trak.tables import Cell, Table
 
 Loggers = Iterable[Logger]
@@ -48,11 +48,12 @@ def log_lds(loggers: Loggers, lds: LinearDatamodelingScore, name: str = "lds", s
 
 def log_attributions(
     loggers: Loggers,
-    scores: Tensor,
+    scores: Tensor | TopK,
     train: Any,
     targets: Any,
     *,
     k: int = 5,
+    largest: bool = True,
     shown: Sequence[int] | None = None,
     describe: Callable[[Any], str] | None = None,
     image: Callable[[Any], Tensor] | None = None,
@@ -63,10 +64,12 @@ def log_attributions(
 
     Args:
         loggers: such as ``trainer.loggers``.
-        scores: ``(num_targets, num_train)``.
+        scores: ``(num_targets, num_train)``; or what ``score(top_k=...)`` kept, of which proponents are shown, or
+            opponents, and not both.
         train: the training set, a map-style Dataset, of which only the examples shown are read.
         targets: the targets, alike.
         k: proponents and opponents of each target.
+        largest: what ``score(top_k=...)`` was told.
         shown: positions of the targets to show; default: the first 8.
         describe: says in a few words what an item of either dataset is: its label, say, or its text.
         image: makes a picture of an item, ``(height, width)`` or ``(1 or 3, height, width)`` with colours in [0, 1].
@@ -76,42 +79,66 @@ def log_attributions(
     Raises:
         ValueError: if scores and data do not fit.
     """
-    if scores.shape != (len(targets), len(train)):
-        raise ValueError(f"expected scores of shape {(len(targets), len(train))}, got {tuple(scores.shape)}")
+    _require_fit(scores, len(targets), len(train), largest)
     writers = writers_for(loggers)
     if not writers:
         return
     rows = list(range(min(8, len(targets))) if shown is None else shown)
-    scores, k = scores[rows].cpu(), min(k, len(train))
-    extremes = {"proponent": block_top_k(scores, 0, k, True), "opponent": block_top_k(scores, 0, k, False)}
-    seen = torch.unique(torch.cat([top.indices.flatten() for top in extremes.values()])).tolist()
+    chosen = scores[rows] if isinstance(scores, Tensor) else TopK(*(part[rows] for part in scores))
+    groups = {kind: TopK(*(part.cpu() for part in top)) for kind, top in strongest(chosen, k, largest).items()}
+    seen = torch.unique(torch.cat([top.indices.flatten() for top in groups.values()])).tolist()
     examples, aims = ({place: data[place] for place in places} for data, places in ((train, seen), (targets, rows)))
     names, aim_names = (
         {place: describe(item) if describe else f"#{place}" for place, item in items.items()}
         for items in (examples, aims)
     )
+    entries = {
+        kind: [list(zip(*row, strict=True)) for row in zip(top.indices.tolist(), top.values.tolist(), strict=True)]
+        for kind, top in groups.items()
+    }
     found: list[tuple[Cell, ...]] = [
-        (row, aim_names[row], kind, rank + 1, index, names[index], float(value))
+        (row, aim_names[row], kind.removesuffix("s"), rank, index, names[index], value)
         for number, row in enumerate(rows)
-        for kind, top in extremes.items()
-        for rank, (index, value) in enumerate(zip(top.indices[number].tolist(), top.values[number], strict=True))
+        for kind, lists in entries.items()
+        for rank, (index, value) in enumerate(lists[number], 1)
     ]
     table = Table(("target", "target is", "kind", "rank", "example", "example is", "score"), found)
     for writer in writers:
         writer.table(f"{name}/table", table, step)
     if image is not None:
-        figure = plot_attributions(
-            torch.stack([image(aims[row]) for row in rows]),
-            torch.stack([image(examples[place]) for place in seen]),
-            scores[:, seen],
-            k,
-            [aim_names[row] for row in rows],
-            [names[place] for place in seen],
+        images = {place: image(item) for place, item in examples.items()}
+        figure = plot_pictures(
+            [Picture(image(aims[row]), aim_names[row]) for row in rows],
+            {
+                kind: [
+                    [Picture(images[index], f"{names[index]}\n{value:+.2g}") for index, value in entry]
+                    for entry in lists
+                ]
+                for kind, lists in entries.items()
+            },
         )
         for writer in writers:
             writer.figure(f"{name}/images", figure, step)
     for writer in writers:
         writer.flush()
+
+
+def _require_fit(scores: Tensor | TopK, num_targets: int, num_train: int, largest: bool) -> None:
+    if isinstance(scores, Tensor):
+        if scores.shape != (num_targets, num_train):
+            raise ValueError(f"expected scores of shape {(num_targets, num_train)}, got {tuple(scores.shape)}")
+        return
+    values, indices = scores
+    if len(values) != num_targets:
+        raise ValueError(f"expected the best scores of {num_targets} targets, got those of {len(values)}")
+    if indices.numel() and int(indices.max()) >= num_train:
+        raise ValueError(f"the scores name training example {int(indices.max())}, and there are {num_train}")
+    steps = values.diff(dim=1)
+    if (steps > 0 if largest else steps < 0).any():
+        raise ValueError(
+            f"the best scores of a target {'rise' if largest else 'fall'} from first to last, so that they are"
+            f" {'opponents: pass largest=False' if largest else 'proponents: leave largest=True'}"
+        )
 
 
 def log_brittleness(loggers: Loggers, brittleness: Brittleness, name: str = "counterfactuals", step: int = 0) -> None:

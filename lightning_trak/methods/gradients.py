@@ -30,7 +30,9 @@ class _GradientMethod(FeatureMethod):
         count = len(self.checkpoints)
         self.effect_on: EffectOn = effect_on
         self.checkpoint_weights = (
-            [1 / count] * count if learning_rates is None else resolve_learning_rates(learning_rates, self.checkpoints)
+            [1 / count] * count
+            if learning_rates is None
+            else resolve_learning_rates(learning_rates, self.checkpoints, lambda: self._extractor().names)
         )
 
     def make_scorer(self, store: FeatureStore) -> GradientDotScorer:
@@ -88,8 +90,9 @@ class TracIn(_GradientMethod):
         **options: as for :class:`GradientDot`.
 
     Raises:
-        ValueError: if a snapshot's parameter groups had different learning rates, since features do not keep
-            parameters apart: give the rate of those that are selected.
+        ValueError: if a snapshot's parameter groups had different learning rates and the selected parameters are not of
+            one, since features do not keep parameters apart. Make a TracIn for each rate, whose ``parameters`` are
+            those that had it and whose ``store`` is its own, and add the scores: the sum is TracIn's.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """The learning rate of each checkpoint."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 from lightning_trak.checkpoints import Checkpoint
@@ -9,23 +9,26 @@ from lightning_trak.checkpoints import Checkpoint
 LearningRates = float | Sequence[float] | Literal["snapshots"]
 
 
-def resolve_learning_rates(learning_rates: LearningRates, checkpoints: Sequence[Checkpoint]) -> list[float]:
+def resolve_learning_rates(
+    learning_rates: LearningRates, checkpoints: Sequence[Checkpoint], selected: Callable[[], Iterable[str]]
+) -> list[float]:
     """One learning rate for each checkpoint.
 
     Args:
         learning_rates: ``"snapshots"``: those of the last steps before the snapshots that ``TRAKCallback`` took; or a
             number for all checkpoints, or one for each.
         checkpoints: the checkpoints.
+        selected: names of the parameters whose gradients are compared; asked only where groups had different rates.
 
     Raises:
-        ValueError: if the learning rate of a checkpoint is not known or is not one number, or if those given are not as
-            many as the checkpoints, negative, all 0 or not finite.
+        ValueError: if the learning rate of a checkpoint is not known or is not one for all selected parameters, or if
+            those given are not as many as the checkpoints, negative, all 0 or not finite.
     """
     count = len(checkpoints)
     if isinstance(learning_rates, str):
         if learning_rates != "snapshots":
             raise ValueError(f"learning_rates must be numbers or 'snapshots'; got {learning_rates!r}")
-        rates = [_recorded(checkpoint) for checkpoint in checkpoints]
+        rates = [_recorded(checkpoint, selected) for checkpoint in checkpoints]
     elif isinstance(learning_rates, (int, float)):
         rates = [float(learning_rates)] * count
     else:
@@ -37,20 +40,43 @@ def resolve_learning_rates(learning_rates: LearningRates, checkpoints: Sequence[
     return rates
 
 
-def _recorded(checkpoint: Checkpoint) -> float:
+def _recorded(checkpoint: Checkpoint, selected: Callable[[], Iterable[str]]) -> float:
     advice = "pass learning_rates=, one number for each checkpoint"
     if checkpoint.record is None:
         raise ValueError(
             f"{checkpoint.name} comes without its learning rate: {advice}, or use a directory of TRAKCallback's"
             " snapshots"
         )
-    rates = {group.lr for group in checkpoint.record.parameter_groups}
-    if None in rates or not rates:
+    groups = checkpoint.record.parameter_groups
+    if not groups or any(group.lr is None for group in groups):
         raise ValueError(f"{checkpoint.name} was taken of an optimizer that has no learning rate: {advice}")
-    if len(rates) > 1:
-        found = ", ".join(f"{rate:g}" for rate in sorted(rate for rate in rates if rate is not None))
+    if len({group.lr for group in groups}) == 1:
+        return float(groups[0].lr or 0.0)
+    if not any(group.parameters for group in groups):
+        found = ", ".join(f"{rate:g}" for rate in sorted({group.lr or 0.0 for group in groups}))
         raise ValueError(
             f"the parameter groups of {checkpoint.name} had learning rates {found}, and it does not say which"
             f" parameters were in which: {advice}, that of the selected parameters (parameters=)"
         )
-    return float(rates.pop() or 0.0)
+    members: dict[tuple[float, ...], list[str]] = {}  # selected parameters by the rates that they had
+    for name in selected():
+        rates = {group.lr or 0.0 for group in groups if name in group.parameters}
+        members.setdefault(tuple(sorted(rates)), []).append(name)
+    distinct = sorted(members)
+    if len(distinct) > 1 or len(distinct[0]) != 1:
+        said = "; ".join(f"{_and(rates)} ({_few(members[rates])})" for rates in distinct)
+        raise ValueError(
+            f"the selected parameters have not one learning rate at {checkpoint.name} but {said}, and features, where"
+            " gradients are projected together, cannot be weighed apart: make one TracIn for the parameters of each"
+            " rate, by parameters= and with a store of its own, and add the scores; or pass learning_rates=, one number"
+            " for each checkpoint"
+        )
+    return distinct[0][0]
+
+
+def _and(rates: tuple[float, ...]) -> str:
+    return " and ".join(f"{rate:g}" for rate in rates) or "none"
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

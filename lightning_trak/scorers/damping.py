@@ -21,11 +21,12 @@ def require_damping(damping: Damping) -> Damping:
 def auto_damping(gram: Tensor, squared_weights: Tensor) -> float:
     """The rule k / (2 n_eff), relative to the mean of the Gram matrix's diagonal, which was found by measurement.
 
-    Example j adds w_j = R_j |phi_j|^2 to the trace of K. n_eff = (sum_j w_j)^2 / sum_j w_j^2 is how many examples carry
-    that trace (Kish 1965, Survey Sampling, for the effective size of a weighted sample): n if all carry alike, few if
-    the model is sure of most. In absolute units the rule is lambda = sum_j w_j^2 / (2 sum_j w_j), half of what an
-    example that carries the trace adds to it. So no example outweighs the damping by far, however few there are, and
-    lambda does not grow with k, since projections keep norms. docs/faithfulness.md has the evidence, failures too.
+    Example j adds ``w_j = R_j |phi_j|^2`` to the trace of K. n_eff = (sum_j w_j)^2 / sum_j w_j^2 is how many
+    examples carry that trace (Kish 1965, Survey Sampling, for the effective size of a weighted sample): n if all
+    carry alike, few if the model is sure of most. In absolute units the rule is lambda = sum_j w_j^2 / (2 sum_j
+    w_j), half of what an example that carries the trace adds to it. So no example outweighs the damping by far,
+    however few there are, and lambda does not grow with k, since projections keep norms. docs/faithfulness.md has
+    the evidence, failures too.
 
     Args:
         gram: K, shape ``(k, k)``.
@@ -53,7 +54,8 @@ def absolute_damping(damping: Damping, weights: Tensor, size: int, where: str) -
     total = weights.sum()
     if total <= 0:
         raise ValueError(
-            f"there is no curvature at {where}: the output has no gradient, or the loss is linear in it; use an output"
-            " with a curvature, such as ClassificationMargin, or NegativeLoss"
+            f"there is no curvature at {where}: the output has no gradient, or the loss is linear in it (use an output"
+            " with a curvature, such as ClassificationMargin, or NegativeLoss), or the model is so sure of all training"
+            ' examples that probabilities are 0 or 1 to rounding (use an earlier checkpoint, or precision="64-true")'
         )
     return float(weights.square().sum() / (2 * total) if damping == "auto" else damping * total / size)

@@ -77,8 +77,10 @@ class DampedGram:
             )
         if scale <= 0:
             raise ValueError(
-                f"the Gram matrix of {name} is zero: the model output has no gradient, or no curvature (a loss linear"
-                ' in the output needs curvature="identity")'
+                f"the Gram matrix of {name} is zero: the output has no gradient in the selected parameters, or the loss"
+                " no curvature. Both vanish where the model is so sure of all training examples that probabilities are"
+                " 0 or 1 to rounding: use checkpoints from earlier in the training, or dtype=torch.float64 and"
+                ' Trainer(precision="64-true"). A loss linear in the output needs curvature="identity"'
             )
         # Divided by its scale, so that tiny gradients or curvatures cannot underflow.
         damped = gram / scale

@@ -36,3 +36,16 @@ def block_top_k(scores: Tensor, start: int, k: int, largest: bool) -> TopK:
     """The best ``k`` of a block of scores ``(num_targets, n)`` whose first column is training example ``start``."""
     best = scores.topk(min(k, scores.shape[1]), dim=1, largest=largest)
     return TopK(best.values, best.indices + start)
+
+
+def strongest(scores: Tensor | TopK, k: int, largest: bool = True) -> dict[str, TopK]:
+    """The strongest ``"proponents"`` and ``"opponents"`` of each target; one of them where only that was kept.
+
+    Args:
+        scores: ``(num_targets, num_train)``, or the best of each target.
+        k: how many of each; fewer are returned when there are fewer.
+        largest: of a :class:`TopK`, whether it holds the highest scores.
+    """
+    if isinstance(scores, Tensor):
+        return {"proponents": block_top_k(scores, 0, k, True), "opponents": block_top_k(scores, 0, k, False)}
+    return {"proponents" if largest else "opponents": TopK(scores.values[:, :k], scores.indices[:, :k])}
