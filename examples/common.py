@@ -1,4 +1,4 @@
-"""What the examples that train many small models share."""
+"""What the examples share."""
 
 import gzip
 import json
@@ -39,6 +39,6 @@ def read_rows(directory: Path, name: str) -> list[dict[str, Any]]:
     """The rows of ``name.jsonl``, or of ``name.jsonl.gz``."""
     plain, packed = directory / f"{name}.jsonl", directory / f"{name}.jsonl.gz"
     if not plain.exists() and not packed.exists():
-        raise FileNotFoundError(f'"{directory}" has neither {plain.name} nor {packed.name}')
+        raise SystemExit(f'"{directory}" has neither {plain.name} nor {packed.name}')
     text = plain.read_bytes() if plain.exists() else gzip.decompress(packed.read_bytes())
     return [json.loads(line) for line in text.splitlines()]

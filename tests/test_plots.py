@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from matplotlib.image import imread
@@ -41,7 +43,9 @@ def test_shapes_must_belong_together():
 @pytest.mark.parametrize("k", [1, 2])
 def test_titles_do_not_overlap(k):
     """Neither those of images beside each other nor those of groups, however few and however long."""
-    long = Picture(torch.rand(8, 8), "a long title of many words, which would not have stood in one line above an image")
+    long = Picture(
+        torch.rand(8, 8), "a long title of many words, which would not have stood in one line above an image"
+    )
     rows = {name: [[long] * k] * 2 for name in ("proponents", "opponents", "what another method names")}
     figure = plot_pictures([long, long], rows)
     figure.draw_without_rendering()
@@ -50,7 +54,7 @@ def test_titles_do_not_overlap(k):
         [axis.title for part in figure.subfigs for axis in part.axes[: 1 if part is figure.subfigs[0] else k]],
     ):
         boxes = [text.get_window_extent() for text in texts]
-        assert all(left.x1 < right.x0 for left, right in zip(boxes, boxes[1:], strict=False))
+        assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
     tops = [part.axes[0].get_window_extent().y1 for part in figure.subfigs[1:]]
     assert max(tops) - min(tops) < 1  # pixels: images of a row are level
 

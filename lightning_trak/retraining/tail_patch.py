@@ -95,8 +95,8 @@ def tail_patch(
         scores: ``(num_targets, num_train)`` for each method by name. Give random ones, too
             (:class:`~lightning_trak.methods.RandomScores`): a step on any examples changes the output.
         k: how many proponents.
-        together: take one step on all ``k`` of them, rather than, as its authors do, one on each of them alone, of whose
-            rises the mean is taken.
+        together: take one step on all ``k`` of them, rather than one on each of them alone, of whose rises the mean is
+            taken, as its authors do.
         output: what should rise; default: the module's ``configure_model_output()``. For the log-probability, give
             :class:`~lightning_trak.outputs.NegativeLoss` a cross-entropy.
         progress_bar: whether to show one.

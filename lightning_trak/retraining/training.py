@@ -17,7 +17,6 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, S
 from lightning_trak.data import like
 from lightning_trak.outputs import ModelOutput
 
-
 UNHEARD_LOG = ".*`self.trainer` reference is not registered.*"  # Lightning's warning, if there is no Trainer
 
 

@@ -8,13 +8,10 @@ from torch import Tensor
 _MAX_COUNTS = 2**24  # resampling counts held at once: 128 MiB of float64
 
 
-def bootstrap_interval(
-    values: Tensor, confidence: float = 0.95, num_bootstraps: int = 2000, seed: int = 0
-) -> Tensor:
+def bootstrap_interval(values: Tensor, confidence: float = 0.95, num_bootstraps: int = 2000, seed: int = 0) -> Tensor:
     """Percentile bootstrap interval for the mean of a sample (Efron and Tibshirani, 1993, chapter 13).
 
-    The sample is the last dimension. All others are resampled by the same draws, so that the difference of two means has
-    its interval as that of the differences.
+    The sample is the last dimension; everything else is resampled by the same draws.
 
     Args:
         values: ``(..., size)``, at least one value in the sample.
