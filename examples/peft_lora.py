@@ -1,13 +1,13 @@
 """Which instructions should a language model be tuned on, for the sake of one task?
 
-LoRA adapters are tuned on a pool of instructions. TRAK scores these for a few examples of each task, by the gradients of
-the adapters alone. Two checks: how many of the selected instructions are of that task and right, and the loss on new
+LoRA adapters are tuned on a pool of instructions. TRAK scores these for a few examples of each task, by the gradients
+of the adapters alone. Two checks: how many of the selected instructions are of that task and right, and the loss on new
 examples of it after tuning on the selection, beside as many that BM25 or chance selects.
 
-By default, a small GPT-2 has learned some skills under terse names, and the pool asks for them in people's words, with a
-third of the answers wrong. With --data and --pretrained it is your model and your instructions: a folder of pool.jsonl
-and targets.jsonl (or .jsonl.gz), with rows {"instruction": ..., "response": ..., "task": ...}. Of each task, the first
-targets are what the selection is for, and the others the new examples. In the pool, the task is only counted.
+By default, a small GPT-2 has learned some skills under terse names, and the pool asks for them in people's words; a
+third of its answers are wrong. With --data and --pretrained it is your model and your instructions: a folder of
+pool.jsonl and targets.jsonl (or .jsonl.gz), with rows {"instruction": ..., "response": ..., "task": ...}. Of each task,
+the first targets are what the selection is for, and the others the new examples. In the pool, tasks are only counted.
 """
 
 import argparse
