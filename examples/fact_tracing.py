@@ -86,7 +86,8 @@ def main(arguments: list[str] | None = None) -> None:
     stating = relevant.any(0)
     arms = {"nothing": torch.ones_like(stating), "annotated": ~stating}
     for name, values in scores.items():
-        arms |= {f"{name} x {factor}": joint_removal_mask(values, factor * int(stating.sum())) for factor in (1, 2)}
+        counts = {f"{name} x {factor}": factor * int(stating.sum()) for factor in (1, 2)}
+        arms |= {arm: joint_removal_mask(values, count) for arm, count in counts.items() if count < len(train)}
     fleet = RetrainingFleet(
         run / "fleet",
         make_model,

@@ -63,7 +63,7 @@ def test_made_facts_are_stated_by_their_sentences_alone():
 
 
 def test_fact_tracing(tmp_path, capsys):
-    sizes = ["--facts", "8", "--queries", "3", "--models", "1", "--seeds", "1", "--epochs", "60"]
+    sizes = ["--facts", "8", "--queries", "2", "--models", "1", "--seeds", "1", "--epochs", "40"]
     fact_tracing.main(["--out", str(tmp_path), *sizes])
     text = capsys.readouterr().out
     found = re.findall(r"(\w+) +MRR ([\d.]+) +recall@10 ([\d.]+)", text)

@@ -129,7 +129,7 @@ def test_after_a_fit_with_a_scheduler():
 
 def test_means_and_leads_over_targets():
     generator = torch.Generator().manual_seed(0)
-    rises = torch.tensor([[1.0], [0.2]]) + torch.randn(2, 30, generator=generator)
+    rises = torch.tensor([[3.0], [0.2]]) + torch.randn(2, 30, generator=generator)
     found = TailPatch(("good", "bad"), rises.double())
     for estimate, row, values in ((found.rise(), 0, rises[0]), (found.lead("good"), 1, rises[0] - rises[1])):
         expected = scipy.stats.bootstrap((values.double().numpy(),), np.mean, method="percentile", rng=1)
@@ -142,7 +142,9 @@ def test_means_and_leads_over_targets():
     table = found.table("good")
     assert table.columns == ("method", "output rises by", "that of good minus this")
     assert table.rows[0][2] == ""
-    assert table.rows[1][2] == found.lead("good").written("+.3g", 1)
+    small = TailPatch(("a", "b"), torch.tensor([[0.0321, 0.0321], [0.0, 0.0]])).table().rows
+    assert [row[1] for row in small] == ["+0.0321 (+0.0321 to +0.0321)", "+0.0000 (+0.0000 to +0.0000)"]
+    assert table.rows[1][2] == found.lead("good").written("+.2f", 1)
 
 
 class ByHand(LitNet):

@@ -1,6 +1,7 @@
 """The tail patch: does one more step of training on what scores name raise the output at the target?"""
 
 import copy
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from lightning_trak.outputs import ModelOutput
 from lightning_trak.retraining.estimates import Estimate, mean_of
 from lightning_trak.retraining.removal import require_scores, strongest
 from lightning_trak.retraining.training import UNHEARD_LOG, on_device, training_loss
-from lightning_trak.tables import Cell, Table
+from lightning_trak.tables import Table
 
 
 @dataclass(frozen=True)
@@ -55,13 +56,16 @@ class TailPatch:
             method: one to compare with all others, in a further column.
         """
         rise = self.rise()
-        cells: list[list[Cell]] = [[name, rise.written("+.3g", row)] for row, name in enumerate(self.methods)]
-        if method is None:
-            return Table(("method", "output rises by"), [tuple(row) for row in cells])
-        lead = self.lead(method)
-        for number, (row, name) in enumerate(zip(cells, self.methods, strict=True)):
-            row.append("" if name == method else lead.written("+.3g", number))
-        return Table(("method", "output rises by", f"that of {method} minus this"), [tuple(row) for row in cells])
+        largest = float(rise.mean.abs().max())
+        decimals = max(0, 2 - math.floor(math.log10(largest))) if largest else 2  # three digits of the largest
+        form = f"+.{decimals}f"
+        columns = [list(self.methods), [rise.written(form, row) for row in range(len(self.methods))]]
+        names = ["method", "output rises by"]
+        if method is not None:
+            lead = self.lead(method)
+            columns.append(["" if name == method else lead.written(form, row) for row, name in enumerate(self.methods)])
+            names.append(f"that of {method} minus this")
+        return Table(tuple(names), list(zip(*columns, strict=True)))
 
 
 def tail_patch(
@@ -187,7 +191,7 @@ class _Patch:
         self.module.load_state_dict(self.weights)
         self.optimizer.load_state_dict(copy.deepcopy(self.state))  # what is loaded is not copied, but written to
         self.optimizer.zero_grad()
-        training_loss(self.module, batch).backward()
+        training_loss(self.module, batch).backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
 
     @torch.no_grad()
