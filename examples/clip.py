@@ -83,7 +83,7 @@ def neighbours(model: LitCLIP, train: Pairs, targets: Pairs) -> Tensor:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="directory of captions.jsonl and images")
-    parser.add_argument("--out", type=Path, default=Path("clip_output"), help="where everything is written")
+    parser.add_argument("--out", type=Path, default=Path("demo_output/clip"), help="where everything is written")
     parser.add_argument("--scenes", type=int, default=600, help="pairs to draw, without --data")
     parser.add_argument("--size", type=int, default=24, help="of the images that the model sees")
     parser.add_argument("--targets", type=int, default=4, help="held-out pairs to attribute")

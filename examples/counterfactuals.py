@@ -54,7 +54,9 @@ def margins(model: DigitsMLP, data: TensorDataset) -> Tensor:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("counterfactuals_output"), help="where everything is written")
+    parser.add_argument(
+        "--out", type=Path, default=Path("demo_output/counterfactuals"), help="where everything is written"
+    )
     parser.add_argument("--targets", type=int, default=8, help="digits whose proponents are taken away")
     parser.add_argument("--ks", type=int, nargs="+", default=[20, 80], help="how many proponents")
     parser.add_argument("--seeds", type=int, default=2, help="models for each target, method and k")

@@ -30,7 +30,9 @@ from lightning_trak.retraining import RetrainingFleet, joint_removal_mask
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="directory of facts.jsonl and sentences.jsonl (or .jsonl.gz)")
-    parser.add_argument("--out", type=Path, default=Path("fact_tracing_output"), help="where everything is written")
+    parser.add_argument(
+        "--out", type=Path, default=Path("demo_output/fact_tracing"), help="where everything is written"
+    )
     parser.add_argument("--facts", type=int, default=160, help="facts to learn, drawn at random")
     parser.add_argument("--queries", type=int, default=30, help="how many of the facts that were learned to trace")
     parser.add_argument("--models", type=int, default=4, help="models that TRAK averages over")

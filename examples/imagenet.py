@@ -76,7 +76,7 @@ def draw(targets: ImageFolder, train: ImageFolder, rows: Sequence[int], best: To
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="directory with train/CLASS and val/CLASS")
-    parser.add_argument("--out", type=Path, default=Path("imagenet_output"), help="where everything is written")
+    parser.add_argument("--out", type=Path, default=Path("demo_output/imagenet"), help="where everything is written")
     parser.add_argument("--snapshots", type=Path, help="attribute these, of an earlier run, and do not train")
     parser.add_argument("--crops", type=int, default=48, help="training images to cut, without --data")
     parser.add_argument("--size", type=int, default=224, help="of the images that the model sees")

@@ -103,7 +103,6 @@ def main(argv: list[str] | None = None) -> None:
     trainer = make_trainer(args.epochs, TRAKCallback(run / "snapshots", every_n_epochs=max(1, args.epochs // 4)))
     loader = DataLoader(train, batch_size=16, shuffle=True)
     trainer.fit(model, loader)
-    optimizer = trainer.optimizers[0]
     model.eval()
     with torch.no_grad():
         for name, chosen in (("Training", passages[: args.targets]), ("Held-out", passages[args.train :])):
@@ -131,13 +130,13 @@ def main(argv: list[str] | None = None) -> None:
     print("   rise of the continuation's log-probability, in nats a token, mean over the targets", flush=True)
     patch = tail_patch(
         model,
-        optimizer,
+        trainer.optimizers[0],
         loader,
         target_loader,
         scores,
         args.top,
         together=True,
-        output=NegativeLoss(LitCausalLM.training_step),
+        output=NegativeLoss(LitCausalLM.training_step),  # of the one target that is asked for at a time
     )
     print(patch.table("TRAK").markdown())
 
