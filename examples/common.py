@@ -12,10 +12,11 @@ import lightning as L
 import torch
 
 
-def begin(out: Path) -> Path:
-    """A new directory for this run. From here on, torch uses one thread and Lightning says little."""
+def begin(out: Path, quiet: bool = True) -> Path:
+    """A new directory for this run. From here on, torch uses one thread, and Lightning says little if told to."""
     torch.set_num_threads(1)  # the models are too small to share
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # it says the same of every Trainer
+    if quiet:
+        logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # it says the same of every Trainer
     warnings.filterwarnings("ignore", ".*LeafSpec.*|.*does not have many workers.*")  # Lightning's own
     run = out / time.strftime("%Y%m%d-%H%M%S")
     run.mkdir(parents=True)

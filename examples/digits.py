@@ -80,7 +80,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--k", type=int, default=1024, help="features of an example")
     args = parser.parse_args(arguments)
     started = time.time()
-    run = common.begin(args.out)
+    run = common.begin(args.out, quiet=False)
     train, targets = make_data()
     logger = CSVLogger(run, name="", version="logs")
 
