@@ -8,7 +8,7 @@ BIN := .venv/bin
 .PHONY: demo test lint docs clean
 
 demo: .venv/.demo
-	$(BIN)/python examples/digits.py --out demo_output
+	$(BIN)/python -m examples.digits --out demo_output
 
 # One thread in each of two test processes: more would only wait for each other.
 test: .venv/.test

@@ -2,7 +2,7 @@
 
 Two small towers learn to give an image and its caption the same direction. For held-out pairs, TRAK names the training
 pairs that count most for and against, which are shown beside the nearest neighbours in embedding space. Then models are
-trained again without the first of either list, and without random pairs: how far does the alignment (cosine of the
+trained again without the first of either list, or without random pairs: how far does the alignment (cosine of the
 target's image and caption) fall?
 
 Run it as `python -m examples.clip`. With --data, images and captions are read from a directory; examples/pairs.py says
@@ -11,23 +11,25 @@ what it holds. Without, scenes of coloured shapes are drawn.
 
 import argparse
 import time
+from functools import partial
 from pathlib import Path
 
 import lightning as L
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from examples.common import begin, make_trainer
-from examples.pairs import Pairs, draw_pairs, make_scenes, read_pairs
+from examples.pairs import Pairs, make_scenes, read_pairs
 from lightning_trak import TRAK, AttributionMixin, TRAKCallback
 from lightning_trak.methods import RandomScores
-from lightning_trak.outputs import ContrastiveMargin, ModelOutput
-from lightning_trak.retraining import RetrainingFleet
+from lightning_trak.outputs import ContrastiveMargin, NegativeLoss
+from lightning_trak.plots import plot_brittleness, plot_pictures
+from lightning_trak.retraining import Counterfactuals
 
-TEMPERATURE, FRACTIONS = 0.1, (0.005, 0.015, 0.05)
+TEMPERATURE = 0.1
+ALIGNED = 0.5  # the cosine above which a pair counts as learned
 
 
 class LitCLIP(AttributionMixin, L.LightningModule):
@@ -66,14 +68,9 @@ class LitCLIP(AttributionMixin, L.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=2e-3, weight_decay=0.01)
 
 
-class Alignment(ModelOutput):
-    """The cosine of an image and its caption."""
-
-    def output(self, module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return F.cosine_similarity(*module(*batch))
-
-    def loss(self, output: Tensor) -> Tensor:
-        return -output
+def misalignment(model: nn.Module, pairs: tuple[Tensor, Tensor]) -> Tensor:
+    """Minus the cosine of each image and its caption."""
+    return -F.cosine_similarity(*model(*pairs))
 
 
 @torch.no_grad()
@@ -83,36 +80,16 @@ def neighbours(model: LitCLIP, train: Pairs, targets: Pairs) -> Tensor:
     return sum(ours @ theirs.T for ours, theirs in zip(of_targets, of_train, strict=True)) / 2
 
 
-def without_first(scores: Tensor, counts: list[int]) -> Tensor:
-    """The training set without the first of each target, for each count: bool ``(num_targets, counts, num_train)``."""
-    ranks = scores.argsort(dim=1, descending=True).argsort(dim=1)
-    return ranks[:, None] >= torch.tensor(counts)[:, None]
-
-
-def draw_fall(fractions: Tensor, before: float, falls: dict[str, Tensor]) -> Figure:
-    """Alignment over the share of removed pairs, ``(num_fractions, num_values)``, with standard errors."""
-    figure = Figure(figsize=(5, 3.2), layout="constrained")
-    axis = figure.subplots()
-    for name, values in falls.items():
-        error = values.std(1, correction=0) / max(1, values.shape[1] - 1) ** 0.5
-        axis.errorbar((100 * fractions).numpy(), values.mean(1).numpy(), error.numpy(), label=name, marker="o")
-    axis.axhline(before, color="grey", linestyle=":", label="nothing removed")
-    axis.set(xlabel="removed training pairs, %", ylabel="alignment of the targets", xscale="log")
-    axis.set_xticks((100 * fractions).numpy(), [f"{100 * fraction:g}" for fraction in fractions.tolist()])
-    axis.minorticks_off()
-    axis.legend()
-    return figure
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="directory of captions.jsonl and images")
-    parser.add_argument("--out", type=Path, default=Path("clip_output"), help="where everything is written")
+    parser.add_argument("--out", type=Path, default=Path("demo_output/clip"), help="where everything is written")
     parser.add_argument("--scenes", type=int, default=600, help="pairs to draw, without --data")
     parser.add_argument("--size", type=int, default=24, help="of the images that the model sees")
     parser.add_argument("--targets", type=int, default=4, help="held-out pairs to attribute")
+    parser.add_argument("--ks", type=int, nargs="+", default=[3, 9, 30], help="how many pairs to take away")
     parser.add_argument("--models", type=int, default=4, help="models that TRAK averages over")
-    parser.add_argument("--seeds", type=int, default=2, help="models to retrain for each set of removed pairs")
+    parser.add_argument("--seeds", type=int, default=2, help="models for each target, method and k")
     parser.add_argument("--epochs", type=int, default=12)
     args = parser.parse_args(arguments)
     started = time.time()
@@ -120,9 +97,7 @@ def main(arguments: list[str] | None = None) -> None:
     pairs = read_pairs(args.data) if args.data else (make_scenes(args.scenes, 0.03), make_scenes(200, seed=1))
     train = Pairs(pairs[0], args.size)
     held_out = Pairs(pairs[1], args.size, train.vocabulary)
-
-    def make_model() -> LitCLIP:
-        return LitCLIP(len(train.vocabulary) + 1)
+    make_model = partial(LitCLIP, len(train.vocabulary) + 1)
 
     print(f"1. Training {args.models} models on {len(train)} pairs", flush=True)
     snapshots = [run / f"snapshots{seed}" for seed in range(args.models)]
@@ -134,52 +109,42 @@ def main(arguments: list[str] | None = None) -> None:
         make_trainer(args.epochs, callback).fit(model, DataLoader(train, batch_size=64, shuffle=True))
         similar += neighbours(model, train, held_out) / args.models
         with torch.no_grad():
-            aligned += Alignment().output(model, (held_out.images, held_out.words)) / args.models
-    chosen = (aligned > 0.5).nonzero().flatten()[: args.targets].tolist()
-    print(f"   alignment of {len(held_out)} held-out pairs: {aligned.mean():.2f}, above 0.5 at {(aligned > 0.5).sum()}")
+            aligned -= misalignment(model, (held_out.images, held_out.words)) / args.models
+    chosen = (aligned > ALIGNED).nonzero().flatten()[: args.targets].tolist()
+    learned = int((aligned > ALIGNED).sum())
+    print(f"   alignment of {len(held_out)} held-out pairs: {aligned.mean():.2f}, above {ALIGNED} at {learned}")
     if not chosen:
         raise SystemExit("No held-out pair is aligned, so there is nothing to explain: train with more --epochs.")
 
     print(f"2. Attributing {len(chosen)} of those", flush=True)
-    targets, loader = Subset(held_out, chosen), DataLoader(train, batch_size=64)
-    scores = {
-        "TRAK": TRAK(model, snapshots, run / "features").attribute(make_trainer(args.epochs), loader, targets),
-        "nearest neighbours": similar[chosen],
-        "random": RandomScores().attribute(make_trainer(args.epochs), loader, targets),
+    targets, loader, trainer = Subset(held_out, chosen), DataLoader(train, batch_size=64), make_trainer(args.epochs)
+    trak = TRAK(model, snapshots, run / "features").attribute(trainer, loader, targets)
+    random = RandomScores().attribute(trainer, loader, targets)
+    near = similar[chosen]
+    shown = {"nearest neighbours": near, "TRAK: most positive": trak, "TRAK: most negative": -trak}
+    rows = {
+        name: [[*map(train.picture, row)] for row in values.topk(3).indices.tolist()] for name, values in shown.items()
     }
-    columns = {
-        "nearest neighbours": scores["nearest neighbours"],
-        "TRAK: most positive": scores["TRAK"],
-        "TRAK: most negative": -scores["TRAK"],
-    }
-    draw_pairs(held_out, train, chosen, columns).savefig(run / "pairs.png", dpi=150)
+    plot_pictures([*map(held_out.picture, chosen)], rows).savefig(run / "pairs.png", dpi=150)
 
     print(f"3. Retraining without the first of each list, {args.seeds} times each", flush=True)
-    counts = [max(1, round(fraction * len(train))) for fraction in FRACTIONS]
-    masks = torch.stack([without_first(values, counts) for values in scores.values()])
-    everything = torch.ones(1, len(train), dtype=torch.bool)
-    fleet = RetrainingFleet(
-        run / "fleet",
+    removal = Counterfactuals(
+        run / "removed",
         make_model,
-        lambda: make_trainer(args.epochs),
+        partial(make_trainer, args.epochs),
         loader,
         targets,
-        torch.cat([everything, masks.flatten(0, 2)]),
+        {"TRAK": trak, "nearest neighbours": near, "random": random},
+        args.ks,
         num_seeds=args.seeds,
-        output=Alignment(),
+        num_references=3,
+        output=NegativeLoss(misalignment),
     )
-    fleet.run()
-    before = fleet.outputs[:, 0].mean().item()
-    # Of a model that was trained without pairs for one target, the alignment of that target.
-    outputs = fleet.outputs[:, 1:].unflatten(1, masks.shape[:3]).diagonal(dim1=0, dim2=2)
-    outputs = outputs.transpose(2, 3)  # (method, count, target, seed)
-    falls = {name: found.flatten(1) for name, found in zip(scores, outputs, strict=True)}
-    shares = torch.tensor(counts) / len(train)
-    print(f"   alignment of the targets, without {', '.join(f'{share:.1%}' for share in shares.tolist())}")
-    print(f"   {'nothing removed':20s} {before:.2f}")
-    for name, values in falls.items():
-        print(f"   {name:20s} {'   '.join(f'{value:.2f}' for value in values.mean(1).tolist())}")
-    draw_fall(shares, before, falls).savefig(run / "alignment.png", dpi=120)
+    removal.run()
+    brittleness = removal.brittleness(threshold=ALIGNED)
+    print(f"   alignment of the targets, nothing removed: {brittleness.references.mean():.2f}")
+    print(brittleness.table().markdown())
+    plot_brittleness(brittleness).savefig(run / "alignment.png", dpi=100)
     print(f"Wrote {run}/pairs.png and alignment.png in {time.time() - started:.0f} s")
 
 

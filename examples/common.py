@@ -1,4 +1,4 @@
-"""What the examples that train many small models share."""
+"""What the examples share."""
 
 import gzip
 import json
@@ -12,10 +12,11 @@ import lightning as L
 import torch
 
 
-def begin(out: Path) -> Path:
-    """A new directory for this run. From here on, torch uses one thread and Lightning says little."""
+def begin(out: Path, quiet: bool = True) -> Path:
+    """A new directory for this run. From here on, torch uses one thread, and Lightning says little if told to."""
     torch.set_num_threads(1)  # the models are too small to share
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # it says the same of every Trainer
+    if quiet:
+        logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # it says the same of every Trainer
     warnings.filterwarnings("ignore", ".*LeafSpec.*|.*does not have many workers.*")  # Lightning's own
     run = out / time.strftime("%Y%m%d-%H%M%S")
     run.mkdir(parents=True)
@@ -39,6 +40,6 @@ def read_rows(directory: Path, name: str) -> list[dict[str, Any]]:
     """The rows of ``name.jsonl``, or of ``name.jsonl.gz``."""
     plain, packed = directory / f"{name}.jsonl", directory / f"{name}.jsonl.gz"
     if not plain.exists() and not packed.exists():
-        raise FileNotFoundError(f'"{directory}" has neither {plain.name} nor {packed.name}')
+        raise SystemExit(f'"{directory}" has neither {plain.name} nor {packed.name}')
     text = plain.read_bytes() if plain.exists() else gzip.decompress(packed.read_bytes())
     return [json.loads(line) for line in text.splitlines()]

@@ -9,7 +9,6 @@ trained without. Then labels are spoilt, to see how soon self-influence finds th
 
 import argparse
 import time
-import warnings
 from pathlib import Path
 
 import lightning as L
@@ -18,6 +17,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
+from examples.common import begin
 from examples.digits import EPOCHS, LitDigits, make_data, make_trainer
 from lightning_trak import TRAK, GradientCosine, GradientDot, TRAKCallback
 from lightning_trak.loggers import log_brittleness, log_mislabel_curves
@@ -41,8 +41,7 @@ def train_runs(data: TensorDataset, folder: Path, runs: int) -> tuple[DigitsMLP,
     folders = [folder / f"snapshots-{run}" for run in range(runs)]
     for run, place in enumerate(folders):
         L.seed_everything(run, verbose=False)
-        model, trainer = DigitsMLP(), make_trainer()
-        trainer.callbacks.append(TRAKCallback(place, every_n_epochs=EPOCHS))
+        model, trainer = DigitsMLP(), make_trainer(TRAKCallback(place, every_n_epochs=EPOCHS))
         trainer.fit(model, DataLoader(data, batch_size=100, shuffle=True))
     return model, folders
 
@@ -53,18 +52,18 @@ def margins(model: DigitsMLP, data: TensorDataset) -> Tensor:
         return model.configure_model_output().output(model, data.tensors)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("counterfactuals_output"), help="where everything is written")
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--out", type=Path, default=Path("demo_output/counterfactuals"), help="where everything is written"
+    )
     parser.add_argument("--targets", type=int, default=8, help="digits whose proponents are taken away")
     parser.add_argument("--ks", type=int, nargs="+", default=[20, 80], help="how many proponents")
     parser.add_argument("--seeds", type=int, default=2, help="models for each target, method and k")
     parser.add_argument("--runs", type=int, default=5, help="models that are attributed")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     started = time.time()
-    run = args.out / time.strftime("%Y%m%d-%H%M%S")
-    torch.set_num_threads(1)  # the net is too small to share
-    warnings.filterwarnings("ignore", ".*LeafSpec.*|.*does not have many workers.*")  # Lightning's own
+    run = begin(args.out)
     logger = CSVLogger(run, name="", version="logs")
     train, held_out = make_data()
     loader = DataLoader(train, batch_size=100)

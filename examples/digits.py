@@ -3,11 +3,13 @@
 A small convolutional net learns scikit-learn's handwritten digits while `TRAKCallback` keeps snapshots. TRAK then
 scores every training image for every held-out image. Retraining on random halves of the training set gives the ground
 truth, against which the linear datamodeling score (LDS) measures those scores, beside those of TRAK as published.
+
+    python -m examples.digits
 """
 
 import argparse
 import time
-import warnings
+from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -18,6 +20,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from examples import common
 from lightning_trak import TRAK, AttributionMixin, LinearDatamodelingScore, TRAKCallback
 from lightning_trak.outputs import ClassificationMargin
 from lightning_trak.plots import plot_attributions
@@ -67,28 +70,17 @@ def make_data() -> tuple[TensorDataset, TensorDataset]:
     return TensorDataset(images[train], labels[train]), TensorDataset(images[targets], labels[targets])
 
 
-def make_trainer() -> L.Trainer:
-    """A quiet Trainer, for one of many models."""
-    return L.Trainer(
-        max_epochs=EPOCHS,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+make_trainer = partial(common.make_trainer, EPOCHS)  # a quiet Trainer, for one of many models
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("demo_output"), help="where everything is written")
     parser.add_argument("--subsets", type=int, default=40, help="models to retrain for the ground truth")
     parser.add_argument("--k", type=int, default=1024, help="features of an example")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     started = time.time()
-    run = args.out / time.strftime("%Y%m%d-%H%M%S")
-    torch.set_num_threads(1)  # the net is too small to share
-    warnings.filterwarnings("ignore", ".*LeafSpec.*|.*does not have many workers.*")  # Lightning's own
+    run = common.begin(args.out, quiet=False)
     train, targets = make_data()
     logger = CSVLogger(run, name="", version="logs")
 

@@ -10,90 +10,29 @@ examples/facts.py says what they hold. Without, facts about invented people are 
 
 import argparse
 import time
+from functools import partial
 from pathlib import Path
 
 import lightning as L
 import torch
-import torch.nn.functional as F
-from matplotlib.figure import Figure
-from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from torchmetrics.retrieval import RetrievalMRR, RetrievalRecall
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from examples.common import begin, make_trainer, read_rows
 from examples.facts import PAD, make_data, make_facts
-from lightning_trak import TRAK, AttributionMixin, TRAKCallback
+from examples.language_model import LitCausalLM, small_gpt2
+from lightning_trak import TRAK, TRAKCallback
 from lightning_trak.methods import BM25, RandomScores
-from lightning_trak.outputs import CausalLMMargin
-from lightning_trak.retraining import RetrainingFleet
-
-
-class LitBlankFiller(AttributionMixin, L.LightningModule):
-    """Predicts what was left out of a text, after the text."""
-
-    def __init__(self, vocabulary_size: int, length: int) -> None:
-        super().__init__()
-        self.save_hyperparameters()
-        config = GPT2Config(
-            vocab_size=vocabulary_size,
-            n_positions=length,
-            n_embd=64,
-            n_layer=1,
-            n_head=4,
-            tie_word_embeddings=False,
-            use_cache=False,
-            bos_token_id=PAD,
-            eos_token_id=PAD,
-            **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
-        )
-        self.gpt = GPT2LMHeadModel(config)
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        return self.gpt(input_ids=input_ids).logits
-
-    def configure_model_output(self) -> CausalLMMargin:
-        return CausalLMMargin()
-
-    def training_step(self, batch: dict[str, Tensor]) -> Tensor:
-        logits, labels = self(batch["input_ids"])[:, :-1], batch["labels"][:, 1:]
-        return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=3e-3, weight_decay=0.01)
-
-
-def without_first(scores: Tensor, number: int) -> Tensor:
-    """The training set without the first of every query, then the second, and so on, until so many are left out."""
-    ranked = scores.argsort(dim=1, descending=True).T.flatten().tolist()
-    kept = torch.ones(scores.shape[1], dtype=torch.bool)
-    kept[list(dict.fromkeys(ranked))[:number]] = False
-    return kept
-
-
-def draw(arms: list[str], traced: Tensor, others: Tensor) -> Figure:
-    """How many queries are answered in each arm, of outputs ``(num_queries, num_arms, num_seeds)``."""
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
-    axis = figure.subplots()
-    for name, outputs, shift, colour in (
-        ("queries traced", traced, -0.2, "tab:blue"),
-        ("other queries", others, 0.2, "lightgrey"),
-    ):
-        answered = (outputs > 0).float().mean(0)
-        places = torch.arange(len(arms)) + shift
-        axis.barh(places.numpy(), answered.mean(1).numpy(), 0.4, color=colour, label=name)
-        axis.plot(answered.T.numpy(), places.expand(answered.shape[1], -1).numpy(), "k.", markersize=3)
-    axis.set_yticks(range(len(arms)), arms)
-    axis.invert_yaxis()
-    axis.set(xlabel="share answered by models retrained without sentences (dots: models)", xlim=(0, 1.02))
-    axis.legend(loc="upper center", bbox_to_anchor=(0.5, 1.15), ncols=2, frameon=False)
-    return figure
+from lightning_trak.plots import plot_outcomes
+from lightning_trak.retraining import RetrainingFleet, joint_removal_mask
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="directory of facts.jsonl and sentences.jsonl (or .jsonl.gz)")
-    parser.add_argument("--out", type=Path, default=Path("fact_tracing_output"), help="where everything is written")
+    parser.add_argument(
+        "--out", type=Path, default=Path("demo_output/fact_tracing"), help="where everything is written"
+    )
     parser.add_argument("--facts", type=int, default=160, help="facts to learn, drawn at random")
     parser.add_argument("--queries", type=int, default=30, help="how many of the facts that were learned to trace")
     parser.add_argument("--models", type=int, default=4, help="models that TRAK averages over")
@@ -107,8 +46,9 @@ def main(arguments: list[str] | None = None) -> None:
     train_loader = DataLoader(train, batch_size=32)
     print(f"{len(train)} sentences state {len(queries)} facts, with {len(train.vocabulary)} words")
 
-    def make_model() -> LitBlankFiller:
-        return LitBlankFiller(len(train.vocabulary) + 3, train.length)
+    def make_model() -> LitCausalLM:
+        network = small_gpt2(len(train.vocabulary) + 3, train.length, layers=1, tie_word_embeddings=False)
+        return LitCausalLM(network, lr=3e-3, weight_decay=0.01)
 
     print(f"1. Training {args.models} models", flush=True)
     snapshots, outputs = [], []
@@ -148,11 +88,12 @@ def main(arguments: list[str] | None = None) -> None:
     stating = relevant.any(0)
     arms = {"nothing": torch.ones_like(stating), "annotated": ~stating}
     for name, values in scores.items():
-        arms |= {f"{name} x {factor}": without_first(values, factor * int(stating.sum())) for factor in (1, 2)}
+        counts = {f"{name} x {factor}": factor * int(stating.sum()) for factor in (1, 2)}
+        arms |= {arm: joint_removal_mask(values, count) for arm, count in counts.items() if count < len(train)}
     fleet = RetrainingFleet(
         run / "fleet",
         make_model,
-        lambda: make_trainer(args.epochs),
+        partial(make_trainer, args.epochs),
         train_loader,
         Subset(queries, chosen.tolist()),
         torch.stack([*arms.values()]),
@@ -160,11 +101,17 @@ def main(arguments: list[str] | None = None) -> None:
     )
     fleet.run()
     print(f"   {'removed':12s} sentences  answered  log-odds of the answer  answered of the queries not traced")
+    answered = {  # of each set and model
+        "queries traced": (fleet.outputs[:traced] > 0).float().mean(0),
+        "other queries": (fleet.outputs[traced:] > 0).float().mean(0),
+    }
     for number, (name, kept) in enumerate(arms.items()):
-        found, others = fleet.outputs[:traced, number], fleet.outputs[traced:, number]
-        share, other_share = ((outputs > 0).float().mean() for outputs in (found, others))
-        print(f"   {name:12s} {int((~kept).sum()):9d} {share:9.2f} {found.mean():9.1f} {other_share:21.2f}")
-    draw([*arms], fleet.outputs[:traced], fleet.outputs[traced:]).savefig(run / "removed.png", dpi=120)
+        share, other_share = (shares[number].mean() for shares in answered.values())
+        log_odds = fleet.outputs[:traced, number].mean()
+        print(f"   {name:12s} {int((~kept).sum()):9d} {share:9.2f} {log_odds:9.1f} {other_share:21.2f}")
+    plot_outcomes([*arms], answered, "share answered by models retrained without sentences (dots: models)").savefig(
+        run / "removed.png", dpi=120
+    )
 
     print("4. Where it learned these (* marks sentences that state the fact)")
     for row, query in enumerate(chosen[: min(3, traced)].tolist()):

@@ -34,12 +34,10 @@ from lightning_trak.scorers import TopK
 class LitResNet(AttributionMixin, L.LightningModule):
     """ResNet-18, from scratch."""
 
-    def __init__(self, num_classes: int, lr: float) -> None:
+    def __init__(self, num_classes: int, lr: float, widths: Sequence[int] = (64, 128, 256, 512)) -> None:
         super().__init__()
         self.lr = lr
-        config = ResNetConfig(
-            layer_type="basic", depths=[2, 2, 2, 2], hidden_sizes=[64, 128, 256, 512], num_labels=num_classes
-        )
+        config = ResNetConfig(layer_type="basic", depths=[2, 2, 2, 2], hidden_sizes=[*widths], num_labels=num_classes)
         self.net = ResNetForImageClassification(config)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -78,10 +76,11 @@ def draw(targets: ImageFolder, train: ImageFolder, rows: Sequence[int], best: To
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="directory with train/CLASS and val/CLASS")
-    parser.add_argument("--out", type=Path, default=Path("imagenet_output"), help="where everything is written")
+    parser.add_argument("--out", type=Path, default=Path("demo_output/imagenet"), help="where everything is written")
     parser.add_argument("--snapshots", type=Path, help="attribute these, of an earlier run, and do not train")
     parser.add_argument("--crops", type=int, default=48, help="training images to cut, without --data")
     parser.add_argument("--size", type=int, default=224, help="of the images that the model sees")
+    parser.add_argument("--widths", type=int, nargs=4, default=[64, 128, 256, 512], help="channels of the four stages")
     parser.add_argument("--targets", type=int, default=4, help="images of val to attribute, evenly spread")
     parser.add_argument("--top", type=int, default=5, help="training images to keep for each target, at either end")
     parser.add_argument("--k", type=int, default=2048, help="features of an example")
@@ -105,7 +104,8 @@ def main(arguments: list[str] | None = None) -> None:
     devices = {"accelerator": args.accelerator, "devices": args.devices, "strategy": args.strategy, "logger": False}
 
     L.seed_everything(0, verbose=False)
-    model, snapshots = LitResNet(len(train.classes), args.lr), args.snapshots or args.out / "snapshots"
+    model = LitResNet(len(train.classes), args.lr, args.widths)
+    snapshots = args.snapshots or args.out / "snapshots"
     if args.snapshots is None:
         callback = TRAKCallback(snapshots, every_n_epochs=args.snapshot_every)
         trainer = L.Trainer(max_epochs=args.epochs, callbacks=[callback], enable_checkpointing=False, **devices)

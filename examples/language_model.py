@@ -6,22 +6,23 @@ one more training step on the passages that a method names should make the conti
 """
 
 import argparse
-import copy
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from examples.common import begin, make_trainer
-from examples.texts import interval, learn_tokenizer, line, read_text
+from examples.texts import learn_tokenizer, line, read_text
 from lightning_trak import TRAK, AttributionMixin, GradientCosine, TRAKCallback
 from lightning_trak.methods import BM25, RandomScores
-from lightning_trak.outputs import CausalLMMargin
+from lightning_trak.outputs import CausalLMMargin, NegativeLoss
+from lightning_trak.retraining import tail_patch
 
 Example = dict[str, Tensor]  # input_ids, and labels as Hugging Face has them: the ids, or -100 where nothing is asked
 
@@ -29,10 +30,10 @@ Example = dict[str, Tensor]  # input_ids, and labels as Hugging Face has them: t
 class LitCausalLM(AttributionMixin, L.LightningModule):
     """A causal language model of Hugging Face, as it comes."""
 
-    def __init__(self, network: nn.Module, lr: float) -> None:
+    def __init__(self, network: nn.Module, lr: float, weight_decay: float = 0.1) -> None:
         super().__init__()
         self.network = network
-        self.lr = lr
+        self.lr, self.weight_decay = lr, weight_decay
 
     def forward(self, **inputs: Tensor) -> Tensor:
         return self.network(**inputs).logits
@@ -46,15 +47,14 @@ class LitCausalLM(AttributionMixin, L.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        return torch.optim.AdamW(trainable, lr=self.lr, weight_decay=0.1)
+        return torch.optim.AdamW(trainable, lr=self.lr, weight_decay=self.weight_decay)
 
 
-def small_gpt2(vocab_size: int, length: int, width: int = 64) -> GPT2LMHeadModel:
-    """GPT-2 with two layers, newly initialised."""
-    sizes = {"n_embd": width, "n_layer": 2, "n_head": width // 16, "n_positions": length}
+def small_gpt2(vocab_size: int, length: int, layers: int = 2, **options: Any) -> GPT2LMHeadModel:
+    """GPT-2 of few layers, newly initialised."""
+    sizes = {"n_embd": 64, "n_layer": layers, "n_head": 4, "n_positions": length, "vocab_size": vocab_size}
     no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    config = GPT2Config(vocab_size=vocab_size, bos_token_id=None, eos_token_id=None, **sizes, **no_dropout)
-    return GPT2LMHeadModel(config)
+    return GPT2LMHeadModel(GPT2Config(bos_token_id=None, eos_token_id=None, **sizes, **no_dropout, **options))
 
 
 def generate(model: LitCausalLM, prompts: Tensor, length: int) -> list[Example]:
@@ -70,17 +70,6 @@ def generate(model: LitCausalLM, prompts: Tensor, length: int) -> list[Example]:
     labels = ids.clone()
     labels[:, : prompts.shape[1]] = -100
     return [{"input_ids": row, "labels": asked} for row, asked in zip(ids, labels, strict=True)]
-
-
-def tail_patch(model: LitCausalLM, optimizer: torch.optim.Optimizer, passages: list[Example], target: Example) -> float:
-    """By how much one more step of training on some passages raises the target's log-probability, per token."""
-    model, optimizer = copy.deepcopy((model, optimizer))  # together, so that the copies belong together
-    asked = default_collate([target])
-    before = model.training_step(asked).item()
-    optimizer.zero_grad()
-    model.training_step(default_collate(passages)).backward()
-    optimizer.step()
-    return before - model.training_step(asked).item()
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -114,7 +103,6 @@ def main(argv: list[str] | None = None) -> None:
     trainer = make_trainer(args.epochs, TRAKCallback(run / "snapshots", every_n_epochs=max(1, args.epochs // 4)))
     loader = DataLoader(train, batch_size=16, shuffle=True)
     trainer.fit(model, loader)
-    optimizer = trainer.optimizers[0]
     model.eval()
     with torch.no_grad():
         for name, chosen in (("Training", passages[: args.targets]), ("Held-out", passages[args.train :])):
@@ -139,20 +127,18 @@ def main(argv: list[str] | None = None) -> None:
                 print(f"   {name:14s} {line(tokenizer.decode(passages[index]), 90)}")
 
     print(f"\n3. Tail patch: one training step on the {args.top} passages that each method names")
-    print("   rise of the continuation's log-probability in thousandths of a nat per token, mean over the targets")
-    rises = {
-        name: torch.tensor(
-            [
-                1000 * tail_patch(model, optimizer, [train[i] for i in row.topk(args.top).indices.tolist()], target)
-                for row, target in zip(values, targets, strict=True)
-            ]
-        )
-        for name, values in scores.items()
-    }
-    rises |= {f"TRAK - {name}": rises["TRAK"] - rises[name] for name in ("GradientCosine", "BM25", "random")}
-    for name, values in rises.items():
-        mean, low, high = interval(values)
-        print(f"   {name:22s} {mean:+7.2f}  (95% interval {low:+.2f} to {high:+.2f})")
+    print("   rise of the continuation's log-probability, in nats a token, mean over the targets", flush=True)
+    patch = tail_patch(
+        model,
+        trainer.optimizers[0],
+        loader,
+        target_loader,
+        scores,
+        args.top,
+        together=True,
+        output=NegativeLoss(LitCausalLM.training_step),  # of the one target that is asked for at a time
+    )
+    print(patch.table("TRAK").markdown())
 
 
 if __name__ == "__main__":

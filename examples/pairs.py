@@ -3,17 +3,16 @@
 import io
 import random
 import re
-import textwrap
 from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from examples.common import read_rows
+from lightning_trak.plots import Picture
 
 COLOURS = {
     "red": (220, 40, 40),
@@ -115,21 +114,8 @@ class Pairs(Dataset[tuple[Tensor, Tensor]]):
     def __len__(self) -> int:
         return len(self.captions)
 
+    def picture(self, index: int) -> Picture:
+        return Picture(self.images[index], self.captions[index])
+
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         return self.images[index], self.words[index]
-
-
-def draw_pairs(targets: Pairs, train: Pairs, rows: list[int], columns: dict[str, Tensor], k: int = 3) -> Figure:
-    """Each target beside the training pairs that score highest in each column, scores being (len(rows), num_train)."""
-    figure = Figure(figsize=(1.3 * (1 + k * len(columns)), 1.75 * len(rows) + 0.3), layout="constrained")
-    parts = figure.subfigures(1, 1 + len(columns), width_ratios=[1.15, *[k] * len(columns)], wspace=0.04)
-    shown = [("target", targets, torch.tensor(rows)[:, None])]
-    shown += [(name, train, scores.topk(k).indices) for name, scores in columns.items()]
-    for part, (name, pairs, indices) in zip(parts, shown, strict=True):
-        part.suptitle(name, fontsize=10)
-        for axes, row in zip(part.subplots(*indices.shape, squeeze=False), indices.tolist(), strict=True):
-            for axis, index in zip(axes, row, strict=True):
-                axis.imshow(pairs.images[index].permute(1, 2, 0).numpy())
-                axis.set_title(textwrap.fill(pairs.captions[index], 22, max_lines=3), fontsize=6, pad=2)
-                axis.axis("off")
-    return figure

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
+from transformers.utils import logging
 
 from examples.common import begin, make_trainer
 from examples.entailment import LABELS, Pair, generate, read
@@ -36,7 +37,8 @@ class LitPairs(AttributionMixin, L.LightningModule):
             config = AutoConfig.for_model("bert", vocab_size=vocab_size, **sizes, **no_dropout)
             self.encoder = AutoModelForSequenceClassification.from_config(config)
         else:
-            self.encoder = AutoModelForSequenceClassification.from_pretrained(pretrained, num_labels=2)
+            # It comes in eval mode, in which Lightning would leave it.
+            self.encoder = AutoModelForSequenceClassification.from_pretrained(pretrained, num_labels=2).train()
 
     def forward(self, **inputs: Tensor) -> Tensor:
         return self.encoder(**inputs).logits
@@ -76,7 +78,11 @@ def main(argv: list[str] | None = None) -> None:
     else:
         train, targets = read(args.data, "train", args.train), read(args.data, "dev", args.targets)
     if args.pretrained:
-        tokenizer = AutoTokenizer.from_pretrained(args.pretrained)
+        logging.set_verbosity_error()  # every model that is loaded says that its head is new
+        logging.disable_progress_bar()
+        tokenizer, config = (kind.from_pretrained(args.pretrained) for kind in (AutoTokenizer, AutoConfig))
+        longest = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
+        tokenizer.model_max_length = min(longest, tokenizer.model_max_length)  # the latter is not always saved
     else:
         tokenizer = learn_tokenizer((text for pair in train for text in pair[:2]), vocab_size=4000)
     loader, target_loader = (

@@ -5,9 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from textwrap import shorten
 
-import torch
 from tokenizers import ByteLevelBPETokenizer, processors
-from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 
@@ -24,16 +22,9 @@ def learn_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     learnt.train_from_iterator(texts, vocab_size, special_tokens=special, show_progress=False)
     learnt.post_processor = processors.BertProcessing(("[SEP]", 2), ("[CLS]", 1))
     names = dict(zip(("pad_token", "cls_token", "sep_token"), special, strict=True))
-    return PreTrainedTokenizerFast(tokenizer_object=learnt._tokenizer, model_max_length=128, **names)
+    return PreTrainedTokenizerFast(tokenizer_object=learnt._tokenizer, model_max_length=128, eos_token="[SEP]", **names)
 
 
 def line(text: str, width: int = 70) -> str:
     """The beginning of a text on one line."""
     return shorten(text, width, placeholder=" ...")
-
-
-def interval(values: Tensor, num_bootstraps: int = 2000) -> tuple[float, float, float]:
-    """The mean of some values with its 95% interval by bootstrap."""
-    drawn = torch.randint(len(values), (num_bootstraps, len(values)), generator=torch.Generator().manual_seed(0))
-    low, high = values[drawn].mean(1).quantile(torch.tensor([0.025, 0.975])).tolist()
-    return float(values.mean()), low, high

@@ -85,7 +85,7 @@ def as_loaders(data: Data | Sequence[DataLoader[Any]], stage: str, trainer: L.Tr
             data.setup(stage)
         data = data.train_dataloader() if stage == "fit" else data.predict_dataloader()
     loaders = list(data) if isinstance(data, (list, tuple)) else [data]
-    return [_as_loader(item) for item in loaders]
+    return [as_loader(item) for item in loaders]
 
 
 def single_loader(data: Data, stage: str, trainer: L.Trainer) -> DataLoader[Any]:
@@ -101,7 +101,8 @@ def single_loader(data: Data, stage: str, trainer: L.Trainer) -> DataLoader[Any]
     return loaders[0]
 
 
-def _as_loader(data: Any) -> DataLoader[Any]:
+def as_loader(data: Any) -> DataLoader[Any]:
+    """A loader of a map-style dataset, if that is what is given; see :func:`as_loaders`."""
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
         data = DataLoader(data, batch_size=DEFAULT_BATCH_SIZE)
     dataset = getattr(data, "dataset", data)

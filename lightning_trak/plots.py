@@ -1,6 +1,8 @@
 """Pictures of attributions; needs the ``plots`` extra (matplotlib)."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -78,21 +80,29 @@ def plot_attributions(
 
 
 def plot_pictures(targets: Sequence[Picture], rows: Mapping[str, Sequence[Sequence[Picture]]]) -> "Figure":
-    """Draw each target beside groups of training images.
+    """Draw each target beside groups of training images, such as what several methods name for it.
 
     Args:
         targets: the leftmost column.
-        rows: under ``"proponents"``, ``"opponents"`` or both, a row of images for each target, all of the same length.
+        rows: by the title of a group, a row of images for each target, all of the same length. ``"proponents"`` and
+            ``"opponents"`` are drawn in their colours, with a title that says what they are.
+
+    Returns:
+        A matplotlib figure with one row for each target.
     """
     counts = [len(group[0]) for group in rows.values()]
-    figure = _figure(figsize=(1.0 * (sum(counts) + 1.2), 1.45 * len(targets) + 0.4), layout="constrained")
+    styles = [_STYLES.get(name, ("black", name)) for name in rows]
+    titles = [textwrap.fill(title, 12 * count) for (_, title), count in zip(styles, counts, strict=True)]
+    lines = max(title.count("\n") for title in titles)  # as many above each group, so that images are level
+    deepest = max(len(_wrapped(picture)) for group in (targets, *chain(*rows.values())) for picture in group)
+    height = (1.15 + 0.13 * deepest) * len(targets) + 0.25 + 0.15 * lines
+    figure = _figure(figsize=(1.0 * (sum(counts) + 1.2), height), layout="constrained")
     left, *parts = cast(Any, figure.subfigures(1, 1 + len(counts), width_ratios=[1.2, *counts], wspace=0.05))
-    left.suptitle("target", fontsize=10)
+    left.suptitle("target" + "\n" * lines, fontsize=10)
     for axis, target in zip(left.subplots(len(targets), 1, squeeze=False)[:, 0], targets, strict=True):
         _draw(axis, target, "black")
-    for part, (name, group) in zip(parts, rows.items(), strict=True):
-        colour, title = _STYLES[name]
-        part.suptitle(title, fontsize=10, color=colour)
+    for part, (colour, _), title, group in zip(parts, styles, titles, rows.values(), strict=True):
+        part.suptitle(title + "\n" * (lines - title.count("\n")), fontsize=10, color=colour)
         for axes, pictures in zip(part.subplots(len(targets), len(group[0]), squeeze=False), group, strict=True):
             for axis, picture in zip(axes, pictures, strict=True):
                 _draw(axis, picture, colour)
@@ -127,6 +137,28 @@ def plot_brittleness(brittleness: "Brittleness") -> "Figure":
     right.set_ylabel("predictions that flip")
     right.set_ylim(bottom=0)
     left.legend(fontsize=8)
+    return figure
+
+
+def plot_outcomes(sets: Sequence[str], outcomes: Mapping[str, Tensor], label: str) -> "Figure":
+    """Draw what became of models that were trained on several sets: a bar for the mean, a dot for each model.
+
+    Args:
+        sets: names of the training sets, such as what each lacks.
+        outcomes: of each set and model, ``(num_sets, num_seeds)``, by name; they are drawn side by side.
+        label: what they are, such as the share of predictions that are right.
+    """
+    figure = _figure(figsize=(6.4, 0.9 + 0.34 * len(sets)), layout="constrained")
+    axis, width = figure.subplots(), 0.8 / len(outcomes)
+    for number, (name, values) in enumerate(outcomes.items()):
+        places = [row + (number + 0.5) * width - 0.4 for row in range(len(sets))]
+        axis.barh(places, values.mean(1).tolist(), width, label=name, alpha=0.6)
+        axis.plot(values.T.tolist(), [places] * values.shape[1], "k.", markersize=3)
+    axis.set_yticks(range(len(sets)), sets)
+    axis.invert_yaxis()
+    axis.set_xlabel(label)
+    if len(outcomes) > 1:
+        figure.legend(loc="outside upper center", ncols=len(outcomes), frameon=False)
     return figure
 
 
@@ -182,12 +214,17 @@ def _figure(**options: Any) -> "Figure":
     return Figure(**options)
 
 
+def _wrapped(picture: Picture) -> list[str]:
+    """The title, in lines as wide as an image."""
+    return [part for line in picture.title.split("\n") for part in textwrap.wrap(line, 15, max_lines=3) or [""]]
+
+
 def _draw(axis: "Axes", picture: Picture, colour: str) -> None:
     pixels = picture.image.detach().cpu().to(torch.float32)
     if pixels.ndim == 3:
         pixels = pixels.permute(1, 2, 0).squeeze(2)
     axis.imshow(pixels.numpy(), cmap="gray_r" if pixels.ndim == 2 else None)
-    axis.set_title(picture.title, fontsize=8, pad=3)
+    axis.set_title("\n".join(_wrapped(picture)), fontsize=8, pad=3)
     axis.set_xticks([])
     axis.set_yticks([])
     for spine in axis.spines.values():

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_trak.outputs import RegressionOutput
-from lightning_trak.retraining import Brittleness, Counterfactuals, removal_masks
+from lightning_trak.retraining import Brittleness, Counterfactuals, joint_removal_mask, removal_masks
 from tests.lit import LitNet, make_trainer
 
 
@@ -19,6 +19,15 @@ def test_masks_lack_the_highest_scores():
     assert removal_masks(scores, 2).tolist() == expected
 
 
+def test_targets_take_turns_where_they_share_a_set():
+    scores = torch.tensor([[3.0, 2.0, 1.0, 0.0], [300.0, 0.0, 100.0, 200.0]])
+    expected = {1: [0], 2: [0, 1], 3: [0, 1, 3]}  # the first of both, then the second of the one and of the other
+    for k, removed in expected.items():
+        assert (~joint_removal_mask(scores, k)).nonzero().flatten().tolist() == removed
+    assert joint_removal_mask(scores[:1], 2).tolist() == removal_masks(scores[:1], 2)[0].tolist()
+
+
+@pytest.mark.parametrize("function", [removal_masks, joint_removal_mask])
 @pytest.mark.parametrize(
     ("scores", "k", "match"),
     [
@@ -28,9 +37,9 @@ def test_masks_lack_the_highest_scores():
         (torch.tensor([[torch.nan, 1]]), 1, "with 1 NaNs"),
     ],
 )
-def test_masks_that_do_not_exist(scores, k, match):
+def test_masks_that_do_not_exist(function, scores, k, match):
     with pytest.raises(ValueError, match=match):
-        removal_masks(scores, k)
+        function(scores, k)
 
 
 class Mean(LitNet):

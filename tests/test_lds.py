@@ -9,6 +9,7 @@ from scipy import stats
 
 from lightning_trak.metrics import LinearDatamodelingScore
 from lightning_trak.metrics.functional import (
+    bootstrap_interval,
     crossed_bootstrap_interval,
     linear_datamodeling_interval,
     linear_datamodeling_score,
@@ -213,6 +214,21 @@ class TestWrongInput:
             linear_datamodeling_interval(task[0][:1], task[1][:1], task[2])
         with pytest.raises(ValueError, match=r"at least 2 rows and 2 columns.*but got shape"):
             crossed_bootstrap_interval(torch.zeros(3, 1))
+
+
+def test_the_plain_bootstrap():
+    values = torch.randn(3, 40, generator=torch.Generator().manual_seed(0)) + torch.arange(3)[:, None]
+    ends = bootstrap_interval(values, confidence=0.9, num_bootstraps=8000)
+    assert ends.shape == (2, 3)
+    for row, (low, high) in zip(values.double().numpy(), ends.T.tolist(), strict=True):
+        test = stats.bootstrap((row,), np.mean, confidence_level=0.9, method="percentile", rng=0)
+        assert [low, high] == pytest.approx(test.confidence_interval, abs=0.03)
+    difference = bootstrap_interval(values[1] - values[0])
+    torch.testing.assert_close(bootstrap_interval(values[0] - values[1]), -difference.flip(0))
+    with pytest.raises(ValueError, match=r"sample in the last dimension, but got shape \(3, 0\)"):
+        bootstrap_interval(torch.zeros(3, 0))
+    with pytest.raises(ValueError, match=r"at least 200.*confidence 0.99, but got 50"):
+        bootstrap_interval(values, 0.99, 50)
 
 
 class TestInterval:

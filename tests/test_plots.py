@@ -1,9 +1,19 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from matplotlib.image import imread
 
 from lightning_trak.metrics.functional import mislabel_detection_curve
-from lightning_trak.plots import plot_attributions, plot_brittleness, plot_histogram, plot_mislabel_curves
+from lightning_trak.plots import (
+    Picture,
+    plot_attributions,
+    plot_brittleness,
+    plot_histogram,
+    plot_mislabel_curves,
+    plot_outcomes,
+    plot_pictures,
+)
 from tests.test_counterfactuals import example
 
 
@@ -28,6 +38,40 @@ def test_a_row_holds_the_target_and_its_extremes(tmp_path, shape):
 def test_shapes_must_belong_together():
     with pytest.raises(ValueError, match=r"expected scores of shape \(2, 5\), got \(5, 2\)"):
         plot_attributions(torch.rand(2, 8, 8), torch.rand(5, 8, 8), torch.rand(5, 2))
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_titles_do_not_overlap(k):
+    """Neither those of images beside each other nor those of groups, however few and however long."""
+    long = Picture(
+        torch.rand(8, 8), "a long title of many words, which would not have stood in one line above an image"
+    )
+    rows = {name: [[long] * k] * 2 for name in ("proponents", "opponents", "what another method names")}
+    figure = plot_pictures([long, long], rows)
+    figure.draw_without_rendering()
+    for texts in (
+        [part._suptitle for part in figure.subfigs],
+        [axis.title for part in figure.subfigs for axis in part.axes[: 1 if part is figure.subfigs[0] else k]],
+    ):
+        boxes = [text.get_window_extent() for text in texts]
+        assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
+    tops = [part.axes[0].get_window_extent().y1 for part in figure.subfigs[1:]]
+    assert max(tops) - min(tops) < 1  # pixels: images of a row are level
+
+
+def test_outcomes_are_bars_of_means_with_a_dot_for_each_model():
+    outcomes = {"traced": torch.tensor([[0.9, 1.0], [0.1, 0.3]]), "others": torch.tensor([[0.8, 0.8], [0.6, 0.9]])}
+    figure = plot_outcomes(["nothing", "TRAK"], outcomes, "share answered")
+    (axis,) = figure.axes
+    for bars, values in zip(axis.containers, outcomes.values(), strict=True):
+        assert [bar.get_width() for bar in bars] == pytest.approx(values.mean(1).tolist())
+        for place, (bar, row) in enumerate(zip(bars, values, strict=True)):
+            middle = bar.get_y() + bar.get_height() / 2
+            (dots,) = [line for line in axis.lines if line.get_ydata()[0] == pytest.approx(middle)]
+            assert list(dots.get_xdata()) == pytest.approx(row.tolist())
+            assert abs(middle - place) < 0.4
+    assert [text.get_text() for text in axis.get_yticklabels()] == ["nothing", "TRAK"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["traced", "others"]
 
 
 def test_brittleness_is_drawn_as_it_is(tmp_path):

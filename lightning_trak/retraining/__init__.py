@@ -1,10 +1,12 @@
-"""Ground truth: models trained on parts of the data."""
+"""Ground truth: models trained on parts of the data, or one step further."""
 
 from lightning_trak.retraining.brittleness import Brittleness
-from lightning_trak.retraining.counterfactuals import Counterfactuals, removal_masks
+from lightning_trak.retraining.counterfactuals import Counterfactuals
 from lightning_trak.retraining.fleet import RetrainingFleet
 from lightning_trak.retraining.members import Retrained, read_fleet
+from lightning_trak.retraining.removal import joint_removal_mask, removal_masks
 from lightning_trak.retraining.subsets import random_subsets
+from lightning_trak.retraining.tail_patch import TailPatch, tail_patch
 from lightning_trak.retraining.vectorized import StackedModules, train_together
 
 __all__ = [
@@ -13,8 +15,11 @@ __all__ = [
     "Retrained",
     "RetrainingFleet",
     "StackedModules",
+    "TailPatch",
+    "joint_removal_mask",
     "random_subsets",
     "read_fleet",
     "removal_masks",
+    "tail_patch",
     "train_together",
 ]

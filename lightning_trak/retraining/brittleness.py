@@ -1,28 +1,11 @@
 """How brittle predictions are: how far outputs fall, and how many predictions flip, without their proponents."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import NormalDist
-from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
+from lightning_trak.retraining.estimates import Estimate, mean_of, proportion_of
 from lightning_trak.tables import Cell, Table
-
-
-class Estimate(NamedTuple):
-    """Means over targets, with an interval for the mean over new targets; all of one shape, float64.
-
-    Attributes:
-        mean: over the targets.
-        low: lower end of the interval.
-        high: upper end.
-    """
-
-    mean: Tensor
-    low: Tensor
-    high: Tensor
 
 
 @dataclass(frozen=True)
@@ -65,14 +48,7 @@ class Brittleness:
         Returns:
             Shapes ``(num_methods, num_ks)``.
         """
-        _require_confidence(confidence)
-        drops = self.drops
-        size = drops.shape[2]
-        drawn = torch.randint(size, (num_bootstraps, size), generator=torch.Generator().manual_seed(seed))
-        means = torch.stack([drops[..., row].mean(-1) for row in drawn], dim=-1)
-        tail = (1 - confidence) / 2
-        low, high = means.quantile(means.new_tensor([tail, 1 - tail]), dim=-1)
-        return Estimate(drops.mean(-1), low, high)
+        return mean_of(self.drops, confidence, num_bootstraps, seed)
 
     @property
     def counted(self) -> Tensor:
@@ -88,7 +64,7 @@ class Brittleness:
             Shapes ``(num_methods, num_ks)``.
         """
         flipped = self.outputs.double().mean(3)[..., self.counted] <= self.threshold
-        return _proportion(flipped.sum(-1), flipped.shape[-1], confidence)
+        return proportion_of(flipped.sum(-1), flipped.shape[-1], confidence)
 
     def noise_flips(self, confidence: float = 0.95) -> Estimate:
         """The fraction of predictions that flip with nothing taken away: of models that were only trained again.
@@ -104,7 +80,7 @@ class Brittleness:
         others = (means.sum(1, keepdim=True) - means) / (count - 1)
         counted = others > self.threshold
         flipped = counted & (means <= self.threshold)
-        return _proportion(flipped.sum() / count, counted.sum() / count, confidence)
+        return proportion_of(flipped.sum() / count, counted.sum() / count, confidence)
 
     def metrics(self) -> dict[str, float]:
         """Everything as numbers by name, such as ``TRAK/drop_40``, ``TRAK/drop_40_low`` and ``TRAK/flips_40``."""
@@ -122,28 +98,7 @@ class Brittleness:
         rows: list[tuple[Cell, ...]] = []
         for row, method in enumerate(self.methods):
             for column, k in enumerate(self.ks):
-                fall, share = (_written(values, row, column) for values in (drop, flips))
-                rows.append((method, k, fall(".2f"), share(".0%")))
-        rows.append(("trained again on everything", 0, "0", _written(self.noise_flips())(".0%")))
+                fall, share = drop.written(".2f", row, column), flips.written(".0%", row, column)
+                rows.append((method, k, fall, share))
+        rows.append(("trained again on everything", 0, "0", self.noise_flips().written(".0%")))
         return Table(("method", "removed", "output falls by", "predictions that flip"), rows)
-
-
-def _written(estimate: Estimate, *place: int) -> Callable[[str], str]:
-    """A function of the format."""
-    mean, low, high = (float(values[place]) for values in estimate)
-    return lambda form: f"{mean:{form}} ({low:{form}} to {high:{form}})"
-
-
-def _proportion(successes: Tensor, total: Tensor | int, confidence: float) -> Estimate:
-    _require_confidence(confidence)
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
-    total = torch.as_tensor(total, dtype=torch.float64)
-    share = successes.double() / total
-    centre = (share + z**2 / (2 * total)) / (1 + z**2 / total)
-    radius = z / (1 + z**2 / total) * (share * (1 - share) / total + z**2 / (4 * total**2)).sqrt()
-    return Estimate(share, (centre - radius).clamp(min=0), (centre + radius).clamp(max=1))
-
-
-def _require_confidence(confidence: float) -> None:
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must be strictly between 0 and 1, got {confidence}")

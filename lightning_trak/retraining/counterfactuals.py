@@ -11,30 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_trak.retraining.brittleness import Brittleness
 from lightning_trak.retraining.fleet import RetrainingFleet
-
-
-def removal_masks(scores: Tensor, k: int) -> Tensor:
-    """For each target, the training set without its ``k`` strongest proponents.
-
-    Args:
-        scores: ``(num_targets, num_train)``. Of equal scores, those of the first examples count as higher.
-        k: how many are taken away, at least one and not all.
-
-    Returns:
-        Bool ``(num_targets, num_train)``, false at the ``k`` highest scores of each row.
-
-    Raises:
-        ValueError: if the scores are no matrix of numbers, or k does not fit.
-    """
-    if scores.ndim != 2 or scores.isnan().any():
-        raise ValueError(
-            f"scores must be numbers of shape (num_targets, num_train), got shape {tuple(scores.shape)} with"
-            f" {int(scores.isnan().sum())} NaNs"
-        )
-    if not 0 < k < scores.shape[1]:
-        raise ValueError(f"k must leave some of {scores.shape[1]} training examples and take some away, got {k}")
-    strongest = scores.argsort(dim=1, descending=True, stable=True)[:, :k]
-    return torch.ones_like(scores, dtype=torch.bool).scatter_(1, strongest, False)
+from lightning_trak.retraining.removal import removal_masks, require_scores
 
 
 class Counterfactuals:
@@ -92,12 +69,7 @@ class Counterfactuals:
         num_train, num_targets = (_length(data) for data in (train, targets))
         if not scores or not ks:
             raise ValueError(f"expected the scores of some methods and some ks, got {len(scores)} and {len(ks)}")
-        for name, values in scores.items():
-            if values.shape != (num_targets, num_train):
-                raise ValueError(
-                    f'scores of "{name}" must have shape (num_targets, num_train) = {(num_targets, num_train)}, got'
-                    f" {tuple(values.shape)}"
-                )
+        require_scores(scores, num_targets, num_train)
         if num_references < 2:
             raise ValueError(f"num_references must be at least 2, to tell what is noise; got {num_references}")
         self.methods = tuple(scores)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from lightning_trak.data import as_loaders, batch_size_of, fingerprint, load
+from lightning_trak.data import as_loader, batch_size_of, fingerprint, load
 from lightning_trak.module import declared_output
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.retraining.members import Member, MemberStore
@@ -98,8 +98,8 @@ class RetrainingFleet:
         self._nothing_twice = NothingTwice()
         with seeded(seed), quiet():
             module, trainer = self._new_module(), self._new_trainer()
-        self._train = _one_loader("train", train, trainer)
-        self._targets = _one_loader("targets", targets, trainer)
+        self._train = _one_loader("train", train)
+        self._targets = _one_loader("targets", targets)
         self.masks = _checked(masks, len(cast(Any, self._train.dataset)))
         if num_seeds < 1:
             raise ValueError(f"num_seeds must be at least 1, got {num_seeds}")
@@ -314,10 +314,10 @@ def _share(members: list[Member], part: Part | None) -> list[Member]:
     return members[number - 1 :: count]
 
 
-def _one_loader(name: str, data: Any, trainer: L.Trainer) -> DataLoader[Any]:
+def _one_loader(name: str, data: Any) -> DataLoader[Any]:
     if not isinstance(data, (DataLoader, Dataset)):
         raise TypeError(f"{name} must be a map-style Dataset or a DataLoader, got {type(data).__name__}")
-    return as_loaders(data, "fit", trainer)[0]
+    return as_loader(data)
 
 
 def _checked(masks: Tensor, num_train: int) -> Tensor:

@@ -10,11 +10,14 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states, seed_everything
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
 
 from lightning_trak.data import like
 from lightning_trak.outputs import ModelOutput
+
+UNHEARD_LOG = ".*`self.trainer` reference is not registered.*"  # Lightning's warning, if there is no Trainer
 
 
 class FactoryError(ValueError):
@@ -92,6 +95,17 @@ def seeded(seed: int) -> Iterator[None]:
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
+
+
+def training_loss(module: L.LightningModule, batch: Any) -> Tensor:
+    """What ``training_step`` returns as the loss of a batch, without a Trainer.
+
+    Where it calls ``self.log``, Lightning warns that nobody listens: ignore :data:`UNHEARD_LOG`.
+    """
+    takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
+    result: Any = module.training_step(batch, 0) if takes_index else module.training_step(batch)
+    loss: Tensor = result["loss"] if isinstance(result, dict) else result
+    return loss
 
 
 @contextmanager
@@ -179,13 +193,14 @@ def outputs_of(
     module.to(device).float().eval()
     with torch.no_grad():
         if output.context_size:
-            output.set_context(output.make_context(module, _on_device(module, context)))
-        found = [output.output(module, batch).float().cpu() for batch in _on_device(module, targets)]
+            output.set_context(output.make_context(module, on_device(module, context)))
+        found = [output.output(module, batch).float().cpu() for batch in on_device(module, targets)]
     module.cpu()
     return torch.cat(found)
 
 
-def _on_device(module: L.LightningModule, batches: DataLoader[Any]) -> Iterator[Any]:
+def on_device(module: L.LightningModule, batches: DataLoader[Any]) -> Iterator[Any]:
+    """Batches on the module's device, by its own transfer hooks."""
     for batch in batches:
         batch = module.on_before_batch_transfer(batch, 0)
         batch = module.transfer_batch_to_device(batch, module.device, 0)

@@ -18,7 +18,6 @@ from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar
 from lightning.pytorch.core.optimizer import _configure_optimizers, _configure_schedulers_automatic_opt
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
@@ -28,6 +27,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset, RandomSampler, default_collate
 
 from lightning_trak.outputs import ModelOutput
+from lightning_trak.retraining.training import UNHEARD_LOG, training_loss
 
 
 class _Call(nn.Module):
@@ -208,8 +208,7 @@ def _fit(
     members = torch.stack([mask.nonzero().flatten() for mask in subsets])
     orders = [torch.Generator().manual_seed(seed) for seed in seeds]
     with warnings.catch_warnings():
-        # self.log has nowhere to go
-        warnings.filterwarnings("ignore", ".*`self.trainer` reference is not registered.*")
+        warnings.filterwarnings("ignore", UNHEARD_LOG)
         for _ in range(max_epochs):
             shuffled = torch.stack(
                 [row[torch.randperm(len(row), generator=order)] for row, order in zip(members, orders, strict=True)]
@@ -217,7 +216,7 @@ def _fit(
             for positions in torch.split(shuffled, batch_size, dim=1):
                 batch = tree_map(lambda value, at=positions: _take(value, at), data)
                 optimizer.zero_grad()
-                stack.map(_loss, batch).sum().backward()
+                stack.map(training_loss, batch).sum().backward()
                 optimizer.step()
                 _advance(schedulers, "step")
             _advance(schedulers, "epoch")
@@ -227,13 +226,6 @@ def _take(value: Tensor, positions: Tensor) -> Tensor:
     """``value[positions]``, several times as fast."""
     rows = value.index_select(0, positions.to(value.device).flatten())
     return rows.view(*positions.shape, *value.shape[1:])
-
-
-def _loss(module: L.LightningModule, batch: Any) -> Tensor:
-    takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
-    result: Any = module.training_step(batch, 0) if takes_index else module.training_step(batch)
-    loss: Tensor = result["loss"] if isinstance(result, dict) else result
-    return loss
 
 
 def _optimizer(module: L.LightningModule) -> tuple[Optimizer, list[LRSchedulerConfig]]:

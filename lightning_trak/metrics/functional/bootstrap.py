@@ -1,4 +1,4 @@
-"""A confidence interval for the mean of a table whose rows and columns are both samples."""
+"""Bootstrap intervals: for the mean of a sample, and of a table whose rows and columns are both samples."""
 
 from __future__ import annotations
 
@@ -6,6 +6,51 @@ import torch
 from torch import Tensor
 
 _MAX_COUNTS = 2**24  # resampling counts held at once: 128 MiB of float64
+
+
+def bootstrap_interval(values: Tensor, confidence: float = 0.95, num_bootstraps: int = 2000, seed: int = 0) -> Tensor:
+    """Percentile bootstrap interval for the mean of a sample (Efron and Tibshirani, 1993, chapter 13).
+
+    The sample is the last dimension; everything else is resampled by the same draws.
+
+    Args:
+        values: ``(..., size)``, at least one value in the sample.
+        confidence: probability that the interval holds the expected mean, in (0, 1).
+        num_bootstraps: replicates.
+        seed: of the replicates; the global random state is neither read nor changed.
+
+    Returns:
+        ``(2, ...)`` float64: lower and upper end.
+
+    Raises:
+        ValueError: If there is no sample, or the replicates are too few to reach the tails.
+
+    Example:
+        >>> import torch
+        >>> bootstrap_interval(torch.tensor([[0.1, 0.3, 0.2, 0.2], [1.0, 1.0, 1.0, 1.0]]))
+        tensor([[0.1250, 1.0000],
+                [0.2750, 1.0000]], dtype=torch.float64)
+    """
+    if values.ndim == 0 or values.shape[-1] == 0:
+        raise ValueError(f"Expected a sample in the last dimension, but got shape {tuple(values.shape)}.")
+    tail = _tail(confidence, num_bootstraps)
+    values, size = values.double(), values.shape[-1]
+    drawn = torch.randint(size, (num_bootstraps, size), generator=torch.Generator().manual_seed(seed))
+    means = torch.stack([values[..., row].mean(-1) for row in drawn.to(values.device)], dim=-1)
+    return means.quantile(values.new_tensor([tail, 1 - tail]), dim=-1)
+
+
+def _tail(confidence: float, num_bootstraps: int) -> float:
+    """The probability of either tail, if it can be estimated."""
+    if not 0 < confidence < 1:
+        raise ValueError(f"Expected `confidence` strictly between 0 and 1, but got {confidence}.")
+    tail = (1 - confidence) / 2
+    if num_bootstraps * tail < 1:
+        raise ValueError(
+            f"Expected `num_bootstraps` of at least {round(1 / tail + 0.5)}, so that a replicate falls in each tail at "
+            f"confidence {confidence}, but got {num_bootstraps}."
+        )
+    return tail
 
 
 def _mean_and_error(values: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,14 +120,7 @@ def crossed_bootstrap_interval(
         raise ValueError(
             f"Expected a table of at least 2 rows and 2 columns to resample, but got shape {tuple(values.shape)}."
         )
-    if not 0 < confidence < 1:
-        raise ValueError(f"Expected `confidence` strictly between 0 and 1, but got {confidence}.")
-    tail = (1 - confidence) / 2
-    if num_bootstraps * tail < 1:
-        raise ValueError(
-            f"Expected `num_bootstraps` of at least {round(1 / tail + 0.5)}, so that a replicate falls in each tail at "
-            f"confidence {confidence}, but got {num_bootstraps}."
-        )
+    tail = _tail(confidence, num_bootstraps)
     values = values.double()
     center = values.mean()
     values = values - center

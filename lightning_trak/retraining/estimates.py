@@ -1,0 +1,51 @@
+"""Numbers with intervals, over targets."""
+
+from statistics import NormalDist
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_trak.metrics.functional import bootstrap_interval
+
+
+class Estimate(NamedTuple):
+    """Means over targets, with an interval for the mean over new targets; all of one shape, float64.
+
+    Attributes:
+        mean: over the targets.
+        low: lower end of the interval.
+        high: upper end.
+    """
+
+    mean: Tensor
+    low: Tensor
+    high: Tensor
+
+    def written(self, form: str, *place: int) -> str:
+        """The number at a place with its interval, such as ``"1.08 (0.82 to 1.35)"``.
+
+        Args:
+            form: a format specification, such as ``".2f"``.
+            place: an index for each dimension.
+        """
+        mean, low, high = (float(values[place]) for values in self)
+        return f"{mean:{form}} ({low:{form}} to {high:{form}})"
+
+
+def mean_of(values: Tensor, confidence: float = 0.95, num_bootstraps: int = 2000, seed: int = 0) -> Estimate:
+    """The mean over targets, the last dimension, with a percentile bootstrap interval."""
+    low, high = bootstrap_interval(values, confidence, num_bootstraps, seed)
+    return Estimate(values.double().mean(-1), low, high)
+
+
+def proportion_of(successes: Tensor, total: Tensor | int, confidence: float) -> Estimate:
+    """A fraction, with Wilson's interval (Wilson 1927, Journal of the American Statistical Association 22)."""
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must be strictly between 0 and 1, got {confidence}")
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    total = torch.as_tensor(total, dtype=torch.float64)
+    share = successes.double() / total
+    centre = (share + z**2 / (2 * total)) / (1 + z**2 / total)
+    radius = z / (1 + z**2 / total) * (share * (1 - share) / total + z**2 / (4 * total**2)).sqrt()
+    return Estimate(share, (centre - radius).clamp(min=0), (centre + radius).clamp(max=1))

@@ -1,0 +1,72 @@
+"""Subsets of the training set that lack what scores say matters most."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+def removal_masks(scores: Tensor, k: int) -> Tensor:
+    """For each target, the training set without its ``k`` strongest proponents.
+
+    Args:
+        scores: ``(num_targets, num_train)``. Of equal scores, those of the first examples count as higher.
+        k: how many are taken away, at least one and not all.
+
+    Returns:
+        Bool ``(num_targets, num_train)``, false at the ``k`` highest scores of each row.
+
+    Raises:
+        ValueError: if the scores are no matrix of numbers, or k does not fit.
+    """
+    _check(scores, k)
+    return torch.ones_like(scores, dtype=torch.bool).scatter_(1, strongest(scores, k), False)
+
+
+def joint_removal_mask(scores: Tensor, k: int) -> Tensor:
+    """The training set without the ``k`` strongest proponents of several targets together.
+
+    Targets take turns: the strongest proponent of each is taken away, then the second of each, and so on, until ``k``
+    are. One set for all targets takes one training where :func:`removal_masks` takes one for each; and no target's
+    scores count for more because they are larger.
+
+    Args:
+        scores: ``(num_targets, num_train)``. Of equal scores, those of the first examples count as higher.
+        k: how many are taken away in all, at least one and not all.
+
+    Returns:
+        Bool ``(num_train,)``, false at the examples taken away.
+
+    Raises:
+        ValueError: if the scores are no matrix of numbers, or k does not fit.
+    """
+    _check(scores, k)
+    turns = strongest(scores, scores.shape[1]).T.flatten().tolist()
+    kept = torch.ones(scores.shape[1], dtype=torch.bool)
+    kept[list(dict.fromkeys(turns))[:k]] = False
+    return kept
+
+
+def strongest(scores: Tensor, k: int) -> Tensor:
+    """Positions of the ``k`` highest scores of each row, highest first; of equal ones the first."""
+    return scores.argsort(dim=1, descending=True, stable=True)[:, :k]
+
+
+def require_scores(scores: Mapping[str, Tensor], num_targets: int, num_train: int) -> None:
+    """Check that each method's scores are about these data."""
+    for name, values in scores.items():
+        if values.shape != (num_targets, num_train):
+            raise ValueError(
+                f'scores of "{name}" must have shape (num_targets, num_train) = {(num_targets, num_train)}, got'
+                f" {tuple(values.shape)}"
+            )
+
+
+def _check(scores: Tensor, k: int) -> None:
+    if scores.ndim != 2 or scores.isnan().any():
+        raise ValueError(
+            f"scores must be numbers of shape (num_targets, num_train), got shape {tuple(scores.shape)} with"
+            f" {int(scores.isnan().sum())} NaNs"
+        )
+    if not 0 < k < scores.shape[1]:
+        raise ValueError(f"k must leave some of {scores.shape[1]} training examples and take some away, got {k}")

@@ -1,0 +1,83 @@
+"""The examples on digits, with a hundred of them; and the help of all examples."""
+
+import csv
+import re
+from importlib import import_module
+
+import pytest
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("sklearn")
+
+from examples import counterfactuals, digits
+
+EXAMPLES = {
+    "clip": ["transformers"],
+    "counterfactuals": [],
+    "digits": [],
+    "fact_tracing": ["transformers"],
+    "imagenet": ["transformers"],
+    "language_model": ["transformers"],
+    "peft_lora": ["transformers", "peft"],
+    "text_pairs": ["transformers"],
+}
+
+
+@pytest.fixture(autouse=True)
+def _few(monkeypatch, as_it_was):
+    monkeypatch.setattr(digits, "NUM_TRAIN", 120)
+    monkeypatch.setattr(digits, "NUM_TARGETS", 60)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_help(name, capsys):
+    for package in EXAMPLES[name]:
+        pytest.importorskip(package)
+    module = import_module(f"examples.{name}")
+    with pytest.raises(SystemExit) as stopped:
+        module.main(["--help"])
+    assert stopped.value.code == 0
+    printed = capsys.readouterr().out
+    assert module.__doc__.splitlines()[0] in printed
+    assert "--out" in printed
+
+
+def test_digits(tmp_path, capsys):
+    digits.main(["--out", str(tmp_path), "--subsets", "4", "--k", "64"])
+    printed = capsys.readouterr().out
+    assert "1. Training on 120 digits" in printed
+    found = re.findall(r"^ +(TRAK\S*) +LDS (\S+) +\(95% interval (\S+) to (\S+)\)$", printed, re.M)
+    assert [name for name, *_ in found] == ["TRAK", "TRAK.paper"]
+    (run,) = tmp_path.iterdir()
+    (row,) = [row for row in csv.DictReader((run / "logs/metrics.csv").open()) if row["lds/TRAK"]]
+    for name, *numbers in found:
+        value, low, high = map(float, numbers)
+        assert -1 <= low <= value <= high <= 1
+        assert float(row[f"lds/{name}"]) == pytest.approx(value, abs=1e-3)
+    assert len(list((run / "snapshots").glob("*.safetensors"))) == 4
+    shown = re.findall(r"held-out image \d+, a (\d):\n +proponents (.+)\n +opponents +(.+)\n", printed)
+    assert [digit for digit, *_ in shown] == ["3", "8", "9"]
+    for _, *lists in shown:
+        highest, lowest = ([float(score) for score in re.findall(r"\) (\S+?)(?:,|$)", line)] for line in lists)
+        assert len(highest) == len(lowest) == 5
+        assert highest == sorted(highest, reverse=True)
+        assert lowest == sorted(lowest)
+        assert highest[-1] >= lowest[-1]
+    assert (run / "attributions.png").exists()
+
+
+def test_counterfactuals(tmp_path, capsys):
+    sizes = ["--targets", "2", "--ks", "2", "5", "--seeds", "1", "--runs", "1"]
+    counterfactuals.main(["--out", str(tmp_path), *sizes])
+    printed = capsys.readouterr().out
+    assert f"Training {5 + 4 * 2 * 2} models without proponents" in printed
+    rows = re.findall(r"^\| (.+?) \| (\d+) \|", printed, re.M)
+    methods = ("TRAK", "gradient cosine", "representation cosine", "random")
+    assert rows == [
+        *((method, k) for method in methods for k in ("2", "5")),
+        ("trained again on everything", "0"),
+    ]
+    areas = dict(re.findall(r"^ +(.+?) +area under the detection curve (\S+), at best 0.950$", printed, re.M))
+    assert list(areas) == ["self-influence, TRAK", "self-influence, gradient dot", "loss"]
+    assert all(0 <= float(area) <= 0.95 for area in areas.values())
+    assert {path.name for path in tmp_path.rglob("*.png")} >= {"curves-step-0.png"}
