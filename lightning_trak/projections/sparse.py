@@ -12,6 +12,10 @@ from lightning_trak.projections.base import check_positive
 from lightning_trak.projections.blocks import RandomProjection
 from lightning_trak.projections.philox import Stream
 
+# Elements whose targets a CPU draws or widens at a time: what it makes on the way should stay in cache, and below the
+# size from which the allocator returns memory to the system after each use.
+_CPU_ELEMENTS = 1 << 16
+
 
 @dataclass(frozen=True)
 class SparseProjection(RandomProjection):
@@ -30,8 +34,8 @@ class SparseProjection(RandomProjection):
     Args:
         dim: Number of features k, a multiple of `nonzeros`.
         nonzeros: Features that each gradient element is added to.
-        cache_bytes: Bytes of targets (8 for each element and nonzero) to keep between batches; the others are generated
-            again for each batch.
+        cache_bytes: Bytes of targets (2 for each element and nonzero, 4 where `dim` is above 32,768) to keep between
+            batches; the others are generated again for each batch.
 
     """
 
@@ -49,14 +53,21 @@ class SparseProjection(RandomProjection):
         return self.nonzeros
 
     def block(self, stream: Stream, rows: Tensor) -> Tensor:
-        """Draw the targets: feature of each element, plus `dim` where its sign is negative; (nonzeros, rows)."""
+        """Draw the targets: feature of each element, plus `dim` where its sign is negative; (nonzeros, rows).
+
+        They are kept in the smallest type that holds them: a CPU widens them faster than it reads wide ones.
+        """
+        dtype = torch.uint16 if 2 * self.dim <= 1 << 16 else torch.int32
+        parts = rows.split(_CPU_ELEMENTS) if rows.device.type == "cpu" else (rows,)
+        return torch.cat([self._targets(stream, part).to(dtype) for part in parts], dim=1)
+
+    def _targets(self, stream: Stream, rows: Tensor) -> Tensor:
         words = stream.words(rows, math.ceil(self.nonzeros / 2)).view(len(rows), -1, 2)[:, : self.nonzeros]
         position, sign = words.unbind(-1)
         width = self.dim // self.nonzeros
         offset = torch.arange(0, self.dim, width, dtype=torch.int64, device=rows.device)
         # Multiply-shift maps 32 uniform bits to the features of a block evenly, to within width / 2^32.
-        targets = (position * width >> 32) + offset + (sign & 1) * self.dim
-        return targets.t().contiguous()
+        return ((position * width >> 32) + offset + (sign & 1) * self.dim).t()
 
     def apply_(self, features: Tensor, gradients: Tensor, block: Tensor) -> None:
         """Add the elements to their targets, in the wider of the two precisions.
@@ -66,7 +77,9 @@ class SparseProjection(RandomProjection):
         """
         source = gradients.to(torch.promote_types(gradients.dtype, features.dtype))
         sums = source.new_zeros(len(features), 2 * self.dim)
-        for targets in block:
-            sums.scatter_add_(1, targets.expand_as(source), source)
+        step = _CPU_ELEMENTS if source.device.type == "cpu" else source.shape[1]
+        for narrow, part in zip(block.split(step, dim=1), source.split(step, dim=1), strict=True):
+            for targets in narrow:
+                sums.scatter_add_(1, targets.to(torch.int64).expand_as(part), part)
         positive, negative = sums.chunk(2, dim=1)
         features.add_(positive.sub_(negative), alpha=1 / math.sqrt(self.nonzeros))

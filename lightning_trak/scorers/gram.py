@@ -130,4 +130,5 @@ class DampedGram:
     def _solve(self, columns: Tensor) -> Tensor:
         # Not torch.cholesky_solve: on a CPU it takes twenty times as long for a single column.
         half = torch.linalg.solve_triangular(self._factor, columns, upper=False)
-        return torch.linalg.solve_triangular(self._factor.mT, half, upper=True)
+        whole: Tensor = torch.linalg.solve_triangular(self._factor.mT, half, upper=True)
+        return whole

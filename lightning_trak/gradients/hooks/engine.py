@@ -13,6 +13,7 @@ from lightning_trak.gradients.base import GradientEngine, differentiating
 from lightning_trak.gradients.batch import slice_batch
 from lightning_trak.gradients.hooks.coverage import Site, coverage_report, find_sites
 from lightning_trak.gradients.hooks.layout import find_shared, hooked, spread
+from lightning_trak.gradients.hooks.sketch import Sketches
 from lightning_trak.gradients.hooks.tap import Tap
 from lightning_trak.gradients.sharding import squared_norm
 from lightning_trak.outputs import ModelOutput
@@ -149,7 +150,7 @@ class HookEngine(GradientEngine):
         noise = 1e-5 * sum(norm**2 for norm in norms.values()) ** 0.5
         for name, (rows, expected) in pairs.items():
             error = _norm([row.double() - gradient.double() for row, gradient in zip(rows, expected, strict=True)])
-            if not error <= max(tolerance, 8 * _rounding(expected[0])) * norms[name] + noise:
+            if not error <= max(tolerance, 8 * _rounding(self.parameters[name])) * norms[name] + noise:
                 wrong[name] = (
                     f"hooks give it a gradient that is off by {error:.3g} where autograd's has norm {norms[name]:.3g}:"
                     " it is also used outside its module's forward, or examples are not in the first dimension"
@@ -157,17 +158,25 @@ class HookEngine(GradientEngine):
         return wrong
 
     def _pairs(self, batch: Any, size: int) -> dict[str, tuple[Sequence[Tensor], Sequence[Tensor]]]:
-        """The examples' gradients by hooks, and by autograd with a backward pass for each example."""
-        _, found = self(batch, size)
+        """The examples' gradients by hooks, and by autograd with a backward pass for each example.
+
+        Sketches of them: the gradients of several examples may not fit in memory.
+        """
         parameters = list(self.parameters.values())
+        sketches = Sketches(
+            {name: parameter.shape for name, parameter in self.parameters.items()}, parameters[0].device
+        )
+        found, expected = torch.zeros(2, size, sketches.dim, dtype=torch.float64, device=parameters[0].device)
+        self.project(batch, size, sketches, found)
         with self._eager(), differentiating(self.module, parameters), torch.enable_grad():
             values = self.output.output(self.module, batch)
-            rows = [
-                torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
-                for value in values
-            ]
-        columns = (torch.stack(column).reshape(size, -1) for column in zip(*rows, strict=True))
-        return {name: (list(found[name]), list(column)) for name, column in zip(self.parameters, columns, strict=True)}
+            for value, row in zip(values, expected.split(1), strict=True):
+                gradients = torch.autograd.grad(
+                    value, parameters, retain_graph=True, allow_unused=True, materialize_grads=True
+                )
+                for name, gradient in zip(self.parameters, gradients, strict=True):
+                    sketches.add_(row, name, gradient.reshape(1, -1))
+        return {name: (list(sketches.of(found, name)), list(sketches.of(expected, name))) for name in self.parameters}
 
     def _backward(self, batch: Any, size: int, receive: Receive) -> Tensor:
         """Run the model and let ``receive`` see each layer's input and output gradient; returns the outputs."""

@@ -1,0 +1,49 @@
+"""A few numbers of each parameter's gradient, by which two gradients can be compared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_trak.projections.base import BoundProjection
+
+_WIDTH = 256  # numbers kept of a parameter's gradient
+_ROWS = 1 << 12  # summed at a time
+
+
+class Sketches(BoundProjection):
+    """Random sums of the elements of each parameter's gradient, side by side in the order of the parameters.
+
+    A gradient is laid out in rows, which are added up with random signs: a count sketch (Charikar, Chen and
+    Farach-Colton 2002) whose hash is the position in the row. The squared length is kept on average, so gradients that
+    differ have sketches that differ about as much. It takes one pass over the gradient, and no memory of its size.
+
+    Args:
+        shapes: Shape of each parameter, by name.
+        device: Where gradients are.
+
+    """
+
+    def __init__(self, shapes: Mapping[str, Sequence[int]], device: torch.device) -> None:
+        super().__init__(shapes, _WIDTH * len(shapes))
+        rows = -(-max(self.sizes.values()) // _WIDTH)
+        signs = torch.randint(2, (rows,), generator=torch.Generator().manual_seed(0))
+        self._signs = (2 * signs - 1).to(device, torch.float32)
+        self._columns = {name: slice(i * _WIDTH, (i + 1) * _WIDTH) for i, name in enumerate(self.sizes)}
+
+    def of(self, features: Tensor, name: str) -> Tensor:
+        """The sketches of one parameter's gradients, of shape (batch, numbers kept)."""
+        return features[:, self._columns[name]]
+
+    def _add(self, features: Tensor, name: str, gradients: Tensor) -> None:
+        sketches, signs = self.of(features, name), self._signs.to(torch.promote_types(gradients.dtype, torch.float32))
+        for start in range(0, gradients.shape[1], _ROWS * _WIDTH):
+            part = gradients[:, start : start + _ROWS * _WIDTH].to(signs)
+            whole = part.shape[1] // _WIDTH * _WIDTH
+            rows = part[:, :whole].reshape(len(part), -1, _WIDTH)
+            first = start // _WIDTH
+            sketches += signs[first : first + rows.shape[1]] @ rows
+            if whole < part.shape[1]:
+                sketches[:, : part.shape[1] - whole] += signs[first + rows.shape[1]] * part[:, whole:]
