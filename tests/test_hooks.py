@@ -156,6 +156,15 @@ class _Live(TorchDispatchMode):
         return result
 
 
+def test_the_check_never_holds_the_gradients_of_two_examples(monkeypatch):
+    module = nn.Sequential(nn.Linear(16, 512), nn.Tanh(), nn.Linear(512, 3))
+    monkeypatch.setattr(hook_engine, "_CPU_BYTES", 1)
+    engine = HookEngine(module, ClassificationMargin(), select_parameters(module))
+    with _Live() as live:
+        assert engine.check((torch.randn(4, 16), torch.tensor([0, 1, 2, 0])), 4) == {}
+    assert live.largest == 512 * 16
+
+
 def test_streaming_never_holds_the_gradients_of_a_batch(monkeypatch):
     module = nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 3))
     batch, size = (torch.randn(32, 16), torch.randint(0, 3, (32,))), 32
