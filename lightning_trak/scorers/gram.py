@@ -1,7 +1,7 @@
 """The k x k Gram matrix of the features, and its damped Cholesky factor."""
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Literal
 
 import torch
@@ -11,7 +11,7 @@ from lightning_trak.store import Features
 
 Curvature = Literal["gauss_newton", "identity"]
 
-_ROWS = 1024  # solved at a time, which bounds the float64 copies
+_ROWS = 1024  # multiplied or solved at a time: enough to outweigh passes over k x k numbers, few enough to copy
 
 
 def gram_matrix(
@@ -35,7 +35,7 @@ def gram_matrix(
     """
     total = torch.zeros(k, k, dtype=torch.float64, device=device)
     squared_weights = torch.zeros((), dtype=torch.float64, device=device)
-    for rows in shards:
+    for rows in _merged(shards):
         features = rows.features.to(device)
         features = features.to(torch.promote_types(features.dtype, torch.float32))
         if curvature == "gauss_newton":
@@ -51,6 +51,24 @@ def gram_matrix(
         total += weighted.T @ features
         squared_weights += (weighted * features).sum(1, dtype=torch.float64).square().sum()
     return total, squared_weights
+
+
+def _merged(shards: Iterable[Features]) -> Iterator[Features]:
+    """The same rows in fewer parts, where shards are small."""
+    parts: list[Features] = []
+    for shard in shards:
+        parts.append(shard)
+        if sum(len(part.features) for part in parts) >= _ROWS:
+            yield _joined(parts)
+            parts = []
+    if parts:
+        yield _joined(parts)
+
+
+def _joined(parts: list[Features]) -> Features:
+    if len(parts) == 1:
+        return parts[0]
+    return Features(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 class DampedGram:
