@@ -58,7 +58,7 @@ class SparseProjection(RandomProjection):
         They are kept in the smallest type that holds them: a CPU widens them faster than it reads wide ones.
         """
         dtype = torch.uint16 if 2 * self.dim <= 1 << 16 else torch.int32
-        parts = rows.split(_CPU_ELEMENTS) if rows.device.type == "cpu" else (rows,)
+        parts = torch.split(rows, _CPU_ELEMENTS) if rows.device.type == "cpu" else (rows,)
         return torch.cat([self._targets(stream, part).to(dtype) for part in parts], dim=1)
 
     def _targets(self, stream: Stream, rows: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ class SparseProjection(RandomProjection):
         source = gradients.to(torch.promote_types(gradients.dtype, features.dtype))
         sums = source.new_zeros(len(features), 2 * self.dim)
         step = _CPU_ELEMENTS if source.device.type == "cpu" else source.shape[1]
-        for narrow, part in zip(block.split(step, dim=1), source.split(step, dim=1), strict=True):
+        for narrow, part in zip(torch.split(block, step, 1), torch.split(source, step, 1), strict=True):
             for targets in narrow:
                 sums.scatter_add_(1, targets.to(torch.int64).expand_as(part), part)
         positive, negative = sums.chunk(2, dim=1)
