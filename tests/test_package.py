@@ -31,8 +31,8 @@ def test_the_metric_needs_no_lightning():
 
 
 def test_the_demo_with_fewer_subsets(tmp_path):
-    command = [sys.executable, str(ROOT / "examples" / "digits.py"), "--out", str(tmp_path), "--subsets", "20"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "examples.digits", "--out", str(tmp_path), "--subsets", "20"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     found = re.findall(r"TRAK(?:\.paper)? +LDS (-?\d\.\d+)  \(95% interval (-?\d\.\d+) to (-?\d\.\d+)\)", result.stdout)
     assert len(found) == 2, result.stdout
