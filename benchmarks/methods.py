@@ -20,6 +20,7 @@ from typing import Any
 import lightning as L
 import matplotlib.pyplot as plt
 import torch
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
@@ -299,6 +300,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     quiet()
     torch.set_num_threads(1)  # the nets are too small to share
+    threadpool_limits(1)  # nor does NumPy, whose threads would count while they wait for each other
     args.out.mkdir(parents=True, exist_ok=True)
     found: list[Result] = []
     ceilings, units = {}, {}
