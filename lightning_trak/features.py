@@ -187,7 +187,7 @@ class FeatureExtractor:
                 self._rows(slice_batch(batch, size, start, start + step), positions[start : start + step])
                 for start in range(0, size, step)
             ]
-            return Features(*(torch.cat(column) for column in zip(*parts, strict=True)))
+            return Features.cat(parts)
 
     @contextmanager
     def differentiable(self) -> Iterator[None]:

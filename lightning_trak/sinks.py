@@ -61,8 +61,7 @@ class ShardWriter:
             self._writing = self._thread.submit(self._write, checkpoint, number, self._copies)
 
     def _write(self, checkpoint: int, number: int, copies: list[HostCopy]) -> None:
-        parts = [copy.wait() for copy in copies]
-        rows = Features(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        rows = Features.cat([Features(*copy.wait()) for copy in copies])
         shard = self.store.shard(number)
         require_finite(rows, torch.arange(shard.start, shard.stop), self._places[checkpoint])
         self.store.write(checkpoint, number, rows)

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from lightning_trak.files import write_atomically, write_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 
 
@@ -41,14 +41,14 @@ class ParameterGroup:
         algorithm: class name of the optimizer, which says how it applies the weight decay.
         lr: learning rate, or None where the optimizer has no such setting.
         weight_decay: weight decay, or None where the optimizer has no such setting.
-        parameters: names of its parameters, as the module has them; empty in a manifest that does not say.
+        parameters: names of those of its parameters that the module has.
     """
 
     optimizer: int
     algorithm: str
     lr: float | None
     weight_decay: float | None
-    parameters: tuple[str, ...] = ()
+    parameters: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -293,7 +293,6 @@ def _untie(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[st
 
 def _parse(entry: dict[str, Any]) -> Snapshot:
     groups = tuple(
-        ParameterGroup(**(group | {"parameters": tuple(group.get("parameters", ()))}))
-        for group in entry["parameter_groups"]
+        ParameterGroup(**(group | {"parameters": tuple(group["parameters"])})) for group in entry["parameter_groups"]
     )
     return Snapshot(**(entry | {"parameter_groups": groups}))

@@ -12,8 +12,11 @@ shard's range depends on the manifest alone, so any number of ranks, now or in a
 ones.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -40,6 +43,11 @@ class Features(NamedTuple):
     outputs: Tensor
     residuals: Tensor
     curvatures: Tensor
+
+    @classmethod
+    def cat(cls, parts: Sequence[Features]) -> Features:
+        """The rows of all parts, one after another."""
+        return cls(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 class FeatureStore:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_trak.snapshots import ParameterGroup, SnapshotSeries
 
-GROUPS = [ParameterGroup(0, "AdamW", 0.1, 0.01, ("a.weight", "e")), ParameterGroup(1, "Rprop", 1e-3, None)]
+GROUPS = [ParameterGroup(0, "AdamW", 0.1, 0.01, ("a.weight", "e")), ParameterGroup(1, "Rprop", 1e-3, None, ())]
 
 
 def make_state_dict(seed: int = 0) -> dict[str, Tensor]:

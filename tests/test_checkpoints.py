@@ -266,8 +266,8 @@ def test_damaged_torch_file(content: bytes | None, weights_only: bool, tmp_path:
     [
         ("{", "not the manifest"),
         ("[]", "not the manifest"),
-        ('{"format": 1, "num_examples": 3}', "not the manifest.*'run'"),
-        ('{"format": 2, "run": "a", "snapshots": []}', "it has format 2, and this version reads 1"),
+        ('{"format": 2, "num_examples": 3}', "not the manifest.*'run'"),
+        ('{"format": 1, "run": "a", "snapshots": []}', "it has format 1, and this version reads 2"),
         ('{"format": 1, "run": "a", "snapshots": [{"file": "x"}]}', "not the manifest"),
     ],
 )

@@ -209,16 +209,29 @@ def test_a_class_makes_another_logger_known(tmp_path):
     class Own(CSVLogger):
         pass
 
+    class Unknown(CSVLogger):
+        pass
+
     assert type(writers_for([Own(tmp_path)])[0]) is CSVLoggerWriter
 
     class OwnWriter(LoggerWriter, logger=Own):
-        pass
+        def figure(self, name, figure, step):
+            pass
 
+        def table(self, name, table, step):
+            pass
+
+    class Unfinished(LoggerWriter, logger=Unknown):
+        def figure(self, name, figure, step):
+            pass
+
+    with pytest.raises(TypeError, match="table"):
+        Unfinished(Unknown(tmp_path))
     try:
         assert type(writers_for([Own(tmp_path)])[0]) is OwnWriter
         assert type(writers_for([CSVLogger(tmp_path)])[0]) is CSVLoggerWriter
     finally:
-        del LoggerWriter.kinds[Own]
+        del LoggerWriter.kinds[Own], LoggerWriter.kinds[Unknown]
 
 
 def test_only_rank_zero_writes(tmp_path, monkeypatch):

@@ -38,7 +38,7 @@ def test_series_gives_back_what_was_saved(directory: str) -> None:
 def test_manifest_is_plain_json(tmp_path: Path) -> None:
     fill(tmp_path, (10,))
     manifest = json.loads((tmp_path / "manifest.json").read_text())
-    assert manifest["format"] == 1
+    assert manifest["format"] == 2
     assert manifest["snapshots"] == [
         {
             "file": "snapshot-00000010.safetensors",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-class LoggerWriter:
+class LoggerWriter(ABC):
     """Writes to a logger. A class for another kind of logger derives from this one and names it.
 
     Names are paths such as ``"lds/TRAK/per_target"``.
@@ -51,13 +52,13 @@ class LoggerWriter:
         """How numbers ``(n,)``, none of them NaN, are distributed: a picture, unless the logger knows histograms."""
         self.figure(name, plot_histogram(values, name), step)
 
+    @abstractmethod
     def figure(self, name: str, figure: Figure, step: int) -> None:
         """A picture."""
-        raise NotImplementedError
 
+    @abstractmethod
     def table(self, name: str, table: Table, step: int) -> None:
         """A table."""
-        raise NotImplementedError
 
     def flush(self) -> None:
         """Have everything written, since the fit that would do so in the end may be over."""

@@ -366,7 +366,7 @@ def _in_order(parts: list[tuple[Tensor, Features]], examples: range) -> Features
     if missing:
         raise RuntimeError(f"{missing} target features never arrived; a rank must have failed")
     order = torch.cat([positions for positions, _ in parts]).argsort()
-    return Features(*(torch.cat(column)[order] for column in zip(*(rows for _, rows in parts), strict=True)))
+    return Features(*(column[order] for column in Features.cat([rows for _, rows in parts])))
 
 
 def _default_shard_size(num_examples: int, loader: DataLoader[Any]) -> int:

@@ -20,7 +20,7 @@ def removal_masks(scores: Tensor, k: int) -> Tensor:
         ValueError: if the scores are no matrix of numbers, or k does not fit.
     """
     _check(scores, k)
-    return torch.ones_like(scores, dtype=torch.bool).scatter_(1, strongest(scores, k), False)
+    return torch.ones_like(scores, dtype=torch.bool).scatter_(1, ranked(scores, k), False)
 
 
 def joint_removal_mask(scores: Tensor, k: int) -> Tensor:
@@ -41,13 +41,13 @@ def joint_removal_mask(scores: Tensor, k: int) -> Tensor:
         ValueError: if the scores are no matrix of numbers, or k does not fit.
     """
     _check(scores, k)
-    turns = strongest(scores, scores.shape[1]).T.flatten().tolist()
+    turns = ranked(scores, scores.shape[1]).T.flatten().tolist()
     kept = torch.ones(scores.shape[1], dtype=torch.bool)
     kept[list(dict.fromkeys(turns))[:k]] = False
     return kept
 
 
-def strongest(scores: Tensor, k: int) -> Tensor:
+def ranked(scores: Tensor, k: int) -> Tensor:
     """Positions of the ``k`` highest scores of each row, highest first; of equal ones the first."""
     return scores.argsort(dim=1, descending=True, stable=True)[:, :k]
 

@@ -21,7 +21,7 @@ from lightning_trak.data import as_loader, load
 from lightning_trak.module import declared_output
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.retraining.estimates import Estimate, mean_of
-from lightning_trak.retraining.removal import require_scores, strongest
+from lightning_trak.retraining.removal import ranked, require_scores
 from lightning_trak.retraining.training import UNHEARD_LOG, on_device, training_loss
 from lightning_trak.tables import Table
 
@@ -132,7 +132,7 @@ def tail_patch(
     wanted: dict[tuple[int, ...], set[int]] = {}
     steps_of = []
     for values in scores.values():
-        named = [tuple(row) for row in strongest(values.cpu(), k).tolist()]
+        named = [tuple(row) for row in ranked(values.cpu(), k).tolist()]
         steps_of.append([[row] if together else [(index,) for index in row] for row in named])
         for target, steps in enumerate(steps_of[-1]):
             for step in steps:

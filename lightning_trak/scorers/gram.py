@@ -59,16 +59,10 @@ def _merged(shards: Iterable[Features]) -> Iterator[Features]:
     for shard in shards:
         parts.append(shard)
         if sum(len(part.features) for part in parts) >= _ROWS:
-            yield _joined(parts)
+            yield parts[0] if len(parts) == 1 else Features.cat(parts)
             parts = []
     if parts:
-        yield _joined(parts)
-
-
-def _joined(parts: list[Features]) -> Features:
-    if len(parts) == 1:
-        return parts[0]
-    return Features(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        yield Features.cat(parts)
 
 
 class DampedGram:
