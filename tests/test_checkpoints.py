@@ -268,7 +268,7 @@ def test_damaged_torch_file(content: bytes | None, weights_only: bool, tmp_path:
         ("[]", "not the manifest"),
         ('{"format": 2, "num_examples": 3}', "not the manifest.*'run'"),
         ('{"format": 1, "run": "a", "snapshots": []}', "it has format 1, and this version reads 2"),
-        ('{"format": 1, "run": "a", "snapshots": [{"file": "x"}]}', "not the manifest"),
+        ('{"format": 2, "run": "a", "snapshots": [{"file": "x"}]}', "not the manifest"),
     ],
 )
 def test_damaged_manifest(content: str, reason: str, tmp_path: Path) -> None:
