@@ -57,6 +57,7 @@ class FeatureExtractor:
 
     Attributes:
         places: what to call each checkpoint in messages.
+        autocast: what forward passes of the hooks are autocast to, if anything; see :meth:`reset`.
         sharded: whether ranks compute together.
     """
 
@@ -88,7 +89,6 @@ class FeatureExtractor:
         self.engine_name = engine
         self.seed = seed
         self.dtype = dtype
-        self._begin()
         self._keep = keep
         # cuDNN cannot differentiate a recurrent layer in eval mode.
         self._recurrent = any(isinstance(part, nn.RNNBase) for part in self.module.modules())
@@ -122,7 +122,8 @@ class FeatureExtractor:
             return "functional", "hooks cannot be checked on a single example"
         with self.differentiable():
             try:
-                wrong = HookEngine(self.module, self.output, self.names).check(fresh_batch(batch, size), size)
+                engine = HookEngine(self.module, self.output, self.names, self.autocast)
+                wrong = engine.check(fresh_batch(batch, size), size)
             except torch.cuda.OutOfMemoryError:
                 raise
             except (RuntimeError, TypeError, ValueError) as error:  # a model at fault will fail again, and be heard
@@ -140,8 +141,15 @@ class FeatureExtractor:
         else:
             self._engine = self._hooks or FunctionalEngine(self.module, self.output, self.names)
 
-    def reset(self) -> None:
-        """Forget what has been loaded, which may be on a device or in a precision that is not used any more."""
+    def reset(self, autocast: torch.dtype | None = None) -> None:
+        """Forget what has been loaded, which may be on a device or in a precision that is not used any more.
+
+        Args:
+            autocast: what forward passes of the hooks are autocast to from now on, if anything. The other engines
+                compute in the precision of the weights.
+        """
+        self.autocast = autocast
+        self._begin()
         self.current: int | None = None
         self._device = torch.device("cpu")
         self._loaded: dict[int, tuple[dict[str, Tensor], BoundProjection]] = {}
@@ -193,8 +201,8 @@ class FeatureExtractor:
     def differentiable(self) -> Iterator[None]:
         """Outside what Lightning predicts in.
 
-        In inference mode nothing can be differentiated, and vmap cannot always follow the autocast of mixed precision:
-        gradients are taken in the precision of the weights.
+        In inference mode nothing can be differentiated. Autocast is for the forward passes of hooks, which enter it
+        themselves; vmap cannot always follow it.
         """
         with (
             torch.inference_mode(False),
@@ -226,8 +234,8 @@ class FeatureExtractor:
         if len(left_out) == len(self.names):
             raise ValueError(f"engine='hooks' is of no use here: {coverage_report(left_out, self.sizes)}")
         if left_out:
-            return MixedEngine(self.module, self.output, self.names, left_out)
-        return HookEngine(self.module, self.output, self.names)
+            return MixedEngine(self.module, self.output, self.names, left_out, self.autocast)
+        return HookEngine(self.module, self.output, self.names, self.autocast)
 
     def _project(self, batch: Any, size: int, features: Tensor) -> Tensor:
         """Add the examples' projected gradients to their features; returns their outputs."""

@@ -19,7 +19,7 @@ from lightning_trak.scorers.base import Scorer, Scores
 from lightning_trak.sharded import ShardedFeatureExtractor
 from lightning_trak.sinks import Sink
 from lightning_trak.store import FeatureStore
-from lightning_trak.trainers import shards_model
+from lightning_trak.trainers import autocast_of, shards_model
 from lightning_trak.transfer import Upload
 
 
@@ -85,6 +85,16 @@ class ExtractorModule(PredictModule):
         self.extractor = extractor
         self._store = store
         self._train_loader = train_loader
+
+    def setup(self, stage: str) -> None:  # noqa: ARG002
+        """Compute in the Trainer's precision."""
+        if self._autocast != self.extractor.autocast:
+            self.extractor.reset(self._autocast)
+
+    @property
+    def _autocast(self) -> torch.dtype | None:
+        # An output with a context compares it with what the model gives, which it must do at one precision.
+        return None if self.extractor.output.context_size else autocast_of(self.trainer)
 
     def release(self) -> None:
         """Let go of model and features."""
@@ -243,7 +253,7 @@ class ScoreModule(ExtractorModule):
                 "scorer() scores what Lightning deals out, which need not be equally many batches on each rank, as a"
                 " sharded model needs: use score()"
             )
-        self.extractor.reset()
+        self.extractor.reset(self._autocast)
         self._scorer.fit(self.trainer.strategy.root_device, Ranks.of(self.trainer))
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Scores:  # noqa: ARG002

@@ -129,7 +129,7 @@ class ShardedFeatureExtractor(FeatureExtractor):
         try:
             reshard(self.module)
             with self.differentiable():
-                engine = ShardedHookEngine(self.module, self.output, self.names)
+                engine = ShardedHookEngine(self.module, self.output, self.names, self.autocast)
                 wrong = engine.check(fresh_batch(batch, size), size)
         except torch.cuda.OutOfMemoryError:
             raise

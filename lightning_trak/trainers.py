@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
@@ -16,8 +17,17 @@ if TYPE_CHECKING:
 
 
 def precision_of(trainer: L.Trainer) -> str:
-    """What the Trainer makes of the weights: mixed precision leaves them alone, and features are made of them."""
-    return "32-true" if "mixed" in str(trainer.precision) else str(trainer.precision)
+    """The precision that features are made in: the Trainer's.
+
+    But for "16-mixed", which leaves it at that of the weights. The gradients of float16 need their loss scaled to be in
+    range, and an output is not a loss whose scale training has found.
+    """
+    return "32-true" if trainer.precision == "16-mixed" else str(trainer.precision)
+
+
+def autocast_of(trainer: L.Trainer) -> torch.dtype | None:
+    """What the forward pass is autocast to for :func:`precision_of`, if anything."""
+    return torch.bfloat16 if precision_of(trainer) == "bf16-mixed" else None
 
 
 def require_whole_parameters(trainer: L.Trainer) -> None:

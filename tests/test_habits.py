@@ -218,12 +218,21 @@ def test_a_data_module_that_has_never_met_a_trainer(tmp_path, checkpoints):
 
 
 def test_autocast_does_not_reach_the_scores(tmp_path, checkpoints, expected):
-    trainer = make_trainer(precision="bf16-mixed")
+    trainer = make_trainer()
     trak = TRAK(make_model(), checkpoints, tmp_path, **OPTIONS)
     with torch.autocast("cpu", torch.bfloat16):
         trak.featurize(trainer, TRAIN)
         close(trak.score(trainer, TARGETS), expected)
-    close(torch.cat(trainer.predict(trak.scorer(), DataLoader(TARGETS, batch_size=5))), expected)
+        close(torch.cat(trainer.predict(trak.scorer(), DataLoader(TARGETS, batch_size=5))), expected)
+
+
+def test_mixed_precision_rounds_features_not_scores(tmp_path, checkpoints, expected):
+    trainer = make_trainer(precision="bf16-mixed")
+    trak = TRAK(make_model(), checkpoints, tmp_path, **OPTIONS)
+    trak.featurize(trainer, TRAIN)
+    scores = trak.score(trainer, TARGETS)
+    assert 0 < float((scores - expected).norm() / expected.norm()) < 0.1
+    close(torch.cat(trainer.predict(trak.scorer(), DataLoader(TARGETS, batch_size=5))), scores)
 
 
 def test_one_scorer_for_trainers_of_several_precisions(tmp_path, checkpoints, expected):

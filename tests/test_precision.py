@@ -1,13 +1,18 @@
 """Gradients in half precision: features are summed in float32, and scores stay what they were but for rounding."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
 from lightning_trak import TRAK
+from lightning_trak.gradients import HookEngine, LoopEngine, MixedEngine, select_parameters
 from lightning_trak.projections import KroneckerProjection, SparseProjection
 from lightning_trak.store import FeatureStore
+from lightning_trak.trainers import precision_of
 from tests.lit import make_checkpoints, make_data, make_model, make_trainer
+from tests.zoo import ZOO, specimen
 
 
 def scores(directory, precision, projection, engine):
@@ -17,11 +22,11 @@ def scores(directory, precision, projection, engine):
     return trak.score(trainer, DataLoader(make_data(20, seed=1), batch_size=16))
 
 
-@pytest.mark.parametrize("engine", ["hooks", "functional"])
+@pytest.mark.parametrize(("precision", "engine"), [("true", "hooks"), ("true", "functional"), ("mixed", "hooks")])
 @pytest.mark.parametrize("projection", [SparseProjection(64), KroneckerProjection(4, 4)], ids=["sparse", "kronecker"])
-def test_scores_in_bfloat16(tmp_path, engine, projection):
+def test_scores_in_bfloat16(tmp_path, precision, engine, projection):
     exact = scores(tmp_path / "32", "32-true", projection, engine)
-    rough = scores(tmp_path / "16", "bf16-true", projection, engine)
+    rough = scores(tmp_path / "16", f"bf16-{precision}", projection, engine)
     assert rough.dtype == torch.float32
     assert float(torch.corrcoef(torch.stack([exact.flatten(), rough.flatten()]))[0, 1]) > 0.995
     manifest = FeatureStore.read_manifest(tmp_path / "16")
@@ -35,3 +40,29 @@ def test_a_store_in_another_precision_is_refused(tmp_path):
     scores(tmp_path, "32-true", SparseProjection(64), "auto")
     with pytest.raises(ValueError, match="was made with precision 32-true, this TRAK has precision bf16-true"):
         scores(tmp_path, "bf16-true", SparseProjection(64), "auto")
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_hooks_under_autocast(name):
+    """Every layer's gradient, in whatever precision autocast runs the layer, is float32's up to bfloat16's rounding."""
+    module, output, batch, size = specimen(name)
+    names = select_parameters(module)
+    left_out = HookEngine.uncovered(module, names)
+    exact = LoopEngine(module, output, names)(batch, size)[1]
+    if left_out:
+        engine = MixedEngine(module, output, names, left_out, torch.bfloat16)
+    else:
+        engine = HookEngine(module, output, names, torch.bfloat16)
+    rough = engine(batch, size)[1]
+    assert engine.check(batch, size) == {}
+    for key, gradient in exact.items():
+        assert (rough[key] - gradient).norm() <= 0.05 * gradient.norm() + 1e-6, key
+    assert any(not torch.equal(rough[key], gradient) for key, gradient in exact.items())
+
+
+@pytest.mark.parametrize(
+    ("precision", "features"),
+    [("32-true", "32-true"), ("bf16-mixed", "bf16-mixed"), ("16-mixed", "32-true"), ("bf16-true", "bf16-true")],
+)
+def test_float16_needs_a_loss_to_scale(precision, features):
+    assert precision_of(SimpleNamespace(precision=precision)) == features

@@ -59,7 +59,7 @@ class _OwnAndOthers(torch.autograd.Function):
         gradient = others_slope.new_empty(logits.shape, dtype=logits.dtype)
         start = 0
         for rows, index, other, slope, own in _blocks(logits, labels, others, others_slope, own_slope):
-            part = ((rows - other).exp() * slope).scatter(1, index, own)
+            part = ((rows - other).exp_() * slope).scatter(1, index, own)
             gradient.view(-1, logits.shape[-1])[start : start + len(rows)] = part
             start += len(rows)
         return gradient, None

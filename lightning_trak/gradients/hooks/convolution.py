@@ -20,7 +20,7 @@ class ConvolutionLayer(Layer, covers=[*_TYPES]):
     def weight(module: Any, activation: Tensor, gradient: Tensor, size: int) -> Tensor:
         """Shape ``(size, *weight.shape)``."""
         activation, padding = _padded(module, activation)
-        weight = module.weight
+        weight = module.weight.to(gradient.dtype)
 
         def one(part: Tensor, slope: Tensor) -> Tensor:
             gradients = torch.ops.aten.convolution_backward(

@@ -41,13 +41,18 @@ class HookEngine(GradientEngine):
         module: the model.
         output: the scalar output that is differentiated.
         names: canonical parameter name -> name in ``module``; only these are differentiated.
+        autocast: what forward passes are autocast to, as by mixed precision. A layer's gradient is made in the
+            precision of its output, as autograd does.
 
     Raises:
         ValueError: if a parameter's module is not covered, see :meth:`uncovered`.
     """
 
-    def __init__(self, module: nn.Module, output: ModelOutput, names: dict[str, str]) -> None:
+    def __init__(
+        self, module: nn.Module, output: ModelOutput, names: dict[str, str], autocast: torch.dtype | None = None
+    ) -> None:
         super().__init__(module, output, names)
+        self.autocast = autocast
         self._sites, left_out = find_sites(module, names)
         if left_out:
             sizes = {name: parameter.numel() for name, parameter in self.parameters.items()}
@@ -144,13 +149,14 @@ class HookEngine(GradientEngine):
         names = {name: raw for name, raw in self.names.items() if name not in wrong}
         if not names:
             return wrong
-        engine = type(self)(self.module, self.output, names) if wrong else self
+        engine = type(self)(self.module, self.output, names, self.autocast) if wrong else self
         pairs = engine._pairs(batch, two)
         norms = {name: _norm(expected) for name, (_, expected) in pairs.items()}
         noise = 1e-5 * sum(norm**2 for norm in norms.values()) ** 0.5
         for name, (rows, expected) in pairs.items():
             error = _norm([row.double() - gradient.double() for row, gradient in zip(rows, expected, strict=True)])
-            if not error <= max(tolerance, 8 * _rounding(self.parameters[name])) * norms[name] + noise:
+            rounding = _rounding(self.autocast or self.parameters[name].dtype, self.parameters[name].device)
+            if not error <= max(tolerance, 8 * rounding) * norms[name] + noise:
                 wrong[name] = (
                     f"hooks give it a gradient that is off by {error:.3g} where autograd's has norm {norms[name]:.3g}:"
                     " it is also used outside its module's forward, or examples are not in the first dimension"
@@ -169,7 +175,7 @@ class HookEngine(GradientEngine):
         found, expected = torch.zeros(2, size, sketches.dim, dtype=torch.float64, device=parameters[0].device)
         self.project(batch, size, sketches, found)
         with self._eager(), differentiating(self.module, parameters), torch.enable_grad():
-            values = self.output.output(self.module, batch)
+            values = self._outputs(batch)
             for value, row in zip(values, expected.split(1), strict=True):
                 gradients = torch.autograd.grad(
                     value, parameters, retain_graph=True, allow_unused=True, materialize_grads=True
@@ -201,11 +207,17 @@ class HookEngine(GradientEngine):
                     f"{site.path} ({type(module).__name__}) was called on {len(activation)} rows in a batch of"
                     f" {size} examples; expected a multiple: use engine='functional' or engine='loop'"
                 )
-            tapped: Tensor = Tap.apply(output, anchor, activation, lambda *pair: receive(site, *pair))  # type: ignore[no-untyped-call]
+
+            def hand_over(activation: Tensor, gradient: Tensor) -> None:
+                if activation.is_floating_point():  # not where it is indices
+                    activation = activation.to(gradient.dtype)
+                receive(site, activation, gradient)
+
+            tapped: Tensor = Tap.apply(output, anchor, activation, hand_over)  # type: ignore[no-untyped-call]
             return tapped
 
         with self._eager(), torch.enable_grad(), hooked(self._by_module, tap):
-            values = self.output.output(self.module, batch)
+            values = self._outputs(batch)
             if values.shape != (size,):
                 raise ValueError(
                     f"{type(self.output).__name__}.output returned shape {tuple(values.shape)} for a batch of {size}"
@@ -215,13 +227,20 @@ class HookEngine(GradientEngine):
             torch.autograd.grad(values.sum(), anchor, allow_unused=True)
         return values.detach()
 
+    def _outputs(self, batch: Any) -> Tensor:
+        if self.autocast is None:
+            return self.output.output(self.module, batch)
+        device = next(iter(self.parameters.values())).device.type
+        with torch.autocast(device, self.autocast):
+            return self.output.output(self.module, batch)
+
     def _find_layout(self, batch: Any, size: int) -> None:
         """Once, when a batch is large enough to show it; of a single example, everything belongs to that example."""
         if self._shared is None and size > 1:
             with self._eager():
                 self._shared, self._refused = find_shared(
                     list(self._by_module),
-                    lambda count: self.output.output(self.module, slice_batch(batch, size, 0, count)),
+                    lambda count: self._outputs(slice_batch(batch, size, 0, count)),
                 )
 
     def _frozen(self) -> AbstractContextManager[None]:
@@ -255,8 +274,8 @@ def _norm(gradients: Iterable[Tensor]) -> float:
     return float(sum(squared_norm(gradient) for gradient in gradients) ** 0.5)
 
 
-def _rounding(gradient: Tensor) -> float:
+def _rounding(dtype: torch.dtype, device: torch.device) -> float:
     """Relative rounding error of products in this dtype; on accelerators, float32 may be computed as TF32."""
-    if gradient.dtype == torch.float32 and gradient.device.type != "cpu":
+    if dtype == torch.float32 and device.type != "cpu":
         return 2**-10
-    return torch.finfo(gradient.dtype).eps
+    return torch.finfo(dtype).eps

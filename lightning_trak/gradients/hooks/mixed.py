@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_trak.gradients.base import GradientEngine
@@ -22,12 +23,20 @@ class MixedEngine(GradientEngine):
         output: the scalar output that is differentiated.
         names: canonical parameter name -> name in ``module``; only these are differentiated.
         vmapped: the canonical names to differentiate by vmap: some of ``names``, not all.
+        autocast: as for :class:`HookEngine`; vmap cannot follow it through normalisations and attention, and does not.
     """
 
-    def __init__(self, module: nn.Module, output: ModelOutput, names: dict[str, str], vmapped: Collection[str]) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        output: ModelOutput,
+        names: dict[str, str],
+        vmapped: Collection[str],
+        autocast: torch.dtype | None = None,
+    ) -> None:
         super().__init__(module, output, names)
         hooked = {name: raw for name, raw in names.items() if name not in vmapped}
-        self._hooks = HookEngine(module, output, hooked)
+        self._hooks = HookEngine(module, output, hooked, autocast)
         self._vmap = FunctionalEngine(module, output, {name: names[name] for name in vmapped})
 
     def __call__(self, batch: Any, size: int) -> tuple[Tensor, dict[str, Tensor]]:

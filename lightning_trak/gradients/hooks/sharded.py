@@ -44,7 +44,7 @@ class ShardedHookEngine(HookEngine):
         def collect(site: Site, activation: Tensor, gradient: Tensor) -> None:
             for attribute, name in site.parameters.items():
                 like = self.parameters[name]
-                if gradient.dtype != like.dtype:
+                if gradient.dtype != like.dtype and self.autocast is None:
                     raise ValueError(
                         f"{name} has {like.dtype} weights and is used in {gradient.dtype}; features are computed in the"
                         " precision of the weights: leave param_dtype out of fully_shard's MixedPrecisionPolicy"
@@ -57,7 +57,7 @@ class ShardedHookEngine(HookEngine):
         expected: dict[str, list[Tensor]] = {name: [] for name in self.parameters}
         with self._eager(), torch.enable_grad():
             for position in range(size):
-                self.output.output(self.module, batch)[position].backward()  # type: ignore[no-untyped-call]
+                self._outputs(batch)[position].backward()  # type: ignore[no-untyped-call]
                 for name, parameter in self.parameters.items():
                     gradient, parameter.grad = parameter.grad, None
                     expected[name].append(torch.zeros_like(parameter) if gradient is None else gradient)
