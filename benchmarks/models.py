@@ -4,13 +4,15 @@ import copy
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_trak.outputs import CausalLMMargin, ClassificationMargin, ModelOutput
+
+Precision = Literal["32-true", "bf16-true", "bf16-mixed"]
 
 
 class ResNet9(nn.Module):
@@ -60,6 +62,7 @@ class Workload:
         first: name of a small parameter next to the model's input.
         unit: what a batch consists of, for rates.
         count: how many of them.
+        autocast: what the plain pass is autocast to, if anything.
     """
 
     model: nn.Module
@@ -69,11 +72,15 @@ class Workload:
     first: str
     unit: str
     count: int
+    autocast: torch.dtype | None = None
 
     def plain(self) -> None:
         """Forward and backward of the outputs' sum with all parameters' gradients: the unit of all ratios."""
         self.model.zero_grad()
-        self.output.output(self.model, self.batch).sum().backward()
+        device = next(self.model.parameters()).device.type
+        with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
+            output = self.output.output(self.model, self.batch).sum()
+        output.backward()
 
     def activations(self) -> None:
         """Forward, and backward to the first layer by activations' gradients alone: part of any engine's work."""
@@ -86,12 +93,14 @@ class Workload:
         self.plain()
         optimizer.step()
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> "Workload":
-        """A copy elsewhere, or in another precision."""
+    def to(self, device: torch.device, precision: Precision = "32-true") -> "Workload":
+        """A copy elsewhere, or in another precision, as a Trainer would make it."""
+        dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
         batch = apply_to_collection(
             self.batch, Tensor, lambda t: t.to(device, dtype if t.is_floating_point() else None)
         )
-        return replace(self, model=copy.deepcopy(self.model).to(device, dtype), batch=batch)
+        autocast = torch.bfloat16 if precision == "bf16-mixed" else None
+        return replace(self, model=copy.deepcopy(self.model).to(device, dtype), batch=batch, autocast=autocast)
 
 
 def resnet9(size: int = 32) -> Workload:

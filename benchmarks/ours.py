@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.models import Workload
+from benchmarks.models import Precision, Workload
 from lightning_trak.checkpoints import resolve_checkpoints
 from lightning_trak.features import EngineName, FeatureExtractor
 from lightning_trak.projections import KroneckerProjection, Projection, SparseProjection
@@ -19,7 +19,7 @@ class Setting(NamedTuple):
 
     engine: EngineName
     projection: Projection
-    dtype: torch.dtype = torch.float32
+    precision: Precision = "32-true"
 
 
 def settings(k: int = K) -> dict[str, Setting]:
@@ -29,8 +29,10 @@ def settings(k: int = K) -> dict[str, Setting]:
         "vmap + SparseProjection": Setting("functional", sparse),
         "hooks + SparseProjection": Setting("hooks", sparse),
         "hooks + KroneckerProjection": Setting("hooks", kronecker),
-        "hooks + SparseProjection, bf16-true": Setting("hooks", sparse, torch.bfloat16),
-        "hooks + KroneckerProjection, bf16-true": Setting("hooks", kronecker, torch.bfloat16),
+        "hooks + SparseProjection, bf16-mixed": Setting("hooks", sparse, "bf16-mixed"),
+        "hooks + KroneckerProjection, bf16-mixed": Setting("hooks", kronecker, "bf16-mixed"),
+        "hooks + SparseProjection, bf16-true": Setting("hooks", sparse, "bf16-true"),
+        "hooks + KroneckerProjection, bf16-true": Setting("hooks", kronecker, "bf16-true"),
     }
 
 
@@ -39,10 +41,11 @@ def featurizer(work: Workload, setting: Setting) -> Callable[[], Features]:
     device = next(work.model.parameters()).device
     checkpoints = resolve_checkpoints([work.model.state_dict()])
     digests = [checkpoint.fingerprint() for checkpoint in checkpoints]
-    work = work.to(device, setting.dtype)
+    work = work.to(device, setting.precision)
     extractor = FeatureExtractor(
         work.model, work.output, checkpoints, digests, setting.projection, engine=setting.engine
     )
+    extractor.reset(work.autocast)
     extractor.to_checkpoint(0, device)
     positions = torch.arange(work.size)
     return lambda: extractor(work.batch, positions)

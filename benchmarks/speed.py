@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 import torch
@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.fleet import fleet
 from benchmarks.memory import MIB, fresh_peak
-from benchmarks.models import WORKLOADS, resnet9
+from benchmarks.models import WORKLOADS, Precision, resnet9
 from benchmarks.ours import K, featurizer, settings
 from benchmarks.peers import FEATURIZERS, SCORES, package_of
 from benchmarks.storage import scoring, topk
@@ -53,21 +53,23 @@ def featurize(run: Run) -> list[Row]:
         if name != "resnet9" and not importlib.util.find_spec("transformers"):
             found.append(Row("featurize", name, None, PLAIN, repetitions=0, note="transformers is not installed"))
             continue
-        work = WORKLOADS[name](size).to(run.device, torch.float32)
+        work = WORKLOADS[name](size).to(run.device)
         options = settings(4096 if on_gpu else K)
         if on_gpu:
             del options["vmap + SparseProjection"]  # it would hold all examples' gradients
-        half = "forward + backward, bf16-true"
         actions: dict[str, Action] = {key: featurizer(work, setting) for key, setting in options.items()}
         actions["forward + activations' gradients alone"] = work.activations
-        actions[half] = work.to(run.device, torch.bfloat16).plain
+        below: dict[Precision, str] = {
+            precision: f"forward + backward, {precision}" for precision in ("bf16-mixed", "bf16-true")
+        }
+        actions |= {name: work.to(run.device, precision).plain for precision, name in below.items()}
         measured = ratios(work.plain, actions, run.repetitions)
         unit = statistics.median(seconds(work.plain) for _ in range(run.repetitions))
         rates = {key: f"{work.count / unit / statistics.median(r):.4g} {work.unit}/s" for key, r in measured.items()}
         for key, setting in options.items():
-            if setting.dtype == torch.bfloat16:
-                pairs = zip(measured[key], measured[half], strict=True)
-                measured[f"{key}, against bf16-true"] = [ratio / below for ratio, below in pairs]
+            if setting.precision in below:
+                pairs = zip(measured[key], measured[below[setting.precision]], strict=True)
+                measured[f"{key}, against {setting.precision}"] = [ratio / plain for ratio, plain in pairs]
         named = {f"{name}: {key}": values for key, values in measured.items()}
         found += rows("featurize", named, PLAIN, {f"{name}: {key}": rate for key, rate in rates.items()})
     return found
@@ -142,8 +144,10 @@ def lds(run: Run, subsets: int = 40, k: int = 1024) -> list[Row]:
     kronecker = KroneckerProjection(16, 16)
     ours: dict[str, dict[str, Any]] = {
         "lightning-trak": {"projection": SparseProjection(k)},
+        "lightning-trak, bf16-mixed": {"projection": SparseProjection(k), "precision": "bf16-mixed"},
         "lightning-trak, bf16-true": {"projection": SparseProjection(k), "precision": "bf16-true"},
         "lightning-trak, Kronecker": {"projection": kronecker},
+        "lightning-trak, Kronecker, bf16-mixed": {"projection": kronecker, "precision": "bf16-mixed"},
         "lightning-trak, Kronecker, bf16-true": {"projection": kronecker, "precision": "bf16-true"},
     }
     methods: dict[str, Callable[[], Tensor]] = {
@@ -173,7 +177,7 @@ def _our_scores(
     train: TensorDataset,
     targets: TensorDataset,
     projection: Projection,
-    precision: Literal["32-true", "bf16-true"] = "32-true",
+    precision: Precision = "32-true",
 ) -> Tensor:
     """Featurize and score as users do, with a Trainer and a store on disk."""
     trainer = L.Trainer(

@@ -5,7 +5,7 @@ lowest scores are found; the whole matrix of scores never exists. Stopped, it is
 features that are on disk are not computed again.
 
 Run it as `python -m examples.imagenet --data DIR`, with images in DIR/train/CLASS and DIR/val/CLASS; for example
-`--devices 8 --strategy ddp --precision bf16-true`. Without --data, crops of the two photographs that come with
+`--devices 8 --strategy ddp --precision bf16-mixed`. Without --data, crops of the two photographs that come with
 scikit-learn are written and used.
 """
 
@@ -92,7 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--accelerator", default="auto")
     parser.add_argument("--devices", default="1")
     parser.add_argument("--strategy", default="auto")
-    parser.add_argument("--precision", default="32-true", help="of featurizing and scoring, e.g. bf16-true")
+    parser.add_argument("--precision", default="32-true", help="of featurizing and scoring, e.g. bf16-mixed")
     args = parser.parse_args(arguments)
     warnings.filterwarnings("ignore", ".*LeafSpec.*|.*does not have many workers.*")  # Lightning's own
     data = args.data or args.out / f"crops-{args.crops}"

@@ -145,6 +145,8 @@ class ExtractorModule(PredictModule):
             (batch,) = self._batches(self._train_loader, [positions])
             choice, reason = self.extractor.choose_engine(batch, len(positions))
             how = {"hooks": "module hooks", "functional": "vmap"}[choice]
+            if self.extractor.autocast:
+                how += " in bfloat16 mixed precision" if choice == "hooks" else " in the precision of the weights"
             rank_zero_info(f"TRAK: gradients by {how}, chosen by engine='auto': {reason}")
             engine = self._store.settle_engine(choice)
         if engine is not None:

@@ -37,6 +37,11 @@ def main(root: Path) -> None:
     results["top"] = tuple(trak.score(trainer, DataLoader(targets, batch_size=3, num_workers=1), top_k=5))
     results["one target"] = trak.score(trainer, Subset(targets, [0]))
 
+    mixed = make_trainer(
+        strategy=ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1), devices=2, precision="bf16-mixed"
+    )
+    results["mixed"] = net_trak(root, "mixed", Net()).attribute(mixed, DataLoader(train, batch_size=4), targets)
+
     with torch.device("meta"):  # which a model is made on if it is too large for one process
         meta = Net()
     meta.scale = torch.tensor(1.5)  # no checkpoint has it

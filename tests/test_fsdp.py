@@ -156,6 +156,15 @@ def test_both_ranks_get_the_scores_of_one_process(runs, name):
         close(rank[name], expected)
 
 
+def test_mixed_precision(runs, tmp_path):
+    ranks, exact, root = runs
+    trak = net_trak(root, "one mixed", Net())
+    expected = trak.attribute(make_trainer(precision="bf16-mixed"), DataLoader(TRAIN, batch_size=4), TARGETS)
+    assert float((expected - exact).norm() / exact.norm()) > 1e-3, "nothing was rounded"
+    for rank in ranks:
+        close(rank["mixed"], expected)
+
+
 def test_features_are_those_of_one_process(runs):
     _, _, root = runs
     one, two = (FeatureStore.read_manifest(root / name) for name in ("one", "net"))

@@ -1,10 +1,11 @@
 """Gradients in half precision: features are summed in float32, and scores stay what they were but for rounding."""
 
+import logging
 from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_trak import TRAK
 from lightning_trak.gradients import HookEngine, LoopEngine, MixedEngine, select_parameters
@@ -66,3 +67,12 @@ def test_hooks_under_autocast(name):
 )
 def test_float16_needs_a_loss_to_scale(precision, features):
     assert precision_of(SimpleNamespace(precision=precision)) == features
+
+
+@pytest.mark.parametrize(("name", "said"), [("mlp", "in bfloat16 mixed precision"), ("lstm", "of the weights")])
+def test_the_log_says_where_mixed_precision_is_used(tmp_path, caplog, name, said):
+    module, output, batch, size = specimen(name)
+    trak = TRAK(module, [module.state_dict()], tmp_path, output=output, projection=SparseProjection(8))
+    with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
+        trak.featurize(make_trainer(precision="bf16-mixed"), DataLoader(TensorDataset(*batch), batch_size=size))
+    assert said in next(line for line in caplog.messages if "chosen by engine='auto'" in line)
