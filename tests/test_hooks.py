@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_flatten
 from torch.utils.checkpoint import checkpoint
 
 from lightning_trak.gradients import HookEngine, LoopEngine, MixedEngine, select_parameters
-from lightning_trak.gradients.hooks import engine as hook_engine
+from lightning_trak.gradients.hooks import projecting
 from lightning_trak.outputs import CausalLMMargin, ClassificationMargin, NegativeLoss
 from lightning_trak.projections import GaussianProjection, IdentityProjection, KroneckerProjection, SparseProjection
 from tests.zoo import ZOO, specimen
@@ -135,8 +135,11 @@ def test_streaming_equals_projecting_the_rows(name, projection, monkeypatch):
     expected = torch.ones(size, bound.dim, dtype=torch.float64)
     for key, row in rows.items():
         bound.add_(expected, key, row)
-    for limit in (1 << 23, 400):  # all examples at once, and one or a few at a time
-        monkeypatch.setattr(hook_engine, "_CPU_BYTES", limit)
+    # All examples at once, a few of them, and a few of their rows; zero rows added, or left out.
+    for limit, rows, drawing in ((1 << 23, 32, 1 << 30), (400, 32, 1 << 30), (400, 3, 1 << 30), (1 << 23, 32, 0)):
+        monkeypatch.setattr(projecting, "_CPU_BYTES", limit)
+        monkeypatch.setattr(projecting, "_CPU_ROWS", rows)
+        monkeypatch.setattr(projecting, "_DRAWING", drawing)
         features = torch.ones(size, bound.dim, dtype=torch.float64)
         torch.testing.assert_close(engine.project(batch, size, bound, features), values, rtol=0, atol=0)
         torch.testing.assert_close(features, expected, rtol=1e-12, atol=1e-12)
@@ -158,7 +161,7 @@ class _Live(TorchDispatchMode):
 
 def test_the_check_never_holds_the_gradients_of_two_examples(monkeypatch):
     module = nn.Sequential(nn.Linear(16, 512), nn.Tanh(), nn.Linear(512, 3))
-    monkeypatch.setattr(hook_engine, "_CPU_BYTES", 1)
+    monkeypatch.setattr(projecting, "_CPU_BYTES", 1)
     engine = HookEngine(module, ClassificationMargin(), select_parameters(module))
     with _Live() as live:
         assert engine.check((torch.randn(4, 16), torch.tensor([0, 1, 2, 0])), 4) == {}
@@ -168,7 +171,7 @@ def test_the_check_never_holds_the_gradients_of_two_examples(monkeypatch):
 def test_streaming_never_holds_the_gradients_of_a_batch(monkeypatch):
     module = nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 3))
     batch, size = (torch.randn(32, 16), torch.randint(0, 3, (32,))), 32
-    monkeypatch.setattr(hook_engine, "_CPU_BYTES", 2 * 64 * 64 * 4)  # two examples of the largest parameter
+    monkeypatch.setattr(projecting, "_CPU_BYTES", 2 * 64 * 64 * 4)  # two examples of the largest parameter
     engine = HookEngine(module, ClassificationMargin(), select_parameters(module))
     shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
     bound = SparseProjection(32).bind(shapes, 0, 0, torch.device("cpu"))
@@ -179,6 +182,37 @@ def test_streaming_never_holds_the_gradients_of_a_batch(monkeypatch):
     with _Live() as live:
         engine(batch, size)
     assert live.largest >= size * 64 * 64
+
+
+def test_a_few_rows_of_all_examples_are_formed_together(monkeypatch):
+    """So that the targets of an element are looked up, or drawn, once for the batch."""
+    module = nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 3))
+    batch, size = (torch.randn(8, 16), torch.randint(0, 3, (8,))), 8
+    monkeypatch.setattr(projecting, "_CPU_ROWS", 4)
+    monkeypatch.setattr(projecting, "_CPU_BYTES", 8 * 4 * 64 * 4)
+    drawn = []
+    targets = SparseProjection._targets
+    monkeypatch.setattr(SparseProjection, "_targets", lambda *args: drawn.append(len(args[2])) or targets(*args))
+    engine = HookEngine(module, ClassificationMargin(), select_parameters(module))
+    shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
+    bound = SparseProjection(32, cache_bytes=0).bind(shapes, 0, 0, torch.device("cpu"))
+    with _Live() as live:
+        engine.project(batch, size, bound, torch.zeros(size, 32))
+    assert sum(drawn) == sum(parameter.numel() for parameter in module.parameters())
+    assert live.largest <= 8 * 4 * 64
+
+
+def test_an_embedding_costs_what_a_text_is_long(monkeypatch):
+    """Most rows of its gradient are zero, and are not formed."""
+    module = nn.Sequential(nn.Embedding(5000, 4), nn.Flatten(), nn.Linear(24, 3))
+    batch, size = (torch.randint(0, 5000, (8, 6)), torch.randint(0, 3, (8,))), 8
+    engine = HookEngine(module, ClassificationMargin(), select_parameters(module))
+    shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
+    bound = SparseProjection(32).bind(shapes, 0, 0, torch.device("cpu"))
+    engine.project(batch, size, bound, torch.zeros(size, 32))  # looks at shapes of outputs once
+    with _Live() as live:
+        engine.project(batch, size, bound, torch.zeros(size, 32))
+    assert live.largest < 5000
 
 
 def test_only_the_layers_asked_for_are_hooked():

@@ -75,6 +75,7 @@ class BoundProjection(ABC):
         if not shapes:
             raise ValueError("Expected at least one parameter to project but got none; check the parameter selection.")
         self.sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+        self._row_sizes = {name: math.prod(shape[1:]) for name, shape in shapes.items()}
         self.dim = dim
 
     def fit(self, gradients: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -95,8 +96,8 @@ class BoundProjection(ABC):
         if fitted:
             raise ValueError(f"{type(self).__name__} learns nothing from data but was given {', '.join(fitted)}.")
 
-    def add_(self, features: Tensor, name: str, gradients: Tensor) -> None:
-        """Add `gradients @ P_name` to `features` in place.
+    def add_(self, features: Tensor, name: str, gradients: Tensor, rows: range | None = None) -> None:
+        """Add `gradients @ P_name` to `features` in place, or the part of that product that some rows contribute.
 
         Works under autocast, which it ignores, under `torch.no_grad` and in inference mode.
 
@@ -104,6 +105,7 @@ class BoundProjection(ABC):
             features: Features so far, float32 or float64 of shape (batch, dim).
             name: Name of the parameter.
             gradients: Its flattened gradient per example, of shape (batch, n).
+            rows: What `gradients` holds of the parameter along its first dimension, without gaps; None is all of it.
 
         Raises:
             ValueError: If the parameter is unknown, or a shape or dtype is not as above.
@@ -115,6 +117,9 @@ class BoundProjection(ABC):
                 f"Unknown parameter {name!r}: this projection was bound to {len(self.sizes)} others, such as "
                 f"{next(iter(self.sizes))!r}; bind it to the shapes of every parameter to project."
             )
+        start = 0
+        if rows is not None:
+            start, size = rows.start * self._row_sizes[name], len(rows) * self._row_sizes[name]
         if gradients.ndim != 2 or gradients.shape[1] != size:
             raise ValueError(
                 f"Expected gradients of {name!r} to have shape (batch, {size}) but got {tuple(gradients.shape)}."
@@ -129,8 +134,8 @@ class BoundProjection(ABC):
                 f"{features.dtype}; convert them after the last parameter."
             )
         with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
-            self._add(features, name, gradients)
+            self._add(features, name, gradients, start)
 
     @abstractmethod
-    def _add(self, features: Tensor, name: str, gradients: Tensor) -> None:
-        """Add `gradients @ P_name` to `features` in place, both already checked."""
+    def _add(self, features: Tensor, name: str, gradients: Tensor, start: int) -> None:
+        """Add the product of gradients and the rows of P_name from `start` on to `features` in place, all checked."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -38,6 +38,11 @@ class RandomProjection(Projection):
     def values_per_row(self) -> int:
         """Random values that a block holds for each of its rows."""
 
+    @property
+    @abstractmethod
+    def bytes_per_row(self) -> int:
+        """Bytes that a block takes for each of its rows."""
+
     @abstractmethod
     def block(self, stream: Stream, rows: Tensor) -> Tensor:
         """Make the block of some rows of P_name.
@@ -47,7 +52,8 @@ class RandomProjection(Projection):
             rows: Indices of the parameter's elements, int64 of shape (rows,).
 
         Returns:
-            What `apply_` needs of these rows, whose values depend on the stream, the row and the column alone.
+            What `apply_` needs of these rows, along the first dimension. Values depend on the stream, the row and the
+            column alone.
 
         """
 
@@ -57,14 +63,19 @@ class RandomProjection(Projection):
 
     def bind(
         self, shapes: Mapping[str, Sequence[int]], seed: int, checkpoint: int, device: torch.device
-    ) -> BoundProjection:
+    ) -> BoundRandomProjection:
         """Fix the projection for one checkpoint: see `Projection.bind`."""
+        return BoundRandomProjection(self, shapes, self.streams(shapes, seed, checkpoint), device)
+
+    def streams(self, names: Iterable[str], seed: int, checkpoint: int) -> dict[str, Stream]:
+        """Where each parameter's rows come from."""
         kind = type(self).__qualname__
-        streams = {name: Stream.derive(kind, seed, checkpoint, name) for name in shapes}
-        return _BoundRandomProjection(self, shapes, streams, device)
+        return {name: Stream.derive(kind, seed, checkpoint, name) for name in names}
 
 
-class _BoundRandomProjection(BoundProjection):
+class BoundRandomProjection(BoundProjection):
+    """A `RandomProjection` of one checkpoint's parameters; made by its `bind`."""
+
     def __init__(
         self,
         config: RandomProjection,
@@ -79,21 +90,26 @@ class _BoundRandomProjection(BoundProjection):
         self._cache: dict[tuple[str, int], Tensor] = {}
         self._cache_left = config.cache_bytes
 
-    def _add(self, features: Tensor, name: str, gradients: Tensor) -> None:
+    def _add(self, features: Tensor, name: str, gradients: Tensor, start: int) -> None:
         step = max(1, _BLOCK_VALUES // self._config.values_per_row)
-        for start in range(0, self.sizes[name], step):
-            part = gradients[:, start : start + step]
-            self._config.apply_(features, part, self._block(name, start, part.shape[1]))
+        stop = start + gradients.shape[1]
+        for first in range(start // step * step, stop, step):
+            begin, end = max(start, first), min(stop, first + step)
+            block = self._rows(name, first, min(step, self.sizes[name] - first), slice(begin - first, end - first))
+            self._config.apply_(features, gradients[:, begin - start : end - start], block)
 
-    def _block(self, name: str, start: int, length: int) -> Tensor:
-        block = self._cache.get((name, start))
-        if block is None:
-            with torch.inference_mode(False):  # the block may outlive the inference mode of the hook that asks for it
-                rows = torch.arange(start, start + length, dtype=torch.int64, device=self._device)
-                block = self._config.block(self._streams[name], rows)
+    def _rows(self, name: str, first: int, length: int, wanted: slice) -> Tensor:
+        """Some rows of a block, which is kept as a whole or not at all."""
+        block = self._cache.get((name, first))
+        if block is not None:
+            return block[wanted]
+        with torch.inference_mode(False):  # the block may outlive the inference mode of the hook that asks for it
+            rows = torch.arange(first, first + length, dtype=torch.int64, device=self._device)
             # First come, first kept: every batch asks for the blocks in the same order, where discarding the least
             # recently used one would always discard the next one needed.
-            if block.nbytes <= self._cache_left:
-                self._cache_left -= block.nbytes
-                self._cache[name, start] = block
-        return block
+            if length * self._config.bytes_per_row > self._cache_left:
+                return self._config.block(self._streams[name], rows[wanted])
+            block = self._config.block(self._streams[name], rows)
+        self._cache_left -= block.nbytes
+        self._cache[name, first] = block
+        return block[wanted]

@@ -24,6 +24,11 @@ class DenseProjection(RandomProjection):
         """Random values that a block holds for each of its rows: `dim`."""
         return self.dim
 
+    @property
+    def bytes_per_row(self) -> int:
+        """Bytes that a block takes for each of its rows: 4 for each feature."""
+        return 4 * self.dim
+
     def apply_(self, features: Tensor, gradients: Tensor, block: Tensor) -> None:
         """Multiply by the block and by the scale 1 / sqrt(dim), in the gradients' precision but at least float32."""
         dtype = torch.promote_types(gradients.dtype, torch.float32)

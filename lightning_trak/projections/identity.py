@@ -37,5 +37,5 @@ class _BoundIdentityProjection(BoundProjection):
         super().__init__(shapes, sum(map(math.prod, shapes.values())))
         self._offsets = dict(zip(self.sizes, accumulate(self.sizes.values(), initial=0), strict=False))
 
-    def _add(self, features: Tensor, name: str, gradients: Tensor) -> None:
-        features.narrow(1, self._offsets[name], self.sizes[name]).add_(gradients)
+    def _add(self, features: Tensor, name: str, gradients: Tensor, start: int) -> None:
+        features.narrow(1, self._offsets[name] + start, gradients.shape[1]).add_(gradients)

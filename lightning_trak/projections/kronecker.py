@@ -171,8 +171,10 @@ class BoundKroneckerProjection(BoundProjection):
         scale = math.prod(1 / math.sqrt(width) for width in random)
         self._together.add_(features, name, cores.flatten(1) * scale)
 
-    def _add(self, features: Tensor, name: str, gradients: Tensor) -> None:
+    def _add(self, features: Tensor, name: str, gradients: Tensor, start: int) -> None:
         dtype = torch.promote_types(gradients.dtype, torch.float32)
         left, right = (factor.to(dtype) for factor in self.factors(name))
-        matrices = gradients.to(dtype).view(len(gradients), *self._matrices[name])
-        self.add_core_(features, name, left.T @ (matrices @ right))
+        columns = self._matrices[name][1]
+        matrices = gradients.to(dtype).view(len(gradients), -1, columns)
+        first = start // columns
+        self.add_core_(features, name, left[first : first + matrices.shape[1]].T @ (matrices @ right))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lightning_trak.projections.base import check_positive
-from lightning_trak.projections.blocks import RandomProjection
+from lightning_trak.projections.blocks import BoundRandomProjection, RandomProjection
 from lightning_trak.projections.philox import Stream
 
 # Elements whose targets a CPU draws or widens at a time: what it makes on the way should stay in cache, and below the
@@ -52,14 +53,20 @@ class SparseProjection(RandomProjection):
         """Random values that a block holds for each of its rows: `nonzeros`."""
         return self.nonzeros
 
-    def block(self, stream: Stream, rows: Tensor) -> Tensor:
-        """Draw the targets: feature of each element, plus `dim` where its sign is negative; (nonzeros, rows).
+    @property
+    def bytes_per_row(self) -> int:
+        """Bytes that a block takes for each of its rows."""
+        return self.nonzeros * self._dtype.itemsize
 
-        They are kept in the smallest type that holds them: a CPU widens them faster than it reads wide ones.
-        """
-        dtype = torch.uint16 if 2 * self.dim <= 1 << 16 else torch.int32
+    @property
+    def _dtype(self) -> torch.dtype:
+        """The smallest type that holds targets: a CPU widens them faster than it reads wide ones."""
+        return torch.uint16 if 2 * self.dim <= 1 << 16 else torch.int32
+
+    def block(self, stream: Stream, rows: Tensor) -> Tensor:
+        """Draw the targets: feature of each element, plus `dim` where its sign is negative; (rows, nonzeros)."""
         parts = torch.split(rows, _CPU_ELEMENTS) if rows.device.type == "cpu" else (rows,)
-        return torch.cat([self._targets(stream, part).to(dtype) for part in parts], dim=1)
+        return torch.cat([self._targets(stream, part).to(self._dtype) for part in parts], dim=1).t()
 
     def _targets(self, stream: Stream, rows: Tensor) -> Tensor:
         words = stream.words(rows, math.ceil(self.nonzeros / 2)).view(len(rows), -1, 2)[:, : self.nonzeros]
@@ -75,11 +82,43 @@ class SparseProjection(RandomProjection):
         Positive and negative terms are summed apart and subtracted once: a product of gradients and signs would be one
         more pass over the largest tensor there is, longer than the additions themselves once that leaves the caches.
         """
-        source = gradients.to(torch.promote_types(gradients.dtype, features.dtype))
-        sums = source.new_zeros(len(features), 2 * self.dim)
-        step = _CPU_ELEMENTS if source.device.type == "cpu" else source.shape[1]
-        for narrow, part in zip(torch.split(block, step, 1), torch.split(source, step, 1), strict=True):
-            for targets in narrow:
-                sums.scatter_add_(1, targets.to(torch.int64).expand_as(part), part)
+        step = _CPU_ELEMENTS if gradients.device.type == "cpu" else gradients.shape[1]
+        parts = zip(torch.split(block, step), torch.split(gradients, step, 1), strict=True)
+        terms = ((targets, part) for narrow, part in parts for targets in narrow.t())
+        self.scatter_(features, terms, torch.promote_types(gradients.dtype, features.dtype))
+
+    def scatter_(self, features: Tensor, terms: Iterable[tuple[Tensor, Tensor]], dtype: torch.dtype) -> None:
+        """Add up targets, (rows,) or (batch, rows), and the elements that go there, (batch, rows), in some dtype."""
+        sums = features.new_zeros(len(features), 2 * self.dim, dtype=dtype)
+        for targets, part in terms:
+            sums.scatter_add_(1, targets.to(torch.int64).expand_as(part), part.to(dtype))
         positive, negative = sums.chunk(2, dim=1)
         features.add_(positive.sub_(negative), alpha=1 / math.sqrt(self.nonzeros))
+
+    def bind(
+        self, shapes: Mapping[str, Sequence[int]], seed: int, checkpoint: int, device: torch.device
+    ) -> BoundSparseProjection:
+        """Fix the projection for one checkpoint: see `Projection.bind`."""
+        return BoundSparseProjection(self, shapes, self.streams(shapes, seed, checkpoint), device)
+
+
+class BoundSparseProjection(BoundRandomProjection):
+    """A `SparseProjection` of one checkpoint's parameters; made by its `bind`."""
+
+    _config: SparseProjection
+
+    def add_sparse_(self, features: Tensor, name: str, rows: Tensor, numbers: Tensor) -> None:
+        """Add the product of P_name and gradients of which few rows are not zero; their targets are always drawn.
+
+        Args:
+            features: Features so far, float32 or float64 of shape (batch, dim).
+            name: Name of the parameter.
+            rows: Some rows of each example's gradient, of shape (batch, n, columns).
+            numbers: Which rows they are, int64 of shape (batch, n). Those that occur several times are summed.
+
+        """
+        batch, _, columns = rows.shape
+        elements = numbers.unsqueeze(-1) * columns + torch.arange(columns, device=rows.device)
+        targets = self._config.block(self._streams[name], elements.flatten())
+        terms = ((each.view(batch, -1), rows.reshape(batch, -1)) for each in targets.t())
+        self._config.scatter_(features, terms, torch.promote_types(rows.dtype, features.dtype))

@@ -33,6 +33,12 @@ class EmbeddingLayer(Layer, covers=[nn.Embedding]):
         return rows.view(size, -1)
 
     @staticmethod
+    def sparse_weight(module: Any, activation: Tensor, gradient: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        """Shapes ``(size, positions, width)`` and ``(size, positions)``."""
+        ids, gradient = _positions(module, activation, gradient, size)
+        return gradient, ids
+
+    @staticmethod
     def project_weight(
         module: Any, activation: Tensor, gradient: Tensor, size: int, left: Tensor, right: Tensor
     ) -> Tensor:

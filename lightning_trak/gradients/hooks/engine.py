@@ -13,17 +13,12 @@ from lightning_trak.gradients.base import GradientEngine, differentiating
 from lightning_trak.gradients.batch import slice_batch
 from lightning_trak.gradients.hooks.coverage import Site, coverage_report, find_sites
 from lightning_trak.gradients.hooks.layout import find_shared, hooked, spread
+from lightning_trak.gradients.hooks.projecting import Projecting
 from lightning_trak.gradients.hooks.sketch import Sketches
 from lightning_trak.gradients.hooks.tap import Tap
 from lightning_trak.gradients.sharding import squared_norm
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.projections.base import BoundProjection
-from lightning_trak.projections.kronecker import BoundKroneckerProjection
-
-# Gradients that `project` forms at a time. On a CPU they should stay in cache, and below the size from which the
-# allocator returns memory to the system after each use; elsewhere kernels should be few.
-_CPU_BYTES = 1 << 23
-_ACCELERATOR_BYTES = 1 << 28
 
 Receive = Callable[[Site, Tensor, Tensor], None]
 
@@ -96,32 +91,7 @@ class HookEngine(GradientEngine):
         Raises:
             ValueError: if a layer's output does not hold the examples in its first dimension.
         """
-        limit = _CPU_BYTES if features.device.type == "cpu" else _ACCELERATOR_BYTES
-
-        def add_core(site: Site, activation: Tensor, gradient: Tensor, attribute: str, name: str) -> bool:
-            """Project both sides of a gradient that need not be formed; False if it must be."""
-            project = getattr(site.layer, f"project_{attribute}", None)
-            if project is None or not isinstance(projection, BoundKroneckerProjection):
-                return False
-            left, right = (factor.to(gradient) for factor in projection.factors(name))
-            cores = project(site.module, activation, gradient, size, left, right)
-            if cores is not None:
-                projection.add_core_(features, name, cores)
-            return cores is not None
-
-        def add(site: Site, activation: Tensor, gradient: Tensor) -> None:
-            for attribute, name in site.parameters.items():
-                if add_core(site, activation, gradient, attribute, name):
-                    continue
-                rows = getattr(site.layer, attribute)
-                step = max(1, limit // (self.parameters[name].numel() * gradient.element_size()))
-                for start in range(0, size, step):
-                    stop = min(start + step, size)
-                    parts = (_examples(tensor, size, start, stop) for tensor in (activation, gradient))
-                    part = rows(site.module, *parts, stop - start).reshape(stop - start, -1)
-                    projection.add_(features[start:stop], name, part)
-
-        return self._backward(batch, size, add)
+        return self._backward(batch, size, Projecting(projection, features, self.parameters))
 
     def check(self, batch: Any, size: int, tolerance: float = 1e-3) -> dict[str, str]:
         """Compare the gradients of the first two examples with those of autograd for each of the two outputs.
@@ -261,12 +231,6 @@ class HookEngine(GradientEngine):
                     yield
             finally:
                 torch.backends.mha.set_fastpath_enabled(fastpath)
-
-
-def _examples(tensor: Tensor, size: int, start: int, stop: int) -> Tensor:
-    """The rows of some examples."""
-    each = len(tensor) // size
-    return tensor[start * each : stop * each]
 
 
 def _norm(gradients: Iterable[Tensor]) -> float:

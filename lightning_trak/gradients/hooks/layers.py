@@ -25,9 +25,16 @@ class Layer(ABC):  # noqa: B024  # what a subclass defines has the names of the 
     dimension, with the factors ``left`` and ``right`` of shapes ``(rows, l)`` and ``(columns, r)``; or None for a
     module where that is no use.
 
-    Where it is one, a third method ``sides(module, activation, gradient, size)`` may give those products' factors, of
-    shapes ``(size, positions, rows)`` and ``(size, positions, columns)``, for modules that are ``factored``. One side
-    is made of the inputs, and ``rows_are_inputs`` says which; the other is the output's gradient, as for the bias.
+    Where some rows of that matrix can be had without the others, a method ``rows_of_<parameter>``, with the arguments
+    ``(module, activation, gradient, size, start, stop)``, returns those from ``start`` to ``stop``, shape
+    ``(size, stop - start, columns)``. Where only a few rows are not zero, ``sparse_<parameter>``, with the arguments
+    ``(module, activation, gradient, size)``, returns them, ``(size, n, columns)``, and after them their numbers,
+    ``(size, n)``, in which rows that occur several times are to be added.
+
+    Where the weight's gradient is a sum of outer products, a method ``sides(module, activation, gradient, size)`` may
+    give those products' factors, of shapes ``(size, positions, rows)`` and ``(size, positions, columns)``, for modules
+    that are ``factored``. One side is made of the inputs, and ``rows_are_inputs`` says which; the other is the output's
+    gradient, as for the bias.
 
     Types are matched exactly: a subclass may compute anything in its own ``forward``. One that does not is covered by
     naming it.

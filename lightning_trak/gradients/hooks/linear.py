@@ -27,6 +27,14 @@ class _Affine(Layer):
         return rows.transpose(1, 2) @ columns
 
     @classmethod
+    def rows_of_weight(
+        cls, module: nn.Module, activation: Tensor, gradient: Tensor, size: int, start: int, stop: int
+    ) -> Tensor:
+        """Shape ``(size, stop - start, columns)``."""
+        rows, columns = cls.sides(module, activation, gradient, size)
+        return rows[:, :, start:stop].transpose(1, 2) @ columns
+
+    @classmethod
     def project_weight(
         cls,
         module: nn.Module,

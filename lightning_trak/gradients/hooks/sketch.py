@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_trak.projections.base import BoundProjection
@@ -37,13 +38,16 @@ class Sketches(BoundProjection):
         """The sketches of one parameter's gradients, of shape (batch, numbers kept)."""
         return features[:, self._columns[name]]
 
-    def _add(self, features: Tensor, name: str, gradients: Tensor) -> None:
+    def _add(self, features: Tensor, name: str, gradients: Tensor, start: int) -> None:
         sketches, signs = self.of(features, name), self._signs.to(torch.promote_types(gradients.dtype, torch.float32))
-        for start in range(0, gradients.shape[1], _ROWS * _WIDTH):
-            part = gradients[:, start : start + _ROWS * _WIDTH].to(signs)
+        before = start % _WIDTH
+        if before:
+            gradients = F.pad(gradients, (before, 0))
+        for offset in range(0, gradients.shape[1], _ROWS * _WIDTH):
+            part = gradients[:, offset : offset + _ROWS * _WIDTH].to(signs)
             whole = part.shape[1] // _WIDTH * _WIDTH
             rows = part[:, :whole].reshape(len(part), -1, _WIDTH)
-            first = start // _WIDTH
+            first = (start - before + offset) // _WIDTH
             sketches += signs[first : first + rows.shape[1]] @ rows
             if whole < part.shape[1]:
                 sketches[:, : part.shape[1] - whole] += signs[first + rows.shape[1]] * part[:, whole:]

@@ -1,0 +1,110 @@
+"""Projects each layer's gradients as the backward pass reaches it, and forms as little of them as it can."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from lightning_trak.gradients.hooks.coverage import Site
+from lightning_trak.projections.base import BoundProjection
+from lightning_trak.projections.kronecker import BoundKroneckerProjection
+from lightning_trak.projections.sparse import BoundSparseProjection
+
+# Gradients that are formed at a time. On a CPU they should stay in cache, and below the size from which the allocator
+# returns memory to the system after each use; elsewhere kernels should be few.
+_CPU_BYTES = 1 << 23
+_ACCELERATOR_BYTES = 1 << 28
+# Rows of a gradient that are formed together at least: products with fewer are slow.
+_CPU_ROWS, _ACCELERATOR_ROWS = 32, 1024
+# Drawing an element's target takes about as long as adding this many elements, and this many bytes.
+_DRAWING, _WORDS_BYTES = 16, 32
+
+
+class Projecting:
+    """What receives a layer's input and output gradient, and adds the layer's projected gradients to the features.
+
+    Args:
+        projection: a projection that is bound to the parameters.
+        features: features so far, shape ``(size, dim)``, float32 or float64; changed in place.
+        parameters: the parameters, by name.
+    """
+
+    def __init__(self, projection: BoundProjection, features: Tensor, parameters: Mapping[str, Tensor]) -> None:
+        self._projection = projection
+        self._features = features
+        self._size = len(features)
+        self._parameters = parameters
+        cpu = features.device.type == "cpu"
+        self._bytes = _CPU_BYTES if cpu else _ACCELERATOR_BYTES
+        self._rows = _CPU_ROWS if cpu else _ACCELERATOR_ROWS
+
+    def __call__(self, site: Site, activation: Tensor, gradient: Tensor) -> None:
+        """Project the gradients of a layer's parameters.
+
+        Args:
+            site: the layer.
+            activation: its input.
+            gradient: the gradient of the summed outputs with respect to its output.
+        """
+        for attribute, name in site.parameters.items():
+            call = site, attribute, name, activation, gradient
+            if not (self._add_core(*call) or self._add_sparse(*call)):
+                self._add_dense(*call)
+
+    def _add_core(self, site: Site, attribute: str, name: str, activation: Tensor, gradient: Tensor) -> bool:
+        """Project both sides of a gradient that need not be formed; False if it must be."""
+        project = getattr(site.layer, f"project_{attribute}", None)
+        if project is None or not isinstance(self._projection, BoundKroneckerProjection):
+            return False
+        left, right = (factor.to(gradient) for factor in self._projection.factors(name))
+        cores = project(site.module, activation, gradient, self._size, left, right)
+        if cores is not None:
+            self._projection.add_core_(self._features, name, cores)
+        return cores is not None
+
+    def _add_sparse(self, site: Site, attribute: str, name: str, activation: Tensor, gradient: Tensor) -> bool:
+        """Project the rows that are not zero; False if that is not much less than projecting all."""
+        sparse = getattr(site.layer, f"sparse_{attribute}", None)
+        if sparse is None or not isinstance(self._projection, BoundSparseProjection):
+            return False
+        rows, numbers = sparse(site.module, activation, gradient, self._size)
+        if _DRAWING * numbers.shape[1] > len(self._parameters[name]):
+            return False
+        step = max(1, self._bytes // (_WORDS_BYTES * rows[0].numel()))
+        for start in range(0, self._size, step):
+            some = slice(start, start + step)
+            self._projection.add_sparse_(self._features[some], name, rows[some], numbers[some])
+        return True
+
+    def _add_dense(self, site: Site, attribute: str, name: str, activation: Tensor, gradient: Tensor) -> None:
+        """Form a few examples' gradients at a time, or a few of their rows if the layer can: then of more examples.
+
+        What the projection has to look up or draw for these rows, it does once for all the examples.
+        """
+        parameter = self._parameters[name]
+        length = parameter.shape[0] if parameter.ndim else 1
+        row_bytes = parameter.numel() // length * gradient.element_size()
+        form_rows: Any = getattr(site.layer, f"rows_of_{attribute}", None)
+        least = min(length, self._rows) if form_rows else length
+        step = min(self._size, max(1, self._bytes // (least * row_bytes)))
+        height = min(length, max(least, self._bytes // (step * row_bytes)))
+        for start in range(0, self._size, step):
+            features = self._features[start : start + step]
+            count = len(features)
+            pair = [_examples(tensor, self._size, start, start + count) for tensor in (activation, gradient)]
+            if height == length:
+                part = getattr(site.layer, attribute)(site.module, *pair, count)
+                self._projection.add_(features, name, part.reshape(count, -1))
+                continue
+            for top in range(0, length, height):
+                rows = range(top, min(top + height, length))
+                part = form_rows(site.module, *pair, count, rows.start, rows.stop)
+                self._projection.add_(features, name, part.reshape(count, -1), rows)
+
+
+def _examples(tensor: Tensor, size: int, start: int, stop: int) -> Tensor:
+    """The rows of some examples."""
+    each = len(tensor) // size
+    return tensor[start * each : stop * each]
