@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_trak.outputs import RegressionOutput
 from lightning_trak.retraining import Brittleness, Counterfactuals, joint_removal_mask, removal_masks
+from lightning_trak.retraining.estimates import proportion_of
 from tests.lit import LitNet, make_trainer
 
 
@@ -180,3 +181,9 @@ def test_bad_arguments_leave_nothing_behind(tmp_path, options, match):
     with pytest.raises(ValueError, match=match):
         counterfactuals(tmp_path / "fleet", **options)
     assert not (tmp_path / "fleet").exists()
+
+
+def test_an_estimate_of_no_targets_is_not_written():
+    share = proportion_of(torch.tensor([1, 0]), torch.tensor([2, 0]), 0.95)
+    assert share.written(".0%", 0).startswith("50% (")
+    assert share.written(".0%", 1) == ""

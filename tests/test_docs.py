@@ -1,4 +1,4 @@
-"""The code in the quickstart, the guides and the comparison runs, in the order in which it is read."""
+"""The code in the quickstart, the guides, the comparison and the evaluation runs, in the order in which it is read."""
 
 import re
 import warnings
@@ -7,15 +7,20 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
 from safetensors.torch import save_file
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
+from examples.counterfactuals import DigitsMLP
+from examples.digits import make_data as make_digits
+from lightning_trak import TRAK, TRAKCallback
 from lightning_trak.snapshots import ParameterGroup, SnapshotSeries
 from tests.lit import TARGETS, TRAIN, LitNet, make_model, make_trainer
 
 DOCS = Path(__file__).parents[1] / "docs"
 QUICKSTART = DOCS / "quickstart.md"
+EVALUATION = DOCS / "evaluation.md"
 GUIDES = [DOCS / "comparison.md", *sorted((DOCS / "guides").glob("*.md"))]
 BLOCK = re.compile(r"(<!-- not run -->\n)?^( *)```python\n(.*?)^\2```", re.MULTILINE | re.DOTALL)
 
@@ -65,6 +70,41 @@ def run(page, names):
                 exec(compiled, names)
 
 
+def test_the_evaluation_runs(tmp_path, monkeypatch):
+    """On fewer digits and subsets than the page has."""
+    monkeypatch.chdir(tmp_path)
+    train, targets = (TensorDataset(*data[:size]) for data, size in zip(make_digits(), (100, 3), strict=True))
+    train_loader = DataLoader(train, batch_size=25)
+    trainer = make_trainer(max_epochs=1, callbacks=[TRAKCallback("run/snapshots")])
+    model = DigitsMLP()
+    trainer.fit(model, train_loader)
+    trak = TRAK(model, "run/snapshots", "run/features")
+    trak.featurize(trainer, train_loader)
+    names = {
+        "__name__": "evaluation",
+        "L": L,
+        "LitNet": DigitsMLP,
+        "TRAK": TRAK,
+        "TRAKCallback": TRAKCallback,
+        "TensorBoardLogger": TensorBoardLogger,
+        "labels": train.tensors[1],
+        "make_trainer": lambda: make_trainer(max_epochs=1),
+        "model": model,
+        "train": train,
+        "train_loader": train_loader,
+        "trainer": trainer,
+        "trak": trak,
+        "targets": targets,
+    }
+    text = EVALUATION.read_text()
+    assert "num_subsets=100" in text
+    smaller = tmp_path / "evaluation.md"
+    smaller.write_text(text.replace("num_subsets=100", "num_subsets=4"))
+    run(smaller, names)
+    assert len(names["suspicion"]) == len(train)
+    assert -1 <= float(names["lds"].compute()) <= 1
+
+
 @pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.stem)
 def test_guides_run(page, names):
     run(page, names)
@@ -80,7 +120,7 @@ def test_the_quickstart_is_a_script(tmp_path, monkeypatch, capsys):
 
 
 def test_blocks_are_found():
-    pages = [page.read_text() for page in (QUICKSTART, *GUIDES)]
+    pages = [page.read_text() for page in (QUICKSTART, EVALUATION, *GUIDES)]
     blocks = [block for page in pages for block in BLOCK.findall(page)]
     assert len(blocks) == sum(page.count("```python") for page in pages)
     assert len([marked for marked, *_ in blocks if marked]) == 2  # those that need eight devices

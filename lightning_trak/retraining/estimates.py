@@ -1,5 +1,6 @@
 """Numbers with intervals, over targets."""
 
+import math
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -23,14 +24,14 @@ class Estimate(NamedTuple):
     high: Tensor
 
     def written(self, form: str, *place: int) -> str:
-        """The number at a place with its interval, such as ``"1.08 (0.82 to 1.35)"``.
+        """The number at a place with its interval, such as ``"1.08 (0.82 to 1.35)"``; empty where there are no targets.
 
         Args:
             form: a format specification, such as ``".2f"``.
             place: an index for each dimension.
         """
         mean, low, high = (float(values[place]) for values in self)
-        return f"{mean:{form}} ({low:{form}} to {high:{form}})"
+        return "" if math.isnan(mean) else f"{mean:{form}} ({low:{form}} to {high:{form}})"
 
 
 def mean_of(values: Tensor, confidence: float = 0.95, num_bootstraps: int = 2000, seed: int = 0) -> Estimate:
