@@ -35,7 +35,8 @@ class ConvolutionLayer(Layer, covers=[*_TYPES]):
             return torch.vmap(one)(parts, slopes)
         # A kernel call for each example beats unfolding and multiplying, and the grouped convolution that vmap makes
         # of it, on most layers of a ResNet-9.
-        return torch.stack([one(part, slope) for part, slope in zip(parts, slopes, strict=True)])
+        each = [one(part, slope) for part, slope in zip(parts, slopes, strict=True)]
+        return torch.stack(each) if size > 1 else each[0].unsqueeze(0)
 
     @staticmethod
     def project_weight(

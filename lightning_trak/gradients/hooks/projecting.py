@@ -14,7 +14,7 @@ from lightning_trak.projections.sparse import BoundSparseProjection
 
 # Gradients that are formed at a time. On a CPU they should stay in cache, and below the size from which the allocator
 # returns memory to the system after each use; elsewhere kernels should be few.
-_CPU_BYTES = 1 << 23
+_CPU_BYTES = 1 << 22
 _ACCELERATOR_BYTES = 1 << 28
 # Rows of a gradient that are formed together at least: products with fewer are slow.
 _CPU_ROWS, _ACCELERATOR_ROWS = 32, 1024
