@@ -103,13 +103,15 @@ class BoundRandomProjection(BoundProjection):
         block = self._cache.get((name, first))
         if block is not None:
             return block[wanted]
+        # First come, first kept: every batch asks for the blocks in the same order, where discarding the least recently
+        # used one would always discard the next one needed.
+        kept = length * self._config.bytes_per_row <= self._cache_left
+        drawn = slice(0, length) if kept else wanted
         with torch.inference_mode(False):  # the block may outlive the inference mode of the hook that asks for it
-            rows = torch.arange(first, first + length, dtype=torch.int64, device=self._device)
-            # First come, first kept: every batch asks for the blocks in the same order, where discarding the least
-            # recently used one would always discard the next one needed.
-            if length * self._config.bytes_per_row > self._cache_left:
-                return self._config.block(self._streams[name], rows[wanted])
+            rows = torch.arange(first + drawn.start, first + drawn.stop, dtype=torch.int64, device=self._device)
             block = self._config.block(self._streams[name], rows)
+        if not kept:
+            return block
         self._cache_left -= block.nbytes
         self._cache[name, first] = block
         return block[wanted]
