@@ -88,13 +88,9 @@ class ExtractorModule(PredictModule):
 
     def setup(self, stage: str) -> None:  # noqa: ARG002
         """Compute in the Trainer's precision."""
-        if self._autocast != self.extractor.autocast:
-            self.extractor.reset(self._autocast)
-
-    @property
-    def _autocast(self) -> torch.dtype | None:
-        # An output with a context compares it with what the model gives, which it must do at one precision.
-        return None if self.extractor.output.context_size else autocast_of(self.trainer)
+        autocast = autocast_of(self.trainer, self.extractor.output)
+        if autocast != self.extractor.autocast:
+            self.extractor.reset(autocast)
 
     def release(self) -> None:
         """Let go of model and features."""
@@ -255,7 +251,7 @@ class ScoreModule(ExtractorModule):
                 "scorer() scores what Lightning deals out, which need not be equally many batches on each rank, as a"
                 " sharded model needs: use score()"
             )
-        self.extractor.reset(self._autocast)
+        self.extractor.reset(autocast_of(self.trainer, self.extractor.output))
         self._scorer.fit(self.trainer.strategy.root_device, Ranks.of(self.trainer))
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Scores:  # noqa: ARG002

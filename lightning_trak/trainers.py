@@ -12,22 +12,26 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.utilities.seed import isolate_rng
 
+from lightning_trak.outputs import ModelOutput
+
 if TYPE_CHECKING:
     from lightning_trak.predict import PredictModule
 
 
-def precision_of(trainer: L.Trainer) -> str:
-    """The precision that features are made in: the Trainer's.
+def precision_of(trainer: L.Trainer, output: ModelOutput) -> str:
+    """The precision that features are made in: the Trainer's, but for two kinds of mixed precision without effect.
 
-    But for "16-mixed", which leaves it at that of the weights. The gradients of float16 need their loss scaled to be in
-    range, and an output is not a loss whose scale training has found.
+    The gradients of float16 need their loss scaled to be in range, and an output is not a loss whose scale training has
+    found. An output with a context compares it with what the model gives, and rounding would tell equals apart.
     """
-    return "32-true" if trainer.precision == "16-mixed" else str(trainer.precision)
+    precision = str(trainer.precision)
+    unmixed = precision == "16-mixed" or (precision == "bf16-mixed" and output.context_size)
+    return "32-true" if unmixed else precision
 
 
-def autocast_of(trainer: L.Trainer) -> torch.dtype | None:
+def autocast_of(trainer: L.Trainer, output: ModelOutput) -> torch.dtype | None:
     """What the forward pass is autocast to for :func:`precision_of`, if anything."""
-    return torch.bfloat16 if precision_of(trainer) == "bf16-mixed" else None
+    return torch.bfloat16 if precision_of(trainer, output) == "bf16-mixed" else None
 
 
 def require_whole_parameters(trainer: L.Trainer) -> None:

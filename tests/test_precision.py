@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_trak import TRAK
 from lightning_trak.gradients import HookEngine, LoopEngine, MixedEngine, select_parameters
+from lightning_trak.outputs import ClassificationMargin, ContrastiveMargin
 from lightning_trak.projections import KroneckerProjection, SparseProjection
 from lightning_trak.store import FeatureStore
 from lightning_trak.trainers import precision_of
@@ -66,7 +67,7 @@ def test_hooks_under_autocast(name):
     [("32-true", "32-true"), ("bf16-mixed", "bf16-mixed"), ("16-mixed", "32-true"), ("bf16-true", "bf16-true")],
 )
 def test_float16_needs_a_loss_to_scale(precision, features):
-    assert precision_of(SimpleNamespace(precision=precision)) == features
+    assert precision_of(SimpleNamespace(precision=precision), ClassificationMargin()) == features
 
 
 @pytest.mark.parametrize(("name", "said"), [("mlp", "in bfloat16 mixed precision"), ("lstm", "of the weights")])
@@ -76,3 +77,24 @@ def test_the_log_says_where_mixed_precision_is_used(tmp_path, caplog, name, said
     with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
         trak.featurize(make_trainer(precision="bf16-mixed"), DataLoader(TensorDataset(*batch), batch_size=size))
     assert said in next(line for line in caplog.messages if "chosen by engine='auto'" in line)
+
+
+def test_an_output_with_a_context_is_not_rounded(tmp_path):
+    """A pair must find itself in the bank."""
+
+    class Towers(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = torch.nn.Linear(6, 4), torch.nn.Linear(5, 4)
+
+        def forward(self, first, second):
+            return self.first(first), self.second(second)
+
+    torch.manual_seed(0)
+    model, pairs = Towers(), TensorDataset(torch.randn(20, 6), torch.randn(20, 5))
+    scores = []
+    for precision in ("32-true", "bf16-mixed"):
+        trak = TRAK(model, [model.state_dict()], tmp_path / precision, output=ContrastiveMargin(context_size=8))
+        scores.append(trak.attribute(make_trainer(precision=precision), DataLoader(pairs, batch_size=5), pairs))
+        assert FeatureStore.read_manifest(tmp_path / precision)["identity"]["precision"] == "32-true"
+    assert torch.equal(*scores)
