@@ -145,10 +145,8 @@ class FeatureMethod(Method):
         loader = single_loader(data, "fit", trainer)
         extractor = self._extractor(sharded=sharded)
         num_examples = len(cast(Any, loader.dataset))
-        identity = self._identity(extractor) | {
-            "precision": precision_of(trainer, self.output),
-            "data": fingerprint(loader),
-        }
+        precision = precision_of(trainer, self.output)
+        identity = self._identity(extractor) | {"precision": precision, "data": fingerprint(loader)}
         shard_size = shard_size or _default_shard_size(num_examples, loader)
         store = FeatureStore(self.store, identity, num_examples, shard_size, user=type(self).__name__)
         if self.engine != "auto":
@@ -353,9 +351,9 @@ class FeatureMethod(Method):
 
     def _existing_store(self, extractor: FeatureExtractor, trainer: L.Trainer | None = None) -> FeatureStore:
         num_examples = FeatureStore.read_manifest(self.store)["num_examples"]
-        identity = self._identity(extractor) | (
-            {} if trainer is None else {"precision": precision_of(trainer, self.output)}
-        )
+        identity = self._identity(extractor)
+        if trainer is not None:
+            identity["precision"] = precision_of(trainer, self.output)
         return FeatureStore(self.store, identity, num_examples, read_only=True, user=type(self).__name__)
 
 

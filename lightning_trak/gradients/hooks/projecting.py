@@ -18,8 +18,8 @@ _CPU_BYTES = 1 << 22
 _ACCELERATOR_BYTES = 1 << 28
 # Rows of a gradient that are formed together at least: products with fewer are slow.
 _CPU_ROWS, _ACCELERATOR_ROWS = 32, 1024
-# Drawing an element's target takes about as long as adding this many elements, and this many bytes.
-_DRAWING, _WORDS_BYTES = 16, 32
+# Drawing an element's target takes about as long as forming and adding this many elements, and this many bytes.
+_DRAWING, _WORDS_BYTES = 50, 32
 
 
 class Projecting:
