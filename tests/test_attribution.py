@@ -264,9 +264,7 @@ class Bypassing(LitNet):
 
 def test_hooks_that_would_miss_a_gradient_are_refused(tmp_path, checkpoints):
     trak = TRAK(Bypassing(), checkpoints, tmp_path, projection=SparseProjection(32), engine="hooks")
-    with pytest.raises(
-        ValueError, match=r"engine='hooks' cannot differentiate this model rightly: head.weight is also"
-    ):
+    with pytest.raises(ValueError, match=r"engine='hooks' cannot differentiate this model rightly: head"):
         trak.featurize(make_trainer(), TRAIN)
 
 

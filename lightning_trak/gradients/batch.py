@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 Path = tuple[Any, ...]
-# What a part of a batch is: a tensor with a row for each example, a list with an item for each, or the same for all.
-Kind = Literal["rows", "items", "shared"]
+# What a part of a batch is: a tensor with a row for each example, a list with an item for each, the same for all, or
+# how many there are.
+Kind = Literal["rows", "items", "shared", "count"]
 Layout = Mapping[Path, Kind]
 
 _PLAIN = (str, bytes, int, float, complex, type(None))
@@ -39,6 +40,8 @@ def find_layout(two: Any, three: Any) -> dict[Path, Kind]:
     def visit(path: Path, a: Any, b: Any) -> None:
         if isinstance(a, Tensor) and isinstance(b, Tensor):
             layout[path] = _kind_of_tensor(path, a, b)
+        elif type(a) is int and (a, b) == (2, 3):
+            layout[path] = "count"
         elif isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and (len(a), len(b)) == (2, 3):
             layout[path] = "items"
         elif not isinstance(a, _PLAIN) and type(a) is type(b):
@@ -96,7 +99,7 @@ class ExampleBatch:
                 return type(part)([part[number] for number in numbers])
             return part[rows] if isinstance(rows, slice) else part[torch.tensor(numbers, device=part.device)]
 
-        return ExampleBatch(self.rebuild(pick), len(numbers), self.layout)
+        return ExampleBatch(self.rebuild(pick, len(numbers)), len(numbers), self.layout)
 
     def fresh(self) -> Any:
         """A copy of the whole batch, without inference tensors: autograd cannot save those."""
@@ -133,18 +136,21 @@ class ExampleBatch:
         visit(self.content)
         return tuple(found)
 
-    def rebuild(self, of_examples: Callable[[Any], Any]) -> Any:
+    def rebuild(self, of_examples: Callable[[Any], Any], count: int | None = None) -> Any:
         """The batch with every part that belongs to single examples replaced, and all else copied.
 
         Mappings, (named) tuples, lists and dataclasses nest.
 
         Args:
             of_examples: called with each tensor of shape ``(size, ...)`` and each list of ``size`` items.
+            count: how many examples the result holds, for the parts that say so; default: as many.
         """
 
         def visit(path: Path, part: Any) -> Any:
             if self._belongs_to_examples(path, part):
                 return of_examples(part)
+            if type(part) is int and self.layout is not None and self.layout.get(path) == "count":
+                return part if count is None else count
             if isinstance(part, (Tensor, *_PLAIN)):
                 return _copied(part)
             return _with_children(part, {key: visit((*path, key), child) for key, child in _children(part)})

@@ -26,7 +26,7 @@ class FunctionalEngine(GradientEngine):
 
         def scalar(parameters: dict[str, Tensor], example: list[Tensor]) -> Tensor:
             remaining = iter(example)
-            one = batch.rebuild(lambda _: next(remaining).unsqueeze(0))
+            one = batch.rebuild(lambda _: next(remaining).unsqueeze(0), 1)
             with Substituted((self.parameters[name], tracked) for name, tracked in parameters.items()):
                 values = self.outputs(ExampleBatch(one, 1, batch.layout))
             self._require_one_each(values, 1)

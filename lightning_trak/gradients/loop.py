@@ -2,13 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from lightning_trak.gradients.base import GradientEngine, differentiating, in_real_numbers, real_shape
 from lightning_trak.gradients.batch import ExampleBatch
 from lightning_trak.gradients.leaves import apart_from, require_own_leaves
 from lightning_trak.outputs.evaluating import modules_of
+
+
+class _RowMajor(torch.autograd.Function):
+    """The identity, whose gradient is laid out row by row."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(value: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Nothing is kept."""
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        del ctx
+        return gradient.clone(memory_format=torch.contiguous_format)
+
+
+class _RightBatchNorm(TorchFunctionMode):
+    """Makes the gradient of batch normalisation right for a single example.
+
+    In eval mode on a CPU, torch (2.13) takes a gradient in channels-last order for one in row-major order if the batch
+    holds one example, since the strides of its first dimension do not tell.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        del types
+        result = func(*args, **(kwargs or {}))
+        return _RowMajor.apply(result) if func in (F.batch_norm, torch.batch_norm) else result
 
 
 class LoopEngine(GradientEngine):
@@ -40,7 +79,7 @@ class LoopEngine(GradientEngine):
         """
         parameters = list(self.parameters.values())
         with differentiating(self.module, parameters), torch.enable_grad():
-            with apart_from(original, self.module):
+            with apart_from(original, self.module), _RightBatchNorm():
                 value = self.outputs(batch.take([number]))
             self._require_one_each(value, 1)
             if original is not None:

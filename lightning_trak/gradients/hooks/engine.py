@@ -122,8 +122,8 @@ class HookEngine(GradientEngine):
         engine = type(self)(self.module, self.output, names, self.autocast) if wrong else self
         try:
             pairs = engine._pairs(batch)
-        except EngineError as error:
-            return wrong | dict.fromkeys(error.parameters or names, str(error))
+        except EngineError as refusal:
+            return wrong | dict.fromkeys(refusal.parameters or names, str(refusal))
         norms = {name: _norm(expected) for name, (_, expected) in pairs.items()}
         noise = 1e-5 * sum(norm**2 for norm in norms.values()) ** 0.5
         for name, (rows, expected) in pairs.items():
