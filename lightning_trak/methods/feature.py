@@ -26,6 +26,7 @@ from lightning_trak.data import (
 )
 from lightning_trak.distributed import Ranks
 from lightning_trak.features import EngineName, FeatureExtractor
+from lightning_trak.files import local_directory
 from lightning_trak.gradients import ParameterSelection
 from lightning_trak.methods.base import Method
 from lightning_trak.module import declared_output
@@ -98,7 +99,7 @@ class FeatureMethod(Method):
         self.model = uncompiled(model)
         self.output = declared_output(self.model, output)
         self.checkpoints = resolve_checkpoints(checkpoints, weights_only=weights_only)
-        self.store = Path(store)
+        self.store = local_directory(store, "store")
         self.projection = projection if projection is not None else SparseProjection()
         self.parameters = parameters
         self.engine: EngineName = engine
@@ -152,7 +153,9 @@ class FeatureMethod(Method):
         if self.engine != "auto":
             store.settle_engine(self.engine)
         self._require_engine(store, sharded)
-        missing = [store.missing(checkpoint) for checkpoint in range(store.num_checkpoints)]
+        needed = {"context": extractor.output.context_size, "projection": extractor.projection.sample_size}
+        extras = [name for name, size in needed.items() if size]
+        missing = [store.missing(checkpoint, extras) for checkpoint in range(store.num_checkpoints)]
         selected = sum(extractor.sizes.values())
         total = sum(parameter.numel() for parameter in self.model.parameters())
         rank_zero_info(
