@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from lightning_trak.files import (
@@ -161,9 +162,9 @@ def _existing(path: str | Path, advice: str) -> Path:
 
 
 def _unreadable(error: DamagedFileError, advice: str) -> ValueError:
-    return ValueError(
-        f'"{error.path}" is truncated or not a safetensors file, or was changed: it {error.reason}; {advice}'
-    )
+    if isinstance(error.__cause__, SafetensorError):
+        return ValueError(f'"{error.path}" is truncated or not a safetensors file: {error.__cause__}; {advice}')
+    return ValueError(f"{error}; {advice}")
 
 
 def _fault(top: TopK, num_train: int, largest: bool) -> str | None:

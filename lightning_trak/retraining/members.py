@@ -44,7 +44,9 @@ _MANIFEST = sealed(
     {
         "format": integer(FORMAT_VERSION, FORMAT_VERSION),
         "identity": record(
-            {"num_subsets": _COUNT, "num_train": _COUNT, "num_targets": _COUNT, "masks": sha256}, others=anything
+            {"num_targets": _COUNT, "masks": sha256},
+            optional={"num_subsets": _COUNT, "num_train": _COUNT},
+            others=anything,
         ),
     }
 )
@@ -311,8 +313,8 @@ def _read_masks(directory: str | Path, identity: dict[str, Any]) -> Tensor:
     advice = "run the fleet again to restore it"
     try:
         tensors, metadata = load_tensors(path)
-        masks, shape = tensors.get("masks"), (identity["num_subsets"], identity["num_train"])
-        if masks is None or metadata["sha256"] != identity["masks"] or masks.shape != shape:
+        masks = tensors.get("masks")
+        if masks is None or masks.dtype != torch.bool or masks.ndim != 2 or metadata["sha256"] != identity["masks"]:
             raise DamagedFileError(path, "holds other masks than those of the manifest")
     except FileNotFoundError as error:
         raise FileNotFoundError(f'there is no "{path}"; {advice}') from error
