@@ -141,7 +141,7 @@ class FeatureStore:
         if not read_only:
             for folder in (self.directory, *self.directory.glob("checkpoint-*")):
                 remove_leftovers(folder)
-            if not path.exists():
+            if not path.exists() and not path.is_symlink():
                 self._create(path, identity, num_examples, shard_size)
         manifest = self.read_manifest(directory)
         stored = {"num_examples": manifest["num_examples"]} | manifest["identity"]

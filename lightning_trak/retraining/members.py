@@ -122,7 +122,7 @@ class MemberStore:
             path.unlink(missing_ok=True)  # of a run without a single member, over a mistake that has been mended since
             for failure in (self.directory / "failures").glob("*.json"):
                 failure.unlink(missing_ok=True)
-        if not path.exists():
+        if not path.exists() and not path.is_symlink():
             if self.finished():
                 raise ValueError(
                     f'"{self.directory}" holds members of a fleet but no manifest.json; use another directory'
