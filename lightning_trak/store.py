@@ -28,6 +28,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_trak import schemas
 from lightning_trak.files import (
     DamagedFileError,
     altered,
@@ -41,43 +42,33 @@ from lightning_trak.files import (
     tensor_digest,
     write_json,
 )
-from lightning_trak.schemas import (
-    Schema,
-    anything,
-    as_json,
-    integer,
-    items,
-    one_of,
-    record,
-    sealed,
-    sha256,
-    text,
-    with_checksum,
-)
 
 FORMAT_VERSION = 2
 _MAX_EXAMPLES = 1 << 40
 
-_MANIFEST = sealed(
+_MANIFEST = schemas.sealed(
     {
-        "format": integer(FORMAT_VERSION, FORMAT_VERSION),
-        "num_examples": integer(1, _MAX_EXAMPLES),
-        "shard_size": integer(1, _MAX_EXAMPLES),
-        "identity": record(
-            {"checkpoints": items(anything, least=1)},
-            optional={"dtype": one_of("float64", "float32", "bfloat16", "float16")},
-            others=anything,
+        "format": schemas.integer(FORMAT_VERSION, FORMAT_VERSION),
+        "num_examples": schemas.integer(1, _MAX_EXAMPLES),
+        "shard_size": schemas.integer(1, _MAX_EXAMPLES),
+        "identity": schemas.record(
+            {"checkpoints": schemas.items(schemas.anything, least=1)},
+            optional={
+                "dtype": schemas.one_of("float64", "float32", "bfloat16", "float16"),
+                "parameters": schemas.parameters,
+            },
+            others=schemas.anything,
         ),
     }
 )
 _HEADER = {
-    "sha256": sha256,
-    "checksum": sha256,
-    "checkpoint": integer(0, _MAX_EXAMPLES),
-    "name": text(),
-    "key": text(),
+    "sha256": schemas.sha256,
+    "checksum": schemas.sha256,
+    "checkpoint": schemas.integer(0, _MAX_EXAMPLES),
+    "name": schemas.text(),
+    "key": schemas.text(),
 }
-_ENGINE = record({"engine": one_of("hooks", "functional", "loop")})
+_ENGINE = schemas.record({"engine": schemas.one_of("hooks", "functional", "loop")})
 
 
 class Features(NamedTuple):
@@ -137,7 +128,7 @@ class FeatureStore:
     ) -> None:
         self.directory = local_directory(directory, "store")
         path = self.directory / "manifest.json"
-        identity = as_json(identity)
+        identity = schemas.as_json(identity)
         if not read_only:
             for folder in (self.directory, *self.directory.glob("checkpoint-*")):
                 remove_leftovers(folder)
@@ -177,7 +168,7 @@ class FeatureStore:
             "identity": identity,
         }
         with suppress(FileExistsError):  # another process was faster: its manifest counts
-            write_json(path, with_checksum(manifest), replace=False)
+            write_json(path, schemas.with_checksum(manifest), replace=False)
 
     @staticmethod
     def read_manifest(directory: str | Path) -> dict[str, Any]:
@@ -281,7 +272,7 @@ class FeatureStore:
         path = self._shard_path(checkpoint, shard)
         with _advice():
             tensors, metadata = self._load(path)
-            _require_place(path, metadata, checkpoint, self.key, engine=text())
+            _require_place(path, metadata, checkpoint, self.key, engine=schemas.text())
             reason = self._misfit(tensors, len(self.shard(shard)))
             if reason is not None:
                 raise altered(path, reason)
@@ -315,7 +306,7 @@ class FeatureStore:
         path = self._shard_path(checkpoint, shard)
         with _advice():
             metadata = load_metadata(path)
-            _require_place(path, metadata, checkpoint, self.key, engine=text())
+            _require_place(path, metadata, checkpoint, self.key, engine=schemas.text())
         return str(metadata["engine"])
 
     def write_extra(self, checkpoint: int, name: str, tensors: dict[str, Tensor], key: str = "") -> None:
@@ -385,10 +376,10 @@ def _advice() -> Iterator[None]:
         raise ValueError(f"{error}; delete it and call featurize again") from error
 
 
-def _require_place(path: Path, metadata: dict[str, Any], checkpoint: int, key: str, **others: Schema) -> None:
+def _require_place(path: Path, metadata: dict[str, Any], checkpoint: int, key: str, **others: schemas.Schema) -> None:
     """Check that a file is what its name says, and not one that was moved or copied there."""
     try:
-        record({**_HEADER, **others})("its header", metadata)
+        schemas.record({**_HEADER, **others})("its header", metadata)
     except ValueError as error:
         raise altered(path, str(error)) from error
     found, wanted = (metadata["checkpoint"], metadata["name"], metadata["key"]), (checkpoint, path.stem, key)

@@ -108,7 +108,7 @@ def test_errors_of_reading_are_not_damage(tmp_path, monkeypatch):
             raise said
 
         monkeypatch.setattr("lightning_trak.files.safe_open", fail)
-        with pytest.raises(OSError, match="tensors.*Input/output error|Input/output error.*tensors"):
+        with pytest.raises(OSError, match=r"tensors.*Input/output error|Input/output error.*tensors"):
             load_tensors(tmp_path / "tensors")
 
 
@@ -210,9 +210,10 @@ def test_a_stop_before_the_move_leaves_no_file_and_no_lock(links, tmp_path, monk
     def stop(*args):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patched:
         patched.setattr(os, move, stop)
-        write_json(tmp_path / "file", {}, replace=False)
+        with pytest.raises(KeyboardInterrupt):
+            write_json(tmp_path / "file", {}, replace=False)
     assert tree(tmp_path) == []
     write_json(tmp_path / "file", {}, replace=False)
     assert tree(tmp_path) == ["file"]
@@ -319,7 +320,7 @@ def test_something_else_in_the_place_of_a_directory(tmp_path):
         with pytest.raises(NotADirectoryError, match=said):
             TRAK(make_model(), [make_model().state_dict()], tmp_path / name)
     assert local_directory(tmp_path / "good/new/store", "store") == tmp_path / "good/new/store"
-    with pytest.raises(NotADirectoryError, match="Not a directory: .*file'"):
+    with pytest.raises(NotADirectoryError, match=r"Not a directory: .*file'"):
         write_json(tmp_path / "file" / "json", {})
     with pytest.raises(ValueError, match="home directory of an unknown user"):
         local_directory("~no-such-user-anywhere/store", "store")

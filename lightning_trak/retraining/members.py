@@ -35,7 +35,7 @@ from lightning_trak.files import (
     tensor_digest,
     write_json,
 )
-from lightning_trak.schemas import anything, as_json, integer, record, sealed, sha256, text, with_checksum
+from lightning_trak.schemas import anything, as_json, integer, parameters, record, sealed, sha256, text, with_checksum
 
 FORMAT_VERSION = 2
 
@@ -45,7 +45,7 @@ _MANIFEST = sealed(
         "format": integer(FORMAT_VERSION, FORMAT_VERSION),
         "identity": record(
             {"num_targets": _COUNT, "masks": sha256},
-            optional={"num_subsets": _COUNT, "num_train": _COUNT},
+            optional={"num_subsets": _COUNT, "num_train": _COUNT, "parameters": parameters},
             others=anything,
         ),
     }
