@@ -25,7 +25,7 @@ except ModuleNotFoundError as error:
 
 from lightning_trak.data import single_loader
 from lightning_trak.explanations import explain
-from lightning_trak.files import write_atomically
+from lightning_trak.files import local_path, write_atomically
 from lightning_trak.methods import FeatureMethod
 from lightning_trak.metrics import LinearDatamodelingScore
 from lightning_trak.reports import page, picture, table
@@ -150,7 +150,7 @@ class AttributionTrainer(L.Trainer):
                 title = f"{saved.method}: {saved.num_train} training examples"
                 path.write_text(page(explanations, title), encoding="utf-8")
 
-        write_atomically(Path(out).expanduser(), write)
+        write_atomically(local_path(out, "file"), write)
 
 
 class AttributionCLI(LightningCLI):

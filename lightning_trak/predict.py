@@ -2,7 +2,7 @@
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
 import lightning as L
@@ -111,14 +111,19 @@ class ExtractorModule(PredictModule):
         if self.extractor.current == checkpoint:
             return
         self.extractor.to_checkpoint(checkpoint, self.device)
+        made: dict[str, dict[str, Tensor]] = {}
         if self.extractor.output.context_size:
-            self._enter_context(checkpoint)
+            self._enter_context(checkpoint, made)
         if self._alone_and_together is not None:
             self.extractor.require_independent(*self._alone_and_together)
         if self.extractor.undecided:
             self._settle_engine()
         if self.extractor.projection.sample_size:
-            self._enter_projection(checkpoint)
+            self._enter_projection(checkpoint, made)
+        if made:
+            self._require_as_before(checkpoint, made)
+        for name, tensors in made.items():
+            self._store.write_extra(checkpoint, name, tensors, self._store.key)
 
     def learn_batches(self, loader: DataLoader[Any]) -> None:
         """Find out how a loader puts examples together, from a few of them.
@@ -136,22 +141,39 @@ class ExtractorModule(PredictModule):
         sharded = self.extractor.sharded  # every forward pass of which is one of all ranks
         self._alone_and_together = None if sharded or not last else (twice, again, other, pair)
 
-    def _enter_context(self, checkpoint: int) -> None:
+    def _enter_context(self, checkpoint: int, made: dict[str, dict[str, Tensor]]) -> None:
         with torch.inference_mode(False):  # autograd saves the context
             context = self._read_extra(checkpoint, "context")
             if context is None:
                 batches = self._sample(checkpoint, "context", self.extractor.output.context_size)
-                context = self.extractor.make_context(batch for batch, _ in batches)
-                self._store.write_extra(checkpoint, "context", context, self._store.key)
+                made["context"] = context = self.extractor.make_context(batch for batch, _ in batches)
             self.extractor.output.set_context({name: tensor.to(self.device) for name, tensor in context.items()})
 
-    def _enter_projection(self, checkpoint: int) -> None:
+    def _enter_projection(self, checkpoint: int, made: dict[str, dict[str, Tensor]]) -> None:
         fitted = self._read_extra(checkpoint, "projection")
         if fitted is None:
             batches = self._sample(checkpoint, "projection", self.extractor.projection.sample_size)
-            fitted = self.extractor.fit_projection(batches)
-            self._store.write_extra(checkpoint, "projection", fitted, self._store.key)
+            made["projection"] = fitted = self.extractor.fit_projection(batches)
         self.extractor.set_projection_fit(fitted)
+
+    def _require_as_before(self, checkpoint: int, made: Iterable[str]) -> None:
+        """What was lost and is made again must give two stored examples the features that they have."""
+        there = set(range(self._store.num_shards)) - set(self._store.missing(checkpoint))
+        if not there:
+            return
+        assert self._train_loader is not None
+        positions = list(self._store.shard(min(there)))[:2]
+        (batch,) = self._batches(self._train_loader, [positions])
+        found, kept = self.extractor(batch, torch.tensor(positions)), self._store.read(checkpoint, min(there))
+        for name in ("features", "outputs"):
+            before = getattr(kept, name)[: len(positions)].double()
+            error = (getattr(found, name).cpu().double() - before).norm()
+            if not error <= max(1e-3, 4 * torch.finfo(kept.features.dtype).eps) * before.norm():
+                raise ValueError(
+                    f'store "{self._store.directory}" has lost the {" and the ".join(made)} of checkpoint {checkpoint},'
+                    f" and what is made again now gives other {name} than the stored ones; delete the folder"
+                    f' "checkpoint-{checkpoint:04d}" in it and call featurize again'
+                )
 
     def _read_extra(self, checkpoint: int, name: str) -> dict[str, Tensor] | None:
         """What the store has, if anything; ranks that compute together find it together or not at all."""
@@ -177,7 +199,11 @@ class ExtractorModule(PredictModule):
 
     def _sample(self, checkpoint: int, purpose: str, count: int) -> Iterator[tuple[Any, int]]:
         """A uniform sample of the training data, without replacement, another one at each checkpoint."""
-        assert self._train_loader is not None, "the store holds the context once featurizing is complete"
+        if self._train_loader is None:
+            raise RuntimeError(
+                f'store "{self._store.directory}" has lost the {purpose} of checkpoint {checkpoint}, which its features'
+                " were made with; call featurize again, which makes it again from the training data"
+            )
         positions = sample_batches(self._train_loader, count, f"{self.extractor.seed}/{checkpoint}/{purpose}")
         yield from zip(self._batches(self._train_loader, positions), map(len, positions), strict=True)
 

@@ -26,7 +26,7 @@ from fsspec.implementations.local import LocalFileSystem
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lightning_trak.files import write_atomically, write_json
+from lightning_trak.files import remove_leftovers, write_atomically, write_json
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
@@ -209,8 +209,7 @@ class SnapshotSeries:
 
     def _start(self, manifest: Manifest) -> None:
         if isinstance(self.filesystem, LocalFileSystem):
-            for unfinished in Path(self._root).glob(".snapshot-*.tmp"):  # left by a process that was killed
-                unfinished.unlink()
+            remove_leftovers(Path(self._root))
         self._replace_manifest(manifest)
 
     def _replace_manifest(self, manifest: Manifest) -> None:

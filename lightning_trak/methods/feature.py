@@ -27,6 +27,7 @@ from lightning_trak.data import (
 )
 from lightning_trak.distributed import Ranks
 from lightning_trak.features import ENGINES, EngineName, FeatureExtractor
+from lightning_trak.files import local_directory
 from lightning_trak.gradients import ParameterSelection
 from lightning_trak.methods.base import Method
 from lightning_trak.module import declared_output
@@ -103,7 +104,7 @@ class FeatureMethod(Method):
         self.model = uncompiled(model)
         self.output = declared_output(self.model, output)
         self.checkpoints = resolve_checkpoints(checkpoints, weights_only=weights_only)
-        self.store = Path(store)
+        self.store = local_directory(store, "store")
         self.projection = projection if projection is not None else SparseProjection()
         self.parameters = parameters
         self.engine: EngineName = engine
@@ -158,15 +159,17 @@ class FeatureMethod(Method):
         shard_size = shard_size or _default_shard_size(num_examples, loader)
         store = FeatureStore(self.store, identity, num_examples, shard_size, user=type(self).__name__)
         self._require_engine(store, sharded)
+        needed = {"context": extractor.output.context_size, "projection": extractor.projection.sample_size}
+        extras = [name for name, size in needed.items() if size]
         selected = sum(extractor.sizes.values())
         total = sum(parameter.numel() for parameter in self.model.parameters())
         rank_zero_info(
             f"{type(self).__name__}: {num_examples} examples at {store.num_checkpoints} checkpoints, gradients of"
             f" {selected} of {total} parameters, {type(self.projection).__name__} to {self._dim(extractor)} features:"
-            f" {sum(map(len, _missing(store)))} of {store.num_checkpoints * store.num_shards} shards to do"
+            f" {sum(map(len, _missing(store, extras)))} of {store.num_checkpoints * store.num_shards} shards to do"
         )
         datamodule = data if isinstance(data, L.LightningDataModule) else None
-        while any(missing := _missing(store)):
+        while any(missing := _missing(store, extras)):
             jobs = [[Range(number, store.shard(number)) for number in numbers] for numbers in missing]
             with ShardWriter(store, extractor.places) as writer:
                 stop = Stop()
@@ -399,9 +402,9 @@ def require_one_of(name: str, value: object, allowed: tuple[object, ...]) -> Non
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
 
 
-def _missing(store: FeatureStore) -> list[list[int]]:
+def _missing(store: FeatureStore, extras: Sequence[str]) -> list[list[int]]:
     """The shards to do at each checkpoint."""
-    return [store.missing(checkpoint) for checkpoint in range(store.num_checkpoints)]
+    return [store.missing(checkpoint, extras) for checkpoint in range(store.num_checkpoints)]
 
 
 def _in_order(parts: list[tuple[Tensor, Features]], examples: range) -> Features:

@@ -75,8 +75,8 @@ class TRAK(FeatureMethod):
     ) -> None:
         require_one_of("curvature", curvature, ("gauss_newton", "identity"))
         require_one_of("residuals", residuals, ("per_checkpoint", "averaged"))
-        if soft_threshold < 0:
-            raise ValueError(f"soft_threshold must be at least 0, got {soft_threshold}")
+        if not 0 <= soft_threshold < float("inf"):
+            raise ValueError(f"soft_threshold must be at least 0, and finite, got {soft_threshold}")
         super().__init__(
             model,
             checkpoints,

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from lightning_trak.data import as_loader, batch_size_of, fingerprint, load
+from lightning_trak.files import local_directory
 from lightning_trak.module import declared_output
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.retraining.members import Member, MemberStore
@@ -90,7 +91,7 @@ class RetrainingFleet:
         output: ModelOutput | None = None,
         make_loader: Callable[[Dataset[Any]], DataLoader[Any]] | None = None,
     ) -> None:
-        self.directory = Path(directory)
+        self.directory = local_directory(directory, "fleet")
         self.make_module = make_module
         self.make_trainer = make_trainer
         self.num_seeds = num_seeds

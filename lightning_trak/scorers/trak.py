@@ -50,6 +50,7 @@ class TRAKScorer(Scorer):
         self.residuals = residuals
         self.soft_threshold = soft_threshold
         self._factors: list[DampedGram] = []
+        self._keeps = True  # until a Gram matrix cannot be written
 
     def fit(self, device: torch.device, ranks: Ranks = Ranks()) -> None:  # noqa: B008
         """Make and factor the Gram matrices.
@@ -86,10 +87,11 @@ class TRAKScorer(Scorer):
         mine = (self.store.read(checkpoint, shard) for shard in ranks.share(self.store.num_shards))
         with full_precision(self._device):
             gram, squared_weights = map(ranks.sum, gram_matrix(mine, self.curvature, k, self._device))
-        if ranks.rank == 0:
+        if ranks.rank == 0 and self._keeps:
             try:
                 self.store.write_extra(checkpoint, name, {"gram": gram, "squared_weights": squared_weights}, key)
-            except OSError as error:  # the store may be somebody else's, to be read only
+            except OSError as error:  # the store may be somebody else's, to be read only, or the disk full
+                self._keeps = False
                 warnings.warn(f"the Gram matrix cannot be kept and will be made again next time: {error}", stacklevel=2)
         return gram, squared_weights
 

@@ -64,7 +64,7 @@ class EKFACInfluence(Influence):
         weights_only: bool = True,
     ) -> None:
         require_one_of("curvature", curvature, ("gauss_newton", "empirical"))
-        if isinstance(damping, str) or damping < 0:
+        if isinstance(damping, str) or not 0 <= damping < float("inf"):
             raise ValueError(f"damping must be a number of at least 0, got {damping!r}")
         super().__init__(
             model,
