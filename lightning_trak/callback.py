@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import time
@@ -121,7 +122,7 @@ class TRAKCallback(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Settle the directory on all ranks."""
-        self._series = None
+        self._close()
         self._resumed_runs = []  # of the coming call alone: predict(ckpt_path=...) loads callback states too
         if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
@@ -265,15 +266,21 @@ def _gather(trainer: Trainer) -> dict[str, Any]:
 def _settings(position: int, optimizer: Optimizer, module: LightningModule) -> list[ParameterGroup]:
     names = {id(parameter): canonical_name(name) for name, parameter in module.named_parameters()}
 
-    def number(value: Any) -> float | None:
-        return None if value is None else float(value)
+    def number(group: dict[str, Any], key: str) -> float | None:
+        value = None if group.get(key) is None else float(group[key])
+        if value is not None and not math.isfinite(value):
+            raise ValueError(
+                f"optimizer {position} ({type(optimizer).__name__}) has {key}={value}, which trains nothing; give a"
+                " finite number"
+            )
+        return value
 
     return [
         ParameterGroup(
             position,
             type(optimizer).__name__,
-            number(group.get("lr")),
-            number(group.get("weight_decay")),
+            number(group, "lr"),
+            number(group, "weight_decay"),
             tuple(names[id(parameter)] for parameter in group["params"] if id(parameter) in names),
         )
         for group in optimizer.param_groups

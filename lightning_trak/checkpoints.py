@@ -13,11 +13,12 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from fsspec.implementations.local import LocalFileSystem
 from lightning_utilities.core.rank_zero import WarningCache
 from torch import Tensor
 
 from lightning_trak.files import tensor_digest
-from lightning_trak.locations import LocalFileSystem, locate, require_regular
+from lightning_trak.locations import locate, require_regular
 from lightning_trak.snapshots import Snapshot, SnapshotSeries
 from lightning_trak.weights import is_extra_state, read_safetensors, without_extra_state
 

@@ -27,12 +27,13 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+from fsspec.implementations.local import LocalFileSystem
 from lightning.pytorch.utilities import rank_zero_warn
 from safetensors import SafetensorError
 from torch import Tensor
 
 from lightning_trak.files import write_atomically, write_json
-from lightning_trak.locations import LocalFileSystem, locate, require_regular
+from lightning_trak.locations import locate, require_regular
 from lightning_trak.schemas import anything, integer, items, parse_json, record, sealed, sha256, text, with_checksum
 from lightning_trak.weights import pack, read_safetensors, without_extra_state
 

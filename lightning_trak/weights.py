@@ -13,12 +13,13 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from fsspec.implementations.local import LocalFileSystem
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lightning_trak.files import tensor_digest
-from lightning_trak.locations import LocalFileSystem, require_regular
+from lightning_trak.locations import require_regular
 
 _HEADER = "lightning_trak"
 _EXTRA_STATE = "_extra_state"
@@ -58,7 +59,7 @@ def _unfit(value: Any) -> str | None:
     """What keeps a value from being stored as a tensor."""
     if not isinstance(value, Tensor):
         return type(value).__name__
-    if nn.parameter.is_lazy(value):  # type: ignore[no-untyped-call]
+    if nn.parameter.is_lazy(value):
         return "not initialized yet; run a batch through the model before training"
     if is_traceable_wrapper_subclass(value):
         return f"a {type(value).__name__}, which is laid over other tensors"
