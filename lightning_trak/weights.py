@@ -123,7 +123,8 @@ def read_safetensors(
     try:
         if isinstance(filesystem, LocalFileSystem):
             require_regular(path)
-            _require_size(os.stat(path).st_size, size, location)
+            with open(path, "rb") as opened:  # safetensors says "no such file" of one that it may not read
+                _require_size(os.fstat(opened.fileno()).st_size, size, location)
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 metadata = file.metadata() or {}
