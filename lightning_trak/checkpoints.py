@@ -87,12 +87,20 @@ def resolve_checkpoints(checkpoints: CheckpointsLike, weights_only: bool = True)
     items = list(checkpoints) if isinstance(checkpoints, (list, tuple)) else [checkpoints]
     if not items:
         raise ValueError("no checkpoints: got an empty list; pass a snapshot directory or a list with at least one")
-    _refuse_shared(items)
     resolved: list[Checkpoint] = []
+    seen: dict[frozenset[tuple[str, int]], int] = {}
     for position, item in enumerate(items):
         if isinstance(item, Mapping):
             name = f"state dict {position}"
-            copied = {key: value.detach().cpu().clone() for key, value in _state_dict(item, name).items()}
+            tensors = _state_dict(item, name)
+            memory = frozenset((key, tensor.data_ptr()) for key, tensor in tensors.items())
+            first = seen.setdefault(memory, position)
+            if first != position:
+                raise ValueError(
+                    f"checkpoints {first} and {position} are the same tensors in memory: state_dict() returns a model's"
+                    " live weights; keep copy.deepcopy(model.state_dict()) instead"
+                )
+            copied = {key: tensor.cpu().clone() for key, tensor in tensors.items()}
             resolved.append(Checkpoint(name, partial(dict, copied)))
         elif isinstance(item, (str, os.PathLike)):
             resolved += _find(os.fspath(item), weights_only)
@@ -102,20 +110,6 @@ def resolve_checkpoints(checkpoints: CheckpointsLike, weights_only: bool = True)
                 f" {position}, got {type(item).__name__}"
             )
     return resolved
-
-
-def _refuse_shared(items: Sequence[Any]) -> None:
-    seen: dict[frozenset[tuple[str, int]], int] = {}
-    for position, item in enumerate(items):
-        if not isinstance(item, Mapping):
-            continue
-        memory = frozenset((name, value.data_ptr()) for name, value in item.items() if isinstance(value, Tensor))
-        first = seen.setdefault(memory, position)
-        if memory and first != position:
-            raise ValueError(
-                f"checkpoints {first} and {position} are the same tensors in memory: state_dict() returns a model's"
-                " live weights; keep copy.deepcopy(model.state_dict()) instead"
-            )
 
 
 def _find(location: str, weights_only: bool) -> list[Checkpoint]:

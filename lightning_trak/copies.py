@@ -48,7 +48,9 @@ def copy_module(module: nn.Module, configure: bool = True) -> nn.Module:
             " configure_model() has not been called; the weights come from the checkpoints"
         )
     try:
-        copied = copy.deepcopy(module)
+        # torch cannot deepcopy all kinds of sparse tensors
+        sparse = {id(buffer): buffer.clone() for buffer in module.buffers() if buffer.layout != torch.strided}
+        copied = copy.deepcopy(module, sparse)
     except Exception as error:
         raise ValueError(
             f"attribution works on a copy of the model, but {name} cannot be copied: {error}; keep"
