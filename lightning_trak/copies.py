@@ -138,8 +138,8 @@ class Original:
         own = {canonical_name(raw): raw for raw in targets}
         given = {own.get(canonical_name(raw), raw): tensor for raw, tensor in weights.items()}
         if not self._complete:
-            # The module may give what has an unknown name to any of its parts.
-            self._keep(tensors if given.keys() - targets.keys() else given)
+            # The module may give what has a name of its own to any of its parts.
+            self._keep(tensors if given.keys() - dict(tensors.values()).keys() else given)
         self.restore()
         problems = [_misfit(raw, tensor, targets.get(raw)) for raw, tensor in given.items()]
         if len(given) < len(weights):
