@@ -111,6 +111,20 @@ def items(schema: Schema, least: int = 0) -> Schema:
     return check
 
 
+def row(*schemas: Schema) -> Schema:
+    """A list of just these."""
+
+    def check(field: str, value: Any) -> None:
+        _require(isinstance(value, list) and len(value) == len(schemas), field, f"a list of {len(schemas)}", value)
+        for number, (schema, item) in enumerate(zip(schemas, value, strict=True)):
+            schema(f"{field}[{number}]", item)
+
+    return check
+
+
+parameters = items(row(text(), items(integer(0, 1 << 62))))  # names and shapes
+
+
 def record(
     fields: Mapping[str, Schema], optional: Mapping[str, Schema] | None = None, others: Schema | None = None
 ) -> Schema:
