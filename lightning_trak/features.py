@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.backends import cudnn
 
 from lightning_trak.checkpoints import Checkpoint
-from lightning_trak.copies import copy_module, load_weights
+from lightning_trak.copies import Original, copy_module
 from lightning_trak.files import tensor_digest
 from lightning_trak.gradients import (
     FunctionalEngine,
@@ -87,6 +87,7 @@ class FeatureExtractor:
     ) -> None:
         self._original = module
         self.module = self._copy(module)
+        self._original = Original(self.module)
         self.output = copy.deepcopy(output)
         self.checkpoints = checkpoints
         self.digests = digests
@@ -195,7 +196,7 @@ class FeatureExtractor:
                 bound = self.projection.bind(self.shapes, seed=self.seed, checkpoint=number, device=device)
                 self._loaded[number] = (weights, bound)
             weights, self._bound = self._loaded[number]
-            load_weights(self.module, weights, checkpoint.name)
+            self._original.load(weights, checkpoint.name)
             self.module.eval()
             for part in modules_of(self.output):
                 part.to(device).eval()

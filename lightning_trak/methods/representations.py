@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_trak.checkpoints import CheckpointsLike, resolve_checkpoints
-from lightning_trak.copies import copy_module, load_weights, uncompiled
+from lightning_trak.copies import Original, copy_module, uncompiled
 from lightning_trak.gradients import canonical_name
 from lightning_trak.methods.base import Method
 from lightning_trak.methods.examples import Examples, declared_rows
@@ -51,6 +51,7 @@ class RepresentationMethod(Method):
     def represent(self, trainer: L.Trainer, *data: Examples) -> Iterator[tuple[Tensor, ...]]:
         """Representations of each dataset, ``(num_examples, width)`` in at least float32, a checkpoint at a time."""
         module = copy_module(self.model)
+        original = Original(module)
         layer = _find_layer(module, self.layer)
 
         def rows(module: nn.Module, batch: Any) -> Tensor:
@@ -59,7 +60,7 @@ class RepresentationMethod(Method):
             return pooled.to(torch.promote_types(pooled.dtype, torch.float32))
 
         for checkpoint in self.checkpoints:
-            load_weights(module, checkpoint.load(), checkpoint.name)
+            original.load(checkpoint.load(), checkpoint.name)
             what = f"the representation at {checkpoint.name}"
             yield tuple(examples.map(trainer, module, rows, what) for examples in data)
 

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from lightning_trak.copies import copy_module, uncompiled
+from lightning_trak.copies import Original, copy_module, uncompiled
 from lightning_trak.data import as_loader, load
 from lightning_trak.module import declared_output
 from lightning_trak.outputs import ModelOutput
@@ -184,11 +184,11 @@ class _Patch:
         # The copy of the optimizer is to have the parameters of the module's copy.
         pairs = zip(module.parameters(), self.module.parameters(), strict=True)
         self.optimizer = copy.deepcopy(optimizer, {id(old): new for old, new in pairs})
-        self.weights = copy.deepcopy(self.module.state_dict())
+        self.original = Original(self.module, everything=True)
         self.state = copy.deepcopy(self.optimizer.state_dict())
 
     def step(self, batch: Any) -> None:
-        self.module.load_state_dict(self.weights)
+        self.original.restore()
         self.optimizer.load_state_dict(copy.deepcopy(self.state))  # what is loaded is not copied, but written to
         self.optimizer.zero_grad()
         training_loss(self.module, batch).backward()  # type: ignore[no-untyped-call]
