@@ -51,6 +51,18 @@ class Explanation(NamedTuple):
     groups: dict[str, list[Entry]]
 
 
+def described(describe: Describe, item: Any) -> str:
+    """The text that a user's function makes of an item.
+
+    Raises:
+        TypeError: if it is none.
+    """
+    text: object = describe(item)
+    if not isinstance(text, str):
+        raise TypeError(f"describe must return a str, got a {type(text).__name__}")
+    return text
+
+
 def explain(
     saved: SavedScores, indices: Sequence[int], k: int, train: Any, targets: Any, describe: Describe | None = None
 ) -> list[Explanation]:
@@ -68,6 +80,7 @@ def explain(
     Raises:
         ValueError: if scores and datasets are of different sizes.
         IndexError: if there is no such target.
+        TypeError: if ``describe`` returns something else than a text.
     """
     if (saved.num_targets, saved.num_train) != (len(targets), len(train)):
         raise ValueError(
@@ -82,7 +95,7 @@ def explain(
 
     def example(dataset: Any, index: int) -> Example:
         item = dataset[index]
-        return Example((describe or describe_item)(item), find_image(item))
+        return Example(described(describe or describe_item, item), find_image(item))
 
     return [
         Explanation(

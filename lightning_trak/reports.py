@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_trak.explanations import Example, Explanation
 from lightning_trak.plots import Picture, plot_pictures
+from lightning_trak.texts import printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -52,11 +53,11 @@ def table(explanations: Sequence[Explanation], width: int = 100) -> str:
     """
     lines = []
     for explanation in explanations:
-        lines += [_cut(f"target {explanation.position}  {explanation.target.text}", width)]
+        lines += [_cut(f"target {explanation.position}  {printable(explanation.target.text)}", width)]
         for name, entries in explanation.groups.items():
             lines += [f"  {name}", "    rank  position       score  example"]
             lines += [
-                f"    {rank:4}  {entry.position:8}  {entry.score:+10.3g}  {_cut(entry.example.text, width - 32)}"
+                f"    {rank:4}  {entry.position:8}  {entry.score:+10.3g}  {_cut(printable(entry.example.text), width - 32)}"
                 for rank, entry in enumerate(entries, 1)
             ]
         lines += [""]
@@ -91,12 +92,13 @@ def page(explanations: Sequence[Explanation], title: str) -> str:
         explanations: what to show.
         title: of the page.
     """
+    title = html.escape(printable(title))
     sections = "\n".join(_section(explanation) for explanation in explanations)
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{html.escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
-        f"<h1>{html.escape(title)}</h1>\n<p>{_LEGEND}</p>\n{sections}\n</body>\n</html>\n"
+        f"<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
+        f"<h1>{title}</h1>\n<p>{_LEGEND}</p>\n{sections}\n</body>\n</html>\n"
     )
 
 
@@ -142,9 +144,9 @@ def _section(explanation: Explanation) -> str:
 
 
 def _figure(example: Example, caption: str) -> str:
-    image = ""
+    text, image = html.escape(_cut(printable(example.text), 2000)), ""
     if example.image is not None:
         data = base64.b64encode(png(example.image)).decode()
         kind = ' class="small"' if example.image.shape[-1] <= _SMALL else ""
-        image = f'<img{kind} alt="{html.escape(example.text)}" src="data:image/png;base64,{data}">'
-    return f"<figure>{image}<figcaption>{caption}{html.escape(_cut(example.text, 2000))}</figcaption></figure>"
+        image = f'<img{kind} alt="{text}" src="data:image/png;base64,{data}">'
+    return f"<figure>{image}<figcaption>{caption}{text}</figcaption></figure>"

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
+from lightning_trak.explanations import Describe, described
 from lightning_trak.loggers.base import writers_for
 from lightning_trak.metrics import LinearDatamodelingScore
 from lightning_trak.metrics.functional import DetectionCurve
@@ -55,7 +56,7 @@ def log_attributions(
     k: int = 5,
     largest: bool = True,
     shown: Sequence[int] | None = None,
-    describe: Callable[[Any], str] | None = None,
+    describe: Describe | None = None,
     image: Callable[[Any], Tensor] | None = None,
     name: str = "attributions",
     step: int = 0,
@@ -77,6 +78,7 @@ def log_attributions(
         step: that the loggers show.
 
     Raises:
+        TypeError: if ``describe`` returns something else than a text.
         ValueError: if scores and data do not fit.
     """
     _require_fit(scores, len(targets), len(train), largest)
@@ -89,7 +91,7 @@ def log_attributions(
     seen = torch.unique(torch.cat([top.indices.flatten() for top in groups.values()])).tolist()
     examples, aims = ({place: data[place] for place in places} for data, places in ((train, seen), (targets, rows)))
     names, aim_names = (
-        {place: describe(item) if describe else f"#{place}" for place, item in items.items()}
+        {place: described(describe, item) if describe else f"#{place}" for place, item in items.items()}
         for items in (examples, aims)
     )
     entries = {
