@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lightning_trak.items import describe_item, find_image
 from lightning_trak.scores import SavedScores
+from lightning_trak.texts import counted
 
 Describe = Callable[[Any], str]
 
@@ -84,7 +85,8 @@ def explain(
     """
     if (saved.num_targets, saved.num_train) != (len(targets), len(train)):
         raise ValueError(
-            f"the scores are of {saved.num_targets} targets and {saved.num_train} training examples, the data hold"
+            f"the scores are of {counted(saved.num_targets, 'target')} and"
+            f" {counted(saved.num_train, 'training example')}, the data hold"
             f" {len(targets)} and {len(train)}; score again, or show the data that were scored"
         )
     if k < 1:

@@ -127,7 +127,8 @@ def plot_brittleness(brittleness: "Brittleness") -> "Figure":
             mean, low, high = (values[row] for values in estimate)
             places = [k * 1.02 ** (row - len(brittleness.methods) / 2) for k in brittleness.ks]
             bars = [(mean - low).clamp(min=0).tolist(), (high - mean).clamp(min=0).tolist()]
-            axis.errorbar(places, mean.tolist(), bars, marker="o", markersize=4, elinewidth=1, capsize=2, label=_label(method))
+            style = {"marker": "o", "markersize": 4, "elinewidth": 1, "capsize": 2}
+            axis.errorbar(places, mean.tolist(), bars, label=_label(method), **style)
         axis.set_xlabel("proponents taken away")
         axis.set_xticks(brittleness.ks, [str(k) for k in brittleness.ks], minor=False)
         axis.minorticks_off()

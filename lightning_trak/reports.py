@@ -53,11 +53,12 @@ def table(explanations: Sequence[Explanation], width: int = 100) -> str:
     """
     lines = []
     for explanation in explanations:
-        lines += [_cut(f"target {explanation.position}  {printable(explanation.target.text)}", width)]
+        head = f"target {explanation.position}  "
+        lines += [head + _cut(explanation.target.text, width - len(head))]
         for name, entries in explanation.groups.items():
             lines += [f"  {name}", "    rank  position       score  example"]
             lines += [
-                f"    {rank:4}  {entry.position:8}  {entry.score:+10.3g}  {_cut(printable(entry.example.text), width - 32)}"
+                f"    {rank:4}  {entry.position:8}  {entry.score:+10.3g}  {_cut(entry.example.text, width - 32)}"
                 for rank, entry in enumerate(entries, 1)
             ]
         lines += [""]
@@ -120,12 +121,15 @@ def png(image: Tensor) -> bytes:
 
 
 def _cut(text: str, width: int) -> str:
+    text = printable(text)
     return text if len(text) <= width else text[: width - 3] + "..."
 
 
 def _picture(example: Example, name: str, *more: str) -> Picture:
     if example.image is None:
-        raise ValueError(f"{name} holds no image, so there is no picture to draw; write a .html page, or a table")
+        raise ValueError(
+            f"{printable(name)} holds no image, so there is no picture to draw; write a .html page, or a table"
+        )
     image = example.image
     # in colour, so that grey images are not drawn as ink on paper
     return Picture(image.expand(3, -1, -1) if image.ndim == 2 else image, "\n".join((_cut(name, 15), *more)))
@@ -144,7 +148,7 @@ def _section(explanation: Explanation) -> str:
 
 
 def _figure(example: Example, caption: str) -> str:
-    text, image = html.escape(_cut(printable(example.text), 2000)), ""
+    text, image = html.escape(_cut(example.text, 2000)), ""
     if example.image is not None:
         data = base64.b64encode(png(example.image)).decode()
         kind = ' class="small"' if example.image.shape[-1] <= _SMALL else ""

@@ -10,8 +10,9 @@ Cell = str | int | float
 
 # What makes a spreadsheet take a cell for a formula; those in full width count in East Asian editions.
 _FORMULA = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")
-# Marks of CommonMark and of Python-Markdown, which TensorBoard uses and where only entities hide the first three.
-_MARKDOWN = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", **{mark: f"\\{mark}" for mark in "\\`*_[]|"}})
+# Marks of CommonMark and of Python-Markdown, which TensorBoard uses; the latter knows only entities for some of them.
+_ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "~": "&#126;"}
+_MARKDOWN = str.maketrans(_ENTITIES | {mark: f"\\{mark}" for mark in "\\`*_[]|"})
 
 
 class Table(NamedTuple):
