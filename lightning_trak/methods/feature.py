@@ -37,6 +37,7 @@ from lightning_trak.scorers.topk import TopK
 from lightning_trak.sharded import ShardedFeatureExtractor
 from lightning_trak.sinks import FeatureBuffer, ShardWriter
 from lightning_trak.store import Features, FeatureStore
+from lightning_trak.texts import counted
 from lightning_trak.trainers import borrowed, precision_of, refuse_spawning, shards_model
 
 Checkpoints = Sequence[CheckpointSource] | CheckpointSource  # in this order a command line can tell them apart
@@ -156,9 +157,10 @@ class FeatureMethod(Method):
         selected = sum(extractor.sizes.values())
         total = sum(parameter.numel() for parameter in self.model.parameters())
         rank_zero_info(
-            f"{type(self).__name__}: {num_examples} examples at {store.num_checkpoints} checkpoints, gradients of"
-            f" {selected} of {total} parameters, {type(self.projection).__name__} to {self._dim(extractor)} features:"
-            f" {sum(map(len, missing))} of {store.num_checkpoints * store.num_shards} shards to do"
+            f"{type(self).__name__}: {counted(num_examples, 'example')} at"
+            f" {counted(store.num_checkpoints, 'checkpoint')}, gradients of {selected} of {counted(total, 'parameter')},"
+            f" {type(self.projection).__name__} to {counted(self._dim(extractor), 'feature')}:"
+            f" {sum(map(len, missing))} of {counted(store.num_checkpoints * store.num_shards, 'shard')} to do"
         )
         if not any(missing):
             return

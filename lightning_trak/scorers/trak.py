@@ -75,7 +75,9 @@ class TRAKScorer(Scorer):
             precision = self.store.read(checkpoint, 0).features.dtype
             self._factors.append(DampedGram(gram, damping, precision, f"checkpoint {checkpoint}"))
         if self.damping == "auto":
-            rank_zero_info(f"TRAK: damping='auto' is {min(dampings):.3g} to {max(dampings):.3g} at the checkpoints")
+            ends = dict.fromkeys(f"{damping:.3g}" for damping in (min(dampings), max(dampings)))
+            place = "checkpoint" if len(dampings) == 1 else "checkpoints"
+            rank_zero_info(f"TRAK: damping='auto' is {' to '.join(ends)} at the {place}")
 
     def _gram(self, checkpoint: int, ranks: Ranks) -> tuple[Tensor, Tensor]:
         name, key = f"gram-{self.curvature}", f"{_CACHE_FORMAT}:{self.store.digest(checkpoint)}"
