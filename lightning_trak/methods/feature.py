@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_trak.checkpoints import CheckpointSource, resolve_checkpoints
+from lightning_trak.checks import positive
 from lightning_trak.copies import uncompiled
 from lightning_trak.data import (
     Data,
@@ -110,6 +111,9 @@ class FeatureMethod(Method):
     def make_scorer(self, store: FeatureStore) -> Scorer:
         """What scores complete features as this method does."""
 
+    def _require_enough(self, num_examples: int, dim: int) -> None:
+        """Refuse to featurize too few training examples for what scores them; by default any number will do."""
+
     def attribute(self, trainer: L.Trainer, train: Data, targets: Data) -> Tensor:
         """:meth:`featurize`, which does nothing if the store is complete, and :meth:`score`.
 
@@ -148,7 +152,9 @@ class FeatureMethod(Method):
         num_examples = len(cast(Any, loader.dataset))
         precision = precision_of(trainer, self.output)
         identity = self._identity(extractor) | {"precision": precision, "data": fingerprint(loader)}
-        shard_size = shard_size or _default_shard_size(num_examples, loader)
+        self._require_enough(num_examples, self._dim(extractor))
+        default = _default_shard_size(num_examples, loader)
+        shard_size = default if shard_size is None else positive("shard_size", shard_size)
         store = FeatureStore(self.store, identity, num_examples, shard_size, user=type(self).__name__)
         if self.engine != "auto":
             store.settle_engine(self.engine)
@@ -157,9 +163,9 @@ class FeatureMethod(Method):
         selected = sum(extractor.sizes.values())
         total = sum(parameter.numel() for parameter in self.model.parameters())
         rank_zero_info(
-            f"{type(self).__name__}: {counted(num_examples, 'example')} at"
-            f" {counted(store.num_checkpoints, 'checkpoint')}, gradients of {selected} of {counted(total, 'parameter')},"
-            f" {type(self.projection).__name__} to {counted(self._dim(extractor), 'feature')}:"
+            f"{type(self).__name__}: {counted(num_examples, 'example')} at {counted(len(missing), 'checkpoint')},"
+            f" gradients of {selected} of {counted(total, 'parameter')}, {type(self.projection).__name__} to"
+            f" {counted(self._dim(extractor), 'feature')}:"
             f" {sum(map(len, missing))} of {counted(store.num_checkpoints * store.num_shards, 'shard')} to do"
         )
         if not any(missing):

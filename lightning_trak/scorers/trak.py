@@ -10,12 +10,12 @@ from torch import Tensor
 from lightning_trak.distributed import Ranks
 from lightning_trak.scorers.base import Scorer, full_precision
 from lightning_trak.scorers.damping import Damping, auto_damping
-from lightning_trak.scorers.gram import Curvature, DampedGram, gram_matrix
+from lightning_trak.scorers.gram import Curvature, DampedGram, gram_matrix, row_blocks
 from lightning_trak.store import Features, FeatureStore
 
 Residuals = Literal["per_checkpoint", "averaged"]
 
-_CACHE_FORMAT = 2  # of what is kept with a Gram matrix; that of another format is made again
+_CACHE_FORMAT = 3  # of what is kept with a Gram matrix; that of another format is made again
 
 
 class TRAKScorer(Scorer):
@@ -85,7 +85,8 @@ class TRAKScorer(Scorer):
         if ranks.all_true(stored is not None) and stored is not None:
             return stored["gram"], stored["squared_weights"]
         k = self.store.read(checkpoint, 0).features.shape[1]
-        mine = (self.store.read(checkpoint, shard) for shard in ranks.share(self.store.num_shards))
+        blocks = row_blocks(self.store.num_shards, self.store.shard_size)
+        mine = (self.store.read(checkpoint, shard) for number in ranks.share(len(blocks)) for shard in blocks[number])
         with full_precision(self._device):
             gram, squared_weights = map(ranks.sum, gram_matrix(mine, self.curvature, k, self._device))
         if ranks.rank == 0:
