@@ -46,18 +46,18 @@ def require_own_code(config: Namespace) -> None:
     for place, named in _callables(config, ""):
         if inspect.isclass(named):
             called = any("__call__" in vars(base) for base in named.__mro__)
-            if not called or issubclass(named, nn.Module) or _is_own(vars(sys.modules[named.__module__])):
+            module = sys.modules.get(named.__module__)
+            if not called or issubclass(named, nn.Module) or (module and _is_own(vars(module))):
                 continue
-            kind = "a class whose objects can be called"
+            kind, advice = "a class whose objects can be called", "derive a class of your own from it"
         elif _is_own(_surroundings(named)):
             continue
         else:
-            kind = "a function"
+            kind, advice = "a function", "write one that calls it"
         name = f"{getattr(named, '__module__', None)}.{getattr(named, '__qualname__', type(named).__qualname__)}"
         raise ValueError(
             f"{place} names {name}, {kind} that no file of yours defines; a configuration may name functions of your"
-            " own modules only, so that a file cannot run commands: define one there that does what you want, or a"
-            " class that derives from this one"
+            f" own modules only, so that it cannot run commands: {advice}"
         )
 
 

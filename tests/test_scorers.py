@@ -253,3 +253,22 @@ def test_self_scores_that_overflow_are_named(store):
     scorer.fit(CPU)
     with pytest.raises(ValueError, match=r"scores of training examples range\(16, 24\) are not finite"):
         scorer.self_scores()
+
+
+@pytest.mark.parametrize(
+    ("dampings", "said"),
+    [
+        ([5.01], "damping='auto' is 5.01 at the checkpoint"),
+        ([5.01, 5.0100001], "damping='auto' is 5.01 at the checkpoints"),
+        ([5.0, 0.25, 1.0], "damping='auto' is 0.25 to 5 at the checkpoints"),
+    ],
+)
+def test_the_damping_that_was_chosen_is_told(tmp_path, monkeypatch, dampings, said):
+    store, told, chosen = FeatureStore(tmp_path, {"checkpoints": ["a"] * len(dampings)}, 8, 8), [], iter(dampings)
+    for checkpoint in range(len(dampings)):
+        phi = torch.randn(8, K, generator=torch.Generator().manual_seed(checkpoint))
+        store.write(checkpoint, 0, Features(phi, *torch.full((3, 8), 0.5)))
+    monkeypatch.setattr("lightning_trak.scorers.trak.rank_zero_info", told.append)
+    monkeypatch.setattr("lightning_trak.scorers.trak.auto_damping", lambda *args: next(chosen))
+    TRAKScorer(store, "gauss_newton", "auto", "per_checkpoint", 0.0).fit(CPU)
+    assert told == [f"TRAK: {said}"]

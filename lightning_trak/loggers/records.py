@@ -18,6 +18,7 @@ from lightning_trak.plots import Picture, plot_brittleness, plot_mislabel_curves
 from lightning_trak.retraining.brittleness import Brittleness
 from lightning_trak.scorers.topk import TopK, strongest
 from lightning_trak.tables import Cell, Table
+from lightning_trak.texts import counted
 
 Loggers = Iterable[Logger]
 
@@ -132,7 +133,7 @@ def _require_fit(scores: Tensor | TopK, num_targets: int, num_train: int, larges
         return
     values, indices = scores
     if len(values) != num_targets:
-        raise ValueError(f"expected the best scores of {num_targets} targets, got those of {len(values)}")
+        raise ValueError(f"expected the best scores of {counted(num_targets, 'target')}, got those of {len(values)}")
     if indices.numel() and int(indices.max()) >= num_train:
         raise ValueError(f"the scores name training example {int(indices.max())}, and there are {num_train}")
     steps = values.diff(dim=1)

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from lightning_trak.texts import printable
 
 Forward = Callable[[nn.Module, Any], Any]
-Key = int | str | Callable[[Any], Tensor]  # in this order a command line can tell them apart
-LabelsKey = Key | tuple[Key, ...]
+Find = Callable[[Any], Tensor]
+Key = int | str | Find
+LabelsKey = int | str | tuple[Key, ...] | Find  # in this order a command line can tell them apart
 
 LABELS_KEYS = ("labels", "label")
 
