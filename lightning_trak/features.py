@@ -85,7 +85,7 @@ class FeatureExtractor:
         keep: bool = False,
         audit: int = 0,
     ) -> None:
-        self._original = module
+        self._users = module
         self.module = self._copy(module)
         self._original = Original(self.module)
         self.output = copy.deepcopy(output)
@@ -279,7 +279,7 @@ class FeatureExtractor:
             self._give_way(error)
         if audited:
             reference = LoopEngine(self.module, self.output, self.names, engine.autocast)
-            audit = Audit(engine, reference, self._bound, self._original)
+            audit = Audit(engine, reference, self._bound, self._users)
             for number in audited:
                 name = f"example {int(positions[number])} {self.places[self.current or 0]}"
                 audit(batch, number, features, outputs, name)

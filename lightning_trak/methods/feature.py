@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_trak.checkpoints import CheckpointSource, resolve_checkpoints
+from lightning_trak.checks import positive
 from lightning_trak.copies import uncompiled
 from lightning_trak.data import (
     Data,
@@ -39,6 +40,7 @@ from lightning_trak.scorers.topk import TopK
 from lightning_trak.sharded import ShardedFeatureExtractor
 from lightning_trak.sinks import FeatureBuffer, ShardWriter
 from lightning_trak.store import Features, FeatureStore
+from lightning_trak.texts import counted
 from lightning_trak.trainers import borrowed, precision_of, refuse_spawning, shards_model
 
 Checkpoints = Sequence[CheckpointSource] | CheckpointSource  # in this order a command line can tell them apart
@@ -118,6 +120,9 @@ class FeatureMethod(Method):
     def make_scorer(self, store: FeatureStore) -> Scorer:
         """What scores complete features as this method does."""
 
+    def _require_enough(self, num_examples: int, dim: int) -> None:
+        """Refuse to featurize too few training examples for what scores them; by default any number will do."""
+
     def attribute(self, trainer: L.Trainer, train: Data, targets: Data) -> Tensor:
         """:meth:`featurize`, which does nothing if the store is complete, and :meth:`score`.
 
@@ -156,7 +161,9 @@ class FeatureMethod(Method):
         num_examples = len(cast(Any, loader.dataset))
         precision = precision_of(trainer, self.output)
         identity = self._identity(extractor) | {"precision": precision, "data": fingerprint(loader)}
-        shard_size = shard_size or _default_shard_size(num_examples, loader)
+        self._require_enough(num_examples, self._dim(extractor))
+        default = _default_shard_size(num_examples, loader)
+        shard_size = default if shard_size is None else positive("shard_size", shard_size)
         store = FeatureStore(self.store, identity, num_examples, shard_size, user=type(self).__name__)
         self._require_engine(store, sharded)
         needed = {"context": extractor.output.context_size, "projection": extractor.projection.sample_size}
@@ -164,9 +171,10 @@ class FeatureMethod(Method):
         selected = sum(extractor.sizes.values())
         total = sum(parameter.numel() for parameter in self.model.parameters())
         rank_zero_info(
-            f"{type(self).__name__}: {num_examples} examples at {store.num_checkpoints} checkpoints, gradients of"
-            f" {selected} of {total} parameters, {type(self.projection).__name__} to {self._dim(extractor)} features:"
-            f" {sum(map(len, _missing(store, extras)))} of {store.num_checkpoints * store.num_shards} shards to do"
+            f"{type(self).__name__}: {counted(num_examples, 'example')} at {counted(store.num_checkpoints, 'checkpoint')},"
+            f" gradients of {selected} of {counted(total, 'parameter')}, {type(self.projection).__name__} to"
+            f" {counted(self._dim(extractor), 'feature')}: {sum(map(len, _missing(store, extras)))} of"
+            f" {counted(store.num_checkpoints * store.num_shards, 'shard')} to do"
         )
         datamodule = data if isinstance(data, L.LightningDataModule) else None
         while any(missing := _missing(store, extras)):

@@ -30,7 +30,8 @@ class KNNShapley(RepresentationMethod):
         k: the number of neighbours.
         similarity: what makes a neighbour near: ``"l2"``, ``"cosine"`` or ``"dot"``. Of equally near ones, the first
             in the training data comes first.
-        labels_key: key (or attribute) of the labels, where batches are not tuples ``(inputs, ..., labels)``.
+        labels_key: where the labels are, if batches are not tuples ``(inputs, ..., labels)``: a key or attribute, a
+            position in a tuple, or a function of the batch.
         **options: ``layer``, ``forward``, ``pool`` and ``weights_only``, see
             :class:`~lightning_trak.methods.representations.RepresentationMethod`.
     """

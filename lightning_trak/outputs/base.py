@@ -108,6 +108,19 @@ class ModelOutput(ABC):
         """
         return close(self.output(module, batch), alone, tolerance)
 
+    def explain_nan(self, module: nn.Module, batch: Any) -> str | None:
+        """Why an example has no output, in words that follow its name, such as "its label is 7, ..."; None by default.
+
+        Unlike :meth:`output`, this may look at the values of tensors. It is called without gradients, after the output
+        came out as NaN.
+
+        Args:
+            module: the model, in eval mode.
+            batch: a batch of this example alone.
+        """
+        del module, batch
+        return None
+
     def make_context(self, module: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
         """What the output needs to know of other training examples at one checkpoint; nothing by default.
 
