@@ -10,6 +10,7 @@ from types import FrameType
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning_utilities.core.rank_zero import rank_zero_info
 from typing_extensions import override
 
@@ -25,7 +26,7 @@ class Terminated(SystemExit):
         self.code = 128 + signal.SIGTERM
 
 
-class Interruption(L.Callback):
+class Interruption:
     """Takes SIGTERM and Ctrl-C over from Lightning, which in a predict loop ignores the one and exits on the other.
 
     A signal that the process ignores stays ignored, and a handler of the user's is called first.
@@ -45,13 +46,16 @@ class Interruption(L.Callback):
         self._before: dict[signal.Signals, Any] = {}
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
-        """For the length of a run of a Trainer with this callback; handlers are as they were afterwards.
+    def watching(self, trainer: L.Trainer) -> Iterator[None]:
+        """For the length of a run of a Trainer, whose signal connector is another one afterwards; handlers are not.
 
         Raises:
             KeyboardInterrupt: where Lightning exits because of one.
         """
-        self._before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._trainer, self._before = trainer, before
+        trainer._signal_connector = _After(trainer, self._install)
+        self._install()
         try:
             yield
         except SystemExit as error:
@@ -63,14 +67,11 @@ class Interruption(L.Callback):
             if not self._stop or not self.received or "DataLoader worker" not in str(error):
                 raise
         finally:
+            _set(before)
             self._trainer = None
-            _install(self._before)
 
-    @override
-    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Install the handlers in place of Lightning's, which would have the ranks meet in the middle of anything."""
-        self._trainer = trainer
-        _install({number: self._handle for number, before in self._before.items() if before != signal.SIG_IGN})
+    def _install(self) -> None:
+        _set({number: self._handle for number, before in self._before.items() if before != signal.SIG_IGN})
 
     def raise_if_received(self, ranks: Ranks, kept: Callable[[], str]) -> None:
         """End the work on every rank if one of them has been told to; all wait for each other here.
@@ -117,7 +118,23 @@ class Interruption(L.Callback):
             rank_zero_info(f"{number.name} received: featurizing stops when the shard in work is written{how}")
 
 
-def _install(handlers: dict[signal.Signals, Any]) -> None:
+class _After(_SignalConnector):
+    """Does something once Lightning has installed its handlers.
+
+    Its own for SIGTERM has all ranks meet wherever they are, and would mix that up with what they are sending.
+    """
+
+    def __init__(self, trainer: L.Trainer, install: Callable[[], None]) -> None:
+        super().__init__(trainer)
+        self._install = install
+
+    @override
+    def register_signal_handlers(self) -> None:
+        super().register_signal_handlers()
+        self._install()
+
+
+def _set(handlers: dict[signal.Signals, Any]) -> None:
     if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
         for number, handler in handlers.items():
             if handler is not None:  # None is one that Python does not know, and cannot restore

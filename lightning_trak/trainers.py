@@ -102,14 +102,13 @@ def borrowed(trainer: L.Trainer, ours: "PredictModule", interruption: Interrupti
     before = [(part, dict(vars(part))) for part in changed]
     module = cast(L.LightningModule, trainer.strategy.lightning_module)
     bars = [callback for callback in trainer.callbacks if isinstance(callback, ProgressBar)]  # type: ignore[attr-defined]
-    interruption = interruption or Interruption()
     trainer.loggers = []
-    trainer.callbacks = [*bars, interruption]  # type: ignore[attr-defined]
+    trainer.callbacks = bars  # type: ignore[attr-defined]
     trainer.profiler = PassThroughProfiler()  # type: ignore[attr-defined]
     trainer.datamodule = None  # type: ignore[attr-defined]  # else it would be prepared and set up again
     trainer.predict_loop = type(trainer.predict_loop)(trainer, trainer.predict_loop.inference_mode)
     try:
-        with interruption.watching(), isolate_rng(), warnings.catch_warnings():
+        with (interruption or Interruption()).watching(trainer), isolate_rng(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*RangeLoader.*")  # it may have nothing left to do
             warnings.filterwarnings("ignore", ".*LeafSpec.*")  # Lightning's own, in every loop
             yield

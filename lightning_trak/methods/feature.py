@@ -366,7 +366,7 @@ class FeatureMethod(Method):
 def _done(store: FeatureStore) -> str:
     missing = sum(len(store.missing(checkpoint)) for checkpoint in range(store.num_checkpoints))
     total = store.num_checkpoints * store.num_shards
-    return f"{total - missing} of {total} shards are in the store"
+    return f"the store has {total - missing} of {total} shards"
 
 
 def require_one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
