@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.distributed import _InfiniteBarrier
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader
@@ -55,7 +56,7 @@ def loaders_of(datamodule: L.LightningDataModule, stage: str, trainer: L.Trainer
         with isolate_rng():
             if not met:
                 _prepare(datamodule, trainer)
-            drawn = _draws_numbers(lambda: datamodule.setup(stage))
+            drawn = _draws_numbers(lambda: datamodule.setup(TrainerFn(stage)))
         found = _require(datamodule, hook)
         now = _ask(datamodule, _HOOKS["fit"])
         if trained is not None and now is not None and not _same(trained, now):
@@ -114,7 +115,7 @@ def _is_repeatable(
     with isolate_rng():
         seed = (torch.initial_seed() + 1) % 2**32
         torch.manual_seed(seed), random.seed(seed), np.random.seed(seed)  # noqa: NPY002
-        twin.setup(stage)
+        twin.setup(TrainerFn(stage))
         other = _ask(twin, _HOOKS[stage])
     return other is not None and _same(found, other)
 

@@ -60,7 +60,9 @@ def test_featurizing_stops_at_the_end_of_a_shard(tmp_path, checkpoints, expected
     before = dict(vars(trainer))
     data = Signalling(TRAIN, {11: number})  # in the second of five shards; the fingerprint does not read it
     loader = DataLoader(data, batch_size=5, num_workers=workers, prefetch_factor=1 if workers else None)
-    with pytest.raises(error, match=rf"stopped by {number.name}: the store has \d of 10 shards; call featurize again") as caught:
+    with pytest.raises(
+        error, match=rf"stopped by {number.name}: the store has \d of 10 shards; call featurize again"
+    ) as caught:
         trak.featurize(trainer, loader, shard_size=10)
     done = len(shards(tmp_path))
     assert f"{done} of 10" in str(caught.value)
