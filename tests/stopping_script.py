@@ -41,7 +41,7 @@ def main(root: Path) -> None:
     checkpoints = make_checkpoints(2)
     if trainer.global_rank == 1:
         (root / "rank 1 is here").touch()
-    prepared = TRAK(make_model(), checkpoints, root / "prepared", projection=SparseProjection(32))
+    prepared = TRAK(make_model(), checkpoints, root / "store", projection=SparseProjection(32))
     prepared.featurize(trainer, Prepared(root), shard_size=10)
     expected = prepared.score(trainer, TARGETS)
 
