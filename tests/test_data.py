@@ -108,7 +108,7 @@ class Stream(IterableDataset):
     [
         (DataLoader(Stream()), TypeError, "cannot attribute to a Stream.*map-style"),
         (Stream(), TypeError, "cannot attribute to a Stream"),
-        ([1, 2], TypeError, "cannot attribute to a int"),
+        ([1, 2], TypeError, "cannot attribute to a list: .*For a batch"),
         (DataLoader(TRAIN, sampler=SubsetRandomSampler([1, 2])), ValueError, r"draws a subset.*Subset\(dataset"),
         (DataLoader(TRAIN, sampler=[3, 4]), ValueError, "draws a subset with list"),
         (DataLoader(TRAIN, batch_size=None), ValueError, "automatic batching off"),

@@ -23,6 +23,7 @@ from lightning_trak.data import (
     batch_ranges,
     batch_size_of,
     fingerprint,
+    holds_several,
     share_out,
     single_loader,
 )
@@ -39,6 +40,7 @@ from lightning_trak.scorers.base import Scorer, Scores
 from lightning_trak.scorers.topk import TopK
 from lightning_trak.sharded import ShardedFeatureExtractor
 from lightning_trak.sinks import FeatureBuffer, ShardWriter
+from lightning_trak.stopping import Interruption
 from lightning_trak.store import Features, FeatureStore
 from lightning_trak.texts import counted
 from lightning_trak.trainers import borrowed, precision_of, refuse_spawning, shards_model
@@ -155,6 +157,7 @@ class FeatureMethod(Method):
             ValueError: if the store was made with other settings, an example's features are not finite, or the
                 strategy splits the model in another way, or one that hooks do not cover.
         """
+        refuse_spawning(trainer)
         sharded = shards_model(trainer)
         loader = single_loader(data, "fit", trainer)
         extractor = self._extractor(sharded=sharded)
@@ -179,11 +182,13 @@ class FeatureMethod(Method):
         datamodule = data if isinstance(data, L.LightningDataModule) else None
         while any(missing := _missing(store, extras)):
             jobs = [[Range(number, store.shard(number)) for number in numbers] for numbers in missing]
+            stop = Stop()
+            interruption = Interruption(stop)
             with ShardWriter(store, extractor.places) as writer:
-                stop = Stop()
                 module = FeaturizeModule(writer, "Featurizing", loader, stop, extractor, store, datamodule, loader)
-                with borrowed(trainer, module):
+                with borrowed(trainer, module, interruption):
                     trainer.predict(module, share_out(loader, jobs, trainer, sharded, stop), return_predictions=False)
+            interruption.raise_if_received(Ranks.of(trainer), lambda: _done(store))
             if not self._refuted(module, extractor, trainer, store):
                 break
         store.require_complete()
@@ -248,7 +253,7 @@ class FeatureMethod(Method):
                 directions = [scorer.directions(checkpoint, rows) for checkpoint, rows in enumerate(features)]
                 parts.append(scorer.score(directions, top_k, largest, Ranks.of(trainer)))
             results.append(_concatenate(parts))
-        return results if isinstance(data, (list, tuple)) or len(results) > 1 else results[0]
+        return results if holds_several(data) or len(results) > 1 else results[0]
 
     def target_features(self, trainer: L.Trainer, data: Data) -> list[Features]:
         """What :meth:`score` compares with the store: the features of targets, projected as those of the store are.
@@ -402,6 +407,12 @@ class FeatureMethod(Method):
         if trainer is not None:
             identity["precision"] = precision_of(trainer, self.output)
         return FeatureStore(self.store, identity, num_examples, read_only=True, user=type(self).__name__)
+
+
+def _done(store: FeatureStore) -> str:
+    missing = sum(len(store.missing(checkpoint)) for checkpoint in range(store.num_checkpoints))
+    total = store.num_checkpoints * store.num_shards
+    return f"the store has {total - missing} of {total} shards"
 
 
 def require_one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
