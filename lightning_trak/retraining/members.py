@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from lightning_trak.files import load_tensors, read_manifest, save_tensors, tensor_digest, write_json
+from lightning_trak.fingerprints import changes
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 class Member(NamedTuple):
@@ -103,6 +104,8 @@ class MemberStore:
                 ours, others = dict(mine), dict(theirs or [])
                 differing = [name for name in ours | others if ours.get(name) != others.get(name)]
                 made, have = "a module of other parameters", f"one that differs in {', '.join(differing[:5])}"
+            elif isinstance(mine, dict) and isinstance(theirs, dict):
+                made, have = f"another {field}", f"one that differs: {changes(theirs, mine)}"
             else:
                 made, have = f"{field} {theirs}", f"{field} {mine}"
             raise ValueError(
