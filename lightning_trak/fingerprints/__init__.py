@@ -52,7 +52,7 @@ def object_fingerprint(value: Any, called: frozenset[str], left_out: frozenset[s
     return {"class": name_of_class, "attributes": attributes, "code": walk.code()}
 
 
-def module_fingerprint(module: nn.Module, used_by: Any = None, training: bool = False) -> dict[str, str]:
+def module_fingerprint(module: nn.Module, used_by: Any = None, training: bool = False) -> dict[str, Any]:
     """A module's code and options, without its weights.
 
     It is the same before and after training, of a copy, of what `torch.compile` makes of it, and in another process.
@@ -63,7 +63,7 @@ def module_fingerprint(module: nn.Module, used_by: Any = None, training: bool = 
         training: whether what only training uses matters as well.
 
     Returns:
-        Descriptions of the module's parts, and digests of functions and classes, by their names.
+        The module's parts with their classes and options, and digests of functions and classes, by their names.
     """
     caller = Fingerprint()
     caller.value(used_by)
@@ -71,7 +71,7 @@ def module_fingerprint(module: nn.Module, used_by: Any = None, training: bool = 
     walk = Fingerprint()
     walk.names |= caller.names
     parts = describe(module, walk, training)
-    return {**{f"module {name}".rstrip(): text for name, text in parts.items()}, **walk.code()}
+    return walk.code() | {f"module {name}".rstrip(): part for name, part in parts.items()}
 
 
 def changes(theirs: Any, mine: Any) -> str:
@@ -80,6 +80,7 @@ def changes(theirs: Any, mine: Any) -> str:
     if old.get("python") != new.get("python") and "python" in old and "python" in new:
         return f"Python is {new['python']} and was {old['python']}, so that code cannot be compared"
     differing = [name for name in old | new if old.get(name, _MISSING) != new.get(name, _MISSING)]
+    differing.sort(key=lambda name: (name not in new, name not in old))  # what has changed, what is new, what is gone
     words = [_words(name, old.get(name, _MISSING), new.get(name, _MISSING)) for name in differing]
     return "; ".join(words[:3]) + (f"; and {len(words) - 3} more" if len(words) > 3 else "")
 
@@ -97,6 +98,6 @@ def _words(name: str, old: Any, new: Any) -> str:
     if old is _MISSING or new is _MISSING:
         return f"{name} is {'new' if old is _MISSING else 'gone'}"
     texts = [json.dumps(value, sort_keys=True) for value in (old, new)]
-    if any(len(text) > 160 or re.fullmatch('"[0-9a-f]{16}"', text) for text in texts):
+    if any(len(text) > (160 if text[0] == '"' else 60) or re.fullmatch('"[0-9a-f]{16}"', text) for text in texts):
         return f"{name} has changed"
     return f"{name} was {texts[0]} and is {texts[1]}"

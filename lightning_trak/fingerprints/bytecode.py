@@ -14,12 +14,25 @@ from typing import Any
 # Methods of containers that change them; those of tensors end in an underscore.
 _MUTATORS = frozenset(
     [
-        *("add", "append", "appendleft", "clear", "discard", "extend", "insert", "pop", "popitem", "popleft"),
+        *(
+            "__setitem__",
+            "add",
+            "append",
+            "appendleft",
+            "clear",
+            "discard",
+            "extend",
+            "insert",
+            "pop",
+            "popitem",
+            "popleft",
+        ),
         *("remove", "reverse", "setdefault", "sort", "update"),
     ]
 )
 _STORES = ("STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "STORE_DEREF")
 _LOADS = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF")
+_ATTRIBUTES = ("STORE_ATTR", "DELETE_ATTR", "LOAD_ATTR", "LOAD_METHOD")
 _CONSTANT = frozenset(dis.hasconst)
 
 
@@ -99,22 +112,22 @@ def references(code: types.CodeType) -> list[tuple[str, tuple[str, ...]]]:
 
 
 @cache
-def changes(code: types.CodeType) -> frozenset[tuple[str, bool]]:
+def changes(code: types.CodeType) -> frozenset[tuple[str, str]]:
     """Names that the code assigns to outside itself, or whose container or tensor it changes in place.
 
     Returns:
-        Names, each with whether it is an attribute of the first argument, ``self`` in a method.
+        Names, each with whose it is: ``"self"``, an attribute of the first argument, ``"other"``, an attribute of
+        anything else, or ``"scope"``, a global or a variable of an enclosing function.
     """
-    found: set[tuple[str, bool]] = set()
+    found: set[tuple[str, str]] = set()
     for part in _nested(code):
-        lines = _instructions(part)
+        lines, first = _instructions(part), part.co_varnames[: min(1, part.co_argcount)]
         local = {one.argval for i, one in enumerate(lines) if one.opname.startswith("LOAD_FAST") and _mutated(lines, i)}
         for i, one in enumerate(lines):
-            if one.opname in _STORES or (
-                one.opname in _LOADS and (_mutated(lines, i) or (_kept_as(lines[i + 1]) in local))
-            ):
-                owner = _owner(lines, i)
-                found.add((one.argval, owner is not None and owner in part.co_varnames[: min(1, part.co_argcount)]))
+            changed = one.opname in _LOADS and (_mutated(lines, i) or _kept_as(lines[i + 1]) in local)
+            if changed or one.opname in _STORES:
+                of_self = _owner(lines, i) in first
+                found.add((one.argval, "scope" if one.opname not in _ATTRIBUTES else "self" if of_self else "other"))
     return frozenset(found)
 
 

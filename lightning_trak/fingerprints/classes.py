@@ -4,7 +4,7 @@ import functools
 import inspect
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import PurePath
 from typing import Any
 
@@ -62,30 +62,56 @@ def functions_of(value: Any) -> list[Any]:
 
 
 def attributes_of(cls: type) -> dict[str, Any]:
-    """What a class and its bases hold beside methods."""
+    """What a class and its bases hold beside methods, and methods that are not what their name says.
+
+    These are functions from elsewhere, and methods that a decorator of an installed package has changed.
+    """
     held: dict[str, Any] = {}
     for base in reversed(own_classes(cls)):
-        held |= {
-            name: value
-            for name, value in vars(base).items()
-            if not (name.startswith(("__", "_abc_")) or isinstance(value, BUILTIN) or functions_of(value))
-        }
+        for name, value in vars(base).items():
+            functions = functions_of(value)
+            if functions and name not in FOR_PEOPLE:
+                if not all(_is_method(function, f"{name_of(base)}.{name}") for function in functions):
+                    held[name] = functions
+            elif not (functions or name.startswith(("__", "_abc_")) or isinstance(value, BUILTIN)):
+                held[name] = value
     return held
+
+
+def _is_method(function: Any, name: str) -> bool:
+    plain = isinstance(function, types.FunctionType) and not is_installed(function.__globals__.get("__name__"))
+    return plain and name_of(function) == name
 
 
 def codes_of(cls: type, wanted: Callable[[str], bool]) -> Iterator[types.CodeType]:
     """The code of a class's and its bases' methods of some names, without decorators."""
     for base in own_classes(cls):
-        for name, value in vars(base).items():
-            if wanted(name):
-                for function in map(inspect.unwrap, functions_of(value)):
-                    if isinstance(function, types.FunctionType):
-                        yield function.__code__
+        yield from _codes_in(base, wanted)
+
+
+def library_codes_of(cls: type, wanted: Callable[[str], bool], without: type) -> Iterator[types.CodeType]:
+    """The same of those bases that are of installed packages, except another class and its bases."""
+    for base in cls.__mro__:
+        if is_installed(base.__module__) and base not in without.__mro__:
+            yield from _codes_in(base, wanted)
+
+
+def _codes_in(base: type, wanted: Callable[[str], bool]) -> Iterator[types.CodeType]:
+    for name, value in vars(base).items():
+        if wanted(name):
+            for function in map(inspect.unwrap, functions_of(value)):
+                if isinstance(function, types.FunctionType):
+                    yield function.__code__
 
 
 def changed_by(cls: type, wanted: Callable[[str], bool]) -> set[str]:
     """Attributes of their own object that a class's methods of some names assign or change in place."""
-    return {name for code in codes_of(cls, wanted) for name, of_self in bytecode.changes(code) if of_self}
+    return changed_in(codes_of(cls, wanted), "self")
+
+
+def changed_in(codes: Iterable[types.CodeType], whose: str) -> set[str]:
+    """Names that code changes, of :func:`~lightning_trak.fingerprints.bytecode.changes`, of one kind."""
+    return {name for code in codes for name, kind in bytecode.changes(code) if kind == whose}
 
 
 def changed_by_use(cls: type, called: frozenset[str] = frozenset()) -> set[str]:
@@ -93,7 +119,5 @@ def changed_by_use(cls: type, called: frozenset[str] = frozenset()) -> set[str]:
 
     A method is used if it is ``called``, or if Python or another method calls it; not if only the object's owner may.
     """
-    spoken = {
-        name for code in codes_of(cls, lambda name: name not in INITIAL) for name in bytecode.names(code)
-    } | called
+    spoken = called.union(*map(bytecode.names, codes_of(cls, lambda name: name not in INITIAL)))
     return changed_by(cls, lambda name: name not in INITIAL and (name.startswith("__") or name in spoken))

@@ -16,7 +16,16 @@ from torch.jit import ScriptModule
 from torchmetrics import Metric, MetricCollection
 
 from lightning_trak.fingerprints import bytecode
-from lightning_trak.fingerprints.classes import INITIAL, attributes_of, changed_by, codes_of, is_installed, name_of
+from lightning_trak.fingerprints.classes import (
+    INITIAL,
+    attributes_of,
+    changed_by,
+    changed_in,
+    codes_of,
+    is_installed,
+    library_codes_of,
+    name_of,
+)
 from lightning_trak.fingerprints.values import Fingerprint, address, digest, plain
 
 # What torch.compile, FSDP and activation checkpointing put around a module, which is the same inside.
@@ -42,7 +51,7 @@ _REGISTERED = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_
 _MANY = 100
 
 
-def describe(module: nn.Module, fingerprint: Fingerprint, training: bool = False) -> dict[str, str]:
+def describe(module: nn.Module, fingerprint: Fingerprint, training: bool = False) -> dict[str, Any]:
     """The parts of a module, each with its class and options; its code is left with the fingerprint.
 
     An option is an attribute that code of the user's reads, or that a library's class has in public, and that no code
@@ -59,8 +68,7 @@ def describe(module: nn.Module, fingerprint: Fingerprint, training: bool = False
     parts = dict(_parts(module))
     classes = {type(part): None for part in parts.values()}
     called = [code for cls in classes for code in codes_of(cls, lambda name: name not in INITIAL)]
-    spoken = {name for code in called for name in bytecode.names(code)} | _HOOKS | {"forward"}
-    elsewhere = {name for code in called for name, of_self in bytecode.changes(code) if not of_self}
+    spoken = _HOOKS.union({"forward"}, *map(bytecode.names, called))
 
     def is_any(_: str) -> bool:
         return True
@@ -73,27 +81,37 @@ def describe(module: nn.Module, fingerprint: Fingerprint, training: bool = False
             return True
         return name not in INITIAL and (name not in _FOR_TRAINING or name in fingerprint.names)
 
-    changed = {cls: changed_by(cls, is_used) | elsewhere for cls in classes}
+    changed = {
+        cls: changed_by(cls, is_used)
+        | changed_in(called, "other")
+        | changed_in(library_codes_of(cls, {"forward"}.__contains__, L.LightningModule), "self")
+        for cls in classes
+    }
     set_by_own = {cls: changed_by(cls, is_any) | attributes_of(cls).keys() for cls in classes}
+    read_by_library = {
+        cls: frozenset().union(*map(bytecode.names, library_codes_of(cls, is_used, L.LightningModule)))
+        for cls in classes
+    }
 
     def options_of(part: nn.Module) -> dict[str, Any]:
         cls = type(part)
         held = attributes_of(cls) | {name: value for name, value in vars(part).items() if name not in _HOUSEKEEPING}
         options = {}
         for name, value in held.items():
-            read = name in fingerprint.names
-            public = not name.startswith("_") and name not in set_by_own[cls] and _is_option(value)
+            read = name in fingerprint.names or _is_functions(value)
+            set_alone = name in set_by_own[cls] and name not in read_by_library[cls]
+            public = not (name.startswith("_") or set_alone) and _is_option(value)
             if (read or public) and matters(name) and name not in changed[cls]:
-                options[name] = fingerprint.value(value)
+                options[name] = _short(fingerprint.value(value))
         if isinstance(part, L.LightningModule) and "hparams" in fingerprint.names:
             for name in fingerprint.names.intersection(part.hparams):
-                options[f"hparams.{name}"] = fingerprint.value(part.hparams[name])
+                options[f"hparams.{name}"] = _short(fingerprint.value(part.hparams[name]))
         for name in _REGISTERED:
             hooks = [hook for hook in getattr(part, name, {}).values() if _is_users(hook)]
             if hooks:
-                options[name.strip("_").replace("_", " ")] = fingerprint.value(hooks)
+                options[name.strip("_").replace("_", " ")] = _short(fingerprint.value(hooks))
         if isinstance(part, (GraphModule, ScriptModule)):
-            options["code"] = digest(str(part.code))
+            options["program"] = digest(str(part.code))
         return options
 
     before = fingerprint.places, fingerprint.storages
@@ -106,7 +124,7 @@ def describe(module: nn.Module, fingerprint: Fingerprint, training: bool = False
             count = len(fingerprint.names)
             for cls in classes:
                 fingerprint.methods(cls, matters)
-            entries = {name: _text(_class_name(part), options_of(part)) for name, part in parts.items()}
+            entries = {name: {"class": _class_name(part), **options_of(part)} for name, part in parts.items()}
             fingerprint.read()
     finally:
         fingerprint.places, fingerprint.storages = before
@@ -147,6 +165,11 @@ def _is_option(value: Any) -> bool:
     return plain(value) is not NotImplemented or isinstance(value, functions)
 
 
+def _is_functions(entry: Any) -> bool:
+    """Whether a class's entry is what stands for a method."""
+    return isinstance(entry, list) and bool(entry) and all(map(callable, entry))
+
+
 def _is_users(hook: Any) -> bool:
     """Whether a hook is neither a library's nor this package's."""
     function = getattr(hook, "__func__", getattr(hook, "func", hook))
@@ -154,23 +177,18 @@ def _is_users(hook: Any) -> bool:
     return not is_installed(module) and module.partition(".")[0] != "lightning_trak"
 
 
-def _text(name: str, options: dict[str, Any]) -> str:
-    text = f"{name}({', '.join(f'{option}={_short(options[option])}' for option in sorted(options))})"
-    return text if len(text) <= 150 else f"{name} {digest(text)}"
+def _short(value: Any) -> Any:
+    return value if len(json.dumps(value)) <= 60 else digest(value)
 
 
-def _short(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True)
-    return text if len(text) <= 60 else digest(value)
-
-
-def _grouped(entries: dict[str, str]) -> dict[str, str]:
+def _grouped(entries: dict[str, Any]) -> dict[str, Any]:
     """Layers whose names differ by numbers, together."""
-    groups: dict[str, list[list[str]]] = {}
-    for name, text in entries.items():
-        groups.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "*", name), []).append([name, text])
-    kinds = {pattern: {text for _, text in group} for pattern, group in groups.items()}
+    groups: dict[str, list[Any]] = {}
+    for name, entry in entries.items():
+        groups.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "*", name), []).append([name, entry])
     return {
-        pattern: f"{len(group)} of {next(iter(kinds[pattern]))}" if len(kinds[pattern]) == 1 else digest(group)
+        pattern: {"parts": len(group), **group[0][1]}
+        if all(entry == group[0][1] for _, entry in group)
+        else digest(group)
         for pattern, group in groups.items()
     }

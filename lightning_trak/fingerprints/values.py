@@ -6,6 +6,7 @@ installed packages stand by their names: if their code counted, every upgrade wo
 
 from __future__ import annotations
 
+import copyreg
 import enum
 import functools
 import hashlib
@@ -31,6 +32,7 @@ from lightning_trak.fingerprints.classes import (
     INITIAL,
     attributes_of,
     changed_by_use,
+    changed_in,
     functions_of,
     is_installed,
     name_of,
@@ -176,7 +178,7 @@ class Fingerprint:
         if closed or isinstance(value, L.Trainer):
             return name_of(cls)
         try:
-            reduced = value.__reduce_ex__(4)
+            reduced = copyreg.dispatch_table[cls](value) if cls in copyreg.dispatch_table else value.__reduce_ex__(4)
         except Exception as error:
             if owner is None:
                 return self.instance_of(cls)
@@ -245,7 +247,7 @@ class Fingerprint:
         code = function.__code__
         self.names |= bytecode.names(code)
         scope = {**function.__globals__, **_cells(function)}
-        changed = {name for name, _ in bytecode.changes(code)} | {"__class__"}
+        changed = changed_in([code], "scope") | {"__class__"}
         references = [(name, path) for name, path in bytecode.references(code) if name in scope and name not in changed]
         return [
             bytecode.code_digest(code),
