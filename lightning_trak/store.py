@@ -42,6 +42,7 @@ from lightning_trak.files import (
     tensor_digest,
     write_json,
 )
+from lightning_trak.fingerprints import changes
 
 FORMAT_VERSION = 2
 _MAX_EXAMPLES = 1 << 40
@@ -201,6 +202,8 @@ class FeatureStore:
                 differing = [item[0] for item in [*mine, *theirs] if (item in mine) != (item in theirs)]
                 if field == "parameters":
                     have += f" (differing in {', '.join(differing[:5])}{', ...' if len(differing) > 5 else ''})"
+            elif isinstance(mine, dict) and isinstance(theirs, dict):
+                made, have = f"another {field}", f"one that differs: {changes(theirs, mine)}"
             else:
                 made, have = f"{field} {theirs}", f"{field} {mine}"
             raise ValueError(

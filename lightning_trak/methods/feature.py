@@ -30,6 +30,7 @@ from lightning_trak.data import (
 from lightning_trak.distributed import Ranks
 from lightning_trak.features import ENGINES, EngineName, FeatureExtractor
 from lightning_trak.files import local_directory
+from lightning_trak.fingerprints import module_fingerprint
 from lightning_trak.gradients import ParameterSelection
 from lightning_trak.methods.base import Method
 from lightning_trak.module import declared_output
@@ -390,6 +391,7 @@ class FeatureMethod(Method):
             "dtype": str(self.dtype).removeprefix("torch."),
             "projection": self.projection.fingerprint(),
             "output": self.output.fingerprint(),
+            "model": module_fingerprint(extractor.module, used_by=self.output),
             "parameters": [[name, shapes[raw]] for name, raw in extractor.names.items()],
             "checkpoints": self._weights,
         }

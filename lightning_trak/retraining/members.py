@@ -35,6 +35,7 @@ from lightning_trak.files import (
     tensor_digest,
     write_json,
 )
+from lightning_trak.fingerprints import changes
 from lightning_trak.schemas import anything, as_json, integer, parameters, record, sealed, sha256, text, with_checksum
 
 FORMAT_VERSION = 2
@@ -149,6 +150,8 @@ class MemberStore:
                 ours, others = dict(mine), dict(theirs or [])
                 differing = [name for name in ours | others if ours.get(name) != others.get(name)]
                 made, have = "a module of other parameters", f"one that differs in {', '.join(differing[:5])}"
+            elif isinstance(mine, dict) and isinstance(theirs, dict):
+                made, have = f"another {field}", f"one that differs: {changes(theirs, mine)}"
             else:
                 made, have = f"{field} {theirs}", f"{field} {mine}"
             raise ValueError(
