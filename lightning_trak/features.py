@@ -26,6 +26,7 @@ from lightning_trak.gradients import (
 )
 from lightning_trak.gradients.batch import fresh_batch, slice_batch
 from lightning_trak.outputs import ModelOutput
+from lightning_trak.precision import to_store_dtype
 from lightning_trak.projections import Projection
 from lightning_trak.projections.base import BoundProjection
 from lightning_trak.store import Features
@@ -217,7 +218,7 @@ class FeatureExtractor:
         working = torch.promote_types(weights.dtype, torch.float32)
         features = torch.zeros(len(positions), self._bound.dim, dtype=working, device=self._device)
         outputs = self._project(batch, len(positions), features).to(working)
-        features = features.to(self.dtype)
+        features = to_store_dtype(features, self.dtype, positions, self.places[self.current or 0])
         residuals, curvatures = self.output.derivatives(outputs)
         scalar = torch.promote_types(self.dtype, torch.float32)  # k numbers dwarf these three: no need to round them
         if not self._seen and not features.any():

@@ -1,6 +1,7 @@
 """Gradients in half precision: features are summed in float32, and scores stay what they were but for rounding."""
 
 import logging
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_trak import TRAK
 from lightning_trak.gradients import HookEngine, LoopEngine, MixedEngine, select_parameters
 from lightning_trak.outputs import ClassificationMargin, ContrastiveMargin
-from lightning_trak.projections import KroneckerProjection, SparseProjection
+from lightning_trak.precision import explained_bfloat16, to_store_dtype
+from lightning_trak.projections import IdentityProjection, KroneckerProjection, SparseProjection
 from lightning_trak.store import FeatureStore
 from lightning_trak.trainers import precision_of
 from tests.lit import make_checkpoints, make_data, make_model, make_trainer
@@ -44,10 +46,20 @@ def test_a_store_in_another_precision_is_refused(tmp_path):
         scores(tmp_path, "bf16-true", SparseProjection(64), "auto")
 
 
+def require_bfloat16(module, output, batch):
+    """Skip a test of what this CPU has no instructions for: torch knows."""
+    try:
+        with torch.autocast("cpu", torch.bfloat16), explained_bfloat16(module):
+            output.output(module, batch)
+    except ValueError as error:
+        pytest.skip(str(error))
+
+
 @pytest.mark.parametrize("name", ZOO)
 def test_hooks_under_autocast(name):
     """Every layer's gradient, in whatever precision autocast runs the layer, is float32's up to bfloat16's rounding."""
     module, output, batch, size = specimen(name)
+    require_bfloat16(module, output, batch)
     names = select_parameters(module)
     left_out = HookEngine.uncovered(module, names)
     exact = LoopEngine(module, output, names)(batch, size)[1]
@@ -98,3 +110,98 @@ def test_an_output_with_a_context_is_not_rounded(tmp_path):
         scores.append(trak.attribute(make_trainer(precision=precision), DataLoader(pairs, batch_size=5), pairs))
         assert FeatureStore.read_manifest(tmp_path / precision)["identity"]["precision"] == "32-true"
     assert torch.equal(*scores)
+
+
+class Scaled(torch.nn.Module):
+    """Its gradients are as large as is wanted."""
+
+    def __init__(self, scale=1.0):
+        super().__init__()
+        self.lower, self.upper = torch.nn.Linear(6, 5), torch.nn.Linear(5, 3)
+        self.scale = scale
+
+    def forward(self, inputs):
+        return self.upper(torch.tanh(self.lower(inputs))) * self.scale
+
+
+@pytest.mark.parametrize("engine", ["auto", "hooks"])
+def test_a_cpu_without_bfloat16_instructions_is_named(tmp_path, caplog, engine):
+    """What oneDNN says of an LSTM where a CPU has no AVX-512; engine="auto" goes on without hooks, and says why."""
+
+    def fail(*_):
+        if torch.is_autocast_enabled("cpu"):
+            raise RuntimeError(
+                "could not create a primitive descriptor for the LSTM forward propagation primitive. Run"
+            )
+
+    model, trainer = Scaled(), make_trainer(precision="bf16-mixed")
+    model.register_forward_pre_hook(fail)
+    options = {"output": ClassificationMargin(), "projection": SparseProjection(8), "engine": engine}
+    trak = TRAK(model, [model.state_dict()], tmp_path, **options)
+    said = "this CPU cannot run Scaled in bfloat16 (could not create a primitive descriptor for the LSTM"
+    with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
+        if engine == "auto":
+            trak.featurize(trainer, make_data(20))
+            assert said in next(line for line in caplog.messages if "chosen by engine='auto'" in line)
+        else:
+            with pytest.raises(ValueError, match=re.escape(said) + '.*use Trainer.precision="32-true"'):
+                trak.featurize(trainer, make_data(20))
+
+
+def small_trak(directory, scale, dtype):
+    torch.manual_seed(0)
+    model = Scaled(scale)
+    options = {"output": ClassificationMargin(), "projection": IdentityProjection(), "dtype": dtype}
+    return TRAK(model, [model.state_dict()], directory, **options)
+
+
+@pytest.mark.parametrize(
+    ("scale", "dtype", "precision", "wider"),
+    [
+        (1e-7, torch.float16, "32-true", "torch.bfloat16 or torch.float32"),
+        (1e6, torch.float16, "32-true", "torch.bfloat16 or torch.float32"),
+        (1e-7, torch.float16, "bf16-mixed", "torch.bfloat16 or torch.float32"),
+        (1e-50, torch.float32, "64-true", "torch.float64"),
+        (1e-50, torch.bfloat16, "64-true", "torch.float64"),
+    ],
+)
+def test_a_store_that_would_lose_features_is_refused(tmp_path, scale, dtype, precision, wider):
+    trak = small_trak(tmp_path, scale, dtype)
+    message = rf"example 0 at checkpoint 0 .* does not fit into {dtype}: .*keep features in another dtype={wider}"
+    with pytest.raises(ValueError, match=message):
+        trak.featurize(make_trainer(precision=precision), make_data(20))
+    assert not list(tmp_path.rglob("shard*"))
+
+
+@pytest.mark.parametrize("scale", [1e-7, 1.0, 1e4])
+def test_a_bfloat16_store_has_the_range_of_float32(tmp_path, scale):
+    stores = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        small_trak(tmp_path / str(dtype), scale, dtype).featurize(make_trainer(), make_data(20))
+        manifest = FeatureStore.read_manifest(tmp_path / str(dtype))
+        store = FeatureStore(tmp_path / str(dtype), manifest["identity"], manifest["num_examples"], read_only=True)
+        stores[dtype] = store.read(0, 0).features
+    assert stores[torch.float32].any()
+    torch.testing.assert_close(stores[torch.bfloat16].float(), stores[torch.float32], rtol=2**-8, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("exponent", range(-60, 61, 4))
+def test_a_row_is_kept_to_the_rounding_of_bfloat16_or_refused(dtype, exponent):
+    generator = torch.Generator().manual_seed(exponent)
+    rows = torch.randn(1, 50, generator=generator, dtype=torch.float64) * 10.0**exponent
+    rows[0, ::3] *= 1e-3
+    rows[0, 1::7] = 0
+    naive = (rows.to(dtype).double() - rows).norm() / rows.norm()
+    if naive > 2**-7:
+        with pytest.raises(ValueError, match="example 3 at checkpoint 0 does not fit"):
+            to_store_dtype(rows, dtype, torch.tensor([3]), "at checkpoint 0")
+    else:
+        assert torch.equal(to_store_dtype(rows, dtype, torch.tensor([3]), "at checkpoint 0"), rows.to(dtype))
+
+
+def test_zeros_and_what_is_not_finite_pass_the_check_of_range():
+    """Zero is zero in any dtype; of NaN and infinity the error says more that follows."""
+    rows = torch.tensor([[0.0, 0.0], [torch.nan, 1e-9], [torch.inf, 1e-9]])
+    stored = to_store_dtype(rows, torch.float16, torch.arange(3), "")
+    torch.testing.assert_close(stored, rows.half(), equal_nan=True)

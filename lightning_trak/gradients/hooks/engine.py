@@ -18,6 +18,7 @@ from lightning_trak.gradients.hooks.sketch import Sketches
 from lightning_trak.gradients.hooks.tap import Tap
 from lightning_trak.gradients.sharding import squared_norm
 from lightning_trak.outputs import ModelOutput
+from lightning_trak.precision import explained_bfloat16
 from lightning_trak.projections.base import BoundProjection
 
 Receive = Callable[[Site, Tensor, Tensor], None]
@@ -201,7 +202,7 @@ class HookEngine(GradientEngine):
         if self.autocast is None:
             return self.output.output(self.module, batch)
         device = next(iter(self.parameters.values())).device.type
-        with torch.autocast(device, self.autocast):
+        with torch.autocast(device, self.autocast), explained_bfloat16(self.module):
             return self.output.output(self.module, batch)
 
     def _find_layout(self, batch: Any, size: int) -> None:
