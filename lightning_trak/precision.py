@@ -20,16 +20,18 @@ class WorkingPrecision:
 
     Args:
         module: a copy of the user's module.
+        convert: convert inputs even if the weights were float32 from the start.
 
     Attributes:
         dtype: float64 if all weights are, else float32.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        found = {parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()}
-        module._apply(lambda tensor: tensor.float() if tensor.dtype in _HALF else tensor)
-        self.dtype = torch.float64 if found == {torch.float64} else torch.float32
-        self._converts = found != {torch.float32}
+    def __init__(self, module: nn.Module, *, convert: bool = False) -> None:
+        before = _dtypes_of(module)
+        module._apply(lambda tensor: tensor.float() if tensor.dtype in _HALF else tensor)  # type: ignore[no-untyped-call]
+        after = _dtypes_of(module)
+        self.dtype = torch.float64 if after == {torch.float64} else torch.float32
+        self._converts = after == {self.dtype} and (convert or before != {torch.float32})
 
     def convert_input(self, batch: Any) -> Any:
         """A batch for these weights: as a Trainer of true half or double precision converts it.
@@ -51,6 +53,10 @@ class WorkingPrecision:
             yield
         finally:
             torch.set_default_dtype(before)
+
+
+def _dtypes_of(module: nn.Module) -> set[torch.dtype]:
+    return {parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()}
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """EK-FAC: the Gauss-Newton matrix of each layer, diagonal in a basis of Kronecker products."""
 
+import copy
 import warnings
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -78,7 +79,9 @@ class EKFACInfluence(Influence):
         self.damping = damping
 
     def _selection(self) -> Callable[[str, nn.Parameter], bool]:
-        names = select_parameters(self.model, self.parameters)
+        sizes = {name: parameter.numel() for name, parameter in self.model.named_parameters()}
+        selected = select_parameters(self.model, self.parameters)
+        names = {name: raw for name, raw in selected.items() if sizes[raw]}
         blocks, left_out = find_blocks(self.model, names)
         if not blocks:
             raise ValueError(f"EK-FAC covers none of the selected parameters: {_listed(left_out)}")
@@ -124,10 +127,10 @@ class EKFACInfluence(Influence):
         extractor = passes.extractor
         weighted = _Weighted(extractor.output, self._squared_weights)
         engine = _CovarianceEngine(extractor.module, weighted, extractor.names, blocks)
-        with extractor.differentiable():
+        with passes.computing():
             for number, (batch, size) in enumerate(passes.batches(passes.train)):
                 fresh = fresh_batch(batch, size)
-                wrong = engine.check(fresh, size) if number == 0 else {}
+                wrong = engine.check(copy.deepcopy(fresh), size) if number == 0 else {}
                 if wrong:
                     raise ValueError(
                         f"EK-FAC cannot see all that the model does with some parameters, leave them out by"

@@ -1,38 +1,66 @@
 """Going over data with the model at one checkpoint."""
 
+import copy
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
 import lightning as L
 import torch
-from torch import Tensor
+from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_trak.data import batch_size_of, load, sample_batches, transfer_hook
 from lightning_trak.features import GRADIENT_BYTES, FeatureExtractor, require_finite
 from lightning_trak.gradients.base import differentiating
+from lightning_trak.gradients.batch import slice_batch
+from lightning_trak.gradients.leaves import require_own_leaves
 from lightning_trak.methods.examples import Examples
+from lightning_trak.methods.soundness import require_repeatable, trying
+from lightning_trak.outputs.evaluating import exact_attention, modules_of
+from lightning_trak.precision import WorkingPrecision
 from lightning_trak.store import Features
 
 
 class Passes:
-    """The extractor's copy of the model, on the Trainer's device and in its precision, and data to go over.
+    """The extractor's copy of the model, on the Trainer's device and in float32 or float64, and data to go over.
 
     Args:
-        extractor: makes gradients, unprojected; its dtype becomes that of the weights, at least float32.
-        trainer: whose device and precision are used.
+        extractor: makes gradients, unprojected; its dtype becomes that of the weights.
+        trainer: whose device is used, and whose precision if it is ``"64-true"``.
         train: the training examples.
+        original: the user's module.
+
+    Raises:
+        ValueError: if the Trainer's precision changes layers, or a selected parameter is not of real numbers.
     """
 
-    def __init__(self, extractor: FeatureExtractor, trainer: L.Trainer, train: Examples) -> None:
+    def __init__(self, extractor: FeatureExtractor, trainer: L.Trainer, train: Examples, original: nn.Module) -> None:
         self.extractor = extractor
         self.train = train
         self.device = trainer.strategy.root_device
-        self._convert = trainer.precision_plugin.convert_input
-        trainer.precision_plugin.convert_module(extractor.module).to(self.device)
+        self._original = original
+        plugin = trainer.precision_plugin
+        if type(plugin) is not Precision and not isinstance(plugin, (DoublePrecision, HalfPrecision, MixedPrecision)):
+            raise ValueError(
+                f"{type(plugin).__name__} changes layers, and influence functions compute with the model's own in"
+                ' float32 or float64: use a Trainer with precision="32-true" or "64-true"'
+            )
+        half = isinstance(plugin, HalfPrecision)
+        (extractor.module if half else plugin.convert_module(extractor.module)).to(self.device)
+        for part in extractor.module.modules():
+            if isinstance(part, (nn.Embedding, nn.EmbeddingBag)):
+                part.sparse = False  # the same gradient, in a form that all operations take
+        self._precision = WorkingPrecision(extractor.module, convert=half)
         parameters = dict(extractor.module.named_parameters())
         self.parameters = {name: parameters[raw] for name, raw in extractor.names.items()}
+        for name, parameter in self.parameters.items():
+            if not parameter.is_floating_point():
+                raise ValueError(
+                    f"{name} is of {parameter.dtype}, and influence functions differentiate real numbers only: leave it"
+                    " out by parameters="
+                )
         self.size = sum(extractor.sizes.values())
         self.dtype = torch.promote_types(next(iter(self.parameters.values())).dtype, torch.float32)
         extractor.dtype = self.dtype
@@ -48,16 +76,46 @@ class Passes:
         return f"{self.extractor.seed}/{self.extractor.current}/{purpose}"
 
     def enter(self, checkpoint: int) -> None:
-        """Load the weights of a checkpoint, and what the output remembers of the training data there."""
+        """Load the weights of a checkpoint, and what the output remembers of the training data there.
+
+        Raises:
+            ValueError: if the outputs of the first two examples depend on other weights than the copy's, on each other,
+                or on chance.
+        """
         extractor = self.extractor
         extractor.to_checkpoint(checkpoint, self.device)
-        if extractor.output.context_size:
-            sample = sample_batches(self.train.loader, extractor.output.context_size, self.key("context"))
-            extractor.output.set_context(extractor.make_context(batch for batch, _ in self.batches(self.train, sample)))
-        if extractor.undecided:
-            first = range(min(2, len(self.train)))
-            ((batch, size),) = self.batches(self.train, [first])
-            extractor.use_engine(extractor.choose_engine(batch, size)[0])
+        with self.computing():
+            if extractor.output.context_size:
+                sample = sample_batches(self.train.loader, extractor.output.context_size, self.key("context"))
+                batches = self.batches(self.train, sample)
+                extractor.output.set_context(extractor.make_context(batch for batch, _ in batches))
+            ((batch, size),) = self.batches(self.train, [range(min(2, len(self.train)))])
+            self._require_sound(batch, size)
+            if extractor.undecided:
+                extractor.use_engine(extractor.choose_engine(batch, size)[0])
+
+    def _require_sound(self, batch: Any, size: int) -> None:
+        extractor, what = self.extractor, f"the output of {type(self.extractor.module).__name__}"
+
+        def values(batch: Any) -> Tensor:
+            return extractor.output.output(extractor.module, copy.deepcopy(batch))
+
+        with trying(self._original, extractor.module), self.differentiable():
+            found = require_repeatable(lambda: values(batch).detach(), what)
+            require_own_leaves(values(batch), extractor.module, *modules_of(extractor.output))
+            if size == 1:
+                return
+            try:
+                alone = torch.cat([values(slice_batch(batch, size, i, i + 1)).detach() for i in range(size)])
+                said = f"{float(found[0]):.5g} for the first example beside another one, {float(alone[0]):.5g} alone"
+            except (RuntimeError, ValueError) as error:
+                alone, said = found * torch.nan, f"of one example alone it is an error ({error})"
+        if not torch.allclose(alone, found, rtol=1e-3, atol=1e-3 * float(found.abs().max())):
+            raise ValueError(
+                f"{what} depends on the rest of the batch: {said}. Influence functions need an output of each example by"
+                " itself: use batch normalisation with running statistics, and for losses that compare the examples of"
+                " a batch lightning_trak.outputs.ContrastiveMargin"
+            )
 
     def batches(
         self, examples: Examples, positions: Iterable[Sequence[int]] | None = None
@@ -91,7 +149,8 @@ class Passes:
         parts = _cut(range(len(examples)) if span is None else span, min(batch_size_of(examples.loader), fitting))
         for part, (batch, _) in zip(parts, self.batches(examples, parts), strict=True):
             positions = torch.arange(part.start, part.stop)
-            features = self.extractor(batch, positions)
+            with self.computing():
+                features = self.extractor(batch, positions)
             require_finite(features, positions, f"at {self.where}")
             yield part, features
 
@@ -102,10 +161,16 @@ class Passes:
         return {name: part.view(len(rows), *shapes[name]) for name, part in zip(shapes, parts, strict=True)}
 
     @contextmanager
+    def computing(self) -> Iterator[None]:
+        """In one way everywhere, and in the precision of the weights."""
+        with self.extractor.differentiable(), self._precision.active(), exact_attention():
+            yield
+
+    @contextmanager
     def differentiable(self) -> Iterator[None]:
         """Autograd on, for the selected parameters, any number of times."""
         with (
-            self.extractor.differentiable(),
+            self.computing(),
             differentiating(self.extractor.module, self.parameters.values()),
             sdpa_kernel(SDPBackend.MATH),  # the fused kernels of attention cannot be differentiated twice
             torch.enable_grad(),
@@ -116,7 +181,7 @@ class Passes:
         def hook(name: str, batch: Any, *args: Any) -> Any:
             return transfer_hook(name, self.extractor.module, datamodule)(batch, *args)
 
-        batch = hook("on_before_batch_transfer", self._convert(batch), 0)
+        batch = hook("on_before_batch_transfer", self._precision.convert_input(batch), 0)
         batch = hook("transfer_batch_to_device", batch, self.device, 0)
         return hook("on_after_batch_transfer", batch, 0)
 
