@@ -110,11 +110,12 @@ class Passes:
                 said = f"{float(found[0]):.5g} for the first example beside another one, {float(alone[0]):.5g} alone"
             except (RuntimeError, ValueError) as error:
                 alone, said = found * torch.nan, f"of one example alone it is an error ({error})"
-        if not torch.allclose(alone, found, rtol=1e-3, atol=1e-3 * float(found.abs().max())):
+        tolerance = 1e-3 * float(found.nan_to_num().abs().max())
+        if not torch.allclose(alone, found, rtol=1e-3, atol=tolerance, equal_nan=True):  # NaN is refused with its name
             raise ValueError(
-                f"{what} depends on the rest of the batch: {said}. Influence functions need an output of each example by"
-                " itself: use batch normalisation with running statistics, and for losses that compare the examples of"
-                " a batch lightning_trak.outputs.ContrastiveMargin"
+                f"{what} depends on the rest of the batch: {said}. Influence functions need an output of each example"
+                " by itself: use batch normalisation with running statistics, and for losses that compare the examples"
+                " of a batch lightning_trak.outputs.ContrastiveMargin"
             )
 
     def batches(
