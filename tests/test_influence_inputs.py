@@ -347,15 +347,15 @@ def test_ekfac_leaves_out_layers_without_inputs():
     torch.testing.assert_close(scores, ekfac(model, parameters=["first.*", "head.*"]))
 
 
-class Popping(Once):
-    """Takes its batch apart, and changes it."""
+class Changing(Once):
+    """Changes its batch."""
 
     def forward(self, inputs: Tensor) -> Tensor:
         return super().forward(inputs.mul_(0.5))
 
 
 def test_code_that_changes_its_batch_changes_no_scores():
-    model = seeded(Popping)
+    model = seeded(Changing)
     expected = reference(model, TRAIN, TARGETS)
     for name, scores in METHODS.items():
         train, targets = (TensorDataset(*(part.clone() for part in data.tensors)) for data in (TRAIN, TARGETS))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_trak.data import Data, IndexedBatch, batch_ranges, batch_size_of, share_out, single_loader
 from lightning_trak.distributed import Ranks
-from lightning_trak.methods.soundness import require_repeatable, trying
+from lightning_trak.gradients.soundness import require_repeatable, trying
 from lightning_trak.module import declared_output
 from lightning_trak.outputs.evaluating import exact_attention
 from lightning_trak.predict import PredictModule

@@ -16,8 +16,8 @@ from lightning_trak.features import GRADIENT_BYTES, FeatureExtractor, require_fi
 from lightning_trak.gradients.base import differentiating
 from lightning_trak.gradients.batch import slice_batch
 from lightning_trak.gradients.leaves import require_own_leaves
+from lightning_trak.gradients.soundness import require_repeatable, trying
 from lightning_trak.methods.examples import Examples
-from lightning_trak.methods.soundness import require_repeatable, trying
 from lightning_trak.outputs.evaluating import exact_attention, modules_of
 from lightning_trak.precision import WorkingPrecision
 from lightning_trak.store import Features
