@@ -14,6 +14,7 @@ from lightning_trak.features import FeatureExtractor
 from lightning_trak.gradients import ParameterSelection
 from lightning_trak.methods.base import Method
 from lightning_trak.methods.examples import Examples
+from lightning_trak.methods.influence.audit import audit
 from lightning_trak.methods.influence.passes import Passes
 from lightning_trak.methods.influence.solvers import InverseProduct
 from lightning_trak.module import declared_output
@@ -79,7 +80,9 @@ class Influence(Method):
 
         Raises:
             ValueError: if a gradient is not finite, the inverse cannot be applied (see the solvers), or the output
-                depends on other weights than those of the model's copy, on the rest of the batch or on chance.
+                depends on other weights than those of the model's copy, on the rest of the batch or on chance. Outputs
+                and gradients of two training examples and two targets, drawn by the seed at each checkpoint, are
+                compared with those of each alone by autograd.
         """
         require_whole_parameters(trainer)
         train_set, target_set = Examples(train, "fit", trainer), Examples(targets, "predict", trainer)
@@ -93,10 +96,12 @@ class Influence(Method):
                 parameters=self._selection(),
                 seed=self.seed,
             )
-            passes = Passes(extractor, trainer, train_set, self.model)
+            passes = Passes(extractor, trainer, train_set)
             scores = torch.zeros(len(target_set), len(train_set), dtype=passes.dtype)
             for checkpoint in range(len(self.checkpoints)):
                 passes.enter(checkpoint)
+                for examples in (train_set, target_set):
+                    audit(passes, examples, self.model)
                 self._add(scores, passes, target_set)
         return scores / len(self.checkpoints)
 

@@ -1,6 +1,5 @@
 """Going over data with the model at one checkpoint."""
 
-import copy
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -14,11 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lightning_trak.data import batch_size_of, load, sample_batches, transfer_hook
 from lightning_trak.features import GRADIENT_BYTES, FeatureExtractor, require_finite
 from lightning_trak.gradients.base import differentiating
-from lightning_trak.gradients.batch import slice_batch
-from lightning_trak.gradients.leaves import require_own_leaves
-from lightning_trak.gradients.soundness import require_repeatable, trying
 from lightning_trak.methods.examples import Examples
-from lightning_trak.outputs.evaluating import exact_attention, modules_of
+from lightning_trak.outputs.evaluating import exact_attention
 from lightning_trak.precision import WorkingPrecision
 from lightning_trak.store import Features
 
@@ -30,17 +26,15 @@ class Passes:
         extractor: makes gradients, unprojected; its dtype becomes that of the weights.
         trainer: whose device is used, and whose precision if it is ``"64-true"``.
         train: the training examples.
-        original: the user's module.
 
     Raises:
         ValueError: if the Trainer's precision changes layers, or a selected parameter is not of real numbers.
     """
 
-    def __init__(self, extractor: FeatureExtractor, trainer: L.Trainer, train: Examples, original: nn.Module) -> None:
+    def __init__(self, extractor: FeatureExtractor, trainer: L.Trainer, train: Examples) -> None:
         self.extractor = extractor
         self.train = train
         self.device = trainer.strategy.root_device
-        self._original = original
         plugin = trainer.precision_plugin
         if type(plugin) is not Precision and not isinstance(plugin, (DoublePrecision, HalfPrecision, MixedPrecision)):
             raise ValueError(
@@ -76,12 +70,7 @@ class Passes:
         return f"{self.extractor.seed}/{self.extractor.current}/{purpose}"
 
     def enter(self, checkpoint: int) -> None:
-        """Load the weights of a checkpoint, and what the output remembers of the training data there.
-
-        Raises:
-            ValueError: if the outputs of the first two examples depend on other weights than the copy's, on each other,
-                or on chance.
-        """
+        """Load the weights of a checkpoint, and what the output remembers of the training data there."""
         extractor = self.extractor
         extractor.to_checkpoint(checkpoint, self.device)
         with self.computing():
@@ -89,34 +78,9 @@ class Passes:
                 sample = sample_batches(self.train.loader, extractor.output.context_size, self.key("context"))
                 batches = self.batches(self.train, sample)
                 extractor.output.set_context(extractor.make_context(batch for batch, _ in batches))
-            ((batch, size),) = self.batches(self.train, [range(min(2, len(self.train)))])
-            self._require_sound(batch, size)
             if extractor.undecided:
+                ((batch, size),) = self.batches(self.train, [range(min(2, len(self.train)))])
                 extractor.use_engine(extractor.choose_engine(batch, size)[0])
-
-    def _require_sound(self, batch: Any, size: int) -> None:
-        extractor, what = self.extractor, f"the output of {type(self.extractor.module).__name__}"
-
-        def values(batch: Any) -> Tensor:
-            return extractor.output.output(extractor.module, copy.deepcopy(batch))
-
-        with trying(self._original, extractor.module), self.differentiable():
-            found = require_repeatable(lambda: values(batch).detach(), what)
-            require_own_leaves(values(batch), extractor.module, *modules_of(extractor.output))
-            if size == 1:
-                return
-            try:
-                alone = torch.cat([values(slice_batch(batch, size, i, i + 1)).detach() for i in range(size)])
-                said = f"{float(found[0]):.5g} for the first example beside another one, {float(alone[0]):.5g} alone"
-            except (RuntimeError, ValueError) as error:
-                alone, said = found * torch.nan, f"of one example alone it is an error ({error})"
-        tolerance = 1e-3 * float(found.nan_to_num().abs().max())
-        if not torch.allclose(alone, found, rtol=1e-3, atol=tolerance, equal_nan=True):  # NaN is refused with its name
-            raise ValueError(
-                f"{what} depends on the rest of the batch: {said}. Influence functions need an output of each example"
-                " by itself: use batch normalisation with running statistics, and for losses that compare the examples"
-                " of a batch lightning_trak.outputs.ContrastiveMargin"
-            )
 
     def batches(
         self, examples: Examples, positions: Iterable[Sequence[int]] | None = None
