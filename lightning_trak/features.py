@@ -29,6 +29,7 @@ from lightning_trak.gradients.base import EngineError, real_shape
 from lightning_trak.gradients.batch import ExampleBatch, Layout, infer_batch_size
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.evaluating import exact_attention, modules_of
+from lightning_trak.precision import to_store_dtype
 from lightning_trak.projections import Projection
 from lightning_trak.projections.base import BoundProjection
 from lightning_trak.store import Features
@@ -277,13 +278,13 @@ class FeatureExtractor:
             # If this fails too, the model is at fault: let it say so.
             engine, features, outputs = self._slow, *self._project(self._slow, batch, working)
             self._give_way(error)
+        place = self.places[self.current or 0]
         if audited:
             reference = LoopEngine(self.module, self.output, self.names, engine.autocast)
             audit = Audit(engine, reference, self._bound, self._users)
             for number in audited:
-                name = f"example {int(positions[number])} {self.places[self.current or 0]}"
-                audit(batch, number, features, outputs, name)
-        features = features.to(self.dtype)
+                audit(batch, number, features, outputs, f"example {int(positions[number])} {place}")
+        features = to_store_dtype(features, self.dtype, positions, place)
         residuals, curvatures = self.output.derivatives(outputs)
         scalar = torch.promote_types(self.dtype, torch.float32)  # k numbers dwarf these three: no need to round them
         if not self._seen and not features.any():

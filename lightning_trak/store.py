@@ -223,7 +223,7 @@ class FeatureStore:
         return self._path(checkpoint, f"shard-{shard:05d}")
 
     def missing(self, checkpoint: int, extras: Sequence[str] = ()) -> list[int]:
-        """Shards of a checkpoint that are to be made: they are not there, or an engine made them that was refuted since.
+        """Shards of a checkpoint that are to be made: those that are not there, or of an engine that was refuted since.
 
         Args:
             checkpoint: which.

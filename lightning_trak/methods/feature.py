@@ -175,8 +175,9 @@ class FeatureMethod(Method):
         selected = sum(extractor.sizes.values())
         total = sum(parameter.numel() for parameter in self.model.parameters())
         rank_zero_info(
-            f"{type(self).__name__}: {counted(num_examples, 'example')} at {counted(store.num_checkpoints, 'checkpoint')},"
-            f" gradients of {selected} of {counted(total, 'parameter')}, {type(self.projection).__name__} to"
+            f"{type(self).__name__}: {counted(num_examples, 'example')} at"
+            f" {counted(store.num_checkpoints, 'checkpoint')}, gradients of {selected} of"
+            f" {counted(total, 'parameter')}, {type(self.projection).__name__} to"
             f" {counted(self._dim(extractor), 'feature')}: {sum(map(len, _missing(store, extras)))} of"
             f" {counted(store.num_checkpoints * store.num_shards, 'shard')} to do"
         )

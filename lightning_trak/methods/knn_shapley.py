@@ -71,6 +71,11 @@ class KNNShapley(RepresentationMethod):
 
     def _labels(self, _: nn.Module, batch: Any) -> Tensor:
         _, labels = split_labels(batch, self.labels_keys)
+        if labels.is_floating_point() and labels.dtype.itemsize < 4:
+            raise ValueError(
+                f"the labels are {labels.dtype}, as the Trainer's precision makes them, in which different labels may"
+                " become equal: give them as integers, or use a Trainer of another precision"
+            )
         return one_per_example("labels", labels, "nearest neighbours vote for one label per example")
 
 

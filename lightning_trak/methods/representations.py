@@ -49,7 +49,11 @@ class RepresentationMethod(Method):
         self.pool = pool or mean_pool
 
     def represent(self, trainer: L.Trainer, *data: Examples) -> Iterator[tuple[Tensor, ...]]:
-        """Representations of each dataset, ``(num_examples, width)`` in at least float32, a checkpoint at a time."""
+        """Representations of each dataset, ``(num_examples, width)`` in at least float32, a checkpoint at a time.
+
+        They are computed in the precision of the weights: float32 under ``"bf16-mixed"``, bfloat16 under
+        ``"bf16-true"``.
+        """
         module = copy_module(self.model)
         original = Original(module)
         layer = _find_layer(module, self.layer)
@@ -62,7 +66,7 @@ class RepresentationMethod(Method):
         for checkpoint in self.checkpoints:
             original.load(checkpoint.load(), checkpoint.name)
             what = f"the representation at {checkpoint.name}"
-            yield tuple(examples.map(trainer, module, rows, what) for examples in data)
+            yield tuple(examples.map(trainer, module, rows, what, self.model) for examples in data)
 
 
 def mean_pool(activations: Tensor, batch: Any) -> Tensor:
