@@ -16,9 +16,8 @@ from lightning_trak.projections import (
     RademacherProjection,
     SparseProjection,
 )
-from tests.fuzz.check import check_features, check_scores
-from tests.fuzz.parts import LONGEST, PARTS
-from tests.fuzz.specs import Spec, specs
+from tests.fuzz.check import ENGINES, check_features, check_scores
+from tests.fuzz.specs import alone, specs
 
 MANY = os.environ.get("FUZZ_EXAMPLES")
 
@@ -32,6 +31,14 @@ def fuzzed(examples):
         deadline=None,
         suppress_health_check=list(HealthCheck),
     )
+
+
+ALONE = alone()
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_each_alone(name):
+    check_scores(ALONE[name], ENGINES if MANY else ("auto",))
 
 
 @pytest.mark.timeout(0)

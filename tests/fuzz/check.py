@@ -82,7 +82,9 @@ def reference(spec: Spec, weights: dict[str, Tensor], examples: Examples) -> Gra
         )
         variable = value.detach().requires_grad_()
         residuals.append(-torch.autograd.grad(output.loss(variable).sum(), variable)[0])
-    return Gradients({name: torch.stack([row[name] for row in rows]) for name in rows[0]}, torch.cat(residuals), any_used)
+    return Gradients(
+        {name: torch.stack([row[name] for row in rows]) for name in rows[0]}, torch.cat(residuals), any_used
+    )
 
 
 @contextmanager
@@ -144,7 +146,10 @@ class Run:
         self.level = spec.level if all(right.any_used for right in self.right_train) else Level.WILD
 
     def by_engine(
-        self, engine: str, projection: Projection, compute: Callable[[GradientDot, L.Trainer, DataLoader, DataLoader], Any]
+        self,
+        engine: str,
+        projection: Projection,
+        compute: Callable[[GradientDot, L.Trainer, DataLoader, DataLoader], Any],
     ) -> Any:
         """What the package computes by one engine; None if it refuses and may.
 
@@ -242,4 +247,6 @@ def _compare(found: Tensor, expected: Tensor, scale: Tensor, where: str) -> None
         raise WrongScore(f"{where}: shape {tuple(found.shape)} instead of {tuple(expected.shape)}")
     error = (found.double() - expected).abs()
     if not (error <= TOLERANCE * scale + 1e-12).all():
-        raise WrongScore(f"off by {float((error / (scale + 1e-12)).max()):.2g} of their scale: {where}\n{found}\n{expected}")
+        raise WrongScore(
+            f"off by {float((error / (scale + 1e-12)).max()):.2g} of their scale: {where}\n{found}\n{expected}"
+        )

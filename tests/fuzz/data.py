@@ -54,7 +54,9 @@ class Examples(Dataset):
         return len(self.items)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {name: value.clone() if isinstance(value, Tensor) else value for name, value in self.items[index].items()}
+        return {
+            name: value.clone() if isinstance(value, Tensor) else value for name, value in self.items[index].items()
+        }
 
 
 @dataclasses.dataclass(frozen=True)

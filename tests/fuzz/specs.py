@@ -189,3 +189,30 @@ def _one_wild_thing(spec: Spec) -> st.SearchStrategy[Spec]:
     changes += [{"vector": (name, *spec.vector)} for name in wild("vector")]
     changes += [{"sequence": (*spec.sequence, name)} for name in wild("sequence") if spec.is_sequence]
     return st.sampled_from([replace(spec, **change) for change in changes])
+
+
+def alone() -> dict[str, Spec]:
+    """Each part, habit and form in the plainest model, whose gradients say nothing at the first checkpoint."""
+    lengths = {"train": (3, 3, 1, 4, 2, 5, 3), "targets": (4, 1, 3), "batch": 3, "checkpoints": ("zero_head", "random")}
+    base = {kind: Spec(kind=kind, stem=names(kind, Level.PLAIN)[0], **lengths) for kind in KINDS}
+    floats, ids, vectors = base["floats"], base["ids"], base["vectors"]
+    busy = replace(ids, sequence=("Dense", "Attention"), vector=("Dense",))
+    found = {}
+    for name, cls in PARTS.items():
+        if cls.takes[0] in KINDS:
+            found[name] = replace(base[cls.takes[0]], stem=name)
+        if "sequence" in cls.takes:
+            found[f"{name} of steps"] = replace(floats, sequence=(name,))
+        if "vector" in cls.takes:
+            found[name] = replace(vectors, vector=(name,))
+        if "pool" in cls.takes:
+            found[name] = replace(floats, pool=name)
+        if "head" in cls.takes:
+            found[name] = replace(ids, head=name)
+    for name in HABITS:
+        pops = {"output": "loss", "form": "dict"} if name == "pops_labels" else {}
+        found[name] = replace(busy, habits=frozenset({name}), **pops)
+    found["in_place_input of floats"] = replace(floats, habits=frozenset({"in_place_input"}))
+    for field, table in (("output", OUTPUTS), ("returns", RETURNS), ("form", FORMS), ("selection", SELECTIONS)):
+        found |= {f"{field} {name}": replace(floats, **{field: name}) for name in table}
+    return found | {f"extra {name}": replace(floats, extras=(name,)) for name in EXTRAS}
