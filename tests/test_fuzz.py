@@ -1,7 +1,7 @@
 """Whatever the model, its data and its habits: scores are right, or refused in words.
 
-``make fuzz`` draws many more specifications than ``make test``, and other ones each time. One that fails is printed as an
-expression: ``check_scores(Spec(...))`` repeats it.
+``make fuzz`` draws many more specifications than ``make test``, and other ones each time. One that fails is printed as
+an expression: ``check_scores(Spec(...))`` repeats it.
 """
 
 import os

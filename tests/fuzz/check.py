@@ -25,10 +25,11 @@ from tests.fuzz.specs import Spec
 
 ENGINES = ("auto", "functional", "hooks", "loop")
 TOLERANCE = 1e-6  # of a score, relative to the norms of the two gradients
+Compute = Callable[[GradientDot, L.Trainer, DataLoader, DataLoader], Any]  # the loaders of training set and targets
 PACKAGE = str(Path(lightning_trak.__file__).parent)
 
 
-class WrongScore(AssertionError):
+class WrongScoreError(AssertionError):
     """The package gave a number, and it is not the right one."""
 
 
@@ -36,11 +37,11 @@ class InternalError(AssertionError):
     """The package failed with something else than a sentence of its own."""
 
 
-class NeedlesslyRefused(AssertionError):
+class NeedlessRefusalError(AssertionError):
     """The package refused what it must be able to do."""
 
 
-class Touched(AssertionError):
+class TouchedError(AssertionError):
     """The user's module is not as it was."""
 
 
@@ -82,9 +83,8 @@ def reference(spec: Spec, weights: dict[str, Tensor], examples: Examples) -> Gra
         )
         variable = value.detach().requires_grad_()
         residuals.append(-torch.autograd.grad(output.loss(variable).sum(), variable)[0])
-    return Gradients(
-        {name: torch.stack([row[name] for row in rows]) for name in rows[0]}, torch.cat(residuals), any_used
-    )
+    stacked = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    return Gradients(stacked, torch.cat(residuals), any_used)
 
 
 @contextmanager
@@ -145,16 +145,11 @@ class Run:
         # An output that depends on no parameter may be refused.
         self.level = spec.level if all(right.any_used for right in self.right_train) else Level.WILD
 
-    def by_engine(
-        self,
-        engine: str,
-        projection: Projection,
-        compute: Callable[[GradientDot, L.Trainer, DataLoader, DataLoader], Any],
-    ) -> Any:
+    def by_engine(self, engine: str, projection: Projection, compute: Compute) -> Any:
         """What the package computes by one engine; None if it refuses and may.
 
         Raises:
-            InternalError, NeedlesslyRefused, Touched: see there.
+            InternalError, NeedlessRefusalError, TouchedError: see there.
         """
         spec = self.spec
         must = self.level == Level.PLAIN or (self.level == Level.ODD and engine in ("auto", "loop"))
@@ -183,13 +178,13 @@ class Run:
                 if not refused(error):
                     raise InternalError(f"engine={engine!r}: {type(error).__name__}: {error}\n{spec}") from error
                 if must:
-                    raise NeedlesslyRefused(f"engine={engine!r}: {error}\n{spec}") from error
+                    raise NeedlessRefusalError(f"engine={engine!r}: {error}\n{spec}") from error
                 found = None
         after = model.state_dict()
         if any(not torch.equal(after[name], value) for name, value in before.items()):
-            raise Touched(f"engine={engine!r} changed the user's weights or buffers\n{spec}")
+            raise TouchedError(f"engine={engine!r} changed the user's weights or buffers\n{spec}")
         if any(parameter.grad is not None for parameter in model.parameters()):
-            raise Touched(f"engine={engine!r} left gradients in the user's module\n{spec}")
+            raise TouchedError(f"engine={engine!r} left gradients in the user's module\n{spec}")
         return found
 
 
@@ -197,7 +192,7 @@ def check_scores(spec: Spec, engines: tuple[str, ...] = ENGINES) -> None:
     """Scores by every engine, against products of reference gradients.
 
     Raises:
-        WrongScore, InternalError, NeedlesslyRefused, Touched: see there.
+        WrongScoreError, InternalError, NeedlessRefusalError, TouchedError: see there.
     """
     run = Run(spec)
     expected, scale = 0.0, 0.0
@@ -219,7 +214,7 @@ def check_features(spec: Spec, projection: Projection, engines: tuple[str, ...] 
     """Projected gradients of targets by every engine, against the projection of reference gradients.
 
     Raises:
-        WrongScore, InternalError, NeedlesslyRefused, Touched: see there.
+        WrongScoreError, InternalError, NeedlessRefusalError, TouchedError: see there.
     """
     run = Run(spec)
     shapes = {name: parameter.shape for name, parameter in make_model(spec).named_parameters()}
@@ -244,9 +239,8 @@ def check_features(spec: Spec, projection: Projection, engines: tuple[str, ...] 
 
 def _compare(found: Tensor, expected: Tensor, scale: Tensor, where: str) -> None:
     if found.shape != expected.shape:
-        raise WrongScore(f"{where}: shape {tuple(found.shape)} instead of {tuple(expected.shape)}")
+        raise WrongScoreError(f"{where}: shape {tuple(found.shape)} instead of {tuple(expected.shape)}")
     error = (found.double() - expected).abs()
     if not (error <= TOLERANCE * scale + 1e-12).all():
-        raise WrongScore(
-            f"off by {float((error / (scale + 1e-12)).max()):.2g} of their scale: {where}\n{found}\n{expected}"
-        )
+        worst = float((error / (scale + 1e-12)).max())
+        raise WrongScoreError(f"off by {worst:.2g} of their scale: {where}\n{found}\n{expected}")

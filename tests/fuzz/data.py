@@ -1,5 +1,6 @@
 """Items and batches of a specification, and how a batch's parts are found again."""
 
+import copy
 import dataclasses
 from collections import OrderedDict, UserDict, namedtuple
 from types import MappingProxyType, SimpleNamespace
@@ -54,9 +55,7 @@ class Examples(Dataset):
         return len(self.items)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {
-            name: value.clone() if isinstance(value, Tensor) else value for name, value in self.items[index].items()
-        }
+        return copy.deepcopy(self.items[index])
 
 
 @dataclasses.dataclass(frozen=True)

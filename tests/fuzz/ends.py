@@ -62,11 +62,11 @@ class GroupedStem(nn.Module):
 
 
 class _Embedding(nn.Module):
-    gives, options = "sequence", {}
+    gives = "sequence"
 
-    def __init__(self):
+    def __init__(self, **options):
         super().__init__()
-        self.tokens = nn.Embedding(VOCABULARY, WIDTH, **self.options)
+        self.tokens = nn.Embedding(VOCABULARY, WIDTH, **options)
 
     def forward(self, x, mask):
         return self.tokens(x)
@@ -79,7 +79,8 @@ class Tokens(_Embedding):
 
 @part("ids")
 class PaddedTokens(_Embedding):
-    options = {"padding_idx": 0}
+    def __init__(self):
+        super().__init__(padding_idx=0)
 
 
 @part("ids", Level.ODD)
@@ -98,17 +99,20 @@ class OneHot(_Embedding):
 
 @part("ids", Level.WILD)
 class SparseTokens(_Embedding):
-    options = {"sparse": True}
+    def __init__(self):
+        super().__init__(sparse=True)
 
 
 @part("ids", Level.WILD)
 class BoundedTokens(_Embedding):
-    options = {"max_norm": 1.0}
+    def __init__(self):
+        super().__init__(max_norm=1.0)
 
 
 @part("ids", Level.WILD)
 class TokensByFrequency(_Embedding):
-    options = {"scale_grad_by_freq": True}
+    def __init__(self):
+        super().__init__(scale_grad_by_freq=True)
 
 
 @part("ids")

@@ -1,10 +1,10 @@
-"""What a model, its data and its use are made from: plain data that hypothesis draws and shrinks, and people can read."""
+"""What a model, its data and its use are made from: plain data that hypothesis draws, and people can read."""
 
 from dataclasses import dataclass, replace
 
 from hypothesis import strategies as st
 
-from tests.fuzz import ends, layers, sequences, shapes, stateful  # noqa: F401: they register parts
+from tests.fuzz import ends, layers, sequences, shapes, stateful  # noqa: F401 (they register parts)
 from tests.fuzz.parts import LONGEST, PARTS, Level, names
 
 KINDS = ("vectors", "floats", "ids", "images")
