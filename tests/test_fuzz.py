@@ -1,13 +1,16 @@
 """Whatever the model, its data and its habits: scores are right, or refused in words.
 
-``make fuzz`` draws many more specifications than ``make test``, and other ones each time. One that fails is printed as
-an expression: ``check_scores(Spec(...))`` repeats it.
+``make fuzz`` draws many more specifications than ``make test``, and other ones each time. One that fails is made as plain
+as possible and printed: ``check_scores(Spec(...))`` repeats it.
 """
 
 import os
+import random
+from collections.abc import Callable
+from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from lightning_trak.projections import (
@@ -20,17 +23,27 @@ from tests.fuzz.check import ENGINES, check_features, check_scores
 from tests.fuzz.specs import alone, specs
 
 MANY = os.environ.get("FUZZ_EXAMPLES")
+FIRST_SEED = random.SystemRandom().randrange(1 << 32) if MANY else 0
+
+# Hypothesis draws ten examples afresh, beside the simplest one, and then varies those it has: many short runs see more.
+ROUND = 11
 
 
-def fuzzed(examples):
-    """Settings: a fixed few examples, or as many random ones as were asked for."""
-    return settings(
-        max_examples=int(MANY or examples),
-        derandomize=MANY is None,
-        database=None,
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-    )
+def rounds(examples: int) -> range:
+    """How often a property is tried with ten examples: a fixed few times, or for as many as were asked for."""
+    return range(-(-int(MANY or examples) // (ROUND - 1)))
+
+
+def fuzz(check: Callable[..., None], number: int, **strategies: st.SearchStrategy[Any]) -> None:
+    """One round."""
+
+    @seed(FIRST_SEED + number)
+    @settings(max_examples=ROUND, database=None, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(**strategies)
+    def run(**drawn):
+        check(**drawn)
+
+    run()
 
 
 ALONE = alone()
@@ -41,11 +54,10 @@ def test_each_alone(name):
     check_scores(ALONE[name], ENGINES if MANY else ("auto",))
 
 
-@pytest.mark.timeout(0)
-@fuzzed(40)
-@given(spec=specs())
-def test_scores(spec):
-    check_scores(spec)
+@pytest.mark.timeout(0)  # a failing specification takes a while to be made plain
+@pytest.mark.parametrize("number", rounds(40))
+def test_scores(number):
+    fuzz(check_scores, number, spec=specs())
 
 
 PROJECTIONS = [
@@ -58,7 +70,6 @@ PROJECTIONS = [
 
 
 @pytest.mark.timeout(0)
-@fuzzed(15)
-@given(spec=specs(), projection=st.sampled_from(PROJECTIONS))
-def test_features(spec, projection):
-    check_features(spec, projection)
+@pytest.mark.parametrize("number", rounds(10))
+def test_features(number):
+    fuzz(check_features, number, spec=specs(), projection=st.sampled_from(PROJECTIONS))
