@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import os
 import tempfile
 import traceback
 import warnings
@@ -19,13 +20,14 @@ import lightning_trak
 from lightning_trak import GradientDot
 from lightning_trak.projections import IdentityProjection, Projection
 from tests.fuzz.data import Collate, Examples
-from tests.fuzz.models import make_checkpoints, make_model, make_output, selected
+from tests.fuzz.models import make_checkpoints, make_model, make_output, plain_output, selected
 from tests.fuzz.parts import Level
 from tests.fuzz.specs import Spec
 
 ENGINES = ("auto", "functional", "hooks", "loop")
 TOLERANCE = 1e-6  # of a score, relative to the norms of the two gradients
 Compute = Callable[[GradientDot, L.Trainer, DataLoader, DataLoader], Any]  # the loaders of training set and targets
+MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # stores are flushed to disk, which takes its time
 PACKAGE = str(Path(lightning_trak.__file__).parent)
 
 
@@ -63,13 +65,13 @@ class Gradients(NamedTuple):
 
 
 def reference(spec: Spec, weights: dict[str, Tensor], examples: Examples) -> Gradients:
-    """Gradients by a model and a batch of its own for each example."""
-    output, rows, residuals, any_used = make_output(spec), [], [], False
+    """Gradients by a model and a batch of its own for each example, and without the package."""
+    rows, residuals, any_used = [], [], False
     for item in examples:
         model = make_model(spec)
         model.load_state_dict(weights)
         wanted = {name: parameter for name, parameter in model.named_parameters() if name in selected(spec, model)}
-        value = output.output(model, Collate(spec)([item]))
+        value, residual = plain_output(spec, model, Collate(spec)([item]))
         assert value.shape == (1,), f"the specification's output has shape {tuple(value.shape)}"
         found = [None] * len(wanted)
         if value.requires_grad:
@@ -81,8 +83,7 @@ def reference(spec: Spec, weights: dict[str, Tensor], examples: Examples) -> Gra
                 for (name, parameter), gradient in zip(wanted.items(), found, strict=True)
             }
         )
-        variable = value.detach().requires_grad_()
-        residuals.append(-torch.autograd.grad(output.loss(variable).sum(), variable)[0])
+        residuals.append(residual)
     stacked = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
     return Gradients(stacked, torch.cat(residuals), any_used)
 
@@ -159,7 +160,7 @@ class Run:
         batches = Collate(spec)
         train = DataLoader(self.train, batch_size=spec.batch, collate_fn=batches)
         targets = DataLoader(self.targets, batch_size=spec.target_batch, collate_fn=batches)
-        with quiet(), tempfile.TemporaryDirectory() as store:
+        with quiet(), tempfile.TemporaryDirectory(dir=MEMORY) as store:
             try:
                 method = GradientDot(
                     model,

@@ -188,14 +188,44 @@ class Gap(ModelOutput):
         return (output - 2).square() + output.exp() / 9
 
 
+def output_name(spec: Spec) -> str:
+    """Which output is taken: of nested batches only one's own functions can find the labels."""
+    return "own" if spec.form == "nested" and spec.output not in ("loss", "mean_loss") else spec.output
+
+
 def make_output(spec: Spec) -> ModelOutput:
-    """The specification's output. Labels that are popped, extras and nested batches need functions of one's own."""
-    pop = "pops_labels" in spec.habits
-    simple = spec.form in ("tuple", "list", "dict", "ordered", "user_dict", "read_only") and not spec.extras
-    if spec.output in ("loss", "mean_loss"):
-        popped, plain = (losses_popped, losses) if spec.output == "loss" else (mean_loss_popped, mean_loss)
-        return NegativeLoss(popped if pop else plain)
-    if spec.output == "own" or spec.form == "nested":
+    """The specification's output, as the package has it."""
+    pop, name = "pops_labels" in spec.habits, output_name(spec)
+    if name == "own":
         return Gap(pop)
-    kind = RegressionOutput if spec.output == "regression" else ClassificationMargin
+    if name == "loss":
+        return NegativeLoss(losses_popped if pop else losses)
+    if name == "mean_loss":
+        return NegativeLoss(mean_loss_popped if pop else mean_loss)
+    # Without forward= the package calls the module on what is beside the labels, which extras are not made for.
+    simple = spec.form in ("tuple", "list", "dict", "ordered", "user_dict", "read_only") and not spec.extras
+    kind = RegressionOutput if name == "regression" else ClassificationMargin
     return kind(forward=None if simple and "own_forward" not in spec.habits else forward)
+
+
+def plain_output(spec: Spec, module: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+    """The same without the package, for one example: its output f, and Q = -dl/df."""
+    name = output_name(spec)
+    if name == "own":
+        gap = Gap(pop=False)
+        value = gap.output(module, batch)
+        variable = value.detach().requires_grad_()
+        return value, -torch.autograd.grad(gap.loss(variable).sum(), variable)[0]
+    if name in ("loss", "mean_loss"):
+        value = -losses(module, batch)
+        return value, torch.ones_like(value)
+    logits, labels = _call(module, batch, pop=False)
+    if name == "regression":
+        value = logits.squeeze(-1) - labels
+        return value, -value.detach()
+    if name == "binary":
+        value = logits.squeeze(-1) * (2 * labels - 1)
+    else:
+        chosen = F.one_hot(labels, CLASSES).bool()
+        value = logits[chosen] - logits.masked_fill(chosen, -torch.inf).logsumexp(-1)
+    return value, torch.sigmoid(-value.detach())

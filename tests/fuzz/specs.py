@@ -192,8 +192,8 @@ def _one_wild_thing(spec: Spec) -> st.SearchStrategy[Spec]:
 
 
 def alone() -> dict[str, Spec]:
-    """Each part, habit and form in the plainest model, whose gradients say nothing at the first checkpoint."""
-    lengths = {"train": (3, 3, 1, 4, 2, 5, 3), "targets": (4, 1, 3), "batch": 3, "checkpoints": ("zero_head", "random")}
+    """Each part, habit and form in the plainest model, most of whose gradients are zero at the first checkpoint."""
+    lengths = {"train": (3, 3, 1, 4, 2, 3), "targets": (4, 1), "batch": 3, "checkpoints": ("zero_head", "random")}
     base = {kind: Spec(kind=kind, stem=names(kind, Level.PLAIN)[0], **lengths) for kind in KINDS}
     floats, ids, vectors = base["floats"], base["ids"], base["vectors"]
     busy = replace(ids, sequence=("Dense", "Attention"), vector=("Dense",))
@@ -202,7 +202,7 @@ def alone() -> dict[str, Spec]:
         if cls.takes[0] in KINDS:
             found[name] = replace(base[cls.takes[0]], stem=name)
         if "sequence" in cls.takes:
-            found[f"{name} of steps"] = replace(floats, sequence=(name,))
+            found[f"{name} of steps" if "vector" in cls.takes else name] = replace(floats, sequence=(name,))
         if "vector" in cls.takes:
             found[name] = replace(vectors, vector=(name,))
         if "pool" in cls.takes:
