@@ -7,6 +7,7 @@ plain as possible and printed: ``check_scores(Spec(...))`` repeats it.
 import os
 import random
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -59,6 +60,12 @@ def test_each_alone(name):
 @pytest.mark.parametrize("number", rounds(60))
 def test_scores(number):
     fuzz(check_scores, number, spec=specs())
+
+
+@pytest.mark.timeout(0)
+@pytest.mark.parametrize("number", rounds(10))
+def test_streamed_scores(number):
+    fuzz(partial(check_scores, engines=("auto", "loop"), streamed=True), number, spec=specs())
 
 
 PROJECTIONS = [

@@ -189,8 +189,13 @@ class Run:
         return found
 
 
-def check_scores(spec: Spec, engines: tuple[str, ...] = ENGINES) -> None:
+def check_scores(spec: Spec, engines: tuple[str, ...] = ENGINES, streamed: bool = False) -> None:
     """Scores by every engine, against products of reference gradients.
+
+    Args:
+        spec: the specification.
+        engines: what to try.
+        streamed: by ``trainer.predict(method.scorer(), loader)``, in place of ``method.score``.
 
     Raises:
         WrongScoreError, InternalError, NeedlessRefusalError, TouchedError: see there.
@@ -203,7 +208,10 @@ def check_scores(spec: Spec, engines: tuple[str, ...] = ENGINES) -> None:
         scale = scale + torch.outer(rows.norm(dim=1), weighted.norm(dim=1)) / len(run.checkpoints)
 
     def compute(method: GradientDot, trainer: L.Trainer, train: DataLoader, targets: DataLoader) -> Tensor:
-        return method.attribute(trainer, train, targets)
+        if not streamed:
+            return method.attribute(trainer, train, targets)
+        method.featurize(trainer, train)
+        return torch.cat(trainer.predict(method.scorer(), targets))
 
     for engine in engines:
         scores = run.by_engine(engine, IdentityProjection(), compute)
