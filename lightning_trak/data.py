@@ -9,6 +9,7 @@ import os
 import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import zip_longest
 from typing import Any, NamedTuple, cast
 
 import lightning as L
@@ -30,6 +31,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from lightning_trak.distributed import Ranks
 from lightning_trak.files import tensor_digest
 
 DEFAULT_BATCH_SIZE = 32
@@ -239,6 +241,17 @@ def transfer_hook(name: str, module: nn.Module, datamodule: L.LightningDataModul
     return cast(Callable[..., Any], getattr(owner, name))
 
 
+class Stop:
+    """Asks loaders that share it to end before their next range.
+
+    Attributes:
+        requested: whether they shall.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+
+
 class RangeLoader:
     """Yields this rank's share of some ranges as :class:`IndexedBatch`.
 
@@ -250,6 +263,8 @@ class RangeLoader:
         turns: one number per range.
         trainer: asked for rank and world size once its processes run.
         even: give every rank equally many batches, by repeating some examples without a number.
+        stop: once it is requested, no further range is begun, and one that is begun is ended. With ``even`` it is
+            enough that one rank requests it: all of them end before the same range.
     """
 
     def __init__(
@@ -259,38 +274,52 @@ class RangeLoader:
         turns: Sequence[int],
         trainer: L.Trainer,
         even: bool = False,
+        stop: Stop | None = None,
     ) -> None:
         self.loader = loader
         self.ranges = ranges
         self.turns = turns
         self.trainer = trainer
         self.even = even
+        self.stop = stop or Stop()
 
     def _own(self, rank: int) -> Iterator[Range]:
         for part, turn in zip(self.ranges, self.turns, strict=True):
             if turn % self.trainer.world_size == rank:
                 yield part
 
-    def _count(self, rank: int) -> int:
-        size = batch_size_of(self.loader)
-        return sum(-(-len(examples) // size) for _, examples in self._own(rank))
-
-    def _plan(self) -> Iterator[tuple[int | None, range]]:
+    def _rounds(self) -> Iterator[tuple[Range | None, int]]:
+        """A range of this rank's at a time, if it has one, and how many batches that takes all ranks that keep up."""
         size, rank = batch_size_of(self.loader), self.trainer.global_rank
-        for number, examples in self._own(rank):
-            for start in range(0, len(examples), size):
-                yield number, examples[start : start + size]
-        for _ in range(len(self) - self._count(rank)):
-            yield None, self.ranges[0].examples[: min(size, 2)]
+        ranks = range(self.trainer.world_size) if self.even else range(rank, rank + 1)
+        for parts in zip_longest(*map(self._own, ranks)):
+            yield parts[ranks.index(rank)], max(-(-len(part.examples) // size) for part in parts if part is not None)
+
+    def _plan(self) -> Iterator[tuple[bool, int | None, range]]:
+        """Whether a round begins, the range's number and the examples of each batch."""
+        size = batch_size_of(self.loader)
+        for part, length in self._rounds():
+            for start in range(0, length * size, size):
+                if part is not None and start < len(part.examples):
+                    yield start == 0, part.number, part.examples[start : start + size]
+                else:
+                    yield start == 0, None, self.ranges[0].examples[: min(size, 2)]
 
     def __len__(self) -> int:
-        ranks = range(self.trainer.world_size) if self.even else [self.trainer.global_rank]
-        return max(map(self._count, ranks))
+        return sum(length for _, length in self._rounds())
 
     def __iter__(self) -> Iterator[IndexedBatch]:
-        batches = load(self.loader, (examples for _, examples in self._plan()))
-        for (number, examples), batch in zip(self._plan(), batches, strict=True):
-            yield IndexedBatch(number, torch.arange(examples.start, examples.stop), batch)
+        batches: Iterator[Any] | None = None  # with workers of its own, which end with it
+        for begins, number, examples in self._plan():
+            if begins and self._stopped():
+                return
+            if batches is None:
+                batches = iter(load(self.loader, (examples for _, _, examples in self._plan())))
+            yield IndexedBatch(number, torch.arange(examples.start, examples.stop), next(batches))
+
+    def _stopped(self) -> bool:
+        requested = self.stop.requested
+        return not Ranks.of(self.trainer).all_true(not requested) if self.even else requested
 
 
 def batch_ranges(examples: range, size: int) -> list[Range]:
@@ -299,7 +328,11 @@ def batch_ranges(examples: range, size: int) -> list[Range]:
 
 
 def share_out(
-    loader: DataLoader[Any], jobs: Sequence[Sequence[Range]], trainer: L.Trainer, even: bool = False
+    loader: DataLoader[Any],
+    jobs: Sequence[Sequence[Range]],
+    trainer: L.Trainer,
+    even: bool = False,
+    stop: Stop | None = None,
 ) -> list[RangeLoader]:
     """One loader per job (checkpoint), with all ranges of all jobs dealt evenly to the ranks.
 
@@ -308,9 +341,10 @@ def share_out(
         jobs: the ranges of each job.
         trainer: whose ranks share the work.
         even: in each job, give every rank equally many batches.
+        stop: shared by the loaders, ends all of them before their next range; each has it as ``loader.stop``.
     """
-    loaders, dealt = [], 0
+    loaders, dealt, stop = [], 0, stop or Stop()
     for ranges in jobs:
-        loaders.append(RangeLoader(loader, ranges, range(dealt, dealt + len(ranges)), trainer, even))
+        loaders.append(RangeLoader(loader, ranges, range(dealt, dealt + len(ranges)), trainer, even, stop))
         dealt += len(ranges)
     return loaders

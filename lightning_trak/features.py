@@ -24,8 +24,11 @@ from lightning_trak.gradients import (
     coverage_report,
     select_parameters,
 )
-from lightning_trak.gradients.batch import fresh_batch, slice_batch
+from lightning_trak.gradients.audit import Audit, require_independent
+from lightning_trak.gradients.base import EngineError, real_shape
+from lightning_trak.gradients.batch import ExampleBatch, Layout, infer_batch_size
 from lightning_trak.outputs import ModelOutput
+from lightning_trak.outputs.evaluating import exact_attention, modules_of
 from lightning_trak.projections import Projection
 from lightning_trak.projections.base import BoundProjection
 from lightning_trak.store import Features
@@ -33,6 +36,9 @@ from lightning_trak.store import Features
 _told = WarningCache()  # says a thing once
 
 EngineName = Literal["auto", "functional", "hooks", "loop"]
+# From the fastest to the one that differentiates anything.
+ENGINES: tuple[EngineName, ...] = ("hooks", "functional", "loop")
+_HOW = {"hooks": "module hooks", "functional": "vmap", "loop": "a loop over examples"}
 
 # Per-example gradients of a sub-batch may take this much memory; larger batches are cut.
 GRADIENT_BYTES = 1 << 29
@@ -48,16 +54,18 @@ class FeatureExtractor:
         digests: their fingerprints.
         projection: what compresses gradients to k numbers.
         parameters: which parameters to differentiate, see :func:`~lightning_trak.gradients.select_parameters`.
-        engine: ``"hooks"``, the fastest, where vmap does the parameters that hooks do not cover and the first batch is
-            checked against autograd; ``"functional"`` (vmap); ``"loop"``; or ``"auto"``: what :meth:`choose_engine`
-            found, vmap until :meth:`use_engine` is told, and the loop, with a warning, for batches that fail in it.
+        engine: ``"hooks"``, the fastest, where vmap does the parameters that hooks do not cover; ``"functional"``
+            (vmap); ``"loop"``; or ``"auto"``: what :meth:`choose_engine` found, vmap until :meth:`use_engine` is told,
+            and the loop, with a warning, for batches that fail in vmap.
         seed: seed of the projection.
         dtype: dtype of the features.
         keep: keep the weights and projection of every checkpoint in memory, for going through all of them repeatedly.
+        audit: how many examples of a shard are to be differentiated again.
 
     Attributes:
         places: what to call each checkpoint in messages.
         autocast: what forward passes of the hooks are autocast to, if anything; see :meth:`reset`.
+        layout: which parts of a batch belong to single examples, once that is known.
         sharded: whether ranks compute together.
     """
 
@@ -75,21 +83,25 @@ class FeatureExtractor:
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
         keep: bool = False,
+        audit: int = 0,
     ) -> None:
+        self._original = module
         self.module = self._copy(module)
         self.output = copy.deepcopy(output)
         self.checkpoints = checkpoints
         self.digests = digests
         self.places = [f"at checkpoint {number} ({item.name})" for number, item in enumerate(checkpoints)]
         self.names = select_parameters(self.module, parameters)
-        shapes = {name: parameter.shape for name, parameter in self.module.named_parameters()}
+        shapes = {name: real_shape(parameter) for name, parameter in self.module.named_parameters()}
         self.shapes = {name: shapes[raw] for name, raw in self.names.items()}
         self.sizes = {name: shape.numel() for name, shape in self.shapes.items()}
         self.projection = projection
         self.engine_name = engine
         self.seed = seed
         self.dtype = dtype
+        self.layout: Layout | None = None
         self._keep = keep
+        self.audit = audit
         # cuDNN cannot differentiate a recurrent layer in eval mode.
         self._recurrent = any(isinstance(part, nn.RNNBase) for part in self.module.modules())
         self.reset()
@@ -104,9 +116,10 @@ class FeatureExtractor:
         self.undecided = self.engine_name == "auto"
 
     def choose_engine(self, batch: Any, size: int) -> tuple[EngineName, str]:
-        """Hooks where they cover every parameter and agree with autograd on some examples, else vmap.
+        """Hooks where they cover most of the parameters and agree with autograd on some examples, else vmap.
 
-        Hooks beside vmap would differentiate twice, which seldom pays.
+        Vmap takes the parameters that hooks do not cover. That is a second differentiation: where most of the gradient
+        would come from it, it had better do all.
 
         Args:
             batch: examples on the module's device. The choice depends on them, so they should always be the same.
@@ -116,30 +129,40 @@ class FeatureExtractor:
             The engine and the reason, for people.
         """
         left_out = HookEngine.uncovered(self.module, self.names)
-        if left_out:
-            return "functional", coverage_report(left_out, self.sizes)
+        report = coverage_report(left_out, self.sizes)
+        if 2 * sum(self.sizes[name] for name in left_out) > sum(self.sizes.values()):
+            return "functional", report
         if size < 2:
             return "functional", "hooks cannot be checked on a single example"
         with self.differentiable():
+            examples = ExampleBatch(batch, size, self.layout)
             try:
-                engine = HookEngine(self.module, self.output, self.names, self.autocast)
-                wrong = engine.check(fresh_batch(batch, size), size)
+                wrong = self._hook_engine().check(examples)
             except torch.cuda.OutOfMemoryError:
                 raise
-            except (RuntimeError, TypeError, ValueError) as error:  # a model at fault will fail again, and be heard
+            except Exception as error:  # a model at fault will fail again, and be heard
                 return "functional", f"hooks fail on the first examples: {error}".splitlines()[0][:200]
         if wrong:
             return "functional", "; ".join(f"{name}: {reason}" for name, reason in wrong.items())
-        return "hooks", coverage_report(left_out, self.sizes)
+        return "hooks", report
 
     def use_engine(self, engine: EngineName) -> None:
         """Use an engine from now on: what ``"auto"`` was found to mean."""
         self.undecided = False
+        self.used = engine
         self._hooks = self._hook_engine() if engine == "hooks" else None
         if engine == "loop":
             self._engine: GradientEngine = self._slow
         else:
             self._engine = self._hooks or FunctionalEngine(self.module, self.output, self.names)
+
+    @property
+    def how(self) -> str:
+        """How gradients are computed, for people."""
+        precision = ""
+        if self.autocast:
+            precision = " in bfloat16 mixed precision" if self._hooks else " in the precision of the weights"
+        return _HOW[self.used] + precision
 
     def reset(self, autocast: torch.dtype | None = None) -> None:
         """Forget what has been loaded, which may be on a device or in a precision that is not used any more.
@@ -174,28 +197,56 @@ class FeatureExtractor:
             weights, self._bound = self._loaded[number]
             load_weights(self.module, weights, checkpoint.name)
             self.module.eval()
+            for part in modules_of(self.output):
+                part.to(device).eval()
         self.current, self._device = number, device
 
-    def __call__(self, batch: Any, positions: Tensor) -> Features:
+    def __call__(self, batch: Any, positions: Tensor, audited: Sequence[int] = ()) -> Features:
         """Features of a batch at the current checkpoint.
 
         Args:
             batch: a batch on the module's device.
             positions: what to call its examples in messages, shape ``(n,)``; its length is the number of examples.
+            audited: which of them to differentiate again, alone, by plain autograd.
 
         Returns:
             Features on the module's device, which may still be at work on them: :func:`require_finite` looks at them.
+
+        Raises:
+            EngineError: if the engine gets a gradient wrong, and another one may do better.
+            ValueError: if no engine can get it right.
         """
-        size = len(positions)
+        whole = ExampleBatch(batch, len(positions), self.layout)
         with self.differentiable():
-            batch = fresh_batch(batch, size)
             # Hooks form the gradients of one layer at a time; the other engines those of all, and take fewer examples.
-            step = size if self._hooks else max(1, GRADIENT_BYTES // (sum(self.sizes.values()) * 4))
-            parts = [
-                self._rows(slice_batch(batch, size, start, start + step), positions[start : start + step])
-                for start in range(0, size, step)
-            ]
+            step = whole.size if self._hooks else max(1, GRADIENT_BYTES // (sum(self.sizes.values()) * 4))
+            parts = []
+            for start in range(0, whole.size, step):
+                rows = slice(start, min(start + step, whole.size))
+                part = whole if step >= whole.size else whole.take(rows)
+                numbers = [number - start for number in audited if rows.start <= number < rows.stop]
+                parts.append(self._rows(part, positions[rows], numbers))
             return Features.cat(parts)
+
+    def require_independent(self, twice: Any, again: Any, other: Any, pair: Any) -> None:
+        """Check that the output of an example does not depend on which other ones it is collated with.
+
+        Args:
+            twice: a batch of twice the first example.
+            again: the same, made again: if it differs, the data are random, and nothing is checked.
+            other: a batch of twice another example.
+            pair: the first example and the other one.
+
+        Raises:
+            ValueError: if it does.
+        """
+        with self.differentiable():
+            batches = [ExampleBatch(batch, 2, self.layout) for batch in (twice, again, other, pair)]
+            alone = [self._slow.outputs(batch.take([0])) for batch in batches[:3]]
+            if alone[0].shape == (1,) and alone[0].isfinite().all() and alone[0].equal(alone[1]):
+                dtype = next(iter(self._slow.parameters.values())).dtype
+                name = f"the first example {self.places[self.current or 0]}"
+                require_independent(self._slow, batches[3], torch.cat([alone[0], alone[2]]), name, dtype)
 
     @contextmanager
     def differentiable(self) -> Iterator[None]:
@@ -212,11 +263,25 @@ class FeatureExtractor:
         ):
             yield
 
-    def _rows(self, batch: Any, positions: Tensor) -> Features:
+    def _rows(self, batch: ExampleBatch, positions: Tensor, audited: Sequence[int]) -> Features:
         weights = next(iter(self._engine.parameters.values()))
-        working = torch.promote_types(weights.dtype, torch.float32)
-        features = torch.zeros(len(positions), self._bound.dim, dtype=working, device=self._device)
-        outputs = self._project(batch, len(positions), features).to(working)
+        working = torch.promote_types(weights.real.dtype if weights.is_complex() else weights.dtype, torch.float32)
+        try:
+            engine, features, outputs = self._engine, *self._project(self._engine, batch, working)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if self.engine_name != "auto" or self._engine is self._slow or self.sharded:
+                raise
+            # If this fails too, the model is at fault: let it say so.
+            engine, features, outputs = self._slow, *self._project(self._slow, batch, working)
+            self._give_way(error)
+        if audited:
+            reference = LoopEngine(self.module, self.output, self.names, engine.autocast)
+            audit = Audit(engine, reference, self._bound, self._original)
+            for number in audited:
+                name = f"example {int(positions[number])} {self.places[self.current or 0]}"
+                audit(batch, number, features, outputs, name)
         features = features.to(self.dtype)
         residuals, curvatures = self.output.derivatives(outputs)
         scalar = torch.promote_types(self.dtype, torch.float32)  # k numbers dwarf these three: no need to round them
@@ -229,46 +294,29 @@ class FeatureExtractor:
         self._seen = True
         return Features(features, outputs.to(scalar), residuals.to(scalar), curvatures.to(scalar))
 
+    def _project(self, engine: GradientEngine, batch: ExampleBatch, working: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The examples' projected gradients and outputs, in a working precision."""
+        features = torch.zeros(batch.size, self._bound.dim, dtype=working, device=self._device)
+        return features, engine.project(batch, self._bound, features).to(working)
+
+    def _give_way(self, error: Exception) -> None:
+        """What it means that an engine fails where the loop does not."""
+        said = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        if self._hooks:
+            raise EngineError(f"hooks cannot differentiate {type(self.module).__name__}: {said}") from error
+        # Batch by batch, not once for all: a batch must have the same features whichever others came before.
+        _told.warn(
+            f"vmap cannot differentiate {type(self.module).__name__}, so its examples are differentiated one by one,"
+            f" which is slow; engine='loop' does so without saying. {said}"
+        )
+
     def _hook_engine(self) -> HookEngine | MixedEngine:
         left_out = HookEngine.uncovered(self.module, self.names)
         if len(left_out) == len(self.names):
-            raise ValueError(f"engine='hooks' is of no use here: {coverage_report(left_out, self.sizes)}")
+            raise EngineError(f"engine='hooks' is of no use here: {coverage_report(left_out, self.sizes)}")
         if left_out:
             return MixedEngine(self.module, self.output, self.names, left_out, self.autocast)
         return HookEngine(self.module, self.output, self.names, self.autocast)
-
-    def _project(self, batch: Any, size: int, features: Tensor) -> Tensor:
-        """Add the examples' projected gradients to their features; returns their outputs."""
-        if self._engine is self._slow:
-            return self._slow.project(batch, size, self._bound, features)
-        if self._hooks and self.engine_name == "hooks" and not self._seen:
-            wrong = self._hooks.check(batch, size)
-            if wrong:
-                reasons = "; ".join(f"{name}: {reason}" for name, reason in wrong.items())
-                raise ValueError(f"engine='hooks' gets some gradients wrong, use engine='auto': {reasons}")
-        try:
-            return self._engine.project(batch, size, self._bound, features)
-        except torch.cuda.OutOfMemoryError:
-            raise
-        except (RuntimeError, TypeError, ValueError) as error:
-            if "randomness" in str(error):
-                raise ValueError(
-                    f"the output of {type(self.module).__name__} is random in eval mode, so that it has no one"
-                    " gradient: draw from a fixed generator, or leave the noise out when not training"
-                ) from error
-            if self.engine_name != "auto":
-                raise
-            # If this fails too, the model is at fault: let it say so.
-            outputs = self._slow.project(batch, size, self._bound, features)
-            reason = error
-        # Batch by batch, not once for all: a batch must have the same features whichever others came before.
-        name = "the hook engine" if self._hooks else "vmap"
-        said = f"{type(reason).__name__}: {reason}".splitlines()[0][:200]
-        _told.warn(
-            f"{name} cannot differentiate {type(self.module).__name__}, so examples are differentiated one by one,"
-            f" which is slow; engine='loop' does so without saying. {name} said: {said}"
-        )
-        return outputs
 
     def fit_projection(self, batches: Iterable[tuple[Any, int]]) -> dict[str, Tensor]:
         """What the projection learns from training examples at this checkpoint.
@@ -280,10 +328,9 @@ class FeatureExtractor:
         def gradients() -> Iterator[dict[str, Tensor]]:
             step = max(1, GRADIENT_BYTES // (sum(self.sizes.values()) * 4))
             for batch, size in batches:
-                batch = fresh_batch(batch, size)
+                examples = ExampleBatch(batch, size, self.layout)
                 for start in range(0, size, step):
-                    count = min(step, size - start)
-                    yield self._gradients(slice_batch(batch, size, start, start + count), count)
+                    yield self._gradients(examples.take(slice(start, min(start + step, size))))
 
         with self.differentiable():
             return self._bound.fit(gradients())
@@ -292,20 +339,21 @@ class FeatureExtractor:
         """Use what :meth:`fit_projection` returned."""
         self._bound.set_fit(fitted)
 
-    def _gradients(self, batch: Any, size: int) -> dict[str, Tensor]:
+    def _gradients(self, batch: ExampleBatch) -> dict[str, Tensor]:
         try:
-            return self._engine(batch, size)[1]
+            return self._engine(batch)[1]
         except torch.cuda.OutOfMemoryError:
             raise
-        except (RuntimeError, TypeError, ValueError):
-            if self.engine_name != "auto":
+        except Exception:
+            if self.engine_name != "auto" or self.sharded:
                 raise
-            return self._slow(batch, size)[1]  # featurizing will warn of it
+            return self._slow(batch)[1]  # featurizing will tell of it
 
     def make_context(self, batches: Iterable[Any]) -> dict[str, Tensor]:
         """What the model output wants to remember of the data at this checkpoint."""
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(self._device.type, enabled=False):
-            return {name: tensor.clone() for name, tensor in self.output.make_context(self.module, batches).items()}
+        with self.differentiable(), exact_attention():
+            fresh = (ExampleBatch(batch, infer_batch_size(batch), self.layout).fresh() for batch in batches)
+            return {name: tensor.clone() for name, tensor in self.output.make_context(self.module, fresh).items()}
 
 
 def require_finite(rows: Features, positions: Tensor, where: str) -> None:

@@ -1,6 +1,7 @@
 """The LightningModules that ``trainer.predict`` runs: one featurizes, one scores batches as they come."""
 
 import hashlib
+import random
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -9,18 +10,21 @@ import torch
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_trak.data import IndexedBatch, RangeLoader, load, sample_batches, transfer_hook
+from lightning_trak.data import IndexedBatch, RangeLoader, Stop, load, sample_batches, transfer_hook
 from lightning_trak.distributed import Ranks
 from lightning_trak.features import EngineName, FeatureExtractor, require_finite
-from lightning_trak.gradients.batch import infer_batch_size
+from lightning_trak.gradients.base import EngineError
+from lightning_trak.gradients.batch import Layout, find_layout, infer_batch_size
 from lightning_trak.scorers.base import Scorer, Scores
 from lightning_trak.sharded import ShardedFeatureExtractor
 from lightning_trak.sinks import Sink
 from lightning_trak.store import FeatureStore
 from lightning_trak.trainers import autocast_of, shards_model
 from lightning_trak.transfer import Upload
+
+AUDITED_TOGETHER = 1024  # targets that are audited as a shard is, where they come in batches
 
 
 class PredictModule(L.LightningModule):
@@ -85,6 +89,7 @@ class ExtractorModule(PredictModule):
         self.extractor = extractor
         self._store = store
         self._train_loader = train_loader
+        self._alone_and_together: tuple[Any, ...] | None = None
 
     def setup(self, stage: str) -> None:  # noqa: ARG002
         """Compute in the Trainer's precision."""
@@ -98,16 +103,38 @@ class ExtractorModule(PredictModule):
         del self.extractor
 
     def enter(self, checkpoint: int) -> None:
-        """Make the extractor ready for a checkpoint."""
+        """Make the extractor ready for a checkpoint.
+
+        Raises:
+            ValueError: if an example's output depends on what else is in its batch.
+        """
         if self.extractor.current == checkpoint:
             return
         self.extractor.to_checkpoint(checkpoint, self.device)
         if self.extractor.output.context_size:
             self._enter_context(checkpoint)
+        if self._alone_and_together is not None:
+            self.extractor.require_independent(*self._alone_and_together)
         if self.extractor.undecided:
             self._settle_engine()
         if self.extractor.projection.sample_size:
             self._enter_projection(checkpoint)
+
+    def learn_batches(self, loader: DataLoader[Any]) -> None:
+        """Find out how a loader puts examples together, from a few of them.
+
+        Args:
+            loader: what the batches to come are from.
+
+        Raises:
+            ValueError: if a batch does not hold the examples in the first dimension of its tensors.
+        """
+        last = len(cast(Any, loader.dataset)) - 1
+        probes = [[0, 0], [0, 0, 0], [0, 0], [last, last], [0, last]]
+        twice, thrice, again, other, pair = self._batches(loader, probes)
+        self.extractor.layout = find_layout(twice, thrice)
+        sharded = self.extractor.sharded  # every forward pass of which is one of all ranks
+        self._alone_and_together = None if sharded or not last else (twice, again, other, pair)
 
     def _enter_context(self, checkpoint: int) -> None:
         with torch.inference_mode(False):  # autograd saves the context
@@ -134,18 +161,18 @@ class ExtractorModule(PredictModule):
         return found
 
     def _settle_engine(self) -> None:
-        """Choose by the first two training examples, once for the store: no run depends on what it happens to see."""
+        """Choose by the first two training examples: no run depends on what it happens to see.
+
+        The store takes note with its first shard, so that a run which writes none decides nothing.
+        """
         engine = self._store.settle_engine()
         if engine is None and self._train_loader is not None:
             positions = list(range(min(2, self._store.num_examples)))
             (batch,) = self._batches(self._train_loader, [positions])
-            choice, reason = self.extractor.choose_engine(batch, len(positions))
-            how = {"hooks": "module hooks", "functional": "vmap"}[choice]
-            if self.extractor.autocast:
-                how += " in bfloat16 mixed precision" if choice == "hooks" else " in the precision of the weights"
-            rank_zero_info(f"TRAK: gradients by {how}, chosen by engine='auto': {reason}")
-            engine = self._store.settle_engine(choice)
-        if engine is not None:
+            engine, reason = self.extractor.choose_engine(batch, len(positions))
+            self.extractor.use_engine(engine)
+            rank_zero_info(f"TRAK: gradients by {self.extractor.how}, chosen by engine='auto': {reason}")
+        elif engine is not None:
             self.extractor.use_engine(cast(EngineName, engine))
 
     def _sample(self, checkpoint: int, purpose: str, count: int) -> Iterator[tuple[Any, int]]:
@@ -156,7 +183,8 @@ class ExtractorModule(PredictModule):
 
     def _batches(self, loader: DataLoader[Any], positions: list[list[int]]) -> Iterator[Any]:
         """Examples at some positions, a batch for each list, on the device."""
-        for batch in load(loader, positions):
+        for batch in load(loader, positions, num_workers=min(1, loader.num_workers)):
+            batch = self.trainer.precision_plugin.convert_input(batch)
             batch = self.on_before_batch_transfer(batch, 0)
             batch = self.transfer_batch_to_device(batch, self.device, 0)
             yield self.on_after_batch_transfer(batch, 0)
@@ -169,15 +197,21 @@ class FeaturizeModule(ExtractorModule):
         sink: where features go.
         task: what to call the work on the progress bar.
         loader: the data.
+        stop: ends the loaders, when the engine has to be changed.
         args: as for :class:`ExtractorModule`.
         kwargs: as for :class:`ExtractorModule`.
+
+    Attributes:
+        refuted: what the engine got wrong, if it did: the rest was then left undone.
     """
 
-    def __init__(self, sink: Sink, task: str, loader: DataLoader[Any], *args: Any, **kwargs: Any) -> None:
+    def __init__(self, sink: Sink, task: str, loader: DataLoader[Any], stop: Stop, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._sink = sink
         self._task = task
         self._loader = loader
+        self._stop = stop
+        self.refuted: str | None = None
 
     def configure_model(self) -> None:
         """Have the model shard itself, if the Trainer's strategy does that; the ranks are there now."""
@@ -223,11 +257,53 @@ class FeaturizeModule(ExtractorModule):
 
     def predict_step(self, batch: IndexedBatch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:  # noqa: ARG002
         """Hand the batch's features to the sink; returns its positions, since Lightning warns of None."""
-        self.enter(dataloader_idx)
-        rows = self.extractor(batch.batch, batch.positions)
-        if batch.number is not None:
-            self._sink.add(dataloader_idx, batch.number, batch.positions, rows)
+        if self.refuted is None:
+            try:
+                self._featurize(batch, dataloader_idx)
+            except EngineError as error:
+                self._give_up(error)
         return batch.positions
+
+    def _featurize(self, batch: IndexedBatch, checkpoint: int) -> None:
+        if self.extractor.layout is None:
+            self.learn_batches(self._loader)
+        self.enter(checkpoint)
+        audited = self._audited(batch, checkpoint)
+        rows = self.extractor(batch.batch, batch.positions, audited)
+        if batch.number is not None and not self._sink.add(
+            checkpoint, batch.number, batch.positions, rows, self.extractor.used
+        ):
+            raise EngineError("another process has refuted it")
+
+    def _audited(self, batch: IndexedBatch, checkpoint: int) -> list[int]:
+        """Rows of the batch that are drawn to be audited: the same ones in every run."""
+        if self.extractor.sharded or batch.number is None:
+            return []
+        first, last = int(batch.positions[0]), int(batch.positions[-1])
+        if self._train_loader is not None:
+            examples = self._store.shard(batch.number)
+        else:
+            start = first // AUDITED_TOGETHER * AUDITED_TOGETHER
+            examples = range(start, min(start + AUDITED_TOGETHER, len(cast(Any, self._loader.dataset))))
+        drawn = random.Random(f"{self.extractor.seed}/{checkpoint}/audit/{examples.start}").sample(
+            examples, min(self.extractor.audit, len(examples))
+        )
+        return sorted(position - first for position in drawn if first <= position <= last)
+
+    def _give_up(self, error: EngineError) -> None:
+        """Leave the rest to the next engine, if it is for us to choose.
+
+        Raises:
+            ValueError: if it is not.
+        """
+        used = self.extractor.used
+        if self.extractor.engine_name != "auto" or self.extractor.sharded:
+            raise ValueError(
+                f"engine={used!r} cannot differentiate this model rightly: {error}. Nothing of its shard was written;"
+                " use engine='auto', which takes another engine, or engine='loop'"
+            ) from error
+        self.refuted = str(error)
+        self._stop.requested = True
 
 
 class ScoreModule(ExtractorModule):
@@ -243,6 +319,7 @@ class ScoreModule(ExtractorModule):
         self._scorer = scorer
         self._top_k = top_k
         self._largest = largest
+        self._layouts: dict[int, Layout | None] = {}
 
     def setup(self, stage: str) -> None:  # noqa: ARG002
         """Get the scorer ready; every rank takes part. What an earlier run has on another device is dropped."""
@@ -254,13 +331,44 @@ class ScoreModule(ExtractorModule):
         self.extractor.reset(autocast_of(self.trainer, self.extractor.output))
         self._scorer.fit(self.trainer.strategy.root_device, Ranks.of(self.trainer))
 
-    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Scores:  # noqa: ARG002
-        """Scores of a batch of targets."""
-        positions = torch.arange(infer_batch_size(batch))
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Scores:
+        """Scores of a batch of targets.
+
+        Raises:
+            ValueError: if the engine gets a gradient wrong.
+        """
+        if dataloader_idx not in self._layouts:
+            self._layouts[dataloader_idx] = self._learn(dataloader_idx)
+        self.extractor.layout = self._layouts[dataloader_idx]
+        size = infer_batch_size(batch, self.extractor.layout)
+        positions, audited = torch.arange(size), self._audited(size, dataloader_idx, batch_idx)
         directions = []
         for checkpoint in range(self._store.num_checkpoints):
             self.enter(checkpoint)
-            rows = self.extractor(batch, positions)
+            try:
+                rows = self.extractor(batch, positions, audited)
+            except EngineError as error:
+                raise ValueError(
+                    f"engine={self.extractor.used!r} cannot differentiate this model rightly: {error}. Use score(),"
+                    " which takes another engine, or engine='loop'"
+                ) from error
             require_finite(rows, positions, self.extractor.places[checkpoint])
             directions.append(self._scorer.directions(checkpoint, rows))
         return self._scorer.score(directions, top_k=self._top_k, largest=self._largest)
+
+    def _learn(self, number: int) -> Layout | None:
+        """How the Trainer's loader puts examples together, if it has a dataset to try it with."""
+        loaders = self.trainer.predict_dataloaders
+        loader = loaders[number] if isinstance(loaders, (list, tuple)) else loaders
+        if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+            return None
+        self.extractor.current = None  # its examples have not been tried at any checkpoint
+        self.learn_batches(loader)
+        return self.extractor.layout
+
+    def _audited(self, size: int, dataloader: int, number: int) -> list[int]:
+        """Some of the first batch, and then of one in so many that it is as many of 1024 targets."""
+        if number % max(1, AUDITED_TOGETHER // size):
+            return []
+        draw = random.Random(f"{self.extractor.seed}/{dataloader}/{number}/audit")
+        return sorted(draw.sample(range(size), min(self.extractor.audit, size)))

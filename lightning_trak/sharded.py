@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_trak.copies import copy_module
 from lightning_trak.features import FeatureExtractor
 from lightning_trak.gradients import HookEngine, ShardedHookEngine, canonical_name, coverage_report
-from lightning_trak.gradients.batch import fresh_batch
+from lightning_trak.gradients.batch import ExampleBatch
 from lightning_trak.gradients.sharding import reshard
 
 if TYPE_CHECKING:
@@ -79,6 +79,7 @@ class ShardedFeatureExtractor(FeatureExtractor):
                 f" engine='auto' or 'hooks', or {_OTHERWISE}"
             )
         self.undecided = True
+        self.used = "hooks"
 
     def shard(self, mesh: DeviceMesh | None, device: torch.device) -> None:
         """Have the module shard itself, once the processes run; does nothing the second time.
@@ -130,10 +131,10 @@ class ShardedFeatureExtractor(FeatureExtractor):
             reshard(self.module)
             with self.differentiable():
                 engine = ShardedHookEngine(self.module, self.output, self.names, self.autocast)
-                wrong = engine.check(fresh_batch(batch, size), size)
+                wrong = engine.check(ExampleBatch(batch, size, self.layout))
         except torch.cuda.OutOfMemoryError:
             raise
-        except (RuntimeError, TypeError, ValueError) as error:
+        except Exception as error:
             raise ValueError(f"hooks fail on the sharded model, {_OTHERWISE}: {error}") from error
         if wrong:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in wrong.items())
@@ -141,9 +142,3 @@ class ShardedFeatureExtractor(FeatureExtractor):
         self._hooks = self._engine = engine
         self.undecided = False
         return f"{coverage_report({}, self.sizes)} and agree with the gradients of FSDP2 on the first examples"
-
-    def _project(self, batch: Any, size: int, features: Tensor) -> Tensor:
-        return self._engine.project(batch, size, self._bound, features)
-
-    def _gradients(self, batch: Any, size: int) -> dict[str, Tensor]:
-        return self._engine(batch, size)[1]

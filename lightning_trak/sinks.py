@@ -15,8 +15,12 @@ from lightning_trak.transfer import HostCopy
 class Sink(Protocol):
     """Where features go, apart from how they are made."""
 
-    def add(self, checkpoint: int, number: int, positions: Tensor, rows: Features) -> None:
-        """Take the rows of the examples at ``positions``, which are part of range ``number``."""
+    def add(self, checkpoint: int, number: int, positions: Tensor, rows: Features, engine: str) -> bool:
+        """Take the rows of the examples at ``positions``, which are part of range ``number``, made by an engine.
+
+        Returns:
+            Whether rows of this engine are still wanted.
+        """
 
 
 class ShardWriter:
@@ -51,20 +55,24 @@ class ShardWriter:
         if writing is not None:
             writing.result()
 
-    def add(self, checkpoint: int, number: int, positions: Tensor, rows: Features) -> None:  # noqa: D102
+    def add(self, checkpoint: int, number: int, positions: Tensor, rows: Features, engine: str) -> bool:  # noqa: D102
         shard = self.store.shard(number)
         if int(positions[0]) == shard.start:
             self._copies = []
+            if engine in self.store.refuted_engines():
+                return False
         self._copies.append(HostCopy.start(rows))
         if int(positions[-1]) == shard[-1]:
             self._wait()
-            self._writing = self._thread.submit(self._write, checkpoint, number, self._copies)
+            self._writing = self._thread.submit(self._write, checkpoint, number, self._copies, engine)
+        return True
 
-    def _write(self, checkpoint: int, number: int, copies: list[HostCopy]) -> None:
+    def _write(self, checkpoint: int, number: int, copies: list[HostCopy], engine: str) -> None:
         rows = Features.cat([Features(*copy.wait()) for copy in copies])
         shard = self.store.shard(number)
         require_finite(rows, torch.arange(shard.start, shard.stop), self._places[checkpoint])
-        self.store.write(checkpoint, number, rows)
+        self.store.settle_engine(engine)
+        self.store.write(checkpoint, number, rows, engine)
 
 
 class FeatureBuffer:
@@ -78,8 +86,9 @@ class FeatureBuffer:
         self._places = places
         self._copies: list[list[tuple[Tensor, HostCopy]]] = [[] for _ in places]
 
-    def add(self, checkpoint: int, number: int, positions: Tensor, rows: Features) -> None:  # noqa: ARG002, D102
+    def add(self, checkpoint: int, number: int, positions: Tensor, rows: Features, engine: str) -> bool:  # noqa: ARG002, D102
         self._copies[checkpoint].append((positions, HostCopy.start(rows)))
+        return True
 
     def take(self, checkpoint: int) -> list[tuple[Tensor, Features]]:
         """Positions and rows that came for a checkpoint; they are not kept any longer.

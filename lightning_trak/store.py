@@ -166,8 +166,18 @@ class FeatureStore:
         return self._path(checkpoint, f"shard-{shard:05d}")
 
     def missing(self, checkpoint: int) -> list[int]:
-        """Shards of a checkpoint that are not on disk yet."""
-        return [shard for shard in range(self.num_shards) if not self._shard_path(checkpoint, shard).exists()]
+        """Shards of a checkpoint that are not on disk yet, or were made by an engine that was refuted since."""
+        refuted = self.refuted_engines()
+        return [
+            shard
+            for shard in range(self.num_shards)
+            if not self._shard_path(checkpoint, shard).exists()
+            or (refuted and self.engine_of(checkpoint, shard) in refuted)
+        ]
+
+    def engine_of(self, checkpoint: int, shard: int) -> str:
+        """What computed the gradients of a shard."""
+        return str(self._metadata(self._shard_path(checkpoint, shard)).get("engine"))
 
     def require_complete(self) -> None:
         """Check that every shard is there.
@@ -182,7 +192,7 @@ class FeatureStore:
                 " call featurize again to finish it before scoring"
             )
 
-    def write(self, checkpoint: int, shard: int, rows: Features) -> None:
+    def write(self, checkpoint: int, shard: int, rows: Features, engine: str = "") -> None:
         """Write a complete shard.
 
         Raises:
@@ -193,7 +203,7 @@ class FeatureStore:
             raise RuntimeError(f'another run has taken store "{self.directory}" over; give each run a directory')
         if len(rows.features) != len(self.shard(shard)):
             raise ValueError(f"shard {shard} holds {len(self.shard(shard))} examples, got {len(rows.features)} rows")
-        save_tensors(self._shard_path(checkpoint, shard), rows._asdict(), key="")
+        save_tensors(self._shard_path(checkpoint, shard), rows._asdict(), key="", engine=engine)
 
     def read(self, checkpoint: int, shard: int) -> Features:
         """Read a shard, memory-mapped; its checksum is verified the first time that this process reads it.
@@ -225,16 +235,39 @@ class FeatureStore:
         Returns:
             The engine that was decided on; None if there is none yet.
         """
-        path = self.directory / f"engine-{self.key[:16]}.json"
         if engine is not None:
             with suppress(FileExistsError):  # another run or process was faster
-                write_json(path, {"engine": engine}, replace=False)
-        if not path.exists():
-            return None
+                write_json(self._engine_path, {"engine": engine, "refuted": {}}, replace=False)
+        found: str | None = self._engines()["engine"]
+        return found
+
+    def refute_engine(self, engine: str, reason: str, successor: str) -> None:
+        """Note that an engine gets gradients of this model wrong. Shards that it has made count as missing from now on.
+
+        Args:
+            engine: the engine at fault.
+            reason: what it got wrong.
+            successor: what computes gradients from now on.
+        """
+        write_json(self._engine_path, {"engine": successor, "refuted": self.refuted_engines() | {engine: reason}})
+
+    def refuted_engines(self) -> dict[str, str]:
+        """The engines that get gradients of this model wrong, each with what it got wrong."""
+        refuted: dict[str, str] = self._engines()["refuted"]
+        return refuted
+
+    @property
+    def _engine_path(self) -> Path:
+        return self.directory / f"engine-{self.key[:16]}.json"
+
+    def _engines(self) -> dict[str, Any]:
+        if not self._engine_path.exists():
+            return {"engine": None, "refuted": {}}
         try:
-            return str(json.loads(path.read_text())["engine"])
+            content = json.loads(self._engine_path.read_text())
+            return {"engine": str(content["engine"]), "refuted": dict(content["refuted"])}
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise self._damaged(path, repr(error)) from error
+            raise self._damaged(self._engine_path, repr(error)) from error
 
     def digest(self, checkpoint: int) -> str:
         """Stands for all features of a checkpoint: changes when a shard does."""

@@ -39,10 +39,10 @@ def job(folder: Path, journal: Path, checkpoints: list[dict[str, torch.Tensor]],
     os.replace, os.fsync = counted(os.replace), counted(os.fsync)
     write = FeatureStore.write
 
-    def noted(self: FeatureStore, checkpoint: int, shard: int, rows: Any) -> None:
+    def noted(self: FeatureStore, checkpoint: int, shard: int, rows: Any, engine: str) -> None:
         with journal.open("a") as file:
             file.write(f"checkpoint-{checkpoint:04d}/shard-{shard:05d}.safetensors\n")
-        write(self, checkpoint, shard, rows)
+        write(self, checkpoint, shard, rows, engine)
 
     FeatureStore.write = noted  # type: ignore[method-assign]
     trak = TRAK(make_model(), checkpoints, folder / "store", projection=SparseProjection(16))

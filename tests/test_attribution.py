@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from lightning_trak import TRAK
 from lightning_trak.gradients import LoopEngine, select_parameters
+from lightning_trak.gradients.batch import ExampleBatch
 from lightning_trak.outputs import ClassificationMargin
 from lightning_trak.projections import GaussianProjection, IdentityProjection, KroneckerProjection, SparseProjection
 from lightning_trak.store import FeatureStore
@@ -186,7 +187,7 @@ def test_every_architecture_end_to_end(tmp_path, name, engine):
     assert bool(scores.isfinite().all())
     if output.context_size:
         output.set_context(load_file(tmp_path / "checkpoint-0000" / "context.safetensors"))
-    _, gradients = LoopEngine(module, output, select_parameters(module))(batch, size)
+    _, gradients = LoopEngine(module, output, select_parameters(module))(ExampleBatch(batch, size))
     found = torch.cat([load_file(path)["features"] for path in sorted(tmp_path.rglob("shard*"))])
     torch.testing.assert_close(found, torch.cat(list(gradients.values()), dim=1), rtol=1e-3, atol=1e-5)
 
@@ -232,7 +233,7 @@ def test_auto_falls_back_to_the_loop_and_says_so(tmp_path, checkpoints, expected
         scores = trak.score(make_trainer(), TARGETS)
     torch.testing.assert_close(scores, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
     strict = TRAK(Untraceable(), checkpoints, tmp_path / "f", projection=SparseProjection(32), engine="functional")
-    with pytest.raises(RuntimeError, match=r"\.item\(\)"):
+    with pytest.raises(ValueError, match=r"engine='functional' cannot differentiate this model rightly.*\.item\(\)"):
         strict.featurize(make_trainer(), TRAIN)
 
 
@@ -263,7 +264,7 @@ class Bypassing(LitNet):
 
 def test_hooks_that_would_miss_a_gradient_are_refused(tmp_path, checkpoints):
     trak = TRAK(Bypassing(), checkpoints, tmp_path, projection=SparseProjection(32), engine="hooks")
-    with pytest.raises(ValueError, match="engine='hooks' gets some gradients wrong, use engine='auto': head"):
+    with pytest.raises(ValueError, match=r"engine='hooks' cannot differentiate this model rightly: head"):
         trak.featurize(make_trainer(), TRAIN)
 
 

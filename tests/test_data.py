@@ -1,5 +1,8 @@
 """Data in every form, and forms that are refused."""
 
+import itertools
+import multiprocessing
+
 import lightning as L
 import pytest
 import torch
@@ -15,6 +18,7 @@ from torch.utils.data import (
 )
 
 from lightning_trak import TRAK
+from lightning_trak.data import Range, share_out
 from lightning_trak.projections import SparseProjection
 from tests.lit import TARGETS, TRAIN, LitNet, attribute, make_data, make_trainer
 
@@ -130,3 +134,43 @@ def test_transfer_hooks_of_the_user_are_called(tmp_path, checkpoints, expected):
     torch.testing.assert_close(trak.score(make_trainer(), targets), expected, rtol=1e-3, atol=1e-6)
     parts = make_trainer().predict(trak.scorer(), DataLoader(targets, batch_size=13))
     torch.testing.assert_close(parts[0], expected, rtol=1e-3, atol=1e-6)
+
+
+class Rank:
+    def __init__(self, number, world_size):
+        self.global_rank, self.world_size = number, world_size
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("even", [False, True])
+def test_loaders_stop_between_ranges(even, workers):
+    jobs = [[Range(number, range(start, min(start + 7, 23))) for number, start in enumerate(range(0, 23, 7))]] * 2
+    loaders = share_out(DataLoader(make_data(23), batch_size=3, num_workers=workers), jobs, Rank(0, 1), even)
+    assert len({id(loader.stop) for loader in loaders}) == 1
+    seen = []
+    for loader in loaders:
+        for batch in loader:
+            seen += batch.positions.tolist()
+            loader.stop.requested = loader.stop.requested or 8 in seen
+    assert seen == [*range(14)]  # example 8 is in the second range, which ends before 14
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_that_keep_up_stop_before_the_same_round(world_size, monkeypatch):
+    parts = [range(start, min(start + 7, 23)) for start in range(0, 23, 7)]
+    jobs = [[Range(number, part) for number, part in enumerate(parts)]] * 2
+    ranks = [
+        share_out(DataLoader(make_data(23), batch_size=3), jobs, Rank(number, world_size), True)
+        for number in range(world_size)
+    ]
+    stops = [loaders[0].stop for loaders in ranks]
+    monkeypatch.setattr(
+        "lightning_trak.distributed.Ranks.all_true", lambda _, __: not any(stop.requested for stop in stops)
+    )
+    together = [itertools.chain(*loaders) for loaders in ranks]
+    steps = 0
+    for _ in zip(*together, strict=True):  # strict: all ranks end at the same step
+        steps += 1
+        stops[-1].requested = steps >= 4  # in the second round
+    assert steps == {2: 6, 3: 4}[world_size]

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_trak import AttributionMixin
 from lightning_trak.gradients import HookEngine, LoopEngine
+from lightning_trak.gradients.batch import ExampleBatch
 from lightning_trak.methods import EKFACInfluence, Explicit, InfluenceFunction
 from lightning_trak.outputs import ClassificationMargin, ModelOutput, RegressionOutput
 from tests.lit import TARGETS, TRAIN, make_checkpoints, make_model, make_trainer
@@ -149,13 +150,13 @@ def test_the_sides_of_a_convolution_make_its_gradient(layer):
 
     class Engine(HookEngine):
         def make(self, batch):
-            self._backward(batch, len(batch), lambda site, *pair: made.update(sides=(site, *pair)))
+            self._backward(batch, lambda site, *pair: made.update(sides=(site, *pair)))
 
     batch = torch.randn(3, *shape, dtype=torch.float64)
-    Engine(module, Sum(), names).make(batch)
+    Engine(module, Sum(), names).make(ExampleBatch(batch, 3))
     site, activation, gradient = made["sides"]
     rows, columns = site.layer.sides(site.module, activation, gradient, 3)
-    expected = LoopEngine(module, Sum(), names)(batch, 3)[1]["net.0.weight"]
+    expected = LoopEngine(module, Sum(), names)(ExampleBatch(batch, 3))[1]["net.0.weight"]
     torch.testing.assert_close((rows.transpose(1, 2) @ columns).flatten(1), expected)
 
 
@@ -208,7 +209,7 @@ class Hidden(Net):
 
 def test_weights_that_are_used_outside_their_layer_are_an_error():
     torch.manual_seed(0)
-    with pytest.raises(ValueError, match=r"net.0.weight: hooks give it a gradient that is off"):
+    with pytest.raises(ValueError, match=r"net.0.weight is also used outside its layer's forward"):
         ekfac(Hidden(nn.Linear(6, 3)))
 
 

@@ -31,7 +31,7 @@ class Bypassing(LitNet):
     [
         (make_model, "hooks", "gradients by module hooks.* cover all"),
         (lambda: beyond_hooks(make_model()), "functional", "gradients by vmap.*no layer class covers this type"),
-        (Bypassing, "functional", "gradients by vmap.*used outside its module's forward"),
+        (Bypassing, "functional", "gradients by vmap.*used outside its layer's forward"),
     ],
 )
 def test_the_choice_is_said_and_kept(tmp_path, checkpoints, caplog, make, engine, said):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_trak.gradients import FunctionalEngine, LoopEngine, select_parameters
-from lightning_trak.gradients.batch import infer_batch_size, map_batch, slice_batch
+from lightning_trak.gradients.batch import ExampleBatch, find_layout, infer_batch_size
 from lightning_trak.outputs import ClassificationMargin
 from tests.zoo import ZOO, specimen
 
@@ -18,8 +18,8 @@ from tests.zoo import ZOO, specimen
 def test_engines_agree(name):
     module, output, batch, size = specimen(name)
     names = select_parameters(module)
-    loop_values, loop = LoopEngine(module, output, names)(batch, size)
-    values, functional = FunctionalEngine(module, output, names)(batch, size)
+    loop_values, loop = LoopEngine(module, output, names)(ExampleBatch(batch, size))
+    values, functional = FunctionalEngine(module, output, names)(ExampleBatch(batch, size))
     torch.testing.assert_close(values, loop_values)
     assert list(functional) == list(loop) == list(names)
     for parameter in loop:
@@ -31,7 +31,7 @@ def test_engines_agree(name):
 @pytest.mark.parametrize("name", ZOO)
 def test_sum_of_rows_is_the_gradient_of_the_summed_output(name, engine):
     module, output, batch, size = specimen(name)
-    _, rows = engine(module, output, select_parameters(module))(batch, size)
+    _, rows = engine(module, output, select_parameters(module))(ExampleBatch(batch, size))
     total = output.output(module, batch).sum()
     expected = torch.autograd.grad(total, list(module.parameters()), allow_unused=True, materialize_grads=True)
     for row, gradient in zip(rows.values(), expected, strict=True):
@@ -43,7 +43,7 @@ def test_a_row_is_a_finite_difference_in_float64(engine):
     module, output, batch, size = specimen("mlp")
     module.double()
     batch = (batch[0].double(), batch[1])
-    _, rows = engine(module, output, select_parameters(module))(batch, size)
+    _, rows = engine(module, output, select_parameters(module))(ExampleBatch(batch, size))
     weight = module[0].weight
     with torch.no_grad():
         for i, j in ((0, 0), (3, 2), (11, 5)):
@@ -66,7 +66,7 @@ def test_the_module_is_left_as_it_was(name, engine):
     state = {key: value.clone() for key, value in module.state_dict().items()}
     flags = [parameter.requires_grad for parameter in module.parameters()]
     modules = dict(module.named_modules())
-    engine(module, output, select_parameters(module))(batch, size)
+    engine(module, output, select_parameters(module))(ExampleBatch(batch, size))
     assert all(torch.equal(state[key], value) for key, value in module.state_dict().items())
     assert flags == [parameter.requires_grad for parameter in module.parameters()]
     assert all(bool((parameter.grad == 1).all()) for parameter in module.parameters())
@@ -77,18 +77,18 @@ def test_the_module_is_left_as_it_was(name, engine):
 def test_loop_restores_flags_after_an_exception():
     module, output, batch, _ = specimen("mlp")
     with pytest.raises(ValueError, match="first dimension"):
-        LoopEngine(module, output, select_parameters(module, "2.*"))(batch, 7)
+        LoopEngine(module, output, select_parameters(module, "2.*"))(ExampleBatch(batch, 7))
     assert all(parameter.requires_grad for parameter in module.parameters())
 
 
 @pytest.mark.parametrize("engine", [FunctionalEngine, LoopEngine])
 def test_only_selected_parameters_are_differentiated(engine, monkeypatch):
     module, output, batch, size = specimen("mlp")
-    whole = engine(module, output, select_parameters(module))(batch, size)[1]
+    whole = engine(module, output, select_parameters(module))(ExampleBatch(batch, size))[1]
     touched: list[str] = []
     for name, parameter in module.named_parameters():
         parameter.register_hook(lambda gradient, name=name: touched.append(name))
-    head = engine(module, output, select_parameters(module, "2.*"))(batch, size)[1]
+    head = engine(module, output, select_parameters(module, "2.*"))(ExampleBatch(batch, size))[1]
     assert list(head) == ["2.weight", "2.bias"]
     torch.testing.assert_close(head["2.weight"], whole["2.weight"])
     assert not any(name.startswith("0.") for name in touched)
@@ -96,9 +96,9 @@ def test_only_selected_parameters_are_differentiated(engine, monkeypatch):
 
 def test_frozen_parameters_can_be_selected_by_name():
     module, output, batch, size = specimen("mlp")
-    whole = LoopEngine(module, output, select_parameters(module))(batch, size)[1]
+    whole = LoopEngine(module, output, select_parameters(module))(ExampleBatch(batch, size))[1]
     module.requires_grad_(False)
-    frozen = LoopEngine(module, output, select_parameters(module, "0.*"))(batch, size)[1]
+    frozen = LoopEngine(module, output, select_parameters(module, "0.*"))(ExampleBatch(batch, size))[1]
     torch.testing.assert_close(frozen["0.weight"], whole["0.weight"])
 
 
@@ -133,17 +133,17 @@ def test_an_output_that_is_not_one_scalar_is_refused():
     module, _, batch, size = specimen("mlp")
     for engine in (FunctionalEngine, LoopEngine):
         with pytest.raises(ValueError, match=r"Wrong.output returned shape \(1, 4\).*expected \(1,\)"):
-            engine(module, Wrong(), select_parameters(module))(batch, size)
+            engine(module, Wrong(), select_parameters(module))(ExampleBatch(batch, size))
 
 
-def test_an_output_without_gradient_is_refused():
+def test_an_output_without_gradient_has_a_gradient_of_zero():
     class Constant(ClassificationMargin):
         def output(self, module: nn.Module, batch: Any) -> Tensor:
             return batch[0].sum(1)
 
     module, _, batch, size = specimen("mlp")
-    with pytest.raises(ValueError, match="does not depend on any selected parameter"):
-        LoopEngine(module, Constant(), select_parameters(module))(batch, size)
+    _, rows = LoopEngine(module, Constant(), select_parameters(module))(ExampleBatch(batch, size))
+    assert [(len(row), float(row.abs().sum())) for row in rows.values()] == [(size, 0.0)] * len(rows)
 
 
 class Pair(NamedTuple):
@@ -157,17 +157,25 @@ class Record:
     name: str
 
 
-def test_batches_of_many_structures_are_sliced():
-    values = torch.arange(3)
-    batch = {
-        "pair": Pair(values, ["a", "b", "c"]),
+def nested(size: int) -> dict[str, Any]:
+    values = torch.arange(size)
+    return {
+        "pair": Pair(values, ["a", "b", "c"][:size]),
         "record": Record(values * 2, "shared"),
         "ordered": OrderedDict(x=[values, (values, 1.5)]),
         "user": UserDict(y=values),
+        "classes": ["cat", "dog", "emu"],
+        "images": [torch.full((2, 2 + i), float(i)) for i in range(size)],
+        "height and width": (3, 3),
+        "weights": torch.ones(3),
         "temperature": torch.tensor(0.5),
         "none": None,
     }
-    one = slice_batch(batch, 3, 1, 2)
+
+
+def test_batches_of_many_structures_are_taken_apart():
+    batch = nested(3)
+    one = ExampleBatch(batch, 3, find_layout(nested(2), nested(3))).take([1]).fresh()
     assert isinstance(one["pair"], Pair)
     assert one["pair"].second == ["b"]
     assert one["pair"].first.tolist() == [1]
@@ -176,15 +184,39 @@ def test_batches_of_many_structures_are_sliced():
     assert one["ordered"]["x"][1][0].tolist() == [1]
     assert isinstance(one["user"], UserDict)
     assert one["user"]["y"].tolist() == [1]
+    assert one["classes"] == ["cat", "dog", "emu"]
+    assert [tuple(image.shape) for image in one["images"]] == [(2, 3)]
+    assert one["height and width"] == (3, 3)
+    assert one["weights"].tolist() == [1, 1, 1]
     assert one["temperature"] == 0.5
-    assert batch["user"]["y"].tolist() == [0, 1, 2]
     assert infer_batch_size(batch) == 3
 
 
+def test_user_code_gets_copies():
+    batch = nested(3)
+    examples = ExampleBatch(batch, 3, find_layout(nested(2), nested(3)))
+    for fresh in (examples.fresh(), examples.take(slice(0, 2)).fresh(), examples.take([0]).fresh()):
+        fresh["user"]["y"].sub_(7)
+        fresh["images"][0].fill_(9)
+        fresh["weights"].zero_()
+        fresh["classes"].append("fox")
+        del fresh["ordered"]["x"], fresh["pair"]
+    assert batch["user"]["y"].tolist() == [0, 1, 2]
+    assert batch["images"][0].sum() == 0
+    assert batch["weights"].tolist() == [1, 1, 1]
+    assert batch["classes"] == ["cat", "dog", "emu"]
+    assert {"ordered", "pair"} <= set(batch)
+    assert "x" in batch["ordered"]
+
+
 def test_batches_that_cannot_be_taken_apart_are_refused():
-    with pytest.raises(ValueError, match=r"shape \(4, 2\) stands in a batch of 3 examples"):
-        slice_batch((torch.zeros(3), torch.zeros(4, 2)), 3, 0, 1)
+    with pytest.raises(ValueError, match=r"batch\[1\] has shape \(4, 2\) in a batch of 3 examples"):
+        ExampleBatch((torch.zeros(3), torch.zeros(4, 2)), 3).take([0])
     with pytest.raises(TypeError, match="cannot take examples out of a object"):
-        map_batch([object()], 1, lambda tensor: tensor, lambda items: items)
+        ExampleBatch([object()], 2).take([0])
     with pytest.raises(ValueError, match="cannot tell how many examples"):
         infer_batch_size({"text": ["a", "b"]})
+    with pytest.raises(ValueError, match=r"batch\['x'\] has shape \(5, 2\) in a batch of two examples and \(5, 3\)"):
+        find_layout({"x": torch.zeros(5, 2)}, {"x": torch.zeros(5, 3)})
+    with pytest.raises(ValueError, match=r"batch\[1\] has as many items as the batch has examples"):
+        ExampleBatch((torch.zeros(3), ["a", "b", "c"]), 3).take([0])

@@ -8,6 +8,7 @@ from torch.utils._pytree import tree_flatten
 from torch.utils.checkpoint import checkpoint
 
 from lightning_trak.gradients import HookEngine, LoopEngine, MixedEngine, select_parameters
+from lightning_trak.gradients.batch import ExampleBatch
 from lightning_trak.gradients.hooks import projecting
 from lightning_trak.outputs import CausalLMMargin, ClassificationMargin, NegativeLoss
 from lightning_trak.projections import GaussianProjection, IdentityProjection, KroneckerProjection, SparseProjection
@@ -28,12 +29,12 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 def assert_agrees_with_loop(module, output, batch, size, names=None):
     names = names or select_parameters(module)
     engine = HookEngine(module, output, names)
-    values, rows = engine(batch, size)
-    loop_values, loop = LoopEngine(module, output, names)(batch, size)
+    values, rows = engine(ExampleBatch(batch, size))
+    loop_values, loop = LoopEngine(module, output, names)(ExampleBatch(batch, size))
     torch.testing.assert_close(values, loop_values, rtol=1e-12, atol=1e-12)
     assert_same(rows, loop)
     assert all(gradient.any() for gradient in loop.values())
-    assert engine.check(batch, size) == {}
+    assert engine.check(ExampleBatch(batch, size)) == {}
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -64,15 +65,15 @@ def test_vmap_takes_what_hooks_leave_out(name):
     module, output, batch, size = specimen(name, dtype)
     names = select_parameters(module)
     engine = MixedEngine(module, output, names, HookEngine.uncovered(module, names))
-    values, rows = engine(batch, size)
-    loop_values, loop = LoopEngine(module, output, names)(batch, size)
+    values, rows = engine(ExampleBatch(batch, size))
+    loop_values, loop = LoopEngine(module, output, names)(ExampleBatch(batch, size))
     tolerance = {"rtol": 1e-4, "atol": 1e-6} if name == "lstm" else {"rtol": 1e-10, "atol": 1e-10}
     torch.testing.assert_close(values, loop_values, **tolerance)
     assert list(rows) == list(loop)
     torch.testing.assert_close(rows, loop, **tolerance)
     bound = IdentityProjection().bind({key: row.shape[1:] for key, row in rows.items()}, 0, 0, torch.device("cpu"))
     features = torch.zeros(size, bound.dim, dtype=dtype)
-    torch.testing.assert_close(engine.project(batch, size, bound, features), values)
+    torch.testing.assert_close(engine.project(ExampleBatch(batch, size), bound, features), values)
     torch.testing.assert_close(features, torch.cat(list(loop.values()), 1), **tolerance)
 
 
@@ -100,13 +101,15 @@ def test_unmodified_hugging_face_models(kind):
     module, output, batch = hugging_face(kind)
     names = select_parameters(module)
     assert not HookEngine.uncovered(module, names)
-    _, loop = LoopEngine(module, output, names)(batch, 3)
+    _, loop = LoopEngine(module, output, names)(ExampleBatch(batch, 3))
     engine = HookEngine(module, output, names)
-    assert_same(engine(batch, 3)[1], loop)
-    assert engine.check(batch, 3) == {}
+    assert_same(engine(ExampleBatch(batch, 3))[1], loop)
+    assert engine.check(ExampleBatch(batch, 3)) == {}
     alone = {key: value[:1] for key, value in batch.items()}
-    assert_same(HookEngine(module, output, names)(alone, 1)[1], {key: row[:1] for key, row in loop.items()})
-    assert_same(engine(alone, 1)[1], {key: row[:1] for key, row in loop.items()})
+    assert_same(
+        HookEngine(module, output, names)(ExampleBatch(alone, 1))[1], {key: row[:1] for key, row in loop.items()}
+    )
+    assert_same(engine(ExampleBatch(alone, 1))[1], {key: row[:1] for key, row in loop.items()})
 
 
 def test_a_batch_as_long_as_the_texts_is_no_excuse():
@@ -129,7 +132,7 @@ def test_streaming_equals_projecting_the_rows(name, projection, monkeypatch):
     names = select_parameters(module)
     left_out = HookEngine.uncovered(module, names)
     engine = HookEngine(module, output, {key: raw for key, raw in names.items() if key not in left_out})
-    values, rows = engine(batch, size)
+    values, rows = engine(ExampleBatch(batch, size))
     shapes = {key: parameter.shape for key, parameter in engine.parameters.items()}
     bound = projection.bind(shapes, 1, 0, torch.device("cpu"))
     expected = torch.ones(size, bound.dim, dtype=torch.float64)
@@ -141,7 +144,7 @@ def test_streaming_equals_projecting_the_rows(name, projection, monkeypatch):
         monkeypatch.setattr(projecting, "_CPU_ROWS", rows)
         monkeypatch.setattr(projecting, "_DRAWING", drawing)
         features = torch.ones(size, bound.dim, dtype=torch.float64)
-        torch.testing.assert_close(engine.project(batch, size, bound, features), values, rtol=0, atol=0)
+        torch.testing.assert_close(engine.project(ExampleBatch(batch, size), bound, features), values, rtol=0, atol=0)
         torch.testing.assert_close(features, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -164,7 +167,7 @@ def test_the_check_never_holds_the_gradients_of_two_examples(monkeypatch):
     monkeypatch.setattr(projecting, "_CPU_BYTES", 1)
     engine = HookEngine(module, ClassificationMargin(), select_parameters(module))
     with _Live() as live:
-        assert engine.check((torch.randn(4, 16), torch.tensor([0, 1, 2, 0])), 4) == {}
+        assert engine.check(ExampleBatch((torch.randn(4, 16), torch.tensor([0, 1, 2, 0])), 4)) == {}
     assert live.largest == 512 * 16
 
 
@@ -175,12 +178,14 @@ def test_streaming_never_holds_the_gradients_of_a_batch(monkeypatch):
     engine = HookEngine(module, ClassificationMargin(), select_parameters(module))
     shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
     bound = SparseProjection(32).bind(shapes, 0, 0, torch.device("cpu"))
-    engine.project(batch, size, bound, torch.zeros(size, 32))  # makes the projection, which is as large as the model
+    engine.project(
+        ExampleBatch(batch, size), bound, torch.zeros(size, 32)
+    )  # makes the projection, which is as large as the model
     with _Live() as live:
-        engine.project(batch, size, bound, torch.zeros(size, 32))
+        engine.project(ExampleBatch(batch, size), bound, torch.zeros(size, 32))
     assert live.largest <= 2 * 64 * 64
     with _Live() as live:
-        engine(batch, size)
+        engine(ExampleBatch(batch, size))
     assert live.largest >= size * 64 * 64
 
 
@@ -197,7 +202,7 @@ def test_a_few_rows_of_all_examples_are_formed_together(monkeypatch):
     shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
     bound = SparseProjection(32, cache_bytes=0).bind(shapes, 0, 0, torch.device("cpu"))
     with _Live() as live:
-        engine.project(batch, size, bound, torch.zeros(size, 32))
+        engine.project(ExampleBatch(batch, size), bound, torch.zeros(size, 32))
     assert sum(drawn) == sum(parameter.numel() for parameter in module.parameters())
     assert live.largest <= 8 * 4 * 64
 
@@ -209,9 +214,9 @@ def test_an_embedding_costs_what_a_text_is_long(monkeypatch):
     engine = HookEngine(module, ClassificationMargin(), select_parameters(module))
     shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
     bound = SparseProjection(32).bind(shapes, 0, 0, torch.device("cpu"))
-    engine.project(batch, size, bound, torch.zeros(size, 32))  # looks at shapes of outputs once
+    engine.project(ExampleBatch(batch, size), bound, torch.zeros(size, 32))  # looks at shapes of outputs once
     with _Live() as live:
-        engine.project(batch, size, bound, torch.zeros(size, 32))
+        engine.project(ExampleBatch(batch, size), bound, torch.zeros(size, 32))
     assert live.largest < 5000
 
 
@@ -263,12 +268,12 @@ def test_activation_checkpointing():
 
 def test_compiled_submodules():
     module, output, batch, size = specimen("mlp", torch.float64)
-    expected = LoopEngine(module, output, select_parameters(module))(batch, size)[1]
+    expected = LoopEngine(module, output, select_parameters(module))(ExampleBatch(batch, size))[1]
     compiled = nn.Sequential(torch.compile(module[0], backend="eager"), module[1], module[2])
     compiled.requires_grad_(False)
     compiled(batch[0])  # compiled before any hook is there, and kept: torch does not look for new hooks
     compiled.requires_grad_(True)
-    assert_same(HookEngine(compiled, output, select_parameters(compiled))(batch, size)[1], expected)
+    assert_same(HookEngine(compiled, output, select_parameters(compiled))(ExampleBatch(batch, size))[1], expected)
 
 
 def test_frozen_and_unused_parts_have_zero_gradients():
@@ -285,13 +290,13 @@ def test_frozen_and_unused_parts_have_zero_gradients():
     module = Partial()
     batch = (torch.randn(3, 4), torch.tensor([0, 1, 2]))
     names = select_parameters(module)
-    rows = HookEngine(module, ClassificationMargin(), names)(batch, 3)[1]
+    rows = HookEngine(module, ClassificationMargin(), names)(ExampleBatch(batch, 3))[1]
     assert [name for name, row in rows.items() if not row.any()] == [
         "base.weight", "base.bias", "unused.weight", "unused.bias"
     ]  # fmt: skip
     assert rows["base.weight"].shape == (3, 16)
     with pytest.raises(ValueError, match=r"does not depend on any selected parameter \(base.weight, base.bias\)"):
-        HookEngine(module, ClassificationMargin(), select_parameters(module, "base.*"))(batch, 3)
+        HookEngine(module, ClassificationMargin(), select_parameters(module, "base.*"))(ExampleBatch(batch, 3))
 
 
 def test_losses_of_any_kind():

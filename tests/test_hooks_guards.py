@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_trak.gradients import HookEngine, Layer, LoopEngine, MixedEngine, coverage_report, select_parameters
+from lightning_trak.gradients.batch import ExampleBatch
 from lightning_trak.gradients.hooks.layers import layer_of
 from lightning_trak.outputs import ClassificationMargin
 from lightning_trak.projections import SparseProjection
@@ -34,9 +35,11 @@ def test_the_module_is_left_as_it_was(name):
     before, names = attributes(module), select_parameters(module)
     engine = HookEngine(module, output, names)
     shapes = {key: parameter.shape for key, parameter in engine.parameters.items()}
-    engine(batch, size)
-    engine.project(batch, size, SparseProjection(16).bind(shapes, 0, 0, torch.device("cpu")), torch.zeros(size, 16))
-    engine.check(batch, size)
+    engine(ExampleBatch(batch, size))
+    engine.project(
+        ExampleBatch(batch, size), SparseProjection(16).bind(shapes, 0, 0, torch.device("cpu")), torch.zeros(size, 16)
+    )
+    engine.check(ExampleBatch(batch, size))
     assert all(torch.equal(state[key], value) for key, value in module.state_dict().items())
     assert flags == [parameter.requires_grad for parameter in module.parameters()]
     assert all(bool((parameter.grad == 1).all()) for parameter in module.parameters())
@@ -46,17 +49,16 @@ def test_the_module_is_left_as_it_was(name):
 
 
 class _Failing(nn.Module):
-    """Fails in the forward or in the backward pass, from the third call on: after the two that find the layout."""
+    """Fails in the forward or in the backward pass of a batch of three: after those of one and two find the layout."""
 
     def __init__(self, where: str) -> None:
         super().__init__()
         self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 3)
-        self.where, self.calls = where, 0
+        self.where = where
 
     def forward(self, x):
-        self.calls += 1
         hidden = self.first(x)
-        if self.calls > 2:
+        if len(x) > 2:
             if self.where == "forward":
                 raise KeyError("broken forward")
             hidden.register_hook(self._fail)
@@ -72,7 +74,7 @@ def test_no_hook_survives_an_exception(where):
     before = attributes(module)
     engine = HookEngine(module, ClassificationMargin(), select_parameters(module))
     with pytest.raises(KeyError, match=f"broken {where}"):
-        engine((torch.randn(3, 4), torch.tensor([0, 1, 2])), 3)
+        engine(ExampleBatch((torch.randn(3, 4), torch.tensor([0, 1, 2])), 3))
     assert_no_hooks(module)
     assert attributes(module) == before
     assert all(parameter.requires_grad for parameter in module.parameters())
@@ -84,8 +86,10 @@ def test_hooks_of_the_user_come_after():
     module[0].register_forward_hook(lambda part, args, result: result.square())
     module[2].register_forward_pre_hook(lambda part, args: (args[0] + 1,))
     names = select_parameters(module)
-    expected = LoopEngine(module, output, names)(batch, size)[1]
-    torch.testing.assert_close(HookEngine(module, output, names)(batch, size)[1], expected, rtol=1e-10, atol=1e-10)
+    expected = LoopEngine(module, output, names)(ExampleBatch(batch, size))[1]
+    torch.testing.assert_close(
+        HookEngine(module, output, names)(ExampleBatch(batch, size))[1], expected, rtol=1e-10, atol=1e-10
+    )
     assert len(module[0]._forward_hooks) == 1
 
 
@@ -151,24 +155,24 @@ def test_a_layer_of_ones_own():
     class Scale(nn.Module):
         def __init__(self):
             super().__init__()
-            self.weight = nn.Parameter(torch.tensor([1.5, 2.0, 0.5]))
+            self.gain = nn.Parameter(torch.tensor([1.5, 2.0, 0.5]))
 
         def forward(self, x):
-            return self.weight * x
+            return self.gain * x
 
     module = nn.Sequential(nn.Linear(4, 3), Scale()).double()
     names = select_parameters(module)
-    assert list(HookEngine.uncovered(module, names)) == ["1.weight"]
+    assert list(HookEngine.uncovered(module, names)) == ["1.gain"]
 
     class ScaleLayer(Layer, covers=[Scale]):
         @staticmethod
-        def weight(module, activation, gradient, size):
+        def gain(module, activation, gradient, size):
             return (activation * gradient).reshape(size, -1, 3).sum(1)
 
     assert layer_of(module[1]) is ScaleLayer
     batch = (torch.randn(5, 4).double(), torch.tensor([0, 1, 2, 0, 1]))
-    expected = LoopEngine(module, ClassificationMargin(), names)(batch, 5)[1]
-    rows = HookEngine(module, ClassificationMargin(), names)(batch, 5)[1]
+    expected = LoopEngine(module, ClassificationMargin(), names)(ExampleBatch(batch, 5))[1]
+    rows = HookEngine(module, ClassificationMargin(), names)(ExampleBatch(batch, 5))[1]
     torch.testing.assert_close(rows, expected, rtol=1e-10, atol=1e-10)
 
 
@@ -184,11 +188,11 @@ class _Borrowed(nn.Module):
 def test_check_finds_weights_used_elsewhere():
     module, batch = _Borrowed(), (torch.randn(3, 4), torch.tensor([0, 1, 2]))
     names = select_parameters(module)
-    wrong = HookEngine(module, ClassificationMargin(), names).check(batch, 3)
+    wrong = HookEngine(module, ClassificationMargin(), names).check(ExampleBatch(batch, 3))
     assert list(wrong) == ["b.weight"]
-    assert "used outside its module's forward" in wrong["b.weight"]
-    rows = MixedEngine(module, ClassificationMargin(), names, wrong)(batch, 3)[1]
-    torch.testing.assert_close(rows, LoopEngine(module, ClassificationMargin(), names)(batch, 3)[1])
+    assert "used outside its layer's forward" in wrong["b.weight"]
+    rows = MixedEngine(module, ClassificationMargin(), names, wrong)(ExampleBatch(batch, 3))[1]
+    torch.testing.assert_close(rows, LoopEngine(module, ClassificationMargin(), names)(ExampleBatch(batch, 3))[1])
 
 
 class _TimeFirst(nn.Module):
@@ -205,11 +209,11 @@ def test_examples_that_are_not_in_the_first_dimension_are_refused():
     names = select_parameters(module)
     engine = HookEngine(module, ClassificationMargin(), names)
     with pytest.raises(ValueError, match=r"cannot tell the examples apart in inner \(Linear\).*\(5, 1, 4\) for one ex"):
-        engine(batch, 3)
-    wrong = engine.check(batch, 3)
+        engine(ExampleBatch(batch, 3))
+    wrong = engine.check(ExampleBatch(batch, 3))
     assert list(wrong) == ["inner.weight", "inner.bias"]
-    rows = MixedEngine(module, ClassificationMargin(), names, wrong)(batch, 3)[1]
-    torch.testing.assert_close(rows, LoopEngine(module, ClassificationMargin(), names)(batch, 3)[1])
+    rows = MixedEngine(module, ClassificationMargin(), names, wrong)(ExampleBatch(batch, 3))[1]
+    torch.testing.assert_close(rows, LoopEngine(module, ClassificationMargin(), names)(ExampleBatch(batch, 3))[1])
 
 
 class _Folded(nn.Module):
@@ -226,7 +230,7 @@ class _Folded(nn.Module):
 
 def test_check_finds_examples_folded_the_wrong_way_round():
     module, batch = _Folded(), (torch.randn(3, 5, 4), torch.tensor([0, 1, 2]))
-    wrong = HookEngine(module, ClassificationMargin(), select_parameters(module)).check(batch, 3)
+    wrong = HookEngine(module, ClassificationMargin(), select_parameters(module)).check(ExampleBatch(batch, 3))
     assert list(wrong) == ["inner.weight", "inner.bias"]
 
 
@@ -246,11 +250,13 @@ class _Routed(nn.Module):
 def test_routing_that_changes_from_batch_to_batch_is_an_error():
     module, output = _Routed(), ClassificationMargin()
     engine = HookEngine(module, output, select_parameters(module))
-    engine((torch.ones(3, 4), torch.tensor([0, 1, 2])), 3)
+    engine(ExampleBatch((torch.ones(3, 4), torch.tensor([0, 1, 2])), 3))
     mixed = torch.ones(3, 4)
     mixed[1] = -1
-    with pytest.raises(ValueError, match=r"expert \(Linear\) was called on 2 rows in a batch of 3 examples"):
-        engine((mixed, torch.tensor([0, 1, 2])), 3)
+    with pytest.raises(
+        ValueError, match=r"expert \(Linear\) gave an output of shape \(2, 4\) in a batch of 3 examples"
+    ):
+        engine(ExampleBatch((mixed, torch.tensor([0, 1, 2])), 3))
     assert_no_hooks(module)
 
 
@@ -261,4 +267,133 @@ def test_an_output_that_is_not_one_scalar_per_example_is_refused():
 
     module, _, batch, size = specimen("mlp")
     with pytest.raises(ValueError, match=r"Wrong.output returned shape \(5, 4\) for a batch of 5 examples"):
-        HookEngine(module, Wrong(), select_parameters(module))(batch, size)
+        HookEngine(module, Wrong(), select_parameters(module))(ExampleBatch(batch, size))
+
+
+class _OwnRMSNorm(nn.Module):
+    """As Llama has it, or Gemma, which adds one to the weight."""
+
+    def __init__(self, added: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(0.5, 1.5, 4))
+        self.added = added
+
+    def forward(self, hidden_states):
+        return (self.added + self.weight) * hidden_states * hidden_states.square().mean(-1, keepdim=True).rsqrt()
+
+
+@pytest.mark.parametrize("added", [0.0, 1.0])
+def test_a_normalization_of_ones_own_is_covered_by_what_it_computes(added):
+    module = nn.Sequential(nn.Linear(4, 4), _OwnRMSNorm(added), nn.Linear(4, 3)).double()
+    names, batch = select_parameters(module), (torch.randn(5, 4).double(), torch.tensor([0, 1, 2, 0, 1]))
+    assert HookEngine.uncovered(module, names) == {}
+    expected = LoopEngine(module, ClassificationMargin(), names)(ExampleBatch(batch, 5))[1]
+    rows = HookEngine(module, ClassificationMargin(), names)(ExampleBatch(batch, 5))[1]
+    torch.testing.assert_close(rows, expected, rtol=1e-10, atol=1e-10)
+
+
+class _Exponential(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4))
+
+    def forward(self, x):
+        return self.weight.exp() * x
+
+
+def test_a_module_that_only_looks_like_a_normalization_is_refused():
+    module = nn.Sequential(nn.Linear(4, 4), _Exponential(), nn.Linear(4, 3))
+    batch = ExampleBatch((torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])), 5)
+    with pytest.raises(ValueError, match="_Exponential is not affine in its weight"):
+        HookEngine(module, ClassificationMargin(), select_parameters(module))(batch)
+
+
+class _OnlySome(nn.Module):
+    """Uses a layer's weight outside its forward for examples that begin with a negative number."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.inner(x) + F.linear(x, self.inner.weight) * (x[:, :1] < -0.5))
+
+
+def test_weights_that_only_some_examples_use_elsewhere_are_found():
+    module = _OnlySome()
+    engine = HookEngine(module, ClassificationMargin(), select_parameters(module))
+    inputs, labels = torch.rand(6, 4), torch.tensor([0, 1, 2, 0, 1, 2])
+    engine(ExampleBatch((inputs, labels), 6))
+    inputs[4, 0] = -1
+    with pytest.raises(ValueError, match=r"inner.weight is also used outside its layer's forward"):
+        engine(ExampleBatch((inputs, labels), 6))
+
+
+class _Sorted(nn.Module):
+    """Puts the examples in order of their first number while it computes, as packed sequences are."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        order = x[:, 0].argsort()
+        return self.head(torch.tanh(self.inner(x[order]))[order.argsort()])
+
+
+def test_rows_that_change_places_are_found():
+    module = _Sorted()
+    engine = HookEngine(module, ClassificationMargin(), select_parameters(module))
+    inputs = torch.tensor([3.0, 1.0, 2.0])[:, None] * torch.ones(3, 4)
+    with pytest.raises(
+        ValueError, match=r"rows of the output of inner, of shape \(3, 4\), do not belong to the 3 exam"
+    ):
+        engine(ExampleBatch((inputs, torch.tensor([0, 1, 2])), 3))
+
+
+class _Unpadded(nn.Module):
+    """Drops padding before a layer, so that an example has as many rows as it has tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x, keep):
+        full = torch.zeros_like(x)
+        full[keep] = torch.tanh(self.inner(x[keep]))
+        return self.head(full.sum(1))
+
+
+def test_rows_are_not_dealt_out_by_number_alone():
+    module = _Unpadded()
+    engine = HookEngine(module, ClassificationMargin(), select_parameters(module))
+    inputs, labels = torch.randn(4, 6, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 0])
+    for lengths in ([4, 4, 4, 4], [4, 4, 3, 5]):  # as many tokens in all, and the first two alike
+        keep = torch.arange(6) < torch.tensor(lengths)[:, None]
+        batch = ExampleBatch((inputs, keep, labels), 4)
+        if lengths[2] == 4:
+            engine(batch)
+            continue
+        with pytest.raises(ValueError, match="rows of the output of inner"):
+            engine(batch)
+
+
+class _Positions(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.places, self.head = nn.Embedding(9, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(torch.tanh(x + self.places(torch.arange(x.shape[1]))).mean(1))
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_shared_positions_as_many_as_examples_or_one(length):
+    module = _Positions().double()
+    names, labels = select_parameters(module), torch.tensor([0, 1, 2])
+    engine = HookEngine(module, ClassificationMargin(), names)
+    inputs = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0)).double()
+    for part in (inputs[:, :2], inputs[:, :length]):  # the second one has another layout
+        batch = ExampleBatch((part, labels), 3)
+        expected = LoopEngine(module, ClassificationMargin(), names)(batch)[1]
+        torch.testing.assert_close(engine(batch)[1], expected, rtol=1e-10, atol=1e-10)

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from lightning_trak.gradients import FunctionalEngine, LoopEngine, select_parameters
+from lightning_trak.gradients.batch import ExampleBatch
 from lightning_trak.outputs import (
     CausalLMMargin,
     ClassificationMargin,
@@ -164,8 +165,8 @@ def test_a_mask_of_four_dimensions_keeps_a_model_on_vmap():
         "labels": torch.tensor([0, 2, 1, 1]),
     }
     output = ClassificationMargin(forward=forward)
-    values, gradients = FunctionalEngine(module, output, select_parameters(module))(batch, 4)
+    values, gradients = FunctionalEngine(module, output, select_parameters(module))(ExampleBatch(batch, 4))
     torch.testing.assert_close(values, ClassificationMargin().output(module, batch), rtol=1e-4, atol=1e-5)
-    _, expected = LoopEngine(module, ClassificationMargin(), select_parameters(module))(batch, 4)
+    _, expected = LoopEngine(module, ClassificationMargin(), select_parameters(module))(ExampleBatch(batch, 4))
     for name in expected:
         torch.testing.assert_close(gradients[name], expected[name], rtol=1e-3, atol=1e-5)

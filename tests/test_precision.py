@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_trak import TRAK
 from lightning_trak.gradients import HookEngine, LoopEngine, MixedEngine, select_parameters
+from lightning_trak.gradients.batch import ExampleBatch
 from lightning_trak.outputs import ClassificationMargin, ContrastiveMargin
 from lightning_trak.projections import KroneckerProjection, SparseProjection
 from lightning_trak.store import FeatureStore
@@ -50,13 +51,13 @@ def test_hooks_under_autocast(name):
     module, output, batch, size = specimen(name)
     names = select_parameters(module)
     left_out = HookEngine.uncovered(module, names)
-    exact = LoopEngine(module, output, names)(batch, size)[1]
+    exact = LoopEngine(module, output, names)(ExampleBatch(batch, size))[1]
     if left_out:
         engine = MixedEngine(module, output, names, left_out, torch.bfloat16)
     else:
         engine = HookEngine(module, output, names, torch.bfloat16)
-    rough = engine(batch, size)[1]
-    assert engine.check(batch, size) == {}
+    rough = engine(ExampleBatch(batch, size))[1]
+    assert engine.check(ExampleBatch(batch, size)) == {}
     for key, gradient in exact.items():
         assert (rough[key] - gradient).norm() <= 0.05 * gradient.norm() + 1e-6, key
     assert any(not torch.equal(rough[key], gradient) for key, gradient in exact.items())

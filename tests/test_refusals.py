@@ -229,7 +229,7 @@ def test_a_store_that_cannot_be_written_can_be_scored(tmp_path, checkpoints, exp
 
 
 def test_a_shard_that_cannot_be_written_stops_featurizing(tmp_path, checkpoints, monkeypatch):
-    def full(self, checkpoint, shard, rows):
+    def full(self, checkpoint, shard, rows, engine):
         raise OSError("No space left on device")
 
     monkeypatch.setattr(FeatureStore, "write", full)

@@ -1,14 +1,32 @@
 """What every gradient engine does: gradients of the declared output, one row per example."""
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
+import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
+from lightning_trak.gradients.batch import ExampleBatch
 from lightning_trak.outputs import ModelOutput
+from lightning_trak.outputs.evaluating import exact_attention, unchanged
 from lightning_trak.projections.base import BoundProjection
+
+
+class EngineError(ValueError):
+    """An engine cannot differentiate a model rightly; another one may.
+
+    Args:
+        message: what is wrong.
+        parameters: the canonical names of the parameters at fault, if it is known.
+    """
+
+    def __init__(self, message: str, parameters: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.parameters = tuple(parameters)
 
 
 @contextmanager
@@ -25,66 +43,114 @@ def differentiating(module: nn.Module, parameters: Iterable[nn.Parameter]) -> It
             parameter.requires_grad_(flag)
 
 
+def real_shape(parameter: Tensor) -> torch.Size:
+    """The shape of a parameter's gradient in real numbers: complex ones are pairs."""
+    return torch.Size((*parameter.shape, 2)) if parameter.is_complex() else parameter.shape
+
+
+def in_real_numbers(gradient: Tensor) -> Tensor:
+    """A gradient as a dense tensor of real numbers, of :func:`real_shape`."""
+    if gradient.is_sparse:
+        gradient = gradient.to_dense()
+    return torch.view_as_real(gradient.resolve_conj()) if gradient.is_complex() else gradient
+
+
 class GradientEngine(ABC):
     """Per-example gradients of a model output.
 
-    Call it outside inference mode, on a module in eval mode. The module's parameters, ``.grad`` and buffers are left
-    alone.
+    Call it outside inference mode, on a module in eval mode. The module's attributes, parameters, ``.grad`` and buffers
+    are left alone, and so is the batch.
 
     Args:
         module: the model.
         output: the scalar output that is differentiated.
         names: canonical parameter name -> name in ``module``; only these are differentiated.
+        autocast: what forward passes are autocast to, as by mixed precision, where the engine can follow it.
     """
 
-    def __init__(self, module: nn.Module, output: ModelOutput, names: dict[str, str]) -> None:
+    def __init__(
+        self, module: nn.Module, output: ModelOutput, names: dict[str, str], autocast: torch.dtype | None = None
+    ) -> None:
         self.module = module
         self.output = output
         parameters = dict(module.named_parameters())
         self.parameters = {name: parameters[raw] for name, raw in names.items()}
         self.names = names
+        self.autocast = autocast
 
     @abstractmethod
-    def __call__(self, batch: Any, size: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, batch: ExampleBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Differentiate each example's output.
 
         Args:
-            batch: a batch without inference tensors.
-            size: its number of examples.
+            batch: the examples.
 
         Returns:
-            The outputs, shape ``(size,)``, and by canonical name the gradients, shape ``(size, numel)``.
+            The outputs, shape ``(size,)``, and by canonical name the gradients, shape ``(size, numel)``; a complex
+            element counts as two.
+
+        Raises:
+            EngineError: if the engine cannot differentiate the model rightly.
         """
 
-    def project(self, batch: Any, size: int, projection: BoundProjection, features: Tensor) -> Tensor:
+    def project(self, batch: ExampleBatch, projection: BoundProjection, features: Tensor) -> Tensor:
         """Differentiate each example's output and add the projected gradients to its feature.
 
         Args:
-            batch: a batch without inference tensors.
-            size: its number of examples.
+            batch: the examples.
             projection: a projection that is bound to the parameters.
             features: features so far, shape ``(size, dim)``, float32 or float64; changed in place.
 
         Returns:
             The outputs, shape ``(size,)``.
+
+        Raises:
+            EngineError: if the engine cannot differentiate the model rightly; ``features`` are then of no use.
         """
-        values, gradients = self(batch, size)
+        values, gradients = self(batch)
         for name, rows in gradients.items():
             projection.add_(features, name, rows)
         return values
 
-    def _require_gradient(self, value: Tensor) -> None:
-        if not value.requires_grad:
-            raise ValueError(
-                f"{type(self.output).__name__}.output does not depend on any selected parameter"
-                f" ({', '.join(self.parameters)}); choose others with parameters="
-            )
+    def outputs(self, batch: ExampleBatch) -> Tensor:
+        """The outputs of a batch, without a trace on the module or the batch.
 
-    def _one(self, value: Tensor) -> Tensor:
-        """The scalar of a batch of one, checked."""
-        if value.shape != (1,):
+        Raises:
+            ValueError: if they are no tensor.
+        """
+        with self._computing():
+            values = self.output.output(self.module, batch.fresh())
+        if not isinstance(values, Tensor):
             raise ValueError(
-                f"{type(self.output).__name__}.output returned shape {tuple(value.shape)} for a batch of one example;"
-                " expected (1,): one scalar per example"
+                f"{type(self.output).__name__}.output returned a {type(values).__name__}; expected a Tensor with one"
+                " number per example"
             )
-        return value.squeeze(0)
+        return values
+
+    def same_in_batch(self, batch: ExampleBatch, alone: Tensor, tolerance: float) -> bool:
+        """See :meth:`ModelOutput.same_in_batch <lightning_trak.outputs.ModelOutput.same_in_batch>`."""
+        with self._computing():
+            return self.output.same_in_batch(self.module, batch.fresh(), alone, tolerance)
+
+    def on(self, module: nn.Module, output: ModelOutput) -> Self:
+        """The same engine for a copy of the module and the output, without autocast."""
+        return type(self)(module, output, self.names)
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        device = next(iter(self.parameters.values())).device.type
+        with (
+            unchanged(self.module, self.output),
+            exact_attention(),
+            torch.autocast(device, self.autocast, enabled=self.autocast is not None),
+        ):
+            yield
+
+    def _require_one_each(self, values: Tensor, size: int) -> None:
+        if values.shape != (size,):
+            examples = "one example" if size == 1 else f"{size} examples"
+            each = "one scalar per example"
+            raise ValueError(
+                f"{type(self.output).__name__}.output returned shape {tuple(values.shape)} for a batch of {examples};"
+                f" expected ({size},): {each}"
+            )

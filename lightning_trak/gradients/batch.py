@@ -1,106 +1,263 @@
 """Batches of any structure, seen as a list of examples: what the gradient engines need to take one apart."""
 
+from __future__ import annotations
+
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping, MutableMapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
-_SHARED_LEAVES = (str, bytes, int, float, complex, type(None))
+Path = tuple[Any, ...]
+# What a part of a batch is: a tensor with a row for each example, a list with an item for each, the same for all, or
+# how many there are.
+Kind = Literal["rows", "items", "shared", "count"]
+Layout = Mapping[Path, Kind]
+
+_PLAIN = (str, bytes, int, float, complex, type(None))
 
 
-def map_batch(batch: Any, size: int, on_tensor: Callable[[Tensor], Any], on_list: Callable[[Any], Any]) -> Any:
-    """Rebuild a batch with every per-example leaf replaced.
+def find_layout(two: Any, three: Any) -> dict[Path, Kind]:
+    """Find out which parts of a batch belong to single examples.
 
-    Tensors with a first dimension are per-example, and so are flat lists of ``size`` strings or numbers;
-    zero-dimensional tensors, strings and numbers are shared by the whole batch. Mappings, (named) tuples, lists and
-    dataclasses nest.
+    Sizes alone do not tell: a list of three class names in a batch of three examples belongs to none of them. So a
+    batch of two is compared with a batch of three; what grows has a part for each example.
 
     Args:
-        batch: what the collate function returned.
-        size: number of examples in the batch.
-        on_tensor: called with each per-example tensor, shape ``(size, ...)``.
-        on_list: called with each per-example list of length ``size``.
+        two: a batch of twice the same example.
+        three: a batch of three times the same example.
+
+    Returns:
+        The kind of each tensor and list, by its path in the batch.
 
     Raises:
-        ValueError: if a tensor's first dimension is not ``size``.
-        TypeError: if the batch holds an object that cannot be taken apart.
+        ValueError: if a tensor grows in another dimension than the first, or by another factor.
+    """
+    layout: dict[Path, Kind] = {}
+
+    def visit(path: Path, a: Any, b: Any) -> None:
+        if isinstance(a, Tensor) and isinstance(b, Tensor):
+            layout[path] = _kind_of_tensor(path, a, b)
+        elif type(a) is int and (a, b) == (2, 3):
+            layout[path] = "count"
+        elif isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and (len(a), len(b)) == (2, 3):
+            layout[path] = "items"
+        elif not isinstance(a, _PLAIN) and type(a) is type(b):
+            layout[path] = "shared"  # a list of parts; what they are is said under their own paths
+            parts = dict(_children(b))
+            for key, part in _children(a):
+                if key in parts:
+                    visit((*path, key), part, parts[key])
+
+    visit((), two, three)
+    return layout
+
+
+def _kind_of_tensor(path: Path, a: Tensor, b: Tensor) -> Kind:
+    if a.ndim == b.ndim > 0 and (len(a), len(b)) == (2, 3):
+        return "rows"
+    if a.ndim == b.ndim and (a.ndim == 0 or len(a) == len(b)):
+        grows = [dim for dim in range(1, a.ndim) if (a.shape[dim], b.shape[dim]) == (2, 3)]
+        if not grows:
+            return "shared"
+    raise ValueError(
+        f"{_named(path)} has shape {tuple(a.shape)} in a batch of two examples and {tuple(b.shape)} in a batch of"
+        " three; expected the examples in the first dimension: change the collate_fn"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ExampleBatch:
+    """A batch of examples. User code only ever gets copies of it, made by :meth:`fresh`.
+
+    Code may take keys out of its batch or change tensors in place, and the next one to use the batch must not notice.
+
+    Args:
+        content: what the collate function and the batch transfer hooks made.
+        size: its number of examples.
+        layout: the kinds of its parts, see :func:`find_layout`; None if it is not known. Then tensors of ``size`` rows
+            have one for each example, and a list is only taken apart if it cannot be anything else.
     """
 
-    def visit(part: Any) -> Any:
-        if isinstance(part, Tensor):
-            if part.ndim == 0:
-                return part
-            if part.shape[0] != size:
-                raise ValueError(
-                    f"a tensor of shape {tuple(part.shape)} stands in a batch of {size} examples; expected {size} as"
-                    " its first dimension (or no dimension, for a value that all examples share): change the collate_fn"
-                )
-            return on_tensor(part)
-        if isinstance(part, _SHARED_LEAVES):
+    content: Any
+    size: int
+    layout: Layout | None = None
+
+    def take(self, rows: Sequence[int] | slice) -> ExampleBatch:
+        """Some of the examples, in the batch's own structure.
+
+        Raises:
+            ValueError: if a part of the batch has another number of rows than there are examples.
+            TypeError: if the batch holds an object that cannot be taken apart.
+        """
+        numbers = list(range(self.size)[rows]) if isinstance(rows, slice) else list(rows)
+
+        def pick(part: Any) -> Any:
+            if not isinstance(part, Tensor):
+                return type(part)([part[number] for number in numbers])
+            return part[rows] if isinstance(rows, slice) else part[torch.tensor(numbers, device=part.device)]
+
+        return ExampleBatch(self.rebuild(pick, len(numbers)), len(numbers), self.layout)
+
+    def fresh(self) -> Any:
+        """A copy of the whole batch, without inference tensors: autograd cannot save those."""
+        return self.rebuild(_copied)
+
+    def rows(self) -> list[Tensor]:
+        """The tensors that have a row for each example, in a fixed order.
+
+        Raises:
+            TypeError: if a list has an item for each example.
+        """
+        found: list[Tensor] = []
+
+        def collect(part: Any) -> Any:
+            if not isinstance(part, Tensor):
+                raise TypeError(f"vmap cannot map over a list of {type(part[0]).__name__}; use engine='loop'")
+            found.append(part)
             return part
-        if isinstance(part, Mapping):
-            mapped = {key: visit(value) for key, value in part.items()}
-            if not isinstance(part, MutableMapping):
-                return mapped
-            rebuilt = copy.copy(part)  # keeps the type: BatchEncoding, OrderedDict, ...
-            rebuilt.update(mapped)
-            return rebuilt
-        if isinstance(part, (list, tuple)):
-            if len(part) == size and all(isinstance(item, _SHARED_LEAVES) for item in part):
-                return on_list(part)
-            items = [visit(item) for item in part]
-            return type(part)(*items) if hasattr(part, "_fields") else type(part)(items)
-        if dataclasses.is_dataclass(part) and not isinstance(part, type):
-            return dataclasses.replace(
-                part,
-                **{field.name: visit(getattr(part, field.name)) for field in dataclasses.fields(part) if field.init},
+
+        self.rebuild(collect)
+        return found
+
+    def shapes(self) -> tuple[Any, ...]:
+        """The shapes of all tensors of the batch."""
+        found: list[Any] = [self.size]
+
+        def visit(part: Any) -> None:
+            if isinstance(part, Tensor):
+                found.append(part.shape)
+            elif not isinstance(part, _PLAIN):
+                for _, child in _children(part):
+                    visit(child)
+
+        visit(self.content)
+        return tuple(found)
+
+    def rebuild(self, of_examples: Callable[[Any], Any], count: int | None = None) -> Any:
+        """The batch with every part that belongs to single examples replaced, and all else copied.
+
+        Mappings, (named) tuples, lists and dataclasses nest.
+
+        Args:
+            of_examples: called with each tensor of shape ``(size, ...)`` and each list of ``size`` items.
+            count: how many examples the result holds, for the parts that say so; default: as many.
+        """
+
+        def visit(path: Path, part: Any) -> Any:
+            if self._belongs_to_examples(path, part):
+                return of_examples(part)
+            if type(part) is int and self.layout is not None and self.layout.get(path) == "count":
+                return part if count is None else count
+            if isinstance(part, (Tensor, *_PLAIN)):
+                return _copied(part)
+            return _with_children(part, {key: visit((*path, key), child) for key, child in _children(part)})
+
+        return visit((), self.content)
+
+    def _belongs_to_examples(self, path: Path, part: Any) -> bool:
+        kind = self.layout.get(path) if self.layout is not None else None
+        if isinstance(part, Tensor):
+            if part.ndim == 0 or kind == "shared":
+                return False
+            if len(part) != self.size:
+                raise ValueError(
+                    f"{_named(path)} has shape {tuple(part.shape)} in a batch of {self.size} examples; expected"
+                    f" {self.size} as its first dimension (or no dimension, for a value that all examples share):"
+                    " change the collate_fn"
+                )
+            return True
+        if not isinstance(part, (list, tuple)) or kind == "shared":
+            return False
+        if kind == "items":
+            if len(part) != self.size:
+                raise ValueError(
+                    f"{_named(path)} has {len(part)} items in a batch of {self.size} examples; expected one for each:"
+                    " change the collate_fn"
+                )
+            return True
+        if len(part) == self.size > 1 and part and all(isinstance(item, _PLAIN) for item in part):
+            raise ValueError(
+                f"{_named(path)} has as many items as the batch has examples, and it cannot be told whether they belong"
+                " to the examples or to all of them: make it a tensor, or keep it out of the batch"
             )
+        return False
+
+
+def _is_container(part: Any) -> bool:
+    return isinstance(part, (Mapping, list, tuple)) or (dataclasses.is_dataclass(part) and not isinstance(part, type))
+
+
+def _children(part: Any) -> Iterator[tuple[Any, Any]]:
+    """The parts of a container, by key, position or field."""
+    if isinstance(part, Mapping):
+        yield from part.items()
+    elif isinstance(part, (list, tuple)):
+        yield from enumerate(part)
+    elif dataclasses.is_dataclass(part) and not isinstance(part, type):
+        yield from ((field.name, getattr(part, field.name)) for field in dataclasses.fields(part) if field.init)
+    else:
         raise TypeError(
             f"cannot take examples out of a {type(part).__name__} in the batch; expected tensors, lists of strings or"
             " numbers, and mappings, tuples or dataclasses of them"
         )
 
-    return visit(batch)
+
+def _with_children(part: Any, children: dict[Any, Any]) -> Any:
+    """A container like the given one with other parts."""
+    if isinstance(part, Mapping):
+        if not isinstance(part, MutableMapping):
+            return children
+        rebuilt = copy.copy(part)  # keeps the type: BatchEncoding, OrderedDict, ...
+        rebuilt.update(children)
+        return rebuilt
+    if isinstance(part, (list, tuple)):
+        return type(part)(*children.values()) if hasattr(part, "_fields") else type(part)(children.values())
+    return dataclasses.replace(part, **children)
 
 
-def slice_batch(batch: Any, size: int, start: int, stop: int) -> Any:
-    """Examples ``start`` to ``stop`` of a batch of ``size``, in the batch's own structure."""
-    if start == 0 and stop >= size:
-        return batch
-    return map_batch(batch, size, lambda tensor: tensor[start:stop], lambda items: items[start:stop])
+def _copied(part: Any) -> Any:
+    """A copy that code may change; of any structure, for what belongs to one example is not looked into."""
+    if isinstance(part, Tensor):
+        return part.clone()
+    if isinstance(part, _PLAIN):
+        return part
+    try:
+        children = list(_children(part))
+    except TypeError:
+        return copy.deepcopy(part)
+    return _with_children(part, {key: _copied(child) for key, child in children})
 
 
-def fresh_batch(batch: Any, size: int) -> Any:
-    """The batch with inference tensors cloned, since autograd cannot save those; call it outside inference mode."""
-    return map_batch(
-        batch, size, lambda tensor: tensor.clone() if tensor.is_inference() else tensor, lambda items: items
-    )
+def _named(path: Path) -> str:
+    """What to call a part of a batch in errors."""
+    return "the batch" if not path else "batch" + "".join(f"[{key!r}]" for key in path)
 
 
-def infer_batch_size(batch: Any) -> int:
-    """Number of examples of a batch: the first dimension of its first tensor.
+def infer_batch_size(batch: Any, layout: Layout | None = None) -> int:
+    """Number of examples of a batch: the length of its first part that belongs to single examples.
+
+    Args:
+        batch: what the collate function made.
+        layout: the kinds of its parts; None if it is not known: then it is the first tensor with a dimension.
 
     Raises:
-        ValueError: if the batch holds no tensor with a dimension.
+        ValueError: if the batch holds nothing of the kind.
     """
-    found: list[int] = []
 
-    def visit(part: Any) -> None:
-        if isinstance(part, Tensor) and part.ndim > 0:
-            found.append(part.shape[0])
-        elif isinstance(part, Mapping):
-            for value in part.values():
-                visit(value)
-        elif isinstance(part, (list, tuple)):
-            for item in part:
-                visit(item)
-        elif dataclasses.is_dataclass(part) and not isinstance(part, type):
-            for field in dataclasses.fields(part):
-                visit(getattr(part, field.name))
+    def visit(path: Path, part: Any) -> Iterator[int]:
+        kind = layout.get(path) if layout is not None else None
+        if isinstance(part, Tensor):
+            if part.ndim > 0 and kind != "shared":
+                yield len(part)
+        elif kind == "items":
+            yield len(part)
+        elif _is_container(part):
+            for key, child in _children(part):
+                yield from visit((*path, key), child)
 
-    visit(batch)
-    if not found:
-        raise ValueError(f"cannot tell how many examples a {type(batch).__name__} without tensors holds")
-    return found[0]
+    for size in visit((), batch):
+        return size
+    raise ValueError(f"cannot tell how many examples a {type(batch).__name__} without tensors holds")

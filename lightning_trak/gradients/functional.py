@@ -1,27 +1,17 @@
 """Per-example gradients of a whole batch at once, by ``torch.func.vmap``."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value, vmap
+from torch import Tensor
+from torch.func import grad_and_value, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_trak.gradients.base import GradientEngine
-from lightning_trak.gradients.batch import map_batch
-from lightning_trak.outputs import ModelOutput
-
-
-class _OutputCall(nn.Module):
-    """Makes ``output(module, batch)`` a forward, so that ``functional_call`` can swap parameters in any user code."""
-
-    def __init__(self, module: nn.Module, output: ModelOutput) -> None:
-        super().__init__()
-        self.module = module
-        self.output = output
-
-    def forward(self, batch: Any) -> Tensor:
-        return self.output.output(self.module, batch)
+from lightning_trak.gradients.base import EngineError, GradientEngine, in_real_numbers
+from lightning_trak.gradients.batch import ExampleBatch
+from lightning_trak.gradients.substitution import Substituted
 
 
 class FunctionalEngine(GradientEngine):
@@ -31,30 +21,40 @@ class FunctionalEngine(GradientEngine):
     flow; those need :class:`~lightning_trak.gradients.loop.LoopEngine`.
     """
 
-    def __call__(self, batch: Any, size: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, batch: ExampleBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """All examples in one vectorised call."""
-        call = _OutputCall(self.module, self.output)
-        tensors: list[Tensor] = []
-
-        def collect(tensor: Tensor) -> Tensor:
-            tensors.append(tensor)
-            return tensor
-
-        map_batch(batch, size, collect, _refuse_list)
 
         def scalar(parameters: dict[str, Tensor], example: list[Tensor]) -> Tensor:
             remaining = iter(example)
-            one = map_batch(batch, size, lambda _: next(remaining).unsqueeze(0), _refuse_list)
-            swapped = {f"module.{self.names[name]}": parameter for name, parameter in parameters.items()}
-            return self._one(functional_call(call, swapped, (one,)))
+            one = batch.rebuild(lambda _: next(remaining).unsqueeze(0), 1)
+            with Substituted((self.parameters[name], tracked) for name, tracked in parameters.items()):
+                values = self.outputs(ExampleBatch(one, 1, batch.layout))
+            self._require_one_each(values, 1)
+            return values.squeeze(0)
 
         parameters = {name: parameter.detach() for name, parameter in self.parameters.items()}
         # no_grad: torch.func tracks the selected parameters itself; autograd must not also record the others.
         # The math attention kernel is the one that vmap can batch.
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-            gradients, values = vmap(grad_and_value(scalar), in_dims=(None, 0))(parameters, tensors)
-        return values, {name: gradient.reshape(size, -1) for name, gradient in gradients.items()}
+            try:
+                gradients, values = vmap(grad_and_value(scalar), in_dims=(None, 0))(parameters, batch.rows())
+            except (torch.cuda.OutOfMemoryError, ValueError, TypeError):
+                raise  # ours, or the user's: they say what is wrong themselves
+            except Exception as error:
+                raise self._translated(error) from error
+        return values, {name: self._rows(gradient) for name, gradient in gradients.items()}
 
+    def _translated(self, error: Exception) -> ValueError:
+        """What an error inside vmap means."""
+        name = type(self.module).__name__
+        if "randomness" in str(error):
+            return ValueError(
+                f"the output of {name} is random in eval mode, so that it has no one gradient: draw from a fixed"
+                " generator, or leave the noise out when not training"
+            )
+        said = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        return EngineError(f"vmap cannot differentiate {name}; it said: {said}")
 
-def _refuse_list(items: Any) -> Any:
-    raise TypeError(f"vmap cannot map over a list of {type(items[0]).__name__}; use engine='loop'")
+    @staticmethod
+    def _rows(gradient: Any) -> Tensor:
+        return in_real_numbers(gradient).flatten(1)

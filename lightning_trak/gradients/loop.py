@@ -1,29 +1,92 @@
 """Per-example gradients one example at a time: slow, and right for any model that autograd can differentiate."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from lightning_trak.gradients.base import GradientEngine, differentiating
-from lightning_trak.gradients.batch import slice_batch
+from lightning_trak.gradients.base import GradientEngine, differentiating, in_real_numbers, real_shape
+from lightning_trak.gradients.batch import ExampleBatch
+from lightning_trak.gradients.leaves import apart_from, require_own_leaves
+from lightning_trak.outputs.evaluating import modules_of
+
+
+class _RowMajor(torch.autograd.Function):
+    """The identity, whose gradient is laid out row by row."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(value: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Nothing is kept."""
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        del ctx
+        return gradient.clone(memory_format=torch.contiguous_format)
+
+
+class _RightBatchNorm(TorchFunctionMode):
+    """Makes the gradient of batch normalisation right for a single example.
+
+    In eval mode on a CPU, torch (2.13) takes a gradient in channels-last order for one in row-major order if the batch
+    holds one example, since the strides of its first dimension do not tell.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        del types
+        result = func(*args, **(kwargs or {}))
+        return _RowMajor.apply(result) if func in (F.batch_norm, torch.batch_norm) else result
 
 
 class LoopEngine(GradientEngine):
     """One backward pass per example, through ``torch.autograd.grad`` (``.grad`` is never written)."""
 
-    def __call__(self, batch: Any, size: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """One example after the other."""
-        values: list[Tensor] = []
-        rows: dict[str, list[Tensor]] = {name: [] for name in self.parameters}
-        with differentiating(self.module, self.parameters.values()), torch.enable_grad():
-            for i in range(size):
-                value = self._one(self.output.output(self.module, slice_batch(batch, size, i, i + 1)))
-                self._require_gradient(value)
-                gradients = torch.autograd.grad(
-                    value, list(self.parameters.values()), allow_unused=True, materialize_grads=True
-                )
-                values.append(value.detach())
-                for name, gradient in zip(rows, gradients, strict=True):
-                    rows[name].append(gradient.flatten())
-        return torch.stack(values), {name: torch.stack(gradients) for name, gradients in rows.items()}
+    def __call__(self, batch: ExampleBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """One example after the other. Those that depend on no selected parameter have gradients of zero."""
+        found = [self.one(batch, number) for number in range(batch.size)]
+        return torch.cat([value for value, _ in found]), {
+            name: torch.cat([rows[name] for _, rows in found]) for name in self.parameters
+        }
+
+    def one(
+        self, batch: ExampleBatch, number: int, original: nn.Module | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """One example of a batch, alone.
+
+        Args:
+            batch: the examples.
+            number: which.
+            original: the user's module; given, the output is checked to depend on nothing of it, and on no other
+                tensors that require gradients than the copy's parameters.
+
+        Returns:
+            As for a batch of one.
+
+        Raises:
+            ValueError: if the output is not one number, or depends on foreign tensors.
+        """
+        parameters = list(self.parameters.values())
+        with differentiating(self.module, parameters), torch.enable_grad():
+            with apart_from(original, self.module), _RightBatchNorm():
+                value = self.outputs(batch.take([number]))
+            self._require_one_each(value, 1)
+            if original is not None:
+                require_own_leaves(value, self.module, *modules_of(self.output))
+            if not value.requires_grad:
+                nothing = (real_shape(parameter).numel() for parameter in parameters)
+                return value, {n: value.new_zeros(1, size) for n, size in zip(self.parameters, nothing, strict=True)}
+            gradients = torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True)
+        rows = (in_real_numbers(gradient).reshape(1, -1) for gradient in gradients)
+        return value.detach(), dict(zip(self.parameters, rows, strict=True))

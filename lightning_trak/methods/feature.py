@@ -8,7 +8,7 @@ from typing import Any, TypedDict, cast
 
 import lightning as L
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_info
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -17,6 +17,7 @@ from lightning_trak.copies import uncompiled
 from lightning_trak.data import (
     Data,
     Range,
+    Stop,
     as_loaders,
     batch_ranges,
     batch_size_of,
@@ -25,7 +26,7 @@ from lightning_trak.data import (
     single_loader,
 )
 from lightning_trak.distributed import Ranks
-from lightning_trak.features import EngineName, FeatureExtractor
+from lightning_trak.features import ENGINES, EngineName, FeatureExtractor
 from lightning_trak.gradients import ParameterSelection
 from lightning_trak.methods.base import Method
 from lightning_trak.module import declared_output
@@ -55,6 +56,7 @@ class FeatureOptions(TypedDict, total=False):
     seed: int
     dtype: torch.dtype
     weights_only: bool
+    audit: int
 
 
 class FeatureMethod(Method):
@@ -77,6 +79,8 @@ class FeatureMethod(Method):
         seed: seed of the projection.
         dtype: dtype of the stored features.
         weights_only: ``False`` lets ``.ckpt`` and ``.pt`` files run code when they are read; for files you trust only.
+        audit: how many examples of each shard, and of each thousand targets, are differentiated again, one at a time by
+            plain autograd, and must have the features that the engine gave them. 0 checks none.
     """
 
     def __init__(
@@ -92,6 +96,7 @@ class FeatureMethod(Method):
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
         weights_only: bool = True,
+        audit: int = 2,
     ) -> None:
         require_one_of("engine", engine, ("auto", "functional", "hooks", "loop"))
         require_one_of("dtype", dtype, (torch.float64, torch.float32, torch.bfloat16, torch.float16))
@@ -104,6 +109,9 @@ class FeatureMethod(Method):
         self.engine: EngineName = engine
         self.seed = seed
         self.dtype = dtype
+        if not isinstance(audit, int) or audit < 0:
+            raise ValueError(f"audit must be a number of examples, 0 for none, got {audit!r}")
+        self.audit = audit
 
     @abstractmethod
     def make_scorer(self, store: FeatureStore) -> Scorer:
@@ -149,27 +157,46 @@ class FeatureMethod(Method):
         identity = self._identity(extractor) | {"precision": precision, "data": fingerprint(loader)}
         shard_size = shard_size or _default_shard_size(num_examples, loader)
         store = FeatureStore(self.store, identity, num_examples, shard_size, user=type(self).__name__)
-        if self.engine != "auto":
-            store.settle_engine(self.engine)
         self._require_engine(store, sharded)
-        missing = [store.missing(checkpoint) for checkpoint in range(store.num_checkpoints)]
         selected = sum(extractor.sizes.values())
         total = sum(parameter.numel() for parameter in self.model.parameters())
         rank_zero_info(
             f"{type(self).__name__}: {num_examples} examples at {store.num_checkpoints} checkpoints, gradients of"
             f" {selected} of {total} parameters, {type(self.projection).__name__} to {self._dim(extractor)} features:"
-            f" {sum(map(len, missing))} of {store.num_checkpoints * store.num_shards} shards to do"
+            f" {sum(map(len, _missing(store)))} of {store.num_checkpoints * store.num_shards} shards to do"
         )
-        if not any(missing):
-            return
-        jobs = [[Range(number, store.shard(number)) for number in numbers] for numbers in missing]
         datamodule = data if isinstance(data, L.LightningDataModule) else None
-        with ShardWriter(store, extractor.places) as writer:
-            module = FeaturizeModule(writer, "Featurizing", loader, extractor, store, datamodule, loader)
-            with borrowed(trainer, module):
-                trainer.predict(module, share_out(loader, jobs, trainer, sharded), return_predictions=False)
-        Ranks.of(trainer).barrier()
+        while any(missing := _missing(store)):
+            jobs = [[Range(number, store.shard(number)) for number in numbers] for numbers in missing]
+            with ShardWriter(store, extractor.places) as writer:
+                stop = Stop()
+                module = FeaturizeModule(writer, "Featurizing", loader, stop, extractor, store, datamodule, loader)
+                with borrowed(trainer, module):
+                    trainer.predict(module, share_out(loader, jobs, trainer, sharded, stop), return_predictions=False)
+            if not self._refuted(module, extractor, trainer, store):
+                break
         store.require_complete()
+
+    def _refuted(
+        self, module: FeaturizeModule, extractor: FeatureExtractor, trainer: L.Trainer, store: FeatureStore | None
+    ) -> bool:
+        """Whether a rank has found the engine to be wrong; if so, the next one is used, in a given store too."""
+        ranks = Ranks.of(trainer)
+        reasons = [reason for reason in ranks.gather(module.refuted) if reason is not None]
+        if not reasons:
+            return False
+        used = extractor.used
+        following = ENGINES[ENGINES.index(used) + 1]
+        if store is not None and used not in store.refuted_engines():
+            store.refute_engine(used, reasons[0], following)
+        what = "features of targets" if store is None else "all features of the store"
+        rank_zero_warn(
+            f"{type(self).__name__}: engine {used!r} cannot differentiate this model rightly, so {what} are computed"
+            f" again with engine {following!r}: {reasons[0]}"
+        )
+        ranks.barrier()
+        extractor.use_engine(cast(EngineName, store.settle_engine()) if store is not None else following)
+        return True
 
     def score(
         self, trainer: L.Trainer, data: Data | Sequence[DataLoader[Any]], top_k: int | None = None, largest: bool = True
@@ -281,11 +308,14 @@ class FeatureMethod(Method):
     ) -> Iterator[Features]:
         """The features of some targets, computed now and given checkpoint by checkpoint, on every rank."""
         batches = batch_ranges(examples, batch_size_of(loader))
-        buffer = FeatureBuffer(extractor.places)
-        module = FeaturizeModule(buffer, "Scoring", loader, extractor, store, datamodule)
-        with borrowed(trainer, module):
-            loaders = share_out(loader, [batches] * store.num_checkpoints, trainer, extractor.sharded)
-            trainer.predict(module, loaders, return_predictions=False)
+        while True:
+            buffer, stop = FeatureBuffer(extractor.places), Stop()
+            module = FeaturizeModule(buffer, "Scoring", loader, stop, extractor, store, datamodule)
+            with borrowed(trainer, module):
+                loaders = share_out(loader, [batches] * store.num_checkpoints, trainer, extractor.sharded, stop)
+                trainer.predict(module, loaders, return_predictions=False)
+            if not self._refuted(module, extractor, trainer, None):
+                break
         ranks = Ranks.of(trainer)
         return (
             _in_order([part for found in ranks.gather(buffer.take(checkpoint)) for part in found], examples)
@@ -302,7 +332,12 @@ class FeatureMethod(Method):
         return (range(start, min(start + step, total)) for start in range(0, total, step))
 
     def _require_engine(self, store: FeatureStore, sharded: bool) -> None:
-        engine = store.settle_engine()
+        engine, refuted = store.settle_engine(), store.refuted_engines()
+        if self.engine in refuted:
+            raise ValueError(
+                f'engine={self.engine!r} was found to get a gradient wrong when store "{store.directory}" was made:'
+                f" {refuted[self.engine]}. Use engine='auto', which goes on with {engine!r}"
+            )
         if sharded and self.engine == "auto" and engine not in (None, "hooks"):
             raise ValueError(
                 f'store "{store.directory}" was begun with engine {engine!r}, which needs whole parameters, and'
@@ -322,6 +357,7 @@ class FeatureMethod(Method):
             seed=self.seed,
             dtype=self.dtype,
             keep=keep,
+            audit=self.audit,
         )
 
     @cached_property
@@ -361,6 +397,11 @@ def require_one_of(name: str, value: object, allowed: tuple[object, ...]) -> Non
     """Check an argument that has few values."""
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
+
+
+def _missing(store: FeatureStore) -> list[list[int]]:
+    """The shards to do at each checkpoint."""
+    return [store.missing(checkpoint) for checkpoint in range(store.num_checkpoints)]
 
 
 def _in_order(parts: list[tuple[Tensor, Features]], examples: range) -> Features:

@@ -44,6 +44,8 @@ class TRAK(FeatureMethod):
         seed: seed of the projection.
         dtype: dtype of the stored features.
         weights_only: ``False`` lets ``.ckpt`` and ``.pt`` files run code when they are read; for files you trust only.
+        audit: how many examples of each shard, and of each thousand targets, are differentiated again, one at a time by
+            plain autograd, and must have the features that the engine gave them. 0 checks none.
 
     Example::
 
@@ -69,6 +71,7 @@ class TRAK(FeatureMethod):
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
         weights_only: bool = True,
+        audit: int = 2,
     ) -> None:
         require_one_of("curvature", curvature, ("gauss_newton", "identity"))
         require_one_of("residuals", residuals, ("per_checkpoint", "averaged"))
@@ -85,6 +88,7 @@ class TRAK(FeatureMethod):
             seed=seed,
             dtype=dtype,
             weights_only=weights_only,
+            audit=audit,
         )
         self.curvature: Curvature = curvature
         self.damping = require_damping(damping)

@@ -97,6 +97,17 @@ class ModelOutput(ABC):
                 (curvature,) = torch.autograd.grad(slope.sum(), variable, materialize_grads=True)
             return -slope.detach(), curvature
 
+    def same_in_batch(self, module: nn.Module, batch: Any, alone: Tensor, tolerance: float) -> bool:
+        """Whether the outputs of some examples in one batch are those that each has alone.
+
+        Args:
+            module: the model, in eval mode.
+            batch: the examples.
+            alone: the output of each of them in a batch of one, shape ``(batch,)``.
+            tolerance: relative to outputs, and absolute for small ones.
+        """
+        return close(self.output(module, batch), alone, tolerance)
+
     def make_context(self, module: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
         """What the output needs to know of other training examples at one checkpoint; nothing by default.
 
@@ -127,6 +138,13 @@ class ModelOutput(ABC):
         """
         configuration = {name: value for name, value in vars(self).items() if not name.startswith("_")}
         return {"class": _qualified_name(type(self)), **_describe(configuration, type(self).__name__)}
+
+
+def close(values: Tensor, expected: Tensor, tolerance: float) -> bool:
+    """Whether outputs agree, NaN with NaN, up to a tolerance that is relative, and absolute for small ones."""
+    return values.shape == expected.shape and torch.allclose(
+        values.double(), expected.double(), rtol=tolerance, atol=tolerance, equal_nan=True
+    )
 
 
 def _float_copy(output: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor, nn
 
-from lightning_trak.outputs.base import ModelOutput
+from lightning_trak.outputs.base import ModelOutput, close
 
 
 class NegativeLoss(ModelOutput):
@@ -49,6 +49,15 @@ class NegativeLoss(ModelOutput):
                 " reduction='none' and reduce over every dimension but the first"
             )
         return -losses.to(torch.promote_types(losses.dtype, torch.float32))
+
+    def same_in_batch(self, module: nn.Module, batch: Any, alone: Tensor, tolerance: float) -> bool:
+        """Whether losses in a batch are those of the examples alone; a loss that is reduced must be a mean or a sum."""
+        losses = self.loss_fn(module, batch)
+        if not isinstance(losses, Tensor) or losses.ndim != 0:
+            return close(-losses, alone, tolerance)
+        lowest, highest, total = float(-alone.max()), float(-alone.min()), float(-alone.sum())
+        slack = tolerance * (1 + abs(total))
+        return lowest - slack <= float(losses) <= highest + slack or abs(float(losses) - total) <= slack
 
     def loss(self, output: Tensor) -> Tensor:
         """The loss itself, shape ``(batch,)``."""

@@ -69,6 +69,8 @@ def _refusal(module: nn.Module, layer: type[Layer] | None, attribute: str) -> st
         return "no layer class covers this type"
     if "forward" in vars(module):
         return "its forward was replaced"
+    if getattr(module, attribute).is_complex():
+        return "its weights are complex"
     if not hasattr(layer, attribute):
         return f"{layer.__name__} does not know the parameter {attribute!r}"
     return layer.refusal(module)

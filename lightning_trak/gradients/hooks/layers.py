@@ -56,11 +56,27 @@ class Layer(ABC):  # noqa: B024  # what a subclass defines has the names of the 
 
     rows_are_inputs: ClassVar[bool] = False
     _registry: ClassVar[dict[type[nn.Module] | str, type[Layer]]] = {}
+    _by_structure: ClassVar[list[type[Layer]]] = []
 
-    def __init_subclass__(cls, covers: list[type[nn.Module] | str] | None = None) -> None:
-        """Register the subclass for modules of these types, or of types given as ``"package.module.Type"``."""
+    def __init_subclass__(
+        cls, covers: list[type[nn.Module] | str] | None = None, covers_by_structure: bool = False
+    ) -> None:
+        """Register the subclass for modules of these types, or of types given as ``"package.module.Type"``.
+
+        Args:
+            covers: the types.
+            covers_by_structure: register it for all modules that it :meth:`recognizes` and no type is named for.
+        """
         for kind in covers or ():
             Layer._registry[kind] = cls
+        if covers_by_structure:
+            Layer._by_structure.append(cls)
+
+    @classmethod
+    def recognizes(cls, module: nn.Module) -> bool:
+        """Whether a module of a type that is not named may be of this kind; what it computes is checked later."""
+        del module
+        return False
 
     @staticmethod
     def factored(module: nn.Module) -> bool:
@@ -76,6 +92,7 @@ class Layer(ABC):  # noqa: B024  # what a subclass defines has the names of the 
 
 
 def layer_of(module: nn.Module) -> type[Layer] | None:
-    """The layer class that covers a module's type, if any."""
+    """The layer class that covers a module's type, or else what it computes, if any."""
     kind = own_type(module)
-    return Layer._registry.get(kind) or Layer._registry.get(f"{kind.__module__}.{kind.__qualname__}")
+    named = Layer._registry.get(kind) or Layer._registry.get(f"{kind.__module__}.{kind.__qualname__}")
+    return named or next((layer for layer in Layer._by_structure if layer.recognizes(module)), None)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_trak.gradients.base import GradientEngine
+from lightning_trak.gradients.batch import ExampleBatch
 from lightning_trak.gradients.functional import FunctionalEngine
 from lightning_trak.gradients.hooks.engine import HookEngine
 from lightning_trak.outputs import ModelOutput
@@ -34,22 +34,26 @@ class MixedEngine(GradientEngine):
         vmapped: Collection[str],
         autocast: torch.dtype | None = None,
     ) -> None:
-        super().__init__(module, output, names)
+        super().__init__(module, output, names, autocast)
         hooked = {name: raw for name, raw in names.items() if name not in vmapped}
         self._hooks = HookEngine(module, output, hooked, autocast)
         self._vmap = FunctionalEngine(module, output, {name: names[name] for name in vmapped})
 
-    def __call__(self, batch: Any, size: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def on(self, module: nn.Module, output: ModelOutput) -> MixedEngine:
+        """See :meth:`GradientEngine.on`."""
+        return MixedEngine(module, output, self.names, list(self._vmap.names))
+
+    def __call__(self, batch: ExampleBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """All examples, in two passes."""
-        values, rows = self._hooks(batch, size)
-        rows |= self._vmap(batch, size)[1]
+        values, rows = self._hooks(batch)
+        rows |= self._vmap(batch)[1]
         return values, {name: rows[name] for name in self.names}
 
-    def project(self, batch: Any, size: int, projection: BoundProjection, features: Tensor) -> Tensor:
+    def project(self, batch: ExampleBatch, projection: BoundProjection, features: Tensor) -> Tensor:
         """Project both engines' gradients: see :meth:`GradientEngine.project`."""
-        self._vmap.project(batch, size, projection, features)
-        return self._hooks.project(batch, size, projection, features)
+        self._vmap.project(batch, projection, features)
+        return self._hooks.project(batch, projection, features)
 
-    def check(self, batch: Any, size: int) -> dict[str, str]:
+    def check(self, batch: ExampleBatch) -> dict[str, str]:
         """See :meth:`HookEngine.check`."""
-        return self._hooks.check(batch, size)
+        return self._hooks.check(batch)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import abstractmethod
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_trak.gradients.base import EngineError
 from lightning_trak.gradients.hooks.layers import Layer
 
 
@@ -85,3 +88,57 @@ class BatchNormLayer(_OfChannels, covers=[nn.BatchNorm1d, nn.BatchNorm2d, nn.Bat
     def normalized(module: Any, activation: Tensor) -> Tensor:
         """The input relative to the running statistics."""
         return F.batch_norm(activation, module.running_mean, module.running_var, eps=module.eps)
+
+
+class ScaleLayer(Layer, covers_by_structure=True):
+    """A module of one's own whose output is affine in its only weight, a vector along the last dimension.
+
+    Such are the RMS normalisations of Llama, Qwen, Gemma, T5 and others: some multiply by ``weight``, some by
+    ``1 + weight``. What multiplies the weight is the difference of two outputs, with weights of one and of zero. That
+    the output is affine in the weight is checked with other weights, each time.
+    """
+
+    @classmethod
+    def recognizes(cls, module: nn.Module) -> bool:
+        """One vector as ``weight``, nothing below it, and a forward of one argument."""
+        parameters = dict(module.named_parameters(recurse=False))
+        if list(parameters) != ["weight"] or parameters["weight"].ndim != 1 or any(True for _ in module.children()):
+            return False
+        arguments = list(inspect.signature(module.forward).parameters.values())
+        return len(arguments) == 1 and arguments[0].kind in (
+            arguments[0].POSITIONAL_OR_KEYWORD,
+            arguments[0].POSITIONAL_ONLY,
+        )
+
+    @classmethod
+    def weight(cls, module: Any, activation: Tensor, gradient: Tensor, size: int) -> Tensor:
+        """Shape ``(size, numel)``.
+
+        Raises:
+            EngineError: if the output is not affine in the weight.
+        """
+        weight = module.weight.detach()
+        other = torch.linspace(0.5, 1.5, len(weight), dtype=weight.dtype, device=weight.device)
+        with torch.no_grad():
+            nothing, slope, found = (
+                _with_weight(module, value, activation)
+                for value in (torch.zeros_like(weight), torch.ones_like(weight), other)
+            )
+            if slope.shape != gradient.shape or slope.shape[-1:] != weight.shape:
+                raise EngineError(f"{type(module).__name__} does not scale its last dimension by its weight")
+            slope = slope - nothing
+            error = (found - nothing - other * slope).abs().max()
+        if error > 1e-2 * slope.abs().max():
+            raise EngineError(f"{type(module).__name__} is not affine in its weight")
+        return (gradient * slope).reshape(size, -1, weight.numel()).sum(1)
+
+
+def _with_weight(module: Any, weight: Tensor, activation: Tensor) -> Tensor:
+    """The output for another weight, without the hooks on the module."""
+    own = module._parameters["weight"]
+    module._parameters["weight"] = weight
+    try:
+        output: Tensor = module.forward(activation)
+        return output
+    finally:
+        module._parameters["weight"] = own

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lightning_trak.gradients.batch import ExampleBatch
 from lightning_trak.gradients.hooks.coverage import Site
-from lightning_trak.gradients.hooks.engine import HookEngine
+from lightning_trak.gradients.hooks.engine import HookEngine, Shapes
 from lightning_trak.gradients.sharding import shard_like
+from lightning_trak.outputs.evaluating import exact_attention
 
 
 class ShardedHookEngine(HookEngine):
@@ -30,10 +32,32 @@ class ShardedHookEngine(HookEngine):
         ValueError: if a parameter's module is not covered.
     """
 
-    def _frozen(self) -> AbstractContextManager[None]:
-        return nullcontext()
+    # Each rank's shapes are its own, and a second backward pass on some ranks alone would wait for the others for ever.
+    proves_ownership: ClassVar[bool] = False
 
-    def _pairs(self, batch: Any, size: int) -> dict[str, tuple[Sequence[Tensor], Sequence[Tensor]]]:
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """FSDP2 itself changes the module's attributes in a forward pass, so they are left as they become."""
+        device = next(iter(self.parameters.values())).device.type
+        with exact_attention(), torch.autocast(device, self.autocast, enabled=self.autocast is not None):
+            yield
+
+    def _shapes(self, batch: ExampleBatch) -> Shapes:  # noqa: ARG002
+        """Anything: layouts are found once, in :meth:`check`, when all ranks have the same examples."""
+        return ()
+
+    def _outside(self) -> list[nn.Parameter]:
+        return []
+
+    @contextmanager
+    def _frozen_inside(self) -> Iterator[None]:
+        yield
+
+    @contextmanager
+    def _differentiating(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:  # noqa: ARG002
+        yield
+
+    def _pairs(self, batch: ExampleBatch) -> dict[str, tuple[Sequence[Tensor], Sequence[Tensor]]]:
         """A rank holds its part of the gradients alone, and of one parameter the whole; the reference is FSDP2's own.
 
         Raises:
@@ -49,15 +73,15 @@ class ShardedHookEngine(HookEngine):
                         f"{name} has {like.dtype} weights and is used in {gradient.dtype}; features are computed in the"
                         " precision of the weights: leave param_dtype out of fully_shard's MixedPrecisionPolicy"
                     )
-                parts = getattr(site.layer, attribute)(site.module, activation, gradient, size)
-                own = [shard_like(part, like) for part in parts.reshape(size, *like.shape)]
+                parts = getattr(site.layer, attribute)(site.module, activation, gradient, batch.size)
+                own = [shard_like(part, like) for part in parts.reshape(batch.size, *like.shape)]
                 rows[name] = [a + b for a, b in zip(rows[name], own, strict=True)] if name in rows else own
 
-        self._backward(batch, size, collect)
+        self._backward(batch, collect)
         expected: dict[str, list[Tensor]] = {name: [] for name in self.parameters}
-        with self._eager(), torch.enable_grad():
-            for position in range(size):
-                self._outputs(batch)[position].backward()  # type: ignore[no-untyped-call]
+        with self._eager():
+            for position in range(batch.size):
+                self.outputs(batch)[position].backward()  # type: ignore[no-untyped-call]
                 for name, parameter in self.parameters.items():
                     gradient, parameter.grad = parameter.grad, None
                     expected[name].append(torch.zeros_like(parameter) if gradient is None else gradient)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_trak.checkpoints import CheckpointsLike
 from lightning_trak.gradients import HookEngine, ParameterSelection, select_parameters
-from lightning_trak.gradients.batch import fresh_batch
+from lightning_trak.gradients.batch import ExampleBatch
 from lightning_trak.gradients.hooks.coverage import Site
 from lightning_trak.methods.feature import require_one_of
 from lightning_trak.methods.influence.base import Influence
@@ -126,14 +126,14 @@ class EKFACInfluence(Influence):
         engine = _CovarianceEngine(extractor.module, weighted, extractor.names, blocks)
         with extractor.differentiable():
             for number, (batch, size) in enumerate(passes.batches(passes.train)):
-                fresh = fresh_batch(batch, size)
-                wrong = engine.check(fresh, size) if number == 0 else {}
+                examples = ExampleBatch(batch, size, extractor.layout)
+                wrong = engine.check(examples) if number == 0 else {}
                 if wrong:
                     raise ValueError(
                         f"EK-FAC cannot see all that the model does with some parameters, leave them out by"
                         f" parameters=: {_listed(wrong)}"
                     )
-                engine.add(fresh, size)
+                engine.add(examples)
         return [Basis(*(torch.linalg.eigh(part)[1].to(passes.dtype) for part in pair)) for pair in engine.covariances]
 
     def _eigenvalues(self, passes: Passes, blocks: list[Block], bases: list["Basis"]) -> list[Tensor]:
@@ -195,7 +195,7 @@ class _CovarianceEngine(HookEngine):
         self._blocks = blocks
         self.covariances: list[list[Tensor]] = [[] for _ in blocks]
 
-    def add(self, batch: Any, size: int) -> None:
+    def add(self, batch: ExampleBatch) -> None:
         """Add a batch."""
         seen: set[nn.Module] = set()
 
@@ -207,11 +207,11 @@ class _CovarianceEngine(HookEngine):
                 )
             seen.add(site.module)
             number = self._numbers[site.module]
-            pair = [(side.T @ side).double() for side in self._blocks[number].sides(activation, gradient, size)]
+            pair = [(side.T @ side).double() for side in self._blocks[number].sides(activation, gradient, batch.size)]
             known = self.covariances[number]
             self.covariances[number] = [sum_ + part for sum_, part in zip(known, pair, strict=True)] if known else pair
 
-        self._backward(batch, size, receive)
+        self._backward(batch, receive)
 
 
 def _listed(reasons: dict[str, str]) -> str:

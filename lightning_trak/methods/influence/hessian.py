@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_trak.gradients.batch import fresh_batch
+from lightning_trak.gradients.batch import ExampleBatch
 from lightning_trak.methods.influence.passes import Passes
 from lightning_trak.scorers.damping import Damping, absolute_damping
 from lightning_trak.scorers.gram import gram_matrix
@@ -66,7 +66,8 @@ class Hessian:
         output = self.passes.extractor.output
         multiply = self._exact if self.kind == "exact" else self._gauss_newton
         with self.passes.differentiable():
-            outputs = output.output(self.passes.extractor.module, fresh_batch(batch, size))
+            extractor = self.passes.extractor
+            outputs = output.output(extractor.module, ExampleBatch(batch, size, extractor.layout).fresh())
             slopes_of = output.loss(outputs).sum() if self.kind == "exact" else outputs
             return torch.cat(multiply(slopes_of, parameters, torch.split(vectors, _TOGETHER)))
 

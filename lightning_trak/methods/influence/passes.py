@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lightning_trak.data import batch_size_of, load, sample_batches, transfer_hook
 from lightning_trak.features import GRADIENT_BYTES, FeatureExtractor, require_finite
 from lightning_trak.gradients.base import differentiating
+from lightning_trak.gradients.batch import Layout, find_layout
 from lightning_trak.methods.examples import Examples
 from lightning_trak.store import Features
 
@@ -28,6 +29,7 @@ class Passes:
     def __init__(self, extractor: FeatureExtractor, trainer: L.Trainer, train: Examples) -> None:
         self.extractor = extractor
         self.train = train
+        self._layouts: dict[Examples, Layout] = {}
         self.device = trainer.strategy.root_device
         self._convert = trainer.precision_plugin.convert_input
         trainer.precision_plugin.convert_module(extractor.module).to(self.device)
@@ -68,6 +70,10 @@ class Passes:
             examples: the dataset.
             positions: what is in each batch; default: everything once, in batches of the loader's size.
         """
+        if examples not in self._layouts:
+            probes = load(examples.loader, [[0, 0], [0, 0, 0]])
+            self._layouts[examples] = find_layout(*(self._transferred(batch, examples.datamodule) for batch in probes))
+        self.extractor.layout = self._layouts[examples]
         if positions is None:
             positions = _cut(range(len(examples)), batch_size_of(examples.loader))
         sizes: list[int] = []

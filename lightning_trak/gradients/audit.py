@@ -1,0 +1,171 @@
+"""Some examples are differentiated again, alone and by plain autograd: the features that they have must be right."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+
+from lightning_trak.gradients.base import EngineError, GradientEngine
+from lightning_trak.gradients.batch import ExampleBatch
+from lightning_trak.gradients.loop import LoopEngine
+from lightning_trak.outputs.base import close
+from lightning_trak.projections.base import BoundProjection
+
+
+def rounding_tolerance(dtype: torch.dtype) -> float:
+    """The relative difference of two gradients that rounding alone explains, where no kink is near."""
+    return {torch.float64: 1e-7, torch.float32: 1e-3}.get(dtype, 0.05)
+
+
+class Audit:
+    """Compares features with those of one example alone, by plain autograd.
+
+    Args:
+        engine: what has made the features.
+        reference: differentiates one example at a time, in the same precision.
+        projection: how the gradients were projected.
+        original: the user's module, of which the copy must be independent.
+    """
+
+    def __init__(
+        self, engine: GradientEngine, reference: LoopEngine, projection: BoundProjection, original: nn.Module
+    ) -> None:
+        self._engine = engine
+        self._reference = reference
+        self._projection = projection
+        self._original = original
+        parameter = next(iter(reference.parameters.values()))
+        self._dtype = reference.autocast or parameter.dtype
+        self._tolerance = rounding_tolerance(self._dtype)
+
+    def __call__(self, batch: ExampleBatch, number: int, features: Tensor, outputs: Tensor, name: str) -> None:
+        """Compare one example.
+
+        Args:
+            batch: the batch that was featurized.
+            number: which of its examples to differentiate again.
+            features: of the batch, shape ``(size, k)``.
+            outputs: of the batch, shape ``(size,)``.
+            name: what to call the example in errors.
+
+        Raises:
+            EngineError: if the engine has given it another feature, naming the parameters at fault.
+            ValueError: if its output depends on other examples or on foreign tensors, or is another one each time.
+        """
+        alone, gradients = self._reference.one(batch, number, self._original)
+        self._require_independent(batch, number, alone, name)
+        if not bool(alone.isfinite()) or not bool(features[number].isfinite().all()):
+            return  # what is not finite is refused with its own name, whoever made it
+        expected = self._projected(gradients, features)
+        noise = 1e-2 * self._tolerance * float(features.norm(dim=1).nan_to_num(0, 0, 0).max())
+        off = float((features[number] - expected).norm())
+        limit = self._tolerance * float(expected.norm()) + noise
+        wrong_output = not close(outputs[number : number + 1], alone, self._tolerance)
+        if not wrong_output and (off <= limit or self._explained_by_kinks(batch, number, features[number])):
+            return
+        if isinstance(self._engine, LoopEngine):
+            raise ValueError(
+                f"{name}: the output or its gradient is another one each time that it is computed: draw from a fixed"
+                " generator, leave noise out when not training, and keep no state between calls"
+            )
+        share = off / max(float(expected.norm()), torch.finfo(expected.dtype).tiny)
+        what = (
+            f"its output is {float(outputs[number]):.6g} where plain autograd has {float(alone):.6g}"
+            if wrong_output
+            else f"its gradient is off by {share:.2g} of its norm{self._at_fault(batch, number, gradients)}"
+        )
+        raise EngineError(f"{name}: {what}, compared with plain autograd on this example alone")
+
+    def _projected(self, gradients: dict[str, Tensor], like: Tensor) -> Tensor:
+        feature = torch.zeros(1, self._projection.dim, dtype=like.dtype, device=like.device)
+        for name, row in gradients.items():
+            self._projection.add_(feature, name, row)
+        return feature[0]
+
+    def _require_independent(self, batch: ExampleBatch, number: int, alone: Tensor, name: str) -> None:
+        with torch.no_grad():
+            if not close(self._reference.outputs(batch.take([number])), alone, self._tolerance):
+                raise ValueError(
+                    f"{name}: the output of {type(self._reference.module).__name__} is random in eval mode, so that it"
+                    " has no one gradient: draw from a fixed generator, or leave the noise out when not training"
+                )
+            if batch.size > 1:
+                other = (number + 1) % batch.size
+                both = torch.cat([alone, self._reference.outputs(batch.take([other]))])
+                require_independent(self._reference, batch.take([number, other]), both, name, self._dtype)
+
+    def _at_fault(self, batch: ExampleBatch, number: int, expected: dict[str, Tensor]) -> str:
+        """The parameters whose gradients differ, for a message."""
+        try:
+            rows = self._engine(batch)[1]
+        except (RuntimeError, TypeError, ValueError, IndexError):
+            return ""
+        scale = sum(float(row.norm()) ** 2 for row in expected.values()) ** 0.5
+        wrong = [
+            name
+            for name, row in expected.items()
+            if float((rows[name][number] - row[0]).norm()) > self._tolerance * (float(row.norm()) + 1e-2 * scale)
+        ]
+        return f", in {', '.join(wrong[:5])}{', ...' if len(wrong) > 5 else ''}" if wrong else ""
+
+    def _explained_by_kinks(self, batch: ExampleBatch, number: int, feature: Tensor) -> bool:
+        """Whether engine and autograd agree in float64, so that a rectifier or maximum which is nearly tied differs.
+
+        Kernels round differently for one example than for many, and at a kink rounding decides between two gradients.
+        """
+        if self._dtype == torch.float64:
+            return False
+        pair = batch.take([number, (number + 1) % batch.size] if batch.size > 1 else [number])
+        pair = ExampleBatch(_in_double(pair.content), pair.size, pair.layout)
+        module = copy.deepcopy(self._reference.module).double()
+        output = copy.deepcopy(self._reference.output)
+        for attribute, value in vars(output).items():
+            setattr(output, attribute, value.double() if isinstance(value, nn.Module) else _in_double(value))
+        try:
+            rows = self._engine.on(module, output)(pair)[1]
+            _, expected = self._reference.on(module, output).one(pair, 0)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError, ValueError):  # such as a model that casts to float32 itself
+            return False
+        scale = sum(float(row.norm()) ** 2 for row in expected.values()) ** 0.5
+        off = sum(float((rows[name][0] - row[0]).norm()) ** 2 for name, row in expected.items()) ** 0.5
+        whole = self._projected(expected, feature.double())
+        loose = 0.05 if self._dtype == torch.float32 else 0.5
+        return off <= 1e-6 * scale and float((feature.double() - whole).norm()) <= loose * float(whole.norm())
+
+
+def require_independent(
+    reference: GradientEngine, pair: ExampleBatch, alone: Tensor, name: str, dtype: torch.dtype
+) -> None:
+    """Check that outputs do not depend on what else is in a batch.
+
+    Args:
+        reference: computes outputs.
+        pair: two examples.
+        alone: the output of each of them alone, shape ``(2,)``.
+        name: what to call the first one in errors.
+        dtype: precision of the outputs.
+
+    Raises:
+        ValueError: if they do.
+    """
+    with torch.no_grad():
+        if reference.same_in_batch(pair, alone, rounding_tolerance(dtype)):
+            return
+    raise ValueError(
+        f"{name}: its output is {float(alone[0]):.6g} alone and another one in a batch with another example. An output"
+        " that depends on the rest of the batch has no gradient of its own. In-batch contrastive losses do so (use"
+        " ContrastiveMargin), and so do batch normalisation without running statistics and padding that is not masked"
+        " (mask it, pad all examples to one length, or use batch_size=1)"
+    )
+
+
+def _in_double(content: Any) -> Any:
+    return apply_to_collection(
+        content, Tensor, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor
+    )

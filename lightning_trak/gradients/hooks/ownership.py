@@ -1,0 +1,39 @@
+"""A check that each row of a layer's output belongs to the example that it is taken for."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def example_weights(size: int, like: Tensor) -> Tensor:
+    """A weight for each example, different enough to tell them apart, shape ``(size,)``."""
+    generator = torch.Generator().manual_seed(0)
+    return (1 + torch.rand(size, generator=generator, dtype=torch.float64)).to(like)
+
+
+def row_norms(gradient: Tensor) -> Tensor:
+    """The norm of each row, in at least float32, shape ``(rows,)``."""
+    dtype = torch.promote_types(gradient.dtype, torch.float32)
+    norms: Tensor = torch.linalg.vector_norm(gradient.reshape(len(gradient), -1), dim=1, dtype=dtype)
+    return norms
+
+
+def misplaced(norms: Tensor, weighted: Tensor, weights: Tensor) -> float:
+    """How far rows are from belonging to the examples that they are taken for.
+
+    Where only one example's output depends on a row, and that output gets a weight, the row's gradient gets the same
+    weight. A row that another example owns gets another one, and so does a row that several examples share.
+
+    Args:
+        norms: of the rows' gradients where every output has weight 1, shape ``(rows,)``.
+        weighted: where the outputs have weights.
+        weights: of the examples, shape ``(size,)``; ``rows`` is a multiple of ``size``, and an example's rows follow
+            each other.
+
+    Returns:
+        The largest difference to what is expected, relative to the largest gradient.
+    """
+    expected = norms * weights.repeat_interleave(len(norms) // len(weights)).to(norms)
+    largest = expected.max()
+    return float((weighted - expected).abs().max() / largest) if largest > 0 else 0.0

@@ -1,0 +1,111 @@
+"""What an output depends on beside the parameters of the module that it is computed on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+_WRITE_IT_SO = (
+    "attribution works on a copy of the model, and a lambda, closure or partial that was made in __init__ still refers"
+    " to the original: make it a method, or pass the module to the function as an argument"
+)
+
+
+def leaves_of(value: Tensor) -> list[Tensor]:
+    """The leaves of a tensor's autograd graph, each once."""
+    leaves: list[Tensor] = []
+    waiting, seen = [value.grad_fn], {value.grad_fn}
+    if value.grad_fn is None and value.requires_grad:
+        return [value]
+    while waiting:
+        node = waiting.pop()
+        if node is None:
+            continue
+        if hasattr(node, "variable"):
+            leaves.append(node.variable)
+        for following, _ in node.next_functions:
+            if following not in seen:
+                seen.add(following)
+                waiting.append(following)
+    return leaves
+
+
+def require_own_leaves(value: Tensor, module: nn.Module, *others: nn.Module) -> None:
+    """Check that an output is differentiable in parameters of the module, and in nothing else.
+
+    Args:
+        value: an output that was computed by plain autograd.
+        module: the copy of the user's module that it was computed on.
+        others: modules whose parameters are constants of the output, such as those that a ModelOutput holds.
+
+    Raises:
+        ValueError: if another tensor that requires gradients is among the leaves of its graph.
+    """
+    own = {id(parameter) for part in (module, *others) for parameter in part.parameters()}
+    foreign = [leaf for leaf in leaves_of(value) if id(leaf) not in own]
+    if foreign:
+        shapes = ", ".join(str(tuple(leaf.shape)) for leaf in foreign[:3]) + (", ..." if len(foreign) > 3 else "")
+        raise ValueError(
+            f"the output of {type(module).__name__} depends on {len(foreign)} tensors that require gradients and are"
+            f" not parameters of the copy that is differentiated, of shapes {shapes}. If they are the model's own,"
+            f" {_WRITE_IT_SO}; a parameter in a plain list or dict must be registered too. If they are constants,"
+            " call requires_grad_(False) on them"
+        )
+
+
+@contextmanager
+def apart_from(original: nn.Module | None, copied: nn.Module) -> Iterator[None]:
+    """Refuse that code which works on a copy of a module reads parameters or buffers of the original.
+
+    Args:
+        original: the user's module; None checks nothing.
+        copied: the copy.
+
+    Raises:
+        ValueError: if an operation reads one, naming it.
+    """
+    if original is None:
+        yield
+        return
+    own = {tensor.untyped_storage().data_ptr() for _, tensor in _tensors(copied)}
+    names = {tensor.untyped_storage().data_ptr(): name for name, tensor in _tensors(original)}
+    with _Reading({pointer: name for pointer, name in names.items() if pointer and pointer not in own}) as reading:
+        yield
+    if reading.found:
+        found = sorted(reading.found)
+        raise ValueError(
+            f"the output of {type(original).__name__} reads {', '.join(found[:3])}{', ...' if len(found) > 3 else ''}"
+            f" of the module that was passed, not of the copy that has the checkpoint's weights: {_WRITE_IT_SO}"
+        )
+
+
+class _Reading(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes which of some storages operations read."""
+
+    def __init__(self, names: Mapping[int, str]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._names = names
+        self.found: set[str] = set()
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        del types
+        for value in tree_iter((args, kwargs)):
+            if isinstance(value, Tensor) and type(value) in (Tensor, nn.Parameter) and not value.is_sparse:
+                name = self._names.get(value.untyped_storage().data_ptr())
+                if name is not None:
+                    self.found.add(name)
+        return func(*args, **(kwargs or {}))
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers that have memory of their own."""
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if not nn.parameter.is_lazy(tensor) and type(tensor) in (Tensor, nn.Parameter) and not tensor.is_sparse:
+            yield name, tensor
