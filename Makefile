@@ -1,11 +1,13 @@
 # make demo   set everything up in .venv, then run the main job on real data
 # make test   set everything up in .venv, then run all tests
+# make fuzz   many random models and data against autograd; FUZZ_EXAMPLES=1000 by default
 # make lint   ruff and mypy
 # make docs   the documentation as HTML, in docs/_build
 PYTHON ?= python3
+FUZZ_EXAMPLES ?= 1000
 BIN := .venv/bin
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test fuzz lint docs clean
 
 demo: .venv/.demo
 	$(BIN)/python -m examples.digits --out demo_output
@@ -13,6 +15,9 @@ demo: .venv/.demo
 # One thread in each of two test processes: more would only wait for each other.
 test: .venv/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
+
+fuzz: .venv/.test
+	OMP_NUM_THREADS=1 FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest tests/test_fuzz.py --numprocesses 2
 
 lint: .venv/.lint
 	$(BIN)/ruff check .
