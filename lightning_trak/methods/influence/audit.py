@@ -31,7 +31,7 @@ def audit(passes: Passes, examples: Examples) -> None:
             with passes.computing():
                 extractor(batch, torch.tensor(positions), range(size))
             return
-        except EngineError:
+        except EngineError:  # noqa: PERF203
             if extractor.engine_name != "auto" or extractor.used == "loop":
                 raise
             extractor.use_engine(ENGINES[ENGINES.index(extractor.used) + 1])
