@@ -178,11 +178,14 @@ class Original:
                 self._kept[name] = original.clone() if is_sharded(original) else original.to("cpu", copy=True)
 
 
-def loaded_digest(module: nn.Module) -> str:
-    """SHA-256 over all parameters and buffers as they are now, whether a checkpoint gives them or not.
+def state_digest(module: nn.Module, given: Iterable[str] = ()) -> str:
+    """SHA-256 over all parameters and buffers as they are now, but for those that a checkpoint gives.
+
+    With the digest of a checkpoint, it stands for everything that the module holds once that is loaded.
 
     Args:
-        module: a copy of the user's module with a checkpoint loaded. If it is sharded, all ranks must ask.
+        module: a copy of the user's module. If it is sharded, all ranks must ask.
+        given: names in the checkpoint.
 
     Returns:
         The same for equal names, dtypes, shapes and bytes; tied tensors count under each of their names.
@@ -192,7 +195,7 @@ def loaded_digest(module: nn.Module) -> str:
     """
     tensors = _tensors(module)
     digest = hashlib.sha256()
-    for name in sorted(tensors):
+    for name in sorted(set(tensors) - set(map(canonical_name, given))):
         parts = {f"{name}{suffix}": part for suffix, part in _plain(name, tensors[name][1].detach()).items()}
         digest.update(tensor_digest(parts).encode())
     return digest.hexdigest()

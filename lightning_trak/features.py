@@ -24,7 +24,7 @@ from lightning_trak.gradients import (
     coverage_report,
     select_parameters,
 )
-from lightning_trak.gradients.audit import Audit, require_independent
+from lightning_trak.gradients.audit import Audit, require_independent, rounding_tolerance
 from lightning_trak.gradients.base import EngineError, real_shape
 from lightning_trak.gradients.batch import ExampleBatch, Layout, infer_batch_size
 from lightning_trak.outputs import ModelOutput
@@ -229,6 +229,17 @@ class FeatureExtractor:
                 numbers = [number - start for number in audited if rows.start <= number < rows.stop]
                 parts.append(self._rows(part, positions[rows], numbers))
             return Features.cat(parts)
+
+    @property
+    def rounding(self) -> float:
+        """The relative difference of outputs that rounding explains."""
+        weights = next(iter(self._engine.parameters.values()))
+        return rounding_tolerance(self._engine.autocast or weights.dtype)
+
+    def outputs_alone(self, examples: ExampleBatch) -> Tensor:
+        """The output of each example in a batch of one, at the current checkpoint."""
+        with self.differentiable():
+            return torch.cat([self._engine.outputs(examples.take([number])) for number in range(examples.size)])
 
     def require_independent(self, twice: Any, again: Any, other: Any, pair: Any) -> None:
         """Check that the output of an example does not depend on which other ones it is collated with.

@@ -196,7 +196,7 @@ class FeatureStore:
                 made, have = "other training data of this size", "data that differ in eight items spread over them"
             elif field == "checkpoints" and isinstance(theirs, list) and len(theirs) == len(mine):
                 number = next(i for i, pair in enumerate(zip(mine, theirs, strict=True)) if pair[0] != pair[1])
-                made, have = f"other weights as checkpoint {number}", "the same number of them"
+                made, have = f"other weights or buffers at checkpoint {number}", "the same number of checkpoints"
             elif field in ("checkpoints", "parameters") and isinstance(theirs, list):
                 made, have = f"{len(theirs)} {field}", f"{len(mine)}"
                 differing = [item[0] for item in [*mine, *theirs] if (item in mine) != (item in theirs)]
@@ -240,6 +240,16 @@ class FeatureStore:
         if not missing and any(self.read_extra(checkpoint, name, self.key) is None for name in extras):
             return [0]
         return missing
+
+    def begun(self) -> dict[int, int]:
+        """The first shard that is there, for each checkpoint that has one."""
+        there = {c: sorted(set(range(self.num_shards)) - set(self.missing(c))) for c in range(self.num_checkpoints)}
+        return {checkpoint: shards[0] for checkpoint, shards in there.items() if shards}
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether the training data were the same twice."""
+        return self._manifest["identity"].get("data") is not None
 
     def require_complete(self) -> None:
         """Check that every shard is there.

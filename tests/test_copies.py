@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_trak import TRAK
-from lightning_trak.copies import Original, copy_module, loaded_digest
+from lightning_trak.copies import Original, copy_module, state_digest
 from lightning_trak.methods import RepresentationSimilarity
 from lightning_trak.projections import SparseProjection
 from tests.lit import TARGETS, TRAIN, LitNet, make_checkpoints, make_model, make_trainer
@@ -218,7 +218,7 @@ def test_the_digest_tells_everything_apart() -> None:
     def change(edit: Any) -> str:
         module = copy.deepcopy(MODEL)
         edit(module)
-        return loaded_digest(module)
+        return state_digest(module)
 
     def flip(tensor: Tensor) -> None:
         tensor.view(-1).view(torch.uint8)[0] ^= 1
@@ -235,22 +235,22 @@ def test_the_digest_tells_everything_apart() -> None:
     ]
     MODEL = make_model()
     digests = [change(edit) for edit in edits]
-    assert digests[0] == loaded_digest(MODEL)
+    assert digests[0] == state_digest(MODEL)
     assert len(set(digests)) == len(edits)
     MODEL.train()
-    assert digests[0] == loaded_digest(MODEL)
+    assert digests[0] == state_digest(MODEL)
     MODEL.first = torch.compile(MODEL.first, backend="eager")  # which puts _orig_mod into names
-    assert digests[0] == loaded_digest(MODEL)
+    assert digests[0] == state_digest(MODEL)
 
 
 def test_the_digest_is_that_of_the_weights_and_not_of_how_they_came() -> None:
     module = copy_module(trained(Partial))
     original = Original(module)
     original.load(part(WEIGHTS[0], "head"), "it")
-    parts = loaded_digest(module)
+    parts = state_digest(module)
     whole = copy_module(make_model())
     Original(whole).load(make_model().state_dict() | part(WEIGHTS[0], "head"), "it")
-    assert parts == loaded_digest(whole)
+    assert parts == state_digest(whole)
 
 
 def test_the_digest_of_odd_tensors() -> None:
@@ -276,11 +276,11 @@ def test_the_digest_of_odd_tensors() -> None:
         for kind in kinds:
             module = nn.Module()
             module.register_buffer("buffer", kind, persistent=False)
-            digests.append(loaded_digest(module))
+            digests.append(state_digest(module))
             original = Original(copy_module(module))
             original.restore()
-            assert loaded_digest(original._module) == digests[-1]
+            assert state_digest(original._module) == digests[-1]
     assert len(set(digests)) == len(kinds)
     module.register_buffer("buffer", torch.empty(2, device="meta"))
     with pytest.raises(ValueError, match="buffer is on the meta device, without content"):
-        loaded_digest(module)
+        state_digest(module)

@@ -1,5 +1,6 @@
 """What methods over stored gradient features share: a model, its checkpoints and a store in, attributions out."""
 
+import hashlib
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from lightning_trak.checkpoints import CheckpointSource, resolve_checkpoints
 from lightning_trak.checks import positive
-from lightning_trak.copies import uncompiled
+from lightning_trak.copies import state_digest, uncompiled
 from lightning_trak.data import (
     Data,
     Range,
@@ -29,7 +30,7 @@ from lightning_trak.data import (
 )
 from lightning_trak.distributed import Ranks
 from lightning_trak.features import ENGINES, EngineName, FeatureExtractor
-from lightning_trak.files import local_directory
+from lightning_trak.files import local_directory, tensor_digest
 from lightning_trak.fingerprints import module_fingerprint
 from lightning_trak.gradients import ParameterSelection
 from lightning_trak.methods.base import Method
@@ -368,7 +369,7 @@ class FeatureMethod(Method):
             self.model,
             self.output,
             self.checkpoints,
-            self._weights,
+            [digest for digest, _ in self._contents],
             self.projection,
             parameters=self.parameters,
             engine=self.engine,
@@ -379,8 +380,10 @@ class FeatureMethod(Method):
         )
 
     @cached_property
-    def _weights(self) -> list[str]:
-        return [checkpoint.fingerprint() for checkpoint in self.checkpoints]
+    def _contents(self) -> list[tuple[str, frozenset[str]]]:
+        """The digest of each checkpoint, and the names in it."""
+        loaded = (checkpoint.load() for checkpoint in self.checkpoints)
+        return [(tensor_digest(weights), frozenset(weights)) for weights in loaded]
 
     def _dim(self, extractor: FeatureExtractor) -> int:
         return self.projection.bind(extractor.shapes, seed=self.seed, checkpoint=0, device=torch.device("cpu")).dim
@@ -394,7 +397,10 @@ class FeatureMethod(Method):
             "output": self.output.fingerprint(),
             "model": module_fingerprint(extractor.module, used_by=self.output),
             "parameters": [[name, shapes[raw]] for name, raw in extractor.names.items()],
-            "checkpoints": self._weights,
+            "checkpoints": [
+                hashlib.sha256(f"{digest} {state_digest(extractor.module, names)}".encode()).hexdigest()
+                for digest, names in self._contents
+            ],
         }
 
     def _ready_store(self, extractor: FeatureExtractor, trainer: L.Trainer) -> FeatureStore:
