@@ -35,10 +35,15 @@ class TRAKCallback(Callback):
     average in their place when training ends: list this callback before them, or ``save_last`` may save the average.
     Sharded weights (FSDP) are gathered on the CPU of rank zero, which writes.
 
+    Extra state of modules (``get_extra_state()``) is left out, with a warning: the model that is given for attribution
+    keeps its own. Sparse and quantized buffers in the state dict are refused before training begins; with
+    ``persistent=False`` they are not in it.
+
     **What else.** The manifest records optimizer steps taken, epochs completed, and for each parameter group the names
     of its parameters and the learning rate and weight decay of its optimizer's last step.
 
-    **Which run.** A directory belongs to one run. Starting another in it is an error. Resuming with
+    **Which run.** A directory belongs to one run. Starting another in it is an error, also while the first has saved
+    nothing yet; on file systems without locks it is the first that ends with an error then. Resuming with
     ``trainer.fit(ckpt_path=...)``, or calling ``fit`` again to train on, continues the series: snapshots of steps later
     than the one resumed from leave the manifest. ``validate``, ``test`` and ``predict`` do not touch it.
 
@@ -53,7 +58,10 @@ class TRAKCallback(Callback):
 
     Raises:
         ValueError: if several triggers are given or one is not positive; in ``setup`` if two callbacks of a Trainer
-            have the same directory; when training starts if the directory holds another run's snapshots.
+            have the same directory; when training starts if the directory holds another run's snapshots or is written
+            to by one, or a learning rate is not finite; at a snapshot if another run has taken the directory.
+        TypeError: when training starts if the state dict has entries that are no dense tensors.
+        OSError: if a snapshot cannot be written, on all ranks.
         RuntimeError: in ``setup`` with DeepSpeed ZeRO stage 3, whose weights are not in the state dict.
 
     Example::

@@ -96,8 +96,9 @@ class Original:
 
     def __init__(self, module: nn.Module, everything: bool = False) -> None:
         self._module = module
-        own = type(module).load_state_dict is nn.Module.load_state_dict  # another may load less than it is given
-        self._complete = own and bool(getattr(module, "strict_loading", True))
+        self._strict = bool(getattr(module, "strict_loading", True))
+        self._overridden = type(module).load_state_dict is not nn.Module.load_state_dict  # may load less than given
+        self._complete = self._strict and not self._overridden
         tensors = _tensors(module)
         self._without_content = [name for name, (_, tensor) in tensors.items() if tensor.is_meta]
         self._kept: dict[str, Tensor] = {}
@@ -137,25 +138,29 @@ class Original:
         targets: dict[str, Any] = module.state_dict() | dict(tensors.values())
         own = {canonical_name(raw): raw for raw in targets}
         given = {own.get(canonical_name(raw), raw): tensor for raw, tensor in weights.items()}
+        self.restore()
         if not self._complete:
             # The module may give what has a name of its own to any of its parts.
             self._keep(tensors if given.keys() - dict(tensors.values()).keys() else given)
-        self.restore()
         problems = [_misfit(raw, tensor, targets.get(raw)) for raw, tensor in given.items()]
         if len(given) < len(weights):
             problems.append("some of its names are the same but for what wrappers add")
         unexpected: list[str] = []
+        parts = {raw: _part(tensor, targets.get(raw)) for raw, tensor in given.items()}
         try:
-            parts = {raw: _part(tensor, targets.get(raw)) for raw, tensor in given.items()}
-            missing, unexpected = module.load_state_dict(parts, strict=False) or ([], [])
+            if self._overridden:
+                extra = {raw: value for raw, value in targets.items() if is_extra_state(raw)}
+                module.load_state_dict(extra | parts, strict=self._strict)
+            else:
+                missing, unexpected = module.load_state_dict(parts, strict=False)
+                missing = [raw for raw in missing if not is_extra_state(raw)]
+                if self._strict and missing:
+                    problems.append(f"Missing keys: {_some(missing)}")
+                if unexpected and (self._strict or len(unexpected) == len(given)):
+                    problems.append(f"Unexpected keys: {_some(unexpected)}")
         except RuntimeError as error:
-            problems += [line.strip() for line in str(error).splitlines()[1:]] or [str(error)]
-        else:
-            missing = [raw for raw in missing if not is_extra_state(raw)]
-            if self._complete and missing:
-                problems.append(f"Missing keys: {_some(missing)}")
-            if unexpected and (self._complete or len(unexpected) == len(given)):
-                problems.append(f"Unexpected keys: {_some(unexpected)}")
+            reasons = [line.strip() for line in str(error).splitlines()]
+            problems += reasons[1:] if reasons[0].startswith("Error(s) in loading") else reasons
         found = {id(tensor) for raw, tensor in tensors.values() if raw in given}
         empty = [name for name in self._without_content if name in tensors and id(tensors[name][1]) not in found]
         if empty:

@@ -109,6 +109,21 @@ def test_names_that_only_the_module_knows() -> None:
         assert_state(module, before | {f"head.{name}": value})
 
 
+class Renames(LitNet):
+    """Reads old names too, as strictly as any."""
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        return super().load_state_dict({k.replace("old.", ""): v for k, v in state_dict.items()}, strict, assign)
+
+
+def test_a_module_with_a_strict_way_of_its_own_to_load() -> None:
+    original = Original(copy_module(Renames()))
+    original.load({f"old.{name}": tensor for name, tensor in WEIGHTS[0].items()}, "it")
+    assert_state(original._module, WEIGHTS[0] | {"scale": torch.tensor(1.5)})
+    with pytest.raises(ValueError, match=r'(?s)does not fit Renames: .*Missing key.*"norm\.weight"'):
+        original.load(part(WEIGHTS[1], "head", "first"), "it")
+
+
 def test_tied_weights_that_are_given_under_one_name() -> None:
     class Tied(nn.Module):
         strict_loading = False
@@ -122,7 +137,7 @@ def test_tied_weights_that_are_given_under_one_name() -> None:
     before = state(module)
     original = Original(module)
     one = torch.ones(2, 2)
-    for name in ("second.weight", "third.weight", "first.weight"):
+    for name in ("second.weight", "first.weight", "third.weight", "second.weight", "third.weight"):
         original.load({name: one}, "it")
         tied = ["third.weight"] if name == "third.weight" else ["first.weight", "second.weight"]
         assert_state(module, before | dict.fromkeys(tied, one))
