@@ -66,6 +66,7 @@ class FeatureExtractor:
     Attributes:
         places: what to call each checkpoint in messages.
         autocast: what forward passes of the hooks are autocast to, if anything; see :meth:`reset`.
+        device: where the module is.
         layout: which parts of a batch belong to single examples, once that is known.
         sharded: whether ranks compute together.
     """
@@ -176,7 +177,7 @@ class FeatureExtractor:
         self.autocast = autocast
         self._begin()
         self.current: int | None = None
-        self._device = torch.device("cpu")
+        self.device = torch.device("cpu")
         self._loaded: dict[int, tuple[dict[str, Tensor], BoundProjection]] = {}
         self._seen = False
 
@@ -201,7 +202,7 @@ class FeatureExtractor:
             self.module.eval()
             for part in modules_of(self.output):
                 part.to(device).eval()
-        self.current, self._device = number, device
+        self.current, self.device = number, device
 
     def __call__(self, batch: Any, positions: Tensor, audited: Sequence[int] = ()) -> Features:
         """Features of a batch at the current checkpoint.
@@ -271,7 +272,7 @@ class FeatureExtractor:
         with (
             torch.inference_mode(False),
             torch.no_grad(),
-            torch.autocast(self._device.type, enabled=False),
+            torch.autocast(self.device.type, enabled=False),
             cudnn.flags(enabled=False) if self._recurrent else nullcontext(),
         ):
             yield
@@ -309,7 +310,7 @@ class FeatureExtractor:
 
     def _project(self, engine: GradientEngine, batch: ExampleBatch, working: torch.dtype) -> tuple[Tensor, Tensor]:
         """The examples' projected gradients and outputs, in a working precision."""
-        features = torch.zeros(batch.size, self._bound.dim, dtype=working, device=self._device)
+        features = torch.zeros(batch.size, self._bound.dim, dtype=working, device=self.device)
         return features, engine.project(batch, self._bound, features).to(working)
 
     def _give_way(self, error: Exception) -> None:

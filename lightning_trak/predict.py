@@ -2,13 +2,11 @@
 
 import hashlib
 import random
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
 from typing import Any, cast
 
 import lightning as L
 import torch
-from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
@@ -18,17 +16,15 @@ from lightning_trak.data import IndexedBatch, RangeLoader, Stop, load, sample_ba
 from lightning_trak.distributed import Ranks
 from lightning_trak.features import EngineName, FeatureExtractor, require_finite
 from lightning_trak.gradients.base import EngineError
-from lightning_trak.gradients.batch import ExampleBatch, Layout, find_layout, infer_batch_size
-from lightning_trak.outputs.base import close
+from lightning_trak.gradients.batch import Layout, find_layout, infer_batch_size
+from lightning_trak.same_function import keep_examples, keeps_examples, require_as_before, require_same_outputs
 from lightning_trak.scorers.base import Scorer, Scores
 from lightning_trak.sharded import ShardedFeatureExtractor
 from lightning_trak.sinks import Sink
 from lightning_trak.store import FeatureStore
-from lightning_trak.stored_examples import NotStorableError, pack, unpack
 from lightning_trak.trainers import autocast_of, shards_model
 from lightning_trak.transfer import Upload
 
-FUNCTION_TOLERANCE = 5e-3  # another device or library rounds less differently than this
 AUDITED_TOGETHER = 1024  # targets that are audited as a shard is, where they come in batches
 
 
@@ -127,13 +123,16 @@ class ExtractorModule(PredictModule):
         if self.extractor.projection.sample_size:
             self._enter_projection(checkpoint, made)
         if self._train_loader is None:
-            self._require_same_outputs(checkpoint)
+            require_same_outputs(self.extractor, self._store, checkpoint)
             return
         if checkpoint in self._begun and self._store.repeatable:
-            self._require_as_before(checkpoint, self._begun[checkpoint], made)
+            shard = self._begun[checkpoint]
+            require_as_before(self.extractor, self._store, (checkpoint, shard), *self._first_of(shard), made)
         for name, tensors in made.items():
             self._store.write_extra(checkpoint, name, tensors, self._store.key)
-        self._keep_examples()
+        if not keeps_examples(self._store):
+            batch, positions = self._first_of(0)
+            keep_examples(self.extractor, self._store, batch, len(positions))
 
     def learn_batches(self, loader: DataLoader[Any]) -> None:
         """Find out how a loader puts examples together, from a few of them.
@@ -166,67 +165,12 @@ class ExtractorModule(PredictModule):
             made["projection"] = fitted = self.extractor.fit_projection(batches)
         self.extractor.set_projection_fit(fitted)
 
-    def _require_as_before(self, checkpoint: int, shard: int, made: Iterable[str]) -> None:
-        """Two stored examples must have the outputs and features that they had: what follows is of the same function.
-
-        Raises:
-            ValueError: if they have others.
-        """
+    def _first_of(self, shard: int) -> tuple[Any, list[int]]:
+        """The first two training examples of a shard, and their positions."""
         assert self._train_loader is not None
         positions = list(self._store.shard(shard))[:2]
         (batch,) = self._batches(self._train_loader, [positions])
-        found, kept = self.extractor(batch, torch.tensor(positions)), self._store.read(checkpoint, shard)
-        tolerance = max(FUNCTION_TOLERANCE, 4 * torch.finfo(kept.features.dtype).eps)
-        for name in ("outputs", "features"):
-            before = getattr(kept, name)[: len(positions)].double()
-            error = (getattr(found, name).cpu().double() - before).norm()
-            if not error <= tolerance * (before.norm() + (1 if name == "outputs" else 0)):
-                lost = f" It has lost the {' and the '.join(made)}, which had to be made again." if made else ""
-                raise ValueError(
-                    f'store "{self._store.directory}" was made by other code or on other data: examples'
-                    f" {positions[0]} to {positions[-1]} have other {name} now {self.extractor.places[checkpoint]}.{lost}"
-                    f' Use another directory, or delete the folder "checkpoint-{checkpoint:04d}" in it and call featurize'
-                    " again"
-                )
-
-    def _require_same_outputs(self, checkpoint: int) -> None:
-        """Two examples that the store keeps must have the outputs that it has: else it is of another function.
-
-        Raises:
-            ValueError: if they have others.
-        """
-        packed = self._store.read_extra(0, "examples", self._store.key)
-        if packed is None:
-            return
-        try:
-            examples = unpack(packed)
-        except NotStorableError as error:
-            rank_zero_info(f"TRAK: outputs of the store's examples are not computed again: {error}")
-            return
-        examples = replace(examples, content=move_data_to_device(examples.content, self.device))
-        outputs = self.extractor.outputs_alone(examples)
-        kept = self._store.read(checkpoint, 0).outputs[: examples.size]
-        if not close(outputs.cpu(), kept, max(FUNCTION_TOLERANCE, self.extractor.rounding)):
-            raise ValueError(
-                f'store "{self._store.directory}" is of another function: example 0 has the output'
-                f" {float(kept[0]):.6g} there {self.extractor.places[checkpoint]}, and {float(outputs[0]):.6g} now. Something has changed that"
-                " the store's manifest does not tell, such as a function in a library or a file that the model reads:"
-                " undo it, or use another directory"
-            )
-
-    def _keep_examples(self) -> None:
-        """Keep the first two examples in the store, so that scoring can compute their outputs again."""
-        if not self._store.repeatable or self._store.read_extra(0, "examples", self._store.key) is not None:
-            return
-        assert self._train_loader is not None
-        positions = list(self._store.shard(0))[:2]
-        (batch,) = self._batches(self._train_loader, [positions])
-        try:
-            packed = pack(ExampleBatch(batch, len(positions), self.extractor.layout))
-        except NotStorableError as error:
-            rank_zero_info(f"TRAK: outputs cannot be computed again when the store is scored: {error}")
-            return
-        self._store.write_extra(0, "examples", packed, self._store.key)
+        return batch, positions
 
     def _read_extra(self, checkpoint: int, name: str) -> dict[str, Tensor] | None:
         """What the store has, if anything; ranks that compute together find it together or not at all."""
