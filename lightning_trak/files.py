@@ -76,8 +76,9 @@ def write_atomically(path: Path, write: Callable[[Path], object], replace: bool 
     temporary = folder / f".{path.name}"
     folder.mkdir()
     try:
-        temporary.touch()
-        mode = stat.S_IMODE(temporary.stat().st_mode)
+        usual = folder / "usual"  # not the file itself: some file systems are slow to replace one
+        usual.touch()
+        mode = stat.S_IMODE(usual.stat().st_mode)
         with _os_errors(path):
             write(temporary)
         if stat.S_IMODE(temporary.stat().st_mode) != mode:  # safetensors makes files that nobody else may read
