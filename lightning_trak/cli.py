@@ -27,9 +27,10 @@ except ModuleNotFoundError as error:
 from lightning_trak.config_code import deny_standard_library, require_own_code
 from lightning_trak.data import single_loader
 from lightning_trak.explanations import explain
-from lightning_trak.files import local_path, write_atomically
+from lightning_trak.files import write_atomically
 from lightning_trak.methods import FeatureMethod
 from lightning_trak.metrics import LinearDatamodelingScore
+from lightning_trak.paths import local_path
 from lightning_trak.reports import page, picture, table
 from lightning_trak.scores import SavedScores, load_ground_truth
 from lightning_trak.store import FeatureStore

@@ -5,7 +5,6 @@ write it, all that a killed process leaves is in there, and :func:`remove_leftov
 """
 
 import errno
-import fcntl
 import functools
 import hashlib
 import json
@@ -26,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lightning_trak.paths import kind_of, local_directory
 from lightning_trak.schemas import Schema, anything, parse_json, record, sealed, sha256, with_checksum
 
 _LEFTOVER = re.compile(r"\..+\.(?P<host>[0-9a-f]{12})-(?P<pid>[0-9]{1,9})-[0-9a-f]{8}\.tmp")
@@ -55,65 +55,6 @@ def altered(path: Path, reason: str) -> DamagedFileError:
     return DamagedFileError(path, f"is truncated or altered ({reason})")
 
 
-def local_path(path: str | os.PathLike[str], what: str) -> Path:
-    """A path on a disk, with ``~`` as the home directory.
-
-    Args:
-        path: what the user gave.
-        what: what is there, such as ``"store"``, for messages.
-
-    Raises:
-        ValueError: if it is a URL, or the user of ``~user`` is unknown.
-    """
-    # As a Path, "s3://bucket" has become "s3:/bucket"; a drive has one letter.
-    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", str(path))
-    if scheme or "://" in str(path):
-        local = scheme is not None and scheme[1].lower() in ("file", "local")
-        advice = "mount the bucket and give the path where it is mounted, or use a local path and copy it there later"
-        if local:
-            advice = "give the path alone, without the scheme"
-        raise ValueError(f'a {what} must be on a disk, local or mounted, got "{path}"; {advice}')
-    try:
-        return Path(path).expanduser()
-    except RuntimeError as error:
-        raise ValueError(f'the {what} "{path}" is in the home directory of an unknown user; give the path') from error
-
-
-def local_directory(path: str | os.PathLike[str], what: str) -> Path:
-    """A directory on a disk, which exists or can be made.
-
-    Args:
-        path: what the user gave.
-        what: what is there, such as ``"store"``, for messages.
-
-    Raises:
-        ValueError: as :func:`local_path`.
-        NotADirectoryError: if something that is no directory is in its place, or in that of one above it.
-    """
-    directory = local_path(path, what)
-    for part in (directory, *directory.parents):
-        try:
-            mode = part.stat().st_mode
-        except (FileNotFoundError, NotADirectoryError):
-            if part.is_symlink():
-                raise NotADirectoryError(
-                    f'"{part}" is a link to "{os.readlink(part)}", which does not exist, so it cannot hold a {what};'
-                    " make that directory, or remove the link"
-                ) from None
-            continue
-        if not stat.S_ISDIR(mode):
-            raise NotADirectoryError(
-                f'"{part}" is {_kind(mode)}, not a directory, so it cannot hold a {what}; use another path'
-            )
-        break
-    return directory
-
-
-def _kind(mode: int) -> str:
-    kinds = {stat.S_IFREG: "a file", stat.S_IFDIR: "a directory", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
-    return kinds.get(stat.S_IFMT(mode), "a device")
-
-
 def write_atomically(path: Path, write: Callable[[Path], object], replace: bool = True) -> None:
     """Write a file elsewhere on its disk, flush it, and move it into place.
 
@@ -132,11 +73,12 @@ def write_atomically(path: Path, write: Callable[[Path], object], replace: bool 
     except FileExistsError:
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path.parent)) from None
     folder = path.with_name(f".{path.name}.{_host()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
-    temporary = folder / path.name
+    temporary = folder / f".{path.name}"
     folder.mkdir()
     try:
-        temporary.touch()
-        mode = stat.S_IMODE(temporary.stat().st_mode)
+        usual = folder / "usual"  # not the file itself: some file systems are slow to replace one
+        usual.touch()
+        mode = stat.S_IMODE(usual.stat().st_mode)
         with _os_errors(path):
             write(temporary)
         if stat.S_IMODE(temporary.stat().st_mode) != mode:  # safetensors makes files that nobody else may read
@@ -162,15 +104,29 @@ def _move_new(temporary: Path, path: Path) -> None:
     except FileExistsError:
         raise
     except OSError:  # this file system may have no hard links; if anything else is wrong, moving fails as well
-        # Nobody can see, or leave behind, half of a file; and the kernel takes the lock from a process that dies.
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            fcntl.flock(directory, fcntl.LOCK_EX)
+        # A lock, rather than a claim in a file: the kernel takes it from a process that dies.
+        with _locked(path.parent):
             if os.path.lexists(path):
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
             os.replace(temporary, path)
-        finally:
-            os.close(directory)
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    import fcntl  # which Windows does not have
+
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            raise OSError(
+                f'"{directory}" is on a file system with neither hard links nor locks ({error}), where two runs could'
+                " not be kept apart; use another directory"
+            ) from error
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _flush(path: Path) -> None:
@@ -263,7 +219,7 @@ def _require_file(path: Path) -> None:
     """Refuse what opening would wait for, or what has nothing to read."""
     mode = path.stat().st_mode
     if not stat.S_ISREG(mode):
-        raise DamagedFileError(path, f"is {_kind(mode)}, not a file")
+        raise DamagedFileError(path, f"is {kind_of(mode)}, not a file")
 
 
 def read_manifest(

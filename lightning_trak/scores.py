@@ -10,11 +10,11 @@ from torch import Tensor
 from lightning_trak.files import (
     DamagedFileError,
     load_tensors,
-    local_path,
     open_safetensors,
     remove_leftovers,
     save_tensors,
 )
+from lightning_trak.paths import local_path
 from lightning_trak.retraining import Retrained, read_fleet
 from lightning_trak.schemas import boolean, integer, record, sha256, text
 from lightning_trak.scorers.topk import TopK, strongest

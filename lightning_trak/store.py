@@ -34,7 +34,6 @@ from lightning_trak.files import (
     altered,
     load_metadata,
     load_tensors,
-    local_directory,
     read_json,
     read_manifest,
     remove_leftovers,
@@ -43,6 +42,7 @@ from lightning_trak.files import (
     write_json,
 )
 from lightning_trak.fingerprints import changes
+from lightning_trak.paths import local_directory
 
 FORMAT_VERSION = 2
 _MAX_EXAMPLES = 1 << 40

@@ -22,14 +22,13 @@ from lightning_trak.files import (
     DamagedFileError,
     load_metadata,
     load_tensors,
-    local_directory,
-    local_path,
     read_json,
     remove_leftovers,
     save_tensors,
     write_atomically,
     write_json,
 )
+from lightning_trak.paths import local_directory, local_path
 from lightning_trak.projections import SparseProjection
 from lightning_trak.schemas import anything
 from lightning_trak.scores import SavedScores
@@ -54,7 +53,6 @@ def umask(mask):
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o007])
 def test_files_are_made_with_the_umask(tmp_path, mask):
     def as_safetensors_does(path):
-        path.unlink()
         os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
 
     with umask(mask):
@@ -216,6 +214,19 @@ def test_a_stop_before_the_move_leaves_no_file_and_no_lock(links, tmp_path, monk
             write_json(tmp_path / "file", {}, replace=False)
     assert tree(tmp_path) == []
     write_json(tmp_path / "file", {}, replace=False)
+    assert tree(tmp_path) == ["file"]
+
+
+def test_a_file_system_without_links_and_locks_is_refused(tmp_path, monkeypatch):
+    def refuse(*args):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.raises(OSError, match=r"neither hard links nor locks .*No locks available.*; use another directory"):
+        write_json(tmp_path / "file", {}, replace=False)
+    assert tree(tmp_path) == []
+    write_json(tmp_path / "file", {})
     assert tree(tmp_path) == ["file"]
 
 

@@ -30,12 +30,13 @@ from lightning_trak.data import (
 )
 from lightning_trak.distributed import Ranks
 from lightning_trak.features import ENGINES, EngineName, FeatureExtractor
-from lightning_trak.files import local_directory, tensor_digest
+from lightning_trak.files import tensor_digest
 from lightning_trak.fingerprints import module_fingerprint
 from lightning_trak.gradients import ParameterSelection
 from lightning_trak.methods.base import Method
 from lightning_trak.module import declared_output
 from lightning_trak.outputs import ModelOutput
+from lightning_trak.paths import local_directory
 from lightning_trak.predict import FeaturizeModule, ScoreModule
 from lightning_trak.projections import Projection, SparseProjection
 from lightning_trak.scorers.base import Scorer, Scores

@@ -19,9 +19,9 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from lightning_trak.data import as_loader, batch_size_of, fingerprint, load
-from lightning_trak.files import local_directory
 from lightning_trak.module import declared_output
 from lightning_trak.outputs import ModelOutput
+from lightning_trak.paths import local_directory
 from lightning_trak.retraining.members import Member, MemberStore
 from lightning_trak.retraining.training import (
     FactoryError,

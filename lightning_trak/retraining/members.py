@@ -27,7 +27,6 @@ from lightning_trak.files import (
     DamagedFileError,
     altered,
     load_tensors,
-    local_directory,
     read_json,
     read_manifest,
     remove_leftovers,
@@ -36,6 +35,7 @@ from lightning_trak.files import (
     write_json,
 )
 from lightning_trak.fingerprints import changes
+from lightning_trak.paths import local_directory
 from lightning_trak.schemas import anything, as_json, integer, parameters, record, sealed, sha256, text, with_checksum
 
 FORMAT_VERSION = 2
