@@ -32,10 +32,8 @@ def require_whole(loader: DataLoader[Any]) -> None:
         ValueError: if it draws from some only, or from others than there are.
     """
     total = len(cast(Any, loader.dataset))
-    own = type(loader.batch_sampler) is not BatchSampler
-    sampler: Any = loader.batch_sampler if own else loader.sampler
-    if not own and loader.batch_sampler is not None:
-        sampler = cast(BatchSampler, loader.batch_sampler).sampler
+    batches: Any = loader.batch_sampler
+    sampler = batches.sampler if type(batches) is BatchSampler else batches
     name = type(sampler).__name__
     size, count = _reach(sampler, total, loader.dataset)
     if size > total:
