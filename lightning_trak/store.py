@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from lightning_trak.files import load_metadata, load_tensors, read_manifest, save_tensors, tensor_digest, write_json
-from lightning_trak.fingerprints import changes
+from lightning_trak.fingerprints import are_same, changes
 
 FORMAT_VERSION = 2
 
@@ -91,7 +91,7 @@ class FeatureStore:
         manifest = self.read_manifest(directory)
         stored = {"num_examples": manifest["num_examples"]} | manifest["identity"]
         wanted = {"num_examples": num_examples} | json.loads(json.dumps(identity))
-        differs = any(stored.get(field) != value for field, value in wanted.items())
+        differs = any(not are_same(stored.get(field), value) for field, value in wanted.items())
         if differs and not read_only and self._is_empty():
             # Of a run that failed before its first shard, over a mistake that has been mended since.
             path.unlink(missing_ok=True)
@@ -136,7 +136,7 @@ class FeatureStore:
     def _compare(self, stored: dict[str, Any], wanted: dict[str, Any], user: str) -> None:
         for field, mine in wanted.items():
             theirs = stored.get(field)
-            if mine == theirs:
+            if are_same(mine, theirs):
                 continue
             if field == "data":
                 made, have = "other training data of this size", "data that differ in eight items spread over them"

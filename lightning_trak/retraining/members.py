@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lightning_trak.files import load_tensors, read_manifest, save_tensors, tensor_digest, write_json
-from lightning_trak.fingerprints import changes
+from lightning_trak.fingerprints import are_same, changes
 
 FORMAT_VERSION = 2
 
@@ -77,7 +77,7 @@ class MemberStore:
         self.masks = masks
         wanted: dict[str, Any] = json.loads(json.dumps(identity | {"masks": tensor_digest({"masks": masks})}))
         path = self.directory / "manifest.json"
-        if path.exists() and _read_manifest(directory)["identity"] != wanted and not self.finished():
+        if path.exists() and not are_same(_read_manifest(directory)["identity"], wanted) and not self.finished():
             path.unlink(missing_ok=True)  # of a run without a single member, over a mistake that has been mended since
             for failure in (self.directory / "failures").glob("*.json"):
                 failure.unlink(missing_ok=True)
@@ -94,7 +94,7 @@ class MemberStore:
     def _compare(self, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
         for field, mine in wanted.items():
             theirs = stored.get(field)
-            if mine == theirs:
+            if are_same(mine, theirs):
                 continue
             if field == "masks":
                 made, have = "other subsets", f"subsets of the same shape {tuple(self.masks.shape)}"
