@@ -441,7 +441,7 @@ def test_cycles_end():
 
 @pytest.mark.parametrize("bad", [threading.Lock(), (i for i in range(3)), [{"a": sys.stdout}]])
 def test_what_has_no_content_is_refused(bad):
-    with pytest.raises(TypeError, match=r"options holds a .*; expected values, functions, modules"):
+    with pytest.raises(TypeError, match=r"options is or holds a .*; expected values, functions, modules"):
         fingerprint(bad, "options")
 
 

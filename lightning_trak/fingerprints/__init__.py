@@ -11,17 +11,22 @@ from lightning_trak.fingerprints.classes import INITIAL, attributes_of, changed_
 from lightning_trak.fingerprints.modules import describe
 from lightning_trak.fingerprints.values import Fingerprint
 
-__all__ = ["changes", "fingerprint", "module_fingerprint", "object_fingerprint"]
+__all__ = ["Fingerprint", "are_same", "changes", "fingerprint", "module_fingerprint", "object_fingerprint"]
 
 # Keys that sort what a fingerprint holds, and mean nothing to its reader.
 _SORTS = ("attributes", "code", "value")
 
 
-def fingerprint(value: Any, owner: str) -> Any:
+def fingerprint(value: Any, owner: str | None = None) -> Any:
     """Any value and the code that it refers to, in JSON's types.
 
+    Args:
+        value: any.
+        owner: who holds it. If there is one, the value is described in full, or refused; else objects that are no
+            values stand by their class.
+
     Raises:
-        TypeError: if it is, or holds, what has no content, such as a lock or an open file, naming ``owner``.
+        TypeError: if there is an owner, and the value is or holds what has no content, such as a lock or an open file.
     """
     walk = Fingerprint()
     described = walk.value(value, owner)
@@ -44,11 +49,17 @@ def object_fingerprint(value: Any, called: frozenset[str], left_out: frozenset[s
     name_of_class = walk.methods(cls, lambda name: name not in INITIAL | left_out)
     walk.read()
     changed = changed_by_use(cls, called)
-    attributes = {
-        name: walk.value(held, None if name.startswith("_") else cls.__name__)
-        for name, held in (attributes_of(cls) | vars(value)).items()
-        if name not in changed and (not name.startswith("_") or name in walk.names)
-    }
+    try:
+        attributes = {
+            name: walk.value(held, None if name.startswith("_") else f"{cls.__name__}.{name}")
+            for name, held in (attributes_of(cls) | vars(value)).items()
+            if name not in changed and (not name.startswith("_") or name in walk.names)
+        }
+    except TypeError as error:
+        raise TypeError(
+            f"{error}; override fingerprint(), or begin the attribute's name with an underscore if it does not change"
+            " the output"
+        ) from error
     return {"class": name_of_class, "attributes": attributes, "code": walk.code()}
 
 
@@ -74,12 +85,17 @@ def module_fingerprint(module: nn.Module, used_by: Any = None, training: bool = 
     return walk.code() | {f"module {name}".rstrip(): part for name, part in parts.items()}
 
 
+def are_same(one: Any, other: Any) -> bool:
+    """Whether two JSON-able values are the same, in type too: 1, 1.0 and true are not."""
+    return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
+
+
 def changes(theirs: Any, mine: Any) -> str:
     """In words, where two fingerprints differ; the first few places."""
     old, new = _flat(theirs), _flat(mine)
     if old.get("python") != new.get("python") and "python" in old and "python" in new:
         return f"Python is {new['python']} and was {old['python']}, so that code cannot be compared"
-    differing = [name for name in old | new if old.get(name, _MISSING) != new.get(name, _MISSING)]
+    differing = [name for name in old | new if not (name in old and name in new and are_same(old[name], new[name]))]
     differing.sort(key=lambda name: (name not in new, name not in old))  # what has changed, what is new, what is gone
     words = [_words(name, old.get(name, _MISSING), new.get(name, _MISSING)) for name in differing]
     return "; ".join(words[:3]) + (f"; and {len(words) - 3} more" if len(words) > 3 else "")

@@ -33,6 +33,7 @@ from lightning_trak.fingerprints.classes import (
     attributes_of,
     changed_by_use,
     changed_in,
+    codes_of,
     functions_of,
     is_installed,
     name_of,
@@ -183,9 +184,8 @@ class Fingerprint:
             if owner is None:
                 return self.instance_of(cls)
             raise TypeError(
-                f"{owner} holds a {cls.__name__}, which its fingerprint cannot describe ({error}); expected values,"
-                " functions, modules and objects that can be pickled: override fingerprint(), or begin the attribute's"
-                " name with an underscore if it does not change the output"
+                f"{owner} is or holds a {cls.__name__}, of which nobody can tell whether it is the same in another run"
+                f" ({error}); expected values, functions, modules and objects that can be pickled"
             ) from error
         if isinstance(reduced, str):
             return [self.instance_of(cls), reduced]
@@ -211,7 +211,8 @@ class Fingerprint:
 
     def instance_of(self, cls: type) -> list[Any]:
         """The class of an object: its name, its methods but for those that made the object, and its own attributes."""
-        changed = changed_by_use(cls)
+        # A class may also be changed by its name.
+        changed = changed_by_use(cls) | changed_in(codes_of(cls, lambda name: name not in INITIAL), "other")
         held = {name: self.value(value) for name, value in attributes_of(cls).items() if name not in changed}
         return [self.methods(cls, lambda name: name not in INITIAL), held]
 

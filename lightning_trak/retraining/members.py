@@ -34,7 +34,7 @@ from lightning_trak.files import (
     tensor_digest,
     write_json,
 )
-from lightning_trak.fingerprints import changes
+from lightning_trak.fingerprints import are_same, changes
 from lightning_trak.paths import local_directory
 from lightning_trak.schemas import anything, as_json, integer, parameters, record, sealed, sha256, text, with_checksum
 
@@ -119,7 +119,7 @@ class MemberStore:
             self._keep_masks(self.directory / "masks.safetensors", wanted["masks"])
 
     def _claim(self, path: Path, identity: dict[str, Any]) -> None:
-        if path.exists() and _read_manifest(self.directory)["identity"] != identity and not self.finished():
+        if path.exists() and not are_same(_read_manifest(self.directory)["identity"], identity) and not self.finished():
             path.unlink(missing_ok=True)  # of a run without a single member, over a mistake that has been mended since
             for failure in (self.directory / "failures").glob("*.json"):
                 failure.unlink(missing_ok=True)
@@ -140,7 +140,7 @@ class MemberStore:
     def _compare(self, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
         for field, mine in wanted.items():
             theirs = stored.get(field)
-            if mine == theirs:
+            if are_same(mine, theirs):
                 continue
             if field == "masks":
                 made, have = "other subsets", f"subsets of the same shape {tuple(self.masks.shape)}"
