@@ -195,6 +195,14 @@ def test_what_is_no_parameter_of_the_copy_is_found(make, message):
             scores(seeded(make))
 
 
+def test_an_output_that_calls_the_original_is_found():
+    model = seeded(Once)
+    output = NegativeLoss(lambda _, batch: F.cross_entropy(model(batch[0]), batch[1], reduction="none"))
+    for scores in (METHODS["explicit"], ekfac):
+        with pytest.raises(ValueError, match=r"reads first.bias, .* of the module that was passed"):
+            scores(model, output=output)
+
+
 class Listed(Once):
     """Reads its head from a list too, where functions that swap a module's attributes do not see it."""
 
