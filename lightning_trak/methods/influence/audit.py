@@ -38,6 +38,7 @@ def audit(passes: Passes, examples: Examples, original: nn.Module) -> None:
 
     with trying(original, extractor.module), passes.differentiable():
         found = require_repeatable(lambda: values(batch).detach(), what)
+    with trying(original, extractor.module), passes.differentiable():
         require_own_leaves(values(batch), extractor.module, *modules_of(extractor.output))
         try:
             alone = torch.cat([values(slice_batch(batch, size, i, i + 1)) for i in range(size)])
