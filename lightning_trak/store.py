@@ -28,7 +28,6 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-<<<<<<< HEAD
 from lightning_trak import schemas
 from lightning_trak.files import (
     DamagedFileError,
@@ -42,12 +41,8 @@ from lightning_trak.files import (
     tensor_digest,
     write_json,
 )
-from lightning_trak.fingerprints import changes
-from lightning_trak.paths import local_directory
-=======
-from lightning_trak.files import load_metadata, load_tensors, read_manifest, save_tensors, tensor_digest, write_json
 from lightning_trak.fingerprints import are_same, changes
->>>>>>> identity
+from lightning_trak.paths import local_directory
 
 FORMAT_VERSION = 2
 _MAX_EXAMPLES = 1 << 40
@@ -148,13 +143,8 @@ class FeatureStore:
                 self._create(path, identity, num_examples, shard_size)
         manifest = self.read_manifest(directory)
         stored = {"num_examples": manifest["num_examples"]} | manifest["identity"]
-<<<<<<< HEAD
         wanted = {"num_examples": num_examples} | identity
-        differs = any(stored.get(field) != value for field, value in wanted.items())
-=======
-        wanted = {"num_examples": num_examples} | json.loads(json.dumps(identity))
         differs = any(not are_same(stored.get(field), value) for field, value in wanted.items())
->>>>>>> identity
         if differs and not read_only and self._is_empty():
             # Of a run that failed before its first shard, over a mistake that has been mended since.
             path.unlink(missing_ok=True)

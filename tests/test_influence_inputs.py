@@ -178,7 +178,7 @@ class Unregistered(Once):
 def test_weights_of_the_original_are_found(scores, frozen):
     model = seeded(Closure)
     model.head.requires_grad_(not frozen)
-    with pytest.raises(ValueError, match=r"head\.(weight|bias).*still refers to the original|make it a method"):
+    with pytest.raises(ValueError, match=r"reads head.bias, head.weight of the module that was passed"):
         scores(model)
 
 
@@ -193,6 +193,14 @@ def test_what_is_no_parameter_of_the_copy_is_found(make, message):
     for scores in (METHODS["explicit"], ekfac):
         with pytest.raises(ValueError, match=message):
             scores(seeded(make))
+
+
+def test_an_output_that_calls_the_original_is_found():
+    model = seeded(Once)
+    output = NegativeLoss(lambda _, batch: F.cross_entropy(model(batch[0]), batch[1], reduction="none"))
+    for scores in (METHODS["explicit"], ekfac):
+        with pytest.raises(ValueError, match=r"reads first.bias, .* of the module that was passed"):
+            scores(model, output=output)
 
 
 class Listed(Once):

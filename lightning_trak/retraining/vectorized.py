@@ -134,7 +134,8 @@ def train_together(
     What a Trainer does is done for each module: its own initialisation and order of examples, its ``training_step``,
     and the optimizer and scheduler of its ``configure_optimizers``, which must treat each element of a parameter by
     itself (SGD, Adam and AdamW do; LARS, LAMB and Muon do not). What a module draws while it trains, as for dropout,
-    depends on which modules train with it.
+    depends on which modules train with it. Before training, a step of the first and of the last module is compared with
+    the same step alone, where it is not random.
 
     Args:
         make_module: makes a module, in its own random initialisation; ``training_step`` may take ``batch`` alone.
