@@ -214,7 +214,8 @@ def test_a_data_module_is_not_split_again(tmp_path):
 
 def test_a_data_module_that_has_never_met_a_trainer(tmp_path, checkpoints):
     data = _Splitting()
-    assert attribute(tmp_path, checkpoints, data, data).shape == (13, 50)
+    with pytest.warns(UserWarning, match="_Splitting draws the data at random"):
+        assert attribute(tmp_path, checkpoints, data, data).shape == (13, 50)
 
 
 def test_autocast_does_not_reach_the_scores(tmp_path, checkpoints, expected):
