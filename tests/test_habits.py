@@ -267,5 +267,5 @@ def test_losses_that_differ_only_in_their_code_are_told_apart(tmp_path, checkpoi
         trak.featurize(make_trainer(), TRAIN)
 
     store(lambda module, batch: F.cross_entropy(module(batch[0]), batch[1], reduction="none"))
-    with pytest.raises(ValueError, match="was made with output"):
+    with pytest.raises(ValueError, match="was made with another output"):
         store(lambda module, batch: F.multi_margin_loss(module(batch[0]), batch[1], reduction="none"))
