@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import os
+import pickle
 import time
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_trak.gradients import canonical_name
 from lightning_trak.snapshots import ParameterGroup, SnapshotSeries
+from lightning_trak.weights import is_extra_state, without_extra_state
+
+T = TypeVar("T")
 
 
 class TRAKCallback(Callback):
@@ -28,10 +35,15 @@ class TRAKCallback(Callback):
     average in their place when training ends: list this callback before them, or ``save_last`` may save the average.
     Sharded weights (FSDP) are gathered on the CPU of rank zero, which writes.
 
+    Extra state of modules (``get_extra_state()``) is left out, with a warning: the model that is given for attribution
+    keeps its own. Sparse and quantized buffers in the state dict are refused before training begins; with
+    ``persistent=False`` they are not in it.
+
     **What else.** The manifest records optimizer steps taken, epochs completed, and for each parameter group the names
     of its parameters and the learning rate and weight decay of its optimizer's last step.
 
-    **Which run.** A directory belongs to one run. Starting another in it is an error. Resuming with
+    **Which run.** A directory belongs to one run. Starting another in it is an error, also while the first has saved
+    nothing yet; on file systems without locks it is the first that ends with an error then. Resuming with
     ``trainer.fit(ckpt_path=...)``, or calling ``fit`` again to train on, continues the series: snapshots of steps later
     than the one resumed from leave the manifest. ``validate``, ``test`` and ``predict`` do not touch it.
 
@@ -46,7 +58,10 @@ class TRAKCallback(Callback):
 
     Raises:
         ValueError: if several triggers are given or one is not positive; in ``setup`` if two callbacks of a Trainer
-            have the same directory; when training starts if the directory holds another run's snapshots.
+            have the same directory; when training starts if the directory holds another run's snapshots or is written
+            to by one, or a learning rate is not finite; at a snapshot if another run has taken the directory.
+        TypeError: when training starts if the state dict has entries that are no dense tensors.
+        OSError: if a snapshot cannot be written, on all ranks.
         RuntimeError: in ``setup`` with DeepSpeed ZeRO stage 3, whose weights are not in the state dict.
 
     Example::
@@ -115,7 +130,7 @@ class TRAKCallback(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Settle the directory on all ranks."""
-        self._series = None
+        self._close()
         self._resumed_runs = []  # of the coming call alone: predict(ckpt_path=...) loads callback states too
         if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
@@ -133,23 +148,22 @@ class TRAKCallback(Callback):
         """Start or continue the series."""
         if self._series is None:
             return
-        opened: tuple[str, int] | Exception = ("", 0)
-        if trainer.is_global_zero:
-            try:
-                opened = self._open(self._series, trainer.global_step)
-            except (OSError, ValueError) as error:
-                opened = error
-        opened = trainer.strategy.broadcast(opened)  # so that no rank waits for one that has failed
-        if isinstance(opened, Exception):
-            raise opened
-        self._run, self._saved_step = opened
+        series, step, state_dict = self._series, trainer.global_step, _gather(trainer)
+        self._run, self._saved_step = _on_rank_zero(trainer, lambda: self._open(series, step, state_dict))
         self._seen_step = trainer.global_step
         self._saved_time = time.monotonic()
         self._groups = {
             position: _settings(position, optimizer, pl_module) for position, optimizer in enumerate(trainer.optimizers)
         }
 
-    def _open(self, series: SnapshotSeries, step: int) -> tuple[str, int]:
+    def _open(self, series: SnapshotSeries, step: int, state_dict: dict[str, Any]) -> tuple[str, int]:
+        without_extra_state(state_dict, "the module's state dict")  # what cannot be saved fails now, not after hours
+        extra = [name for name in state_dict if is_extra_state(name)]
+        if extra:
+            rank_zero_warn(
+                f"snapshots leave out the extra state of modules: {', '.join(extra)}. The model that is given for"
+                " attribution keeps its own"
+            )
         if self._resumed_runs:
             manifest = series.resume(self._resumed_runs, step)
         elif self._run is not None and self._saved_step <= step:  # fit again with the same Trainer
@@ -202,11 +216,50 @@ class TRAKCallback(Callback):
         step = trainer.global_step
         if self._series is None or step <= self._saved_step:
             return
-        state_dict = _gather(trainer)
-        if trainer.is_global_zero:
-            self._series.save(state_dict, step, epoch, [group for groups in self._groups.values() for group in groups])
-        trainer.strategy.barrier("TRAKCallback")  # no rank goes on to read what is not there yet
+        series, state_dict = self._series, _gather(trainer)
+        groups = [group for groups in self._groups.values() for group in groups]
+        _on_rank_zero(trainer, lambda: series.save(state_dict, step, epoch, groups).file)
         self._saved_step = step
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Let another run have the directory."""
+        self._close()
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let another run have the directory."""
+        self._close()
+
+    def _close(self) -> None:
+        if self._series is not None:
+            self._series.close()
+            self._series = None
+
+
+def _on_rank_zero(trainer: Trainer, action: Callable[[], T]) -> T:
+    """What an action returns on rank zero, or raises there, on all ranks: none waits for one that has failed."""
+    outcome: T | Exception | None = None
+    failure: Exception | None = None
+    if trainer.is_global_zero:
+        try:
+            outcome = action()
+        except Exception as error:
+            failure = error
+            outcome = _portable(error)
+    outcome = trainer.strategy.broadcast(outcome)
+    if isinstance(outcome, Exception):
+        raise failure or outcome
+    return cast(T, outcome)
+
+
+def _portable(error: Exception) -> Exception:
+    """An error that other processes can read: some cannot be pickled, or not be unpickled."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def _gather(trainer: Trainer) -> dict[str, Any]:
@@ -221,15 +274,21 @@ def _gather(trainer: Trainer) -> dict[str, Any]:
 def _settings(position: int, optimizer: Optimizer, module: LightningModule) -> list[ParameterGroup]:
     names = {id(parameter): canonical_name(name) for name, parameter in module.named_parameters()}
 
-    def number(value: Any) -> float | None:
-        return None if value is None else float(value)
+    def number(group: dict[str, Any], key: str) -> float | None:
+        value = None if group.get(key) is None else float(group[key])
+        if value is not None and not math.isfinite(value):
+            raise ValueError(
+                f"optimizer {position} ({type(optimizer).__name__}) has {key}={value}, which trains nothing; give a"
+                " finite number"
+            )
+        return value
 
     return [
         ParameterGroup(
             position,
             type(optimizer).__name__,
-            number(group.get("lr")),
-            number(group.get("weight_decay")),
+            number(group, "lr"),
+            number(group, "weight_decay"),
             tuple(names[id(parameter)] for parameter in group["params"] if id(parameter) in names),
         )
         for group in optimizer.param_groups

@@ -13,15 +13,19 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
+from lightning_utilities.core.rank_zero import WarningCache
 from torch import Tensor
 
 from lightning_trak.files import tensor_digest
-from lightning_trak.snapshots import Snapshot, SnapshotSeries, read_safetensors, require_tensors
+from lightning_trak.locations import locate, require_regular
+from lightning_trak.snapshots import Snapshot, SnapshotSeries
+from lightning_trak.weights import is_extra_state, read_safetensors, without_extra_state
 
 CheckpointSource = str | os.PathLike[str] | Mapping[str, Tensor]
 CheckpointsLike = CheckpointSource | Sequence[CheckpointSource]
+
+_told = WarningCache()  # says a thing once
 
 _TORCH_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 
@@ -52,7 +56,8 @@ class Checkpoint:
 
     def fingerprint(self) -> str:
         """SHA-256 over sorted names, dtypes, shapes and bytes: equal for equal weights in any kind of file."""
-        return tensor_digest(self.load())
+        weights = self.load()
+        return self.record.sha256 if self.record else tensor_digest(weights)  # load() has compared that of a snapshot
 
 
 def resolve_checkpoints(checkpoints: CheckpointsLike, weights_only: bool = True) -> list[Checkpoint]:
@@ -82,12 +87,20 @@ def resolve_checkpoints(checkpoints: CheckpointsLike, weights_only: bool = True)
     items = list(checkpoints) if isinstance(checkpoints, (list, tuple)) else [checkpoints]
     if not items:
         raise ValueError("no checkpoints: got an empty list; pass a snapshot directory or a list with at least one")
-    _refuse_shared(items)
     resolved: list[Checkpoint] = []
+    seen: dict[frozenset[tuple[str, int]], int] = {}
     for position, item in enumerate(items):
         if isinstance(item, Mapping):
             name = f"state dict {position}"
-            copied = {key: value.detach().cpu().clone() for key, value in _state_dict(item, name).items()}
+            tensors = _state_dict(item, name)
+            memory = frozenset((key, tensor.data_ptr()) for key, tensor in tensors.items())
+            first = seen.setdefault(memory, position)
+            if first != position:
+                raise ValueError(
+                    f"checkpoints {first} and {position} are the same tensors in memory: state_dict() returns a model's"
+                    " live weights; keep copy.deepcopy(model.state_dict()) instead"
+                )
+            copied = {key: tensor.cpu().clone() for key, tensor in tensors.items()}
             resolved.append(Checkpoint(name, partial(dict, copied)))
         elif isinstance(item, (str, os.PathLike)):
             resolved += _find(os.fspath(item), weights_only)
@@ -99,31 +112,21 @@ def resolve_checkpoints(checkpoints: CheckpointsLike, weights_only: bool = True)
     return resolved
 
 
-def _refuse_shared(items: Sequence[Any]) -> None:
-    seen: dict[frozenset[tuple[str, int]], int] = {}
-    for position, item in enumerate(items):
-        if not isinstance(item, Mapping):
-            continue
-        memory = frozenset((name, value.data_ptr()) for name, value in item.items() if isinstance(value, Tensor))
-        first = seen.setdefault(memory, position)
-        if memory and first != position:
-            raise ValueError(
-                f"checkpoints {first} and {position} are the same tensors in memory: state_dict() returns a model's"
-                " live weights; keep copy.deepcopy(model.state_dict()) instead"
-            )
-
-
 def _find(location: str, weights_only: bool) -> list[Checkpoint]:
-    suffix = PurePosixPath(location).suffix
+    suffix = PurePosixPath(location).suffix.lower()
     if suffix != ".safetensors" and suffix not in _TORCH_SUFFIXES:
         return _snapshots(SnapshotSeries(location))
-    filesystem, path = url_to_fs(location)
+    filesystem, path = locate(location)
     if not filesystem.exists(path):
         raise FileNotFoundError(f'checkpoint "{location}" does not exist')
     if filesystem.isdir(path):
         return _snapshots(SnapshotSeries(location))
-    read = partial(_read_safetensors, location) if suffix == ".safetensors" else None
-    return [Checkpoint(PurePosixPath(path).name, read or partial(_read_torch, location, weights_only))]
+    read = (
+        partial(_read_safetensors, filesystem, path, location)
+        if suffix == ".safetensors"
+        else partial(_read_torch, filesystem, path, location, weights_only)
+    )
+    return [Checkpoint(PurePosixPath(path).name, read)]
 
 
 def _snapshots(series: SnapshotSeries) -> list[Checkpoint]:
@@ -136,19 +139,17 @@ def _snapshots(series: SnapshotSeries) -> list[Checkpoint]:
             f'"{series.directory}" lacks {len(missing)} of the {len(snapshots)} snapshots in its manifest, first'
             f' "{missing[0]}"; restore the files, or pass a list of those that you want'
         )
-    directory = PurePosixPath(series.url)
-    return [
-        Checkpoint(f"{directory.name}/{entry.file}", partial(_read_safetensors, f"{series.url}/{entry.file}"), entry)
-        for entry in snapshots
-    ]
+    name = PurePosixPath(series.url).name
+    return [Checkpoint(f"{name}/{entry.file}", partial(series.load, entry), entry) for entry in snapshots]
 
 
-def _read_safetensors(location: str) -> dict[str, Tensor]:
-    return _state_dict(read_safetensors(location), f'"{location}"')
+def _read_safetensors(filesystem: Any, path: str, location: str) -> dict[str, Tensor]:
+    return _state_dict(read_safetensors(filesystem, path, location), f'"{location}"')
 
 
-def _read_torch(location: str, weights_only: bool) -> dict[str, Tensor]:
-    filesystem, path = url_to_fs(location)
+def _read_torch(filesystem: Any, path: str, location: str, weights_only: bool) -> dict[str, Tensor]:
+    if isinstance(filesystem, LocalFileSystem):
+        require_regular(path)
     try:
         if isinstance(filesystem, LocalFileSystem):
             # only the weights are read from disk then, not the optimizer's state; files of old formats do not allow it
@@ -156,7 +157,7 @@ def _read_torch(location: str, weights_only: bool) -> dict[str, Tensor]:
         else:
             with filesystem.open(path, "rb") as file:
                 content = torch.load(file, "cpu", weights_only=weights_only)
-    except FileNotFoundError:
+    except OSError:
         raise
     except Exception as error:  # torch and pickle raise many kinds for a damaged file
         refused = re.search(r"unsupported (?:global: )?GLOBAL (\S+)", str(error), re.IGNORECASE)
@@ -174,7 +175,13 @@ def _state_dict(content: Any, source: str) -> dict[str, Tensor]:
         content = content["state_dict"]
     if not isinstance(content, Mapping):
         raise TypeError(f"expected a state dict in {source}, got {type(content).__name__}")
-    require_tensors(content, source)
-    if not content:
+    tensors = without_extra_state(content, source)
+    if not tensors:
         raise ValueError(f"the state dict in {source} is empty")
-    return {name: tensor.detach() for name, tensor in content.items()}
+    extra = [name for name in content if is_extra_state(name)]
+    if extra:
+        _told.warn(
+            f"{', '.join(extra)} in {source} is extra state of modules, which is not loaded: the model keeps its own"
+        )
+    # Lazy signs would be in the way of those who look at the bytes.
+    return {name: tensor.detach().resolve_conj().resolve_neg() for name, tensor in tensors.items()}

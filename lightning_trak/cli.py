@@ -3,6 +3,7 @@
 ``lightning-trak --help``, or ``python -m lightning_trak.cli --help``; see docs/cli.md. Needs the extra ``cli``.
 """
 
+import io
 import os
 import shutil
 import sys
@@ -23,14 +24,17 @@ except ModuleNotFoundError as error:
         f'{error}: the command line needs jsonargparse: pip install "lightning-trak[cli]"'
     ) from error
 
+from lightning_trak.config_code import deny_standard_library, require_own_code
 from lightning_trak.data import single_loader
 from lightning_trak.explanations import explain
 from lightning_trak.files import write_atomically
 from lightning_trak.methods import FeatureMethod
 from lightning_trak.metrics import LinearDatamodelingScore
+from lightning_trak.paths import local_path
 from lightning_trak.reports import page, picture, table
 from lightning_trak.scores import SavedScores, load_ground_truth
 from lightning_trak.store import FeatureStore
+from lightning_trak.texts import counted, printable
 
 # A model is what commands add to a method's settings.
 MakeMethod = Callable[[nn.Module], FeatureMethod]
@@ -79,7 +83,7 @@ class AttributionTrainer(L.Trainer):
         saved = SavedScores(found, num_train, type(method).__name__, largest)
         if self.is_global_zero:
             saved.save(scores)
-            print(f"{saved.method}: {saved.num_targets} targets, {num_train} training examples, in {scores}")
+            print(f"{_heading(saved)}, {counted(num_train, 'training example')}, in {printable(scores)}")
 
     def evaluate(self, ground_truth: str, scores: str = DEFAULT_SCORES, confidence: float = 0.95) -> None:
         """Measure saved scores against retrained models: linear datamodeling score, interval and noise ceiling.
@@ -100,9 +104,8 @@ class AttributionTrainer(L.Trainer):
         lds.update(saved.scores, outputs)
         low, high = lds.interval(confidence).tolist()
         measured = {"lds": float(lds.compute()), "lds_low": low, "lds_high": high}
-        print(
-            f"{saved.method}: {saved.num_targets} targets, {len(masks)} subsets of {saved.num_train} training examples"
-        )
+        of_all = f"of {counted(saved.num_train, 'training example')}"
+        print(f"{_heading(saved)}, {counted(len(masks), 'subset')} {of_all}")
         print(f"LDS            {measured['lds']:.3f}  ({confidence:.0%} interval {low:.3f} to {high:.3f})")
         if outputs.ndim == 3 and outputs.shape[2] > 1:
             measured["lds_noise_ceiling"] = float(lds.noise_ceiling())
@@ -147,16 +150,17 @@ class AttributionTrainer(L.Trainer):
             if kind == ".png":
                 picture(explanations).savefig(path, format="png", dpi=150)
             else:
-                title = f"{saved.method}: {saved.num_train} training examples"
+                title = f"{saved.method}: {counted(saved.num_train, 'training example')}"
                 path.write_text(page(explanations, title), encoding="utf-8")
 
-        write_atomically(Path(out).expanduser(), write)
+        write_atomically(local_path(out, "file"), write)
 
 
 class AttributionCLI(LightningCLI):
     """LightningCLI with a section ``method``, and a subcommand for each method of the Trainer above."""
 
     def __init__(self) -> None:
+        deny_standard_library()
         about = {"prog": "lightning-trak", "description": "Which training examples made the model do this?"}
         super().__init__(trainer_class=AttributionTrainer, parser_kwargs=about)
 
@@ -184,6 +188,10 @@ class AttributionCLI(LightningCLI):
         parser.add_argument("--method", type=MakeMethod, help="What featurizes and scores.")
         parser.set_defaults({"method": DEFAULT_METHOD})
 
+    def before_instantiate_classes(self) -> None:
+        """Refuse code that a file may not name, before any of it is called."""
+        require_own_code(self.config)
+
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         if subcommand == "fit":
@@ -209,11 +217,24 @@ class AttributionCLI(LightningCLI):
             )
 
 
+def _heading(saved: SavedScores) -> str:
+    return f"{printable(saved.method)}: {counted(saved.num_targets, 'target')}"
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"expected the name of a dtype such as float32, got {name!r}")
+    return dtype
+
+
 def main() -> None:
     """Run ``lightning-trak``."""
     sys.path.insert(0, "")  # so that classes in the working directory are found, as with `python -m`
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal need not have every letter
     set_parsing_settings(add_print_completion_argument=True)
-    register_type(torch.dtype, lambda dtype: str(dtype).removeprefix("torch."), lambda name: getattr(torch, name))
+    register_type(torch.dtype, lambda dtype: str(dtype).removeprefix("torch."), _dtype)
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # they are of how Lightning uses it
     AttributionCLI()
 

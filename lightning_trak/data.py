@@ -5,38 +5,51 @@ sampler are all left out: the dataset is cut into ranges, and each rank loads wh
 the same examples whatever the number of processes, which is what makes results reproducible bit for bit.
 """
 
-import os
 import random
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import zip_longest
 from typing import Any, NamedTuple, cast
 
 import lightning as L
-import numpy as np
 import torch
 from lightning.pytorch.core.hooks import DataHooks
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.seed import isolate_rng
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
-from torch.utils.data import (
-    DataLoader,
-    Dataset,
-    DistributedSampler,
-    IterableDataset,
-    RandomSampler,
-    Sampler,
-    SequentialSampler,
-    WeightedRandomSampler,
+from torch.utils.data import DataLoader
+
+from lightning_trak.datamodules import loaders_of
+from lightning_trak.distributed import Ranks
+from lightning_trak.loaders import (
+    Data,
+    as_loader,
+    batch_size_of,
+    holds_several,
+    like,
+    load,
+    plain_loaders,
+    sample_digest,
 )
 
-from lightning_trak.distributed import Ranks
-from lightning_trak.files import tensor_digest
-
-DEFAULT_BATCH_SIZE = 32
-
-Data = DataLoader[Any] | Dataset[Any] | L.LightningDataModule
+__all__ = [
+    "Data",
+    "IndexedBatch",
+    "Range",
+    "RangeLoader",
+    "Stop",
+    "as_loader",
+    "as_loaders",
+    "batch_ranges",
+    "batch_size_of",
+    "fingerprint",
+    "holds_several",
+    "like",
+    "load",
+    "sample_batches",
+    "share_out",
+    "single_loader",
+    "transfer_hook",
+]
 
 
 class Range(NamedTuple):
@@ -69,62 +82,28 @@ def as_loaders(data: Data | Sequence[DataLoader[Any]], stage: str, trainer: L.Tr
     """Loaders of map-style datasets from anything that ``Trainer`` methods take.
 
     Args:
-        data: a DataLoader, a sequence of them, a Dataset (batches of 32) or a LightningDataModule.
+        data: see :func:`~lightning_trak.loaders.as_loader`; a sequence of such, or a LightningDataModule.
         stage: ``"fit"`` asks a data module for ``train_dataloader()``, ``"predict"`` for ``predict_dataloader()``.
-        trainer: what a data module is attached to. One that this Trainer has fitted with is not set up for ``"fit"``
-            again, since a random split would then be another than the one trained on.
+        trainer: what a data module is attached to; see :func:`~lightning_trak.datamodules.loaders_of`.
 
     Raises:
         TypeError: if it is none of these, or a dataset has no positions (an IterableDataset).
         ValueError: if a loader draws a subset or makes its own batches, so that examples cannot be told apart.
     """
-    if isinstance(data, L.LightningDataModule):
-        fitted = stage == "fit" and getattr(trainer, "datamodule", None) is data
-        data.trainer = trainer
-        if not fitted:
-            if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # as the Trainer does: once on each machine
-                data.prepare_data()
-            data.setup(stage)
-        data = data.train_dataloader() if stage == "fit" else data.predict_dataloader()
-    loaders = list(data) if isinstance(data, (list, tuple)) else [data]
-    return [as_loader(item) for item in loaders]
+    return loaders_of(data, stage, trainer) if isinstance(data, L.LightningDataModule) else plain_loaders(data)
 
 
 def single_loader(data: Data, stage: str, trainer: L.Trainer) -> DataLoader[Any]:
     """What :func:`as_loaders` finds, where it must be one.
 
     Raises:
-        ValueError: if a data module has several loaders.
+        ValueError: if there are several loaders.
     """
     loaders = as_loaders(data, stage, trainer)
     if len(loaders) != 1:
         what = "training set" if stage == "fit" else "set of targets"
         raise ValueError(f"expected one {what}, got {len(loaders)} loaders; use a ConcatDataset")
     return loaders[0]
-
-
-def as_loader(data: Any) -> DataLoader[Any]:
-    """A loader of a map-style dataset, if that is what is given; see :func:`as_loaders`."""
-    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
-        data = DataLoader(data, batch_size=DEFAULT_BATCH_SIZE)
-    dataset = getattr(data, "dataset", data)
-    if not isinstance(data, DataLoader) or isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
-        raise TypeError(
-            f"cannot attribute to a {type(dataset).__name__}: expected a DataLoader, Dataset or LightningDataModule"
-            " over a map-style dataset (with __len__ and __getitem__), because scores are indexed by position in it"
-        )
-    sampler: Any = data.sampler
-    whole = (SequentialSampler, RandomSampler, WeightedRandomSampler, DistributedSampler)
-    if not isinstance(sampler, whole) and (not hasattr(sampler, "__len__") or len(sampler) != len(dataset)):
-        raise ValueError(
-            f"the loader draws a subset with {type(sampler).__name__}, but scores are indexed by position in its"
-            " dataset; use DataLoader(torch.utils.data.Subset(dataset, indices))"
-        )
-    if data.batch_sampler is None:
-        raise ValueError("the loader has automatic batching off (batch_size=None); give it a batch_size")
-    if len(dataset) == 0:
-        raise ValueError("the dataset is empty")
-    return data
 
 
 def fingerprint(loader: DataLoader[Any]) -> str | None:
@@ -136,80 +115,14 @@ def fingerprint(loader: DataLoader[Any]) -> str | None:
     Returns:
         The digest, or None, with a warning, if the items are not the same twice, as under random augmentation.
     """
-    total = len(cast(Any, loader.dataset))
-    sample = sorted({position * (total - 1) // 7 for position in range(8)})
-    with isolate_rng():
-        first, second = (
-            _digest(batch) for batch in load(loader, [sample, sample], num_workers=min(1, loader.num_workers))
+    digest = sample_digest(loader)
+    if digest is None:
+        warnings.warn(
+            "items of the training data are not the same twice: is there random augmentation? Features will be those of"
+            " whatever is drawn, and differ from run to run; give the data without it",
+            stacklevel=3,
         )
-    if first == second:
-        return first
-    warnings.warn(
-        "items of the training data are not the same twice: is there random augmentation? Features will be those of"
-        " whatever is drawn, and differ from run to run; give the data without it",
-        stacklevel=3,
-    )
-    return None
-
-
-def _digest(batch: Any) -> str:
-    leaves: list[Tensor] = []
-    apply_to_collection(batch, Tensor, leaves.append)
-    apply_to_collection(batch, np.ndarray, lambda array: leaves.append(torch.as_tensor(array)))
-    apply_to_collection(batch, str, lambda text: leaves.append(torch.tensor(list(text.encode()))))
-    return tensor_digest({str(number): leaf for number, leaf in enumerate(leaves)})
-
-
-def batch_size_of(loader: DataLoader[Any]) -> int:
-    """The loader's batch size, or 32 when a batch sampler of varying sizes decides."""
-    return loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or DEFAULT_BATCH_SIZE
-
-
-class _Batches(Sampler[list[int]]):
-    """Lists of positions, made as they are asked for."""
-
-    def __init__(self, batches: Iterable[Sequence[int]]) -> None:
-        self.batches = batches
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return (list(batch) for batch in self.batches)
-
-
-def like(loader: DataLoader[Any], dataset: Dataset[Any], **options: Any) -> DataLoader[Any]:
-    """A loader of another dataset, or in another order, that collates and works as the given one does.
-
-    Args:
-        loader: the loader to be like.
-        dataset: what is loaded.
-        options: of the new DataLoader: which batches, and what differs.
-    """
-    same = {
-        "collate_fn": loader.collate_fn,
-        "num_workers": loader.num_workers,
-        "pin_memory": loader.pin_memory,
-        "timeout": loader.timeout,
-        "worker_init_fn": loader.worker_init_fn,
-        "multiprocessing_context": loader.multiprocessing_context,
-        "prefetch_factor": loader.prefetch_factor,
-    }
-    return DataLoader(dataset, **(same | options))
-
-
-def load(
-    loader: DataLoader[Any],
-    batches: Iterable[Sequence[int]],
-    num_workers: int | None = None,
-    collate_fn: Callable[[list[Any]], Any] | None = None,
-) -> DataLoader[Any]:
-    """A loader like the given one that yields exactly these batches of dataset positions."""
-    return like(
-        loader,
-        loader.dataset,
-        batch_sampler=_Batches(batches),
-        num_workers=loader.num_workers if num_workers is None else num_workers,
-        collate_fn=collate_fn or loader.collate_fn,
-        generator=torch.Generator(),  # the workers' base seed must not come from the user's random state
-    )
+    return digest
 
 
 def sample_batches(loader: DataLoader[Any], count: int, key: str) -> list[list[int]]:

@@ -9,6 +9,8 @@ from torch import Tensor
 
 T = TypeVar("T")
 
+_SUM_BYTES = 1 << 26  # of a tensor on the host that go through the device at a time
+
 
 class Ranks(NamedTuple):
     """Which of how many processes this is, as a Trainer sees it.
@@ -35,13 +37,16 @@ class Ranks(NamedTuple):
             dist.barrier()
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum of every rank's tensor, in place."""
+        """The sum of every rank's tensor, in place; the tensor is contiguous and of the same shape everywhere."""
         if self.world_size == 1:
             return tensor
         if dist.get_backend() == "nccl" and tensor.device.type == "cpu":
-            reduced = tensor.cuda()
-            dist.all_reduce(reduced)
-            return tensor.copy_(reduced)
+            # NCCL sums on the device alone, which need not have room for a matrix of scores.
+            for part in torch.split(tensor.view(-1), max(1, _SUM_BYTES // tensor.itemsize)):
+                reduced = part.cuda()
+                dist.all_reduce(reduced)
+                part.copy_(reduced)
+            return tensor
         dist.all_reduce(tensor)
         return tensor
 

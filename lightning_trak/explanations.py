@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lightning_trak.items import describe_item, find_image
 from lightning_trak.scores import SavedScores
+from lightning_trak.texts import counted
 
 Describe = Callable[[Any], str]
 
@@ -51,6 +52,18 @@ class Explanation(NamedTuple):
     groups: dict[str, list[Entry]]
 
 
+def described(describe: Describe, item: Any) -> str:
+    """The text that a user's function makes of an item.
+
+    Raises:
+        TypeError: if it is none.
+    """
+    text: object = describe(item)
+    if not isinstance(text, str):
+        raise TypeError(f"describe must return a str, got a {type(text).__name__}")
+    return text
+
+
 def explain(
     saved: SavedScores, indices: Sequence[int], k: int, train: Any, targets: Any, describe: Describe | None = None
 ) -> list[Explanation]:
@@ -68,10 +81,12 @@ def explain(
     Raises:
         ValueError: if scores and datasets are of different sizes.
         IndexError: if there is no such target.
+        TypeError: if ``describe`` returns something else than a text.
     """
     if (saved.num_targets, saved.num_train) != (len(targets), len(train)):
         raise ValueError(
-            f"the scores are of {saved.num_targets} targets and {saved.num_train} training examples, the data hold"
+            f"the scores are of {counted(saved.num_targets, 'target')} and"
+            f" {counted(saved.num_train, 'training example')}, the data hold"
             f" {len(targets)} and {len(train)}; score again, or show the data that were scored"
         )
     if k < 1:
@@ -82,7 +97,7 @@ def explain(
 
     def example(dataset: Any, index: int) -> Example:
         item = dataset[index]
-        return Example((describe or describe_item)(item), find_image(item))
+        return Example(described(describe or describe_item, item), find_image(item))
 
     return [
         Explanation(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.backends import cudnn
 
 from lightning_trak.checkpoints import Checkpoint
-from lightning_trak.copies import copy_module, load_weights
+from lightning_trak.copies import Original, copy_module
 from lightning_trak.files import tensor_digest
 from lightning_trak.gradients import (
     FunctionalEngine,
@@ -24,11 +24,12 @@ from lightning_trak.gradients import (
     coverage_report,
     select_parameters,
 )
-from lightning_trak.gradients.audit import Audit, require_independent
+from lightning_trak.gradients.audit import Audit, require_independent, rounding_tolerance
 from lightning_trak.gradients.base import EngineError, real_shape
 from lightning_trak.gradients.batch import ExampleBatch, Layout, infer_batch_size
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.evaluating import exact_attention, modules_of
+from lightning_trak.precision import to_store_dtype
 from lightning_trak.projections import Projection
 from lightning_trak.projections.base import BoundProjection
 from lightning_trak.store import Features
@@ -65,6 +66,7 @@ class FeatureExtractor:
     Attributes:
         places: what to call each checkpoint in messages.
         autocast: what forward passes of the hooks are autocast to, if anything; see :meth:`reset`.
+        device: where the module is.
         layout: which parts of a batch belong to single examples, once that is known.
         sharded: whether ranks compute together.
     """
@@ -85,8 +87,9 @@ class FeatureExtractor:
         keep: bool = False,
         audit: int = 0,
     ) -> None:
-        self._original = module
+        self._users = module
         self.module = self._copy(module)
+        self._original = Original(self.module)
         self.output = copy.deepcopy(output)
         self.checkpoints = checkpoints
         self.digests = digests
@@ -174,7 +177,7 @@ class FeatureExtractor:
         self.autocast = autocast
         self._begin()
         self.current: int | None = None
-        self._device = torch.device("cpu")
+        self.device = torch.device("cpu")
         self._loaded: dict[int, tuple[dict[str, Tensor], BoundProjection]] = {}
         self._seen = False
 
@@ -195,11 +198,11 @@ class FeatureExtractor:
                 bound = self.projection.bind(self.shapes, seed=self.seed, checkpoint=number, device=device)
                 self._loaded[number] = (weights, bound)
             weights, self._bound = self._loaded[number]
-            load_weights(self.module, weights, checkpoint.name)
+            self._original.load(weights, checkpoint.name)
             self.module.eval()
             for part in modules_of(self.output):
                 part.to(device).eval()
-        self.current, self._device = number, device
+        self.current, self.device = number, device
 
     def __call__(self, batch: Any, positions: Tensor, audited: Sequence[int] = ()) -> Features:
         """Features of a batch at the current checkpoint.
@@ -227,6 +230,17 @@ class FeatureExtractor:
                 numbers = [number - start for number in audited if rows.start <= number < rows.stop]
                 parts.append(self._rows(part, positions[rows], numbers))
             return Features.cat(parts)
+
+    @property
+    def rounding(self) -> float:
+        """The relative difference of outputs that rounding explains."""
+        weights = next(iter(self._engine.parameters.values()))
+        return rounding_tolerance(self._engine.autocast or weights.dtype)
+
+    def outputs_alone(self, examples: ExampleBatch) -> Tensor:
+        """The output of each example in a batch of one, at the current checkpoint."""
+        with self.differentiable():
+            return torch.cat([self._engine.outputs(examples.take([number])) for number in range(examples.size)])
 
     def require_independent(self, twice: Any, again: Any, other: Any, pair: Any) -> None:
         """Check that the output of an example does not depend on which other ones it is collated with.
@@ -258,7 +272,7 @@ class FeatureExtractor:
         with (
             torch.inference_mode(False),
             torch.no_grad(),
-            torch.autocast(self._device.type, enabled=False),
+            torch.autocast(self.device.type, enabled=False),
             cudnn.flags(enabled=False) if self._recurrent else nullcontext(),
         ):
             yield
@@ -276,13 +290,13 @@ class FeatureExtractor:
             # If this fails too, the model is at fault: let it say so.
             engine, features, outputs = self._slow, *self._project(self._slow, batch, working)
             self._give_way(error)
+        place = self.places[self.current or 0]
         if audited:
             reference = LoopEngine(self.module, self.output, self.names, engine.autocast)
-            audit = Audit(engine, reference, self._bound, self._original)
+            audit = Audit(engine, reference, self._bound, self._users)
             for number in audited:
-                name = f"example {int(positions[number])} {self.places[self.current or 0]}"
-                audit(batch, number, features, outputs, name)
-        features = features.to(self.dtype)
+                audit(batch, number, features, outputs, f"example {int(positions[number])} {place}")
+        features = to_store_dtype(features, self.dtype, positions, place)
         residuals, curvatures = self.output.derivatives(outputs)
         scalar = torch.promote_types(self.dtype, torch.float32)  # k numbers dwarf these three: no need to round them
         if not self._seen and not features.any():
@@ -296,7 +310,7 @@ class FeatureExtractor:
 
     def _project(self, engine: GradientEngine, batch: ExampleBatch, working: torch.dtype) -> tuple[Tensor, Tensor]:
         """The examples' projected gradients and outputs, in a working precision."""
-        features = torch.zeros(batch.size, self._bound.dim, dtype=working, device=self._device)
+        features = torch.zeros(batch.size, self._bound.dim, dtype=working, device=self.device)
         return features, engine.project(batch, self._bound, features).to(working)
 
     def _give_way(self, error: Exception) -> None:

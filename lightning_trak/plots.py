@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_trak.scorers.topk import block_top_k
+from lightning_trak.texts import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -92,7 +93,7 @@ def plot_pictures(targets: Sequence[Picture], rows: Mapping[str, Sequence[Sequen
     """
     counts = [len(group[0]) for group in rows.values()]
     styles = [_STYLES.get(name, ("black", name)) for name in rows]
-    titles = [textwrap.fill(title, 12 * count) for (_, title), count in zip(styles, counts, strict=True)]
+    titles = [textwrap.fill(printable(title), 12 * count) for (_, title), count in zip(styles, counts, strict=True)]
     lines = max(title.count("\n") for title in titles)  # as many above each group, so that images are level
     deepest = max(len(_wrapped(picture)) for group in (targets, *chain(*rows.values())) for picture in group)
     height = (1.15 + 0.13 * deepest) * len(targets) + 0.25 + 0.15 * lines
@@ -106,7 +107,7 @@ def plot_pictures(targets: Sequence[Picture], rows: Mapping[str, Sequence[Sequen
         for axes, pictures in zip(part.subplots(len(targets), len(group[0]), squeeze=False), group, strict=True):
             for axis, picture in zip(axes, pictures, strict=True):
                 _draw(axis, picture, colour)
-    return figure
+    return _plain(figure)
 
 
 def plot_brittleness(brittleness: "Brittleness") -> "Figure":
@@ -126,7 +127,8 @@ def plot_brittleness(brittleness: "Brittleness") -> "Figure":
             mean, low, high = (values[row] for values in estimate)
             places = [k * 1.02 ** (row - len(brittleness.methods) / 2) for k in brittleness.ks]
             bars = [(mean - low).clamp(min=0).tolist(), (high - mean).clamp(min=0).tolist()]
-            axis.errorbar(places, mean.tolist(), bars, marker="o", markersize=4, elinewidth=1, capsize=2, label=method)
+            style = {"marker": "o", "markersize": 4, "elinewidth": 1, "capsize": 2}
+            axis.errorbar(places, mean.tolist(), bars, label=_label(method), **style)
         axis.set_xlabel("proponents taken away")
         axis.set_xticks(brittleness.ks, [str(k) for k in brittleness.ks], minor=False)
         axis.minorticks_off()
@@ -137,7 +139,7 @@ def plot_brittleness(brittleness: "Brittleness") -> "Figure":
     right.set_ylabel("predictions that flip")
     right.set_ylim(bottom=0)
     left.legend(fontsize=8)
-    return figure
+    return _plain(figure)
 
 
 def plot_outcomes(sets: Sequence[str], outcomes: Mapping[str, Tensor], label: str) -> "Figure":
@@ -152,14 +154,14 @@ def plot_outcomes(sets: Sequence[str], outcomes: Mapping[str, Tensor], label: st
     axis, width = figure.subplots(), 0.8 / len(outcomes)
     for number, (name, values) in enumerate(outcomes.items()):
         places = [row + (number + 0.5) * width - 0.4 for row in range(len(sets))]
-        axis.barh(places, values.mean(1).tolist(), width, label=name, alpha=0.6)
+        axis.barh(places, values.mean(1).tolist(), width, label=_label(name), alpha=0.6)
         axis.plot(values.T.tolist(), [places] * values.shape[1], "k.", markersize=3)
-    axis.set_yticks(range(len(sets)), sets)
+    axis.set_yticks(range(len(sets)), list(map(printable, sets)))
     axis.invert_yaxis()
-    axis.set_xlabel(label)
+    axis.set_xlabel(printable(label))
     if len(outcomes) > 1:
         figure.legend(loc="outside upper center", ncols=len(outcomes), frameon=False)
-    return figure
+    return _plain(figure)
 
 
 def plot_mislabel_curves(curves: Mapping[str, "DetectionCurve"]) -> "Figure":
@@ -175,12 +177,12 @@ def plot_mislabel_curves(curves: Mapping[str, "DetectionCurve"]) -> "Figure":
     figure = _figure(figsize=(5, 4.5), layout="constrained")
     axis = figure.subplots()
     for name, curve in curves.items():
-        axis.plot(curve.inspected.tolist(), curve.found.tolist(), label=f"{name}: area {float(curve.area):.3f}")
+        axis.plot(curve.inspected.tolist(), curve.found.tolist(), label=_label(f"{name}: area {float(curve.area):.3f}"))
     axis.plot([0, 1], [0, 1], color="gray", linestyle="--", label="at random: area 0.500")
     axis.set_xlabel("examples inspected, most suspicious first")
     axis.set_ylabel("wrong labels found")
     axis.legend(loc="lower right")
-    return figure
+    return _plain(figure)
 
 
 def plot_histogram(values: Tensor, label: str) -> "Figure":
@@ -195,10 +197,10 @@ def plot_histogram(values: Tensor, label: str) -> "Figure":
     axis = figure.subplots()
     axis.hist(known.tolist(), bins=min(30, max(5, len(known) // 5)), color="tab:blue", alpha=0.7)
     axis.axvline(float(known.mean()), color="black", linestyle="--", label=f"mean {float(known.mean()):.3f}")
-    axis.set_xlabel(label)
+    axis.set_xlabel(printable(label))
     axis.set_ylabel("targets")
     axis.legend()
-    return figure
+    return _plain(figure)
 
 
 def _figure(**options: Any) -> "Figure":
@@ -214,9 +216,27 @@ def _figure(**options: Any) -> "Figure":
     return Figure(**options)
 
 
+def _plain(figure: "Figure") -> "Figure":
+    """Have texts shown as they are: a `$` begins no formula, and TeX, which may run commands, is not asked."""
+    from matplotlib.text import Text
+
+    for text in cast("list[Text]", figure.findobj(Text)):
+        text.set_usetex(False)
+        if text.get_text():  # the numbers at axes, which come later, may be formulas
+            text.set_parse_math(False)
+    return figure
+
+
+def _label(name: str) -> str:
+    """A text for a legend, which leaves out those that begin with an underscore."""
+    text = printable(name)
+    return f" {text}" if text.startswith("_") else text
+
+
 def _wrapped(picture: Picture) -> list[str]:
     """The title, in lines as wide as an image."""
-    return [part for line in picture.title.split("\n") for part in textwrap.wrap(line, 15, max_lines=3) or [""]]
+    lines = map(printable, picture.title.split("\n"))
+    return [part for line in lines for part in textwrap.wrap(line, 15, max_lines=3) or [""]]
 
 
 def _draw(axis: "Axes", picture: Picture, colour: str) -> None:

@@ -17,6 +17,7 @@ from lightning_trak.distributed import Ranks
 from lightning_trak.features import EngineName, FeatureExtractor, require_finite
 from lightning_trak.gradients.base import EngineError
 from lightning_trak.gradients.batch import Layout, find_layout, infer_batch_size
+from lightning_trak.same_function import keep_examples, keeps_examples, require_as_before, require_same_outputs
 from lightning_trak.scorers.base import Scorer, Scores
 from lightning_trak.sharded import ShardedFeatureExtractor
 from lightning_trak.sinks import Sink
@@ -90,6 +91,7 @@ class ExtractorModule(PredictModule):
         self._store = store
         self._train_loader = train_loader
         self._alone_and_together: tuple[Any, ...] | None = None
+        self._begun = {} if train_loader is None else store.begun()
 
     def setup(self, stage: str) -> None:  # noqa: ARG002
         """Compute in the Trainer's precision."""
@@ -106,19 +108,31 @@ class ExtractorModule(PredictModule):
         """Make the extractor ready for a checkpoint.
 
         Raises:
-            ValueError: if an example's output depends on what else is in its batch.
+            ValueError: if an example's output depends on what else is in its batch, or is not that of the store.
         """
         if self.extractor.current == checkpoint:
             return
         self.extractor.to_checkpoint(checkpoint, self.device)
+        made: dict[str, dict[str, Tensor]] = {}
         if self.extractor.output.context_size:
-            self._enter_context(checkpoint)
+            self._enter_context(checkpoint, made)
         if self._alone_and_together is not None:
             self.extractor.require_independent(*self._alone_and_together)
         if self.extractor.undecided:
             self._settle_engine()
         if self.extractor.projection.sample_size:
-            self._enter_projection(checkpoint)
+            self._enter_projection(checkpoint, made)
+        if self._train_loader is None:
+            require_same_outputs(self.extractor, self._store, checkpoint)
+            return
+        if checkpoint in self._begun and self._store.repeatable:
+            shard = self._begun[checkpoint]
+            require_as_before(self.extractor, self._store, (checkpoint, shard), *self._first_of(shard), made)
+        for name, tensors in made.items():
+            self._store.write_extra(checkpoint, name, tensors, self._store.key)
+        if not keeps_examples(self._store):
+            batch, positions = self._first_of(0)
+            keep_examples(self.extractor, self._store, batch, len(positions))
 
     def learn_batches(self, loader: DataLoader[Any]) -> None:
         """Find out how a loader puts examples together, from a few of them.
@@ -136,22 +150,27 @@ class ExtractorModule(PredictModule):
         sharded = self.extractor.sharded  # every forward pass of which is one of all ranks
         self._alone_and_together = None if sharded or not last else (twice, again, other, pair)
 
-    def _enter_context(self, checkpoint: int) -> None:
+    def _enter_context(self, checkpoint: int, made: dict[str, dict[str, Tensor]]) -> None:
         with torch.inference_mode(False):  # autograd saves the context
             context = self._read_extra(checkpoint, "context")
             if context is None:
                 batches = self._sample(checkpoint, "context", self.extractor.output.context_size)
-                context = self.extractor.make_context(batch for batch, _ in batches)
-                self._store.write_extra(checkpoint, "context", context, self._store.key)
+                made["context"] = context = self.extractor.make_context(batch for batch, _ in batches)
             self.extractor.output.set_context({name: tensor.to(self.device) for name, tensor in context.items()})
 
-    def _enter_projection(self, checkpoint: int) -> None:
+    def _enter_projection(self, checkpoint: int, made: dict[str, dict[str, Tensor]]) -> None:
         fitted = self._read_extra(checkpoint, "projection")
         if fitted is None:
             batches = self._sample(checkpoint, "projection", self.extractor.projection.sample_size)
-            fitted = self.extractor.fit_projection(batches)
-            self._store.write_extra(checkpoint, "projection", fitted, self._store.key)
+            made["projection"] = fitted = self.extractor.fit_projection(batches)
         self.extractor.set_projection_fit(fitted)
+
+    def _first_of(self, shard: int) -> tuple[Any, list[int]]:
+        """The first two training examples of a shard, and their positions."""
+        assert self._train_loader is not None
+        positions = list(self._store.shard(shard))[:2]
+        (batch,) = self._batches(self._train_loader, [positions])
+        return batch, positions
 
     def _read_extra(self, checkpoint: int, name: str) -> dict[str, Tensor] | None:
         """What the store has, if anything; ranks that compute together find it together or not at all."""
@@ -177,7 +196,11 @@ class ExtractorModule(PredictModule):
 
     def _sample(self, checkpoint: int, purpose: str, count: int) -> Iterator[tuple[Any, int]]:
         """A uniform sample of the training data, without replacement, another one at each checkpoint."""
-        assert self._train_loader is not None, "the store holds the context once featurizing is complete"
+        if self._train_loader is None:
+            raise RuntimeError(
+                f'store "{self._store.directory}" has lost the {purpose} of checkpoint {checkpoint}, which its features'
+                " were made with; call featurize again, which makes it again from the training data"
+            )
         positions = sample_batches(self._train_loader, count, f"{self.extractor.seed}/{checkpoint}/{purpose}")
         yield from zip(self._batches(self._train_loader, positions), map(len, positions), strict=True)
 

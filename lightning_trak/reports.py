@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_trak.explanations import Example, Explanation
 from lightning_trak.plots import Picture, plot_pictures
+from lightning_trak.texts import printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -52,7 +53,8 @@ def table(explanations: Sequence[Explanation], width: int = 100) -> str:
     """
     lines = []
     for explanation in explanations:
-        lines += [_cut(f"target {explanation.position}  {explanation.target.text}", width)]
+        head = f"target {explanation.position}  "
+        lines += [head + _cut(explanation.target.text, width - len(head))]
         for name, entries in explanation.groups.items():
             lines += [f"  {name}", "    rank  position       score  example"]
             lines += [
@@ -91,12 +93,13 @@ def page(explanations: Sequence[Explanation], title: str) -> str:
         explanations: what to show.
         title: of the page.
     """
+    title = html.escape(printable(title))
     sections = "\n".join(_section(explanation) for explanation in explanations)
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{html.escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
-        f"<h1>{html.escape(title)}</h1>\n<p>{_LEGEND}</p>\n{sections}\n</body>\n</html>\n"
+        f"<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
+        f"<h1>{title}</h1>\n<p>{_LEGEND}</p>\n{sections}\n</body>\n</html>\n"
     )
 
 
@@ -118,12 +121,15 @@ def png(image: Tensor) -> bytes:
 
 
 def _cut(text: str, width: int) -> str:
+    text = printable(text)
     return text if len(text) <= width else text[: width - 3] + "..."
 
 
 def _picture(example: Example, name: str, *more: str) -> Picture:
     if example.image is None:
-        raise ValueError(f"{name} holds no image, so there is no picture to draw; write a .html page, or a table")
+        raise ValueError(
+            f"{printable(name)} holds no image, so there is no picture to draw; write a .html page, or a table"
+        )
     image = example.image
     # in colour, so that grey images are not drawn as ink on paper
     return Picture(image.expand(3, -1, -1) if image.ndim == 2 else image, "\n".join((_cut(name, 15), *more)))
@@ -142,9 +148,9 @@ def _section(explanation: Explanation) -> str:
 
 
 def _figure(example: Example, caption: str) -> str:
-    image = ""
+    text, image = html.escape(_cut(example.text, 2000)), ""
     if example.image is not None:
         data = base64.b64encode(png(example.image)).decode()
         kind = ' class="small"' if example.image.shape[-1] <= _SMALL else ""
-        image = f'<img{kind} alt="{html.escape(example.text)}" src="data:image/png;base64,{data}">'
-    return f"<figure>{image}<figcaption>{caption}{html.escape(_cut(example.text, 2000))}</figcaption></figure>"
+        image = f'<img{kind} alt="{text}" src="data:image/png;base64,{data}">'
+    return f"<figure>{image}<figcaption>{caption}{text}</figcaption></figure>"

@@ -3,20 +3,32 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
-from lightning_trak.files import write_atomically
+from lightning_trak.files import (
+    DamagedFileError,
+    load_tensors,
+    open_safetensors,
+    remove_leftovers,
+    save_tensors,
+)
+from lightning_trak.paths import local_path
 from lightning_trak.retraining import Retrained, read_fleet
+from lightning_trak.schemas import boolean, integer, record, sha256, text
 from lightning_trak.scorers.topk import TopK, strongest
+
+_ABOUT = record(
+    {"sha256": sha256, "checksum": sha256, "num_train": integer(1, 1 << 40), "method": text(), "largest": boolean}
+)
 
 
 class SavedScores(NamedTuple):
     """Scores, and what was asked for.
 
-    As a safetensors file: ``scores``, or ``values`` and ``indices``, with ``num_train``, ``largest`` and ``method`` in
-    its metadata.
+    As a safetensors file: ``scores``, or ``values`` and ``indices``, with ``num_train``, ``largest``, ``method`` and
+    checksums in its metadata.
 
     Attributes:
         scores: ``(num_targets, num_train)``, or the best of each target.
@@ -36,21 +48,52 @@ class SavedScores(NamedTuple):
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: if it is another kind of file.
+            ValueError: if it is another kind of file, was altered, or holds what no scores can be.
+            OSError: if it cannot be read.
         """
-        tensors, about = read_tensors(path, "run `lightning-trak score` first")
+        path = _existing(path, "run `lightning-trak score` first")
         try:
+            tensors, about = load_tensors(path)
+            _ABOUT("its header", about)
             scores = tensors["scores"] if "scores" in tensors else TopK(tensors["values"], tensors["indices"])
-            return cls(scores, int(about["num_train"]), about["method"], about["largest"] == "True")
-        except KeyError as error:
-            raise ValueError(f'"{path}" lacks {error}: it is not a file of `lightning-trak score`') from error
+        except DamagedFileError as error:
+            raise _unreadable(error, "score again") from error
+        except (KeyError, ValueError) as error:
+            raise ValueError(f'"{path}" is not a file of `lightning-trak score`: {error}') from error
+        saved = cls(scores, about["num_train"], about["method"], about["largest"])
+        saved._require_scores(f'"{path}"')
+        return saved
 
     def save(self, path: str | Path) -> None:
-        """Write them, in place of a file that may be there."""
+        """Write them, in place of a file that may be there.
+
+        Raises:
+            ValueError: if they are not finite, or do not fit ``num_train``; a file that is there is kept.
+        """
+        path = local_path(path, "file of scores")
+        self._require_scores(f'what "{path}" should hold')
+        remove_leftovers(path.parent)
         tensors = {"scores": self.scores} if isinstance(self.scores, Tensor) else self.scores._asdict()
-        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        about = {"num_train": str(self.num_train), "method": self.method, "largest": str(self.largest)}
-        write_atomically(Path(path).expanduser(), lambda temporary: save_file(tensors, temporary, about))
+        save_tensors(path, tensors, num_train=self.num_train, method=self.method, largest=self.largest)
+
+    def _require_scores(self, where: str) -> None:
+        """Check the numbers, so that nothing is looked up at a wrong place."""
+        top, values = (None, self.scores) if isinstance(self.scores, Tensor) else (self.scores, self.scores.values)
+        if values.ndim != 2 or not values.is_floating_point():
+            reason = f"the scores are {values.dtype} of shape {tuple(values.shape)}, not numbers, a row for each target"
+        elif not values.isfinite().all():
+            row = int(values.isfinite().logical_not().any(1).nonzero()[0])
+            reason = f"scores of target {row} are NaN or infinite"
+        elif top is None:
+            reason = f"the scores are of {values.shape[1]} training examples, not {self.num_train}"
+            if values.shape[1] == self.num_train:
+                return
+        else:
+            found = _fault(top, self.num_train, self.largest)
+            if found is None:
+                return
+            reason = found
+        raise ValueError(f"{where} is wrong: {reason}; score again")
 
     @property
     def num_targets(self) -> int:
@@ -75,31 +118,67 @@ def load_ground_truth(path: str | Path) -> Retrained:
     Raises:
         FileNotFoundError: if there is no such file.
         RuntimeError: if members of the fleet are missing.
-        ValueError: if it is another kind of file.
+        ValueError: if it is another kind of file, or its tensors do not fit each other.
+        OSError: if it cannot be read.
     """
-    if Path(path).expanduser().is_dir():
+    path = _existing(path, "it should hold masks and outputs of retrained models")
+    if path.is_dir():
         return read_fleet(path)
-    tensors, _ = read_tensors(path, "it should hold masks and outputs of retrained models")
-    if missing := {"masks", "outputs"} - set(tensors):
-        raise ValueError(
-            f'"{path}" lacks {" and ".join(sorted(missing))}: expected a safetensors file with masks, bool'
-            " (num_subsets, num_train), and outputs, (num_targets, num_subsets[, num_seeds])"
-        )
-    return Retrained(tensors["masks"], tensors["outputs"])
-
-
-def read_tensors(path: str | Path, advice: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file, memory-mapped.
-
-    Raises:
-        FileNotFoundError: with the advice, if there is none.
-        ValueError: if it is another kind of file.
-    """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f'there is no file "{path}"; {advice}')
+    expected = (
+        "expected a safetensors file with masks, bool (num_subsets, num_train), and outputs, numbers (num_targets,"
+        " num_subsets[, num_seeds])"
+    )
     try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f'"{path}" is truncated or not a safetensors file: {error}') from error
+        with open_safetensors(path) as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except DamagedFileError as error:
+        raise _unreadable(error, expected) from error
+    if missing := {"masks", "outputs"} - set(tensors):
+        raise ValueError(f'"{path}" lacks {" and ".join(sorted(missing))}: {expected}')
+    masks, outputs = tensors["masks"], tensors["outputs"]
+    if (
+        masks.dtype != torch.bool
+        or masks.ndim != 2
+        or not outputs.is_floating_point()
+        or outputs.ndim not in (2, 3)
+        or outputs.shape[1] != len(masks)
+    ):
+        raise ValueError(
+            f'"{path}" holds masks, {masks.dtype} {tuple(masks.shape)}, and outputs, {outputs.dtype}'
+            f" {tuple(outputs.shape)}: {expected}"
+        )
+    if not outputs.isfinite().all():
+        raise ValueError(f'"{path}" holds outputs that are NaN or infinite; leave these targets or subsets out')
+    return Retrained(masks, outputs)
+
+
+def _existing(path: str | Path, advice: str) -> Path:
+    path = local_path(path, "file")
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileNotFoundError(f'there is no file "{path}"; {advice}') from error
+    return path
+
+
+def _unreadable(error: DamagedFileError, advice: str) -> ValueError:
+    if isinstance(error.__cause__, SafetensorError):
+        return ValueError(f'"{error.path}" is truncated or not a safetensors file: {error.__cause__}; {advice}')
+    return ValueError(f"{error}; {advice}")
+
+
+def _fault(top: TopK, num_train: int, largest: bool) -> str | None:
+    """What is wrong with the best scores of each target, if anything is."""
+    values, indices = top
+    if indices.dtype != torch.int64 or indices.shape != values.shape:
+        return f"its indices are {indices.dtype} of shape {tuple(indices.shape)}, not int64 {tuple(values.shape)}"
+    if not indices.numel():
+        return None
+    if indices.min() < 0 or indices.max() >= num_train:
+        return f"it has indices from {indices.min()} to {indices.max()}, of {num_train} training examples"
+    if (indices.sort(1).values.diff(dim=1) == 0).any():
+        return "it names a training example twice for one target"
+    steps = values.diff(dim=1)
+    if (steps > 0 if largest else steps < 0).any():
+        return f"its scores do not have the {'highest' if largest else 'lowest'} first"
+    return None

@@ -6,29 +6,38 @@
 What the manifest does not name is not part of the series. A save writes the tensors first, which get their name once
 they are whole and on disk, and then replaces the manifest in one step. So a crash at any moment leaves the earlier
 snapshots as they were, and at worst a file that nothing refers to: a hidden one, removed when the run is resumed, or
-that of the snapshot, overwritten when its step is saved again.
+that of the snapshot, overwritten when its step is saved again. The manifest has the size and checksum of each file, and
+a checksum of itself.
+
+One process writes. While it does it holds a lock on the directory, which the kernel takes from it when it dies. Some
+file systems have no locks, so that the manifest names its writer, too: who finds another there writes nothing.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
+import math
 import os
 import uuid
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import torch
-from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
-from safetensors import SafetensorError, safe_open
+from lightning.pytorch.utilities import rank_zero_warn
+from safetensors import SafetensorError
 from torch import Tensor
 
-from lightning_trak.files import write_atomically, write_json
+from lightning_trak.files import remove_leftovers, write_atomically, write_json
+from lightning_trak.locations import locate, require_regular
+from lightning_trak.schemas import anything, integer, items, parse_json, record, sealed, sha256, text, with_checksum
+from lightning_trak.weights import pack, read_safetensors, without_extra_state
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 
 
@@ -57,12 +66,16 @@ class Snapshot:
 
     Attributes:
         file: name of the safetensors file in the directory.
+        size: of the file, in bytes.
+        sha256: checksum of the state dict, :func:`~lightning_trak.files.tensor_digest`.
         step: optimizer steps taken, as ``trainer.global_step`` counts them (over all optimizers).
         epoch: training epochs completed.
         parameter_groups: settings of each parameter group of each optimizer.
     """
 
     file: str
+    size: int
+    sha256: str
     step: int
     epoch: int
     parameter_groups: tuple[ParameterGroup, ...]
@@ -74,10 +87,12 @@ class Manifest:
 
     Attributes:
         run: identifier of the training run, kept when the run is resumed.
+        writer: identifier of who writes, another one each time that the run is resumed.
         snapshots: in the order of their steps.
     """
 
     run: str
+    writer: str
     snapshots: tuple[Snapshot, ...]
 
 
@@ -90,9 +105,11 @@ class SnapshotSeries:
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self.directory = os.fspath(directory)
-        self.filesystem, root = url_to_fs(self.directory)
-        local = isinstance(self.filesystem, LocalFileSystem)
-        self._root = os.path.normpath(root) if local else str(root).rstrip("/")
+        self.filesystem, root = locate(directory)
+        self._root = root.rstrip("/")
+        self._local = isinstance(self.filesystem, LocalFileSystem)
+        self._writer: str | None = None
+        self._lock: tuple[int, weakref.finalize[Any, Any]] | None = None
 
     @property
     def url(self) -> str:
@@ -108,9 +125,11 @@ class SnapshotSeries:
 
         Raises:
             FileNotFoundError: if the directory has none.
-            ValueError: if it is not one, or of a format that this version cannot read.
+            ValueError: if it is not one, was altered, or is of a format that this version cannot read.
         """
         try:
+            if self._local:
+                require_regular(self.path(MANIFEST))
             content = self.filesystem.cat_file(self.path(MANIFEST))
         except (FileNotFoundError, NotADirectoryError) as error:
             found = "it does not exist" if not self.filesystem.exists(self._root) else f"it has no {MANIFEST}"
@@ -119,80 +138,143 @@ class SnapshotSeries:
                 " files as a list of their paths"
             ) from error
         try:
-            manifest: dict[str, Any] = json.loads(content)
-            if manifest["format"] != FORMAT_VERSION:
-                raise ValueError(f"it has format {manifest['format']}, and this version reads {FORMAT_VERSION}")
-            return Manifest(manifest["run"], tuple(_parse(entry) for entry in manifest["snapshots"]))
-        except (ValueError, KeyError, TypeError) as error:
+            manifest: dict[str, Any] = parse_json(content, _manifest)
+        except ValueError as error:
             raise ValueError(
-                f'"{self.directory}/{MANIFEST}" is not the manifest of a snapshot series: {error}'
+                f'"{self.directory}/{MANIFEST}" is not the manifest of a snapshot series, or was altered: {error};'
+                " restore it from a copy, or pass a list of the paths of the snapshots"
             ) from error
+        return Manifest(manifest["run"], manifest["writer"], tuple(_parse(entry) for entry in manifest["snapshots"]))
+
+    def load(self, snapshot: Snapshot) -> dict[str, Tensor]:
+        """The state dict of a snapshot, as :func:`~lightning_trak.weights.read_safetensors`.
+
+        Raises:
+            FileNotFoundError: if its file is gone.
+            ValueError: if the file is not the one that was written.
+        """
+        location = f"{self.directory}/{snapshot.file}"
+        return read_safetensors(
+            self.filesystem, self.path(snapshot.file), location, size=snapshot.size, digest=snapshot.sha256
+        )
 
     def begin(self) -> str:
-        """Start the series of a new run.
+        """Start the series of a new run, and hold the directory until :meth:`close`.
 
         Returns:
             The new run's identifier.
 
         Raises:
-            ValueError: if the directory holds snapshots already.
+            ValueError: if the directory holds snapshots already, or a run that is still going writes to it.
         """
+        held = self._hold()
         existing = self._existing()
         if existing is not None and existing.snapshots:
+            self.close()
             raise ValueError(self._occupied(existing))
+        if existing is not None and not held:
+            rank_zero_warn(
+                f'another run has begun in "{self.directory}" and saved no snapshot yet; if it is still going, it ends'
+                " with an error at its first, since this run has taken the directory"
+            )
         run = uuid.uuid4().hex
-        self._start(Manifest(run, ()))
+        self._start(run, ())
         return run
 
     def resume(self, runs: Sequence[str], step: int) -> Manifest:
-        """Continue the series of a run at an optimizer step; entries of later steps leave the manifest.
+        """Continue the series of a run at an optimizer step, and hold the directory until :meth:`close`.
 
-        Their files stay until the resumed run saves the same steps.
+        Entries of later steps leave the manifest. Their files stay until the resumed run saves the same steps.
 
         Args:
             runs: identifiers that the run may have here; an empty directory takes the first.
             step: optimizer steps that the resumed run has taken.
 
         Raises:
-            ValueError: if the directory holds snapshots of another run.
+            ValueError: if the directory holds snapshots of another run, or a run that is still going writes to it.
         """
+        self._hold()
         existing = self._existing()
         if existing is None or not existing.snapshots:
-            manifest = Manifest(runs[0], ())
-        elif existing.run in runs:
-            manifest = Manifest(existing.run, tuple(s for s in existing.snapshots if s.step <= step))
-        else:
+            return self._start(runs[0], ())
+        if existing.run not in runs:
+            self.close()
             raise ValueError(self._occupied(existing))
-        self._start(manifest)
-        return manifest
+        return self._start(existing.run, tuple(s for s in existing.snapshots if s.step <= step))
 
     def save(
-        self, state_dict: Mapping[str, Tensor], step: int, epoch: int, parameter_groups: Sequence[ParameterGroup]
+        self, state_dict: Mapping[str, Any], step: int, epoch: int, parameter_groups: Sequence[ParameterGroup]
     ) -> Snapshot:
         """Add a snapshot; one of the same step is replaced.
 
         Args:
-            state_dict: dense tensors on any device; tied and non-contiguous ones are allowed.
+            state_dict: dense tensors on any device; tied and non-contiguous ones are allowed. Extra state is left out.
             step: optimizer steps taken.
             epoch: training epochs completed.
             parameter_groups: settings of each parameter group of each optimizer.
 
         Raises:
             FileNotFoundError: if neither :meth:`begin` nor :meth:`resume` has made a manifest.
+            ValueError: if another run has taken the directory since.
             TypeError: if an entry of the state dict is not a dense tensor.
+            OSError: if it cannot be written; earlier snapshots are as they were.
         """
         manifest = self.read()
-        tensors, aliases = _untie(state_dict)
-        snapshot = Snapshot(f"snapshot-{step:08d}.safetensors", step, epoch, tuple(parameter_groups))
-        path = self.path(snapshot.file)
-        if isinstance(self.filesystem, LocalFileSystem):
-            write_atomically(Path(path), lambda temporary: safetensors.torch.save_file(tensors, temporary, aliases))
-        else:
-            self.filesystem.pipe_file(path, safetensors.torch.save(tensors, aliases))
-        others = [other for other in manifest.snapshots if other.step != step]
-        snapshots = sorted([*others, snapshot], key=lambda entry: entry.step)
-        self._replace_manifest(Manifest(manifest.run, tuple(snapshots)))
+        if manifest.writer != self._writer:
+            raise ValueError(
+                f'"{self.directory}" was taken by another run after this one began, so that the snapshot of step {step}'
+                " was not saved; give each run a directory of its own"
+            )
+        tensors, metadata, checksum = pack(without_extra_state(state_dict, "the module's state dict"))
+        file = _file_name(step)
+        try:
+            size = self._write_tensors(file, tensors, metadata)
+            snapshot = Snapshot(file, size, checksum, step, epoch, tuple(parameter_groups))
+            others = [other for other in manifest.snapshots if other.step != step]
+            snapshots = sorted([*others, snapshot], key=lambda entry: entry.step)
+            self._replace_manifest(Manifest(manifest.run, manifest.writer, tuple(snapshots)))
+        except (OSError, SafetensorError) as error:
+            number = getattr(error, "errno", None)
+            reason = (
+                f'snapshot "{self.directory}/{file}" was not saved: {error}; make room, or see to the permissions, and'
+                " resume the run: its earlier snapshots are whole"
+            )
+            raise (OSError(number, reason) if number else OSError(reason)) from error
         return snapshot
+
+    def close(self) -> None:
+        """Let another run have the directory."""
+        self._writer = None
+        if self._lock is not None:
+            descriptor, closing = self._lock
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # processes that were forked since have the descriptor open as well
+            closing()
+            self._lock = None
+
+    def _hold(self) -> bool:
+        """Take the lock; returns whether there is one on this file system."""
+        if self._lock is not None:
+            return True
+        if not self._local:
+            return False
+        try:
+            os.makedirs(self._root, exist_ok=True)
+        except FileExistsError as error:
+            raise NotADirectoryError(f'"{self.directory}" is no directory; use another path for snapshots') from error
+        descriptor = os.open(self._root, os.O_RDONLY)
+        closing = weakref.finalize(self, os.close, descriptor)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            closing()
+            raise ValueError(
+                f'a run that is still going writes to "{self.directory}"; use another directory, or wait for its end'
+            ) from error
+        except OSError:  # no locks here: save() will find out by the manifest
+            closing()
+            return False
+        self._lock = descriptor, closing
+        return True
 
     def _existing(self) -> Manifest | None:
         try:
@@ -207,88 +289,86 @@ class SnapshotSeries:
             " trainer.fit(ckpt_path=...) from a checkpoint that it saved"
         )
 
-    def _start(self, manifest: Manifest) -> None:
-        if isinstance(self.filesystem, LocalFileSystem):
-            for unfinished in Path(self._root).glob(".snapshot-*.tmp"):  # left by a process that was killed
-                unfinished.unlink()
+    def _start(self, run: str, snapshots: tuple[Snapshot, ...]) -> Manifest:
+        if self._local:
+            remove_leftovers(Path(self._root))
+        self._writer = uuid.uuid4().hex
+        manifest = Manifest(run, self._writer, snapshots)
         self._replace_manifest(manifest)
+        return manifest
+
+    def _write_tensors(self, file: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> int:
+        path = self.path(file)
+        if self._local:
+            write_atomically(Path(path), lambda temporary: safetensors.torch.save_file(tensors, temporary, metadata))
+            return os.stat(path).st_size
+        content = safetensors.torch.save(tensors, metadata)
+        self.filesystem.pipe_file(path, content)
+        return len(content)
 
     def _replace_manifest(self, manifest: Manifest) -> None:
-        content = {"format": FORMAT_VERSION, **asdict(manifest)}
+        content = with_checksum({"format": FORMAT_VERSION, **asdict(manifest)})
+        parse_json(json.dumps(content).encode(), _manifest)  # what could not be read again is not written
         path = self.path(MANIFEST)
-        if isinstance(self.filesystem, LocalFileSystem):
+        if self._local:
             write_json(Path(path), content)
         else:
             self.filesystem.makedirs(self._root, exist_ok=True)
             self.filesystem.pipe_file(path, json.dumps(content).encode())  # object stores replace an object in one step
 
 
-def read_safetensors(location: str) -> dict[str, Tensor]:
-    """Read a safetensors file, local or remote, tied tensors included.
-
-    Tied tensors are noted as ``safetensors.torch.save_model`` does: the header's metadata maps each name that was left
-    out to the name that holds its tensor.
-
-    Args:
-        location: a path or URL.
-
-    Returns:
-        Name -> tensor on CPU; tied names share one tensor.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is truncated or not a safetensors file.
-    """
-    filesystem, path = url_to_fs(location)
-    try:
-        if isinstance(filesystem, LocalFileSystem):
-            with safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                metadata = file.metadata() or {}
-        else:
-            content = filesystem.cat_file(path)
-            tensors = safetensors.torch.load(content)
-            header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-            metadata = header.get("__metadata__", {})
-    except SafetensorError as error:
-        raise ValueError(f'"{location}" is truncated or not a safetensors file: {error}') from error
-    aliases = {name: tensors[kept] for name, kept in metadata.items() if kept in tensors and name not in tensors}
-    return tensors | aliases
+def _file_name(step: int) -> str:
+    return f"snapshot-{step:08d}.safetensors"
 
 
-def require_tensors(state_dict: Mapping[Any, Any], source: str) -> None:
-    """Check that a state dict maps names to dense tensors.
-
-    Raises:
-        TypeError: if not, naming ``source`` and the first entry that is something else.
-    """
-    for name, value in state_dict.items():
-        if not isinstance(value, Tensor):
-            found = type(value).__name__
-        elif value.layout != torch.strided:
-            found = f"a {value.layout} tensor"
-        elif not isinstance(name, str):
-            found = "not a name"
-        else:
-            continue
-        raise TypeError(f"expected a state dict of names and dense tensors in {source}, but {name!r} is {found}")
+def _number(field: str, value: Any) -> None:
+    finite = (type(value) is int and abs(value) < 1 << 1000) or (type(value) is float and math.isfinite(value))
+    if value is not None and not finite:
+        raise ValueError(f"{field} must be a number or null, got {value!r:.40}")
 
 
-def _untie(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Contiguous CPU copies of the distinct tensors, and name -> name that holds its tensor for the tied ones."""
-    require_tensors(state_dict, "the module's state dict")
-    tensors: dict[str, Tensor] = {}
-    aliases: dict[str, str] = {}
-    holders: dict[tuple[Any, ...], str] = {}
-    for name, tensor in state_dict.items():
-        view = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        holder = holders.setdefault(view, name) if tensor.numel() else name
-        if holder != name:
-            aliases[name] = holder
-        else:  # a copy of its own, because safetensors refuses overlapping views as well
-            copy = torch.empty_like(tensor, device="cpu", memory_format=torch.contiguous_format)
-            tensors[name] = copy.copy_(tensor.detach())
-    return tensors, aliases
+_count = integer(0, (1 << 63) - 1)
+_name = text(r"\S+", "a name")
+_group = record(
+    {"optimizer": _count, "algorithm": _name, "lr": _number, "weight_decay": _number, "parameters": items(text())}
+)
+_entries = items(
+    record(
+        {
+            "file": _name,
+            "size": _count,
+            "sha256": sha256,
+            "step": _count,
+            "epoch": _count,
+            "parameter_groups": items(_group),
+        }
+    )
+)
+
+
+def _snapshots(field: str, value: Any) -> None:
+    _entries(field, value)
+    for number, entry in enumerate(value):
+        if number and entry["step"] <= value[number - 1]["step"]:
+            raise ValueError(
+                f"{field}[{number}].step must be more than {value[number - 1]['step']}, that of the snapshot before it,"
+                f" got {entry['step']}"
+            )
+        if entry["file"] != _file_name(entry["step"]):
+            raise ValueError(
+                f"{field}[{number}].file must be {_file_name(entry['step'])!r}, as its step has it, got"
+                f" {entry['file']!r:.80}"
+            )
+
+
+_current = sealed({"format": _count, "run": _name, "writer": _name, "snapshots": _snapshots})
+
+
+def _manifest(field: str, value: Any) -> None:
+    record({"format": _count}, others=anything)(field, value)
+    if value["format"] != FORMAT_VERSION:
+        raise ValueError(f"it has format {value['format']}, and this version reads {FORMAT_VERSION}")
+    _current(field, value)
 
 
 def _parse(entry: dict[str, Any]) -> Snapshot:

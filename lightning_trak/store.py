@@ -7,26 +7,75 @@
     store/checkpoint-0002/gram-<curvature>.safetensors   Gram matrix, a cache: it can be made again from the shards
 
 Completion protocol: a shard exists under its own name only when it is complete, because it is written elsewhere,
-flushed and renamed. A process killed at any moment leaves complete shards and, at worst, a hidden temporary file. A
-shard's range depends on the manifest alone, so any number of ranks, now or in a later run, can share out the missing
-ones.
+flushed and renamed. A process killed at any moment leaves complete shards and, at worst, a hidden temporary folder,
+which the next run removes. A shard's range depends on the manifest alone, so any number of ranks, now or in a later
+run, can share out the missing ones.
+
+Every file says in its header what it is, and has a checksum: one that was altered, moved or copied from elsewhere is
+refused, or made again if it is an extra.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from contextlib import suppress
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_trak.files import load_metadata, load_tensors, read_manifest, save_tensors, tensor_digest, write_json
+from lightning_trak import schemas
+from lightning_trak.files import (
+    DamagedFileError,
+    altered,
+    load_metadata,
+    load_tensors,
+    read_json,
+    read_manifest,
+    remove_leftovers,
+    save_tensors,
+    tensor_digest,
+    write_json,
+)
+from lightning_trak.fingerprints import are_same, changes
+from lightning_trak.paths import local_directory
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_MAX_EXAMPLES = 1 << 40
+
+_MANIFEST = schemas.sealed(
+    {
+        "format": schemas.integer(FORMAT_VERSION, FORMAT_VERSION),
+        "num_examples": schemas.integer(1, _MAX_EXAMPLES),
+        "shard_size": schemas.integer(1, _MAX_EXAMPLES),
+        "identity": schemas.record(
+            {"checkpoints": schemas.items(schemas.anything, least=1)},
+            optional={
+                "dtype": schemas.one_of("float64", "float32", "bfloat16", "float16"),
+                "parameters": schemas.parameters,
+            },
+            others=schemas.anything,
+        ),
+    }
+)
+_HEADER = {
+    "sha256": schemas.sha256,
+    "checksum": schemas.sha256,
+    "checkpoint": schemas.integer(0, _MAX_EXAMPLES),
+    "name": schemas.text(),
+    "key": schemas.text(),
+}
+_ENGINES = ("hooks", "functional", "loop")
+_ENGINE = schemas.record(
+    {
+        "engine": schemas.one_of(*_ENGINES),
+        "refuted": schemas.record({}, optional=dict.fromkeys(_ENGINES, schemas.text())),
+    }
+)
 
 
 class Features(NamedTuple):
@@ -66,7 +115,10 @@ class FeatureStore:
         key: stands for the identity: what extras were made under.
 
     Raises:
-        ValueError: if the directory holds a store of another identity or data size, naming the first difference.
+        FileNotFoundError: if it is to be read only and there is none.
+        NotADirectoryError: if something else is in the directory's place.
+        ValueError: if the directory holds a store of another identity or data size, naming the first difference; or
+            its manifest is damaged.
     """
 
     # Files whose checksum has been found right, by path, size and time of change: once in a process is enough.
@@ -81,16 +133,18 @@ class FeatureStore:
         read_only: bool = False,
         user: str = "TRAK",
     ) -> None:
-        if "://" in str(directory):
-            raise ValueError(f'a store must be on a disk, since it is memory-mapped, got "{directory}"')
-        self.directory = Path(directory).expanduser()
+        self.directory = local_directory(directory, "store")
         path = self.directory / "manifest.json"
-        if not read_only and not path.exists():
-            self._create(path, identity, num_examples, shard_size)
+        identity = schemas.as_json(identity)
+        if not read_only:
+            for folder in (self.directory, *self.directory.glob("checkpoint-*")):
+                remove_leftovers(folder)
+            if not path.exists() and not path.is_symlink():
+                self._create(path, identity, num_examples, shard_size)
         manifest = self.read_manifest(directory)
         stored = {"num_examples": manifest["num_examples"]} | manifest["identity"]
-        wanted = {"num_examples": num_examples} | json.loads(json.dumps(identity))
-        differs = any(stored.get(field) != value for field, value in wanted.items())
+        wanted = {"num_examples": num_examples} | identity
+        differs = any(not are_same(stored.get(field), value) for field, value in wanted.items())
         if differs and not read_only and self._is_empty():
             # Of a run that failed before its first shard, over a mistake that has been mended since.
             path.unlink(missing_ok=True)
@@ -104,6 +158,7 @@ class FeatureStore:
         self.shard_size: int = manifest["shard_size"]
         self.num_checkpoints = len(manifest["identity"]["checkpoints"])
         self.num_shards = -(-self.num_examples // self.shard_size)
+        self._k: int | None = None  # features of an example, once a shard was read or written
 
     def _is_empty(self) -> bool:
         return not any(self.directory.glob("checkpoint-*/shard-*"))
@@ -120,7 +175,7 @@ class FeatureStore:
             "identity": identity,
         }
         with suppress(FileExistsError):  # another process was faster: its manifest counts
-            write_json(path, manifest, replace=False)
+            write_json(path, schemas.with_checksum(manifest), replace=False)
 
     @staticmethod
     def read_manifest(directory: str | Path) -> dict[str, Any]:
@@ -130,23 +185,25 @@ class FeatureStore:
             FileNotFoundError: if there is none.
             ValueError: if it is not one, or of a format that this version cannot read.
         """
-        return read_manifest(directory, "feature store", FORMAT_VERSION, "call featurize first")
+        return read_manifest(directory, "feature store", FORMAT_VERSION, "call featurize first", _MANIFEST)
 
     def _compare(self, stored: dict[str, Any], wanted: dict[str, Any], user: str) -> None:
         for field, mine in wanted.items():
             theirs = stored.get(field)
-            if mine == theirs:
+            if are_same(mine, theirs):
                 continue
             if field == "data":
                 made, have = "other training data of this size", "data that differ in eight items spread over them"
             elif field == "checkpoints" and isinstance(theirs, list) and len(theirs) == len(mine):
                 number = next(i for i, pair in enumerate(zip(mine, theirs, strict=True)) if pair[0] != pair[1])
-                made, have = f"other weights as checkpoint {number}", "the same number of them"
+                made, have = f"other weights or buffers at checkpoint {number}", "the same number of checkpoints"
             elif field in ("checkpoints", "parameters") and isinstance(theirs, list):
                 made, have = f"{len(theirs)} {field}", f"{len(mine)}"
                 differing = [item[0] for item in [*mine, *theirs] if (item in mine) != (item in theirs)]
                 if field == "parameters":
                     have += f" (differing in {', '.join(differing[:5])}{', ...' if len(differing) > 5 else ''})"
+            elif isinstance(mine, dict) and isinstance(theirs, dict):
+                made, have = f"another {field}", f"one that differs: {changes(theirs, mine)}"
             else:
                 made, have = f"{field} {theirs}", f"{field} {mine}"
             raise ValueError(
@@ -165,19 +222,34 @@ class FeatureStore:
     def _shard_path(self, checkpoint: int, shard: int) -> Path:
         return self._path(checkpoint, f"shard-{shard:05d}")
 
-    def missing(self, checkpoint: int) -> list[int]:
-        """Shards of a checkpoint that are not on disk yet, or were made by an engine that was refuted since."""
+    def missing(self, checkpoint: int, extras: Sequence[str] = ()) -> list[int]:
+        """Shards of a checkpoint that are to be made: those that are not there, or of an engine that was refuted since.
+
+        Args:
+            checkpoint: which.
+            extras: what features of the checkpoint depend on. If one is lost, the first shard counts as missing:
+                making a shard makes them again.
+        """
         refuted = self.refuted_engines()
-        return [
+        missing = [
             shard
             for shard in range(self.num_shards)
             if not self._shard_path(checkpoint, shard).exists()
             or (refuted and self.engine_of(checkpoint, shard) in refuted)
         ]
+        if not missing and any(self.read_extra(checkpoint, name, self.key) is None for name in extras):
+            return [0]
+        return missing
 
-    def engine_of(self, checkpoint: int, shard: int) -> str:
-        """What computed the gradients of a shard."""
-        return str(self._metadata(self._shard_path(checkpoint, shard)).get("engine"))
+    def begun(self) -> dict[int, int]:
+        """The first shard that is there, for each checkpoint that has one."""
+        there = {c: sorted(set(range(self.num_shards)) - set(self.missing(c))) for c in range(self.num_checkpoints)}
+        return {checkpoint: shards[0] for checkpoint, shards in there.items() if shards}
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether the training data were the same twice."""
+        return self._manifest["identity"].get("data") is not None
 
     def require_complete(self) -> None:
         """Check that every shard is there.
@@ -195,36 +267,96 @@ class FeatureStore:
     def write(self, checkpoint: int, shard: int, rows: Features, engine: str = "") -> None:
         """Write a complete shard.
 
+        Args:
+            checkpoint: which.
+            shard: which.
+            rows: of all its examples.
+            engine: what computed the gradients, see :meth:`engine_of`.
+
         Raises:
-            ValueError: if the rows are not as many as the shard's examples.
+            ValueError: if the rows are not as many as the shard's examples, or not like those of the store.
             RuntimeError: if another run has replaced the manifest since this object was made.
         """
         if self.read_manifest(self.directory) != self._manifest:
             raise RuntimeError(f'another run has taken store "{self.directory}" over; give each run a directory')
         if len(rows.features) != len(self.shard(shard)):
             raise ValueError(f"shard {shard} holds {len(self.shard(shard))} examples, got {len(rows.features)} rows")
-        save_tensors(self._shard_path(checkpoint, shard), rows._asdict(), key="", engine=engine)
+        reason = self._misfit(rows._asdict())
+        if reason is not None:
+            raise ValueError(f"shard {shard} of checkpoint {checkpoint} cannot be written: {reason}")
+        path = self._shard_path(checkpoint, shard)
+        save_tensors(path, rows._asdict(), checkpoint=checkpoint, name=path.stem, key=self.key, engine=engine)
 
     def read(self, checkpoint: int, shard: int) -> Features:
         """Read a shard, memory-mapped; its checksum is verified the first time that this process reads it.
 
         Raises:
-            ValueError: if the file is truncated or altered.
+            ValueError: if the file is truncated or altered, or another one.
+            OSError: if it cannot be read.
         """
         path = self._shard_path(checkpoint, shard)
-        rows = Features(**self._load(path))
-        if len(rows.features) != len(self.shard(shard)):
-            raise self._damaged(path, f"it holds {len(rows.features)} examples, not {len(self.shard(shard))}")
-        return rows
+        with _advice():
+            tensors, metadata = self._load(path)
+            _require_place(path, metadata, checkpoint, self.key, engine=schemas.text())
+            reason = self._misfit(tensors, len(self.shard(shard)))
+            if reason is not None:
+                raise altered(path, reason)
+        return Features(**tensors)
+
+    def _misfit(self, tensors: dict[str, Tensor], count: int | None = None) -> str | None:
+        """What is wrong with the rows of a shard, if anything is."""
+        if set(tensors) != set(Features._fields):
+            return f"it holds {', '.join(sorted(tensors))}, not {', '.join(sorted(Features._fields))}"
+        features = tensors["features"]
+        count = len(features) if count is None else count
+        if features.ndim != 2 or not features.shape[1]:
+            return f"its features have shape {tuple(features.shape)}, not (examples, k)"
+        if len(features) != count:
+            return f"it holds {len(features)} examples, not {count}"
+        found = str(features.dtype).removeprefix("torch.")
+        wanted = self._manifest["identity"].get("dtype", found)
+        if found != wanted or not features.is_floating_point():
+            return f"its features are {found}, not {wanted}"
+        if self._k is None:
+            self._k = features.shape[1]
+        if features.shape[1] != self._k:
+            return f"it has {features.shape[1]} features an example, other shards have {self._k}"
+        for name, column in tensors.items():
+            if name != "features" and (column.shape != (count,) or not column.is_floating_point()):
+                return f"its {name} are {column.dtype} of shape {tuple(column.shape)}, not numbers of shape ({count},)"
+        return None
+
+    def engine_of(self, checkpoint: int, shard: int) -> str:
+        """What computed the gradients of a shard, as :meth:`write` was told."""
+        path = self._shard_path(checkpoint, shard)
+        with _advice():
+            metadata = load_metadata(path)
+            _require_place(path, metadata, checkpoint, self.key, engine=schemas.text())
+        return str(metadata["engine"])
 
     def write_extra(self, checkpoint: int, name: str, tensors: dict[str, Tensor], key: str = "") -> None:
         """Write tensors that belong to a checkpoint as a whole; ``key`` says what they were made from."""
-        save_tensors(self._path(checkpoint, name), tensors, key=key)
+        save_tensors(self._path(checkpoint, name), tensors, checkpoint=checkpoint, name=name, key=key)
 
     def read_extra(self, checkpoint: int, name: str, key: str = "") -> dict[str, Tensor] | None:
-        """Read what :meth:`write_extra` wrote, or None if nothing was written with this ``key``."""
+        """Read what :meth:`write_extra` wrote.
+
+        Returns:
+            The tensors. None if nothing was written with this ``key``, or what was is damaged, which warns: what can be
+            made again need not be asked for.
+        """
         path = self._path(checkpoint, name)
-        return self._load(path) if path.exists() and self._metadata(path).get("key") == key else None
+        if not path.exists():
+            return None
+        try:
+            metadata = load_metadata(path)
+            if metadata.get("key") != key:
+                return None
+            _require_place(path, metadata, checkpoint, key)
+            return self._load(path)[0]
+        except DamagedFileError as error:
+            warnings.warn(f"{error}, so it counts as lost", stacklevel=2)
+            return None
 
     def settle_engine(self, engine: str | None = None) -> str | None:
         """How gradients are computed in every run on this store: the first one that says so decides.
@@ -234,6 +366,9 @@ class FeatureStore:
 
         Returns:
             The engine that was decided on; None if there is none yet.
+
+        Raises:
+            ValueError: if the file that says so is damaged.
         """
         if engine is not None:
             with suppress(FileExistsError):  # another run or process was faster
@@ -263,33 +398,39 @@ class FeatureStore:
     def _engines(self) -> dict[str, Any]:
         if not self._engine_path.exists():
             return {"engine": None, "refuted": {}}
-        try:
-            content = json.loads(self._engine_path.read_text())
-            return {"engine": str(content["engine"]), "refuted": dict(content["refuted"])}
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise self._damaged(self._engine_path, repr(error)) from error
+        with _advice():
+            found: dict[str, Any] = read_json(self._engine_path, _ENGINE)
+        return found
 
     def digest(self, checkpoint: int) -> str:
         """Stands for all features of a checkpoint: changes when a shard does."""
-        sums = [self._metadata(self._shard_path(checkpoint, shard))["sha256"] for shard in range(self.num_shards)]
+        with _advice():
+            sums = [load_metadata(self._shard_path(checkpoint, shard))["sha256"] for shard in range(self.num_shards)]
         return tensor_digest({"sums": torch.frombuffer(bytearray("".join(sums), "ascii"), dtype=torch.uint8)})
 
-    def _metadata(self, path: Path) -> dict[str, Any]:
-        try:
-            return load_metadata(path)
-        except ValueError as error:
-            raise self._damaged(path, str(error)) from error
-
-    def _load(self, path: Path) -> dict[str, Tensor]:
+    def _load(self, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         status = path.stat()
         seen = (path.resolve(), status.st_size, status.st_mtime_ns)
-        try:
-            tensors, _ = load_tensors(path, verify=seen not in self._verified)
-        except ValueError as error:
-            raise self._damaged(path, str(error)) from error
+        loaded = load_tensors(path, verify=seen not in self._verified)
         self._verified.add(seen)
-        return tensors
+        return loaded
 
-    @staticmethod
-    def _damaged(path: Path, reason: str) -> ValueError:
-        return ValueError(f'"{path}" is truncated or altered ({reason}); delete it and call featurize again')
+
+@contextmanager
+def _advice() -> Iterator[None]:
+    try:
+        yield
+    except DamagedFileError as error:
+        raise ValueError(f"{error}; delete it and call featurize again") from error
+
+
+def _require_place(path: Path, metadata: dict[str, Any], checkpoint: int, key: str, **others: schemas.Schema) -> None:
+    """Check that a file is what its name says, and not one that was moved or copied there."""
+    try:
+        schemas.record({**_HEADER, **others})("its header", metadata)
+    except ValueError as error:
+        raise altered(path, str(error)) from error
+    found, wanted = (metadata["checkpoint"], metadata["name"], metadata["key"]), (checkpoint, path.stem, key)
+    if found != wanted:
+        store = "this store" if found[2] == key else "another store"
+        raise DamagedFileError(path, f"holds {found[1]} of checkpoint {found[0]} of {store}")

@@ -108,6 +108,7 @@ def main() -> None:
         assert any(0 < count < MEMBERS for count in counts), "no kill left a part"
         assert attempt(killed, None, together=together) == 0
         assert members(killed) == whole, "not bit-identical to the uninterrupted run"
+        assert not list((killed / "fleet").rglob(".*")), "killed writes have left something"
 
     # Two processes at once on the two halves of a fleet, one of which dies.
     shared = root / "shared"

@@ -111,6 +111,7 @@ def main() -> None:
     assert code == 0
     assert not computed
     assert contents(root / "killed") == contents(root / "whole"), "not bit-identical to the uninterrupted run"
+    assert not list((root / "killed" / "store").rglob(".*")), "killed writes have left something"
     print("identical")
 
 

@@ -17,6 +17,7 @@ DISTRIBUTED = """
     from pathlib import Path
     import lightning as L, torch
     from lightning.pytorch.strategies import ModelParallelStrategy
+    from safetensors import SafetensorError
     from lightning_trak.callback import TRAKCallback
     from lightning_trak.checkpoints import resolve_checkpoints
     from lightning_trak.snapshots import SnapshotSeries
@@ -56,6 +57,28 @@ DISTRIBUTED = """
     except ValueError as error:
         seen["refusal"] = str(error)
 
+    class Unportable(Exception):  # made of other arguments than it keeps, so that it cannot be unpickled
+        def __init__(self, first, second):
+            super().__init__(f"{first} {second}")
+    errors = {
+        "space": OSError(28, "No space left on device"),
+        "header": SafetensorError("Error while serializing: HeaderTooLarge"),
+        "unportable": Unportable("out", "of luck"),
+    }
+    write = SnapshotSeries._write_tensors
+    for name, error in errors.items():
+        def failing(self, file, *args, error=error):
+            if file == "snapshot-00000004.safetensors":
+                raise error
+            return write(self, file, *args)
+        SnapshotSeries._write_tensors = failing
+        try:  # nor may any wait for the one that could not write
+            fit(Net(), "ddp", TRAKCallback(root / name))
+        except Exception as failure:
+            seen[name] = [type(failure).__name__ if rank else "", str(failure)]
+        SnapshotSeries._write_tensors = write
+        seen[name] += [c.record.step for c in resolve_checkpoints(root / name)]
+
     fit(Sharded(), ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1), TRAKCallback(root / "sharded"))
     (root / f"rank-{rank}.json").write_text(json.dumps(seen))
 """
@@ -67,7 +90,14 @@ def test_two_processes(tmp_path: Path) -> None:
     run_together([script, tmp_path], tmp_path / "log")
 
     seen = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+    failures = [[ranks.pop(name) for name in ("space", "header", "unportable")] for ranks in seen]
     assert seen[0] == seen[1]
+    for rank, kinds in enumerate((["", "", ""], ["OSError", "OSError", "RuntimeError"])):
+        assert [failure[0] for failure in failures[rank]] == kinds
+        for failure, message in zip(failures[rank], ("No space left", "HeaderTooLarge", "out of luck"), strict=True):
+            assert message in failure[1]
+            assert failure[2:] == [2]  # what was saved before is whole
+    assert 'snapshot-00000004.safetensors" was not saved' in failures[1][0][1]
     assert seen[0]["epochs-0"] == [2, 4]
     assert seen[0]["time"] == [1, 2, 3, 4]
     assert "holds 4 snapshots of another run" in seen[0]["refusal"]

@@ -246,7 +246,7 @@ def test_truncated_snapshot(keep: int, directory: str) -> None:
     series.filesystem.pipe_file(path, series.filesystem.cat_file(path)[:keep])
     first, second = resolve_checkpoints(directory)
     assert_equal(first.load(), make_state_dict(10))
-    with pytest.raises(ValueError, match=r"snapshot-00000020\.safetensors.* is truncated or not a safetensors file"):
+    with pytest.raises(ValueError, match=r"snapshot-00000020\.safetensors\" is truncated.* its manifest says \d+"):
         second.load()
 
 
@@ -266,9 +266,8 @@ def test_damaged_torch_file(content: bytes | None, weights_only: bool, tmp_path:
     [
         ("{", "not the manifest"),
         ("[]", "not the manifest"),
-        ('{"format": 2, "num_examples": 3}', "not the manifest.*'run'"),
-        ('{"format": 1, "run": "a", "snapshots": []}', "it has format 1, and this version reads 2"),
-        ('{"format": 2, "run": "a", "snapshots": [{"file": "x"}]}', "not the manifest"),
+        ('{"format": 3, "num_examples": 3}', "not the manifest.*'run'"),
+        ('{"format": 2, "run": "a", "snapshots": []}', "it has format 2, and this version reads 3"),
     ],
 )
 def test_damaged_manifest(content: str, reason: str, tmp_path: Path) -> None:

@@ -1,12 +1,12 @@
 """The command line from end to end: once as a process, otherwise in this one, where nothing needs to be imported."""
 
+import io
 import os
 import re
 import subprocess
 import sys
 from base64 import b64decode
 from html.parser import HTMLParser
-from io import BytesIO
 from pathlib import Path
 
 import pytest
@@ -167,7 +167,7 @@ def test_show_as_a_page(folder, run, scored):
     for source, (image, _) in zip(page.images, shown, strict=False):
         kind, encoded = source.split(",")
         assert kind == "data:image/png;base64"
-        pixels = torch.tensor(imread(BytesIO(b64decode(encoded))))
+        pixels = torch.tensor(imread(io.BytesIO(b64decode(encoded))))
         torch.testing.assert_close(pixels, image[0], atol=1 / 255, rtol=0)
 
 
@@ -218,6 +218,15 @@ def test_completion(monkeypatch, capsys):
     assert "complete -o bashdefault -F _shtab_lightning_trak lightning-trak" in script
     assert "--ground_truth" in script
     assert "gauss_newton identity" in script
+
+
+def test_a_terminal_need_not_have_every_letter(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    with pytest.raises(SystemExit, match="0"):
+        command_line(monkeypatch, "--help")
+    print("a \u00fc", flush=True)
+    assert stream.buffer.getvalue().endswith(b"a \\xfc\n")
 
 
 def test_without_jsonargparse(monkeypatch):

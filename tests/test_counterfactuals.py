@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_trak.outputs import RegressionOutput
 from lightning_trak.retraining import Brittleness, Counterfactuals, joint_removal_mask, removal_masks
-from lightning_trak.retraining.estimates import proportion_of
+from lightning_trak.retraining.estimates import Estimate, proportion_of
 from tests.lit import LitNet, make_trainer
 
 
@@ -187,3 +187,10 @@ def test_an_estimate_of_no_targets_is_not_written():
     share = proportion_of(torch.tensor([1, 0]), torch.tensor([2, 0]), 0.95)
     assert share.written(".0%", 0).startswith("50% (")
     assert share.written(".0%", 1) == ""
+
+
+def test_an_interval_that_is_the_number_is_not_written():
+    half, wide = torch.tensor(0.5), Estimate(torch.tensor(0.5), torch.tensor(0.4), torch.tensor(0.5))
+    assert Estimate(half, half + 1e-6, half).written(".2f") == "0.50"
+    assert wide.written(".2f") == "0.50 (0.40 to 0.50)"
+    assert Estimate(half * torch.nan, half, half).written(".2f") == ""

@@ -1,10 +1,14 @@
 """The damping that is chosen from the features."""
 
+import numpy as np
 import pytest
 import torch
 
+from lightning_trak import TRAK
+from lightning_trak.methods.influence import InfluenceFunction
+from lightning_trak.outputs import ClassificationMargin
 from lightning_trak.scorers import TRAKScorer
-from lightning_trak.scorers.damping import auto_damping
+from lightning_trak.scorers.damping import auto_damping, require_damping
 from lightning_trak.scorers.gram import gram_matrix
 from lightning_trak.store import Features, FeatureStore
 
@@ -68,3 +72,19 @@ def test_each_checkpoint_gets_its_own(tmp_path):
         damping = chosen(phi[checkpoint], curvatures[checkpoint])
         torch.testing.assert_close(directions("auto", checkpoint), directions(damping, checkpoint))
     assert chosen(phi[1], curvatures[1]) > 1.5 * chosen(phi[0], curvatures[0])
+
+
+@pytest.mark.parametrize("damping", [float("inf"), float("nan"), -float("inf"), -1, "Auto", None, [0.1]])
+def test_damping_that_is_no_number_is_refused_at_construction(tmp_path, damping):
+    model = torch.nn.Linear(2, 2)
+    weights = [model.state_dict()]
+    with pytest.raises(ValueError, match="damping must be at least 0, or 'auto'; got"):
+        require_damping(damping)
+    with pytest.raises(ValueError, match="damping must be at least 0, or 'auto'; got"):
+        TRAK(model, weights, tmp_path, output=ClassificationMargin(), damping=damping)
+    with pytest.raises(ValueError, match="damping must be at least 0, or 'auto'; got"):
+        InfluenceFunction(model, weights, output=ClassificationMargin(), damping=damping)
+
+
+def test_dampings_that_are():
+    assert [require_damping(value) for value in ("auto", 0, 0.5, 10**30, np.float32(2))] == ["auto", 0, 0.5, 10**30, 2]

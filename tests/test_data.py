@@ -2,25 +2,29 @@
 
 import itertools
 import multiprocessing
+from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
     Dataset,
     IterableDataset,
     Subset,
-    SubsetRandomSampler,
     TensorDataset,
     WeightedRandomSampler,
 )
 
 from lightning_trak import TRAK
 from lightning_trak.data import Range, share_out
+from lightning_trak.outputs import ClassificationMargin
 from lightning_trak.projections import SparseProjection
 from tests.lit import TARGETS, TRAIN, LitNet, attribute, make_data, make_trainer
+
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 
 def with_batch_sampler(data):
@@ -98,9 +102,64 @@ def test_several_loaders(tmp_path, checkpoints, expected):
     torch.testing.assert_close(scores[1], expected[[3, 1]])
 
 
+class Columns:
+    """Like a Hugging Face dataset: no Dataset of torch, reads several items at once."""
+
+    def __init__(self, data):
+        self.inputs, self.labels = data.tensors
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, key):
+        if isinstance(key, str):
+            return {"inputs": self.inputs, "labels": self.labels}[key]
+        return {"inputs": self.inputs[key], "labels": self.labels[key]}
+
+    def __getitems__(self, keys):
+        many = self[keys]
+        return [{name: column[i] for name, column in many.items()} for i in range(len(keys))]
+
+
+@pytest.mark.parametrize(
+    "form",
+    [list, lambda data: list(map(list, data)), lambda data: [(x, int(y)) for x, y in data], DataLoader],
+    ids=["list of tuples", "list of lists", "labels as numbers", "loader"],
+)
+def test_lists_of_examples(tmp_path, checkpoints, expected, form):
+    torch.testing.assert_close(attribute(tmp_path, checkpoints, form(TRAIN), form(TARGETS)), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("form", [Columns, lambda data: [Columns(data)[i] for i in range(len(data))]])
+def test_mappings_as_examples(tmp_path, checkpoints, expected, form):
+    class OfMappings(LitNet):
+        def forward(self, batch):
+            return super().forward(batch["inputs"])
+
+    output = ClassificationMargin(lambda module, batch: (module(batch), batch["labels"]))
+    trak = TRAK(OfMappings(), checkpoints, tmp_path, output=output, projection=SparseProjection(32))
+    scores = trak.attribute(make_trainer(), form(TRAIN), form(TARGETS))
+    torch.testing.assert_close(scores, expected, **CLOSE)
+
+
+def test_several_datasets_are_several_sets_of_targets(tmp_path, checkpoints, expected):
+    scores = attribute(tmp_path, checkpoints, targets=[TARGETS, Columns(TARGETS)][:1])
+    assert isinstance(scores, list)
+    torch.testing.assert_close(scores[0], expected)
+
+
 class Stream(IterableDataset):
     def __iter__(self):
         return iter(TRAIN)
+
+
+class Unsized(Dataset):
+    def __getitem__(self, index):
+        return TRAIN[index]
+
+
+class Frame(Columns):
+    iloc = None
 
 
 @pytest.mark.parametrize(
@@ -108,9 +167,32 @@ class Stream(IterableDataset):
     [
         (DataLoader(Stream()), TypeError, "cannot attribute to a Stream.*map-style"),
         (Stream(), TypeError, "cannot attribute to a Stream"),
-        ([1, 2], TypeError, "cannot attribute to a int"),
-        (DataLoader(TRAIN, sampler=SubsetRandomSampler([1, 2])), ValueError, r"draws a subset.*Subset\(dataset"),
-        (DataLoader(TRAIN, sampler=[3, 4]), ValueError, "draws a subset with list"),
+        (DataLoader(Unsized(), sampler=[0, 1]), TypeError, "cannot attribute to a Unsized: expected .* map-style"),
+        (Unsized(), TypeError, "cannot attribute to a Unsized"),
+        (Frame(TRAIN), TypeError, "cannot attribute to a Frame"),
+        (None, TypeError, "cannot attribute to a NoneType: there is no data; pass a DataLoader"),
+        (Columns, TypeError, "cannot attribute to a type: Columns is a class; pass an object of it"),
+        ("data/train", TypeError, 'cannot attribute to a str: "data/train" is a text and not data'),
+        (Path("train"), TypeError, 'cannot attribute to a Posix.*: "train" is a text'),
+        (iter(TRAIN), TypeError, "map-style"),
+        (zip([1], [2], strict=True), TypeError, "cannot attribute to a zip: expected a DataLoader"),
+        (3, TypeError, "cannot attribute to a int: expected"),
+        (make_trainer(), TypeError, "cannot attribute to a Trainer: expected"),
+        (LitNet(), TypeError, "cannot attribute to a LitNet: expected"),
+        (TRAIN.tensors[0], TypeError, "a Tensor: whether it is a batch or a dataset .*TensorDataset"),
+        (TRAIN.tensors[0].numpy(), TypeError, "a ndarray: whether it is a batch or a dataset"),
+        (TRAIN.tensors, TypeError, r"a tuple: .*For a batch .*TensorDataset\(inputs, labels\)"),
+        (next(iter(DataLoader(TRAIN))), TypeError, "a list: .*For a batch"),
+        ([list(TRAIN.tensors)] * 2, TypeError, "a list: .*For a batch"),
+        ([{"a": TRAIN.tensors[0]}, TRAIN.tensors[1]], TypeError, "a list: .*For a batch"),
+        ({"inputs": TRAIN.tensors[0]}, TypeError, r"a dict: whether it is a single batch.*StackDataset\(\*\*columns"),
+        ({"a": DataLoader(TRAIN)}, TypeError, "a dict: it holds several loaders; pass each by itself"),
+        (CombinedLoader([DataLoader(TRAIN)]), TypeError, "a CombinedLoader: it holds several loaders"),
+        ([1, 2], TypeError, "cannot attribute to a list"),
+        (["a", "b"], TypeError, "cannot attribute to a list"),
+        ([(1, 2), (1, 2, 3)], TypeError, "cannot attribute to a list"),
+        ([], TypeError, "cannot attribute to a list: it is empty"),
+        ([DataLoader(TRAIN), None], TypeError, "cannot attribute to a NoneType"),
         (DataLoader(TRAIN, batch_size=None), ValueError, "automatic batching off"),
         (DataLoader(Subset(TRAIN, []), batch_size=2), ValueError, "dataset is empty"),
         ([DataLoader(TRAIN), DataLoader(TRAIN)], ValueError, "one training set, got 2 loaders"),
@@ -120,6 +202,10 @@ def test_data_that_cannot_be_attributed_to(tmp_path, checkpoints, data, error, m
     with pytest.raises(error, match=match):
         attribute(tmp_path, checkpoints, train=data)
     assert not (tmp_path / "store").exists()
+    if error is TypeError:
+        attribute(tmp_path, checkpoints)
+        with pytest.raises(error, match=match):
+            attribute(tmp_path, checkpoints, targets=data)
 
 
 def test_transfer_hooks_of_the_user_are_called(tmp_path, checkpoints, expected):

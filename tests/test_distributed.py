@@ -163,5 +163,6 @@ def test_features_are_bit_identical_for_equal_batches(runs):
 def test_spawned_processes_cannot_return_scores(tmp_path):
     checkpoints = make_checkpoints(1)
     trak = TRAK(make_model(), checkpoints, tmp_path, projection=SparseProjection(32))
-    with pytest.raises(ValueError, match="spawns or forks processes cannot return scores; use strategy='ddp'"):
-        trak.score(make_trainer(strategy="ddp_spawn", devices=2), TARGETS)
+    for call in (trak.score, trak.featurize):
+        with pytest.raises(ValueError, match=r"spawns or forks processes \(DDPStrategy, by 'spawn'\).*strategy='ddp'"):
+            call(make_trainer(strategy="ddp_spawn", devices=2), TARGETS)

@@ -361,7 +361,10 @@ class Wide(LitNet):
         ({"train": DataLoader(make_data(N, seed=5), batch_size=4)}, "made with other train data of this size"),
         ({"targets": make_data(7, seed=9)}, "made with other targets data of this size"),
         ({"targets": make_data(8)}, "made with num_targets 7"),
-        ({"output": RegressionOutput()}, "made with output .*ClassificationMargin.*this one has output"),
+        (
+            {"output": RegressionOutput()},
+            "made with another output, this one has one that differs: class was .*Class.*Margin",
+        ),
         ({"make_module": Wide}, "other parameters, this one has one that differs in first.weight, first.bias"),
         ({"make_trainer": lambda: quiet_trainer(max_epochs=3)}, "made with max_epochs 2, this one has max_epochs 3"),
         ({"train": TRAIN}, "made with batch_size 4, this one has batch_size 32"),

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import threading
 
 import lightning as L
 import pytest
@@ -251,18 +252,22 @@ def test_fingerprint_of_a_users_output():
             self.reduce = functools.partial(torch.sum, dim=1)
             self.kind = nn.Linear
 
-    assert Weighted().fingerprint() == {
-        "class": f"{__name__}.test_fingerprint_of_a_users_output.<locals>.Weighted",
+    found = Weighted().fingerprint()
+    assert found["class"] == "test_fingerprint_of_a_users_output.<locals>.Weighted"
+    assert found["attributes"] == {
+        "context_size": 0,
+        "_loss": "torch._VariableFunctionsClass.square",  # since loss() reads it
         "weights": {"a": [1.0, 2.0]},
-        "reduce": ["torch._VariableFunctionsClass.sum", [], {"dim": 1}],
+        "reduce": ["partial", "torch._VariableFunctionsClass.sum", [], {"dim": 1}],
         "kind": "torch.nn.modules.linear.Linear",
     }
+    assert {"Custom.output", "Custom.loss"} < found["code"].keys()
 
 
 def test_fingerprint_refuses_what_it_cannot_describe():
     output = Custom(torch.square)
-    output.weights = torch.ones(2)
-    with pytest.raises(TypeError, match=r"Custom holds a Tensor, .*override fingerprint\(\)"):
+    output.weights = threading.Lock()
+    with pytest.raises(TypeError, match=r"Custom\.weights is or holds a lock, .*override fingerprint\(\)"):
         output.fingerprint()
 
 

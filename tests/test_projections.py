@@ -2,6 +2,7 @@ import json
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
@@ -9,6 +10,7 @@ from scipy import stats
 from lightning_trak.projections import (
     GaussianProjection,
     IdentityProjection,
+    KroneckerProjection,
     RademacherProjection,
     SparseProjection,
 )
@@ -337,10 +339,21 @@ def test_fingerprint_holds_what_changes_features(projection, expected):
 
 
 @pytest.mark.parametrize("projection_class", [*DENSE, SparseProjection])
-@pytest.mark.parametrize("dim", [0, -3, 2.0])
+@pytest.mark.parametrize("dim", [0, -3, 2.0, True, None, "8"])
 def test_refuses_impossible_dims(projection_class, dim):
-    with pytest.raises(ValueError, match=f"`dim` to be a positive integer but got {dim}"):
+    with pytest.raises(ValueError, match=f"`dim` to be a positive integer but got {dim!r}"):
         projection_class(dim)
+
+
+@pytest.mark.parametrize("number", [np.int64, np.uint8, torch.tensor])
+def test_takes_integers_of_any_type(number):
+    for made, plain in (
+        (SparseProjection(number(8), number(2)), SparseProjection(8, 2)),
+        (GaussianProjection(number(8)), GaussianProjection(8)),
+        (KroneckerProjection(number(2), number(3), number(4)), KroneckerProjection(2, 3, 4)),
+    ):
+        assert made == plain
+        assert json.dumps(made.fingerprint()) == json.dumps(plain.fingerprint())
 
 
 def test_refuses_impossible_nonzeros():

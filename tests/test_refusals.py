@@ -94,9 +94,22 @@ def test_a_finished_store_is_not_computed_again(tmp_path, checkpoints, monkeypat
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("shard*")} == stamps
 
 
+@pytest.mark.parametrize("shard_size", [0, -1, 2.5, True])
+def test_shards_hold_examples(tmp_path, checkpoints, shard_size):
+    trak = TRAK(make_model(), checkpoints, tmp_path / "store")
+    with pytest.raises(ValueError, match=f"Expected `shard_size` to be a positive integer but got {shard_size}"):
+        trak.featurize(make_trainer(), TRAIN, shard_size)
+    assert not trak.store.exists()
+
+
 def test_fewer_examples_than_features_without_damping_is_an_error(tmp_path, checkpoints):
-    paper = TRAK.paper(make_model(), checkpoints, tmp_path, projection=GaussianProjection(60))
-    paper.featurize(make_trainer(), TRAIN)
+    sizes = {"checkpoints": checkpoints, "store": tmp_path / "store", "projection": GaussianProjection(60)}
+    paper = TRAK.paper(make_model(), **sizes)
+    match = "damping=0 needs at least as many training examples as features, and there are 50 and 60: use a projection"
+    with pytest.raises(ValueError, match=match):
+        paper.featurize(make_trainer(), TRAIN)
+    assert not paper.store.exists()
+    TRAK(make_model(), **sizes).featurize(make_trainer(), TRAIN)
     with pytest.raises(ValueError, match=r"Gram matrix of checkpoint 0 \(60 x 60\) is singular.*larger damping"):
         paper.score(make_trainer(), TARGETS)
 

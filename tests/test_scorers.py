@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from lightning_trak.distributed import Ranks
 from lightning_trak.scorers import GradientDotScorer, TRAKScorer
 from lightning_trak.scorers.gram import DampedGram, gram_matrix
 from lightning_trak.scorers.topk import TopK, block_top_k, merge_top_k
@@ -128,6 +129,34 @@ def test_the_gram_matrix_is_read_again_only_if_features_changed(store, monkeypat
     assert fit() == 1
 
 
+class OneOf(Ranks):
+    """A rank whose sums stay its own part."""
+
+    def sum(self, tensor):
+        return tensor
+
+
+@pytest.mark.parametrize("shard_size", [1, 7, 300, 2000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_gram_matrix_does_not_depend_on_the_number_of_ranks(tmp_path, monkeypatch, shard_size, dtype):
+    n, generator = 2500 if shard_size > 1 else 1100, torch.Generator().manual_seed(0)
+    store = FeatureStore(tmp_path, {"checkpoints": ["a"]}, n, shard_size=shard_size)
+    phi, curvatures = torch.randn(n, K, generator=generator, dtype=dtype), torch.rand(n, generator=generator)
+    zeros, shards = torch.zeros(n), []
+    for shard in range(store.num_shards):
+        rows = slice(store.shard(shard).start, store.shard(shard).stop)
+        shards.append(Features(phi[rows], zeros[rows], zeros[rows], curvatures[rows]))
+    monkeypatch.setattr(store, "read", lambda checkpoint, shard: shards[shard])
+    monkeypatch.setattr(store, "digest", lambda checkpoint: "the same")
+    monkeypatch.setattr(store, "write_extra", lambda *args: None)  # so that each makes its own
+    scorer = TRAKScorer(store, "gauss_newton", 1.0, "per_checkpoint", 0.0)
+    found = [sum(scorer._gram(0, OneOf(rank, world))[0] for rank in range(world)) for world in (1, 2, 3, 8)]
+    expected = (phi.double() * curvatures.double()[:, None]).T @ phi.double()
+    torch.testing.assert_close(found[0], expected, rtol=1e-5, atol=1e-3)
+    for gram in found[1:]:
+        assert (gram - found[0]).abs().max() <= 1e-12 * found[0].abs().max()
+
+
 def test_what_an_older_format_kept_with_the_gram_matrix_is_made_again(store):
     for checkpoint in range(M):
         store.write_extra(checkpoint, "gram-gauss_newton", {"gram": torch.zeros(K, K)}, store.digest(checkpoint))
@@ -224,3 +253,22 @@ def test_self_scores_that_overflow_are_named(store):
     scorer.fit(CPU)
     with pytest.raises(ValueError, match=r"scores of training examples range\(16, 24\) are not finite"):
         scorer.self_scores()
+
+
+@pytest.mark.parametrize(
+    ("dampings", "said"),
+    [
+        ([5.01], "damping='auto' is 5.01 at the checkpoint"),
+        ([5.01, 5.0100001], "damping='auto' is 5.01 at the checkpoints"),
+        ([5.0, 0.25, 1.0], "damping='auto' is 0.25 to 5 at the checkpoints"),
+    ],
+)
+def test_the_damping_that_was_chosen_is_told(tmp_path, monkeypatch, dampings, said):
+    store, told, chosen = FeatureStore(tmp_path, {"checkpoints": ["a"] * len(dampings)}, 8, 8), [], iter(dampings)
+    for checkpoint in range(len(dampings)):
+        phi = torch.randn(8, K, generator=torch.Generator().manual_seed(checkpoint))
+        store.write(checkpoint, 0, Features(phi, *torch.full((3, 8), 0.5)))
+    monkeypatch.setattr("lightning_trak.scorers.trak.rank_zero_info", told.append)
+    monkeypatch.setattr("lightning_trak.scorers.trak.auto_damping", lambda *args: next(chosen))
+    TRAKScorer(store, "gauss_newton", "auto", "per_checkpoint", 0.0).fit(CPU)
+    assert told == [f"TRAK: {said}"]

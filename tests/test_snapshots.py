@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_trak.checkpoints import resolve_checkpoints
+from lightning_trak.files import tensor_digest
 from lightning_trak.snapshots import SnapshotSeries
 from tests.snapshot_data import GROUPS, assert_equal, fill, make_state_dict
 
@@ -38,10 +39,13 @@ def test_series_gives_back_what_was_saved(directory: str) -> None:
 def test_manifest_is_plain_json(tmp_path: Path) -> None:
     fill(tmp_path, (10,))
     manifest = json.loads((tmp_path / "manifest.json").read_text())
-    assert manifest["format"] == 2
+    assert manifest["format"] == 3
+    file = tmp_path / "snapshot-00000010.safetensors"
     assert manifest["snapshots"] == [
         {
-            "file": "snapshot-00000010.safetensors",
+            "file": file.name,
+            "size": file.stat().st_size,
+            "sha256": tensor_digest(make_state_dict(10)),
             "step": 10,
             "epoch": 1,
             "parameter_groups": [asdict(group) | {"parameters": list(group.parameters)} for group in GROUPS],
@@ -128,8 +132,8 @@ def test_save_needs_a_series(tmp_path: Path) -> None:
 )
 def test_save_names_what_is_no_dense_tensor(value: object, kind: str, tmp_path: Path) -> None:
     series = fill(tmp_path)
-    with pytest.raises(TypeError, match=f"'fp8._extra_state' is {kind}"):
-        series.save({"weight": torch.ones(1), "fp8._extra_state": value}, 30, 3, GROUPS)
+    with pytest.raises(TypeError, match=f"'fp8.scale' is {kind}"):
+        series.save({"weight": torch.ones(1), "fp8.scale": value}, 30, 3, GROUPS)
     assert len(resolve_checkpoints(tmp_path)) == 2
 
 

@@ -1,13 +1,15 @@
 """The store on disk: what it refuses, what it survives."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from lightning_trak.files import tensor_digest, write_atomically
+from lightning_trak.files import save_tensors, tensor_digest, write_atomically
 from lightning_trak.store import Features, FeatureStore
 
 IDENTITY = {
@@ -56,8 +58,11 @@ def test_what_is_written_is_read(store):
     [
         ({"seed": 1}, r"was made with seed 0, this TRAK has seed 1; use another directory or the same seed"),
         ({"dtype": "float16"}, "made with dtype float32, this TRAK has dtype float16"),
-        ({"projection": {"class": "SparseProjection", "dim": 8}}, "made with projection .*4.*, this TRAK has .*8"),
-        ({"output": {"class": "NegativeLoss"}}, "made with output .*ClassificationMargin"),
+        (
+            {"projection": {"class": "SparseProjection", "dim": 8}},
+            "made with another projection, .* dim was 4 and is 8",
+        ),
+        ({"output": {"class": "NegativeLoss"}}, "made with another output, .* class was .*ClassificationMargin"),
         (
             {"parameters": [["weight", [2, 3]]]},
             r"2 parameters, this TRAK has 1 \(differing in bias\); .* the same parameters",
@@ -135,7 +140,7 @@ def test_reading_what_is_no_store(tmp_path):
     with pytest.raises(ValueError, match="not the manifest of a feature store"):
         FeatureStore.read_manifest(tmp_path)
     (tmp_path / "manifest.json").write_text(json.dumps({"format": 99}))
-    with pytest.raises(ValueError, match="has format 99; this version reads 1"):
+    with pytest.raises(ValueError, match="has format 99; this version reads 2"):
         FeatureStore.read_manifest(tmp_path)
 
 
@@ -261,3 +266,122 @@ def test_what_a_failed_run_remembered_is_not_taken_over(tmp_path):
     store = FeatureStore(tmp_path, IDENTITY, 10)
     assert store.read_extra(0, "context", store.key) is None
     assert FeatureStore(tmp_path, IDENTITY, 10).key == store.key
+
+
+def test_a_shard_is_refused_where_it_was_not_written(store):
+    """Copies have the right checksum, but are other numbers."""
+    other = FeatureStore(store.directory.parent / "other", IDENTITY | {"seed": 1}, 10, shard_size=4)
+    other.write(0, 0, rows(4))
+    path = store._shard_path(0, 0)
+    for source, said in [
+        (store._shard_path(0, 1), "holds shard-00001 of checkpoint 0 of this store"),
+        (store._shard_path(1, 0), "holds shard-00000 of checkpoint 1 of this store"),
+        (other._shard_path(0, 0), "holds shard-00000 of checkpoint 0 of another store"),
+    ]:
+        shutil.copy(source, path)
+        for read in (store.read, store.engine_of):
+            with pytest.raises(ValueError, match=rf'shard-00000.safetensors" {said}; delete it and call featurize'):
+                read(0, 0)
+
+
+WRONG_ROWS = [
+    ({"features": torch.zeros(4)}, r"its features have shape \(4,\), not \(examples, k\)"),
+    ({"features": torch.zeros(4, 0)}, r"its features have shape \(4, 0\)"),
+    ({"features": torch.zeros(4, 4, dtype=torch.float64)}, "its features are float64, not float32"),
+    ({"features": torch.zeros(4, 4, dtype=torch.int32)}, "its features are int32, not float32"),
+    ({"features": torch.zeros(4, 5)}, "it has 5 features an example, other shards have 4"),
+    ({"outputs": torch.zeros(4, 1)}, r"its outputs are torch.float32 of shape \(4, 1\), not numbers of shape \(4,\)"),
+    ({"residuals": torch.zeros(3)}, r"its residuals are .* of shape \(3,\)"),
+    ({"curvatures": torch.zeros(4, dtype=torch.int64)}, "its curvatures are torch.int64"),
+]
+
+
+@pytest.mark.parametrize(("change", "said"), WRONG_ROWS)
+def test_rows_that_do_not_fit_are_neither_written_nor_read(store, change, said):
+    before = contents(store)
+    with pytest.raises(ValueError, match=f"shard 0 of checkpoint 1 cannot be written: {said}"):
+        store.write(1, 0, rows(4)._replace(**change))
+    assert contents(store) == before
+    about = {"checkpoint": 1, "name": "shard-00000", "key": store.key, "engine": ""}
+    save_tensors(store._shard_path(1, 0), rows(4)._asdict() | change, **about)
+    store.read(0, 0)
+    with pytest.raises(ValueError, match=f"{said}.*; delete it and call featurize again"):
+        store.read(1, 0)
+
+
+@pytest.mark.parametrize("about", [{}, {"checkpoint": 1}, {"checkpoint": "1"}, {"engine": None}, {"extra": 1}])
+def test_a_header_of_another_kind_is_refused(store, about):
+    whole = {"checkpoint": 1, "name": "shard-00000", "key": store.key, "engine": ""}
+    save_tensors(store._shard_path(1, 0), rows(4)._asdict(), **(whole | about if len(about) != 1 else about))
+    if about:
+        with pytest.raises(ValueError, match="its header"):
+            store.read(1, 0)
+    else:
+        store.read(1, 0)
+
+
+def test_a_shard_with_other_columns_is_refused(store):
+    about = {"checkpoint": 1, "name": "shard-00000", "key": store.key, "engine": ""}
+    save_tensors(store._shard_path(1, 0), {"features": torch.zeros(4, 4)}, **about)
+    with pytest.raises(ValueError, match="it holds features, not curvatures, features, outputs, residuals"):
+        store.read(1, 0)
+
+
+def test_a_shard_that_is_no_file_is_refused_at_once(store):
+    path = store._shard_path(0, 1)
+    path.unlink()
+    os.mkfifo(path)
+    for read in (store.read, store.engine_of):
+        with pytest.raises(ValueError, match=r'shard-00001.safetensors" is a FIFO, not a file; delete it and call'):
+            read(0, 1)
+    with pytest.raises(ValueError, match="is a FIFO"):
+        store.digest(0)
+    store.write(0, 1, rows(4, 1))
+    assert torch.equal(store.read(0, 1).features, rows(4, 1).features)
+
+
+def test_a_shard_knows_its_engine(store):
+    store.write(0, 0, rows(4), "loop")
+    store.write(0, 1, rows(4), engine="hooks")
+    assert [store.engine_of(0, shard) for shard in range(3)] == ["loop", "hooks", ""]
+
+
+def test_opening_a_store_to_write_removes_what_dead_processes_left(store):
+    names = []
+    write_atomically(store.directory / "x", lambda path: (names.append(path.parent.name), path.write_text("")))
+    long_ago = f".shard-00001.safetensors.{'0' * 12}-1-00000000.tmp"
+    for folder in (store.directory, store.directory / "checkpoint-0001"):
+        for name in (names[0], long_ago):
+            (folder / name).mkdir()
+            os.utime(folder / name, (0, 0))
+    before = set(store.directory.rglob("*"))
+    FeatureStore(store.directory, IDENTITY, 10, read_only=True)
+    assert set(store.directory.rglob("*")) == before
+    FeatureStore(store.directory, IDENTITY, 10)
+    assert before - set(store.directory.rglob("*")) == {
+        store.directory / long_ago,
+        store.directory / "checkpoint-0001" / long_ago,
+    }
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:-1] + b"!", lambda content: content[:50], lambda _: b""])
+def test_a_damaged_extra_counts_as_lost(store, damage):
+    store.write_extra(1, "context", {"bank": torch.ones(2)}, store.key)
+    path = store._path(1, "context")
+    whole = path.read_bytes()
+    assert store.missing(1, ["context"]) == []
+    path.write_bytes(damage(whole))
+    with pytest.warns(UserWarning, match=r'context.safetensors" is truncated or altered .*, so it counts as lost'):
+        assert store.read_extra(1, "context", store.key) is None
+    with pytest.warns(UserWarning, match="counts as lost"):
+        assert store.missing(1, ["context"]) == [0]
+    assert store.missing(1) == []
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.warns(UserWarning, match="is a FIFO, not a file, so it counts as lost"):
+        assert store.read_extra(1, "context", store.key) is None
+    store.write_extra(1, "context", {"bank": torch.ones(2)}, store.key)
+    assert path.read_bytes() == whole
+    shutil.copy(path, store._path(0, "context"))
+    with pytest.warns(UserWarning, match="holds context of checkpoint 1 of this store, so it counts as lost"):
+        assert store.read_extra(0, "context", store.key) is None

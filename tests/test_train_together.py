@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from lightning_trak.outputs import ClassificationMargin
-from lightning_trak.retraining import train_together
+from lightning_trak.retraining import StackedModules, train_together
 
 N, SIZE, EPOCHS = 24, 15, 3
 DATA = TensorDataset(
@@ -109,3 +109,215 @@ def test_what_does_not_fit_is_refused():
 
     with pytest.raises(TypeError, match="optimizes by hand"):
         train_together(Manual, DATA, SUBSETS, SEEDS, max_epochs=1, batch_size=8)
+
+
+EXACT = TensorDataset(DATA.tensors[0].double(), DATA.tensors[1])
+
+
+class Small(L.LightningModule):
+    """What the modules below do in another way."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(5, 6), nn.Linear(6, 3)
+        self.add()
+        self.double()
+
+    def add(self):
+        pass
+
+    def hidden(self, x):
+        return torch.tanh(self.body(x))
+
+    def forward(self, x):
+        return self.head(self.hidden(x))
+
+    def training_step(self, batch):
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Closure(Small):
+    def add(self):
+        self.read = lambda hidden: self.head(hidden)
+
+    def forward(self, x):
+        return self.read(self.hidden(x))
+
+
+class Listed(Small):
+    def add(self):
+        self.weights, self.biases = [self.head.weight], {"head": self.head.bias}
+
+    def forward(self, x):
+        return F.linear(self.hidden(x), self.weights[0], self.biases["head"])
+
+
+class Property(Small):
+    @property
+    def weight(self):
+        return self.head.weight
+
+    def forward(self, x):
+        return F.linear(self.hidden(x), self.weight, self.head.bias)
+
+
+class TwoNames(Small):
+    def add(self):
+        self.parts = nn.ModuleDict({"body": self.body, "head": self.head})
+        self.encoder = self.parts["body"]
+        self.gain = nn.Parameter(torch.rand(6))
+
+    def forward(self, x):
+        return self.parts["head"](torch.tanh(self.encoder(x)) * self.gain)
+
+
+class NewBuffer(Small):
+    """Its buffer is not changed in place, but replaced."""
+
+    def add(self):
+        self.register_buffer("mean", torch.zeros(6))
+
+    def forward(self, x):
+        hidden = self.hidden(x)
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * hidden.detach().mean(0)
+        return self.head(hidden - self.mean)
+
+
+class Remembers(Small):
+    """What it keeps of one step, it uses in the next."""
+
+    def add(self):
+        self.last, self.steps = None, 0
+
+    def forward(self, x):
+        hidden = self.hidden(x)
+        if self.training:
+            last, self.last, self.steps = self.last, hidden.detach().mean(0), self.steps + 1
+            hidden = hidden - last / self.steps if last is not None else hidden
+        return self.head(hidden)
+
+
+class FrozenStatistics(Small):
+    """A part of it is made in eval mode, and a Trainer leaves it so."""
+
+    def add(self):
+        self.norm = nn.BatchNorm1d(6).eval()
+
+    def forward(self, x):
+        return self.head(self.norm(self.hidden(x)))
+
+
+class Encoder(Small):
+    def add(self):
+        self.encoder = nn.TransformerEncoderLayer(6, 2, 8, batch_first=True, dropout=0.0)
+
+    def forward(self, x):
+        padding = torch.arange(5, device=x.device) > x[:, :1] + 2
+        return self.head(self.encoder(self.body(torch.diag_embed(x)), src_key_padding_mask=padding).mean(1))
+
+
+def train_small_alone(make, subset, seed):
+    torch.manual_seed(seed)
+    net = make()
+    optimizer, order = net.configure_optimizers(), torch.Generator().manual_seed(seed)
+    members = subset.nonzero().flatten()
+    for _ in range(EPOCHS):
+        for positions in members[torch.randperm(SIZE, generator=order)].split(8):
+            optimizer.zero_grad()
+            net.training_step([column[positions] for column in EXACT.tensors]).backward()
+            optimizer.step()
+    return net.eval()
+
+
+@pytest.mark.parametrize(
+    "make", [Small, Closure, Listed, Property, TwoNames, NewBuffer, Remembers, FrozenStatistics, Encoder]
+)
+def test_modules_of_any_habit_are_what_they_would_be_alone(make):
+    stack = train_together(make, EXACT, SUBSETS, SEEDS, max_epochs=EPOCHS, batch_size=8)
+    outputs = stack.outputs(ClassificationMargin(), EXACT.tensors)
+    assert torch.backends.mha.get_fastpath_enabled()
+    for i, (subset, seed) in enumerate(zip(SUBSETS, SEEDS, strict=True)):
+        alone = train_small_alone(make, subset, seed)
+        torch.testing.assert_close(stack.state_dicts()[i], dict(alone.state_dict()), rtol=1e-7, atol=1e-9)
+        expected = ClassificationMargin().output(alone, EXACT.tensors).detach()  # with gradients: nothing is fused
+        torch.testing.assert_close(outputs[i], expected, rtol=1e-7, atol=1e-9)
+
+
+class RandomFeatures(Small):
+    def add(self):
+        self.features = torch.randn(5, 5).double()
+
+    def forward(self, x):
+        return super().forward(x @ self.features)
+
+
+class RandomScale(Small):
+    def add(self):
+        self.scale = float(torch.rand([]))
+
+    def forward(self, x):
+        return super().forward(x) * self.scale
+
+
+class Unregistered(Small):
+    def add(self):
+        self.more = [nn.Parameter(torch.zeros(3))]
+
+    def forward(self, x):
+        return super().forward(x) + self.more[0]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (RandomFeatures, r"the loss, the gradient of body.weight, .* of module 3 is another one together"),
+        (RandomScale, r"the loss.* of module 3 is another one together .* \(register_buffer\)"),
+        (Unregistered, r"the loss of Unregistered depends on 1 tensors that require gradients .* of shape \(3,\)"),
+    ],
+)
+def test_modules_that_would_share_what_is_their_own_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        train_together(make, EXACT, SUBSETS, SEEDS, max_epochs=1, batch_size=8)
+
+
+def test_buffers_hold_what_differs():
+    class Registered(RandomFeatures):
+        def add(self):
+            self.register_buffer("features", torch.randn(5, 5))
+
+    stack = train_together(Registered, EXACT, SUBSETS, SEEDS, max_epochs=EPOCHS, batch_size=8)
+    alone = train_small_alone(Registered, SUBSETS[2], SEEDS[2])
+    torch.testing.assert_close(stack.state_dicts()[2], dict(alone.state_dict()), rtol=1e-7, atol=1e-9)
+
+
+def test_looking_at_a_module_changes_nothing_of_its_training():
+    """Dropout draws the same numbers, and statistics see each batch once."""
+
+    class Noisy(Small):
+        def add(self):
+            self.norm, self.calls = nn.BatchNorm1d(6), []
+
+        def hidden(self, x):
+            self.calls.append(len(x))
+            return F.dropout(self.norm(super().hidden(x)))
+
+    stack = train_together(Noisy, EXACT, SUBSETS, SEEDS, max_epochs=EPOCHS, batch_size=8)
+    assert stack.stacked.norm.num_batches_tracked.tolist() == [2 * EPOCHS] * 4
+    assert stack.stacked.calls == [8, 7] * EPOCHS
+
+
+def test_stacked_modules_leave_the_originals_alone_and_do_not_use_them():
+    modules = [Small().eval() for _ in range(3)]
+    before = [{name: tensor.clone() for name, tensor in module.state_dict().items()} for module in modules]
+    outputs = StackedModules(modules).outputs(ClassificationMargin(), EXACT.tensors)
+    expected = torch.stack([ClassificationMargin().output(module, EXACT.tensors) for module in modules])
+    torch.testing.assert_close(outputs, expected.detach())
+    for module, state in zip(modules, before, strict=True):
+        torch.testing.assert_close(dict(module.state_dict()), state, rtol=0, atol=0)
+    stack = StackedModules([Closure().eval() for _ in range(3)])
+    with pytest.raises(ValueError, match=r"reads head.bias, head.weight of the module that was passed"):
+        stack.outputs(ClassificationMargin(), EXACT.tensors)

@@ -13,6 +13,7 @@ from typing_extensions import Self
 from lightning_trak.gradients.batch import ExampleBatch
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.evaluating import exact_attention, unchanged
+from lightning_trak.precision import explained_bfloat16
 from lightning_trak.projections.base import BoundProjection
 
 
@@ -143,6 +144,7 @@ class GradientEngine(ABC):
             unchanged(self.module, self.output),
             exact_attention(),
             torch.autocast(device, self.autocast, enabled=self.autocast is not None),
+            explained_bfloat16(self.module),
         ):
             yield
 

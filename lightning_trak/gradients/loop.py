@@ -47,7 +47,9 @@ class _RightBatchNorm(TorchFunctionMode):
     ) -> Any:
         del types
         result = func(*args, **(kwargs or {}))
-        return _RowMajor.apply(result) if func in (F.batch_norm, torch.batch_norm) else result
+        if func in (F.batch_norm, torch.batch_norm):
+            return _RowMajor.apply(result)  # type: ignore[no-untyped-call]
+        return result
 
 
 class LoopEngine(GradientEngine):

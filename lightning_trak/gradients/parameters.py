@@ -2,27 +2,37 @@
 
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
+from typing import NamedTuple
 
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 # What torch.compile, FSDP and activation checkpointing put into a parameter's name without changing the parameter.
-_WRAPPER_PREFIXES = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 ParameterSelection = Sequence[str] | str | Callable[[str, nn.Parameter], bool] | None
 
 
 def canonical_name(name: str) -> str:
     """The parameter's name in the module as the user wrote it, without what wrappers add."""
-    for prefix in _WRAPPER_PREFIXES:
-        name = name.replace(prefix, "")
-    return name
+    *modules, last = name.split(".")
+    return ".".join([*(module for module in modules if module not in _WRAPPERS), last])
+
+
+class _Named(NamedTuple):
+    """A parameter, its first name in the module as it is, and all of its canonical names: several where it is tied."""
+
+    parameter: nn.Parameter
+    raw: str
+    names: list[str]
 
 
 def select_parameters(module: nn.Module, selection: ParameterSelection = None) -> dict[str, str]:
     """Choose parameters by name.
 
     Args:
-        module: the module whose parameters are chosen; tied parameters count once, under their first name.
+        module: the module whose parameters are chosen; tied parameters count once, under their first name, and can be
+            chosen by any of their names. Parameters without elements are left out.
         selection: glob pattern or patterns on the names (``"head.*"``, ``"*lora*"``), a predicate
             ``(name, parameter) -> bool``, or ``None`` for every parameter that requires gradients.
 
@@ -30,26 +40,47 @@ def select_parameters(module: nn.Module, selection: ParameterSelection = None) -
         Canonical name -> name in ``module``, in the module's order.
 
     Raises:
-        ValueError: if nothing is chosen, or a pattern matches nothing.
+        ValueError: if nothing is chosen, a pattern matches nothing, or a lazy parameter has no shape yet.
     """
-    parameters = {canonical_name(name): (name, parameter) for name, parameter in module.named_parameters()}
+    parameters = _named(module)
+    known = ", ".join(name for entry in parameters for name in entry.names)
     if selection is None:
-        chosen = {name: raw for name, (raw, parameter) in parameters.items() if parameter.requires_grad}
-        if not chosen:
-            raise ValueError("no parameter of the model requires gradients; name some with parameters=")
-        return chosen
-    if callable(selection):
-        chosen = {name: raw for name, (raw, parameter) in parameters.items() if selection(name, parameter)}
-        if not chosen:
-            raise ValueError(f"parameters= chose none of the model's parameters: {', '.join(parameters)}")
-        return chosen
-    patterns = [selection] if isinstance(selection, str) else list(selection)
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in parameters):
-            raise ValueError(f"parameters={pattern!r} matches no parameter; the model has: {', '.join(parameters)}")
-    return {
-        name: raw for name, (raw, _) in parameters.items() if any(fnmatchcase(name, pattern) for pattern in patterns)
-    }
+        chosen = [entry for entry in parameters if entry.parameter.requires_grad]
+        advice = "no parameter of the model requires gradients; name some with parameters="
+    elif callable(selection):
+        chosen = [entry for entry in parameters if any(selection(name, entry.parameter) for name in entry.names)]
+        advice = f"parameters= chose none of the model's parameters: {known}"
+    else:
+        patterns = [selection] if isinstance(selection, str) else list(selection)
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for entry in parameters for name in entry.names):
+                raise ValueError(f"parameters={pattern!r} matches no parameter; the model has: {known}")
+        chosen = [
+            entry
+            for entry in parameters
+            if any(fnmatchcase(name, pattern) for name in entry.names for pattern in patterns)
+        ]
+        advice = f"parameters={selection!r} chose none of the model's parameters: {known}"
+    if not chosen:
+        raise ValueError(advice)
+    found = {entry.names[0]: entry.raw for entry in chosen if entry.parameter.numel()}
+    if not found:
+        raise ValueError(
+            f"parameters= chose parameters without elements alone: {', '.join(e.names[0] for e in chosen)}"
+        )
+    return found
+
+
+def _named(module: nn.Module) -> list[_Named]:
+    found: dict[int, _Named] = {}
+    for raw, parameter in module.named_parameters(remove_duplicate=False):
+        if isinstance(parameter, UninitializedParameter):
+            raise ValueError(
+                f"parameter {canonical_name(raw)!r} has no shape yet, since its lazy layer has not seen a batch; call"
+                f" the {type(module).__name__} on a batch once before attribution"
+            )
+        found.setdefault(id(parameter), _Named(parameter, raw, [])).names.append(canonical_name(raw))
+    return list(found.values())
 
 
 def last_layer(module: nn.Module) -> list[str]:

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
+from lightning_trak.explanations import Describe, described
 from lightning_trak.loggers.base import writers_for
 from lightning_trak.metrics import LinearDatamodelingScore
 from lightning_trak.metrics.functional import DetectionCurve
@@ -17,6 +18,7 @@ from lightning_trak.plots import Picture, plot_brittleness, plot_mislabel_curves
 from lightning_trak.retraining.brittleness import Brittleness
 from lightning_trak.scorers.topk import TopK, strongest
 from lightning_trak.tables import Cell, Table
+from lightning_trak.texts import counted
 
 Loggers = Iterable[Logger]
 
@@ -55,7 +57,7 @@ def log_attributions(
     k: int = 5,
     largest: bool = True,
     shown: Sequence[int] | None = None,
-    describe: Callable[[Any], str] | None = None,
+    describe: Describe | None = None,
     image: Callable[[Any], Tensor] | None = None,
     name: str = "attributions",
     step: int = 0,
@@ -77,6 +79,7 @@ def log_attributions(
         step: that the loggers show.
 
     Raises:
+        TypeError: if ``describe`` returns something else than a text.
         ValueError: if scores and data do not fit.
     """
     _require_fit(scores, len(targets), len(train), largest)
@@ -89,7 +92,7 @@ def log_attributions(
     seen = torch.unique(torch.cat([top.indices.flatten() for top in groups.values()])).tolist()
     examples, aims = ({place: data[place] for place in places} for data, places in ((train, seen), (targets, rows)))
     names, aim_names = (
-        {place: describe(item) if describe else f"#{place}" for place, item in items.items()}
+        {place: described(describe, item) if describe else f"#{place}" for place, item in items.items()}
         for items in (examples, aims)
     )
     entries = {
@@ -130,7 +133,7 @@ def _require_fit(scores: Tensor | TopK, num_targets: int, num_train: int, larges
         return
     values, indices = scores
     if len(values) != num_targets:
-        raise ValueError(f"expected the best scores of {num_targets} targets, got those of {len(values)}")
+        raise ValueError(f"expected the best scores of {counted(num_targets, 'target')}, got those of {len(values)}")
     if indices.numel() and int(indices.max()) >= num_train:
         raise ValueError(f"the scores name training example {int(indices.max())}, and there are {num_train}")
     steps = values.diff(dim=1)

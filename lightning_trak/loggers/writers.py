@@ -51,8 +51,8 @@ class CSVLoggerWriter(LoggerWriter, logger=CSVLogger):
     def table(self, name: str, table: Table, step: int) -> None:
         """A CSV."""
         fs, path = self._place(f"{name}-step-{step}.csv")
-        with fs.open(path, "w", encoding="utf-8") as file:
-            file.write(table.csv())
+        with fs.open(path, "wb") as file:  # as it is: a carriage return in a cell is no end of a line
+            file.write(table.csv().encode())
 
     def _place(self, name: str) -> tuple[Any, str]:
         _ = self.logger.experiment  # which clears the directory when it is made

@@ -28,6 +28,9 @@ class DataShapley(Method):
     grows in random order, averaged over ``permutations`` orders: :math:`\tau_i = E[v(S \cup \{i\}) - v(S)]`. Without
     truncation a target's values add up to v(all) - v(empty), however few the orders.
 
+    The Trainers of ``make_trainer`` say in which precision models are trained. Utilities are computed in that of the
+    weights: in float32 after training in ``"bf16-mixed"``, in bfloat16 after ``"bf16-true"``.
+
     This trains up to ``permutations * num_train / step`` models, so it is for small data and cheap models. Under
     DDP the orders are shared out over the processes of the Trainer that ``attribute`` is given.
 

@@ -1,5 +1,6 @@
 """A dataset's examples in order, and what a function of a model and a batch says of them."""
 
+import copy
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -9,7 +10,9 @@ from torch import Tensor, nn
 
 from lightning_trak.data import Data, IndexedBatch, batch_ranges, batch_size_of, share_out, single_loader
 from lightning_trak.distributed import Ranks
+from lightning_trak.gradients.soundness import require_repeatable, trying
 from lightning_trak.module import declared_output
+from lightning_trak.outputs.evaluating import exact_attention
 from lightning_trak.predict import PredictModule
 from lightning_trak.trainers import borrowed, refuse_spawning, require_whole_parameters
 
@@ -49,26 +52,31 @@ class Examples:
     def __len__(self) -> int:
         return len(cast(Any, self.loader.dataset))
 
-    def map(self, trainer: L.Trainer, module: nn.Module, function: Rows, what: str) -> Tensor:
+    def map(
+        self, trainer: L.Trainer, module: nn.Module, function: Rows, what: str, original: nn.Module | None = None
+    ) -> Tensor:
         """A row for each example, computed without gradients on the Trainer's device, module in eval mode.
+
+        The module and the batches are in the Trainer's precision, and autocast is off.
 
         Args:
             trainer: runs the predict loop, and is left as it was.
             module: a copy of the user's module.
             function: ``(module, batch) -> rows`` of shape ``(batch, ...)``.
             what: what the rows are, for errors.
+            original: the user's module, if what ``function`` gives must depend on nothing but ``module`` and the batch.
 
         Returns:
             On every rank, on the CPU: ``(len(self), ...)``, in the order of the dataset.
 
         Raises:
-            ValueError: if ``function`` does not give one row per example, a row is not finite, or the Trainer's
-                strategy splits the model.
+            ValueError: if ``function`` does not give one row per example, a row is not finite, the Trainer's strategy
+                splits the model, or rows depend on chance or on weights of ``original``.
         """
         refuse_spawning(trainer)
         require_whole_parameters(trainer)
         found: list[tuple[Tensor, Tensor]] = []
-        mapper = _MapModule(function, what, found, module, self.datamodule)
+        mapper = _MapModule(function, what, original, found, module, self.datamodule)
         batches = batch_ranges(range(len(self)), batch_size_of(self.loader))
         with borrowed(trainer, mapper):
             trainer.predict(mapper, share_out(self.loader, [batches], trainer), return_predictions=False)
@@ -82,16 +90,29 @@ class Examples:
 
 
 class _MapModule(PredictModule):
-    def __init__(self, function: Rows, what: str, found: list[tuple[Tensor, Tensor]], *args: Any) -> None:
+    def __init__(
+        self,
+        function: Rows,
+        what: str,
+        original: nn.Module | None,
+        found: list[tuple[Tensor, Tensor]],
+        *args: Any,
+    ) -> None:
         super().__init__(*args)
         self._function = function
         self._what = what
+        self._original = (original,)  # not to be registered
         self._found = found
 
     def predict_step(self, batch: IndexedBatch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:  # noqa: ARG002
         """Keep the batch's rows; returns its positions, since Lightning warns of None."""
         self.model.eval()
-        with torch.autocast(self.device.type, enabled=False):  # in the precision of the weights, as features are
+        (original,) = self._original
+        # In the precision of the weights and by the same kernels, as features are.
+        with torch.autocast(self.device.type, enabled=False), exact_attention():
+            if batch_idx == 0 and original is not None:
+                with trying(original, self.model):
+                    require_repeatable(lambda: self._function(self.model, copy.deepcopy(batch.batch)), self._what)
             rows = self._function(self.model, batch.batch)
         count = len(batch.positions)
         if not isinstance(rows, Tensor) or rows.ndim == 0 or len(rows) != count:

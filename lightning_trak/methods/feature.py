@@ -1,5 +1,6 @@
 """What methods over stored gradient features share: a model, its checkpoints and a store in, attributions out."""
 
+import hashlib
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_trak.checkpoints import CheckpointSource, resolve_checkpoints
-from lightning_trak.copies import uncompiled
+from lightning_trak.checks import positive
+from lightning_trak.copies import state_digest, uncompiled
 from lightning_trak.data import (
     Data,
     Range,
@@ -22,22 +24,28 @@ from lightning_trak.data import (
     batch_ranges,
     batch_size_of,
     fingerprint,
+    holds_several,
     share_out,
     single_loader,
 )
 from lightning_trak.distributed import Ranks
 from lightning_trak.features import ENGINES, EngineName, FeatureExtractor
+from lightning_trak.files import tensor_digest
+from lightning_trak.fingerprints import module_fingerprint
 from lightning_trak.gradients import ParameterSelection
 from lightning_trak.methods.base import Method
 from lightning_trak.module import declared_output
 from lightning_trak.outputs import ModelOutput
+from lightning_trak.paths import local_directory
 from lightning_trak.predict import FeaturizeModule, ScoreModule
 from lightning_trak.projections import Projection, SparseProjection
 from lightning_trak.scorers.base import Scorer, Scores
 from lightning_trak.scorers.topk import TopK
 from lightning_trak.sharded import ShardedFeatureExtractor
 from lightning_trak.sinks import FeatureBuffer, ShardWriter
+from lightning_trak.stopping import Interruption
 from lightning_trak.store import Features, FeatureStore
+from lightning_trak.texts import counted
 from lightning_trak.trainers import borrowed, precision_of, refuse_spawning, shards_model
 
 Checkpoints = Sequence[CheckpointSource] | CheckpointSource  # in this order a command line can tell them apart
@@ -103,7 +111,7 @@ class FeatureMethod(Method):
         self.model = uncompiled(model)
         self.output = declared_output(self.model, output)
         self.checkpoints = resolve_checkpoints(checkpoints, weights_only=weights_only)
-        self.store = Path(store)
+        self.store = local_directory(store, "store")
         self.projection = projection if projection is not None else SparseProjection()
         self.parameters = parameters
         self.engine: EngineName = engine
@@ -116,6 +124,9 @@ class FeatureMethod(Method):
     @abstractmethod
     def make_scorer(self, store: FeatureStore) -> Scorer:
         """What scores complete features as this method does."""
+
+    def _require_enough(self, num_examples: int, dim: int) -> None:
+        """Refuse to featurize too few training examples for what scores them; by default any number will do."""
 
     def attribute(self, trainer: L.Trainer, train: Data, targets: Data) -> Tensor:
         """:meth:`featurize`, which does nothing if the store is complete, and :meth:`score`.
@@ -149,30 +160,39 @@ class FeatureMethod(Method):
             ValueError: if the store was made with other settings, an example's features are not finite, or the
                 strategy splits the model in another way, or one that hooks do not cover.
         """
+        refuse_spawning(trainer)
         sharded = shards_model(trainer)
         loader = single_loader(data, "fit", trainer)
         extractor = self._extractor(sharded=sharded)
         num_examples = len(cast(Any, loader.dataset))
         precision = precision_of(trainer, self.output)
         identity = self._identity(extractor) | {"precision": precision, "data": fingerprint(loader)}
-        shard_size = shard_size or _default_shard_size(num_examples, loader)
+        self._require_enough(num_examples, self._dim(extractor))
+        default = _default_shard_size(num_examples, loader)
+        shard_size = default if shard_size is None else positive("shard_size", shard_size)
         store = FeatureStore(self.store, identity, num_examples, shard_size, user=type(self).__name__)
         self._require_engine(store, sharded)
+        needed = {"context": extractor.output.context_size, "projection": extractor.projection.sample_size}
+        extras = [name for name, size in needed.items() if size]
         selected = sum(extractor.sizes.values())
         total = sum(parameter.numel() for parameter in self.model.parameters())
         rank_zero_info(
-            f"{type(self).__name__}: {num_examples} examples at {store.num_checkpoints} checkpoints, gradients of"
-            f" {selected} of {total} parameters, {type(self.projection).__name__} to {self._dim(extractor)} features:"
-            f" {sum(map(len, _missing(store)))} of {store.num_checkpoints * store.num_shards} shards to do"
+            f"{type(self).__name__}: {counted(num_examples, 'example')} at"
+            f" {counted(store.num_checkpoints, 'checkpoint')}, gradients of {selected} of"
+            f" {counted(total, 'parameter')}, {type(self.projection).__name__} to"
+            f" {counted(self._dim(extractor), 'feature')}: {sum(map(len, _missing(store, extras)))} of"
+            f" {counted(store.num_checkpoints * store.num_shards, 'shard')} to do"
         )
         datamodule = data if isinstance(data, L.LightningDataModule) else None
-        while any(missing := _missing(store)):
+        while any(missing := _missing(store, extras)):
             jobs = [[Range(number, store.shard(number)) for number in numbers] for numbers in missing]
+            stop = Stop()
+            interruption = Interruption(stop)
             with ShardWriter(store, extractor.places) as writer:
-                stop = Stop()
                 module = FeaturizeModule(writer, "Featurizing", loader, stop, extractor, store, datamodule, loader)
-                with borrowed(trainer, module):
+                with borrowed(trainer, module, interruption):
                     trainer.predict(module, share_out(loader, jobs, trainer, sharded, stop), return_predictions=False)
+            interruption.raise_if_received(Ranks.of(trainer), lambda: _done(store))
             if not self._refuted(module, extractor, trainer, store):
                 break
         store.require_complete()
@@ -237,7 +257,7 @@ class FeatureMethod(Method):
                 directions = [scorer.directions(checkpoint, rows) for checkpoint, rows in enumerate(features)]
                 parts.append(scorer.score(directions, top_k, largest, Ranks.of(trainer)))
             results.append(_concatenate(parts))
-        return results if isinstance(data, (list, tuple)) or len(results) > 1 else results[0]
+        return results if holds_several(data) or len(results) > 1 else results[0]
 
     def target_features(self, trainer: L.Trainer, data: Data) -> list[Features]:
         """What :meth:`score` compares with the store: the features of targets, projected as those of the store are.
@@ -350,7 +370,7 @@ class FeatureMethod(Method):
             self.model,
             self.output,
             self.checkpoints,
-            self._weights,
+            [digest for digest, _ in self._contents],
             self.projection,
             parameters=self.parameters,
             engine=self.engine,
@@ -361,8 +381,10 @@ class FeatureMethod(Method):
         )
 
     @cached_property
-    def _weights(self) -> list[str]:
-        return [checkpoint.fingerprint() for checkpoint in self.checkpoints]
+    def _contents(self) -> list[tuple[str, frozenset[str]]]:
+        """The digest of each checkpoint, and the names in it."""
+        loaded = (checkpoint.load() for checkpoint in self.checkpoints)
+        return [(tensor_digest(weights), frozenset(weights)) for weights in loaded]
 
     def _dim(self, extractor: FeatureExtractor) -> int:
         return self.projection.bind(extractor.shapes, seed=self.seed, checkpoint=0, device=torch.device("cpu")).dim
@@ -374,8 +396,12 @@ class FeatureMethod(Method):
             "dtype": str(self.dtype).removeprefix("torch."),
             "projection": self.projection.fingerprint(),
             "output": self.output.fingerprint(),
+            "model": module_fingerprint(extractor.module, used_by=self.output),
             "parameters": [[name, shapes[raw]] for name, raw in extractor.names.items()],
-            "checkpoints": self._weights,
+            "checkpoints": [
+                hashlib.sha256(f"{digest} {state_digest(extractor.module, names)}".encode()).hexdigest()
+                for digest, names in self._contents
+            ],
         }
 
     def _ready_store(self, extractor: FeatureExtractor, trainer: L.Trainer) -> FeatureStore:
@@ -393,15 +419,21 @@ class FeatureMethod(Method):
         return FeatureStore(self.store, identity, num_examples, read_only=True, user=type(self).__name__)
 
 
+def _done(store: FeatureStore) -> str:
+    missing = sum(len(store.missing(checkpoint)) for checkpoint in range(store.num_checkpoints))
+    total = store.num_checkpoints * store.num_shards
+    return f"the store has {total - missing} of {total} shards"
+
+
 def require_one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
     """Check an argument that has few values."""
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
 
 
-def _missing(store: FeatureStore) -> list[list[int]]:
+def _missing(store: FeatureStore, extras: Sequence[str]) -> list[list[int]]:
     """The shards to do at each checkpoint."""
-    return [store.missing(checkpoint) for checkpoint in range(store.num_checkpoints)]
+    return [store.missing(checkpoint, extras) for checkpoint in range(store.num_checkpoints)]
 
 
 def _in_order(parts: list[tuple[Tensor, Features]], examples: range) -> Features:

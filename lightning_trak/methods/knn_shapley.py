@@ -30,7 +30,8 @@ class KNNShapley(RepresentationMethod):
         k: the number of neighbours.
         similarity: what makes a neighbour near: ``"l2"``, ``"cosine"`` or ``"dot"``. Of equally near ones, the first
             in the training data comes first.
-        labels_key: key (or attribute) of the labels, where batches are not tuples ``(inputs, ..., labels)``.
+        labels_key: where the labels are, if batches are not tuples ``(inputs, ..., labels)``: a key or attribute, a
+            position in a tuple, or a function of the batch.
         **options: ``layer``, ``forward``, ``pool`` and ``weights_only``, see
             :class:`~lightning_trak.methods.representations.RepresentationMethod`.
     """
@@ -70,6 +71,11 @@ class KNNShapley(RepresentationMethod):
 
     def _labels(self, _: nn.Module, batch: Any) -> Tensor:
         _, labels = split_labels(batch, self.labels_keys)
+        if labels.is_floating_point() and labels.dtype.itemsize < 4:
+            raise ValueError(
+                f"the labels are {labels.dtype}, as the Trainer's precision makes them, in which different labels may"
+                " become equal: give them as integers, or use a Trainer of another precision"
+            )
         return one_per_example("labels", labels, "nearest neighbours vote for one label per example")
 
 

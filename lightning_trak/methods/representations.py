@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_trak.checkpoints import CheckpointsLike, resolve_checkpoints
-from lightning_trak.copies import copy_module, load_weights, uncompiled
+from lightning_trak.copies import Original, copy_module, uncompiled
 from lightning_trak.gradients import canonical_name
 from lightning_trak.methods.base import Method
 from lightning_trak.methods.examples import Examples, declared_rows
@@ -49,8 +49,13 @@ class RepresentationMethod(Method):
         self.pool = pool or mean_pool
 
     def represent(self, trainer: L.Trainer, *data: Examples) -> Iterator[tuple[Tensor, ...]]:
-        """Representations of each dataset, ``(num_examples, width)`` in at least float32, a checkpoint at a time."""
+        """Representations of each dataset, ``(num_examples, width)`` in at least float32, a checkpoint at a time.
+
+        They are computed in the precision of the weights: float32 under ``"bf16-mixed"``, bfloat16 under
+        ``"bf16-true"``.
+        """
         module = copy_module(self.model)
+        original = Original(module)
         layer = _find_layer(module, self.layer)
 
         def rows(module: nn.Module, batch: Any) -> Tensor:
@@ -59,9 +64,9 @@ class RepresentationMethod(Method):
             return pooled.to(torch.promote_types(pooled.dtype, torch.float32))
 
         for checkpoint in self.checkpoints:
-            load_weights(module, checkpoint.load(), checkpoint.name)
+            original.load(checkpoint.load(), checkpoint.name)
             what = f"the representation at {checkpoint.name}"
-            yield tuple(examples.map(trainer, module, rows, what) for examples in data)
+            yield tuple(examples.map(trainer, module, rows, what, self.model) for examples in data)
 
 
 def mean_pool(activations: Tensor, batch: Any) -> Tensor:

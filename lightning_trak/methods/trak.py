@@ -75,8 +75,8 @@ class TRAK(FeatureMethod):
     ) -> None:
         require_one_of("curvature", curvature, ("gauss_newton", "identity"))
         require_one_of("residuals", residuals, ("per_checkpoint", "averaged"))
-        if soft_threshold < 0:
-            raise ValueError(f"soft_threshold must be at least 0, got {soft_threshold}")
+        if not 0 <= soft_threshold < float("inf"):
+            raise ValueError(f"soft_threshold must be at least 0, and finite, got {soft_threshold}")
         super().__init__(
             model,
             checkpoints,
@@ -110,11 +110,28 @@ class TRAK(FeatureMethod):
             checkpoints: as for :class:`TRAK`.
             store: as for :class:`TRAK`.
             **options: what :class:`TRAK` takes; these replace the published settings.
+
+        Example::
+
+            trak = TRAK.paper(model, "run/snapshots", "run/features", projection=GaussianProjection(512))
         """
         published: dict[str, Any] = {"curvature": "identity", "damping": 0.0, "residuals": "averaged"}
-        if "projection" not in options:
-            published["projection"] = GaussianProjection(2048)
+        if options.get("projection") is None:
+            options["projection"] = GaussianProjection(2048)
         return cls(model, checkpoints, store, **(published | options))
+
+    def _require_enough(self, num_examples: int, dim: int) -> None:
+        """Without damping, the Gram matrix of fewer examples than features is singular: better said before the work.
+
+        Raises:
+            ValueError: if there are fewer.
+        """
+        if self.damping == 0 and num_examples < dim:
+            raise ValueError(
+                f"damping=0 needs at least as many training examples as features, and there are {num_examples} and"
+                f" {dim}: use a projection with a smaller dim, such as GaussianProjection({max(1, num_examples // 2)}),"
+                " more examples, or damping='auto'"
+            )
 
     def make_scorer(self, store: FeatureStore) -> TRAKScorer:
         """TRAK's scorer."""

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import types
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_trak.files import tensor_digest
+from lightning_trak.fingerprints import object_fingerprint
 
 
 class ModelOutput(ABC):
@@ -108,6 +105,19 @@ class ModelOutput(ABC):
         """
         return close(self.output(module, batch), alone, tolerance)
 
+    def explain_nan(self, module: nn.Module, batch: Any) -> str | None:
+        """Why an example has no output, in words that follow its name, such as "its label is 7, ..."; None by default.
+
+        Unlike :meth:`output`, this may look at the values of tensors. It is called without gradients, after the output
+        came out as NaN.
+
+        Args:
+            module: the model, in eval mode.
+            batch: a batch of this example alone.
+        """
+        del module, batch
+        return None
+
     def make_context(self, module: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
         """What the output needs to know of other training examples at one checkpoint; nothing by default.
 
@@ -129,15 +139,14 @@ class ModelOutput(ABC):
     def fingerprint(self) -> dict[str, Any]:
         """Identity of this output, in JSON's types: features made with another output must not be mixed with its own.
 
-        The class and its public instance attributes; functions stand by name and a digest of their code, modules by
-        their options and weights. What a function takes from its surroundings is not seen, nor are attributes whose
-        name begins with an underscore.
+        Its class, its attributes and the code of its methods, with all functions and values that they refer to. Code of
+        installed packages stands by its name. Attributes that its own methods assign, such as counters, are left out,
+        and those that begin with an underscore unless a method reads them.
 
         Raises:
-            TypeError: if an attribute is neither a primitive, a function, a module nor a container of them.
+            TypeError: if a public attribute holds what has no content, such as a lock or an open file.
         """
-        configuration = {name: value for name, value in vars(self).items() if not name.startswith("_")}
-        return {"class": _qualified_name(type(self)), **_describe(configuration, type(self).__name__)}
+        return object_fingerprint(self, called=frozenset(vars(ModelOutput)), left_out=frozenset(["fingerprint"]))
 
 
 def close(values: Tensor, expected: Tensor, tolerance: float) -> bool:
@@ -150,48 +159,3 @@ def close(values: Tensor, expected: Tensor, tolerance: float) -> bool:
 def _float_copy(output: Tensor) -> Tensor:
     """A detached copy in float32 or better, which autograd can save even if ``output`` is an inference tensor."""
     return output.detach().clone().to(torch.promote_types(output.dtype, torch.float32))
-
-
-def _qualified_name(value: Any) -> str:
-    return f"{value.__module__}.{value.__qualname__}"
-
-
-def _describe(value: Any, owner: str) -> Any:
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, (list, tuple)):
-        return [_describe(item, owner) for item in value]
-    if isinstance(value, Mapping):
-        return {str(key): _describe(item, owner) for key, item in value.items()}
-    if isinstance(value, nn.Module):
-        return [tensor_digest(value.state_dict()), *(_settings(part) for part in value.modules())]
-    if isinstance(value, functools.partial):
-        return _describe([value.func, value.args, value.keywords], owner)
-    if isinstance(value, (types.FunctionType, types.MethodType)):
-        return f"{_qualified_name(value)} {_code_digest(value.__code__)}"
-    if hasattr(value, "__qualname__"):  # classes and builtins
-        return _qualified_name(value)
-    raise TypeError(
-        f"{owner} holds a {type(value).__name__}, which its fingerprint cannot describe; expected primitives,"
-        " functions, modules and containers of them: override fingerprint(), or begin the attribute's name with an"
-        " underscore if it does not change the output"
-    )
-
-
-def _settings(module: nn.Module) -> dict[str, Any]:
-    """A module's class and options, which its ``repr`` need not show."""
-    primitive = {name: value for name, value in vars(module).items() if isinstance(value, (bool, int, float, str))}
-    return {"class": _qualified_name(type(module)), **{name: primitive[name] for name in primitive if name[0] != "_"}}
-
-
-def _code_digest(code: types.CodeType) -> str:
-    """Tells functions of one name apart, such as two lambdas, by what they do and with which constants."""
-    constants = [
-        _code_digest(item)
-        if isinstance(item, types.CodeType)
-        else repr(sorted(item, key=repr))
-        if isinstance(item, frozenset)
-        else repr(item)
-        for item in code.co_consts
-    ]
-    return hashlib.sha256(repr((code.co_code, constants, code.co_names)).encode()).hexdigest()[:16]

@@ -2,63 +2,119 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
+from lightning_trak.texts import printable
+
 Forward = Callable[[nn.Module, Any], Any]
-LabelsKey = str | tuple[str, ...]
+Find = Callable[[Any], Tensor]
+Key = int | str | Find
+LabelsKey = int | str | tuple[Key, ...] | Find  # in this order a command line can tell them apart
 
 LABELS_KEYS = ("labels", "label")
 
 
-def as_keys(labels_key: LabelsKey) -> tuple[str, ...]:
-    """The candidate keys as a tuple."""
-    return (labels_key,) if isinstance(labels_key, str) else tuple(labels_key)
+def as_keys(labels_key: LabelsKey) -> tuple[Key, ...]:
+    """The candidate keys as a tuple.
+
+    Raises:
+        TypeError: if one is neither a text, a position nor a function.
+    """
+    keys = labels_key if isinstance(labels_key, (tuple, list)) else (labels_key,)
+    return tuple(_checked(key) for key in keys)
 
 
-def split_labels(batch: Any, labels_keys: tuple[str, ...]) -> tuple[Any, Tensor]:
+def _checked(key: Any) -> Key:
+    if isinstance(key, str) or callable(key):
+        return cast(Key, key)
+    if hasattr(key, "__index__") and not isinstance(key, bool):
+        return operator.index(key)
+    raise TypeError(
+        "expected labels_key as a key or attribute, a position in a tuple, or a function of the batch, received"
+        f" {key!r}"
+    )
+
+
+def split_labels(batch: Any, labels_keys: tuple[Key, ...]) -> tuple[Any, Tensor]:
     """Take the labels out of a batch.
 
     Args:
-        batch: a tuple or list whose last element is the labels, a mapping with one of ``labels_keys``, or another
-            object with one of them as an attribute.
-        labels_keys: candidate keys; the first one that the batch has is used.
+        batch: a tuple or list, of which the labels are the last element unless a position says otherwise; a mapping
+            with one of ``labels_keys``, or another object with one of them as an attribute.
+        labels_keys: candidate keys; the first one that the batch has is used. A function returns the labels.
 
     Returns:
-        The rest of the batch, for :func:`call_module`, and the labels.
+        The rest of the batch, for :func:`call_module`, and the labels. The rest is None where a function returned what
+        is no element of the batch.
 
     Raises:
-        ValueError: if a mapping has none of the keys, or a sequence has fewer than two elements.
+        ValueError: if a mapping has none of the keys, or a sequence has fewer than two elements or not that position.
         TypeError: if the batch is of another kind, or the labels are not a tensor.
     """
+    if isinstance(batch, (tuple, list)) and len(batch) < 2 and not any(map(callable, labels_keys)):
+        raise ValueError(f"expected a batch (inputs, ..., labels), received a {type(batch).__name__} of {len(batch)}")
+    key = next((key for key in labels_keys if has_key(batch, key)), None)
+    if key is None and isinstance(batch, (tuple, list)) and not any(isinstance(key, int) for key in labels_keys):
+        key = -1
+    if key is None:
+        raise _without(batch, labels_keys)
     inputs: Any
-    if isinstance(batch, Mapping):
-        key = next((key for key in labels_keys if key in batch), None)
-        if key is None:
-            raise ValueError(
-                f"expected the labels under {_either(labels_keys)} in the batch, received the keys"
-                f" {', '.join(map(str, batch))}; name the right one with labels_key="
-            )
+    if callable(key):
+        labels = key(batch)
+        inputs = _rest(batch, labels)
+    elif isinstance(batch, Mapping):
         inputs, labels = {name: value for name, value in batch.items() if name != key}, batch[key]
     elif isinstance(batch, (tuple, list)):
-        if len(batch) < 2:
-            raise ValueError(
-                f"expected a batch (inputs, ..., labels), received a {type(batch).__name__} of {len(batch)}"
-            )
-        inputs, labels = tuple(batch[:-1]), batch[-1]
+        place = range(len(batch))[key] if isinstance(key, int) else batch._fields.index(key)  # type: ignore[union-attr]
+        inputs, labels = (*batch[:place], *batch[place + 1 :]), batch[place]
     else:
-        key = next((key for key in labels_keys if hasattr(batch, key)), None)
-        if key is None or isinstance(batch, Tensor):
-            raise TypeError(
-                f"expected a batch (inputs, ..., labels), or a mapping or object with {_either(labels_keys)}, received"
-                f" a {type(batch).__name__}"
-            )
-        inputs, labels = batch, getattr(batch, key)
+        inputs, labels = batch, getattr(batch, str(key))
     if not isinstance(labels, Tensor):
         raise TypeError(f"expected the labels as a Tensor, received a {type(labels).__name__}: change the collate_fn")
     return inputs, labels
+
+
+def has_key(batch: Any, key: Key) -> bool:
+    """Whether a batch has labels under a key; a function finds them in any."""
+    if callable(key):
+        return True
+    if isinstance(batch, Mapping):
+        return key in batch
+    if isinstance(batch, (tuple, list)):
+        return -len(batch) <= key < len(batch) if isinstance(key, int) else key in getattr(batch, "_fields", ())
+    return isinstance(key, str) and hasattr(batch, key) and not isinstance(batch, Tensor)
+
+
+def _rest(batch: Any, labels: Any) -> Any:
+    """A batch without the element that is the labels; None if none is."""
+    if isinstance(batch, Mapping):
+        rest: Any = {name: value for name, value in batch.items() if value is not labels}
+    elif isinstance(batch, (tuple, list)):
+        rest = tuple(value for value in batch if value is not labels)
+    else:
+        return batch
+    return rest if len(rest) < len(batch) else None
+
+
+def _without(batch: Any, keys: tuple[Key, ...]) -> Exception:
+    if isinstance(batch, Mapping):
+        return ValueError(
+            f"expected the labels under {_either(keys)} in the batch, received the keys"
+            f" {', '.join(printable(str(name)) for name in batch)}; name the right one with labels_key="
+        )
+    if isinstance(batch, (tuple, list)):
+        return ValueError(
+            f"expected the labels at position {_either(keys)} of the batch, received a {type(batch).__name__} of"
+            f" {len(batch)}; positions count from 0, or from the end as -1"
+        )
+    return TypeError(
+        f"expected a batch (inputs, ..., labels), or a mapping or object with {_either(keys)}, received a"
+        f" {type(batch).__name__}"
+    )
 
 
 def call_module(module: nn.Module, inputs: Any) -> Any:
@@ -89,15 +145,21 @@ def predict(module: nn.Module, batch: Any, inputs: Any, forward: Forward | None)
     Args:
         module: the model.
         batch: the whole batch.
-        inputs: the batch without its labels.
+        inputs: the batch without its labels; None if only ``forward`` can tell.
         forward: the user's way to call the model.
 
     Returns:
         The result if it is a tensor, else its ``logits`` item or attribute, else its first element.
 
     Raises:
-        TypeError: if the result holds no such tensor.
+        TypeError: if the result holds no such tensor, or nothing says how to call the module.
     """
+    if forward is None and inputs is None:
+        raise TypeError(
+            "labels_key= is a function that returns something else than an element of the batch, so that it is not"
+            f" known what {type(module).__name__} takes: pass forward= too, a function of (module, batch) that makes"
+            " the call"
+        )
     result = call_module(module, inputs) if forward is None else forward(module, batch)
     found = result
     if isinstance(result, Mapping):
@@ -123,5 +185,5 @@ def one_per_example(name: str, value: Tensor, advice: str) -> Tensor:
     raise ValueError(f"expected {name} of shape (batch,) or (batch, 1), received {tuple(value.shape)}; {advice}")
 
 
-def _either(keys: tuple[str, ...]) -> str:
+def _either(keys: tuple[Key, ...]) -> str:
     return " or ".join(repr(key) for key in keys)

@@ -26,11 +26,12 @@ class ClassificationMargin(LabelledOutput):
     of a tuple: ``(batch, classes)`` with class indices as labels, or ``(batch,)`` or ``(batch, 1)`` with labels 0, 1.
 
     A label outside the classes, such as an ignored index, has no margin: the output is NaN, so that featurizing stops
-    and names the example. Leave such examples out of the dataset.
+    and names the example and its label. Leave such examples out of the dataset.
 
     Args:
         forward: ``(module, batch) -> logits``, for modules that are called in another way.
-        labels_key: key (or attribute) of the labels; of several, the first that the batch has.
+        labels_key: where the labels are: a key or attribute, a position in a tuple, or a function of the batch; of
+            several, the first that the batch has.
     """
 
     def output(self, module: nn.Module, batch: Any) -> Tensor:
@@ -54,6 +55,18 @@ class ClassificationMargin(LabelledOutput):
                 f" {_OTHERWISE}"
             )
         return log_odds(logits, labels)
+
+    def explain_nan(self, module: nn.Module, batch: Any) -> str | None:
+        """Says that the label is outside the classes, if so."""
+        logits, labels = self.predict(module, batch)
+        classes = logits.shape[1] if logits.ndim == 2 and logits.shape[1] > 1 else 2
+        label = labels.flatten()[0].item()
+        if label in range(classes):
+            return None
+        return (
+            f"its label is {label}, and the model has {classes} classes, 0 {'to' if classes > 2 else 'and'}"
+            f" {classes - 1}; leave such examples out of the dataset"
+        )
 
     def loss(self, output: Tensor) -> Tensor:
         """The cross-entropy at each margin, shape ``(batch,)``."""

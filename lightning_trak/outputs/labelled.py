@@ -16,7 +16,8 @@ class LabelledOutput(ModelOutput):
     Args:
         forward: ``(module, batch) -> predictions``, for modules that are called in another way than on the rest of the
             batch.
-        labels_key: key (or attribute) of the labels; of several, the first that the batch has.
+        labels_key: where the labels are: a key or attribute, a position in a tuple, or a function of the batch; of
+            several, the first that the batch has.
     """
 
     def __init__(self, forward: Forward | None = None, labels_key: LabelsKey = LABELS_KEYS) -> None:

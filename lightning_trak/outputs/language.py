@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_trak.outputs.batches import LABELS_KEYS, Forward, LabelsKey, predict, split_labels
+from lightning_trak.outputs.batches import LABELS_KEYS, Forward, LabelsKey, has_key, predict, split_labels
 from lightning_trak.outputs.labelled import LabelledOutput
 from lightning_trak.outputs.margins import log_odds, logistic_loss
 
@@ -17,6 +18,8 @@ IGNORED = -100  # the label that torch.nn.CrossEntropyLoss and Hugging Face leav
 
 
 class _LanguageModelMargin(LabelledOutput):
+    """Base of the margins of language models, which differ in which logits are read against which labels."""
+
     def __init__(
         self,
         pad_token_id: int | None = None,
@@ -25,6 +28,30 @@ class _LanguageModelMargin(LabelledOutput):
     ) -> None:
         super().__init__(forward, labels_key)
         self.pad_token_id = pad_token_id
+
+    def output(self, module: nn.Module, batch: Any) -> Tensor:
+        """The mean token margin of each example, shape ``(batch,)``.
+
+        Raises:
+            ValueError: if batch, logits, labels or attention mask are not as the class describes.
+        """
+        return _mean_margin(*self._aligned(module, batch))
+
+    def explain_nan(self, module: nn.Module, batch: Any) -> str | None:
+        """Says that no token counts, or which label is outside the vocabulary, if so."""
+        logits, labels, counted = self._aligned(module, batch)
+        vocabulary, labels = logits.shape[-1], labels[counted]
+        if not len(labels):
+            skipped = "-100" if self.pad_token_id is None else f"-100 or pad_token_id={self.pad_token_id}"
+            return f"none of its tokens counts, as all are masked or labelled {skipped}; leave it out of the dataset"
+        outside = labels[(labels < 0) | (labels >= vocabulary)].tolist()
+        if not outside:
+            return None
+        return f"one of its labels is {outside[0]}, and the vocabulary has {vocabulary} tokens, 0 to {vocabulary - 1}"
+
+    @abstractmethod
+    def _aligned(self, module: nn.Module, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits, the label of each, and whether it counts: ``(batch, length[, vocabulary])``."""
 
     def loss(self, output: Tensor) -> Tensor:
         """The cross-entropy of a token at each mean margin, shape ``(batch,)``."""
@@ -54,23 +81,18 @@ class CausalLMMargin(_LanguageModelMargin):
         pad_token_id: a label to leave out. Where padding and the end of a text share an id, rather give
             ``attention_mask``, which keeps the end.
         forward: ``(module, batch) -> logits``, for modules that are called in another way.
-        labels_key: key of the labels; of several, the first that the batch has.
+        labels_key: where the labels are: a key, a position in a tuple, or a function of the batch; of several, the
+            first that the batch has.
     """
 
-    def output(self, module: nn.Module, batch: Any) -> Tensor:
-        """The mean token margin of each example, shape ``(batch,)``.
-
-        Raises:
-            ValueError: if batch, logits, labels or attention mask are not as the class describes, or texts are shorter
-                than two tokens.
-        """
+    def _aligned(self, module: nn.Module, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
         inputs, labels = self._split(batch)
         logits = predict(module, batch, inputs, self.forward)
         _check_shapes(logits, labels)
         if labels.shape[1] < 2:
             raise ValueError("expected texts of at least two tokens, received one: the first token is never predicted")
         counted = self._counted(labels)[:, 1:]
-        attention = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+        attention = batch.get("attention_mask") if isinstance(batch, Mapping) else None
         if attention is not None:
             if attention.shape != labels.shape:
                 raise ValueError(
@@ -80,7 +102,7 @@ class CausalLMMargin(_LanguageModelMargin):
             counted = counted & (attention[:, 1:] != 0) & (attention[:, :-1] != 0)
         # The last position predicts nothing. A slice of the logits would cost a copy of them.
         following = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-        return _mean_margin(logits, following, F.pad(counted, (0, 1), value=False))
+        return logits, following, F.pad(counted, (0, 1), value=False)
 
     def _split(self, batch: Any) -> tuple[Any, Tensor]:
         """The module's inputs without the labels, and the labels, which are the ids unless given."""
@@ -88,7 +110,11 @@ class CausalLMMargin(_LanguageModelMargin):
             return batch, batch
         if isinstance(batch, (tuple, list)) and len(batch) == 1:
             return batch, batch[0]
-        if isinstance(batch, Mapping) and "input_ids" in batch and not any(key in batch for key in self.labels_key):
+        if (
+            isinstance(batch, Mapping)
+            and "input_ids" in batch
+            and not any(has_key(batch, key) for key in self.labels_key)
+        ):
             return batch, batch["input_ids"]
         if isinstance(batch, (tuple, list)) and len(batch) > 2:
             raise ValueError(
@@ -111,21 +137,17 @@ class Seq2SeqLMMargin(_LanguageModelMargin):
     Args:
         pad_token_id: a label to leave out, for labels padded with it rather than with -100.
         forward: ``(module, batch) -> logits``, for modules that are called in another way.
-        labels_key: key of the labels; of several, the first that the batch has.
+        labels_key: where the labels are: a key, a position in a tuple, or a function of the batch; of several, the
+            first that the batch has.
     """
 
-    def output(self, module: nn.Module, batch: Any) -> Tensor:
-        """The mean token margin of each example, shape ``(batch,)``.
-
-        Raises:
-            ValueError: if logits and labels do not have the shapes that the class describes.
-        """
+    def _aligned(self, module: nn.Module, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
         inputs, labels = split_labels(batch, self.labels_key)
-        if isinstance(inputs, Mapping) and "decoder_input_ids" not in inputs:
+        if isinstance(batch, Mapping) and "decoder_input_ids" not in batch:
             inputs = batch
         logits = predict(module, batch, inputs, self.forward)
         _check_shapes(logits, labels)
-        return _mean_margin(logits, labels, self._counted(labels))
+        return logits, labels, self._counted(labels)
 
 
 def _check_shapes(logits: Tensor, labels: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ class RegressionOutput(LabelledOutput):
 
     Args:
         forward: ``(module, batch) -> predictions``, for modules that are called in another way.
-        labels_key: key (or attribute) of the targets; of several, the first that the batch has.
+        labels_key: where the targets are: a key or attribute, a position in a tuple, or a function of the batch; of
+            several, the first that the batch has.
     """
 
     def output(self, module: nn.Module, batch: Any) -> Tensor:
@@ -43,6 +45,11 @@ class RegressionOutput(LabelledOutput):
             )
         dtype = torch.promote_types(predictions.dtype, torch.float32)
         return predictions.to(dtype) - targets.to(dtype)
+
+    def explain_nan(self, module: nn.Module, batch: Any) -> str | None:
+        """Says that the target is not finite, if so."""
+        target = float(self.predict(module, batch)[1].flatten()[0])
+        return None if math.isfinite(target) else f"its target is {target}; leave such examples out of the dataset"
 
     def loss(self, output: Tensor) -> Tensor:
         """Half the squared residual, shape ``(batch,)``."""

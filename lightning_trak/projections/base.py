@@ -11,14 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_trak.checks import positive
+
 _FEATURE_DTYPES = (torch.float32, torch.float64)
-
-
-def check_positive(**values: int) -> None:
-    """Raise a ValueError for a value that is not a positive integer."""
-    for name, value in values.items():
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"Expected `{name}` to be a positive integer but got {value!r}.")
 
 
 @dataclass(frozen=True)
@@ -47,6 +42,11 @@ class Projection(ABC):
             The projection for this checkpoint.
 
         """
+
+    def _require_positive(self, *names: str) -> None:
+        """Check fields that must be positive integers, and keep integers of NumPy, say, as Python's."""
+        for name in names:
+            object.__setattr__(self, name, positive(name, getattr(self, name)))
 
     @property
     def sample_size(self) -> int:

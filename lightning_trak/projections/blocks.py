@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lightning_trak.projections.base import BoundProjection, Projection, check_positive
+from lightning_trak.projections.base import BoundProjection, Projection
 from lightning_trak.projections.philox import Stream
 
 # Random values per block. A constant, so that sums are always split at the same rows, whatever is cached.
@@ -31,7 +31,7 @@ class RandomProjection(Projection):
     cache_bytes: int = field(default=1 << 30, compare=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        check_positive(dim=self.dim)
+        self._require_positive("dim")
 
     @property
     @abstractmethod

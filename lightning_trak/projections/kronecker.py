@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_trak.projections.base import BoundProjection, Projection, check_positive
+from lightning_trak.projections.base import BoundProjection, Projection
 from lightning_trak.projections.dense import RademacherProjection
 from lightning_trak.projections.identity import IdentityProjection
 from lightning_trak.projections.philox import Stream
@@ -54,11 +54,11 @@ class KroneckerProjection(Projection):
     sample: int = 512
 
     def __post_init__(self) -> None:
-        check_positive(left=self.left, right=self.right, sample=self.sample)
+        self._require_positive("left", "right", "sample")
         if self.axes not in ("random", "principal"):
             raise ValueError(f"Expected `axes` to be 'random' or 'principal' but got {self.axes!r}.")
         if self.dim is not None:
-            check_positive(dim=self.dim)
+            self._require_positive("dim")
 
     @property
     def sample_size(self) -> int:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_trak.projections.base import check_positive
 from lightning_trak.projections.blocks import BoundRandomProjection, RandomProjection
 from lightning_trak.projections.philox import Stream
 
@@ -44,7 +43,7 @@ class SparseProjection(RandomProjection):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(nonzeros=self.nonzeros)
+        self._require_positive("nonzeros")
         if self.dim % self.nonzeros:
             raise ValueError(f"Expected `dim` to be a multiple of `nonzeros`={self.nonzeros} but got dim={self.dim}.")
 

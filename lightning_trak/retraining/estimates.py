@@ -26,12 +26,16 @@ class Estimate(NamedTuple):
     def written(self, form: str, *place: int) -> str:
         """The number at a place with its interval, such as ``"1.08 (0.82 to 1.35)"``; empty where there are no targets.
 
+        The number stands alone where the interval is it, as rounded.
+
         Args:
             form: a format specification, such as ``".2f"``.
             place: an index for each dimension.
         """
-        mean, low, high = (float(values[place]) for values in self)
-        return "" if math.isnan(mean) else f"{mean:{form}} ({low:{form}} to {high:{form}})"
+        if math.isnan(self.mean[place]):
+            return ""
+        mean, low, high = (format(float(values[place]), form) for values in self)
+        return mean if low == mean == high else f"{mean} ({low} to {high})"
 
 
 def mean_of(values: Tensor, confidence: float = 0.95, num_bootstraps: int = 2000, seed: int = 0) -> Estimate:

@@ -21,6 +21,8 @@ from tqdm import tqdm
 from lightning_trak.data import as_loader, batch_size_of, fingerprint, load
 from lightning_trak.module import declared_output
 from lightning_trak.outputs import ModelOutput
+from lightning_trak.paths import local_directory
+from lightning_trak.retraining.identity import describe_loader, describe_module, describe_trainer
 from lightning_trak.retraining.members import Member, MemberStore
 from lightning_trak.retraining.training import (
     FactoryError,
@@ -47,8 +49,8 @@ class RetrainingFleet:
         directory: where members are kept, on a disk that all processes see. It may hold members from earlier runs.
         make_module: makes a new LightningModule in each call.
         make_trainer: makes a new Trainer of one process in each call, with new callbacks. Switch its progress bar,
-            logger and checkpoints off unless you want them for each member. One more of both is made at first, to see
-            what they are like.
+            logger and checkpoints off unless you want them for each member. One more Trainer and two more modules are
+            made at first, to see what they are like.
         train: the whole training set: a map-style Dataset, or a DataLoader over it.
         targets: where outputs are kept: a Dataset or DataLoader; outputs are in the order of its dataset.
         masks: bool ``(num_subsets, num_train)``, true where a subset holds the example; see
@@ -90,7 +92,7 @@ class RetrainingFleet:
         output: ModelOutput | None = None,
         make_loader: Callable[[Dataset[Any]], DataLoader[Any]] | None = None,
     ) -> None:
-        self.directory = Path(directory)
+        self.directory = local_directory(directory, "fleet")
         self.make_module = make_module
         self.make_trainer = make_trainer
         self.num_seeds = num_seeds
@@ -98,22 +100,25 @@ class RetrainingFleet:
         self._nothing_twice = NothingTwice()
         with seeded(seed), quiet():
             module, trainer = self._new_module(), self._new_trainer()
+        with seeded(seed + 1), quiet():
+            again = make_module()
         self._train = _one_loader("train", train)
         self._targets = _one_loader("targets", targets)
         self.masks = _checked(masks, len(cast(Any, self._train.dataset)))
         if num_seeds < 1:
             raise ValueError(f"num_seeds must be at least 1, got {num_seeds}")
+        self._users_make_loader = make_loader
         self.make_loader = make_loader if make_loader is not None else shuffled_like(self._train)
         self.output = copy.deepcopy(declared_output(module, output))
-        self._identity = self._describe(module, trainer)
+        self._identity = self._describe(module, trainer) | describe_module(module, again, make_module, trainer)
         # Any fixed number will do as the first; consecutive ones give no seed to two members.
         self._first_seed = random.Random(f"fleet {seed}").getrandbits(32)
 
     def _describe(self, module: L.LightningModule, trainer: L.Trainer) -> dict[str, Any]:
-        plain = (bool, int, float, str, type(None))
         with warnings.catch_warnings():  # training data may be augmented at random
             warnings.filterwarnings("ignore", "items of the training data are not the same twice")
             train = fingerprint(self._train)
+        loader = self._loader_of(0)
         return {
             "seed": self.seed,
             "num_subsets": len(self.masks),
@@ -123,13 +128,9 @@ class RetrainingFleet:
             "targets": fingerprint(self._targets),
             "output": self.output.fingerprint(),
             "parameters": [[name, list(parameter.shape)] for name, parameter in module.named_parameters()],
-            "hyperparameters": {name: value for name, value in module.hparams.items() if isinstance(value, plain)},
-            "max_epochs": trainer.max_epochs,
-            "max_steps": trainer.max_steps,
-            "accumulate_grad_batches": trainer.accumulate_grad_batches,
-            "gradient_clip_val": trainer.gradient_clip_val,
-            "precision": str(trainer.precision),
-            "batch_size": batch_size_of(self._loader_of(0)),
+            "batch_size": batch_size_of(loader),
+            "loader": describe_loader(loader, self._users_make_loader),
+            **describe_trainer(trainer),
         }
 
     @cached_property

@@ -7,23 +7,52 @@
 
 A member exists under its own name only when it is complete. Its name and content depend on the manifest alone, so any
 number of processes and machines can share out the missing ones; directories filled on disks apart are merged by copying
-the files of ``members`` together.
+the files of ``members`` together. Each says in its header which member of which fleet it is.
 """
 
+import hashlib
 import json
 import re
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_trak.files import load_tensors, read_manifest, save_tensors, tensor_digest, write_json
+from lightning_trak.files import (
+    DamagedFileError,
+    altered,
+    load_tensors,
+    read_json,
+    read_manifest,
+    remove_leftovers,
+    save_tensors,
+    tensor_digest,
+    write_json,
+)
+from lightning_trak.fingerprints import are_same, changes
+from lightning_trak.paths import local_directory
+from lightning_trak.schemas import anything, as_json, integer, parameters, record, sealed, sha256, text, with_checksum
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+
+_COUNT = integer(1, 1 << 40)
+_MANIFEST = sealed(
+    {
+        "format": integer(FORMAT_VERSION, FORMAT_VERSION),
+        "identity": record(
+            {"num_targets": _COUNT, "masks": sha256},
+            optional={"num_subsets": _COUNT, "num_train": _COUNT, "parameters": parameters},
+            others=anything,
+        ),
+    }
+)
+_NUM_NAMED = 5  # members in a message
+_FAILURE = record({"attempts": _COUNT, "error": text(), "traceback": text()})
 
 
 class Member(NamedTuple):
@@ -66,34 +95,52 @@ class MemberStore:
         identity: everything that members depend on beside the masks, as JSON-able values. Members that exist must have
             been made with the same.
         masks: bool ``(num_subsets, num_train)``.
+        read_only: the fleet must exist, and no file is changed.
 
     Raises:
-        ValueError: if the directory holds members of another identity, naming the first difference.
+        FileNotFoundError: if it is to be read only and there is none.
+        NotADirectoryError: if something else is in the directory's place.
+        ValueError: if the directory holds members of another identity, naming the first difference; or its manifest is
+            damaged.
     """
 
-    def __init__(self, directory: str | Path, identity: dict[str, Any], masks: Tensor) -> None:
-        self.directory = Path(directory).expanduser()
+    def __init__(self, directory: str | Path, identity: dict[str, Any], masks: Tensor, read_only: bool = False) -> None:
+        self.directory = local_directory(directory, "fleet")
         self.masks = masks
-        wanted: dict[str, Any] = json.loads(json.dumps(identity | {"masks": tensor_digest({"masks": masks})}))
-        path = self.directory / "manifest.json"
-        if path.exists() and _read_manifest(directory)["identity"] != wanted and not self.finished():
+        wanted = as_json(identity | {"masks": tensor_digest({"masks": masks})})
+        if not read_only:
+            for folder in (".", "members", "failures"):
+                remove_leftovers(self.directory / folder)
+            self._claim(self.directory / "manifest.json", wanted)
+        self._manifest = _read_manifest(directory)
+        self._compare(self._manifest["identity"], wanted)
+        self.key = hashlib.sha256(json.dumps(self._manifest["identity"], sort_keys=True).encode()).hexdigest()
+        if not read_only:
+            self._keep_masks(self.directory / "masks.safetensors", wanted["masks"])
+
+    def _claim(self, path: Path, identity: dict[str, Any]) -> None:
+        if path.exists() and not are_same(_read_manifest(self.directory)["identity"], identity) and not self.finished():
             path.unlink(missing_ok=True)  # of a run without a single member, over a mistake that has been mended since
             for failure in (self.directory / "failures").glob("*.json"):
                 failure.unlink(missing_ok=True)
-        if not path.exists():
+        if not path.exists() and not path.is_symlink():
             if self.finished():
-                raise ValueError(f'"{directory}" holds members of a fleet but no manifest.json; use another directory')
+                raise ValueError(
+                    f'"{self.directory}" holds members of a fleet but no manifest.json; use another directory'
+                )
             with suppress(FileExistsError):  # another process was faster: its manifest counts
-                write_json(path, {"format": FORMAT_VERSION, "identity": wanted}, replace=False)
-        self._manifest = _read_manifest(directory)
-        self._compare(self._manifest["identity"], wanted)
-        if not (self.directory / "masks.safetensors").exists():
-            save_tensors(self.directory / "masks.safetensors", {"masks": masks})
+                write_json(path, with_checksum({"format": FORMAT_VERSION, "identity": identity}), replace=False)
+
+    def _keep_masks(self, path: Path, digest: str) -> None:
+        with suppress(FileNotFoundError, DamagedFileError):
+            if load_tensors(path)[1]["sha256"] == digest:
+                return
+        save_tensors(path, {"masks": self.masks})
 
     def _compare(self, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
         for field, mine in wanted.items():
             theirs = stored.get(field)
-            if mine == theirs:
+            if are_same(mine, theirs):
                 continue
             if field == "masks":
                 made, have = "other subsets", f"subsets of the same shape {tuple(self.masks.shape)}"
@@ -103,6 +150,8 @@ class MemberStore:
                 ours, others = dict(mine), dict(theirs or [])
                 differing = [name for name in ours | others if ours.get(name) != others.get(name)]
                 made, have = "a module of other parameters", f"one that differs in {', '.join(differing[:5])}"
+            elif isinstance(mine, dict) and isinstance(theirs, dict):
+                made, have = f"another {field}", f"one that differs: {changes(theirs, mine)}"
             else:
                 made, have = f"{field} {theirs}", f"{field} {mine}"
             raise ValueError(
@@ -112,11 +161,14 @@ class MemberStore:
 
     def finished(self) -> set[Member]:
         """Members that are on disk."""
-        found = (
-            re.fullmatch(r"subset-(\d+)-seed-(\d+)\.safetensors", path.name)
-            for path in self.directory.glob("members/*.safetensors")
-        )
-        return {Member(int(match[1]), int(match[2])) for match in found if match}
+        return self._named("members", ".safetensors")
+
+    def _named(self, folder: str, suffix: str) -> set[Member]:
+        """Members that a folder has files of; others than ours are left alone."""
+        names = [path.name for path in (self.directory / folder).glob(f"*{suffix}")]
+        matches = (re.fullmatch(rf"subset-(\d+)-seed-(\d+){re.escape(suffix)}", name) for name in names)
+        members = {Member(int(match[1]), int(match[2])) for match in matches if match}
+        return {member for member in members if f"{member.stem}{suffix}" in names}
 
     def __contains__(self, member: Member) -> bool:
         return self._path(member).exists()
@@ -134,7 +186,7 @@ class MemberStore:
         """
         if _read_manifest(self.directory) != self._manifest:
             raise RuntimeError(f'another run has taken fleet "{self.directory}" over; give each run a directory')
-        save_tensors(self._path(member), {"outputs": outputs.float()}, **record)
+        save_tensors(self._path(member), {"outputs": outputs.float()}, fleet=self.key, member=member.stem, **record)
 
     def _path(self, member: Member) -> Path:
         return self.directory / "members" / f"{member.stem}.safetensors"
@@ -148,64 +200,92 @@ class MemberStore:
         path = self._path(member)
         try:
             tensors, record = load_tensors(path)
-        except ValueError as error:
-            raise ValueError(
-                f'"{path}" is truncated or altered ({error}); delete it and run the fleet again'
-            ) from error
-        outputs = tensors["outputs"]
-        if len(outputs) != self._manifest["identity"]["num_targets"]:
-            raise ValueError(f'"{path}" has outputs at {len(outputs)} targets; delete it and run the fleet again')
-        return outputs, record
+            self._require_member(path, tensors, record)
+        except DamagedFileError as error:
+            raise ValueError(f"{error}; delete it and run the fleet again") from error
+        return tensors["outputs"], record
+
+    def _require_member(self, path: Path, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+        """Check that a file is what its name says, and not one that was moved or copied there."""
+        if (record.get("fleet"), record.get("member")) != (self.key, path.stem):
+            fleet = "this fleet" if record.get("fleet") == self.key else "another fleet"
+            raise DamagedFileError(path, f"holds {record.get('member')} of {fleet}")
+        outputs, shape = tensors.get("outputs"), (self._manifest["identity"]["num_targets"],)
+        if outputs is None or outputs.shape != shape or outputs.dtype != torch.float32 or not outputs.isfinite().all():
+            raise altered(path, f"it should hold finite outputs, float32 of shape {shape}")
 
     def outputs(self, num_seeds: int) -> Tensor:
         """The outputs of all members, float32 ``(num_targets, num_subsets, num_seeds)``.
 
         Raises:
             RuntimeError: if members are missing, naming them, and which of them failed.
+            ValueError: if a file is truncated or altered.
         """
-        wanted = [Member(subset, seed) for seed in range(num_seeds) for subset in range(len(self.masks))]
-        finished = self.finished()
-        missing = [member for member in wanted if member not in finished]
-        if missing:
+
+        def wanted() -> Iterable[Member]:
+            return (Member(subset, seed) for seed in range(num_seeds) for subset in range(len(self.masks)))
+
+        def is_wanted(member: Member) -> bool:
+            return member.subset < len(self.masks) and member.repetition < num_seeds
+
+        count, finished = len(self.masks) * num_seeds, {member for member in self.finished() if is_wanted(member)}
+        if len(finished) < count:  # how many are missing may be any number, if a file has a wrong name
+            failed = filter(is_wanted, sorted(self._failed()))
+            missing = (member for member in chain(failed, wanted()) if member not in finished)
+            first = list(dict.fromkeys(islice(missing, 2 * _NUM_NAMED)))  # a failed one comes twice
             raise RuntimeError(
-                f'fleet "{self.directory}" lacks {len(missing)} of {len(wanted)} members; run it to train them:'
-                f" {self.describe(missing)}"
+                f'fleet "{self.directory}" lacks {count - len(finished)} of {count} members; run it to train them:'
+                f" {self._describe(first, count - len(finished))}"
             )
-        num_targets = self._manifest["identity"]["num_targets"]
-        outputs = torch.empty(num_targets, len(self.masks), num_seeds)
-        for member in wanted:
+        first_outputs = self.read(Member(0, 0))[0]
+        outputs = torch.empty(len(first_outputs), len(self.masks), num_seeds)
+        for member in wanted():
             outputs[:, member.subset, member.repetition] = self.read(member)[0]
         return outputs
 
     def record_failure(self, member: Member, error: Exception) -> None:
         """Note that a member's training failed, beside how often it has."""
+        attempts = 0
+        with suppress(DamagedFileError):
+            attempts = self.failure(member).get("attempts", 0)
         content = {
-            "attempts": self.failure(member).get("attempts", 0) + 1,
+            "attempts": attempts + 1,
             "error": f"{type(error).__name__}: {error}",
             "traceback": "".join(traceback.format_exception(error)),
         }
         write_json(self._failure_path(member), content)
 
     def failure(self, member: Member) -> dict[str, Any]:
-        """``attempts``, ``error`` and ``traceback`` if a member has ever failed, else nothing."""
+        """``attempts``, ``error`` and ``traceback`` if a member has ever failed, else nothing.
+
+        Raises:
+            DamagedFileError: if the note of it is truncated or altered.
+        """
         path = self._failure_path(member)
-        content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        content: dict[str, Any] = read_json(path, _FAILURE) if path.exists() else {}
         return content
+
+    def _failed(self) -> set[Member]:
+        return self._named("failures", ".json")
 
     def _failure_path(self, member: Member) -> Path:
         return self.directory / "failures" / f"{member.stem}.json"
 
     def describe(self, members: Sequence[Member]) -> str:
         """Members for an error message, each with its failure; those that failed come first, and the first few do."""
-        failures = {member: self.failure(member) for member in members}
-        ordered = sorted(members, key=lambda member: not failures[member])
-        named = [
-            f"{member} (failed {failures[member]['attempts']}x, {failures[member]['error']})"
-            if failures[member]
-            else str(member)
-            for member in ordered[:5]
-        ]
-        return "; ".join(named) + (f"; and {len(members) - 5} more" if len(members) > 5 else "")
+        failed = self._failed()
+        return self._describe(sorted(members, key=lambda member: member not in failed), len(members))
+
+    def _describe(self, members: Sequence[Member], count: int) -> str:
+        named = "; ".join(map(self._with_failure, members[:_NUM_NAMED]))
+        return named + (f"; and {count - _NUM_NAMED} more" if count > _NUM_NAMED else "")
+
+    def _with_failure(self, member: Member) -> str:
+        try:
+            failure = self.failure(member)
+        except DamagedFileError as error:
+            return f"{member} (failed, but the note of it {error})"
+        return f"{member} (failed {failure['attempts']}x, {failure['error']})" if failure else str(member)
 
 
 def read_fleet(directory: str | Path) -> Retrained:
@@ -220,15 +300,31 @@ def read_fleet(directory: str | Path) -> Retrained:
         ValueError: if a file is truncated or altered.
     """
     identity = _read_manifest(directory)["identity"]
-    path = Path(directory).expanduser() / "masks.safetensors"
+    store = MemberStore(directory, identity, _read_masks(directory, identity), read_only=True)
+    finished = store.finished()
+    last = max(finished, key=lambda member: member.repetition, default=Member(0, 0))
+    if last.repetition >= max(1, len(finished)):
+        raise RuntimeError(
+            f'"{store.directory}/members" has a file of repetition {last.repetition}, {last.stem}.safetensors, among'
+            f" {len(finished)} members in all; remove it if it is none of the fleet's, or run the fleet to its end"
+        )
+    return Retrained(store.masks, store.outputs(last.repetition + 1))
+
+
+def _read_masks(directory: str | Path, identity: dict[str, Any]) -> Tensor:
+    path = local_directory(directory, "fleet") / "masks.safetensors"
+    advice = "run the fleet again to restore it"
     try:
-        tensors, _ = load_tensors(path)
-    except ValueError as error:
-        raise ValueError(f'"{path}" is truncated or altered ({error}); run the fleet again to restore it') from error
-    store = MemberStore(directory, identity, tensors["masks"])
-    num_seeds = 1 + max((member.repetition for member in store.finished()), default=0)
-    return Retrained(store.masks, store.outputs(num_seeds))
+        tensors, metadata = load_tensors(path)
+        masks = tensors.get("masks")
+        if masks is None or masks.dtype != torch.bool or masks.ndim != 2 or metadata["sha256"] != identity["masks"]:
+            raise DamagedFileError(path, "holds other masks than those of the manifest")
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f'there is no "{path}"; {advice}') from error
+    except DamagedFileError as error:
+        raise ValueError(f"{error}; {advice}") from error
+    return masks
 
 
 def _read_manifest(directory: str | Path) -> dict[str, Any]:
-    return read_manifest(directory, "fleet", FORMAT_VERSION, "run it first")
+    return read_manifest(directory, "fleet", FORMAT_VERSION, "run it first", _MANIFEST)

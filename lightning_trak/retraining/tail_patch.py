@@ -3,7 +3,8 @@
 import copy
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -11,15 +12,19 @@ import lightning as L
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from lightning_trak.copies import copy_module, uncompiled
+from lightning_trak.copies import Original, copy_module, uncompiled
 from lightning_trak.data import as_loader, load
+from lightning_trak.gradients.leaves import require_own_leaves
+from lightning_trak.gradients.soundness import require_repeatable, trying
 from lightning_trak.module import declared_output
 from lightning_trak.outputs import ModelOutput
+from lightning_trak.outputs.evaluating import exact_attention, unchanged
+from lightning_trak.precision import WorkingPrecision
 from lightning_trak.retraining.estimates import Estimate, mean_of
 from lightning_trak.retraining.removal import ranked, require_scores
 from lightning_trak.retraining.training import UNHEARD_LOG, on_device, training_loss
@@ -86,9 +91,10 @@ def tail_patch(
     (:class:`~lightning_trak.retraining.Counterfactuals`). So it takes no retraining, and serves models that nobody can
     train twice (Chang et al. 2024, arXiv 2410.17413, who introduce it).
 
-    A step is the module's ``training_step``, ``backward`` and the optimizer's ``step``; a Trainer's gradient clipping,
-    and hooks of module and callbacks, take no part. Everything runs on the module's device and in eval mode, so that
-    dropout adds no noise. Module, optimizer and random state are left as they are.
+    A step is the module's ``training_step``, ``backward`` and the optimizer's ``step``; a Trainer's gradient clipping
+    and mixed precision, and hooks of module and callbacks, take no part. Everything runs on the module's device, in the
+    precision of its weights but in float32 at least, and in eval mode, so that dropout adds no noise. Module, optimizer
+    and random state are left as they are.
 
     Args:
         module: the trained module.
@@ -107,7 +113,7 @@ def tail_patch(
 
     Raises:
         ValueError: if scores, k and data do not fit, the optimizer has not this module's parameters or no learning
-            rate, or an output is not finite.
+            rate, or an output is not finite, is random, or depends on weights of ``module`` rather than of its copy.
         TypeError: if the module optimizes by hand, or its output compares with training examples.
 
     Example::
@@ -142,9 +148,12 @@ def tail_patch(
     rises: dict[tuple[tuple[int, ...], int], float] = {}
     with isolate_rng(), warnings.catch_warnings(), torch.enable_grad():
         warnings.filterwarnings("ignore", UNHEARD_LOG)
-        asked = list(on_device(patch.module, load(target_loader, [[target] for target in range(num_targets)])))
+        alone = load(target_loader, [[target] for target in range(num_targets)])
+        asked = list(on_device(patch.module, alone, patch.precision))
+        if asked:
+            patch.require_sound_output(module, asked[0])
         before = [patch.output_at(batch, target) for target, batch in enumerate(asked)]
-        batches = on_device(patch.module, load(train_loader, wanted))
+        batches = on_device(patch.module, load(train_loader, wanted), patch.precision)
         for (step, places), batch in zip(
             tqdm(wanted.items(), desc="Tail patch", disable=not progress_bar), batches, strict=True
         ):
@@ -181,22 +190,40 @@ class _Patch:
     def __init__(self, module: L.LightningModule, optimizer: Optimizer, output: ModelOutput) -> None:
         self.output = output
         self.module = cast(L.LightningModule, copy_module(module, configure=False)).eval()
+        self.precision = WorkingPrecision(self.module)
         # The copy of the optimizer is to have the parameters of the module's copy.
         pairs = zip(module.parameters(), self.module.parameters(), strict=True)
         self.optimizer = copy.deepcopy(optimizer, {id(old): new for old, new in pairs})
-        self.weights = copy.deepcopy(self.module.state_dict())
+        self.original = Original(self.module, everything=True)
         self.state = copy.deepcopy(self.optimizer.state_dict())
 
     def step(self, batch: Any) -> None:
-        self.module.load_state_dict(self.weights)
+        self.original.restore()
         self.optimizer.load_state_dict(copy.deepcopy(self.state))  # what is loaded is not copied, but written to
         self.optimizer.zero_grad()
-        training_loss(self.module, batch).backward()  # type: ignore[no-untyped-call]
+        with self._computing():
+            loss = training_loss(self.module, batch)
+        require_own_leaves(loss, self.module)
+        loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
 
     @torch.no_grad()
     def output_at(self, batch: Any, target: int) -> float:
-        value = float(self.output.output(self.module, batch))
+        value = float(self._output(batch))
         if not torch.isfinite(torch.tensor(value)):
             raise ValueError(f"the output at target {target} is {value}; leave it out, or train it less")
         return value
+
+    @torch.no_grad()
+    def require_sound_output(self, original: nn.Module, batch: Any) -> None:
+        with trying(original, self.module):
+            require_repeatable(lambda: self._output(batch), f"the output of {type(original).__name__}")
+
+    def _output(self, batch: Any) -> Tensor:
+        with self._computing():
+            return self.output.output(self.module, copy.deepcopy(batch))  # it is asked again after each step
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        with self.precision.active(), exact_attention(), unchanged(self.module):
+            yield

@@ -16,6 +16,8 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, S
 
 from lightning_trak.data import like
 from lightning_trak.outputs import ModelOutput
+from lightning_trak.outputs.evaluating import exact_attention
+from lightning_trak.precision import WorkingPrecision
 
 UNHEARD_LOG = ".*`self.trainer` reference is not registered.*"  # Lightning's warning, if there is no Trainer
 
@@ -178,30 +180,32 @@ def outputs_of(
     context: DataLoader[Any],
     device: torch.device,
 ) -> Tensor:
-    """The declared output at each target, in eval mode and in float32, whatever precision the training had.
+    """The declared output at each target, in eval mode and in the precision of the weights, but in float32 at least.
 
     Args:
-        module: a trained module, of which its own batch transfer hooks are used, but no ``predict_step``.
+        module: a trained module, whose weights in half precision become float32. Its own batch transfer hooks are
+            used, but no ``predict_step``.
         output: which output; it keeps the context that is made for this module.
         targets: batches of targets, in order.
         context: batches of training data, for an output that has a context.
         device: where to compute.
 
     Returns:
-        Shape ``(num_targets,)``, on the CPU.
+        float32 of shape ``(num_targets,)``, on the CPU.
     """
-    module.to(device).float().eval()
-    with torch.no_grad():
+    module.to(device).eval()
+    precision = WorkingPrecision(module)
+    with torch.no_grad(), exact_attention(), precision.active():
         if output.context_size:
-            output.set_context(output.make_context(module, on_device(module, context)))
-        found = [output.output(module, batch).float().cpu() for batch in on_device(module, targets)]
+            output.set_context(output.make_context(module, on_device(module, context, precision)))
+        found = [output.output(module, batch).float().cpu() for batch in on_device(module, targets, precision)]
     module.cpu()
     return torch.cat(found)
 
 
-def on_device(module: L.LightningModule, batches: DataLoader[Any]) -> Iterator[Any]:
-    """Batches on the module's device, by its own transfer hooks."""
+def on_device(module: L.LightningModule, batches: DataLoader[Any], precision: WorkingPrecision) -> Iterator[Any]:
+    """Batches on the module's device, by its own transfer hooks, in the precision of its weights."""
     for batch in batches:
-        batch = module.on_before_batch_transfer(batch, 0)
+        batch = module.on_before_batch_transfer(precision.convert_input(batch), 0)
         batch = module.transfer_batch_to_device(batch, module.device, 0)
         yield module.on_after_batch_transfer(batch, 0)

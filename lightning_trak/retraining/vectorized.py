@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, cast
+from contextlib import contextmanager
+from typing import Any, NamedTuple, cast
 
 import lightning as L
 import torch
@@ -26,8 +27,11 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset, RandomSampler, default_collate
 
+from lightning_trak.gradients.leaves import apart_from, leaves_of
+from lightning_trak.gradients.substitution import Substituted
 from lightning_trak.outputs import ModelOutput
-from lightning_trak.retraining.training import UNHEARD_LOG, training_loss
+from lightning_trak.outputs.evaluating import exact_attention, unchanged
+from lightning_trak.retraining.training import UNHEARD_LOG, FactoryError, training_loss
 
 
 class _Call(nn.Module):
@@ -48,16 +52,19 @@ class StackedModules:
     Args:
         modules: at least one; they are left alone.
         device: where the stacked parameters live.
+        take: let the first of the modules become ``stacked``, rather than a copy of it, in which functions that were
+            made in ``__init__`` would still refer to the first module: :meth:`map` refuses that.
 
     Attributes:
         stacked: a module whose parameters and buffers have one more dimension, the first, of size ``num_modules``.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], device: torch.device | str = "cpu") -> None:
-        self.stacked = copy.deepcopy(modules[0])
-        states = [dict(_tensors(module)) for module in modules]
+    def __init__(self, modules: Sequence[nn.Module], device: torch.device | str = "cpu", *, take: bool = False) -> None:
+        states = [{name: tensor.detach() for name, tensor in _tensors(module)} for module in modules]
+        self.stacked = modules[0] if take else copy.deepcopy(modules[0])
+        self._original = None if take else modules[0]
         for name, tensor in _tensors(self.stacked):
-            tensor.data = torch.stack([state[name].detach() for state in states]).to(device)
+            tensor.data = torch.stack([state[name] for state in states]).to(device)
 
     def __len__(self) -> int:
         return len(next(iter(_tensors(self.stacked)))[1])
@@ -69,15 +76,29 @@ class StackedModules:
             function: of a module; traced by `torch.func.vmap`, so it may not branch on the values of tensors.
             args: trees of tensors.
             in_dims: 0 if the arguments are stacked as the modules are, None if all modules get the same.
+
+        Raises:
+            ValueError: if the modules hold functions that refer to one of the modules that were given.
         """
         call = _Call(self.stacked, function)
+        tensors = dict(_tensors(call))
 
-        def one(state: dict[str, Tensor], *inputs: Any) -> Any:
-            return functional_call(call, state, inputs, tie_weights=False)  # all names are there
+        def one(state: dict[str, Tensor], *inputs: Any) -> tuple[Any, dict[str, Tensor]]:
+            given = dict(state)
+            # By identity too: a parameter may also be kept in a list, or be used by a function that refers to it.
+            with Substituted((tensor, given[name]) for name, tensor in tensors.items()):
+                result = functional_call(call, state, inputs, tie_weights=False)  # all names are there
+            # It has put there what the module now has as a buffer: another tensor, if it does not change it in place.
+            return result, {name: tensor for name, tensor in state.items() if tensor is not given[name]}
 
         mapped = vmap(one, in_dims=(0, *[in_dims] * len(args)), randomness="different")
-        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels of attention would run one module at a time
-            return mapped(dict(_tensors(call)), *args)
+        # The fused kernels of attention would run one module at a time.
+        with sdpa_kernel(SDPBackend.MATH), exact_attention(), apart_from(self._original, self.stacked):
+            result, replaced = mapped(tensors, *args)
+        self._original = None  # once is enough
+        for name, tensor in replaced.items():
+            tensors[name].data = tensor.detach()
+        return result
 
     def outputs(self, output: ModelOutput, batch: Any) -> Tensor:
         """The output of each example of a batch by each module, shape ``(num_modules, batch)``."""
@@ -113,7 +134,8 @@ def train_together(
     What a Trainer does is done for each module: its own initialisation and order of examples, its ``training_step``,
     and the optimizer and scheduler of its ``configure_optimizers``, which must treat each element of a parameter by
     itself (SGD, Adam and AdamW do; LARS, LAMB and Muon do not). What a module draws while it trains, as for dropout,
-    depends on which modules train with it.
+    depends on which modules train with it. Before training, a step of the first and of the last module is compared with
+    the same step alone, where it is not random.
 
     Args:
         make_module: makes a module, in its own random initialisation; ``training_step`` may take ``batch`` alone.
@@ -128,7 +150,8 @@ def train_together(
         The trained modules, in eval mode.
 
     Raises:
-        ValueError: if the subsets differ in size, or do not fit the seeds or the dataset.
+        ValueError: if the subsets differ in size, or do not fit the seeds or the dataset; or if the first or the last
+            module has another loss, or other gradients, together with the others than alone.
         TypeError: if the module optimizes by hand, or with more than one optimizer.
     """
     num_train = len(cast(Any, dataset))
@@ -145,8 +168,11 @@ def train_together(
         for seed in seeds:
             torch.manual_seed(seed)
             modules.append(make_module())
-        stack = StackedModules(modules, device)
-        stack.stacked.train()
+        members = torch.stack([mask.nonzero().flatten() for mask in subsets])
+        first = tree_map(lambda value: _take(value, members[:, :batch_size]), data)
+        alone = {number: _alone(modules[number].to(device), first, number) for number in (0, len(seeds) - 1)}
+        stack = StackedModules(modules, device, take=True)
+        _require_as_alone(stack, first, alone)
         _fit(stack, data, subsets, seeds, max_epochs, batch_size)
     stack.stacked.eval()
     return stack
@@ -199,6 +225,95 @@ def require_trainable_together(module: L.LightningModule, trainer: L.Trainer, lo
     ]
     if left_out:
         raise TypeError(f"training many modules at once leaves out {', '.join(left_out)}; train them one at a time")
+
+
+class _Alone(NamedTuple):
+    """What a step of a module gives before it is stacked with others.
+
+    Attributes:
+        loss: of its first batch.
+        gradients: by name, where there are any.
+        training: whether it was in training mode. If it draws random numbers then, it is asked in eval mode.
+    """
+
+    loss: Tensor
+    gradients: dict[str, Tensor]
+    training: bool
+
+
+def _alone(module: L.LightningModule, batches: Any, number: int) -> _Alone | None:
+    """A step of one module by plain autograd, which changes nothing; None if it is another one each time.
+
+    Raises:
+        FactoryError: if its loss depends on tensors that require gradients and are not its parameters.
+    """
+    batch = tree_map(lambda value: value[number], batches)
+    own = {id(parameter) for parameter in module.parameters()}
+    for training in (True, False):
+        with _only_looking(module, training):
+            loss, again = (training_loss(module, tree_map(torch.clone, batch)) for _ in range(2))
+            foreign = [leaf for leaf in leaves_of(loss) if id(leaf) not in own]
+            if foreign:
+                raise FactoryError(
+                    f"the loss of {type(module).__name__} depends on {len(foreign)} tensors that require gradients and"
+                    f" are not its parameters, the first of shape {tuple(foreign[0].shape)}: make them attributes of"
+                    " the module, not items of a list or dict, or call requires_grad_(False) on them"
+                )
+            if not torch.allclose(loss, again, rtol=1e-4, equal_nan=True):
+                continue
+            parameters = {name: part for name, part in module.named_parameters() if part.requires_grad}
+            gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+            return _Alone(
+                loss.detach(),
+                {name: part for name, part in zip(parameters, gradients, strict=True) if part is not None},
+                training,
+            )
+    return None
+
+
+def _require_as_alone(stack: StackedModules, batches: Any, alone: dict[int, _Alone | None]) -> None:
+    """Check that stacked modules do what each does by itself."""
+    for number, expected in alone.items():
+        if expected is None:
+            continue
+        with _only_looking(stack.stacked, expected.training):
+            loss = stack.map(training_loss, batches)
+            parameters = dict(stack.stacked.named_parameters())
+            names = [name for name in expected.gradients if parameters[name].requires_grad]
+            found = torch.autograd.grad(loss.sum(), [parameters[name] for name in names], allow_unused=True)
+        whole = sum(float(part.norm()) ** 2 for part in expected.gradients.values()) ** 0.5
+        same = torch.allclose(loss[number], expected.loss, rtol=1e-3, atol=1e-6, equal_nan=True)
+        wrong = [] if same else ["the loss"]
+        for name, gradients in zip(names, found, strict=True):
+            own = expected.gradients[name]
+            error = own.norm() if gradients is None else (gradients[number].to_dense() - own.to_dense()).norm()
+            if error > 1e-2 * own.norm() + 1e-3 * whole:
+                wrong.append(f"the gradient of {name}")
+        if wrong:
+            raise FactoryError(
+                f"{', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''} of module {number} is another one together"
+                " with the others than alone: keep what differs from module to module in parameters and buffers"
+                " (register_buffer), not in plain attributes, or train the modules one at a time"
+            )
+
+
+@contextmanager
+def _only_looking(module: nn.Module, training: bool) -> Iterator[None]:
+    """For steps that leave the module, its buffers and the random state as they were."""
+    buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
+    with (
+        isolate_rng(),
+        warnings.catch_warnings(),
+        unchanged(module),
+        sdpa_kernel(SDPBackend.MATH),
+        exact_attention(),
+    ):
+        warnings.filterwarnings("ignore", UNHEARD_LOG)
+        if not training:
+            module.eval()
+        yield
+    for buffer, before in buffers:
+        buffer.data = before
 
 
 def _fit(

@@ -1,5 +1,7 @@
 """How much damping, from the features alone."""
 
+import math
+from numbers import Real
 from typing import Literal
 
 from torch import Tensor
@@ -11,10 +13,10 @@ def require_damping(damping: Damping) -> Damping:
     """The damping, if it is one.
 
     Raises:
-        ValueError: if it is negative, or another word than "auto".
+        ValueError: if it is negative, NaN or infinite, or another word than "auto".
     """
-    if damping != "auto" and (isinstance(damping, str) or damping < 0):
-        raise ValueError(f"damping must be at least 0, or 'auto'; got {damping!r}")
+    if damping != "auto" and not (isinstance(damping, Real) and 0 <= damping < math.inf):
+        raise ValueError(f"damping must be at least 0, or 'auto'; got {damping!r}, which is no finite number from 0 on")
     return damping
 
 

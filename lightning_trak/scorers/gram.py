@@ -65,6 +65,16 @@ def _merged(shards: Iterable[Features]) -> Iterator[Features]:
         yield Features.cat(parts)
 
 
+def row_blocks(num_shards: int, shard_size: int) -> list[range]:
+    """Shards in blocks of at least as many rows as :func:`gram_matrix` multiplies at a time.
+
+    Products are rounded to the features' precision. Ranks share out blocks, not shards, so that the same rows are
+    multiplied together however many ranks there are; then only sums in float64 differ in order.
+    """
+    step = -(-_ROWS // shard_size)
+    return [range(num_shards)[start : start + step] for start in range(0, num_shards, step)]
+
+
 class DampedGram:
     """Solves (K + damping * mean(diag K) * I) x = b by Cholesky factorisation in float64.
 

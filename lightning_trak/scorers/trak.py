@@ -10,12 +10,12 @@ from torch import Tensor
 from lightning_trak.distributed import Ranks
 from lightning_trak.scorers.base import Scorer, full_precision
 from lightning_trak.scorers.damping import Damping, auto_damping
-from lightning_trak.scorers.gram import Curvature, DampedGram, gram_matrix
+from lightning_trak.scorers.gram import Curvature, DampedGram, gram_matrix, row_blocks
 from lightning_trak.store import Features, FeatureStore
 
 Residuals = Literal["per_checkpoint", "averaged"]
 
-_CACHE_FORMAT = 2  # of what is kept with a Gram matrix; that of another format is made again
+_CACHE_FORMAT = 3  # of what is kept with a Gram matrix; that of another format is made again
 
 
 class TRAKScorer(Scorer):
@@ -50,6 +50,7 @@ class TRAKScorer(Scorer):
         self.residuals = residuals
         self.soft_threshold = soft_threshold
         self._factors: list[DampedGram] = []
+        self._keeps = True  # until a Gram matrix cannot be written
 
     def fit(self, device: torch.device, ranks: Ranks = Ranks()) -> None:  # noqa: B008
         """Make and factor the Gram matrices.
@@ -75,7 +76,9 @@ class TRAKScorer(Scorer):
             precision = self.store.read(checkpoint, 0).features.dtype
             self._factors.append(DampedGram(gram, damping, precision, f"checkpoint {checkpoint}"))
         if self.damping == "auto":
-            rank_zero_info(f"TRAK: damping='auto' is {min(dampings):.3g} to {max(dampings):.3g} at the checkpoints")
+            ends = dict.fromkeys(f"{damping:.3g}" for damping in (min(dampings), max(dampings)))
+            place = "checkpoint" if len(dampings) == 1 else "checkpoints"
+            rank_zero_info(f"TRAK: damping='auto' is {' to '.join(ends)} at the {place}")
 
     def _gram(self, checkpoint: int, ranks: Ranks) -> tuple[Tensor, Tensor]:
         name, key = f"gram-{self.curvature}", f"{_CACHE_FORMAT}:{self.store.digest(checkpoint)}"
@@ -83,13 +86,15 @@ class TRAKScorer(Scorer):
         if ranks.all_true(stored is not None) and stored is not None:
             return stored["gram"], stored["squared_weights"]
         k = self.store.read(checkpoint, 0).features.shape[1]
-        mine = (self.store.read(checkpoint, shard) for shard in ranks.share(self.store.num_shards))
+        blocks = row_blocks(self.store.num_shards, self.store.shard_size)
+        mine = (self.store.read(checkpoint, shard) for number in ranks.share(len(blocks)) for shard in blocks[number])
         with full_precision(self._device):
             gram, squared_weights = map(ranks.sum, gram_matrix(mine, self.curvature, k, self._device))
-        if ranks.rank == 0:
+        if ranks.rank == 0 and self._keeps:
             try:
                 self.store.write_extra(checkpoint, name, {"gram": gram, "squared_weights": squared_weights}, key)
-            except OSError as error:  # the store may be somebody else's, to be read only
+            except OSError as error:  # the store may be somebody else's, to be read only, or the disk full
+                self._keeps = False
                 warnings.warn(f"the Gram matrix cannot be kept and will be made again next time: {error}", stacklevel=2)
         return gram, squared_weights
 

@@ -14,6 +14,7 @@ from lightning_trak.features import FeatureExtractor
 from lightning_trak.gradients import ParameterSelection
 from lightning_trak.methods.base import Method
 from lightning_trak.methods.examples import Examples
+from lightning_trak.methods.influence.audit import audit
 from lightning_trak.methods.influence.passes import Passes
 from lightning_trak.methods.influence.solvers import InverseProduct
 from lightning_trak.module import declared_output
@@ -67,17 +68,21 @@ class Influence(Method):
         """Score every target against every training example.
 
         Args:
-            trainer: any Trainer whose strategy keeps the model whole. Its device and precision are used;
-                ``precision="64-true"`` computes everything in float64.
+            trainer: any Trainer whose strategy keeps the model whole. Its device is used. ``precision="64-true"``
+                computes everything in float64, any other precision in float32 (float64 where weights are): the inverse
+                of a Hessian would drown in the rounding of half precision, mixed or true.
             train: the training data, without random augmentation. It is gone over several times.
             targets: the targets.
 
         Returns:
-            On the CPU, shape ``(num_targets, num_train)``, in the dtype of the weights, float32 or better. A positive
-            score says that training on the example raises the output at the target.
+            On the CPU, shape ``(num_targets, num_train)``, in float32 or float64. A positive score says that training
+            on the example raises the output at the target.
 
         Raises:
-            ValueError: if a gradient is not finite, or the inverse cannot be applied: see the solvers.
+            ValueError: if a gradient is not finite, the inverse cannot be applied (see the solvers), or the output
+                depends on other weights than those of the model's copy, on the rest of the batch or on chance. Outputs
+                and gradients of two training examples and two targets, drawn by the seed at each checkpoint, are
+                compared with those of each alone by autograd.
         """
         require_whole_parameters(trainer)
         train_set, target_set = Examples(train, "fit", trainer), Examples(targets, "predict", trainer)
@@ -95,6 +100,8 @@ class Influence(Method):
             scores = torch.zeros(len(target_set), len(train_set), dtype=passes.dtype)
             for checkpoint in range(len(self.checkpoints)):
                 passes.enter(checkpoint)
+                for examples in (train_set, target_set):
+                    audit(passes, examples)
                 self._add(scores, passes, target_set)
         return scores / len(self.checkpoints)
 

@@ -64,7 +64,7 @@ class EKFACInfluence(Influence):
         weights_only: bool = True,
     ) -> None:
         require_one_of("curvature", curvature, ("gauss_newton", "empirical"))
-        if isinstance(damping, str) or damping < 0:
+        if isinstance(damping, str) or not 0 <= damping < float("inf"):
             raise ValueError(f"damping must be a number of at least 0, got {damping!r}")
         super().__init__(
             model,
@@ -78,7 +78,9 @@ class EKFACInfluence(Influence):
         self.damping = damping
 
     def _selection(self) -> Callable[[str, nn.Parameter], bool]:
-        names = select_parameters(self.model, self.parameters)
+        sizes = {name: parameter.numel() for name, parameter in self.model.named_parameters()}
+        selected = select_parameters(self.model, self.parameters)
+        names = {name: raw for name, raw in selected.items() if sizes[raw]}
         blocks, left_out = find_blocks(self.model, names)
         if not blocks:
             raise ValueError(f"EK-FAC covers none of the selected parameters: {_listed(left_out)}")
@@ -124,7 +126,7 @@ class EKFACInfluence(Influence):
         extractor = passes.extractor
         weighted = _Weighted(extractor.output, self._squared_weights)
         engine = _CovarianceEngine(extractor.module, weighted, extractor.names, blocks)
-        with extractor.differentiable():
+        with passes.computing():
             for number, (batch, size) in enumerate(passes.batches(passes.train)):
                 examples = ExampleBatch(batch, size, extractor.layout)
                 wrong = engine.check(examples) if number == 0 else {}

@@ -1,13 +1,16 @@
 """The Hessian of the training loss: products with vectors, without ever forming it, or the matrix of a small model."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lightning_trak.gradients.batch import ExampleBatch
+from lightning_trak.gradients.leaves import require_own_leaves
 from lightning_trak.methods.influence.passes import Passes
+from lightning_trak.outputs.evaluating import modules_of
 from lightning_trak.scorers.damping import Damping, absolute_damping
 from lightning_trak.scorers.gram import gram_matrix
 
@@ -65,21 +68,22 @@ class Hessian:
         parameters: list[Tensor] = list(self.passes.parameters.values())
         output = self.passes.extractor.output
         multiply = self._exact if self.kind == "exact" else self._gauss_newton
-        with self.passes.differentiable():
+        with self.passes.differentiable(), _twice():
             extractor = self.passes.extractor
             outputs = output.output(extractor.module, ExampleBatch(batch, size, extractor.layout).fresh())
+            require_own_leaves(outputs, extractor.module, *modules_of(output))
             slopes_of = output.loss(outputs).sum() if self.kind == "exact" else outputs
             return torch.cat(multiply(slopes_of, parameters, torch.split(vectors, _TOGETHER)))
 
     def _exact(self, loss: Tensor, parameters: list[Tensor], parts: Sequence[Tensor]) -> list[Tensor]:
-        slopes = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
+        slopes = _dense(torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True))
         return [_vector_jacobian(slopes, parameters, self._split(part)) for part in parts]
 
     def _gauss_newton(self, outputs: Tensor, parameters: list[Tensor], parts: Sequence[Tensor]) -> list[Tensor]:
         # The vector-Jacobian product is linear in its vector. Its derivative by that vector is the Jacobian-vector
         # product: by reverse mode alone, which every operation has.
         vector = torch.zeros_like(outputs, requires_grad=True)
-        slopes = torch.autograd.grad(outputs, parameters, vector, create_graph=True, allow_unused=True)
+        slopes = _dense(torch.autograd.grad(outputs, parameters, vector, create_graph=True, allow_unused=True))
         curvatures = self.passes.extractor.output.derivatives(outputs)[1].to(outputs)
         changes = (_vector_jacobian(slopes, [vector], self._split(part)) for part in parts)
         return [_vector_jacobian([outputs], parameters, [change * curvatures]) for change in changes]
@@ -104,7 +108,9 @@ def _vector_jacobian(outputs: Sequence[Tensor | None], inputs: Sequence[Tensor],
     if not pairs:
         return working.new_zeros(count, sum(part.numel() for part in inputs))
     live, along = zip(*pairs, strict=True)
-    slopes = torch.autograd.grad(live, inputs, along, retain_graph=True, allow_unused=True, is_grads_batched=True)
+    slopes = _dense(
+        torch.autograd.grad(live, inputs, along, retain_graph=True, allow_unused=True, is_grads_batched=True)
+    )
     return torch.cat(
         [
             working.new_zeros(count, part.numel()) if slope is None else slope.reshape(count, -1).to(working)
@@ -112,6 +118,26 @@ def _vector_jacobian(outputs: Sequence[Tensor | None], inputs: Sequence[Tensor],
         ],
         dim=1,
     )
+
+
+def _dense(slopes: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Gradients of embeddings may come as sparse tensors."""
+    return [slope.to_dense() if slope is not None and slope.is_sparse else slope for slope in slopes]
+
+
+@contextmanager
+def _twice() -> Iterator[None]:
+    """Say in words that an operation of the model has no second derivative."""
+    try:
+        yield
+    except RuntimeError as error:  # NotImplementedError is one
+        if "derivative for" not in str(error):
+            raise
+        raise ValueError(
+            f"this solver differentiates the model twice, and PyTorch cannot: {error} Use EKFACInfluence, or"
+            " Explicit() with hessian='gauss_newton', which differentiate once; or leave the parameters before this"
+            " operation out by parameters="
+        ) from error
 
 
 def require_convex(curvatures: Tensor, instead: str) -> None:

@@ -6,7 +6,8 @@ from typing import Any, cast
 
 import lightning as L
 import torch
-from torch import Tensor
+from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_trak.data import batch_size_of, load, sample_batches, transfer_hook
@@ -14,16 +15,21 @@ from lightning_trak.features import GRADIENT_BYTES, FeatureExtractor, require_fi
 from lightning_trak.gradients.base import differentiating
 from lightning_trak.gradients.batch import Layout, find_layout
 from lightning_trak.methods.examples import Examples
+from lightning_trak.outputs.evaluating import exact_attention
+from lightning_trak.precision import WorkingPrecision
 from lightning_trak.store import Features
 
 
 class Passes:
-    """The extractor's copy of the model, on the Trainer's device and in its precision, and data to go over.
+    """The extractor's copy of the model, on the Trainer's device and in float32 or float64, and data to go over.
 
     Args:
-        extractor: makes gradients, unprojected; its dtype becomes that of the weights, at least float32.
-        trainer: whose device and precision are used.
+        extractor: makes gradients, unprojected; its dtype becomes that of the weights.
+        trainer: whose device is used, and whose precision if it is ``"64-true"``.
         train: the training examples.
+
+    Raises:
+        ValueError: if the Trainer's precision changes layers, or a selected parameter is not of real numbers.
     """
 
     def __init__(self, extractor: FeatureExtractor, trainer: L.Trainer, train: Examples) -> None:
@@ -31,10 +37,26 @@ class Passes:
         self.train = train
         self._layouts: dict[Examples, Layout] = {}
         self.device = trainer.strategy.root_device
-        self._convert = trainer.precision_plugin.convert_input
-        trainer.precision_plugin.convert_module(extractor.module).to(self.device)
+        plugin = trainer.precision_plugin
+        if type(plugin) is not Precision and not isinstance(plugin, (DoublePrecision, HalfPrecision, MixedPrecision)):
+            raise ValueError(
+                f"{type(plugin).__name__} changes layers, and influence functions compute with the model's own in"
+                ' float32 or float64: use a Trainer with precision="32-true" or "64-true"'
+            )
+        half = isinstance(plugin, HalfPrecision)
+        (extractor.module if half else plugin.convert_module(extractor.module)).to(self.device)
+        for part in extractor.module.modules():
+            if isinstance(part, (nn.Embedding, nn.EmbeddingBag)):
+                part.sparse = False  # the same gradient, in a form that all operations take
+        self._precision = WorkingPrecision(extractor.module, convert=half)
         parameters = dict(extractor.module.named_parameters())
         self.parameters = {name: parameters[raw] for name, raw in extractor.names.items()}
+        for name, parameter in self.parameters.items():
+            if not parameter.is_floating_point():
+                raise ValueError(
+                    f"{name} is of {parameter.dtype}, and influence functions differentiate real numbers only: leave it"
+                    " out by parameters="
+                )
         self.size = sum(extractor.sizes.values())
         self.dtype = torch.promote_types(next(iter(self.parameters.values())).dtype, torch.float32)
         extractor.dtype = self.dtype
@@ -53,13 +75,14 @@ class Passes:
         """Load the weights of a checkpoint, and what the output remembers of the training data there."""
         extractor = self.extractor
         extractor.to_checkpoint(checkpoint, self.device)
-        if extractor.output.context_size:
-            sample = sample_batches(self.train.loader, extractor.output.context_size, self.key("context"))
-            extractor.output.set_context(extractor.make_context(batch for batch, _ in self.batches(self.train, sample)))
-        if extractor.undecided:
-            first = range(min(2, len(self.train)))
-            ((batch, size),) = self.batches(self.train, [first])
-            extractor.use_engine(extractor.choose_engine(batch, size)[0])
+        with self.computing():
+            if extractor.output.context_size:
+                sample = sample_batches(self.train.loader, extractor.output.context_size, self.key("context"))
+                batches = self.batches(self.train, sample)
+                extractor.output.set_context(extractor.make_context(batch for batch, _ in batches))
+            if extractor.undecided:
+                ((batch, size),) = self.batches(self.train, [range(min(2, len(self.train)))])
+                extractor.use_engine(extractor.choose_engine(batch, size)[0])
 
     def batches(
         self, examples: Examples, positions: Iterable[Sequence[int]] | None = None
@@ -97,7 +120,8 @@ class Passes:
         parts = _cut(range(len(examples)) if span is None else span, min(batch_size_of(examples.loader), fitting))
         for part, (batch, _) in zip(parts, self.batches(examples, parts), strict=True):
             positions = torch.arange(part.start, part.stop)
-            features = self.extractor(batch, positions)
+            with self.computing():
+                features = self.extractor(batch, positions)
             require_finite(features, positions, f"at {self.where}")
             yield part, features
 
@@ -108,10 +132,16 @@ class Passes:
         return {name: part.view(len(rows), *shapes[name]) for name, part in zip(shapes, parts, strict=True)}
 
     @contextmanager
+    def computing(self) -> Iterator[None]:
+        """In one way everywhere, and in the precision of the weights."""
+        with self.extractor.differentiable(), self._precision.active(), exact_attention():
+            yield
+
+    @contextmanager
     def differentiable(self) -> Iterator[None]:
         """Autograd on, for the selected parameters, any number of times."""
         with (
-            self.extractor.differentiable(),
+            self.computing(),
             differentiating(self.extractor.module, self.parameters.values()),
             sdpa_kernel(SDPBackend.MATH),  # the fused kernels of attention cannot be differentiated twice
             torch.enable_grad(),
@@ -122,7 +152,7 @@ class Passes:
         def hook(name: str, batch: Any, *args: Any) -> Any:
             return transfer_hook(name, self.extractor.module, datamodule)(batch, *args)
 
-        batch = hook("on_before_batch_transfer", self._convert(batch), 0)
+        batch = hook("on_before_batch_transfer", self._precision.convert_input(batch), 0)
         batch = hook("transfer_batch_to_device", batch, self.device, 0)
         return hook("on_after_batch_transfer", batch, 0)
 

@@ -1,0 +1,23 @@
+"""Checks of arguments that many functions share."""
+
+import operator
+
+
+def positive(name: str, value: int) -> int:
+    """A positive integer of any type, such as NumPy's, as Python's.
+
+    Args:
+        name: of the argument, for the error.
+        value: what was given for it.
+
+    Raises:
+        ValueError: if it is none; a bool is none.
+    """
+    if not isinstance(value, bool):
+        try:
+            number = operator.index(value)
+        except TypeError:
+            number = 0
+        if number > 0:
+            return number
+    raise ValueError(f"Expected `{name}` to be a positive integer but got {value!r}.")

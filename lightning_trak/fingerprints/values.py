@@ -1,0 +1,334 @@
+"""Values, functions and classes as JSON-able identity: the same in another process, another where they differ.
+
+Functions and classes of the user, and of this package, stand by their code and by all that it refers to. Those of
+installed packages stand by their names: if their code counted, every upgrade would make every store useless.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import enum
+import functools
+import hashlib
+import json
+import math
+import sys
+import types
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import PurePath
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lightning_trak.files import tensor_digest
+from lightning_trak.fingerprints import bytecode
+from lightning_trak.fingerprints.classes import (
+    BUILTIN,
+    FOR_PEOPLE,
+    INITIAL,
+    attributes_of,
+    changed_by_use,
+    changed_in,
+    codes_of,
+    functions_of,
+    is_installed,
+    name_of,
+    own_classes,
+)
+
+# Of the objects of installed packages, those that are values. Others may hold clocks, paths and counters, which would
+# be other ones in the next process: they stand by their class, unless somebody has made them part of an output.
+_VALUES = (
+    *("argparse", "collections", "copyreg", "datetime", "decimal", "fractions", "functools", "numpy", "operator"),
+    *("re", "scipy", "torch.distributions", "types"),
+)
+
+
+def digest(content: Any) -> str:
+    """Stands for JSON-able content."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class Fingerprint:
+    """Walks through values and collects the code that they refer to.
+
+    Functions and classes are described apart, once, so that a change is named by the place where it is, and cycles end.
+    Those of one name share an entry.
+
+    Attributes:
+        names: names that the code read so far may read of other objects.
+        places: names of objects that need no description, by their id.
+        storages: addresses of tensors that need no description.
+    """
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+        self.places: dict[int, str] = {}
+        self.storages: set[int] = set()
+        self._weights = True
+        self._found: dict[str, list[Any]] = {}
+        self._alive: dict[int, Any] = {}  # what has an entry, so that its id stays its own
+        self._queue: list[tuple[str, Callable[[Any], Any], Any]] = []
+        self._open: set[int] = set()
+
+    def read(self) -> None:
+        """Read the code that has been met, and what it refers to."""
+        while self._queue:
+            label, describe, value = self._queue.pop(0)
+            self._found[label].append(describe(value))
+
+    def code(self) -> dict[str, str]:
+        """Digests of the code that has been met, by the names of functions and classes."""
+        self.read()
+        if not self._found:
+            return {}
+        version = f"{sys.version_info[0]}.{sys.version_info[1]}"
+        return {"python": version, **{label: digest(found) for label, found in sorted(self._found.items())}}
+
+    def value(self, value: Any, owner: str | None = None) -> Any:
+        """A value in JSON's types.
+
+        Args:
+            value: any.
+            owner: who holds it, for the error if it cannot be described. Without an owner, it is described by its class
+                then, and so are objects of installed packages that are no values.
+
+        Raises:
+            TypeError: if there is an owner, and the value is or holds what has no content, such as a lock or a file.
+        """
+        described = plain(value)
+        if described is not NotImplemented:
+            return described
+        if id(value) in self.places:
+            return self.places[id(value)]
+        if id(value) in self._open:
+            return "itself"
+        self._open.add(id(value))
+        try:
+            return self._deep(value, owner)
+        finally:
+            self._open.discard(id(value))
+
+    def _deep(self, value: Any, owner: str | None) -> Any:
+        value = getattr(value, "_torchdynamo_orig_callable", value)
+        if isinstance(value, Tensor):
+            return self._tensor(value)
+        if isinstance(value, np.ndarray):
+            content = value.tolist() if value.dtype.hasobject else hashlib.sha256(value.tobytes()).hexdigest()[:16]
+            return [str(value.dtype), list(value.shape), self.value(content, owner)]
+        if isinstance(value, nn.Module):
+            return self.module(value)
+        if isinstance(value, enum.Enum):
+            return [name_of(type(value)), value.name, self.value(value.value, owner)]
+        if isinstance(value, type):
+            return self.class_(value)
+        if isinstance(value, types.FunctionType):
+            return self._function(value)
+        if isinstance(value, types.MethodType):
+            return [self.value(value.__func__), self._bound_to(value.__self__, owner)]
+        if isinstance(value, BUILTIN):
+            held = getattr(value, "__self__", None)
+            named = held is None or isinstance(held, (type, types.ModuleType))
+            return name_of(value) if named else [name_of(value), self.value(held, owner)]
+        if isinstance(value, functools.partial):
+            return ["partial", *(self.value(part, owner) for part in (value.func, value.args, value.keywords))]
+        if isinstance(value, Mapping):
+            return {_key(self.value(key, owner)): self.value(item, owner) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [self.value(item, owner) for item in value]
+        if isinstance(value, (set, frozenset)):
+            return sorted((self.value(item, owner) for item in value), key=_key)
+        if isinstance(value, types.ModuleType):
+            return value.__name__
+        if isinstance(value, torch.Generator):
+            return ["torch.Generator", value.initial_seed()]
+        if isinstance(value, torch.jit.ScriptFunction):
+            return digest(value.code)
+        if isinstance(getattr(value, "__wrapped__", None), types.FunctionType):  # functools.lru_cache
+            return [name_of(type(value)), self.value(value.__wrapped__)]
+        return self._object(value, owner)
+
+    def _tensor(self, tensor: Tensor) -> Any:
+        described = [str(tensor.dtype), list(tensor.shape)]
+        known = tensor.is_meta or (tensor.requires_grad and bool(self.storages)) or address(tensor) in self.storages
+        return described if known else [*described, tensor_digest({"": tensor})[:16]]
+
+    def module(self, module: nn.Module) -> Any:
+        """A module by its class, options, code and weights."""
+        from lightning_trak.fingerprints.modules import describe  # which needs this file
+
+        weights = tensor_digest(dict(_tensors(module)))[:16] if self._weights else ""
+        return [name_of(type(module)), digest(describe(module, self)), weights]
+
+    def _bound_to(self, owner: Any, strict: str | None) -> Any:
+        """What a method is bound to. The weights of a LightningModule are what is attributed, and known elsewhere."""
+        before, self._weights = self._weights, self._weights and not isinstance(owner, L.LightningModule)
+        try:
+            return self.value(owner, strict)
+        finally:
+            self._weights = before
+
+    def _object(self, value: Any, owner: str | None) -> Any:
+        """An object by what pickle would keep of it."""
+        cls = type(value)
+        closed = owner is None and is_installed(cls.__module__) and not cls.__module__.startswith(_VALUES)
+        if closed or isinstance(value, L.Trainer):
+            return name_of(cls)
+        try:
+            reduced = copyreg.dispatch_table[cls](value) if cls in copyreg.dispatch_table else value.__reduce_ex__(4)
+        except Exception as error:
+            if owner is None:
+                return self.instance_of(cls)
+            raise TypeError(
+                f"{owner} is or holds a {cls.__name__}, of which nobody can tell whether it is the same in another run"
+                f" ({error}); expected values, functions, modules and objects that can be pickled"
+            ) from error
+        if isinstance(reduced, str):
+            return [self.instance_of(cls), reduced]
+        make, arguments, state, items, pairs = (*reduced, None, None, None)[:5]
+        skipped = changed_by_use(cls)
+        return [
+            self.instance_of(cls),
+            "" if make.__module__ == "copyreg" else self.value(make, owner),
+            [self.value(argument, owner) for argument in arguments if argument is not cls],
+            self.value(_without(state, skipped), owner),
+            [self.value(item, owner) for item in items or ()],
+            [[self.value(key, owner), self.value(item, owner)] for key, item in pairs or ()],
+        ]
+
+    def methods(self, cls: type, wanted: Callable[[str], bool]) -> str:
+        """Note the methods of a class and of its bases, if their names are wanted; returns the class's name."""
+        for base in own_classes(cls):
+            for name, value in vars(base).items():
+                if wanted(name) and name not in FOR_PEOPLE:
+                    for function in functions_of(value):
+                        self.value(function)
+        return name_of(cls)
+
+    def instance_of(self, cls: type) -> list[Any]:
+        """The class of an object: its name, its methods but for those that made the object, and its own attributes."""
+        # A class may also be changed by its name.
+        changed = changed_by_use(cls) | changed_in(codes_of(cls, lambda name: name not in INITIAL), "other")
+        held = {name: self.value(value) for name, value in attributes_of(cls).items() if name not in changed}
+        return [self.methods(cls, lambda name: name not in INITIAL), held]
+
+    def class_(self, cls: type) -> str:
+        """A class as such: by its name and, if it is not of an installed package, by all that it defines."""
+        if is_installed(cls.__module__):
+            return name_of(cls)
+        label = f"class {name_of(cls)}"
+        self._note(label, self._class, cls)
+        return label
+
+    def _class(self, cls: type) -> Any:
+        self.methods(cls, INITIAL.__contains__)
+        return [self.instance_of(cls), [self.value(base) for base in cls.__bases__]]
+
+    def _note(self, label: str, describe: Callable[[Any], Any], value: Any) -> None:
+        if id(value) not in self._alive:
+            self._alive[id(value)] = value
+            self._found.setdefault(label, [])
+            self._queue.append((label, describe, value))
+
+    def _function(self, function: types.FunctionType) -> Any:
+        module = function.__globals__.get("__name__")
+        if is_installed(module):
+            # It may be a decorator's, such as torch.no_grad's, around a function of the user.
+            name, cells = f"{module}.{function.__code__.co_name}", _cells(function)
+            return [name, {cell: self.value(value) for cell, value in cells.items()}] if cells else name
+        self._note(name_of(function), self._content, function)
+        return name_of(function)
+
+    def _content(self, function: types.FunctionType) -> Any:
+        """What a function does: its code, its defaults, and what its code refers to."""
+        code = function.__code__
+        self.names |= bytecode.names(code)
+        scope = {**function.__globals__, **_cells(function)}
+        changed = changed_in([code], "scope") | {"__class__"}
+        references = [(name, path) for name, path in bytecode.references(code) if name in scope and name not in changed]
+        return [
+            bytecode.code_digest(code),
+            self.value(function.__defaults__),
+            self.value(function.__kwdefaults__),
+            {".".join((name, *path)): self._referred(scope[name], path) for name, path in references},
+        ]
+
+    def _referred(self, value: Any, path: tuple[str, ...]) -> Any:
+        """What is at the end of a path of attributes, or the last object on it that has its own."""
+        for number, name in enumerate(path):
+            if isinstance(value, types.ModuleType):
+                if is_installed(value.__name__):
+                    return ".".join((value.__name__, *path[number:]))
+                value = getattr(value, name, None)
+            elif name in (held := _attributes(value)):
+                value = held[name]
+            else:  # a method or property, which may use anything of the object
+                return self._bound_to(value, None)
+        return self.value(value)
+
+
+def address(tensor: Tensor) -> int:
+    """Where a tensor's memory begins; 0 if it has none of its own."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):  # sparse, fake and the like
+        return 0
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
+
+
+def plain(value: Any) -> Any:
+    """What needs no walk, in JSON's types."""
+    kind = type(value)
+    if value is None or kind in (bool, int, str):
+        return value
+    if kind is float:
+        return value if math.isfinite(value) else repr(value)
+    if kind in (complex, range, torch.dtype, torch.device, torch.layout, torch.memory_format, type(...)):
+        return repr(value)
+    if kind in (bytes, bytearray):
+        return hashlib.sha256(value).hexdigest()[:16]
+    if isinstance(value, np.generic) and not value.dtype.hasobject:
+        return [str(value.dtype), repr(value.item())]
+    if isinstance(value, np.dtype):
+        return str(value)
+    return value.as_posix() if isinstance(value, PurePath) else NotImplemented
+
+
+def _key(described: Any) -> str:
+    return described if isinstance(described, str) else json.dumps(described, sort_keys=True)
+
+
+def _without(state: Any, names: set[str]) -> Any:
+    """An object's state without some of its attributes."""
+    if isinstance(state, tuple):  # of an object with slots
+        return [_without(part, names) for part in state]
+    return {name: value for name, value in state.items() if name not in names} if isinstance(state, dict) else state
+
+
+def _cells(function: types.FunctionType) -> dict[str, Any]:
+    """The variables of enclosing functions that a function holds."""
+    found = {}
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        with suppress(ValueError):  # not assigned yet
+            found[name] = cell.cell_contents
+    return found
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    """What an object holds itself, in its own attributes."""
+    if isinstance(value, type):
+        return {}
+    held = dict(getattr(value, "__dict__", {}))
+    if isinstance(value, nn.Module):
+        held |= {**value._parameters, **value._buffers, **value._modules}
+    if isinstance(value, L.LightningModule):
+        held["hparams"] = value.hparams
+    return {**value, **held} if isinstance(value, dict) else held

@@ -1,0 +1,70 @@
+"""What must hold of an output before many passes are spent on it: it is the copy's own, and the same each time."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+
+from lightning_trak.gradients.leaves import apart_from
+from lightning_trak.outputs.evaluating import exact_attention, unchanged
+
+_TRIES = 8  # of an output that draws random numbers: not every draw need change it
+
+
+@contextmanager
+def trying(original: nn.Module, copied: nn.Module) -> Iterator[None]:
+    """For forward passes that only look: nothing stays behind, and what is read is the copy's own.
+
+    Args:
+        original: the user's module.
+        copied: the copy that is worked on.
+
+    Raises:
+        ValueError: if a parameter or buffer of the original is read.
+    """
+    with isolate_rng(), unchanged(copied), exact_attention(), apart_from(original, copied):
+        yield
+
+
+def require_repeatable(run: Callable[[], Tensor], what: str) -> Tensor:
+    """Check that a function gives the same again.
+
+    Args:
+        run: the function.
+        what: what it gives, for the error.
+
+    Returns:
+        What it gives.
+
+    Raises:
+        ValueError: if it gives something else, and not by rounding alone.
+    """
+    before = _random_states()
+    first = run()
+    drawn = any(not torch.equal(old, new) for old, new in zip(before, _random_states(), strict=True))
+    allowed = max(1e-4, 8 * torch.finfo(first.dtype).eps) if first.is_floating_point() else 0.0
+    for _ in range(_TRIES if drawn else 1):
+        again = run()
+        same = again.shape == first.shape
+        if not same or _distance(again, first) > allowed * _norm(first):
+            raise ValueError(
+                f"{what} is random in eval mode: it is another one each time. Draw from a generator with a fixed seed,"
+                " or leave the noise out when not training (F.dropout has training=True by default: pass"
+                " training=self.training)"
+            )
+    return first
+
+
+def _random_states() -> list[Tensor]:
+    states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return [torch.get_rng_state(), *states]
+
+
+def _distance(left: Tensor, right: Tensor) -> float:
+    return _norm(left.double() - right.double())
+
+
+def _norm(tensor: Tensor) -> float:
+    return float(tensor.double().norm())

@@ -1,0 +1,81 @@
+"""Where files are: on this machine's file system, or where a URL says."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+from typing import Any
+from urllib.parse import unquote
+
+from fsspec import available_protocols, get_filesystem_class
+from fsspec.core import split_protocol, url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+
+_URL = re.compile(r"[A-Za-z][\w+.-]+(://|::.*://)", re.DOTALL)
+_LOCAL_URL = re.compile(r"(file|local)://|file:(?=/)")
+
+
+def locate(location: str | os.PathLike[str]) -> tuple[Any, str]:
+    """Find the file system of a path or URL.
+
+    What does not begin as a URL is a local path, whatever it contains: ``a::b``, ``50%``, ``#1``. Local paths are made
+    absolute, with ``~`` and symbolic links resolved, so that one place has one name.
+
+    Args:
+        location: a path, or a URL that fsspec understands, such as ``s3://bucket/run`` or ``file:///home/me/run``.
+
+    Returns:
+        The fsspec file system, and the path there.
+
+    Raises:
+        TypeError: if it is not text.
+        ValueError: if it is empty, or a URL that fsspec does not understand.
+        ImportError: if the URL needs a package that is not installed.
+    """
+    text = os.fspath(location)
+    if not isinstance(text, str):
+        raise TypeError(f"expected a path or URL as text, got {type(text).__name__} {text!r}")
+    if not text or "\0" in text:
+        raise ValueError(f"expected a path or URL, got {text!r}")
+    local_url = _LOCAL_URL.match(text)
+    if local_url:
+        return _local(unquote(text[local_url.end() :]))
+    scheme, found, rest = text.partition(":/")
+    if found and not rest.startswith("/") and scheme in available_protocols():
+        raise ValueError(f'"{text}" is a URL that pathlib has shortened; pass it as text, "{scheme}://{rest}"')
+    if not _URL.match(text):
+        return _local(text)
+    try:
+        _require_chain(text.split("::"))
+        filesystem, path = url_to_fs(text)
+    except ImportError as error:
+        raise ImportError(f'"{text}" needs a package that is not installed: {error}') from error
+    except ValueError as error:
+        raise ValueError(
+            f'"{text}" is no URL that fsspec understands, {error}; use a path, or a URL such as "s3://bucket/run"'
+        ) from error
+    return filesystem, str(path)
+
+
+def require_regular(path: str) -> None:
+    """Check that a local path, if anything is there, leads to a file: a pipe would be waited for.
+
+    Raises:
+        ValueError: if it leads to something else, or nowhere.
+    """
+    if os.path.lexists(path) and not os.path.isfile(path):
+        found = "a directory" if os.path.isdir(path) else "a link to nothing" if os.path.islink(path) else "no file"
+        raise ValueError(f'"{path}" is {found}, where a file was expected; move it away')
+
+
+def _local(path: str) -> tuple[LocalFileSystem, str]:
+    return LocalFileSystem(), os.path.realpath(os.path.expanduser(path))
+
+
+def _require_chain(bits: list[str]) -> None:
+    """Refuse "::" after a file system that is not laid over another: fsspec would ignore what follows."""
+    for bit in bits[:-1]:
+        kinds = get_filesystem_class(split_protocol(bit)[0] or bit).__mro__
+        if not any("target_protocol" in inspect.signature(kind.__init__).parameters for kind in kinds):
+            raise ValueError(f'since "::" chains file systems, and "{bit}" takes no other')

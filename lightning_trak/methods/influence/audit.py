@@ -1,0 +1,37 @@
+"""Some examples of a dataset, looked at closely before many passes are spent on all of it."""
+
+import random
+
+import torch
+
+from lightning_trak.features import ENGINES
+from lightning_trak.gradients.base import EngineError
+from lightning_trak.methods.examples import Examples
+from lightning_trak.methods.influence.passes import Passes
+
+
+def audit(passes: Passes, examples: Examples) -> None:
+    """Compare two examples, drawn by the seed, with each alone by plain autograd.
+
+    Where an engine gets a gradient wrong that is for us to choose, the next one is used.
+
+    Args:
+        passes: the model at a checkpoint.
+        examples: the dataset.
+
+    Raises:
+        ValueError: if outputs depend on chance, on other weights than those of the model's copy or on the rest of the
+            batch, or gradients are others than autograd's, naming example and parameters.
+    """
+    total, extractor = len(examples), passes.extractor
+    positions = sorted(random.Random(passes.key("audit")).sample(range(total), min(2, total)))
+    ((batch, size),) = passes.batches(examples, [positions])
+    while True:
+        try:
+            with passes.computing():
+                extractor(batch, torch.tensor(positions), range(size))
+            return
+        except EngineError:  # noqa: PERF203
+            if extractor.engine_name != "auto" or extractor.used == "loop":
+                raise
+            extractor.use_engine(ENGINES[ENGINES.index(extractor.used) + 1])

@@ -1,0 +1,66 @@
+"""Paths that users give, checked before anything is made of them."""
+
+import os
+import re
+import stat
+from pathlib import Path
+
+
+def local_path(path: str | os.PathLike[str], what: str) -> Path:
+    """A path on a disk, with ``~`` as the home directory.
+
+    Args:
+        path: what the user gave.
+        what: what is there, such as ``"store"``, for messages.
+
+    Raises:
+        ValueError: if it is a URL, or the user of ``~user`` is unknown.
+    """
+    # As a Path, "s3://bucket" has become "s3:/bucket"; a drive has one letter.
+    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", str(path))
+    if scheme or "://" in str(path):
+        local = scheme is not None and scheme[1].lower() in ("file", "local")
+        advice = "mount the bucket and give the path where it is mounted, or use a local path and copy it there later"
+        if local:
+            advice = "give the path alone, without the scheme"
+        raise ValueError(f'a {what} must be on a disk, local or mounted, got "{path}"; {advice}')
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f'the {what} "{path}" is in the home directory of an unknown user; give the path') from error
+
+
+def local_directory(path: str | os.PathLike[str], what: str) -> Path:
+    """A directory on a disk, which exists or can be made.
+
+    Args:
+        path: what the user gave.
+        what: what is there, such as ``"store"``, for messages.
+
+    Raises:
+        ValueError: as :func:`local_path`.
+        NotADirectoryError: if something that is no directory is in its place, or in that of one above it.
+    """
+    directory = local_path(path, what)
+    for part in (directory, *directory.parents):
+        try:
+            mode = part.stat().st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            if part.is_symlink():
+                raise NotADirectoryError(
+                    f'"{part}" is a link to "{os.readlink(part)}", which does not exist, so it cannot hold a {what};'
+                    " make that directory, or remove the link"
+                ) from None
+            continue
+        if not stat.S_ISDIR(mode):
+            raise NotADirectoryError(
+                f'"{part}" is {kind_of(mode)}, not a directory, so it cannot hold a {what}; use another path'
+            )
+        break
+    return directory
+
+
+def kind_of(mode: int) -> str:
+    """What there is, by its mode."""
+    kinds = {stat.S_IFREG: "a file", stat.S_IFDIR: "a directory", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
+    return kinds.get(stat.S_IFMT(mode), "a device")

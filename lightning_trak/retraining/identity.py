@@ -1,0 +1,137 @@
+"""What the members of a fleet depend on: how a module begins, what trains it, and on which batches."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Checkpoint, DeviceStatsMonitor, LearningRateMonitor, ModelSummary, ProgressBar
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
+
+from lightning_trak.files import tensor_digest
+from lightning_trak.fingerprints import Fingerprint, fingerprint, module_fingerprint
+
+_WATCHES = (Checkpoint, DeviceStatsMonitor, LearningRateMonitor, ModelSummary, ProgressBar)
+
+_SETTINGS = (
+    *("max_epochs", "max_steps", "min_epochs", "min_steps", "accumulate_grad_batches"),
+    *("gradient_clip_val", "gradient_clip_algorithm", "limit_train_batches", "limit_val_batches", "overfit_batches"),
+)
+
+
+def describe_module(
+    module: L.LightningModule, again: Any, make_module: Callable[[], Any], trainer: L.Trainer
+) -> dict[str, Any]:
+    """A module to be trained: its code and options, its settings, and where it begins.
+
+    Args:
+        module: fresh from ``make_module``.
+        again: another one, made with another seed.
+        make_module: what made them.
+        trainer: whose settings ``configure_optimizers`` may ask for.
+
+    Raises:
+        TypeError: if a hyperparameter cannot be described, naming it.
+    """
+    return {
+        "module": module_fingerprint(module, training=True),
+        "make_module": None if isinstance(make_module, type) else fingerprint(make_module),
+        "hyperparameters": {name: _hyperparameter(name, value) for name, value in module.hparams.items()},
+        "initial_weights": _constant_weights(module, again),
+        "optimizer": _optimizers(module, trainer),
+    }
+
+
+def _hyperparameter(name: str, value: Any) -> Any:
+    try:
+        return fingerprint(value, f'hyperparameter "{name}"')
+    except TypeError as error:
+        raise TypeError(f'{error}; leave it out by save_hyperparameters(ignore=["{name}"])') from error
+
+
+def _constant_weights(module: L.LightningModule, again: Any) -> str:
+    """A digest of the initial weights that do not depend on the seed, such as pretrained ones.
+
+    Random numbers may differ in their last bits from machine to machine, and machines share a fleet.
+    """
+    others = again.state_dict() if isinstance(again, torch.nn.Module) else {}
+    return tensor_digest(
+        {
+            name: tensor
+            for name, tensor in module.state_dict().items()
+            if isinstance(tensor, torch.Tensor) and name in others and torch.equal(tensor, others[name])
+        }
+    )
+
+
+def _optimizers(module: L.LightningModule, trainer: L.Trainer) -> Any:
+    """Optimizers and schedulers with their settings; None if they cannot be had before training begins."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            module.trainer = trainer
+            made = module.configure_optimizers()
+    except Exception:  # it may ask for the Trainer's data: its code counts in any case
+        return None
+    walk = Fingerprint()
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    described = _plan(made, walk, names)
+    return {"made": described, "code": walk.code()}
+
+
+def _plan(value: Any, walk: Fingerprint, names: dict[int, str]) -> Any:
+    if isinstance(value, Optimizer):
+        groups = [
+            {name: walk.value(setting) for name, setting in group.items() if name != "params"}
+            | {"parameters": [names.get(id(parameter)) for parameter in group["params"]]}
+            for group in value.param_groups
+        ]
+        return {"class": walk.value(type(value)), "groups": dict(enumerate(groups))}
+    if isinstance(value, LRScheduler):
+        held = {name: _plan(item, walk, names) for name, item in vars(value).items() if name != "optimizer"}
+        return {"class": walk.value(type(value)), **held}
+    if isinstance(value, dict):
+        return {str(key): _plan(item, walk, names) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plan(item, walk, names) for item in value]
+    return walk.value(value)
+
+
+def describe_trainer(trainer: L.Trainer) -> dict[str, Any]:
+    """The settings of a Trainer that change what training does, and the callbacks that may."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    settings = {name: fingerprint(getattr(trainer, name)) for name in _SETTINGS}
+    acting = [
+        callback
+        for callback in callbacks
+        if not isinstance(callback, _WATCHES) and not type(callback).__module__.startswith("lightning_trak.")
+    ]
+    return settings | {
+        "precision": str(trainer.precision),
+        "callbacks": {f"{number} {type(item).__name__}": _callback(item) for number, item in enumerate(acting)},
+    }
+
+
+def _callback(callback: L.Callback) -> Any:
+    try:
+        return fingerprint(callback, type(callback).__name__)
+    except TypeError:  # it holds a file, say
+        return fingerprint(callback)
+
+
+def describe_loader(loader: DataLoader[Any], make_loader: Callable[..., Any] | None) -> dict[str, Any]:
+    """How a loader draws batches.
+
+    Args:
+        loader: of one of the subsets.
+        make_loader: the user's function that made it, if there is one.
+    """
+    return {
+        "drop_last": loader.drop_last,
+        "sampler": type(loader.sampler).__qualname__,
+        "batch_sampler": type(loader.batch_sampler).__qualname__,
+        "make_loader": None if make_loader is None else fingerprint(make_loader),
+    }

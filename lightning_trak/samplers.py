@@ -1,0 +1,101 @@
+"""Which positions of its dataset a loader draws: all of them, or a subset."""
+
+import copy
+import operator
+from collections.abc import Iterable, Iterator
+from typing import Any, cast
+
+import numpy as np
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    RandomSampler,
+    SequentialSampler,
+    WeightedRandomSampler,
+)
+
+# A sampler of the user's own is iterated until it has drawn every position, or none that is new in so many iterations,
+# or in so many draws for each example. One that draws with replacement meets all examples by then.
+_PATIENCE = 20
+
+
+def require_whole(loader: DataLoader[Any]) -> None:
+    """Check that a loader draws from all positions of its dataset, in whatever order, batches and number.
+
+    What torch's own samplers draw from is known. Another one is iterated: a copy, with the random state kept, so that
+    the user's sampler draws the same as ever afterwards.
+
+    Raises:
+        ValueError: if it draws from some only, or from others than there are.
+    """
+    total = len(cast(Any, loader.dataset))
+    batches: Any = loader.batch_sampler
+    sampler = batches.sampler if type(batches) is BatchSampler else batches
+    name = type(sampler).__name__
+    size, count = _reach(sampler, total, loader.dataset)
+    if size > total:
+        raise ValueError(
+            f"the loader's {name} draws from {size} positions, and its dataset has {total} examples: it was made for"
+            " another dataset; use DataLoader(dataset, batch_size=...)"
+        )
+    if count < total:
+        raise ValueError(
+            f"the loader draws a subset with {name} ({count} of {total} examples), but scores are indexed by position"
+            " in its dataset; use DataLoader(torch.utils.data.Subset(dataset, indices)), or the loader without its"
+            " sampler for all of them"
+        )
+
+
+def _reach(sampler: Any, total: int, dataset: Any) -> tuple[int, int]:
+    """One more than the last position that a sampler draws, and how many of the ``total`` it draws."""
+    kind = type(sampler)
+    if kind in (SequentialSampler, RandomSampler):
+        size = len(sampler.data_source)
+    elif isinstance(sampler, DistributedSampler):  # draws a rank's share: iterated, it would look like a subset
+        size = len(cast(Any, sampler.dataset))
+    elif kind is WeightedRandomSampler:
+        return len(sampler.weights), int((sampler.weights > 0).sum())
+    else:
+        return _try(sampler, total, dataset)
+    return size, min(size, total)
+
+
+def _try(sampler: Any, total: int, dataset: Any) -> tuple[int, int]:
+    try:
+        copied = copy.deepcopy(sampler, {id(dataset): dataset})
+    except Exception as error:  # whatever the user's objects raise
+        raise ValueError(
+            f"cannot tell whether the loader draws a subset: its {type(sampler).__name__} cannot be copied to be tried"
+            f" ({type(error).__name__}: {error}); use DataLoader(dataset, batch_size=...) without it"
+        ) from error
+    seen, size, idle = bytearray(total), 0, 0
+    count = iterations = 0
+    with isolate_rng():
+        while count < total and iterations < _PATIENCE and idle < _PATIENCE * total:
+            iterations += 1
+            for position in _positions(copied):
+                size = max(size, position + 1)
+                if 0 <= position < total and not seen[position]:
+                    seen[position] = 1
+                    count, idle, iterations = count + 1, 0, 0
+                idle += 1
+                if count == total or idle >= _PATIENCE * total:
+                    break
+    return size, count
+
+
+def _positions(sampler: Iterable[Any]) -> Iterator[int]:
+    key: Any = None
+    try:
+        for drawn in sampler:
+            many = isinstance(drawn, (list, tuple)) or (isinstance(drawn, (Tensor, np.ndarray)) and drawn.ndim > 0)
+            for key in drawn if many else (drawn,):
+                yield operator.index(key)
+    except TypeError as error:
+        raise ValueError(
+            f"the loader's {type(sampler).__name__} draws {key!r}, which is no position in the dataset, and scores are"
+            " indexed by position; use a dataset with items 0, 1, ... and no sampler of its own"
+        ) from error

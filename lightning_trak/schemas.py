@@ -1,0 +1,172 @@
+"""What JSON from a file must be like, checked before any of it is used.
+
+A schema is a function of a field's name and its value, which raises a ValueError that names both unless they fit.
+"""
+
+import hashlib
+import json
+import math
+import re
+import reprlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+Schema = Callable[[str, Any], None]
+
+_TOP = "it"  # what errors call the whole
+
+
+def parse_json(content: bytes, schema: Schema) -> Any:
+    """The JSON in a file's content.
+
+    Raises:
+        ValueError: saying what is wrong with it: not JSON in UTF-8, a key twice, a number that is not finite, or
+            something that the schema does not allow.
+    """
+    try:
+        value = json.loads(
+            content.decode(), object_pairs_hook=_unique, parse_constant=_refused_number, parse_float=_finite
+        )
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    schema(_TOP, value)
+    return value
+
+
+def as_json(value: Any) -> Any:
+    """A value as it comes back from JSON: tuples as lists, and numbers that JSON does not have as their names."""
+    return json.loads(json.dumps(value), parse_constant=str)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"it has the key {next(key for key in keys if keys.count(key) > 1)!r} twice")
+    return found
+
+
+def _refused_number(name: str) -> float:
+    raise ValueError(f"it holds {name}, which is not a number of JSON")
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    return number if math.isfinite(number) else _refused_number(digits)
+
+
+def _require(fits: bool, field: str, expected: str, value: Any) -> None:
+    if not fits:
+        raise ValueError(f"{field} must be {expected}, got {reprlib.repr(value)}")
+
+
+def anything(field: str, value: Any) -> None:
+    """Any value."""
+
+
+def integer(low: int, high: int) -> Schema:
+    """A whole number from ``low`` to ``high``; neither true nor 1.0 is one."""
+
+    def check(field: str, value: Any) -> None:
+        _require(type(value) is int and low <= value <= high, field, f"a whole number from {low} to {high}", value)
+
+    return check
+
+
+def boolean(field: str, value: Any) -> None:
+    """True or false."""
+    _require(isinstance(value, bool), field, "true or false", value)
+
+
+def text(pattern: str = r"(?s:.*)", expected: str = "a text") -> Schema:
+    """A string that matches a pattern as a whole; ``expected`` says in words what that is."""
+
+    def check(field: str, value: Any) -> None:
+        _require(isinstance(value, str) and re.fullmatch(pattern, value) is not None, field, expected, value)
+
+    return check
+
+
+sha256 = text(r"[0-9a-f]{64}", "a SHA-256 of 64 hexadecimal digits")
+
+
+def one_of(*allowed: str) -> Schema:
+    """One of a few strings."""
+
+    def check(field: str, value: Any) -> None:
+        _require(isinstance(value, str) and value in allowed, field, f"one of {', '.join(allowed)}", value)
+
+    return check
+
+
+def items(schema: Schema, least: int = 0) -> Schema:
+    """A list of at least so many values."""
+
+    def check(field: str, value: Any) -> None:
+        expected = "a list" if not least else f"a list of at least {least}"
+        _require(isinstance(value, list) and len(value) >= least, field, expected, value)
+        for number, item in enumerate(value):
+            schema(f"{field}[{number}]", item)
+
+    return check
+
+
+def row(*schemas: Schema) -> Schema:
+    """A list of just these."""
+
+    def check(field: str, value: Any) -> None:
+        _require(isinstance(value, list) and len(value) == len(schemas), field, f"a list of {len(schemas)}", value)
+        for number, (schema, item) in enumerate(zip(schemas, value, strict=True)):
+            schema(f"{field}[{number}]", item)
+
+    return check
+
+
+parameters = items(row(text(), items(integer(0, 1 << 62))))  # names and shapes
+
+
+def record(
+    fields: Mapping[str, Schema], optional: Mapping[str, Schema] | None = None, others: Schema | None = None
+) -> Schema:
+    """An object.
+
+    Args:
+        fields: those that it must have.
+        optional: those that it may have.
+        others: what all its other fields must be like; None if it may have none.
+    """
+    known = {**fields, **(optional or {})}
+
+    def check(field: str, value: Any) -> None:
+        _require(isinstance(value, dict), field, "an object", value)
+        missing = [name for name in fields if name not in value]
+        if missing:
+            raise ValueError(f"{field} lacks the field {missing[0]!r}")
+        for name, found in value.items():
+            schema = known.get(name, others)
+            if schema is None:
+                raise ValueError(f"{field} has the unknown field {reprlib.repr(name)}")
+            schema(name if field == _TOP else f"{field}.{name}", found)
+
+    return check
+
+
+def with_checksum(content: dict[str, Any]) -> dict[str, Any]:
+    """Content with a checksum of itself, as :func:`sealed` wants it."""
+    return content | {"checksum": _checksum(content)}
+
+
+def sealed(fields: Mapping[str, Schema], others: Schema | None = None) -> Schema:
+    """A :func:`record` that has not been changed since :func:`with_checksum`."""
+    schema = record({**fields, "checksum": sha256}, others=others)
+
+    def check(field: str, value: Any) -> None:
+        schema(field, value)
+        if value["checksum"] != _checksum({name: found for name, found in value.items() if name != "checksum"}):
+            raise ValueError("its checksum does not match its content")
+
+    return check
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

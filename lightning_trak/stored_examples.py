@@ -1,0 +1,104 @@
+"""A few examples as tensors and JSON, so that what a store holds can be computed again without the training data."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from lightning_trak.gradients.batch import ExampleBatch, Kind
+
+_PLAIN = (str, int, float, bool, type(None))
+
+
+class NotStorableError(TypeError):
+    """A batch holds what cannot be written down, or its types are not known in this process."""
+
+
+def pack(batch: ExampleBatch) -> dict[str, Tensor]:
+    """A batch as tensors, its structure among them as JSON.
+
+    Args:
+        batch: tensors, numbers and texts in lists, tuples, mappings and dataclasses.
+
+    Raises:
+        NotStorableError: if it holds something else.
+    """
+    tensors: dict[str, Tensor] = {}
+
+    def visit(part: Any) -> Any:
+        if isinstance(part, Tensor):
+            tensors[str(len(tensors))] = part.detach().cpu().clone()
+            return {"tensor": str(len(tensors) - 1)}
+        if isinstance(part, _PLAIN):
+            return {"plain": part}
+        if isinstance(part, Mapping):
+            return {"mapping": _name(part), "parts": [[key, visit(value)] for key, value in part.items()]}
+        if isinstance(part, (list, tuple)):
+            return {"sequence": _name(part), "parts": [visit(value) for value in part]}
+        if dataclasses.is_dataclass(part) and not isinstance(part, type):
+            fields = [field.name for field in dataclasses.fields(part) if field.init]
+            return {"dataclass": _name(part), "parts": [[name, visit(getattr(part, name))] for name in fields]}
+        raise NotStorableError(f"a batch with a {type(part).__name__} in it cannot be kept")
+
+    layout = [[list(path), kind] for path, kind in (batch.layout or {}).items()]
+    about = {"size": batch.size, "layout": layout, "batch": visit(batch.content)}
+    try:
+        text = json.dumps(about, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise NotStorableError(
+            f"a batch with keys or numbers that JSON cannot write cannot be kept: {error}"
+        ) from error
+    return tensors | {"structure": torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)}
+
+
+def unpack(packed: Mapping[str, Tensor]) -> ExampleBatch:
+    """The batch that :func:`pack` was given.
+
+    Raises:
+        NotStorableError: if one of its types is of a module that this process has not imported. Nothing is imported
+            here: a file must not decide which code runs.
+    """
+    about = json.loads(bytes(packed["structure"].tolist()))
+
+    def visit(node: dict[str, Any]) -> Any:
+        if "tensor" in node:
+            return packed[node["tensor"]]
+        if "plain" in node:
+            return node["plain"]
+        if "mapping" in node:
+            parts = {key: visit(part) for key, part in node["parts"]}
+            kind = _type(node["mapping"], Mapping)
+            return parts if kind is dict else kind(parts)
+        if "sequence" in node:
+            items = [visit(part) for part in node["parts"]]
+            kind = _type(node["sequence"], (list, tuple))
+            return kind(*items) if hasattr(kind, "_fields") else kind(items)
+        fields = {name: visit(part) for name, part in node["parts"]}
+        return _type(node["dataclass"], object)(**fields)
+
+    layout: dict[Any, Kind] = {tuple(path): cast(Kind, kind) for path, kind in about["layout"]}
+    return ExampleBatch(visit(about["batch"]), about["size"], layout)
+
+
+def _name(part: Any) -> str:
+    return f"{type(part).__module__}:{type(part).__qualname__}"
+
+
+def _type(name: str, base: Any) -> Any:
+    module, _, qualified = name.partition(":")
+    found: Any = sys.modules.get(module)
+    for part in qualified.split("."):
+        found = getattr(found, part, None)
+    if (
+        not isinstance(found, type)
+        or not issubclass(found, base)
+        or (base is object and not dataclasses.is_dataclass(found))
+    ):
+        raise NotStorableError(f"the type {qualified} of {module} is not known in this process")
+    return found

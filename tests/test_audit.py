@@ -1,0 +1,289 @@
+"""The audit: some examples are differentiated again, and a wrong feature never reaches a store in silence."""
+
+import json
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_trak import TRAK, GradientDot
+from lightning_trak.gradients import FunctionalEngine, HookEngine, LoopEngine
+from lightning_trak.gradients.hooks.linear import LinearLayer
+from lightning_trak.outputs import ClassificationMargin, NegativeLoss
+from lightning_trak.projections import IdentityProjection, SparseProjection
+from tests.lit import TARGETS, TRAIN, LitNet, attribute, make_checkpoints, make_model, make_trainer
+
+ENGINES = {"hooks": HookEngine, "functional": FunctionalEngine, "loop": LoopEngine}
+
+
+@pytest.fixture
+def checkpoints():
+    return make_checkpoints(2)
+
+
+def spoil(monkeypatch, engine, wrong):
+    """Have an engine give the examples that ``wrong`` picks twice the feature that they should have."""
+    right = ENGINES[engine].project
+
+    def project(self, batch, projection, features):
+        values = right(self, batch, projection, features)
+        features[wrong(batch)] *= 2
+        return values
+
+    monkeypatch.setattr(ENGINES[engine], "project", project)
+
+
+def negative(batch):
+    return batch.content[0][:, 0] < 0
+
+
+@pytest.mark.parametrize("engine", ["hooks", "functional"])
+def test_a_wrong_feature_is_an_error_that_names_the_example_and_nothing_is_written(
+    tmp_path, checkpoints, monkeypatch, engine
+):
+    spoil(monkeypatch, engine, negative)
+    trak = TRAK(make_model(), checkpoints, tmp_path / "store", projection=SparseProjection(32), engine=engine)
+    with pytest.raises(
+        ValueError,
+        match=rf"engine='{engine}' cannot differentiate.*example \d+ at checkpoint 0 .*its gradient is off by 1 of its",
+    ):
+        trak.featurize(make_trainer(), DataLoader(TRAIN, batch_size=8), shard_size=8)
+    for path in (tmp_path / "store").rglob("shard-*"):  # of those before it, every example that was drawn is right
+        assert int(path.stem[-5:]) < 7
+    assert not list((tmp_path / "store").rglob("*tmp*"))
+
+
+def test_without_an_audit_it_would_not_be_noticed(tmp_path, checkpoints, monkeypatch):
+    spoil(monkeypatch, "functional", negative)
+    options = {"projection": SparseProjection(32), "engine": "functional", "audit": 0}
+    TRAK(make_model(), checkpoints, tmp_path / "store", **options).featurize(make_trainer(), TRAIN)
+
+
+@pytest.mark.parametrize("wrong", ["hooks", "functional"])
+def test_auto_moves_the_whole_store_to_the_next_engine(tmp_path, checkpoints, monkeypatch, wrong):
+    expected = attribute(tmp_path / "expected", checkpoints)
+    spoil(monkeypatch, "hooks", negative)
+    following = {"hooks": "functional", "functional": "loop"}[wrong]
+    if wrong == "functional":
+        spoil(monkeypatch, "functional", negative)
+    trak = TRAK(make_model(), checkpoints, tmp_path / "store", projection=SparseProjection(32))
+    with pytest.warns(UserWarning, match=f"engine '{wrong}' cannot differentiate this model rightly, so all features"):
+        trak.featurize(make_trainer(), DataLoader(TRAIN, batch_size=5), shard_size=5)
+    settled = json.loads(next((tmp_path / "store").glob("engine-*.json")).read_text())
+    assert settled["engine"] == following
+    assert wrong in settled["refuted"]
+    store = trak._existing_store(trak._extractor(), make_trainer())
+    assert {store.engine_of(checkpoint, shard) for checkpoint in range(2) for shard in range(store.num_shards)} == {
+        following
+    }
+    scores = trak.score(make_trainer(), TARGETS)
+    torch.testing.assert_close(scores, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+    with pytest.raises(ValueError, match=f"engine='{wrong}' was found to get a gradient wrong when store"):
+        TRAK(make_model(), checkpoints, tmp_path / "store", projection=SparseProjection(32), engine=wrong).featurize(
+            make_trainer(), TRAIN
+        )
+
+
+def test_features_of_targets_are_audited_alike(tmp_path, checkpoints, monkeypatch):
+    trak = TRAK(make_model(), checkpoints, tmp_path / "store", projection=SparseProjection(32))
+    trak.featurize(make_trainer(), TRAIN)
+    expected = trak.score(make_trainer(), TARGETS)
+    spoil(monkeypatch, "hooks", lambda batch: slice(None))
+    with pytest.warns(UserWarning, match="so features of targets are computed again with engine 'functional'"):
+        scores = trak.score(make_trainer(), TARGETS)
+    torch.testing.assert_close(scores, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+    with pytest.raises(ValueError, match=r"engine='hooks' cannot differentiate this model rightly: .*Use score\(\)"):
+        make_trainer().predict(trak.scorer(), DataLoader(TARGETS, batch_size=4))
+
+
+def test_the_layers_at_fault_are_named(tmp_path, checkpoints, monkeypatch):
+    def wrong(module, activation, gradient, size):
+        return gradient.reshape(size, -1, gradient.shape[-1]).sum(1) * (2 if module.out_features == 3 else 1)
+
+    monkeypatch.setattr(LinearLayer, "bias", staticmethod(wrong))
+    monkeypatch.setattr(HookEngine, "check", lambda self, batch: {})
+    trak = TRAK(make_model(), checkpoints, tmp_path, projection=SparseProjection(32), engine="hooks")
+    with pytest.raises(ValueError, match=r"its gradient is off by .* of its norm, in head.bias, compared with plain"):
+        trak.featurize(make_trainer(), TRAIN)
+
+
+def test_reruns_draw_the_same_examples(tmp_path, checkpoints, monkeypatch):
+    drawn = []
+    one = LoopEngine.one
+    monkeypatch.setattr(
+        LoopEngine, "one", lambda self, batch, number, original=None: (
+            drawn.append(batch.content[0][number].sum().item()), one(self, batch, number, original)
+        )[1],
+    )  # fmt: skip
+    runs = []
+    for name, batch_size in (("a", 8), ("b", 8), ("c", 4)):
+        drawn.clear()
+        options = {"projection": SparseProjection(32), "engine": "functional", "audit": 3}
+        TRAK(make_model(), checkpoints, tmp_path / name, **options).featurize(
+            make_trainer(), DataLoader(TRAIN, batch_size=batch_size), shard_size=8
+        )
+        runs.append(sorted(drawn))
+    assert runs[0] == runs[1] == runs[2]
+    assert len(runs[0]) >= 3 * 2 * (len(TRAIN) // 8)
+
+
+def test_a_number_that_is_none_is_refused(tmp_path, checkpoints):
+    with pytest.raises(ValueError, match="audit must be a number of examples, 0 for none, got -1"):
+        TRAK(make_model(), checkpoints, tmp_path, audit=-1)
+
+
+class Kinks(nn.Module):
+    """Rectifiers that are all tied but for rounding: kernels for one and for many examples disagree on their side."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(64, 64), nn.Linear(64, 3)
+
+    def forward(self, x):
+        hidden = self.first(x)
+        return self.second(torch.relu(hidden - hidden.double().float()) + torch.tanh(hidden))
+
+
+def test_kinks_are_no_error(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    data = TensorDataset(torch.randn(32, 64, generator=generator), torch.randint(0, 3, (32,), generator=generator))
+    module = Kinks()
+    trak = TRAK(module, [module.state_dict()], tmp_path, output=ClassificationMargin(), projection=SparseProjection(64))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*cannot differentiate.*")
+        trak.featurize(make_trainer(), DataLoader(data, batch_size=16))
+
+
+class InBatch(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        hidden = self.first(x)
+        return self.head(hidden - hidden.mean(0))
+
+
+def contrastive(module, batch):
+    embedded = module.first(batch[0])
+    return F.cross_entropy(embedded @ embedded.T, torch.arange(len(embedded)), reduction="none")
+
+
+@pytest.mark.parametrize("engine", ["auto", "hooks", "functional", "loop"])
+@pytest.mark.parametrize(
+    "output",
+    [
+        ClassificationMargin(),
+        NegativeLoss(contrastive),
+        NegativeLoss(lambda module, batch: contrastive(module, batch).mean()),
+    ],
+    ids=["batch mean", "in-batch loss", "its mean"],
+)
+def test_outputs_that_depend_on_the_rest_of_the_batch_are_refused(tmp_path, output, engine):
+    module = InBatch()
+    trak = TRAK(module, [module.state_dict()], tmp_path, output=output, projection=SparseProjection(16), engine=engine)
+    with pytest.raises(
+        ValueError, match=r"depends on the rest of the batch.*use ContrastiveMargin|returned a scalar|per"
+    ):
+        trak.featurize(make_trainer(), TRAIN)
+
+
+def test_padding_that_is_not_masked_is_refused(tmp_path):
+    class Summed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tokens, self.head = nn.Embedding(9, 4), nn.Linear(4, 3)
+
+        def forward(self, ids):
+            return self.head(torch.tanh(self.tokens(ids)).mean(1))
+
+    def collate(items):
+        ids = nn.utils.rnn.pad_sequence([ids for ids, _ in items], batch_first=True)
+        return ids, torch.tensor([label for _, label in items])
+
+    texts = [(torch.arange(1, 2 + i % 5), i % 3) for i in range(10)]
+    module = Summed()
+    for name, size in (("batches", 4), ("one by one", 1)):
+        trak = TRAK(module, [module.state_dict()], tmp_path / name, output=ClassificationMargin())
+        loader = DataLoader(texts, batch_size=size, collate_fn=collate)
+        with pytest.raises(ValueError, match="padding that is not masked"):
+            trak.featurize(make_trainer(), loader)
+
+
+class Closure(LitNet):
+    def __init__(self):
+        super().__init__()
+        self.last = lambda hidden: self.head(hidden)
+
+    def forward(self, inputs):
+        return self.last(torch.tanh(self.first(inputs)))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("engine", ["auto", "functional", "loop"])
+def test_closures_over_the_users_module_are_refused(tmp_path, engine, frozen):
+    model = Closure()
+    model.head.requires_grad_(not frozen)
+    options = {"output": ClassificationMargin(), "projection": SparseProjection(16), "engine": engine}
+    trak = TRAK(model, [model.state_dict()], tmp_path, parameters="first.*", **options)
+    with pytest.raises(
+        ValueError, match=r"output of Closure reads head.bias, head.weight of the module that was passed"
+    ):
+        trak.featurize(make_trainer(), TRAIN)
+
+
+class Aliases(nn.Module):
+    """One weight under several names, in a list, in a dict and behind a property."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.again = self.first
+        self.weights = [self.second.weight]
+        self.named = {"bias": self.second.bias}
+
+    @property
+    def transposed(self):
+        return self.head.weight.T
+
+    def forward(self, x):
+        hidden = torch.tanh(self.again(torch.tanh(self.first(x))))
+        return torch.tanh(F.linear(hidden, self.weights[0], self.named["bias"])) @ self.transposed + self.head.bias
+
+
+@pytest.mark.parametrize("engine", ["auto", "functional", "loop"])
+def test_aliases_are_right(tmp_path, engine):
+    module, output = Aliases().double(), ClassificationMargin()
+    inputs, labels = TRAIN.tensors
+    data = TensorDataset(inputs.double(), labels)
+    method = GradientDot(
+        module, [module.state_dict()], tmp_path, output=output, projection=IdentityProjection(), engine=engine,
+        dtype=torch.float64, effect_on="output",
+    )  # fmt: skip
+    scores = method.attribute(make_trainer(), data, data)
+    rows, residuals = [], []
+    for x, y in data:
+        value = output.output(module, (x[None], y[None]))
+        residuals.append(output.derivatives(value)[0])
+        rows.append(torch.cat([part.flatten() for part in torch.autograd.grad(value.sum(), list(module.parameters()))]))
+    expected = torch.stack(rows) @ (torch.stack(rows) * torch.stack(residuals)).T
+    torch.testing.assert_close(scores, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_a_parameter_that_is_not_registered_is_refused(tmp_path):
+    class Loose(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(6, 3)
+            self.more = [nn.Parameter(torch.ones(3))]
+
+        def forward(self, x):
+            return self.head(x) * self.more[0]
+
+    module = Loose()
+    trak = TRAK(module, [module.state_dict()], tmp_path, output=ClassificationMargin())
+    with pytest.raises(ValueError, match=r"1 tensors that require gradients and are not parameters of the copy"):
+        trak.featurize(make_trainer(), TRAIN)
