@@ -256,7 +256,7 @@ class FeatureExtractor:
         """
         with self.differentiable():
             batches = [ExampleBatch(batch, 2, self.layout) for batch in (twice, again, other, pair)]
-            alone = [self._slow.outputs(batch.take([0])) for batch in batches[:3]]
+            alone = [self._slow.alone(batch, 0) for batch in batches[:3]]
             if alone[0].shape == (1,) and alone[0].isfinite().all() and alone[0].equal(alone[1]):
                 dtype = next(iter(self._slow.parameters.values())).dtype
                 name = f"the first example {self.places[self.current or 0]}"
@@ -368,26 +368,3 @@ class FeatureExtractor:
         with self.differentiable(), exact_attention():
             fresh = (ExampleBatch(batch, infer_batch_size(batch), self.layout).fresh() for batch in batches)
             return {name: tensor.clone() for name, tensor in self.output.make_context(self.module, fresh).items()}
-
-
-def require_finite(rows: Features, positions: Tensor, where: str) -> None:
-    """Check features, best on the host: a device would be waited for.
-
-    Args:
-        rows: features of some examples.
-        positions: of the examples in the dataset, shape ``(n,)``.
-        where: what to call the checkpoint.
-
-    Raises:
-        ValueError: if a feature or one of its scalars is not finite, naming the first such example.
-    """
-    finite = [column.isfinite().flatten(1).all(1) if column.ndim > 1 else column.isfinite() for column in rows]
-    bad = ~torch.stack(finite).all(0)
-    if bad.any():
-        first = int(bad.nonzero()[0])
-        values = ", ".join(f"{name} {float(getattr(rows, name)[first]):g}" for name in Features._fields[1:])
-        raise ValueError(
-            f"the feature of example {int(positions[first])} {where} is not finite ({values}; features are"
-            f" {rows.features.dtype}): look for NaN or huge values in this example or the weights, or use a dtype with"
-            " a larger range; nothing of its shard was written"
-        )

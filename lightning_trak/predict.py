@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_trak.data import IndexedBatch, RangeLoader, Stop, load, sample_batches, transfer_hook
 from lightning_trak.distributed import Ranks
-from lightning_trak.features import EngineName, FeatureExtractor, require_finite
+from lightning_trak.features import EngineName, FeatureExtractor
+from lightning_trak.finiteness import require_finite
 from lightning_trak.gradients.base import EngineError
 from lightning_trak.gradients.batch import Layout, find_layout, infer_batch_size
 from lightning_trak.same_function import keep_examples, keeps_examples, require_as_before, require_same_outputs

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lightning_trak.features import require_finite
+from lightning_trak.finiteness import require_finite
 from lightning_trak.store import Features, FeatureStore
 from lightning_trak.transfer import HostCopy
 

@@ -88,14 +88,14 @@ class Audit:
 
     def _require_independent(self, batch: ExampleBatch, number: int, alone: Tensor, name: str) -> None:
         with torch.no_grad():
-            if not close(self._reference.outputs(batch.take([number])), alone, self._tolerance):
+            if not close(self._reference.alone(batch, number), alone, self._tolerance):
                 raise ValueError(
                     f"{name}: the output of {type(self._reference.module).__name__} is random in eval mode, so that it"
                     " has no one gradient: draw from a fixed generator, or leave the noise out when not training"
                 )
             if batch.size > 1:
                 other = (number + 1) % batch.size
-                both = torch.cat([alone, self._reference.outputs(batch.take([other]))])
+                both = torch.cat([alone, self._reference.alone(batch, other)])
                 require_independent(self._reference, batch.take([number, other]), both, name, self._dtype)
 
     def _at_fault(self, batch: ExampleBatch, number: int, expected: dict[str, Tensor]) -> str:

@@ -62,6 +62,35 @@ class LoopEngine(GradientEngine):
             name: torch.cat([rows[name] for _, rows in found]) for name in self.parameters
         }
 
+    def alone(self, batch: ExampleBatch, number: int) -> Tensor:
+        """The output of one example of a batch, taken out of it; shape ``(1,)``.
+
+        Raises:
+            ValueError: if the model takes the batch, and not the example.
+        """
+        try:
+            return self.outputs(batch.take([number]))
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if not self._takes(batch):
+                raise  # the model is at fault: let it say so
+            raise ValueError(
+                f"{type(self.module).__name__} takes a batch of {batch.size} examples and fails on one of them alone,"
+                f" as if parts of the batch belonged to all of it: {type(error).__name__}: {error}. Make the collate_fn"
+                " give every part a row for each example, or use batch_size=1"
+            ) from error
+
+    def _takes(self, batch: ExampleBatch) -> bool:
+        if batch.size < 2:
+            return False
+        try:
+            with torch.no_grad():
+                self.outputs(batch)
+        except Exception:  # which one does not matter: that of the example will be told
+            return False
+        return True
+
     def one(
         self, batch: ExampleBatch, number: int, original: nn.Module | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -82,7 +111,7 @@ class LoopEngine(GradientEngine):
         parameters = list(self.parameters.values())
         with differentiating(self.module, parameters), torch.enable_grad():
             with apart_from(original, self.module), _RightBatchNorm():
-                value = self.outputs(batch.take([number]))
+                value = self.alone(batch, number)
             self._require_one_each(value, 1)
             if original is not None:
                 require_own_leaves(value, self.module, *modules_of(self.output))

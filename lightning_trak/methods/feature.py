@@ -3,6 +3,7 @@
 import hashlib
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypedDict, cast
@@ -32,6 +33,7 @@ from lightning_trak.distributed import Ranks
 from lightning_trak.features import ENGINES, EngineName, FeatureExtractor
 from lightning_trak.files import tensor_digest
 from lightning_trak.fingerprints import module_fingerprint
+from lightning_trak.finiteness import NotFiniteError
 from lightning_trak.gradients import ParameterSelection
 from lightning_trak.methods.base import Method
 from lightning_trak.module import declared_output
@@ -188,7 +190,7 @@ class FeatureMethod(Method):
             jobs = [[Range(number, store.shard(number)) for number in numbers] for numbers in missing]
             stop = Stop()
             interruption = Interruption(stop)
-            with ShardWriter(store, extractor.places) as writer:
+            with _explaining(extractor, loader), ShardWriter(store, extractor.places) as writer:
                 module = FeaturizeModule(writer, "Featurizing", loader, stop, extractor, store, datamodule, loader)
                 with borrowed(trainer, module, interruption):
                     trainer.predict(module, share_out(loader, jobs, trainer, sharded, stop), return_predictions=False)
@@ -337,8 +339,13 @@ class FeatureMethod(Method):
             if not self._refuted(module, extractor, trainer, None):
                 break
         ranks = Ranks.of(trainer)
+
+        def taken(checkpoint: int) -> list[tuple[Tensor, Features]]:
+            with _explaining(extractor, loader):
+                return buffer.take(checkpoint)
+
         return (
-            _in_order([part for found in ranks.gather(buffer.take(checkpoint)) for part in found], examples)
+            _in_order([part for found in ranks.gather(taken(checkpoint)) for part in found], examples)
             for checkpoint in range(store.num_checkpoints)
         )
 
@@ -429,6 +436,17 @@ def require_one_of(name: str, value: object, allowed: tuple[object, ...]) -> Non
     """Check an argument that has few values."""
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
+
+
+@contextmanager
+def _explaining(extractor: FeatureExtractor, loader: DataLoader[Any]) -> Iterator[None]:
+    """Have the output say why the feature of an example is not finite."""
+    try:
+        yield
+    except NotFiniteError as error:
+        if extractor.sharded:
+            raise
+        raise error.explained(extractor, loader) from error
 
 
 def _missing(store: FeatureStore, extras: Sequence[str]) -> list[list[int]]:

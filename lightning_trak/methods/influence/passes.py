@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_trak.data import batch_size_of, load, sample_batches, transfer_hook
-from lightning_trak.features import GRADIENT_BYTES, FeatureExtractor, require_finite
+from lightning_trak.features import GRADIENT_BYTES, FeatureExtractor
+from lightning_trak.finiteness import require_finite
 from lightning_trak.gradients.base import differentiating
 from lightning_trak.gradients.batch import Layout, find_layout
 from lightning_trak.methods.examples import Examples
