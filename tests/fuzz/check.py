@@ -123,7 +123,7 @@ def refused(error: Exception) -> bool:
     raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
     words = str(error)
     return (
-        type(error) in (ValueError, TypeError)
+        isinstance(error, (ValueError, TypeError))
         and raised_in.startswith(PACKAGE)
         and len(words.split()) >= 6
         and "Traceback" not in words
@@ -140,7 +140,7 @@ class Run:
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
         self.checkpoints = make_checkpoints(spec)
-        self.train, self.targets = Examples(spec, spec.train, 1), Examples(spec, spec.targets, 2)
+        self.train, self.targets = Examples(spec, spec.train, 2 * spec.seed), Examples(spec, spec.targets, 2 * spec.seed + 1)
         self.right_train = [reference(spec, weights, self.train) for weights in self.checkpoints]
         self.right_targets = [reference(spec, weights, self.targets) for weights in self.checkpoints]
         # An output that depends on no parameter may be refused.
@@ -172,6 +172,7 @@ class Run:
                     engine=engine,
                     dtype=torch.float64,
                     effect_on="output",
+                    **({"audit": 0} if "unaudited" in spec.habits else {}),
                 )
                 precision = "64-true" if "double_precision" in spec.habits else "32-true"
                 found = compute(method, trainer(precision), train, targets)

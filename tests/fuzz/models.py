@@ -53,7 +53,7 @@ class Net(nn.Module):
             if x.is_floating_point():
                 x.sub_(0.3).div_(1.5)
             else:
-                x.add_(1).remainder_(7)
+                x.mul_(3).remainder_(7)  # padding stays 0
         if "in_place_mask" in self.habits and mask is not None:
             mask.logical_not_()
             mask = ~mask
@@ -108,7 +108,9 @@ def make_checkpoints(spec: Spec) -> list[dict[str, Tensor]]:
             last = "head.out" in name
             if kind == "random":
                 parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.7
-            elif (kind == "zero_head" and last) or (kind == "zero_body" and ".body.0" in f".{name}"):
+            elif (kind == "zero_head" and last) or (
+                kind == "zero_body" and ".body.0" in f".{name}" and "parametrizations" not in name
+            ):
                 parameter.data = torch.zeros_like(parameter)
         made.append({name: value.clone() for name, value in model.state_dict().items()})
     return made

@@ -9,7 +9,7 @@ from tests.fuzz.layers import WithLayer
 from tests.fuzz.parts import LONGEST, WIDTH, Level, part
 
 
-@part("sequence")
+@part("sequence", Level.ODD)
 class Positions(nn.Module):
     def __init__(self):
         super().__init__()

@@ -19,6 +19,7 @@ HABITS = {
     "in_place_mask": Level.ODD,
     "pops_labels": Level.ODD,  # from the batch
     "own_forward": Level.PLAIN,  # forward= in place of a call on the batch
+    "unaudited": Level.PLAIN,  # audit=0, as it is for most examples of a large shard
     "double_precision": Level.PLAIN,  # a Trainer with precision="64-true"
 }
 RETURNS = {"tensor": Level.PLAIN, "tuple": Level.PLAIN, "dict": Level.PLAIN, "object": Level.ODD}
