@@ -140,7 +140,10 @@ class Run:
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
         self.checkpoints = make_checkpoints(spec)
-        self.train, self.targets = Examples(spec, spec.train, 2 * spec.seed), Examples(spec, spec.targets, 2 * spec.seed + 1)
+        self.train, self.targets = (
+            Examples(spec, spec.train, 2 * spec.seed),
+            Examples(spec, spec.targets, 2 * spec.seed + 1),
+        )
         self.right_train = [reference(spec, weights, self.train) for weights in self.checkpoints]
         self.right_targets = [reference(spec, weights, self.targets) for weights in self.checkpoints]
         # An output that depends on no parameter may be refused.
