@@ -7,7 +7,7 @@ the same examples whatever the number of processes, which is what makes results 
 
 import random
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import zip_longest
 from typing import Any, NamedTuple, cast
 
@@ -58,10 +58,13 @@ class Range(NamedTuple):
     Attributes:
         number: which range this is (the shard's number).
         examples: positions in the dataset.
+        audited: those of them that are first loaded alone as well. A collate function may need more than one example,
+            so each is loaded twice over.
     """
 
     number: int
     examples: range
+    audited: Sequence[int] = ()
 
 
 class IndexedBatch(NamedTuple):
@@ -71,11 +74,13 @@ class IndexedBatch(NamedTuple):
         number: the number of the range that it is part of; None for a batch that only keeps up with other ranks.
         positions: in the dataset, int64, shape ``(batch,)``.
         batch: what the user's collate function made.
+        alone: whether it holds one example, twice, which is part of another batch of the range too.
     """
 
     number: int | None
     positions: Tensor
     batch: Any
+    alone: bool = False
 
 
 def as_loaders(data: Data | Sequence[DataLoader[Any]], stage: str, trainer: L.Trainer) -> list[DataLoader[Any]]:
@@ -208,36 +213,53 @@ class RangeLoader:
         for parts in zip_longest(*map(self._own, ranks)):
             yield parts[ranks.index(rank)], max(-(-len(part.examples) // size) for part in parts if part is not None)
 
-    def _plan(self) -> Iterator[tuple[bool, int | None, range]]:
-        """Whether a round begins, the range's number and the examples of each batch."""
+    def _plan(self) -> Iterator[tuple[bool, int | None, Sequence[int], bool]]:
+        """Whether a round begins, the range's number, the examples of each batch, and whether it is one alone."""
         size = batch_size_of(self.loader)
         for part, length in self._rounds():
+            audited = part.audited if part is not None else ()
+            for place, position in enumerate(audited):
+                assert part is not None
+                yield place == 0, part.number, [position, position], True
             for start in range(0, length * size, size):
+                begins = start == 0 and not audited
                 if part is not None and start < len(part.examples):
-                    yield start == 0, part.number, part.examples[start : start + size]
+                    yield begins, part.number, part.examples[start : start + size], False
                 else:
-                    yield start == 0, None, self.ranges[0].examples[: min(size, 2)]
+                    yield begins, None, self.ranges[0].examples[: min(size, 2)], False
 
     def __len__(self) -> int:
-        return sum(length for _, length in self._rounds())
+        return sum(length + (len(part.audited) if part is not None else 0) for part, length in self._rounds())
 
     def __iter__(self) -> Iterator[IndexedBatch]:
         batches: Iterator[Any] | None = None  # with workers of its own, which end with it
-        for begins, number, examples in self._plan():
+        for begins, number, examples, alone in self._plan():
             if begins and self._stopped():
                 return
             if batches is None:
-                batches = iter(load(self.loader, (examples for _, _, examples in self._plan())))
-            yield IndexedBatch(number, torch.arange(examples.start, examples.stop), next(batches))
+                batches = iter(load(self.loader, (examples for _, _, examples, _ in self._plan())))
+            yield IndexedBatch(number, torch.tensor(examples), next(batches), alone)
 
     def _stopped(self) -> bool:
         requested = self.stop.requested
         return not Ranks.of(self.trainer).all_true(not requested) if self.even else requested
 
 
-def batch_ranges(examples: range, size: int) -> list[Range]:
-    """Ranges of ``size`` examples, so that each is loaded as a batch."""
-    return [Range(number, examples[start : start + size]) for number, start in enumerate(range(0, len(examples), size))]
+def batch_ranges(examples: range, size: int, audited: Collection[int] = ()) -> list[Range]:
+    """Ranges of ``size`` examples, so that each is loaded as a batch; some are loaded alone as well."""
+    parts = [examples[start : start + size] for start in range(0, len(examples), size)]
+    return [Range(number, part, [i for i in part if i in audited]) for number, part in enumerate(parts)]
+
+
+def draw_audited(examples: range, count: int, key: str) -> list[int]:
+    """Some examples, in order.
+
+    Args:
+        examples: to draw from.
+        count: how many; all, if there are no more.
+        key: what the draw depends on.
+    """
+    return sorted(random.Random(f"{key}/audit/{examples.start}").sample(examples, min(count, len(examples))))
 
 
 def share_out(

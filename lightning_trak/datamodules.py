@@ -47,11 +47,12 @@ def loaders_of(datamodule: L.LightningDataModule, stage: str, trainer: L.Trainer
         raise TypeError(
             f"{name} has no {hook}(), which is asked for {whose}; define it, or pass a DataLoader or Dataset"
         )
-    met, datamodule.trainer = getattr(datamodule, "trainer", None) is not None, trainer
+    met, before = getattr(datamodule, "trainer", None) is not None, dict(vars(datamodule))
+    datamodule.trainer = trainer
     found = _ask(datamodule, hook) if met else None
     if found is not None:
         return found
-    trained, before = _ask(datamodule, _HOOKS["fit"]), dict(vars(datamodule))
+    trained = _ask(datamodule, _HOOKS["fit"])
     try:
         with isolate_rng():
             if not met:
@@ -72,7 +73,7 @@ def loaders_of(datamodule: L.LightningDataModule, stage: str, trainer: L.Trainer
             )
             if met:
                 raise ValueError(message)
-            warnings.warn(message, stacklevel=4)
+            warnings.warn(message, stacklevel=5)
     except BaseException:
         vars(datamodule).clear()
         vars(datamodule).update(before)
@@ -111,7 +112,7 @@ def _is_repeatable(
 ) -> bool:
     """Whether setup gives the same with other random numbers; tried on a copy that has what was there before."""
     twin = object.__new__(type(datamodule))
-    vars(twin).update(before)
+    vars(twin).update(before, trainer=datamodule.trainer)
     with isolate_rng():
         seed = (torch.initial_seed() + 1) % 2**32
         torch.manual_seed(seed), random.seed(seed), np.random.seed(seed)  # noqa: NPY002

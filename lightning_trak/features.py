@@ -2,8 +2,9 @@
 
 import copy
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -13,6 +14,7 @@ from torch.backends import cudnn
 
 from lightning_trak.checkpoints import Checkpoint
 from lightning_trak.copies import Original, copy_module
+from lightning_trak.data import draw_audited
 from lightning_trak.files import tensor_digest
 from lightning_trak.gradients import (
     FunctionalEngine,
@@ -204,13 +206,14 @@ class FeatureExtractor:
                 part.to(device).eval()
         self.current, self.device = number, device
 
-    def __call__(self, batch: Any, positions: Tensor, audited: Sequence[int] = ()) -> Features:
+    def __call__(self, batch: Any, positions: Tensor, audited: Mapping[int, Any] = MappingProxyType({})) -> Features:
         """Features of a batch at the current checkpoint.
 
         Args:
             batch: a batch on the module's device.
             positions: what to call its examples in messages, shape ``(n,)``; its length is the number of examples.
-            audited: which of them to differentiate again, alone, by plain autograd.
+            audited: which of them to differentiate again, alone, by plain autograd; each with a batch of it twice over,
+                or None, to take it out of this batch.
 
         Returns:
             Features on the module's device, which may still be at work on them: :func:`require_finite` looks at them.
@@ -227,9 +230,13 @@ class FeatureExtractor:
             for start in range(0, whole.size, step):
                 rows = slice(start, min(start + step, whole.size))
                 part = whole if step >= whole.size else whole.take(rows)
-                numbers = [number - start for number in audited if rows.start <= number < rows.stop]
-                parts.append(self._rows(part, positions[rows], numbers))
+                some = {number - start: one for number, one in audited.items() if rows.start <= number < rows.stop}
+                parts.append(self._rows(part, positions[rows], some))
             return Features.cat(parts)
+
+    def draw(self, checkpoint: int, examples: range) -> list[int]:
+        """Which of some examples to audit at a checkpoint: the same ones in every run."""
+        return [] if self.sharded else draw_audited(examples, self.audit, f"{self.seed}/{checkpoint}")
 
     @property
     def rounding(self) -> float:
@@ -242,25 +249,28 @@ class FeatureExtractor:
         with self.differentiable():
             return torch.cat([self._engine.outputs(examples.take([number])) for number in range(examples.size)])
 
-    def require_independent(self, twice: Any, again: Any, other: Any, pair: Any) -> None:
+    def are_same(self, one: Any, other: Any) -> bool:
+        """Whether two batches of twice the same example hold the same."""
+        return ExampleBatch(one, 2, self.layout).equals(ExampleBatch(other, 2, self.layout))
+
+    def require_independent(self, twice: Any, other: Any, pair: Any) -> None:
         """Check that the output of an example does not depend on which other ones it is collated with.
 
         Args:
             twice: a batch of twice the first example.
-            again: the same, made again: if it differs, the data are random, and nothing is checked.
             other: a batch of twice another example.
             pair: the first example and the other one.
 
         Raises:
             ValueError: if it does.
         """
-        with self.differentiable():
-            batches = [ExampleBatch(batch, 2, self.layout) for batch in (twice, again, other, pair)]
-            alone = [self._slow.alone(batch, 0) for batch in batches[:3]]
-            if alone[0].shape == (1,) and alone[0].isfinite().all() and alone[0].equal(alone[1]):
+        with self.differentiable(), torch.no_grad():
+            batches = [ExampleBatch(batch, 2, self.layout) for batch in (twice, other, pair)]
+            alone = [self._slow.alone(batch, 0) for batch in batches[:2]]
+            if alone[0].shape == (1,) and alone[0].isfinite().all() and alone[0].equal(self._slow.alone(batches[0], 0)):
                 dtype = next(iter(self._slow.parameters.values())).dtype
                 name = f"the first example {self.places[self.current or 0]}"
-                require_independent(self._slow, batches[3], torch.cat([alone[0], alone[2]]), name, dtype)
+                require_independent(self._slow, batches[2], torch.cat(alone), name, dtype)
 
     @contextmanager
     def differentiable(self) -> Iterator[None]:
@@ -277,7 +287,7 @@ class FeatureExtractor:
         ):
             yield
 
-    def _rows(self, batch: ExampleBatch, positions: Tensor, audited: Sequence[int]) -> Features:
+    def _rows(self, batch: ExampleBatch, positions: Tensor, audited: Mapping[int, Any]) -> Features:
         weights = next(iter(self._engine.parameters.values()))
         working = torch.promote_types(weights.real.dtype if weights.is_complex() else weights.dtype, torch.float32)
         try:
@@ -294,8 +304,9 @@ class FeatureExtractor:
         if audited:
             reference = LoopEngine(self.module, self.output, self.names, engine.autocast)
             audit = Audit(engine, reference, self._bound, self._users)
-            for number in audited:
-                audit(batch, number, features, outputs, f"example {int(positions[number])} {place}")
+            for number, twice in audited.items():
+                single = None if twice is None else ExampleBatch(twice, 2, self.layout).take([0])
+                audit(batch, number, features, outputs, f"example {int(positions[number])} {place}", single)
         features = to_store_dtype(features, self.dtype, positions, place)
         residuals, curvatures = self.output.derivatives(outputs)
         scalar = torch.promote_types(self.dtype, torch.float32)  # k numbers dwarf these three: no need to round them

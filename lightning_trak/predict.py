@@ -92,6 +92,7 @@ class ExtractorModule(PredictModule):
         self._store = store
         self._train_loader = train_loader
         self._alone_and_together: tuple[Any, ...] | None = None
+        self.repeatable = True
         self._begun = {} if train_loader is None else store.begun()
 
     def setup(self, stage: str) -> None:  # noqa: ARG002
@@ -148,8 +149,9 @@ class ExtractorModule(PredictModule):
         probes = [[0, 0], [0, 0, 0], [0, 0], [last, last], [0, last]]
         twice, thrice, again, other, pair = self._batches(loader, probes)
         self.extractor.layout = find_layout(twice, thrice)
+        self.repeatable = self.extractor.are_same(twice, again)
         sharded = self.extractor.sharded  # every forward pass of which is one of all ranks
-        self._alone_and_together = None if sharded or not last else (twice, again, other, pair)
+        self._alone_and_together = None if sharded or not last or not self.repeatable else (twice, other, pair)
 
     def _enter_context(self, checkpoint: int, made: dict[str, dict[str, Tensor]]) -> None:
         with torch.inference_mode(False):  # autograd saves the context
@@ -236,6 +238,7 @@ class FeaturizeModule(ExtractorModule):
         self._loader = loader
         self._stop = stop
         self.refuted: str | None = None
+        self._alone: dict[int, Any] = {}  # examples that wait for the batch that they are part of
 
     def configure_model(self) -> None:
         """Have the model shard itself, if the Trainer's strategy does that; the ranks are there now."""
@@ -250,7 +253,7 @@ class FeaturizeModule(ExtractorModule):
         """
         if self.extractor.sharded:
             loaders = cast(list[RangeLoader], self.trainer.predict_dataloaders)
-            plan = [[(part.start, part.stop) for _, part in loader.ranges] for loader in loaders]
+            plan = [[(part.examples.start, part.examples.stop) for part in loader.ranges] for loader in loaders]
             digest = hashlib.sha256(repr(plan).encode()).hexdigest()
             if len(set(Ranks.of(self.trainer).gather(digest))) > 1:
                 raise RuntimeError(
@@ -292,27 +295,19 @@ class FeaturizeModule(ExtractorModule):
         if self.extractor.layout is None:
             self.learn_batches(self._loader)
         self.enter(checkpoint)
-        audited = self._audited(batch, checkpoint)
-        rows = self.extractor(batch.batch, batch.positions, audited)
+        if batch.alone:
+            self._alone[int(batch.positions[0])] = batch.batch
+            return
+        found = {row: self._alone.pop(i) for row, i in enumerate(batch.positions.tolist()) if i in self._alone}
+        rows = self.extractor(batch.batch, batch.positions, {row: self._trusted(one) for row, one in found.items()})
         if batch.number is not None and not self._sink.add(
             checkpoint, batch.number, batch.positions, rows, self.extractor.used
         ):
             raise EngineError("another process has refuted it")
 
-    def _audited(self, batch: IndexedBatch, checkpoint: int) -> list[int]:
-        """Rows of the batch that are drawn to be audited: the same ones in every run."""
-        if self.extractor.sharded or batch.number is None:
-            return []
-        first, last = int(batch.positions[0]), int(batch.positions[-1])
-        if self._train_loader is not None:
-            examples = self._store.shard(batch.number)
-        else:
-            start = first // AUDITED_TOGETHER * AUDITED_TOGETHER
-            examples = range(start, min(start + AUDITED_TOGETHER, len(cast(Any, self._loader.dataset))))
-        drawn = random.Random(f"{self.extractor.seed}/{checkpoint}/audit/{examples.start}").sample(
-            examples, min(self.extractor.audit, len(examples))
-        )
-        return sorted(position - first for position in drawn if first <= position <= last)
+    def _trusted(self, alone: Any) -> Any:
+        """An example alone, unless the data are other ones each time: then it is taken out of its batch."""
+        return alone if self.repeatable else None
 
     def _give_up(self, error: EngineError) -> None:
         """Leave the rest to the next engine, if it is for us to choose.
@@ -370,7 +365,7 @@ class ScoreModule(ExtractorModule):
         for checkpoint in range(self._store.num_checkpoints):
             self.enter(checkpoint)
             try:
-                rows = self.extractor(batch, positions, audited)
+                rows = self.extractor(batch, positions, dict.fromkeys(audited))
             except EngineError as error:
                 raise ValueError(
                     f"engine={self.extractor.used!r} cannot differentiate this model rightly: {error}. Use score(),"

@@ -201,8 +201,11 @@ def test_an_error_in_setup_is_the_users():
         def make(self, stage):
             raise FileNotFoundError("no data here")
 
-    with pytest.raises(FileNotFoundError, match="no data here"):
-        as_loaders(Broken(), "fit", make_trainer())
+    data = Broken()
+    for _ in range(2):
+        with pytest.raises(FileNotFoundError, match="no data here"):
+            as_loaders(data, "fit", make_trainer())
+    assert data.calls == ["prepare", "fit"] * 2  # no Trainer has met it yet
 
 
 def test_datasets_without_a_class_of_ones_own(tmp_path, checkpoints, expected):

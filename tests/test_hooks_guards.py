@@ -344,7 +344,9 @@ class _Sorted(nn.Module):
 def test_rows_that_change_places_are_found():
     module = _Sorted()
     engine = HookEngine(module, ClassificationMargin(), select_parameters(module))
-    inputs = torch.tensor([3.0, 1.0, 2.0])[:, None] * torch.ones(3, 4)
+    ordered = torch.tensor([1.0, 2.0, 3.0])[:, None] * torch.ones(3, 4)
+    engine(ExampleBatch((ordered, torch.tensor([0, 1, 2])), 3))
+    inputs = torch.tensor([3.0, 1.0, 2.0])[:, None] * torch.ones(3, 4)  # the same shapes
     with pytest.raises(
         ValueError, match=r"rows of the output of inner, of shape \(3, 4\), do not belong to the 3 exam"
     ):

@@ -53,11 +53,11 @@ def test_scoring_an_unfinished_store_is_refused(tmp_path, checkpoints):
     ("options", "match"),
     [
         ({"seed": 1}, "made with seed 0, this TRAK has seed 1"),
-        ({"projection": SparseProjection(64)}, "made with projection"),
-        ({"projection": GaussianProjection(32)}, "made with projection"),
+        ({"projection": SparseProjection(64)}, "made with another projection"),
+        ({"projection": GaussianProjection(32)}, "made with another projection"),
         ({"dtype": torch.float16}, "made with dtype float32"),
         ({"parameters": "head.*"}, "made with 6 parameters, this TRAK has 2 "),
-        ({"output": NegativeLoss(lambda module, batch: module(batch[0]).sum(1))}, "made with output"),
+        ({"output": NegativeLoss(lambda module, batch: module(batch[0]).sum(1))}, "made with another output"),
     ],
 )
 def test_a_store_made_otherwise_is_refused(tmp_path, checkpoints, options, match):

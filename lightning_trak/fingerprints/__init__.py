@@ -14,7 +14,7 @@ from lightning_trak.fingerprints.values import Fingerprint
 __all__ = ["Fingerprint", "are_same", "changes", "fingerprint", "module_fingerprint", "object_fingerprint"]
 
 # Keys that sort what a fingerprint holds, and mean nothing to its reader.
-_SORTS = ("attributes", "code", "value")
+_SORTS = ("attributes", "code", "made", "own", "state", "value")
 
 
 def fingerprint(value: Any, owner: str | None = None) -> Any:

@@ -89,11 +89,15 @@ def codes_of(cls: type, wanted: Callable[[str], bool]) -> Iterator[types.CodeTyp
         yield from _codes_in(base, wanted)
 
 
+def library_bases(cls: type, without: type) -> list[type]:
+    """A class and its bases as far as they are of installed packages, without another class and its bases."""
+    return [base for base in cls.__mro__ if is_installed(base.__module__) and base not in without.__mro__]
+
+
 def library_codes_of(cls: type, wanted: Callable[[str], bool], without: type) -> Iterator[types.CodeType]:
-    """The same of those bases that are of installed packages, except another class and its bases."""
-    for base in cls.__mro__:
-        if is_installed(base.__module__) and base not in without.__mro__:
-            yield from _codes_in(base, wanted)
+    """The code of methods of some names in :func:`library_bases`."""
+    for base in library_bases(cls, without):
+        yield from _codes_in(base, wanted)
 
 
 def _codes_in(base: type, wanted: Callable[[str], bool]) -> Iterator[types.CodeType]:

@@ -23,6 +23,7 @@ from lightning_trak.fingerprints.classes import (
     changed_in,
     codes_of,
     is_installed,
+    library_bases,
     library_codes_of,
     name_of,
 )
@@ -54,7 +55,7 @@ _MANY = 100
 def describe(module: nn.Module, fingerprint: Fingerprint, training: bool = False) -> dict[str, Any]:
     """The parts of a module, each with its class and options; its code is left with the fingerprint.
 
-    An option is an attribute that code of the user's reads, or that a library's class has in public, and that no code
+    An option is an attribute that the user's code reads, or that a library's class has in public, and that no code
     changes when the module is used. What only training uses is left out.
 
     Args:
@@ -93,14 +94,21 @@ def describe(module: nn.Module, fingerprint: Fingerprint, training: bool = False
         for cls in classes
     }
 
+    has_library = {cls: any(library_bases(cls, L.LightningModule)) for cls in classes}
+    # Attributes whose names are put together, such as f"layer_{i}".
+    by_any_name = {
+        cls: any("getattr" in bytecode.names(code) for code in codes_of(cls, lambda name: name not in INITIAL))
+        for cls in classes
+    }
+
     def options_of(part: nn.Module) -> dict[str, Any]:
         cls = type(part)
         held = attributes_of(cls) | {name: value for name, value in vars(part).items() if name not in _HOUSEKEEPING}
         options = {}
         for name, value in held.items():
-            read = name in fingerprint.names or _is_functions(value)
-            set_alone = name in set_by_own[cls] and name not in read_by_library[cls]
-            public = not (name.startswith("_") or set_alone) and _is_option(value)
+            set_by_own_alone = name in set_by_own[cls] and name not in read_by_library[cls]
+            read = name in fingerprint.names or _is_functions(value) or (by_any_name[cls] and name in set_by_own[cls])
+            public = has_library[cls] and not (name.startswith("_") or set_by_own_alone) and _is_option(value)
             if (read or public) and matters(name) and name not in changed[cls]:
                 options[name] = _short(fingerprint.value(value))
         if isinstance(part, L.LightningModule) and "hparams" in fingerprint.names:
@@ -187,8 +195,7 @@ def _grouped(entries: dict[str, Any]) -> dict[str, Any]:
     for name, entry in entries.items():
         groups.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "*", name), []).append([name, entry])
     return {
-        pattern: {"parts": len(group), **group[0][1]}
-        if all(entry == group[0][1] for _, entry in group)
-        else digest(group)
+        pattern: {"parts": len(group)}
+        | (group[0][1] if all(entry == group[0][1] for _, entry in group) else {"in order": digest(group)})
         for pattern, group in groups.items()
     }

@@ -187,18 +187,20 @@ class Fingerprint:
                 f"{owner} is or holds a {cls.__name__}, of which nobody can tell whether it is the same in another run"
                 f" ({error}); expected values, functions, modules and objects that can be pickled"
             ) from error
-        if isinstance(reduced, str):
-            return [self.instance_of(cls), reduced]
+        name, own = self.instance_of(cls)
+        if isinstance(reduced, str):  # what it is called in its module
+            return {"class": name, "named": reduced}
         make, arguments, state, items, pairs = (*reduced, None, None, None)[:5]
         skipped = changed_by_use(cls)
-        return [
-            self.instance_of(cls),
-            "" if make.__module__ == "copyreg" else self.value(make, owner),
-            [self.value(argument, owner) for argument in arguments if argument is not cls],
-            self.value(_without(state, skipped), owner),
-            [self.value(item, owner) for item in items or ()],
-            [[self.value(key, owner), self.value(item, owner)] for key, item in pairs or ()],
-        ]
+        found = {
+            "own": own,
+            "made by": None if make.__module__ == "copyreg" else self.value(make, owner),
+            "arguments": [self.value(argument, owner) for argument in arguments if argument is not cls],
+            "state": self.value(_without(state, skipped), owner),
+            "items": [self.value(item, owner) for item in items or ()],
+            "pairs": [[self.value(key, owner), self.value(item, owner)] for key, item in pairs or ()],
+        }
+        return {"class": name, **{key: content for key, content in found.items() if content not in (None, [], {})}}
 
     def methods(self, cls: type, wanted: Callable[[str], bool]) -> str:
         """Note the methods of a class and of its bases, if their names are wanted; returns the class's name."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_trak.gradients.base import EngineError, GradientEngine
 from lightning_trak.gradients.batch import ExampleBatch
+from lightning_trak.gradients.hooks import HookEngine, MixedEngine
 from lightning_trak.gradients.loop import LoopEngine
 from lightning_trak.outputs.base import close
 from lightning_trak.projections.base import BoundProjection
@@ -42,7 +43,15 @@ class Audit:
         self._dtype = reference.autocast or parameter.dtype
         self._tolerance = rounding_tolerance(self._dtype)
 
-    def __call__(self, batch: ExampleBatch, number: int, features: Tensor, outputs: Tensor, name: str) -> None:
+    def __call__(
+        self,
+        batch: ExampleBatch,
+        number: int,
+        features: Tensor,
+        outputs: Tensor,
+        name: str,
+        single: ExampleBatch | None = None,
+    ) -> None:
         """Compare one example.
 
         Args:
@@ -51,21 +60,25 @@ class Audit:
             features: of the batch, shape ``(size, k)``.
             outputs: of the batch, shape ``(size,)``.
             name: what to call the example in errors.
+            single: the example in a batch of its own; None: it is taken out of the batch.
 
         Raises:
             EngineError: if the engine has given it another feature, naming the parameters at fault.
             ValueError: if its output depends on other examples or on foreign tensors, or is another one each time.
         """
-        alone, gradients = self._reference.one(batch, number, self._original)
-        self._require_independent(batch, number, alone, name)
+        source, row = (batch, number) if single is None else (single, 0)
+        alone, gradients = self._reference.one(source, row, self._original)
         if not bool(alone.isfinite()) or not bool(features[number].isfinite().all()):
             return  # what is not finite is refused with its own name, whoever made it
         expected = self._projected(gradients, features)
         noise = 1e-2 * self._tolerance * float(features.norm(dim=1).nan_to_num(0, 0, 0).max())
         off = float((features[number] - expected).norm())
-        limit = self._tolerance * float(expected.norm()) + noise
-        wrong_output = not close(outputs[number : number + 1], alone, self._tolerance)
-        if not wrong_output and (off <= limit or self._explained_by_kinks(batch, number, features[number])):
+        near = off <= self._tolerance * float(expected.norm()) + noise
+        same_output = close(outputs[number : number + 1], alone, self._tolerance)
+        together = single is not None and isinstance(self._engine, (HookEngine, MixedEngine))
+        if not (together and near and same_output):  # else the whole batch was as good as the example alone
+            self._require_independent(batch, number, alone, name, source, row)
+        if same_output and (near or self._explained_by_kinks(source, row, features[number])):
             return
         if isinstance(self._engine, LoopEngine):
             raise ValueError(
@@ -74,9 +87,9 @@ class Audit:
             )
         share = off / max(float(expected.norm()), torch.finfo(expected.dtype).tiny)
         what = (
-            f"its output is {float(outputs[number]):.6g} where plain autograd has {float(alone):.6g}"
-            if wrong_output
-            else f"its gradient is off by {share:.2g} of its norm{self._at_fault(batch, number, gradients)}"
+            f"its gradient is off by {share:.2g} of its norm{self._at_fault(batch, number, gradients)}"
+            if same_output
+            else f"its output is {float(outputs[number]):.6g} where plain autograd has {float(alone):.6g}"
         )
         raise EngineError(f"{name}: {what}, compared with plain autograd on this example alone")
 
@@ -86,17 +99,22 @@ class Audit:
             self._projection.add_(feature, name, row)
         return feature[0]
 
-    def _require_independent(self, batch: ExampleBatch, number: int, alone: Tensor, name: str) -> None:
+    def _require_independent(
+        self, batch: ExampleBatch, number: int, alone: Tensor, name: str, source: ExampleBatch, row: int
+    ) -> None:
+        reference = self._reference
         with torch.no_grad():
-            if not close(self._reference.alone(batch, number), alone, self._tolerance):
+            if not close(reference.alone(source, row), alone, self._tolerance):
                 raise ValueError(
-                    f"{name}: the output of {type(self._reference.module).__name__} is random in eval mode, so that it"
+                    f"{name}: the output of {type(reference.module).__name__} is random in eval mode, so that it"
                     " has no one gradient: draw from a fixed generator, or leave the noise out when not training"
                 )
+            if not close(reference.alone(batch, number), alone, self._tolerance):
+                raise ValueError(_dependent(name, alone))
             if batch.size > 1:
                 other = (number + 1) % batch.size
-                both = torch.cat([alone, self._reference.alone(batch, other)])
-                require_independent(self._reference, batch.take([number, other]), both, name, self._dtype)
+                both = torch.cat([alone, reference.alone(batch, other)])
+                require_independent(reference, batch.take([number, other]), both, name, self._dtype)
 
     def _at_fault(self, batch: ExampleBatch, number: int, expected: dict[str, Tensor]) -> str:
         """The parameters whose gradients differ, for a message."""
@@ -157,7 +175,11 @@ def require_independent(
     with torch.no_grad():
         if reference.same_in_batch(pair, alone, rounding_tolerance(dtype)):
             return
-    raise ValueError(
+    raise ValueError(_dependent(name, alone))
+
+
+def _dependent(name: str, alone: Tensor) -> str:
+    return (
         f"{name}: its output is {float(alone[0]):.6g} alone and another one in a batch with another example. An output"
         " that depends on the rest of the batch has no gradient of its own. In-batch contrastive losses do so (use"
         " ContrastiveMargin), and so do batch normalisation without running statistics and padding that is not masked"

@@ -136,6 +136,10 @@ class ExampleBatch:
         visit(self.content)
         return tuple(found)
 
+    def equals(self, other: ExampleBatch) -> bool:
+        """Whether two batches hold the same, as far as tensors, texts and numbers tell."""
+        return _leaves(self.content) == _leaves(other.content)
+
     def rebuild(self, of_examples: Callable[[Any], Any], count: int | None = None) -> Any:
         """The batch with every part that belongs to single examples replaced, and all else copied.
 
@@ -184,6 +188,16 @@ class ExampleBatch:
                 " to the examples or to all of them: make it a tensor, or keep it out of the batch"
             )
         return False
+
+
+def _leaves(part: Any) -> list[Any]:
+    """The numbers and texts in a part of a batch, in order; tensors by their bytes."""
+    if isinstance(part, Tensor):
+        plain = part.detach().cpu().contiguous()
+        return [part.shape, part.dtype, plain.reshape(-1).view(torch.uint8).numpy().tobytes()]
+    return (
+        [leaf for key, child in _children(part) for leaf in [key, *_leaves(child)]] if _is_container(part) else [part]
+    )
 
 
 def _is_container(part: Any) -> bool:

@@ -89,7 +89,7 @@ class BM25(Method):
     def _count(self, loader: DataLoader[Any]) -> list[Counter[Hashable]]:
         ranges = batch_ranges(range(len(cast(Any, loader.dataset))), batch_size_of(loader))
         with isolate_rng():
-            batches = load(loader, (examples for _, examples in ranges), collate_fn=list)
+            batches = load(loader, (part.examples for part in ranges), collate_fn=list)
             return [Counter(_tokens(self.text(item))) for batch in batches for item in batch]
 
 

@@ -39,7 +39,7 @@ from lightning_trak.methods.base import Method
 from lightning_trak.module import declared_output
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.paths import local_directory
-from lightning_trak.predict import FeaturizeModule, ScoreModule
+from lightning_trak.predict import AUDITED_TOGETHER, FeaturizeModule, ScoreModule
 from lightning_trak.projections import Projection, SparseProjection
 from lightning_trak.scorers.base import Scorer, Scores
 from lightning_trak.scorers.topk import TopK
@@ -187,7 +187,10 @@ class FeatureMethod(Method):
         )
         datamodule = data if isinstance(data, L.LightningDataModule) else None
         while any(missing := _missing(store, extras)):
-            jobs = [[Range(number, store.shard(number)) for number in numbers] for numbers in missing]
+            jobs = [
+                [Range(number, store.shard(number), extractor.draw(c, store.shard(number))) for number in numbers]
+                for c, numbers in enumerate(missing)
+            ]
             stop = Stop()
             interruption = Interruption(stop)
             with _explaining(extractor, loader), ShardWriter(store, extractor.places) as writer:
@@ -329,12 +332,16 @@ class FeatureMethod(Method):
         datamodule: L.LightningDataModule | None,
     ) -> Iterator[Features]:
         """The features of some targets, computed now and given checkpoint by checkpoint, on every rank."""
-        batches = batch_ranges(examples, batch_size_of(loader))
+        chunks = [examples[start : start + AUDITED_TOGETHER] for start in range(0, len(examples), AUDITED_TOGETHER)]
+        jobs = [
+            batch_ranges(examples, batch_size_of(loader), {i for part in chunks for i in extractor.draw(c, part)})
+            for c in range(store.num_checkpoints)
+        ]
         while True:
             buffer, stop = FeatureBuffer(extractor.places), Stop()
             module = FeaturizeModule(buffer, "Scoring", loader, stop, extractor, store, datamodule)
             with borrowed(trainer, module):
-                loaders = share_out(loader, [batches] * store.num_checkpoints, trainer, extractor.sharded, stop)
+                loaders = share_out(loader, jobs, trainer, extractor.sharded, stop)
                 trainer.predict(module, loaders, return_predictions=False)
             if not self._refuted(module, extractor, trainer, None):
                 break

@@ -13,7 +13,7 @@ from lightning_trak.gradients.base import EngineError, GradientEngine, different
 from lightning_trak.gradients.batch import ExampleBatch
 from lightning_trak.gradients.hooks.coverage import Site, coverage_report, find_sites
 from lightning_trak.gradients.hooks.layout import Spread, find_shared, hooked, spread
-from lightning_trak.gradients.hooks.ownership import example_weights, misplaced, row_norms
+from lightning_trak.gradients.hooks.ownership import example_weights, misplaced, picks_rows, row_norms
 from lightning_trak.gradients.hooks.projecting import Projecting
 from lightning_trak.gradients.hooks.sketch import Sketches
 from lightning_trak.gradients.hooks.tap import Tap
@@ -37,8 +37,9 @@ class HookEngine(GradientEngine):
       gets a gradient there, the engine refuses.
     - A layer's rows must belong to the examples that they are taken for. A second backward pass, in which examples have
       different weights, shows it (:func:`~lightning_trak.gradients.hooks.ownership.misplaced`). It is done whenever
-      layers are called in shapes, or a number of times, that were not met before; and for every batch in which a layer
-      has several rows for an example, since these can be dealt out in another way each time.
+      layers are called in shapes, or a number of times, that were not met before. Rows can be dealt out in another way
+      each time if a layer has several of them for an example, or if the model picks rows by their values: then it is
+      done for every batch.
     - :meth:`check` compares with autograd.
 
     Args:
@@ -209,7 +210,7 @@ class HookEngine(GradientEngine):
                 return values
             shapes = (size, *calls)
             folded = any(rows != 1 for _, rows, _, _ in calls)
-            unproven = self.proves_ownership and size > 1 and (folded or shapes not in self._met)
+            unproven = self.proves_ownership and size > 1 and (folded or shapes not in self._met or picks_rows(values))
             weights = example_weights(size, values)
             if unproven:
                 torch.autograd.grad(values, anchor, weights, retain_graph=True, allow_unused=True)

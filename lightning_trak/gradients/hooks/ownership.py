@@ -37,3 +37,25 @@ def misplaced(norms: Tensor, weighted: Tensor, weights: Tensor) -> float:
     expected = norms * weights.repeat_interleave(len(norms) // len(weights)).to(norms)
     largest = expected.max()
     return float((weighted - expected).abs().max() / largest) if largest > 0 else 0.0
+
+
+# Operations whose rows depend on the values of tensors; and code of the user's own, which may do the same.
+_PICKING = ("Index", "Gather", "Scatter", "Masked", "Sort", "Topk", "Take", "Put", "Unique", "Repeat", "Flip", "Roll")
+_OWN = ("TapBackward", "_OwnAndOthersBackward")
+
+
+def picks_rows(value: Tensor) -> bool:
+    """Whether the graph of a tensor has an operation that may put rows in another order, depending on their values."""
+    waiting, seen = [value.grad_fn], {value.grad_fn}
+    while waiting:
+        node = waiting.pop()
+        if node is None:
+            continue
+        name = node.name().removeprefix("torch::autograd::")
+        if name.startswith(_PICKING) or (name.endswith("Backward") and name not in _OWN):
+            return True
+        for following, _ in node.next_functions:
+            if following not in seen:
+                seen.add(following)
+                waiting.append(following)
+    return False

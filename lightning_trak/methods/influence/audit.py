@@ -29,7 +29,7 @@ def audit(passes: Passes, examples: Examples) -> None:
     while True:
         try:
             with passes.computing():
-                extractor(batch, torch.tensor(positions), range(size))
+                extractor(batch, torch.tensor(positions), dict.fromkeys(range(size)))
             return
         except EngineError:  # noqa: PERF203
             if extractor.engine_name != "auto" or extractor.used == "loop":
