@@ -24,6 +24,8 @@ from tests.fuzz.check import ENGINES, check_features, check_scores
 from tests.fuzz.parts import Level
 from tests.fuzz.specs import alone, specs
 
+pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+
 MANY = os.environ.get("FUZZ_EXAMPLES")
 FIRST_SEED = random.SystemRandom().randrange(1 << 32) if MANY else 0
 
