@@ -36,8 +36,8 @@ def settings(k: int = K) -> dict[str, Setting]:
     }
 
 
-def featurizer(work: Workload, setting: Setting) -> Callable[[], Features]:
-    """Makes the features of a workload's batch, where its model is."""
+def extractor_of(work: Workload, setting: Setting) -> FeatureExtractor:
+    """Makes features of a workload's model, where that is."""
     device = next(work.model.parameters()).device
     checkpoints = resolve_checkpoints([work.model.state_dict()])
     digests = [checkpoint.fingerprint() for checkpoint in checkpoints]
@@ -47,5 +47,11 @@ def featurizer(work: Workload, setting: Setting) -> Callable[[], Features]:
     )
     extractor.reset(work.autocast)
     extractor.to_checkpoint(0, device)
-    positions = torch.arange(work.size)
+    return extractor
+
+
+def featurizer(work: Workload, setting: Setting) -> Callable[[], Features]:
+    """Makes the features of a workload's batch, where its model is."""
+    work = work.to(next(work.model.parameters()).device, setting.precision)
+    extractor, positions = extractor_of(work, setting), torch.arange(work.size)
     return lambda: extractor(work.batch, positions)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from benchmarks.audit import audit
 from benchmarks.fleet import fleet
 from benchmarks.memory import MIB, fresh_peak
 from benchmarks.models import WORKLOADS, Precision, resnet9
@@ -202,6 +203,7 @@ PARTS = {
     "peers": peers,
     "topk": topk,
     "fleet": fleet,
+    "audit": audit,
 }
 
 

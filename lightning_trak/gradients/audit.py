@@ -13,6 +13,7 @@ from lightning_trak.gradients.base import EngineError, GradientEngine
 from lightning_trak.gradients.batch import ExampleBatch
 from lightning_trak.gradients.hooks import HookEngine, MixedEngine
 from lightning_trak.gradients.loop import LoopEngine
+from lightning_trak.gradients.soundness import require_repeatable
 from lightning_trak.outputs.base import close
 from lightning_trak.projections.base import BoundProjection
 
@@ -104,11 +105,9 @@ class Audit:
     ) -> None:
         reference = self._reference
         with torch.no_grad():
-            if not close(reference.alone(source, row), alone, self._tolerance):
-                raise ValueError(
-                    f"{name}: the output of {type(reference.module).__name__} is random in eval mode, so that it"
-                    " has no one gradient: draw from a fixed generator, or leave the noise out when not training"
-                )
+            require_repeatable(
+                lambda: reference.alone(source, row), f"{name}: the output of {type(reference.module).__name__}", alone
+            )
             if not close(reference.alone(batch, number), alone, self._tolerance):
                 raise ValueError(_dependent(name, alone))
             if batch.size > 1:

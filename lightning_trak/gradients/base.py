@@ -117,10 +117,19 @@ class GradientEngine(ABC):
         """The outputs of a batch, without a trace on the module or the batch.
 
         Raises:
-            ValueError: if they are no tensor.
+            ValueError: if they are no tensor, or one example alone has none.
         """
         with self._computing():
-            values = self.output.output(self.module, batch.fresh())
+            try:
+                values = self.output.output(self.module, batch.fresh())
+            except ValueError as error:
+                if "Expected more than 1 value per channel" not in str(error):
+                    raise
+                raise ValueError(
+                    f"{type(self.module).__name__} has no output of one example alone: batch normalisation without"
+                    f" running statistics makes it depend on the rest of the batch ({error}); use"
+                    " track_running_stats=True, or another normalisation"
+                ) from error
         if not isinstance(values, Tensor):
             raise ValueError(
                 f"{type(self.output).__name__}.output returned a {type(values).__name__}; expected a Tensor with one"
