@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 from hypothesis import strategies as st
 
-from tests.fuzz import ends, layers, sequences, shapes, stateful  # noqa: F401 (they register parts)
+from tests.fuzz import ends, layers, sequences, shapes, stateful, tricks  # noqa: F401 (they register parts)
 from tests.fuzz.parts import LONGEST, PARTS, Level, names
 
 KINDS = ("vectors", "floats", "ids", "images")
