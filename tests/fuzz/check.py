@@ -140,6 +140,7 @@ class Run:
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
         self.checkpoints = make_checkpoints(spec)
+        self.shard_size = spec.batch * (-(-len(spec.train) // spec.batch) if "one_shard" in spec.habits else 1)
         self.train, self.targets = (
             Examples(spec, spec.train, 2 * spec.seed),
             Examples(spec, spec.targets, 2 * spec.seed + 1),
@@ -212,10 +213,10 @@ def check_scores(spec: Spec, engines: tuple[str, ...] = ENGINES, streamed: bool 
         scale = scale + torch.outer(rows.norm(dim=1), weighted.norm(dim=1)) / len(run.checkpoints)
 
     def compute(method: GradientDot, trainer: L.Trainer, train: DataLoader, targets: DataLoader) -> Tensor:
-        if not streamed:
-            return method.attribute(trainer, train, targets)
-        method.featurize(trainer, train)
-        return torch.cat(trainer.predict(method.scorer(), targets))
+        method.featurize(trainer, train, run.shard_size)
+        if streamed:
+            return torch.cat(trainer.predict(method.scorer(), targets))
+        return method.score(trainer, targets)
 
     for engine in engines:
         scores = run.by_engine(engine, IdentityProjection(), compute)
@@ -233,7 +234,7 @@ def check_features(spec: Spec, projection: Projection, engines: tuple[str, ...] 
     shapes = {name: parameter.shape for name, parameter in make_model(spec).named_parameters()}
 
     def compute(method: GradientDot, trainer: L.Trainer, train: DataLoader, targets: DataLoader) -> list[Any]:
-        method.featurize(trainer, train)
+        method.featurize(trainer, train, run.shard_size)
         return method.target_features(trainer, targets)
 
     for engine in engines:

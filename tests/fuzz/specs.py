@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 from hypothesis import strategies as st
 
-from tests.fuzz import ends, layers, sequences, shapes, stateful  # noqa: F401 (they register parts)
+from tests.fuzz import ends, layers, sequences, shapes, stateful, tricks  # noqa: F401 (they register parts)
 from tests.fuzz.parts import LONGEST, PARTS, Level, names
 
 KINDS = ("vectors", "floats", "ids", "images")
@@ -19,6 +19,7 @@ HABITS = {
     "in_place_mask": Level.ODD,
     "pops_labels": Level.ODD,  # from the batch
     "own_forward": Level.PLAIN,  # forward= in place of a call on the batch
+    "one_shard": Level.PLAIN,  # for all training examples, of which two are then audited; else one for each batch
     "unaudited": Level.PLAIN,  # audit=0, as it is for most examples of a large shard
     "double_precision": Level.PLAIN,  # a Trainer with precision="64-true"
 }
@@ -194,8 +195,14 @@ def _one_wild_thing(spec: Spec) -> st.SearchStrategy[Spec]:
 
 def alone() -> dict[str, Spec]:
     """Each part, habit and form in the plainest model, most of whose gradients are zero at the first checkpoint."""
-    lengths = {"train": (3, 3, 1, 4, 2, 3), "targets": (4, 1), "batch": 3, "checkpoints": ("zero_head", "random")}
-    base = {kind: Spec(kind=kind, stem=names(kind, Level.PLAIN)[0], **lengths) for kind in KINDS}
+    common = {
+        "train": (3, 3, 1, 4, 2),
+        "targets": (4, 1),
+        "batch": 3,
+        "checkpoints": ("zero_head", "random"),
+        "habits": frozenset({"one_shard"}),
+    }
+    base = {kind: Spec(kind=kind, stem=names(kind, Level.PLAIN)[0], **common) for kind in KINDS}
     floats, ids, vectors = base["floats"], base["ids"], base["vectors"]
     busy = replace(ids, sequence=("Dense", "Attention"), vector=("Dense",))
     found = {}
@@ -212,8 +219,8 @@ def alone() -> dict[str, Spec]:
             found[name] = replace(ids, head=name)
     for name in HABITS:
         pops = {"output": "loss", "form": "dict"} if name == "pops_labels" else {}
-        found[name] = replace(busy, habits=frozenset({name}), **pops)
-    found["in_place_input of floats"] = replace(floats, habits=frozenset({"in_place_input"}))
+        found[name] = replace(busy, habits=busy.habits | {name}, **pops)
+    found["in_place_input of floats"] = replace(floats, habits=floats.habits | {"in_place_input"})
     for field, table in (("output", OUTPUTS), ("returns", RETURNS), ("form", FORMS), ("selection", SELECTIONS)):
         found |= {f"{field} {name}": replace(floats, **{field: name}) for name in table}
     return found | {f"extra {name}": replace(floats, extras=(name,)) for name in EXTRAS}
