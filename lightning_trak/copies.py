@@ -42,6 +42,12 @@ def copy_module(module: nn.Module, configure: bool = True) -> nn.Module:
         raise ValueError(
             f"this {name} has parameters that are not initialized yet, {_some(lazy)}: run a batch through it first"
         )
+    hooked = [key for key, parameter in module.named_parameters() if parameter._backward_hooks]
+    if hooked:
+        raise ValueError(
+            f"parameters of {name} have gradient hooks, {_some(hooked)}: a copy has none, so that its gradients may be"
+            " others than those of training; remove the hooks first, or leave out what they mask by parameters="
+        )
     if any(is_sharded(parameter) for parameter in module.parameters()):
         raise ValueError(
             f"this {name} has been sharded, by training perhaps, and cannot be copied: pass a new one instead, whose"
@@ -56,6 +62,13 @@ def copy_module(module: nn.Module, configure: bool = True) -> nn.Module:
             f"attribution works on a copy of the model, but {name} cannot be copied: {error}; keep"
             " tensors with gradients, locks and open files out of its attributes"
         ) from error
+    addresses = {tensor.data_ptr() for _, tensor in _plain_tensors(module)}
+    shared = [key for key, tensor in _plain_tensors(copied) if tensor.data_ptr() in addresses]
+    if shared:
+        raise ValueError(
+            f"attribution works on a copy of the model, but a deepcopy of {name} shares {_some(shared)} with it: have"
+            " __deepcopy__ copy tensors too"
+        )
     for part in copied.modules():
         # LightningModule keeps what compile() made of it, which would run the original.
         part._compiled_call_impl = None
@@ -237,6 +250,15 @@ def _tensors(module: nn.Module) -> dict[str, tuple[str, Tensor]]:
     """Canonical name -> name and tensor of all parameters and buffers, tied ones under each of their names."""
     named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
     return {canonical_name(raw): (raw, tensor) for raw, tensor in named}
+
+
+def _plain_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Parameters and buffers that have memory of their own."""
+    return [
+        (name, tensor)
+        for name, (_, tensor) in _tensors(module).items()
+        if type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided and tensor.data_ptr()
+    ]
 
 
 def _transient(module: nn.Module) -> list[str]:

@@ -246,8 +246,9 @@ class FeatureExtractor:
 
     def outputs_alone(self, examples: ExampleBatch) -> Tensor:
         """The output of each example in a batch of one, at the current checkpoint."""
+        engine = LoopEngine(self.module, self.output, self.names, self._engine.autocast)
         with self.differentiable():
-            return torch.cat([self._engine.outputs(examples.take([number])) for number in range(examples.size)])
+            return torch.cat([engine.alone(examples, number).detach() for number in range(examples.size)])
 
     def are_same(self, one: Any, other: Any) -> bool:
         """Whether two batches of twice the same example hold the same."""

@@ -287,3 +287,40 @@ def test_a_parameter_that_is_not_registered_is_refused(tmp_path):
     trak = TRAK(module, [module.state_dict()], tmp_path, output=ClassificationMargin())
     with pytest.raises(ValueError, match=r"1 tensors that require gradients and are not parameters of the copy"):
         trak.featurize(make_trainer(), TRAIN)
+
+
+def test_gradient_hooks_of_parameters_are_refused(tmp_path, checkpoints):
+    model = make_model()
+    model.head.weight.register_hook(lambda gradient: gradient * 0)
+    trak = TRAK(model, checkpoints, tmp_path)
+    with pytest.raises(ValueError, match=r"parameters of LitNet have gradient hooks, head\.weight"):
+        trak.featurize(make_trainer(), TRAIN)
+
+
+def test_a_copy_that_shares_weights_is_refused(tmp_path, checkpoints):
+    class Shared(LitNet):
+        def __deepcopy__(self, memo):
+            return self
+
+    with pytest.raises(ValueError, match=r"a deepcopy of Shared shares .* with it: have __deepcopy__ copy tensors too"):
+        TRAK(Shared(), checkpoints, tmp_path).featurize(make_trainer(), TRAIN)
+
+
+class Forces(nn.Module):
+    """Differentiates by its own input, as force fields do."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 1)
+
+    def forward(self, x):
+        x = x.detach().requires_grad_()
+        energy = self.second(torch.tanh(self.first(x)))
+        (force,) = torch.autograd.grad(energy.sum(), x, create_graph=True)
+        return force[:, :3]
+
+
+def test_leaves_that_a_forward_pass_makes_are_its_own(tmp_path):
+    module = Forces()
+    options = {"output": ClassificationMargin(), "projection": SparseProjection(16), "engine": "loop"}
+    TRAK(module, [module.state_dict()], tmp_path, **options).featurize(make_trainer(), TRAIN)

@@ -139,7 +139,7 @@ class GradientEngine(ABC):
 
     def same_in_batch(self, batch: ExampleBatch, alone: Tensor, tolerance: float) -> bool:
         """See :meth:`ModelOutput.same_in_batch <lightning_trak.outputs.ModelOutput.same_in_batch>`."""
-        with self._computing():
+        with self._computing(), torch.enable_grad():
             return self.output.same_in_batch(self.module, batch.fresh(), alone, tolerance)
 
     def on(self, module: nn.Module, output: ModelOutput) -> Self:

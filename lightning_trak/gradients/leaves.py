@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,19 +36,23 @@ def leaves_of(value: Tensor) -> list[Tensor]:
     return leaves
 
 
-def require_own_leaves(value: Tensor, module: nn.Module, *others: nn.Module) -> None:
+def require_own_leaves(
+    value: Tensor, module: nn.Module, *others: nn.Module, made: Collection[int] = frozenset()
+) -> None:
     """Check that an output is differentiable in parameters of the module, and in nothing else.
 
     Args:
         value: an output that was computed by plain autograd.
         module: the copy of the user's module that it was computed on.
         others: modules whose parameters are constants of the output, such as those that a ModelOutput holds.
+        made: addresses of what was made meanwhile, see :func:`apart_from`: a model may differentiate by its own input.
 
     Raises:
         ValueError: if another tensor that requires gradients is among the leaves of its graph.
     """
     own = {id(parameter) for part in (module, *others) for parameter in part.parameters()}
-    foreign = [leaf for leaf in leaves_of(value) if id(leaf) not in own]
+    leaves = [leaf for leaf in leaves_of(value) if id(leaf) not in own]
+    foreign = [leaf for leaf in leaves if not (_has_memory(leaf) and _address(leaf) in made)]
     if foreign:
         shapes = ", ".join(str(tuple(leaf.shape)) for leaf in foreign[:3]) + (", ..." if len(foreign) > 3 else "")
         raise ValueError(
@@ -60,23 +64,26 @@ def require_own_leaves(value: Tensor, module: nn.Module, *others: nn.Module) -> 
 
 
 @contextmanager
-def apart_from(original: nn.Module | None, copied: nn.Module) -> Iterator[None]:
+def apart_from(original: nn.Module | None, copied: nn.Module) -> Iterator[set[int]]:
     """Refuse that code which works on a copy of a module reads parameters or buffers of the original.
 
     Args:
         original: the user's module; None checks nothing.
         copied: the copy.
 
+    Yields:
+        The addresses of tensors that operations make meanwhile.
+
     Raises:
         ValueError: if an operation reads one, naming it.
     """
     if original is None:
-        yield
+        yield set()
         return
-    own = {tensor.untyped_storage().data_ptr() for _, tensor in _tensors(copied)}
-    names = {tensor.untyped_storage().data_ptr(): name for name, tensor in _tensors(original)}
-    with _Reading({pointer: name for pointer, name in names.items() if pointer and pointer not in own}) as reading:
-        yield
+    own = {_address(tensor) for _, tensor in _tensors(copied)}
+    names = {_address(tensor): name for name, tensor in _tensors(original)}
+    with _Reading({address: name for address, name in names.items() if address and address not in own}) as reading:
+        yield reading.made
     if reading.found:
         found = sorted(reading.found)
         raise ValueError(
@@ -86,23 +93,31 @@ def apart_from(original: nn.Module | None, copied: nn.Module) -> Iterator[None]:
 
 
 class _Reading(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes which of some storages operations read."""
+    """Notes which of some tensors operations read, and what they make."""
 
     def __init__(self, names: Mapping[int, str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._names = names
         self.found: set[str] = set()
+        self.made: set[int] = set()
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         del types
-        for value in tree_iter((args, kwargs)):
-            if isinstance(value, Tensor) and _has_memory(value):
-                name = self._names.get(value.untyped_storage().data_ptr())
-                if name is not None:
-                    self.found.add(name)
-        return func(*args, **(kwargs or {}))
+        read = _addresses((args, kwargs))
+        self.found |= {self._names[address] for address in read & self._names.keys()}
+        result = func(*args, **(kwargs or {}))
+        self.made |= _addresses(result) - read  # without views of what is older
+        return result
+
+
+def _addresses(tree: Any) -> set[int]:
+    return {_address(value) for value in tree_iter(tree) if isinstance(value, Tensor) and _has_memory(value)}
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

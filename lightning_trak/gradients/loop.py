@@ -58,13 +58,14 @@ class LoopEngine(GradientEngine):
         }
 
     def alone(self, batch: ExampleBatch, number: int) -> Tensor:
-        """The output of one example of a batch, taken out of it; shape ``(1,)``.
+        """The output of one example of a batch, taken out of it; shape ``(1,)``. Code may differentiate in it.
 
         Raises:
             ValueError: if the model takes the batch, and not the example.
         """
         try:
-            return self.outputs(batch.take([number]))
+            with torch.enable_grad():
+                return self.outputs(batch.take([number]))
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:
@@ -80,7 +81,7 @@ class LoopEngine(GradientEngine):
         if batch.size < 2:
             return False
         try:
-            with torch.no_grad():
+            with torch.enable_grad():
                 self.outputs(batch)
         except Exception:  # which one does not matter: that of the example will be told
             return False
@@ -105,11 +106,11 @@ class LoopEngine(GradientEngine):
         """
         parameters = list(self.parameters.values())
         with differentiating(self.module, parameters), torch.enable_grad():
-            with apart_from(original, self.module), _RightBatchNorm():
+            with apart_from(original, self.module) as made, _RightBatchNorm():
                 value = self.alone(batch, number)
             self._require_one_each(value, 1)
             if original is not None:
-                require_own_leaves(value, self.module, *modules_of(self.output))
+                require_own_leaves(value, self.module, *modules_of(self.output), made=made)
             if not value.requires_grad:
                 nothing = (real_shape(parameter).numel() for parameter in parameters)
                 return value, {n: value.new_zeros(1, size) for n, size in zip(self.parameters, nothing, strict=True)}

@@ -152,7 +152,7 @@ class ModelOutput(ABC):
 def close(values: Tensor, expected: Tensor, tolerance: float) -> bool:
     """Whether outputs agree, NaN with NaN, up to a tolerance that is relative, and absolute for small ones."""
     return values.shape == expected.shape and torch.allclose(
-        values.double(), expected.double(), rtol=tolerance, atol=tolerance, equal_nan=True
+        values.detach().double(), expected.detach().double(), rtol=tolerance, atol=tolerance, equal_nan=True
     )
 
 

@@ -281,13 +281,13 @@ class HookEngine(GradientEngine):
 
         def freeze(module: nn.Module, args: Any) -> None:
             del args
-            for attribute in self._by_module[module].parameters:
-                getattr(module, attribute).requires_grad_(False)
+            for name in self._by_module[module].parameters.values():
+                self.parameters[name].requires_grad_(False)
 
         def thaw(module: nn.Module, args: Any, output: Any) -> None:
             del args, output
-            for attribute in self._by_module[module].parameters:
-                getattr(module, attribute).requires_grad_(True)
+            for name in self._by_module[module].parameters.values():
+                self.parameters[name].requires_grad_(True)
 
         with ExitStack() as stack:
             for module in self._by_module:

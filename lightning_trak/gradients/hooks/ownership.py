@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -52,10 +54,19 @@ def picks_rows(value: Tensor) -> bool:
         if node is None:
             continue
         name = node.name().removeprefix("torch::autograd::")
-        if name.startswith(_PICKING) or (name.endswith("Backward") and name not in _OWN):
+        if name.startswith(_PICKING) or (name.endswith("Backward") and name not in _OWN) or _mixes_rows(node, name):
             return True
         for following, _ in node.next_functions:
             if following not in seen:
                 seen.add(following)
                 waiting.append(following)
     return False
+
+
+def _mixes_rows(node: Any, name: str) -> bool:
+    """Whether a node is of a product whose left side is a constant, which may be a permutation of rows."""
+    first = {"MmBackward0": 0, "BmmBackward0": 0, "AddmmBackward0": 1, "BaddbmmBackward0": 1}.get(name)
+    if first is None:
+        return False
+    (left, _), (right, _) = node.next_functions[first : first + 2]
+    return left is None and right is not None
