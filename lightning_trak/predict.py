@@ -23,7 +23,7 @@ from lightning_trak.scorers.base import Scorer, Scores
 from lightning_trak.sharded import ShardedFeatureExtractor
 from lightning_trak.sinks import Sink
 from lightning_trak.store import FeatureStore
-from lightning_trak.trainers import autocast_of, shards_model
+from lightning_trak.trainers import autocast_of, precision_of, shards_model
 from lightning_trak.transfer import Upload
 
 AUDITED_TOGETHER = 1024  # targets that are audited as a shard is, where they come in batches
@@ -346,6 +346,12 @@ class ScoreModule(ExtractorModule):
             raise ValueError(
                 "scorer() scores what Lightning deals out, which need not be equally many batches on each rank, as a"
                 " sharded model needs: use score()"
+            )
+        precision = precision_of(self.trainer, self.extractor.output)
+        if self._store.precision not in (None, precision):
+            raise ValueError(
+                f'store "{self._store.directory}" was made with precision {self._store.precision}, this Trainer has'
+                f" precision {precision}; use another directory or the same precision"
             )
         self.extractor.reset(autocast_of(self.trainer, self.extractor.output))
         self._scorer.fit(self.trainer.strategy.root_device, Ranks.of(self.trainer))

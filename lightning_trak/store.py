@@ -251,6 +251,12 @@ class FeatureStore:
         """Whether the training data were the same twice."""
         return self._manifest["identity"].get("data") is not None
 
+    @property
+    def precision(self) -> str | None:
+        """The Trainer's precision that features were made in, if it is known."""
+        found: str | None = self._manifest["identity"].get("precision")
+        return found
+
     def require_complete(self) -> None:
         """Check that every shard is there.
 

@@ -115,9 +115,9 @@ def test_clip(tmp_path, capsys):
     sizes = ["--scenes", "64", "--size", "16", "--targets", "1", "--models", "1", "--seeds", "1", "--ks", "1", "4"]
     clip.main(["--out", str(tmp_path), *sizes])
     text = capsys.readouterr().out
-    rows = re.findall(r"^\| ([\w ]+) \| (\d+) \| (\S+) \(", text, re.MULTILINE)
+    rows = re.findall(r"^\| ([\w ]+) \| (\d+) \| (\S+) ", text, re.MULTILINE)
     methods = ("TRAK", "nearest neighbours", "random")
-    assert [row[:2] for row in rows] == [(method, k) for method in methods for k in "14"]
+    assert [row[:2] for row in rows if row[0] in methods] == [(method, k) for method in methods for k in "14"]
     assert all(-2 <= float(fall) <= 2 for *_, fall in rows)  # between two cosines
     assert -1 <= float(re.search(r"nothing removed: (\S+)", text)[1]) <= 1
     assert len(list(tmp_path.rglob("*.png"))) == 2

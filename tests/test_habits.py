@@ -236,13 +236,25 @@ def test_mixed_precision_rounds_features_not_scores(tmp_path, checkpoints, expec
     close(torch.cat(trainer.predict(trak.scorer(), DataLoader(TARGETS, batch_size=5))), scores)
 
 
-def test_one_scorer_for_trainers_of_several_precisions(tmp_path, checkpoints, expected):
+def test_a_scorer_is_refused_by_a_trainer_of_another_precision(tmp_path, checkpoints, expected):
     trak = TRAK(make_model(), checkpoints, tmp_path, **OPTIONS)
     trak.featurize(make_trainer(), TRAIN)
-    scorer = trak.scorer()
-    make_trainer(precision="bf16-true").predict(scorer, DataLoader(TARGETS, batch_size=5))
-    half = torch.cat(make_trainer(precision="bf16-true").predict(scorer, DataLoader(TARGETS, batch_size=5)))
-    assert float((half - expected).norm() / expected.norm()) < 0.1
+    scorer, loader = trak.scorer(), DataLoader(TARGETS, batch_size=5)
+    for precision in ("bf16-true", "bf16-mixed", "64-true"):
+        with pytest.raises(ValueError, match=f"made with precision 32-true, this Trainer has precision {precision}"):
+            make_trainer(precision=precision).predict(trak.scorer(), loader)
+    for _ in range(2):
+        scores = torch.cat(make_trainer().predict(scorer, loader))
+        torch.testing.assert_close(scores, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+def test_hooks_take_the_precision_of_the_trainer(tmp_path, checkpoints, precision, expected):
+    trak = TRAK(make_model(), checkpoints, tmp_path, **OPTIONS)
+    trak.featurize(make_trainer(precision=precision), TRAIN)
+    assert trak._existing_store(trak._extractor(), make_trainer(precision=precision)).settle_engine() == "hooks"
+    scores = trak.score(make_trainer(precision=precision), TARGETS)
+    assert float((scores - expected).norm() / expected.norm()) < (0.1 if precision == "bf16-true" else 1e-4)
 
 
 def test_nothing_of_ours_stays_in_the_trainer(tmp_path, checkpoints, monkeypatch):

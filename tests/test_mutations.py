@@ -229,11 +229,14 @@ def test_mutations_of_the_engine_file_are_refused(tmp_path):
     made = tmp_path, list(read_store(tmp_path)), lambda: list(read_store(tmp_path))
     (path,) = tmp_path.glob("engine-*.json")
     values = [*VALUES, "hmoks", ["hooks"], "Hooks", "functional ", "auto"]
-    variants = [json.dumps({"engine": value}).encode() for value in values]
+    variants = [json.dumps({"engine": value, "refuted": {}}).encode() for value in values]
+    variants += [
+        json.dumps({"engine": "hooks", "refuted": value}).encode() for value in (None, [], "", {"hooks": 1}, {"x": ""})
+    ]
     variants += [b"", b"{", b"{}", b'{"engin": "hooks"}', b'{"engine": "hooks", "engine": "loop"}', b'"hooks"']
     variants += [b'{"engine": "h\xefoks"}', b'{"engine": NaN}', b"[" * 100_000]
     assert refused_or_harmless(made, path.name, variants) == len(variants)
-    path.write_text('{"engine": "hmoks"}')
+    path.write_text('{"engine": "hmoks", "refuted": {}}')
     with pytest.raises(ValueError, match=r'engine-.*json" is .*engine must be one of hooks, functional, loop, got'):
         FeatureStore(tmp_path, IDENTITY, 10).settle_engine()
 

@@ -71,7 +71,7 @@ def test_what_is_written_is_read(store):
             {"parameters": [["weight", [2, 3]], ["b", [2]]]},
             r"2 parameters, this TRAK has 2 \(differing in b, bias\)",
         ),
-        ({"checkpoints": ["aa", "cc"]}, "made with other weights as checkpoint 1"),
+        ({"checkpoints": ["aa", "cc"]}, "made with other weights or buffers at checkpoint 1"),
         ({"checkpoints": ["aa"]}, "made with 2 checkpoints, this TRAK has 1"),
         ({"extra": 1}, "made with extra None, this TRAK has extra 1"),
     ],

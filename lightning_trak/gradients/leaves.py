@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -97,7 +98,7 @@ class _Reading(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         del types
         for value in tree_iter((args, kwargs)):
-            if isinstance(value, Tensor) and type(value) in (Tensor, nn.Parameter) and not value.is_sparse:
+            if isinstance(value, Tensor) and _has_memory(value):
                 name = self._names.get(value.untyped_storage().data_ptr())
                 if name is not None:
                     self.found.add(name)
@@ -107,5 +108,10 @@ class _Reading(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers that have memory of their own."""
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        if not nn.parameter.is_lazy(tensor) and type(tensor) in (Tensor, nn.Parameter) and not tensor.is_sparse:
+        if _has_memory(tensor):
             yield name, tensor
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    """Whether a tensor is a plain one, in one piece of memory."""
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided

@@ -17,17 +17,12 @@ from lightning_trak.outputs.evaluating import modules_of
 
 
 class _RowMajor(torch.autograd.Function):
-    """The identity, whose gradient is laid out row by row."""
-
-    generate_vmap_rule = True
+    """The identity, in place, whose gradient is laid out row by row."""
 
     @staticmethod
-    def forward(value: Tensor) -> Tensor:
-        return value.view_as(value)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        """Nothing is kept."""
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        ctx.mark_dirty(value)
+        return value
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
