@@ -198,7 +198,7 @@ class DrawnForTheBatch(WithLayer):
 
     def forward(self, x, mask):
         noise = torch.randn(len(x), generator=torch.Generator().manual_seed(0), dtype=x.dtype)
-        return torch.tanh(self.layer(x + noise.reshape(-1, *[1] * (x.ndim - 1))))
+        return torch.tanh(self.layer(x)) + noise.reshape(-1, *[1] * (x.ndim - 1))
 
 
 @part(ANY, Level.WILD)
