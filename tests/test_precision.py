@@ -9,6 +9,7 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_trak import TRAK, AttributionMixin
@@ -20,7 +21,7 @@ from lightning_trak.projections import IdentityProjection, KroneckerProjection, 
 from lightning_trak.retraining import RetrainingFleet, tail_patch
 from lightning_trak.store import FeatureStore
 from lightning_trak.trainers import precision_of
-from tests.lit import make_checkpoints, make_data, make_model, make_trainer
+from tests.lit import TARGETS, TRAIN, make_checkpoints, make_data, make_model, make_trainer
 from tests.zoo import ZOO, specimen
 
 
@@ -339,3 +340,38 @@ def test_a_tail_patch_asks_with_the_same_batch_each_time():
         for part, seen in ((model, data), (plain, halved))
     )
     torch.testing.assert_close(found, expected)
+
+
+def pairs(size: int) -> TensorDataset:
+    generator = torch.Generator().manual_seed(size)
+    images = torch.randn(size, 6, generator=generator)
+    return TensorDataset(images, images + 0.1 * torch.randn(size, 6, generator=generator))
+
+
+class Towers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 4), nn.Linear(6, 4)
+
+    def forward(self, images, texts):
+        return self.first(images), self.second(texts)
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+@pytest.mark.parametrize("what", ["context", "principal axes"])
+def test_what_is_learned_from_samples_follows_the_precision(tmp_path, what, precision):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = Towers()
+    if what == "context":
+        output, projection, data, targets = ContrastiveMargin(context_size=8), SparseProjection(16), pairs(20), pairs(5)
+    else:
+        module, output, data, targets = module.first, ClassificationMargin(), TRAIN, TARGETS
+        projection = KroneckerProjection(2, 2, axes="principal")
+    scores = {}
+    for name in (precision, "32-true"):
+        trak = TRAK(module, [module.state_dict()], tmp_path / name, output=output, projection=projection)
+        trak.featurize(make_trainer(precision=name), data)
+        scores[name] = trak.score(make_trainer(precision=name), targets)
+    error = float((scores[precision] - scores["32-true"]).norm() / scores["32-true"].norm())
+    assert error < (0.2 if precision == "bf16-true" else 1e-3)
