@@ -19,7 +19,7 @@ class Positions(nn.Module):
         return x + self.table(torch.arange(x.shape[1]))
 
 
-@part("sequence")
+@part("sequence", Level.ODD)  # vmap refuses some strides
 class Convolution(nn.Module):
     def __init__(self):
         super().__init__()

@@ -121,12 +121,13 @@ class Interpolated(WithLayer):
 
 @part(ANY, Level.ODD)
 class Distinct(WithLayer):
-    """Each row is computed once, however often it is there; all of them are zero for half of the examples."""
+    """Each row is computed once, however often it is there; half of them are zero."""
 
     def forward(self, x, mask):
         rows = torch.where(x[..., :1] > 0, x, torch.zeros_like(x)).reshape(-1, WIDTH)
-        distinct, where = torch.unique(rows, dim=0, return_inverse=True)
-        return x + torch.tanh(self.layer(distinct))[where].reshape(x.shape)
+        distinct, where = torch.unique(rows.detach(), dim=0, return_inverse=True)
+        first = torch.full((len(distinct),), len(rows)).scatter_reduce(0, where, torch.arange(len(rows)), "amin")
+        return x + torch.tanh(self.layer(rows[first]))[where].reshape(x.shape)
 
 
 @part("ids", Level.ODD)
@@ -197,7 +198,7 @@ class DrawnForTheBatch(WithLayer):
 
     def forward(self, x, mask):
         noise = torch.randn(len(x), generator=torch.Generator().manual_seed(0), dtype=x.dtype)
-        return torch.tanh(self.layer(x + noise.reshape(-1, *[1] * (x.ndim - 1))))
+        return torch.tanh(self.layer(x)) + noise.reshape(-1, *[1] * (x.ndim - 1))
 
 
 @part(ANY, Level.WILD)
