@@ -196,9 +196,9 @@ def _one_wild_thing(spec: Spec) -> st.SearchStrategy[Spec]:
 def alone() -> dict[str, Spec]:
     """Each part, habit and form in the plainest model, most of whose gradients are zero at the first checkpoint."""
     common = {
-        "train": (3, 3, 1, 4, 2),
-        "targets": (4, 1),
-        "batch": 3,
+        "train": (3, 3, 1, 4),
+        "targets": (1, 4),
+        "batch": 2,
         "checkpoints": ("zero_head", "random"),
         "habits": frozenset({"one_shard"}),
     }
@@ -221,6 +221,7 @@ def alone() -> dict[str, Spec]:
         pops = {"output": "loss", "form": "dict"} if name == "pops_labels" else {}
         found[name] = replace(busy, habits=busy.habits | {name}, **pops)
     found["in_place_input of floats"] = replace(floats, habits=floats.habits | {"in_place_input"})
+    floats = replace(floats, checkpoints=("random",))
     for field, table in (("output", OUTPUTS), ("returns", RETURNS), ("form", FORMS), ("selection", SELECTIONS)):
         found |= {f"{field} {name}": replace(floats, **{field: name}) for name in table}
     return found | {f"extra {name}": replace(floats, extras=(name,)) for name in EXTRAS}

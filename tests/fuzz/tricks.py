@@ -39,7 +39,7 @@ class ScaledWeights(WithLayer):
         return torch.tanh(functional_call(self.layer, scaled, (x,)))
 
 
-@part(ANY, Level.WILD)
+@part(ANY, Level.ODD)
 class Forces(WithLayer):
     """The gradient of an energy by its input."""
 
