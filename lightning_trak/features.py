@@ -297,7 +297,7 @@ class FeatureExtractor:
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:
-            if self.engine_name != "auto" or self._engine is self._slow or self.sharded:
+            if self._engine is self._slow or self.sharded:
                 raise
             # If this fails too, the model is at fault: let it say so.
             engine, features, outputs = self._slow, *self._project(self._slow, batch, working)
@@ -327,10 +327,16 @@ class FeatureExtractor:
         return features, engine.project(batch, self._bound, features).to(working)
 
     def _give_way(self, error: Exception) -> None:
-        """What it means that an engine fails where the loop does not."""
+        """What it means that an engine fails where the loop does not.
+
+        Raises:
+            EngineError: if it must not give way for a single batch.
+        """
         said = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        if self._hooks:
-            raise EngineError(f"hooks cannot differentiate {type(self.module).__name__}: {said}") from error
+        if self._hooks or self.engine_name != "auto":
+            if isinstance(error, EngineError):
+                raise error
+            raise EngineError(f"{self.how} cannot differentiate {type(self.module).__name__}: {said}") from error
         # Batch by batch, not once for all: a batch must have the same features whichever others came before.
         _told.warn(
             f"vmap cannot differentiate {type(self.module).__name__}, so its examples are differentiated one by one,"
