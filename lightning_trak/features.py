@@ -26,7 +26,7 @@ from lightning_trak.gradients import (
     coverage_report,
     select_parameters,
 )
-from lightning_trak.gradients.audit import Audit, require_independent, rounding_tolerance
+from lightning_trak.gradients.audit import Audit, require_independent
 from lightning_trak.gradients.base import EngineError, real_shape
 from lightning_trak.gradients.batch import ExampleBatch, Layout, infer_batch_size
 from lightning_trak.outputs import ModelOutput
@@ -241,14 +241,16 @@ class FeatureExtractor:
     @property
     def rounding(self) -> float:
         """The relative difference of outputs that rounding explains."""
-        weights = next(iter(self._engine.parameters.values()))
-        return rounding_tolerance(self._engine.autocast or weights.dtype)
+        return self._engine.rounding
 
     def outputs_alone(self, examples: ExampleBatch) -> Tensor:
         """The output of each example in a batch of one, at the current checkpoint."""
-        engine = LoopEngine(self.module, self.output, self.names, self._engine.autocast)
-        with self.differentiable():
-            return torch.cat([engine.alone(examples, number).detach() for number in range(examples.size)])
+        engine = (
+            self._engine if self.sharded else LoopEngine(self.module, self.output, self.names, self._engine.autocast)
+        )
+        with self.differentiable(), torch.enable_grad():
+            singles = (examples.take([number]) for number in range(examples.size))
+            return torch.cat([engine.outputs(single).detach() for single in singles])
 
     def are_same(self, one: Any, other: Any) -> bool:
         """Whether two batches of twice the same example hold the same."""
@@ -269,9 +271,8 @@ class FeatureExtractor:
             batches = [ExampleBatch(batch, 2, self.layout) for batch in (twice, other, pair)]
             alone = [self._slow.alone(batch, 0) for batch in batches[:2]]
             if alone[0].shape == (1,) and alone[0].isfinite().all() and alone[0].equal(self._slow.alone(batches[0], 0)):
-                dtype = next(iter(self._slow.parameters.values())).dtype
                 name = f"the first example {self.places[self.current or 0]}"
-                require_independent(self._slow, batches[2], torch.cat(alone), name, dtype)
+                require_independent(self._slow, batches[2], torch.cat(alone), name)
 
     @contextmanager
     def differentiable(self) -> Iterator[None]:

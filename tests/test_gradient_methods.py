@@ -140,8 +140,6 @@ def test_blocks_batches_top_k_and_scorer_agree(tmp_path, checkpoints, name, monk
     assert scores.dtype == torch.float32
     parts = trainer.predict(method.scorer(), DataLoader(TARGETS, batch_size=5))
     torch.testing.assert_close(torch.cat(parts), scores, rtol=1e-5, atol=1e-6)
-    parts = make_trainer(precision="bf16-mixed").predict(method.scorer(), DataLoader(TARGETS, batch_size=5))
-    torch.testing.assert_close(torch.cat(parts), scores, rtol=0, atol=0.05 * float(scores.abs().max()))
     top = method.score(trainer, TARGETS, top_k=4, largest=False)
     torch.testing.assert_close(top.values, scores.topk(4, largest=False).values)
     assert torch.equal(top.indices, scores.topk(4, largest=False).indices)

@@ -18,11 +18,6 @@ from lightning_trak.outputs.base import close
 from lightning_trak.projections.base import BoundProjection
 
 
-def rounding_tolerance(dtype: torch.dtype) -> float:
-    """The relative difference of two gradients that rounding alone explains, where no kink is near."""
-    return {torch.float64: 1e-7, torch.float32: 1e-3}.get(dtype, 0.05)
-
-
 class Audit:
     """Compares features with those of one example alone, by plain autograd.
 
@@ -40,9 +35,8 @@ class Audit:
         self._reference = reference
         self._projection = projection
         self._original = original
-        parameter = next(iter(reference.parameters.values()))
-        self._dtype = reference.autocast or parameter.dtype
-        self._tolerance = rounding_tolerance(self._dtype)
+        self._dtype = reference.precision
+        self._tolerance = reference.rounding
 
     def __call__(
         self,
@@ -113,7 +107,7 @@ class Audit:
             if batch.size > 1:
                 other = (number + 1) % batch.size
                 both = torch.cat([alone, reference.alone(batch, other)])
-                require_independent(reference, batch.take([number, other]), both, name, self._dtype)
+                require_independent(reference, batch.take([number, other]), both, name)
 
     def _at_fault(self, batch: ExampleBatch, number: int, expected: dict[str, Tensor]) -> str:
         """The parameters whose gradients differ, for a message."""
@@ -156,9 +150,7 @@ class Audit:
         return off <= 1e-6 * scale and float((feature.double() - whole).norm()) <= loose * float(whole.norm())
 
 
-def require_independent(
-    reference: GradientEngine, pair: ExampleBatch, alone: Tensor, name: str, dtype: torch.dtype
-) -> None:
+def require_independent(reference: GradientEngine, pair: ExampleBatch, alone: Tensor, name: str) -> None:
     """Check that outputs do not depend on what else is in a batch.
 
     Args:
@@ -166,14 +158,12 @@ def require_independent(
         pair: two examples.
         alone: the output of each of them alone, shape ``(2,)``.
         name: what to call the first one in errors.
-        dtype: precision of the outputs.
 
     Raises:
         ValueError: if they do.
     """
-    with torch.no_grad():
-        if reference.same_in_batch(pair, alone, rounding_tolerance(dtype)):
-            return
+    if reference.same_in_batch(pair, alone, reference.rounding):
+        return
     raise ValueError(_dependent(name, alone))
 
 

@@ -137,6 +137,20 @@ class GradientEngine(ABC):
             )
         return values
 
+    @property
+    def precision(self) -> torch.dtype:
+        """What forward passes compute in."""
+        return self.autocast or next(iter(self.parameters.values())).dtype.to_real()
+
+    @property
+    def rounding(self) -> float:
+        """The relative difference of two gradients that rounding alone explains, where no kink is near.
+
+        Accelerators may compute float32 as TF32, which has 10 bits.
+        """
+        single = 1e-3 if next(iter(self.parameters.values())).device.type == "cpu" else 1e-2
+        return {torch.float64: 1e-7, torch.float32: single}.get(self.precision, 0.05)
+
     def same_in_batch(self, batch: ExampleBatch, alone: Tensor, tolerance: float) -> bool:
         """See :meth:`ModelOutput.same_in_batch <lightning_trak.outputs.ModelOutput.same_in_batch>`."""
         with self._computing(), torch.enable_grad():
