@@ -76,7 +76,7 @@ def reference(spec: Spec, weights: dict[str, Tensor], examples: Examples) -> Gra
         found = [None] * len(wanted)
         if value.requires_grad:
             found = torch.autograd.grad(value.sum(), list(wanted.values()), allow_unused=True)
-        any_used |= any(gradient is not None for gradient in found)
+        any_used |= any(gradient is not None and gradient.numel() > 0 for gradient in found)
         rows.append(
             {
                 name: (torch.zeros_like(parameter) if gradient is None else gradient.to_dense()).detach().flatten()
