@@ -256,23 +256,23 @@ class FeatureExtractor:
         """Whether two batches of twice the same example hold the same."""
         return ExampleBatch(one, 2, self.layout).equals(ExampleBatch(other, 2, self.layout))
 
-    def require_independent(self, twice: Any, other: Any, pair: Any) -> None:
-        """Check that the output of an example does not depend on which other ones it is collated with.
+    def require_sound(self, twice: Any, *others: Any) -> None:
+        """Check that the output of an example depends on the copy of the module alone, and on no other example.
 
         Args:
             twice: a batch of twice the first example.
-            other: a batch of twice another example.
-            pair: the first example and the other one.
+            others: a batch of twice another example, and one of both; nothing to leave the second check out.
 
         Raises:
-            ValueError: if it does.
+            ValueError: if it does not.
         """
-        with self.differentiable(), torch.no_grad():
-            batches = [ExampleBatch(batch, 2, self.layout) for batch in (twice, other, pair)]
-            alone = [self._slow.alone(batch, 0) for batch in batches[:2]]
-            if alone[0].shape == (1,) and alone[0].isfinite().all() and alone[0].equal(self._slow.alone(batches[0], 0)):
-                name = f"the first example {self.places[self.current or 0]}"
-                require_independent(self._slow, batches[2], torch.cat(alone), name)
+        with self.differentiable():
+            batches = [ExampleBatch(batch, 2, self.layout) for batch in (twice, *others)]
+            first, _ = self._slow.one(batches[0], 0, self._users)
+            if not others or not first.isfinite().all() or not first.equal(self._slow.alone(batches[0], 0)):
+                return  # what is not finite, or random, is refused in other words
+            alone = torch.cat([first, self._slow.alone(batches[1], 0)])
+            require_independent(self._slow, batches[2], alone, f"the first example {self.places[self.current or 0]}")
 
     @contextmanager
     def differentiable(self) -> Iterator[None]:

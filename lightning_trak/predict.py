@@ -119,7 +119,7 @@ class ExtractorModule(PredictModule):
         if self.extractor.output.context_size:
             self._enter_context(checkpoint, made)
         if self._alone_and_together is not None:
-            self.extractor.require_independent(*self._alone_and_together)
+            self.extractor.require_sound(*self._alone_and_together)
         if self.extractor.undecided:
             self._settle_engine()
         if self.extractor.projection.sample_size:
@@ -151,7 +151,7 @@ class ExtractorModule(PredictModule):
         self.extractor.layout = find_layout(twice, thrice)
         self.repeatable = self.extractor.are_same(twice, again)
         sharded = self.extractor.sharded  # every forward pass of which is one of all ranks
-        self._alone_and_together = None if sharded or not last or not self.repeatable else (twice, other, pair)
+        self._alone_and_together = None if sharded else (twice, other, pair) if last and self.repeatable else (twice,)
 
     def _enter_context(self, checkpoint: int, made: dict[str, dict[str, Tensor]]) -> None:
         with torch.inference_mode(False):  # autograd saves the context
