@@ -1,7 +1,5 @@
 """What every gradient engine does: gradients of the declared output, one row per example."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
