@@ -11,7 +11,7 @@ from lightning_trak.gradients.batch import ExampleBatch
 
 SHARD, AUDITED = 1024, 2
 SIZES = {"resnet9": 32, "gpt2, 6 layers": 8}
-SETTINGS = ("hooks + SparseProjection", "hooks + KroneckerProjection", "vmap + SparseProjection")
+SETTINGS = ("hooks + SparseProjection", "hooks + KroneckerProjection")
 
 
 def audit(run: Run) -> list[Row]:

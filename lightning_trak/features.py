@@ -29,6 +29,7 @@ from lightning_trak.gradients import (
 from lightning_trak.gradients.audit import Audit, require_independent
 from lightning_trak.gradients.base import EngineError, real_shape
 from lightning_trak.gradients.batch import ExampleBatch, Layout, infer_batch_size
+from lightning_trak.gradients.soundness import require_repeatable
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.evaluating import exact_attention, modules_of
 from lightning_trak.precision import to_store_dtype
@@ -269,8 +270,10 @@ class FeatureExtractor:
         with self.differentiable():
             batches = [ExampleBatch(batch, 2, self.layout) for batch in (twice, *others)]
             first, _ = self._slow.one(batches[0], 0, self._users)
-            if not others or not first.isfinite().all() or not first.equal(self._slow.alone(batches[0], 0)):
-                return  # what is not finite, or random, is refused in other words
+            what = f"the output of {type(self.module).__name__}"
+            require_repeatable(lambda: self._slow.alone(batches[0], 0).detach(), what, first)
+            if not others or not first.isfinite().all():
+                return  # what is not finite is refused in other words
             alone = torch.cat([first, self._slow.alone(batches[1], 0)])
             require_independent(self._slow, batches[2], alone, f"the first example {self.places[self.current or 0]}")
 

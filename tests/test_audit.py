@@ -324,3 +324,20 @@ def test_leaves_that_a_forward_pass_makes_are_its_own(tmp_path):
     module = Forces()
     options = {"output": ClassificationMargin(), "projection": SparseProjection(16), "engine": "loop"}
     TRAK(module, [module.state_dict()], tmp_path, **options).featurize(make_trainer(), TRAIN)
+
+
+def test_weights_that_a_forward_pass_changes_are_refused(tmp_path):
+    class Clamping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(6, 3)
+
+        def forward(self, x):
+            logits = self.head(x)
+            self.head.weight.data.clamp_(-0.1, 0.1)
+            return logits
+
+    module = Clamping()
+    trak = TRAK(module, [module.state_dict()], tmp_path, output=ClassificationMargin(), projection=SparseProjection(16))
+    with pytest.raises(ValueError, match="output of Clamping is another one the second time, though no random numbers"):
+        trak.featurize(make_trainer(), TRAIN)

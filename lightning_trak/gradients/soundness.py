@@ -45,14 +45,20 @@ def require_repeatable(run: Callable[[], Tensor], what: str, first: Tensor | Non
         before = _random_states()
         again = run()
         same = again.shape == first.shape
+        drawn = any(not torch.equal(old, new) for old, new in zip(before, _random_states(), strict=True))
         if not same or _distance(again, first) > allowed * _norm(first):
+            if not drawn:
+                raise ValueError(
+                    f"{what} is another one the second time, though no random numbers were drawn: does a forward pass"
+                    " change weights, buffers or other state in place? It must leave the module as it was"
+                )
             raise ValueError(
                 f"{what} is random in eval mode: it is another one each time. Draw from a generator with a fixed seed,"
                 " or leave the noise out when not training (F.dropout has training=True by default: pass"
                 " training=self.training)"
             )
-        if all(torch.equal(old, new) for old, new in zip(before, _random_states(), strict=True)):
-            return  # nothing was drawn
+        if not drawn:
+            return
 
 
 def _random_states() -> list[Tensor]:
