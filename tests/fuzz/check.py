@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import lightning as L
 import torch
+from hypothesis import reject
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -75,7 +76,12 @@ def reference(spec: Spec, weights: dict[str, Tensor], examples: Examples) -> Gra
         assert value.shape == (1,), f"the specification's output has shape {tuple(value.shape)}"
         found = [None] * len(wanted)
         if value.requires_grad:
-            found = torch.autograd.grad(value.sum(), list(wanted.values()), allow_unused=True)
+            try:
+                found = torch.autograd.grad(value.sum(), list(wanted.values()), allow_unused=True)
+            except RuntimeError as error:
+                if "modified by an inplace operation" in str(error):
+                    reject()  # a part that changes its weights, used twice: not even autograd can differentiate it
+                raise
         any_used |= any(gradient is not None and gradient.numel() > 0 for gradient in found)
         rows.append(
             {
