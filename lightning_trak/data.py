@@ -206,30 +206,37 @@ class RangeLoader:
             if turn % self.trainer.world_size == rank:
                 yield part
 
-    def _rounds(self) -> Iterator[tuple[Range | None, int]]:
-        """A range of this rank's at a time, if it has one, and how many batches that takes all ranks that keep up."""
+    def _rounds(self) -> Iterator[tuple[Range | None, int, int]]:
+        """A range of this rank's at a time, if it has one; how many examples alone, and then how many batches, that is.
+
+        All ranks that keep up load equally many.
+        """
         size, rank = batch_size_of(self.loader), self.trainer.global_rank
         ranks = range(self.trainer.world_size) if self.even else range(rank, rank + 1)
         for parts in zip_longest(*map(self._own, ranks)):
-            yield parts[ranks.index(rank)], max(-(-len(part.examples) // size) for part in parts if part is not None)
+            given = [part for part in parts if part is not None]
+            audited = max(len(part.audited) for part in given)
+            yield parts[ranks.index(rank)], audited, max(-(-len(part.examples) // size) for part in given)
 
     def _plan(self) -> Iterator[tuple[bool, int | None, Sequence[int], bool]]:
         """Whether a round begins, the range's number, the examples of each batch, and whether it is one alone."""
         size = batch_size_of(self.loader)
-        for part, length in self._rounds():
-            audited = part.audited if part is not None else ()
-            for place, position in enumerate(audited):
-                assert part is not None
-                yield place == 0, part.number, [position, position], True
+        other = self.ranges[0].examples if self.ranges else range(0)
+        for part, audited, length in self._rounds():
+            for place in range(audited):
+                if part is not None and place < len(part.audited):
+                    yield place == 0, part.number, [part.audited[place]] * 2, True
+                else:
+                    yield place == 0, None, [other[0]] * 2, True
             for start in range(0, length * size, size):
                 begins = start == 0 and not audited
                 if part is not None and start < len(part.examples):
                     yield begins, part.number, part.examples[start : start + size], False
                 else:
-                    yield begins, None, self.ranges[0].examples[: min(size, 2)], False
+                    yield begins, None, other[: min(size, 2)], False
 
     def __len__(self) -> int:
-        return sum(length + (len(part.audited) if part is not None else 0) for part, length in self._rounds())
+        return sum(audited + length for _, audited, length in self._rounds())
 
     def __iter__(self) -> Iterator[IndexedBatch]:
         batches: Iterator[Any] | None = None  # with workers of its own, which end with it

@@ -237,7 +237,7 @@ class FeatureExtractor:
 
     def draw(self, checkpoint: int, examples: range) -> list[int]:
         """Which of some examples to audit at a checkpoint: the same ones in every run."""
-        return [] if self.sharded else draw_audited(examples, self.audit, f"{self.seed}/{checkpoint}")
+        return draw_audited(examples, self.audit, f"{self.seed}/{checkpoint}")
 
     @property
     def rounding(self) -> float:
@@ -292,26 +292,28 @@ class FeatureExtractor:
         ):
             yield
 
-    def _rows(self, batch: ExampleBatch, positions: Tensor, audited: Mapping[int, Any]) -> Features:
+    @property
+    def _working(self) -> torch.dtype:
+        """What gradients are projected in."""
         weights = next(iter(self._engine.parameters.values()))
-        working = torch.promote_types(weights.real.dtype if weights.is_complex() else weights.dtype, torch.float32)
+        return torch.promote_types(weights.real.dtype if weights.is_complex() else weights.dtype, torch.float32)
+
+    def _rows(self, batch: ExampleBatch, positions: Tensor, audited: Mapping[int, Any]) -> Features:
+        working = self._working
         try:
             engine, features, outputs = self._engine, *self._project(self._engine, batch, working)
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:
-            if self._engine is self._slow or self.sharded:
+            if self.sharded or self._engine is self._slow:
                 raise
             # If this fails too, the model is at fault: let it say so.
             engine, features, outputs = self._slow, *self._project(self._slow, batch, working)
             self._give_way(error)
         place = self.places[self.current or 0]
         if audited:
-            reference = LoopEngine(self.module, self.output, self.names, engine.autocast)
-            audit = Audit(engine, reference, self._bound, self._users)
-            for number, twice in audited.items():
-                single = None if twice is None else ExampleBatch(twice, 2, self.layout).take([0])
-                audit(batch, number, features, outputs, f"example {int(positions[number])} {place}", single)
+            names = {number: f"example {int(positions[number])} {place}" for number in audited}
+            self._audit(engine, batch, features, outputs, audited, names)
         features = to_store_dtype(features, self.dtype, positions, place)
         residuals, curvatures = self.output.derivatives(outputs)
         scalar = torch.promote_types(self.dtype, torch.float32)  # k numbers dwarf these three: no need to round them
@@ -323,6 +325,22 @@ class FeatureExtractor:
             )
         self._seen = True
         return Features(features, outputs.to(scalar), residuals.to(scalar), curvatures.to(scalar))
+
+    def _audit(
+        self,
+        engine: GradientEngine,
+        batch: ExampleBatch,
+        features: Tensor,
+        outputs: Tensor,
+        audited: Mapping[int, Any],
+        names: Mapping[int, str],
+    ) -> None:
+        """Differentiate some examples again: see :meth:`__call__`."""
+        reference = LoopEngine(self.module, self.output, self.names, engine.autocast)
+        audit = Audit(engine, reference, self._bound, self._users)
+        for number, twice in audited.items():
+            single = None if twice is None else ExampleBatch(twice, 2, self.layout).take([0])
+            audit(batch, number, features, outputs, names[number], single)
 
     def _project(self, engine: GradientEngine, batch: ExampleBatch, working: torch.dtype) -> tuple[Tensor, Tensor]:
         """The examples' projected gradients and outputs, in a working precision."""

@@ -20,7 +20,7 @@ from lightning_trak.gradients.base import EngineError
 from lightning_trak.gradients.batch import Layout, find_layout, infer_batch_size
 from lightning_trak.same_function import keep_examples, keeps_examples, require_as_before, require_same_outputs
 from lightning_trak.scorers.base import Scorer, Scores
-from lightning_trak.sharded import ShardedFeatureExtractor
+from lightning_trak.sharded import ANOTHER_STRATEGY, ShardedFeatureExtractor
 from lightning_trak.sinks import Sink
 from lightning_trak.store import FeatureStore
 from lightning_trak.trainers import autocast_of, precision_of, shards_model
@@ -150,6 +150,11 @@ class ExtractorModule(PredictModule):
         twice, thrice, again, other, pair = self._batches(loader, probes)
         self.extractor.layout = find_layout(twice, thrice)
         self.repeatable = self.extractor.are_same(twice, again)
+        if self.extractor.sharded and not self.repeatable:
+            raise ValueError(
+                "examples are others each time that they are loaded, so that the ranks of a sharded model would not see"
+                " the same ones: give data without random augmentation"
+            )
         sharded = self.extractor.sharded  # every forward pass of which is one of all ranks
         self._alone_and_together = None if sharded else (twice, other, pair) if last and self.repeatable else (twice,)
 
@@ -296,7 +301,12 @@ class FeaturizeModule(ExtractorModule):
             self.learn_batches(self._loader)
         self.enter(checkpoint)
         if batch.alone:
-            self._alone[int(batch.positions[0])] = batch.batch
+            if isinstance(self.extractor, ShardedFeatureExtractor):
+                alone: Any = self.extractor.one(batch.batch, int(batch.positions[0]))
+            else:
+                alone = batch.batch
+            if batch.number is not None:
+                self._alone[int(batch.positions[0])] = alone
             return
         found = {row: self._alone.pop(i) for row, i in enumerate(batch.positions.tolist()) if i in self._alone}
         rows = self.extractor(batch.batch, batch.positions, {row: self._trusted(one) for row, one in found.items()})
@@ -317,9 +327,10 @@ class FeaturizeModule(ExtractorModule):
         """
         used = self.extractor.used
         if self.extractor.engine_name != "auto" or self.extractor.sharded:
+            advice = "engine='auto', which takes another engine, or engine='loop'"
             raise ValueError(
                 f"engine={used!r} cannot differentiate this model rightly: {error}. Nothing of its shard was written;"
-                " use engine='auto', which takes another engine, or engine='loop'"
+                f" use {ANOTHER_STRATEGY if self.extractor.sharded else advice}"
             ) from error
         self.refuted = str(error)
         self._stop.requested = True

@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from lightning_trak.copies import copy_module
+from lightning_trak.distributed import Ranks
 from lightning_trak.features import FeatureExtractor
-from lightning_trak.gradients import HookEngine, ShardedHookEngine, canonical_name, coverage_report
+from lightning_trak.gradients import (
+    GradientEngine,
+    HookEngine,
+    ShardedHookEngine,
+    canonical_name,
+    coverage_report,
+)
+from lightning_trak.gradients.audit import kinks
+from lightning_trak.gradients.base import EngineError
 from lightning_trak.gradients.batch import ExampleBatch
+from lightning_trak.gradients.leaves import apart_from
 from lightning_trak.gradients.sharding import reshard
+from lightning_trak.outputs.base import close
+from lightning_trak.store import Features
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-_OTHERWISE = "use a Trainer with strategy='ddp' or a single device"
+ANOTHER_STRATEGY = "a Trainer with strategy='ddp' or a single device"
+_OTHERWISE = f"use {ANOTHER_STRATEGY}"
 
 
 class ShardedFeatureExtractor(FeatureExtractor):
@@ -142,3 +158,78 @@ class ShardedFeatureExtractor(FeatureExtractor):
         self._hooks = self._engine = engine
         self.undecided = False
         return f"{coverage_report({}, self.sizes)} and agree with the gradients of FSDP2 on the first examples"
+
+    def __call__(self, batch: Any, positions: Tensor, audited: Mapping[int, Any] = MappingProxyType({})) -> Features:
+        """Features of a batch, as of :class:`FeatureExtractor`; what is wrong on one rank is an error on all."""
+        refusal = features = None
+        try:
+            features = super().__call__(batch, positions, audited)
+        except EngineError as error:
+            refusal = error
+        world = _world()
+        if not world.all_true(refusal is None):
+            reasons = [reason for reason in world.gather(refusal and str(refusal)) if reason]
+            raise EngineError(reasons[0]) from refusal
+        assert features is not None
+        return features
+
+    def one(self, twice: Any, position: int) -> tuple[Tensor, Tensor]:
+        """The feature of one example alone; hooks are compared with FSDP2, on all ranks' examples of this call at once.
+
+        Args:
+            twice: a batch of twice the example, on the module's device. Ranks may have other examples.
+            position: what to call it in errors.
+
+        Returns:
+            Its feature, shape ``(1, k)``, and its output, shape ``(1,)``.
+
+        Raises:
+            ValueError: on all ranks, if hooks do not give the right gradients.
+        """
+        assert isinstance(self._hooks, ShardedHookEngine)
+        single = ExampleBatch(twice, 2, self.layout).take([0])
+        with self.differentiable():
+            with apart_from(self._users, self.module):
+                wrong = self._hooks.check(single)
+            if wrong:
+                reasons = "; ".join(f"{name}: {reason}" for name, reason in wrong.items())
+                numbers = ", ".join(map(str, sorted(set(_world().gather(position)))))
+                raise ValueError(
+                    f"one of the examples {numbers} {self.places[self.current or 0]}: hooks get some gradients of the"
+                    f" sharded model wrong, {_OTHERWISE}: {reasons}"
+                )
+            return self._project(self._hooks, single, self._working)
+
+    def _audit(
+        self,
+        engine: GradientEngine,
+        batch: ExampleBatch,
+        features: Tensor,
+        outputs: Tensor,
+        audited: Mapping[int, tuple[Tensor, Tensor]],
+        names: Mapping[int, str],
+    ) -> None:
+        """Compare with what :meth:`one` has found, since no rank can differentiate for itself.
+
+        Raises:
+            EngineError: if an example has another feature or output in its batch than alone.
+        """
+        del batch
+        rounding = engine.rounding
+        for number, (feature, output) in audited.items():
+            if not (output.isfinite() and features[number].isfinite().all()):
+                continue  # what is not finite is refused with its own name
+            if not close(outputs[number : number + 1], output, rounding):
+                raise EngineError(
+                    f"{names[number]}: its output is {float(outputs[number]):.6g} in its batch and {float(output):.6g}"
+                    " alone: it depends on the rest of the batch, as through padding that is not masked, or is another"
+                    " one each time"
+                )
+            off, norm = float((features[number] - feature[0]).norm()), float(feature.norm())
+            noise = 1e-2 * rounding * float(features.norm(dim=1).nan_to_num(0, 0, 0).max())
+            if off > kinks(engine.precision) * norm + noise:
+                raise EngineError(f"{names[number]}: its gradient is off by {off / norm:.2g} of its norm in its batch")
+
+
+def _world() -> Ranks:
+    return Ranks(dist.get_rank(), dist.get_world_size())

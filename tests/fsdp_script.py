@@ -1,6 +1,7 @@
 """What two processes run in `test_fsdp.py`; Lightning's launcher starts this script a second time by itself."""
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,11 +12,18 @@ from lightning_trak import TRAK
 from lightning_trak.projections import SparseProjection
 from tests.lit import make_data, make_trainer
 from tests.test_fsdp import (
+    RARE,
+    Augmented,
     Bypassing,
     Clip,
+    Closure,
     Gpt,
     Halved,
+    Neighbours,
     Net,
+    Noisy,
+    Sometimes,
+    Sorted,
     clip_trak,
     gpt_trak,
     make_pairs,
@@ -26,6 +34,7 @@ from tests.test_fsdp import (
 
 
 def main(root: Path) -> None:
+    torch.manual_seed(0)  # a closure's model is part of what its code is
     train, targets = make_data(53), make_data(11, seed=1)  # 9 shards of 6 and 6 batches of 2: neither are even
     trainer = make_trainer(strategy=ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1), devices=2)
     results: dict[str, object] = {}
@@ -60,10 +69,25 @@ def main(root: Path) -> None:
             call()
         except (ValueError, RuntimeError) as error:
             return str(error)
-        raise AssertionError("it was not refused")
+        return ""
 
     results["bypassing"] = refusal(lambda: net_trak(root, "bypassing", Bypassing()).featurize(trainer, train))
     results["halved"] = refusal(lambda: clip_trak(root, Halved(), "halved").featurize(trainer, make_pairs(4)))
+    for name, model, audit in (
+        ("sometimes", Sometimes, 8),
+        ("sorted", Sorted, 0),
+        ("neighbours", Neighbours, 2),
+        ("noisy", Noisy, 2),
+        ("closure", Closure, 2),
+    ):
+        trak = net_trak(root, name, model(), audit=audit)
+        results[name] = refusal(partial(trak.featurize, trainer, DataLoader(train, batch_size=4), shard_size=8))
+    common = Subset(train, (train.tensors[0][:, 0] < RARE).nonzero()[:, 0].tolist())
+    rare = Subset(train, [*range(10), int(train.tensors[0][:, 0].argmax())])
+    trak = net_trak(root, "sometimes in targets", Sometimes(), audit=11)
+    trak.featurize(trainer, DataLoader(common, batch_size=4))
+    results["sometimes in targets"] = refusal(lambda: trak.score(trainer, DataLoader(rare, batch_size=4)))
+    results["augmented"] = refusal(lambda: net_trak(root, "augmented", Net()).featurize(trainer, Augmented()))
     results["scorer"] = refusal(
         lambda: trainer.predict(net_trak(root, "net", Net()).scorer(), DataLoader(targets, batch_size=2))
     )

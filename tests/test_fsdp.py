@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_trak import TRAK
 from lightning_trak.data import Range, share_out
@@ -19,6 +19,8 @@ from tests.lit import LitNet, OwnLinear, make_checkpoints, make_data, make_train
 from tests.zoo import TinyGPT
 
 TRAIN, TARGETS = make_data(53), make_data(11, seed=1)
+DESCENDING = bool(TRAIN.tensors[0][0, 0] > TRAIN.tensors[0][1, 0])
+RARE = float(TRAIN.tensors[0][:, 0].topk(4).values[-1])
 
 
 class Net(LitNet):
@@ -40,6 +42,58 @@ class Bypassing(Net):
 
     def forward(self, inputs):
         return super().forward(inputs) + F.linear(torch.ones(len(inputs), 8), self.head.weight)
+
+
+class Sometimes(Net):
+    """Uses a weight outside its layer's forward as well, for a few examples, and for neither of the first two."""
+
+    def forward(self, inputs):
+        rare = (inputs[:, :1] > RARE).float()
+        return super().forward(inputs) + rare * F.linear(torch.ones(len(inputs), 8), self.head.weight)
+
+
+class Sorted(Net):
+    """Sorts its rows on the way, so that a layer's rows are another example's; the first two are in order."""
+
+    def forward(self, inputs):
+        order = inputs[:, 0].argsort(descending=DESCENDING)
+        return super().forward(inputs[order])[order.argsort()]
+
+
+class Neighbours(Net):
+    """An output that the other examples of a larger batch have a part in."""
+
+    def forward(self, inputs):
+        return super().forward(inputs) * (inputs.mean() if len(inputs) > 2 else 1)
+
+
+class Noisy(Net):
+    """Another output each time."""
+
+    def forward(self, inputs):
+        return super().forward(inputs) + torch.randn(len(inputs), 3)
+
+
+class Closure(Net):
+    """A function made in the constructor still refers to the module that was passed."""
+
+    def __init__(self):
+        super().__init__()
+        self.also = lambda inputs: self.first(inputs)
+
+    def forward(self, inputs):
+        return super().forward(inputs) + self.also(inputs)[:, :3]
+
+
+class Augmented(Dataset):
+    """Other items each time."""
+
+    def __len__(self):
+        return len(TRAIN)
+
+    def __getitem__(self, index):
+        inputs, label = TRAIN[index]
+        return inputs + torch.randn(6), label
 
 
 class Gpt(L.LightningModule):
@@ -220,6 +274,16 @@ def test_other_models_outputs_and_projections(runs, tmp_path, name, make, data):
             "gradients of the sharded model wrong, use .*strategy='ddp'.*head.weight.*outside its",
         ),
         ("halved", "first.weight has torch.float32 weights and is used in torch.bfloat16.*leave param_dtype out"),
+        (
+            "sometimes",
+            r"one of the examples \d+, \d+ at checkpoint 0 .*head.weight: hooks give it a gradient",
+        ),
+        ("sometimes in targets", r"one of the examples 0, 4 at checkpoint 0 .*head.weight: hooks give it a gradient"),
+        ("sorted", "rows of the output of first, .* do not belong"),
+        ("neighbours", r"example \d+ at checkpoint 0 .*: its output is .* in its batch and .* alone"),
+        ("noisy", "its output is .* in its batch and .* alone|hooks get some gradients"),
+        ("closure", "reads first.bias, first.weight of the module that was passed, not of the copy"),
+        ("augmented", "examples are others each time that they are loaded.*give data without random augmentation"),
         ("scorer", "equally many batches on each rank, as a sharded model needs: use score"),
         ("own", "see different shards as missing in the store"),
         ("trained", r"this \w*Net has been sharded.*pass a new one instead"),

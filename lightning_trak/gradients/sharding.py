@@ -37,10 +37,16 @@ def shard_like(whole: Tensor, like: Tensor) -> Tensor:
     )
 
 
-def squared_norm(tensor: Tensor) -> float:
-    """The sum of squares, in float64, of all parts; all ranks must ask for it."""
-    total = tensor.double().square().sum()
-    return float(total.full_tensor() if is_sharded(total) else total)  # type: ignore[attr-defined]
+def mean_over_ranks(tensor: Tensor) -> Tensor:
+    """The whole of a gradient that FSDP2 has averaged and split; of a plain tensor, the average, in place.
+
+    All ranks must ask for it.
+    """
+    if is_sharded(tensor):
+        whole: Tensor = tensor.full_tensor()  # type: ignore[attr-defined]
+        return whole
+    dist.all_reduce(tensor)
+    return tensor.div_(dist.get_world_size())
 
 
 def reshard(module: nn.Module) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,6 @@ from lightning_trak.gradients.hooks.ownership import example_weights, misplaced,
 from lightning_trak.gradients.hooks.projecting import Projecting
 from lightning_trak.gradients.hooks.sketch import Sketches
 from lightning_trak.gradients.hooks.tap import Tap
-from lightning_trak.gradients.sharding import squared_norm
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.projections.base import BoundProjection
 
@@ -52,8 +51,6 @@ class HookEngine(GradientEngine):
     Raises:
         EngineError: if a parameter's module is not covered, see :meth:`uncovered`.
     """
-
-    proves_ownership: ClassVar[bool] = True
 
     def __init__(
         self, module: nn.Module, output: ModelOutput, names: dict[str, str], autocast: torch.dtype | None = None
@@ -125,10 +122,10 @@ class HookEngine(GradientEngine):
             pairs = engine._pairs(batch)
         except EngineError as refusal:
             return wrong | dict.fromkeys(refusal.parameters or names, str(refusal))
-        norms = {name: _norm(expected) for name, (_, expected) in pairs.items()}
+        norms = {name: float(expected.norm()) for name, (_, expected) in pairs.items()}
         noise = 1e-5 * sum(norm**2 for norm in norms.values()) ** 0.5
         for name, (rows, expected) in pairs.items():
-            error = _norm([row.double() - gradient.double() for row, gradient in zip(rows, expected, strict=True)])
+            error = float((rows - expected).norm())
             rounding = rounding_of(self.autocast or self.parameters[name].dtype, self.parameters[name].device)
             if error > max(tolerance, 8 * rounding) * norms[name] + noise:
                 wrong[name] = (
@@ -137,7 +134,7 @@ class HookEngine(GradientEngine):
                 )
         return wrong
 
-    def _pairs(self, batch: ExampleBatch) -> dict[str, tuple[Sequence[Tensor], Sequence[Tensor]]]:
+    def _pairs(self, batch: ExampleBatch) -> dict[str, tuple[Tensor, Tensor]]:
         """The examples' gradients by hooks, and by autograd with a backward pass for each example.
 
         Sketches of them: the gradients of several examples may not fit in memory.
@@ -148,15 +145,20 @@ class HookEngine(GradientEngine):
         )
         found, expected = torch.zeros(2, batch.size, sketches.dim, dtype=torch.float64, device=parameters[0].device)
         self.project(batch, sketches, found)
+        self._differentiate(batch, sketches, expected)
+        return {name: (sketches.of(found, name), sketches.of(expected, name)) for name in self.parameters}
+
+    def _differentiate(self, batch: ExampleBatch, sketches: Sketches, rows: Tensor) -> None:
+        """Fill the rows with sketches of autograd's gradients, a backward pass for each example."""
+        parameters = list(self.parameters.values())
         with self._eager(parameters):
             values = self.outputs(batch)
-            for value, row in zip(values, expected.split(1), strict=True):
+            for value, row in zip(values, torch.split(rows, 1), strict=True):
                 gradients = torch.autograd.grad(
                     value, parameters, retain_graph=True, allow_unused=True, materialize_grads=True
                 )
                 for name, gradient in zip(self.parameters, gradients, strict=True):
                     sketches.add_(row, name, gradient.reshape(1, -1))
-        return {name: (list(sketches.of(found, name)), list(sketches.of(expected, name))) for name in self.parameters}
 
     def _backward(self, batch: ExampleBatch, receive: Receive) -> Tensor:
         """Run the model and let ``receive`` see each layer's input and output gradient; returns the outputs."""
@@ -210,7 +212,8 @@ class HookEngine(GradientEngine):
                 return values
             shapes = (size, *calls)
             folded = any(rows != 1 for _, rows, _, _ in calls)
-            unproven = self.proves_ownership and size > 1 and (folded or shapes not in self._met or picks_rows(values))
+            unproven = size > 1 and (folded or shapes not in self._met or picks_rows(values))
+            unproven = self._anywhere(unproven)
             weights = example_weights(size, values)
             if unproven:
                 torch.autograd.grad(values, anchor, weights, retain_graph=True, allow_unused=True)
@@ -254,6 +257,10 @@ class HookEngine(GradientEngine):
                     " examples of the batch in equal parts and in their order",
                     [name for site in self._sites if site.path == path for name in site.parameters.values()],
                 )
+
+    def _anywhere(self, needed: bool) -> bool:
+        """Whether a backward pass is needed by anyone who has to take part in it."""
+        return needed
 
     def _layout(self, batch: ExampleBatch) -> tuple[dict[nn.Module, Spread], dict[nn.Module, str]]:
         """Which modules share outputs in batches of these shapes, and which cannot be hooked."""
@@ -310,11 +317,6 @@ class HookEngine(GradientEngine):
     def _differentiating(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
         with differentiating(self.module, parameters):
             yield
-
-
-def _norm(gradients: Iterable[Tensor]) -> float:
-    """Euclidean norm of several gradients as one."""
-    return float(sum(squared_norm(gradient) for gradient in gradients) ** 0.5)
 
 
 def rounding_of(dtype: torch.dtype, device: torch.device) -> float:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_trak.gradients.batch import ExampleBatch
 from lightning_trak.gradients.hooks.coverage import Site
-from lightning_trak.gradients.hooks.engine import HookEngine, Shapes
-from lightning_trak.gradients.sharding import shard_like
+from lightning_trak.gradients.hooks.engine import HookEngine, Receive, Shapes
+from lightning_trak.gradients.hooks.sketch import Sketches
+from lightning_trak.gradients.sharding import mean_over_ranks
 from lightning_trak.outputs.evaluating import exact_attention
 
 
@@ -20,8 +21,11 @@ class ShardedHookEngine(HookEngine):
     """Hooks see inputs and output gradients, which are whole, so that sharded parameters need no gradients.
 
     Each forward and each backward pass gathers parameters from all ranks: they must call everything here equally often,
-    :meth:`check` and the very first pass with the same examples. ``requires_grad`` of the parameters must be set before
-    the first forward pass, as FSDP2 copies it then.
+    and the very first pass with the same examples. ``requires_grad`` of the parameters must be set before the first
+    forward pass, as FSDP2 copies it then.
+
+    FSDP2 averages gradients over ranks, so :meth:`check` compares averages over ranks of what each has for its own
+    examples, of which there must be equally many. All ranks find the same.
 
     Args:
         module: the model.
@@ -32,9 +36,6 @@ class ShardedHookEngine(HookEngine):
         ValueError: if a parameter's module is not covered.
     """
 
-    # Each rank's shapes are its own, and a second backward pass on some ranks alone would wait for the others for ever.
-    proves_ownership: ClassVar[bool] = False
-
     @contextmanager
     def _computing(self) -> Iterator[None]:
         """FSDP2 itself changes the module's attributes in a forward pass, so they are left as they become."""
@@ -43,7 +44,7 @@ class ShardedHookEngine(HookEngine):
             yield
 
     def _shapes(self, batch: ExampleBatch) -> Shapes:  # noqa: ARG002
-        """Anything: layouts are found once, in :meth:`check`, when all ranks have the same examples."""
+        """Anything: layouts are found once, in the first :meth:`check`, when all ranks have the same examples."""
         return ()
 
     def _outside(self) -> list[nn.Parameter]:
@@ -57,33 +58,34 @@ class ShardedHookEngine(HookEngine):
     def _differentiating(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:  # noqa: ARG002
         yield
 
-    def _pairs(self, batch: ExampleBatch) -> dict[str, tuple[Sequence[Tensor], Sequence[Tensor]]]:
-        """A rank holds its part of the gradients alone, and of one parameter the whole; the reference is FSDP2's own.
+    def _anywhere(self, needed: bool) -> bool:
+        flag = torch.tensor(int(needed), device=next(iter(self.parameters.values())).device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag)
 
-        Raises:
-            ValueError: if FSDP2 computes in another precision than that of the weights.
-        """
-        rows: dict[str, list[Tensor]] = {}
-
-        def collect(site: Site, activation: Tensor, gradient: Tensor) -> None:
-            for attribute, name in site.parameters.items():
-                like = self.parameters[name]
-                if gradient.dtype != like.dtype and self.autocast is None:
+    def _backward(self, batch: ExampleBatch, receive: Receive) -> Tensor:
+        def checked(site: Site, activation: Tensor, gradient: Tensor) -> None:
+            for name in site.parameters.values():
+                weights = self.parameters[name].dtype
+                if gradient.dtype != weights and self.autocast is None:
                     raise ValueError(
-                        f"{name} has {like.dtype} weights and is used in {gradient.dtype}; features are computed in the"
+                        f"{name} has {weights} weights and is used in {gradient.dtype}; features are computed in the"
                         " precision of the weights: leave param_dtype out of fully_shard's MixedPrecisionPolicy"
                     )
-                parts = getattr(site.layer, attribute)(site.module, activation, gradient, batch.size)
-                own = [shard_like(part, like) for part in parts.reshape(batch.size, *like.shape)]
-                rows[name] = [a + b for a, b in zip(rows[name], own, strict=True)] if name in rows else own
+            receive(site, activation, gradient)
 
-        self._backward(batch, collect)
-        expected: dict[str, list[Tensor]] = {name: [] for name in self.parameters}
+        return super()._backward(batch, checked)
+
+    def _pairs(self, batch: ExampleBatch) -> dict[str, tuple[Tensor, Tensor]]:
+        pairs = super()._pairs(batch)
+        return {name: (mean_over_ranks(found.clone()), expected) for name, (found, expected) in pairs.items()}
+
+    def _differentiate(self, batch: ExampleBatch, sketches: Sketches, rows: Tensor) -> None:
+        """FSDP2 leaves a rank its part of the average gradient; each parameter's is whole for a moment."""
         with self._eager():
-            for position in range(batch.size):
-                self.outputs(batch)[position].backward()  # type: ignore[no-untyped-call]
+            for number, row in enumerate(torch.split(rows, 1)):
+                self.outputs(batch)[number].backward()  # type: ignore[no-untyped-call]
                 for name, parameter in self.parameters.items():
                     gradient, parameter.grad = parameter.grad, None
-                    expected[name].append(torch.zeros_like(parameter) if gradient is None else gradient)
-        nothing = {name: [torch.zeros_like(one) for one in parts] for name, parts in expected.items()}
-        return {name: (rows.get(name, nothing[name]), parts) for name, parts in expected.items()}
+                    whole = torch.zeros_like(parameter) if gradient is None else gradient
+                    sketches.add_(row, name, mean_over_ranks(whole).reshape(1, -1))
