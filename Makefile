@@ -1,7 +1,7 @@
 # make demo   set everything up in .venv, then run the main job on real data
 # make test   set everything up in .venv, then run all tests
 # make fuzz   many random models and data against autograd; FUZZ_EXAMPLES=1000 by default
-# make lint   ruff and mypy
+# make lint   ruff, mypy and the import contracts
 # make docs   the documentation as HTML, in docs/_build
 PYTHON ?= python3
 FUZZ_EXAMPLES ?= 1000
@@ -23,6 +23,7 @@ lint: .venv/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 docs: .venv/.docs
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs docs/_build

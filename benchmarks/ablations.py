@@ -24,10 +24,10 @@ from benchmarks.methods import SEEDS, small
 from benchmarks.stores import featurize
 from benchmarks.tasks import Task, make_tasks
 from benchmarks.truth import MODELS, SUBSETS, Truth, kept, quiet, train_all
+from lightning_trak.features.store import Features
 from lightning_trak.projections import SparseProjection
-from lightning_trak.scorers.damping import auto_damping
-from lightning_trak.scorers.gram import DampedGram, gram_matrix
-from lightning_trak.store import Features
+from lightning_trak.scoring.damping import auto_damping
+from lightning_trak.scoring.gram import DampedGram, gram_matrix
 
 TASK = "digits MLP"
 SETTINGS = {"defaults": 1024, "published": 128}  # with k where it is not varied: the published falls from there on

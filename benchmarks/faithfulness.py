@@ -29,9 +29,9 @@ from lightning_trak.projections import (
     RademacherProjection,
     SparseProjection,
 )
-from lightning_trak.scorers import TRAKScorer
-from lightning_trak.scorers.damping import Damping
-from lightning_trak.scorers.gram import Curvature
+from lightning_trak.scoring import TRAKScorer
+from lightning_trak.scoring.damping import Damping
+from lightning_trak.scoring.gram import Curvature
 
 SEEDS = 3
 GRID: tuple[float, ...] = (0.01, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)

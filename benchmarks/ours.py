@@ -6,10 +6,10 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.models import Precision, Workload
-from lightning_trak.checkpoints import resolve_checkpoints
-from lightning_trak.features import EngineName, FeatureExtractor
+from lightning_trak.checkpoints.reading import resolve_checkpoints
+from lightning_trak.features.extractor import EngineName, FeatureExtractor
+from lightning_trak.features.store import Features
 from lightning_trak.projections import KroneckerProjection, Projection, SparseProjection
-from lightning_trak.store import Features
 
 K = 2048
 

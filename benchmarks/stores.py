@@ -8,8 +8,8 @@ from torch.utils.data import DataLoader
 from benchmarks.tasks import Task
 from benchmarks.truth import trainer_for
 from lightning_trak import TRAK
+from lightning_trak.features.store import FeatureStore
 from lightning_trak.projections import Projection
-from lightning_trak.store import FeatureStore
 
 
 def featurize(

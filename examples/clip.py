@@ -25,7 +25,7 @@ from examples.pairs import Pairs, make_scenes, read_pairs
 from lightning_trak import TRAK, AttributionMixin, TRAKCallback
 from lightning_trak.methods import RandomScores
 from lightning_trak.outputs import ContrastiveMargin, NegativeLoss
-from lightning_trak.plots import plot_brittleness, plot_pictures
+from lightning_trak.reporting.plots import plot_brittleness, plot_pictures
 from lightning_trak.retraining import Counterfactuals
 
 TEMPERATURE = 0.1

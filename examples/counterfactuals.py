@@ -20,9 +20,9 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 from examples.common import begin
 from examples.digits import EPOCHS, LitDigits, make_data, make_trainer
 from lightning_trak import TRAK, GradientCosine, GradientDot, TRAKCallback
-from lightning_trak.loggers import log_brittleness, log_mislabel_curves
 from lightning_trak.methods import RandomScores, RepresentationSimilarity
 from lightning_trak.metrics.functional import flip_labels, mislabel_detection_curve
+from lightning_trak.reporting.loggers import log_brittleness, log_mislabel_curves
 from lightning_trak.retraining import Counterfactuals
 
 

@@ -23,8 +23,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from examples import common
 from lightning_trak import TRAK, AttributionMixin, LinearDatamodelingScore, TRAKCallback
 from lightning_trak.outputs import ClassificationMargin
-from lightning_trak.plots import plot_attributions
 from lightning_trak.projections import SparseProjection
+from lightning_trak.reporting.plots import plot_attributions
 from lightning_trak.retraining import RetrainingFleet, random_subsets
 
 NUM_TRAIN, NUM_TARGETS, EPOCHS = 1500, 297, 16

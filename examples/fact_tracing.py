@@ -23,7 +23,7 @@ from examples.facts import PAD, make_data, make_facts
 from examples.language_model import LitCausalLM, small_gpt2
 from lightning_trak import TRAK, TRAKCallback
 from lightning_trak.methods import BM25, RandomScores
-from lightning_trak.plots import plot_outcomes
+from lightning_trak.reporting.plots import plot_outcomes
 from lightning_trak.retraining import RetrainingFleet, joint_removal_mask
 
 

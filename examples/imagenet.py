@@ -26,9 +26,9 @@ from transformers import ResNetConfig, ResNetForImageClassification
 from examples.images import ImageFolder, write_crops
 from lightning_trak import TRAK, AttributionMixin, TRAKCallback
 from lightning_trak.outputs import ClassificationMargin
-from lightning_trak.plots import plot_attributions
 from lightning_trak.projections import SparseProjection
-from lightning_trak.scorers import TopK
+from lightning_trak.reporting.plots import plot_attributions
+from lightning_trak.scoring import TopK
 
 
 class LitResNet(AttributionMixin, L.LightningModule):

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from examples.common import read_rows
-from lightning_trak.plots import Picture
+from lightning_trak.reporting.plots import Picture
 
 COLOURS = {
     "red": (220, 40, 40),

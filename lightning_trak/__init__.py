@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Any
 from lightning_trak.version import __version__
 
 if TYPE_CHECKING:
-    from lightning_trak.callback import TRAKCallback
+    from lightning_trak.callbacks import TRAKCallback
     from lightning_trak.methods import TRAK, GradientCosine, GradientDot, TracIn
     from lightning_trak.metrics import LinearDatamodelingScore
-    from lightning_trak.module import AttributionMixin
+    from lightning_trak.outputs import AttributionMixin
 
 _HOMES = {
     "TRAK": "methods",
-    "AttributionMixin": "module",
+    "AttributionMixin": "outputs",
     "GradientCosine": "methods",
     "GradientDot": "methods",
     "LinearDatamodelingScore": "metrics",
-    "TRAKCallback": "callback",
+    "TRAKCallback": "callbacks",
     "TracIn": "methods",
 }
 

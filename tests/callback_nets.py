@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_trak.snapshots import SnapshotSeries
+from lightning_trak.checkpoints.series import SnapshotSeries
 
 BATCHES = 4  # of an epoch
 

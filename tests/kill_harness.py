@@ -15,8 +15,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_trak import TRAK
+from lightning_trak.features.store import FeatureStore
 from lightning_trak.projections import SparseProjection
-from lightning_trak.store import FeatureStore
 from tests.lit import make_checkpoints, make_data, make_model, make_trainer
 
 NUM_SHARDS = 24  # 12 at each of two checkpoints

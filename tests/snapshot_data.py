@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lightning_trak.snapshots import ParameterGroup, SnapshotSeries
+from lightning_trak.checkpoints.series import ParameterGroup, SnapshotSeries
 
 GROUPS = [ParameterGroup(0, "AdamW", 0.1, 0.01, ("a.weight", "e")), ParameterGroup(1, "Rprop", 1e-3, None, ())]
 

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from lightning_trak import TRAK
 from lightning_trak.projections import SparseProjection
-from lightning_trak.stopping import Terminated
+from lightning_trak.running.stopping import Terminated
 from tests.lit import TARGETS, TRAIN, make_checkpoints, make_model, make_trainer
 from tests.test_stopping import Signalling, shards
 

@@ -10,11 +10,11 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from lightning_trak import TRAK
+from lightning_trak.features.store import FeatureStore
 from lightning_trak.gradients import LoopEngine, select_parameters
 from lightning_trak.gradients.batch import ExampleBatch
 from lightning_trak.outputs import ClassificationMargin
 from lightning_trak.projections import GaussianProjection, IdentityProjection, KroneckerProjection, SparseProjection
-from lightning_trak.store import FeatureStore
 from tests.lit import TARGETS, TRAIN, LitNet, attribute, beyond_hooks, make_data, make_model, make_trainer
 from tests.zoo import ZOO, specimen
 
@@ -118,7 +118,7 @@ def test_blocks_of_targets_change_nothing(tmp_path, checkpoints, expected, monke
 
 
 def test_blocks_of_gradients_change_nothing(tmp_path, checkpoints, expected, monkeypatch):
-    monkeypatch.setattr("lightning_trak.features.GRADIENT_BYTES", 1000)
+    monkeypatch.setattr("lightning_trak.features.extractor.GRADIENT_BYTES", 1000)
     torch.testing.assert_close(attribute(tmp_path, checkpoints), expected)
 
 

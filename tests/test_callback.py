@@ -14,9 +14,9 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging
 
-from lightning_trak.callback import TRAKCallback
-from lightning_trak.checkpoints import resolve_checkpoints
-from lightning_trak.snapshots import SnapshotSeries
+from lightning_trak.callbacks.snapshots import TRAKCallback
+from lightning_trak.checkpoints.reading import resolve_checkpoints
+from lightning_trak.checkpoints.series import SnapshotSeries
 from tests.callback_nets import History, Net, TwoOptimizers, epochs, fit, steps
 
 # --- when ---------------------------------------------------------------------------------------------------------
@@ -69,7 +69,7 @@ def test_time_trigger_counts_from_the_last_save(
 
     clock = Clock()
     # the callback's own name for the module, so that Lightning's timers keep their clock
-    monkeypatch.setattr("lightning_trak.callback.time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr("lightning_trak.callbacks.snapshots.time", SimpleNamespace(monotonic=lambda: clock.now))
     callback = TRAKCallback(tmp_path, train_time_interval=timedelta(seconds=interval), save_last=False)
     fit(clock, callback, accumulate_grad_batches=accumulate)
     assert steps(tmp_path) == expected

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from lightning_trak.checkpoints import resolve_checkpoints
+from lightning_trak.checkpoints.reading import resolve_checkpoints
 from tests.launch import run_together
 
 DISTRIBUTED = """
@@ -18,9 +18,9 @@ DISTRIBUTED = """
     import lightning as L, torch
     from lightning.pytorch.strategies import ModelParallelStrategy
     from safetensors import SafetensorError
-    from lightning_trak.callback import TRAKCallback
-    from lightning_trak.checkpoints import resolve_checkpoints
-    from lightning_trak.snapshots import SnapshotSeries
+    from lightning_trak.callbacks.snapshots import TRAKCallback
+    from lightning_trak.checkpoints.reading import resolve_checkpoints
+    from lightning_trak.checkpoints.series import SnapshotSeries
     from tests.callback_nets import Net, loader
 
     class Sharded(Net):

@@ -14,9 +14,9 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
-from lightning_trak.callback import TRAKCallback
-from lightning_trak.checkpoints import resolve_checkpoints
-from lightning_trak.snapshots import SnapshotSeries
+from lightning_trak.callbacks.snapshots import TRAKCallback
+from lightning_trak.checkpoints.reading import resolve_checkpoints
+from lightning_trak.checkpoints.series import SnapshotSeries
 from tests.callback_nets import Net, fit, loader, make_trainer, steps
 
 # --- which run ----------------------------------------------------------------------------------------------------

@@ -15,8 +15,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from lightning_trak.checkpoints import resolve_checkpoints
-from lightning_trak.snapshots import SnapshotSeries
+from lightning_trak.checkpoints.reading import resolve_checkpoints
+from lightning_trak.checkpoints.series import SnapshotSeries
 from tests.snapshot_data import GROUPS, assert_equal, fill, make_state_dict
 
 # --- reading any kind of checkpoint -------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from examples.digits import LitDigits
 from examples.digits_data import DigitsData
 from lightning_trak import TRAK, GradientCosine, LinearDatamodelingScore
-from lightning_trak.cli import AttributionCLI, main
+from lightning_trak.cli.commands import AttributionCLI, main
 from lightning_trak.projections import SparseProjection
 from lightning_trak.retraining.members import Member, MemberStore
 from tests.lit import make_trainer
@@ -231,6 +231,6 @@ def test_a_terminal_need_not_have_every_letter(monkeypatch):
 
 def test_without_jsonargparse(monkeypatch):
     monkeypatch.setitem(sys.modules, "jsonargparse", None)
-    monkeypatch.delitem(sys.modules, "lightning_trak.cli")
+    monkeypatch.delitem(sys.modules, "lightning_trak.cli.commands")
     with pytest.raises(ModuleNotFoundError, match=r'needs jsonargparse: pip install "lightning-trak\[cli\]"'):
-        import lightning_trak.cli  # noqa: F401
+        import lightning_trak.cli.commands  # noqa: F401

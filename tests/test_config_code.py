@@ -5,7 +5,7 @@ import sys
 import pytest
 import yaml
 
-from lightning_trak.cli import main
+from lightning_trak.cli.commands import main
 
 OWN = """
 import functools
@@ -108,7 +108,7 @@ ATTACKS = {
     "other packages": (method(named("numpy.testing.runstring", astr=PYTHON, dict={})), FOREIGN),
     "other packages, not called": (method("torch.utils.collect_env.run"), FOREIGN),
     "by way of the own module": (method(named("own_code.runstring", astr=PYTHON, dict={})), FOREIGN),
-    "this package": (method("lightning_trak.files.write_atomically"), FOREIGN),
+    "this package": (method("lightning_trak.storage.files.write_atomically"), FOREIGN),
     "pickles": (method(named("torch.load", f="x.pt", weights_only=False)), FOREIGN),
     "where anything will do": (
         {"model": named("own_code.Own", anything=named("numpy.testing.runstring", astr=PYTHON, dict={}))},

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_trak import TRAK
-from lightning_trak.copies import Original, copy_module, state_digest
+from lightning_trak.checkpoints.copies import Original, copy_module, state_digest
 from lightning_trak.methods import RepresentationSimilarity
 from lightning_trak.projections import SparseProjection
 from tests.lit import TARGETS, TRAIN, LitNet, make_checkpoints, make_model, make_trainer

@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from lightning_trak import TRAK
+from lightning_trak.features.store import Features, FeatureStore
 from lightning_trak.methods.influence import InfluenceFunction
 from lightning_trak.outputs import ClassificationMargin
-from lightning_trak.scorers import TRAKScorer
-from lightning_trak.scorers.damping import auto_damping, require_damping
-from lightning_trak.scorers.gram import gram_matrix
-from lightning_trak.store import Features, FeatureStore
+from lightning_trak.scoring import TRAKScorer
+from lightning_trak.scoring.damping import auto_damping, require_damping
+from lightning_trak.scoring.gram import gram_matrix
 
 CPU = torch.device("cpu")
 

@@ -19,9 +19,9 @@ from torch.utils.data import (
 )
 
 from lightning_trak import TRAK
-from lightning_trak.data import Range, share_out
 from lightning_trak.outputs import ClassificationMargin
 from lightning_trak.projections import SparseProjection
+from lightning_trak.running.data import Range, share_out
 from tests.lit import TARGETS, TRAIN, LitNet, attribute, make_data, make_trainer
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -252,7 +252,7 @@ def test_ranks_that_keep_up_stop_before_the_same_round(world_size, monkeypatch):
     ]
     stops = [loaders[0].stop for loaders in ranks]
     monkeypatch.setattr(
-        "lightning_trak.distributed.Ranks.all_true", lambda _, __: not any(stop.requested for stop in stops)
+        "lightning_trak.running.ranks.Ranks.all_true", lambda _, __: not any(stop.requested for stop in stops)
     )
     together = [itertools.chain(*loaders) for loaders in ranks]
     steps = 0

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from examples.counterfactuals import DigitsMLP
 from examples.digits import make_data as make_digits
 from lightning_trak import TRAK, TRAKCallback
-from lightning_trak.snapshots import ParameterGroup, SnapshotSeries
+from lightning_trak.checkpoints.series import ParameterGroup, SnapshotSeries
 from tests.lit import TARGETS, TRAIN, LitNet, make_model, make_trainer
 
 DOCS = Path(__file__).parents[1] / "docs"

@@ -3,11 +3,11 @@ import pytest
 import torch
 from PIL import Image
 
-from lightning_trak.explanations import Entry, Example, Explanation, explain
-from lightning_trak.items import describe_item, find_image
-from lightning_trak.reports import page, picture, png, table
-from lightning_trak.scorers import TopK
-from lightning_trak.scores import SavedScores, load_ground_truth
+from lightning_trak.reporting.explanations import Entry, Example, Explanation, explain
+from lightning_trak.reporting.html import page, picture, png, table
+from lightning_trak.reporting.items import describe_item, find_image
+from lightning_trak.reporting.scores import SavedScores, load_ground_truth
+from lightning_trak.scoring import TopK
 
 
 @pytest.mark.parametrize(

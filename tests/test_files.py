@@ -18,7 +18,9 @@ import torch
 from safetensors import SafetensorError
 
 from lightning_trak import TRAK
-from lightning_trak.files import (
+from lightning_trak.projections import SparseProjection
+from lightning_trak.reporting.scores import SavedScores
+from lightning_trak.storage.files import (
     DamagedFileError,
     load_metadata,
     load_tensors,
@@ -28,10 +30,8 @@ from lightning_trak.files import (
     write_atomically,
     write_json,
 )
-from lightning_trak.paths import local_directory, local_path
-from lightning_trak.projections import SparseProjection
-from lightning_trak.schemas import anything
-from lightning_trak.scores import SavedScores
+from lightning_trak.storage.paths import local_directory, local_path
+from lightning_trak.storage.schemas import anything
 from tests.lit import TARGETS, TRAIN, make_model, make_trainer
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([True, False])}
@@ -105,7 +105,7 @@ def test_errors_of_reading_are_not_damage(tmp_path, monkeypatch):
         def fail(*args, said=said, **options):
             raise said
 
-        monkeypatch.setattr("lightning_trak.files.safe_open", fail)
+        monkeypatch.setattr("lightning_trak.storage.files.safe_open", fail)
         with pytest.raises(OSError, match=r"tensors.*Input/output error|Input/output error.*tensors"):
             load_tensors(tmp_path / "tensors")
 

@@ -121,7 +121,7 @@ def test_all_methods_share_a_store(tmp_path, checkpoints, expected, monkeypatch)
             for place in ("store", name)
         )
         with monkeypatch.context() as patched:
-            patched.setattr("lightning_trak.features.FeatureExtractor.__call__", None)
+            patched.setattr("lightning_trak.features.extractor.FeatureExtractor.__call__", None)
             shared.featurize(make_trainer(), TRAIN)
         assert torch.equal(shared.score(make_trainer(), TARGETS), own.attribute(make_trainer(), TRAIN, TARGETS))
     assert {path: path.stat().st_mtime_ns for path in files} == files

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, random_split
 
 from lightning_trak import TRAK, AttributionMixin
-from lightning_trak.features import FeatureExtractor
+from lightning_trak.features.extractor import FeatureExtractor
 from lightning_trak.outputs import ClassificationMargin, NegativeLoss
 from lightning_trak.projections import IdentityProjection, SparseProjection
 from tests.lit import TARGETS, TRAIN, LitNet, attribute, beyond_hooks, make_data, make_model, make_trainer
@@ -150,7 +150,7 @@ def test_a_full_memory_is_not_a_reason_for_the_loop(tmp_path, checkpoints, monke
     def full(*args):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("lightning_trak.features.HookEngine.project", full)
+    monkeypatch.setattr("lightning_trak.features.extractor.HookEngine.project", full)
     with pytest.raises(torch.cuda.OutOfMemoryError):
         attribute(tmp_path, checkpoints)
 

@@ -7,9 +7,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_trak import GradientCosine, TracIn, TRAKCallback
+from lightning_trak.checkpoints.series import ParameterGroup, SnapshotSeries
 from lightning_trak.gradients import last_layer
 from lightning_trak.projections import IdentityProjection, SparseProjection
-from lightning_trak.snapshots import ParameterGroup, SnapshotSeries
 from tests.lit import TARGETS, TRAIN, LitNet, make_model, make_trainer
 
 

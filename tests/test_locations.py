@@ -10,10 +10,10 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.registry import known_implementations
 
-from lightning_trak.callback import TRAKCallback
-from lightning_trak.checkpoints import resolve_checkpoints
-from lightning_trak.locations import locate
-from lightning_trak.snapshots import SnapshotSeries
+from lightning_trak.callbacks.snapshots import TRAKCallback
+from lightning_trak.checkpoints.reading import resolve_checkpoints
+from lightning_trak.checkpoints.series import SnapshotSeries
+from lightning_trak.storage.locations import locate
 from tests.callback_nets import fit, steps
 from tests.snapshot_data import assert_equal, fill, make_state_dict
 

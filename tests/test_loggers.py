@@ -14,8 +14,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.data import DataLoader
 
 from lightning_trak import TRAK, LinearDatamodelingScore, TRAKCallback
-from lightning_trak.loggers import (
-    AttributionEvaluation,
+from lightning_trak.callbacks import AttributionEvaluation
+from lightning_trak.methods import RandomScores
+from lightning_trak.metrics.functional import mislabel_detection_curve
+from lightning_trak.projections import SparseProjection
+from lightning_trak.reporting.loggers import (
     CSVLoggerWriter,
     LoggerWriter,
     log_attributions,
@@ -24,11 +27,8 @@ from lightning_trak.loggers import (
     log_mislabel_curves,
     writers_for,
 )
-from lightning_trak.methods import RandomScores
-from lightning_trak.metrics.functional import mislabel_detection_curve
-from lightning_trak.projections import SparseProjection
 from lightning_trak.retraining import Retrained, random_subsets
-from lightning_trak.scorers import TopK
+from lightning_trak.scoring import TopK
 from lightning_trak.tables import Table
 from tests.lit import TARGETS, TRAIN, LitNet, make_trainer
 from tests.test_counterfactuals import example

@@ -5,7 +5,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_trak import TRAK
-from lightning_trak.features import FeatureExtractor
+from lightning_trak.features.extractor import FeatureExtractor
 from lightning_trak.outputs import ClassificationMargin, ContrastiveMargin
 from lightning_trak.projections import KroneckerProjection, SparseProjection
 from tests.lit import make_trainer

@@ -7,11 +7,11 @@ import os
 import pytest
 import torch
 
-from lightning_trak.files import write_json
+from lightning_trak.features.store import Features, FeatureStore
 from lightning_trak.retraining import read_fleet
 from lightning_trak.retraining.members import Member, MemberStore
-from lightning_trak.schemas import boolean, integer, items, one_of, parse_json, record, text, with_checksum
-from lightning_trak.store import Features, FeatureStore
+from lightning_trak.storage.files import write_json
+from lightning_trak.storage.schemas import boolean, integer, items, one_of, parse_json, record, text, with_checksum
 
 IDENTITY = {
     "seed": 0,

@@ -17,10 +17,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightning_trak import TRAK, AttributionMixin, TRAKCallback
-from lightning_trak.checkpoints import resolve_checkpoints
+from lightning_trak.checkpoints.reading import resolve_checkpoints
+from lightning_trak.checkpoints.series import SnapshotSeries
 from lightning_trak.outputs import ClassificationMargin, ModelOutput
 from lightning_trak.projections import IdentityProjection
-from lightning_trak.snapshots import SnapshotSeries
 from tests.lit import TARGETS, TRAIN, make_trainer
 from tests.snapshot_data import assert_equal
 

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_trak.module import AttributionMixin
 from lightning_trak.outputs import (
     CausalLMMargin,
     ClassificationMargin,
@@ -20,6 +19,7 @@ from lightning_trak.outputs import (
     RegressionOutput,
     Seq2SeqLMMargin,
 )
+from lightning_trak.outputs.mixin import AttributionMixin
 
 
 @pytest.fixture(autouse=True)

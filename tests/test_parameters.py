@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_trak.gradients import canonical_name, last_layer, select_parameters
+from lightning_trak.checkpoints.names import canonical_name
+from lightning_trak.gradients import last_layer, select_parameters
 
 
 class Tied(nn.Module):

@@ -5,7 +5,7 @@ import torch
 from matplotlib.image import imread
 
 from lightning_trak.metrics.functional import mislabel_detection_curve
-from lightning_trak.plots import (
+from lightning_trak.reporting.plots import (
     Picture,
     plot_attributions,
     plot_brittleness,

@@ -13,14 +13,13 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_trak import TRAK, AttributionMixin
+from lightning_trak.features.store import FeatureStore
 from lightning_trak.gradients import HookEngine, LoopEngine, MixedEngine, select_parameters
 from lightning_trak.gradients.batch import ExampleBatch
+from lightning_trak.gradients.precision import explained_bfloat16, precision_of, to_store_dtype
 from lightning_trak.outputs import ClassificationMargin, ContrastiveMargin
-from lightning_trak.precision import explained_bfloat16, to_store_dtype
 from lightning_trak.projections import IdentityProjection, KroneckerProjection, SparseProjection
 from lightning_trak.retraining import RetrainingFleet, tail_patch
-from lightning_trak.store import FeatureStore
-from lightning_trak.trainers import precision_of
 from tests.lit import TARGETS, TRAIN, make_checkpoints, make_data, make_model, make_trainer
 from tests.zoo import ZOO, specimen
 

@@ -7,10 +7,10 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_trak import TRAK
+from lightning_trak.features.store import FeatureStore
 from lightning_trak.outputs import ClassificationMargin
 from lightning_trak.projections import IdentityProjection, KroneckerProjection
 from lightning_trak.projections.principal import PrincipalAxes
-from lightning_trak.store import FeatureStore
 
 
 def matrices(length=60, columns=9, count=30, decay=0.6):

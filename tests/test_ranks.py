@@ -4,13 +4,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lightning_trak.distributed import Ranks
+from lightning_trak.running.ranks import Ranks
 
 
 @pytest.mark.parametrize("shape", [(), (3, 0), (7,), (5, 6)])
 def test_nccl_sums_what_lies_on_the_host_in_bounded_parts(monkeypatch, shape):
     sizes = []
-    monkeypatch.setattr("lightning_trak.distributed._SUM_BYTES", 4 * 8)  # bytes: four numbers at a time
+    monkeypatch.setattr("lightning_trak.running.ranks._SUM_BYTES", 4 * 8)  # bytes: four numbers at a time
     monkeypatch.setattr(dist, "get_backend", lambda: "nccl")
     monkeypatch.setattr(dist, "all_reduce", lambda tensor: sizes.append(tensor.numel()) or tensor.mul_(2))
     monkeypatch.setattr(torch.Tensor, "cuda", torch.Tensor.clone)

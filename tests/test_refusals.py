@@ -11,10 +11,10 @@ from torch.utils.data import (
 )
 
 from lightning_trak import TRAK, AttributionMixin
+from lightning_trak.features.store import FeatureStore
 from lightning_trak.methods import Explicit, InfluenceFunction
 from lightning_trak.outputs import ClassificationMargin, NegativeLoss
 from lightning_trak.projections import GaussianProjection, IdentityProjection, SparseProjection
-from lightning_trak.store import FeatureStore
 from tests.lit import TARGETS, TRAIN, LitNet, attribute, make_data, make_model, make_trainer
 
 
@@ -89,7 +89,7 @@ def test_a_finished_store_is_not_computed_again(tmp_path, checkpoints, monkeypat
     trak = TRAK(make_model(), checkpoints, tmp_path, projection=SparseProjection(32))
     trak.featurize(make_trainer(), TRAIN)
     stamps = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("shard*")}
-    monkeypatch.setattr("lightning_trak.features.FeatureExtractor.__call__", None)
+    monkeypatch.setattr("lightning_trak.features.extractor.FeatureExtractor.__call__", None)
     trak.featurize(make_trainer(), TRAIN)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("shard*")} == stamps
 
@@ -236,7 +236,7 @@ def test_a_store_that_cannot_be_written_can_be_scored(tmp_path, checkpoints, exp
     def refuse(*args):
         raise PermissionError("read only")
 
-    monkeypatch.setattr("lightning_trak.store.FeatureStore.write_extra", refuse)
+    monkeypatch.setattr("lightning_trak.features.store.FeatureStore.write_extra", refuse)
     with pytest.warns(UserWarning, match="Gram matrix cannot be kept .*: read only"):
         assert torch.equal(trak.score(make_trainer(), TARGETS), expected)
 

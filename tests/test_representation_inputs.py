@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from lightning_trak.methods import DataShapley, KNNShapley, RepresentationSimilarity
-from lightning_trak.methods.similarity import similarity_matrix
+from lightning_trak.methods.baselines.similarity import similarity_matrix
 from tests.lit import LitNet, make_checkpoints, make_data, make_model, make_trainer
 
 TRAIN, TARGETS = make_data(30), make_data(8, seed=1)

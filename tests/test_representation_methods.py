@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_trak.methods import KNNShapley, RepresentationSimilarity
-from lightning_trak.methods.knn_shapley import knn_shapley_values
+from lightning_trak.methods.baselines.knn_shapley import knn_shapley_values
 from lightning_trak.outputs import ContrastiveMargin
 from tests.lit import TARGETS, TRAIN, LitNet, make_data, make_model, make_trainer
 from tests.zoo import specimen

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_trak import TRAK
+from lightning_trak.features.stored_examples import NotStorableError, pack, unpack
 from lightning_trak.gradients.batch import ExampleBatch, find_layout
 from lightning_trak.outputs import ClassificationMargin
 from lightning_trak.projections import SparseProjection
-from lightning_trak.stored_examples import NotStorableError, pack, unpack
 from tests.lit import TARGETS, TRAIN, LitNet, make_checkpoints, make_trainer
 
 SCALE = [1.0]  # a name that is no type

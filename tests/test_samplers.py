@@ -16,7 +16,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from lightning_trak.loaders import as_loader, batch_size_of
+from lightning_trak.running.loaders import as_loader, batch_size_of
 from tests.lit import TRAIN, attribute
 
 COUNT = len(TRAIN)

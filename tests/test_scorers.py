@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_trak.distributed import Ranks
-from lightning_trak.scorers import GradientDotScorer, TRAKScorer
-from lightning_trak.scorers.gram import DampedGram, gram_matrix
-from lightning_trak.scorers.topk import TopK, block_top_k, merge_top_k
-from lightning_trak.store import Features, FeatureStore
+from lightning_trak.features.store import Features, FeatureStore
+from lightning_trak.running.ranks import Ranks
+from lightning_trak.scoring import GradientDotScorer, TRAKScorer
+from lightning_trak.scoring.gram import DampedGram, gram_matrix
+from lightning_trak.scoring.topk import TopK, block_top_k, merge_top_k
 
 N, K, M = 50, 6, 3
 CPU = torch.device("cpu")
@@ -114,7 +114,7 @@ def test_merging_keeps_global_positions():
 def test_the_gram_matrix_is_read_again_only_if_features_changed(store, monkeypatch):
     calls = []
     monkeypatch.setattr(
-        "lightning_trak.scorers.trak.gram_matrix", lambda *args: calls.append(args) or gram_matrix(*args)
+        "lightning_trak.scoring.trak.gram_matrix", lambda *args: calls.append(args) or gram_matrix(*args)
     )
 
     def fit():
@@ -268,7 +268,7 @@ def test_the_damping_that_was_chosen_is_told(tmp_path, monkeypatch, dampings, sa
     for checkpoint in range(len(dampings)):
         phi = torch.randn(8, K, generator=torch.Generator().manual_seed(checkpoint))
         store.write(checkpoint, 0, Features(phi, *torch.full((3, 8), 0.5)))
-    monkeypatch.setattr("lightning_trak.scorers.trak.rank_zero_info", told.append)
-    monkeypatch.setattr("lightning_trak.scorers.trak.auto_damping", lambda *args: next(chosen))
+    monkeypatch.setattr("lightning_trak.scoring.trak.rank_zero_info", told.append)
+    monkeypatch.setattr("lightning_trak.scoring.trak.auto_damping", lambda *args: next(chosen))
     TRAKScorer(store, "gauss_newton", "auto", "per_checkpoint", 0.0).fit(CPU)
     assert told == [f"TRAK: {said}"]

@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lightning_trak.files import save_tensors
-from lightning_trak.scorers.topk import TopK
-from lightning_trak.scores import SavedScores, load_ground_truth
+from lightning_trak.reporting.scores import SavedScores, load_ground_truth
+from lightning_trak.scoring.topk import TopK
+from lightning_trak.storage.files import save_tensors
 
 SCORES = torch.randn(3, 9, generator=torch.Generator().manual_seed(0))
 TOP = TopK(*SCORES.topk(4))

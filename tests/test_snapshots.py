@@ -17,9 +17,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from lightning_trak.checkpoints import resolve_checkpoints
-from lightning_trak.files import tensor_digest
-from lightning_trak.snapshots import SnapshotSeries
+from lightning_trak.checkpoints.reading import resolve_checkpoints
+from lightning_trak.checkpoints.series import SnapshotSeries
+from lightning_trak.storage.files import tensor_digest
 from tests.snapshot_data import GROUPS, assert_equal, fill, make_state_dict
 
 # --- the series ---------------------------------------------------------------------------------------------------
@@ -189,7 +189,7 @@ def test_a_crash_leaves_earlier_snapshots_and_a_later_save_works(
 KILLED = """
     import os, signal, sys
     import safetensors.torch, torch
-    from lightning_trak.snapshots import SnapshotSeries
+    from lightning_trak.checkpoints.series import SnapshotSeries
 
     directory, stage = sys.argv[1:]
     series = SnapshotSeries(directory)

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import safetensors.torch
 
-from lightning_trak.checkpoints import resolve_checkpoints
-from lightning_trak.schemas import with_checksum
-from lightning_trak.snapshots import SnapshotSeries
+from lightning_trak.checkpoints.reading import resolve_checkpoints
+from lightning_trak.checkpoints.series import SnapshotSeries
+from lightning_trak.storage.schemas import with_checksum
 from tests.snapshot_data import GROUPS, assert_equal, fill, make_state_dict
 
 FILE = "snapshot-00000020.safetensors"

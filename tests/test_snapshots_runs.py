@@ -17,9 +17,9 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from lightning_trak.callback import TRAKCallback
-from lightning_trak.checkpoints import resolve_checkpoints
-from lightning_trak.snapshots import SnapshotSeries
+from lightning_trak.callbacks.snapshots import TRAKCallback
+from lightning_trak.checkpoints.reading import resolve_checkpoints
+from lightning_trak.checkpoints.series import SnapshotSeries
 from tests.callback_nets import Net, fit, loader, make_trainer, steps
 from tests.snapshot_data import GROUPS, assert_equal, make_state_dict
 
@@ -234,7 +234,7 @@ def test_the_directory_is_free_after_any_end(tmp_path: Path) -> None:
 
 KILLED = """
     import os, signal, sys
-    from lightning_trak.snapshots import SnapshotSeries
+    from lightning_trak.checkpoints.series import SnapshotSeries
 
     series = SnapshotSeries(sys.argv[1])
     print(series.begin(), flush=True)

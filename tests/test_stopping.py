@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_trak import TRAK
 from lightning_trak.projections import SparseProjection
-from lightning_trak.stopping import Terminated
+from lightning_trak.running.stopping import Terminated
 from tests.launch import ROOT, run_together
 from tests.lit import TARGETS, TRAIN, make_model, make_trainer
 

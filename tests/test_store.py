@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lightning_trak.files import save_tensors, tensor_digest, write_atomically
-from lightning_trak.store import Features, FeatureStore
+from lightning_trak.features.store import Features, FeatureStore
+from lightning_trak.storage.files import save_tensors, tensor_digest, write_atomically
 
 IDENTITY = {
     "seed": 0,

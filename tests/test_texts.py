@@ -12,11 +12,11 @@ import torch
 from matplotlib import rc_context
 from matplotlib.text import Text
 
-from lightning_trak.explanations import Entry, Example, Explanation, described, explain
 from lightning_trak.metrics.functional import mislabel_detection_curve
-from lightning_trak.plots import Picture, plot_histogram, plot_mislabel_curves, plot_outcomes, plot_pictures
-from lightning_trak.reports import page, picture, table
-from lightning_trak.scores import SavedScores
+from lightning_trak.reporting.explanations import Entry, Example, Explanation, described, explain
+from lightning_trak.reporting.html import page, picture, table
+from lightning_trak.reporting.plots import Picture, plot_histogram, plot_mislabel_curves, plot_outcomes, plot_pictures
+from lightning_trak.reporting.scores import SavedScores
 from lightning_trak.tables import Table
 from lightning_trak.texts import counted, printable
 from tests.test_counterfactuals import example

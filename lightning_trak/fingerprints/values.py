@@ -24,7 +24,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_trak.files import tensor_digest
 from lightning_trak.fingerprints import bytecode
 from lightning_trak.fingerprints.classes import (
     BUILTIN,
@@ -39,6 +38,7 @@ from lightning_trak.fingerprints.classes import (
     name_of,
     own_classes,
 )
+from lightning_trak.storage.files import tensor_digest
 
 # Of the objects of installed packages, those that are values. Others may hold clocks, paths and counters, which would
 # be other ones in the next process: they stand by their class, unless somebody has made them part of an output.

@@ -4,7 +4,7 @@ from lightning_trak.gradients.base import GradientEngine
 from lightning_trak.gradients.functional import FunctionalEngine
 from lightning_trak.gradients.hooks import HookEngine, Layer, MixedEngine, ShardedHookEngine, coverage_report
 from lightning_trak.gradients.loop import LoopEngine
-from lightning_trak.gradients.parameters import ParameterSelection, canonical_name, last_layer, select_parameters
+from lightning_trak.gradients.parameters import ParameterSelection, last_layer, select_parameters
 
 __all__ = [
     "FunctionalEngine",
@@ -15,7 +15,6 @@ __all__ = [
     "MixedEngine",
     "ParameterSelection",
     "ShardedHookEngine",
-    "canonical_name",
     "coverage_report",
     "last_layer",
     "select_parameters",

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from lightning_trak.gradients.batch import ExampleBatch
+from lightning_trak.gradients.precision import explained_bfloat16
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.evaluating import exact_attention, unchanged
-from lightning_trak.precision import explained_bfloat16
 from lightning_trak.projections.base import BoundProjection
 
 

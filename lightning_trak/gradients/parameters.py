@@ -7,16 +7,9 @@ from typing import NamedTuple
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-# What torch.compile, FSDP and activation checkpointing put into a parameter's name without changing the parameter.
-_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+from lightning_trak.checkpoints.names import canonical_name
 
 ParameterSelection = Sequence[str] | str | Callable[[str, nn.Parameter], bool] | None
-
-
-def canonical_name(name: str) -> str:
-    """The parameter's name in the module as the user wrote it, without what wrappers add."""
-    *modules, last = name.split(".")
-    return ".".join([*(module for module in modules if module not in _WRAPPERS), last])
 
 
 class _Named(NamedTuple):

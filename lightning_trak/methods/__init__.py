@@ -1,10 +1,13 @@
 """Attribution methods, all with the interface of `Method`."""
 
 from lightning_trak.methods.base import Method
-from lightning_trak.methods.bm25 import BM25
-from lightning_trak.methods.data_shapley import DataShapley
-from lightning_trak.methods.datamodels import Datamodels
-from lightning_trak.methods.empirical_influence import EmpiricalInfluence
+from lightning_trak.methods.baselines.bm25 import BM25
+from lightning_trak.methods.baselines.data_shapley import DataShapley
+from lightning_trak.methods.baselines.datamodels import Datamodels
+from lightning_trak.methods.baselines.empirical_influence import EmpiricalInfluence
+from lightning_trak.methods.baselines.knn_shapley import KNNShapley
+from lightning_trak.methods.baselines.random_scores import RandomScores
+from lightning_trak.methods.baselines.similarity import RepresentationSimilarity
 from lightning_trak.methods.feature import FeatureMethod
 from lightning_trak.methods.gradients import GradientCosine, GradientDot, TracIn
 from lightning_trak.methods.influence import (
@@ -15,9 +18,6 @@ from lightning_trak.methods.influence import (
     InfluenceFunction,
     LiSSA,
 )
-from lightning_trak.methods.knn_shapley import KNNShapley
-from lightning_trak.methods.random_scores import RandomScores
-from lightning_trak.methods.similarity import RepresentationSimilarity
 from lightning_trak.methods.trak import TRAK
 
 __all__ = [

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 import lightning as L
 from torch import Tensor
 
-from lightning_trak.data import Data
+from lightning_trak.running.data import Data
 
 
 class Method(ABC):

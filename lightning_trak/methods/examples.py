@@ -8,13 +8,13 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from lightning_trak.data import Data, IndexedBatch, batch_ranges, batch_size_of, share_out, single_loader
-from lightning_trak.distributed import Ranks
 from lightning_trak.gradients.soundness import require_repeatable, trying
-from lightning_trak.module import declared_output
 from lightning_trak.outputs.evaluating import exact_attention
-from lightning_trak.predict import PredictModule
-from lightning_trak.trainers import borrowed, refuse_spawning, require_whole_parameters
+from lightning_trak.outputs.mixin import declared_output
+from lightning_trak.running.data import Data, IndexedBatch, batch_ranges, batch_size_of, share_out, single_loader
+from lightning_trak.running.predict import PredictModule
+from lightning_trak.running.ranks import Ranks
+from lightning_trak.running.trainers import borrowed, refuse_spawning, require_whole_parameters
 
 Rows = Callable[[nn.Module, Any], Tensor]
 

@@ -14,10 +14,23 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_trak.checkpoints import CheckpointSource, resolve_checkpoints
+from lightning_trak.checkpoints.copies import state_digest, uncompiled
+from lightning_trak.checkpoints.reading import CheckpointSource, resolve_checkpoints
 from lightning_trak.checks import positive
-from lightning_trak.copies import state_digest, uncompiled
-from lightning_trak.data import (
+from lightning_trak.features.extractor import ENGINES, EngineName, FeatureExtractor
+from lightning_trak.features.finiteness import NotFiniteError
+from lightning_trak.features.fsdp import ShardedFeatureExtractor
+from lightning_trak.features.predict import AUDITED_TOGETHER, FeaturizeModule
+from lightning_trak.features.sinks import FeatureBuffer, ShardWriter
+from lightning_trak.features.store import Features, FeatureStore
+from lightning_trak.fingerprints import module_fingerprint
+from lightning_trak.gradients import ParameterSelection
+from lightning_trak.gradients.precision import precision_of
+from lightning_trak.methods.base import Method
+from lightning_trak.outputs import ModelOutput
+from lightning_trak.outputs.mixin import declared_output
+from lightning_trak.projections import Projection, SparseProjection
+from lightning_trak.running.data import (
     Data,
     Range,
     Stop,
@@ -29,26 +42,15 @@ from lightning_trak.data import (
     share_out,
     single_loader,
 )
-from lightning_trak.distributed import Ranks
-from lightning_trak.features import ENGINES, EngineName, FeatureExtractor
-from lightning_trak.files import tensor_digest
-from lightning_trak.fingerprints import module_fingerprint
-from lightning_trak.finiteness import NotFiniteError
-from lightning_trak.gradients import ParameterSelection
-from lightning_trak.methods.base import Method
-from lightning_trak.module import declared_output
-from lightning_trak.outputs import ModelOutput
-from lightning_trak.paths import local_directory
-from lightning_trak.predict import AUDITED_TOGETHER, FeaturizeModule, ScoreModule
-from lightning_trak.projections import Projection, SparseProjection
-from lightning_trak.scorers.base import Scorer, Scores
-from lightning_trak.scorers.topk import TopK
-from lightning_trak.sharded import ShardedFeatureExtractor
-from lightning_trak.sinks import FeatureBuffer, ShardWriter
-from lightning_trak.stopping import Interruption
-from lightning_trak.store import Features, FeatureStore
+from lightning_trak.running.ranks import Ranks
+from lightning_trak.running.stopping import Interruption
+from lightning_trak.running.trainers import borrowed, refuse_spawning, shards_model
+from lightning_trak.scoring.base import Scorer, Scores
+from lightning_trak.scoring.predict import ScoreModule
+from lightning_trak.scoring.topk import TopK
+from lightning_trak.storage.files import tensor_digest
+from lightning_trak.storage.paths import local_directory
 from lightning_trak.texts import counted
-from lightning_trak.trainers import borrowed, precision_of, refuse_spawning, shards_model
 
 Checkpoints = Sequence[CheckpointSource] | CheckpointSource  # in this order a command line can tell them apart
 
@@ -85,7 +87,7 @@ class FeatureMethod(Method):
         projection: what compresses gradients; default: :class:`~lightning_trak.projections.SparseProjection`.
         parameters: which parameters to differentiate, by name pattern; default: all that require gradients.
         engine: how gradients are computed: ``"auto"``, ``"functional"``, ``"hooks"`` or ``"loop"``, see
-            :class:`~lightning_trak.features.FeatureExtractor`.
+            :class:`~lightning_trak.features.extractor.FeatureExtractor`.
         seed: seed of the projection.
         dtype: dtype of the stored features.
         weights_only: ``False`` lets ``.ckpt`` and ``.pt`` files run code when they are read; for files you trust only.
@@ -239,7 +241,7 @@ class FeatureMethod(Method):
 
         Returns:
             On every rank a CPU Tensor ``(num_targets, num_train)``, or with ``top_k`` a
-            :class:`~lightning_trak.scorers.TopK`; rows in the order of the targets' dataset. A list of them for
+            :class:`~lightning_trak.scoring.TopK`; rows in the order of the targets' dataset. A list of them for
             several loaders.
 
         Raises:

@@ -5,10 +5,10 @@ from pathlib import Path
 from torch import nn
 from typing_extensions import Unpack
 
+from lightning_trak.features.store import FeatureStore
 from lightning_trak.methods.feature import Checkpoints, FeatureMethod, FeatureOptions, require_one_of
 from lightning_trak.methods.learning_rates import LearningRates, resolve_learning_rates
-from lightning_trak.scorers.gradient import EffectOn, GradientCosineScorer, GradientDotScorer
-from lightning_trak.store import FeatureStore
+from lightning_trak.scoring.gradient import EffectOn, GradientCosineScorer, GradientDotScorer
 
 
 class _GradientMethod(FeatureMethod):

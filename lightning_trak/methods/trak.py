@@ -6,15 +6,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_trak.features import EngineName
+from lightning_trak.features.extractor import EngineName
+from lightning_trak.features.store import FeatureStore
 from lightning_trak.gradients import ParameterSelection
 from lightning_trak.methods.feature import Checkpoints, FeatureMethod, require_one_of
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.projections import GaussianProjection, Projection
-from lightning_trak.scorers.damping import Damping, require_damping
-from lightning_trak.scorers.gram import Curvature
-from lightning_trak.scorers.trak import Residuals, TRAKScorer
-from lightning_trak.store import FeatureStore
+from lightning_trak.scoring.damping import Damping, require_damping
+from lightning_trak.scoring.gram import Curvature
+from lightning_trak.scoring.trak import Residuals, TRAKScorer
 
 
 class TRAK(FeatureMethod):
@@ -34,13 +34,13 @@ class TRAK(FeatureMethod):
         projection: what compresses gradients; default: :class:`~lightning_trak.projections.SparseProjection`.
         curvature: ``"gauss_newton"``, or ``"identity"`` as published.
         damping: ridge term relative to the mean of the Gram matrix's diagonal; ``"auto"`` chooses it from the features
-            (:func:`~lightning_trak.scorers.damping.auto_damping`).
+            (:func:`~lightning_trak.scoring.damping.auto_damping`).
         residuals: ``"per_checkpoint"``, or ``"averaged"`` as published: see
-            :class:`~lightning_trak.scorers.TRAKScorer`.
+            :class:`~lightning_trak.scoring.TRAKScorer`.
         soft_threshold: scores move towards zero by this much (0: not at all).
         parameters: which parameters to differentiate, by name pattern; default: all that require gradients.
         engine: how gradients are computed: ``"auto"``, ``"functional"``, ``"hooks"`` or ``"loop"``, see
-            :class:`~lightning_trak.features.FeatureExtractor`.
+            :class:`~lightning_trak.features.extractor.FeatureExtractor`.
         seed: seed of the projection.
         dtype: dtype of the stored features.
         weights_only: ``False`` lets ``.ckpt`` and ``.pt`` files run code when they are read; for files you trust only.

@@ -18,10 +18,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from lightning_trak.data import as_loader, batch_size_of, fingerprint, load
-from lightning_trak.module import declared_output
 from lightning_trak.outputs import ModelOutput
-from lightning_trak.paths import local_directory
+from lightning_trak.outputs.mixin import declared_output
 from lightning_trak.retraining.identity import describe_loader, describe_module, describe_trainer
 from lightning_trak.retraining.members import Member, MemberStore
 from lightning_trak.retraining.training import (
@@ -34,6 +32,8 @@ from lightning_trak.retraining.training import (
     train_alone,
 )
 from lightning_trak.retraining.vectorized import require_trainable_together, train_together
+from lightning_trak.running.data import as_loader, batch_size_of, fingerprint, load
+from lightning_trak.storage.paths import local_directory
 
 Part = str | tuple[int, int]
 

@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
-from lightning_trak.files import tensor_digest
 from lightning_trak.fingerprints import Fingerprint, fingerprint, module_fingerprint
+from lightning_trak.storage.files import tensor_digest
 
 _WATCHES = (Checkpoint, DeviceStatsMonitor, LearningRateMonitor, ModelSummary, ProgressBar)
 

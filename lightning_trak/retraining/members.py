@@ -23,7 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_trak.files import (
+from lightning_trak.fingerprints import are_same, changes
+from lightning_trak.storage.files import (
     DamagedFileError,
     altered,
     load_tensors,
@@ -34,9 +35,18 @@ from lightning_trak.files import (
     tensor_digest,
     write_json,
 )
-from lightning_trak.fingerprints import are_same, changes
-from lightning_trak.paths import local_directory
-from lightning_trak.schemas import anything, as_json, integer, parameters, record, sealed, sha256, text, with_checksum
+from lightning_trak.storage.paths import local_directory
+from lightning_trak.storage.schemas import (
+    anything,
+    as_json,
+    integer,
+    parameters,
+    record,
+    sealed,
+    sha256,
+    text,
+    with_checksum,
+)
 
 FORMAT_VERSION = 2
 

@@ -17,17 +17,17 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from lightning_trak.copies import Original, copy_module, uncompiled
-from lightning_trak.data import as_loader, load
+from lightning_trak.checkpoints.copies import Original, copy_module, uncompiled
 from lightning_trak.gradients.leaves import require_own_leaves
+from lightning_trak.gradients.precision import WorkingPrecision
 from lightning_trak.gradients.soundness import require_repeatable, trying
-from lightning_trak.module import declared_output
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.evaluating import exact_attention, unchanged
-from lightning_trak.precision import WorkingPrecision
+from lightning_trak.outputs.mixin import declared_output
 from lightning_trak.retraining.estimates import Estimate, mean_of
 from lightning_trak.retraining.removal import ranked, require_scores
 from lightning_trak.retraining.training import UNHEARD_LOG, on_device, training_loss
+from lightning_trak.running.data import as_loader, load
 from lightning_trak.tables import Table
 
 

@@ -14,10 +14,10 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
 
-from lightning_trak.data import like
+from lightning_trak.gradients.precision import WorkingPrecision
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.evaluating import exact_attention
-from lightning_trak.precision import WorkingPrecision
+from lightning_trak.running.data import like
 
 UNHEARD_LOG = ".*`self.trainer` reference is not registered.*"  # Lightning's warning, if there is no Trainer
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from lightning_trak.gradients.sharding import own_type
+from lightning_trak.running.fsdp import own_type
 
 
 class Layer(ABC):  # noqa: B024  # what a subclass defines has the names of the parameters

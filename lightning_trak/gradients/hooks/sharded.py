@@ -13,8 +13,8 @@ from lightning_trak.gradients.batch import ExampleBatch
 from lightning_trak.gradients.hooks.coverage import Site
 from lightning_trak.gradients.hooks.engine import HookEngine, Receive, Shapes
 from lightning_trak.gradients.hooks.sketch import Sketches
-from lightning_trak.gradients.sharding import mean_over_ranks
 from lightning_trak.outputs.evaluating import exact_attention
+from lightning_trak.running.fsdp import mean_over_ranks
 
 
 class ShardedHookEngine(HookEngine):

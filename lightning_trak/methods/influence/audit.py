@@ -4,7 +4,7 @@ import random
 
 import torch
 
-from lightning_trak.features import ENGINES
+from lightning_trak.features.extractor import ENGINES
 from lightning_trak.gradients.base import EngineError
 from lightning_trak.methods.examples import Examples
 from lightning_trak.methods.influence.passes import Passes

@@ -7,20 +7,20 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-from lightning_trak.checkpoints import CheckpointsLike, resolve_checkpoints
-from lightning_trak.copies import uncompiled
-from lightning_trak.data import Data
-from lightning_trak.features import FeatureExtractor
+from lightning_trak.checkpoints.copies import uncompiled
+from lightning_trak.checkpoints.reading import CheckpointsLike, resolve_checkpoints
+from lightning_trak.features.extractor import FeatureExtractor
 from lightning_trak.gradients import ParameterSelection
 from lightning_trak.methods.base import Method
 from lightning_trak.methods.examples import Examples
 from lightning_trak.methods.influence.audit import audit
 from lightning_trak.methods.influence.passes import Passes
 from lightning_trak.methods.influence.solvers import InverseProduct
-from lightning_trak.module import declared_output
 from lightning_trak.outputs import ModelOutput
+from lightning_trak.outputs.mixin import declared_output
 from lightning_trak.projections import IdentityProjection
-from lightning_trak.trainers import require_whole_parameters
+from lightning_trak.running.data import Data
+from lightning_trak.running.trainers import require_whole_parameters
 
 # Gradients of this many bytes are preconditioned at a time; solvers hold a few copies.
 TARGET_BYTES = 1 << 29

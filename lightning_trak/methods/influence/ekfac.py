@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_trak.checkpoints import CheckpointsLike
+from lightning_trak.checkpoints.reading import CheckpointsLike
 from lightning_trak.gradients import HookEngine, ParameterSelection, select_parameters
 from lightning_trak.gradients.batch import ExampleBatch
 from lightning_trak.gradients.hooks.coverage import Site
@@ -45,7 +45,7 @@ class EKFACInfluence(Influence):
         curvature: what is approximated.
         damping: lambda of each layer, relative to the mean of its eigenvalues. The default is the habit of the
             literature. On digits 0.01 and 0.1 were better than 1, and than the rule of
-            :func:`~lightning_trak.scorers.damping.auto_damping` in each layer.
+            :func:`~lightning_trak.scoring.damping.auto_damping` in each layer.
         parameters: which parameters to differentiate, by name pattern; default: all that require gradients.
         seed: of what is drawn at random.
         weights_only: ``False`` lets ``.ckpt`` and ``.pt`` files run code when they are read; for files you trust only.

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from lightning_trak.checkpoints import CheckpointsLike
+from lightning_trak.checkpoints.reading import CheckpointsLike
 from lightning_trak.gradients import ParameterSelection
 from lightning_trak.methods.feature import require_one_of
 from lightning_trak.methods.influence.base import Influence
@@ -10,7 +10,7 @@ from lightning_trak.methods.influence.hessian import Hessian, HessianKind
 from lightning_trak.methods.influence.passes import Passes
 from lightning_trak.methods.influence.solvers import ConjugateGradient, InverseProduct, Solver
 from lightning_trak.outputs import ModelOutput
-from lightning_trak.scorers.damping import Damping, require_damping
+from lightning_trak.scoring.damping import Damping, require_damping
 
 
 class InfluenceFunction(Influence):
@@ -28,7 +28,7 @@ class InfluenceFunction(Influence):
         hessian: ``"gauss_newton"``, or ``"exact"``, which may be indefinite where the model is no minimum: see
             :class:`~lightning_trak.methods.influence.hessian.Hessian`.
         damping: lambda relative to the mean of the diagonal of the Gauss-Newton matrix; ``"auto"`` is the rule of
-            :func:`~lightning_trak.scorers.damping.auto_damping`. For a model trained with weight decay w on the mean
+            :func:`~lightning_trak.scoring.damping.auto_damping`. For a model trained with weight decay w on the mean
             of n losses, n w is the lambda of its objective.
         parameters: which parameters to differentiate, by name pattern; default: all that require gradients.
         seed: of what is drawn at random.

@@ -11,8 +11,8 @@ from lightning_trak.gradients.batch import ExampleBatch
 from lightning_trak.gradients.leaves import require_own_leaves
 from lightning_trak.methods.influence.passes import Passes
 from lightning_trak.outputs.evaluating import modules_of
-from lightning_trak.scorers.damping import Damping, absolute_damping
-from lightning_trak.scorers.gram import gram_matrix
+from lightning_trak.scoring.damping import Damping, absolute_damping
+from lightning_trak.scoring.gram import gram_matrix
 
 HessianKind = Literal["gauss_newton", "exact"]
 
@@ -30,7 +30,7 @@ class Hessian:
         passes: the model at the checkpoint, and the training data.
         kind: which.
         damping: relative to the mean of the diagonal of the Gauss-Newton matrix, for either kind, or ``"auto"``: see
-            :func:`~lightning_trak.scorers.damping.auto_damping`.
+            :func:`~lightning_trak.scoring.damping.auto_damping`.
 
     Attributes:
         passes: as given.

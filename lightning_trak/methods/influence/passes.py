@@ -10,15 +10,15 @@ from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, 
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_trak.data import batch_size_of, load, sample_batches, transfer_hook
-from lightning_trak.features import GRADIENT_BYTES, FeatureExtractor
-from lightning_trak.finiteness import require_finite
+from lightning_trak.features.extractor import GRADIENT_BYTES, FeatureExtractor
+from lightning_trak.features.finiteness import require_finite
+from lightning_trak.features.store import Features
 from lightning_trak.gradients.base import differentiating
 from lightning_trak.gradients.batch import Layout, find_layout
+from lightning_trak.gradients.precision import WorkingPrecision
 from lightning_trak.methods.examples import Examples
 from lightning_trak.outputs.evaluating import exact_attention
-from lightning_trak.precision import WorkingPrecision
-from lightning_trak.store import Features
+from lightning_trak.running.data import batch_size_of, load, sample_batches, transfer_hook
 
 
 class Passes:

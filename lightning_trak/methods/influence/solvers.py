@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_trak.methods.influence.hessian import Hessian
-from lightning_trak.scorers.gram import DampedGram
+from lightning_trak.scoring.gram import DampedGram
 
 InverseProduct = Callable[[Tensor], Tensor]
 """Takes rows, ``(n, p)``, and returns (H + lambda I)^-1 applied to each."""

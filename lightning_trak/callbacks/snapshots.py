@@ -1,0 +1,295 @@
+"""Keeps snapshots of the weights during ``trainer.fit``."""
+
+from __future__ import annotations
+
+import math
+import os
+import pickle
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar, cast
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_trak.checkpoints.names import canonical_name
+from lightning_trak.checkpoints.series import ParameterGroup, SnapshotSeries
+from lightning_trak.checkpoints.weights import is_extra_state, without_extra_state
+
+T = TypeVar("T")
+
+
+class TRAKCallback(Callback):
+    """Saves snapshots of the whole state dict for attribution.
+
+    At most one trigger may be given; with none it is ``every_n_epochs=1``. A step is never saved twice, sanity checking
+    and ``fast_dev_run`` save nothing, and a run without optimizer steps neither.
+
+    **Which weights.** The raw ones that the optimizer steps, and buffers such as BatchNorm statistics, at the end of a
+    training batch or epoch. Callbacks that average weights (``WeightAveraging``, ``EMAWeightAveraging``) put the
+    average in their place when training ends: list this callback before them, or ``save_last`` may save the average.
+    Sharded weights (FSDP) are gathered on the CPU of rank zero, which writes.
+
+    Extra state of modules (``get_extra_state()``) is left out, with a warning: the model that is given for attribution
+    keeps its own. Sparse and quantized buffers in the state dict are refused before training begins; with
+    ``persistent=False`` they are not in it.
+
+    **What else.** The manifest records optimizer steps taken, epochs completed, and for each parameter group the names
+    of its parameters and the learning rate and weight decay of its optimizer's last step.
+
+    **Which run.** A directory belongs to one run. Starting another in it is an error, also while the first has saved
+    nothing yet; on file systems without locks it is the first that ends with an error then. Resuming with
+    ``trainer.fit(ckpt_path=...)``, or calling ``fit`` again to train on, continues the series: snapshots of steps later
+    than the one resumed from leave the manifest. ``validate``, ``test`` and ``predict`` do not touch it.
+
+    Args:
+        dirpath: directory of the snapshots, local or any URL that fsspec understands.
+        every_n_epochs: save at the end of every n-th training epoch.
+        every_n_train_steps: save whenever ``trainer.global_step`` (optimizer steps, over all optimizers) reaches or
+            passes a multiple of n.
+        train_time_interval: save after an optimizer step once this much time has passed since the last such save. Rank
+            zero's clock decides.
+        save_last: save when training ends, unless its last step is saved already.
+
+    Raises:
+        ValueError: if several triggers are given or one is not positive; in ``setup`` if two callbacks of a Trainer
+            have the same directory; when training starts if the directory holds another run's snapshots or is written
+            to by one, or a learning rate is not finite; at a snapshot if another run has taken the directory.
+        TypeError: when training starts if the state dict has entries that are no dense tensors.
+        OSError: if a snapshot cannot be written, on all ranks.
+        RuntimeError: in ``setup`` with DeepSpeed ZeRO stage 3, whose weights are not in the state dict.
+
+    Example::
+
+        trainer = L.Trainer(max_epochs=20, callbacks=[TRAKCallback("run/snapshots", every_n_epochs=5)])
+        trainer.fit(model, train_loader)
+    """
+
+    def __init__(
+        self,
+        dirpath: str | os.PathLike[str],
+        *,
+        every_n_epochs: int | None = None,
+        every_n_train_steps: int | None = None,
+        train_time_interval: timedelta | None = None,
+        save_last: bool = True,
+    ) -> None:
+        counts = {"every_n_epochs": every_n_epochs, "every_n_train_steps": every_n_train_steps}
+        seconds = None if train_time_interval is None else train_time_interval.total_seconds()
+        given = {
+            name: value for name, value in (counts | {"train_time_interval": seconds}).items() if value is not None
+        }
+        if len(given) > 1:
+            raise ValueError(
+                f"expected at most one trigger, got {' and '.join(sorted(given))}; use several TRAKCallbacks"
+            )
+        for name, value in given.items():
+            if value < (1 if name in counts else 0):
+                raise ValueError(f"expected a positive {name}, got {value}")
+        self.dirpath = os.fspath(dirpath)
+        self.every_n_epochs = every_n_epochs if given else 1
+        self.every_n_train_steps = every_n_train_steps
+        self.train_time_interval = train_time_interval
+        self.save_last = save_last
+        self._series: SnapshotSeries | None = None  # None: nothing is to be saved
+        self._run: str | None = None
+        self._resumed_runs: list[str] = []
+        self._saved_step = 0
+        self._seen_step = 0
+        self._saved_time = 0.0
+        self._groups: dict[int, list[ParameterGroup]] = {}  # of each optimizer, at its last step
+
+    @property
+    @override
+    def state_key(self) -> str:
+        """Tells several of these callbacks in one Trainer apart."""
+        return self._generate_state_key(
+            dirpath=self.dirpath,
+            every_n_epochs=self.every_n_epochs,
+            every_n_train_steps=self.every_n_train_steps,
+            train_time_interval=self.train_time_interval,
+        )
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Which run the snapshots belong to, for a Lightning checkpoint."""
+        return {"run": self._run} if self._run else {}
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Note which runs the checkpoint continues, whatever directory or trigger they had then."""
+        states = checkpoint.get("callbacks", {})
+        name = type(self).__qualname__
+        self._resumed_runs = [state["run"] for key, state in states.items() if key.startswith(name) and "run" in state]
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Settle the directory on all ranks."""
+        self._close()
+        self._resumed_runs = []  # of the coming call alone: predict(ckpt_path=...) loads callback states too
+        if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        if getattr(trainer.strategy, "zero_stage_3", False):
+            raise RuntimeError(
+                "TRAKCallback cannot save weights that DeepSpeed ZeRO stage 3 partitions; use FSDP or stage 2"
+            )
+        self._series = SnapshotSeries(trainer.strategy.broadcast(self.dirpath))
+        others = [other for other in trainer.callbacks if other is not self]  # type: ignore[attr-defined]
+        if any(SnapshotSeries(o.dirpath).url == self._series.url for o in others if isinstance(o, TRAKCallback)):
+            raise ValueError(f'two TRAKCallbacks write to "{self.dirpath}"; give each a directory of its own')
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start or continue the series."""
+        if self._series is None:
+            return
+        series, step, state_dict = self._series, trainer.global_step, _gather(trainer)
+        self._run, self._saved_step = _on_rank_zero(trainer, lambda: self._open(series, step, state_dict))
+        self._seen_step = trainer.global_step
+        self._saved_time = time.monotonic()
+        self._groups = {
+            position: _settings(position, optimizer, pl_module) for position, optimizer in enumerate(trainer.optimizers)
+        }
+
+    def _open(self, series: SnapshotSeries, step: int, state_dict: dict[str, Any]) -> tuple[str, int]:
+        without_extra_state(state_dict, "the module's state dict")  # what cannot be saved fails now, not after hours
+        extra = [name for name in state_dict if is_extra_state(name)]
+        if extra:
+            rank_zero_warn(
+                f"snapshots leave out the extra state of modules: {', '.join(extra)}. The model that is given for"
+                " attribution keeps its own"
+            )
+        if self._resumed_runs:
+            manifest = series.resume(self._resumed_runs, step)
+        elif self._run is not None and self._saved_step <= step:  # fit again with the same Trainer
+            manifest = series.resume([self._run], step)
+        else:
+            return series.begin(), 0
+        return manifest.run, max((snapshot.step for snapshot in manifest.snapshots), default=0)
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Note the learning rate that this step uses; when a snapshot is taken a scheduler may have changed it."""
+        for position, candidate in enumerate(trainer.optimizers):
+            if candidate is optimizer:
+                self._groups[position] = _settings(position, optimizer, pl_module)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save if the optimizer has stepped and a step or time trigger says so."""
+        before, self._seen_step = self._seen_step, trainer.global_step
+        if self._seen_step == before:  # gradients are accumulating
+            return
+        if self.every_n_train_steps is not None:
+            # passing counts as well as reaching: with several optimizers the step advances by more than one
+            due = self._seen_step // self.every_n_train_steps > before // self.every_n_train_steps
+        elif self.train_time_interval is not None:
+            elapsed = time.monotonic() - self._saved_time
+            due = trainer.strategy.broadcast(elapsed >= self.train_time_interval.total_seconds())
+        else:
+            due = False
+        if due:
+            self._save(trainer, trainer.current_epoch)
+            self._saved_time = time.monotonic()
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save if the epoch trigger says so."""
+        epoch = trainer.current_epoch + 1
+        if self.every_n_epochs is not None and epoch % self.every_n_epochs == 0:
+            self._save(trainer, epoch)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the last step."""
+        if self.save_last:
+            self._save(trainer, trainer.current_epoch)
+
+    def _save(self, trainer: Trainer, epoch: int) -> None:
+        step = trainer.global_step
+        if self._series is None or step <= self._saved_step:
+            return
+        series, state_dict = self._series, _gather(trainer)
+        groups = [group for groups in self._groups.values() for group in groups]
+        _on_rank_zero(trainer, lambda: series.save(state_dict, step, epoch, groups).file)
+        self._saved_step = step
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Let another run have the directory."""
+        self._close()
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let another run have the directory."""
+        self._close()
+
+    def _close(self) -> None:
+        if self._series is not None:
+            self._series.close()
+            self._series = None
+
+
+def _on_rank_zero(trainer: Trainer, action: Callable[[], T]) -> T:
+    """What an action returns on rank zero, or raises there, on all ranks: none waits for one that has failed."""
+    outcome: T | Exception | None = None
+    failure: Exception | None = None
+    if trainer.is_global_zero:
+        try:
+            outcome = action()
+        except Exception as error:
+            failure = error
+            outcome = _portable(error)
+    outcome = trainer.strategy.broadcast(outcome)
+    if isinstance(outcome, Exception):
+        raise failure or outcome
+    return cast(T, outcome)
+
+
+def _portable(error: Exception) -> Exception:
+    """An error that other processes can read: some cannot be pickled, or not be unpickled."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
+def _gather(trainer: Trainer) -> dict[str, Any]:
+    """The module's whole state dict, on rank zero at least. To be called on all ranks."""
+    strategy = trainer.strategy
+    if isinstance(strategy, (FSDPStrategy, ModelParallelStrategy)) and strategy.model is not None:
+        # configured for sharded checkpoints, lightning_module_state_dict() is this rank's part alone
+        return get_model_state_dict(strategy.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return strategy.lightning_module_state_dict()
+
+
+def _settings(position: int, optimizer: Optimizer, module: LightningModule) -> list[ParameterGroup]:
+    names = {id(parameter): canonical_name(name) for name, parameter in module.named_parameters()}
+
+    def number(group: dict[str, Any], key: str) -> float | None:
+        value = None if group.get(key) is None else float(group[key])
+        if value is not None and not math.isfinite(value):
+            raise ValueError(
+                f"optimizer {position} ({type(optimizer).__name__}) has {key}={value}, which trains nothing; give a"
+                " finite number"
+            )
+        return value
+
+    return [
+        ParameterGroup(
+            position,
+            type(optimizer).__name__,
+            number(group, "lr"),
+            number(group, "weight_decay"),
+            tuple(names[id(parameter)] for parameter in group["params"] if id(parameter) in names),
+        )
+        for group in optimizer.param_groups
+    ]

@@ -1,0 +1,290 @@
+"""Copies of the user's module, on which all work is done, and weights for them."""
+
+import copy
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from lightning_utilities.core.rank_zero import WarningCache
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from lightning_trak.checkpoints.names import canonical_name
+from lightning_trak.checkpoints.weights import is_extra_state
+from lightning_trak.running.fsdp import is_sharded, shard_like
+from lightning_trak.storage.files import tensor_digest
+
+_told = WarningCache()  # says a thing once
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """What `torch.compile` was given, if it made this model: copies cannot share its code."""
+    original = getattr(model, "_orig_mod", None)
+    return original if isinstance(original, nn.Module) else model
+
+
+def copy_module(module: nn.Module, configure: bool = True) -> nn.Module:
+    """A copy of the module, to work on.
+
+    Args:
+        module: the user's module.
+        configure: call its ``configure_model()``, if it is a LightningModule.
+
+    Raises:
+        ValueError: if it cannot be copied, or configured without a device mesh, or has tensors without content.
+    """
+    name = type(module).__name__
+    lazy = [key for key, parameter in module.named_parameters() if is_lazy(parameter)]
+    if lazy:
+        raise ValueError(
+            f"this {name} has parameters that are not initialized yet, {_some(lazy)}: run a batch through it first"
+        )
+    hooked = [key for key, parameter in module.named_parameters() if parameter._backward_hooks]
+    if hooked:
+        raise ValueError(
+            f"parameters of {name} have gradient hooks, {_some(hooked)}: a copy has none, so that its gradients may be"
+            " others than those of training; remove the hooks first, or leave out what they mask by parameters="
+        )
+    if any(is_sharded(parameter) for parameter in module.parameters()):
+        raise ValueError(
+            f"this {name} has been sharded, by training perhaps, and cannot be copied: pass a new one instead, whose"
+            " configure_model() has not been called; the weights come from the checkpoints"
+        )
+    try:
+        # torch cannot deepcopy all kinds of sparse tensors
+        sparse = {id(buffer): buffer.clone() for buffer in module.buffers() if buffer.layout != torch.strided}
+        copied = copy.deepcopy(module, sparse)
+    except Exception as error:
+        raise ValueError(
+            f"attribution works on a copy of the model, but {name} cannot be copied: {error}; keep"
+            " tensors with gradients, locks and open files out of its attributes"
+        ) from error
+    addresses = {tensor.data_ptr() for _, tensor in _plain_tensors(module)}
+    shared = [key for key, tensor in _plain_tensors(copied) if tensor.data_ptr() in addresses]
+    if shared:
+        raise ValueError(
+            f"attribution works on a copy of the model, but a deepcopy of {name} shares {_some(shared)} with it: have"
+            " __deepcopy__ copy tensors too"
+        )
+    for part in copied.modules():
+        # LightningModule keeps what compile() made of it, which would run the original.
+        part._compiled_call_impl = None
+    for parameter in copied.parameters():
+        parameter.grad = None
+    if configure and isinstance(copied, L.LightningModule):
+        copied._device_mesh = None
+        try:
+            copied.configure_model()
+        except TypeError as error:
+            if "'NoneType' object is not subscriptable" not in str(error):
+                raise
+            raise ValueError(
+                f"{name}.configure_model() fails without a device mesh: {error}; have it return if self.device_mesh is"
+                " None, or use a Trainer with ModelParallelStrategy"
+            ) from error
+    empty = [key for key, (_, tensor) in _tensors(copied).items() if tensor.is_meta]
+    if configure and empty:
+        raise ValueError(
+            f"this {name} has tensors on the meta device, without content: {_some(empty)}; give a model with weights in"
+            " memory, model.to_empty(device='cpu') for example, since those of the checkpoints are loaded into them"
+        )
+    return copied
+
+
+class Original:
+    """What a copy of the user's module held before any checkpoint was loaded, into which each of them is loaded.
+
+    A checkpoint need not give all of it: no state dict has buffers that are not persistent, and a model with
+    ``strict_loading = False`` may have saved a part of its weights, such as adapters. What one does not give is the
+    user's, not that of the checkpoint before. Only what may be needed is kept: if checkpoints must be complete, no
+    weights are.
+
+    Args:
+        module: a copy of the user's module, as it was made.
+        everything: keep all of it, for :meth:`restore`.
+    """
+
+    def __init__(self, module: nn.Module, everything: bool = False) -> None:
+        self._module = module
+        self._strict = bool(getattr(module, "strict_loading", True))
+        self._overridden = type(module).load_state_dict is not nn.Module.load_state_dict  # may load less than given
+        self._complete = self._strict and not self._overridden
+        tensors = _tensors(module)
+        self._without_content = [name for name, (_, tensor) in tensors.items() if tensor.is_meta]
+        self._kept: dict[str, Tensor] = {}
+        extra = {key: value for key, value in module.state_dict().items() if is_extra_state(key)} if everything else {}
+        self._extra_state = copy.deepcopy(extra)
+        self._keep(tensors if everything else _transient(module) if self._complete else dict(module.named_buffers()))
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put back what is kept. A buffer that has got another shape since is a cache that has grown, and stays."""
+        tensors = _tensors(self._module)
+        for name, original in self._kept.items():
+            raw, current = tensors.get(name, (name, None))
+            if current is None or current.shape != original.shape:
+                continue
+            if current.is_inference():  # a forward pass in inference mode has made it, and it cannot be written into
+                parent, _, key = raw.rpartition(".")
+                self._module.get_submodule(parent)._buffers[key] = original.to(current)
+            else:
+                current.copy_(original)
+        if self._extra_state:
+            self._module.load_state_dict(copy.deepcopy(self._extra_state), strict=False)
+
+    def load(self, weights: Mapping[str, Tensor], name: str) -> None:
+        """Restore the module and load a state dict, whether it or the module has been compiled or wrapped.
+
+        Extra state stays as it is in the module.
+
+        Args:
+            weights: a state dict.
+            name: what to call it in errors.
+
+        Raises:
+            ValueError: if the weights do not fit the module.
+        """
+        module, tensors = self._module, _tensors(self._module)
+        targets: dict[str, Any] = module.state_dict() | dict(tensors.values())
+        own = {canonical_name(raw): raw for raw in targets}
+        given = {own.get(canonical_name(raw), raw): tensor for raw, tensor in weights.items()}
+        self.restore()
+        if not self._complete:
+            # The module may give what has a name of its own to any of its parts.
+            self._keep(tensors if given.keys() - dict(tensors.values()).keys() else given)
+        problems = [_misfit(raw, tensor, targets.get(raw)) for raw, tensor in given.items()]
+        if len(given) < len(weights):
+            problems.append("some of its names are the same but for what wrappers add")
+        unexpected: list[str] = []
+        parts = {raw: _part(tensor, targets.get(raw)) for raw, tensor in given.items()}
+        try:
+            if self._overridden:
+                extra = {raw: value for raw, value in targets.items() if is_extra_state(raw)}
+                module.load_state_dict(extra | parts, strict=self._strict)
+            else:
+                missing, unexpected = module.load_state_dict(parts, strict=False)
+                missing = [raw for raw in missing if not is_extra_state(raw)]
+                if self._strict and missing:
+                    problems.append(f"Missing keys: {_some(missing)}")
+                if unexpected and (self._strict or len(unexpected) == len(given)):
+                    problems.append(f"Unexpected keys: {_some(unexpected)}")
+        except RuntimeError as error:
+            reasons = [line.strip() for line in str(error).splitlines()]
+            problems += reasons[1:] if reasons[0].startswith("Error(s) in loading") else reasons
+        found = {id(tensor) for raw, tensor in tensors.values() if raw in given}
+        empty = [name for name in self._without_content if name in tensors and id(tensors[name][1]) not in found]
+        if empty:
+            problems.append(f"Missing keys, which the model has on the meta device, without content: {_some(empty)}")
+        lines = [problem for problem in problems if problem]
+        if lines:
+            raise ValueError(
+                f"{name} does not fit {type(module).__name__}: names, shapes or dtypes differ\n  " + "\n  ".join(lines)
+            )
+        if unexpected:
+            _told.warn(f"{name} has entries that {type(module).__name__} has no place for: {_some(unexpected)}")
+
+    def _keep(self, names: Iterable[str]) -> None:
+        tensors = _tensors(self._module)
+        for name in map(canonical_name, names):
+            _, tensor = tensors.get(name, (name, None))
+            if tensor is not None and not tensor.is_meta and name not in self._kept:
+                original = tensor.detach()
+                # This rank's part of a sharded tensor is small enough for the device.
+                self._kept[name] = original.clone() if is_sharded(original) else original.to("cpu", copy=True)
+
+
+def state_digest(module: nn.Module, given: Iterable[str] = ()) -> str:
+    """SHA-256 over all parameters and buffers as they are now, but for those that a checkpoint gives.
+
+    With the digest of a checkpoint, it stands for everything that the module holds once that is loaded.
+
+    Args:
+        module: a copy of the user's module. If it is sharded, all ranks must ask.
+        given: names in the checkpoint.
+
+    Returns:
+        The same for equal names, dtypes, shapes and bytes; tied tensors count under each of their names.
+
+    Raises:
+        ValueError: if a tensor has no content.
+    """
+    tensors = _tensors(module)
+    digest = hashlib.sha256()
+    for name in sorted(set(tensors) - set(map(canonical_name, given))):
+        parts = {f"{name}{suffix}": part for suffix, part in _plain(name, tensors[name][1].detach()).items()}
+        digest.update(tensor_digest(parts).encode())
+    return digest.hexdigest()
+
+
+def _plain(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """The plain tensors that a tensor of any kind consists of, each under what to add to its name."""
+    if tensor.is_meta:
+        raise ValueError(f"{name} is on the meta device, without content")
+    if is_sharded(tensor):
+        return {"": tensor.full_tensor()}  # type: ignore[attr-defined]
+    if is_traceable_wrapper_subclass(tensor):
+        parts = {part: getattr(tensor, part) for part in tensor.__tensor_flatten__()[0]}
+    elif tensor.is_quantized:
+        parts = {"int": tensor.int_repr(), "values": tensor.dequantize()}
+    elif tensor.layout == torch.sparse_coo:
+        whole = tensor.coalesce()
+        parts = {"indices": whole.indices(), "values": whole.values()}
+    elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        parts = {"rows": tensor.crow_indices(), "columns": tensor.col_indices(), "values": tensor.values()}
+    elif tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        parts = {"columns": tensor.ccol_indices(), "rows": tensor.row_indices(), "values": tensor.values()}
+    else:
+        return {"": tensor.resolve_conj().resolve_neg()}
+    shape = f" {tensor.layout} {list(tensor.shape)} "
+    return {
+        f"{shape}{part}{suffix}": plain
+        for part, value in parts.items()
+        for suffix, plain in _plain(name, value).items()
+    }
+
+
+def _tensors(module: nn.Module) -> dict[str, tuple[str, Tensor]]:
+    """Canonical name -> name and tensor of all parameters and buffers, tied ones under each of their names."""
+    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    return {canonical_name(raw): (raw, tensor) for raw, tensor in named}
+
+
+def _plain_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Parameters and buffers that have memory of their own."""
+    return [
+        (name, tensor)
+        for name, (_, tensor) in _tensors(module).items()
+        if type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided and tensor.data_ptr()
+    ]
+
+
+def _transient(module: nn.Module) -> list[str]:
+    """Names of the buffers that are not persistent."""
+    return [
+        f"{prefix}.{key}" if prefix else key
+        for prefix, part in module.named_modules(remove_duplicate=False)
+        for key in part._non_persistent_buffers_set
+    ]
+
+
+def _part(tensor: Tensor, like: Any) -> Tensor:
+    return shard_like(tensor, like) if isinstance(like, Tensor) and like.shape == tensor.shape else tensor
+
+
+def _misfit(name: str, tensor: Tensor, like: Any) -> str | None:
+    """Where torch would load a part of a tensor, and say nothing."""
+    if not isinstance(like, Tensor) or is_lazy(like):
+        return None
+    if tensor.is_complex() and not like.is_complex():
+        return f"{name} is complex, and the model's is real"
+    if not like.ndim and tensor.ndim == 1 and len(tensor) != 1:
+        return f"size mismatch for {name}: it has {len(tensor)} numbers, and the model's is a single one"
+    return None
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return ", ".join(names[:8]) + more

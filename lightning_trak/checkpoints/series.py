@@ -1,0 +1,388 @@
+"""The snapshots of one training run, in a directory that is local or anywhere that fsspec reaches.
+
+    snapshots/manifest.json                     which run, and step, epoch and optimizer settings of each snapshot
+    snapshots/snapshot-00000100.safetensors     the LightningModule's state dict after 100 optimizer steps
+
+What the manifest does not name is not part of the series. A save writes the tensors first, which get their name once
+they are whole and on disk, and then replaces the manifest in one step. So a crash at any moment leaves the earlier
+snapshots as they were, and at worst a file that nothing refers to: a hidden one, removed when the run is resumed, or
+that of the snapshot, overwritten when its step is saved again. The manifest has the size and checksum of each file, and
+a checksum of itself.
+
+One process writes. While it does it holds a lock on the directory, which the kernel takes from it when it dies. Some
+file systems have no locks, so that the manifest names its writer, too: who finds another there writes nothing.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import uuid
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from fsspec.implementations.local import LocalFileSystem
+from lightning.pytorch.utilities import rank_zero_warn
+from safetensors import SafetensorError
+from torch import Tensor
+
+from lightning_trak.checkpoints.weights import pack, read_safetensors, without_extra_state
+from lightning_trak.storage.files import remove_leftovers, write_atomically, write_json
+from lightning_trak.storage.locations import locate, require_regular
+from lightning_trak.storage.schemas import (
+    anything,
+    integer,
+    items,
+    parse_json,
+    record,
+    sealed,
+    sha256,
+    text,
+    with_checksum,
+)
+
+FORMAT_VERSION = 3
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Settings of one parameter group of an optimizer in the last step before a snapshot.
+
+    Attributes:
+        optimizer: position in ``trainer.optimizers``.
+        algorithm: class name of the optimizer, which says how it applies the weight decay.
+        lr: learning rate, or None where the optimizer has no such setting.
+        weight_decay: weight decay, or None where the optimizer has no such setting.
+        parameters: names of those of its parameters that the module has.
+    """
+
+    optimizer: int
+    algorithm: str
+    lr: float | None
+    weight_decay: float | None
+    parameters: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """An entry of the manifest.
+
+    Attributes:
+        file: name of the safetensors file in the directory.
+        size: of the file, in bytes.
+        sha256: checksum of the state dict, :func:`~lightning_trak.storage.files.tensor_digest`.
+        step: optimizer steps taken, as ``trainer.global_step`` counts them (over all optimizers).
+        epoch: training epochs completed.
+        parameter_groups: settings of each parameter group of each optimizer.
+    """
+
+    file: str
+    size: int
+    sha256: str
+    step: int
+    epoch: int
+    parameter_groups: tuple[ParameterGroup, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a directory of snapshots holds.
+
+    Attributes:
+        run: identifier of the training run, kept when the run is resumed.
+        writer: identifier of who writes, another one each time that the run is resumed.
+        snapshots: in the order of their steps.
+    """
+
+    run: str
+    writer: str
+    snapshots: tuple[Snapshot, ...]
+
+
+class SnapshotSeries:
+    """Reads and writes a directory of snapshots. One process writes; any number read.
+
+    Args:
+        directory: a path, or a URL that fsspec understands, such as ``s3://bucket/run/snapshots``.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        self.directory = os.fspath(directory)
+        self.filesystem, root = locate(directory)
+        self._root = root.rstrip("/")
+        self._local = isinstance(self.filesystem, LocalFileSystem)
+        self._writer: str | None = None
+        self._lock: tuple[int, weakref.finalize[Any, Any]] | None = None
+
+    @property
+    def url(self) -> str:
+        """The directory in one canonical spelling."""
+        return str(self.filesystem.unstrip_protocol(self._root))
+
+    def path(self, name: str) -> str:
+        """Path of a file of the series on its file system."""
+        return f"{self._root}/{name}"
+
+    def read(self) -> Manifest:
+        """The manifest.
+
+        Raises:
+            FileNotFoundError: if the directory has none.
+            ValueError: if it is not one, was altered, or is of a format that this version cannot read.
+        """
+        try:
+            if self._local:
+                require_regular(self.path(MANIFEST))
+            content = self.filesystem.cat_file(self.path(MANIFEST))
+        except (FileNotFoundError, NotADirectoryError) as error:
+            found = "it does not exist" if not self.filesystem.exists(self._root) else f"it has no {MANIFEST}"
+            raise FileNotFoundError(
+                f'"{self.directory}" is not a directory that TRAKCallback has written: {found}; give checkpoint'
+                " files as a list of their paths"
+            ) from error
+        try:
+            manifest: dict[str, Any] = parse_json(content, _manifest)
+        except ValueError as error:
+            raise ValueError(
+                f'"{self.directory}/{MANIFEST}" is not the manifest of a snapshot series, or was altered: {error};'
+                " restore it from a copy, or pass a list of the paths of the snapshots"
+            ) from error
+        return Manifest(manifest["run"], manifest["writer"], tuple(_parse(entry) for entry in manifest["snapshots"]))
+
+    def load(self, snapshot: Snapshot) -> dict[str, Tensor]:
+        """The state dict of a snapshot, as :func:`~lightning_trak.checkpoints.weights.read_safetensors`.
+
+        Raises:
+            FileNotFoundError: if its file is gone.
+            ValueError: if the file is not the one that was written.
+        """
+        location = f"{self.directory}/{snapshot.file}"
+        return read_safetensors(
+            self.filesystem, self.path(snapshot.file), location, size=snapshot.size, digest=snapshot.sha256
+        )
+
+    def begin(self) -> str:
+        """Start the series of a new run, and hold the directory until :meth:`close`.
+
+        Returns:
+            The new run's identifier.
+
+        Raises:
+            ValueError: if the directory holds snapshots already, or a run that is still going writes to it.
+        """
+        held = self._hold()
+        existing = self._existing()
+        if existing is not None and existing.snapshots:
+            self.close()
+            raise ValueError(self._occupied(existing))
+        if existing is not None and not held:
+            rank_zero_warn(
+                f'another run has begun in "{self.directory}" and saved no snapshot yet; if it is still going, it ends'
+                " with an error at its first, since this run has taken the directory"
+            )
+        run = uuid.uuid4().hex
+        self._start(run, ())
+        return run
+
+    def resume(self, runs: Sequence[str], step: int) -> Manifest:
+        """Continue the series of a run at an optimizer step, and hold the directory until :meth:`close`.
+
+        Entries of later steps leave the manifest. Their files stay until the resumed run saves the same steps.
+
+        Args:
+            runs: identifiers that the run may have here; an empty directory takes the first.
+            step: optimizer steps that the resumed run has taken.
+
+        Raises:
+            ValueError: if the directory holds snapshots of another run, or a run that is still going writes to it.
+        """
+        self._hold()
+        existing = self._existing()
+        if existing is None or not existing.snapshots:
+            return self._start(runs[0], ())
+        if existing.run not in runs:
+            self.close()
+            raise ValueError(self._occupied(existing))
+        return self._start(existing.run, tuple(s for s in existing.snapshots if s.step <= step))
+
+    def save(
+        self, state_dict: Mapping[str, Any], step: int, epoch: int, parameter_groups: Sequence[ParameterGroup]
+    ) -> Snapshot:
+        """Add a snapshot; one of the same step is replaced.
+
+        Args:
+            state_dict: dense tensors on any device; tied and non-contiguous ones are allowed. Extra state is left out.
+            step: optimizer steps taken.
+            epoch: training epochs completed.
+            parameter_groups: settings of each parameter group of each optimizer.
+
+        Raises:
+            FileNotFoundError: if neither :meth:`begin` nor :meth:`resume` has made a manifest.
+            ValueError: if another run has taken the directory since.
+            TypeError: if an entry of the state dict is not a dense tensor.
+            OSError: if it cannot be written; earlier snapshots are as they were.
+        """
+        manifest = self.read()
+        if manifest.writer != self._writer:
+            raise ValueError(
+                f'"{self.directory}" was taken by another run after this one began, so that the snapshot of step {step}'
+                " was not saved; give each run a directory of its own"
+            )
+        tensors, metadata, checksum = pack(without_extra_state(state_dict, "the module's state dict"))
+        file = _file_name(step)
+        try:
+            size = self._write_tensors(file, tensors, metadata)
+            snapshot = Snapshot(file, size, checksum, step, epoch, tuple(parameter_groups))
+            others = [other for other in manifest.snapshots if other.step != step]
+            snapshots = sorted([*others, snapshot], key=lambda entry: entry.step)
+            self._replace_manifest(Manifest(manifest.run, manifest.writer, tuple(snapshots)))
+        except (OSError, SafetensorError) as error:
+            number = getattr(error, "errno", None)
+            reason = (
+                f'snapshot "{self.directory}/{file}" was not saved: {error}; make room, or see to the permissions, and'
+                " resume the run: its earlier snapshots are whole"
+            )
+            raise (OSError(number, reason) if number else OSError(reason)) from error
+        return snapshot
+
+    def close(self) -> None:
+        """Let another run have the directory."""
+        self._writer = None
+        if self._lock is not None:
+            descriptor, closing = self._lock
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # processes that were forked since have the descriptor open as well
+            closing()
+            self._lock = None
+
+    def _hold(self) -> bool:
+        """Take the lock; returns whether there is one on this file system."""
+        if self._lock is not None:
+            return True
+        if not self._local:
+            return False
+        try:
+            os.makedirs(self._root, exist_ok=True)
+        except FileExistsError as error:
+            raise NotADirectoryError(f'"{self.directory}" is no directory; use another path for snapshots') from error
+        descriptor = os.open(self._root, os.O_RDONLY)
+        closing = weakref.finalize(self, os.close, descriptor)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            closing()
+            raise ValueError(
+                f'a run that is still going writes to "{self.directory}"; use another directory, or wait for its end'
+            ) from error
+        except OSError:  # no locks here: save() will find out by the manifest
+            closing()
+            return False
+        self._lock = descriptor, closing
+        return True
+
+    def _existing(self) -> Manifest | None:
+        try:
+            return self.read()
+        except FileNotFoundError:
+            return None
+
+    def _occupied(self, manifest: Manifest) -> str:
+        return (
+            f'"{self.directory}" holds {len(manifest.snapshots)} snapshots of another run, up to step'
+            f" {manifest.snapshots[-1].step}; use another directory, delete this one, or continue that run with"
+            " trainer.fit(ckpt_path=...) from a checkpoint that it saved"
+        )
+
+    def _start(self, run: str, snapshots: tuple[Snapshot, ...]) -> Manifest:
+        if self._local:
+            remove_leftovers(Path(self._root))
+        self._writer = uuid.uuid4().hex
+        manifest = Manifest(run, self._writer, snapshots)
+        self._replace_manifest(manifest)
+        return manifest
+
+    def _write_tensors(self, file: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> int:
+        path = self.path(file)
+        if self._local:
+            write_atomically(Path(path), lambda temporary: safetensors.torch.save_file(tensors, temporary, metadata))
+            return os.stat(path).st_size
+        content = safetensors.torch.save(tensors, metadata)
+        self.filesystem.pipe_file(path, content)
+        return len(content)
+
+    def _replace_manifest(self, manifest: Manifest) -> None:
+        content = with_checksum({"format": FORMAT_VERSION, **asdict(manifest)})
+        parse_json(json.dumps(content).encode(), _manifest)  # what could not be read again is not written
+        path = self.path(MANIFEST)
+        if self._local:
+            write_json(Path(path), content)
+        else:
+            self.filesystem.makedirs(self._root, exist_ok=True)
+            self.filesystem.pipe_file(path, json.dumps(content).encode())  # object stores replace an object in one step
+
+
+def _file_name(step: int) -> str:
+    return f"snapshot-{step:08d}.safetensors"
+
+
+def _number(field: str, value: Any) -> None:
+    finite = (type(value) is int and abs(value) < 1 << 1000) or (type(value) is float and math.isfinite(value))
+    if value is not None and not finite:
+        raise ValueError(f"{field} must be a number or null, got {value!r:.40}")
+
+
+_count = integer(0, (1 << 63) - 1)
+_name = text(r"\S+", "a name")
+_group = record(
+    {"optimizer": _count, "algorithm": _name, "lr": _number, "weight_decay": _number, "parameters": items(text())}
+)
+_entries = items(
+    record(
+        {
+            "file": _name,
+            "size": _count,
+            "sha256": sha256,
+            "step": _count,
+            "epoch": _count,
+            "parameter_groups": items(_group),
+        }
+    )
+)
+
+
+def _snapshots(field: str, value: Any) -> None:
+    _entries(field, value)
+    for number, entry in enumerate(value):
+        if number and entry["step"] <= value[number - 1]["step"]:
+            raise ValueError(
+                f"{field}[{number}].step must be more than {value[number - 1]['step']}, that of the snapshot before it,"
+                f" got {entry['step']}"
+            )
+        if entry["file"] != _file_name(entry["step"]):
+            raise ValueError(
+                f"{field}[{number}].file must be {_file_name(entry['step'])!r}, as its step has it, got"
+                f" {entry['file']!r:.80}"
+            )
+
+
+_current = sealed({"format": _count, "run": _name, "writer": _name, "snapshots": _snapshots})
+
+
+def _manifest(field: str, value: Any) -> None:
+    record({"format": _count}, others=anything)(field, value)
+    if value["format"] != FORMAT_VERSION:
+        raise ValueError(f"it has format {value['format']}, and this version reads {FORMAT_VERSION}")
+    _current(field, value)
+
+
+def _parse(entry: dict[str, Any]) -> Snapshot:
+    groups = tuple(
+        ParameterGroup(**(group | {"parameters": tuple(group["parameters"])})) for group in entry["parameter_groups"]
+    )
+    return Snapshot(**(entry | {"parameter_groups": groups}))

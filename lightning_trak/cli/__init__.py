@@ -1,0 +1,5 @@
+"""``lightning-trak``, the command line."""
+
+from lightning_trak.cli.commands import main
+
+__all__ = ["main"]

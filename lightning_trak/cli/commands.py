@@ -1,0 +1,239 @@
+"""``lightning-trak``: train, featurize, score, evaluate and show, from the command line and YAML files.
+
+``lightning-trak --help``, or ``python -m lightning_trak.cli --help``; see docs/cli.md. Needs the extra ``cli``.
+"""
+
+import io
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+try:
+    from jsonargparse import set_parsing_settings
+    from jsonargparse.typing import register_type
+    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f'{error}: the command line needs jsonargparse: pip install "lightning-trak[cli]"'
+    ) from error
+
+from lightning_trak.cli.config_code import deny_standard_library, require_own_code
+from lightning_trak.features.store import FeatureStore
+from lightning_trak.methods import FeatureMethod
+from lightning_trak.metrics import LinearDatamodelingScore
+from lightning_trak.reporting.explanations import explain
+from lightning_trak.reporting.html import page, picture, table
+from lightning_trak.reporting.scores import SavedScores, load_ground_truth
+from lightning_trak.running.data import single_loader
+from lightning_trak.storage.files import write_atomically
+from lightning_trak.storage.paths import local_path
+from lightning_trak.texts import counted, printable
+
+# A model is what commands add to a method's settings.
+MakeMethod = Callable[[nn.Module], FeatureMethod]
+DEFAULT_METHOD = {
+    "class_path": "lightning_trak.TRAK",
+    "init_args": {"checkpoints": "run/snapshots", "store": "run/features"},
+}
+DEFAULT_SCORES = "run/scores.safetensors"
+
+
+class AttributionTrainer(L.Trainer):
+    """A Trainer with a method for each further subcommand."""
+
+    def featurize(
+        self, method: FeatureMethod, datamodule: L.LightningDataModule, shard_size: int | None = None
+    ) -> None:
+        """Store the features of the training data at every checkpoint; continues where it was interrupted.
+
+        Args:
+            method: what featurizes.
+            datamodule: its ``train_dataloader`` has the training data.
+            shard_size: examples per file, when the store is new.
+        """
+        method.featurize(self, datamodule, shard_size)
+
+    def score(
+        self,
+        method: FeatureMethod,
+        datamodule: L.LightningDataModule,
+        scores: str = DEFAULT_SCORES,
+        top_k: int | None = None,
+        largest: bool = True,
+    ) -> None:
+        """Score the data module's predict data against its training data, into a file.
+
+        Args:
+            method: what scores.
+            datamodule: its ``predict_dataloader`` has the targets.
+            scores: safetensors file to write.
+            top_k: keep only so many training examples for each target.
+            largest: whether top_k keeps those with the highest scores or with the lowest.
+        """
+        single_loader(datamodule, "predict", self)  # several would be an error, rather before the work than after it
+        found = method.score(self, datamodule, top_k, largest)
+        num_train = FeatureStore.read_manifest(method.store)["num_examples"]
+        saved = SavedScores(found, num_train, type(method).__name__, largest)
+        if self.is_global_zero:
+            saved.save(scores)
+            print(f"{_heading(saved)}, {counted(num_train, 'training example')}, in {printable(scores)}")
+
+    def evaluate(self, ground_truth: str, scores: str = DEFAULT_SCORES, confidence: float = 0.95) -> None:
+        """Measure saved scores against retrained models: linear datamodeling score, interval and noise ceiling.
+
+        Args:
+            ground_truth: directory of a fleet, or safetensors file with masks, bool (num_subsets, num_train), and
+                outputs, (num_targets, num_subsets) or (num_targets, num_subsets, num_seeds).
+            scores: file that score has written.
+            confidence: of the bootstrap interval.
+        """
+        if not self.is_global_zero:
+            return
+        saved = SavedScores.load(scores)
+        if not isinstance(saved.scores, Tensor):
+            raise ValueError(f'"{scores}" holds the best scores alone, and all are needed; score without --top_k')
+        masks, outputs = load_ground_truth(ground_truth)
+        lds = LinearDatamodelingScore(masks)
+        lds.update(saved.scores, outputs)
+        low, high = lds.interval(confidence).tolist()
+        measured = {"lds": float(lds.compute()), "lds_low": low, "lds_high": high}
+        of_all = f"of {counted(saved.num_train, 'training example')}"
+        print(f"{_heading(saved)}, {counted(len(masks), 'subset')} {of_all}")
+        print(f"LDS            {measured['lds']:.3f}  ({confidence:.0%} interval {low:.3f} to {high:.3f})")
+        if outputs.ndim == 3 and outputs.shape[2] > 1:
+            measured["lds_noise_ceiling"] = float(lds.noise_ceiling())
+            print(f"noise ceiling  {measured['lds_noise_ceiling']:.3f}")
+        for logger in self.loggers:
+            logger.log_metrics(measured, step=0)
+            logger.save()
+
+    def show(
+        self,
+        datamodule: L.LightningDataModule,
+        model: L.LightningModule | None,
+        scores: str = DEFAULT_SCORES,
+        targets: Sequence[int] = (0,),
+        k: int = 5,
+        out: str | None = None,
+    ) -> None:
+        """Show targets beside their strongest proponents and opponents: as a table, a picture or a web page.
+
+        Args:
+            datamodule: the data that were scored. Its ``describe(item) -> str``, or the model's, makes the texts.
+            model: see there.
+            scores: file that score has written.
+            targets: positions of the targets.
+            k: proponents and opponents of each.
+            out: file to write, .png or .html; default: a table in the terminal.
+        """
+        if not self.is_global_zero:
+            return
+        kind = None if out is None else Path(out).suffix
+        if kind not in (None, ".png", ".html"):
+            raise ValueError(f'out must end in .png or .html, got "{out}"; leave it out for a table in the terminal')
+        saved = SavedScores.load(scores)
+        train, shown = (single_loader(datamodule, stage, self).dataset for stage in ("fit", "predict"))
+        describe = getattr(datamodule, "describe", None) or getattr(model, "describe", None)
+        explanations = explain(saved, targets, k, train, shown, describe)
+        if out is None:
+            print(table(explanations, shutil.get_terminal_size((100, 24)).columns))
+            return
+
+        def write(path: Path) -> None:
+            if kind == ".png":
+                picture(explanations).savefig(path, format="png", dpi=150)
+            else:
+                title = f"{saved.method}: {counted(saved.num_train, 'training example')}"
+                path.write_text(page(explanations, title), encoding="utf-8")
+
+        write_atomically(local_path(out, "file"), write)
+
+
+class AttributionCLI(LightningCLI):
+    """LightningCLI with a section ``method``, and a subcommand for each method of the Trainer above."""
+
+    def __init__(self) -> None:
+        deny_standard_library()
+        about = {"prog": "lightning-trak", "description": "Which training examples made the model do this?"}
+        super().__init__(trainer_class=AttributionTrainer, parser_kwargs=about)
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The subcommands, and which of their arguments are made from sections of the configuration."""
+        return {
+            "fit": LightningCLI.subcommands()["fit"],
+            "featurize": {"method", "datamodule"},
+            "score": {"method", "datamodule"},
+            "evaluate": set(),
+            "show": {"datamodule", "model"},
+        }
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Trainer, model and data; the latter are not required here, since ``evaluate`` takes neither."""
+        parser.add_lightning_class_args(AttributionTrainer, "trainer")
+        parser.add_lightning_class_args(L.LightningModule, "model", subclass_mode=True, required=False)
+        parser.add_lightning_class_args(L.LightningDataModule, "data", subclass_mode=True, required=False)
+        # A completion script would go through all layers of torch as arguments of this package's own modules.
+        cast(Any, parser._option_string_actions["--model"]).complete = {}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The section that all subcommands accept, so that they can share a file."""
+        parser.add_argument("--method", type=MakeMethod, help="What featurizes and scores.")
+        parser.set_defaults({"method": DEFAULT_METHOD})
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse code that a file may not name, before any of it is called."""
+        require_own_code(self.config)
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        if subcommand == "fit":
+            self._require("model", self.model)
+            return kwargs
+        del kwargs["model"]
+        wanted = self.subcommands()[subcommand]
+        if "datamodule" in wanted:
+            self._require("data", self.datamodule)
+        else:
+            kwargs.pop("datamodule", None)
+        if "model" in wanted:
+            kwargs["model"] = self.model
+        if "method" in wanted:
+            self._require("model", self.model)
+            kwargs["method"] = self._get(self.config_init, "method")(self.model)
+        return kwargs
+
+    def _require(self, section: str, value: Any) -> None:
+        if value is None:
+            raise ValueError(
+                f"{self.subcommand} needs `{section}`: give a class with --{section}, or that section in a file"
+            )
+
+
+def _heading(saved: SavedScores) -> str:
+    return f"{printable(saved.method)}: {counted(saved.num_targets, 'target')}"
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"expected the name of a dtype such as float32, got {name!r}")
+    return dtype
+
+
+def main() -> None:
+    """Run ``lightning-trak``."""
+    sys.path.insert(0, "")  # so that classes in the working directory are found, as with `python -m`
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal need not have every letter
+    set_parsing_settings(add_print_completion_argument=True)
+    register_type(torch.dtype, lambda dtype: str(dtype).removeprefix("torch."), _dtype)
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # they are of how Lightning uses it
+    AttributionCLI()

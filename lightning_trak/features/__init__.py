@@ -1,0 +1,5 @@
+"""From a training set to features on disk: projected gradients of each example at each checkpoint."""
+
+from lightning_trak.features.store import Features, FeatureStore
+
+__all__ = ["FeatureStore", "Features"]

@@ -1,0 +1,69 @@
+"""Features that are not finite, and what made them so."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_trak.features.store import Features
+from lightning_trak.running.data import load
+
+if TYPE_CHECKING:
+    from lightning_trak.features.extractor import FeatureExtractor
+
+
+class NotFiniteError(ValueError):
+    """The feature of an example is not finite.
+
+    Args:
+        message: which one, and what to do.
+        position: of the example in its dataset.
+    """
+
+    def __init__(self, message: str, position: int) -> None:
+        super().__init__(message)
+        self.position = position
+
+    def explained(self, extractor: FeatureExtractor, loader: DataLoader[Any]) -> ValueError:
+        """The same error, with the reason that the output gives, if it has one.
+
+        Args:
+            extractor: at the checkpoint; its module may be moved to the CPU.
+            loader: whose dataset holds the example.
+        """
+        (batch,) = load(loader, [[self.position]], num_workers=0)
+        extractor.module.cpu()
+        try:
+            with extractor.differentiable():
+                reason = extractor.output.explain_nan(extractor.module, batch)
+        except Exception as error:  # the example is at fault somehow, and what is known of it is told
+            reason = f"{type(error).__name__}: {error}"
+        return self if reason is None else ValueError(f"{self}. Example {self.position}: {reason}")
+
+
+def require_finite(rows: Features, positions: Tensor, where: str) -> None:
+    """Check features, best on the host: a device would be waited for.
+
+    Args:
+        rows: features of some examples.
+        positions: of the examples in the dataset, shape ``(n,)``.
+        where: what to call the checkpoint.
+
+    Raises:
+        NotFiniteError: if a feature or one of its scalars is not finite, naming the first such example.
+    """
+    finite = [column.isfinite().flatten(1).all(1) if column.ndim > 1 else column.isfinite() for column in rows]
+    bad = ~torch.stack(finite).all(0)
+    if bad.any():
+        first = int(bad.nonzero()[0])
+        values = ", ".join(f"{name} {float(getattr(rows, name)[first]):g}" for name in Features._fields[1:])
+        position = int(positions[first])
+        raise NotFiniteError(
+            f"the feature of example {position} {where} is not finite ({values}; features are"
+            f" {rows.features.dtype}): look for NaN or huge values in this example or the weights, or use a dtype with"
+            " a larger range; nothing of its shard was written",
+            position,
+        )

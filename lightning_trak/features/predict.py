@@ -1,0 +1,292 @@
+"""The LightningModules that ``trainer.predict`` runs: one featurizes, one scores batches as they come."""
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any, cast
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+from lightning_utilities.core.rank_zero import rank_zero_info
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_trak.features.extractor import EngineName, FeatureExtractor
+from lightning_trak.features.fsdp import ANOTHER_STRATEGY, ShardedFeatureExtractor
+from lightning_trak.features.same_function import keep_examples, keeps_examples, require_as_before, require_same_outputs
+from lightning_trak.features.sinks import Sink
+from lightning_trak.features.store import FeatureStore
+from lightning_trak.gradients.base import EngineError
+from lightning_trak.gradients.batch import find_layout
+from lightning_trak.gradients.precision import autocast_of
+from lightning_trak.running.data import IndexedBatch, RangeLoader, Stop, load, sample_batches
+from lightning_trak.running.predict import PredictModule
+from lightning_trak.running.ranks import Ranks
+
+AUDITED_TOGETHER = 1024  # targets that are audited as a shard is, where they come in batches
+
+
+class ExtractorModule(PredictModule):
+    """Makes features.
+
+    Args:
+        extractor: makes the features, on a copy of the user's module.
+        store: holds what the model output remembers of the training data at each checkpoint.
+        datamodule: where the data came from, if it has batch transfer hooks of its own.
+        train_loader: training data to remember when the store holds nothing yet.
+    """
+
+    def __init__(
+        self,
+        extractor: FeatureExtractor,
+        store: FeatureStore,
+        datamodule: L.LightningDataModule | None = None,
+        train_loader: DataLoader[Any] | None = None,
+    ) -> None:
+        super().__init__(extractor.module, datamodule)
+        self.extractor = extractor
+        self._store = store
+        self._train_loader = train_loader
+        self._alone_and_together: tuple[Any, ...] | None = None
+        self.repeatable = True
+        self._begun = {} if train_loader is None else store.begun()
+
+    def setup(self, stage: str) -> None:  # noqa: ARG002
+        """Compute in the Trainer's precision."""
+        autocast = autocast_of(self.trainer, self.extractor.output)
+        if autocast != self.extractor.autocast:
+            self.extractor.reset(autocast)
+
+    def release(self) -> None:
+        """Let go of model and features."""
+        super().release()
+        del self.extractor
+
+    def enter(self, checkpoint: int) -> None:
+        """Make the extractor ready for a checkpoint.
+
+        Raises:
+            ValueError: if an example's output depends on what else is in its batch, or is not that of the store.
+        """
+        if self.extractor.current == checkpoint:
+            return
+        self.extractor.to_checkpoint(checkpoint, self.device)
+        made: dict[str, dict[str, Tensor]] = {}
+        if self.extractor.output.context_size:
+            self._enter_context(checkpoint, made)
+        if self._alone_and_together is not None:
+            self.extractor.require_sound(*self._alone_and_together)
+        if self.extractor.undecided:
+            self._settle_engine()
+        if self.extractor.projection.sample_size:
+            self._enter_projection(checkpoint, made)
+        if self._train_loader is None:
+            require_same_outputs(self.extractor, self._store, checkpoint)
+            return
+        if checkpoint in self._begun and self._store.repeatable:
+            shard = self._begun[checkpoint]
+            require_as_before(self.extractor, self._store, (checkpoint, shard), *self._first_of(shard), made)
+        for name, tensors in made.items():
+            self._store.write_extra(checkpoint, name, tensors, self._store.key)
+        if not keeps_examples(self._store):
+            batch, positions = self._first_of(0)
+            keep_examples(self.extractor, self._store, batch, len(positions))
+
+    def learn_batches(self, loader: DataLoader[Any]) -> None:
+        """Find out how a loader puts examples together, from a few of them.
+
+        Args:
+            loader: what the batches to come are from.
+
+        Raises:
+            ValueError: if a batch does not hold the examples in the first dimension of its tensors.
+        """
+        last = len(cast(Any, loader.dataset)) - 1
+        probes = [[0, 0], [0, 0, 0], [0, 0], [last, last], [0, last]]
+        twice, thrice, again, other, pair = self._batches(loader, probes)
+        self.extractor.layout = find_layout(twice, thrice)
+        self.repeatable = self.extractor.are_same(twice, again)
+        if self.extractor.sharded and not self.repeatable:
+            raise ValueError(
+                "examples are others each time that they are loaded, so that the ranks of a sharded model would not see"
+                " the same ones: give data without random augmentation"
+            )
+        sharded = self.extractor.sharded  # every forward pass of which is one of all ranks
+        self._alone_and_together = None if sharded else (twice, other, pair) if last and self.repeatable else (twice,)
+
+    def _enter_context(self, checkpoint: int, made: dict[str, dict[str, Tensor]]) -> None:
+        with torch.inference_mode(False):  # autograd saves the context
+            context = self._read_extra(checkpoint, "context")
+            if context is None:
+                batches = self._sample(checkpoint, "context", self.extractor.output.context_size)
+                made["context"] = context = self.extractor.make_context(batch for batch, _ in batches)
+            self.extractor.output.set_context({name: tensor.to(self.device) for name, tensor in context.items()})
+
+    def _enter_projection(self, checkpoint: int, made: dict[str, dict[str, Tensor]]) -> None:
+        fitted = self._read_extra(checkpoint, "projection")
+        if fitted is None:
+            batches = self._sample(checkpoint, "projection", self.extractor.projection.sample_size)
+            made["projection"] = fitted = self.extractor.fit_projection(batches)
+        self.extractor.set_projection_fit(fitted)
+
+    def _first_of(self, shard: int) -> tuple[Any, list[int]]:
+        """The first two training examples of a shard, and their positions."""
+        assert self._train_loader is not None
+        positions = list(self._store.shard(shard))[:2]
+        (batch,) = self._batches(self._train_loader, [positions])
+        return batch, positions
+
+    def _read_extra(self, checkpoint: int, name: str) -> dict[str, Tensor] | None:
+        """What the store has, if anything; ranks that compute together find it together or not at all."""
+        found = self._store.read_extra(checkpoint, name, self._store.key)
+        if self.extractor.sharded and not Ranks.of(self.trainer).all_true(found is not None):
+            return None
+        return found
+
+    def _settle_engine(self) -> None:
+        """Choose by the first two training examples: no run depends on what it happens to see.
+
+        The store takes note with its first shard, so that a run which writes none decides nothing.
+        """
+        engine = self._store.settle_engine()
+        if engine is None and self._train_loader is not None:
+            positions = list(range(min(2, self._store.num_examples)))
+            (batch,) = self._batches(self._train_loader, [positions])
+            engine, reason = self.extractor.choose_engine(batch, len(positions))
+            self.extractor.use_engine(engine)
+            rank_zero_info(f"TRAK: gradients by {self.extractor.how}, chosen by engine='auto': {reason}")
+        elif engine is not None:
+            self.extractor.use_engine(cast(EngineName, engine))
+
+    def _sample(self, checkpoint: int, purpose: str, count: int) -> Iterator[tuple[Any, int]]:
+        """A uniform sample of the training data, without replacement, another one at each checkpoint."""
+        if self._train_loader is None:
+            raise RuntimeError(
+                f'store "{self._store.directory}" has lost the {purpose} of checkpoint {checkpoint}, which its features'
+                " were made with; call featurize again, which makes it again from the training data"
+            )
+        positions = sample_batches(self._train_loader, count, f"{self.extractor.seed}/{checkpoint}/{purpose}")
+        yield from zip(self._batches(self._train_loader, positions), map(len, positions), strict=True)
+
+    def _batches(self, loader: DataLoader[Any], positions: list[list[int]]) -> Iterator[Any]:
+        """Examples at some positions, a batch for each list, on the device."""
+        for batch in load(loader, positions, num_workers=min(1, loader.num_workers)):
+            batch = self.trainer.precision_plugin.convert_input(batch)
+            batch = self.on_before_batch_transfer(batch, 0)
+            batch = self.transfer_batch_to_device(batch, self.device, 0)
+            yield self.on_after_batch_transfer(batch, 0)
+
+
+class FeaturizeModule(ExtractorModule):
+    """Featurizes :class:`~lightning_trak.running.data.IndexedBatch`; the m-th dataloader is for the m-th checkpoint.
+
+    Args:
+        sink: where features go.
+        task: what to call the work on the progress bar.
+        loader: the data.
+        stop: ends the loaders, when the engine has to be changed.
+        args: as for :class:`ExtractorModule`.
+        kwargs: as for :class:`ExtractorModule`.
+
+    Attributes:
+        refuted: what the engine got wrong, if it did: the rest was then left undone.
+    """
+
+    def __init__(self, sink: Sink, task: str, loader: DataLoader[Any], stop: Stop, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._sink = sink
+        self._task = task
+        self._loader = loader
+        self._stop = stop
+        self.refuted: str | None = None
+        self._alone: dict[int, Any] = {}  # examples that wait for the batch that they are part of
+
+    def configure_model(self) -> None:
+        """Have the model shard itself, if the Trainer's strategy does that; the ranks are there now."""
+        if isinstance(self.extractor, ShardedFeatureExtractor):
+            self.extractor.shard(self.device_mesh, self.trainer.strategy.root_device)
+
+    def on_predict_start(self) -> None:
+        """Ranks that compute together must have the same plan: else FSDP2 would mix up what they send, unnoticed.
+
+        Raises:
+            RuntimeError: if they have not.
+        """
+        if self.extractor.sharded:
+            loaders = cast(list[RangeLoader], self.trainer.predict_dataloaders)
+            plan = [[(part.examples.start, part.examples.stop) for part in loader.ranges] for loader in loaders]
+            digest = hashlib.sha256(repr(plan).encode()).hexdigest()
+            if len(set(Ranks.of(self.trainer).gather(digest))) > 1:
+                raise RuntimeError(
+                    "the ranks of a sharded model see different shards as missing in the store: it must lie on a disk"
+                    " that all of them share, and no other run may be writing to it"
+                )
+
+    def _settle_engine(self) -> None:
+        """Sharded models leave no choice, but what hooks must know has to be found on the same examples everywhere."""
+        if not isinstance(self.extractor, ShardedFeatureExtractor):
+            return super()._settle_engine()
+        positions = list(range(min(2, len(cast(Any, self._loader.dataset)))))
+        (batch,) = self._batches(self._loader, [positions])
+        found = self.extractor.lay_hooks(batch, len(positions))
+        if self._train_loader is not None:
+            rank_zero_info(f"TRAK: gradients by module hooks, since the model is sharded: {found}")
+            self._store.settle_engine("hooks")
+        return None
+
+    def on_predict_batch_start(self, batch: IndexedBatch, batch_idx: int, dataloader_idx: int = 0) -> None:  # noqa: ARG002
+        """Have the progress bar say what it shows, rather than "Predicting DataLoader 0"."""
+        bar, text = self.trainer.progress_bar_callback, f"{self._task}, checkpoint {dataloader_idx + 1}"
+        if batch_idx == 0 and isinstance(bar, TQDMProgressBar):
+            bar.predict_progress_bar.set_description(text)
+        elif batch_idx == 0 and isinstance(bar, RichProgressBar) and bar.predict_progress_bar_id is not None:
+            assert bar.progress is not None
+            bar.progress.update(bar.predict_progress_bar_id, description=text)
+
+    def predict_step(self, batch: IndexedBatch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:  # noqa: ARG002
+        """Hand the batch's features to the sink; returns its positions, since Lightning warns of None."""
+        if self.refuted is None:
+            try:
+                self._featurize(batch, dataloader_idx)
+            except EngineError as error:
+                self._give_up(error)
+        return batch.positions
+
+    def _featurize(self, batch: IndexedBatch, checkpoint: int) -> None:
+        if self.extractor.layout is None:
+            self.learn_batches(self._loader)
+        self.enter(checkpoint)
+        if batch.alone:
+            if isinstance(self.extractor, ShardedFeatureExtractor):
+                alone: Any = self.extractor.one(batch.batch, int(batch.positions[0]))
+            else:
+                alone = batch.batch
+            if batch.number is not None:
+                self._alone[int(batch.positions[0])] = alone
+            return
+        found = {row: self._alone.pop(i) for row, i in enumerate(batch.positions.tolist()) if i in self._alone}
+        rows = self.extractor(batch.batch, batch.positions, {row: self._trusted(one) for row, one in found.items()})
+        if batch.number is not None and not self._sink.add(
+            checkpoint, batch.number, batch.positions, rows, self.extractor.used
+        ):
+            raise EngineError("another process has refuted it")
+
+    def _trusted(self, alone: Any) -> Any:
+        """An example alone, unless the data are other ones each time: then it is taken out of its batch."""
+        return alone if self.repeatable else None
+
+    def _give_up(self, error: EngineError) -> None:
+        """Leave the rest to the next engine, if it is for us to choose.
+
+        Raises:
+            ValueError: if it is not.
+        """
+        used = self.extractor.used
+        if self.extractor.engine_name != "auto" or self.extractor.sharded:
+            advice = "engine='auto', which takes another engine, or engine='loop'"
+            raise ValueError(
+                f"engine={used!r} cannot differentiate this model rightly: {error}. Nothing of its shard was written;"
+                f" use {ANOTHER_STRATEGY if self.extractor.sharded else advice}"
+            ) from error
+        self.refuted = str(error)
+        self._stop.requested = True

@@ -1,0 +1,105 @@
+"""Where features go once a predict loop has made them: to the store or into memory."""
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_trak.features.finiteness import require_finite
+from lightning_trak.features.store import Features, FeatureStore
+from lightning_trak.running.transfer import HostCopy
+
+
+class Sink(Protocol):
+    """Where features go, apart from how they are made."""
+
+    def add(self, checkpoint: int, number: int, positions: Tensor, rows: Features, engine: str) -> bool:
+        """Take the rows of the examples at ``positions``, which are part of range ``number``, made by an engine.
+
+        Returns:
+            Whether rows of this engine are still wanted.
+        """
+
+
+class ShardWriter:
+    """Collects rows until a shard is whole, then checks it and writes it to the store while the next one is computed.
+
+    Use it as a context manager, which waits for the last shard. An error in one is raised before the one after the next
+    is begun.
+
+    Args:
+        store: where shards go.
+        places: what to call the checkpoints in errors.
+    """
+
+    def __init__(self, store: FeatureStore, places: Sequence[str]) -> None:
+        self.store = store
+        self._places = places
+        self._copies: list[HostCopy] = []
+        self._thread = ThreadPoolExecutor(1)
+        self._writing: Future[None] | None = None
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        try:
+            self._wait()
+        finally:
+            self._thread.shutdown()
+
+    def _wait(self) -> None:
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def add(self, checkpoint: int, number: int, positions: Tensor, rows: Features, engine: str) -> bool:  # noqa: D102
+        shard = self.store.shard(number)
+        if int(positions[0]) == shard.start:
+            self._copies = []
+            if engine in self.store.refuted_engines():
+                return False
+        self._copies.append(HostCopy.start(rows))
+        if int(positions[-1]) == shard[-1]:
+            self._wait()
+            self._writing = self._thread.submit(self._write, checkpoint, number, self._copies, engine)
+        return True
+
+    def _write(self, checkpoint: int, number: int, copies: list[HostCopy], engine: str) -> None:
+        rows = Features.cat([Features(*copy.wait()) for copy in copies])
+        shard = self.store.shard(number)
+        require_finite(rows, torch.arange(shard.start, shard.stop), self._places[checkpoint])
+        self.store.settle_engine(engine)
+        self.store.write(checkpoint, number, rows, engine)
+
+
+class FeatureBuffer:
+    """Keeps rows in memory.
+
+    Args:
+        places: what to call the checkpoints in errors.
+    """
+
+    def __init__(self, places: Sequence[str]) -> None:
+        self._places = places
+        self._copies: list[list[tuple[Tensor, HostCopy]]] = [[] for _ in places]
+
+    def add(self, checkpoint: int, number: int, positions: Tensor, rows: Features, engine: str) -> bool:  # noqa: ARG002, D102
+        self._copies[checkpoint].append((positions, HostCopy.start(rows)))
+        return True
+
+    def take(self, checkpoint: int) -> list[tuple[Tensor, Features]]:
+        """Positions and rows that came for a checkpoint; they are not kept any longer.
+
+        Raises:
+            ValueError: if one of them is not finite.
+        """
+        copies, self._copies[checkpoint] = self._copies[checkpoint], []
+        found = []
+        for positions, copy in copies:
+            rows = Features(*copy.wait())
+            require_finite(rows, positions, self._places[checkpoint])
+            found.append((positions, rows))
+        return found

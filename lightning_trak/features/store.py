@@ -1,0 +1,442 @@
+"""Features on disk: safetensors shards, each a fixed range of examples at one checkpoint, written once and whole.
+
+    store/manifest.json                        what every feature depends on, and how examples fall into shards
+    store/engine-<key>.json                    how gradients were computed: equal bits need equal engines
+    store/checkpoint-0002/shard-00017.safetensors    features and outputs of examples 17 * shard_size, ...
+    store/checkpoint-0002/context.safetensors        what the model output remembers of the data (the CLIP bank)
+    store/checkpoint-0002/gram-<curvature>.safetensors   Gram matrix, a cache: it can be made again from the shards
+
+Completion protocol: a shard exists under its own name only when it is complete, because it is written elsewhere,
+flushed and renamed. A process killed at any moment leaves complete shards and, at worst, a hidden temporary folder,
+which the next run removes. A shard's range depends on the manifest alone, so any number of ranks, now or in a later
+run, can share out the missing ones.
+
+Every file says in its header what it is, and has a checksum: one that was altered, moved or copied from elsewhere is
+refused, or made again if it is an extra.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_trak.fingerprints import are_same, changes
+from lightning_trak.storage import schemas
+from lightning_trak.storage.files import (
+    DamagedFileError,
+    altered,
+    load_metadata,
+    load_tensors,
+    read_json,
+    read_manifest,
+    remove_leftovers,
+    save_tensors,
+    tensor_digest,
+    write_json,
+)
+from lightning_trak.storage.paths import local_directory
+
+FORMAT_VERSION = 2
+_MAX_EXAMPLES = 1 << 40
+
+_MANIFEST = schemas.sealed(
+    {
+        "format": schemas.integer(FORMAT_VERSION, FORMAT_VERSION),
+        "num_examples": schemas.integer(1, _MAX_EXAMPLES),
+        "shard_size": schemas.integer(1, _MAX_EXAMPLES),
+        "identity": schemas.record(
+            {"checkpoints": schemas.items(schemas.anything, least=1)},
+            optional={
+                "dtype": schemas.one_of("float64", "float32", "bfloat16", "float16"),
+                "parameters": schemas.parameters,
+            },
+            others=schemas.anything,
+        ),
+    }
+)
+_HEADER = {
+    "sha256": schemas.sha256,
+    "checksum": schemas.sha256,
+    "checkpoint": schemas.integer(0, _MAX_EXAMPLES),
+    "name": schemas.text(),
+    "key": schemas.text(),
+}
+_ENGINES = ("hooks", "functional", "loop")
+_ENGINE = schemas.record(
+    {
+        "engine": schemas.one_of(*_ENGINES),
+        "refuted": schemas.record({}, optional=dict.fromkeys(_ENGINES, schemas.text())),
+    }
+)
+
+
+class Features(NamedTuple):
+    """Rows of a shard, or of a batch.
+
+    Attributes:
+        features: projected gradients phi, shape ``(n, k)``.
+        outputs: model outputs f, shape ``(n,)``.
+        residuals: Q = -dl/df, shape ``(n,)``.
+        curvatures: R = d2l/df2, shape ``(n,)``.
+    """
+
+    features: Tensor
+    outputs: Tensor
+    residuals: Tensor
+    curvatures: Tensor
+
+    @classmethod
+    def cat(cls, parts: Sequence[Features]) -> Features:
+        """The rows of all parts, one after another."""
+        return cls(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+class FeatureStore:
+    """The features of one training set at a series of checkpoints.
+
+    Args:
+        directory: a local or mounted directory; made on first use.
+        identity: everything that the features depend on, as JSON-able values: seed, projection, checkpoints, ... A
+            store that exists must have been made with the same.
+        num_examples: size of the training set.
+        shard_size: examples per shard of a new store; one that exists keeps its own.
+        read_only: the store must exist, and its manifest is left alone.
+        user: what to call the method that opens the store, in errors.
+
+    Attributes:
+        key: stands for the identity: what extras were made under.
+
+    Raises:
+        FileNotFoundError: if it is to be read only and there is none.
+        NotADirectoryError: if something else is in the directory's place.
+        ValueError: if the directory holds a store of another identity or data size, naming the first difference; or
+            its manifest is damaged.
+    """
+
+    # Files whose checksum has been found right, by path, size and time of change: once in a process is enough.
+    _verified: ClassVar[set[tuple[Path, int, int]]] = set()
+
+    def __init__(
+        self,
+        directory: str | Path,
+        identity: dict[str, Any],
+        num_examples: int,
+        shard_size: int = 1024,
+        read_only: bool = False,
+        user: str = "TRAK",
+    ) -> None:
+        self.directory = local_directory(directory, "store")
+        path = self.directory / "manifest.json"
+        identity = schemas.as_json(identity)
+        if not read_only:
+            for folder in (self.directory, *self.directory.glob("checkpoint-*")):
+                remove_leftovers(folder)
+            if not path.exists() and not path.is_symlink():
+                self._create(path, identity, num_examples, shard_size)
+        manifest = self.read_manifest(directory)
+        stored = {"num_examples": manifest["num_examples"]} | manifest["identity"]
+        wanted = {"num_examples": num_examples} | identity
+        differs = any(not are_same(stored.get(field), value) for field, value in wanted.items())
+        if differs and not read_only and self._is_empty():
+            # Of a run that failed before its first shard, over a mistake that has been mended since.
+            path.unlink(missing_ok=True)
+            self._create(path, identity, num_examples, shard_size)
+            manifest = self.read_manifest(directory)
+        else:
+            self._compare(stored, wanted, user)
+        self._manifest = manifest
+        self.key = hashlib.sha256(json.dumps(manifest["identity"], sort_keys=True).encode()).hexdigest()
+        self.num_examples: int = manifest["num_examples"]
+        self.shard_size: int = manifest["shard_size"]
+        self.num_checkpoints = len(manifest["identity"]["checkpoints"])
+        self.num_shards = -(-self.num_examples // self.shard_size)
+        self._k: int | None = None  # features of an example, once a shard was read or written
+
+    def _is_empty(self) -> bool:
+        return not any(self.directory.glob("checkpoint-*/shard-*"))
+
+    def _create(self, path: Path, identity: dict[str, Any], num_examples: int, shard_size: int) -> None:
+        if num_examples < 1 or shard_size < 1:
+            raise ValueError(f"a store needs examples and shards, got {num_examples=} and {shard_size=}")
+        if not self._is_empty():
+            raise ValueError(f'"{self.directory}" holds shards but no manifest.json; use another directory')
+        manifest = {
+            "format": FORMAT_VERSION,
+            "num_examples": num_examples,
+            "shard_size": shard_size,
+            "identity": identity,
+        }
+        with suppress(FileExistsError):  # another process was faster: its manifest counts
+            write_json(path, schemas.with_checksum(manifest), replace=False)
+
+    @staticmethod
+    def read_manifest(directory: str | Path) -> dict[str, Any]:
+        """The manifest of a store that exists.
+
+        Raises:
+            FileNotFoundError: if there is none.
+            ValueError: if it is not one, or of a format that this version cannot read.
+        """
+        return read_manifest(directory, "feature store", FORMAT_VERSION, "call featurize first", _MANIFEST)
+
+    def _compare(self, stored: dict[str, Any], wanted: dict[str, Any], user: str) -> None:
+        for field, mine in wanted.items():
+            theirs = stored.get(field)
+            if are_same(mine, theirs):
+                continue
+            if field == "data":
+                made, have = "other training data of this size", "data that differ in eight items spread over them"
+            elif field == "checkpoints" and isinstance(theirs, list) and len(theirs) == len(mine):
+                number = next(i for i, pair in enumerate(zip(mine, theirs, strict=True)) if pair[0] != pair[1])
+                made, have = f"other weights or buffers at checkpoint {number}", "the same number of checkpoints"
+            elif field in ("checkpoints", "parameters") and isinstance(theirs, list):
+                made, have = f"{len(theirs)} {field}", f"{len(mine)}"
+                differing = [item[0] for item in [*mine, *theirs] if (item in mine) != (item in theirs)]
+                if field == "parameters":
+                    have += f" (differing in {', '.join(differing[:5])}{', ...' if len(differing) > 5 else ''})"
+            elif isinstance(mine, dict) and isinstance(theirs, dict):
+                made, have = f"another {field}", f"one that differs: {changes(theirs, mine)}"
+            else:
+                made, have = f"{field} {theirs}", f"{field} {mine}"
+            raise ValueError(
+                f'store "{self.directory}" was made with {made}, this {user} has {have}; use another directory or the'
+                f" same {field}"
+            )
+
+    def shard(self, index: int) -> range:
+        """The examples of a shard."""
+        start = index * self.shard_size
+        return range(start, min(start + self.shard_size, self.num_examples))
+
+    def _path(self, checkpoint: int, name: str) -> Path:
+        return self.directory / f"checkpoint-{checkpoint:04d}" / f"{name}.safetensors"
+
+    def _shard_path(self, checkpoint: int, shard: int) -> Path:
+        return self._path(checkpoint, f"shard-{shard:05d}")
+
+    def missing(self, checkpoint: int, extras: Sequence[str] = ()) -> list[int]:
+        """Shards of a checkpoint that are to be made: those that are not there, or of an engine that was refuted since.
+
+        Args:
+            checkpoint: which.
+            extras: what features of the checkpoint depend on. If one is lost, the first shard counts as missing:
+                making a shard makes them again.
+        """
+        refuted = self.refuted_engines()
+        missing = [
+            shard
+            for shard in range(self.num_shards)
+            if not self._shard_path(checkpoint, shard).exists()
+            or (refuted and self.engine_of(checkpoint, shard) in refuted)
+        ]
+        if not missing and any(self.read_extra(checkpoint, name, self.key) is None for name in extras):
+            return [0]
+        return missing
+
+    def begun(self) -> dict[int, int]:
+        """The first shard that is there, for each checkpoint that has one."""
+        there = {c: sorted(set(range(self.num_shards)) - set(self.missing(c))) for c in range(self.num_checkpoints)}
+        return {checkpoint: shards[0] for checkpoint, shards in there.items() if shards}
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether the training data were the same twice."""
+        return self._manifest["identity"].get("data") is not None
+
+    @property
+    def precision(self) -> str | None:
+        """The Trainer's precision that features were made in, if it is known."""
+        found: str | None = self._manifest["identity"].get("precision")
+        return found
+
+    def require_complete(self) -> None:
+        """Check that every shard is there.
+
+        Raises:
+            RuntimeError: if some are missing, saying how many.
+        """
+        missing = sum(len(self.missing(checkpoint)) for checkpoint in range(self.num_checkpoints))
+        if missing:
+            raise RuntimeError(
+                f'store "{self.directory}" lacks {missing} of {self.num_shards * self.num_checkpoints} shards;'
+                " call featurize again to finish it before scoring"
+            )
+
+    def write(self, checkpoint: int, shard: int, rows: Features, engine: str = "") -> None:
+        """Write a complete shard.
+
+        Args:
+            checkpoint: which.
+            shard: which.
+            rows: of all its examples.
+            engine: what computed the gradients, see :meth:`engine_of`.
+
+        Raises:
+            ValueError: if the rows are not as many as the shard's examples, or not like those of the store.
+            RuntimeError: if another run has replaced the manifest since this object was made.
+        """
+        if self.read_manifest(self.directory) != self._manifest:
+            raise RuntimeError(f'another run has taken store "{self.directory}" over; give each run a directory')
+        if len(rows.features) != len(self.shard(shard)):
+            raise ValueError(f"shard {shard} holds {len(self.shard(shard))} examples, got {len(rows.features)} rows")
+        reason = self._misfit(rows._asdict())
+        if reason is not None:
+            raise ValueError(f"shard {shard} of checkpoint {checkpoint} cannot be written: {reason}")
+        path = self._shard_path(checkpoint, shard)
+        save_tensors(path, rows._asdict(), checkpoint=checkpoint, name=path.stem, key=self.key, engine=engine)
+
+    def read(self, checkpoint: int, shard: int) -> Features:
+        """Read a shard, memory-mapped; its checksum is verified the first time that this process reads it.
+
+        Raises:
+            ValueError: if the file is truncated or altered, or another one.
+            OSError: if it cannot be read.
+        """
+        path = self._shard_path(checkpoint, shard)
+        with _advice():
+            tensors, metadata = self._load(path)
+            _require_place(path, metadata, checkpoint, self.key, engine=schemas.text())
+            reason = self._misfit(tensors, len(self.shard(shard)))
+            if reason is not None:
+                raise altered(path, reason)
+        return Features(**tensors)
+
+    def _misfit(self, tensors: dict[str, Tensor], count: int | None = None) -> str | None:
+        """What is wrong with the rows of a shard, if anything is."""
+        if set(tensors) != set(Features._fields):
+            return f"it holds {', '.join(sorted(tensors))}, not {', '.join(sorted(Features._fields))}"
+        features = tensors["features"]
+        count = len(features) if count is None else count
+        if features.ndim != 2 or not features.shape[1]:
+            return f"its features have shape {tuple(features.shape)}, not (examples, k)"
+        if len(features) != count:
+            return f"it holds {len(features)} examples, not {count}"
+        found = str(features.dtype).removeprefix("torch.")
+        wanted = self._manifest["identity"].get("dtype", found)
+        if found != wanted or not features.is_floating_point():
+            return f"its features are {found}, not {wanted}"
+        if self._k is None:
+            self._k = features.shape[1]
+        if features.shape[1] != self._k:
+            return f"it has {features.shape[1]} features an example, other shards have {self._k}"
+        for name, column in tensors.items():
+            if name != "features" and (column.shape != (count,) or not column.is_floating_point()):
+                return f"its {name} are {column.dtype} of shape {tuple(column.shape)}, not numbers of shape ({count},)"
+        return None
+
+    def engine_of(self, checkpoint: int, shard: int) -> str:
+        """What computed the gradients of a shard, as :meth:`write` was told."""
+        path = self._shard_path(checkpoint, shard)
+        with _advice():
+            metadata = load_metadata(path)
+            _require_place(path, metadata, checkpoint, self.key, engine=schemas.text())
+        return str(metadata["engine"])
+
+    def write_extra(self, checkpoint: int, name: str, tensors: dict[str, Tensor], key: str = "") -> None:
+        """Write tensors that belong to a checkpoint as a whole; ``key`` says what they were made from."""
+        save_tensors(self._path(checkpoint, name), tensors, checkpoint=checkpoint, name=name, key=key)
+
+    def read_extra(self, checkpoint: int, name: str, key: str = "") -> dict[str, Tensor] | None:
+        """Read what :meth:`write_extra` wrote.
+
+        Returns:
+            The tensors. None if nothing was written with this ``key``, or what was is damaged, which warns: what can be
+            made again need not be asked for.
+        """
+        path = self._path(checkpoint, name)
+        if not path.exists():
+            return None
+        try:
+            metadata = load_metadata(path)
+            if metadata.get("key") != key:
+                return None
+            _require_place(path, metadata, checkpoint, key)
+            return self._load(path)[0]
+        except DamagedFileError as error:
+            warnings.warn(f"{error}, so it counts as lost", stacklevel=2)
+            return None
+
+    def settle_engine(self, engine: str | None = None) -> str | None:
+        """How gradients are computed in every run on this store: the first one that says so decides.
+
+        Args:
+            engine: this process's choice, or None if it has none.
+
+        Returns:
+            The engine that was decided on; None if there is none yet.
+
+        Raises:
+            ValueError: if the file that says so is damaged.
+        """
+        if engine is not None:
+            with suppress(FileExistsError):  # another run or process was faster
+                write_json(self._engine_path, {"engine": engine, "refuted": {}}, replace=False)
+        found: str | None = self._engines()["engine"]
+        return found
+
+    def refute_engine(self, engine: str, reason: str, successor: str) -> None:
+        """Note that an engine gets gradients of this model wrong. Shards that it has made count as missing from now on.
+
+        Args:
+            engine: the engine at fault.
+            reason: what it got wrong.
+            successor: what computes gradients from now on.
+        """
+        write_json(self._engine_path, {"engine": successor, "refuted": self.refuted_engines() | {engine: reason}})
+
+    def refuted_engines(self) -> dict[str, str]:
+        """The engines that get gradients of this model wrong, each with what it got wrong."""
+        refuted: dict[str, str] = self._engines()["refuted"]
+        return refuted
+
+    @property
+    def _engine_path(self) -> Path:
+        return self.directory / f"engine-{self.key[:16]}.json"
+
+    def _engines(self) -> dict[str, Any]:
+        if not self._engine_path.exists():
+            return {"engine": None, "refuted": {}}
+        with _advice():
+            found: dict[str, Any] = read_json(self._engine_path, _ENGINE)
+        return found
+
+    def digest(self, checkpoint: int) -> str:
+        """Stands for all features of a checkpoint: changes when a shard does."""
+        with _advice():
+            sums = [load_metadata(self._shard_path(checkpoint, shard))["sha256"] for shard in range(self.num_shards)]
+        return tensor_digest({"sums": torch.frombuffer(bytearray("".join(sums), "ascii"), dtype=torch.uint8)})
+
+    def _load(self, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        status = path.stat()
+        seen = (path.resolve(), status.st_size, status.st_mtime_ns)
+        loaded = load_tensors(path, verify=seen not in self._verified)
+        self._verified.add(seen)
+        return loaded
+
+
+@contextmanager
+def _advice() -> Iterator[None]:
+    try:
+        yield
+    except DamagedFileError as error:
+        raise ValueError(f"{error}; delete it and call featurize again") from error
+
+
+def _require_place(path: Path, metadata: dict[str, Any], checkpoint: int, key: str, **others: schemas.Schema) -> None:
+    """Check that a file is what its name says, and not one that was moved or copied there."""
+    try:
+        schemas.record({**_HEADER, **others})("its header", metadata)
+    except ValueError as error:
+        raise altered(path, str(error)) from error
+    found, wanted = (metadata["checkpoint"], metadata["name"], metadata["key"]), (checkpoint, path.stem, key)
+    if found != wanted:
+        store = "this store" if found[2] == key else "another store"
+        raise DamagedFileError(path, f"holds {found[1]} of checkpoint {found[0]} of {store}")

@@ -1,0 +1,1 @@
+"""Methods without gradients: by representations, by words, by retrained models, or by chance."""

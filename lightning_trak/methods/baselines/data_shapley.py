@@ -1,0 +1,179 @@
+"""Data Shapley: an example's average contribution as the training set grows in random orders."""
+
+import random
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakValueDictionary
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, Subset
+
+from lightning_trak.methods.base import Method
+from lightning_trak.methods.examples import Examples, Rows, declared_rows
+from lightning_trak.running.data import Data, batch_size_of
+from lightning_trak.running.ranks import Ranks
+
+
+class DataShapley(Method):
+    r"""Truncated Monte Carlo estimate of Shapley values (Ghorbani and Zou 2019, arXiv 1904.02868, algorithm 1).
+
+    The utility v(S) of a set of training examples for a target is the output there after training from scratch on S:
+    the same initialisation and random numbers for every S, so that v is a function of S; for the empty set the fresh
+    module. An example's value for a target is v with it minus v without it, at the moment when it joins a set that
+    grows in random order, averaged over ``permutations`` orders: :math:`\tau_i = E[v(S \cup \{i\}) - v(S)]`. Without
+    truncation a target's values add up to v(all) - v(empty), however few the orders.
+
+    The Trainers of ``make_trainer`` say in which precision models are trained. Utilities are computed in that of the
+    weights: in float32 after training in ``"bf16-mixed"``, in bfloat16 after ``"bf16-true"``.
+
+    This trains up to ``permutations * num_train / step`` models, so it is for small data and cheap models. Under
+    DDP the orders are shared out over the processes of the Trainer that ``attribute`` is given.
+
+    Args:
+        make_module: makes the module to train, another one, with weights of its own, at each call.
+        make_trainer: makes the Trainer, of one process, that trains it, another one at each call.
+        utility: ``(module, batch) -> (batch,)``; default: the output that the module declares
+            (:class:`~lightning_trak.AttributionMixin`). Correctness, say, is
+            ``lambda module, batch: (module(batch[0]).argmax(1) == batch[1]).float()``.
+        permutations: the number of orders.
+        step: how many examples join at a time; the change is shared equally among them, which is a coarser estimate
+            from fewer models.
+        tolerance: an order is given up, and what is left of it counts as no change, once the utility is within this
+            much of v(all) for every target. 0 never gives up.
+        seed: of the orders, and of every training.
+
+    Example::
+
+        method = DataShapley(LitNet, lambda: L.Trainer(max_epochs=5, logger=False), permutations=20, step=10)
+        values = method.attribute(trainer, train_loader, target_loader)
+    """
+
+    def __init__(
+        self,
+        make_module: Callable[[], L.LightningModule],
+        make_trainer: Callable[[], L.Trainer],
+        *,
+        utility: Rows | None = None,
+        permutations: int = 100,
+        step: int = 1,
+        tolerance: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        if permutations < 1 or step < 1 or not tolerance >= 0:
+            raise ValueError(
+                "expected permutations and step of at least 1 and a tolerance of at least 0, got"
+                f" {permutations=}, {step=}, {tolerance=}"
+            )
+        self.make_module = make_module
+        self.make_trainer = make_trainer
+        self.utility = utility
+        self.permutations = permutations
+        self.step = step
+        self.tolerance = tolerance
+        self.seed = seed
+        self._made: WeakValueDictionary[int, Any] = WeakValueDictionary()
+
+    def attribute(self, trainer: L.Trainer, train: Data, targets: Data) -> Tensor:
+        """Estimated Shapley values; see :class:`~lightning_trak.methods.base.Method`.
+
+        Args:
+            trainer: says which processes share the work; the Trainers of ``make_trainer`` do it.
+            train: the training data; its loader's batch size, collate function, workers, and whether it shuffles are
+                used for every subset. No batch is dropped.
+            targets: the targets.
+
+        Raises:
+            ValueError: if a factory gives the same object, or the same weights, again, or the training data come in a
+                way that a subset of them cannot.
+        """
+        columns, rows = Examples(train, "fit", trainer), Examples(targets, "predict", trainer)
+        _require_divisible(train, columns.loader)
+        total, ranks = len(columns), Ranks.of(trainer)
+
+        def utility(members: list[int]) -> Tensor:
+            return self._retrain(columns.loader, members, rows)
+
+        orders = torch.Generator().manual_seed(self.seed)
+        nothing, everything = utility([]), utility(list(range(total)))
+        values = torch.zeros(len(rows), total, dtype=torch.float64)
+        for number in range(self.permutations):
+            order = torch.randperm(total, generator=orders).tolist()
+            if number % ranks.world_size != ranks.rank:
+                continue
+            before = nothing
+            for start in range(0, total, self.step):
+                if (everything - before).abs().max() < self.tolerance:
+                    break
+                joining = order[start : start + self.step]
+                members = order[: start + len(joining)]
+                after = everything if len(members) == total else utility(sorted(members))
+                values[:, joining] += ((after - before) / len(joining)).unsqueeze(1)
+                before = after
+        return (ranks.sum(values) / self.permutations).float()
+
+    def _retrain(self, loader: DataLoader[Any], members: list[int], targets: Examples) -> Tensor:
+        """Utility at each target of a model trained on the members, float64, ``(num_targets,)``."""
+        with isolate_rng():
+            random.seed(self.seed)
+            np.random.seed(self.seed)  # noqa: NPY002
+            torch.manual_seed(self.seed)
+            module, trainer = self.make_module(), self.make_trainer()
+            self._require_new("make_module", module, *(part for part in module.parameters() if part.requires_grad))
+            self._require_new("make_trainer", trainer)
+            if trainer.world_size != 1:
+                raise ValueError(
+                    f"expected Trainers of one process from make_trainer, got one of {trainer.world_size}; the work is"
+                    " shared out over the processes of the Trainer that attribute() is given"
+                )
+            if members:
+                trainer.fit(module, _subset(loader, members))
+            else:
+                module.configure_model()
+            utility = self.utility or declared_rows(module, "pass utility=")
+            values = targets.map(trainer, module, utility, "the utility").double()
+        if values.ndim != 1:
+            raise ValueError(f"expected one utility per example, shape (batch,), got rows of {tuple(values.shape[1:])}")
+        return values
+
+    def _require_new(self, factory: str, *things: Any) -> None:
+        for thing in things:
+            if self._made.get(id(thing)) is thing:
+                what = "weights" if isinstance(thing, torch.nn.Parameter) else f"{type(thing).__name__} object"
+                raise ValueError(
+                    f"{factory} gave the same {what} a second time, which is trained already; make another one in it"
+                )
+            self._made[id(thing)] = thing
+
+
+def _require_divisible(data: Data, loader: DataLoader[Any]) -> None:
+    """Subsets are loaded as the whole is, which must be possible."""
+    hooks = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+    if isinstance(data, L.LightningDataModule):
+        own = [hook for hook in hooks if is_overridden(hook, data, L.LightningDataModule)]
+        if own:
+            raise ValueError(
+                f"{type(data).__name__} has {own[0]}, which would not be called for subsets of its data; move it to the"
+                " LightningModule"
+            )
+    if not isinstance(loader.sampler, (SequentialSampler, RandomSampler)) or loader.batch_size is None:
+        raise ValueError(
+            "subsets of the training data are trained on in order or shuffled, but the loader has a"
+            f" {type(loader.sampler if loader.batch_size else loader.batch_sampler).__name__}"
+        )
+
+
+def _subset(loader: DataLoader[Any], members: list[int]) -> DataLoader[Any]:
+    return DataLoader(
+        Subset(loader.dataset, members),
+        batch_size=batch_size_of(loader),
+        shuffle=isinstance(loader.sampler, RandomSampler),
+        collate_fn=loader.collate_fn,
+        num_workers=loader.num_workers,
+        pin_memory=loader.pin_memory,
+        worker_init_fn=loader.worker_init_fn,
+    )

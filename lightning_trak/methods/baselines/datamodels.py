@@ -1,0 +1,57 @@
+"""Datamodels: the output as a sparse linear function of which examples were trained on."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_trak.methods.baselines.subsets import SubsetMethod
+
+
+class Datamodels(SubsetMethod):
+    """LASSO regression of each target's output on the subsets' masks; the coefficients are the scores.
+
+    Ilyas et al. 2022 (arXiv 2202.00622), section 2. scikit-learn's ``LassoCV`` fits, with an intercept, and chooses the
+    penalty of each target by cross-validation. Needs the extra ``datamodels``.
+
+    Args:
+        masks: bool ``(num_subsets, num_train)``.
+        outputs: ``(num_targets, num_subsets[, num_seeds])``, see
+            :class:`~lightning_trak.methods.baselines.subsets.SubsetMethod`.
+        folds: of the cross-validation, each a run of consecutive subsets.
+        n_jobs: targets that are fitted at once, in threads; -1 is one for each CPU.
+        **options: further options of ``sklearn.linear_model.LassoCV``, such as ``max_iter``.
+    """
+
+    def __init__(self, masks: Tensor, outputs: Tensor, *, folds: int = 5, n_jobs: int = 1, **options: Any) -> None:
+        super().__init__(masks, outputs)
+        if not 2 <= folds <= len(masks):
+            raise ValueError(f"folds must be from 2 to the number of subsets, {len(masks)}; got {folds}")
+        self.folds = folds
+        self.n_jobs = n_jobs
+        self.options = options
+
+    def estimate(self) -> Tensor:
+        """The coefficients, ``(num_targets, num_train)``.
+
+        Raises:
+            ModuleNotFoundError: if scikit-learn is not installed.
+        """
+        try:
+            from sklearn.linear_model import LassoCV
+            from sklearn.utils.parallel import Parallel, delayed
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                'Datamodels needs scikit-learn: pip install "lightning-trak[datamodels]"'
+            ) from error
+        masks = self.masks.double().numpy()
+        scores = torch.zeros(len(self.outputs), masks.shape[1])
+        # Where the output never changes there is nothing to explain, and no penalty to choose.
+        changing = (self.outputs != self.outputs[:, :1]).any(1).nonzero().flatten()
+        fits = Parallel(n_jobs=self.n_jobs, prefer="threads")(  # the solver lets other threads run
+            delayed(LassoCV(cv=self.folds, **self.options).fit)(masks, self.outputs[target].numpy())
+            for target in changing
+        )
+        for target, fit in zip(changing, fits, strict=True):
+            scores[target] = torch.as_tensor(fit.coef_)
+        return scores

@@ -1,0 +1,33 @@
+"""Scores that know nothing: what every method has to beat."""
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from lightning_trak.methods.base import Method
+from lightning_trak.methods.examples import Examples
+from lightning_trak.projections.philox import Stream
+from lightning_trak.running.data import Data
+
+
+class RandomScores(Method):
+    """Independent random numbers, uniform between -1 and 1.
+
+    An entry is a function of the seed, its row and its column alone: the first targets get the same scores whether or
+    not more follow.
+
+    Args:
+        seed: any non-negative integer.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self._stream = Stream.derive("random scores", seed, 0, "")
+
+    def attribute(self, trainer: L.Trainer, train: Data, targets: Data) -> Tensor:
+        """Random scores of the shape that the data ask for; see :class:`~lightning_trak.methods.base.Method`."""
+        num_train, num_targets = len(Examples(train, "fit", trainer)), len(Examples(targets, "predict", trainer))
+        scores = torch.empty(num_targets, num_train)
+        for rows in torch.split(torch.arange(num_targets), 64):
+            words = self._stream.words(rows, -(-num_train // 4)).flatten(1)[:, :num_train]
+            scores[rows] = (words.double() / 2**31 - 1).float()
+        return scores

@@ -1,0 +1,139 @@
+"""What a layer of the model makes of each example."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from lightning_trak.checkpoints.copies import Original, copy_module, uncompiled
+from lightning_trak.checkpoints.names import canonical_name
+from lightning_trak.checkpoints.reading import CheckpointsLike, resolve_checkpoints
+from lightning_trak.methods.base import Method
+from lightning_trak.methods.examples import Examples, declared_rows
+from lightning_trak.outputs.batches import Forward
+
+Pool = Callable[[Tensor, Any], Tensor]
+
+
+class RepresentationMethod(Method):
+    """Base of the methods that compare representations: the input of one layer, as a vector for each example.
+
+    Args:
+        model: the trained model, which is never touched.
+        checkpoints: as for :class:`~lightning_trak.TRAK`; scores are averaged over them.
+        layer: name of a module, called once in a forward pass, whose first input is taken. Default: the last one, in
+            the order of ``model.named_modules()``, with parameters of its own, which in most models is the head: its
+            input are the penultimate activations.
+        forward: ``(module, batch) -> anything``, runs the model on a batch. Default: as the model's declared output
+            does (:class:`~lightning_trak.AttributionMixin`).
+        pool: ``(activations, batch) -> (batch, width)``; default: :func:`mean_pool`.
+        weights_only: ``False`` lets ``.ckpt`` and ``.pt`` files run code when they are read; for files you trust only.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        checkpoints: CheckpointsLike,
+        *,
+        layer: str | None = None,
+        forward: Forward | None = None,
+        pool: Pool | None = None,
+        weights_only: bool = True,
+    ) -> None:
+        self.model = uncompiled(model)
+        self.checkpoints = resolve_checkpoints(checkpoints, weights_only=weights_only)
+        self.layer = layer
+        self.forward: Forward = forward or declared_rows(self.model, "pass forward=")
+        self.pool = pool or mean_pool
+
+    def represent(self, trainer: L.Trainer, *data: Examples) -> Iterator[tuple[Tensor, ...]]:
+        """Representations of each dataset, ``(num_examples, width)`` in at least float32, a checkpoint at a time.
+
+        They are computed in the precision of the weights: float32 under ``"bf16-mixed"``, bfloat16 under
+        ``"bf16-true"``.
+        """
+        module = copy_module(self.model)
+        original = Original(module)
+        layer = _find_layer(module, self.layer)
+
+        def rows(module: nn.Module, batch: Any) -> Tensor:
+            activations = capture_input(module, layer, lambda: self.forward(module, batch))
+            pooled = self.pool(activations, batch)
+            return pooled.to(torch.promote_types(pooled.dtype, torch.float32))
+
+        for checkpoint in self.checkpoints:
+            original.load(checkpoint.load(), checkpoint.name)
+            what = f"the representation at {checkpoint.name}"
+            yield tuple(examples.map(trainer, module, rows, what, self.model) for examples in data)
+
+
+def mean_pool(activations: Tensor, batch: Any) -> Tensor:
+    """One vector per example.
+
+    Args:
+        activations: shape ``(batch, width)``, taken as they are; ``(batch, length, width)``, averaged over the
+            positions that the batch's ``attention_mask`` holds, or all if the batch has none; or, of images and the
+            like, more dimensions, strung together.
+        batch: the batch, whose ``attention_mask`` is of shape ``(batch, length)``.
+
+    Returns:
+        Shape ``(batch, width)``.
+
+    Raises:
+        ValueError: if the mask does not fit.
+    """
+    if activations.ndim != 3:
+        return activations.reshape(len(activations), -1)
+    mask: Tensor | None = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if mask is None:
+        return activations.mean(1)
+    if mask.shape != activations.shape[:2]:
+        raise ValueError(
+            f"the layer's input has shape {tuple(activations.shape)}, for which attention_mask should have shape"
+            f" {tuple(activations.shape[:2])}, not {tuple(mask.shape)}; say how to reduce it with pool=, a function of"
+            " (activations, batch)"
+        )
+    weights = mask.to(activations).unsqueeze(-1)
+    return (activations * weights).sum(1) / weights.sum(1)
+
+
+def capture_input(module: nn.Module, layer: str, run: Callable[[], Any]) -> Tensor:
+    """The first tensor that a layer is given while ``run`` calls the model.
+
+    Raises:
+        ValueError: if the layer is not called exactly once, or not on a tensor.
+    """
+    captured: list[Tensor] = []
+
+    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tensor = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        if tensor is None:
+            raise ValueError(f"layer {layer!r} is called without a tensor; name another with layer=")
+        captured.append(tensor.detach().clone())  # what follows may work in place
+
+    handle = module.get_submodule(layer).register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        run()
+    finally:
+        handle.remove()
+    if len(captured) != 1:
+        raise ValueError(
+            f"layer {layer!r} is called {len(captured)} times in a forward pass; name one that is called once with"
+            " layer="
+        )
+    return captured[0]
+
+
+def _find_layer(module: nn.Module, layer: str | None) -> str:
+    """The layer's name in this module, parts of which may have been compiled."""
+    if layer is None:
+        owners = [name for name, part in module.named_modules() if any(True for _ in part.parameters(recurse=False))]
+        if not owners:
+            raise ValueError(f"{type(module).__name__} has no parameters; name a layer with layer=")
+        return str(owners[-1])
+    names: dict[str, str] = {canonical_name(name): name for name, _ in module.named_modules()}
+    if layer not in names:
+        raise ValueError(f"layer={layer!r} is no module of the model, which has: {', '.join(filter(None, names))}")
+    return names[layer]

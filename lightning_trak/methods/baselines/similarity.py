@@ -1,0 +1,79 @@
+"""Similarity of representations: training examples that look like the target to the model."""
+
+from typing import Any, Literal
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_trak.checkpoints.reading import CheckpointsLike
+from lightning_trak.methods.baselines.representations import RepresentationMethod
+from lightning_trak.methods.examples import Examples
+from lightning_trak.running.data import Data
+
+Similarity = Literal["dot", "cosine", "l2"]
+
+# Targets are compared in blocks, whose working memory is in float64.
+_TARGETS = 1024
+
+
+class RepresentationSimilarity(RepresentationMethod):
+    """Dot product, cosine, or minus the Euclidean distance of two examples' representations.
+
+    Hanawa et al. 2021 (arXiv 2006.04528) compare such measures; minus the distance is the "representation distance" of
+    Park et al. 2023 (arXiv 2303.14186).
+
+    Args:
+        model: the trained model.
+        checkpoints: scores are averaged over them.
+        similarity: ``"dot"``, ``"cosine"`` (0 for a representation of zeros) or ``"l2"`` (minus the distance).
+        **options: ``layer``, ``forward``, ``pool`` and ``weights_only``, see
+            :class:`~lightning_trak.methods.baselines.representations.RepresentationMethod`.
+
+    Example::
+
+        scores = RepresentationSimilarity(model, "run/snapshots").attribute(trainer, train_loader, target_loader)
+    """
+
+    def __init__(
+        self, model: nn.Module, checkpoints: CheckpointsLike, *, similarity: Similarity = "cosine", **options: Any
+    ) -> None:
+        require_similarity(similarity)
+        super().__init__(model, checkpoints, **options)
+        self.similarity: Similarity = similarity
+
+    def attribute(self, trainer: L.Trainer, train: Data, targets: Data) -> Tensor:
+        """Similarities, averaged over checkpoints; see :class:`~lightning_trak.methods.base.Method`."""
+        columns, rows = Examples(train, "fit", trainer), Examples(targets, "predict", trainer)
+        scores = torch.zeros(len(rows), len(columns))
+        for train_vectors, target_vectors in self.represent(trainer, columns, rows):
+            for start in range(0, len(rows), _TARGETS):
+                block = slice(start, start + _TARGETS)
+                scores[block] += similarity_matrix(target_vectors[block], train_vectors, self.similarity)
+        return scores / len(self.checkpoints)
+
+
+def require_similarity(similarity: str) -> None:
+    """ValueError unless it is one of the kinds."""
+    if similarity not in ("dot", "cosine", "l2"):
+        raise ValueError(f"similarity must be one of 'dot', 'cosine', 'l2'; got {similarity!r}")
+
+
+def similarity_matrix(targets: Tensor, train: Tensor, similarity: Similarity) -> Tensor:
+    """Similarity of every target with every training example.
+
+    Args:
+        targets: shape ``(num_targets, width)``.
+        train: shape ``(num_train, width)``.
+        similarity: which kind.
+
+    Returns:
+        float64, shape ``(num_targets, num_train)``: in float32 the distances of near neighbours would be all rounding.
+    """
+    targets, train = targets.double(), train.double()
+    if similarity == "l2":
+        return -torch.cdist(targets, train)
+    if similarity == "cosine":
+        targets, train = F.normalize(targets), F.normalize(train)
+    return targets @ train.T

@@ -1,0 +1,64 @@
+"""What the methods share that learn from models retrained on subsets of the training data."""
+
+from abc import abstractmethod
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from lightning_trak.methods.base import Method
+from lightning_trak.methods.examples import Examples
+from lightning_trak.running.data import Data
+
+
+class SubsetMethod(Method):
+    """Base of the methods that compare outputs of models that have and have not seen an example.
+
+    Args:
+        masks: bool ``(num_subsets, num_train)``, true where the subset holds the example.
+        outputs: ``(num_targets, num_subsets)``, the output at each target of a model trained on each subset, or
+            ``(num_targets, num_subsets, num_seeds)``, which are averaged over seeds.
+
+    Raises:
+        ValueError: if shapes or dtypes do not fit, or an output is not finite.
+    """
+
+    def __init__(self, masks: Tensor, outputs: Tensor) -> None:
+        if masks.dtype != torch.bool or masks.ndim != 2:
+            raise ValueError(
+                f"expected masks as bool (num_subsets, num_train), got {masks.dtype} {tuple(masks.shape)}; turn zeros"
+                " and ones into booleans with .bool()"
+            )
+        if outputs.ndim not in (2, 3) or outputs.shape[1] != len(masks) or 0 in outputs.shape:
+            raise ValueError(
+                f"expected outputs of shape (num_targets, {len(masks)}) or (num_targets, {len(masks)}, num_seeds), for"
+                f" {len(masks)} subsets, got {tuple(outputs.shape)}"
+            )
+        finite = outputs.isfinite().flatten(1).all(1)
+        if not finite.all():
+            raise ValueError(
+                f"outputs of target {int((~finite).nonzero()[0])} are not finite; leave it out, or retrain"
+            )
+        self.masks = masks.cpu()
+        self.outputs = outputs.detach().cpu().double()
+        if outputs.ndim == 3:
+            self.outputs = self.outputs.mean(2)
+
+    def attribute(self, trainer: L.Trainer, train: Data, targets: Data) -> Tensor:
+        """Estimates from the masks and outputs; of the data, only the sizes are looked at.
+
+        See :class:`~lightning_trak.methods.base.Method`.
+
+        Raises:
+            ValueError: if the data are of other sizes than the masks and outputs.
+        """
+        num_train, num_targets = len(Examples(train, "fit", trainer)), len(Examples(targets, "predict", trainer))
+        if num_train != self.masks.shape[1]:
+            raise ValueError(f"the masks are over {self.masks.shape[1]} training examples, the data are {num_train}")
+        if num_targets != len(self.outputs):
+            raise ValueError(f"the outputs are of {len(self.outputs)} targets, the data are {num_targets}")
+        return self.estimate()
+
+    @abstractmethod
+    def estimate(self) -> Tensor:
+        """The scores, ``(num_targets, num_train)``."""

@@ -1,0 +1,180 @@
+"""What is logged of each kind of result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+from lightning.pytorch.loggers import Logger
+from torch import Tensor
+
+from lightning_trak.metrics import LinearDatamodelingScore
+from lightning_trak.metrics.functional import DetectionCurve
+from lightning_trak.reporting.explanations import Describe, described
+from lightning_trak.reporting.loggers.base import writers_for
+from lightning_trak.reporting.plots import Picture, plot_brittleness, plot_mislabel_curves, plot_pictures
+from lightning_trak.retraining.brittleness import Brittleness
+from lightning_trak.scoring.topk import TopK, strongest
+from lightning_trak.tables import Cell, Table
+from lightning_trak.texts import counted
+
+Loggers = Iterable[Logger]
+
+
+def log_lds(loggers: Loggers, lds: LinearDatamodelingScore, name: str = "lds", step: int = 0) -> None:
+    """Log a linear datamodeling score: its mean with the interval and noise ceiling, and how targets are distributed.
+
+    Args:
+        loggers: such as ``trainer.loggers``.
+        lds: which has seen its targets. All processes must call this together; rank zero writes.
+        name: numbers are ``{name}/mean``, ``{name}/low``, ``{name}/high`` and, if every subset was retrained with
+            several seeds, ``{name}/noise_ceiling``; the histogram is ``{name}/per_target``.
+        step: that the loggers show.
+
+    Raises:
+        RuntimeError: if it has seen no targets.
+        ValueError: if fewer than two targets count.
+    """
+    low, high = lds.interval()
+    values = {"mean": lds.compute(), "low": low, "high": high}
+    with suppress(RuntimeError):  # with a single seed there is none
+        values["noise_ceiling"] = lds.noise_ceiling()
+    per_target = lds.per_target()
+    for writer in writers_for(loggers):
+        writer.metrics({f"{name}/{key}": float(value) for key, value in values.items()}, step)
+        writer.histogram(f"{name}/per_target", per_target[~per_target.isnan()], step)
+        writer.flush()
+
+
+def log_attributions(
+    loggers: Loggers,
+    scores: Tensor | TopK,
+    train: Any,
+    targets: Any,
+    *,
+    k: int = 5,
+    largest: bool = True,
+    shown: Sequence[int] | None = None,
+    describe: Describe | None = None,
+    image: Callable[[Any], Tensor] | None = None,
+    name: str = "attributions",
+    step: int = 0,
+) -> None:
+    """Log the strongest proponents and opponents of some targets, as a table, and as a picture of images.
+
+    Args:
+        loggers: such as ``trainer.loggers``.
+        scores: ``(num_targets, num_train)``; or what ``score(top_k=...)`` kept, of which proponents are shown, or
+            opponents, and not both.
+        train: the training set, a map-style Dataset, of which only the examples shown are read.
+        targets: the targets, alike.
+        k: proponents and opponents of each target.
+        largest: what ``score(top_k=...)`` was told.
+        shown: positions of the targets to show; default: the first 8.
+        describe: says in a few words what an item of either dataset is: its label, say, or its text.
+        image: makes a picture of an item, ``(height, width)`` or ``(1 or 3, height, width)`` with colours in [0, 1].
+        name: the table is ``{name}/table``, the picture ``{name}/images``.
+        step: that the loggers show.
+
+    Raises:
+        TypeError: if ``describe`` returns something else than a text.
+        ValueError: if scores and data do not fit.
+    """
+    _require_fit(scores, len(targets), len(train), largest)
+    writers = writers_for(loggers)
+    if not writers:
+        return
+    rows = list(range(min(8, len(targets))) if shown is None else shown)
+    chosen = scores[rows] if isinstance(scores, Tensor) else TopK(*(part[rows] for part in scores))
+    groups = {kind: TopK(*(part.cpu() for part in top)) for kind, top in strongest(chosen, k, largest).items()}
+    seen = torch.unique(torch.cat([top.indices.flatten() for top in groups.values()])).tolist()
+    examples, aims = ({place: data[place] for place in places} for data, places in ((train, seen), (targets, rows)))
+    names, aim_names = (
+        {place: described(describe, item) if describe else f"#{place}" for place, item in items.items()}
+        for items in (examples, aims)
+    )
+    entries = {
+        kind: [list(zip(*row, strict=True)) for row in zip(top.indices.tolist(), top.values.tolist(), strict=True)]
+        for kind, top in groups.items()
+    }
+    found: list[tuple[Cell, ...]] = [
+        (row, aim_names[row], kind.removesuffix("s"), rank, index, names[index], value)
+        for number, row in enumerate(rows)
+        for kind, lists in entries.items()
+        for rank, (index, value) in enumerate(lists[number], 1)
+    ]
+    table = Table(("target", "target is", "kind", "rank", "example", "example is", "score"), found)
+    for writer in writers:
+        writer.table(f"{name}/table", table, step)
+    if image is not None:
+        images = {place: image(item) for place, item in examples.items()}
+        figure = plot_pictures(
+            [Picture(image(aims[row]), aim_names[row]) for row in rows],
+            {
+                kind: [
+                    [Picture(images[index], f"{names[index]}\n{value:+.2g}") for index, value in entry]
+                    for entry in lists
+                ]
+                for kind, lists in entries.items()
+            },
+        )
+        for writer in writers:
+            writer.figure(f"{name}/images", figure, step)
+    for writer in writers:
+        writer.flush()
+
+
+def _require_fit(scores: Tensor | TopK, num_targets: int, num_train: int, largest: bool) -> None:
+    if isinstance(scores, Tensor):
+        if scores.shape != (num_targets, num_train):
+            raise ValueError(f"expected scores of shape {(num_targets, num_train)}, got {tuple(scores.shape)}")
+        return
+    values, indices = scores
+    if len(values) != num_targets:
+        raise ValueError(f"expected the best scores of {counted(num_targets, 'target')}, got those of {len(values)}")
+    if indices.numel() and int(indices.max()) >= num_train:
+        raise ValueError(f"the scores name training example {int(indices.max())}, and there are {num_train}")
+    steps = values.diff(dim=1)
+    if (steps > 0 if largest else steps < 0).any():
+        raise ValueError(
+            f"the best scores of a target {'rise' if largest else 'fall'} from first to last, so that they are"
+            f" {'opponents: pass largest=False' if largest else 'proponents: leave largest=True'}"
+        )
+
+
+def log_brittleness(loggers: Loggers, brittleness: Brittleness, name: str = "counterfactuals", step: int = 0) -> None:
+    """Log how far predictions fall without their proponents.
+
+    Args:
+        loggers: such as ``trainer.loggers``.
+        brittleness: from :meth:`~lightning_trak.retraining.Counterfactuals.brittleness`.
+        name: numbers are ``{name}/{method}/drop_{k}`` and so on, see
+            :meth:`~lightning_trak.retraining.Brittleness.metrics`; the table is ``{name}/table``, the picture
+            ``{name}/curves``.
+        step: that the loggers show.
+    """
+    for writer in writers_for(loggers):
+        writer.metrics({f"{name}/{key}": value for key, value in brittleness.metrics().items()}, step)
+        writer.table(f"{name}/table", brittleness.table(), step)
+        writer.figure(f"{name}/curves", plot_brittleness(brittleness), step)
+        writer.flush()
+
+
+def log_mislabel_curves(
+    loggers: Loggers, curves: Mapping[str, DetectionCurve], name: str = "mislabelled", step: int = 0
+) -> None:
+    """Log how soon suspicions find wrong labels.
+
+    Args:
+        loggers: such as ``trainer.loggers``.
+        curves: of each suspicion by name, from
+            :func:`~lightning_trak.metrics.functional.mislabel_detection_curve`.
+        name: numbers are ``{name}/{suspicion}/area``, the picture ``{name}/curves``.
+        step: that the loggers show.
+    """
+    for writer in writers_for(loggers):
+        writer.metrics({f"{name}/{key}/area": float(curve.area) for key, curve in curves.items()}, step)
+        writer.figure(f"{name}/curves", plot_mislabel_curves(curves), step)
+        writer.flush()

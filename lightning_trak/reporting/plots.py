@@ -1,0 +1,251 @@
+"""Pictures of attributions; needs the ``plots`` extra (matplotlib)."""
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from lightning_trak.scoring.topk import block_top_k
+from lightning_trak.texts import printable
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from lightning_trak.metrics.functional import DetectionCurve
+    from lightning_trak.retraining import Brittleness
+
+
+_STYLES = {
+    "proponents": ("tab:green", "proponents: raise the output"),
+    "opponents": ("tab:red", "opponents: lower it"),
+}
+
+
+class Picture(NamedTuple):
+    """An image and its title.
+
+    Attributes:
+        image: ``(height, width)`` or ``(1 or 3, height, width)``, colours in [0, 1].
+        title: above it.
+    """
+
+    image: Tensor
+    title: str
+
+
+def plot_attributions(
+    targets: Tensor,
+    train: Tensor,
+    scores: Tensor,
+    k: int = 5,
+    target_names: Sequence[str] | None = None,
+    train_names: Sequence[str] | None = None,
+) -> "Figure":
+    """Draw each target image beside its strongest proponents and opponents.
+
+    Args:
+        targets: images ``(num_targets, height, width)`` or ``(num_targets, 1 or 3, height, width)``, colours in [0, 1].
+        train: images of the whole training set, alike.
+        scores: ``(num_targets, num_train)``.
+        k: proponents and opponents of each target.
+        target_names: titles of the targets, such as their labels.
+        train_names: titles of the training images, above their scores; default: their positions.
+
+    Returns:
+        A matplotlib figure with one row for each target: target, ``k`` proponents, ``k`` opponents, strongest first.
+
+    Raises:
+        ValueError: if the shapes do not belong together.
+    """
+    if scores.shape != (len(targets), len(train)):
+        raise ValueError(f"expected scores of shape {(len(targets), len(train))}, got {tuple(scores.shape)}")
+    k = min(k, len(train))
+
+    def picture(index: int, value: float) -> Picture:
+        name = train_names[index] if train_names else f"#{index}"
+        return Picture(train[index], f"{name}\n{value:+.2g}")
+
+    rows = {}
+    for name, largest in (("proponents", True), ("opponents", False)):
+        best = block_top_k(scores, 0, k, largest)
+        rows[name] = [
+            [picture(index, value) for index, value in zip(indices, values, strict=True)]
+            for indices, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        ]
+    names = target_names or [""] * len(targets)
+    return plot_pictures([Picture(image, name) for image, name in zip(targets, names, strict=True)], rows)
+
+
+def plot_pictures(targets: Sequence[Picture], rows: Mapping[str, Sequence[Sequence[Picture]]]) -> "Figure":
+    """Draw each target beside groups of training images, such as what several methods name for it.
+
+    Args:
+        targets: the leftmost column.
+        rows: by the title of a group, a row of images for each target, all of the same length. ``"proponents"`` and
+            ``"opponents"`` are drawn in their colours, with a title that says what they are.
+
+    Returns:
+        A matplotlib figure with one row for each target.
+    """
+    counts = [len(group[0]) for group in rows.values()]
+    styles = [_STYLES.get(name, ("black", name)) for name in rows]
+    titles = [textwrap.fill(printable(title), 12 * count) for (_, title), count in zip(styles, counts, strict=True)]
+    lines = max(title.count("\n") for title in titles)  # as many above each group, so that images are level
+    deepest = max(len(_wrapped(picture)) for group in (targets, *chain(*rows.values())) for picture in group)
+    height = (1.15 + 0.13 * deepest) * len(targets) + 0.25 + 0.15 * lines
+    figure = _figure(figsize=(1.0 * (sum(counts) + 1.2), height), layout="constrained")
+    left, *parts = cast(Any, figure.subfigures(1, 1 + len(counts), width_ratios=[1.2, *counts], wspace=0.05))
+    left.suptitle("target" + "\n" * lines, fontsize=10)
+    for axis, target in zip(left.subplots(len(targets), 1, squeeze=False)[:, 0], targets, strict=True):
+        _draw(axis, target, "black")
+    for part, (colour, _), title, group in zip(parts, styles, titles, rows.values(), strict=True):
+        part.suptitle(title + "\n" * (lines - title.count("\n")), fontsize=10, color=colour)
+        for axes, pictures in zip(part.subplots(len(targets), len(group[0]), squeeze=False), group, strict=True):
+            for axis, picture in zip(axes, pictures, strict=True):
+                _draw(axis, picture, colour)
+    return _plain(figure)
+
+
+def plot_brittleness(brittleness: "Brittleness") -> "Figure":
+    """Draw how far outputs fall, and how many predictions flip, against the number of proponents taken away.
+
+    Args:
+        brittleness: what :meth:`~lightning_trak.retraining.Counterfactuals.brittleness` returned.
+
+    Returns:
+        A matplotlib figure with a line for each method; bars are intervals, side by side.
+    """
+    figure = _figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for axis, estimate in ((left, brittleness.drop()), (right, brittleness.flips())):
+        axis.set_xscale("log")
+        for row, method in enumerate(brittleness.methods):
+            mean, low, high = (values[row] for values in estimate)
+            places = [k * 1.02 ** (row - len(brittleness.methods) / 2) for k in brittleness.ks]
+            bars = [(mean - low).clamp(min=0).tolist(), (high - mean).clamp(min=0).tolist()]
+            style = {"marker": "o", "markersize": 4, "elinewidth": 1, "capsize": 2}
+            axis.errorbar(places, mean.tolist(), bars, label=_label(method), **style)
+        axis.set_xlabel("proponents taken away")
+        axis.set_xticks(brittleness.ks, [str(k) for k in brittleness.ks], minor=False)
+        axis.minorticks_off()
+    noise = float(brittleness.noise_flips().mean)
+    right.axhline(noise, color="gray", linestyle="--", label="trained again on everything")
+    left.axhline(0, color="gray", linestyle="--", label="trained again on everything")
+    left.set_ylabel("fall of the output")
+    right.set_ylabel("predictions that flip")
+    right.set_ylim(bottom=0)
+    left.legend(fontsize=8)
+    return _plain(figure)
+
+
+def plot_outcomes(sets: Sequence[str], outcomes: Mapping[str, Tensor], label: str) -> "Figure":
+    """Draw what became of models that were trained on several sets: a bar for the mean, a dot for each model.
+
+    Args:
+        sets: names of the training sets, such as what each lacks.
+        outcomes: of each set and model, ``(num_sets, num_seeds)``, by name; they are drawn side by side.
+        label: what they are, such as the share of predictions that are right.
+    """
+    figure = _figure(figsize=(6.4, 0.9 + 0.34 * len(sets)), layout="constrained")
+    axis, width = figure.subplots(), 0.8 / len(outcomes)
+    for number, (name, values) in enumerate(outcomes.items()):
+        places = [row + (number + 0.5) * width - 0.4 for row in range(len(sets))]
+        axis.barh(places, values.mean(1).tolist(), width, label=_label(name), alpha=0.6)
+        axis.plot(values.T.tolist(), [places] * values.shape[1], "k.", markersize=3)
+    axis.set_yticks(range(len(sets)), list(map(printable, sets)))
+    axis.invert_yaxis()
+    axis.set_xlabel(printable(label))
+    if len(outcomes) > 1:
+        figure.legend(loc="outside upper center", ncols=len(outcomes), frameon=False)
+    return _plain(figure)
+
+
+def plot_mislabel_curves(curves: Mapping[str, "DetectionCurve"]) -> "Figure":
+    """Draw how many wrong labels are found against how many examples are inspected.
+
+    Args:
+        curves: of each suspicion by name, from
+            :func:`~lightning_trak.metrics.functional.mislabel_detection_curve`.
+
+    Returns:
+        A matplotlib figure, with the area under each curve in its legend.
+    """
+    figure = _figure(figsize=(5, 4.5), layout="constrained")
+    axis = figure.subplots()
+    for name, curve in curves.items():
+        axis.plot(curve.inspected.tolist(), curve.found.tolist(), label=_label(f"{name}: area {float(curve.area):.3f}"))
+    axis.plot([0, 1], [0, 1], color="gray", linestyle="--", label="at random: area 0.500")
+    axis.set_xlabel("examples inspected, most suspicious first")
+    axis.set_ylabel("wrong labels found")
+    axis.legend(loc="lower right")
+    return _plain(figure)
+
+
+def plot_histogram(values: Tensor, label: str) -> "Figure":
+    """Draw how one number for each target is distributed, and its mean.
+
+    Args:
+        values: shape ``(num_targets,)``; NaNs are left out.
+        label: what they are.
+    """
+    known = values[~values.isnan()].double().cpu()
+    figure = _figure(figsize=(5, 3.5), layout="constrained")
+    axis = figure.subplots()
+    axis.hist(known.tolist(), bins=min(30, max(5, len(known) // 5)), color="tab:blue", alpha=0.7)
+    axis.axvline(float(known.mean()), color="black", linestyle="--", label=f"mean {float(known.mean()):.3f}")
+    axis.set_xlabel(printable(label))
+    axis.set_ylabel("targets")
+    axis.legend()
+    return _plain(figure)
+
+
+def _figure(**options: Any) -> "Figure":
+    """A figure that needs no display.
+
+    Raises:
+        ModuleNotFoundError: if matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError('pictures need matplotlib: pip install "lightning-trak[plots]"') from error
+    return Figure(**options)
+
+
+def _plain(figure: "Figure") -> "Figure":
+    """Have texts shown as they are: a `$` begins no formula, and TeX, which may run commands, is not asked."""
+    from matplotlib.text import Text
+
+    for text in cast("list[Text]", figure.findobj(Text)):
+        text.set_usetex(False)
+        if text.get_text():  # the numbers at axes, which come later, may be formulas
+            text.set_parse_math(False)
+    return figure
+
+
+def _label(name: str) -> str:
+    """A text for a legend, which leaves out those that begin with an underscore."""
+    text = printable(name)
+    return f" {text}" if text.startswith("_") else text
+
+
+def _wrapped(picture: Picture) -> list[str]:
+    """The title, in lines as wide as an image."""
+    lines = map(printable, picture.title.split("\n"))
+    return [part for line in lines for part in textwrap.wrap(line, 15, max_lines=3) or [""]]
+
+
+def _draw(axis: "Axes", picture: Picture, colour: str) -> None:
+    pixels = picture.image.detach().cpu().to(torch.float32)
+    if pixels.ndim == 3:
+        pixels = pixels.permute(1, 2, 0).squeeze(2)
+    axis.imshow(pixels.numpy(), cmap="gray_r" if pixels.ndim == 2 else None)
+    axis.set_title("\n".join(_wrapped(picture)), fontsize=8, pad=3)
+    axis.set_xticks([])
+    axis.set_yticks([])
+    for spine in axis.spines.values():
+        spine.set_color(colour)

@@ -1,0 +1,218 @@
+"""From what a user passes as data to a loader of a map-style dataset, or the reason why it cannot be one."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+
+from lightning_trak.fingerprints.digests import content_digest
+from lightning_trak.running.samplers import require_whole
+
+DEFAULT_BATCH_SIZE = 32
+
+
+class MapStyle(Protocol):
+    """What has examples at positions: a list of them, a Hugging Face dataset and the like."""
+
+    def __len__(self) -> int:
+        """How many."""
+
+    def __getitem__(self, index: int, /) -> Any:
+        """One of them."""
+
+
+Data = DataLoader[Any] | Dataset[Any] | MapStyle | L.LightningDataModule
+
+
+def holds_several(data: Any) -> bool:
+    """Whether these are several sets of data: a list or tuple of loaders or datasets, rather than of examples."""
+    return isinstance(data, (list, tuple)) and any(isinstance(item, DataLoader) or _is_dataset(item) for item in data)
+
+
+def plain_loaders(data: Any) -> list[DataLoader[Any]]:
+    """A loader of each set of data, see :func:`as_loader`."""
+    return [as_loader(item) for item in data] if holds_several(data) else [as_loader(data)]
+
+
+def as_loader(data: Data) -> DataLoader[Any]:
+    """A loader of a map-style dataset, if that is what is given.
+
+    Args:
+        data: a DataLoader; or a map-style Dataset, any other object with ``__len__`` and ``__getitem__`` that has
+            examples at positions, or a list of examples, which are loaded in batches of 32.
+
+    Raises:
+        TypeError: if it is none of these.
+        ValueError: if the loader draws a subset or makes no batches, or there are no examples.
+    """
+    if not isinstance(data, DataLoader):
+        if not _is_dataset(data) and not _is_list_of_examples(data):
+            raise TypeError(_refusal(data))
+        data = DataLoader(cast(Dataset[Any], data), batch_size=DEFAULT_BATCH_SIZE)
+    dataset = data.dataset
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        raise TypeError(_refusal(dataset))
+    if data.batch_sampler is None:
+        raise ValueError("the loader has automatic batching off (batch_size=None); give it a batch_size")
+    if len(dataset) == 0:
+        raise ValueError("the dataset is empty")
+    require_whole(data)
+    return data
+
+
+def batch_size_of(loader: DataLoader[Any]) -> int:
+    """The loader's batch size, or 32 when a batch sampler of varying sizes decides."""
+    size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
+    return size if isinstance(size, int) and size > 0 else DEFAULT_BATCH_SIZE
+
+
+class _Batches(Sampler[list[int]]):
+    """Lists of positions, made as they are asked for."""
+
+    def __init__(self, batches: Iterable[Sequence[int]]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (list(batch) for batch in self.batches)
+
+
+def like(loader: DataLoader[Any], dataset: Dataset[Any], **options: Any) -> DataLoader[Any]:
+    """A loader of another dataset, or in another order, that collates and works as the given one does.
+
+    Args:
+        loader: the loader to be like.
+        dataset: what is loaded.
+        options: of the new DataLoader: which batches, and what differs.
+    """
+    same = {
+        "collate_fn": loader.collate_fn,
+        "num_workers": loader.num_workers,
+        "pin_memory": loader.pin_memory,
+        "timeout": loader.timeout,
+        "worker_init_fn": loader.worker_init_fn,
+        "multiprocessing_context": loader.multiprocessing_context,
+        "prefetch_factor": loader.prefetch_factor,
+    }
+    return DataLoader(dataset, **(same | options))
+
+
+def load(
+    loader: DataLoader[Any],
+    batches: Iterable[Sequence[int]],
+    num_workers: int | None = None,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
+) -> DataLoader[Any]:
+    """A loader like the given one that yields exactly these batches of dataset positions."""
+    return like(
+        loader,
+        loader.dataset,
+        batch_sampler=_Batches(batches),
+        num_workers=loader.num_workers if num_workers is None else num_workers,
+        collate_fn=collate_fn or loader.collate_fn,
+        generator=torch.Generator(),  # the workers' base seed must not come from the user's random state
+    )
+
+
+def sample_digest(loader: DataLoader[Any]) -> str | None:
+    """A digest of eight items spread over the dataset, as the loader collates them; None if the next ones differ."""
+    total = len(cast(Any, loader.dataset))
+    sample = sorted({position * (total - 1) // 7 for position in range(8)})
+    with isolate_rng():
+        twice = load(loader, [sample, sample], num_workers=min(1, loader.num_workers))
+        first, second = map(content_digest, twice)
+    return first if first == second else None
+
+
+def _is_dataset(data: Any) -> bool:
+    """Whether examples can be had from an object at positions, and it cannot be anything else, such as a batch."""
+    if isinstance(data, Dataset):
+        return not isinstance(data, IterableDataset) and hasattr(data, "__len__")
+    other = (str, bytes, bytearray, Mapping, Tensor, np.ndarray, np.generic, list, tuple, type, torch.nn.Module)
+    if isinstance(data, (DataLoader, CombinedLoader, L.LightningDataModule, *other)):
+        return False
+    if not hasattr(data, "__len__") or not hasattr(data, "__getitem__") or hasattr(data, "iloc"):
+        return False  # a series or table of pandas has its rows by label
+    try:
+        return len(data) == 0 or data[0] is not None
+    except Exception:  # a table asked for a column, say
+        return False
+
+
+def _is_list_of_examples(data: Any) -> bool:
+    """Whether this is a list of tuples, lists or mappings that are alike, and no batch of such."""
+    if not isinstance(data, list) or not data:
+        return False
+
+    def form(item: Any) -> Any:
+        return type(item), (set(item) if isinstance(item, Mapping) else len(item))
+
+    if not all(isinstance(item, (tuple, list, Mapping)) for item in data):
+        return False
+    return all(form(item) == form(data[0]) for item in data) and not _looks_like_a_batch(data)
+
+
+def _looks_like_a_batch(data: Any) -> bool:
+    """Whether all leaves are tensors or arrays of one length."""
+    leaves = list(_leaves(data))
+    if not leaves or not all(isinstance(leaf, (Tensor, np.ndarray)) and leaf.ndim > 0 for leaf in leaves):
+        return False
+    return len({len(leaf) for leaf in leaves}) == 1
+
+
+def _leaves(data: Any) -> Iterator[Any]:
+    if isinstance(data, (list, tuple, Mapping)):
+        for item in data.values() if isinstance(data, Mapping) else data:
+            yield from _leaves(item)
+    else:
+        yield data
+
+
+def _refusal(data: Any) -> str:
+    name = type(data).__name__
+    return f"cannot attribute to a {name}: {_reason(data)}"
+
+
+def _reason(data: Any) -> str:
+    values: list[Any] = list(data.values()) if isinstance(data, Mapping) else []
+    if data is None:
+        return "there is no data; pass a DataLoader, a map-style Dataset or a LightningDataModule"
+    if isinstance(data, type):
+        return f"{data.__name__} is a class; pass an object of it"
+    if isinstance(data, (str, Path)):
+        return f'"{data}" is a text and not data; read what it stands for, and pass that as a Dataset or DataLoader'
+    if isinstance(data, CombinedLoader) or any(isinstance(value, DataLoader) for value in values):
+        return "it holds several loaders; pass each by itself, or a list of them to score"
+    if isinstance(data, (Tensor, np.ndarray)):
+        return (
+            "whether it is a batch or a dataset cannot be told; if its rows are the examples, use"
+            " torch.utils.data.TensorDataset, which gives each as a tuple"
+        )
+    if isinstance(data, Mapping):
+        return (
+            "whether it is a single batch, an example or columns of a dataset cannot be told; for columns, use"
+            " torch.utils.data.StackDataset(**columns), which gives each example as a dict"
+        )
+    if isinstance(data, (list, tuple)):
+        if not data:
+            return "it is empty"
+        return (
+            "a list is taken as data if it holds loaders or datasets, or examples: tuples, lists or dicts that are"
+            " alike, and no tensors of one length, which may be a single batch. For a batch (inputs, labels), use"
+            " torch.utils.data.TensorDataset(inputs, labels); for other lists of examples, DataLoader(examples,"
+            " batch_size=..., collate_fn=...)"
+        )
+    if type(data).__module__.startswith("pytorch_lightning"):
+        return (
+            "it comes from pytorch_lightning, whose classes are others than those of lightning; import lightning as L"
+        )
+    return (
+        "expected a DataLoader, Dataset or LightningDataModule over a map-style dataset (with __len__ and __getitem__,"
+        " where item 0 is an example), because scores are indexed by position in it"
+    )

@@ -1,0 +1,222 @@
+"""What all scorers share: shards of training features stream by, and leave blocks of scores or the best few."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lightning_trak.features.store import Features, FeatureStore
+from lightning_trak.running.ranks import Ranks
+from lightning_trak.running.transfer import HostCopy, Upload, ahead
+from lightning_trak.scoring.topk import TopK, block_top_k, merge_top_k
+
+Scores = Tensor | TopK
+
+
+class Scorer(ABC):
+    """score(x)_i = sum_m d_m(x) . phi_m(i) w_m(i), over checkpoints m.
+
+    A method says what the direction d_m of a target and the weight w_m of a training example are, and may go on from
+    there by overriding :meth:`finish`.
+
+    Args:
+        store: complete features of the training set.
+    """
+
+    def __init__(self, store: FeatureStore) -> None:
+        self.store = store
+        self._device = torch.device("cpu")
+
+    def fit(self, device: torch.device, ranks: Ranks = Ranks()) -> None:  # noqa: ARG002, B008
+        """Get ready to score.
+
+        Args:
+            device: where scores will be computed.
+            ranks: the processes that share the work; all must call this.
+
+        Raises:
+            RuntimeError: if the store is incomplete.
+        """
+        self.store.require_complete()
+        self._device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
+
+    @abstractmethod
+    def directions(self, checkpoint: int, targets: Features) -> Tensor:
+        """d_m(x) of each target: shape ``(num_targets, k)``, in at least float32, on the device of :meth:`fit`."""
+
+    @abstractmethod
+    def weights(self, checkpoint: int, rows: Features) -> Tensor | None:
+        """w_m(i) of each training example of a shard: shape ``(n,)``, or None for 1.
+
+        The features of the rows are on the device of :meth:`fit` and in the precision of the directions.
+        """
+
+    def finish(self, sums: Tensor, shard: int) -> Tensor:  # noqa: ARG002
+        """What becomes of the sums over checkpoints.
+
+        Args:
+            sums: of the training examples of a shard, shape ``(..., n)``.
+            shard: which shard.
+
+        Returns:
+            The scores, of the same shape.
+        """
+        return sums
+
+    def block(self, directions: Sequence[Tensor], shard: int, rows: Iterator[Features]) -> Tensor:
+        """Scores of all targets against the training examples of a shard.
+
+        Args:
+            directions: those of the targets at each checkpoint, ``(num_targets, k)`` each.
+            shard: which shard.
+            rows: yields its rows at each checkpoint, on the directions' device and in their precision.
+
+        Returns:
+            Shape ``(num_targets, len(examples))``.
+        """
+        total: Tensor | None = None
+        for checkpoint, (direction, part) in enumerate(zip(directions, rows, strict=False)):  # rows go on: other shards
+            product = direction @ part.features.T
+            weights = self.weights(checkpoint, part)
+            if weights is not None:
+                product *= weights.to(direction)
+            total = product if total is None else total.add_(product)
+        assert total is not None
+        return self.finish(total, shard)
+
+    def blocks(self, directions: Sequence[Tensor], shards: Sequence[int]) -> Iterator[tuple[range, Tensor]]:
+        """Scores of all targets, a shard of training examples at a time.
+
+        Shards are read, and copied to the device, while others are multiplied; nothing waits for the device.
+
+        Args:
+            directions: those of the targets at each checkpoint, ``(num_targets, k)`` each.
+            shards: which shards.
+
+        Yields:
+            The training examples and their scores ``(num_targets, len(examples))``.
+
+        Raises:
+            ValueError: at the end, if a score was not finite.
+        """
+        rows, sums = self._rows(shards, len(directions), directions[0]), []
+        for shard in shards:
+            scores = self.block(directions, shard, rows)
+            sums.append(scores.sum())
+            yield self.store.shard(shard), scores
+        # Sums are a quick look: one is not finite if any of its scores is not.
+        suspects = torch.stack(sums).isfinite().logical_not().nonzero().flatten().tolist() if sums else []
+        for shard in (shards[number] for number in suspects):
+            again = self._rows([shard], len(directions), directions[0])
+            self._require_finite(self.block(directions, shard, again), shard)
+
+    def _require_finite(self, scores: Tensor, shard: int) -> None:
+        if not scores.isfinite().all():
+            raise ValueError(
+                f"scores of training examples {self.store.shard(shard)} are not finite: the features overflow"
+                f" {scores.dtype}; featurize with dtype=torch.float64"
+            )
+
+    def _rows(self, shards: Sequence[int], checkpoints: int, like: Tensor) -> Iterator[Features]:
+        """Rows of each shard at the first checkpoints, their features where a tensor is and as precise."""
+        upload = Upload(like.device)
+
+        def read() -> Iterator[Features]:
+            for shard in shards:
+                for checkpoint in range(checkpoints):
+                    rows = self.store.read(checkpoint, shard)
+                    if like.is_cuda:  # what is copied beside the computation must be pinned
+                        rows = rows._replace(features=rows.features.pin_memory())
+                    yield rows
+
+        for rows in ahead(read()):
+            features = upload(partial(rows.features.to, like.device, non_blocking=True))
+            yield rows._replace(features=features.to(like.dtype))
+
+    def score(
+        self,
+        directions: Sequence[Tensor],
+        top_k: int | None = None,
+        largest: bool = True,
+        ranks: Ranks = Ranks(),  # noqa: B008
+    ) -> Scores:
+        """Scores against the whole training set.
+
+        Args:
+            directions: those of the targets at each checkpoint, ``(num_targets, k)`` each.
+            top_k: keep only this many training examples for each target, without ever holding the rest.
+            largest: whether ``top_k`` keeps the highest scores or the lowest.
+            ranks: the processes that share the shards; all must call this with the same targets.
+
+        Returns:
+            On every rank a CPU Tensor ``(num_targets, num_train)``, or a :class:`~lightning_trak.scoring.TopK`.
+        """
+        with full_precision(self._device):
+            mine = self._collect(directions, ranks.share(self.store.num_shards), top_k, largest)
+        if isinstance(mine, Tensor):
+            return ranks.sum(mine)
+        assert top_k is not None
+        return merge_top_k(ranks.gather(mine), top_k, largest)
+
+    def self_scores(self, ranks: Ranks = Ranks()) -> Tensor:  # noqa: B008
+        """The score of each training example at itself: the diagonal of the scores of the training set at itself.
+
+        Shards are read one after the other; that matrix never exists.
+
+        Args:
+            ranks: the processes that share the shards; all must call this.
+
+        Returns:
+            On every rank a CPU Tensor ``(num_train,)``.
+
+        Raises:
+            ValueError: if a score is not finite.
+        """
+        shards, like = ranks.share(self.store.num_shards), self._working(self.store.read(0, 0).features[:0])
+        scores = torch.zeros(self.store.num_examples, dtype=like.dtype)
+        with full_precision(self._device):
+            rows = self._rows(shards, self.store.num_checkpoints, like)
+            for shard in shards:
+                examples = self.store.shard(shard)
+                sums = like.new_zeros(len(examples))
+                for checkpoint, part in zip(range(self.store.num_checkpoints), rows, strict=False):
+                    products = (self.directions(checkpoint, part) * part.features).sum(1)
+                    weights = self.weights(checkpoint, part)
+                    sums += products if weights is None else products * weights.to(products)
+                found = self.finish(sums, shard)
+                self._require_finite(found, shard)
+                scores[examples.start : examples.stop] = found.cpu()
+        return ranks.sum(scores)
+
+    def _collect(self, directions: Sequence[Tensor], shards: Sequence[int], top_k: int | None, largest: bool) -> Scores:
+        targets, like = len(directions[0]), directions[0]
+        if top_k is None:
+            scores = torch.zeros(targets, self.store.num_examples, dtype=like.dtype)
+
+            def keep(examples: range, copy: HostCopy) -> None:
+                (scores[:, examples.start : examples.stop],) = copy.wait()
+
+            coming: tuple[range, HostCopy] | None = None
+            for examples, block in self.blocks(directions, shards):
+                copy = HostCopy.start((block,))
+                if coming is not None:
+                    keep(*coming)  # while the next one is on its way
+                coming = examples, copy
+            if coming is not None:
+                keep(*coming)
+            return scores
+        best = TopK(like.new_empty(targets, 0), like.new_empty(targets, 0, dtype=torch.int64))
+        for examples, block in self.blocks(directions, shards):
+            best = merge_top_k([best, block_top_k(block, examples.start, top_k, largest)], top_k, largest)
+        return TopK(best.values.cpu(), best.indices.cpu())
+
+    def _working(self, tensor: Tensor) -> Tensor:
+        """On the device, in at least float32."""
+        return tensor.to(self._device, torch.promote_types(tensor.dtype, torch.float32))
+
+
+def full_precision(device: torch.device) -> torch.autocast:
+    """Outside autocast, under which Lightning's mixed precision or the user's own would round products."""
+    return torch.autocast(device.type, enabled=False)

@@ -1,0 +1,59 @@
+"""Similarities of gradients: products or cosines, summed over checkpoints."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_trak.features.store import Features, FeatureStore
+from lightning_trak.scoring.base import Scorer
+
+EffectOn = Literal["loss", "output"]
+
+
+class GradientDotScorer(Scorer):
+    r"""score(x)_i = sum_m c_m <g_m(x), g_m(i)>, for features that estimate products of gradients.
+
+    g(i) = Q_i phi_i is minus the gradient of the loss at the training example, the way that a step of gradient descent
+    on i moves the parameters, and g(x) is what is to be raised at the target: minus its loss, too, so that a positive
+    score says that training on i *lowers the loss* at x, or its output.
+
+    Args:
+        store: complete features of the training set.
+        checkpoint_weights: c_m.
+        effect_on: ``"loss"``: g(x) = Q_x phi_x, the classical methods; ``"output"``: g(x) = phi_x, so that a positive
+            score says that training on i raises the output at x. The two differ by Q_x: at one checkpoint a scale for
+            each target, which is negative where the loss rises with the output.
+    """
+
+    def __init__(self, store: FeatureStore, checkpoint_weights: Sequence[float], effect_on: EffectOn) -> None:
+        super().__init__(store)
+        self.checkpoint_weights = checkpoint_weights
+        self.effect_on: EffectOn = effect_on
+
+    def directions(self, checkpoint: int, targets: Features) -> Tensor:
+        """c_m g_m(x) of each target, ``(num_targets, k)``."""
+        features = self._working(targets.features)
+        residuals = targets.residuals if self.effect_on == "loss" else torch.ones_like(targets.residuals)
+        scales = self.checkpoint_weights[checkpoint] * self._scales(features, residuals.to(self._device))
+        return features * scales.to(features).unsqueeze(1)
+
+    def weights(self, checkpoint: int, rows: Features) -> Tensor:  # noqa: ARG002
+        """What makes g of features, for each training example, ``(n,)``."""
+        return self._scales(rows.features, rows.residuals.to(self._device))
+
+    def _scales(self, features: Tensor, residuals: Tensor) -> Tensor:  # noqa: ARG002
+        return residuals
+
+
+class GradientCosineScorer(GradientDotScorer):
+    """score(x)_i = sum_m c_m cos(g_m(x), g_m(i)): :class:`GradientDotScorer` of gradients of length 1.
+
+    A gradient of zero is similar to nothing: its scores are 0.
+    """
+
+    def _scales(self, features: Tensor, residuals: Tensor) -> Tensor:
+        # In float64, because squares of small gradients vanish in float32.
+        norms = torch.linalg.vector_norm(features, dim=1, dtype=torch.float64)
+        return torch.where(norms > 0, residuals.sign() / norms, 0.0)

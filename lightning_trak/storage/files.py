@@ -1,0 +1,352 @@
+"""Local files: written so that a reader, or a crash, never meets half of one; checked when they are read.
+
+What a process is writing lies in a hidden folder beside the file, ``.NAME.HOST-PID-RANDOM.tmp``: whatever is used to
+write it, all that a killed process leaves is in there, and :func:`remove_leftovers` knows whose it was.
+"""
+
+import errno
+import functools
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import stat
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lightning_trak.storage.paths import kind_of, local_directory
+from lightning_trak.storage.schemas import Schema, anything, parse_json, record, sealed, sha256, with_checksum
+
+_LEFTOVER = re.compile(r"\..+\.(?P<host>[0-9a-f]{12})-(?P<pid>[0-9]{1,9})-[0-9a-f]{8}\.tmp")
+_SECONDS_KEPT = 24 * 3600  # what a process on another host writes: nobody can tell from here whether it lives
+_MAX_JSON_BYTES = 1 << 28
+_HEADER = sealed({"sha256": sha256}, others=anything)
+
+
+class DamagedFileError(ValueError):
+    """A file is not what was written.
+
+    Args:
+        path: of the file.
+        reason: what is wrong, such as ``"is a FIFO, not a file"``.
+    """
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(path, reason)
+        self.path, self.reason = path, reason
+
+    def __str__(self) -> str:
+        return f'"{self.path}" {self.reason}'
+
+
+def altered(path: Path, reason: str) -> DamagedFileError:
+    """The error that a file's content is wrong."""
+    return DamagedFileError(path, f"is truncated or altered ({reason})")
+
+
+def write_atomically(path: Path, write: Callable[[Path], object], replace: bool = True) -> None:
+    """Write a file elsewhere on its disk, flush it, and move it into place.
+
+    Args:
+        path: where the file will be; with the process's umask.
+        write: writes the content to the path that it is given.
+        replace: whether a file that stands there is replaced, in one step.
+
+    Raises:
+        FileExistsError: if ``replace`` is false and a file stands there, which is then left as it is.
+        NotADirectoryError: if a file is in the way of its folder.
+        OSError: if it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path.parent)) from None
+    folder = path.with_name(f".{path.name}.{_host()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
+    temporary = folder / f".{path.name}"
+    folder.mkdir()
+    try:
+        usual = folder / "usual"  # not the file itself: some file systems are slow to replace one
+        usual.touch()
+        mode = stat.S_IMODE(usual.stat().st_mode)
+        with _os_errors(path):
+            write(temporary)
+        if stat.S_IMODE(temporary.stat().st_mode) != mode:  # safetensors makes files that nobody else may read
+            temporary.chmod(mode)
+        _flush(temporary)
+        if replace:
+            os.replace(temporary, path)
+        else:
+            _move_new(temporary, path)
+        _flush_directory(path.parent)  # the move itself, so that it survives a power failure
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _move_new(temporary: Path, path: Path) -> None:
+    """Move a file to where no file is; of several processes that try, one can.
+
+    Raises:
+        FileExistsError: if there is one.
+    """
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:  # this file system may have no hard links; if anything else is wrong, moving fails as well
+        # A lock, rather than a claim in a file: the kernel takes it from a process that dies.
+        with _locked(path.parent):
+            if os.path.lexists(path):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+            os.replace(temporary, path)
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    import fcntl  # which Windows does not have
+
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            raise OSError(
+                f'"{directory}" is on a file system with neither hard links nor locks ({error}), where two runs could'
+                " not be kept apart; use another directory"
+            ) from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _flush_directory(path: Path) -> None:
+    try:
+        _flush(path)
+    except OSError as error:
+        # Some file systems cannot flush a directory, and keep what was moved as safe as they can.
+        unable = (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES, errno.EPERM)
+        if error.errno not in unable:
+            raise
+
+
+@functools.cache
+def _host() -> str:
+    """This machine since it was started, and what it is that process ids are unique in."""
+    parts = [platform.node()]
+    with suppress(OSError):  # only Linux has these
+        parts += [Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Remove what :func:`write_atomically` was writing to a directory in processes that were killed.
+
+    What processes of other hosts write is left for a day.
+    """
+    for name in os.listdir(directory) if directory.exists() else []:
+        writer = _LEFTOVER.fullmatch(name)
+        if writer and _is_dead(directory / name, writer["host"], int(writer["pid"])):
+            shutil.rmtree(directory / name, ignore_errors=True)  # another user's may stay: it is in nobody's way
+
+
+def _is_dead(leftover: Path, host: str, pid: int) -> bool:
+    try:
+        if host != _host():
+            return time.time() - leftover.stat().st_mtime > _SECONDS_KEPT
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except (PermissionError, FileNotFoundError):  # it is another user's; its writer has just finished
+        pass
+    return False
+
+
+@contextmanager
+def _os_errors(path: Path) -> Iterator[None]:
+    """Safetensors says in words alone what the system would not do."""
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+
+
+def write_json(path: Path, content: dict[str, Any], replace: bool = True) -> None:
+    """Write JSON as :func:`write_atomically` does."""
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n"), replace)
+
+
+def read_json(path: Path, schema: Schema) -> Any:
+    """Read JSON.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        DamagedFileError: if it is not what the schema wants, naming the field.
+        OSError: if it cannot be read.
+    """
+    _require_file(path)
+    with path.open("rb") as file:
+        content = file.read(_MAX_JSON_BYTES + 1)
+    try:
+        if len(content) > _MAX_JSON_BYTES:
+            raise ValueError(f"it is larger than {_MAX_JSON_BYTES} bytes")
+        return parse_json(content, schema)
+    except ValueError as error:
+        raise altered(path, str(error)) from error
+
+
+def _require_file(path: Path) -> None:
+    """Refuse what opening would wait for, or what has nothing to read."""
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):
+        raise DamagedFileError(path, f"is {kind_of(mode)}, not a file")
+
+
+def read_manifest(
+    directory: str | os.PathLike[str], what: str, version: int, advice: str, schema: Schema = anything
+) -> dict[str, Any]:
+    """The ``manifest.json`` of a directory.
+
+    Args:
+        directory: where it is.
+        what: what has such a manifest, such as ``"feature store"``, for messages.
+        version: its ``"format"`` that this version reads.
+        advice: what to do if there is none.
+        schema: what a manifest of this version must be like.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is not one, or of another format.
+        OSError: if it cannot be read.
+    """
+    path = local_directory(directory, what) / "manifest.json"
+
+    def check(field: str, value: Any) -> None:
+        record({"format": anything}, others=anything)(field, value)
+        if value["format"] == version:
+            schema(field, value)
+
+    try:
+        manifest: dict[str, Any] = read_json(path, check)
+    except FileNotFoundError as error:
+        if path.is_symlink():
+            raise ValueError(
+                f'"{path}" is a link to "{os.readlink(path)}", which does not exist; restore that file, or use another'
+                " directory"
+            ) from error
+        raise FileNotFoundError(f'"{directory}" is not a {what} yet; {advice}') from error
+    except DamagedFileError as error:
+        raise ValueError(
+            f'"{path}" is not the manifest of a {what}: it {error.reason}; restore it, or use another directory'
+        ) from error
+    if manifest["format"] != version:
+        raise ValueError(
+            f'{what} "{directory}" has format {manifest["format"]}; this version reads {version}, so use another'
+            " directory"
+        )
+    return manifest
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], **metadata: Any) -> None:
+    """Write a safetensors file as :func:`write_atomically` does, with checksums and JSON-able metadata."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    content = with_checksum({"sha256": tensor_digest(tensors), **metadata})
+    # One entry, since safetensors writes several in any order, and equal content should give equal files.
+    header = {"lightning_trak": json.dumps(content)}
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, header))
+
+
+def load_tensors(path: Path, verify: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what :func:`save_tensors` wrote, memory-mapped.
+
+    Args:
+        path: of the file.
+        verify: whether to compare the checksum with the tensors.
+
+    Returns:
+        The tensors and the metadata, ``"sha256"`` among them.
+
+    Raises:
+        DamagedFileError: if the file is truncated or altered, saying how.
+        OSError: if it cannot be read.
+    """
+    with open_safetensors(path) as file:
+        metadata = _header(path, file)
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if verify and metadata["sha256"] != tensor_digest(tensors):
+        raise altered(path, "its checksum does not match its content")
+    return tensors, metadata
+
+
+def load_metadata(path: Path) -> dict[str, Any]:
+    """The metadata of what :func:`save_tensors` wrote.
+
+    Raises:
+        DamagedFileError: as :func:`load_tensors`.
+        OSError: if it cannot be read.
+    """
+    with open_safetensors(path) as file:
+        return _header(path, file)
+
+
+def _header(path: Path, file: Any) -> dict[str, Any]:
+    entries = file.metadata() or {}
+    if "lightning_trak" not in entries:
+        raise altered(path, "its header lacks the checksum")
+    try:
+        metadata: dict[str, Any] = parse_json(entries["lightning_trak"].encode(), _HEADER)
+    except ValueError as error:
+        raise altered(path, f"in its header, {error}") from error
+    return metadata
+
+
+@contextmanager
+def open_safetensors(path: Path) -> Iterator[Any]:
+    """Open any safetensors file.
+
+    Raises:
+        DamagedFileError: if it is truncated, or no such file.
+        OSError: if it cannot be read, naming it.
+    """
+    _require_file(path)
+    with path.open("rb"):  # safetensors says "no such file" of one that it may not read
+        pass
+    try:
+        with _os_errors(path), safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise altered(path, str(error)) from error
+    except OSError as error:
+        if error.filename:
+            raise
+        raise OSError(f'"{path}" cannot be read: {error}') from error
+
+
+def tensor_digest(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over the names, dtypes, shapes and bytes of tensors, in the order of their names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
