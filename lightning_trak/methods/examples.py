@@ -14,7 +14,7 @@ from lightning_trak.outputs.mixin import declared_output
 from lightning_trak.running.data import Data, IndexedBatch, batch_ranges, batch_size_of, share_out, single_loader
 from lightning_trak.running.predict import PredictModule
 from lightning_trak.running.ranks import Ranks
-from lightning_trak.running.trainers import borrowed, refuse_spawning, require_whole_parameters
+from lightning_trak.running.trainers import predict_over, refuse_spawning, require_whole_parameters
 
 Rows = Callable[[nn.Module, Any], Tensor]
 
@@ -78,8 +78,7 @@ class Examples:
         found: list[tuple[Tensor, Tensor]] = []
         mapper = _MapModule(function, what, original, found, module, self.datamodule)
         batches = batch_ranges(range(len(self)), batch_size_of(self.loader))
-        with borrowed(trainer, mapper):
-            trainer.predict(mapper, share_out(self.loader, [batches], trainer), return_predictions=False)
+        predict_over(trainer, mapper, share_out(self.loader, [batches], trainer))
         parts = [part for parts in Ranks.of(trainer).gather(found) for part in parts]
         positions = torch.cat([part for part, _ in parts])
         if len(positions) != len(self):

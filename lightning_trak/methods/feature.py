@@ -44,7 +44,7 @@ from lightning_trak.running.data import (
 )
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.running.stopping import Interruption
-from lightning_trak.running.trainers import borrowed, refuse_spawning, shards_model
+from lightning_trak.running.trainers import predict_over, refuse_spawning, shards_model
 from lightning_trak.scoring.base import Scorer, Scores
 from lightning_trak.scoring.predict import ScoreModule
 from lightning_trak.scoring.topk import TopK
@@ -197,8 +197,7 @@ class FeatureMethod(Method):
             interruption = Interruption(stop)
             with _explaining(extractor, loader), ShardWriter(store, extractor.places) as writer:
                 module = FeaturizeModule(writer, "Featurizing", loader, stop, extractor, store, datamodule, loader)
-                with borrowed(trainer, module, interruption):
-                    trainer.predict(module, share_out(loader, jobs, trainer, sharded, stop), return_predictions=False)
+                predict_over(trainer, module, share_out(loader, jobs, trainer, sharded, stop), interruption)
             interruption.raise_if_received(Ranks.of(trainer), lambda: _done(store))
             if not self._refuted(module, extractor, trainer, store):
                 break
@@ -342,9 +341,7 @@ class FeatureMethod(Method):
         while True:
             buffer, stop = FeatureBuffer(extractor.places), Stop()
             module = FeaturizeModule(buffer, "Scoring", loader, stop, extractor, store, datamodule)
-            with borrowed(trainer, module):
-                loaders = share_out(loader, jobs, trainer, extractor.sharded, stop)
-                trainer.predict(module, loaders, return_predictions=False)
+            predict_over(trainer, module, share_out(loader, jobs, trainer, extractor.sharded, stop))
             if not self._refuted(module, extractor, trainer, None):
                 break
         ranks = Ranks.of(trainer)

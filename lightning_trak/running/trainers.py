@@ -1,7 +1,7 @@
 """What this package does with the user's Trainer, apart from running it."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -51,20 +51,27 @@ def shards_model(trainer: L.Trainer) -> bool:
     return True
 
 
-@contextmanager
-def borrowed(trainer: L.Trainer, ours: PredictModule, interruption: Interruption | None = None) -> Iterator[None]:
-    """The user's Trainer for a predict loop of ours, which is as it was afterwards.
-
-    No logger, profiler, data module and callback but the progress bar takes part.
+def predict_over(
+    trainer: L.Trainer, module: PredictModule, loaders: Sequence[Any], interruption: Interruption | None = None
+) -> None:
+    """Run a predict loop of ours on the user's Trainer, which is as it was afterwards.
 
     Args:
-        trainer: the user's.
-        ours: the module that it will run, which lets go of its model in the end.
+        trainer: the user's. No logger, profiler, data module and callback but the progress bar takes part.
+        module: what runs; it lets go of its model in the end.
+        loaders: its dataloaders.
         interruption: what SIGTERM and Ctrl-C do; default: they end the run at once.
 
     Raises:
         ValueError: if the Trainer would skip batches, or is in the middle of a run.
     """
+    with _borrowed(trainer, module, interruption):
+        trainer.predict(module, loaders, return_predictions=False)
+
+
+@contextmanager
+def _borrowed(trainer: L.Trainer, ours: PredictModule, interruption: Interruption | None = None) -> Iterator[None]:
+    """The user's Trainer, ready for :func:`predict_over`, and as it was afterwards."""
     limit = trainer.limit_predict_batches
     if limit != 1.0 or isinstance(limit, int):  # 1 is one batch, 1.0 is all of them
         raise ValueError(
