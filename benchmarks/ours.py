@@ -7,7 +7,9 @@ import torch
 
 from benchmarks.models import Precision, Workload
 from lightning_trak.checkpoints.reading import resolve_checkpoints
-from lightning_trak.features.extractor import EngineName, FeatureExtractor
+from lightning_trak.features.engines import EngineName, make_engine
+from lightning_trak.features.extractor import FeatureExtractor
+from lightning_trak.features.model import ModelCopy
 from lightning_trak.features.store import Features
 from lightning_trak.projections import KroneckerProjection, Projection, SparseProjection
 
@@ -42,12 +44,10 @@ def extractor_of(work: Workload, setting: Setting) -> FeatureExtractor:
     checkpoints = resolve_checkpoints([work.model.state_dict()])
     digests = [checkpoint.fingerprint() for checkpoint in checkpoints]
     work = work.to(device, setting.precision)
-    extractor = FeatureExtractor(
-        work.model, work.output, checkpoints, digests, setting.projection, engine=setting.engine
-    )
-    extractor.reset(work.autocast)
-    extractor.to_checkpoint(0, device)
-    return extractor
+    model = ModelCopy(work.model, work.output, checkpoints, digests)
+    model.load(0, device)
+    bound = setting.projection.bind(model.shapes, seed=0, checkpoint=0, device=device)
+    return FeatureExtractor(model, make_engine(setting.engine, model, work.autocast), bound)
 
 
 def featurizer(work: Workload, setting: Setting) -> Callable[[], Features]:

@@ -21,3 +21,18 @@ def positive(name: str, value: int) -> int:
         if number > 0:
             return number
     raise ValueError(f"Expected `{name}` to be a positive integer but got {value!r}.")
+
+
+def require_one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    """Check an argument that has few values.
+
+    Args:
+        name: of the argument, for the error.
+        value: what was given for it.
+        allowed: its values.
+
+    Raises:
+        ValueError: if it is none of them.
+    """
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")

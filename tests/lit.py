@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from lightning_trak import TRAK, AttributionMixin
+from lightning_trak.features import FeatureStore
+from lightning_trak.methods import FeatureMethod
 from lightning_trak.outputs import ClassificationMargin, ModelOutput
 from lightning_trak.projections import SparseProjection
 
@@ -109,3 +111,9 @@ def beyond_hooks(module):
         if type(part) is nn.Linear:
             part.__class__ = OwnLinear
     return module
+
+
+def open_store(method: FeatureMethod, trainer: L.Trainer | None = None) -> FeatureStore:
+    """The store of a method, to be looked into."""
+    pipeline = method._pipeline()
+    return pipeline.open(pipeline.copy_model(), trainer)

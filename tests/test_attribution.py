@@ -109,7 +109,7 @@ def test_top_k_never_holds_the_full_matrix(tmp_path, checkpoints, monkeypatch):
 
 
 def test_blocks_of_targets_change_nothing(tmp_path, checkpoints, expected, monkeypatch):
-    monkeypatch.setattr("lightning_trak.methods.feature.TARGET_BYTES", 3 * 32 * 4 * 2)
+    monkeypatch.setattr("lightning_trak.scoring.targets.TARGET_BYTES", 3 * 32 * 4 * 2)
     scores = attribute(tmp_path, checkpoints, targets=DataLoader(TARGETS, batch_size=3))
     torch.testing.assert_close(scores, expected)
     top = attribute(tmp_path, checkpoints, targets=DataLoader(TARGETS, batch_size=3), score={"top_k": 2})
@@ -142,8 +142,9 @@ def test_paper_shares_a_store_and_differs(tmp_path, checkpoints, expected):
     assert not torch.allclose(paper.score(trainer, TARGETS), expected)
     paper = TRAK.paper(make_model(), checkpoints, tmp_path / "x")
     assert (paper.curvature, paper.damping, paper.residuals) == ("identity", 0.0, "averaged")
-    assert paper.projection == GaussianProjection(2048)
-    assert TRAK.paper(make_model(), checkpoints, tmp_path / "x", projection=None).projection == paper.projection
+    assert paper.settings.projection == GaussianProjection(2048)
+    again = TRAK.paper(make_model(), checkpoints, tmp_path / "x", projection=None)
+    assert again.settings.projection == paper.settings.projection
 
 
 def test_only_chosen_parameters(tmp_path, checkpoints):

@@ -14,7 +14,7 @@ from lightning_trak.gradients import FunctionalEngine, HookEngine, LoopEngine
 from lightning_trak.gradients.hooks.linear import LinearLayer
 from lightning_trak.outputs import ClassificationMargin, NegativeLoss
 from lightning_trak.projections import IdentityProjection, SparseProjection
-from tests.lit import TARGETS, TRAIN, LitNet, attribute, make_checkpoints, make_model, make_trainer
+from tests.lit import TARGETS, TRAIN, LitNet, attribute, make_checkpoints, make_model, make_trainer, open_store
 
 ENGINES = {"hooks": HookEngine, "functional": FunctionalEngine, "loop": LoopEngine}
 
@@ -83,7 +83,7 @@ def test_auto_moves_the_whole_store_to_the_next_engine(tmp_path, checkpoints, mo
     settled = json.loads(next((tmp_path / "store").glob("engine-*.json")).read_text())
     assert settled["engine"] == following
     assert wrong in settled["refuted"]
-    store = trak._existing_store(trak._extractor(), make_trainer())
+    store = open_store(trak, make_trainer())
     assert {store.engine_of(checkpoint, shard) for checkpoint in range(2) for shard in range(store.num_shards)} == {
         following
     }

@@ -143,7 +143,7 @@ def test_blocks_batches_top_k_and_scorer_agree(tmp_path, checkpoints, name, monk
     top = method.score(trainer, TARGETS, top_k=4, largest=False)
     torch.testing.assert_close(top.values, scores.topk(4, largest=False).values)
     assert torch.equal(top.indices, scores.topk(4, largest=False).indices)
-    monkeypatch.setattr("lightning_trak.methods.feature.TARGET_BYTES", 3 * 32 * 4 * 2)
+    monkeypatch.setattr("lightning_trak.scoring.targets.TARGET_BYTES", 3 * 32 * 4 * 2)
     blocks = method.score(trainer, DataLoader(TARGETS, batch_size=3))
     torch.testing.assert_close(blocks, scores, rtol=1e-5, atol=1e-6)
 

@@ -12,10 +12,10 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, random_split
 
 from lightning_trak import TRAK, AttributionMixin
-from lightning_trak.features.extractor import FeatureExtractor
+from lightning_trak.features.model import ModelCopy
 from lightning_trak.outputs import ClassificationMargin, NegativeLoss
 from lightning_trak.projections import IdentityProjection, SparseProjection
-from tests.lit import TARGETS, TRAIN, LitNet, attribute, beyond_hooks, make_data, make_model, make_trainer
+from tests.lit import TARGETS, TRAIN, LitNet, attribute, beyond_hooks, make_data, make_model, make_trainer, open_store
 
 OPTIONS = {"projection": SparseProjection(32)}
 
@@ -150,7 +150,7 @@ def test_a_full_memory_is_not_a_reason_for_the_loop(tmp_path, checkpoints, monke
     def full(*args):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("lightning_trak.features.extractor.HookEngine.project", full)
+    monkeypatch.setattr("lightning_trak.gradients.HookEngine.project", full)
     with pytest.raises(torch.cuda.OutOfMemoryError):
         attribute(tmp_path, checkpoints)
 
@@ -252,20 +252,20 @@ def test_a_scorer_is_refused_by_a_trainer_of_another_precision(tmp_path, checkpo
 def test_hooks_take_the_precision_of_the_trainer(tmp_path, checkpoints, precision, expected):
     trak = TRAK(make_model(), checkpoints, tmp_path, **OPTIONS)
     trak.featurize(make_trainer(precision=precision), TRAIN)
-    assert trak._existing_store(trak._extractor(), make_trainer(precision=precision)).settle_engine() == "hooks"
+    assert open_store(trak, make_trainer(precision=precision)).settle_engine() == "hooks"
     scores = trak.score(make_trainer(precision=precision), TARGETS)
     assert float((scores - expected).norm() / expected.norm()) < (0.1 if precision == "bf16-true" else 1e-4)
 
 
 def test_nothing_of_ours_stays_in_the_trainer(tmp_path, checkpoints, monkeypatch):
     copies = []
-    init = FeatureExtractor.__init__
+    init = ModelCopy.__init__
 
     def noted(self, *args, **kwargs):
         init(self, *args, **kwargs)
         copies.append(weakref.ref(self.module))
 
-    monkeypatch.setattr(FeatureExtractor, "__init__", noted)
+    monkeypatch.setattr(ModelCopy, "__init__", noted)
     trainer = make_trainer()
     attribute(tmp_path, checkpoints, trainer=trainer)
     gc.collect()

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from lightning_trak import GradientDot
 from lightning_trak.outputs import CausalLMMargin, ClassificationMargin
 from lightning_trak.projections import IdentityProjection
-from tests.lit import make_trainer
+from tests.lit import make_trainer, open_store
 
 transformers = pytest.importorskip("transformers")
 
@@ -78,7 +78,7 @@ def test_hooks_cover_it_and_agree_with_autograd_one_at_a_time(tmp_path, make):
             output=CausalLMMargin() if language else ClassificationMargin(), effect_on="output", engine=engine,
         )  # fmt: skip
         scores[engine] = method.attribute(make_trainer(), loader, loader)
-        store = method._existing_store(method._extractor(), make_trainer())
+        store = open_store(method, make_trainer())
         assert store.settle_engine() == ("hooks" if engine == "auto" else "loop")
     largest = float(scores["loop"].abs().max())
     torch.testing.assert_close(scores["auto"], scores["loop"], rtol=1e-8, atol=1e-9 * largest)

@@ -6,6 +6,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_trak import TRAK
 from lightning_trak.features.extractor import FeatureExtractor
+from lightning_trak.features.model import ModelCopy
 from lightning_trak.outputs import ClassificationMargin, ContrastiveMargin
 from lightning_trak.projections import KroneckerProjection, SparseProjection
 from tests.lit import make_trainer
@@ -100,15 +101,16 @@ def test_another_one_than_the_features_were_made_with_is_refused(complete, monke
     """As another machine may make: the same axes with other signs, another bank."""
     path, trak, train, _, _ = complete
     before = contents(trak)
-    name = {"context": "make_context", "projection": "fit_projection"}[path.stem]
-    make = getattr(FeatureExtractor, name)
+    makers = {"context": (ModelCopy, "make_context"), "projection": (FeatureExtractor, "fit_projection")}
+    owner, name = makers[path.stem]
+    make = getattr(owner, name)
 
-    def make_another(self, batches):
-        made = make(self, batches)
+    def make_another(self, *args):
+        made = make(self, *args)
         first = min(made)
         return made | {first: -made[first]}
 
-    monkeypatch.setattr(FeatureExtractor, name, make_another)
+    monkeypatch.setattr(owner, name, make_another)
     path.unlink()
     del before[path]
     for shards in (3, 2):

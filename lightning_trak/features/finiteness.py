@@ -12,7 +12,7 @@ from lightning_trak.features.store import Features
 from lightning_trak.running.data import load
 
 if TYPE_CHECKING:
-    from lightning_trak.features.extractor import FeatureExtractor
+    from lightning_trak.features.model import ModelCopy
 
 
 class NotFiniteError(ValueError):
@@ -27,18 +27,18 @@ class NotFiniteError(ValueError):
         super().__init__(message)
         self.position = position
 
-    def explained(self, extractor: FeatureExtractor, loader: DataLoader[Any]) -> ValueError:
+    def explained(self, model: ModelCopy, loader: DataLoader[Any]) -> ValueError:
         """The same error, with the reason that the output gives, if it has one.
 
         Args:
-            extractor: at the checkpoint; its module may be moved to the CPU.
+            model: at the checkpoint; it may be moved to the CPU.
             loader: whose dataset holds the example.
         """
         (batch,) = load(loader, [[self.position]], num_workers=0)
-        extractor.module.cpu()
+        model.module.cpu()
         try:
-            with extractor.differentiable():
-                reason = extractor.output.explain_nan(extractor.module, batch)
+            with model.differentiable():
+                reason = model.output.explain_nan(model.module, batch)
         except Exception as error:  # the example is at fault somehow, and what is known of it is told
             reason = f"{type(error).__name__}: {error}"
         return self if reason is None else ValueError(f"{self}. Example {self.position}: {reason}")

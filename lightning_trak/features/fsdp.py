@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from lightning_trak.checkpoints.copies import copy_module
 from lightning_trak.checkpoints.names import canonical_name
 from lightning_trak.features.extractor import FeatureExtractor
+from lightning_trak.features.model import ModelCopy
 from lightning_trak.features.store import Features
 from lightning_trak.gradients import GradientEngine, HookEngine, ShardedHookEngine, coverage_report
 from lightning_trak.gradients.audit import kinks
@@ -32,17 +34,13 @@ ANOTHER_STRATEGY = "a Trainer with strategy='ddp' or a single device"
 _OTHERWISE = f"use {ANOTHER_STRATEGY}"
 
 
-class ShardedFeatureExtractor(FeatureExtractor):
-    """Computes features by hooks on a copy of the user's module that its ``configure_model()`` has sharded.
-
-    Every forward and backward pass is one of all ranks: they must run equally many batches at each checkpoint. First
-    :meth:`shard`, then a checkpoint, then :meth:`lay_hooks`.
+class ShardedModelCopy(ModelCopy):
+    """A copy of the user's module that its ``configure_model()`` shards, once the processes run: :meth:`shard`.
 
     Args:
         module: a LightningModule that has its layers once it is constructed, and shards them in ``configure_model()``.
-        args: as for :class:`~lightning_trak.features.extractor.FeatureExtractor`.
-        kwargs: as for :class:`~lightning_trak.features.extractor.FeatureExtractor`; ``engine`` must be ``"auto"`` or
-            ``"hooks"``.
+        args: as for :class:`~lightning_trak.features.model.ModelCopy`.
+        kwargs: as for :class:`~lightning_trak.features.model.ModelCopy`.
 
     Raises:
         ValueError: if the module does not shard itself, or hooks do not cover all selected parameters.
@@ -84,15 +82,6 @@ class ShardedFeatureExtractor(FeatureExtractor):
     def _copy(module: nn.Module) -> nn.Module:
         return copy_module(module, configure=False)
 
-    def _begin(self) -> None:
-        if self.engine_name not in ("auto", "hooks"):
-            raise ValueError(
-                f"engine={self.engine_name!r} needs whole parameters, which ModelParallelStrategy splits: use"
-                f" engine='auto' or 'hooks', or {_OTHERWISE}"
-            )
-        self.undecided = True
-        self.used = "hooks"
-
     def shard(self, mesh: DeviceMesh | None, device: torch.device) -> None:
         """Have the module shard itself, once the processes run; does nothing the second time.
 
@@ -126,34 +115,39 @@ class ShardedFeatureExtractor(FeatureExtractor):
             self.module._apply(materialize)  # type: ignore[no-untyped-call]
         self._shards = True
 
-    def lay_hooks(self, batch: Any, size: int) -> str:
-        """Find out where hooks find the examples, and that they are right, by the gradients that FSDP2 makes.
 
-        Args:
-            batch: examples on the module's device, the same on all ranks.
-            size: their number, at least two if batches will hold more than one.
+def sharded_engine(model: ModelCopy, examples: ExampleBatch, autocast: torch.dtype | None = None) -> ShardedHookEngine:
+    """Hooks on a sharded model, which have found the examples, and agree with the gradients that FSDP2 makes.
 
-        Returns:
-            What was found, for people.
+    Args:
+        model: at a checkpoint, after it has been sharded.
+        examples: on the model's device, the same on all ranks; at least two if batches will hold more than one.
+        autocast: what forward passes are autocast to, if anything.
 
-        Raises:
-            ValueError: if hooks do not give the right gradients of the sharded model.
-        """
-        try:
-            reshard(self.module)
-            with self.differentiable():
-                engine = ShardedHookEngine(self.module, self.output, self.names, self.autocast)
-                wrong = engine.check(ExampleBatch(batch, size, self.layout))
-        except torch.cuda.OutOfMemoryError:
-            raise
-        except Exception as error:
-            raise ValueError(f"hooks fail on the sharded model, {_OTHERWISE}: {error}") from error
-        if wrong:
-            reasons = "; ".join(f"{name}: {reason}" for name, reason in wrong.items())
-            raise ValueError(f"hooks get some gradients of the sharded model wrong, {_OTHERWISE}: {reasons}")
-        self._hooks = self._engine = engine
-        self.undecided = False
-        return f"{coverage_report({}, self.sizes)} and agree with the gradients of FSDP2 on the first examples"
+    Raises:
+        ValueError: if hooks do not give the right gradients of the sharded model.
+    """
+    try:
+        reshard(model.module)
+        with model.differentiable():
+            engine = ShardedHookEngine(model.module, model.output, model.names, autocast)
+            wrong = engine.check(examples)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise ValueError(f"hooks fail on the sharded model, {_OTHERWISE}: {error}") from error
+    if wrong:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in wrong.items())
+        raise ValueError(f"hooks get some gradients of the sharded model wrong, {_OTHERWISE}: {reasons}")
+    return engine
+
+
+@dataclass(frozen=True, eq=False)
+class ShardedFeatureExtractor(FeatureExtractor):
+    """Computes features by hooks on a sharded model.
+
+    Every forward and backward pass is one of all ranks: they must run equally many batches at each checkpoint.
+    """
 
     def __call__(self, batch: Any, positions: Tensor, audited: Mapping[int, Any] = MappingProxyType({})) -> Features:
         """Features of a batch, as of :class:`FeatureExtractor`; what is wrong on one rank is an error on all."""
@@ -182,19 +176,19 @@ class ShardedFeatureExtractor(FeatureExtractor):
         Raises:
             ValueError: on all ranks, if hooks do not give the right gradients.
         """
-        assert isinstance(self._hooks, ShardedHookEngine)
+        assert isinstance(self.engine, ShardedHookEngine)
         single = ExampleBatch(twice, 2, self.layout).take([0])
-        with self.differentiable():
-            with apart_from(self._users, self.module):
-                wrong = self._hooks.check(single)
+        with self.model.differentiable():
+            with apart_from(self.model.original, self.model.module):
+                wrong = self.engine.check(single)
             if wrong:
                 reasons = "; ".join(f"{name}: {reason}" for name, reason in wrong.items())
                 numbers = ", ".join(map(str, sorted(set(_world().gather(position)))))
                 raise ValueError(
-                    f"one of the examples {numbers} {self.places[self.current or 0]}: hooks get some gradients of the"
+                    f"one of the examples {numbers} {self.model.place}: hooks get some gradients of the"
                     f" sharded model wrong, {_OTHERWISE}: {reasons}"
                 )
-            return self._project(self._hooks, single, self._working)
+            return self._project(self.engine, single)
 
     def _audit(
         self,

@@ -1,7 +1,8 @@
 """The LightningModules that ``trainer.predict`` runs: one featurizes, one scores batches as they come."""
 
 import hashlib
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import lightning as L
@@ -11,14 +12,20 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_trak.features.extractor import EngineName, FeatureExtractor
-from lightning_trak.features.fsdp import ANOTHER_STRATEGY, ShardedFeatureExtractor
+from lightning_trak.features.engines import EngineName, choose_engine, how, make_engine
+from lightning_trak.features.extractor import FeatureExtractor
+from lightning_trak.features.fsdp import ANOTHER_STRATEGY, ShardedFeatureExtractor, ShardedModelCopy, sharded_engine
+from lightning_trak.features.model import ModelCopy
 from lightning_trak.features.same_function import keep_examples, keeps_examples, require_as_before, require_same_outputs
+from lightning_trak.features.settings import FeatureSettings
 from lightning_trak.features.sinks import Sink
-from lightning_trak.features.store import FeatureStore
+from lightning_trak.features.soundness import require_sound
+from lightning_trak.features.store import Features, FeatureStore
+from lightning_trak.gradients import GradientEngine, coverage_report
 from lightning_trak.gradients.base import EngineError
-from lightning_trak.gradients.batch import find_layout
+from lightning_trak.gradients.batch import ExampleBatch, Layout, find_layout
 from lightning_trak.gradients.precision import autocast_of
+from lightning_trak.projections.base import BoundProjection
 from lightning_trak.running.data import IndexedBatch, RangeLoader, Stop, load, sample_batches
 from lightning_trak.running.predict import PredictModule
 from lightning_trak.running.ranks import Ranks
@@ -27,70 +34,105 @@ AUDITED_TOGETHER = 1024  # targets that are audited as a shard is, where they co
 
 
 class ExtractorModule(PredictModule):
-    """Makes features.
+    """Makes features at one checkpoint after another.
 
     Args:
-        extractor: makes the features, on a copy of the user's module.
+        model: a copy of the user's module.
+        settings: how features are made.
         store: holds what the model output remembers of the training data at each checkpoint.
         datamodule: where the data came from, if it has batch transfer hooks of its own.
         train_loader: training data to remember when the store holds nothing yet.
+        engine: what differentiates; None: what the settings and the store say, or the first examples show.
+
+    Attributes:
+        engine_name: what differentiates, once that is known.
+        repeatable: whether the data are the same each time that they are loaded.
     """
 
     def __init__(
         self,
-        extractor: FeatureExtractor,
+        model: ModelCopy,
+        settings: FeatureSettings,
         store: FeatureStore,
         datamodule: L.LightningDataModule | None = None,
         train_loader: DataLoader[Any] | None = None,
+        engine: EngineName | None = None,
     ) -> None:
-        super().__init__(extractor.module, datamodule)
-        self.extractor = extractor
+        super().__init__(model.module, datamodule)
+        self.copied = model
+        self.settings = settings
+        self.engine_name = engine if engine is not None or settings.engine == "auto" else settings.engine
+        self.repeatable = True
         self._store = store
         self._train_loader = train_loader
         self._alone_and_together: tuple[Any, ...] | None = None
-        self.repeatable = True
         self._begun = {} if train_loader is None else store.begun()
+        self._layout: Layout | None = None
+        self._autocast: torch.dtype | None = None
+        self._engine: GradientEngine | None = None
+        self._extractor: FeatureExtractor | None = None
+        self._bound: dict[int, BoundProjection] = {}
+        self._entered: set[int] = set()  # checkpoints, with batches of this layout
+        self._made_features = False
 
     def setup(self, stage: str) -> None:  # noqa: ARG002
         """Compute in the Trainer's precision."""
-        autocast = autocast_of(self.trainer, self.extractor.output)
-        if autocast != self.extractor.autocast:
-            self.extractor.reset(autocast)
+        self._autocast = autocast_of(self.trainer, self.copied.output)
 
     def release(self) -> None:
         """Let go of model and features."""
         super().release()
-        del self.extractor
+        del self.copied
+        self._engine = self._extractor = None
+        self._bound.clear()
+
+    def featurize(self, batch: Any, positions: Tensor, audited: Mapping[int, Any]) -> Features:
+        """Features at the current checkpoint: see :class:`~lightning_trak.features.extractor.FeatureExtractor`."""
+        assert self._extractor is not None
+        rows = self._extractor(batch, positions, audited)
+        if not self._made_features and not rows.features.any():
+            warnings.warn(
+                f"all features of examples {int(positions[0])} to {int(positions[-1])} {self.copied.place}"
+                f" are zero: does the output {type(self.copied.output).__name__} depend on the selected parameters?",
+                stacklevel=2,
+            )
+        self._made_features = True
+        return rows
 
     def enter(self, checkpoint: int) -> None:
-        """Make the extractor ready for a checkpoint.
+        """Make features at a checkpoint from now on.
 
         Raises:
             ValueError: if an example's output depends on what else is in its batch, or is not that of the store.
         """
-        if self.extractor.current == checkpoint:
+        model = self.copied
+        if self._extractor is not None and model.checkpoint == checkpoint:
             return
-        self.extractor.to_checkpoint(checkpoint, self.device)
+        model.load(checkpoint, self.device)
         made: dict[str, dict[str, Tensor]] = {}
-        if self.extractor.output.context_size:
+        if model.output.context_size:
             self._enter_context(checkpoint, made)
-        if self._alone_and_together is not None:
-            self.extractor.require_sound(*self._alone_and_together)
-        if self.extractor.undecided:
-            self._settle_engine()
-        if self.extractor.projection.sample_size:
+        first = checkpoint not in self._entered
+        self._entered.add(checkpoint)
+        if first and self._alone_and_together is not None:
+            require_sound(model, self._layout, *self._alone_and_together)
+        if self._engine is None:
+            self._engine = self._settle_engine()
+        extractor = self._extractor = self._new_extractor(self._engine, self._bind(checkpoint))
+        if self.settings.projection.sample_size:
             self._enter_projection(checkpoint, made)
         if self._train_loader is None:
-            require_same_outputs(self.extractor, self._store, checkpoint)
+            if first:
+                require_same_outputs(extractor, self._store, checkpoint)
             return
         if checkpoint in self._begun and self._store.repeatable:
             shard = self._begun[checkpoint]
-            require_as_before(self.extractor, self._store, (checkpoint, shard), *self._first_of(shard), made)
+            require_as_before(extractor, self._store, (checkpoint, shard), *self._first_of(shard), made)
         for name, tensors in made.items():
             self._store.write_extra(checkpoint, name, tensors, self._store.key)
         if not keeps_examples(self._store):
             batch, positions = self._first_of(0)
-            keep_examples(self.extractor, self._store, batch, len(positions))
+            keep_examples(extractor, self._store, batch, len(positions))
 
     def learn_batches(self, loader: DataLoader[Any]) -> None:
         """Find out how a loader puts examples together, from a few of them.
@@ -104,30 +146,52 @@ class ExtractorModule(PredictModule):
         last = len(cast(Any, loader.dataset)) - 1
         probes = [[0, 0], [0, 0, 0], [0, 0], [last, last], [0, last]]
         twice, thrice, again, other, pair = self._batches(loader, probes)
-        self.extractor.layout = find_layout(twice, thrice)
-        self.repeatable = self.extractor.are_same(twice, again)
-        if self.extractor.sharded and not self.repeatable:
+        self.forget_batches()
+        self._layout = find_layout(twice, thrice)
+        self.repeatable = ExampleBatch(twice, 2, self._layout).equals(ExampleBatch(again, 2, self._layout))
+        if self.copied.sharded and not self.repeatable:
             raise ValueError(
                 "examples are others each time that they are loaded, so that the ranks of a sharded model would not see"
                 " the same ones: give data without random augmentation"
             )
-        sharded = self.extractor.sharded  # every forward pass of which is one of all ranks
+        sharded = self.copied.sharded  # every forward pass of which is one of all ranks
         self._alone_and_together = None if sharded else (twice, other, pair) if last and self.repeatable else (twice,)
 
+    def forget_batches(self) -> None:
+        """Nothing is known of the batches to come."""
+        self._layout = self._alone_and_together = self._extractor = None
+        self._entered.clear()
+
+    def _new_extractor(self, engine: GradientEngine, projection: BoundProjection) -> FeatureExtractor:
+        falls_back = self.settings.engine == "auto"
+        return FeatureExtractor(self.copied, engine, projection, self.settings.dtype, self._layout, falls_back)
+
+    def _bind(self, checkpoint: int) -> BoundProjection:
+        """The projection of a checkpoint; kept as long as the checkpoint's weights are."""
+        if checkpoint not in self._bound:
+            if not self.copied.keeps:
+                self._bound.clear()
+            self._bound[checkpoint] = self.settings.projection.bind(
+                self.copied.shapes, seed=self.settings.seed, checkpoint=checkpoint, device=self.device
+            )
+        return self._bound[checkpoint]
+
     def _enter_context(self, checkpoint: int, made: dict[str, dict[str, Tensor]]) -> None:
+        output = self.copied.output
         with torch.inference_mode(False):  # autograd saves the context
             context = self._read_extra(checkpoint, "context")
             if context is None:
-                batches = self._sample(checkpoint, "context", self.extractor.output.context_size)
-                made["context"] = context = self.extractor.make_context(batch for batch, _ in batches)
-            self.extractor.output.set_context({name: tensor.to(self.device) for name, tensor in context.items()})
+                batches = self._sample(checkpoint, "context", output.context_size)
+                made["context"] = context = self.copied.make_context((batch for batch, _ in batches), self._layout)
+            output.set_context({name: tensor.to(self.device) for name, tensor in context.items()})
 
     def _enter_projection(self, checkpoint: int, made: dict[str, dict[str, Tensor]]) -> None:
+        extractor = cast(FeatureExtractor, self._extractor)
         fitted = self._read_extra(checkpoint, "projection")
         if fitted is None:
-            batches = self._sample(checkpoint, "projection", self.extractor.projection.sample_size)
-            made["projection"] = fitted = self.extractor.fit_projection(batches)
-        self.extractor.set_projection_fit(fitted)
+            batches = self._sample(checkpoint, "projection", self.settings.projection.sample_size)
+            made["projection"] = fitted = extractor.fit_projection(batches)
+        extractor.projection.set_fit(fitted)
 
     def _first_of(self, shard: int) -> tuple[Any, list[int]]:
         """The first two training examples of a shard, and their positions."""
@@ -139,24 +203,28 @@ class ExtractorModule(PredictModule):
     def _read_extra(self, checkpoint: int, name: str) -> dict[str, Tensor] | None:
         """What the store has, if anything; ranks that compute together find it together or not at all."""
         found = self._store.read_extra(checkpoint, name, self._store.key)
-        if self.extractor.sharded and not Ranks.of(self.trainer).all_true(found is not None):
+        if self.copied.sharded and not Ranks.of(self.trainer).all_true(found is not None):
             return None
         return found
 
-    def _settle_engine(self) -> None:
+    def _settle_engine(self) -> GradientEngine:
         """Choose by the first two training examples: no run depends on what it happens to see.
 
         The store takes note with its first shard, so that a run which writes none decides nothing.
         """
-        engine = self._store.settle_engine()
-        if engine is None and self._train_loader is not None:
+        if self.engine_name is None:
+            self.engine_name = cast("EngineName | None", self._store.settle_engine())
+        if self.engine_name is None and self._train_loader is not None:
             positions = list(range(min(2, self._store.num_examples)))
             (batch,) = self._batches(self._train_loader, [positions])
-            engine, reason = self.extractor.choose_engine(batch, len(positions))
-            self.extractor.use_engine(engine)
-            rank_zero_info(f"TRAK: gradients by {self.extractor.how}, chosen by engine='auto': {reason}")
-        elif engine is not None:
-            self.extractor.use_engine(cast(EngineName, engine))
+            examples = ExampleBatch(batch, len(positions), self._layout)
+            choice = choose_engine(self.copied, examples, self._autocast)
+            self.engine_name = choice.name
+            rank_zero_info(
+                f"TRAK: gradients by {how(choice.name, self._autocast)}, chosen by engine='auto': {choice.reason}"
+            )
+        self.engine_name = self.engine_name or "functional"
+        return make_engine(self.engine_name, self.copied, self._autocast)
 
     def _sample(self, checkpoint: int, purpose: str, count: int) -> Iterator[tuple[Any, int]]:
         """A uniform sample of the training data, without replacement, another one at each checkpoint."""
@@ -165,7 +233,7 @@ class ExtractorModule(PredictModule):
                 f'store "{self._store.directory}" has lost the {purpose} of checkpoint {checkpoint}, which its features'
                 " were made with; call featurize again, which makes it again from the training data"
             )
-        positions = sample_batches(self._train_loader, count, f"{self.extractor.seed}/{checkpoint}/{purpose}")
+        positions = sample_batches(self._train_loader, count, f"{self.settings.seed}/{checkpoint}/{purpose}")
         yield from zip(self._batches(self._train_loader, positions), map(len, positions), strict=True)
 
     def _batches(self, loader: DataLoader[Any], positions: list[list[int]]) -> Iterator[Any]:
@@ -203,8 +271,8 @@ class FeaturizeModule(ExtractorModule):
 
     def configure_model(self) -> None:
         """Have the model shard itself, if the Trainer's strategy does that; the ranks are there now."""
-        if isinstance(self.extractor, ShardedFeatureExtractor):
-            self.extractor.shard(self.device_mesh, self.trainer.strategy.root_device)
+        if isinstance(self.copied, ShardedModelCopy):
+            self.copied.shard(self.device_mesh, self.trainer.strategy.root_device)
 
     def on_predict_start(self) -> None:
         """Ranks that compute together must have the same plan: else FSDP2 would mix up what they send, unnoticed.
@@ -212,7 +280,7 @@ class FeaturizeModule(ExtractorModule):
         Raises:
             RuntimeError: if they have not.
         """
-        if self.extractor.sharded:
+        if self.copied.sharded:
             loaders = cast(list[RangeLoader], self.trainer.predict_dataloaders)
             plan = [[(part.examples.start, part.examples.stop) for part in loader.ranges] for loader in loaders]
             digest = hashlib.sha256(repr(plan).encode()).hexdigest()
@@ -222,17 +290,27 @@ class FeaturizeModule(ExtractorModule):
                     " that all of them share, and no other run may be writing to it"
                 )
 
-    def _settle_engine(self) -> None:
+    def _settle_engine(self) -> GradientEngine:
         """Sharded models leave no choice, but what hooks must know has to be found on the same examples everywhere."""
-        if not isinstance(self.extractor, ShardedFeatureExtractor):
+        if not self.copied.sharded:
             return super()._settle_engine()
         positions = list(range(min(2, len(cast(Any, self._loader.dataset)))))
         (batch,) = self._batches(self._loader, [positions])
-        found = self.extractor.lay_hooks(batch, len(positions))
+        engine = sharded_engine(self.copied, ExampleBatch(batch, len(positions), self._layout), self._autocast)
+        self.engine_name = "hooks"
         if self._train_loader is not None:
-            rank_zero_info(f"TRAK: gradients by module hooks, since the model is sharded: {found}")
+            report = coverage_report({}, self.copied.sizes)
+            rank_zero_info(
+                f"TRAK: gradients by module hooks, since the model is sharded: {report} and agree with the gradients of"
+                " FSDP2 on the first examples"
+            )
             self._store.settle_engine("hooks")
-        return None
+        return engine
+
+    def _new_extractor(self, engine: GradientEngine, projection: BoundProjection) -> FeatureExtractor:
+        if not self.copied.sharded:
+            return super()._new_extractor(engine, projection)
+        return ShardedFeatureExtractor(self.copied, engine, projection, self.settings.dtype, self._layout)
 
     def on_predict_batch_start(self, batch: IndexedBatch, batch_idx: int, dataloader_idx: int = 0) -> None:  # noqa: ARG002
         """Have the progress bar say what it shows, rather than "Predicting DataLoader 0"."""
@@ -253,21 +331,21 @@ class FeaturizeModule(ExtractorModule):
         return batch.positions
 
     def _featurize(self, batch: IndexedBatch, checkpoint: int) -> None:
-        if self.extractor.layout is None:
+        if self._layout is None:
             self.learn_batches(self._loader)
         self.enter(checkpoint)
         if batch.alone:
-            if isinstance(self.extractor, ShardedFeatureExtractor):
-                alone: Any = self.extractor.one(batch.batch, int(batch.positions[0]))
+            if isinstance(self._extractor, ShardedFeatureExtractor):
+                alone: Any = self._extractor.one(batch.batch, int(batch.positions[0]))
             else:
                 alone = batch.batch
             if batch.number is not None:
                 self._alone[int(batch.positions[0])] = alone
             return
         found = {row: self._alone.pop(i) for row, i in enumerate(batch.positions.tolist()) if i in self._alone}
-        rows = self.extractor(batch.batch, batch.positions, {row: self._trusted(one) for row, one in found.items()})
+        rows = self.featurize(batch.batch, batch.positions, {row: self._trusted(one) for row, one in found.items()})
         if batch.number is not None and not self._sink.add(
-            checkpoint, batch.number, batch.positions, rows, self.extractor.used
+            checkpoint, batch.number, batch.positions, rows, cast(EngineName, self.engine_name)
         ):
             raise EngineError("another process has refuted it")
 
@@ -281,12 +359,12 @@ class FeaturizeModule(ExtractorModule):
         Raises:
             ValueError: if it is not.
         """
-        used = self.extractor.used
-        if self.extractor.engine_name != "auto" or self.extractor.sharded:
+        used = self.engine_name
+        if self.settings.engine != "auto" or self.copied.sharded:
             advice = "engine='auto', which takes another engine, or engine='loop'"
             raise ValueError(
                 f"engine={used!r} cannot differentiate this model rightly: {error}. Nothing of its shard was written;"
-                f" use {ANOTHER_STRATEGY if self.extractor.sharded else advice}"
+                f" use {ANOTHER_STRATEGY if self.copied.sharded else advice}"
             ) from error
         self.refuted = str(error)
         self._stop.requested = True

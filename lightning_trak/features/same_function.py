@@ -57,15 +57,15 @@ def require_same_outputs(extractor: FeatureExtractor, store: FeatureStore, check
     except NotStorableError as error:
         rank_zero_info(f"TRAK: outputs of the store's examples are not computed again: {error}")
         return
-    examples = replace(examples, content=move_data_to_device(examples.content, extractor.device))
+    examples = replace(examples, content=move_data_to_device(examples.content, extractor.model.device))
     outputs = extractor.outputs_alone(examples).cpu()
     kept = store.read(checkpoint, 0).outputs[: examples.size]
-    if not close(outputs, kept, max(TOLERANCE, extractor.rounding)):
+    if not close(outputs, kept, max(TOLERANCE, extractor.engine.rounding)):
         raise ValueError(
             f'store "{store.directory}" is of another function: example 0 has the output {float(kept[0]):.6g} there'
-            f" {extractor.places[checkpoint]}, and {float(outputs[0]):.6g} now. Something has changed that the store's"
-            " manifest does not tell, such as a function in a library or a file that the model reads: undo it, or use"
-            " another directory"
+            f" {extractor.model.places[checkpoint]}, and {float(outputs[0]):.6g} now. Something has changed that the"
+            " store's manifest does not tell, such as a function in a library or a file that the model reads: undo it,"
+            " or use another directory"
         )
 
 
@@ -91,7 +91,7 @@ def require_as_before(
         ValueError: if they have others.
     """
     found, kept = extractor(batch, torch.tensor(positions)), store.read(*place)
-    tolerance = max(TOLERANCE, 4 * torch.finfo(kept.features.dtype).eps, extractor.rounding)
+    tolerance = max(TOLERANCE, 4 * torch.finfo(kept.features.dtype).eps, extractor.engine.rounding)
     for name in ("outputs", "features"):
         before = getattr(kept, name)[: len(positions)].double()
         error = (getattr(found, name).cpu().double() - before).norm()
@@ -99,6 +99,6 @@ def require_as_before(
             lost = f" It has lost the {' and the '.join(made)}, which had to be made again." if made else ""
             raise ValueError(
                 f'store "{store.directory}" was made by other code or on other data: examples {positions[0]} to'
-                f" {positions[-1]} have other {name} now {extractor.places[place[0]]}.{lost} Use another directory, or"
-                f' delete the folder "checkpoint-{place[0]:04d}" in it and call featurize again'
+                f" {positions[-1]} have other {name} now {extractor.model.places[place[0]]}.{lost} Use another"
+                f' directory, or delete the folder "checkpoint-{place[0]:04d}" in it and call featurize again'
             )

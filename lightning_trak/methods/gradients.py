@@ -5,8 +5,10 @@ from pathlib import Path
 from torch import nn
 from typing_extensions import Unpack
 
+from lightning_trak.checks import require_one_of
 from lightning_trak.features.store import FeatureStore
-from lightning_trak.methods.feature import Checkpoints, FeatureMethod, FeatureOptions, require_one_of
+from lightning_trak.gradients import select_parameters
+from lightning_trak.methods.feature import Checkpoints, FeatureMethod, FeatureOptions
 from lightning_trak.methods.learning_rates import LearningRates, resolve_learning_rates
 from lightning_trak.scoring.gradient import EffectOn, GradientCosineScorer, GradientDotScorer
 
@@ -32,7 +34,9 @@ class _GradientMethod(FeatureMethod):
         self.checkpoint_weights = (
             [1 / count] * count
             if learning_rates is None
-            else resolve_learning_rates(learning_rates, self.checkpoints, lambda: self._extractor().names)
+            else resolve_learning_rates(
+                learning_rates, self.checkpoints, lambda: select_parameters(self.model, self.parameters)
+            )
         )
 
     def make_scorer(self, store: FeatureStore) -> GradientDotScorer:

@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_trak.features.extractor import EngineName
+from lightning_trak.checks import require_one_of
+from lightning_trak.features.engines import EngineName
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.gradients import ParameterSelection
-from lightning_trak.methods.feature import Checkpoints, FeatureMethod, require_one_of
+from lightning_trak.methods.feature import Checkpoints, FeatureMethod
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.projections import GaussianProjection, Projection
 from lightning_trak.scoring.damping import Damping, require_damping
@@ -40,7 +41,7 @@ class TRAK(FeatureMethod):
         soft_threshold: scores move towards zero by this much (0: not at all).
         parameters: which parameters to differentiate, by name pattern; default: all that require gradients.
         engine: how gradients are computed: ``"auto"``, ``"functional"``, ``"hooks"`` or ``"loop"``, see
-            :class:`~lightning_trak.features.extractor.FeatureExtractor`.
+            :class:`~lightning_trak.features.settings.FeatureSettings`.
         seed: seed of the projection.
         dtype: dtype of the stored features.
         weights_only: ``False`` lets ``.ckpt`` and ``.pt`` files run code when they are read; for files you trust only.

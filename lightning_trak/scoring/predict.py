@@ -9,8 +9,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_trak.features.finiteness import require_finite
 from lightning_trak.features.predict import AUDITED_TOGETHER, ExtractorModule
 from lightning_trak.gradients.base import EngineError
-from lightning_trak.gradients.batch import Layout, infer_batch_size
-from lightning_trak.gradients.precision import autocast_of, precision_of
+from lightning_trak.gradients.batch import infer_batch_size
+from lightning_trak.gradients.precision import precision_of
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.running.trainers import shards_model
 from lightning_trak.scoring.base import Scorer, Scores
@@ -29,22 +29,24 @@ class ScoreModule(ExtractorModule):
         self._scorer = scorer
         self._top_k = top_k
         self._largest = largest
-        self._layouts: dict[int, Layout | None] = {}
+        self._learned: int | None = None  # the dataloader whose batches are known
 
-    def setup(self, stage: str) -> None:  # noqa: ARG002
+    def setup(self, stage: str) -> None:
         """Get the scorer ready; every rank takes part. What an earlier run has on another device is dropped."""
         if shards_model(self.trainer):
             raise ValueError(
                 "scorer() scores what Lightning deals out, which need not be equally many batches on each rank, as a"
                 " sharded model needs: use score()"
             )
-        precision = precision_of(self.trainer, self.extractor.output)
+        super().setup(stage)
+        precision = precision_of(self.trainer, self.copied.output)
         if self._store.precision not in (None, precision):
             raise ValueError(
                 f'store "{self._store.directory}" was made with precision {self._store.precision}, this Trainer has'
                 f" precision {precision}; use another directory or the same precision"
             )
-        self.extractor.reset(autocast_of(self.trainer, self.extractor.output))
+        self._learned = self._engine = None
+        self._bound.clear()
         self._scorer.fit(self.trainer.strategy.root_device, Ranks.of(self.trainer))
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Scores:
@@ -53,38 +55,37 @@ class ScoreModule(ExtractorModule):
         Raises:
             ValueError: if the engine gets a gradient wrong.
         """
-        if dataloader_idx not in self._layouts:
-            self._layouts[dataloader_idx] = self._learn(dataloader_idx)
-        self.extractor.layout = self._layouts[dataloader_idx]
-        size = infer_batch_size(batch, self.extractor.layout)
+        if dataloader_idx != self._learned:
+            self._learn(dataloader_idx)
+        size = infer_batch_size(batch, self._layout)
         positions, audited = torch.arange(size), self._audited(size, dataloader_idx, batch_idx)
         directions = []
         for checkpoint in range(self._store.num_checkpoints):
             self.enter(checkpoint)
             try:
-                rows = self.extractor(batch, positions, dict.fromkeys(audited))
+                rows = self.featurize(batch, positions, dict.fromkeys(audited))
             except EngineError as error:
                 raise ValueError(
-                    f"engine={self.extractor.used!r} cannot differentiate this model rightly: {error}. Use score(),"
+                    f"engine={self.engine_name!r} cannot differentiate this model rightly: {error}. Use score(),"
                     " which takes another engine, or engine='loop'"
                 ) from error
-            require_finite(rows, positions, self.extractor.places[checkpoint])
+            require_finite(rows, positions, self.copied.place)
             directions.append(self._scorer.directions(checkpoint, rows))
         return self._scorer.score(directions, top_k=self._top_k, largest=self._largest)
 
-    def _learn(self, number: int) -> Layout | None:
-        """How the Trainer's loader puts examples together, if it has a dataset to try it with."""
+    def _learn(self, number: int) -> None:
+        """Find out how the Trainer's loader puts examples together, if it has a dataset to try it with."""
+        self._learned = number
         loaders = self.trainer.predict_dataloaders
         loader = loaders[number] if isinstance(loaders, (list, tuple)) else loaders
-        if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
-            return None
-        self.extractor.current = None  # its examples have not been tried at any checkpoint
-        self.learn_batches(loader)
-        return self.extractor.layout
+        if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
+            self.learn_batches(loader)
+        else:
+            self.forget_batches()
 
     def _audited(self, size: int, dataloader: int, number: int) -> list[int]:
         """Some of the first batch, and then of one in so many that it is as many of 1024 targets."""
         if number % max(1, AUDITED_TOGETHER // size):
             return []
-        draw = random.Random(f"{self.extractor.seed}/{dataloader}/{number}/audit")
-        return sorted(draw.sample(range(size), min(self.extractor.audit, size)))
+        draw = random.Random(f"{self.settings.seed}/{dataloader}/{number}/audit")
+        return sorted(draw.sample(range(size), min(self.settings.audit, size)))

@@ -4,7 +4,7 @@ import random
 
 import torch
 
-from lightning_trak.features.extractor import ENGINES
+from lightning_trak.features.engines import following_engine
 from lightning_trak.gradients.base import EngineError
 from lightning_trak.methods.examples import Examples
 from lightning_trak.methods.influence.passes import Passes
@@ -23,15 +23,15 @@ def audit(passes: Passes, examples: Examples) -> None:
         ValueError: if outputs depend on chance, on other weights than those of the model's copy or on the rest of the
             batch, or gradients are others than autograd's, naming example and parameters.
     """
-    total, extractor = len(examples), passes.extractor
+    total = len(examples)
     positions = sorted(random.Random(passes.key("audit")).sample(range(total), min(2, total)))
     ((batch, size),) = passes.batches(examples, [positions])
     while True:
         try:
             with passes.computing():
-                extractor(batch, torch.tensor(positions), dict.fromkeys(range(size)))
+                passes.extractor()(batch, torch.tensor(positions), dict.fromkeys(range(size)))
             return
         except EngineError:  # noqa: PERF203
-            if extractor.engine_name != "auto" or extractor.used == "loop":
+            if passes.engine_name in (None, "loop"):
                 raise
-            extractor.use_engine(ENGINES[ENGINES.index(extractor.used) + 1])
+            passes.use_engine(following_engine(passes.engine_name))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_trak.checkpoints.copies import uncompiled
 from lightning_trak.checkpoints.reading import CheckpointsLike, resolve_checkpoints
-from lightning_trak.features.extractor import FeatureExtractor
+from lightning_trak.features.model import ModelCopy
 from lightning_trak.gradients import ParameterSelection
 from lightning_trak.methods.base import Method
 from lightning_trak.methods.examples import Examples
@@ -18,7 +18,6 @@ from lightning_trak.methods.influence.passes import Passes
 from lightning_trak.methods.influence.solvers import InverseProduct
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import declared_output
-from lightning_trak.projections import IdentityProjection
 from lightning_trak.running.data import Data
 from lightning_trak.running.trainers import require_whole_parameters
 
@@ -87,16 +86,9 @@ class Influence(Method):
         require_whole_parameters(trainer)
         train_set, target_set = Examples(train, "fit", trainer), Examples(targets, "predict", trainer)
         with isolate_rng(), torch.inference_mode(False), torch.no_grad():
-            extractor = FeatureExtractor(
-                self.model,
-                self.output,
-                self.checkpoints,
-                [checkpoint.fingerprint() for checkpoint in self.checkpoints],
-                IdentityProjection(),
-                parameters=self._selection(),
-                seed=self.seed,
-            )
-            passes = Passes(extractor, trainer, train_set)
+            digests = [checkpoint.fingerprint() for checkpoint in self.checkpoints]
+            model = ModelCopy(self.model, self.output, self.checkpoints, digests, self._selection())
+            passes = Passes(model, self.seed, trainer, train_set)
             scores = torch.zeros(len(target_set), len(train_set), dtype=passes.dtype)
             for checkpoint in range(len(self.checkpoints)):
                 passes.enter(checkpoint)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_trak.checkpoints.reading import CheckpointsLike
+from lightning_trak.checks import require_one_of
 from lightning_trak.gradients import HookEngine, ParameterSelection, select_parameters
 from lightning_trak.gradients.batch import ExampleBatch
 from lightning_trak.gradients.hooks.coverage import Site
-from lightning_trak.methods.feature import require_one_of
 from lightning_trak.methods.influence.base import Influence
 from lightning_trak.methods.influence.blocks import Block, find_blocks
 from lightning_trak.methods.influence.hessian import require_convex
@@ -93,7 +93,7 @@ class EKFACInfluence(Influence):
         return lambda name, _: name in names and name not in left_out
 
     def _prepare(self, passes: Passes) -> InverseProduct:
-        blocks = find_blocks(passes.extractor.module, passes.extractor.names)[0]
+        blocks = find_blocks(passes.model.module, passes.model.names)[0]
         bases = self._bases(passes, blocks)
         damped = []
         for block, values in zip(blocks, self._eigenvalues(passes, blocks, bases), strict=True):
@@ -123,12 +123,12 @@ class EKFACInfluence(Influence):
 
     def _bases(self, passes: Passes, blocks: list[Block]) -> list["Basis"]:
         """The eigenvectors of each layer's covariances: one pass over the training data."""
-        extractor = passes.extractor
-        weighted = _Weighted(extractor.output, self._squared_weights)
-        engine = _CovarianceEngine(extractor.module, weighted, extractor.names, blocks)
+        model = passes.model
+        weighted = _Weighted(model.output, self._squared_weights)
+        engine = _CovarianceEngine(model.module, weighted, model.names, blocks)
         with passes.computing():
             for number, (batch, size) in enumerate(passes.batches(passes.train)):
-                examples = ExampleBatch(batch, size, extractor.layout)
+                examples = ExampleBatch(batch, size, passes.layout)
                 wrong = engine.check(examples) if number == 0 else {}
                 if wrong:
                     raise ValueError(

@@ -3,8 +3,8 @@
 from torch import nn
 
 from lightning_trak.checkpoints.reading import CheckpointsLike
+from lightning_trak.checks import require_one_of
 from lightning_trak.gradients import ParameterSelection
-from lightning_trak.methods.feature import require_one_of
 from lightning_trak.methods.influence.base import Influence
 from lightning_trak.methods.influence.hessian import Hessian, HessianKind
 from lightning_trak.methods.influence.passes import Passes

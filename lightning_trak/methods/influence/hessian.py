@@ -66,12 +66,12 @@ class Hessian:
     def batch_product(self, batch: Any, size: int, vectors: Tensor) -> Tensor:
         """What a batch of training examples adds to H v, for each row v of ``vectors``, shape ``(n, p)``."""
         parameters: list[Tensor] = list(self.passes.parameters.values())
-        output = self.passes.extractor.output
+        output = self.passes.model.output
         multiply = self._exact if self.kind == "exact" else self._gauss_newton
         with self.passes.differentiable(), _twice():
-            extractor = self.passes.extractor
-            outputs = output.output(extractor.module, ExampleBatch(batch, size, extractor.layout).fresh())
-            require_own_leaves(outputs, extractor.module, *modules_of(output))
+            model = self.passes.model
+            outputs = output.output(model.module, ExampleBatch(batch, size, self.passes.layout).fresh())
+            require_own_leaves(outputs, model.module, *modules_of(output))
             slopes_of = output.loss(outputs).sum() if self.kind == "exact" else outputs
             return torch.cat(multiply(slopes_of, parameters, torch.split(vectors, _TOGETHER)))
 
@@ -84,7 +84,7 @@ class Hessian:
         # product: by reverse mode alone, which every operation has.
         vector = torch.zeros_like(outputs, requires_grad=True)
         slopes = _dense(torch.autograd.grad(outputs, parameters, vector, create_graph=True, allow_unused=True))
-        curvatures = self.passes.extractor.output.derivatives(outputs)[1].to(outputs)
+        curvatures = self.passes.model.output.derivatives(outputs)[1].to(outputs)
         changes = (_vector_jacobian(slopes, [vector], self._split(part)) for part in parts)
         return [_vector_jacobian([outputs], parameters, [change * curvatures]) for change in changes]
 

@@ -10,22 +10,26 @@ from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, 
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lightning_trak.features.engines import EngineName, choose_engine, make_engine
 from lightning_trak.features.extractor import GRADIENT_BYTES, FeatureExtractor
 from lightning_trak.features.finiteness import require_finite
+from lightning_trak.features.model import ModelCopy
 from lightning_trak.features.store import Features
 from lightning_trak.gradients.base import differentiating
-from lightning_trak.gradients.batch import Layout, find_layout
+from lightning_trak.gradients.batch import ExampleBatch, Layout, find_layout
 from lightning_trak.gradients.precision import WorkingPrecision
 from lightning_trak.methods.examples import Examples
 from lightning_trak.outputs.evaluating import exact_attention
+from lightning_trak.projections import IdentityProjection
 from lightning_trak.running.data import batch_size_of, load, sample_batches, transfer_hook
 
 
 class Passes:
-    """The extractor's copy of the model, on the Trainer's device and in float32 or float64, and data to go over.
+    """A copy of the model, on the Trainer's device and in float32 or float64, and data to go over.
 
     Args:
-        extractor: makes gradients, unprojected; its dtype becomes that of the weights.
+        model: the copy.
+        seed: of what is drawn at random.
         trainer: whose device is used, and whose precision if it is ``"64-true"``.
         train: the training examples.
 
@@ -33,9 +37,12 @@ class Passes:
         ValueError: if the Trainer's precision changes layers, or a selected parameter is not of real numbers.
     """
 
-    def __init__(self, extractor: FeatureExtractor, trainer: L.Trainer, train: Examples) -> None:
-        self.extractor = extractor
+    def __init__(self, model: ModelCopy, seed: int, trainer: L.Trainer, train: Examples) -> None:
+        self.model = model
+        self._seed = seed
         self.train = train
+        self.layout: Layout | None = None
+        self.engine_name: EngineName | None = None  # chosen at the first checkpoint
         self._layouts: dict[Examples, Layout] = {}
         self.device = trainer.strategy.root_device
         plugin = trainer.precision_plugin
@@ -45,45 +52,55 @@ class Passes:
                 ' float32 or float64: use a Trainer with precision="32-true" or "64-true"'
             )
         half = isinstance(plugin, HalfPrecision)
-        (extractor.module if half else plugin.convert_module(extractor.module)).to(self.device)
-        for part in extractor.module.modules():
+        (model.module if half else plugin.convert_module(model.module)).to(self.device)
+        for part in model.module.modules():
             if isinstance(part, (nn.Embedding, nn.EmbeddingBag)):
                 part.sparse = False  # the same gradient, in a form that all operations take
-        self._precision = WorkingPrecision(extractor.module, convert=half)
-        parameters = dict(extractor.module.named_parameters())
-        self.parameters = {name: parameters[raw] for name, raw in extractor.names.items()}
+        self._precision = WorkingPrecision(model.module, convert=half)
+        parameters = dict(model.module.named_parameters())
+        self.parameters = {name: parameters[raw] for name, raw in model.names.items()}
         for name, parameter in self.parameters.items():
             if not parameter.is_floating_point():
                 raise ValueError(
                     f"{name} is of {parameter.dtype}, and influence functions differentiate real numbers only: leave it"
                     " out by parameters="
                 )
-        self.size = sum(extractor.sizes.values())
+        self.size = model.size
         self.dtype = torch.promote_types(next(iter(self.parameters.values())).dtype, torch.float32)
-        extractor.dtype = self.dtype
+        identity = IdentityProjection()
+        self._identity = identity.bind(model.shapes, seed=seed, checkpoint=0, device=self.device)
 
     @property
     def where(self) -> str:
         """The checkpoint, for errors."""
-        number = cast(int, self.extractor.current)
-        return f"checkpoint {number} ({self.extractor.checkpoints[number].name})"
+        number = cast(int, self.model.checkpoint)
+        return f"checkpoint {number} ({self.model.checkpoints[number].name})"
 
     def key(self, purpose: str) -> str:
         """What random draws at this checkpoint depend on."""
-        return f"{self.extractor.seed}/{self.extractor.current}/{purpose}"
+        return f"{self._seed}/{self.model.checkpoint}/{purpose}"
 
     def enter(self, checkpoint: int) -> None:
         """Load the weights of a checkpoint, and what the output remembers of the training data there."""
-        extractor = self.extractor
-        extractor.to_checkpoint(checkpoint, self.device)
+        model = self.model
+        model.load(checkpoint, self.device)
         with self.computing():
-            if extractor.output.context_size:
-                sample = sample_batches(self.train.loader, extractor.output.context_size, self.key("context"))
+            if model.output.context_size:
+                sample = sample_batches(self.train.loader, model.output.context_size, self.key("context"))
                 batches = self.batches(self.train, sample)
-                extractor.output.set_context(extractor.make_context(batch for batch, _ in batches))
-            if extractor.undecided:
+                model.output.set_context(model.make_context((batch for batch, _ in batches), self.layout))
+            if self.engine_name is None:
                 ((batch, size),) = self.batches(self.train, [range(min(2, len(self.train)))])
-                extractor.use_engine(extractor.choose_engine(batch, size)[0])
+                self.use_engine(choose_engine(model, ExampleBatch(batch, size, self.layout)).name)
+
+    def use_engine(self, name: EngineName) -> None:
+        """Differentiate by an engine from now on."""
+        self.engine_name = name
+        self._engine = make_engine(name, self.model)
+
+    def extractor(self) -> FeatureExtractor:
+        """Makes gradients, unprojected, of the examples that :meth:`batches` has given."""
+        return FeatureExtractor(self.model, self._engine, self._identity, self.dtype, self.layout, falls_back=True)
 
     def batches(
         self, examples: Examples, positions: Iterable[Sequence[int]] | None = None
@@ -97,7 +114,7 @@ class Passes:
         if examples not in self._layouts:
             probes = load(examples.loader, [[0, 0], [0, 0, 0]])
             self._layouts[examples] = find_layout(*(self._transferred(batch, examples.datamodule) for batch in probes))
-        self.extractor.layout = self._layouts[examples]
+        self.layout = self._layouts[examples]
         if positions is None:
             positions = _cut(range(len(examples)), batch_size_of(examples.loader))
         sizes: list[int] = []
@@ -122,20 +139,20 @@ class Passes:
         for part, (batch, _) in zip(parts, self.batches(examples, parts), strict=True):
             positions = torch.arange(part.start, part.stop)
             with self.computing():
-                features = self.extractor(batch, positions)
+                features = self.extractor()(batch, positions)
             require_finite(features, positions, f"at {self.where}")
             yield part, features
 
     def split(self, rows: Tensor) -> dict[str, Tensor]:
         """Rows of all parameters side by side, ``(n, p)``, by parameter: views of shape ``(n, *shape)``."""
-        parts = torch.split(rows, list(self.extractor.sizes.values()), dim=1)
-        shapes = self.extractor.shapes
+        parts = torch.split(rows, list(self.model.sizes.values()), dim=1)
+        shapes = self.model.shapes
         return {name: part.view(len(rows), *shapes[name]) for name, part in zip(shapes, parts, strict=True)}
 
     @contextmanager
     def computing(self) -> Iterator[None]:
         """In one way everywhere, and in the precision of the weights."""
-        with self.extractor.differentiable(), self._precision.active(), exact_attention():
+        with self.model.differentiable(), self._precision.active(), exact_attention():
             yield
 
     @contextmanager
@@ -143,7 +160,7 @@ class Passes:
         """Autograd on, for the selected parameters, any number of times."""
         with (
             self.computing(),
-            differentiating(self.extractor.module, self.parameters.values()),
+            differentiating(self.model.module, self.parameters.values()),
             sdpa_kernel(SDPBackend.MATH),  # the fused kernels of attention cannot be differentiated twice
             torch.enable_grad(),
         ):
@@ -151,7 +168,7 @@ class Passes:
 
     def _transferred(self, batch: Any, datamodule: L.LightningDataModule | None) -> Any:
         def hook(name: str, batch: Any, *args: Any) -> Any:
-            return transfer_hook(name, self.extractor.module, datamodule)(batch, *args)
+            return transfer_hook(name, self.model.module, datamodule)(batch, *args)
 
         batch = hook("on_before_batch_transfer", self._precision.convert_input(batch), 0)
         batch = hook("transfer_batch_to_device", batch, self.device, 0)

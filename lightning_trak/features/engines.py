@@ -1,0 +1,105 @@
+"""Which engine differentiates a model: chosen once, by the first two training examples."""
+
+from typing import Literal, NamedTuple
+
+import torch
+
+from lightning_trak.features.model import ModelCopy
+from lightning_trak.gradients import (
+    FunctionalEngine,
+    GradientEngine,
+    HookEngine,
+    LoopEngine,
+    MixedEngine,
+    coverage_report,
+)
+from lightning_trak.gradients.base import EngineError
+from lightning_trak.gradients.batch import ExampleBatch
+
+EngineName = Literal["auto", "functional", "hooks", "loop"]
+# From the fastest to the one that differentiates anything.
+ENGINES: tuple[EngineName, ...] = ("hooks", "functional", "loop")
+_HOW = {"hooks": "module hooks", "functional": "vmap", "loop": "a loop over examples"}
+
+
+class EngineChoice(NamedTuple):
+    """An engine, and why it was chosen.
+
+    Attributes:
+        name: ``"hooks"``, ``"functional"`` or ``"loop"``.
+        reason: for people.
+    """
+
+    name: EngineName
+    reason: str
+
+
+def choose_engine(model: ModelCopy, examples: ExampleBatch, autocast: torch.dtype | None = None) -> EngineChoice:
+    """Hooks where they cover most of the parameters and agree with autograd on some examples, else vmap.
+
+    Vmap takes the parameters that hooks do not cover. That is a second differentiation: where most of the gradient
+    would come from it, it had better do all.
+
+    Args:
+        model: at a checkpoint.
+        examples: on the model's device. The choice depends on them, so they should always be the same. A single one
+            does not show which dimension the examples are in.
+        autocast: what forward passes of the hooks are autocast to, if anything.
+    """
+    left_out = HookEngine.uncovered(model.module, model.names)
+    report = coverage_report(left_out, model.sizes)
+    if 2 * sum(model.sizes[name] for name in left_out) > model.size:
+        return EngineChoice("functional", report)
+    if examples.size < 2:
+        return EngineChoice("functional", "hooks cannot be checked on a single example")
+    with model.differentiable():
+        try:
+            wrong = _hook_engine(model, autocast).check(examples)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception as error:  # a model at fault will fail again, and be heard
+            return EngineChoice("functional", f"hooks fail on the first examples: {error}".splitlines()[0][:200])
+    if wrong:
+        return EngineChoice("functional", "; ".join(f"{name}: {reason}" for name, reason in wrong.items()))
+    return EngineChoice("hooks", report)
+
+
+def make_engine(name: EngineName, model: ModelCopy, autocast: torch.dtype | None = None) -> GradientEngine:
+    """The engine of a name.
+
+    Args:
+        name: ``"hooks"``, where vmap does the parameters that hooks do not cover; ``"functional"``, which is vmap; or
+            ``"loop"``.
+        model: what it differentiates.
+        autocast: what forward passes of the hooks are autocast to, if anything. The other engines compute in the
+            precision of the weights.
+
+    Raises:
+        EngineError: if hooks cover no parameter.
+    """
+    if name == "hooks":
+        return _hook_engine(model, autocast)
+    kind = LoopEngine if name == "loop" else FunctionalEngine
+    return kind(model.module, model.output, model.names)
+
+
+def following_engine(name: EngineName) -> EngineName:
+    """What to use where an engine gets a gradient wrong; the loop gets all of them right."""
+    return ENGINES[ENGINES.index(name) + 1]
+
+
+def how(name: EngineName, autocast: torch.dtype | None) -> str:
+    """How an engine computes gradients, for people."""
+    precision = ""
+    if autocast:
+        precision = " in bfloat16 mixed precision" if name == "hooks" else " in the precision of the weights"
+    return _HOW[name] + precision
+
+
+def _hook_engine(model: ModelCopy, autocast: torch.dtype | None) -> HookEngine | MixedEngine:
+    left_out = HookEngine.uncovered(model.module, model.names)
+    if len(left_out) == len(model.names):
+        raise EngineError(f"engine='hooks' is of no use here: {coverage_report(left_out, model.sizes)}")
+    if left_out:
+        return MixedEngine(model.module, model.output, model.names, left_out, autocast)
+    return HookEngine(model.module, model.output, model.names, autocast)

@@ -1,0 +1,64 @@
+"""What a store of features depends on."""
+
+import hashlib
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+from lightning_trak.checkpoints.copies import state_digest
+from lightning_trak.checkpoints.reading import Checkpoint
+from lightning_trak.features.model import ModelCopy
+from lightning_trak.features.settings import FeatureSettings
+from lightning_trak.fingerprints import module_fingerprint
+from lightning_trak.outputs import ModelOutput
+from lightning_trak.storage.files import tensor_digest
+
+
+class Contents:
+    """What checkpoints hold, read once, when it is first asked for.
+
+    Args:
+        checkpoints: the checkpoints.
+    """
+
+    def __init__(self, checkpoints: Sequence[Checkpoint]) -> None:
+        self._checkpoints = checkpoints
+
+    @cached_property
+    def _read(self) -> list[tuple[str, frozenset[str]]]:
+        loaded = (checkpoint.load() for checkpoint in self._checkpoints)
+        return [(tensor_digest(weights), frozenset(weights)) for weights in loaded]
+
+    @property
+    def digests(self) -> list[str]:
+        """Of the weights of each checkpoint."""
+        return [digest for digest, _ in self._read]
+
+    @property
+    def names(self) -> list[frozenset[str]]:
+        """Of the tensors in each checkpoint."""
+        return [names for _, names in self._read]
+
+
+def identity(model: ModelCopy, output: ModelOutput, settings: FeatureSettings, contents: Contents) -> dict[str, Any]:
+    """Everything that features depend on beside the data and the Trainer's precision, as JSON-able values.
+
+    Args:
+        model: the copy of the user's module.
+        output: what is differentiated, as the user gave it.
+        settings: how features are made.
+        contents: of the checkpoints.
+    """
+    shapes = {name: list(parameter.shape) for name, parameter in model.module.named_parameters()}
+    return {
+        "seed": settings.seed,
+        "dtype": str(settings.dtype).removeprefix("torch."),
+        "projection": settings.projection.fingerprint(),
+        "output": output.fingerprint(),
+        "model": module_fingerprint(model.module, used_by=output),
+        "parameters": [[name, shapes[raw]] for name, raw in model.names.items()],
+        "checkpoints": [
+            hashlib.sha256(f"{digest} {state_digest(model.module, names)}".encode()).hexdigest()
+            for digest, names in zip(contents.digests, contents.names, strict=True)
+        ],
+    }

@@ -1,0 +1,137 @@
+"""The copy of the user's module that is differentiated at one checkpoint after another."""
+
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.backends import cudnn
+
+from lightning_trak.checkpoints.copies import Original, copy_module
+from lightning_trak.checkpoints.reading import Checkpoint
+from lightning_trak.gradients import ParameterSelection, select_parameters
+from lightning_trak.gradients.base import real_shape
+from lightning_trak.gradients.batch import ExampleBatch, Layout, infer_batch_size
+from lightning_trak.outputs import ModelOutput
+from lightning_trak.outputs.evaluating import exact_attention, modules_of
+from lightning_trak.storage.files import tensor_digest
+
+
+class ModelCopy:
+    """A copy of the user's module, which takes on the weights of one checkpoint at a time.
+
+    The user's module itself is never touched.
+
+    Args:
+        module: the trained model.
+        output: the scalar output to differentiate.
+        checkpoints: the weights, one set per checkpoint.
+        digests: their fingerprints.
+        parameters: which parameters to differentiate, see :func:`~lightning_trak.gradients.select_parameters`.
+        keep: keep the weights of every checkpoint in memory, for going through all of them repeatedly.
+
+    Attributes:
+        original: the user's module.
+        module: the copy.
+        output: a copy of the output.
+        places: what to call each checkpoint in messages.
+        names: canonical name -> name in ``module`` of each selected parameter.
+        shapes: of the gradients of selected parameters, by canonical name.
+        sizes: their numbers of elements.
+        checkpoint: the number of the checkpoint whose weights the copy has; None at first.
+        device: where the copy is.
+        keeps: whether it keeps the weights of all checkpoints.
+        sharded: whether ranks compute together.
+    """
+
+    sharded: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        module: nn.Module,
+        output: ModelOutput,
+        checkpoints: Sequence[Checkpoint],
+        digests: Sequence[str],
+        parameters: ParameterSelection = None,
+        keep: bool = False,
+    ) -> None:
+        self.original = module
+        self.module = self._copy(module)
+        self._loading = Original(self.module)
+        self.output = copy.deepcopy(output)
+        self.checkpoints = checkpoints
+        self._digests = digests
+        self.places = [f"at checkpoint {number} ({item.name})" for number, item in enumerate(checkpoints)]
+        self.names = select_parameters(self.module, parameters)
+        shapes = {name: real_shape(parameter) for name, parameter in self.module.named_parameters()}
+        self.shapes = {name: shapes[raw] for name, raw in self.names.items()}
+        self.sizes = {name: shape.numel() for name, shape in self.shapes.items()}
+        self.keeps = keep
+        self._weights: dict[int, dict[str, Tensor]] = {}
+        # cuDNN cannot differentiate a recurrent layer in eval mode.
+        self._recurrent = any(isinstance(part, nn.RNNBase) for part in self.module.modules())
+        self.checkpoint: int | None = None
+        self.device = torch.device("cpu")
+
+    @staticmethod
+    def _copy(module: nn.Module) -> nn.Module:
+        return copy_module(module)
+
+    @property
+    def place(self) -> str:
+        """What to call the current checkpoint in messages."""
+        return self.places[self.checkpoint or 0]
+
+    @property
+    def size(self) -> int:
+        """The number of elements of a gradient."""
+        return sum(self.sizes.values())
+
+    def load(self, number: int, device: torch.device) -> None:
+        """Take on the weights of a checkpoint, in eval mode, on a device that the copy has been moved to.
+
+        Raises:
+            ValueError: if the weights do not fit the module, or their file has changed since this object was made.
+        """
+        checkpoint = self.checkpoints[number]
+        with torch.inference_mode(False), torch.no_grad():
+            if number not in self._weights:
+                if not self.keeps:
+                    self._weights.clear()
+                weights = checkpoint.load()
+                if tensor_digest(weights) != self._digests[number]:
+                    raise ValueError(f"{checkpoint.name} has changed since this TRAK was made; make another")
+                self._weights[number] = weights
+            self._loading.load(self._weights[number], checkpoint.name)
+            self.module.eval()
+            for part in modules_of(self.output):
+                part.to(device).eval()
+        self.checkpoint, self.device = number, device
+
+    @contextmanager
+    def differentiable(self) -> Iterator[None]:
+        """Outside what Lightning predicts in.
+
+        In inference mode nothing can be differentiated. Autocast is for the forward passes of hooks, which enter it
+        themselves; vmap cannot always follow it.
+        """
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            torch.autocast(self.device.type, enabled=False),
+            cudnn.flags(enabled=False) if self._recurrent else nullcontext(),
+        ):
+            yield
+
+    def make_context(self, batches: Iterable[Any], layout: Layout | None) -> dict[str, Tensor]:
+        """What the output wants to remember of the data at this checkpoint.
+
+        Args:
+            batches: training examples on the copy's device.
+            layout: which parts of a batch belong to single examples.
+        """
+        with self.differentiable(), exact_attention():
+            fresh = (ExampleBatch(batch, infer_batch_size(batch), layout).fresh() for batch in batches)
+            return {name: tensor.clone() for name, tensor in self.output.make_context(self.module, fresh).items()}

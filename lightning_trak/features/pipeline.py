@@ -1,0 +1,326 @@
+"""From a model, its checkpoints and data to features: of training examples in a store, of targets in memory."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import lightning as L
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_trak.checkpoints.reading import Checkpoint
+from lightning_trak.checks import positive
+from lightning_trak.features.engines import EngineName, following_engine, make_engine
+from lightning_trak.features.finiteness import NotFiniteError
+from lightning_trak.features.fsdp import ANOTHER_STRATEGY, ShardedModelCopy
+from lightning_trak.features.identity import Contents, identity
+from lightning_trak.features.model import ModelCopy
+from lightning_trak.features.predict import AUDITED_TOGETHER, FeaturizeModule
+from lightning_trak.features.settings import FeatureSettings
+from lightning_trak.features.sinks import FeatureBuffer, ShardWriter
+from lightning_trak.features.store import Features, FeatureStore
+from lightning_trak.gradients import ParameterSelection
+from lightning_trak.gradients.precision import precision_of
+from lightning_trak.outputs import ModelOutput
+from lightning_trak.running.data import (
+    Data,
+    Range,
+    Stop,
+    batch_ranges,
+    batch_size_of,
+    fingerprint,
+    share_out,
+    single_loader,
+)
+from lightning_trak.running.ranks import Ranks
+from lightning_trak.running.stopping import Interruption
+from lightning_trak.running.trainers import predict_over, refuse_spawning, shards_model
+from lightning_trak.texts import counted
+
+
+class FeaturePipeline:
+    """Makes features by ``trainer.predict``.
+
+    Args:
+        model: the trained model, which is never touched.
+        output: the scalar output to differentiate.
+        checkpoints: the weights, one set per checkpoint.
+        contents: of the checkpoints.
+        directory: of the store.
+        settings: how features are made.
+        parameters: which parameters to differentiate, see :func:`~lightning_trak.gradients.select_parameters`.
+        user: what to call the method that needs the features, in messages.
+
+    Attributes:
+        settings: how features are made.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        output: ModelOutput,
+        checkpoints: Sequence[Checkpoint],
+        contents: Contents,
+        directory: Path,
+        settings: FeatureSettings,
+        parameters: ParameterSelection,
+        user: str,
+    ) -> None:
+        self._model = model
+        self._output = output
+        self._checkpoints = checkpoints
+        self._contents = contents
+        self._directory = directory
+        self.settings = settings
+        self._parameters = parameters
+        self._user = user
+
+    def copy_model(self, trainer: L.Trainer | None = None, keep: bool = False) -> ModelCopy:
+        """A copy of the model to be differentiated.
+
+        Args:
+            trainer: what it will be used with, which may shard it.
+            keep: keep the weights of all checkpoints in memory.
+
+        Raises:
+            ValueError: if the Trainer's strategy splits the model in a way that cannot be differentiated, or hooks are
+                asked for and cover no parameter.
+        """
+        sharded = trainer is not None and shards_model(trainer)
+        if sharded and self.settings.engine not in ("auto", "hooks"):
+            raise ValueError(
+                f"engine={self.settings.engine!r} needs whole parameters, which ModelParallelStrategy splits: use"
+                f" engine='auto' or 'hooks', or {ANOTHER_STRATEGY}"
+            )
+        kind = ShardedModelCopy if sharded else ModelCopy
+        model = kind(self._model, self._output, self._checkpoints, self._contents.digests, self._parameters, keep)
+        if self.settings.engine == "hooks":
+            make_engine("hooks", model)  # better refused before anything runs
+        return model
+
+    def featurize(
+        self, trainer: L.Trainer, data: Data, shard_size: int | None, require_enough: Callable[[int, int], None]
+    ) -> None:
+        """Store the features of the training set at every checkpoint; continue where it was interrupted.
+
+        Args:
+            trainer: what runs.
+            data: the training data.
+            shard_size: examples per file, when the store is new; None: about 1024.
+            require_enough: called with the numbers of examples and of features, refuses too few of the former.
+
+        Raises:
+            ValueError: if the store was made with other settings, an example's features are not finite, or the
+                strategy splits the model in a way that cannot be differentiated.
+        """
+        refuse_spawning(trainer)
+        shards_model(trainer)
+        loader = single_loader(data, "fit", trainer)
+        model = self.copy_model(trainer)
+        num_examples = len(cast(Any, loader.dataset))
+        depends_on = self._identity(model, trainer) | {"data": fingerprint(loader)}
+        dim = self.dim(model)
+        require_enough(num_examples, dim)
+        default = _default_shard_size(num_examples, loader)
+        shard_size = default if shard_size is None else positive("shard_size", shard_size)
+        store = FeatureStore(self._directory, depends_on, num_examples, shard_size, user=self._user)
+        self._require_engine(store, model.sharded)
+        needed = {"context": model.output.context_size, "projection": self.settings.projection.sample_size}
+        extras = [name for name, size in needed.items() if size]
+        total = sum(parameter.numel() for parameter in self._model.parameters())
+        rank_zero_info(
+            f"{self._user}: {counted(num_examples, 'example')} at"
+            f" {counted(store.num_checkpoints, 'checkpoint')}, gradients of {model.size} of"
+            f" {counted(total, 'parameter')}, {type(self.settings.projection).__name__} to"
+            f" {counted(dim, 'feature')}: {sum(map(len, _missing(store, extras)))} of"
+            f" {counted(store.num_checkpoints * store.num_shards, 'shard')} to do"
+        )
+        datamodule = data if isinstance(data, L.LightningDataModule) else None
+        engine: EngineName | None = None
+        while any(missing := _missing(store, extras)):
+            jobs = [
+                [Range(number, store.shard(number), self.settings.draw(c, store.shard(number))) for number in numbers]
+                for c, numbers in enumerate(missing)
+            ]
+            stop = Stop()
+            interruption = Interruption(stop)
+            with _explaining(model, loader), ShardWriter(store, model.places) as writer:
+                module = FeaturizeModule(
+                    writer, "Featurizing", loader, stop, model, self.settings, store, datamodule, loader, engine
+                )
+                predict_over(trainer, module, share_out(loader, jobs, trainer, model.sharded, stop), interruption)
+            interruption.raise_if_received(Ranks.of(trainer), lambda: _progress(store))
+            used = self._refuted(module, trainer)
+            if used is None:
+                break
+            engine = self._next_engine(*used, trainer, store)
+        store.require_complete()
+
+    def target_features(
+        self,
+        trainer: L.Trainer,
+        loader: DataLoader[Any],
+        blocks: Iterable[range],
+        model: ModelCopy,
+        store: FeatureStore,
+        datamodule: L.LightningDataModule | None,
+    ) -> Iterator[Iterator[Features]]:
+        """The features of targets, one block of them computed after the other.
+
+        Args:
+            trainer: what runs.
+            loader: whose dataset the targets are in.
+            blocks: their positions.
+            model: what :meth:`copy_model` gave.
+            store: what :meth:`open_complete` gave.
+            datamodule: where the loader came from, if it has batch transfer hooks of its own.
+
+        Yields:
+            On every rank, the features of a block at each checkpoint, rows in the order of the dataset.
+        """
+        engine: EngineName | None = None
+        for examples in blocks:
+            while True:
+                buffer, stop = FeatureBuffer(model.places), Stop()
+                jobs = self._target_jobs(examples, loader, store)
+                module = FeaturizeModule(
+                    buffer, "Scoring", loader, stop, model, self.settings, store, datamodule, None, engine
+                )
+                predict_over(trainer, module, share_out(loader, jobs, trainer, model.sharded, stop))
+                used = self._refuted(module, trainer)
+                if used is None:
+                    break
+                engine = self._next_engine(*used, trainer, None)
+            yield self._gathered(buffer, examples, loader, model, Ranks.of(trainer))
+
+    def _target_jobs(self, examples: range, loader: DataLoader[Any], store: FeatureStore) -> list[list[Range]]:
+        chunks = [examples[start : start + AUDITED_TOGETHER] for start in range(0, len(examples), AUDITED_TOGETHER)]
+        draw, size = self.settings.draw, batch_size_of(loader)
+        return [
+            batch_ranges(examples, size, {i for part in chunks for i in draw(checkpoint, part)})
+            for checkpoint in range(store.num_checkpoints)
+        ]
+
+    @staticmethod
+    def _gathered(
+        buffer: FeatureBuffer, examples: range, loader: DataLoader[Any], model: ModelCopy, ranks: Ranks
+    ) -> Iterator[Features]:
+        """What all ranks have computed, checkpoint by checkpoint."""
+        for checkpoint in range(len(model.places)):
+            with _explaining(model, loader):
+                own = buffer.take(checkpoint)
+            yield _in_order([part for found in ranks.gather(own) for part in found], examples)
+
+    def open(self, model: ModelCopy, trainer: L.Trainer | None = None) -> FeatureStore:
+        """The store, to be read, if it is of this model and these settings.
+
+        Args:
+            model: what :meth:`copy_model` gave.
+            trainer: whose precision must be that of the store; None: not looked at.
+
+        Raises:
+            FileNotFoundError: if there is none yet.
+            ValueError: if it was made with other settings.
+        """
+        num_examples = FeatureStore.read_manifest(self._directory)["num_examples"]
+        depends_on = self._identity(model, trainer)
+        return FeatureStore(self._directory, depends_on, num_examples, read_only=True, user=self._user)
+
+    def open_complete(self, model: ModelCopy, trainer: L.Trainer) -> FeatureStore:
+        """The store, ready to be scored.
+
+        Raises:
+            FileNotFoundError: if there is none yet.
+            RuntimeError: if featurizing is not complete.
+            ValueError: if it was made with other settings, or the Trainer spawns processes.
+        """
+        refuse_spawning(trainer)
+        store = self.open(model, trainer)
+        store.require_complete()
+        self._require_engine(store, model.sharded)
+        return store
+
+    def dim(self, model: ModelCopy) -> int:
+        """The number of features."""
+        projection, cpu = self.settings.projection, torch.device("cpu")
+        return projection.bind(model.shapes, seed=self.settings.seed, checkpoint=0, device=cpu).dim
+
+    def _identity(self, model: ModelCopy, trainer: L.Trainer | None) -> dict[str, Any]:
+        found = identity(model, self._output, self.settings, self._contents)
+        if trainer is not None:
+            found["precision"] = precision_of(trainer, self._output)
+        return found
+
+    def _require_engine(self, store: FeatureStore, sharded: bool) -> None:
+        wanted, engine, refuted = self.settings.engine, store.settle_engine(), store.refuted_engines()
+        if wanted in refuted:
+            raise ValueError(
+                f'engine={wanted!r} was found to get a gradient wrong when store "{store.directory}" was made:'
+                f" {refuted[wanted]}. Use engine='auto', which goes on with {engine!r}"
+            )
+        if sharded and wanted == "auto" and engine not in (None, "hooks"):
+            raise ValueError(
+                f'store "{store.directory}" was begun with engine {engine!r}, which needs whole parameters, and'
+                " ModelParallelStrategy splits them: use strategy='ddp' or a single device, or another directory"
+            )
+
+    @staticmethod
+    def _refuted(module: FeaturizeModule, trainer: L.Trainer) -> tuple[EngineName, str] | None:
+        """The engine that a rank has found to be wrong, and why; the same on all ranks."""
+        reports = Ranks.of(trainer).gather((module.engine_name, module.refuted))
+        found = [(name, reason) for name, reason in reports if name is not None and reason is not None]
+        return found[0] if found else None
+
+    def _next_engine(self, used: EngineName, reason: str, trainer: L.Trainer, store: FeatureStore | None) -> EngineName:
+        """What to use in place of a refuted engine, in a given store too."""
+        following = following_engine(used)
+        if store is not None and used not in store.refuted_engines():
+            store.refute_engine(used, reason, following)
+        what = "features of targets" if store is None else "all features of the store"
+        rank_zero_warn(
+            f"{self._user}: engine {used!r} cannot differentiate this model rightly, so {what} are computed"
+            f" again with engine {following!r}: {reason}"
+        )
+        Ranks.of(trainer).barrier()
+        return following if store is None else cast(EngineName, store.settle_engine())
+
+
+def _missing(store: FeatureStore, extras: Sequence[str]) -> list[list[int]]:
+    """The shards to do at each checkpoint."""
+    return [store.missing(checkpoint, extras) for checkpoint in range(store.num_checkpoints)]
+
+
+def _progress(store: FeatureStore) -> str:
+    missing = sum(len(store.missing(checkpoint)) for checkpoint in range(store.num_checkpoints))
+    total = store.num_checkpoints * store.num_shards
+    return f"the store has {total - missing} of {total} shards"
+
+
+@contextmanager
+def _explaining(model: ModelCopy, loader: DataLoader[Any]) -> Iterator[None]:
+    """Have the output say why the feature of an example is not finite."""
+    try:
+        yield
+    except NotFiniteError as error:
+        if model.sharded:
+            raise
+        raise error.explained(model, loader) from error
+
+
+def _in_order(parts: list[tuple[Tensor, Features]], examples: range) -> Features:
+    """Rows that came in parts, with their positions, in the order of the examples."""
+    missing = len(examples) - sum(len(positions) for positions, _ in parts)
+    if missing:
+        raise RuntimeError(f"{missing} target features never arrived; a rank must have failed")
+    order = torch.cat([positions for positions, _ in parts]).argsort()
+    return Features(*(column[order] for column in Features.cat([rows for _, rows in parts])))
+
+
+def _default_shard_size(num_examples: int, loader: DataLoader[Any]) -> int:
+    """About 1024 examples, less for small data so that there is work to share, and whole batches."""
+    batch = batch_size_of(loader)
+    wanted = min(1024, -(-num_examples // 32))
+    return batch * max(1, round(wanted / batch))

@@ -1,0 +1,43 @@
+"""What features depend on beside the model, its checkpoints and the data."""
+
+from dataclasses import dataclass
+
+import torch
+
+from lightning_trak.checks import require_one_of
+from lightning_trak.features.engines import ENGINES, EngineName
+from lightning_trak.projections import Projection
+from lightning_trak.running.data import draw_audited
+
+
+@dataclass(frozen=True)
+class FeatureSettings:
+    """How features are made.
+
+    Attributes:
+        projection: what compresses gradients to k numbers.
+        engine: how gradients are computed: ``"hooks"``, ``"functional"`` (vmap), ``"loop"``, or ``"auto"``, see
+            :func:`~lightning_trak.features.engines.choose_engine`.
+        seed: seed of the projection and of what is audited.
+        dtype: dtype of the features.
+        audit: how many examples of a shard are differentiated again, alone, by plain autograd.
+
+    Raises:
+        ValueError: if one of them is out of range.
+    """
+
+    projection: Projection
+    engine: EngineName = "auto"
+    seed: int = 0
+    dtype: torch.dtype = torch.float32
+    audit: int = 2
+
+    def __post_init__(self) -> None:
+        require_one_of("engine", self.engine, ("auto", *ENGINES))
+        require_one_of("dtype", self.dtype, (torch.float64, torch.float32, torch.bfloat16, torch.float16))
+        if not isinstance(self.audit, int) or self.audit < 0:
+            raise ValueError(f"audit must be a number of examples, 0 for none, got {self.audit!r}")
+
+    def draw(self, checkpoint: int, examples: range) -> list[int]:
+        """Which of some examples to audit at a checkpoint: the same ones in every run."""
+        return draw_audited(examples, self.audit, f"{self.seed}/{checkpoint}")

@@ -1,0 +1,35 @@
+"""An output must depend on the copy of the model and on its own example alone, before many passes are spent on it."""
+
+from typing import Any
+
+import torch
+
+from lightning_trak.features.model import ModelCopy
+from lightning_trak.gradients import LoopEngine
+from lightning_trak.gradients.audit import require_independent
+from lightning_trak.gradients.batch import ExampleBatch, Layout
+from lightning_trak.gradients.soundness import require_repeatable
+
+
+def require_sound(model: ModelCopy, layout: Layout | None, twice: Any, *others: Any) -> None:
+    """Check that the output of an example depends on the copy of the module alone, and on no other example.
+
+    Args:
+        model: at a checkpoint.
+        layout: which parts of a batch belong to single examples.
+        twice: a batch of twice the first example.
+        others: a batch of twice another example, and one of both; nothing to leave the second check out.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    loop = LoopEngine(model.module, model.output, model.names)
+    with model.differentiable():
+        batches = [ExampleBatch(batch, 2, layout) for batch in (twice, *others)]
+        first, _ = loop.one(batches[0], 0, model.original)
+        what = f"the output of {type(model.module).__name__}"
+        require_repeatable(lambda: loop.alone(batches[0], 0).detach(), what, first)
+        if not others or not first.isfinite().all():
+            return  # what is not finite is refused in other words
+        alone = torch.cat([first, loop.alone(batches[1], 0)])
+        require_independent(loop, batches[2], alone, f"the first example {model.place}")
