@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
+from lightning_trak.checkpoints.base import Checkpoint
 from lightning_trak.checkpoints.copies import state_digest
-from lightning_trak.checkpoints.reading import Checkpoint
 from lightning_trak.features.model import ModelCopy
 from lightning_trak.features.settings import FeatureSettings
 from lightning_trak.fingerprints import module_fingerprint

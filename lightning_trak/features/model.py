@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.backends import cudnn
 
+from lightning_trak.checkpoints.base import Checkpoint
 from lightning_trak.checkpoints.copies import Original, copy_module
-from lightning_trak.checkpoints.reading import Checkpoint
 from lightning_trak.gradients import ParameterSelection, select_parameters
 from lightning_trak.gradients.base import real_shape
 from lightning_trak.gradients.batch import ExampleBatch, Layout, infer_batch_size

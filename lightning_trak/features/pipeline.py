@@ -11,7 +11,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_trak.checkpoints.reading import Checkpoint
+from lightning_trak.checkpoints.base import Checkpoint
 from lightning_trak.checks import positive
 from lightning_trak.features.engines import EngineName, following_engine, make_engine
 from lightning_trak.features.finiteness import NotFiniteError

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
-from lightning_trak.checkpoints.reading import Checkpoint
+from lightning_trak.checkpoints.base import Checkpoint
 
 LearningRates = float | Sequence[float] | Literal["snapshots"]
 

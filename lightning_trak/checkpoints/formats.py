@@ -1,0 +1,145 @@
+"""The kinds of checkpoints that can be read."""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from collections.abc import Mapping
+from functools import partial
+from pathlib import PurePosixPath
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from fsspec.implementations.local import LocalFileSystem
+from lightning_utilities.core.rank_zero import WarningCache
+from torch import Tensor
+
+from lightning_trak.checkpoints.base import Checkpoint, CheckpointFormat
+from lightning_trak.checkpoints.series import SnapshotSeries
+from lightning_trak.checkpoints.weights import is_extra_state, read_safetensors, without_extra_state
+from lightning_trak.storage.locations import locate, require_regular
+
+_warned = WarningCache()  # warns of a thing once
+
+
+class SnapshotDirectory(CheckpointFormat):
+    """A directory that :class:`~lightning_trak.TRAKCallback` has written: all its snapshots."""
+
+    @classmethod
+    def recognizes(cls, location: str) -> bool:  # noqa: D102
+        del location
+        return True  # whatever no other format takes
+
+    @classmethod
+    def find(cls, location: str, weights_only: bool) -> list[Checkpoint]:  # noqa: D102
+        del weights_only
+        series = SnapshotSeries(location)
+        snapshots = series.read().snapshots
+        if not snapshots:
+            raise ValueError(
+                f'"{series.directory}" holds no snapshots yet; train with TRAKCallback until it has saved one'
+            )
+        missing = [snapshot.file for snapshot in snapshots if not series.filesystem.exists(series.path(snapshot.file))]
+        if missing:
+            raise FileNotFoundError(
+                f'"{series.directory}" lacks {len(missing)} of the {len(snapshots)} snapshots in its manifest, first'
+                f' "{missing[0]}"; restore the files, or pass a list of those that you want'
+            )
+        name = PurePosixPath(series.url).name
+        return [Checkpoint(f"{name}/{entry.file}", partial(series.load, entry), entry) for entry in snapshots]
+
+
+class SafetensorsFile(CheckpointFormat):
+    """A ``.safetensors`` file."""
+
+    @classmethod
+    def recognizes(cls, location: str) -> bool:  # noqa: D102
+        return _is_file(location, ".safetensors")
+
+    @classmethod
+    def find(cls, location: str, weights_only: bool) -> list[Checkpoint]:  # noqa: D102
+        del weights_only
+        filesystem, path = locate(location)
+
+        def read() -> dict[str, Tensor]:
+            return state_dict(read_safetensors(filesystem, path, location), f'"{location}"')
+
+        return [Checkpoint(PurePosixPath(path).name, read)]
+
+
+class TorchFile(CheckpointFormat):
+    """A Lightning ``.ckpt`` file, or a file of ``torch.save``: its ``"state_dict"`` if it has one, else all of it."""
+
+    @classmethod
+    def recognizes(cls, location: str) -> bool:  # noqa: D102
+        return _is_file(location, ".ckpt", ".pt", ".pth", ".bin")
+
+    @classmethod
+    def find(cls, location: str, weights_only: bool) -> list[Checkpoint]:  # noqa: D102
+        filesystem, path = locate(location)
+        return [Checkpoint(PurePosixPath(path).name, partial(_read_torch, filesystem, path, location, weights_only))]
+
+
+def _is_file(location: str, *suffixes: str) -> bool:
+    """Whether a path has one of some suffixes, and is no directory.
+
+    Raises:
+        FileNotFoundError: if nothing is there.
+    """
+    if PurePosixPath(location).suffix.lower() not in suffixes:
+        return False
+    filesystem, path = locate(location)
+    if not filesystem.exists(path):
+        raise FileNotFoundError(f'checkpoint "{location}" does not exist')
+    return not filesystem.isdir(path)
+
+
+def _read_torch(filesystem: Any, path: str, location: str, weights_only: bool) -> dict[str, Tensor]:
+    if isinstance(filesystem, LocalFileSystem):
+        require_regular(path)
+    try:
+        if isinstance(filesystem, LocalFileSystem):
+            # only the weights are read from disk then, not the optimizer's state; files of old formats do not allow it
+            content = torch.load(path, "cpu", weights_only=weights_only, mmap=zipfile.is_zipfile(path))
+        else:
+            with filesystem.open(path, "rb") as file:
+                content = torch.load(file, "cpu", weights_only=weights_only)
+    except OSError:
+        raise
+    except Exception as error:  # torch and pickle raise many kinds for a damaged file
+        refused = re.search(r"unsupported (?:global: )?GLOBAL (\S+)", str(error), re.IGNORECASE)
+        if weights_only and isinstance(error, UnpicklingError) and refused:
+            raise ValueError(
+                f'"{location}" holds more than tensors and plain values: it needs {refused[1]}. weights_only=False'
+                " reads it by running code from the file, so use that only for files from a source you trust"
+            ) from error
+        raise ValueError(f'"{location}" is truncated or not a file of torch.save: {error!r}') from error
+    return state_dict(content, f'"{location}"')
+
+
+def state_dict(content: Any, source: str) -> dict[str, Tensor]:
+    """The weights among what a checkpoint holds.
+
+    Args:
+        content: what was read: a state dict, or a mapping with one under ``"state_dict"``.
+        source: what to call it in errors.
+
+    Raises:
+        TypeError: if it is not a state dict.
+        ValueError: if there are no tensors in it.
+    """
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    if not isinstance(content, Mapping):
+        raise TypeError(f"expected a state dict in {source}, got {type(content).__name__}")
+    tensors = without_extra_state(content, source)
+    if not tensors:
+        raise ValueError(f"the state dict in {source} is empty")
+    extra = [name for name in content if is_extra_state(name)]
+    if extra:
+        _warned.warn(
+            f"{', '.join(extra)} in {source} is extra state of modules, which is not loaded: the model keeps its own"
+        )
+    # Lazy signs would be in the way of those who look at the bytes.
+    return {name: tensor.detach().resolve_conj().resolve_neg() for name, tensor in tensors.items()}
