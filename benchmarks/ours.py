@@ -8,7 +8,7 @@ import torch
 from benchmarks.models import Precision, Workload
 from lightning_trak.checkpoints.reading import resolve_checkpoints
 from lightning_trak.features.extractor import EngineName, FeatureExtractor
-from lightning_trak.features.store import Features
+from lightning_trak.features.rows import Features
 from lightning_trak.projections import KroneckerProjection, Projection, SparseProjection
 
 K = 2048

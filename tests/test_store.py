@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lightning_trak.features.store import Features, FeatureStore
+from lightning_trak.features.rows import Features
+from lightning_trak.features.store import FeatureStore
 from lightning_trak.storage.files import save_tensors, tensor_digest, write_atomically
 
 IDENTITY = {

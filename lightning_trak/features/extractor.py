@@ -14,7 +14,7 @@ from torch.backends import cudnn
 
 from lightning_trak.checkpoints.copies import Original, copy_module
 from lightning_trak.checkpoints.reading import Checkpoint
-from lightning_trak.features.store import Features
+from lightning_trak.features.rows import Features
 from lightning_trak.gradients import (
     FunctionalEngine,
     GradientEngine,

@@ -21,8 +21,9 @@ from lightning_trak.features.extractor import ENGINES, EngineName, FeatureExtrac
 from lightning_trak.features.finiteness import NotFiniteError
 from lightning_trak.features.fsdp import ShardedFeatureExtractor
 from lightning_trak.features.predict import AUDITED_TOGETHER, FeaturizeModule
+from lightning_trak.features.rows import Features
 from lightning_trak.features.sinks import FeatureBuffer, ShardWriter
-from lightning_trak.features.store import Features, FeatureStore
+from lightning_trak.features.store import FeatureStore
 from lightning_trak.fingerprints import module_fingerprint
 from lightning_trak.gradients import ParameterSelection
 from lightning_trak.gradients.precision import precision_of

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_trak.features.extractor import GRADIENT_BYTES, FeatureExtractor
 from lightning_trak.features.finiteness import require_finite
-from lightning_trak.features.store import Features
+from lightning_trak.features.rows import Features
 from lightning_trak.gradients.base import differentiating
 from lightning_trak.gradients.batch import Layout, find_layout
 from lightning_trak.gradients.precision import WorkingPrecision
