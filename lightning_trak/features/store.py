@@ -44,7 +44,7 @@ from lightning_trak.storage.files import (
 FORMAT_VERSION = 2
 _MAX_EXAMPLES = 1 << 40
 
-_MANIFEST = schemas.sealed(
+_SEALED = schemas.sealed(
     {
         "format": schemas.integer(FORMAT_VERSION, FORMAT_VERSION),
         "num_examples": schemas.integer(1, _MAX_EXAMPLES),
@@ -59,11 +59,17 @@ _MANIFEST = schemas.sealed(
         ),
     }
 )
+
+
+def _manifest(field: str, value: Any) -> None:
+    _SEALED(field, value)  # a function with a name, so that what holds a store can be pickled
+
+
 _KIND = DirectoryKind(
     name="feature store",
     short_name="store",
     version=FORMAT_VERSION,
-    schema=_MANIFEST,
+    schema=_manifest,
     advice="call featurize first",
     folders=("checkpoint-*",),
     results="checkpoint-*/shard-*",

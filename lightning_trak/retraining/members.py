@@ -38,7 +38,7 @@ from lightning_trak.storage.schemas import anything, integer, parameters, record
 FORMAT_VERSION = 2
 
 _COUNT = integer(1, 1 << 40)
-_MANIFEST = sealed(
+_SEALED = sealed(
     {
         "format": integer(FORMAT_VERSION, FORMAT_VERSION),
         "identity": record(
@@ -48,11 +48,17 @@ _MANIFEST = sealed(
         ),
     }
 )
+
+
+def _manifest(field: str, value: Any) -> None:
+    _SEALED(field, value)  # a function with a name, so that what holds members can be pickled
+
+
 _KIND = DirectoryKind(
     name="fleet",
     short_name="fleet",
     version=FORMAT_VERSION,
-    schema=_MANIFEST,
+    schema=_manifest,
     advice="run it first",
     folders=("members", "failures"),
     results="members/subset-*-seed-*.safetensors",

@@ -55,7 +55,7 @@ class DirectoryKind:
         name: what one is called where there is none, such as ``"feature store"``.
         short_name: what one is called in other messages, such as ``"store"``.
         version: the ``"format"`` in its manifest that this version reads.
-        schema: what the manifest must be like, sealed by a checksum.
+        schema: what the manifest must be like, sealed by a checksum. A function of a module can be pickled.
         advice: what to do if there is none, such as ``"call featurize first"``.
         folders: patterns of the folders in it that files are written to.
         results: pattern of the files that runs are for: a directory that has one stays with its identity.
