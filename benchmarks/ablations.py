@@ -24,7 +24,7 @@ from benchmarks.methods import SEEDS, small
 from benchmarks.stores import featurize
 from benchmarks.tasks import Task, make_tasks
 from benchmarks.truth import MODELS, SUBSETS, Truth, kept, quiet, train_all
-from lightning_trak.features.store import Features
+from lightning_trak.features.rows import Features
 from lightning_trak.projections import SparseProjection
 from lightning_trak.scoring.damping import auto_damping
 from lightning_trak.scoring.gram import DampedGram, gram_matrix

@@ -10,7 +10,7 @@ from lightning_trak.checkpoints.reading import resolve_checkpoints
 from lightning_trak.features.engines import EngineName, make_engine
 from lightning_trak.features.extractor import FeatureExtractor
 from lightning_trak.features.model import ModelCopy
-from lightning_trak.features.store import Features
+from lightning_trak.features.rows import Features
 from lightning_trak.projections import KroneckerProjection, Projection, SparseProjection
 
 K = 2048

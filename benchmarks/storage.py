@@ -10,7 +10,8 @@ from torch import Tensor
 
 from benchmarks.memory import MIB, reset_peak, sampled, status
 from benchmarks.timing import Row, Run, ratios, rows, seconds
-from lightning_trak.features.store import Features, FeatureStore
+from lightning_trak.features.rows import Features
+from lightning_trak.features.store import FeatureStore
 from lightning_trak.scoring import TRAKScorer
 
 TARGETS, K = 256, 2048

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from lightning_trak import TRAK
-from lightning_trak.features.store import Features, FeatureStore
+from lightning_trak.features.rows import Features
+from lightning_trak.features.store import FeatureStore
 from lightning_trak.methods.influence import InfluenceFunction
 from lightning_trak.outputs import ClassificationMargin
 from lightning_trak.scoring import TRAKScorer

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 
 import pytest
 import torch
@@ -113,6 +114,25 @@ def test_members_are_what_their_names_say(tmp_path):
     path.unlink()
     path.write_bytes(mine)
     read_fleet(tmp_path / "one")
+
+
+def test_members_can_be_pickled(tmp_path):
+    """So that a fleet can be, and other processes train parts of it."""
+    make_fleet(tmp_path)
+    again = pickle.loads(pickle.dumps(MemberStore(tmp_path, FLEET, MASKS)))
+    again.write(Member(0, 0), again.read(Member(0, 0))[0], {})
+
+
+def test_a_fleet_that_failed_before_its_first_member_leaves_no_claim(tmp_path):
+    failed = MemberStore(tmp_path, FLEET | {"seed": 1}, MASKS)
+    failed.record_failure(Member(0, 0), RuntimeError("a mistake"))
+    store = MemberStore(tmp_path, FLEET, ~MASKS)
+    assert not store.failure(Member(0, 0))
+    with pytest.raises(RuntimeError, match="another run has taken fleet"):
+        failed.write(Member(0, 0), torch.ones(3), {})
+    store.write(Member(0, 0), torch.ones(3), {})
+    with pytest.raises(ValueError, match="made with seed 0, this one has seed 1"):
+        MemberStore(tmp_path, FLEET | {"seed": 1}, MASKS)
 
 
 def test_settings_that_are_no_numbers_of_json(tmp_path):

@@ -4,7 +4,8 @@ import pytest
 import torch
 from sklearn.metrics.pairwise import cosine_similarity
 
-from lightning_trak.features.store import Features, FeatureStore
+from lightning_trak.features.rows import Features
+from lightning_trak.features.store import FeatureStore
 from lightning_trak.scoring import GradientCosineScorer, GradientDotScorer
 
 N, K = 20, 6

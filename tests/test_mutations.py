@@ -7,7 +7,8 @@ import os
 import pytest
 import torch
 
-from lightning_trak.features.store import Features, FeatureStore
+from lightning_trak.features.rows import Features
+from lightning_trak.features.store import FeatureStore
 from lightning_trak.retraining import read_fleet
 from lightning_trak.retraining.members import Member, MemberStore
 from lightning_trak.storage.files import write_json

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_trak.features.store import Features, FeatureStore
+from lightning_trak.features.rows import Features
+from lightning_trak.features.store import FeatureStore
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.scoring import GradientDotScorer, TRAKScorer
 from lightning_trak.scoring.gram import DampedGram, gram_matrix

@@ -2,14 +2,15 @@
 
 import json
 import os
+import pickle
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from lightning_trak.features.store import Features, FeatureStore
+from lightning_trak.features.rows import Features
+from lightning_trak.features.store import FeatureStore
 from lightning_trak.storage.files import save_tensors, tensor_digest, write_atomically
 
 IDENTITY = {
@@ -203,16 +204,15 @@ def test_digest_sees_names_dtypes_shapes_and_values():
 
 def test_two_first_runs_agree_on_one_manifest(tmp_path, monkeypatch):
     """The slower one, which has already looked for a manifest, takes that of the faster."""
-    exists, seen = Path.exists, []
+    link, seen = os.link, []
 
-    def raced(self):
-        if self.name == "manifest.json" and not seen:
-            seen.append(self)
+    def raced(*paths):
+        if not seen:
+            seen.append(paths)
             FeatureStore(tmp_path / "store", IDENTITY, 10, shard_size=4)
-            return False
-        return exists(self)
+        link(*paths)
 
-    monkeypatch.setattr(Path, "exists", raced)
+    monkeypatch.setattr(os, "link", raced)
     assert FeatureStore(tmp_path / "store", IDENTITY, 10, shard_size=8).shard_size == 4
 
 
@@ -222,6 +222,20 @@ def test_a_shard_of_another_size_is_found(store):
     other._shard_path(0, 0).replace(store._shard_path(0, 0))
     with pytest.raises(ValueError, match="it holds 5 examples, not 4"):
         store.read(0, 0)
+
+
+def test_a_store_can_be_pickled(store):
+    """So that a scorer can be, and goes to another process."""
+    again = pickle.loads(pickle.dumps(store))
+    assert torch.equal(again.read(0, 1).features, store.read(0, 1).features)
+    again.write(0, 1, rows(4, 1))
+
+
+def test_a_new_store_needs_examples_and_shards(tmp_path):
+    for sizes in ((0, 1), (1, 0)):
+        with pytest.raises(ValueError, match="a store needs examples and shards"):
+            FeatureStore(tmp_path / "store", IDENTITY, *sizes)
+    assert not (tmp_path / "store").exists()
 
 
 def test_identity_is_compared_as_json_keeps_it(tmp_path):

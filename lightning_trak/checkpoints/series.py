@@ -15,12 +15,10 @@ file systems have no locks, so that the manifest names its writer, too: who find
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
 import uuid
-import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,6 +33,7 @@ from torch import Tensor
 from lightning_trak.checkpoints.weights import pack, read_safetensors, without_extra_state
 from lightning_trak.storage.files import remove_leftovers, write_atomically, write_json
 from lightning_trak.storage.locations import locate, require_regular
+from lightning_trak.storage.locks import Lock
 from lightning_trak.storage.schemas import (
     anything,
     integer,
@@ -119,7 +118,7 @@ class SnapshotSeries:
         self._root = root.rstrip("/")
         self._local = isinstance(self.filesystem, LocalFileSystem)
         self._writer: str | None = None
-        self._lock: tuple[int, weakref.finalize[Any, Any]] | None = None
+        self._lock: Lock | None = None
 
     @property
     def url(self) -> str:
@@ -256,9 +255,7 @@ class SnapshotSeries:
         """Let another run have the directory."""
         self._writer = None
         if self._lock is not None:
-            descriptor, closing = self._lock
-            fcntl.flock(descriptor, fcntl.LOCK_UN)  # processes that were forked since have the descriptor open as well
-            closing()
+            self._lock.close()
             self._lock = None
 
     def _hold(self) -> bool:
@@ -271,19 +268,18 @@ class SnapshotSeries:
             os.makedirs(self._root, exist_ok=True)
         except FileExistsError as error:
             raise NotADirectoryError(f'"{self.directory}" is no directory; use another path for snapshots') from error
-        descriptor = os.open(self._root, os.O_RDONLY)
-        closing = weakref.finalize(self, os.close, descriptor)
+        lock = Lock(self._root)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            closing()
+            alone = lock.take(wait=False)
+        except OSError:  # no locks here: save() will find out by the manifest
+            lock.close()
+            return False
+        if not alone:
+            lock.close()
             raise ValueError(
                 f'a run that is still going writes to "{self.directory}"; use another directory, or wait for its end'
-            ) from error
-        except OSError:  # no locks here: save() will find out by the manifest
-            closing()
-            return False
-        self._lock = descriptor, closing
+            )
+        self._lock = lock
         return True
 
     def _existing(self) -> Manifest | None:

@@ -10,7 +10,7 @@ from lightning_utilities.core.rank_zero import WarningCache
 from torch import Tensor
 
 from lightning_trak.features.model import ModelCopy
-from lightning_trak.features.store import Features
+from lightning_trak.features.rows import Features
 from lightning_trak.gradients import FunctionalEngine, GradientEngine, HookEngine, LoopEngine, MixedEngine
 from lightning_trak.gradients.audit import Audit
 from lightning_trak.gradients.base import EngineError

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_trak.features.store import Features
+from lightning_trak.features.rows import Features
 from lightning_trak.running.data import load
 
 if TYPE_CHECKING:

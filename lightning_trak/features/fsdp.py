@@ -17,7 +17,7 @@ from lightning_trak.checkpoints.copies import copy_module
 from lightning_trak.checkpoints.names import canonical_name
 from lightning_trak.features.extractor import FeatureExtractor
 from lightning_trak.features.model import ModelCopy
-from lightning_trak.features.store import Features
+from lightning_trak.features.rows import Features
 from lightning_trak.gradients import GradientEngine, HookEngine, ShardedHookEngine, coverage_report
 from lightning_trak.gradients.audit import kinks
 from lightning_trak.gradients.base import EngineError

@@ -16,11 +16,12 @@ from lightning_trak.features.engines import EngineName, choose_engine, how, make
 from lightning_trak.features.extractor import FeatureExtractor
 from lightning_trak.features.fsdp import ANOTHER_STRATEGY, ShardedFeatureExtractor, ShardedModelCopy, sharded_engine
 from lightning_trak.features.model import ModelCopy
+from lightning_trak.features.rows import Features
 from lightning_trak.features.same_function import keep_examples, keeps_examples, require_as_before, require_same_outputs
 from lightning_trak.features.settings import FeatureSettings
 from lightning_trak.features.sinks import Sink
 from lightning_trak.features.soundness import require_sound
-from lightning_trak.features.store import Features, FeatureStore
+from lightning_trak.features.store import FeatureStore
 from lightning_trak.gradients import GradientEngine, coverage_report
 from lightning_trak.gradients.base import EngineError
 from lightning_trak.gradients.batch import ExampleBatch, Layout, find_layout

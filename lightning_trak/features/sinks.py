@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_trak.features.finiteness import require_finite
-from lightning_trak.features.store import Features, FeatureStore
+from lightning_trak.features.rows import Features
+from lightning_trak.features.store import FeatureStore
 from lightning_trak.running.transfer import HostCopy
 
 

@@ -17,37 +17,34 @@ refused, or made again if it is an extra.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from lightning_trak.fingerprints import are_same, changes
+from lightning_trak.features.rows import Features, misfit
+from lightning_trak.fingerprints import difference
 from lightning_trak.storage import schemas
+from lightning_trak.storage.claims import ClaimedDirectory, DirectoryKind, read_manifest
 from lightning_trak.storage.files import (
     DamagedFileError,
     altered,
     load_metadata,
     load_tensors,
     read_json,
-    read_manifest,
-    remove_leftovers,
     save_tensors,
     tensor_digest,
     write_json,
 )
-from lightning_trak.storage.paths import local_directory
 
 FORMAT_VERSION = 2
 _MAX_EXAMPLES = 1 << 40
 
-_MANIFEST = schemas.sealed(
+_SEALED = schemas.sealed(
     {
         "format": schemas.integer(FORMAT_VERSION, FORMAT_VERSION),
         "num_examples": schemas.integer(1, _MAX_EXAMPLES),
@@ -61,6 +58,23 @@ _MANIFEST = schemas.sealed(
             others=schemas.anything,
         ),
     }
+)
+
+
+def _manifest(field: str, value: Any) -> None:
+    _SEALED(field, value)  # a function with a name, so that what holds a store can be pickled
+
+
+_KIND = DirectoryKind(
+    name="feature store",
+    short_name="store",
+    version=FORMAT_VERSION,
+    schema=_manifest,
+    advice="call featurize first",
+    folders=("checkpoint-*",),
+    results="checkpoint-*/shard-*",
+    results_name="shards",
+    settled=("shard_size",),
 )
 _HEADER = {
     "sha256": schemas.sha256,
@@ -76,27 +90,6 @@ _ENGINE = schemas.record(
         "refuted": schemas.record({}, optional=dict.fromkeys(_ENGINES, schemas.text())),
     }
 )
-
-
-class Features(NamedTuple):
-    """Rows of a shard, or of a batch.
-
-    Attributes:
-        features: projected gradients phi, shape ``(n, k)``.
-        outputs: model outputs f, shape ``(n,)``.
-        residuals: Q = -dl/df, shape ``(n,)``.
-        curvatures: R = d2l/df2, shape ``(n,)``.
-    """
-
-    features: Tensor
-    outputs: Tensor
-    residuals: Tensor
-    curvatures: Tensor
-
-    @classmethod
-    def cat(cls, parts: Sequence[Features]) -> Features:
-        """The rows of all parts, one after another."""
-        return cls(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 class FeatureStore:
@@ -133,49 +126,16 @@ class FeatureStore:
         read_only: bool = False,
         user: str = "TRAK",
     ) -> None:
-        self.directory = local_directory(directory, "store")
-        path = self.directory / "manifest.json"
-        identity = schemas.as_json(identity)
-        if not read_only:
-            for folder in (self.directory, *self.directory.glob("checkpoint-*")):
-                remove_leftovers(folder)
-            if not path.exists() and not path.is_symlink():
-                self._create(path, identity, num_examples, shard_size)
-        manifest = self.read_manifest(directory)
-        stored = {"num_examples": manifest["num_examples"]} | manifest["identity"]
-        wanted = {"num_examples": num_examples} | identity
-        differs = any(not are_same(stored.get(field), value) for field, value in wanted.items())
-        if differs and not read_only and self._is_empty():
-            # Of a run that failed before its first shard, over a mistake that has been mended since.
-            path.unlink(missing_ok=True)
-            self._create(path, identity, num_examples, shard_size)
-            manifest = self.read_manifest(directory)
-        else:
-            self._compare(stored, wanted, user)
-        self._manifest = manifest
-        self.key = hashlib.sha256(json.dumps(manifest["identity"], sort_keys=True).encode()).hexdigest()
+        if not read_only and (num_examples < 1 or shard_size < 1):
+            raise ValueError(f"a store needs examples and shards, got {num_examples=} and {shard_size=}")
+        content = {"num_examples": num_examples, "shard_size": shard_size, "identity": identity}
+        self._directory = ClaimedDirectory(directory, _KIND, content, _difference, user, read_only)
+        self.directory, self.key, manifest = self._directory.path, self._directory.key, self._directory.manifest
         self.num_examples: int = manifest["num_examples"]
         self.shard_size: int = manifest["shard_size"]
         self.num_checkpoints = len(manifest["identity"]["checkpoints"])
         self.num_shards = -(-self.num_examples // self.shard_size)
         self._k: int | None = None  # features of an example, once a shard was read or written
-
-    def _is_empty(self) -> bool:
-        return not any(self.directory.glob("checkpoint-*/shard-*"))
-
-    def _create(self, path: Path, identity: dict[str, Any], num_examples: int, shard_size: int) -> None:
-        if num_examples < 1 or shard_size < 1:
-            raise ValueError(f"a store needs examples and shards, got {num_examples=} and {shard_size=}")
-        if not self._is_empty():
-            raise ValueError(f'"{self.directory}" holds shards but no manifest.json; use another directory')
-        manifest = {
-            "format": FORMAT_VERSION,
-            "num_examples": num_examples,
-            "shard_size": shard_size,
-            "identity": identity,
-        }
-        with suppress(FileExistsError):  # another process was faster: its manifest counts
-            write_json(path, schemas.with_checksum(manifest), replace=False)
 
     @staticmethod
     def read_manifest(directory: str | Path) -> dict[str, Any]:
@@ -185,31 +145,7 @@ class FeatureStore:
             FileNotFoundError: if there is none.
             ValueError: if it is not one, or of a format that this version cannot read.
         """
-        return read_manifest(directory, "feature store", FORMAT_VERSION, "call featurize first", _MANIFEST)
-
-    def _compare(self, stored: dict[str, Any], wanted: dict[str, Any], user: str) -> None:
-        for field, mine in wanted.items():
-            theirs = stored.get(field)
-            if are_same(mine, theirs):
-                continue
-            if field == "data":
-                made, have = "other training data of this size", "data that differ in eight items spread over them"
-            elif field == "checkpoints" and isinstance(theirs, list) and len(theirs) == len(mine):
-                number = next(i for i, pair in enumerate(zip(mine, theirs, strict=True)) if pair[0] != pair[1])
-                made, have = f"other weights or buffers at checkpoint {number}", "the same number of checkpoints"
-            elif field in ("checkpoints", "parameters") and isinstance(theirs, list):
-                made, have = f"{len(theirs)} {field}", f"{len(mine)}"
-                differing = [item[0] for item in [*mine, *theirs] if (item in mine) != (item in theirs)]
-                if field == "parameters":
-                    have += f" (differing in {', '.join(differing[:5])}{', ...' if len(differing) > 5 else ''})"
-            elif isinstance(mine, dict) and isinstance(theirs, dict):
-                made, have = f"another {field}", f"one that differs: {changes(theirs, mine)}"
-            else:
-                made, have = f"{field} {theirs}", f"{field} {mine}"
-            raise ValueError(
-                f'store "{self.directory}" was made with {made}, this {user} has {have}; use another directory or the'
-                f" same {field}"
-            )
+        return read_manifest(directory, _KIND)
 
     def shard(self, index: int) -> range:
         """The examples of a shard."""
@@ -249,12 +185,12 @@ class FeatureStore:
     @property
     def repeatable(self) -> bool:
         """Whether the training data were the same twice."""
-        return self._manifest["identity"].get("data") is not None
+        return self._directory.manifest["identity"].get("data") is not None
 
     @property
     def precision(self) -> str | None:
         """The Trainer's precision that features were made in, if it is known."""
-        found: str | None = self._manifest["identity"].get("precision")
+        found: str | None = self._directory.manifest["identity"].get("precision")
         return found
 
     def require_complete(self) -> None:
@@ -281,13 +217,12 @@ class FeatureStore:
 
         Raises:
             ValueError: if the rows are not as many as the shard's examples, or not like those of the store.
-            RuntimeError: if another run has replaced the manifest since this object was made.
+            RuntimeError: if a later run of this process has claimed the directory, or the manifest was changed.
         """
-        if self.read_manifest(self.directory) != self._manifest:
-            raise RuntimeError(f'another run has taken store "{self.directory}" over; give each run a directory')
+        self._directory.require_unchanged()
         if len(rows.features) != len(self.shard(shard)):
             raise ValueError(f"shard {shard} holds {len(self.shard(shard))} examples, got {len(rows.features)} rows")
-        reason = self._misfit(rows._asdict())
+        reason = self._misfit(rows._asdict(), shard)
         if reason is not None:
             raise ValueError(f"shard {shard} of checkpoint {checkpoint} cannot be written: {reason}")
         path = self._shard_path(checkpoint, shard)
@@ -304,33 +239,17 @@ class FeatureStore:
         with _advice():
             tensors, metadata = self._load(path)
             _require_place(path, metadata, checkpoint, self.key, engine=schemas.text())
-            reason = self._misfit(tensors, len(self.shard(shard)))
+            reason = self._misfit(tensors, shard)
             if reason is not None:
                 raise altered(path, reason)
         return Features(**tensors)
 
-    def _misfit(self, tensors: dict[str, Tensor], count: int | None = None) -> str | None:
-        """What is wrong with the rows of a shard, if anything is."""
-        if set(tensors) != set(Features._fields):
-            return f"it holds {', '.join(sorted(tensors))}, not {', '.join(sorted(Features._fields))}"
-        features = tensors["features"]
-        count = len(features) if count is None else count
-        if features.ndim != 2 or not features.shape[1]:
-            return f"its features have shape {tuple(features.shape)}, not (examples, k)"
-        if len(features) != count:
-            return f"it holds {len(features)} examples, not {count}"
-        found = str(features.dtype).removeprefix("torch.")
-        wanted = self._manifest["identity"].get("dtype", found)
-        if found != wanted or not features.is_floating_point():
-            return f"its features are {found}, not {wanted}"
-        if self._k is None:
-            self._k = features.shape[1]
-        if features.shape[1] != self._k:
-            return f"it has {features.shape[1]} features an example, other shards have {self._k}"
-        for name, column in tensors.items():
-            if name != "features" and (column.shape != (count,) or not column.is_floating_point()):
-                return f"its {name} are {column.dtype} of shape {tuple(column.shape)}, not numbers of shape ({count},)"
-        return None
+    def _misfit(self, tensors: dict[str, Tensor], shard: int) -> str | None:
+        dtype = self._directory.manifest["identity"].get("dtype")
+        reason = misfit(tensors, len(self.shard(shard)), dtype, self._k)
+        if reason is None:
+            self._k = tensors["features"].shape[1]
+        return reason
 
     def engine_of(self, checkpoint: int, shard: int) -> str:
         """What computed the gradients of a shard, as :meth:`write` was told."""
@@ -420,6 +339,22 @@ class FeatureStore:
         loaded = load_tensors(path, verify=seen not in self._verified)
         self._verified.add(seen)
         return loaded
+
+
+def _difference(field: str, theirs: Any, mine: Any) -> tuple[str, str]:
+    """In words, a field in which a store and a run differ: what the store was made with, and what the run has."""
+    if field == "data":
+        return "other training data of this size", "data that differ in eight items spread over them"
+    if field == "checkpoints" and isinstance(theirs, list) and len(theirs) == len(mine):
+        number = next(i for i, pair in enumerate(zip(mine, theirs, strict=True)) if pair[0] != pair[1])
+        return f"other weights or buffers at checkpoint {number}", "the same number of checkpoints"
+    if field in ("checkpoints", "parameters") and isinstance(theirs, list):
+        made, have = f"{len(theirs)} {field}", f"{len(mine)}"
+        differing = [item[0] for item in [*mine, *theirs] if (item in mine) != (item in theirs)]
+        if field == "parameters":
+            have += f" (differing in {', '.join(differing[:5])}{', ...' if len(differing) > 5 else ''})"
+        return made, have
+    return difference(field, theirs, mine)
 
 
 @contextmanager

@@ -10,8 +10,9 @@ from torch import nn
 from lightning_trak.fingerprints.classes import INITIAL, attributes_of, changed_by_use
 from lightning_trak.fingerprints.modules import describe
 from lightning_trak.fingerprints.values import Fingerprint
+from lightning_trak.storage.schemas import are_same
 
-__all__ = ["Fingerprint", "are_same", "changes", "fingerprint", "module_fingerprint", "object_fingerprint"]
+__all__ = ["Fingerprint", "changes", "difference", "fingerprint", "module_fingerprint", "object_fingerprint"]
 
 # Keys that sort what a fingerprint holds, and mean nothing to its reader.
 _SORTS = ("attributes", "code", "made", "own", "state", "value")
@@ -85,11 +86,6 @@ def module_fingerprint(module: nn.Module, used_by: Any = None, training: bool = 
     return walk.code() | {f"module {name}".rstrip(): part for name, part in parts.items()}
 
 
-def are_same(one: Any, other: Any) -> bool:
-    """Whether two JSON-able values are the same, in type too: 1, 1.0 and true are not."""
-    return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
-
-
 def changes(theirs: Any, mine: Any) -> str:
     """In words, where two fingerprints differ; the first few places."""
     old, new = _flat(theirs), _flat(mine)
@@ -99,6 +95,17 @@ def changes(theirs: Any, mine: Any) -> str:
     differing.sort(key=lambda name: (name not in new, name not in old))  # what has changed, what is new, what is gone
     words = [_words(name, old.get(name, _MISSING), new.get(name, _MISSING)) for name in differing]
     return "; ".join(words[:3]) + (f"; and {len(words) - 3} more" if len(words) > 3 else "")
+
+
+def difference(field: str, theirs: Any, mine: Any) -> tuple[str, str]:
+    """In words, a field that two runs differ in.
+
+    Returns:
+        What theirs was made with, and what mine has, as in "made with seed 0, this one has seed 1".
+    """
+    if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
+        return f"another {field}", f"one that differs: {changes(theirs, mine)}"
+    return f"{field} {theirs}", f"{field} {mine}"
 
 
 _MISSING = object()

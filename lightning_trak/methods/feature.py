@@ -15,8 +15,9 @@ from lightning_trak.checkpoints.reading import CheckpointSource, resolve_checkpo
 from lightning_trak.features.engines import EngineName
 from lightning_trak.features.identity import Contents
 from lightning_trak.features.pipeline import FeaturePipeline
+from lightning_trak.features.rows import Features
 from lightning_trak.features.settings import FeatureSettings
-from lightning_trak.features.store import Features, FeatureStore
+from lightning_trak.features.store import FeatureStore
 from lightning_trak.gradients import ParameterSelection
 from lightning_trak.methods.base import Method
 from lightning_trak.outputs import ModelOutput

@@ -10,8 +10,6 @@ number of processes and machines can share out the missing ones; directories fil
 the files of ``members`` together. Each says in its header which member of which fleet it is.
 """
 
-import hashlib
-import json
 import re
 import traceback
 from collections.abc import Iterable, Sequence
@@ -23,35 +21,24 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_trak.fingerprints import are_same, changes
+from lightning_trak.fingerprints import difference
+from lightning_trak.storage.claims import ClaimedDirectory, DirectoryKind, read_manifest
 from lightning_trak.storage.files import (
     DamagedFileError,
     altered,
     load_tensors,
     read_json,
-    read_manifest,
-    remove_leftovers,
     save_tensors,
     tensor_digest,
     write_json,
 )
 from lightning_trak.storage.paths import local_directory
-from lightning_trak.storage.schemas import (
-    anything,
-    as_json,
-    integer,
-    parameters,
-    record,
-    sealed,
-    sha256,
-    text,
-    with_checksum,
-)
+from lightning_trak.storage.schemas import anything, integer, parameters, record, sealed, sha256, text
 
 FORMAT_VERSION = 2
 
 _COUNT = integer(1, 1 << 40)
-_MANIFEST = sealed(
+_SEALED = sealed(
     {
         "format": integer(FORMAT_VERSION, FORMAT_VERSION),
         "identity": record(
@@ -60,6 +47,23 @@ _MANIFEST = sealed(
             others=anything,
         ),
     }
+)
+
+
+def _manifest(field: str, value: Any) -> None:
+    _SEALED(field, value)  # a function with a name, so that what holds members can be pickled
+
+
+_KIND = DirectoryKind(
+    name="fleet",
+    short_name="fleet",
+    version=FORMAT_VERSION,
+    schema=_manifest,
+    advice="run it first",
+    folders=("members", "failures"),
+    results="members/subset-*-seed-*.safetensors",
+    results_name="members of a fleet",
+    remains=("failures/*.json",),
 )
 _NUM_NAMED = 5  # members in a message
 _FAILURE = record({"attempts": _COUNT, "error": text(), "traceback": text()})
@@ -115,31 +119,13 @@ class MemberStore:
     """
 
     def __init__(self, directory: str | Path, identity: dict[str, Any], masks: Tensor, read_only: bool = False) -> None:
-        self.directory = local_directory(directory, "fleet")
         self.masks = masks
-        wanted = as_json(identity | {"masks": tensor_digest({"masks": masks})})
+        digest = tensor_digest({"masks": masks})
+        content = {"identity": identity | {"masks": digest}}
+        self._directory = ClaimedDirectory(directory, _KIND, content, self._difference, "one", read_only)
+        self.directory, self.key = self._directory.path, self._directory.key
         if not read_only:
-            for folder in (".", "members", "failures"):
-                remove_leftovers(self.directory / folder)
-            self._claim(self.directory / "manifest.json", wanted)
-        self._manifest = _read_manifest(directory)
-        self._compare(self._manifest["identity"], wanted)
-        self.key = hashlib.sha256(json.dumps(self._manifest["identity"], sort_keys=True).encode()).hexdigest()
-        if not read_only:
-            self._keep_masks(self.directory / "masks.safetensors", wanted["masks"])
-
-    def _claim(self, path: Path, identity: dict[str, Any]) -> None:
-        if path.exists() and not are_same(_read_manifest(self.directory)["identity"], identity) and not self.finished():
-            path.unlink(missing_ok=True)  # of a run without a single member, over a mistake that has been mended since
-            for failure in (self.directory / "failures").glob("*.json"):
-                failure.unlink(missing_ok=True)
-        if not path.exists() and not path.is_symlink():
-            if self.finished():
-                raise ValueError(
-                    f'"{self.directory}" holds members of a fleet but no manifest.json; use another directory'
-                )
-            with suppress(FileExistsError):  # another process was faster: its manifest counts
-                write_json(path, with_checksum({"format": FORMAT_VERSION, "identity": identity}), replace=False)
+            self._keep_masks(self.directory / "masks.safetensors", digest)
 
     def _keep_masks(self, path: Path, digest: str) -> None:
         with suppress(FileNotFoundError, DamagedFileError):
@@ -147,27 +133,17 @@ class MemberStore:
                 return
         save_tensors(path, {"masks": self.masks})
 
-    def _compare(self, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
-        for field, mine in wanted.items():
-            theirs = stored.get(field)
-            if are_same(mine, theirs):
-                continue
-            if field == "masks":
-                made, have = "other subsets", f"subsets of the same shape {tuple(self.masks.shape)}"
-            elif field in ("train", "targets"):
-                made, have = f"other {field} data of this size", "data that differ in eight items spread over them"
-            elif field == "parameters":
-                ours, others = dict(mine), dict(theirs or [])
-                differing = [name for name in ours | others if ours.get(name) != others.get(name)]
-                made, have = "a module of other parameters", f"one that differs in {', '.join(differing[:5])}"
-            elif isinstance(mine, dict) and isinstance(theirs, dict):
-                made, have = f"another {field}", f"one that differs: {changes(theirs, mine)}"
-            else:
-                made, have = f"{field} {theirs}", f"{field} {mine}"
-            raise ValueError(
-                f'fleet "{self.directory}" was made with {made}, this one has {have}; use another directory or the same'
-                f" {field}"
-            )
+    def _difference(self, field: str, theirs: Any, mine: Any) -> tuple[str, str]:
+        """In words, a field in which the fleet on disk and this one differ: what that has, and what this has."""
+        if field == "masks":
+            return "other subsets", f"subsets of the same shape {tuple(self.masks.shape)}"
+        if field in ("train", "targets"):
+            return f"other {field} data of this size", "data that differ in eight items spread over them"
+        if field == "parameters":
+            ours, others = dict(mine), dict(theirs or [])
+            differing = [name for name in ours | others if ours.get(name) != others.get(name)]
+            return "a module of other parameters", f"one that differs in {', '.join(differing[:5])}"
+        return difference(field, theirs, mine)
 
     def finished(self) -> set[Member]:
         """Members that are on disk."""
@@ -192,10 +168,9 @@ class MemberStore:
             record: of its training, as JSON-able values.
 
         Raises:
-            RuntimeError: if another run has replaced the manifest since this object was made.
+            RuntimeError: if a later run of this process has claimed the directory, or the manifest was changed.
         """
-        if _read_manifest(self.directory) != self._manifest:
-            raise RuntimeError(f'another run has taken fleet "{self.directory}" over; give each run a directory')
+        self._directory.require_unchanged()
         save_tensors(self._path(member), {"outputs": outputs.float()}, fleet=self.key, member=member.stem, **record)
 
     def _path(self, member: Member) -> Path:
@@ -220,7 +195,7 @@ class MemberStore:
         if (record.get("fleet"), record.get("member")) != (self.key, path.stem):
             fleet = "this fleet" if record.get("fleet") == self.key else "another fleet"
             raise DamagedFileError(path, f"holds {record.get('member')} of {fleet}")
-        outputs, shape = tensors.get("outputs"), (self._manifest["identity"]["num_targets"],)
+        outputs, shape = tensors.get("outputs"), (self._directory.manifest["identity"]["num_targets"],)
         if outputs is None or outputs.shape != shape or outputs.dtype != torch.float32 or not outputs.isfinite().all():
             raise altered(path, f"it should hold finite outputs, float32 of shape {shape}")
 
@@ -309,7 +284,7 @@ def read_fleet(directory: str | Path) -> Retrained:
         RuntimeError: if members are missing.
         ValueError: if a file is truncated or altered.
     """
-    identity = _read_manifest(directory)["identity"]
+    identity = read_manifest(directory, _KIND)["identity"]
     store = MemberStore(directory, identity, _read_masks(directory, identity), read_only=True)
     finished = store.finished()
     last = max(finished, key=lambda member: member.repetition, default=Member(0, 0))
@@ -334,7 +309,3 @@ def _read_masks(directory: str | Path, identity: dict[str, Any]) -> Tensor:
     except DamagedFileError as error:
         raise ValueError(f"{error}; {advice}") from error
     return masks
-
-
-def _read_manifest(directory: str | Path) -> dict[str, Any]:
-    return read_manifest(directory, "fleet", FORMAT_VERSION, "run it first", _MANIFEST)

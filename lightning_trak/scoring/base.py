@@ -7,7 +7,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lightning_trak.features.store import Features, FeatureStore
+from lightning_trak.features.rows import Features
+from lightning_trak.features.store import FeatureStore
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.running.transfer import HostCopy, Upload, ahead
 from lightning_trak.scoring.topk import TopK, block_top_k, merge_top_k

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_trak.features.store import Features
+from lightning_trak.features.rows import Features
 
 Curvature = Literal["gauss_newton", "identity"]
 

@@ -16,7 +16,7 @@ import stat
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lightning_trak.storage.paths import kind_of, local_directory
-from lightning_trak.storage.schemas import Schema, anything, parse_json, record, sealed, sha256, with_checksum
+from lightning_trak.storage.locks import Lock
+from lightning_trak.storage.paths import kind_of
+from lightning_trak.storage.schemas import Schema, anything, parse_json, sealed, sha256, with_checksum
 
 _LEFTOVER = re.compile(r"\..+\.(?P<host>[0-9a-f]{12})-(?P<pid>[0-9]{1,9})-[0-9a-f]{8}\.tmp")
 _SECONDS_KEPT = 24 * 3600  # what a process on another host writes: nobody can tell from here whether it lives
@@ -105,28 +106,22 @@ def _move_new(temporary: Path, path: Path) -> None:
         raise
     except OSError:  # this file system may have no hard links; if anything else is wrong, moving fails as well
         # A lock, rather than a claim in a file: the kernel takes it from a process that dies.
-        with _locked(path.parent):
+        with closing(_lock_directory(path.parent)):
             if os.path.lexists(path):
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
             os.replace(temporary, path)
 
 
-@contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    import fcntl  # which Windows does not have
-
-    descriptor = os.open(directory, os.O_RDONLY)
+def _lock_directory(directory: Path) -> Lock:
+    lock = Lock(directory)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        except OSError as error:
-            raise OSError(
-                f'"{directory}" is on a file system with neither hard links nor locks ({error}), where two runs could'
-                " not be kept apart; use another directory"
-            ) from error
-        yield
-    finally:
-        os.close(descriptor)
+        lock.take()
+    except OSError as error:
+        raise OSError(
+            f'"{directory}" is on a file system with neither hard links nor locks ({error}), where two runs could'
+            " not be kept apart; use another directory"
+        ) from error
+    return lock
 
 
 def _flush(path: Path) -> None:
@@ -193,7 +188,12 @@ def _os_errors(path: Path) -> Iterator[None]:
 
 def write_json(path: Path, content: dict[str, Any], replace: bool = True) -> None:
     """Write JSON as :func:`write_atomically` does."""
-    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n"), replace)
+    write_atomically(path, lambda temporary: temporary.write_text(json_text(content)), replace)
+
+
+def json_text(content: dict[str, Any]) -> str:
+    """JSON as :func:`write_json` writes it."""
+    return json.dumps(content, indent=2) + "\n"
 
 
 def read_json(path: Path, schema: Schema) -> Any:
@@ -220,51 +220,6 @@ def _require_file(path: Path) -> None:
     mode = path.stat().st_mode
     if not stat.S_ISREG(mode):
         raise DamagedFileError(path, f"is {kind_of(mode)}, not a file")
-
-
-def read_manifest(
-    directory: str | os.PathLike[str], what: str, version: int, advice: str, schema: Schema = anything
-) -> dict[str, Any]:
-    """The ``manifest.json`` of a directory.
-
-    Args:
-        directory: where it is.
-        what: what has such a manifest, such as ``"feature store"``, for messages.
-        version: its ``"format"`` that this version reads.
-        advice: what to do if there is none.
-        schema: what a manifest of this version must be like.
-
-    Raises:
-        FileNotFoundError: if there is none.
-        ValueError: if it is not one, or of another format.
-        OSError: if it cannot be read.
-    """
-    path = local_directory(directory, what) / "manifest.json"
-
-    def check(field: str, value: Any) -> None:
-        record({"format": anything}, others=anything)(field, value)
-        if value["format"] == version:
-            schema(field, value)
-
-    try:
-        manifest: dict[str, Any] = read_json(path, check)
-    except FileNotFoundError as error:
-        if path.is_symlink():
-            raise ValueError(
-                f'"{path}" is a link to "{os.readlink(path)}", which does not exist; restore that file, or use another'
-                " directory"
-            ) from error
-        raise FileNotFoundError(f'"{directory}" is not a {what} yet; {advice}') from error
-    except DamagedFileError as error:
-        raise ValueError(
-            f'"{path}" is not the manifest of a {what}: it {error.reason}; restore it, or use another directory'
-        ) from error
-    if manifest["format"] != version:
-        raise ValueError(
-            f'{what} "{directory}" has format {manifest["format"]}; this version reads {version}, so use another'
-            " directory"
-        )
-    return manifest
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], **metadata: Any) -> None:

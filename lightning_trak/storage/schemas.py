@@ -38,6 +38,11 @@ def as_json(value: Any) -> Any:
     return json.loads(json.dumps(value), parse_constant=str)
 
 
+def are_same(one: Any, other: Any) -> bool:
+    """Whether two JSON-able values are the same, in type too: 1, 1.0 and true are not."""
+    return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):

@@ -14,7 +14,7 @@ from lightning_trak.features.engines import EngineName, choose_engine, make_engi
 from lightning_trak.features.extractor import GRADIENT_BYTES, FeatureExtractor
 from lightning_trak.features.finiteness import require_finite
 from lightning_trak.features.model import ModelCopy
-from lightning_trak.features.store import Features
+from lightning_trak.features.rows import Features
 from lightning_trak.gradients.base import differentiating
 from lightning_trak.gradients.batch import ExampleBatch, Layout, find_layout
 from lightning_trak.gradients.precision import WorkingPrecision

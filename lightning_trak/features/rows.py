@@ -1,0 +1,57 @@
+"""The rows of a shard or of a batch: what is known of each example at one checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Features(NamedTuple):
+    """Rows of a shard, or of a batch.
+
+    Attributes:
+        features: projected gradients phi, shape ``(n, k)``.
+        outputs: model outputs f, shape ``(n,)``.
+        residuals: Q = -dl/df, shape ``(n,)``.
+        curvatures: R = d2l/df2, shape ``(n,)``.
+    """
+
+    features: Tensor
+    outputs: Tensor
+    residuals: Tensor
+    curvatures: Tensor
+
+    @classmethod
+    def cat(cls, parts: Sequence[Features]) -> Features:
+        """The rows of all parts, one after another."""
+        return cls(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def misfit(tensors: dict[str, Tensor], count: int, dtype: str | None = None, k: int | None = None) -> str | None:
+    """What is wrong with the rows of a shard, if anything is.
+
+    Args:
+        tensors: the columns by their names.
+        count: how many rows there should be.
+        dtype: of features, such as ``"float32"``; None if any will do.
+        k: features of an example; None if any number will do.
+    """
+    if set(tensors) != set(Features._fields):
+        return f"it holds {', '.join(sorted(tensors))}, not {', '.join(sorted(Features._fields))}"
+    features = tensors["features"]
+    if features.ndim != 2 or not features.shape[1]:
+        return f"its features have shape {tuple(features.shape)}, not (examples, k)"
+    if len(features) != count:
+        return f"it holds {len(features)} examples, not {count}"
+    found = str(features.dtype).removeprefix("torch.")
+    if found != (dtype or found) or not features.is_floating_point():
+        return f"its features are {found}, not {dtype or 'floating-point numbers'}"
+    if features.shape[1] != (k or features.shape[1]):
+        return f"it has {features.shape[1]} features an example, other shards have {k}"
+    for name, column in tensors.items():
+        if name != "features" and (column.shape != (count,) or not column.is_floating_point()):
+            return f"its {name} are {column.dtype} of shape {tuple(column.shape)}, not numbers of shape ({count},)"
+    return None

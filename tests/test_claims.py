@@ -1,0 +1,381 @@
+"""Directories with an identity: who gets one that several runs open at once."""
+
+import copy
+import errno
+import fcntl
+import json
+import os
+import pickle
+from weakref import WeakValueDictionary
+
+import pytest
+
+from lightning_trak.storage import claims
+from lightning_trak.storage.claims import ClaimedDirectory, DirectoryKind
+from lightning_trak.storage.files import write_atomically
+from lightning_trak.storage.locks import Lock
+from lightning_trak.storage.schemas import anything, integer, sealed
+from tests.test_kill import run
+
+SEALED = sealed({"format": integer(1, 1), "identity": anything}, others=anything)
+
+
+def manifest(field, value):
+    SEALED(field, value)
+
+
+KIND = DirectoryKind(
+    name="box of results",
+    short_name="box",
+    version=1,
+    schema=manifest,
+    advice="fill it first",
+    folders=("results",),
+    results="results/*.txt",
+    results_name="results",
+    remains=("notes/*",),
+    settled=("size",),
+)
+
+
+def difference(field, theirs, mine):
+    return f"{field} {theirs}", f"{field} {mine}"
+
+
+def claim(directory, seed, read_only=False, **others):
+    content = {"identity": {"seed": seed}, **others}
+    return ClaimedDirectory(directory, KIND, content, difference, "run", read_only)
+
+
+def refusal(made, have):
+    return rf'^box ".*" was made with seed {made}, this run has seed {have}; use another directory or the same seed$'
+
+
+def in_another_process(monkeypatch, directory, seed):
+    """Open a directory as another process would: it shares no lock with this one."""
+    with monkeypatch.context() as patched:
+        patched.setattr(claims, "_held", WeakValueDictionary())
+        return claim(directory, seed)
+
+
+def write_result(directory):
+    write_atomically(directory / "results/one.txt", lambda path: path.write_text("1"))
+
+
+def tree(directory):
+    return {str(path.relative_to(directory)) for path in directory.rglob("*")}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the harness forks")
+def test_one_of_many_processes_wins(tmp_path):
+    assert "one winner" in run("tests.claim_harness", str(tmp_path))
+
+
+class Waits(BaseException):
+    """A process would wait for a lock that the test's own process holds."""
+
+
+class Interleaving:
+    """Runs a rival in the middle of another claim: before its n-th step in the file system."""
+
+    def __init__(self, monkeypatch, rival, before):
+        self.steps, self.rival, self.before, self.inside = 0, rival, before, False
+        for owner, name in [(os, "link"), (os, "replace"), (os.path, "lexists"), (os, "open"), (os, "mkdir")]:
+            monkeypatch.setattr(owner, name, self._stepping(getattr(owner, name)))
+        monkeypatch.setattr(fcntl, "flock", self._stepping(self._never_waiting(fcntl.flock)))
+
+    def _stepping(self, function):
+        def step(*args, **options):
+            if not self.inside:
+                self.steps += 1
+                if self.steps == self.before:
+                    self.inside = True
+                    self.rival()
+                    self.inside = False
+            return function(*args, **options)
+
+        return step
+
+    def _never_waiting(self, flock):
+        def take(descriptor, operation):
+            if operation in (fcntl.LOCK_EX, fcntl.LOCK_SH):
+                try:
+                    flock(descriptor, operation | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise Waits from None
+            else:
+                flock(descriptor, operation)
+
+        return take
+
+
+def refuse_links(*args, **options):
+    raise PermissionError(errno.EPERM, "Operation not permitted")
+
+
+def refuse_locks(*args):
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["links", "no links"])
+@pytest.mark.parametrize("before", ["new", "abandoned", "abandoned and mine"])
+@pytest.mark.parametrize("rival_dies", [False, True], ids=["rival lives", "rival dies"])
+def test_a_rival_at_any_moment(tmp_path, monkeypatch, links, before, rival_dies):
+    """However two claims interleave, one wins, and the other is told who."""
+    winners, steps = set(), 0
+    for number in range(1, 100):
+        directory = tmp_path / str(number)
+        if before != "new":
+            earlier = claim(directory, 9)
+            (directory / "notes").mkdir()
+            (directory / "notes/old").touch()
+        if before == "abandoned":
+            del earlier
+        rivals, errors, waited = [], [], []
+
+        def rival(directory=directory, rivals=rivals, errors=errors, waited=waited):
+            try:
+                found = in_another_process(monkeypatch, directory, 2)
+                if not rival_dies:
+                    rivals.append(found)
+            except ValueError as error:
+                errors.append(str(error))
+            except Waits:
+                waited.append(True)
+
+        with monkeypatch.context() as patched:
+            if not links:
+                patched.setattr(os, "link", refuse_links)
+            interleaving = Interleaving(patched, rival, number)
+            try:
+                mine = claim(directory, 1)
+            except ValueError as error:
+                mine = None
+                errors.append(str(error))
+        if interleaving.steps < number:
+            break
+        if waited:
+            rival()
+        steps += 1
+        winner = json.loads((directory / "manifest.json").read_text())["identity"]["seed"]
+        winners.add(winner)
+        if rival_dies and mine is not None:
+            assert winner == 1
+            mine.require_unchanged()
+        elif winner == 9:  # the rival was refused, since this process held the directory, and this one has it to itself
+            pytest.fail(f"nobody has the directory: {errors}")
+        else:
+            assert (mine is not None, bool(rivals)) == (winner == 1, winner == 2), (number, errors)
+            assert len(errors) == 1
+            (mine or rivals[0]).require_unchanged()
+        assert not [path for path in tree(directory) if path.startswith(".")]
+        if before != "new":
+            assert "notes/old" not in tree(directory)
+    assert steps > 8
+    assert 1 in winners
+
+
+def test_a_claim_lasts_as_long_as_its_holder(tmp_path, monkeypatch):
+    holder = claim(tmp_path, 1)
+    with pytest.raises(ValueError, match=refusal(1, 2)):
+        in_another_process(monkeypatch, tmp_path, 2)
+    second = in_another_process(monkeypatch, tmp_path, 1)
+    del holder
+    with pytest.raises(ValueError, match=refusal(1, 3)):
+        claim(tmp_path, 3)
+    second.require_unchanged()
+    del second
+    assert claim(tmp_path, 3).manifest["identity"] == {"seed": 3}
+
+
+def test_who_was_refused_holds_nothing(tmp_path, monkeypatch):
+    holder = claim(tmp_path, 1)
+    with pytest.raises(ValueError, match=refusal(1, 2)) as caught:
+        in_another_process(monkeypatch, tmp_path, 2)
+    del holder
+    claim(tmp_path, 3)
+    assert caught.tb is not None  # keeps all that the refused one had
+
+
+def test_a_result_settles_it(tmp_path, monkeypatch):
+    claim(tmp_path, 1)
+    write_result(tmp_path)
+    before = tree(tmp_path)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=refusal(1, 2)):
+            claim(tmp_path, 2)
+    mine = claim(tmp_path, 1)
+    with pytest.raises(ValueError, match=refusal(1, 2)):
+        in_another_process(monkeypatch, tmp_path, 2)
+    assert tree(tmp_path) == before
+    mine.require_unchanged()
+
+
+def test_the_newest_run_of_a_process_has_the_directory(tmp_path, monkeypatch):
+    first = claim(tmp_path, 1)
+    second = claim(tmp_path, 2)
+    with pytest.raises(RuntimeError, match=r"another run has taken box .* over; give each run a directory"):
+        first.require_unchanged()
+    second.require_unchanged()
+    with pytest.raises(ValueError, match=refusal(2, 3)):
+        in_another_process(monkeypatch, tmp_path, 3)
+    del first
+    with pytest.raises(ValueError, match=refusal(2, 3)):
+        in_another_process(monkeypatch, tmp_path, 3)
+
+
+def test_a_failed_claim_keeps_that_of_the_same_process(tmp_path, monkeypatch):
+    mine, other = claim(tmp_path, 1), in_another_process(monkeypatch, tmp_path, 1)
+    with pytest.raises(ValueError, match=refusal(1, 2)):
+        claim(tmp_path, 2)
+    del other
+    with pytest.raises(ValueError, match=refusal(1, 3)):
+        in_another_process(monkeypatch, tmp_path, 3)
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", full)
+        with pytest.raises(OSError, match="No space left"):
+            claim(tmp_path, 2)
+    in_another_process(monkeypatch, tmp_path, 1).require_unchanged()
+    with pytest.raises(ValueError, match=refusal(1, 3)):
+        in_another_process(monkeypatch, tmp_path, 3)
+    mine.require_unchanged()
+
+
+def test_without_locks_the_first_run_keeps_the_directory(tmp_path, monkeypatch):
+    monkeypatch.setattr(fcntl, "flock", refuse_locks)
+    first = claim(tmp_path, 1)
+    with pytest.raises(ValueError, match=refusal(1, 2)):
+        claim(tmp_path, 2)
+    del first
+    with pytest.raises(ValueError, match=refusal(1, 2)):
+        claim(tmp_path, 2)
+    claim(tmp_path, 1).require_unchanged()
+    assert tree(tmp_path) == {"manifest.json"}
+
+
+def test_a_manifest_that_was_replaced_on_another_machine_is_looked_for_again(tmp_path, monkeypatch):
+    """On NFS, a lock may be asked for on a file that is no longer there."""
+    claim(tmp_path, 1)
+    flock, stale = fcntl.flock, []
+
+    def once(*args):
+        if not stale:
+            stale.append(True)
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        flock(*args)
+
+    monkeypatch.setattr(fcntl, "flock", once)
+    claim(tmp_path, 2).require_unchanged()
+    assert stale
+
+
+def test_a_reader_claims_nothing(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match=r'" is not a box of results yet; fill it first'):
+        claim(tmp_path, 1, read_only=True)
+    assert not tree(tmp_path)
+    claim(tmp_path, 1)
+    reader = claim(tmp_path, 1, read_only=True)
+    with pytest.raises(ValueError, match=refusal(1, 2)):
+        claim(tmp_path, 2, read_only=True)
+    in_another_process(monkeypatch, tmp_path, 2)
+    with pytest.raises(RuntimeError, match="taken box"):
+        reader.require_unchanged()
+
+
+def test_results_that_appear_with_their_manifest_are_not_orphans(tmp_path, monkeypatch):
+    """Another process makes the manifest and a result after this one has seen that there is neither."""
+    lexists, seen, others = os.path.lexists, [], []
+
+    def raced(path):
+        if not seen:
+            seen.append(path)
+            others.append(in_another_process(monkeypatch, tmp_path, 1))
+            write_result(tmp_path)
+            return False
+        return lexists(path)
+
+    monkeypatch.setattr(os.path, "lexists", raced)
+    claim(tmp_path, 1).require_unchanged()
+    (tmp_path / "manifest.json").unlink()
+    with pytest.raises(ValueError, match=r'" holds results but no manifest.json; use another directory'):
+        claim(tmp_path, 1)
+
+
+def test_the_first_run_settles_some_fields(tmp_path):
+    first = claim(tmp_path, 1, size=4, count=2)
+    second = claim(tmp_path, 1, size=8, count=2)
+    assert second.manifest == first.manifest
+    assert second.manifest["size"] == 4
+    assert second.key == first.key
+    write_result(tmp_path)
+    with pytest.raises(ValueError, match="made with count 2, this run has count 3"):
+        claim(tmp_path, 1, size=4, count=3)
+
+
+def test_what_could_not_be_read_again_is_not_written(tmp_path):
+    with pytest.raises(ValueError, match="it holds a value"):
+        ClaimedDirectory(tmp_path, KIND_OF_NONE, {"identity": {}}, lambda *_: ("", ""), "run")
+    assert not tree(tmp_path)
+
+
+def no_value(field, value):
+    raise ValueError(f"{field} holds a value")
+
+
+KIND_OF_NONE = DirectoryKind("none", "none", 1, no_value, "", (), "*.txt", "results")
+
+
+def test_a_copy_of_a_claim_is_no_claim(tmp_path, monkeypatch):
+    mine = claim(tmp_path, 1)
+    for copied in (pickle.loads(pickle.dumps(mine)), copy.deepcopy(mine)):
+        copied.require_unchanged()
+        assert copied.key == mine.key
+        del copied
+        with pytest.raises(ValueError, match=refusal(1, 2)):
+            in_another_process(monkeypatch, tmp_path, 2)
+    copied = pickle.loads(pickle.dumps(mine))
+    del mine
+    in_another_process(monkeypatch, tmp_path, 2)
+    with pytest.raises(RuntimeError, match="another run has taken box"):
+        copied.require_unchanged()
+
+
+def test_a_lock_stays_with_its_file(tmp_path):
+    path = tmp_path / "file"
+    path.touch()
+    lock = Lock(path)
+    assert lock.take(shared=True)
+    assert lock.is_on(path)
+    path.rename(tmp_path / "renamed")
+    path.touch()
+    assert not lock.is_on(path)
+    assert lock.is_on(tmp_path / "renamed")
+    other, replacement = Lock(tmp_path / "renamed"), Lock(path)
+    assert other.file == lock.file != replacement.file
+    assert other.take(shared=True, wait=False)
+    assert not other.take(wait=False)
+    assert replacement.take(wait=False)
+    path.unlink()
+    assert not replacement.is_on(path)
+    lock.close()
+    assert other.take(wait=False)
+    assert Lock(tmp_path).take(wait=False)
+
+
+def test_a_file_that_one_may_only_read_can_be_locked(tmp_path, monkeypatch):
+    path, opening = tmp_path / "file", os.open
+    path.touch()
+
+    def read_only(name, flags, *args, **options):
+        if flags & os.O_RDWR:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return opening(name, flags, *args, **options)
+
+    monkeypatch.setattr(os, "open", read_only)
+    assert Lock(path).take(wait=False)
+    with pytest.raises(FileNotFoundError):
+        Lock(tmp_path / "none")
