@@ -34,7 +34,7 @@ from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.evaluating import exact_attention, modules_of
 from lightning_trak.projections import Projection
 from lightning_trak.projections.base import BoundProjection
-from lightning_trak.running.data import draw_audited
+from lightning_trak.running.ranges import draw_audited
 from lightning_trak.storage.files import tensor_digest
 
 _told = WarningCache()  # says a thing once

@@ -30,18 +30,11 @@ from lightning_trak.methods.base import Method
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import declared_output
 from lightning_trak.projections import Projection, SparseProjection
-from lightning_trak.running.data import (
-    Data,
-    Range,
-    Stop,
-    as_loaders,
-    batch_ranges,
-    batch_size_of,
-    fingerprint,
-    holds_several,
-    share_out,
-    single_loader,
-)
+from lightning_trak.running.content import fingerprint
+from lightning_trak.running.data import Data, as_loaders, single_loader
+from lightning_trak.running.loaders import holds_several
+from lightning_trak.running.loading import batch_size_of
+from lightning_trak.running.ranges import Range, Stop, batch_ranges, share_out
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.running.stopping import Interruption
 from lightning_trak.running.trainers import predict_over, refuse_spawning, shards_model

@@ -17,7 +17,8 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, S
 from lightning_trak.gradients.precision import WorkingPrecision
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.evaluating import exact_attention
-from lightning_trak.running.data import like
+from lightning_trak.running.batches import TransferHooks, on_device
+from lightning_trak.running.loading import like
 
 UNHEARD_LOG = ".*`self.trainer` reference is not registered.*"  # Lightning's warning, if there is no Trainer
 
@@ -194,18 +195,14 @@ def outputs_of(
         float32 of shape ``(num_targets,)``, on the CPU.
     """
     module.to(device).eval()
-    precision = WorkingPrecision(module)
+    precision, hooks = WorkingPrecision(module), TransferHooks(module)
+
+    def moved(batches: DataLoader[Any]) -> Iterator[Any]:
+        return on_device(batches, module.device, precision.convert_input, hooks)
+
     with torch.no_grad(), exact_attention(), precision.active():
         if output.context_size:
-            output.set_context(output.make_context(module, on_device(module, context, precision)))
-        found = [output.output(module, batch).float().cpu() for batch in on_device(module, targets, precision)]
+            output.set_context(output.make_context(module, moved(context)))
+        found = [output.output(module, batch).float().cpu() for batch in moved(targets)]
     module.cpu()
     return torch.cat(found)
-
-
-def on_device(module: L.LightningModule, batches: DataLoader[Any], precision: WorkingPrecision) -> Iterator[Any]:
-    """Batches on the module's device, by its own transfer hooks, in the precision of its weights."""
-    for batch in batches:
-        batch = module.on_before_batch_transfer(precision.convert_input(batch), 0)
-        batch = module.transfer_batch_to_device(batch, module.device, 0)
-        yield module.on_after_batch_transfer(batch, 0)

@@ -20,7 +20,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader
 
-from lightning_trak.running.loaders import plain_loaders, sample_digest
+from lightning_trak.running.content import sample_digest
+from lightning_trak.running.loaders import plain_loaders
 
 _HOOKS = {"fit": "train_dataloader", "predict": "predict_dataloader"}
 

@@ -14,7 +14,7 @@ from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnect
 from lightning_utilities.core.rank_zero import rank_zero_info
 from typing_extensions import override
 
-from lightning_trak.running.data import Stop
+from lightning_trak.running.ranges import Stop
 from lightning_trak.running.ranks import Ranks
 
 
