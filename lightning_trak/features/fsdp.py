@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_trak.checkpoints.copies import copy_module
 from lightning_trak.checkpoints.names import canonical_name
+from lightning_trak.compatibility import apply_to_tensors, set_device_mesh
 from lightning_trak.features.extractor import FeatureExtractor
 from lightning_trak.features.store import Features
 from lightning_trak.gradients import GradientEngine, HookEngine, ShardedHookEngine, coverage_report
@@ -106,7 +107,7 @@ class ShardedFeatureExtractor(FeatureExtractor):
         if self._shards:
             return
         assert isinstance(self.module, L.LightningModule)
-        self.module._device_mesh = mesh
+        set_device_mesh(self.module, mesh)
         self.module.configure_model()
         own = {canonical_name(raw): (raw, parameter) for raw, parameter in self.module.named_parameters()}
         changed = [name for name, shape in self.shapes.items() if name not in own or own[name][1].shape != shape]
@@ -123,7 +124,7 @@ class ShardedFeatureExtractor(FeatureExtractor):
             def materialize(tensor: Tensor) -> Tensor:
                 return torch.empty_like(tensor, device=device) if tensor.is_meta else tensor
 
-            self.module._apply(materialize)  # type: ignore[no-untyped-call]
+            apply_to_tensors(self.module, materialize)
         self._shards = True
 
     def lay_hooks(self, batch: Any, size: int) -> str:

@@ -14,9 +14,10 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_trak.checkpoints.copies import state_digest, uncompiled
+from lightning_trak.checkpoints.copies import state_digest
 from lightning_trak.checkpoints.reading import CheckpointSource, resolve_checkpoints
 from lightning_trak.checks import positive
+from lightning_trak.compatibility import original_module
 from lightning_trak.features.extractor import ENGINES, EngineName, FeatureExtractor
 from lightning_trak.features.finiteness import NotFiniteError
 from lightning_trak.features.fsdp import ShardedFeatureExtractor
@@ -37,7 +38,8 @@ from lightning_trak.running.loading import batch_size_of
 from lightning_trak.running.ranges import Range, Stop, batch_ranges, share_out
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.running.stopping import Interruption
-from lightning_trak.running.trainers import predict_over, refuse_spawning, shards_model
+from lightning_trak.running.strategies import refuse_spawning, shards_model
+from lightning_trak.running.trainers import predict_over
 from lightning_trak.scoring.base import Scorer, Scores
 from lightning_trak.scoring.predict import ScoreModule
 from lightning_trak.scoring.topk import TopK
@@ -105,7 +107,7 @@ class FeatureMethod(Method):
     ) -> None:
         require_one_of("engine", engine, ("auto", "functional", "hooks", "loop"))
         require_one_of("dtype", dtype, (torch.float64, torch.float32, torch.bfloat16, torch.float16))
-        self.model = uncompiled(model)
+        self.model = original_module(model)
         self.output = declared_output(self.model, output)
         self.checkpoints = resolve_checkpoints(checkpoints, weights_only=weights_only)
         self.store = local_directory(store, "store")

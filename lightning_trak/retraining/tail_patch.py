@@ -17,7 +17,8 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from lightning_trak.checkpoints.copies import Original, copy_module, uncompiled
+from lightning_trak.checkpoints.copies import Original, copy_module
+from lightning_trak.compatibility import original_module
 from lightning_trak.gradients.leaves import require_own_leaves
 from lightning_trak.gradients.precision import WorkingPrecision
 from lightning_trak.gradients.soundness import require_repeatable, trying
@@ -126,7 +127,7 @@ def tail_patch(
     """
     if isinstance(optimizer, LightningOptimizer):
         optimizer = optimizer.optimizer
-    module, output = cast(L.LightningModule, uncompiled(module)), declared_output(module, output)
+    module, output = cast(L.LightningModule, original_module(module)), declared_output(module, output)
     train_loader, target_loader = as_loader(train), as_loader(targets)
     num_train, num_targets = (len(cast(Any, loader.dataset)) for loader in (train_loader, target_loader))
     require_scores(scores, num_targets, num_train)

@@ -9,11 +9,12 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states, seed_everything
+from lightning.fabric.utilities.seed import seed_everything
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
 
+from lightning_trak.compatibility import collect_rng_states, set_rng_states
 from lightning_trak.gradients.precision import WorkingPrecision
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.evaluating import exact_attention
@@ -86,14 +87,14 @@ class NothingTwice:
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Seeds everything; random states and environment are as they were afterwards, after an error too."""
-    states = _collect_rng_states()
+    states = collect_rng_states()
     names = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
     environment = {name: os.environ.get(name) for name in names}
     try:
         seed_everything(seed, workers=True, verbose=False)
         yield
     finally:
-        _set_rng_states(states)
+        set_rng_states(states)
         for name, value in environment.items():
             os.environ.pop(name, None)
             if value is not None:
@@ -130,8 +131,9 @@ def shuffled_like(loader: DataLoader[Any]) -> Callable[[Dataset[Any]], DataLoade
         ValueError: if the loader draws otherwise than in order or at random.
     """
     sampler: Any = loader.sampler
-    random = type(sampler) is RandomSampler and not sampler.replacement and sampler._num_samples is None
-    if type(loader.batch_sampler) is not BatchSampler or not (random or type(sampler) is SequentialSampler):
+    in_order = type(sampler) is SequentialSampler
+    at_random = type(sampler) is RandomSampler and not sampler.replacement and len(sampler) == len(sampler.data_source)
+    if type(loader.batch_sampler) is not BatchSampler or not (in_order or at_random):
         raise ValueError(
             f"train has a {type(loader.batch_sampler).__name__} of a {type(sampler).__name__}, which a subset may need"
             " another of: pass make_loader=, a function that makes the loader of a subset"
