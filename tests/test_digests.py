@@ -17,8 +17,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_trak.fingerprints.digests import content_digest
-from lightning_trak.running.data import fingerprint
-from lightning_trak.running.loaders import sample_digest
+from lightning_trak.running.content import fingerprint, sample_digest
 from tests.launch import ROOT
 from tests.lit import TRAIN
 

@@ -13,7 +13,7 @@ from lightning_trak.features.store import FeatureStore
 from lightning_trak.methods import RepresentationSimilarity
 from lightning_trak.outputs import CausalLMMargin, ContrastiveMargin
 from lightning_trak.projections import KroneckerProjection, SparseProjection
-from lightning_trak.running.data import Range, share_out
+from lightning_trak.running.ranges import Range, share_out
 from tests.launch import run_together
 from tests.lit import LitNet, OwnLinear, make_checkpoints, make_data, make_trainer
 from tests.zoo import TinyGPT

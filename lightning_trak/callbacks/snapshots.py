@@ -108,12 +108,13 @@ class TRAKCallback(Callback):
     @override
     def state_key(self) -> str:
         """Tells several of these callbacks in one Trainer apart."""
-        return self._generate_state_key(
-            dirpath=self.dirpath,
-            every_n_epochs=self.every_n_epochs,
-            every_n_train_steps=self.every_n_train_steps,
-            train_time_interval=self.train_time_interval,
-        )
+        settings = {
+            "dirpath": self.dirpath,
+            "every_n_epochs": self.every_n_epochs,
+            "every_n_train_steps": self.every_n_train_steps,
+            "train_time_interval": self.train_time_interval,
+        }
+        return f"{type(self).__qualname__}{settings}"
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -10,20 +10,20 @@ import torch
 from lightning_utilities.core.rank_zero import WarningCache
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lightning_trak.checkpoints.names import canonical_name
 from lightning_trak.checkpoints.weights import is_extra_state
+from lightning_trak.compatibility import (
+    forget_compiled_call,
+    has_gradient_hooks,
+    is_traceable_wrapper_subclass,
+    set_device_mesh,
+    transient_buffers,
+)
 from lightning_trak.running.fsdp import is_sharded, shard_like
 from lightning_trak.storage.files import tensor_digest
 
 _told = WarningCache()  # says a thing once
-
-
-def uncompiled(model: nn.Module) -> nn.Module:
-    """What `torch.compile` was given, if it made this model: copies cannot share its code."""
-    original = getattr(model, "_orig_mod", None)
-    return original if isinstance(original, nn.Module) else model
 
 
 def copy_module(module: nn.Module, configure: bool = True) -> nn.Module:
@@ -42,7 +42,7 @@ def copy_module(module: nn.Module, configure: bool = True) -> nn.Module:
         raise ValueError(
             f"this {name} has parameters that are not initialized yet, {_some(lazy)}: run a batch through it first"
         )
-    hooked = [key for key, parameter in module.named_parameters() if parameter._backward_hooks]
+    hooked = [key for key, parameter in module.named_parameters() if has_gradient_hooks(parameter)]
     if hooked:
         raise ValueError(
             f"parameters of {name} have gradient hooks, {_some(hooked)}: a copy has none, so that its gradients may be"
@@ -71,11 +71,11 @@ def copy_module(module: nn.Module, configure: bool = True) -> nn.Module:
         )
     for part in copied.modules():
         # LightningModule keeps what compile() made of it, which would run the original.
-        part._compiled_call_impl = None
+        forget_compiled_call(part)
     for parameter in copied.parameters():
         parameter.grad = None
     if configure and isinstance(copied, L.LightningModule):
-        copied._device_mesh = None
+        set_device_mesh(copied, None)
         try:
             copied.configure_model()
         except TypeError as error:
@@ -129,7 +129,7 @@ class Original:
                 continue
             if current.is_inference():  # a forward pass in inference mode has made it, and it cannot be written into
                 parent, _, key = raw.rpartition(".")
-                self._module.get_submodule(parent)._buffers[key] = original.to(current)
+                setattr(self._module.get_submodule(parent), key, original.to(current))
             else:
                 current.copy_(original)
         if self._extra_state:
@@ -266,7 +266,7 @@ def _transient(module: nn.Module) -> list[str]:
     return [
         f"{prefix}.{key}" if prefix else key
         for prefix, part in module.named_modules(remove_duplicate=False)
-        for key in part._non_persistent_buffers_set
+        for key in transient_buffers(part)
     ]
 
 

@@ -16,13 +16,12 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from lightning_trak.compatibility import EXTRA_STATE, is_traceable_wrapper_subclass
 from lightning_trak.storage.files import tensor_digest
 from lightning_trak.storage.locations import require_regular
 
 _HEADER = "lightning_trak"
-_EXTRA_STATE = "_extra_state"
 _ADVICE = "restore it from a copy, or pass a list of the paths of other snapshots"
 
 # What every safetensors has had a name for; others are stored as bytes.
@@ -34,7 +33,7 @@ _NATIVE = {
 
 def is_extra_state(name: Any) -> bool:
     """Whether this is the name of what a module's ``get_extra_state()`` gave."""
-    return isinstance(name, str) and name.rpartition(".")[2] == _EXTRA_STATE
+    return isinstance(name, str) and name.rpartition(".")[2] == EXTRA_STATE
 
 
 def without_extra_state(state_dict: Mapping[Any, Any], source: str) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import lightning as L
 import torch
@@ -25,6 +25,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 from lightning_trak.cli.config_code import deny_standard_library, require_own_code
+from lightning_trak.compatibility import skip_completion
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.methods import FeatureMethod
 from lightning_trak.metrics import LinearDatamodelingScore
@@ -35,6 +36,8 @@ from lightning_trak.running.data import single_loader
 from lightning_trak.storage.files import write_atomically
 from lightning_trak.storage.paths import local_path
 from lightning_trak.texts import counted, printable
+
+T = TypeVar("T")
 
 # A model is what commands add to a method's settings.
 MakeMethod = Callable[[nn.Module], FeatureMethod]
@@ -181,7 +184,7 @@ class AttributionCLI(LightningCLI):
         parser.add_lightning_class_args(L.LightningModule, "model", subclass_mode=True, required=False)
         parser.add_lightning_class_args(L.LightningDataModule, "data", subclass_mode=True, required=False)
         # A completion script would go through all layers of torch as arguments of this package's own modules.
-        cast(Any, parser._option_string_actions["--model"]).complete = {}
+        skip_completion(parser, "--model")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The section that all subcommands accept, so that they can share a file."""
@@ -192,29 +195,49 @@ class AttributionCLI(LightningCLI):
         """Refuse code that a file may not name, before any of it is called."""
         require_own_code(self.config)
 
-    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        kwargs = super()._prepare_subcommand_kwargs(subcommand)
-        if subcommand == "fit":
-            self._require("model", self.model)
-            return kwargs
-        del kwargs["model"]
-        wanted = self.subcommands()[subcommand]
-        if "datamodule" in wanted:
-            self._require("data", self.datamodule)
-        else:
-            kwargs.pop("datamodule", None)
-        if "model" in wanted:
-            kwargs["model"] = self.model
-        if "method" in wanted:
-            self._require("model", self.model)
-            kwargs["method"] = self._get(self.config_init, "method")(self.model)
-        return kwargs
+    # Lightning calls the method of a subcommand's name here, if there is one, instead of the Trainer's. It gives the
+    # subcommand's own arguments and, for every subcommand, `model`, and `datamodule` if there is one.
 
-    def _require(self, section: str, value: Any) -> None:
+    def fit(self, model: L.LightningModule | None, **arguments: Any) -> None:
+        """Train."""
+        self.trainer.fit(self._required("model", model), **arguments)
+
+    def featurize(self, **arguments: Any) -> None:
+        """Call the Trainer's method of that name."""
+        self._attribute(AttributionTrainer.featurize, **arguments)
+
+    def score(self, **arguments: Any) -> None:
+        """Call the Trainer's method of that name."""
+        self._attribute(AttributionTrainer.score, **arguments)
+
+    def evaluate(self, model: Any, datamodule: Any = None, **arguments: Any) -> None:
+        """Call the Trainer's method of that name, which needs neither model nor data."""
+        del model, datamodule
+        cast(AttributionTrainer, self.trainer).evaluate(**arguments)
+
+    def show(
+        self, model: L.LightningModule | None, datamodule: L.LightningDataModule | None = None, **arguments: Any
+    ) -> None:
+        """Call the Trainer's method of that name."""
+        cast(AttributionTrainer, self.trainer).show(self._required("data", datamodule), model, **arguments)
+
+    def _attribute(
+        self,
+        run: Callable[..., None],
+        model: L.LightningModule | None,
+        datamodule: L.LightningDataModule | None = None,
+        **arguments: Any,
+    ) -> None:
+        data, module = self._required("data", datamodule), self._required("model", model)
+        method = self.config_init[self.subcommand].method(module)
+        run(self.trainer, method, data, **arguments)
+
+    def _required(self, section: str, value: T | None) -> T:
         if value is None:
             raise ValueError(
                 f"{self.subcommand} needs `{section}`: give a class with --{section}, or that section in a file"
             )
+        return value
 
 
 def _heading(saved: SavedScores) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_trak.features.rows import Features
-from lightning_trak.running.data import load
+from lightning_trak.running.loading import load
 
 if TYPE_CHECKING:
     from lightning_trak.features.model import ModelCopy

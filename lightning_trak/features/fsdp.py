@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_trak.checkpoints.copies import copy_module
 from lightning_trak.checkpoints.names import canonical_name
+from lightning_trak.compatibility import apply_to_tensors, set_device_mesh
 from lightning_trak.features.extractor import FeatureExtractor
 from lightning_trak.features.model import ModelCopy
 from lightning_trak.features.rows import Features
@@ -95,7 +96,7 @@ class ShardedModelCopy(ModelCopy):
         if self._shards:
             return
         assert isinstance(self.module, L.LightningModule)
-        self.module._device_mesh = mesh
+        set_device_mesh(self.module, mesh)
         self.module.configure_model()
         own = {canonical_name(raw): (raw, parameter) for raw, parameter in self.module.named_parameters()}
         changed = [name for name, shape in self.shapes.items() if name not in own or own[name][1].shape != shape]
@@ -112,7 +113,7 @@ class ShardedModelCopy(ModelCopy):
             def materialize(tensor: Tensor) -> Tensor:
                 return torch.empty_like(tensor, device=device) if tensor.is_meta else tensor
 
-            self.module._apply(materialize)  # type: ignore[no-untyped-call]
+            apply_to_tensors(self.module, materialize)
         self._shards = True
 
 

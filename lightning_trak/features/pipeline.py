@@ -26,19 +26,14 @@ from lightning_trak.features.store import FeatureStore
 from lightning_trak.gradients import ParameterSelection
 from lightning_trak.gradients.precision import precision_of
 from lightning_trak.outputs import ModelOutput
-from lightning_trak.running.data import (
-    Data,
-    Range,
-    Stop,
-    batch_ranges,
-    batch_size_of,
-    fingerprint,
-    share_out,
-    single_loader,
-)
+from lightning_trak.running.content import fingerprint
+from lightning_trak.running.data import Data, single_loader
+from lightning_trak.running.loading import batch_size_of
+from lightning_trak.running.ranges import Range, Stop, batch_ranges, share_out
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.running.stopping import Interruption
-from lightning_trak.running.trainers import predict_over, refuse_spawning, shards_model
+from lightning_trak.running.strategies import refuse_spawning, shards_model
+from lightning_trak.running.trainers import predict_over
 from lightning_trak.texts import counted
 
 

@@ -27,8 +27,9 @@ from lightning_trak.gradients.base import EngineError
 from lightning_trak.gradients.batch import ExampleBatch, Layout, find_layout
 from lightning_trak.gradients.precision import autocast_of
 from lightning_trak.projections.base import BoundProjection
-from lightning_trak.running.data import IndexedBatch, RangeLoader, Stop, load, sample_batches
+from lightning_trak.running.loading import load, sample_batches
 from lightning_trak.running.predict import PredictModule
+from lightning_trak.running.ranges import IndexedBatch, RangeLoader, Stop
 from lightning_trak.running.ranks import Ranks
 
 AUDITED_TOGETHER = 1024  # targets that are audited as a shard is, where they come in batches
@@ -239,15 +240,11 @@ class ExtractorModule(PredictModule):
 
     def _batches(self, loader: DataLoader[Any], positions: list[list[int]]) -> Iterator[Any]:
         """Examples at some positions, a batch for each list, on the device."""
-        for batch in load(loader, positions, num_workers=min(1, loader.num_workers)):
-            batch = self.trainer.precision_plugin.convert_input(batch)
-            batch = self.on_before_batch_transfer(batch, 0)
-            batch = self.transfer_batch_to_device(batch, self.device, 0)
-            yield self.on_after_batch_transfer(batch, 0)
+        return self.on_device(load(loader, positions, num_workers=min(1, loader.num_workers)))
 
 
 class FeaturizeModule(ExtractorModule):
-    """Featurizes :class:`~lightning_trak.running.data.IndexedBatch`; the m-th dataloader is for the m-th checkpoint.
+    """Featurizes :class:`~lightning_trak.running.ranges.IndexedBatch`; the m-th dataloader is for the m-th checkpoint.
 
     Args:
         sink: where features go.

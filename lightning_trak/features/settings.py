@@ -7,7 +7,7 @@ import torch
 from lightning_trak.checks import require_one_of
 from lightning_trak.features.engines import ENGINES, EngineName
 from lightning_trak.projections import Projection
-from lightning_trak.running.data import draw_audited
+from lightning_trak.running.ranges import draw_audited
 
 
 @dataclass(frozen=True)

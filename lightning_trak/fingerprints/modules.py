@@ -15,6 +15,7 @@ from torch.fx import GraphModule
 from torch.jit import ScriptModule
 from torchmetrics import Metric, MetricCollection
 
+from lightning_trak.compatibility import WRAPPERS, hooks_of
 from lightning_trak.fingerprints import bytecode
 from lightning_trak.fingerprints.classes import (
     INITIAL,
@@ -28,9 +29,6 @@ from lightning_trak.fingerprints.classes import (
     name_of,
 )
 from lightning_trak.fingerprints.values import Fingerprint, address, digest, plain
-
-# What torch.compile, FSDP and activation checkpointing put around a module, which is the same inside.
-_WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 # What Lightning calls to train and to keep house. The rest of LightningModule's names the features depend on.
 _HOOKS = frozenset(name for name in dir(L.LightningModule) if name not in dir(nn.Module))
@@ -46,7 +44,6 @@ _HOUSEKEEPING = frozenset([*vars(nn.Module()), *vars(L.LightningModule()), *vars
     "name_or_path",
     "warnings_issued",
 }
-_REGISTERED = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 # With more parts than this, layers that differ by a number in their name share an entry.
 _MANY = 100
@@ -114,10 +111,10 @@ def describe(module: nn.Module, fingerprint: Fingerprint, training: bool = False
         if isinstance(part, L.LightningModule) and "hparams" in fingerprint.names:
             for name in fingerprint.names.intersection(part.hparams):
                 options[f"hparams.{name}"] = _short(fingerprint.value(part.hparams[name]))
-        for name in _REGISTERED:
-            hooks = [hook for hook in getattr(part, name, {}).values() if _is_users(hook)]
-            if hooks:
-                options[name.strip("_").replace("_", " ")] = _short(fingerprint.value(hooks))
+        for kind, hooks in hooks_of(part).items():
+            users = [hook for hook in hooks if _is_users(hook)]
+            if users:
+                options[kind] = _short(fingerprint.value(users))
         if isinstance(part, (GraphModule, ScriptModule)):
             options["program"] = digest(str(part.code))
         return options
@@ -144,15 +141,14 @@ def _parts(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     seen: set[int] = set()
 
     def walk(part: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-        inner = next((part._modules[key] for key in _WRAPPED if key in part._modules), None)
+        inner = next((child for key, child in part.named_children() if key in WRAPPERS), None)
         if inner is not None:
             yield from walk(inner, name)
         elif id(part) not in seen and not isinstance(part, (Metric, MetricCollection)):
             seen.add(id(part))
             yield name, part
-            for child_name, child in part._modules.items():
-                if child is not None:
-                    yield from walk(child, f"{name}.{child_name}" if name else child_name)
+            for child_name, child in part.named_children():
+                yield from walk(child, f"{name}.{child_name}" if name else child_name)
 
     yield from walk(module, "")
 

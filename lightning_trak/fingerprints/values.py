@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_trak.compatibility import original_function, registered
 from lightning_trak.fingerprints import bytecode
 from lightning_trak.fingerprints.classes import (
     BUILTIN,
@@ -114,7 +115,7 @@ class Fingerprint:
             self._open.discard(id(value))
 
     def _deep(self, value: Any, owner: str | None) -> Any:
-        value = getattr(value, "_torchdynamo_orig_callable", value)
+        value = original_function(value)
         if isinstance(value, Tensor):
             return self._tensor(value)
         if isinstance(value, np.ndarray):
@@ -330,7 +331,7 @@ def _attributes(value: Any) -> dict[str, Any]:
         return {}
     held = dict(getattr(value, "__dict__", {}))
     if isinstance(value, nn.Module):
-        held |= {**value._parameters, **value._buffers, **value._modules}
+        held |= registered(value)
     if isinstance(value, L.LightningModule):
         held["hparams"] = value.hparams
     return {**value, **held} if isinstance(value, dict) else held

@@ -11,10 +11,13 @@ from torch import Tensor, nn
 from lightning_trak.gradients.soundness import require_repeatable, trying
 from lightning_trak.outputs.evaluating import exact_attention
 from lightning_trak.outputs.mixin import declared_output
-from lightning_trak.running.data import Data, IndexedBatch, batch_ranges, batch_size_of, share_out, single_loader
+from lightning_trak.running.data import Data, single_loader
+from lightning_trak.running.loading import batch_size_of
 from lightning_trak.running.predict import PredictModule
+from lightning_trak.running.ranges import IndexedBatch, batch_ranges, share_out
 from lightning_trak.running.ranks import Ranks
-from lightning_trak.running.trainers import predict_over, refuse_spawning, require_whole_parameters
+from lightning_trak.running.strategies import require_whole_parameters
+from lightning_trak.running.trainers import predict_over
 
 Rows = Callable[[nn.Module, Any], Tensor]
 
@@ -73,7 +76,6 @@ class Examples:
             ValueError: if ``function`` does not give one row per example, a row is not finite, the Trainer's strategy
                 splits the model, or rows depend on chance or on weights of ``original``.
         """
-        refuse_spawning(trainer)
         require_whole_parameters(trainer)
         found: list[tuple[Tensor, Tensor]] = []
         mapper = _MapModule(function, what, original, found, module, self.datamodule)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_trak.checkpoints.copies import uncompiled
 from lightning_trak.checkpoints.reading import CheckpointSource, resolve_checkpoints
+from lightning_trak.compatibility import original_module
 from lightning_trak.features.engines import EngineName
 from lightning_trak.features.identity import Contents
 from lightning_trak.features.pipeline import FeaturePipeline
@@ -23,9 +23,10 @@ from lightning_trak.methods.base import Method
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import declared_output
 from lightning_trak.projections import Projection, SparseProjection
-from lightning_trak.running.data import Data, as_loaders, holds_several, single_loader
+from lightning_trak.running.data import Data, as_loaders, single_loader
+from lightning_trak.running.loaders import holds_several
 from lightning_trak.running.ranks import Ranks
-from lightning_trak.running.trainers import refuse_spawning
+from lightning_trak.running.strategies import refuse_spawning
 from lightning_trak.scoring.base import Scorer
 from lightning_trak.scoring.predict import ScoreModule
 from lightning_trak.scoring.targets import score_targets
@@ -86,7 +87,7 @@ class FeatureMethod(Method):
         weights_only: bool = True,
         audit: int = 2,
     ) -> None:
-        self.model = uncompiled(model)
+        self.model = original_module(model)
         self.output = declared_output(self.model, output)
         self.checkpoints = resolve_checkpoints(checkpoints, weights_only=weights_only)
         self._contents = Contents(self.checkpoints)

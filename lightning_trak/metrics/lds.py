@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
-from torchmetrics.utilities.imports import _MATPLOTLIB_AVAILABLE
-from torchmetrics.utilities.plot import _AX_TYPE, _PLOT_OUT_TYPE
 
 from lightning_trak.metrics.functional.lds import (
     ConstantRows,
@@ -23,7 +22,11 @@ from lightning_trak.metrics.functional.lds import (
 )
 from lightning_trak.metrics.functional.noise_ceiling import noise_ceiling
 
-if not _MATPLOTLIB_AVAILABLE:
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+if find_spec("matplotlib") is None:
     __doctest_skip__ = ["LinearDatamodelingScore.plot"]
 
 
@@ -173,7 +176,7 @@ class LinearDatamodelingScore(Metric):
                 )
             return ceilings[counted].mean()
 
-    def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: _AX_TYPE | None = None) -> _PLOT_OUT_TYPE:
+    def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Axes | None = None) -> tuple[Figure, Any]:
         """Plot one value or several.
 
         Args:

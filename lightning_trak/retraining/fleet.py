@@ -32,7 +32,9 @@ from lightning_trak.retraining.training import (
     train_alone,
 )
 from lightning_trak.retraining.vectorized import require_trainable_together, train_together
-from lightning_trak.running.data import as_loader, batch_size_of, fingerprint, load
+from lightning_trak.running.content import fingerprint
+from lightning_trak.running.loaders import as_loader
+from lightning_trak.running.loading import batch_size_of, load
 from lightning_trak.storage.paths import local_directory
 
 Part = str | tuple[int, int]

@@ -17,7 +17,8 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from lightning_trak.checkpoints.copies import Original, copy_module, uncompiled
+from lightning_trak.checkpoints.copies import Original, copy_module
+from lightning_trak.compatibility import original_module
 from lightning_trak.gradients.leaves import require_own_leaves
 from lightning_trak.gradients.precision import WorkingPrecision
 from lightning_trak.gradients.soundness import require_repeatable, trying
@@ -26,8 +27,10 @@ from lightning_trak.outputs.evaluating import exact_attention, unchanged
 from lightning_trak.outputs.mixin import declared_output
 from lightning_trak.retraining.estimates import Estimate, mean_of
 from lightning_trak.retraining.removal import ranked, require_scores
-from lightning_trak.retraining.training import UNHEARD_LOG, on_device, training_loss
-from lightning_trak.running.data import as_loader, load
+from lightning_trak.retraining.training import UNHEARD_LOG, training_loss
+from lightning_trak.running.batches import TransferHooks, on_device
+from lightning_trak.running.loaders import as_loader
+from lightning_trak.running.loading import load
 from lightning_trak.tables import Table
 
 
@@ -124,7 +127,7 @@ def tail_patch(
     """
     if isinstance(optimizer, LightningOptimizer):
         optimizer = optimizer.optimizer
-    module, output = cast(L.LightningModule, uncompiled(module)), declared_output(module, output)
+    module, output = cast(L.LightningModule, original_module(module)), declared_output(module, output)
     train_loader, target_loader = as_loader(train), as_loader(targets)
     num_train, num_targets = (len(cast(Any, loader.dataset)) for loader in (train_loader, target_loader))
     require_scores(scores, num_targets, num_train)
@@ -149,11 +152,11 @@ def tail_patch(
     with isolate_rng(), warnings.catch_warnings(), torch.enable_grad():
         warnings.filterwarnings("ignore", UNHEARD_LOG)
         alone = load(target_loader, [[target] for target in range(num_targets)])
-        asked = list(on_device(patch.module, alone, patch.precision))
+        asked = list(patch.on_device(alone))
         if asked:
             patch.require_sound_output(module, asked[0])
         before = [patch.output_at(batch, target) for target, batch in enumerate(asked)]
-        batches = on_device(patch.module, load(train_loader, wanted), patch.precision)
+        batches = patch.on_device(load(train_loader, wanted))
         for (step, places), batch in zip(
             tqdm(wanted.items(), desc="Tail patch", disable=not progress_bar), batches, strict=True
         ):
@@ -196,6 +199,9 @@ class _Patch:
         self.optimizer = copy.deepcopy(optimizer, {id(old): new for old, new in pairs})
         self.original = Original(self.module, everything=True)
         self.state = copy.deepcopy(self.optimizer.state_dict())
+
+    def on_device(self, batches: DataLoader[Any]) -> Iterator[Any]:
+        return on_device(batches, self.module.device, self.precision.convert_input, TransferHooks(self.module))
 
     def step(self, batch: Any) -> None:
         self.original.restore()

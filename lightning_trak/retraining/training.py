@@ -9,15 +9,17 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states, seed_everything
+from lightning.fabric.utilities.seed import seed_everything
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
 
+from lightning_trak.compatibility import collect_rng_states, set_rng_states
 from lightning_trak.gradients.precision import WorkingPrecision
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.evaluating import exact_attention
-from lightning_trak.running.data import like
+from lightning_trak.running.batches import TransferHooks, on_device
+from lightning_trak.running.loading import like
 
 UNHEARD_LOG = ".*`self.trainer` reference is not registered.*"  # Lightning's warning, if there is no Trainer
 
@@ -85,14 +87,14 @@ class NothingTwice:
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Seeds everything; random states and environment are as they were afterwards, after an error too."""
-    states = _collect_rng_states()
+    states = collect_rng_states()
     names = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
     environment = {name: os.environ.get(name) for name in names}
     try:
         seed_everything(seed, workers=True, verbose=False)
         yield
     finally:
-        _set_rng_states(states)
+        set_rng_states(states)
         for name, value in environment.items():
             os.environ.pop(name, None)
             if value is not None:
@@ -129,8 +131,9 @@ def shuffled_like(loader: DataLoader[Any]) -> Callable[[Dataset[Any]], DataLoade
         ValueError: if the loader draws otherwise than in order or at random.
     """
     sampler: Any = loader.sampler
-    random = type(sampler) is RandomSampler and not sampler.replacement and sampler._num_samples is None
-    if type(loader.batch_sampler) is not BatchSampler or not (random or type(sampler) is SequentialSampler):
+    in_order = type(sampler) is SequentialSampler
+    at_random = type(sampler) is RandomSampler and not sampler.replacement and len(sampler) == len(sampler.data_source)
+    if type(loader.batch_sampler) is not BatchSampler or not (in_order or at_random):
         raise ValueError(
             f"train has a {type(loader.batch_sampler).__name__} of a {type(sampler).__name__}, which a subset may need"
             " another of: pass make_loader=, a function that makes the loader of a subset"
@@ -194,18 +197,14 @@ def outputs_of(
         float32 of shape ``(num_targets,)``, on the CPU.
     """
     module.to(device).eval()
-    precision = WorkingPrecision(module)
+    precision, hooks = WorkingPrecision(module), TransferHooks(module)
+
+    def moved(batches: DataLoader[Any]) -> Iterator[Any]:
+        return on_device(batches, module.device, precision.convert_input, hooks)
+
     with torch.no_grad(), exact_attention(), precision.active():
         if output.context_size:
-            output.set_context(output.make_context(module, on_device(module, context, precision)))
-        found = [output.output(module, batch).float().cpu() for batch in on_device(module, targets, precision)]
+            output.set_context(output.make_context(module, moved(context)))
+        found = [output.output(module, batch).float().cpu() for batch in moved(targets)]
     module.cpu()
     return torch.cat(found)
-
-
-def on_device(module: L.LightningModule, batches: DataLoader[Any], precision: WorkingPrecision) -> Iterator[Any]:
-    """Batches on the module's device, by its own transfer hooks, in the precision of its weights."""
-    for batch in batches:
-        batch = module.on_before_batch_transfer(precision.convert_input(batch), 0)
-        batch = module.transfer_batch_to_device(batch, module.device, 0)
-        yield module.on_after_batch_transfer(batch, 0)

@@ -16,7 +16,6 @@ import lightning as L
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar
-from lightning.pytorch.core.optimizer import _configure_optimizers, _configure_schedulers_automatic_opt
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.types import LRSchedulerConfig
@@ -24,9 +23,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset, RandomSampler, default_collate
 
+from lightning_trak.compatibility import configure_optimizers, configure_schedulers, tree_map
 from lightning_trak.gradients.leaves import apart_from, leaves_of
 from lightning_trak.gradients.substitution import Substituted
 from lightning_trak.outputs import ModelOutput
@@ -346,13 +345,13 @@ def _take(value: Tensor, positions: Tensor) -> Tensor:
 def _optimizer(module: L.LightningModule) -> tuple[Optimizer, list[LRSchedulerConfig]]:
     if not module.automatic_optimization:
         raise TypeError(f"{type(module).__name__} optimizes by hand, which is not done for many modules at once")
-    optimizers, schedulers, monitor = _configure_optimizers(cast(Any, module.configure_optimizers()))
+    optimizers, schedulers, monitor = configure_optimizers(cast(Any, module.configure_optimizers()))
     if len(optimizers) != 1 or monitor is not None:
         raise TypeError(
             f"{type(module).__name__}.configure_optimizers() gave {len(optimizers)} optimizers, monitor={monitor!r};"
             " modules are trained together by one optimizer, with schedulers that monitor nothing"
         )
-    return optimizers[0], _configure_schedulers_automatic_opt(schedulers, monitor)
+    return optimizers[0], configure_schedulers(schedulers, monitor)
 
 
 def _advance(schedulers: list[LRSchedulerConfig], interval: str) -> None:

@@ -13,14 +13,14 @@ import lightning as L
 import numpy as np
 import torch
 import torch.distributed as dist
-from lightning.fabric.utilities.distributed import _InfiniteBarrier
-from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader
 
-from lightning_trak.running.loaders import plain_loaders, sample_digest
+from lightning_trak.compatibility import InfiniteBarrier, starts_script_again
+from lightning_trak.running.content import sample_digest
+from lightning_trak.running.loaders import plain_loaders
 
 _HOOKS = {"fit": "train_dataloader", "predict": "predict_dataloader"}
 
@@ -138,9 +138,9 @@ def _prepare(datamodule: L.LightningDataModule, trainer: L.Trainer) -> None:
     if not is_overridden("prepare_data", datamodule, L.LightningDataModule):
         return
     launcher = trainer.strategy.launcher
-    if isinstance(launcher, _SubprocessScriptLauncher) and trainer.world_size > 1 and not dist.is_initialized():
+    if launcher is not None and starts_script_again(trainer) and trainer.world_size > 1 and not dist.is_initialized():
         launcher.launch(trainer.strategy.setup_environment, trainer=trainer)  # the others must be there to wait
-    with _InfiniteBarrier():
+    with InfiniteBarrier():
         per_node = getattr(datamodule, "prepare_data_per_node", True)
         if trainer.local_rank == 0 and (per_node or trainer.global_rank == 0):
             datamodule.prepare_data()

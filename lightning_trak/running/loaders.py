@@ -1,6 +1,6 @@
 """From what a user passes as data to a loader of a map-style dataset, or the reason why it cannot be one."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -8,11 +8,9 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from lightning_trak.fingerprints.digests import content_digest
 from lightning_trak.running.samplers import require_whole
 
 DEFAULT_BATCH_SIZE = 32
@@ -28,7 +26,7 @@ class MapStyle(Protocol):
         """One of them."""
 
 
-Data = DataLoader[Any] | Dataset[Any] | MapStyle | L.LightningDataModule
+PlainData = DataLoader[Any] | Dataset[Any] | MapStyle
 
 
 def holds_several(data: Any) -> bool:
@@ -41,7 +39,7 @@ def plain_loaders(data: Any) -> list[DataLoader[Any]]:
     return [as_loader(item) for item in data] if holds_several(data) else [as_loader(data)]
 
 
-def as_loader(data: Data) -> DataLoader[Any]:
+def as_loader(data: PlainData) -> DataLoader[Any]:
     """A loader of a map-style dataset, if that is what is given.
 
     Args:
@@ -65,69 +63,6 @@ def as_loader(data: Data) -> DataLoader[Any]:
         raise ValueError("the dataset is empty")
     require_whole(data)
     return data
-
-
-def batch_size_of(loader: DataLoader[Any]) -> int:
-    """The loader's batch size, or 32 when a batch sampler of varying sizes decides."""
-    size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
-    return size if isinstance(size, int) and size > 0 else DEFAULT_BATCH_SIZE
-
-
-class _Batches(Sampler[list[int]]):
-    """Lists of positions, made as they are asked for."""
-
-    def __init__(self, batches: Iterable[Sequence[int]]) -> None:
-        self.batches = batches
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return (list(batch) for batch in self.batches)
-
-
-def like(loader: DataLoader[Any], dataset: Dataset[Any], **options: Any) -> DataLoader[Any]:
-    """A loader of another dataset, or in another order, that collates and works as the given one does.
-
-    Args:
-        loader: the loader to be like.
-        dataset: what is loaded.
-        options: of the new DataLoader: which batches, and what differs.
-    """
-    same = {
-        "collate_fn": loader.collate_fn,
-        "num_workers": loader.num_workers,
-        "pin_memory": loader.pin_memory,
-        "timeout": loader.timeout,
-        "worker_init_fn": loader.worker_init_fn,
-        "multiprocessing_context": loader.multiprocessing_context,
-        "prefetch_factor": loader.prefetch_factor,
-    }
-    return DataLoader(dataset, **(same | options))
-
-
-def load(
-    loader: DataLoader[Any],
-    batches: Iterable[Sequence[int]],
-    num_workers: int | None = None,
-    collate_fn: Callable[[list[Any]], Any] | None = None,
-) -> DataLoader[Any]:
-    """A loader like the given one that yields exactly these batches of dataset positions."""
-    return like(
-        loader,
-        loader.dataset,
-        batch_sampler=_Batches(batches),
-        num_workers=loader.num_workers if num_workers is None else num_workers,
-        collate_fn=collate_fn or loader.collate_fn,
-        generator=torch.Generator(),  # the workers' base seed must not come from the user's random state
-    )
-
-
-def sample_digest(loader: DataLoader[Any]) -> str | None:
-    """A digest of eight items spread over the dataset, as the loader collates them; None if the next ones differ."""
-    total = len(cast(Any, loader.dataset))
-    sample = sorted({position * (total - 1) // 7 for position in range(8)})
-    with isolate_rng():
-        twice = load(loader, [sample, sample], num_workers=min(1, loader.num_workers))
-        first, second = map(content_digest, twice)
-    return first if first == second else None
 
 
 def _is_dataset(data: Any) -> bool:

@@ -1,12 +1,14 @@
 """What ``trainer.predict`` runs for this package."""
 
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import lightning as L
 import torch
 from torch import nn
 
-from lightning_trak.running.data import IndexedBatch, transfer_hook
+from lightning_trak.running.batches import TransferHooks, on_device
+from lightning_trak.running.ranges import IndexedBatch
 from lightning_trak.running.transfer import Upload
 
 
@@ -23,29 +25,37 @@ class PredictModule(L.LightningModule):
         # A rank without work runs no hook, and there is no collective that the others could wait in.
         self.allow_zero_length_dataloader_with_multiple_devices = True
         self.model = model
-        self._datamodule = datamodule
+        self._hooks = TransferHooks(model, datamodule)
         self._upload: Upload | None = None
 
     def release(self) -> None:
         """Let go of the model, since the Trainer keeps this module until its next call."""
-        del self.model
+        del self.model, self._hooks
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """The user's hook, on the user's batch."""
-        return self._hook("on_before_batch_transfer", batch, dataloader_idx)
+        return _inside(batch, lambda users: self._hooks.before(users, dataloader_idx))
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """The user's hook, on the user's batch, beside what the device is computing."""
         if self._upload is None:
             self._upload = Upload(device)
-        return self._upload(lambda: self._hook("transfer_batch_to_device", batch, device, dataloader_idx))
+        upload = self._upload
+        return _inside(batch, lambda users: upload(lambda: self._hooks.transfer(users, device, dataloader_idx)))
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """The user's hook, on the user's batch."""
-        return self._hook("on_after_batch_transfer", batch, dataloader_idx)
+        return _inside(batch, lambda users: self._hooks.after(users, dataloader_idx))
 
-    def _hook(self, name: str, batch: Any, *args: Any) -> Any:
-        hook = transfer_hook(name, self.model, self._datamodule)
-        if isinstance(batch, IndexedBatch):
-            return batch._replace(batch=hook(batch.batch, *args))
-        return hook(batch, *args)
+    def on_device(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """Batches of the user's loader, moved to the device while the Trainer runs.
+
+        Args:
+            batches: as the loader collates them.
+        """
+        return on_device(batches, self.device, self.trainer.precision_plugin.convert_input, self._hooks)
+
+
+def _inside(batch: Any, hook: Callable[[Any], Any]) -> Any:
+    """What a hook makes of the user's batch, which may lie in one of ours."""
+    return batch._replace(batch=hook(batch.batch)) if isinstance(batch, IndexedBatch) else hook(batch)

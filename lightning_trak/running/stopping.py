@@ -10,11 +10,10 @@ from types import FrameType
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning_utilities.core.rank_zero import rank_zero_info
-from typing_extensions import override
 
-from lightning_trak.running.data import Stop
+from lightning_trak.compatibility import after_signal_handlers
+from lightning_trak.running.ranges import Stop
 from lightning_trak.running.ranks import Ranks
 
 
@@ -54,7 +53,8 @@ class Interruption:
         """
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         self._trainer, self._before = trainer, before
-        trainer._signal_connector = _After(trainer, self._install)
+        # Lightning's own for SIGTERM has all ranks meet wherever they are, and would mix that up with what they send.
+        after_signal_handlers(trainer, self._install)
         self._install()
         try:
             yield
@@ -116,22 +116,6 @@ class Interruption:
         if last is None:
             how = "; press Ctrl-C again to stop at once" if number == signal.SIGINT else ""
             rank_zero_info(f"{number.name} received: featurizing stops when the shard in work is written{how}")
-
-
-class _After(_SignalConnector):
-    """Does something once Lightning has installed its handlers.
-
-    Its own for SIGTERM has all ranks meet wherever they are, and would mix that up with what they are sending.
-    """
-
-    def __init__(self, trainer: L.Trainer, install: Callable[[], None]) -> None:
-        super().__init__(trainer)
-        self._install = install
-
-    @override
-    def register_signal_handlers(self) -> None:
-        super().register_signal_handlers()
-        self._install()
 
 
 def _set(handlers: dict[signal.Signals, Any]) -> None:

@@ -12,7 +12,7 @@ from lightning_trak.gradients.base import EngineError
 from lightning_trak.gradients.batch import infer_batch_size
 from lightning_trak.gradients.precision import precision_of
 from lightning_trak.running.ranks import Ranks
-from lightning_trak.running.trainers import shards_model
+from lightning_trak.running.strategies import shards_model
 from lightning_trak.scoring.base import Scorer, Scores
 
 

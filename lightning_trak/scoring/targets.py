@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from lightning_trak.features.model import ModelCopy
 from lightning_trak.features.pipeline import FeaturePipeline
 from lightning_trak.features.store import FeatureStore
-from lightning_trak.running.data import batch_size_of
+from lightning_trak.running.loading import batch_size_of
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.scoring.base import Scorer, Scores
 from lightning_trak.scoring.topk import TopK

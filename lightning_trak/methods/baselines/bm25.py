@@ -13,7 +13,9 @@ from torch.utils.data import DataLoader
 
 from lightning_trak.methods.base import Method
 from lightning_trak.methods.examples import Examples
-from lightning_trak.running.data import Data, batch_ranges, batch_size_of, load
+from lightning_trak.running.data import Data
+from lightning_trak.running.loading import batch_size_of, load
+from lightning_trak.running.ranges import batch_ranges
 
 Text = str | Tensor | Iterable[Hashable]
 

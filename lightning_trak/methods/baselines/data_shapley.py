@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, Subse
 
 from lightning_trak.methods.base import Method
 from lightning_trak.methods.examples import Examples, Rows, declared_rows
-from lightning_trak.running.data import Data, batch_size_of
+from lightning_trak.running.data import Data
+from lightning_trak.running.loading import batch_size_of
 from lightning_trak.running.ranks import Ranks
 
 

@@ -7,9 +7,10 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from lightning_trak.checkpoints.copies import Original, copy_module, uncompiled
+from lightning_trak.checkpoints.copies import Original, copy_module
 from lightning_trak.checkpoints.names import canonical_name
 from lightning_trak.checkpoints.reading import CheckpointsLike, resolve_checkpoints
+from lightning_trak.compatibility import original_module
 from lightning_trak.methods.base import Method
 from lightning_trak.methods.examples import Examples, declared_rows
 from lightning_trak.outputs.batches import Forward
@@ -42,7 +43,7 @@ class RepresentationMethod(Method):
         pool: Pool | None = None,
         weights_only: bool = True,
     ) -> None:
-        self.model = uncompiled(model)
+        self.model = original_module(model)
         self.checkpoints = resolve_checkpoints(checkpoints, weights_only=weights_only)
         self.layer = layer
         self.forward: Forward = forward or declared_rows(self.model, "pass forward=")

@@ -7,8 +7,8 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-from lightning_trak.checkpoints.copies import uncompiled
 from lightning_trak.checkpoints.reading import CheckpointsLike, resolve_checkpoints
+from lightning_trak.compatibility import original_module
 from lightning_trak.features.model import ModelCopy
 from lightning_trak.gradients import ParameterSelection
 from lightning_trak.methods.base import Method
@@ -19,7 +19,7 @@ from lightning_trak.methods.influence.solvers import InverseProduct
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import declared_output
 from lightning_trak.running.data import Data
-from lightning_trak.running.trainers import require_whole_parameters
+from lightning_trak.running.strategies import require_whole_parameters
 
 # Gradients of this many bytes are preconditioned at a time; solvers hold a few copies.
 TARGET_BYTES = 1 << 29
@@ -50,7 +50,7 @@ class Influence(Method):
         seed: int,
         weights_only: bool,
     ) -> None:
-        self.model = uncompiled(model)
+        self.model = original_module(model)
         self.output = declared_output(self.model, output)
         self.checkpoints = resolve_checkpoints(checkpoints, weights_only=weights_only)
         self.parameters = parameters

@@ -21,7 +21,8 @@ from lightning_trak.gradients.precision import WorkingPrecision
 from lightning_trak.methods.examples import Examples
 from lightning_trak.outputs.evaluating import exact_attention
 from lightning_trak.projections import IdentityProjection
-from lightning_trak.running.data import batch_size_of, load, sample_batches, transfer_hook
+from lightning_trak.running.batches import TransferHooks, on_device
+from lightning_trak.running.loading import batch_size_of, load, sample_batches
 
 
 class Passes:
@@ -113,7 +114,7 @@ class Passes:
         """
         if examples not in self._layouts:
             probes = load(examples.loader, [[0, 0], [0, 0, 0]])
-            self._layouts[examples] = find_layout(*(self._transferred(batch, examples.datamodule) for batch in probes))
+            self._layouts[examples] = find_layout(*self._on_device(probes, examples))
         self.layout = self._layouts[examples]
         if positions is None:
             positions = _cut(range(len(examples)), batch_size_of(examples.loader))
@@ -124,8 +125,8 @@ class Passes:
                 sizes.append(len(batch))
                 yield batch
 
-        for batch in load(examples.loader, noted()):
-            yield self._transferred(batch, examples.datamodule), sizes.pop(0)
+        for batch in self._on_device(load(examples.loader, noted()), examples):
+            yield batch, sizes.pop(0)
 
     def rows(self, examples: Examples, span: range | None = None) -> Iterator[tuple[range, Features]]:
         """Gradients, Q and R of examples in order, in batches that fit in memory.
@@ -166,13 +167,9 @@ class Passes:
         ):
             yield
 
-    def _transferred(self, batch: Any, datamodule: L.LightningDataModule | None) -> Any:
-        def hook(name: str, batch: Any, *args: Any) -> Any:
-            return transfer_hook(name, self.model.module, datamodule)(batch, *args)
-
-        batch = hook("on_before_batch_transfer", self._precision.convert_input(batch), 0)
-        batch = hook("transfer_batch_to_device", batch, self.device, 0)
-        return hook("on_after_batch_transfer", batch, 0)
+    def _on_device(self, batches: Iterable[Any], examples: Examples) -> Iterator[Any]:
+        hooks = TransferHooks(self.model.module, examples.datamodule)
+        return on_device(batches, self.device, self._precision.convert_input, hooks)
 
 
 def _cut(span: range, size: int) -> list[range]:

@@ -1,0 +1,241 @@
+"""Private names of PyTorch, Lightning and jsonargparse: all of those that this package uses.
+
+A new version of a library may drop a private name without notice. So each is used here alone, behind a function or a
+name that says what it is for, and ``tests/test_compatibility.py`` tries each with the installed version. Where a public
+name does the same, that is used instead.
+
+This module lies below all others, because fingerprints, checkpoints and gradients need PyTorch's private names, as
+``running`` needs Lightning's. The one exception is ``metrics``, which imports no Lightning: it uses what torchmetrics
+has for classes that derive from ``Metric`` (``_plot``, ``_is_synced``, ``_apply``).
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import lightning as L
+from lightning.fabric.utilities.distributed import _InfiniteBarrier as InfiniteBarrier
+from lightning.fabric.utilities.seed import _collect_rng_states as collect_rng_states
+from lightning.fabric.utilities.seed import _set_rng_states as set_rng_states
+from lightning.pytorch.core.optimizer import _configure_optimizers as configure_optimizers
+from lightning.pytorch.core.optimizer import _configure_schedulers_automatic_opt as configure_schedulers
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_iter, tree_map
+from typing_extensions import override
+
+__all__ = [
+    "EXTRA_STATE",
+    "WRAPPERS",
+    "InfiniteBarrier",
+    "TorchDispatchMode",
+    "after_signal_handlers",
+    "apply_to_tensors",
+    "collect_rng_states",
+    "configure_optimizers",
+    "configure_schedulers",
+    "explicit_padding",
+    "forget_compiled_call",
+    "has_gradient_hooks",
+    "hooks_of",
+    "is_compiled",
+    "is_running",
+    "is_traceable_wrapper_subclass",
+    "original_function",
+    "original_module",
+    "parts_that_a_run_changes",
+    "registered",
+    "replaced_parameter",
+    "set_device_mesh",
+    "set_rng_states",
+    "skip_completion",
+    "start_method",
+    "starts_script_again",
+    "tensor_parallel_size",
+    "transient_buffers",
+    "tree_iter",
+    "tree_map",
+]
+
+# PyTorch
+
+_COMPILED = "_orig_mod"
+
+WRAPPERS = frozenset({_COMPILED, "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+"""Names under which torch.compile, FSDP and activation checkpointing keep the module that they wrap."""
+
+EXTRA_STATE = "_extra_state"
+"""The last part of a state dict's name for what ``get_extra_state()`` gave."""
+
+_HOOKS = {
+    "forward pre hooks": "_forward_pre_hooks",
+    "forward hooks": "_forward_hooks",
+    "backward pre hooks": "_backward_pre_hooks",
+    "backward hooks": "_backward_hooks",
+}
+
+
+def original_module(model: nn.Module) -> nn.Module:
+    """What ``torch.compile`` was given, if it made this model; otherwise the model."""
+    original = getattr(model, _COMPILED, None)
+    return original if isinstance(original, nn.Module) else model
+
+
+def original_function(function: Any) -> Any:
+    """What ``torch.compile`` was given, if it made this function; otherwise the function."""
+    return getattr(function, "_torchdynamo_orig_callable", function)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``torch.compile(part)`` or ``part.compile()`` was called on any part of a module."""
+    return any(_COMPILED in part._modules or part._compiled_call_impl for part in module.modules())
+
+
+def forget_compiled_call(module: nn.Module) -> None:
+    """Undo ``module.compile()``, not that of its parts: a copy keeps compiled code that would run the original."""
+    module._compiled_call_impl = None
+
+
+def registered(module: nn.Module) -> dict[str, Any]:
+    """A module's own parameters, buffers and submodules by name, with those that are None."""
+    return {**module._parameters, **module._buffers, **module._modules}
+
+
+def transient_buffers(module: nn.Module) -> set[str]:
+    """Names of the module's own buffers that no state dict has (``persistent=False``)."""
+    return module._non_persistent_buffers_set
+
+
+def hooks_of(module: nn.Module) -> dict[str, list[Callable[..., Any]]]:
+    """The hooks on a module itself, in the order in which they are called.
+
+    Returns:
+        Under ``"forward pre hooks"``, ``"forward hooks"``, ``"backward pre hooks"`` and ``"backward hooks"``.
+    """
+    return {kind: list(getattr(module, attribute).values()) for kind, attribute in _HOOKS.items()}
+
+
+def has_gradient_hooks(tensor: Tensor) -> bool:
+    """Whether ``tensor.register_hook`` was called, and its hook was not removed."""
+    return bool(tensor._backward_hooks)
+
+
+def apply_to_tensors(module: nn.Module, function: Callable[[Tensor], Tensor]) -> None:
+    """Replace all parameters, their gradients and buffers, in place, as ``module.to`` does.
+
+    Args:
+        module: the module; what its parts keep beside these, as metrics do, follows.
+        function: gives the new tensor.
+    """
+    module._apply(function)  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def replaced_parameter(module: nn.Module, name: str, value: Tensor) -> Iterator[None]:
+    """Have a module use any tensor as one of its own parameters.
+
+    Args:
+        module: the module; its hooks and its state dict see the tensor too.
+        name: of the parameter, without dots.
+        value: the tensor, which need not be a parameter.
+    """
+    own = module._parameters[name]
+    module._parameters[name] = cast(nn.Parameter, value)
+    try:
+        yield
+    finally:
+        module._parameters[name] = own
+
+
+def explicit_padding(convolution: nn.Module) -> list[int]:
+    """How much a convolution pads, as ``torch.nn.functional.pad`` takes it: the last dimension first, before and after.
+
+    Args:
+        convolution: of ``torch.nn``; ``padding="same"`` is resolved into numbers.
+    """
+    return list(cast(Any, convolution)._reversed_padding_repeated_twice)
+
+
+# Lightning
+
+
+def start_method(trainer: L.Trainer) -> str | None:
+    """How a Trainer's strategy makes processes of this one, such as ``"spawn"``; None if it does not."""
+    launcher = trainer.strategy.launcher
+    return launcher._start_method if isinstance(launcher, _MultiProcessingLauncher) else None
+
+
+def starts_script_again(trainer: L.Trainer) -> bool:
+    """Whether a Trainer's strategy starts the user's script again for each further process."""
+    return isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher)
+
+
+def tensor_parallel_size(strategy: ModelParallelStrategy) -> int:
+    """Over how many devices a strategy splits layers, also before its processes run."""
+    size = strategy._tensor_parallel_size
+    return strategy.num_processes if size == "auto" else size
+
+
+def set_device_mesh(module: L.LightningModule, mesh: Any) -> None:
+    """Set what a module finds as ``self.device_mesh``, which ``ModelParallelStrategy`` sets otherwise.
+
+    Args:
+        module: any.
+        mesh: a DeviceMesh, or None.
+    """
+    module._device_mesh = mesh
+
+
+def _loops(trainer: L.Trainer) -> list[Any]:
+    validation = trainer.fit_loop.epoch_loop.val_loop
+    return [trainer.fit_loop, validation, trainer.validate_loop, trainer.test_loop, trainer.predict_loop]
+
+
+def is_running(trainer: L.Trainer) -> bool:
+    """Whether a Trainer is in one of its loops; in ``on_fit_end`` it no longer is, though its state says "running"."""
+    return any(loop._data_fetcher is not None for loop in _loops(trainer))
+
+
+def parts_that_a_run_changes(trainer: L.Trainer) -> list[object]:
+    """The objects of a Trainer, itself among them, whose attributes a run sets."""
+    parts = [trainer, trainer.state, trainer._data_connector, trainer._logger_connector]
+    loops = _loops(trainer)
+    return [*parts, *loops, *(loop._data_source for loop in loops)]
+
+
+def after_signal_handlers(trainer: L.Trainer, action: Callable[[], None]) -> None:
+    """Have something done whenever Lightning has installed its signal handlers, which it does in every run.
+
+    Args:
+        trainer: gets another signal connector.
+        action: what is done.
+    """
+    trainer._signal_connector = _ThenSignalConnector(trainer, action)
+
+
+class _ThenSignalConnector(_SignalConnector):
+    def __init__(self, trainer: L.Trainer, action: Callable[[], None]) -> None:
+        super().__init__(trainer)
+        self._action = action
+
+    @override
+    def register_signal_handlers(self) -> None:
+        super().register_signal_handlers()
+        self._action()
+
+
+# jsonargparse
+
+
+def skip_completion(parser: Any, option: str) -> None:
+    """Have completion scripts of shells offer no values for an option.
+
+    Args:
+        parser: an ``ArgumentParser`` of jsonargparse, or one derived from it.
+        option: such as ``"--model"``.
+    """
+    parser._option_string_actions[option].complete = {}

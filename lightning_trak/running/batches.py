@@ -1,0 +1,55 @@
+"""The one loop that moves batches to the device: by the hooks that Lightning would call, in its order."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.core.hooks import DataHooks
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
+
+
+class TransferHooks:
+    """The batch transfer hooks that Lightning would call: the data module's where it has its own, else the module's.
+
+    Args:
+        module: the model; one that is no LightningModule has Lightning's own hooks.
+        datamodule: where the data came from, if from one.
+    """
+
+    def __init__(self, module: nn.Module, datamodule: L.LightningDataModule | None = None) -> None:
+        self._module: Any = module if isinstance(module, L.LightningModule) else DataHooks()
+        self._datamodule = datamodule
+
+    def before(self, batch: Any, dataloader_idx: int = 0) -> Any:
+        """What ``on_before_batch_transfer`` makes of a batch."""
+        return self._owner("on_before_batch_transfer").on_before_batch_transfer(batch, dataloader_idx)
+
+    def transfer(self, batch: Any, device: torch.device, dataloader_idx: int = 0) -> Any:
+        """What ``transfer_batch_to_device`` makes of a batch."""
+        return self._owner("transfer_batch_to_device").transfer_batch_to_device(batch, device, dataloader_idx)
+
+    def after(self, batch: Any, dataloader_idx: int = 0) -> Any:
+        """What ``on_after_batch_transfer`` makes of a batch."""
+        return self._owner("on_after_batch_transfer").on_after_batch_transfer(batch, dataloader_idx)
+
+    def _owner(self, hook: str) -> Any:
+        own = self._datamodule is not None and is_overridden(hook, self._datamodule, L.LightningDataModule)
+        return self._datamodule if own else self._module
+
+
+def on_device(
+    batches: Iterable[Any], device: torch.device, convert: Callable[[Any], Any], hooks: TransferHooks
+) -> Iterator[Any]:
+    """Batches as a Trainer hands them to the model.
+
+    Args:
+        batches: as the loader collates them, see :func:`~lightning_trak.running.loading.load`.
+        device: where to.
+        convert: gives a batch the precision of the weights, as ``convert_input`` of a Trainer's precision plugin does.
+        hooks: what moves them.
+    """
+    for batch in batches:
+        batch = hooks.transfer(hooks.before(convert(batch)), device)
+        yield hooks.after(batch)

@@ -1,0 +1,39 @@
+"""What stands for the content of a dataset: a digest of a few of its items."""
+
+import warnings
+from typing import Any, cast
+
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch.utils.data import DataLoader
+
+from lightning_trak.fingerprints.digests import content_digest
+from lightning_trak.running.loading import load
+
+
+def fingerprint(loader: DataLoader[Any]) -> str | None:
+    """Stands for the content of the dataset: a digest of eight items spread over it, as the loader collates them.
+
+    They are read through the loader's workers, if it has some: a dataset that opens files on first use must not do so
+    in this process, from which workers would inherit them.
+
+    Returns:
+        The digest, or None, with a warning, if the items are not the same twice, as under random augmentation.
+    """
+    digest = sample_digest(loader)
+    if digest is None:
+        warnings.warn(
+            "items of the training data are not the same twice: is there random augmentation? Features will be those of"
+            " whatever is drawn, and differ from run to run; give the data without it",
+            stacklevel=3,
+        )
+    return digest
+
+
+def sample_digest(loader: DataLoader[Any]) -> str | None:
+    """A digest of eight items spread over the dataset, as the loader collates them; None if the next ones differ."""
+    total = len(cast(Any, loader.dataset))
+    sample = sorted({position * (total - 1) // 7 for position in range(8)})
+    with isolate_rng():
+        twice = load(loader, [sample, sample], num_workers=min(1, loader.num_workers))
+        first, second = map(content_digest, twice)
+    return first if first == second else None

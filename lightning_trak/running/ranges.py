@@ -1,0 +1,183 @@
+"""The dataset in ranges of examples, which the ranks share out among themselves.
+
+Features and scores belong to positions in a dataset. So the loader's sampler, its shuffling and Lightning's distributed
+sampler are left out: the dataset is cut into ranges, and each rank loads whole ranges, in order. A batch then holds the
+same examples whatever the number of processes, which is what makes results reproducible bit for bit.
+"""
+
+import random
+from collections.abc import Collection, Iterator, Sequence
+from itertools import zip_longest
+from typing import Any, NamedTuple
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_trak.running.loading import batch_size_of, load
+from lightning_trak.running.ranks import Ranks
+
+
+class Range(NamedTuple):
+    """Consecutive examples that one rank handles as a whole.
+
+    Attributes:
+        number: which range this is (the shard's number).
+        examples: positions in the dataset.
+        audited: those of them that are first loaded alone as well. A collate function may need more than one example,
+            so each is loaded twice over.
+    """
+
+    number: int
+    examples: range
+    audited: Sequence[int] = ()
+
+
+class IndexedBatch(NamedTuple):
+    """A batch that knows where it comes from.
+
+    Attributes:
+        number: the number of the range that it is part of; None for a batch that only keeps up with other ranks.
+        positions: in the dataset, int64, shape ``(batch,)``.
+        batch: what the user's collate function made.
+        alone: whether it holds one example, twice, which is part of another batch of the range too.
+    """
+
+    number: int | None
+    positions: Tensor
+    batch: Any
+    alone: bool = False
+
+
+class Stop:
+    """Asks loaders that share it to end before their next range.
+
+    Attributes:
+        requested: whether they shall.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+
+
+class RangeLoader:
+    """Yields this rank's share of some ranges as :class:`IndexedBatch`.
+
+    It is not a DataLoader, so Lightning neither re-creates it nor adds a distributed sampler.
+
+    Args:
+        loader: where dataset, collate function, workers and batch size come from.
+        ranges: the ranges to load. Rank r takes those whose ``turn`` is r modulo the world size.
+        turns: one number per range.
+        trainer: asked for rank and world size once its processes run.
+        even: give every rank equally many batches, by repeating some examples without a number.
+        stop: once it is requested, no further range is begun, and one that is begun is ended. With ``even`` it is
+            enough that one rank requests it: all of them end before the same range.
+    """
+
+    def __init__(
+        self,
+        loader: DataLoader[Any],
+        ranges: Sequence[Range],
+        turns: Sequence[int],
+        trainer: L.Trainer,
+        even: bool = False,
+        stop: Stop | None = None,
+    ) -> None:
+        self.loader = loader
+        self.ranges = ranges
+        self.turns = turns
+        self.trainer = trainer
+        self.even = even
+        self.stop = stop or Stop()
+
+    def _own(self, rank: int) -> Iterator[Range]:
+        for part, turn in zip(self.ranges, self.turns, strict=True):
+            if turn % self.trainer.world_size == rank:
+                yield part
+
+    def _rounds(self) -> Iterator[tuple[Range | None, int, int]]:
+        """A range of this rank's at a time, if it has one; how many examples alone, and then how many batches, that is.
+
+        All ranks that keep up load equally many.
+        """
+        size, rank = batch_size_of(self.loader), self.trainer.global_rank
+        ranks = range(self.trainer.world_size) if self.even else range(rank, rank + 1)
+        for parts in zip_longest(*map(self._own, ranks)):
+            given = [part for part in parts if part is not None]
+            audited = max(len(part.audited) for part in given)
+            yield parts[ranks.index(rank)], audited, max(-(-len(part.examples) // size) for part in given)
+
+    def _plan(self) -> Iterator[tuple[bool, int | None, Sequence[int], bool]]:
+        """Whether a round begins, the range's number, the examples of each batch, and whether it is one alone."""
+        size = batch_size_of(self.loader)
+        other = self.ranges[0].examples if self.ranges else range(0)
+        for part, audited, length in self._rounds():
+            for place in range(audited):
+                if part is not None and place < len(part.audited):
+                    yield place == 0, part.number, [part.audited[place]] * 2, True
+                else:
+                    yield place == 0, None, [other[0]] * 2, True
+            for start in range(0, length * size, size):
+                begins = start == 0 and not audited
+                if part is not None and start < len(part.examples):
+                    yield begins, part.number, part.examples[start : start + size], False
+                else:
+                    yield begins, None, other[: min(size, 2)], False
+
+    def __len__(self) -> int:
+        return sum(audited + length for _, audited, length in self._rounds())
+
+    def __iter__(self) -> Iterator[IndexedBatch]:
+        batches: Iterator[Any] | None = None  # with workers of its own, which end with it
+        for begins, number, examples, alone in self._plan():
+            if begins and self._stopped():
+                return
+            if batches is None:
+                batches = iter(load(self.loader, (examples for _, _, examples, _ in self._plan())))
+            yield IndexedBatch(number, torch.tensor(examples), next(batches), alone)
+
+    def _stopped(self) -> bool:
+        requested = self.stop.requested
+        return not Ranks.of(self.trainer).all_true(not requested) if self.even else requested
+
+
+def batch_ranges(examples: range, size: int, audited: Collection[int] = ()) -> list[Range]:
+    """Ranges of ``size`` examples, so that each is loaded as a batch; some are loaded alone as well."""
+    parts = [examples[start : start + size] for start in range(0, len(examples), size)]
+    return [Range(number, part, [i for i in part if i in audited]) for number, part in enumerate(parts)]
+
+
+def draw_audited(examples: range, count: int, key: str) -> list[int]:
+    """Some examples, in order.
+
+    Args:
+        examples: to draw from.
+        count: how many; all, if there are no more.
+        key: what the draw depends on.
+    """
+    return sorted(random.Random(f"{key}/audit/{examples.start}").sample(examples, min(count, len(examples))))
+
+
+def share_out(
+    loader: DataLoader[Any],
+    jobs: Sequence[Sequence[Range]],
+    trainer: L.Trainer,
+    even: bool = False,
+    stop: Stop | None = None,
+) -> list[RangeLoader]:
+    """One loader per job (checkpoint), with all ranges of all jobs dealt evenly to the ranks.
+
+    Args:
+        loader: the user's loader.
+        jobs: the ranges of each job.
+        trainer: whose ranks share the work.
+        even: in each job, give every rank equally many batches.
+        stop: shared by the loaders, ends all of them before their next range; each has it as ``loader.stop``.
+    """
+    loaders, dealt, stop = [], 0, stop or Stop()
+    for ranges in jobs:
+        loaders.append(RangeLoader(loader, ranges, range(dealt, dealt + len(ranges)), trainer, even, stop))
+        dealt += len(ranges)
+    return loaders

@@ -1,0 +1,55 @@
+"""With which strategies of a Trainer the methods of this package work."""
+
+import lightning as L
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+
+from lightning_trak.compatibility import start_method, tensor_parallel_size
+
+
+def require_whole_parameters(trainer: L.Trainer) -> None:
+    """Refuse a Trainer whose strategy splits the parameters.
+
+    Raises:
+        ValueError: if it does.
+    """
+    if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
+        raise ValueError(
+            f"{type(trainer.strategy).__name__} splits the parameters over ranks, and they are needed whole here: use a"
+            " Trainer with strategy='ddp' or a single device (methods over stored features, such as TRAK, also take"
+            " ModelParallelStrategy, which is FSDP2)"
+        )
+
+
+def shards_model(trainer: L.Trainer) -> bool:
+    """Whether the Trainer's strategy shards the model as FSDP2 does.
+
+    Raises:
+        ValueError: if it splits the parameters in another way.
+    """
+    strategy = trainer.strategy
+    if not isinstance(strategy, ModelParallelStrategy):
+        require_whole_parameters(trainer)
+        return False
+    size = tensor_parallel_size(strategy)
+    if size > 1:
+        raise ValueError(
+            f"ModelParallelStrategy has tensor_parallel_size={size} ('auto' is the number of devices of a node), and"
+            " layers split in that way have no per-example gradients of their own: use tensor_parallel_size=1 with"
+            f" data_parallel_size={trainer.num_nodes * strategy.num_processes}, which is FSDP2, or strategy='ddp'"
+        )
+    return True
+
+
+def refuse_spawning(trainer: L.Trainer) -> None:
+    """Results come back from processes that run the user's script, not from spawned or forked ones.
+
+    Raises:
+        ValueError: if the Trainer's strategy spawns or forks its processes.
+    """
+    method = start_method(trainer)
+    if method is not None:
+        raise ValueError(
+            f"a strategy that spawns or forks processes ({type(trainer.strategy).__name__}, by {method!r}) cannot be"
+            " used here, since what they compute does not come back: use strategy='ddp' in a script, or devices=1 in a"
+            " notebook"
+        )
