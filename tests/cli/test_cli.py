@@ -1,0 +1,235 @@
+"""The command line from end to end: once as a process, otherwise in this one, where nothing needs to be imported."""
+
+import io
+import os
+import re
+import subprocess
+import sys
+from base64 import b64decode
+from html.parser import HTMLParser
+
+import pytest
+import torch
+import yaml
+from matplotlib.image import imread
+from safetensors.torch import load_file, save_file
+
+from examples.digits import LitDigits
+from examples.digits_data import DigitsData
+from lightning_trak import TRAK, GradientCosine, LinearDatamodelingScore
+from lightning_trak.cli.commands import AttributionCLI, main
+from lightning_trak.projections import SparseProjection
+from lightning_trak.retraining.members import Member, MemberStore
+from tests.launch import ROOT
+from tests.lit import make_trainer
+
+CONFIG = str(ROOT / "examples" / "digits.yaml")
+SMALL = ["--config", CONFIG, "--data.num_train", "60", "--data.num_targets", "8", "--data.batch_size", "20"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A run with snapshots and features; the training is a process of its own, as users start it."""
+    folder = tmp_path_factory.mktemp("cli")
+    command = [sys.executable, "-m", "lightning_trak.cli", "fit", *SMALL, "--trainer.max_epochs", "8"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert len(list((folder / "run/snapshots").glob("*.safetensors"))) == 2
+    assert "class_path: examples.digits.LitDigits" in (folder / "run/logs/version_0/config.yaml").read_text()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        command_line(patch, "featurize", *SMALL)
+        command_line(patch, "score", *SMALL)
+    return folder
+
+
+def command_line(patch, *arguments):
+    patch.setattr(sys, "argv", ["lightning-trak", *arguments])
+    patch.setattr(sys, "path", list(sys.path))
+    main()
+
+
+@pytest.fixture
+def run(folder, monkeypatch, capsys):
+    """Runs a command in the folder; gives what it printed."""
+    monkeypatch.chdir(folder)
+
+    def run(*arguments):
+        command_line(monkeypatch, *arguments)
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def scored(folder):
+    return load_file(folder / "run/scores.safetensors")["scores"]
+
+
+def attributed(folder, method):
+    """What the method itself gives."""
+    data = DigitsData(60, 8, 20)
+    method = method(LitDigits(), "run/snapshots", folder / "again", projection=SparseProjection(1024))
+    return method.attribute(make_trainer(), data.train_dataloader(), data.predict_dataloader())
+
+
+def test_scores_are_those_of_the_method(folder, run, scored, tmp_path):
+    torch.testing.assert_close(scored, attributed(tmp_path, TRAK))
+    top = str(tmp_path / "top.safetensors")
+    printed = run("score", *SMALL, "--scores", top, "--top_k", "3", "--largest", "false", "--method", "GradientCosine")
+    assert printed.endswith(f"GradientCosine: 8 targets, 60 training examples, in {top}\n")
+    expected = attributed(tmp_path, GradientCosine).topk(3, largest=False)
+    found = load_file(top)
+    torch.testing.assert_close(found["values"], expected.values)
+    assert torch.equal(found["indices"], expected.indices)
+    printed = run("show", *SMALL, "--scores", top, "--targets", "[7]", "--k", "2")
+    assert "opponents" in printed
+    assert "proponents" not in printed
+    with pytest.raises(ValueError, match="holds the best scores alone, and all are needed; score without --top_k"):
+        run("evaluate", "--ground_truth", top, "--scores", top)
+
+
+def test_evaluate_prints_and_logs(folder, run, scored, tmp_path):
+    masks = torch.rand(12, 60, generator=torch.Generator().manual_seed(0)) < 0.5
+    exact = scored @ masks.float().T
+    noise = torch.randn(8, 12, 3, generator=torch.Generator().manual_seed(1))
+    outputs = exact[..., None] + exact.std() * noise
+    truth = str(tmp_path / "truth.safetensors")
+    save_file({"masks": masks, "outputs": outputs}, truth)
+    logger = ["--trainer.logger", "lightning.pytorch.loggers.CSVLogger", "--trainer.logger.save_dir", str(tmp_path)]
+    printed = run("evaluate", "--ground_truth", truth, *logger)
+    lds = LinearDatamodelingScore(masks)
+    lds.update(scored, outputs)
+    low, high = lds.interval()
+    assert f"LDS            {lds.compute():.3f}  (95% interval {low:.3f} to {high:.3f})" in printed
+    assert f"noise ceiling  {lds.noise_ceiling():.3f}" in printed
+    (metrics,) = tmp_path.rglob("metrics.csv")
+    names, values = (line.split(",") for line in metrics.read_text().split())
+    assert float(values[names.index("lds")]) == pytest.approx(float(lds.compute()))
+    store = MemberStore(tmp_path / "fleet", {"num_targets": 8}, masks)
+    for subset in range(12):
+        for repetition in range(3):
+            store.write(Member(subset, repetition), outputs[:, subset, repetition], {})
+    assert run("evaluate", "--ground_truth", str(tmp_path / "fleet"), "--trainer.logger", "false") == printed
+    save_file({"masks": masks}, truth)
+    with pytest.raises(ValueError, match="lacks outputs: expected a safetensors file with masks"):
+        run("evaluate", "--ground_truth", truth)
+
+
+def test_show_as_a_table(run, scored):
+    printed = run("show", *SMALL, "--targets", "[0, 5]", "--k", "4")
+    data = DigitsData(60, 8)
+    for target in (0, 5):
+        assert f"target {target}  a {int(data.targets[target][1])}\n" in printed
+    rows = re.findall(r"^ +(\d) +(\d+) +([+-]\S+)  a (\d)$", printed, re.MULTILINE)
+    assert len(rows) == 16
+    expected = torch.cat([scored[[0, 5]].topk(4).indices, scored[[0, 5]].topk(4, largest=False).indices], 1)
+    assert [int(index) for _, index, _, _ in rows] == expected.flatten().tolist()
+    assert [int(label) for *_, label in rows] == [int(data.train[index][1]) for index in expected.flatten()]
+    assert float(rows[0][2]) == pytest.approx(float(scored[0].max()), rel=0.01)
+
+
+def test_show_as_a_picture(folder, run, scored):
+    run("show", *SMALL, "--targets", "[0, 5]", "--out", "run/shown.png")
+    assert imread(folder / "run/shown.png").std() > 0.1
+    with pytest.raises(ValueError, match=r'out must end in .png or .html, got "shown.gif"'):
+        run("show", *SMALL, "--out", "shown.gif")
+
+
+class Page(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.images, self.links, self.text = [], [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        if tag == "img":
+            self.images.append(attributes.pop("src"))
+        self.links += [tag, *attributes] if {"src", "href"} & set(attributes) or tag in ("script", "link") else []
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_show_as_a_page(folder, run, scored):
+    run("show", *SMALL, "--targets", "[0, 5]", "--k", "4", "--out", "run/shown.html")
+    text = (folder / "run/shown.html").read_text()
+    page = Page(text)
+    assert len(page.images) == 2 * (1 + 4 + 4)
+    assert not page.links
+    assert "http" not in text
+    assert "url(" not in text
+    data = DigitsData(60, 8)
+    shown = [data.targets[0], *(data.train[index] for index in scored[0].topk(4).indices)]
+    for source, (image, _) in zip(page.images, shown, strict=False):
+        kind, encoded = source.split(",")
+        assert kind == "data:image/png;base64"
+        pixels = torch.tensor(imread(io.BytesIO(b64decode(encoded))))
+        torch.testing.assert_close(pixels, image[0], atol=1 / 255, rtol=0)
+
+
+def test_the_data_must_be_those_that_were_scored(run, scored):
+    with pytest.raises(ValueError, match="are of 8 targets and 60 training examples, the data hold 8 and 59"):
+        run("show", *SMALL, "--data.num_train", "59")
+    with pytest.raises(IndexError, match="there is no target 8: they are numbered from 0 to 7"):
+        run("show", *SMALL, "--targets", "[8]")
+
+
+def test_sections_that_are_missing(run):
+    with pytest.raises(ValueError, match="featurize needs `model`: give a class with --model"):
+        run("featurize", "--data", "examples.digits_data.DigitsData")
+    with pytest.raises(ValueError, match="show needs `data`: "):
+        run("show")
+    with pytest.raises(FileNotFoundError, match=r'no file "none.safetensors"; run `lightning-trak score` first'):
+        run("show", *SMALL, "--scores", "none.safetensors")
+
+
+def test_settings_of_the_method(monkeypatch, capsys):
+    settings = [
+        "--method.checkpoints",
+        "[a.ckpt, b.ckpt]",
+        "--method.parameters",
+        "head.*",
+        "--method.dtype",
+        "float16",
+    ]
+    with pytest.raises(SystemExit, match="0"):
+        command_line(monkeypatch, "score", "--config", CONFIG, *settings, "--method.dtype", "float16", "--print_config")
+    printed = yaml.safe_load(capsys.readouterr().out)["method"]
+    assert printed["class_path"] == "lightning_trak.TRAK"
+    found = printed["init_args"]
+    assert (found["checkpoints"], found["parameters"], found["dtype"]) == (["a.ckpt", "b.ckpt"], "head.*", "float16")
+    assert found["projection"]["init_args"]["dim"] == 1024
+
+
+def test_completion(monkeypatch, capsys):
+    class OneCommand(AttributionCLI):  # all of them take half a minute
+        @staticmethod
+        def subcommands():
+            return {"evaluate": set()}
+
+    monkeypatch.setattr(sys, "argv", ["lightning-trak", "--print_completion", "shtab-bash"])
+    with pytest.raises(SystemExit):
+        OneCommand()
+    script = capsys.readouterr().out
+    assert "complete -o bashdefault -F _shtab_lightning_trak lightning-trak" in script
+    assert "--ground_truth" in script
+    assert "gauss_newton identity" in script
+
+
+def test_a_terminal_need_not_have_every_letter(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    with pytest.raises(SystemExit, match="0"):
+        command_line(monkeypatch, "--help")
+    print("a \u00fc", flush=True)
+    assert stream.buffer.getvalue().endswith(b"a \\xfc\n")
+
+
+def test_without_jsonargparse(monkeypatch):
+    monkeypatch.setitem(sys.modules, "jsonargparse", None)
+    monkeypatch.delitem(sys.modules, "lightning_trak.cli.commands")
+    with pytest.raises(ModuleNotFoundError, match=r'needs jsonargparse: pip install "lightning-trak\[cli\]"'):
+        import lightning_trak.cli.commands  # noqa: F401

@@ -1,0 +1,62 @@
+"""What two processes run in `test_distributed.py`; Lightning's launcher starts this script a second time by itself."""
+
+import sys
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader, DistributedSampler, Subset
+
+from lightning_trak import TRAK, TracIn
+from lightning_trak.methods import RepresentationSimilarity
+from lightning_trak.outputs import ContrastiveMargin
+from lightning_trak.projections import SparseProjection
+from tests.end_to_end.test_distributed import RATES, TOWERS, make_pairs, make_shapley
+from tests.lit import make_data, make_model, make_trainer
+
+
+def main(root: Path) -> None:
+    train, targets = make_data(53), make_data(11, seed=1)  # neither divides by two, nor do their shards
+    checkpoints = torch.load(root / "checkpoints.pt")
+    trainer = make_trainer(strategy="ddp", devices=2)
+    results: dict[str, object] = {}
+
+    def attribute(store: str, train_loader: DataLoader, target_loader: DataLoader) -> TRAK:
+        trak = TRAK(make_model(), checkpoints, root / store, projection=SparseProjection(32))
+        trak.featurize(trainer, train_loader, shard_size=6)
+        results[store] = trak.score(trainer, target_loader)
+        return trak
+
+    trak = attribute("shuffled", DataLoader(train, batch_size=4, shuffle=True), DataLoader(targets, batch_size=2))
+    results["top"] = tuple(trak.score(trainer, DataLoader(targets, batch_size=3), top_k=5))
+    results["one target"] = trak.score(trainer, DataLoader(Subset(targets, [0]), batch_size=3))
+    results["self influence"] = trak.self_influence(trainer)
+    # Lightning deals the targets of its own loader out to the ranks: rows 0, 2, 4, ... here, rows 1, 3, 5, ... there.
+    mine = torch.cat(trainer.predict(trak.scorer(), DataLoader(targets, batch_size=4)))
+    results[f"scorer on rank {trainer.global_rank}"] = mine
+    tracin = TracIn(make_model(), checkpoints, root / "shuffled", projection=SparseProjection(32), learning_rates=RATES)
+    results["TracIn"] = tracin.attribute(trainer, DataLoader(train, batch_size=4), DataLoader(targets, batch_size=2))
+    mine = torch.cat(trainer.predict(tracin.scorer(), DataLoader(targets, batch_size=4)))
+    results[f"TracIn's scorer on rank {trainer.global_rank}"] = mine
+    sampler = DistributedSampler(train, num_replicas=2, rank=trainer.global_rank)  # repeats an example to make 54
+    attribute("sampler", DataLoader(train, batch_size=4, sampler=sampler), DataLoader(targets, num_workers=1))
+    attribute("begun by one", DataLoader(train, batch_size=6, num_workers=2), DataLoader(targets, batch_size=50))
+
+    pairs = TRAK(TOWERS, [TOWERS.state_dict()], root / "pairs", output=ContrastiveMargin(context_size=9))
+    pairs.featurize(trainer, make_pairs(20))
+    results["pairs"] = pairs.score(trainer, make_pairs(5))
+
+    similarity = RepresentationSimilarity(make_model(), checkpoints)
+    results["similarity"] = similarity.attribute(trainer, DataLoader(train, batch_size=4), Subset(targets, [0]))
+    results["shapley"] = make_shapley().attribute(trainer, Subset(train, range(4)), targets)
+
+    unfinished = TRAK(make_model(), checkpoints, root / "continued by one", projection=SparseProjection(32))
+    unfinished.featurize(trainer, DataLoader(train, batch_size=4), shard_size=6)
+    if trainer.global_rank == 0:  # alone, while the process group of both is still there
+        alone = TRAK(make_model(), checkpoints, root / "alone", projection=SparseProjection(32))
+        alone.featurize(make_trainer(), train)
+        results["alone"] = alone.score(make_trainer(), targets)
+    torch.save(results, root / f"rank-{trainer.global_rank}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,168 @@
+"""Two real processes (`strategy="ddp"`, gloo) against one: the same scores, on every rank."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Subset, TensorDataset
+
+from lightning_trak import TRAK, TracIn
+from lightning_trak.methods import DataShapley, RepresentationSimilarity
+from lightning_trak.outputs import ContrastiveMargin
+from lightning_trak.projections import SparseProjection
+from tests.launch import run_together
+from tests.lit import LitNet, make_checkpoints, make_data, make_model, make_trainer
+
+TRAIN, TARGETS = make_data(53), make_data(11, seed=1)
+RATES = [0.3, 0.1]
+
+
+class _Towers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.first, self.second = nn.Linear(4, 3), nn.Linear(5, 3)
+
+    def forward(self, first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.first(first), self.second(second)
+
+
+TOWERS = _Towers()
+
+
+def make_pairs(size: int) -> DataLoader:
+    generator = torch.Generator().manual_seed(size)
+    data = TensorDataset(torch.randn(size, 4, generator=generator), torch.randn(size, 5, generator=generator))
+    return DataLoader(data, batch_size=3)
+
+
+def make_shapley() -> DataShapley:
+    return DataShapley(LitNet, lambda: make_trainer(max_epochs=1), permutations=3, step=2)
+
+
+def one_process(folder: Path, checkpoints) -> tuple[TRAK, torch.Tensor]:
+    trak = TRAK(make_model(), checkpoints, folder, projection=SparseProjection(32))
+    trak.featurize(make_trainer(), TRAIN, shard_size=6)
+    return trak, trak.score(make_trainer(), TARGETS)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Results of both ranks, those of one process, and the folder."""
+    root = tmp_path_factory.mktemp("ddp")
+    checkpoints = make_checkpoints(2)
+    torch.save(checkpoints, root / "checkpoints.pt")
+    _, expected = one_process(root / "one", checkpoints)
+    begun, _ = one_process(root / "begun by one", checkpoints)
+    for path in [*begun.store.rglob("shard-0000[2467].safetensors"), *begun.store.rglob("gram-*")]:
+        path.unlink()
+    run_together(["-m", "tests.end_to_end.ddp_script", root], root / "log")
+    return [torch.load(root / f"rank-{rank}.pt") for rank in range(2)], expected, root
+
+
+def close(found, expected):
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["shuffled", "sampler", "begun by one"])
+def test_both_ranks_get_the_scores_of_one_process(runs, name):
+    ranks, expected, _ = runs
+    for rank in ranks:
+        close(rank[name], expected)
+
+
+def test_methods_that_share_their_work(runs):
+    ranks, _, root = runs
+    similarity = RepresentationSimilarity(make_model(), torch.load(root / "checkpoints.pt"))
+    similarities = similarity.attribute(make_trainer(), TRAIN, Subset(TARGETS, [0]))
+    values = make_shapley().attribute(make_trainer(), Subset(TRAIN, range(4)), TARGETS)
+    for rank in ranks:
+        close(rank["similarity"], similarities)
+        close(rank["shapley"], values)
+
+
+def test_self_influence_is_shared(runs):
+    ranks, _, root = runs
+    checkpoints = torch.load(root / "checkpoints.pt")
+    alone = TRAK(make_model(), checkpoints, root / "one", projection=SparseProjection(32))
+    for rank in ranks:
+        close(rank["self influence"], alone.self_influence(make_trainer()))
+
+
+def test_top_k_is_merged_over_ranks(runs):
+    ranks, expected, _ = runs
+    best = expected.topk(5)
+    for rank in ranks:
+        close(rank["top"][0], best.values)
+        assert torch.equal(rank["top"][1], best.indices)
+
+
+def test_a_rank_without_targets(runs):
+    ranks, expected, _ = runs
+    for rank in ranks:
+        close(rank["one target"], expected[:1])
+
+
+def test_one_rank_alone_waits_for_nobody(runs):
+    ranks, expected, _ = runs
+    close(ranks[0]["alone"], expected)
+
+
+def test_scorer_scores_what_lightning_deals_out(runs):
+    ranks, expected, _ = runs
+    for number, rank in enumerate(ranks):
+        close(rank[f"scorer on rank {number}"], expected[number::2])
+
+
+def test_other_methods_get_the_scores_of_one_process(runs):
+    """TracIn needs more of a target than its features."""
+    ranks, _, root = runs
+    tracin = TracIn(
+        make_model(),
+        torch.load(root / "checkpoints.pt"),
+        root / "one",
+        projection=SparseProjection(32),
+        learning_rates=RATES,
+    )
+    expected = tracin.score(make_trainer(), TARGETS)
+    for number, rank in enumerate(ranks):
+        close(rank["TracIn"], expected)
+        close(rank[f"TracIn's scorer on rank {number}"], expected[number::2])
+
+
+def test_a_context_is_the_same_on_every_rank(runs, tmp_path):
+    ranks, _, _ = runs
+    trak = TRAK(TOWERS, [TOWERS.state_dict()], tmp_path, output=ContrastiveMargin(context_size=9))
+    trak.featurize(make_trainer(), make_pairs(20))
+    expected = trak.score(make_trainer(), make_pairs(5))
+    for rank in ranks:
+        close(rank["pairs"], expected)
+
+
+def test_one_process_continues_what_two_began(runs):
+    _, expected, root = runs
+    store = root / "continued by one"
+    untouched = {path: path.stat().st_mtime_ns for path in store.rglob("shard-0000[013568].safetensors")}
+    for path in store.rglob("shard-0000[247].safetensors"):
+        path.unlink()
+    _, scores = one_process(store, torch.load(root / "checkpoints.pt"))
+    close(scores, expected)
+    assert untouched == {path: path.stat().st_mtime_ns for path in untouched}
+
+
+def test_features_are_bit_identical_for_equal_batches(runs):
+    """What a rank computes depends on the examples of its batches, and those on the shard alone."""
+    _, _, root = runs
+    for path in (root / "shuffled").rglob("shard-*.safetensors"):
+        twin = root / "sampler" / path.relative_to(root / "shuffled")
+        assert path.read_bytes() == twin.read_bytes()
+
+
+def test_spawned_processes_cannot_return_scores(tmp_path):
+    checkpoints = make_checkpoints(1)
+    trak = TRAK(make_model(), checkpoints, tmp_path, projection=SparseProjection(32))
+    for call in (trak.score, trak.featurize):
+        with pytest.raises(ValueError, match=r"spawns or forks processes \(DDPStrategy, by 'spawn'\).*strategy='ddp'"):
+            call(make_trainer(strategy="ddp_spawn", devices=2), TARGETS)

@@ -1,0 +1,143 @@
+"""A store is of what the model computes: resuming and scoring notice that it computes something else."""
+
+from collections import UserDict
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_trak import TRAK
+from lightning_trak.features.stored_examples import NotStorableError, pack, unpack
+from lightning_trak.gradients.batch import ExampleBatch, find_layout
+from lightning_trak.outputs import ClassificationMargin
+from lightning_trak.projections import SparseProjection
+from tests.lit import TARGETS, TRAIN, LitNet, make_checkpoints, make_trainer
+
+SCALE = [1.0]  # a name that is no type
+
+
+class Scaled(nn.Module):
+    """Reads a file, which no fingerprint sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.first(x))) * torch.load(self.path)["scale"]
+
+
+def make(path):
+    torch.manual_seed(0)
+    module = Scaled()
+    module.path = str(path)
+    return module
+
+
+def trak(tmp_path, module):
+    weights = [{name: (1 + c) * tensor for name, tensor in module.state_dict().items()} for c in range(2)]
+    output = ClassificationMargin()
+    return TRAK(module, weights, tmp_path / "store", output=output, projection=SparseProjection(32))
+
+
+def test_another_function_is_noticed_when_scoring_and_resuming(tmp_path):
+    path = tmp_path / "scale.pt"
+    torch.save({"scale": torch.tensor(1.0)}, path)
+    loader = DataLoader(TRAIN, batch_size=8)
+    made = trak(tmp_path, make(path))
+    made.featurize(make_trainer(), loader, shard_size=8)
+    expected = made.score(make_trainer(), TARGETS)
+    again = trak(tmp_path, make(path))
+    assert torch.equal(again.score(make_trainer(), TARGETS), expected)
+    torch.save({"scale": torch.tensor(1.1)}, path)
+    with pytest.raises(ValueError, match=r"is of another function: example 0 has the output .* there at checkpoint 0"):
+        again.score(make_trainer(), TARGETS)
+    with pytest.raises(ValueError, match="is of another function"):
+        make_trainer().predict(again.scorer(), DataLoader(TARGETS, batch_size=4))
+    next((tmp_path / "store").glob("checkpoint-0001/shard-00003*")).unlink()
+    with pytest.raises(ValueError, match=r"examples 0 to 1 have other outputs now at checkpoint 1"):
+        again.featurize(make_trainer(), loader)
+    torch.save({"scale": torch.tensor(1.0)}, path)
+    again.featurize(make_trainer(), loader)
+    assert torch.equal(again.score(make_trainer(), TARGETS), expected)
+
+
+class Buffered(LitNet):
+    """A buffer that no checkpoint holds."""
+
+    def __init__(self, factor: float):
+        super().__init__()
+        self.scale.fill_(factor)
+
+
+def test_buffers_that_no_checkpoint_gives_are_part_of_the_identity(tmp_path):
+    checkpoints = make_checkpoints(1)
+    options: dict[str, Any] = {"projection": SparseProjection(32)}
+    TRAK(Buffered(1.5), checkpoints, tmp_path, **options).featurize(make_trainer(), TRAIN)
+    TRAK(Buffered(1.5), checkpoints, tmp_path, **options).score(make_trainer(), TARGETS)
+    with pytest.raises(ValueError, match="made with other weights or buffers at checkpoint 0"):
+        TRAK(Buffered(2.0), checkpoints, tmp_path, **options).score(make_trainer(), TARGETS)
+
+
+class Partial(LitNet):
+    strict_loading = False
+
+
+def test_base_weights_under_adapters_are_part_of_the_identity(tmp_path):
+    adapters = [{name: tensor for name, tensor in weights.items() if "head" in name} for weights in make_checkpoints(2)]
+    torch.manual_seed(0)
+    base, other = Partial(), Partial()
+    options: dict[str, Any] = {"projection": SparseProjection(32), "parameters": "head.*"}
+    TRAK(base, adapters, tmp_path, **options).featurize(make_trainer(), TRAIN)
+    TRAK(base, adapters, tmp_path, **options).score(make_trainer(), TARGETS)
+    with pytest.raises(ValueError, match="made with other weights or buffers at checkpoint 0"):
+        TRAK(other, adapters, tmp_path, **options).score(make_trainer(), TARGETS)
+
+
+class Pair(NamedTuple):
+    first: Tensor
+    second: Any
+
+
+@dataclass
+class Record:
+    values: Tensor
+    name: str
+
+
+def batch(size: int) -> dict[str, Any]:
+    return {
+        "pair": Pair(torch.arange(size), ["a", "b", "c"][:size]),
+        "record": Record(torch.ones(size, 2), "shared"),
+        "user": UserDict(y=torch.zeros(size)),
+        "plain": [1, 2.5, True, None, ("text", ())],
+    }
+
+
+def test_batches_of_many_structures_can_be_kept():
+    kept = ExampleBatch(batch(2), 2, find_layout(batch(2), batch(3)))
+    found = unpack(pack(kept))
+    assert found.size == 2
+    assert found.layout == kept.layout
+    assert found.content["pair"].second == ["a", "b"]
+    assert isinstance(found.content["pair"], Pair)
+    assert found.content["record"].name == "shared"
+    assert torch.equal(found.content["record"].values, torch.ones(2, 2))
+    assert isinstance(found.content["user"], UserDict)
+    assert found.content["plain"] == [1, 2.5, True, None, ("text", ())]
+
+
+def test_what_cannot_be_kept_is_said_and_types_of_unknown_modules_are_not_imported():
+    with pytest.raises(NotStorableError, match="a batch with a object in it cannot be kept"):
+        pack(ExampleBatch((torch.zeros(2), object()), 2))
+    with pytest.raises(NotStorableError, match="cannot be kept"):
+        pack(ExampleBatch({"x": float("nan")}, 2))
+    packed = pack(ExampleBatch(Record(torch.zeros(2), "x"), 2))
+    for name in ("subprocess:Popen", "antigravity:fly", "builtins:int", "tests.features.test_same_function:SCALE"):
+        text = bytes(packed["structure"].tolist()).decode().replace(f"{__name__}:Record", name)
+        packed_again = packed | {"structure": torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)}
+        with pytest.raises(NotStorableError, match="is not known in this process"):
+            unpack(packed_again)

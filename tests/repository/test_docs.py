@@ -1,0 +1,126 @@
+"""The code in the quickstart, the guides, the comparison and the evaluation runs, in the order in which it is read."""
+
+import re
+import warnings
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from examples.counterfactuals import DigitsMLP
+from examples.digits import make_data as make_digits
+from lightning_trak import TRAK, TRAKCallback
+from lightning_trak.checkpoints.series import ParameterGroup, SnapshotSeries
+from tests.launch import ROOT
+from tests.lit import TARGETS, TRAIN, LitNet, make_model, make_trainer
+
+DOCS = ROOT / "docs"
+QUICKSTART = DOCS / "quickstart.md"
+EVALUATION = DOCS / "evaluation.md"
+GUIDES = [DOCS / "comparison.md", *sorted((DOCS / "guides").glob("*.md"))]
+BLOCK = re.compile(r"(<!-- not run -->\n)?^( *)```python\n(.*?)^\2```", re.MULTILINE | re.DOTALL)
+
+
+class GPT(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(4, 4)])
+
+
+@pytest.fixture
+def names(tmp_path, monkeypatch):
+    """What the guides take for granted, and the files that they read."""
+    monkeypatch.chdir(tmp_path)
+    group = ParameterGroup(0, "SGD", 0.1, 0.0, tuple(name for name, _ in LitNet().named_parameters()))
+    for seed, run in enumerate(("run", "run1", "run2")):
+        series = SnapshotSeries(f"{run}/snapshots")
+        series.begin()
+        series.save(make_model(seed).state_dict(), 1, 1, [group])
+    torch.save({"state_dict": make_model(3).state_dict()}, "a.ckpt")
+    save_file(make_model(4).state_dict(), "b.safetensors")
+    return {
+        "__name__": "guide",
+        "L": L,
+        "LitNet": LitNet,
+        "GPT": GPT,
+        "make_trainer": lambda: make_trainer(max_epochs=1),
+        "model": make_model(),
+        "trainer": make_trainer(),
+        "train": TRAIN,
+        "train_loader": DataLoader(TRAIN, batch_size=10),
+        "targets": TARGETS,
+        "target_loader": DataLoader(TARGETS, batch_size=10),
+        "checkpoints": [make_model(seed).state_dict() for seed in (5, 6)],
+        "k": 16,
+    }
+
+
+def run(page, names):
+    text = page.read_text()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for marked, indent, code in BLOCK.findall(text):
+            code = re.sub(f"^{indent}", "", code, flags=re.MULTILINE)
+            compiled = compile(code, f"{page.name}: {code.splitlines()[0]}", "exec")
+            if not marked:
+                exec(compiled, names)
+
+
+def test_the_evaluation_runs(tmp_path, monkeypatch):
+    """On fewer digits and subsets than the page has."""
+    monkeypatch.chdir(tmp_path)
+    train, targets = (TensorDataset(*data[:size]) for data, size in zip(make_digits(), (100, 3), strict=True))
+    train_loader = DataLoader(train, batch_size=25)
+    trainer = make_trainer(max_epochs=1, callbacks=[TRAKCallback("run/snapshots")])
+    model = DigitsMLP()
+    trainer.fit(model, train_loader)
+    trak = TRAK(model, "run/snapshots", "run/features")
+    trak.featurize(trainer, train_loader)
+    names = {
+        "__name__": "evaluation",
+        "L": L,
+        "LitNet": DigitsMLP,
+        "TRAK": TRAK,
+        "TRAKCallback": TRAKCallback,
+        "TensorBoardLogger": TensorBoardLogger,
+        "labels": train.tensors[1],
+        "make_trainer": lambda: make_trainer(max_epochs=1),
+        "model": model,
+        "train": train,
+        "train_loader": train_loader,
+        "trainer": trainer,
+        "trak": trak,
+        "targets": targets,
+    }
+    text = EVALUATION.read_text()
+    assert "num_subsets=100" in text
+    smaller = tmp_path / "evaluation.md"
+    smaller.write_text(text.replace("num_subsets=100", "num_subsets=4"))
+    run(smaller, names)
+    assert len(names["suspicion"]) == len(train)
+    assert -1 <= float(names["lds"].compute()) <= 1
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.stem)
+def test_guides_run(page, names):
+    run(page, names)
+
+
+def test_the_quickstart_is_a_script(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run(QUICKSTART, {"__name__": "__main__"})
+    shown = capsys.readouterr().out
+    assert shown.count("from training example") == 10
+    lds = float(re.search(r"LDS (-?[0-9.]+), 95% interval", shown)[1])
+    assert lds > 0.2
+
+
+def test_blocks_are_found():
+    pages = [page.read_text() for page in (QUICKSTART, EVALUATION, *GUIDES)]
+    blocks = [block for page in pages for block in BLOCK.findall(page)]
+    assert len(blocks) == sum(page.count("```python") for page in pages)
+    assert len([marked for marked, *_ in blocks if marked]) == 2  # those that need eight devices

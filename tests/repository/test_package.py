@@ -1,0 +1,44 @@
+import re
+import subprocess
+import sys
+from importlib.metadata import version
+
+import pytest
+
+import lightning_trak
+from tests.launch import ROOT
+
+
+def test_public_names_are_there():
+    assert set(lightning_trak.__all__) == set(dir(lightning_trak))
+    for name in lightning_trak.__all__:
+        assert getattr(lightning_trak, name) is not None
+    with pytest.raises(AttributeError, match="has no attribute 'TRAC'"):
+        lightning_trak.TRAC  # noqa: B018
+    assert version("lightning-trak") == lightning_trak.__version__
+
+
+def test_the_metric_needs_no_lightning():
+    code = (
+        "import sys, torch; from lightning_trak.metrics.functional import linear_datamodeling_score as lds;"
+        " masks = (torch.arange(1, 10)[:, None] >> torch.arange(7)) % 2 == 1; scores = torch.randn(4, 7);"
+        " print(float(lds(scores, scores @ masks.T.float(), masks)), 'lightning' in sys.modules)"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.split() == ["1.0", "False"]
+
+
+def test_the_demo_with_fewer_subsets(tmp_path):
+    command = [sys.executable, "-m", "examples.digits", "--out", str(tmp_path), "--subsets", "20"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    found = re.findall(r"TRAK(?:\.paper)? +LDS (-?\d\.\d+)  \(95% interval (-?\d\.\d+) to (-?\d\.\d+)\)", result.stdout)
+    assert len(found) == 2, result.stdout
+    assert all(float(low) < float(value) < float(high) for value, low, high in found)
+    assert float(found[0][0]) > 2 * float(found[1][0]), "the defaults must be far better than TRAK as published"
+    assert result.stdout.count("proponents") == 3
+    assert result.stdout.count("opponents") == 3
+    (run,) = tmp_path.iterdir()
+    assert (run / "attributions.png").stat().st_size > 10_000
+    assert (run / "logs" / "metrics.csv").read_text().startswith("lds/TRAK,")
+    assert len(list((run / "snapshots").glob("*.safetensors"))) == 4

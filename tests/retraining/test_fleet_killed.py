@@ -1,0 +1,12 @@
+"""kill -9 at random moments of a fleet, trained one by one and together."""
+
+import os
+
+import pytest
+
+from tests.end_to_end.test_kill import run
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the harness forks")
+def test_a_killed_fleet_continues_to_the_same_bits(tmp_path):
+    assert "identical" in run("tests.retraining.fleet_harness", str(tmp_path), "20230328")
