@@ -68,7 +68,7 @@ def tree(directory):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the harness forks")
 def test_one_of_many_processes_wins(tmp_path):
-    assert "one winner" in run("tests.claim_harness", str(tmp_path))
+    assert "one winner" in run("tests.storage.claim_harness", str(tmp_path))
 
 
 class Waits(BaseException):
