@@ -2,7 +2,14 @@
 
 from lightning_trak.gradients.base import GradientEngine
 from lightning_trak.gradients.functional import FunctionalEngine
-from lightning_trak.gradients.hooks import HookEngine, Layer, MixedEngine, ShardedHookEngine, coverage_report
+from lightning_trak.gradients.hooks import (
+    HookEngine,
+    Layer,
+    LayerCall,
+    MixedEngine,
+    ShardedHookEngine,
+    coverage_report,
+)
 from lightning_trak.gradients.loop import LoopEngine
 from lightning_trak.gradients.parameters import ParameterSelection, last_layer, select_parameters
 
@@ -11,6 +18,7 @@ __all__ = [
     "GradientEngine",
     "HookEngine",
     "Layer",
+    "LayerCall",
     "LoopEngine",
     "MixedEngine",
     "ParameterSelection",

@@ -52,8 +52,8 @@ class FunctionalEngine(GradientEngine):
                 f"the output of {name} is random in eval mode, so that it has no one gradient: draw from a fixed"
                 " generator, or leave the noise out when not training"
             )
-        said = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        return EngineError(f"vmap cannot differentiate {name}; it said: {said}")
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        return EngineError(f"vmap cannot differentiate {name}; it said: {reason}")
 
     @staticmethod
     def _rows(gradient: Any) -> Tensor:

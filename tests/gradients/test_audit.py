@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_trak import TRAK, GradientDot
 from lightning_trak.gradients import FunctionalEngine, HookEngine, LoopEngine
-from lightning_trak.gradients.hooks.linear import LinearLayer
+from lightning_trak.gradients.hooks.layers import LinearLayer
 from lightning_trak.outputs import ClassificationMargin, NegativeLoss
 from lightning_trak.projections import IdentityProjection, SparseProjection
 from tests.lit import TARGETS, TRAIN, LitNet, attribute, make_checkpoints, make_model, make_trainer, open_store
@@ -108,10 +108,13 @@ def test_features_of_targets_are_audited_alike(tmp_path, checkpoints, monkeypatc
 
 
 def test_the_layers_at_fault_are_named(tmp_path, checkpoints, monkeypatch):
-    def wrong(module, activation, gradient, size):
-        return gradient.reshape(size, -1, gradient.shape[-1]).sum(1) * (2 if module.out_features == 3 else 1)
+    right = LinearLayer.gradient
 
-    monkeypatch.setattr(LinearLayer, "bias", staticmethod(wrong))
+    def wrong(self, parameter, call):
+        factor = 2 if parameter == "bias" and self.module.out_features == 3 else 1
+        return factor * right(self, parameter, call)
+
+    monkeypatch.setattr(LinearLayer, "gradient", wrong)
     monkeypatch.setattr(HookEngine, "check", lambda self, batch: {})
     trak = TRAK(make_model(), checkpoints, tmp_path, projection=SparseProjection(32), engine="hooks")
     with pytest.raises(ValueError, match=r"its gradient is off by .* of its norm, in head.bias, compared with plain"):

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_trak.gradients import HookEngine, LoopEngine, MixedEngine, select_parameters
 from lightning_trak.gradients.batch import ExampleBatch
-from lightning_trak.gradients.hooks import projecting
+from lightning_trak.gradients.hooks import projector
 from lightning_trak.outputs import CausalLMMargin, ClassificationMargin, NegativeLoss
 from lightning_trak.projections import GaussianProjection, IdentityProjection, KroneckerProjection, SparseProjection
 from tests.zoo import ZOO, specimen
@@ -140,9 +140,9 @@ def test_streaming_equals_projecting_the_rows(name, projection, monkeypatch):
         bound.add_(expected, key, row)
     # All examples at once, a few of them, and a few of their rows; zero rows added, or left out.
     for limit, rows, drawing in ((1 << 23, 32, 1 << 30), (400, 32, 1 << 30), (400, 3, 1 << 30), (1 << 23, 32, 0)):
-        monkeypatch.setattr(projecting, "_CPU_BYTES", limit)
-        monkeypatch.setattr(projecting, "_CPU_ROWS", rows)
-        monkeypatch.setattr(projecting, "_DRAWING", drawing)
+        monkeypatch.setattr(projector, "_CPU_BYTES", limit)
+        monkeypatch.setattr(projector, "_CPU_ROWS", rows)
+        monkeypatch.setattr(projector, "_DRAWING", drawing)
         features = torch.ones(size, bound.dim, dtype=torch.float64)
         torch.testing.assert_close(engine.project(ExampleBatch(batch, size), bound, features), values, rtol=0, atol=0)
         torch.testing.assert_close(features, expected, rtol=1e-12, atol=1e-12)
@@ -164,7 +164,7 @@ class _Live(TorchDispatchMode):
 
 def test_the_check_never_holds_the_gradients_of_two_examples(monkeypatch):
     module = nn.Sequential(nn.Linear(16, 512), nn.Tanh(), nn.Linear(512, 3))
-    monkeypatch.setattr(projecting, "_CPU_BYTES", 1)
+    monkeypatch.setattr(projector, "_CPU_BYTES", 1)
     engine = HookEngine(module, ClassificationMargin(), select_parameters(module))
     with _Live() as live:
         assert engine.check(ExampleBatch((torch.randn(4, 16), torch.tensor([0, 1, 2, 0])), 4)) == {}
@@ -174,7 +174,7 @@ def test_the_check_never_holds_the_gradients_of_two_examples(monkeypatch):
 def test_streaming_never_holds_the_gradients_of_a_batch(monkeypatch):
     module = nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 3))
     batch, size = (torch.randn(32, 16), torch.randint(0, 3, (32,))), 32
-    monkeypatch.setattr(projecting, "_CPU_BYTES", 2 * 64 * 64 * 4)  # two examples of the largest parameter
+    monkeypatch.setattr(projector, "_CPU_BYTES", 2 * 64 * 64 * 4)  # two examples of the largest parameter
     engine = HookEngine(module, ClassificationMargin(), select_parameters(module))
     shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
     bound = SparseProjection(32).bind(shapes, 0, 0, torch.device("cpu"))
@@ -193,8 +193,8 @@ def test_a_few_rows_of_all_examples_are_formed_together(monkeypatch):
     """So that the targets of an element are looked up, or drawn, once for the batch."""
     module = nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 3))
     batch, size = (torch.randn(8, 16), torch.randint(0, 3, (8,))), 8
-    monkeypatch.setattr(projecting, "_CPU_ROWS", 4)
-    monkeypatch.setattr(projecting, "_CPU_BYTES", 8 * 4 * 64 * 4)
+    monkeypatch.setattr(projector, "_CPU_ROWS", 4)
+    monkeypatch.setattr(projector, "_CPU_BYTES", 8 * 4 * 64 * 4)
     drawn = []
     targets = SparseProjection._targets
     monkeypatch.setattr(SparseProjection, "_targets", lambda *args: drawn.append(len(args[2])) or targets(*args))

@@ -173,11 +173,12 @@ def test_a_layer_of_ones_own():
     assert list(HookEngine.uncovered(module, names)) == ["1.gain"]
 
     class ScaleLayer(Layer, covers=[Scale]):
-        @staticmethod
-        def gain(module, activation, gradient, size):
-            return (activation * gradient).reshape(size, -1, 3).sum(1)
+        parameter_names = ("gain",)
 
-    assert layer_of(module[1]) is ScaleLayer
+        def gradient(self, parameter, call):
+            return (call.inputs * call.output_gradient).reshape(call.size, -1, 3).sum(1)
+
+    assert isinstance(layer_of(module[1]), ScaleLayer)
     batch = (torch.randn(5, 4).double(), torch.tensor([0, 1, 2, 0, 1]))
     expected = LoopEngine(module, ClassificationMargin(), names)(ExampleBatch(batch, 5))[1]
     rows = HookEngine(module, ClassificationMargin(), names)(ExampleBatch(batch, 5))[1]

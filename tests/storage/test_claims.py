@@ -15,7 +15,7 @@ from lightning_trak.storage.claims import ClaimedDirectory, DirectoryKind
 from lightning_trak.storage.files import write_atomically
 from lightning_trak.storage.locks import Lock
 from lightning_trak.storage.schemas import anything, integer, sealed
-from tests.test_kill import run
+from tests.end_to_end.test_kill import run
 
 SEALED = sealed({"format": integer(1, 1), "identity": anything}, others=anything)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -11,16 +11,17 @@ from torch import Tensor, nn
 
 from lightning_trak.gradients.base import EngineError, GradientEngine, differentiating
 from lightning_trak.gradients.batch import ExampleBatch
-from lightning_trak.gradients.hooks.coverage import Site, coverage_report, find_sites
-from lightning_trak.gradients.hooks.layout import Spread, find_shared, hooked, spread
-from lightning_trak.gradients.hooks.ownership import example_weights, misplaced, picks_rows, row_norms
-from lightning_trak.gradients.hooks.projecting import Projecting
+from lightning_trak.gradients.hooks.capture import attached
+from lightning_trak.gradients.hooks.hooked_pass import HookedPass, Receive, Signature
+from lightning_trak.gradients.hooks.layers import LayerCall
+from lightning_trak.gradients.hooks.ownership import example_weights, picks_rows
+from lightning_trak.gradients.hooks.projector import LayerProjector
+from lightning_trak.gradients.hooks.shared_outputs import Expansion, SharedOutputs, find_shared_outputs
 from lightning_trak.gradients.hooks.sketch import Sketches
-from lightning_trak.gradients.hooks.tap import Tap
+from lightning_trak.gradients.hooks.tracked_module import TrackedModule, coverage_report, find_tracked_modules
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.projections.base import BoundProjection
 
-Receive = Callable[[Site, Tensor, Tensor], None]
 Shapes = tuple[Any, ...]
 
 
@@ -56,13 +57,13 @@ class HookEngine(GradientEngine):
         self, module: nn.Module, output: ModelOutput, names: dict[str, str], autocast: torch.dtype | None = None
     ) -> None:
         super().__init__(module, output, names, autocast)
-        self._sites, left_out = find_sites(module, names)
+        tracked, left_out = find_tracked_modules(module, names)
         if left_out:
             sizes = {name: parameter.numel() for name, parameter in self.parameters.items()}
             raise EngineError(coverage_report(left_out, sizes))
-        self._by_module = {site.module: site for site in self._sites}
-        self._layouts: dict[Shapes, tuple[dict[nn.Module, Spread], dict[nn.Module, str]]] = {}
-        self._met: set[Shapes] = set()
+        self._tracked = {each.module: each for each in tracked}
+        self._shared: dict[Shapes, SharedOutputs] = {}
+        self._proven: set[tuple[int, tuple[Signature, ...]]] = set()
 
     @staticmethod
     def uncovered(module: nn.Module, names: dict[str, str]) -> dict[str, str]:
@@ -72,19 +73,18 @@ class HookEngine(GradientEngine):
             module: the model.
             names: canonical parameter name -> name in ``module``.
         """
-        return find_sites(module, names)[1]
+        return find_tracked_modules(module, names)[1]
 
     def __call__(self, batch: ExampleBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """All examples in one forward and backward pass: see :meth:`GradientEngine.__call__`."""
         rows: dict[str, Tensor] = {}
 
-        def collect(site: Site, activation: Tensor, gradient: Tensor) -> None:
-            for attribute, name in site.parameters.items():
-                part = getattr(site.layer, attribute)(site.module, activation, gradient, batch.size)
-                part = part.reshape(batch.size, -1)
+        def collect(tracked: TrackedModule, call: LayerCall) -> None:
+            for attribute, name in tracked.parameters.items():
+                part = tracked.layer.gradient(attribute, call).reshape(batch.size, -1)
                 rows[name] = rows[name] + part if name in rows else part
 
-        values = self._backward(batch, collect)
+        values = self.backward(batch, collect)
         return values, {
             name: rows[name] if name in rows else values.new_zeros(batch.size, parameter.numel(), dtype=parameter.dtype)
             for name, parameter in self.parameters.items()
@@ -92,7 +92,7 @@ class HookEngine(GradientEngine):
 
     def project(self, batch: ExampleBatch, projection: BoundProjection, features: Tensor) -> Tensor:
         """Project each layer's gradients as the backward pass reaches it: see :meth:`GradientEngine.project`."""
-        return self._backward(batch, Projecting(projection, features, self.parameters))
+        return self.backward(batch, LayerProjector(projection, features, self.parameters))
 
     def check(self, batch: ExampleBatch, tolerance: float = 1e-3) -> dict[str, str]:
         """Compare the gradients of the first two examples with those of autograd for each of the two outputs.
@@ -110,9 +110,9 @@ class HookEngine(GradientEngine):
         """
         batch = batch.take(slice(0, 2))
         wrong = {
-            name: f"{self._by_module[module].path}: {reason}"
-            for module, reason in self._layout(batch)[1].items()
-            for name in self._by_module[module].parameters.values()
+            name: f"{self._tracked[module].path}: {reason}"
+            for module, reason in self._shared_outputs(batch).refused.items()
+            for name in self._tracked[module].parameters.values()
         }
         names = {name: raw for name, raw in self.names.items() if name not in wrong}
         if not names:
@@ -160,74 +160,51 @@ class HookEngine(GradientEngine):
                 for name, gradient in zip(self.parameters, gradients, strict=True):
                     sketches.add_(row, name, gradient.reshape(1, -1))
 
-    def _backward(self, batch: ExampleBatch, receive: Receive) -> Tensor:
-        """Run the model and let ``receive`` see each layer's input and output gradient; returns the outputs."""
-        size = batch.size
-        shared, refused = self._layout(batch)
-        if refused:
-            module, reason = next(iter(refused.items()))
-            site = self._by_module[module]
-            raise EngineError(
-                f"hooks cannot tell the examples apart in {site.path} ({type(module).__name__}): {reason}",
-                list(site.parameters.values()),
-            )
-        anchor = torch.zeros((), requires_grad=True)
-        calls: list[tuple[str, int, torch.Size, torch.Size]] = []
-        norms: dict[tuple[int, str], Tensor] = {}
-        state: dict[str, Receive | None] = {"receive": None}
+    def backward(self, batch: ExampleBatch, receive: Receive) -> Tensor:
+        """Run the model forward and backward once, and show each call of a tracked module.
 
-        def tap(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-            if output.numel() == 0:
-                return output  # as of an expert that no token was sent to
-            site = self._by_module[module]
-            activation = (*args, *kwargs.values())[0]
-            how = shared.get(module)
-            if how is not None:
-                activation, output = spread(activation, size, how), spread(output, size, how).clone()
-            elif size > 1 and (output.ndim < 2 or len(output) % size):
-                raise EngineError(
-                    f"{site.path} ({type(module).__name__}) gave an output of shape {tuple(output.shape)} in a batch of"
-                    f" {size} examples; expected a multiple of {size} rows"
-                )
-            number = len(calls)
-            calls.append((site.path, output.shape[:1].numel() // size, activation.shape, output.shape))
+        Args:
+            batch: the examples.
+            receive: called with each call's module, input and output gradient as the backward pass reaches it.
 
-            def hand_over(activation: Tensor, gradient: Tensor) -> None:
-                if state["receive"] is None:
-                    norms[number, "weighted"] = row_norms(gradient)
-                    return
-                if (number, "weighted") in norms:
-                    norms[number, "plain"] = row_norms(gradient)
-                if activation.is_floating_point():  # not where it is indices
-                    activation = activation.to(gradient.dtype)
-                state["receive"](site, activation, gradient)
+        Returns:
+            The outputs, shape ``(size,)``.
 
-            tapped: Tensor = Tap.apply(output, anchor, activation, hand_over)  # type: ignore[no-untyped-call]
-            return tapped
-
-        with self._eager(self._outside()), hooked(self._by_module, tap), self._frozen_inside():
+        Raises:
+            EngineError: if hooks would give a wrong gradient.
+        """
+        hooks = HookedPass(self._tracked, batch.size, self._expansions(batch), receive)
+        outside = self._outside()
+        with self._eager(outside), attached(self._tracked, hooks.on_forward), self._frozen_inside():
             values = self.outputs(batch)
-            self._require_one_each(values, size)
+            self._require_one_each(values, batch.size)
             if not values.requires_grad:
                 return values
-            shapes = (size, *calls)
-            folded = any(rows != 1 for _, rows, _, _ in calls)
-            unproven = size > 1 and (folded or shapes not in self._met or picks_rows(values))
-            unproven = self._anywhere(unproven)
-            weights = example_weights(size, values)
+            signatures = batch.size, hooks.signatures
+            unproven = self._on_any_rank(self._unproven(values, *signatures))
+            weights = example_weights(batch.size, values)
             if unproven:
-                torch.autograd.grad(values, anchor, weights, retain_graph=True, allow_unused=True)
-            self._finish(values, anchor, state, receive)
+                hooks.backward_weighted(values, weights)
+            self._require_unused_outside(hooks.backward(values, outside))
             if unproven:
-                self._require_owned(norms, weights, calls)
-                self._met.add(shapes)
+                hooks.require_owned(weights, self._ownership_tolerance)
+                self._proven.add(signatures)
         return values.detach()
 
-    def _finish(self, values: Tensor, anchor: Tensor, state: dict[str, Receive | None], receive: Receive) -> None:
-        """The backward pass in which layers are received; parameters must not get gradients in it."""
-        outside = self._outside()
-        state["receive"] = receive
-        _, *gradients = torch.autograd.grad(values.sum(), [anchor, *outside], allow_unused=True)
+    def _unproven(self, values: Tensor, size: int, signatures: tuple[Signature, ...]) -> bool:
+        """Whether it must be proved that rows belong to the examples that they are taken for."""
+        if size == 1:
+            return False
+        several_rows = any(rows != 1 for _, rows, _, _ in signatures)
+        return several_rows or (size, signatures) not in self._proven or picks_rows(values)
+
+    @property
+    def _ownership_tolerance(self) -> float:
+        parameter = next(iter(self.parameters.values()))
+        return max(1e-6, min(0.05, 2**10 * rounding_of(self.autocast or parameter.dtype, parameter.device)))
+
+    def _require_unused_outside(self, gradients: Iterable[Tensor | None]) -> None:
+        """Check that parameters, which are frozen inside their layers, got no gradients from elsewhere."""
         used = [
             name
             for name, gradient in zip(self.parameters, gradients, strict=False)
@@ -240,42 +217,39 @@ class HookEngine(GradientEngine):
                 used,
             )
 
-    def _require_owned(
-        self,
-        norms: dict[tuple[int, str], Tensor],
-        weights: Tensor,
-        calls: list[tuple[str, int, torch.Size, torch.Size]],
-    ) -> None:
-        parameter = next(iter(self.parameters.values()))
-        tolerance = max(1e-6, min(0.05, 2**10 * rounding_of(self.autocast or parameter.dtype, parameter.device)))
-        for number, (path, _, _, shape) in enumerate(calls):
-            if (number, "plain") not in norms:
-                continue
-            if misplaced(norms[number, "plain"], norms[number, "weighted"], weights) > tolerance:
-                raise EngineError(
-                    f"rows of the output of {path}, of shape {tuple(shape)}, do not belong to the {len(weights)}"
-                    " examples of the batch in equal parts and in their order",
-                    [name for site in self._sites if site.path == path for name in site.parameters.values()],
-                )
-
-    def _anywhere(self, needed: bool) -> bool:
-        """Whether a backward pass is needed by anyone who has to take part in it."""
+    def _on_any_rank(self, needed: bool) -> bool:
+        """Whether one of the processes that must take part in every backward pass needs another one."""
         return needed
 
-    def _layout(self, batch: ExampleBatch) -> tuple[dict[nn.Module, Spread], dict[nn.Module, str]]:
+    def _expansions(self, batch: ExampleBatch) -> dict[nn.Module, Expansion]:
+        """How to expand the outputs that all examples share.
+
+        Raises:
+            EngineError: if a module's output cannot be taken apart into examples.
+        """
+        expansions, refused = self._shared_outputs(batch)
+        for module, reason in refused.items():
+            tracked = self._tracked[module]
+            raise EngineError(
+                f"hooks cannot tell the examples apart in {tracked.description}: {reason}",
+                list(tracked.parameters.values()),
+            )
+        return expansions
+
+    def _shared_outputs(self, batch: ExampleBatch) -> SharedOutputs:
         """Which modules share outputs in batches of these shapes, and which cannot be hooked."""
         if batch.size < 2:
-            return {}, {}  # of a single example, everything belongs to that example
+            return SharedOutputs({}, {})  # of a single example, everything belongs to that example
         shapes = self._shapes(batch)
-        if shapes not in self._layouts:
+        if shapes not in self._shared:
             with self._eager():
-                self._layouts[shapes] = find_shared(
-                    list(self._by_module), lambda count: self.outputs(batch.take(slice(0, count)))
+                self._shared[shapes] = find_shared_outputs(
+                    list(self._tracked), lambda count: self.outputs(batch.take(slice(0, count)))
                 )
-        return self._layouts[shapes]
+        return self._shared[shapes]
 
     def _shapes(self, batch: ExampleBatch) -> Shapes:
-        """What a layout is valid for."""
+        """The batches for which the shared outputs are the same."""
         return batch.shapes()
 
     def _outside(self) -> list[nn.Parameter]:
@@ -285,22 +259,21 @@ class HookEngine(GradientEngine):
     @contextmanager
     def _frozen_inside(self) -> Iterator[None]:
         """Freeze a layer's parameters while its own forward runs."""
-
-        def freeze(module: nn.Module, args: Any) -> None:
-            del args
-            for name in self._by_module[module].parameters.values():
-                self.parameters[name].requires_grad_(False)
-
-        def thaw(module: nn.Module, args: Any, output: Any) -> None:
-            del args, output
-            for name in self._by_module[module].parameters.values():
-                self.parameters[name].requires_grad_(True)
-
         with ExitStack() as stack:
-            for module in self._by_module:
-                stack.callback(module.register_forward_pre_hook(freeze).remove)
-                stack.callback(module.register_forward_hook(thaw, always_call=True).remove)
+            for module in self._tracked:
+                stack.callback(module.register_forward_pre_hook(self._freeze).remove)
+                stack.callback(module.register_forward_hook(self._thaw, always_call=True).remove)
             yield
+
+    def _freeze(self, module: nn.Module, args: Any) -> None:  # noqa: ARG002
+        self._require_grad(module, False)
+
+    def _thaw(self, module: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG002
+        self._require_grad(module, True)
+
+    def _require_grad(self, module: nn.Module, requires: bool) -> None:
+        for name in self._tracked[module].parameters.values():
+            self.parameters[name].requires_grad_(requires)
 
     @contextmanager
     def _eager(self, parameters: Iterable[nn.Parameter] = ()) -> Iterator[None]:

@@ -41,9 +41,9 @@ def misplaced(norms: Tensor, weighted: Tensor, weights: Tensor) -> float:
     return float((weighted - expected).abs().max() / largest) if largest > 0 else 0.0
 
 
-# Operations whose rows depend on the values of tensors; and code of the user's own, which may do the same.
+# Operations whose rows depend on the values of tensors. Autograd functions of the user may do the same; ours do not.
 _PICKING = ("Index", "Gather", "Scatter", "Masked", "Sort", "Topk", "Take", "Put", "Unique", "Repeat", "Flip", "Roll")
-_OWN = ("TapBackward", "_OwnAndOthersBackward")
+_OURS = ("CaptureOutputGradientBackward", "_OwnAndOthersBackward")
 
 
 def picks_rows(value: Tensor) -> bool:
@@ -54,7 +54,7 @@ def picks_rows(value: Tensor) -> bool:
         if node is None:
             continue
         name = node.name().removeprefix("torch::autograd::")
-        if name.startswith(_PICKING) or (name.endswith("Backward") and name not in _OWN) or _mixes_rows(node, name):
+        if name.startswith(_PICKING) or (name.endswith("Backward") and name not in _OURS) or _mixes_rows(node, name):
             return True
         for following, _ in node.next_functions:
             if following not in seen:

@@ -1,13 +1,12 @@
 """The layers that a Kronecker factorisation covers, with weight and bias as one matrix."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_trak.gradients.hooks.coverage import Site, find_sites
-from lightning_trak.gradients.hooks.layers import layer_of
+from lightning_trak.gradients.hooks.layers import LayerCall, layer_of
+from lightning_trak.gradients.hooks.tracked_module import TrackedModule, find_tracked_modules
 
 
 @dataclass(frozen=True)
@@ -15,19 +14,19 @@ class Block:
     """One layer's parameters as a matrix ``(outputs, inputs)``; the bias is the weight of an input that is always 1.
 
     Attributes:
-        site: the layer.
+        tracked: the layer.
         weight: canonical name of the weight.
         bias: of the bias, if it is selected too.
     """
 
-    site: Site
+    tracked: TrackedModule
     weight: str
     bias: str | None
 
     def gather(self, parts: dict[str, Tensor]) -> Tensor:
         """The block's matrices, ``(n, outputs, inputs)``, from rows by parameter, ``(n, *shape)`` each."""
         matrices = parts[self.weight].flatten(2)
-        if self.site.layer.rows_are_inputs:
+        if self.tracked.layer.rows_are_inputs:
             matrices = matrices.transpose(1, 2)
         return matrices if self.bias is None else torch.cat([matrices, parts[self.bias].unsqueeze(2)], dim=2)
 
@@ -36,15 +35,13 @@ class Block:
         if self.bias is not None:
             parts[self.bias].copy_(matrices[..., -1])
             matrices = matrices[..., :-1]
-        if self.site.layer.rows_are_inputs:
+        if self.tracked.layer.rows_are_inputs:
             matrices = matrices.transpose(1, 2)
         parts[self.weight].copy_(matrices.reshape(parts[self.weight].shape))
 
-    def sides(self, activation: Tensor, gradient: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    def factors(self, call: LayerCall) -> tuple[Tensor, Tensor]:
         """Output gradients ``(positions, outputs)`` and inputs ``(positions, inputs)`` of a batch."""
-        layer: Any = self.site.layer
-        rows, columns = (part.flatten(0, 1) for part in layer.sides(self.site.module, activation, gradient, size))
-        outputs, inputs = (columns, rows) if layer.rows_are_inputs else (rows, columns)
+        outputs, inputs = (factor.flatten(0, 1) for factor in self.tracked.layer.factors(call))
         if self.bias is not None:
             inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], dim=1)
         return outputs, inputs
@@ -65,25 +62,23 @@ def find_blocks(module: nn.Module, names: dict[str, str]) -> tuple[list[Block], 
     left_out = {
         selected[parameter]: f"{path} ({type(part).__name__}): its gradient is no sum of outer products"
         for path, part in module.named_modules()
-        if (layer := layer_of(part)) is not None and not layer.factored(part)
+        if (layer := layer_of(part)) is not None and not layer.has_factors()
         for parameter in part.parameters(recurse=False)
         if parameter in selected
     }
-    sites, uncovered = find_sites(module, {name: raw for name, raw in names.items() if name not in left_out})
+    remaining = {name: raw for name, raw in names.items() if name not in left_out}
+    tracked_modules, uncovered = find_tracked_modules(module, remaining)
     left_out |= uncovered
-    owners = [name for site in sites for name in site.parameters.values()]
+    owners = [name for tracked in tracked_modules for name in tracked.parameters.values()]
     blocks = []
-    for site in sites:
-        weight, bias = site.parameters.get("weight"), site.parameters.get("bias")
-        reason = None
+    for tracked in tracked_modules:
+        own = tracked.parameters.values()
+        weight, bias = tracked.parameters.get("weight"), tracked.parameters.get("bias")
         if weight is None:
-            reason = "a bias without its weight"
-        elif any(owners.count(name) > 1 for name in site.parameters.values()):
+            left_out |= dict.fromkeys(own, f"{tracked.description}: a bias without its weight")
+        elif any(owners.count(name) > 1 for name in own):
             reason = "it is tied: its gradient is the sum of several layers' gradients"
+            left_out |= dict.fromkeys(own, f"{tracked.description}: {reason}")
         else:
-            blocks.append(Block(site, weight, bias))
-        if reason is not None:
-            left_out |= {
-                name: f"{site.path} ({type(site.module).__name__}): {reason}" for name in site.parameters.values()
-            }
+            blocks.append(Block(tracked, weight, bias))
     return blocks, left_out

@@ -11,7 +11,8 @@ from lightning_trak.checkpoints.reading import CheckpointsLike
 from lightning_trak.checks import require_one_of
 from lightning_trak.gradients import HookEngine, ParameterSelection, select_parameters
 from lightning_trak.gradients.batch import ExampleBatch
-from lightning_trak.gradients.hooks.coverage import Site
+from lightning_trak.gradients.hooks.layers import LayerCall
+from lightning_trak.gradients.hooks.tracked_module import TrackedModule
 from lightning_trak.methods.influence.base import Influence
 from lightning_trak.methods.influence.blocks import Block, find_blocks
 from lightning_trak.methods.influence.hessian import require_convex
@@ -99,8 +100,9 @@ class EKFACInfluence(Influence):
         for block, values in zip(blocks, self._eigenvalues(passes, blocks, bases), strict=True):
             if not values.any():
                 raise ValueError(
-                    f"there is no curvature in {block.site.path} at {passes.where}: the output does not depend on it,"
-                    " or the loss is linear in the output; leave it out by parameters=, or use curvature='empirical'"
+                    f"there is no curvature in {block.tracked.path} at {passes.where}: the output does not depend on"
+                    " it, or the loss is linear in the output; leave it out by parameters=, or use"
+                    " curvature='empirical'"
                 )
             damped.append(values + self.damping * values.mean())
 
@@ -125,7 +127,8 @@ class EKFACInfluence(Influence):
         """The eigenvectors of each layer's covariances: one pass over the training data."""
         model = passes.model
         weighted = _Weighted(model.output, self._squared_weights)
-        engine = _CovarianceEngine(model.module, weighted, model.names, blocks)
+        engine = HookEngine(model.module, weighted, model.names)
+        covariances = _Covariances(blocks)
         with passes.computing():
             for number, (batch, size) in enumerate(passes.batches(passes.train)):
                 examples = ExampleBatch(batch, size, passes.layout)
@@ -135,8 +138,8 @@ class EKFACInfluence(Influence):
                         f"EK-FAC cannot see all that the model does with some parameters, leave them out by"
                         f" parameters=: {_listed(wrong)}"
                     )
-                engine.add(examples)
-        return [Basis(*(torch.linalg.eigh(part)[1].to(passes.dtype) for part in pair)) for pair in engine.covariances]
+                covariances.add(engine, examples)
+        return [Basis(*(torch.linalg.eigh(part)[1].to(passes.dtype) for part in pair)) for pair in covariances.pairs]
 
     def _eigenvalues(self, passes: Passes, blocks: list[Block], bases: list["Basis"]) -> list[Tensor]:
         """The curvature's diagonal of each layer, float64 ``(outputs, inputs)``: another pass."""
@@ -184,36 +187,35 @@ class _Weighted(ModelOutput):
         return self.inner.loss(output)
 
 
-class _CovarianceEngine(HookEngine):
+class _Covariances:
     """Sums the products of each layer's output gradients, and of its inputs, over batches.
 
     Attributes:
-        covariances: of output gradients and of inputs, float64, for each block.
+        pairs: of output gradients and of inputs, float64, for each block.
     """
 
-    def __init__(self, module: nn.Module, output: ModelOutput, names: dict[str, str], blocks: list[Block]) -> None:
-        super().__init__(module, output, names)
-        self._numbers = {block.site.module: number for number, block in enumerate(blocks)}
+    def __init__(self, blocks: list[Block]) -> None:
+        self._numbers = {block.tracked.module: number for number, block in enumerate(blocks)}
         self._blocks = blocks
-        self.covariances: list[list[Tensor]] = [[] for _ in blocks]
+        self.pairs: list[list[Tensor]] = [[] for _ in blocks]
 
-    def add(self, batch: ExampleBatch) -> None:
-        """Add a batch."""
+    def add(self, engine: HookEngine, batch: ExampleBatch) -> None:
+        """Add a batch that the engine differentiates."""
         seen: set[nn.Module] = set()
 
-        def receive(site: Site, activation: Tensor, gradient: Tensor) -> None:
-            if site.module in seen:
+        def receive(tracked: TrackedModule, call: LayerCall) -> None:
+            if tracked.module in seen:
                 raise ValueError(
-                    f"{site.path} is called more than once for a batch, and EK-FAC takes each call's gradient for the"
-                    " whole: leave its parameters out by parameters="
+                    f"{tracked.path} is called more than once for a batch, and EK-FAC takes each call's gradient for"
+                    " the whole: leave its parameters out by parameters="
                 )
-            seen.add(site.module)
-            number = self._numbers[site.module]
-            pair = [(side.T @ side).double() for side in self._blocks[number].sides(activation, gradient, batch.size)]
-            known = self.covariances[number]
-            self.covariances[number] = [sum_ + part for sum_, part in zip(known, pair, strict=True)] if known else pair
+            seen.add(tracked.module)
+            number = self._numbers[tracked.module]
+            pair = [(factor.T @ factor).double() for factor in self._blocks[number].factors(call)]
+            known = self.pairs[number]
+            self.pairs[number] = [sum_ + part for sum_, part in zip(known, pair, strict=True)] if known else pair
 
-        self._backward(batch, receive)
+        engine.backward(batch, receive)
 
 
 def _listed(reasons: dict[str, str]) -> str:

@@ -134,7 +134,7 @@ def test_layers_that_lie_the_other_way_round_give_the_same():
         nn.Conv3d(1, 2, 2, padding=1),
     ],
 )
-def test_the_sides_of_a_convolution_make_its_gradient(layer):
+def test_the_factors_of_a_convolution_make_its_gradient(layer):
     torch.manual_seed(0)
     shape = {nn.Conv1d: (2, 6), nn.Conv2d: (2, 4, 5), nn.Conv3d: (1, 2, 3, 2)}[type(layer)]
     module, names = Net(copy.deepcopy(layer).double(), nn.Tanh(), nn.Flatten()), {"net.0.weight": "net.0.weight"}
@@ -148,14 +148,11 @@ def test_the_sides_of_a_convolution_make_its_gradient(layer):
 
     made = {}
 
-    class Engine(HookEngine):
-        def make(self, batch):
-            self._backward(batch, lambda site, *pair: made.update(sides=(site, *pair)))
-
     batch = torch.randn(3, *shape, dtype=torch.float64)
-    Engine(module, Sum(), names).make(ExampleBatch(batch, 3))
-    site, activation, gradient = made["sides"]
-    rows, columns = site.layer.sides(site.module, activation, gradient, 3)
+    HookEngine(module, Sum(), names).backward(
+        ExampleBatch(batch, 3), lambda tracked, call: made.update(factors=tracked.layer.factors(call))
+    )
+    rows, columns = made["factors"]
     expected = LoopEngine(module, Sum(), names)(ExampleBatch(batch, 3))[1]["net.0.weight"]
     torch.testing.assert_close((rows.transpose(1, 2) @ columns).flatten(1), expected)
 

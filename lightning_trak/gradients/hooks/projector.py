@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor
 
-from lightning_trak.gradients.hooks.coverage import Site
+from lightning_trak.gradients.hooks.layers import Layer, LayerCall
+from lightning_trak.gradients.hooks.tracked_module import TrackedModule
 from lightning_trak.projections.base import BoundProjection
 from lightning_trak.projections.kronecker import BoundKroneckerProjection
 from lightning_trak.projections.sparse import BoundSparseProjection
@@ -22,8 +22,8 @@ _CPU_ROWS, _ACCELERATOR_ROWS = 32, 1024
 _DRAWING, _WORDS_BYTES = 50, 32
 
 
-class Projecting:
-    """What receives a layer's input and output gradient, and adds the layer's projected gradients to the features.
+class LayerProjector:
+    """Receives the calls of layers, and adds the layers' projected gradients to the features.
 
     Args:
         projection: a projection that is bound to the parameters.
@@ -40,71 +40,63 @@ class Projecting:
         self._bytes = _CPU_BYTES if cpu else _ACCELERATOR_BYTES
         self._rows = _CPU_ROWS if cpu else _ACCELERATOR_ROWS
 
-    def __call__(self, site: Site, activation: Tensor, gradient: Tensor) -> None:
+    def __call__(self, tracked: TrackedModule, call: LayerCall) -> None:
         """Project the gradients of a layer's parameters.
 
         Args:
-            site: the layer.
-            activation: its input.
-            gradient: the gradient of the summed outputs with respect to its output.
+            tracked: the layer's module.
+            call: the layer's input and its output's gradient.
         """
-        for attribute, name in site.parameters.items():
-            call = site, attribute, name, activation, gradient
-            if not (self._add_core(*call) or self._add_sparse(*call)):
-                self._add_dense(*call)
+        for attribute, name in tracked.parameters.items():
+            arguments = tracked.layer, attribute, name, call
+            if not (self._add_core(*arguments) or self._add_sparse(*arguments)):
+                self._add_dense(*arguments)
 
-    def _add_core(self, site: Site, attribute: str, name: str, activation: Tensor, gradient: Tensor) -> bool:
+    def _add_core(self, layer: Layer, attribute: str, name: str, call: LayerCall) -> bool:
         """Project both sides of a gradient that need not be formed; False if it must be."""
-        project = getattr(site.layer, f"project_{attribute}", None)
-        if project is None or not isinstance(self._projection, BoundKroneckerProjection):
+        if not isinstance(self._projection, BoundKroneckerProjection):
             return False
-        left, right = (factor.to(gradient) for factor in self._projection.factors(name))
-        cores = project(site.module, activation, gradient, self._size, left, right)
+        left, right = (factor.to(call.output_gradient) for factor in self._projection.factors(name))
+        cores = layer.projected_gradient(attribute, call, left, right)
         if cores is not None:
             self._projection.add_core_(self._features, name, cores)
         return cores is not None
 
-    def _add_sparse(self, site: Site, attribute: str, name: str, activation: Tensor, gradient: Tensor) -> bool:
+    def _add_sparse(self, layer: Layer, attribute: str, name: str, call: LayerCall) -> bool:
         """Project the rows that are not zero; False if that is not much less than projecting all."""
-        sparse = getattr(site.layer, f"sparse_{attribute}", None)
-        if sparse is None or not isinstance(self._projection, BoundSparseProjection):
+        if not isinstance(self._projection, BoundSparseProjection):
             return False
-        rows, numbers = sparse(site.module, activation, gradient, self._size)
-        if _DRAWING * numbers.shape[1] > len(self._parameters[name]):
+        nonzero = layer.nonzero_rows(attribute, call)
+        if nonzero is None:
+            return False
+        rows, indices = nonzero
+        if _DRAWING * indices.shape[1] > len(self._parameters[name]):
             return False
         step = max(1, self._bytes // (_WORDS_BYTES * rows[0].numel()))
         for start in range(0, self._size, step):
             some = slice(start, start + step)
-            self._projection.add_sparse_(self._features[some], name, rows[some], numbers[some])
+            self._projection.add_sparse_(self._features[some], name, rows[some], indices[some])
         return True
 
-    def _add_dense(self, site: Site, attribute: str, name: str, activation: Tensor, gradient: Tensor) -> None:
+    def _add_dense(self, layer: Layer, attribute: str, name: str, call: LayerCall) -> None:
         """Form a few examples' gradients at a time, or a few of their rows if the layer can: then of more examples.
 
         What the projection has to look up or draw for these rows, it does once for all the examples.
         """
         parameter = self._parameters[name]
         length = parameter.shape[0] if parameter.ndim else 1
-        row_bytes = parameter.numel() // length * gradient.element_size()
-        form_rows: Any = getattr(site.layer, f"rows_of_{attribute}", None)
-        least = min(length, self._rows) if form_rows else length
+        row_bytes = parameter.numel() // length * call.output_gradient.element_size()
+        least = min(length, self._rows) if layer.has_rows(attribute) else length
         step = min(self._size, max(1, self._bytes // (least * row_bytes)))
         height = min(length, max(least, self._bytes // (step * row_bytes)))
         for start in range(0, self._size, step):
             features = self._features[start : start + step]
             count = len(features)
-            pair = [_examples(tensor, self._size, start, start + count) for tensor in (activation, gradient)]
+            some = call.take(start, start + count)
             if height == length:
-                part = getattr(site.layer, attribute)(site.module, *pair, count)
-                self._projection.add_(features, name, part.reshape(count, -1))
+                self._projection.add_(features, name, layer.gradient(attribute, some).reshape(count, -1))
                 continue
             for top in range(0, length, height):
                 rows = range(top, min(top + height, length))
-                part = form_rows(site.module, *pair, count, rows.start, rows.stop)
+                part = layer.gradient_rows(attribute, some, rows)
                 self._projection.add_(features, name, part.reshape(count, -1), rows)
-
-
-def _examples(tensor: Tensor, size: int, start: int, stop: int) -> Tensor:
-    """The rows of some examples."""
-    each = len(tensor) // size
-    return tensor[start * each : stop * each]

@@ -1,4 +1,4 @@
-"""Which parameters hooks can differentiate, and what to tell about the others."""
+"""Which modules hooks are attached to, and which parameters hooks leave out."""
 
 from __future__ import annotations
 
@@ -11,36 +11,44 @@ from lightning_trak.gradients.hooks.layers import Layer, layer_of
 
 
 @dataclass(frozen=True, eq=False)
-class Site:
-    """A module that owns selected parameters.
+class TrackedModule:
+    """A module that owns selected parameters, which hooks differentiate.
 
     Args:
         path: the module's name in the model.
-        module: the module.
         layer: how to differentiate it.
-        parameters: attribute of the module -> canonical parameter name, selected parameters only.
+        parameters: attribute of the module -> canonical parameter name; selected parameters only.
     """
 
     path: str
-    module: nn.Module
-    layer: type[Layer]
+    layer: Layer
     parameters: dict[str, str]
 
+    @property
+    def module(self) -> nn.Module:
+        """The module itself."""
+        return self.layer.module
 
-def find_sites(module: nn.Module, names: dict[str, str]) -> tuple[list[Site], dict[str, str]]:
-    """Look up a layer class for every module that owns selected parameters.
+    @property
+    def description(self) -> str:
+        """Its path and type, for errors."""
+        return _description(self.path, self.module)
+
+
+def find_tracked_modules(module: nn.Module, names: dict[str, str]) -> tuple[list[TrackedModule], dict[str, str]]:
+    """Find a layer class for every module that owns selected parameters.
 
     Args:
         module: the model.
         names: canonical parameter name -> name in ``module``.
 
     Returns:
-        The sites of the parameters that hooks see wherever they are tied to, and, by canonical name, the reason why
-        each other parameter is left out.
+        The modules to attach hooks to, and, by canonical name, the reason why each other parameter is left out. A
+        parameter that is tied to several modules is left out if hooks cannot differentiate one of them.
     """
     parameters = dict(module.named_parameters())
     canonical = {parameters[raw]: name for name, raw in names.items()}
-    sites: list[Site] = []
+    candidates: list[TrackedModule] = []
     left_out: dict[str, str] = {}
     for path, part in module.named_modules():
         own = {
@@ -54,26 +62,31 @@ def find_sites(module: nn.Module, names: dict[str, str]) -> tuple[list[Site], di
         for attribute, name in own.items():
             reason = _refusal(part, layer, attribute)
             if reason is not None:
-                left_out[name] = f"{path or 'the model itself'} ({type(part).__name__}): {reason}"
+                left_out[name] = f"{_description(path, part)}: {reason}"
         if layer is not None:
-            sites.append(Site(path, part, layer, own))
-    kept = (
-        Site(site.path, site.module, site.layer, {a: n for a, n in site.parameters.items() if n not in left_out})
-        for site in sites
-    )
-    return [site for site in kept if site.parameters], left_out
+            candidates.append(TrackedModule(path, layer, own))
+    tracked = []
+    for candidate in candidates:
+        kept = {attribute: name for attribute, name in candidate.parameters.items() if name not in left_out}
+        if kept:
+            tracked.append(TrackedModule(candidate.path, candidate.layer, kept))
+    return tracked, left_out
 
 
-def _refusal(module: nn.Module, layer: type[Layer] | None, attribute: str) -> str | None:
+def _refusal(module: nn.Module, layer: Layer | None, attribute: str) -> str | None:
     if layer is None:
         return "no layer class covers this type"
     if "forward" in vars(module):
         return "its forward was replaced"
     if getattr(module, attribute).is_complex():
         return "its weights are complex"
-    if not hasattr(layer, attribute):
-        return f"{layer.__name__} does not know the parameter {attribute!r}"
-    return layer.refusal(module)
+    if attribute not in layer.parameter_names:
+        return f"{type(layer).__name__} does not know the parameter {attribute!r}"
+    return layer.refusal()
+
+
+def _description(path: str, module: nn.Module) -> str:
+    return f"{path or 'the model itself'} ({type(module).__name__})"
 
 
 def coverage_report(left_out: Mapping[str, str], sizes: Mapping[str, int]) -> str:

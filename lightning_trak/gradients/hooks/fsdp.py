@@ -10,9 +10,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_trak.gradients.batch import ExampleBatch
-from lightning_trak.gradients.hooks.coverage import Site
-from lightning_trak.gradients.hooks.engine import HookEngine, Receive, Shapes
+from lightning_trak.gradients.hooks.engine import HookEngine, Shapes
+from lightning_trak.gradients.hooks.hooked_pass import Receive
+from lightning_trak.gradients.hooks.layers import LayerCall
 from lightning_trak.gradients.hooks.sketch import Sketches
+from lightning_trak.gradients.hooks.tracked_module import TrackedModule
 from lightning_trak.outputs.evaluating import exact_attention
 from lightning_trak.running.fsdp import mean_over_ranks
 
@@ -44,7 +46,7 @@ class ShardedHookEngine(HookEngine):
             yield
 
     def _shapes(self, batch: ExampleBatch) -> Shapes:  # noqa: ARG002
-        """Anything: layouts are found once, in the first :meth:`check`, when all ranks have the same examples."""
+        """All batches: shared outputs are found once, in the first :meth:`check`, when ranks have the same examples."""
         return ()
 
     def _outside(self) -> list[nn.Parameter]:
@@ -58,23 +60,26 @@ class ShardedHookEngine(HookEngine):
     def _differentiating(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:  # noqa: ARG002
         yield
 
-    def _anywhere(self, needed: bool) -> bool:
+    def _on_any_rank(self, needed: bool) -> bool:
         flag = torch.tensor(int(needed), device=next(iter(self.parameters.values())).device)
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         return bool(flag)
 
-    def _backward(self, batch: ExampleBatch, receive: Receive) -> Tensor:
-        def checked(site: Site, activation: Tensor, gradient: Tensor) -> None:
-            for name in site.parameters.values():
+    def backward(self, batch: ExampleBatch, receive: Receive) -> Tensor:
+        """See :meth:`HookEngine.backward`."""
+
+        def receive_in_precision_of_weights(tracked: TrackedModule, call: LayerCall) -> None:
+            used = call.output_gradient.dtype
+            for name in tracked.parameters.values():
                 weights = self.parameters[name].dtype
-                if gradient.dtype != weights and self.autocast is None:
+                if used != weights and self.autocast is None:
                     raise ValueError(
-                        f"{name} has {weights} weights and is used in {gradient.dtype}; features are computed in the"
+                        f"{name} has {weights} weights and is used in {used}; features are computed in the"
                         " precision of the weights: leave param_dtype out of fully_shard's MixedPrecisionPolicy"
                     )
-            receive(site, activation, gradient)
+            receive(tracked, call)
 
-        return super()._backward(batch, checked)
+        return super().backward(batch, receive_in_precision_of_weights)
 
     def _pairs(self, batch: ExampleBatch) -> dict[str, tuple[Tensor, Tensor]]:
         pairs = super()._pairs(batch)

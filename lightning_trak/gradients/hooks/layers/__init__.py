@@ -1,0 +1,30 @@
+"""Types of layers that hooks can differentiate: a file for each family. Importing the files fills the registry."""
+
+from lightning_trak.gradients.hooks.layers.activation import PReLULayer
+from lightning_trak.gradients.hooks.layers.base import Layer, LayerCall, layer_of
+from lightning_trak.gradients.hooks.layers.convolution import ConvolutionLayer
+from lightning_trak.gradients.hooks.layers.embedding import EmbeddingLayer
+from lightning_trak.gradients.hooks.layers.linear import LinearLayer, TransposedLinearLayer
+from lightning_trak.gradients.hooks.layers.normalization import (
+    BatchNormLayer,
+    GroupNormLayer,
+    LayerNormLayer,
+    RMSNormLayer,
+)
+from lightning_trak.gradients.hooks.layers.scale import ScaleLayer
+
+__all__ = [
+    "BatchNormLayer",
+    "ConvolutionLayer",
+    "EmbeddingLayer",
+    "GroupNormLayer",
+    "Layer",
+    "LayerCall",
+    "LayerNormLayer",
+    "LinearLayer",
+    "PReLULayer",
+    "RMSNormLayer",
+    "ScaleLayer",
+    "TransposedLinearLayer",
+    "layer_of",
+]

@@ -1,0 +1,207 @@
+"""What hooks need to know of a type of layer: its per-example gradients, from its input and its output's gradient."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from lightning_trak.running.fsdp import own_type
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """One call of a layer on a batch, as the hooks see it.
+
+    The first dimension of both tensors is ``size``, or a multiple of it where the model folded another dimension into
+    the batch. The rows of one example follow each other, so ``reshape(size, -1, ...)`` separates the examples.
+
+    Args:
+        inputs: the layer's first argument.
+        output_gradient: the gradient of the sum of the model's outputs with respect to the layer's output.
+        size: the number of examples.
+    """
+
+    inputs: Tensor
+    output_gradient: Tensor
+    size: int
+
+    def take(self, start: int, stop: int) -> LayerCall:
+        """The examples from ``start`` to ``stop``, without copying."""
+        inputs, gradient = (
+            tensor[start * len(tensor) // self.size : stop * len(tensor) // self.size]
+            for tensor in (self.inputs, self.output_gradient)
+        )
+        return LayerCall(inputs, gradient, stop - start)
+
+
+class Layer(ABC):
+    """Per-example gradients of one type of module. To add a type, derive a class that defines :meth:`gradient`.
+
+    ``covers=[...]`` registers the class for these types of modules. Types are matched exactly, since a subclass of a
+    module may compute anything in its own ``forward``; name the subclass too if its ``forward`` is the same.
+
+    All other methods have defaults. They are shortcuts: a layer that has one is faster, or takes less memory.
+
+    A parameter's gradient is seen as a matrix G. Its rows are the parameter's first dimension, and its columns are all
+    the other dimensions. A vector is a matrix of one column.
+
+    Example:
+        >>> import torch
+        >>> from lightning_trak.gradients import HookEngine, Layer, LoopEngine, select_parameters
+        >>> from lightning_trak.gradients.batch import ExampleBatch
+        >>> from lightning_trak.outputs import ClassificationMargin
+        >>> class Gain(torch.nn.Module):
+        ...     def __init__(self, width):
+        ...         super().__init__()
+        ...         self.gain = torch.nn.Parameter(torch.ones(width))
+        ...
+        ...     def forward(self, x):
+        ...         return self.gain * x
+        >>> class GainLayer(Layer, covers=[Gain]):
+        ...     parameter_names = ("gain",)
+        ...
+        ...     def gradient(self, parameter, call):
+        ...         products = call.inputs * call.output_gradient
+        ...         return products.reshape(call.size, -1, self.module.gain.numel()).sum(1)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), Gain(3))
+        >>> batch = ExampleBatch((torch.ones(2, 4), torch.tensor([0, 2])), 2)
+        >>> names, output = select_parameters(model), ClassificationMargin()
+        >>> by_hooks = HookEngine(model, output, names)(batch)[1]
+        >>> one_by_one = LoopEngine(model, output, names)(batch)[1]
+        >>> torch.testing.assert_close(by_hooks["1.gain"], one_by_one["1.gain"])
+
+    Args:
+        module: the module.
+
+    Attributes:
+        module: the module.
+        parameter_names: the module's own parameters that :meth:`gradient` is for, as the module's attributes are named.
+        rows_are_inputs: whether the rows of the weight's matrix belong to the layer's inputs, and not to its outputs.
+            It matters for layers with :meth:`factors` only.
+    """
+
+    parameter_names: ClassVar[tuple[str, ...]] = ("weight", "bias")
+    rows_are_inputs: ClassVar[bool] = False
+    module: nn.Module
+
+    _by_type: ClassVar[dict[type[nn.Module] | str, type[Layer]]] = {}
+    _by_structure: ClassVar[list[type[Layer]]] = []
+
+    def __init_subclass__(
+        cls, covers: list[type[nn.Module] | str] | None = None, covers_by_structure: bool = False
+    ) -> None:
+        """Register the subclass.
+
+        Args:
+            covers: the types of modules, or their names as ``"package.module.Type"``, which need not be importable.
+            covers_by_structure: whether to use the class also for modules of types that no class covers, if the class
+                :meth:`recognizes` them.
+        """
+        super().__init_subclass__()
+        for module_type in covers or ():
+            Layer._by_type[module_type] = cls
+        if covers_by_structure:
+            Layer._by_structure.append(cls)
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    @abstractmethod
+    def gradient(self, parameter: str, call: LayerCall) -> Tensor:
+        """The gradient of each example's output with respect to a parameter.
+
+        Args:
+            parameter: one of ``parameter_names``.
+            call: the layer's input and its output's gradient.
+
+        Returns:
+            Shape ``(size, ...)``, with the elements of the parameter in its own order.
+        """
+
+    @classmethod
+    def recognizes(cls, module: nn.Module) -> bool:  # noqa: ARG003
+        """Whether this class may be used for a module of a type that no class covers. Default: it may not."""
+        return False
+
+    def refusal(self) -> str | None:
+        """Why hooks cannot differentiate this module, although its type is covered. Default: None, they can."""
+        return None
+
+    def has_rows(self, parameter: str) -> bool:  # noqa: ARG002
+        """Whether :meth:`gradient_rows` is defined for a parameter. Default: it is not."""
+        return False
+
+    def gradient_rows(self, parameter: str, call: LayerCall, rows: range) -> Tensor:
+        """Some rows of G for each example, without the other rows. For parameters that :meth:`has_rows` names.
+
+        Args:
+            parameter: one of ``parameter_names``.
+            call: the layer's input and its output's gradient.
+            rows: which rows; they follow each other.
+
+        Returns:
+            Shape ``(size, len(rows), columns)``.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define gradient_rows(), since its has_rows() is true")
+
+    def nonzero_rows(self, parameter: str, call: LayerCall) -> tuple[Tensor, Tensor] | None:  # noqa: ARG002
+        """The few rows of G that are not zero, for each example. Default: None, most rows are not zero.
+
+        Args:
+            parameter: one of ``parameter_names``.
+            call: the layer's input and its output's gradient.
+
+        Returns:
+            The rows, shape ``(size, n, columns)``, and their indices, shape ``(size, n)``. Rows with the same index are
+            summed.
+        """
+        return None
+
+    def projected_gradient(
+        self,
+        parameter: str,  # noqa: ARG002
+        call: LayerCall,  # noqa: ARG002
+        left: Tensor,  # noqa: ARG002
+        right: Tensor,  # noqa: ARG002
+    ) -> Tensor | None:
+        """``left.T @ G @ right`` for each example, without forming G. Default: None, G must be formed.
+
+        Args:
+            parameter: one of ``parameter_names``.
+            call: the layer's input and its output's gradient.
+            left: shape ``(rows, l)``.
+            right: shape ``(columns, r)``.
+
+        Returns:
+            Shape ``(size, l, r)``.
+        """
+        return None
+
+    def has_factors(self) -> bool:
+        """Whether :meth:`factors` is defined for this module. Default: it is not, and EK-FAC leaves the layer out."""
+        return False
+
+    def factors(self, call: LayerCall) -> tuple[Tensor, Tensor]:
+        """The factors of which the weight's gradient is a sum of outer products. For modules that :meth:`has_factors`.
+
+        Args:
+            call: the layer's input and its output's gradient.
+
+        Returns:
+            The output's gradients, shape ``(size, positions, outputs)``, and the inputs, shape
+            ``(size, positions, inputs)``.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define factors(), since its has_factors() is true")
+
+
+def layer_of(module: nn.Module) -> Layer | None:
+    """The layer of the class that covers the module's type, or else recognizes the module; None if no class does."""
+    kind = own_type(module)
+    by_name = f"{kind.__module__}.{kind.__qualname__}"
+    covering = Layer._by_type.get(kind) or Layer._by_type.get(by_name)
+    if covering is None:
+        covering = next((layer for layer in Layer._by_structure if layer.recognizes(module)), None)
+    return None if covering is None else covering(module)

@@ -1,0 +1,97 @@
+"""Convolutions, transposed ones included."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_trak.gradients.hooks.layers.base import Layer, LayerCall
+
+_TYPES = [nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d]
+
+
+class ConvolutionLayer(Layer, covers=[*_TYPES]):
+    """Any stride, padding, dilation and number of groups."""
+
+    module: Any  # one of six types without a common public base class
+
+    def gradient(self, parameter: str, call: LayerCall) -> Tensor:
+        """Shape ``(size, *weight.shape)`` for the weight; for the bias, a sum over positions."""
+        if parameter == "bias":
+            return self._images(call.output_gradient, call.size).flatten(3).sum((1, 3))
+        module = self.module
+        inputs, padding = self._padded(call.inputs)
+        weight = module.weight.to(call.output_gradient.dtype)
+
+        def kernel_gradient(image: Tensor, output_gradient: Tensor) -> Tensor:
+            gradients = torch.ops.aten.convolution_backward(
+                output_gradient, image, weight, None, module.stride, padding, module.dilation, module.transposed,
+                module.output_padding, module.groups, [False, True, False],
+            )  # fmt: skip
+            kernel: Tensor = gradients[1]
+            return kernel
+
+        images, output_gradients = self._images(inputs, call.size), self._images(call.output_gradient, call.size)
+        if inputs.device.type != "cpu":
+            return torch.vmap(kernel_gradient)(images, output_gradients)
+        # On a CPU, a kernel call for each example is faster than unfolding and multiplying, and than the grouped
+        # convolution that vmap makes of it, on most layers of a ResNet-9.
+        each = [kernel_gradient(*pair) for pair in zip(images, output_gradients, strict=True)]
+        return torch.stack(each) if call.size > 1 else each[0].unsqueeze(0)
+
+    def projected_gradient(self, parameter: str, call: LayerCall, left: Tensor, right: Tensor) -> Tensor | None:
+        """Shape ``(size, l, r)``: multiplying every patch by ``right`` is a convolution with its columns as kernels.
+
+        A transposed convolution is the same with input and output exchanged, as the rows of its weight are. Not for
+        groups, whose weights are small.
+        """
+        if parameter != "weight" or self.module.groups > 1:
+            return None
+        inputs, padding = self._padded(call.inputs)
+        gradient = call.output_gradient
+        patched, pointwise = (gradient, inputs) if self.module.transposed else (inputs, gradient)
+        patches = self._convolved(patched, right.T, padding)
+        columns = self._images(patches, call.size).flatten(3)
+        rows = torch.matmul(left.T, self._images(pointwise, call.size).flatten(3))
+        return torch.einsum("bilp,birp->blr", rows, columns)
+
+    def has_factors(self) -> bool:
+        """Not for groups, whose weight is many matrices, nor transposed ones, where patches are of the output."""
+        return self.module.groups == 1 and not self.module.transposed
+
+    def factors(self, call: LayerCall) -> tuple[Tensor, Tensor]:
+        """The output's gradients and, as inputs, the patches that the kernel is laid on; by position."""
+        inputs, padding = self._padded(call.inputs)
+        # Patches by convolution with all unit kernels: any number of dimensions, strides and dilations.
+        kernels = torch.eye(self.module.weight[0].numel(), dtype=inputs.dtype, device=inputs.device)
+        patches = self._convolved(inputs, kernels, padding)
+        output_gradients, patches = (
+            self._images(part, call.size).flatten(3).transpose(2, 3).flatten(1, 2)
+            for part in (call.output_gradient, patches)
+        )
+        return output_gradients, patches
+
+    def _convolved(self, images: Tensor, kernels: Tensor, padding: list[int]) -> Tensor:
+        """The module's convolution with other kernels, one in each row of a matrix."""
+        module = self.module
+        convolved: Tensor = torch.ops.aten.convolution(
+            images, kernels.reshape(-1, *module.weight.shape[1:]), None, module.stride, padding, module.dilation,
+            False, [0] * len(padding), 1,
+        )  # fmt: skip
+        return convolved
+
+    def _images(self, images: Tensor, size: int) -> Tensor:
+        """Shape ``(size, images of an example, channels, *positions)``."""
+        return images.reshape(size, -1, *images.shape[1 - self.module.weight.ndim :])
+
+    def _padded(self, inputs: Tensor) -> tuple[Tensor, list[int]]:
+        """The inputs, and the zeros that the convolution adds on both sides; all other padding is in the inputs."""
+        module = self.module
+        if isinstance(module.padding, tuple) and module.padding_mode == "zeros":
+            return inputs, list(module.padding)
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        # The module's own list of pads, from the last dimension to the first; strings ("same") are resolved in it.
+        return F.pad(inputs, module._reversed_padding_repeated_twice, mode=mode), [0] * len(module.kernel_size)

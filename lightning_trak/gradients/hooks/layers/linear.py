@@ -1,0 +1,57 @@
+"""Fully connected layers."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from lightning_trak.gradients.hooks.layers.base import Layer, LayerCall
+
+
+class LinearLayer(Layer, covers=[nn.Linear]):
+    """``nn.Linear`` on inputs of any rank: the weight's gradient is a sum of outer products over positions."""
+
+    def gradient(self, parameter: str, call: LayerCall) -> Tensor:
+        """Shape ``(size, rows, columns)`` for the weight; for the bias, a sum over positions."""
+        if parameter == "bias":
+            return _positions(call.output_gradient, call.size).sum(1)
+        rows, columns = self._rows_and_columns(call)
+        return rows.transpose(1, 2) @ columns
+
+    def has_rows(self, parameter: str) -> bool:
+        """For the weight."""
+        return parameter == "weight"
+
+    def gradient_rows(self, parameter: str, call: LayerCall, rows: range) -> Tensor:  # noqa: ARG002
+        """Shape ``(size, len(rows), columns)``."""
+        all_rows, columns = self._rows_and_columns(call)
+        return all_rows[:, :, rows.start : rows.stop].transpose(1, 2) @ columns
+
+    def projected_gradient(self, parameter: str, call: LayerCall, left: Tensor, right: Tensor) -> Tensor | None:
+        """Shape ``(size, l, r)``: each factor of the weight's gradient is projected, then they are multiplied."""
+        if parameter != "weight":
+            return None
+        rows, columns = self._rows_and_columns(call)
+        return (rows @ left).transpose(1, 2) @ (columns @ right)
+
+    def has_factors(self) -> bool:
+        """Always."""
+        return True
+
+    def factors(self, call: LayerCall) -> tuple[Tensor, Tensor]:
+        """The output's gradients and the inputs, by position."""
+        return _positions(call.output_gradient, call.size), _positions(call.inputs, call.size)
+
+    def _rows_and_columns(self, call: LayerCall) -> tuple[Tensor, Tensor]:
+        outputs, inputs = self.factors(call)
+        return (inputs, outputs) if self.rows_are_inputs else (outputs, inputs)
+
+
+class TransposedLinearLayer(LinearLayer, covers=["transformers.pytorch_utils.Conv1D"]):
+    """GPT-2's linear layer in Hugging Face Transformers, whose weight is the transpose of ``nn.Linear``'s."""
+
+    rows_are_inputs = True
+
+
+def _positions(tensor: Tensor, size: int) -> Tensor:
+    """Shape ``(size, positions, width)``."""
+    return tensor.reshape(size, -1, tensor.shape[-1])

@@ -1,0 +1,92 @@
+"""Normalisations: the gradient of the scale is that of the shift with the output's gradient times normalised input."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_trak.gradients.hooks.layers.base import Layer, LayerCall
+
+
+class _Normalization(Layer):
+    @abstractmethod
+    def normalized(self, inputs: Tensor) -> Tensor:
+        """The input after normalisation, before scale and shift."""
+
+    @abstractmethod
+    def summed(self, tensor: Tensor, size: int) -> Tensor:
+        """Shape ``(size, numel)``: the sum over everything that shares an element of the shift."""
+
+    def gradient(self, parameter: str, call: LayerCall) -> Tensor:
+        """Shape ``(size, numel)``."""
+        gradient = call.output_gradient
+        if parameter == "weight":
+            gradient = gradient * self.normalized(call.inputs)
+        return self.summed(gradient, call.size)
+
+
+class _OverLastDimensions(_Normalization):
+    module: nn.LayerNorm | nn.RMSNorm
+
+    def summed(self, tensor: Tensor, size: int) -> Tensor:
+        """An element of the shift belongs to one place in the last dimensions."""
+        return tensor.reshape(size, -1, self.module.weight.numel()).sum(1)
+
+
+class LayerNormLayer(_OverLastDimensions, covers=[nn.LayerNorm]):
+    """``nn.LayerNorm``."""
+
+    module: nn.LayerNorm
+
+    def normalized(self, inputs: Tensor) -> Tensor:
+        """Mean 0 and variance 1 over the last dimensions."""
+        return F.layer_norm(inputs, self.module.normalized_shape, eps=self.module.eps)
+
+
+class RMSNormLayer(_OverLastDimensions, covers=[nn.RMSNorm]):
+    """``nn.RMSNorm``."""
+
+    module: nn.RMSNorm
+    parameter_names = ("weight",)
+
+    def normalized(self, inputs: Tensor) -> Tensor:
+        """Mean square 1 over the last dimensions."""
+        return F.rms_norm(inputs, self.module.normalized_shape, eps=self.module.eps)
+
+
+class _OverChannels(_Normalization):
+    module: nn.GroupNorm | nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
+
+    def summed(self, tensor: Tensor, size: int) -> Tensor:
+        """An element of the shift belongs to a channel, dimension 1."""
+        return tensor.reshape(size, -1, self.module.weight.numel(), tensor[0, 0].numel()).sum((1, 3))
+
+
+class GroupNormLayer(_OverChannels, covers=[nn.GroupNorm]):
+    """``nn.GroupNorm``."""
+
+    module: nn.GroupNorm
+
+    def normalized(self, inputs: Tensor) -> Tensor:
+        """Mean 0 and variance 1 in each group of channels."""
+        return F.group_norm(inputs, self.module.num_groups, eps=self.module.eps)
+
+
+class BatchNormLayer(_OverChannels, covers=[nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm]):
+    """Batch normalisation with running statistics, as in eval mode."""
+
+    module: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
+
+    def refusal(self) -> str | None:
+        """With the batch's own statistics, an example has no gradient of its own."""
+        if self.module.training:
+            return "in training mode it mixes the examples of a batch: call module.eval()"
+        if self.module.running_mean is None:
+            return "without running statistics it mixes the examples of a batch"
+        return None
+
+    def normalized(self, inputs: Tensor) -> Tensor:
+        """The input relative to the running statistics."""
+        return F.batch_norm(inputs, self.module.running_mean, self.module.running_var, eps=self.module.eps)
