@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lightning_trak.reporting.scores import SavedScores, load_ground_truth
+from lightning_trak.reporting.scores import SavedScores
+from lightning_trak.retraining.ground_truth import load_ground_truth
 from lightning_trak.scoring.topk import TopK
 from lightning_trak.storage.files import save_tensors
 
@@ -126,7 +127,7 @@ def test_what_is_no_file_of_scores(tmp_path):
     ],
 )
 def test_ground_truth_that_does_not_fit_is_refused(tmp_path, change, said):
-    good = {"masks": torch.rand(4, 9) < 2, "outputs": torch.zeros(3, 4, 2)}
+    good = {"masks": torch.ones(4, 9, dtype=torch.bool), "outputs": torch.zeros(3, 4, 2)}
     save_file(good, tmp_path / "truth")
     assert load_ground_truth(tmp_path / "truth").outputs.shape == (3, 4, 2)
     save_file(good | change, tmp_path / "truth")
