@@ -54,7 +54,7 @@ class SavedScores(NamedTuple):
         except (KeyError, ValueError) as error:
             raise ValueError(f'"{path}" is not a file of `lightning-trak score`: {error}') from error
         saved = cls(scores, about["num_train"], about["method"], about["largest"])
-        saved._require_scores(f'"{path}"')
+        saved._require_scores(f'"{path}" is wrong')
         return saved
 
     def save(self, path: str | Path) -> None:
@@ -65,29 +65,15 @@ class SavedScores(NamedTuple):
                 there stays as it is.
         """
         path = local_path(path, "file of scores")
-        self._require_scores(f'what "{path}" should hold')
+        self._require_scores(f'cannot write "{path}"')
         remove_leftovers(path.parent)
         tensors = {"scores": self.scores} if isinstance(self.scores, Tensor) else self.scores._asdict()
         save_tensors(path, tensors, num_train=self.num_train, method=self.method, largest=self.largest)
 
-    def _require_scores(self, where: str) -> None:
+    def _require_scores(self, problem: str) -> None:
         """Check the scores, so that every position in them is one of a training example."""
-        top, values = (None, self.scores) if isinstance(self.scores, Tensor) else (self.scores, self.scores.values)
-        if values.ndim != 2 or not values.is_floating_point():
-            reason = f"the scores are {values.dtype} of shape {tuple(values.shape)}, not numbers, a row for each target"
-        elif not values.isfinite().all():
-            row = int(values.isfinite().logical_not().any(1).nonzero()[0])
-            reason = f"scores of target {row} are NaN or infinite"
-        elif top is None:
-            reason = f"the scores are of {values.shape[1]} training examples, not {self.num_train}"
-            if values.shape[1] == self.num_train:
-                return
-        else:
-            found = _fault(top, self.num_train, self.largest)
-            if found is None:
-                return
-            reason = found
-        raise ValueError(f"{where} is wrong: {reason}; score again")
+        if fault := _fault(self):
+            raise ValueError(f"{problem}: {fault}; score again")
 
     @property
     def num_targets(self) -> int:
@@ -111,7 +97,22 @@ class SavedScores(NamedTuple):
         return {name: TopK(*(part[0] for part in best)) for name, best in found.items()}
 
 
-def _fault(top: TopK, num_train: int, largest: bool) -> str | None:
+def _fault(saved: SavedScores) -> str | None:
+    """What is wrong with scores; None if nothing is."""
+    values = saved.scores if isinstance(saved.scores, Tensor) else saved.scores.values
+    if values.ndim != 2 or not values.is_floating_point():
+        return f"the scores are {values.dtype} of shape {tuple(values.shape)}, not floats with a row for each target"
+    if not values.isfinite().all():
+        row = int(values.isfinite().logical_not().any(1).nonzero()[0])
+        return f"scores of target {row} are NaN or infinite"
+    if not isinstance(saved.scores, Tensor):
+        return _top_k_fault(saved.scores, saved.num_train, saved.largest)
+    if values.shape[1] != saved.num_train:
+        return f"the scores are of {values.shape[1]} training examples, not {saved.num_train}"
+    return None
+
+
+def _top_k_fault(top: TopK, num_train: int, largest: bool) -> str | None:
     """What is wrong with the best scores of each target; None if nothing is."""
     values, indices = top
     if indices.dtype != torch.int64 or indices.shape != values.shape:
