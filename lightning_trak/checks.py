@@ -1,17 +1,17 @@
-"""Checks of arguments that many functions share."""
+"""Checks of arguments that several functions share."""
 
 import operator
 
 
 def positive(name: str, value: int) -> int:
-    """A positive integer of any type, such as NumPy's, as Python's.
+    """A positive integer of any type, such as one of NumPy's, as an ``int``.
 
     Args:
         name: of the argument, for the error.
-        value: what was given for it.
+        value: of the argument.
 
     Raises:
-        ValueError: if it is none; a bool is none.
+        ValueError: if the value is not a positive integer. A bool does not count as one.
     """
     if not isinstance(value, bool):
         try:

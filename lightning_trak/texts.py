@@ -1,17 +1,20 @@
-"""Texts that come with the user's data, made harmless where people read them, and plural words."""
+"""Texts of the user's data, made safe to show, and plural words."""
 
 import unicodedata
 
-# Marks that turn the direction of the text around them (Unicode's bidirectional algorithm, UAX 9).
+# These marks change the direction of the text around them (Unicode's bidirectional algorithm, UAX 9).
 _DIRECTION_MARKS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-_UNSAFE = frozenset(("Cc", "Cs"))  # control characters, and halves of a pair, which no file can hold
+_UNSAFE = frozenset(("Cc", "Cs"))  # control characters, and lone surrogates, which UTF-8 cannot encode
 
 
 def printable(text: str) -> str:
-    r"""A text on one line, without what a terminal would obey or a reader could not see through.
+    r"""A text on one line that is safe to show in a terminal, a page or a picture.
 
-    White space becomes single spaces. Control characters, as in escape sequences, lone surrogates and marks that change
-    the direction of writing are shown as Python writes them, such as ``\x1b``.
+    White space becomes single spaces. Some characters are shown as Python writes them, such as ``\x1b``: control
+    characters (escape sequences begin with one), lone surrogates, and marks that change the direction of the text.
+
+    Args:
+        text: any text.
 
     Example:
         >>> printable("two\nlines, \x1b[31mred")
@@ -20,10 +23,25 @@ def printable(text: str) -> str:
     line = " ".join(text.split())
     if line.isascii() and line.isprintable():
         return line
-    return "".join(map(_shown, line))
+    return "".join(map(_printable_character, line))
 
 
-def _shown(character: str) -> str:
+def shortened(text: str, width: int) -> str:
+    """A printable text of at most ``width`` characters; ``...`` stands for what is left out.
+
+    Args:
+        text: any text.
+        width: of the result, in characters; at least 3.
+
+    Example:
+        >>> shortened("proponents", 8)
+        'propo...'
+    """
+    text = printable(text)
+    return text if len(text) <= width else text[: width - 3] + "..."
+
+
+def _printable_character(character: str) -> str:
     if character in _DIRECTION_MARKS or unicodedata.category(character) in _UNSAFE:
         return character.encode("unicode_escape").decode("ascii")
     return character
@@ -31,6 +49,10 @@ def _shown(character: str) -> str:
 
 def counted(number: int, thing: str) -> str:
     """A number and what it counts, in singular or plural.
+
+    Args:
+        number: how many things there are.
+        thing: the word in the singular. Its plural must end in ``s``.
 
     Example:
         >>> counted(1, "checkpoint"), counted(2, "checkpoint")

@@ -1,4 +1,4 @@
-"""A callback that says how good the attributions of a model are, as soon as it is trained."""
+"""A callback that attributes at the end of training, and logs how good the attributions are."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from lightning_trak.running.data import Data, single_loader
 
 
 class AttributionEvaluation(Callback):
-    """Attributes when ``fit`` has ended, and logs the results to the Trainer's loggers.
+    """Attributes at the end of ``fit``, and logs the results to the Trainer's loggers.
 
-    For each method it logs proponents and opponents as a table, and as images if it is told how to make some, under
-    ``attributions/{method}``; and given outputs of retrained models, the linear datamodeling score under
-    ``lds/{method}``. It is of use after a training too: call :meth:`evaluate`.
+    For each method it logs proponents and opponents under ``attributions/{method}``: as a table, and as images if
+    ``image`` is given. If ``retrained`` is given, it logs the linear datamodeling score under ``lds/{method}``. To
+    evaluate a model that is already trained, call :meth:`evaluate`.
 
     Args:
-        methods: by name, functions that make a :class:`~lightning_trak.methods.Method` of the trained module. They are
-            called when training has ended, since snapshots do not exist before. A fit that is continued has other
-            snapshots, whose features need a store of their own, such as ``f"run/features-{model.global_step}"``.
+        methods: by name, functions that get the trained module and make a :class:`~lightning_trak.methods.Method`.
+            They are called at the end of training, since the snapshots do not exist before. If a fit is continued, it
+            has other snapshots; their features need another store, such as ``f"run/features-{model.global_step}"``.
         train: the training data.
         targets: the targets.
-        retrained: subsets, and the outputs at these targets of models retrained on them: what
-            :func:`~lightning_trak.retraining.read_fleet` returns.
-        **shown: ``k``, ``shown``, ``describe`` and ``image``, see
+        retrained: subsets, and the outputs at these targets of models that were trained on the subsets. It comes from
+            :func:`~lightning_trak.retraining.read_fleet`.
+        **shown: ``k``, ``shown``, ``describe`` and ``image`` of
             :func:`~lightning_trak.reporting.loggers.log_attributions`.
 
     Attributes:
-        scores: of each method, ``(num_targets, num_train)``, when it has run.
-        lds: of each method, if there is ``retrained``.
+        scores: of each method that has run, ``(num_targets, num_train)``.
+        lds: of each method that has run, if ``retrained`` is given.
 
     Example::
 
@@ -70,17 +70,17 @@ class AttributionEvaluation(Callback):
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Evaluate, unless the fit was a ``fast_dev_run``."""
+        """Evaluate. A ``fast_dev_run`` is left out."""
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             with _between_runs(trainer):
                 self.evaluate(trainer, pl_module)
 
     def evaluate(self, trainer: Trainer, module: LightningModule) -> None:
-        """Attribute and log, at the Trainer's step.
+        """Attribute, and log the results at the Trainer's step.
 
         Args:
-            trainer: whose loggers are written to, and which attributes.
-            module: the trained module, for ``methods``.
+            trainer: runs the methods; its loggers get the results.
+            module: the trained module, which ``methods`` get.
         """
         train = single_loader(self.train, "fit", trainer).dataset
         targets = single_loader(self.targets, "predict", trainer).dataset
@@ -91,7 +91,7 @@ class AttributionEvaluation(Callback):
                 trainer.loggers, scores, train, targets, name=f"attributions/{name}", step=step, **self.shown
             )
             if self.retrained is not None:
-                # Every process has all scores: there is nothing to gather.
+                # Every process has all scores, so there is nothing to gather.
                 lds = LinearDatamodelingScore(self.retrained.masks, sync_on_compute=False)
                 lds.update(scores.cpu(), self.retrained.outputs)
                 self.lds[name] = lds
@@ -100,7 +100,7 @@ class AttributionEvaluation(Callback):
 
 @contextmanager
 def _between_runs(trainer: Trainer) -> Iterator[None]:
-    """The Trainer's run is over but for its last hooks: another one may take place, and leaves no trace."""
+    """Let other runs take place during the last hooks of this one, and put the Trainer's state back afterwards."""
     state = trainer.state
     before = state.fn, state.status, state.stage
     try:

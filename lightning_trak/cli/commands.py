@@ -30,8 +30,11 @@ from lightning_trak.features.store import FeatureStore
 from lightning_trak.methods import FeatureMethod
 from lightning_trak.metrics import LinearDatamodelingScore
 from lightning_trak.reporting.explanations import explain
-from lightning_trak.reporting.html import page, picture, table
-from lightning_trak.reporting.scores import SavedScores, load_ground_truth
+from lightning_trak.reporting.html import page
+from lightning_trak.reporting.plots import plot_explanations
+from lightning_trak.reporting.scores import SavedScores
+from lightning_trak.reporting.terminal import table
+from lightning_trak.retraining.ground_truth import load_ground_truth
 from lightning_trak.running.data import single_loader
 from lightning_trak.storage.files import write_atomically
 from lightning_trak.storage.paths import local_path
@@ -151,7 +154,7 @@ class AttributionTrainer(L.Trainer):
 
         def write(path: Path) -> None:
             if kind == ".png":
-                picture(explanations).savefig(path, format="png", dpi=150)
+                plot_explanations(explanations).savefig(path, format="png", dpi=150)
             else:
                 title = f"{saved.method}: {counted(saved.num_train, 'training example')}"
                 path.write_text(page(explanations, title), encoding="utf-8")

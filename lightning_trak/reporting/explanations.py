@@ -1,4 +1,4 @@
-"""Targets beside their proponents and opponents, each with a description that people can read."""
+"""Explanations: targets with their strongest proponents and opponents, each with a text and an image."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -16,8 +16,8 @@ class Example(NamedTuple):
     """An item of a dataset.
 
     Attributes:
-        text: what it is.
-        image: in [0, 1], ``(height, width)`` or ``(3, height, width)``, if it holds one.
+        text: describes it.
+        image: in [0, 1], ``(height, width)`` or ``(3, height, width)``. None if the item holds no image.
     """
 
     text: str
@@ -28,9 +28,9 @@ class Entry(NamedTuple):
     """A training example and its score for a target.
 
     Attributes:
-        position: in the training set.
-        score: of the method.
-        example: the item.
+        position: in the training set, from 0.
+        score: for the target.
+        example: the training example itself.
     """
 
     position: int
@@ -39,12 +39,13 @@ class Entry(NamedTuple):
 
 
 class Explanation(NamedTuple):
-    """A target and the training examples that count most for it.
+    """A target with its strongest proponents and opponents.
 
     Attributes:
-        position: in its dataset.
-        target: the item.
-        groups: ``"proponents"`` and ``"opponents"``, strongest first; one of them where only that was kept.
+        position: of the target in its dataset, from 0.
+        target: the target itself.
+        groups: entries of ``"proponents"`` and ``"opponents"``, strongest first. One of the two is missing if the
+            scores are those of the other alone.
     """
 
     position: int
@@ -55,8 +56,12 @@ class Explanation(NamedTuple):
 def described(describe: Describe, item: Any) -> str:
     """The text that a user's function makes of an item.
 
+    Args:
+        describe: the function.
+        item: of a dataset, before collation.
+
     Raises:
-        TypeError: if it is none.
+        TypeError: if the function returns something other than a str.
     """
     text: object = describe(item)
     if not isinstance(text, str):
@@ -67,27 +72,29 @@ def described(describe: Describe, item: Any) -> str:
 def explain(
     saved: SavedScores, indices: Sequence[int], k: int, train: Any, targets: Any, describe: Describe | None = None
 ) -> list[Explanation]:
-    """Look the strongest proponents and opponents of some targets up in the datasets.
+    """Explain some targets: find their strongest proponents and opponents, and read them from the datasets.
 
     Args:
         saved: scores of all targets.
-        indices: positions of the wanted targets.
-        k: proponents and opponents of each.
-        train: the training set, map-style.
-        targets: the targets, map-style.
-        describe: makes a text of an item; default:
-            :func:`~lightning_trak.reporting.items.describe_item`.
+        indices: positions of the targets to explain.
+        k: how many proponents and how many opponents each target gets.
+        train: the training set, a map-style Dataset.
+        targets: the targets, a map-style Dataset.
+        describe: makes a text of an item. Default: :func:`~lightning_trak.reporting.items.describe_item`.
+
+    Returns:
+        An explanation for each of ``indices``, in that order.
 
     Raises:
-        ValueError: if scores and datasets are of different sizes.
-        IndexError: if there is no such target.
-        TypeError: if ``describe`` returns something else than a text.
+        ValueError: if the scores and the datasets have different sizes, or ``k`` is less than 1.
+        IndexError: if there is no target with one of the positions.
+        TypeError: if ``describe`` returns something other than a str.
     """
     if (saved.num_targets, saved.num_train) != (len(targets), len(train)):
         raise ValueError(
             f"the scores are of {counted(saved.num_targets, 'target')} and"
             f" {counted(saved.num_train, 'training example')}, the data hold"
-            f" {len(targets)} and {len(train)}; score again, or show the data that were scored"
+            f" {len(targets)} and {len(train)}; score again, or give the data that were scored"
         )
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")

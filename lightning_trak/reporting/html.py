@@ -1,21 +1,15 @@
-"""Explanations for the terminal, as a picture and as a web page."""
+"""Explanations as a web page."""
 
 import base64
 import html
-import struct
-import zlib
+import io
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lightning_trak.reporting.explanations import Example, Explanation
-from lightning_trak.reporting.plots import Picture, plot_pictures
-from lightning_trak.texts import printable
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from lightning_trak.texts import printable, shortened
 
 STYLE = """
 body { font: 15px/1.4 system-ui, sans-serif; margin: 2rem; color: #222; background: #fff; }
@@ -41,57 +35,18 @@ _LEGEND = (
     "Training on an example with a positive score helps the target, on one with a negative score it harms it."
     " Proponents have the highest scores, opponents the lowest. #n is the position in the training set, from 0."
 )
-_SMALL = 64  # pixels: images that are not wider are enlarged without smoothing
-
-
-def table(explanations: Sequence[Explanation], width: int = 100) -> str:
-    """Explanations as text.
-
-    Args:
-        explanations: what to show.
-        width: of the lines, in characters; descriptions are cut to fit.
-    """
-    lines = []
-    for explanation in explanations:
-        head = f"target {explanation.position}  "
-        lines += [head + _cut(explanation.target.text, width - len(head))]
-        for name, entries in explanation.groups.items():
-            lines += [f"  {name}", "    rank  position       score  example"]
-            lines += [
-                f"    {rank:4}  {entry.position:8}  {entry.score:+10.3g}  {_cut(entry.example.text, width - 32)}"
-                for rank, entry in enumerate(entries, 1)
-            ]
-        lines += [""]
-    return "\n".join(lines)
-
-
-def picture(explanations: Sequence[Explanation]) -> "Figure":
-    """Explanations as a matplotlib figure.
-
-    Raises:
-        ValueError: if an item holds no image.
-    """
-    return plot_pictures(
-        [_picture(entry.target, f"#{entry.position} {entry.target.text}") for entry in explanations],
-        {
-            name: [
-                [
-                    _picture(entry.example, f"#{entry.position} {entry.example.text}", f"{entry.score:+.2g}")
-                    for entry in explanation.groups[name]
-                ]
-                for explanation in explanations
-            ]
-            for name in explanations[0].groups
-        },
-    )
+_SMALL = 64  # pixels: images up to this width are enlarged without smoothing
 
 
 def page(explanations: Sequence[Explanation], title: str) -> str:
-    """Explanations as an HTML page that needs no other file: images are inside, texts are escaped.
+    """Explanations as an HTML page. It needs no other file: it contains the images as data. Texts are escaped.
 
     Args:
         explanations: what to show.
         title: of the page.
+
+    Raises:
+        ModuleNotFoundError: if there are images and Pillow is not installed.
     """
     title = html.escape(printable(title))
     sections = "\n".join(_section(explanation) for explanation in explanations)
@@ -101,38 +56,6 @@ def page(explanations: Sequence[Explanation], title: str) -> str:
         f"<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
         f"<h1>{title}</h1>\n<p>{_LEGEND}</p>\n{sections}\n</body>\n</html>\n"
     )
-
-
-def png(image: Tensor) -> bytes:
-    """An image as a PNG file (ISO/IEC 15948) of 8 bits per channel.
-
-    Args:
-        image: in [0, 1], ``(height, width)`` or ``(3, height, width)``.
-    """
-    pixels = (image * 255).round().to(torch.uint8)
-    colour = pixels.ndim == 3
-    rows = (pixels.permute(1, 2, 0) if colour else pixels).contiguous().numpy()
-    size = struct.pack(">IIBBBBB", rows.shape[1], rows.shape[0], 8, 2 if colour else 0, 0, 0, 0)
-    unfiltered = b"".join(b"\0" + row.tobytes() for row in rows)  # each row begins with the number of its filter
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        for kind, data in ((b"IHDR", size), (b"IDAT", zlib.compress(unfiltered)), (b"IEND", b""))
-    )
-
-
-def _cut(text: str, width: int) -> str:
-    text = printable(text)
-    return text if len(text) <= width else text[: width - 3] + "..."
-
-
-def _picture(example: Example, name: str, *more: str) -> Picture:
-    if example.image is None:
-        raise ValueError(
-            f"{printable(name)} holds no image, so there is no picture to draw; write a .html page, or a table"
-        )
-    image = example.image
-    # in colour, so that grey images are not drawn as ink on paper
-    return Picture(image.expand(3, -1, -1) if image.ndim == 2 else image, "\n".join((_cut(name, 15), *more)))
 
 
 def _section(explanation: Explanation) -> str:
@@ -148,9 +71,22 @@ def _section(explanation: Explanation) -> str:
 
 
 def _figure(example: Example, caption: str) -> str:
-    text, image = html.escape(_cut(example.text, 2000)), ""
+    text, image = html.escape(shortened(example.text, 2000)), ""
     if example.image is not None:
-        data = base64.b64encode(png(example.image)).decode()
+        data = base64.b64encode(_png(example.image)).decode()
         kind = ' class="small"' if example.image.shape[-1] <= _SMALL else ""
         image = f'<img{kind} alt="{text}" src="data:image/png;base64,{data}">'
     return f"<figure>{image}<figcaption>{caption}{text}</figcaption></figure>"
+
+
+def _png(image: Tensor) -> bytes:
+    """An image as a PNG file with 8 bits per channel."""
+    try:
+        from PIL import Image
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError('pages with images need Pillow: pip install "lightning-trak[plots]"') from error
+    pixels = (image * 255).round().to(torch.uint8)
+    rows = pixels.permute(1, 2, 0) if pixels.ndim == 3 else pixels
+    file = io.BytesIO()
+    Image.fromarray(rows.contiguous().numpy()).save(file, format="PNG")
+    return file.getvalue()

@@ -1,4 +1,4 @@
-"""What an item of any dataset is, as a text and as an image."""
+"""An item of a dataset as a text and as an image, whatever its type."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,24 +9,30 @@ from torch import Tensor
 
 
 def describe_item(item: Any) -> str:
-    """What strings and numbers an item holds, such as ``"label: 3"``; else the shapes of its arrays.
+    """The strings and numbers in an item, such as ``"label: 3"``. If it holds none, the shapes of its arrays.
 
-    The last element of a tuple or list is taken for the label if it is a number.
+    If the last element of a tuple or list is a number, it is taken for the label.
+
+    Args:
+        item: of a dataset, before collation.
     """
     fields = _fields(item)
-    said = [(name, text) for name, value in fields if (text := _text(value)) is not None]
-    if not said:
-        said = [(name, _shape(value)) for name, value in fields]
-    return ", ".join(f"{name}: {text}" if name else text for name, text in said)
+    texts = [(name, text) for name, value in fields if (text := _text(value)) is not None]
+    if not texts:
+        texts = [(name, _shape(value)) for name, value in fields]
+    return ", ".join(f"{name}: {text}" if name else text for name, text in texts)
 
 
 def find_image(item: Any) -> Tensor | None:
-    """The first image in an item: a PIL image, or an array of bytes or floats that is shaped like one.
+    """The first image in an item: a PIL image, or an array of bytes or floats with the shape of an image.
 
-    Floats outside [0, 1], as after normalisation, are stretched to it.
+    If some floats are outside [0, 1], as they are after normalisation, all are shifted and scaled to fill [0, 1].
+
+    Args:
+        item: of a dataset, before collation.
 
     Returns:
-        float32 in [0, 1], ``(height, width)`` or ``(3, height, width)``; None if there is none.
+        float32 in [0, 1], ``(height, width)`` or ``(3, height, width)``. None if the item holds no image.
     """
     return next((image for _, value in _fields(item) if (image := _image(value)) is not None), None)
 
@@ -43,7 +49,7 @@ def _fields(item: Any) -> list[tuple[str, Any]]:
 
 
 def _text(value: Any) -> str | None:
-    """A string or a single number as a text."""
+    """A string or a single number as a text; None for anything else."""
     if isinstance(value, str):
         return " ".join(value.split())
     if isinstance(value, (Tensor, np.ndarray, np.generic)) and value.shape in ((), (1,)):
@@ -62,7 +68,7 @@ def _shape(value: Any) -> str:
 
 
 def _is_picture(value: Any) -> bool:
-    """Whether it is a PIL image; the package need not be installed."""
+    """Whether it is a PIL image. Pillow need not be installed."""
     return hasattr(value, "convert") and hasattr(value, "mode")
 
 

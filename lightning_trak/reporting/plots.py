@@ -1,4 +1,4 @@
-"""Pictures of attributions; needs the ``plots`` extra (matplotlib)."""
+"""Pictures of attributions and results, by matplotlib. Needs the extra ``plots``."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from lightning_trak.scoring.topk import block_top_k
-from lightning_trak.texts import printable
+from lightning_trak.texts import printable, shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from lightning_trak.metrics.functional import DetectionCurve
+    from lightning_trak.reporting.explanations import Example, Explanation
     from lightning_trak.retraining import Brittleness
-
 
 _STYLES = {
     "proponents": ("tab:green", "proponents: raise the output"),
@@ -29,8 +29,8 @@ class Picture(NamedTuple):
     """An image and its title.
 
     Attributes:
-        image: ``(height, width)`` or ``(1 or 3, height, width)``, colours in [0, 1].
-        title: above it.
+        image: ``(height, width)`` or ``(1 or 3, height, width)``, with values in [0, 1].
+        title: stands above the image.
     """
 
     image: Tensor
@@ -48,18 +48,20 @@ def plot_attributions(
     """Draw each target image beside its strongest proponents and opponents.
 
     Args:
-        targets: images ``(num_targets, height, width)`` or ``(num_targets, 1 or 3, height, width)``, colours in [0, 1].
-        train: images of the whole training set, alike.
-        scores: ``(num_targets, num_train)``.
-        k: proponents and opponents of each target.
+        targets: images ``(num_targets, height, width)`` or ``(num_targets, 1 or 3, height, width)``, with values in
+            [0, 1].
+        train: images of the whole training set, of the same form.
+        scores: ``(num_targets, num_train)``; a positive score says that training on the example raises the output.
+        k: how many proponents and how many opponents each target gets.
         target_names: titles of the targets, such as their labels.
-        train_names: titles of the training images, above their scores; default: their positions.
+        train_names: titles of the training images; the score stands below. Default: their positions.
 
     Returns:
         A matplotlib figure with one row for each target: target, ``k`` proponents, ``k`` opponents, strongest first.
 
     Raises:
-        ValueError: if the shapes do not belong together.
+        ValueError: if the shape of ``scores`` is not that of targets and training images.
+        ModuleNotFoundError: if matplotlib is not installed.
     """
     if scores.shape != (len(targets), len(train)):
         raise ValueError(f"expected scores of shape {(len(targets), len(train))}, got {tuple(scores.shape)}")
@@ -81,12 +83,12 @@ def plot_attributions(
 
 
 def plot_pictures(targets: Sequence[Picture], rows: Mapping[str, Sequence[Sequence[Picture]]]) -> "Figure":
-    """Draw each target beside groups of training images, such as what several methods name for it.
+    """Draw each target beside groups of training images, such as the proponents that several methods find.
 
     Args:
         targets: the leftmost column.
-        rows: by the title of a group, a row of images for each target, all of the same length. ``"proponents"`` and
-            ``"opponents"`` are drawn in their colours, with a title that says what they are.
+        rows: for each group by its title, a row of images for each target. All rows of a group have the same length.
+            ``"proponents"`` and ``"opponents"`` get colours and longer titles of their own.
 
     Returns:
         A matplotlib figure with one row for each target.
@@ -94,7 +96,7 @@ def plot_pictures(targets: Sequence[Picture], rows: Mapping[str, Sequence[Sequen
     counts = [len(group[0]) for group in rows.values()]
     styles = [_STYLES.get(name, ("black", name)) for name in rows]
     titles = [textwrap.fill(printable(title), 12 * count) for (_, title), count in zip(styles, counts, strict=True)]
-    lines = max(title.count("\n") for title in titles)  # as many above each group, so that images are level
+    lines = max(title.count("\n") for title in titles)  # every group gets as many, so that the images are level
     deepest = max(len(_wrapped(picture)) for group in (targets, *chain(*rows.values())) for picture in group)
     height = (1.15 + 0.13 * deepest) * len(targets) + 0.25 + 0.15 * lines
     figure = _figure(figsize=(1.0 * (sum(counts) + 1.2), height), layout="constrained")
@@ -110,14 +112,42 @@ def plot_pictures(targets: Sequence[Picture], rows: Mapping[str, Sequence[Sequen
     return _plain(figure)
 
 
-def plot_brittleness(brittleness: "Brittleness") -> "Figure":
-    """Draw how far outputs fall, and how many predictions flip, against the number of proponents taken away.
+def plot_explanations(explanations: Sequence["Explanation"]) -> "Figure":
+    """Draw explanations: targets beside their proponents and opponents, with their texts.
 
     Args:
-        brittleness: what :meth:`~lightning_trak.retraining.Counterfactuals.brittleness` returned.
+        explanations: at least one, all with the same groups and as many entries in each.
 
     Returns:
-        A matplotlib figure with a line for each method; bars are intervals, side by side.
+        A matplotlib figure with one row for each target.
+
+    Raises:
+        ValueError: if an item holds no image.
+    """
+    return plot_pictures(
+        [_picture(entry.target, f"#{entry.position} {entry.target.text}") for entry in explanations],
+        {
+            name: [
+                [
+                    _picture(entry.example, f"#{entry.position} {entry.example.text}", f"{entry.score:+.2g}")
+                    for entry in explanation.groups[name]
+                ]
+                for explanation in explanations
+            ]
+            for name in explanations[0].groups
+        },
+    )
+
+
+def plot_brittleness(brittleness: "Brittleness") -> "Figure":
+    """Draw how far outputs fall, and how many predictions flip, against the number of proponents removed.
+
+    Args:
+        brittleness: from :meth:`~lightning_trak.retraining.Counterfactuals.brittleness`.
+
+    Returns:
+        A matplotlib figure with a line for each method. Vertical bars are intervals; methods are shifted sideways a
+        little, so that their bars do not overlap.
     """
     figure = _figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -143,12 +173,15 @@ def plot_brittleness(brittleness: "Brittleness") -> "Figure":
 
 
 def plot_outcomes(sets: Sequence[str], outcomes: Mapping[str, Tensor], label: str) -> "Figure":
-    """Draw what became of models that were trained on several sets: a bar for the mean, a dot for each model.
+    """Draw how models did that were trained on several sets: a bar for the mean, a dot for each model.
 
     Args:
         sets: names of the training sets, such as what each lacks.
-        outcomes: of each set and model, ``(num_sets, num_seeds)``, by name; they are drawn side by side.
-        label: what they are, such as the share of predictions that are right.
+        outcomes: several measures by name, each ``(num_sets, num_seeds)``. They are drawn side by side.
+        label: of the axis, such as "correct predictions".
+
+    Returns:
+        A matplotlib figure with a row for each set.
     """
     figure = _figure(figsize=(6.4, 0.9 + 0.34 * len(sets)), layout="constrained")
     axis, width = figure.subplots(), 0.8 / len(outcomes)
@@ -168,11 +201,11 @@ def plot_mislabel_curves(curves: Mapping[str, "DetectionCurve"]) -> "Figure":
     """Draw how many wrong labels are found against how many examples are inspected.
 
     Args:
-        curves: of each suspicion by name, from
+        curves: by the name of the suspicion, each from
             :func:`~lightning_trak.metrics.functional.mislabel_detection_curve`.
 
     Returns:
-        A matplotlib figure, with the area under each curve in its legend.
+        A matplotlib figure. Its legend shows the area under each curve.
     """
     figure = _figure(figsize=(5, 4.5), layout="constrained")
     axis = figure.subplots()
@@ -186,11 +219,14 @@ def plot_mislabel_curves(curves: Mapping[str, "DetectionCurve"]) -> "Figure":
 
 
 def plot_histogram(values: Tensor, label: str) -> "Figure":
-    """Draw how one number for each target is distributed, and its mean.
+    """Draw the distribution of one number per target, and its mean.
 
     Args:
         values: shape ``(num_targets,)``; NaNs are left out.
-        label: what they are.
+        label: of the axis: what the numbers are.
+
+    Returns:
+        A matplotlib figure.
     """
     known = values[~values.isnan()].double().cpu()
     figure = _figure(figsize=(5, 3.5), layout="constrained")
@@ -217,26 +253,36 @@ def _figure(**options: Any) -> "Figure":
 
 
 def _plain(figure: "Figure") -> "Figure":
-    """Have texts shown as they are: a `$` begins no formula, and TeX, which may run commands, is not asked."""
+    """Show texts as they are: a `$` does not begin a formula. TeX, which can run commands, is not used."""
     from matplotlib.text import Text
 
     for text in cast("list[Text]", figure.findobj(Text)):
         text.set_usetex(False)
-        if text.get_text():  # the numbers at axes, which come later, may be formulas
+        if text.get_text():  # tick labels are still empty, and may become formulas
             text.set_parse_math(False)
     return figure
 
 
 def _label(name: str) -> str:
-    """A text for a legend, which leaves out those that begin with an underscore."""
+    """A text for a legend. A legend leaves out texts that begin with an underscore, so a space goes in front."""
     text = printable(name)
     return f" {text}" if text.startswith("_") else text
 
 
 def _wrapped(picture: Picture) -> list[str]:
-    """The title, in lines as wide as an image."""
+    """The title in lines that are as wide as an image."""
     lines = map(printable, picture.title.split("\n"))
     return [part for line in lines for part in textwrap.wrap(line, 15, max_lines=3) or [""]]
+
+
+def _picture(example: "Example", name: str, *more: str) -> Picture:
+    if example.image is None:
+        raise ValueError(
+            f"{printable(name)} holds no image, so there is no picture to draw; write a .html page, or a table"
+        )
+    image = example.image
+    # in colour, so that grey images are not drawn as ink on paper
+    return Picture(image.expand(3, -1, -1) if image.ndim == 2 else image, "\n".join((shortened(name, 15), *more)))
 
 
 def _draw(axis: "Axes", picture: Picture, colour: str) -> None:

@@ -1,4 +1,4 @@
-"""Numbers with intervals, over targets."""
+"""Means and proportions over targets, with intervals."""
 
 import math
 from statistics import NormalDist
@@ -11,7 +11,7 @@ from lightning_trak.metrics.functional import bootstrap_interval
 
 
 class Estimate(NamedTuple):
-    """Means over targets, with an interval for the mean over new targets; all of one shape, float64.
+    """Means over targets, with an interval for the mean over new targets. All tensors have one shape, in float64.
 
     Attributes:
         mean: over the targets.
@@ -24,9 +24,10 @@ class Estimate(NamedTuple):
     high: Tensor
 
     def written(self, form: str, *place: int) -> str:
-        """The number at a place with its interval, such as ``"1.08 (0.82 to 1.35)"``; empty where there are no targets.
+        """The mean at a place with its interval, such as ``"1.08 (0.82 to 1.35)"``.
 
-        The number stands alone where the interval is it, as rounded.
+        If both ends of the interval round to the mean, the interval is left out. If there are no targets, the text is
+        empty.
 
         Args:
             form: a format specification, such as ``".2f"``.
@@ -39,13 +40,38 @@ class Estimate(NamedTuple):
 
 
 def mean_of(values: Tensor, confidence: float = 0.95, num_bootstraps: int = 2000, seed: int = 0) -> Estimate:
-    """The mean over targets, the last dimension, with a percentile bootstrap interval."""
+    """The mean over targets with a percentile bootstrap interval.
+
+    Args:
+        values: ``(..., num_targets)``.
+        confidence: of the interval, in (0, 1).
+        num_bootstraps: replicates.
+        seed: of the replicates; the global random state is neither read nor changed.
+
+    Returns:
+        Shapes ``(...)``, in the unit of the values.
+    """
     low, high = bootstrap_interval(values, confidence, num_bootstraps, seed)
     return Estimate(values.double().mean(-1), low, high)
 
 
 def proportion_of(successes: Tensor, total: Tensor | int, confidence: float) -> Estimate:
-    """A fraction, with Wilson's interval (Wilson 1927, Journal of the American Statistical Association 22)."""
+    """A proportion with Wilson's interval (Wilson 1927, Journal of the American Statistical Association 22).
+
+    The counts may be fractions: :meth:`~lightning_trak.retraining.Brittleness.noise_flips` averages them over
+    references. SciPy has this interval for whole numbers alone, one proportion at a time.
+
+    Args:
+        successes: how often the event happened, ``(...)``.
+        total: out of how many times, a number or ``(...)``. Where it is 0, all results are NaN.
+        confidence: of the interval, in (0, 1).
+
+    Returns:
+        Shapes ``(...)``, from 0 to 1.
+
+    Raises:
+        ValueError: if ``confidence`` is out of range.
+    """
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must be strictly between 0 and 1, got {confidence}")
     z = NormalDist().inv_cdf((1 + confidence) / 2)

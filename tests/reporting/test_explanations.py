@@ -1,20 +1,28 @@
+import io
+import re
+import sys
+from base64 import b64decode
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from lightning_trak.reporting.explanations import Entry, Example, Explanation, explain
-from lightning_trak.reporting.html import page, picture, png, table
+from lightning_trak.reporting.html import page
 from lightning_trak.reporting.items import describe_item, find_image
-from lightning_trak.reporting.scores import SavedScores, load_ground_truth
+from lightning_trak.reporting.plots import plot_explanations
+from lightning_trak.reporting.scores import SavedScores
+from lightning_trak.reporting.terminal import table
+from lightning_trak.retraining.ground_truth import load_ground_truth
 from lightning_trak.scoring import TopK
 
 
 @pytest.mark.parametrize(
     ("item", "expected"),
     [
-        ((torch.rand(1, 8, 8), torch.tensor(3)), "label: 3"),
-        ((torch.rand(1, 8, 8), 3), "label: 3"),
+        ((torch.zeros(1, 8, 8), torch.tensor(3)), "label: 3"),
+        ((torch.zeros(1, 8, 8), 3), "label: 3"),
         (
             {"text": "A fine\n  film.", "input_ids": torch.arange(9), "label": np.int64(1)},
             "text: A fine film., label: 1",
@@ -22,10 +30,10 @@ from lightning_trak.scoring import TopK
         ({"input_ids": torch.arange(9), "mask": [1, 1]}, "input_ids: int64 (9,), mask: list of 2"),
         (("a sentence", 0.5), "label: 0.5, a sentence"),
         (("a question", "an answer"), "a question, an answer"),
-        (torch.rand(2, 5), "float32 (2, 5)"),
+        (torch.zeros(2, 5), "float32 (2, 5)"),
         (np.zeros((3, 2)), "float64 (3, 2)"),
         (Image.new("RGB", (6, 4)), "image 6 x 4"),
-        ((torch.rand(4), torch.tensor([2.5])), "label: 2.5"),
+        ((torch.zeros(4), torch.tensor([2.5])), "label: 2.5"),
         (object(), "object"),
     ],
 )
@@ -34,7 +42,7 @@ def test_descriptions(item, expected):
 
 
 def test_images_of_all_kinds():
-    image = torch.rand(3, 6, 4)
+    image = torch.rand(3, 6, 4, generator=torch.Generator().manual_seed(0))
     bytes_ = (image * 255).round().to(torch.uint8)
     rows = bytes_.permute(1, 2, 0).numpy()
     for item in (bytes_, (rows, 1), {"label": 1, "image": Image.fromarray(rows)}):
@@ -44,20 +52,40 @@ def test_images_of_all_kinds():
     low, high = image.min(), image.max()
     torch.testing.assert_close(find_image(image * 4 - 2), (image - low) / (high - low))
     assert find_image(torch.zeros(4, 4) - 1).max() == 0
-    for item in (torch.rand(9), torch.arange(16).view(4, 4), "text", (torch.rand(5, 6, 7), 1), torch.rand(3, 1, 9)):
+    for item in (torch.zeros(9), torch.arange(16).view(4, 4), "text", (torch.zeros(5, 6, 7), 1), torch.zeros(3, 1, 9)):
         assert find_image(item) is None
 
 
+def image_page(image):
+    item = Example("an item", image)
+    return page([Explanation(0, item, {"proponents": [Entry(0, 1.0, item)]})], "title")
+
+
 @pytest.mark.parametrize("shape", [(5, 7), (3, 5, 7)])
-def test_png(tmp_path, shape):
-    image = torch.randint(0, 256, shape) / 255
-    (tmp_path / "image.png").write_bytes(png(image))
-    read = torch.from_numpy(np.array(Image.open(tmp_path / "image.png")))
-    assert torch.equal(read if len(shape) == 2 else read.permute(2, 0, 1), (image * 255).round().to(torch.uint8))
+def test_images_in_a_page(shape):
+    image = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0)) / 255
+    sources = re.findall('src="data:image/png;base64,([^"]+)"', image_page(image))
+    assert len(sources) == 2
+    for source in sources:
+        with Image.open(io.BytesIO(b64decode(source))) as file:
+            assert file.format == "PNG"
+            assert file.mode == ("L" if len(shape) == 2 else "RGB")
+            read = torch.from_numpy(np.array(file))
+        pixels = read if len(shape) == 2 else read.permute(2, 0, 1)
+        assert torch.equal(pixels, (image * 255).round().to(torch.uint8))
+
+
+def test_images_in_a_page_need_pillow(monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    assert "an item" in image_page(None)
+    with pytest.raises(
+        ModuleNotFoundError, match=r'^pages with images need Pillow: pip install "lightning-trak\[plots\]"$'
+    ):
+        image_page(torch.zeros(2, 2))
 
 
 def test_scores_come_back_from_the_file(tmp_path):
-    full = SavedScores(torch.randn(3, 9), 9, "TRAK")
+    full = SavedScores(torch.randn(3, 9, generator=torch.Generator().manual_seed(0)), 9, "TRAK")
     full.save(tmp_path / "full")
     found = SavedScores.load(tmp_path / "full")
     assert torch.equal(found.scores, full.scores)
@@ -76,7 +104,7 @@ def test_files_of_another_kind(tmp_path):
     (tmp_path / "text").write_text("scores")
     with pytest.raises(ValueError, match=r'text" is truncated or not a safetensors file'):
         SavedScores.load(tmp_path / "text")
-    SavedScores(torch.randn(3, 9), 9, "TRAK").save(tmp_path / "scores")
+    SavedScores(torch.zeros(3, 9), 9, "TRAK").save(tmp_path / "scores")
     with pytest.raises(ValueError, match="lacks masks and outputs: expected a safetensors file"):
         load_ground_truth(tmp_path / "scores")
 
@@ -102,7 +130,7 @@ def test_texts_are_escaped_cut_and_described_by_the_user():
     assert "<h1>&lt;title&gt;</h1>" in text
     assert "<img" not in text
     with pytest.raises(ValueError, match=r"#0 a target holds no image, so there is no picture to draw"):
-        picture(explanations)
+        plot_explanations(explanations)
     (mine,) = explain(saved, [0], 1, train, targets, describe=str.upper)
     assert mine.target.text == "A TARGET"
     with pytest.raises(ValueError, match="k must be at least 1, got 0"):

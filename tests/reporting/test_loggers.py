@@ -272,9 +272,9 @@ def test_the_best_scores_alone_give_the_same_rows(tmp_path, largest, kind):
 def test_best_scores_that_do_not_fit_are_refused(tmp_path):
     best, worst = (TopK(*SCORES.topk(5, largest=largest)) for largest in (True, False))
     logger = CSVLogger(tmp_path)
-    with pytest.raises(ValueError, match="rise from first to last, so that they are opponents: pass largest=False"):
+    with pytest.raises(ValueError, match="rise from first to last, so they are opponents: pass largest=False"):
         log_attributions([logger], worst, TRAIN, TARGETS)
-    with pytest.raises(ValueError, match="fall from first to last, so that they are proponents: leave largest=True"):
+    with pytest.raises(ValueError, match="fall from first to last, so they are proponents: leave largest=True"):
         log_attributions([logger], best, TRAIN, TARGETS, largest=False)
     with pytest.raises(ValueError, match="expected the best scores of 50 targets, got those of 13"):
         log_attributions([logger], best, TRAIN, TRAIN)

@@ -1,3 +1,4 @@
+import sys
 from itertools import pairwise
 
 import pytest
@@ -19,9 +20,11 @@ from tests.retraining.test_counterfactuals import example
 
 @pytest.mark.parametrize("shape", [(8, 8), (1, 8, 8), (3, 8, 8)])
 def test_a_row_holds_the_target_and_its_extremes(tmp_path, shape):
-    train = torch.rand(20, *shape)
+    generator = torch.Generator().manual_seed(0)
+    train = torch.rand(20, *shape, generator=generator)
+    targets = torch.rand(2, *shape, generator=generator)
     scores = torch.stack([torch.arange(20.0), -torch.arange(20.0)])
-    figure = plot_attributions(torch.rand(2, *shape), train, scores, k=3, target_names=["cat", "dog"])
+    figure = plot_attributions(targets, train, scores, k=3, target_names=["cat", "dog"])
     titles = [axis.get_title() for part in figure.subfigs for axis in part.axes]
     assert titles == [
         *["cat", "dog"],
@@ -37,14 +40,14 @@ def test_a_row_holds_the_target_and_its_extremes(tmp_path, shape):
 
 def test_shapes_must_belong_together():
     with pytest.raises(ValueError, match=r"expected scores of shape \(2, 5\), got \(5, 2\)"):
-        plot_attributions(torch.rand(2, 8, 8), torch.rand(5, 8, 8), torch.rand(5, 2))
+        plot_attributions(torch.zeros(2, 8, 8), torch.zeros(5, 8, 8), torch.zeros(5, 2))
 
 
 @pytest.mark.parametrize("k", [1, 2])
 def test_titles_do_not_overlap(k):
     """Neither those of images beside each other nor those of groups, however few and however long."""
     long = Picture(
-        torch.rand(8, 8), "a long title of many words, which would not have stood in one line above an image"
+        torch.zeros(8, 8), "a long title of many words, which would not have stood in one line above an image"
     )
     rows = {name: [[long] * k] * 2 for name in ("proponents", "opponents", "what another method names")}
     figure = plot_pictures([long, long], rows)
@@ -103,3 +106,9 @@ def test_histograms_leave_nans_out():
     axis = plot_histogram(torch.tensor([0.1, 0.2, torch.nan, 0.6]), "score").axes[0]
     assert sum(bar.get_height() for bar in axis.patches) == 3
     assert axis.get_legend().get_texts()[0].get_text() == "mean 0.300"
+
+
+def test_missing_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ModuleNotFoundError, match=r'^pictures need matplotlib: pip install "lightning-trak\[plots\]"$'):
+        plot_histogram(torch.arange(6.0), "score")

@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lightning_trak.reporting.scores import SavedScores, load_ground_truth
+from lightning_trak.reporting.scores import SavedScores
+from lightning_trak.retraining.ground_truth import load_ground_truth
 from lightning_trak.scoring.topk import TopK
 from lightning_trak.storage.files import save_tensors
 
@@ -69,7 +70,7 @@ def test_scores_that_cannot_be_are_refused(tmp_path, tensors, said):
     with pytest.raises(ValueError, match=rf'scores" is wrong: .*{said}.*; score again'):
         SavedScores.load(path)
     path.write_bytes(b"kept")
-    with pytest.raises(ValueError, match=rf'what ".*scores" should hold is wrong: .*{said}'):
+    with pytest.raises(ValueError, match=rf'cannot write ".*scores": .*{said}.*; score again'):
         SavedScores(tensors["scores"] if "scores" in tensors else TopK(**tensors), 9, "TRAK").save(path)
     assert path.read_bytes() == b"kept"
 
@@ -126,7 +127,7 @@ def test_what_is_no_file_of_scores(tmp_path):
     ],
 )
 def test_ground_truth_that_does_not_fit_is_refused(tmp_path, change, said):
-    good = {"masks": torch.rand(4, 9) < 2, "outputs": torch.zeros(3, 4, 2)}
+    good = {"masks": torch.ones(4, 9, dtype=torch.bool), "outputs": torch.zeros(3, 4, 2)}
     save_file(good, tmp_path / "truth")
     assert load_ground_truth(tmp_path / "truth").outputs.shape == (3, 4, 2)
     save_file(good | change, tmp_path / "truth")

@@ -14,9 +14,17 @@ from matplotlib.text import Text
 
 from lightning_trak.metrics.functional import mislabel_detection_curve
 from lightning_trak.reporting.explanations import Entry, Example, Explanation, described, explain
-from lightning_trak.reporting.html import page, picture, table
-from lightning_trak.reporting.plots import Picture, plot_histogram, plot_mislabel_curves, plot_outcomes, plot_pictures
+from lightning_trak.reporting.html import page
+from lightning_trak.reporting.plots import (
+    Picture,
+    plot_explanations,
+    plot_histogram,
+    plot_mislabel_curves,
+    plot_outcomes,
+    plot_pictures,
+)
 from lightning_trak.reporting.scores import SavedScores
+from lightning_trak.reporting.terminal import table
 from lightning_trak.tables import Table
 from lightning_trak.texts import counted, printable
 from tests.retraining.test_counterfactuals import example
@@ -83,7 +91,7 @@ def figures(text):
     image = torch.zeros(4, 4)
     shown = Picture(image, text)
     yield plot_pictures([shown], {"proponents": [[shown]], text: [[shown]]})
-    yield picture([explanation(text, image)])
+    yield plot_explanations([explanation(text, image)])
     values = torch.rand(2, 3, generator=torch.Generator().manual_seed(0))
     yield plot_outcomes([text, "nothing"], {text: values, "others": values}, text)
     yield plot_histogram(values[0], text)
@@ -105,7 +113,7 @@ def _joined(drawn):
 
 
 def test_a_legend_names_everything_that_is_drawn():
-    figure = plot_outcomes(["all"], {"_a": torch.rand(1, 2), "b": torch.rand(1, 2)}, "share")
+    figure = plot_outcomes(["all"], {"_a": torch.zeros(1, 2), "b": torch.ones(1, 2)}, "share")
     assert [text.get_text().strip() for text in figure.legends[0].get_texts()] == ["_a", "b"]
 
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import scipy.optimize
 import scipy.stats
 import torch
 import torch.nn.functional as F
@@ -129,6 +130,22 @@ def test_drops_and_flips_and_their_intervals():
             assert float(flips.mean[row, column]) == pytest.approx(test.statistic)
             assert float(flips.low[row, column]) == pytest.approx(expected.low)
             assert float(flips.high[row, column]) == pytest.approx(expected.high)
+
+
+@pytest.mark.parametrize(("successes", "total"), [(1.25, 7.5), (0, 4), (12.75, 12.75), (0.4, 0.9)])
+def test_intervals_of_fractional_counts_invert_the_score_test(successes, total):
+    """Wilson's interval holds the proportions p with |share - p| <= z sqrt(p (1 - p) / total)."""
+    found = proportion_of(torch.tensor(successes), total, 0.9)
+    share, z = successes / total, scipy.stats.norm.ppf(0.95)
+
+    def excess(p):
+        return (share - p) ** 2 - z**2 * p * (1 - p) / total
+
+    low = scipy.optimize.brentq(excess, 0, share - 1e-9) if share > 0 else 0
+    high = scipy.optimize.brentq(excess, share + 1e-9, 1) if share < 1 else 1
+    assert float(found.mean) == pytest.approx(share)
+    assert float(found.low) == pytest.approx(low)
+    assert float(found.high) == pytest.approx(high)
 
 
 def test_noise_is_what_references_say_of_each_other():

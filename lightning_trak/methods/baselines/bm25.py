@@ -1,7 +1,6 @@
 """BM25: training texts that share rare words with the target."""
 
 import re
-from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any, cast
 
@@ -19,9 +18,6 @@ from lightning_trak.running.ranges import batch_ranges
 
 Text = str | Tensor | Iterable[Hashable]
 
-# Targets are scored in blocks, dense over the vocabulary.
-_TARGETS = 128
-
 
 class BM25(Method):
     r"""Okapi BM25 with each target as the query (Robertson and Zaragoza 2009, section 3), as Lucene computes it.
@@ -32,15 +28,21 @@ class BM25(Method):
     .. math:: \tau(x)_i = \sum_t q_{tx} \ln\left(1 + \frac{N - n_t + 1/2}{n_t + 1/2}\right)
                           \frac{\mathrm{tf}_{ti}}{\mathrm{tf}_{ti} + k_1 (1 - b + b |i| / \overline{|i|})},
 
-    with N training texts, of which :math:`n_t` hold t. The one in the logarithm keeps it positive for tokens that most
-    texts hold. No model takes part.
+    with N training texts, of which :math:`n_t` hold t. The 1 in the logarithm keeps it positive for tokens that most
+    texts hold. No model takes part. The package bm25s computes the scores, in float64. Needs the extra ``text``.
+
+    If JAX is installed, bm25s imports it, and JAX reserves most of a GPU's memory. Set the environment variable
+    ``XLA_PYTHON_CLIENT_PREALLOCATE=false`` to prevent this.
 
     Args:
         text: what makes an item of the datasets, before collation, a string or a sequence of tokens (ids, or anything
             hashable): a function, or a key or index of the item. A string's tokens are its words in lower case
-            (``\w+``). Tokens that pad should be left out.
-        k1: how soon repetitions of a token stop counting.
-        b: how much long texts are held back, from 0 to 1.
+            (``\w+``). Leave padding tokens out.
+        k1: the larger it is, the more the repetitions of a token count; at least 0.
+        b: how much the scores of long texts are reduced, from 0 to 1.
+
+    Raises:
+        ValueError: if ``k1`` or ``b`` is out of range.
 
     Example::
 
@@ -58,41 +60,32 @@ class BM25(Method):
         """BM25 of each training text for each target; see :class:`~lightning_trak.methods.base.Method`.
 
         Raises:
-            TypeError: if ``text`` gives something else than a string or tokens.
+            ModuleNotFoundError: if bm25s is not installed.
+            TypeError: if ``text`` gives neither a string nor tokens.
         """
-        documents = self._count(Examples(train, "fit", trainer).loader)
-        queries = self._count(Examples(targets, "predict", trainer).loader)
-        numbers = {token: number for number, token in enumerate(dict.fromkeys(t for text in documents for t in text))}
-        weights = self._weights(documents, numbers)
-        scores = torch.empty(len(queries), len(documents))
-        for start in range(0, len(queries), _TARGETS):
-            block = queries[start : start + _TARGETS]
-            counts = torch.zeros(len(numbers), len(block), dtype=torch.float64)
-            for column, query in enumerate(block):
-                for token, count in query.items():
-                    if token in numbers:
-                        counts[numbers[token], column] = count
-            scores[start : start + len(block)] = torch.sparse.mm(weights, counts).T.float()
+        try:
+            import bm25s
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError('BM25 needs bm25s: pip install "lightning-trak[text]"') from error
+        documents = self._tokenize(Examples(train, "fit", trainer).loader)
+        queries = self._tokenize(Examples(targets, "predict", trainer).loader)
+        numbers: dict[Hashable, int] = {}
+        documents_as_numbers = [[numbers.setdefault(token, len(numbers)) for token in text] for text in documents]
+        scores = torch.zeros(len(queries), len(documents))
+        if not numbers:
+            return scores
+        index = bm25s.BM25(k1=self.k1, b=self.b, method="lucene", dtype="float64")
+        index.index((documents_as_numbers, numbers), create_empty_token=False, show_progress=False)
+        for row, query in enumerate(queries):
+            known = [numbers[token] for token in query if token in numbers]
+            scores[row] = torch.from_numpy(index.get_scores_from_ids(known))
         return scores
 
-    def _weights(self, documents: list[Counter[Hashable]], numbers: dict[Hashable, int]) -> Tensor:
-        """What one occurrence of a token in a query is worth: sparse, ``(num_train, vocabulary)``."""
-        rows = torch.tensor([row for row, text in enumerate(documents) for _ in text], dtype=torch.int64)
-        columns = torch.tensor([numbers[token] for text in documents for token in text], dtype=torch.int64)
-        counts = torch.tensor([count for text in documents for count in text.values()], dtype=torch.float64)
-        lengths = torch.tensor([text.total() for text in documents], dtype=torch.float64)
-        holding = torch.bincount(columns, minlength=len(numbers)).double()
-        rarity = torch.log1p((len(documents) - holding + 0.5) / (holding + 0.5))
-        saturation = self.k1 * (1 - self.b + self.b * lengths / lengths.mean())
-        values = rarity[columns] * counts / (counts + saturation[rows])
-        places, shape = torch.stack([rows, columns]), (len(documents), len(numbers))
-        return torch.sparse_coo_tensor(places, values, shape, check_invariants=True).coalesce()
-
-    def _count(self, loader: DataLoader[Any]) -> list[Counter[Hashable]]:
+    def _tokenize(self, loader: DataLoader[Any]) -> list[list[Hashable]]:
         ranges = batch_ranges(range(len(cast(Any, loader.dataset))), batch_size_of(loader))
         with isolate_rng():
             batches = load(loader, (part.examples for part in ranges), collate_fn=list)
-            return [Counter(_tokens(self.text(item))) for batch in batches for item in batch]
+            return [list(_tokens(self.text(item))) for batch in batches for item in batch]
 
 
 def _tokens(text: Any) -> Iterable[Hashable]:

@@ -1,4 +1,4 @@
-"""Results in the user's experiment tracker: numbers, histograms, pictures and tables, through ``trainer.loggers``."""
+"""Results in the Trainer's loggers: numbers, histograms, pictures and tables."""
 
 from lightning_trak.reporting.loggers.base import LoggerWriter, writers_for
 from lightning_trak.reporting.loggers.records import log_attributions, log_brittleness, log_lds, log_mislabel_curves

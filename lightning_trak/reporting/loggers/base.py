@@ -1,4 +1,4 @@
-"""One interface to all loggers: Lightning's own has a method for numbers alone."""
+"""One interface to all loggers. Lightning's own ``Logger`` can log numbers, but no pictures and no tables."""
 
 from __future__ import annotations
 
@@ -18,12 +18,16 @@ if TYPE_CHECKING:
 
 
 class LoggerWriter(ABC):
-    """Writes to a logger. A class for another kind of logger derives from this one and names it.
+    """Writes results to one kind of logger.
 
-    Names are paths such as ``"lds/TRAK/per_target"``.
+    To support another kind of logger, derive a class and name the logger's class as below; nothing else is needed. The
+    name of a result is a path such as ``"lds/TRAK/per_target"``.
 
     Args:
-        logger: of the kind that the class is for.
+        logger: an instance of the logger's class.
+
+    Attributes:
+        kinds: the writer for each class of loggers.
 
     Example::
 
@@ -45,28 +49,28 @@ class LoggerWriter(ABC):
         self.logger = logger
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Numbers by name."""
+        """Log numbers by name."""
         self.logger.log_metrics(dict(values), step)
 
     def histogram(self, name: str, values: Tensor, step: int) -> None:
-        """How numbers ``(n,)``, none of them NaN, are distributed: a picture, unless the logger knows histograms."""
+        """Log the distribution of numbers ``(n,)`` without NaN: as a picture, unless the logger has histograms."""
         self.figure(name, plot_histogram(values, name), step)
 
     @abstractmethod
     def figure(self, name: str, figure: Figure, step: int) -> None:
-        """A picture."""
+        """Log a picture."""
 
     @abstractmethod
     def table(self, name: str, table: Table, step: int) -> None:
-        """A table."""
+        """Log a table."""
 
     def flush(self) -> None:
-        """Have everything written, since the fit that would do so in the end may be over."""
+        """Write everything now: the fit, at whose end Lightning does so, may be over."""
         self.logger.save()
 
 
 class _NumbersWriter(LoggerWriter, logger=Logger):
-    """For any logger that no other class is for."""
+    """For loggers without a writer of their own: it logs numbers, and warns that it logs nothing else."""
 
     def __init__(self, logger: Logger) -> None:
         super().__init__(logger)
@@ -76,20 +80,23 @@ class _NumbersWriter(LoggerWriter, logger=Logger):
         )
 
     def histogram(self, name: str, values: Tensor, step: int) -> None:
-        """Left out, as announced."""
+        """Log nothing, as the warning says."""
 
     def figure(self, name: str, figure: Figure, step: int) -> None:
-        """Left out, as announced."""
+        """Log nothing, as the warning says."""
 
     def table(self, name: str, table: Table, step: int) -> None:
-        """Left out, as announced."""
+        """Log nothing, as the warning says."""
 
 
 def writers_for(loggers: Iterable[Logger]) -> list[LoggerWriter]:
-    """A writer for each logger; none on ranks other than zero.
+    """A writer for each logger.
 
     Args:
         loggers: such as ``trainer.loggers``.
+
+    Returns:
+        As many writers as loggers on rank zero, none on other ranks.
     """
     if getattr(rank_zero_only, "rank", 0):
         return []

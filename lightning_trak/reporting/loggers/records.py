@@ -1,4 +1,4 @@
-"""What is logged of each kind of result."""
+"""Functions that log results: one for each kind."""
 
 from __future__ import annotations
 
@@ -24,22 +24,24 @@ Loggers = Iterable[Logger]
 
 
 def log_lds(loggers: Loggers, lds: LinearDatamodelingScore, name: str = "lds", step: int = 0) -> None:
-    """Log a linear datamodeling score: its mean with the interval and noise ceiling, and how targets are distributed.
+    """Log a linear datamodeling score: its mean, interval and noise ceiling, and a histogram over targets.
+
+    All processes must call this together. Rank zero writes.
 
     Args:
         loggers: such as ``trainer.loggers``.
-        lds: which has seen its targets. All processes must call this together; rank zero writes.
+        lds: the metric, updated with all targets.
         name: numbers are ``{name}/mean``, ``{name}/low``, ``{name}/high`` and, if every subset was retrained with
-            several seeds, ``{name}/noise_ceiling``; the histogram is ``{name}/per_target``.
-        step: that the loggers show.
+            several seeds, ``{name}/noise_ceiling``. The histogram is ``{name}/per_target``.
+        step: the step at which the loggers show it.
 
     Raises:
-        RuntimeError: if it has seen no targets.
+        RuntimeError: if the metric was updated with no targets.
         ValueError: if fewer than two targets count.
     """
     low, high = lds.interval()
     values = {"mean": lds.compute(), "low": low, "high": high}
-    with suppress(RuntimeError):  # with a single seed there is none
+    with suppress(RuntimeError):  # there is none with a single seed
         values["noise_ceiling"] = lds.noise_ceiling()
     per_target = lds.per_target()
     for writer in writers_for(loggers):
@@ -62,25 +64,26 @@ def log_attributions(
     name: str = "attributions",
     step: int = 0,
 ) -> None:
-    """Log the strongest proponents and opponents of some targets, as a table, and as a picture of images.
+    """Log the strongest proponents and opponents of some targets: as a table, and as images if there are any.
 
     Args:
         loggers: such as ``trainer.loggers``.
-        scores: ``(num_targets, num_train)``; or what ``score(top_k=...)`` kept, of which proponents are shown, or
-            opponents, and not both.
-        train: the training set, a map-style Dataset, of which only the examples shown are read.
-        targets: the targets, alike.
-        k: proponents and opponents of each target.
-        largest: what ``score(top_k=...)`` was told.
-        shown: positions of the targets to show; default: the first 8.
-        describe: says in a few words what an item of either dataset is: its label, say, or its text.
-        image: makes a picture of an item, ``(height, width)`` or ``(1 or 3, height, width)`` with colours in [0, 1].
+        scores: ``(num_targets, num_train)``; or the result of ``score(top_k=...)``, which holds either proponents or
+            opponents.
+        train: the training set, a map-style Dataset. Only the examples shown are read.
+        targets: the targets, a map-style Dataset. Only the targets shown are read.
+        k: how many proponents and how many opponents each target gets.
+        largest: the value that ``score(top_k=...)`` got for it.
+        shown: positions of the targets to show. Default: the first 8.
+        describe: makes a short text of an item of either dataset, such as its label.
+        image: makes an image of an item, ``(height, width)`` or ``(1 or 3, height, width)`` with values in [0, 1].
+            Default: no images are logged.
         name: the table is ``{name}/table``, the picture ``{name}/images``.
-        step: that the loggers show.
+        step: the step at which the loggers show them.
 
     Raises:
-        TypeError: if ``describe`` returns something else than a text.
-        ValueError: if scores and data do not fit.
+        TypeError: if ``describe`` returns something other than a str.
+        ValueError: if the sizes of scores and datasets differ, or ``largest`` contradicts the scores.
     """
     _require_fit(scores, len(targets), len(train), largest)
     writers = writers_for(loggers)
@@ -89,32 +92,33 @@ def log_attributions(
     rows = list(range(min(8, len(targets))) if shown is None else shown)
     chosen = scores[rows] if isinstance(scores, Tensor) else TopK(*(part[rows] for part in scores))
     groups = {kind: TopK(*(part.cpu() for part in top)) for kind, top in strongest(chosen, k, largest).items()}
-    seen = torch.unique(torch.cat([top.indices.flatten() for top in groups.values()])).tolist()
-    examples, aims = ({place: data[place] for place in places} for data, places in ((train, seen), (targets, rows)))
-    names, aim_names = (
-        {place: described(describe, item) if describe else f"#{place}" for place, item in items.items()}
-        for items in (examples, aims)
+    named = torch.unique(torch.cat([top.indices.flatten() for top in groups.values()])).tolist()
+    train_items = {index: train[index] for index in named}
+    target_items = {row: targets[row] for row in rows}
+    train_names, target_names = (
+        {position: described(describe, item) if describe else f"#{position}" for position, item in items.items()}
+        for items in (train_items, target_items)
     )
     entries = {
         kind: [list(zip(*row, strict=True)) for row in zip(top.indices.tolist(), top.values.tolist(), strict=True)]
         for kind, top in groups.items()
     }
-    found: list[tuple[Cell, ...]] = [
-        (row, aim_names[row], kind.removesuffix("s"), rank, index, names[index], value)
+    cells: list[tuple[Cell, ...]] = [
+        (row, target_names[row], kind.removesuffix("s"), rank, index, train_names[index], value)
         for number, row in enumerate(rows)
         for kind, lists in entries.items()
         for rank, (index, value) in enumerate(lists[number], 1)
     ]
-    table = Table(("target", "target is", "kind", "rank", "example", "example is", "score"), found)
+    table = Table(("target", "target is", "kind", "rank", "example", "example is", "score"), cells)
     for writer in writers:
         writer.table(f"{name}/table", table, step)
     if image is not None:
-        images = {place: image(item) for place, item in examples.items()}
+        images = {index: image(item) for index, item in train_items.items()}
         figure = plot_pictures(
-            [Picture(image(aims[row]), aim_names[row]) for row in rows],
+            [Picture(image(target_items[row]), target_names[row]) for row in rows],
             {
                 kind: [
-                    [Picture(images[index], f"{names[index]}\n{value:+.2g}") for index, value in entry]
+                    [Picture(images[index], f"{train_names[index]}\n{value:+.2g}") for index, value in entry]
                     for entry in lists
                 ]
                 for kind, lists in entries.items()
@@ -139,21 +143,21 @@ def _require_fit(scores: Tensor | TopK, num_targets: int, num_train: int, larges
     steps = values.diff(dim=1)
     if (steps > 0 if largest else steps < 0).any():
         raise ValueError(
-            f"the best scores of a target {'rise' if largest else 'fall'} from first to last, so that they are"
+            f"the best scores of a target {'rise' if largest else 'fall'} from first to last, so they are"
             f" {'opponents: pass largest=False' if largest else 'proponents: leave largest=True'}"
         )
 
 
 def log_brittleness(loggers: Loggers, brittleness: Brittleness, name: str = "counterfactuals", step: int = 0) -> None:
-    """Log how far predictions fall without their proponents.
+    """Log how far outputs fall, and how many predictions flip, without the targets' proponents.
 
     Args:
         loggers: such as ``trainer.loggers``.
         brittleness: from :meth:`~lightning_trak.retraining.Counterfactuals.brittleness`.
         name: numbers are ``{name}/{method}/drop_{k}`` and so on, see
-            :meth:`~lightning_trak.retraining.Brittleness.metrics`; the table is ``{name}/table``, the picture
+            :meth:`~lightning_trak.retraining.Brittleness.metrics`. The table is ``{name}/table``, the picture
             ``{name}/curves``.
-        step: that the loggers show.
+        step: the step at which the loggers show them.
     """
     for writer in writers_for(loggers):
         writer.metrics({f"{name}/{key}": value for key, value in brittleness.metrics().items()}, step)
@@ -165,14 +169,14 @@ def log_brittleness(loggers: Loggers, brittleness: Brittleness, name: str = "cou
 def log_mislabel_curves(
     loggers: Loggers, curves: Mapping[str, DetectionCurve], name: str = "mislabelled", step: int = 0
 ) -> None:
-    """Log how soon suspicions find wrong labels.
+    """Log how soon wrong labels are found, if examples are inspected in the order of a suspicion.
 
     Args:
         loggers: such as ``trainer.loggers``.
-        curves: of each suspicion by name, from
+        curves: by the name of the suspicion, each from
             :func:`~lightning_trak.metrics.functional.mislabel_detection_curve`.
-        name: numbers are ``{name}/{suspicion}/area``, the picture ``{name}/curves``.
-        step: that the loggers show.
+        name: numbers are ``{name}/{suspicion}/area``, the picture is ``{name}/curves``.
+        step: the step at which the loggers show them.
     """
     for writer in writers_for(loggers):
         writer.metrics({f"{name}/{key}/area": float(curve.area) for key, curve in curves.items()}, step)

@@ -1,6 +1,6 @@
-"""What the loggers that come with Lightning do with histograms, pictures and tables.
+"""Writers for the loggers that come with Lightning.
 
-The packages behind them are imported by Lightning when a logger is made, and here when it is written to.
+Their packages, such as wandb, are imported where they are used: Lightning imports them when a logger is made.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
 
 
 class TensorBoardLoggerWriter(LoggerWriter, logger=TensorBoardLogger):
-    """Scalars, histograms and images; tables under "Text"."""
+    """TensorBoard: scalars, histograms and images. Tables are texts."""
 
     def histogram(self, name: str, values: Tensor, step: int) -> None:
-        """Under "Histograms" and "Distributions"."""
+        """Log a histogram, under "Histograms" and "Distributions"."""
         self.logger.experiment.add_histogram(name, values, step)
 
     def figure(self, name: str, figure: Figure, step: int) -> None:
-        """Under "Images"."""
+        """Log an image, under "Images"."""
         self.logger.experiment.add_figure(name, figure, step, close=False)
 
     def table(self, name: str, table: Table, step: int) -> None:
-        """Under "Text", in Markdown."""
+        """Log the table in Markdown, under "Text"."""
         self.logger.experiment.add_text(name, table.markdown(), step)
 
     def flush(self) -> None:
@@ -40,22 +40,22 @@ class TensorBoardLoggerWriter(LoggerWriter, logger=TensorBoardLogger):
 
 
 class CSVLoggerWriter(LoggerWriter, logger=CSVLogger):
-    """Numbers in ``metrics.csv``; a file beside it for each picture and table."""
+    """Numbers go to ``metrics.csv``. Each picture and each table is a file beside it."""
 
     def figure(self, name: str, figure: Figure, step: int) -> None:
-        """A PNG."""
+        """Write a PNG file."""
         fs, path = self._place(f"{name}-step-{step}.png")
         with fs.open(path, "wb") as file:
             figure.savefig(file, format="png", dpi=150)
 
     def table(self, name: str, table: Table, step: int) -> None:
-        """A CSV."""
+        """Write a CSV file."""
         fs, path = self._place(f"{name}-step-{step}.csv")
-        with fs.open(path, "wb") as file:  # as it is: a carriage return in a cell is no end of a line
+        with fs.open(path, "wb") as file:  # as bytes, so that a carriage return in a cell is not changed
             file.write(table.csv().encode())
 
     def _place(self, name: str) -> tuple[Any, str]:
-        _ = self.logger.experiment  # which clears the directory when it is made
+        _ = self.logger.experiment  # when it is made, it clears the directory
         fs, root = url_to_fs(self.logger.log_dir)
         path = posixpath.join(root, name)
         fs.makedirs(posixpath.dirname(path), exist_ok=True)
@@ -63,30 +63,30 @@ class CSVLoggerWriter(LoggerWriter, logger=CSVLogger):
 
 
 class WandbLoggerWriter(LoggerWriter, logger=WandbLogger):
-    """Weights & Biases: its own histograms, images and tables."""
+    """Weights & Biases: all as its own kinds."""
 
     def histogram(self, name: str, values: Tensor, step: int) -> None:
-        """A ``wandb.Histogram``."""
+        """Log a ``wandb.Histogram``."""
         import wandb
 
         self.logger.log_metrics({name: wandb.Histogram(values.tolist())}, step)
 
     def figure(self, name: str, figure: Figure, step: int) -> None:
-        """A ``wandb.Image``."""
+        """Log a ``wandb.Image``."""
         self.logger.log_image(name, [figure], step)
 
     def table(self, name: str, table: Table, step: int) -> None:
-        """A ``wandb.Table``."""
+        """Log a ``wandb.Table``."""
         self.logger.log_table(name, list(table.columns), [list(row) for row in table.rows], step=step)
 
 
 class MLFlowLoggerWriter(LoggerWriter, logger=MLFlowLogger):
-    """Numbers as metrics; pictures and tables as artifacts."""
+    """MLflow: numbers are metrics, pictures and tables are artifacts."""
 
     def figure(self, name: str, figure: Figure, step: int) -> None:
-        """A PNG."""
+        """Write a PNG file."""
         self.logger.experiment.log_figure(self.logger.run_id, figure, f"{name}-step-{step}.png")
 
     def table(self, name: str, table: Table, step: int) -> None:
-        """A CSV."""
+        """Write a CSV file."""
         self.logger.experiment.log_text(self.logger.run_id, table.csv(), f"{name}-step-{step}.csv")

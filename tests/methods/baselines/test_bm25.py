@@ -1,5 +1,7 @@
 """BM25 against its formula, and random scores."""
 
+import sys
+import zlib
 from math import log
 
 import pytest
@@ -15,7 +17,9 @@ TARGETS = ["the dog dog", "an unseen thing", "Cat"]
 
 class Texts(Dataset):
     def __init__(self, texts):
-        self.items = [{"text": text, "ids": torch.tensor([hash(w) for w in text.split()])} for text in texts]
+        self.items = [
+            {"text": text, "ids": torch.tensor([zlib.crc32(word.encode()) for word in text.split()])} for text in texts
+        ]
 
     def __len__(self):
         return len(self.items)
@@ -63,10 +67,34 @@ def test_texts_without_a_token():
     assert BM25("text").attribute(make_trainer(), Texts(["", "?"]), Texts(TARGETS)).tolist() == [[0, 0]] * 3
 
 
-def test_more_targets_than_fit_in_a_block():
+def test_many_targets():
     many = Texts(TARGETS * 100)
     scores = BM25("text").attribute(make_trainer(), Texts(TRAIN), many)
     torch.testing.assert_close(scores, by_hand(1.2, 0.75).repeat(100, 1))
+
+
+def test_long_texts_against_the_formula_in_float64():
+    generator = torch.Generator().manual_seed(0)
+    train, targets = (
+        [(torch.rand(length, generator=generator) ** 3 * 50).long() for length in range(low, high)]
+        for low, high in ((1, 60), (5, 25))
+    )
+    every = torch.arange(50)
+    counts, asked = (
+        torch.stack([(text[:, None] == every).sum(0) for text in texts]).double() for texts in (train, targets)
+    )
+    lengths, holding = counts.sum(1, keepdim=True), (counts > 0).double().sum(0)
+    rarity = torch.log(1 + (len(train) - holding + 0.5) / (holding + 0.5))
+    saturated = counts / (counts + 1.2 * (1 - 0.75 + 0.75 * lengths / lengths.mean()))
+    expected = asked @ (rarity * saturated).T
+    scores = BM25("ids").attribute(make_trainer(), *([{"ids": text} for text in texts] for texts in (train, targets)))
+    torch.testing.assert_close(scores, expected.float(), rtol=2e-7, atol=0)  # one rounding to float32
+
+
+def test_missing_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bm25s", None)
+    with pytest.raises(ModuleNotFoundError, match=r'^BM25 needs bm25s: pip install "lightning-trak\[text\]"$'):
+        BM25("text").attribute(make_trainer(), Texts(TRAIN), Texts(TARGETS))
 
 
 def test_bad_options_and_texts():
