@@ -14,6 +14,7 @@ from torch.backends import cudnn
 
 from lightning_trak.checkpoints.copies import Original, copy_module
 from lightning_trak.checkpoints.reading import Checkpoint
+from lightning_trak.features.precision import to_store_dtype
 from lightning_trak.features.store import Features
 from lightning_trak.gradients import (
     FunctionalEngine,
@@ -28,7 +29,6 @@ from lightning_trak.gradients import (
 from lightning_trak.gradients.audit import Audit, require_independent
 from lightning_trak.gradients.base import EngineError, real_shape
 from lightning_trak.gradients.batch import ExampleBatch, Layout, infer_batch_size
-from lightning_trak.gradients.precision import to_store_dtype
 from lightning_trak.gradients.soundness import require_repeatable
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.evaluating import exact_attention, modules_of

@@ -13,12 +13,12 @@ from torch.utils.data import DataLoader
 
 from lightning_trak.features.extractor import EngineName, FeatureExtractor
 from lightning_trak.features.fsdp import ANOTHER_STRATEGY, ShardedFeatureExtractor
+from lightning_trak.features.precision import autocast_of
 from lightning_trak.features.same_function import keep_examples, keeps_examples, require_as_before, require_same_outputs
 from lightning_trak.features.sinks import Sink
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.gradients.base import EngineError
 from lightning_trak.gradients.batch import find_layout
-from lightning_trak.gradients.precision import autocast_of
 from lightning_trak.running.data import IndexedBatch, RangeLoader, Stop, load, sample_batches
 from lightning_trak.running.predict import PredictModule
 from lightning_trak.running.ranks import Ranks

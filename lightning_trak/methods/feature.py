@@ -20,12 +20,12 @@ from lightning_trak.checks import positive
 from lightning_trak.features.extractor import ENGINES, EngineName, FeatureExtractor
 from lightning_trak.features.finiteness import NotFiniteError
 from lightning_trak.features.fsdp import ShardedFeatureExtractor
+from lightning_trak.features.precision import precision_of
 from lightning_trak.features.predict import AUDITED_TOGETHER, FeaturizeModule
 from lightning_trak.features.sinks import FeatureBuffer, ShardWriter
 from lightning_trak.features.store import Features, FeatureStore
 from lightning_trak.fingerprints import module_fingerprint
 from lightning_trak.gradients import ParameterSelection
-from lightning_trak.gradients.precision import precision_of
 from lightning_trak.methods.base import Method
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import declared_output

@@ -101,7 +101,8 @@ class EKFACInfluence(Influence):
             if not values.any():
                 raise ValueError(
                     f"there is no curvature in {block.tracked.path} at {passes.where}: the output does not depend on"
-                    " it, or the loss is linear in the output; leave it out by parameters=, or use curvature='empirical'"
+                    " it, or the loss is linear in the output; leave it out by parameters=, or use"
+                    " curvature='empirical'"
                 )
             damped.append(values + self.damping * values.mean())
 
