@@ -10,12 +10,12 @@ from lightning_utilities.core.rank_zero import WarningCache
 from torch import Tensor
 
 from lightning_trak.features.model import ModelCopy
+from lightning_trak.features.precision import to_store_dtype
 from lightning_trak.features.rows import Features
 from lightning_trak.gradients import FunctionalEngine, GradientEngine, HookEngine, LoopEngine, MixedEngine
 from lightning_trak.gradients.audit import Audit
 from lightning_trak.gradients.base import EngineError
 from lightning_trak.gradients.batch import ExampleBatch, Layout
-from lightning_trak.gradients.precision import to_store_dtype
 from lightning_trak.projections.base import BoundProjection
 
 _warned = WarningCache()  # warns of a thing once

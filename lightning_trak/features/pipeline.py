@@ -18,13 +18,13 @@ from lightning_trak.features.finiteness import NotFiniteError
 from lightning_trak.features.fsdp import ANOTHER_STRATEGY, ShardedModelCopy
 from lightning_trak.features.identity import Contents, identity
 from lightning_trak.features.model import ModelCopy
+from lightning_trak.features.precision import precision_of
 from lightning_trak.features.predict import AUDITED_TOGETHER, FeaturizeModule
 from lightning_trak.features.rows import Features
 from lightning_trak.features.settings import FeatureSettings
 from lightning_trak.features.sinks import FeatureBuffer, ShardWriter
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.gradients import ParameterSelection
-from lightning_trak.gradients.precision import precision_of
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.running.content import fingerprint
 from lightning_trak.running.data import Data, single_loader

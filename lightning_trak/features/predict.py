@@ -16,6 +16,7 @@ from lightning_trak.features.engines import EngineName, choose_engine, how, make
 from lightning_trak.features.extractor import FeatureExtractor
 from lightning_trak.features.fsdp import ANOTHER_STRATEGY, ShardedFeatureExtractor, ShardedModelCopy, sharded_engine
 from lightning_trak.features.model import ModelCopy
+from lightning_trak.features.precision import autocast_of
 from lightning_trak.features.rows import Features
 from lightning_trak.features.same_function import keep_examples, keeps_examples, require_as_before, require_same_outputs
 from lightning_trak.features.settings import FeatureSettings
@@ -25,7 +26,6 @@ from lightning_trak.features.store import FeatureStore
 from lightning_trak.gradients import GradientEngine, coverage_report
 from lightning_trak.gradients.base import EngineError
 from lightning_trak.gradients.batch import ExampleBatch, Layout, find_layout
-from lightning_trak.gradients.precision import autocast_of
 from lightning_trak.projections.base import BoundProjection
 from lightning_trak.running.loading import load, sample_batches
 from lightning_trak.running.predict import PredictModule

@@ -7,10 +7,10 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_trak.features.finiteness import require_finite
+from lightning_trak.features.precision import precision_of
 from lightning_trak.features.predict import AUDITED_TOGETHER, ExtractorModule
 from lightning_trak.gradients.base import EngineError
 from lightning_trak.gradients.batch import infer_batch_size
-from lightning_trak.gradients.precision import precision_of
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.running.strategies import shards_model
 from lightning_trak.scoring.base import Scorer, Scores

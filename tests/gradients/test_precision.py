@@ -13,10 +13,11 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_trak import TRAK, AttributionMixin
+from lightning_trak.features.precision import precision_of, to_store_dtype
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.gradients import HookEngine, LoopEngine, MixedEngine, select_parameters
 from lightning_trak.gradients.batch import ExampleBatch
-from lightning_trak.gradients.precision import explained_bfloat16, precision_of, to_store_dtype
+from lightning_trak.gradients.precision import explained_bfloat16
 from lightning_trak.outputs import ClassificationMargin, ContrastiveMargin
 from lightning_trak.projections import IdentityProjection, KroneckerProjection, SparseProjection
 from lightning_trak.retraining import RetrainingFleet, tail_patch

@@ -36,10 +36,9 @@ class HookEngine(GradientEngine):
     - Hooks see only what goes through a layer's own forward. Outside it, parameters are differentiated as usual; if one
       gets a gradient there, the engine refuses.
     - A layer's rows must belong to the examples that they are taken for. A second backward pass, in which examples have
-      different weights, shows it (:func:`~lightning_trak.gradients.hooks.ownership.misplaced`). It is done whenever
-      layers are called in shapes, or a number of times, that were not met before. Rows can be dealt out in another way
-      each time if a layer has several of them for an example, or if the model picks rows by their values: then it is
-      done for every batch.
+      different weights, shows it (:func:`~lightning_trak.gradients.hooks.ownership.misplaced`). It runs for every new
+      combination of the layers' calls and their shapes. If a layer has several rows for an example, or the model picks
+      rows by their values, other rows may belong to an example each time: then it runs for every batch.
     - :meth:`check` compares with autograd.
 
     Args:
@@ -161,11 +160,11 @@ class HookEngine(GradientEngine):
                     sketches.add_(row, name, gradient.reshape(1, -1))
 
     def backward(self, batch: ExampleBatch, receive: Receive) -> Tensor:
-        """Run the model forward and backward once, and show each call of a tracked module.
+        """Run the model forward and backward, and give each call of a tracked module to ``receive``.
 
         Args:
             batch: the examples.
-            receive: called with each call's module, input and output gradient as the backward pass reaches it.
+            receive: called with the module and its call, when the backward pass reaches them.
 
         Returns:
             The outputs, shape ``(size,)``.
@@ -174,7 +173,7 @@ class HookEngine(GradientEngine):
             EngineError: if hooks would give a wrong gradient.
         """
         hooks = HookedPass(self._tracked, batch.size, self._expansions(batch), receive)
-        outside = self._outside()
+        outside = self._outside_parameters()
         with self._eager(outside), attached(self._tracked, hooks.on_forward), self._frozen_inside():
             values = self.outputs(batch)
             self._require_one_each(values, batch.size)
@@ -228,7 +227,8 @@ class HookEngine(GradientEngine):
             EngineError: if a module's output cannot be taken apart into examples.
         """
         expansions, refused = self._shared_outputs(batch)
-        for module, reason in refused.items():
+        if refused:
+            module, reason = next(iter(refused.items()))
             tracked = self._tracked[module]
             raise EngineError(
                 f"hooks cannot tell the examples apart in {tracked.description}: {reason}",
@@ -252,7 +252,7 @@ class HookEngine(GradientEngine):
         """The batches for which the shared outputs are the same."""
         return batch.shapes()
 
-    def _outside(self) -> list[nn.Parameter]:
+    def _outside_parameters(self) -> list[nn.Parameter]:
         """Parameters that are differentiated wherever a layer's own forward does not use them."""
         return list(self.parameters.values())
 

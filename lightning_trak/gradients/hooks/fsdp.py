@@ -49,7 +49,7 @@ class ShardedHookEngine(HookEngine):
         """All batches: shared outputs are found once, in the first :meth:`check`, when ranks have the same examples."""
         return ()
 
-    def _outside(self) -> list[nn.Parameter]:
+    def _outside_parameters(self) -> list[nn.Parameter]:
         return []
 
     @contextmanager

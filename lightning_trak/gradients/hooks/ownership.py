@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_trak.gradients.hooks.capture import CaptureOutputGradient
+
 
 def example_weights(size: int, like: Tensor) -> Tensor:
     """A weight for each example, different enough to tell them apart, shape ``(size,)``."""
@@ -43,7 +45,7 @@ def misplaced(norms: Tensor, weighted: Tensor, weights: Tensor) -> float:
 
 # Operations whose rows depend on the values of tensors. Autograd functions of the user may do the same; ours do not.
 _PICKING = ("Index", "Gather", "Scatter", "Masked", "Sort", "Topk", "Take", "Put", "Unique", "Repeat", "Flip", "Roll")
-_OURS = ("CaptureOutputGradientBackward", "_OwnAndOthersBackward")
+_OURS = (f"{CaptureOutputGradient.__name__}Backward", "_OwnAndOthersBackward")
 
 
 def picks_rows(value: Tensor) -> bool:

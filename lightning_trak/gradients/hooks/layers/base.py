@@ -50,7 +50,7 @@ class Layer(ABC):
 
     Example:
         >>> import torch
-        >>> from lightning_trak.gradients import HookEngine, Layer, LoopEngine, select_parameters
+        >>> from lightning_trak.gradients import HookEngine, Layer, select_parameters
         >>> from lightning_trak.gradients.batch import ExampleBatch
         >>> from lightning_trak.outputs import ClassificationMargin
         >>> class Gain(torch.nn.Module):
@@ -68,10 +68,8 @@ class Layer(ABC):
         ...         return products.reshape(call.size, -1, self.module.gain.numel()).sum(1)
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), Gain(3))
         >>> batch = ExampleBatch((torch.ones(2, 4), torch.tensor([0, 2])), 2)
-        >>> names, output = select_parameters(model), ClassificationMargin()
-        >>> by_hooks = HookEngine(model, output, names)(batch)[1]
-        >>> one_by_one = LoopEngine(model, output, names)(batch)[1]
-        >>> torch.testing.assert_close(by_hooks["1.gain"], one_by_one["1.gain"])
+        >>> HookEngine(model, ClassificationMargin(), select_parameters(model)).check(batch)  # {}: as by autograd
+        {}
 
     Args:
         module: the module.

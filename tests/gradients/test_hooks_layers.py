@@ -1,0 +1,103 @@
+"""What a class for a new type of layer must define, and what it gets without defining it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_trak.gradients import HookEngine, Layer, LayerCall, LoopEngine, select_parameters
+from lightning_trak.gradients.batch import ExampleBatch
+from lightning_trak.gradients.hooks import projector
+from lightning_trak.outputs import ClassificationMargin
+from lightning_trak.projections import IdentityProjection, KroneckerProjection, SparseProjection
+
+EXTENDING = Path(__file__).parents[1] / "docs" / "api" / "extending.md"
+
+
+@pytest.fixture(autouse=True)
+def _registry(monkeypatch):
+    """Classes of these tests are forgotten."""
+    monkeypatch.setattr(Layer, "_by_type", dict(Layer._by_type))
+
+
+class Bilinear(nn.Module):
+    """A parameter of three dimensions, under a name of its own."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.form = nn.Parameter(torch.randn(3, 4, 4, generator=generator))
+
+    def forward(self, x):
+        return torch.einsum("...i,oij,...j->...o", x, self.form, x)
+
+
+def cover(**methods):
+    def gradient(self, parameter, call):
+        each = torch.einsum("ni,no,nj->noij", call.inputs, call.output_gradient, call.inputs)
+        return each.unflatten(0, (call.size, -1)).sum(1)
+
+    attributes = {"parameter_names": ("form",), "gradient": gradient, **methods}
+    return type(Layer)("BilinearLayer", (Layer,), attributes, covers=[Bilinear])
+
+
+def make(size=5):
+    module = nn.Sequential(nn.Linear(4, 4), Bilinear()).double()
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(size, 4, generator=generator, dtype=torch.float64)
+    return module, ExampleBatch((inputs, torch.arange(size) % 3), size)
+
+
+@pytest.mark.parametrize(
+    "projection", [IdentityProjection(), SparseProjection(32), KroneckerProjection(2, 3), KroneckerProjection(2, 3, 16)]
+)
+def test_its_gradient_is_enough_for_every_projection(projection, monkeypatch):
+    cover()
+    monkeypatch.setattr(projector, "_CPU_BYTES", 1)  # one example at a time
+    module, batch = make()
+    names = select_parameters(module)
+    engine, loop = (kind(module, ClassificationMargin(), names) for kind in (HookEngine, LoopEngine))
+    bound = projection.bind({name: p.shape for name, p in engine.parameters.items()}, 0, 0, torch.device("cpu"))
+    found, expected = torch.zeros(2, batch.size, bound.dim, dtype=torch.float64)
+    engine.project(batch, bound, found)
+    loop.project(batch, bound, expected)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    assert engine.check(batch) == {}
+
+
+def test_a_shortcut_that_is_announced_and_not_defined_is_an_error(monkeypatch):
+    monkeypatch.setattr(projector, "_CPU_BYTES", 1)
+    monkeypatch.setattr(projector, "_CPU_ROWS", 1)
+    layer = cover(has_rows=lambda self, parameter: True)
+    module, batch = make()
+    engine = HookEngine(module, ClassificationMargin(), select_parameters(module))
+    shapes = {name: parameter.shape for name, parameter in engine.parameters.items()}
+    bound = SparseProjection(32).bind(shapes, 0, 0, torch.device("cpu"))
+    with pytest.raises(NotImplementedError, match=r"BilinearLayer must define gradient_rows\(\)"):
+        engine.project(batch, bound, torch.zeros(batch.size, 32))
+    with pytest.raises(NotImplementedError, match=r"BilinearLayer must define factors\(\)"):
+        layer(module[1]).factors(LayerCall(torch.ones(1, 4), torch.ones(1, 3), 1))
+
+
+def test_a_class_without_gradient_cannot_be_used():
+    class Empty(Layer, covers=[Bilinear]):
+        parameter_names = ("form",)
+
+    module, _ = make()
+    with pytest.raises(TypeError, match=r"Empty.* gradient"):
+        HookEngine(module, ClassificationMargin(), select_parameters(module))
+
+
+def test_some_examples_of_a_call_keep_their_rows():
+    call = LayerCall(torch.arange(12).view(6, 2), torch.arange(3).view(3, 1), 3)
+    some = call.take(1, 3)
+    assert some.inputs.tolist() == [[4, 5], [6, 7], [8, 9], [10, 11]]
+    assert (some.output_gradient.tolist(), some.size) == ([[1], [2]], 2)
+
+
+def test_the_example_in_the_documentation_runs():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        code = EXTENDING.read_text().split("```python\n")[1].split("```")[0]
+        exec(compile(code, str(EXTENDING), "exec"), {"__name__": "extending"})
