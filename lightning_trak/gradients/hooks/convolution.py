@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_trak.compatibility import explicit_padding
 from lightning_trak.gradients.hooks.layers import Layer
 
 _TYPES = [nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d]
@@ -96,5 +97,4 @@ def _padded(module: Any, activation: Tensor) -> tuple[Tensor, list[int]]:
     if isinstance(module.padding, tuple) and module.padding_mode == "zeros":
         return activation, list(module.padding)
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    # The module's own list of pads, from the last dimension to the first; strings ("same") are resolved in it.
-    return F.pad(activation, module._reversed_padding_repeated_twice, mode=mode), [0] * len(module.kernel_size)
+    return F.pad(activation, explicit_padding(module), mode=mode), [0] * len(module.kernel_size)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_trak.compatibility import replaced_parameter
 from lightning_trak.gradients.base import EngineError
 from lightning_trak.gradients.hooks.layers import Layer
 
@@ -135,10 +136,6 @@ class ScaleLayer(Layer, covers_by_structure=True):
 
 def _with_weight(module: Any, weight: Tensor, activation: Tensor) -> Tensor:
     """The output for another weight, without the hooks on the module."""
-    own = module._parameters["weight"]
-    module._parameters["weight"] = weight
-    try:
+    with replaced_parameter(module, "weight", weight):
         output: Tensor = module.forward(activation)
-        return output
-    finally:
-        module._parameters["weight"] = own
+    return output
