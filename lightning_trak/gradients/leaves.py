@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+
+from lightning_trak.compatibility import TorchDispatchMode, tree_iter
 
 _WRITE_IT_SO = (
     "attribution works on a copy of the model, and a lambda, closure or partial that was made in __init__ still refers"

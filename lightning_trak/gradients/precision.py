@@ -8,6 +8,8 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
+from lightning_trak.compatibility import apply_to_tensors
+
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -27,7 +29,7 @@ class WorkingPrecision:
 
     def __init__(self, module: nn.Module, *, convert: bool = False) -> None:
         before = _dtypes_of(module)
-        module._apply(lambda tensor: tensor.float() if tensor.dtype in _HALF else tensor)  # type: ignore[no-untyped-call]
+        apply_to_tensors(module, lambda tensor: tensor.float() if tensor.dtype in _HALF else tensor)
         after = _dtypes_of(module)
         self.dtype = torch.float64 if after == {torch.float64} else torch.float32
         self._converts = after == {self.dtype} and (convert or before != {torch.float32})

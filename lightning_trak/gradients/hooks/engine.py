@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_trak.compatibility import is_compiled
 from lightning_trak.gradients.base import EngineError, GradientEngine, differentiating
 from lightning_trak.gradients.batch import ExampleBatch
 from lightning_trak.gradients.hooks.capture import attached
@@ -278,11 +279,10 @@ class HookEngine(GradientEngine):
     @contextmanager
     def _eager(self, parameters: Iterable[nn.Parameter] = ()) -> Iterator[None]:
         """Only some parameters are differentiated by themselves, and no fused or compiled code skips the hooks."""
-        compiled = any("_orig_mod" in part._modules or part._compiled_call_impl for part in self.module.modules())
         with ExitStack() as stack:
             stack.enter_context(self._differentiating(parameters))
             stack.enter_context(torch.enable_grad())
-            if compiled:
+            if is_compiled(self.module):
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             yield
 

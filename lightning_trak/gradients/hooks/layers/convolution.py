@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_trak.compatibility import explicit_padding
 from lightning_trak.gradients.hooks.layers.base import Layer, LayerCall
 
 _TYPES = [nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d]
@@ -93,5 +94,4 @@ class ConvolutionLayer(Layer, covers=[*_TYPES]):
         if isinstance(module.padding, tuple) and module.padding_mode == "zeros":
             return inputs, list(module.padding)
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        # The module's own list of pads, from the last dimension to the first; strings ("same") are resolved in it.
-        return F.pad(inputs, module._reversed_padding_repeated_twice, mode=mode), [0] * len(module.kernel_size)
+        return F.pad(inputs, explicit_padding(module), mode=mode), [0] * len(module.kernel_size)

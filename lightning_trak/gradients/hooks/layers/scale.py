@@ -7,6 +7,7 @@ import inspect
 import torch
 from torch import Tensor, nn
 
+from lightning_trak.compatibility import replaced_parameter
 from lightning_trak.gradients.base import EngineError
 from lightning_trak.gradients.hooks.layers.base import Layer, LayerCall
 
@@ -56,11 +57,6 @@ class ScaleLayer(Layer, covers_by_structure=True):
 
     def _output(self, weight: Tensor, inputs: Tensor) -> Tensor:
         """The module's output for another weight, without the hooks on the module."""
-        parameters = self.module._parameters
-        own = parameters["weight"]
-        parameters["weight"] = weight  # type: ignore[assignment]
-        try:
+        with replaced_parameter(self.module, "weight", weight):
             output: Tensor = self.module.forward(inputs)
-            return output
-        finally:
-            parameters["weight"] = own
+        return output

@@ -1,0 +1,413 @@
+"""Private names of other libraries: each does what it is used for, and they are used in one module alone."""
+
+import ast
+import random
+import re
+import signal
+from contextlib import suppress
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from jsonargparse import ArgumentParser
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import _common_utils as fsdp
+from torch.utils.data import DataLoader
+
+from lightning_trak import compatibility
+from lightning_trak.metrics import LinearDatamodelingScore
+from tests.lit import TARGETS, TRAIN, make_model, make_trainer
+
+PACKAGE = Path(compatibility.__file__).parent
+LIBRARIES = {"jsonargparse", "lightning", "lightning_utilities", "safetensors", "torch", "torchmetrics"}
+DOCUMENTED = {"_asdict", "_fields", "_replace"}  # of named tuples, in spite of their names
+OF_METRICS = {"_apply", "_is_synced", "_plot"}  # what classes derived from Metric inherit
+OWN_EVERYWHERE = {"_"}
+
+
+# ---- Each name is there ----
+
+
+def net():
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+
+
+def module():
+    return nn.Linear(1, 1)
+
+
+def loop():
+    return make_trainer().predict_loop
+
+
+# Name -> the library that has it, what makes an object that has it, and the function that uses it.
+NAMES = {
+    "_backward_hooks": ("torch", module, "hooks_of"),
+    "_backward_pre_hooks": ("torch", module, "hooks_of"),
+    "_forward_hooks": ("torch", module, "hooks_of"),
+    "_forward_pre_hooks": ("torch", module, "hooks_of"),
+    "_modules": ("torch", module, "registered"),
+    "_parameters": ("torch", module, "registered"),
+    "_buffers": ("torch", module, "registered"),
+    "_apply": ("torch", module, "apply_to_tensors"),
+    "_compiled_call_impl": ("torch", module, "is_compiled"),
+    "_non_persistent_buffers_set": ("torch", module, "transient_buffers"),
+    "_reversed_padding_repeated_twice": ("torch", lambda: nn.Conv1d(1, 1, 1), "explicit_padding"),
+    "_orig_mod": ("torch", lambda: torch.compile(module()), "original_module"),
+    "_torchdynamo_orig_callable": ("torch", lambda: torch.compile(module), "original_function"),
+    "_checkpoint_wrapped_module": ("torch", lambda: checkpoint_wrapper(module()), "WRAPPERS"),
+    "_data_connector": ("lightning", make_trainer, "parts_that_a_run_changes"),
+    "_logger_connector": ("lightning", make_trainer, "parts_that_a_run_changes"),
+    "_data_source": ("lightning", loop, "parts_that_a_run_changes"),
+    "_data_fetcher": ("lightning", loop, "is_running"),
+    "_signal_connector": ("lightning", make_trainer, "after_signal_handlers"),
+    "_device_mesh": ("lightning", L.LightningModule, "set_device_mesh"),
+    "_start_method": (
+        "lightning",
+        lambda: make_trainer(strategy="ddp_spawn", devices=2).strategy.launcher,
+        "start_method",
+    ),
+    "_tensor_parallel_size": ("lightning", ModelParallelStrategy, "tensor_parallel_size"),
+    "_option_string_actions": ("jsonargparse", ArgumentParser, "skip_completion"),
+}
+ELSEWHERE = {"_fsdp_wrapped_module", "_extra_state"}  # tested below
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_the_name_is_there(name):
+    library, make, user = NAMES[name]
+    owner = make()
+    assert hasattr(owner, name), (
+        f"{type(owner).__name__} of {library} {version(library)} has no {name}: find what has taken its place for"
+        f" lightning_trak.compatibility.{user}"
+    )
+
+
+@pytest.mark.parametrize("name", sorted(OF_METRICS))
+def test_what_metrics_inherit_is_there(name):
+    metric = LinearDatamodelingScore(torch.eye(4).bool())
+    assert any(name in {**vars(base)} for base in type(metric).__mro__[1:]) or name in vars(metric), (
+        f"Metric of torchmetrics {version('torchmetrics')} has no {name}: find what has taken its place for"
+        " lightning_trak.metrics.LinearDatamodelingScore"
+    )
+
+
+# ---- Each does what it is used for: PyTorch ----
+
+
+def test_compiled_modules_and_functions():
+    plain = net()
+    compiled = torch.compile(plain)
+    assert compatibility.original_module(compiled) is plain
+    assert compatibility.original_module(plain) is plain
+    assert compatibility.original_function(torch.compile(net)) is net
+    assert compatibility.original_function(net) is net
+    assert compatibility.is_compiled(compiled)
+    assert compatibility.is_compiled(nn.Sequential(compiled))
+    assert not compatibility.is_compiled(plain)
+    plain[0].compile()
+    assert compatibility.is_compiled(plain)
+    compatibility.forget_compiled_call(plain[0])
+    assert not compatibility.is_compiled(plain)
+
+
+def test_wrappers():
+    compiled, checkpointed = torch.compile(net()), checkpoint_wrapper(net())
+    assert {name.split(".")[0] for name, _ in compiled.named_parameters()} == {"_orig_mod"}
+    found = {name for module in (compiled, checkpointed) for name, _ in module.named_children()}
+    assert found | {fsdp.FSDP_WRAPPED_MODULE} == compatibility.WRAPPERS
+
+
+def test_extra_state():
+    class Stateful(nn.Linear):
+        def get_extra_state(self):
+            return 1
+
+    names = nn.Sequential(Stateful(1, 1, bias=False)).state_dict()
+    assert set(names) == {"0.weight", f"0.{compatibility.EXTRA_STATE}"}
+
+
+def test_what_is_registered():
+    module = nn.Linear(1, 1, bias=False)
+    module.register_buffer("kept", torch.zeros(1))
+    module.register_buffer("lost", torch.zeros(1), persistent=False)
+    module.register_module("missing", None)
+    found = compatibility.registered(module)
+    assert list(found) == ["weight", "bias", "kept", "lost", "missing"]
+    assert found["weight"] is module.weight
+    assert found["bias"] is None
+    assert found["missing"] is None
+    assert compatibility.transient_buffers(module) == {"lost"}
+    assert compatibility.transient_buffers(nn.Sequential(module)) == set()
+
+
+def test_hooks_of_a_module():
+    module = nn.Linear(1, 1)
+    assert not any(compatibility.hooks_of(module).values())
+
+    def hook(*args):
+        return None
+
+    module.register_forward_pre_hook(hook)
+    module.register_forward_hook(hook)
+    module.register_full_backward_pre_hook(hook)
+    handle = module.register_full_backward_hook(hook)
+    kinds = ["forward pre hooks", "forward hooks", "backward pre hooks", "backward hooks"]
+    assert compatibility.hooks_of(module) == {kind: [hook] for kind in kinds}
+    handle.remove()
+    assert compatibility.hooks_of(module)["backward hooks"] == []
+
+
+def test_hooks_on_a_tensor():
+    parameter = nn.Parameter(torch.zeros(1))
+    assert not compatibility.has_gradient_hooks(parameter)
+    handle = parameter.register_hook(lambda gradient: gradient)
+    assert compatibility.has_gradient_hooks(parameter)
+    handle.remove()
+    assert not compatibility.has_gradient_hooks(parameter)
+
+
+def test_a_function_is_applied_to_all_tensors():
+    module = net()
+    weight = module[0].weight
+    weight.grad = torch.zeros_like(weight)
+    compatibility.apply_to_tensors(module, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
+    assert module[0].weight is weight
+    assert {tensor.dtype for tensor in (*module.parameters(), weight.grad, module[1].running_mean)} == {torch.float64}
+    assert module[1].num_batches_tracked.dtype == torch.int64
+
+
+def test_a_parameter_is_replaced_for_a_while():
+    module, inputs = nn.Linear(2, 1, bias=False), torch.ones(1, 2)
+    own = module.weight
+    with suppress(ArithmeticError), compatibility.replaced_parameter(module, "weight", torch.tensor([[1.0, 2.0]])):
+        assert float(module(inputs)) == 3
+        raise ArithmeticError
+    assert module.weight is own
+
+
+@pytest.mark.parametrize("padding", [(1, 2), "same", "valid"])
+def test_padding_in_numbers(padding):
+    torch.manual_seed(0)
+    convolution, inputs = nn.Conv2d(1, 1, (4, 3), padding=padding), torch.randn(1, 1, 6, 6)
+    padded = F.pad(inputs, compatibility.explicit_padding(convolution))
+    assert torch.allclose(convolution(inputs), F.conv2d(padded, convolution.weight, convolution.bias), atol=1e-6)
+
+
+def test_trees():
+    tree = {"a": [torch.ones(1), 2], "b": (torch.zeros(1),)}
+    assert len(list(compatibility.tree_iter(tree))) == 3
+    assert compatibility.tree_map(lambda leaf: float(leaf) + 1, tree) == {"a": [2, 3], "b": (1,)}
+
+
+def test_operations_are_seen():
+    class Names(compatibility.TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.seen = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Names() as names:
+        torch.ones(1) + torch.ones(1)
+    assert "aten.add.Tensor" in names.seen
+
+
+def test_tensors_that_consist_of_others():
+    jagged = torch.nested.nested_tensor([torch.ones(1), torch.ones(2)], layout=torch.jagged)
+    assert compatibility.is_traceable_wrapper_subclass(jagged)
+    assert not compatibility.is_traceable_wrapper_subclass(torch.ones(1))
+
+
+# ---- Each does what it is used for: Lightning ----
+
+
+def test_how_processes_are_made():
+    trainers = [make_trainer(strategy="ddp_spawn", devices=2), make_trainer(strategy="ddp", devices=2), make_trainer()]
+    assert list(map(compatibility.start_method, trainers)) == ["spawn", None, None]
+    assert list(map(compatibility.starts_script_again, trainers)) == [False, True, False]
+
+
+@pytest.mark.parametrize(("given", "found"), [("auto", 2), (1, 1)])
+def test_tensor_parallel_size(given, found):
+    trainer = make_trainer(strategy=ModelParallelStrategy(tensor_parallel_size=given), devices=2)
+    assert compatibility.tensor_parallel_size(trainer.strategy) == found
+
+
+def test_device_mesh():
+    module, mesh = L.LightningModule(), object()
+    compatibility.set_device_mesh(module, mesh)
+    assert module.device_mesh is mesh
+
+
+def test_a_trainer_that_is_running():
+    class Asking(L.Callback):
+        def on_train_batch_start(self, trainer, *args):
+            self.amid = compatibility.is_running(trainer)
+
+        def on_validation_batch_start(self, trainer, *args):
+            self.validating = compatibility.is_running(trainer)
+
+        def on_fit_end(self, trainer, pl_module):
+            self.after = compatibility.is_running(trainer)
+
+    asking = Asking()
+    trainer = make_trainer(max_epochs=1, callbacks=[asking])
+    assert not compatibility.is_running(trainer)
+    trainer.fit(make_model(), DataLoader(TRAIN, batch_size=25))
+    assert (asking.amid, asking.after, compatibility.is_running(trainer)) == (True, False, False)
+    trainer.validate(Validated(), DataLoader(TRAIN, batch_size=25), verbose=False)
+    assert asking.validating
+
+
+class Validated(L.LightningModule):
+    def validation_step(self, batch):
+        return None
+
+
+def test_what_a_run_changes_is_put_back():
+    trainer = make_trainer()
+    parts = compatibility.parts_that_a_run_changes(trainer)
+    before = [dict(vars(part)) for part in parts]
+    trainer.validate(Validated(), DataLoader(TRAIN, batch_size=25), verbose=False)
+    changed = {type(part).__name__ for part, held in zip(parts, before, strict=True) if dict(vars(part)) != held}
+    assert changed >= {"Trainer", "_DataLoaderSource", "_EvaluationLoop"}
+    for part, held in zip(parts, before, strict=True):
+        vars(part).clear()
+        vars(part).update(held)
+    assert trainer.val_dataloaders is None
+    assert len({id(part) for part in parts}) == len(parts)
+
+
+def test_after_lightnings_signal_handlers():
+    before, found = signal.getsignal(signal.SIGTERM), []
+    trainer = make_trainer()
+    compatibility.after_signal_handlers(trainer, lambda: found.append(signal.getsignal(signal.SIGTERM)))
+    trainer.validate(Validated(), DataLoader(TARGETS), verbose=False)
+    assert len(found) == 1
+    assert found[0] != before
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_barrier_without_other_processes():
+    with compatibility.InfiniteBarrier() as barrier:
+        barrier()
+
+
+def test_random_states():
+    def draw():
+        return float(torch.rand(())), random.random(), float(np.random.rand())  # noqa: NPY002
+
+    states = compatibility.collect_rng_states()
+    first = draw()
+    assert draw() != first
+    compatibility.set_rng_states(states)
+    assert draw() == first
+
+
+def test_optimizers_and_schedulers():
+    optimizer = torch.optim.SGD(net().parameters(), 0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    optimizers, schedulers, monitor = compatibility.configure_optimizers(([optimizer], [scheduler]))
+    assert (optimizers, schedulers, monitor) == ([optimizer], [scheduler], None)
+    (config,) = compatibility.configure_schedulers(schedulers, monitor)
+    assert (config.scheduler, config.interval) == (scheduler, "epoch")
+
+
+# ---- Each does what it is used for: jsonargparse ----
+
+
+def test_an_option_without_completion():
+    parser = ArgumentParser()
+    action = parser.add_argument("--model")
+    compatibility.skip_completion(parser, "--model")
+    assert action.complete == {}  # of which shtab makes no choices
+
+
+# ---- They are used in one module alone ----
+
+
+def is_private(name):
+    return name.startswith("_") and not name.startswith("__") and name not in OWN_EVERYWHERE
+
+
+@cache
+def parse(path):
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def names_in(path):
+    """Private names in a file: those that it defines, those of attributes that it uses, those among its texts."""
+    defined, used, texts = set(), {}, {}
+    for node in ast.walk(parse(path)):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            defined.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            defined.add(node.id)
+        elif isinstance(node, ast.Attribute):
+            own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+            if own and isinstance(node.ctx, ast.Store):
+                defined.add(node.attr)
+            used.setdefault(node.attr, node.lineno)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and re.fullmatch(r"\w+", node.value):
+            texts.setdefault(node.value, node.lineno)
+    return defined, *({name: line for name, line in of.items() if is_private(name)} for of in (used, texts))
+
+
+def imports_in(path):
+    """Names with dots that a file imports."""
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
+
+
+HERE = Path(compatibility.__file__)
+OTHERS = sorted(path for path in PACKAGE.rglob("*.py") if path != HERE)
+
+
+def names_of_others():
+    """The private names of other libraries that the module uses."""
+    defined, used, texts = names_in(HERE)
+    return (used.keys() | texts.keys()) - defined
+
+
+def test_each_name_of_the_module_is_tested():
+    assert names_of_others() == NAMES.keys() | ELSEWHERE
+
+
+ADVICE = "use a public name, or add a function to lightning_trak/compatibility.py and a test of it here"
+
+
+def test_no_other_module_imports_private_names():
+    found = [
+        f"{path.relative_to(PACKAGE)}:{line} imports {name}"
+        for path in OTHERS
+        for name, line in imports_in(path)
+        if name.split(".")[0] in LIBRARIES and any(map(is_private, name.split(".")))
+    ]
+    assert not found, f"{found}: {ADVICE}"
+
+
+def test_no_other_module_uses_private_attributes():
+    listed, of_package = names_of_others(), set().union(*(names_in(path)[0] for path in OTHERS))
+    found = []
+    for path in OTHERS:
+        defined, used, texts = names_in(path)
+        excused = DOCUMENTED | (OF_METRICS if path.parent.name == "metrics" else set())
+        foreign = {name: line for name, line in used.items() if name in listed - defined or name not in of_package}
+        foreign |= {name: line for name, line in texts.items() if name in listed}
+        found += [
+            f"{path.relative_to(PACKAGE)}:{line} uses {name}" for name, line in foreign.items() if name not in excused
+        ]
+    assert not found, f"{found}: {ADVICE}"
