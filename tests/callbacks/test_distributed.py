@@ -22,6 +22,7 @@ DISTRIBUTED = """
     from lightning_trak.checkpoints.reading import resolve_checkpoints
     from lightning_trak.checkpoints.series import SnapshotSeries
     from tests.callback_nets import Net, loader
+    from tests.launch import leave_together
 
     class Sharded(Net):
         def __init__(self):
@@ -81,6 +82,7 @@ DISTRIBUTED = """
 
     fit(Sharded(), ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1), TRAKCallback(root / "sharded"))
     (root / f"rank-{rank}.json").write_text(json.dumps(seen))
+    leave_together()
 """
 
 

@@ -30,6 +30,7 @@ from tests.end_to_end.test_fsdp import (
     net_trak,
     principal_trak,
 )
+from tests.launch import leave_together
 from tests.lit import make_data, make_trainer
 
 
@@ -106,6 +107,7 @@ def main(root: Path) -> None:
         Net(), torch.load(root / "checkpoints.pt"), root / "net", projection=SparseProjection(32)
     ).score(fitting, targets)
     torch.save(results, root / f"rank-{trainer.global_rank}.pt")
+    leave_together()
 
 
 if __name__ == "__main__":

@@ -19,14 +19,6 @@ from tests.lit import TARGETS, TRAIN, LitNet, attribute, make_checkpoints, make_
 ENGINES = {"hooks": HookEngine, "functional": FunctionalEngine, "loop": LoopEngine}
 
 
-@pytest.fixture(autouse=True)
-def _seeded():
-    """The same weights and inputs in every run; other tests' random state is left alone."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        yield
-
-
 @pytest.fixture
 def checkpoints():
     return make_checkpoints(2)

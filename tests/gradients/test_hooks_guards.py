@@ -19,14 +19,6 @@ def attributes(module: nn.Module) -> list[set[str]]:
     return [set(vars(part)) for part in module.modules()]
 
 
-@pytest.fixture(autouse=True)
-def _seeded():
-    """The same weights and inputs in every run; other tests' random state is left alone."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        yield
-
-
 def assert_no_hooks(module: nn.Module) -> None:
     for part in module.modules():
         assert not any(value for name, value in vars(part).items() if "hooks" in name)

@@ -22,11 +22,6 @@ from lightning_trak.outputs import (
 from lightning_trak.outputs.mixin import AttributionMixin
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 class Custom(ModelOutput):
     """A user's own output, in the two methods that it takes."""
 

@@ -13,11 +13,6 @@ from lightning_trak.outputs import ClassificationMargin
 from lightning_trak.outputs.margins import log_odds
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 def naive(logits, labels):
     """log p - log(1 - p) from float64 probabilities, by the definition."""
     p = logits.double().softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)

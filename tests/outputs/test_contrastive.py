@@ -8,11 +8,6 @@ from torch import nn
 from lightning_trak.outputs import ContrastiveMargin
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 class TwoTower(nn.Module):
     def __init__(self, dtype=torch.float64, wrap=None):
         super().__init__()

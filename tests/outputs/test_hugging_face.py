@@ -20,11 +20,6 @@ transformers = pytest.importorskip("transformers")
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 @pytest.fixture
 def gpt2():
     config = transformers.GPT2Config(

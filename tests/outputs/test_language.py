@@ -9,11 +9,6 @@ from lightning_trak.outputs import CausalLMMargin, Seq2SeqLMMargin
 VOCABULARY = 11
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 class Bigram(nn.Module):
     """Logits of the next token from this token alone: what a padded text says cannot depend on its padding."""
 
