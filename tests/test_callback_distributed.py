@@ -81,6 +81,7 @@ DISTRIBUTED = """
 
     fit(Sharded(), ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1), TRAKCallback(root / "sharded"))
     (root / f"rank-{rank}.json").write_text(json.dumps(seen))
+    torch.distributed.destroy_process_group()
 """
 
 
