@@ -19,6 +19,8 @@ def run_together(arguments: list[str | Path], log: Path, timeout: float = 240) -
     """Run Python with these arguments; failures and hangs show what all of the processes printed.
 
     A process that hangs is made to print where each of its threads is.
+    A script must end with ``torch.distributed.destroy_process_group()``: otherwise a thread of gloo may free a tensor
+    when Python has gone, for which PyTorch aborts ("terminate called without an active exception").
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
