@@ -100,7 +100,7 @@ def reference(model: nn.Module, train: TensorDataset, targets: TensorDataset, he
         named = {f"model.{name}": part.view(shapes[name]) for name, part in zip(shapes, parts, strict=True)}
         return functional_call(call, named, ((data.tensors[0].double(), data.tensors[1]),))
 
-    residuals, curvatures = output.derivatives(outputs(flat, train).detach())
+    loss_gradients, curvatures = output.derivatives(outputs(flat, train).detach())
     gradients = torch.autograd.functional.jacobian(lambda vector: outputs(vector, train), flat)
     target_gradients = torch.autograd.functional.jacobian(lambda vector: outputs(vector, targets), flat)
     gauss_newton = (gradients.T * curvatures) @ gradients
@@ -108,7 +108,7 @@ def reference(model: nn.Module, train: TensorDataset, targets: TensorDataset, he
     if hessian == "exact":
         matrix = torch.autograd.functional.hessian(lambda vector: output.loss(outputs(vector, train)).sum(), flat)
     matrix = matrix + damping * gauss_newton.diagonal().mean() * torch.eye(len(flat))
-    return target_gradients @ torch.linalg.solve(matrix, gradients.T * residuals)
+    return target_gradients @ torch.linalg.solve(matrix, gradients.T * loss_gradients)
 
 
 def relative_error(scores: Tensor, expected: Tensor) -> float:

@@ -66,13 +66,13 @@ def reference(model, train, targets, output=None) -> Tensor:
     torch.set_default_dtype(torch.float64)
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        (gradients, residuals, curvatures), (directions, _, _) = rows(train), rows(targets)
+        (gradients, loss_gradients, curvatures), (directions, _, _) = rows(train), rows(targets)
     finally:
         torch.set_default_dtype(torch.float32)
         torch.backends.mha.set_fastpath_enabled(True)
     gram = (gradients.T * curvatures) @ gradients
     gram = gram + DAMPING * gram.diagonal().mean() * torch.eye(len(gram)).double()
-    return directions @ torch.linalg.solve(gram, gradients.T * residuals)
+    return directions @ torch.linalg.solve(gram, gradients.T * loss_gradients)
 
 
 def relative_error(scores: Tensor, expected: Tensor) -> float:

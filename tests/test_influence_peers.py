@@ -61,8 +61,8 @@ def test_arnoldi_is_captums(softmax_regression, rank, tmp_path):
         net, [net.state_dict()], output=OUTPUT, solver=Arnoldi(21, rank), hessian="exact", damping=0.0
     )
     scores = method.attribute(make_trainer(), train, targets)
-    residuals = OUTPUT.derivatives(margins(net, targets))[0]
-    assert relative_error(scores * residuals.unsqueeze(1), expected) < 1e-6
+    loss_gradients = OUTPUT.derivatives(margins(net, targets))[0]
+    assert relative_error(scores * loss_gradients.unsqueeze(1), expected) < 1e-6
 
 
 @pytest.mark.parametrize("solver", [Explicit(), ConjugateGradient(tolerance=1e-10)])

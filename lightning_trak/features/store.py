@@ -44,7 +44,7 @@ from lightning_trak.storage.files import (
 )
 from lightning_trak.storage.paths import local_directory
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _MAX_EXAMPLES = 1 << 40
 
 _MANIFEST = schemas.sealed(
@@ -84,13 +84,13 @@ class Features(NamedTuple):
     Attributes:
         features: projected gradients phi, shape ``(n, k)``.
         outputs: model outputs f, shape ``(n,)``.
-        residuals: Q = -dl/df, shape ``(n,)``.
+        loss_gradients: Q = -dl/df, shape ``(n,)``.
         curvatures: R = d2l/df2, shape ``(n,)``.
     """
 
     features: Tensor
     outputs: Tensor
-    residuals: Tensor
+    loss_gradients: Tensor
     curvatures: Tensor
 
     @classmethod

@@ -14,7 +14,7 @@ from lightning_trak.outputs import ModelOutput
 from lightning_trak.projections import GaussianProjection, Projection
 from lightning_trak.scoring.damping import Damping, require_damping
 from lightning_trak.scoring.gram import Curvature
-from lightning_trak.scoring.trak import Residuals, TRAKScorer
+from lightning_trak.scoring.trak import LossGradients, TRAKScorer
 
 
 class TRAK(FeatureMethod):
@@ -35,7 +35,7 @@ class TRAK(FeatureMethod):
         curvature: ``"gauss_newton"``, or ``"identity"`` as published.
         damping: ridge term relative to the mean of the Gram matrix's diagonal; ``"auto"`` chooses it from the features
             (:func:`~lightning_trak.scoring.damping.auto_damping`).
-        residuals: ``"per_checkpoint"``, or ``"averaged"`` as published: see
+        loss_gradients: ``"per_checkpoint"``, or ``"averaged"`` as published: see
             :class:`~lightning_trak.scoring.TRAKScorer`.
         soft_threshold: scores move towards zero by this much (0: not at all).
         parameters: which parameters to differentiate, by name pattern; default: all that require gradients.
@@ -64,7 +64,7 @@ class TRAK(FeatureMethod):
         projection: Projection | None = None,
         curvature: Curvature = "gauss_newton",
         damping: Damping = "auto",
-        residuals: Residuals = "per_checkpoint",
+        loss_gradients: LossGradients = "per_checkpoint",
         soft_threshold: float = 0.0,
         parameters: ParameterSelection = None,
         engine: EngineName = "auto",
@@ -74,7 +74,7 @@ class TRAK(FeatureMethod):
         audit: int = 2,
     ) -> None:
         require_one_of("curvature", curvature, ("gauss_newton", "identity"))
-        require_one_of("residuals", residuals, ("per_checkpoint", "averaged"))
+        require_one_of("loss_gradients", loss_gradients, ("per_checkpoint", "averaged"))
         if not 0 <= soft_threshold < float("inf"):
             raise ValueError(f"soft_threshold must be at least 0, and finite, got {soft_threshold}")
         super().__init__(
@@ -92,7 +92,7 @@ class TRAK(FeatureMethod):
         )
         self.curvature: Curvature = curvature
         self.damping = require_damping(damping)
-        self.residuals: Residuals = residuals
+        self.loss_gradients: LossGradients = loss_gradients
         self.soft_threshold = soft_threshold
 
     @classmethod
@@ -115,7 +115,7 @@ class TRAK(FeatureMethod):
 
             trak = TRAK.paper(model, "run/snapshots", "run/features", projection=GaussianProjection(512))
         """
-        published: dict[str, Any] = {"curvature": "identity", "damping": 0.0, "residuals": "averaged"}
+        published: dict[str, Any] = {"curvature": "identity", "damping": 0.0, "loss_gradients": "averaged"}
         if options.get("projection") is None:
             options["projection"] = GaussianProjection(2048)
         return cls(model, checkpoints, store, **(published | options))
@@ -135,4 +135,4 @@ class TRAK(FeatureMethod):
 
     def make_scorer(self, store: FeatureStore) -> TRAKScorer:
         """TRAK's scorer."""
-        return TRAKScorer(store, self.curvature, self.damping, self.residuals, self.soft_threshold)
+        return TRAKScorer(store, self.curvature, self.damping, self.loss_gradients, self.soft_threshold)

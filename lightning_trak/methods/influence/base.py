@@ -113,5 +113,5 @@ class Influence(Method):
             span = range(start, min(start + block, len(targets)))
             directions = inverse(torch.cat([rows.features for _, rows in passes.rows(targets, span)]))
             for part, rows in passes.rows(passes.train):
-                products = directions @ rows.features.T * rows.residuals
+                products = directions @ rows.features.T * rows.loss_gradients
                 scores[span.start : span.stop, part.start : part.stop] += products.cpu()

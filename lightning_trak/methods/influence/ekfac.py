@@ -114,10 +114,10 @@ class EKFACInfluence(Influence):
 
         return inverse
 
-    def _squared_weights(self, residuals: Tensor, curvatures: Tensor) -> Tensor:
+    def _squared_weights(self, loss_gradients: Tensor, curvatures: Tensor) -> Tensor:
         """What an example's squared gradient counts: R, or Q squared."""
         if self.curvature == "empirical":
-            return residuals.square()
+            return loss_gradients.square()
         require_convex(curvatures, 'curvature="empirical"')
         return curvatures
 
@@ -142,7 +142,7 @@ class EKFACInfluence(Influence):
         """The curvature's diagonal of each layer, float64 ``(outputs, inputs)``: another pass."""
         totals = [torch.zeros(len(basis.outputs), len(basis.inputs), device=passes.device).double() for basis in bases]
         for _, rows in passes.rows(passes.train):
-            counts = self._squared_weights(rows.residuals, rows.curvatures).view(-1, 1, 1)
+            counts = self._squared_weights(rows.loss_gradients, rows.curvatures).view(-1, 1, 1)
             parts = passes.split(rows.features)
             for block, basis, total in zip(blocks, bases, totals, strict=True):
                 total += (basis.rotate(block.gather(parts)).square_() * counts).sum(0)
