@@ -65,7 +65,7 @@ def scores(settings: str, rows: Features, targets: Tensor) -> Tensor:
     """TRAK's scores at one model, but for the factor Q: (num_targets, num_train)."""
     curvature = "identity" if settings == "published" else "gauss_newton"
     gram, squared_weights = gram_matrix([rows], curvature, targets.shape[1], torch.device("cpu"))
-    damping = 0.0 if settings == "published" else auto_damping(gram, squared_weights)
+    damping = 0.0 if settings == "published" else auto_damping(gram.trace(), squared_weights, len(gram))
     return DampedGram(gram, damping, torch.float32, "features").solve(targets) @ rows.features.T
 
 

@@ -29,10 +29,10 @@ def ekfac(model, train=TRAIN, targets=TARGETS, precision="32-true", output=None,
     return method.attribute(make_trainer(precision=precision), train, targets)
 
 
-def influence(solver, hessian="gauss_newton"):
+def influence(solver, curvature="gauss_newton"):
     def scores(model, train=TRAIN, targets=TARGETS, precision="32-true", output=None, **options):
         method = InfluenceFunction(
-            model, [model.state_dict()], output=output or ClassificationMargin(), solver=solver, hessian=hessian,
+            model, [model.state_dict()], output=output or ClassificationMargin(), solver=solver, curvature=curvature,
             damping=DAMPING, **options,
         )  # fmt: skip
         return method.attribute(make_trainer(precision=precision), train, targets)

@@ -32,11 +32,12 @@ class TRAK(FeatureMethod):
         store: directory of the features, on a disk that all ranks see.
         output: the scalar output to attribute; default: the model's ``configure_model_output()``.
         projection: what compresses gradients; default: :class:`~lightning_trak.projections.SparseProjection`.
-        curvature: ``"gauss_newton"``, or ``"identity"`` as published.
-        damping: ridge term relative to the mean of the Gram matrix's diagonal; ``"auto"`` chooses it from the features
+        curvature: the matrix K: ``"gauss_newton"`` is sum_j R_j phi_j phi_j^T; ``"identity"``, as published, takes
+            R_j = 1.
+        damping: lambda relative to the mean eigenvalue of K; ``"auto"`` chooses it from the features
             (:func:`~lightning_trak.scoring.damping.auto_damping`).
-        loss_gradients: ``"per_checkpoint"``, or ``"averaged"`` as published: see
-            :class:`~lightning_trak.scoring.TRAKScorer`.
+        loss_gradients: how Q is averaged over checkpoints: ``"per_checkpoint"``, together with what it multiplies; or
+            ``"averaged"``, apart, as published: see :class:`~lightning_trak.scoring.TRAKScorer`.
         soft_threshold: scores move towards zero by this much (0: not at all).
         parameters: which parameters to differentiate, by name pattern; default: all that require gradients.
         engine: how gradients are computed: ``"auto"``, ``"functional"``, ``"hooks"`` or ``"loop"``, see

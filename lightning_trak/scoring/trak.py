@@ -28,7 +28,7 @@ class TRAKScorer(Scorer):
     Args:
         store: complete features of the training set.
         curvature: how K weighs examples, see :func:`~lightning_trak.scoring.gram.gram_matrix`.
-        damping: lambda_m relative to the mean of K_m's diagonal; ``"auto"`` chooses it for each checkpoint, see
+        damping: lambda_m relative to the mean eigenvalue of K_m; ``"auto"`` chooses it for each checkpoint, see
             :func:`~lightning_trak.scoring.damping.auto_damping`.
         loss_gradients: how Q is averaged: ``"per_checkpoint"`` as above; ``"averaged"`` as published (arXiv 2303.14186,
             section 3): the average of phi^T K^-1 phi over checkpoints times the average of Q.
@@ -71,7 +71,9 @@ class TRAKScorer(Scorer):
         dampings = []
         for checkpoint in range(self.store.num_checkpoints):
             gram, squared_weights = (tensor.to(self._device) for tensor in self._gram(checkpoint, ranks))
-            damping = auto_damping(gram, squared_weights) if self.damping == "auto" else self.damping
+            damping = self.damping
+            if damping == "auto":
+                damping = auto_damping(gram.trace(), squared_weights, len(gram))
             dampings.append(damping)
             precision = self.store.read(checkpoint, 0).features.dtype
             self._factors.append(DampedGram(gram, damping, precision, f"checkpoint {checkpoint}"))

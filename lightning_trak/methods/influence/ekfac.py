@@ -14,10 +14,10 @@ from lightning_trak.gradients.hooks.coverage import Site
 from lightning_trak.methods.feature import require_one_of
 from lightning_trak.methods.influence.base import Influence
 from lightning_trak.methods.influence.blocks import Block, find_blocks
-from lightning_trak.methods.influence.hessian import require_convex
 from lightning_trak.methods.influence.passes import Passes
 from lightning_trak.methods.influence.solvers import InverseProduct
 from lightning_trak.outputs import ModelOutput
+from lightning_trak.scoring.gram import require_convex
 
 EKFACCurvature = Literal["gauss_newton", "empirical"]
 
@@ -42,10 +42,11 @@ class EKFACInfluence(Influence):
         model: as for :class:`~lightning_trak.TRAK`; it is not touched.
         checkpoints: as for :class:`~lightning_trak.TRAK`; scores are averaged over them.
         output: the scalar output to attribute; default: the model's ``configure_model_output()``.
-        curvature: what is approximated.
-        damping: lambda of each layer, relative to the mean of its eigenvalues. The default is the habit of the
-            literature. On digits 0.01 and 0.1 were better than 1, and than the rule of
-            :func:`~lightning_trak.scoring.damping.auto_damping` in each layer.
+        curvature: the matrix H that is approximated: ``"gauss_newton"`` is sum_j R_j g_j g_j^T; ``"empirical"`` is
+            sum_j Q_j^2 g_j g_j^T, the empirical Fisher matrix.
+        damping: lambda of each layer, relative to the mean eigenvalue of the layer's matrix. The default is the habit
+            of the literature. On digits 0.01 and 0.1 were better than 1, and than the rule of
+            :func:`~lightning_trak.scoring.damping.auto_damping` in each layer, which is why there is no ``"auto"``.
         parameters: which parameters to differentiate, by name pattern; default: all that require gradients.
         seed: of what is drawn at random.
         weights_only: ``False`` lets ``.ckpt`` and ``.pt`` files run code when they are read; for files you trust only.

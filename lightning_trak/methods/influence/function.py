@@ -6,7 +6,7 @@ from lightning_trak.checkpoints.reading import CheckpointsLike
 from lightning_trak.gradients import ParameterSelection
 from lightning_trak.methods.feature import require_one_of
 from lightning_trak.methods.influence.base import Influence
-from lightning_trak.methods.influence.hessian import Hessian, HessianKind
+from lightning_trak.methods.influence.hessian import Hessian, HessianCurvature
 from lightning_trak.methods.influence.passes import Passes
 from lightning_trak.methods.influence.solvers import ConjugateGradient, InverseProduct, Solver
 from lightning_trak.outputs import ModelOutput
@@ -25,11 +25,12 @@ class InfluenceFunction(Influence):
             :class:`~lightning_trak.methods.influence.ConjugateGradient`,
             :class:`~lightning_trak.methods.influence.LiSSA` or
             :class:`~lightning_trak.methods.influence.Arnoldi`.
-        hessian: ``"gauss_newton"``, or ``"exact"``, which may be indefinite where the model is no minimum: see
+        curvature: the matrix H: ``"gauss_newton"`` is sum_j R_j g_j g_j^T; ``"exact"`` is the Hessian, which may have
+            negative eigenvalues where the weights are no minimum: see
             :class:`~lightning_trak.methods.influence.hessian.Hessian`.
-        damping: lambda relative to the mean of the diagonal of the Gauss-Newton matrix; ``"auto"`` is the rule of
-            :func:`~lightning_trak.scoring.damping.auto_damping`. For a model trained with weight decay w on the mean
-            of n losses, n w is the lambda of its objective.
+        damping: lambda relative to the mean eigenvalue of the Gauss-Newton matrix, also where ``curvature="exact"``;
+            ``"auto"`` is the rule of :func:`~lightning_trak.scoring.damping.auto_damping`. For a model trained with
+            weight decay w on the mean of n losses, n w is the lambda of its objective.
         parameters: which parameters to differentiate, by name pattern; default: all that require gradients.
         seed: of what is drawn at random.
         weights_only: ``False`` lets ``.ckpt`` and ``.pt`` files run code when they are read; for files you trust only.
@@ -47,13 +48,13 @@ class InfluenceFunction(Influence):
         *,
         output: ModelOutput | None = None,
         solver: Solver | None = None,
-        hessian: HessianKind = "gauss_newton",
+        curvature: HessianCurvature = "gauss_newton",
         damping: Damping = "auto",
         parameters: ParameterSelection = None,
         seed: int = 0,
         weights_only: bool = True,
     ) -> None:
-        require_one_of("hessian", hessian, ("gauss_newton", "exact"))
+        require_one_of("curvature", curvature, ("gauss_newton", "exact"))
         super().__init__(
             model,
             checkpoints,
@@ -63,8 +64,8 @@ class InfluenceFunction(Influence):
             weights_only=weights_only,
         )
         self.solver = solver or ConjugateGradient()
-        self.hessian: HessianKind = hessian
+        self.curvature: HessianCurvature = curvature
         self.damping = require_damping(damping)
 
     def _prepare(self, passes: Passes) -> InverseProduct:
-        return self.solver.prepare(Hessian(passes, self.hessian, self.damping))
+        return self.solver.prepare(Hessian(passes, self.curvature, self.damping))
