@@ -18,11 +18,14 @@ from lightning_trak.scoring.trak import LossGradients, TRAKScorer
 
 
 class TRAK(FeatureMethod):
-    """Attributes a trained model's outputs to its training examples, by a Newton step for each of them.
+    """TRAK: by how much would the output at the target change if the training example counted once more?
 
-    A positive score says that training on the example raises the output at the target. Every default is the
-    best-measured one; :meth:`paper` is the published algorithm. The model, its mode, weights, ``.grad`` and buffers are
-    never touched: the work is done on a copy.
+    A positive score says that training on the example raises the output at the target. The unit is that of the output:
+    a score is the change that one Newton step on projected gradients predicts, averaged over checkpoints (Park et al.
+    2023, arXiv 2303.14186).
+
+    Every default is the best-measured one; :meth:`paper` is the published algorithm. The model, its mode, weights,
+    ``.grad`` and buffers are never touched: the work is done on a copy.
 
     Args:
         model: the trained model; a LightningModule with :class:`~lightning_trak.AttributionMixin`, or any module when
@@ -38,7 +41,7 @@ class TRAK(FeatureMethod):
             (:func:`~lightning_trak.scoring.damping.auto_damping`).
         loss_gradients: how Q is averaged over checkpoints: ``"per_checkpoint"``, together with what it multiplies; or
             ``"averaged"``, apart, as published: see :class:`~lightning_trak.scoring.TRAKScorer`.
-        soft_threshold: scores move towards zero by this much (0: not at all).
+        soft_threshold: scores move towards zero by this much, in the unit of scores (0: not at all).
         parameters: which parameters to differentiate, by name pattern; default: all that require gradients.
         engine: how gradients are computed: ``"auto"``, ``"functional"``, ``"hooks"`` or ``"loop"``, see
             :class:`~lightning_trak.features.extractor.FeatureExtractor`.
@@ -122,7 +125,7 @@ class TRAK(FeatureMethod):
         return cls(model, checkpoints, store, **(published | options))
 
     def _require_enough(self, num_examples: int, dim: int) -> None:
-        """Without damping, the Gram matrix of fewer examples than features is singular: better said before the work.
+        """Without damping, the Gram matrix of fewer examples than features is singular: refuse before the work begins.
 
         Raises:
             ValueError: if there are fewer.

@@ -22,7 +22,12 @@ _TARGETS = 128
 
 
 class BM25(Method):
-    r"""Okapi BM25 with each target as the query (Robertson and Zaragoza 2009, section 3), as Lucene computes it.
+    r"""How many words, and how rare ones, does the training text share with the target?
+
+    A positive score says that they share at least one word; there are no negative scores. The unit is that of Okapi
+    BM25: a sum of logarithms, comparable between the training texts of one target, not between targets. A score says
+    nothing about the effect of training, and no model takes part. This is BM25 with each target as the query
+    (Robertson and Zaragoza 2009, section 3), as Lucene computes it.
 
     For a training text i of length :math:`|i|` in which the token t occurs :math:`\mathrm{tf}_{ti}` times, and a target
     x in which it occurs :math:`q_{tx}` times,
@@ -31,14 +36,14 @@ class BM25(Method):
                           \frac{\mathrm{tf}_{ti}}{\mathrm{tf}_{ti} + k_1 (1 - b + b |i| / \overline{|i|})},
 
     with N training texts, of which :math:`n_t` hold t. The one in the logarithm keeps it positive for tokens that most
-    texts hold. No model takes part.
+    texts hold.
 
     Args:
         text: what makes an item of the datasets, before collation, a string or a sequence of tokens (ids, or anything
             hashable): a function, or a key or index of the item. A string's tokens are its words in lower case
             (``\w+``). Tokens that pad should be left out.
-        k1: how soon repetitions of a token stop counting.
-        b: how much long texts are held back, from 0 to 1.
+        k1: how soon repetitions of a token stop counting: the smaller, the sooner.
+        b: how much the scores of long texts are lowered, from 0 to 1.
 
     Example::
 
@@ -74,7 +79,7 @@ class BM25(Method):
         return scores
 
     def _weights(self, documents: list[Counter[Hashable]], numbers: dict[Hashable, int]) -> Tensor:
-        """What one occurrence of a token in a query is worth: sparse, ``(num_train, vocabulary)``."""
+        """What one occurrence of a token in a query adds to the score: sparse, ``(num_train, vocabulary)``."""
         rows = torch.tensor([row for row, text in enumerate(documents) for _ in text], dtype=torch.int64)
         columns = torch.tensor([numbers[token] for text in documents for token in text], dtype=torch.int64)
         counts = torch.tensor([count for text in documents for count in text.values()], dtype=torch.float64)
