@@ -65,7 +65,7 @@ def scores(settings: str, rows: Features, targets: Tensor) -> Tensor:
     """TRAK's scores at one model, but for the factor Q: (num_targets, num_train)."""
     curvature = "identity" if settings == "published" else "gauss_newton"
     gram, squared_weights = gram_matrix([rows], curvature, targets.shape[1], torch.device("cpu"))
-    damping = 0.0 if settings == "published" else auto_damping(gram, squared_weights)
+    damping = 0.0 if settings == "published" else auto_damping(gram.trace(), squared_weights, len(gram))
     return DampedGram(gram, damping, torch.float32, "features").solve(targets) @ rows.features.T
 
 
@@ -76,7 +76,7 @@ def curve(
     with tempfile.TemporaryDirectory() as directory:
         store, targets = featurize(task, states, SparseProjection(k), Path(directory))
         for settings in chosen:
-            products = weighted = residuals = torch.zeros(())
+            products = weighted = loss_gradients = torch.zeros(())
             for checkpoint, features in enumerate(targets):
                 shards = [store.read(checkpoint, shard) for shard in range(store.num_shards)]
                 rows = Features(*map(torch.cat, zip(*shards, strict=True)))
@@ -85,10 +85,10 @@ def curve(
                 except ValueError:  # the Gram matrix is singular, and no average of this model and others exists
                     yield from ((settings, count, None, None, None) for count in counts if count > checkpoint)
                     break
-                products, residuals = products + product, residuals + rows.residuals
-                weighted = weighted + product * rows.residuals
+                products, loss_gradients = products + product, loss_gradients + rows.loss_gradients
+                weighted = weighted + product * rows.loss_gradients
                 if checkpoint + 1 in counts:
-                    lds = truth.measure(products * residuals if settings == "published" else weighted)
+                    lds = truth.measure(products * loss_gradients if settings == "published" else weighted)
                     interval = map(float, lds.interval(num_bootstraps=300))
                     yield settings, checkpoint + 1, float(lds.compute()), *interval
 

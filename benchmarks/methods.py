@@ -116,7 +116,7 @@ def gradient_methods(model: L.LightningModule) -> dict[str, Callable[[Any, Path]
         "TRAK": lambda checkpoints, store: TRAK(model, checkpoints, store),
         "TRAK, one run": lambda checkpoints, store: TRAK(model, checkpoints, store),
         "TRAK, k = 4096": lambda checkpoints, store: TRAK(model, checkpoints, store, projection=SparseProjection(4096)),
-        "TRAK, Q averaged": lambda checkpoints, store: TRAK(model, checkpoints, store, residuals="averaged"),
+        "TRAK, Q averaged": lambda checkpoints, store: TRAK(model, checkpoints, store, loss_gradients="averaged"),
         "TRAK.paper, k = 256": lambda checkpoints, store: TRAK.paper(
             model, checkpoints, store, projection=GaussianProjection(256)
         ),

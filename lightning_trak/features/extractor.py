@@ -120,9 +120,9 @@ class FeatureExtractor:
             names = {number: f"example {int(positions[number])} {place}" for number in audited}
             self._audit(engine, batch, features, outputs, audited, names)
         features = to_store_dtype(features, self.dtype, positions, place)
-        residuals, curvatures = self.model.output.derivatives(outputs)
+        loss_gradients, curvatures = self.model.output.derivatives(outputs)
         scalar = torch.promote_types(self.dtype, torch.float32)  # k numbers dwarf these three: no need to round them
-        return Features(features, outputs.to(scalar), residuals.to(scalar), curvatures.to(scalar))
+        return Features(features, outputs.to(scalar), loss_gradients.to(scalar), curvatures.to(scalar))
 
     def _audit(
         self,

@@ -15,13 +15,13 @@ class Features(NamedTuple):
     Attributes:
         features: projected gradients phi, shape ``(n, k)``.
         outputs: model outputs f, shape ``(n,)``.
-        residuals: Q = -dl/df, shape ``(n,)``.
+        loss_gradients: Q = -dl/df, shape ``(n,)``.
         curvatures: R = d2l/df2, shape ``(n,)``.
     """
 
     features: Tensor
     outputs: Tensor
-    residuals: Tensor
+    loss_gradients: Tensor
     curvatures: Tensor
 
     @classmethod

@@ -9,7 +9,11 @@ from lightning_trak.running.data import Data
 
 
 class Method(ABC):
-    """A way to say how much each training example counts for each target."""
+    """A way to say how much each training example counts for each target.
+
+    Methods answer different questions. The first lines of each class say which one, what a positive score means, and in
+    which unit scores are.
+    """
 
     @abstractmethod
     def attribute(self, trainer: L.Trainer, train: Data, targets: Data) -> Tensor:
@@ -21,6 +25,6 @@ class Method(ABC):
             targets: the targets, in the order of the scores' rows.
 
         Returns:
-            On the CPU, shape ``(num_targets, num_train)``. A positive score says that training on the example helps the
-            target: raises its output, or looks like it.
+            On the CPU, shape ``(num_targets, num_train)``. The first lines of the class say what a positive score means
+            and in which unit scores are.
         """

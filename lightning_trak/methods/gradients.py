@@ -1,4 +1,4 @@
-"""How alike are gradients of the loss? Products and cosines, averaged over checkpoints or weighed by learning rates."""
+"""Products and cosines of gradients, averaged over checkpoints or weighed by learning rates."""
 
 from pathlib import Path
 
@@ -45,19 +45,22 @@ class _GradientMethod(FeatureMethod):
 
 
 class GradientDot(_GradientMethod):
-    """Products of gradients, averaged over checkpoints: 1/M sum_m <grad l_m(x), grad l_m(i)>.
+    """By how much would a small step of gradient descent on the training example lower the loss at the target?
 
-    A step of gradient descent on training example i, of a small size, lowers the loss at target x by the size times
-    this product (Charpiat et al. 2019, "Input similarity from the neural network perspective"): a positive score says
-    that training on i lowers the loss at x, or raises its output with ``effect_on="output"``.
+    A positive score says that training on the example lowers the loss at the target. The unit is that of the loss, for
+    a learning rate of 1: a step of a small size lowers the loss by the size times the score (Charpiat et al. 2019,
+    "Input similarity from the neural network perspective"). A score is the product of gradients, averaged over
+    checkpoints: 1/M sum_m <grad l_m(x), grad l_m(i)>. With ``effect_on="output"`` a positive score says that training
+    on the example raises the output at the target, as TRAK's does, and the unit is that of the output.
 
     Args:
         model: as for :class:`~lightning_trak.TRAK`.
         checkpoints: as for :class:`~lightning_trak.TRAK`.
         store: as for :class:`~lightning_trak.TRAK`, and may be one that another method has filled.
-        effect_on: ``"loss"``, or ``"output"`` for the gradient of the output at the target in place of that of its
-            loss. They differ in more than scale where the loss can rise with the output: a prediction that is too high
-            is helped by what lowers it.
+        effect_on: what scores are about: ``"loss"``, by how much it falls; or ``"output"``, by how much it rises: then
+            the gradient of the output at the target takes the place of minus that of its loss. The two differ in more
+            than scale where the loss can rise with the output: if a prediction is too high, what lowers the output
+            lowers the loss.
         **options: ``output``, ``projection``, ``parameters``, ``engine``, ``seed``, ``dtype`` and ``weights_only``, as
             for :class:`~lightning_trak.TRAK`. With :class:`~lightning_trak.projections.IdentityProjection` the products
             are exact, with others estimates.
@@ -76,27 +79,31 @@ class GradientDot(_GradientMethod):
 
 
 class TracIn(_GradientMethod):
-    """Products of gradients, weighed by learning rates: sum_m eta_m <grad l_m(x), grad l_m(i)>.
+    """TracIn: by how much have the steps of training on the training example lowered the loss at the target?
 
-    TracInCP of Pruthi et al. 2020 (arXiv 2002.08484): each checkpoint stands for the steps of stochastic gradient
-    descent near it, of which those on training example i have lowered the loss at target x by about
-    eta_m <grad l(x), grad l(i)> each. Adaptive optimizers take other steps, for which it is a rougher guess. The
-    paper's variant for the last layer alone is ``parameters=last_layer(model)``, see
-    :func:`~lightning_trak.gradients.last_layer`; gradients of fewer parameters need a store of their own.
+    A positive score says that training on the example has lowered the loss at the target. The unit is that of the loss:
+    a score is the fall from one step on the example at each checkpoint, added up over checkpoints (TracInCP of Pruthi
+    et al. 2020, arXiv 2002.08484): sum_m eta_m <grad l_m(x), grad l_m(i)>, with eta_m the learning rate. TRAK asks
+    about the output instead; with ``effect_on="output"`` TracIn does so too: a positive score then says that training
+    on the example has raised the output.
+
+    Each checkpoint stands for the steps of stochastic gradient descent near it. Adaptive optimizers take other steps,
+    for which it is a rougher guess. The paper's variant for the last layer alone is ``parameters=last_layer(model)``,
+    see :func:`~lightning_trak.gradients.last_layer`; gradients of fewer parameters need a store of their own.
 
     Args:
         model: as for :class:`~lightning_trak.TRAK`.
         checkpoints: as for :class:`~lightning_trak.TRAK`.
         store: as for :class:`~lightning_trak.TRAK`, and may be one that another method has filled.
-        learning_rates: eta_m: ``"snapshots"`` takes what :class:`~lightning_trak.TRAKCallback` noted with the
+        learning_rates: eta_m: ``"snapshots"`` takes those that :class:`~lightning_trak.TRAKCallback` recorded with the
             checkpoints; other checkpoints need a number, or one for each.
         effect_on: as for :class:`GradientDot`.
         **options: as for :class:`GradientDot`.
 
     Raises:
-        ValueError: if a snapshot's parameter groups had different learning rates and the selected parameters are not of
-            one, since features do not keep parameters apart. Make a TracIn for each rate, whose ``parameters`` are
-            those that had it and whose ``store`` is its own, and add the scores: the sum is TracIn's.
+        ValueError: if the selected parameters had different learning rates at a snapshot, since features do not keep
+            parameters apart. Then make one TracIn for each rate, with the ``parameters`` that had it and a ``store`` of
+            its own, and add the scores: the sum is TracIn's.
     """
 
     def __init__(
@@ -113,12 +120,16 @@ class TracIn(_GradientMethod):
 
 
 class GradientCosine(_GradientMethod):
-    """Cosines of gradients, averaged over checkpoints: 1/M sum_m cos(grad l_m(x), grad l_m(i)).
+    """How alike are the directions in which the training example and the target move the parameters?
 
-    With ``learning_rates`` the sum is weighed by them, which is GAS (gradient aggregated similarity) of Hammoudeh and
-    Lowd 2022 (arXiv 2201.10055), up to the batch size that it divides by. Examples that the model fits badly
-    have large gradients, and a product favours them whatever the target; the cosine does not. A gradient of zero has
-    scores of 0.
+    A positive score says that training on the example lowers the loss at the target; with ``effect_on="output"``, that
+    it raises the output. There is no unit: a score is the cosine of the two gradients, from -1 to 1, averaged over
+    checkpoints, and does not say by how much: 1/M sum_m cos(grad l_m(x), grad l_m(i)). A gradient of zero has scores of
+    0.
+
+    Examples that the model fits badly have large gradients, and a product favours them whatever the target; the cosine
+    does not. With ``learning_rates`` the sum is weighed by them, which is GAS (gradient aggregated similarity) of
+    Hammoudeh and Lowd 2022 (arXiv 2201.10055), up to the batch size that it divides by.
 
     Args:
         model: as for :class:`~lightning_trak.TRAK`.

@@ -15,15 +15,18 @@ from lightning_trak.outputs import ModelOutput
 from lightning_trak.projections import GaussianProjection, Projection
 from lightning_trak.scoring.damping import Damping, require_damping
 from lightning_trak.scoring.gram import Curvature
-from lightning_trak.scoring.trak import Residuals, TRAKScorer
+from lightning_trak.scoring.trak import LossGradients, TRAKScorer
 
 
 class TRAK(FeatureMethod):
-    """Attributes a trained model's outputs to its training examples, by a Newton step for each of them.
+    """TRAK: by how much would the output at the target change if the training example counted once more?
 
-    A positive score says that training on the example raises the output at the target. Every default is the
-    best-measured one; :meth:`paper` is the published algorithm. The model, its mode, weights, ``.grad`` and buffers are
-    never touched: the work is done on a copy.
+    A positive score says that training on the example raises the output at the target. The unit is that of the output:
+    a score is the change that one Newton step on projected gradients predicts, averaged over checkpoints (Park et al.
+    2023, arXiv 2303.14186).
+
+    Every default is the best-measured one; :meth:`paper` is the published algorithm. The model, its mode, weights,
+    ``.grad`` and buffers are never touched: the work is done on a copy.
 
     Args:
         model: the trained model; a LightningModule with :class:`~lightning_trak.AttributionMixin`, or any module when
@@ -33,12 +36,13 @@ class TRAK(FeatureMethod):
         store: directory of the features, on a disk that all ranks see.
         output: the scalar output to attribute; default: the model's ``configure_model_output()``.
         projection: what compresses gradients; default: :class:`~lightning_trak.projections.SparseProjection`.
-        curvature: ``"gauss_newton"``, or ``"identity"`` as published.
-        damping: ridge term relative to the mean of the Gram matrix's diagonal; ``"auto"`` chooses it from the features
+        curvature: the matrix K: ``"gauss_newton"`` is sum_j R_j phi_j phi_j^T; ``"identity"``, as published, takes
+            R_j = 1.
+        damping: lambda relative to the mean eigenvalue of K; ``"auto"`` chooses it from the features
             (:func:`~lightning_trak.scoring.damping.auto_damping`).
-        residuals: ``"per_checkpoint"``, or ``"averaged"`` as published: see
-            :class:`~lightning_trak.scoring.TRAKScorer`.
-        soft_threshold: scores move towards zero by this much (0: not at all).
+        loss_gradients: how Q is averaged over checkpoints: ``"per_checkpoint"``, together with what it multiplies; or
+            ``"averaged"``, apart, as published: see :class:`~lightning_trak.scoring.TRAKScorer`.
+        soft_threshold: scores move towards zero by this much, in the unit of scores (0: not at all).
         parameters: which parameters to differentiate, by name pattern; default: all that require gradients.
         engine: how gradients are computed: ``"auto"``, ``"functional"``, ``"hooks"`` or ``"loop"``, see
             :class:`~lightning_trak.features.settings.FeatureSettings`.
@@ -65,7 +69,7 @@ class TRAK(FeatureMethod):
         projection: Projection | None = None,
         curvature: Curvature = "gauss_newton",
         damping: Damping = "auto",
-        residuals: Residuals = "per_checkpoint",
+        loss_gradients: LossGradients = "per_checkpoint",
         soft_threshold: float = 0.0,
         parameters: ParameterSelection = None,
         engine: EngineName = "auto",
@@ -75,7 +79,7 @@ class TRAK(FeatureMethod):
         audit: int = 2,
     ) -> None:
         require_one_of("curvature", curvature, ("gauss_newton", "identity"))
-        require_one_of("residuals", residuals, ("per_checkpoint", "averaged"))
+        require_one_of("loss_gradients", loss_gradients, ("per_checkpoint", "averaged"))
         if not 0 <= soft_threshold < float("inf"):
             raise ValueError(f"soft_threshold must be at least 0, and finite, got {soft_threshold}")
         super().__init__(
@@ -93,7 +97,7 @@ class TRAK(FeatureMethod):
         )
         self.curvature: Curvature = curvature
         self.damping = require_damping(damping)
-        self.residuals: Residuals = residuals
+        self.loss_gradients: LossGradients = loss_gradients
         self.soft_threshold = soft_threshold
 
     @classmethod
@@ -116,13 +120,13 @@ class TRAK(FeatureMethod):
 
             trak = TRAK.paper(model, "run/snapshots", "run/features", projection=GaussianProjection(512))
         """
-        published: dict[str, Any] = {"curvature": "identity", "damping": 0.0, "residuals": "averaged"}
+        published: dict[str, Any] = {"curvature": "identity", "damping": 0.0, "loss_gradients": "averaged"}
         if options.get("projection") is None:
             options["projection"] = GaussianProjection(2048)
         return cls(model, checkpoints, store, **(published | options))
 
     def _require_enough(self, num_examples: int, dim: int) -> None:
-        """Without damping, the Gram matrix of fewer examples than features is singular: better said before the work.
+        """Without damping, the Gram matrix of fewer examples than features is singular: refuse before the work begins.
 
         Raises:
             ValueError: if there are fewer.
@@ -136,4 +140,4 @@ class TRAK(FeatureMethod):
 
     def make_scorer(self, store: FeatureStore) -> TRAKScorer:
         """TRAK's scorer."""
-        return TRAKScorer(store, self.curvature, self.damping, self.residuals, self.soft_threshold)
+        return TRAKScorer(store, self.curvature, self.damping, self.loss_gradients, self.soft_threshold)

@@ -18,7 +18,7 @@ from lightning_trak.metrics.functional.lds import (
     _linear_datamodeling_score_interval,
     _linear_datamodeling_score_update,
     _validate_constant_rows,
-    _validate_subset_masks,
+    _validate_masks,
 )
 from lightning_trak.metrics.functional.noise_ceiling import noise_ceiling
 
@@ -47,7 +47,7 @@ class LinearDatamodelingScore(Metric):
     Targets shown twice count twice: Lightning's ``test`` repeats some to make its processes even.
 
     Args:
-        subset_masks: bool ``(num_subsets, num_train)``, true where the subset holds the example. It moves between
+        masks: bool ``(num_subsets, num_train)``, true where the subset holds the example. It moves between
             devices with the metric and is not part of its ``state_dict``.
         constant_rows: what becomes of a target whose predicted or true outputs are the same for all subsets, and so
             have no rank correlation. ``"zero"`` counts it as 0, so that every method is averaged over the same targets
@@ -61,10 +61,10 @@ class LinearDatamodelingScore(Metric):
         >>> import torch
         >>> from lightning_trak.metrics import LinearDatamodelingScore
         >>> _ = torch.manual_seed(0)
-        >>> subset_masks = torch.rand(20, 50) < 0.5
+        >>> masks = torch.rand(20, 50) < 0.5
         >>> scores = torch.randn(10, 50)
-        >>> outputs = (scores @ subset_masks.float().T)[..., None] + 3 * torch.randn(10, 20, 2)
-        >>> lds = LinearDatamodelingScore(subset_masks)
+        >>> outputs = (scores @ masks.float().T)[..., None] + 3 * torch.randn(10, 20, 2)
+        >>> lds = LinearDatamodelingScore(masks)
         >>> lds.update(scores[:5], outputs[:5])
         >>> lds.update(scores[5:], outputs[5:])
         >>> low, high = lds.interval()
@@ -82,17 +82,17 @@ class LinearDatamodelingScore(Metric):
     plot_lower_bound: float = -1.0
     plot_upper_bound: float = 1.0
 
-    subset_masks: Tensor
+    masks: Tensor
     predictions: list[Tensor]
     outputs: list[Tensor]
     ceilings: list[Tensor]
 
-    def __init__(self, subset_masks: Tensor, constant_rows: ConstantRows = "zero", **kwargs: Any) -> None:
+    def __init__(self, masks: Tensor, constant_rows: ConstantRows = "zero", **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        _validate_subset_masks(subset_masks)
+        _validate_masks(masks)
         _validate_constant_rows(constant_rows)
         self.constant_rows = constant_rows
-        self.register_buffer("subset_masks", subset_masks, persistent=False)
+        self.register_buffer("masks", masks, persistent=False)
         self.add_state("predictions", default=[], dist_reduce_fx="cat")
         self.add_state("outputs", default=[], dist_reduce_fx="cat")
         self.add_state("ceilings", default=[], dist_reduce_fx="cat")
@@ -108,7 +108,7 @@ class LinearDatamodelingScore(Metric):
             ValueError: If a shape or device does not fit, a row is not finite, or (with ``constant_rows="error"``) a
                 row is constant; the batch is then not counted.
         """
-        predictions, averaged = _linear_datamodeling_score_update(scores, outputs, self.subset_masks)
+        predictions, averaged = _linear_datamodeling_score_update(scores, outputs, self.masks)
         if self.constant_rows == "error":
             _linear_datamodeling_score_compute(predictions, averaged, "error")
         has_seeds = outputs.ndim == 3 and outputs.shape[2] > 1
@@ -202,7 +202,7 @@ class LinearDatamodelingScore(Metric):
         """Gather the targets of all processes, as :meth:`torchmetrics.Metric.sync` does."""
         # A process without targets would offer 1-D float32 tensors, which cannot be gathered with the others' states.
         if not self._is_synced and not self.predictions:
-            empty = torch.empty(0, len(self.subset_masks), dtype=torch.float64, device=self.device)
+            empty = torch.empty(0, len(self.masks), dtype=torch.float64, device=self.device)
             self.predictions, self.outputs, self.ceilings = [empty], [empty.clone()], [empty[:, 0]]
         super().sync(*args, **kwargs)
 

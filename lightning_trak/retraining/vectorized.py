@@ -121,7 +121,7 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def train_together(
     make_module: Callable[[], L.LightningModule],
     dataset: Dataset[Any],
-    subsets: Tensor,
+    masks: Tensor,
     seeds: Sequence[int],
     *,
     max_epochs: int,
@@ -139,7 +139,8 @@ def train_together(
     Args:
         make_module: makes a module, in its own random initialisation; ``training_step`` may take ``batch`` alone.
         dataset: the whole training set, of items that ``default_collate`` can put together; it is held in memory.
-        subsets: bool ``(num_modules, num_train)``, the examples that each module sees: as many for every module.
+        masks: bool ``(num_modules, num_train)``, true where the subset of a module holds the example; the subsets are
+            of one size.
         seeds: of each module: its initialisation, and the order of its examples.
         max_epochs: passes over the subset.
         batch_size: examples in a step; the last step of an epoch takes what is left.
@@ -154,11 +155,11 @@ def train_together(
         TypeError: if the module optimizes by hand, or with more than one optimizer.
     """
     num_train = len(cast(Any, dataset))
-    if subsets.shape != (len(seeds), num_train):
+    if masks.shape != (len(seeds), num_train):
         raise ValueError(
-            f"expected {len(seeds)} subsets, one for each seed, of {num_train} examples, got {tuple(subsets.shape)}"
+            f"expected {len(seeds)} subsets, one for each seed, of {num_train} examples, got {tuple(masks.shape)}"
         )
-    sizes = torch.unique(subsets.sum(1))
+    sizes = torch.unique(masks.sum(1))
     if len(sizes) != 1 or sizes[0] == 0:
         raise ValueError(f"modules are trained together on subsets of one size, got sizes {sizes.tolist()}")
     data = move_data_to_device(default_collate([dataset[i] for i in range(num_train)]), torch.device(device))
@@ -167,12 +168,12 @@ def train_together(
         for seed in seeds:
             torch.manual_seed(seed)
             modules.append(make_module())
-        members = torch.stack([mask.nonzero().flatten() for mask in subsets])
+        members = torch.stack([mask.nonzero().flatten() for mask in masks])
         first = tree_map(lambda value: _take(value, members[:, :batch_size]), data)
         alone = {number: _alone(modules[number].to(device), first, number) for number in (0, len(seeds) - 1)}
         stack = StackedModules(modules, device, take=True)
         _require_as_alone(stack, first, alone)
-        _fit(stack, data, subsets, seeds, max_epochs, batch_size)
+        _fit(stack, data, masks, seeds, max_epochs, batch_size)
     stack.stacked.eval()
     return stack
 
@@ -316,10 +317,10 @@ def _only_looking(module: nn.Module, training: bool) -> Iterator[None]:
 
 
 def _fit(
-    stack: StackedModules, data: Any, subsets: Tensor, seeds: Sequence[int], max_epochs: int, batch_size: int
+    stack: StackedModules, data: Any, masks: Tensor, seeds: Sequence[int], max_epochs: int, batch_size: int
 ) -> None:
     optimizer, schedulers = _optimizer(cast(L.LightningModule, stack.stacked))
-    members = torch.stack([mask.nonzero().flatten() for mask in subsets])
+    members = torch.stack([mask.nonzero().flatten() for mask in masks])
     orders = [torch.Generator().manual_seed(seed) for seed in seeds]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", UNHEARD_LOG)

@@ -1,4 +1,9 @@
-"""How much damping, from the features alone."""
+"""Damping: how much is added to the diagonal of a matrix before it is inverted.
+
+``damping`` has one unit in the whole package: the mean eigenvalue of the matrix that it is added to, which is its trace
+divided by its size. ``damping=0.1`` adds a tenth of that. So it means the same whatever the scale of the features, the
+number of examples and the size of the matrix. The ridge, or lambda, is what is added, in the units of the matrix.
+"""
 
 import math
 from numbers import Real
@@ -20,44 +25,46 @@ def require_damping(damping: Damping) -> Damping:
     return damping
 
 
-def auto_damping(gram: Tensor, squared_weights: Tensor) -> float:
-    """The rule k / (2 n_eff), relative to the mean of the Gram matrix's diagonal, which was found by measurement.
+def auto_damping(trace: Tensor, squared_weights: Tensor, size: int) -> float:
+    """What ``damping="auto"`` is: the rule size / (2 n_eff), relative to the matrix's mean eigenvalue.
 
-    Example j adds ``w_j = R_j |phi_j|^2`` to the trace of K. n_eff = (sum_j w_j)^2 / sum_j w_j^2 is how many
-    examples carry that trace (Kish 1965, Survey Sampling, for the effective size of a weighted sample): n if all
-    carry alike, few if the model is sure of most. In absolute units the rule is lambda = sum_j w_j^2 / (2 sum_j
-    w_j), half of what an example that carries the trace adds to it. So no example outweighs the damping by far,
-    however few there are, and lambda does not grow with k, since projections keep norms. docs/faithfulness.md has
-    the evidence, failures too.
+    The rule was found by measurement. Example j adds ``w_j = R_j |phi_j|^2`` to the trace of K. n_eff = (sum_j w_j)^2 /
+    sum_j w_j^2 is how many examples carry that trace (Kish 1965, Survey Sampling, for the effective size of a weighted
+    sample): n if all carry alike, few if the model is sure of most. In absolute units the rule is lambda = sum_j w_j^2
+    / (2 sum_j w_j), half of what an example that carries the trace adds to it. So no example outweighs the damping by
+    far, however few there are, and lambda does not grow with the number of features, since projections keep norms.
+    docs/faithfulness.md has the evidence, and the cases where the rule fails.
 
     Args:
-        gram: K, shape ``(k, k)``.
+        trace: sum_j w_j, the trace of K.
         squared_weights: sum_j w_j^2.
+        size: the number of K's rows.
 
     Returns:
         The damping; not a number if K is zero.
     """
-    num_effective = gram.trace().square() / squared_weights
-    return float(len(gram) / (2 * num_effective))
+    num_effective = trace.square() / squared_weights
+    return float(size / (2 * num_effective))
 
 
 def absolute_damping(damping: Damping, weights: Tensor, size: int, where: str) -> float:
-    """The lambda of a matrix that need not be there: what :func:`auto_damping`, or a number, means for it.
+    """The ridge lambda that a damping stands for, of a matrix that is known by its trace alone.
 
     Args:
-        damping: relative to the mean of the matrix's diagonal, or ``"auto"``.
+        damping: relative to the mean eigenvalue of the matrix, or ``"auto"``.
         weights: what each example adds to the matrix's trace: w_j, shape ``(n,)``.
-        size: the number of its rows.
+        size: the number of the matrix's rows.
         where: what to call the matrix in errors.
 
     Raises:
         ValueError: if the matrix is zero.
     """
-    total = weights.sum()
-    if total <= 0:
+    trace = weights.sum()
+    if trace <= 0:
         raise ValueError(
             f"there is no curvature at {where}: the output has no gradient, or the loss is linear in it (use an output"
             " with a curvature, such as ClassificationMargin, or NegativeLoss), or the model is so sure of all training"
             ' examples that probabilities are 0 or 1 to rounding (use an earlier checkpoint, or precision="64-true")'
         )
-    return float(weights.square().sum() / (2 * total) if damping == "auto" else damping * total / size)
+    relative = auto_damping(trace, weights.square().sum(), size) if damping == "auto" else damping
+    return float(relative * trace / size)

@@ -36,16 +36,16 @@ class GradientDotScorer(Scorer):
     def directions(self, checkpoint: int, targets: Features) -> Tensor:
         """c_m g_m(x) of each target, ``(num_targets, k)``."""
         features = self._working(targets.features)
-        residuals = targets.residuals if self.effect_on == "loss" else torch.ones_like(targets.residuals)
-        scales = self.checkpoint_weights[checkpoint] * self._scales(features, residuals.to(self._device))
+        loss_gradients = targets.loss_gradients if self.effect_on == "loss" else torch.ones_like(targets.loss_gradients)
+        scales = self.checkpoint_weights[checkpoint] * self._scales(features, loss_gradients.to(self._device))
         return features * scales.to(features).unsqueeze(1)
 
     def weights(self, checkpoint: int, rows: Features) -> Tensor:  # noqa: ARG002
         """What makes g of features, for each training example, ``(n,)``."""
-        return self._scales(rows.features, rows.residuals.to(self._device))
+        return self._scales(rows.features, rows.loss_gradients.to(self._device))
 
-    def _scales(self, features: Tensor, residuals: Tensor) -> Tensor:  # noqa: ARG002
-        return residuals
+    def _scales(self, features: Tensor, loss_gradients: Tensor) -> Tensor:  # noqa: ARG002
+        return loss_gradients
 
 
 class GradientCosineScorer(GradientDotScorer):
@@ -54,7 +54,7 @@ class GradientCosineScorer(GradientDotScorer):
     A gradient of zero is similar to nothing: its scores are 0.
     """
 
-    def _scales(self, features: Tensor, residuals: Tensor) -> Tensor:
+    def _scales(self, features: Tensor, loss_gradients: Tensor) -> Tensor:
         # In float64, because squares of small gradients vanish in float32.
         norms = torch.linalg.vector_norm(features, dim=1, dtype=torch.float64)
-        return torch.where(norms > 0, residuals.sign() / norms, 0.0)
+        return torch.where(norms > 0, loss_gradients.sign() / norms, 0.0)

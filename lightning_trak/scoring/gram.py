@@ -1,4 +1,4 @@
-"""The k x k Gram matrix of the features, and its damped Cholesky factor."""
+"""The Gram matrix of the features, and its damped Cholesky factor."""
 
 import warnings
 from collections.abc import Iterable, Iterator
@@ -15,7 +15,7 @@ _ROWS = 1024  # multiplied or solved at a time: enough to outweigh passes over k
 
 
 def gram_matrix(
-    shards: Iterable[Features], curvature: Curvature, k: int, device: torch.device
+    shards: Iterable[Features], curvature: Curvature, dim: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """sum_j R_j phi_j phi_j^T over the examples of some shards, and sum_j (R_j |phi_j|^2)^2.
 
@@ -23,34 +23,46 @@ def gram_matrix(
         shards: the features.
         curvature: ``"gauss_newton"`` weights example j by R_j = d2l/df2 (Pregibon 1981, eq. for logistic regression:
             p (1 - p)); ``"identity"`` by 1, as TRAK was published (arXiv 2303.14186, section 3).
-        k: number of features of an example.
+        dim: number of features of an example.
         device: where the products are computed.
 
     Returns:
-        float64, shapes ``(k, k)`` and ``()``: shards are multiplied in the features' precision (at least float32)
+        float64, shapes ``(dim, dim)`` and ``()``: shards are multiplied in the features' precision (at least float32)
         and summed in float64.
 
     Raises:
         ValueError: if some R_j is negative: the loss is not convex in the output.
     """
-    total = torch.zeros(k, k, dtype=torch.float64, device=device)
+    total = torch.zeros(dim, dim, dtype=torch.float64, device=device)
     squared_weights = torch.zeros((), dtype=torch.float64, device=device)
     for rows in _merged(shards):
         features = rows.features.to(device)
         features = features.to(torch.promote_types(features.dtype, torch.float32))
         if curvature == "gauss_newton":
-            if rows.curvatures.min() < 0:
-                raise ValueError(
-                    f"the second derivative of the loss is negative ({float(rows.curvatures.min()):g}) for some"
-                    ' training example: curvature="gauss_newton" needs a loss that is convex in the output; use'
-                    ' curvature="identity"'
-                )
+            require_convex(rows.curvatures, 'curvature="identity"')
             weighted = features * rows.curvatures.to(features).unsqueeze(1)
         else:
             weighted = features
         total += weighted.T @ features
         squared_weights += (weighted * features).sum(1, dtype=torch.float64).square().sum()
     return total, squared_weights
+
+
+def require_convex(curvatures: Tensor, instead: str) -> None:
+    """Refuse negative R.
+
+    Args:
+        curvatures: R of some training examples.
+        instead: the setting to use for such losses.
+
+    Raises:
+        ValueError: if some R is negative.
+    """
+    if curvatures.min() < 0:
+        raise ValueError(
+            f"the second derivative of the loss is negative ({float(curvatures.min()):g}) for some training example;"
+            f" the Gauss-Newton matrix needs a loss that is convex in the output: use {instead}"
+        )
 
 
 def _merged(shards: Iterable[Features]) -> Iterator[Features]:
@@ -76,11 +88,11 @@ def row_blocks(num_shards: int, shard_size: int) -> list[range]:
 
 
 class DampedGram:
-    """Solves (K + damping * mean(diag K) * I) x = b by Cholesky factorisation in float64.
+    """Solves (K + lambda I) x = b by Cholesky factorisation in float64.
 
     Args:
         gram: K, float64, shape ``(k, k)``.
-        damping: relative to the mean of K's diagonal, so that it means the same whatever the scale of the features.
+        damping: lambda relative to the mean eigenvalue of K, which is the mean of its diagonal.
         precision: dtype of the features that K was made from: what the condition number is judged by.
         name: what to call the matrix in errors.
 
@@ -109,7 +121,8 @@ class DampedGram:
         damped.diagonal().add_(damping)
         factor, info = torch.linalg.cholesky_ex(damped)
         advice = (
-            f"use a larger damping (now {damping:g}; 'auto' suits most models), a smaller k or more training examples"
+            f"use a larger damping (now {damping:g}; 'auto' suits most models), a projection with a smaller dim or more"
+            " training examples"
         )
         if info != 0:
             raise ValueError(f"the Gram matrix of {name} ({len(gram)} x {len(gram)}) is singular: {advice}")
@@ -143,7 +156,7 @@ class DampedGram:
         return float(largest.norm()), float(1 / smallest.norm())
 
     def solve(self, rows: Tensor) -> Tensor:
-        """(K + ...)^-1 applied to each row, shape ``(n, k)``, in the rows' dtype."""
+        """(K + lambda I)^-1 applied to each row, shape ``(n, k)``, in the rows' dtype."""
         solved = torch.empty_like(rows)
         for part, result in zip(torch.split(rows, _ROWS), torch.split(solved, _ROWS), strict=True):
             result.copy_(self._solve(part.to(torch.float64).T).T / self._scale)

@@ -14,7 +14,7 @@ from lightning_trak.scoring.base import Scorer, full_precision
 from lightning_trak.scoring.damping import Damping, auto_damping
 from lightning_trak.scoring.gram import Curvature, DampedGram, gram_matrix, row_blocks
 
-Residuals = Literal["per_checkpoint", "averaged"]
+LossGradients = Literal["per_checkpoint", "averaged"]
 
 _CACHE_FORMAT = 3  # of what is kept with a Gram matrix; that of another format is made again
 
@@ -29,10 +29,10 @@ class TRAKScorer(Scorer):
     Args:
         store: complete features of the training set.
         curvature: how K weighs examples, see :func:`~lightning_trak.scoring.gram.gram_matrix`.
-        damping: lambda_m relative to the mean of K_m's diagonal; ``"auto"`` chooses it for each checkpoint, see
+        damping: lambda_m relative to the mean eigenvalue of K_m; ``"auto"`` chooses it for each checkpoint, see
             :func:`~lightning_trak.scoring.damping.auto_damping`.
-        residuals: ``"per_checkpoint"`` as above; ``"averaged"`` as published (arXiv 2303.14186, section 3): the average
-            of phi^T K^-1 phi over checkpoints times the average of Q.
+        loss_gradients: how Q is averaged: ``"per_checkpoint"`` as above; ``"averaged"`` as published (arXiv 2303.14186,
+            section 3): the average of phi^T K^-1 phi over checkpoints times the average of Q.
         soft_threshold: scores move towards zero by this much, and no further: the paper's optional sparsification.
             Where fewer than ``top_k`` scores are left, which zeros fill the rest is arbitrary.
     """
@@ -42,13 +42,13 @@ class TRAKScorer(Scorer):
         store: FeatureStore,
         curvature: Curvature,
         damping: Damping,
-        residuals: Residuals,
+        loss_gradients: LossGradients,
         soft_threshold: float,
     ) -> None:
         super().__init__(store)
         self.curvature: Curvature = curvature
         self.damping: Damping = damping
-        self.residuals = residuals
+        self.loss_gradients = loss_gradients
         self.soft_threshold = soft_threshold
         self._factors: list[DampedGram] = []
         self._keeps = True  # until a Gram matrix cannot be written
@@ -72,7 +72,9 @@ class TRAKScorer(Scorer):
         dampings = []
         for checkpoint in range(self.store.num_checkpoints):
             gram, squared_weights = (tensor.to(self._device) for tensor in self._gram(checkpoint, ranks))
-            damping = auto_damping(gram, squared_weights) if self.damping == "auto" else self.damping
+            damping = self.damping
+            if damping == "auto":
+                damping = auto_damping(gram.trace(), squared_weights, len(gram))
             dampings.append(damping)
             precision = self.store.read(checkpoint, 0).features.dtype
             self._factors.append(DampedGram(gram, damping, precision, f"checkpoint {checkpoint}"))
@@ -109,13 +111,12 @@ class TRAKScorer(Scorer):
 
     def weights(self, checkpoint: int, rows: Features) -> Tensor | None:  # noqa: ARG002
         """Q, unless its average is to come after that of the products."""
-        return rows.residuals if self.residuals == "per_checkpoint" else None
+        return rows.loss_gradients if self.loss_gradients == "per_checkpoint" else None
 
     def finish(self, sums: Tensor, shard: int) -> Tensor:
         """The mean over checkpoints; times the mean of Q, and cut, as published, if so wanted."""
         scores = sums / self.store.num_checkpoints
-        if self.residuals == "averaged":
-            checkpoints = range(self.store.num_checkpoints)
-            residuals = torch.stack([self.store.read(checkpoint, shard).residuals for checkpoint in checkpoints])
-            scores *= residuals.mean(0).to(scores)
+        if self.loss_gradients == "averaged":
+            rows = [self.store.read(checkpoint, shard) for checkpoint in range(self.store.num_checkpoints)]
+            scores *= torch.stack([part.loss_gradients for part in rows]).mean(0).to(scores)
         return torch.nn.functional.softshrink(scores, self.soft_threshold) if self.soft_threshold else scores

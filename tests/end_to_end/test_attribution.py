@@ -141,7 +141,7 @@ def test_paper_shares_a_store_and_differs(tmp_path, checkpoints, expected):
     paper = TRAK.paper(make_model(), checkpoints, tmp_path / "store", projection=SparseProjection(32), damping=0.01)
     assert not torch.allclose(paper.score(trainer, TARGETS), expected)
     paper = TRAK.paper(make_model(), checkpoints, tmp_path / "x")
-    assert (paper.curvature, paper.damping, paper.residuals) == ("identity", 0.0, "averaged")
+    assert (paper.curvature, paper.damping, paper.loss_gradients) == ("identity", 0.0, "averaged")
     assert paper.settings.projection == GaussianProjection(2048)
     again = TRAK.paper(make_model(), checkpoints, tmp_path / "x", projection=None)
     assert again.settings.projection == paper.settings.projection

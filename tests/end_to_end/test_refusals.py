@@ -118,7 +118,7 @@ def test_fewer_examples_than_features_without_damping_is_an_error(tmp_path, chec
     ("options", "error", "match"),
     [
         ({"curvature": "fisher"}, ValueError, "curvature must be one of 'gauss_newton', 'identity'; got 'fisher'"),
-        ({"residuals": "none"}, ValueError, "residuals must be one of"),
+        ({"loss_gradients": "none"}, ValueError, "loss_gradients must be one of"),
         ({"engine": "fast"}, ValueError, "engine must be one of"),
         ({"dtype": torch.int8}, ValueError, "dtype must be one of"),
         ({"damping": -1.0}, ValueError, "damping must be at least 0"),
@@ -174,10 +174,11 @@ def test_another_precision_is_refused(tmp_path, checkpoints):
 def test_derivatives_that_are_not_finite_are_refused(tmp_path, checkpoints):
     class Broken(ClassificationMargin):
         def derivatives(self, output):
-            residuals, curvatures = super().derivatives(output)
-            return torch.where(torch.arange(len(output)) == 3, torch.nan, residuals), curvatures
+            loss_gradients, curvatures = super().derivatives(output)
+            return torch.where(torch.arange(len(output)) == 3, torch.nan, loss_gradients), curvatures
 
-    with pytest.raises(ValueError, match=r"feature of example 3 .* is not finite \(outputs .*, residuals nan, curv"):
+    message = r"feature of example 3 .* is not finite \(outputs .*, loss_gradients nan, curv"
+    with pytest.raises(ValueError, match=message):
         attribute(tmp_path, checkpoints, output=Broken())
 
 

@@ -141,7 +141,7 @@ def test_reading_what_is_no_store(tmp_path):
     with pytest.raises(ValueError, match="not the manifest of a feature store"):
         FeatureStore.read_manifest(tmp_path)
     (tmp_path / "manifest.json").write_text(json.dumps({"format": 99}))
-    with pytest.raises(ValueError, match="has format 99; this version reads 2"):
+    with pytest.raises(ValueError, match="has format 99; this version reads 3"):
         FeatureStore.read_manifest(tmp_path)
 
 
@@ -169,7 +169,7 @@ def test_the_digest_changes_with_any_shard(store):
 def test_files_are_plain_safetensors(store):
     loaded = load_file(store._shard_path(0, 0))
     assert {name: tuple(tensor.shape) for name, tensor in loaded.items()} == {
-        "features": (4, 4), "outputs": (4,), "residuals": (4,), "curvatures": (4,),
+        "features": (4, 4), "outputs": (4,), "loss_gradients": (4,), "curvatures": (4,),
     }  # fmt: skip
 
 
@@ -305,7 +305,7 @@ WRONG_ROWS = [
     ({"features": torch.zeros(4, 4, dtype=torch.int32)}, "its features are int32, not float32"),
     ({"features": torch.zeros(4, 5)}, "it has 5 features an example, other shards have 4"),
     ({"outputs": torch.zeros(4, 1)}, r"its outputs are torch.float32 of shape \(4, 1\), not numbers of shape \(4,\)"),
-    ({"residuals": torch.zeros(3)}, r"its residuals are .* of shape \(3,\)"),
+    ({"loss_gradients": torch.zeros(3)}, r"its loss_gradients are .* of shape \(3,\)"),
     ({"curvatures": torch.zeros(4, dtype=torch.int64)}, "its curvatures are torch.int64"),
 ]
 
@@ -337,7 +337,7 @@ def test_a_header_of_another_kind_is_refused(store, about):
 def test_a_shard_with_other_columns_is_refused(store):
     about = {"checkpoint": 1, "name": "shard-00000", "key": store.key, "engine": ""}
     save_tensors(store._shard_path(1, 0), {"features": torch.zeros(4, 4)}, **about)
-    with pytest.raises(ValueError, match="it holds features, not curvatures, features, outputs, residuals"):
+    with pytest.raises(ValueError, match="it holds features, not curvatures, features, loss_gradients, outputs"):
         store.read(1, 0)
 
 

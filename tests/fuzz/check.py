@@ -53,12 +53,12 @@ class Gradients(NamedTuple):
 
     Attributes:
         rows: by name of the parameter, each of shape (examples, numbers).
-        residuals: minus the derivative of the loss by the output.
+        loss_gradients: minus the derivative of the loss by the output.
         any_used: whether some example's output depends on some of the parameters.
     """
 
     rows: dict[str, Tensor]
-    residuals: Tensor
+    loss_gradients: Tensor
     any_used: bool
 
     def flat(self) -> Tensor:
@@ -67,12 +67,12 @@ class Gradients(NamedTuple):
 
 def reference(spec: Spec, weights: dict[str, Tensor], examples: Examples) -> Gradients:
     """Gradients by a model and a batch of its own for each example, and without the package."""
-    rows, residuals, any_used = [], [], False
+    rows, loss_gradients, any_used = [], [], False
     for item in examples:
         model = make_model(spec)
         model.load_state_dict(weights)
         wanted = {name: parameter for name, parameter in model.named_parameters() if name in selected(spec, model)}
-        value, residual = plain_output(spec, model, Collate(spec)([item]))
+        value, loss_gradient = plain_output(spec, model, Collate(spec)([item]))
         assert value.shape == (1,), f"the specification's output has shape {tuple(value.shape)}"
         found = [None] * len(wanted)
         if value.requires_grad:
@@ -89,9 +89,9 @@ def reference(spec: Spec, weights: dict[str, Tensor], examples: Examples) -> Gra
                 for (name, parameter), gradient in zip(wanted.items(), found, strict=True)
             }
         )
-        residuals.append(residual)
+        loss_gradients.append(loss_gradient)
     stacked = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-    return Gradients(stacked, torch.cat(residuals), any_used)
+    return Gradients(stacked, torch.cat(loss_gradients), any_used)
 
 
 @contextmanager
@@ -215,7 +215,7 @@ def check_scores(spec: Spec, engines: tuple[str, ...] = ENGINES, streamed: bool 
     run = Run(spec)
     expected, scale = 0.0, 0.0
     for train, targets in zip(run.right_train, run.right_targets, strict=True):
-        weighted, rows = train.flat() * train.residuals[:, None], targets.flat()
+        weighted, rows = train.flat() * train.loss_gradients[:, None], targets.flat()
         expected = expected + rows @ weighted.T / len(run.checkpoints)
         scale = scale + torch.outer(rows.norm(dim=1), weighted.norm(dim=1)) / len(run.checkpoints)
 
@@ -255,7 +255,8 @@ def check_features(spec: Spec, projection: Projection, engines: tuple[str, ...] 
             where = f"at checkpoint {number} by engine={engine!r}, {projection}\n{spec}"
             scale = known.flat().norm(dim=1, keepdim=True)
             _compare(features.features, expected, scale, f"features {where}")
-            _compare(features.residuals, known.residuals, known.residuals.abs(), f"residuals {where}")
+            expected = known.loss_gradients
+            _compare(features.loss_gradients, expected, expected.abs(), f"loss gradients {where}")
 
 
 def _compare(found: Tensor, expected: Tensor, scale: Tensor, where: str) -> None:

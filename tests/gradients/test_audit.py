@@ -267,12 +267,12 @@ def test_aliases_are_right(tmp_path, engine):
         dtype=torch.float64, effect_on="output",
     )  # fmt: skip
     scores = method.attribute(make_trainer(), data, data)
-    rows, residuals = [], []
+    rows, loss_gradients = [], []
     for x, y in data:
         value = output.output(module, (x[None], y[None]))
-        residuals.append(output.derivatives(value)[0])
+        loss_gradients.append(output.derivatives(value)[0])
         rows.append(torch.cat([part.flatten() for part in torch.autograd.grad(value.sum(), list(module.parameters()))]))
-    expected = torch.stack(rows) @ (torch.stack(rows) * torch.stack(residuals)).T
+    expected = torch.stack(rows) @ (torch.stack(rows) * torch.stack(loss_gradients)).T
     torch.testing.assert_close(scores, expected, rtol=1e-9, atol=1e-9)
 
 

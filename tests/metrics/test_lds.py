@@ -176,7 +176,7 @@ class TestWrongInput:
         scores, outputs, masks = task
         cases = [
             ((scores[:, 1:], outputs, masks), r"num_train = 30.*but got \(12, 29\)\.$"),
-            ((scores, outputs, masks.T), r"\(30, 16\), but got \(12, 30\)\. Is `subset_masks` transposed"),
+            ((scores, outputs, masks.T), r"\(30, 16\), but got \(12, 30\)\. Is `masks` transposed"),
             ((scores[0], outputs, masks), r"`\(num_targets, num_train\)`.*but got \(30,\)"),
             ((scores, outputs[:, :, 0].T, masks), r"num_subsets = 16, but got \(16, 12\)\. Is `outputs` transposed"),
             ((scores, outputs[:5], masks), r"num_targets = 12.*but got \(5, 16, 3\)"),

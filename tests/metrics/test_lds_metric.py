@@ -130,13 +130,13 @@ class TestMetric:
         metric = cast(metric)
         metric.update(scores[6:], 1e4 + outputs[6:])
         torch.testing.assert_close(metric.compute(), linear_datamodeling_score(scores, 1e4 + outputs, masks))
-        assert metric.subset_masks.dtype == torch.bool
+        assert metric.masks.dtype == torch.bool
 
     def test_follows_a_device_move(self, task):
         metric = LinearDatamodelingScore(task[2])
         metric.update(*task[:2])
         metric.to("meta")
-        assert {metric.subset_masks.device.type, metric.predictions[0].device.type, metric.device.type} == {"meta"}
+        assert {metric.masks.device.type, metric.predictions[0].device.type, metric.device.type} == {"meta"}
 
     def test_collection(self, task):
         scores, outputs, masks = task

@@ -21,7 +21,12 @@ def make_rows(phi, curvatures):
 
 
 def chosen(phi, curvatures, curvature="gauss_newton"):
-    return auto_damping(*gram_matrix([make_rows(phi, curvatures)], curvature, phi.shape[1], CPU))
+    return chosen_for([make_rows(phi, curvatures)], curvature)
+
+
+def chosen_for(shards, curvature="gauss_newton"):
+    gram, squared_weights = gram_matrix(shards, curvature, shards[0].features.shape[1], CPU)
+    return auto_damping(gram.trace(), squared_weights, len(gram))
 
 
 def test_examples_alike_count_all():
@@ -51,7 +56,7 @@ def test_no_scale_and_no_order_matters():
     expected = chosen(phi, curvatures)
     assert chosen(phi[order] * 1e-3, curvatures[order] * 7) == pytest.approx(expected)
     halves = [make_rows(phi[:11], curvatures[:11]), make_rows(phi[11:], curvatures[11:])]
-    assert auto_damping(*gram_matrix(halves, "gauss_newton", 5, CPU)) == pytest.approx(expected)
+    assert chosen_for(halves) == pytest.approx(expected)
 
 
 def test_each_checkpoint_gets_its_own(tmp_path):

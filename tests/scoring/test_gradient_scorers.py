@@ -14,8 +14,8 @@ N, K = 20, 6
 def make_rows(n, seed=0, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
     features = torch.randn(n, K, generator=generator).to(dtype)
-    residuals = torch.randn(n, generator=generator)
-    return Features(features, torch.zeros(n), residuals, torch.ones(n))
+    loss_gradients = torch.randn(n, generator=generator)
+    return Features(features, torch.zeros(n), loss_gradients, torch.ones(n))
 
 
 def make_scores(tmp_path, kind, rows, targets, effect_on="loss"):
@@ -32,7 +32,7 @@ def make_scores(tmp_path, kind, rows, targets, effect_on="loss"):
 def test_cosines_are_scikit_learns(tmp_path, dtype):
     rows, targets = make_rows(N, dtype=dtype), make_rows(4, seed=1, dtype=dtype)
     scores = make_scores(tmp_path, GradientCosineScorer, rows, targets)
-    train, aim = ((-part.residuals.unsqueeze(1) * part.features.double()).numpy() for part in (rows, targets))
+    train, aim = ((-part.loss_gradients.unsqueeze(1) * part.features.double()).numpy() for part in (rows, targets))
     torch.testing.assert_close(scores.double(), torch.from_numpy(cosine_similarity(aim, train)), rtol=0, atol=1e-6)
 
 
@@ -51,9 +51,9 @@ def test_cosines_do_not_depend_on_the_size_of_gradients(tmp_path):
 def test_zero_gradients_have_scores_of_zero(tmp_path, kind, effect_on):
     rows, targets = make_rows(N), make_rows(4, seed=1)
     rows.features[3] = 0
-    rows.residuals[5] = 0
+    rows.loss_gradients[5] = 0
     targets.features[1] = 0
-    targets.residuals[2] = 0
+    targets.loss_gradients[2] = 0
     zero = make_scores(tmp_path, kind, rows, targets, effect_on) == 0
     expected = torch.zeros(4, N, dtype=torch.bool)
     expected[:, [3, 5]] = True

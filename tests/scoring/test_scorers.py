@@ -32,32 +32,32 @@ def store(tmp_path):
     return store
 
 
-def reference(store, targets, curvature, damping, residuals):
+def reference(store, targets, curvature, damping, loss_gradients):
     """(num_targets, num_train), in float64 by NumPy."""
     products, qs = [], []
     for checkpoint in range(M):
         shards = [store.read(checkpoint, shard) for shard in range(store.num_shards)]
         phi = np.concatenate([shard.features.numpy() for shard in shards]).astype(float)
-        q = np.concatenate([shard.residuals.numpy() for shard in shards]).astype(float)
+        q = np.concatenate([shard.loss_gradients.numpy() for shard in shards]).astype(float)
         r = np.concatenate([shard.curvatures.numpy() for shard in shards]).astype(float)
         gram = (phi * (r if curvature == "gauss_newton" else np.ones(N))[:, None]).T @ phi
         gram += damping * np.diag(gram).mean() * np.eye(K)
         products.append(targets[checkpoint].numpy().astype(float) @ np.linalg.inv(gram) @ phi.T)
         qs.append(q)
-    if residuals == "averaged":
+    if loss_gradients == "averaged":
         return np.mean(products, axis=0) * np.mean(qs, axis=0)
     return np.mean([product * q for product, q in zip(products, qs, strict=True)], axis=0)
 
 
 @pytest.mark.parametrize("curvature", ["gauss_newton", "identity"])
-@pytest.mark.parametrize("residuals", ["per_checkpoint", "averaged"])
+@pytest.mark.parametrize("loss_gradients", ["per_checkpoint", "averaged"])
 @pytest.mark.parametrize("damping", [0.0, 0.5])
-def test_scores_are_the_formula(store, curvature, residuals, damping):
+def test_scores_are_the_formula(store, curvature, loss_gradients, damping):
     targets = [torch.randn(4, K) * 10.0**m for m in range(M)]
-    scorer = TRAKScorer(store, curvature, damping, residuals, 0.0)
+    scorer = TRAKScorer(store, curvature, damping, loss_gradients, 0.0)
     scorer.fit(CPU)
     scores = scorer.score([scorer.precondition(m, rows) for m, rows in enumerate(targets)])
-    expected = reference(store, targets, curvature, damping, residuals)
+    expected = reference(store, targets, curvature, damping, loss_gradients)
     np.testing.assert_allclose(scores.numpy(), expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
 
 
@@ -233,14 +233,14 @@ def test_scores_that_overflow_are_refused(store):
         scorer.score(directions)
 
 
-@pytest.mark.parametrize("residuals", ["per_checkpoint", "averaged"])
-def test_self_scores_are_the_diagonal(store, residuals):
-    scorer = TRAKScorer(store, "gauss_newton", 0.5, residuals, 0.1)
+@pytest.mark.parametrize("loss_gradients", ["per_checkpoint", "averaged"])
+def test_self_scores_are_the_diagonal(store, loss_gradients):
+    scorer = TRAKScorer(store, "gauss_newton", 0.5, loss_gradients, 0.1)
     scorer.fit(CPU)
     shards = [[store.read(m, shard) for shard in range(store.num_shards)] for m in range(M)]
     train = [torch.cat([part.features for part in parts]) for parts in shards]
     expected = torch.nn.functional.softshrink(
-        torch.tensor(reference(store, train, "gauss_newton", 0.5, residuals)).diagonal(), 0.1
+        torch.tensor(reference(store, train, "gauss_newton", 0.5, loss_gradients)).diagonal(), 0.1
     )
     assert (expected == 0).any()
     torch.testing.assert_close(scorer.self_scores().double(), expected, rtol=1e-4, atol=1e-5)

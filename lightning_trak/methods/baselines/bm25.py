@@ -20,7 +20,12 @@ Text = str | Tensor | Iterable[Hashable]
 
 
 class BM25(Method):
-    r"""Okapi BM25 with each target as the query (Robertson and Zaragoza 2009, section 3), as Lucene computes it.
+    r"""How many words, and how rare ones, does the training text share with the target?
+
+    A positive score says that they share at least one word; there are no negative scores. The unit is that of Okapi
+    BM25: a sum of logarithms, comparable between the training texts of one target, not between targets. A score says
+    nothing about the effect of training, and no model takes part. This is BM25 with each target as the query
+    (Robertson and Zaragoza 2009, section 3), as Lucene computes it.
 
     For a training text i of length :math:`|i|` in which the token t occurs :math:`\mathrm{tf}_{ti}` times, and a target
     x in which it occurs :math:`q_{tx}` times,
@@ -29,7 +34,7 @@ class BM25(Method):
                           \frac{\mathrm{tf}_{ti}}{\mathrm{tf}_{ti} + k_1 (1 - b + b |i| / \overline{|i|})},
 
     with N training texts, of which :math:`n_t` hold t. The 1 in the logarithm keeps it positive for tokens that most
-    texts hold. No model takes part. The package bm25s computes the scores, in float64. Needs the extra ``text``.
+    texts hold. The package bm25s computes the scores, in float64. Needs the extra ``text``.
 
     If JAX is installed, bm25s imports it, and JAX reserves most of a GPU's memory. Set the environment variable
     ``XLA_PYTHON_CLIENT_PREALLOCATE=false`` to prevent this.

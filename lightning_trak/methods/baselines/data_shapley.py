@@ -21,13 +21,17 @@ from lightning_trak.running.ranks import Ranks
 
 
 class DataShapley(Method):
-    r"""Truncated Monte Carlo estimate of Shapley values (Ghorbani and Zou 2019, arXiv 1904.02868, algorithm 1).
+    r"""How much does the training example add to the utility at the target, on average over smaller training sets?
 
-    The utility v(S) of a set of training examples for a target is the output there after training from scratch on S:
-    the same initialisation and random numbers for every S, so that v is a function of S; for the empty set the fresh
-    module. An example's value for a target is v with it minus v without it, at the moment when it joins a set that
-    grows in random order, averaged over ``permutations`` orders: :math:`\tau_i = E[v(S \cup \{i\}) - v(S)]`. Without
-    truncation a target's values add up to v(all) - v(empty), however few the orders.
+    A positive score says that training on the example raises the utility, which by default is the output at the target.
+    The unit is that of the utility: a score is the mean change when the example joins the training set. This is the
+    truncated Monte Carlo estimate of Shapley values (Ghorbani and Zou 2019, arXiv 1904.02868, algorithm 1).
+
+    The utility v(S) of a set of training examples is the output at the target of a module trained from scratch on S.
+    Every S has the same initialisation and random numbers, so that v is a function of S; v of the empty set is the
+    utility of the fresh module. A set grows in random order; an example's value is v after it joined minus v before,
+    averaged over ``permutations`` orders: :math:`\tau_i = E[v(S \cup \{i\}) - v(S)]`. Without truncation a target's
+    values add up to v(all) - v(empty), however few the orders.
 
     The Trainers of ``make_trainer`` say in which precision models are trained. Utilities are computed in that of the
     weights: in float32 after training in ``"bf16-mixed"``, in bfloat16 after ``"bf16-true"``.
@@ -36,16 +40,16 @@ class DataShapley(Method):
     DDP the orders are shared out over the processes of the Trainer that ``attribute`` is given.
 
     Args:
-        make_module: makes the module to train, another one, with weights of its own, at each call.
-        make_trainer: makes the Trainer, of one process, that trains it, another one at each call.
+        make_module: makes a new module to train, with weights of its own, at each call.
+        make_trainer: makes a new Trainer of one process, which trains it, at each call.
         utility: ``(module, batch) -> (batch,)``; default: the output that the module declares
             (:class:`~lightning_trak.AttributionMixin`). Correctness, say, is
             ``lambda module, batch: (module(batch[0]).argmax(1) == batch[1]).float()``.
         permutations: the number of orders.
         step: how many examples join at a time; the change is shared equally among them, which is a coarser estimate
             from fewer models.
-        tolerance: an order is given up, and what is left of it counts as no change, once the utility is within this
-            much of v(all) for every target. 0 never gives up.
+        tolerance: an order stops early once the utility is within this much of v(all) for every target, and the
+            examples that are left count as no change. With 0 no order stops early.
         seed: of the orders, and of every training.
 
     Example::
@@ -89,8 +93,8 @@ class DataShapley(Method):
             targets: the targets.
 
         Raises:
-            ValueError: if a factory gives the same object, or the same weights, again, or the training data come in a
-                way that a subset of them cannot.
+            ValueError: if a factory returns the same object, or the same weights, twice, or if subsets of the training
+                data cannot be loaded as the whole is.
         """
         columns, rows = Examples(train, "fit", trainer), Examples(targets, "predict", trainer)
         _require_divisible(train, columns.loader)
@@ -146,19 +150,19 @@ class DataShapley(Method):
             if self._made.get(id(thing)) is thing:
                 what = "weights" if isinstance(thing, torch.nn.Parameter) else f"{type(thing).__name__} object"
                 raise ValueError(
-                    f"{factory} gave the same {what} a second time, which is trained already; make another one in it"
+                    f"{factory} returned the same {what} twice, and it is trained already: make a new one at each call"
                 )
             self._made[id(thing)] = thing
 
 
 def _require_divisible(data: Data, loader: DataLoader[Any]) -> None:
-    """Subsets are loaded as the whole is, which must be possible."""
+    """Check that subsets of the data can be loaded as the whole is."""
     hooks = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
     if isinstance(data, L.LightningDataModule):
         own = [hook for hook in hooks if is_overridden(hook, data, L.LightningDataModule)]
         if own:
             raise ValueError(
-                f"{type(data).__name__} has {own[0]}, which would not be called for subsets of its data; move it to the"
+                f"{type(data).__name__} has {own[0]}, which is not called for subsets of its data: move it to the"
                 " LightningModule"
             )
     if not isinstance(loader.sampler, (SequentialSampler, RandomSampler)) or loader.batch_size is None:

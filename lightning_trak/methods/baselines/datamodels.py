@@ -9,9 +9,13 @@ from lightning_trak.methods.baselines.subsets import SubsetMethod
 
 
 class Datamodels(SubsetMethod):
-    """LASSO regression of each target's output on the subsets' masks; the coefficients are the scores.
+    """By how much does the output at the target change if the training example is in the training set?
 
-    Ilyas et al. 2022 (arXiv 2202.00622), section 2. scikit-learn's ``LassoCV`` fits, with an intercept, and chooses the
+    A positive score says that training on the example raises the output at the target. The unit is that of the output:
+    scores are the coefficients of a LASSO regression of each target's output on the subsets' masks (Ilyas et al. 2022,
+    arXiv 2202.00622, section 2), which shrinks them towards zero.
+
+    scikit-learn's ``LassoCV`` fits, with an intercept, and chooses the
     penalty of each target by cross-validation. Needs the extra ``datamodels``.
 
     Args:

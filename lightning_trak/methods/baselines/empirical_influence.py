@@ -1,4 +1,4 @@
-"""Empirical influence: what models that saw an example say, less what those say that did not."""
+"""Empirical influence: outputs of models that were trained on an example minus outputs of those that were not."""
 
 from torch import Tensor
 
@@ -6,9 +6,11 @@ from lightning_trak.methods.baselines.subsets import SubsetMethod
 
 
 class EmpiricalInfluence(SubsetMethod):
-    """Mean output over the subsets that hold an example minus the mean over those that do not.
+    """By how much does the output at the target change if the training example is in the training set?
 
-    Feldman and Zhang 2020 (arXiv 2008.03703), algorithm 1, of any output rather than of correctness.
+    A positive score says that training on the example raises the output at the target. The unit is that of the output:
+    a score is the mean output over the subsets that hold the example minus the mean over those that do not (Feldman and
+    Zhang 2020, arXiv 2008.03703, algorithm 1, of any output rather than of correctness).
 
     Args:
         masks: bool ``(num_subsets, num_train)``.
@@ -16,7 +18,7 @@ class EmpiricalInfluence(SubsetMethod):
             :class:`~lightning_trak.methods.baselines.subsets.SubsetMethod`.
 
     Raises:
-        ValueError: if an example is in all subsets or in none, which leaves nothing to compare.
+        ValueError: if an example is in all subsets or in none: then there is nothing to compare.
 
     Example:
         >>> import torch

@@ -18,11 +18,16 @@ _TARGETS = 256
 
 
 class KNNShapley(RepresentationMethod):
-    """Exact Shapley values of a K-nearest-neighbour classifier (Jia et al. 2019, arXiv 1908.08619, theorem 1).
+    """How much does the training example add to the votes for the target's label, among its nearest neighbours?
 
-    The utility of a set of training examples for a target is the share of the target's label among the votes of its K
-    nearest neighbours in the set: the number of votes for it, divided by K. A target's values add up to the utility of
-    the whole training set. Over several checkpoints, values are averaged: they are those of the average utility.
+    A positive score says that the example raises the share of votes for the right label, on average over smaller
+    training sets. The unit is a share of the votes: the scores of a target add up to the share, from 0 to 1, that the
+    whole training set gives. A score says nothing about training the model. These are the exact Shapley values of a
+    K-nearest-neighbour classifier (Jia et al. 2019, arXiv 1908.08619, theorem 1).
+
+    The utility of a set of training examples for a target is the number of votes for the target's label among its K
+    nearest neighbours in the set, divided by K. Over several checkpoints, values are averaged: they are those of the
+    average utility.
 
     Args:
         model: the trained model.

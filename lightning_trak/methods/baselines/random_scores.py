@@ -1,4 +1,4 @@
-"""Scores that know nothing: what every method has to beat."""
+"""Random scores: the baseline that every method should beat."""
 
 import lightning as L
 import torch
@@ -11,7 +11,9 @@ from lightning_trak.running.data import Data
 
 
 class RandomScores(Method):
-    """Independent random numbers, uniform between -1 and 1.
+    """Random numbers, which answer no question: every method should be better than this.
+
+    A positive score means nothing, and there is no unit: scores are independent and uniform between -1 and 1.
 
     An entry is a function of the seed, its row and its column alone: the first targets get the same scores whether or
     not more follow.

@@ -19,7 +19,11 @@ _TARGETS = 1024
 
 
 class RepresentationSimilarity(RepresentationMethod):
-    """Dot product, cosine, or minus the Euclidean distance of two examples' representations.
+    """How much does the training example look like the target to the model?
+
+    A positive score says that the two representations point in similar directions; distances are scored negative, so
+    that a higher score is always more similar. The unit is that of the similarity: by default a cosine, from -1 to 1. A
+    score says nothing about the effect of training.
 
     Hanawa et al. 2021 (arXiv 2006.04528) compare such measures; minus the distance is the "representation distance" of
     Park et al. 2023 (arXiv 2303.14186).

@@ -39,7 +39,7 @@ class Arnoldi(Solver):
         basis, projected = self._iterate(hessian)
         values, vectors = torch.linalg.eigh(projected)
         leading = values.abs().argsort(descending=True)[: self.rank]
-        kept = leading[values[leading] + hessian.damping > 0]
+        kept = leading[values[leading] + hessian.ridge > 0]
         if len(kept) < len(leading):
             warnings.warn(
                 f"{len(leading) - len(kept)} of the {len(leading)} leading eigenvalues of the damped Hessian at"
@@ -50,10 +50,10 @@ class Arnoldi(Solver):
         if len(kept) == 0:
             raise ValueError(
                 f"the damped Hessian at {hessian.passes.where} has no positive eigenvalue among the leading"
-                f" {len(leading)}: use a larger rank or damping, or hessian='gauss_newton'"
+                f" {len(leading)}: use a larger rank or damping, or curvature='gauss_newton'"
             )
         directions = vectors[:, kept].T.to(basis) @ basis
-        inverse = (1 / (values[kept] + hessian.damping)).to(basis)
+        inverse = (1 / (values[kept] + hessian.ridge)).to(basis)
         return lambda rows: (rows @ directions.T * inverse) @ directions
 
     def _iterate(self, hessian: Hessian) -> tuple[Tensor, Tensor]:

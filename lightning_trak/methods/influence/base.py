@@ -1,6 +1,7 @@
 """What influence methods share: preconditioned target gradients, multiplied by streamed training gradients."""
 
 from abc import abstractmethod
+from typing import TypedDict
 
 import lightning as L
 import torch
@@ -25,14 +26,23 @@ from lightning_trak.running.strategies import require_whole_parameters
 TARGET_BYTES = 1 << 29
 
 
-class Influence(Method):
-    r"""tau(x)_i = g(x)^T (H + lambda I)^-1 g_i Q_i, with g the unprojected gradient of the output (Koh and Liang 2017).
+class InfluenceOptions(TypedDict, total=False):
+    """Keyword arguments of every influence method, see :class:`Influence`."""
 
-    H is a Hessian of the *sum* of the training losses. Scores are averaged over checkpoints. Each process computes all
-    of them.
+    output: ModelOutput | None
+    parameters: ParameterSelection
+    seed: int
+    weights_only: bool
+
+
+class Influence(Method):
+    """Base of influence methods: tau(x)_i = g(x)^T (H + lambda I)^-1 g_i Q_i (Koh and Liang 2017, arXiv 1703.04730).
+
+    g is the gradient of the output, without projection, and H is a curvature matrix of the *sum* of the training
+    losses. Scores are averaged over checkpoints. Each process computes all of them.
 
     Args:
-        model: as for :class:`~lightning_trak.TRAK`: it is not touched.
+        model: as for :class:`~lightning_trak.TRAK`; it is not touched.
         checkpoints: as for :class:`~lightning_trak.TRAK`.
         output: the scalar output to attribute; default: the model's ``configure_model_output()``.
         parameters: which parameters to differentiate, by name pattern; default: all that require gradients.
@@ -45,10 +55,10 @@ class Influence(Method):
         model: nn.Module,
         checkpoints: CheckpointsLike,
         *,
-        output: ModelOutput | None,
-        parameters: ParameterSelection,
-        seed: int,
-        weights_only: bool,
+        output: ModelOutput | None = None,
+        parameters: ParameterSelection = None,
+        seed: int = 0,
+        weights_only: bool = True,
     ) -> None:
         self.model = original_module(model)
         self.output = declared_output(self.model, output)
@@ -70,12 +80,12 @@ class Influence(Method):
             trainer: any Trainer whose strategy keeps the model whole. Its device is used. ``precision="64-true"``
                 computes everything in float64, any other precision in float32 (float64 where weights are): the inverse
                 of a Hessian would drown in the rounding of half precision, mixed or true.
-            train: the training data, without random augmentation. It is gone over several times.
+            train: the training data, without random augmentation. They are loaded several times.
             targets: the targets.
 
         Returns:
             On the CPU, shape ``(num_targets, num_train)``, in float32 or float64. A positive score says that training
-            on the example raises the output at the target.
+            on the example raises the output at the target, in the unit of the output.
 
         Raises:
             ValueError: if a gradient is not finite, the inverse cannot be applied (see the solvers), or the output
@@ -105,5 +115,5 @@ class Influence(Method):
             span = range(start, min(start + block, len(targets)))
             directions = inverse(torch.cat([rows.features for _, rows in passes.rows(targets, span)]))
             for part, rows in passes.rows(passes.train):
-                products = directions @ rows.features.T * rows.residuals
+                products = directions @ rows.features.T * rows.loss_gradients
                 scores[span.start : span.stop, part.start : part.stop] += products.cpu()

@@ -6,30 +6,35 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from lightning_trak.checkpoints.reading import CheckpointsLike
 from lightning_trak.checks import require_one_of
-from lightning_trak.gradients import HookEngine, ParameterSelection, select_parameters
+from lightning_trak.gradients import HookEngine, select_parameters
 from lightning_trak.gradients.batch import ExampleBatch
 from lightning_trak.gradients.hooks.layers import LayerCall
 from lightning_trak.gradients.hooks.tracked_module import TrackedModule
-from lightning_trak.methods.influence.base import Influence
+from lightning_trak.methods.influence.base import Influence, InfluenceOptions
 from lightning_trak.methods.influence.blocks import Block, find_blocks
-from lightning_trak.methods.influence.hessian import require_convex
 from lightning_trak.methods.influence.passes import Passes
 from lightning_trak.methods.influence.solvers import InverseProduct
 from lightning_trak.outputs import ModelOutput
+from lightning_trak.scoring.gram import require_convex
 
 EKFACCurvature = Literal["gauss_newton", "empirical"]
 
 
 class EKFACInfluence(Influence):
-    """Influence functions with the eigenvalue-corrected Kronecker-factored curvature of each layer.
+    """By how much would the output at the target change if the training example counted once more?
 
-    (George et al. 2018, arXiv 1806.03884; Grosse et al. 2023, arXiv 2308.03296.) Layers are taken to be
-    independent. For a layer with inputs a (and a 1 for the bias) and output gradients s, the eigenvectors of sum a a^T
-    and of sum s s^T give a basis of Kronecker products, in which the curvature is taken to be diagonal, with the sum
-    over training examples of the squared gradients on the diagonal.
+    A positive score says that training on the example raises the output at the target. The unit is that of the output:
+    a score is the change that one Newton step predicts, averaged over checkpoints. These are influence functions with
+    the eigenvalue-corrected Kronecker-factored curvature of each layer, EK-FAC (George et al. 2018, arXiv 1806.03884;
+    Grosse et al. 2023, arXiv 2308.03296). TRAK's and :class:`InfluenceFunction`'s question, with another matrix.
+
+    Layers are taken to be independent. For a layer with inputs a (and a 1 for the bias) and output gradients s, the
+    eigenvectors of sum a a^T and of sum s s^T give a basis of Kronecker products. In this basis the curvature is taken
+    to be diagonal; on the diagonal is the sum over training examples of the squared gradients.
 
     ``"gauss_newton"`` weighs gradients of the output by sqrt(R_j): the curvature that TRAK uses. For
     :class:`~lightning_trak.outputs.ClassificationMargin`, R = p (1 - p) is the expectation of the squared slope of the
@@ -42,14 +47,13 @@ class EKFACInfluence(Influence):
     Args:
         model: as for :class:`~lightning_trak.TRAK`; it is not touched.
         checkpoints: as for :class:`~lightning_trak.TRAK`; scores are averaged over them.
-        output: the scalar output to attribute; default: the model's ``configure_model_output()``.
-        curvature: what is approximated.
-        damping: lambda of each layer, relative to the mean of its eigenvalues. The default is the habit of the
-            literature. On digits 0.01 and 0.1 were better than 1, and than the rule of
-            :func:`~lightning_trak.scoring.damping.auto_damping` in each layer.
-        parameters: which parameters to differentiate, by name pattern; default: all that require gradients.
-        seed: of what is drawn at random.
-        weights_only: ``False`` lets ``.ckpt`` and ``.pt`` files run code when they are read; for files you trust only.
+        curvature: the matrix H that is approximated: ``"gauss_newton"`` is sum_j R_j g_j g_j^T; ``"empirical"`` is
+            sum_j Q_j^2 g_j g_j^T, the empirical Fisher matrix.
+        damping: lambda of each layer, relative to the mean eigenvalue of the layer's matrix. The default is the habit
+            of the literature. On digits 0.01 and 0.1 were better than 1, and than the rule of
+            :func:`~lightning_trak.scoring.damping.auto_damping` in each layer, which is why there is no ``"auto"``.
+        **options: ``output``, ``parameters``, ``seed`` and ``weights_only``, see
+            :class:`~lightning_trak.methods.influence.base.Influence`.
     """
 
     def __init__(
@@ -57,24 +61,14 @@ class EKFACInfluence(Influence):
         model: nn.Module,
         checkpoints: CheckpointsLike,
         *,
-        output: ModelOutput | None = None,
         curvature: EKFACCurvature = "gauss_newton",
         damping: float = 0.1,
-        parameters: ParameterSelection = None,
-        seed: int = 0,
-        weights_only: bool = True,
+        **options: Unpack[InfluenceOptions],
     ) -> None:
         require_one_of("curvature", curvature, ("gauss_newton", "empirical"))
         if isinstance(damping, str) or not 0 <= damping < float("inf"):
             raise ValueError(f"damping must be a number of at least 0, got {damping!r}")
-        super().__init__(
-            model,
-            checkpoints,
-            output=output,
-            parameters=parameters,
-            seed=seed,
-            weights_only=weights_only,
-        )
+        super().__init__(model, checkpoints, **options)
         self.curvature: EKFACCurvature = curvature
         self.damping = damping
 
@@ -116,10 +110,10 @@ class EKFACInfluence(Influence):
 
         return inverse
 
-    def _squared_weights(self, residuals: Tensor, curvatures: Tensor) -> Tensor:
+    def _squared_weights(self, loss_gradients: Tensor, curvatures: Tensor) -> Tensor:
         """What an example's squared gradient counts: R, or Q squared."""
         if self.curvature == "empirical":
-            return residuals.square()
+            return loss_gradients.square()
         require_convex(curvatures, 'curvature="empirical"')
         return curvatures
 
@@ -145,7 +139,7 @@ class EKFACInfluence(Influence):
         """The curvature's diagonal of each layer, float64 ``(outputs, inputs)``: another pass."""
         totals = [torch.zeros(len(basis.outputs), len(basis.inputs), device=passes.device).double() for basis in bases]
         for _, rows in passes.rows(passes.train):
-            counts = self._squared_weights(rows.residuals, rows.curvatures).view(-1, 1, 1)
+            counts = self._squared_weights(rows.loss_gradients, rows.curvatures).view(-1, 1, 1)
             parts = passes.split(rows.features)
             for block, basis, total in zip(blocks, bases, totals, strict=True):
                 total += (basis.rotate(block.gather(parts)).square_() * counts).sum(0)

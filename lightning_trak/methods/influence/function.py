@@ -1,38 +1,41 @@
 """Influence functions, by any solver."""
 
 from torch import nn
+from typing_extensions import Unpack
 
 from lightning_trak.checkpoints.reading import CheckpointsLike
 from lightning_trak.checks import require_one_of
-from lightning_trak.gradients import ParameterSelection
-from lightning_trak.methods.influence.base import Influence
-from lightning_trak.methods.influence.hessian import Hessian, HessianKind
+from lightning_trak.methods.influence.base import Influence, InfluenceOptions
+from lightning_trak.methods.influence.hessian import Hessian, HessianCurvature
 from lightning_trak.methods.influence.passes import Passes
 from lightning_trak.methods.influence.solvers import ConjugateGradient, InverseProduct, Solver
-from lightning_trak.outputs import ModelOutput
 from lightning_trak.scoring.damping import Damping, require_damping
 
 
 class InfluenceFunction(Influence):
-    """Influence functions (Koh and Liang 2017, arXiv 1703.04730), with the Hessian of the sum of the training losses.
+    """By how much would the output at the target change if the training example counted once more?
+
+    A positive score says that training on the example raises the output at the target. The unit is that of the output:
+    a score is the change that one Newton step predicts, averaged over checkpoints. These are influence functions (Koh
+    and Liang 2017, arXiv 1703.04730) of the output rather than of the loss, with the Hessian of the sum of the training
+    losses: TRAK's question, without a projection.
 
     Args:
         model: as for :class:`~lightning_trak.TRAK`; it is not touched.
         checkpoints: as for :class:`~lightning_trak.TRAK`; scores are averaged over them.
-        output: the scalar output to attribute; default: the model's ``configure_model_output()``.
         solver: how the inverse of the damped Hessian is applied:
             :class:`~lightning_trak.methods.influence.Explicit` for small models,
             :class:`~lightning_trak.methods.influence.ConjugateGradient`,
             :class:`~lightning_trak.methods.influence.LiSSA` or
             :class:`~lightning_trak.methods.influence.Arnoldi`.
-        hessian: ``"gauss_newton"``, or ``"exact"``, which may be indefinite where the model is no minimum: see
+        curvature: the matrix H: ``"gauss_newton"`` is sum_j R_j g_j g_j^T; ``"exact"`` is the Hessian, which may have
+            negative eigenvalues where the weights are no minimum: see
             :class:`~lightning_trak.methods.influence.hessian.Hessian`.
-        damping: lambda relative to the mean of the diagonal of the Gauss-Newton matrix; ``"auto"`` is the rule of
-            :func:`~lightning_trak.scoring.damping.auto_damping`. For a model trained with weight decay w on the mean
-            of n losses, n w is the lambda of its objective.
-        parameters: which parameters to differentiate, by name pattern; default: all that require gradients.
-        seed: of what is drawn at random.
-        weights_only: ``False`` lets ``.ckpt`` and ``.pt`` files run code when they are read; for files you trust only.
+        damping: lambda relative to the mean eigenvalue of the Gauss-Newton matrix, also where ``curvature="exact"``;
+            ``"auto"`` is the rule of :func:`~lightning_trak.scoring.damping.auto_damping`. For a model trained with
+            weight decay w on the mean of n losses, n w is the lambda of its objective.
+        **options: ``output``, ``parameters``, ``seed`` and ``weights_only``, see
+            :class:`~lightning_trak.methods.influence.base.Influence`.
 
     Example::
 
@@ -45,26 +48,16 @@ class InfluenceFunction(Influence):
         model: nn.Module,
         checkpoints: CheckpointsLike,
         *,
-        output: ModelOutput | None = None,
         solver: Solver | None = None,
-        hessian: HessianKind = "gauss_newton",
+        curvature: HessianCurvature = "gauss_newton",
         damping: Damping = "auto",
-        parameters: ParameterSelection = None,
-        seed: int = 0,
-        weights_only: bool = True,
+        **options: Unpack[InfluenceOptions],
     ) -> None:
-        require_one_of("hessian", hessian, ("gauss_newton", "exact"))
-        super().__init__(
-            model,
-            checkpoints,
-            output=output,
-            parameters=parameters,
-            seed=seed,
-            weights_only=weights_only,
-        )
+        require_one_of("curvature", curvature, ("gauss_newton", "exact"))
+        super().__init__(model, checkpoints, **options)
         self.solver = solver or ConjugateGradient()
-        self.hessian: HessianKind = hessian
+        self.curvature: HessianCurvature = curvature
         self.damping = require_damping(damping)
 
     def _prepare(self, passes: Passes) -> InverseProduct:
-        return self.solver.prepare(Hessian(passes, self.hessian, self.damping))
+        return self.solver.prepare(Hessian(passes, self.curvature, self.damping))

@@ -12,9 +12,9 @@ from lightning_trak.gradients.leaves import require_own_leaves
 from lightning_trak.methods.influence.passes import Passes
 from lightning_trak.outputs.evaluating import modules_of
 from lightning_trak.scoring.damping import Damping, absolute_damping
-from lightning_trak.scoring.gram import gram_matrix
+from lightning_trak.scoring.gram import gram_matrix, require_convex
 
-HessianKind = Literal["gauss_newton", "exact"]
+HessianCurvature = Literal["gauss_newton", "exact"]
 
 _TOGETHER = 32  # vectors multiplied at once, in the memory of as many backward passes
 
@@ -28,33 +28,33 @@ class Hessian:
 
     Args:
         passes: the model at the checkpoint, and the training data.
-        kind: which.
-        damping: relative to the mean of the diagonal of the Gauss-Newton matrix, for either kind, or ``"auto"``: see
-            :func:`~lightning_trak.scoring.damping.auto_damping`.
+        curvature: which of them H is.
+        damping: as for :class:`~lightning_trak.methods.InfluenceFunction`: relative to the mean eigenvalue of the
+            Gauss-Newton matrix, for either curvature.
 
     Attributes:
         passes: as given.
         weights: R_j |g_j|^2, what each example adds to the trace of the Gauss-Newton matrix, float64 ``(num_train,)``.
-        damping: lambda.
+        ridge: lambda itself, in the units of H.
 
     Raises:
         ValueError: if some R_j is negative, for ``"gauss_newton"``, or all are zero.
     """
 
-    def __init__(self, passes: Passes, kind: HessianKind, damping: Damping) -> None:
+    def __init__(self, passes: Passes, curvature: HessianCurvature, damping: Damping) -> None:
         self.passes = passes
-        self.kind = kind
+        self.curvature = curvature
         weights = []
         for _, rows in passes.rows(passes.train):
-            if kind == "gauss_newton":
-                require_convex(rows.curvatures, 'hessian="exact"')
+            if curvature == "gauss_newton":
+                require_convex(rows.curvatures, 'curvature="exact"')
             weights.append(rows.curvatures.abs().double() * rows.features.double().square().sum(1))
         self.weights = torch.cat(weights)
-        self.damping = absolute_damping(damping, self.weights, passes.size, passes.where)
+        self.ridge = absolute_damping(damping, self.weights, passes.size, passes.where)
 
     def damped_product(self, vectors: Tensor) -> Tensor:
         """(H + lambda I) v for each row v of ``vectors``, shape ``(n, p)``: one pass over the training data."""
-        return self.product(vectors).add_(vectors, alpha=self.damping)
+        return self.product(vectors).add_(vectors, alpha=self.ridge)
 
     def product(self, vectors: Tensor) -> Tensor:
         """H v for each row v of ``vectors``, shape ``(n, p)``: one pass over the training data."""
@@ -67,12 +67,12 @@ class Hessian:
         """What a batch of training examples adds to H v, for each row v of ``vectors``, shape ``(n, p)``."""
         parameters: list[Tensor] = list(self.passes.parameters.values())
         output = self.passes.model.output
-        multiply = self._exact if self.kind == "exact" else self._gauss_newton
+        multiply = self._exact if self.curvature == "exact" else self._gauss_newton
         with self.passes.differentiable(), _twice():
             model = self.passes.model
             outputs = output.output(model.module, ExampleBatch(batch, size, self.passes.layout).fresh())
             require_own_leaves(outputs, model.module, *modules_of(output))
-            slopes_of = output.loss(outputs).sum() if self.kind == "exact" else outputs
+            slopes_of = output.loss(outputs).sum() if self.curvature == "exact" else outputs
             return torch.cat(multiply(slopes_of, parameters, torch.split(vectors, _TOGETHER)))
 
     def _exact(self, loss: Tensor, parameters: list[Tensor], parts: Sequence[Tensor]) -> list[Tensor]:
@@ -93,7 +93,7 @@ class Hessian:
 
     def matrix(self) -> Tensor:
         """H itself, float64 ``(p, p)``."""
-        if self.kind == "gauss_newton":
+        if self.curvature == "gauss_newton":
             rows = (features for _, features in self.passes.rows(self.passes.train))
             return gram_matrix(rows, "gauss_newton", self.passes.size, self.passes.device)[0]
         product = self.product(torch.eye(self.passes.size, dtype=self.passes.dtype, device=self.passes.device)).double()
@@ -135,23 +135,6 @@ def _twice() -> Iterator[None]:
             raise
         raise ValueError(
             f"this solver differentiates the model twice, and PyTorch cannot: {error} Use EKFACInfluence, or"
-            " Explicit() with hessian='gauss_newton', which differentiate once; or leave the parameters before this"
+            " Explicit() with curvature='gauss_newton', which differentiate once; or leave the parameters before this"
             " operation out by parameters="
         ) from error
-
-
-def require_convex(curvatures: Tensor, instead: str) -> None:
-    """Refuse negative R.
-
-    Args:
-        curvatures: R of some training examples.
-        instead: the setting to use for such losses.
-
-    Raises:
-        ValueError: if some R is negative.
-    """
-    if curvatures.min() < 0:
-        raise ValueError(
-            f"the second derivative of the loss is negative ({float(curvatures.min()):g}) for some training example,"
-            f" where the Gauss-Newton matrix needs a loss that is convex in the output; use {instead}"
-        )

@@ -57,7 +57,11 @@ class LiSSA(Solver):
             raise ValueError(
                 f"LiSSA diverged at {hessian.passes.where}: after {self.depth} steps the relative residual is"
                 f" {error:.3g}; {advice}"
-                + ("; the exact Hessian may also have negative eigenvalues there" if hessian.kind == "exact" else "")
+                + (
+                    "; the exact Hessian may also have negative eigenvalues there"
+                    if hessian.curvature == "exact"
+                    else ""
+                )
             )
         if error > self.tolerance:
             warnings.warn(
@@ -76,7 +80,7 @@ class LiSSA(Solver):
         series = rows.clone()
         positions = (draw.sample(range(count), size) for _ in range(self.depth))
         for batch, _ in passes.batches(passes.train, positions):
-            product = hessian.batch_product(batch, size, series) * (count / size) + hessian.damping * series
+            product = hessian.batch_product(batch, size, series) * (count / size) + hessian.ridge * series
             series = rows + series - product / scale
             if not series.isfinite().all():
                 break  # the residual will tell
@@ -90,4 +94,4 @@ class LiSSA(Solver):
         vector = vector.to(hessian.passes.device)
         for _ in range(_POWER_ITERATIONS):
             vector = hessian.product(vector / vector.norm())
-        return count * float(hessian.weights.max()) / batch + (1 - 1 / batch) * float(vector.norm()) + hessian.damping
+        return count * float(hessian.weights.max()) / batch + (1 - 1 / batch) * float(vector.norm()) + hessian.ridge

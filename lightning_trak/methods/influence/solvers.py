@@ -15,8 +15,8 @@ InverseProduct = Callable[[Tensor], Tensor]
 """Takes rows, ``(n, p)``, and returns (H + lambda I)^-1 applied to each."""
 
 INDEFINITE = (
-    "these weights are no minimum of the training loss; use a larger damping, or hessian='gauss_newton', which is never"
-    " negative"
+    "these weights are no minimum of the training loss; use a larger damping, or curvature='gauss_newton', which has no"
+    " negative eigenvalues"
 )
 
 
@@ -38,18 +38,18 @@ class Explicit(Solver):
         Raises:
             ValueError: if it is not positive definite, or singular to the precision of the gradients.
         """
-        matrix, damping, where = hessian.matrix(), hessian.damping, hessian.passes.where
+        matrix, ridge, where = hessian.matrix(), hessian.ridge, hessian.passes.where
         mean = float(matrix.diagonal().mean())
-        if hessian.kind == "exact":
+        if hessian.curvature == "exact":
             smallest = float(torch.linalg.eigvalsh(matrix)[0])
-            if min(mean, smallest + damping) <= 0:
+            if min(mean, smallest + ridge) <= 0:
                 relative = len(matrix) / float(hessian.weights.sum())
                 raise ValueError(
                     f"the exact Hessian at {where} is not positive definite: with its smallest eigenvalue,"
                     f" {smallest:.3g}, it needs a damping above {-smallest * relative:.3g}, and has"
-                    f" {damping * relative:.3g}; {INDEFINITE}"
+                    f" {ridge * relative:.3g}; {INDEFINITE}"
                 )
-        return DampedGram(matrix, damping / mean, hessian.passes.dtype, where).solve
+        return DampedGram(matrix, ridge / mean, hessian.passes.dtype, where).solve
 
 
 @dataclass(frozen=True)

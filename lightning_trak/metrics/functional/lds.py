@@ -16,38 +16,38 @@ ConstantRows = Literal["zero", "ignore", "error"]
 _TRAIN_BLOCK = 65_536  # training examples turned into float64 at once
 
 
-def _validate_subset_masks(subset_masks: Tensor) -> None:
-    if subset_masks.dtype != torch.bool:
+def _validate_masks(masks: Tensor) -> None:
+    if masks.dtype != torch.bool:
         raise ValueError(
-            f"Expected `subset_masks` of dtype torch.bool, but got {subset_masks.dtype}. Turn zeros and ones into "
+            f"Expected `masks` of dtype torch.bool, but got {masks.dtype}. Turn zeros and ones into "
             "booleans with `.bool()`, and lists of indices into masks with `masks[subset, indices] = True`."
         )
-    if subset_masks.ndim != 2 or subset_masks.shape[0] < 3:
+    if masks.ndim != 2 or masks.shape[0] < 3:
         raise ValueError(
-            "Expected `subset_masks` of shape `(num_subsets, num_train)` with at least 3 subsets (a rank correlation "
-            f"of fewer says nothing), but got {tuple(subset_masks.shape)}."
+            "Expected `masks` of shape `(num_subsets, num_train)` with at least 3 subsets (a rank correlation "
+            f"of fewer says nothing), but got {tuple(masks.shape)}."
         )
-    sizes = subset_masks.sum(dim=1)
+    sizes = masks.sum(dim=1)
     if (sizes == 0).any():
         raise ValueError(f"Expected every subset to hold training examples, but row {int(sizes.argmin())} is empty.")
     seen: dict[bytes, int] = {}
-    for row, packed in enumerate(np.packbits(subset_masks.cpu().numpy(), axis=1)):
+    for row, packed in enumerate(np.packbits(masks.cpu().numpy(), axis=1)):
         first = seen.setdefault(packed.tobytes(), row)
         if first != row:
             raise ValueError(
-                f"Expected different subsets, but rows {first} and {row} of `subset_masks` are equal. Outputs of one "
+                f"Expected different subsets, but rows {first} and {row} of `masks` are equal. Outputs of one "
                 "subset retrained several times belong together along `num_seeds`, the last dimension of `outputs`."
             )
 
 
-def _validate_inputs(scores: Tensor, outputs: Tensor, subset_masks: Tensor) -> None:
-    num_subsets, num_train = subset_masks.shape
+def _validate_inputs(scores: Tensor, outputs: Tensor, masks: Tensor) -> None:
+    num_subsets, num_train = masks.shape
     if scores.ndim != 2 or scores.shape[1] != num_train:
         transposed = scores.ndim == 2 and scores.shape[1] == num_subsets
-        hint = " Is `subset_masks` transposed?" if transposed else ""
+        hint = " Is `masks` transposed?" if transposed else ""
         raise ValueError(
-            f"Expected `scores` of shape `(num_targets, num_train)` with num_train = {num_train}, as `subset_masks` "
-            f"has shape {tuple(subset_masks.shape)}, but got {tuple(scores.shape)}.{hint}"
+            f"Expected `scores` of shape `(num_targets, num_train)` with num_train = {num_train}, as `masks` "
+            f"has shape {tuple(masks.shape)}, but got {tuple(scores.shape)}.{hint}"
         )
     num_targets = scores.shape[0]
     if outputs.ndim not in (2, 3) or outputs.shape[:2] != (num_targets, num_subsets) or 0 in outputs.shape[2:]:
@@ -57,10 +57,10 @@ def _validate_inputs(scores: Tensor, outputs: Tensor, subset_masks: Tensor) -> N
             "Expected `outputs` of shape `(num_targets, num_subsets)` or `(num_targets, num_subsets, num_seeds)` with "
             f"num_targets = {num_targets} and num_subsets = {num_subsets}, but got {tuple(outputs.shape)}.{hint}"
         )
-    if not scores.device == outputs.device == subset_masks.device:
+    if not scores.device == outputs.device == masks.device:
         raise ValueError(
-            "Expected `scores`, `outputs` and `subset_masks` on one device, but got "
-            f"{scores.device}, {outputs.device} and {subset_masks.device}."
+            "Expected `scores`, `outputs` and `masks` on one device, but got "
+            f"{scores.device}, {outputs.device} and {masks.device}."
         )
     for name, tensor in (("scores", scores), ("outputs", outputs)):
         finite = tensor.isfinite().flatten(1).all(dim=1)
@@ -72,7 +72,7 @@ def _validate_inputs(scores: Tensor, outputs: Tensor, subset_masks: Tensor) -> N
             )
 
 
-def _predict_subsets(scores: Tensor, subset_masks: Tensor) -> Tensor:
+def _predict_subsets(scores: Tensor, masks: Tensor) -> Tensor:
     """Sum of each subset's scores, ``(num_targets, num_subsets)`` in float64, equal where it is equal in exact numbers.
 
     Rounding depends on the order of a sum, hence on the batch and the machine, and ranks would turn it into arbitrary
@@ -81,22 +81,22 @@ def _predict_subsets(scores: Tensor, subset_masks: Tensor) -> Tensor:
     difference that matters.
     """
     origin = scores[:, :1].double()
-    sums = origin * subset_masks.sum(dim=1)
+    sums = origin * masks.sum(dim=1)
     magnitude = torch.zeros_like(origin)
     for start in range(0, scores.shape[1], _TRAIN_BLOCK):
         block = slice(start, start + _TRAIN_BLOCK)
         offsets = scores[:, block].double() - origin
-        sums = sums + offsets @ subset_masks[:, block].double().T
+        sums = sums + offsets @ masks[:, block].double().T
         magnitude += offsets.abs().sum(dim=1, keepdim=True)
     grain = magnitude * 2.0**-36
     return torch.where(grain > 0, (sums / grain).round() * grain, sums)
 
 
-def _linear_datamodeling_score_update(scores: Tensor, outputs: Tensor, subset_masks: Tensor) -> tuple[Tensor, Tensor]:
+def _linear_datamodeling_score_update(scores: Tensor, outputs: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     """Validate, and reduce to predicted and true outputs, both ``(num_targets, num_subsets)`` in float64."""
-    _validate_inputs(scores, outputs, subset_masks)
+    _validate_inputs(scores, outputs, masks)
     outputs = outputs.detach().double()
-    return _predict_subsets(scores.detach(), subset_masks), outputs.mean(dim=2) if outputs.ndim == 3 else outputs
+    return _predict_subsets(scores.detach(), masks), outputs.mean(dim=2) if outputs.ndim == 3 else outputs
 
 
 def _linear_datamodeling_score_compute(predictions: Tensor, outputs: Tensor, constant_rows: ConstantRows) -> Tensor:
@@ -143,7 +143,7 @@ def _validate_constant_rows(constant_rows: str) -> None:
 def linear_datamodeling_score(
     scores: Tensor,
     outputs: Tensor,
-    subset_masks: Tensor,
+    masks: Tensor,
     constant_rows: ConstantRows = "zero",
     reduction: Literal["mean", "none"] = "mean",
 ) -> Tensor:
@@ -157,7 +157,7 @@ def linear_datamodeling_score(
         scores: ``(num_targets, num_train)`` attributions; positive says that training on the example raises the output.
         outputs: ``(num_targets, num_subsets)`` outputs of the models trained on the subsets, or
             ``(num_targets, num_subsets, num_seeds)``, which are averaged over seeds.
-        subset_masks: bool ``(num_subsets, num_train)``, true where the subset holds the example.
+        masks: bool ``(num_subsets, num_train)``, true where the subset holds the example.
         constant_rows: what becomes of a target whose predicted or true outputs are the same for all subsets, and so
             have no rank correlation. ``"zero"`` counts it as 0, so that every method is averaged over the same targets
             and none gains by predicting nothing; ``"ignore"`` leaves it out; ``"error"`` refuses it.
@@ -175,18 +175,18 @@ def linear_datamodeling_score(
         >>> import torch
         >>> from lightning_trak.metrics.functional import linear_datamodeling_score
         >>> scores = torch.tensor([[1.0, 2.0, -1.0, 0.0], [0.0, 1.0, 3.0, 1.5]])
-        >>> subset_masks = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1], [1, 0, 0, 1]]).bool()
+        >>> masks = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1], [1, 0, 0, 1]]).bool()
         >>> outputs = torch.tensor([[2.5, 0.5, -1.5, 0.7], [0.9, 4.1, 3.8, 2.0]])
-        >>> linear_datamodeling_score(scores, outputs, subset_masks)
+        >>> linear_datamodeling_score(scores, outputs, masks)
         tensor(0.8743, dtype=torch.float64)
-        >>> linear_datamodeling_score(scores, outputs, subset_masks, reduction="none")
+        >>> linear_datamodeling_score(scores, outputs, masks, reduction="none")
         tensor([0.9487, 0.8000], dtype=torch.float64)
     """
     _validate_constant_rows(constant_rows)
     if reduction not in ("mean", "none"):
         raise ValueError(f"Expected `reduction` to be 'mean' or 'none', but got {reduction!r}.")
-    _validate_subset_masks(subset_masks)
-    predictions, outputs = _linear_datamodeling_score_update(scores, outputs, subset_masks)
+    _validate_masks(masks)
+    predictions, outputs = _linear_datamodeling_score_update(scores, outputs, masks)
     if not len(predictions):
         raise ValueError(f"Expected at least one target, but got `scores` of shape {tuple(scores.shape)}.")
     values = _linear_datamodeling_score_compute(predictions, outputs, constant_rows)
@@ -196,7 +196,7 @@ def linear_datamodeling_score(
 def linear_datamodeling_interval(
     scores: Tensor,
     outputs: Tensor,
-    subset_masks: Tensor,
+    masks: Tensor,
     constant_rows: ConstantRows = "zero",
     confidence: float = 0.95,
     num_bootstraps: int = 1000,
@@ -218,7 +218,7 @@ def linear_datamodeling_interval(
     Args:
         scores: ``(num_targets, num_train)``, at least 2 targets.
         outputs: ``(num_targets, num_subsets)`` or ``(num_targets, num_subsets, num_seeds)``.
-        subset_masks: bool ``(num_subsets, num_train)``.
+        masks: bool ``(num_subsets, num_train)``.
         constant_rows: as in :func:`linear_datamodeling_score`.
         confidence: of the interval, in (0, 1).
         num_bootstraps: replicates.
@@ -233,14 +233,14 @@ def linear_datamodeling_interval(
     Example:
         >>> import torch
         >>> _ = torch.manual_seed(0)
-        >>> subset_masks = torch.rand(20, 50) < 0.5
+        >>> masks = torch.rand(20, 50) < 0.5
         >>> scores = torch.randn(10, 50)
-        >>> outputs = scores @ subset_masks.float().T + 3 * torch.randn(10, 20)
-        >>> low, high = linear_datamodeling_interval(scores, outputs, subset_masks)
-        >>> bool(low < linear_datamodeling_score(scores, outputs, subset_masks) < high)
+        >>> outputs = scores @ masks.float().T + 3 * torch.randn(10, 20)
+        >>> low, high = linear_datamodeling_interval(scores, outputs, masks)
+        >>> bool(low < linear_datamodeling_score(scores, outputs, masks) < high)
         True
     """
     _validate_constant_rows(constant_rows)
-    _validate_subset_masks(subset_masks)
-    predictions, outputs = _linear_datamodeling_score_update(scores, outputs, subset_masks)
+    _validate_masks(masks)
+    predictions, outputs = _linear_datamodeling_score_update(scores, outputs, masks)
     return _linear_datamodeling_score_interval(predictions, outputs, constant_rows, confidence, num_bootstraps, seed)

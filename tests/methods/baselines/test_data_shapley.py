@@ -164,11 +164,11 @@ def test_factories_that_give_the_same_again():
     def attribute(make_module, make_trainer_):
         return DataShapley(make_module, make_trainer_).attribute(make_trainer(), TRAIN, TARGETS)
 
-    with pytest.raises(ValueError, match="make_module gave the same Ridge object a second time"):
+    with pytest.raises(ValueError, match="make_module returned the same Ridge object twice"):
         attribute(lambda: module, quick)
-    with pytest.raises(ValueError, match="make_module gave the same weights a second time"):
+    with pytest.raises(ValueError, match="make_module returned the same weights twice"):
         attribute(sharing, quick)
-    with pytest.raises(ValueError, match="make_trainer gave the same Trainer object a second time"):
+    with pytest.raises(ValueError, match="make_trainer returned the same Trainer object twice"):
         attribute(Ridge, lambda: trainer)
 
 
@@ -189,7 +189,7 @@ def test_a_data_module():
         def on_after_batch_transfer(self, batch, dataloader_idx):
             return batch
 
-    with pytest.raises(ValueError, match="Scaling has on_after_batch_transfer, which would not be called for subsets"):
+    with pytest.raises(ValueError, match="Scaling has on_after_batch_transfer, which is not called for subsets"):
         method.attribute(make_trainer(), Scaling(), Data())
 
 

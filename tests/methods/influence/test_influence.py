@@ -48,13 +48,13 @@ def tensors(*arrays: np.ndarray) -> TensorDataset:
     return TensorDataset(*map(torch.tensor, arrays))
 
 
-@pytest.mark.parametrize("hessian", ["gauss_newton", "exact"])
+@pytest.mark.parametrize("curvature", ["gauss_newton", "exact"])
 @pytest.mark.parametrize("solver", [Explicit(), ConjugateGradient(tolerance=1e-10), Arnoldi(10, 10)])
-def test_logistic_regression_has_the_closed_form(problem, solver, hessian):
+def test_logistic_regression_has_the_closed_form(problem, solver, curvature):
     x, y, target_x, target_y = problem
     model = LitLogistic(fit(x, y))
     expected, damping = closed_form(problem)
-    method = InfluenceFunction(model, [model.state_dict()], solver=solver, hessian=hessian, damping=damping)
+    method = InfluenceFunction(model, [model.state_dict()], solver=solver, curvature=curvature, damping=damping)
     scores = method.attribute(make_trainer(), DataLoader(tensors(x, y), batch_size=64), tensors(target_x, target_y))
     np.testing.assert_allclose(scores.numpy(), expected, rtol=1e-6, atol=1e-6 * np.abs(expected).max())
 
@@ -79,7 +79,7 @@ def test_leverage_turns_scores_into_leave_one_out_retraining_of_ridge_regression
     np.testing.assert_allclose(scores / (1 - leverage), np.stack(effects, axis=1), rtol=1e-7, atol=1e-10)
 
 
-def reference(model: nn.Module, train: TensorDataset, targets: TensorDataset, hessian: str, damping: float) -> Tensor:
+def reference(model: nn.Module, train: TensorDataset, targets: TensorDataset, curvature: str, damping: float) -> Tensor:
     """Scores from matrices that autograd makes of the whole."""
     model = copy.deepcopy(model).double().eval()
     output = model.configure_model_output()
@@ -100,15 +100,15 @@ def reference(model: nn.Module, train: TensorDataset, targets: TensorDataset, he
         named = {f"model.{name}": part.view(shapes[name]) for name, part in zip(shapes, parts, strict=True)}
         return functional_call(call, named, ((data.tensors[0].double(), data.tensors[1]),))
 
-    residuals, curvatures = output.derivatives(outputs(flat, train).detach())
+    loss_gradients, curvatures = output.derivatives(outputs(flat, train).detach())
     gradients = torch.autograd.functional.jacobian(lambda vector: outputs(vector, train), flat)
     target_gradients = torch.autograd.functional.jacobian(lambda vector: outputs(vector, targets), flat)
     gauss_newton = (gradients.T * curvatures) @ gradients
     matrix = gauss_newton
-    if hessian == "exact":
+    if curvature == "exact":
         matrix = torch.autograd.functional.hessian(lambda vector: output.loss(outputs(vector, train)).sum(), flat)
     matrix = matrix + damping * gauss_newton.diagonal().mean() * torch.eye(len(flat))
-    return target_gradients @ torch.linalg.solve(matrix, gradients.T * residuals)
+    return target_gradients @ torch.linalg.solve(matrix, gradients.T * loss_gradients)
 
 
 def relative_error(scores: Tensor, expected: Tensor) -> float:
@@ -118,7 +118,7 @@ def relative_error(scores: Tensor, expected: Tensor) -> float:
 @pytest.fixture(scope="module", params=["gauss_newton", "exact"])
 def net(request):
     """A trained net with batch statistics, a kind of Hessian that is positive definite there, and scores."""
-    model, options = make_model(steps=1000), {"hessian": request.param, "damping": 5.0}
+    model, options = make_model(steps=1000), {"curvature": request.param, "damping": 5.0}
     return model, options, reference(model, FITTED, TARGETS, **options)
 
 
@@ -195,22 +195,22 @@ class Attention(AttributionMixin, L.LightningModule):
         return RegressionOutput()
 
 
-@pytest.mark.parametrize("hessian", ["gauss_newton", "exact"])
-def test_attention_is_differentiated_twice(hessian):
+@pytest.mark.parametrize("curvature", ["gauss_newton", "exact"])
+def test_attention_is_differentiated_twice(curvature):
     torch.manual_seed(0)
     model = Attention()
     train, targets = (TensorDataset(data.tensors[0], data.tensors[1].double()) for data in (TRAIN, TARGETS))
     method = InfluenceFunction(
-        model, [model.state_dict()], solver=ConjugateGradient(tolerance=1e-9), hessian=hessian, damping=20.0
+        model, [model.state_dict()], solver=ConjugateGradient(tolerance=1e-9), curvature=curvature, damping=20.0
     )
-    expected = reference(model, train, targets, hessian, 20.0)
+    expected = reference(model, train, targets, curvature, 20.0)
     assert relative_error(method.attribute(double_trainer(), train, targets), expected) < 1e-7
 
 
 @pytest.mark.filterwarnings("ignore:LiSSA at:RuntimeWarning")
 @pytest.mark.parametrize("solver", [Explicit(), ConjugateGradient(20, 1e-8), LiSSA(20, batch_size=8), Arnoldi(20, 10)])
 def test_neither_batches_nor_order_nor_blocks_change_the_scores(monkeypatch, solver):
-    method = InfluenceFunction(make_model(), make_checkpoints(2), solver=solver, hessian="gauss_newton", damping=20.0)
+    method = InfluenceFunction(make_model(), make_checkpoints(2), solver=solver, curvature="gauss_newton", damping=20.0)
     expected = method.attribute(double_trainer(), TRAIN, TARGETS)
     monkeypatch.setattr(base, "TARGET_BYTES", 5 * 8 * 150)
     train = DataLoader(TRAIN, batch_size=7, shuffle=True)
@@ -290,14 +290,14 @@ def test_a_data_modules_transfer_hooks_are_called():
 )
 def test_an_indefinite_hessian_is_an_error(solver, message):
     model = make_model(steps=3)
-    method = InfluenceFunction(model, [model.state_dict()], solver=solver, hessian="exact", damping=0.0)
+    method = InfluenceFunction(model, [model.state_dict()], solver=solver, curvature="exact", damping=0.0)
     with pytest.raises(ValueError, match=message):
         method.attribute(double_trainer(), TRAIN, TARGETS)
 
 
 def test_arnoldi_leaves_negative_curvature_out_and_says_so():
     model = make_model(steps=3)
-    method = InfluenceFunction(model, [model.state_dict()], solver=Arnoldi(80, 80), hessian="exact", damping=0.3)
+    method = InfluenceFunction(model, [model.state_dict()], solver=Arnoldi(80, 80), curvature="exact", damping=0.3)
     with pytest.warns(RuntimeWarning, match="of the 80 leading eigenvalues of the damped Hessian .* are negative"):
         scores = method.attribute(double_trainer(), TRAIN, TARGETS)
     assert scores.isfinite().all()
@@ -337,7 +337,7 @@ class Plain(RegressionOutput):
 
 @pytest.mark.parametrize(
     ("output", "message"),
-    [(Concave(), 'convex in the output; use hessian="exact"'), (Plain(), "no curvature at checkpoint 0")],
+    [(Concave(), 'convex in the output: use curvature="exact"'), (Plain(), "no curvature at checkpoint 0")],
 )
 def test_losses_without_a_gauss_newton_matrix_are_refused(output, message):
     model = LitLinear(np.ones(6))
@@ -348,8 +348,8 @@ def test_losses_without_a_gauss_newton_matrix_are_refused(output, message):
 
 
 def test_arguments_are_checked():
-    with pytest.raises(ValueError, match="hessian must be one of 'gauss_newton', 'exact'"):
-        InfluenceFunction(make_model(), make_checkpoints(1), hessian="fisher")
+    with pytest.raises(ValueError, match="curvature must be one of 'gauss_newton', 'exact'"):
+        InfluenceFunction(make_model(), make_checkpoints(1), curvature="fisher")
     with pytest.raises(ValueError, match="damping must be at least 0"):
         InfluenceFunction(make_model(), make_checkpoints(1), damping=-1.0)
     with pytest.raises(TypeError, match="declares no model output"):

@@ -29,10 +29,10 @@ def ekfac(model, train=TRAIN, targets=TARGETS, precision="32-true", output=None,
     return method.attribute(make_trainer(precision=precision), train, targets)
 
 
-def influence(solver, hessian="gauss_newton"):
+def influence(solver, curvature="gauss_newton"):
     def scores(model, train=TRAIN, targets=TARGETS, precision="32-true", output=None, **options):
         method = InfluenceFunction(
-            model, [model.state_dict()], output=output or ClassificationMargin(), solver=solver, hessian=hessian,
+            model, [model.state_dict()], output=output or ClassificationMargin(), solver=solver, curvature=curvature,
             damping=DAMPING, **options,
         )  # fmt: skip
         return method.attribute(make_trainer(precision=precision), train, targets)
@@ -66,13 +66,13 @@ def reference(model, train, targets, output=None) -> Tensor:
     torch.set_default_dtype(torch.float64)
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        (gradients, residuals, curvatures), (directions, _, _) = rows(train), rows(targets)
+        (gradients, loss_gradients, curvatures), (directions, _, _) = rows(train), rows(targets)
     finally:
         torch.set_default_dtype(torch.float32)
         torch.backends.mha.set_fastpath_enabled(True)
     gram = (gradients.T * curvatures) @ gradients
     gram = gram + DAMPING * gram.diagonal().mean() * torch.eye(len(gram)).double()
-    return directions @ torch.linalg.solve(gram, gradients.T * residuals)
+    return directions @ torch.linalg.solve(gram, gradients.T * loss_gradients)
 
 
 def relative_error(scores: Tensor, expected: Tensor) -> float:

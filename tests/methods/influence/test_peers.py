@@ -58,11 +58,11 @@ def test_arnoldi_is_captums(softmax_regression, rank, tmp_path):
     )  # fmt: skip
     expected = peer.influence(tuple(targets.tensors))
     method = InfluenceFunction(
-        net, [net.state_dict()], output=OUTPUT, solver=Arnoldi(21, rank), hessian="exact", damping=0.0
+        net, [net.state_dict()], output=OUTPUT, solver=Arnoldi(21, rank), curvature="exact", damping=0.0
     )
     scores = method.attribute(make_trainer(), train, targets)
-    residuals = OUTPUT.derivatives(margins(net, targets))[0]
-    assert relative_error(scores * residuals.unsqueeze(1), expected) < 1e-6
+    loss_gradients = OUTPUT.derivatives(margins(net, targets))[0]
+    assert relative_error(scores * loss_gradients.unsqueeze(1), expected) < 1e-6
 
 
 @pytest.mark.parametrize("solver", [Explicit(), ConjugateGradient(tolerance=1e-10)])
@@ -103,7 +103,7 @@ def test_solvers_are_dattris(softmax_regression, solver):
         [net.state_dict()],
         output=OUTPUT,
         solver=solver,
-        hessian="exact",
+        curvature="exact",
         damping=60 * regularization / float(mean),
     )
     assert relative_error(method.attribute(make_trainer(), train, targets), expected) < 1e-6
