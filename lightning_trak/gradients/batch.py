@@ -45,7 +45,7 @@ def find_layout(two: Any, three: Any) -> dict[Path, Kind]:
         elif isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and (len(a), len(b)) == (2, 3):
             layout[path] = "items"
         elif not isinstance(a, _PLAIN) and type(a) is type(b):
-            layout[path] = "shared"  # a list of parts; what they are is said under their own paths
+            layout[path] = "shared"  # the container itself; each of its parts has an entry of its own
             parts = dict(_children(b))
             for key, part in _children(a):
                 if key in parts:

@@ -53,7 +53,7 @@ class FunctionalEngine(GradientEngine):
                 " generator, or leave the noise out when not training"
             )
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        return EngineError(f"vmap cannot differentiate {name}; it said: {reason}")
+        return EngineError(f"vmap cannot differentiate {name}: {reason}")
 
     @staticmethod
     def _rows(gradient: Any) -> Tensor:
