@@ -38,7 +38,7 @@ from lightning_trak.retraining.ground_truth import load_ground_truth
 from lightning_trak.running.data import single_loader
 from lightning_trak.storage.files import write_atomically
 from lightning_trak.storage.paths import local_path
-from lightning_trak.texts import counted, printable
+from lightning_trak.texts.printable import counted, printable
 
 T = TypeVar("T")
 

@@ -34,7 +34,7 @@ from lightning_trak.running.ranks import Ranks
 from lightning_trak.running.stopping import Interruption
 from lightning_trak.running.strategies import refuse_spawning, shards_model
 from lightning_trak.running.trainers import predict_over
-from lightning_trak.texts import counted
+from lightning_trak.texts.printable import counted
 
 
 class FeaturePipeline:

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from lightning_trak.texts import printable
+from lightning_trak.texts.printable import printable
 
 Forward = Callable[[nn.Module, Any], Any]
 Find = Callable[[Any], Tensor]

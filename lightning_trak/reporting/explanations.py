@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_trak.reporting.items import describe_item, find_image
 from lightning_trak.reporting.scores import SavedScores
-from lightning_trak.texts import counted
+from lightning_trak.texts.printable import counted
 
 Describe = Callable[[Any], str]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_trak.reporting.explanations import Example, Explanation
-from lightning_trak.texts import printable, shortened
+from lightning_trak.texts.printable import printable, shortened
 
 STYLE = """
 body { font: 15px/1.4 system-ui, sans-serif; margin: 2rem; color: #222; background: #fff; }

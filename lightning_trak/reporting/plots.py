@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_trak.scoring.topk import block_top_k
-from lightning_trak.texts import printable, shortened
+from lightning_trak.texts.printable import printable, shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from lightning_trak.reporting.explanations import Explanation
-from lightning_trak.texts import shortened
+from lightning_trak.texts.printable import shortened
 
 
 def table(explanations: Sequence[Explanation], width: int = 100) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lightning_trak.retraining.estimates import Estimate, mean_of, proportion_of
-from lightning_trak.tables import Cell, Table
+from lightning_trak.texts.tables import Cell, Table
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from lightning_trak.retraining.training import UNHEARD_LOG, training_loss
 from lightning_trak.running.batches import TransferHooks, on_device
 from lightning_trak.running.loaders import as_loader
 from lightning_trak.running.loading import load
-from lightning_trak.tables import Table
+from lightning_trak.texts.tables import Table
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from lightning_trak.gradients.hooks import projector
 from lightning_trak.outputs import ClassificationMargin
 from lightning_trak.projections import IdentityProjection, KroneckerProjection, SparseProjection
 
-EXTENDING = Path(__file__).parents[1] / "docs" / "api" / "extending.md"
+EXTENDING = Path(__file__).parents[2] / "docs" / "api" / "extending.md"
 
 
 @pytest.fixture(autouse=True)

@@ -29,7 +29,7 @@ from lightning_trak.reporting.loggers import (
 )
 from lightning_trak.retraining import Retrained, random_subsets
 from lightning_trak.scoring import TopK
-from lightning_trak.tables import Table
+from lightning_trak.texts.tables import Table
 from tests.lit import TARGETS, TRAIN, LitNet, make_trainer
 from tests.retraining.test_counterfactuals import example
 

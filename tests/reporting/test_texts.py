@@ -25,8 +25,8 @@ from lightning_trak.reporting.plots import (
 )
 from lightning_trak.reporting.scores import SavedScores
 from lightning_trak.reporting.terminal import table
-from lightning_trak.tables import Table
-from lightning_trak.texts import counted, printable
+from lightning_trak.texts.printable import counted, printable
+from lightning_trak.texts.tables import Table
 from tests.retraining.test_counterfactuals import example
 
 ESCAPE = "\x1b]0;owned\x07\x1b[2Jx\u202egnp.exe"

@@ -11,7 +11,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
 from torch import Tensor
 
 from lightning_trak.reporting.plots import plot_histogram
-from lightning_trak.tables import Table
+from lightning_trak.texts.tables import Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

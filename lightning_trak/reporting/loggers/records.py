@@ -17,8 +17,8 @@ from lightning_trak.reporting.loggers.base import writers_for
 from lightning_trak.reporting.plots import Picture, plot_brittleness, plot_mislabel_curves, plot_pictures
 from lightning_trak.retraining.brittleness import Brittleness
 from lightning_trak.scoring.topk import TopK, strongest
-from lightning_trak.tables import Cell, Table
-from lightning_trak.texts import counted
+from lightning_trak.texts.printable import counted
+from lightning_trak.texts.tables import Cell, Table
 
 Loggers = Iterable[Logger]
 

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger
 from torch import Tensor
 
 from lightning_trak.reporting.loggers.base import LoggerWriter
-from lightning_trak.tables import Table
+from lightning_trak.texts.tables import Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -4,7 +4,7 @@ import csv
 import io
 from typing import NamedTuple
 
-from lightning_trak.texts import printable
+from lightning_trak.texts.printable import printable
 
 Cell = str | int | float
 
