@@ -27,7 +27,7 @@ from lightning_trak.outputs.evaluating import exact_attention, unchanged
 from lightning_trak.outputs.mixin import declared_output
 from lightning_trak.retraining.estimates import Estimate, mean_of
 from lightning_trak.retraining.removal import ranked, require_scores
-from lightning_trak.retraining.training import UNHEARD_LOG, training_loss
+from lightning_trak.retraining.training import NO_TRAINER_WARNING, training_loss
 from lightning_trak.running.batches import TransferHooks, on_device
 from lightning_trak.running.loaders import as_loader
 from lightning_trak.running.loading import load
@@ -102,7 +102,7 @@ def tail_patch(
     Args:
         module: the trained module.
         optimizer: of this module, as training left it, since its moments and learning rate make the step: after
-            ``fit``, ``trainer.optimizers[0]``. Has the learning rate been decayed to nothing, set it to another.
+            ``fit``, ``trainer.optimizers[0]``. If a scheduler has decayed the learning rate to zero, set another.
         train: the whole training set, a map-style Dataset, or a DataLoader, whose collate function makes the batches.
         targets: alike, best some dozens. They are kept in memory.
         scores: ``(num_targets, num_train)`` for each method by name. Give random ones, too
@@ -150,7 +150,7 @@ def tail_patch(
     patch = _Patch(module, optimizer, output)
     rises: dict[tuple[tuple[int, ...], int], float] = {}
     with isolate_rng(), warnings.catch_warnings(), torch.enable_grad():
-        warnings.filterwarnings("ignore", UNHEARD_LOG)
+        warnings.filterwarnings("ignore", NO_TRAINER_WARNING)
         alone = load(target_loader, [[target] for target in range(num_targets)])
         asked = list(patch.on_device(alone))
         if asked:

@@ -21,7 +21,7 @@ from lightning_trak.outputs.evaluating import exact_attention
 from lightning_trak.running.batches import TransferHooks, on_device
 from lightning_trak.running.loading import like
 
-UNHEARD_LOG = ".*`self.trainer` reference is not registered.*"  # Lightning's warning, if there is no Trainer
+NO_TRAINER_WARNING = ".*`self.trainer` reference is not registered.*"  # by self.log
 
 
 class FactoryError(ValueError):
@@ -104,7 +104,7 @@ def seeded(seed: int) -> Iterator[None]:
 def training_loss(module: L.LightningModule, batch: Any) -> Tensor:
     """What ``training_step`` returns as the loss of a batch, without a Trainer.
 
-    Where it calls ``self.log``, Lightning warns that nobody listens: ignore :data:`UNHEARD_LOG`.
+    Where it calls ``self.log``, Lightning warns that there is no Trainer: filter :data:`NO_TRAINER_WARNING`.
     """
     takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
     result: Any = module.training_step(batch, 0) if takes_index else module.training_step(batch)

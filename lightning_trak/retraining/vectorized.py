@@ -30,7 +30,7 @@ from lightning_trak.gradients.leaves import apart_from, leaves_of
 from lightning_trak.gradients.substitution import Substituted
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.evaluating import exact_attention, unchanged
-from lightning_trak.retraining.training import UNHEARD_LOG, FactoryError, training_loss
+from lightning_trak.retraining.training import NO_TRAINER_WARNING, FactoryError, training_loss
 
 
 class _Call(nn.Module):
@@ -179,7 +179,7 @@ def train_together(
 
 
 # What a Trainer would call and `train_together` does not.
-_UNHEARD_HOOKS = (
+_TRAINER_HOOKS = (
     *("setup", "prepare_data", "configure_model", "configure_callbacks", "on_fit_start", "on_fit_end"),
     *("on_train_start", "on_train_end", "on_train_epoch_start", "on_train_epoch_end"),
     *("on_train_batch_start", "on_train_batch_end", "on_before_batch_transfer", "transfer_batch_to_device"),
@@ -213,7 +213,7 @@ def require_trainable_together(module: L.LightningModule, trainer: L.Trainer, lo
     left_out = [
         *(
             f"{type(module).__name__}.{hook}"
-            for hook in _UNHEARD_HOOKS
+            for hook in _TRAINER_HOOKS
             if is_overridden(hook, module, L.LightningModule)
         ),
         *(type(callback).__name__ for callback in callbacks if not isinstance(callback, harmless)),
@@ -308,7 +308,7 @@ def _only_looking(module: nn.Module, training: bool) -> Iterator[None]:
         sdpa_kernel(SDPBackend.MATH),
         exact_attention(),
     ):
-        warnings.filterwarnings("ignore", UNHEARD_LOG)
+        warnings.filterwarnings("ignore", NO_TRAINER_WARNING)
         if not training:
             module.eval()
         yield
@@ -323,7 +323,7 @@ def _fit(
     members = torch.stack([mask.nonzero().flatten() for mask in masks])
     orders = [torch.Generator().manual_seed(seed) for seed in seeds]
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", UNHEARD_LOG)
+        warnings.filterwarnings("ignore", NO_TRAINER_WARNING)
         for _ in range(max_epochs):
             shuffled = torch.stack(
                 [row[torch.randperm(len(row), generator=order)] for row, order in zip(members, orders, strict=True)]
