@@ -4,11 +4,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from lightning_trak.gradients.leaves import apart_from
 from lightning_trak.outputs.evaluating import exact_attention, unchanged
+from lightning_trak.running.random_states import isolated_random_states
 
 _TRIES = 8  # of an output that draws random numbers: not every draw need change it
 
@@ -24,7 +24,7 @@ def trying(original: nn.Module, copied: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: if a parameter or buffer of the original is read.
     """
-    with isolate_rng(), unchanged(copied), exact_attention(), apart_from(original, copied):
+    with isolated_random_states(), unchanged(copied), exact_attention(), apart_from(original, copied):
         yield
 
 

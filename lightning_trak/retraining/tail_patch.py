@@ -11,7 +11,6 @@ from typing import Any, cast
 import lightning as L
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
@@ -31,6 +30,7 @@ from lightning_trak.retraining.training import NO_TRAINER_WARNING, training_loss
 from lightning_trak.running.batches import TransferHooks, on_device
 from lightning_trak.running.loaders import as_loader
 from lightning_trak.running.loading import load
+from lightning_trak.running.random_states import isolated_random_states
 from lightning_trak.texts.tables import Table
 
 
@@ -149,7 +149,7 @@ def tail_patch(
 
     patch = _Patch(module, optimizer, output)
     rises: dict[tuple[tuple[int, ...], int], float] = {}
-    with isolate_rng(), warnings.catch_warnings(), torch.enable_grad():
+    with isolated_random_states(), warnings.catch_warnings(), torch.enable_grad():
         warnings.filterwarnings("ignore", NO_TRAINER_WARNING)
         alone = load(target_loader, [[target] for target in range(num_targets)])
         asked = list(patch.on_device(alone))

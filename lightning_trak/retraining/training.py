@@ -14,12 +14,12 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
 
-from lightning_trak.compatibility import collect_rng_states, set_rng_states
 from lightning_trak.gradients.precision import WorkingPrecision
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.evaluating import exact_attention
 from lightning_trak.running.batches import TransferHooks, on_device
 from lightning_trak.running.loading import like
+from lightning_trak.running.random_states import isolated_random_states
 
 NO_TRAINER_WARNING = ".*`self.trainer` reference is not registered.*"  # by self.log
 
@@ -87,14 +87,13 @@ class NothingTwice:
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Seeds everything; random states and environment are as they were afterwards, after an error too."""
-    states = collect_rng_states()
     names = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
     environment = {name: os.environ.get(name) for name in names}
     try:
-        seed_everything(seed, workers=True, verbose=False)
-        yield
+        with isolated_random_states():
+            seed_everything(seed, workers=True, verbose=False)
+            yield
     finally:
-        set_rng_states(states)
         for name, value in environment.items():
             os.environ.pop(name, None)
             if value is not None:

@@ -17,7 +17,6 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
@@ -31,6 +30,7 @@ from lightning_trak.gradients.substitution import Substituted
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.evaluating import exact_attention, unchanged
 from lightning_trak.retraining.training import NO_TRAINER_WARNING, FactoryError, training_loss
+from lightning_trak.running.random_states import isolated_random_states
 
 
 class _Call(nn.Module):
@@ -163,7 +163,7 @@ def train_together(
     if len(sizes) != 1 or sizes[0] == 0:
         raise ValueError(f"modules are trained together on subsets of one size, got sizes {sizes.tolist()}")
     data = move_data_to_device(default_collate([dataset[i] for i in range(num_train)]), torch.device(device))
-    with isolate_rng():
+    with isolated_random_states():
         modules = []
         for seed in seeds:
             torch.manual_seed(seed)
@@ -302,7 +302,7 @@ def _only_looking(module: nn.Module, training: bool) -> Iterator[None]:
     """For steps that leave the module, its buffers and the random state as they were."""
     buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
     with (
-        isolate_rng(),
+        isolated_random_states(),
         warnings.catch_warnings(),
         unchanged(module),
         sdpa_kernel(SDPBackend.MATH),

@@ -3,11 +3,11 @@
 import warnings
 from typing import Any, cast
 
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader
 
 from lightning_trak.fingerprints.digests import content_digest
 from lightning_trak.running.loading import load
+from lightning_trak.running.random_states import isolated_random_states
 
 
 def fingerprint(loader: DataLoader[Any]) -> str | None:
@@ -33,7 +33,7 @@ def sample_digest(loader: DataLoader[Any]) -> str | None:
     """A digest of eight items spread over the dataset, as the loader collates them; None if the next ones differ."""
     total = len(cast(Any, loader.dataset))
     sample = sorted({position * (total - 1) // 7 for position in range(8)})
-    with isolate_rng():
+    with isolated_random_states():
         twice = load(loader, [sample, sample], num_workers=min(1, loader.num_workers))
         first, second = map(content_digest, twice)
     return first if first == second else None

@@ -15,12 +15,12 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader
 
 from lightning_trak.compatibility import InfiniteBarrier, starts_script_again
 from lightning_trak.running.content import sample_digest
 from lightning_trak.running.loaders import plain_loaders
+from lightning_trak.running.random_states import isolated_random_states
 
 _HOOKS = {"fit": "train_dataloader", "predict": "predict_dataloader"}
 
@@ -54,7 +54,7 @@ def loaders_of(datamodule: L.LightningDataModule, stage: str, trainer: L.Trainer
         return found
     trained = _ask(datamodule, _HOOKS["fit"])
     try:
-        with isolate_rng():
+        with isolated_random_states():
             if not met:
                 _prepare(datamodule, trainer)
             drawn = _draws_numbers(lambda: datamodule.setup(TrainerFn(stage)))
@@ -113,7 +113,7 @@ def _is_repeatable(
     """Whether setup gives the same with other random numbers; tried on a copy that has what was there before."""
     twin = object.__new__(type(datamodule))
     vars(twin).update(before, trainer=datamodule.trainer)
-    with isolate_rng():
+    with isolated_random_states():
         seed = (torch.initial_seed() + 1) % 2**32
         torch.manual_seed(seed), random.seed(seed), np.random.seed(seed)  # noqa: NPY002
         twin.setup(TrainerFn(stage))

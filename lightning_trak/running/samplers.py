@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
 import numpy as np
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
@@ -16,6 +15,8 @@ from torch.utils.data import (
     SequentialSampler,
     WeightedRandomSampler,
 )
+
+from lightning_trak.running.random_states import isolated_random_states
 
 # A sampler of the user's own is iterated until it has drawn every position, or none that is new in so many iterations,
 # or in so many draws for each example. One that draws with replacement meets all examples by then.
@@ -73,7 +74,7 @@ def _try(sampler: Any, total: int, dataset: Any) -> tuple[int, int]:
         ) from error
     seen, size, idle = bytearray(total), 0, 0
     count = iterations = 0
-    with isolate_rng():
+    with isolated_random_states():
         while count < total and iterations < _PATIENCE and idle < _PATIENCE * total:
             iterations += 1
             for position in _positions(copied):

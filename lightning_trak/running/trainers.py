@@ -8,10 +8,10 @@ from typing import Any, cast
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.profilers import PassThroughProfiler
-from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_trak.compatibility import is_running, parts_that_a_run_changes
 from lightning_trak.running.predict import PredictModule
+from lightning_trak.running.random_states import isolated_random_states
 from lightning_trak.running.stopping import Interruption
 from lightning_trak.running.strategies import refuse_spawning
 
@@ -58,7 +58,7 @@ def _borrowed(trainer: L.Trainer, ours: PredictModule, interruption: Interruptio
     trainer.datamodule = None  # type: ignore[attr-defined]  # else it would be prepared and set up again
     trainer.predict_loop = type(trainer.predict_loop)(trainer, trainer.predict_loop.inference_mode)
     try:
-        with (interruption or Interruption()).watching(trainer), isolate_rng(), warnings.catch_warnings():
+        with (interruption or Interruption()).watching(trainer), isolated_random_states(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*RangeLoader.*")  # it may have nothing left to do
             warnings.filterwarnings("ignore", ".*LeafSpec.*")  # Lightning's own, in every loop
             yield

@@ -6,7 +6,6 @@ from typing import Any, cast
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -14,6 +13,7 @@ from lightning_trak.methods.base import Method
 from lightning_trak.methods.examples import Examples
 from lightning_trak.running.data import Data
 from lightning_trak.running.loading import batch_size_of, load
+from lightning_trak.running.random_states import isolated_random_states
 from lightning_trak.running.ranges import batch_ranges
 
 Text = str | Tensor | Iterable[Hashable]
@@ -88,7 +88,7 @@ class BM25(Method):
 
     def _tokenize(self, loader: DataLoader[Any]) -> list[list[Hashable]]:
         ranges = batch_ranges(range(len(cast(Any, loader.dataset))), batch_size_of(loader))
-        with isolate_rng():
+        with isolated_random_states():
             batches = load(loader, (part.examples for part in ranges), collate_fn=list)
             return [list(_tokens(self.text(item))) for batch in batches for item in batch]
 

@@ -9,7 +9,6 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, Subset
 
@@ -17,6 +16,7 @@ from lightning_trak.methods.base import Method
 from lightning_trak.methods.examples import Examples, Rows, declared_rows
 from lightning_trak.running.data import Data
 from lightning_trak.running.loading import batch_size_of
+from lightning_trak.running.random_states import isolated_random_states
 from lightning_trak.running.ranks import Ranks
 
 
@@ -123,7 +123,7 @@ class DataShapley(Method):
 
     def _retrain(self, loader: DataLoader[Any], members: list[int], targets: Examples) -> Tensor:
         """Utility at each target of a model trained on the members, float64, ``(num_targets,)``."""
-        with isolate_rng():
+        with isolated_random_states():
             random.seed(self.seed)
             np.random.seed(self.seed)  # noqa: NPY002
             torch.manual_seed(self.seed)

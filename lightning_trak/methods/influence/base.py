@@ -5,7 +5,6 @@ from typing import TypedDict
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from lightning_trak.checkpoints.reading import CheckpointsLike, resolve_checkpoints
@@ -20,6 +19,7 @@ from lightning_trak.methods.influence.solvers import InverseProduct
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import declared_output
 from lightning_trak.running.data import Data
+from lightning_trak.running.random_states import isolated_random_states
 from lightning_trak.running.strategies import require_whole_parameters
 
 # Gradients of this many bytes are preconditioned at a time; solvers hold a few copies.
@@ -95,7 +95,7 @@ class Influence(Method):
         """
         require_whole_parameters(trainer)
         train_set, target_set = Examples(train, "fit", trainer), Examples(targets, "predict", trainer)
-        with isolate_rng(), torch.inference_mode(False), torch.no_grad():
+        with isolated_random_states(), torch.inference_mode(False), torch.no_grad():
             digests = [checkpoint.fingerprint() for checkpoint in self.checkpoints]
             model = ModelCopy(self.model, self.output, self.checkpoints, digests, self._selection())
             passes = Passes(model, self.seed, trainer, train_set)
