@@ -64,13 +64,14 @@ class Lock:
     def is_on(self, path: Path) -> bool:
         """Whether the file is still the one at a path."""
         try:
-            mine, there = os.fstat(self._descriptor), os.stat(path)
+            mine, there, folder = os.fstat(self._descriptor), os.stat(path), os.stat(path.parent)
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ESTALE):
                 return False
             raise
         # On NFS, a path may lead to a file that was there a moment ago; that this has no name left is known at once.
-        return mine.st_nlink > 0 and os.path.samestat(mine, there)
+        nameless = mine.st_nlink == 0 and folder.st_nlink > 0  # some file systems do not count names
+        return os.path.samestat(mine, there) and not nameless
 
     def close(self) -> None:
         """Let the lock go."""
