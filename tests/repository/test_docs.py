@@ -115,7 +115,8 @@ def test_the_quickstart_is_a_script(tmp_path, monkeypatch, capsys):
     run(QUICKSTART, {"__name__": "__main__"})
     shown = capsys.readouterr().out
     assert shown.count("from training example") == 10
-    value, low, high = map(float, re.search(r"LDS (-?[0-9.]+), 95% interval (-?[0-9.]+) to (-?[0-9.]+)", shown).groups())
+    numbers = re.search(r"LDS (-?[0-9.]+), 95% interval (-?[0-9.]+) to (-?[0-9.]+)", shown).groups()
+    value, low, high = map(float, numbers)
     assert 0 < low < value < high  # better than chance
 
 
