@@ -1,12 +1,11 @@
 """A store is of what the model computes: resuming and scoring notice that it computes something else."""
 
-from collections import UserDict
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections import OrderedDict, UserDict
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_trak import TRAK
@@ -15,6 +14,7 @@ from lightning_trak.gradients.batch import ExampleBatch, find_layout
 from lightning_trak.outputs import ClassificationMargin
 from lightning_trak.projections import SparseProjection
 from tests.lit import TARGETS, TRAIN, LitNet, make_checkpoints, make_trainer
+from tests.nested import Pair, Record, nested
 
 SCALE = [1.0]  # a name that is no type
 
@@ -97,36 +97,19 @@ def test_base_weights_under_adapters_are_part_of_the_identity(tmp_path):
         TRAK(other, adapters, tmp_path, **options).score(make_trainer(), TARGETS)
 
 
-class Pair(NamedTuple):
-    first: Tensor
-    second: Any
-
-
-@dataclass
-class Record:
-    values: Tensor
-    name: str
-
-
-def batch(size: int) -> dict[str, Any]:
-    return {
-        "pair": Pair(torch.arange(size), ["a", "b", "c"][:size]),
-        "record": Record(torch.ones(size, 2), "shared"),
-        "user": UserDict(y=torch.zeros(size)),
-        "plain": [1, 2.5, True, None, ("text", ())],
-    }
-
-
 def test_batches_of_many_structures_can_be_kept():
-    kept = ExampleBatch(batch(2), 2, find_layout(batch(2), batch(3)))
+    kept = ExampleBatch(nested(2), 2, find_layout(nested(2), nested(3)))
     found = unpack(pack(kept))
     assert found.size == 2
     assert found.layout == kept.layout
     assert found.content["pair"].second == ["a", "b"]
     assert isinstance(found.content["pair"], Pair)
     assert found.content["record"].name == "shared"
-    assert torch.equal(found.content["record"].values, torch.ones(2, 2))
+    assert found.content["record"].values.tolist() == [0, 2]
+    assert isinstance(found.content["ordered"], OrderedDict)
+    assert found.content["ordered"]["x"][1][0].tolist() == [0, 1]
     assert isinstance(found.content["user"], UserDict)
+    assert [tuple(image.shape) for image in found.content["images"]] == [(2, 2), (2, 3)]
     assert found.content["plain"] == [1, 2.5, True, None, ("text", ())]
 
 
@@ -137,7 +120,7 @@ def test_what_cannot_be_kept_is_said_and_types_of_unknown_modules_are_not_import
         pack(ExampleBatch({"x": float("nan")}, 2))
     packed = pack(ExampleBatch(Record(torch.zeros(2), "x"), 2))
     for name in ("subprocess:Popen", "antigravity:fly", "builtins:int", "tests.features.test_same_function:SCALE"):
-        text = bytes(packed["structure"].tolist()).decode().replace(f"{__name__}:Record", name)
+        text = bytes(packed["structure"].tolist()).decode().replace(f"{Record.__module__}:Record", name)
         packed_again = packed | {"structure": torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)}
         with pytest.raises(NotStorableError, match="is not known in this process"):
             unpack(packed_again)

@@ -1,8 +1,7 @@
 """Engines against each other, against autograd over the whole batch, and against finite differences."""
 
 from collections import OrderedDict, UserDict
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from lightning_trak.gradients import FunctionalEngine, LoopEngine, select_parameters
 from lightning_trak.gradients.batch import ExampleBatch, find_layout, infer_batch_size
 from lightning_trak.outputs import ClassificationMargin
+from tests.nested import Pair, Record, nested
 from tests.zoo import ZOO, specimen
 
 
@@ -146,33 +146,6 @@ def test_an_output_without_gradient_has_a_gradient_of_zero():
     assert [(len(row), float(row.abs().sum())) for row in rows.values()] == [(size, 0.0)] * len(rows)
 
 
-class Pair(NamedTuple):
-    first: Tensor
-    second: Any
-
-
-@dataclass
-class Record:
-    values: Tensor
-    name: str
-
-
-def nested(size: int) -> dict[str, Any]:
-    values = torch.arange(size)
-    return {
-        "pair": Pair(values, ["a", "b", "c"][:size]),
-        "record": Record(values * 2, "shared"),
-        "ordered": OrderedDict(x=[values, (values, 1.5)]),
-        "user": UserDict(y=values),
-        "classes": ["cat", "dog", "emu"],
-        "images": [torch.full((2, 2 + i), float(i)) for i in range(size)],
-        "height and width": (3, 3),
-        "weights": torch.ones(3),
-        "temperature": torch.tensor(0.5),
-        "none": None,
-    }
-
-
 def test_batches_of_many_structures_are_taken_apart():
     batch = nested(3)
     one = ExampleBatch(batch, 3, find_layout(nested(2), nested(3))).take([1]).fresh()
@@ -189,6 +162,7 @@ def test_batches_of_many_structures_are_taken_apart():
     assert one["height and width"] == (3, 3)
     assert one["weights"].tolist() == [1, 1, 1]
     assert one["temperature"] == 0.5
+    assert one["plain"] == [1, 2.5, True, None, ("text", ())]
     assert infer_batch_size(batch) == 3
 
 

@@ -80,8 +80,10 @@ def test_self_influence_finds_wrong_labels_of_digits(tmp_path):
         torch.manual_seed(0)
         model = DigitsMLP()
         make_trainer(max_epochs=20).fit(model, DataLoader(data, batch_size=100, shuffle=True))
+    draws = torch.rand(1000, len(data))
+    by_chance = max(mislabel_detection_curve(suspicion, mislabelled).area for suspicion in draws)
     for method in (TRAK, GradientDot):
         attribution = method(model, [model.state_dict()], tmp_path, projection=SparseProjection(256))
         attribution.featurize(make_trainer(), data)
         area = mislabel_detection_curve(attribution.self_influence(make_trainer()), mislabelled).area
-        assert 0.85 < float(area) <= 0.95
+        assert by_chance < area <= 0.95

@@ -35,7 +35,8 @@ def test_margin_and_gradients_equal_the_definition(classes):
     (gradient,) = torch.autograd.grad(margin.sum(), logits)
     (expected,) = torch.autograd.grad(naive(logits, labels).sum(), logits)
     torch.testing.assert_close(gradient, expected)
-    assert classes > 10 or torch.autograd.gradcheck(lambda z: log_odds(z, labels), logits)
+    if classes <= 10:
+        assert torch.autograd.gradcheck(lambda z: log_odds(z, labels), logits)
 
 
 @pytest.mark.parametrize("gap", [0, 5, 16, 17, 18, 30, 80, -16, -30, -80])

@@ -31,15 +31,7 @@ def double_trainer(**options) -> L.Trainer:
     return make_trainer(precision="64-true", **options)
 
 
-class LitLinear(AttributionMixin, L.LightningModule):
-    def __init__(self, weight: np.ndarray) -> None:
-        super().__init__()
-        self.linear = nn.Linear(len(weight), 1, bias=False, dtype=torch.float64)
-        self.linear.weight.data = torch.tensor(weight).unsqueeze(0)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return self.linear(inputs)
-
+class LitLinear(LitLogistic):
     def configure_model_output(self) -> ModelOutput:
         return RegressionOutput()
 
