@@ -143,7 +143,7 @@ class FeatureMethod(Method):
     ) -> Any:
         """Score every target against every training example.
 
-        A positive score says that training on the example helps the target, as each method has it.
+        The first lines of the method's class say what a positive score means, and in which unit it is.
 
         Args:
             trainer: as for :meth:`featurize`; the strategy must not spawn its processes.

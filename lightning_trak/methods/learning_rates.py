@@ -15,14 +15,14 @@ def resolve_learning_rates(
     """One learning rate for each checkpoint.
 
     Args:
-        learning_rates: ``"snapshots"``: those of the last steps before the snapshots that ``TRAKCallback`` took; or a
-            number for all checkpoints, or one for each.
+        learning_rates: ``"snapshots"``: the rate of the last step before each snapshot, which ``TRAKCallback``
+            recorded; or a number for all checkpoints, or one for each.
         checkpoints: the checkpoints.
-        selected: names of the parameters whose gradients are compared; asked only where groups had different rates.
+        selected: names of the parameters whose gradients are compared; called only if groups had different rates.
 
     Raises:
-        ValueError: if the learning rate of a checkpoint is not known or is not one for all selected parameters, or if
-            those given are not as many as the checkpoints, negative, all 0 or not finite.
+        ValueError: if the learning rate of a checkpoint is not known or differs between selected parameters, or if the
+            rates given are not one for each checkpoint, or are negative, all 0 or not finite.
     """
     count = len(checkpoints)
     if isinstance(learning_rates, str):
@@ -44,7 +44,7 @@ def _recorded(checkpoint: Checkpoint, selected: Callable[[], Iterable[str]]) -> 
     advice = "pass learning_rates=, one number for each checkpoint"
     if checkpoint.record is None:
         raise ValueError(
-            f"{checkpoint.name} comes without its learning rate: {advice}, or use a directory of TRAKCallback's"
+            f"{checkpoint.name} does not hold its learning rate: {advice}, or use a directory of TRAKCallback's"
             " snapshots"
         )
     groups = checkpoint.record.parameter_groups
@@ -56,7 +56,7 @@ def _recorded(checkpoint: Checkpoint, selected: Callable[[], Iterable[str]]) -> 
         found = ", ".join(f"{rate:g}" for rate in sorted({group.lr or 0.0 for group in groups}))
         raise ValueError(
             f"the parameter groups of {checkpoint.name} had learning rates {found}, and it does not say which"
-            f" parameters were in which: {advice}, that of the selected parameters (parameters=)"
+            f" parameters were in which group: {advice}, that of the selected parameters (parameters=)"
         )
     members: dict[tuple[float, ...], list[str]] = {}  # selected parameters by the rates that they had
     for name in selected():
@@ -64,12 +64,12 @@ def _recorded(checkpoint: Checkpoint, selected: Callable[[], Iterable[str]]) -> 
         members.setdefault(tuple(sorted(rates)), []).append(name)
     distinct = sorted(members)
     if len(distinct) > 1 or len(distinct[0]) != 1:
-        said = "; ".join(f"{_and(rates)} ({_few(members[rates])})" for rates in distinct)
+        listed = "; ".join(f"{_and(rates)} ({_few(members[rates])})" for rates in distinct)
         raise ValueError(
-            f"the selected parameters have not one learning rate at {checkpoint.name} but {said}, and features, where"
-            " gradients are projected together, cannot be weighed apart: make one TracIn for the parameters of each"
-            " rate, by parameters= and with a store of its own, and add the scores; or pass learning_rates=, one number"
-            " for each checkpoint"
+            f"the selected parameters had several learning rates at {checkpoint.name}: {listed}. Features project all"
+            " gradients together and cannot be weighed apart: make one TracIn for the parameters of each rate, by"
+            " parameters= and with a store of its own, and add the scores; or pass learning_rates=, one number for each"
+            " checkpoint"
         )
     return distinct[0][0]
 

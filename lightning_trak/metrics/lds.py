@@ -49,8 +49,8 @@ class LinearDatamodelingScore(Metric):
     Args:
         masks: bool ``(num_subsets, num_train)``, true where the subset holds the example. It moves between
             devices with the metric and is not part of its ``state_dict``.
-        constant_rows: what becomes of a target whose predicted or true outputs are the same for all subsets, and so
-            have no rank correlation. ``"zero"`` counts it as 0, so that every method is averaged over the same targets
+        constant_rows: how to treat a target whose predicted or true outputs are the same for all subsets, and which has
+            no rank correlation. ``"zero"`` counts it as 0, so that every method is averaged over the same targets
             and none gains by predicting nothing; ``"ignore"`` leaves it out; ``"error"`` refuses it in ``update``.
         kwargs: see :class:`torchmetrics.Metric`.
 

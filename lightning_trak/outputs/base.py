@@ -17,7 +17,7 @@ class ModelOutput(ABC):
 
     A subclass gives :meth:`output` and :meth:`loss`; the derivatives of the loss follow by autograd. Gradient engines
     call :meth:`output` under ``torch.func.vmap`` or with real batches, so it may not branch on the values of tensors.
-    An example that has no output (an ignored label, say) should give NaN, which stops featurizing with its name.
+    The output of an example that has none (an ignored label, say) should be NaN: featurizing then stops and names it.
 
     Attributes:
         context_size: number of training examples that :meth:`make_context` wants to see at each checkpoint.
@@ -106,7 +106,7 @@ class ModelOutput(ABC):
         return close(self.output(module, batch), alone, tolerance)
 
     def explain_nan(self, module: nn.Module, batch: Any) -> str | None:
-        """Why an example has no output, in words that follow its name, such as "its label is 7, ..."; None by default.
+        """Why an example has no output, as the end of an error about it, such as "its label is 7, ..."; default: None.
 
         Unlike :meth:`output`, this may look at the values of tensors. It is called without gradients, after the output
         came out as NaN.
@@ -119,7 +119,7 @@ class ModelOutput(ABC):
         return None
 
     def make_context(self, module: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
-        """What the output needs to know of other training examples at one checkpoint; nothing by default.
+        """What the output depends on beside the example: tensors from other training examples; nothing by default.
 
         Args:
             module: the model at this checkpoint, in eval mode.

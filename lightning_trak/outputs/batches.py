@@ -48,8 +48,8 @@ def split_labels(batch: Any, labels_keys: tuple[Key, ...]) -> tuple[Any, Tensor]
         labels_keys: candidate keys; the first one that the batch has is used. A function returns the labels.
 
     Returns:
-        The rest of the batch, for :func:`call_module`, and the labels. The rest is None where a function returned what
-        is no element of the batch.
+        The rest of the batch, for :func:`call_module`, and the labels. The rest is None if a function returned labels
+        that are not an element of the batch.
 
     Raises:
         ValueError: if a mapping has none of the keys, or a sequence has fewer than two elements or not that position.

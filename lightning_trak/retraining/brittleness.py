@@ -14,7 +14,7 @@ class Brittleness:
 
     Attributes:
         methods: names of the methods.
-        ks: how many proponents were taken away, ascending.
+        ks: how many proponents were removed, ascending.
         outputs: ``(num_methods, num_ks, num_targets, num_seeds)``.
         references: of models trained on everything, ``(num_targets, num_references, num_seeds)``.
         threshold: a prediction is right while the output, averaged over seeds, is above it. For a
@@ -38,7 +38,7 @@ class Brittleness:
         """Mean drop over targets, in units of the output.
 
         Its interval is a percentile bootstrap over targets (Efron and Tibshirani 1993, chapter 13), the same draws for
-        every method and k. The drop that ``"random"`` proponents bring is what any other one has to be compared with.
+        every method and k. Compare each drop with that of ``"random"`` scores.
 
         Args:
             confidence: of the interval, in (0, 1).
@@ -67,10 +67,10 @@ class Brittleness:
         return proportion_of(flipped.sum(-1), flipped.shape[-1], confidence)
 
     def noise_flips(self, confidence: float = 0.95) -> Estimate:
-        """The fraction of predictions that flip with nothing taken away: of models that were only trained again.
+        """The fraction of predictions that flip when nothing is removed and models are only trained again.
 
-        For each reference, it is counted against the mean of the others, as for a method. Its interval takes the
-        references for one: they say much the same.
+        Each reference is compared with the mean of the others. The interval counts each target once, not once for each
+        reference, since references agree on most targets.
 
         Returns:
             Scalars.

@@ -1,4 +1,4 @@
-"""Counterfactuals: what becomes of a prediction when the examples that are said to have made it are taken away?"""
+"""Counterfactuals: how far predictions fall when models are trained without their strongest proponents."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,31 +15,31 @@ from lightning_trak.retraining.removal import removal_masks, require_scores
 
 
 class Counterfactuals:
-    """Takes the strongest proponents of each target away, as each method has them, and trains again without them.
+    """Removes the strongest proponents of each target, as each method ranks them, and trains again without them.
 
-    The targets' predictions are as *brittle* as few examples hold them up, and a method is as good as it finds those
-    (Ilyas et al. 2022, arXiv 2202.00622, section 4.1; Park et al. 2023, arXiv 2303.14186, section 5). For each method,
-    target and k, ``num_seeds`` models are trained without that target's k strongest proponents; and as a reference,
-    ``num_references`` times as many on everything. So there are
+    A prediction is *brittle* if it changes when a few training examples are removed. The better a method finds these
+    examples, the further predictions fall (Ilyas et al. 2022, arXiv 2202.00622, section 4.1; Park et al. 2023, arXiv
+    2303.14186, section 5). For each method, target and k, ``num_seeds`` models are trained without that target's k
+    strongest proponents. As references, ``num_references * num_seeds`` models are trained on everything. So there are
     ``(methods * ks * targets + num_references) * num_seeds`` models in all.
 
     Args:
-        directory: where the models' outputs are kept, and may be found, see :class:`RetrainingFleet`.
+        directory: where the models' outputs are kept; it may hold some from earlier runs, see :class:`RetrainingFleet`.
         make_module: as for :class:`RetrainingFleet`, and so are the next three.
         make_trainer: makes a new Trainer.
         train: the whole training set.
-        targets: the examples whose predictions are to fall, best a few dozen of them.
-        scores: ``(num_targets, num_train)`` for each method by name. Give random ones, too
-            (:class:`~lightning_trak.methods.RandomScores`): what anything is worth that a method finds.
-        ks: how many proponents are taken away.
+        targets: the examples whose predictions should fall; a few dozen are enough.
+        scores: ``(num_targets, num_train)`` for each method by name. Give random scores
+            (:class:`~lightning_trak.methods.RandomScores`) too, as the baseline that other methods must beat.
+        ks: how many proponents are removed.
         num_seeds: models for each method, target and k.
-        num_references: groups of ``num_seeds`` models that are trained on everything, at least 2. Their outputs serve
-            all targets, and how they differ from each other shows what is noise.
+        num_references: groups of ``num_seeds`` models that are trained on everything, at least 2. Their outputs are the
+            reference for all targets, and the differences between the groups show the noise.
         **options: ``seed``, ``output`` and ``make_loader``, as for :class:`RetrainingFleet`.
 
     Attributes:
-        fleet: what trains: its first subsets are the references, then come methods, ks, and targets, the last one
-            changing fastest.
+        fleet: trains the models. Its first subsets are the references; a subset for each method, k and target follows,
+            the target changing fastest.
 
     Raises:
         ValueError: if scores and data do not fit, or a k or number is out of range.
@@ -71,7 +71,9 @@ class Counterfactuals:
             raise ValueError(f"expected the scores of some methods and some ks, got {len(scores)} and {len(ks)}")
         require_scores(scores, num_targets, num_train)
         if num_references < 2:
-            raise ValueError(f"num_references must be at least 2, to tell what is noise; got {num_references}")
+            raise ValueError(
+                f"num_references must be at least 2, so that the noise can be measured; got {num_references}"
+            )
         self.methods = tuple(scores)
         self.ks = tuple(sorted(set(ks)))
         self.num_references = num_references
@@ -86,7 +88,7 @@ class Counterfactuals:
         self.fleet.run(*args, **options)
 
     def brittleness(self, threshold: float = 0.0) -> Brittleness:
-        """How far the predictions fell.
+        """How far the predictions fell, and how many flipped.
 
         Args:
             threshold: a prediction flips when the output falls to this or below.

@@ -44,20 +44,20 @@ class RetrainingFleet:
     """Trains a new model on each subset, several times if asked to, and keeps its outputs at the targets.
 
     Every member has a new module, a new Trainer, and a seed of its own for its initialisation and the order of its
-    data, which depends on the fleet's seed and on which member it is alone. So it does not matter who trains it, when,
-    and how often the run is stopped; and the user's random state is left alone.
+    data. This seed depends on nothing but the fleet's seed and the member. So it does not matter which process trains a
+    member, when, or how often the run is stopped. The user's random state is left alone.
 
     Args:
         directory: where members are kept, on a disk that all processes see. It may hold members from earlier runs.
         make_module: makes a new LightningModule in each call.
         make_trainer: makes a new Trainer of one process in each call, with new callbacks. Switch its progress bar,
-            logger and checkpoints off unless you want them for each member. One more Trainer and two more modules are
-            made at first, to see what they are like.
+            logger and checkpoints off unless you want them for each member. One Trainer and two modules more are made
+            at the start, to record their settings.
         train: the whole training set: a map-style Dataset, or a DataLoader over it.
         targets: where outputs are kept: a Dataset or DataLoader; outputs are in the order of its dataset.
         masks: bool ``(num_subsets, num_train)``, true where a subset holds the example; see
             :func:`~lightning_trak.retraining.random_subsets`.
-        num_seeds: how often a model is trained on each subset. A fleet that has run for some can be run for more.
+        num_seeds: how many models are trained on each subset. It can be raised when the fleet is run again.
         seed: of the fleet.
         output: the output to keep; default: the module's ``configure_model_output()``.
         make_loader: makes the loader of a subset, a Dataset, for training. Default: one with the batch size (32 for a
@@ -68,8 +68,8 @@ class RetrainingFleet:
         store: the members on disk.
 
     Raises:
-        ValueError: if the masks do not fit the training set, or a factory gives what cannot be trained with.
-        TypeError: if data or output are of another kind.
+        ValueError: if the masks do not fit the training set, or a factory returns what cannot be trained.
+        TypeError: if the data or the output have a wrong type.
 
     Example::
 
@@ -113,7 +113,7 @@ class RetrainingFleet:
         self.make_loader = make_loader if make_loader is not None else shuffled_like(self._train)
         self.output = copy.deepcopy(declared_output(module, output))
         self._identity = self._describe(module, trainer) | describe_module(module, again, make_module, trainer)
-        # Any fixed number will do as the first; consecutive ones give no seed to two members.
+        # Members have consecutive seeds, so that no two share one; the first may be any fixed number.
         self._first_seed = random.Random(f"fleet {seed}").getrandbits(32)
 
     def _describe(self, module: L.LightningModule, trainer: L.Trainer) -> dict[str, Any]:
@@ -158,25 +158,26 @@ class RetrainingFleet:
     ) -> None:
         """Train the members that are missing; continues where it was interrupted.
 
-        Processes may run different parts at once. One that runs a part that another has begun trains what is missing
-        when it gets there.
+        Processes may run different parts at once. If another process has begun the same part, the members that it has
+        finished are not trained again.
 
         Args:
             part: ``"3/16"`` or ``(3, 16)``: the third of sixteen parts of the fleet; default: all of it.
-            together: train so many members at once, by :func:`~lightning_trak.retraining.train_together`: for small
-                modules whose training is their ``training_step`` and optimizer alone. The Trainer is then asked for
-                its device and ``max_epochs`` only. Such members start from the same weights as members trained one at
-                a time; the order of their data is another, so that the two agree in distribution. Continue with the
-                same number and parts to get the same bits: what is missing is trained with the same others again.
-            retries: how often a member that failed is tried again, after all others. Calling ``run`` again tries again
-                what is missing still.
+            together: train this many members at once, by :func:`~lightning_trak.retraining.train_together`: for small
+                modules whose training is their ``training_step`` and optimizer alone. Only the
+                device and ``max_epochs`` of the Trainer are then used. Such members start from the same weights as
+                members trained one at a time, but with another order of their data, so that the two agree in
+                distribution. To get the same bits, continue with the same number and parts: a missing member is then
+                trained together with the same others.
+            retries: how often a member that failed is tried again, after all others. Calling ``run`` again tries all
+                missing members again.
             progress_bar: whether to show one.
 
         Raises:
-            RuntimeError: at the end, if members failed, naming them. The others are finished then; tracebacks are in
+            RuntimeError: at the end, if members failed, naming them. All others are then finished. Tracebacks are in
                 the folder ``failures``.
-            ValueError: if the part does not exist, or a factory gives something twice.
-            TypeError: if training members together would leave something out that a Trainer does, naming it.
+            ValueError: if the part does not exist, or a factory returns the same object twice.
+            TypeError: if training members together would leave out something that a Trainer does, naming it.
         """
         members = _share([Member(s, r) for r in range(self.num_seeds) for s in range(len(self.masks))], part)
         if together is not None:
@@ -186,7 +187,7 @@ class RetrainingFleet:
         with tqdm(total=len(members), initial=done, desc="Retraining", disable=not progress_bar) as bar, quiet():
             for _ in range(1 + retries):
                 for group in self._groups(members, together or 1):
-                    if self._missing(group):  # now, since another process may have trained some meanwhile
+                    if self._missing(group):  # another process may have trained some meanwhile
                         self._attempt(group, together is not None)
                     found = missing.intersection(group).difference(self._missing(group))
                     missing -= found
@@ -202,10 +203,10 @@ class RetrainingFleet:
         return [member for member in members if member not in self.store]
 
     def _groups(self, members: list[Member], size: int) -> Iterator[list[Member]]:
-        """Members to be trained at once: on subsets of one size, as a vectorised fleet needs them.
+        """Members to be trained at once: on subsets of one size, which training together requires.
 
-        They do not depend on what is missing: one that is will be trained together with the same others, to the same
-        bits, however often the run is interrupted.
+        Groups do not depend on which members are missing. So a missing member is trained together with the same others,
+        to the same bits, however often the run is interrupted.
         """
         if size > 1:
             members = sorted(members, key=self._subset_size)
@@ -221,7 +222,7 @@ class RetrainingFleet:
             outputs, record = self._train_together(group) if together else self._train_alone(group[0])
         except FactoryError:
             raise
-        except Exception as error:  # whatever it is, the others can do without this member
+        except Exception as error:  # one member's error must not stop the others
             for member in self._missing(group):
                 self._failed(member, error)
             return
@@ -238,12 +239,12 @@ class RetrainingFleet:
             else:
                 self.store.write(member, row, record | {"seed": self._seed_of(member)})
 
-        with ThreadPoolExecutor() as pool:  # what takes time is to wait for the disk
+        with ThreadPoolExecutor() as pool:  # waiting for the disk takes the time
             list(pool.map(keep, group, outputs))
 
     def _failed(self, member: Member, error: Exception) -> None:
         self.store.record_failure(member, error)
-        rank_zero_warn(f"Retraining: {member} failed, which is noted: {type(error).__name__}: {error}")
+        rank_zero_warn(f"Retraining: {member} failed: {type(error).__name__}: {error}")
 
     def _seed_of(self, member: Member) -> int:
         return (self._first_seed + member.repetition * len(self.masks) + member.subset) % 2**32
@@ -298,7 +299,7 @@ class RetrainingFleet:
         return load(self._targets, (range(start, min(start + size, total)) for start in range(0, total, size)))
 
     def _context_batches(self) -> DataLoader[Any]:
-        """The same random training examples for every member, so that all have one and the same output."""
+        """The same random training examples for every member, so that all members have the same output."""
         size, total = batch_size_of(self._train), self.masks.shape[1]
         sample = random.Random(f"{self.seed}/context").sample(range(total), min(self.output.context_size, total))
         return load(self._train, (sample[start : start + size] for start in range(0, len(sample), size)))

@@ -1,4 +1,4 @@
-"""What the members of a fleet depend on: how a module begins, what trains it, and on which batches."""
+"""What the members of a fleet depend on: the initial module, its training, and its batches."""
 
 import warnings
 from collections.abc import Callable
@@ -25,13 +25,13 @@ _SETTINGS = (
 def describe_module(
     module: L.LightningModule, again: Any, make_module: Callable[[], Any], trainer: L.Trainer
 ) -> dict[str, Any]:
-    """A module to be trained: its code and options, its settings, and where it begins.
+    """A module to be trained: its code, options, settings and initial weights.
 
     Args:
         module: fresh from ``make_module``.
-        again: another one, made with another seed.
-        make_module: what made them.
-        trainer: whose settings ``configure_optimizers`` may ask for.
+        again: a second one, made with another seed.
+        make_module: the user's function that made both.
+        trainer: its settings may be used by ``configure_optimizers``.
 
     Raises:
         TypeError: if a hyperparameter cannot be described, naming it.
@@ -68,13 +68,13 @@ def _constant_weights(module: L.LightningModule, again: Any) -> str:
 
 
 def _optimizers(module: L.LightningModule, trainer: L.Trainer) -> Any:
-    """Optimizers and schedulers with their settings; None if they cannot be had before training begins."""
+    """Optimizers and schedulers with their settings; None if they cannot be made before training begins."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             module.trainer = trainer
             made = module.configure_optimizers()
-    except Exception:  # it may ask for the Trainer's data: its code counts in any case
+    except Exception:  # it may need the Trainer's data; the fingerprint of the module holds its code in any case
         return None
     walk = Fingerprint()
     names = {id(parameter): name for name, parameter in module.named_parameters()}

@@ -1,4 +1,4 @@
-"""Subsets of the training set that lack what scores say matters most."""
+"""Subsets of the training set without the strongest proponents."""
 
 from collections.abc import Mapping
 
@@ -11,13 +11,13 @@ def removal_masks(scores: Tensor, k: int) -> Tensor:
 
     Args:
         scores: ``(num_targets, num_train)``. Of equal scores, those of the first examples count as higher.
-        k: how many are taken away, at least one and not all.
+        k: how many are removed, at least one and not all.
 
     Returns:
         Bool ``(num_targets, num_train)``, false at the ``k`` highest scores of each row.
 
     Raises:
-        ValueError: if the scores are no matrix of numbers, or k does not fit.
+        ValueError: if the scores are not a matrix of numbers, or k is out of range.
     """
     _check(scores, k)
     return torch.ones_like(scores, dtype=torch.bool).scatter_(1, ranked(scores, k), False)
@@ -26,19 +26,19 @@ def removal_masks(scores: Tensor, k: int) -> Tensor:
 def joint_removal_mask(scores: Tensor, k: int) -> Tensor:
     """The training set without the ``k`` strongest proponents of several targets together.
 
-    Targets take turns: the strongest proponent of each is taken away, then the second of each, and so on, until ``k``
-    are. One set for all targets takes one training where :func:`removal_masks` takes one for each; and no target's
+    Targets take turns: the strongest proponent of each is removed, then the second of each, and so on, until ``k`` are
+    removed. One set for all targets takes one training where :func:`removal_masks` takes one for each; and no target's
     scores count for more because they are larger.
 
     Args:
         scores: ``(num_targets, num_train)``. Of equal scores, those of the first examples count as higher.
-        k: how many are taken away in all, at least one and not all.
+        k: how many are removed in all, at least one and not all.
 
     Returns:
-        Bool ``(num_train,)``, false at the examples taken away.
+        Bool ``(num_train,)``, false at the examples that are removed.
 
     Raises:
-        ValueError: if the scores are no matrix of numbers, or k does not fit.
+        ValueError: if the scores are not a matrix of numbers, or k is out of range.
     """
     _check(scores, k)
     turns = ranked(scores, scores.shape[1]).T.flatten().tolist()
@@ -69,4 +69,4 @@ def _check(scores: Tensor, k: int) -> None:
             f" {int(scores.isnan().sum())} NaNs"
         )
     if not 0 < k < scores.shape[1]:
-        raise ValueError(f"k must leave some of {scores.shape[1]} training examples and take some away, got {k}")
+        raise ValueError(f"k must be at least 1 and less than the {scores.shape[1]} training examples, got {k}")

@@ -51,8 +51,8 @@ class StackedModules:
     Args:
         modules: at least one; they are left alone.
         device: where the stacked parameters live.
-        take: let the first of the modules become ``stacked``, rather than a copy of it, in which functions that were
-            made in ``__init__`` would still refer to the first module: :meth:`map` refuses that.
+        take: use the first of the modules as ``stacked``, not a copy of it. In a copy, functions that were made in
+            ``__init__`` still refer to the first module, and :meth:`map` refuses them.
 
     Attributes:
         stacked: a module whose parameters and buffers have one more dimension, the first, of size ``num_modules``.
@@ -87,14 +87,15 @@ class StackedModules:
             # By identity too: a parameter may also be kept in a list, or be used by a function that refers to it.
             with Substituted((tensor, given[name]) for name, tensor in tensors.items()):
                 result = functional_call(call, state, inputs, tie_weights=False)  # all names are there
-            # It has put there what the module now has as a buffer: another tensor, if it does not change it in place.
+            # `functional_call` leaves in `state` the buffers that the module now has: new tensors, unless it changed
+            # them in place.
             return result, {name: tensor for name, tensor in state.items() if tensor is not given[name]}
 
         mapped = vmap(one, in_dims=(0, *[in_dims] * len(args)), randomness="different")
         # The fused kernels of attention would run one module at a time.
         with sdpa_kernel(SDPBackend.MATH), exact_attention(), apart_from(self._original, self.stacked):
             result, replaced = mapped(tensors, *args)
-        self._original = None  # once is enough
+        self._original = None  # checking once is enough
         for name, tensor in replaced.items():
             tensors[name].data = tensor.detach()
         return result
@@ -178,8 +179,8 @@ def train_together(
     return stack
 
 
-# What a Trainer would call and `train_together` does not.
-_TRAINER_HOOKS = (
+# Hooks that a Trainer calls and `train_together` does not.
+_SKIPPED_HOOKS = (
     *("setup", "prepare_data", "configure_model", "configure_callbacks", "on_fit_start", "on_fit_end"),
     *("on_train_start", "on_train_end", "on_train_epoch_start", "on_train_epoch_end"),
     *("on_train_batch_start", "on_train_batch_end", "on_before_batch_transfer", "transfer_batch_to_device"),
@@ -198,7 +199,7 @@ def require_trainable_together(module: L.LightningModule, trainer: L.Trainer, lo
         loader: the loader that it would be trained on.
 
     Raises:
-        TypeError: if it would leave something out, naming it.
+        TypeError: if it would leave out something that the Trainer does, naming it.
     """
     harmless = (ProgressBar, ModelSummary, Checkpoint)
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
@@ -213,7 +214,7 @@ def require_trainable_together(module: L.LightningModule, trainer: L.Trainer, lo
     left_out = [
         *(
             f"{type(module).__name__}.{hook}"
-            for hook in _TRAINER_HOOKS
+            for hook in _SKIPPED_HOOKS
             if is_overridden(hook, module, L.LightningModule)
         ),
         *(type(callback).__name__ for callback in callbacks if not isinstance(callback, harmless)),
@@ -233,7 +234,7 @@ class _Alone(NamedTuple):
     Attributes:
         loss: of its first batch.
         gradients: by name, where there are any.
-        training: whether it was in training mode. If it draws random numbers then, it is asked in eval mode.
+        training: whether it was in training mode. A module that draws random numbers in it is compared in eval mode.
     """
 
     loss: Tensor
@@ -242,7 +243,7 @@ class _Alone(NamedTuple):
 
 
 def _alone(module: L.LightningModule, batches: Any, number: int) -> _Alone | None:
-    """A step of one module by plain autograd, which changes nothing; None if it is another one each time.
+    """A step of one module by plain autograd, which changes nothing; None if its loss differs each time.
 
     Raises:
         FactoryError: if its loss depends on tensors that require gradients and are not its parameters.
@@ -272,7 +273,7 @@ def _alone(module: L.LightningModule, batches: Any, number: int) -> _Alone | Non
 
 
 def _require_as_alone(stack: StackedModules, batches: Any, alone: dict[int, _Alone | None]) -> None:
-    """Check that stacked modules do what each does by itself."""
+    """Check that stacked modules do what each module does alone."""
     for number, expected in alone.items():
         if expected is None:
             continue
@@ -291,15 +292,15 @@ def _require_as_alone(stack: StackedModules, batches: Any, alone: dict[int, _Alo
                 wrong.append(f"the gradient of {name}")
         if wrong:
             raise FactoryError(
-                f"{', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''} of module {number} is another one together"
-                " with the others than alone: keep what differs from module to module in parameters and buffers"
-                " (register_buffer), not in plain attributes, or train the modules one at a time"
+                f"{', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''} of module {number} differs between training"
+                " together with the others and training alone: keep what differs from module to module in parameters"
+                " and buffers (register_buffer), not in plain attributes, or train the modules one at a time"
             )
 
 
 @contextmanager
 def _only_looking(module: nn.Module, training: bool) -> Iterator[None]:
-    """For steps that leave the module, its buffers and the random state as they were."""
+    """A context for steps that leave the module, its buffers and the random state as they were."""
     buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
     with (
         isolated_random_states(),
@@ -345,7 +346,7 @@ def _take(value: Tensor, positions: Tensor) -> Tensor:
 
 def _optimizer(module: L.LightningModule) -> tuple[Optimizer, list[LRSchedulerConfig]]:
     if not module.automatic_optimization:
-        raise TypeError(f"{type(module).__name__} optimizes by hand, which is not done for many modules at once")
+        raise TypeError(f"{type(module).__name__} optimizes by hand, which is not supported for many modules at once")
     optimizers, schedulers, monitor = configure_optimizers(cast(Any, module.configure_optimizers()))
     if len(optimizers) != 1 or monitor is not None:
         raise TypeError(

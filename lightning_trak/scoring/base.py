@@ -1,4 +1,4 @@
-"""What all scorers share: shards of training features stream by, and leave blocks of scores or the best few."""
+"""Base of all scorers: they read training features shard by shard, and keep all scores or the best few."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -19,8 +19,8 @@ Scores = Tensor | TopK
 class Scorer(ABC):
     """score(x)_i = sum_m d_m(x) . phi_m(i) w_m(i), over checkpoints m.
 
-    A method says what the direction d_m of a target and the weight w_m of a training example are, and may go on from
-    there by overriding :meth:`finish`.
+    A subclass gives the direction d_m of a target and the weight w_m of a training example, and says in its first lines
+    what a positive score means. It may change the sums by overriding :meth:`finish`.
 
     Args:
         store: complete features of the training set.
@@ -41,7 +41,7 @@ class Scorer(ABC):
             RuntimeError: if the store is incomplete.
         """
         self.store.require_complete()
-        self._device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
+        self._device = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
 
     @abstractmethod
     def directions(self, checkpoint: int, targets: Features) -> Tensor:
@@ -55,7 +55,7 @@ class Scorer(ABC):
         """
 
     def finish(self, sums: Tensor, shard: int) -> Tensor:  # noqa: ARG002
-        """What becomes of the sums over checkpoints.
+        """Turn sums over checkpoints into scores; by default they are the scores.
 
         Args:
             sums: of the training examples of a shard, shape ``(..., n)``.
@@ -70,7 +70,7 @@ class Scorer(ABC):
         """Scores of all targets against the training examples of a shard.
 
         Args:
-            directions: those of the targets at each checkpoint, ``(num_targets, k)`` each.
+            directions: of the targets, ``(num_targets, k)`` for each checkpoint.
             shard: which shard.
             rows: yields its rows at each checkpoint, on the directions' device and in their precision.
 
@@ -78,7 +78,9 @@ class Scorer(ABC):
             Shape ``(num_targets, len(examples))``.
         """
         total: Tensor | None = None
-        for checkpoint, (direction, part) in enumerate(zip(directions, rows, strict=False)):  # rows go on: other shards
+        for checkpoint, (direction, part) in enumerate(
+            zip(directions, rows, strict=False)
+        ):  # rows of other shards follow
             product = direction @ part.features.T
             weights = self.weights(checkpoint, part)
             if weights is not None:
@@ -93,7 +95,7 @@ class Scorer(ABC):
         Shards are read, and copied to the device, while others are multiplied; nothing waits for the device.
 
         Args:
-            directions: those of the targets at each checkpoint, ``(num_targets, k)`` each.
+            directions: of the targets, ``(num_targets, k)`` for each checkpoint.
             shards: which shards.
 
         Yields:
@@ -107,7 +109,7 @@ class Scorer(ABC):
             scores = self.block(directions, shard, rows)
             sums.append(scores.sum())
             yield self.store.shard(shard), scores
-        # Sums are a quick look: one is not finite if any of its scores is not.
+        # The sum of a shard is not finite if any of its scores is not.
         suspects = torch.stack(sums).isfinite().logical_not().nonzero().flatten().tolist() if sums else []
         for shard in (shards[number] for number in suspects):
             again = self._rows([shard], len(directions), directions[0])
@@ -121,14 +123,14 @@ class Scorer(ABC):
             )
 
     def _rows(self, shards: Sequence[int], checkpoints: int, like: Tensor) -> Iterator[Features]:
-        """Rows of each shard at the first checkpoints, their features where a tensor is and as precise."""
+        """Rows of each shard at the first checkpoints, their features on the device and in the dtype of a tensor."""
         upload = Upload(like.device)
 
         def read() -> Iterator[Features]:
             for shard in shards:
                 for checkpoint in range(checkpoints):
                     rows = self.store.read(checkpoint, shard)
-                    if like.is_cuda:  # what is copied beside the computation must be pinned
+                    if like.is_cuda:  # only pinned memory is copied while the device computes
                         rows = rows._replace(features=rows.features.pin_memory())
                     yield rows
 
@@ -146,7 +148,7 @@ class Scorer(ABC):
         """Scores against the whole training set.
 
         Args:
-            directions: those of the targets at each checkpoint, ``(num_targets, k)`` each.
+            directions: of the targets, ``(num_targets, k)`` for each checkpoint.
             top_k: keep only this many training examples for each target, without ever holding the rest.
             largest: whether ``top_k`` keeps the highest scores or the lowest.
             ranks: the processes that share the shards; all must call this with the same targets.
@@ -162,9 +164,9 @@ class Scorer(ABC):
         return merge_top_k(ranks.gather(mine), top_k, largest)
 
     def self_scores(self, ranks: Ranks = Ranks()) -> Tensor:  # noqa: B008
-        """The score of each training example at itself: the diagonal of the scores of the training set at itself.
+        """The score of each training example at itself.
 
-        Shards are read one after the other; that matrix never exists.
+        It is the diagonal of the scores whose targets are the training set; that matrix is never formed.
 
         Args:
             ranks: the processes that share the shards; all must call this.
@@ -219,5 +221,5 @@ class Scorer(ABC):
 
 
 def full_precision(device: torch.device) -> torch.autocast:
-    """Outside autocast, under which Lightning's mixed precision or the user's own would round products."""
+    """A context without autocast: Lightning's mixed precision, or the user's own, would round the products."""
     return torch.autocast(device.type, enabled=False)

@@ -16,16 +16,16 @@ EffectOn = Literal["loss", "output"]
 class GradientDotScorer(Scorer):
     r"""score(x)_i = sum_m c_m <g_m(x), g_m(i)>, for features that estimate products of gradients.
 
-    g(i) = Q_i phi_i is minus the gradient of the loss at the training example, the way that a step of gradient descent
-    on i moves the parameters, and g(x) is what is to be raised at the target: minus its loss, too, so that a positive
-    score says that training on i *lowers the loss* at x, or its output.
+    A positive score says that training on i *lowers the loss* at x, or with ``effect_on="output"`` that it *raises the
+    output*. The unit is that of the loss or of the output, for steps of size c_m. g(i) = Q_i phi_i is minus the
+    gradient of the loss at the training example: the direction in which a step of gradient descent on i moves the
+    parameters. g(x) is minus the gradient of the loss at the target, or the gradient of its output.
 
     Args:
         store: complete features of the training set.
         checkpoint_weights: c_m.
-        effect_on: ``"loss"``: g(x) = Q_x phi_x, the classical methods; ``"output"``: g(x) = phi_x, so that a positive
-            score says that training on i raises the output at x. The two differ by Q_x: at one checkpoint a scale for
-            each target, which is negative where the loss rises with the output.
+        effect_on: ``"loss"``: g(x) = Q_x phi_x, the classical methods; ``"output"``: g(x) = phi_x. At one checkpoint
+            the two differ by the factor Q_x of each target, which is negative where the loss rises with the output.
     """
 
     def __init__(self, store: FeatureStore, checkpoint_weights: Sequence[float], effect_on: EffectOn) -> None:
@@ -41,7 +41,7 @@ class GradientDotScorer(Scorer):
         return features * scales.to(features).unsqueeze(1)
 
     def weights(self, checkpoint: int, rows: Features) -> Tensor:  # noqa: ARG002
-        """What makes g of features, for each training example, ``(n,)``."""
+        """The factor that turns the features of each training example into g, ``(n,)``."""
         return self._scales(rows.features, rows.loss_gradients.to(self._device))
 
     def _scales(self, features: Tensor, loss_gradients: Tensor) -> Tensor:  # noqa: ARG002
@@ -51,10 +51,11 @@ class GradientDotScorer(Scorer):
 class GradientCosineScorer(GradientDotScorer):
     """score(x)_i = sum_m c_m cos(g_m(x), g_m(i)): :class:`GradientDotScorer` of gradients of length 1.
 
-    A gradient of zero is similar to nothing: its scores are 0.
+    Scores are from -1 to 1, times the sum of c_m, with the signs of :class:`GradientDotScorer`. An example whose
+    gradient is zero has scores of 0.
     """
 
     def _scales(self, features: Tensor, loss_gradients: Tensor) -> Tensor:
-        # In float64, because squares of small gradients vanish in float32.
+        # In float64, because squares of small gradients underflow in float32.
         norms = torch.linalg.vector_norm(features, dim=1, dtype=torch.float64)
         return torch.where(norms > 0, loss_gradients.sign() / norms, 0.0)

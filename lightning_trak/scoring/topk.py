@@ -39,7 +39,7 @@ def block_top_k(scores: Tensor, start: int, k: int, largest: bool) -> TopK:
 
 
 def strongest(scores: Tensor | TopK, k: int, largest: bool = True) -> dict[str, TopK]:
-    """The strongest ``"proponents"`` and ``"opponents"`` of each target; one of them where only that was kept.
+    """The strongest ``"proponents"`` and ``"opponents"`` of each target; of a :class:`TopK`, the kind that it holds.
 
     Args:
         scores: ``(num_targets, num_train)``, or the best of each target.

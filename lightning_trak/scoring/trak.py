@@ -16,15 +16,15 @@ from lightning_trak.scoring.gram import Curvature, DampedGram, gram_matrix, row_
 
 LossGradients = Literal["per_checkpoint", "averaged"]
 
-_CACHE_FORMAT = 3  # of what is kept with a Gram matrix; that of another format is made again
+_CACHE_FORMAT = 3  # of a stored Gram matrix; one of another format is made again
 
 
 class TRAKScorer(Scorer):
     """tau(x)_i = 1/M sum_m phi_m(x)^T (K_m + lambda_m I)^-1 phi_m(i) Q_m(i).
 
-    K_m = sum_j R_m(j) phi_m(j) phi_m(j)^T is the Hessian of the linearised model's loss, so tau(x)_i is what a Newton
-    step says that training example i adds to the output at x (Pregibon 1981; Park et al. 2023, arXiv 2303.14186,
-    section 3).
+    A positive score says that training on i raises the output at x, in the unit of the output. K_m = sum_j R_m(j)
+    phi_m(j) phi_m(j)^T is the Hessian of the linearised model's loss. So tau(x)_i is what training example i adds to
+    the output at x by one Newton step (Pregibon 1981; Park et al. 2023, arXiv 2303.14186, section 3).
 
     Args:
         store: complete features of the training set.
@@ -33,8 +33,8 @@ class TRAKScorer(Scorer):
             :func:`~lightning_trak.scoring.damping.auto_damping`.
         loss_gradients: how Q is averaged: ``"per_checkpoint"`` as above; ``"averaged"`` as published (arXiv 2303.14186,
             section 3): the average of phi^T K^-1 phi over checkpoints times the average of Q.
-        soft_threshold: scores move towards zero by this much, and no further: the paper's optional sparsification.
-            Where fewer than ``top_k`` scores are left, which zeros fill the rest is arbitrary.
+        soft_threshold: scores move towards zero by this much, and stop there: the paper's optional sparsification. If
+            fewer than ``top_k`` scores are left, the rest are zeros of arbitrary training examples.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class TRAKScorer(Scorer):
         if ranks.rank == 0 and self._keeps:
             try:
                 self.store.write_extra(checkpoint, name, {"gram": gram, "squared_weights": squared_weights}, key)
-            except OSError as error:  # the store may be somebody else's, to be read only, or the disk full
+            except OSError as error:  # the store may be read-only, or the disk full
                 self._keeps = False
                 warnings.warn(f"the Gram matrix cannot be kept and will be made again next time: {error}", stacklevel=2)
         return gram, squared_weights
@@ -110,11 +110,11 @@ class TRAKScorer(Scorer):
         return self.precondition(checkpoint, targets.features)
 
     def weights(self, checkpoint: int, rows: Features) -> Tensor | None:  # noqa: ARG002
-        """Q, unless its average is to come after that of the products."""
+        """Q, or None if the average of Q is multiplied later, by :meth:`finish`."""
         return rows.loss_gradients if self.loss_gradients == "per_checkpoint" else None
 
     def finish(self, sums: Tensor, shard: int) -> Tensor:
-        """The mean over checkpoints; times the mean of Q, and cut, as published, if so wanted."""
+        """The mean over checkpoints, times the mean of Q if that is averaged apart, and moved towards zero if asked."""
         scores = sums / self.store.num_checkpoints
         if self.loss_gradients == "averaged":
             rows = [self.store.read(checkpoint, shard) for checkpoint in range(self.store.num_checkpoints)]

@@ -89,8 +89,8 @@ def test_a_tracin_for_each_rate_adds_up_to_that_of_all(tmp_path):
     options = {"projection": IdentityProjection()}
     with pytest.raises(
         ValueError,
-        match=r"not one learning rate at snapshots/snapshot-00000002\.saf.* but 0\.02 \(head\.weight, head\.bias\)"
-        r"; 0\.5 \(first\.weight, first\.bias, norm\.weight and 1 more\), .* one TracIn for .* by parameters=",
+        match=r"several learning rates at snapshots/snapshot-00000002\.saf.*: 0\.02 \(head\.weight, head\.bias\)"
+        r"; 0\.5 \(first\.weight, first\.bias, norm\.weight and 1 more\)\. .* one TracIn for .* by parameters=",
     ):
         TracIn(TwoRates(), tmp_path / "snapshots", tmp_path / "all", **options)
     names = [name for name, _ in TwoRates().named_parameters()]
@@ -126,14 +126,14 @@ def test_rates_of_selected_parameters_that_were_not_trained_are_refused(tmp_path
         ("head.weight", r"0\.02 and 0\.1 \(head"),
         ("first.*", r"none \(first\.bias\); 0\.1 \(first\.w"),
     ):
-        with pytest.raises(ValueError, match=f"have not one learning rate at .* but {said}"):
+        with pytest.raises(ValueError, match=f"had several learning rates at .*: {said}"):
             TracIn(make_model(), series, tmp_path, parameters=selected)
 
 
 @pytest.mark.parametrize(
     ("rates", "match"),
     [
-        ("snapshots", "state dict 0 comes without its learning rate: pass learning_rates=, one number for each checkp"),
+        ("snapshots", "state dict 0 does not hold its learning rate: pass learning_rates=, one number for each checkp"),
         ("manifest", "learning_rates must be numbers or 'snapshots'; got 'manifest'"),
         ([0.1], "expected one learning rate for each of 2 checkpoints, got 1"),
         ([0.1, -0.1], r"must be finite, at least 0 and not all 0; got \[0\.1, -0\.1\]"),
@@ -145,7 +145,7 @@ def test_rates_of_selected_parameters_that_were_not_trained_are_refused(tmp_path
 def test_bad_rates_are_refused(tmp_path, checkpoints, method, rates, match):
     with pytest.raises(ValueError, match=match):
         method(make_model(), checkpoints, tmp_path, learning_rates=rates)
-    with pytest.raises(ValueError, match="state dict 0 comes without its learning rate"):
+    with pytest.raises(ValueError, match="state dict 0 does not hold its learning rate"):
         TracIn(make_model(), checkpoints, tmp_path)
 
 

@@ -117,7 +117,7 @@ def test_scores_are_changes_of_the_output_when_an_example_counts_once_more(name,
     inputs = TRAIN.tensors[0]
     matrix = inputs.T @ inputs + RIDGE * torch.eye(WIDTH, dtype=torch.float64)
     leverage = (torch.linalg.solve(matrix, inputs.T).T * inputs).sum(1)
-    # A Newton step leaves out how far the example fits itself; a quadratic loss allows to put it in exactly.
+    # A Newton step ignores the leverage of the example; for a quadratic loss this factor is exact.
     torch.testing.assert_close(scores / (1 + leverage), once_more(), rtol=1e-6, atol=1e-9)
 
 

@@ -33,8 +33,8 @@ def test_targets_take_turns_where_they_share_a_set():
 @pytest.mark.parametrize(
     ("scores", "k", "match"),
     [
-        (torch.zeros(2, 3), 0, "some of 3 training examples"),
-        (torch.zeros(2, 3), 3, "take some away, got 3"),
+        (torch.zeros(2, 3), 0, "less than the 3 training examples"),
+        (torch.zeros(2, 3), 3, "less than the 3 training examples, got 3"),
         (torch.zeros(3), 1, r"got shape \(3,\)"),
         (torch.tensor([[torch.nan, 1]]), 1, "with 1 NaNs"),
     ],
@@ -190,7 +190,7 @@ def test_nothing_can_flip_that_is_wrong_already():
         ({"scores": {"mine": torch.zeros(8, 3)}}, r'scores of "mine" must have shape .* = \(3, 8\), got \(8, 3\)'),
         ({"scores": {}}, "got 0 and 2"),
         ({"ks": ()}, "got 2 and 0"),
-        ({"ks": (8,)}, "some of 8 training examples"),
+        ({"ks": (8,)}, "less than the 8 training examples"),
         ({"num_references": 1}, "num_references must be at least 2"),
     ],
 )

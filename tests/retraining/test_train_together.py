@@ -274,8 +274,8 @@ class Unregistered(Small):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (RandomFeatures, r"the loss, the gradient of body.weight, .* of module 3 is another one together"),
-        (RandomScale, r"the loss.* of module 3 is another one together .* \(register_buffer\)"),
+        (RandomFeatures, r"the loss, the gradient of body.weight, .* of module 3 differs between training together"),
+        (RandomScale, r"the loss.* of module 3 differs between training together .* \(register_buffer\)"),
         (Unregistered, r"the loss of Unregistered depends on 1 tensors that require gradients .* of shape \(3,\)"),
     ],
 )

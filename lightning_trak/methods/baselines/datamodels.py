@@ -50,7 +50,7 @@ class Datamodels(SubsetMethod):
             ) from error
         masks = self.masks.double().numpy()
         scores = torch.zeros(len(self.outputs), masks.shape[1])
-        # Where the output never changes there is nothing to explain, and no penalty to choose.
+        # If the output never changes, all coefficients are 0, and LassoCV cannot choose a penalty.
         changing = (self.outputs != self.outputs[:, :1]).any(1).nonzero().flatten()
         fits = Parallel(n_jobs=self.n_jobs, prefer="threads")(  # the solver lets other threads run
             delayed(LassoCV(cv=self.folds, **self.options).fit)(masks, self.outputs[target].numpy())

@@ -34,7 +34,7 @@ class EmpiricalInfluence(SubsetMethod):
             if useless.any():
                 raise ValueError(
                     f"{int(useless.sum())} training examples are in {kind}, first {int(useless.nonzero()[0])}, so that"
-                    " their influence cannot be told; add subsets, or leave their columns out"
+                    " their influence is not defined: add subsets, or leave their columns out"
                 )
 
     def estimate(self) -> Tensor:

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from lightning_trak.checkpoints.copies import copy_module
 from lightning_trak.checkpoints.reading import CheckpointsLike
+from lightning_trak.checks import require_one_of
 from lightning_trak.methods.baselines.representations import RepresentationMethod
-from lightning_trak.methods.baselines.similarity import Similarity, require_similarity, similarity_matrix
+from lightning_trak.methods.baselines.similarity import SIMILARITIES, Similarity, similarity_matrix
 from lightning_trak.methods.examples import Examples
 from lightning_trak.outputs.batches import LABELS_KEYS, LabelsKey, as_keys, one_per_example, split_labels
 from lightning_trak.running.data import Data
@@ -51,7 +52,7 @@ class KNNShapley(RepresentationMethod):
         labels_key: LabelsKey = LABELS_KEYS,
         **options: Any,
     ) -> None:
-        require_similarity(similarity)
+        require_one_of("similarity", similarity, SIMILARITIES)
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
         super().__init__(model, checkpoints, **options)

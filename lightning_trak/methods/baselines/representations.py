@@ -1,4 +1,4 @@
-"""What a layer of the model makes of each example."""
+"""Representations: the input of one layer, as a vector for each example."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -25,8 +25,8 @@ class RepresentationMethod(Method):
         model: the trained model, which is never touched.
         checkpoints: as for :class:`~lightning_trak.TRAK`; scores are averaged over them.
         layer: name of a module, called once in a forward pass, whose first input is taken. Default: the last one, in
-            the order of ``model.named_modules()``, with parameters of its own, which in most models is the head: its
-            input are the penultimate activations.
+            the order of ``model.named_modules()``, with parameters of its own. In most models it is the head, and its
+            input is the penultimate activations.
         forward: ``(module, batch) -> anything``, runs the model on a batch. Default: as the model's declared output
             does (:class:`~lightning_trak.AttributionMixin`).
         pool: ``(activations, batch) -> (batch, width)``; default: :func:`mean_pool`.
@@ -112,7 +112,7 @@ def capture_input(module: nn.Module, layer: str, run: Callable[[], Any]) -> Tens
         tensor = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
         if tensor is None:
             raise ValueError(f"layer {layer!r} is called without a tensor; name another with layer=")
-        captured.append(tensor.detach().clone())  # what follows may work in place
+        captured.append(tensor.detach().clone())  # later layers may change it in place
 
     handle = module.get_submodule(layer).register_forward_pre_hook(note, with_kwargs=True)
     try:

@@ -8,11 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_trak.checkpoints.reading import CheckpointsLike
+from lightning_trak.checks import require_one_of
 from lightning_trak.methods.baselines.representations import RepresentationMethod
 from lightning_trak.methods.examples import Examples
 from lightning_trak.running.data import Data
 
 Similarity = Literal["dot", "cosine", "l2"]
+SIMILARITIES = ("dot", "cosine", "l2")
 
 # Targets are compared in blocks, whose working memory is in float64.
 _TARGETS = 1024
@@ -43,7 +45,7 @@ class RepresentationSimilarity(RepresentationMethod):
     def __init__(
         self, model: nn.Module, checkpoints: CheckpointsLike, *, similarity: Similarity = "cosine", **options: Any
     ) -> None:
-        require_similarity(similarity)
+        require_one_of("similarity", similarity, SIMILARITIES)
         super().__init__(model, checkpoints, **options)
         self.similarity: Similarity = similarity
 
@@ -56,12 +58,6 @@ class RepresentationSimilarity(RepresentationMethod):
                 block = slice(start, start + _TARGETS)
                 scores[block] += similarity_matrix(target_vectors[block], train_vectors, self.similarity)
         return scores / len(self.checkpoints)
-
-
-def require_similarity(similarity: str) -> None:
-    """ValueError unless it is one of the kinds."""
-    if similarity not in ("dot", "cosine", "l2"):
-        raise ValueError(f"similarity must be one of 'dot', 'cosine', 'l2'; got {similarity!r}")
 
 
 def similarity_matrix(targets: Tensor, train: Tensor, similarity: Similarity) -> Tensor:

@@ -12,7 +12,7 @@ from lightning_trak.running.data import Data
 
 
 class SubsetMethod(Method):
-    """Base of the methods that compare outputs of models that have and have not seen an example.
+    """Base of the methods that compare outputs of models that were and were not trained on an example.
 
     Args:
         masks: bool ``(num_subsets, num_train)``, true where the subset holds the example.
@@ -45,18 +45,18 @@ class SubsetMethod(Method):
             self.outputs = self.outputs.mean(2)
 
     def attribute(self, trainer: L.Trainer, train: Data, targets: Data) -> Tensor:
-        """Estimates from the masks and outputs; of the data, only the sizes are looked at.
+        """Estimates from the masks and outputs; of the data, only the sizes are used.
 
         See :class:`~lightning_trak.methods.base.Method`.
 
         Raises:
-            ValueError: if the data are of other sizes than the masks and outputs.
+            ValueError: if the sizes of the data differ from those of the masks and outputs.
         """
         num_train, num_targets = len(Examples(train, "fit", trainer)), len(Examples(targets, "predict", trainer))
         if num_train != self.masks.shape[1]:
-            raise ValueError(f"the masks are over {self.masks.shape[1]} training examples, the data are {num_train}")
+            raise ValueError(f"the masks have {self.masks.shape[1]} training examples, the data have {num_train}")
         if num_targets != len(self.outputs):
-            raise ValueError(f"the outputs are of {len(self.outputs)} targets, the data are {num_targets}")
+            raise ValueError(f"the outputs have {len(self.outputs)} targets, the data have {num_targets}")
         return self.estimate()
 
     @abstractmethod

@@ -17,10 +17,10 @@ class Arnoldi(Solver):
 
     The Hessian is projected to the Krylov space of a random vector, of ``num_iterations`` dimensions, and the
     eigenvectors of that matrix with the ``rank`` largest absolute eigenvalues are kept. What lies outside their span is
-    left out: the method takes its inverse as zero. With as many of both as there are parameters nothing is left out.
+    left out: the method takes its inverse as zero. If both numbers are the number of parameters, nothing is left out.
     Holds ``num_iterations`` vectors of all parameters.
 
-    Directions in which the damped Hessian is negative are left out too, with a warning: no minimum lies there.
+    Directions in which the damped Hessian is negative are left out too, with a warning: there the loss has no minimum.
 
     Args:
         num_iterations: passes over the training data.

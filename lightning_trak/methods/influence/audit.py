@@ -1,4 +1,4 @@
-"""Some examples of a dataset, looked at closely before many passes are spent on all of it."""
+"""Check a few examples of a dataset before many passes over all of it."""
 
 import random
 
@@ -13,7 +13,7 @@ from lightning_trak.methods.influence.passes import Passes
 def audit(passes: Passes, examples: Examples) -> None:
     """Compare two examples, drawn by the seed, with each alone by plain autograd.
 
-    Where an engine gets a gradient wrong that is for us to choose, the next one is used.
+    If the first engine gets a gradient wrong, the next one is used.
 
     Args:
         passes: the model at a checkpoint.
@@ -21,7 +21,7 @@ def audit(passes: Passes, examples: Examples) -> None:
 
     Raises:
         ValueError: if outputs depend on chance, on other weights than those of the model's copy or on the rest of the
-            batch, or gradients are others than autograd's, naming example and parameters.
+            batch, or gradients differ from autograd's, naming example and parameters.
     """
     total = len(examples)
     positions = sorted(random.Random(passes.key("audit")).sample(range(total), min(2, total)))

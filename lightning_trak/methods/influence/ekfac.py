@@ -129,8 +129,8 @@ class EKFACInfluence(Influence):
                 wrong = engine.check(examples) if number == 0 else {}
                 if wrong:
                     raise ValueError(
-                        f"EK-FAC cannot see all that the model does with some parameters, leave them out by"
-                        f" parameters=: {_listed(wrong)}"
+                        f"EK-FAC does not see all uses of some parameters in the model: leave them out by parameters=."
+                        f" {_listed(wrong)}"
                     )
                 covariances.add(engine, examples)
         return [Basis(*(torch.linalg.eigh(part)[1].to(passes.dtype) for part in pair)) for pair in covariances.pairs]

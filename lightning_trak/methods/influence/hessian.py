@@ -127,7 +127,7 @@ def _dense(slopes: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 @contextmanager
 def _twice() -> Iterator[None]:
-    """Say in words that an operation of the model has no second derivative."""
+    """Explain PyTorch's error about an operation of the model that has no second derivative."""
     try:
         yield
     except RuntimeError as error:  # NotImplementedError is one

@@ -65,7 +65,7 @@ class ConjugateGradient(Solver):
     tolerance: float = 1e-4
 
     def prepare(self, hessian: Hessian) -> InverseProduct:
-        """Nothing is done before the targets are there."""
+        """Nothing: all work depends on the targets."""
         return lambda rows: self._solve(hessian, rows)
 
     def _solve(self, hessian: Hessian, rows: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ class ConjugateGradient(Solver):
             if not bend.min() > 0:
                 worst = float((bend / _inner(along, along)).min())
                 raise ValueError(
-                    f"conjugate gradients at {hessian.passes.where} came to a direction in which the damped Hessian is"
+                    f"conjugate gradients at {hessian.passes.where} found a direction in which the damped Hessian is"
                     f" {worst:.3g}, so it is not positive definite: {INDEFINITE}"
                 )
             step = squared[active] / bend

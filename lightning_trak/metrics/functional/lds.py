@@ -158,8 +158,8 @@ def linear_datamodeling_score(
         outputs: ``(num_targets, num_subsets)`` outputs of the models trained on the subsets, or
             ``(num_targets, num_subsets, num_seeds)``, which are averaged over seeds.
         masks: bool ``(num_subsets, num_train)``, true where the subset holds the example.
-        constant_rows: what becomes of a target whose predicted or true outputs are the same for all subsets, and so
-            have no rank correlation. ``"zero"`` counts it as 0, so that every method is averaged over the same targets
+        constant_rows: how to treat a target whose predicted or true outputs are the same for all subsets, and which has
+            no rank correlation. ``"zero"`` counts it as 0, so that every method is averaged over the same targets
             and none gains by predicting nothing; ``"ignore"`` leaves it out; ``"error"`` refuses it.
         reduction: ``"mean"`` over targets, or ``"none"``.
 

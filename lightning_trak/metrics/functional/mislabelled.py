@@ -1,4 +1,4 @@
-"""Wrong labels: how to make some, and how soon a suspicion finds them."""
+"""Wrong labels: how to make some, and how soon a score of suspicion finds them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class DetectionCurve(NamedTuple):
     Attributes:
         inspected: fraction of all examples looked at, from 0 to 1, float64 ``(points,)``.
         found: fraction of the mislabelled ones among them, float64 ``(points,)``.
-        area: under the curve, float64 scalar: 1/2 is expected of a suspicion that knows nothing, 1 - p/2 is the most
-            that there is, where p is the fraction of mislabelled examples.
+        area: under the curve, float64 scalar: 1/2 is expected of random suspicion, and 1 - p/2 is the maximum, where p
+            is the fraction of mislabelled examples.
     """
 
     inspected: Tensor
@@ -28,7 +28,7 @@ def mislabel_detection_curve(suspicion: Tensor, mislabelled: Tensor) -> Detectio
 
     Self-influence is the suspicion of Koh and Liang 2017 (arXiv 1703.04730, section 5.4) and of Pruthi et al. 2020
     (arXiv 2002.08484, section 4.1): the score of a training example at itself. Equally suspicious examples are
-    inspected in a random order: the curve is what is expected of it, a straight line through them.
+    inspected in a random order: the curve is its expectation, a straight line across them.
 
     Args:
         suspicion: ``(num_train,)``, the most suspicious highest.

@@ -86,9 +86,9 @@ def test_what_does_not_fit_is_refused(method):
     with pytest.raises(ValueError, match="outputs of target 7 are not finite"):
         method(masks, outputs.index_fill(0, torch.tensor([7]), torch.nan))
     fine = method(masks, outputs)
-    with pytest.raises(ValueError, match="masks are over 50 training examples, the data are 13"):
+    with pytest.raises(ValueError, match="masks have 50 training examples, the data have 13"):
         fine.attribute(make_trainer(), TARGETS, TARGETS)
-    with pytest.raises(ValueError, match="outputs are of 13 targets, the data are 50"):
+    with pytest.raises(ValueError, match="outputs have 13 targets, the data have 50"):
         fine.attribute(make_trainer(), TRAIN, TRAIN)
 
 
