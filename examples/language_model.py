@@ -135,7 +135,7 @@ def main(argv: list[str] | None = None) -> None:
         target_loader,
         scores,
         args.top,
-        together=True,
+        jointly=True,
         output=NegativeLoss(LitCausalLM.training_step),  # of the one target that is asked for at a time
     )
     print(patch.table("TRAK").markdown())

@@ -84,7 +84,7 @@ def tail_patch(
     scores: Mapping[str, Tensor],
     k: int = 10,
     *,
-    together: bool = False,
+    jointly: bool = False,
     output: ModelOutput | None = None,
     progress_bar: bool = True,
 ) -> TailPatch:
@@ -108,7 +108,7 @@ def tail_patch(
         scores: ``(num_targets, num_train)`` for each method by name. Give random ones, too
             (:class:`~lightning_trak.methods.RandomScores`): a step on any examples changes the output.
         k: how many proponents.
-        together: take one step on all ``k`` of them, rather than one on each of them alone, of whose rises the mean is
+        jointly: take one step on all ``k`` of them, rather than one on each of them alone, of whose rises the mean is
             taken, as its authors do.
         output: what should rise; default: the module's ``configure_model_output()``. For the log-probability, give
             :class:`~lightning_trak.outputs.NegativeLoss` a cross-entropy.
@@ -142,7 +142,7 @@ def tail_patch(
     steps_of = []
     for values in scores.values():
         named = [tuple(row) for row in ranked(values.cpu(), k).tolist()]
-        steps_of.append([[row] if together else [(index,) for index in row] for row in named])
+        steps_of.append([[row] if jointly else [(index,) for index in row] for row in named])
         for target, steps in enumerate(steps_of[-1]):
             for step in steps:
                 wanted.setdefault(step, set()).add(target)

@@ -50,7 +50,7 @@ SCORES = {"one": numbers(4, 7, seed=3), "other": numbers(4, 7, seed=4)}
 def test_a_step_of_least_squares_is_known(together):
     model = LitLinear()
     found = tail_patch(
-        model, model.configure_optimizers(), POINTS, QUESTIONS, SCORES, 3, together=together, progress_bar=False
+        model, model.configure_optimizers(), POINTS, QUESTIONS, SCORES, 3, jointly=together, progress_bar=False
     )
     residuals = Y - X @ model.weights.detach()
     each = 2 * RATE * (ASKED @ X.T) * residuals  # by how much a step on each point alone raises each output
@@ -68,7 +68,7 @@ def test_steps_that_are_not_linear_are_taken_alone_or_together():
     for together in (False, True):
         found = tail_patch(
             *(model, model.configure_optimizers(), DataLoader(POINTS, batch_size=2), QUESTIONS, SCORES, 2),
-            together=together,
+            jointly=together,
             output=output,
             progress_bar=False,
         )
@@ -91,7 +91,7 @@ def test_the_step_is_the_users_optimizers_and_leaves_no_trace():
     moments = [state["exp_avg"].clone() for state in optimizer.state.values()]
     random = torch.get_rng_state()
     scores = {"any": torch.randn(13, 50, generator=torch.Generator().manual_seed(0))}
-    found = tail_patch(model, optimizer, TRAIN, TARGETS, scores, 4, together=True, progress_bar=False)
+    found = tail_patch(model, optimizer, TRAIN, TARGETS, scores, 4, jointly=True, progress_bar=False)
 
     assert model.training
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
