@@ -8,11 +8,19 @@ from typing import Any
 from torch import nn
 
 from lightning_trak.fingerprints.classes import INITIAL, attributes_of, changed_by_use
-from lightning_trak.fingerprints.modules import describe
+from lightning_trak.fingerprints.modules import describe, new_fingerprint
 from lightning_trak.fingerprints.values import Fingerprint
 from lightning_trak.storage.schemas import are_same
 
-__all__ = ["Fingerprint", "changes", "difference", "fingerprint", "module_fingerprint", "object_fingerprint"]
+__all__ = [
+    "Fingerprint",
+    "changes",
+    "difference",
+    "fingerprint",
+    "module_fingerprint",
+    "new_fingerprint",
+    "object_fingerprint",
+]
 
 # Keys that sort what a fingerprint holds, and mean nothing to its reader.
 _SORTS = ("attributes", "code", "made", "own", "state", "value")
@@ -29,7 +37,7 @@ def fingerprint(value: Any, owner: str | None = None) -> Any:
     Raises:
         TypeError: if there is an owner, and the value is or holds what has no content, such as a lock or an open file.
     """
-    walk = Fingerprint()
+    walk = new_fingerprint()
     described = walk.value(value, owner)
     code = walk.code()
     return {"value": described, "code": code} if code else described
@@ -46,7 +54,7 @@ def object_fingerprint(value: Any, called: frozenset[str], left_out: frozenset[s
     Raises:
         TypeError: if a public attribute has no content. Others are described by their class then.
     """
-    walk, cls = Fingerprint(), type(value)
+    walk, cls = new_fingerprint(), type(value)
     name_of_class = walk.methods(cls, lambda name: name not in INITIAL | left_out)
     walk.read()
     changed = changed_by_use(cls, called)
@@ -77,10 +85,10 @@ def module_fingerprint(module: nn.Module, used_by: Any = None, training: bool = 
     Returns:
         The module's parts with their classes and options, and digests of functions and classes, by their names.
     """
-    caller = Fingerprint()
+    caller = new_fingerprint()
     caller.value(used_by)
     caller.read()
-    walk = Fingerprint()
+    walk = new_fingerprint()
     walk.names |= caller.names
     parts = describe(module, walk, training)
     return walk.code() | {f"module {name}".rstrip(): part for name, part in parts.items()}

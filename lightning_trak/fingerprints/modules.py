@@ -49,6 +49,11 @@ _HOUSEKEEPING = frozenset([*vars(nn.Module()), *vars(L.LightningModule()), *vars
 _MANY = 100
 
 
+def new_fingerprint() -> Fingerprint:
+    """A walk that has met nothing yet."""
+    return Fingerprint(describe)
+
+
 def describe(module: nn.Module, fingerprint: Fingerprint, training: bool = False) -> dict[str, Any]:
     """The parts of a module, each with its class and options; its code is left with the fingerprint.
 

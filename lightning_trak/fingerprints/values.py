@@ -60,13 +60,17 @@ class Fingerprint:
     Functions and classes are described apart, once, so that a change is named by the place where it is, and cycles end.
     Those of one name share an entry.
 
+    Args:
+        describe_module: describes the parts of a module, and uses this walk for what they hold.
+
     Attributes:
         names: names that the code read so far may read of other objects.
         places: names of objects that need no description, by their id.
         storages: addresses of tensors that need no description.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, describe_module: Callable[[nn.Module, Fingerprint], Any]) -> None:
+        self._describe_module = describe_module
         self.names: set[str] = set()
         self.places: dict[int, str] = {}
         self.storages: set[int] = set()
@@ -160,10 +164,8 @@ class Fingerprint:
 
     def module(self, module: nn.Module) -> Any:
         """A module by its class, options, code and weights."""
-        from lightning_trak.fingerprints.modules import describe  # which needs this file
-
         weights = tensor_digest(dict(_tensors(module)))[:16] if self._weights else ""
-        return [name_of(type(module)), digest(describe(module, self)), weights]
+        return [name_of(type(module)), digest(self._describe_module(module, self)), weights]
 
     def _bound_to(self, owner: Any, strict: str | None) -> Any:
         """What a method is bound to. The weights of a LightningModule are what is attributed, and known elsewhere."""

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
-from lightning_trak.fingerprints import Fingerprint, fingerprint, module_fingerprint
+from lightning_trak.fingerprints import Fingerprint, fingerprint, module_fingerprint, new_fingerprint
 from lightning_trak.storage.files import tensor_digest
 
 _WATCHES = (Checkpoint, DeviceStatsMonitor, LearningRateMonitor, ModelSummary, ProgressBar)
@@ -76,7 +76,7 @@ def _optimizers(module: L.LightningModule, trainer: L.Trainer) -> Any:
             made = module.configure_optimizers()
     except Exception:  # it may need the Trainer's data; the fingerprint of the module holds its code in any case
         return None
-    walk = Fingerprint()
+    walk = new_fingerprint()
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     described = _plan(made, walk, names)
     return {"made": described, "code": walk.code()}
