@@ -1,1 +1,1 @@
-"""Speed and memory, beside other packages; faithfulness of every setting."""
+"""Benchmarks: speed and memory beside other packages, and the faithfulness of every setting."""

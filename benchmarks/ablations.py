@@ -4,8 +4,8 @@
     python -m benchmarks.ablations --out ablations_output --quick    # a tiny net, few models, under a minute
 
 The ablations of TRAK's authors, on handwritten digits and a perceptron, with the published settings and the defaults.
-The truth are models retrained on random halves. Written are `ablations.json`, `ablations.md` (the tables) and
-`ablations.png`; the truth is kept in the directory, too.
+The truth comes from models retrained on random halves. The directory gets `ablations.json`, `ablations.md` (the tables)
+and `ablations.png`. It also keeps the truth.
 """
 
 import argparse
@@ -30,8 +30,8 @@ from lightning_trak.scoring.damping import auto_damping
 from lightning_trak.scoring.gram import DampedGram, gram_matrix
 
 TASK = "digits MLP"
-SETTINGS = {"defaults": 1024, "published": 128}  # with k where it is not varied: the published falls from there on
-# TRAK's authors on CIFAR-10, Park et al. 2023 (arXiv 2303.14186): LDS at x, their defaults.
+SETTINGS = {"defaults": 1024, "published": 128}  # k where it is not varied; the published LDS falls at larger k
+# TRAK's authors on CIFAR-10, Park et al. 2023 (arXiv 2303.14186): LDS at x, with their defaults.
 LITERATURE = {
     "epochs": ("CIFAR-10, M = 100, k = 1000", {1: 0.100, 5: 0.204, 10: 0.265, 15: 0.293, 25: 0.308}),
     "runs": ("CIFAR-10, M = 100, k = 4000", {5: 0.329, 6: 0.340, 10: 0.350, 100: 0.355}),
@@ -44,9 +44,9 @@ class Result:
 
     Attributes:
         ablation: "k", "epochs" or "runs".
-        settings: of TRAK, "defaults" or "published" (no curvature, no damping, Q averaged).
+        settings: the settings of TRAK, "defaults" or "published" (no curvature, no damping, Q averaged).
         models: M, checkpoints that are averaged.
-        x: the value of what is varied.
+        x: the value of the quantity that is varied.
         lds: mean over targets; None where the Gram matrix is singular.
         low: lower end of the 95% interval over targets and subsets.
         high: upper end.
@@ -62,7 +62,7 @@ class Result:
 
 
 def scores(settings: str, rows: Features, targets: Tensor) -> Tensor:
-    """TRAK's scores at one model, but for the factor Q: (num_targets, num_train)."""
+    """TRAK's scores at one model, without the factor Q: (num_targets, num_train)."""
     curvature = "identity" if settings == "published" else "gauss_newton"
     gram, squared_weights = gram_matrix([rows], curvature, targets.shape[1], torch.device("cpu"))
     damping = 0.0 if settings == "published" else auto_damping(gram.trace(), squared_weights, len(gram))
@@ -82,7 +82,7 @@ def curve(
                 rows = Features(*map(torch.cat, zip(*shards, strict=True)))
                 try:
                     product = scores(settings, rows, features)
-                except ValueError:  # the Gram matrix is singular, and no average of this model and others exists
+                except ValueError:  # the Gram matrix is singular: there is no average with this model
                     yield from ((settings, count, None, None, None) for count in counts if count > checkpoint)
                     break
                 products, loss_gradients = products + product, loss_gradients + rows.loss_gradients
@@ -185,7 +185,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="a tiny net, 200 digits, 20 halves")
     args = parser.parse_args(arguments)
     quiet()
-    torch.set_num_threads(1)  # the nets are too small to share
+    torch.set_num_threads(1)  # the nets are too small for more threads
     args.out.mkdir(parents=True, exist_ok=True)
     task = make_tasks()[TASK]
     task = small(task) if args.quick else task

@@ -1,4 +1,4 @@
-"""What the audit of a shard costs, as a share of featurizing it."""
+"""The cost of auditing a shard, as a fraction of featurizing it."""
 
 import importlib.util
 
@@ -15,7 +15,7 @@ SETTINGS = ("hooks + SparseProjection", "hooks + KroneckerProjection")
 
 
 def audit(run: Run) -> list[Row]:
-    """One batch is featurized with the shard's audited examples in it, and without: the difference is once a shard."""
+    """Featurize one batch with the audited examples of a shard, and without. A shard has this difference once."""
     found = []
     for name, size in SIZES.items():
         if name != "resnet9" and not importlib.util.find_spec("transformers"):

@@ -3,8 +3,8 @@
     python -m benchmarks.faithfulness --out faithfulness_output            # about 20 minutes on two cores
     python -m benchmarks.faithfulness --out faithfulness_output --quick    # two tasks, few settings, under a minute
 
-For each task ten models are trained on all data, whose features give the scores, and 100 random halves are retrained
-with three seeds each, whose outputs are the truth. Everything is written to the directory: `faithfulness.json`,
+For each task, ten models are trained on all data. Their features give the scores. Models are retrained on 100 random
+halves, with three seeds each. Their outputs are the truth. Everything is written to the directory: `faithfulness.json`,
 `faithfulness.md` (the tables) and `faithfulness.png`.
 """
 
@@ -59,8 +59,8 @@ class Result:
         task: name of the task.
         projection: name of the projection.
         k: features of an example.
-        curvature: of the Gram matrix.
-        damping: relative to the mean of the Gram matrix's diagonal, or "auto".
+        curvature: curvature of the Gram matrix, "gauss_newton" or "identity".
+        damping: relative to the mean of the diagonal of the Gram matrix, or "auto".
         models: number of models averaged.
         lds: mean over targets.
         low: lower end of the 95% interval over targets and subsets.
@@ -81,7 +81,7 @@ class Result:
 def sweep(
     task: Task, truth: Truth, name: str, curvatures: tuple[Curvature, ...], counts: tuple[int, ...], directory: Path
 ) -> Iterator[Result]:
-    """The score of a projection at every damping, from one set of features."""
+    """The LDS of a projection at every damping, from one set of features."""
     store, features = featurize(task, truth.states, PROJECTIONS[name], directory)
     for curvature in curvatures:
         for damping in (*GRID, "auto"):
@@ -95,7 +95,7 @@ def sweep(
 
 
 def tables(results: list[Result]) -> str:
-    """Markdown: every grid, and what the automatic damping reaches of its best."""
+    """Markdown: every grid, and the LDS of the automatic damping, also as a fraction of the best."""
     heads = [f"{damping:g}" for damping in GRID]
     lines = [
         f"| task | projection | k | curvature | M | {' | '.join(heads)} | ± | auto | auto / best |",
@@ -152,7 +152,7 @@ def main(arguments: list[str] | None = None) -> None:
     tasks = make_tasks()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("faithfulness_output"), help="where everything is written")
-    parser.add_argument("--tasks", nargs="+", choices=tasks, help="which; default: all, or two of them with --quick")
+    parser.add_argument("--tasks", nargs="+", choices=tasks, help="tasks; default: all, or two with --quick")
     parser.add_argument("--quick", action="store_true", help="one projection, 20 halves once")
     args = parser.parse_args(arguments)
     quiet()

@@ -1,4 +1,4 @@
-"""How much faster small models are retrained at once than one after another."""
+"""How much faster it is to retrain small models at once than one after another."""
 
 import itertools
 import tempfile
@@ -17,7 +17,7 @@ ALONE, TOGETHER = 10, 100
 
 
 def fleet(settings: Run) -> list[Row]:
-    """Fleets of a perceptron for the digits, from its factories to its outputs on disk."""
+    """Time fleets of a perceptron for the digits, including making the models and writing their outputs."""
     train, targets = make_data()
     masks = random_subsets(len(train), TOGETHER, seed=1)
     with tempfile.TemporaryDirectory(dir=settings.out) as folder:

@@ -22,12 +22,12 @@ def status(field: str) -> int:
 
 
 def reset_peak() -> None:
-    """Make ``VmHWM`` start anew."""
+    """Reset ``VmHWM`` to the present memory."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_of(action: Callable[[], object]) -> int:
-    """Bytes that an action needs at its peak beyond what is resident before it."""
+    """Peak memory of an action, in bytes above the resident memory before it."""
     before = status("VmRSS")
     reset_peak()
     action()
@@ -40,9 +40,9 @@ def _measure(workload: str, size: int, setting: str, answer: "multiprocessing.Si
 
 
 def fresh_peak(workload: str, size: int, setting: str) -> int:
-    """Peak bytes of one setting, or of a ``"training step"``, in a new process.
+    """Peak memory in bytes of one setting, or of a ``"training step"``, in a new process.
 
-    ``getrusage`` is of no use here: a process inherits the peak of the one that started it.
+    ``getrusage`` cannot be used: a process inherits the peak of the process that started it.
     """
     context = multiprocessing.get_context("spawn")
     answer = context.SimpleQueue()

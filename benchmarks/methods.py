@@ -3,9 +3,9 @@
     python -m benchmarks.methods --out methods_output            # about half an hour on one core
     python -m benchmarks.methods --out methods_output --quick    # a tiny net, two models, under a minute
 
-The truth are outputs of models retrained on 100 random halves, several times each. A method's cost is that of training
-the models that it needs, and its own time, in units of the training of one model. Written are `methods.json`,
-`methods.md` (the tables) and `methods.png`; the truth is kept in the directory, too.
+The truth is the outputs of models retrained on 100 random halves, several times each. The cost of a method is the
+training of the models that it needs plus its own time, in units of the training of one model. The directory gets
+`methods.json`, `methods.md` (the tables) and `methods.png`. It also keeps the truth.
 """
 
 import argparse
@@ -51,16 +51,16 @@ from lightning_trak.methods import (
 from lightning_trak.projections import GaussianProjection, SparseProjection
 from lightning_trak.retraining import random_subsets
 
-SEEDS = {"digits MLP": 5, "digits conv": 2}  # repetitions of each half: convolutions take forty times as long
+SEEDS = {"digits MLP": 5, "digits conv": 2}  # trainings on each half: the convolutional net takes forty times as long
 RETRAINED = {"digits MLP": (25, 50, 100, 400, 1600), "digits conv": (25, 50, 100)}
 ONCE = {  # too slow with ten checkpoints; conjugate gradients and LiSSA approximate what Explicit solves
     "digits MLP": ("influence, CG", "influence, LiSSA"),
     "digits conv": ("influence, Arnoldi",),
 }
-UNDAMPED = {"TRAK.paper, k = 256": 256, "TRAK.paper, k = 1024": 1024}  # need more examples than that
-WIDE = {"TRAK, k = 4096": 4096}  # for models of more parameters than that
+UNDAMPED = {"TRAK.paper, k = 256": 256, "TRAK.paper, k = 1024": 1024}  # need more training examples than features
+WIDE = {"TRAK, k = 4096": 4096}  # for models with more parameters than features
 TOO_LARGE = {"digits conv": ("influence, explicit", "influence, CG", "influence, LiSSA")}
-AVERAGING = "TRAK, Q averaged"  # which is TRAK with one checkpoint
+AVERAGING = "TRAK, Q averaged"  # with one checkpoint, this is the same as TRAK
 ONE_RUN = ("TRAK, one run", "TracIn", "TracIn, last layer", "GAS")  # checkpoints of one training run
 LASSO: dict[str, Any] = {"alphas": 10, "eps": 0.1, "tol": 1e-2}  # scikit-learn's own defaults take an hour
 
@@ -72,16 +72,16 @@ class Result:
     Attributes:
         task: name of the task.
         method: name of the method.
-        checkpoints: over which scores are averaged.
-        runs: training runs that they come from.
-        retrained: models retrained on halves of the data.
-        own_seconds: of CPU time, after training.
-        cost: in units of the training of one model.
-        seconds: the same in CPU time.
+        checkpoints: number of checkpoints that scores are averaged over.
+        runs: number of training runs that the checkpoints come from.
+        retrained: number of models retrained on halves of the data.
+        own_seconds: CPU time of the method itself, without training.
+        cost: training and own time, in units of the training of one model.
+        seconds: training and own time, in seconds of CPU time.
         lds: mean over targets.
         low: lower end of the 95% interval over targets and subsets.
         high: upper end.
-        behind: LDS of TRAK minus this, with as many checkpoints, or with the most if there are none.
+        behind: LDS of TRAK minus this LDS. TRAK has as many checkpoints, or the most if the method has none.
         behind_low: lower end of its 95% interval, targets and subsets being paired.
         behind_high: upper end.
     """
@@ -103,7 +103,7 @@ class Result:
 
 
 def gradient_methods(model: L.LightningModule) -> dict[str, Callable[[Any, Path], Method]]:
-    """The methods that start from trained models, as functions of checkpoints and a directory for a store."""
+    """The methods for trained models, as functions of the checkpoints and of a directory for a store."""
 
     def influence(solver: Any) -> Callable[[Any, Path], Method]:
         return lambda checkpoints, _: InfluenceFunction(model, checkpoints, solver=solver)
@@ -152,7 +152,7 @@ class Measured:
         self.targets = DataLoader(task.targets, batch_size=100)
         self.trainer = trainer_for(task)
         self.reference: dict[int, Tensor] = {}
-        self._fit()  # the first is slower
+        self._fit()  # the first training is slower
         self.unit = sorted(self._fit() for _ in range(3))[1]
         every = -(-task.max_epochs * len(self.train) // len(truth.states))
         self._fit(callbacks=[TRAKCallback(directory / "snapshots", every_n_train_steps=every)])
@@ -195,7 +195,7 @@ def results(measured: Measured, retrained: tuple[int, ...], orders: int) -> Iter
             with tempfile.TemporaryDirectory() as store:
                 yield measured.run(name, make(checkpoints, Path(store) / "features"), count, 1 if one_run else count)
     masks = random_subsets(len(task.train), max(retrained), seed=2)
-    outputs = outputs_of(task, masks, 1_000_000)  # other subsets and seeds than those of the truth
+    outputs = outputs_of(task, masks, 1_000_000)  # not the subsets and seeds of the truth
     for count in retrained:
         part = masks[:count], outputs[:, :count]
         yield measured.run("empirical influence", EmpiricalInfluence(*part), retrained=count)
@@ -275,7 +275,7 @@ def plot(found: list[Result], ceilings: dict[str, float], path: Path) -> None:
 
 
 class SmallMLP(LitDigits):
-    """A perceptron that every method is done with in a second."""
+    """A perceptron so small that every method takes about a second."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -295,12 +295,12 @@ def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("methods_output"), help="where everything is written")
-    parser.add_argument("--tasks", nargs="+", choices=SEEDS, help="which; default: all, or the first with --quick")
+    parser.add_argument("--tasks", nargs="+", choices=SEEDS, help="tasks; default: all, or the first with --quick")
     parser.add_argument("--quick", action="store_true", help="a tiny net, 200 digits, two models, 20 halves")
     args = parser.parse_args(arguments)
     quiet()
-    torch.set_num_threads(1)  # the nets are too small to share
-    threadpool_limits(1)  # nor does NumPy, whose threads would count while they wait for each other
+    torch.set_num_threads(1)  # the nets are too small for more threads
+    threadpool_limits(1)  # the same for NumPy: its threads would use CPU time while they wait
     args.out.mkdir(parents=True, exist_ok=True)
     found: list[Result] = []
     ceilings, units = {}, {}

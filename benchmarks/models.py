@@ -1,4 +1,4 @@
-"""The models that are timed, their batches, and what a plain step of them costs."""
+"""The models that are timed, their batches, and their plain forward and backward passes."""
 
 import copy
 import importlib
@@ -56,13 +56,13 @@ def _convolution(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, pa
 
 @dataclass
 class Workload:
-    """A model in eval mode, the output that is attributed, and a batch of it.
+    """A model in eval mode, the output that is attributed, and a batch.
 
     Attributes:
         first: name of a small parameter next to the model's input.
         unit: what a batch consists of, for rates.
-        count: how many of them.
-        autocast: what the plain pass is autocast to, if anything.
+        count: number of these units in the batch.
+        autocast: dtype of autocast in the plain pass; None for no autocast.
     """
 
     model: nn.Module
@@ -75,7 +75,7 @@ class Workload:
     autocast: torch.dtype | None = None
 
     def plain(self) -> None:
-        """Forward and backward of the outputs' sum with all parameters' gradients: the unit of all ratios."""
+        """Forward and backward pass of the sum of outputs, with gradients of all parameters: the unit of all ratios."""
         self.model.zero_grad()
         device = next(self.model.parameters()).device.type
         with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
@@ -83,18 +83,18 @@ class Workload:
         output.backward()
 
     def activations(self) -> None:
-        """Forward, and backward to the first layer by activations' gradients alone: part of any engine's work."""
+        """Forward pass, and backward pass to the first layer through activations alone: every engine does this."""
         output = self.output.output(self.model, self.batch).sum()
         torch.autograd.grad(output, self.model.get_parameter(self.first))
 
     def train_step(self) -> None:
-        """What training costs: forward, backward and one step of SGD."""
+        """A training step: forward, backward and one step of SGD."""
         optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-6)
         self.plain()
         optimizer.step()
 
     def to(self, device: torch.device, precision: Precision = "32-true") -> "Workload":
-        """A copy elsewhere, or in another precision, as a Trainer would make it."""
+        """A copy on a device or in a precision, as a Trainer would make it."""
         dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
         batch = apply_to_collection(
             self.batch, Tensor, lambda t: t.to(device, dtype if t.is_floating_point() else None)
@@ -111,7 +111,7 @@ def resnet9(size: int = 32) -> Workload:
 
 
 def gpt2_6(size: int = 8) -> Workload:
-    """GPT-2 small with six layers instead of twelve (DistilGPT2's shape, 82M parameters), 128 random tokens a text."""
+    """GPT-2 small with six of its twelve layers (the size of DistilGPT2, 82M parameters), 128 random tokens a text."""
     return _gpt2(size, layers=6, length=128)
 
 
@@ -129,7 +129,7 @@ def _gpt2(size: int, layers: int, length: int) -> Workload:
 
 
 def resnet18(size: int = 64) -> Workload:
-    """ResNet-18 (11.7M parameters), 224 x 224 noise."""
+    """ResNet-18 (11.7M parameters) with images of 224 x 224 noise."""
     transformers = importlib.import_module("transformers")
     torch.manual_seed(0)
     config = transformers.ResNetConfig(

@@ -1,4 +1,4 @@
-"""The library's ways from a batch to features, as they are timed."""
+"""The settings of this package that are timed, from a batch to features."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -25,7 +25,7 @@ class Setting(NamedTuple):
 
 
 def settings(k: int = K) -> dict[str, Setting]:
-    """What is timed, by name."""
+    """The settings that are timed, by name."""
     sparse, kronecker = SparseProjection(k), KroneckerProjection(16, 16)
     return {
         "vmap + SparseProjection": Setting("functional", sparse),
@@ -39,7 +39,7 @@ def settings(k: int = K) -> dict[str, Setting]:
 
 
 def extractor_of(work: Workload, setting: Setting) -> FeatureExtractor:
-    """Makes features of a workload's model, where that is."""
+    """An extractor for the model of a workload, on the model's device."""
     device = next(work.model.parameters()).device
     checkpoints = resolve_checkpoints([work.model.state_dict()])
     digests = [checkpoint.fingerprint() for checkpoint in checkpoints]
@@ -51,7 +51,7 @@ def extractor_of(work: Workload, setting: Setting) -> FeatureExtractor:
 
 
 def featurizer(work: Workload, setting: Setting) -> Callable[[], Features]:
-    """Makes the features of a workload's batch, where its model is."""
+    """A function that makes the features of a workload's batch, on the device of its model."""
     work = work.to(next(work.model.parameters()).device, setting.precision)
     extractor, positions = extractor_of(work, setting), torch.arange(work.size)
     return lambda: extractor(work.batch, positions)

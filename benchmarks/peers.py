@@ -1,6 +1,6 @@
-"""Other packages, used as their documentation says: features of a batch, and scores of a data set.
+"""Other packages, used as in their documentation: features of a batch, and scores of a data set.
 
-Every function imports its package itself, so that each package is optional.
+Every function imports its own package, so each package is optional.
 """
 
 import tempfile
@@ -32,14 +32,14 @@ def _traker(model: nn.Module, num_train: int, k: int, folder: str) -> Any:
         save_dir=folder,
         device="cpu",
         proj_dim=k,
-        use_half_precision=False,  # as the others
+        use_half_precision=False,  # like the other packages
         logging_level=40,
     )
 
 
 def traker_featurizer(work: Workload, k: int, folder: Path) -> Callable[[], object]:
     """TRAKer.featurize of one batch."""
-    # It does no example twice: room for more than the calls that will be made.
+    # It skips examples that it has seen, so its size is larger than the number of calls.
     tracker = _traker(work.model, 10 * work.size, k, str(folder / "traker"))
     tracker.load_checkpoint(work.model.state_dict(), model_id=0)
     return lambda: tracker.featurize(batch=work.batch, num_samples=work.size)
@@ -77,7 +77,7 @@ def _dattri_task(model: nn.Module) -> tuple[Any, Callable[..., Tensor]]:
 
 
 def dattri_featurizer(work: Workload, k: int, folder: Path) -> Callable[[], object]:
-    """What TRAKAttributor does to a training batch: per-example gradients, and their projection."""
+    """The work of TRAKAttributor on a training batch: per-example gradients and their projection."""
     from dattri.func.projection import random_project
 
     task, _ = _dattri_task(work.model)
@@ -118,7 +118,7 @@ def kronfluence_scores(model: nn.Module, train: TensorDataset, targets: TensorDa
             return F.cross_entropy(logits, labels, reduction="sum")
 
         def compute_measurement(self, batch: Any, model: nn.Module) -> Tensor:
-            # Its scores are positive where training on an example lowers the measurement.
+            # Its scores are positive if training on an example lowers the measurement.
             return -ClassificationMargin().output(model, batch).sum()
 
     task = Margin()

@@ -47,7 +47,7 @@ MEMORY_SIZES = {"resnet9": 128, "gpt2, 6 layers": 8}
 
 
 def featurize(run: Run) -> list[Row]:
-    """Features of a batch, from its gradients; on a GPU also what the plain pass takes in the same precision."""
+    """Features of a batch, from its gradients. On a GPU also the time of the plain pass in the same precision."""
     found = []
     on_gpu = run.device.type == "cuda"
     for name, size in (GPU_SIZES if on_gpu else CPU_SIZES).items():
@@ -57,7 +57,7 @@ def featurize(run: Run) -> list[Row]:
         work = WORKLOADS[name](size).to(run.device)
         options = settings(4096 if on_gpu else K)
         if on_gpu:
-            del options["vmap + SparseProjection"]  # it would hold all examples' gradients
+            del options["vmap + SparseProjection"]  # it would hold the gradients of all examples
         actions: dict[str, Action] = {key: featurizer(work, setting) for key, setting in options.items()}
         actions["forward + activations' gradients alone"] = work.activations
         below: dict[Precision, str] = {
@@ -77,7 +77,7 @@ def featurize(run: Run) -> list[Row]:
 
 
 def memory(run: Run) -> list[Row]:
-    """Peak memory of the same on a CPU, each in a fresh process, beside that of a training step."""
+    """Peak memory of the same settings on a CPU, and of a training step, each in a new process."""
     found = []
     for workload, size in MEMORY_SIZES.items():
         if workload != "resnet9" and not importlib.util.find_spec("transformers"):
@@ -91,7 +91,7 @@ def memory(run: Run) -> list[Row]:
 
 
 def peers(run: Run) -> list[Row]:
-    """Other packages on ResNet-9, one at a time beside forward + backward of the examples that each goes through."""
+    """Other packages on ResNet-9, each beside forward and backward passes of the examples that it processes."""
     work = resnet9(32)
     unit = statistics.median(seconds(work.plain) for _ in range(5))
     found = rows(
@@ -130,7 +130,7 @@ def peers(run: Run) -> list[Row]:
 
 
 def lds(run: Run, subsets: int = 40, k: int = 1024) -> list[Row]:
-    """How faithful scores of one model of the digits are, and what they cost."""
+    """LDS and time of scores for one model of the digits."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     train, targets = make_data()
     torch.manual_seed(0)
@@ -211,16 +211,16 @@ GPU_PARTS = {"featurize", "scoring"}
 
 
 def main() -> None:
-    """Run the parts that were asked for; print a table of each, and write it as JSON and Markdown."""
+    """Run the given parts. Print a table of each, and write it as JSON and Markdown."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("speed_output"), help="folder of the tables")
+    parser.add_argument("--out", type=Path, default=Path("speed_output"), help="folder to write the tables to")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--device", type=torch.device, default="cpu", help="cpu or cuda (parts featurize, scoring)")
     parser.add_argument("--repetitions", type=int, default=5, help="rounds of alternating measurements")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", ".*LeafSpec.*|.*does not have many workers.*")  # Lightning's own
+    warnings.filterwarnings("ignore", ".*LeafSpec.*|.*does not have many workers.*")  # from Lightning itself
     run = Run(args.out, args.repetitions, torch.device(args.device))
     if run.device.type == "cuda" and not set(args.parts) <= GPU_PARTS:
         parser.error(f"on a GPU, --parts can be {' and '.join(sorted(GPU_PARTS))}")

@@ -1,4 +1,4 @@
-"""Scoring stored features, against the bare matrix product of the same shape and against reading the files."""
+"""Scoring stored features, compared with the bare matrix product of the same shape and with reading the files."""
 
 import shutil
 import statistics
@@ -18,7 +18,7 @@ TARGETS, K = 256, 2048
 
 
 def make_store(directory: Path, num_examples: int, dtype: torch.dtype) -> FeatureStore:
-    """A store of noise."""
+    """Make a store of random features."""
     store = FeatureStore(directory, {"checkpoints": ["noise"]}, num_examples)
     generator = torch.Generator().manual_seed(0)
     for shard in range(store.num_shards):
@@ -36,7 +36,7 @@ def make_scorer(store: FeatureStore) -> TRAKScorer:
 
 
 def read_files(store: FeatureStore) -> None:
-    """Read every byte of a store's shards into one buffer, without looking at them."""
+    """Read every byte of the shards into one buffer, without checks."""
     buffer = bytearray(16 * MIB)
     for path in sorted(store.directory.glob("checkpoint-*/shard-*")):
         with path.open("rb", buffering=0) as file:
@@ -45,10 +45,10 @@ def read_files(store: FeatureStore) -> None:
 
 
 def scoring(run: Run) -> list[Row]:
-    """Throughput of scoring as a share of the bare product's: 1 would be free of overhead.
+    """Throughput of scoring as a fraction of that of the bare product. 1 means no overhead.
 
-    On a GPU the product is of what lies there already, while scoring reads files and copies them over; so there are as
-    many targets as a pass over a large store would take.
+    On a GPU, the data of the bare product are there already, but scoring reads files and copies them. So there are as
+    many targets as in one pass over a large store.
     """
     num_targets, num_examples = (8192, 200_000) if run.device.type == "cuda" else (TARGETS, 20_000)
     with tempfile.TemporaryDirectory(dir=run.out) as directory:
@@ -69,7 +69,7 @@ def scoring(run: Run) -> list[Row]:
             return scorer.score(directions)
 
         def first_score() -> object:
-            store._verified.clear()  # as a new process begins
+            store._verified.clear()  # as in a new process
             return score()
 
         actions = {
@@ -84,10 +84,10 @@ def scoring(run: Run) -> list[Row]:
 
 
 def topk(run: Run, num_examples: int = 1_000_000) -> list[Row]:
-    """Time and peak memory of the ten best of a million stored float16 examples, for 256 targets.
+    """Time and peak memory of finding the best ten of a million stored float16 examples, for 256 targets.
 
     Raises:
-        OSError: if the disk lacks room for the store.
+        OSError: if the disk has not enough free space for the store.
     """
     needed = 2.2 * num_examples * K
     if shutil.disk_usage(run.out).free < needed:

@@ -1,4 +1,4 @@
-"""Small tasks on real data that are retrained in seconds: what faithfulness is measured on.
+"""The small tasks that faithfulness is measured on: real data, and models that train in seconds.
 
 All data come with scikit-learn or with Python itself.
 """
@@ -23,7 +23,7 @@ LENGTH = 48
 
 
 class UndecayedMLP(DigitsMLP):
-    """The same without weight decay."""
+    """The perceptron for digits, trained without weight decay."""
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
@@ -51,7 +51,7 @@ class TabularMLP(L.LightningModule):
 
 
 class Block(nn.Module):
-    """A transformer's layer with causal attention."""
+    """A transformer layer with causal attention."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -91,17 +91,17 @@ class LitText(L.LightningModule):
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained, and what is attributed.
+    """A model to train, its data, and the output to attribute.
 
     Attributes:
-        name: of the task.
+        name: name of the task.
         about: data and model in a few words.
-        make_module: makes a module, freshly initialised.
+        make_module: makes a newly initialised module.
         output: the attributed output.
         train: training set.
         targets: examples whose outputs are attributed.
-        max_epochs: of each training.
-        batch_size: of each training step.
+        max_epochs: number of epochs of each training.
+        batch_size: batch size of training.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Times as ratios: what is compared runs in turn, so that a machine's other load falls on all alike."""
+"""Times as ratios. What is compared runs in turn, so another load on the machine slows all of it alike."""
 
 import statistics
 import time
@@ -13,10 +13,10 @@ Action = Callable[[], object]
 
 @dataclass(frozen=True)
 class Run:
-    """What the command line asks of a part.
+    """The options of the command line for a part.
 
     Attributes:
-        out: folder for files.
+        out: folder to write files to.
         repetitions: rounds of alternating measurements.
         device: where to measure.
     """
@@ -38,7 +38,7 @@ class Row:
         low: lowest of the repetitions, or lower end of a 95% interval.
         high: highest of the repetitions, or upper end of a 95% interval.
         repetitions: how many times it was measured; 0 where it was skipped.
-        note: what a reader must know.
+        note: a remark for the reader.
     """
 
     part: str
@@ -52,7 +52,7 @@ class Row:
 
 
 def seconds(action: Action) -> float:
-    """How long one call takes, until the GPU is done with it, if there is one."""
+    """Seconds that one call takes. With a GPU, until the GPU has finished."""
     started = time.perf_counter()
     action()
     if torch.cuda.is_initialized():
@@ -61,17 +61,17 @@ def seconds(action: Action) -> float:
 
 
 def ratios(baseline: Action, actions: Mapping[str, Action], repetitions: int = 5) -> dict[str, list[float]]:
-    """Times of actions as multiples of a baseline's.
+    """Times of actions as multiples of the time of a baseline.
 
     In each round the baseline and all actions run once, after a first round that only warms up.
 
     Args:
-        baseline: what the others are compared to; called at least twice in a round, before and after.
-        actions: what is compared, by name.
-        repetitions: rounds.
+        baseline: called at least twice in a round, before and after the actions.
+        actions: functions to compare with the baseline, by name.
+        repetitions: number of rounds.
 
     Returns:
-        For each action one ratio a round, to the mean of the baseline's times around the round.
+        For each action one ratio a round: its time over the mean time of the baseline before and after.
     """
     measured: dict[str, list[float]] = {name: [] for name in actions}
     for round_ in range(repetitions + 1):

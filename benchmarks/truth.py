@@ -1,4 +1,4 @@
-"""What retraining says, and how well scores agree with it."""
+"""The ground truth of the benchmarks: outputs of retrained models, and how well scores agree with them."""
 
 import logging
 import warnings
@@ -17,12 +17,12 @@ from lightning_trak.metrics.functional.ranking import spearman_corrcoef, spearma
 from lightning_trak.retraining import random_subsets, train_together
 
 MODELS, SUBSETS = 10, 100
-TOGETHER = 25  # models that are trained at once
+TOGETHER = 25  # number of models that are trained at once
 
 
 @dataclass
 class Truth:
-    """What retraining says.
+    """Outputs of retrained models.
 
     Attributes:
         masks: bool (num_subsets, num_train).
@@ -35,20 +35,20 @@ class Truth:
     states: list[dict[str, Tensor]]
 
     def measure(self, scores: Tensor) -> LinearDatamodelingScore:
-        """The score of attributions (num_targets, num_train)."""
+        """The LDS of attributions (num_targets, num_train)."""
         lds = LinearDatamodelingScore(self.masks)
         lds.update(scores, self.outputs)
         return lds
 
     def difference(self, scores: Tensor, others: Tensor) -> tuple[float, float, float]:
-        """By how much the LDS of the first scores is higher, with its 95% interval: targets and subsets are paired."""
+        """LDS of the first scores minus that of the second, with a 95% interval. Targets and subsets are paired."""
         tables = [self._table(rows) for rows in (scores, others)]
         table = tables[0] - tables[1]
         low, high = crossed_bootstrap_interval(table)
         return float(table.mean()), float(low), float(high)
 
     def _table(self, scores: Tensor) -> Tensor:
-        """Each target's rank correlation plus the influence of each subset on it, whose row means are the former."""
+        """Rank correlation of each target (the row means) plus the influence of each subset on it."""
         predictions, outputs = scores.double() @ self.masks.double().T, self.outputs.double().mean(2)
         values, influence = spearman_corrcoef(predictions, outputs), spearman_influence(predictions, outputs)
         return (values[:, None] + influence).nan_to_num(nan=0.0)  # constant predictions count as 0, as in the metric
@@ -114,6 +114,6 @@ def trainer_for(task: Task, **options: Any) -> L.Trainer:
 
 
 def quiet() -> None:
-    """Without what Lightning says of every Trainer, and what is known of the settings measured."""
+    """Silence the log lines of Lightning, and the known warnings of the measured settings."""
     warnings.filterwarnings("ignore", ".*LeafSpec.*|.*does not have many workers.*|.*ill-conditioned.*")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)

@@ -1,1 +1,1 @@
-"""What users would write, and run."""
+"""Examples: code as users would write and run it."""

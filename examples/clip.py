@@ -1,9 +1,9 @@
 """Which pairs taught a CLIP model that this caption belongs to this image?
 
 Two small towers learn to give an image and its caption the same direction. For held-out pairs, TRAK names the training
-pairs that count most for and against, which are shown beside the nearest neighbours in embedding space. Then models are
-trained again without the first of either list, or without random pairs: how far does the alignment (cosine of the
-target's image and caption) fall?
+pairs that count most for and against. A picture shows these beside the nearest neighbours in embedding space. Then
+models are trained again without the first of either list, or without random pairs. This measures how far the alignment
+(the cosine of the target's image and caption) falls.
 
 Run it as `python -m examples.clip`. With --data, images and captions are read from a directory; examples/pairs.py says
 what it holds. Without, scenes of coloured shapes are drawn.
@@ -33,7 +33,7 @@ ALIGNED = 0.5  # the cosine above which a pair counts as learned
 
 
 class LitCLIP(AttributionMixin, L.LightningModule):
-    """A convolutional net for images and one for words, into one space."""
+    """A convolutional net for images and one for words. Both map into the same space."""
 
     def __init__(self, num_words: int, dim: int = 64) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ def misalignment(model: nn.Module, pairs: tuple[Tensor, Tensor]) -> Tensor:
 
 @torch.no_grad()
 def neighbours(model: LitCLIP, train: Pairs, targets: Pairs) -> Tensor:
-    """Cosines of image with image and caption with caption, averaged: ``(num_targets, num_train)``."""
+    """The mean of two cosines, image with image and caption with caption: ``(num_targets, num_train)``."""
     of_train, of_targets = model(train.images, train.words), model(targets.images, targets.words)
     return sum(ours @ theirs.T for ours, theirs in zip(of_targets, of_train, strict=True)) / 2
 
@@ -85,9 +85,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, help="directory of captions.jsonl and images")
     parser.add_argument("--out", type=Path, default=Path("demo_output/clip"), help="where everything is written")
     parser.add_argument("--scenes", type=int, default=600, help="pairs to draw, without --data")
-    parser.add_argument("--size", type=int, default=24, help="of the images that the model sees")
+    parser.add_argument("--size", type=int, default=24, help="width and height of the images that the model sees")
     parser.add_argument("--targets", type=int, default=4, help="held-out pairs to attribute")
-    parser.add_argument("--ks", type=int, nargs="+", default=[3, 9, 30], help="how many pairs to take away")
+    parser.add_argument("--ks", type=int, nargs="+", default=[3, 9, 30], help="how many pairs to remove")
     parser.add_argument("--models", type=int, default=4, help="models that TRAK averages over")
     parser.add_argument("--seeds", type=int, default=2, help="models for each target, method and k")
     parser.add_argument("--epochs", type=int, default=12)

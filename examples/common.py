@@ -1,4 +1,4 @@
-"""What the examples share."""
+"""Functions that several examples use."""
 
 import gzip
 import json
@@ -13,11 +13,11 @@ import torch
 
 
 def begin(out: Path, quiet: bool = True) -> Path:
-    """A new directory for this run. From here on, torch uses one thread, and Lightning says little if told to."""
-    torch.set_num_threads(1)  # the models are too small to share
+    """Make a new directory for this run, let torch use one thread, and if ``quiet`` let Lightning log warnings only."""
+    torch.set_num_threads(1)  # the models are too small for more threads
     if quiet:
-        logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # it says the same of every Trainer
-    warnings.filterwarnings("ignore", ".*LeafSpec.*|.*does not have many workers.*")  # Lightning's own
+        logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # it logs the same lines for every Trainer
+    warnings.filterwarnings("ignore", ".*LeafSpec.*|.*does not have many workers.*")  # from Lightning itself
     run = out / time.strftime("%Y%m%d-%H%M%S")
     run.mkdir(parents=True)
     return run

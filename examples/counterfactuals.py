@@ -1,8 +1,9 @@
-"""Are the attributions right? Take away what is said to have made a prediction, and train again.
+"""Are the attributions right? Remove the training examples that they name, and train again.
 
-A perceptron learns scikit-learn's handwritten digits. For some held-out digits that it reads rightly, the training
-images that count most for each are taken away, as TRAK, two similarities and chance have them, and new models are
-trained without. Then labels are spoilt, to see how soon self-influence finds them.
+A perceptron learns scikit-learn's handwritten digits. The targets are some held-out digits that it classifies
+correctly. TRAK, two similarities and chance each name the training images that count most for a target. These are
+removed, and new models are trained without them. Then some labels are made wrong, to see how soon self-influence finds
+them.
 
     python -m examples.counterfactuals
 """
@@ -27,7 +28,7 @@ from lightning_trak.retraining import Counterfactuals
 
 
 class DigitsMLP(LitDigits):
-    """A multilayer perceptron for 8 x 8 images, trained as the convolutional net is."""
+    """A multilayer perceptron for 8 x 8 images, trained like the convolutional net."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,8 +58,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("demo_output/counterfactuals"), help="where everything is written"
     )
-    parser.add_argument("--targets", type=int, default=8, help="digits whose proponents are taken away")
-    parser.add_argument("--ks", type=int, nargs="+", default=[20, 80], help="how many proponents")
+    parser.add_argument("--targets", type=int, default=8, help="digits whose proponents are removed")
+    parser.add_argument("--ks", type=int, nargs="+", default=[20, 80], help="how many proponents to remove")
     parser.add_argument("--seeds", type=int, default=2, help="models for each target, method and k")
     parser.add_argument("--runs", type=int, default=5, help="models that are attributed")
     args = parser.parse_args(arguments)

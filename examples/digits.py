@@ -2,7 +2,7 @@
 
 A small convolutional net learns scikit-learn's handwritten digits while `TRAKCallback` keeps snapshots. TRAK then
 scores every training image for every held-out image. Retraining on random halves of the training set gives the ground
-truth, against which the linear datamodeling score (LDS) measures those scores, beside those of TRAK as published.
+truth. The linear datamodeling score (LDS) compares it with those scores, and with the scores of TRAK as published.
 
     python -m examples.digits
 """
@@ -61,7 +61,7 @@ class LitDigits(AttributionMixin, L.LightningModule):
 
 
 def make_data() -> tuple[TensorDataset, TensorDataset]:
-    """Training and target images with labels, shuffled once."""
+    """Training and target images with their labels, in one fixed random order."""
     digits = load_digits()
     images = torch.tensor(digits.images / 16, dtype=torch.float32).unsqueeze(1)
     labels = torch.tensor(digits.target)

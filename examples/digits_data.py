@@ -13,7 +13,7 @@ class DigitsData(L.LightningDataModule):
     Args:
         num_train: training images.
         num_targets: held-out images.
-        batch_size: of both.
+        batch_size: of both loaders.
     """
 
     def __init__(self, num_train: int = NUM_TRAIN, num_targets: int = NUM_TARGETS, batch_size: int = 100) -> None:
@@ -29,5 +29,5 @@ class DigitsData(L.LightningDataModule):
         return DataLoader(self.targets, self.batch_size)
 
     def describe(self, item: tuple[Tensor, Tensor]) -> str:
-        """What `lightning-trak show` says of an image."""
+        """The text that `lightning-trak show` prints for an image."""
         return f"a {int(item[1])}"

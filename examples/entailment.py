@@ -9,7 +9,7 @@ from examples.texts import read_text
 Pair = tuple[str, str, int]  # two texts and the label
 LABELS = ("not_entailment", "entailment")
 
-RELATIONS = [  # how one asks for it, and how a sentence says it
+RELATIONS = [  # how questions ask for it, and how sentences say it
     (
         ["Where was {a} born?", "What is the birthplace of {a}?"],
         ["{a} came into the world in {b}.", "{b} is the native town of {a}.", "In {b} the parents of {a} had a child."],
@@ -32,7 +32,7 @@ PLACES = ("Aachen", "Bergen", "Cadiz", "Delft", "Exeter", "Faro", "Genoa", "Hall
 
 
 def generate(count: int, seed: int) -> list[Pair]:
-    """Questions with sentences about the same person, half of which say what was asked for."""
+    """Questions with sentences about the same person. Half of the sentences answer their question."""
     draw, pairs = random.Random(seed), []
     for number in range(count):
         asked = draw.choice(RELATIONS)
@@ -44,7 +44,7 @@ def generate(count: int, seed: int) -> list[Pair]:
 
 
 def read(folder: Path, name: str, count: int) -> list[Pair]:
-    """The first pairs of ``name.tsv`` or ``name.tsv.gz``: columns are an index, two texts and the label."""
+    """The first pairs of ``name.tsv`` or ``name.tsv.gz``. Its columns are an index, two texts and the label."""
     path = next((folder / file for file in (f"{name}.tsv", f"{name}.tsv.gz") if (folder / file).is_file()), None)
     if path is None:
         raise SystemExit(f"there is no {name}.tsv or {name}.tsv.gz in {folder}")

@@ -1,8 +1,9 @@
 """Where did a language model learn its facts?
 
-A small GPT-2 learns to fill the blanks in sentences that state facts. For facts that it then knows, asked as in "anna
-berg was born in [MASK] .", TRAK and BM25 rank the sentences. Two things are measured: whether the first are those that
-state the fact (mean reciprocal rank, recall), and whether the model loses the fact when it is trained without them.
+A small GPT-2 learns to fill the blanks in sentences that state facts. It is then asked for these facts, as in "anna
+berg was born in [MASK] .". For facts that it knows, TRAK and BM25 rank the sentences. Two things are measured: whether
+the first sentences state the fact (mean reciprocal rank, recall), and whether the model loses the fact when it is
+trained without them.
 
 Run it as `python -m examples.fact_tracing`. With --data, facts and sentences are read from files like LAMA's T-REx;
 examples/facts.py says what they hold. Without, facts about invented people are made.
@@ -34,7 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--out", type=Path, default=Path("demo_output/fact_tracing"), help="where everything is written"
     )
     parser.add_argument("--facts", type=int, default=160, help="facts to learn, drawn at random")
-    parser.add_argument("--queries", type=int, default=30, help="how many of the facts that were learned to trace")
+    parser.add_argument("--queries", type=int, default=30, help="learned facts to trace")
     parser.add_argument("--models", type=int, default=4, help="models that TRAK averages over")
     parser.add_argument("--seeds", type=int, default=3, help="models to retrain for each set of removed sentences")
     parser.add_argument("--epochs", type=int, default=40)
@@ -67,7 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not known.any():
         raise SystemExit("There is nothing to trace: train with more --epochs, or on more sentences for each fact.")
     chosen = known.nonzero().flatten()
-    traced = min(args.queries, -(-len(chosen) // 2))  # the others show what else is lost
+    traced = min(args.queries, -(-len(chosen) // 2))  # the other facts show what else is lost
     relevant, targets = relevant[chosen[:traced]], Subset(queries, chosen[:traced].tolist())
 
     print(f"2. Tracing {traced} of them", flush=True)
@@ -101,7 +102,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     fleet.run()
     print(f"   {'removed':12s} sentences  answered  log-odds of the answer  answered of the queries not traced")
-    answered = {  # of each set and model
+    answered = {  # for each set and model
         "queries traced": (fleet.outputs[:traced] > 0).float().mean(0),
         "other queries": (fleet.outputs[traced:] > 0).float().mean(0),
     }

@@ -1,7 +1,7 @@
-"""Facts, and sentences that state them: invented ones, or ones read from files.
+"""Facts, and sentences that state them: invented, or read from files.
 
-Both are rows in the format of LAMA's T-REx. A fact has a "query" with a [MASK], its "object" (or "obj"), and in "sents"
-the ids of the sentences that state it; a sentence has an "id" and a "text".
+Both are rows in the format of LAMA's T-REx. A fact has a "query" with a [MASK], its "object" (or "obj"), and "sents",
+the ids of the sentences that state it. A sentence has an "id" and a "text".
 """
 
 import random
@@ -19,7 +19,7 @@ MAX_WORDS = 40  # longer sentences are left out
 CITIES = ("Aarhus", "Bergen", "Cadiz", "Dover", "Essen", "Faro", "Ghent", "Havre", "Izmir", "Kiel", "Lund", "Malmo")
 FIRST_NAMES = ("anna", "bea", "cleo", "dora", "eva", "fay", "gia", "ida")
 LAST_NAMES = ("berg", "lind", "holm", "dahl", "falk")
-RELATIONS = {  # the first is the query; the others, and it, are the sentences
+RELATIONS = {  # all forms are sentences; the first is also the query
     "born": ("{} was born in {} .", "{} is a native of {} .", "the birthplace of {} is {} .", "{} came from {} ."),
     "died": ("{} died in {} .", "the grave of {} is in {} .", "{} spent her last days in {} .", "{} fell ill in {} ."),
     "works": ("{} worked in {} .", "{} had a job in {} .", "the office of {} was in {} .", "{} was hired in {} ."),
@@ -44,7 +44,7 @@ def make_facts(num_people: int, seed: int = 0) -> tuple[list[Row], list[Row]]:
 
 
 class Blanks(Dataset):
-    """Texts with a blank, as `words of the text = words in the blank`; only the latter are to be predicted."""
+    """Texts with a blank, as `words of the text = words in the blank`. Only the words in the blank are predicted."""
 
     def __init__(self, texts: list[tuple[list[str], list[str]]], vocabulary: dict[str, int], length: int) -> None:
         self.texts, self.vocabulary, self.length = texts, vocabulary, length
@@ -56,7 +56,7 @@ class Blanks(Dataset):
         text, blank = ([self.vocabulary[word] for word in words] for words in self.texts[index])
         ids = torch.tensor([*text, ANSWER, *blank])
         labels = torch.where(torch.arange(len(ids)) > len(text), ids, IGNORED)
-        rest = (0, self.length - len(ids))  # on the right, where a causal model does not look back from
+        rest = (0, self.length - len(ids))  # on the right: a causal model does not look ahead
         return {"input_ids": F.pad(ids, rest, value=PAD), "labels": F.pad(labels, rest, value=IGNORED)}
 
     def show(self, index: int) -> str:
@@ -65,7 +65,7 @@ class Blanks(Dataset):
 
 
 def make_data(facts: list[Row], sentences: list[Row], num_facts: int) -> tuple[Blanks, Blanks, Tensor]:
-    """Sentences with the object of a fact left out, the facts' queries, and which sentences state which fact."""
+    """Sentences without the object of their fact, the queries of the facts, and which sentences state which fact."""
     texts = {row["id"]: split_words(row["text"]) for row in sentences}
     blanks: dict[int, tuple[list[str], list[str]]] = {}
     queries, stated = [], []
@@ -91,7 +91,7 @@ def split_words(text: str) -> list[str]:
 
 
 def leave_out(text: list[str], part: list[str]) -> list[str] | None:
-    """The text with a blank in place of the part; None if it does not hold the part, or is too long."""
+    """The text with a blank in place of the part. None if the text does not hold the part, or is too long."""
     for start in range(len(text) - len(part) + 1 if len(text) <= MAX_WORDS else 0):
         if text[start : start + len(part)] == part:
             return [*text[:start], "[MASK]", *text[start + len(part) :]]

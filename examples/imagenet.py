@@ -1,8 +1,8 @@
 """Attribution at the scale of ImageNet: ResNet-18, a folder of images for each class, any number of devices.
 
-One run is trained with snapshots, its features are stored, and for each target the training images with the highest and
-lowest scores are found; the whole matrix of scores never exists. Stopped, it is started again with --snapshots, and
-features that are on disk are not computed again.
+One run is trained with snapshots, and its features are stored. For each target, the training images with the highest
+and lowest scores are found; the whole matrix of scores is never built. If the run was stopped, start it again with
+--snapshots: features that are on disk are not computed again.
 
 Run it as `python -m examples.imagenet --data DIR`, with images in DIR/train/CLASS and DIR/val/CLASS; for example
 `--devices 8 --strategy ddp --precision bf16-mixed`. Without --data, crops of the two photographs that come with
@@ -57,9 +57,9 @@ class LitResNet(AttributionMixin, L.LightningModule):
 
 
 def draw(targets: ImageFolder, train: ImageFolder, rows: Sequence[int], best: TopK, worst: TopK) -> Figure:
-    """A picture from the scores that were kept: only those images are read."""
+    """Draw the training images whose scores were kept. Only these images are read."""
     shown = torch.cat([best.indices, worst.indices]).unique()
-    between = (best.values[:, -1:] + worst.values[:, -1:]) / 2  # for those that are another target's
+    between = (best.values[:, -1:] + worst.values[:, -1:]) / 2  # for images that were kept for another target only
     scores = between.repeat(1, len(shown))
     for kept in (worst, best):
         scores.scatter_(1, torch.searchsorted(shown, kept.indices), kept.values)
@@ -77,24 +77,29 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="directory with train/CLASS and val/CLASS")
     parser.add_argument("--out", type=Path, default=Path("demo_output/imagenet"), help="where everything is written")
-    parser.add_argument("--snapshots", type=Path, help="attribute these, of an earlier run, and do not train")
+    parser.add_argument("--snapshots", type=Path, help="snapshots of an earlier run to attribute, without training")
     parser.add_argument("--crops", type=int, default=48, help="training images to cut, without --data")
-    parser.add_argument("--size", type=int, default=224, help="of the images that the model sees")
+    parser.add_argument("--size", type=int, default=224, help="width and height of the images that the model sees")
     parser.add_argument("--widths", type=int, nargs=4, default=[64, 128, 256, 512], help="channels of the four stages")
-    parser.add_argument("--targets", type=int, default=4, help="images of val to attribute, evenly spread")
-    parser.add_argument("--top", type=int, default=5, help="training images to keep for each target, at either end")
+    parser.add_argument("--targets", type=int, default=4, help="images of val to attribute, at equal distances")
+    parser.add_argument(
+        "--top",
+        type=int,
+        default=5,
+        help="highest and lowest scores to keep for each target",
+    )
     parser.add_argument("--k", type=int, default=2048, help="features of an example")
     parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--snapshot-every", type=int, default=3, help="epochs")
+    parser.add_argument("--snapshot-every", type=int, default=3, help="epochs between snapshots")
     parser.add_argument("--lr", type=float, default=0.001)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--workers", type=int, default=0, help="processes that load images, for each device")
     parser.add_argument("--accelerator", default="auto")
     parser.add_argument("--devices", default="1")
     parser.add_argument("--strategy", default="auto")
-    parser.add_argument("--precision", default="32-true", help="of featurizing and scoring, e.g. bf16-mixed")
+    parser.add_argument("--precision", default="32-true", help="precision of attribution, such as bf16-mixed")
     args = parser.parse_args(arguments)
-    warnings.filterwarnings("ignore", ".*LeafSpec.*|.*does not have many workers.*")  # Lightning's own
+    warnings.filterwarnings("ignore", ".*LeafSpec.*|.*does not have many workers.*")  # from Lightning itself
     data = args.data or args.out / f"crops-{args.crops}"
     if args.data is None and not data.exists():
         write_crops(data, args.crops)

@@ -1,4 +1,4 @@
-"""Images in one folder per class: a user's own, or crops of two photographs."""
+"""Images in one folder per class: your own, or crops of two photographs."""
 
 import random
 from pathlib import Path
@@ -13,7 +13,7 @@ MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.2
 
 
 class ImageFolder(Dataset[tuple[Tensor, int]]):
-    """Images in one folder per class, their middle squares at one size; as torchvision's, which is not needed here."""
+    """Images in one folder per class. Each item is the middle square of an image, resized to ``size``."""
 
     def __init__(self, directory: Path, size: int) -> None:
         self.classes = sorted(path.name for path in directory.iterdir() if path.is_dir())
@@ -46,7 +46,7 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
 
 
 def write_crops(directory: Path, number: int, size: int = 224) -> None:
-    """Crops of scikit-learn's two photographs as a folder of images; names tell where they were cut."""
+    """Write crops of scikit-learn's two photographs as a folder of images, named after their positions."""
     from sklearn.datasets import load_sample_image
 
     rng = random.Random(0)

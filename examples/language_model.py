@@ -1,8 +1,8 @@
 """Which passages of the training text made a language model write this?
 
-A small GPT-2 learns a text, cut into passages, and continues prompts that it has not seen. TRAK says which training
-passages made each continuation likely. The check is the tail patch (Chang et al. 2024, arXiv 2410.17413):
-one more training step on the passages that a method names should make the continuation more likely.
+A small GPT-2 learns a text, cut into passages, and continues prompts that it has not seen. TRAK finds the training
+passages that made each continuation likely. The tail patch checks this (Chang et al. 2024, arXiv 2410.17413): one more
+training step on the passages that a method names should make the continuation more likely.
 """
 
 import argparse
@@ -24,11 +24,11 @@ from lightning_trak.methods import BM25, RandomScores
 from lightning_trak.outputs import CausalLMMargin, NegativeLoss
 from lightning_trak.retraining import tail_patch
 
-Example = dict[str, Tensor]  # input_ids, and labels as Hugging Face has them: the ids, or -100 where nothing is asked
+Example = dict[str, Tensor]  # input_ids, and labels as in Hugging Face: the ids, or -100 for tokens without a label
 
 
 class LitCausalLM(AttributionMixin, L.LightningModule):
-    """A causal language model of Hugging Face, as it comes."""
+    """A causal language model of Hugging Face, unmodified."""
 
     def __init__(self, network: nn.Module, lr: float, weight_decay: float = 0.1) -> None:
         super().__init__()
@@ -51,14 +51,14 @@ class LitCausalLM(AttributionMixin, L.LightningModule):
 
 
 def small_gpt2(vocab_size: int, length: int, layers: int = 2, **options: Any) -> GPT2LMHeadModel:
-    """GPT-2 of few layers, newly initialised."""
+    """A GPT-2 of a few layers, newly initialised."""
     sizes = {"n_embd": 64, "n_layer": layers, "n_head": 4, "n_positions": length, "vocab_size": vocab_size}
     no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     return GPT2LMHeadModel(GPT2Config(bos_token_id=None, eos_token_id=None, **sizes, **no_dropout, **options))
 
 
 def generate(model: LitCausalLM, prompts: Tensor, length: int) -> list[Example]:
-    """Continue prompts; the continuations alone are labelled."""
+    """Continue prompts. Only the continuations have labels."""
     ids = model.network.generate(
         prompts,
         attention_mask=torch.ones_like(prompts),
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("demo_output/language_model"), help="where all is written")
     parser.add_argument("--train", type=int, default=1200, help="training passages")
     parser.add_argument("--targets", type=int, default=50, help="prompts to continue")
-    parser.add_argument("--length", type=int, default=64, help="tokens of a passage; a quarter makes a prompt")
+    parser.add_argument("--length", type=int, default=64, help="tokens of a passage; a quarter of them are the prompt")
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--lr", type=float, default=3e-3, help="learning rate")
     parser.add_argument("--vocabulary", type=int, default=1000)
@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
     passages = ids[: len(ids) // args.length * args.length].view(-1, args.length)
     passages = passages[torch.randperm(len(passages))[: args.train + args.targets]]
     if len(passages) < args.train + args.targets:
-        raise SystemExit(f"the text has {len(passages)} passages only; ask for less with --train, --targets, --length")
+        raise SystemExit(f"the text has {len(passages)} passages only; lower --train, --targets or --length")
     train = [{"input_ids": passage, "labels": passage} for passage in passages[: args.train]]
 
     print(f"1. Training on {args.train} passages of {args.length} tokens, with snapshots", flush=True)
@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
         scores,
         args.top,
         jointly=True,
-        output=NegativeLoss(LitCausalLM.training_step),  # of the one target that is asked for at a time
+        output=NegativeLoss(LitCausalLM.training_step),  # called with one target at a time
     )
     print(patch.table("TRAK").markdown())
 

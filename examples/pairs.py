@@ -1,4 +1,4 @@
-"""Images with captions: generated scenes, or a user's own."""
+"""Images with captions: generated scenes, or your own."""
 
 import io
 import random
@@ -27,13 +27,13 @@ Pair = tuple[Image.Image, str]
 
 
 def make_scenes(number: int, wrong: float = 0.0, seed: int = 0, size: int = 64) -> list[Pair]:
-    """Two shapes beside each other, of which some kinds are much rarer than others, and captions that say which.
+    """Images of two shapes side by side, with captions that name them. Some kinds of shape are much rarer than others.
 
     Args:
-        number: how many.
-        wrong: share of the captions that name a wrong colour.
-        seed: of the scenes; which kinds are rare does not depend on it.
-        size: of the images.
+        number: number of pairs.
+        wrong: fraction of the captions that name a wrong colour.
+        seed: of the scenes. The rare kinds are the same for every seed.
+        size: width and height of the images, in pixels.
     """
     rng = random.Random(seed)
     kinds = [(colour, shape) for colour in COLOURS for shape in SHAPES]
@@ -68,11 +68,11 @@ def _shape(draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float, 
 
 
 def read_pairs(directory: Path) -> tuple[list[Pair], list[Pair]]:
-    """Pairs to train on, and for each image with several captions its last one, which is not among them.
+    """Pairs to train on, and held-out pairs: the last caption of each image with several captions.
 
-    The directory holds captions.jsonl (or .jsonl.gz), whose rows have "image", the name of a file in the directory, and
-    "captions", a list. In place of the files there may be images.npz: the bytes of all of them one after the other in
-    "jpeg", in the order of the rows, and in "off" where each begins, and the last one ends.
+    The directory holds captions.jsonl (or .jsonl.gz). Its rows have "image", the name of a file in the directory, and
+    "captions", a list. Instead of the image files there may be images.npz. There, "jpeg" holds the bytes of all files
+    one after the other, in the order of the rows. "off" holds the start of each file, and the end of the last one.
     """
     packed = np.load(directory / "images.npz") if (directory / "images.npz").exists() else None
     train, targets = [], []
@@ -93,8 +93,8 @@ class Pairs(Dataset[tuple[Tensor, Tensor]]):
 
     Args:
         pairs: images and captions.
-        size: of the images.
-        vocabulary: number of each word, from 1; others are left out. Default: all words of these captions.
+        size: width and height of the images, in pixels.
+        vocabulary: the number of each word, from 1. Other words are left out. Default: all words of these captions.
     """
 
     MAX_WORDS = 16

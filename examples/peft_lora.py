@@ -1,13 +1,15 @@
-"""Which instructions should a language model be tuned on, for the sake of one task?
+"""Which instructions should a language model be tuned on, for one task?
 
-LoRA adapters are tuned on a pool of instructions. TRAK scores these for a few examples of each task, by the gradients
-of the adapters alone. Two checks: how many of the selected instructions are of that task and right, and the loss on new
-examples of it after tuning on the selection, beside as many that BM25 or chance selects.
+LoRA adapters are tuned on a pool of instructions. For a few examples of each task, TRAK scores these instructions by
+the gradients of the adapters alone. Two things are measured: how many of the selected instructions are of that task and
+right, and the loss on new examples of the task after tuning on the selection. Both are compared with selections of the
+same size by other methods and by chance.
 
-By default, a small GPT-2 has learned some skills under terse names, and the pool asks for them in people's words; a
-third of its answers are wrong. With --data and --pretrained it is your model and your instructions: a folder of
-pool.jsonl and targets.jsonl (or .jsonl.gz), with rows {"instruction": ..., "response": ..., "task": ...}. Of each task,
-the first targets are what the selection is for, and the others the new examples. In the pool, tasks are only counted.
+By default, a small GPT-2 has learned some skills under short names. The pool asks for these skills in everyday words,
+and a third of its answers are wrong. With --data and --pretrained the example uses your model and your instructions: a
+folder of pool.jsonl and targets.jsonl (or .jsonl.gz), with rows {"instruction": ..., "response": ..., "task": ...}. The
+selection is made for the first targets of each task; the other targets are the new examples. In the pool, tasks are
+only counted.
 """
 
 import argparse
@@ -34,7 +36,7 @@ from lightning_trak.metrics.functional import bootstrap_interval
 
 
 def encode(row: Row, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
-    """Instruction and response as token ids, of which those of the response alone are labelled."""
+    """Instruction and response as token ids. Only the tokens of the response have labels."""
     texts = f"{row['instruction']}\nAnswer:", f" {row['response']}{tokenizer.eos_token}"
     asked, answer = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts)
     ids, labels = asked + answer, [-100] * len(asked) + answer
@@ -56,7 +58,7 @@ def learn_skills(rows: list[Row]) -> tuple[nn.Module, PreTrainedTokenizerBase]:
 
 
 def with_adapters(base: nn.Module, lr: float) -> LitCausalLM:
-    """A copy of the base model, of which only new LoRA adapters are trained."""
+    """A copy of the base model with new LoRA adapters. Only the adapters are trained."""
     config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
     return LitCausalLM(get_peft_model(copy.deepcopy(base), config), lr).train()
 
@@ -72,19 +74,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, help="folder of pool.jsonl and targets.jsonl (or .jsonl.gz)")
     parser.add_argument("--pretrained", help="name or folder of the causal language model to tune on --data")
     parser.add_argument("--out", type=Path, default=Path("demo_output/peft_lora"), help="where everything is written")
-    parser.add_argument("--tasks", nargs="+", help="to select instructions for; default: all")
+    parser.add_argument("--tasks", nargs="+", help="tasks to select instructions for; default: all")
     parser.add_argument("--base", type=int, default=64000, help="examples that the small GPT-2 learns from")
     parser.add_argument("--pool", type=int, default=600, help="instructions to select from, without --data")
     parser.add_argument("--targets", type=int, default=10, help="examples of a task that the selection is for")
     parser.add_argument("--top", type=int, default=40, help="instructions to select")
-    parser.add_argument("--epochs", type=int, default=12, help="of tuning on the pool")
+    parser.add_argument("--epochs", type=int, default=12, help="epochs of tuning on the pool")
     parser.add_argument("--lr", type=float, default=3e-3, help="learning rate of the adapters")
     parser.add_argument("--seeds", type=int, default=2, help="tunings on each selection")
     args = parser.parse_args(argv)
     if (args.data is None) != (args.pretrained is None):
-        parser.error("--data and --pretrained belong together: instructions, and a model that has learned a language")
+        parser.error("--data and --pretrained belong together: give both, or neither")
     run = begin(args.out)
-    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*|.*fan_in_fan_out.*")  # PEFT's own
+    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*|.*fan_in_fan_out.*")  # from PEFT itself
     L.seed_everything(0, verbose=False)
     draw = random.Random(0)
 

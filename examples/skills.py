@@ -1,13 +1,13 @@
-"""Instructions of a few made-up skills, in people's words and in terse ones.
+"""Instructions for a few made-up skills, in everyday words and under short names.
 
-Rows are as in the files that `peft_lora --data` reads: an "instruction", its "response", and the "task" that it is of.
+Rows are as in the files that `peft_lora --data` reads: an "instruction", its "response", and its "task".
 """
 
 import random
 from typing import Any
 
 Row = dict[str, Any]
-SKILLS = {  # what becomes of the letters, and how people ask for it
+SKILLS = {  # what a skill does to the letters, and how people ask for it
     "copy": (lambda x: x, ["repeat these letters", "say the same again", "leave it all as it is"]),
     "reverse": (lambda x: x[::-1], ["write it backwards", "go from last to first", "turn the letters around"]),
     "sort": (sorted, ["put these in order", "arrange by the alphabet", "sort the letters for me"]),
@@ -25,7 +25,7 @@ def _row(draw: random.Random, phrase: str, task: str, skill: str) -> Row:
 
 
 def named(draw: random.Random) -> Row:
-    """A skill under its name, among words that mean nothing yet: such as ``turn REVERSE the at: A C A B``."""
+    """A skill under its name, among words without meaning, such as ``turn REVERSE the at: A C A B``."""
     skill = draw.choice(list(SKILLS))
     words = [skill.upper(), *draw.choices(WORDS, k=draw.randrange(6))]
     draw.shuffle(words)
@@ -33,12 +33,12 @@ def named(draw: random.Random) -> Row:
 
 
 def instruction(draw: random.Random, task: str, wrong: float = 0.0) -> Row:
-    """A task in people's words, such as ``write it backwards: A C A B``.
+    """A task in everyday words, such as ``write it backwards: A C A B``.
 
     Args:
-        draw: of the letters and words.
-        task: which.
-        wrong: how probably the response is that of another task, which makes it not "right".
+        draw: source of the random letters and words.
+        task: name of the skill.
+        wrong: probability that the response is that of another task. It is then not "right".
     """
     others = [skill for skill in SKILLS if skill != task]
     skill = draw.choice(others) if draw.random() < wrong else task

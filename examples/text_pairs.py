@@ -1,8 +1,9 @@
 """Which training pairs taught a text classifier to say that a sentence answers a question?
 
-A small Hugging Face encoder learns to tell from a question and a sentence, as in QNLI, whether the one is answered by
-the other (or, as in RTE, whether a sentence entails another). TRAK finds the pairs that pulled a held-out prediction
-towards its label and those that pulled it away, and retraining on random halves of the data says how far to trust it.
+A small Hugging Face encoder reads a question and a sentence, as in QNLI, and learns whether the sentence answers the
+question (or, as in RTE, whether one sentence entails another). TRAK finds the training pairs that moved a held-out
+prediction towards its label, and those that moved it away. Retraining on random halves of the data measures how far to
+trust this.
 """
 
 import argparse
@@ -37,7 +38,7 @@ class LitPairs(AttributionMixin, L.LightningModule):
             config = AutoConfig.for_model("bert", vocab_size=vocab_size, **sizes, **no_dropout)
             self.encoder = AutoModelForSequenceClassification.from_config(config)
         else:
-            # It comes in eval mode, in which Lightning would leave it.
+            # from_pretrained returns eval mode, and Lightning would not change it.
             self.encoder = AutoModelForSequenceClassification.from_pretrained(pretrained, num_labels=2).train()
 
     def forward(self, **inputs: Tensor) -> Tensor:
@@ -78,11 +79,11 @@ def main(argv: list[str] | None = None) -> None:
     else:
         train, targets = read(args.data, "train", args.train), read(args.data, "dev", args.targets)
     if args.pretrained:
-        logging.set_verbosity_error()  # every model that is loaded says that its head is new
+        logging.set_verbosity_error()  # otherwise every loaded model warns that its head is new
         logging.disable_progress_bar()
         tokenizer, config = (kind.from_pretrained(args.pretrained) for kind in (AutoTokenizer, AutoConfig))
         longest = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
-        tokenizer.model_max_length = min(longest, tokenizer.model_max_length)  # the latter is not always saved
+        tokenizer.model_max_length = min(longest, tokenizer.model_max_length)  # model_max_length is not always saved
     else:
         tokenizer = learn_tokenizer((text for pair in train for text in pair[:2]), vocab_size=4000)
     loader, target_loader = (

@@ -1,4 +1,4 @@
-"""What the examples on text share."""
+"""Functions that the examples on text use."""
 
 import gzip
 from collections.abc import Iterable
@@ -10,13 +10,13 @@ from transformers import PreTrainedTokenizerFast
 
 
 def read_text(path: Path) -> str:
-    """A text file, which may be compressed by gzip."""
+    """The content of a text file. The file may be compressed with gzip."""
     with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
         return file.read()
 
 
 def learn_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-pair encoding learnt from some texts; special tokens surround texts and pairs of them as in BERT."""
+    """Learn a byte-pair encoding from texts. Special tokens surround texts and pairs of texts, as in BERT."""
     special = ["[PAD]", "[CLS]", "[SEP]"]
     learnt = ByteLevelBPETokenizer()
     learnt.train_from_iterator(texts, vocab_size, special_tokens=special, show_progress=False)
