@@ -8,6 +8,8 @@ import pytest
 
 from tests.launch import ROOT
 
+pytestmark = pytest.mark.slow
+
 
 def run(harness: str, *arguments: str) -> str:
     """Run a harness; its output, or a failure that shows it."""

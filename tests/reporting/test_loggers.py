@@ -295,6 +295,7 @@ class Ended(L.Callback):
         self.found = stage, trainer.state.fn.value
 
 
+@pytest.mark.slow
 def test_callback_evaluates_when_fit_has_ended(tmp_path):
     def make_trak(model):
         store = tmp_path / f"features-{model.global_step}"

@@ -91,6 +91,7 @@ def figures(text):
     yield plot_mislabel_curves({text: curve})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", TEXTS)
 def test_pictures_show_texts_as_they_are(text):
     for figure in figures(text):

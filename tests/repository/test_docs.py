@@ -18,6 +18,8 @@ from lightning_trak.checkpoints.series import ParameterGroup, SnapshotSeries
 from tests.launch import ROOT
 from tests.lit import TARGETS, TRAIN, LitNet, make_model, make_trainer
 
+pytestmark = pytest.mark.slow
+
 DOCS = ROOT / "docs"
 QUICKSTART = DOCS / "quickstart.md"
 EVALUATION = DOCS / "evaluation.md"

@@ -6,6 +6,8 @@ import pytest
 
 from tests.end_to_end.test_kill import run
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the harness forks")
 def test_a_killed_fleet_continues_to_the_same_bits(tmp_path):
