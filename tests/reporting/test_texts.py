@@ -19,7 +19,7 @@ from lightning_trak.reporting.plots import Picture, plot_histogram, plot_mislabe
 from lightning_trak.reporting.scores import SavedScores
 from lightning_trak.tables import Table
 from lightning_trak.texts import counted, printable
-from tests.retraining.test_counterfactuals import example
+from tests.retraining.brittleness import make_brittleness
 
 ESCAPE = "\x1b]0;owned\x07\x1b[2Jx\u202egnp.exe"
 
@@ -154,6 +154,6 @@ def test_a_cell_of_markdown_stays_a_cell():
 
 
 def test_tables_of_results_keep_their_numbers():
-    table = example().table()
+    table = make_brittleness().table()
     rows = list(csv.reader(io.StringIO(table.csv())))
     assert [row[1] for row in rows[1:]] == [str(row[1]) for row in table.rows]
