@@ -1,13 +1,14 @@
-# make demo   set everything up in .venv, then run the main job on real data
-# make test   set everything up in .venv, then run all tests
-# make fuzz   many random models and data against autograd; FUZZ_EXAMPLES=1000 by default
-# make lint   ruff, mypy and the import contracts
-# make docs   the documentation as HTML, in docs/_build
+# make demo        set everything up in .venv, then run the main job on real data
+# make test        set everything up in .venv, then run all tests
+# make test-fast   all tests but those marked slow: some of every folder, in about a minute
+# make fuzz        many random models and data against autograd; FUZZ_EXAMPLES=1000 by default
+# make lint        ruff, mypy and the import contracts
+# make docs        the documentation as HTML, in docs/_build
 PYTHON ?= python3
 FUZZ_EXAMPLES ?= 1000
 BIN := .venv/bin
 
-.PHONY: demo test fuzz lint docs clean
+.PHONY: demo test test-fast fuzz lint docs clean
 
 demo: .venv/.demo
 	$(BIN)/python -m examples.digits --out demo_output
@@ -15,6 +16,9 @@ demo: .venv/.demo
 # One thread in each of two test processes: more would only wait for each other.
 test: .venv/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
+
+test-fast: .venv/.test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 -m "not slow"
 
 fuzz: .venv/.test
 	OMP_NUM_THREADS=1 FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest tests/fuzz --numprocesses 2

@@ -1,4 +1,4 @@
-"""Runs scripts of which Lightning starts a copy for each further process."""
+"""Runs modules and scripts in other processes."""
 
 import os
 import signal
@@ -15,8 +15,25 @@ import torch.distributed as dist
 ROOT = Path(__file__).parent.parent
 
 
+def run_module(name: str, *arguments: str) -> str:
+    """Run a module of the tests in a process; its output, or a failure that shows it."""
+    result = subprocess.run(
+        [sys.executable, "-m", name, *arguments],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout
+    return result.stdout
+
+
 def run_together(arguments: list[str | Path], log: Path, timeout: float = 240) -> None:
-    """Run Python with these arguments; failures and hangs show what all of the processes printed.
+    """Run Python with these arguments, of which Lightning starts a copy for each further process.
+
+    Failures and hangs show what all of the processes printed.
 
     A process that hangs is made to print where each of its threads is.
     A script must end with ``torch.distributed.destroy_process_group()``: otherwise a thread of gloo may free a tensor

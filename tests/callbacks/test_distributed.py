@@ -6,10 +6,13 @@ import json
 import textwrap
 from pathlib import Path
 
+import pytest
 import torch
 
 from lightning_trak.checkpoints.reading import resolve_checkpoints
 from tests.launch import run_together
+
+pytestmark = pytest.mark.slow
 
 DISTRIBUTED = """
     import json, os, sys

@@ -164,6 +164,7 @@ KILLED = """
 """
 
 
+@pytest.mark.slow
 def test_training_that_is_killed_in_a_save_resumes(tmp_path: Path) -> None:
     script = tmp_path / "killed.py"
     script.write_text(textwrap.dedent(KILLED))

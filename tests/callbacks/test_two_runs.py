@@ -242,6 +242,7 @@ KILLED = """
 """
 
 
+@pytest.mark.slow
 def test_other_processes(tmp_path: Path) -> None:
     """A run in another process keeps this one out until it dies, by whatever death."""
     script = tmp_path / "killed.py"

@@ -66,6 +66,7 @@ def assert_state(module: nn.Module, expected: dict[str, Tensor]) -> None:
 # --- partial state dicts ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "checkpoints",
     [

@@ -217,6 +217,7 @@ KILLED = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["tensors", "manifest.json"])
 def test_a_killed_process_leaves_earlier_snapshots_and_resumes(stage: str, tmp_path: Path) -> None:
     script = tmp_path / "killed.py"

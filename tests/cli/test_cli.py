@@ -23,6 +23,8 @@ from lightning_trak.retraining.members import Member, MemberStore
 from tests.launch import ROOT
 from tests.lit import make_trainer
 
+pytestmark = pytest.mark.slow
+
 CONFIG = str(ROOT / "examples" / "digits.yaml")
 SMALL = ["--config", CONFIG, "--data.num_train", "60", "--data.num_targets", "8", "--data.batch_size", "20"]
 

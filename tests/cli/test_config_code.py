@@ -145,6 +145,7 @@ ATTACKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sections", "refusal"),
     ATTACKS.values(),

@@ -4,7 +4,6 @@ A script of its own: children are forked before torch has started any thread.
 """
 
 import multiprocessing
-import os
 import random
 import signal
 import sys
@@ -17,6 +16,7 @@ from torch.utils.data import DataLoader
 from lightning_trak import TRAK
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.projections import SparseProjection
+from tests.killing import die_in_file_operation
 from tests.lit import make_checkpoints, make_data, make_model, make_trainer
 
 NUM_SHARDS = 24  # 12 at each of two checkpoints
@@ -24,19 +24,7 @@ NUM_SHARDS = 24  # 12 at each of two checkpoints
 
 def job(folder: Path, journal: Path, checkpoints: list[dict[str, torch.Tensor]], die_at: int | None) -> None:
     """What a user runs; with ``die_at``, killed in the middle of that many file operations."""
-    operations = 0
-
-    def counted(function: Any) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            nonlocal operations
-            operations += 1
-            if operations == die_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*args, **kwargs)
-
-        return call
-
-    os.replace, os.fsync = counted(os.replace), counted(os.fsync)
+    die_in_file_operation(die_at)
     write = FeatureStore.write
 
     def noted(self: FeatureStore, checkpoint: int, shard: int, rows: Any, engine: str) -> None:

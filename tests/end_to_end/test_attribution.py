@@ -19,6 +19,7 @@ from tests.lit import TARGETS, TRAIN, LitNet, attribute, beyond_hooks, make_data
 from tests.zoo import ZOO, specimen
 
 
+@pytest.mark.slow
 def test_engines_and_shard_sizes_agree(tmp_path, checkpoints, expected):
     for engine, shard_size in (("functional", 3), ("hooks", 7), ("loop", 50)):
         trak = TRAK(make_model(), checkpoints, tmp_path / engine, projection=SparseProjection(32), engine=engine)
@@ -81,6 +82,7 @@ def test_top_k(tmp_path, checkpoints, expected, largest):
     torch.testing.assert_close(top.values, best.values)
 
 
+@pytest.mark.slow
 def test_top_k_never_holds_the_full_matrix(tmp_path, checkpoints, monkeypatch):
     """The largest tensor made while scoring, counted by a dispatch mode, is far below num_targets x num_train."""
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -163,6 +165,7 @@ def test_a_plain_module_with_an_output(tmp_path):
     assert trak.score(make_trainer(), TARGETS).shape == (13, 50)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["auto", "hooks", "loop"])
 @pytest.mark.parametrize("name", ZOO)
 def test_every_architecture_end_to_end(tmp_path, name, engine):

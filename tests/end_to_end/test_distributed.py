@@ -14,6 +14,8 @@ from lightning_trak.projections import SparseProjection
 from tests.launch import run_together
 from tests.lit import LitNet, make_checkpoints, make_data, make_model, make_trainer
 
+pytestmark = pytest.mark.slow
+
 TRAIN, TARGETS = make_data(53), make_data(11, seed=1)
 RATES = [0.3, 0.1]
 

@@ -18,6 +18,8 @@ from tests.launch import run_together
 from tests.lit import LitNet, OwnLinear, make_checkpoints, make_data, make_trainer
 from tests.zoo import TinyGPT
 
+pytestmark = pytest.mark.slow
+
 TRAIN, TARGETS = make_data(53), make_data(11, seed=1)
 DESCENDING = bool(TRAIN.tensors[0][0, 0] > TRAIN.tensors[0][1, 0])
 RARE = float(TRAIN.tensors[0][:, 0].topk(4).values[-1])

@@ -70,6 +70,7 @@ def test_a_damaged_choice_is_an_error(tmp_path, checkpoints):
         trak.score(make_trainer(), TARGETS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dim", [None, 64])
 @pytest.mark.parametrize("engine", ["hooks", "functional", "loop"])
 def test_kronecker_scores_do_not_depend_on_the_engine(tmp_path, checkpoints, dim, engine):

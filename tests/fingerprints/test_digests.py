@@ -154,6 +154,7 @@ def test_what_cannot_be_pickled_counts_by_its_class():
     assert content_digest(one) == content_digest(other) != content_digest(iter([]))
 
 
+@pytest.mark.slow
 def test_digests_do_not_depend_on_the_process():
     code = (
         "import json; from tests.fingerprints.test_digests import DIFFERENT, content_digest;"

@@ -197,6 +197,7 @@ def loaded_from(path):
     return module.fingerprints()
 
 
+@pytest.mark.slow
 def test_other_processes_and_places_agree(tmp_path):
     expected = identity_nets.fingerprints()
     path = tmp_path / "elsewhere.py"

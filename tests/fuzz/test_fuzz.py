@@ -60,11 +60,13 @@ ALONE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALONE)
 def test_each_alone(name):
     check_scores(ALONE[name], ENGINES if MANY else ("auto",))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(0)  # a failing specification takes a while to be made plain
 @pytest.mark.parametrize("number", rounds(20))
 def test_scores(number):
@@ -86,6 +88,7 @@ PROJECTIONS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(0)
 @pytest.mark.parametrize("number", rounds(10))
 def test_features(number):

@@ -62,6 +62,7 @@ def test_without_an_audit_it_would_not_be_noticed(tmp_path, checkpoints, monkeyp
     TRAK(make_model(), checkpoints, tmp_path / "store", **options).featurize(make_trainer(), TRAIN)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", ["hooks", "functional"])
 def test_auto_moves_the_whole_store_to_the_next_engine(tmp_path, checkpoints, monkeypatch, wrong):
     expected = attribute(tmp_path / "expected", checkpoints)
@@ -113,6 +114,7 @@ def test_the_layers_at_fault_are_named(tmp_path, checkpoints, monkeypatch):
         trak.featurize(make_trainer(), TRAIN)
 
 
+@pytest.mark.slow
 def test_reruns_draw_the_same_examples(tmp_path, checkpoints, monkeypatch):
     drawn = []
     one = LoopEngine.one

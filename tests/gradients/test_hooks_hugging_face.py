@@ -12,6 +12,8 @@ from lightning_trak.outputs import CausalLMMargin, ClassificationMargin
 from lightning_trak.projections import IdentityProjection
 from tests.lit import make_trainer, open_store
 
+pytestmark = pytest.mark.slow
+
 transformers = pytest.importorskip("transformers")
 
 SMALL = {

@@ -32,6 +32,7 @@ def scores(directory, precision, projection, engine):
     return trak.score(trainer, DataLoader(make_data(20, seed=1), batch_size=16))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("precision", "engine"), [("true", "hooks"), ("true", "functional"), ("mixed", "hooks")])
 @pytest.mark.parametrize("projection", [SparseProjection(64), KroneckerProjection(4, 4)], ids=["sparse", "kronecker"])
 def test_scores_in_bfloat16(tmp_path, precision, engine, projection):
@@ -97,6 +98,7 @@ def test_the_log_says_where_mixed_precision_is_used(tmp_path, caplog, name, said
     assert said in next(line for line in caplog.messages if "chosen by engine='auto'" in line)
 
 
+@pytest.mark.slow
 def test_an_output_with_a_context_is_not_rounded(tmp_path):
     """A pair must find itself in the bank."""
 
@@ -357,6 +359,7 @@ class Towers(nn.Module):
         return self.first(images), self.second(texts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
 @pytest.mark.parametrize("what", ["context", "principal axes"])
 def test_what_is_learned_from_samples_follows_the_precision(tmp_path, what, precision):

@@ -112,6 +112,7 @@ def test_the_sign_is_that_of_a_step_of_gradient_descent(tmp_path, kind):
         torch.testing.assert_close(scores, seen, rtol=1e-4, atol=1e-4 * float(seen.abs().mean()))
 
 
+@pytest.mark.slow
 def test_all_methods_share_a_store(tmp_path, checkpoints, expected, monkeypatch):
     attribute(tmp_path, checkpoints)  # TRAK's
     files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("shard*")}
@@ -129,6 +130,7 @@ def test_all_methods_share_a_store(tmp_path, checkpoints, expected, monkeypatch)
     assert torch.equal(trak.attribute(make_trainer(), TRAIN, TARGETS), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_blocks_batches_top_k_and_scorer_agree(tmp_path, checkpoints, name, monkeypatch):
     method, options = METHODS[name]

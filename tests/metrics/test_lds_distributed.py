@@ -10,6 +10,8 @@ import torch.multiprocessing as mp
 from lightning_trak.metrics import LinearDatamodelingScore
 from lightning_trak.metrics.functional import linear_datamodeling_interval, linear_datamodeling_score, noise_ceiling
 
+pytestmark = pytest.mark.slow
+
 
 def make_task():
     generator = torch.Generator().manual_seed(0)

@@ -197,6 +197,7 @@ def test_log_in_test_step(task, tmp_path, precision):
         assert float(list(csv.DictReader(file))[-1]["lds"]) == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_needs_no_lightning():
     """The metrics load where Lightning cannot be imported; the package's own __init__ is left out on purpose."""
     folder = Path(sys.modules["lightning_trak.metrics"].__file__).parents[1]

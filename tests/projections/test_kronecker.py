@@ -35,6 +35,7 @@ def test_short_sides_are_kept():
     torch.testing.assert_close(rows, torch.cat([gradients["w"].flatten(1), gradients["s"][:, None]], 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dim", [None, 40])
 def test_inner_products_are_unbiased(dim):
     torch.manual_seed(0)

@@ -83,6 +83,7 @@ def featurized(tmp_path, name, projection, batch_size=16, engine="auto"):
     return trak, trainer, data
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["hooks", "functional", "loop"])
 def test_scores_do_not_depend_on_engine_or_batch_size(tmp_path, engine):
     def scores(name, **options):

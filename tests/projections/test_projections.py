@@ -132,6 +132,7 @@ def test_dense_entries_do_not_depend_on_dim(projection_class):
 # Johnson and Lindenstrauss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [16, 64, 256])
 @pytest.mark.parametrize("projection", RANDOM, ids=kind)
 def test_inner_products_are_unbiased_with_variance_one_over_k(projection, k):

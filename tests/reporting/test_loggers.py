@@ -31,7 +31,7 @@ from lightning_trak.retraining import Retrained, random_subsets
 from lightning_trak.scoring import TopK
 from lightning_trak.texts.tables import Table
 from tests.lit import TARGETS, TRAIN, LitNet, make_trainer
-from tests.retraining.test_counterfactuals import example
+from tests.retraining.brittleness import make_brittleness
 
 MASKS = random_subsets(len(TRAIN), 12)
 SCORES = torch.randn(len(TARGETS), len(TRAIN), generator=torch.Generator().manual_seed(0))
@@ -57,7 +57,7 @@ def make_lds(outputs=OUTPUTS):
 def log_everything(logger):
     log_lds([logger], make_lds(), "lds/mine", 7)
     log_attributions([logger], SCORES, TRAIN, TARGETS, k=2, shown=[3, 0], describe=describe, image=image, step=7)
-    log_brittleness([logger], example(), step=7)
+    log_brittleness([logger], make_brittleness(), step=7)
     log_mislabel_curves([logger], {"loss": mislabel_detection_curve(torch.arange(9.0), torch.arange(9) > 6)}, step=7)
 
 
@@ -67,7 +67,7 @@ def expected_metrics():
     found = {"mean": lds.compute(), "low": low, "high": high, "noise_ceiling": lds.noise_ceiling()}
     return (
         {f"lds/mine/{name}": float(value) for name, value in found.items()}
-        | {f"counterfactuals/{name}": value for name, value in example().metrics().items()}
+        | {f"counterfactuals/{name}": value for name, value in make_brittleness().metrics().items()}
         | {"mislabelled/loss/area": 1 - 2 / 9 / 2}
     )
 
@@ -125,7 +125,7 @@ def test_tensorboard_event_file_holds_everything(tmp_path):
     assert len(lines) == 2 + 2 * 2 * 2
     for line, row in zip(lines[2:], expected_rows(), strict=True):
         assert line == "| " + " | ".join([*map(str, row[:-1]), f"{row[-1]:.4g}"]) + " |"
-    assert text(events, "counterfactuals/table")[1] == example().table().markdown()
+    assert text(events, "counterfactuals/table")[1] == make_brittleness().table().markdown()
 
 
 def test_csv_logger_has_files_beside_its_numbers(tmp_path):
@@ -145,7 +145,7 @@ def test_csv_logger_has_files_beside_its_numbers(tmp_path):
         header, *lines = csv.reader(file)
     assert header[0] == "target"
     assert lines == [list(map(str, row)) for row in expected_rows()]
-    assert (tmp_path / "run/counterfactuals/table-step-7.csv").read_text() == example().table().csv()
+    assert (tmp_path / "run/counterfactuals/table-step-7.csv").read_text() == make_brittleness().table().csv()
 
 
 def test_wandb_offline_run(tmp_path, monkeypatch):
@@ -295,6 +295,7 @@ class Ended(L.Callback):
         self.found = stage, trainer.state.fn.value
 
 
+@pytest.mark.slow
 def test_callback_evaluates_when_fit_has_ended(tmp_path):
     def make_trak(model):
         store = tmp_path / f"features-{model.global_step}"

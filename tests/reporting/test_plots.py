@@ -15,7 +15,7 @@ from lightning_trak.reporting.plots import (
     plot_outcomes,
     plot_pictures,
 )
-from tests.retraining.test_counterfactuals import example
+from tests.retraining.brittleness import make_brittleness
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (1, 8, 8), (3, 8, 8)])
@@ -78,7 +78,7 @@ def test_outcomes_are_bars_of_means_with_a_dot_for_each_model():
 
 
 def test_brittleness_is_drawn_as_it_is(tmp_path):
-    found = example()
+    found = make_brittleness()
     figure = plot_brittleness(found)
     left, right = figure.axes
     for axis, estimate in ((left, found.drop()), (right, found.flips())):

@@ -27,7 +27,7 @@ from lightning_trak.reporting.scores import SavedScores
 from lightning_trak.reporting.terminal import table
 from lightning_trak.texts.printable import counted, printable
 from lightning_trak.texts.tables import Table
-from tests.retraining.test_counterfactuals import example
+from tests.retraining.brittleness import make_brittleness
 
 ESCAPE = "\x1b]0;owned\x07\x1b[2Jx\u202egnp.exe"
 
@@ -99,6 +99,7 @@ def figures(text):
     yield plot_mislabel_curves({text: curve})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", TEXTS)
 def test_pictures_show_texts_as_they_are(text):
     for figure in figures(text):
@@ -161,6 +162,6 @@ def test_a_cell_of_markdown_stays_a_cell():
 
 
 def test_tables_of_results_keep_their_numbers():
-    table = example().table()
+    table = make_brittleness().table()
     rows = list(csv.reader(io.StringIO(table.csv())))
     assert [row[1] for row in rows[1:]] == [str(row[1]) for row in table.rows]

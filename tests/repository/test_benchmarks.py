@@ -8,6 +8,8 @@ from benchmarks.methods import small
 from benchmarks.tasks import make_tasks
 from benchmarks.truth import Truth, outputs_of, retrain
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def _threads():

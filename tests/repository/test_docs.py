@@ -19,6 +19,8 @@ from lightning_trak.checkpoints.series import ParameterGroup, SnapshotSeries
 from tests.launch import ROOT
 from tests.lit import TARGETS, TRAIN, LitNet, make_model, make_trainer
 
+pytestmark = pytest.mark.slow
+
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 QUICKSTART = DOCS / "quickstart.md"

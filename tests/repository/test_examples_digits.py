@@ -42,6 +42,7 @@ def test_help(name, capsys):
     assert "--out" in printed
 
 
+@pytest.mark.slow
 def test_digits(tmp_path, capsys):
     digits.main(["--out", str(tmp_path), "--subsets", "4", "--k", "64"])
     printed = capsys.readouterr().out
@@ -66,6 +67,7 @@ def test_digits(tmp_path, capsys):
     assert (run / "attributions.png").exists()
 
 
+@pytest.mark.slow
 def test_counterfactuals(tmp_path, capsys):
     sizes = ["--targets", "2", "--ks", "2", "5", "--seeds", "1", "--runs", "1"]
     counterfactuals.main(["--out", str(tmp_path), *sizes])

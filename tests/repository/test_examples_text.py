@@ -17,7 +17,7 @@ from transformers import BertConfig, BertForMaskedLM
 from examples import entailment, language_model, skills, text_pairs
 from examples.texts import learn_tokenizer
 
-pytestmark = pytest.mark.usefixtures("as_it_was")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("as_it_was")]
 
 
 def measured(printed, name):

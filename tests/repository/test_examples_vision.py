@@ -22,7 +22,7 @@ from examples.facts import make_data, make_facts
 from examples.images import ImageFolder, write_crops
 from examples.pairs import Pairs, make_scenes, read_pairs
 
-pytestmark = pytest.mark.usefixtures("as_it_was")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("as_it_was")]
 
 
 def _rows(text, pattern):

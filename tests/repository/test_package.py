@@ -18,6 +18,7 @@ def test_public_names_are_there():
     assert version("lightning-trak") == lightning_trak.__version__
 
 
+@pytest.mark.slow
 def test_the_metric_needs_no_lightning():
     code = (
         "import sys, torch; from lightning_trak.metrics.functional import linear_datamodeling_score as lds;"
@@ -28,6 +29,7 @@ def test_the_metric_needs_no_lightning():
     assert printed.split() == ["1.0", "False"]
 
 
+@pytest.mark.slow
 def test_the_demo_with_fewer_subsets(tmp_path):
     command = [sys.executable, "-m", "examples.digits", "--out", str(tmp_path), "--subsets", "20"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -14,6 +14,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from lightning_trak.retraining import RetrainingFleet, random_subsets
+from tests.killing import die_in_file_operation
 from tests.lit import LitNet, make_data, make_trainer
 
 MEMBERS = 12
@@ -31,19 +32,7 @@ class Noted(LitNet):
 def job(folder: Path, die_at: int | None, part: str | None, together: int | None) -> None:
     """What a user runs; with ``die_at``, killed in the middle of that many file operations."""
     os.environ[JOURNAL] = str(folder / JOURNAL)
-    operations = 0
-
-    def counted(function: Any) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            nonlocal operations
-            operations += 1
-            if operations == die_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*args, **kwargs)
-
-        return call
-
-    os.replace, os.fsync = counted(os.replace), counted(os.fsync)
+    die_in_file_operation(die_at)
     fleet = RetrainingFleet(
         folder / "fleet",
         LitNet if together else Noted,

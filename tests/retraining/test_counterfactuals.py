@@ -13,6 +13,7 @@ from lightning_trak.outputs import RegressionOutput
 from lightning_trak.retraining import Brittleness, Counterfactuals, joint_removal_mask, removal_masks
 from lightning_trak.retraining.estimates import Estimate, proportion_of
 from tests.lit import LitNet, make_trainer
+from tests.retraining.brittleness import make_brittleness
 
 
 def test_masks_lack_the_highest_scores():
@@ -101,17 +102,8 @@ def test_each_target_is_read_from_the_models_without_its_own_proponents(tmp_path
     assert float(found.references.std()) > 0
 
 
-def example(num_targets=40, num_seeds=3):
-    generator = torch.Generator().manual_seed(0)
-    references = 1 + torch.randn(num_targets, 1, 1, generator=generator)
-    references = references + 0.3 * torch.randn(num_targets, 4, num_seeds, generator=generator)
-    fall = torch.tensor([[0.5, 2.0], [0.0, 0.1]])[..., None, None]
-    noise = 0.3 * torch.randn(2, 2, num_targets, num_seeds, generator=generator)
-    return Brittleness(("good", "bad"), (5, 50), references.mean((1, 2))[:, None] - fall + noise, references)
-
-
 def test_drops_and_flips_and_their_intervals():
-    found = example()
+    found = make_brittleness()
     reference, means = found.references.double().mean((1, 2)), found.outputs.double().mean(3)
     drop, flips = found.drop(num_bootstraps=4000), found.flips(0.9)
     right = reference > 0
@@ -149,7 +141,7 @@ def test_intervals_of_fractional_counts_invert_the_score_test(successes, total):
 
 
 def test_noise_is_what_references_say_of_each_other():
-    found = example()
+    found = make_brittleness()
     means, flipped, counted = found.references.double().mean(2), 0, 0
     for number in range(4):
         others = means[:, [other for other in range(4) if other != number]].mean(1)
@@ -162,7 +154,7 @@ def test_noise_is_what_references_say_of_each_other():
 
 
 def test_metrics_and_table_hold_the_numbers():
-    found = example()
+    found = make_brittleness()
     metrics = found.metrics()
     assert len(metrics) == 1 + 2 * 2 * 2 * 3
     assert metrics["good/drop_50"] == float(found.drop().mean[0, 1])

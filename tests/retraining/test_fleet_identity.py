@@ -275,6 +275,7 @@ def test_optimizers_that_need_a_training_run_stand_by_their_code(tmp_path):
     assert fleet(tmp_path, Net).store.finished()
 
 
+@pytest.mark.slow
 def test_another_process_continues(tmp_path):
     for seed, part in (("0", "1/2"), ("5", "2/2")):
         command = [sys.executable, fleet_script.__file__, str(tmp_path), part]

@@ -4,9 +4,11 @@ import os
 
 import pytest
 
-from tests.end_to_end.test_kill import run
+from tests.launch import run_module
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the harness forks")
 def test_a_killed_fleet_continues_to_the_same_bits(tmp_path):
-    assert "identical" in run("tests.retraining.fleet_harness", str(tmp_path), "20230328")
+    assert "identical" in run_module("tests.retraining.fleet_harness", str(tmp_path), "20230328")

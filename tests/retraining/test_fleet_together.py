@@ -52,6 +52,7 @@ def z_scores(first, second):
     return (first.mean(2) - second.mean(2)) / spread.sqrt()
 
 
+@pytest.mark.slow
 def test_it_agrees_with_one_by_one_in_distribution(tmp_path):
     alone, together = (make_fleet(tmp_path / name, num_seeds=SEEDS) for name in ("alone", "together"))
     alone.run(progress_bar=False)

@@ -22,7 +22,7 @@ from lightning_trak import TRAK
 from lightning_trak.outputs import ClassificationMargin
 from lightning_trak.projections import SparseProjection
 from lightning_trak.running.ranges import Range, share_out
-from tests.lit import TARGETS, TRAIN, LitNet, attribute, make_data, make_trainer
+from tests.lit import TARGETS, TRAIN, LitNet, attribute, make_data, make_model, make_trainer
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
@@ -44,6 +44,7 @@ class Data(L.LightningDataModule):
         return DataLoader(TARGETS, batch_size=4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "train",
     [
@@ -162,6 +163,13 @@ class Frame(Columns):
     iloc = None
 
 
+@pytest.fixture(scope="module")
+def featurized(checkpoints, tmp_path_factory):
+    trak = TRAK(make_model(), checkpoints, tmp_path_factory.mktemp("store"), projection=SparseProjection(32))
+    trak.featurize(make_trainer(), TRAIN)
+    return trak
+
+
 @pytest.mark.parametrize(
     ("data", "error", "match"),
     [
@@ -198,14 +206,13 @@ class Frame(Columns):
         ([DataLoader(TRAIN), DataLoader(TRAIN)], ValueError, "one training set, got 2 loaders"),
     ],
 )
-def test_data_that_cannot_be_attributed_to(tmp_path, checkpoints, data, error, match):
+def test_data_that_cannot_be_attributed_to(tmp_path, checkpoints, featurized, data, error, match):
     with pytest.raises(error, match=match):
         attribute(tmp_path, checkpoints, train=data)
     assert not (tmp_path / "store").exists()
     if error is TypeError:
-        attribute(tmp_path, checkpoints)
         with pytest.raises(error, match=match):
-            attribute(tmp_path, checkpoints, targets=data)
+            featurized.score(make_trainer(), data)
 
 
 def test_transfer_hooks_of_the_user_are_called(tmp_path, checkpoints, expected):

@@ -12,15 +12,15 @@ from lightning_trak.running.stopping import Terminated
 from tests.launch import ROOT, run_together
 from tests.lit import TARGETS, TRAIN, make_model, make_trainer
 
-HANDLERS = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+HANDLERS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 
 
 @pytest.fixture(autouse=True)
 def handlers_are_as_they_were():
+    """Python's own, which a shell sets aside for what runs in its background, are there at first and at the end."""
+    before = {number: signal.signal(number, handler) for number, handler in HANDLERS.items()}
     yield
-    found = {number: signal.getsignal(number) for number in HANDLERS}
-    for number, handler in HANDLERS.items():
-        signal.signal(number, handler)
+    found = {number: signal.signal(number, handler) for number, handler in before.items()}
     assert found == HANDLERS
 
 
@@ -118,5 +118,6 @@ def test_handlers_of_the_user_are_heeded(tmp_path, checkpoints):
         signal.signal(signal.SIGTERM, HANDLERS[signal.SIGTERM])
 
 
+@pytest.mark.slow
 def test_all_ranks_stop(tmp_path):
     run_together([ROOT / "tests" / "running" / "stopping_script.py", tmp_path], tmp_path / "log")

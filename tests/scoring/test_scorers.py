@@ -137,6 +137,7 @@ class OneOf(Ranks):
         return tensor
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shard_size", [1, 7, 300, 2000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_gram_matrix_does_not_depend_on_the_number_of_ranks(tmp_path, monkeypatch, shard_size, dtype):

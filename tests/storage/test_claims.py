@@ -16,7 +16,7 @@ from lightning_trak.storage.claims import ClaimedDirectory, DirectoryKind
 from lightning_trak.storage.files import write_atomically
 from lightning_trak.storage.locks import Lock
 from lightning_trak.storage.schemas import anything, integer, sealed
-from tests.end_to_end.test_kill import run
+from tests.launch import run_module
 
 SEALED = sealed({"format": integer(1, 1), "identity": anything}, others=anything)
 
@@ -69,7 +69,7 @@ def tree(directory):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the harness forks")
 def test_one_of_many_processes_wins(tmp_path):
-    assert "one winner" in run("tests.storage.claim_harness", str(tmp_path))
+    assert "one winner" in run_module("tests.storage.claim_harness", str(tmp_path))
 
 
 class Waits(BaseException):

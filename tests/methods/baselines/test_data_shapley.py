@@ -78,6 +78,7 @@ def contributions(player):
             yield 1 / (4 * comb(3, size)), utility((*subset, player)) - utility(subset)
 
 
+@pytest.mark.slow
 def test_close_to_the_exact_values_and_efficient():
     permutations = 30
     method = DataShapley(Ridge, quick, permutations=permutations)

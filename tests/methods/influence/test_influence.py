@@ -114,6 +114,7 @@ def net(request):
     return model, options, reference(model, FITTED, TARGETS, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "solver", [Explicit(), ConjugateGradient(tolerance=1e-9), Arnoldi(200, 200), LiSSA(depth=100, batch_size=64)]
 )
@@ -125,6 +126,7 @@ def test_solvers_agree_with_autograd_on_a_net(net, solver):
     assert relative_error(scores, expected) < (2e-2 if isinstance(solver, LiSSA) else 1e-7)
 
 
+@pytest.mark.slow
 def test_lissa_on_random_batches_comes_near(net):
     model, options, expected = net
     solver = LiSSA(depth=100, repeats=4, batch_size=16, tolerance=1.0)
@@ -132,6 +134,7 @@ def test_lissa_on_random_batches_comes_near(net):
     assert relative_error(method.attribute(double_trainer(), FITTED, TARGETS), expected) < 0.25
 
 
+@pytest.mark.slow
 def test_arnoldi_of_low_rank_keeps_what_matters_most(net):
     model, options, expected = net
     errors = [
@@ -199,6 +202,7 @@ def test_attention_is_differentiated_twice(curvature):
     assert relative_error(method.attribute(double_trainer(), train, targets), expected) < 1e-7
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:LiSSA at:RuntimeWarning")
 @pytest.mark.parametrize("solver", [Explicit(), ConjugateGradient(20, 1e-8), LiSSA(20, batch_size=8), Arnoldi(20, 10)])
 def test_neither_batches_nor_order_nor_blocks_change_the_scores(monkeypatch, solver):

@@ -104,6 +104,7 @@ class Once(Net):
 PRECISIONS = ["32-true", "bf16-mixed", "bf16-true", "16-true", "64-true"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", METHODS)
 def test_every_precision_gives_the_scores_of_float32_or_float64(name, precision):
@@ -225,6 +226,7 @@ class TwoNames(Once):
         return torch.tanh(self.encoder(inputs)) * self.gain
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [Listed, TwoNames])
 @pytest.mark.parametrize("name", METHODS)
 def test_parameters_under_several_names_are_right(name, make):
@@ -311,6 +313,7 @@ class Encoder(nn.Module):
         return self.head(self.encoder(inputs, src_key_padding_mask=~keep).mean(1))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*nested tensors.*", "ignore:.*norm_first.*")
 @pytest.mark.parametrize("name", METHODS)
 def test_padded_rows_of_a_transformer_count_alike_in_gradients_and_curvature(name):
@@ -337,6 +340,7 @@ class Words(nn.Module):
 WORDS = TensorDataset(torch.randint(9, (N, 3), generator=torch.Generator().manual_seed(0)), TRAIN.tensors[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_sparse_embeddings_have_the_scores_of_dense_ones(name):
     model = seeded(lambda: Words(nn.Embedding(9, 5, sparse=True)))
