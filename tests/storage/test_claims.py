@@ -67,6 +67,7 @@ def tree(directory):
     return {str(path.relative_to(directory)) for path in directory.rglob("*")}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the harness forks")
 def test_one_of_many_processes_wins(tmp_path):
     assert "one winner" in run_module("tests.storage.claim_harness", str(tmp_path))
