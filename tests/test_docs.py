@@ -1,5 +1,6 @@
-"""The code in the quickstart, the guides, the comparison and the evaluation runs, in the order in which it is read."""
+"""The code of the pages runs, from top to bottom, and what the pages name exists."""
 
+import pkgutil
 import re
 import warnings
 from pathlib import Path
@@ -19,9 +20,11 @@ from lightning_trak.checkpoints.series import ParameterGroup, SnapshotSeries
 from tests.lit import TARGETS, TRAIN, LitNet, make_model, make_trainer
 
 DOCS = Path(__file__).parents[1] / "docs"
+PAGES = [DOCS.parent / "README.md", *sorted(DOCS.rglob("*.md"))]
 QUICKSTART = DOCS / "quickstart.md"
 EVALUATION = DOCS / "evaluation.md"
 GUIDES = [DOCS / "comparison.md", *sorted((DOCS / "guides").glob("*.md"))]
+NAMED = re.compile(r"(?<![\w./])lightning_trak(?:\.\w+)+")
 BLOCK = re.compile(r"(<!-- not run -->\n)?^( *)```python\n(.*?)^\2```", re.MULTILINE | re.DOTALL)
 
 
@@ -124,3 +127,16 @@ def test_blocks_are_found():
     blocks = [block for page in pages for block in BLOCK.findall(page)]
     assert len(blocks) == sum(page.count("```python") for page in pages)
     assert len([marked for marked, *_ in blocks if marked]) == 2  # those that need eight devices
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(DOCS.parent).as_posix())
+def test_pages_name_what_exists(page):
+    for name in set(NAMED.findall(page.read_text())):
+        pkgutil.resolve_name(name)
+
+
+def test_names_are_found():
+    names = [name for page in PAGES for name in NAMED.findall(page.read_text())]
+    assert "lightning_trak.reporting.loggers" in names
+    with pytest.raises(AttributeError, match="no_such_module"):
+        pkgutil.resolve_name("lightning_trak.no_such_module")
