@@ -60,7 +60,7 @@ class Result:
         projection: name of the projection.
         k: features of an example.
         curvature: curvature of the Gram matrix, "gauss_newton" or "identity".
-        damping: relative to the mean of the diagonal of the Gram matrix, or "auto".
+        damping: relative to the mean eigenvalue of the Gram matrix, or "auto".
         models: number of models averaged.
         lds: mean over targets.
         low: lower end of the 95% interval over targets and subsets.
