@@ -88,6 +88,7 @@ def scores(model: LitOdd, checkpoints: Any, store: Path) -> Tensor:
 # --- extra state --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Remembered, RememberedTensor])
 def test_extra_state_stays_that_of_the_model(kind: type[Scale], tmp_path: Path) -> None:
     plain = LitOdd(Scale(2.0))

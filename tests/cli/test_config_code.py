@@ -157,6 +157,7 @@ def test_commands_are_refused(run, sections, refusal):
     assert ARRIVED not in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "forward",
     ["own_code.forward", "own_code.decorated", "own_code.caller", "own_code.Caller", named("own_code.Caller")],

@@ -46,6 +46,7 @@ class _WithBackbone(AttributionMixin, L.LightningModule):
         return ClassificationMargin()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["child", "whole", "wrapped"])
 def test_compiled_modules(tmp_path, which):
     torch.manual_seed(0)
@@ -155,6 +156,7 @@ def test_a_full_memory_is_not_a_reason_for_the_loop(tmp_path, checkpoints, monke
         attribute(tmp_path, checkpoints)
 
 
+@pytest.mark.slow
 def test_workers_open_their_own_files(tmp_path, checkpoints):
     class Lazy(Dataset):
         opened_in = None

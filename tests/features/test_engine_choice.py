@@ -26,6 +26,7 @@ class Bypassing(LitNet):
         return super().forward(inputs) + F.linear(torch.ones(len(inputs), last.in_features), last.weight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "engine", "said"),
     [

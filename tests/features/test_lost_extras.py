@@ -73,6 +73,7 @@ def contents(trak):
     return {path: path.read_bytes() for path in trak.store.rglob("*.safetensors")}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*counts as lost")
 @pytest.mark.parametrize("change", [lose, damage])
 def test_it_is_made_again_from_the_training_data(complete, change):

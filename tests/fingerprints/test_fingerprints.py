@@ -522,6 +522,7 @@ def test_a_method_of_the_model_does_not_bring_its_weights():
     assert first != second
 
 
+@pytest.mark.slow
 def test_a_store_of_other_code_is_refused(tmp_path):
     class Net(LitNet):
         act = staticmethod(torch.tanh)

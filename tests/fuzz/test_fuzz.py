@@ -73,6 +73,7 @@ def test_scores(number):
     fuzz(check_scores, number, spec=specs())
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(0)
 @pytest.mark.parametrize("number", rounds(10))
 def test_streamed_scores(number):

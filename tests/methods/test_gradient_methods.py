@@ -54,6 +54,7 @@ def gradients(scalars, module):
     return torch.stack([torch.cat([part.flatten() for part in row]) for row in rows])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("effect_on", ["loss", "output"])
 @pytest.mark.parametrize("kind", ["classes", "numbers"])
 @pytest.mark.parametrize("name", METHODS)
@@ -187,6 +188,7 @@ def test_attribute_takes_one_set_of_targets(tmp_path, checkpoints):
     assert len(method.score(make_trainer(), loaders)) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*METHODS, "TRAK"])
 def test_self_influence_is_the_diagonal(tmp_path, checkpoints, name):
     method, options = METHODS.get(name, (TRAK, {}))

@@ -82,6 +82,7 @@ def our_scores(folder: Path, checkpoints: list[dict[str, Tensor]], projection: P
     return trak.score(trainer, DataLoader(make_data(20, seed=1), batch_size=7))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("projection", [GaussianProjection(16), RademacherProjection(24)])
 def test_paper_equals_traker(tmp_path, projection):
     checkpoints = make_checkpoints(3)

@@ -121,6 +121,7 @@ def test_scores_are_changes_of_the_output_when_an_example_counts_once_more(name,
     torch.testing.assert_close(scores / (1 + leverage), once_more(), rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RETRAINED)
 def test_a_positive_score_of_a_retraining_method_says_that_the_example_raises_the_output(name, tmp_path):
     train = torch.utils.data.DataLoader(TRAIN, batch_size=NUM_TRAIN)

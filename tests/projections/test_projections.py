@@ -114,6 +114,7 @@ def test_sparse_entries_are_pairs_of_words(nonzeros):
         torch.testing.assert_close(rows[row], expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nonzeros", [1, 3])
 def test_sparse_targets_and_signs_are_uniform(nonzeros):
     dim = 25 * nonzeros

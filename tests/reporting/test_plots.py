@@ -77,6 +77,7 @@ def test_outcomes_are_bars_of_means_with_a_dot_for_each_model():
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["traced", "others"]
 
 
+@pytest.mark.slow
 def test_brittleness_is_drawn_as_it_is(tmp_path):
     found = make_brittleness()
     figure = plot_brittleness(found)

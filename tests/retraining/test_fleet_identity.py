@@ -134,6 +134,7 @@ def of(**hyperparameters):
     return lambda: Settings(**hyperparameters)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("old", "new", "match"),
     [

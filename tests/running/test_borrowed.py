@@ -36,6 +36,7 @@ def everything(trainer):
     return [(part, dict(vars(part))) for part in parts]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.parametrize("used", ["fresh", "fitted", "validated", "predicted"])
 def test_the_trainer_holds_what_it_held(tmp_path, checkpoints, expected, used, fails):
@@ -65,6 +66,7 @@ def test_the_trainer_holds_what_it_held(tmp_path, checkpoints, expected, used, f
     assert set(trainer.callback_metrics) == {"loss", "val"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

@@ -90,6 +90,7 @@ def fitted(data, **options):
     return trainer, TRAK(model, [model.state_dict()], trainer.default_root_dir, projection=SparseProjection(32))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("same_trainer", [True, False])
 @pytest.mark.parametrize("kind", [ByStage, AtRandom, Seeded])
 def test_after_fit_nothing_is_prepared_or_set_up_again(tmp_path, kind, same_trainer):

@@ -51,6 +51,7 @@ def shards(root):
     return sorted(str(path.relative_to(root)) for path in root.rglob("shard-*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize(
     ("number", "error"), [(signal.SIGTERM, Terminated), (signal.SIGINT, KeyboardInterrupt)], ids=["SIGTERM", "SIGINT"]

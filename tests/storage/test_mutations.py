@@ -188,6 +188,7 @@ def test_a_manifest_in_another_layout_is_the_same(made):
     assert refused_or_harmless(made, "manifest.json", variants) == 0
 
 
+@pytest.mark.slow
 def test_a_mutation_with_the_right_checksum_is_refused_by_its_field_or_harmless(made):
     """What one can do who knows how checksums are made: no internal error, no other numbers."""
     manifest = json.loads((made[0] / "manifest.json").read_text())
