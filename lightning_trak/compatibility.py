@@ -208,7 +208,7 @@ def parts_that_a_run_changes(trainer: L.Trainer) -> list[object]:
 
 
 def after_signal_handlers(trainer: L.Trainer, action: Callable[[], None]) -> None:
-    """Have something done whenever Lightning has installed its signal handlers, which it does in every run.
+    """Call an action each time that Lightning has installed its signal handlers. It does so in every run.
 
     Args:
         trainer: gets another signal connector.
@@ -232,7 +232,7 @@ class _ThenSignalConnector(_SignalConnector):
 
 
 def skip_completion(parser: Any, option: str) -> None:
-    """Have completion scripts of shells offer no values for an option.
+    """Let completion scripts of shells offer no values for an option.
 
     Args:
         parser: an ``ArgumentParser`` of jsonargparse, or one derived from it.

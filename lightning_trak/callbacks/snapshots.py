@@ -107,7 +107,7 @@ class TRAKCallback(Callback):
     @property
     @override
     def state_key(self) -> str:
-        """Tells several of these callbacks in one Trainer apart."""
+        """A key that differs between several of these callbacks in one Trainer."""
         settings = {
             "dirpath": self.dirpath,
             "every_n_epochs": self.every_n_epochs,
@@ -239,7 +239,7 @@ class TRAKCallback(Callback):
 
 
 def _on_rank_zero(trainer: Trainer, action: Callable[[], T]) -> T:
-    """What an action returns on rank zero, or raises there, on all ranks: none waits for one that has failed."""
+    """Run an action on rank zero. All ranks get its result, or its error, so that none waits for a failed rank."""
     outcome: T | Exception | None = None
     failure: Exception | None = None
     if trainer.is_global_zero:

@@ -1,4 +1,4 @@
-"""What a checkpoint is, and a kind of file or directory that holds some."""
+"""A checkpoint, and the kinds of files and directories that hold checkpoints."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Checkpoint:
     record: Snapshot | None = None
 
     def load(self) -> dict[str, Tensor]:
-        """The state dict, name -> tensor on CPU, under the names that it was saved with. Not to be written into.
+        """Read the state dict: name -> CPU tensor, under the names that it was saved with. Do not write into it.
 
         Raises:
             FileNotFoundError: if the file is gone.

@@ -23,7 +23,7 @@ from lightning_trak.compatibility import (
 from lightning_trak.running.fsdp import is_sharded, shard_like
 from lightning_trak.storage.files import tensor_digest
 
-_told = WarningCache()  # says a thing once
+_told = WarningCache()  # warns of a thing once
 
 
 def copy_module(module: nn.Module, configure: bool = True) -> nn.Module:
@@ -95,7 +95,7 @@ def copy_module(module: nn.Module, configure: bool = True) -> nn.Module:
 
 
 class Original:
-    """What a copy of the user's module held before any checkpoint was loaded, into which each of them is loaded.
+    """The state of a copy of the user's module before any checkpoint was loaded. Each one is loaded on top of it.
 
     A checkpoint need not give all of it: no state dict has buffers that are not persistent, and a model with
     ``strict_loading = False`` may have saved a part of its weights, such as adapters. What one does not give is the
@@ -275,7 +275,7 @@ def _part(tensor: Tensor, like: Any) -> Tensor:
 
 
 def _misfit(name: str, tensor: Tensor, like: Any) -> str | None:
-    """Where torch would load a part of a tensor, and say nothing."""
+    """Shapes that torch would load in part without an error."""
     if not isinstance(like, Tensor) or is_lazy(like):
         return None
     if tensor.is_complex() and not like.is_complex():

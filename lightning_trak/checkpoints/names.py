@@ -1,9 +1,9 @@
-"""What a parameter is called."""
+"""Names of parameters."""
 
 from lightning_trak.compatibility import WRAPPERS
 
 
 def canonical_name(name: str) -> str:
-    """The parameter's name in the module as the user wrote it, without what wrappers add."""
+    """The parameter's name in the module as the user wrote it, without the parts that wrappers add."""
     *modules, last = name.split(".")
     return ".".join([*(module for module in modules if module not in WRAPPERS), last])

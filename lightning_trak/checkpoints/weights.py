@@ -1,4 +1,4 @@
-"""State dicts in safetensors files, and what of a state dict can be there.
+"""State dicts in safetensors files.
 
 A file holds each distinct tensor once. Its header's metadata maps the names of tied tensors to the name that holds
 theirs, as ``safetensors.torch.save_model`` does, and has a checksum of the whole state dict.
@@ -55,7 +55,7 @@ def without_extra_state(state_dict: Mapping[Any, Any], source: str) -> dict[str,
 
 
 def _unfit(value: Any) -> str | None:
-    """What keeps a value from being stored as a tensor."""
+    """The reason why a value cannot be stored as a tensor; None if it can."""
     if not isinstance(value, Tensor):
         return type(value).__name__
     if nn.parameter.is_lazy(value):

@@ -1,4 +1,4 @@
-"""Which engine differentiates a model: chosen once, by the first two training examples."""
+"""Chooses the engine that differentiates a model: once, by the first two training examples."""
 
 from typing import Literal, NamedTuple
 
@@ -35,10 +35,10 @@ class EngineChoice(NamedTuple):
 
 
 def choose_engine(model: ModelCopy, examples: ExampleBatch, autocast: torch.dtype | None = None) -> EngineChoice:
-    """Hooks where they cover most of the parameters and agree with autograd on some examples, else vmap.
+    """Choose hooks if they cover most of the parameters and agree with autograd on some examples, else vmap.
 
-    Vmap takes the parameters that hooks do not cover. That is a second differentiation: where most of the gradient
-    would come from it, it had better do all.
+    Vmap differentiates the parameters that hooks do not cover, in a second pass. If that is most of the gradient, vmap
+    does all of it.
 
     Args:
         model: at a checkpoint.
@@ -57,7 +57,7 @@ def choose_engine(model: ModelCopy, examples: ExampleBatch, autocast: torch.dtyp
             wrong = _hook_engine(model, autocast).check(examples)
         except torch.cuda.OutOfMemoryError:
             raise
-        except Exception as error:  # a model at fault will fail again, and be heard
+        except Exception as error:  # if the model is at fault, it fails again with the next engine
             return EngineChoice("functional", f"hooks fail on the first examples: {error}".splitlines()[0][:200])
     if wrong:
         return EngineChoice("functional", "; ".join(f"{name}: {reason}" for name, reason in wrong.items()))
@@ -65,7 +65,7 @@ def choose_engine(model: ModelCopy, examples: ExampleBatch, autocast: torch.dtyp
 
 
 def make_engine(name: EngineName, model: ModelCopy, autocast: torch.dtype | None = None) -> GradientEngine:
-    """The engine of a name.
+    """Make the engine of a name.
 
     Args:
         name: ``"hooks"``, where vmap does the parameters that hooks do not cover; ``"functional"``, which is vmap; or
@@ -84,12 +84,12 @@ def make_engine(name: EngineName, model: ModelCopy, autocast: torch.dtype | None
 
 
 def following_engine(name: EngineName) -> EngineName:
-    """What to use where an engine gets a gradient wrong; the loop gets all of them right."""
+    """The next engine, for a model whose gradients this one gets wrong. The loop is the last one."""
     return ENGINES[ENGINES.index(name) + 1]
 
 
 def how(name: EngineName, autocast: torch.dtype | None) -> str:
-    """How an engine computes gradients, for people."""
+    """Describe for log lines how an engine computes gradients."""
     precision = ""
     if autocast:
         precision = " in bfloat16 mixed precision" if name == "hooks" else " in the precision of the weights"

@@ -106,7 +106,7 @@ class FeatureExtractor:
 
     @property
     def _working(self) -> torch.dtype:
-        """What gradients are projected in."""
+        """The precision in which gradients are projected."""
         weights = next(iter(self.engine.parameters.values()))
         return torch.promote_types(weights.real.dtype if weights.is_complex() else weights.dtype, torch.float32)
 
@@ -121,7 +121,7 @@ class FeatureExtractor:
             self._audit(engine, batch, features, outputs, audited, names)
         features = to_store_dtype(features, self.dtype, positions, place)
         loss_gradients, curvatures = self.model.output.derivatives(outputs)
-        scalar = torch.promote_types(self.dtype, torch.float32)  # k numbers dwarf these three: no need to round them
+        scalar = torch.promote_types(self.dtype, torch.float32)  # rounding these three saves next to nothing
         return Features(features, outputs.to(scalar), loss_gradients.to(scalar), curvatures.to(scalar))
 
     def _audit(
@@ -140,7 +140,7 @@ class FeatureExtractor:
             audit(batch, number, features, outputs, names[number], single)
 
     def _projected(self, batch: ExampleBatch) -> tuple[GradientEngine, Tensor, Tensor]:
-        """What differentiated the examples, their projected gradients and their outputs."""
+        """The engine that differentiated the examples, their projected gradients and their outputs."""
         try:
             return self.engine, *self._project(self.engine, batch)
         except torch.cuda.OutOfMemoryError:
@@ -160,10 +160,10 @@ class FeatureExtractor:
         return features, engine.project(batch, self.projection, features).to(self._working)
 
     def _fall_back(self, error: Exception) -> None:
-        """What it means that an engine fails where the loop does not.
+        """Warn or raise after the engine has failed on a batch that the loop could do.
 
         Raises:
-            EngineError: if the engine must not be left out for a single batch.
+            EngineError: if the loop must not stand in for the engine.
         """
         kind = type(self.model.module).__name__
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]

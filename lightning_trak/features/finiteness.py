@@ -1,4 +1,4 @@
-"""Features that are not finite, and what made them so."""
+"""Refuses features that are not finite, with the reason."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ class NotFiniteError(ValueError):
         try:
             with model.differentiable():
                 reason = model.output.explain_nan(model.module, batch)
-        except Exception as error:  # the example is at fault somehow, and what is known of it is told
+        except Exception as error:  # the error that the example causes is the best reason there is
             reason = f"{type(error).__name__}: {error}"
         return self if reason is None else ValueError(f"{self}. Example {self.position}: {reason}")
 
 
 def require_finite(rows: Features, positions: Tensor, where: str) -> None:
-    """Check features, best on the host: a device would be waited for.
+    """Check features. Call it on the host: on a device it would wait for the computation.
 
     Args:
         rows: features of some examples.

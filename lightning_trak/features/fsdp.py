@@ -118,7 +118,7 @@ class ShardedModelCopy(ModelCopy):
 
 
 def sharded_engine(model: ModelCopy, examples: ExampleBatch, autocast: torch.dtype | None = None) -> ShardedHookEngine:
-    """Hooks on a sharded model, which have found the examples, and agree with the gradients that FSDP2 makes.
+    """Make hooks for a sharded model, and check them against the gradients that FSDP2 makes.
 
     Args:
         model: at a checkpoint, after it has been sharded.
@@ -151,7 +151,7 @@ class ShardedFeatureExtractor(FeatureExtractor):
     """
 
     def __call__(self, batch: Any, positions: Tensor, audited: Mapping[int, Any] = MappingProxyType({})) -> Features:
-        """Features of a batch, as of :class:`FeatureExtractor`; what is wrong on one rank is an error on all."""
+        """Features of a batch, as :class:`FeatureExtractor` makes them. An error on one rank is raised on all ranks."""
         refusal = features = None
         try:
             features = super().__call__(batch, positions, audited)
@@ -165,7 +165,7 @@ class ShardedFeatureExtractor(FeatureExtractor):
         return features
 
     def one(self, twice: Any, position: int) -> tuple[Tensor, Tensor]:
-        """The feature of one example alone; hooks are compared with FSDP2, on all ranks' examples of this call at once.
+        """Make the feature of one example alone. All ranks compare their hooks with FSDP2 in the same call.
 
         Args:
             twice: a batch of twice the example, on the module's device. Ranks may have other examples.
@@ -200,10 +200,10 @@ class ShardedFeatureExtractor(FeatureExtractor):
         audited: Mapping[int, tuple[Tensor, Tensor]],
         names: Mapping[int, str],
     ) -> None:
-        """Compare with what :meth:`one` has found, since no rank can differentiate for itself.
+        """Compare with the features that :meth:`one` has made, since no rank can differentiate alone.
 
         Raises:
-            EngineError: if an example has another feature or output in its batch than alone.
+            EngineError: if the feature or output of an example differs between its batch and alone.
         """
         del batch
         rounding = engine.rounding

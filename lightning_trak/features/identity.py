@@ -15,7 +15,7 @@ from lightning_trak.storage.files import tensor_digest
 
 
 class Contents:
-    """What checkpoints hold, read once, when it is first asked for.
+    """The content of checkpoints. They are read once, at first use.
 
     Args:
         checkpoints: the checkpoints.
@@ -31,12 +31,12 @@ class Contents:
 
     @property
     def digests(self) -> list[str]:
-        """Of the weights of each checkpoint."""
+        """A digest of the weights of each checkpoint."""
         return [digest for digest, _ in self._read]
 
     @property
     def names(self) -> list[frozenset[str]]:
-        """Of the tensors in each checkpoint."""
+        """The names of the tensors in each checkpoint."""
         return [names for _, names in self._read]
 
 

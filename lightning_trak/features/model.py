@@ -86,11 +86,11 @@ class ModelCopy:
 
     @property
     def size(self) -> int:
-        """The number of elements of a gradient."""
+        """The number of elements of one gradient."""
         return sum(self.sizes.values())
 
     def load(self, number: int, device: torch.device) -> None:
-        """Take on the weights of a checkpoint, in eval mode, on a device that the copy has been moved to.
+        """Load the weights of a checkpoint into the copy, and put it into eval mode.
 
         Raises:
             ValueError: if the weights do not fit the module, or their file has changed since this object was made.
@@ -112,10 +112,10 @@ class ModelCopy:
 
     @contextmanager
     def differentiable(self) -> Iterator[None]:
-        """Outside what Lightning predicts in.
+        """Leave the inference mode and the autocast that Lightning predicts in.
 
-        In inference mode nothing can be differentiated. Autocast is for the forward passes of hooks, which enter it
-        themselves; vmap cannot always follow it.
+        In inference mode, nothing can be differentiated. Hooks enter autocast themselves for their forward passes;
+        vmap cannot always follow it.
         """
         with (
             torch.inference_mode(False),
@@ -126,7 +126,7 @@ class ModelCopy:
             yield
 
     def make_context(self, batches: Iterable[Any], layout: Layout | None) -> dict[str, Tensor]:
-        """What the output wants to remember of the data at this checkpoint.
+        """Compute what the output has to remember of the training data at this checkpoint.
 
         Args:
             batches: training examples on the copy's device.

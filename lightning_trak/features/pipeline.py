@@ -1,4 +1,4 @@
-"""From a model, its checkpoints and data to features: of training examples in a store, of targets in memory."""
+"""Makes the features of training examples, in a store, and of targets, in memory."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -204,7 +204,7 @@ class FeaturePipeline:
     def _gathered(
         buffer: FeatureBuffer, examples: range, loader: DataLoader[Any], model: ModelCopy, ranks: Ranks
     ) -> Iterator[Features]:
-        """What all ranks have computed, checkpoint by checkpoint."""
+        """The features that all ranks have computed, checkpoint by checkpoint."""
         for checkpoint in range(len(model.places)):
             with _explaining(model, loader):
                 own = buffer.take(checkpoint)
@@ -265,13 +265,13 @@ class FeaturePipeline:
 
     @staticmethod
     def _refuted(module: FeaturizeModule, trainer: L.Trainer) -> tuple[EngineName, str] | None:
-        """The engine that a rank has found to be wrong, and why; the same on all ranks."""
+        """The engine that some rank has found to be wrong, and why. All ranks get the same answer."""
         reports = Ranks.of(trainer).gather((module.engine_name, module.refuted))
         found = [(name, reason) for name, reason in reports if name is not None and reason is not None]
         return found[0] if found else None
 
     def _next_engine(self, used: EngineName, reason: str, trainer: L.Trainer, store: FeatureStore | None) -> EngineName:
-        """What to use in place of a refuted engine, in a given store too."""
+        """Name the engine that replaces a refuted one. A store takes note of it."""
         following = following_engine(used)
         if store is not None and used not in store.refuted_engines():
             store.refute_engine(used, reason, following)
@@ -285,7 +285,7 @@ class FeaturePipeline:
 
 
 def _missing(store: FeatureStore, extras: Sequence[str]) -> list[list[int]]:
-    """The shards to do at each checkpoint."""
+    """The numbers of the shards that are missing at each checkpoint."""
     return [store.missing(checkpoint, extras) for checkpoint in range(store.num_checkpoints)]
 
 
@@ -297,7 +297,7 @@ def _progress(store: FeatureStore) -> str:
 
 @contextmanager
 def _explaining(model: ModelCopy, loader: DataLoader[Any]) -> Iterator[None]:
-    """Have the output say why the feature of an example is not finite."""
+    """Add the reason that the output gives to an error about a feature that is not finite."""
     try:
         yield
     except NotFiniteError as error:

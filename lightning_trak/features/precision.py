@@ -10,10 +10,10 @@ _LOSS = 2**-8  # of a stored row, relative to its norm: what rounding to bfloat1
 
 
 def precision_of(trainer: L.Trainer, output: ModelOutput) -> str:
-    """The precision that features are made in: the Trainer's, but for two kinds of mixed precision without effect.
+    """The precision in which features are made: the Trainer's. Two kinds of mixed precision have no effect.
 
-    The gradients of float16 need their loss scaled to be in range, and an output is not a loss whose scale training has
-    found. An output with a context compares it with what the model gives, and rounding would tell equals apart.
+    Gradients in float16 need a scaled loss to be in range, and training has found no scale for an output. An output
+    with a context compares it with what the model gives, and rounding would make equal things differ.
     """
     precision = str(trainer.precision)
     unmixed = precision == "16-mixed" or (precision == "bf16-mixed" and output.context_size)
@@ -21,7 +21,7 @@ def precision_of(trainer: L.Trainer, output: ModelOutput) -> str:
 
 
 def autocast_of(trainer: L.Trainer, output: ModelOutput) -> torch.dtype | None:
-    """What the forward pass is autocast to for :func:`precision_of`, if anything."""
+    """The dtype that forward passes are autocast to for :func:`precision_of`; None if to none."""
     return torch.bfloat16 if precision_of(trainer, output) == "bf16-mixed" else None
 
 

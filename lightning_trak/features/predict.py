@@ -1,4 +1,4 @@
-"""The LightningModules that ``trainer.predict`` runs: one featurizes, one scores batches as they come."""
+"""The LightningModules that make features when ``trainer.predict`` runs them."""
 
 import hashlib
 import warnings
@@ -32,7 +32,7 @@ from lightning_trak.running.predict import PredictModule
 from lightning_trak.running.ranges import IndexedBatch, RangeLoader, Stop
 from lightning_trak.running.ranks import Ranks
 
-AUDITED_TOGETHER = 1024  # targets that are audited as a shard is, where they come in batches
+AUDITED_TOGETHER = 1024  # targets are audited in groups of this size, as shards are
 
 
 class ExtractorModule(PredictModule):
@@ -44,11 +44,11 @@ class ExtractorModule(PredictModule):
         store: holds what the model output remembers of the training data at each checkpoint.
         datamodule: where the data came from, if it has batch transfer hooks of its own.
         train_loader: training data to remember when the store holds nothing yet.
-        engine: what differentiates; None: what the settings and the store say, or the first examples show.
+        engine: the engine; None: that of the settings or of the store, or the one that the first examples choose.
 
     Attributes:
-        engine_name: what differentiates, once that is known.
-        repeatable: whether the data are the same each time that they are loaded.
+        engine_name: the name of the engine, once it is chosen.
+        repeatable: whether the data are equal each time that they are loaded.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class ExtractorModule(PredictModule):
         self._engine: GradientEngine | None = None
         self._extractor: FeatureExtractor | None = None
         self._bound: dict[int, BoundProjection] = {}
-        self._entered: set[int] = set()  # checkpoints, with batches of this layout
+        self._entered: set[int] = set()  # checkpoints that were checked with batches of this layout
         self._made_features = False
 
     def setup(self, stage: str) -> None:  # noqa: ARG002
@@ -82,7 +82,7 @@ class ExtractorModule(PredictModule):
         self._autocast = autocast_of(self.trainer, self.copied.output)
 
     def release(self) -> None:
-        """Let go of model and features."""
+        """Release model and features."""
         super().release()
         del self.copied
         self._engine = self._extractor = None
@@ -102,10 +102,10 @@ class ExtractorModule(PredictModule):
         return rows
 
     def enter(self, checkpoint: int) -> None:
-        """Make features at a checkpoint from now on.
+        """Load a checkpoint, and make features at it from now on.
 
         Raises:
-            ValueError: if an example's output depends on what else is in its batch, or is not that of the store.
+            ValueError: if the output of an example depends on the rest of its batch, or differs from the store's.
         """
         model = self.copied
         if self._extractor is not None and model.checkpoint == checkpoint:
@@ -153,14 +153,14 @@ class ExtractorModule(PredictModule):
         self.repeatable = ExampleBatch(twice, 2, self._layout).equals(ExampleBatch(again, 2, self._layout))
         if self.copied.sharded and not self.repeatable:
             raise ValueError(
-                "examples are others each time that they are loaded, so that the ranks of a sharded model would not see"
-                " the same ones: give data without random augmentation"
+                "examples differ each time that they are loaded, so the ranks of a sharded model would not see the same"
+                " ones: give data without random augmentation"
             )
-        sharded = self.copied.sharded  # every forward pass of which is one of all ranks
+        sharded = self.copied.sharded  # all ranks take part in each of its forward passes
         self._alone_and_together = None if sharded else (twice, other, pair) if last and self.repeatable else (twice,)
 
     def forget_batches(self) -> None:
-        """Nothing is known of the batches to come."""
+        """Forget how the loader puts examples together."""
         self._layout = self._alone_and_together = self._extractor = None
         self._entered.clear()
 
@@ -203,16 +203,16 @@ class ExtractorModule(PredictModule):
         return batch, positions
 
     def _read_extra(self, checkpoint: int, name: str) -> dict[str, Tensor] | None:
-        """What the store has, if anything; ranks that compute together find it together or not at all."""
+        """What the store has; None if it has nothing. Ranks that compute together all get it, or none does."""
         found = self._store.read_extra(checkpoint, name, self._store.key)
         if self.copied.sharded and not Ranks.of(self.trainer).all_true(found is not None):
             return None
         return found
 
     def _settle_engine(self) -> GradientEngine:
-        """Choose by the first two training examples: no run depends on what it happens to see.
+        """Choose by the first two training examples, so that the choice is the same in every run.
 
-        The store takes note with its first shard, so that a run which writes none decides nothing.
+        The store keeps the choice with its first shard. A run that writes no shard decides nothing.
         """
         if self.engine_name is None:
             self.engine_name = cast("EngineName | None", self._store.settle_engine())
@@ -229,7 +229,7 @@ class ExtractorModule(PredictModule):
         return make_engine(self.engine_name, self.copied, self._autocast)
 
     def _sample(self, checkpoint: int, purpose: str, count: int) -> Iterator[tuple[Any, int]]:
-        """A uniform sample of the training data, without replacement, another one at each checkpoint."""
+        """A uniform sample of the training data, without replacement. Each checkpoint has its own."""
         if self._train_loader is None:
             raise RuntimeError(
                 f'store "{self._store.directory}" has lost the {purpose} of checkpoint {checkpoint}, which its features'
@@ -255,7 +255,7 @@ class FeaturizeModule(ExtractorModule):
         kwargs: as for :class:`ExtractorModule`.
 
     Attributes:
-        refuted: what the engine got wrong, if it did: the rest was then left undone.
+        refuted: what the engine got wrong; None if nothing. The rest of the work is then left undone.
     """
 
     def __init__(self, sink: Sink, task: str, loader: DataLoader[Any], stop: Stop, *args: Any, **kwargs: Any) -> None:
@@ -268,15 +268,15 @@ class FeaturizeModule(ExtractorModule):
         self._alone: dict[int, Any] = {}  # examples that wait for the batch that they are part of
 
     def configure_model(self) -> None:
-        """Have the model shard itself, if the Trainer's strategy does that; the ranks are there now."""
+        """Let the model shard itself, if the Trainer's strategy wants that. The processes run by now."""
         if isinstance(self.copied, ShardedModelCopy):
             self.copied.shard(self.device_mesh, self.trainer.strategy.root_device)
 
     def on_predict_start(self) -> None:
-        """Ranks that compute together must have the same plan: else FSDP2 would mix up what they send, unnoticed.
+        """Check that ranks that compute together have the same plan. Else FSDP2 would mix up their messages.
 
         Raises:
-            RuntimeError: if they have not.
+            RuntimeError: if their plans differ.
         """
         if self.copied.sharded:
             loaders = cast(list[RangeLoader], self.trainer.predict_dataloaders)
@@ -289,7 +289,7 @@ class FeaturizeModule(ExtractorModule):
                 )
 
     def _settle_engine(self) -> GradientEngine:
-        """Sharded models leave no choice, but what hooks must know has to be found on the same examples everywhere."""
+        """Use hooks for sharded models. All ranks set them up on the same examples."""
         if not self.copied.sharded:
             return super()._settle_engine()
         positions = list(range(min(2, len(cast(Any, self._loader.dataset)))))
@@ -311,7 +311,7 @@ class FeaturizeModule(ExtractorModule):
         return ShardedFeatureExtractor(self.copied, engine, projection, self.settings.dtype, self._layout)
 
     def on_predict_batch_start(self, batch: IndexedBatch, batch_idx: int, dataloader_idx: int = 0) -> None:  # noqa: ARG002
-        """Have the progress bar say what it shows, rather than "Predicting DataLoader 0"."""
+        """Name the task on the progress bar, in place of "Predicting DataLoader 0"."""
         bar, text = self.trainer.progress_bar_callback, f"{self._task}, checkpoint {dataloader_idx + 1}"
         if batch_idx == 0 and isinstance(bar, TQDMProgressBar):
             bar.predict_progress_bar.set_description(text)
@@ -320,7 +320,7 @@ class FeaturizeModule(ExtractorModule):
             bar.progress.update(bar.predict_progress_bar_id, description=text)
 
     def predict_step(self, batch: IndexedBatch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:  # noqa: ARG002
-        """Hand the batch's features to the sink; returns its positions, since Lightning warns of None."""
+        """Give the batch's features to the sink. Return its positions, since Lightning warns of None."""
         if self.refuted is None:
             try:
                 self._featurize(batch, dataloader_idx)
@@ -348,14 +348,14 @@ class FeaturizeModule(ExtractorModule):
             raise EngineError("another process has refuted it")
 
     def _trusted(self, alone: Any) -> Any:
-        """An example alone, unless the data are other ones each time: then it is taken out of its batch."""
+        """The example alone. None if the data differ each time: then the audit takes it out of its batch."""
         return alone if self.repeatable else None
 
     def _give_up(self, error: EngineError) -> None:
-        """Leave the rest to the next engine, if it is for us to choose.
+        """Leave the rest to the next engine.
 
         Raises:
-            ValueError: if it is not.
+            ValueError: if the user has chosen the engine, or the model is sharded.
         """
         used = self.engine_name
         if self.settings.engine != "auto" or self.copied.sharded:

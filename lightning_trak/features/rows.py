@@ -1,4 +1,4 @@
-"""The rows of a shard or of a batch: what is known of each example at one checkpoint."""
+"""Features and their scalars: a row for each example of a shard or a batch."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Features(NamedTuple):
 
 
 def misfit(tensors: dict[str, Tensor], count: int, dtype: str | None = None, k: int | None = None) -> str | None:
-    """What is wrong with the rows of a shard, if anything is.
+    """Describe what is wrong with the rows of a shard; None if nothing is.
 
     Args:
         tensors: the columns by their names.

@@ -1,4 +1,4 @@
-"""A store is of what the model computes, not only of what its manifest says: a few examples are computed again."""
+"""Computes a few stored examples again: a store is only valid while the model computes the same."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -14,7 +14,7 @@ from lightning_trak.features.stored_examples import NotStorableError, pack, unpa
 from lightning_trak.gradients.batch import ExampleBatch
 from lightning_trak.outputs.base import close
 
-TOLERANCE = 5e-3  # another device or library rounds less differently than this
+TOLERANCE = 5e-3  # more than rounding on another device or by another library explains
 _KEPT = "examples"
 
 
@@ -34,12 +34,12 @@ def keep_examples(extractor: FeatureExtractor, store: FeatureStore, batch: Any, 
 
 
 def keeps_examples(store: FeatureStore) -> bool:
-    """Whether :func:`keep_examples` has been here, or is of no use: random data have other outputs each time."""
+    """Whether the store has its examples, or needs none: random data have other outputs each time."""
     return not store.repeatable or store.read_extra(0, _KEPT, store.key) is not None
 
 
 def require_same_outputs(extractor: FeatureExtractor, store: FeatureStore, checkpoint: int) -> None:
-    """Check that the examples that the store keeps have the outputs that it has.
+    """Check that the model still gives the stored examples their stored outputs.
 
     Args:
         extractor: at the checkpoint.
@@ -77,7 +77,7 @@ def require_as_before(
     positions: Sequence[int],
     made: Iterable[str],
 ) -> None:
-    """Check that examples have the outputs and features that a shard has, before others are added to it.
+    """Check that a shard's examples still have their stored outputs and features, before shards are added.
 
     Args:
         extractor: at the checkpoint.

@@ -1,4 +1,4 @@
-"""What features depend on beside the model, its checkpoints and the data."""
+"""The settings that features depend on."""
 
 from dataclasses import dataclass
 
@@ -39,5 +39,5 @@ class FeatureSettings:
             raise ValueError(f"audit must be a number of examples, 0 for none, got {self.audit!r}")
 
     def draw(self, checkpoint: int, examples: range) -> list[int]:
-        """Which of some examples to audit at a checkpoint: the same ones in every run."""
+        """Choose the examples to audit at a checkpoint. Every run chooses the same ones."""
         return draw_audited(examples, self.audit, f"{self.seed}/{checkpoint}")

@@ -1,4 +1,4 @@
-"""Where features go once a predict loop has made them: to the store or into memory."""
+"""Takes the features that a predict loop has made: to the store, or into memory."""
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,7 +14,7 @@ from lightning_trak.running.transfer import HostCopy
 
 
 class Sink(Protocol):
-    """Where features go, apart from how they are made."""
+    """Takes features."""
 
     def add(self, checkpoint: int, number: int, positions: Tensor, rows: Features, engine: str) -> bool:
         """Take the rows of the examples at ``positions``, which are part of range ``number``, made by an engine.
@@ -27,8 +27,8 @@ class Sink(Protocol):
 class ShardWriter:
     """Collects rows until a shard is whole, then checks it and writes it to the store while the next one is computed.
 
-    Use it as a context manager, which waits for the last shard. An error in one is raised before the one after the next
-    is begun.
+    Use it as a context manager, which waits for the last shard. An error in a shard is raised at the latest when the
+    second one after it begins.
 
     Args:
         store: where shards go.

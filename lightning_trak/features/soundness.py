@@ -1,4 +1,4 @@
-"""An output must depend on the copy of the model and on its own example alone, before many passes are spent on it."""
+"""Checks an output before long work: it must depend on the copy of the model and on its own example alone."""
 
 from typing import Any
 

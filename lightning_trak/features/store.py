@@ -159,7 +159,7 @@ class FeatureStore:
         return self._path(checkpoint, f"shard-{shard:05d}")
 
     def missing(self, checkpoint: int, extras: Sequence[str] = ()) -> list[int]:
-        """Shards of a checkpoint that are to be made: those that are not there, or of an engine that was refuted since.
+        """The shards of a checkpoint that must be made: missing ones, and those of an engine that was refuted since.
 
         Args:
             checkpoint: which.
@@ -252,7 +252,7 @@ class FeatureStore:
         return reason
 
     def engine_of(self, checkpoint: int, shard: int) -> str:
-        """What computed the gradients of a shard, as :meth:`write` was told."""
+        """The engine that computed the gradients of a shard, see :meth:`write`."""
         path = self._shard_path(checkpoint, shard)
         with _advice():
             metadata = load_metadata(path)
@@ -284,7 +284,7 @@ class FeatureStore:
             return None
 
     def settle_engine(self, engine: str | None = None) -> str | None:
-        """How gradients are computed in every run on this store: the first one that says so decides.
+        """Settle the engine of all runs on this store. The first run that names one decides.
 
         Args:
             engine: this process's choice, or None if it has none.
@@ -342,7 +342,7 @@ class FeatureStore:
 
 
 def _difference(field: str, theirs: Any, mine: Any) -> tuple[str, str]:
-    """In words, a field in which a store and a run differ: what the store was made with, and what the run has."""
+    """Describe a field in which a store and a run differ: what the store was made with, and what the run has."""
     if field == "data":
         return "other training data of this size", "data that differ in eight items spread over them"
     if field == "checkpoints" and isinstance(theirs, list) and len(theirs) == len(mine):

@@ -1,4 +1,4 @@
-"""A dataset's examples in order, and what a function of a model and a batch says of them."""
+"""Applies a function of a model and a batch to all examples of a dataset, in order."""
 
 import copy
 from collections.abc import Callable

@@ -1,1 +1,1 @@
-"""All that this package knows of a Trainer: its data, its ranks, its devices, and how to borrow it."""
+"""Everything that deals with a Trainer: its data, its ranks, its devices, and borrowing it."""

@@ -15,7 +15,7 @@ class TransferHooks:
 
     Args:
         module: the model; one that is no LightningModule has Lightning's own hooks.
-        datamodule: where the data came from, if from one.
+        datamodule: the data module that gave the data, if one did.
     """
 
     def __init__(self, module: nn.Module, datamodule: L.LightningDataModule | None = None) -> None:
@@ -23,15 +23,15 @@ class TransferHooks:
         self._datamodule = datamodule
 
     def before(self, batch: Any, dataloader_idx: int = 0) -> Any:
-        """What ``on_before_batch_transfer`` makes of a batch."""
+        """Call ``on_before_batch_transfer``."""
         return self._owner("on_before_batch_transfer").on_before_batch_transfer(batch, dataloader_idx)
 
     def transfer(self, batch: Any, device: torch.device, dataloader_idx: int = 0) -> Any:
-        """What ``transfer_batch_to_device`` makes of a batch."""
+        """Call ``transfer_batch_to_device``."""
         return self._owner("transfer_batch_to_device").transfer_batch_to_device(batch, device, dataloader_idx)
 
     def after(self, batch: Any, dataloader_idx: int = 0) -> Any:
-        """What ``on_after_batch_transfer`` makes of a batch."""
+        """Call ``on_after_batch_transfer``."""
         return self._owner("on_after_batch_transfer").on_after_batch_transfer(batch, dataloader_idx)
 
     def _owner(self, hook: str) -> Any:
@@ -42,7 +42,7 @@ class TransferHooks:
 def on_device(
     batches: Iterable[Any], device: torch.device, convert: Callable[[Any], Any], hooks: TransferHooks
 ) -> Iterator[Any]:
-    """Batches as a Trainer hands them to the model.
+    """Yield batches as a Trainer gives them to the model.
 
     Args:
         batches: as the loader collates them, see :func:`~lightning_trak.running.loading.load`.

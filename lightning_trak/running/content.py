@@ -1,4 +1,4 @@
-"""What stands for the content of a dataset: a digest of a few of its items."""
+"""A digest of a few items of a dataset, which stands for its content."""
 
 import warnings
 from typing import Any, cast
@@ -11,10 +11,10 @@ from lightning_trak.running.random_states import isolated_random_states
 
 
 def fingerprint(loader: DataLoader[Any]) -> str | None:
-    """Stands for the content of the dataset: a digest of eight items spread over it, as the loader collates them.
+    """A digest of eight items spread over the dataset, as the loader collates them.
 
-    They are read through the loader's workers, if it has some: a dataset that opens files on first use must not do so
-    in this process, from which workers would inherit them.
+    The loader's workers read them, if it has workers. A dataset that opens files at first use must not open them in
+    this process, since workers would inherit them.
 
     Returns:
         The digest, or None, with a warning, if the items are not the same twice, as under random augmentation.

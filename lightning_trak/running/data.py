@@ -1,4 +1,4 @@
-"""From what a user passes as data to loaders of map-style datasets."""
+"""Makes loaders of map-style datasets from what a user passes as data."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -28,7 +28,7 @@ def as_loaders(data: Data | Sequence[DataLoader[Any]], stage: str, trainer: L.Tr
 
 
 def single_loader(data: Data, stage: str, trainer: L.Trainer) -> DataLoader[Any]:
-    """What :func:`as_loaders` finds, where it must be one.
+    """The one loader that :func:`as_loaders` finds.
 
     Raises:
         ValueError: if there are several loaders.

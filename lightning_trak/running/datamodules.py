@@ -1,7 +1,6 @@
-"""The loaders of a LightningDataModule, without setting it up anew once it has been.
+"""The loaders of a LightningDataModule. One that has been set up is not set up again.
 
-A split that is drawn in ``setup`` is another one each time, so that a second ``setup`` may turn training rows into
-targets.
+A split that ``setup`` draws differs each time. A second ``setup`` may turn training examples into targets.
 """
 
 import random
@@ -122,7 +121,7 @@ def _is_repeatable(
 
 
 def _draws_numbers(call: Callable[[], None]) -> bool:
-    """Whether a call moves on one of the process's random states."""
+    """Whether a call draws random numbers."""
 
     def states() -> tuple[Any, ...]:
         numpy = np.random.get_state(legacy=False)["state"]  # noqa: NPY002

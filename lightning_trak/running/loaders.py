@@ -1,4 +1,4 @@
-"""From what a user passes as data to a loader of a map-style dataset, or the reason why it cannot be one."""
+"""Makes a loader of a map-style dataset from what a user passes as data, or says why it cannot."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path

@@ -22,7 +22,7 @@ class PredictModule(L.LightningModule):
 
     def __init__(self, model: nn.Module, datamodule: L.LightningDataModule | None = None) -> None:
         super().__init__()
-        # A rank without work runs no hook, and there is no collective that the others could wait in.
+        # A rank without work runs no hook. No other rank waits for it, since there are no collectives.
         self.allow_zero_length_dataloader_with_multiple_devices = True
         self.model = model
         self._hooks = TransferHooks(model, datamodule)
@@ -57,5 +57,5 @@ class PredictModule(L.LightningModule):
 
 
 def _inside(batch: Any, hook: Callable[[Any], Any]) -> Any:
-    """What a hook makes of the user's batch, which may lie in one of ours."""
+    """Apply a hook to the user's batch, which an :class:`IndexedBatch` may hold."""
     return batch._replace(batch=hook(batch.batch)) if isinstance(batch, IndexedBatch) else hook(batch)

@@ -2,7 +2,7 @@
 
 Features and scores belong to positions in a dataset. So the loader's sampler, its shuffling and Lightning's distributed
 sampler are left out: the dataset is cut into ranges, and each rank loads whole ranges, in order. A batch then holds the
-same examples whatever the number of processes, which is what makes results reproducible bit for bit.
+same examples whatever the number of processes, so results are reproducible bit for bit.
 """
 
 import random
@@ -54,7 +54,7 @@ class Stop:
     """Asks loaders that share it to end before their next range.
 
     Attributes:
-        requested: whether they shall.
+        requested: whether they must end.
     """
 
     def __init__(self) -> None:
@@ -98,9 +98,9 @@ class RangeLoader:
                 yield part
 
     def _rounds(self) -> Iterator[tuple[Range | None, int, int]]:
-        """A range of this rank's at a time, if it has one; how many examples alone, and then how many batches, that is.
+        """Yield this rank's ranges: each range (None if the rank has no more), its examples alone, and its batches.
 
-        All ranks that keep up load equally many.
+        With ``even``, all ranks load equally many of both.
         """
         size, rank = batch_size_of(self.loader), self.trainer.global_rank
         ranks = range(self.trainer.world_size) if self.even else range(rank, rank + 1)

@@ -1,4 +1,4 @@
-"""The few places where ranks meet, written so that one process needs no process group."""
+"""The few collectives. One process alone needs no process group."""
 
 from typing import NamedTuple, TypeVar
 
@@ -13,9 +13,9 @@ _SUM_BYTES = 1 << 26  # of a tensor on the host that go through the device at a 
 
 
 class Ranks(NamedTuple):
-    """Which of how many processes this is, as a Trainer sees it.
+    """The rank of this process and the world size, as a Trainer sees them.
 
-    The Trainer decides, not the process group: one that runs on rank zero alone must not wait for the others.
+    The Trainer decides, not the process group: a Trainer on rank zero alone must not wait for the other ranks.
     """
 
     rank: int = 0
@@ -23,7 +23,7 @@ class Ranks(NamedTuple):
 
     @classmethod
     def of(cls, trainer: L.Trainer) -> "Ranks":
-        """The Trainer's ranks; before its processes run, or after they were spawned and are gone, one."""
+        """The Trainer's ranks; a single one before its processes run, and after spawned ones have ended."""
         together = dist.is_available() and dist.is_initialized() and trainer.world_size > 1
         return cls(trainer.global_rank, trainer.world_size) if together else cls()
 

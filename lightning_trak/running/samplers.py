@@ -1,4 +1,4 @@
-"""Which positions of its dataset a loader draws: all of them, or a subset."""
+"""Refuses loaders that draw a subset of their dataset."""
 
 import copy
 import operator
@@ -24,7 +24,7 @@ _PATIENCE = 20
 
 
 def require_whole(loader: DataLoader[Any]) -> None:
-    """Check that a loader draws from all positions of its dataset, in whatever order, batches and number.
+    """Check that a loader draws from all positions of its dataset. Order, batches and repetitions do not matter.
 
     What torch's own samplers draw from is known. Another one is iterated: a copy, with the random state kept, so that
     the user's sampler draws the same as ever afterwards.

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C during a run of ours: it ends where nothing is lost, and says so."""
+"""SIGTERM and Ctrl-C: the run ends where nothing is lost, with a message."""
 
 import os
 import signal
@@ -74,7 +74,7 @@ class Interruption:
         _set({number: self._handle for number, before in self._before.items() if before != signal.SIG_IGN})
 
     def raise_if_received(self, ranks: Ranks, kept: Callable[[], str]) -> None:
-        """End the work on every rank if one of them has been told to; all wait for each other here.
+        """End the work on every rank if one of them has received a signal. All ranks wait for each other here.
 
         Args:
             ranks: whose last shards are written now.

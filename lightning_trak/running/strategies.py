@@ -1,4 +1,4 @@
-"""With which strategies of a Trainer the methods of this package work."""
+"""Refuses the strategies of a Trainer that a method cannot work with."""
 
 import lightning as L
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
@@ -41,7 +41,7 @@ def shards_model(trainer: L.Trainer) -> bool:
 
 
 def refuse_spawning(trainer: L.Trainer) -> None:
-    """Results come back from processes that run the user's script, not from spawned or forked ones.
+    """Refuse a Trainer that spawns or forks its processes: their results do not come back.
 
     Raises:
         ValueError: if the Trainer's strategy spawns or forks its processes.

@@ -19,11 +19,11 @@ from lightning_trak.running.strategies import refuse_spawning
 def predict_over(
     trainer: L.Trainer, module: PredictModule, loaders: Sequence[Any], interruption: Interruption | None = None
 ) -> None:
-    """Run a predict loop of ours on the user's Trainer, which is as it was afterwards.
+    """Run a module on the user's Trainer, and leave the Trainer as it was.
 
     Args:
         trainer: the user's. No logger, profiler, data module and callback but the progress bar takes part.
-        module: what runs; it lets go of its model in the end.
+        module: what runs. It releases its model at the end.
         loaders: its dataloaders.
         interruption: what SIGTERM and Ctrl-C do; default: they end the run at once.
 
@@ -37,7 +37,7 @@ def predict_over(
 
 @contextmanager
 def _borrowed(trainer: L.Trainer, ours: PredictModule, interruption: Interruption | None = None) -> Iterator[None]:
-    """The user's Trainer, ready for :func:`predict_over`, and as it was afterwards."""
+    """Prepare the user's Trainer for :func:`predict_over`, and put it back afterwards."""
     limit = trainer.limit_predict_batches
     if limit != 1.0 or isinstance(limit, int):  # 1 is one batch, 1.0 is all of them
         raise ValueError(

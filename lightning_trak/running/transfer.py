@@ -1,4 +1,4 @@
-"""Copies between host and CUDA device that computation does not wait for; elsewhere, plain copies."""
+"""Copies between host and CUDA device beside the computation. On other devices they are plain copies."""
 
 import functools
 import itertools
@@ -31,7 +31,7 @@ class HostCopy(NamedTuple):
 
     @classmethod
     def start(cls, tensors: tuple[Tensor, ...]) -> "HostCopy":
-        """Copy tensors of one device to the host, behind what it is computing now and beside what comes next."""
+        """Copy tensors of one device to the host, after the computation at hand and beside the next one."""
         device = tensors[0].device
         if device.type != "cuda":
             return cls(tuple(tensor.cpu() for tensor in tensors), None)
@@ -65,7 +65,7 @@ class Upload:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def __call__(self, move: Callable[[], Any]) -> Any:
-        """What ``move`` returns, safe to use on the current stream.
+        """Call ``move``, and make its result safe to use on the current stream.
 
         Args:
             move: copies a batch to the device.
@@ -82,7 +82,7 @@ class Upload:
 
 
 def ahead(items: Iterable[T]) -> Iterator[T]:
-    """The items, the next of which a thread is getting while one is in use."""
+    """Yield the items. A thread gets the next one while one is in use."""
     iterator = iter(items)
     with ThreadPoolExecutor(1) as thread:
         coming = thread.submit(lambda: list(itertools.islice(iterator, 1)))

@@ -285,7 +285,7 @@ def test_other_models_outputs_and_projections(runs, tmp_path, name, make, data):
         ("neighbours", r"example \d+ at checkpoint 0 .*: its output is .* in its batch and .* alone"),
         ("noisy", "its output is .* in its batch and .* alone|hooks get some gradients"),
         ("closure", "reads first.bias, first.weight of the module that was passed, not of the copy"),
-        ("augmented", "examples are others each time that they are loaded.*give data without random augmentation"),
+        ("augmented", "examples differ each time that they are loaded.*give data without random augmentation"),
         ("scorer", "equally many batches on each rank, as a sharded model needs: use score"),
         ("own", "see different shards as missing in the store"),
         ("trained", r"this \w*Net has been sharded.*pass a new one instead"),

@@ -1,4 +1,4 @@
-"""Going over data with the model at one checkpoint."""
+"""Passes over data with the model at one checkpoint."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -152,13 +152,13 @@ class Passes:
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """In one way everywhere, and in the precision of the weights."""
+        """Compute in the precision of the weights, in the same way in every method."""
         with self.model.differentiable(), self._precision.active(), exact_attention():
             yield
 
     @contextmanager
     def differentiable(self) -> Iterator[None]:
-        """Autograd on, for the selected parameters, any number of times."""
+        """Differentiate with respect to the selected parameters, once or several times."""
         with (
             self.computing(),
             differentiating(self.model.module, self.parameters.values()),
