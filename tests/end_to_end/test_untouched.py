@@ -10,12 +10,27 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import (
     DataLoader,
+    Dataset,
     TensorDataset,
 )
 
 from lightning_trak import TRAK
 from lightning_trak.projections import SparseProjection
 from tests.lit import TARGETS, TRAIN, attribute, make_data, make_model, make_trainer
+
+
+class Drawing(Dataset):
+    """Draws random numbers with each item, as augmentation does."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, index):
+        torch.rand(1), random.random(), np.random.rand()  # noqa: NPY002
+        return self.data[index]
 
 
 def test_everything_is_as_it_was(tmp_path, checkpoints):
@@ -43,7 +58,7 @@ def test_everything_is_as_it_was(tmp_path, checkpoints):
 
     trak = TRAK(model, checkpoints, tmp_path / "store", projection=SparseProjection(32))
     trak.featurize(trainer, DataLoader(TRAIN, batch_size=8, shuffle=True, num_workers=1))
-    trak.score(trainer, DataLoader(TARGETS, batch_size=8, shuffle=True))
+    trak.score(trainer, DataLoader(Drawing(TARGETS), batch_size=8, shuffle=True))
     trak.score(trainer, TARGETS, top_k=3)
 
     assert torch.equal(states[0], torch.get_rng_state())

@@ -77,6 +77,9 @@ def test_half_precision_logits_are_reduced_in_float32(dtype):
     margin = log_odds(logits, labels)
     assert margin.dtype == torch.float32
     torch.testing.assert_close(margin.double(), naive(logits, labels), rtol=1e-5, atol=1e-5)
+    binary = ClassificationMargin().output(nn.Identity(), (logits[:, 0], torch.ones(5)))
+    assert binary.dtype == torch.float32
+    assert torch.equal(binary, logits[:, 0].float())
 
 
 @pytest.mark.parametrize("shape", [(6,), (6, 1)])

@@ -37,6 +37,7 @@ def test_the_axes_span_the_leading_eigenvectors():
     found = axes_of([data], 4).double()
     torch.testing.assert_close(found.T @ found, torch.eye(4).double(), atol=1e-5, rtol=0)
     assert torch.linalg.svdvals(exact.T @ found).min() > 0.999
+    assert torch.equal(found.max(0).values, found.abs().max(0).values)  # the largest entry of each is positive
 
 
 def test_the_axes_do_not_depend_on_the_batches():
