@@ -33,11 +33,11 @@ def run_module(name: str, *arguments: str) -> str:
 def run_together(arguments: list[str | Path], log: Path, timeout: float = 240) -> None:
     """Run Python with these arguments, of which Lightning starts a copy for each further process.
 
-    Failures and hangs show what all of the processes printed.
+    Failures and hangs show what all processes printed. A process that hangs prints where each of its threads is.
 
-    A process that hangs is made to print where each of its threads is.
-    A script must end with ``torch.distributed.destroy_process_group()``: otherwise a thread of gloo may free a tensor
-    when Python has gone, for which PyTorch aborts ("terminate called without an active exception").
+    A script must end with ``torch.distributed.destroy_process_group()``, or with :func:`leave_together` if it trains
+    with FSDP2. Otherwise a thread of gloo may free a tensor after Python has ended, and PyTorch aborts ("terminate
+    called without an active exception").
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -5,7 +5,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.utils.data import DataLoader, Subset
 
@@ -113,4 +112,3 @@ def main(root: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
-    dist.destroy_process_group()
