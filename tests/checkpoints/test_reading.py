@@ -10,11 +10,13 @@ import uuid
 from pathlib import Path
 
 import fsspec
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from lightning_trak.checkpoints import Checkpoint, CheckpointFormat
 from lightning_trak.checkpoints.reading import resolve_checkpoints
 from lightning_trak.checkpoints.series import SnapshotSeries
 from tests.snapshot_data import GROUPS, assert_equal, fill, make_state_dict
@@ -277,3 +279,24 @@ def test_damaged_manifest(content: str, reason: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=reason):
         SnapshotSeries(tmp_path).begin()
     assert (tmp_path / "manifest.json").read_text() == content
+
+
+def test_a_format_of_ones_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(CheckpointFormat, "formats", list(CheckpointFormat.formats))
+
+    class NumpyFile(CheckpointFormat):
+        @classmethod
+        def recognizes(cls, location):
+            return location.endswith(".npz")
+
+        @classmethod
+        def find(cls, location, weights_only):
+            def read():
+                return {name: torch.from_numpy(array) for name, array in np.load(location).items()}
+
+            return [Checkpoint(Path(location).name, read)]
+
+    np.savez(tmp_path / "weights.npz", weight=np.eye(2))
+    (found,) = resolve_checkpoints(tmp_path / "weights.npz")
+    assert found.name == "weights.npz"
+    assert torch.equal(found.load()["weight"], torch.eye(2, dtype=torch.float64))
