@@ -22,9 +22,8 @@ class Sketches(BoundProjection):
     differ have sketches that differ about as much. It takes one pass over the gradient, and no memory of its size.
 
     Args:
-        shapes: Shape of each parameter, by name.
-        device: Where gradients are.
-
+        shapes: shape of each parameter, by name.
+        device: where gradients are.
     """
 
     def __init__(self, shapes: Mapping[str, Sequence[int]], device: torch.device) -> None:
