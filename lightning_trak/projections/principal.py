@@ -45,8 +45,8 @@ class PrincipalAxes:
         sketch, omega = self._sketch.cpu(), self._omega.cpu()
         core = omega.T @ sketch
         values, vectors = torch.linalg.eigh((core + core.T) / 2)
-        # C may have a lower rank, for example if outputs sum to one. Some eigenvalues are then rounding errors, positive
-        # or negative. They are raised to a small value, so that their axes stay behind all others.
+        # C may have a lower rank, for example if outputs sum to one. Some eigenvalues are then rounding errors, and may
+        # be negative. They are raised to a small value, and their axes stay behind all others.
         floor = max(1e-6 * float(values[-1]), torch.finfo(torch.float64).tiny)
         half = sketch @ (vectors * values.clamp_min(floor).rsqrt())
         axes = torch.linalg.svd(half, full_matrices=False).U[:, : self._width]
