@@ -1,4 +1,4 @@
-"""What makes two runs the same: outputs, models, trainings and settings as JSON-able values that can be compared."""
+"""Fingerprints: outputs, models, trainings and settings as values in JSON's types, to compare two runs."""
 
 import json
 import re
@@ -22,7 +22,7 @@ __all__ = [
     "object_fingerprint",
 ]
 
-# Keys that sort what a fingerprint holds, and mean nothing to its reader.
+# Keys that only group the parts of a fingerprint. Messages leave them out.
 _SORTS = ("attributes", "code", "made", "own", "state", "value")
 
 
@@ -30,12 +30,13 @@ def fingerprint(value: Any, owner: str | None = None) -> Any:
     """Any value and the code that it refers to, in JSON's types.
 
     Args:
-        value: any.
-        owner: who holds it. If there is one, the value is described in full, or refused; else objects that are no
-            values stand by their class.
+        value: the value.
+        owner: the name of the object that holds the value, for errors. If it is given, the value is described in full,
+            or refused. Without an owner, only the class counts for objects of installed packages that are not values.
 
     Raises:
-        TypeError: if there is an owner, and the value is or holds what has no content, such as a lock or an open file.
+        TypeError: if there is an owner, and the value is or holds an object that cannot be described, such as a lock or
+            an open file.
     """
     walk = new_fingerprint()
     described = walk.value(value, owner)
@@ -44,15 +45,15 @@ def fingerprint(value: Any, owner: str | None = None) -> Any:
 
 
 def object_fingerprint(value: Any, called: frozenset[str], left_out: frozenset[str]) -> dict[str, Any]:
-    """An object by its class, its attributes and its code, apart from what it changes itself when it is used.
+    """An object by its class, its attributes and its code, without attributes that it changes itself when used.
 
     Args:
         value: the object.
-        called: methods that are called from outside.
-        left_out: methods that do not matter.
+        called: methods that other code calls.
+        left_out: methods that do not count.
 
     Raises:
-        TypeError: if a public attribute has no content. Others are described by their class then.
+        TypeError: if a public attribute cannot be described. For a private one, only its class counts then.
     """
     walk, cls = new_fingerprint(), type(value)
     name_of_class = walk.methods(cls, lambda name: name not in INITIAL | left_out)
@@ -66,8 +67,8 @@ def object_fingerprint(value: Any, called: frozenset[str], left_out: frozenset[s
         }
     except TypeError as error:
         raise TypeError(
-            f"{error}; override fingerprint(), or begin the attribute's name with an underscore if it does not change"
-            " the output"
+            f"{error}; override fingerprint(), or, if the attribute does not change the output, let its name begin with"
+            " an underscore"
         ) from error
     return {"class": name_of_class, "attributes": attributes, "code": walk.code()}
 
@@ -75,15 +76,16 @@ def object_fingerprint(value: Any, called: frozenset[str], left_out: frozenset[s
 def module_fingerprint(module: nn.Module, used_by: Any = None, training: bool = False) -> dict[str, Any]:
     """A module's code and options, without its weights.
 
-    It is the same before and after training, of a copy, of what `torch.compile` makes of it, and in another process.
+    It is the same before and after training, for a copy, for a compiled module, and in another process.
 
     Args:
         module: any module.
-        used_by: what calls it, such as an output: the methods and attributes that its code names matter, too.
-        training: whether what only training uses matters as well.
+        used_by: an object that calls the module, such as an output. Methods and attributes that its code names count,
+            too.
+        training: whether methods and attributes that only training uses count as well.
 
     Returns:
-        The module's parts with their classes and options, and digests of functions and classes, by their names.
+        The module's parts with their classes and options, and digests of functions and classes, by name.
     """
     caller = new_fingerprint()
     caller.value(used_by)
@@ -95,21 +97,26 @@ def module_fingerprint(module: nn.Module, used_by: Any = None, training: bool = 
 
 
 def changes(theirs: Any, mine: Any) -> str:
-    """In words, where two fingerprints differ; the first few places."""
+    """A text that names the first three places where two fingerprints differ, and counts the others."""
     old, new = _flat(theirs), _flat(mine)
     if old.get("python") != new.get("python") and "python" in old and "python" in new:
-        return f"Python is {new['python']} and was {old['python']}, so that code cannot be compared"
+        return f"Python is {new['python']} and was {old['python']}, so code cannot be compared"
     differing = [name for name in old | new if not (name in old and name in new and are_same(old[name], new[name]))]
-    differing.sort(key=lambda name: (name not in new, name not in old))  # what has changed, what is new, what is gone
+    differing.sort(key=lambda name: (name not in new, name not in old))  # changed, then new, then gone
     words = [_words(name, old.get(name, _MISSING), new.get(name, _MISSING)) for name in differing]
     return "; ".join(words[:3]) + (f"; and {len(words) - 3} more" if len(words) > 3 else "")
 
 
 def difference(field: str, theirs: Any, mine: Any) -> tuple[str, str]:
-    """In words, a field that two runs differ in.
+    """Two texts about a field that differs between two runs.
+
+    Args:
+        field: the name of the field.
+        theirs: its value in the other run.
+        mine: its value in this run.
 
     Returns:
-        What theirs was made with, and what mine has, as in "made with seed 0, this one has seed 1".
+        The value of the other run and the value of this run, as in "made with seed 0, this one has seed 1".
     """
     if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
         return f"another {field}", f"one that differs: {changes(theirs, mine)}"

@@ -1,7 +1,7 @@
-"""What a function's bytecode says: what it computes, which names it reads, and what it changes.
+"""Reads a function's bytecode: what it computes, which names it reads, and what it changes.
 
-Bytecode is what runs: there is some for a lambda and for what was typed in a notebook, and it does not follow a file
-that is edited after its import. It differs between Python's minor versions.
+Bytecode is the code that runs. A lambda and a function from a notebook have it, too. It stays the same if a file is
+edited after its import. It differs between Python's minor versions.
 """
 
 import dis
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
-# Methods of containers that change them; those of tensors end in an underscore.
+# Methods that change a container. Methods that change a tensor end in an underscore.
 _MUTATORS = frozenset(
     [
         *(
@@ -42,7 +42,7 @@ def _instructions(code: types.CodeType) -> list[dis.Instruction]:
 
 
 def _nested(code: types.CodeType) -> Iterator[types.CodeType]:
-    """The code and what is defined inside it."""
+    """The code, and the code of all functions that are defined inside it."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
@@ -50,7 +50,7 @@ def _nested(code: types.CodeType) -> Iterator[types.CodeType]:
 
 
 def code_digest(code: types.CodeType) -> str:
-    """Tells code apart by what it does; not by its file, lines, comments or docstring."""
+    """A digest of what the code does. File, line numbers, comments and docstring do not count."""
     return hashlib.sha256(repr(_content(code)).encode()).hexdigest()[:16]
 
 
@@ -75,7 +75,7 @@ def _constant(value: Any) -> Any:
 
 @cache
 def names(code: types.CodeType) -> frozenset[str]:
-    """Names of globals and attributes that the code may read, and strings in it, which `getattr` may be given."""
+    """Names of globals and attributes that the code may read, and its strings, which may be arguments of getattr."""
     found: set[str] = set()
     for part in _nested(code):
         found.update(part.co_names)
@@ -93,7 +93,7 @@ def _strings(constant: Any) -> Iterator[str]:
 
 @cache
 def references(code: types.CodeType) -> list[tuple[str, tuple[str, ...]]]:
-    """Globals and variables of enclosing functions that the code reads, each with the attributes that it takes of it.
+    """Globals and variables of enclosing functions that the code reads, each with the attributes that it reads of them.
 
     ``config.scale * weights`` reads ``("config", ("scale",))`` and ``("weights", ())``.
     """
@@ -113,11 +113,11 @@ def references(code: types.CodeType) -> list[tuple[str, tuple[str, ...]]]:
 
 @cache
 def changes(code: types.CodeType) -> frozenset[tuple[str, str]]:
-    """Names that the code assigns to outside itself, or whose container or tensor it changes in place.
+    """Names outside the code that it assigns to, or whose container or tensor it changes in place.
 
     Returns:
-        Names, each with whose it is: ``"self"``, an attribute of the first argument, ``"other"``, an attribute of
-        anything else, or ``"scope"``, a global or a variable of an enclosing function.
+        Pairs of a name and its kind: ``"self"`` is an attribute of the first argument, ``"other"`` is an attribute of
+        another object, and ``"scope"`` is a global or a variable of an enclosing function.
     """
     found: set[tuple[str, str]] = set()
     for part in _nested(code):
@@ -143,18 +143,20 @@ def _owner(instructions: list[dis.Instruction], index: int) -> Any:
         loads = [i for i in range(index) if instructions[i].opname == "LOAD_ATTR" and instructions[i].argval == name]
         index = loads[-1] - 1 if loads else 0
     before = instructions[index - 1].argval if index else None
-    return before[-1] if isinstance(before, tuple) and before else before  # newer Pythons load two at once
+    return (
+        before[-1] if isinstance(before, tuple) and before else before
+    )  # newer versions of Python load two variables at once
 
 
 def _mutated(instructions: list[dis.Instruction], start: int) -> bool:
-    """Whether what one instruction loads, or an item of it, is changed by the expression that it stands in."""
-    depth, previous = 1, instructions[start]  # of the stack, from what was loaded upwards
+    """Whether the expression around an instruction changes the object that it loads, or an item of this object."""
+    depth, previous = 1, instructions[start]  # depth of the stack above the loaded object
     for one in instructions[start + 1 :]:
         if depth == 1 and one.opname in ("LOAD_ATTR", "LOAD_METHOD"):
             name = one.argval
             return name in _MUTATORS or (name.endswith("_") and not name.endswith("__"))
         if one.opname in ("STORE_SUBSCR", "DELETE_SUBSCR"):
-            # With `x[i] += 1` the value is swapped below the container.
+            # In `x[i] += 1`, a swap puts the value below the container.
             return depth == 2 or (depth == 3 and previous.opname in ("SWAP", "ROT_THREE"))
         if one.opname == "STORE_SLICE":
             return depth == 3

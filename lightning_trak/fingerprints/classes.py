@@ -1,4 +1,4 @@
-"""Whose a class is, what it defines, and which attributes of its objects its methods change."""
+"""Classes: whether the user wrote one, what it defines, and which attributes its methods change."""
 
 import functools
 import inspect
@@ -12,7 +12,7 @@ import numpy as np
 
 from lightning_trak.fingerprints import bytecode
 
-# Known by name wherever they are installed.
+# These count as installed, wherever their files are.
 _INSTALLED = sys.stdlib_module_names | {"torch", "lightning", "lightning_fabric", "pytorch_lightning", "torchmetrics"}
 
 BUILTIN = (
@@ -27,13 +27,13 @@ BUILTIN = (
 )
 _DESCRIPTORS = (staticmethod, classmethod, property, functools.cached_property, functools.partialmethod)
 
-# Methods that make an object, and methods that are for people.
+# Methods that make an object, and methods that make texts for people.
 INITIAL = frozenset(["__init__", "__new__", "__post_init__", "__setstate__"])
 FOR_PEOPLE = frozenset(["__repr__", "__str__"])
 
 
 def is_installed(module_name: str | None) -> bool:
-    """Whether a Python module is Python's or an installed package's, rather than the user's or this package's."""
+    """Whether a Python module belongs to Python or an installed package, and not to the user or to this package."""
     package = (module_name or "").partition(".")[0]
     if package in ("lightning_trak", "__main__"):
         return False
@@ -42,19 +42,19 @@ def is_installed(module_name: str | None) -> bool:
 
 
 def name_of(value: Any) -> str:
-    """A function's or class's name: the user's own without its module, since a script may be imported under another."""
+    """The name of a function or class. The user's own have no module name, since a script's may change."""
     module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", None) or type(value).__qualname__
     users = module is None or not (is_installed(module) or module.partition(".")[0] == "lightning_trak")
     return str(name) if users else f"{module}.{name}"
 
 
 def own_classes(cls: type) -> list[type]:
-    """A class and its bases, without those of installed packages."""
+    """A class and its bases, without the classes of installed packages."""
     return [base for base in cls.__mro__ if not is_installed(base.__module__)]
 
 
 def functions_of(value: Any) -> list[Any]:
-    """The functions behind an entry of a class: methods, properties and the like."""
+    """The functions in an entry of a class, such as a method or a property."""
     if isinstance(value, _DESCRIPTORS):
         inner = (getattr(value, name, None) for name in ("__func__", "fget", "fset", "func"))
         return [function for function in inner if callable(function)]
@@ -62,9 +62,10 @@ def functions_of(value: Any) -> list[Any]:
 
 
 def attributes_of(cls: type) -> dict[str, Any]:
-    """What a class and its bases hold beside methods, and methods that are not what their name says.
+    """Attributes of a class and its bases that are not plain methods.
 
-    These are functions from elsewhere, and methods that a decorator of an installed package has changed.
+    Some methods count as attributes: functions from other places, and methods that a decorator of an installed package
+    has wrapped.
     """
     held: dict[str, Any] = {}
     for base in reversed(own_classes(cls)):
@@ -84,18 +85,18 @@ def _is_method(function: Any, name: str) -> bool:
 
 
 def codes_of(cls: type, wanted: Callable[[str], bool]) -> Iterator[types.CodeType]:
-    """The code of a class's and its bases' methods of some names, without decorators."""
+    """The code of methods with wanted names, of a class and its bases, without decorators."""
     for base in own_classes(cls):
         yield from _codes_in(base, wanted)
 
 
 def library_bases(cls: type, without: type) -> list[type]:
-    """A class and its bases as far as they are of installed packages, without another class and its bases."""
+    """Classes of installed packages among a class and its bases, without the class ``without`` and its bases."""
     return [base for base in cls.__mro__ if is_installed(base.__module__) and base not in without.__mro__]
 
 
 def library_codes_of(cls: type, wanted: Callable[[str], bool], without: type) -> Iterator[types.CodeType]:
-    """The code of methods of some names in :func:`library_bases`."""
+    """The code of methods with wanted names in :func:`library_bases`."""
     for base in library_bases(cls, without):
         yield from _codes_in(base, wanted)
 
@@ -109,19 +110,20 @@ def _codes_in(base: type, wanted: Callable[[str], bool]) -> Iterator[types.CodeT
 
 
 def changed_by(cls: type, wanted: Callable[[str], bool]) -> set[str]:
-    """Attributes of their own object that a class's methods of some names assign or change in place."""
+    """Attributes of ``self`` that methods with wanted names assign or change in place."""
     return changed_in(codes_of(cls, wanted), "self")
 
 
 def changed_in(codes: Iterable[types.CodeType], whose: str) -> set[str]:
-    """Names that code changes, of :func:`~lightning_trak.fingerprints.bytecode.changes`, of one kind."""
+    """Names of one kind that code changes, see :func:`~lightning_trak.fingerprints.bytecode.changes`."""
     return {name for code in codes for name, kind in bytecode.changes(code) if kind == whose}
 
 
 def changed_by_use(cls: type, called: frozenset[str] = frozenset()) -> set[str]:
-    """Attributes that change when an object is used, such as counters and caches: they say nothing of how it was made.
+    """Attributes that change when an object is used, such as counters and caches. They are no part of its identity.
 
-    A method is used if it is ``called``, or if Python or another method calls it; not if only the object's owner may.
+    A method counts as used if it is in ``called``, or if Python or another method calls it. It does not count if only
+    the user calls it.
     """
     spoken = called.union(*map(bytecode.names, codes_of(cls, lambda name: name not in INITIAL)))
     return changed_by(cls, lambda name: name not in INITIAL and (name.startswith("__") or name in spoken))

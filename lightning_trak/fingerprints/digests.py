@@ -1,4 +1,4 @@
-"""A digest of any Python value, by what it holds."""
+"""A digest of the content of any Python value."""
 
 import hashlib
 import json
@@ -11,16 +11,21 @@ from torch import Tensor
 
 
 def content_digest(value: Any) -> str:
-    """SHA-256 over a value's types, structure and content; equal ones have equal digests in every process.
+    """SHA-256 over a value's types, structure and content. Equal values have equal digests in every process.
 
-    Tensors and arrays count by dtype, shape and bytes; mappings and sets whatever their order; other objects by class
-    and by what pickle would keep of them. What cannot be pickled counts by its class alone.
+    For tensors and arrays, dtype, shape and bytes count. For mappings and sets, the order does not count. For other
+    objects, the class and what pickle would save count. If an object cannot be pickled, only its class counts.
     """
     return _digest(value, {}).hex()
 
 
 def _digest(value: Any, within: dict[int, int]) -> bytes:
-    """A digest of a value inside others, which are known by their ids, with their depth: cycles end there."""
+    """A digest of a value inside other values.
+
+    Args:
+        value: the value.
+        within: the ids of the values around it, with their depths. A cycle ends at one of them.
+    """
     if id(value) in within:
         return _hash("above", str(len(within) - within[id(value)]))
     leaf = _leaf(value)
@@ -37,13 +42,13 @@ def _hash(kind: str, *parts: bytes | str) -> bytes:
     digest = hashlib.sha256()
     for part in (kind, *parts):
         data = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part
-        digest.update(len(data).to_bytes(8, "little"))  # so that no two lists of parts run together
+        digest.update(len(data).to_bytes(8, "little"))  # different lists of parts then give different bytes
         digest.update(data)
     return digest.digest()
 
 
 def _leaf(value: Any) -> tuple[str | bytes, ...] | Any:
-    """Kind and content of what has no parts, else None."""
+    """Kind and content of a value without parts; None if it has parts."""
     if value is None or type(value) in (bool, int, float, complex, str):
         return type(value).__name__, value if isinstance(value, str) else repr(value)
     if isinstance(value, (bytes, bytearray, memoryview)):
@@ -89,7 +94,7 @@ def _parts(value: Any, within: dict[int, int]) -> tuple[str | bytes, ...] | Any:
         return "objects", str(value.shape), *each(value.ravel().tolist())
     try:
         state = value.__reduce_ex__(2)
-    except Exception:  # whatever the user's objects raise
+    except Exception:  # objects of the user may raise anything
         return "unseen", _name(type(value))
     if isinstance(state, str):
         return "global", state
@@ -98,7 +103,7 @@ def _parts(value: Any, within: dict[int, int]) -> tuple[str | bytes, ...] | Any:
 
 
 def _dense(tensor: Tensor) -> list[Any]:
-    """The strided tensors that another kind of tensor is made of."""
+    """A nested, quantized or sparse tensor as strided tensors and plain values."""
     tensor = tensor.detach().cpu()
     if tensor.is_nested:
         return [*tensor.unbind()]

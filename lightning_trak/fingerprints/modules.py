@@ -1,4 +1,4 @@
-"""Modules as JSON-able identity: code and options, part by part. Weights belong to checkpoints, and are known there."""
+"""Modules in JSON's types: the code and options of each part. Weights are left out, since checkpoints hold them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from lightning_trak.fingerprints.classes import (
 )
 from lightning_trak.fingerprints.values import Fingerprint, address, digest, plain
 
-# What Lightning calls to train and to keep house. The rest of LightningModule's names the features depend on.
+# Methods that Lightning calls for training and logging. Features depend on the other methods of LightningModule.
 _HOOKS = frozenset(name for name in dir(L.LightningModule) if name not in dir(nn.Module))
 _FOR_TRAINING = (_HOOKS | {"configure_model_output"}) - {
     "configure_model",
@@ -38,35 +38,35 @@ _FOR_TRAINING = (_HOOKS | {"configure_model_output"}) - {
     "transfer_batch_to_device",
     "on_after_batch_transfer",
 }
-# Attributes of every module, and what transformers notes on its own.
+# Attributes of every module, and attributes that transformers sets itself.
 _HOUSEKEEPING = frozenset([*vars(nn.Module()), *vars(L.LightningModule()), *vars(nn.Module)]) - {"forward"} | {
     "gradient_checkpointing",
     "name_or_path",
     "warnings_issued",
 }
 
-# With more parts than this, layers that differ by a number in their name share an entry.
+# If a module has more parts than this, layers share an entry if their names differ only by numbers.
 _MANY = 100
 
 
 def new_fingerprint() -> Fingerprint:
-    """A walk that has met nothing yet."""
+    """A new walk through values and code."""
     return Fingerprint(describe)
 
 
 def describe(module: nn.Module, fingerprint: Fingerprint, training: bool = False) -> dict[str, Any]:
-    """The parts of a module, each with its class and options; its code is left with the fingerprint.
+    """The parts of a module, each with its class and options. The code is added to the fingerprint.
 
-    An option is an attribute that the user's code reads, or that a library's class has in public, and that no code
-    changes when the module is used. What only training uses is left out.
+    An option is an attribute that the user's code reads, or a public attribute of a library's class. An attribute that
+    changes when the module is used is not an option. Methods and attributes that only training uses are left out.
 
     Args:
         module: any module.
-        fingerprint: where code goes, and where the names are that other code reads of the module.
-        training: whether training matters, too.
+        fingerprint: collects the code. It also knows the names that other code reads of the module.
+        training: whether methods and attributes of training count, too.
 
     Returns:
-        Descriptions by the parts' names.
+        Descriptions of the parts, by name.
     """
     parts = dict(_parts(module))
     classes = {type(part): None for part in parts.values()}
@@ -97,7 +97,7 @@ def describe(module: nn.Module, fingerprint: Fingerprint, training: bool = False
     }
 
     has_library = {cls: any(library_bases(cls, L.LightningModule)) for cls in classes}
-    # Attributes whose names are put together, such as f"layer_{i}".
+    # Classes that read attributes by computed names, such as f"layer_{i}".
     by_any_name = {
         cls: any("getattr" in bytecode.names(code) for code in codes_of(cls, lambda name: name not in INITIAL))
         for cls in classes
@@ -130,7 +130,7 @@ def describe(module: nn.Module, fingerprint: Fingerprint, training: bool = False
     fingerprint.storages = before[1] | {address(tensor) for tensor in tensors} - {0}
     try:
         count = -1
-        while count != len(fingerprint.names):  # code that is found may read more
+        while count != len(fingerprint.names):  # the code that was found may read more names
             count = len(fingerprint.names)
             for cls in classes:
                 fingerprint.methods(cls, matters)
@@ -142,7 +142,7 @@ def describe(module: nn.Module, fingerprint: Fingerprint, training: bool = False
 
 
 def _parts(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Submodules by their names without what wraps them, each once; metrics do not compute what is attributed."""
+    """Submodules with their names, each once. Wrappers are skipped, and metrics too: no output depends on metrics."""
     seen: set[int] = set()
 
     def walk(part: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
@@ -159,13 +159,13 @@ def _parts(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _class_name(part: nn.Module) -> str:
-    """The class's name, without what FSDP2 makes of it."""
+    """The name of the class, or of the user's class if FSDP2 has replaced it."""
     made = (base for base in type(part).__mro__ if not (base.__name__[:4] == "FSDP" and is_installed(base.__module__)))
     return name_of(next(made))
 
 
 def _is_option(value: Any) -> bool:
-    """Whether a public attribute of a library's module says how it computes: not a cache, nor a tool."""
+    """Whether a public attribute of a library's module is a setting of its computation, not a cache or other object."""
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, (list, tuple, set, frozenset)):
@@ -175,12 +175,12 @@ def _is_option(value: Any) -> bool:
 
 
 def _is_functions(entry: Any) -> bool:
-    """Whether a class's entry is what stands for a method."""
+    """Whether an attribute is a list of functions that stands for a method."""
     return isinstance(entry, list) and bool(entry) and all(map(callable, entry))
 
 
 def _is_users(hook: Any) -> bool:
-    """Whether a hook is neither a library's nor this package's."""
+    """Whether a hook is the user's, and not one of a library or of this package."""
     function = getattr(hook, "__func__", getattr(hook, "func", hook))
     module = getattr(function, "__module__", None) or type(function).__module__
     return not is_installed(module) and module.partition(".")[0] != "lightning_trak"
@@ -191,7 +191,7 @@ def _short(value: Any) -> Any:
 
 
 def _grouped(entries: dict[str, Any]) -> dict[str, Any]:
-    """Layers whose names differ by numbers, together."""
+    """Put layers into one group if their names differ only by numbers."""
     groups: dict[str, list[Any]] = {}
     for name, entry in entries.items():
         groups.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "*", name), []).append([name, entry])

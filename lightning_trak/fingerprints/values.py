@@ -1,7 +1,7 @@
-"""Values, functions and classes as JSON-able identity: the same in another process, another where they differ.
+"""Values, functions and classes in JSON's types: equal ones are equal in every process, and different ones differ.
 
-Functions and classes of the user, and of this package, stand by their code and by all that it refers to. Those of
-installed packages stand by their names: if their code counted, every upgrade would make every store useless.
+For functions and classes of the user and of this package, their code counts, and everything that it refers to. For
+those of installed packages, only the name counts. Otherwise, every upgrade would make every store useless.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ from lightning_trak.fingerprints.classes import (
 )
 from lightning_trak.storage.files import tensor_digest
 
-# Of the objects of installed packages, those that are values. Others may hold clocks, paths and counters, which would
-# be other ones in the next process: they stand by their class, unless somebody has made them part of an output.
+# Installed packages whose objects are values. Objects of other packages may hold clocks, paths and counters, which
+# differ in the next process. For these, only the class counts, unless the value has an owner.
 _VALUES = (
     *("argparse", "collections", "copyreg", "datetime", "decimal", "fractions", "functools", "numpy", "operator"),
     *("re", "scipy", "torch.distributions", "types"),
@@ -50,22 +50,22 @@ _VALUES = (
 
 
 def digest(content: Any) -> str:
-    """Stands for JSON-able content."""
+    """A short digest of content in JSON's types."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class Fingerprint:
     """Walks through values and collects the code that they refer to.
 
-    Functions and classes are described apart, once, so that a change is named by the place where it is, and cycles end.
-    Those of one name share an entry.
+    Each function and class has one entry of its own. So a message can name the place of a change, and cycles end.
+    Functions and classes with the same name share an entry.
 
     Args:
-        describe_module: describes the parts of a module, and uses this walk for what they hold.
+        describe_module: describes the parts of a module. It uses this walk for the values in them.
 
     Attributes:
-        names: names that the code read so far may read of other objects.
-        places: names of objects that need no description, by their id.
+        names: names that the code so far may read of other objects.
+        places: id of an object that needs no description -> its name.
         storages: addresses of tensors that need no description.
     """
 
@@ -76,18 +76,20 @@ class Fingerprint:
         self.storages: set[int] = set()
         self._weights = True
         self._found: dict[str, list[Any]] = {}
-        self._alive: dict[int, Any] = {}  # what has an entry, so that its id stays its own
+        self._alive: dict[
+            int, Any
+        ] = {}  # objects with an entry are kept alive, so that no other object gets the same id
         self._queue: list[tuple[str, Callable[[Any], Any], Any]] = []
         self._open: set[int] = set()
 
     def read(self) -> None:
-        """Read the code that has been met, and what it refers to."""
+        """Read the code that was found, and everything that it refers to."""
         while self._queue:
             label, describe, value = self._queue.pop(0)
             self._found[label].append(describe(value))
 
     def code(self) -> dict[str, str]:
-        """Digests of the code that has been met, by the names of functions and classes."""
+        """Digests of the code that was found, by the names of functions and classes."""
         self.read()
         if not self._found:
             return {}
@@ -98,12 +100,13 @@ class Fingerprint:
         """A value in JSON's types.
 
         Args:
-            value: any.
-            owner: who holds it, for the error if it cannot be described. Without an owner, it is described by its class
-                then, and so are objects of installed packages that are no values.
+            value: the value.
+            owner: the name of the object that holds the value, for errors. Without an owner, only the class counts for
+                an object that cannot be described, and for objects of installed packages that are not values.
 
         Raises:
-            TypeError: if there is an owner, and the value is or holds what has no content, such as a lock or a file.
+            TypeError: if there is an owner, and the value is or holds an object that cannot be described, such as a
+                lock or a file.
         """
         described = plain(value)
         if described is not NotImplemented:
@@ -163,12 +166,12 @@ class Fingerprint:
         return described if known else [*described, tensor_digest({"": tensor})[:16]]
 
     def module(self, module: nn.Module) -> Any:
-        """A module by its class, options, code and weights."""
+        """A module, by its class, options, code and weights."""
         weights = tensor_digest(dict(_tensors(module)))[:16] if self._weights else ""
         return [name_of(type(module)), digest(self._describe_module(module, self)), weights]
 
     def _bound_to(self, owner: Any, strict: str | None) -> Any:
-        """What a method is bound to. The weights of a LightningModule are what is attributed, and known elsewhere."""
+        """The object that a method is bound to. Weights of a LightningModule are left out: checkpoints hold them."""
         before, self._weights = self._weights, self._weights and not isinstance(owner, L.LightningModule)
         try:
             return self.value(owner, strict)
@@ -176,7 +179,7 @@ class Fingerprint:
             self._weights = before
 
     def _object(self, value: Any, owner: str | None) -> Any:
-        """An object by what pickle would keep of it."""
+        """An object, by what pickle would save."""
         cls = type(value)
         closed = owner is None and is_installed(cls.__module__) and not cls.__module__.startswith(_VALUES)
         if closed or isinstance(value, L.Trainer):
@@ -187,11 +190,11 @@ class Fingerprint:
             if owner is None:
                 return self.instance_of(cls)
             raise TypeError(
-                f"{owner} is or holds a {cls.__name__}, of which nobody can tell whether it is the same in another run"
+                f"{owner} is or holds a {cls.__name__}, which cannot be compared between runs"
                 f" ({error}); expected values, functions, modules and objects that can be pickled"
             ) from error
         name, own = self.instance_of(cls)
-        if isinstance(reduced, str):  # what it is called in its module
+        if isinstance(reduced, str):  # its name in its module
             return {"class": name, "named": reduced}
         make, arguments, state, items, pairs = (*reduced, None, None, None)[:5]
         skipped = changed_by_use(cls)
@@ -206,7 +209,7 @@ class Fingerprint:
         return {"class": name, **{key: content for key, content in found.items() if content not in (None, [], {})}}
 
     def methods(self, cls: type, wanted: Callable[[str], bool]) -> str:
-        """Note the methods of a class and of its bases, if their names are wanted; returns the class's name."""
+        """Collect the methods with wanted names of a class and its bases. Returns the name of the class."""
         for base in own_classes(cls):
             for name, value in vars(base).items():
                 if wanted(name) and name not in FOR_PEOPLE:
@@ -215,14 +218,14 @@ class Fingerprint:
         return name_of(cls)
 
     def instance_of(self, cls: type) -> list[Any]:
-        """The class of an object: its name, its methods but for those that made the object, and its own attributes."""
-        # A class may also be changed by its name.
+        """The class of an object: its name, its attributes, and its methods, without those that made the object."""
+        # Code may also change attributes of a class through the name of the class.
         changed = changed_by_use(cls) | changed_in(codes_of(cls, lambda name: name not in INITIAL), "other")
         held = {name: self.value(value) for name, value in attributes_of(cls).items() if name not in changed}
         return [self.methods(cls, lambda name: name not in INITIAL), held]
 
     def class_(self, cls: type) -> str:
-        """A class as such: by its name and, if it is not of an installed package, by all that it defines."""
+        """A class itself, by its name. If it is not of an installed package, everything that it defines counts, too."""
         if is_installed(cls.__module__):
             return name_of(cls)
         label = f"class {name_of(cls)}"
@@ -242,14 +245,14 @@ class Fingerprint:
     def _function(self, function: types.FunctionType) -> Any:
         module = function.__globals__.get("__name__")
         if is_installed(module):
-            # It may be a decorator's, such as torch.no_grad's, around a function of the user.
+            # It may be a decorator, such as torch.no_grad, around a function of the user.
             name, cells = f"{module}.{function.__code__.co_name}", _cells(function)
             return [name, {cell: self.value(value) for cell, value in cells.items()}] if cells else name
         self._note(name_of(function), self._content, function)
         return name_of(function)
 
     def _content(self, function: types.FunctionType) -> Any:
-        """What a function does: its code, its defaults, and what its code refers to."""
+        """A function, by its code, its defaults, and what its code refers to."""
         code = function.__code__
         self.names |= bytecode.names(code)
         scope = {**function.__globals__, **_cells(function)}
@@ -263,7 +266,10 @@ class Fingerprint:
         ]
 
     def _referred(self, value: Any, path: tuple[str, ...]) -> Any:
-        """What is at the end of a path of attributes, or the last object on it that has its own."""
+        """The value at the end of a path of attributes.
+
+        If an attribute is a method or a property, the object that has it is described instead.
+        """
         for number, name in enumerate(path):
             if isinstance(value, types.ModuleType):
                 if is_installed(value.__name__):
@@ -277,7 +283,7 @@ class Fingerprint:
 
 
 def address(tensor: Tensor) -> int:
-    """Where a tensor's memory begins; 0 if it has none of its own."""
+    """The address of a tensor's memory; 0 if it has no memory of its own."""
     try:
         return tensor.untyped_storage().data_ptr()
     except (NotImplementedError, RuntimeError):  # sparse, fake and the like
@@ -290,7 +296,7 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def plain(value: Any) -> Any:
-    """What needs no walk, in JSON's types."""
+    """A simple value in JSON's types; NotImplemented if the value is not simple."""
     kind = type(value)
     if value is None or kind in (bool, int, str):
         return value
@@ -313,7 +319,7 @@ def _key(described: Any) -> str:
 
 def _without(state: Any, names: set[str]) -> Any:
     """An object's state without some of its attributes."""
-    if isinstance(state, tuple):  # of an object with slots
+    if isinstance(state, tuple):  # the object has slots
         return [_without(part, names) for part in state]
     return {name: value for name, value in state.items() if name not in names} if isinstance(state, dict) else state
 
@@ -328,7 +334,7 @@ def _cells(function: types.FunctionType) -> dict[str, Any]:
 
 
 def _attributes(value: Any) -> dict[str, Any]:
-    """What an object holds itself, in its own attributes."""
+    """The attributes that an object itself holds."""
     if isinstance(value, type):
         return {}
     held = dict(getattr(value, "__dict__", {}))

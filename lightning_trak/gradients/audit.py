@@ -1,4 +1,4 @@
-"""Some examples are differentiated again, alone and by plain autograd: the features that they have must be right."""
+"""The audit: plain autograd differentiates some examples again, one at a time, and their features must be the same."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from lightning_trak.projections.base import BoundProjection
 
 
 class Audit:
-    """Compares features with those of one example alone, by plain autograd.
+    """Compares the feature of an example with the one that plain autograd gives for this example alone.
 
     Args:
-        engine: what has made the features.
-        reference: differentiates one example at a time, in the same precision.
-        projection: how the gradients were projected.
-        original: the user's module, of which the copy must be independent.
+        engine: the engine that computed the features.
+        reference: an engine that differentiates one example at a time, in the same precision.
+        projection: the projection of the gradients.
+        original: the user's module. The copy must not depend on it.
     """
 
     def __init__(
@@ -51,40 +51,40 @@ class Audit:
 
         Args:
             batch: the batch that was featurized.
-            number: which of its examples to differentiate again.
-            features: of the batch, shape ``(size, k)``.
-            outputs: of the batch, shape ``(size,)``.
-            name: what to call the example in errors.
-            single: the example in a batch of its own; None: it is taken out of the batch.
+            number: the index in the batch of the example to differentiate again.
+            features: features of the batch, shape ``(size, k)``.
+            outputs: outputs of the batch, shape ``(size,)``.
+            name: the name of the example in errors.
+            single: a batch that holds this example only; None: the example is taken out of ``batch``.
 
         Raises:
-            EngineError: if the engine has given it another feature, naming the parameters at fault.
-            ValueError: if its output depends on other examples or on foreign tensors, or is another one each time.
+            EngineError: if the engine gave another feature. The error names the parameters with wrong gradients.
+            ValueError: if the output depends on other examples or on tensors outside the copy, or changes each time.
         """
         source, row = (batch, number) if single is None else (single, 0)
         alone, gradients = self._reference.one(source, row, self._original)
         if not bool(alone.isfinite()) or not bool(features[number].isfinite().all()):
-            return  # what is not finite is refused with its own name, whoever made it
+            return  # other code refuses what is not finite, and names the example
         expected = self._projected(gradients, features)
         noise = 1e-2 * self._tolerance * float(features.norm(dim=1).nan_to_num(0, 0, 0).max())
         off = float((features[number] - expected).norm())
         near = off <= self._tolerance * float(expected.norm()) + noise
         same_output = close(outputs[number : number + 1], alone, self._tolerance)
         together = single is not None and isinstance(self._engine, (HookEngine, MixedEngine))
-        if not (together and near and same_output):  # else the whole batch was as good as the example alone
+        if not (together and near and same_output):  # else the batch gave the same as the example alone
             self._require_independent(batch, number, alone, name, source, row)
         if same_output and (near or self._explained_by_kinks(source, row, features[number])):
             return
         if isinstance(self._engine, LoopEngine):
             raise ValueError(
-                f"{name}: the output or its gradient is another one each time that it is computed: draw from a fixed"
-                " generator, leave noise out when not training, and keep no state between calls"
+                f"{name}: the output or its gradient changes each time that it is computed. Draw random numbers from a"
+                " generator with a fixed seed, leave noise out in eval mode, and keep no state between calls"
             )
         share = off / max(float(expected.norm()), torch.finfo(expected.dtype).tiny)
         what = (
             f"its gradient is off by {share:.2g} of its norm{self._at_fault(batch, number, gradients)}"
             if same_output
-            else f"its output is {float(outputs[number]):.6g} where plain autograd has {float(alone):.6g}"
+            else f"its output is {float(outputs[number]):.6g}, and plain autograd has {float(alone):.6g}"
         )
         raise EngineError(f"{name}: {what}, compared with plain autograd on this example alone")
 
@@ -110,7 +110,7 @@ class Audit:
                 require_independent(reference, batch.take([number, other]), both, name)
 
     def _at_fault(self, batch: ExampleBatch, number: int, expected: dict[str, Tensor]) -> str:
-        """The parameters whose gradients differ, for a message."""
+        """The parameters whose gradients differ, as part of an error message."""
         try:
             rows = self._engine(batch)[1]
         except (RuntimeError, TypeError, ValueError, IndexError):
@@ -124,9 +124,10 @@ class Audit:
         return f", in {', '.join(wrong[:5])}{', ...' if len(wrong) > 5 else ''}" if wrong else ""
 
     def _explained_by_kinks(self, batch: ExampleBatch, number: int, feature: Tensor) -> bool:
-        """Whether engine and autograd agree in float64, so that a rectifier or maximum which is nearly tied differs.
+        """Whether engine and autograd agree in float64, so that the difference comes from a kink.
 
-        Kernels round differently for one example than for many, and at a kink rounding decides between two gradients.
+        A kink is a rectifier near zero, or a maximum of nearly equal numbers. Rounding decides there which of two
+        gradients is taken. Kernels round differently for one example than for many.
         """
         if self._dtype == torch.float64:
             return False
@@ -151,21 +152,21 @@ class Audit:
 
 
 def kinks(dtype: torch.dtype) -> float:
-    """The share of a gradient's norm that rounding may change, at rectifiers and maxima that are nearly tied."""
+    """The share of a gradient's norm that rounding may change at kinks: rectifiers near zero, nearly equal maxima."""
     return {torch.float64: 1e-6, torch.float32: 0.05}.get(dtype, 0.5)
 
 
 def require_independent(reference: GradientEngine, pair: ExampleBatch, alone: Tensor, name: str) -> None:
-    """Check that outputs do not depend on what else is in a batch.
+    """Check that the output of an example does not depend on the other examples in the batch.
 
     Args:
-        reference: computes outputs.
+        reference: an engine that computes outputs.
         pair: two examples.
         alone: the output of each of them alone, shape ``(2,)``.
-        name: what to call the first one in errors.
+        name: the name of the first one in errors.
 
     Raises:
-        ValueError: if they do.
+        ValueError: if it depends on them.
     """
     if reference.same_in_batch(pair, alone, reference.rounding):
         return
@@ -174,10 +175,10 @@ def require_independent(reference: GradientEngine, pair: ExampleBatch, alone: Te
 
 def _dependent(name: str, alone: Tensor) -> str:
     return (
-        f"{name}: its output is {float(alone[0]):.6g} alone and another one in a batch with another example. An output"
-        " that depends on the rest of the batch has no gradient of its own. In-batch contrastive losses do so (use"
-        " ContrastiveMargin), and so do batch normalisation without running statistics and padding that is not masked"
-        " (mask it, pad all examples to one length, or use batch_size=1)"
+        f"{name}: its output is {float(alone[0]):.6g} alone and another number in a batch with another example. An"
+        " output that depends on the rest of the batch has no gradient of its own. Three causes are common: in-batch"
+        " contrastive losses (use ContrastiveMargin), batch normalisation without running statistics, and padding that"
+        " is not masked (mask it, pad all examples to one length, or use batch_size=1)"
     )
 
 

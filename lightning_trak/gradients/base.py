@@ -1,4 +1,4 @@
-"""What every gradient engine does: gradients of the declared output, one row per example."""
+"""The base class of gradient engines: gradients of the declared output, one row per example."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,11 +16,11 @@ from lightning_trak.projections.base import BoundProjection
 
 
 class EngineError(ValueError):
-    """An engine cannot differentiate a model rightly; another one may.
+    """An engine cannot differentiate a model correctly. Another engine may be able to.
 
     Args:
         message: what is wrong.
-        parameters: the canonical names of the parameters at fault, if it is known.
+        parameters: the canonical names of the parameters with wrong gradients, if they are known.
     """
 
     def __init__(self, message: str, parameters: Sequence[str] = ()) -> None:
@@ -30,7 +30,7 @@ class EngineError(ValueError):
 
 @contextmanager
 def differentiating(module: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Let only these of the module's parameters require gradients, for a while."""
+    """Inside this context, only these parameters of the module require gradients."""
     flags = {parameter: parameter.requires_grad for parameter in module.parameters()}
     try:
         module.requires_grad_(False)
@@ -43,7 +43,7 @@ def differentiating(module: nn.Module, parameters: Iterable[nn.Parameter]) -> It
 
 
 def real_shape(parameter: Tensor) -> torch.Size:
-    """The shape of a parameter's gradient in real numbers: complex ones are pairs."""
+    """The shape of a parameter's gradient in real numbers. A complex number is a pair."""
     return torch.Size((*parameter.shape, 2)) if parameter.is_complex() else parameter.shape
 
 
@@ -57,14 +57,14 @@ def in_real_numbers(gradient: Tensor) -> Tensor:
 class GradientEngine(ABC):
     """Per-example gradients of a model output.
 
-    Call it outside inference mode, on a module in eval mode. The module's attributes, parameters, ``.grad`` and buffers
-    are left alone, and so is the batch.
+    Call it outside inference mode, on a module in eval mode. It does not change the batch, nor the module's attributes,
+    parameters, ``.grad`` and buffers.
 
     Args:
         module: the model.
         output: the scalar output that is differentiated.
-        names: canonical parameter name -> name in ``module``; only these are differentiated.
-        autocast: what forward passes are autocast to, as by mixed precision, where the engine can follow it.
+        names: canonical parameter name -> name in ``module``. Only these parameters are differentiated.
+        autocast: the dtype of autocast in forward passes, as with mixed precision, if the engine supports it.
     """
 
     def __init__(
@@ -85,11 +85,11 @@ class GradientEngine(ABC):
             batch: the examples.
 
         Returns:
-            The outputs, shape ``(size,)``, and by canonical name the gradients, shape ``(size, numel)``; a complex
+            The outputs, shape ``(size,)``, and the gradients by canonical name, shape ``(size, numel)``. A complex
             element counts as two.
 
         Raises:
-            EngineError: if the engine cannot differentiate the model rightly.
+            EngineError: if the engine cannot differentiate the model correctly.
         """
 
     def project(self, batch: ExampleBatch, projection: BoundProjection, features: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ class GradientEngine(ABC):
             The outputs, shape ``(size,)``.
 
         Raises:
-            EngineError: if the engine cannot differentiate the model rightly; ``features`` are then of no use.
+            EngineError: if the engine cannot differentiate the model correctly. Do not use ``features`` then.
         """
         values, gradients = self(batch)
         for name, rows in gradients.items():
@@ -112,10 +112,10 @@ class GradientEngine(ABC):
         return values
 
     def outputs(self, batch: ExampleBatch) -> Tensor:
-        """The outputs of a batch, without a trace on the module or the batch.
+        """The outputs of a batch. Module and batch are not changed.
 
         Raises:
-            ValueError: if they are no tensor, or one example alone has none.
+            ValueError: if the outputs are not a tensor, or if one example alone has no output.
         """
         with self._computing():
             try:
@@ -124,9 +124,9 @@ class GradientEngine(ABC):
                 if "Expected more than 1 value per channel" not in str(error):
                     raise
                 raise ValueError(
-                    f"{type(self.module).__name__} has no output of one example alone: batch normalisation without"
-                    f" running statistics makes it depend on the rest of the batch ({error}); use"
-                    " track_running_stats=True, or another normalisation"
+                    f"{type(self.module).__name__} has no output for one example alone, since batch normalisation"
+                    f" without running statistics needs the rest of the batch ({error}). Use track_running_stats=True"
+                    " or another normalisation"
                 ) from error
         if not isinstance(values, Tensor):
             raise ValueError(
@@ -137,12 +137,12 @@ class GradientEngine(ABC):
 
     @property
     def precision(self) -> torch.dtype:
-        """What forward passes compute in."""
+        """The dtype that forward passes compute in."""
         return self.autocast or next(iter(self.parameters.values())).dtype.to_real()
 
     @property
     def rounding(self) -> float:
-        """The relative difference of two gradients that rounding alone explains, where no kink is near.
+        """The largest relative difference of two gradients that rounding alone explains, away from kinks.
 
         Accelerators may compute float32 as TF32, which has 10 bits.
         """

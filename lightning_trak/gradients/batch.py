@@ -1,4 +1,4 @@
-"""Batches of any structure, seen as a list of examples: what the gradient engines need to take one apart."""
+"""Batches of any structure as lists of examples. Gradient engines use this to take single examples out of a batch."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 Path = tuple[Any, ...]
-# What a part of a batch is: a tensor with a row for each example, a list with an item for each, the same for all, or
-# how many there are.
+# The kind of a part of a batch: a tensor with a row for each example, a list with an item for each example, a part that
+# all examples share, or the number of examples.
 Kind = Literal["rows", "items", "shared", "count"]
 Layout = Mapping[Path, Kind]
 
@@ -22,18 +22,18 @@ _PLAIN = (str, bytes, int, float, complex, type(None))
 def find_layout(two: Any, three: Any) -> dict[Path, Kind]:
     """Find out which parts of a batch belong to single examples.
 
-    Sizes alone do not tell: a list of three class names in a batch of three examples belongs to none of them. So a
-    batch of two is compared with a batch of three; what grows has a part for each example.
+    Sizes alone do not show this: a list of three class names in a batch of three examples belongs to none of them. So a
+    batch of two examples is compared with a batch of three. A part that grows has an entry for each example.
 
     Args:
-        two: a batch of twice the same example.
-        three: a batch of three times the same example.
+        two: a batch that holds the same example twice.
+        three: a batch that holds the same example three times.
 
     Returns:
         The kind of each tensor and list, by its path in the batch.
 
     Raises:
-        ValueError: if a tensor grows in another dimension than the first, or by another factor.
+        ValueError: if a tensor grows in a dimension other than the first, or by another factor.
     """
     layout: dict[Path, Kind] = {}
 
@@ -45,7 +45,7 @@ def find_layout(two: Any, three: Any) -> dict[Path, Kind]:
         elif isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and (len(a), len(b)) == (2, 3):
             layout[path] = "items"
         elif not isinstance(a, _PLAIN) and type(a) is type(b):
-            layout[path] = "shared"  # the container itself; each of its parts has an entry of its own
+            layout[path] = "shared"  # the container itself; each part in it has its own entry
             parts = dict(_children(b))
             for key, part in _children(a):
                 if key in parts:
@@ -70,15 +70,17 @@ def _kind_of_tensor(path: Path, a: Tensor, b: Tensor) -> Kind:
 
 @dataclasses.dataclass(frozen=True)
 class ExampleBatch:
-    """A batch of examples. User code only ever gets copies of it, made by :meth:`fresh`.
+    """A batch of examples. User code gets copies only, made by :meth:`fresh`.
 
-    Code may take keys out of its batch or change tensors in place, and the next one to use the batch must not notice.
+    The user's code may remove keys from its batch or change tensors in place. The next pass over the batch must not see
+    these changes.
 
     Args:
-        content: what the collate function and the batch transfer hooks made.
-        size: its number of examples.
-        layout: the kinds of its parts, see :func:`find_layout`; None if it is not known. Then tensors of ``size`` rows
-            have one for each example, and a list is only taken apart if it cannot be anything else.
+        content: what the collate function and the batch transfer hooks returned.
+        size: the number of examples.
+        layout: the kinds of the batch's parts, see :func:`find_layout`; None if they are not known. Then each tensor
+            must have ``size`` rows, one for each example. A list of ``size`` texts or numbers is then refused, since it
+            may belong to the examples or to the whole batch.
     """
 
     content: Any
@@ -89,8 +91,8 @@ class ExampleBatch:
         """Some of the examples, in the batch's own structure.
 
         Raises:
-            ValueError: if a part of the batch has another number of rows than there are examples.
-            TypeError: if the batch holds an object that cannot be taken apart.
+            ValueError: if the number of rows of a part is not the number of examples.
+            TypeError: if the batch holds an object that cannot be split into examples.
         """
         numbers = list(range(self.size)[rows]) if isinstance(rows, slice) else list(rows)
 
@@ -102,7 +104,7 @@ class ExampleBatch:
         return ExampleBatch(self.rebuild(pick, len(numbers)), len(numbers), self.layout)
 
     def fresh(self) -> Any:
-        """A copy of the whole batch, without inference tensors: autograd cannot save those."""
+        """A copy of the whole batch. It holds no inference tensors, since autograd cannot save them."""
         return self.rebuild(_copied)
 
     def rows(self) -> list[Tensor]:
@@ -137,17 +139,18 @@ class ExampleBatch:
         return tuple(found)
 
     def equals(self, other: ExampleBatch) -> bool:
-        """Whether two batches hold the same, as far as tensors, texts and numbers tell."""
+        """Whether two batches hold the same tensors, texts and numbers."""
         return _leaves(self.content) == _leaves(other.content)
 
     def rebuild(self, of_examples: Callable[[Any], Any], count: int | None = None) -> Any:
-        """The batch with every part that belongs to single examples replaced, and all else copied.
+        """A copy of the batch in which every part that belongs to single examples is replaced.
 
-        Mappings, (named) tuples, lists and dataclasses nest.
+        Mappings, (named) tuples, lists and dataclasses can be nested.
 
         Args:
-            of_examples: called with each tensor of shape ``(size, ...)`` and each list of ``size`` items.
-            count: how many examples the result holds, for the parts that say so; default: as many.
+            of_examples: called with each tensor of shape ``(size, ...)`` and each list of ``size`` items; returns what
+                replaces it.
+            count: the number of examples in the result, for parts that hold this number; default: it stays the same.
         """
 
         def visit(path: Path, part: Any) -> Any:
@@ -184,14 +187,14 @@ class ExampleBatch:
             return True
         if len(part) == self.size > 1 and part and all(isinstance(item, _PLAIN) for item in part):
             raise ValueError(
-                f"{_named(path)} has as many items as the batch has examples, and it cannot be told whether they belong"
-                " to the examples or to all of them: make it a tensor, or keep it out of the batch"
+                f"{_named(path)} has as many items as the batch has examples. It is not clear whether each item belongs"
+                " to one example or to all of them: make it a tensor, or leave it out of the batch"
             )
         return False
 
 
 def _leaves(part: Any) -> list[Any]:
-    """The numbers and texts in a part of a batch, in order; tensors by their bytes."""
+    """The numbers and texts in a part of a batch, in order. A tensor is given by its shape, dtype and bytes."""
     if isinstance(part, Tensor):
         plain = part.detach().cpu().contiguous()
         return [part.shape, part.dtype, plain.reshape(-1).view(torch.uint8).numpy().tobytes()]
@@ -233,7 +236,7 @@ def _with_children(part: Any, children: dict[Any, Any]) -> Any:
 
 
 def _copied(part: Any) -> Any:
-    """A copy that code may change; of any structure, for what belongs to one example is not looked into."""
+    """A copy that user code may change. The part may have any structure; unknown objects are copied deeply."""
     if isinstance(part, Tensor):
         return part.clone()
     if isinstance(part, _PLAIN):
@@ -246,19 +249,20 @@ def _copied(part: Any) -> Any:
 
 
 def _named(path: Path) -> str:
-    """What to call a part of a batch in errors."""
+    """The name of a part of a batch in errors."""
     return "the batch" if not path else "batch" + "".join(f"[{key!r}]" for key in path)
 
 
 def infer_batch_size(batch: Any, layout: Layout | None = None) -> int:
-    """Number of examples of a batch: the length of its first part that belongs to single examples.
+    """The number of examples in a batch: the length of its first part that belongs to single examples.
 
     Args:
-        batch: what the collate function made.
-        layout: the kinds of its parts; None if it is not known: then it is the first tensor with a dimension.
+        batch: what the collate function returned.
+        layout: the kinds of the batch's parts; None if they are not known. Then the first tensor with a dimension
+            is used.
 
     Raises:
-        ValueError: if the batch holds nothing of the kind.
+        ValueError: if the batch has no such part.
     """
 
     def visit(path: Path, part: Any) -> Iterator[int]:

@@ -17,8 +17,8 @@ from lightning_trak.gradients.substitution import Substituted
 class FunctionalEngine(GradientEngine):
     """Vectorised gradients: ``vmap(grad_and_value(output))`` over the examples of a batch.
 
-    Holds ``size x (selected parameters)`` numbers. Raises what ``vmap`` raises for models with data-dependent control
-    flow; those need :class:`~lightning_trak.gradients.loop.LoopEngine`.
+    The gradients take ``size x (selected parameters)`` numbers of memory. ``vmap`` cannot run models whose control flow
+    depends on data; use :class:`~lightning_trak.gradients.loop.LoopEngine` for these.
     """
 
     def __call__(self, batch: ExampleBatch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -33,24 +33,24 @@ class FunctionalEngine(GradientEngine):
             return values.squeeze(0)
 
         parameters = {name: parameter.detach() for name, parameter in self.parameters.items()}
-        # no_grad: torch.func tracks the selected parameters itself; autograd must not also record the others.
-        # The math attention kernel is the one that vmap can batch.
+        # no_grad: torch.func tracks the selected parameters itself, and autograd must not record the others.
+        # vmap can batch the math attention kernel only.
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
             try:
                 gradients, values = vmap(grad_and_value(scalar), in_dims=(None, 0))(parameters, batch.rows())
             except (torch.cuda.OutOfMemoryError, ValueError, TypeError):
-                raise  # ours, or the user's: they say what is wrong themselves
+                raise  # errors of this package and of the user's code: their messages are clear already
             except Exception as error:
                 raise self._translated(error) from error
         return values, {name: self._rows(gradient) for name, gradient in gradients.items()}
 
     def _translated(self, error: Exception) -> ValueError:
-        """What an error inside vmap means."""
+        """An error inside vmap as an error that says what to do."""
         name = type(self.module).__name__
         if "randomness" in str(error):
             return ValueError(
-                f"the output of {name} is random in eval mode, so that it has no one gradient: draw from a fixed"
-                " generator, or leave the noise out when not training"
+                f"the output of {name} is random in eval mode, so it has no unique gradient. Draw random numbers from a"
+                " generator with a fixed seed, or leave the noise out in eval mode"
             )
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         return EngineError(f"vmap cannot differentiate {name}: {reason}")

@@ -1,4 +1,4 @@
-"""What an output depends on beside the parameters of the module that it is computed on."""
+"""Checks that an output depends on the parameters of the copied module, and on no tensor outside it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from lightning_trak.compatibility import TorchDispatchMode, tree_iter
 
 _WRITE_IT_SO = (
-    "attribution works on a copy of the model, and a lambda, closure or partial that was made in __init__ still refers"
-    " to the original: make it a method, or pass the module to the function as an argument"
+    "attribution works on a copy of the model. A lambda, closure or partial that was made in __init__ still refers to"
+    " the original: make it a method, or pass the module to the function as an argument"
 )
 
 
@@ -42,13 +42,14 @@ def require_own_leaves(
     """Check that an output is differentiable in parameters of the module, and in nothing else.
 
     Args:
-        value: an output that was computed by plain autograd.
-        module: the copy of the user's module that it was computed on.
+        value: an output with its autograd graph.
+        module: the copy of the user's module that computed it.
         others: modules whose parameters are constants of the output, such as those that a ModelOutput holds.
-        made: addresses of what was made meanwhile, see :func:`apart_from`: a model may differentiate by its own input.
+        made: addresses of tensors that the forward pass made, see :func:`apart_from`. They are allowed, since a model
+            may differentiate with respect to its own input.
 
     Raises:
-        ValueError: if another tensor that requires gradients is among the leaves of its graph.
+        ValueError: if another tensor that requires gradients is a leaf of the output's graph.
     """
     own = {id(parameter) for part in (module, *others) for parameter in part.parameters()}
     leaves = [leaf for leaf in leaves_of(value) if id(leaf) not in own]
@@ -57,25 +58,25 @@ def require_own_leaves(
         shapes = ", ".join(str(tuple(leaf.shape)) for leaf in foreign[:3]) + (", ..." if len(foreign) > 3 else "")
         raise ValueError(
             f"the output of {type(module).__name__} depends on {len(foreign)} tensors that require gradients and are"
-            f" not parameters of the copy that is differentiated, of shapes {shapes}. If they are the model's own,"
-            f" {_WRITE_IT_SO}; a parameter in a plain list or dict must be registered too. If they are constants,"
+            f" not parameters of the copy that is differentiated; their shapes are {shapes}. If they belong to the"
+            f" model: {_WRITE_IT_SO}; register a parameter that is in a plain list or dict. If they are constants:"
             " call requires_grad_(False) on them"
         )
 
 
 @contextmanager
 def apart_from(original: nn.Module | None, copied: nn.Module) -> Iterator[set[int]]:
-    """Refuse that code which works on a copy of a module reads parameters or buffers of the original.
+    """Check that code for a copy of a module reads no parameters or buffers of the original module.
 
     Args:
-        original: the user's module; None checks nothing.
+        original: the user's module; None: nothing is checked.
         copied: the copy.
 
     Yields:
-        The addresses of tensors that operations make meanwhile.
+        The addresses of tensors that operations make inside this context.
 
     Raises:
-        ValueError: if an operation reads one, naming it.
+        ValueError: if an operation reads a parameter or buffer of the original. The error names it.
     """
     if original is None:
         yield set()
@@ -88,12 +89,12 @@ def apart_from(original: nn.Module | None, copied: nn.Module) -> Iterator[set[in
         found = sorted(reading.found)
         raise ValueError(
             f"the output of {type(original).__name__} reads {', '.join(found[:3])}{', ...' if len(found) > 3 else ''}"
-            f" of the module that was passed, not of the copy that has the checkpoint's weights: {_WRITE_IT_SO}"
+            f" of the module that was passed, not of the copy with the checkpoint's weights: {_WRITE_IT_SO}"
         )
 
 
 class _Reading(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes which of some tensors operations read, and what they make."""
+    """Records which of the named tensors operations read, and which tensors they make."""
 
     def __init__(self, names: Mapping[int, str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -108,7 +109,7 @@ class _Reading(TorchDispatchMode):  # type: ignore[no-untyped-call]
         read = _addresses((args, kwargs))
         self.found |= {self._names[address] for address in read & self._names.keys()}
         result = func(*args, **(kwargs or {}))
-        self.made |= _addresses(result) - read  # without views of what is older
+        self.made |= _addresses(result) - read  # not the views of older tensors
         return result
 
 
@@ -121,12 +122,12 @@ def _address(tensor: Tensor) -> int:
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers that have memory of their own."""
+    """Parameters and buffers that have their own memory."""
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if _has_memory(tensor):
             yield name, tensor
 
 
 def _has_memory(tensor: Tensor) -> bool:
-    """Whether a tensor is a plain one, in one piece of memory."""
+    """Whether a tensor is a plain strided one, with its own memory."""
     return type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided

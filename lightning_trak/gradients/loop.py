@@ -1,4 +1,4 @@
-"""Per-example gradients one example at a time: slow, and right for any model that autograd can differentiate."""
+"""Per-example gradients, one example at a time. It is slow, and correct for every model that autograd supports."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning_trak.outputs.evaluating import modules_of
 
 
 class _RowMajor(torch.autograd.Function):
-    """The identity, in place, whose gradient is laid out row by row."""
+    """The identity, in place. The memory of its gradient is in row-major order."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:
@@ -31,10 +31,10 @@ class _RowMajor(torch.autograd.Function):
 
 
 class _RightBatchNorm(TorchFunctionMode):
-    """Makes the gradient of batch normalisation right for a single example.
+    """Corrects the gradient of batch normalisation for a single example.
 
-    In eval mode on a CPU, torch (2.13) takes a gradient in channels-last order for one in row-major order if the batch
-    holds one example, since the strides of its first dimension do not tell.
+    In eval mode on a CPU, with one example, torch (2.13) reads a gradient in channels-last order as if it were in
+    row-major order. The stride of a first dimension of length one does not show the difference.
     """
 
     def __torch_function__(
@@ -48,20 +48,20 @@ class _RightBatchNorm(TorchFunctionMode):
 
 
 class LoopEngine(GradientEngine):
-    """One backward pass per example, through ``torch.autograd.grad`` (``.grad`` is never written)."""
+    """One backward pass per example by ``torch.autograd.grad``, which does not write ``.grad``."""
 
     def __call__(self, batch: ExampleBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """One example after the other. Those that depend on no selected parameter have gradients of zero."""
+        """Differentiate one example after the other. If an output depends on no selected parameter, it has zeros."""
         found = [self.one(batch, number) for number in range(batch.size)]
         return torch.cat([value for value, _ in found]), {
             name: torch.cat([rows[name] for _, rows in found]) for name in self.parameters
         }
 
     def alone(self, batch: ExampleBatch, number: int) -> Tensor:
-        """The output of one example of a batch, taken out of it; shape ``(1,)``. Code may differentiate in it.
+        """The output of one example alone, shape ``(1,)``. The model may use autograd in its forward pass.
 
         Raises:
-            ValueError: if the model takes the batch, and not the example.
+            ValueError: if the model accepts the batch but not the single example.
         """
         try:
             with torch.enable_grad():
@@ -70,11 +70,11 @@ class LoopEngine(GradientEngine):
             raise
         except Exception as error:
             if not self._takes(batch):
-                raise  # the model is at fault: let it say so
+                raise  # the model fails on the batch, too
             raise ValueError(
-                f"{type(self.module).__name__} takes a batch of {batch.size} examples and fails on one of them alone,"
-                f" as if parts of the batch belonged to all of it: {type(error).__name__}: {error}. Make the collate_fn"
-                " give every part a row for each example, or use batch_size=1"
+                f"{type(self.module).__name__} accepts a batch of {batch.size} examples but fails on one of them alone;"
+                f" perhaps all examples share a part of the batch: {type(error).__name__}: {error}. Change the"
+                " collate_fn so that every part has a row for each example, or use batch_size=1"
             ) from error
 
     def _takes(self, batch: ExampleBatch) -> bool:
@@ -83,26 +83,26 @@ class LoopEngine(GradientEngine):
         try:
             with torch.enable_grad():
                 self.outputs(batch)
-        except Exception:  # which one does not matter: that of the example will be told
+        except Exception:  # any error; the error of the single example is raised
             return False
         return True
 
     def one(
         self, batch: ExampleBatch, number: int, original: nn.Module | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """One example of a batch, alone.
+        """Differentiate one example of a batch, alone.
 
         Args:
             batch: the examples.
-            number: which.
-            original: the user's module; given, the output is checked to depend on nothing of it, and on no other
-                tensors that require gradients than the copy's parameters.
+            number: the index of the example.
+            original: the user's module. If it is given, two things are checked: the output reads nothing of it, and
+                the only tensors with gradients that the output depends on are the copy's parameters.
 
         Returns:
-            As for a batch of one.
+            The output and gradients as for a batch of one example.
 
         Raises:
-            ValueError: if the output is not one number, or depends on foreign tensors.
+            ValueError: if the output is not one number, or depends on tensors outside the copy.
         """
         parameters = list(self.parameters.values())
         with differentiating(self.module, parameters), torch.enable_grad():

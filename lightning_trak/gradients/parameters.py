@@ -1,4 +1,4 @@
-"""Which parameters the gradients are taken with respect to, by name."""
+"""Selects by name the parameters that outputs are differentiated by."""
 
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
@@ -13,7 +13,7 @@ ParameterSelection = Sequence[str] | str | Callable[[str, nn.Parameter], bool] |
 
 
 class _Named(NamedTuple):
-    """A parameter, its first name in the module as it is, and all of its canonical names: several where it is tied."""
+    """A parameter, its first name in the module, and its canonical names. A tied parameter has several of them."""
 
     parameter: nn.Parameter
     raw: str
@@ -24,16 +24,16 @@ def select_parameters(module: nn.Module, selection: ParameterSelection = None) -
     """Choose parameters by name.
 
     Args:
-        module: the module whose parameters are chosen; tied parameters count once, under their first name, and can be
-            chosen by any of their names. Parameters without elements are left out.
-        selection: glob pattern or patterns on the names (``"head.*"``, ``"*lora*"``), a predicate
+        module: the module with the parameters. A tied parameter counts once, under its first name, and any of its names
+            selects it. Parameters without elements are left out.
+        selection: one or more glob patterns for names (``"head.*"``, ``"*lora*"``), a function
             ``(name, parameter) -> bool``, or ``None`` for every parameter that requires gradients.
 
     Returns:
         Canonical name -> name in ``module``, in the module's order.
 
     Raises:
-        ValueError: if nothing is chosen, a pattern matches nothing, or a lazy parameter has no shape yet.
+        ValueError: if nothing is selected, a pattern matches nothing, or a lazy parameter has no shape yet.
     """
     parameters = _named(module)
     known = ", ".join(name for entry in parameters for name in entry.names)
@@ -58,9 +58,7 @@ def select_parameters(module: nn.Module, selection: ParameterSelection = None) -
         raise ValueError(advice)
     found = {entry.names[0]: entry.raw for entry in chosen if entry.parameter.numel()}
     if not found:
-        raise ValueError(
-            f"parameters= chose parameters without elements alone: {', '.join(e.names[0] for e in chosen)}"
-        )
+        raise ValueError(f"parameters= chose only parameters without elements: {', '.join(e.names[0] for e in chosen)}")
     return found
 
 
@@ -69,18 +67,18 @@ def _named(module: nn.Module) -> list[_Named]:
     for raw, parameter in module.named_parameters(remove_duplicate=False):
         if isinstance(parameter, UninitializedParameter):
             raise ValueError(
-                f"parameter {canonical_name(raw)!r} has no shape yet, since its lazy layer has not seen a batch; call"
-                f" the {type(module).__name__} on a batch once before attribution"
+                f"parameter {canonical_name(raw)!r} has no shape yet, since its layer is lazy; call the"
+                f" {type(module).__name__} on a batch once before attribution"
             )
         found.setdefault(id(parameter), _Named(parameter, raw, [])).names.append(canonical_name(raw))
     return list(found.values())
 
 
 def last_layer(module: nn.Module) -> list[str]:
-    """Names of the last layer's parameters, to be given as ``parameters=``.
+    """Names of the last layer's parameters, for ``parameters=``.
 
-    The last layer is the submodule that was registered last among those with parameters of their own that require
-    gradients: the head, in most models. A weight that it shares with another layer counts as a whole.
+    The last layer is the last registered submodule that has its own parameters with gradients. In most models, this is
+    the head. If it shares a weight with another layer, the gradient has the parts of both layers.
 
     Raises:
         ValueError: if no parameter requires gradients.
@@ -90,4 +88,4 @@ def last_layer(module: nn.Module) -> list[str]:
         own = [parameter for parameter in layer.parameters(recurse=False) if parameter.requires_grad]
         if own:
             return [names[id(parameter)] for parameter in own]
-    raise ValueError("no parameter of the model requires gradients, so that there is no last layer")
+    raise ValueError("no parameter of the model requires gradients, so there is no last layer")

@@ -1,4 +1,4 @@
-"""The precision that a module computes in: what must not be computed in few bits, and what a CPU cannot compute."""
+"""The precision that a module computes in: float32 at least where rounding matters, and errors of CPUs in bfloat16."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,14 +14,14 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 class WorkingPrecision:
-    """Has a module compute in the precision of its weights, but in float32 at least.
+    """Lets a module compute in the precision of its weights, but in float32 at least.
 
-    Weights and buffers in half precision become float32, in place: what is solved for, or compared before and after a
-    small step, would drown in their rounding.
+    Weights and buffers in half precision become float32, in place. The rounding of half precision would be larger than
+    the effect of a small step, and too large for solvers.
 
     Args:
         module: a copy of the user's module.
-        convert: convert inputs even if the weights were float32 from the start.
+        convert: whether to convert inputs even if the weights were float32 from the start.
 
     Attributes:
         dtype: float64 if all weights are, else float32.
@@ -35,9 +35,9 @@ class WorkingPrecision:
         self._converts = after == {self.dtype} and (convert or before != {torch.float32})
 
     def convert_input(self, batch: Any) -> Any:
-        """A batch for these weights: as a Trainer of true half or double precision converts it.
+        """Convert a batch to the dtype of the weights, as a Trainer with true half or double precision does.
 
-        A batch for weights that were float32 from the start is left as it is.
+        If the weights were float32 from the start, the batch is not changed.
         """
         if not self._converts:
             return batch
@@ -47,7 +47,7 @@ class WorkingPrecision:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Tensors that a forward pass makes are of this dtype, if it does not say another."""
+        """Inside this context, ``dtype`` is torch's default dtype for new tensors."""
         before = torch.get_default_dtype()
         torch.set_default_dtype(self.dtype)
         try:
@@ -62,10 +62,10 @@ def _dtypes_of(module: nn.Module) -> set[torch.dtype]:
 
 @contextmanager
 def explained_bfloat16(module: nn.Module) -> Iterator[None]:
-    """Say in words that the processor cannot do what the module does in bfloat16.
+    """Raise a clear error if the CPU cannot run a module in bfloat16.
 
     Raises:
-        ValueError: if oneDNN, which torch computes with on a CPU, has no code for it.
+        ValueError: if oneDNN, which torch uses on a CPU, has no code for an operation.
     """
     try:
         yield

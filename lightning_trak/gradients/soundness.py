@@ -1,4 +1,4 @@
-"""What must hold of an output before many passes are spent on it: it is the copy's own, and the same each time."""
+"""Checks of an output before many passes: it depends on the copy only, and it is the same each time."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,16 +10,16 @@ from lightning_trak.gradients.leaves import apart_from
 from lightning_trak.outputs.evaluating import exact_attention, unchanged
 from lightning_trak.running.random_states import isolated_random_states
 
-_TRIES = 8  # of an output that draws random numbers: not every draw need change it
+_TRIES = 8  # for an output that draws random numbers, since a draw may leave it unchanged by chance
 
 
 @contextmanager
 def trying(original: nn.Module, copied: nn.Module) -> Iterator[None]:
-    """For forward passes that only look: nothing stays behind, and what is read is the copy's own.
+    """For trial forward passes: they change nothing, and they may read only the copy's tensors.
 
     Args:
         original: the user's module.
-        copied: the copy that is worked on.
+        copied: the copy that runs.
 
     Raises:
         ValueError: if a parameter or buffer of the original is read.
@@ -29,15 +29,15 @@ def trying(original: nn.Module, copied: nn.Module) -> Iterator[None]:
 
 
 def require_repeatable(run: Callable[[], Tensor], what: str, first: Tensor | None = None) -> None:
-    """Check that a function gives the same again, more than once if it draws random numbers.
+    """Check that a function returns the same each time. If it draws random numbers, it is called several times.
 
     Args:
         run: the function.
-        what: what it gives, for the error.
-        first: what it gave before; default: it is called once more.
+        what: the name of its result in errors.
+        first: an earlier result; default: the function is called once more.
 
     Raises:
-        ValueError: if it gives something else, and not by rounding alone.
+        ValueError: if a result differs by more than rounding.
     """
     first = run() if first is None else first
     allowed = max(1e-4, 8 * torch.finfo(first.dtype).eps) if first.is_floating_point() else 0.0
@@ -49,12 +49,12 @@ def require_repeatable(run: Callable[[], Tensor], what: str, first: Tensor | Non
         if not same or _distance(again, first) > allowed * _norm(first):
             if not drawn:
                 raise ValueError(
-                    f"{what} is another one the second time, though no random numbers were drawn: does a forward pass"
-                    " change weights, buffers or other state in place? It must leave the module as it was"
+                    f"{what} changes from one forward pass to the next, although no random numbers were drawn. Perhaps"
+                    " a forward pass changes weights, buffers or other state in place; it must not change the module"
                 )
             raise ValueError(
-                f"{what} is random in eval mode: it is another one each time. Draw from a generator with a fixed seed,"
-                " or leave the noise out when not training (F.dropout has training=True by default: pass"
+                f"{what} is random in eval mode: it changes each time. Draw random numbers from a generator with a"
+                " fixed seed, or leave the noise out in eval mode (F.dropout has training=True by default: pass"
                 " training=self.training)"
             )
         if not drawn:

@@ -1,4 +1,4 @@
-"""Other tensors in the place of parameters, wherever a forward pass uses them."""
+"""Replaces parameters by other tensors wherever a forward pass uses them."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch.overrides import TorchFunctionMode
 
 
 class Substituted(TorchFunctionMode):
-    """While this context is open, operations get other tensors in place of some.
+    """Inside this context, operations get replacements for some tensors.
 
-    ``torch.func.functional_call`` swaps a module's attributes, and misses a parameter that is also kept in a list, a
-    dictionary or a closure. Here a tensor is known by its identity, so that it does not matter how code reaches it.
+    ``torch.func.functional_call`` replaces a module's attributes. It misses a parameter that is also in a list, a
+    dictionary or a closure. Here a tensor is found by its identity, so it does not matter how the code reaches it.
 
     Args:
-        pairs: tensors, each with the one that takes its place.
+        pairs: pairs of a tensor and its replacement.
     """
 
     def __init__(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
@@ -26,7 +26,7 @@ class Substituted(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Call the operation on what its arguments stand for."""
+        """Call the operation with tensors in its arguments replaced."""
         del types
         return func(*map(self._other, args), **{name: self._other(value) for name, value in (kwargs or {}).items()})
 

@@ -1,4 +1,4 @@
-"""What every projection offers: a configuration that binds to one checkpoint's parameters, and the bound projection."""
+"""Base classes of projections: the configuration, and the projection that is bound to one checkpoint's parameters."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ _FEATURE_DTYPES = (torch.float32, torch.float64)
 class Projection(ABC):
     """Configuration of a map from gradients to features that keeps inner products, exactly or on average.
 
-    A projection of one's own is a frozen dataclass that derives from this class, with a `BoundProjection` beside it.
+    To write your own projection, derive a frozen dataclass from this class and a second class from
+    :class:`BoundProjection`.
     """
 
     @abstractmethod
@@ -29,46 +30,44 @@ class Projection(ABC):
     ) -> BoundProjection:
         """Fix the projection for one checkpoint.
 
-        The entries that belong to a parameter depend on `seed`, `checkpoint`, its name and the index in it alone, so
-        they are the same for every batch size, device, world size and choice of the other parameters.
+        The entries for a parameter depend only on ``seed``, ``checkpoint``, the parameter's name and the index in it.
+        They are the same for every batch size, device, world size and choice of the other parameters.
 
         Args:
-            shapes: Shape of each parameter, by name, in the order of the features.
-            seed: Any non-negative integer.
-            checkpoint: Index of the checkpoint.
-            device: Where gradients and features will be.
+            shapes: shape of each parameter, by name, in the order of the features.
+            seed: any non-negative integer.
+            checkpoint: index of the checkpoint.
+            device: the device of gradients and features.
 
         Returns:
             The projection for this checkpoint.
-
         """
 
     def _require_positive(self, *names: str) -> None:
-        """Check fields that must be positive integers, and keep integers of NumPy, say, as Python's."""
+        """Check fields that must be positive integers, and convert integers of other types, such as NumPy's, to int."""
         for name in names:
             object.__setattr__(self, name, positive(name, getattr(self, name)))
 
     @property
     def sample_size(self) -> int:
-        """Number of training examples whose gradients the bound projection is fitted to before use; 0 for none."""
+        """Number of training examples that the bound projection is fitted to before use; 0 if it needs no fit."""
         return 0
 
     def fingerprint(self) -> dict[str, Any]:
-        """Everything about the configuration that changes features, as JSON-able values.
+        """All parts of the configuration that change features, as values that JSON can hold.
 
-        Fields declared with `compare=False` only trade memory for time, and are left out.
+        Fields declared with ``compare=False`` are left out: they only trade memory for time.
         """
         config = {field.name: getattr(self, field.name) for field in fields(self) if field.compare}
         return {"class": type(self).__qualname__, **config}
 
 
 class BoundProjection(ABC):
-    """A projection P of one checkpoint's parameters: a block of rows P_name for each parameter.
+    """A projection P of one checkpoint's parameters, with a block of rows P_name for each parameter.
 
     Args:
-        shapes: Shape of each parameter, of n elements, by name.
-        dim: Number of features k.
-
+        shapes: shape of each parameter by name. Below, n is the number of elements of a parameter.
+        dim: number of features k.
     """
 
     def __init__(self, shapes: Mapping[str, Sequence[int]], dim: int) -> None:
@@ -79,37 +78,35 @@ class BoundProjection(ABC):
         self.dim = dim
 
     def fit(self, gradients: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """Learn from training gradients; needed where the configuration's `sample_size` is not 0.
+        """Learn from training gradients. This is needed if the configuration's ``sample_size`` is not 0.
 
         Args:
-            gradients: For each batch, each parameter's flattened gradients, of shape (batch, n).
+            gradients: for each batch, the flattened gradients of each parameter, of shape (batch, n).
 
         Returns:
-            What was learned, for `set_fit`.
-
+            The fitted tensors, for :meth:`set_fit`.
         """
         del gradients
         return {}
 
     def set_fit(self, fitted: Mapping[str, Tensor]) -> None:
-        """Take over what `fit` returned, here or in another process."""
+        """Use the tensors that :meth:`fit` returned, in this process or in another one."""
         if fitted:
-            raise ValueError(f"{type(self).__name__} learns nothing from data but was given {', '.join(fitted)}.")
+            raise ValueError(f"{type(self).__name__} is not fitted to data but got {', '.join(fitted)}.")
 
     def add_(self, features: Tensor, name: str, gradients: Tensor, rows: range | None = None) -> None:
-        """Add `gradients @ P_name` to `features` in place, or the part of that product that some rows contribute.
+        """Add ``gradients @ P_name`` to ``features`` in place. With ``rows``, add these rows' part of the product.
 
-        Works under autocast, which it ignores, under `torch.no_grad` and in inference mode.
+        This works under ``torch.no_grad`` and in inference mode. Under autocast, it ignores autocast.
 
         Args:
-            features: Features so far, float32 or float64 of shape (batch, dim).
-            name: Name of the parameter.
-            gradients: Its flattened gradient per example, of shape (batch, n).
-            rows: What `gradients` holds of the parameter along its first dimension, without gaps; None is all of it.
+            features: features so far, float32 or float64 of shape (batch, dim).
+            name: name of the parameter.
+            gradients: the parameter's flattened gradient for each example, of shape (batch, n).
+            rows: the range of the parameter's first dimension that ``gradients`` holds; None: all of it.
 
         Raises:
-            ValueError: If the parameter is unknown, or a shape or dtype is not as above.
-
+            ValueError: if the parameter is unknown, or if a shape or dtype is another one than above.
         """
         size = self.sizes.get(name)
         if size is None:
@@ -138,4 +135,4 @@ class BoundProjection(ABC):
 
     @abstractmethod
     def _add(self, features: Tensor, name: str, gradients: Tensor, start: int) -> None:
-        """Add the product of gradients and the rows of P_name from `start` on to `features` in place, all checked."""
+        """Add the product of gradients and the rows of P_name from ``start`` to ``features``; arguments are checked."""

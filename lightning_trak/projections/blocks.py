@@ -1,4 +1,4 @@
-"""Random projections that are generated in blocks of rows, so that the matrix never has to exist as a whole."""
+"""Random projections that are generated in blocks of rows. The whole matrix is never in memory."""
 
 from __future__ import annotations
 
@@ -12,19 +12,18 @@ from torch import Tensor
 from lightning_trak.projections.base import BoundProjection, Projection
 from lightning_trak.projections.philox import Stream
 
-# Random values per block. A constant, so that sums are always split at the same rows, whatever is cached.
+# Random values in a block. It is a constant, so that sums are always split at the same rows, with any cache size.
 _BLOCK_VALUES = 1 << 22
 
 
 @dataclass(frozen=True)
 class RandomProjection(Projection):
-    """Base of the random projections, whose kinds differ in what a block of rows is and in how it is applied.
+    """Base class of random projections. A subclass defines what a block of rows is and how it is applied.
 
     Args:
-        dim: Number of features k.
-        cache_bytes: Bytes of blocks to keep between batches; the others are generated again for each batch. Features do
-            not depend on it.
-
+        dim: number of features k.
+        cache_bytes: bytes of blocks to keep between batches. The other blocks are generated again for each batch.
+            Features do not depend on this number.
     """
 
     dim: int = 2048
@@ -36,25 +35,24 @@ class RandomProjection(Projection):
     @property
     @abstractmethod
     def values_per_row(self) -> int:
-        """Random values that a block holds for each of its rows."""
+        """Random values in a block for each of its rows."""
 
     @property
     @abstractmethod
     def bytes_per_row(self) -> int:
-        """Bytes that a block takes for each of its rows."""
+        """Bytes of a block for each of its rows."""
 
     @abstractmethod
     def block(self, stream: Stream, rows: Tensor) -> Tensor:
-        """Make the block of some rows of P_name.
+        """Generate the block for some rows of P_name.
 
         Args:
-            stream: Stream of the parameter.
-            rows: Indices of the parameter's elements, int64 of shape (rows,).
+            stream: random numbers of the parameter.
+            rows: indices of the parameter's elements, int64 of shape (rows,).
 
         Returns:
-            What `apply_` needs of these rows, along the first dimension. Values depend on the stream, the row and the
-            column alone.
-
+            What :meth:`apply_` needs for these rows, with the rows in the first dimension. A value depends only on the
+            stream, the row and the column.
         """
 
     @abstractmethod
@@ -64,17 +62,17 @@ class RandomProjection(Projection):
     def bind(
         self, shapes: Mapping[str, Sequence[int]], seed: int, checkpoint: int, device: torch.device
     ) -> BoundRandomProjection:
-        """Fix the projection for one checkpoint: see `Projection.bind`."""
+        """Fix the projection for one checkpoint, see :meth:`Projection.bind`."""
         return BoundRandomProjection(self, shapes, self.streams(shapes, seed, checkpoint), device)
 
     def streams(self, names: Iterable[str], seed: int, checkpoint: int) -> dict[str, Stream]:
-        """Where each parameter's rows come from."""
+        """The stream of random numbers for each parameter."""
         kind = type(self).__qualname__
         return {name: Stream.derive(kind, seed, checkpoint, name) for name in names}
 
 
 class BoundRandomProjection(BoundProjection):
-    """A `RandomProjection` of one checkpoint's parameters; made by its `bind`."""
+    """A :class:`RandomProjection` of one checkpoint's parameters, made by its ``bind``."""
 
     def __init__(
         self,
@@ -99,15 +97,15 @@ class BoundRandomProjection(BoundProjection):
             self._config.apply_(features, gradients[:, begin - start : end - start], block)
 
     def _rows(self, name: str, first: int, length: int, wanted: slice) -> Tensor:
-        """Some rows of a block, which is kept as a whole or not at all."""
+        """Some rows of a block. The cache keeps a whole block or nothing of it."""
         block = self._cache.get((name, first))
         if block is not None:
             return block[wanted]
-        # First come, first kept: every batch asks for the blocks in the same order, where discarding the least recently
-        # used one would always discard the next one needed.
+        # The first blocks are kept. Every batch asks for the blocks in the same order, so a cache that drops the least
+        # recently used block would always drop the block that is needed next.
         kept = length * self._config.bytes_per_row <= self._cache_left
         drawn = slice(0, length) if kept else wanted
-        with torch.inference_mode(False):  # the block may outlive the inference mode of the hook that asks for it
+        with torch.inference_mode(False):  # the cache may use the block outside the inference mode of this hook
             rows = torch.arange(first + drawn.start, first + drawn.stop, dtype=torch.int64, device=self._device)
             block = self._config.block(self._streams[name], rows)
         if not kept:

@@ -1,4 +1,4 @@
-"""Dense random projections, whose entries are independent with mean 0 and variance 1 / dim."""
+"""Dense random projections. Their entries are independent, with mean 0 and variance 1 / dim."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from lightning_trak.projections.philox import Stream
 
 @dataclass(frozen=True)
 class DenseProjection(RandomProjection):
-    """Base of the dense kinds: a block is a matrix of entries with variance 1, float32 of shape (rows, dim).
+    """Base class of dense projections. A block is a matrix of entries with variance 1, float32 of shape (rows, dim).
 
-    An entry depends on its stream, row and column alone, not on `dim`: a wider block begins with a narrower one.
+    An entry depends only on its stream, row and column. With a larger ``dim``, the first columns stay the same.
     """
 
     @property
     def values_per_row(self) -> int:
-        """Random values that a block holds for each of its rows: `dim`."""
+        """Random values in a block for each of its rows: ``dim``."""
         return self.dim
 
     @property
     def bytes_per_row(self) -> int:
-        """Bytes that a block takes for each of its rows: 4 for each feature."""
+        """Bytes of a block for each of its rows: 4 for each feature."""
         return 4 * self.dim
 
     def apply_(self, features: Tensor, gradients: Tensor, block: Tensor) -> None:
-        """Multiply by the block and by the scale 1 / sqrt(dim), in the gradients' precision but at least float32."""
+        """Multiply by the block and by 1 / sqrt(dim), in the precision of the gradients, in float32 at least."""
         dtype = torch.promote_types(gradients.dtype, torch.float32)
         features.add_(gradients.to(dtype) @ block.to(dtype), alpha=1 / math.sqrt(self.dim))
 
@@ -39,21 +39,20 @@ class DenseProjection(RandomProjection):
 class GaussianProjection(DenseProjection):
     """Normal entries N(0, 1 / dim), the projection of the TRAK paper (Park et al. 2023).
 
-    The inner product of two features has mean <x, y> and variance ``(|x|^2 |y|^2 + <x, y>^2) / dim``. The slowest kind
-    to generate: where the matrix does not fit into `cache_bytes`, take `RademacherProjection` or `SparseProjection`.
-    Needs a device with float64, in which the normal variates are computed, so that they differ between devices by no
-    more than float32 rounding.
+    The inner product of two features has mean <x, y> and variance ``(|x|^2 |y|^2 + <x, y>^2) / dim``. This projection
+    is the slowest to generate. If the matrix does not fit into ``cache_bytes``, use :class:`RademacherProjection` or
+    :class:`~lightning_trak.projections.SparseProjection`. The normal numbers are computed in float64, so the device
+    must support float64. Between devices, they differ at most by float32 rounding.
 
     Args:
-        dim: Number of features k.
-        cache_bytes: Bytes of the matrix to keep between batches; the rest is generated again for each batch.
-
+        dim: number of features k.
+        cache_bytes: bytes of the matrix to keep between batches. The rest is generated again for each batch.
     """
 
     def block(self, stream: Stream, rows: Tensor) -> Tensor:
-        """Make rows by the transform of Box and Muller (1958), column j from block j div 4 of the stream."""
+        """Generate rows by the transform of Box and Muller (1958). Column j uses block j div 4 of the stream."""
         words = stream.words(rows, math.ceil(self.dim / 4))
-        uniform = words[..., :2].double().add_(0.5).mul_(2**-32)  # strictly inside (0, 1): the logarithm is finite
+        uniform = words[..., :2].double().add_(0.5).mul_(2**-32)  # 0 < uniform < 1, so the logarithm is finite
         radius = uniform.log_().mul_(-2).sqrt_()
         angle = words[..., 2:].double().mul_(2 * math.pi * 2**-32)
         normal = torch.cat((radius * angle.cos(), radius * angle.sin()), dim=-1)
@@ -62,21 +61,20 @@ class GaussianProjection(DenseProjection):
 
 @dataclass(frozen=True)
 class RademacherProjection(DenseProjection):
-    """Entries +-1 / sqrt(dim) with equal probability (Achlioptas 2003), at one random bit each.
+    """Entries +-1 / sqrt(dim) with equal probability (Achlioptas 2003). Each entry takes one random bit.
 
     The inner product of two features has mean <x, y> and variance
     ``(|x|^2 |y|^2 + <x, y>^2 - 2 sum_i x_i^2 y_i^2) / dim``.
 
     Args:
-        dim: Number of features k.
-        cache_bytes: Bytes of the matrix to keep between batches; the rest is generated again for each batch.
-
+        dim: number of features k.
+        cache_bytes: bytes of the matrix to keep between batches. The rest is generated again for each batch.
     """
 
     def block(self, stream: Stream, rows: Tensor) -> Tensor:
-        """Make rows, column j from bit j mod 128 of block j div 128 of the stream."""
+        """Generate rows. Column j uses bit j mod 128 of block j div 128 of the stream."""
         words = stream.words(rows, math.ceil(self.dim / 128)).flatten(1)
-        # Looking up a byte at a time writes each entry once; shifting out single bits takes several passes.
+        # A table look-up for each byte writes each entry once. Bit shifts would take several passes.
         octets = (words.unsqueeze(-1) >> torch.arange(0, 32, 8, device=rows.device)).bitwise_and_(0xFF)
         bits = torch.arange(256, device=rows.device).unsqueeze(1) >> torch.arange(8, device=rows.device) & 1
         return (1 - 2 * bits).float()[octets].flatten(1)[:, : self.dim].contiguous()

@@ -17,8 +17,8 @@ from lightning_trak.projections.base import BoundProjection, Projection
 class IdentityProjection(Projection):
     """Concatenate the gradients of all parameters, in the order in which they are bound.
 
-    Exact, for models small enough: a feature is as large as the selected parameters together, and a Gram matrix has the
-    square of that.
+    The features are exact. Use it for small models only: the number of features k is the number of elements of all
+    selected parameters, and a Gram matrix has k x k entries.
     """
 
     def bind(
@@ -28,7 +28,7 @@ class IdentityProjection(Projection):
         checkpoint: int,  # noqa: ARG002
         device: torch.device,  # noqa: ARG002
     ) -> BoundProjection:
-        """Lay the parameters out side by side: see `Projection.bind`. Nothing is random."""
+        """Give each parameter its place in the features, see :meth:`Projection.bind`. Nothing is random."""
         return _BoundIdentityProjection(shapes)
 
 

@@ -1,4 +1,4 @@
-"""Factored projections: each layer's gradient is compressed from both sides, so that it never has to be formed."""
+"""Factored projections: each layer's gradient is compressed from both sides and is never formed itself."""
 
 from __future__ import annotations
 
@@ -20,31 +20,30 @@ from lightning_trak.projections.sparse import SparseProjection
 
 @dataclass(frozen=True)
 class KroneckerProjection(Projection):
-    """Project each parameter's gradient G, as a matrix, to A^T G B with random signs or principal axes A and B.
+    """Project each parameter's gradient G, as a matrix, to A^T G B. A and B hold random signs or principal axes.
 
-    A weight of shape ``(outputs, *inputs)`` is a matrix of as many rows as outputs; a vector is a matrix of one column.
-    The gradient of a layer is a sum of products g a^T, of output gradients and inputs, so the `HookEngine` projects g
-    and a and multiplies what is left, (A^T g) (B^T a)^T, and the gradient is not formed (Choe et al. 2024,
-    arXiv 2405.13954, section 3.1). Other engines get the same features by multiplying the gradients.
+    A weight of shape ``(outputs, *inputs)`` is a matrix with one row for each output. A vector is a matrix of one
+    column. The gradient of a layer is a sum of products g a^T of output gradients g and inputs a. The ``HookEngine``
+    projects g and a and then multiplies, (A^T g) (B^T a)^T, so it does not form the gradient (Choe et al. 2024,
+    arXiv 2405.13954, section 3.1). Other engines form the gradients and multiply; the features are the same.
 
-    The inner product of two features has mean <x, y>, summed over parameters. Its variance is larger than that of a
-    dense projection to as many features where gradients are close to rank one. A side that is not longer than its
-    factor is wide is kept as it is.
+    With random signs, the inner product of two features has mean <x, y>, summed over parameters. If gradients are close
+    to rank one, its variance is larger than that of a dense projection with as many features. If a side of G is not
+    longer than the width of its factor, this side is not projected.
 
-    Principal axes keep the directions in which gradients are largest rather than random ones: the leading eigenvectors
-    of sum_i G_i G_i^T and of sum_i G_i^T G_i over a sample of the training set, one pass over which comes before
-    everything else. Inner products are then not unbiased but, for as many features, lose the least on either side
-    (the truncated higher-order SVD of De Lathauwer et al. 2000; LogIX, arXiv 2405.13954, section 3.2, takes the axes of
-    inputs and output gradients instead).
+    Principal axes keep the directions in which gradients are largest. They are the leading eigenvectors of
+    sum_i G_i G_i^T and of sum_i G_i^T G_i over a sample of the training set. They take one pass over the sample before
+    everything else. The inner products are then biased, but each side loses as little as is possible with its number
+    of axes. This is the truncated higher-order SVD of De Lathauwer et al. 2000. LogIX (arXiv 2405.13954, section 3.2)
+    uses the axes of inputs and output gradients instead.
 
     Args:
-        left: Width of A: features of the outputs.
-        right: Width of B: features of the inputs.
-        dim: Number of features k to which those of all parameters, up to left * right each, are added up by a
-            `SparseProjection`; None lays them side by side, which makes k grow with the number of layers.
+        left: width of A: the number of features of the outputs.
+        right: width of B: the number of features of the inputs.
+        dim: number of features k. A parameter has up to left * right features; a ``SparseProjection`` adds those of all
+            parameters up to k. None: they stay side by side, and k grows with the number of layers.
         axes: "random" or "principal".
-        sample: Training examples from which principal axes are found; all of them if there are fewer.
-
+        sample: number of training examples for principal axes; all of them if there are fewer.
     """
 
     left: int = 16
@@ -62,18 +61,18 @@ class KroneckerProjection(Projection):
 
     @property
     def sample_size(self) -> int:
-        """Training examples that principal axes need."""
+        """Number of training examples that principal axes need; 0 for random signs."""
         return self.sample if self.axes == "principal" else 0
 
     def bind(
         self, shapes: Mapping[str, Sequence[int]], seed: int, checkpoint: int, device: torch.device
     ) -> BoundKroneckerProjection:
-        """Fix the projection for one checkpoint: see `Projection.bind`."""
+        """Fix the projection for one checkpoint, see :meth:`Projection.bind`."""
         return BoundKroneckerProjection(self, shapes, seed, checkpoint, device)
 
 
 class BoundKroneckerProjection(BoundProjection):
-    """A `KroneckerProjection` of one checkpoint's parameters; made by its `bind`."""
+    """A :class:`KroneckerProjection` of one checkpoint's parameters, made by its ``bind``."""
 
     def __init__(
         self,
@@ -96,19 +95,18 @@ class BoundKroneckerProjection(BoundProjection):
         self._factors: dict[str, tuple[Tensor, Tensor]] = {}
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
-        """A and B of a parameter: float32, of shapes (rows, left) and (columns, right).
+        """A and B of a parameter, float32 of shapes (rows, left) and (columns, right).
 
         Raises:
-            RuntimeError: If the axes are principal and have not been fitted.
-
+            RuntimeError: if the axes are principal and have not been fitted.
         """
         if name not in self._factors:
             if self._principal:
                 raise RuntimeError(
-                    "Principal axes must be found before they can be used: call `fit` with training gradients and hand "
-                    "what it returns to `set_fit`."
+                    "The principal axes are not known yet: call `fit` with training gradients and give what it returns "
+                    "to `set_fit`."
                 )
-            with torch.inference_mode(False):  # they outlive the inference mode of the hook that asks for them
+            with torch.inference_mode(False):  # they are used outside the inference mode of this hook, too
                 left, right = (
                     self._signs(f"KroneckerProjection/{side}", name, length, width)
                     if length != width
@@ -119,7 +117,7 @@ class BoundKroneckerProjection(BoundProjection):
         return self._factors[name]
 
     def fit(self, gradients: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """Find principal axes: see `BoundProjection.fit`."""
+        """Find principal axes, see :meth:`BoundProjection.fit`."""
         if not self._principal:
             return super().fit(gradients)
         found = {
@@ -141,7 +139,7 @@ class BoundKroneckerProjection(BoundProjection):
         return {f"{side}.{name}": axes.compute() for (name, side), axes in found.items()}
 
     def set_fit(self, fitted: Mapping[str, Tensor]) -> None:
-        """Use these axes: see `BoundProjection.set_fit`."""
+        """Use these axes, see :meth:`BoundProjection.set_fit`."""
         if not self._principal:
             return super().set_fit(fitted)
         for name in self._matrices:
@@ -158,15 +156,15 @@ class BoundKroneckerProjection(BoundProjection):
         return RademacherProjection(width).block(stream, torch.arange(length, device=self._device))
 
     def add_core_(self, features: Tensor, name: str, cores: Tensor) -> None:
-        """Add a parameter's projected gradients to `features` in place.
+        """Add a parameter's projected gradients to ``features`` in place.
 
         Args:
-            features: Features so far, float32 or float64 of shape (batch, dim).
-            name: Name of the parameter.
-            cores: A^T G B for each example, of shape (batch, left, right), with A and B from `factors`.
-
+            features: features so far, float32 or float64 of shape (batch, dim).
+            name: name of the parameter.
+            cores: A^T G B for each example, of shape (batch, left, right), with A and B from :meth:`factors`.
         """
-        # Entries of variance 1 / width keep inner products; signs have variance 1, principal axes length 1.
+        # Inner products are kept if entries have variance 1 / width. Signs have variance 1, so they are scaled here.
+        # Principal axes have length 1 and need no scale.
         random = [width for _, length, width in self._sides(name) if length != width and not self._principal]
         scale = math.prod(1 / math.sqrt(width) for width in random)
         self._together.add_(features, name, cores.flatten(1) * scale)

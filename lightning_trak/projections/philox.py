@@ -1,7 +1,7 @@
-"""Counter-based random numbers: every word is a function of (stream, row, block) alone.
+"""Counter-based random numbers: every word depends only on its stream, row and block.
 
 Philox4x32-10 is by Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). It has no
-state to advance, so any part of a random matrix can be made anywhere, in any order, with the same bits.
+state. So any part of a random matrix can be generated on any device, in any order, with the same bits.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _MASK = 0xFFFFFFFF
 _ROUNDS = 10
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
-# Counters per pass: on a CPU the operands of all rounds should stay in cache, elsewhere kernel launches should be few.
+# Counters in one pass. On a CPU, the operands of all rounds should stay in cache. Elsewhere, few kernels are better.
 _CPU_COUNTERS = 1 << 14
 _ACCELERATOR_COUNTERS = 1 << 20
 
@@ -30,18 +30,17 @@ def philox4x32(counter: Words, key: tuple[int, int]) -> Words:
     """Encrypt counters with ten rounds of Philox4x32.
 
     Args:
-        counter: Four int64 tensors that broadcast together, each with values in [0, 2^32).
-        key: Two words in [0, 2^32).
+        counter: four int64 tensors that broadcast together, each with values in [0, 2^32).
+        key: two words in [0, 2^32).
 
     Returns:
         Four int64 tensors of the broadcast shape, each with values uniform over [0, 2^32).
-
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):
-        # A wrapping int64 product holds all 64 bits of a product of two uint32. Its upper half is sign-extended by the
-        # shift and its lower half still carries the upper one: both are masked only before the next product needs them.
+        # An int64 product that wraps around holds all 64 bits of a product of two uint32. The shift extends the sign of
+        # the upper half, and the lower half still has the upper one above it. Both are masked before the next product.
         product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0 = ((product1 >> 32) ^ c1).bitwise_xor_(k0).bitwise_and_(_MASK)
         c2 = ((product0 >> 32) ^ c3).bitwise_xor_(k1).bitwise_and_(_MASK)
@@ -52,14 +51,13 @@ def philox4x32(counter: Words, key: tuple[int, int]) -> Words:
 
 @dataclass(frozen=True)
 class Stream:
-    """One of 2^96 streams of random words, each a table of 2^64 rows by 2^32 blocks of four words.
+    """One of 2^96 streams of random words. A stream is a table of 2^64 rows by 2^32 blocks of four words.
 
-    Make one by `Stream.derive`; equal streams give equal words on every device.
+    Use :meth:`Stream.derive` to make one. Equal streams give equal words on every device.
 
     Args:
-        key: The Philox key.
-        tag: The counter word that no row or block index uses.
-
+        key: the Philox key.
+        tag: the counter word that no row or block index uses.
     """
 
     key: tuple[int, int]
@@ -67,23 +65,22 @@ class Stream:
 
     @classmethod
     def derive(cls, purpose: str, seed: int, checkpoint: int, name: str) -> Stream:
-        """Name a stream by 96 bits of the SHA-256 digest of its identity.
+        """Derive a stream from its identity: 96 bits of the SHA-256 digest.
 
-        No arithmetic on seeds, by which neighbouring streams could meet: even among 10^9 streams, the probability
-        that any two coincide is below 10^-11.
+        Seeds are not added or multiplied, since streams of neighbouring seeds could then be equal. Among 10^9 streams,
+        the probability that two are equal is below 10^-11.
 
         Args:
-            purpose: What the words are for, such as the kind of projection.
-            seed: Any non-negative integer.
-            checkpoint: Index of the checkpoint.
-            name: Name of the parameter.
+            purpose: what the words are used for, such as the kind of projection.
+            seed: any non-negative integer.
+            checkpoint: index of the checkpoint.
+            name: name of the parameter.
 
         Returns:
             The stream of this identity.
 
         Raises:
-            ValueError: If `seed` or `checkpoint` is negative.
-
+            ValueError: if ``seed`` or ``checkpoint`` is negative.
         """
         for label, value in (("seed", seed), ("checkpoint", checkpoint)):
             if value < 0:
@@ -94,15 +91,14 @@ class Stream:
         return cls((key0, key1), tag)
 
     def words(self, rows: Tensor, blocks: int) -> Tensor:
-        """Random words of some rows.
+        """Random words for some rows.
 
         Args:
-            rows: Row indices, int64 of shape (rows,).
-            blocks: Number of leading blocks of each row.
+            rows: row indices, int64 of shape (rows,).
+            blocks: number of blocks of each row, from the first one.
 
         Returns:
-            Words uniform over [0, 2^32), int64 of shape (rows, blocks, 4), on the device of `rows`.
-
+            Words uniform over [0, 2^32), int64 of shape (rows, blocks, 4), on the device of ``rows``.
         """
         columns = torch.arange(blocks, dtype=torch.int64, device=rows.device)
         tag = torch.full((), self.tag, dtype=torch.int64, device=rows.device)

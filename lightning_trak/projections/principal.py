@@ -1,4 +1,4 @@
-"""Principal axes of matrices from one pass over them."""
+"""Principal axes of many matrices, found in one pass over them."""
 
 from __future__ import annotations
 
@@ -7,20 +7,19 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-OVERSAMPLING = 4  # columns of the sketch for each axis wanted
+OVERSAMPLING = 4  # columns of the sketch for each axis
 
 
 class PrincipalAxes:
-    """Leading eigenvectors of C = sum_i X_i X_i^T, of which only a sketch C Omega is kept.
+    """Leading eigenvectors of C = sum_i X_i X_i^T. Only a sketch Y = C Omega is kept.
 
-    Nystroem's approximation C ~ Y (Omega^T Y)^-1 Y^T with Y = C Omega, whose eigenvectors come from a thin SVD (Tropp
-    et al. 2017, arXiv 1706.05736, algorithm 3). It is exact where the sketch is as wide as X has rows.
+    This is Nystroem's approximation C ~ Y (Omega^T Y)^-1 Y^T. A thin SVD gives its eigenvectors (Tropp et al. 2017,
+    arXiv 1706.05736, algorithm 3). They are exact if the sketch has as many columns as X has rows.
 
     Args:
-        width: Number of axes.
-        make_signs: Makes Omega, of shape (length, its argument).
-        length: Rows of X.
-
+        width: number of axes.
+        make_signs: a function that makes Omega. Its argument is the number of columns; the shape is (length, columns).
+        length: number of rows of X.
     """
 
     def __init__(self, width: int, make_signs: Callable[[int], Tensor], length: int) -> None:
@@ -40,18 +39,18 @@ class PrincipalAxes:
         self._sketch = self._sketch.to(matrices.device) + torch.einsum("bnc,bcw->nw", matrices, inner)
 
     def compute(self) -> Tensor:
-        """The axes as columns, float32 of shape (length, width); the identity where nothing is left out."""
+        """The axes as columns, float32 of shape (length, width). The identity if there are as many axes as rows."""
         if self._identity:
             return torch.eye(self._width)
         sketch, omega = self._sketch.cpu(), self._omega.cpu()
         core = omega.T @ sketch
         values, vectors = torch.linalg.eigh((core + core.T) / 2)
-        # C may be of lower rank, as where outputs sum to one: eigenvalues that are rounding errors, of either sign,
-        # are raised to what keeps their axes behind all others.
+        # C may have a lower rank, for example if outputs sum to one. Some eigenvalues are then rounding errors, and may
+        # be negative. They are raised to a small value, and their axes stay behind all others.
         floor = max(1e-6 * float(values[-1]), torch.finfo(torch.float64).tiny)
         half = sketch @ (vectors * values.clamp_min(floor).rsqrt())
         axes = torch.linalg.svd(half, full_matrices=False).U[:, : self._width]
-        # An eigenvector's sign is arbitrary: let its largest entry be positive.
+        # The sign of an eigenvector is arbitrary. Its largest entry is made positive.
         largest = axes.gather(0, axes.abs().argmax(0, keepdim=True))
         signed: Tensor = axes * largest.sign()
         return signed.float().contiguous()

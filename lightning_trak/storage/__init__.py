@@ -1,1 +1,1 @@
-"""Files and directories: written whole, checked when they are read."""
+"""Files and directories. A file is written as a whole, and checked when it is read."""

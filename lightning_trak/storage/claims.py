@@ -1,27 +1,29 @@
-"""A directory that belongs to one identity: to everything that the files in it depend on.
+"""A directory that belongs to one identity. The identity is everything that the files in it depend on.
 
-The identity is in ``manifest.json``. Runs of the same identity share the directory. A run of another identity is
-refused, naming the first difference; unless no run that has claimed the directory is alive, and none has left a result:
-such runs have failed over a mistake that has been mended since, and the directory is the new run's.
+The identity is in ``manifest.json``. Runs with the same identity share the directory. A run with another identity is
+refused, and the error names the first difference. There is one exception: no run that claimed the directory is alive,
+and none has left a result. Such runs probably failed because of a mistake that the user has corrected. The directory
+then belongs to the new run.
 
-Who has a directory open to write in it holds a shared lock on the file ``manifest.json``. Nobody removes that file:
+A process that writes to a directory holds a shared lock on the file ``manifest.json``. No process removes this file:
 
-- A new manifest is written elsewhere, locked there, and moved into place if no file is there. Of several processes, one
-  can do that.
-- A process that finds a manifest of the same identity shares the lock on it.
-- A process that finds one of another identity tries to lock it alone. If it can, no run is alive, and none can join
-  while it looks for results. If there are none, it replaces the manifest, in one step, by its own, which it has locked.
-- Whoever gets a lock looks whether the file is still the manifest; if not, it begins again.
+- A new manifest is written elsewhere and locked there. It is moved into place if no file is there. Of several
+  processes, only one can do this.
+- A process that finds a manifest with the same identity shares the lock on it.
+- A process that finds one with another identity tries to get an exclusive lock. If it gets the lock, no run is alive,
+  and none can join while the process looks for results. If there are no results, the process replaces the manifest by
+  its own, which it has locked. The replacement is one step.
+- A process that gets a lock checks whether the file is still the manifest. If it is not, the process begins again.
 
-The kernel takes locks from a process that dies, so that one that is killed at any moment leaves no manifest, the one
-that was there, or its own, and at worst a hidden temporary folder, which the next run removes. What was there is
-whole: the files of a failed run that are removed with its claim, such as notes of failures, go before the manifest is
-replaced. Workers of a DataLoader hold the lock of a killed process until they see that it is gone. If a process is
-killed in the few milliseconds between its lock and the new manifest, another that opens the directory just then may be
-refused; it can be started again.
+When a process dies, the kernel releases its locks. If a process is killed at any moment, it leaves no manifest, the old
+manifest, or its own. At worst, it also leaves a hidden temporary folder, which the next run removes. The old manifest
+is complete, but some files of the failed run may be missing: those that lose their meaning with its identity, such as
+notes of failures, are removed before the manifest is replaced. Workers of a DataLoader hold the lock of a killed
+process until they see that the process has ended. A process may be killed in the few milliseconds between its lock and
+the new manifest. Another process that opens the directory at this moment may be refused. It can be started again.
 
-Where the file system has no locks, the first run keeps the directory, since nobody can know whether it is alive. So it
-does towards a user who may not lock its manifest.
+If the file system has no locks, the first run keeps the directory, since others cannot know whether it is alive. The
+same holds if a user has no permission to lock the manifest.
 """
 
 from __future__ import annotations
@@ -43,25 +45,25 @@ from lightning_trak.storage.schemas import Schema, anything, are_same, as_json, 
 
 MANIFEST = "manifest.json"
 
-# The locks of this process, by its id and the file: runs of one process share a lock, and the newest may replace it.
+# The locks of this process, by process id and file. Runs of one process share a lock, and the newest may replace it.
 _held: WeakValueDictionary[tuple[int, int, int], Lock] = WeakValueDictionary()
 
 
 @dataclass(frozen=True)
 class DirectoryKind:
-    """What all directories of a kind have in common.
+    """A kind of directory, and what all directories of this kind have in common.
 
     Attributes:
-        name: what one is called where there is none, such as ``"feature store"``.
-        short_name: what one is called in other messages, such as ``"store"``.
-        version: the ``"format"`` in its manifest that this version reads.
-        schema: what the manifest must be like, sealed by a checksum. A function of a module can be pickled.
-        advice: what to do if there is none, such as ``"call featurize first"``.
-        folders: patterns of the folders in it that files are written to.
-        results: pattern of the files that runs are for: a directory that has one stays with its identity.
-        results_name: what these are called in messages, such as ``"shards"``.
+        name: its name in the message that there is none, such as ``"feature store"``.
+        short_name: its name in other messages, such as ``"store"``.
+        version: the ``"format"`` in the manifest that this version reads.
+        schema: the schema of the manifest, with a checksum. A function at the top of a module can be pickled.
+        advice: what to do if there is no such directory, such as ``"call featurize first"``.
+        folders: patterns of the folders in the directory that files are written to.
+        results: pattern of result files. If a directory has one, its identity cannot be replaced.
+        results_name: the name of results in messages, such as ``"shards"``.
         remains: patterns of other files that lose their meaning with the identity.
-        settled: fields of the manifest that need not be those that a run asks for: the first run decides on them.
+        settled: fields of the manifest that the first run decides. Later runs may ask for other values of them.
     """
 
     name: str
@@ -77,28 +79,28 @@ class DirectoryKind:
 
 
 class ClaimedDirectory:
-    """A directory that belongs to one identity, see above.
+    """A directory that belongs to one identity, see the docstring of this module.
 
     Args:
-        directory: local or mounted; made on first use.
-        kind: what kind of directory it is.
-        content: the manifest of a new one, as JSON-able values, without format and checksum. ``"identity"`` has what
-            the files in it depend on; one that exists must have been made with the same values in all these fields.
-        difference: says in words what of a field the manifest has, and what of it this run has, given the field's name
-            and the two values.
-        user: what to call this run in errors, such as ``"one"``: "this one has ...".
-        read_only: it must exist, and is not changed; other runs may claim it meanwhile.
+        directory: a local or mounted directory. It is made on first use.
+        kind: the kind of directory.
+        content: the manifest of a new directory in JSON's types, without format and checksum. ``"identity"`` holds what
+            the files in the directory depend on. An existing directory must have the same values in all these fields.
+        difference: given a field's name and the values of the manifest and of this run, returns two texts: what the
+            manifest has, and what this run has.
+        user: the name of this run in errors, such as ``"one"`` in "this one has ...".
+        read_only: the directory must exist, and it is not changed. Other runs may claim it in the meantime.
 
     Attributes:
         path: the directory.
-        manifest: its content.
-        key: stands for the identity.
+        manifest: the content of the manifest.
+        key: a digest of the identity.
 
     Raises:
-        FileNotFoundError: if it is to be read only and there is none.
-        NotADirectoryError: if something else is in the directory's place.
-        ValueError: if the directory is of another identity, naming the first difference; its manifest is damaged; or it
-            has results but no manifest.
+        FileNotFoundError: if ``read_only`` is true and there is no such directory.
+        NotADirectoryError: if there is something else in the place of the directory.
+        ValueError: if the directory has another identity (the error names the first difference), its manifest is
+            damaged, or it has results but no manifest.
         OSError: if it cannot be read or written.
     """
 
@@ -126,13 +128,13 @@ class ClaimedDirectory:
         self.key = hashlib.sha256(json.dumps(self.manifest["identity"], sort_keys=True).encode()).hexdigest()
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_lock": None}  # a copy, here or in another process, is not what keeps others out
+        return vars(self) | {"_lock": None}  # a copy holds no lock
 
     def require_unchanged(self) -> None:
-        """Check that the directory still belongs to this run, before something is written to it.
+        """Check that the directory still belongs to this run. Call it before a file is written.
 
         Raises:
-            RuntimeError: if a later run of this process has claimed it, or somebody has changed the manifest.
+            RuntimeError: if a later run of this process has claimed the directory, or if the manifest was changed.
         """
         if read_manifest(self.path, self._kind) != self.manifest:
             raise RuntimeError(
@@ -140,10 +142,10 @@ class ClaimedDirectory:
             )
 
     def _claim(self, content: dict[str, Any]) -> bool:
-        """Make a manifest, join the runs of the one that is there, or replace it.
+        """Make a manifest, join the runs of the existing manifest, or replace it.
 
         Returns:
-            False if another process has changed what is there meanwhile.
+            False if another process has changed the directory in the meantime. Then try again.
         """
         path = self.path / MANIFEST
         if not os.path.lexists(path):
@@ -163,7 +165,9 @@ class ClaimedDirectory:
             return True
         try:
             if not alone and not lock.take(shared=True, wait=False):
-                lock.take(shared=True)  # another process has it alone, and is about to replace it or to let it go
+                lock.take(
+                    shared=True
+                )  # wait: another process has an exclusive lock, and will replace the manifest or release the lock
                 return False
             if not lock.is_on(path):
                 return False
@@ -181,13 +185,13 @@ class ClaimedDirectory:
             return True
         finally:
             if lock is not opened:
-                lock.take(shared=True)  # it belongs to earlier runs of this process
+                lock.take(shared=True)  # earlier runs of this process need it
             if self._lock is not opened:
                 opened.close()
 
     def _create(self, content: dict[str, Any]) -> bool:
         if self._has_results():
-            if os.path.lexists(self.path / MANIFEST):  # another process has made it, and a result, meanwhile
+            if os.path.lexists(self.path / MANIFEST):  # another process has just made it, and a result
                 return False
             raise ValueError(f'"{self.path}" holds {self._kind.results_name} but no {MANIFEST}; use another directory')
         try:
@@ -204,7 +208,7 @@ class ClaimedDirectory:
 
     def _write(self, content: dict[str, Any], replace: bool) -> None:
         text = json_text(with_checksum({"format": self._kind.version, **content}))
-        manifest = parse_json(text.encode(), self._kind.schema)  # what could not be read again is not written
+        manifest = parse_json(text.encode(), self._kind.schema)  # nothing is written that could not be read again
         lock: Lock | None = None
 
         def write(temporary: Path) -> None:
@@ -230,7 +234,7 @@ class ClaimedDirectory:
         return {field: value for field, value in content.items() if field not in apart} | identity
 
     def _differing(self, content: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-        """Fields in which this run differs from the manifest, each with what that has and what this run has."""
+        """Fields in which this run differs from the manifest: name, value of the manifest, value of this run."""
         stored, wanted = self._compared(self.manifest), self._compared(content)
         fields = [(field, stored.get(field), mine) for field, mine in wanted.items()]
         return [(field, theirs, mine) for field, theirs, mine in fields if not are_same(theirs, mine)]
@@ -258,12 +262,12 @@ def read_manifest(directory: str | os.PathLike[str], kind: DirectoryKind) -> dic
     """The manifest of a directory.
 
     Args:
-        directory: where it is.
-        kind: what kind of directory it should be.
+        directory: the directory.
+        kind: the kind of directory that is expected.
 
     Raises:
-        FileNotFoundError: if there is none.
-        ValueError: if it is not one of this kind, or of another format.
+        FileNotFoundError: if there is no manifest.
+        ValueError: if the manifest is not of this kind, or has another format.
         OSError: if it cannot be read.
     """
     path = local_directory(directory, kind.name) / MANIFEST

@@ -1,7 +1,7 @@
-"""Local files: written so that a reader, or a crash, never meets half of one; checked when they are read.
+"""Local files. A file is there as a whole or not at all, even after a crash, and it is checked when it is read.
 
-What a process is writing lies in a hidden folder beside the file, ``.NAME.HOST-PID-RANDOM.tmp``: whatever is used to
-write it, all that a killed process leaves is in there, and :func:`remove_leftovers` knows whose it was.
+A process writes a file in a hidden folder beside it, ``.NAME.HOST-PID-RANDOM.tmp``, and then moves it. A killed process
+leaves files in this folder only. The name of the folder tells :func:`remove_leftovers` which process made it.
 """
 
 import errno
@@ -30,16 +30,16 @@ from lightning_trak.storage.paths import kind_of
 from lightning_trak.storage.schemas import Schema, anything, parse_json, sealed, sha256, with_checksum
 
 _LEFTOVER = re.compile(r"\..+\.(?P<host>[0-9a-f]{12})-(?P<pid>[0-9]{1,9})-[0-9a-f]{8}\.tmp")
-_SECONDS_KEPT = 24 * 3600  # what a process on another host writes: nobody can tell from here whether it lives
+_SECONDS_KEPT = 24 * 3600  # for files of a process on another host, since this host cannot know whether it is alive
 _MAX_JSON_BYTES = 1 << 28
 _HEADER = sealed({"sha256": sha256}, others=anything)
 
 
 class DamagedFileError(ValueError):
-    """A file is not what was written.
+    """The content of a file is not what was written.
 
     Args:
-        path: of the file.
+        path: the file.
         reason: what is wrong, such as ``"is a FIFO, not a file"``.
     """
 
@@ -52,22 +52,22 @@ class DamagedFileError(ValueError):
 
 
 def altered(path: Path, reason: str) -> DamagedFileError:
-    """The error that a file's content is wrong."""
+    """The error for a file with wrong content."""
     return DamagedFileError(path, f"is truncated or altered ({reason})")
 
 
 def write_atomically(path: Path, write: Callable[[Path], object], replace: bool = True) -> None:
-    """Write a file elsewhere on its disk, flush it, and move it into place.
+    """Write a file in a temporary folder on the same disk, flush it, and move it into place.
 
     Args:
-        path: where the file will be; with the process's umask.
-        write: writes the content to the path that it is given.
-        replace: whether a file that stands there is replaced, in one step.
+        path: the path of the file. Its permissions follow the process's umask.
+        write: a function that writes the content to the path that it gets.
+        replace: whether to replace an existing file, in one step.
 
     Raises:
-        FileExistsError: if ``replace`` is false and a file stands there, which is then left as it is.
-        NotADirectoryError: if a file is in the way of its folder.
-        OSError: if it cannot be written.
+        FileExistsError: if ``replace`` is false and there is a file, which is not changed.
+        NotADirectoryError: if there is a file in the place of its folder.
+        OSError: if the file cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,12 +77,12 @@ def write_atomically(path: Path, write: Callable[[Path], object], replace: bool 
     temporary = folder / f".{path.name}"
     folder.mkdir()
     try:
-        usual = folder / "usual"  # not the file itself: some file systems are slow to replace one
+        usual = folder / "usual"  # not the file itself, since some file systems replace files slowly
         usual.touch()
         mode = stat.S_IMODE(usual.stat().st_mode)
         with _os_errors(path):
             write(temporary)
-        if stat.S_IMODE(temporary.stat().st_mode) != mode:  # safetensors makes files that nobody else may read
+        if stat.S_IMODE(temporary.stat().st_mode) != mode:  # safetensors makes files that only this user may read
             temporary.chmod(mode)
         _flush(temporary)
         if replace:
@@ -95,17 +95,17 @@ def write_atomically(path: Path, write: Callable[[Path], object], replace: bool 
 
 
 def _move_new(temporary: Path, path: Path) -> None:
-    """Move a file to where no file is; of several processes that try, one can.
+    """Move a file to a path where there is no file. If several processes try, only one can do it.
 
     Raises:
-        FileExistsError: if there is one.
+        FileExistsError: if there is a file already.
     """
     try:
         os.link(temporary, path)
     except FileExistsError:
         raise
-    except OSError:  # this file system may have no hard links; if anything else is wrong, moving fails as well
-        # A lock, rather than a claim in a file: the kernel takes it from a process that dies.
+    except OSError:  # this file system may have no hard links; after any other error, the move fails, too
+        # A lock is better than a file that says who is writing: when a process dies, the kernel releases its lock.
         with closing(_lock_directory(path.parent)):
             if os.path.lexists(path):
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
@@ -118,8 +118,8 @@ def _lock_directory(directory: Path) -> Lock:
         lock.take()
     except OSError as error:
         raise OSError(
-            f'"{directory}" is on a file system with neither hard links nor locks ({error}), where two runs could'
-            " not be kept apart; use another directory"
+            f'"{directory}" is on a file system with neither hard links nor locks ({error}), so two runs could write'
+            " the same file; use another directory"
         ) from error
     return lock
 
@@ -136,7 +136,7 @@ def _flush_directory(path: Path) -> None:
     try:
         _flush(path)
     except OSError as error:
-        # Some file systems cannot flush a directory, and keep what was moved as safe as they can.
+        # Some file systems cannot flush a directory. They keep moved files as safe as they can.
         unable = (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES, errno.EPERM)
         if error.errno not in unable:
             raise
@@ -144,22 +144,22 @@ def _flush_directory(path: Path) -> None:
 
 @functools.cache
 def _host() -> str:
-    """This machine since it was started, and what it is that process ids are unique in."""
+    """A digest for this machine since its last start, and for the namespace of process ids."""
     parts = [platform.node()]
-    with suppress(OSError):  # only Linux has these
+    with suppress(OSError):  # these files exist on Linux only
         parts += [Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Remove what :func:`write_atomically` was writing to a directory in processes that were killed.
+    """Remove temporary folders of :func:`write_atomically` in a directory, if the processes that made them are dead.
 
-    What processes of other hosts write is left for a day.
+    Folders of processes on other hosts are removed after a day.
     """
     for name in os.listdir(directory) if directory.exists() else []:
         writer = _LEFTOVER.fullmatch(name)
         if writer and _is_dead(directory / name, writer["host"], int(writer["pid"])):
-            shutil.rmtree(directory / name, ignore_errors=True)  # another user's may stay: it is in nobody's way
+            shutil.rmtree(directory / name, ignore_errors=True)  # a folder of another user may stay; it does no harm
 
 
 def _is_dead(leftover: Path, host: str, pid: int) -> bool:
@@ -169,14 +169,14 @@ def _is_dead(leftover: Path, host: str, pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return True
-    except (PermissionError, FileNotFoundError):  # it is another user's; its writer has just finished
+    except (PermissionError, FileNotFoundError):  # the process is another user's, or has just finished
         pass
     return False
 
 
 @contextmanager
 def _os_errors(path: Path) -> Iterator[None]:
-    """Safetensors says in words alone what the system would not do."""
+    """Turn a system error that safetensors reports as text into an OSError with its number."""
     try:
         yield
     except SafetensorError as error:
@@ -201,7 +201,7 @@ def read_json(path: Path, schema: Schema) -> Any:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        DamagedFileError: if it is not what the schema wants, naming the field.
+        DamagedFileError: if the content does not fit the schema. The error names the field.
         OSError: if it cannot be read.
     """
     _require_file(path)
@@ -216,33 +216,33 @@ def read_json(path: Path, schema: Schema) -> Any:
 
 
 def _require_file(path: Path) -> None:
-    """Refuse what opening would wait for, or what has nothing to read."""
+    """Refuse anything but a regular file. Opening a pipe, for example, would wait."""
     mode = path.stat().st_mode
     if not stat.S_ISREG(mode):
         raise DamagedFileError(path, f"is {kind_of(mode)}, not a file")
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], **metadata: Any) -> None:
-    """Write a safetensors file as :func:`write_atomically` does, with checksums and JSON-able metadata."""
+    """Write a safetensors file as :func:`write_atomically` does, with a checksum and metadata in JSON's types."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     content = with_checksum({"sha256": tensor_digest(tensors), **metadata})
-    # One entry, since safetensors writes several in any order, and equal content should give equal files.
+    # One entry, since safetensors writes several entries in any order. Equal content should give equal files.
     header = {"lightning_trak": json.dumps(content)}
     write_atomically(path, lambda temporary: save_file(tensors, temporary, header))
 
 
 def load_tensors(path: Path, verify: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what :func:`save_tensors` wrote, memory-mapped.
+    """Read a file of :func:`save_tensors`. The tensors are memory-mapped.
 
     Args:
-        path: of the file.
+        path: the file.
         verify: whether to compare the checksum with the tensors.
 
     Returns:
-        The tensors and the metadata, ``"sha256"`` among them.
+        The tensors, and the metadata with ``"sha256"``.
 
     Raises:
-        DamagedFileError: if the file is truncated or altered, saying how.
+        DamagedFileError: if the file is truncated or altered. The error says what is wrong.
         OSError: if it cannot be read.
     """
     with open_safetensors(path) as file:
@@ -254,10 +254,10 @@ def load_tensors(path: Path, verify: bool = True) -> tuple[dict[str, Tensor], di
 
 
 def load_metadata(path: Path) -> dict[str, Any]:
-    """The metadata of what :func:`save_tensors` wrote.
+    """The metadata of a file of :func:`save_tensors`.
 
     Raises:
-        DamagedFileError: as :func:`load_tensors`.
+        DamagedFileError: if the file is truncated or altered. The error says what is wrong.
         OSError: if it cannot be read.
     """
     with open_safetensors(path) as file:
@@ -280,11 +280,11 @@ def open_safetensors(path: Path) -> Iterator[Any]:
     """Open any safetensors file.
 
     Raises:
-        DamagedFileError: if it is truncated, or no such file.
-        OSError: if it cannot be read, naming it.
+        DamagedFileError: if the file is truncated, or is not a safetensors file.
+        OSError: if it cannot be read. The error names the file.
     """
     _require_file(path)
-    with path.open("rb"):  # safetensors says "no such file" of one that it may not read
+    with path.open("rb"):  # without read permission, safetensors would report "no such file"
         pass
     try:
         with _os_errors(path), safe_open(path, framework="pt") as file:

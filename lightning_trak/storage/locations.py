@@ -1,4 +1,4 @@
-"""Where files are: on this machine's file system, or where a URL says."""
+"""Locations of files: paths on this machine, and URLs."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ _LOCAL_URL = re.compile(r"(file|local)://|file:(?=/)")
 def locate(location: str | os.PathLike[str]) -> tuple[Any, str]:
     """Find the file system of a path or URL.
 
-    What does not begin as a URL is a local path, whatever it contains: ``a::b``, ``50%``, ``#1``. Local paths are made
-    absolute, with ``~`` and symbolic links resolved, so that one place has one name.
+    A text that does not begin like a URL is a local path, even with special characters: ``a::b``, ``50%``, ``#1``.
+    Local paths become absolute, and ``~`` and symbolic links are resolved, so that each file has one name only.
 
     Args:
         location: a path, or a URL that fsspec understands, such as ``s3://bucket/run`` or ``file:///home/me/run``.
 
     Returns:
-        The fsspec file system, and the path there.
+        The fsspec file system, and the path in it.
 
     Raises:
-        TypeError: if it is not text.
-        ValueError: if it is empty, or a URL that fsspec does not understand.
+        TypeError: if the location is not text.
+        ValueError: if it is empty, or if fsspec does not understand the URL.
         ImportError: if the URL needs a package that is not installed.
     """
     text = os.fspath(location)
@@ -53,20 +53,20 @@ def locate(location: str | os.PathLike[str]) -> tuple[Any, str]:
         raise ImportError(f'"{text}" needs a package that is not installed: {error}') from error
     except ValueError as error:
         raise ValueError(
-            f'"{text}" is no URL that fsspec understands, {error}; use a path, or a URL such as "s3://bucket/run"'
+            f'fsspec does not understand the URL "{text}" ({error}); use a path, or a URL such as "s3://bucket/run"'
         ) from error
     return filesystem, str(path)
 
 
 def require_regular(path: str) -> None:
-    """Check that a local path, if anything is there, leads to a file: a pipe would be waited for.
+    """Check that a local path is a regular file or does not exist. A pipe, for example, would block the reader.
 
     Raises:
-        ValueError: if it leads to something else, or nowhere.
+        ValueError: if it is something else, or a broken link.
     """
     if os.path.lexists(path) and not os.path.isfile(path):
         found = "a directory" if os.path.isdir(path) else "a link to nothing" if os.path.islink(path) else "no file"
-        raise ValueError(f'"{path}" is {found}, where a file was expected; move it away')
+        raise ValueError(f'"{path}" is {found}, and a file was expected; move it away')
 
 
 def _local(path: str) -> tuple[LocalFileSystem, str]:
@@ -74,8 +74,8 @@ def _local(path: str) -> tuple[LocalFileSystem, str]:
 
 
 def _require_chain(bits: list[str]) -> None:
-    """Refuse "::" after a file system that is not laid over another: fsspec would ignore what follows."""
+    """Refuse "::" after a file system that takes no other file system, since fsspec would ignore the rest."""
     for bit in bits[:-1]:
         kinds = get_filesystem_class(split_protocol(bit)[0] or bit).__mro__
         if not any("target_protocol" in inspect.signature(kind.__init__).parameters for kind in kinds):
-            raise ValueError(f'since "::" chains file systems, and "{bit}" takes no other')
+            raise ValueError(f'"::" chains file systems, but "{bit}" takes no other file system')

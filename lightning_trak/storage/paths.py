@@ -1,4 +1,4 @@
-"""Paths that users give, checked before anything is made of them."""
+"""Checks of paths from the user, before anything is written."""
 
 import os
 import re
@@ -10,17 +10,17 @@ def local_path(path: str | os.PathLike[str], what: str) -> Path:
     """A path on a disk, with ``~`` as the home directory.
 
     Args:
-        path: what the user gave.
-        what: what is there, such as ``"store"``, for messages.
+        path: the path from the user.
+        what: what the path is for, such as ``"store"``, in messages.
 
     Raises:
-        ValueError: if it is a URL, or the user of ``~user`` is unknown.
+        ValueError: if the path is a URL, or if the user in ``~user`` is unknown.
     """
-    # As a Path, "s3://bucket" has become "s3:/bucket"; a drive has one letter.
+    # A Path turns "s3://bucket" into "s3:/bucket". A drive such as "C:/" has one letter.
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", str(path))
     if scheme or "://" in str(path):
         local = scheme is not None and scheme[1].lower() in ("file", "local")
-        advice = "mount the bucket and give the path where it is mounted, or use a local path and copy it there later"
+        advice = "mount the bucket and give the path of the mount, or use a local path and copy the files later"
         if local:
             advice = "give the path alone, without the scheme"
         raise ValueError(f'a {what} must be on a disk, local or mounted, got "{path}"; {advice}')
@@ -31,15 +31,15 @@ def local_path(path: str | os.PathLike[str], what: str) -> Path:
 
 
 def local_directory(path: str | os.PathLike[str], what: str) -> Path:
-    """A directory on a disk, which exists or can be made.
+    """A directory on a disk that exists or can be made.
 
     Args:
-        path: what the user gave.
-        what: what is there, such as ``"store"``, for messages.
+        path: the path from the user.
+        what: what the path is for, such as ``"store"``, in messages.
 
     Raises:
         ValueError: as :func:`local_path`.
-        NotADirectoryError: if something that is no directory is in its place, or in that of one above it.
+        NotADirectoryError: if the path, or one of its parents, exists and is not a directory.
     """
     directory = local_path(path, what)
     for part in (directory, *directory.parents):
@@ -61,6 +61,6 @@ def local_directory(path: str | os.PathLike[str], what: str) -> Path:
 
 
 def kind_of(mode: int) -> str:
-    """What there is, by its mode."""
+    """The kind of a file, by its mode, in words."""
     kinds = {stat.S_IFREG: "a file", stat.S_IFDIR: "a directory", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
     return kinds.get(stat.S_IFMT(mode), "a device")

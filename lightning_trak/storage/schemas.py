@@ -1,6 +1,7 @@
-"""What JSON from a file must be like, checked before any of it is used.
+"""Schemas: checks of JSON from a file, before any of it is used.
 
-A schema is a function of a field's name and its value, which raises a ValueError that names both unless they fit.
+A schema is a function of a field's name and its value. If the value is not allowed, it raises a ValueError that names
+both.
 """
 
 import hashlib
@@ -13,15 +14,15 @@ from typing import Any
 
 Schema = Callable[[str, Any], None]
 
-_TOP = "it"  # what errors call the whole
+_TOP = "it"  # the name of the whole content in errors
 
 
 def parse_json(content: bytes, schema: Schema) -> Any:
     """The JSON in a file's content.
 
     Raises:
-        ValueError: saying what is wrong with it: not JSON in UTF-8, a key twice, a number that is not finite, or
-            something that the schema does not allow.
+        ValueError: if the content is not JSON in UTF-8, has a key twice, has a number that is not finite, or is not
+            allowed by the schema. The error says what is wrong.
     """
     try:
         value = json.loads(
@@ -34,12 +35,12 @@ def parse_json(content: bytes, schema: Schema) -> Any:
 
 
 def as_json(value: Any) -> Any:
-    """A value as it comes back from JSON: tuples as lists, and numbers that JSON does not have as their names."""
+    """A value as JSON gives it back: tuples become lists, and numbers that are not finite become their names."""
     return json.loads(json.dumps(value), parse_constant=str)
 
 
 def are_same(one: Any, other: Any) -> bool:
-    """Whether two JSON-able values are the same, in type too: 1, 1.0 and true are not."""
+    """Whether two values in JSON's types are the same, with the same types: 1, 1.0 and true are different."""
     return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
 
 
@@ -70,7 +71,7 @@ def anything(field: str, value: Any) -> None:
 
 
 def integer(low: int, high: int) -> Schema:
-    """A whole number from ``low`` to ``high``; neither true nor 1.0 is one."""
+    """A whole number from ``low`` to ``high``. true and 1.0 are not whole numbers here."""
 
     def check(field: str, value: Any) -> None:
         _require(type(value) is int and low <= value <= high, field, f"a whole number from {low} to {high}", value)
@@ -84,7 +85,7 @@ def boolean(field: str, value: Any) -> None:
 
 
 def text(pattern: str = r"(?s:.*)", expected: str = "a text") -> Schema:
-    """A string that matches a pattern as a whole; ``expected`` says in words what that is."""
+    """A string that matches a whole pattern. ``expected`` describes the pattern in errors."""
 
     def check(field: str, value: Any) -> None:
         _require(isinstance(value, str) and re.fullmatch(pattern, value) is not None, field, expected, value)
@@ -105,7 +106,7 @@ def one_of(*allowed: str) -> Schema:
 
 
 def items(schema: Schema, least: int = 0) -> Schema:
-    """A list of at least so many values."""
+    """A list of at least ``least`` values."""
 
     def check(field: str, value: Any) -> None:
         expected = "a list" if not least else f"a list of at least {least}"
@@ -117,7 +118,7 @@ def items(schema: Schema, least: int = 0) -> Schema:
 
 
 def row(*schemas: Schema) -> Schema:
-    """A list of just these."""
+    """A list with one value for each of these schemas."""
 
     def check(field: str, value: Any) -> None:
         _require(isinstance(value, list) and len(value) == len(schemas), field, f"a list of {len(schemas)}", value)
@@ -133,12 +134,12 @@ parameters = items(row(text(), items(integer(0, 1 << 62))))  # names and shapes
 def record(
     fields: Mapping[str, Schema], optional: Mapping[str, Schema] | None = None, others: Schema | None = None
 ) -> Schema:
-    """An object.
+    """A JSON object.
 
     Args:
-        fields: those that it must have.
-        optional: those that it may have.
-        others: what all its other fields must be like; None if it may have none.
+        fields: the fields that it must have.
+        optional: the fields that it may have.
+        others: the schema of all other fields; None: there must be no others.
     """
     known = {**fields, **(optional or {})}
 
@@ -157,12 +158,12 @@ def record(
 
 
 def with_checksum(content: dict[str, Any]) -> dict[str, Any]:
-    """Content with a checksum of itself, as :func:`sealed` wants it."""
+    """Content with its own checksum, as :func:`sealed` expects."""
     return content | {"checksum": _checksum(content)}
 
 
 def sealed(fields: Mapping[str, Schema], others: Schema | None = None) -> Schema:
-    """A :func:`record` that has not been changed since :func:`with_checksum`."""
+    """A :func:`record` with the checksum of :func:`with_checksum`, which must match its content."""
     schema = record({**fields, "checksum": sha256}, others=others)
 
     def check(field: str, value: Any) -> None:

@@ -1,4 +1,4 @@
-"""Files that a user names: they are there and can be read, or the error says what to do."""
+"""Files that a user names. If one is missing or cannot be read, the error says what to do."""
 
 from pathlib import Path
 
@@ -9,15 +9,15 @@ from lightning_trak.storage.paths import local_path
 
 
 def existing_path(path: str | Path, advice: str) -> Path:
-    """The path of something on a disk that must exist.
+    """A path on a disk that must exist.
 
     Args:
-        path: what the user gave.
-        advice: what to do if nothing is there, for the error.
+        path: the path from the user.
+        advice: what to do if there is no such file, for the error.
 
     Raises:
-        FileNotFoundError: if nothing is there.
-        ValueError: if it is a URL.
+        FileNotFoundError: if there is no such file.
+        ValueError: if the path is a URL.
     """
     path = local_path(path, "file")
     try:
@@ -28,11 +28,11 @@ def existing_path(path: str | Path, advice: str) -> Path:
 
 
 def unreadable(error: DamagedFileError, advice: str) -> ValueError:
-    """The error that a file of the user is damaged or of another kind.
+    """The error for a file of the user that is damaged or of another kind.
 
     Args:
-        error: what reading it raised.
-        advice: what to do about it.
+        error: the error from reading the file.
+        advice: what to do, for the error.
     """
     if isinstance(error.__cause__, SafetensorError):
         return ValueError(f'"{error.path}" is truncated or not a safetensors file: {error.__cause__}; {advice}')

@@ -551,5 +551,5 @@ def test_a_store_of_other_code_is_refused(tmp_path):
 def test_another_python_is_named_alone():
     before = {"python": "3.10", "Net.forward": "0123456789abcdef"}
     assert changes(before, {"python": "3.11", "Net.forward": "fedcba9876543210"}) == (
-        "Python is 3.11 and was 3.10, so that code cannot be compared"
+        "Python is 3.11 and was 3.10, so code cannot be compared"
     )

@@ -55,7 +55,7 @@ def test_parameters_without_elements_are_left_out():
     module.register_parameter("nothing", nn.Parameter(torch.empty(0, 3)))
     assert list(select_parameters(module)) == ["0.weight", "0.bias"]
     assert list(select_parameters(module, "*")) == ["0.weight", "0.bias"]
-    with pytest.raises(ValueError, match="parameters= chose parameters without elements alone: nothing"):
+    with pytest.raises(ValueError, match="parameters= chose only parameters without elements: nothing"):
         select_parameters(module, "nothing")
 
 

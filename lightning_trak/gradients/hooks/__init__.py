@@ -1,4 +1,4 @@
-"""Per-example gradients by module hooks: one small class per family of layers, and the engine that drives them."""
+"""Per-example gradients by module hooks: a small class for each family of layers, and the engine that uses them."""
 
 from lightning_trak.gradients.hooks.engine import HookEngine
 from lightning_trak.gradients.hooks.fsdp import ShardedHookEngine

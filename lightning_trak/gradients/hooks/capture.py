@@ -1,4 +1,4 @@
-"""Forward hooks, and the point where the backward pass gives a layer's output gradient."""
+"""Forward hooks, and an autograd function that captures the gradient of a layer's output."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ForwardHook = Callable[..., Tensor | None]  # (module, args, kwargs, output) -> 
 
 @contextmanager
 def attached(modules: Iterable[nn.Module], hook: ForwardHook) -> Iterator[None]:
-    """Call ``hook`` after the forward of each module, before the user's own hooks; it is removed at the end."""
+    """Inside this context, call ``hook`` after each module's forward, before the user's own forward hooks."""
     with ExitStack() as stack:
         for module in modules:
             handle = module.register_forward_hook(hook, prepend=True, with_kwargs=True)
@@ -23,26 +23,26 @@ def attached(modules: Iterable[nn.Module], hook: ForwardHook) -> Iterator[None]:
 
 
 class CaptureOutputGradient(torch.autograd.Function):
-    """The identity, in place, on a layer's output; its backward captures the gradient of that output.
+    """The identity on a layer's output, in place. Its backward captures the gradient of this output.
 
-    In place, so that what follows may itself work in place. The layer's input is saved by autograd, which notices if it
-    was overwritten, and which activation checkpointing can then discard and recompute.
+    It works in place, so that operations after it may work in place, too. Autograd saves the layer's input. So autograd
+    notices if the input was overwritten, and activation checkpointing can discard and recompute it.
     """
 
     @staticmethod
     def forward(
         ctx: Any, output: Tensor, anchor: Tensor, inputs: Tensor, receive: Callable[[Tensor, Tensor], None]
     ) -> Tensor:
-        """Return ``output``, which depends on ``anchor`` from now on: so the backward pass must reach it.
+        """Return ``output``, which now depends on ``anchor``, so that the backward pass reaches it.
 
         Args:
             ctx: autograd's context.
             output: the layer's output.
-            anchor: a leaf that requires a gradient, and never gets one.
+            anchor: a leaf that requires a gradient but never gets one.
             inputs: the layer's input.
             receive: called in the backward pass with the layer's input and the gradient of its output.
         """
-        del anchor  # it is needed as an edge in autograd's graph only
+        del anchor  # only its edge in autograd's graph is needed
         ctx.mark_dirty(output)
         ctx.save_for_backward(inputs)
         ctx.receive = receive

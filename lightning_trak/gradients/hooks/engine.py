@@ -1,4 +1,4 @@
-"""Per-example gradients of whole batches from one backward pass, which never forms a weight's gradient itself."""
+"""Per-example gradients of a whole batch from one backward pass over the layers' inputs and outputs."""
 
 from __future__ import annotations
 
@@ -29,28 +29,29 @@ Shapes = tuple[Any, ...]
 class HookEngine(GradientEngine):
     """Gradients by forward hooks on the layers: the input times the gradient of the output, layer by layer.
 
-    All parameters are frozen inside their layers, so the backward pass costs what the gradients of activations cost.
-    Each layer is done with as soon as the pass has reached it: :meth:`project` holds a few examples of one parameter.
+    All parameters are frozen inside their layers, so the backward pass computes gradients of activations only. A
+    layer's gradient is used as soon as the backward pass reaches the layer. So :meth:`project` holds the gradients of
+    one parameter at a time, for a few examples.
 
-    Three things are checked, since any of them would give a plausible wrong gradient:
+    Three mistakes would give wrong gradients that look right. Each of them is checked:
 
-    - Hooks see only what goes through a layer's own forward. Outside it, parameters are differentiated as usual; if one
-      gets a gradient there, the engine refuses.
-    - A layer's rows must belong to the examples that they are taken for. A second backward pass, in which examples have
-      different weights, shows it (:func:`~lightning_trak.gradients.hooks.ownership.misplaced`). It runs for every new
-      combination of the layers' calls and their shapes. If a layer has several rows for an example, or the model picks
-      rows by their values, other rows may belong to an example each time: then it runs for every batch.
-    - :meth:`check` compares with autograd.
+    - A parameter may be used outside its layer's own forward, where hooks do not see it. Outside the layers, parameters
+      are differentiated as usual. If a parameter gets a gradient there, the engine raises an error.
+    - A row of a layer's output may belong to another example than the hooks assume. A second backward pass shows this:
+      it gives the examples different weights (:func:`~lightning_trak.gradients.hooks.ownership.misplaced`). It runs for
+      every new combination of the layers' calls and shapes. In two cases, it runs for every batch, since rows may
+      belong to other examples each time: a layer has several rows for an example, or the model picks rows by values.
+    - A layer class may be wrong. :meth:`check` compares its gradients with those of autograd.
 
     Args:
         module: the model.
         output: the scalar output that is differentiated.
-        names: canonical parameter name -> name in ``module``; only these are differentiated.
-        autocast: what forward passes are autocast to, as by mixed precision. A layer's gradient is made in the
-            precision of its output, as autograd does.
+        names: canonical parameter name -> name in ``module``. Only these parameters are differentiated.
+        autocast: the dtype of autocast in forward passes, as with mixed precision. A layer's gradient is computed in
+            the precision of its output, as in autograd.
 
     Raises:
-        EngineError: if a parameter's module is not covered, see :meth:`uncovered`.
+        EngineError: if no layer class covers a parameter's module, see :meth:`uncovered`.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class HookEngine(GradientEngine):
 
     @staticmethod
     def uncovered(module: nn.Module, names: dict[str, str]) -> dict[str, str]:
-        """The parameters that hooks cannot differentiate, with the reasons, by canonical name.
+        """The canonical names of parameters that hooks cannot differentiate, each with the reason.
 
         Args:
             module: the model.
@@ -76,7 +77,7 @@ class HookEngine(GradientEngine):
         return find_tracked_modules(module, names)[1]
 
     def __call__(self, batch: ExampleBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """All examples in one forward and backward pass: see :meth:`GradientEngine.__call__`."""
+        """Differentiate all examples in one forward and backward pass, see :meth:`GradientEngine.__call__`."""
         rows: dict[str, Tensor] = {}
 
         def collect(tracked: TrackedModule, call: LayerCall) -> None:
@@ -91,22 +92,22 @@ class HookEngine(GradientEngine):
         }
 
     def project(self, batch: ExampleBatch, projection: BoundProjection, features: Tensor) -> Tensor:
-        """Project each layer's gradients as the backward pass reaches it: see :meth:`GradientEngine.project`."""
+        """Project a layer's gradients when the backward pass reaches it, see :meth:`GradientEngine.project`."""
         return self.backward(batch, LayerProjector(projection, features, self.parameters))
 
     def check(self, batch: ExampleBatch, tolerance: float = 1e-3) -> dict[str, str]:
-        """Compare the gradients of the first two examples with those of autograd for each of the two outputs.
+        """Compare the gradients of the first two examples with those of autograd.
 
-        Both go through the same batch: of one example alone, other kernels round otherwise, and a rectifier or maximum
-        that is nearly tied then turns rounding into another gradient.
+        Hooks and autograd use the same batch of two. For one example alone, kernels round differently. At a rectifier
+        near zero, or at a maximum of nearly equal numbers, this would give another gradient.
 
         Args:
             batch: the examples.
-            tolerance: largest relative error, in the norm of a parameter's gradients; never less than a few roundings
-                of their dtype. Gradients below 1e-5 of the whole are rounding noise.
+            tolerance: the largest relative error in the norm of a parameter's gradients. It is at least 8 rounding
+                errors of their dtype. Gradients below 1e-5 of the whole gradient's norm count as rounding noise.
 
         Returns:
-            The parameters that hooks get wrong, with what is wrong; empty if all is well.
+            The parameters for which hooks are wrong, each with the reason; empty if hooks are right.
         """
         batch = batch.take(slice(0, 2))
         wrong = {
@@ -129,15 +130,15 @@ class HookEngine(GradientEngine):
             rounding = rounding_of(self.autocast or self.parameters[name].dtype, self.parameters[name].device)
             if error > max(tolerance, 8 * rounding) * norms[name] + noise:
                 wrong[name] = (
-                    f"hooks give it a gradient that is off by {error:.3g} where autograd's has norm {norms[name]:.3g}:"
+                    f"hooks give it a gradient that is off by {error:.3g}, and autograd's has norm {norms[name]:.3g}:"
                     " it is also used outside its module's forward, or examples are not in the first dimension"
                 )
         return wrong
 
     def _pairs(self, batch: ExampleBatch) -> dict[str, tuple[Tensor, Tensor]]:
-        """The examples' gradients by hooks, and by autograd with a backward pass for each example.
+        """Sketches of the gradients by hooks, and by autograd with a backward pass for each example.
 
-        Sketches of them: the gradients of several examples may not fit in memory.
+        The whole gradients of several examples may not fit in memory.
         """
         parameters = list(self.parameters.values())
         sketches = Sketches(
@@ -161,11 +162,11 @@ class HookEngine(GradientEngine):
                     sketches.add_(row, name, gradient.reshape(1, -1))
 
     def backward(self, batch: ExampleBatch, receive: Receive) -> Tensor:
-        """Run the model forward and backward, and give each call of a tracked module to ``receive``.
+        """Run the model forward and backward, and pass each call of a tracked module to ``receive``.
 
         Args:
             batch: the examples.
-            receive: called with the module and its call, when the backward pass reaches them.
+            receive: called with the module and its call when the backward pass reaches this call.
 
         Returns:
             The outputs, shape ``(size,)``.
@@ -192,7 +193,7 @@ class HookEngine(GradientEngine):
         return values.detach()
 
     def _unproven(self, values: Tensor, size: int, signatures: tuple[Signature, ...]) -> bool:
-        """Whether it must be proved that rows belong to the examples that they are taken for."""
+        """Whether a second backward pass must check which examples rows belong to."""
         if size == 1:
             return False
         several_rows = any(rows != 1 for _, rows, _, _ in signatures)
@@ -204,7 +205,7 @@ class HookEngine(GradientEngine):
         return max(1e-6, min(0.05, 2**10 * rounding_of(self.autocast or parameter.dtype, parameter.device)))
 
     def _require_unused_outside(self, gradients: Iterable[Tensor | None]) -> None:
-        """Check that parameters, which are frozen inside their layers, got no gradients from elsewhere."""
+        """Check that parameters get no gradients outside their layers. Inside, they are frozen."""
         used = [
             name
             for name, gradient in zip(self.parameters, gradients, strict=False)
@@ -218,14 +219,14 @@ class HookEngine(GradientEngine):
             )
 
     def _on_any_rank(self, needed: bool) -> bool:
-        """Whether one of the processes that must take part in every backward pass needs another one."""
+        """Whether a rank needs one more backward pass; with FSDP2, all ranks must then take part in it."""
         return needed
 
     def _expansions(self, batch: ExampleBatch) -> dict[nn.Module, Expansion]:
         """How to expand the outputs that all examples share.
 
         Raises:
-            EngineError: if a module's output cannot be taken apart into examples.
+            EngineError: if a module's output cannot be split into examples.
         """
         expansions, refused = self._shared_outputs(batch)
         if refused:
@@ -238,9 +239,9 @@ class HookEngine(GradientEngine):
         return expansions
 
     def _shared_outputs(self, batch: ExampleBatch) -> SharedOutputs:
-        """Which modules share outputs in batches of these shapes, and which cannot be hooked."""
+        """Which modules have outputs that all examples share, and which cannot have hooks, in a batch like this."""
         if batch.size < 2:
-            return SharedOutputs({}, {})  # of a single example, everything belongs to that example
+            return SharedOutputs({}, {})  # with one example, every row belongs to it
         shapes = self._shapes(batch)
         if shapes not in self._shared:
             with self._eager():
@@ -250,11 +251,11 @@ class HookEngine(GradientEngine):
         return self._shared[shapes]
 
     def _shapes(self, batch: ExampleBatch) -> Shapes:
-        """The batches for which the shared outputs are the same."""
+        """A key for batches with the same shared outputs."""
         return batch.shapes()
 
     def _outside_parameters(self) -> list[nn.Parameter]:
-        """Parameters that are differentiated wherever a layer's own forward does not use them."""
+        """Parameters that are differentiated as usual outside their layer's own forward."""
         return list(self.parameters.values())
 
     @contextmanager
@@ -278,7 +279,7 @@ class HookEngine(GradientEngine):
 
     @contextmanager
     def _eager(self, parameters: Iterable[nn.Parameter] = ()) -> Iterator[None]:
-        """Only some parameters are differentiated by themselves, and no fused or compiled code skips the hooks."""
+        """Let only these parameters require gradients, and turn off compiled code, since it could skip the hooks."""
         with ExitStack() as stack:
             stack.enter_context(self._differentiating(parameters))
             stack.enter_context(torch.enable_grad())
@@ -293,7 +294,7 @@ class HookEngine(GradientEngine):
 
 
 def rounding_of(dtype: torch.dtype, device: torch.device) -> float:
-    """Relative rounding error of products in this dtype; on accelerators, float32 may be computed as TF32."""
+    """The relative rounding error of products in this dtype. Accelerators may compute float32 as TF32."""
     if dtype == torch.float32 and device.type != "cpu":
         return 2**-10
     return torch.finfo(dtype).eps

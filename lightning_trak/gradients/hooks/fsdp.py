@@ -1,4 +1,4 @@
-"""Hooks on a model that FSDP2 splits over ranks."""
+"""Hooks on a model that FSDP2 shards over ranks."""
 
 from __future__ import annotations
 
@@ -20,33 +20,36 @@ from lightning_trak.running.fsdp import mean_over_ranks
 
 
 class ShardedHookEngine(HookEngine):
-    """Hooks see inputs and output gradients, which are whole, so that sharded parameters need no gradients.
+    """A :class:`HookEngine` for models that FSDP2 shards.
 
-    Each forward and each backward pass gathers parameters from all ranks: they must call everything here equally often,
-    and the very first pass with the same examples. ``requires_grad`` of the parameters must be set before the first
-    forward pass, as FSDP2 copies it then.
+    Inputs and output gradients of layers are not sharded. Hooks use only these, so sharded parameters need no
+    gradients.
 
-    FSDP2 averages gradients over ranks, so :meth:`check` compares averages over ranks of what each has for its own
-    examples, of which there must be equally many. All ranks find the same.
+    Each forward and each backward pass gathers parameters from all ranks. So all ranks must call each method equally
+    often, and the very first pass must have the same examples on all ranks. Set ``requires_grad`` of the parameters
+    before the first forward pass, since FSDP2 copies it then.
+
+    FSDP2 averages gradients over ranks. So :meth:`check` averages the gradients by hooks over ranks, too, and compares
+    the averages. All ranks must have the same number of examples. The result is the same on all ranks.
 
     Args:
         module: the model.
         output: the scalar output that is differentiated.
-        names: canonical parameter name -> name in ``module``; only these are differentiated.
+        names: canonical parameter name -> name in ``module``. Only these parameters are differentiated.
 
     Raises:
-        ValueError: if a parameter's module is not covered.
+        ValueError: if no layer class covers a parameter's module.
     """
 
     @contextmanager
     def _computing(self) -> Iterator[None]:
-        """FSDP2 itself changes the module's attributes in a forward pass, so they are left as they become."""
+        """The context of forward passes. It does not restore attributes of the module, since FSDP2 changes them."""
         device = next(iter(self.parameters.values())).device.type
         with exact_attention(), torch.autocast(device, self.autocast, enabled=self.autocast is not None):
             yield
 
     def _shapes(self, batch: ExampleBatch) -> Shapes:  # noqa: ARG002
-        """All batches: shared outputs are found once, in the first :meth:`check`, when ranks have the same examples."""
+        """One key for all batches. Shared outputs are found once, in the first :meth:`check`, on the same examples."""
         return ()
 
     def _outside_parameters(self) -> list[nn.Parameter]:
@@ -74,7 +77,7 @@ class ShardedHookEngine(HookEngine):
                 weights = self.parameters[name].dtype
                 if used != weights and self.autocast is None:
                     raise ValueError(
-                        f"{name} has {weights} weights and is used in {used}; features are computed in the"
+                        f"{name} has {weights} weights and is used in {used}, but features are computed in the"
                         " precision of the weights: leave param_dtype out of fully_shard's MixedPrecisionPolicy"
                     )
             receive(tracked, call)
@@ -86,7 +89,7 @@ class ShardedHookEngine(HookEngine):
         return {name: (mean_over_ranks(found.clone()), expected) for name, (found, expected) in pairs.items()}
 
     def _differentiate(self, batch: ExampleBatch, sketches: Sketches, rows: Tensor) -> None:
-        """FSDP2 leaves a rank its part of the average gradient; each parameter's is whole for a moment."""
+        """As in :class:`HookEngine`. FSDP2 leaves each rank a shard; one whole gradient at a time is gathered."""
         with self._eager():
             for number, row in enumerate(torch.split(rows, 1)):
                 self.outputs(batch)[number].backward()  # type: ignore[no-untyped-call]

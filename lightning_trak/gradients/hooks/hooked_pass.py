@@ -1,4 +1,4 @@
-"""The hooks' state in one forward pass over a batch, and in the backward passes after it."""
+"""The state of the hooks in one forward pass over a batch and in its backward passes."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ Signature = tuple[str, int, torch.Size, torch.Size]
 
 @dataclass(eq=False)
 class _Call:
-    """One call of a tracked module in the forward pass, and what the backward passes find.
+    """One call of a tracked module in the forward pass, and norms from the backward passes.
 
     Attributes:
         tracked: the module.
-        rows: the rows of its output that each example has.
-        input_shape: of its input.
-        output_shape: of its output.
-        weighted_norms: of the rows of the output's gradient where each example's output has a weight.
-        norms: the same where all weights are 1; only if there are weighted norms.
+        rows: the number of rows of its output for each example.
+        input_shape: shape of its input.
+        output_shape: shape of its output.
+        weighted_norms: norms of the rows of the output's gradient, in the pass that gives examples different weights.
+        norms: the same norms in the pass where all weights are 1; set only if ``weighted_norms`` is set.
     """
 
     tracked: TrackedModule
@@ -43,12 +43,12 @@ class _Call:
 
 
 class HookedPass:
-    """Attach :meth:`on_forward` to the tracked modules, run the model, then call :meth:`backward`.
+    """One pass with hooks: attach :meth:`on_forward` to the tracked modules, run the model, then call :meth:`backward`.
 
     Args:
         tracked: the modules that the hook is attached to.
         size: the number of examples.
-        expansions: the modules whose outputs all examples share.
+        expansions: the modules with outputs that all examples share, and how to expand these outputs.
         receive: called in :meth:`backward` for each call of a tracked module.
     """
 
@@ -65,22 +65,22 @@ class HookedPass:
         self._receive = receive
         self._calls: list[_Call] = []
         self._weighted = False
-        # All outputs depend on it, so that the backward pass reaches layers whose inputs and weights are constants.
+        # All outputs depend on it. So the backward pass reaches layers with constant inputs and weights, too.
         self._anchor = torch.zeros((), requires_grad=True)
 
     @property
     def signatures(self) -> tuple[Signature, ...]:
-        """The path, the rows of each example and the shapes of input and output, for each call so far."""
+        """For each call so far: path, rows for each example, and shapes of input and output."""
         return tuple((call.tracked.path, call.rows, call.input_shape, call.output_shape) for call in self._calls)
 
     def on_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        """The forward hook: note the call, and capture the output's gradient in backward passes.
+        """The forward hook: record the call, and capture the output's gradient in backward passes.
 
         Raises:
-            EngineError: if the output's rows cannot be dealt out to the examples.
+            EngineError: if the output's rows cannot be divided equally among the examples.
         """
         if output.numel() == 0:
-            return output  # such as that of an expert that no token was sent to
+            return output  # such as an expert that gets no tokens
         tracked = self._tracked[module]
         inputs = (*args, *kwargs.values())[0]
         how = self._expansions.get(module)
@@ -104,42 +104,42 @@ class HookedPass:
             return
         if call.weighted_norms is not None:
             call.norms = row_norms(gradient)
-        if inputs.is_floating_point():  # not where they are indices
+        if inputs.is_floating_point():  # indices stay as they are
             inputs = inputs.to(gradient.dtype)
         self._receive(call.tracked, LayerCall(inputs, gradient, self._size))
 
     def backward_weighted(self, outputs: Tensor, weights: Tensor) -> None:
-        """A backward pass before :meth:`backward`, for :meth:`require_owned`.
+        """A backward pass with weights, for :meth:`require_owned`. Call it before :meth:`backward`.
 
         Args:
             outputs: the model's outputs, shape ``(size,)``.
-            weights: of the outputs, shape ``(size,)``.
+            weights: the weight of each output, shape ``(size,)``.
         """
         self._weighted = True
         torch.autograd.grad(outputs, self._anchor, weights, retain_graph=True, allow_unused=True)
         self._weighted = False
 
     def backward(self, outputs: Tensor, parameters: Sequence[nn.Parameter]) -> tuple[Tensor | None, ...]:
-        """The backward pass in which layers are received.
+        """The backward pass that calls ``receive`` for each call of a tracked module.
 
         Args:
             outputs: the model's outputs, shape ``(size,)``.
-            parameters: are differentiated in it as usual.
+            parameters: parameters that are differentiated as usual in the same pass.
 
         Returns:
-            The parameters' gradients; None where the outputs do not depend on them.
+            The gradients of these parameters; None if the outputs do not depend on a parameter.
         """
         return torch.autograd.grad(outputs.sum(), [self._anchor, *parameters], allow_unused=True)[1:]
 
     def require_owned(self, weights: Tensor, tolerance: float) -> None:
-        """Check that the rows of each output belong to the examples that they are taken for.
+        """Check that the rows of each output belong to the examples that hooks assume.
 
         Args:
-            weights: of :meth:`backward_weighted`.
+            weights: the weights of :meth:`backward_weighted`.
             tolerance: the largest difference, relative to the largest gradient.
 
         Raises:
-            EngineError: if they do not.
+            EngineError: if a row belongs to another example.
         """
         for call in self._calls:
             if call.norms is None or call.weighted_norms is None:

@@ -1,4 +1,4 @@
-"""Hooks where they cover, vmap for the parameters they leave out."""
+"""Hooks for the parameters that they cover, and vmap for the others."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from lightning_trak.projections.base import BoundProjection
 
 
 class MixedEngine(GradientEngine):
-    """A :class:`HookEngine` and a :class:`FunctionalEngine` side by side: two forward and backward passes.
+    """A :class:`HookEngine` and a :class:`FunctionalEngine` together: two forward and backward passes.
 
     Args:
         module: the model.
         output: the scalar output that is differentiated.
-        names: canonical parameter name -> name in ``module``; only these are differentiated.
-        vmapped: the canonical names to differentiate by vmap: some of ``names``, not all.
-        autocast: as for :class:`HookEngine`; vmap cannot follow it through normalisations and attention, and does not.
+        names: canonical parameter name -> name in ``module``. Only these parameters are differentiated.
+        vmapped: the canonical names to differentiate by vmap: some of ``names``, but not all.
+        autocast: as for :class:`HookEngine`. The pass by vmap runs without autocast, since vmap does not support it in
+            normalisations and attention.
     """
 
     def __init__(
@@ -44,13 +45,13 @@ class MixedEngine(GradientEngine):
         return MixedEngine(module, output, self.names, list(self._vmap.names))
 
     def __call__(self, batch: ExampleBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """All examples, in two passes."""
+        """Differentiate all examples in two passes."""
         values, rows = self._hooks(batch)
         rows |= self._vmap(batch)[1]
         return values, {name: rows[name] for name in self.names}
 
     def project(self, batch: ExampleBatch, projection: BoundProjection, features: Tensor) -> Tensor:
-        """Project both engines' gradients: see :meth:`GradientEngine.project`."""
+        """Project both engines' gradients, see :meth:`GradientEngine.project`."""
         self._vmap.project(batch, projection, features)
         return self._hooks.project(batch, projection, features)
 

@@ -1,4 +1,4 @@
-"""A check that each row of a layer's output belongs to the example that it is taken for."""
+"""A check that each row of a layer's output belongs to the example that hooks assume."""
 
 from __future__ import annotations
 
@@ -24,32 +24,33 @@ def row_norms(gradient: Tensor) -> Tensor:
 
 
 def misplaced(norms: Tensor, weighted: Tensor, weights: Tensor) -> float:
-    """How far rows are from belonging to the examples that they are taken for.
+    """How much the rows' gradients differ from those of rows that belong to the assumed examples.
 
-    Where only one example's output depends on a row, and that output gets a weight, the row's gradient gets the same
-    weight. A row that another example owns gets another one, and so does a row that several examples share.
+    If only one example's output depends on a row, and this output gets a weight, then the row's gradient gets the same
+    weight. A row of another example gets another weight, and so does a row that several examples share.
 
     Args:
-        norms: of the rows' gradients where every output has weight 1, shape ``(rows,)``.
-        weighted: where the outputs have weights.
-        weights: of the examples, shape ``(size,)``; ``rows`` is a multiple of ``size``, and an example's rows follow
-            each other.
+        norms: norms of the rows' gradients if every output has weight 1, shape ``(rows,)``.
+        weighted: norms of the rows' gradients if the outputs have ``weights``, shape ``(rows,)``.
+        weights: weights of the examples, shape ``(size,)``. ``rows`` is a multiple of ``size``, and the rows of an
+            example follow each other.
 
     Returns:
-        The largest difference to what is expected, relative to the largest gradient.
+        The largest difference from the expected norms, relative to the largest of them.
     """
     expected = norms * weights.repeat_interleave(len(norms) // len(weights)).to(norms)
     largest = expected.max()
     return float((weighted - expected).abs().max() / largest) if largest > 0 else 0.0
 
 
-# Operations whose rows depend on the values of tensors. Autograd functions of the user may do the same; ours do not.
+# Operations that may pick or order rows by the values of tensors. The user's autograd functions may do the same; those
+# of this package do not.
 _PICKING = ("Index", "Gather", "Scatter", "Masked", "Sort", "Topk", "Take", "Put", "Unique", "Repeat", "Flip", "Roll")
 _OURS = (f"{CaptureOutputGradient.__name__}Backward", "_OwnAndOthersBackward")
 
 
 def picks_rows(value: Tensor) -> bool:
-    """Whether the graph of a tensor has an operation that may put rows in another order, depending on their values."""
+    """Whether a tensor's graph has an operation that may pick or order rows by values."""
     waiting, seen = [value.grad_fn], {value.grad_fn}
     while waiting:
         node = waiting.pop()
@@ -66,7 +67,7 @@ def picks_rows(value: Tensor) -> bool:
 
 
 def _mixes_rows(node: Any, name: str) -> bool:
-    """Whether a node is of a product whose left side is a constant, which may be a permutation of rows."""
+    """Whether a node is a matrix product with a constant on the left, which may be a permutation of rows."""
     first = {"MmBackward0": 0, "BmmBackward0": 0, "AddmmBackward0": 1, "BaddbmmBackward0": 1}.get(name)
     if first is None:
         return False

@@ -1,4 +1,4 @@
-"""Projects each layer's gradients as the backward pass reaches it, and forms as little of them as it can."""
+"""Projects a layer's gradients when the backward pass reaches it, and forms only the parts that it needs."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from lightning_trak.projections.base import BoundProjection
 from lightning_trak.projections.kronecker import BoundKroneckerProjection
 from lightning_trak.projections.sparse import BoundSparseProjection
 
-# Gradients that are formed at a time. On a CPU they should stay in cache, and below the size from which the allocator
-# returns memory to the system after each use; elsewhere kernels should be few.
+# Bytes of gradients that are formed at a time. On a CPU, they should stay in cache. They should also stay below the
+# size from which the allocator returns memory to the system after each use. Elsewhere, few kernels are better.
 _CPU_BYTES = 1 << 22
 _ACCELERATOR_BYTES = 1 << 28
-# Rows of a gradient that are formed together at least: products with fewer are slow.
+# The fewest rows of a gradient that are formed together: products with fewer rows are slow.
 _CPU_ROWS, _ACCELERATOR_ROWS = 32, 1024
-# Drawing an element's target takes about as long as forming and adding this many elements, and this many bytes.
+# To draw the target of an element takes about as long as to form and add 50 elements, and it takes about 32 bytes.
 _DRAWING, _WORDS_BYTES = 50, 32
 
 
 class LayerProjector:
-    """Receives the calls of layers, and adds the layers' projected gradients to the features.
+    """Adds the projected gradients of each layer call to the features.
 
     Args:
         projection: a projection that is bound to the parameters.
@@ -53,7 +53,7 @@ class LayerProjector:
                 self._add_dense(*arguments)
 
     def _add_core(self, layer: Layer, attribute: str, name: str, call: LayerCall) -> bool:
-        """Project both sides of a gradient that need not be formed; False if it must be."""
+        """Project both sides of a gradient without forming it. Returns False if it must be formed."""
         if not isinstance(self._projection, BoundKroneckerProjection):
             return False
         left, right = (factor.to(call.output_gradient) for factor in self._projection.factors(name))
@@ -63,7 +63,7 @@ class LayerProjector:
         return cores is not None
 
     def _add_sparse(self, layer: Layer, attribute: str, name: str, call: LayerCall) -> bool:
-        """Project the rows that are not zero; False if that is not much less than projecting all."""
+        """Project only the rows that are not zero. Returns False if this would not save much."""
         if not isinstance(self._projection, BoundSparseProjection):
             return False
         nonzero = layer.nonzero_rows(attribute, call)
@@ -79,9 +79,10 @@ class LayerProjector:
         return True
 
     def _add_dense(self, layer: Layer, attribute: str, name: str, call: LayerCall) -> None:
-        """Form a few examples' gradients at a time, or a few of their rows if the layer can: then of more examples.
+        """Form and project the gradients in parts: a few examples at a time.
 
-        What the projection has to look up or draw for these rows, it does once for all the examples.
+        If the layer can form single rows of a gradient, a part has fewer rows and more examples. The projection then
+        generates its entries for these rows once for all these examples.
         """
         parameter = self._parameters[name]
         length = parameter.shape[0] if parameter.ndim else 1

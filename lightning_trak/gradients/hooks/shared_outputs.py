@@ -1,4 +1,4 @@
-"""Which outputs of a module belong to single examples, and which all examples share."""
+"""Finds out which outputs of a module belong to single examples, and which outputs all examples share."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from torch import Tensor, nn
 
 from lightning_trak.gradients.hooks.capture import attached
 
-# How a shared output gets a dimension of examples: its first one, of length 1, is expanded; or a new one is put first.
+# How a shared output gets a dimension for examples: its first dimension, of length 1, is expanded, or a new first
+# dimension is added.
 Expansion = Literal["expand", "unsqueeze"]
 
 
 class SharedOutputs(NamedTuple):
-    """What was found out about the outputs of modules.
+    """Modules with outputs that all examples share.
 
     Attributes:
-        expansions: how to expand the outputs of each module whose outputs all examples share.
-        refused: the reason why each module that cannot be hooked cannot.
+        expansions: these modules, and how to expand their outputs.
+        refused: modules that cannot have hooks, each with the reason.
     """
 
     expansions: dict[nn.Module, Expansion]
@@ -27,21 +28,21 @@ class SharedOutputs(NamedTuple):
 
 
 def expanded(tensor: Tensor, size: int, how: Expansion) -> Tensor:
-    """Give every example its own view of a tensor that all examples share; nothing is copied."""
+    """Give every example its own view of a tensor that all examples share. Nothing is copied."""
     if how == "unsqueeze":
         tensor = tensor.unsqueeze(0)
     return tensor.expand(size, *[-1] * (tensor.ndim - 1))
 
 
 def find_shared_outputs(modules: list[nn.Module], forward: Callable[[int], Tensor]) -> SharedOutputs:
-    """Compare the modules' output shapes between a batch of one and a batch of two.
+    """Compare the modules' output shapes for a batch of one example and a batch of two.
 
-    An output of the same shape, such as an embedding of positions, is shared: the model broadcasts it later, and its
-    gradient is a sum over examples. Expanding it must leave the model's outputs as they are.
+    If the shape is the same, as for an embedding of positions, all examples share the output. The model broadcasts it
+    later, and its gradient is a sum over examples. The model's outputs must stay the same when it is expanded.
 
     Args:
-        modules: the modules to watch.
-        forward: the outputs of the model on that many examples.
+        modules: the modules to compare.
+        forward: returns the outputs of the model for a batch of the given number of examples.
     """
     alone: dict[nn.Module, list[torch.Size]] = {module: [] for module in modules}
 
@@ -60,19 +61,20 @@ def find_shared_outputs(modules: list[nn.Module], forward: Callable[[int], Tenso
             found = comparison.result(complete=outputs is not None)
             if not found.expansions or (outputs is not None and _close(outputs[:1], expected[:1])):
                 return found
-    reason = "all examples share its output, and the model does not take one for each of them instead"
+    reason = "all examples share its output, and the model does not accept a separate output for each example"
     return SharedOutputs({}, found.refused | dict.fromkeys(found.expansions, reason))
 
 
 class _Comparison:
-    """A forward hook for a batch of two, which expands every output that has the same shape as for one example.
+    """A forward hook for a batch of two. It expands every output that has the same shape as for one example.
 
-    The engine's own pass expands them too, so what is computed from them has a dimension of examples there. The second
-    example gets other numbers, which the first one's output must not depend on.
+    The engine's own pass expands these outputs, too. So tensors that are computed from them have a dimension for
+    examples. The second example gets other numbers; the model's output for the first one must not depend on them.
 
     Args:
-        alone: output shapes on one example, call by call.
-        first_of_one: how to expand an output whose first dimension is 1; all others can be expanded in one way only.
+        alone: output shapes for one example, call by call.
+        first_of_one: how to expand an output with a first dimension of length 1. All others can be expanded in one way
+            only.
     """
 
     def __init__(self, alone: dict[nn.Module, list[torch.Size]], first_of_one: Expansion) -> None:
@@ -83,7 +85,7 @@ class _Comparison:
         self._calls = dict.fromkeys(alone, 0)
 
     def __call__(self, module: nn.Module, *call: Any) -> Tensor | None:
-        """Expand an output, or leave it as it is; for :func:`~lightning_trak.gradients.hooks.capture.attached`."""
+        """Expand a shared output. For use with :func:`~lightning_trak.gradients.hooks.capture.attached`."""
         output: Tensor = call[-1]
         number = self._calls[module]
         self._calls[module] += 1
@@ -105,10 +107,10 @@ class _Comparison:
         return None
 
     def result(self, *, complete: bool) -> SharedOutputs:
-        """What was found out.
+        """The shared outputs, and the modules that cannot have hooks.
 
         Args:
-            complete: whether the forward pass came to its end.
+            complete: whether the forward pass ended without an error.
         """
         refused = {}
         for module, kinds in self._kinds.items():

@@ -1,4 +1,4 @@
-"""A few numbers of each parameter's gradient, by which two gradients can be compared."""
+"""Sketches: a few numbers from each parameter's gradient, which are enough to compare two gradients."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from torch import Tensor
 
 from lightning_trak.projections.base import BoundProjection
 
-_WIDTH = 256  # numbers kept of a parameter's gradient
+_WIDTH = 256  # numbers in the sketch of a parameter's gradient
 _ROWS = 1 << 12  # summed at a time
 
 
 class Sketches(BoundProjection):
     """Random sums of the elements of each parameter's gradient, side by side in the order of the parameters.
 
-    A gradient is laid out in rows, which are added up with random signs: a count sketch (Charikar, Chen and
-    Farach-Colton 2002) whose hash is the position in the row. The squared length is kept on average, so gradients that
-    differ have sketches that differ about as much. It takes one pass over the gradient, and no memory of its size.
+    A gradient is split into rows of equal length, and the rows are added up with random signs. This is a count sketch
+    (Charikar, Chen and Farach-Colton 2002); its hash is the position in the row. The squared length is kept on average,
+    so the sketches of two gradients differ about as much as the gradients. A sketch takes one pass over the gradient,
+    and little memory.
 
     Args:
-        shapes: Shape of each parameter, by name.
-        device: Where gradients are.
-
+        shapes: shape of each parameter, by name.
+        device: where gradients are.
     """
 
     def __init__(self, shapes: Mapping[str, Sequence[int]], device: torch.device) -> None:
@@ -35,7 +35,7 @@ class Sketches(BoundProjection):
         self._columns = {name: slice(i * _WIDTH, (i + 1) * _WIDTH) for i, name in enumerate(self.sizes)}
 
     def of(self, features: Tensor, name: str) -> Tensor:
-        """The sketches of one parameter's gradients, of shape (batch, numbers kept)."""
+        """The sketches of one parameter's gradients, of shape (batch, 256)."""
         return features[:, self._columns[name]]
 
     def _add(self, features: Tensor, name: str, gradients: Tensor, start: int) -> None:

@@ -1,4 +1,4 @@
-"""Which modules hooks are attached to, and which parameters hooks leave out."""
+"""Finds the modules that hooks are attached to, and the parameters that hooks leave out."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from lightning_trak.gradients.hooks.layers import Layer, layer_of
 
 @dataclass(frozen=True, eq=False)
 class TrackedModule:
-    """A module that owns selected parameters, which hooks differentiate.
+    """A module with selected parameters that hooks differentiate.
 
     Args:
         path: the module's name in the model.
-        layer: how to differentiate it.
-        parameters: attribute of the module -> canonical parameter name; selected parameters only.
+        layer: the layer class's object for this module.
+        parameters: attribute of the module -> canonical parameter name, for selected parameters only.
     """
 
     path: str
@@ -36,15 +36,15 @@ class TrackedModule:
 
 
 def find_tracked_modules(module: nn.Module, names: dict[str, str]) -> tuple[list[TrackedModule], dict[str, str]]:
-    """Find a layer class for every module that owns selected parameters.
+    """Find a layer class for every module that has selected parameters.
 
     Args:
         module: the model.
         names: canonical parameter name -> name in ``module``.
 
     Returns:
-        The modules to attach hooks to, and, by canonical name, the reason why each other parameter is left out. A
-        parameter that is tied to several modules is left out if hooks cannot differentiate one of them.
+        The modules to attach hooks to. Then the parameters that hooks leave out: canonical name -> reason. If several
+        modules share a parameter and hooks cannot differentiate one of these modules, the parameter is left out.
     """
     parameters = dict(module.named_parameters())
     canonical = {parameters[raw]: name for name, raw in names.items()}
@@ -90,11 +90,11 @@ def _description(path: str, module: nn.Module) -> str:
 
 
 def coverage_report(left_out: Mapping[str, str], sizes: Mapping[str, int]) -> str:
-    """Say which parameters hooks leave out, what share of the gradient they are, and what to do.
+    """A text: which parameters hooks leave out, their share of all elements, and what to do.
 
     Args:
         left_out: canonical parameter name -> reason.
-        sizes: number of elements of every selected parameter.
+        sizes: canonical name of every selected parameter -> number of its elements.
     """
     total = sum(sizes.values())
     if not left_out:

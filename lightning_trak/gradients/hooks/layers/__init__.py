@@ -1,4 +1,4 @@
-"""Types of layers that hooks can differentiate: a file for each family. Importing the files fills the registry."""
+"""Types of layers that hooks can differentiate, with a file for each family. The imports here fill the registry."""
 
 from lightning_trak.gradients.hooks.layers.activation import PReLULayer
 from lightning_trak.gradients.hooks.layers.base import Layer, LayerCall, layer_of

@@ -1,4 +1,4 @@
-"""What hooks need to know of a type of layer: its per-example gradients, from its input and its output's gradient."""
+"""The base class of layers: per-example gradients from a layer's input and the gradient of its output."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ class LayerCall:
 class Layer(ABC):
     """Per-example gradients of one type of module. To add a type, derive a class that defines :meth:`gradient`.
 
-    ``covers=[...]`` registers the class for these types of modules. Types are matched exactly, since a subclass of a
-    module may compute anything in its own ``forward``; name the subclass too if its ``forward`` is the same.
+    ``covers=[...]`` registers the class for these types of modules. Types must match exactly, since a subclass of a
+    module may compute anything in its own ``forward``. If the ``forward`` of a subclass is the same, name it, too.
 
-    All other methods have defaults. They are shortcuts: a layer that has one is faster, or takes less memory.
+    All other methods have defaults. A class that defines them is faster or takes less memory.
 
-    A parameter's gradient is seen as a matrix G. Its rows are the parameter's first dimension, and its columns are all
-    the other dimensions. A vector is a matrix of one column.
+    Below, a parameter's gradient is a matrix G. Its rows are the parameter's first dimension. Its columns are all other
+    dimensions. A vector is a matrix of one column.
 
     Example:
         >>> import torch
@@ -68,7 +68,7 @@ class Layer(ABC):
         ...         return products.reshape(call.size, -1, self.module.gain.numel()).sum(1)
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), Gain(3))
         >>> batch = ExampleBatch((torch.ones(2, 4), torch.tensor([0, 2])), 2)
-        >>> HookEngine(model, ClassificationMargin(), select_parameters(model)).check(batch)  # {}: as by autograd
+        >>> HookEngine(model, ClassificationMargin(), select_parameters(model)).check(batch)  # {}: the same as autograd
         {}
 
     Args:
@@ -76,9 +76,9 @@ class Layer(ABC):
 
     Attributes:
         module: the module.
-        parameter_names: the module's own parameters that :meth:`gradient` is for, as the module's attributes are named.
+        parameter_names: the attributes of the module that hold the parameters for :meth:`gradient`.
         rows_are_inputs: whether the rows of the weight's matrix belong to the layer's inputs, and not to its outputs.
-            It matters for layers with :meth:`factors` only.
+            It is used only for layers with :meth:`factors`.
     """
 
     parameter_names: ClassVar[tuple[str, ...]] = ("weight", "bias")
@@ -133,12 +133,12 @@ class Layer(ABC):
         return False
 
     def gradient_rows(self, parameter: str, call: LayerCall, rows: range) -> Tensor:
-        """Some rows of G for each example, without the other rows. For parameters that :meth:`has_rows` names.
+        """Some rows of G for each example, without the other rows. It is called only if :meth:`has_rows` is true.
 
         Args:
             parameter: one of ``parameter_names``.
             call: the layer's input and its output's gradient.
-            rows: which rows; they follow each other.
+            rows: the range of rows.
 
         Returns:
             Shape ``(size, len(rows), columns)``.
@@ -146,7 +146,7 @@ class Layer(ABC):
         raise NotImplementedError(f"{type(self).__name__} must define gradient_rows(), since its has_rows() is true")
 
     def nonzero_rows(self, parameter: str, call: LayerCall) -> tuple[Tensor, Tensor] | None:  # noqa: ARG002
-        """The few rows of G that are not zero, for each example. Default: None, most rows are not zero.
+        """The rows of G that are not zero, if they are few, for each example. Default: None, they are not few.
 
         Args:
             parameter: one of ``parameter_names``.
@@ -165,7 +165,7 @@ class Layer(ABC):
         left: Tensor,  # noqa: ARG002
         right: Tensor,  # noqa: ARG002
     ) -> Tensor | None:
-        """``left.T @ G @ right`` for each example, without forming G. Default: None, G must be formed.
+        """``left.T @ G @ right`` for each example, without G itself. Default: None, G must be formed.
 
         Args:
             parameter: one of ``parameter_names``.
@@ -183,7 +183,9 @@ class Layer(ABC):
         return False
 
     def factors(self, call: LayerCall) -> tuple[Tensor, Tensor]:
-        """The factors of which the weight's gradient is a sum of outer products. For modules that :meth:`has_factors`.
+        """The two factors of the weight's gradient, which is a sum of their outer products over positions.
+
+        It is called only if :meth:`has_factors` is true.
 
         Args:
             call: the layer's input and its output's gradient.
@@ -196,7 +198,7 @@ class Layer(ABC):
 
 
 def layer_of(module: nn.Module) -> Layer | None:
-    """The layer of the class that covers the module's type, or else recognizes the module; None if no class does."""
+    """The layer of a module: by the class that covers its type, or else recognizes it; None if no class does."""
     kind = own_type(module)
     by_name = f"{kind.__module__}.{kind.__qualname__}"
     covering = Layer._by_type.get(kind) or Layer._by_type.get(by_name)

@@ -1,4 +1,4 @@
-"""Convolutions, transposed ones included."""
+"""Convolutions and transposed convolutions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _TYPES = [nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2
 
 
 class ConvolutionLayer(Layer, covers=[*_TYPES]):
-    """Any stride, padding, dilation and number of groups."""
+    """Convolutions with any stride, padding, dilation and number of groups."""
 
     module: Any  # one of six types without a common public base class
 
@@ -38,16 +38,16 @@ class ConvolutionLayer(Layer, covers=[*_TYPES]):
         images, output_gradients = self._images(inputs, call.size), self._images(call.output_gradient, call.size)
         if inputs.device.type != "cpu":
             return torch.vmap(kernel_gradient)(images, output_gradients)
-        # On a CPU, a kernel call for each example is faster than unfolding and multiplying, and than the grouped
-        # convolution that vmap makes of it, on most layers of a ResNet-9.
+        # On a CPU, a kernel call for each example is faster on most layers of a ResNet-9 than to unfold and multiply.
+        # It is also faster than the grouped convolution that vmap would use.
         each = [kernel_gradient(*pair) for pair in zip(images, output_gradients, strict=True)]
         return torch.stack(each) if call.size > 1 else each[0].unsqueeze(0)
 
     def projected_gradient(self, parameter: str, call: LayerCall, left: Tensor, right: Tensor) -> Tensor | None:
-        """Shape ``(size, l, r)``: multiplying every patch by ``right`` is a convolution with its columns as kernels.
+        """Shape ``(size, l, r)``. The product of all patches with ``right`` is a convolution; its columns are kernels.
 
-        A transposed convolution is the same with input and output exchanged, as the rows of its weight are. Not for
-        groups, whose weights are small.
+        For a transposed convolution, input and output are exchanged, as the rows and columns of its weight are. With
+        groups, weights are small, and this returns None.
         """
         if parameter != "weight" or self.module.groups > 1:
             return None
@@ -60,13 +60,13 @@ class ConvolutionLayer(Layer, covers=[*_TYPES]):
         return torch.einsum("bilp,birp->blr", rows, columns)
 
     def has_factors(self) -> bool:
-        """Not for groups, whose weight is many matrices, nor transposed ones, where patches are of the output."""
+        """True without groups, which have many matrices, and if not transposed, which has patches of the output."""
         return self.module.groups == 1 and not self.module.transposed
 
     def factors(self, call: LayerCall) -> tuple[Tensor, Tensor]:
-        """The output's gradients and, as inputs, the patches that the kernel is laid on; by position."""
+        """The output's gradients and, as inputs, the patches that the kernel is applied to; by position."""
         inputs, padding = self._padded(call.inputs)
-        # Patches by convolution with all unit kernels: any number of dimensions, strides and dilations.
+        # A convolution with all unit kernels gives the patches, for any number of dimensions, stride and dilation.
         kernels = torch.eye(self.module.weight[0].numel(), dtype=inputs.dtype, device=inputs.device)
         patches = self._convolved(inputs, kernels, padding)
         output_gradients, patches = (
@@ -76,7 +76,7 @@ class ConvolutionLayer(Layer, covers=[*_TYPES]):
         return output_gradients, patches
 
     def _convolved(self, images: Tensor, kernels: Tensor, padding: list[int]) -> Tensor:
-        """The module's convolution with other kernels, one in each row of a matrix."""
+        """The module's convolution with other kernels. Each row of the matrix ``kernels`` is one kernel."""
         module = self.module
         convolved: Tensor = torch.ops.aten.convolution(
             images, kernels.reshape(-1, *module.weight.shape[1:]), None, module.stride, padding, module.dilation,
@@ -89,7 +89,7 @@ class ConvolutionLayer(Layer, covers=[*_TYPES]):
         return images.reshape(size, -1, *images.shape[1 - self.module.weight.ndim :])
 
     def _padded(self, inputs: Tensor) -> tuple[Tensor, list[int]]:
-        """The inputs, and the zeros that the convolution adds on both sides; all other padding is in the inputs."""
+        """The inputs with all other padding, and the number of zeros that the convolution adds on both sides."""
         module = self.module
         if isinstance(module.padding, tuple) and module.padding_mode == "zeros":
             return inputs, list(module.padding)

@@ -15,7 +15,7 @@ class EmbeddingLayer(Layer, covers=[nn.Embedding]):
     parameter_names = ("weight",)
 
     def refusal(self) -> str | None:
-        """Renormalising changes the weights in every forward, and scaling by frequency is no gradient."""
+        """``max_norm`` and ``scale_grad_by_freq`` are refused: weights change, or gradients are replaced."""
         if self.module.max_norm is not None:
             return "max_norm changes the weights in every forward"
         if self.module.scale_grad_by_freq:
@@ -23,7 +23,7 @@ class EmbeddingLayer(Layer, covers=[nn.Embedding]):
         return None
 
     def gradient(self, parameter: str, call: LayerCall) -> Tensor:  # noqa: ARG002
-        """Shape ``(size, ids * width)``: each position's gradient is added to the row of its id."""
+        """Shape ``(size, ids * width)``. Each position's gradient is added to the row of its id."""
         gradients, ids = self._positions(call)
         count = self.module.num_embeddings
         offsets = torch.arange(call.size, device=ids.device).unsqueeze(1) * count
@@ -42,12 +42,12 @@ class EmbeddingLayer(Layer, covers=[nn.Embedding]):
         left: Tensor,
         right: Tensor,
     ) -> Tensor:
-        """Shape ``(size, l, r)``: an id stands for the vector that picks its row, so it picks a row of ``left``."""
+        """Shape ``(size, l, r)``. The row of an id in G is multiplied by the same row of ``left``."""
         gradients, ids = self._positions(call)
         return left[ids].transpose(1, 2) @ (gradients @ right)
 
     def _positions(self, call: LayerCall) -> tuple[Tensor, Tensor]:
-        """Gradients, ``(size, positions, width)``, which padding does not get, and ids, ``(size, positions)``."""
+        """Gradients, ``(size, positions, width)``, with zeros for padding, and ids, ``(size, positions)``."""
         ids = call.inputs.reshape(call.size, -1)
         gradients = call.output_gradient.reshape(*ids.shape, -1)
         if self.module.padding_idx is not None:

@@ -8,7 +8,7 @@ from lightning_trak.gradients.hooks.layers.base import Layer, LayerCall
 
 
 class LinearLayer(Layer, covers=[nn.Linear]):
-    """``nn.Linear`` on inputs of any rank: the weight's gradient is a sum of outer products over positions."""
+    """``nn.Linear`` on inputs of any rank. The weight's gradient is a sum of outer products over positions."""
 
     def gradient(self, parameter: str, call: LayerCall) -> Tensor:
         """Shape ``(size, rows, columns)`` for the weight; for the bias, a sum over positions."""
@@ -18,7 +18,7 @@ class LinearLayer(Layer, covers=[nn.Linear]):
         return rows.transpose(1, 2) @ columns
 
     def has_rows(self, parameter: str) -> bool:
-        """For the weight."""
+        """True for the weight."""
         return parameter == "weight"
 
     def gradient_rows(self, parameter: str, call: LayerCall, rows: range) -> Tensor:  # noqa: ARG002
@@ -27,14 +27,14 @@ class LinearLayer(Layer, covers=[nn.Linear]):
         return all_rows[:, :, rows.start : rows.stop].transpose(1, 2) @ columns
 
     def projected_gradient(self, parameter: str, call: LayerCall, left: Tensor, right: Tensor) -> Tensor | None:
-        """Shape ``(size, l, r)``: each factor of the weight's gradient is projected, then they are multiplied."""
+        """Shape ``(size, l, r)``. Both factors of the weight's gradient are projected, and then multiplied."""
         if parameter != "weight":
             return None
         rows, columns = self._rows_and_columns(call)
         return (rows @ left).transpose(1, 2) @ (columns @ right)
 
     def has_factors(self) -> bool:
-        """Always."""
+        """Always true."""
         return True
 
     def factors(self, call: LayerCall) -> tuple[Tensor, Tensor]:
@@ -47,7 +47,7 @@ class LinearLayer(Layer, covers=[nn.Linear]):
 
 
 class TransposedLinearLayer(LinearLayer, covers=["transformers.pytorch_utils.Conv1D"]):
-    """GPT-2's linear layer in Hugging Face Transformers, whose weight is the transpose of ``nn.Linear``'s."""
+    """GPT-2's linear layer in Hugging Face Transformers. Its weight is the transpose of ``nn.Linear``'s."""
 
     rows_are_inputs = True
 

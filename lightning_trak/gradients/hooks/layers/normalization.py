@@ -1,4 +1,4 @@
-"""Normalisations: the gradient of the scale is that of the shift with the output's gradient times normalised input."""
+"""Normalisations. The shift's gradient is a sum of the output's gradient; for the scale, times normalised input."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class _Normalization(Layer):
 
     @abstractmethod
     def summed(self, tensor: Tensor, size: int) -> Tensor:
-        """Shape ``(size, numel)``: the sum over everything that shares an element of the shift."""
+        """Shape ``(size, numel)``: for each element of the shift, the sum over all positions that use it."""
 
     def gradient(self, parameter: str, call: LayerCall) -> Tensor:
         """Shape ``(size, numel)``."""
@@ -31,7 +31,7 @@ class _OverLastDimensions(_Normalization):
     module: nn.LayerNorm | nn.RMSNorm
 
     def summed(self, tensor: Tensor, size: int) -> Tensor:
-        """An element of the shift belongs to one place in the last dimensions."""
+        """An element of the shift belongs to one index of the last dimensions."""
         return tensor.reshape(size, -1, self.module.weight.numel()).sum(1)
 
 
@@ -60,7 +60,7 @@ class _OverChannels(_Normalization):
     module: nn.GroupNorm | nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 
     def summed(self, tensor: Tensor, size: int) -> Tensor:
-        """An element of the shift belongs to a channel, dimension 1."""
+        """An element of the shift belongs to one channel (dimension 1)."""
         return tensor.reshape(size, -1, self.module.weight.numel(), tensor[0, 0].numel()).sum((1, 3))
 
 
@@ -80,7 +80,7 @@ class BatchNormLayer(_OverChannels, covers=[nn.BatchNorm1d, nn.BatchNorm2d, nn.B
     module: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 
     def refusal(self) -> str | None:
-        """With the batch's own statistics, an example has no gradient of its own."""
+        """Refused if it uses the batch's own statistics: an example then has no gradient of its own."""
         if self.module.training:
             return "in training mode it mixes the examples of a batch: call module.eval()"
         if self.module.running_mean is None:

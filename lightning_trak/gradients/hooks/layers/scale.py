@@ -1,4 +1,4 @@
-"""Modules of any type whose output is affine in one vector, such as the RMS normalisations of language models."""
+"""Modules of any type with an output that is affine in one vector, such as RMS normalisations of language models."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from lightning_trak.gradients.hooks.layers.base import Layer, LayerCall
 
 
 class ScaleLayer(Layer, covers_by_structure=True):
-    """A module of a type that no class covers, whose output is affine in its only weight, a vector.
+    """A module of a type that no other class covers. Its output is affine in its only weight, a vector.
 
-    The vector lies along the last dimension. Such are the RMS normalisations of Llama, Qwen, Gemma, T5 and others: some
-    multiply by ``weight``, some by ``1 + weight``. What multiplies the weight is the difference of two outputs, with
-    weights of one and of zero. Another weight is tried each time, to check that the output is affine in the weight.
+    The vector belongs to the last dimension. Examples are the RMS normalisations of Llama, Qwen, Gemma, T5 and others:
+    some multiply by ``weight``, some by ``1 + weight``. The slope is the output for a weight of ones minus the output
+    for a weight of zeros. Each time, a third weight checks that the output is affine in the weight.
     """
 
     parameter_names = ("weight",)
 
     @classmethod
     def recognizes(cls, module: nn.Module) -> bool:
-        """One vector as ``weight``, no submodules, and a forward of one argument."""
+        """Whether the module has one vector as ``weight``, no submodules, and a forward of one argument."""
         parameters = dict(module.named_parameters(recurse=False))
         if list(parameters) != ["weight"] or parameters["weight"].ndim != 1 or any(True for _ in module.children()):
             return False
