@@ -25,16 +25,16 @@ _SETTINGS = (
 def describe_module(
     module: L.LightningModule, again: Any, make_module: Callable[[], Any], trainer: L.Trainer
 ) -> dict[str, Any]:
-    """A module to be trained: its code, options, settings and initial weights.
+    """A module before training: its code, options, settings and initial weights.
 
     Args:
-        module: fresh from ``make_module``.
-        again: a second one, made with another seed.
+        module: a new module from ``make_module``.
+        again: a second module, made with another seed.
         make_module: the user's function that made both.
-        trainer: its settings may be used by ``configure_optimizers``.
+        trainer: a Trainer, since ``configure_optimizers`` may use its settings.
 
     Raises:
-        TypeError: if a hyperparameter cannot be described, naming it.
+        TypeError: if a hyperparameter cannot be described. The error names it.
     """
     return {
         "module": module_fingerprint(module, training=True),
@@ -49,13 +49,14 @@ def _hyperparameter(name: str, value: Any) -> Any:
     try:
         return fingerprint(value, f'hyperparameter "{name}"')
     except TypeError as error:
-        raise TypeError(f'{error}; leave it out by save_hyperparameters(ignore=["{name}"])') from error
+        raise TypeError(f'{error}; leave it out with save_hyperparameters(ignore=["{name}"])') from error
 
 
 def _constant_weights(module: L.LightningModule, again: Any) -> str:
-    """A digest of the initial weights that do not depend on the seed, such as pretrained ones.
+    """A digest of the initial weights that do not depend on the seed, such as pretrained weights.
 
-    Random numbers may differ in their last bits from machine to machine, and machines share a fleet.
+    Random weights are left out: several machines may share a fleet, and their random numbers may differ in the last
+    bits.
     """
     others = again.state_dict() if isinstance(again, torch.nn.Module) else {}
     return tensor_digest(
@@ -68,13 +69,13 @@ def _constant_weights(module: L.LightningModule, again: Any) -> str:
 
 
 def _optimizers(module: L.LightningModule, trainer: L.Trainer) -> Any:
-    """Optimizers and schedulers with their settings; None if they cannot be made before training begins."""
+    """Optimizers and schedulers with their settings. None if they cannot be made before training."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             module.trainer = trainer
             made = module.configure_optimizers()
-    except Exception:  # it may need the Trainer's data; the fingerprint of the module holds its code in any case
+    except Exception:  # it may need the Trainer's data; the module's fingerprint has its code anyway
         return None
     walk = new_fingerprint()
     names = {id(parameter): name for name, parameter in module.named_parameters()}
@@ -101,7 +102,7 @@ def _plan(value: Any, walk: Fingerprint, names: dict[int, str]) -> Any:
 
 
 def describe_trainer(trainer: L.Trainer) -> dict[str, Any]:
-    """The settings of a Trainer that change what training does, and the callbacks that may."""
+    """The settings of a Trainer that change training, and the callbacks that may change it."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     settings = {name: fingerprint(getattr(trainer, name)) for name in _SETTINGS}
     acting = [
@@ -118,16 +119,16 @@ def describe_trainer(trainer: L.Trainer) -> dict[str, Any]:
 def _callback(callback: L.Callback) -> Any:
     try:
         return fingerprint(callback, type(callback).__name__)
-    except TypeError:  # it holds a file, say
+    except TypeError:  # for example, it holds an open file
         return fingerprint(callback)
 
 
 def describe_loader(loader: DataLoader[Any], make_loader: Callable[..., Any] | None) -> dict[str, Any]:
-    """How a loader draws batches.
+    """How a loader makes batches.
 
     Args:
-        loader: of one of the subsets.
-        make_loader: the user's function that made it, if there is one.
+        loader: the loader of one of the subsets.
+        make_loader: the user's function that made it; None if there is no such function.
     """
     return {
         "drop_last": loader.drop_last,

@@ -1,13 +1,13 @@
-"""The members of a fleet on disk: each model's outputs at the targets, written once and whole.
+"""The members of a fleet on disk: the outputs of each model at the targets.
 
     fleet/manifest.json                                     what every member depends on
     fleet/masks.safetensors                                 the subsets
     fleet/members/subset-00012-seed-001.safetensors         outputs of a model trained on subset 12, second repetition
     fleet/failures/subset-00012-seed-001.json               how often its training failed, and the last traceback
 
-A member exists under its own name only when it is complete. Its name and content depend on the manifest alone, so any
-number of processes and machines can share out the missing ones; directories filled on disks apart are merged by copying
-the files of ``members`` together. Each says in its header which member of which fleet it is.
+A file of a member has its name only when it is complete. Name and content depend only on the manifest. So any number of
+processes and machines can share the missing members. To merge directories of different machines, copy the files of
+their ``members`` folders together. Each file has a header that names its member and its fleet.
 """
 
 import re
@@ -51,7 +51,7 @@ _SEALED = sealed(
 
 
 def _manifest(field: str, value: Any) -> None:
-    _SEALED(field, value)  # a function with a name, so that what holds members can be pickled
+    _SEALED(field, value)  # a function with a name, so that a MemberStore can be pickled
 
 
 _KIND = DirectoryKind(
@@ -73,8 +73,8 @@ class Member(NamedTuple):
     """One model of a fleet.
 
     Attributes:
-        subset: what it is trained on: a row of the masks.
-        repetition: which of the models that are trained on this subset.
+        subset: the subset that it is trained on: a row index of the masks.
+        repetition: its index among the models that are trained on this subset.
     """
 
     subset: int
@@ -85,16 +85,16 @@ class Member(NamedTuple):
 
     @property
     def stem(self) -> str:
-        """Name of its files."""
+        """The name of its files, without suffix."""
         return f"subset-{self.subset:05d}-seed-{self.repetition:03d}"
 
 
 class Retrained(NamedTuple):
-    """What a fleet found.
+    """The results of a fleet.
 
     Attributes:
-        masks: bool ``(num_subsets, num_train)``, the subsets.
-        outputs: float32 ``(num_targets, num_subsets, num_seeds)``.
+        masks: the subsets, bool ``(num_subsets, num_train)``.
+        outputs: outputs of the models, float32 ``(num_targets, num_subsets, num_seeds)``.
     """
 
     masks: Tensor
@@ -105,17 +105,17 @@ class MemberStore:
     """The members of one fleet.
 
     Args:
-        directory: a local or mounted directory; made on first use.
-        identity: everything that members depend on beside the masks, as JSON-able values. Members that exist must have
-            been made with the same.
-        masks: bool ``(num_subsets, num_train)``.
+        directory: a local or mounted directory. It is made on first use.
+        identity: everything that members depend on, other than the masks, in JSON's types. Existing members must have
+            the same identity.
+        masks: the subsets, bool ``(num_subsets, num_train)``.
         read_only: the fleet must exist, and no file is changed.
 
     Raises:
-        FileNotFoundError: if it is to be read only and there is none.
-        NotADirectoryError: if something else is in the directory's place.
-        ValueError: if the directory holds members of another identity, naming the first difference; or its manifest is
-            damaged.
+        FileNotFoundError: if ``read_only`` is true and there is no fleet.
+        NotADirectoryError: if there is something else in the place of the directory.
+        ValueError: if the directory has members with another identity (the error names the first difference), or if its
+            manifest is damaged.
     """
 
     def __init__(self, directory: str | Path, identity: dict[str, Any], masks: Tensor, read_only: bool = False) -> None:
@@ -134,11 +134,11 @@ class MemberStore:
         save_tensors(path, {"masks": self.masks})
 
     def _difference(self, field: str, theirs: Any, mine: Any) -> tuple[str, str]:
-        """In words, a field in which the fleet on disk and this one differ: what that has, and what this has."""
+        """Two texts about a field that differs: what the fleet on disk has, and what this fleet has."""
         if field == "masks":
             return "other subsets", f"subsets of the same shape {tuple(self.masks.shape)}"
         if field in ("train", "targets"):
-            return f"other {field} data of this size", "data that differ in eight items spread over them"
+            return f"other {field} data of this size", "data that differ; eight items were compared"
         if field == "parameters":
             ours, others = dict(mine), dict(theirs or [])
             differing = [name for name in ours | others if ours.get(name) != others.get(name)]
@@ -146,11 +146,11 @@ class MemberStore:
         return difference(field, theirs, mine)
 
     def finished(self) -> set[Member]:
-        """Members that are on disk."""
+        """The members that are on disk."""
         return self._named("members", ".safetensors")
 
     def _named(self, folder: str, suffix: str) -> set[Member]:
-        """Members that a folder has files of; others than ours are left alone."""
+        """The members that have files in a folder. Other files are ignored."""
         names = [path.name for path in (self.directory / folder).glob(f"*{suffix}")]
         matches = (re.fullmatch(rf"subset-(\d+)-seed-(\d+){re.escape(suffix)}", name) for name in names)
         members = {Member(int(match[1]), int(match[2])) for match in matches if match}
@@ -163,12 +163,12 @@ class MemberStore:
         """Write a complete member.
 
         Args:
-            member: which.
-            outputs: shape ``(num_targets,)``.
-            record: of its training, as JSON-able values.
+            member: the member.
+            outputs: its outputs, shape ``(num_targets,)``.
+            record: a record of its training, in JSON's types.
 
         Raises:
-            RuntimeError: if a later run of this process has claimed the directory, or the manifest was changed.
+            RuntimeError: if a later run of this process has claimed the directory, or if the manifest was changed.
         """
         self._directory.require_unchanged()
         save_tensors(self._path(member), {"outputs": outputs.float()}, fleet=self.key, member=member.stem, **record)
@@ -191,7 +191,7 @@ class MemberStore:
         return tensors["outputs"], record
 
     def _require_member(self, path: Path, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
-        """Check that a file is what its name says, and not one that was moved or copied there."""
+        """Check that a file holds the member of its name, and is not a file of another member or fleet."""
         if (record.get("fleet"), record.get("member")) != (self.key, path.stem):
             fleet = "this fleet" if record.get("fleet") == self.key else "another fleet"
             raise DamagedFileError(path, f"holds {record.get('member')} of {fleet}")
@@ -203,7 +203,7 @@ class MemberStore:
         """The outputs of all members, float32 ``(num_targets, num_subsets, num_seeds)``.
 
         Raises:
-            RuntimeError: if members are missing, naming them, and which of them failed.
+            RuntimeError: if members are missing. The error names some of them, those that failed first.
             ValueError: if a file is truncated or altered.
         """
 
@@ -214,10 +214,10 @@ class MemberStore:
             return member.subset < len(self.masks) and member.repetition < num_seeds
 
         count, finished = len(self.masks) * num_seeds, {member for member in self.finished() if is_wanted(member)}
-        if len(finished) < count:  # how many are missing may be any number, if a file has a wrong name
+        if len(finished) < count:  # after a wrong file name, very many may be missing
             failed = filter(is_wanted, sorted(self._failed()))
             missing = (member for member in chain(failed, wanted()) if member not in finished)
-            first = list(dict.fromkeys(islice(missing, 2 * _NUM_NAMED)))  # a failed one comes twice
+            first = list(dict.fromkeys(islice(missing, 2 * _NUM_NAMED)))  # a failed member comes twice
             raise RuntimeError(
                 f'fleet "{self.directory}" lacks {count - len(finished)} of {count} members; run it to train them:'
                 f" {self._describe(first, count - len(finished))}"
@@ -229,7 +229,7 @@ class MemberStore:
         return outputs
 
     def record_failure(self, member: Member, error: Exception) -> None:
-        """Note that a member's training failed, beside how often it has."""
+        """Write a note that a member's training failed: how often so far, and the last error."""
         attempts = 0
         with suppress(DamagedFileError):
             attempts = self.failure(member).get("attempts", 0)
@@ -241,10 +241,10 @@ class MemberStore:
         write_json(self._failure_path(member), content)
 
     def failure(self, member: Member) -> dict[str, Any]:
-        """``attempts``, ``error`` and ``traceback`` if a member has ever failed, else nothing.
+        """The note of a member's failures: ``attempts``, ``error`` and ``traceback``. It is empty if none failed.
 
         Raises:
-            DamagedFileError: if the note of it is truncated or altered.
+            DamagedFileError: if the note is truncated or altered.
         """
         path = self._failure_path(member)
         content: dict[str, Any] = read_json(path, _FAILURE) if path.exists() else {}
@@ -257,7 +257,7 @@ class MemberStore:
         return self.directory / "failures" / f"{member.stem}.json"
 
     def describe(self, members: Sequence[Member]) -> str:
-        """Members for an error message, each with its failure; those that failed come first, and the first few do."""
+        """The first few members as text for an error message, each with its failure. Failed members come first."""
         failed = self._failed()
         return self._describe(sorted(members, key=lambda member: member not in failed), len(members))
 
@@ -274,10 +274,10 @@ class MemberStore:
 
 
 def read_fleet(directory: str | Path) -> Retrained:
-    """The subsets and outputs of a fleet that has run, without what trained it.
+    """Read the subsets and outputs of a fleet that has run. Models, Trainers and data are not needed.
 
     Args:
-        directory: of the fleet, with all members of the last repetition that it was run for.
+        directory: the directory of the fleet, with all members up to its last repetition.
 
     Raises:
         FileNotFoundError: if there is no fleet.
@@ -290,8 +290,8 @@ def read_fleet(directory: str | Path) -> Retrained:
     last = max(finished, key=lambda member: member.repetition, default=Member(0, 0))
     if last.repetition >= max(1, len(finished)):
         raise RuntimeError(
-            f'"{store.directory}/members" has a file of repetition {last.repetition}, {last.stem}.safetensors, among'
-            f" {len(finished)} members in all; remove it if it is none of the fleet's, or run the fleet to its end"
+            f'"{store.directory}/members" has a file of repetition {last.repetition}, {last.stem}.safetensors, but only'
+            f" {len(finished)} members in all; remove it if it does not belong to the fleet, or train all members"
         )
     return Retrained(store.masks, store.outputs(last.repetition + 1))
 
@@ -303,7 +303,7 @@ def _read_masks(directory: str | Path, identity: dict[str, Any]) -> Tensor:
         tensors, metadata = load_tensors(path)
         masks = tensors.get("masks")
         if masks is None or masks.dtype != torch.bool or masks.ndim != 2 or metadata["sha256"] != identity["masks"]:
-            raise DamagedFileError(path, "holds other masks than those of the manifest")
+            raise DamagedFileError(path, "holds masks that are not those of the manifest")
     except FileNotFoundError as error:
         raise FileNotFoundError(f'there is no "{path}"; {advice}') from error
     except DamagedFileError as error:

@@ -1,4 +1,4 @@
-"""The tail patch: does one more step of training on what scores name raise the output at the target?"""
+"""The tail patch: how far one more training step on a target's proponents raises the output at the target."""
 
 import copy
 import math
@@ -36,11 +36,11 @@ from lightning_trak.texts.tables import Table
 
 @dataclass(frozen=True)
 class TailPatch:
-    """How far outputs rise by a step of training on the proponents that each method names.
+    """How far one training step on a method's proponents raises the outputs.
 
     Attributes:
         methods: names of the methods.
-        rises: in units of the output, float64 ``(num_methods, num_targets)``.
+        rises: rises in units of the output, float64 ``(num_methods, num_targets)``. Positive: the output rises.
     """
 
     methods: tuple[str, ...]
@@ -49,19 +49,20 @@ class TailPatch:
     def rise(self, confidence: float = 0.95, num_bootstraps: int = 2000, seed: int = 0) -> Estimate:
         """The mean rise over targets, shapes ``(num_methods,)``.
 
-        Intervals, here and in :meth:`lead`, are by :func:`~lightning_trak.metrics.functional.bootstrap_interval`.
+        The intervals here and in :meth:`lead` come from
+        :func:`~lightning_trak.metrics.functional.bootstrap_interval`.
         """
         return mean_of(self.rises, confidence, num_bootstraps, seed)
 
     def lead(self, method: str, confidence: float = 0.95, num_bootstraps: int = 2000, seed: int = 0) -> Estimate:
-        """How much more the outputs rise for one method than for each, target by target; shapes ``(num_methods,)``."""
+        """The mean rise of one method minus that of each method, paired by target; shapes ``(num_methods,)``."""
         return mean_of(self.rises[self.methods.index(method)] - self.rises, confidence, num_bootstraps, seed)
 
     def table(self, method: str | None = None) -> Table:
-        """A row for each method, with intervals.
+        """A table with a row for each method, with intervals.
 
         Args:
-            method: one to compare with all others, in a further column.
+            method: a method to compare with all others, in one more column; default: no such column.
         """
         rise = self.rise()
         largest = float(rise.mean.abs().max())
@@ -88,36 +89,38 @@ def tail_patch(
     output: ModelOutput | None = None,
     progress_bar: bool = True,
 ) -> TailPatch:
-    """Train a copy of the model for one more step on the strongest proponents of a target, and see its output rise.
+    """Train a copy of the model for one more step on a target's strongest proponents, and measure the output's rise.
 
-    It asks what one step does, not what a whole training would have done without the examples
-    (:class:`~lightning_trak.retraining.Counterfactuals`). So it takes no retraining, and serves models that nobody can
-    train twice (Chang et al. 2024, arXiv 2410.17413, who introduce it).
+    It measures the effect of one step. It does not measure how a whole training without the examples would end;
+    :class:`~lightning_trak.retraining.Counterfactuals` does. The tail patch needs no retraining, so it is also for
+    models that are too expensive to train twice. The method is by Chang et al. 2024, arXiv 2410.17413.
 
-    A step is the module's ``training_step``, ``backward`` and the optimizer's ``step``; a Trainer's gradient clipping
-    and mixed precision, and hooks of module and callbacks, take no part. Everything runs on the module's device, in the
+    A step is the module's ``training_step``, ``backward`` and the optimizer's ``step``. It leaves out gradient clipping
+    and mixed precision of a Trainer, and hooks of module and callbacks. Everything runs on the module's device, in the
     precision of its weights but in float32 at least, and in eval mode, so that dropout adds no noise. Module, optimizer
-    and random state are left as they are.
+    and random state are not changed.
 
     Args:
         module: the trained module.
-        optimizer: of this module, as training left it, since its moments and learning rate make the step: after
-            ``fit``, ``trainer.optimizers[0]``. If a scheduler has decayed the learning rate to zero, set another.
-        train: the whole training set, a map-style Dataset, or a DataLoader, whose collate function makes the batches.
-        targets: alike, best some dozens. They are kept in memory.
-        scores: ``(num_targets, num_train)`` for each method by name. Give random ones, too
-            (:class:`~lightning_trak.methods.RandomScores`): a step on any examples changes the output.
-        k: how many proponents.
-        jointly: take one step on all ``k`` of them, rather than one on each of them alone, of whose rises the mean is
-            taken, as its authors do.
-        output: what should rise; default: the module's ``configure_model_output()``. For the log-probability, give
-            :class:`~lightning_trak.outputs.NegativeLoss` a cross-entropy.
-        progress_bar: whether to show one.
+        optimizer: the optimizer of this module after training: after ``fit``, ``trainer.optimizers[0]``. Its moments
+            and learning rate determine the step. If a scheduler has decayed the learning rate to zero, set another one.
+        train: the whole training set: a map-style Dataset, or a DataLoader. The DataLoader's collate function makes the
+            batches.
+        targets: a Dataset or DataLoader like ``train``, best with a few dozen targets. They are kept in memory.
+        scores: name of each method -> its scores ``(num_targets, num_train)``. Include random scores
+            (:class:`~lightning_trak.methods.RandomScores`) to compare with, since any step changes the output.
+        k: the number of proponents.
+        jointly: True: take one step on all ``k`` proponents together. False: take one step on each of them alone and
+            average the rises, as the authors do.
+        output: the output to measure; default: the module's ``configure_model_output()``. For the log-probability, use
+            :class:`~lightning_trak.outputs.NegativeLoss` with a cross-entropy.
+        progress_bar: whether to show a progress bar.
 
     Raises:
-        ValueError: if scores, k and data do not fit, the optimizer has not this module's parameters or no learning
-            rate, or an output is not finite, is random, or depends on weights of ``module`` rather than of its copy.
-        TypeError: if the module optimizes by hand, or its output compares with training examples.
+        ValueError: if scores, k and data do not fit together; if the optimizer has parameters of another module, or a
+            learning rate of 0; or if an output is not finite, is random, or depends on weights of ``module`` and not of
+            its copy.
+        TypeError: if the module uses manual optimization, or if its output compares with training examples.
 
     Example::
 
@@ -133,11 +136,11 @@ def tail_patch(
     require_scores(scores, num_targets, num_train)
     if not scores or not 0 < k <= num_train:
         raise ValueError(
-            f"expected scores of some methods and a k of 1 to {num_train}, got {len(scores)} methods and k = {k}"
+            f"expected scores of at least one method and a k of 1 to {num_train}, got {len(scores)} methods and k = {k}"
         )
     _require_step(module, optimizer, output)
 
-    # What is to be trained on, and at which targets it is then asked for: many a step serves several.
+    # Steps, as the examples to train on, and the targets to evaluate after each step. Several targets may share a step.
     wanted: dict[tuple[int, ...], set[int]] = {}
     steps_of = []
     for values in scores.values():
@@ -171,30 +174,30 @@ def tail_patch(
 
 def _require_step(module: L.LightningModule, optimizer: Optimizer, output: ModelOutput) -> None:
     if not module.automatic_optimization:
-        raise TypeError(f"{type(module).__name__} optimizes by hand: what a step of it is, only a Trainer can say")
+        raise TypeError(f"{type(module).__name__} uses manual optimization, so its step needs a Trainer")
     if output.context_size:
-        raise TypeError(f"{type(output).__name__} compares with training examples; give an output of its own, output=")
+        raise TypeError(f"{type(output).__name__} compares with training examples; pass another output by output=")
     own = set(module.parameters())
     if not all(parameter in own for group in optimizer.param_groups for parameter in group["params"]):
         raise ValueError(
-            f"the {type(optimizer).__name__} has parameters that this {type(module).__name__} has not; give the"
+            f"the {type(optimizer).__name__} has parameters that are not in this {type(module).__name__}; pass the"
             " optimizer that trained it, such as trainer.optimizers[0]"
         )
     if not any(float(group["lr"]) for group in optimizer.param_groups if "lr" in group):
         raise ValueError(
-            "the optimizer's learning rate is 0, as a scheduler may have left it, so that a step changes nothing; set"
-            ' group["lr"] of its param_groups to that of the training'
+            "the optimizer's learning rate is 0, perhaps because of a scheduler, so a step changes nothing; set"
+            ' group["lr"] of its param_groups to a learning rate of the training'
         )
 
 
 class _Patch:
-    """A copy of module and optimizer that takes steps, each from where training ended."""
+    """A copy of module and optimizer that takes steps. Each step starts from the state at the end of training."""
 
     def __init__(self, module: L.LightningModule, optimizer: Optimizer, output: ModelOutput) -> None:
         self.output = output
         self.module = cast(L.LightningModule, copy_module(module, configure=False)).eval()
         self.precision = WorkingPrecision(self.module)
-        # The copy of the optimizer is to have the parameters of the module's copy.
+        # The copied optimizer gets the parameters of the copied module.
         pairs = zip(module.parameters(), self.module.parameters(), strict=True)
         self.optimizer = copy.deepcopy(optimizer, {id(old): new for old, new in pairs})
         self.original = Original(self.module, everything=True)
@@ -205,7 +208,9 @@ class _Patch:
 
     def step(self, batch: Any) -> None:
         self.original.restore()
-        self.optimizer.load_state_dict(copy.deepcopy(self.state))  # what is loaded is not copied, but written to
+        self.optimizer.load_state_dict(
+            copy.deepcopy(self.state)
+        )  # load_state_dict does not copy, and a step writes to the state
         self.optimizer.zero_grad()
         with self._computing():
             loss = training_loss(self.module, batch)
@@ -217,7 +222,7 @@ class _Patch:
     def output_at(self, batch: Any, target: int) -> float:
         value = float(self._output(batch))
         if not torch.isfinite(torch.tensor(value)):
-            raise ValueError(f"the output at target {target} is {value}; leave it out, or train it less")
+            raise ValueError(f"the output at target {target} is {value}; leave the target out, or train the model less")
         return value
 
     @torch.no_grad()
@@ -227,7 +232,7 @@ class _Patch:
 
     def _output(self, batch: Any) -> Tensor:
         with self._computing():
-            return self.output.output(self.module, copy.deepcopy(batch))  # it is asked again after each step
+            return self.output.output(self.module, copy.deepcopy(batch))  # the batch is used again after each step
 
     @contextmanager
     def _computing(self) -> Iterator[None]:

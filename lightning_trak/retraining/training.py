@@ -1,4 +1,4 @@
-"""Training one member of a fleet: from scratch, to the end, and its outputs afterwards."""
+"""Training of one member of a fleet, from new weights to the end, and its outputs after training."""
 
 import logging
 import os
@@ -21,60 +21,61 @@ from lightning_trak.running.batches import TransferHooks, on_device
 from lightning_trak.running.loading import like
 from lightning_trak.running.random_states import isolated_random_states
 
-NO_TRAINER_WARNING = ".*`self.trainer` reference is not registered.*"  # by self.log
+NO_TRAINER_WARNING = ".*`self.trainer` reference is not registered.*"  # a warning of self.log
 
 
 class FactoryError(ValueError):
-    """A factory gave what no member can be trained with: an error of the whole fleet, not of a member."""
+    """A factory returned something that cannot train any member. It stops the whole fleet, not one member."""
 
 
 class NothingTwice:
-    """Refuses what a factory has given before: a trained module would be trained on, a used Trainer trains no step.
+    """Refuses an object that a factory has returned before.
 
-    It remembers Trainers, their callbacks and strategies, and parameters (a new module around a trained network is no
-    new module), for as long as they exist.
+    A module that is trained already would be trained further, and a used Trainer would take no step. This class
+    remembers Trainers, their callbacks and strategies, and parameters, as long as they exist. Parameters are
+    remembered since a new module may hold a trained network.
     """
 
     def __init__(self) -> None:
         self._seen: weakref.WeakValueDictionary[int, object] = weakref.WeakValueDictionary()
 
     def module(self, module: Any) -> L.LightningModule:
-        """A module that may be trained, which is then remembered.
+        """Check and remember a module from ``make_module``.
 
         Raises:
-            FactoryError: if it is not a LightningModule, or has parameters that were given before.
+            FactoryError: if it is not a LightningModule, or has parameters of an earlier module.
         """
         if not isinstance(module, L.LightningModule):
             raise FactoryError(f"make_module() must return a LightningModule, got {type(module).__name__}")
         for name, parameter in module.named_parameters():
             self._note(
                 parameter,
-                f'make_module() returned the parameter "{name}" of an earlier call again, so that members would train'
-                " on from each other's weights; make module and networks anew in each call",
+                f'make_module() returned the parameter "{name}" of an earlier call again, so a member would start from'
+                " another member's weights; make a new module and new networks in each call",
             )
         return module
 
     def trainer(self, trainer: Any) -> L.Trainer:
-        """A Trainer that may be used, which is then remembered.
+        """Check and remember a Trainer from ``make_trainer``.
 
         Raises:
-            FactoryError: if it is not a Trainer, has been used or given before, in whole or in part, or runs several
-                processes.
+            FactoryError: if it is not a Trainer; if it, a callback or its strategy was used or returned before; or if
+                it runs several processes.
         """
         if not isinstance(trainer, L.Trainer):
             raise FactoryError(f"make_trainer() must return a Trainer, got {type(trainer).__name__}")
-        again = "make_trainer() returned {} that an earlier call {}; make {} anew in each call"
-        self._note(trainer, again.format("the same Trainer", "returned too", "it"))
+        again = "make_trainer() returned {} that an earlier call {}; make {} in each call"
+        self._note(trainer, again.format("the same Trainer", "returned, too", "a new one"))
         if trainer.state.fn is not None:
-            raise FactoryError(again.format("a Trainer", "has used", "it"))
+            raise FactoryError(again.format("a Trainer", "has used", "a new one"))
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         for part in (*callbacks, trainer.strategy):
             kind = type(part).__name__
-            self._note(part, again.format(f"a Trainer with the same {kind}", "had, whose state would go on", "both"))
+            self._note(part, again.format(f"a Trainer with the same {kind}", "returned, with its state", "new ones"))
         if trainer.world_size > 1:
             raise FactoryError(
-                f"make_trainer() returned a Trainer of {trainer.world_size} processes, but a member is trained by one:"
-                ' use devices=1, and share the members out by run(part="1/2") and run(part="2/2")'
+                f"make_trainer() returned a Trainer of {trainer.world_size} processes, but one process trains a member:"
+                ' use devices=1, and divide the members among processes by run(part="1/2") and run(part="2/2")'
             )
         return trainer
 
@@ -86,7 +87,7 @@ class NothingTwice:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seeds everything; random states and environment are as they were afterwards, after an error too."""
+    """Seed everything inside this context. Random states and environment are restored at its end, after errors, too."""
     names = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
     environment = {name: os.environ.get(name) for name in names}
     try:
@@ -101,9 +102,9 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def training_loss(module: L.LightningModule, batch: Any) -> Tensor:
-    """What ``training_step`` returns as the loss of a batch, without a Trainer.
+    """The loss of a batch from ``training_step``, without a Trainer.
 
-    Where it calls ``self.log``, Lightning warns that there is no Trainer: filter :data:`NO_TRAINER_WARNING`.
+    If the step calls ``self.log``, Lightning warns that there is no Trainer: filter :data:`NO_TRAINER_WARNING`.
     """
     takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
     result: Any = module.training_step(batch, 0) if takes_index else module.training_step(batch)
@@ -113,7 +114,7 @@ def training_loss(module: L.LightningModule, batch: Any) -> Tensor:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Lightning says the same of every new Trainer."""
+    """Turn off Lightning's info messages, which are the same for every new Trainer."""
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
     logger.setLevel(max(logger.getEffectiveLevel(), logging.WARNING))
@@ -124,24 +125,24 @@ def quiet() -> Iterator[None]:
 
 
 def shuffled_like(loader: DataLoader[Any]) -> Callable[[Dataset[Any]], DataLoader[Any]]:
-    """Makes loaders of subsets like the one of the whole training set, in random order.
+    """A function that makes the loader of a subset like the loader of the whole training set, in random order.
 
     Raises:
-        ValueError: if the loader draws otherwise than in order or at random.
+        ValueError: if the loader has another order than sequential or random.
     """
     sampler: Any = loader.sampler
     in_order = type(sampler) is SequentialSampler
     at_random = type(sampler) is RandomSampler and not sampler.replacement and len(sampler) == len(sampler.data_source)
     if type(loader.batch_sampler) is not BatchSampler or not (in_order or at_random):
         raise ValueError(
-            f"train has a {type(loader.batch_sampler).__name__} of a {type(sampler).__name__}, which a subset may need"
-            " another of: pass make_loader=, a function that makes the loader of a subset"
+            f"train has a {type(loader.batch_sampler).__name__} with a {type(sampler).__name__}, and a subset may need"
+            " other ones: pass make_loader=, a function that makes the loader of a subset"
         )
     return lambda dataset: like(loader, dataset, batch_size=loader.batch_size, shuffle=True, drop_last=loader.drop_last)
 
 
 class _FromScratch(L.Callback):
-    """Refuses a fit that goes on from a checkpoint, as SLURM's automatic requeueing would have it."""
+    """Raises an error if a fit continues from a checkpoint, for example because of SLURM's automatic requeueing."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
         if trainer.global_step or trainer.current_epoch:
@@ -152,13 +153,13 @@ class _FromScratch(L.Callback):
 
 
 def train_alone(module: L.LightningModule, trainer: L.Trainer, loader: DataLoader[Any]) -> dict[str, int]:
-    """Fit a new module by a new Trainer.
+    """Fit a new module with a new Trainer.
 
     Returns:
-        ``"steps"`` of the optimizers and ``"epochs"`` that training took.
+        The number of optimizer steps, ``"steps"``, and of epochs, ``"epochs"``.
 
     Raises:
-        RuntimeError: if it did not take its full number of steps, and was not stopped early by a callback either.
+        RuntimeError: if training took too few steps and no callback stopped it early.
     """
     trainer.callbacks.append(_FromScratch())  # type: ignore[attr-defined]
     trainer.fit(module, loader)
@@ -185,15 +186,15 @@ def outputs_of(
     """The declared output at each target, in eval mode and in the precision of the weights, but in float32 at least.
 
     Args:
-        module: a trained module, whose weights in half precision become float32. Its own batch transfer hooks are
-            used, but no ``predict_step``.
-        output: which output; it keeps the context that is made for this module.
+        module: a trained module. Its weights in half precision become float32. Its own batch transfer hooks run, but
+            its ``predict_step`` does not.
+        output: the output. It keeps the context that is made for this module.
         targets: batches of targets, in order.
-        context: batches of training data, for an output that has a context.
-        device: where to compute.
+        context: batches of training data, for an output that needs a context.
+        device: the device to compute on.
 
     Returns:
-        float32 of shape ``(num_targets,)``, on the CPU.
+        The outputs, float32 of shape ``(num_targets,)``, on the CPU.
     """
     module.to(device).eval()
     precision, hooks = WorkingPrecision(module), TransferHooks(module)

@@ -244,7 +244,10 @@ class Wrapper(LitNet):
     ("options", "match"),
     [
         ({"make_module": lambda: ONCE["module"]}, r'the parameter "first.weight" of an earlier call'),
-        ({"make_module": Wrapper}, r'the parameter "head.weight" of an earlier call again.*make module and networks'),
+        (
+            {"make_module": Wrapper},
+            r'the parameter "head.weight" of an earlier call again.*make a new module and new net',
+        ),
         ({"make_trainer": lambda: ONCE["trainer"]}, "the same Trainer that an earlier call returned"),
         (
             {"make_trainer": lambda: quiet_trainer(callbacks=[ONCE["callback"]])},

@@ -160,8 +160,8 @@ class ByHand(LitNet):
         ({"scores": {}}, ValueError, "got 0 methods and k = 10"),
         ({"k": 51}, ValueError, "k of 1 to 50, got 1 methods and k = 51"),
         ({"output": ContrastiveMargin()}, TypeError, "ContrastiveMargin compares with training examples"),
-        ({"module": ByHand()}, TypeError, "ByHand optimizes by hand"),
-        ({"module": LitNet()}, ValueError, "the SGD has parameters that this LitNet has not"),
+        ({"module": ByHand()}, TypeError, "ByHand uses manual optimization"),
+        ({"module": LitNet()}, ValueError, "the SGD has parameters that are not in this LitNet"),
         ({"output": NegativeLoss(lambda module, batch: batch[0].sum(1) * torch.nan)}, ValueError, "target 0 is nan"),
     ],
 )
