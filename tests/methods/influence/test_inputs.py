@@ -292,7 +292,9 @@ def test_an_output_that_depends_on_the_rest_of_the_batch_is_refused():
         embedded = F.normalize(module(batch[0]))
         return F.cross_entropy(embedded @ embedded.T, torch.arange(len(embedded)), reduction="none")
 
-    message = r"example \d+ at checkpoint 0 .*alone and another one in a batch with another example.*ContrastiveMargin"
+    message = (
+        r"example \d+ at checkpoint 0 .*alone and another number in a batch with another example.*ContrastiveMargin"
+    )
     with pytest.raises(ValueError, match=message):
         METHODS["conjugate_gradient"](seeded(Once), output=NegativeLoss(contrastive))
     no_statistics = nn.Sequential(nn.Linear(6, 3), nn.BatchNorm1d(3, track_running_stats=False))
