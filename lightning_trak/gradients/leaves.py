@@ -58,8 +58,8 @@ def require_own_leaves(
         shapes = ", ".join(str(tuple(leaf.shape)) for leaf in foreign[:3]) + (", ..." if len(foreign) > 3 else "")
         raise ValueError(
             f"the output of {type(module).__name__} depends on {len(foreign)} tensors that require gradients and are"
-            f" not parameters of the copy that is differentiated; their shapes are {shapes}. If they belong to the"
-            f" model: {_WRITE_IT_SO}; register a parameter that is in a plain list or dict. If they are constants:"
+            f" not parameters of the copy that is differentiated, of shapes {shapes}. If they belong to the model:"
+            f" {_WRITE_IT_SO}; also register a parameter that is in a plain list or dict. If they are constants:"
             " call requires_grad_(False) on them"
         )
 

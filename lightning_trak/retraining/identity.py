@@ -49,7 +49,7 @@ def _hyperparameter(name: str, value: Any) -> Any:
     try:
         return fingerprint(value, f'hyperparameter "{name}"')
     except TypeError as error:
-        raise TypeError(f'{error}; leave it out with save_hyperparameters(ignore=["{name}"])') from error
+        raise TypeError(f'{error}; leave it out by save_hyperparameters(ignore=["{name}"])') from error
 
 
 def _constant_weights(module: L.LightningModule, again: Any) -> str:
