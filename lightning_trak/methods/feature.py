@@ -51,25 +51,10 @@ class FeatureOptions(TypedDict, total=False):
 class FeatureMethod(Method):
     """Attributes a trained model's outputs to its training examples by features on disk.
 
-    Methods that differ in how they score can share a store: what it holds depends on none of that. The model, its mode,
+    Several methods can share a store, since features do not depend on how they are scored. The model, its mode,
     weights, ``.grad`` and buffers are never touched: the work is done on a copy.
 
-    Args:
-        model: the trained model; a LightningModule with :class:`~lightning_trak.AttributionMixin`, or any module when
-            ``output`` is given.
-        checkpoints: a snapshot directory, or a list of snapshot directories, state dicts, safetensors files and
-            Lightning ``.ckpt`` paths.
-        store: directory of the features, on a disk that all ranks see.
-        output: the scalar output to attribute; default: the model's ``configure_model_output()``.
-        projection: what compresses gradients; default: :class:`~lightning_trak.projections.SparseProjection`.
-        parameters: which parameters to differentiate, by name pattern; default: all that require gradients.
-        engine: how gradients are computed: ``"auto"``, ``"functional"``, ``"hooks"`` or ``"loop"``, see
-            :class:`~lightning_trak.features.extractor.FeatureExtractor`.
-        seed: seed of the projection.
-        dtype: dtype of the stored features.
-        weights_only: ``False`` lets ``.ckpt`` and ``.pt`` files run code when they are read; for files you trust only.
-        audit: how many examples of each shard, and of each thousand targets, are differentiated again, one at a time by
-            plain autograd, and must have the features that the engine gave them. 0 checks none.
+    The arguments are those of :class:`~lightning_trak.TRAK`.
     """
 
     def __init__(
