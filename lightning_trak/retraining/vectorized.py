@@ -153,7 +153,7 @@ def train_together(
     Raises:
         ValueError: if the subsets differ in size, or do not fit the seeds or the dataset; or if the first or the last
             module has another loss, or other gradients, together with the others than alone.
-        TypeError: if the module optimizes by hand, or with more than one optimizer.
+        TypeError: if the module uses manual optimization, or more than one optimizer.
     """
     num_train = len(cast(Any, dataset))
     if masks.shape != (len(seeds), num_train):
@@ -346,7 +346,10 @@ def _take(value: Tensor, positions: Tensor) -> Tensor:
 
 def _optimizer(module: L.LightningModule) -> tuple[Optimizer, list[LRSchedulerConfig]]:
     if not module.automatic_optimization:
-        raise TypeError(f"{type(module).__name__} optimizes by hand, which is not supported for many modules at once")
+        raise TypeError(
+            f"{type(module).__name__} uses manual optimization, and many modules at once can only be trained with"
+            " automatic optimization: train them one by one"
+        )
     optimizers, schedulers, monitor = configure_optimizers(cast(Any, module.configure_optimizers()))
     if len(optimizers) != 1 or monitor is not None:
         raise TypeError(

@@ -107,7 +107,7 @@ def test_what_does_not_fit_is_refused():
             super().__init__()
             self.automatic_optimization = False
 
-    with pytest.raises(TypeError, match="optimizes by hand"):
+    with pytest.raises(TypeError, match="uses manual optimization"):
         train_together(Manual, DATA, SUBSETS, SEEDS, max_epochs=1, batch_size=8)
 
 
