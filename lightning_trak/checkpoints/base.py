@@ -18,9 +18,9 @@ class Checkpoint:
     """Weights that can be loaded when they are needed.
 
     Attributes:
-        name: short label for messages, such as the file's name.
+        name: a short label for messages, such as the file's name.
         read: reads the state dict.
-        record: step, epoch and optimizer settings, for a snapshot of a series.
+        record: step, epoch and optimizer settings if this is a snapshot of a series; else None.
     """
 
     name: str
@@ -28,25 +28,25 @@ class Checkpoint:
     record: Snapshot | None = None
 
     def load(self) -> dict[str, Tensor]:
-        """Read the state dict: name -> CPU tensor, under the names that it was saved with. Do not write into it.
+        """Read the state dict: name -> CPU tensor, under the names that were saved. Do not write into the tensors.
 
         Raises:
-            FileNotFoundError: if the file is gone.
-            ValueError: if it is damaged, or needs ``weights_only=False``.
-            TypeError: if it holds something other than tensors.
+            FileNotFoundError: if the file no longer exists.
+            ValueError: if the file is damaged, or can only be read with ``weights_only=False``.
+            TypeError: if the file holds something other than tensors.
         """
         return self.read()
 
     def fingerprint(self) -> str:
-        """SHA-256 over sorted names, dtypes, shapes and bytes: equal for equal weights in any kind of file."""
+        """SHA-256 over sorted names, dtypes, shapes and bytes. Equal weights give the same in any kind of file."""
         weights = self.load()
-        return self.record.sha256 if self.record else tensor_digest(weights)  # load() has compared that of a snapshot
+        return self.record.sha256 if self.record else tensor_digest(weights)  # load() has checked a snapshot's sha256
 
 
 class CheckpointFormat(ABC):
     """A kind of file or directory that holds weights.
 
-    A subclass is used as soon as it is defined. The one that was defined last is asked first.
+    A subclass is used as soon as it is defined. The subclass that was defined last is asked first.
     """
 
     formats: ClassVar[list[type[CheckpointFormat]]] = []
@@ -58,18 +58,18 @@ class CheckpointFormat(ABC):
     @classmethod
     @abstractmethod
     def recognizes(cls, location: str) -> bool:
-        """Whether a local path or URL looks like one of this kind."""
+        """Whether a local path or URL looks like a checkpoint of this kind."""
 
     @classmethod
     @abstractmethod
     def find(cls, location: str, weights_only: bool) -> list[Checkpoint]:
-        """The checkpoints there, in order, without loading weights yet.
+        """List the checkpoints at a location, in order. No weights are loaded yet.
 
         Args:
             location: a local path or URL.
             weights_only: False lets files run code when they are read.
 
         Raises:
-            FileNotFoundError: if nothing is there.
-            ValueError: if it holds no checkpoints.
+            FileNotFoundError: if the location does not exist.
+            ValueError: if the location holds no checkpoints.
         """

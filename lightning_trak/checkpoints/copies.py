@@ -1,4 +1,4 @@
-"""Copies of the user's module, on which all work is done, and weights for them."""
+"""Copies of the user's module, and loading weights into them. All work is done on such copies."""
 
 import copy
 import hashlib
@@ -23,54 +23,56 @@ from lightning_trak.compatibility import (
 from lightning_trak.running.fsdp import is_sharded, shard_like
 from lightning_trak.storage.files import tensor_digest
 
-_told = WarningCache()  # warns of a thing once
+_told = WarningCache()  # gives each warning once
 
 
 def copy_module(module: nn.Module, configure: bool = True) -> nn.Module:
-    """A copy of the module, to work on.
+    """Copy the user's module. All work is done on the copy.
 
     Args:
         module: the user's module.
-        configure: call its ``configure_model()``, if it is a LightningModule.
+        configure: whether to call the copy's ``configure_model()`` if it is a LightningModule.
 
     Raises:
-        ValueError: if it cannot be copied, or configured without a device mesh, or has tensors without content.
+        ValueError: if the module cannot be copied, if it cannot be configured without a device mesh, or if it has
+            tensors without content.
     """
     name = type(module).__name__
     lazy = [key for key, parameter in module.named_parameters() if is_lazy(parameter)]
     if lazy:
         raise ValueError(
-            f"this {name} has parameters that are not initialized yet, {_some(lazy)}: run a batch through it first"
+            f"this {name} has parameters that are not initialized yet: {_some(lazy)}; run a batch through it first"
         )
     hooked = [key for key, parameter in module.named_parameters() if has_gradient_hooks(parameter)]
     if hooked:
         raise ValueError(
-            f"parameters of {name} have gradient hooks, {_some(hooked)}: a copy has none, so that its gradients may be"
-            " others than those of training; remove the hooks first, or leave out what they mask by parameters="
+            f"parameters of {name} have gradient hooks: {_some(hooked)}; attribution works on a copy, which has no"
+            " such hooks, so its gradients may differ from those of training; remove the hooks, or leave these"
+            " parameters out with parameters="
         )
     if any(is_sharded(parameter) for parameter in module.parameters()):
         raise ValueError(
-            f"this {name} has been sharded, by training perhaps, and cannot be copied: pass a new one instead, whose"
-            " configure_model() has not been called; the weights come from the checkpoints"
+            f"this {name} is sharded, perhaps by training, and a sharded module cannot be copied; pass a new {name}"
+            " whose configure_model() has not been called; the weights come from the checkpoints"
         )
     try:
-        # torch cannot deepcopy all kinds of sparse tensors
+        # torch cannot deepcopy every kind of sparse tensor.
         sparse = {id(buffer): buffer.clone() for buffer in module.buffers() if buffer.layout != torch.strided}
         copied = copy.deepcopy(module, sparse)
     except Exception as error:
         raise ValueError(
-            f"attribution works on a copy of the model, but {name} cannot be copied: {error}; keep"
-            " tensors with gradients, locks and open files out of its attributes"
+            f"attribution works on a copy of the model, but {name} cannot be copied: {error}; remove"
+            " tensors with gradients, locks and open files from its attributes"
         ) from error
     addresses = {tensor.data_ptr() for _, tensor in _plain_tensors(module)}
     shared = [key for key, tensor in _plain_tensors(copied) if tensor.data_ptr() in addresses]
     if shared:
         raise ValueError(
-            f"attribution works on a copy of the model, but a deepcopy of {name} shares {_some(shared)} with it: have"
-            " __deepcopy__ copy tensors too"
+            f"attribution works on a copy of the model, but a deepcopy of {name} shares tensors with it:"
+            f" {_some(shared)}; change __deepcopy__ so that it copies tensors too"
         )
     for part in copied.modules():
-        # LightningModule keeps what compile() made of it, which would run the original.
+        # A LightningModule keeps the result of compile(), and that would run the original.
         forget_compiled_call(part)
     for parameter in copied.parameters():
         parameter.grad = None
@@ -82,35 +84,35 @@ def copy_module(module: nn.Module, configure: bool = True) -> nn.Module:
             if "'NoneType' object is not subscriptable" not in str(error):
                 raise
             raise ValueError(
-                f"{name}.configure_model() fails without a device mesh: {error}; have it return if self.device_mesh is"
-                " None, or use a Trainer with ModelParallelStrategy"
+                f"{name}.configure_model() fails without a device mesh: {error}; let it return early if"
+                " self.device_mesh is None, or use a Trainer with ModelParallelStrategy"
             ) from error
     empty = [key for key, (_, tensor) in _tensors(copied).items() if tensor.is_meta]
     if configure and empty:
         raise ValueError(
-            f"this {name} has tensors on the meta device, without content: {_some(empty)}; give a model with weights in"
-            " memory, model.to_empty(device='cpu') for example, since those of the checkpoints are loaded into them"
+            f"this {name} has tensors on the meta device, without content: {_some(empty)}; pass a model whose tensors"
+            " are in memory, for example model.to_empty(device='cpu'): the checkpoints are loaded into them"
         )
     return copied
 
 
 class Original:
-    """The state of a copy of the user's module before any checkpoint was loaded. Each one is loaded on top of it.
+    """The state of a copy of the user's module before any checkpoint was loaded.
 
-    A checkpoint need not give all of it: no state dict has buffers that are not persistent, and a model with
-    ``strict_loading = False`` may have saved a part of its weights, such as adapters. What one does not give is the
-    user's, not that of the checkpoint before. Only what may be needed is kept: if checkpoints must be complete, no
-    weights are.
+    A checkpoint may hold only part of the state. No state dict has buffers that are not persistent. A model with
+    ``strict_loading = False`` may have saved only some of its weights, such as adapters. The other tensors must have
+    the values of the user's module, not those of the checkpoint that was loaded before. So each checkpoint is loaded
+    on top of this state. Only the tensors that may be needed are kept: if checkpoints must be complete, no weights.
 
     Args:
-        module: a copy of the user's module, as it was made.
-        everything: keep all of it, for :meth:`restore`.
+        module: a copy of the user's module that has not been changed yet.
+        everything: whether to keep the whole state, for :meth:`restore`.
     """
 
     def __init__(self, module: nn.Module, everything: bool = False) -> None:
         self._module = module
         self._strict = bool(getattr(module, "strict_loading", True))
-        self._overridden = type(module).load_state_dict is not nn.Module.load_state_dict  # may load less than given
+        self._overridden = type(module).load_state_dict is not nn.Module.load_state_dict  # may load only a part
         self._complete = self._strict and not self._overridden
         tensors = _tensors(module)
         self._without_content = [name for name, (_, tensor) in tensors.items() if tensor.is_meta]
@@ -121,13 +123,13 @@ class Original:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put back what is kept. A buffer that has got another shape since is a cache that has grown, and stays."""
+        """Put back the state that is kept. A buffer whose shape has changed is a cache that has grown: it stays."""
         tensors = _tensors(self._module)
         for name, original in self._kept.items():
             raw, current = tensors.get(name, (name, None))
             if current is None or current.shape != original.shape:
                 continue
-            if current.is_inference():  # a forward pass in inference mode has made it, and it cannot be written into
+            if current.is_inference():  # made by a forward pass in inference mode: no in-place write
                 parent, _, key = raw.rpartition(".")
                 setattr(self._module.get_submodule(parent), key, original.to(current))
             else:
@@ -136,13 +138,13 @@ class Original:
             self._module.load_state_dict(copy.deepcopy(self._extra_state), strict=False)
 
     def load(self, weights: Mapping[str, Tensor], name: str) -> None:
-        """Restore the module and load a state dict, whether it or the module has been compiled or wrapped.
+        """Restore the module and load a state dict. Either may come from a compiled or wrapped module.
 
-        Extra state stays as it is in the module.
+        The module keeps its own extra state.
 
         Args:
             weights: a state dict.
-            name: what to call it in errors.
+            name: the name of the checkpoint in errors.
 
         Raises:
             ValueError: if the weights do not fit the module.
@@ -153,11 +155,11 @@ class Original:
         given = {own.get(canonical_name(raw), raw): tensor for raw, tensor in weights.items()}
         self.restore()
         if not self._complete:
-            # The module may give what has a name of its own to any of its parts.
+            # The module's load_state_dict may use entries with names of their own for any tensor.
             self._keep(tensors if given.keys() - dict(tensors.values()).keys() else given)
         problems = [_misfit(raw, tensor, targets.get(raw)) for raw, tensor in given.items()]
         if len(given) < len(weights):
-            problems.append("some of its names are the same but for what wrappers add")
+            problems.append("some of its names differ only in what wrappers add")
         unexpected: list[str] = []
         parts = {raw: _part(tensor, targets.get(raw)) for raw, tensor in given.items()}
         try:
@@ -177,14 +179,14 @@ class Original:
         found = {id(tensor) for raw, tensor in tensors.values() if raw in given}
         empty = [name for name in self._without_content if name in tensors and id(tensors[name][1]) not in found]
         if empty:
-            problems.append(f"Missing keys, which the model has on the meta device, without content: {_some(empty)}")
+            problems.append(f"Missing keys of tensors that are on the meta device, without content: {_some(empty)}")
         lines = [problem for problem in problems if problem]
         if lines:
             raise ValueError(
                 f"{name} does not fit {type(module).__name__}: names, shapes or dtypes differ\n  " + "\n  ".join(lines)
             )
         if unexpected:
-            _told.warn(f"{name} has entries that {type(module).__name__} has no place for: {_some(unexpected)}")
+            _told.warn(f"{name} has entries that {type(module).__name__} does not use: {_some(unexpected)}")
 
     def _keep(self, names: Iterable[str]) -> None:
         tensors = _tensors(self._module)
@@ -192,21 +194,22 @@ class Original:
             _, tensor = tensors.get(name, (name, None))
             if tensor is not None and not tensor.is_meta and name not in self._kept:
                 original = tensor.detach()
-                # This rank's part of a sharded tensor is small enough for the device.
+                # This rank's part of a sharded tensor is small, so it stays on the device.
                 self._kept[name] = original.clone() if is_sharded(original) else original.to("cpu", copy=True)
 
 
 def state_digest(module: nn.Module, given: Iterable[str] = ()) -> str:
-    """SHA-256 over all parameters and buffers as they are now, but for those that a checkpoint gives.
+    """SHA-256 over the present parameters and buffers, except those that a checkpoint replaces.
 
-    With the digest of a checkpoint, it stands for everything that the module holds once that is loaded.
+    This digest and that of the checkpoint together identify all tensors of the module after loading.
 
     Args:
-        module: a copy of the user's module. If it is sharded, all ranks must ask.
-        given: names in the checkpoint.
+        module: a copy of the user's module. If it is sharded, all ranks must call this.
+        given: the names in the checkpoint.
 
     Returns:
-        The same for equal names, dtypes, shapes and bytes; tied tensors count under each of their names.
+        A digest that is the same for equal names, dtypes, shapes and bytes. A tied tensor counts under each of its
+        names.
 
     Raises:
         ValueError: if a tensor has no content.
@@ -220,7 +223,7 @@ def state_digest(module: nn.Module, given: Iterable[str] = ()) -> str:
 
 
 def _plain(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """The plain tensors that a tensor of any kind consists of, each under what to add to its name."""
+    """The plain tensors that make up a tensor of any kind, by the suffix that each adds to its name."""
     if tensor.is_meta:
         raise ValueError(f"{name} is on the meta device, without content")
     if is_sharded(tensor):
@@ -247,13 +250,13 @@ def _plain(name: str, tensor: Tensor) -> dict[str, Tensor]:
 
 
 def _tensors(module: nn.Module) -> dict[str, tuple[str, Tensor]]:
-    """Canonical name -> name and tensor of all parameters and buffers, tied ones under each of their names."""
+    """Canonical name -> (name, tensor) for all parameters and buffers; tied ones appear under each of their names."""
     named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
     return {canonical_name(raw): (raw, tensor) for raw, tensor in named}
 
 
 def _plain_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
-    """Parameters and buffers that have memory of their own."""
+    """The plain, dense parameters and buffers that have memory."""
     return [
         (name, tensor)
         for name, (_, tensor) in _tensors(module).items()
@@ -262,7 +265,7 @@ def _plain_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _transient(module: nn.Module) -> list[str]:
-    """Names of the buffers that are not persistent."""
+    """The names of the buffers that are not persistent."""
     return [
         f"{prefix}.{key}" if prefix else key
         for prefix, part in module.named_modules(remove_duplicate=False)
@@ -275,13 +278,13 @@ def _part(tensor: Tensor, like: Any) -> Tensor:
 
 
 def _misfit(name: str, tensor: Tensor, like: Any) -> str | None:
-    """Shapes that torch would load in part without an error."""
+    """What torch would load only in part, without an error; None if there is no such mistake."""
     if not isinstance(like, Tensor) or is_lazy(like):
         return None
     if tensor.is_complex() and not like.is_complex():
-        return f"{name} is complex, and the model's is real"
+        return f"{name} is complex in the checkpoint, but real in the model"
     if not like.ndim and tensor.ndim == 1 and len(tensor) != 1:
-        return f"size mismatch for {name}: it has {len(tensor)} numbers, and the model's is a single one"
+        return f"size mismatch for {name}: it has {len(tensor)} numbers, but the model has a single number"
     return None
 
 

@@ -20,7 +20,7 @@ from lightning_trak.checkpoints.series import SnapshotSeries
 from lightning_trak.checkpoints.weights import is_extra_state, read_safetensors, without_extra_state
 from lightning_trak.storage.locations import locate, require_regular
 
-_warned = WarningCache()  # warns of a thing once
+_warned = WarningCache()  # gives each warning once
 
 
 class SnapshotDirectory(CheckpointFormat):
@@ -29,7 +29,7 @@ class SnapshotDirectory(CheckpointFormat):
     @classmethod
     def recognizes(cls, location: str) -> bool:  # noqa: D102
         del location
-        return True  # whatever no other format takes
+        return True  # this format is asked last
 
     @classmethod
     def find(cls, location: str, weights_only: bool) -> list[Checkpoint]:  # noqa: D102
@@ -38,13 +38,13 @@ class SnapshotDirectory(CheckpointFormat):
         snapshots = series.read().snapshots
         if not snapshots:
             raise ValueError(
-                f'"{series.directory}" holds no snapshots yet; train with TRAKCallback until it has saved one'
+                f'"{series.directory}" holds no snapshots yet; train with TRAKCallback until it has saved a snapshot'
             )
         missing = [snapshot.file for snapshot in snapshots if not series.filesystem.exists(series.path(snapshot.file))]
         if missing:
             raise FileNotFoundError(
-                f'"{series.directory}" lacks {len(missing)} of the {len(snapshots)} snapshots in its manifest, first'
-                f' "{missing[0]}"; restore the files, or pass a list of those that you want'
+                f'"{series.directory}" lacks {len(missing)} of the {len(snapshots)} snapshots in its manifest, the'
+                f' first is "{missing[0]}"; restore the files, or pass a list of the paths that you want'
             )
         name = PurePosixPath(series.url).name
         return [Checkpoint(f"{name}/{entry.file}", partial(series.load, entry), entry) for entry in snapshots]
@@ -82,16 +82,16 @@ class TorchFile(CheckpointFormat):
 
 
 def _is_file(location: str, *suffixes: str) -> bool:
-    """Whether a path has one of some suffixes, and is no directory.
+    """Whether a path has one of these suffixes and is not a directory.
 
     Raises:
-        FileNotFoundError: if nothing is there.
+        FileNotFoundError: if it has one of the suffixes and does not exist.
     """
     if PurePosixPath(location).suffix.lower() not in suffixes:
         return False
     filesystem, path = locate(location)
     if not filesystem.exists(path):
-        raise FileNotFoundError(f'checkpoint "{location}" does not exist')
+        raise FileNotFoundError(f'checkpoint "{location}" does not exist; check the path')
     return not filesystem.isdir(path)
 
 
@@ -100,46 +100,46 @@ def _read_torch(filesystem: Any, path: str, location: str, weights_only: bool) -
         require_regular(path)
     try:
         if isinstance(filesystem, LocalFileSystem):
-            # only the weights are read from disk then, not the optimizer's state; files of old formats do not allow it
+            # With mmap only the weights are read from disk, not the optimizer's state. Old formats do not allow mmap.
             content = torch.load(path, "cpu", weights_only=weights_only, mmap=zipfile.is_zipfile(path))
         else:
             with filesystem.open(path, "rb") as file:
                 content = torch.load(file, "cpu", weights_only=weights_only)
     except OSError:
         raise
-    except Exception as error:  # torch and pickle raise many kinds for a damaged file
+    except Exception as error:  # torch and pickle raise many types of errors for a damaged file
         refused = re.search(r"unsupported (?:global: )?GLOBAL (\S+)", str(error), re.IGNORECASE)
         if weights_only and isinstance(error, UnpicklingError) and refused:
             raise ValueError(
                 f'"{location}" holds more than tensors and plain values: it needs {refused[1]}. weights_only=False'
-                " reads it by running code from the file, so use that only for files from a source you trust"
+                " reads it, but runs code from the file; use that only for files from a source you trust"
             ) from error
-        raise ValueError(f'"{location}" is truncated or not a file of torch.save: {error!r}') from error
+        raise ValueError(f'"{location}" is truncated, or was not written by torch.save: {error!r}') from error
     return state_dict(content, f'"{location}"')
 
 
 def state_dict(content: Any, source: str) -> dict[str, Tensor]:
-    """The weights among what a checkpoint holds.
+    """The weights in the content of a checkpoint.
 
     Args:
-        content: what was read: a state dict, or a mapping with one under ``"state_dict"``.
-        source: what to call it in errors.
+        content: a state dict, or a mapping that has one under ``"state_dict"``.
+        source: the name of the checkpoint in messages.
 
     Raises:
-        TypeError: if it is not a state dict.
-        ValueError: if there are no tensors in it.
+        TypeError: if there is no state dict.
+        ValueError: if the state dict has no tensors.
     """
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     if not isinstance(content, Mapping):
-        raise TypeError(f"expected a state dict in {source}, got {type(content).__name__}")
+        raise TypeError(f"{source} must hold a state dict, got {type(content).__name__}")
     tensors = without_extra_state(content, source)
     if not tensors:
         raise ValueError(f"the state dict in {source} is empty")
     extra = [name for name in content if is_extra_state(name)]
     if extra:
         _warned.warn(
-            f"{', '.join(extra)} in {source} is extra state of modules, which is not loaded: the model keeps its own"
+            f"the extra state of modules in {source} is not loaded, the model keeps its own: {', '.join(extra)}"
         )
-    # Lazy signs would be in the way of those who look at the bytes.
+    # Resolve lazy conjugation and negation, so that the bytes are the values.
     return {name: tensor.detach().resolve_conj().resolve_neg() for name, tensor in tensors.items()}

@@ -1,4 +1,4 @@
-"""Names of parameters."""
+"""Names of parameters without what wrappers add."""
 
 from lightning_trak.compatibility import WRAPPERS
 

@@ -1,4 +1,4 @@
-"""Weights from any kind of checkpoint, as plain state dicts on CPU."""
+"""Finds the checkpoints that a user names: paths, URLs or state dicts in memory."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ def resolve_checkpoints(checkpoints: CheckpointsLike, weights_only: bool = True)
     """Find the checkpoints that a user names, without loading weights yet.
 
     Args:
-        checkpoints: one of these, or a list that may mix them, in the order wanted:
+        checkpoints: one of these, or a list of them in the order wanted (kinds may be mixed):
 
             - a directory that :class:`~lightning_trak.callbacks.snapshots.TRAKCallback` has written: all its snapshots;
             - a ``.safetensors`` file;
-            - a Lightning ``.ckpt`` or a ``.pt``, ``.pth`` or ``.bin`` file of ``torch.save``: its ``"state_dict"`` when
+            - a Lightning ``.ckpt`` or a ``.pt``, ``.pth`` or ``.bin`` file of ``torch.save``: its ``"state_dict"`` if
               it has one, else all of it;
-            - a state dict in memory, copied here so that later training or loading does not change it.
+            - a state dict in memory. It is copied, so that later training or loading does not change it.
 
-            Paths may be local or URLs that fsspec understands.
-        weights_only: False lets ``torch.load`` run code from the files, which those need that hold pickled objects,
-            such as hyperparameters. Only for files from a source you trust.
+            A path is local, or a URL that fsspec understands.
+        weights_only: False lets ``torch.load`` run code from the files. Files that hold pickled objects, such as
+            hyperparameters, need this. Use it only for files from a source you trust.
 
     Returns:
         At least one checkpoint.
 
     Raises:
         TypeError: if an item is none of these.
-        ValueError: if there are no checkpoints, or two state dicts in memory are one model's live tensors.
-        FileNotFoundError: if a file, or a snapshot that a manifest names, does not exist.
+        ValueError: if there are no checkpoints, or two state dicts in memory are the same tensors of one model.
+        FileNotFoundError: if a file does not exist, or a snapshot that a manifest names.
     """
     items = list(checkpoints) if isinstance(checkpoints, (list, tuple)) else [checkpoints]
     if not items:
@@ -53,7 +53,7 @@ def resolve_checkpoints(checkpoints: CheckpointsLike, weights_only: bool = True)
             if first != position:
                 raise ValueError(
                     f"checkpoints {first} and {position} are the same tensors in memory: state_dict() returns a model's"
-                    " live weights; keep copy.deepcopy(model.state_dict()) instead"
+                    " own weights, not a copy; pass copy.deepcopy(model.state_dict()) instead"
                 )
             copied = {key: tensor.cpu().clone() for key, tensor in tensors.items()}
             resolved.append(Checkpoint(name, partial(dict, copied)))
@@ -63,7 +63,7 @@ def resolve_checkpoints(checkpoints: CheckpointsLike, weights_only: bool = True)
             resolved += kind.find(location, weights_only)
         else:
             raise TypeError(
-                "expected a snapshot directory, a safetensors, .ckpt or .pt path, or a state dict as checkpoint"
-                f" {position}, got {type(item).__name__}"
+                f"checkpoint {position} must be the path of a snapshot directory, a .safetensors, .ckpt, .pt, .pth or"
+                f" .bin file, or a state dict, got {type(item).__name__}"
             )
     return resolved

@@ -1,16 +1,17 @@
-"""The snapshots of one training run, in a directory that is local or anywhere that fsspec reaches.
+"""The snapshots of one training run, in a local directory or any other that fsspec reaches.
 
-    snapshots/manifest.json                     which run, and step, epoch and optimizer settings of each snapshot
+    snapshots/manifest.json                     the run, and the step, epoch and optimizer settings of each snapshot
     snapshots/snapshot-00000100.safetensors     the LightningModule's state dict after 100 optimizer steps
 
-What the manifest does not name is not part of the series. A save writes the tensors first, which get their name once
-they are whole and on disk, and then replaces the manifest in one step. So a crash at any moment leaves the earlier
-snapshots as they were, and at worst a file that nothing refers to: a hidden one, removed when the run is resumed, or
-that of the snapshot, overwritten when its step is saved again. The manifest has the size and checksum of each file, and
-a checksum of itself.
+A file that the manifest does not name is not part of the series. A save first writes the tensors. Their file gets its
+name once it is whole and on disk. Then the manifest is replaced in one step. So a crash at any moment does not change
+the earlier snapshots. At worst it leaves a file that the manifest does not name. A hidden file is removed when the run
+is resumed. The file of a new snapshot is overwritten when its step is saved again. The manifest holds the size and
+checksum of each file, and a checksum of itself.
 
-One process writes. While it does it holds a lock on the directory, which the kernel takes from it when it dies. Some
-file systems have no locks, so that the manifest names its writer, too: who finds another there writes nothing.
+One process writes. Meanwhile it holds a lock on the directory. The kernel releases the lock when the process dies. Some
+file systems have no locks, so the manifest also names its writer. A process that finds another writer there writes
+nothing.
 """
 
 from __future__ import annotations
@@ -52,14 +53,14 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Settings of one parameter group of an optimizer in the last step before a snapshot.
+    """The settings of one parameter group of an optimizer in the last step before a snapshot.
 
     Attributes:
         optimizer: position in ``trainer.optimizers``.
-        algorithm: class name of the optimizer, which says how it applies the weight decay.
-        lr: learning rate, or None where the optimizer has no such setting.
-        weight_decay: weight decay, or None where the optimizer has no such setting.
-        parameters: names of those of its parameters that the module has.
+        algorithm: class name of the optimizer. How the weight decay is applied follows from it.
+        lr: learning rate, or None if the optimizer has no such setting.
+        weight_decay: weight decay, or None if the optimizer has no such setting.
+        parameters: names of the group's parameters, as far as the module has them.
     """
 
     optimizer: int
@@ -96,8 +97,8 @@ class Manifest:
 
     Attributes:
         run: identifier of the training run, kept when the run is resumed.
-        writer: identifier of who writes, another one each time that the run is resumed.
-        snapshots: in the order of their steps.
+        writer: identifier of the writing process, a new one each time that the run is resumed.
+        snapshots: the snapshots, in the order of their steps.
     """
 
     run: str
@@ -126,15 +127,15 @@ class SnapshotSeries:
         return str(self.filesystem.unstrip_protocol(self._root))
 
     def path(self, name: str) -> str:
-        """Path of a file of the series on its file system."""
+        """The path of a file of the series on its file system."""
         return f"{self._root}/{name}"
 
     def read(self) -> Manifest:
-        """The manifest.
+        """Read the manifest.
 
         Raises:
-            FileNotFoundError: if the directory has none.
-            ValueError: if it is not one, was altered, or is of a format that this version cannot read.
+            FileNotFoundError: if the directory has no manifest.
+            ValueError: if the file is not a manifest, was altered, or has a format that this version cannot read.
         """
         try:
             if self._local:
@@ -143,8 +144,8 @@ class SnapshotSeries:
         except (FileNotFoundError, NotADirectoryError) as error:
             found = "it does not exist" if not self.filesystem.exists(self._root) else f"it has no {MANIFEST}"
             raise FileNotFoundError(
-                f'"{self.directory}" is not a directory that TRAKCallback has written: {found}; give checkpoint'
-                " files as a list of their paths"
+                f'"{self.directory}" is not a directory that TRAKCallback has written: {found}; check the path, or'
+                " pass checkpoint files as a list of their paths"
             ) from error
         try:
             manifest: dict[str, Any] = parse_json(content, _manifest)
@@ -156,11 +157,11 @@ class SnapshotSeries:
         return Manifest(manifest["run"], manifest["writer"], tuple(_parse(entry) for entry in manifest["snapshots"]))
 
     def load(self, snapshot: Snapshot) -> dict[str, Tensor]:
-        """The state dict of a snapshot, as :func:`~lightning_trak.checkpoints.weights.read_safetensors`.
+        """Read the state dict of a snapshot, as :func:`~lightning_trak.checkpoints.weights.read_safetensors` does.
 
         Raises:
-            FileNotFoundError: if its file is gone.
-            ValueError: if the file is not the one that was written.
+            FileNotFoundError: if its file no longer exists.
+            ValueError: if the file was altered or replaced.
         """
         location = f"{self.directory}/{snapshot.file}"
         return read_safetensors(
@@ -174,7 +175,7 @@ class SnapshotSeries:
             The new run's identifier.
 
         Raises:
-            ValueError: if the directory holds snapshots already, or a run that is still going writes to it.
+            ValueError: if the directory holds snapshots already, or another run is writing to it.
         """
         held = self._hold()
         existing = self._existing()
@@ -183,8 +184,8 @@ class SnapshotSeries:
             raise ValueError(self._occupied(existing))
         if existing is not None and not held:
             rank_zero_warn(
-                f'another run has begun in "{self.directory}" and saved no snapshot yet; if it is still going, it ends'
-                " with an error at its first, since this run has taken the directory"
+                f'another run has begun in "{self.directory}" and has saved no snapshot yet; this run takes the'
+                " directory: if the other run is still going, it ends with an error at its first snapshot"
             )
         run = uuid.uuid4().hex
         self._start(run, ())
@@ -193,14 +194,15 @@ class SnapshotSeries:
     def resume(self, runs: Sequence[str], step: int) -> Manifest:
         """Continue the series of a run at an optimizer step, and hold the directory until :meth:`close`.
 
-        Entries of later steps leave the manifest. Their files stay until the resumed run saves the same steps.
+        Snapshots of later steps are removed from the manifest. Their files stay until the resumed run saves the same
+        steps.
 
         Args:
             runs: identifiers that the run may have here; an empty directory takes the first.
             step: optimizer steps that the resumed run has taken.
 
         Raises:
-            ValueError: if the directory holds snapshots of another run, or a run that is still going writes to it.
+            ValueError: if the directory holds snapshots of another run, or another run is writing to it.
         """
         self._hold()
         existing = self._existing()
@@ -214,7 +216,7 @@ class SnapshotSeries:
     def save(
         self, state_dict: Mapping[str, Any], step: int, epoch: int, parameter_groups: Sequence[ParameterGroup]
     ) -> Snapshot:
-        """Add a snapshot; one of the same step is replaced.
+        """Add a snapshot. It replaces one of the same step.
 
         Args:
             state_dict: dense tensors on any device; tied and non-contiguous ones are allowed. Extra state is left out.
@@ -224,15 +226,15 @@ class SnapshotSeries:
 
         Raises:
             FileNotFoundError: if neither :meth:`begin` nor :meth:`resume` has made a manifest.
-            ValueError: if another run has taken the directory since.
+            ValueError: if another run has taken the directory in the meantime.
             TypeError: if an entry of the state dict is not a dense tensor.
-            OSError: if it cannot be written; earlier snapshots are as they were.
+            OSError: if it cannot be written; earlier snapshots are not changed.
         """
         manifest = self.read()
         if manifest.writer != self._writer:
             raise ValueError(
-                f'"{self.directory}" was taken by another run after this one began, so that the snapshot of step {step}'
-                " was not saved; give each run a directory of its own"
+                f'another run took "{self.directory}" after this one began, so the snapshot of step {step} was not'
+                " saved; give each run its own directory"
             )
         tensors, metadata, checksum = pack(without_extra_state(state_dict, "the module's state dict"))
         file = _file_name(step)
@@ -245,21 +247,21 @@ class SnapshotSeries:
         except (OSError, SafetensorError) as error:
             number = getattr(error, "errno", None)
             reason = (
-                f'snapshot "{self.directory}/{file}" was not saved: {error}; make room, or see to the permissions, and'
-                " resume the run: its earlier snapshots are whole"
+                f'snapshot "{self.directory}/{file}" was not saved: {error}; free some space or correct the'
+                " permissions, then resume the run: its earlier snapshots are complete"
             )
             raise (OSError(number, reason) if number else OSError(reason)) from error
         return snapshot
 
     def close(self) -> None:
-        """Let another run have the directory."""
+        """Release the directory, so that another run may write to it."""
         self._writer = None
         if self._lock is not None:
             self._lock.close()
             self._lock = None
 
     def _hold(self) -> bool:
-        """Take the lock; returns whether there is one on this file system."""
+        """Take the lock. Returns whether this file system has locks."""
         if self._lock is not None:
             return True
         if not self._local:
@@ -267,17 +269,17 @@ class SnapshotSeries:
         try:
             os.makedirs(self._root, exist_ok=True)
         except FileExistsError as error:
-            raise NotADirectoryError(f'"{self.directory}" is no directory; use another path for snapshots') from error
+            raise NotADirectoryError(f'"{self.directory}" is a file; use another directory for snapshots') from error
         lock = Lock(self._root)
         try:
             alone = lock.take(wait=False)
-        except OSError:  # no locks here: save() will find out by the manifest
+        except OSError:  # no locks here: save() compares the writer in the manifest instead
             lock.close()
             return False
         if not alone:
             lock.close()
             raise ValueError(
-                f'a run that is still going writes to "{self.directory}"; use another directory, or wait for its end'
+                f'another run is writing to "{self.directory}"; use another directory, or wait until that run has ended'
             )
         self._lock = lock
         return True
@@ -314,7 +316,7 @@ class SnapshotSeries:
 
     def _replace_manifest(self, manifest: Manifest) -> None:
         content = with_checksum({"format": FORMAT_VERSION, **asdict(manifest)})
-        parse_json(json.dumps(content).encode(), _manifest)  # what could not be read again is not written
+        parse_json(json.dumps(content).encode(), _manifest)  # never write what could not be read again
         path = self.path(MANIFEST)
         if self._local:
             write_json(Path(path), content)
@@ -357,12 +359,12 @@ def _snapshots(field: str, value: Any) -> None:
     for number, entry in enumerate(value):
         if number and entry["step"] <= value[number - 1]["step"]:
             raise ValueError(
-                f"{field}[{number}].step must be more than {value[number - 1]['step']}, that of the snapshot before it,"
-                f" got {entry['step']}"
+                f"{field}[{number}].step must be greater than {value[number - 1]['step']}, the step of the snapshot"
+                f" before it, got {entry['step']}"
             )
         if entry["file"] != _file_name(entry["step"]):
             raise ValueError(
-                f"{field}[{number}].file must be {_file_name(entry['step'])!r}, as its step has it, got"
+                f"{field}[{number}].file must be {_file_name(entry['step'])!r}, which follows from its step, got"
                 f" {entry['file']!r:.80}"
             )
 
@@ -373,7 +375,7 @@ _current = sealed({"format": _count, "run": _name, "writer": _name, "snapshots":
 def _manifest(field: str, value: Any) -> None:
     record({"format": _count}, others=anything)(field, value)
     if value["format"] != FORMAT_VERSION:
-        raise ValueError(f"it has format {value['format']}, and this version reads {FORMAT_VERSION}")
+        raise ValueError(f"it has format {value['format']}, but this version reads format {FORMAT_VERSION}")
     _current(field, value)
 
 

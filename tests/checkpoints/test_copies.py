@@ -186,9 +186,12 @@ def test_no_second_copy_is_held_of_models_that_are_loaded_strictly() -> None:
         ({"tail.bias": torch.ones(3)}, r"Unexpected keys: tail\.bias"),
         ({"head.bias": torch.ones(4)}, r"size mismatch for head\.bias.*\[4\].*\[3\]"),
         ({"head.weight": torch.ones(3, 9), "first.bias": torch.ones(1)}, r"first\.bias.*head\.weight"),
-        ({"head.bias": torch.ones(3, dtype=torch.complex64)}, r"head\.bias is complex, and the model's is real"),
+        (
+            {"head.bias": torch.ones(3, dtype=torch.complex64)},
+            r"head\.bias is complex in the checkpoint, but real in the model",
+        ),
         ({"norm.num_batches_tracked": torch.ones(5)}, r"norm\.num_batches_tracked: it has 5 numbers"),
-        ({"_orig_mod.head.bias": torch.ones(3)}, "some of its names are the same but for what wrappers add"),
+        ({"_orig_mod.head.bias": torch.ones(3)}, "some of its names differ only in what wrappers add"),
     ],
 )
 @pytest.mark.parametrize("kind", [LitNet, Partial])
@@ -211,7 +214,7 @@ def test_what_does_not_fit_is_named(kind: type[LitNet], change: dict[str, Tensor
 
 def test_entries_without_a_place_are_told() -> None:
     original = Original(copy_module(Partial()))
-    with pytest.warns(UserWarning, match=r"told has entries that Partial has no place for: tail\.bias"):
+    with pytest.warns(UserWarning, match=r"told has entries that Partial does not use: tail\.bias"):
         original.load(WEIGHTS[0] | {"tail.bias": torch.ones(3)}, "told")
     with pytest.raises(ValueError, match=r"(?s)does not fit Partial: .*Unexpected keys: model\.first\.weight, .* more"):
         original.load({f"model.{name}": tensor for name, tensor in WEIGHTS[0].items()}, "other")

@@ -198,7 +198,7 @@ def test_swapped_files_are_named(tmp_path: Path) -> None:
     os.rename(tmp_path / "snapshot-00000010.safetensors", tmp_path / FILE)
     os.rename(tmp_path / "x", tmp_path / "snapshot-00000010.safetensors")
     for checkpoint in resolve_checkpoints(tmp_path):
-        with pytest.raises(ValueError, match=rf"{checkpoint.record.file}\" was altered, or is another file"):
+        with pytest.raises(ValueError, match=rf"{checkpoint.record.file}\" was altered or replaced"):
             checkpoint.load()
 
 
@@ -208,7 +208,7 @@ def test_the_file_of_another_series_is_named(tmp_path: Path) -> None:
     series.begin()
     series.save({"w": make_state_dict()["a.weight"]}, 20, 2, GROUPS)
     shutil.copy(tmp_path / "b" / FILE, tmp_path / "a" / FILE)
-    with pytest.raises(ValueError, match=rf"{FILE}\" is truncated, or another file .* bytes"):
+    with pytest.raises(ValueError, match=rf"{FILE}\" is truncated or was replaced: .* bytes"):
         resolve_checkpoints(tmp_path / "a")[1].load()
 
 

@@ -107,7 +107,7 @@ def test_layers_that_configure_model_makes(tmp_path):
 def test_a_model_that_cannot_be_copied_says_why(tmp_path, checkpoints):
     model = make_model()
     model.last = model(TRAIN.tensors[0])
-    with pytest.raises(ValueError, match=r"LitNet cannot be copied: .*keep tensors with gradients"):
+    with pytest.raises(ValueError, match=r"LitNet cannot be copied: .*remove tensors with gradients"):
         TRAK(model, checkpoints, tmp_path, **OPTIONS).featurize(make_trainer(), TRAIN)
 
 
