@@ -1,4 +1,4 @@
-"""Callbacks for a Trainer: they keep snapshots while it trains, and evaluate attributions when it is done."""
+"""Callbacks for a Trainer: one keeps snapshots during training, the other evaluates attributions after it."""
 
 from lightning_trak.callbacks.evaluation import AttributionEvaluation
 from lightning_trak.callbacks.snapshots import TRAKCallback

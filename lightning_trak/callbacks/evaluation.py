@@ -26,8 +26,9 @@ class AttributionEvaluation(Callback):
 
     Args:
         methods: by name, functions that get the trained module and make a :class:`~lightning_trak.methods.Method`.
-            They are called at the end of training, since the snapshots do not exist before. If a fit is continued, it
-            has other snapshots; their features need another store, such as ``f"run/features-{model.global_step}"``.
+            They are called at the end of training, because the snapshots do not exist before. If a fit is continued,
+            its snapshots change. Their features need another store, such as
+            ``f"run/features-{model.global_step}"``.
         train: the training data.
         targets: the targets.
         retrained: subsets, and the outputs at these targets of models that were trained on the subsets. It comes from
@@ -36,8 +37,8 @@ class AttributionEvaluation(Callback):
             :func:`~lightning_trak.reporting.loggers.log_attributions`.
 
     Attributes:
-        scores: of each method that has run, ``(num_targets, num_train)``.
-        lds: of each method that has run, if ``retrained`` is given.
+        scores: by name of the method, for those that have run: a Tensor ``(num_targets, num_train)``.
+        lds: by name of the method, for those that have run, if ``retrained`` is given.
 
     Example::
 
@@ -70,7 +71,7 @@ class AttributionEvaluation(Callback):
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Evaluate. A ``fast_dev_run`` is left out."""
+        """Evaluate, except after a ``fast_dev_run``."""
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             with _between_runs(trainer):
                 self.evaluate(trainer, pl_module)
@@ -79,8 +80,8 @@ class AttributionEvaluation(Callback):
         """Attribute, and log the results at the Trainer's step.
 
         Args:
-            trainer: runs the methods; its loggers get the results.
-            module: the trained module, which ``methods`` get.
+            trainer: runs the methods. Its loggers get the results.
+            module: the trained module. The functions in ``methods`` get it.
         """
         train = single_loader(self.train, "fit", trainer).dataset
         targets = single_loader(self.targets, "predict", trainer).dataset
@@ -100,7 +101,7 @@ class AttributionEvaluation(Callback):
 
 @contextmanager
 def _between_runs(trainer: Trainer) -> Iterator[None]:
-    """Let other runs take place during the last hooks of this one, and put the Trainer's state back afterwards."""
+    """Allow other runs during the last hooks of this run, and restore the Trainer's state afterwards."""
     state = trainer.state
     before = state.fn, state.status, state.stage
     try:

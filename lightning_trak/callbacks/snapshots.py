@@ -27,42 +27,42 @@ T = TypeVar("T")
 class TRAKCallback(Callback):
     """Saves snapshots of the whole state dict for attribution.
 
-    At most one trigger may be given; with none it is ``every_n_epochs=1``. A step is never saved twice, sanity checking
-    and ``fast_dev_run`` save nothing, and a run without optimizer steps neither.
+    At most one trigger may be given. The default is ``every_n_epochs=1``. A step is never saved twice. Nothing is saved
+    during sanity checking, with ``fast_dev_run``, or in a run without optimizer steps.
 
-    **Which weights.** The raw ones that the optimizer steps, and buffers such as BatchNorm statistics, at the end of a
-    training batch or epoch. Callbacks that average weights (``WeightAveraging``, ``EMAWeightAveraging``) put the
-    average in their place when training ends: list this callback before them, or ``save_last`` may save the average.
-    Sharded weights (FSDP) are gathered on the CPU of rank zero, which writes.
+    **Which weights.** The weights as the optimizer updates them, and buffers such as BatchNorm statistics, at the end
+    of a training batch or epoch. Callbacks that average weights (``WeightAveraging``, ``EMAWeightAveraging``) replace
+    the weights by the average when training ends. List this callback before them, or ``save_last`` may save the
+    average. Sharded weights (FSDP) are gathered on the CPU of rank zero, which writes them.
 
-    Extra state of modules (``get_extra_state()``) is left out, with a warning: the model that is given for attribution
-    keeps its own. Sparse and quantized buffers in the state dict are refused before training begins; with
-    ``persistent=False`` they are not in it.
+    The extra state of modules (``get_extra_state()``) is left out, with a warning. The model that is given for
+    attribution keeps its own. Sparse and quantized buffers in the state dict are refused before training begins.
+    Buffers with ``persistent=False`` are not in the state dict.
 
-    **What else.** The manifest records optimizer steps taken, epochs completed, and for each parameter group the names
-    of its parameters and the learning rate and weight decay of its optimizer's last step.
+    **What else.** The manifest records the optimizer steps taken and the epochs completed. For each parameter group it
+    records the names of its parameters, and the learning rate and weight decay of its optimizer's last step.
 
-    **Which run.** A directory belongs to one run. Starting another in it is an error, also while the first has saved
-    nothing yet; on file systems without locks it is the first that ends with an error then. Resuming with
-    ``trainer.fit(ckpt_path=...)``, or calling ``fit`` again to train on, continues the series: snapshots of steps later
-    than the one resumed from leave the manifest. ``validate``, ``test`` and ``predict`` do not touch it.
+    **Which run.** A directory belongs to one run. It is an error to start another run in it, even if the first has
+    saved nothing yet. In that last case, on file systems without locks, it is the first run that ends with an error.
+    ``trainer.fit(ckpt_path=...)`` continues the series, and so does a second call of ``fit``: snapshots of steps later
+    than the resumed one are removed from the manifest. ``validate``, ``test`` and ``predict`` do not change it.
 
     Args:
-        dirpath: directory of the snapshots, local or any URL that fsspec understands.
+        dirpath: directory of the snapshots: a local path, or a URL that fsspec understands.
         every_n_epochs: save at the end of every n-th training epoch.
-        every_n_train_steps: save whenever ``trainer.global_step`` (optimizer steps, over all optimizers) reaches or
+        every_n_train_steps: save when ``trainer.global_step`` (optimizer steps, over all optimizers) reaches or
             passes a multiple of n.
-        train_time_interval: save after an optimizer step once this much time has passed since the last such save. Rank
-            zero's clock decides.
-        save_last: save when training ends, unless its last step is saved already.
+        train_time_interval: save after an optimizer step if this much time has passed since the last such save. The
+            clock of rank zero decides.
+        save_last: save when training ends, unless the last step is saved already.
 
     Raises:
-        ValueError: if several triggers are given or one is not positive; in ``setup`` if two callbacks of a Trainer
-            have the same directory; when training starts if the directory holds another run's snapshots or is written
-            to by one, or a learning rate is not finite; at a snapshot if another run has taken the directory.
-        TypeError: when training starts if the state dict has entries that are no dense tensors.
-        OSError: if a snapshot cannot be written, on all ranks.
-        RuntimeError: in ``setup`` with DeepSpeed ZeRO stage 3, whose weights are not in the state dict.
+        ValueError: if several triggers are given, or one is not positive. In ``setup``: if two callbacks of a Trainer
+            have the same directory. When training starts: if the directory holds snapshots of another run, another run
+            is writing to it, or a learning rate is not finite. At a snapshot: if another run has taken the directory.
+        TypeError: when training starts, if the state dict has entries that are not dense tensors.
+        OSError: on all ranks, if a snapshot cannot be written.
+        RuntimeError: in ``setup`` with DeepSpeed ZeRO stage 3, because its weights are not in the state dict.
 
     Example::
 
@@ -86,7 +86,7 @@ class TRAKCallback(Callback):
         }
         if len(given) > 1:
             raise ValueError(
-                f"expected at most one trigger, got {' and '.join(sorted(given))}; use several TRAKCallbacks"
+                f"expected at most one trigger, got {' and '.join(sorted(given))}; use a TRAKCallback for each"
             )
         for name, value in given.items():
             if value < (1 if name in counts else 0):
@@ -107,7 +107,7 @@ class TRAKCallback(Callback):
     @property
     @override
     def state_key(self) -> str:
-        """A key that differs between several of these callbacks in one Trainer."""
+        """A key by which Lightning tells several of these callbacks in one Trainer apart."""
         settings = {
             "dirpath": self.dirpath,
             "every_n_epochs": self.every_n_epochs,
@@ -118,31 +118,31 @@ class TRAKCallback(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Which run the snapshots belong to, for a Lightning checkpoint."""
+        """The run that the snapshots belong to. It is saved in Lightning checkpoints."""
         return {"run": self._run} if self._run else {}
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Note which runs the checkpoint continues, whatever directory or trigger they had then."""
+        """Note which runs the checkpoint continues. Their directory and trigger do not matter."""
         states = checkpoint.get("callbacks", {})
         name = type(self).__qualname__
         self._resumed_runs = [state["run"] for key, state in states.items() if key.startswith(name) and "run" in state]
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Settle the directory on all ranks."""
+        """Make all ranks use the same directory, and check that no other TRAKCallback of the Trainer uses it."""
         self._close()
-        self._resumed_runs = []  # of the coming call alone: predict(ckpt_path=...) loads callback states too
+        self._resumed_runs = []  # forget earlier calls: predict(ckpt_path=...) loads callback states too
         if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         if getattr(trainer.strategy, "zero_stage_3", False):
             raise RuntimeError(
-                "TRAKCallback cannot save weights that DeepSpeed ZeRO stage 3 partitions; use FSDP or stage 2"
+                "TRAKCallback cannot save weights that DeepSpeed ZeRO stage 3 partitions; use FSDP or ZeRO stage 2"
             )
         self._series = SnapshotSeries(trainer.strategy.broadcast(self.dirpath))
         others = [other for other in trainer.callbacks if other is not self]  # type: ignore[attr-defined]
         if any(SnapshotSeries(o.dirpath).url == self._series.url for o in others if isinstance(o, TRAKCallback)):
-            raise ValueError(f'two TRAKCallbacks write to "{self.dirpath}"; give each a directory of its own')
+            raise ValueError(f'two TRAKCallbacks write to "{self.dirpath}"; give each its own directory')
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -158,11 +158,11 @@ class TRAKCallback(Callback):
         }
 
     def _open(self, series: SnapshotSeries, step: int, state_dict: dict[str, Any]) -> tuple[str, int]:
-        without_extra_state(state_dict, "the module's state dict")  # what cannot be saved fails now, not after hours
+        without_extra_state(state_dict, "the module's state dict")  # fail now, not after hours of training
         extra = [name for name in state_dict if is_extra_state(name)]
         if extra:
             rank_zero_warn(
-                f"snapshots leave out the extra state of modules: {', '.join(extra)}. The model that is given for"
+                f"snapshots leave out the extra state of modules: {', '.join(extra)}; the model that is given for"
                 " attribution keeps its own"
             )
         if self._resumed_runs:
@@ -175,7 +175,7 @@ class TRAKCallback(Callback):
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Note the learning rate that this step uses; when a snapshot is taken a scheduler may have changed it."""
+        """Note the learning rate of this step. A scheduler may change it before the snapshot is taken."""
         for position, candidate in enumerate(trainer.optimizers):
             if candidate is optimizer:
                 self._groups[position] = _settings(position, optimizer, pl_module)
@@ -184,12 +184,12 @@ class TRAKCallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save if the optimizer has stepped and a step or time trigger says so."""
+        """Save if the optimizer has made a step and the step or time trigger is due."""
         before, self._seen_step = self._seen_step, trainer.global_step
         if self._seen_step == before:  # gradients are accumulating
             return
         if self.every_n_train_steps is not None:
-            # passing counts as well as reaching: with several optimizers the step advances by more than one
+            # With several optimizers the step advances by more than one, so it may pass a multiple.
             due = self._seen_step // self.every_n_train_steps > before // self.every_n_train_steps
         elif self.train_time_interval is not None:
             elapsed = time.monotonic() - self._saved_time
@@ -202,7 +202,7 @@ class TRAKCallback(Callback):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save if the epoch trigger says so."""
+        """Save if the epoch trigger is due."""
         epoch = trainer.current_epoch + 1
         if self.every_n_epochs is not None and epoch % self.every_n_epochs == 0:
             self._save(trainer, epoch)
@@ -224,12 +224,12 @@ class TRAKCallback(Callback):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Let another run have the directory."""
+        """Release the directory, so that another run may write to it."""
         self._close()
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let another run have the directory."""
+        """Release the directory, so that another run may write to it."""
         self._close()
 
     def _close(self) -> None:
@@ -239,7 +239,7 @@ class TRAKCallback(Callback):
 
 
 def _on_rank_zero(trainer: Trainer, action: Callable[[], T]) -> T:
-    """Run an action on rank zero. All ranks get its result, or its error, so that none waits for a failed rank."""
+    """Run an action on rank zero. All ranks get its result or its error, so no rank waits for one that has failed."""
     outcome: T | Exception | None = None
     failure: Exception | None = None
     if trainer.is_global_zero:
@@ -255,7 +255,7 @@ def _on_rank_zero(trainer: Trainer, action: Callable[[], T]) -> T:
 
 
 def _portable(error: Exception) -> Exception:
-    """An error that other processes can read: some cannot be pickled, or not be unpickled."""
+    """An error that other processes can read. Some errors cannot be pickled, others cannot be unpickled."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
@@ -264,10 +264,10 @@ def _portable(error: Exception) -> Exception:
 
 
 def _gather(trainer: Trainer) -> dict[str, Any]:
-    """The module's whole state dict, on rank zero at least. To be called on all ranks."""
+    """The module's whole state dict, at least on rank zero. All ranks must call this."""
     strategy = trainer.strategy
     if isinstance(strategy, (FSDPStrategy, ModelParallelStrategy)) and strategy.model is not None:
-        # configured for sharded checkpoints, lightning_module_state_dict() is this rank's part alone
+        # If configured for sharded checkpoints, lightning_module_state_dict() gives only this rank's part.
         return get_model_state_dict(strategy.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     return strategy.lightning_module_state_dict()
 
@@ -279,8 +279,8 @@ def _settings(position: int, optimizer: Optimizer, module: LightningModule) -> l
         value = None if group.get(key) is None else float(group[key])
         if value is not None and not math.isfinite(value):
             raise ValueError(
-                f"optimizer {position} ({type(optimizer).__name__}) has {key}={value}, which trains nothing; give a"
-                " finite number"
+                f"optimizer {position} ({type(optimizer).__name__}) has {key}={value}, which cannot train a model;"
+                " use a finite number"
             )
         return value
 

@@ -23,8 +23,8 @@ from lightning_trak.checkpoints.series import SnapshotSeries
 from tests.callback_nets import Net, fit, loader, make_trainer, steps
 from tests.snapshot_data import GROUPS, assert_equal, make_state_dict
 
-GOING = "a run that is still going writes to"
-TAKEN = "was taken by another run after this one began"
+GOING = "another run is writing to"
+TAKEN = "after this one began, so the snapshot of step"
 
 
 class Shared(NamedTuple):
