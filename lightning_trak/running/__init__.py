@@ -1,1 +1,1 @@
-"""Everything that deals with a Trainer: its data, its ranks, its devices, and borrowing it."""
+"""Everything that deals with a Trainer: its data, its ranks, its devices, and how it is borrowed."""

@@ -1,4 +1,4 @@
-"""The one loop that moves batches to the device: by the hooks that Lightning would call, in its order."""
+"""The one loop that moves batches to the device. It calls the same hooks as Lightning, in the same order."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -11,11 +11,11 @@ from torch import nn
 
 
 class TransferHooks:
-    """The batch transfer hooks that Lightning would call: the data module's where it has its own, else the module's.
+    """The batch transfer hooks that Lightning would call: the data module's if it overrides them, else the module's.
 
     Args:
-        module: the model; one that is no LightningModule has Lightning's own hooks.
-        datamodule: the data module that gave the data, if one did.
+        module: the model. If it is not a LightningModule, Lightning's default hooks are used.
+        datamodule: the data module that gave the data, if there is one.
     """
 
     def __init__(self, module: nn.Module, datamodule: L.LightningDataModule | None = None) -> None:
@@ -45,10 +45,10 @@ def on_device(
     """Yield batches as a Trainer gives them to the model.
 
     Args:
-        batches: as the loader collates them, see :func:`~lightning_trak.running.loading.load`.
-        device: where to.
+        batches: batches as the loader collates them, see :func:`~lightning_trak.running.loading.load`.
+        device: the device.
         convert: gives a batch the precision of the weights, as ``convert_input`` of a Trainer's precision plugin does.
-        hooks: what moves them.
+        hooks: the hooks that move the batches.
     """
     for batch in batches:
         batch = hooks.transfer(hooks.before(convert(batch)), device)

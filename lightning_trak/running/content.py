@@ -1,4 +1,4 @@
-"""A digest of a few items of a dataset, which stands for its content."""
+"""A digest of a few items of a dataset, to recognize its content."""
 
 import warnings
 from typing import Any, cast
@@ -13,24 +13,24 @@ from lightning_trak.running.random_states import isolated_random_states
 def fingerprint(loader: DataLoader[Any]) -> str | None:
     """A digest of eight items spread over the dataset, as the loader collates them.
 
-    The loader's workers read them, if it has workers. A dataset that opens files at first use must not open them in
-    this process, since workers would inherit them.
+    If the loader has workers, they read the items. A dataset that opens files at first use must not open them in this
+    process, because workers would inherit the open files.
 
     Returns:
-        The digest, or None, with a warning, if the items are not the same twice, as under random augmentation.
+        The digest. If the items differ when they are loaded again, as with random augmentation: None, with a warning.
     """
     digest = sample_digest(loader)
     if digest is None:
         warnings.warn(
-            "items of the training data are not the same twice: is there random augmentation? Features will be those of"
-            " whatever is drawn, and differ from run to run; give the data without it",
+            "items of the training data differ when they are loaded again, perhaps by random augmentation; features"
+            " would differ from run to run: give the data without random augmentation",
             stacklevel=3,
         )
     return digest
 
 
 def sample_digest(loader: DataLoader[Any]) -> str | None:
-    """A digest of eight items spread over the dataset, as the loader collates them; None if the next ones differ."""
+    """A digest of eight items spread over the dataset, as the loader collates them; None if a second load differs."""
     total = len(cast(Any, loader.dataset))
     sample = sorted({position * (total - 1) // 7 for position in range(8)})
     with isolated_random_states():

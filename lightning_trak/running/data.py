@@ -13,22 +13,24 @@ Data = PlainData | L.LightningDataModule
 
 
 def as_loaders(data: Data | Sequence[DataLoader[Any]], stage: str, trainer: L.Trainer) -> list[DataLoader[Any]]:
-    """Loaders of map-style datasets from anything that ``Trainer`` methods take.
+    """Make loaders of map-style datasets from what a user passes as data.
 
     Args:
-        data: see :func:`~lightning_trak.running.loaders.as_loader`; a sequence of such, or a LightningDataModule.
-        stage: ``"fit"`` asks a data module for ``train_dataloader()``, ``"predict"`` for ``predict_dataloader()``.
-        trainer: what a data module is attached to; see :func:`~lightning_trak.running.datamodules.loaders_of`.
+        data: the data as in :func:`~lightning_trak.running.loaders.as_loader`, a sequence of them, or a
+            LightningDataModule.
+        stage: ``"fit"`` uses a data module's ``train_dataloader()``, ``"predict"`` its ``predict_dataloader()``.
+        trainer: the Trainer that a data module is attached to; see
+            :func:`~lightning_trak.running.datamodules.loaders_of`.
 
     Raises:
-        TypeError: if it is none of these, or a dataset has no positions (an IterableDataset).
-        ValueError: if a loader draws a subset or makes its own batches, so that examples cannot be told apart.
+        TypeError: if the data are none of these, or a dataset has no positions (an IterableDataset).
+        ValueError: if a loader draws a subset, or makes no batches, so that examples have no positions.
     """
     return loaders_of(data, stage, trainer) if isinstance(data, L.LightningDataModule) else plain_loaders(data)
 
 
 def single_loader(data: Data, stage: str, trainer: L.Trainer) -> DataLoader[Any]:
-    """The one loader that :func:`as_loaders` finds.
+    """The only loader that :func:`as_loaders` makes.
 
     Raises:
         ValueError: if there are several loaders.
@@ -36,5 +38,5 @@ def single_loader(data: Data, stage: str, trainer: L.Trainer) -> DataLoader[Any]
     loaders = as_loaders(data, stage, trainer)
     if len(loaders) != 1:
         what = "training set" if stage == "fit" else "set of targets"
-        raise ValueError(f"expected one {what}, got {len(loaders)} loaders; use a ConcatDataset")
+        raise ValueError(f"expected one {what}, got {len(loaders)} loaders; join them with a ConcatDataset")
     return loaders[0]

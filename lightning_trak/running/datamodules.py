@@ -1,6 +1,7 @@
-"""The loaders of a LightningDataModule. One that has been set up is not set up again.
+"""The loaders of a LightningDataModule. A data module that is set up is not set up again.
 
-A split that ``setup`` draws differs each time. A second ``setup`` may turn training examples into targets.
+If ``setup`` splits the data at random, each call gives another split. A second call may turn training examples into
+targets.
 """
 
 import random
@@ -27,25 +28,24 @@ _HOOKS = {"fit": "train_dataloader", "predict": "predict_dataloader"}
 def loaders_of(datamodule: L.LightningDataModule, stage: str, trainer: L.Trainer) -> list[DataLoader[Any]]:
     """The data module's loaders of a stage.
 
-    One that a Trainer has met is taken as it is if it can give them. Otherwise ``setup(stage)`` is called, after
-    ``prepare_data()`` if no Trainer has met it; and what comes of it is refused if the training data are others than
-    those that the data module had.
+    If a Trainer has used the data module before and it can give the loaders, they are taken as they are. Otherwise
+    ``setup(stage)`` is called. If no Trainer has used the data module, ``prepare_data()`` is called before that. The
+    result is refused if ``setup`` has changed the training data that the data module had.
 
     Args:
-        datamodule: is attached to the Trainer, as the Trainer's own methods do.
+        datamodule: the data module. It is attached to the Trainer, as by the Trainer's own methods.
         stage: ``"fit"`` for ``train_dataloader()``, ``"predict"`` for ``predict_dataloader()``.
-        trainer: whose processes wait for the one that prepares the data.
+        trainer: the Trainer. Its processes wait for the process that prepares the data.
 
     Raises:
-        TypeError: if the data module lacks the method, or what it gives has no positions.
-        ValueError: if ``setup`` draws other data whenever it is called; the data module is then as it was.
+        TypeError: if the data module lacks the method, or its datasets have no positions.
+        ValueError: if ``setup`` draws other data each time that it is called, or changes the training data. The data
+            module is then restored.
     """
     hook, name = _HOOKS[stage], type(datamodule).__name__
     if not is_overridden(hook, datamodule, L.LightningDataModule):
         whose = "the training data" if stage == "fit" else "the targets"
-        raise TypeError(
-            f"{name} has no {hook}(), which is asked for {whose}; define it, or pass a DataLoader or Dataset"
-        )
+        raise TypeError(f"{name} has no {hook}(), which must give {whose}; define it, or pass a DataLoader or Dataset")
     met, before = getattr(datamodule, "trainer", None) is not None, dict(vars(datamodule))
     datamodule.trainer = trainer
     found = _ask(datamodule, hook) if met else None
@@ -61,14 +61,14 @@ def loaders_of(datamodule: L.LightningDataModule, stage: str, trainer: L.Trainer
         now = _ask(datamodule, _HOOKS["fit"])
         if trained is not None and now is not None and not _same(trained, now):
             raise ValueError(
-                f"setup({stage!r}) of {name} changes the training data that it had before: split them with a generator"
-                " of a fixed seed, such as random_split(data, lengths, torch.Generator().manual_seed(0)), or pass the"
-                " loaders instead of the data module"
+                f"setup({stage!r}) of {name} changes the training data that it had before: split the data with a"
+                " generator that has a fixed seed, such as random_split(data, lengths,"
+                " torch.Generator().manual_seed(0)), or pass the loaders instead of the data module"
             )
         if drawn and not _is_repeatable(datamodule, before, stage, found):
             message = (
-                f"setup({stage!r}) of {name} draws the data at random, so that they may not be those of training: use a"
-                " generator of a fixed seed, or pass the loaders that training had"
+                f"setup({stage!r}) of {name} draws the data at random, so they may differ from the training data: use"
+                " a generator that has a fixed seed, or pass the loaders that were used in training"
             )
             if met:
                 raise ValueError(message)
@@ -90,15 +90,15 @@ def _require(datamodule: L.LightningDataModule, hook: str) -> list[DataLoader[An
 
 
 def _ask(datamodule: L.LightningDataModule, hook: str) -> list[DataLoader[Any]] | None:
-    """What the data module gives as it is; None if it gives nothing of use, whatever the reason."""
+    """The loaders that the data module gives without another setup; None if it gives none, for whatever reason."""
     try:
         return _require(datamodule, hook)
-    except Exception:  # asked again after setup, it says the reason itself
+    except Exception:  # the call after setup raises the reason
         return None
 
 
 def _same(some: list[DataLoader[Any]], others: list[DataLoader[Any]]) -> bool:
-    """Whether loaders have datasets of the same sizes and, as far as eight items show, content."""
+    """Whether the loaders' datasets have the same sizes and the same content, judged by eight items."""
 
     def describe(loaders: list[DataLoader[Any]]) -> list[tuple[int, str | None]]:
         return [(len(loader.dataset), sample_digest(loader)) for loader in loaders]  # type: ignore[arg-type]
@@ -109,7 +109,7 @@ def _same(some: list[DataLoader[Any]], others: list[DataLoader[Any]]) -> bool:
 def _is_repeatable(
     datamodule: L.LightningDataModule, before: dict[str, Any], stage: str, found: list[DataLoader[Any]]
 ) -> bool:
-    """Whether setup gives the same with other random numbers; tried on a copy that has what was there before."""
+    """Whether setup gives the same data with other random numbers. It is tried on a copy in the state before setup."""
     twin = object.__new__(type(datamodule))
     vars(twin).update(before, trainer=datamodule.trainer)
     with isolated_random_states():
@@ -133,12 +133,12 @@ def _draws_numbers(call: Callable[[], None]) -> bool:
 
 
 def _prepare(datamodule: L.LightningDataModule, trainer: L.Trainer) -> None:
-    """Call ``prepare_data`` in one process, or in one on each machine, while the others wait."""
+    """Call ``prepare_data`` in one process, or in one process per machine. The other processes wait."""
     if not is_overridden("prepare_data", datamodule, L.LightningDataModule):
         return
     launcher = trainer.strategy.launcher
     if launcher is not None and starts_script_again(trainer) and trainer.world_size > 1 and not dist.is_initialized():
-        launcher.launch(trainer.strategy.setup_environment, trainer=trainer)  # the others must be there to wait
+        launcher.launch(trainer.strategy.setup_environment, trainer=trainer)  # start the processes that wait
     with InfiniteBarrier():
         per_node = getattr(datamodule, "prepare_data_per_node", True)
         if trainer.local_rank == 0 and (per_node or trainer.global_rank == 0):

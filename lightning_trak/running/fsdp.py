@@ -16,11 +16,11 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def shard_like(whole: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of a tensor that every rank has whole, split as another one is; nothing is communicated.
+    """This rank's part of a tensor that every rank has whole. Ranks do not communicate.
 
     Args:
         whole: the tensor.
-        like: a tensor of its shape; if that is not sharded, neither is the result.
+        like: a tensor of the same shape. The result is sharded like it; if it is not sharded, the result is ``whole``.
     """
     if not is_sharded(like):
         return whole
@@ -31,16 +31,17 @@ def shard_like(whole: Tensor, like: Tensor) -> Tensor:
     split = DTensor.from_local(whole.to(like.device), like.device_mesh, everywhere, run_check=False).redistribute(
         placements=like.placements
     )
-    # The part may be a view, which would keep the whole in memory.
+    # The part may be a view, which would keep the whole tensor in memory.
     return DTensor.from_local(
         split.to_local().clone(), like.device_mesh, like.placements, shape=whole.shape, stride=split.stride()
     )
 
 
 def mean_over_ranks(tensor: Tensor) -> Tensor:
-    """The whole of a gradient that FSDP2 has averaged and split; of a plain tensor, the average, in place.
+    """The mean of a gradient over all ranks.
 
-    All ranks must ask for it.
+    FSDP2 has already averaged a sharded gradient, so its parts are joined. A plain tensor is averaged in place. All
+    ranks must call this.
     """
     if is_sharded(tensor):
         whole: Tensor = tensor.full_tensor()  # type: ignore[attr-defined]
@@ -50,7 +51,7 @@ def mean_over_ranks(tensor: Tensor) -> Tensor:
 
 
 def reshard(module: nn.Module) -> None:
-    """Put the sharded parameters back: a forward pass without a backward pass may leave whole ones in their places."""
+    """Shard the parameters again. A forward pass without a backward pass may leave them whole."""
     from torch.distributed.fsdp import FSDPModule
 
     for part in module.modules():
@@ -59,7 +60,7 @@ def reshard(module: nn.Module) -> None:
 
 
 def own_type(module: nn.Module) -> type[nn.Module]:
-    """The module's type as its author wrote it: ``fully_shard`` puts a subclass in its place."""
+    """The module's type as its author wrote it, because ``fully_shard`` replaces it by a subclass."""
     kind = type(module)
     if dist.is_available():
         from torch.distributed.fsdp import FSDPModule

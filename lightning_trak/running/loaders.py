@@ -1,4 +1,4 @@
-"""Makes a loader of a map-style dataset from what a user passes as data, or says why it cannot."""
+"""Makes a loader of a map-style dataset from what a user passes as data, or explains why that is not possible."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,37 +17,37 @@ DEFAULT_BATCH_SIZE = 32
 
 
 class MapStyle(Protocol):
-    """What has examples at positions: a list of them, a Hugging Face dataset and the like."""
+    """An object that has examples at positions, such as a list of examples or a Hugging Face dataset."""
 
     def __len__(self) -> int:
-        """How many."""
+        """The number of examples."""
 
     def __getitem__(self, index: int, /) -> Any:
-        """One of them."""
+        """The example at a position."""
 
 
 PlainData = DataLoader[Any] | Dataset[Any] | MapStyle
 
 
 def holds_several(data: Any) -> bool:
-    """Whether these are several sets of data: a list or tuple of loaders or datasets, rather than of examples."""
+    """Whether the data are several sets: a list or tuple of loaders or datasets, not of examples."""
     return isinstance(data, (list, tuple)) and any(isinstance(item, DataLoader) or _is_dataset(item) for item in data)
 
 
 def plain_loaders(data: Any) -> list[DataLoader[Any]]:
-    """A loader of each set of data, see :func:`as_loader`."""
+    """One loader for each set of data, see :func:`as_loader`."""
     return [as_loader(item) for item in data] if holds_several(data) else [as_loader(data)]
 
 
 def as_loader(data: PlainData) -> DataLoader[Any]:
-    """A loader of a map-style dataset, if that is what is given.
+    """A loader of a map-style dataset.
 
     Args:
-        data: a DataLoader; or a map-style Dataset, any other object with ``__len__`` and ``__getitem__`` that has
-            examples at positions, or a list of examples, which are loaded in batches of 32.
+        data: a DataLoader, which is returned as it is. Or a map-style Dataset, any other object with ``__len__`` and
+            ``__getitem__`` that has examples at positions, or a list of examples: these are loaded in batches of 32.
 
     Raises:
-        TypeError: if it is none of these.
+        TypeError: if the data are none of these.
         ValueError: if the loader draws a subset or makes no batches, or there are no examples.
     """
     if not isinstance(data, DataLoader):
@@ -58,30 +58,30 @@ def as_loader(data: PlainData) -> DataLoader[Any]:
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         raise TypeError(_refusal(dataset))
     if data.batch_sampler is None:
-        raise ValueError("the loader has automatic batching off (batch_size=None); give it a batch_size")
+        raise ValueError("the loader makes no batches (batch_size=None); give it a batch_size")
     if len(dataset) == 0:
-        raise ValueError("the dataset is empty")
+        raise ValueError("the dataset is empty; pass at least one example")
     require_whole(data)
     return data
 
 
 def _is_dataset(data: Any) -> bool:
-    """Whether examples can be had from an object at positions, and it cannot be anything else, such as a batch."""
+    """Whether an object has examples at positions and is clearly not something else, such as a batch."""
     if isinstance(data, Dataset):
         return not isinstance(data, IterableDataset) and hasattr(data, "__len__")
     other = (str, bytes, bytearray, Mapping, Tensor, np.ndarray, np.generic, list, tuple, type, torch.nn.Module)
     if isinstance(data, (DataLoader, CombinedLoader, L.LightningDataModule, *other)):
         return False
     if not hasattr(data, "__len__") or not hasattr(data, "__getitem__") or hasattr(data, "iloc"):
-        return False  # a series or table of pandas has its rows by label
+        return False  # pandas indexes rows by label, not by position
     try:
         return len(data) == 0 or data[0] is not None
-    except Exception:  # a table asked for a column, say
+    except Exception:  # for example a table that takes 0 for the name of a column
         return False
 
 
 def _is_list_of_examples(data: Any) -> bool:
-    """Whether this is a list of tuples, lists or mappings that are alike, and no batch of such."""
+    """Whether this is a list of tuples, lists or mappings of the same form, and not a batch."""
     if not isinstance(data, list) or not data:
         return False
 
@@ -94,7 +94,7 @@ def _is_list_of_examples(data: Any) -> bool:
 
 
 def _looks_like_a_batch(data: Any) -> bool:
-    """Whether all leaves are tensors or arrays of one length."""
+    """Whether all leaves are tensors or arrays of the same length."""
     leaves = list(_leaves(data))
     if not leaves or not all(isinstance(leaf, (Tensor, np.ndarray)) and leaf.ndim > 0 for leaf in leaves):
         return False
@@ -117,37 +117,35 @@ def _refusal(data: Any) -> str:
 def _reason(data: Any) -> str:
     values: list[Any] = list(data.values()) if isinstance(data, Mapping) else []
     if data is None:
-        return "there is no data; pass a DataLoader, a map-style Dataset or a LightningDataModule"
+        return "there are no data; pass a DataLoader, a map-style Dataset or a LightningDataModule"
     if isinstance(data, type):
-        return f"{data.__name__} is a class; pass an object of it"
+        return f"{data.__name__} is a class; pass an instance of it"
     if isinstance(data, (str, Path)):
-        return f'"{data}" is a text and not data; read what it stands for, and pass that as a Dataset or DataLoader'
+        return f'"{data}" is a text, not data; load the data that it names, and pass them as a Dataset or DataLoader'
     if isinstance(data, CombinedLoader) or any(isinstance(value, DataLoader) for value in values):
-        return "it holds several loaders; pass each by itself, or a list of them to score"
+        return "it holds several loaders; pass them one by one, or pass score a list of them"
     if isinstance(data, (Tensor, np.ndarray)):
         return (
-            "whether it is a batch or a dataset cannot be told; if its rows are the examples, use"
-            " torch.utils.data.TensorDataset, which gives each as a tuple"
+            "it may be a batch or a dataset; if its rows are the examples, use torch.utils.data.TensorDataset, which"
+            " gives each example as a tuple"
         )
     if isinstance(data, Mapping):
         return (
-            "whether it is a single batch, an example or columns of a dataset cannot be told; for columns, use"
+            "it may be a single batch, an example or the columns of a dataset; for columns, use"
             " torch.utils.data.StackDataset(**columns), which gives each example as a dict"
         )
     if isinstance(data, (list, tuple)):
         if not data:
-            return "it is empty"
+            return "it is empty; pass at least one example"
         return (
-            "a list is taken as data if it holds loaders or datasets, or examples: tuples, lists or dicts that are"
-            " alike, and no tensors of one length, which may be a single batch. For a batch (inputs, labels), use"
-            " torch.utils.data.TensorDataset(inputs, labels); for other lists of examples, DataLoader(examples,"
-            " batch_size=..., collate_fn=...)"
+            "a list must hold loaders, datasets or examples. Examples must be tuples, lists or dicts of the same form."
+            " Tensors of the same length are not accepted, because they may be a single batch. For a batch (inputs,"
+            " labels), use torch.utils.data.TensorDataset(inputs, labels); for other lists of examples, use"
+            " DataLoader(examples, batch_size=..., collate_fn=...)"
         )
     if type(data).__module__.startswith("pytorch_lightning"):
-        return (
-            "it comes from pytorch_lightning, whose classes are others than those of lightning; import lightning as L"
-        )
+        return "it comes from pytorch_lightning, which has other classes than lightning; use import lightning as L"
     return (
         "expected a DataLoader, Dataset or LightningDataModule over a map-style dataset (with __len__ and __getitem__,"
-        " where item 0 is an example), because scores are indexed by position in it"
+        " where item 0 is an example), because scores are indexed by the position in the dataset"
     )

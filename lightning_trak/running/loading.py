@@ -1,4 +1,4 @@
-"""Loading chosen examples of a dataset as the user's loader would load them."""
+"""Loads chosen examples of a dataset in the way of the user's loader."""
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,13 +11,13 @@ from lightning_trak.running.loaders import DEFAULT_BATCH_SIZE
 
 
 def batch_size_of(loader: DataLoader[Any]) -> int:
-    """The loader's batch size, or 32 when a batch sampler of varying sizes decides."""
+    """The loader's batch size, or 32 if its batch sampler has no fixed size."""
     size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
     return size if isinstance(size, int) and size > 0 else DEFAULT_BATCH_SIZE
 
 
 class _Batches(Sampler[list[int]]):
-    """Lists of positions, made as they are asked for."""
+    """Yields lists of positions, each made when it is needed."""
 
     def __init__(self, batches: Iterable[Sequence[int]]) -> None:
         self.batches = batches
@@ -27,12 +27,12 @@ class _Batches(Sampler[list[int]]):
 
 
 def like(loader: DataLoader[Any], dataset: Dataset[Any], **options: Any) -> DataLoader[Any]:
-    """A loader of another dataset, or in another order, that collates and works as the given one does.
+    """A new loader with the collate function, workers and other settings of a given one.
 
     Args:
-        loader: the loader to be like.
-        dataset: what is loaded.
-        options: of the new DataLoader: which batches, and what differs.
+        loader: the loader whose settings are copied.
+        dataset: the dataset of the new loader.
+        options: further arguments of the new DataLoader: its batches, and settings that differ.
     """
     same = {
         "collate_fn": loader.collate_fn,
@@ -52,7 +52,7 @@ def load(
     num_workers: int | None = None,
     collate_fn: Callable[[list[Any]], Any] | None = None,
 ) -> DataLoader[Any]:
-    """A loader like the given one that yields exactly these batches of dataset positions."""
+    """A loader with the settings of the given one that yields exactly these batches of dataset positions."""
     return like(
         loader,
         loader.dataset,
@@ -67,9 +67,9 @@ def sample_batches(loader: DataLoader[Any], count: int, key: str) -> list[list[i
     """Positions of a uniform sample of a loader's dataset, without replacement, in batches of the loader's size.
 
     Args:
-        loader: whose dataset.
-        count: how many; all, in another order, if there are no more.
-        key: what the sample depends on.
+        loader: the loader.
+        count: the size of the sample. If the dataset is not larger, all its positions are taken, in a random order.
+        key: the seed of the sample.
     """
     total = len(cast(Any, loader.dataset))
     sample = random.Random(key).sample(range(total), min(count, total))

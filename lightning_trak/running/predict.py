@@ -1,4 +1,4 @@
-"""What ``trainer.predict`` runs for this package."""
+"""The LightningModule that ``trainer.predict`` runs for this package."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -13,49 +13,49 @@ from lightning_trak.running.transfer import Upload
 
 
 class PredictModule(L.LightningModule):
-    """Holds our copy of the user's module, so that Lightning moves it to the device, and uses the user's batch hooks.
+    """Holds a copy of the user's module, so that Lightning moves it to the device, and calls the user's batch hooks.
 
     Args:
         model: the copy.
-        datamodule: where the data came from, if it has batch transfer hooks of its own.
+        datamodule: the data module that gave the data, if there is one. It may have batch transfer hooks of its own.
     """
 
     def __init__(self, model: nn.Module, datamodule: L.LightningDataModule | None = None) -> None:
         super().__init__()
-        # A rank without work runs no hook. No other rank waits for it, since there are no collectives.
+        # A rank without work calls no hook. No other rank waits for it, because there are no collectives.
         self.allow_zero_length_dataloader_with_multiple_devices = True
         self.model = model
         self._hooks = TransferHooks(model, datamodule)
         self._upload: Upload | None = None
 
     def release(self) -> None:
-        """Let go of the model, since the Trainer keeps this module until its next call."""
+        """Drop the model, because the Trainer keeps this module until its next call."""
         del self.model, self._hooks
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """The user's hook, on the user's batch."""
+        """Call the user's hook on the user's batch."""
         return _inside(batch, lambda users: self._hooks.before(users, dataloader_idx))
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """The user's hook, on the user's batch, beside what the device is computing."""
+        """Call the user's hook on the user's batch, while the device computes."""
         if self._upload is None:
             self._upload = Upload(device)
         upload = self._upload
         return _inside(batch, lambda users: upload(lambda: self._hooks.transfer(users, device, dataloader_idx)))
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """The user's hook, on the user's batch."""
+        """Call the user's hook on the user's batch."""
         return _inside(batch, lambda users: self._hooks.after(users, dataloader_idx))
 
     def on_device(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """Batches of the user's loader, moved to the device while the Trainer runs.
+        """Move batches of the user's loader to the device. The Trainer must be running.
 
         Args:
-            batches: as the loader collates them.
+            batches: batches as the loader collates them.
         """
         return on_device(batches, self.device, self.trainer.precision_plugin.convert_input, self._hooks)
 
 
 def _inside(batch: Any, hook: Callable[[Any], Any]) -> Any:
-    """Apply a hook to the user's batch, which an :class:`IndexedBatch` may hold."""
+    """Apply a hook to the user's batch, which may be inside an :class:`IndexedBatch`."""
     return batch._replace(batch=hook(batch.batch)) if isinstance(batch, IndexedBatch) else hook(batch)

@@ -1,4 +1,4 @@
-"""The user's random states stay as they were."""
+"""Keeps the user's random states unchanged."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,9 +8,9 @@ from lightning_trak.compatibility import collect_rng_states, set_rng_states
 
 @contextmanager
 def isolated_random_states() -> Iterator[None]:
-    """Put the random states of Python, NumPy and PyTorch back at the end, after an error too.
+    """Restore the random states of Python, NumPy and PyTorch at the end, also after an error.
 
-    Lightning's ``isolate_rng`` leaves them changed after an error.
+    Lightning's ``isolate_rng`` does not restore them after an error.
     """
     states = collect_rng_states()
     try:

@@ -1,8 +1,8 @@
-"""The dataset in ranges of examples, which the ranks share out among themselves.
+"""Cuts a dataset into ranges of examples, and shares them out to the ranks.
 
 Features and scores belong to positions in a dataset. So the loader's sampler, its shuffling and Lightning's distributed
-sampler are left out: the dataset is cut into ranges, and each rank loads whole ranges, in order. A batch then holds the
-same examples whatever the number of processes, so results are reproducible bit for bit.
+sampler are not used. The dataset is cut into ranges, and each rank loads whole ranges, in order. A batch then holds the
+same examples for any number of processes, so results are reproducible bit for bit.
 """
 
 import random
@@ -23,10 +23,10 @@ class Range(NamedTuple):
     """Consecutive examples that one rank handles as a whole.
 
     Attributes:
-        number: which range this is (the shard's number).
+        number: the number of the range, which is the number of the shard.
         examples: positions in the dataset.
-        audited: those of them that are first loaded alone as well. A collate function may need more than one example,
-            so each is loaded twice over.
+        audited: the examples among them that are also loaded alone, before all others. Each such batch holds its
+            example twice, because a collate function may need more than one example.
     """
 
     number: int
@@ -35,13 +35,13 @@ class Range(NamedTuple):
 
 
 class IndexedBatch(NamedTuple):
-    """A batch that knows where it comes from.
+    """A batch with the positions of its examples.
 
     Attributes:
-        number: the number of the range that it is part of; None for a batch that only keeps up with other ranks.
-        positions: in the dataset, int64, shape ``(batch,)``.
-        batch: what the user's collate function made.
-        alone: whether it holds one example, twice, which is part of another batch of the range too.
+        number: the number of its range. None for an extra batch that only keeps this rank in step with the others.
+        positions: positions in the dataset, int64, shape ``(batch,)``.
+        batch: the result of the user's collate function.
+        alone: whether it holds a single audited example, twice. The example is also part of another batch of the range.
     """
 
     number: int | None
@@ -51,10 +51,10 @@ class IndexedBatch(NamedTuple):
 
 
 class Stop:
-    """Asks loaders that share it to end before their next range.
+    """Tells the loaders that share it to end before their next range.
 
     Attributes:
-        requested: whether they must end.
+        requested: whether the loaders must end.
     """
 
     def __init__(self) -> None:
@@ -67,13 +67,13 @@ class RangeLoader:
     It is not a DataLoader, so Lightning neither re-creates it nor adds a distributed sampler.
 
     Args:
-        loader: where dataset, collate function, workers and batch size come from.
-        ranges: the ranges to load. Rank r takes those whose ``turn`` is r modulo the world size.
+        loader: the loader that gives the dataset, collate function, workers and batch size.
+        ranges: the ranges to load. Rank r takes a range if its number in ``turns`` is r modulo the world size.
         turns: one number per range.
-        trainer: asked for rank and world size once its processes run.
-        even: give every rank equally many batches, by repeating some examples without a number.
-        stop: once it is requested, no further range is begun, and one that is begun is ended. With ``even`` it is
-            enough that one rank requests it: all of them end before the same range.
+        trainer: gives the rank and the world size, once its processes run.
+        even: give every rank equally many batches, by adding batches whose number is None.
+        stop: once it is requested, the present range is loaded to its end, and no further range is begun. With ``even``
+            a request on one rank is enough: all ranks end before the same range.
     """
 
     def __init__(
@@ -98,9 +98,9 @@ class RangeLoader:
                 yield part
 
     def _rounds(self) -> Iterator[tuple[Range | None, int, int]]:
-        """Yield this rank's ranges: each range (None if the rank has no more), its examples alone, and its batches.
+        """Yield for each of this rank's ranges: the range, its number of audited examples, its number of batches.
 
-        With ``even``, all ranks load equally many of both.
+        With ``even``, both numbers are the same on all ranks, and the range is None if this rank has no more.
         """
         size, rank = batch_size_of(self.loader), self.trainer.global_rank
         ranks = range(self.trainer.world_size) if self.even else range(rank, rank + 1)
@@ -110,7 +110,7 @@ class RangeLoader:
             yield parts[ranks.index(rank)], audited, max(-(-len(part.examples) // size) for part in given)
 
     def _plan(self) -> Iterator[tuple[bool, int | None, Sequence[int], bool]]:
-        """Whether a round begins, the range's number, the examples of each batch, and whether it is one alone."""
+        """For each batch: whether a round begins, the range's number, the examples, and whether it is one alone."""
         size = batch_size_of(self.loader)
         other = self.ranges[0].examples if self.ranges else range(0)
         for part, audited, length in self._rounds():
@@ -130,7 +130,7 @@ class RangeLoader:
         return sum(audited + length for _, audited, length in self._rounds())
 
     def __iter__(self) -> Iterator[IndexedBatch]:
-        batches: Iterator[Any] | None = None  # with workers of its own, which end with it
+        batches: Iterator[Any] | None = None  # has its own workers, which end with it
         for begins, number, examples, alone in self._plan():
             if begins and self._stopped():
                 return
@@ -144,18 +144,18 @@ class RangeLoader:
 
 
 def batch_ranges(examples: range, size: int, audited: Collection[int] = ()) -> list[Range]:
-    """Ranges of ``size`` examples, so that each is loaded as a batch; some are loaded alone as well."""
+    """Cut examples into ranges of ``size``, each one batch. The examples in ``audited`` are also loaded alone."""
     parts = [examples[start : start + size] for start in range(0, len(examples), size)]
     return [Range(number, part, [i for i in part if i in audited]) for number, part in enumerate(parts)]
 
 
 def draw_audited(examples: range, count: int, key: str) -> list[int]:
-    """Some examples, in order.
+    """Draw examples at random, and return them in order.
 
     Args:
-        examples: to draw from.
-        count: how many; all, if there are no more.
-        key: what the draw depends on.
+        examples: the examples to draw from.
+        count: the number to draw. If there are no more examples than that, all are taken.
+        key: the seed of the draw.
     """
     return sorted(random.Random(f"{key}/audit/{examples.start}").sample(examples, min(count, len(examples))))
 
@@ -167,14 +167,14 @@ def share_out(
     even: bool = False,
     stop: Stop | None = None,
 ) -> list[RangeLoader]:
-    """One loader per job (checkpoint), with all ranges of all jobs dealt evenly to the ranks.
+    """One loader per job (checkpoint). All ranges of all jobs are shared out evenly to the ranks.
 
     Args:
         loader: the user's loader.
         jobs: the ranges of each job.
-        trainer: whose ranks share the work.
-        even: in each job, give every rank equally many batches.
-        stop: shared by the loaders, ends all of them before their next range; each has it as ``loader.stop``.
+        trainer: the Trainer whose ranks share the work.
+        even: give every rank equally many batches in each job.
+        stop: ends all loaders before their next range. They share it, each as ``loader.stop``.
     """
     loaders, dealt, stop = [], 0, stop or Stop()
     for ranges in jobs:

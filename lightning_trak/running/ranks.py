@@ -1,4 +1,4 @@
-"""The few collectives. One process alone needs no process group."""
+"""The few collectives that are needed. A single process needs no process group."""
 
 from typing import NamedTuple, TypeVar
 
@@ -9,13 +9,14 @@ from torch import Tensor
 
 T = TypeVar("T")
 
-_SUM_BYTES = 1 << 26  # of a tensor on the host that go through the device at a time
+_SUM_BYTES = 1 << 26  # a CPU tensor is summed on the device in pieces of this size
 
 
 class Ranks(NamedTuple):
     """The rank of this process and the world size, as a Trainer sees them.
 
-    The Trainer decides, not the process group: a Trainer on rank zero alone must not wait for the other ranks.
+    They come from the Trainer, not from the process group: a Trainer that runs only on rank zero must not wait for the
+    other ranks.
     """
 
     rank: int = 0
@@ -23,25 +24,25 @@ class Ranks(NamedTuple):
 
     @classmethod
     def of(cls, trainer: L.Trainer) -> "Ranks":
-        """The Trainer's ranks; a single one before its processes run, and after spawned ones have ended."""
+        """The Trainer's ranks. There is one rank before its processes run, and after spawned processes have ended."""
         together = dist.is_available() and dist.is_initialized() and trainer.world_size > 1
         return cls(trainer.global_rank, trainer.world_size) if together else cls()
 
     def share(self, count: int) -> range:
-        """This rank's share of ``count`` things."""
+        """This rank's share of ``count`` items: every ``world_size``-th of them."""
         return range(self.rank, count, self.world_size)
 
     def barrier(self) -> None:
-        """Wait until every rank is here."""
+        """Wait until every rank has reached this point."""
         if self.world_size > 1:
             dist.barrier()
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum of every rank's tensor, in place; the tensor is contiguous and of the same shape everywhere."""
+        """Sum a tensor over all ranks, in place. It must be contiguous and have the same shape on every rank."""
         if self.world_size == 1:
             return tensor
         if dist.get_backend() == "nccl" and tensor.device.type == "cpu":
-            # NCCL sums on the device alone, which need not have room for a matrix of scores.
+            # NCCL only sums on the device, and a matrix of scores may not fit there.
             for part in torch.split(tensor.view(-1), max(1, _SUM_BYTES // tensor.itemsize)):
                 reduced = part.cuda()
                 dist.all_reduce(reduced)
@@ -51,7 +52,7 @@ class Ranks(NamedTuple):
         return tensor
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's (picklable) value, in the order of ranks."""
+        """The values of all ranks, in the order of ranks. They must be picklable."""
         if self.world_size == 1:
             return [value]
         gathered: list[T | None] = [None] * self.world_size

@@ -18,19 +18,19 @@ from torch.utils.data import (
 
 from lightning_trak.running.random_states import isolated_random_states
 
-# A sampler of the user's own is iterated until it has drawn every position, or none that is new in so many iterations,
-# or in so many draws for each example. One that draws with replacement meets all examples by then.
+# A custom sampler is iterated until it has drawn every position, or no new position in this many iterations, or in this
+# many draws per example. A sampler that draws with replacement has drawn all examples by then.
 _PATIENCE = 20
 
 
 def require_whole(loader: DataLoader[Any]) -> None:
     """Check that a loader draws from all positions of its dataset. Order, batches and repetitions do not matter.
 
-    What torch's own samplers draw from is known. Another one is iterated: a copy, with the random state kept, so that
-    the user's sampler draws the same as ever afterwards.
+    The positions of torch's own samplers are known. For any other sampler a copy is iterated, and the random state is
+    restored, so that the user's sampler is not affected.
 
     Raises:
-        ValueError: if it draws from some only, or from others than there are.
+        ValueError: if the loader draws only some positions, or positions that do not exist.
     """
     total = len(cast(Any, loader.dataset))
     batches: Any = loader.batch_sampler
@@ -39,23 +39,23 @@ def require_whole(loader: DataLoader[Any]) -> None:
     size, count = _reach(sampler, total, loader.dataset)
     if size > total:
         raise ValueError(
-            f"the loader's {name} draws from {size} positions, and its dataset has {total} examples: it was made for"
-            " another dataset; use DataLoader(dataset, batch_size=...)"
+            f"the loader's {name} draws from {size} positions, but its dataset has {total} examples: the sampler was"
+            " made for another dataset; use DataLoader(dataset, batch_size=...)"
         )
     if count < total:
         raise ValueError(
             f"the loader draws a subset with {name} ({count} of {total} examples), but scores are indexed by position"
-            " in its dataset; use DataLoader(torch.utils.data.Subset(dataset, indices)), or the loader without its"
-            " sampler for all of them"
+            " in its dataset; use DataLoader(torch.utils.data.Subset(dataset, indices)), or, for all examples, the"
+            " loader without its sampler"
         )
 
 
 def _reach(sampler: Any, total: int, dataset: Any) -> tuple[int, int]:
-    """One more than the last position that a sampler draws, and how many of the ``total`` it draws."""
+    """The highest position that a sampler draws plus one, and the number of the ``total`` positions that it draws."""
     kind = type(sampler)
     if kind in (SequentialSampler, RandomSampler):
         size = len(sampler.data_source)
-    elif isinstance(sampler, DistributedSampler):  # draws a rank's share: iterated, it would look like a subset
+    elif isinstance(sampler, DistributedSampler):  # it draws only this rank's share
         size = len(cast(Any, sampler.dataset))
     elif kind is WeightedRandomSampler:
         return len(sampler.weights), int((sampler.weights > 0).sum())
@@ -69,8 +69,8 @@ def _try(sampler: Any, total: int, dataset: Any) -> tuple[int, int]:
         copied = copy.deepcopy(sampler, {id(dataset): dataset})
     except Exception as error:  # whatever the user's objects raise
         raise ValueError(
-            f"cannot tell whether the loader draws a subset: its {type(sampler).__name__} cannot be copied to be tried"
-            f" ({type(error).__name__}: {error}); use DataLoader(dataset, batch_size=...) without it"
+            f"cannot check whether the loader draws a subset: its {type(sampler).__name__} cannot be copied"
+            f" ({type(error).__name__}: {error}); use DataLoader(dataset, batch_size=...) without this sampler"
         ) from error
     seen, size, idle = bytearray(total), 0, 0
     count = iterations = 0
@@ -97,6 +97,6 @@ def _positions(sampler: Iterable[Any]) -> Iterator[int]:
                 yield operator.index(key)
     except TypeError as error:
         raise ValueError(
-            f"the loader's {type(sampler).__name__} draws {key!r}, which is no position in the dataset, and scores are"
-            " indexed by position; use a dataset with items 0, 1, ... and no sampler of its own"
+            f"the loader's {type(sampler).__name__} draws {key!r}, which is not a position in the dataset, but scores"
+            " are indexed by position; use a dataset with items 0, 1, ... and a loader without a custom sampler"
         ) from error

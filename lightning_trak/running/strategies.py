@@ -1,4 +1,4 @@
-"""Refuses the strategies of a Trainer that a method cannot work with."""
+"""Refuses the Trainer strategies that a method cannot work with."""
 
 import lightning as L
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
@@ -7,16 +7,16 @@ from lightning_trak.compatibility import start_method, tensor_parallel_size
 
 
 def require_whole_parameters(trainer: L.Trainer) -> None:
-    """Refuse a Trainer whose strategy splits the parameters.
+    """Refuse a Trainer whose strategy splits the parameters over ranks.
 
     Raises:
-        ValueError: if it does.
+        ValueError: if the strategy splits the parameters.
     """
     if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
         raise ValueError(
-            f"{type(trainer.strategy).__name__} splits the parameters over ranks, and they are needed whole here: use a"
-            " Trainer with strategy='ddp' or a single device (methods over stored features, such as TRAK, also take"
-            " ModelParallelStrategy, which is FSDP2)"
+            f"{type(trainer.strategy).__name__} splits the parameters over ranks, but each rank needs whole parameters"
+            " here: use a Trainer with strategy='ddp' or a single device (methods over stored features, such as TRAK,"
+            " also take ModelParallelStrategy, which is FSDP2)"
         )
 
 
@@ -33,15 +33,16 @@ def shards_model(trainer: L.Trainer) -> bool:
     size = tensor_parallel_size(strategy)
     if size > 1:
         raise ValueError(
-            f"ModelParallelStrategy has tensor_parallel_size={size} ('auto' is the number of devices of a node), and"
-            " layers split in that way have no per-example gradients of their own: use tensor_parallel_size=1 with"
+            f"ModelParallelStrategy has tensor_parallel_size={size} ('auto' is the number of devices of a node), but"
+            " per-example gradients cannot be computed for layers that tensor parallelism splits: use"
+            " tensor_parallel_size=1 with"
             f" data_parallel_size={trainer.num_nodes * strategy.num_processes}, which is FSDP2, or strategy='ddp'"
         )
     return True
 
 
 def refuse_spawning(trainer: L.Trainer) -> None:
-    """Refuse a Trainer that spawns or forks its processes: their results do not come back.
+    """Refuse a Trainer that spawns or forks its processes, because their results do not come back.
 
     Raises:
         ValueError: if the Trainer's strategy spawns or forks its processes.
@@ -50,6 +51,6 @@ def refuse_spawning(trainer: L.Trainer) -> None:
     if method is not None:
         raise ValueError(
             f"a strategy that spawns or forks processes ({type(trainer.strategy).__name__}, by {method!r}) cannot be"
-            " used here, since what they compute does not come back: use strategy='ddp' in a script, or devices=1 in a"
+            " used here, because their results do not come back: use strategy='ddp' in a script, or devices=1 in a"
             " notebook"
         )

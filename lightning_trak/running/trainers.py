@@ -1,4 +1,4 @@
-"""Borrowing the user's Trainer."""
+"""Borrows the user's Trainer for one run."""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -19,11 +19,12 @@ from lightning_trak.running.strategies import refuse_spawning
 def predict_over(
     trainer: L.Trainer, module: PredictModule, loaders: Sequence[Any], interruption: Interruption | None = None
 ) -> None:
-    """Run a module on the user's Trainer, and leave the Trainer as it was.
+    """Run ``trainer.predict`` with one of our modules, and leave the Trainer as it was.
 
     Args:
-        trainer: the user's. No logger, profiler, data module and callback but the progress bar takes part.
-        module: what runs. It releases its model at the end.
+        trainer: the user's Trainer. Its loggers, profiler, data module and callbacks take no part, except the progress
+            bar.
+        module: the module to run. It releases its model at the end.
         loaders: its dataloaders.
         interruption: what SIGTERM and Ctrl-C do; default: they end the run at once.
 
@@ -37,17 +38,17 @@ def predict_over(
 
 @contextmanager
 def _borrowed(trainer: L.Trainer, ours: PredictModule, interruption: Interruption | None = None) -> Iterator[None]:
-    """Prepare the user's Trainer for :func:`predict_over`, and put it back afterwards."""
+    """Prepare the user's Trainer for :func:`predict_over`, and restore it afterwards."""
     limit = trainer.limit_predict_batches
     if limit != 1.0 or isinstance(limit, int):  # 1 is one batch, 1.0 is all of them
         raise ValueError(
-            f"the Trainer has limit_predict_batches={limit} (fast_dev_run sets it too), so some"
-            " examples would be missed; use a Trainer without it"
+            f"the Trainer has limit_predict_batches={limit} (fast_dev_run sets it too), so it would skip some"
+            " examples; use a Trainer without this limit"
         )
     if is_running(trainer):
         raise ValueError(
-            "the Trainer is in the middle of a run, which another one would end: wait until it is over (a callback's"
-            " on_fit_end is late enough), or use a Trainer of its own here"
+            "the Trainer is in the middle of a run, and a second run would end the first: wait until it has ended (a"
+            " callback's on_fit_end is late enough), or use another Trainer here"
         )
     before = [(part, dict(vars(part))) for part in parts_that_a_run_changes(trainer)]
     module = cast(L.LightningModule, trainer.strategy.lightning_module)
@@ -55,12 +56,12 @@ def _borrowed(trainer: L.Trainer, ours: PredictModule, interruption: Interruptio
     trainer.loggers = []
     trainer.callbacks = bars  # type: ignore[attr-defined]
     trainer.profiler = PassThroughProfiler()  # type: ignore[attr-defined]
-    trainer.datamodule = None  # type: ignore[attr-defined]  # else it would be prepared and set up again
+    trainer.datamodule = None  # type: ignore[attr-defined]  # otherwise the Trainer would prepare and set it up again
     trainer.predict_loop = type(trainer.predict_loop)(trainer, trainer.predict_loop.inference_mode)
     try:
         with (interruption or Interruption()).watching(trainer), isolated_random_states(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*RangeLoader.*")  # it may have nothing left to do
-            warnings.filterwarnings("ignore", ".*LeafSpec.*")  # Lightning's own, in every loop
+            warnings.filterwarnings("ignore", ".*RangeLoader.*")  # a loader may be empty
+            warnings.filterwarnings("ignore", ".*LeafSpec.*")  # caused by Lightning itself
             yield
     finally:
         for part, attributes in before:

@@ -1,4 +1,4 @@
-"""Copies between host and CUDA device beside the computation. On other devices they are plain copies."""
+"""Copies between host and CUDA device that overlap with computation. On other devices they are plain copies."""
 
 import functools
 import itertools
@@ -19,11 +19,11 @@ def _download_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 class HostCopy(NamedTuple):
-    """Tensors that are on their way to the host.
+    """Tensors that are being copied to the host.
 
     Attributes:
-        tensors: the copies, whose content must not be read before :meth:`wait`.
-        arrived: is reached when they are there; None if they are already.
+        tensors: the copies. Their content must not be read before :meth:`wait`.
+        arrived: the event at which the copies are complete; None if they are complete already.
     """
 
     tensors: tuple[Tensor, ...]
@@ -31,7 +31,7 @@ class HostCopy(NamedTuple):
 
     @classmethod
     def start(cls, tensors: tuple[Tensor, ...]) -> "HostCopy":
-        """Copy tensors of one device to the host, after the computation at hand and beside the next one."""
+        """Start to copy tensors of one device to the host, after the work queued so far and beside later work."""
         device = tensors[0].device
         if device.type != "cuda":
             return cls(tuple(tensor.cpu() for tensor in tensors), None)
@@ -44,20 +44,20 @@ class HostCopy(NamedTuple):
         return cls(copies, stream.record_event())
 
     def wait(self) -> tuple[Tensor, ...]:
-        """The tensors, once they are there."""
+        """Wait for the copies, and return them."""
         if self.arrived is not None:
             self.arrived.synchronize()
         return self.tensors
 
 
 class Upload:
-    """Moves batches to a device on a stream of its own, so that one is copied while another is computed.
+    """Moves batches to a device on a separate stream, so that one batch is copied while another is computed.
 
-    That takes pinned memory (``DataLoader(pin_memory=True)``); from other memory the host waits, though the device does
-    not.
+    This needs pinned memory (``DataLoader(pin_memory=True)``). With other memory the host waits for the copy, but the
+    device does not.
 
     Args:
-        device: where to.
+        device: the device.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -68,7 +68,7 @@ class Upload:
         """Call ``move``, and make its result safe to use on the current stream.
 
         Args:
-            move: copies a batch to the device.
+            move: copies a batch to the device and returns it.
         """
         if self._stream is None:
             return move()
@@ -76,13 +76,13 @@ class Upload:
             batch = move()
         current = torch.cuda.current_stream(self._device)
         current.wait_stream(self._stream)
-        # The allocator must not give a tensor's memory away before the stream that uses it is done.
+        # The allocator must not reuse a tensor's memory before the stream that uses the tensor has finished.
         apply_to_collection(batch, Tensor, lambda tensor: tensor.record_stream(current) if tensor.is_cuda else None)
         return batch
 
 
 def ahead(items: Iterable[T]) -> Iterator[T]:
-    """Yield the items. A thread gets the next one while one is in use."""
+    """Yield the items. While one is in use, a thread fetches the next."""
     iterator = iter(items)
     with ThreadPoolExecutor(1) as thread:
         coming = thread.submit(lambda: list(itertools.islice(iterator, 1)))

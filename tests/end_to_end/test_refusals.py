@@ -145,7 +145,7 @@ def test_weights_of_another_model_are_refused(tmp_path):
 
 @pytest.mark.parametrize("option", [{"limit_predict_batches": 1}, {"fast_dev_run": True}])
 def test_a_trainer_that_would_skip_examples_is_refused(tmp_path, checkpoints, option):
-    with pytest.raises(ValueError, match=r"limit_predict_batches=1.*use a Trainer without it"):
+    with pytest.raises(ValueError, match=r"limit_predict_batches=1.*use a Trainer without this limit"):
         attribute(tmp_path, checkpoints, trainer=make_trainer(**option))
 
 

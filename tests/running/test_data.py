@@ -91,7 +91,7 @@ def test_random_augmentation_is_noticed(tmp_path, checkpoints):
             inputs, label = TRAIN[index]
             return inputs + 0.01 * torch.randn(6), label
 
-    with pytest.warns(UserWarning, match="not the same twice: is there random augmentation"):
+    with pytest.warns(UserWarning, match="differ when they are loaded again, perhaps by random augmentation"):
         attribute(tmp_path, checkpoints, Augmented())
 
 
@@ -178,30 +178,30 @@ def featurized(checkpoints, tmp_path_factory):
         (DataLoader(Unsized(), sampler=[0, 1]), TypeError, "cannot attribute to a Unsized: expected .* map-style"),
         (Unsized(), TypeError, "cannot attribute to a Unsized"),
         (Frame(TRAIN), TypeError, "cannot attribute to a Frame"),
-        (None, TypeError, "cannot attribute to a NoneType: there is no data; pass a DataLoader"),
-        (Columns, TypeError, "cannot attribute to a type: Columns is a class; pass an object of it"),
-        ("data/train", TypeError, 'cannot attribute to a str: "data/train" is a text and not data'),
+        (None, TypeError, "cannot attribute to a NoneType: there are no data; pass a DataLoader"),
+        (Columns, TypeError, "cannot attribute to a type: Columns is a class; pass an instance of it"),
+        ("data/train", TypeError, 'cannot attribute to a str: "data/train" is a text, not data'),
         (Path("train"), TypeError, 'cannot attribute to a Posix.*: "train" is a text'),
         (iter(TRAIN), TypeError, "map-style"),
         (zip([1], [2], strict=True), TypeError, "cannot attribute to a zip: expected a DataLoader"),
         (3, TypeError, "cannot attribute to a int: expected"),
         (make_trainer(), TypeError, "cannot attribute to a Trainer: expected"),
         (LitNet(), TypeError, "cannot attribute to a LitNet: expected"),
-        (TRAIN.tensors[0], TypeError, "a Tensor: whether it is a batch or a dataset .*TensorDataset"),
-        (TRAIN.tensors[0].numpy(), TypeError, "a ndarray: whether it is a batch or a dataset"),
+        (TRAIN.tensors[0], TypeError, "a Tensor: it may be a batch or a dataset.*TensorDataset"),
+        (TRAIN.tensors[0].numpy(), TypeError, "a ndarray: it may be a batch or a dataset"),
         (TRAIN.tensors, TypeError, r"a tuple: .*For a batch .*TensorDataset\(inputs, labels\)"),
         (next(iter(DataLoader(TRAIN))), TypeError, "a list: .*For a batch"),
         ([list(TRAIN.tensors)] * 2, TypeError, "a list: .*For a batch"),
         ([{"a": TRAIN.tensors[0]}, TRAIN.tensors[1]], TypeError, "a list: .*For a batch"),
-        ({"inputs": TRAIN.tensors[0]}, TypeError, r"a dict: whether it is a single batch.*StackDataset\(\*\*columns"),
-        ({"a": DataLoader(TRAIN)}, TypeError, "a dict: it holds several loaders; pass each by itself"),
+        ({"inputs": TRAIN.tensors[0]}, TypeError, r"a dict: it may be a single batch.*StackDataset\(\*\*columns"),
+        ({"a": DataLoader(TRAIN)}, TypeError, "a dict: it holds several loaders; pass them one by one"),
         (CombinedLoader([DataLoader(TRAIN)]), TypeError, "a CombinedLoader: it holds several loaders"),
         ([1, 2], TypeError, "cannot attribute to a list"),
         (["a", "b"], TypeError, "cannot attribute to a list"),
         ([(1, 2), (1, 2, 3)], TypeError, "cannot attribute to a list"),
         ([], TypeError, "cannot attribute to a list: it is empty"),
         ([DataLoader(TRAIN), None], TypeError, "cannot attribute to a NoneType"),
-        (DataLoader(TRAIN, batch_size=None), ValueError, "automatic batching off"),
+        (DataLoader(TRAIN, batch_size=None), ValueError, r"makes no batches \(batch_size=None\)"),
         (DataLoader(Subset(TRAIN, []), batch_size=2), ValueError, "dataset is empty"),
         ([DataLoader(TRAIN), DataLoader(TRAIN)], ValueError, "one training set, got 2 loaders"),
     ],

@@ -177,7 +177,7 @@ def test_one_that_was_set_up_by_hand_keeps_its_data(recwarn):
 
 def test_a_random_split_that_no_training_has_seen_is_warned_of():
     with pytest.warns(
-        UserWarning, match="AtRandom draws the data at random, so that they may not be those of training"
+        UserWarning, match="AtRandom draws the data at random, so they may differ from the training data"
     ):
         as_loaders(AtRandom(), "fit", make_trainer())
 
@@ -191,9 +191,7 @@ def test_missing_and_empty_loaders_are_named(tmp_path, checkpoints):
     with pytest.raises(TypeError, match=r"train_dataloader\(\) of Halfway: cannot attribute to a NoneType"):
         trak.featurize(make_trainer(), Halfway())
     trak.featurize(make_trainer(), TRAIN)
-    with pytest.raises(
-        TypeError, match=r"Halfway has no predict_dataloader\(\), which is asked for the targets; defi.*"
-    ):
+    with pytest.raises(TypeError, match=r"Halfway has no predict_dataloader\(\), which must give the targets; defi.*"):
         trak.score(make_trainer(), Halfway())
 
 

@@ -159,9 +159,9 @@ def test_the_dataset_is_not_copied():
 
 
 def test_positions_that_there_are_not():
-    with pytest.raises(ValueError, match=r"SequentialSampler draws from 99 positions, and its dataset has 50"):
+    with pytest.raises(ValueError, match=r"SequentialSampler draws from 99 positions, but its dataset has 50"):
         as_loader(DataLoader(TRAIN, sampler=SequentialSampler(range(99))))
-    with pytest.raises(ValueError, match=r"Own draws 'a', which is no position"):
+    with pytest.raises(ValueError, match=r"Own draws 'a', which is not a position"):
         as_loader(DataLoader(TRAIN, sampler=Own(lambda: "abc")))
     with pytest.raises(ValueError, match=r"Own draws from 51 positions"):
         as_loader(DataLoader(TRAIN, sampler=Own(lambda: range(1, COUNT + 1))))
@@ -170,7 +170,7 @@ def test_positions_that_there_are_not():
 def test_samplers_that_cannot_be_copied():
     sampler = Own(lambda: shuffled(COUNT))
     sampler.source = (number for number in range(3))
-    with pytest.raises(ValueError, match=r"cannot tell .*: its Own cannot be copied to be tried \(TypeError"):
+    with pytest.raises(ValueError, match=r"cannot check .*: its Own cannot be copied \(TypeError"):
         as_loader(DataLoader(TRAIN, sampler=sampler))
 
 
