@@ -1,4 +1,4 @@
-"""Chooses the engine that differentiates a model: once, by the first two training examples."""
+"""Chooses the engine that differentiates a model. The first two training examples decide, once."""
 
 from typing import Literal, NamedTuple
 
@@ -17,7 +17,7 @@ from lightning_trak.gradients.base import EngineError
 from lightning_trak.gradients.batch import ExampleBatch
 
 EngineName = Literal["auto", "functional", "hooks", "loop"]
-# From the fastest to the one that differentiates anything.
+# From the fastest to the most general.
 ENGINES: tuple[EngineName, ...] = ("hooks", "functional", "loop")
 _HOW = {"hooks": "module hooks", "functional": "vmap", "loop": "a loop over examples"}
 
@@ -27,7 +27,7 @@ class EngineChoice(NamedTuple):
 
     Attributes:
         name: ``"hooks"``, ``"functional"`` or ``"loop"``.
-        reason: for people.
+        reason: why it was chosen, for log lines.
     """
 
     name: EngineName
@@ -37,14 +37,14 @@ class EngineChoice(NamedTuple):
 def choose_engine(model: ModelCopy, examples: ExampleBatch, autocast: torch.dtype | None = None) -> EngineChoice:
     """Choose hooks if they cover most of the parameters and agree with autograd on some examples, else vmap.
 
-    Vmap differentiates the parameters that hooks do not cover, in a second pass. If that is most of the gradient, vmap
-    does all of it.
+    If hooks leave out some parameters, vmap differentiates these in a second pass. If hooks leave out most of the
+    gradient, vmap does all of it.
 
     Args:
-        model: at a checkpoint.
-        examples: on the model's device. The choice depends on them, so they should always be the same. A single one
-            does not show which dimension the examples are in.
-        autocast: what forward passes of the hooks are autocast to, if anything.
+        model: the model copy, at a checkpoint.
+        examples: examples on the model's device. The choice depends on them, so they should always be the same. Hooks
+            cannot be checked on a single example, because it does not show which dimension the examples are in.
+        autocast: dtype that the forward passes of hooks are autocast to; None for no autocast.
     """
     left_out = HookEngine.uncovered(model.module, model.names)
     report = coverage_report(left_out, model.sizes)
@@ -57,7 +57,7 @@ def choose_engine(model: ModelCopy, examples: ExampleBatch, autocast: torch.dtyp
             wrong = _hook_engine(model, autocast).check(examples)
         except torch.cuda.OutOfMemoryError:
             raise
-        except Exception as error:  # if the model is at fault, it fails again with the next engine
+        except Exception as error:  # an error of the model itself comes again with the next engine
             return EngineChoice("functional", f"hooks fail on the first examples: {error}".splitlines()[0][:200])
     if wrong:
         return EngineChoice("functional", "; ".join(f"{name}: {reason}" for name, reason in wrong.items()))
@@ -65,14 +65,14 @@ def choose_engine(model: ModelCopy, examples: ExampleBatch, autocast: torch.dtyp
 
 
 def make_engine(name: EngineName, model: ModelCopy, autocast: torch.dtype | None = None) -> GradientEngine:
-    """Make the engine of a name.
+    """Make the engine with a name.
 
     Args:
-        name: ``"hooks"``, where vmap does the parameters that hooks do not cover; ``"functional"``, which is vmap; or
+        name: ``"hooks"`` (with vmap for the parameters that hooks do not cover), ``"functional"`` (vmap) or
             ``"loop"``.
-        model: what it differentiates.
-        autocast: what forward passes of the hooks are autocast to, if anything. The other engines compute in the
-            precision of the weights.
+        model: the model copy to differentiate.
+        autocast: dtype that the forward passes of hooks are autocast to; None for no autocast. The other engines
+            compute in the precision of the weights.
 
     Raises:
         EngineError: if hooks cover no parameter.
@@ -84,7 +84,7 @@ def make_engine(name: EngineName, model: ModelCopy, autocast: torch.dtype | None
 
 
 def following_engine(name: EngineName) -> EngineName:
-    """The next engine, for a model whose gradients this one gets wrong. The loop is the last one."""
+    """The engine to try when this one gets gradients of the model wrong. The loop is the last one."""
     return ENGINES[ENGINES.index(name) + 1]
 
 
@@ -99,7 +99,9 @@ def how(name: EngineName, autocast: torch.dtype | None) -> str:
 def _hook_engine(model: ModelCopy, autocast: torch.dtype | None) -> HookEngine | MixedEngine:
     left_out = HookEngine.uncovered(model.module, model.names)
     if len(left_out) == len(model.names):
-        raise EngineError(f"engine='hooks' is of no use here: {coverage_report(left_out, model.sizes)}")
+        raise EngineError(
+            f"engine='hooks' cannot be used here: {coverage_report(left_out, model.sizes)}; use engine='auto'"
+        )
     if left_out:
         return MixedEngine(model.module, model.output, model.names, left_out, autocast)
     return HookEngine(model.module, model.output, model.names, autocast)

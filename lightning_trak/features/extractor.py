@@ -18,23 +18,23 @@ from lightning_trak.gradients.base import EngineError
 from lightning_trak.gradients.batch import ExampleBatch, Layout
 from lightning_trak.projections.base import BoundProjection
 
-_warned = WarningCache()  # warns of a thing once
+_warned = WarningCache()  # gives each warning once
 
-# Per-example gradients of a sub-batch may take this much memory; larger batches are cut.
+# Bytes that the per-example gradients of a sub-batch may take. Larger batches are cut.
 GRADIENT_BYTES = 1 << 29
 
 
 @dataclass(frozen=True, eq=False)
 class FeatureExtractor:
-    """Computes features at the checkpoint that the model has the weights of.
+    """Computes features at the checkpoint whose weights the model has.
 
     Attributes:
         model: the copy of the user's module, at a checkpoint.
-        engine: what differentiates it.
-        projection: what compresses gradients to k numbers, bound to this checkpoint.
+        engine: the engine that differentiates it.
+        projection: the projection that compresses gradients to k numbers, bound to this checkpoint.
         dtype: dtype of the features.
         layout: which parts of a batch belong to single examples, if that is known.
-        falls_back: batches that fail in vmap are differentiated one by one, with a warning.
+        falls_back: whether the examples of a batch that fails in vmap are differentiated one by one, with a warning.
     """
 
     model: ModelCopy
@@ -49,21 +49,22 @@ class FeatureExtractor:
 
         Args:
             batch: a batch on the model's device.
-            positions: what to call its examples in messages, shape ``(n,)``; its length is the number of examples.
-            audited: which of them to differentiate again, alone, by plain autograd; each with a batch of it twice over,
-                or None, to take it out of this batch.
+            positions: numbers of the examples in messages, shape ``(n,)``; ``n`` is the number of examples.
+            audited: the examples to differentiate again, alone, by plain autograd. Maps the row of an example to a
+                batch that holds it twice, or to None, to take the example from this batch.
 
         Returns:
-            Features on the model's device, which may still be at work on them:
-            :func:`~lightning_trak.features.finiteness.require_finite` looks at them.
+            Features on the model's device, which may still be computing them. They are not checked yet:
+            :func:`~lightning_trak.features.finiteness.require_finite` does that.
 
         Raises:
-            EngineError: if the engine gets a gradient wrong, and another one may do better.
+            EngineError: if the engine gets a gradient wrong, but another engine may get it right.
             ValueError: if no engine can get it right.
         """
         whole = ExampleBatch(batch, len(positions), self.layout)
         with self.model.differentiable():
-            # Hooks form the gradients of one layer at a time; the other engines those of all, and take fewer examples.
+            # Hooks need memory for the gradients of one layer at a time. Other engines hold those of all layers, so
+            # they get fewer examples at a time.
             step = whole.size if self._hooks else self._sub_batch
             parts = []
             for start in range(0, whole.size, step):
@@ -74,17 +75,20 @@ class FeatureExtractor:
             return Features.cat(parts)
 
     def outputs_alone(self, examples: ExampleBatch) -> Tensor:
-        """The output of each example in a batch of one, shape ``(size,)``."""
+        """The outputs of the examples, each computed in a batch of one, shape ``(size,)``."""
         engine = self.engine if self.model.sharded else self._reference(self.engine.autocast)
         with self.model.differentiable(), torch.enable_grad():
             singles = (examples.take([number]) for number in range(examples.size))
             return torch.cat([engine.outputs(single).detach() for single in singles])
 
     def fit_projection(self, batches: Iterable[tuple[Any, int]]) -> dict[str, Tensor]:
-        """What the projection learns from training examples.
+        """Fit the projection to gradients of training examples.
 
         Args:
             batches: batches on the model's device, each with its number of examples.
+
+        Returns:
+            What the projection has learned, by name.
         """
 
         def gradients() -> Iterator[dict[str, Tensor]]:
@@ -121,7 +125,7 @@ class FeatureExtractor:
             self._audit(engine, batch, features, outputs, audited, names)
         features = to_store_dtype(features, self.dtype, positions, place)
         loss_gradients, curvatures = self.model.output.derivatives(outputs)
-        scalar = torch.promote_types(self.dtype, torch.float32)  # rounding these three saves next to nothing
+        scalar = torch.promote_types(self.dtype, torch.float32)  # rounding these three would save almost no space
         return Features(features, outputs.to(scalar), loss_gradients.to(scalar), curvatures.to(scalar))
 
     def _audit(
@@ -133,14 +137,14 @@ class FeatureExtractor:
         audited: Mapping[int, Any],
         names: Mapping[int, str],
     ) -> None:
-        """Differentiate some examples again: see :meth:`__call__`."""
+        """Differentiate some examples again, see :meth:`__call__`."""
         audit = Audit(engine, self._reference(engine.autocast), self.projection, self.model.original)
         for number, twice in audited.items():
             single = None if twice is None else ExampleBatch(twice, 2, self.layout).take([0])
             audit(batch, number, features, outputs, names[number], single)
 
     def _projected(self, batch: ExampleBatch) -> tuple[GradientEngine, Tensor, Tensor]:
-        """The engine that differentiated the examples, their projected gradients and their outputs."""
+        """The engine that was used, and the examples' projected gradients and outputs."""
         try:
             return self.engine, *self._project(self.engine, batch)
         except torch.cuda.OutOfMemoryError:
@@ -148,22 +152,22 @@ class FeatureExtractor:
         except Exception as error:
             if self.model.sharded or isinstance(self.engine, LoopEngine):
                 raise
-            # If this fails too, the model is at fault: let it explain itself.
+            # If the loop fails too, the model is at fault, and its own error is raised.
             loop = self._reference()
             found = self._project(loop, batch)
             self._fall_back(error)
             return loop, *found
 
     def _project(self, engine: GradientEngine, batch: ExampleBatch) -> tuple[Tensor, Tensor]:
-        """The examples' projected gradients and outputs, in a working precision."""
+        """The examples' projected gradients and outputs, in the working precision."""
         features = torch.zeros(batch.size, self.projection.dim, dtype=self._working, device=self.model.device)
         return features, engine.project(batch, self.projection, features).to(self._working)
 
     def _fall_back(self, error: Exception) -> None:
-        """Warn or raise after the engine has failed on a batch that the loop could do.
+        """Warn or raise after the engine has failed on a batch that the loop can differentiate.
 
         Raises:
-            EngineError: if the loop must not stand in for the engine.
+            EngineError: if the loop must not replace the engine.
         """
         kind = type(self.model.module).__name__
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
@@ -172,10 +176,10 @@ class FeatureExtractor:
                 raise error
             engine = "module hooks" if self._hooks else "vmap"
             raise EngineError(f"{engine} cannot differentiate {kind}: {reason}") from error
-        # Batch by batch, not once for all: a batch must have the same features whichever others came before.
+        # Each batch decides for itself: its features must not depend on the batches before it.
         _warned.warn(
             f"vmap cannot differentiate {kind}, so its examples are differentiated one by one, which is slow;"
-            f" engine='loop' does so without a warning. {reason}"
+            f" use engine='loop' to do this without a warning. Reason: {reason}"
         )
 
     def _gradients(self, batch: ExampleBatch) -> dict[str, Tensor]:
@@ -186,4 +190,4 @@ class FeatureExtractor:
         except Exception:
             if not self.falls_back:
                 raise
-            return self._reference()(batch)[1]  # featurizing will warn of it
+            return self._reference()(batch)[1]  # the warning comes when the batch is featurized

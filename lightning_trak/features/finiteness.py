@@ -1,4 +1,4 @@
-"""Refuses features that are not finite, with the reason."""
+"""Refuses features that are not finite, and gives the reason."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class NotFiniteError(ValueError):
     """The feature of an example is not finite.
 
     Args:
-        message: which one, and what to do.
-        position: of the example in its dataset.
+        message: which example it is, and what to do.
+        position: position of the example in its dataset.
     """
 
     def __init__(self, message: str, position: int) -> None:
@@ -28,32 +28,32 @@ class NotFiniteError(ValueError):
         self.position = position
 
     def explained(self, model: ModelCopy, loader: DataLoader[Any]) -> ValueError:
-        """The same error, with the reason that the output gives, if it has one.
+        """The same error, with the reason that the model output gives, if there is one.
 
         Args:
-            model: at the checkpoint; it may be moved to the CPU.
-            loader: whose dataset holds the example.
+            model: the model copy, at the checkpoint. It is moved to the CPU.
+            loader: the loader whose dataset holds the example.
         """
         (batch,) = load(loader, [[self.position]], num_workers=0)
         model.module.cpu()
         try:
             with model.differentiable():
                 reason = model.output.explain_nan(model.module, batch)
-        except Exception as error:  # the error that the example causes is the best reason there is
+        except Exception as error:  # an error that the example causes is the best reason
             reason = f"{type(error).__name__}: {error}"
         return self if reason is None else ValueError(f"{self}. Example {self.position}: {reason}")
 
 
 def require_finite(rows: Features, positions: Tensor, where: str) -> None:
-    """Check features. Call it on the host: on a device it would wait for the computation.
+    """Check that features are finite. Pass rows on the CPU: on a device the check would wait for the computation.
 
     Args:
         rows: features of some examples.
-        positions: of the examples in the dataset, shape ``(n,)``.
-        where: what to call the checkpoint.
+        positions: positions of the examples in the dataset, shape ``(n,)``.
+        where: the name of the checkpoint in errors.
 
     Raises:
-        NotFiniteError: if a feature or one of its scalars is not finite, naming the first such example.
+        NotFiniteError: if a feature or one of its scalars is not finite. The error names the first such example.
     """
     finite = [column.isfinite().flatten(1).all(1) if column.ndim > 1 else column.isfinite() for column in rows]
     bad = ~torch.stack(finite).all(0)

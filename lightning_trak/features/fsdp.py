@@ -1,4 +1,4 @@
-"""Features of models that FSDP2 splits over ranks, made by all of them together."""
+"""Features of models that FSDP2 shards over ranks. All ranks compute each batch together."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ _OTHERWISE = f"use {ANOTHER_STRATEGY}"
 
 
 class ShardedModelCopy(ModelCopy):
-    """A copy of the user's module that its ``configure_model()`` shards, once the processes run: :meth:`shard`.
+    """A copy of the user's module that shards itself in ``configure_model()``. :meth:`shard` calls it.
 
     Args:
-        module: a LightningModule that has its layers once it is constructed, and shards them in ``configure_model()``.
+        module: a LightningModule that makes its layers in ``__init__()``, and shards them in ``configure_model()``.
         args: as for :class:`~lightning_trak.features.model.ModelCopy`.
         kwargs: as for :class:`~lightning_trak.features.model.ModelCopy`.
 
@@ -53,29 +53,29 @@ class ShardedModelCopy(ModelCopy):
         name = type(module).__name__
         if not isinstance(module, L.LightningModule) or not is_overridden("configure_model", module):
             raise ValueError(
-                f"ModelParallelStrategy has models shard themselves in LightningModule.configure_model(), which {name}"
-                f" does not define; {_OTHERWISE}"
+                f"with ModelParallelStrategy, a model must shard itself in LightningModule.configure_model(), but"
+                f" {name} does not define it; define it, or {_OTHERWISE}"
             )
         if not any(True for _ in module.parameters()):
             raise ValueError(
-                f"{name} has no parameters before configure_model(), and the store must know their shapes: make the"
-                " layers in __init__() (on the meta device, if they are too large for one) and only shard them in"
-                " configure_model()"
+                f"{name} has no parameters before configure_model(), but the store must know their shapes: make the"
+                " layers in __init__() (on the meta device, if they are too large for one device) and only shard them"
+                " in configure_model()"
             )
         saved = module.state_dict()
         lost = [key for key, buffer in module.named_buffers() if buffer.is_meta and key not in saved]
         if lost:
             raise ValueError(
-                f"{name} has buffers on the meta device, {', '.join(lost)}, that no checkpoint gives a content, since"
-                " they are not persistent: make them on the CPU"
+                f"{name} has buffers on the meta device that are not persistent, so no checkpoint holds their content:"
+                f" {', '.join(lost)}; make them on the CPU"
             )
         super().__init__(module, *args, **kwargs)
         self.module.eval()
         left_out = HookEngine.uncovered(self.module, self.names)
         if left_out:
             raise ValueError(
-                f"gradients of a sharded model are taken by hooks alone, and {coverage_report(left_out, self.sizes)}."
-                f" Or {_OTHERWISE}"
+                f"gradients of a sharded model can only be computed by hooks, but"
+                f" {coverage_report(left_out, self.sizes)}. Or {_OTHERWISE}"
             )
         self._shards = False
 
@@ -84,14 +84,14 @@ class ShardedModelCopy(ModelCopy):
         return copy_module(module, configure=False)
 
     def shard(self, mesh: DeviceMesh | None, device: torch.device) -> None:
-        """Have the module shard itself, once the processes run; does nothing the second time.
+        """Let the module shard itself, once the processes run. A second call does nothing.
 
         Args:
-            mesh: what the module finds as ``self.device_mesh``.
-            device: where parameters go that were made on the meta device.
+            mesh: the value of ``self.device_mesh`` in the module.
+            device: the device for parameters that were made on the meta device.
 
         Raises:
-            ValueError: if parameters are others afterwards.
+            ValueError: if the names or shapes of parameters have changed afterwards.
         """
         if self._shards:
             return
@@ -109,7 +109,7 @@ class ShardedModelCopy(ModelCopy):
         for name, (_, parameter) in own.items():
             parameter.requires_grad_(name in self.names)
         if any(parameter.is_meta for _, parameter in own.values()):
-            # Lightning would do this too, but to everything: buffers that no checkpoint holds would lose their content.
+            # Lightning would do this with all tensors. Buffers that no checkpoint holds would lose their content.
             def materialize(tensor: Tensor) -> Tensor:
                 return torch.empty_like(tensor, device=device) if tensor.is_meta else tensor
 
@@ -118,12 +118,12 @@ class ShardedModelCopy(ModelCopy):
 
 
 def sharded_engine(model: ModelCopy, examples: ExampleBatch, autocast: torch.dtype | None = None) -> ShardedHookEngine:
-    """Make hooks for a sharded model, and check them against the gradients that FSDP2 makes.
+    """Make hooks for a sharded model, and check them against the gradients that FSDP2 computes.
 
     Args:
-        model: at a checkpoint, after it has been sharded.
-        examples: on the model's device, the same on all ranks; at least two if batches will hold more than one.
-        autocast: what forward passes are autocast to, if anything.
+        model: the model copy, sharded and at a checkpoint.
+        examples: examples on the model's device, the same on all ranks. At least two if batches hold more than one.
+        autocast: dtype that forward passes are autocast to; None for no autocast.
 
     Raises:
         ValueError: if hooks do not give the right gradients of the sharded model.
@@ -147,7 +147,7 @@ def sharded_engine(model: ModelCopy, examples: ExampleBatch, autocast: torch.dty
 class ShardedFeatureExtractor(FeatureExtractor):
     """Computes features by hooks on a sharded model.
 
-    Every forward and backward pass is one of all ranks: they must run equally many batches at each checkpoint.
+    All ranks take part in every forward and backward pass, so they must run equally many batches at each checkpoint.
     """
 
     def __call__(self, batch: Any, positions: Tensor, audited: Mapping[int, Any] = MappingProxyType({})) -> Features:
@@ -165,11 +165,11 @@ class ShardedFeatureExtractor(FeatureExtractor):
         return features
 
     def one(self, twice: Any, position: int) -> tuple[Tensor, Tensor]:
-        """Make the feature of one example alone. All ranks compare their hooks with FSDP2 in the same call.
+        """Make the feature of one example alone. In the same call all ranks compare their hooks with FSDP2.
 
         Args:
-            twice: a batch of twice the example, on the module's device. Ranks may have other examples.
-            position: what to call it in errors.
+            twice: a batch on the module's device that holds the example twice. Each rank may have another example.
+            position: the number of the example in errors.
 
         Returns:
             Its feature, shape ``(1, k)``, and its output, shape ``(1,)``.
@@ -200,7 +200,7 @@ class ShardedFeatureExtractor(FeatureExtractor):
         audited: Mapping[int, tuple[Tensor, Tensor]],
         names: Mapping[int, str],
     ) -> None:
-        """Compare with the features that :meth:`one` has made, since no rank can differentiate alone.
+        """Compare with the features from :meth:`one`, because no rank can differentiate alone.
 
         Raises:
             EngineError: if the feature or output of an example differs between its batch and alone.
@@ -209,17 +209,20 @@ class ShardedFeatureExtractor(FeatureExtractor):
         rounding = engine.rounding
         for number, (feature, output) in audited.items():
             if not (output.isfinite() and features[number].isfinite().all()):
-                continue  # what is not finite is refused with its own name
+                continue  # another check refuses features that are not finite
             if not close(outputs[number : number + 1], output, rounding):
                 raise EngineError(
                     f"{names[number]}: its output is {float(outputs[number]):.6g} in its batch and {float(output):.6g}"
-                    " alone: it depends on the rest of the batch, as through padding that is not masked, or is another"
-                    " one each time"
+                    " alone: it depends on the rest of the batch, for example through padding that is not masked, or it"
+                    " differs each time"
                 )
             off, norm = float((features[number] - feature[0]).norm()), float(feature.norm())
             noise = 1e-2 * rounding * float(features.norm(dim=1).nan_to_num(0, 0, 0).max())
             if off > kinks(engine.precision) * norm + noise:
-                raise EngineError(f"{names[number]}: its gradient is off by {off / norm:.2g} of its norm in its batch")
+                raise EngineError(
+                    f"{names[number]}: its gradient in its batch is off by {off / norm:.2g} of its norm, compared with"
+                    " the example alone"
+                )
 
 
 def _world() -> Ranks:

@@ -41,13 +41,13 @@ class Contents:
 
 
 def identity(model: ModelCopy, output: ModelOutput, settings: FeatureSettings, contents: Contents) -> dict[str, Any]:
-    """Everything that features depend on beside the data and the Trainer's precision, as JSON-able values.
+    """Everything that features depend on, except the data and the Trainer's precision, as values for JSON.
 
     Args:
         model: the copy of the user's module.
-        output: what is differentiated, as the user gave it.
+        output: the output that is differentiated, as the user gave it.
         settings: how features are made.
-        contents: of the checkpoints.
+        contents: the contents of the checkpoints.
     """
     shapes = {name: list(parameter.shape) for name, parameter in model.module.named_parameters()}
     return {

@@ -1,4 +1,4 @@
-"""The copy of the user's module that is differentiated at one checkpoint after another."""
+"""The copy of the user's module. It is differentiated at one checkpoint after another."""
 
 import copy
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,30 +20,30 @@ from lightning_trak.storage.files import tensor_digest
 
 
 class ModelCopy:
-    """A copy of the user's module, which takes on the weights of one checkpoint at a time.
+    """A copy of the user's module. It has the weights of one checkpoint at a time.
 
-    The user's module itself is never touched.
+    The user's module itself is never changed.
 
     Args:
         module: the trained model.
         output: the scalar output to differentiate.
         checkpoints: the weights, one set per checkpoint.
-        digests: their fingerprints.
+        digests: the digests of their weights.
         parameters: which parameters to differentiate, see :func:`~lightning_trak.gradients.select_parameters`.
-        keep: keep the weights of every checkpoint in memory, for going through all of them repeatedly.
+        keep: whether to keep the weights of all checkpoints in memory, for repeated use.
 
     Attributes:
         original: the user's module.
         module: the copy.
         output: a copy of the output.
-        places: what to call each checkpoint in messages.
-        names: canonical name -> name in ``module`` of each selected parameter.
-        shapes: of the gradients of selected parameters, by canonical name.
-        sizes: their numbers of elements.
+        places: for messages, the words that name each checkpoint.
+        names: canonical name -> name in ``module``, for each selected parameter.
+        shapes: shapes of the gradients of selected parameters, by canonical name.
+        sizes: numbers of elements of these gradients, by canonical name.
         checkpoint: the number of the checkpoint whose weights the copy has; None at first.
-        device: where the copy is.
-        keeps: whether it keeps the weights of all checkpoints.
-        sharded: whether ranks compute together.
+        device: the device of the copy.
+        keeps: whether the weights of all checkpoints are kept in memory.
+        sharded: whether the model is sharded, so that all ranks compute each batch together.
     """
 
     sharded: ClassVar[bool] = False
@@ -70,7 +70,7 @@ class ModelCopy:
         self.sizes = {name: shape.numel() for name, shape in self.shapes.items()}
         self.keeps = keep
         self._weights: dict[int, dict[str, Tensor]] = {}
-        # cuDNN cannot differentiate a recurrent layer in eval mode.
+        # cuDNN cannot differentiate recurrent layers in eval mode.
         self._recurrent = any(isinstance(part, nn.RNNBase) for part in self.module.modules())
         self.checkpoint: int | None = None
         self.device = torch.device("cpu")
@@ -81,7 +81,7 @@ class ModelCopy:
 
     @property
     def place(self) -> str:
-        """What to call the current checkpoint in messages."""
+        """For messages, the words that name the current checkpoint."""
         return self.places[self.checkpoint or 0]
 
     @property
@@ -90,10 +90,10 @@ class ModelCopy:
         return sum(self.sizes.values())
 
     def load(self, number: int, device: torch.device) -> None:
-        """Load the weights of a checkpoint into the copy, and put it into eval mode.
+        """Load the weights of a checkpoint into the copy, and set it to eval mode.
 
         Raises:
-            ValueError: if the weights do not fit the module, or their file has changed since this object was made.
+            ValueError: if the weights do not fit the module, or have changed since this object was made.
         """
         checkpoint = self.checkpoints[number]
         with torch.inference_mode(False), torch.no_grad():
@@ -102,7 +102,7 @@ class ModelCopy:
                     self._weights.clear()
                 weights = checkpoint.load()
                 if tensor_digest(weights) != self._digests[number]:
-                    raise ValueError(f"{checkpoint.name} has changed since this TRAK was made; make another")
+                    raise ValueError(f"{checkpoint.name} has changed since this TRAK was made; make a new one")
                 self._weights[number] = weights
             self._loading.load(self._weights[number], checkpoint.name)
             self.module.eval()
@@ -112,10 +112,10 @@ class ModelCopy:
 
     @contextmanager
     def differentiable(self) -> Iterator[None]:
-        """Leave the inference mode and the autocast that Lightning predicts in.
+        """Leave the inference mode and the autocast in which Lightning predicts.
 
-        In inference mode, nothing can be differentiated. Hooks enter autocast themselves for their forward passes;
-        vmap cannot always follow it.
+        Nothing can be differentiated in inference mode. Vmap does not always work with autocast. Hooks do, and enter
+        it themselves for their forward passes.
         """
         with (
             torch.inference_mode(False),
@@ -126,7 +126,7 @@ class ModelCopy:
             yield
 
     def make_context(self, batches: Iterable[Any], layout: Layout | None) -> dict[str, Tensor]:
-        """Compute what the output has to remember of the training data at this checkpoint.
+        """Compute the output's context: what it needs from the training data at this checkpoint.
 
         Args:
             batches: training examples on the copy's device.

@@ -1,4 +1,4 @@
-"""Makes the features of training examples, in a store, and of targets, in memory."""
+"""Makes features: of training examples in a store, and of targets in memory."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -38,17 +38,17 @@ from lightning_trak.texts.printable import counted
 
 
 class FeaturePipeline:
-    """Makes features by ``trainer.predict``.
+    """Makes features with ``trainer.predict``.
 
     Args:
-        model: the trained model, which is never touched.
+        model: the trained model, which is never changed.
         output: the scalar output to differentiate.
         checkpoints: the weights, one set per checkpoint.
-        contents: of the checkpoints.
-        directory: of the store.
+        contents: the contents of the checkpoints.
+        directory: the directory of the store.
         settings: how features are made.
         parameters: which parameters to differentiate, see :func:`~lightning_trak.gradients.select_parameters`.
-        user: what to call the method that needs the features, in messages.
+        user: the name of the method that needs the features, in messages.
 
     Attributes:
         settings: how features are made.
@@ -75,38 +75,39 @@ class FeaturePipeline:
         self._user = user
 
     def copy_model(self, trainer: L.Trainer | None = None, keep: bool = False) -> ModelCopy:
-        """A copy of the model to be differentiated.
+        """Make a copy of the model for differentiation.
 
         Args:
-            trainer: what it will be used with, which may shard it.
-            keep: keep the weights of all checkpoints in memory.
+            trainer: the Trainer that will run the copy. Its strategy may shard it.
+            keep: whether to keep the weights of all checkpoints in memory.
 
         Raises:
-            ValueError: if the Trainer's strategy splits the model in a way that cannot be differentiated, or hooks are
-                asked for and cover no parameter.
+            ValueError: if the Trainer's strategy splits the model in a way that cannot be differentiated, or
+                ``engine="hooks"`` was set and hooks cover no parameter.
         """
         sharded = trainer is not None and shards_model(trainer)
         if sharded and self.settings.engine not in ("auto", "hooks"):
             raise ValueError(
-                f"engine={self.settings.engine!r} needs whole parameters, which ModelParallelStrategy splits: use"
+                f"engine={self.settings.engine!r} needs whole parameters, but ModelParallelStrategy splits them: use"
                 f" engine='auto' or 'hooks', or {ANOTHER_STRATEGY}"
             )
         kind = ShardedModelCopy if sharded else ModelCopy
         model = kind(self._model, self._output, self._checkpoints, self._contents.digests, self._parameters, keep)
         if self.settings.engine == "hooks":
-            make_engine("hooks", model)  # better refused before anything runs
+            make_engine("hooks", model)  # raises before anything runs
         return model
 
     def featurize(
         self, trainer: L.Trainer, data: Data, shard_size: int | None, require_enough: Callable[[int, int], None]
     ) -> None:
-        """Store the features of the training set at every checkpoint; continue where it was interrupted.
+        """Store the features of the training set at every checkpoint. An interrupted call is continued.
 
         Args:
-            trainer: what runs.
+            trainer: the Trainer that runs the work.
             data: the training data.
-            shard_size: examples per file, when the store is new; None: about 1024.
-            require_enough: called with the numbers of examples and of features, refuses too few of the former.
+            shard_size: examples per file if the store is new; None: about 1024.
+            require_enough: called with the number of examples and the number of features; raises if there are too few
+                examples.
 
         Raises:
             ValueError: if the store was made with other settings, an example's features are not finite, or the
@@ -164,18 +165,19 @@ class FeaturePipeline:
         store: FeatureStore,
         datamodule: L.LightningDataModule | None,
     ) -> Iterator[Iterator[Features]]:
-        """The features of targets, one block of them computed after the other.
+        """The features of targets, computed one block after another.
 
         Args:
-            trainer: what runs.
-            loader: whose dataset the targets are in.
-            blocks: their positions.
-            model: what :meth:`copy_model` gave.
-            store: what :meth:`open_complete` gave.
-            datamodule: where the loader came from, if it has batch transfer hooks of its own.
+            trainer: the Trainer that runs the work.
+            loader: the loader of the targets.
+            blocks: the positions of the targets in each block.
+            model: the copy from :meth:`copy_model`.
+            store: the store from :meth:`open_complete`.
+            datamodule: the data module that gave the loader, if there is one. It may have batch transfer hooks of its
+                own.
 
         Yields:
-            On every rank, the features of a block at each checkpoint, rows in the order of the dataset.
+            On every rank, the features of a block at each checkpoint. Rows are in the order of the dataset.
         """
         engine: EngineName | None = None
         for examples in blocks:
@@ -204,21 +206,21 @@ class FeaturePipeline:
     def _gathered(
         buffer: FeatureBuffer, examples: range, loader: DataLoader[Any], model: ModelCopy, ranks: Ranks
     ) -> Iterator[Features]:
-        """The features that all ranks have computed, checkpoint by checkpoint."""
+        """The features from all ranks, one checkpoint after another."""
         for checkpoint in range(len(model.places)):
             with _explaining(model, loader):
                 own = buffer.take(checkpoint)
             yield _in_order([part for found in ranks.gather(own) for part in found], examples)
 
     def open(self, model: ModelCopy, trainer: L.Trainer | None = None) -> FeatureStore:
-        """The store, to be read, if it is of this model and these settings.
+        """Open the store for reading, and check that it was made with this model and these settings.
 
         Args:
-            model: what :meth:`copy_model` gave.
-            trainer: whose precision must be that of the store; None: not looked at.
+            model: the copy from :meth:`copy_model`.
+            trainer: the Trainer, whose precision must be that of the store; None: the precision is not checked.
 
         Raises:
-            FileNotFoundError: if there is none yet.
+            FileNotFoundError: if there is no store yet.
             ValueError: if it was made with other settings.
         """
         num_examples = FeatureStore.read_manifest(self._directory)["num_examples"]
@@ -226,10 +228,10 @@ class FeaturePipeline:
         return FeatureStore(self._directory, depends_on, num_examples, read_only=True, user=self._user)
 
     def open_complete(self, model: ModelCopy, trainer: L.Trainer) -> FeatureStore:
-        """The store, ready to be scored.
+        """Open the store for scoring, and check that it is complete.
 
         Raises:
-            FileNotFoundError: if there is none yet.
+            FileNotFoundError: if there is no store yet.
             RuntimeError: if featurizing is not complete.
             ValueError: if it was made with other settings, or the Trainer spawns processes.
         """
@@ -240,7 +242,7 @@ class FeaturePipeline:
         return store
 
     def dim(self, model: ModelCopy) -> int:
-        """The number of features."""
+        """The number of features per example."""
         projection, cpu = self.settings.projection, torch.device("cpu")
         return projection.bind(model.shapes, seed=self.settings.seed, checkpoint=0, device=cpu).dim
 
@@ -254,30 +256,30 @@ class FeaturePipeline:
         wanted, engine, refuted = self.settings.engine, store.settle_engine(), store.refuted_engines()
         if wanted in refuted:
             raise ValueError(
-                f'engine={wanted!r} was found to get a gradient wrong when store "{store.directory}" was made:'
-                f" {refuted[wanted]}. Use engine='auto', which goes on with {engine!r}"
+                f'engine={wanted!r} got a gradient wrong when store "{store.directory}" was made:'
+                f" {refuted[wanted]}. Use engine='auto', which continues with {engine!r}"
             )
         if sharded and wanted == "auto" and engine not in (None, "hooks"):
             raise ValueError(
-                f'store "{store.directory}" was begun with engine {engine!r}, which needs whole parameters, and'
+                f'store "{store.directory}" was begun with engine {engine!r}, which needs whole parameters, but'
                 " ModelParallelStrategy splits them: use strategy='ddp' or a single device, or another directory"
             )
 
     @staticmethod
     def _refuted(module: FeaturizeModule, trainer: L.Trainer) -> tuple[EngineName, str] | None:
-        """The engine that some rank has found to be wrong, and why. All ranks get the same answer."""
+        """The engine that a rank has found to be wrong, and why. All ranks get the same answer."""
         reports = Ranks.of(trainer).gather((module.engine_name, module.refuted))
         found = [(name, reason) for name, reason in reports if name is not None and reason is not None]
         return found[0] if found else None
 
     def _next_engine(self, used: EngineName, reason: str, trainer: L.Trainer, store: FeatureStore | None) -> EngineName:
-        """Name the engine that replaces a refuted one. A store takes note of it."""
+        """The engine that replaces one that is wrong. If there is a store, it keeps a note of that."""
         following = following_engine(used)
         if store is not None and used not in store.refuted_engines():
             store.refute_engine(used, reason, following)
         what = "features of targets" if store is None else "all features of the store"
         rank_zero_warn(
-            f"{self._user}: engine {used!r} cannot differentiate this model rightly, so {what} are computed"
+            f"{self._user}: engine {used!r} cannot differentiate this model correctly, so {what} are computed"
             f" again with engine {following!r}: {reason}"
         )
         Ranks.of(trainer).barrier()
@@ -297,7 +299,7 @@ def _progress(store: FeatureStore) -> str:
 
 @contextmanager
 def _explaining(model: ModelCopy, loader: DataLoader[Any]) -> Iterator[None]:
-    """Add the reason that the output gives to an error about a feature that is not finite."""
+    """If a feature is not finite, add the reason that the model output gives to the error."""
     try:
         yield
     except NotFiniteError as error:
@@ -307,16 +309,16 @@ def _explaining(model: ModelCopy, loader: DataLoader[Any]) -> Iterator[None]:
 
 
 def _in_order(parts: list[tuple[Tensor, Features]], examples: range) -> Features:
-    """Rows that came in parts, with their positions, in the order of the examples."""
+    """Put rows that came in parts, each with its positions, in the order of the examples."""
     missing = len(examples) - sum(len(positions) for positions, _ in parts)
     if missing:
-        raise RuntimeError(f"{missing} target features never arrived; a rank must have failed")
+        raise RuntimeError(f"the features of {missing} targets are missing; look for an error of another rank")
     order = torch.cat([positions for positions, _ in parts]).argsort()
     return Features(*(column[order] for column in Features.cat([rows for _, rows in parts])))
 
 
 def _default_shard_size(num_examples: int, loader: DataLoader[Any]) -> int:
-    """About 1024 examples, less for small data so that there is work to share, and whole batches."""
+    """About 1024 examples in whole batches. It is less for small data, so that ranks can share the work."""
     batch = batch_size_of(loader)
     wanted = min(1024, -(-num_examples // 32))
     return batch * max(1, round(wanted / batch))

@@ -1,4 +1,4 @@
-"""The precision that features are made in, which is the Trainer's, and the precision that they are kept in."""
+"""The precision in which features are computed, which is the Trainer's, and the dtype in which they are stored."""
 
 import lightning as L
 import torch
@@ -6,14 +6,15 @@ from torch import Tensor
 
 from lightning_trak.outputs import ModelOutput
 
-_LOSS = 2**-8  # of a stored row, relative to its norm: what rounding to bfloat16 may cost
+_LOSS = 2**-8  # the error that storing may add to a row, relative to its norm: as rounding to bfloat16
 
 
 def precision_of(trainer: L.Trainer, output: ModelOutput) -> str:
-    """The precision in which features are made: the Trainer's. Two kinds of mixed precision have no effect.
+    """The precision in which features are computed: the Trainer's, except in two cases of mixed precision.
 
-    Gradients in float16 need a scaled loss to be in range, and training has found no scale for an output. An output
-    with a context compares it with what the model gives, and rounding would make equal things differ.
+    ``"16-mixed"`` has no effect, because float16 gradients need a scaled loss, and no scale is known for an output.
+    ``"bf16-mixed"`` has no effect for an output with a context: it compares the context with outputs of the model, and
+    rounding would make equal values differ.
     """
     precision = str(trainer.precision)
     unmixed = precision == "16-mixed" or (precision == "bf16-mixed" and output.context_size)
@@ -21,30 +22,30 @@ def precision_of(trainer: L.Trainer, output: ModelOutput) -> str:
 
 
 def autocast_of(trainer: L.Trainer, output: ModelOutput) -> torch.dtype | None:
-    """The dtype that forward passes are autocast to for :func:`precision_of`; None if to none."""
+    """The dtype that forward passes are autocast to, see :func:`precision_of`; None for no autocast."""
     return torch.bfloat16 if precision_of(trainer, output) == "bf16-mixed" else None
 
 
 def to_store_dtype(features: Tensor, dtype: torch.dtype, positions: Tensor, place: str) -> Tensor:
-    """Features in the dtype that a store keeps them in.
+    """Convert features to the dtype of the store.
 
-    In a dtype of smaller range, small numbers become zero or lose their digits, and large ones become infinite. That is
-    an error if it changes a row by more than rounding to bfloat16 may.
+    In a dtype of smaller range, small numbers become zero or lose digits, and large numbers become infinite. It is an
+    error if this changes a row by more than rounding to bfloat16 may change it.
 
     Args:
         features: shape ``(n, k)``.
-        dtype: of the store.
-        positions: of the examples in the dataset, shape ``(n,)``.
-        place: what to call the checkpoint.
+        dtype: dtype of the store.
+        positions: positions of the examples in the dataset, shape ``(n,)``.
+        place: the name of the checkpoint in errors.
 
     Raises:
-        ValueError: if a row is lost, naming its example.
+        ValueError: if a row would change by more than that. The error names its example.
     """
     stored = features.to(dtype)
     smallest = torch.finfo(dtype).tiny
     if smallest <= torch.finfo(features.dtype).tiny:
         return stored
-    # Of the largest element of each row, so that squares are in range.
+    # Divide each row by its largest element, so that squares are in range.
     scale = features.abs().amax(1, keepdim=True).clamp_min(torch.finfo(features.dtype).tiny)
     out_of_range = (features.abs() < smallest) | stored.isinf()
     error = torch.where(out_of_range, (features - stored) / scale, 0.0).norm(dim=1)
@@ -54,7 +55,7 @@ def to_store_dtype(features: Tensor, dtype: torch.dtype, positions: Tensor, plac
         wider = "torch.bfloat16 or torch.float32" if dtype == torch.float16 else "torch.float64"
         raise ValueError(
             f"the feature of example {int(positions[row])} {place} does not fit into {dtype}: its largest element is"
-            f" {float(scale[row]):.3g}, and {dtype} has full digits from {smallest:.3g} to"
-            f" {torch.finfo(dtype).max:.3g}; keep features in another dtype={wider}"
+            f" {float(scale[row]):.3g}, and {dtype} has full precision only from {smallest:.3g} to"
+            f" {torch.finfo(dtype).max:.3g}; use dtype={wider}"
         )
     return stored

@@ -41,14 +41,15 @@ class ExtractorModule(PredictModule):
     Args:
         model: a copy of the user's module.
         settings: how features are made.
-        store: holds what the model output remembers of the training data at each checkpoint.
-        datamodule: where the data came from, if it has batch transfer hooks of its own.
-        train_loader: training data to remember when the store holds nothing yet.
-        engine: the engine; None: that of the settings or of the store, or the one that the first examples choose.
+        store: the store. It holds the model output's context and the fitted projection of each checkpoint.
+        datamodule: the data module that gave the data, if there is one. It may have batch transfer hooks of its own.
+        train_loader: the training data, from which contexts and projections are made that the store does not have;
+            None when targets are scored.
+        engine: the engine; None: that of the settings or of the store, or else the first examples decide.
 
     Attributes:
         engine_name: the name of the engine, once it is chosen.
-        repeatable: whether the data are equal each time that they are loaded.
+        repeatable: whether the data are the same each time that they are loaded.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class ExtractorModule(PredictModule):
         self._autocast = autocast_of(self.trainer, self.copied.output)
 
     def release(self) -> None:
-        """Release model and features."""
+        """Release the model, the engine and the projections."""
         super().release()
         del self.copied
         self._engine = self._extractor = None
@@ -95,7 +96,8 @@ class ExtractorModule(PredictModule):
         if not self._made_features and not rows.features.any():
             warnings.warn(
                 f"all features of examples {int(positions[0])} to {int(positions[-1])} {self.copied.place}"
-                f" are zero: does the output {type(self.copied.output).__name__} depend on the selected parameters?",
+                f" are zero: check that the output {type(self.copied.output).__name__} depends on the selected"
+                " parameters",
                 stacklevel=2,
             )
         self._made_features = True
@@ -105,7 +107,7 @@ class ExtractorModule(PredictModule):
         """Load a checkpoint, and make features at it from now on.
 
         Raises:
-            ValueError: if the output of an example depends on the rest of its batch, or differs from the store's.
+            ValueError: if the output of an example depends on the rest of its batch, or differs from that in the store.
         """
         model = self.copied
         if self._extractor is not None and model.checkpoint == checkpoint:
@@ -137,10 +139,10 @@ class ExtractorModule(PredictModule):
             keep_examples(extractor, self._store, batch, len(positions))
 
     def learn_batches(self, loader: DataLoader[Any]) -> None:
-        """Find out how a loader puts examples together, from a few of them.
+        """Find out from a few examples how a loader collates them.
 
         Args:
-            loader: what the batches to come are from.
+            loader: the loader of the batches to come.
 
         Raises:
             ValueError: if a batch does not hold the examples in the first dimension of its tensors.
@@ -153,14 +155,14 @@ class ExtractorModule(PredictModule):
         self.repeatable = ExampleBatch(twice, 2, self._layout).equals(ExampleBatch(again, 2, self._layout))
         if self.copied.sharded and not self.repeatable:
             raise ValueError(
-                "examples differ each time that they are loaded, so the ranks of a sharded model would not see the same"
-                " ones: give data without random augmentation"
+                "examples differ each time that they are loaded, so the ranks of a sharded model would see different"
+                " data: give data without random augmentation"
             )
         sharded = self.copied.sharded  # all ranks take part in each of its forward passes
         self._alone_and_together = None if sharded else (twice, other, pair) if last and self.repeatable else (twice,)
 
     def forget_batches(self) -> None:
-        """Forget how the loader puts examples together."""
+        """Forget how the loader collates examples."""
         self._layout = self._alone_and_together = self._extractor = None
         self._entered.clear()
 
@@ -169,7 +171,7 @@ class ExtractorModule(PredictModule):
         return FeatureExtractor(self.copied, engine, projection, self.settings.dtype, self._layout, falls_back)
 
     def _bind(self, checkpoint: int) -> BoundProjection:
-        """The projection of a checkpoint; kept as long as the checkpoint's weights are."""
+        """The projection of a checkpoint. It is kept as long as the checkpoint's weights."""
         if checkpoint not in self._bound:
             if not self.copied.keeps:
                 self._bound.clear()
@@ -203,16 +205,16 @@ class ExtractorModule(PredictModule):
         return batch, positions
 
     def _read_extra(self, checkpoint: int, name: str) -> dict[str, Tensor] | None:
-        """What the store has; None if it has nothing. Ranks that compute together all get it, or none does."""
+        """Read an extra from the store; None if it has none. For a sharded model all ranks get it, or none does."""
         found = self._store.read_extra(checkpoint, name, self._store.key)
         if self.copied.sharded and not Ranks.of(self.trainer).all_true(found is not None):
             return None
         return found
 
     def _settle_engine(self) -> GradientEngine:
-        """Choose by the first two training examples, so that the choice is the same in every run.
+        """Choose an engine by the first two training examples, so that the choice is the same in every run.
 
-        The store keeps the choice with its first shard. A run that writes no shard decides nothing.
+        The store keeps the choice with its first shard. A run that writes no shard does not decide for later runs.
         """
         if self.engine_name is None:
             self.engine_name = cast("EngineName | None", self._store.settle_engine())
@@ -232,30 +234,30 @@ class ExtractorModule(PredictModule):
         """A uniform sample of the training data, without replacement. Each checkpoint has its own."""
         if self._train_loader is None:
             raise RuntimeError(
-                f'store "{self._store.directory}" has lost the {purpose} of checkpoint {checkpoint}, which its features'
-                " were made with; call featurize again, which makes it again from the training data"
+                f'store "{self._store.directory}" has lost the {purpose} of checkpoint {checkpoint}, with which its'
+                " features were made; call featurize again, which makes it again from the training data"
             )
         positions = sample_batches(self._train_loader, count, f"{self.settings.seed}/{checkpoint}/{purpose}")
         yield from zip(self._batches(self._train_loader, positions), map(len, positions), strict=True)
 
     def _batches(self, loader: DataLoader[Any], positions: list[list[int]]) -> Iterator[Any]:
-        """Examples at some positions, a batch for each list, on the device."""
+        """Load examples at some positions to the device, one batch for each list."""
         return self.on_device(load(loader, positions, num_workers=min(1, loader.num_workers)))
 
 
 class FeaturizeModule(ExtractorModule):
-    """Featurizes :class:`~lightning_trak.running.ranges.IndexedBatch`; the m-th dataloader is for the m-th checkpoint.
+    """Featurizes :class:`~lightning_trak.running.ranges.IndexedBatch`. The m-th dataloader is for the m-th checkpoint.
 
     Args:
-        sink: where features go.
-        task: what to call the work on the progress bar.
+        sink: takes the features.
+        task: the name of the task on the progress bar.
         loader: the data.
-        stop: ends the loaders, when the engine has to be changed.
+        stop: ends the loaders when the engine must be changed.
         args: as for :class:`ExtractorModule`.
         kwargs: as for :class:`ExtractorModule`.
 
     Attributes:
-        refuted: what the engine got wrong; None if nothing. The rest of the work is then left undone.
+        refuted: what the engine got wrong; None if nothing. After that no more features are made.
     """
 
     def __init__(self, sink: Sink, task: str, loader: DataLoader[Any], stop: Stop, *args: Any, **kwargs: Any) -> None:
@@ -265,18 +267,18 @@ class FeaturizeModule(ExtractorModule):
         self._loader = loader
         self._stop = stop
         self.refuted: str | None = None
-        self._alone: dict[int, Any] = {}  # examples that wait for the batch that they are part of
+        self._alone: dict[int, Any] = {}  # audited examples, until the batch that they are part of
 
     def configure_model(self) -> None:
-        """Let the model shard itself, if the Trainer's strategy wants that. The processes run by now."""
+        """Let the model shard itself, if the Trainer's strategy shards models. At this point the processes run."""
         if isinstance(self.copied, ShardedModelCopy):
             self.copied.shard(self.device_mesh, self.trainer.strategy.root_device)
 
     def on_predict_start(self) -> None:
-        """Check that ranks that compute together have the same plan. Else FSDP2 would mix up their messages.
+        """Check that all ranks of a sharded model will load the same ranges. Otherwise FSDP2 would mix up their data.
 
         Raises:
-            RuntimeError: if their plans differ.
+            RuntimeError: if the ranges differ.
         """
         if self.copied.sharded:
             loaders = cast(list[RangeLoader], self.trainer.predict_dataloaders)
@@ -284,8 +286,8 @@ class FeaturizeModule(ExtractorModule):
             digest = hashlib.sha256(repr(plan).encode()).hexdigest()
             if len(set(Ranks.of(self.trainer).gather(digest))) > 1:
                 raise RuntimeError(
-                    "the ranks of a sharded model see different shards as missing in the store: it must lie on a disk"
-                    " that all of them share, and no other run may be writing to it"
+                    "the ranks of a sharded model see different shards as missing in the store: put it on a disk that"
+                    " all ranks share, and let no other run write to it"
                 )
 
     def _settle_engine(self) -> GradientEngine:
@@ -299,8 +301,8 @@ class FeaturizeModule(ExtractorModule):
         if self._train_loader is not None:
             report = coverage_report({}, self.copied.sizes)
             rank_zero_info(
-                f"TRAK: gradients by module hooks, since the model is sharded: {report} and agree with the gradients of"
-                " FSDP2 on the first examples"
+                f"TRAK: gradients by module hooks, because the model is sharded: {report} and agree with the gradients"
+                " of FSDP2 on the first examples"
             )
             self._store.settle_engine("hooks")
         return engine
@@ -311,7 +313,7 @@ class FeaturizeModule(ExtractorModule):
         return ShardedFeatureExtractor(self.copied, engine, projection, self.settings.dtype, self._layout)
 
     def on_predict_batch_start(self, batch: IndexedBatch, batch_idx: int, dataloader_idx: int = 0) -> None:  # noqa: ARG002
-        """Name the task on the progress bar, in place of "Predicting DataLoader 0"."""
+        """Show the task on the progress bar instead of "Predicting DataLoader 0"."""
         bar, text = self.trainer.progress_bar_callback, f"{self._task}, checkpoint {dataloader_idx + 1}"
         if batch_idx == 0 and isinstance(bar, TQDMProgressBar):
             bar.predict_progress_bar.set_description(text)
@@ -320,7 +322,7 @@ class FeaturizeModule(ExtractorModule):
             bar.progress.update(bar.predict_progress_bar_id, description=text)
 
     def predict_step(self, batch: IndexedBatch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:  # noqa: ARG002
-        """Give the batch's features to the sink. Return its positions, since Lightning warns of None."""
+        """Give the batch's features to the sink. Return its positions, because Lightning warns about None."""
         if self.refuted is None:
             try:
                 self._featurize(batch, dataloader_idx)
@@ -345,23 +347,23 @@ class FeaturizeModule(ExtractorModule):
         if batch.number is not None and not self._sink.add(
             checkpoint, batch.number, batch.positions, rows, cast(EngineName, self.engine_name)
         ):
-            raise EngineError("another process has refuted it")
+            raise EngineError("another process has found that this engine gets a gradient wrong")
 
     def _trusted(self, alone: Any) -> Any:
-        """The example alone. None if the data differ each time: then the audit takes it out of its batch."""
+        """The example alone. None if the data differ each time: then the audit takes it from its batch."""
         return alone if self.repeatable else None
 
     def _give_up(self, error: EngineError) -> None:
-        """Leave the rest to the next engine.
+        """Stop, and leave the rest to the next engine.
 
         Raises:
             ValueError: if the user has chosen the engine, or the model is sharded.
         """
         used = self.engine_name
         if self.settings.engine != "auto" or self.copied.sharded:
-            advice = "engine='auto', which takes another engine, or engine='loop'"
+            advice = "engine='auto', which chooses another engine, or engine='loop'"
             raise ValueError(
-                f"engine={used!r} cannot differentiate this model rightly: {error}. Nothing of its shard was written;"
+                f"engine={used!r} cannot differentiate this model correctly: {error}. Its shard was not written;"
                 f" use {ANOTHER_STRATEGY if self.copied.sharded else advice}"
             ) from error
         self.refuted = str(error)

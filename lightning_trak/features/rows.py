@@ -1,4 +1,4 @@
-"""Features and their scalars: a row for each example of a shard or a batch."""
+"""Features and their scalars. Each example of a shard or a batch has a row."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Features(NamedTuple):
-    """Rows of a shard, or of a batch.
+    """The rows of a shard or of a batch.
 
     Attributes:
         features: projected gradients phi, shape ``(n, k)``.
@@ -31,13 +31,13 @@ class Features(NamedTuple):
 
 
 def misfit(tensors: dict[str, Tensor], count: int, dtype: str | None = None, k: int | None = None) -> str | None:
-    """Describe what is wrong with the rows of a shard; None if nothing is.
+    """Describe what is wrong with the rows of a shard; None if nothing is wrong.
 
     Args:
-        tensors: the columns by their names.
-        count: how many rows there should be.
-        dtype: of features, such as ``"float32"``; None if any will do.
-        k: features of an example; None if any number will do.
+        tensors: the columns by name.
+        count: expected number of rows.
+        dtype: expected dtype of the features, such as ``"float32"``; None for any.
+        k: expected number of features per example; None for any.
     """
     if set(tensors) != set(Features._fields):
         return f"it holds {', '.join(sorted(tensors))}, not {', '.join(sorted(Features._fields))}"
@@ -50,7 +50,7 @@ def misfit(tensors: dict[str, Tensor], count: int, dtype: str | None = None, k: 
     if found != (dtype or found) or not features.is_floating_point():
         return f"its features are {found}, not {dtype or 'floating-point numbers'}"
     if features.shape[1] != (k or features.shape[1]):
-        return f"it has {features.shape[1]} features an example, other shards have {k}"
+        return f"it has {features.shape[1]} features per example, but other shards have {k}"
     for name, column in tensors.items():
         if name != "features" and (column.shape != (count,) or not column.is_floating_point()):
             return f"its {name} are {column.dtype} of shape {tuple(column.shape)}, not numbers of shape ({count},)"

@@ -1,4 +1,4 @@
-"""Computes a few stored examples again: a store is only valid while the model computes the same."""
+"""Computes a few stored examples again. A store is valid only as long as the model computes the same."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -14,7 +14,7 @@ from lightning_trak.features.stored_examples import NotStorableError, pack, unpa
 from lightning_trak.gradients.batch import ExampleBatch
 from lightning_trak.outputs.base import close
 
-TOLERANCE = 5e-3  # more than rounding on another device or by another library explains
+TOLERANCE = 5e-3  # larger than rounding differences between devices or versions of libraries
 _KEPT = "examples"
 
 
@@ -22,32 +22,32 @@ def keep_examples(extractor: FeatureExtractor, store: FeatureStore, batch: Any, 
     """Keep the first examples in the store, so that scoring can compute their outputs again.
 
     Args:
-        extractor: knows which parts of the batch belong to single examples.
-        store: where they go.
+        extractor: gives the layout: which parts of the batch belong to single examples.
+        store: the store.
         batch: the store's first examples, as the model gets them.
-        size: their number.
+        size: the number of these examples.
     """
     try:
         store.write_extra(0, _KEPT, pack(ExampleBatch(batch, size, extractor.layout)), store.key)
     except NotStorableError as error:
-        rank_zero_info(f"TRAK: outputs cannot be computed again when the store is scored: {error}")
+        rank_zero_info(f"TRAK: the check of outputs before scoring will be skipped: {error}")
 
 
 def keeps_examples(store: FeatureStore) -> bool:
-    """Whether the store has its examples, or needs none: random data have other outputs each time."""
+    """Whether the store has its examples, or needs none because random data give other outputs each time."""
     return not store.repeatable or store.read_extra(0, _KEPT, store.key) is not None
 
 
 def require_same_outputs(extractor: FeatureExtractor, store: FeatureStore, checkpoint: int) -> None:
-    """Check that the model still gives the stored examples their stored outputs.
+    """Check that the model still gives the stored outputs for the stored examples.
 
     Args:
-        extractor: at the checkpoint.
-        store: with features of it.
-        checkpoint: which.
+        extractor: the extractor at the checkpoint.
+        store: the store, which has features of the checkpoint.
+        checkpoint: the number of the checkpoint.
 
     Raises:
-        ValueError: if they have others.
+        ValueError: if the outputs differ.
     """
     packed = store.read_extra(0, _KEPT, store.key)
     if packed is None:
@@ -55,17 +55,17 @@ def require_same_outputs(extractor: FeatureExtractor, store: FeatureStore, check
     try:
         examples = unpack(packed)
     except NotStorableError as error:
-        rank_zero_info(f"TRAK: outputs of the store's examples are not computed again: {error}")
+        rank_zero_info(f"TRAK: the check of outputs before scoring is skipped: {error}")
         return
     examples = replace(examples, content=move_data_to_device(examples.content, extractor.model.device))
     outputs = extractor.outputs_alone(examples).cpu()
     kept = store.read(checkpoint, 0).outputs[: examples.size]
     if not close(outputs, kept, max(TOLERANCE, extractor.engine.rounding)):
         raise ValueError(
-            f'store "{store.directory}" is of another function: example 0 has the output {float(kept[0]):.6g} there'
-            f" {extractor.model.places[checkpoint]}, and {float(outputs[0]):.6g} now. Something has changed that the"
-            " store's manifest does not tell, such as a function in a library or a file that the model reads: undo it,"
-            " or use another directory"
+            f'store "{store.directory}" was made when the model computed something else: the output of example 0'
+            f" {extractor.model.places[checkpoint]} is {float(kept[0]):.6g} in the store, and {float(outputs[0]):.6g}"
+            " now. Something has changed that the store's manifest does not record, such as a function in a library or"
+            " a file that the model reads: undo the change, or use another directory"
         )
 
 
@@ -77,18 +77,18 @@ def require_as_before(
     positions: Sequence[int],
     made: Iterable[str],
 ) -> None:
-    """Check that a shard's examples still have their stored outputs and features, before shards are added.
+    """Check, before shards are added, that a shard's examples still have their stored outputs and features.
 
     Args:
-        extractor: at the checkpoint.
-        store: with the shard.
+        extractor: the extractor at the checkpoint.
+        store: the store that has the shard.
         place: the numbers of checkpoint and shard.
         batch: the shard's first examples, as the model gets them.
-        positions: of them in the dataset.
-        made: what was lost and has been made again.
+        positions: positions of these examples in the dataset.
+        made: the names of the extras that the store had lost and that were made again.
 
     Raises:
-        ValueError: if they have others.
+        ValueError: if outputs or features differ.
     """
     found, kept = extractor(batch, torch.tensor(positions)), store.read(*place)
     tolerance = max(TOLERANCE, 4 * torch.finfo(kept.features.dtype).eps, extractor.engine.rounding)
@@ -96,9 +96,9 @@ def require_as_before(
         before = getattr(kept, name)[: len(positions)].double()
         error = (getattr(found, name).cpu().double() - before).norm()
         if not error <= tolerance * (before.norm() + (1 if name == "outputs" else 0)):
-            lost = f" It has lost the {' and the '.join(made)}, which had to be made again." if made else ""
+            lost = f" The store had lost the {' and the '.join(made)}, which had to be made again." if made else ""
             raise ValueError(
-                f'store "{store.directory}" was made by other code or on other data: examples {positions[0]} to'
-                f" {positions[-1]} have other {name} now {extractor.model.places[place[0]]}.{lost} Use another"
-                f' directory, or delete the folder "checkpoint-{place[0]:04d}" in it and call featurize again'
+                f'store "{store.directory}" was made with other code or other data: examples {positions[0]} to'
+                f" {positions[-1]} now have other {name} {extractor.model.places[place[0]]}.{lost} Use another"
+                f' directory, or delete its folder "checkpoint-{place[0]:04d}" and call featurize again'
             )

@@ -15,15 +15,15 @@ class FeatureSettings:
     """How features are made.
 
     Attributes:
-        projection: what compresses gradients to k numbers.
+        projection: the projection that compresses gradients to k numbers.
         engine: how gradients are computed: ``"hooks"``, ``"functional"`` (vmap), ``"loop"``, or ``"auto"``, see
             :func:`~lightning_trak.features.engines.choose_engine`.
-        seed: seed of the projection and of what is audited.
+        seed: seed of the projection and of the choice of audited examples.
         dtype: dtype of the features.
-        audit: how many examples of a shard are differentiated again, alone, by plain autograd.
+        audit: how many examples of each shard are differentiated again, alone, by plain autograd.
 
     Raises:
-        ValueError: if one of them is out of range.
+        ValueError: if a setting is out of range.
     """
 
     projection: Projection

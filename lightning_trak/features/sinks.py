@@ -1,4 +1,4 @@
-"""Takes the features that a predict loop has made: to the store, or into memory."""
+"""Takes the features that a predict loop has made, and writes them to the store or keeps them in memory."""
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,22 +17,22 @@ class Sink(Protocol):
     """Takes features."""
 
     def add(self, checkpoint: int, number: int, positions: Tensor, rows: Features, engine: str) -> bool:
-        """Take the rows of the examples at ``positions``, which are part of range ``number``, made by an engine.
+        """Take rows that an engine has made: the examples at ``positions``, which are part of range ``number``.
 
         Returns:
-            Whether rows of this engine are still wanted.
+            Whether rows of this engine are still accepted.
         """
 
 
 class ShardWriter:
-    """Collects rows until a shard is whole, then checks it and writes it to the store while the next one is computed.
+    """Collects rows until a shard is complete. Then it checks and writes the shard, while the next one is computed.
 
     Use it as a context manager, which waits for the last shard. An error in a shard is raised at the latest when the
-    second one after it begins.
+    second shard after it begins.
 
     Args:
-        store: where shards go.
-        places: what to call the checkpoints in errors.
+        store: the store to write to.
+        places: the names of the checkpoints in errors.
     """
 
     def __init__(self, store: FeatureStore, places: Sequence[str]) -> None:
@@ -80,7 +80,7 @@ class FeatureBuffer:
     """Keeps rows in memory.
 
     Args:
-        places: what to call the checkpoints in errors.
+        places: the names of the checkpoints in errors.
     """
 
     def __init__(self, places: Sequence[str]) -> None:
@@ -92,10 +92,10 @@ class FeatureBuffer:
         return True
 
     def take(self, checkpoint: int) -> list[tuple[Tensor, Features]]:
-        """Positions and rows that came for a checkpoint; they are not kept any longer.
+        """Return the positions and rows of a checkpoint, and drop them from the buffer.
 
         Raises:
-            ValueError: if one of them is not finite.
+            ValueError: if a row is not finite.
         """
         copies, self._copies[checkpoint] = self._copies[checkpoint], []
         found = []

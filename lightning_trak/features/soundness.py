@@ -1,4 +1,4 @@
-"""Checks an output before long work: it must depend on the copy of the model and on its own example alone."""
+"""Checks an output before long work: it must depend only on the copy of the model and on its own example."""
 
 from typing import Any
 
@@ -12,16 +12,17 @@ from lightning_trak.gradients.soundness import require_repeatable
 
 
 def require_sound(model: ModelCopy, layout: Layout | None, twice: Any, *others: Any) -> None:
-    """Check that the output of an example depends on the copy of the module alone, and on no other example.
+    """Check that the output of an example depends only on the copy of the module, and on no other example.
 
     Args:
-        model: at a checkpoint.
+        model: the model copy, at a checkpoint.
         layout: which parts of a batch belong to single examples.
-        twice: a batch of twice the first example.
-        others: a batch of twice another example, and one of both; nothing to leave the second check out.
+        twice: a batch that holds the first example twice.
+        others: a batch that holds another example twice, and a batch of both examples. Without them the second check
+            is left out.
 
     Raises:
-        ValueError: if it does not.
+        ValueError: if the output depends on anything else.
     """
     loop = LoopEngine(model.module, model.output, model.names)
     with model.differentiable():
@@ -30,6 +31,6 @@ def require_sound(model: ModelCopy, layout: Layout | None, twice: Any, *others: 
         what = f"the output of {type(model.module).__name__}"
         require_repeatable(lambda: loop.alone(batches[0], 0).detach(), what, first)
         if not others or not first.isfinite().all():
-            return  # what is not finite is refused in other words
+            return  # another check refuses outputs that are not finite
         alone = torch.cat([first, loop.alone(batches[1], 0)])
         require_independent(loop, batches[2], alone, f"the first example {model.place}")

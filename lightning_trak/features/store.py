@@ -1,18 +1,18 @@
-"""Features on disk: safetensors shards, each a fixed range of examples at one checkpoint, written once and whole.
+"""Features on disk: safetensors shards. Each is a fixed range of examples at one checkpoint, written once and whole.
 
-    store/manifest.json                        what every feature depends on, and how examples fall into shards
-    store/engine-<key>.json                    how gradients were computed: equal bits need equal engines
+    store/manifest.json                        what all features depend on, and the number of examples in a shard
+    store/engine-<key>.json                    the engine that computes gradients: equal bits need equal engines
     store/checkpoint-0002/shard-00017.safetensors    features and outputs of examples 17 * shard_size, ...
-    store/checkpoint-0002/context.safetensors        what the model output remembers of the data (the CLIP bank)
+    store/checkpoint-0002/context.safetensors        the model output's context from the data (the CLIP bank)
     store/checkpoint-0002/gram-<curvature>.safetensors   Gram matrix, a cache: it can be made again from the shards
 
-Completion protocol: a shard exists under its own name only when it is complete, because it is written elsewhere,
-flushed and renamed. A process killed at any moment leaves complete shards and, at worst, a hidden temporary folder,
-which the next run removes. A shard's range depends on the manifest alone, so any number of ranks, now or in a later
-run, can share out the missing ones.
+Completion protocol: a shard is written under a temporary name, flushed and renamed. So it has its own name only when it
+is complete. A process that is killed at any moment leaves complete shards and, at worst, a hidden temporary folder. The
+next run removes that folder. A shard's range depends only on the manifest, so any number of ranks, now or in a later
+run, can share out the missing shards.
 
-Every file says in its header what it is, and has a checksum: one that was altered, moved or copied from elsewhere is
-refused, or made again if it is an extra.
+Every file states in its header what it is, and has a checksum. A file that was altered, moved or copied from elsewhere
+is refused. If it is an extra, it is made again.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ _SEALED = schemas.sealed(
 
 
 def _manifest(field: str, value: Any) -> None:
-    _SEALED(field, value)  # a function with a name, so that what holds a store can be pickled
+    _SEALED(field, value)  # a named function, so that objects with a store can be pickled
 
 
 _KIND = DirectoryKind(
@@ -96,25 +96,25 @@ class FeatureStore:
     """The features of one training set at a series of checkpoints.
 
     Args:
-        directory: a local or mounted directory; made on first use.
-        identity: everything that the features depend on, as JSON-able values: seed, projection, checkpoints, ... A
-            store that exists must have been made with the same.
+        directory: a local or mounted directory. It is made on first use.
+        identity: everything that the features depend on, as values for JSON: seed, projection, checkpoints, ... An
+            existing store must have been made with the same identity.
         num_examples: size of the training set.
-        shard_size: examples per shard of a new store; one that exists keeps its own.
-        read_only: the store must exist, and its manifest is left alone.
-        user: what to call the method that opens the store, in errors.
+        shard_size: examples per shard of a new store. An existing store keeps its own size.
+        read_only: whether the store must exist already. Its manifest is then not written.
+        user: the name of the method that opens the store, in errors.
 
     Attributes:
-        key: stands for the identity: what extras were made under.
+        key: a digest of the identity. Extras are stored with it.
 
     Raises:
-        FileNotFoundError: if it is to be read only and there is none.
-        NotADirectoryError: if something else is in the directory's place.
-        ValueError: if the directory holds a store of another identity or data size, naming the first difference; or
-            its manifest is damaged.
+        FileNotFoundError: if ``read_only`` is set and there is no store.
+        NotADirectoryError: if the path is not a directory.
+        ValueError: if the directory holds a store of another identity or data size (the error names the first
+            difference), or if its manifest is damaged.
     """
 
-    # Files whose checksum has been found right, by path, size and time of change: once in a process is enough.
+    # Files whose checksum was verified, by path, size and time of change. Once per process is enough.
     _verified: ClassVar[set[tuple[Path, int, int]]] = set()
 
     def __init__(
@@ -127,7 +127,7 @@ class FeatureStore:
         user: str = "TRAK",
     ) -> None:
         if not read_only and (num_examples < 1 or shard_size < 1):
-            raise ValueError(f"a store needs examples and shards, got {num_examples=} and {shard_size=}")
+            raise ValueError(f"num_examples and shard_size must be at least 1, got {num_examples=} and {shard_size=}")
         content = {"num_examples": num_examples, "shard_size": shard_size, "identity": identity}
         self._directory = ClaimedDirectory(directory, _KIND, content, _difference, user, read_only)
         self.directory, self.key, manifest = self._directory.path, self._directory.key, self._directory.manifest
@@ -135,20 +135,20 @@ class FeatureStore:
         self.shard_size: int = manifest["shard_size"]
         self.num_checkpoints = len(manifest["identity"]["checkpoints"])
         self.num_shards = -(-self.num_examples // self.shard_size)
-        self._k: int | None = None  # features of an example, once a shard was read or written
+        self._k: int | None = None  # features per example, known once a shard was read or written
 
     @staticmethod
     def read_manifest(directory: str | Path) -> dict[str, Any]:
-        """The manifest of a store that exists.
+        """Read the manifest of an existing store.
 
         Raises:
-            FileNotFoundError: if there is none.
-            ValueError: if it is not one, or of a format that this version cannot read.
+            FileNotFoundError: if there is no store.
+            ValueError: if the file is not a manifest, or has a format that this version cannot read.
         """
         return read_manifest(directory, _KIND)
 
     def shard(self, index: int) -> range:
-        """The examples of a shard."""
+        """The positions of the examples of a shard."""
         start = index * self.shard_size
         return range(start, min(start + self.shard_size, self.num_examples))
 
@@ -159,12 +159,14 @@ class FeatureStore:
         return self._path(checkpoint, f"shard-{shard:05d}")
 
     def missing(self, checkpoint: int, extras: Sequence[str] = ()) -> list[int]:
-        """The shards of a checkpoint that must be made: missing ones, and those of an engine that was refuted since.
+        """The numbers of the shards of a checkpoint that must be made.
+
+        These are the shards that do not exist, and those made by an engine that was found to be wrong.
 
         Args:
-            checkpoint: which.
-            extras: what features of the checkpoint depend on. If one is lost, the first shard counts as missing:
-                making a shard makes them again.
+            checkpoint: the number of the checkpoint.
+            extras: names of the extras that its features depend on. If one is lost, the first shard counts as missing,
+                because extras are made when a shard is made.
         """
         refuted = self.refuted_engines()
         missing = [
@@ -178,26 +180,26 @@ class FeatureStore:
         return missing
 
     def begun(self) -> dict[int, int]:
-        """The first shard that is there, for each checkpoint that has one."""
+        """The number of the first existing shard, for each checkpoint that has any."""
         there = {c: sorted(set(range(self.num_shards)) - set(self.missing(c))) for c in range(self.num_checkpoints)}
         return {checkpoint: shards[0] for checkpoint, shards in there.items() if shards}
 
     @property
     def repeatable(self) -> bool:
-        """Whether the training data were the same twice."""
+        """Whether the training data were the same when they were loaded twice."""
         return self._directory.manifest["identity"].get("data") is not None
 
     @property
     def precision(self) -> str | None:
-        """The Trainer's precision that features were made in, if it is known."""
+        """The Trainer's precision in which features were computed; None if it is not known."""
         found: str | None = self._directory.manifest["identity"].get("precision")
         return found
 
     def require_complete(self) -> None:
-        """Check that every shard is there.
+        """Check that every shard exists.
 
         Raises:
-            RuntimeError: if some are missing, saying how many.
+            RuntimeError: if shards are missing. The error says how many.
         """
         missing = sum(len(self.missing(checkpoint)) for checkpoint in range(self.num_checkpoints))
         if missing:
@@ -210,13 +212,13 @@ class FeatureStore:
         """Write a complete shard.
 
         Args:
-            checkpoint: which.
-            shard: which.
-            rows: of all its examples.
-            engine: what computed the gradients, see :meth:`engine_of`.
+            checkpoint: the number of the checkpoint.
+            shard: the number of the shard.
+            rows: the rows of all its examples.
+            engine: the engine that computed the gradients, see :meth:`engine_of`.
 
         Raises:
-            ValueError: if the rows are not as many as the shard's examples, or not like those of the store.
+            ValueError: if the number of rows is not that of the shard's examples, or they do not fit the store.
             RuntimeError: if a later run of this process has claimed the directory, or the manifest was changed.
         """
         self._directory.require_unchanged()
@@ -229,11 +231,11 @@ class FeatureStore:
         save_tensors(path, rows._asdict(), checkpoint=checkpoint, name=path.stem, key=self.key, engine=engine)
 
     def read(self, checkpoint: int, shard: int) -> Features:
-        """Read a shard, memory-mapped; its checksum is verified the first time that this process reads it.
+        """Read a shard, memory-mapped. Its checksum is verified the first time that this process reads it.
 
         Raises:
-            ValueError: if the file is truncated or altered, or another one.
-            OSError: if it cannot be read.
+            ValueError: if the file is truncated, altered or belongs elsewhere.
+            OSError: if the file cannot be read.
         """
         path = self._shard_path(checkpoint, shard)
         with _advice():
@@ -260,15 +262,15 @@ class FeatureStore:
         return str(metadata["engine"])
 
     def write_extra(self, checkpoint: int, name: str, tensors: dict[str, Tensor], key: str = "") -> None:
-        """Write tensors that belong to a checkpoint as a whole; ``key`` says what they were made from."""
+        """Write tensors that belong to a checkpoint as a whole. ``key`` identifies what they were made from."""
         save_tensors(self._path(checkpoint, name), tensors, checkpoint=checkpoint, name=name, key=key)
 
     def read_extra(self, checkpoint: int, name: str, key: str = "") -> dict[str, Tensor] | None:
-        """Read what :meth:`write_extra` wrote.
+        """Read tensors that :meth:`write_extra` wrote.
 
         Returns:
-            The tensors. None if nothing was written with this ``key``, or what was is damaged, which warns: what can be
-            made again need not be asked for.
+            The tensors. None if nothing was written with this ``key``. A damaged file gives a warning and None, because
+            an extra can be made again.
         """
         path = self._path(checkpoint, name)
         if not path.exists():
@@ -284,16 +286,16 @@ class FeatureStore:
             return None
 
     def settle_engine(self, engine: str | None = None) -> str | None:
-        """Settle the engine of all runs on this store. The first run that names one decides.
+        """Settle the engine of all runs on this store. The first run that names an engine decides.
 
         Args:
-            engine: this process's choice, or None if it has none.
+            engine: this process's choice; None if it has none.
 
         Returns:
-            The engine that was decided on; None if there is none yet.
+            The engine of the store; None if none is chosen yet.
 
         Raises:
-            ValueError: if the file that says so is damaged.
+            ValueError: if the engine file is damaged.
         """
         if engine is not None:
             with suppress(FileExistsError):  # another run or process was faster
@@ -302,17 +304,17 @@ class FeatureStore:
         return found
 
     def refute_engine(self, engine: str, reason: str, successor: str) -> None:
-        """Note that an engine gets gradients of this model wrong. Shards that it has made count as missing from now on.
+        """Note that an engine gets gradients of this model wrong. Its shards count as missing from now on.
 
         Args:
-            engine: the engine at fault.
+            engine: the engine that is wrong.
             reason: what it got wrong.
-            successor: what computes gradients from now on.
+            successor: the engine that computes gradients from now on.
         """
         write_json(self._engine_path, {"engine": successor, "refuted": self.refuted_engines() | {engine: reason}})
 
     def refuted_engines(self) -> dict[str, str]:
-        """The engines that get gradients of this model wrong, each with what it got wrong."""
+        """The engines that get gradients of this model wrong, by name, each with what it got wrong."""
         refuted: dict[str, str] = self._engines()["refuted"]
         return refuted
 
@@ -328,7 +330,7 @@ class FeatureStore:
         return found
 
     def digest(self, checkpoint: int) -> str:
-        """Stands for all features of a checkpoint: changes when a shard does."""
+        """A digest of all features of a checkpoint. It changes when a shard changes."""
         with _advice():
             sums = [load_metadata(self._shard_path(checkpoint, shard))["sha256"] for shard in range(self.num_shards)]
         return tensor_digest({"sums": torch.frombuffer(bytearray("".join(sums), "ascii"), dtype=torch.uint8)})
@@ -342,9 +344,9 @@ class FeatureStore:
 
 
 def _difference(field: str, theirs: Any, mine: Any) -> tuple[str, str]:
-    """Describe a field in which a store and a run differ: what the store was made with, and what the run has."""
+    """Describe a field that differs between store and run: what the store was made with, and what the run has."""
     if field == "data":
-        return "other training data of this size", "data that differ in eight items spread over them"
+        return "other training data of this size", "data that differ in some of eight items spread over the dataset"
     if field == "checkpoints" and isinstance(theirs, list) and len(theirs) == len(mine):
         number = next(i for i, pair in enumerate(zip(mine, theirs, strict=True)) if pair[0] != pair[1])
         return f"other weights or buffers at checkpoint {number}", "the same number of checkpoints"
@@ -366,7 +368,7 @@ def _advice() -> Iterator[None]:
 
 
 def _require_place(path: Path, metadata: dict[str, Any], checkpoint: int, key: str, **others: schemas.Schema) -> None:
-    """Check that a file is what its name says, and not one that was moved or copied there."""
+    """Check that a file is what its name says, and was not moved or copied from elsewhere."""
     try:
         schemas.record({**_HEADER, **others})("its header", metadata)
     except ValueError as error:

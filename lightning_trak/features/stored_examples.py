@@ -1,4 +1,4 @@
-"""A few examples as tensors and JSON, so that what a store holds can be computed again without the training data."""
+"""A few examples as tensors and JSON, so that their outputs can be computed again without the training data."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _PLAIN = (str, int, float, bool, type(None))
 
 
 class NotStorableError(TypeError):
-    """A batch holds what cannot be written down, or its types are not known in this process."""
+    """A batch holds objects that cannot be stored, or its types are not known in this process."""
 
 
 def pack(batch: ExampleBatch) -> dict[str, Tensor]:
-    """A batch as tensors, its structure among them as JSON.
+    """Convert a batch to tensors. One of them holds the structure of the batch as JSON.
 
     Args:
-        batch: tensors, numbers and texts in lists, tuples, mappings and dataclasses.
+        batch: a batch of tensors, numbers and texts in lists, tuples, mappings and dataclasses.
 
     Raises:
-        NotStorableError: if it holds something else.
+        NotStorableError: if the batch holds other objects.
     """
     tensors: dict[str, Tensor] = {}
 
@@ -44,7 +44,7 @@ def pack(batch: ExampleBatch) -> dict[str, Tensor]:
         if dataclasses.is_dataclass(part) and not isinstance(part, type):
             fields = [field.name for field in dataclasses.fields(part) if field.init]
             return {"dataclass": _name(part), "parts": [[name, visit(getattr(part, name))] for name in fields]}
-        raise NotStorableError(f"a batch with a {type(part).__name__} in it cannot be kept")
+        raise NotStorableError(f"a batch that holds a {type(part).__name__} cannot be stored")
 
     layout = [[list(path), kind] for path, kind in (batch.layout or {}).items()]
     about = {"size": batch.size, "layout": layout, "batch": visit(batch.content)}
@@ -52,17 +52,17 @@ def pack(batch: ExampleBatch) -> dict[str, Tensor]:
         text = json.dumps(about, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise NotStorableError(
-            f"a batch with keys or numbers that JSON cannot write cannot be kept: {error}"
+            f"a batch with keys or numbers that JSON does not allow cannot be stored: {error}"
         ) from error
     return tensors | {"structure": torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)}
 
 
 def unpack(packed: Mapping[str, Tensor]) -> ExampleBatch:
-    """The batch that :func:`pack` was given.
+    """Restore the batch that was given to :func:`pack`.
 
     Raises:
-        NotStorableError: if one of its types is of a module that this process has not imported. Nothing is imported
-            here: a file must not decide which code runs.
+        NotStorableError: if one of its types comes from a module that this process has not imported. Nothing is
+            imported here, because a file must not decide which code runs.
     """
     about = json.loads(bytes(packed["structure"].tolist()))
 

@@ -238,7 +238,7 @@ def test_auto_falls_back_to_the_loop_and_says_so(tmp_path, checkpoints, expected
         scores = trak.score(make_trainer(), TARGETS)
     torch.testing.assert_close(scores, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
     strict = TRAK(Untraceable(), checkpoints, tmp_path / "f", projection=SparseProjection(32), engine="functional")
-    with pytest.raises(ValueError, match=r"engine='functional' cannot differentiate this model rightly.*\.item\(\)"):
+    with pytest.raises(ValueError, match=r"engine='functional' cannot differentiate this model correctly.*\.item\(\)"):
         strict.featurize(make_trainer(), TRAIN)
 
 
@@ -269,12 +269,12 @@ class Bypassing(LitNet):
 
 def test_hooks_that_would_miss_a_gradient_are_refused(tmp_path, checkpoints):
     trak = TRAK(Bypassing(), checkpoints, tmp_path, projection=SparseProjection(32), engine="hooks")
-    with pytest.raises(ValueError, match=r"engine='hooks' cannot differentiate this model rightly: head"):
+    with pytest.raises(ValueError, match=r"engine='hooks' cannot differentiate this model correctly: head"):
         trak.featurize(make_trainer(), TRAIN)
 
 
 def test_hooks_that_cover_nothing_are_refused(tmp_path):
     module = nn.LSTM(6, 3)
     trak = TRAK(module, [module.state_dict()], tmp_path, output=ClassificationMargin(), engine="hooks")
-    with pytest.raises(ValueError, match="engine='hooks' is of no use here: hooks cover 0 of 4"):
+    with pytest.raises(ValueError, match="engine='hooks' cannot be used here: hooks cover 0 of 4"):
         trak.featurize(make_trainer(), TRAIN)

@@ -190,7 +190,7 @@ def test_features_that_are_all_zero_are_noticed(tmp_path, checkpoints):
 
     model = TwoHeads()
     trak = TRAK(model, [model.state_dict()], tmp_path, projection=SparseProjection(32), parameters="other.*")
-    with pytest.warns(UserWarning, match="features of examples 0 to 31 .* are zero: does the output"):
+    with pytest.warns(UserWarning, match="features of examples 0 to 31 .* are zero: check that the output"):
         trak.featurize(make_trainer(), TRAIN)
     with pytest.raises(ValueError, match="Gram matrix of checkpoint 0 is zero"):
         trak.score(make_trainer(), TARGETS)

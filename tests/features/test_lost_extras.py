@@ -116,7 +116,7 @@ def test_another_one_than_the_features_were_made_with_is_refused(complete, monke
     del before[path]
     for shards in (3, 2):
         with pytest.raises(
-            ValueError, match=rf'at checkpoint 1 .* It has lost the {path.stem}, .* delete the folder "checkpoint-'
+            ValueError, match=rf'at checkpoint 1 .* had lost the {path.stem}, .* delete its folder "checkpoint-'
         ):
             trak.featurize(make_trainer(), train)
         assert contents(trak) == before

@@ -233,7 +233,7 @@ def test_a_store_can_be_pickled(store):
 
 def test_a_new_store_needs_examples_and_shards(tmp_path):
     for sizes in ((0, 1), (1, 0)):
-        with pytest.raises(ValueError, match="a store needs examples and shards"):
+        with pytest.raises(ValueError, match="num_examples and shard_size must be at least 1"):
             FeatureStore(tmp_path / "store", IDENTITY, *sizes)
     assert not (tmp_path / "store").exists()
 
@@ -303,7 +303,7 @@ WRONG_ROWS = [
     ({"features": torch.zeros(4, 0)}, r"its features have shape \(4, 0\)"),
     ({"features": torch.zeros(4, 4, dtype=torch.float64)}, "its features are float64, not float32"),
     ({"features": torch.zeros(4, 4, dtype=torch.int32)}, "its features are int32, not float32"),
-    ({"features": torch.zeros(4, 5)}, "it has 5 features an example, other shards have 4"),
+    ({"features": torch.zeros(4, 5)}, "it has 5 features per example, but other shards have 4"),
     ({"outputs": torch.zeros(4, 1)}, r"its outputs are torch.float32 of shape \(4, 1\), not numbers of shape \(4,\)"),
     ({"loss_gradients": torch.zeros(3)}, r"its loss_gradients are .* of shape \(3,\)"),
     ({"curvatures": torch.zeros(4, dtype=torch.int64)}, "its curvatures are torch.int64"),

@@ -70,7 +70,9 @@ def test_auto_moves_the_whole_store_to_the_next_engine(tmp_path, checkpoints, mo
     if wrong == "functional":
         spoil(monkeypatch, "functional", negative)
     trak = TRAK(make_model(), checkpoints, tmp_path / "store", projection=SparseProjection(32))
-    with pytest.warns(UserWarning, match=f"engine '{wrong}' cannot differentiate this model rightly, so all features"):
+    with pytest.warns(
+        UserWarning, match=f"engine '{wrong}' cannot differentiate this model correctly, so all features"
+    ):
         trak.featurize(make_trainer(), DataLoader(TRAIN, batch_size=5), shard_size=5)
     settled = json.loads(next((tmp_path / "store").glob("engine-*.json")).read_text())
     assert settled["engine"] == following
@@ -81,7 +83,7 @@ def test_auto_moves_the_whole_store_to_the_next_engine(tmp_path, checkpoints, mo
     }
     scores = trak.score(make_trainer(), TARGETS)
     torch.testing.assert_close(scores, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
-    with pytest.raises(ValueError, match=f"engine='{wrong}' was found to get a gradient wrong when store"):
+    with pytest.raises(ValueError, match=f"engine='{wrong}' got a gradient wrong when store"):
         TRAK(make_model(), checkpoints, tmp_path / "store", projection=SparseProjection(32), engine=wrong).featurize(
             make_trainer(), TRAIN
         )
@@ -95,7 +97,7 @@ def test_features_of_targets_are_audited_alike(tmp_path, checkpoints, monkeypatc
     with pytest.warns(UserWarning, match="so features of targets are computed again with engine 'functional'"):
         scores = trak.score(make_trainer(), TARGETS)
     torch.testing.assert_close(scores, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
-    with pytest.raises(ValueError, match=r"engine='hooks' cannot differentiate this model rightly: .*Use score\(\)"):
+    with pytest.raises(ValueError, match=r"engine='hooks' cannot differentiate this model correctly: .*Use score\(\)"):
         make_trainer().predict(trak.scorer(), DataLoader(TARGETS, batch_size=4))
 
 

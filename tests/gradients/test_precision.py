@@ -175,7 +175,7 @@ def small_trak(directory, scale, dtype):
 )
 def test_a_store_that_would_lose_features_is_refused(tmp_path, scale, dtype, precision, wider):
     trak = small_trak(tmp_path, scale, dtype)
-    message = rf"example 0 at checkpoint 0 .* does not fit into {dtype}: .*keep features in another dtype={wider}"
+    message = rf"example 0 at checkpoint 0 .* does not fit into {dtype}: .*; use dtype={wider}"
     with pytest.raises(ValueError, match=message):
         trak.featurize(make_trainer(precision=precision), make_data(20))
     assert not list(tmp_path.rglob("shard*"))
