@@ -1,6 +1,7 @@
 """``lightning-trak``: train, featurize, score, evaluate and show, from the command line and YAML files.
 
-``lightning-trak --help``, or ``python -m lightning_trak.cli --help``; see docs/cli.md. Needs the extra ``cli``.
+Start with ``lightning-trak --help`` or ``python -m lightning_trak.cli --help``, and see docs/cli.md. This needs the
+extra ``cli``.
 """
 
 import io
@@ -21,7 +22,7 @@ try:
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        f'{error}: the command line needs jsonargparse: pip install "lightning-trak[cli]"'
+        f'{error}: the command line needs jsonargparse; install it with pip install "lightning-trak[cli]"'
     ) from error
 
 from lightning_trak.cli.config_code import deny_standard_library, require_own_code
@@ -42,7 +43,7 @@ from lightning_trak.texts.printable import counted, printable
 
 T = TypeVar("T")
 
-# A model is what commands add to a method's settings.
+# A configuration gives all arguments of a method but the model, which the commands add.
 MakeMethod = Callable[[nn.Module], FeatureMethod]
 DEFAULT_METHOD = {
     "class_path": "lightning_trak.TRAK",
@@ -52,17 +53,17 @@ DEFAULT_SCORES = "run/scores.safetensors"
 
 
 class AttributionTrainer(L.Trainer):
-    """A Trainer with a method for each further subcommand."""
+    """A Trainer with a method for each subcommand that Lightning does not have."""
 
     def featurize(
         self, method: FeatureMethod, datamodule: L.LightningDataModule, shard_size: int | None = None
     ) -> None:
-        """Store the features of the training data at every checkpoint; continues where it was interrupted.
+        """Store the features of the training data at every checkpoint. An interrupted call is continued.
 
         Args:
-            method: what featurizes.
+            method: the method that featurizes.
             datamodule: its ``train_dataloader`` has the training data.
-            shard_size: examples per file, when the store is new.
+            shard_size: examples per file if the store is new.
         """
         method.featurize(self, datamodule, shard_size)
 
@@ -74,16 +75,16 @@ class AttributionTrainer(L.Trainer):
         top_k: int | None = None,
         largest: bool = True,
     ) -> None:
-        """Score the data module's predict data against its training data, into a file.
+        """Score the data module's predict data against its training data, and write the scores to a file.
 
         Args:
-            method: what scores.
+            method: the method that scores.
             datamodule: its ``predict_dataloader`` has the targets.
             scores: safetensors file to write.
-            top_k: keep only so many training examples for each target.
+            top_k: keep only this many training examples for each target.
             largest: whether top_k keeps those with the highest scores or with the lowest.
         """
-        single_loader(datamodule, "predict", self)  # several would be an error, rather before the work than after it
+        single_loader(datamodule, "predict", self)  # raises before the work if there are several loaders
         found = method.score(self, datamodule, top_k, largest)
         num_train = FeatureStore.read_manifest(method.store)["num_examples"]
         saved = SavedScores(found, num_train, type(method).__name__, largest)
@@ -92,19 +93,19 @@ class AttributionTrainer(L.Trainer):
             print(f"{_heading(saved)}, {counted(num_train, 'training example')}, in {printable(scores)}")
 
     def evaluate(self, ground_truth: str, scores: str = DEFAULT_SCORES, confidence: float = 0.95) -> None:
-        """Measure saved scores against retrained models: linear datamodeling score, interval and noise ceiling.
+        """Compare saved scores with retrained models: linear datamodeling score, interval and noise ceiling.
 
         Args:
             ground_truth: directory of a fleet, or safetensors file with masks, bool (num_subsets, num_train), and
                 outputs, (num_targets, num_subsets) or (num_targets, num_subsets, num_seeds).
             scores: file that score has written.
-            confidence: of the bootstrap interval.
+            confidence: confidence level of the bootstrap interval.
         """
         if not self.is_global_zero:
             return
         saved = SavedScores.load(scores)
         if not isinstance(saved.scores, Tensor):
-            raise ValueError(f'"{scores}" holds the best scores alone, and all are needed; score without --top_k')
+            raise ValueError(f'"{scores}" holds only the best scores, but all are needed; score without --top_k')
         masks, outputs = load_ground_truth(ground_truth)
         lds = LinearDatamodelingScore(masks)
         lds.update(saved.scores, outputs)
@@ -129,21 +130,21 @@ class AttributionTrainer(L.Trainer):
         k: int = 5,
         out: str | None = None,
     ) -> None:
-        """Show targets beside their strongest proponents and opponents: as a table, a picture or a web page.
+        """Show targets with their strongest proponents and opponents: as a table, a picture or a web page.
 
         Args:
-            datamodule: the data that were scored. Its ``describe(item) -> str``, or the model's, makes the texts.
-            model: see there.
+            datamodule: the data that were scored. Its ``describe(item) -> str``, or that of the model, makes the texts.
+            model: used only for its ``describe``, if the data module has none.
             scores: file that score has written.
             targets: positions of the targets.
-            k: proponents and opponents of each.
+            k: number of proponents, and of opponents, for each target.
             out: file to write, .png or .html; default: a table in the terminal.
         """
         if not self.is_global_zero:
             return
         kind = None if out is None else Path(out).suffix
         if kind not in (None, ".png", ".html"):
-            raise ValueError(f'out must end in .png or .html, got "{out}"; leave it out for a table in the terminal')
+            raise ValueError(f'out must end in .png or .html, got "{out}"; for a table in the terminal, leave it out')
         saved = SavedScores.load(scores)
         train, shown = (single_loader(datamodule, stage, self).dataset for stage in ("fit", "predict"))
         describe = getattr(datamodule, "describe", None) or getattr(model, "describe", None)
@@ -163,7 +164,7 @@ class AttributionTrainer(L.Trainer):
 
 
 class AttributionCLI(LightningCLI):
-    """LightningCLI with a section ``method``, and a subcommand for each method of the Trainer above."""
+    """LightningCLI with a section ``method``, and with a subcommand for each method of the Trainer above."""
 
     def __init__(self) -> None:
         deny_standard_library()
@@ -172,7 +173,7 @@ class AttributionCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """The subcommands, and which of their arguments are made from sections of the configuration."""
+        """The subcommands, each with those of its arguments that come from sections of the configuration."""
         return {
             "fit": LightningCLI.subcommands()["fit"],
             "featurize": {"method", "datamodule"},
@@ -182,46 +183,46 @@ class AttributionCLI(LightningCLI):
         }
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Trainer, model and data; the latter are not required here, since ``evaluate`` takes neither."""
+        """Add Trainer, model and data. Model and data are not required, because ``evaluate`` takes neither."""
         parser.add_lightning_class_args(AttributionTrainer, "trainer")
         parser.add_lightning_class_args(L.LightningModule, "model", subclass_mode=True, required=False)
         parser.add_lightning_class_args(L.LightningDataModule, "data", subclass_mode=True, required=False)
-        # A completion script would go through all layers of torch as arguments of this package's own modules.
+        # A completion script would list all layers of torch as arguments of this package's own modules.
         skip_completion(parser, "--model")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The section that all subcommands accept, so that they can share a file."""
-        parser.add_argument("--method", type=MakeMethod, help="What featurizes and scores.")
+        """Add the section ``method``. All subcommands accept it, so that they can share a file."""
+        parser.add_argument("--method", type=MakeMethod, help="The method that featurizes and scores.")
         parser.set_defaults({"method": DEFAULT_METHOD})
 
     def before_instantiate_classes(self) -> None:
-        """Refuse code that a file may not name, before any of it is called."""
+        """Refuse code that a configuration may not name, before any of it is called."""
         require_own_code(self.config)
 
-    # Lightning calls the method of a subcommand's name here, if there is one, instead of the Trainer's. It gives the
-    # subcommand's own arguments and, for every subcommand, `model`, and `datamodule` if there is one.
+    # If this class has a method with the name of a subcommand, Lightning calls it instead of the Trainer's method. It
+    # passes the subcommand's own arguments, `model`, and `datamodule` if there is one.
 
     def fit(self, model: L.LightningModule | None, **arguments: Any) -> None:
-        """Train."""
+        """Train the model."""
         self.trainer.fit(self._required("model", model), **arguments)
 
     def featurize(self, **arguments: Any) -> None:
-        """Call the Trainer's method of that name."""
+        """Call the Trainer's method of the same name."""
         self._attribute(AttributionTrainer.featurize, **arguments)
 
     def score(self, **arguments: Any) -> None:
-        """Call the Trainer's method of that name."""
+        """Call the Trainer's method of the same name."""
         self._attribute(AttributionTrainer.score, **arguments)
 
     def evaluate(self, model: Any, datamodule: Any = None, **arguments: Any) -> None:
-        """Call the Trainer's method of that name, which needs neither model nor data."""
+        """Call the Trainer's method of the same name. It needs neither model nor data."""
         del model, datamodule
         cast(AttributionTrainer, self.trainer).evaluate(**arguments)
 
     def show(
         self, model: L.LightningModule | None, datamodule: L.LightningDataModule | None = None, **arguments: Any
     ) -> None:
-        """Call the Trainer's method of that name."""
+        """Call the Trainer's method of the same name."""
         cast(AttributionTrainer, self.trainer).show(self._required("data", datamodule), model, **arguments)
 
     def _attribute(
@@ -238,7 +239,7 @@ class AttributionCLI(LightningCLI):
     def _required(self, section: str, value: T | None) -> T:
         if value is None:
             raise ValueError(
-                f"{self.subcommand} needs `{section}`: give a class with --{section}, or that section in a file"
+                f"{self.subcommand} needs `{section}`: give a class with --{section}, or add this section to a file"
             )
         return value
 
@@ -250,7 +251,7 @@ def _heading(saved: SavedScores) -> str:
 def _dtype(name: str) -> torch.dtype:
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"expected the name of a dtype such as float32, got {name!r}")
+        raise ValueError(f"expected the name of a dtype, such as float32, got {name!r}")
     return dtype
 
 
@@ -258,8 +259,8 @@ def main() -> None:
     """Run ``lightning-trak``."""
     sys.path.insert(0, "")  # so that classes in the working directory are found, as with `python -m`
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal need not have every letter
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not be able to show every character
     set_parsing_settings(add_print_completion_argument=True)
     register_type(torch.dtype, lambda dtype: str(dtype).removeprefix("torch."), _dtype)
-    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # they are of how Lightning uses it
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's own use of jsonargparse causes them
     AttributionCLI()

@@ -1,9 +1,11 @@
 """Which code a configuration of the command line may name.
 
-jsonargparse imports what a file names. Where a class of some kind is expected it takes no other; but where any callable
-will do it also takes ``os.system``, and calls it with arguments of the file. Three rules close this: nothing of the
-standard library can be named; a function, and an object that is called, must be of the user's own code; and where a
-type does not say what is expected, nothing is made.
+jsonargparse imports the names in a configuration file. If a subclass is expected, it accepts nothing else. But if any
+callable is allowed, it also accepts ``os.system``, and calls it with arguments from the file. Three rules prevent this:
+
+- The standard library cannot be named.
+- A function, or an object that is called, must come from the user's own code.
+- If a type accepts anything, no object is made.
 """
 
 from __future__ import annotations
@@ -26,22 +28,22 @@ _INSTALLED = {"site-packages", "dist-packages"}
 
 
 def deny_standard_library() -> None:
-    """Have jsonargparse import nothing of the standard library for a file, and make nothing where any type will do.
+    """Forbid jsonargparse to import from the standard library, and to make objects where any type is accepted.
 
-    It looks at the name before it imports anything, and afterwards at where the object was defined.
+    jsonargparse checks a name before it imports anything, and after that it checks where the object was defined.
     """
     denied = sorted({*sys.stdlib_module_names, *sys.builtin_module_names})
     set_parsing_settings(import_path_denylist=denied, instantiate_subclass_spec_in_any=False)
 
 
 def require_own_code(config: Namespace) -> None:
-    """Refuse functions, and classes whose objects are called, that neither the user's code nor torch's layers define.
+    """Refuse functions, and classes with callable objects, that do not come from the user's code. Layers are allowed.
 
     Args:
-        config: what was parsed; nothing has been made of it yet.
+        config: the parsed configuration. No objects have been made from it yet.
 
     Raises:
-        ValueError: if it names such a one.
+        ValueError: if it names such a function or class.
     """
     for place, named in _callables(config, ""):
         if inspect.isclass(named):
@@ -49,20 +51,20 @@ def require_own_code(config: Namespace) -> None:
             module = sys.modules.get(named.__module__)
             if not called or issubclass(named, nn.Module) or (module and _is_own(vars(module))):
                 continue
-            kind, advice = "a class whose objects can be called", "derive a class of your own from it"
+            kind, advice = "a class with callable objects", "derive your own class from it"
         elif _is_own(_surroundings(named)):
             continue
         else:
-            kind, advice = "a function", "write one that calls it"
+            kind, advice = "a function", "write your own function that calls it"
         name = f"{getattr(named, '__module__', None)}.{getattr(named, '__qualname__', type(named).__qualname__)}"
         raise ValueError(
-            f"{place} names {name}, {kind} that no file of yours defines; a configuration may name functions of your"
-            f" own modules only, so that it cannot run commands: {advice}"
+            f"{place} names {name}, {kind} that is not from your own code; a configuration may only name functions of"
+            f" your own modules, so that it cannot run commands: {advice}"
         )
 
 
 def _callables(value: Any, place: str) -> Iterator[tuple[str, Any]]:
-    """What is or makes a function or an object, and where it stands."""
+    """Yield each callable, and each class from which an object will be made, with its place in the configuration."""
     if isinstance(value, Namespace):
         value = vars(value)
         if isinstance(value.get("class_path"), str):
@@ -78,7 +80,7 @@ def _callables(value: Any, place: str) -> Iterator[tuple[str, Any]]:
 
 
 def _surroundings(function: Any) -> Mapping[str, Any]:
-    """The globals of the module that defines a function, whatever it is wrapped in; empty if it is not Python's."""
+    """The globals of the module that defines a function, without its wrappers; empty if it is not written in Python."""
     while True:
         if isinstance(function, functools.partial):
             function = function.func
@@ -93,7 +95,7 @@ def _surroundings(function: Any) -> Mapping[str, Any]:
 
 
 def _is_own(module: Mapping[str, Any]) -> bool:
-    """Whether a module is neither installed, nor of the standard library, nor of this package."""
+    """Whether a module is the user's: not installed, not in the standard library, and not in this package."""
     if not isinstance(module.get("__file__"), str):
         return False
     file = Path(module["__file__"]).resolve()

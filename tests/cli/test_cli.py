@@ -88,7 +88,7 @@ def test_scores_are_those_of_the_method(folder, run, scored, tmp_path):
     printed = run("show", *SMALL, "--scores", top, "--targets", "[7]", "--k", "2")
     assert "opponents" in printed
     assert "proponents" not in printed
-    with pytest.raises(ValueError, match="holds the best scores alone, and all are needed; score without --top_k"):
+    with pytest.raises(ValueError, match="holds only the best scores, but all are needed; score without --top_k"):
         run("evaluate", "--ground_truth", top, "--scores", top)
 
 
@@ -233,5 +233,7 @@ def test_a_terminal_need_not_have_every_letter(monkeypatch):
 def test_without_jsonargparse(monkeypatch):
     monkeypatch.setitem(sys.modules, "jsonargparse", None)
     monkeypatch.delitem(sys.modules, "lightning_trak.cli.commands")
-    with pytest.raises(ModuleNotFoundError, match=r'needs jsonargparse: pip install "lightning-trak\[cli\]"'):
+    with pytest.raises(
+        ModuleNotFoundError, match=r'needs jsonargparse; install it with pip install "lightning-trak\[cli\]"'
+    ):
         import lightning_trak.cli.commands  # noqa: F401

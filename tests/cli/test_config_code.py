@@ -90,7 +90,7 @@ def method(forward):
 
 PYTHON = "__import__('os').system('touch made')"
 STANDARD = "is not allowed, denied by"
-FOREIGN = "that no file of yours defines; a configuration may name functions of your own modules only"
+FOREIGN = "that is not from your own code; a configuration may only name functions of your own modules"
 OTHER_KIND = "correspond to a subclass of LightningModule"
 ARRIVED = '"snapshots" is not a directory that TRAKCallback has written'
 
@@ -175,4 +175,4 @@ def test_own_factories_are_accepted_and_nothing_is_made_where_anything_will_do(r
 
 def test_a_dtype_is_no_other_thing_of_torch(run):
     said = run(method=named("lightning_trak.TRAK", checkpoints="snapshots", store="features", dtype="load"))
-    assert "expected the name of a dtype such as float32, got 'load'" in said
+    assert "expected the name of a dtype, such as float32, got 'load'" in said
