@@ -1,12 +1,12 @@
-"""Private names of PyTorch, Lightning and jsonargparse: all of those that this package uses.
+"""All private names of PyTorch, Lightning and jsonargparse that this package uses.
 
-A new version of a library may drop a private name without notice. So each is used here alone, behind a function or a
-name that says what it is for, and ``tests/test_compatibility.py`` tries each with the installed version. Where a public
-name does the same, that is used instead.
+A new version of a library may drop a private name without notice. So each is used only here, behind a function or a
+name that says what it is for. ``tests/repository/test_compatibility.py`` tries each with the installed version. If a
+public name does the same, it is used instead.
 
-This module lies below all others, because fingerprints, checkpoints and gradients need PyTorch's private names, as
-``running`` needs Lightning's. The one exception is ``metrics``, which imports no Lightning: it uses what torchmetrics
-has for classes that derive from ``Metric`` (``_plot``, ``_is_synced``, ``_apply``).
+This module lies below all others, because fingerprints, checkpoints and gradients need PyTorch's private names, and
+``running`` needs Lightning's. The only exception is ``metrics``, which does not import Lightning. It uses names that
+torchmetrics has for classes derived from ``Metric`` (``_plot``, ``_is_synced``, ``_apply``).
 """
 
 from collections.abc import Callable, Iterator
@@ -66,10 +66,10 @@ __all__ = [
 _COMPILED = "_orig_mod"
 
 WRAPPERS = frozenset({_COMPILED, "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-"""Names under which torch.compile, FSDP and activation checkpointing keep the module that they wrap."""
+"""The names under which torch.compile, FSDP and activation checkpointing keep the module that they wrap."""
 
 EXTRA_STATE = "_extra_state"
-"""The last part of a state dict's name for what ``get_extra_state()`` gave."""
+"""The last part of a name in a state dict, for the result of ``get_extra_state()``."""
 
 _HOOKS = {
     "forward pre hooks": "_forward_pre_hooks",
@@ -80,13 +80,13 @@ _HOOKS = {
 
 
 def original_module(model: nn.Module) -> nn.Module:
-    """What ``torch.compile`` was given, if it made this model; otherwise the model."""
+    """The model that was given to ``torch.compile``, if the model is compiled; otherwise the model itself."""
     original = getattr(model, _COMPILED, None)
     return original if isinstance(original, nn.Module) else model
 
 
 def original_function(function: Any) -> Any:
-    """What ``torch.compile`` was given, if it made this function; otherwise the function."""
+    """The function that was given to ``torch.compile``, if it is compiled; otherwise the function itself."""
     return getattr(function, "_torchdynamo_orig_callable", function)
 
 
@@ -96,25 +96,25 @@ def is_compiled(module: nn.Module) -> bool:
 
 
 def forget_compiled_call(module: nn.Module) -> None:
-    """Undo ``module.compile()``, not that of its parts: a copy keeps compiled code that would run the original."""
+    """Undo ``module.compile()``, but not that of its parts. Compiled code in a copy would run the original."""
     module._compiled_call_impl = None
 
 
 def registered(module: nn.Module) -> dict[str, Any]:
-    """A module's own parameters, buffers and submodules by name, with those that are None."""
+    """A module's own parameters, buffers and submodules by name, including those that are None."""
     return {**module._parameters, **module._buffers, **module._modules}
 
 
 def transient_buffers(module: nn.Module) -> set[str]:
-    """Names of the module's own buffers that no state dict has (``persistent=False``)."""
+    """The names of the module's own buffers that are not in its state dict (``persistent=False``)."""
     return module._non_persistent_buffers_set
 
 
 def hooks_of(module: nn.Module) -> dict[str, list[Callable[..., Any]]]:
-    """The hooks on a module itself, in the order in which they are called.
+    """The hooks on the module itself, in the order in which they are called.
 
     Returns:
-        Under ``"forward pre hooks"``, ``"forward hooks"``, ``"backward pre hooks"`` and ``"backward hooks"``.
+        Lists under ``"forward pre hooks"``, ``"forward hooks"``, ``"backward pre hooks"`` and ``"backward hooks"``.
     """
     return {kind: list(getattr(module, attribute).values()) for kind, attribute in _HOOKS.items()}
 
@@ -125,23 +125,23 @@ def has_gradient_hooks(tensor: Tensor) -> bool:
 
 
 def apply_to_tensors(module: nn.Module, function: Callable[[Tensor], Tensor]) -> None:
-    """Replace all parameters, their gradients and buffers, in place, as ``module.to`` does.
+    """Replace all parameters, their gradients and all buffers in place, as ``module.to`` does.
 
     Args:
-        module: the module; what its parts keep beside these, as metrics do, follows.
-        function: gives the new tensor.
+        module: the module. Other tensors that its parts keep, such as the states of metrics, are replaced too.
+        function: maps an old tensor to the new one.
     """
     module._apply(function)  # type: ignore[no-untyped-call]
 
 
 @contextmanager
 def replaced_parameter(module: nn.Module, name: str, value: Tensor) -> Iterator[None]:
-    """Have a module use any tensor as one of its own parameters.
+    """Let a module use a tensor in place of one of its own parameters.
 
     Args:
-        module: the module; its hooks and its state dict see the tensor too.
-        name: of the parameter, without dots.
-        value: the tensor, which need not be a parameter.
+        module: the module. Its hooks and its state dict see the tensor too.
+        name: name of the parameter, without dots.
+        value: the tensor, which may or may not be a parameter.
     """
     own = module._parameters[name]
     module._parameters[name] = cast(nn.Parameter, value)
@@ -152,10 +152,10 @@ def replaced_parameter(module: nn.Module, name: str, value: Tensor) -> Iterator[
 
 
 def explicit_padding(convolution: nn.Module) -> list[int]:
-    """How much a convolution pads, as ``torch.nn.functional.pad`` takes it: the last dimension first, before and after.
+    """The padding of a convolution, as ``torch.nn.functional.pad`` takes it: before and after, last dimension first.
 
     Args:
-        convolution: of ``torch.nn``; ``padding="same"`` is resolved into numbers.
+        convolution: a convolution of ``torch.nn``. ``padding="same"`` is converted to numbers.
     """
     return list(cast(Any, convolution)._reversed_padding_repeated_twice)
 
@@ -164,7 +164,7 @@ def explicit_padding(convolution: nn.Module) -> list[int]:
 
 
 def start_method(trainer: L.Trainer) -> str | None:
-    """How a Trainer's strategy makes processes of this one, such as ``"spawn"``; None if it does not."""
+    """How a Trainer's strategy starts processes from this one, such as ``"spawn"``; None if it starts none."""
     launcher = trainer.strategy.launcher
     return launcher._start_method if isinstance(launcher, _MultiProcessingLauncher) else None
 
@@ -175,16 +175,16 @@ def starts_script_again(trainer: L.Trainer) -> bool:
 
 
 def tensor_parallel_size(strategy: ModelParallelStrategy) -> int:
-    """Over how many devices a strategy splits layers, also before its processes run."""
+    """The number of devices over which a strategy splits layers. It is known before the processes run."""
     size = strategy._tensor_parallel_size
     return strategy.num_processes if size == "auto" else size
 
 
 def set_device_mesh(module: L.LightningModule, mesh: Any) -> None:
-    """Set what a module finds as ``self.device_mesh``, which ``ModelParallelStrategy`` sets otherwise.
+    """Set ``self.device_mesh`` of a module, as ``ModelParallelStrategy`` does.
 
     Args:
-        module: any.
+        module: the module.
         mesh: a DeviceMesh, or None.
     """
     module._device_mesh = mesh
@@ -196,23 +196,23 @@ def _loops(trainer: L.Trainer) -> list[Any]:
 
 
 def is_running(trainer: L.Trainer) -> bool:
-    """Whether a Trainer is in one of its loops; in ``on_fit_end`` it no longer is, though its state says "running"."""
+    """Whether a Trainer is in one of its loops. In ``on_fit_end`` it is not, although its state is still "running"."""
     return any(loop._data_fetcher is not None for loop in _loops(trainer))
 
 
 def parts_that_a_run_changes(trainer: L.Trainer) -> list[object]:
-    """The objects of a Trainer, itself among them, whose attributes a run sets."""
+    """The Trainer and its parts whose attributes are changed by a run."""
     parts = [trainer, trainer.state, trainer._data_connector, trainer._logger_connector]
     loops = _loops(trainer)
     return [*parts, *loops, *(loop._data_source for loop in loops)]
 
 
 def after_signal_handlers(trainer: L.Trainer, action: Callable[[], None]) -> None:
-    """Call an action each time that Lightning has installed its signal handlers. It does so in every run.
+    """Call an action each time that Lightning has installed its signal handlers, which happens in every run.
 
     Args:
-        trainer: gets another signal connector.
-        action: what is done.
+        trainer: the Trainer. It gets another signal connector.
+        action: the function to call.
     """
     trainer._signal_connector = _ThenSignalConnector(trainer, action)
 
@@ -232,10 +232,10 @@ class _ThenSignalConnector(_SignalConnector):
 
 
 def skip_completion(parser: Any, option: str) -> None:
-    """Let completion scripts of shells offer no values for an option.
+    """Stop completion scripts of shells from offering values for an option.
 
     Args:
-        parser: an ``ArgumentParser`` of jsonargparse, or one derived from it.
-        option: such as ``"--model"``.
+        parser: an ``ArgumentParser`` of jsonargparse, or of a derived class.
+        option: the option, such as ``"--model"``.
     """
     parser._option_string_actions[option].complete = {}

@@ -26,8 +26,8 @@ def declared_rows(module: nn.Module, otherwise: str) -> Rows:
     """The output that a module declares, as a function of (module, batch).
 
     Raises:
-        TypeError: if it declares none.
-        ValueError: if the output needs to know other training examples.
+        TypeError: if the module declares no output.
+        ValueError: if the output depends on other training examples.
     """
     output = declared_output(module, otherwise=otherwise)
     if output.context_size:
@@ -39,13 +39,14 @@ class Examples:
     """The examples of one dataset.
 
     Args:
-        data: what a user passes as data.
-        stage: ``"fit"`` or ``"predict"``, which loader a data module is asked for.
-        trainer: what a data module is attached to.
+        data: the data that a user passes.
+        stage: ``"fit"`` or ``"predict"``: which loader of a data module is used.
+        trainer: the Trainer that a data module is attached to.
 
     Attributes:
-        loader: where dataset, collate function, batch size and workers come from.
-        datamodule: where the loader came from, if it has batch transfer hooks of its own.
+        loader: the loader that gives the dataset, collate function, batch size and workers.
+        datamodule: the data module that gave the loader; None if there is none. It may have batch transfer hooks of
+            its own.
     """
 
     def __init__(self, data: Data, stage: str, trainer: L.Trainer) -> None:
@@ -58,23 +59,23 @@ class Examples:
     def map(
         self, trainer: L.Trainer, module: nn.Module, function: Rows, what: str, original: nn.Module | None = None
     ) -> Tensor:
-        """A row for each example, computed without gradients on the Trainer's device, module in eval mode.
+        """Compute a row for each example, without gradients, on the Trainer's device. The module is in eval mode.
 
-        The module and the batches are in the Trainer's precision, and autocast is off.
+        The module and the batches have the Trainer's precision, and autocast is off.
 
         Args:
             trainer: runs the predict loop, and is left as it was.
             module: a copy of the user's module.
             function: ``(module, batch) -> rows`` of shape ``(batch, ...)``.
-            what: what the rows are, for errors.
-            original: the user's module, if what ``function`` gives must depend on nothing but ``module`` and the batch.
+            what: the name of the rows in errors.
+            original: the user's module. If it is given, rows are checked to depend only on ``module`` and the batch.
 
         Returns:
-            On every rank, on the CPU: ``(len(self), ...)``, in the order of the dataset.
+            On every rank a CPU Tensor ``(len(self), ...)``, in the order of the dataset.
 
         Raises:
             ValueError: if ``function`` does not give one row per example, a row is not finite, the Trainer's strategy
-                splits the model, or rows depend on chance or on weights of ``original``.
+                splits the model, or rows depend on chance or on the weights of ``original``.
         """
         require_whole_parameters(trainer)
         found: list[tuple[Tensor, Tensor]] = []
@@ -85,7 +86,7 @@ class Examples:
         positions = torch.cat([part for part, _ in parts])
         if len(positions) != len(self):
             missing = len(self) - len(positions)
-            raise RuntimeError(f"{what} of {missing} examples never arrived; a rank must have failed")
+            raise RuntimeError(f"{what} of {missing} examples are missing; look for an error of another rank")
         rows = torch.cat([part for _, part in parts])
         return rows[positions.argsort()]
 
@@ -102,14 +103,14 @@ class _MapModule(PredictModule):
         super().__init__(*args)
         self._function = function
         self._what = what
-        self._original = (original,)  # not to be registered
+        self._original = (original,)  # in a tuple, so that it is not registered as a submodule
         self._found = found
 
     def predict_step(self, batch: IndexedBatch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:  # noqa: ARG002
-        """Keep the batch's rows; returns its positions, since Lightning warns of None."""
+        """Keep the batch's rows. Return its positions, because Lightning warns about None."""
         self.model.eval()
         (original,) = self._original
-        # In the precision of the weights and by the same kernels, as features are.
+        # In the precision of the weights and with the same kernels as features.
         with torch.autocast(self.device.type, enabled=False), exact_attention():
             if batch_idx == 0 and original is not None:
                 with trying(original, self.model):
@@ -122,6 +123,8 @@ class _MapModule(PredictModule):
         finite = rows.isfinite().flatten(1).all(1) if rows.ndim > 1 else rows.isfinite()
         if not finite.all():
             first = int(batch.positions[int((~finite).nonzero()[0])])
-            raise ValueError(f"{self._what} of example {first} is not finite: look for NaN in it or in the weights")
+            raise ValueError(
+                f"{self._what} of example {first} is not finite: look for NaN in the example or in the weights"
+            )
         self._found.append((batch.positions, rows.cpu()))
         return batch.positions

@@ -1,4 +1,4 @@
-"""What methods over stored gradient features share: a model, its checkpoints and a store in, attributions out."""
+"""The base class of all methods over stored gradient features: from a model, checkpoints and a store to scores."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ Checkpoints = Sequence[CheckpointSource] | CheckpointSource  # in this order a c
 
 
 class FeatureOptions(TypedDict, total=False):
-    """Keyword arguments of every method over features, see :class:`FeatureMethod`."""
+    """The keyword arguments of all methods over features, see :class:`FeatureMethod`."""
 
     output: ModelOutput | None
     projection: Projection | None
@@ -49,10 +49,10 @@ class FeatureOptions(TypedDict, total=False):
 
 
 class FeatureMethod(Method):
-    """Attributes a trained model's outputs to its training examples by features on disk.
+    """Attributes a trained model's outputs to its training examples, with features on disk.
 
-    Several methods can share a store, since features do not depend on how they are scored. The model, its mode,
-    weights, ``.grad`` and buffers are never touched: the work is done on a copy.
+    Several methods can share a store, because features do not depend on how they are scored. The model, its mode,
+    weights, ``.grad`` and buffers are never changed: all work is done on a copy.
 
     The arguments are those of :class:`~lightning_trak.TRAK`.
     """
@@ -84,13 +84,13 @@ class FeatureMethod(Method):
 
     @abstractmethod
     def make_scorer(self, store: FeatureStore) -> Scorer:
-        """What scores complete features as this method does."""
+        """Make the scorer of this method for a complete store."""
 
     def _require_enough(self, num_examples: int, dim: int) -> None:
-        """Refuse to featurize too few training examples for what scores them; by default any number will do."""
+        """Raise if the scorer needs more training examples than there are. By default any number is enough."""
 
     def attribute(self, trainer: L.Trainer, train: Data, targets: Data) -> Tensor:
-        """:meth:`featurize`, which does nothing if the store is complete, and :meth:`score`.
+        """Call :meth:`featurize`, which does nothing if the store is complete, and then :meth:`score`.
 
         Args:
             trainer: as for :meth:`featurize` and :meth:`score`.
@@ -103,23 +103,23 @@ class FeatureMethod(Method):
         self.featurize(trainer, train)
         scores = self.score(trainer, targets)
         if not isinstance(scores, Tensor):
-            raise ValueError(f"attribute takes one set of targets, got {len(scores)} loaders; use score")
+            raise ValueError(f"attribute takes one set of targets, got {len(scores)} loaders; use score for several")
         return scores
 
     def featurize(self, trainer: L.Trainer, data: Data, shard_size: int | None = None) -> None:
-        """Compute and store the features of the training set at every checkpoint; continues where it was interrupted.
+        """Compute and store the features of the training set at every checkpoint. An interrupted call is continued.
 
         Args:
-            trainer: any Trainer whose strategy keeps the model whole on each rank (one device, DDP) or shards it as
-                FSDP2 does (``ModelParallelStrategy``).
+            trainer: a Trainer whose strategy keeps the whole model on each rank (one device, DDP), or shards it with
+                FSDP2 (``ModelParallelStrategy``).
             data: the training data: a DataLoader, map-style Dataset or LightningDataModule (its ``train_dataloader``).
-                Every item of the dataset is featurized once, in order, whatever the loader's sampler does. Give data
+                Every item of the dataset is featurized once, in order. The loader's sampler is not used. Give data
                 without random augmentation.
-            shard_size: examples per file, when the store is new; a rank's unit of work. Default: about 1024.
+            shard_size: examples per file if the store is new. A rank does a whole file at a time. Default: about 1024.
 
         Raises:
-            ValueError: if the store was made with other settings, an example's features are not finite, or the
-                strategy splits the model in another way, or one that hooks do not cover.
+            ValueError: if the store was made with other settings, an example's features are not finite, the strategy
+                splits the model in another way, or it shards a model that hooks do not cover.
         """
         self._pipeline().featurize(trainer, data, shard_size, self._require_enough)
 
@@ -128,19 +128,19 @@ class FeatureMethod(Method):
     ) -> Any:
         """Score every target against every training example.
 
-        The first lines of the method's class say what a positive score means, and in which unit it is.
+        The first lines of the method's class say what a positive score means, and in which unit scores are.
 
         Args:
-            trainer: as for :meth:`featurize`; the strategy must not spawn its processes.
+            trainer: as for :meth:`featurize`. The strategy must not spawn its processes.
             data: the targets: a DataLoader, a sequence of them, a map-style Dataset or a LightningDataModule (its
                 ``predict_dataloader``).
-            top_k: keep only this many training examples for each target; the full matrix then never exists.
+            top_k: keep only this many training examples for each target. The full matrix is then never in memory.
             largest: whether ``top_k`` keeps the highest scores (proponents) or the lowest (opponents).
 
         Returns:
             On every rank a CPU Tensor ``(num_targets, num_train)``, or with ``top_k`` a
-            :class:`~lightning_trak.scoring.TopK`; rows in the order of the targets' dataset. A list of them for
-            several loaders.
+            :class:`~lightning_trak.scoring.TopK`. Rows are in the order of the targets' dataset. For several loaders,
+            a list of these.
 
         Raises:
             FileNotFoundError: if there is no store yet.
@@ -160,14 +160,15 @@ class FeatureMethod(Method):
         return results if holds_several(data) or len(results) > 1 else results[0]
 
     def target_features(self, trainer: L.Trainer, data: Data) -> list[Features]:
-        """What :meth:`score` compares with the store: the features of targets, projected as those of the store are.
+        """The features of targets, projected like those of the store. :meth:`score` compares the two.
 
         Args:
             trainer: as for :meth:`score`.
             data: one set of targets, as for :meth:`score`.
 
         Returns:
-            On every rank the CPU features of all targets at each checkpoint, rows in the order of their dataset.
+            On every rank, for each checkpoint, the features of all targets on the CPU. Rows are in the order of their
+            dataset.
 
         Raises:
             FileNotFoundError: if there is no store yet.
@@ -183,16 +184,16 @@ class FeatureMethod(Method):
         return list(features)
 
     def self_influence(self, trainer: L.Trainer) -> Tensor:
-        """The score of each training example at itself, from the stored features alone.
+        """The score of each training example for itself, computed only from the stored features.
 
-        It is the diagonal of ``score(trainer, train)``. Examples with a high one are fitted by themselves, not by what
-        they share with others: rare ones, and those with a wrong label (Koh and Liang 2017, arXiv 1703.04730, section
-        5.4; Pruthi et al. 2020, arXiv 2002.08484, section 4.1). Cosines of gradients are of no use here: they are all
-        the same.
+        It is the diagonal of ``score(trainer, train)``. Examples with a high self-influence are learned on their own,
+        not from what they share with others. They are often rare or have a wrong label (Koh and Liang 2017, arXiv
+        1703.04730, section 5.4; Pruthi et al. 2020, arXiv 2002.08484, section 4.1). Cosines of gradients are of no use
+        here, because they are all the same.
 
         Args:
-            trainer: as for :meth:`score`; its device computes. Processes share the work if they run already, as after
-                :meth:`featurize`; else each does all of it.
+            trainer: as for :meth:`score`. Its device computes. If its processes already run, as after
+                :meth:`featurize`, they share the work; otherwise each does all of it.
 
         Returns:
             On every rank a CPU Tensor ``(num_train,)``.
@@ -209,7 +210,7 @@ class FeatureMethod(Method):
         return scorer.self_scores(ranks)
 
     def scorer(self, top_k: int | None = None, largest: bool = True) -> ScoreModule:
-        """A module for ``trainer.predict(method.scorer(), loader)``: scores for each batch as the loader yields it.
+        """A module for ``trainer.predict(method.scorer(), loader)``. It returns the scores of each batch.
 
         Args:
             top_k: keep only this many training examples for each target.

@@ -26,12 +26,12 @@ from lightning_trak.running.loading import batch_size_of, load, sample_batches
 
 
 class Passes:
-    """A copy of the model, on the Trainer's device and in float32 or float64, and data to go over.
+    """Passes over data with a copy of the model, on the Trainer's device and in float32 or float64.
 
     Args:
         model: the copy.
-        seed: of what is drawn at random.
-        trainer: whose device is used, and whose precision if it is ``"64-true"``.
+        seed: seed of all random draws.
+        trainer: the Trainer whose device is used. Its precision is used if it is ``"64-true"``.
         train: the training examples.
 
     Raises:
@@ -49,22 +49,22 @@ class Passes:
         plugin = trainer.precision_plugin
         if type(plugin) is not Precision and not isinstance(plugin, (DoublePrecision, HalfPrecision, MixedPrecision)):
             raise ValueError(
-                f"{type(plugin).__name__} changes layers, and influence functions compute with the model's own in"
+                f"{type(plugin).__name__} changes layers, but influence functions need the model's own layers in"
                 ' float32 or float64: use a Trainer with precision="32-true" or "64-true"'
             )
         half = isinstance(plugin, HalfPrecision)
         (model.module if half else plugin.convert_module(model.module)).to(self.device)
         for part in model.module.modules():
             if isinstance(part, (nn.Embedding, nn.EmbeddingBag)):
-                part.sparse = False  # the same gradient, in a form that all operations take
+                part.sparse = False  # the same gradient in dense form, which all operations accept
         self._precision = WorkingPrecision(model.module, convert=half)
         parameters = dict(model.module.named_parameters())
         self.parameters = {name: parameters[raw] for name, raw in model.names.items()}
         for name, parameter in self.parameters.items():
             if not parameter.is_floating_point():
                 raise ValueError(
-                    f"{name} is of {parameter.dtype}, and influence functions differentiate real numbers only: leave it"
-                    " out by parameters="
+                    f"{name} is of {parameter.dtype}, but influence functions only differentiate real numbers: leave it"
+                    " out with parameters="
                 )
         self.size = model.size
         self.dtype = torch.promote_types(next(iter(self.parameters.values())).dtype, torch.float32)
@@ -73,16 +73,16 @@ class Passes:
 
     @property
     def where(self) -> str:
-        """The checkpoint, for errors."""
+        """The checkpoint's number and name, for errors."""
         number = cast(int, self.model.checkpoint)
         return f"checkpoint {number} ({self.model.checkpoints[number].name})"
 
     def key(self, purpose: str) -> str:
-        """What random draws at this checkpoint depend on."""
+        """The key of random draws for a purpose at this checkpoint."""
         return f"{self._seed}/{self.model.checkpoint}/{purpose}"
 
     def enter(self, checkpoint: int) -> None:
-        """Load the weights of a checkpoint, and what the output remembers of the training data there."""
+        """Load the weights of a checkpoint, and compute the output's context from the training data there."""
         model = self.model
         model.load(checkpoint, self.device)
         with self.computing():
@@ -95,22 +95,23 @@ class Passes:
                 self.use_engine(choose_engine(model, ExampleBatch(batch, size, self.layout)).name)
 
     def use_engine(self, name: EngineName) -> None:
-        """Differentiate by an engine from now on."""
+        """Use this engine to differentiate from now on."""
         self.engine_name = name
         self._engine = make_engine(name, self.model)
 
     def extractor(self) -> FeatureExtractor:
-        """Makes gradients, unprojected, of the examples that :meth:`batches` has given."""
+        """An extractor of gradients without projection, for the batches from :meth:`batches`."""
         return FeatureExtractor(self.model, self._engine, self._identity, self.dtype, self.layout, falls_back=True)
 
     def batches(
         self, examples: Examples, positions: Iterable[Sequence[int]] | None = None
     ) -> Iterator[tuple[Any, int]]:
-        """Batches on the device, with their sizes.
+        """Yield batches on the device, with their sizes.
 
         Args:
             examples: the dataset.
-            positions: what is in each batch; default: everything once, in batches of the loader's size.
+            positions: the positions of the examples of each batch; default: all examples once, in batches of the
+                loader's size.
         """
         if examples not in self._layouts:
             probes = load(examples.loader, [[0, 0], [0, 0, 0]])
@@ -129,11 +130,11 @@ class Passes:
             yield batch, sizes.pop(0)
 
     def rows(self, examples: Examples, span: range | None = None) -> Iterator[tuple[range, Features]]:
-        """Gradients, Q and R of examples in order, in batches that fit in memory.
+        """Yield gradients, Q and R of examples in order, in batches that fit in memory.
 
         Args:
             examples: the dataset.
-            span: which of them; default: all.
+            span: positions of the examples; default: all.
         """
         fitting = max(1, GRADIENT_BYTES // (self.size * self.dtype.itemsize))
         parts = _cut(range(len(examples)) if span is None else span, min(batch_size_of(examples.loader), fitting))
@@ -145,14 +146,14 @@ class Passes:
             yield part, features
 
     def split(self, rows: Tensor) -> dict[str, Tensor]:
-        """Rows of all parameters side by side, ``(n, p)``, by parameter: views of shape ``(n, *shape)``."""
+        """Split rows ``(n, p)`` over all parameters into one view of shape ``(n, *shape)`` per parameter."""
         parts = torch.split(rows, list(self.model.sizes.values()), dim=1)
         shapes = self.model.shapes
         return {name: part.view(len(rows), *shapes[name]) for name, part in zip(shapes, parts, strict=True)}
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """Compute in the precision of the weights, in the same way in every method."""
+        """Compute in the precision of the weights. All methods use this, so they compute in the same way."""
         with self.model.differentiable(), self._precision.active(), exact_attention():
             yield
 
