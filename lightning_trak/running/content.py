@@ -22,8 +22,8 @@ def fingerprint(loader: DataLoader[Any]) -> str | None:
     digest = sample_digest(loader)
     if digest is None:
         warnings.warn(
-            "items of the training data differ when they are loaded again, perhaps by random augmentation; features"
-            " would differ from run to run: give the data without random augmentation",
+            "items of the training data are not the same twice, perhaps because of random augmentation; their features"
+            " will differ from run to run: give the data without random augmentation",
             stacklevel=3,
         )
     return digest

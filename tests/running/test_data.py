@@ -91,7 +91,7 @@ def test_random_augmentation_is_noticed(tmp_path, checkpoints):
             inputs, label = TRAIN[index]
             return inputs + 0.01 * torch.randn(6), label
 
-    with pytest.warns(UserWarning, match="differ when they are loaded again, perhaps by random augmentation"):
+    with pytest.warns(UserWarning, match="not the same twice, perhaps because of random augmentation"):
         attribute(tmp_path, checkpoints, Augmented())
 
 
