@@ -372,7 +372,7 @@ class Complex(Once):
 
 def test_complex_parameters_are_named():
     model = seeded(Complex)
-    with pytest.raises(ValueError, match=r"phases is of torch.complex64, and .* leave it out by parameters="):
+    with pytest.raises(ValueError, match=r"phases is of torch.complex64, but .* leave it out with parameters="):
         METHODS["explicit"](model)
     scores = METHODS["conjugate_gradient"](model, parameters=["first.*", "head.*"])
     model.phases.requires_grad_(False)
