@@ -66,7 +66,7 @@ class ScoreModule(ExtractorModule):
                 rows = self.featurize(batch, positions, dict.fromkeys(audited))
             except EngineError as error:
                 raise ValueError(
-                    f"engine={self.engine_name!r} cannot differentiate this model rightly: {error}. Use score(),"
+                    f"engine={self.engine_name!r} cannot differentiate this model correctly: {error}. Use score(),"
                     " which takes another engine, or engine='loop'"
                 ) from error
             require_finite(rows, positions, self.copied.place)

@@ -97,7 +97,7 @@ def test_features_of_targets_are_audited_alike(tmp_path, checkpoints, monkeypatc
     with pytest.warns(UserWarning, match="so features of targets are computed again with engine 'functional'"):
         scores = trak.score(make_trainer(), TARGETS)
     torch.testing.assert_close(scores, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
-    with pytest.raises(ValueError, match=r"engine='hooks' cannot differentiate this model rightly: .*Use score\(\)"):
+    with pytest.raises(ValueError, match=r"engine='hooks' cannot differentiate this model correctly: .*Use score\(\)"):
         make_trainer().predict(trak.scorer(), DataLoader(TARGETS, batch_size=4))
 
 
