@@ -41,7 +41,7 @@ from lightning_trak.storage.files import (
     write_json,
 )
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 _MAX_EXAMPLES = 1 << 40
 
 _SEALED = schemas.sealed(

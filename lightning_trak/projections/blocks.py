@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,7 +18,7 @@ _BLOCK_VALUES = 1 << 22
 
 @dataclass(frozen=True)
 class RandomProjection(Projection):
-    """Base class of random projections. A subclass defines what a block of rows is and how it is applied.
+    """Base class of random projections. A subclass defines what a block of rows is; its bound half applies blocks.
 
     Args:
         dim: number of features k.
@@ -43,27 +43,18 @@ class RandomProjection(Projection):
         """Bytes of a block for each of its rows."""
 
     @abstractmethod
-    def block(self, stream: Stream, rows: Tensor) -> Tensor:
+    def block(self, stream: Stream, rows: range, device: torch.device) -> Tensor:
         """Generate the block for some rows of P_name.
 
         Args:
             stream: random numbers of the parameter.
-            rows: indices of the parameter's elements, int64 of shape (rows,).
+            rows: indices of consecutive elements of the parameter.
+            device: the device of the block.
 
         Returns:
-            What :meth:`apply_` needs for these rows, with the rows in the first dimension. A value depends only on the
-            stream, the row and the column.
+            Random values for these rows, with the rows in the first dimension. A value depends only on the stream, the
+            row and the column.
         """
-
-    @abstractmethod
-    def apply_(self, features: Tensor, gradients: Tensor, block: Tensor) -> None:
-        """Add the product of gradients (batch, rows) and a block's rows of P_name to features (batch, dim) in place."""
-
-    def bind(
-        self, shapes: Mapping[str, Sequence[int]], seed: int, checkpoint: int, device: torch.device
-    ) -> BoundRandomProjection:
-        """Fix the projection for one checkpoint, see :meth:`Projection.bind`."""
-        return BoundRandomProjection(self, shapes, self.streams(shapes, seed, checkpoint), device)
 
     def streams(self, names: Iterable[str], seed: int, checkpoint: int) -> dict[str, Stream]:
         """The stream of random numbers for each parameter."""
@@ -72,7 +63,7 @@ class RandomProjection(Projection):
 
 
 class BoundRandomProjection(BoundProjection):
-    """A :class:`RandomProjection` of one checkpoint's parameters, made by its ``bind``."""
+    """A :class:`RandomProjection` of one checkpoint's parameters. It keeps blocks between batches."""
 
     def __init__(
         self,
@@ -88,13 +79,12 @@ class BoundRandomProjection(BoundProjection):
         self._cache: dict[tuple[str, int], Tensor] = {}
         self._cache_left = config.cache_bytes
 
-    def _add(self, features: Tensor, name: str, gradients: Tensor, start: int) -> None:
+    def _blocks(self, name: str, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
+        """The blocks of some rows of P_name, in order, each with its first row."""
         step = max(1, _BLOCK_VALUES // self._config.values_per_row)
-        stop = start + gradients.shape[1]
         for first in range(start // step * step, stop, step):
             begin, end = max(start, first), min(stop, first + step)
-            block = self._rows(name, first, min(step, self.sizes[name] - first), slice(begin - first, end - first))
-            self._config.apply_(features, gradients[:, begin - start : end - start], block)
+            yield begin, self._rows(name, first, min(step, self.sizes[name] - first), slice(begin - first, end - first))
 
     def _rows(self, name: str, first: int, length: int, wanted: slice) -> Tensor:
         """Some rows of a block. The cache keeps a whole block or nothing of it."""
@@ -106,8 +96,8 @@ class BoundRandomProjection(BoundProjection):
         kept = length * self._config.bytes_per_row <= self._cache_left
         drawn = slice(0, length) if kept else wanted
         with torch.inference_mode(False):  # the cache may use the block outside the inference mode of this hook
-            rows = torch.arange(first + drawn.start, first + drawn.stop, dtype=torch.int64, device=self._device)
-            block = self._config.block(self._streams[name], rows)
+            rows = range(first + drawn.start, first + drawn.stop)
+            block = self._config.block(self._streams[name], rows, self._device)
         if not kept:
             return block
         self._cache_left -= block.nbytes

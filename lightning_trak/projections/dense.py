@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lightning_trak.projections.blocks import RandomProjection
-from lightning_trak.projections.philox import Stream
+from lightning_trak.projections.blocks import BoundRandomProjection, RandomProjection
+from lightning_trak.projections.philox import Stream, signs
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,22 @@ class DenseProjection(RandomProjection):
         """Bytes of a block for each of its rows: 4 for each feature."""
         return 4 * self.dim
 
-    def apply_(self, features: Tensor, gradients: Tensor, block: Tensor) -> None:
-        """Multiply by the block and by 1 / sqrt(dim), in the precision of the gradients, in float32 at least."""
+    def bind(
+        self, shapes: Mapping[str, Sequence[int]], seed: int, checkpoint: int, device: torch.device
+    ) -> BoundDenseProjection:
+        """Fix the projection for one checkpoint, see :meth:`Projection.bind`."""
+        return BoundDenseProjection(self, shapes, self.streams(shapes, seed, checkpoint), device)
+
+
+class BoundDenseProjection(BoundRandomProjection):
+    """A :class:`DenseProjection` of one checkpoint's parameters, made by its ``bind``."""
+
+    def _add(self, features: Tensor, name: str, gradients: Tensor, start: int) -> None:
+        """Multiply by the blocks and by 1 / sqrt(dim), in the precision of the gradients, in float32 at least."""
         dtype = torch.promote_types(gradients.dtype, torch.float32)
-        features.add_(gradients.to(dtype) @ block.to(dtype), alpha=1 / math.sqrt(self.dim))
+        for begin, block in self._blocks(name, start, start + gradients.shape[1]):
+            part = gradients[:, begin - start : begin - start + len(block)]
+            features.add_(part.to(dtype) @ block.to(dtype), alpha=1 / math.sqrt(self.dim))
 
 
 @dataclass(frozen=True)
@@ -49,9 +62,9 @@ class GaussianProjection(DenseProjection):
         cache_bytes: bytes of the matrix to keep between batches. The rest is generated again for each batch.
     """
 
-    def block(self, stream: Stream, rows: Tensor) -> Tensor:
+    def block(self, stream: Stream, rows: range, device: torch.device) -> Tensor:
         """Generate rows by the transform of Box and Muller (1958). Column j uses block j div 4 of the stream."""
-        words = stream.words(rows, math.ceil(self.dim / 4))
+        words = stream.words(torch.arange(rows.start, rows.stop, device=device), math.ceil(self.dim / 4))
         uniform = words[..., :2].double().add_(0.5).mul_(2**-32)  # 0 < uniform < 1, so the logarithm is finite
         radius = uniform.log_().mul_(-2).sqrt_()
         angle = words[..., 2:].double().mul_(2 * math.pi * 2**-32)
@@ -71,10 +84,7 @@ class RademacherProjection(DenseProjection):
         cache_bytes: bytes of the matrix to keep between batches. The rest is generated again for each batch.
     """
 
-    def block(self, stream: Stream, rows: Tensor) -> Tensor:
+    def block(self, stream: Stream, rows: range, device: torch.device) -> Tensor:
         """Generate rows. Column j uses bit j mod 128 of block j div 128 of the stream."""
-        words = stream.words(rows, math.ceil(self.dim / 128)).flatten(1)
-        # A table look-up for each byte writes each entry once. Bit shifts would take several passes.
-        octets = (words.unsqueeze(-1) >> torch.arange(0, 32, 8, device=rows.device)).bitwise_and_(0xFF)
-        bits = torch.arange(256, device=rows.device).unsqueeze(1) >> torch.arange(8, device=rows.device) & 1
-        return (1 - 2 * bits).float()[octets].flatten(1)[:, : self.dim].contiguous()
+        words = stream.words(torch.arange(rows.start, rows.stop, device=device), math.ceil(self.dim / 128))
+        return signs(words.flatten(1), torch.float32)[:, : self.dim].contiguous()

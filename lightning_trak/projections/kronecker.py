@@ -153,7 +153,7 @@ class BoundKroneckerProjection(BoundProjection):
 
     def _signs(self, purpose: str, name: str, length: int, width: int) -> Tensor:
         stream = Stream.derive(purpose, self._seed, self._checkpoint, name)
-        return RademacherProjection(width).block(stream, torch.arange(length, device=self._device))
+        return RademacherProjection(width).block(stream, range(length), self._device)
 
     def add_core_(self, features: Tensor, name: str, cores: Tensor) -> None:
         """Add a parameter's projected gradients to ``features`` in place.

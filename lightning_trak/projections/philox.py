@@ -108,3 +108,19 @@ class Stream:
             for part in torch.split(rows.unsqueeze(1), max(1, counters // blocks))
         ]
         return torch.cat(passes)
+
+
+def signs(words: Tensor, dtype: torch.dtype) -> Tensor:
+    """The bits of random words as signs: -1 where a bit is set and 1 elsewhere, from the lowest bit on.
+
+    Args:
+        words: values in [0, 2^32), int64 of shape (rows, words).
+        dtype: the dtype of the signs.
+
+    Returns:
+        Shape (rows, 32 * words).
+    """
+    # A table look-up for each byte writes each sign once. Bit shifts would take several passes.
+    octets = (words.unsqueeze(-1) >> torch.arange(0, 32, 8, device=words.device)).bitwise_and_(0xFF)
+    bits = torch.arange(256, device=words.device).unsqueeze(1) >> torch.arange(8, device=words.device) & 1
+    return (1 - 2 * bits).to(dtype)[octets].flatten(1)

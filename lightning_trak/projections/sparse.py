@@ -3,102 +3,93 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lightning_trak.projections.blocks import BoundRandomProjection, RandomProjection
-from lightning_trak.projections.philox import Stream
+from lightning_trak.projections.philox import Stream, signs
 
-# Elements whose targets a CPU draws or converts at a time. The temporary tensors should stay in cache. They should also
-# stay below the size from which the allocator returns memory to the system after each use.
-_CPU_ELEMENTS = 1 << 16
+# Sums are at least this many, so that a block of elements is long enough for one vectorised addition.
+_SUMS = 1 << 13
+_SIGNS = 128  # in a block of four words
 
 
 @dataclass(frozen=True)
 class SparseProjection(RandomProjection):
-    """Add each gradient element to ``nonzeros`` random features, with random signs.
+    """Add each gradient element to one random feature, with a random sign.
 
-    The method is by Dasgupta, Kumar and Sarlos (2010) and by Kane and Nelson (2014). This is the block construction of
-    the latter: the features form ``nonzeros`` equal blocks, and an element goes to one feature of each block. So the
-    targets of an element are distinct, and every row of P has length one. ``nonzeros=1`` is the count sketch
-    (Charikar, Chen and Farach-Colton 2002). GraSS (Hu et al. 2025) found it as good for attribution as dense
-    projections. For any ``nonzeros``, the inner product of two features has mean <x, y> and variance
-    ``(|x|^2 |y|^2 + <x, y>^2 - 2 sum_i x_i^2 y_i^2) / dim``. A larger ``nonzeros`` makes large errors rarer for
-    gradients with a few dominant elements. The cost grows in proportion.
+    With one feature for each element, the method is the count sketch (Charikar, Chen and Farach-Colton 2002), feature
+    hashing (Weinberger et al. 2009, arXiv 0902.2206), or the SJLT of Kane and Nelson (2014) with one nonzero a column.
+    GraSS (Hu et al. 2025) found it as good for attribution as dense projections.
+
+    Here consecutive elements go to consecutive features, so that a projection reads and writes memory in order:
+
+    - A parameter has W sums; W is the smallest multiple of ``dim`` that is not below 8192. Its elements are cut into
+      blocks of W. Block b is added to the sums in order, cyclically shifted by a random offset. Each element has a
+      random sign.
+    - The W sums are cut into W / ``dim`` parts of ``dim``. Each part is cyclically shifted by a random offset, and the
+      parts are added up. If ``dim`` is 8192 or more, there is one part, and this step changes nothing.
+
+    All offsets and signs are independent and uniform. The inner product of two features is the sum over all pairs of
+    elements i, j with the same feature of s_i s_j x_i y_j. Signs of different elements cancel on average, so its mean
+    is <x, y>. Its variance is the sum over pairs i < j of ``(x_i y_j + x_j y_i)^2 p_ij``, since the products s_i s_j of
+    different pairs are uncorrelated. p_ij is the probability that both have the same feature. It is at most 1 / dim:
+
+    - Two elements of different blocks or parameters: they have the same sum with probability 1 / W, and sums in
+      different parts with probability 1 - dim / W. Then they have the same feature with probability 1 / dim. Together,
+      this is 1 / W + (1 - dim / W) / dim = 1 / dim.
+    - Two elements of one block never have the same sum. So p_ij is (1 / dim) times the probability that their sums are
+      in different parts. With one part it is 0.
+
+    So the variance is at most ``(|x|^2 |y|^2 + <x, y>^2 - 2 sum_i x_i^2 y_i^2) / dim``, its value if every element had
+    a feature of its own choice. A parameter of at most ``dim`` elements has no collisions within itself if ``dim`` is
+    8192 or more.
 
     On a CPU, features have the same bits with any number of threads. On CUDA, the order of atomic additions changes
     their rounding. ``torch.use_deterministic_algorithms(True)`` or ``Trainer(deterministic=True)`` fixes the order.
 
     Args:
-        dim: number of features k, a multiple of ``nonzeros``.
-        nonzeros: number of features that each gradient element is added to.
-        cache_bytes: bytes of targets to keep between batches. The others are generated again for each batch. A target
-            takes 2 bytes for each element and nonzero, or 4 if ``dim`` is above 32,768.
+        dim: number of features k.
+        cache_bytes: bytes of signs to keep between batches. The others are generated again for each batch. A sign takes
+            one byte for each element.
     """
-
-    nonzeros: int = 1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._require_positive("nonzeros")
-        if self.dim % self.nonzeros:
-            raise ValueError(f"Expected `dim` to be a multiple of `nonzeros`={self.nonzeros} but got dim={self.dim}.")
 
     @property
     def values_per_row(self) -> int:
-        """Random values in a block for each of its rows: ``nonzeros``."""
-        return self.nonzeros
+        """Random values in a block for each of its rows: a sign."""
+        return 1
 
     @property
     def bytes_per_row(self) -> int:
         """Bytes of a block for each of its rows."""
-        return self.nonzeros * self._dtype.itemsize
+        return 1
 
-    @property
-    def _dtype(self) -> torch.dtype:
-        """The smallest type that holds targets. A CPU converts small targets faster than it reads large ones."""
-        return torch.uint16 if 2 * self.dim <= 1 << 16 else torch.int32
+    def block(self, stream: Stream, rows: range, device: torch.device) -> Tensor:
+        """Draw the signs of some elements, int8 of shape (rows,). Element i uses bit i mod 128 of row i div 128."""
+        first = rows.start // _SIGNS
+        counters = torch.arange(first, -(-rows.stop // _SIGNS), device=device)
+        return signs(stream.words(counters, 1).flatten(1), torch.int8).flatten()[rows.start - first * _SIGNS :][
+            : len(rows)
+        ]
 
-    def block(self, stream: Stream, rows: Tensor) -> Tensor:
-        """Draw targets, shape (rows, nonzeros): the feature of each element, plus ``dim`` if its sign is negative."""
-        parts = torch.split(rows, _CPU_ELEMENTS) if rows.device.type == "cpu" else (rows,)
-        return torch.cat([self._targets(stream, part).to(self._dtype) for part in parts], dim=1).t()
-
-    def _targets(self, stream: Stream, rows: Tensor) -> Tensor:
-        words = stream.words(rows, math.ceil(self.nonzeros / 2)).view(len(rows), -1, 2)[:, : self.nonzeros]
-        position, sign = words.unbind(-1)
-        width = self.dim // self.nonzeros
-        offset = torch.arange(0, self.dim, width, dtype=torch.int64, device=rows.device)
-        # Multiply and shift: 32 uniform bits become a feature of the block. Probabilities are even up to width / 2^32.
-        return ((position * width >> 32) + offset + (sign & 1) * self.dim).t()
-
-    def apply_(self, features: Tensor, gradients: Tensor, block: Tensor) -> None:
-        """Add the elements to their targets, in the higher of the two precisions.
-
-        Positive and negative terms have separate sums, which are subtracted once. Gradients times signs would be one
-        more pass over the largest tensor. If this tensor does not fit in the caches, that pass is slower than the sums.
-        """
-        step = _CPU_ELEMENTS if gradients.device.type == "cpu" else gradients.shape[1]
-        parts = zip(torch.split(block, step), torch.split(gradients, step, 1), strict=True)
-        terms = ((targets, part) for narrow, part in parts for targets in narrow.t())
-        self.scatter_(features, terms, torch.promote_types(gradients.dtype, features.dtype))
-
-    def scatter_(self, features: Tensor, terms: Iterable[tuple[Tensor, Tensor]], dtype: torch.dtype) -> None:
-        """Add elements to their targets in a dtype.
+    def signs_of_runs(self, stream: Stream, starts: Tensor, length: int) -> Tensor:
+        """Draw the signs of runs of consecutive elements.
 
         Args:
-            features: features so far, shape (batch, dim); changed in place.
-            terms: pairs of targets, (rows,) or (batch, rows), and elements, (batch, rows).
-            dtype: the dtype of the sums.
+            stream: random numbers of the parameter.
+            starts: the first element of each run, int64 of shape (runs,).
+            length: number of elements of a run.
+
+        Returns:
+            int8 of shape (runs, length).
         """
-        sums = features.new_zeros(len(features), 2 * self.dim, dtype=dtype)
-        for targets, part in terms:
-            sums.scatter_add_(1, targets.to(torch.int64).expand_as(part), part.to(dtype))
-        positive, negative = sums.chunk(2, dim=1)
-        features.add_(positive.sub_(negative), alpha=1 / math.sqrt(self.nonzeros))
+        counters = (starts // _SIGNS).unsqueeze(1) + torch.arange(-(-length // _SIGNS) + 1, device=starts.device)
+        words = stream.words(counters.flatten(), 1).view(len(starts), -1)
+        places = (starts % _SIGNS).unsqueeze(1) + torch.arange(length, device=starts.device)
+        return 1 - 2 * (words.gather(1, places // 32) >> places % 32 & 1).to(torch.int8)
 
     def bind(
         self, shapes: Mapping[str, Sequence[int]], seed: int, checkpoint: int, device: torch.device
@@ -107,13 +98,97 @@ class SparseProjection(RandomProjection):
         return BoundSparseProjection(self, shapes, self.streams(shapes, seed, checkpoint), device)
 
 
+class Placement:
+    """Where the elements of a parameter go: a range of features, and random places in it.
+
+    Args:
+        stream: random numbers of the parameter. The first word of block 1 of row b is the offset of block b; the second
+            one of row j is the offset of part j of the sums.
+        size: number of elements.
+        first: the first feature.
+        width: number of features.
+        device: where gradients are.
+
+    Attributes:
+        columns: the range of features.
+        sums: number of sums W.
+        offsets: the offset of each block, in Python.
+    """
+
+    def __init__(self, stream: Stream, size: int, first: int, width: int, device: torch.device) -> None:
+        self.columns = slice(first, first + width)
+        parts = math.ceil(_SUMS / width)
+        self.sums = parts * width
+        blocks = math.ceil(size / self.sums)
+        words = stream.words(torch.arange(max(blocks, parts), device=device), 2)[:, 1]
+        # Multiply and shift: 32 uniform bits become an offset. Probabilities are even up to W / 2^32.
+        self._offsets = words[:blocks, 0] * self.sums >> 32
+        self.offsets: list[int] = self._offsets.tolist()
+        self._features: Tensor | None = None  # of each sum, from the first feature on; None: its own number
+        if parts > 1:
+            sums = torch.arange(self.sums, device=device)
+            self._features = (sums + (words[:parts, 1] * width >> 32).repeat_interleave(width)) % width
+
+    def __call__(self, elements: Tensor) -> Tensor:
+        """The features of some elements, from the first feature of the range on; int64 of any shape."""
+        sums = (elements + self._offsets[elements // self.sums]) % self.sums
+        return sums if self._features is None else self._features[sums]
+
+    def fold(self, sums: Tensor) -> Tensor:
+        """Add sums up to features, of shapes (batch, W) and (batch, width)."""
+        if self._features is None:
+            return sums
+        return _scattered(self._features, sums, self.columns.stop - self.columns.start)
+
+
 class BoundSparseProjection(BoundRandomProjection):
     """A :class:`SparseProjection` of one checkpoint's parameters, made by its ``bind``."""
 
     _config: SparseProjection
 
+    def __init__(
+        self,
+        config: SparseProjection,
+        shapes: Mapping[str, Sequence[int]],
+        streams: Mapping[str, Stream],
+        device: torch.device,
+    ) -> None:
+        super().__init__(config, shapes, streams, device)
+        self._placements: dict[str, Placement] = {}
+
+    def _add(self, features: Tensor, name: str, gradients: Tensor, start: int) -> None:
+        placement = self._placement(name)
+        features = features[:, placement.columns]
+        dtype = torch.promote_types(gradients.dtype, features.dtype)
+        stop = start + gradients.shape[1]
+        if gradients.device.type == "cpu" and start // placement.sums != (stop - 1) // placement.sums:
+            features += placement.fold(self._summed(placement, name, gradients, start, dtype))
+            return
+        for begin, block in self._blocks(name, start, stop):
+            part = gradients[:, begin - start : begin - start + len(block)].to(dtype) * block
+            features += _scattered(
+                placement(torch.arange(begin, begin + len(block), device=part.device)), part, features.shape[1]
+            )
+
+    def _summed(self, placement: Placement, name: str, gradients: Tensor, start: int, dtype: torch.dtype) -> Tensor:
+        """The sums of elements from ``start`` on, of shape (batch, W)."""
+        width = placement.sums
+        # Blocks are shifted without wrapping around. The second half is added to the first one at the end.
+        sums = gradients.new_zeros(len(gradients), 2 * width, dtype=dtype)
+        for begin, block in self._blocks(name, start, start + gradients.shape[1]):
+            drawn = block.to(dtype)
+            end = begin + len(block)
+            for number in range(begin // width, -(-end // width)):
+                some = slice(max(begin, number * width), min(end, (number + 1) * width))
+                shift = placement.offsets[number] - number * width
+                sums[:, some.start + shift : some.stop + shift].addcmul_(
+                    gradients[:, some.start - start : some.stop - start].to(dtype),
+                    drawn[some.start - begin : some.stop - begin],
+                )
+        return sums[:, :width].add_(sums[:, width:])
+
     def add_sparse_(self, features: Tensor, name: str, rows: Tensor, numbers: Tensor) -> None:
-        """Add the product of P_name and gradients that have few rows that are not zero. Their targets are not cached.
+        """Add the product of P_name and gradients that have few rows that are not zero. Their signs are not cached.
 
         Args:
             features: features so far, float32 or float64 of shape (batch, dim).
@@ -121,8 +196,22 @@ class BoundSparseProjection(BoundRandomProjection):
             rows: some rows of each example's gradient, of shape (batch, n, columns).
             numbers: the indices of these rows, int64 of shape (batch, n). Rows with the same index are summed.
         """
-        batch, _, columns = rows.shape
-        elements = numbers.unsqueeze(-1) * columns + torch.arange(columns, device=rows.device)
-        targets = self._config.block(self._streams[name], elements.flatten())
-        terms = ((each.view(batch, -1), rows.reshape(batch, -1)) for each in targets.t())
-        self._config.scatter_(features, terms, torch.promote_types(rows.dtype, features.dtype))
+        placement = self._placement(name)
+        features = features[:, placement.columns]
+        columns = rows.shape[2]
+        starts = numbers * columns
+        drawn = self._config.signs_of_runs(self._streams[name], starts.flatten(), columns).view_as(rows)
+        targets = placement(starts.unsqueeze(-1) + torch.arange(columns, device=rows.device))
+        part = rows.to(torch.promote_types(rows.dtype, features.dtype)) * drawn
+        features += _scattered(targets.flatten(1), part.flatten(1), features.shape[1])
+
+    def _placement(self, name: str) -> Placement:
+        if name not in self._placements:
+            with torch.inference_mode(False):  # it is used outside the inference mode of this hook, too
+                self._placements[name] = Placement(self._streams[name], self.sizes[name], 0, self.dim, self._device)
+        return self._placements[name]
+
+
+def _scattered(targets: Tensor, terms: Tensor, width: int) -> Tensor:
+    """Sums of shape (batch, width) of terms, (batch, n), at their targets, (n,) or (batch, n)."""
+    return terms.new_zeros(len(terms), width).scatter_add_(1, targets.expand_as(terms), terms)

@@ -81,7 +81,7 @@ def test_streamed_scores(number):
 
 
 PROJECTIONS = [
-    SparseProjection(16, nonzeros=4),
+    SparseProjection(16),
     GaussianProjection(8),
     RademacherProjection(8),
     KroneckerProjection(2, 3),

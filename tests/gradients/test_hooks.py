@@ -120,9 +120,7 @@ def test_a_batch_as_long_as_the_texts_is_no_excuse():
     assert_agrees_with_loop(module, output, (ids, batch[1].repeat(2)), 8)
 
 
-@pytest.mark.parametrize(
-    "projection", [SparseProjection(64, 2), GaussianProjection(32), IdentityProjection(), *KRONECKER]
-)
+@pytest.mark.parametrize("projection", [SparseProjection(64), GaussianProjection(32), IdentityProjection(), *KRONECKER])
 @pytest.mark.parametrize("name", ["gpt", *ZOO])
 def test_streaming_equals_projecting_the_rows(name, projection, monkeypatch):
     if name == "gpt":
@@ -190,14 +188,15 @@ def test_streaming_never_holds_the_gradients_of_a_batch(monkeypatch):
 
 
 def test_a_few_rows_of_all_examples_are_formed_together(monkeypatch):
-    """So that the targets of an element are looked up, or drawn, once for the batch."""
+    """So that the sign of an element is looked up, or drawn, once for the batch."""
     module = nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 3))
     batch, size = (torch.randn(8, 16), torch.randint(0, 3, (8,))), 8
+    monkeypatch.setattr("lightning_trak.projections.sparse._SUMS", 32)
     monkeypatch.setattr(projector, "_CPU_ROWS", 4)
     monkeypatch.setattr(projector, "_CPU_BYTES", 8 * 4 * 64 * 4)
     drawn = []
-    targets = SparseProjection._targets
-    monkeypatch.setattr(SparseProjection, "_targets", lambda *args: drawn.append(len(args[2])) or targets(*args))
+    block = SparseProjection.block
+    monkeypatch.setattr(SparseProjection, "block", lambda *args: drawn.append(len(args[2])) or block(*args))
     engine = HookEngine(module, ClassificationMargin(), select_parameters(module))
     shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
     bound = SparseProjection(32, cache_bytes=0).bind(shapes, 0, 0, torch.device("cpu"))

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from lightning_trak.projections import KroneckerProjection, SparseProjection
+from lightning_trak.projections import KroneckerProjection
 from lightning_trak.projections.blocks import RandomProjection
 from tests.projections.test_projections import ALL, CPU, kind, project, random_gradients
 
@@ -29,16 +29,3 @@ def test_rows_of_a_gradient_add_up(projection, cache_bytes, monkeypatch):
     torch.testing.assert_close(features, expected)
     with pytest.raises(ValueError, match=r"gradients of 'b' to have shape \(batch, 20\) but got \(3, 70\)"):
         bound.add_(features, "b", gradients["b"], range(2, 4))
-
-
-@pytest.mark.parametrize("nonzeros", [1, 3])
-def test_a_gradient_of_few_rows(nonzeros):
-    bound = SparseProjection(12, nonzeros).bind({"a": (30, 5)}, 0, 0, CPU)
-    rows = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    numbers = torch.tensor([[3, 0, 3, 29], [7, 7, 7, 1]])  # some occur several times
-    dense = torch.zeros(2, 30, 5, dtype=torch.float64)
-    for example, number, row in zip((0, 1), numbers, rows, strict=True):
-        dense[example].index_add_(0, number, row)
-    features = torch.ones(2, 12, dtype=torch.float64)
-    bound.add_sparse_(features, "a", rows, numbers)
-    torch.testing.assert_close(features, project(bound, {"a": dense.flatten(1)}, torch.float64) + 1)

@@ -1,0 +1,116 @@
+"""The blocked hash of SparseProjection: which feature and sign each element has, and what this does on average."""
+
+import math
+
+import pytest
+import torch
+from scipy import stats
+
+from lightning_trak.projections import SparseProjection
+from lightning_trak.projections.philox import Stream
+from tests.projections.test_projections import CPU, bind, matrix, project, random_gradients
+
+SUMS = "lightning_trak.projections.sparse._SUMS"
+
+
+@pytest.mark.parametrize(("dim", "least"), [(10, 1), (10, 25), (7, 7)])
+def test_entries_follow_from_the_words(dim, least, monkeypatch):
+    """In plain Python: block, cyclic shift, part, cyclic shift."""
+    monkeypatch.setattr(SUMS, least)
+    rows = matrix(bind(SparseProjection(dim), {"a": 300}), "a")
+    words = Stream.derive("SparseProjection", 0, 0, "a").words(torch.arange(300), 2).tolist()
+    sums = dim * math.ceil(least / dim)
+    for element in range(300):
+        block, place = divmod(element, sums)
+        part, place = divmod((place + (words[block][1][0] * sums >> 32)) % sums, dim)
+        feature = (place + (words[part][1][1] * dim >> 32)) % dim if sums > dim else place
+        bit = words[element // 128][0][element % 128 // 32] >> element % 32 & 1
+        expected = torch.zeros(dim, dtype=torch.float64)
+        expected[feature] = 1 - 2 * bit
+        assert torch.equal(rows[element], expected)
+
+
+def test_features_and_signs_are_uniform(monkeypatch):
+    monkeypatch.setattr(SUMS, 64)
+    drawn = torch.stack([matrix(bind(SparseProjection(16), {"w": 150}, seed), "w") for seed in range(400)])
+    for element in (0, 70, 149):
+        assert stats.chisquare(drawn[:, element].abs().sum(0)).pvalue > 1e-3
+    signs = drawn.sum(2)
+    assert stats.kstest(signs.mean(0).numpy() * 20, "norm").pvalue > 1e-3  # of each element, over seeds
+    assert abs((signs[:, 1:] * signs[:, :-1]).mean()) < 4 / math.sqrt(signs.numel())
+
+
+def collisions(sizes, dim, sums):
+    """The probability p_ij that two elements have the same feature, as the docstring of SparseProjection derives it."""
+    n = sum(sizes.values())
+    parameter = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(list(sizes.values())))
+    element = torch.cat([torch.arange(size) for size in sizes.values()])
+    together = (parameter == parameter[:, None]) & (element // sums == element[:, None] // sums)
+    gap = (element - element[:, None]).abs()
+    same_part = (dim - torch.minimum(gap, sums - gap)).clamp(min=0) / dim
+    probability = torch.where(together, (1 - same_part) / dim, 1 / dim).double()
+    return probability - torch.diag(torch.ones(n) * probability.diagonal())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dim", "least"), [(16, 1), (16, 48), (64, 8192), (128, 8192)])
+def test_inner_products_are_unbiased_with_the_variance_of_the_docstring(dim, least, monkeypatch):
+    """For x, y over two parameters, with <x, y> and the closed form of the variance clearly apart from zero."""
+    monkeypatch.setattr(SUMS, least)
+    sizes, trials = {"a": 50, "b": 70}, 800
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(120, generator=generator, dtype=torch.float64)
+    y = 0.6 * x + torch.randn(120, generator=generator, dtype=torch.float64)
+    parts = dict(zip(sizes, torch.stack((x, y)).split([50, 70], dim=1), strict=True))
+    products = torch.empty(trials, dtype=torch.float64)
+    for seed in range(trials):
+        features = project(bind(SparseProjection(dim), sizes, seed), parts, torch.float64)
+        products[seed] = features[0] @ features[1]
+    pairs = (torch.outer(x, y) + torch.outer(y, x)) ** 2
+    sums = dim * math.ceil(least / dim)
+    variance = (pairs * collisions(sizes, dim, sums)).sum() / 2
+    independent = ((x @ x) * (y @ y) + (x @ y) ** 2 - 2 * (x**2 * y**2).sum()) / dim
+    assert variance <= independent
+    assert abs(products.mean() - x @ y) < 4 * (variance / trials).sqrt()
+    squares = (products - x @ y) ** 2
+    assert abs(squares.mean() - variance) < 4 * squares.std() / math.sqrt(trials)
+    assert squares.std() / math.sqrt(trials) < 0.15 * variance  # the line above can fail
+
+
+def test_a_parameter_with_fewer_elements_than_features_has_no_collisions():
+    bound = bind(SparseProjection(8192), {"w": 8000})
+    gradients = torch.randn(3, 8000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    features = project(bound, {"w": gradients}, torch.float64)
+    torch.testing.assert_close(features @ features.T, gradients @ gradients.T)
+
+
+@pytest.mark.parametrize("dim", [32, 8192])
+@pytest.mark.parametrize("size", [5000, 50_000])
+def test_features_are_bit_identical_in_any_batch_and_with_any_number_of_threads(dim, size):
+    bound = bind(SparseProjection(dim), {"w": size})
+    gradients = random_gradients(16, {"w": size})
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            results.append(project(bound, gradients))
+    finally:
+        torch.set_num_threads(threads)
+    results.append(torch.cat([project(bound, {"w": part}) for part in gradients["w"].split([1, 4, 11])]))
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("least", [1, 50])
+@pytest.mark.parametrize("columns", [5, 128, 300])
+def test_a_gradient_of_few_rows(least, columns, monkeypatch):
+    monkeypatch.setattr(SUMS, least)
+    bound = SparseProjection(12).bind({"a": (30, columns)}, 0, 0, CPU)
+    rows = torch.randn(2, 4, columns, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    numbers = torch.tensor([[3, 0, 3, 29], [7, 7, 7, 1]])  # some occur several times
+    dense = torch.zeros(2, 30, columns, dtype=torch.float64)
+    for example, number, row in zip((0, 1), numbers, rows, strict=True):
+        dense[example].index_add_(0, number, row)
+    features = torch.ones(2, 12, dtype=torch.float64)
+    bound.add_sparse_(features, "a", rows, numbers)
+    torch.testing.assert_close(features, project(bound, {"a": dense.flatten(1)}, torch.float64) + 1)
