@@ -52,7 +52,7 @@ def identity(model: ModelCopy, output: ModelOutput, settings: FeatureSettings, c
     shapes = {name: list(parameter.shape) for name, parameter in model.module.named_parameters()}
     return {
         "seed": settings.seed,
-        "dtype": str(settings.dtype).removeprefix("torch."),
+        "dtype": settings.dtype.name,
         "projection": settings.projection.fingerprint(),
         "output": output.fingerprint(),
         "model": module_fingerprint(model.module, used_by=output),

@@ -168,7 +168,7 @@ class ExtractorModule(PredictModule):
 
     def _new_extractor(self, engine: GradientEngine, projection: BoundProjection) -> FeatureExtractor:
         falls_back = self.settings.engine == "auto"
-        return FeatureExtractor(self.copied, engine, projection, self.settings.dtype, self._layout, falls_back)
+        return FeatureExtractor(self.copied, engine, projection, self.settings.dtype.floating, self._layout, falls_back)
 
     def _bind(self, checkpoint: int) -> BoundProjection:
         """The projection of a checkpoint. It is kept as long as the checkpoint's weights."""
@@ -310,7 +310,7 @@ class FeaturizeModule(ExtractorModule):
     def _new_extractor(self, engine: GradientEngine, projection: BoundProjection) -> FeatureExtractor:
         if not self.copied.sharded:
             return super()._new_extractor(engine, projection)
-        return ShardedFeatureExtractor(self.copied, engine, projection, self.settings.dtype, self._layout)
+        return ShardedFeatureExtractor(self.copied, engine, projection, self.settings.dtype.floating, self._layout)
 
     def on_predict_batch_start(self, batch: IndexedBatch, batch_idx: int, dataloader_idx: int = 0) -> None:  # noqa: ARG002
         """Show the task on the progress bar instead of "Predicting DataLoader 0"."""

@@ -1,12 +1,17 @@
-"""Features and their scalars. Each example of a shard or a batch has a row."""
+"""Features and their scalars, as they are computed and as they are stored. Each example has a row."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from lightning_trak.features.dtypes import FeatureDtype
+
+_BLOCK_BYTES = 1 << 24  # of decoded features: memory allocators keep and reuse blocks of this size
 
 
 class Features(NamedTuple):
@@ -30,28 +35,123 @@ class Features(NamedTuple):
         return cls(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
-def misfit(tensors: dict[str, Tensor], count: int, dtype: str | None = None, k: int | None = None) -> str | None:
+@dataclass(frozen=True, eq=False)
+class StoredFeatures:
+    """The rows of a shard, with features as they are stored: floats, or integer codes and a scale for each row.
+
+    Attributes:
+        codes: the stored features, shape ``(n, dtype.columns(k))``.
+        scales: of the codes, shape ``(n,)``; None if floats are stored.
+        scalars: outputs, loss gradients and curvatures as in :class:`Features`.
+        dtype: how features are stored.
+        k: number of features per example.
+    """
+
+    codes: Tensor
+    scales: Tensor | None
+    scalars: tuple[Tensor, Tensor, Tensor]
+    dtype: FeatureDtype
+    k: int
+
+    @classmethod
+    def encode(cls, rows: Features, dtype: FeatureDtype) -> StoredFeatures:
+        """Round features to what is stored."""
+        features, *scalars = rows
+        return cls(*dtype.encode(features), (scalars[0], scalars[1], scalars[2]), dtype, features.shape[1])
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor], dtype: FeatureDtype, k: int) -> StoredFeatures:
+        """The rows with these columns, see :meth:`tensors`."""
+        outputs, loss_gradients, curvatures = (tensors[name] for name in Features._fields[1:])
+        return cls(tensors["features"], tensors.get("scales"), (outputs, loss_gradients, curvatures), dtype, k)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The columns by name."""
+        scales = {} if self.scales is None else {"scales": self.scales}
+        return dict(zip(Features._fields, (self.codes, *self.scalars), strict=True)) | scales
+
+    @property
+    def loss_gradients(self) -> Tensor:
+        """Q = -dl/df, shape ``(n,)``."""
+        return self.scalars[1]
+
+    def decode(self) -> Features:
+        """The rows with features in ``dtype.floating``."""
+        return Features(self.dtype.decode(self.codes, self.scales, self.k), *self.scalars)
+
+    def blocks(self) -> Iterator[Features]:
+        """The same rows a few at a time, so that only a little is decoded at any time."""
+        step = max(1, _BLOCK_BYTES // (self.k * max(4, self.dtype.floating.itemsize)))
+        for start in range(0, len(self.codes), step):
+            yield self[start : start + step].decode()
+
+    def __getitem__(self, rows: slice) -> StoredFeatures:
+        scales = None if self.scales is None else self.scales[rows]
+        outputs, loss_gradients, curvatures = self.scalars
+        scalars = (outputs[rows], loss_gradients[rows], curvatures[rows])
+        return replace(self, codes=self.codes[rows], scales=scales, scalars=scalars)
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> StoredFeatures:
+        """The rows after ``move``, such as a copy to a device, of the codes and scales. The scalars stay."""
+        return replace(self, codes=move(self.codes), scales=None if self.scales is None else move(self.scales))
+
+    def rounding_error(self, rows: Features) -> float:
+        """The root mean square of |stored - given| / |given| over rows, of features that were given to :meth:`encode`.
+
+        0 if floats are stored. Rows of zeros are stored as such, and do not count.
+        """
+        if self.dtype.quantizer is None:
+            return 0.0
+        found = []
+        for start, block in self._with_starts():
+            given = rows.features[start : start + len(block)]
+            # Divided by the largest element, so that squares are in range.
+            largest = given.abs().amax(1, keepdim=True)
+            some = largest.squeeze(1) > 0
+            given, stored = given[some] / largest[some], block[some] / largest[some]
+            found.append(((stored - given).norm(dim=1) / given.norm(dim=1)).square())
+        shares = torch.cat(found)
+        return float(shares.mean(dtype=torch.float64).sqrt()) if len(shares) else 0.0
+
+    def _with_starts(self) -> Iterator[tuple[int, Tensor]]:
+        start = 0
+        for block in self.blocks():
+            yield start, block.features
+            start += len(block.features)
+
+
+def misfit(
+    tensors: dict[str, Tensor], count: int, dtype: FeatureDtype | None = None, k: int | None = None
+) -> str | None:
     """Describe what is wrong with the rows of a shard; None if nothing is wrong.
 
     Args:
-        tensors: the columns by name.
+        tensors: the columns by name, as :attr:`StoredFeatures.tensors`.
         count: expected number of rows.
-        dtype: expected dtype of the features, such as ``"float32"``; None for any.
+        dtype: how features are stored; None: as floats.
         k: expected number of features per example; None for any.
     """
-    if set(tensors) != set(Features._fields):
-        return f"it holds {', '.join(sorted(tensors))}, not {', '.join(sorted(Features._fields))}"
+    quantized = dtype is not None and dtype.quantizer is not None
+    names = {*Features._fields, "scales"} if quantized else set(Features._fields)
+    if set(tensors) != names:
+        return f"it holds {', '.join(sorted(tensors))}, not {', '.join(sorted(names))}"
     features = tensors["features"]
     if features.ndim != 2 or not features.shape[1]:
         return f"its features have shape {tuple(features.shape)}, not (examples, k)"
     if len(features) != count:
         return f"it holds {len(features)} examples, not {count}"
-    found = str(features.dtype).removeprefix("torch.")
-    if found != (dtype or found) or not features.is_floating_point():
-        return f"its features are {found}, not {dtype or 'floating-point numbers'}"
-    if features.shape[1] != (k or features.shape[1]):
-        return f"it has {features.shape[1]} features per example, but other shards have {k}"
+    expected = features.dtype if dtype is None else dtype.codes
+    if features.dtype != expected or not (quantized or features.is_floating_point()):
+        wanted = "floating-point numbers" if dtype is None else str(expected).removeprefix("torch.")
+        return f"its features are {str(features.dtype).removeprefix('torch.')}, not {wanted}"
+    columns = None if k is None else k if dtype is None else dtype.columns(k)
+    if columns not in (None, features.shape[1]):
+        what = "bytes" if quantized else "features"
+        return f"it has {features.shape[1]} {what} per example, but other shards have {columns}"
     for name, column in tensors.items():
         if name != "features" and (column.shape != (count,) or not column.is_floating_point()):
             return f"its {name} are {column.dtype} of shape {tuple(column.shape)}, not numbers of shape ({count},)"
+    if quantized and not bool((tensors["scales"].isfinite() & (tensors["scales"] >= 0)).all()):
+        return "its scales are not all finite and at least 0"
     return None

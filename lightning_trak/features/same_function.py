@@ -90,12 +90,14 @@ def require_as_before(
     Raises:
         ValueError: if outputs or features differ.
     """
-    found, kept = extractor(batch, torch.tensor(positions)), store.read(*place)
+    found, stored = extractor(batch, torch.tensor(positions)), store.read_stored(*place)[: len(positions)]
+    kept = stored.decode()
     tolerance = max(TOLERANCE, 4 * torch.finfo(kept.features.dtype).eps, extractor.engine.rounding)
     for name in ("outputs", "features"):
-        before = getattr(kept, name)[: len(positions)].double()
-        error = (getattr(found, name).cpu().double() - before).norm()
-        if not error <= tolerance * (before.norm() + (1 if name == "outputs" else 0)):
+        before, now = getattr(kept, name).double(), getattr(found, name).cpu()
+        error = (now.double() - before).norm()
+        rounding = stored.dtype.rounding(now) if name == "features" else 0.0
+        if not error <= tolerance * (before.norm() + (1 if name == "outputs" else 0)) + rounding:
             lost = f" The store had lost the {' and the '.join(made)}, which had to be made again." if made else ""
             raise ValueError(
                 f'store "{store.directory}" was made with other code or other data: examples {positions[0]} to'

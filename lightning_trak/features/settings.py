@@ -2,9 +2,8 @@
 
 from dataclasses import dataclass
 
-import torch
-
 from lightning_trak.checks import require_one_of
+from lightning_trak.features.dtypes import FeatureDtype
 from lightning_trak.features.engines import ENGINES, EngineName
 from lightning_trak.projections import Projection
 from lightning_trak.running.ranges import draw_audited
@@ -19,7 +18,7 @@ class FeatureSettings:
         engine: how gradients are computed: ``"hooks"``, ``"functional"`` (vmap), ``"loop"``, or ``"auto"``, see
             :func:`~lightning_trak.features.engines.choose_engine`.
         seed: seed of the projection and of the choice of audited examples.
-        dtype: dtype of the features.
+        dtype: how features are stored.
         audit: how many examples of each shard are differentiated again, alone, by plain autograd.
 
     Raises:
@@ -27,14 +26,13 @@ class FeatureSettings:
     """
 
     projection: Projection
-    engine: EngineName = "auto"
-    seed: int = 0
-    dtype: torch.dtype = torch.float32
-    audit: int = 2
+    engine: EngineName
+    seed: int
+    dtype: FeatureDtype
+    audit: int
 
     def __post_init__(self) -> None:
         require_one_of("engine", self.engine, ("auto", *ENGINES))
-        require_one_of("dtype", self.dtype, (torch.float64, torch.float32, torch.bfloat16, torch.float16))
         if not isinstance(self.audit, int) or self.audit < 0:
             raise ValueError(f"audit must be a number of examples, 0 for none, got {self.audit!r}")
 

@@ -26,7 +26,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_trak.features.rows import Features, misfit
+from lightning_trak.features.dtypes import NAMES, FeatureDtype, feature_dtype
+from lightning_trak.features.rows import Features, StoredFeatures, misfit
 from lightning_trak.fingerprints import difference
 from lightning_trak.storage import schemas
 from lightning_trak.storage.claims import ClaimedDirectory, DirectoryKind, read_manifest
@@ -52,7 +53,7 @@ _SEALED = schemas.sealed(
         "identity": schemas.record(
             {"checkpoints": schemas.items(schemas.anything, least=1)},
             optional={
-                "dtype": schemas.one_of("float64", "float32", "bfloat16", "float16"),
+                "dtype": schemas.one_of(*NAMES),
                 "parameters": schemas.parameters,
             },
             others=schemas.anything,
@@ -82,6 +83,13 @@ _HEADER = {
     "checkpoint": schemas.integer(0, _MAX_EXAMPLES),
     "name": schemas.text(),
     "key": schemas.text(),
+}
+_MAX_FEATURES = 1 << 40
+_SHARD_HEADER = {
+    "engine": schemas.text(),
+    "dtype": schemas.one_of(*NAMES),
+    "k": schemas.integer(1, _MAX_FEATURES),
+    "rounding_error": schemas.number(0, 1e3),
 }
 _ENGINES = ("hooks", "functional", "loop")
 _ENGINE = schemas.record(
@@ -214,7 +222,7 @@ class FeatureStore:
         Args:
             checkpoint: the number of the checkpoint.
             shard: the number of the shard.
-            rows: the rows of all its examples.
+            rows: the rows of all its examples. They are rounded here, if the store's dtype is one of integers.
             engine: the engine that computed the gradients, see :meth:`engine_of`.
 
         Raises:
@@ -224,14 +232,28 @@ class FeatureStore:
         self._directory.require_unchanged()
         if len(rows.features) != len(self.shard(shard)):
             raise ValueError(f"shard {shard} holds {len(self.shard(shard))} examples, got {len(rows.features)} rows")
-        reason = self._misfit(rows._asdict(), shard)
+        dtype = self._dtype
+        floating = None if dtype is None else feature_dtype(dtype.floating)
+        reason = misfit(rows._asdict(), len(self.shard(shard)), floating, self._k)
         if reason is not None:
             raise ValueError(f"shard {shard} of checkpoint {checkpoint} cannot be written: {reason}")
+        stored = StoredFeatures.encode(rows, dtype or feature_dtype(rows.features.dtype))
+        self._k = stored.k
         path = self._shard_path(checkpoint, shard)
-        save_tensors(path, rows._asdict(), checkpoint=checkpoint, name=path.stem, key=self.key, engine=engine)
+        about = {"dtype": stored.dtype.name, "k": stored.k, "rounding_error": stored.rounding_error(rows)}
+        save_tensors(path, stored.tensors, checkpoint=checkpoint, name=path.stem, key=self.key, engine=engine, **about)
 
     def read(self, checkpoint: int, shard: int) -> Features:
-        """Read a shard, memory-mapped. Its checksum is verified the first time that this process reads it.
+        """The rows of a shard. Features that are stored as integers are decoded; see :meth:`read_stored` for the rest.
+
+        Raises:
+            ValueError: if the file is truncated, altered or belongs elsewhere.
+            OSError: if the file cannot be read.
+        """
+        return self.read_stored(checkpoint, shard).decode()
+
+    def read_stored(self, checkpoint: int, shard: int) -> StoredFeatures:
+        """A shard as it is stored, memory-mapped. Its checksum is verified the first time that this process reads it.
 
         Raises:
             ValueError: if the file is truncated, altered or belongs elsewhere.
@@ -240,26 +262,44 @@ class FeatureStore:
         path = self._shard_path(checkpoint, shard)
         with _advice():
             tensors, metadata = self._load(path)
-            _require_place(path, metadata, checkpoint, self.key, engine=schemas.text())
-            reason = self._misfit(tensors, shard)
+            _require_place(path, metadata, checkpoint, self.key, **_SHARD_HEADER)
+            dtype = feature_dtype(metadata["dtype"])
+            if self._dtype not in (None, dtype):
+                raise altered(path, f"its features are {dtype.name}, not {self._dtype and self._dtype.name}")
+            if self._k not in (None, metadata["k"]):
+                raise altered(path, f"it has {metadata['k']} features per example, but other shards have {self._k}")
+            reason = misfit(tensors, len(self.shard(shard)), dtype, metadata["k"])
             if reason is not None:
                 raise altered(path, reason)
-        return Features(**tensors)
+        self._k = metadata["k"]
+        return StoredFeatures.from_tensors(tensors, dtype, metadata["k"])
 
-    def _misfit(self, tensors: dict[str, Tensor], shard: int) -> str | None:
-        dtype = self._directory.manifest["identity"].get("dtype")
-        reason = misfit(tensors, len(self.shard(shard)), dtype, self._k)
-        if reason is None:
-            self._k = tensors["features"].shape[1]
-        return reason
+    @property
+    def _dtype(self) -> FeatureDtype | None:
+        """How features are stored, if the manifest says so."""
+        name = self._directory.manifest["identity"].get("dtype")
+        return None if name is None else feature_dtype(name)
+
+    def rounding_error(self, checkpoint: int) -> float:
+        """How much rounding to integers has changed the rows: root mean square, relative to each row's norm.
+
+        0 if floats are stored.
+        """
+        squares = 0.0
+        for shard in range(self.num_shards):
+            squares += len(self.shard(shard)) * self._shard_metadata(checkpoint, shard)["rounding_error"] ** 2
+        return float((squares / self.num_examples) ** 0.5)
 
     def engine_of(self, checkpoint: int, shard: int) -> str:
         """The engine that computed the gradients of a shard, see :meth:`write`."""
+        return str(self._shard_metadata(checkpoint, shard)["engine"])
+
+    def _shard_metadata(self, checkpoint: int, shard: int) -> dict[str, Any]:
         path = self._shard_path(checkpoint, shard)
         with _advice():
             metadata = load_metadata(path)
-            _require_place(path, metadata, checkpoint, self.key, engine=schemas.text())
-        return str(metadata["engine"])
+            _require_place(path, metadata, checkpoint, self.key, **_SHARD_HEADER)
+        return metadata
 
     def write_extra(self, checkpoint: int, name: str, tensors: dict[str, Tensor], key: str = "") -> None:
         """Write tensors that belong to a checkpoint as a whole. ``key`` identifies what they were made from."""

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any, TypedDict, cast
 
 import lightning as L
-import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_trak.checkpoints.reading import CheckpointSource, resolve_checkpoints
 from lightning_trak.compatibility import original_module
+from lightning_trak.features.dtypes import Dtype, feature_dtype
 from lightning_trak.features.engines import EngineName
 from lightning_trak.features.identity import Contents
 from lightning_trak.features.pipeline import FeaturePipeline
@@ -43,7 +43,7 @@ class FeatureOptions(TypedDict, total=False):
     parameters: ParameterSelection
     engine: EngineName
     seed: int
-    dtype: torch.dtype
+    dtype: Dtype
     weights_only: bool
     audit: int
 
@@ -68,7 +68,7 @@ class FeatureMethod(Method):
         parameters: ParameterSelection = None,
         engine: EngineName = "auto",
         seed: int = 0,
-        dtype: torch.dtype = torch.float32,
+        dtype: Dtype = "float32",
         weights_only: bool = True,
         audit: int = 2,
     ) -> None:
@@ -79,7 +79,7 @@ class FeatureMethod(Method):
         self.store = local_directory(store, "store")
         self.parameters = parameters
         self.settings = FeatureSettings(
-            SparseProjection() if projection is None else projection, engine, seed, dtype, audit
+            SparseProjection() if projection is None else projection, engine, seed, feature_dtype(dtype), audit
         )
 
     @abstractmethod

@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from lightning_trak.checks import require_one_of
+from lightning_trak.features.dtypes import Dtype
 from lightning_trak.features.engines import EngineName
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.gradients import ParameterSelection
@@ -47,7 +47,8 @@ class TRAK(FeatureMethod):
         engine: how gradients are computed: ``"auto"``, ``"functional"``, ``"hooks"`` or ``"loop"``, see
             :class:`~lightning_trak.features.settings.FeatureSettings`.
         seed: seed of the projection.
-        dtype: dtype of the stored features.
+        dtype: how features are stored: a float dtype by name or of torch, or ``"int8"`` (a quarter of the bytes of
+            float32) or ``"int4"`` (an eighth): integers, with a scale for each example.
         weights_only: ``False`` lets ``.ckpt`` and ``.pt`` files run code when they are read; for files you trust only.
         audit: how many examples of each shard, and of each thousand targets, are differentiated again, one at a time by
             plain autograd, and must have the features that the engine gave them. 0 checks none.
@@ -74,7 +75,7 @@ class TRAK(FeatureMethod):
         parameters: ParameterSelection = None,
         engine: EngineName = "auto",
         seed: int = 0,
-        dtype: torch.dtype = torch.float32,
+        dtype: Dtype = "float32",
         weights_only: bool = True,
         audit: int = 2,
     ) -> None:

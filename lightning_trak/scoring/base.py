@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lightning_trak.features.rows import Features
+from lightning_trak.features.rows import Features, StoredFeatures
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.running.transfer import HostCopy, Upload, ahead
@@ -49,7 +49,7 @@ class Scorer(ABC):
 
     @abstractmethod
     def weights(self, checkpoint: int, rows: Features) -> Tensor | None:
-        """w_m(i) of each training example of a shard: shape ``(n,)``, or None for 1.
+        """w_m(i) of some training examples of a shard: shape ``(n,)``, or None for 1.
 
         The features of the rows are on the device of :meth:`fit` and in the precision of the directions.
         """
@@ -66,28 +66,32 @@ class Scorer(ABC):
         """
         return sums
 
-    def block(self, directions: Sequence[Tensor], shard: int, rows: Iterator[Features]) -> Tensor:
+    def block(self, directions: Sequence[Tensor], shard: int, rows: Iterator[StoredFeatures]) -> Tensor:
         """Scores of all targets against the training examples of a shard.
 
         Args:
             directions: of the targets, ``(num_targets, k)`` for each checkpoint.
             shard: which shard.
-            rows: yields its rows at each checkpoint, on the directions' device and in their precision.
+            rows: yields its rows at each checkpoint, on the directions' device.
 
         Returns:
             Shape ``(num_targets, len(examples))``.
         """
         total: Tensor | None = None
-        for checkpoint, (direction, part) in enumerate(
+        for checkpoint, (direction, stored) in enumerate(
             zip(directions, rows, strict=False)
         ):  # rows of other shards follow
-            product = direction @ part.features.T
-            weights = self.weights(checkpoint, part)
-            if weights is not None:
-                product *= weights.to(direction)
+            products = [self._product(checkpoint, direction, part) for part in stored.blocks()]
+            product = products[0] if len(products) == 1 else torch.cat(products, 1)
             total = product if total is None else total.add_(product)
         assert total is not None
         return self.finish(total, shard)
+
+    def _product(self, checkpoint: int, direction: Tensor, rows: Features) -> Tensor:
+        rows = rows._replace(features=rows.features.to(direction.dtype))
+        product = direction @ rows.features.T
+        weights = self.weights(checkpoint, rows)
+        return product if weights is None else product.mul_(weights.to(direction))
 
     def blocks(self, directions: Sequence[Tensor], shards: Sequence[int]) -> Iterator[tuple[range, Tensor]]:
         """Scores of all targets, a shard of training examples at a time.
@@ -104,7 +108,7 @@ class Scorer(ABC):
         Raises:
             ValueError: at the end, if a score was not finite.
         """
-        rows, sums = self._rows(shards, len(directions), directions[0]), []
+        rows, sums = self._rows(shards, len(directions)), []
         for shard in shards:
             scores = self.block(directions, shard, rows)
             sums.append(scores.sum())
@@ -112,7 +116,7 @@ class Scorer(ABC):
         # The sum of a shard is not finite if any of its scores is not.
         suspects = torch.stack(sums).isfinite().logical_not().nonzero().flatten().tolist() if sums else []
         for shard in (shards[number] for number in suspects):
-            again = self._rows([shard], len(directions), directions[0])
+            again = self._rows([shard], len(directions))
             self._require_finite(self.block(directions, shard, again), shard)
 
     def _require_finite(self, scores: Tensor, shard: int) -> None:
@@ -122,21 +126,20 @@ class Scorer(ABC):
                 f" {scores.dtype}; featurize with dtype=torch.float64"
             )
 
-    def _rows(self, shards: Sequence[int], checkpoints: int, like: Tensor) -> Iterator[Features]:
-        """Rows of each shard at the first checkpoints, their features on the device and in the dtype of a tensor."""
-        upload = Upload(like.device)
+    def _rows(self, shards: Sequence[int], checkpoints: int) -> Iterator[StoredFeatures]:
+        """Rows of each shard at the first checkpoints, on the device of :meth:`fit`. They are copied as stored."""
+        device = self._device
+        upload = Upload(device)
 
-        def read() -> Iterator[Features]:
+        def read() -> Iterator[StoredFeatures]:
             for shard in shards:
                 for checkpoint in range(checkpoints):
-                    rows = self.store.read(checkpoint, shard)
-                    if like.is_cuda:  # only pinned memory is copied while the device computes
-                        rows = rows._replace(features=rows.features.pin_memory())
-                    yield rows
+                    rows = self.store.read_stored(checkpoint, shard)
+                    # Only pinned memory is copied while the device computes.
+                    yield rows.moved(Tensor.pin_memory) if device.type == "cuda" else rows
 
         for rows in ahead(read()):
-            features = upload(partial(rows.features.to, like.device, non_blocking=True))
-            yield rows._replace(features=features.to(like.dtype))
+            yield rows.moved(lambda tensor: upload(partial(tensor.to, device, non_blocking=True)))
 
     def score(
         self,
@@ -177,21 +180,25 @@ class Scorer(ABC):
         Raises:
             ValueError: if a score is not finite.
         """
-        shards, like = ranks.share(self.store.num_shards), self._working(self.store.read(0, 0).features[:0])
-        scores = torch.zeros(self.store.num_examples, dtype=like.dtype)
+        shards, dtype = ranks.share(self.store.num_shards), self.store.read_stored(0, 0).dtype.floating
+        scores = torch.zeros(self.store.num_examples, dtype=torch.promote_types(dtype, torch.float32))
         with full_precision(self._device):
-            rows = self._rows(shards, self.store.num_checkpoints, like)
+            rows = self._rows(shards, self.store.num_checkpoints)
             for shard in shards:
                 examples = self.store.shard(shard)
-                sums = like.new_zeros(len(examples))
-                for checkpoint, part in zip(range(self.store.num_checkpoints), rows, strict=False):
-                    products = (self.directions(checkpoint, part) * part.features).sum(1)
-                    weights = self.weights(checkpoint, part)
-                    sums += products if weights is None else products * weights.to(products)
+                sums = torch.zeros(len(examples), dtype=scores.dtype, device=self._device)
+                for checkpoint, stored in zip(range(self.store.num_checkpoints), rows, strict=False):
+                    sums += torch.cat([self._own_products(checkpoint, part) for part in stored.blocks()])
                 found = self.finish(sums, shard)
                 self._require_finite(found, shard)
                 scores[examples.start : examples.stop] = found.cpu()
         return ranks.sum(scores)
+
+    def _own_products(self, checkpoint: int, rows: Features) -> Tensor:
+        rows = rows._replace(features=self._working(rows.features))
+        products = (self.directions(checkpoint, rows) * rows.features).sum(1)
+        weights = self.weights(checkpoint, rows)
+        return products if weights is None else products * weights.to(products)
 
     def _collect(self, directions: Sequence[Tensor], shards: Sequence[int], top_k: int | None, largest: bool) -> Scores:
         targets, like = len(directions[0]), directions[0]

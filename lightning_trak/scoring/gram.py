@@ -11,6 +11,7 @@ from lightning_trak.features.rows import Features
 
 Curvature = Literal["gauss_newton", "identity"]
 
+_COLUMNS = 512  # of a panel of the Gram matrix: enough for a product, few enough to leave out half of them
 _ROWS = 1024  # multiplied or solved at a time: enough to outweigh passes over k x k numbers, few enough to copy
 
 
@@ -34,6 +35,7 @@ def gram_matrix(
         ValueError: if some R_j is negative: the loss is not convex in the output.
     """
     total = torch.zeros(dim, dim, dtype=torch.float64, device=device)
+    panels = [slice(start, min(start + _COLUMNS, dim)) for start in range(0, dim, _COLUMNS)]
     squared_weights = torch.zeros((), dtype=torch.float64, device=device)
     for rows in _merged(shards):
         features = rows.features.to(device)
@@ -43,8 +45,13 @@ def gram_matrix(
             weighted = features * rows.curvatures.to(features).unsqueeze(1)
         else:
             weighted = features
-        total += weighted.T @ features
+        for panel in panels:  # the lower triangle
+            total[panel, : panel.stop] += weighted[:, panel].T @ features[:, : panel.stop]
         squared_weights += (weighted * features).sum(1, dtype=torch.float64).square().sum()
+    for panel in panels:
+        square = total[panel, panel]
+        square.copy_(square.tril() + square.tril(-1).T)
+        total[panel, panel.stop :] = total[panel.stop :, panel].T
     return total, squared_weights
 
 
@@ -95,16 +102,20 @@ class DampedGram:
         damping: lambda relative to the mean eigenvalue of K, which is the mean of its diagonal.
         precision: dtype of the features that K was made from: what the condition number is judged by.
         name: what to call the matrix in errors.
+        rounding_error: by how much the features were rounded to integers, relative to each row's norm (root mean
+            square); 0 for floats.
 
     Raises:
         ValueError: if K is zero, not finite, or singular to the precision of the features.
     """
 
-    def __init__(self, gram: Tensor, damping: float, precision: torch.dtype, name: str) -> None:
+    def __init__(
+        self, gram: Tensor, damping: float, precision: torch.dtype, name: str, rounding_error: float = 0.0
+    ) -> None:
         if damping < 0:
             raise ValueError(f"damping must be at least 0, got {damping}")
         scale = gram.diagonal().mean()
-        if not torch.isfinite(gram).all():
+        if not torch.stack(gram.aminmax()).isfinite().all():
             raise ValueError(
                 f"the Gram matrix of {name} is not finite: products of the features overflow; featurize with"
                 " dtype=torch.float64"
@@ -116,10 +127,12 @@ class DampedGram:
                 " 0 or 1 to rounding: use checkpoints from earlier in the training, or dtype=torch.float64 and"
                 ' Trainer(precision="64-true"). A loss linear in the output needs curvature="identity"'
             )
-        # Divided by its scale, so that tiny gradients or curvatures cannot underflow.
-        damped = gram / scale
-        damped.diagonal().add_(damping)
-        factor, info = torch.linalg.cholesky_ex(damped)
+        # Divided by its scale, so that tiny gradients or curvatures cannot underflow. The factor takes the place of this
+        # copy, because both have k x k numbers. The transpose is the same matrix with the strides that LAPACK wants.
+        factor = (gram / scale).mT
+        factor.diagonal().add_(damping)
+        info = torch.empty((), dtype=torch.int32, device=gram.device)
+        torch.linalg.cholesky_ex(factor, out=(factor, info))
         advice = (
             f"use a larger damping (now {damping:g}; 'auto' suits most models), a projection with a smaller dim or more"
             " training examples"
@@ -127,7 +140,7 @@ class DampedGram:
         if info != 0:
             raise ValueError(f"the Gram matrix of {name} ({len(gram)} x {len(gram)}) is singular: {advice}")
         self._factor, self._scale = factor, scale
-        self.largest, self.smallest = self._extreme_eigenvalues(damped)
+        self.largest, self.smallest = self._extreme_eigenvalues()
         # Features phi with independent rounding errors e give K errors of about phi^T e, whose norm is at most
         # |phi| |e| ~ sqrt(largest) eps in units of K's scale; they must not reach the smallest eigenvalue.
         condition = f"condition number {self.largest / self.smallest:.1e}"
@@ -145,13 +158,45 @@ class DampedGram:
                 stacklevel=2,
             )
 
-    def _extreme_eigenvalues(self, damped: Tensor, steps: int = 20) -> tuple[float, float]:
+        share = self._score_error(damping, rounding_error)
+        if share > 1:
+            raise ValueError(
+                f"rounding the features to integers changes scores with the Gram matrix of {name} by {share:.2g} times"
+                f" their size ({condition}): use dtype='float32' or a larger damping (now {damping:g})"
+            )
+        if share > 0.1:
+            warnings.warn(
+                f"rounding the features to integers changes scores with the Gram matrix of {name} by about"
+                f" {share:.0%} ({condition}): use a dtype of more bits or a larger damping (now {damping:g})",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def _score_error(self, damping: float, rounding_error: float, probes: int = 32) -> float:
+        """What rounding adds to the scores of the training examples for each other, relative to their root mean square.
+
+        An error e_i that has no preferred direction and |e_i| = d |phi_i| adds d^2 |phi_i|^2 |A^-1 phi_x|^2 / k to the
+        square of the score phi_x^T A^-1 phi_i on average, for A = K + lambda I. Summed over i and x with weights R this
+        is d^2 tr(K A^-2) in units of K's mean eigenvalue, and the squares of scores sum to tr(K A^-1 K A^-1). Random
+        signs z estimate both traces: K A^-1 z = z - lambda A^-1 z.
+        """
+        if not rounding_error:
+            return 0.0
+        generator = torch.Generator().manual_seed(0)
+        signs = torch.randint(0, 2, (len(self._factor), probes), generator=generator) * 2 - 1
+        signs = signs.to(self._factor)
+        solved = self._solve(signs)
+        filtered = signs - damping * solved
+        noise = (solved * filtered).sum().clamp_min(0)
+        return float(rounding_error * (noise / filtered.square().sum()).sqrt())
+
+    def _extreme_eigenvalues(self, steps: int = 20) -> tuple[float, float]:
         """Estimates of the largest and smallest eigenvalue, by power iteration on the matrix and on its inverse."""
         generator = torch.Generator().manual_seed(0)
-        start = torch.randn(len(damped), 1, generator=generator, dtype=torch.float64).to(damped.device)
+        start = torch.randn(len(self._factor), 1, generator=generator, dtype=torch.float64).to(self._factor.device)
         largest, smallest = start, start
         for _ in range(steps):
-            largest = damped @ (largest / largest.norm())
+            largest = self._factor @ (self._factor.mT @ (largest / largest.norm()))
             smallest = self._solve(smallest / smallest.norm())
         return float(largest.norm()), float(1 / smallest.norm())
 

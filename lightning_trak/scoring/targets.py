@@ -48,7 +48,7 @@ def score_targets(
         On every rank a CPU Tensor ``(num_targets, num_train)``, or a TopK.
     """
     numbers = max(pipeline.dim(model) * store.num_checkpoints, store.shard_size + (top_k or 0))
-    blocks = _blocks(loader, numbers * max(4, pipeline.settings.dtype.itemsize))
+    blocks = _blocks(loader, numbers * max(4, pipeline.settings.dtype.floating.itemsize))
     parts: list[Scores] = []
     for features in pipeline.target_features(trainer, loader, blocks, model, store, datamodule):
         scorer.fit(trainer.strategy.root_device, Ranks.of(trainer))

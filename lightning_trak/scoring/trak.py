@@ -76,8 +76,9 @@ class TRAKScorer(Scorer):
             if damping == "auto":
                 damping = auto_damping(gram.trace(), squared_weights, len(gram))
             dampings.append(damping)
-            precision = self.store.read(checkpoint, 0).features.dtype
-            self._factors.append(DampedGram(gram, damping, precision, f"checkpoint {checkpoint}"))
+            precision = self.store.read_stored(checkpoint, 0).dtype.floating
+            error, name = self.store.rounding_error(checkpoint), f"checkpoint {checkpoint}"
+            self._factors.append(DampedGram(gram, damping, precision, name, error))
         if self.damping == "auto":
             ends = dict.fromkeys(f"{damping:.3g}" for damping in (min(dampings), max(dampings)))
             place = "checkpoint" if len(dampings) == 1 else "checkpoints"
@@ -88,9 +89,11 @@ class TRAKScorer(Scorer):
         stored = self.store.read_extra(checkpoint, name, key)
         if ranks.all_true(stored is not None) and stored is not None:
             return stored["gram"], stored["squared_weights"]
-        k = self.store.read(checkpoint, 0).features.shape[1]
+        k = self.store.read_stored(checkpoint, 0).k
         blocks = row_blocks(self.store.num_shards, self.store.shard_size)
-        mine = (self.store.read(checkpoint, shard) for number in ranks.share(len(blocks)) for shard in blocks[number])
+        shards = (shard for number in ranks.share(len(blocks)) for shard in blocks[number])
+        parts = (self.store.read_stored(checkpoint, shard) for shard in shards)
+        mine = (rows for part in parts for rows in part.moved(lambda codes: codes.to(self._device)).blocks())
         with full_precision(self._device):
             gram, squared_weights = map(ranks.sum, gram_matrix(mine, self.curvature, k, self._device))
         if ranks.rank == 0 and self._keeps:
@@ -117,6 +120,6 @@ class TRAKScorer(Scorer):
         """The mean over checkpoints, times the mean of Q if that is averaged apart, and moved towards zero if asked."""
         scores = sums / self.store.num_checkpoints
         if self.loss_gradients == "averaged":
-            rows = [self.store.read(checkpoint, shard) for checkpoint in range(self.store.num_checkpoints)]
+            rows = [self.store.read_stored(checkpoint, shard) for checkpoint in range(self.store.num_checkpoints)]
             scores *= torch.stack([part.loss_gradients for part in rows]).mean(0).to(scores)
         return torch.nn.functional.softshrink(scores, self.soft_threshold) if self.soft_threshold else scores

@@ -79,6 +79,15 @@ def integer(low: int, high: int) -> Schema:
     return check
 
 
+def number(low: float, high: float) -> Schema:
+    """A number from ``low`` to ``high``, whole or not."""
+
+    def check(field: str, value: Any) -> None:
+        _require(type(value) in (int, float) and low <= value <= high, field, f"a number from {low} to {high}", value)
+
+    return check
+
+
 def boolean(field: str, value: Any) -> None:
     """True or false."""
     _require(isinstance(value, bool), field, "true or false", value)

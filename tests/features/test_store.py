@@ -37,6 +37,12 @@ def store(tmp_path):
     return store
 
 
+def header(store, k=4):
+    """The header of shard 0 of checkpoint 1."""
+    place = {"checkpoint": 1, "name": "shard-00000", "key": store.key, "engine": ""}
+    return place | {"dtype": "float32", "k": k, "rounding_error": 0.0}
+
+
 def contents(store):
     return {path: path.read_bytes() for path in sorted(store.directory.rglob("*")) if path.is_file()}
 
@@ -141,7 +147,7 @@ def test_reading_what_is_no_store(tmp_path):
     with pytest.raises(ValueError, match="not the manifest of a feature store"):
         FeatureStore.read_manifest(tmp_path)
     (tmp_path / "manifest.json").write_text(json.dumps({"format": 99}))
-    with pytest.raises(ValueError, match="has format 99; this version reads 3"):
+    with pytest.raises(ValueError, match="has format 99; this version reads 4"):
         FeatureStore.read_manifest(tmp_path)
 
 
@@ -316,17 +322,28 @@ def test_rows_that_do_not_fit_are_neither_written_nor_read(store, change, said):
     with pytest.raises(ValueError, match=f"shard 0 of checkpoint 1 cannot be written: {said}"):
         store.write(1, 0, rows(4)._replace(**change))
     assert contents(store) == before
-    about = {"checkpoint": 1, "name": "shard-00000", "key": store.key, "engine": ""}
-    save_tensors(store._shard_path(1, 0), rows(4)._asdict() | change, **about)
+    k = change["features"].shape[-1] if "features" in change else 4
+    save_tensors(store._shard_path(1, 0), rows(4)._asdict() | change, **header(store, k or 4))
     store.read(0, 0)
     with pytest.raises(ValueError, match=f"{said}.*; delete it and call featurize again"):
         store.read(1, 0)
 
 
-@pytest.mark.parametrize("about", [{}, {"checkpoint": 1}, {"checkpoint": "1"}, {"engine": None}, {"extra": 1}])
+@pytest.mark.parametrize(
+    "about",
+    [
+        {},
+        {"checkpoint": "1"},
+        {"engine": None},
+        {"extra": 1},
+        {"dtype": "int2"},
+        {"k": 0},
+        {"rounding_error": -1},
+        {"rounding_error": None},
+    ],
+)
 def test_a_header_of_another_kind_is_refused(store, about):
-    whole = {"checkpoint": 1, "name": "shard-00000", "key": store.key, "engine": ""}
-    save_tensors(store._shard_path(1, 0), rows(4)._asdict(), **(whole | about if len(about) != 1 else about))
+    save_tensors(store._shard_path(1, 0), rows(4)._asdict(), **(header(store) | about))
     if about:
         with pytest.raises(ValueError, match="its header"):
             store.read(1, 0)
@@ -335,9 +352,17 @@ def test_a_header_of_another_kind_is_refused(store, about):
 
 
 def test_a_shard_with_other_columns_is_refused(store):
-    about = {"checkpoint": 1, "name": "shard-00000", "key": store.key, "engine": ""}
-    save_tensors(store._shard_path(1, 0), {"features": torch.zeros(4, 4)}, **about)
+    save_tensors(store._shard_path(1, 0), {"features": torch.zeros(4, 4)}, **header(store))
     with pytest.raises(ValueError, match="it holds features, not curvatures, features, loss_gradients, outputs"):
+        store.read(1, 0)
+
+
+@pytest.mark.parametrize("field", ["checkpoint", "engine", "dtype", "k", "rounding_error"])
+def test_a_header_that_lacks_a_field_is_refused(store, field):
+    about = header(store)
+    del about[field]
+    save_tensors(store._shard_path(1, 0), rows(4)._asdict(), **about)
+    with pytest.raises(ValueError, match=f"its header lacks the field '{field}'"):
         store.read(1, 0)
 
 

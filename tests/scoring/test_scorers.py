@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_trak.features.rows import Features
+from lightning_trak.features.dtypes import feature_dtype
+from lightning_trak.features.rows import Features, StoredFeatures
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.scoring import GradientDotScorer, TRAKScorer
@@ -147,8 +148,9 @@ def test_the_gram_matrix_does_not_depend_on_the_number_of_ranks(tmp_path, monkey
     zeros, shards = torch.zeros(n), []
     for shard in range(store.num_shards):
         rows = slice(store.shard(shard).start, store.shard(shard).stop)
-        shards.append(Features(phi[rows], zeros[rows], zeros[rows], curvatures[rows]))
-    monkeypatch.setattr(store, "read", lambda checkpoint, shard: shards[shard])
+        features = Features(phi[rows], zeros[rows], zeros[rows], curvatures[rows])
+        shards.append(StoredFeatures.encode(features, feature_dtype(dtype)))
+    monkeypatch.setattr(store, "read_stored", lambda checkpoint, shard: shards[shard])
     monkeypatch.setattr(store, "digest", lambda checkpoint: "the same")
     monkeypatch.setattr(store, "write_extra", lambda *args: None)  # so that each makes its own
     scorer = TRAKScorer(store, "gauss_newton", 1.0, "per_checkpoint", 0.0)

@@ -212,7 +212,7 @@ def test_a_flipped_bit_of_a_manifest_is_refused_or_harmless(made, flip):
         ({"shard_size": 10**30}, "shard_size must be a whole number from 1 to .*, got 1000"),
         ({"identity": []}, r"identity must be an object, got \[\]"),
         ({"identity": {"checkpoints": []}}, r"identity.checkpoints must be a list of at least 1, got \[\]"),
-        ({"identity": IDENTITY | {"dtype": "int8"}}, "identity.dtype must be one of float64, .*, got 'int8'"),
+        ({"identity": IDENTITY | {"dtype": "int2"}}, "identity.dtype must be one of float64, .*, got 'int2'"),
         ({"extra": 1}, "it has the unknown field 'extra'"),
         ({"num_examples": 11}, "made with num_examples 11"),
     ],
