@@ -189,7 +189,7 @@ class ShardedFeatureExtractor(FeatureExtractor):
                     f"one of the examples {numbers} {self.model.place}: hooks get some gradients of the"
                     f" sharded model wrong, {_OTHERWISE}: {reasons}"
                 )
-            return self._project(self.engine, single)
+            return self._project(self.engine, single, self.projection)
 
     def _audit(
         self,

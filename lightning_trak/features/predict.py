@@ -230,15 +230,18 @@ class ExtractorModule(PredictModule):
         self.engine_name = self.engine_name or "functional"
         return make_engine(self.engine_name, self.copied, self._autocast)
 
-    def _sample(self, checkpoint: int, purpose: str, count: int) -> Iterator[tuple[Any, int]]:
-        """A uniform sample of the training data, without replacement. Each checkpoint has its own."""
+    def _sample(self, checkpoint: int, purpose: str, count: int) -> Iterator[tuple[Any, list[int]]]:
+        """A uniform sample of the training data, without replacement: batches and the positions of their examples.
+
+        Each checkpoint has its own.
+        """
         if self._train_loader is None:
             raise RuntimeError(
                 f'store "{self._store.directory}" has lost the {purpose} of checkpoint {checkpoint}, with which its'
                 " features were made; call featurize again, which makes it again from the training data"
             )
         positions = sample_batches(self._train_loader, count, f"{self.settings.seed}/{checkpoint}/{purpose}")
-        yield from zip(self._batches(self._train_loader, positions), map(len, positions), strict=True)
+        yield from zip(self._batches(self._train_loader, positions), positions, strict=True)
 
     def _batches(self, loader: DataLoader[Any], positions: list[list[int]]) -> Iterator[Any]:
         """Load examples at some positions to the device, one batch for each list."""

@@ -1,6 +1,6 @@
 """Projections: from per-example gradients to features of a chosen size."""
 
-from lightning_trak.projections.base import BoundProjection, Projection
+from lightning_trak.projections.base import BoundProjection, Projection, SampleBatch
 from lightning_trak.projections.dense import GaussianProjection, RademacherProjection
 from lightning_trak.projections.identity import IdentityProjection
 from lightning_trak.projections.kronecker import KroneckerProjection
@@ -13,5 +13,6 @@ __all__ = [
     "KroneckerProjection",
     "Projection",
     "RademacherProjection",
+    "SampleBatch",
     "SparseProjection",
 ]
