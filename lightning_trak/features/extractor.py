@@ -121,12 +121,12 @@ class FeatureExtractor:
         return LoopEngine(self.model.module, self.model.output, self.model.names, autocast)
 
     def _rows(self, batch: ExampleBatch, positions: Tensor, audited: Mapping[int, Any]) -> Features:
-        engine, features, outputs = self._projected(batch, self.projection)
+        engine, sketches, outputs = self._projected(batch, self.projection.sketch)
         place = self.model.place
         if audited:
             names = {number: f"example {int(positions[number])} {place}" for number in audited}
-            self._audit(engine, batch, features, outputs, audited, names)
-        features = to_store_dtype(features, self.dtype, positions, place)
+            self._audit(engine, batch, sketches, outputs, audited, names)
+        features = to_store_dtype(self.projection.finish(sketches), self.dtype, positions, place)
         loss_gradients, curvatures = self.model.output.derivatives(outputs)
         scalar = torch.promote_types(self.dtype, torch.float32)  # rounding these three would save almost no space
         return Features(features, outputs.to(scalar), loss_gradients.to(scalar), curvatures.to(scalar))
@@ -135,16 +135,16 @@ class FeatureExtractor:
         self,
         engine: GradientEngine,
         batch: ExampleBatch,
-        features: Tensor,
+        sketches: Tensor,
         outputs: Tensor,
         audited: Mapping[int, Any],
         names: Mapping[int, str],
     ) -> None:
         """Differentiate some examples again, see :meth:`__call__`."""
-        audit = Audit(engine, self._reference(engine.autocast), self.projection, self.model.original)
+        audit = Audit(engine, self._reference(engine.autocast), self.projection.sketch, self.model.original)
         for number, twice in audited.items():
             single = None if twice is None else ExampleBatch(twice, 2, self.layout).take([0])
-            audit(batch, number, features, outputs, names[number], single)
+            audit(batch, number, sketches, outputs, names[number], single)
 
     def _projected(self, batch: ExampleBatch, projection: BoundProjection) -> tuple[GradientEngine, Tensor, Tensor]:
         """The engine that was used, and the examples' projected gradients and outputs."""

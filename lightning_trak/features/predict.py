@@ -132,8 +132,7 @@ class ExtractorModule(PredictModule):
         if checkpoint in self._begun and self._store.repeatable:
             shard = self._begun[checkpoint]
             require_as_before(extractor, self._store, (checkpoint, shard), *self._first_of(shard), made)
-        for name, tensors in made.items():
-            self._store.write_extra(checkpoint, name, tensors, self._store.key)
+        self._settle(checkpoint, made)
         if not keeps_examples(self._store):
             batch, positions = self._first_of(0)
             keep_examples(extractor, self._store, batch, len(positions))
@@ -196,6 +195,15 @@ class ExtractorModule(PredictModule):
             batches = self._sample(checkpoint, "projection", self.settings.projection.sample_size)
             made["projection"] = fitted = extractor.fit_projection(batches)
         extractor.projection.set_fit(fitted)
+
+    def _settle(self, checkpoint: int, made: dict[str, dict[str, Tensor]]) -> None:
+        """Store extras that were made, and use what the store has: another process may have been faster."""
+        for name, tensors in made.items():
+            self._store.settle_extra(checkpoint, name, tensors, self._store.key)
+        if "context" in made:
+            self._enter_context(checkpoint, {})
+        if "projection" in made:
+            self._enter_projection(checkpoint, {})
 
     def _first_of(self, shard: int) -> tuple[Any, list[int]]:
         """The first two training examples of a shard, and their positions."""

@@ -4,6 +4,7 @@ from lightning_trak.projections.base import BoundProjection, Projection, SampleB
 from lightning_trak.projections.dense import GaussianProjection, RademacherProjection
 from lightning_trak.projections.identity import IdentityProjection
 from lightning_trak.projections.kronecker import KroneckerProjection
+from lightning_trak.projections.principal_projection import PrincipalProjection
 from lightning_trak.projections.sparse import SparseProjection
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "GaussianProjection",
     "IdentityProjection",
     "KroneckerProjection",
+    "PrincipalProjection",
     "Projection",
     "RademacherProjection",
     "SampleBatch",

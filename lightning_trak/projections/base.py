@@ -97,6 +97,26 @@ class BoundProjection(ABC):
         self._row_sizes = {name: math.prod(shape[1:]) for name, shape in shapes.items()}
         self.dim = dim
 
+    @property
+    def sketch(self) -> BoundProjection:
+        """The projection that engines add gradients to, parameter by parameter; :meth:`finish` does the rest.
+
+        It is this projection itself, unless P is a product of two matrices. Then it is the first one, so that a batch
+        is multiplied by the second one once, and not for each parameter.
+        """
+        return self
+
+    def finish(self, sketches: Tensor) -> Tensor:
+        """Map features of :attr:`sketch` to features of P, in the same precision.
+
+        Args:
+            sketches: features of :attr:`sketch` to which all parameters have been added, of shape (batch, sketch.dim).
+
+        Returns:
+            Features of shape (batch, dim).
+        """
+        return sketches
+
     def fit(self, batches: Iterable[SampleBatch]) -> dict[str, Tensor]:
         """Learn from training examples. This is needed if the configuration's ``sample_size`` is not 0.
 
