@@ -38,8 +38,6 @@ class PrincipalProjection(Projection):
         landmarks: number of examples that V is learned from, at least ``dim``.
         sample: number of training examples that landmarks are chosen from; all of them if there are fewer.
         sketch: length of a sketch. A model with no more parameters than that needs no sketch: s is g.
-        rest: number of further features: a sparse projection of s - V V^T s, so that inner products of all features
-            have mean <s, s'>. 0: what V leaves out is lost.
         cache_bytes: as for :class:`SparseProjection`.
     """
 
@@ -47,12 +45,11 @@ class PrincipalProjection(Projection):
     landmarks: int = 2048
     sample: int = 8192
     sketch: int = 16384
-    rest: int = 0
     cache_bytes: int = field(default=1 << 30, compare=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        self._require_positive("dim", "landmarks", "sample", "sketch", *(["rest"] if self.rest != 0 else []))
-        for small, large in (("dim", "landmarks"), ("landmarks", "sample"), ("dim", "sketch"), ("rest", "sketch")):
+        self._require_positive("dim", "landmarks", "sample", "sketch")
+        for small, large in (("dim", "landmarks"), ("landmarks", "sample"), ("dim", "sketch")):
             if getattr(self, small) > getattr(self, large):
                 raise ValueError(
                     f"Expected `{small}` to be at most `{large}`={getattr(self, large)} but got"
@@ -70,14 +67,7 @@ class PrincipalProjection(Projection):
         """Fix the projection for one checkpoint, see :meth:`Projection.bind`."""
         whole = sum(map(math.prod, shapes.values())) <= self.sketch
         inner = IdentityProjection() if whole else SparseProjection(self.sketch, cache_bytes=self.cache_bytes)
-        sketch = inner.bind(shapes, seed, checkpoint, device)
-        rest = None
-        if self.rest:
-            rest = SparseProjection(self.rest).bind({_REST: (sketch.dim,)}, seed, checkpoint, device)
-        return BoundPrincipalProjection(self, shapes, sketch, rest, device)
-
-
-_REST = "what the principal directions leave out"  # the name of its stream of random numbers
+        return BoundPrincipalProjection(self, shapes, inner.bind(shapes, seed, checkpoint, device), device)
 
 
 class BoundPrincipalProjection(BoundProjection):
@@ -88,13 +78,11 @@ class BoundPrincipalProjection(BoundProjection):
         config: PrincipalProjection,
         shapes: Mapping[str, Sequence[int]],
         sketch: BoundProjection,
-        rest: BoundProjection | None,
         device: torch.device,
     ) -> None:
-        super().__init__(shapes, config.dim + config.rest)
+        super().__init__(shapes, config.dim)
         self._config = config
         self._sketch = sketch
-        self._rest = rest
         self._device = device
         self._basis: Tensor | None = None
 
@@ -143,12 +131,7 @@ class BoundPrincipalProjection(BoundProjection):
             )
         with torch.no_grad(), torch.autocast(sketches.device.type, enabled=False):
             basis = self._basis = self._basis.to(sketches.dtype)
-            features = sketches @ basis
-            if self._rest is None:
-                return features
-            rest = sketches.new_zeros(len(sketches), self._rest.dim)
-            self._rest.add_(rest, _REST, sketches - features @ basis.T)
-            return torch.cat([features, rest], dim=1)
+            return sketches @ basis
 
     def _add(self, features: Tensor, name: str, gradients: Tensor, start: int) -> None:
         dtype = torch.promote_types(gradients.dtype, torch.float32)
