@@ -1,6 +1,6 @@
 """From a batch to features at one checkpoint: per-example gradients, projected."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -9,6 +9,7 @@ import torch
 from lightning_utilities.core.rank_zero import WarningCache
 from torch import Tensor
 
+from lightning_trak.features.finiteness import require_finite
 from lightning_trak.features.model import ModelCopy
 from lightning_trak.features.precision import to_store_dtype
 from lightning_trak.features.rows import Features
@@ -16,7 +17,7 @@ from lightning_trak.gradients import FunctionalEngine, GradientEngine, HookEngin
 from lightning_trak.gradients.audit import Audit
 from lightning_trak.gradients.base import EngineError
 from lightning_trak.gradients.batch import ExampleBatch, Layout
-from lightning_trak.projections.base import BoundProjection
+from lightning_trak.projections.base import BoundProjection, SampleBatch
 
 _warned = WarningCache()  # gives each warning once
 
@@ -63,14 +64,9 @@ class FeatureExtractor:
         """
         whole = ExampleBatch(batch, len(positions), self.layout)
         with self.model.differentiable():
-            # Hooks need memory for the gradients of one layer at a time. Other engines hold those of all layers, so
-            # they get fewer examples at a time.
-            step = whole.size if self._hooks else self._sub_batch
             parts = []
-            for start in range(0, whole.size, step):
-                rows = slice(start, min(start + step, whole.size))
-                part = whole if step >= whole.size else whole.take(rows)
-                some = {number - start: one for number, one in audited.items() if rows.start <= number < rows.stop}
+            for rows, part in self._parts(whole):
+                some = {number - rows.start: one for number, one in audited.items() if rows.start <= number < rows.stop}
                 parts.append(self._rows(part, positions[rows], some))
             return Features.cat(parts)
 
@@ -81,24 +77,31 @@ class FeatureExtractor:
             singles = (examples.take([number]) for number in range(examples.size))
             return torch.cat([engine.outputs(single).detach() for single in singles])
 
-    def fit_projection(self, batches: Iterable[tuple[Any, int]]) -> dict[str, Tensor]:
-        """Fit the projection to gradients of training examples.
+    def fit_projection(self, batches: Iterable[tuple[Any, Sequence[int]]]) -> dict[str, Tensor]:
+        """Fit the projection to training examples.
 
         Args:
-            batches: batches on the model's device, each with its number of examples.
+            batches: batches on the model's device, each with the positions of its examples in the dataset.
 
         Returns:
             What the projection has learned, by name.
+
+        Raises:
+            NotFiniteError: if a projected gradient is not finite.
         """
-
-        def gradients() -> Iterator[dict[str, Tensor]]:
-            for batch, size in batches:
-                examples = ExampleBatch(batch, size, self.layout)
-                for start in range(0, size, self._sub_batch):
-                    yield self._gradients(examples.take(slice(start, min(start + self._sub_batch, size))))
-
+        sample = (
+            _SampleBatch(self, ExampleBatch(batch, len(positions), self.layout), torch.tensor(positions))
+            for batch, positions in batches
+        )
         with self.model.differentiable():
-            return self.projection.fit(gradients())
+            return self.projection.fit(sample)
+
+    def _parts(self, batch: ExampleBatch) -> Iterator[tuple[slice, ExampleBatch]]:
+        """Parts of a batch, each small enough for the engine to project its gradients, and their rows.
+
+        Hooks need memory for the gradients of one layer at a time. Other engines hold those of all layers.
+        """
+        return _cut(batch, batch.size if self._hooks else self._sub_batch)
 
     @property
     def _hooks(self) -> bool:
@@ -118,12 +121,12 @@ class FeatureExtractor:
         return LoopEngine(self.model.module, self.model.output, self.model.names, autocast)
 
     def _rows(self, batch: ExampleBatch, positions: Tensor, audited: Mapping[int, Any]) -> Features:
-        engine, features, outputs = self._projected(batch)
+        engine, sketches, outputs = self._projected(batch, self.projection.sketch)
         place = self.model.place
         if audited:
             names = {number: f"example {int(positions[number])} {place}" for number in audited}
-            self._audit(engine, batch, features, outputs, audited, names)
-        features = to_store_dtype(features, self.dtype, positions, place)
+            self._audit(engine, batch, sketches, outputs, audited, names)
+        features = to_store_dtype(self.projection.finish(sketches), self.dtype, positions, place)
         loss_gradients, curvatures = self.model.output.derivatives(outputs)
         scalar = torch.promote_types(self.dtype, torch.float32)  # rounding these three would save almost no space
         return Features(features, outputs.to(scalar), loss_gradients.to(scalar), curvatures.to(scalar))
@@ -132,21 +135,21 @@ class FeatureExtractor:
         self,
         engine: GradientEngine,
         batch: ExampleBatch,
-        features: Tensor,
+        sketches: Tensor,
         outputs: Tensor,
         audited: Mapping[int, Any],
         names: Mapping[int, str],
     ) -> None:
         """Differentiate some examples again, see :meth:`__call__`."""
-        audit = Audit(engine, self._reference(engine.autocast), self.projection, self.model.original)
+        audit = Audit(engine, self._reference(engine.autocast), self.projection.sketch, self.model.original)
         for number, twice in audited.items():
             single = None if twice is None else ExampleBatch(twice, 2, self.layout).take([0])
-            audit(batch, number, features, outputs, names[number], single)
+            audit(batch, number, sketches, outputs, names[number], single)
 
-    def _projected(self, batch: ExampleBatch) -> tuple[GradientEngine, Tensor, Tensor]:
+    def _projected(self, batch: ExampleBatch, projection: BoundProjection) -> tuple[GradientEngine, Tensor, Tensor]:
         """The engine that was used, and the examples' projected gradients and outputs."""
         try:
-            return self.engine, *self._project(self.engine, batch)
+            return self.engine, *self._project(self.engine, batch, projection)
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:
@@ -154,14 +157,16 @@ class FeatureExtractor:
                 raise
             # If the loop fails too, the model is at fault, and its own error is raised.
             loop = self._reference()
-            found = self._project(loop, batch)
+            found = self._project(loop, batch, projection)
             self._fall_back(error)
             return loop, *found
 
-    def _project(self, engine: GradientEngine, batch: ExampleBatch) -> tuple[Tensor, Tensor]:
+    def _project(
+        self, engine: GradientEngine, batch: ExampleBatch, projection: BoundProjection
+    ) -> tuple[Tensor, Tensor]:
         """The examples' projected gradients and outputs, in the working precision."""
-        features = torch.zeros(batch.size, self.projection.dim, dtype=self._working, device=self.model.device)
-        return features, engine.project(batch, self.projection, features).to(self._working)
+        features = torch.zeros(batch.size, projection.dim, dtype=self._working, device=self.model.device)
+        return features, engine.project(batch, projection, features).to(self._working)
 
     def _fall_back(self, error: Exception) -> None:
         """Warn or raise after the engine has failed on a batch that the loop can differentiate.
@@ -191,3 +196,35 @@ class FeatureExtractor:
             if not self.falls_back:
                 raise
             return self._reference()(batch)[1]  # the warning comes when the batch is featurized
+
+
+@dataclass(frozen=True)
+class _SampleBatch(SampleBatch):
+    """Training examples, and the extractor that differentiates them."""
+
+    extractor: FeatureExtractor
+    examples: ExampleBatch
+    positions: Tensor
+
+    def gradients(self) -> Iterator[dict[str, Tensor]]:
+        """See :meth:`SampleBatch.gradients`."""
+        for _, part in _cut(self.examples, self.extractor._sub_batch):
+            yield self.extractor._gradients(part)
+
+    def project(self, projection: BoundProjection) -> tuple[Tensor, Tensor]:
+        """See :meth:`SampleBatch.project`."""
+        model = self.extractor.model
+        parts = []
+        for rows, part in self.extractor._parts(self.examples):
+            _, features, outputs = self.extractor._projected(part, projection)
+            parts.append(Features(features, outputs, *model.output.derivatives(outputs)))
+            require_finite(parts[-1], self.positions[rows], model.place)
+        found = Features.cat(parts)
+        return found.features, found.curvatures
+
+
+def _cut(batch: ExampleBatch, step: int) -> Iterator[tuple[slice, ExampleBatch]]:
+    """Parts of at most ``step`` examples, and their rows in the batch."""
+    for start in range(0, batch.size, step):
+        rows = slice(start, min(start + step, batch.size))
+        yield rows, batch if step >= batch.size else batch.take(rows)

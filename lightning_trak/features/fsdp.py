@@ -172,7 +172,7 @@ class ShardedFeatureExtractor(FeatureExtractor):
             position: the number of the example in errors.
 
         Returns:
-            Its feature, shape ``(1, k)``, and its output, shape ``(1,)``.
+            The features of its ``projection.sketch``, shape ``(1, sketch.dim)``, and its output, shape ``(1,)``.
 
         Raises:
             ValueError: on all ranks, if hooks do not give the right gradients.
@@ -189,13 +189,13 @@ class ShardedFeatureExtractor(FeatureExtractor):
                     f"one of the examples {numbers} {self.model.place}: hooks get some gradients of the"
                     f" sharded model wrong, {_OTHERWISE}: {reasons}"
                 )
-            return self._project(self.engine, single)
+            return self._project(self.engine, single, self.projection.sketch)
 
     def _audit(
         self,
         engine: GradientEngine,
         batch: ExampleBatch,
-        features: Tensor,
+        sketches: Tensor,
         outputs: Tensor,
         audited: Mapping[int, tuple[Tensor, Tensor]],
         names: Mapping[int, str],
@@ -207,8 +207,8 @@ class ShardedFeatureExtractor(FeatureExtractor):
         """
         del batch
         rounding = engine.rounding
-        for number, (feature, output) in audited.items():
-            if not (output.isfinite() and features[number].isfinite().all()):
+        for number, (sketch, output) in audited.items():
+            if not (output.isfinite() and sketches[number].isfinite().all()):
                 continue  # another check refuses features that are not finite
             if not close(outputs[number : number + 1], output, rounding):
                 raise EngineError(
@@ -216,8 +216,8 @@ class ShardedFeatureExtractor(FeatureExtractor):
                     " alone: it depends on the rest of the batch, for example through padding that is not masked, or it"
                     " differs each time"
                 )
-            off, norm = float((features[number] - feature[0]).norm()), float(feature.norm())
-            noise = 1e-2 * rounding * float(features.norm(dim=1).nan_to_num(0, 0, 0).max())
+            off, norm = float((sketches[number] - sketch[0]).norm()), float(sketch.norm())
+            noise = 1e-2 * rounding * float(sketches.norm(dim=1).nan_to_num(0, 0, 0).max())
             if off > kinks(engine.precision) * norm + noise:
                 raise EngineError(
                     f"{names[number]}: its gradient in its batch is off by {off / norm:.2g} of its norm, compared with"

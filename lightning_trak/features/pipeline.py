@@ -277,6 +277,7 @@ class FeaturePipeline:
         following = following_engine(used)
         if store is not None and used not in store.refuted_engines():
             store.refute_engine(used, reason, following)
+            store.remove_extra("projection")  # it was fitted to gradients of the wrong engine
         what = "features of targets" if store is None else "all features of the store"
         rank_zero_warn(
             f"{self._user}: engine {used!r} cannot differentiate this model correctly, so {what} are computed"

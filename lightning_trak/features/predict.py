@@ -132,8 +132,7 @@ class ExtractorModule(PredictModule):
         if checkpoint in self._begun and self._store.repeatable:
             shard = self._begun[checkpoint]
             require_as_before(extractor, self._store, (checkpoint, shard), *self._first_of(shard), made)
-        for name, tensors in made.items():
-            self._store.write_extra(checkpoint, name, tensors, self._store.key)
+        self._settle(checkpoint, made)
         if not keeps_examples(self._store):
             batch, positions = self._first_of(0)
             keep_examples(extractor, self._store, batch, len(positions))
@@ -197,6 +196,15 @@ class ExtractorModule(PredictModule):
             made["projection"] = fitted = extractor.fit_projection(batches)
         extractor.projection.set_fit(fitted)
 
+    def _settle(self, checkpoint: int, made: dict[str, dict[str, Tensor]]) -> None:
+        """Store extras that were made, and use what the store has: another process may have been faster."""
+        for name, tensors in made.items():
+            self._store.settle_extra(checkpoint, name, tensors, self._store.key)
+        if "context" in made:
+            self._enter_context(checkpoint, {})
+        if "projection" in made:
+            self._enter_projection(checkpoint, {})
+
     def _first_of(self, shard: int) -> tuple[Any, list[int]]:
         """The first two training examples of a shard, and their positions."""
         assert self._train_loader is not None
@@ -230,15 +238,18 @@ class ExtractorModule(PredictModule):
         self.engine_name = self.engine_name or "functional"
         return make_engine(self.engine_name, self.copied, self._autocast)
 
-    def _sample(self, checkpoint: int, purpose: str, count: int) -> Iterator[tuple[Any, int]]:
-        """A uniform sample of the training data, without replacement. Each checkpoint has its own."""
+    def _sample(self, checkpoint: int, purpose: str, count: int) -> Iterator[tuple[Any, list[int]]]:
+        """A uniform sample of the training data, without replacement: batches and the positions of their examples.
+
+        Each checkpoint has its own.
+        """
         if self._train_loader is None:
             raise RuntimeError(
                 f'store "{self._store.directory}" has lost the {purpose} of checkpoint {checkpoint}, with which its'
                 " features were made; call featurize again, which makes it again from the training data"
             )
         positions = sample_batches(self._train_loader, count, f"{self.settings.seed}/{checkpoint}/{purpose}")
-        yield from zip(self._batches(self._train_loader, positions), map(len, positions), strict=True)
+        yield from zip(self._batches(self._train_loader, positions), positions, strict=True)
 
     def _batches(self, loader: DataLoader[Any], positions: list[list[int]]) -> Iterator[Any]:
         """Load examples at some positions to the device, one batch for each list."""

@@ -305,6 +305,22 @@ class FeatureStore:
         """Write tensors that belong to a checkpoint as a whole. ``key`` identifies what they were made from."""
         save_tensors(self._path(checkpoint, name), tensors, checkpoint=checkpoint, name=name, key=key)
 
+    def settle_extra(self, checkpoint: int, name: str, tensors: dict[str, Tensor], key: str = "") -> None:
+        """Write an extra as :meth:`write_extra` does, unless another process was faster. Read it before you use it.
+
+        Processes that make it from the same data may round differently, and all must use the same one.
+        """
+        try:
+            save_tensors(self._path(checkpoint, name), tensors, False, checkpoint=checkpoint, name=name, key=key)
+        except FileExistsError:
+            if self.read_extra(checkpoint, name, key) is None:  # it is damaged
+                self.write_extra(checkpoint, name, tensors, key)
+
+    def remove_extra(self, name: str) -> None:
+        """Remove an extra of all checkpoints, because it must be made again."""
+        for checkpoint in range(self.num_checkpoints):
+            self._path(checkpoint, name).unlink(missing_ok=True)
+
     def read_extra(self, checkpoint: int, name: str, key: str = "") -> dict[str, Tensor] | None:
         """Read tensors that :meth:`write_extra` wrote.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -62,6 +62,26 @@ class Projection(ABC):
         return {"class": type(self).__qualname__, **config}
 
 
+class SampleBatch(ABC):
+    """A batch of the training examples that a projection is fitted to. It computes only what it is asked for."""
+
+    @abstractmethod
+    def gradients(self) -> Iterator[Mapping[str, Tensor]]:
+        """The flattened gradients of each parameter, of shape (some, n), for a few examples at a time."""
+
+    @abstractmethod
+    def project(self, projection: BoundProjection) -> tuple[Tensor, Tensor]:
+        """Project the gradients without holding those of all parameters, if the engine can.
+
+        Args:
+            projection: a projection that needs no fit, bound to the same parameters.
+
+        Returns:
+            The projected gradients, float32 or float64 of shape (batch, dim), and R = d2l/df2 of each example, of shape
+            (batch,). All are finite.
+        """
+
+
 class BoundProjection(ABC):
     """A projection P of one checkpoint's parameters, with a block of rows P_name for each parameter.
 
@@ -77,16 +97,36 @@ class BoundProjection(ABC):
         self._row_sizes = {name: math.prod(shape[1:]) for name, shape in shapes.items()}
         self.dim = dim
 
-    def fit(self, gradients: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """Learn from training gradients. This is needed if the configuration's ``sample_size`` is not 0.
+    @property
+    def sketch(self) -> BoundProjection:
+        """The projection that engines add gradients to, parameter by parameter; :meth:`finish` does the rest.
+
+        It is this projection itself, unless P is a product of two matrices. Then it is the first one, so that a batch
+        is multiplied by the second one once, and not for each parameter.
+        """
+        return self
+
+    def finish(self, sketches: Tensor) -> Tensor:
+        """Map features of :attr:`sketch` to features of P, in the same precision.
 
         Args:
-            gradients: for each batch, the flattened gradients of each parameter, of shape (batch, n).
+            sketches: features of :attr:`sketch` to which all parameters have been added, of shape (batch, sketch.dim).
+
+        Returns:
+            Features of shape (batch, dim).
+        """
+        return sketches
+
+    def fit(self, batches: Iterable[SampleBatch]) -> dict[str, Tensor]:
+        """Learn from training examples. This is needed if the configuration's ``sample_size`` is not 0.
+
+        Args:
+            batches: the sample, to be read once.
 
         Returns:
             The fitted tensors, for :meth:`set_fit`.
         """
-        del gradients
+        del batches
         return {}
 
     def set_fit(self, fitted: Mapping[str, Tensor]) -> None:

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_trak.projections.base import BoundProjection, Projection
+from lightning_trak.projections.base import BoundProjection, Projection, SampleBatch
 from lightning_trak.projections.dense import RademacherProjection
 from lightning_trak.projections.identity import IdentityProjection
 from lightning_trak.projections.philox import Stream
@@ -116,10 +116,10 @@ class BoundKroneckerProjection(BoundProjection):
             self._factors[name] = left, right
         return self._factors[name]
 
-    def fit(self, gradients: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    def fit(self, batches: Iterable[SampleBatch]) -> dict[str, Tensor]:
         """Find principal axes, see :meth:`BoundProjection.fit`."""
         if not self._principal:
-            return super().fit(gradients)
+            return super().fit(batches)
         found = {
             (name, side): PrincipalAxes(
                 width,
@@ -131,8 +131,8 @@ class BoundKroneckerProjection(BoundProjection):
             for name in self._matrices
             for side, length, width in self._sides(name)
         }
-        for batch in gradients:
-            for name, rows in batch.items():
+        for gradients in (part for batch in batches for part in batch.gradients()):
+            for name, rows in gradients.items():
                 matrices = rows.view(len(rows), *self._matrices[name])
                 found[name, "left"].update(matrices)
                 found[name, "right"].update(matrices.mT)

@@ -11,7 +11,7 @@ from lightning_trak import TRAK, TracIn
 from lightning_trak.methods import RepresentationSimilarity
 from lightning_trak.outputs import ContrastiveMargin
 from lightning_trak.projections import SparseProjection
-from tests.end_to_end.test_distributed import RATES, TOWERS, make_pairs, make_shapley
+from tests.end_to_end.test_distributed import PRINCIPAL, RATES, TOWERS, make_pairs, make_shapley
 from tests.lit import make_data, make_model, make_trainer
 
 
@@ -41,6 +41,10 @@ def main(root: Path) -> None:
     sampler = DistributedSampler(train, num_replicas=2, rank=trainer.global_rank)  # repeats an example to make 54
     attribute("sampler", DataLoader(train, batch_size=4, sampler=sampler), DataLoader(targets, num_workers=1))
     attribute("begun by one", DataLoader(train, batch_size=6, num_workers=2), DataLoader(targets, batch_size=50))
+
+    principal = TRAK(make_model(), checkpoints, root / "principal", projection=PRINCIPAL)
+    principal.featurize(trainer, DataLoader(train, batch_size=4), shard_size=6)
+    results["principal"] = principal.score(trainer, DataLoader(targets, batch_size=3))
 
     pairs = TRAK(TOWERS, [TOWERS.state_dict()], root / "pairs", output=ContrastiveMargin(context_size=9))
     pairs.featurize(trainer, make_pairs(20))

@@ -23,6 +23,7 @@ from tests.end_to_end.test_fsdp import (
     Noisy,
     Sometimes,
     Sorted,
+    axes_trak,
     clip_trak,
     gpt_trak,
     make_pairs,
@@ -60,6 +61,7 @@ def main(root: Path) -> None:
     for name, trak, data in (
         ("gpt", gpt_trak(root, Gpt()), make_sentences),
         ("clip", clip_trak(root, Clip()), make_pairs),
+        ("axes", axes_trak(root, Net()), make_data),
         ("principal", principal_trak(root, Net()), make_data),
     ):
         trak.featurize(trainer, DataLoader(data(15), batch_size=2), shard_size=4)

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 from lightning_trak import TRAK, TracIn
 from lightning_trak.methods import DataShapley, RepresentationSimilarity
 from lightning_trak.outputs import ContrastiveMargin
-from lightning_trak.projections import SparseProjection
+from lightning_trak.projections import PrincipalProjection, SparseProjection
 from tests.launch import run_together
 from tests.lit import LitNet, make_checkpoints, make_data, make_model, make_trainer
 
@@ -18,6 +18,7 @@ pytestmark = pytest.mark.slow
 
 TRAIN, TARGETS = make_data(53), make_data(11, seed=1)
 RATES = [0.3, 0.1]
+PRINCIPAL = PrincipalProjection(12, landmarks=20, sample=40, sketch=64)
 
 
 class _Towers(nn.Module):
@@ -73,6 +74,15 @@ def test_both_ranks_get_the_scores_of_one_process(runs, name):
     ranks, expected, _ = runs
     for rank in ranks:
         close(rank[name], expected)
+
+
+def test_both_ranks_use_the_same_principal_directions(runs):
+    ranks, _, root = runs
+    trak = TRAK(make_model(), torch.load(root / "checkpoints.pt"), root / "one principal", projection=PRINCIPAL)
+    trak.featurize(make_trainer(), DataLoader(TRAIN, batch_size=4), shard_size=6)
+    expected = trak.score(make_trainer(), TARGETS)
+    for rank in ranks:
+        torch.testing.assert_close(rank["principal"], expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
 def test_methods_that_share_their_work(runs):

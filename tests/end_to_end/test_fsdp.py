@@ -12,7 +12,7 @@ from lightning_trak import TRAK
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.methods import RepresentationSimilarity
 from lightning_trak.outputs import CausalLMMargin, ContrastiveMargin
-from lightning_trak.projections import KroneckerProjection, SparseProjection
+from lightning_trak.projections import KroneckerProjection, PrincipalProjection, SparseProjection
 from lightning_trak.running.ranges import Range, share_out
 from tests.launch import run_together
 from tests.lit import LitNet, OwnLinear, make_checkpoints, make_data, make_trainer
@@ -173,8 +173,13 @@ def clip_trak(root, model, name="clip"):
     return TRAK(model, [Clip().state_dict()], root / name, projection=projection, output=output)
 
 
-def principal_trak(root, model):
+def axes_trak(root, model):
     projection = KroneckerProjection(3, 3, axes="principal", sample=7)
+    return TRAK(model, torch.load(root / "checkpoints.pt"), root / "axes", projection=projection)
+
+
+def principal_trak(root, model):
+    projection = PrincipalProjection(6, landmarks=10, sample=12, sketch=64)
     return TRAK(model, torch.load(root / "checkpoints.pt"), root / "principal", projection=projection)
 
 
@@ -255,6 +260,7 @@ def test_one_process_continues_what_two_began(runs):
     [
         ("gpt", lambda root: gpt_trak(root, Gpt()), make_sentences),
         ("clip", lambda root: clip_trak(root, Clip()), make_pairs),
+        ("axes", lambda root: axes_trak(root, Net()), make_data),
         ("principal", lambda root: principal_trak(root, Net()), make_data),
     ],
 )

@@ -8,7 +8,7 @@ from lightning_trak import TRAK
 from lightning_trak.features.extractor import FeatureExtractor
 from lightning_trak.features.model import ModelCopy
 from lightning_trak.outputs import ClassificationMargin, ContrastiveMargin
-from lightning_trak.projections import KroneckerProjection, SparseProjection
+from lightning_trak.projections import KroneckerProjection, PrincipalProjection, SparseProjection
 from tests.lit import make_trainer
 
 
@@ -36,7 +36,15 @@ def contrastive(directory):
     return "context", TRAK(model, weights, directory, **options), train, targets
 
 
-def principal(directory):
+def principal_axes(directory):
+    return learned(directory, KroneckerProjection(2, 4, axes="principal", sample=16))
+
+
+def principal_features(directory):
+    return learned(directory, PrincipalProjection(6, landmarks=8, sample=16, sketch=16))
+
+
+def learned(directory, projection):
     torch.manual_seed(0)
     model, other = torch.nn.Linear(8, 3), torch.nn.Linear(8, 3)
     train, targets = (
@@ -45,7 +53,7 @@ def principal(directory):
     weights = [model.state_dict(), other.state_dict()]
     options = {
         "output": ClassificationMargin(),
-        "projection": KroneckerProjection(2, 4, axes="principal", sample=16),
+        "projection": projection,
         "damping": 0.1,
     }
     return "projection", TRAK(model, weights, directory, **options), train, targets
@@ -59,7 +67,7 @@ def damage(path):
     path.write_bytes(path.read_bytes()[:-3] + b"???")
 
 
-@pytest.fixture(params=[contrastive, principal])
+@pytest.fixture(params=[contrastive, principal_axes, principal_features])
 def complete(request, tmp_path):
     name, trak, train, targets = request.param(tmp_path)
     train, targets = DataLoader(train, batch_size=4), DataLoader(targets, batch_size=4)
