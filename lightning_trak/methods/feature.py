@@ -9,8 +9,9 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from typing_extensions import override
 
-from lightning_trak.checkpoints.reading import CheckpointSource, resolve_checkpoints
+from lightning_trak.checkpoints.reading import CheckpointSource, masks_of, resolve_checkpoints
 from lightning_trak.compatibility import original_module
 from lightning_trak.features.engines import EngineName
 from lightning_trak.features.identity import Contents
@@ -75,12 +76,18 @@ class FeatureMethod(Method):
         self.model = original_module(model)
         self.output = declared_output(self.model, output)
         self.checkpoints = resolve_checkpoints(checkpoints, weights_only=weights_only)
+        self._used_masks = masks_of(self.checkpoints)
         self._contents = Contents(self.checkpoints)
         self.store = local_directory(store, "store")
         self.parameters = parameters
         self.settings = FeatureSettings(
             SparseProjection() if projection is None else projection, engine, seed, dtype, audit
         )
+
+    @property
+    @override
+    def used_masks(self) -> Tensor | None:
+        return self._used_masks
 
     @abstractmethod
     def make_scorer(self, store: FeatureStore) -> Scorer:
