@@ -24,7 +24,7 @@ LOADER = DataLoader(TRAIN, batch_size=6)
 MASKS = random_subsets(N, SUBSETS, seed=3)
 
 
-def make_fleet(directory, make_module=LitNet, num_seeds=SEEDS, **options):
+def make_fleet(directory, make_module=Net, num_seeds=SEEDS, **options):
     masks = options.pop("masks", MASKS)
     return RetrainingFleet(
         directory,
@@ -38,7 +38,7 @@ def make_fleet(directory, make_module=LitNet, num_seeds=SEEDS, **options):
     )
 
 
-def run(directory, together=None, **options):
+def run(directory, together=4, **options):
     fleet = make_fleet(directory, **options)
     fleet.run(together=together, progress_bar=False)
     return fleet
@@ -54,7 +54,7 @@ def contents(directory, folder):
 
 
 def make_trak(checkpoints, store, **options):
-    return TRAK(LitNet(), checkpoints, store, projection=SparseProjection(16), **options)
+    return TRAK(Net(), checkpoints, store, projection=SparseProjection(16), **options)
 
 
 @pytest.mark.parametrize(("module", "together"), [(LitNet, None), (Net, 4)])
@@ -92,7 +92,7 @@ def test_a_run_that_ends_between_weights_and_outputs_is_continued(tmp_path, flee
         patched.setattr(members, "save_tensors", die)
         broken = make_fleet(tmp_path / "fleet", keep_weights=True)
         with pytest.raises(KeyboardInterrupt):
-            broken.run(progress_bar=False)
+            broken.run(together=4, progress_bar=False)
     assert not contents(tmp_path / "fleet", "members")
     again = run(tmp_path / "fleet", keep_weights=True)
     for folder in ("members", "weights"):
@@ -182,11 +182,11 @@ def test_scores_are_not_measured_on_their_own_checkpoints(tmp_path, fleet):
     trainer = make_trainer()
     evaluation = AttributionEvaluation({"TRAK": method}, LOADER, TARGETS, read_fleet(fleet.directory))
     with pytest.raises(ValueError, match="1 of 4 were: rows 0 of `masks`"):
-        evaluation.evaluate(trainer, LitNet())
+        evaluation.evaluate(trainer, Net())
     assert not any(tmp_path.iterdir())  # before any work
     assert torch.equal(made[0].used_masks, MASKS[:1])
     evaluation = AttributionEvaluation({"TRAK": method}, LOADER, TARGETS, held_out)
-    evaluation.evaluate(trainer, LitNet())
+    evaluation.evaluate(trainer, Net())
     assert evaluation.lds["TRAK"].compute().isfinite()
     # Another seed of a used subset is used, too.
     other = fleet.split(1, num_seeds=2).checkpoints[1]
@@ -213,9 +213,9 @@ def test_methods_that_need_models_of_all_data_say_so(tmp_path, fleet):
     checkpoints, _ = fleet.split(2)
     for method in (InfluenceFunction, EKFACInfluence):
         with pytest.raises(ValueError, match=f"{method.__name__} takes the curvature from all training examples"):
-            method(LitNet(), checkpoints)
+            method(Net(), checkpoints)
     with pytest.raises(ValueError, match="TracIn adds up steps of training on an example"):
-        TracIn(LitNet(), checkpoints, tmp_path, learning_rates=0.1)
-    assert torch.equal(GradientDot(LitNet(), checkpoints, tmp_path).used_masks, MASKS[:2])
+        TracIn(Net(), checkpoints, tmp_path, learning_rates=0.1)
+    assert torch.equal(GradientDot(Net(), checkpoints, tmp_path).used_masks, MASKS[:2])
     with pytest.raises(ValueError, match="at least as many training examples as features, and there are 12 and 16"):
         make_trak(checkpoints, tmp_path, damping=0.0).featurize(make_trainer(), LOADER)
