@@ -159,7 +159,7 @@ def make_tasks() -> dict[str, Task]:
     margin = ClassificationMargin()
     digits = make_data()
     cancer = _table(load_breast_cancer(return_X_y=True), 420)
-    patches = _patches()
+    patches = _patches(3000)
     diabetes = _table(load_diabetes(return_X_y=True), 342, standardise_labels=True)
     tasks = [
         Task("digits MLP", "digits, 64-64-64-10 perceptron, SGD", DigitsMLP, margin, *digits, 16, 100),
@@ -190,10 +190,10 @@ def make_tasks() -> dict[str, Task]:
         ),
         Task(
             "photographs MLP",
-            "the same patches, 768-128-64-2 perceptron, SGD",
+            "more of these patches, 768-128-64-2 perceptron, SGD",
             lambda: WideMLP(768, 2, 0.02),
             margin,
-            *patches,
+            *_patches(5000),
             8,
             100,
         ),
@@ -244,7 +244,7 @@ def _written_digits(num_train: int = 2000, num_targets: int = 150) -> tuple[Tens
     return distorted(order[:1600], num_train), distorted(order[1600:], num_targets)
 
 
-def _patches(num_train: int = 3000, num_targets: int = 200, size: int = 16) -> tuple[TensorDataset, TensorDataset]:
+def _patches(num_train: int, num_targets: int = 200, size: int = 16) -> tuple[TensorDataset, TensorDataset]:
     """Standardised, noisy patches; labels say of which photograph. Training patches lie left of all targets."""
     photographs = [
         torch.tensor(photo / 255, dtype=torch.float32).movedim(2, 0) for photo in load_sample_images().images
