@@ -32,7 +32,8 @@ class AttributionEvaluation(Callback):
         train: the training data.
         targets: the targets.
         retrained: subsets, and the outputs at these targets of models that were trained on the subsets. It comes from
-            :func:`~lightning_trak.retraining.read_fleet`.
+            :func:`~lightning_trak.retraining.read_fleet`, or from :func:`~lightning_trak.retraining.split_fleet` if
+            members of the fleet are checkpoints of a method.
         **shown: ``k``, ``shown``, ``describe`` and ``image`` of
             :func:`~lightning_trak.reporting.loggers.log_attributions`.
 
@@ -82,21 +83,30 @@ class AttributionEvaluation(Callback):
         Args:
             trainer: runs the methods. Its loggers get the results.
             module: the trained module. The functions in ``methods`` get it.
+
+        Raises:
+            ValueError: if ``retrained`` has a subset whose model is a checkpoint of a method.
         """
         train = single_loader(self.train, "fit", trainer).dataset
         targets = single_loader(self.targets, "predict", trainer).dataset
         for name, make_method in self.methods.items():
-            scores = make_method(module).attribute(trainer, self.train, self.targets)
+            method = make_method(module)
+            lds = self._metric(method)  # raises before the work
+            scores = method.attribute(trainer, self.train, self.targets)
             self.scores[name], step = scores, trainer.global_step
             log_attributions(
                 trainer.loggers, scores, train, targets, name=f"attributions/{name}", step=step, **self.shown
             )
-            if self.retrained is not None:
-                # Every process has all scores, so there is nothing to gather.
-                lds = LinearDatamodelingScore(self.retrained.masks, sync_on_compute=False)
+            if self.retrained is not None and lds is not None:
                 lds.update(scores.cpu(), self.retrained.outputs)
                 self.lds[name] = lds
                 log_lds(trainer.loggers, lds, f"lds/{name}", step)
+
+    def _metric(self, method: Method) -> LinearDatamodelingScore | None:
+        if self.retrained is None:
+            return None
+        # Every process has all scores, so there is nothing to gather.
+        return LinearDatamodelingScore(self.retrained.masks, used_masks=method.used_masks, sync_on_compute=False)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from lightning_trak.checkpoints.series import Snapshot
+from lightning_trak.checkpoints.subsets import TrainingSubset
 from lightning_trak.storage.files import tensor_digest
 
 
@@ -21,11 +22,13 @@ class Checkpoint:
         name: a short label for messages, such as the file's name.
         read: reads the state dict.
         record: step, epoch and optimizer settings if this is a snapshot of a series; else None.
+        subset: the training examples that the model has seen; None: all of them.
     """
 
     name: str
     read: Callable[[], dict[str, Tensor]]
     record: Snapshot | None = None
+    subset: TrainingSubset | None = None
 
     def load(self) -> dict[str, Tensor]:
         """Read the state dict: name -> CPU tensor, under the names that were saved. Do not write into the tensors.

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_trak.checkpoints.base import Checkpoint, CheckpointFormat
 from lightning_trak.checkpoints.series import SnapshotSeries
-from lightning_trak.checkpoints.weights import is_extra_state, read_safetensors, without_extra_state
+from lightning_trak.checkpoints.weights import is_extra_state, read_about, read_safetensors, without_extra_state
 from lightning_trak.storage.locations import locate, require_regular
 
 _warned = WarningCache()  # gives each warning once
@@ -51,7 +51,7 @@ class SnapshotDirectory(CheckpointFormat):
 
 
 class SafetensorsFile(CheckpointFormat):
-    """A ``.safetensors`` file."""
+    """A ``.safetensors`` file. One that a fleet has written says which training examples its model has seen."""
 
     @classmethod
     def recognizes(cls, location: str) -> bool:  # noqa: D102
@@ -65,7 +65,8 @@ class SafetensorsFile(CheckpointFormat):
         def read() -> dict[str, Tensor]:
             return state_dict(read_safetensors(filesystem, path, location), f'"{location}"')
 
-        return [Checkpoint(PurePosixPath(path).name, read)]
+        _, subset = read_about(location)
+        return [Checkpoint(PurePosixPath(path).name, read, subset=subset)]
 
 
 class TorchFile(CheckpointFormat):

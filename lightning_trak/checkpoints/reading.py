@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from lightning_trak.checkpoints.base import Checkpoint, CheckpointFormat
@@ -67,3 +68,26 @@ def resolve_checkpoints(checkpoints: CheckpointsLike, weights_only: bool = True)
                 f" .bin file, or a state dict, got {type(item).__name__}"
             )
     return resolved
+
+
+def masks_of(checkpoints: Sequence[Checkpoint]) -> Tensor | None:
+    """The training examples that the models of some checkpoints have seen.
+
+    Args:
+        checkpoints: the checkpoints.
+
+    Returns:
+        Bool ``(num_masks, num_train)``, a row for each checkpoint of a model that has seen a part of the training set,
+        and for no other; None if there is no such checkpoint.
+
+    Raises:
+        ValueError: if they are parts of training sets of different sizes.
+    """
+    masks = [checkpoint.subset.mask for checkpoint in checkpoints if checkpoint.subset is not None]
+    sizes = sorted({len(mask) for mask in masks})
+    if len(sizes) > 1:
+        raise ValueError(
+            f"the checkpoints' models were trained on subsets of different training sets, of {sizes[0]} and"
+            f" {sizes[1]} examples: take those of one fleet"
+        )
+    return torch.stack(masks) if masks else None

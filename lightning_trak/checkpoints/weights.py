@@ -1,7 +1,8 @@
 """State dicts in safetensors files.
 
 A file holds each distinct tensor once. The metadata in its header maps each other name of a tied tensor to the name
-that is stored, as ``safetensors.torch.save_model`` does. It also has a checksum of the whole state dict.
+that is stored, as ``safetensors.torch.save_model`` does. It also has a checksum of the whole state dict. If the model
+was trained on a part of the training set, the header says on which part.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import safetensors.torch
@@ -17,11 +19,13 @@ from fsspec.implementations.local import LocalFileSystem
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from lightning_trak.checkpoints.subsets import TrainingSubset
 from lightning_trak.compatibility import EXTRA_STATE, is_traceable_wrapper_subclass
-from lightning_trak.storage.files import tensor_digest
-from lightning_trak.storage.locations import require_regular
+from lightning_trak.storage.files import tensor_digest, write_atomically
+from lightning_trak.storage.locations import locate, require_regular
 
 _HEADER = "lightning_trak"
+_MAX_HEADER_BYTES = 100_000_000  # as in safetensors
 _ADVICE = "restore it from a copy, or pass a list of the paths of other snapshots"
 
 # The dtypes that all versions of safetensors know; others are stored as bytes.
@@ -70,11 +74,14 @@ def _unfit(value: Any) -> str | None:
     return "a tensor on the meta device, without content" if value.is_meta else None
 
 
-def pack(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str], str]:
+def pack(
+    state_dict: Mapping[str, Tensor], subset: TrainingSubset | None = None
+) -> tuple[dict[str, Tensor], dict[str, str], str]:
     """Prepare tensors for a safetensors file.
 
     Args:
         state_dict: dense tensors on any device; tied and non-contiguous ones are allowed.
+        subset: the training examples that the model has seen; None: all of them.
 
     Returns:
         Contiguous CPU copies of the distinct tensors; the metadata; and the checksum of the whole state dict,
@@ -95,7 +102,8 @@ def pack(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
     digest = tensor_digest(tensors | {name: tensors[holder] for name, holder in aliases.items()})
     as_bytes = {name: tensor for name, tensor in tensors.items() if tensor.dtype not in _NATIVE}
     kinds = {name: [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for name, tensor in as_bytes.items()}
-    header = json.dumps({"sha256": digest, "as_bytes": kinds})
+    seen = {} if subset is None else {"subset": subset.to_json()}
+    header = json.dumps({"sha256": digest, "as_bytes": kinds, **seen})
     stored = tensors | {name: tensor.reshape(-1).view(torch.uint8) for name, tensor in as_bytes.items()}
     return stored, aliases | {_HEADER: header}, digest
 
@@ -146,6 +154,53 @@ def read_safetensors(
     if expected is not None and tensor_digest(tensors) != expected:
         raise ValueError(f'"{location}" was altered or replaced: its content does not match its checksum; {_ADVICE}')
     return tensors
+
+
+def write_safetensors(path: Path, state_dict: Mapping[str, Tensor], subset: TrainingSubset | None = None) -> str:
+    """Write a local safetensors file, whole or not at all.
+
+    Args:
+        path: the path of the file. An existing file is replaced.
+        state_dict: as for :func:`pack`.
+        subset: as for :func:`pack`.
+
+    Returns:
+        The checksum of the state dict.
+    """
+    tensors, metadata, digest = pack(state_dict, subset)
+    write_atomically(path, lambda temporary: safetensors.torch.save_file(tensors, temporary, metadata))
+    return digest
+
+
+def read_about(location: str) -> tuple[str | None, TrainingSubset | None]:
+    """What the header of a safetensors file says of its weights. The weights themselves are not read.
+
+    Args:
+        location: a path or URL.
+
+    Returns:
+        The checksum of the state dict, and the training examples that the model has seen; None where it says nothing.
+
+    Raises:
+        FileNotFoundError: if the file does not exist.
+        ValueError: if the file is not a safetensors file, or its header was altered.
+    """
+    filesystem, path = locate(location)
+    if isinstance(filesystem, LocalFileSystem):
+        require_regular(path)
+    with filesystem.open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        content = file.read(size) if size <= _MAX_HEADER_BYTES else b""
+    try:
+        metadata = json.loads(content).get("__metadata__", {})
+    except (AttributeError, ValueError) as error:
+        raise ValueError(f'"{location}" is truncated or not a safetensors file: {error!r}') from error
+    try:
+        own = json.loads(metadata.get(_HEADER, "{}"))
+        subset = own.get("subset")
+        return own.get("sha256"), None if subset is None else TrainingSubset.from_json(subset)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f'the header of "{location}" was altered: {error}; {_ADVICE}') from error
 
 
 def _require_size(found: int, expected: int | None, location: str) -> None:

@@ -87,7 +87,7 @@ class AttributionTrainer(L.Trainer):
         single_loader(datamodule, "predict", self)  # raises before the work if there are several loaders
         found = method.score(self, datamodule, top_k, largest)
         num_train = FeatureStore.read_manifest(method.store)["num_examples"]
-        saved = SavedScores(found, num_train, type(method).__name__, largest)
+        saved = SavedScores(found, num_train, type(method).__name__, largest, method.used_masks)
         if self.is_global_zero:
             saved.save(scores)
             print(f"{_heading(saved)}, {counted(num_train, 'training example')}, in {printable(scores)}")
@@ -107,7 +107,7 @@ class AttributionTrainer(L.Trainer):
         if not isinstance(saved.scores, Tensor):
             raise ValueError(f'"{scores}" holds only the best scores, but all are needed; score without --top_k')
         masks, outputs = load_ground_truth(ground_truth)
-        lds = LinearDatamodelingScore(masks)
+        lds = LinearDatamodelingScore(masks, used_masks=saved.used_masks)
         lds.update(saved.scores, outputs)
         low, high = lds.interval(confidence).tolist()
         measured = {"lds": float(lds.compute()), "lds_low": low, "lds_high": high}

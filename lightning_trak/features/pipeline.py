@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_trak.checkpoints.base import Checkpoint
+from lightning_trak.checkpoints.subsets import require_same_data
 from lightning_trak.checks import positive
 from lightning_trak.features.engines import EngineName, following_engine, make_engine
 from lightning_trak.features.finiteness import NotFiniteError
@@ -118,7 +119,9 @@ class FeaturePipeline:
         loader = single_loader(data, "fit", trainer)
         model = self.copy_model(trainer)
         num_examples = len(cast(Any, loader.dataset))
+        self._require_own_subsets(num_examples, None)
         depends_on = self._identity(model, trainer) | {"data": fingerprint(loader)}
+        self._require_own_subsets(num_examples, depends_on["data"])
         dim = self.dim(model)
         require_enough(num_examples, dim)
         default = _default_shard_size(num_examples, loader)
@@ -223,7 +226,9 @@ class FeaturePipeline:
             FileNotFoundError: if there is no store yet.
             ValueError: if it was made with other settings.
         """
-        num_examples = FeatureStore.read_manifest(self._directory)["num_examples"]
+        manifest = FeatureStore.read_manifest(self._directory)
+        num_examples = manifest["num_examples"]
+        self._require_own_subsets(num_examples, manifest["identity"].get("data"))
         depends_on = self._identity(model, trainer)
         return FeatureStore(self._directory, depends_on, num_examples, read_only=True, user=self._user)
 
@@ -251,6 +256,12 @@ class FeaturePipeline:
         if trainer is not None:
             found["precision"] = precision_of(trainer, self._output)
         return found
+
+    def _require_own_subsets(self, num_examples: int, data: str | None) -> None:
+        """Check that models which have seen a part of a training set have seen a part of this one."""
+        for checkpoint in self._checkpoints:
+            if checkpoint.subset is not None:
+                require_same_data(checkpoint.subset, num_examples, data, checkpoint.name)
 
     def _require_engine(self, store: FeatureStore, sharded: bool) -> None:
         wanted, engine, refuted = self.settings.engine, store.settle_engine(), store.refuted_engines()

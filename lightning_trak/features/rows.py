@@ -86,7 +86,8 @@ class StoredFeatures:
         for start in range(0, len(self.codes), step):
             yield self[start : start + step].decode()
 
-    def __getitem__(self, rows: slice) -> StoredFeatures:
+    def __getitem__(self, rows: slice | Tensor) -> StoredFeatures:
+        """Some of the rows: a slice, or a bool mask of shape ``(n,)``."""
         scales = None if self.scales is None else self.scales[rows]
         outputs, loss_gradients, curvatures = self.scalars
         scalars = (outputs[rows], loss_gradients[rows], curvatures[rows])

@@ -15,6 +15,15 @@ class Method(ABC):
     which unit scores are.
     """
 
+    @property
+    def used_masks(self) -> Tensor | None:
+        """The subsets whose models the scores are made with: bool ``(num_used, num_train)``; None if there are none.
+
+        Scores must not be measured on these subsets:
+        :class:`~lightning_trak.LinearDatamodelingScore` takes them to refuse it.
+        """
+        return None
+
     @abstractmethod
     def attribute(self, trainer: L.Trainer, train: Data, targets: Data) -> Tensor:
         """Score every target against every training example.

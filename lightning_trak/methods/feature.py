@@ -8,8 +8,9 @@ from typing import Any, TypedDict, cast
 import lightning as L
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from typing_extensions import override
 
-from lightning_trak.checkpoints.reading import CheckpointSource, resolve_checkpoints
+from lightning_trak.checkpoints.reading import CheckpointSource, masks_of, resolve_checkpoints
 from lightning_trak.compatibility import original_module
 from lightning_trak.features.dtypes import Dtype, feature_dtype
 from lightning_trak.features.engines import EngineName
@@ -75,12 +76,18 @@ class FeatureMethod(Method):
         self.model = original_module(model)
         self.output = declared_output(self.model, output)
         self.checkpoints = resolve_checkpoints(checkpoints, weights_only=weights_only)
+        self._used_masks = masks_of(self.checkpoints)
         self._contents = Contents(self.checkpoints)
         self.store = local_directory(store, "store")
         self.parameters = parameters
         self.settings = FeatureSettings(
             SparseProjection() if projection is None else projection, engine, seed, feature_dtype(dtype), audit
         )
+
+    @property
+    @override
+    def used_masks(self) -> Tensor | None:
+        return self._used_masks
 
     @abstractmethod
     def make_scorer(self, store: FeatureStore) -> Scorer:

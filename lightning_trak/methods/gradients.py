@@ -29,6 +29,11 @@ class _GradientMethod(FeatureMethod):
     ) -> None:
         require_one_of("effect_on", effect_on, ("loss", "output"))
         super().__init__(model, checkpoints, store, **options)
+        if learning_rates is not None and self.used_masks is not None:
+            raise ValueError(
+                f"{type(self).__name__} adds up steps of training on an example, but the models of some checkpoints"
+                " have not seen all examples: use TRAK, or GradientDot, which asks about a step that could be taken"
+            )
         count = len(self.checkpoints)
         self.effect_on: EffectOn = effect_on
         self.checkpoint_weights = (

@@ -32,7 +32,8 @@ class TRAK(FeatureMethod):
         model: the trained model; a LightningModule with :class:`~lightning_trak.AttributionMixin`, or any module when
             ``output`` is given.
         checkpoints: a snapshot directory, or a list of snapshot directories, state dicts, safetensors files and
-            Lightning ``.ckpt`` paths. Scores are averaged over them.
+            Lightning ``.ckpt`` paths. Scores are averaged over them. Members of a fleet, see
+            :func:`~lightning_trak.retraining.split_fleet`, have curvatures of the examples that each has seen.
         store: directory of the features, on a disk that all ranks see.
         output: the scalar output to attribute; default: the model's ``configure_model_output()``.
         projection: what compresses gradients; default: :class:`~lightning_trak.projections.SparseProjection`.
@@ -132,6 +133,8 @@ class TRAK(FeatureMethod):
         Raises:
             ValueError: if there are fewer.
         """
+        if self.used_masks is not None:
+            num_examples = int(self.used_masks.sum(1).min())
         if self.damping == 0 and num_examples < dim:
             raise ValueError(
                 f"damping=0 needs at least as many training examples as features, and there are {num_examples} and"
@@ -141,4 +144,5 @@ class TRAK(FeatureMethod):
 
     def make_scorer(self, store: FeatureStore) -> TRAKScorer:
         """TRAK's scorer."""
-        return TRAKScorer(store, self.curvature, self.damping, self.loss_gradients, self.soft_threshold)
+        subsets = [checkpoint.subset for checkpoint in self.checkpoints]
+        return TRAKScorer(store, self.curvature, self.damping, self.loss_gradients, self.soft_threshold, subsets)

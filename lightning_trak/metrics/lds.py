@@ -21,6 +21,7 @@ from lightning_trak.metrics.functional.lds import (
     _validate_masks,
 )
 from lightning_trak.metrics.functional.noise_ceiling import noise_ceiling
+from lightning_trak.metrics.functional.used_subsets import _validate_unused
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,10 +53,12 @@ class LinearDatamodelingScore(Metric):
         constant_rows: how to treat a target whose predicted or true outputs are the same for all subsets, and which has
             no rank correlation. ``"zero"`` counts it as 0, so that every method is averaged over the same targets
             and none gains by predicting nothing; ``"ignore"`` leaves it out; ``"error"`` refuses it in ``update``.
+        used_masks: bool ``(num_used, num_train)``, subsets whose models the scores were made with, such as a method's
+            ``used_masks``. They may not be among ``masks``, whatever the seed of their models.
         kwargs: see :class:`torchmetrics.Metric`.
 
     Raises:
-        ValueError: If the masks are not boolean, fewer than 3, empty or repeated, or the policy is unknown.
+        ValueError: If the masks are not boolean, fewer than 3, empty, repeated or used, or the policy is unknown.
 
     Example:
         >>> import torch
@@ -87,9 +90,16 @@ class LinearDatamodelingScore(Metric):
     outputs: list[Tensor]
     ceilings: list[Tensor]
 
-    def __init__(self, masks: Tensor, constant_rows: ConstantRows = "zero", **kwargs: Any) -> None:
+    def __init__(
+        self,
+        masks: Tensor,
+        constant_rows: ConstantRows = "zero",
+        used_masks: Tensor | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         _validate_masks(masks)
+        _validate_unused(masks, used_masks)
         _validate_constant_rows(constant_rows)
         self.constant_rows = constant_rows
         self.register_buffer("masks", masks, persistent=False)

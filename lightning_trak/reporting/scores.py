@@ -20,20 +20,23 @@ _ABOUT = record(
 class SavedScores(NamedTuple):
     """Scores with the method that made them.
 
-    The safetensors file holds ``scores``, or ``values`` and ``indices`` of the best. Its metadata hold ``num_train``,
-    ``largest``, ``method`` and checksums.
+    The safetensors file holds ``scores``, or ``values`` and ``indices`` of the best; and ``used_masks`` if there are
+    any. Its metadata hold ``num_train``, ``largest``, ``method`` and checksums.
 
     Attributes:
         scores: ``(num_targets, num_train)``, or the best few of each target.
         num_train: number of training examples.
         method: name of the method.
         largest: whether the best few are the highest scores (true) or the lowest.
+        used_masks: bool ``(num_used, num_train)``, subsets whose models the scores were made with; None if there are
+            none.
     """
 
     scores: Tensor | TopK
     num_train: int
     method: str
     largest: bool = True
+    used_masks: Tensor | None = None
 
     @classmethod
     def load(cls, path: str | Path) -> "SavedScores":
@@ -53,7 +56,7 @@ class SavedScores(NamedTuple):
             raise unreadable(error, "score again") from error
         except (KeyError, ValueError) as error:
             raise ValueError(f'"{path}" is not a file of `lightning-trak score`: {error}') from error
-        saved = cls(scores, about["num_train"], about["method"], about["largest"])
+        saved = cls(scores, about["num_train"], about["method"], about["largest"], tensors.get("used_masks"))
         saved._require_scores(f'"{path}" is wrong')
         return saved
 
@@ -68,6 +71,8 @@ class SavedScores(NamedTuple):
         self._require_scores(f'cannot write "{path}"')
         remove_leftovers(path.parent)
         tensors = {"scores": self.scores} if isinstance(self.scores, Tensor) else self.scores._asdict()
+        if self.used_masks is not None:
+            tensors["used_masks"] = self.used_masks
         save_tensors(path, tensors, num_train=self.num_train, method=self.method, largest=self.largest)
 
     def _require_scores(self, problem: str) -> None:
@@ -100,6 +105,9 @@ class SavedScores(NamedTuple):
 def _fault(saved: SavedScores) -> str | None:
     """What is wrong with scores; None if nothing is."""
     values = saved.scores if isinstance(saved.scores, Tensor) else saved.scores.values
+    used = saved.used_masks
+    if used is not None and (used.dtype != torch.bool or used.ndim != 2 or used.shape[1] != saved.num_train):
+        return f"its used_masks are {used.dtype} of shape {tuple(used.shape)}, not bool of {saved.num_train} examples"
     if values.ndim != 2 or not values.is_floating_point():
         return f"the scores are {values.dtype} of shape {tuple(values.shape)}, not floats with a row for each target"
     if not values.isfinite().all():

@@ -2,6 +2,7 @@
 
 from lightning_trak.retraining.brittleness import Brittleness
 from lightning_trak.retraining.counterfactuals import Counterfactuals
+from lightning_trak.retraining.ensembles import FleetSplit, split_fleet
 from lightning_trak.retraining.fleet import RetrainingFleet
 from lightning_trak.retraining.members import Retrained, read_fleet
 from lightning_trak.retraining.removal import joint_removal_mask, removal_masks
@@ -12,6 +13,7 @@ from lightning_trak.retraining.vectorized import StackedModules, train_together
 __all__ = [
     "Brittleness",
     "Counterfactuals",
+    "FleetSplit",
     "Retrained",
     "RetrainingFleet",
     "StackedModules",
@@ -20,6 +22,7 @@ __all__ = [
     "random_subsets",
     "read_fleet",
     "removal_masks",
+    "split_fleet",
     "tail_patch",
     "train_together",
 ]

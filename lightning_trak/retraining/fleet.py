@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import lightning as L
 import torch
@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import declared_output
+from lightning_trak.retraining.ensembles import FleetSplit, split_members
 from lightning_trak.retraining.identity import describe_loader, describe_module, describe_trainer
 from lightning_trak.retraining.members import Member, MemberStore
 from lightning_trak.retraining.training import (
@@ -38,6 +39,20 @@ from lightning_trak.running.loading import batch_size_of, load
 from lightning_trak.storage.paths import local_directory
 
 Part = str | tuple[int, int]
+
+
+class _Trained(NamedTuple):
+    """What training leaves of a group of members.
+
+    Attributes:
+        outputs: ``(members, num_targets)``.
+        record: of the training, in JSON's types.
+        weights: the state dict of each member; None if it is not kept.
+    """
+
+    outputs: Tensor
+    record: dict[str, Any]
+    weights: Sequence[dict[str, Any] | None]
 
 
 class RetrainingFleet:
@@ -62,6 +77,8 @@ class RetrainingFleet:
         output: the output to keep; default: the module's ``configure_model_output()``.
         make_loader: makes the loader of a subset, a Dataset, for training. Default: one with the batch size (32 for a
             Dataset), collate function, workers and ``drop_last`` of ``train``, always in random order.
+        keep_weights: whether to keep the final weights of each member, so that :meth:`split` can make checkpoints of
+            them. Members of a fleet that ran without are trained again, to the same outputs.
 
     Attributes:
         masks: as given.
@@ -93,12 +110,14 @@ class RetrainingFleet:
         seed: int = 0,
         output: ModelOutput | None = None,
         make_loader: Callable[[Dataset[Any]], DataLoader[Any]] | None = None,
+        keep_weights: bool = False,
     ) -> None:
         self.directory = local_directory(directory, "fleet")
         self.make_module = make_module
         self.make_trainer = make_trainer
         self.num_seeds = num_seeds
         self.seed = seed
+        self.keep_weights = keep_weights
         self._nothing_twice = NothingTwice()
         with seeded(seed), quiet():
             module, trainer = self._new_module(), self._new_trainer()
@@ -142,7 +161,7 @@ class RetrainingFleet:
         Raises:
             ValueError: if the directory holds a fleet of other data, subsets or settings, naming the first difference.
         """
-        return MemberStore(self.directory, self._identity, self.masks)
+        return MemberStore(self.directory, self._identity, self.masks, keeps_weights=self.keep_weights)
 
     @property
     def outputs(self) -> Tensor:
@@ -152,6 +171,17 @@ class RetrainingFleet:
             RuntimeError: if members are missing, naming them, and which of them failed.
         """
         return self.store.outputs(self.num_seeds)
+
+    def split(self, num_subsets: int, num_seeds: int = 1) -> FleetSplit:
+        """Split the fleet into checkpoints for attribution, and the ground truth to measure the scores on.
+
+        See :func:`~lightning_trak.retraining.split_fleet`.
+
+        Args:
+            num_subsets: how many subsets give checkpoints.
+            num_seeds: how many models of each of these subsets.
+        """
+        return split_members(self.store, num_subsets, num_seeds, self.outputs)
 
     def run(
         self, part: Part | None = None, *, together: int | None = None, retries: int = 1, progress_bar: bool = True
@@ -219,7 +249,7 @@ class RetrainingFleet:
 
     def _attempt(self, group: list[Member], together: bool) -> None:
         try:
-            outputs, record = self._train_together(group) if together else self._train_alone(group[0])
+            outputs, record, weights = self._train_together(group) if together else self._train_alone(group[0])
         except FactoryError:
             raise
         except Exception as error:  # one member's error must not stop the others
@@ -228,7 +258,7 @@ class RetrainingFleet:
             return
         missing = self._missing(group)
 
-        def keep(member: Member, row: Tensor) -> None:
+        def keep(member: Member, row: Tensor, state: dict[str, Any] | None) -> None:
             if member not in missing:
                 return
             bad = (~row.isfinite()).nonzero().flatten().tolist()
@@ -237,10 +267,10 @@ class RetrainingFleet:
                     member, ValueError(f"the output is not finite at {len(bad)} targets, target {bad[0]} first")
                 )
             else:
-                self.store.write(member, row, record | {"seed": self._seed_of(member)})
+                self.store.write(member, row, record | {"seed": self._seed_of(member)}, state)
 
         with ThreadPoolExecutor() as pool:  # waiting for the disk takes the time
-            list(pool.map(keep, group, outputs))
+            list(pool.map(keep, group, outputs, weights))
 
     def _failed(self, member: Member, error: Exception) -> None:
         self.store.record_failure(member, error)
@@ -258,15 +288,17 @@ class RetrainingFleet:
     def _loader_of(self, subset: int) -> DataLoader[Any]:
         return self.make_loader(Subset(self._train.dataset, self.masks[subset].nonzero().flatten().tolist()))
 
-    def _train_alone(self, member: Member) -> tuple[Tensor, dict[str, Any]]:
+    def _train_alone(self, member: Member) -> _Trained:
         with seeded(self._seed_of(member)):
             module, trainer = self._new_module(), self._new_trainer()
             record = train_alone(module, trainer, self._loader_of(member.subset))
             device = trainer.strategy.root_device
+            # Copied, because half weights become float32 when the outputs are computed.
+            weights = copy.deepcopy(module.state_dict()) if self.keep_weights else None
             outputs = outputs_of(module, self.output, self._target_batches(), self._context_batches(), device)
-        return outputs[None], record | {"together": 1}
+        return _Trained(outputs[None], record | {"together": 1}, [weights])
 
-    def _train_together(self, group: list[Member]) -> tuple[Tensor, dict[str, Any]]:
+    def _train_together(self, group: list[Member]) -> _Trained:
         trainer, loader = self._new_trainer(), self._loader_of(group[0].subset)
         device, max_epochs = trainer.strategy.root_device, cast(int, trainer.max_epochs)
         with seeded(self.seed):
@@ -281,7 +313,9 @@ class RetrainingFleet:
             )
             batches = (move_data_to_device(batch, device) for batch in self._target_batches())
             outputs = torch.cat([stack.outputs(self.output, batch).float().cpu() for batch in batches], dim=1)
-        return outputs, {"steps": max_epochs * len(loader), "epochs": max_epochs, "together": len(group)}
+        record = {"steps": max_epochs * len(loader), "epochs": max_epochs, "together": len(group)}
+        weights = stack.state_dicts() if self.keep_weights else [None] * len(group)
+        return _Trained(outputs, record, weights)
 
     def _require_trainable_together(self, together: int) -> None:
         if together < 1:

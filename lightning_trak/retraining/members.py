@@ -3,16 +3,22 @@
     fleet/manifest.json                                     what every member depends on
     fleet/masks.safetensors                                 the subsets
     fleet/members/subset-00012-seed-001.safetensors         outputs of a model trained on subset 12, second repetition
+    fleet/weights/subset-00012-seed-001.safetensors         its final weights, if the fleet keeps weights
     fleet/failures/subset-00012-seed-001.json               how often its training failed, and the last traceback
 
 A file of a member has its name only when it is complete. Name and content depend only on the manifest. So any number of
 processes and machines can share the missing members. To merge directories of different machines, copy the files of
-their ``members`` folders together. Each file has a header that names its member and its fleet.
+their ``members`` and ``weights`` folders together. Each file of a member's outputs has a header that names its member
+and its fleet.
+
+The weights of a member are written before its outputs, whose header has the checksum of the weights. So a process that
+is killed leaves no outputs without the weights that gave them. The header of the weights holds the member's subset, so
+that attribution methods know which training examples the model has seen.
 """
 
 import re
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import chain, islice
 from pathlib import Path
@@ -21,11 +27,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_trak.checkpoints.subsets import TrainingSubset
+from lightning_trak.checkpoints.weights import read_about, without_extra_state, write_safetensors
 from lightning_trak.fingerprints import difference
 from lightning_trak.storage.claims import ClaimedDirectory, DirectoryKind, read_manifest
 from lightning_trak.storage.files import (
     DamagedFileError,
     altered,
+    load_metadata,
     load_tensors,
     read_json,
     save_tensors,
@@ -60,10 +69,10 @@ _KIND = DirectoryKind(
     version=FORMAT_VERSION,
     schema=_manifest,
     advice="run it first",
-    folders=("members", "failures"),
+    folders=("members", "weights", "failures"),
     results="members/subset-*-seed-*.safetensors",
     results_name="members of a fleet",
-    remains=("failures/*.json",),
+    remains=("failures/*.json", "weights/subset-*-seed-*.safetensors"),
 )
 _NUM_NAMED = 5  # members in a message
 _FAILURE = record({"attempts": _COUNT, "error": text(), "traceback": text()})
@@ -110,6 +119,7 @@ class MemberStore:
             the same identity.
         masks: the subsets, bool ``(num_subsets, num_train)``.
         read_only: the fleet must exist, and no file is changed.
+        keeps_weights: whether a member is complete only when its weights are there, too.
 
     Raises:
         FileNotFoundError: if ``read_only`` is true and there is no fleet.
@@ -118,8 +128,16 @@ class MemberStore:
             manifest is damaged.
     """
 
-    def __init__(self, directory: str | Path, identity: dict[str, Any], masks: Tensor, read_only: bool = False) -> None:
+    def __init__(
+        self,
+        directory: str | Path,
+        identity: dict[str, Any],
+        masks: Tensor,
+        read_only: bool = False,
+        keeps_weights: bool = False,
+    ) -> None:
         self.masks = masks
+        self._keeps_weights = keeps_weights
         digest = tensor_digest({"masks": masks})
         content = {"identity": identity | {"masks": digest}}
         self._directory = ClaimedDirectory(directory, _KIND, content, self._difference, "one", read_only)
@@ -157,24 +175,67 @@ class MemberStore:
         return {member for member in members if f"{member.stem}{suffix}" in names}
 
     def __contains__(self, member: Member) -> bool:
-        return self._path(member).exists()
+        """Whether a member is complete. Outputs from a run that kept no weights are not, if this run keeps them."""
+        if not self._path(member).exists() or not self._keeps_weights:
+            return self._path(member).exists()
+        with suppress(DamagedFileError):
+            return self._weights_path(member).exists() and "weights" in load_metadata(self._path(member))
+        return True  # reading it raises the error that says what to do
 
-    def write(self, member: Member, outputs: Tensor, record: dict[str, Any]) -> None:
+    def write(
+        self,
+        member: Member,
+        outputs: Tensor,
+        record: dict[str, Any],
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Write a complete member.
 
         Args:
             member: the member.
             outputs: its outputs, shape ``(num_targets,)``.
             record: a record of its training, in JSON's types.
+            weights: its state dict after training; None if it is not kept.
 
         Raises:
             RuntimeError: if a later run of this process has claimed the directory, or if the manifest was changed.
+            TypeError: if an entry of the state dict is not a dense tensor.
         """
         self._directory.require_unchanged()
+        if weights is not None:
+            data = self._directory.manifest["identity"].get("train")
+            subset = TrainingSubset(self.masks[member.subset], data)
+            tensors = without_extra_state(weights, f"the state dict of {member}")
+            record = record | {"weights": write_safetensors(self._weights_path(member), tensors, subset)}
         save_tensors(self._path(member), {"outputs": outputs.float()}, fleet=self.key, member=member.stem, **record)
 
     def _path(self, member: Member) -> Path:
         return self.directory / "members" / f"{member.stem}.safetensors"
+
+    def _weights_path(self, member: Member) -> Path:
+        return self.directory / "weights" / f"{member.stem}.safetensors"
+
+    def weights(self, member: Member) -> Path:
+        """The file of a member's final weights.
+
+        Raises:
+            FileNotFoundError: if its weights were not kept.
+            ValueError: if the file does not belong to its outputs, or its header was altered.
+        """
+        path = self._weights_path(member)
+        digest = self.read(member)[1].get("weights")
+        if digest is None or not path.exists():
+            raise FileNotFoundError(
+                f'fleet "{self.directory}" has not kept the weights of {member}; run it with keep_weights=True, which'
+                " trains this member again"
+            )
+        found, subset = read_about(str(path))
+        if found != digest or subset is None or not torch.equal(subset.mask, self.masks[member.subset]):
+            raise ValueError(
+                f'"{path}" does not hold the weights that gave the outputs of {member}; delete it and run the fleet'
+                " again with keep_weights=True"
+            )
+        return path
 
     def read(self, member: Member) -> tuple[Tensor, dict[str, Any]]:
         """A member's outputs ``(num_targets,)`` and the record of its training.
@@ -284,6 +345,12 @@ def read_fleet(directory: str | Path) -> Retrained:
         RuntimeError: if members are missing.
         ValueError: if a file is truncated or altered.
     """
+    store, outputs = open_fleet(directory)
+    return Retrained(store.masks, outputs)
+
+
+def open_fleet(directory: str | Path) -> tuple[MemberStore, Tensor]:
+    """The members of a fleet that has run, for reading, and their outputs: see :func:`read_fleet`."""
     identity = read_manifest(directory, _KIND)["identity"]
     store = MemberStore(directory, identity, _read_masks(directory, identity), read_only=True)
     finished = store.finished()
@@ -293,7 +360,7 @@ def read_fleet(directory: str | Path) -> Retrained:
             f'"{store.directory}/members" has a file of repetition {last.repetition}, {last.stem}.safetensors, but only'
             f" {len(finished)} members in all; remove it if it does not belong to the fleet, or train all members"
         )
-    return Retrained(store.masks, store.outputs(last.repetition + 1))
+    return store, store.outputs(last.repetition + 1)
 
 
 def _read_masks(directory: str | Path, identity: dict[str, Any]) -> Tensor:

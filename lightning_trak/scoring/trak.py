@@ -1,12 +1,14 @@
 """TRAK scores from stored features: one Newton step for each training example, averaged over checkpoints."""
 
 import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from lightning_trak.checkpoints.subsets import TrainingSubset
 from lightning_trak.features.rows import Features
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.running.ranks import Ranks
@@ -23,8 +25,9 @@ class TRAKScorer(Scorer):
     """tau(x)_i = 1/M sum_m phi_m(x)^T (K_m + lambda_m I)^-1 phi_m(i) Q_m(i).
 
     A positive score says that training on i raises the output at x, in the unit of the output. K_m = sum_j R_m(j)
-    phi_m(j) phi_m(j)^T is the Hessian of the linearised model's loss. So tau(x)_i is what training example i adds to
-    the output at x by one Newton step (Pregibon 1981; Park et al. 2023, arXiv 2303.14186, section 3).
+    phi_m(j) phi_m(j)^T, a sum over the examples that model m has seen, is the Hessian of the linearised model's loss.
+    So tau(x)_i is what training example i adds to the output at x by one Newton step (Pregibon 1981; Park et al. 2023,
+    arXiv 2303.14186, section 3).
 
     Args:
         store: complete features of the training set.
@@ -35,6 +38,8 @@ class TRAKScorer(Scorer):
             section 3): the average of phi^T K^-1 phi over checkpoints times the average of Q.
         soft_threshold: scores move towards zero by this much, and stop there: the paper's optional sparsification. If
             fewer than ``top_k`` scores are left, the rest are zeros of arbitrary training examples.
+        subsets: for each checkpoint, the examples that its model has seen; None: all. An example that it has not seen
+            is not part of K_m, and is scored, too: by the step of adding it. Default: all models have seen all.
     """
 
     def __init__(
@@ -44,12 +49,14 @@ class TRAKScorer(Scorer):
         damping: Damping,
         loss_gradients: LossGradients,
         soft_threshold: float,
+        subsets: Sequence[TrainingSubset | None] | None = None,
     ) -> None:
         super().__init__(store)
         self.curvature: Curvature = curvature
         self.damping: Damping = damping
         self.loss_gradients = loss_gradients
         self.soft_threshold = soft_threshold
+        self.subsets = [None] * store.num_checkpoints if subsets is None else subsets
         self._factors: list[DampedGram] = []
         self._keeps = True  # until a Gram matrix cannot be written
 
@@ -85,15 +92,15 @@ class TRAKScorer(Scorer):
             rank_zero_info(f"TRAK: damping='auto' is {' to '.join(ends)} at the {place}")
 
     def _gram(self, checkpoint: int, ranks: Ranks) -> tuple[Tensor, Tensor]:
+        subset = self.subsets[checkpoint]
         name, key = f"gram-{self.curvature}", f"{_CACHE_FORMAT}:{self.store.digest(checkpoint)}"
+        key += "" if subset is None else f":{subset.digest}"
         stored = self.store.read_extra(checkpoint, name, key)
         if ranks.all_true(stored is not None) and stored is not None:
             return stored["gram"], stored["squared_weights"]
         k = self.store.read_stored(checkpoint, 0).k
         blocks = row_blocks(self.store.num_shards, self.store.shard_size)
-        shards = (shard for number in ranks.share(len(blocks)) for shard in blocks[number])
-        parts = (self.store.read_stored(checkpoint, shard) for shard in shards)
-        mine = (rows for part in parts for rows in part.moved(lambda codes: codes.to(self._device)).blocks())
+        mine = self._seen(checkpoint, (shard for number in ranks.share(len(blocks)) for shard in blocks[number]))
         with full_precision(self._device):
             gram, squared_weights = map(ranks.sum, gram_matrix(mine, self.curvature, k, self._device))
         if ranks.rank == 0 and self._keeps:
@@ -103,6 +110,15 @@ class TRAKScorer(Scorer):
                 self._keeps = False
                 warnings.warn(f"the Gram matrix cannot be kept and will be made again next time: {error}", stacklevel=2)
         return gram, squared_weights
+
+    def _seen(self, checkpoint: int, shards: Iterable[int]) -> Iterator[Features]:
+        """The rows of some shards that belong to examples which the checkpoint's model has seen."""
+        subset = self.subsets[checkpoint]
+        for shard in shards:
+            rows, examples = self.store.read_stored(checkpoint, shard), self.store.shard(shard)
+            if subset is not None:
+                rows = rows[subset.mask[examples.start : examples.stop]]
+            yield from rows.moved(lambda codes: codes.to(self._device)).blocks()
 
     def precondition(self, checkpoint: int, features: Tensor) -> Tensor:
         """(K_m + lambda_m I)^-1 phi(x) for each target: shape ``(num_targets, k)``, in at least float32."""

@@ -6,10 +6,11 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lightning_trak.checkpoints.copies import Original, copy_module
 from lightning_trak.checkpoints.names import canonical_name
-from lightning_trak.checkpoints.reading import CheckpointsLike, resolve_checkpoints
+from lightning_trak.checkpoints.reading import CheckpointsLike, masks_of, resolve_checkpoints
 from lightning_trak.compatibility import original_module
 from lightning_trak.methods.base import Method
 from lightning_trak.methods.examples import Examples, declared_rows
@@ -48,6 +49,11 @@ class RepresentationMethod(Method):
         self.layer = layer
         self.forward: Forward = forward or declared_rows(self.model, "pass forward=")
         self.pool = pool or mean_pool
+
+    @property
+    @override
+    def used_masks(self) -> Tensor | None:
+        return masks_of(self.checkpoints)
 
     def represent(self, trainer: L.Trainer, *data: Examples) -> Iterator[tuple[Tensor, ...]]:
         """Representations of each dataset, ``(num_examples, width)`` in at least float32, a checkpoint at a time.

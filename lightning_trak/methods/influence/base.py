@@ -7,7 +7,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from lightning_trak.checkpoints.reading import CheckpointsLike, resolve_checkpoints
+from lightning_trak.checkpoints.reading import CheckpointsLike, masks_of, resolve_checkpoints
 from lightning_trak.compatibility import original_module
 from lightning_trak.features.model import ModelCopy
 from lightning_trak.gradients import ParameterSelection
@@ -63,6 +63,12 @@ class Influence(Method):
         self.model = original_module(model)
         self.output = declared_output(self.model, output)
         self.checkpoints = resolve_checkpoints(checkpoints, weights_only=weights_only)
+        if masks_of(self.checkpoints) is not None:
+            raise ValueError(
+                f"{type(self).__name__} takes the curvature from all training examples, but the models of some"
+                " checkpoints have seen a part of them: use TRAK, which takes it from the examples that each has seen,"
+                " or checkpoints of models that were trained on all data"
+            )
         self.parameters = parameters
         self.seed = seed
 

@@ -5,6 +5,7 @@ from lightning_trak.metrics.functional.lds import linear_datamodeling_interval, 
 from lightning_trak.metrics.functional.mislabelled import DetectionCurve, flip_labels, mislabel_detection_curve
 from lightning_trak.metrics.functional.noise_ceiling import noise_ceiling
 from lightning_trak.metrics.functional.ranking import rank_rows, spearman_corrcoef, spearman_influence
+from lightning_trak.metrics.functional.used_subsets import used_subsets
 
 __all__ = [
     "DetectionCurve",
@@ -18,4 +19,5 @@ __all__ = [
     "rank_rows",
     "spearman_corrcoef",
     "spearman_influence",
+    "used_subsets",
 ]
