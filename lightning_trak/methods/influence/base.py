@@ -113,7 +113,7 @@ class Influence(Method):
         block = max(1, TARGET_BYTES // (passes.size * passes.dtype.itemsize))
         for start in range(0, len(targets), block):
             span = range(start, min(start + block, len(targets)))
-            directions = inverse(torch.cat([rows.features for _, rows in passes.rows(targets, span)]))
+            directions = inverse(torch.cat([rows.features for _, rows in passes.rows(targets, span)]), span)
             for part, rows in passes.rows(passes.train):
                 products = directions @ rows.features.T * rows.loss_gradients
-                scores[span.start : span.stop, part.start : part.stop] += products.cpu()
+                scores[span.start : span.stop, part[0] : part[-1] + 1] += products.cpu()

@@ -103,7 +103,7 @@ class EKFACInfluence(Influence):
                 )
             damped.append(values + self.damping * values.mean())
 
-        def inverse(rows: Tensor) -> Tensor:
+        def inverse(rows: Tensor, targets: range) -> Tensor:  # noqa: ARG001
             solved = torch.empty_like(rows)
             source, target = passes.split(rows), passes.split(solved)
             for block, basis, values in zip(blocks, bases, damped, strict=True):

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -17,6 +18,31 @@ from lightning_trak.scoring.gram import gram_matrix, require_convex
 HessianCurvature = Literal["gauss_newton", "exact"]
 
 _TOGETHER = 32  # vectors multiplied at once, in the memory of as many backward passes
+
+
+@dataclass(frozen=True)
+class Convergence:
+    """How an iterative solver went at a checkpoint, for a block of targets.
+
+    Attributes:
+        where: the checkpoint's number and name.
+        targets: the numbers of the targets.
+        iterations: of each target: products of the Hessian with vectors, int64 ``(num_targets,)``.
+        residuals: of each target, relative to its gradient, float64 ``(num_targets,)``.
+    """
+
+    where: str
+    targets: range
+    iterations: Tensor
+    residuals: Tensor
+
+    def __str__(self) -> str:
+        first, last = self.targets[0], self.targets[-1]
+        which = f"target {first}" if first == last else f"targets {first} to {last}"
+        return (
+            f"{self.where}, {which}: {int(self.iterations.min())} to {int(self.iterations.max())} iterations, relative"
+            f" residuals up to {float(self.residuals.max()):.2g}"
+        )
 
 
 class Hessian:
@@ -36,6 +62,7 @@ class Hessian:
         passes: as given.
         weights: R_j |g_j|^2, what each example adds to the trace of the Gauss-Newton matrix, float64 ``(num_train,)``.
         ridge: lambda itself, in the units of H.
+        convergence: how iterative solvers went, one entry for each block of targets.
 
     Raises:
         ValueError: if some R_j is negative, for ``"gauss_newton"``, or all are zero.
@@ -44,13 +71,28 @@ class Hessian:
     def __init__(self, passes: Passes, curvature: HessianCurvature, damping: Damping) -> None:
         self.passes = passes
         self.curvature = curvature
+        self.convergence: list[Convergence] = []
         weights = []
         for _, rows in passes.rows(passes.train):
-            if curvature == "gauss_newton":
-                require_convex(rows.curvatures, 'curvature="exact"')
-            weights.append(rows.curvatures.abs().double() * rows.features.double().square().sum(1))
+            weights.append(self.counts(rows.curvatures).double() * rows.features.double().square().sum(1))
         self.weights = torch.cat(weights)
         self.ridge = absolute_damping(damping, self.weights, passes.size, passes.where)
+
+    @property
+    def positive_ridge(self) -> float:
+        """lambda, or without damping a number so small that rounding hides it: for preconditioners."""
+        smallest = torch.finfo(self.passes.dtype).eps * float(self.weights.max())
+        return max(self.ridge, smallest)
+
+    def counts(self, curvatures: Tensor) -> Tensor:
+        """What g_j g_j^T counts in the Gauss-Newton matrix: R_j, or |R_j| where the exact Hessian has its own signs.
+
+        Raises:
+            ValueError: if some R_j is negative, for ``"gauss_newton"``.
+        """
+        if self.curvature == "gauss_newton":
+            require_convex(curvatures, 'curvature="exact"')
+        return curvatures.abs()
 
     def damped_product(self, vectors: Tensor) -> Tensor:
         """(H + lambda I) v for each row v of ``vectors``, shape ``(n, p)``: one pass over the training data."""

@@ -129,20 +129,23 @@ class Passes:
         for batch in self._on_device(load(examples.loader, noted()), examples):
             yield batch, sizes.pop(0)
 
-    def rows(self, examples: Examples, span: range | None = None) -> Iterator[tuple[range, Features]]:
-        """Yield gradients, Q and R of examples in order, in batches that fit in memory.
+    def rows(
+        self, examples: Examples, positions: Sequence[int] | None = None
+    ) -> Iterator[tuple[Sequence[int], Features]]:
+        """Yield gradients, Q and R of examples in order, in batches that fit in memory, with their positions.
 
         Args:
             examples: the dataset.
-            span: positions of the examples; default: all.
+            positions: positions of the examples; default: all.
         """
         fitting = max(1, GRADIENT_BYTES // (self.size * self.dtype.itemsize))
-        parts = _cut(range(len(examples)) if span is None else span, min(batch_size_of(examples.loader), fitting))
+        chosen = range(len(examples)) if positions is None else positions
+        parts = _cut(chosen, min(batch_size_of(examples.loader), fitting))
         for part, (batch, _) in zip(parts, self.batches(examples, parts), strict=True):
-            positions = torch.arange(part.start, part.stop)
+            numbers = torch.tensor(part)
             with self.computing():
-                features = self.extractor()(batch, positions)
-            require_finite(features, positions, f"at {self.where}")
+                features = self.extractor()(batch, numbers)
+            require_finite(features, numbers, f"at {self.where}")
             yield part, features
 
     def split(self, rows: Tensor) -> dict[str, Tensor]:
@@ -173,5 +176,5 @@ class Passes:
         return on_device(batches, self.device, self._precision.convert_input, hooks)
 
 
-def _cut(span: range, size: int) -> list[range]:
-    return [span[start : start + size] for start in range(0, len(span), size)]
+def _cut(positions: Sequence[int], size: int) -> list[Sequence[int]]:
+    return [positions[start : start + size] for start in range(0, len(positions), size)]
