@@ -15,6 +15,7 @@ from lightning_trak.methods.base import Method
 from lightning_trak.methods.examples import Examples
 from lightning_trak.methods.influence.audit import audit
 from lightning_trak.methods.influence.passes import Passes
+from lightning_trak.methods.influence.products import gradient_products
 from lightning_trak.methods.influence.solvers import InverseProduct
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import declared_output
@@ -114,6 +115,6 @@ class Influence(Method):
         for start in range(0, len(targets), block):
             span = range(start, min(start + block, len(targets)))
             directions = inverse(torch.cat([rows.features for _, rows in passes.rows(targets, span)]), span)
-            for part, rows in passes.rows(passes.train):
-                products = directions @ rows.features.T * rows.loss_gradients
+            for part, rows in gradient_products(passes, directions):
+                products = (rows.features * rows.loss_gradients.unsqueeze(1)).T
                 scores[span.start : span.stop, part[0] : part[-1] + 1] += products.cpu()

@@ -129,6 +129,21 @@ class Passes:
         for batch in self._on_device(load(examples.loader, noted()), examples):
             yield batch, sizes.pop(0)
 
+    def parts(
+        self, examples: Examples, positions: Sequence[int] | None = None, fitting: int | None = None
+    ) -> Iterator[tuple[Sequence[int], tuple[Any, int]]]:
+        """Yield batches on the device, with their sizes, in order, and the positions of their examples.
+
+        Args:
+            examples: the dataset.
+            positions: positions of the examples; default: all.
+            fitting: the number of examples in a batch, at most; default: the loader's.
+        """
+        chosen = range(len(examples)) if positions is None else positions
+        size = batch_size_of(examples.loader)
+        parts = _cut(chosen, size if fitting is None else min(size, fitting))
+        yield from zip(parts, self.batches(examples, parts), strict=True)
+
     def rows(
         self, examples: Examples, positions: Sequence[int] | None = None
     ) -> Iterator[tuple[Sequence[int], Features]]:
@@ -139,9 +154,7 @@ class Passes:
             positions: positions of the examples; default: all.
         """
         fitting = max(1, GRADIENT_BYTES // (self.size * self.dtype.itemsize))
-        chosen = range(len(examples)) if positions is None else positions
-        parts = _cut(chosen, min(batch_size_of(examples.loader), fitting))
-        for part, (batch, _) in zip(parts, self.batches(examples, parts), strict=True):
+        for part, (batch, _) in self.parts(examples, positions, fitting):
             numbers = torch.tensor(part)
             with self.computing():
                 features = self.extractor()(batch, numbers)
