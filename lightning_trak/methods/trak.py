@@ -11,6 +11,7 @@ from lightning_trak.features.engines import EngineName
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.gradients import ParameterSelection
 from lightning_trak.methods.feature import Checkpoints, FeatureMethod
+from lightning_trak.methods.rescoring import ExactScores
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.projections import GaussianProjection, Projection
 from lightning_trak.scoring.damping import Damping, require_damping
@@ -57,6 +58,7 @@ class TRAK(FeatureMethod):
         trak = TRAK(model, checkpoints="run/snapshots", store="run/features")
         trak.featurize(trainer, train_loader)
         scores = trak.score(trainer, target_loader)  # (num_targets, num_train)
+        best = trak.score(trainer, target_loader, top_k=10, rescore=1000)  # exact scores of the best 1000
     """
 
     def __init__(
@@ -141,3 +143,6 @@ class TRAK(FeatureMethod):
     def make_scorer(self, store: FeatureStore) -> TRAKScorer:
         """TRAK's scorer."""
         return TRAKScorer(store, self.curvature, self.damping, self.loss_gradients, self.soft_threshold)
+
+    def _exact_scores(self) -> ExactScores:
+        return ExactScores(self.curvature, self.damping, self.loss_gradients, self.soft_threshold)

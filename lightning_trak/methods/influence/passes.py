@@ -23,6 +23,7 @@ from lightning_trak.outputs.evaluating import exact_attention
 from lightning_trak.projections import IdentityProjection
 from lightning_trak.running.batches import TransferHooks, on_device
 from lightning_trak.running.loading import batch_size_of, load, sample_batches
+from lightning_trak.running.random_states import isolated_random_states
 
 
 class Passes:
@@ -33,17 +34,20 @@ class Passes:
         seed: seed of all random draws.
         trainer: the Trainer whose device is used. Its precision is used if it is ``"64-true"``.
         train: the training examples.
+        engine: the engine that differentiates; ``"auto"`` chooses one at the first checkpoint.
 
     Raises:
         ValueError: if the Trainer's precision changes layers, or a selected parameter is not of real numbers.
     """
 
-    def __init__(self, model: ModelCopy, seed: int, trainer: L.Trainer, train: Examples) -> None:
+    def __init__(
+        self, model: ModelCopy, seed: int, trainer: L.Trainer, train: Examples, engine: EngineName = "auto"
+    ) -> None:
         self.model = model
         self._seed = seed
         self.train = train
         self.layout: Layout | None = None
-        self.engine_name: EngineName | None = None  # chosen at the first checkpoint
+        self.engine_name: EngineName | None = None  # "auto" is chosen at the first checkpoint
         self._layouts: dict[Examples, Layout] = {}
         self.device = trainer.strategy.root_device
         plugin = trainer.precision_plugin
@@ -70,6 +74,8 @@ class Passes:
         self.dtype = torch.promote_types(next(iter(self.parameters.values())).dtype, torch.float32)
         identity = IdentityProjection()
         self._identity = identity.bind(model.shapes, seed=seed, checkpoint=0, device=self.device)
+        if engine != "auto":
+            self.use_engine(engine)
 
     @property
     def where(self) -> str:
@@ -187,6 +193,13 @@ class Passes:
     def _on_device(self, batches: Iterable[Any], examples: Examples) -> Iterator[Any]:
         hooks = TransferHooks(self.model.module, examples.datamodule)
         return on_device(batches, self.device, self._precision.convert_input, hooks)
+
+
+@contextmanager
+def without_gradients() -> Iterator[None]:
+    """For everything that is done with passes: the user's random states, modes and autograd are left alone."""
+    with isolated_random_states(), torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def _cut(positions: Sequence[int], size: int) -> list[Sequence[int]]:
