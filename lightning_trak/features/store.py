@@ -193,9 +193,15 @@ class FeatureStore:
         return {checkpoint: shards[0] for checkpoint, shards in there.items() if shards}
 
     @property
+    def data(self) -> str | None:
+        """The digest of a few items of the training data; None if they differed when they were loaded twice."""
+        found: str | None = self._directory.manifest["identity"].get("data")
+        return found
+
+    @property
     def repeatable(self) -> bool:
         """Whether the training data were the same when they were loaded twice."""
-        return self._directory.manifest["identity"].get("data") is not None
+        return self.data is not None
 
     @property
     def precision(self) -> str | None:

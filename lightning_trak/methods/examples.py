@@ -42,6 +42,7 @@ class Examples:
         data: the data that a user passes.
         stage: ``"fit"`` or ``"predict"``: which loader of a data module is used.
         trainer: the Trainer that a data module is attached to.
+        datamodule: the data module that gave ``data``, if that is one of its loaders.
 
     Attributes:
         loader: the loader that gives the dataset, collate function, batch size and workers.
@@ -49,9 +50,11 @@ class Examples:
             its own.
     """
 
-    def __init__(self, data: Data, stage: str, trainer: L.Trainer) -> None:
+    def __init__(
+        self, data: Data, stage: str, trainer: L.Trainer, datamodule: L.LightningDataModule | None = None
+    ) -> None:
         self.loader = single_loader(data, stage, trainer)
-        self.datamodule = data if isinstance(data, L.LightningDataModule) else None
+        self.datamodule = data if isinstance(data, L.LightningDataModule) else datamodule
 
     def __len__(self) -> int:
         return len(cast(Any, self.loader.dataset))

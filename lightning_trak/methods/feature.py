@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_trak.checkpoints.reading import CheckpointSource, masks_of, resolve_checkpoints
+from lightning_trak.checks import positive
 from lightning_trak.compatibility import original_module
 from lightning_trak.features.dtypes import Dtype, feature_dtype
 from lightning_trak.features.engines import EngineName
@@ -21,16 +22,20 @@ from lightning_trak.features.settings import FeatureSettings
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.gradients import ParameterSelection
 from lightning_trak.methods.base import Method
+from lightning_trak.methods.examples import Examples
+from lightning_trak.methods.influence.passes import Passes, without_gradients
+from lightning_trak.methods.rescoring import ExactScores, SecondStage
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import declared_output
 from lightning_trak.projections import Projection, SparseProjection
 from lightning_trak.running.data import Data, as_loaders, single_loader
 from lightning_trak.running.loaders import holds_several
 from lightning_trak.running.ranks import Ranks
-from lightning_trak.running.strategies import refuse_spawning
-from lightning_trak.scoring.base import Scorer
+from lightning_trak.running.strategies import refuse_spawning, require_whole_parameters
+from lightning_trak.scoring.base import Scorer, Scores
 from lightning_trak.scoring.predict import ScoreModule
 from lightning_trak.scoring.targets import score_targets
+from lightning_trak.scoring.topk import TopK
 from lightning_trak.storage.paths import local_directory
 
 Checkpoints = Sequence[CheckpointSource] | CheckpointSource  # in this order a command line can tell them apart
@@ -83,6 +88,7 @@ class FeatureMethod(Method):
         self.settings = FeatureSettings(
             SparseProjection() if projection is None else projection, engine, seed, feature_dtype(dtype), audit
         )
+        self._train: Data | None = None  # what featurize got last
 
     @property
     @override
@@ -92,6 +98,17 @@ class FeatureMethod(Method):
     @abstractmethod
     def make_scorer(self, store: FeatureStore) -> Scorer:
         """Make the scorer of this method for a complete store."""
+
+    def _exact_scores(self) -> ExactScores:
+        """How candidates are scored exactly.
+
+        Raises:
+            ValueError: if this method cannot do this.
+        """
+        raise ValueError(
+            f"{type(self).__name__} cannot rescore: its scores are products of stored features. They are exact with"
+            " IdentityProjection() in another store; TRAK can rescore"
+        )
 
     def _require_enough(self, num_examples: int, dim: int) -> None:
         """Raise if the scorer needs more training examples than there are. By default any number is enough."""
@@ -129,9 +146,16 @@ class FeatureMethod(Method):
                 splits the model in another way, or it shards a model that hooks do not cover.
         """
         self._pipeline().featurize(trainer, data, shard_size, self._require_enough)
+        self._train = data
 
     def score(
-        self, trainer: L.Trainer, data: Data | Sequence[DataLoader[Any]], top_k: int | None = None, largest: bool = True
+        self,
+        trainer: L.Trainer,
+        data: Data | Sequence[DataLoader[Any]],
+        top_k: int | None = None,
+        largest: bool = True,
+        rescore: int | None = None,
+        train: Data | None = None,
     ) -> Any:
         """Score every target against every training example.
 
@@ -143,28 +167,69 @@ class FeatureMethod(Method):
                 ``predict_dataloader``).
             top_k: keep only this many training examples for each target. The full matrix is then never in memory.
             largest: whether ``top_k`` keeps the highest scores (proponents) or the lowest (opponents).
+            rescore: score this many candidates of each target exactly, those that are best by the stored features, and
+                keep the best ``top_k`` of them. Only :class:`~lightning_trak.TRAK` can do this; see
+                :class:`~lightning_trak.methods.rescoring.ExactScores`. It takes several passes over the training data
+                at each checkpoint, and a Trainer whose strategy keeps the model whole.
+            train: the training data, for ``rescore`` alone; default: the data that this object's last
+                :meth:`featurize` got.
 
         Returns:
             On every rank a CPU Tensor ``(num_targets, num_train)``, or with ``top_k`` a
-            :class:`~lightning_trak.scoring.TopK`. Rows are in the order of the targets' dataset. For several loaders,
-            a list of these.
+            :class:`~lightning_trak.scoring.TopK`; with ``rescore`` its values are the exact scores. Rows are in the
+            order of the targets' dataset. For several loaders, a list of these.
 
         Raises:
             FileNotFoundError: if there is no store yet.
             RuntimeError: if featurizing is not complete.
-            ValueError: if the store was made with other settings, or a Gram matrix is singular.
+            ValueError: if the store was made with other settings, or a Gram matrix is singular. With ``rescore``: if
+                the method cannot rescore, ``train`` is not known, or other data than the store's, or an exact score
+                cannot be computed.
         """
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k must be at least 1, got {top_k}")
+        second = self._second_stage(trainer, top_k, rescore, train)
         loaders, pipeline = as_loaders(data, "predict", trainer), self._pipeline()
         model = pipeline.copy_model(trainer)
         store = pipeline.open_complete(model, trainer)
         scorer, datamodule = self.make_scorer(store), data if isinstance(data, L.LightningDataModule) else None
-        results = [
-            score_targets(trainer, loader, pipeline, model, store, scorer, datamodule, top_k, largest)
+        if second is not None:
+            second.require_possible(store, model.size)
+        results: Sequence[Scores] = [
+            score_targets(trainer, loader, pipeline, model, store, scorer, datamodule, rescore or top_k, largest)
             for loader in loaders
         ]
+        if second is not None:
+            targets = [Examples(loader, "predict", trainer, datamodule) for loader in loaders]
+            with without_gradients():
+                own, settings = pipeline.copy_model(trainer), self.settings
+                passes = Passes(own, settings.seed, trainer, second.train, settings.engine)
+                results = second.best(passes, store, targets, cast(Sequence[TopK], results), largest)
         return results if holds_several(data) or len(results) > 1 else results[0]
+
+    def _second_stage(
+        self, trainer: L.Trainer, top_k: int | None, rescore: int | None, train: Data | None
+    ) -> SecondStage | None:
+        """What scores candidates again, if that is asked for; refuse what cannot be done before any work.
+
+        Raises:
+            ValueError: if it cannot be done.
+        """
+        if rescore is None:
+            if train is not None:
+                raise ValueError("train is for rescore alone: give rescore=, or leave train out")
+            return None
+        exact = self._exact_scores()
+        if top_k is None or positive("rescore", rescore) < top_k:
+            raise ValueError(f"rescore needs a top_k of at most rescore={rescore}, got top_k={top_k}")
+        require_whole_parameters(trainer)
+        data = self._train if train is None else train
+        if data is None:
+            raise ValueError(
+                "rescore needs the training data: pass train=, the same data as to featurize, or call featurize of this"
+                " object first, which does nothing if the store is complete"
+            )
+        return SecondStage(exact, Examples(data, "fit", trainer), top_k)
 
     def target_features(self, trainer: L.Trainer, data: Data) -> list[Features]:
         """The features of targets, projected like those of the store. :meth:`score` compares the two.

@@ -11,6 +11,7 @@ from lightning_trak.features.engines import EngineName
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.gradients import ParameterSelection
 from lightning_trak.methods.feature import Checkpoints, FeatureMethod
+from lightning_trak.methods.rescoring import ExactScores
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.projections import GaussianProjection, Projection
 from lightning_trak.scoring.damping import Damping, require_damping
@@ -59,6 +60,7 @@ class TRAK(FeatureMethod):
         trak = TRAK(model, checkpoints="run/snapshots", store="run/features")
         trak.featurize(trainer, train_loader)
         scores = trak.score(trainer, target_loader)  # (num_targets, num_train)
+        best = trak.score(trainer, target_loader, top_k=10, rescore=1000)  # exact scores of the best 1000
     """
 
     def __init__(
@@ -146,3 +148,12 @@ class TRAK(FeatureMethod):
         """TRAK's scorer."""
         subsets = [checkpoint.subset for checkpoint in self.checkpoints]
         return TRAKScorer(store, self.curvature, self.damping, self.loss_gradients, self.soft_threshold, subsets)
+
+    def _exact_scores(self) -> ExactScores:
+        members = [checkpoint.name for checkpoint in self.checkpoints if checkpoint.subset is not None]
+        if members:
+            raise ValueError(
+                f"rescore= takes the curvature of all training examples, but {members[0]} has seen only some of them:"
+                " score without rescore=, or use models that were trained on all examples"
+            )
+        return ExactScores(self.curvature, self.damping, self.loss_gradients, self.soft_threshold)

@@ -48,8 +48,9 @@ class _OwnAndOthers(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
-        """Keep what the gradient needs."""
+        """Keep what the derivatives need."""
         ctx.save_for_backward(*inputs, output[1])
+        ctx.save_for_forward(*inputs, output[1])
 
     @staticmethod
     def backward(ctx: Any, own_slope: Tensor, others_slope: Tensor) -> tuple[Tensor, None]:
@@ -64,16 +65,32 @@ class _OwnAndOthers(torch.autograd.Function):
             start += len(rows)
         return gradient, None
 
+    @staticmethod
+    def jvp(ctx: Any, change: Tensor, _: None) -> tuple[Tensor, Tensor]:
+        """The change of the label's logit, and the mean change of the others by their softmax."""
+        logits, labels, others = ctx.saved_tensors
+        owns, means = [], []
+        for rows, index, other, moved in _blocks(logits, labels, others, rows_like=change):
+            owns.append(moved.gather(1, index).to(others.dtype))
+            softmax = (rows.to(others.dtype) - other).exp().scatter(1, index, 0.0)
+            means.append((softmax * moved).sum(1))
+        return torch.cat(owns).view(labels.shape), torch.cat(means).view(labels.shape)
+
 
 # Logits in a block: on a CPU they should stay in its cache, elsewhere kernels should be few.
 _CPU_BLOCK, _ACCELERATOR_BLOCK = 1 << 17, 1 << 26
 
 
-def _blocks(logits: Tensor, *columns: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Some rows of logits ``(rows, classes)`` at a time, with what belongs to them, ``(rows, 1)`` each."""
+def _blocks(logits: Tensor, *columns: Tensor, rows_like: Tensor | None = None) -> Iterator[tuple[Tensor, ...]]:
+    """Some rows of logits ``(rows, classes)`` at a time, with what belongs to them, ``(rows, 1)`` each.
+
+    ``rows_like`` is another tensor with the shape of the logits; its rows come last.
+    """
     classes = logits.shape[-1]
     step = max(1, (_CPU_BLOCK if logits.device.type == "cpu" else _ACCELERATOR_BLOCK) // classes)
     table = [logits.reshape(-1, classes), *(column.reshape(-1, 1) for column in columns)]
+    if rows_like is not None:
+        table.append(rows_like.reshape(-1, classes))
     for start in range(0, len(table[0]), step):
         yield tuple(column[start : start + step] for column in table)
 

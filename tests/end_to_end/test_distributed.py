@@ -85,6 +85,16 @@ def test_both_ranks_use_the_same_principal_directions(runs):
         torch.testing.assert_close(rank["principal"], expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
+def test_both_ranks_get_the_exact_scores_of_one_process(runs, tmp_path):
+    ranks, _, root = runs
+    trak, _ = one_process(tmp_path, torch.load(root / "checkpoints.pt"))
+    expected = trak.score(make_trainer(), TARGETS, top_k=5, rescore=20)
+    for rank in ranks:
+        values, indices = rank["rescored"]
+        assert torch.equal(indices, expected.indices)
+        torch.testing.assert_close(values, expected.values, rtol=1e-3, atol=1e-4)
+
+
 def test_methods_that_share_their_work(runs):
     ranks, _, root = runs
     similarity = RepresentationSimilarity(make_model(), torch.load(root / "checkpoints.pt"))

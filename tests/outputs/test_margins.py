@@ -37,6 +37,19 @@ def test_first_and_second_derivatives():
     assert torch.autograd.gradgradcheck(lambda x: margins.log_odds(x, labels), logits)
 
 
+def test_forward_mode():
+    logits, labels = make()
+    changes = torch.randn(4, *logits.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    def along(function):
+        return torch.func.vmap(
+            lambda change: torch.func.jvp(lambda x: function(x, labels), (logits,), (change,)), out_dims=(None, 0)
+        )(changes)
+
+    for mine, expected in zip(along(margins.log_odds), along(plain), strict=True):
+        torch.testing.assert_close(mine, expected)
+
+
 def test_logits_that_are_not_contiguous():
     logits, labels = make()
     torch.testing.assert_close(margins.log_odds(logits.mT, labels), plain(logits.mT, labels))

@@ -54,7 +54,7 @@ class Arnoldi(Solver):
             )
         directions = vectors[:, kept].T.to(basis) @ basis
         inverse = (1 / (values[kept] + hessian.ridge)).to(basis)
-        return lambda rows: (rows @ directions.T * inverse) @ directions
+        return lambda rows, _: (rows @ directions.T * inverse) @ directions
 
     def _iterate(self, hessian: Hessian) -> tuple[Tensor, Tensor]:
         """An orthonormal basis of the Krylov space, ``(m, p)``, and H in it, float64 ``(m, m)``."""

@@ -1,6 +1,7 @@
 """What influence methods share: preconditioned target gradients, multiplied by streamed training gradients."""
 
 from abc import abstractmethod
+from collections.abc import Iterator
 from typing import TypedDict
 
 import lightning as L
@@ -14,12 +15,12 @@ from lightning_trak.gradients import ParameterSelection
 from lightning_trak.methods.base import Method
 from lightning_trak.methods.examples import Examples
 from lightning_trak.methods.influence.audit import audit
-from lightning_trak.methods.influence.passes import Passes
+from lightning_trak.methods.influence.passes import Passes, without_gradients
+from lightning_trak.methods.influence.products import gradient_products
 from lightning_trak.methods.influence.solvers import InverseProduct
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import declared_output
 from lightning_trak.running.data import Data
-from lightning_trak.running.random_states import isolated_random_states
 from lightning_trak.running.strategies import require_whole_parameters
 
 # Gradients of this many bytes are preconditioned at a time; solvers hold a few copies.
@@ -101,7 +102,7 @@ class Influence(Method):
         """
         require_whole_parameters(trainer)
         train_set, target_set = Examples(train, "fit", trainer), Examples(targets, "predict", trainer)
-        with isolated_random_states(), torch.inference_mode(False), torch.no_grad():
+        with without_gradients():
             digests = [checkpoint.fingerprint() for checkpoint in self.checkpoints]
             model = ModelCopy(self.model, self.output, self.checkpoints, digests, self._selection())
             passes = Passes(model, self.seed, trainer, train_set)
@@ -116,10 +117,14 @@ class Influence(Method):
     def _add(self, scores: Tensor, passes: Passes, targets: Examples) -> None:
         """Add the scores at the current checkpoint."""
         inverse = self._prepare(passes)
-        block = max(1, TARGET_BYTES // (passes.size * passes.dtype.itemsize))
-        for start in range(0, len(targets), block):
-            span = range(start, min(start + block, len(targets)))
-            directions = inverse(torch.cat([rows.features for _, rows in passes.rows(targets, span)]))
-            for part, rows in passes.rows(passes.train):
-                products = directions @ rows.features.T * rows.loss_gradients
-                scores[span.start : span.stop, part.start : part.stop] += products.cpu()
+        for span in target_blocks(passes, targets):
+            directions = inverse(torch.cat([rows.features for _, rows in passes.rows(targets, span)]), span)
+            for part, rows in gradient_products(passes, directions):
+                products = (rows.features * rows.loss_gradients.unsqueeze(1)).T
+                scores[span.start : span.stop, part[0] : part[-1] + 1] += products.cpu()
+
+
+def target_blocks(passes: Passes, targets: Examples) -> Iterator[range]:
+    """The positions of targets, as many at a time as fit in memory."""
+    block = max(1, TARGET_BYTES // (passes.size * passes.dtype.itemsize))
+    return (range(start, min(start + block, len(targets))) for start in range(0, len(targets), block))

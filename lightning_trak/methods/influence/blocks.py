@@ -23,6 +23,11 @@ class Block:
     weight: str
     bias: str | None
 
+    @property
+    def names(self) -> list[str]:
+        """Canonical names of the block's parameters."""
+        return [self.weight] if self.bias is None else [self.weight, self.bias]
+
     def gather(self, parts: dict[str, Tensor]) -> Tensor:
         """The block's matrices, ``(n, outputs, inputs)``, from rows by parameter, ``(n, *shape)`` each."""
         matrices = parts[self.weight].flatten(2)

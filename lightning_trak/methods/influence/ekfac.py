@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,15 +10,12 @@ from typing_extensions import Unpack
 
 from lightning_trak.checkpoints.reading import CheckpointsLike
 from lightning_trak.checks import require_one_of
-from lightning_trak.gradients import HookEngine, select_parameters
-from lightning_trak.gradients.batch import ExampleBatch
-from lightning_trak.gradients.hooks.layers import LayerCall
-from lightning_trak.gradients.hooks.tracked_module import TrackedModule
+from lightning_trak.gradients import select_parameters
 from lightning_trak.methods.influence.base import Influence, InfluenceOptions
 from lightning_trak.methods.influence.blocks import Block, find_blocks
+from lightning_trak.methods.influence.eigenbases import Basis, fit_bases, unseen_uses
 from lightning_trak.methods.influence.passes import Passes
 from lightning_trak.methods.influence.solvers import InverseProduct
-from lightning_trak.outputs import ModelOutput
 from lightning_trak.scoring.gram import require_convex
 
 EKFACCurvature = Literal["gauss_newton", "empirical"]
@@ -89,7 +86,13 @@ class EKFACInfluence(Influence):
 
     def _prepare(self, passes: Passes) -> InverseProduct:
         blocks = find_blocks(passes.model.module, passes.model.names)[0]
-        bases = self._bases(passes, blocks)
+        unseen = unseen_uses(passes, blocks)
+        if unseen:
+            raise ValueError(
+                "EK-FAC does not see all uses of some parameters in the model: leave them out by parameters=."
+                f" {_listed(unseen)}"
+            )
+        bases = fit_bases(passes, blocks, self._squared_weights)
         damped = []
         for block, values in zip(blocks, self._eigenvalues(passes, blocks, bases), strict=True):
             if not values.any():
@@ -100,12 +103,11 @@ class EKFACInfluence(Influence):
                 )
             damped.append(values + self.damping * values.mean())
 
-        def inverse(rows: Tensor) -> Tensor:
+        def inverse(rows: Tensor, targets: range) -> Tensor:  # noqa: ARG001
             solved = torch.empty_like(rows)
             source, target = passes.split(rows), passes.split(solved)
             for block, basis, values in zip(blocks, bases, damped, strict=True):
-                rotated = basis.rotate(block.gather(source)) / values.to(rows)
-                block.scatter(basis.rotate_back(rotated), target)
+                block.scatter(basis.divide(block.gather(source), values), target)
             return solved
 
         return inverse
@@ -117,99 +119,15 @@ class EKFACInfluence(Influence):
         require_convex(curvatures, 'curvature="empirical"')
         return curvatures
 
-    def _bases(self, passes: Passes, blocks: list[Block]) -> list["Basis"]:
-        """The eigenvectors of each layer's covariances: one pass over the training data."""
-        model = passes.model
-        weighted = _Weighted(model.output, self._squared_weights)
-        engine = HookEngine(model.module, weighted, model.names)
-        covariances = _Covariances(blocks)
-        with passes.computing():
-            for number, (batch, size) in enumerate(passes.batches(passes.train)):
-                examples = ExampleBatch(batch, size, passes.layout)
-                wrong = engine.check(examples) if number == 0 else {}
-                if wrong:
-                    raise ValueError(
-                        f"EK-FAC does not see all uses of some parameters in the model: leave them out by parameters=."
-                        f" {_listed(wrong)}"
-                    )
-                covariances.add(engine, examples)
-        return [Basis(*(torch.linalg.eigh(part)[1].to(passes.dtype) for part in pair)) for pair in covariances.pairs]
-
-    def _eigenvalues(self, passes: Passes, blocks: list[Block], bases: list["Basis"]) -> list[Tensor]:
+    def _eigenvalues(self, passes: Passes, blocks: list[Block], bases: list[Basis]) -> list[Tensor]:
         """The curvature's diagonal of each layer, float64 ``(outputs, inputs)``: another pass."""
         totals = [torch.zeros(len(basis.outputs), len(basis.inputs), device=passes.device).double() for basis in bases]
         for _, rows in passes.rows(passes.train):
-            counts = self._squared_weights(rows.loss_gradients, rows.curvatures).view(-1, 1, 1)
+            counts = self._squared_weights(rows.loss_gradients, rows.curvatures)
             parts = passes.split(rows.features)
             for block, basis, total in zip(blocks, bases, totals, strict=True):
-                total += (basis.rotate(block.gather(parts)).square_() * counts).sum(0)
+                total += basis.diagonal(block.gather(parts), counts)
         return totals
-
-
-class Basis(NamedTuple):
-    """Eigenvectors of a layer's covariances.
-
-    Attributes:
-        outputs: of the output gradients, in columns.
-        inputs: of the inputs, in columns.
-    """
-
-    outputs: Tensor
-    inputs: Tensor
-
-    def rotate(self, matrices: Tensor) -> Tensor:
-        """Coordinates of matrices ``(n, outputs, inputs)`` in the basis of the Kronecker products."""
-        return self.outputs.T @ matrices @ self.inputs
-
-    def rotate_back(self, matrices: Tensor) -> Tensor:
-        """The inverse of :meth:`rotate`."""
-        return self.outputs @ matrices @ self.inputs.T
-
-
-class _Weighted(ModelOutput):
-    """An output whose gradients are weighted by a constant of each example."""
-
-    def __init__(self, inner: ModelOutput, squared_weights: Callable[[Tensor, Tensor], Tensor]) -> None:
-        self.inner = inner
-        self.squared_weights = squared_weights
-
-    def output(self, module: nn.Module, batch: Any) -> Tensor:
-        outputs = self.inner.output(module, batch)
-        return outputs * self.squared_weights(*self.inner.derivatives(outputs)).sqrt().to(outputs)
-
-    def loss(self, output: Tensor) -> Tensor:
-        return self.inner.loss(output)
-
-
-class _Covariances:
-    """Sums the products of each layer's output gradients, and of its inputs, over batches.
-
-    Attributes:
-        pairs: of output gradients and of inputs, float64, for each block.
-    """
-
-    def __init__(self, blocks: list[Block]) -> None:
-        self._numbers = {block.tracked.module: number for number, block in enumerate(blocks)}
-        self._blocks = blocks
-        self.pairs: list[list[Tensor]] = [[] for _ in blocks]
-
-    def add(self, engine: HookEngine, batch: ExampleBatch) -> None:
-        """Add a batch that the engine differentiates."""
-        seen: set[nn.Module] = set()
-
-        def receive(tracked: TrackedModule, call: LayerCall) -> None:
-            if tracked.module in seen:
-                raise ValueError(
-                    f"{tracked.path} is called more than once for a batch, and EK-FAC takes each call's gradient for"
-                    " the whole: leave its parameters out by parameters="
-                )
-            seen.add(tracked.module)
-            number = self._numbers[tracked.module]
-            pair = [(factor.T @ factor).double() for factor in self._blocks[number].factors(call)]
-            known = self.pairs[number]
-            self.pairs[number] = [sum_ + part for sum_, part in zip(known, pair, strict=True)] if known else pair
-
-        engine.backward(batch, receive)
 
 
 def _listed(reasons: dict[str, str]) -> str:

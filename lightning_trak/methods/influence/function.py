@@ -1,14 +1,17 @@
 """Influence functions, by any solver."""
 
-from torch import nn
+import lightning as L
+from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from lightning_trak.checkpoints.reading import CheckpointsLike
 from lightning_trak.checks import require_one_of
 from lightning_trak.methods.influence.base import Influence, InfluenceOptions
-from lightning_trak.methods.influence.hessian import Hessian, HessianCurvature
+from lightning_trak.methods.influence.conjugate_gradient import ConjugateGradient
+from lightning_trak.methods.influence.hessian import Convergence, Hessian, HessianCurvature
 from lightning_trak.methods.influence.passes import Passes
-from lightning_trak.methods.influence.solvers import ConjugateGradient, InverseProduct, Solver
+from lightning_trak.methods.influence.solvers import InverseProduct, Solver
+from lightning_trak.running.data import Data
 from lightning_trak.scoring.damping import Damping, require_damping
 
 
@@ -37,9 +40,13 @@ class InfluenceFunction(Influence):
         **options: ``output``, ``parameters``, ``seed`` and ``weights_only``, see
             :class:`~lightning_trak.methods.influence.base.Influence`.
 
+    Attributes:
+        convergence: how :class:`~lightning_trak.methods.influence.ConjugateGradient` went in the last
+            :meth:`attribute`: iterations and residuals, an entry for each checkpoint and block of targets.
+
     Example::
 
-        method = InfluenceFunction(model, "run/snapshots", solver=ConjugateGradient(max_iterations=50))
+        method = InfluenceFunction(model, "run/snapshots", solver=ConjugateGradient(preconditioner="ekfac"))
         scores = method.attribute(trainer, train_loader, target_loader)  # (num_targets, num_train)
     """
 
@@ -58,6 +65,14 @@ class InfluenceFunction(Influence):
         self.solver = solver or ConjugateGradient()
         self.curvature: HessianCurvature = curvature
         self.damping = require_damping(damping)
+        self.convergence: list[Convergence] = []
+
+    def attribute(self, trainer: L.Trainer, train: Data, targets: Data) -> Tensor:
+        """Score every target against every training example, see :meth:`Influence.attribute`."""
+        self.convergence = []
+        return super().attribute(trainer, train, targets)
 
     def _prepare(self, passes: Passes) -> InverseProduct:
-        return self.solver.prepare(Hessian(passes, self.curvature, self.damping))
+        hessian = Hessian(passes, self.curvature, self.damping)
+        hessian.convergence = self.convergence
+        return self.solver.prepare(hessian)

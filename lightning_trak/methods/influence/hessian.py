@@ -1,12 +1,14 @@
 """The Hessian of the training loss: products with vectors, without ever forming it, or the matrix of a small model."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from lightning_trak.features.rows import Features
 from lightning_trak.gradients.batch import ExampleBatch
 from lightning_trak.gradients.leaves import require_own_leaves
 from lightning_trak.methods.influence.passes import Passes
@@ -14,9 +16,34 @@ from lightning_trak.outputs.evaluating import modules_of
 from lightning_trak.scoring.damping import Damping, absolute_damping
 from lightning_trak.scoring.gram import gram_matrix, require_convex
 
-HessianCurvature = Literal["gauss_newton", "exact"]
+HessianCurvature = Literal["gauss_newton", "identity", "exact"]
 
 _TOGETHER = 32  # vectors multiplied at once, in the memory of as many backward passes
+
+
+@dataclass(frozen=True)
+class Convergence:
+    """How an iterative solver went at a checkpoint, for a block of targets.
+
+    Attributes:
+        where: the checkpoint's number and name.
+        targets: the numbers of the targets.
+        iterations: of each target: products of the Hessian with vectors, int64 ``(num_targets,)``.
+        residuals: of each target, relative to its gradient, float64 ``(num_targets,)``.
+    """
+
+    where: str
+    targets: range
+    iterations: Tensor
+    residuals: Tensor
+
+    def __str__(self) -> str:
+        first, last = self.targets[0], self.targets[-1]
+        which = f"target {first}" if first == last else f"targets {first} to {last}"
+        return (
+            f"{self.where}, {which}: {int(self.iterations.min())} to {int(self.iterations.max())} iterations, relative"
+            f" residuals up to {float(self.residuals.max()):.2g}"
+        )
 
 
 class Hessian:
@@ -24,33 +51,59 @@ class Hessian:
 
     ``"gauss_newton"`` is sum_j R_j g_j g_j^T, with g_j the gradient of output j: never negative (Schraudolph 2002, Fast
     curvature matrix-vector products). ``"exact"`` adds sum_j l'(f_j) times the Hessian of f_j, and may have negative
-    eigenvalues. Where outputs are linear in the parameters, they are the same.
+    eigenvalues. Where outputs are linear in the parameters, they are the same. ``"identity"`` is sum_j g_j g_j^T.
 
     Args:
         passes: the model at the checkpoint, and the training data.
         curvature: which of them H is.
         damping: as for :class:`~lightning_trak.methods.InfluenceFunction`: relative to the mean eigenvalue of the
             Gauss-Newton matrix, for either curvature.
+        check: called with the positions and rows of the training examples, batch by batch; it may raise.
 
     Attributes:
         passes: as given.
-        weights: R_j |g_j|^2, what each example adds to the trace of the Gauss-Newton matrix, float64 ``(num_train,)``.
+        weights: R_j |g_j|^2, what each example adds to the trace of the Gauss-Newton matrix, float64 ``(num_train,)``;
+            for ``"identity"``, with R_j = 1.
         ridge: lambda itself, in the units of H.
+        convergence: how iterative solvers went, one entry for each block of targets.
 
     Raises:
         ValueError: if some R_j is negative, for ``"gauss_newton"``, or all are zero.
     """
 
-    def __init__(self, passes: Passes, curvature: HessianCurvature, damping: Damping) -> None:
+    def __init__(
+        self,
+        passes: Passes,
+        curvature: HessianCurvature,
+        damping: Damping,
+        check: Callable[[Sequence[int], Features], None] | None = None,
+    ) -> None:
         self.passes = passes
         self.curvature = curvature
+        self.convergence: list[Convergence] = []
         weights = []
-        for _, rows in passes.rows(passes.train):
-            if curvature == "gauss_newton":
-                require_convex(rows.curvatures, 'curvature="exact"')
-            weights.append(rows.curvatures.abs().double() * rows.features.double().square().sum(1))
+        for positions, rows in passes.rows(passes.train):
+            if check is not None:
+                check(positions, rows)
+            weights.append(self.counts(rows.curvatures).double() * rows.features.double().square().sum(1))
         self.weights = torch.cat(weights)
         self.ridge = absolute_damping(damping, self.weights, passes.size, passes.where)
+
+    @property
+    def positive_ridge(self) -> float:
+        """lambda, or without damping a number so small that rounding hides it: for preconditioners."""
+        smallest = torch.finfo(self.passes.dtype).eps * float(self.weights.max())
+        return max(self.ridge, smallest)
+
+    def counts(self, curvatures: Tensor) -> Tensor:
+        """What g_j g_j^T counts: R_j; 1 for ``"identity"``; |R_j| for the exact Hessian, which has its own signs.
+
+        Raises:
+            ValueError: if some R_j is negative, for ``"gauss_newton"``.
+        """
+        if self.curvature == "gauss_newton":
+            require_convex(curvatures, 'curvature="exact"')
+        return torch.ones_like(curvatures) if self.curvature == "identity" else curvatures.abs()
 
     def damped_product(self, vectors: Tensor) -> Tensor:
         """(H + lambda I) v for each row v of ``vectors``, shape ``(n, p)``: one pass over the training data."""
@@ -84,18 +137,18 @@ class Hessian:
         # product: by reverse mode alone, which every operation has.
         vector = torch.zeros_like(outputs, requires_grad=True)
         slopes = _dense(torch.autograd.grad(outputs, parameters, vector, create_graph=True, allow_unused=True))
-        curvatures = self.passes.model.output.derivatives(outputs)[1].to(outputs)
+        counts = self.counts(self.passes.model.output.derivatives(outputs)[1]).to(outputs)
         changes = (_vector_jacobian(slopes, [vector], self._split(part)) for part in parts)
-        return [_vector_jacobian([outputs], parameters, [change * curvatures]) for change in changes]
+        return [_vector_jacobian([outputs], parameters, [change * counts]) for change in changes]
 
     def _split(self, vectors: Tensor) -> list[Tensor]:
         return list(self.passes.split(vectors).values())
 
     def matrix(self) -> Tensor:
         """H itself, float64 ``(p, p)``."""
-        if self.curvature == "gauss_newton":
+        if self.curvature != "exact":
             rows = (features for _, features in self.passes.rows(self.passes.train))
-            return gram_matrix(rows, "gauss_newton", self.passes.size, self.passes.device)[0]
+            return gram_matrix(rows, self.curvature, self.passes.size, self.passes.device)[0]
         product = self.product(torch.eye(self.passes.size, dtype=self.passes.dtype, device=self.passes.device)).double()
         return (product + product.T) / 2
 

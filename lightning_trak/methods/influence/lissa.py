@@ -41,7 +41,7 @@ class LiSSA(Solver):
     def prepare(self, hessian: Hessian) -> InverseProduct:
         """Find the scale."""
         scale = self._default_scale(hessian) if self.scale is None else self.scale
-        return lambda rows: self._solve(hessian, rows, scale)
+        return lambda rows, _: self._solve(hessian, rows, scale)
 
     def _solve(self, hessian: Hessian, rows: Tensor, scale: float) -> Tensor:
         total = torch.zeros_like(rows)

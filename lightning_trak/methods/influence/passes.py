@@ -23,6 +23,7 @@ from lightning_trak.outputs.evaluating import exact_attention
 from lightning_trak.projections import IdentityProjection
 from lightning_trak.running.batches import TransferHooks, on_device
 from lightning_trak.running.loading import batch_size_of, load, sample_batches
+from lightning_trak.running.random_states import isolated_random_states
 
 
 class Passes:
@@ -33,17 +34,20 @@ class Passes:
         seed: seed of all random draws.
         trainer: the Trainer whose device is used. Its precision is used if it is ``"64-true"``.
         train: the training examples.
+        engine: the engine that differentiates; ``"auto"`` chooses one at the first checkpoint.
 
     Raises:
         ValueError: if the Trainer's precision changes layers, or a selected parameter is not of real numbers.
     """
 
-    def __init__(self, model: ModelCopy, seed: int, trainer: L.Trainer, train: Examples) -> None:
+    def __init__(
+        self, model: ModelCopy, seed: int, trainer: L.Trainer, train: Examples, engine: EngineName = "auto"
+    ) -> None:
         self.model = model
         self._seed = seed
         self.train = train
         self.layout: Layout | None = None
-        self.engine_name: EngineName | None = None  # chosen at the first checkpoint
+        self.engine_name: EngineName | None = None  # "auto" is chosen at the first checkpoint
         self._layouts: dict[Examples, Layout] = {}
         self.device = trainer.strategy.root_device
         plugin = trainer.precision_plugin
@@ -70,6 +74,8 @@ class Passes:
         self.dtype = torch.promote_types(next(iter(self.parameters.values())).dtype, torch.float32)
         identity = IdentityProjection()
         self._identity = identity.bind(model.shapes, seed=seed, checkpoint=0, device=self.device)
+        if engine != "auto":
+            self.use_engine(engine)
 
     @property
     def where(self) -> str:
@@ -129,20 +135,36 @@ class Passes:
         for batch in self._on_device(load(examples.loader, noted()), examples):
             yield batch, sizes.pop(0)
 
-    def rows(self, examples: Examples, span: range | None = None) -> Iterator[tuple[range, Features]]:
-        """Yield gradients, Q and R of examples in order, in batches that fit in memory.
+    def parts(
+        self, examples: Examples, positions: Sequence[int] | None = None, fitting: int | None = None
+    ) -> Iterator[tuple[Sequence[int], tuple[Any, int]]]:
+        """Yield batches on the device, with their sizes, in order, and the positions of their examples.
 
         Args:
             examples: the dataset.
-            span: positions of the examples; default: all.
+            positions: positions of the examples; default: all.
+            fitting: the number of examples in a batch, at most; default: the loader's.
+        """
+        chosen = range(len(examples)) if positions is None else positions
+        size = batch_size_of(examples.loader)
+        parts = _cut(chosen, size if fitting is None else min(size, fitting))
+        yield from zip(parts, self.batches(examples, parts), strict=True)
+
+    def rows(
+        self, examples: Examples, positions: Sequence[int] | None = None
+    ) -> Iterator[tuple[Sequence[int], Features]]:
+        """Yield gradients, Q and R of examples in order, in batches that fit in memory, with their positions.
+
+        Args:
+            examples: the dataset.
+            positions: positions of the examples; default: all.
         """
         fitting = max(1, GRADIENT_BYTES // (self.size * self.dtype.itemsize))
-        parts = _cut(range(len(examples)) if span is None else span, min(batch_size_of(examples.loader), fitting))
-        for part, (batch, _) in zip(parts, self.batches(examples, parts), strict=True):
-            positions = torch.arange(part.start, part.stop)
+        for part, (batch, _) in self.parts(examples, positions, fitting):
+            numbers = torch.tensor(part)
             with self.computing():
-                features = self.extractor()(batch, positions)
-            require_finite(features, positions, f"at {self.where}")
+                features = self.extractor()(batch, numbers)
+            require_finite(features, numbers, f"at {self.where}")
             yield part, features
 
     def split(self, rows: Tensor) -> dict[str, Tensor]:
@@ -173,5 +195,12 @@ class Passes:
         return on_device(batches, self.device, self._precision.convert_input, hooks)
 
 
-def _cut(span: range, size: int) -> list[range]:
-    return [span[start : start + size] for start in range(0, len(span), size)]
+@contextmanager
+def without_gradients() -> Iterator[None]:
+    """For everything that is done with passes: the user's random states, modes and autograd are left alone."""
+    with isolated_random_states(), torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def _cut(positions: Sequence[int], size: int) -> list[Sequence[int]]:
+    return [positions[start : start + size] for start in range(0, len(positions), size)]

@@ -1,6 +1,5 @@
-"""Solving with the damped Hessian: directly, or by conjugate gradients."""
+"""Solving with the damped Hessian: the interface of all solvers, and the direct one."""
 
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,8 +10,8 @@ from torch import Tensor
 from lightning_trak.methods.influence.hessian import Hessian
 from lightning_trak.scoring.gram import DampedGram
 
-InverseProduct = Callable[[Tensor], Tensor]
-"""Takes rows, ``(n, p)``, and returns (H + lambda I)^-1 applied to each."""
+InverseProduct = Callable[[Tensor, range], Tensor]
+"""Takes rows, ``(n, p)``, and the numbers of their targets, for messages; applies (H + lambda I)^-1 to each row."""
 
 INDEFINITE = (
     "these weights are no minimum of the training loss; use a larger damping, or curvature='gauss_newton', which has no"
@@ -49,60 +48,5 @@ class Explicit(Solver):
                     f" {smallest:.3g}, it needs a damping above {-smallest * relative:.3g}, and has"
                     f" {ridge * relative:.3g}; {INDEFINITE}"
                 )
-        return DampedGram(matrix, ridge / mean, hessian.passes.dtype, where).solve
-
-
-@dataclass(frozen=True)
-class ConjugateGradient(Solver):
-    """Conjugate gradients (Hestenes and Stiefel 1952; Martens 2010 for networks): all targets at once.
-
-    Args:
-        max_iterations: passes over the training data, at most, for a block of targets.
-        tolerance: stop when the residual is this small relative to the target's gradient.
-    """
-
-    max_iterations: int = 100
-    tolerance: float = 1e-4
-
-    def prepare(self, hessian: Hessian) -> InverseProduct:
-        """Nothing: all work depends on the targets."""
-        return lambda rows: self._solve(hessian, rows)
-
-    def _solve(self, hessian: Hessian, rows: Tensor) -> Tensor:
-        solution, residual, direction = torch.zeros_like(rows), rows.clone(), rows.clone()
-        squared = _inner(rows, rows)
-        goal = self.tolerance**2 * squared
-        for _ in range(self.max_iterations):
-            active = (~(squared <= goal)).flatten().nonzero().flatten()
-            if len(active) == 0:
-                return solution
-            along = direction[active]
-            product = hessian.damped_product(along)
-            bend = _inner(along, product)
-            if not bend.min() > 0:
-                worst = float((bend / _inner(along, along)).min())
-                raise ValueError(
-                    f"conjugate gradients at {hessian.passes.where} found a direction in which the damped Hessian is"
-                    f" {worst:.3g}, so it is not positive definite: {INDEFINITE}"
-                )
-            step = squared[active] / bend
-            solution[active] += step.to(rows) * along
-            residual[active] -= step.to(rows) * product
-            before, squared = squared, _inner(residual, residual)
-            direction[active] = residual[active] + (squared[active] / before[active]).to(rows) * along
-        left = ~(squared <= goal)
-        if left.any():
-            error = float((squared[left] / goal[left]).max().sqrt()) * self.tolerance
-            warnings.warn(
-                f"conjugate gradients at {hessian.passes.where} stopped after {self.max_iterations} iterations at a"
-                f" relative residual of {error:.2g}, above {self.tolerance:g}: use more max_iterations or a larger"
-                " damping",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-        return solution
-
-
-def _inner(left: Tensor, right: Tensor) -> Tensor:
-    """Inner products of rows in float64, shape ``(n, 1)``."""
-    return (left.double() * right.double()).sum(1, keepdim=True)
+        gram = DampedGram(matrix, ridge / mean, hessian.passes.dtype, where)
+        return lambda rows, _: gram.solve(rows)

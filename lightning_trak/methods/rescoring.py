@@ -1,0 +1,203 @@
+"""The second stage: exact scores of a few candidates for each target, from the training data themselves."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_trak.features.rows import Features
+from lightning_trak.features.same_function import TOLERANCE
+from lightning_trak.features.store import FeatureStore
+from lightning_trak.methods.examples import Examples
+from lightning_trak.methods.influence.audit import audit
+from lightning_trak.methods.influence.base import target_blocks
+from lightning_trak.methods.influence.conjugate_gradient import ConjugateGradient
+from lightning_trak.methods.influence.hessian import Hessian
+from lightning_trak.methods.influence.passes import Passes
+from lightning_trak.methods.influence.products import gradient_products
+from lightning_trak.methods.influence.solvers import InverseProduct
+from lightning_trak.running.content import sample_digest
+from lightning_trak.scoring.damping import Damping
+from lightning_trak.scoring.gram import Curvature
+from lightning_trak.scoring.topk import TopK
+from lightning_trak.scoring.trak import LossGradients
+
+_SOLVER = ConjugateGradient(max_iterations=1000, preconditioner="landmarks", strict=True)
+_ROUNDED = 0.05  # the tolerance for stored outputs that were computed in half precision
+
+
+@dataclass(frozen=True)
+class ExactScores:
+    """TRAK's scores without a projection: tau(x)_i = 1/M sum_m g_m(x)^T (G_m + lambda_m I)^-1 g_m(i) Q_m(i).
+
+    g is the whole gradient of the output, and G_m = sum_j R_m(j) g_m(j) g_m(j)^T over all training examples. The
+    inverse is applied to the gradients of targets by conjugate gradients, in float32, or in float64 with
+    ``precision="64-true"``; see :class:`~lightning_trak.methods.influence.ConjugateGradient`.
+
+    lambda is that of the stored features: with k of them, a damping that is a number is a share of trace / k. A
+    projection keeps the trace, and the same share of trace / p, with p parameters, would be a smaller lambda.
+
+    Attributes:
+        curvature: as for :class:`~lightning_trak.scoring.trak.TRAKScorer`, and so are the others.
+        damping: lambda.
+        loss_gradients: how Q is averaged.
+        soft_threshold: by how much scores move towards zero.
+    """
+
+    curvature: Curvature
+    damping: Damping
+    loss_gradients: LossGradients
+    soft_threshold: float
+
+
+@dataclass(frozen=True)
+class SecondStage:
+    """Scores candidates exactly, and keeps the best. Each process does all of it.
+
+    Attributes:
+        exact: what the scores are.
+        train: the training data.
+        top_k: how many candidates to keep for each target.
+    """
+
+    exact: ExactScores
+    train: Examples
+    top_k: int
+
+    def require_possible(self, store: FeatureStore, num_parameters: int) -> None:
+        """Check what can be checked before long work.
+
+        Raises:
+            ValueError: if the data are not those of the store by their number and eight items, they were not the same
+                twice, or the matrix is singular.
+        """
+        if len(self.train) != store.num_examples:
+            raise ValueError(
+                f'rescore needs the training data of store "{store.directory}", which has {store.num_examples}'
+                f" examples; the data given have {len(self.train)}"
+            )
+        if store.data is None:
+            raise ValueError(
+                f'store "{store.directory}" was made of items that are not the same twice, perhaps because of random'
+                " augmentation. They have no exact scores: featurize without random augmentation"
+            )
+        if sample_digest(self.train.loader) != store.data:
+            raise ValueError(
+                f'rescore needs the training data of store "{store.directory}", but some items of the data given are'
+                " others: pass the same data as to featurize, in the same order"
+            )
+        if self.exact.damping == 0 and store.num_examples < num_parameters:
+            raise ValueError(
+                f"rescore needs damping here: with damping=0, the matrix of {store.num_examples} gradients of"
+                f" {num_parameters} parameters is singular; use damping='auto'"
+            )
+
+    def best(
+        self,
+        passes: Passes,
+        store: FeatureStore,
+        targets: Sequence[Examples],
+        candidates: Sequence[TopK],
+        largest: bool,
+    ) -> list[TopK]:
+        """The best of the candidates by their exact scores.
+
+        Args:
+            passes: a copy of the model, and the training data.
+            store: the features.
+            targets: sets of targets.
+            candidates: for each set, the training examples to score for each target.
+            largest: whether to keep the highest scores or the lowest.
+
+        Returns:
+            For each set, exact scores and positions, best first. Equal scores are in the order of positions.
+
+        Raises:
+            ValueError: if a training example has another output than in the store, or conjugate gradients do not
+                converge.
+        """
+        found = [_Candidates(each.indices, passes.dtype) for each in candidates]
+        for checkpoint in range(store.num_checkpoints):
+            passes.enter(checkpoint)
+            for examples in (self.train, *targets):
+                audit(passes, examples)
+            inverse = self._inverse(passes, store, checkpoint)
+            for examples, each in zip(targets, found, strict=True):
+                for span in target_blocks(passes, examples):
+                    rows = torch.cat([part.features for _, part in passes.rows(examples, span)])
+                    each.add(span, passes, inverse(rows, span), self.exact.loss_gradients)
+        return [self._kept(each, store.num_checkpoints, largest) for each in found]
+
+    def _inverse(self, passes: Passes, store: FeatureStore, checkpoint: int) -> InverseProduct:
+        damping, dim = self.exact.damping, store.read(checkpoint, 0).features.shape[1]
+        if damping != "auto":
+            damping *= passes.size / dim  # from a share of trace / k to one of trace / p
+        return _SOLVER.prepare(Hessian(passes, self.exact.curvature, damping, _same_outputs(store, passes, checkpoint)))
+
+    def _kept(self, found: "_Candidates", num_checkpoints: int, largest: bool) -> TopK:
+        scores = found.products / num_checkpoints
+        if self.exact.loss_gradients == "averaged":
+            scores *= found.loss_gradients / num_checkpoints
+        if self.exact.soft_threshold:
+            scores = torch.nn.functional.softshrink(scores, self.exact.soft_threshold)
+        ranked = scores.sort(dim=1, descending=largest, stable=True)
+        order = ranked.indices[:, : self.top_k]
+        return TopK(scores.gather(1, order), found.indices.gather(1, order))
+
+
+class _Candidates:
+    """The candidates of a set of targets, in the order of positions, and the sums of their scores over checkpoints.
+
+    Attributes:
+        indices: positions in the training set, shape ``(num_targets, num_candidates)``.
+        products: sums of products of gradients, times Q unless that is averaged apart, of the same shape.
+        loss_gradients: sums of Q, of the same shape.
+    """
+
+    def __init__(self, indices: Tensor, dtype: torch.dtype) -> None:
+        self.indices = indices.sort(dim=1).values
+        self.products = torch.zeros(indices.shape, dtype=dtype)
+        self.loss_gradients = torch.zeros(indices.shape, dtype=dtype)
+
+    def add(self, span: range, passes: Passes, directions: Tensor, averaging: LossGradients) -> None:
+        """Add the scores of some targets' candidates at the current checkpoint.
+
+        Args:
+            span: the targets.
+            passes: the model there.
+            directions: of the targets, shape ``(len(span), p)``.
+            averaging: how Q is averaged.
+        """
+        rows = slice(span.start, span.stop)
+        sums, loss_gradients = self.products[rows].view(-1), self.loss_gradients[rows].view(-1)
+        union, numbers = torch.unique(self.indices[rows], return_inverse=True)
+        numbers, entries = numbers.flatten().sort()  # which candidate each entry is, and where it stands
+        start = 0
+        for part, products in gradient_products(passes, directions, union.tolist()):
+            low, high = torch.searchsorted(numbers, torch.tensor([start, start + len(part)])).tolist()
+            places, those = numbers[low:high] - start, entries[low:high]
+            own = products.loss_gradients.cpu()[places]
+            found = products.features.cpu()[places, those // self.indices.shape[1]]
+            sums[those] += found * own if averaging == "per_checkpoint" else found
+            loss_gradients[those] += own
+            start += len(part)
+
+
+def _same_outputs(store: FeatureStore, passes: Passes, checkpoint: int) -> Callable[[Sequence[int], Features], None]:
+    """A check that training examples have their stored outputs at the current checkpoint."""
+    stored = torch.cat([store.read(checkpoint, shard).outputs for shard in range(store.num_shards)])
+    tolerance = TOLERANCE if store.precision in ("32-true", "64-true") else _ROUNDED
+
+    def check(positions: Sequence[int], rows: Features) -> None:
+        kept, outputs = stored[torch.tensor(positions)].double(), rows.outputs.cpu().double()
+        wrong = ~torch.isclose(outputs, kept, rtol=tolerance, atol=tolerance)
+        if wrong.any():
+            first = int(wrong.nonzero()[0])
+            raise ValueError(
+                f"the output of training example {positions[first]} at {passes.where} is {float(kept[first]):.6g} in"
+                f' store "{store.directory}", and {float(outputs[first]):.6g} now: rescore needs the data and the'
+                " model that the store was made of"
+            )
+
+    return check
