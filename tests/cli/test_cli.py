@@ -92,6 +92,14 @@ def test_scores_are_those_of_the_method(folder, run, scored, tmp_path):
         run("evaluate", "--ground_truth", top, "--scores", top)
 
 
+def test_rescoring_takes_the_training_data_of_the_data_module(run, tmp_path):
+    for name, rescore in (("all", "60"), ("some", "20")):
+        run("score", *SMALL, "--scores", str(tmp_path / name), "--top_k", "3", "--rescore", rescore)
+    found, expected = (load_file(tmp_path / name) for name in ("some", "all"))
+    torch.testing.assert_close(found["values"], expected["values"], rtol=1e-3, atol=1e-3)
+    assert torch.equal(found["indices"], expected["indices"])
+
+
 def test_evaluate_prints_and_logs(folder, run, scored, tmp_path):
     masks = torch.rand(12, 60, generator=torch.Generator().manual_seed(0)) < 0.5
     exact = scored @ masks.float().T
