@@ -4,6 +4,7 @@ from lightning_trak.retraining.brittleness import Brittleness
 from lightning_trak.retraining.counterfactuals import Counterfactuals
 from lightning_trak.retraining.ensembles import FleetSplit, split_fleet
 from lightning_trak.retraining.fleet import RetrainingFleet
+from lightning_trak.retraining.informed import informed_scores
 from lightning_trak.retraining.members import Retrained, read_fleet
 from lightning_trak.retraining.removal import joint_removal_mask, removal_masks
 from lightning_trak.retraining.subsets import random_subsets
@@ -18,6 +19,7 @@ __all__ = [
     "RetrainingFleet",
     "StackedModules",
     "TailPatch",
+    "informed_scores",
     "joint_removal_mask",
     "random_subsets",
     "read_fleet",

@@ -1,0 +1,169 @@
+"""Scores that learn from retrained models: what members of a fleet say beyond the prediction of the scores."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_trak.metrics import LinearDatamodelingScore
+
+_MIN_MEMBERS = 5  # with fewer, nothing can be held out to choose the noise
+_FOLDS = 5
+_NOISES = (math.inf, 300.0, 100.0, 30.0, 10.0, 3.0, 1.0)  # ratios of noise to prior variance
+_SHARED = 0.1  # share of the prior variance that all targets have in common
+_MAX_STEPS = 100  # of conjugate gradients
+_TOLERANCE = 1e-3  # relative norm of what they leave: the noise of the outputs is far larger
+
+
+def informed_scores(scores: Tensor, masks: Tensor, outputs: Tensor) -> Tensor:
+    """Correct scores by what retrained models say beyond the prediction of the scores.
+
+    The scores of a subset's examples add up to a prediction of the output of a model trained on this subset. Where
+    some models have been trained, the outputs differ from the predictions, and the differences say something about the
+    scores, if little: there are many more examples than models. So the correction is small where a score is small::
+
+        output(x, S) = a sum_{i in S} (tau_i(x) + delta_i(x)) + b(x) + noise
+        delta_i(x) = s_i(x) eta_i(x),   s_i(x) = sign(tau_i(x)) |tau_i(x)|^(1/2) c(x)
+
+    with independent eta_i(x) of variance 1, of which a tenth is common to all targets: an example that counts for more
+    than its score says at one target often does so at others. c(x) gives corrections of target x the same total
+    variance as its scores. The result is the mean of tau + delta given the outputs: kernel ridge regression of the
+    residuals, or a Gaussian process, with all targets at once, by conjugate gradients. The ratio of noise to prior
+    variance is chosen by cross-validation over the models, for all targets together; if no correction predicts
+    left-out models better than the scores alone, by more than a standard error, the scores stay as they are.
+
+    The scores of any method can be corrected, if they predict the outputs to some degree. The corrected scores know how
+    these models came out, so measure them on others: :class:`~lightning_trak.LinearDatamodelingScore` takes these
+    ``masks`` as ``used_masks``.
+
+    Args:
+        scores: ``(num_targets, num_train)``; positive says that training on the example raises the output.
+        masks: bool ``(num_subsets, num_train)``, at least 5 different subsets, true where the subset holds the example.
+        outputs: ``(num_targets, num_subsets)``, outputs of the models that were trained on the subsets; or
+            ``(num_targets, num_subsets, num_seeds)``, which are averaged over seeds.
+
+    Returns:
+        ``(num_targets, num_train)``, in the unit, sign and dtype of ``scores``.
+
+    Raises:
+        ValueError: if a shape, dtype or device does not fit, a number is NaN or infinite, there are too few subsets, or
+            the predictions of the scores do not rise with the outputs.
+
+    Example::
+
+        fleet = read_fleet("run/fleet")  # 100 subsets
+        scores = informed_scores(scores, fleet.masks[:50], fleet.outputs[:, :50])
+        lds = LinearDatamodelingScore(fleet.masks[50:], used_masks=fleet.masks[:50])
+        lds.update(scores, fleet.outputs[:, 50:])
+    """
+    if not scores.is_floating_point():
+        raise ValueError(f"expected scores of a floating-point dtype, got {scores.dtype}")
+    known = LinearDatamodelingScore(masks).to(masks.device)
+    known.update(scores, outputs)  # checks shapes, devices and numbers
+    observed = known.outputs[0]
+    if len(masks) < _MIN_MEMBERS or not len(scores):
+        raise ValueError(
+            f"expected at least one target, and at least {_MIN_MEMBERS} subsets to learn from, got scores of shape"
+            f" {tuple(scores.shape)} and masks of shape {tuple(masks.shape)}"
+        )
+    tau, members = scores.detach().double(), masks.double()
+    noise = _best_noise(tau, members, observed)
+    (correction,) = _Regression(tau, members, observed).corrections([noise])
+    return (tau + correction).to(scores.dtype)
+
+
+def _best_noise(tau: Tensor, masks: Tensor, outputs: Tensor) -> float:
+    """The ratio of noise to prior variance whose corrections predict left-out models best.
+
+    A correction must pay: its gain over no correction counts less one standard error over models.
+    """
+    errors = torch.zeros(len(_NOISES), len(masks), dtype=torch.float64, device=masks.device)
+    spread = outputs.var(1, keepdim=True)
+    varying = spread[:, 0] > 0
+    for fold in range(_FOLDS):
+        left_out = torch.arange(len(masks), device=masks.device) % _FOLDS == fold
+        regression = _Regression(tau, masks[~left_out], outputs[:, ~left_out])
+        for number, correction in enumerate(regression.corrections(_NOISES)):
+            missed = outputs[:, left_out] - regression.predict(tau + correction, masks[left_out])
+            errors[number, left_out] = (missed.square() / spread)[varying].mean(0)
+    gains = errors[:1] - errors
+    return _NOISES[int((gains.mean(1) - gains.std(1) / len(masks) ** 0.5).argmax())]
+
+
+class _Regression:
+    """Regresses the outputs of some models on the subsets that they were trained on.
+
+    Args:
+        tau: scores, float64 ``(num_targets, num_train)``.
+        masks: 0 or 1, float64 ``(num_models, num_train)``.
+        outputs: float64 ``(num_targets, num_models)``.
+
+    Raises:
+        ValueError: if the predictions of the scores do not rise with the outputs.
+    """
+
+    def __init__(self, tau: Tensor, masks: Tensor, outputs: Tensor) -> None:
+        self._mean_mask, self._mean_output = masks.mean(0), outputs.mean(1, keepdim=True)
+        self._masks, centred = masks - self._mean_mask, outputs - self._mean_output
+        predicted = tau @ self._masks.T
+        weights = 1 / centred.square().mean(1, keepdim=True)
+        weights[weights.isinf()] = 0  # the same output of all models says nothing
+        covariance, variance = (weights * centred * predicted).sum(), (weights * predicted.square()).sum()
+        if not covariance > 0:
+            raise ValueError(
+                "the sums of scores over subsets do not rise with the outputs of the models trained on them, so there is"
+                " nothing to correct: check the sign of the scores, and that examples, targets and subsets are"
+                " in the same order in all arguments"
+            )
+        self._scale = covariance / variance
+        self._residuals = weights.sqrt() * (centred / self._scale - predicted)
+        size = tau.abs()
+        total = size.sum(1, keepdim=True)
+        prior = size * (tau.square().sum(1, keepdim=True) / torch.where(total > 0, total, 1))
+        self._deviations = tau.sign() * prior.sqrt()
+        whitened = self._deviations.square() * weights
+        # In units of the mean prior variance of a residual, so that the noise is a plain ratio.
+        self._unit = (whitened @ self._masks.square().T).mean()
+        self._roots = self._deviations * weights.sqrt() / self._unit.sqrt()
+
+    def predict(self, scores: Tensor, masks: Tensor) -> Tensor:
+        """The outputs of models of other subsets, ``(num_targets, num_models)``."""
+        return self._mean_output + self._scale * (scores @ (masks - self._mean_mask).T)
+
+    def corrections(self, noises: Sequence[float]) -> Iterator[Tensor]:
+        """The corrections ``(num_targets, num_train)``, in the unit of the scores, for each ratio of noise to prior."""
+        solved = torch.zeros_like(self._residuals)
+        for noise in noises:
+            if noise == math.inf:
+                yield torch.zeros_like(self._deviations)
+                continue
+            solved = self._solve(noise, solved)
+            yield self._deviations * self._common(solved) / self._unit.sqrt()
+
+    def _common(self, values: Tensor) -> Tensor:
+        """The prior mean of eta times the roots: what models and targets say of each example at each target."""
+        each = (values @ self._masks) * self._roots
+        return (1 - _SHARED) * each + _SHARED * each.sum(0)
+
+    def _covariance(self, values: Tensor, noise: float) -> Tensor:
+        """The covariance of the residuals times ``(num_targets, num_models)`` numbers."""
+        return (self._common(values) * self._roots) @ self._masks.T + noise * values
+
+    def _solve(self, noise: float, start: Tensor) -> Tensor:
+        """The inverse covariance times the residuals, by conjugate gradients (Hestenes and Stiefel 1952)."""
+        solved, left = start.clone(), self._residuals - self._covariance(start, noise)
+        direction, squares = left.clone(), left.square().sum()
+        enough = _TOLERANCE**2 * self._residuals.square().sum()
+        for _ in range(_MAX_STEPS):
+            if squares <= enough:
+                break
+            product = self._covariance(direction, noise)
+            step = squares / (direction * product).sum()
+            solved += step * direction
+            left -= step * product
+            before, squares = squares, left.square().sum()
+            direction = left + squares / before * direction
+        return solved
