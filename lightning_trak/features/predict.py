@@ -31,6 +31,7 @@ from lightning_trak.running.loading import load, sample_batches
 from lightning_trak.running.predict import PredictModule
 from lightning_trak.running.ranges import IndexedBatch, RangeLoader, Stop
 from lightning_trak.running.ranks import Ranks
+from lightning_trak.texts.printable import counted
 
 AUDITED_TOGETHER = 1024  # targets are audited in groups of this size, as shards are
 
@@ -192,7 +193,10 @@ class ExtractorModule(PredictModule):
         extractor = cast(FeatureExtractor, self._extractor)
         fitted = self._read_extra(checkpoint, "projection")
         if fitted is None:
-            batches = self._sample(checkpoint, "projection", self.settings.projection.sample_size)
+            projection = self.settings.projection
+            name, count = type(projection).__name__, counted(projection.sample_size, "training example")
+            rank_zero_info(f"TRAK: fitting {name} to up to {count} {self.copied.place}")
+            batches = self._sample(checkpoint, "projection", projection.sample_size)
             made["projection"] = fitted = extractor.fit_projection(batches)
         extractor.projection.set_fit(fitted)
 

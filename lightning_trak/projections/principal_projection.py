@@ -112,7 +112,7 @@ class BoundPrincipalProjection(BoundProjection):
                 " keeps the directions in which the gradients are largest, and all examples weigh alike",
                 stacklevel=2,
             )
-        return {"basis": landmarks.basis(self._config.dim)}
+        return {"basis": landmarks.basis(self._config.dim).to(torch.bfloat16)}
 
     def set_fit(self, fitted: Mapping[str, Tensor]) -> None:
         """Use this V, see :meth:`BoundProjection.set_fit`."""

@@ -113,10 +113,10 @@ def test_features_are_the_basis_times_the_sketch(sketch, dtype):
     bound = fitted(projection, rows, curvatures)
     inner = IdentityProjection() if sketch == 64 else SparseProjection(sketch)
     sketches = projected(rows, inner.bind({"a": (12,), "b": (6, 3)}, 0, 0, CPU))
-    expected = sketches @ basis_of(sketches, curvatures, 6, 20)
+    expected = sketches @ basis_of(sketches, curvatures, 6, 20).bfloat16().float()
     rows = rows.to(dtype)
     features = bound.finish(projected(rows, bound.sketch))
-    torch.testing.assert_close(features, expected.to(dtype), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(features, expected.to(dtype), atol=1e-2, rtol=1e-2)  # the basis is rounded
     torch.testing.assert_close(projected(rows, bound), features)  # without the short cut
 
 
@@ -145,9 +145,20 @@ def test_values_that_make_no_sense_are_refused(options, match):
 # With a model
 
 
-def make_trak(directory, projection, **options):
+class Scale(nn.Module):
+    """Hooks do not know this layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor([0.5, 1.0, 2.0]))
+
+    def forward(self, inputs):
+        return inputs * self.scale
+
+
+def make_trak(directory, projection, *more, **options):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(20, 12), nn.Tanh(), nn.Linear(12, 3))
+    model = nn.Sequential(nn.Linear(20, 12), nn.Tanh(), nn.Linear(12, 3), *more)
     options = {"output": ClassificationMargin()} | options
     return TRAK(model, [model.state_dict()], directory, projection=projection, **options)
 
@@ -157,8 +168,8 @@ def make_train(count=60):
     return TensorDataset(torch.randn(count, 20) * 0.8 ** torch.arange(20), torch.randint(3, (count,)))
 
 
-def scores(directory, projection, batch_size=16, train=None, **options):
-    trak = make_trak(directory, projection, **options)
+def scores(directory, projection, *more, batch_size=16, train=None, **options):
+    trak = make_trak(directory, projection, *more, **options)
     train = make_train() if train is None else train
     return trak.attribute(make_trainer(), DataLoader(train, batch_size=batch_size), make_train(5))
 
@@ -173,7 +184,8 @@ def test_with_a_basis_of_all_training_gradients_nothing_is_lost(tmp_path, size):
     train = make_train(size)
     whole = PrincipalProjection(64, landmarks=64, sample=64, sketch=1024)
     expected = scores(tmp_path / "exact", IdentityProjection(), train=train)
-    close(scores(tmp_path / "principal", whole, train=train), expected)
+    found = scores(tmp_path / "principal", whole, train=train)
+    assert (found - expected).norm() < 0.01 * expected.norm()  # the basis is rounded to bfloat16
 
 
 @pytest.mark.slow
@@ -181,6 +193,12 @@ def test_with_a_basis_of_all_training_gradients_nothing_is_lost(tmp_path, size):
 def test_scores_do_not_depend_on_engine_or_batch_size(tmp_path, engine):
     expected = scores(tmp_path / "one", SMALL)
     close(scores(tmp_path / "two", SMALL, batch_size=7, engine=engine), expected)
+
+
+@pytest.mark.slow
+def test_hooks_and_vmap_together(tmp_path):
+    expected = scores(tmp_path / "one", SMALL, Scale(), engine="loop")
+    close(scores(tmp_path / "two", SMALL, Scale(), engine="hooks"), expected)
 
 
 def test_the_faster_process_decides(tmp_path, monkeypatch):
