@@ -26,6 +26,7 @@ from benchmarks.ours import K, featurizer, settings
 from benchmarks.peers import FEATURIZERS, SCORES, package_of
 from benchmarks.storage import scoring, topk
 from benchmarks.timing import Action, Row, Run, ratios, rows, seconds, table
+from benchmarks.whole import whole
 from examples.digits import LitDigits, make_data, make_trainer
 from lightning_trak import TRAK, LinearDatamodelingScore
 from lightning_trak.outputs import ClassificationMargin
@@ -46,13 +47,13 @@ GPU_SIZES = {"resnet9": 512, "gpt2, 6 layers": 64, "resnet18": 128, "gpt2": 32}
 MEMORY_SIZES = {"resnet9": 128, "gpt2, 6 layers": 8}
 
 
-def featurize(run: Run) -> list[Row]:
+def batch(run: Run) -> list[Row]:
     """Features of a batch, from its gradients. On a GPU also the time of the plain pass in the same precision."""
     found = []
     on_gpu = run.device.type == "cuda"
     for name, size in (GPU_SIZES if on_gpu else CPU_SIZES).items():
         if name != "resnet9" and not importlib.util.find_spec("transformers"):
-            found.append(Row("featurize", name, None, PLAIN, repetitions=0, note="transformers is not installed"))
+            found.append(Row("batch", name, None, PLAIN, repetitions=0, note="transformers is not installed"))
             continue
         work = WORKLOADS[name](size).to(run.device)
         options = settings(4096 if on_gpu else K)
@@ -72,7 +73,7 @@ def featurize(run: Run) -> list[Row]:
                 pairs = zip(measured[key], measured[below[setting.precision]], strict=True)
                 measured[f"{key}, against {setting.precision}"] = [ratio / plain for ratio, plain in pairs]
         named = {f"{name}: {key}": values for key, values in measured.items()}
-        found += rows("featurize", named, PLAIN, {f"{name}: {key}": rate for key, rate in rates.items()})
+        found += rows("batch", named, PLAIN, {f"{name}: {key}": rate for key, rate in rates.items()})
     return found
 
 
@@ -196,7 +197,8 @@ def _our_scores(
 
 
 PARTS = {
-    "featurize": featurize,
+    "featurize": whole,
+    "batch": batch,
     "memory": memory,
     "scoring": scoring,
     "lds": lds,
@@ -207,7 +209,7 @@ PARTS = {
 }
 
 
-GPU_PARTS = {"featurize", "scoring"}
+GPU_PARTS = {"batch", "scoring"}
 
 
 def main() -> None:
@@ -215,13 +217,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("speed_output"), help="folder to write the tables to")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=", ".join(PARTS))
-    parser.add_argument("--device", type=torch.device, default="cpu", help="cpu or cuda (parts featurize, scoring)")
+    parser.add_argument("--device", type=torch.device, default="cpu", help="cpu or cuda (parts batch, scoring)")
     parser.add_argument("--repetitions", type=int, default=5, help="rounds of alternating measurements")
+    parser.add_argument("--quick", action="store_true", help="fewer examples in the part featurize")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*LeafSpec.*|.*does not have many workers.*")  # from Lightning itself
-    run = Run(args.out, args.repetitions, torch.device(args.device))
+    run = Run(args.out, args.repetitions, torch.device(args.device), args.quick)
     if run.device.type == "cuda" and not set(args.parts) <= GPU_PARTS:
         parser.error(f"on a GPU, --parts can be {' and '.join(sorted(GPU_PARTS))}")
     name = torch.cuda.get_device_name() if run.device.type == "cuda" else platform.processor()

@@ -19,11 +19,13 @@ class Run:
         out: folder to write files to.
         repetitions: rounds of alternating measurements.
         device: where to measure.
+        quick: whether to measure fewer examples, where a part can.
     """
 
     out: Path
     repetitions: int
     device: torch.device
+    quick: bool = False
 
 
 @dataclass

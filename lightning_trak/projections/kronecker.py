@@ -161,7 +161,8 @@ class BoundKroneckerProjection(BoundProjection):
         Args:
             features: features so far, float32 or float64 of shape (batch, dim).
             name: name of the parameter.
-            cores: A^T G B for each example, of shape (batch, left, right), with A and B from :meth:`factors`.
+            cores: A^T G B for each example, of shape (batch, left, right) or flattened, with A and B from
+                :meth:`factors`.
         """
         # Inner products are kept if entries have variance 1 / width. Signs have variance 1, so they are scaled here.
         # Principal axes have length 1 and need no scale.
@@ -173,6 +174,10 @@ class BoundKroneckerProjection(BoundProjection):
         dtype = torch.promote_types(gradients.dtype, torch.float32)
         left, right = (factor.to(dtype) for factor in self.factors(name))
         columns = self._matrices[name][1]
-        matrices = gradients.to(dtype).view(len(gradients), -1, columns)
         first = start // columns
-        self.add_core_(features, name, left[first : first + matrices.shape[1]].T @ (matrices @ right))
+        left = left[first : first + gradients.shape[1] // columns]
+        gradients = gradients.to(dtype)
+        if columns == 1:
+            self.add_core_(features, name, gradients @ left * right)  # right is one number
+        else:
+            self.add_core_(features, name, left.T @ (gradients.view(len(gradients), -1, columns) @ right))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -113,6 +114,7 @@ class Placement:
         columns: the range of features.
         sums: number of sums W.
         offsets: the offset of each block, in Python.
+        small: whether there is one block at most.
     """
 
     def __init__(self, stream: Stream, size: int, first: int, width: int, device: torch.device) -> None:
@@ -128,11 +130,19 @@ class Placement:
         if parts > 1:
             sums = torch.arange(self.sums, device=device)
             self._features = (sums + (words[:parts, 1] * width >> 32).repeat_interleave(width)) % width
+        self.small = blocks <= 1
+        self._all = self(torch.arange(size, device=device)) if self.small else None
 
     def __call__(self, elements: Tensor) -> Tensor:
         """The features of some elements, from the first feature of the range on; int64 of any shape."""
         sums = (elements + self._offsets[elements // self.sums]) % self.sums
         return sums if self._features is None else self._features[sums]
+
+    def between(self, start: int, stop: int) -> Tensor:
+        """The features of consecutive elements, as in calling this object."""
+        if self._all is not None:
+            return self._all[start:stop]
+        return self(torch.arange(start, stop, device=self._offsets.device))
 
     def fold(self, sums: Tensor) -> Tensor:
         """Add sums up to features, of shapes (batch, W) and (batch, width)."""
@@ -161,30 +171,27 @@ class BoundSparseProjection(BoundRandomProjection):
         features = features[:, placement.columns]
         dtype = torch.promote_types(gradients.dtype, features.dtype)
         stop = start + gradients.shape[1]
-        if gradients.device.type == "cpu" and start // placement.sums != (stop - 1) // placement.sums:
+        if gradients.device.type == "cpu" and not placement.small:
             features += placement.fold(self._summed(placement, name, gradients, start, dtype))
             return
         for begin, block in self._blocks(name, start, stop):
             part = gradients[:, begin - start : begin - start + len(block)].to(dtype) * block
-            features += _scattered(
-                placement(torch.arange(begin, begin + len(block), device=part.device)), part, features.shape[1]
-            )
+            features += _scattered(placement.between(begin, begin + len(block)), part, features.shape[1])
 
     def _summed(self, placement: Placement, name: str, gradients: Tensor, start: int, dtype: torch.dtype) -> Tensor:
         """The sums of elements from ``start`` on, of shape (batch, W)."""
         width = placement.sums
         # Blocks are shifted without wrapping around. The second half is added to the first one at the end.
         sums = gradients.new_zeros(len(gradients), 2 * width, dtype=dtype)
-        for begin, block in self._blocks(name, start, start + gradients.shape[1]):
-            drawn = block.to(dtype)
-            end = begin + len(block)
-            for number in range(begin // width, -(-end // width)):
-                some = slice(max(begin, number * width), min(end, (number + 1) * width))
-                shift = placement.offsets[number] - number * width
-                sums[:, some.start + shift : some.stop + shift].addcmul_(
-                    gradients[:, some.start - start : some.stop - start].to(dtype),
-                    drawn[some.start - begin : some.stop - begin],
-                )
+        stop = start + gradients.shape[1]
+        for begin, block in self._blocks(name, start, stop):
+            numbers = range(begin // width, -(-(begin + len(block)) // width))
+            ends = [min((number + 1) * width, begin + len(block)) for number in numbers]
+            lengths = [end - first for first, end in pairwise([begin, *ends])]
+            parts = torch.split(gradients[:, begin - start : begin - start + len(block)].to(dtype), lengths, 1)
+            for number, part, some in zip(numbers, parts, torch.split(block.to(dtype), lengths), strict=True):
+                shift = placement.offsets[number] + (begin % width if number == numbers[0] else 0)
+                sums.narrow(1, shift, len(some)).addcmul_(part, some)
         return sums[:, :width].add_(sums[:, width:])
 
     def add_sparse_(self, features: Tensor, name: str, rows: Tensor, numbers: Tensor) -> None:

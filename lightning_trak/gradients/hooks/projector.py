@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 
+import torch
 from torch import Tensor
 
 from lightning_trak.gradients.hooks.layers import Layer, LayerCall
@@ -12,14 +14,27 @@ from lightning_trak.projections.base import BoundProjection
 from lightning_trak.projections.kronecker import BoundKroneckerProjection
 from lightning_trak.projections.sparse import BoundSparseProjection
 
-# Bytes of gradients that are formed at a time. On a CPU, they should stay in cache. They should also stay below the
-# size from which the allocator returns memory to the system after each use. Elsewhere, few kernels are better.
-_CPU_BYTES = 1 << 22
+# Bytes of gradients that are formed at a time. On a CPU, they should stay in cache, but be those of several examples,
+# which threads share out. Elsewhere, few kernels are better.
+_CPU_BYTES = 10 << 20
 _ACCELERATOR_BYTES = 1 << 28
 # The fewest rows of a gradient that are formed together: products with fewer rows are slow.
 _CPU_ROWS, _ACCELERATOR_ROWS = 32, 1024
 # To draw the target of an element takes about as long as to form and add 50 elements, and it takes about 32 bytes.
 _DRAWING, _WORDS_BYTES = 50, 32
+# The largest block whose release makes the GNU C library keep freed memory, see mallopt(3), M_MMAP_THRESHOLD.
+_KEPT_BYTES = (32 << 20) - (1 << 16)
+
+
+@cache
+def _keep_freed_memory() -> None:
+    """Let the allocator keep the memory of gradients for the next ones.
+
+    The GNU C library returns memory to the system if more is free than twice the largest block that was ever released,
+    up to 64 MiB. Gradients and the kernels' own buffers exceed what a small batch has released. To get their memory
+    from the system for every part takes longer than to form them. The block here is never touched, and costs nothing.
+    """
+    torch.empty(_KEPT_BYTES, dtype=torch.uint8)
 
 
 class LayerProjector:
@@ -39,6 +54,8 @@ class LayerProjector:
         cpu = features.device.type == "cpu"
         self._bytes = _CPU_BYTES if cpu else _ACCELERATOR_BYTES
         self._rows = _CPU_ROWS if cpu else _ACCELERATOR_ROWS
+        if cpu:
+            _keep_freed_memory()
 
     def __call__(self, tracked: TrackedModule, call: LayerCall) -> None:
         """Project the gradients of a layer's parameters.

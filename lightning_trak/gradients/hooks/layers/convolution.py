@@ -23,25 +23,20 @@ class ConvolutionLayer(Layer, covers=[*_TYPES]):
         """Shape ``(size, *weight.shape)`` for the weight; for the bias, a sum over positions."""
         if parameter == "bias":
             return self._images(call.output_gradient, call.size).flatten(3).sum((1, 3))
-        module = self.module
+        module, size = self.module, call.size
         inputs, padding = self._padded(call.inputs)
-        weight = module.weight.to(call.output_gradient.dtype)
-
-        def kernel_gradient(image: Tensor, output_gradient: Tensor) -> Tensor:
-            gradients = torch.ops.aten.convolution_backward(
-                output_gradient, image, weight, None, module.stride, padding, module.dilation, module.transposed,
-                module.output_padding, module.groups, [False, True, False],
-            )  # fmt: skip
-            kernel: Tensor = gradients[1]
-            return kernel
-
-        images, output_gradients = self._images(inputs, call.size), self._images(call.output_gradient, call.size)
-        if inputs.device.type != "cpu":
-            return torch.vmap(kernel_gradient)(images, output_gradients)
-        # On a CPU, a kernel call for each example is faster on most layers of a ResNet-9 than to unfold and multiply.
-        # It is also faster than the grouped convolution that vmap would use.
-        each = [kernel_gradient(*pair) for pair in zip(images, output_gradients, strict=True)]
-        return torch.stack(each) if call.size > 1 else each[0].unsqueeze(0)
+        # One convolution of all examples, each with channels and groups of its own. On a CPU, one for each example
+        # takes longer, and small kernels cannot use several threads.
+        image, output_gradient = (
+            self._images(part, size).transpose(0, 1).flatten(1, 2) for part in (inputs, call.output_gradient)
+        )
+        shape = module.weight.shape
+        weight = output_gradient.new_empty(size * shape[0], *shape[1:])  # its values are not used
+        kernels: Tensor = torch.ops.aten.convolution_backward(
+            output_gradient, image, weight, None, module.stride, padding, module.dilation, module.transposed,
+            module.output_padding, size * module.groups, [False, True, False],
+        )[1]  # fmt: skip
+        return kernels.view(size, *shape)
 
     def projected_gradient(self, parameter: str, call: LayerCall, left: Tensor, right: Tensor) -> Tensor | None:
         """Shape ``(size, l, r)``. The product of all patches with ``right`` is a convolution; its columns are kernels.

@@ -1,0 +1,101 @@
+"""The whole call of ``featurize``, from a DataLoader to a store on disk, beside plain passes over the same loader."""
+
+import importlib.util
+import itertools
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from benchmarks.models import WORKLOADS, Workload
+from benchmarks.timing import Action, Row, Run, ratios, rows
+from lightning_trak import TRAK
+from lightning_trak.projections import KroneckerProjection, SparseProjection
+
+# Examples and batch size; fewer examples in the short mode.
+SIZES = {"resnet9": (1000, 32), "gpt2, 6 layers": (32, 8)}
+QUICK_SIZES = {"resnet9": (64, 32), "gpt2, 6 layers": (4, 2)}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "SparseProjection(8192)": {"projection": SparseProjection(8192)},
+    "SparseProjection(2048)": {"projection": SparseProjection(2048)},
+    "KroneckerProjection(dim=2048)": {"projection": KroneckerProjection(dim=2048)},
+}
+
+
+def whole(run: Run) -> list[Row]:
+    """Time ``TRAK.featurize`` with one thread and with all threads, as multiples of the plain passes' time."""
+    found = []
+    for threads in sorted({1, os.cpu_count() or 1}):
+        for name, (examples, size) in (QUICK_SIZES if run.quick else SIZES).items():
+            if name == "resnet9" or importlib.util.find_spec("transformers"):
+                with _threads(threads):
+                    measured = _measure(run, WORKLOADS[name](size), examples)
+                prefix = f"{name}, {threads} thread{'s' * (threads > 1)}"
+                named = {f"{prefix}: {setting}": values for setting, values in measured.items()}
+                found += rows("featurize", named, f"of forward + backward of {examples} examples")
+    return found
+
+
+def _measure(run: Run, work: Workload, examples: int) -> dict[str, list[float]]:
+    loader = DataLoader(_Copies(work, examples), batch_size=work.size)
+    with tempfile.TemporaryDirectory(dir=run.out) as folder:
+        stores = map(Path(folder).joinpath, map(str, itertools.count()))
+        actions: dict[str, Action] = {
+            setting: lambda options=options: _featurize(work, loader, next(stores), options)  # type: ignore[misc]
+            for setting, options in SETTINGS.items()
+        }
+        return ratios(lambda: _plain(work, loader), actions, run.repetitions)
+
+
+class _Copies(torch.utils.data.Dataset[Any]):
+    """The examples of a workload's batch, again and again."""
+
+    def __init__(self, work: Workload, count: int) -> None:
+        self._work = work
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> Any:
+        if not 0 <= index < self._count:
+            raise IndexError(index)
+        return apply_to_collection(self._work.batch, Tensor, lambda part: part[index % self._work.size])
+
+
+def _plain(work: Workload, loader: DataLoader[Any]) -> None:
+    """Forward and backward passes over the loader, with gradients of all parameters."""
+    for batch in loader:
+        work.model.zero_grad()
+        work.output.output(work.model, batch).sum().backward()
+
+
+def _featurize(work: Workload, loader: DataLoader[Any], store: Path, options: dict[str, Any]) -> None:
+    trainer = L.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=store.parent,
+    )
+    TRAK(work.model, [work.model.state_dict()], store, output=work.output, **options).featurize(trainer, loader)
+
+
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
