@@ -11,7 +11,7 @@ from lightning_trak.features.rows import Features
 
 Curvature = Literal["gauss_newton", "identity"]
 
-_COLUMNS = 512  # of a panel of the Gram matrix: enough for a product, few enough to leave out half of them
+_COLUMNS = 256  # of a panel of the Gram matrix: enough for fast products, few enough to leave out almost half of them
 _ROWS = 1024  # multiplied or solved at a time: enough to outweigh passes over k x k numbers, few enough to copy
 
 
