@@ -3,13 +3,15 @@
 import shutil
 import statistics
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from benchmarks.memory import MIB, reset_peak, sampled, status
-from benchmarks.timing import Row, Run, ratios, rows, seconds
+from benchmarks.timing import Action, Row, Run, ratios, rows, seconds
+from lightning_trak.features.dtypes import DtypeName, feature_dtype
 from lightning_trak.features.rows import Features
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.scoring import TRAKScorer
@@ -17,15 +19,15 @@ from lightning_trak.scoring import TRAKScorer
 TARGETS, K = 256, 2048
 
 
-def make_store(directory: Path, num_examples: int, dtype: torch.dtype) -> FeatureStore:
+def make_store(directory: Path, num_examples: int, name: DtypeName) -> FeatureStore:
     """Make a store of random features."""
-    store = FeatureStore(directory, {"checkpoints": ["noise"]}, num_examples)
+    store, dtype = FeatureStore(directory, {"checkpoints": ["noise"], "dtype": name}, num_examples), feature_dtype(name)
     generator = torch.Generator().manual_seed(0)
     for shard in range(store.num_shards):
         n = len(store.shard(shard))
         outputs = torch.randn(n, generator=generator)
         p = outputs.sigmoid()
-        features = torch.randn(n, K, generator=generator).to(dtype)
+        features = torch.randn(n, K, generator=generator).to(dtype.floating)
         store.write(0, shard, Features(features, outputs, 1 - p, p * (1 - p)))
     return store
 
@@ -52,7 +54,7 @@ def scoring(run: Run) -> list[Row]:
     """
     num_targets, num_examples = (8192, 200_000) if run.device.type == "cuda" else (TARGETS, 20_000)
     with tempfile.TemporaryDirectory(dir=run.out) as directory:
-        store = make_store(Path(directory), num_examples, torch.float32)
+        store = make_store(Path(directory) / "float32", num_examples, "float32")
         scorer = make_scorer(store)
         directions = [torch.randn(num_targets, K, device=run.device)]
         whole = torch.cat([store.read(0, shard).features for shard in range(store.num_shards)])
@@ -72,12 +74,17 @@ def scoring(run: Run) -> list[Row]:
             store._verified.clear()  # as in a new process
             return score()
 
-        actions = {
+        actions: dict[str, Action] = {
             "products in blocks": block_products,
             "score, later passes": score,
             "score, first pass (checksums)": first_score,
             "score, top_k=10": lambda: scorer.score(directions, top_k=10),
         }
+        integers: tuple[DtypeName, ...] = ("int8", "int4")
+        for name in integers:
+            rounded = make_scorer(make_store(Path(directory) / name, num_examples, name))
+            size = sum(tensor[:1].nbytes for tensor in rounded.store.read_stored(0, 0).tensors.values())
+            actions[f"score, {name} ({size} bytes an example)"] = partial(rounded.score, directions)
         measured = ratios(one_product, actions, run.repetitions)
     shares = {name: [1 / ratio for ratio in found] for name, found in measured.items()}
     return rows("scoring", shares, f"of the throughput of one bare product ({num_targets} x {num_examples} x {K})")
@@ -93,7 +100,7 @@ def topk(run: Run, num_examples: int = 1_000_000) -> list[Row]:
     if shutil.disk_usage(run.out).free < needed:
         raise OSError(f"the topk part needs {needed / 1e9:.1f} GB free at {run.out}; give another --out")
     with tempfile.TemporaryDirectory(dir=run.out) as directory:
-        store = make_store(Path(directory), num_examples, torch.float16)
+        store = make_store(Path(directory), num_examples, "float16")
         scorer = make_scorer(store)
         directions = [torch.randn(TARGETS, K)]
         block = torch.randn(store.shard_size, K)

@@ -9,7 +9,7 @@ from lightning_trak.checkpoints.base import Checkpoint
 from lightning_trak.checkpoints.copies import state_digest
 from lightning_trak.features.model import ModelCopy
 from lightning_trak.features.settings import FeatureSettings
-from lightning_trak.fingerprints import module_fingerprint
+from lightning_trak.fingerprints import difference, module_fingerprint
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.storage.files import tensor_digest
 
@@ -62,3 +62,19 @@ def identity(model: ModelCopy, output: ModelOutput, settings: FeatureSettings, c
             for digest, names in zip(contents.digests, contents.names, strict=True)
         ],
     }
+
+
+def describe_difference(field: str, theirs: Any, mine: Any) -> tuple[str, str]:
+    """Describe a field that differs between store and run: what the store was made with, and what the run has."""
+    if field == "data":
+        return "other training data of this size", "data that differ in some of eight items spread over the dataset"
+    if field == "checkpoints" and isinstance(theirs, list) and len(theirs) == len(mine):
+        number = next(i for i, pair in enumerate(zip(mine, theirs, strict=True)) if pair[0] != pair[1])
+        return f"other weights or buffers at checkpoint {number}", "the same number of checkpoints"
+    if field in ("checkpoints", "parameters") and isinstance(theirs, list):
+        made, have = f"{len(theirs)} {field}", f"{len(mine)}"
+        differing = [item[0] for item in [*mine, *theirs] if (item in mine) != (item in theirs)]
+        if field == "parameters":
+            have += f" (differing in {', '.join(differing[:5])}{', ...' if len(differing) > 5 else ''})"
+        return made, have
+    return difference(field, theirs, mine)

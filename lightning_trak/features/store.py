@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from lightning_trak.features.dtypes import NAMES, FeatureDtype, feature_dtype
+from lightning_trak.features.identity import describe_difference
 from lightning_trak.features.rows import Features, StoredFeatures, misfit
-from lightning_trak.fingerprints import difference
 from lightning_trak.storage import schemas
 from lightning_trak.storage.claims import ClaimedDirectory, DirectoryKind, read_manifest
 from lightning_trak.storage.files import (
@@ -137,7 +137,7 @@ class FeatureStore:
         if not read_only and (num_examples < 1 or shard_size < 1):
             raise ValueError(f"num_examples and shard_size must be at least 1, got {num_examples=} and {shard_size=}")
         content = {"num_examples": num_examples, "shard_size": shard_size, "identity": identity}
-        self._directory = ClaimedDirectory(directory, _KIND, content, _difference, user, read_only)
+        self._directory = ClaimedDirectory(directory, _KIND, content, describe_difference, user, read_only)
         self.directory, self.key, manifest = self._directory.path, self._directory.key, self._directory.manifest
         self.num_examples: int = manifest["num_examples"]
         self.shard_size: int = manifest["shard_size"]
@@ -403,22 +403,6 @@ class FeatureStore:
         loaded = load_tensors(path, verify=seen not in self._verified)
         self._verified.add(seen)
         return loaded
-
-
-def _difference(field: str, theirs: Any, mine: Any) -> tuple[str, str]:
-    """Describe a field that differs between store and run: what the store was made with, and what the run has."""
-    if field == "data":
-        return "other training data of this size", "data that differ in some of eight items spread over the dataset"
-    if field == "checkpoints" and isinstance(theirs, list) and len(theirs) == len(mine):
-        number = next(i for i, pair in enumerate(zip(mine, theirs, strict=True)) if pair[0] != pair[1])
-        return f"other weights or buffers at checkpoint {number}", "the same number of checkpoints"
-    if field in ("checkpoints", "parameters") and isinstance(theirs, list):
-        made, have = f"{len(theirs)} {field}", f"{len(mine)}"
-        differing = [item[0] for item in [*mine, *theirs] if (item in mine) != (item in theirs)]
-        if field == "parameters":
-            have += f" (differing in {', '.join(differing[:5])}{', ...' if len(differing) > 5 else ''})"
-        return made, have
-    return difference(field, theirs, mine)
 
 
 @contextmanager

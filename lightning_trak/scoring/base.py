@@ -108,7 +108,7 @@ class Scorer(ABC):
         Raises:
             ValueError: at the end, if a score was not finite.
         """
-        rows, sums = self._rows(shards, len(directions)), []
+        rows, sums = self._rows(shards, len(directions), directions[0].device), []
         for shard in shards:
             scores = self.block(directions, shard, rows)
             sums.append(scores.sum())
@@ -116,7 +116,7 @@ class Scorer(ABC):
         # The sum of a shard is not finite if any of its scores is not.
         suspects = torch.stack(sums).isfinite().logical_not().nonzero().flatten().tolist() if sums else []
         for shard in (shards[number] for number in suspects):
-            again = self._rows([shard], len(directions))
+            again = self._rows([shard], len(directions), directions[0].device)
             self._require_finite(self.block(directions, shard, again), shard)
 
     def _require_finite(self, scores: Tensor, shard: int) -> None:
@@ -126,9 +126,8 @@ class Scorer(ABC):
                 f" {scores.dtype}; featurize with dtype=torch.float64"
             )
 
-    def _rows(self, shards: Sequence[int], checkpoints: int) -> Iterator[StoredFeatures]:
-        """Rows of each shard at the first checkpoints, on the device of :meth:`fit`. They are copied as stored."""
-        device = self._device
+    def _rows(self, shards: Sequence[int], checkpoints: int, device: torch.device) -> Iterator[StoredFeatures]:
+        """Rows of each shard at the first checkpoints, on a device. They are copied there as they are stored."""
         upload = Upload(device)
 
         def read() -> Iterator[StoredFeatures]:
@@ -183,7 +182,7 @@ class Scorer(ABC):
         shards, dtype = ranks.share(self.store.num_shards), self.store.read_stored(0, 0).dtype.floating
         scores = torch.zeros(self.store.num_examples, dtype=torch.promote_types(dtype, torch.float32))
         with full_precision(self._device):
-            rows = self._rows(shards, self.store.num_checkpoints)
+            rows = self._rows(shards, self.store.num_checkpoints, self._device)
             for shard in shards:
                 examples = self.store.shard(shard)
                 sums = torch.zeros(len(examples), dtype=scores.dtype, device=self._device)

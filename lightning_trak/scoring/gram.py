@@ -11,7 +11,7 @@ from lightning_trak.features.rows import Features
 
 Curvature = Literal["gauss_newton", "identity"]
 
-_COLUMNS = 512  # of a panel of the Gram matrix: enough for a product, few enough to leave out half of them
+_COLUMNS = 256  # of a panel of the Gram matrix: enough for fast products, few enough to leave out almost half of them
 _ROWS = 1024  # multiplied or solved at a time: enough to outweigh passes over k x k numbers, few enough to copy
 
 
@@ -127,8 +127,8 @@ class DampedGram:
                 " 0 or 1 to rounding: use checkpoints from earlier in the training, or dtype=torch.float64 and"
                 ' Trainer(precision="64-true"). A loss linear in the output needs curvature="identity"'
             )
-        # Divided by its scale, so that tiny gradients or curvatures cannot underflow. The factor takes the place of this
-        # copy, because both have k x k numbers. The transpose is the same matrix with the strides that LAPACK wants.
+        # Divided by its scale, so that tiny gradients or curvatures cannot underflow. The factor takes the place of
+        # this copy, because both have k x k numbers. The transpose is the same matrix, with LAPACK's strides.
         factor = (gram / scale).mT
         factor.diagonal().add_(damping)
         info = torch.empty((), dtype=torch.int32, device=gram.device)
@@ -159,15 +159,15 @@ class DampedGram:
             )
 
         share = self._score_error(damping, rounding_error)
-        if share > 1:
+        if share > 0.5:
             raise ValueError(
-                f"rounding the features to integers changes scores with the Gram matrix of {name} by {share:.2g} times"
-                f" their size ({condition}): use dtype='float32' or a larger damping (now {damping:g})"
+                f"rounding the features to integers changes scores with the Gram matrix of {name} by about {share:.0%}"
+                f" of their size ({condition}): use a dtype of more bits or a larger damping (now {damping:g})"
             )
-        if share > 0.1:
+        if share > 0.2:
             warnings.warn(
-                f"rounding the features to integers changes scores with the Gram matrix of {name} by about"
-                f" {share:.0%} ({condition}): use a dtype of more bits or a larger damping (now {damping:g})",
+                f"rounding the features to integers changes scores with the Gram matrix of {name} by about {share:.0%}"
+                f" of their size ({condition}): use a dtype of more bits or a larger damping (now {damping:g})",
                 RuntimeWarning,
                 stacklevel=2,
             )

@@ -214,6 +214,13 @@ def test_settings_of_the_method(monkeypatch, capsys):
     assert found["projection"]["init_args"]["dim"] == 1024
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8", "int4"])
+def test_every_dtype_has_a_name(monkeypatch, capsys, dtype):
+    with pytest.raises(SystemExit, match="0"):
+        command_line(monkeypatch, "score", "--config", CONFIG, "--method.dtype", dtype, "--print_config")
+    assert yaml.safe_load(capsys.readouterr().out)["method"]["init_args"]["dtype"] == dtype
+
+
 def test_completion(monkeypatch, capsys):
     class OneCommand(AttributionCLI):  # all of them take half a minute
         @staticmethod

@@ -21,8 +21,8 @@ def main(root: Path) -> None:
     trainer = make_trainer(strategy="ddp", devices=2)
     results: dict[str, object] = {}
 
-    def attribute(store: str, train_loader: DataLoader, target_loader: DataLoader) -> TRAK:
-        trak = TRAK(make_model(), checkpoints, root / store, projection=SparseProjection(32))
+    def attribute(store: str, train_loader: DataLoader, target_loader: DataLoader, dtype: str = "float32") -> TRAK:
+        trak = TRAK(make_model(), checkpoints, root / store, projection=SparseProjection(32), dtype=dtype)
         trak.featurize(trainer, train_loader, shard_size=6)
         results[store] = trak.score(trainer, target_loader)
         return trak
@@ -41,6 +41,7 @@ def main(root: Path) -> None:
     results[f"TracIn's scorer on rank {trainer.global_rank}"] = mine
     sampler = DistributedSampler(train, num_replicas=2, rank=trainer.global_rank)  # repeats an example to make 54
     attribute("sampler", DataLoader(train, batch_size=4, sampler=sampler), DataLoader(targets, num_workers=1))
+    attribute("int4", DataLoader(train, batch_size=4), DataLoader(targets, batch_size=4), "int4")
     attribute("begun by one", DataLoader(train, batch_size=6, num_workers=2), DataLoader(targets, batch_size=50))
 
     principal = TRAK(make_model(), checkpoints, root / "principal", projection=PRINCIPAL)

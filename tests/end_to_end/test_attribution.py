@@ -7,12 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from lightning_trak import TRAK
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.gradients import LoopEngine, select_parameters
 from lightning_trak.gradients.batch import ExampleBatch
+from lightning_trak.methods import GradientCosine, GradientDot
 from lightning_trak.outputs import ClassificationMargin
 from lightning_trak.projections import GaussianProjection, IdentityProjection, KroneckerProjection, SparseProjection
 from tests.lit import TARGETS, TRAIN, LitNet, attribute, beyond_hooks, make_data, make_model, make_trainer
@@ -68,10 +69,71 @@ def test_scores_average_over_checkpoints(tmp_path, checkpoints):
     torch.testing.assert_close(results[0], (results[1] + results[2]) / 2)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 0.01), (torch.bfloat16, 0.05), (torch.float64, 1e-4)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [
+        (torch.float16, 0.01),
+        ("bfloat16", 0.05),
+        ("float64", 1e-4),
+        ("int8", 0.03),
+        ("int4", 0.2),
+    ],
+)
 def test_stored_dtypes(tmp_path, checkpoints, expected, dtype, tolerance):
     scores = attribute(tmp_path, checkpoints, dtype=dtype)
+    assert scores.dtype == (torch.float64 if dtype == "float64" else torch.float32)
     assert float((scores - expected).abs().max() / expected.abs().max()) < tolerance
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_integers_on_disk_are_shared_continued_and_no_other_bits(tmp_path, checkpoints, dtype):
+    """The same bits whatever the batches, and after an interruption; each method reads them."""
+    options = {"projection": SparseProjection(33), "dtype": dtype}
+    stores = []
+    for name, batch_size in (("a", 4), ("b", 8)):
+        trak = TRAK(make_model(), checkpoints, tmp_path / name, **options)
+        trak.featurize(make_trainer(), DataLoader(TRAIN, batch_size=batch_size), shard_size=8)
+        found = (tmp_path / name).rglob("shard-*")
+        stores.append({path.relative_to(tmp_path / name): path for path in found})
+    scores = trak.score(make_trainer(), TARGETS)
+    for shard, path in stores[0].items():
+        first, second = (load_file(found) for found in (path, stores[1][shard]))
+        assert first["features"].dtype == (torch.int8 if dtype == "int8" else torch.uint8)
+        differing = (first["features"] != second["features"]).float().mean()  # products are rounded by batch
+        assert float(differing) < 0.01
+    before = {path: load_file(path) for path in stores[0].values()}
+    for path in list(before)[::3]:
+        path.unlink()
+    TRAK(make_model(), checkpoints, tmp_path / "a", **options).featurize(make_trainer(), DataLoader(TRAIN, 4))
+    for path, tensors in before.items():
+        assert all(torch.equal(again, tensors[key]) for key, again in load_file(path).items())
+    floats = {"projection": SparseProjection(33)}
+    TRAK(make_model(), checkpoints, tmp_path / "f", **floats).featurize(make_trainer(), TRAIN)
+    for method in (GradientDot, GradientCosine):
+        other = method(make_model(), checkpoints, tmp_path / "b", effect_on="output", **options)
+        exact = method(make_model(), checkpoints, tmp_path / "f", effect_on="output", **floats)
+        found, expected = (one.score(make_trainer(), TARGETS) for one in (other, exact))
+        assert float((found - expected).norm() / expected.norm()) < (0.02 if dtype == "int8" else 0.2)
+    mine = torch.cat(make_trainer().predict(trak.scorer(), DataLoader(TARGETS, batch_size=5)))
+    torch.testing.assert_close(mine, scores, rtol=1e-4, atol=1e-5)
+    top = trak.score(make_trainer(), TARGETS, top_k=3)
+    assert torch.equal(top.indices, scores.topk(3).indices)
+    assert trak.self_influence(make_trainer()).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_a_store_of_integers_notices_other_data(tmp_path, checkpoints, dtype):
+    """Items that are not among those of the manifest have changed: their features differ from what is stored."""
+    TRAK(make_model(), checkpoints[:1], tmp_path, projection=SparseProjection(32), dtype=dtype).featurize(
+        make_trainer(), TRAIN, shard_size=5
+    )
+    (tmp_path / "checkpoint-0000/shard-00000.safetensors").unlink()
+    changed = TensorDataset(*(column.clone() for column in TRAIN.tensors))
+    changed.tensors[0][5:7] += 0.3
+    trak = TRAK(make_model(), checkpoints[:1], tmp_path, projection=SparseProjection(32), dtype=dtype)
+    with pytest.raises(ValueError, match=r"examples 5 to 6 now have other (outputs|features)"):
+        trak.featurize(make_trainer(), changed)
 
 
 @pytest.mark.parametrize("largest", [True, False])
