@@ -95,12 +95,16 @@ class DampedGram:
         damping: lambda relative to the mean eigenvalue of K, which is the mean of its diagonal.
         precision: dtype of the features that K was made from: what the condition number is judged by.
         name: what to call the matrix in errors.
+        size: the number of rows by which the trace is divided for the mean eigenvalue. The dual's matrix has the trace
+            of a larger one, whose other eigenvalues are zero. Default: k.
 
     Raises:
         ValueError: if K is zero, not finite, or singular to the precision of the features.
     """
 
-    def __init__(self, gram: Tensor, damping: float, precision: torch.dtype, name: str) -> None:
+    def __init__(
+        self, gram: Tensor, damping: float, precision: torch.dtype, name: str, size: int | None = None
+    ) -> None:
         if damping < 0:
             raise ValueError(f"damping must be at least 0, got {damping}")
         scale = gram.diagonal().mean()
@@ -118,7 +122,7 @@ class DampedGram:
             )
         # Divided by its scale, so that tiny gradients or curvatures cannot underflow.
         damped = gram / scale
-        damped.diagonal().add_(damping)
+        damped.diagonal().add_(damping * len(gram) / (size or len(gram)))
         factor, info = torch.linalg.cholesky_ex(damped)
         advice = (
             f"use a larger damping (now {damping:g}; 'auto' suits most models), a projection with a smaller dim or more"
