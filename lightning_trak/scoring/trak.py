@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -42,6 +42,8 @@ class TRAKScorer(Scorer):
             fewer than ``top_k`` scores are left, the rest are zeros of arbitrary training examples.
     """
 
+    user: ClassVar[str] = "TRAK"  # in log lines
+
     def __init__(
         self,
         store: FeatureStore,
@@ -75,10 +77,11 @@ class TRAKScorer(Scorer):
         if (self._primal or self._dual) and self._device == before:
             return
         self._primal, self._dual, dampings = [], [], []
-        n, k = self.store.num_examples, self.store.read(0, 0).features.shape[1]
+        n, k = self.store.num_examples, self.num_features
+        dual = self.solves_dual(n, k)
         for checkpoint in range(self.store.num_checkpoints):
             precision, place = self.store.read(checkpoint, 0).features.dtype, f"checkpoint {checkpoint}"
-            if n < k:
+            if dual:
                 kernel, curvatures = self._kernel(checkpoint, ranks), self._curvatures(checkpoint)
                 weights = curvatures * kernel.diagonal()
                 damping = self._relative_damping(weights.sum(), weights.square().sum(), k)
@@ -88,12 +91,21 @@ class TRAKScorer(Scorer):
                 damping = self._relative_damping(gram.trace(), squared_weights, k)
                 self._primal.append(DampedGram(gram, damping, precision, place))
             dampings.append(damping)
-        if self._dual:
-            rank_zero_info(f"TRAK: solves {n} x {n} (examples) instead of {k} x {k} (features), since n is smaller")
         if self.damping == "auto":
             ends = dict.fromkeys(f"{damping:.3g}" for damping in (min(dampings), max(dampings)))
             place = "checkpoint" if len(dampings) == 1 else "checkpoints"
-            rank_zero_info(f"TRAK: damping='auto' is {' to '.join(ends)} at the {place}")
+            rank_zero_info(f"{self.user}: damping='auto' is {' to '.join(ends)} at the {place}")
+
+    @property
+    def num_features(self) -> int:
+        """k, the size of K."""
+        return self.store.read(0, 0).features.shape[1]
+
+    def solves_dual(self, n: int, k: int) -> bool:
+        """Whether the system of n examples is solved, and not that of k features."""
+        if n < k:
+            rank_zero_info(f"TRAK: solves {n} x {n} (examples) instead of {k} x {k} (features), since n is smaller")
+        return n < k
 
     def _relative_damping(self, trace: Tensor, squared_weights: Tensor, size: int) -> float:
         return auto_damping(trace, squared_weights, size) if self.damping == "auto" else self.damping
@@ -110,10 +122,16 @@ class TRAKScorer(Scorer):
         return kept["gram"], kept["squared_weights"]
 
     def _kernel(self, checkpoint: int, ranks: Ranks) -> Tensor:
+        """Inner products of the features of all training examples: float64, shape ``(n, n)``, on the CPU."""
+
         def make() -> dict[str, Tensor]:
             return {"kernel": kernel_matrix(self.store, checkpoint, self._device, ranks).cpu()}
 
         return self._kept(checkpoint, "kernel", ranks, make)["kernel"]
+
+    def _products(self, checkpoint: int, targets: Tensor, ranks: Ranks) -> Tensor:
+        """Inner products of the features of targets and of all training examples: float64, ``(num_targets, n)``."""
+        return products_with(self.store, checkpoint, targets, ranks)
 
     def _curvatures(self, checkpoint: int) -> Tensor:
         """R of all training examples, or ones: float64, shape ``(n,)``."""
@@ -167,7 +185,7 @@ class TRAKScorer(Scorer):
         solved = []
         with full_precision(self._device):
             for checkpoint, features in enumerate(directions):
-                products = products_with(self.store, checkpoint, features, ranks)
+                products = self._products(checkpoint, features, ranks)
                 solved.append(self._dual[checkpoint].solve(products).to(features))
         return super().score(solved, top_k, largest, ranks)
 
