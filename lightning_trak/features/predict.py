@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from lightning_trak.features.engines import EngineName, choose_engine, how, make_engine
 from lightning_trak.features.extractor import FeatureExtractor
+from lightning_trak.features.factors import FactorExtractor
 from lightning_trak.features.fsdp import ANOTHER_STRATEGY, ShardedFeatureExtractor, ShardedModelCopy, sharded_engine
 from lightning_trak.features.model import ModelCopy
 from lightning_trak.features.precision import autocast_of
@@ -27,6 +28,7 @@ from lightning_trak.gradients import GradientEngine, coverage_report
 from lightning_trak.gradients.base import EngineError
 from lightning_trak.gradients.batch import ExampleBatch, Layout, find_layout
 from lightning_trak.projections.base import BoundProjection
+from lightning_trak.projections.factors import BoundGradientFactors
 from lightning_trak.running.loading import load, sample_batches
 from lightning_trak.running.predict import PredictModule
 from lightning_trak.running.ranges import IndexedBatch, RangeLoader, Stop
@@ -168,7 +170,8 @@ class ExtractorModule(PredictModule):
 
     def _new_extractor(self, engine: GradientEngine, projection: BoundProjection) -> FeatureExtractor:
         falls_back = self.settings.engine == "auto"
-        return FeatureExtractor(self.copied, engine, projection, self.settings.dtype.floating, self._layout, falls_back)
+        kind = FactorExtractor if isinstance(projection, BoundGradientFactors) else FeatureExtractor
+        return kind(self.copied, engine, projection, self.settings.dtype.floating, self._layout, falls_back)
 
     def _bind(self, checkpoint: int) -> BoundProjection:
         """The projection of a checkpoint. It is kept as long as the checkpoint's weights."""

@@ -76,6 +76,11 @@ class StoredFeatures:
         """Q = -dl/df, shape ``(n,)``."""
         return self.scalars[1]
 
+    @property
+    def curvatures(self) -> Tensor:
+        """R = d2l/df2, shape ``(n,)``."""
+        return self.scalars[2]
+
     def decode(self) -> Features:
         """The rows with features in ``dtype.floating``."""
         return Features(self.dtype.decode(self.codes, self.scales, self.k), *self.scalars)

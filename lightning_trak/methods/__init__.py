@@ -8,6 +8,7 @@ from lightning_trak.methods.baselines.empirical_influence import EmpiricalInflue
 from lightning_trak.methods.baselines.knn_shapley import KNNShapley
 from lightning_trak.methods.baselines.random_scores import RandomScores
 from lightning_trak.methods.baselines.similarity import RepresentationSimilarity
+from lightning_trak.methods.exact_kernel import ExactKernel
 from lightning_trak.methods.feature import FeatureMethod
 from lightning_trak.methods.gradients import GradientCosine, GradientDot, TracIn
 from lightning_trak.methods.influence import (
@@ -29,6 +30,7 @@ __all__ = [
     "Datamodels",
     "EKFACInfluence",
     "EmpiricalInfluence",
+    "ExactKernel",
     "Explicit",
     "FeatureMethod",
     "GradientCosine",

@@ -29,10 +29,12 @@ class IdentityProjection(Projection):
         device: torch.device,  # noqa: ARG002
     ) -> BoundProjection:
         """Give each parameter its place in the features, see :meth:`Projection.bind`. Nothing is random."""
-        return _BoundIdentityProjection(shapes)
+        return BoundIdentityProjection(shapes)
 
 
-class _BoundIdentityProjection(BoundProjection):
+class BoundIdentityProjection(BoundProjection):
+    """The identity: each parameter has its place in the features."""
+
     def __init__(self, shapes: Mapping[str, Sequence[int]]) -> None:
         super().__init__(shapes, sum(map(math.prod, shapes.values())))
         self._offsets = dict(zip(self.sizes, accumulate(self.sizes.values(), initial=0), strict=False))

@@ -114,7 +114,7 @@ class _Regression:
         covariance, variance = (weights * centred * predicted).sum(), (weights * predicted.square()).sum()
         if not covariance > 0:
             raise ValueError(
-                "the sums of scores over subsets do not rise with the outputs of the models trained on them, so there is"
+                "the sums of scores over subsets do not rise with the outputs of the models trained on them: there is"
                 " nothing to correct: check the sign of the scores, and that examples, targets and subsets are"
                 " in the same order in all arguments"
             )

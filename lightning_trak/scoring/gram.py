@@ -102,6 +102,8 @@ class DampedGram:
         damping: lambda relative to the mean eigenvalue of K, which is the mean of its diagonal.
         precision: dtype of the features that K was made from: what the condition number is judged by.
         name: what to call the matrix in errors.
+        size: the number of rows by which the trace is divided for the mean eigenvalue. The dual's matrix has the trace
+            of a larger one, whose other eigenvalues are zero. Default: k.
         rounding_error: by how much the features were rounded to integers, relative to each row's norm (root mean
             square); 0 for floats.
 
@@ -110,7 +112,13 @@ class DampedGram:
     """
 
     def __init__(
-        self, gram: Tensor, damping: float, precision: torch.dtype, name: str, rounding_error: float = 0.0
+        self,
+        gram: Tensor,
+        damping: float,
+        precision: torch.dtype,
+        name: str,
+        size: int | None = None,
+        rounding_error: float = 0.0,
     ) -> None:
         if damping < 0:
             raise ValueError(f"damping must be at least 0, got {damping}")
@@ -130,7 +138,8 @@ class DampedGram:
         # Divided by its scale, so that tiny gradients or curvatures cannot underflow. The factor takes the place of
         # this copy, because both have k x k numbers. The transpose is the same matrix, with LAPACK's strides.
         factor = (gram / scale).mT
-        factor.diagonal().add_(damping)
+        share_of_size = len(gram) / (size or len(gram))
+        factor.diagonal().add_(damping * share_of_size)
         info = torch.empty((), dtype=torch.int32, device=gram.device)
         torch.linalg.cholesky_ex(factor, out=(factor, info))
         advice = (
@@ -158,7 +167,7 @@ class DampedGram:
                 stacklevel=2,
             )
 
-        share = self._score_error(damping, rounding_error)
+        share = self._score_error(damping * share_of_size, rounding_error * share_of_size**0.5)
         if share > 0.5:
             raise ValueError(
                 f"rounding the features to integers changes scores with the Gram matrix of {name} by about {share:.0%}"

@@ -47,7 +47,7 @@ def score_targets(
     Returns:
         On every rank a CPU Tensor ``(num_targets, num_train)``, or a TopK.
     """
-    numbers = max(pipeline.dim(model) * store.num_checkpoints, store.shard_size + (top_k or 0))
+    numbers = max(store.read_stored(0, 0).k * store.num_checkpoints, store.shard_size + (top_k or 0))
     blocks = _blocks(loader, numbers * max(4, pipeline.settings.dtype.floating.itemsize))
     parts: list[Scores] = []
     for features in pipeline.target_features(trainer, loader, blocks, model, store, datamodule):

@@ -1,20 +1,21 @@
 """TRAK scores from stored features: one Newton step for each training example, averaged over checkpoints."""
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import ClassVar, Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_trak.checkpoints.subsets import TrainingSubset
-from lightning_trak.features.rows import Features
+from lightning_trak.features.rows import Features, StoredFeatures
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.running.ranks import Ranks
-from lightning_trak.scoring.base import Scorer, full_precision
+from lightning_trak.scoring.base import Scorer, Scores, full_precision
 from lightning_trak.scoring.damping import Damping, auto_damping
-from lightning_trak.scoring.gram import Curvature, DampedGram, gram_matrix, row_blocks
+from lightning_trak.scoring.dual import DualSystem, kernel_matrix, products_with
+from lightning_trak.scoring.gram import Curvature, DampedGram, gram_matrix, require_convex, row_blocks
 
 LossGradients = Literal["per_checkpoint", "averaged"]
 
@@ -29,6 +30,9 @@ class TRAKScorer(Scorer):
     So tau(x)_i is what training example i adds to the output at x by one Newton step (Pregibon 1981; Park et al. 2023,
     arXiv 2303.14186, section 3).
 
+    K_m has a row for each feature. If there are fewer training examples than features, the same scores come from a
+    matrix with a row for each example: see :mod:`lightning_trak.scoring.dual`.
+
     Args:
         store: complete features of the training set.
         curvature: how K weighs examples, see :func:`~lightning_trak.scoring.gram.gram_matrix`.
@@ -41,6 +45,8 @@ class TRAKScorer(Scorer):
         subsets: for each checkpoint, the examples that its model has seen; None: all. An example that it has not seen
             is not part of K_m, and is scored, too: by the step of adding it. Default: all models have seen all.
     """
+
+    user: ClassVar[str] = "TRAK"  # in log lines
 
     def __init__(
         self,
@@ -57,11 +63,12 @@ class TRAKScorer(Scorer):
         self.loss_gradients = loss_gradients
         self.soft_threshold = soft_threshold
         self.subsets = [None] * store.num_checkpoints if subsets is None else subsets
-        self._factors: list[DampedGram] = []
-        self._keeps = True  # until a Gram matrix cannot be written
+        self._primal: list[DampedGram] = []  # one for each checkpoint, or none
+        self._dual: list[DualSystem] = []
+        self._keeps = True  # until a matrix cannot be written
 
     def fit(self, device: torch.device, ranks: Ranks = Ranks()) -> None:  # noqa: B008
-        """Make and factor the Gram matrices.
+        """Make and factor the matrices.
 
         Args:
             device: where scores will be computed.
@@ -69,47 +76,99 @@ class TRAKScorer(Scorer):
 
         Raises:
             RuntimeError: if the store is incomplete.
-            ValueError: if a Gram matrix cannot be factored.
+            ValueError: if a matrix cannot be factored.
         """
         before = self._device
         super().fit(device, ranks)
-        if self._factors and self._device == before:
+        if (self._primal or self._dual) and self._device == before:
             return
-        self._factors = []
-        dampings = []
+        self._primal, self._dual, dampings = [], [], []
+        n, k = self.store.num_examples, self.num_features
+        dual = self.solves_dual(n, k)
         for checkpoint in range(self.store.num_checkpoints):
-            gram, squared_weights = (tensor.to(self._device) for tensor in self._gram(checkpoint, ranks))
-            damping = self.damping
-            if damping == "auto":
-                damping = auto_damping(gram.trace(), squared_weights, len(gram))
+            precision, place = self.store.read_stored(checkpoint, 0).dtype.floating, f"checkpoint {checkpoint}"
+            error = self.store.rounding_error(checkpoint)
+            if dual:
+                kernel, curvatures = self._kernel(checkpoint, ranks), self._curvatures(checkpoint)
+                weights = curvatures * kernel.diagonal()
+                damping = self._relative_damping(weights.sum(), weights.square().sum(), k)
+                self._dual.append(DualSystem(kernel, curvatures, damping, k, precision, error, place, self._device))
+            else:
+                gram, squared_weights = (tensor.to(self._device) for tensor in self._gram(checkpoint, ranks))
+                damping = self._relative_damping(gram.trace(), squared_weights, k)
+                self._primal.append(DampedGram(gram, damping, precision, place, rounding_error=error))
             dampings.append(damping)
-            precision = self.store.read_stored(checkpoint, 0).dtype.floating
-            error, name = self.store.rounding_error(checkpoint), f"checkpoint {checkpoint}"
-            self._factors.append(DampedGram(gram, damping, precision, name, error))
         if self.damping == "auto":
             ends = dict.fromkeys(f"{damping:.3g}" for damping in (min(dampings), max(dampings)))
             place = "checkpoint" if len(dampings) == 1 else "checkpoints"
-            rank_zero_info(f"TRAK: damping='auto' is {' to '.join(ends)} at the {place}")
+            rank_zero_info(f"{self.user}: damping='auto' is {' to '.join(ends)} at the {place}")
+
+    @property
+    def num_features(self) -> int:
+        """k, the size of K."""
+        return self.store.read_stored(0, 0).k
+
+    def solves_dual(self, n: int, k: int) -> bool:
+        """Whether the system of n examples is solved, and not that of k features."""
+        if n < k:
+            rank_zero_info(f"TRAK: solves {n} x {n} (examples) instead of {k} x {k} (features), since n is smaller")
+        return n < k
+
+    def _relative_damping(self, trace: Tensor, squared_weights: Tensor, size: int) -> float:
+        return auto_damping(trace, squared_weights, size) if self.damping == "auto" else self.damping
 
     def _gram(self, checkpoint: int, ranks: Ranks) -> tuple[Tensor, Tensor]:
+        def make() -> dict[str, Tensor]:
+            blocks = row_blocks(self.store.num_shards, self.store.shard_size)
+            mine = self._seen(checkpoint, (shard for part in ranks.share(len(blocks)) for shard in blocks[part]))
+            k = self.num_features
+            gram, squared_weights = map(ranks.sum, gram_matrix(mine, self.curvature, k, self._device))
+            return {"gram": gram, "squared_weights": squared_weights}
+
         subset = self.subsets[checkpoint]
-        name, key = f"gram-{self.curvature}", f"{_CACHE_FORMAT}:{self.store.digest(checkpoint)}"
-        key += "" if subset is None else f":{subset.digest}"
+        key = "" if subset is None else f":{subset.digest}"
+        kept = self._kept(checkpoint, f"gram-{self.curvature}", key, ranks, make)
+        return kept["gram"], kept["squared_weights"]
+
+    def _kernel(self, checkpoint: int, ranks: Ranks) -> Tensor:
+        """Inner products of the features of all training examples: float64, shape ``(n, n)``, on the CPU."""
+
+        def make() -> dict[str, Tensor]:
+            return {"kernel": kernel_matrix(self.store, checkpoint, self._device, ranks).cpu()}
+
+        return self._kept(checkpoint, "kernel", "", ranks, make)["kernel"]
+
+    def _products(self, checkpoint: int, targets: Tensor, ranks: Ranks) -> Tensor:
+        """Inner products of the features of targets and of all training examples: float64, ``(num_targets, n)``."""
+        return products_with(self.store, checkpoint, targets, ranks)
+
+    def _curvatures(self, checkpoint: int) -> Tensor:
+        """R of all training examples, or ones; 0 for those that the model has not seen. float64, shape ``(n,)``."""
+        shards = (self.store.read_stored(checkpoint, shard).curvatures for shard in range(self.store.num_shards))
+        curvatures = torch.cat(list(shards)).double()
+        if self.curvature == "identity":
+            curvatures = torch.ones_like(curvatures)
+        require_convex(curvatures, 'curvature="identity"')
+        subset = self.subsets[checkpoint]
+        return curvatures if subset is None else curvatures * subset.mask
+
+    def _kept(
+        self, checkpoint: int, name: str, about: str, ranks: Ranks, make: Callable[[], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """A matrix from the store's cache. If one rank does not find it there, all make it."""
+        key = f"{_CACHE_FORMAT}:{self.store.digest(checkpoint)}{about}"
         stored = self.store.read_extra(checkpoint, name, key)
         if ranks.all_true(stored is not None) and stored is not None:
-            return stored["gram"], stored["squared_weights"]
-        k = self.store.read_stored(checkpoint, 0).k
-        blocks = row_blocks(self.store.num_shards, self.store.shard_size)
-        mine = self._seen(checkpoint, (shard for number in ranks.share(len(blocks)) for shard in blocks[number]))
+            return stored
         with full_precision(self._device):
-            gram, squared_weights = map(ranks.sum, gram_matrix(mine, self.curvature, k, self._device))
+            made = make()
         if ranks.rank == 0 and self._keeps:
             try:
-                self.store.write_extra(checkpoint, name, {"gram": gram, "squared_weights": squared_weights}, key)
+                self.store.write_extra(checkpoint, name, made, key)
             except OSError as error:  # the store may be read-only, or the disk full
                 self._keeps = False
                 warnings.warn(f"the Gram matrix cannot be kept and will be made again next time: {error}", stacklevel=2)
-        return gram, squared_weights
+        return made
 
     def _seen(self, checkpoint: int, shards: Iterable[int]) -> Iterator[Features]:
         """The rows of some shards that belong to examples which the checkpoint's model has seen."""
@@ -121,14 +180,66 @@ class TRAKScorer(Scorer):
             yield from rows.moved(lambda codes: codes.to(self._device)).blocks()
 
     def precondition(self, checkpoint: int, features: Tensor) -> Tensor:
-        """(K_m + lambda_m I)^-1 phi(x) for each target: shape ``(num_targets, k)``, in at least float32."""
-        return self._factors[checkpoint].solve(self._working(features))
+        """What :meth:`score` takes for each target: shape ``(num_targets, k)``, in at least float32.
+
+        In the primal it is (K_m + lambda_m I)^-1 phi(x). In the dual it is phi(x), and :meth:`score` solves.
+        """
+        features = self._working(features)
+        return features if self._dual else self._primal[checkpoint].solve(features)
 
     def directions(self, checkpoint: int, targets: Features) -> Tensor:
         """Preconditioned features, see :meth:`precondition`."""
         return self.precondition(checkpoint, targets.features)
 
-    def weights(self, checkpoint: int, rows: Features) -> Tensor | None:  # noqa: ARG002
+    def score(
+        self,
+        directions: Sequence[Tensor],
+        top_k: int | None = None,
+        largest: bool = True,
+        ranks: Ranks = Ranks(),  # noqa: B008
+    ) -> Scores:
+        """See :meth:`Scorer.score`. The dual reads the features once for all targets, and solves n x n."""
+        if not self._dual:
+            return super().score(directions, top_k, largest, ranks)
+        solved = []
+        with full_precision(self._device):
+            for checkpoint, features in enumerate(directions):
+                products = self._products(checkpoint, features, ranks)
+                solved.append(self._dual[checkpoint].solve(products).to(features))
+        return super().score(solved, top_k, largest, ranks)
+
+    def block(self, directions: Sequence[Tensor], shard: int, rows: Iterator[StoredFeatures]) -> Tensor:
+        """See :meth:`Scorer.block`. The dual's solutions are scores already, and no features are read."""
+        if not self._dual:
+            return super().block(directions, shard, rows)
+        examples = self.store.shard(shard)
+        solved = (direction[:, examples.start : examples.stop] for direction in directions)
+        return self._summed(solved, shard)
+
+    def self_scores(self, ranks: Ranks = Ranks()) -> Tensor:  # noqa: B008
+        """See :meth:`Scorer.self_scores`."""
+        if not self._dual:
+            return super().self_scores(ranks)
+        like = self._working(self.store.read(0, 0).features[:0])
+        scores = torch.zeros(self.store.num_examples, dtype=like.dtype)
+        for shard in ranks.share(self.store.num_shards):
+            examples = self.store.shard(shard)
+            found = self._summed((system.own(examples).to(like) for system in self._dual), shard)
+            self._require_finite(found, shard)
+            scores[examples.start : examples.stop] = found.cpu()
+        return ranks.sum(scores)
+
+    def _summed(self, solved: Iterable[Tensor], shard: int) -> Tensor:
+        """Scores of a shard from the dual's solutions at each checkpoint, shape ``(..., n)``."""
+        total: Tensor | None = None
+        for checkpoint, part in enumerate(solved):
+            weights = self.weights(checkpoint, self.store.read_stored(checkpoint, shard))
+            part = part if weights is None else part * weights.to(part)
+            total = part.clone() if total is None else total.add_(part)
+        assert total is not None
+        return self.finish(total, shard)
+
+    def weights(self, checkpoint: int, rows: Features | StoredFeatures) -> Tensor | None:  # noqa: ARG002
         """Q, or None if the average of Q is multiplied later, by :meth:`finish`."""
         return rows.loss_gradients if self.loss_gradients == "per_checkpoint" else None
 

@@ -40,6 +40,11 @@ class MixedEngine(GradientEngine):
         self._hooks = HookEngine(module, output, hooked, autocast)
         self._vmap = FunctionalEngine(module, output, {name: names[name] for name in vmapped})
 
+    @property
+    def parts(self) -> tuple[HookEngine, FunctionalEngine]:
+        """The engine of the parameters that hooks cover, and that of the others."""
+        return self._hooks, self._vmap
+
     def on(self, module: nn.Module, output: ModelOutput) -> MixedEngine:
         """See :meth:`GradientEngine.on`."""
         return MixedEngine(module, output, self.names, list(self._vmap.names))

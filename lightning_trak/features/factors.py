@@ -1,0 +1,59 @@
+"""Exact gradients in a store: each parameter's in its shortest form."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_trak.features.extractor import FeatureExtractor
+from lightning_trak.gradients import GradientEngine
+from lightning_trak.gradients.audit import Audit
+from lightning_trak.gradients.batch import ExampleBatch
+from lightning_trak.gradients.hooks.factors import GradientForms, find_forms
+from lightning_trak.projections.factors import BoundGradientFactors
+
+
+@dataclass(frozen=True, eq=False)
+class FactorExtractor(FeatureExtractor):
+    """Writes gradients in the forms of :mod:`lightning_trak.gradients.hooks.factors`, and audits the gradients."""
+
+    @cached_property
+    def _forms(self) -> GradientForms:
+        assert isinstance(self.projection, BoundGradientFactors)
+        return GradientForms.from_tensors(self.projection.fitted)
+
+    @override
+    def fit_projection(self, batches: Iterable[tuple[Any, int]]) -> dict[str, Tensor]:
+        forms: GradientForms | None = None
+        with self.model.differentiable():
+            for batch, size in batches:
+                found = find_forms(self.engine, ExampleBatch(batch, size, self.layout))
+                forms = found if forms is None else forms.merged(found)
+        assert forms is not None
+        return forms.to_tensors()
+
+    @override
+    def _project(self, engine: GradientEngine, batch: ExampleBatch) -> tuple[Tensor, Tensor]:
+        stored = torch.zeros(batch.size, self._forms.width, dtype=self._working, device=self.model.device)
+        return stored, self._forms.collect(engine, batch, stored).to(self._working)
+
+    @override
+    def _audit(
+        self,
+        engine: GradientEngine,
+        batch: ExampleBatch,
+        features: Tensor,
+        outputs: Tensor,
+        audited: Mapping[int, Any],
+        names: Mapping[int, str],
+    ) -> None:
+        audit = Audit(engine, self._reference(engine.autocast), self.projection, self.model.original)
+        for number, twice in audited.items():
+            pair = [number, (number + 1) % batch.size][: batch.size]  # whole gradients of a batch may not fit in memory
+            single = None if twice is None else ExampleBatch(twice, 2, self.layout).take([0])
+            gradients = self._forms.gradients(features[pair])
+            audit(batch.take(pair), 0, gradients, outputs[pair], names[number], single)

@@ -1,0 +1,128 @@
+"""TRAK without a projection, for training sets of up to tens of thousands of examples."""
+
+from pathlib import Path
+
+import lightning as L
+import torch
+from torch import nn
+from typing_extensions import override
+
+from lightning_trak.checks import require_one_of
+from lightning_trak.features.engines import EngineName
+from lightning_trak.features.store import FeatureStore
+from lightning_trak.gradients import ParameterSelection
+from lightning_trak.methods.feature import Checkpoints, FeatureMethod
+from lightning_trak.outputs import ModelOutput
+from lightning_trak.projections.factors import GradientFactors
+from lightning_trak.running.data import Data
+from lightning_trak.running.ranks import Ranks
+from lightning_trak.running.strategies import require_whole_parameters
+from lightning_trak.scoring.damping import Damping, require_damping
+from lightning_trak.scoring.exact_kernel import ExactKernelScorer
+from lightning_trak.scoring.gram import Curvature
+from lightning_trak.scoring.trak import LossGradients
+
+
+class ExactKernel(FeatureMethod):
+    """TRAK without a projection: the scores of ``TRAK(projection=IdentityProjection())`` for larger models.
+
+    A positive score says that training on the example raises the output at the target, in the unit of the output, as
+    for :class:`~lightning_trak.TRAK`. The formula is solved with the kernel: the inner products of the gradients of all
+    pairs of training examples. They are computed layer by layer. For a linear layer on one position, the inner product
+    of two gradients is that of the inputs times that of the output's gradients, so that gradients are never formed. For
+    sequences and convolutions, the cheaper of two ways is taken by their shapes.
+
+    The store holds each example's gradient exactly, in its shortest form (for a linear layer, its inputs and its
+    output's gradients), and the kernel in blocks. For n training examples, the kernel takes 4 n^2 bytes on disk, and
+    scoring takes about 40 n^2 bytes of memory (16 GB for n = 20,000). The time grows with n^2, and for a layer of a
+    outputs and b inputs, with the smaller of T^2 (a + b) and a b, where T is the number of positions. Large shards
+    (1,000 examples or more) are read more seldom.
+
+    Args:
+        model: as for :class:`~lightning_trak.TRAK`.
+        checkpoints: as for TRAK. Scores are averaged over them.
+        store: directory of the gradients and the kernel, on a disk that all ranks see.
+        output: the scalar output to attribute; default: the model's ``configure_model_output()``.
+        curvature: as for TRAK.
+        damping: lambda relative to the mean eigenvalue of K, whose size is the number of parameters; more than 0.
+            ``"auto"`` follows the rule of TRAK.
+        loss_gradients: as for TRAK.
+        soft_threshold: as for TRAK.
+        parameters: which parameters to differentiate, by name pattern; default: all that require gradients.
+        engine: how gradients are computed, as for TRAK. Hooks alone can give a shorter form than the gradient.
+        seed: of the choice of audited examples.
+        dtype: dtype of the stored numbers: float32 or float64.
+        weights_only: as for TRAK.
+        audit: as for TRAK: how many examples of each shard are differentiated again by plain autograd.
+
+    Example::
+
+        exact = ExactKernel(model, checkpoints="run/snapshots", store="run/kernel")
+        exact.featurize(trainer, train_loader)
+        scores = exact.score(trainer, target_loader)  # (num_targets, num_train)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        checkpoints: Checkpoints,
+        store: str | Path,
+        *,
+        output: ModelOutput | None = None,
+        curvature: Curvature = "gauss_newton",
+        damping: Damping = "auto",
+        loss_gradients: LossGradients = "per_checkpoint",
+        soft_threshold: float = 0.0,
+        parameters: ParameterSelection = None,
+        engine: EngineName = "auto",
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+        weights_only: bool = True,
+        audit: int = 2,
+    ) -> None:
+        require_one_of("curvature", curvature, ("gauss_newton", "identity"))
+        require_one_of("loss_gradients", loss_gradients, ("per_checkpoint", "averaged"))
+        require_one_of("dtype", dtype, (torch.float32, torch.float64))
+        if require_damping(damping) == 0:
+            raise ValueError("damping must be more than 0, or 'auto': without a projection the matrix K is singular")
+        super().__init__(
+            model,
+            checkpoints,
+            store,
+            output=output,
+            projection=GradientFactors(),
+            parameters=parameters,
+            engine=engine,
+            seed=seed,
+            dtype=dtype,
+            weights_only=weights_only,
+            audit=audit,
+        )
+        self.curvature: Curvature = curvature
+        self.damping = damping
+        self.loss_gradients: LossGradients = loss_gradients
+        self.soft_threshold = soft_threshold
+
+    @override
+    def featurize(self, trainer: L.Trainer, data: Data, shard_size: int | None = None) -> None:
+        """Store the gradients of the training set and their inner products. An interrupted call is continued.
+
+        Args:
+            trainer: a Trainer whose strategy keeps the whole model on each rank (one device, DDP).
+            data: as for TRAK. Examples that have positions, such as tokens, must all have one length.
+            shard_size: as for TRAK.
+
+        Raises:
+            ValueError: if the store was made with other settings, a gradient is not finite, an example has more
+                positions than the first ones, or the strategy splits the model.
+        """
+        require_whole_parameters(trainer)
+        super().featurize(trainer, data, shard_size)
+        pipeline = self._pipeline()
+        scorer = self.make_scorer(pipeline.open(pipeline.copy_model(), trainer))
+        scorer.make_kernels(trainer.strategy.root_device, Ranks.of(trainer))
+
+    @override
+    def make_scorer(self, store: FeatureStore) -> ExactKernelScorer:
+        size = self._pipeline().copy_model().size
+        return ExactKernelScorer(store, self.curvature, self.damping, self.loss_gradients, self.soft_threshold, size)

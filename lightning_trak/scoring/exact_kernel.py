@@ -1,0 +1,168 @@
+"""TRAK's scores from the inner products of exact gradients.
+
+The kernel, the inner products of all pairs of training examples, is made in blocks of rows up to the diagonal. Each is
+a file of the store with a checksum, is there or not, and is made once: to continue is to list those that are missing.
+"""
+
+import random
+from collections.abc import Iterator
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from lightning_trak.features.store import FeatureStore
+from lightning_trak.gradients.hooks.factors import GradientForms
+from lightning_trak.running.ranks import Ranks
+from lightning_trak.scoring.base import full_precision
+from lightning_trak.scoring.damping import Damping
+from lightning_trak.scoring.gram import Curvature, row_blocks
+from lightning_trak.scoring.inner_products import inner_products
+from lightning_trak.scoring.trak import LossGradients, TRAKScorer
+
+_FORMAT = 1  # of a block
+_AUDITED = 2  # inner products of each pair of blocks are computed again from whole gradients
+
+
+class ExactKernelScorer(TRAKScorer):
+    """:class:`~lightning_trak.scoring.TRAKScorer` of a store that holds exact gradients in their shortest form.
+
+    Args:
+        store: complete gradients of the training set.
+        curvature: as for TRAKScorer.
+        damping: as for TRAKScorer; more than 0.
+        loss_gradients: as for TRAKScorer.
+        soft_threshold: as for TRAKScorer.
+        num_parameters: the number of elements of a gradient.
+    """
+
+    user = "ExactKernel"
+
+    def __init__(
+        self,
+        store: FeatureStore,
+        curvature: Curvature,
+        damping: Damping,
+        loss_gradients: LossGradients,
+        soft_threshold: float,
+        num_parameters: int,
+    ) -> None:
+        super().__init__(store, curvature, damping, loss_gradients, soft_threshold)
+        self._num_parameters = num_parameters
+        self._blocks = row_blocks(store.num_shards, store.shard_size)
+
+    @property
+    def num_features(self) -> int:
+        """The number of elements of a gradient."""
+        return self._num_parameters
+
+    def solves_dual(self, n: int, k: int) -> bool:  # noqa: ARG002
+        """Always: there is no matrix of parameters."""
+        return True
+
+    def make_kernels(self, device: torch.device, ranks: Ranks) -> None:
+        """Make the missing blocks of all kernels. Ranks share them.
+
+        Args:
+            device: where the products are computed.
+            ranks: the processes that share the work; all must call this.
+
+        Raises:
+            RuntimeError: if the store is incomplete, or an inner product is wrong.
+            OSError: if a block cannot be written. Those before it are kept.
+        """
+        self.store.require_complete()
+        self._device = torch.device("cpu") if device.type == "mps" else device
+        keys = [self._key(checkpoint) for checkpoint in range(self.store.num_checkpoints)]
+        missing = [
+            (checkpoint, block)
+            for checkpoint, key in enumerate(keys)
+            for block in reversed(range(len(self._blocks)))  # the longest first
+            if self.store.read_extra(checkpoint, _name(block), key) is None
+        ]
+        missing = ranks.gather(missing)[0]  # a rank may see files that others have just written
+        if missing:
+            total = len(self._blocks) * len(keys)
+            rank_zero_info(f"{self.user}: {len(missing)} of {total} blocks of the kernel to do")
+        with full_precision(self._device):
+            for number in ranks.share(len(missing)):
+                checkpoint, block = missing[number]
+                rows = self._make_block(checkpoint, block)
+                self.store.write_extra(checkpoint, _name(block), {"products": rows.cpu()}, keys[checkpoint])
+        ranks.barrier()
+
+    def _key(self, checkpoint: int) -> str:
+        return f"{_FORMAT}:{self.store.digest(checkpoint)}"
+
+    def _make_block(self, checkpoint: int, block: int) -> Tensor:
+        """The inner products of a block of examples and all examples up to its last, float64."""
+        forms, mine = self._forms(checkpoint), self._stored(checkpoint, block)
+        parts = []
+        for other in range(block + 1):
+            others = mine if other == block else self._stored(checkpoint, other)
+            products = inner_products(forms, mine, others)
+            self._audit(forms, (mine, others), products, f"{checkpoint}/{block}/{other}")
+            parts.append(products)
+        return torch.cat(parts, dim=1)
+
+    def _audit(self, forms: GradientForms, stored: tuple[Tensor, Tensor], products: Tensor, key: str) -> None:
+        """Compare some inner products with those of whole gradients, which were compared with plain autograd.
+
+        Raises:
+            RuntimeError: if they differ.
+        """
+        draw = random.Random(f"{self.store.key}/{key}")
+        for _ in range(_AUDITED):
+            i, j = (draw.randrange(len(part)) for part in stored)
+            one, other = (forms.gradients(part[[k]]).double()[0] for part, k in zip(stored, (i, j), strict=True))
+            expected, scale = float(one @ other), float(one.norm() * other.norm())
+            if abs(float(products[i, j]) - expected) > 1e-6 * scale:
+                raise RuntimeError(
+                    f"an inner product of two gradients is {float(products[i, j]):.9g}, and {expected:.9g} by the"
+                    " gradients themselves: the device computes wrong numbers; use another device"
+                )
+
+    def _forms(self, checkpoint: int) -> GradientForms:
+        found = self.store.read_extra(checkpoint, "projection", self.store.key)
+        if found is None:
+            raise RuntimeError(
+                f'store "{self.store.directory}" has lost the forms of the gradients of checkpoint {checkpoint}; call'
+                " featurize again, which finds them again"
+            )
+        return GradientForms.from_tensors(found)
+
+    def _stored(self, checkpoint: int, block: int) -> Tensor:
+        shards = [self.store.read(checkpoint, shard).features for shard in self._blocks[block]]
+        return torch.cat(shards).to(self._device)
+
+    def _starts(self) -> Iterator[tuple[int, range]]:
+        """Each block of rows, and the positions of its examples."""
+        for number, shards in enumerate(self._blocks):
+            yield number, range(self.store.shard(shards[0]).start, self.store.shard(shards[-1]).stop)
+
+    def _kernel(self, checkpoint: int, ranks: Ranks) -> Tensor:
+        """See TRAKScorer. It is put together from its blocks; those that are missing are made."""
+        self.make_kernels(self._device, ranks)
+        n, key = self.store.num_examples, self._key(checkpoint)
+        kernel = torch.empty(n, n, dtype=torch.float64)
+        for number, examples in self._starts():
+            stored = self.store.read_extra(checkpoint, _name(number), key)
+            if stored is None:
+                raise RuntimeError(f"block {number} of the kernel has disappeared; score again, which makes it again")
+            rows = slice(examples.start, examples.stop)
+            kernel[rows, : examples.stop] = stored["products"]
+            kernel[: examples.start, rows] = stored["products"][:, : examples.start].T
+        return kernel
+
+    def _products(self, checkpoint: int, targets: Tensor, ranks: Ranks) -> Tensor:
+        """See TRAKScorer."""
+        forms, found = self._forms(checkpoint), targets.new_zeros(len(targets), self.store.num_examples).double()
+        blocks = dict(self._starts())
+        for number in ranks.share(len(blocks)):
+            examples = blocks[number]
+            found[:, examples.start : examples.stop] = inner_products(forms, targets, self._stored(checkpoint, number))
+        return ranks.sum(found)
+
+
+def _name(block: int) -> str:
+    return f"kernel-{block:05d}"
