@@ -1,6 +1,6 @@
 """Exact gradients in a store: each parameter's in its shortest form."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,6 +14,7 @@ from lightning_trak.gradients import GradientEngine
 from lightning_trak.gradients.audit import Audit
 from lightning_trak.gradients.batch import ExampleBatch
 from lightning_trak.gradients.hooks.factors import GradientForms, find_forms
+from lightning_trak.projections.base import BoundProjection
 from lightning_trak.projections.factors import BoundGradientFactors
 
 
@@ -27,17 +28,19 @@ class FactorExtractor(FeatureExtractor):
         return GradientForms.from_tensors(self.projection.fitted)
 
     @override
-    def fit_projection(self, batches: Iterable[tuple[Any, int]]) -> dict[str, Tensor]:
+    def fit_projection(self, batches: Iterable[tuple[Any, Sequence[int]]]) -> dict[str, Tensor]:
         forms: GradientForms | None = None
         with self.model.differentiable():
-            for batch, size in batches:
-                found = find_forms(self.engine, ExampleBatch(batch, size, self.layout))
+            for batch, positions in batches:
+                found = find_forms(self.engine, ExampleBatch(batch, len(positions), self.layout))
                 forms = found if forms is None else forms.merged(found)
         assert forms is not None
         return forms.to_tensors()
 
     @override
-    def _project(self, engine: GradientEngine, batch: ExampleBatch) -> tuple[Tensor, Tensor]:
+    def _project(
+        self, engine: GradientEngine, batch: ExampleBatch, projection: BoundProjection
+    ) -> tuple[Tensor, Tensor]:
         stored = torch.zeros(batch.size, self._forms.width, dtype=self._working, device=self.model.device)
         return stored, self._forms.collect(engine, batch, stored).to(self._working)
 
@@ -46,7 +49,7 @@ class FactorExtractor(FeatureExtractor):
         self,
         engine: GradientEngine,
         batch: ExampleBatch,
-        features: Tensor,
+        sketches: Tensor,
         outputs: Tensor,
         audited: Mapping[int, Any],
         names: Mapping[int, str],
@@ -55,5 +58,5 @@ class FactorExtractor(FeatureExtractor):
         for number, twice in audited.items():
             pair = [number, (number + 1) % batch.size][: batch.size]  # whole gradients of a batch may not fit in memory
             single = None if twice is None else ExampleBatch(twice, 2, self.layout).take([0])
-            gradients = self._forms.gradients(features[pair])
+            gradients = self._forms.gradients(sketches[pair])
             audit(batch.take(pair), 0, gradients, outputs[pair], names[number], single)

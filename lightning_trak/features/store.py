@@ -246,7 +246,11 @@ class FeatureStore:
         stored = StoredFeatures.encode(rows, dtype or feature_dtype(rows.features.dtype))
         self._k = stored.k
         path = self._shard_path(checkpoint, shard)
-        about = {"dtype": stored.dtype.name, "k": stored.k, "rounding_error": stored.rounding_error(rows)}
+        about: dict[str, Any] = {
+            "dtype": stored.dtype.name,
+            "k": stored.k,
+            "rounding_error": stored.rounding_error(rows),
+        }
         save_tensors(path, stored.tensors, checkpoint=checkpoint, name=path.stem, key=self.key, engine=engine, **about)
 
     def read(self, checkpoint: int, shard: int) -> Features:
