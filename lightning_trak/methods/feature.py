@@ -49,7 +49,7 @@ class FeatureOptions(TypedDict, total=False):
     parameters: ParameterSelection
     engine: EngineName
     seed: int
-    dtype: Dtype
+    dtype: Dtype | None
     weights_only: bool
     audit: int
 
@@ -74,7 +74,7 @@ class FeatureMethod(Method):
         parameters: ParameterSelection = None,
         engine: EngineName = "auto",
         seed: int = 0,
-        dtype: Dtype = "float32",
+        dtype: Dtype | None = None,
         weights_only: bool = True,
         audit: int = 2,
     ) -> None:
@@ -85,9 +85,10 @@ class FeatureMethod(Method):
         self._contents = Contents(self.checkpoints)
         self.store = local_directory(store, "store")
         self.parameters = parameters
-        self.settings = FeatureSettings(
-            SparseProjection() if projection is None else projection, engine, seed, feature_dtype(dtype), audit
-        )
+        # At 8 KiB an example, many features of few bits lose less than fewer of more bits: docs/faithfulness.md.
+        dtype = dtype or ("int4" if projection is None else "float32")
+        projection = SparseProjection() if projection is None else projection
+        self.settings = FeatureSettings(projection, engine, seed, feature_dtype(dtype), audit)
         self._train: Data | None = None  # what featurize got last
 
     @property

@@ -37,7 +37,8 @@ class TRAK(FeatureMethod):
             :func:`~lightning_trak.retraining.split_fleet`, have curvatures of the examples that each has seen.
         store: directory of the features, on a disk that all ranks see.
         output: the scalar output to attribute; default: the model's ``configure_model_output()``.
-        projection: what compresses gradients; default: :class:`~lightning_trak.projections.SparseProjection`.
+        projection: what compresses gradients; default: :class:`~lightning_trak.projections.SparseProjection` to 16,384
+            features, which take 8 KiB in 4 bits.
         curvature: the matrix K: ``"gauss_newton"`` is sum_j R_j phi_j phi_j^T; ``"identity"``, as published, takes
             R_j = 1.
         damping: lambda relative to the mean eigenvalue of K; ``"auto"`` chooses it from the features
@@ -49,8 +50,8 @@ class TRAK(FeatureMethod):
         engine: how gradients are computed: ``"auto"``, ``"functional"``, ``"hooks"`` or ``"loop"``, see
             :class:`~lightning_trak.features.settings.FeatureSettings`.
         seed: seed of the projection.
-        dtype: how features are stored: a float dtype by name or of torch, or ``"int8"`` (a quarter of the bytes of
-            float32) or ``"int4"`` (an eighth): integers, with a scale for each example.
+        dtype: how features are stored: a float dtype by name or of torch, or ``"int8"`` or ``"int4"`` (a quarter and an
+            eighth of the bytes of float32). Default: ``"int4"`` with the default projection, else ``"float32"``.
         weights_only: ``False`` lets ``.ckpt`` and ``.pt`` files run code when they are read; for files you trust only.
         audit: how many examples of each shard, and of each thousand targets, are differentiated again, one at a time by
             plain autograd, and must have the features that the engine gave them. 0 checks none.
@@ -78,7 +79,7 @@ class TRAK(FeatureMethod):
         parameters: ParameterSelection = None,
         engine: EngineName = "auto",
         seed: int = 0,
-        dtype: Dtype = "float32",
+        dtype: Dtype | None = None,
         weights_only: bool = True,
         audit: int = 2,
     ) -> None:

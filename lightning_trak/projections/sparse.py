@@ -10,7 +10,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from lightning_trak.projections.base import BoundProjection
 from lightning_trak.projections.blocks import BoundRandomProjection, RandomProjection
+from lightning_trak.projections.identity import BoundIdentityProjection
 from lightning_trak.projections.philox import Stream, signs
 
 # Sums are at least this many, so that a block of elements is long enough for one vectorised addition.
@@ -49,14 +51,19 @@ class SparseProjection(RandomProjection):
     a feature of its own choice. A parameter of at most ``dim`` elements has no collisions within itself if ``dim`` is
     8192 or more.
 
+    A model of at most ``dim`` parameters needs no sums: its features are the gradients, and k is the number of its
+    parameters.
+
     On a CPU, features have the same bits with any number of threads. On CUDA, the order of atomic additions changes
     their rounding. ``torch.use_deterministic_algorithms(True)`` or ``Trainer(deterministic=True)`` fixes the order.
 
     Args:
-        dim: number of features k.
+        dim: largest number of features k.
         cache_bytes: bytes of signs to keep between batches. The others are generated again for each batch. A sign takes
             one byte for each element.
     """
+
+    dim: int = 16384
 
     @property
     def values_per_row(self) -> int:
@@ -94,8 +101,10 @@ class SparseProjection(RandomProjection):
 
     def bind(
         self, shapes: Mapping[str, Sequence[int]], seed: int, checkpoint: int, device: torch.device
-    ) -> BoundSparseProjection:
+    ) -> BoundProjection:
         """Fix the projection for one checkpoint, see :meth:`Projection.bind`."""
+        if sum(map(math.prod, shapes.values())) <= self.dim:
+            return BoundIdentityProjection(shapes)
         return BoundSparseProjection(self, shapes, self.streams(shapes, seed, checkpoint), device)
 
 
