@@ -83,9 +83,11 @@ class ConjugateGradient(Solver):
             bend = _inner(along, product)
             if not bend.min() > 0:
                 worst = float((bend / _inner(along, along)).min())
+                singular = "it is singular to rounding; use a larger damping, or Trainer(precision='64-true')"
                 raise ValueError(
                     f"conjugate gradients at {hessian.passes.where} found a direction in which the damped Hessian is"
-                    f" {worst:.3g}, so it is not positive definite: {INDEFINITE}"
+                    f" {worst:.3g}, so it is not positive definite:"
+                    f" {INDEFINITE if hessian.curvature == 'exact' else singular}"
                 )
             step = squared[active] / bend
             solution[active] += step.to(rows) * along

@@ -89,12 +89,6 @@ class Hessian:
         self.weights = torch.cat(weights)
         self.ridge = absolute_damping(damping, self.weights, passes.size, passes.where)
 
-    @property
-    def positive_ridge(self) -> float:
-        """lambda, or without damping a number so small that rounding hides it: for preconditioners."""
-        smallest = torch.finfo(self.passes.dtype).eps * float(self.weights.max())
-        return max(self.ridge, smallest)
-
     def counts(self, curvatures: Tensor) -> Tensor:
         """What g_j g_j^T counts: R_j; 1 for ``"identity"``; |R_j| for the exact Hessian, which has its own signs.
 

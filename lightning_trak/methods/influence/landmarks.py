@@ -15,9 +15,9 @@ def landmark_preconditioner(hessian: Hessian) -> Callable[[Tensor], Tensor]:
     """(G_L + lambda I)^-1, with G_L = sum_j R_j g_j g_j^T over few training examples: the landmarks.
 
     The landmarks are the examples with the largest R_j |g_j|^2, which carry most of the Gauss-Newton matrix. With W the
-    matrix of their gradients times sqrt(R_j), W^T W = G_L, the inverse is that of a small matrix (Woodbury):
-    (1 - W^T (W W^T + lambda I)^-1 W) / lambda. This is the preconditioner of Frangella, Tropp and Udell 2021 (arXiv
-    2110.02820) with chosen examples instead of random vectors.
+    matrix of their gradients times sqrt(R_j), W^T W = G_L, and its eigenvectors follow from those of the small matrix
+    W W^T: the inverse is 1 / (e + lambda) along those with eigenvalue e, and 1 / lambda across them. This is the
+    preconditioner of Frangella, Tropp and Udell 2021 (arXiv 2110.02820) with chosen examples instead of random vectors.
 
     Args:
         hessian: the matrix at a checkpoint.
@@ -35,13 +35,15 @@ def landmark_preconditioner(hessian: Hessian) -> Callable[[Tensor], Tensor]:
             for _, rows in passes.rows(passes.train, chosen)
         ]
     )
-    ridge = hessian.positive_ridge
-    small = (factor @ factor.T).double()
-    small.diagonal().add_(ridge)
-    cholesky = torch.linalg.cholesky(small)
+    values, vectors = torch.linalg.eigh((factor @ factor.T).double())
+    # With a smaller lambda, 1 / lambda would be so large that its rounding exceeds the inverse of the largest value.
+    ridge = max(hessian.ridge, 100 * torch.finfo(passes.dtype).eps * float(values[-1]))
+    kept = values > ridge  # dividing the others by lambda alone is near enough
+    basis = (vectors[:, kept] / values[kept].sqrt()).T.to(factor) @ factor
+    removed = (1 / ridge - 1 / (values[kept] + ridge)).to(factor)
 
     def apply(rows: Tensor) -> Tensor:
-        inner = torch.cholesky_solve((rows @ factor.T).double().T, cholesky).T
-        return (rows - inner.to(rows) @ factor) / ridge
+        solved: Tensor = rows / ridge - (rows @ basis.T * removed) @ basis
+        return solved
 
     return apply

@@ -40,8 +40,9 @@ def ekfac_preconditioner(hessian: Hessian) -> Callable[[Tensor], Tensor]:
             total += basis.diagonal(block.gather(parts), counts)
         for name, total in rest.items():
             total += counts.to(rows.features) @ parts[name].flatten(1).square()
-    covered = [total + hessian.positive_ridge for total in covered]
-    rest = {name: total + hessian.positive_ridge for name, total in rest.items()}
+    ridge = max(hessian.ridge, torch.finfo(passes.dtype).eps * float(hessian.weights.max()))  # without damping too
+    covered = [total + ridge for total in covered]
+    rest = {name: total + ridge for name, total in rest.items()}
 
     def apply(rows: Tensor) -> Tensor:
         solved = torch.empty_like(rows)

@@ -81,6 +81,7 @@ def attribute(method: InfluenceFunction, targets=TARGETS, precision="64-true") -
     return method.attribute(make_trainer(precision=precision), TRAIN, targets)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ekfac", "landmarks"])
 @pytest.mark.parametrize("name", NETS)
 def test_the_solution_is_the_explicit_one(monkeypatch, name, kind):
