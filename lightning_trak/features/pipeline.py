@@ -330,7 +330,10 @@ def _in_order(parts: list[tuple[Tensor, Features]], examples: range) -> Features
 
 
 def _default_shard_size(num_examples: int, loader: DataLoader[Any]) -> int:
-    """About 1024 examples in whole batches. It is less for small data, so that ranks can share the work."""
+    """About 1024 examples in whole batches. It is less for small data, so that ranks can share the work.
+
+    It is not much less, since some examples of each shard are audited, which takes longer than to featurize them.
+    """
     batch = batch_size_of(loader)
-    wanted = min(1024, -(-num_examples // 32))
+    wanted = min(1024, -(-num_examples // 8))
     return batch * max(1, round(wanted / batch))
