@@ -70,12 +70,37 @@ def informed_scores(scores: Tensor, masks: Tensor, outputs: Tensor) -> Tensor:
             f" {tuple(scores.shape)} and masks of shape {tuple(masks.shape)}"
         )
     tau, members = scores.detach().double(), masks.double()
-    noise = _best_noise(tau, members, observed)
-    (correction,) = _Regression(tau, members, observed).corrections([noise])
+    scale = _scale(tau, members, observed)
+    noise = _best_noise(tau, members, observed, scale)
+    (correction,) = _Regression(tau, members, observed, scale).corrections([noise])
     return (tau + correction).to(scores.dtype)
 
 
-def _best_noise(tau: Tensor, masks: Tensor, outputs: Tensor) -> float:
+def _scale(tau: Tensor, masks: Tensor, outputs: Tensor) -> Tensor:
+    """How much the outputs change for a change of 1 in the predictions: one number for all targets.
+
+    Raises:
+        ValueError: if the predictions of the scores do not rise with the outputs.
+    """
+    centred, predicted = outputs - outputs.mean(1, keepdim=True), tau @ (masks - masks.mean(0)).T
+    weights = _precisions(centred)
+    covariance = (weights * centred * predicted).sum()
+    if not covariance > 0:
+        raise ValueError(
+            "the sums of scores over subsets do not rise with the outputs of the models trained on them, so there is"
+            " nothing to correct: check the sign of the scores, and that examples, targets and subsets are in the same"
+            " order in all arguments"
+        )
+    return covariance / (weights * predicted.square()).sum()
+
+
+def _precisions(centred: Tensor) -> Tensor:
+    """One over the variance of each target's outputs; 0 where all are the same, which says nothing."""
+    variances = centred.square().mean(1, keepdim=True)
+    return torch.where(variances > 0, 1 / variances, 0.0)
+
+
+def _best_noise(tau: Tensor, masks: Tensor, outputs: Tensor, scale: Tensor) -> float:
     """The ratio of noise to prior variance whose corrections predict left-out models best.
 
     A correction must pay: its gain over no correction counts less one standard error over models.
@@ -85,7 +110,7 @@ def _best_noise(tau: Tensor, masks: Tensor, outputs: Tensor) -> float:
     varying = spread[:, 0] > 0
     for fold in range(_FOLDS):
         left_out = torch.arange(len(masks), device=masks.device) % _FOLDS == fold
-        regression = _Regression(tau, masks[~left_out], outputs[:, ~left_out])
+        regression = _Regression(tau, masks[~left_out], outputs[:, ~left_out], scale)
         for number, correction in enumerate(regression.corrections(_NOISES)):
             missed = outputs[:, left_out] - regression.predict(tau + correction, masks[left_out])
             errors[number, left_out] = (missed.square() / spread)[varying].mean(0)
@@ -100,26 +125,14 @@ class _Regression:
         tau: scores, float64 ``(num_targets, num_train)``.
         masks: 0 or 1, float64 ``(num_models, num_train)``.
         outputs: float64 ``(num_targets, num_models)``.
-
-    Raises:
-        ValueError: if the predictions of the scores do not rise with the outputs.
+        scale: of the outputs, in units of the predictions.
     """
 
-    def __init__(self, tau: Tensor, masks: Tensor, outputs: Tensor) -> None:
+    def __init__(self, tau: Tensor, masks: Tensor, outputs: Tensor, scale: Tensor) -> None:
         self._mean_mask, self._mean_output = masks.mean(0), outputs.mean(1, keepdim=True)
         self._masks, centred = masks - self._mean_mask, outputs - self._mean_output
-        predicted = tau @ self._masks.T
-        weights = 1 / centred.square().mean(1, keepdim=True)
-        weights[weights.isinf()] = 0  # the same output of all models says nothing
-        covariance, variance = (weights * centred * predicted).sum(), (weights * predicted.square()).sum()
-        if not covariance > 0:
-            raise ValueError(
-                "the sums of scores over subsets do not rise with the outputs of the models trained on them: there is"
-                " nothing to correct: check the sign of the scores, and that examples, targets and subsets are"
-                " in the same order in all arguments"
-            )
-        self._scale = covariance / variance
-        self._residuals = weights.sqrt() * (centred / self._scale - predicted)
+        self._scale, weights = scale, _precisions(centred)
+        self._residuals = weights.sqrt() * (centred / scale - tau @ self._masks.T)
         size = tau.abs()
         total = size.sum(1, keepdim=True)
         prior = size * (tau.square().sum(1, keepdim=True) / torch.where(total > 0, total, 1))

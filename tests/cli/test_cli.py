@@ -19,6 +19,7 @@ from examples.digits_data import DigitsData
 from lightning_trak import TRAK, GradientCosine, LinearDatamodelingScore
 from lightning_trak.cli.commands import AttributionCLI, main
 from lightning_trak.projections import SparseProjection
+from lightning_trak.reporting.scores import SavedScores
 from lightning_trak.retraining.members import Member, MemberStore
 from tests.launch import ROOT
 from tests.lit import make_trainer
@@ -122,6 +123,9 @@ def test_evaluate_prints_and_logs(folder, run, scored, tmp_path):
         for repetition in range(3):
             store.write(Member(subset, repetition), outputs[:, subset, repetition], {})
     assert run("evaluate", "--ground_truth", str(tmp_path / "fleet"), "--trainer.logger", "false") == printed
+    SavedScores(scored, 60, "TRAK", True, masks[[4]]).save("run/of_a_member")
+    with pytest.raises(ValueError, match="1 of 12 were: rows 4 of `masks`"):
+        run("evaluate", "--ground_truth", truth, "--scores", "run/of_a_member")
     save_file({"masks": masks}, truth)
     with pytest.raises(ValueError, match="lacks outputs: expected a safetensors file with masks"):
         run("evaluate", "--ground_truth", truth)

@@ -93,6 +93,11 @@ def test_scores_come_back_from_the_file(tmp_path):
     best = found.best(1, 20)
     assert best["proponents"].indices.tolist() == full.scores[1].argsort(descending=True).tolist()
     assert best["opponents"].indices.tolist() == full.scores[1].argsort().tolist()
+    used = torch.eye(9)[:2].bool()
+    full._replace(used_masks=used).save(tmp_path / "used")
+    assert torch.equal(SavedScores.load(tmp_path / "used").used_masks, used)
+    with pytest.raises(ValueError, match=r"its used_masks are torch.bool of shape \(2, 8\), not bool of 9 examples"):
+        full._replace(used_masks=used[:, 1:]).save(tmp_path / "used")
     lowest = TopK(*full.scores.topk(4, largest=False))
     SavedScores(lowest, 9, "TRAK", largest=False).save(tmp_path / "lowest")
     (kept,) = SavedScores.load(tmp_path / "lowest").best(1, 3).items()

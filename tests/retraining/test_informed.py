@@ -32,11 +32,11 @@ def test_the_correction_is_the_mean_of_a_gaussian_process(noise):
     """Against the dense covariance of all residuals, formed entry by entry."""
     scores, outputs = make()
     masks = MASKS[:9].double()
-    found = informed._Regression(scores, masks, outputs[:, :9])
-    (correction,) = found.corrections([noise])
+    scale = informed._scale(scores, masks, outputs[:, :9])
+    (correction,) = informed._Regression(scores, masks, outputs[:, :9], scale).corrections([noise])
     centred, mask = outputs[:, :9] - outputs[:, :9].mean(1, keepdim=True), masks - masks.mean(0)
     spread, predicted = centred.square().mean(1, keepdim=True), scores @ mask.T
-    scale = (centred * predicted / spread).sum() / (predicted.square() / spread).sum()
+    assert float(scale) == pytest.approx(float((centred * predicted / spread).sum() / (predicted**2 / spread).sum()))
     residuals = (centred / scale - predicted) / spread.sqrt()
     deviations = scores.sign() * scores.abs().sqrt()
     deviations *= (scores.square().sum(1) / scores.abs().sum(1)).sqrt()[:, None]
@@ -80,9 +80,7 @@ def test_units_scales_and_seeds_do_not_matter():
     seeds = torch.stack([outputs - 1, outputs + 1], 2)
     torch.testing.assert_close(informed_scores(scores, MASKS, seeds), expected, rtol=1e-5, atol=1e-6)
     assert informed_scores(scores.float(), MASKS, outputs).dtype == torch.float32
-    constant = torch.cat(
-        [outputs, torch.ones(1, MEMBERS)]
-    )  # a target that all models treat alike, and one without scores
+    constant = torch.cat([outputs, torch.ones(1, MEMBERS)])  # at the last target all models have the same output
     found = informed_scores(torch.cat([scores, scores[:1]]), MASKS, constant)
     assert found.isfinite().all()
     silent = scores.clone()
