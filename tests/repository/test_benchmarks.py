@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import ablations, methods
+from benchmarks import ablations, methods, second_stage
 from benchmarks.methods import small
 from benchmarks.tasks import make_tasks
 from benchmarks.truth import Truth, outputs_of, retrain
@@ -48,6 +48,14 @@ def test_ablations(tmp_path):
     for _, published in ablations.LITERATURE.values():
         assert all(f"{lds:.3f}" in table for lds in published.values())
     assert (tmp_path / "ablations.png").stat().st_size > 10_000
+
+
+def test_second_stage():
+    task = small(make_tasks()["digits MLP"])
+    solved, rescored = second_stage.measured(*second_stage.first_targets(task, retrain(task, 10, 1, 1), 3), 200)
+    assert [row.split(" | ")[3] for row in solved] == list(second_stage.SOLVERS)
+    assert len({row.split(" | ")[6] for row in solved}) == 1  # the same LDS
+    assert rescored[-1].endswith("| 1.000 |")
 
 
 def test_difference_is_that_of_the_scores():
