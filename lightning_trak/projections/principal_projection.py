@@ -27,8 +27,9 @@ class PrincipalProjection(Projection):
     curvature, so few landmarks are enough.
 
     Each checkpoint has its own sample and its own V. To learn V takes one more pass over the sample, and about
-    landmarks^2 (2 sketch + 9 landmarks) + 2 landmarks sketch k operations in float64. The store keeps V in float32: 64
-    MiB at each checkpoint for sketch=16384 and dim=1024. To apply V takes 2 sketch k operations for each example.
+    landmarks^2 (2 sketch + 9 landmarks) + 2 landmarks sketch k operations in float64. The landmarks take 4 landmarks
+    sketch bytes of memory meanwhile. The store keeps V in bfloat16, 2 sketch k bytes at each checkpoint: 64 MiB with
+    the defaults. In memory, V takes twice as much. To apply V takes 2 sketch k operations for each example.
 
     If the landmarks span fewer than k directions (there are fewer examples, for example), the last features are zero.
     If R is zero for all of the sample, as with a loss that is linear in the output, all examples weigh alike.
@@ -44,7 +45,7 @@ class PrincipalProjection(Projection):
     dim: int = 1024
     landmarks: int = 2048
     sample: int = 8192
-    sketch: int = 16384
+    sketch: int = 32768
     cache_bytes: int = field(default=1 << 30, compare=False, kw_only=True)
 
     def __post_init__(self) -> None:
