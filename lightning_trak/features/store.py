@@ -43,13 +43,13 @@ from lightning_trak.storage.files import (
 )
 
 FORMAT_VERSION = 4
-_MAX_EXAMPLES = 1 << 40
+_MAX_SIZE = 1 << 40
 
 _SEALED = schemas.sealed(
     {
         "format": schemas.integer(FORMAT_VERSION, FORMAT_VERSION),
-        "num_examples": schemas.integer(1, _MAX_EXAMPLES),
-        "shard_size": schemas.integer(1, _MAX_EXAMPLES),
+        "num_examples": schemas.integer(1, _MAX_SIZE),
+        "shard_size": schemas.integer(1, _MAX_SIZE),
         "identity": schemas.record(
             {"checkpoints": schemas.items(schemas.anything, least=1)},
             optional={
@@ -80,15 +80,14 @@ _KIND = DirectoryKind(
 _HEADER = {
     "sha256": schemas.sha256,
     "checksum": schemas.sha256,
-    "checkpoint": schemas.integer(0, _MAX_EXAMPLES),
+    "checkpoint": schemas.integer(0, _MAX_SIZE),
     "name": schemas.text(),
     "key": schemas.text(),
 }
-_MAX_FEATURES = 1 << 40
 _SHARD_HEADER = {
     "engine": schemas.text(),
     "dtype": schemas.one_of(*NAMES),
-    "k": schemas.integer(1, _MAX_FEATURES),
+    "k": schemas.integer(1, _MAX_SIZE),
     "rounding_error": schemas.number(0, 1e3),
 }
 _ENGINES = ("hooks", "functional", "loop")
@@ -295,9 +294,8 @@ class FeatureStore:
 
         0 if floats are stored.
         """
-        squares = 0.0
-        for shard in range(self.num_shards):
-            squares += len(self.shard(shard)) * self._shard_metadata(checkpoint, shard)["rounding_error"] ** 2
+        shares = (self._shard_metadata(checkpoint, shard)["rounding_error"] for shard in range(self.num_shards))
+        squares = sum(len(self.shard(shard)) * share**2 for shard, share in enumerate(shares))
         return float((squares / self.num_examples) ** 0.5)
 
     def engine_of(self, checkpoint: int, shard: int) -> str:
