@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_trak.version import __version__
 
 if TYPE_CHECKING:
-    from lightning_trak.callbacks import TRAKCallback
+    from lightning_trak.callbacks import TRAKCallback, TrainingRecorder
     from lightning_trak.methods import TRAK, GradientCosine, GradientDot, TracIn
     from lightning_trak.metrics import LinearDatamodelingScore
     from lightning_trak.outputs import AttributionMixin
@@ -22,6 +22,7 @@ _HOMES = {
     "LinearDatamodelingScore": "metrics",
     "TRAKCallback": "callbacks",
     "TracIn": "methods",
+    "TrainingRecorder": "callbacks",
 }
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "LinearDatamodelingScore",
     "TRAKCallback",
     "TracIn",
+    "TrainingRecorder",
     "__version__",
 ]
 
