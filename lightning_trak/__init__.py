@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from lightning_trak.version import __version__
 
 if TYPE_CHECKING:
-    from lightning_trak.callbacks import TRAKCallback, TrainingRecorder
-    from lightning_trak.methods import TRAK, GradientCosine, GradientDot, TracIn
+    from lightning_trak.callbacks import TrainingRecorder, TRAKCallback
+    from lightning_trak.methods import TRAK, GradientCosine, GradientDot, Metagradient, TracIn
     from lightning_trak.metrics import LinearDatamodelingScore
     from lightning_trak.outputs import AttributionMixin
 
@@ -20,6 +20,7 @@ _HOMES = {
     "GradientCosine": "methods",
     "GradientDot": "methods",
     "LinearDatamodelingScore": "metrics",
+    "Metagradient": "methods",
     "TRAKCallback": "callbacks",
     "TracIn": "methods",
     "TrainingRecorder": "callbacks",
@@ -31,6 +32,7 @@ __all__ = [
     "GradientCosine",
     "GradientDot",
     "LinearDatamodelingScore",
+    "Metagradient",
     "TRAKCallback",
     "TracIn",
     "TrainingRecorder",

@@ -20,7 +20,7 @@ from lightning_trak.compatibility import WRAPPERS, original_module
 from lightning_trak.gradients.leaves import require_own_leaves
 from lightning_trak.replay.optimizers.base import optimizer_named, optimizer_step
 from lightning_trak.replay.recording import Recording
-from lightning_trak.replay.records import StepRecord, Structure
+from lightning_trak.replay.records import StepRecord
 from lightning_trak.replay.states import Difference, TrainingState, difference, named_parameters
 from lightning_trak.running.batches import TransferHooks, on_device
 from lightning_trak.running.content import sample_digest
@@ -118,7 +118,7 @@ class Player:
         self.parameters = named_parameters(self.module)
         self._require_same(describe_parameters(self.module), run)
         self.dtype = next(parameter.dtype for parameter in self.parameters.values() if parameter.is_floating_point())
-        self._hooks = TransferHooks(self.module, datamodule)
+        self._datamodule = datamodule
         self._batches: Iterator[Any] = iter(())
         self._leaves_checked = False
         first = recording.record(0)
@@ -149,7 +149,17 @@ class Player:
     def open(self, records: Iterable[StepRecord]) -> None:
         """Begin to load the batches of some steps, in this order."""
         batches = load(self.loader, (batch.positions for record in records for batch in record.micro_batches))
-        self._batches = on_device(batches, self.device, self._precision.convert_input, self._hooks)
+        self._batches = self.moved(batches, self._datamodule)
+
+    def moved(self, batches: Iterable[Any], datamodule: L.LightningDataModule | None) -> Iterator[Any]:
+        """Move batches to the device, as the Trainer does.
+
+        Args:
+            batches: batches as a loader collates them.
+            datamodule: the data module that gave the loader, if there is one.
+        """
+        hooks = TransferHooks(self.module, datamodule)
+        return on_device(batches, self.device, self._precision.convert_input, hooks)
 
     def load(self, state: TrainingState) -> None:
         """Set module and optimizer to a state."""

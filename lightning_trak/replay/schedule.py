@@ -9,7 +9,7 @@ logarithmic growth of temporal and spatial complexity in reverse automatic diffe
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
-Kind = Literal["load", "keep", "recall", "advance", "reverse", "drop"]
+Kind = Literal["load", "keep", "recall", "advance", "reverse"]
 
 
 class Action(NamedTuple):
@@ -17,9 +17,8 @@ class Action(NamedTuple):
 
     Attributes:
         kind: ``"load"``: read the full state before the step from disk. ``"keep"``: keep the current state, that before
-            the step, in memory. ``"recall"``: return to the kept state before the step. ``"advance"``: do the step
-            again. ``"reverse"``: differentiate the step, whose state before and after are known. ``"drop"``: forget the
-            kept state before the step.
+            the step, in memory. ``"recall"``: return to the kept state before the step, and forget it. ``"advance"``: do the step
+            again. ``"reverse"``: differentiate the step, whose states before and after are known.
         step: the step.
         remember: of ``"advance"``: whether ``"reverse"`` will follow before another ``"load"`` or ``"recall"``, so that
             its batches must be kept.
@@ -64,5 +63,4 @@ def _segment(start: int, stop: int, first: int, held: int) -> Iterator[Action]:
     for piece in reversed(pieces):
         if piece != pieces[-1]:
             yield Action("recall", piece)
-            yield Action("drop", piece)
         yield from _segment(piece, min(piece + size, stop), first, held)
