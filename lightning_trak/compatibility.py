@@ -25,6 +25,7 @@ from lightning.pytorch.strategies.launchers.subprocess_script import _Subprocess
 from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSource
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_iter, tree_map
 from typing_extensions import override
@@ -32,6 +33,7 @@ from typing_extensions import override
 __all__ = [
     "EXTRA_STATE",
     "WRAPPERS",
+    "BatchNorm",
     "InfiniteBarrier",
     "TorchDispatchMode",
     "after_signal_handlers",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -36,8 +36,10 @@ _OWN_STEPS = ("backward", "configure_gradient_clipping", "optimizer_step", "opti
 
 
 class TrainingRecorder(Callback):
-    """Records what one needs to repeat each optimizer step exactly, for :func:`~lightning_trak.replay.replay` and
-    :class:`~lightning_trak.methods.Metagradient`.
+    """Records what one needs to repeat each optimizer step exactly.
+
+    :func:`~lightning_trak.replay.replay` repeats the run, and :class:`~lightning_trak.methods.Metagradient`
+    differentiates it.
 
     **What.** For each step: the positions in the dataset of each micro-batch's examples, in order, with any sampler,
     shuffling and workers; hyperparameters of each group of the optimizer; states of the random generators that
@@ -55,8 +57,8 @@ class TrainingRecorder(Callback):
     <lightning_trak.replay.SmoothAdamW>` and what :class:`~lightning_trak.replay.OptimizerStep` adds); one DataLoader
     over a map-style dataset whose items are the same each time. Other runs are refused before training.
 
-    **Which directory.** A directory belongs to one run, and another run in it is refused. ``trainer.fit(ckpt_path=...)``
-    continues the recording. Nothing is recorded with ``fast_dev_run``.
+    **Which directory.** A directory belongs to one run, and another run in it is refused.
+    ``trainer.fit(ckpt_path=...)`` continues the recording. Nothing is recorded with ``fast_dev_run``.
 
     Args:
         directory: directory of the recording, on a disk.
@@ -139,7 +141,6 @@ class TrainingRecorder(Callback):
             )
         (optimizer,) = trainer.optimizers
         _require_real(pl_module)
-        _group_settings(optimizer)  # fail now, not after the first step
         digest = sample_digest(loader)
         if digest is None:
             raise ValueError(
@@ -150,7 +151,7 @@ class TrainingRecorder(Callback):
         run = {
             "optimizer": optimizer_name(type(optimizer)),
             "precision": str(trainer.precision),
-            "num_train": len(loader.dataset),
+            "num_train": len(cast(Any, loader.dataset)),
             "data": digest,
             "parameters": describe_parameters(pl_module),
         }
@@ -159,7 +160,8 @@ class TrainingRecorder(Callback):
         self._modules = list(pl_module.named_modules())
         self._names = {parameter: name for name, parameter in named_parameters(pl_module).items()}
         self._known: dict[Any, Any] = {}
-        state = TrainingState.of(pl_module, optimizer)
+        self._structure(optimizer), self._settings(trainer, optimizer)  # fail now, not after the first step
+        state = TrainingState.of(pl_module, optimizer).to_cpu()
         if step:
             self._run = self._writer.resume(earlier, step, run, environment)
         else:
@@ -214,6 +216,12 @@ class TrainingRecorder(Callback):
 
     def _structure(self, optimizer: Optimizer) -> Structure:
         groups = [group["params"] for group in optimizer.param_groups]
+        unknown = sum(parameter not in self._names for group in groups for parameter in group)
+        if unknown:
+            raise ValueError(
+                f"{type(optimizer).__name__} trains {unknown} tensors that are not parameters of the LightningModule;"
+                " register them, so that they are recorded"
+            )
         key = (
             tuple(tuple(map(id, group)) for group in groups),
             tuple(parameter.requires_grad for parameter in self._names),

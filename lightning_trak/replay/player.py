@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -116,6 +116,7 @@ class Player:
             if isinstance(part, (nn.Embedding, nn.EmbeddingBag)):
                 part.sparse = False  # the same gradient in dense form, which all operations accept
         self.parameters = named_parameters(self.module)
+        self._modules = [(canonical_module_name(name), part) for name, part in self.module.named_modules()]
         self._require_same(describe_parameters(self.module), run)
         self.dtype = next(parameter.dtype for parameter in self.parameters.values() if parameter.is_floating_point())
         self._datamodule = datamodule
@@ -208,10 +209,11 @@ class Player:
     def arrange(self, record: StepRecord) -> None:
         """Set modes, flags and hyperparameters to those of a step."""
         structure, groups = record.structure, record.settings.groups
-        for name, part in self.module.named_modules():  # each time, since validation of targets changes modes
-            part.training = canonical_module_name(name) not in structure.evaluating
+        evaluating, frozen = set(structure.evaluating), set(structure.frozen)
+        for name, part in self._modules:  # each time, since targets are computed in eval mode
+            part.training = name not in evaluating
         for name, parameter in self.parameters.items():
-            parameter.requires_grad_(name not in structure.frozen)
+            parameter.requires_grad_(name not in frozen)
         if structure != self._structure:
             before = self._optimizer.state
             self._structure, self._optimizer = structure, self._made(record)
@@ -225,7 +227,8 @@ class Player:
         """A new optimizer with the groups of a step."""
         pairs = zip(record.structure.groups, record.settings.groups, strict=True)
         groups = [{"params": [self.parameters[name] for name in names], **group} for names, group in pairs]
-        return self._optimizer_kind(groups)
+        make: Callable[[Any], Optimizer] = self._optimizer_kind
+        return make(groups)
 
     @contextmanager
     def computing(self) -> Iterator[None]:

@@ -151,7 +151,7 @@ class Recording:
         """
         for part in self.manifest["parts"]:
             if part["first"] <= step < part["stop"]:
-                found = self._load(part).records[step - part["first"]]
+                found: StepRecord = self._load(part).records[step - part["first"]]
                 if found.step == step:
                     return found
         raise ValueError(f'recording "{self.path}" lacks step {step}')

@@ -17,8 +17,8 @@ class Action(NamedTuple):
 
     Attributes:
         kind: ``"load"``: read the full state before the step from disk. ``"keep"``: keep the current state, that before
-            the step, in memory. ``"recall"``: return to the kept state before the step, and forget it. ``"advance"``: do the step
-            again. ``"reverse"``: differentiate the step, whose states before and after are known.
+            the step, in memory. ``"recall"``: return to the kept state before the step, and forget it. ``"advance"``:
+            do the step again. ``"reverse"``: differentiate the step, whose states before and after are known.
         step: the step.
         remember: of ``"advance"``: whether ``"reverse"`` will follow before another ``"load"`` or ``"recall"``, so that
             its batches must be kept.

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
+from lightning_trak.compatibility import BatchNorm
 from lightning_trak.replay.states import named_buffers
 
 _NAMES = ("running_mean", "running_var")
@@ -36,9 +36,9 @@ class RunningStatistics:
     def __init__(self, module: nn.Module) -> None:
         buffers = named_buffers(module)
         names = {id(buffer): name for name, buffer in buffers.items()}
-        self.layers: dict[tuple[str, str], _BatchNorm] = {}
+        self.layers: dict[tuple[str, str], BatchNorm] = {}
         for part in module.modules():
-            if isinstance(part, _BatchNorm) and part.running_mean is not None and part.running_var is not None:
+            if isinstance(part, BatchNorm) and part.running_mean is not None and part.running_var is not None:
                 if part.momentum is None:
                     raise ValueError(
                         f"a {type(part).__name__} has momentum=None, so that its statistics are averages over all"

@@ -90,7 +90,7 @@ class RecordingWriter:
                 raise ValueError(self._occupied(existing))
             if stop_of(existing) < step:
                 raise ValueError(
-                    f'training continues at step {step}, but "{self.path}" has the steps before {stop_of(existing)} only;'
+                    f'training continues at step {step}, but "{self.path}" has only {stop_of(existing)} steps;'
                     " continue from an earlier checkpoint, and list TrainingRecorder before callbacks that save one"
                 )
             for name, before in existing["run"].items():

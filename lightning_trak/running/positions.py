@@ -40,7 +40,8 @@ class PositionLog:
             raise ValueError(
                 "the loader has in_order=False, so it is not known which batch holds which examples; use in_order=True"
             )
-        return with_index_sampler(copy.copy(loader), lambda sampler: _Watched(sampler, self))
+        watched: DataLoader[Any] = with_index_sampler(copy.copy(loader), lambda sampler: _Watched(sampler, self))
+        return watched
 
     def take(self) -> list[int]:
         """The positions of the next batch.

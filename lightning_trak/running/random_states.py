@@ -43,7 +43,7 @@ class _Generator(NamedTuple):
 
 def _read_numpy(device: torch.device) -> dict[str, Any]:
     del device
-    return np.random.get_state(legacy=False)  # type: ignore[return-value]  # noqa: NPY002
+    return np.random.get_state(legacy=False)  # noqa: NPY002
 
 
 def _same_numpy(one: dict[str, Any], other: dict[str, Any]) -> bool:

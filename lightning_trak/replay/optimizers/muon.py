@@ -50,4 +50,5 @@ def _orthogonalized(matrix: Tensor, coefficients: tuple[float, float, float], st
     for _ in range(steps):
         gram = found @ found.T
         found = linear * found + (cubic * gram + quintic * gram @ gram) @ found
-    return found.T if tall else found
+    result: Tensor = found.T if tall else found
+    return result

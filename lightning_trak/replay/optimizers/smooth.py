@@ -52,7 +52,7 @@ class SmoothAdamW(Optimizer):
         super().__init__(params, settings | {"amsgrad": False, "maximize": False})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take a step.
 
         Args:
