@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from lightning_trak.version import __version__
 
 if TYPE_CHECKING:
-    from lightning_trak.callbacks import TRAKCallback
-    from lightning_trak.methods import TRAK, GradientCosine, GradientDot, TracIn
+    from lightning_trak.callbacks import TrainingRecorder, TRAKCallback
+    from lightning_trak.methods import TRAK, GradientCosine, GradientDot, Metagradient, TracIn
     from lightning_trak.metrics import LinearDatamodelingScore
     from lightning_trak.outputs import AttributionMixin
 
@@ -20,8 +20,10 @@ _HOMES = {
     "GradientCosine": "methods",
     "GradientDot": "methods",
     "LinearDatamodelingScore": "metrics",
+    "Metagradient": "methods",
     "TRAKCallback": "callbacks",
     "TracIn": "methods",
+    "TrainingRecorder": "callbacks",
 }
 
 __all__ = [
@@ -30,8 +32,10 @@ __all__ = [
     "GradientCosine",
     "GradientDot",
     "LinearDatamodelingScore",
+    "Metagradient",
     "TRAKCallback",
     "TracIn",
+    "TrainingRecorder",
     "__version__",
 ]
 

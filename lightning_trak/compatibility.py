@@ -22,8 +22,10 @@ from lightning.pytorch.core.optimizer import _configure_schedulers_automatic_opt
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSource
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_iter, tree_map
 from typing_extensions import override
@@ -31,10 +33,12 @@ from typing_extensions import override
 __all__ = [
     "EXTRA_STATE",
     "WRAPPERS",
+    "BatchNorm",
     "InfiniteBarrier",
     "TorchDispatchMode",
     "after_signal_handlers",
     "apply_to_tensors",
+    "change_train_loader",
     "collect_rng_states",
     "configure_optimizers",
     "configure_schedulers",
@@ -50,6 +54,7 @@ __all__ = [
     "parts_that_a_run_changes",
     "registered",
     "replaced_parameter",
+    "restore_train_loader",
     "set_device_mesh",
     "set_rng_states",
     "skip_completion",
@@ -59,6 +64,7 @@ __all__ = [
     "transient_buffers",
     "tree_iter",
     "tree_map",
+    "with_index_sampler",
 ]
 
 # PyTorch
@@ -160,7 +166,50 @@ def explicit_padding(convolution: nn.Module) -> list[int]:
     return list(cast(Any, convolution)._reversed_padding_repeated_twice)
 
 
+def with_index_sampler(loader: Any, change: Callable[[Any], Any]) -> Any:
+    """Let a DataLoader draw from a changed sampler, and give it no other attributes.
+
+    Args:
+        loader: a copy of the user's loader. It gets a class of its own.
+        change: maps the sampler that the loader draws from, which is its batch sampler, to another.
+    """
+
+    class _Changed(type(loader)):  # type: ignore[misc]
+        @property
+        def _index_sampler(self) -> Any:
+            return change(super()._index_sampler)
+
+    _Changed.__name__, _Changed.__qualname__ = type(loader).__name__, type(loader).__qualname__
+    loader.__class__ = _Changed
+    return loader
+
+
 # Lightning
+
+
+class _ChangedSource(_DataLoaderSource):
+    """A source of a Trainer's loaders that passes each one through a function."""
+
+    def __init__(self, source: _DataLoaderSource, change: Callable[[Any], Any]) -> None:
+        super().__init__(source.instance, source.name)
+        self.source = source
+        self._change = change
+
+    @override
+    def dataloader(self) -> Any:
+        return self._change(self.source.dataloader())
+
+
+def change_train_loader(trainer: L.Trainer, change: Callable[[Any], Any]) -> None:
+    """Let a Trainer that has its data, but no loaders yet, train on what a function makes of its loader."""
+    trainer.fit_loop._data_source = _ChangedSource(trainer.fit_loop._data_source, change)
+
+
+def restore_train_loader(trainer: L.Trainer) -> None:
+    """Undo :func:`change_train_loader`."""
+    source = trainer.fit_loop._data_source
+    if isinstance(source, _ChangedSource):
+        trainer.fit_loop._data_source = source.source
 
 
 def start_method(trainer: L.Trainer) -> str | None:

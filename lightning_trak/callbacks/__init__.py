@@ -1,6 +1,7 @@
-"""Callbacks for a Trainer: one keeps snapshots during training, the other evaluates attributions after it."""
+"""Callbacks for a Trainer: they keep snapshots of training, record it, and evaluate attributions after it."""
 
 from lightning_trak.callbacks.evaluation import AttributionEvaluation
+from lightning_trak.callbacks.recorder import TrainingRecorder
 from lightning_trak.callbacks.snapshots import TRAKCallback
 
-__all__ = ["AttributionEvaluation", "TRAKCallback"]
+__all__ = ["AttributionEvaluation", "TRAKCallback", "TrainingRecorder"]

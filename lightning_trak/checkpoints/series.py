@@ -34,7 +34,7 @@ from torch import Tensor
 from lightning_trak.checkpoints.weights import pack, read_safetensors, without_extra_state
 from lightning_trak.storage.files import remove_leftovers, write_atomically, write_json
 from lightning_trak.storage.locations import locate, require_regular
-from lightning_trak.storage.locks import Lock
+from lightning_trak.storage.locks import Lock, hold
 from lightning_trak.storage.schemas import (
     anything,
     integer,
@@ -266,23 +266,8 @@ class SnapshotSeries:
             return True
         if not self._local:
             return False
-        try:
-            os.makedirs(self._root, exist_ok=True)
-        except FileExistsError as error:
-            raise NotADirectoryError(f'"{self.directory}" is a file; use another directory for snapshots') from error
-        lock = Lock(self._root)
-        try:
-            alone = lock.take(wait=False)
-        except OSError:  # no locks here: save() compares the writer in the manifest instead
-            lock.close()
-            return False
-        if not alone:
-            lock.close()
-            raise ValueError(
-                f'another run is writing to "{self.directory}"; use another directory, or wait until that run has ended'
-            )
-        self._lock = lock
-        return True
+        self._lock = hold(Path(self._root), self.directory, "snapshots")
+        return self._lock is not None
 
     def _existing(self) -> Manifest | None:
         try:

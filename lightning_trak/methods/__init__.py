@@ -19,6 +19,7 @@ from lightning_trak.methods.influence import (
     InfluenceFunction,
     LiSSA,
 )
+from lightning_trak.methods.metagradient import Metagradient
 from lightning_trak.methods.trak import TRAK
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "InfluenceFunction",
     "KNNShapley",
     "LiSSA",
+    "Metagradient",
     "Method",
     "RandomScores",
     "RepresentationSimilarity",

@@ -26,11 +26,11 @@ from lightning_trak.outputs.evaluating import exact_attention, unchanged
 from lightning_trak.outputs.mixin import declared_output
 from lightning_trak.retraining.estimates import Estimate, mean_of
 from lightning_trak.retraining.removal import ranked, require_scores
-from lightning_trak.retraining.training import NO_TRAINER_WARNING, training_loss
 from lightning_trak.running.batches import TransferHooks, on_device
 from lightning_trak.running.loaders import as_loader
 from lightning_trak.running.loading import load
 from lightning_trak.running.random_states import isolated_random_states
+from lightning_trak.running.training_step import NO_TRAINER_WARNING, training_loss
 from lightning_trak.texts.tables import Table
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.utilities.seed import seed_everything
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
 
@@ -20,8 +19,6 @@ from lightning_trak.outputs.evaluating import exact_attention
 from lightning_trak.running.batches import TransferHooks, on_device
 from lightning_trak.running.loading import like
 from lightning_trak.running.random_states import isolated_random_states
-
-NO_TRAINER_WARNING = ".*`self.trainer` reference is not registered.*"  # a warning of self.log
 
 
 class FactoryError(ValueError):
@@ -99,17 +96,6 @@ def seeded(seed: int) -> Iterator[None]:
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
-
-
-def training_loss(module: L.LightningModule, batch: Any) -> Tensor:
-    """The loss of a batch from ``training_step``, without a Trainer.
-
-    If the step calls ``self.log``, Lightning warns that there is no Trainer: filter :data:`NO_TRAINER_WARNING`.
-    """
-    takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
-    result: Any = module.training_step(batch, 0) if takes_index else module.training_step(batch)
-    loss: Tensor = result["loss"] if isinstance(result, dict) else result
-    return loss
 
 
 @contextmanager

@@ -29,8 +29,9 @@ from lightning_trak.gradients.leaves import apart_from, leaves_of
 from lightning_trak.gradients.substitution import Substituted
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.evaluating import exact_attention, unchanged
-from lightning_trak.retraining.training import NO_TRAINER_WARNING, FactoryError, training_loss
+from lightning_trak.retraining.training import FactoryError
 from lightning_trak.running.random_states import isolated_random_states
+from lightning_trak.running.training_step import NO_TRAINER_WARNING, training_loss
 
 
 class _Call(nn.Module):

@@ -39,12 +39,13 @@ def plain_loaders(data: Any) -> list[DataLoader[Any]]:
     return [as_loader(item) for item in data] if holds_several(data) else [as_loader(data)]
 
 
-def as_loader(data: PlainData) -> DataLoader[Any]:
+def as_loader(data: PlainData, whole: bool = True) -> DataLoader[Any]:
     """A loader of a map-style dataset.
 
     Args:
         data: a DataLoader, which is returned as it is. Or a map-style Dataset, any other object with ``__len__`` and
             ``__getitem__`` that has examples at positions, or a list of examples: these are loaded in batches of 32.
+        whole: whether to refuse a loader that draws a subset.
 
     Raises:
         TypeError: if the data are none of these.
@@ -61,7 +62,8 @@ def as_loader(data: PlainData) -> DataLoader[Any]:
         raise ValueError("the loader makes no batches (batch_size=None); give it a batch_size")
     if len(dataset) == 0:
         raise ValueError("the dataset is empty; pass at least one example")
-    require_whole(data)
+    if whole:
+        require_whole(data)
     return data
 
 

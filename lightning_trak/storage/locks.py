@@ -78,6 +78,37 @@ class Lock:
         self._closing()
 
 
+def hold(directory: Path, name: str, what: str) -> Lock | None:
+    """Make a directory if there is none, and lock it for the one run that writes to it.
+
+    Args:
+        directory: the directory.
+        name: its name in errors.
+        what: what it is for, such as ``"snapshots"``, in errors.
+
+    Returns:
+        The lock; None if the file system has no locks.
+
+    Raises:
+        NotADirectoryError: if there is a file in its place.
+        ValueError: if another run holds the lock.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise NotADirectoryError(f'"{name}" is a file; use another directory for {what}') from error
+    lock = Lock(directory)
+    try:
+        alone = lock.take(wait=False)
+    except OSError:  # no locks here
+        lock.close()
+        return None
+    if not alone:
+        lock.close()
+        raise ValueError(f'another run is writing to "{name}"; use another directory, or wait until that run has ended')
+    return lock
+
+
 def _close(descriptor: int, owner: int) -> None:
     if os.getpid() == owner:
         # After close alone, forked processes would still hold the lock. They must not release the lock of this process.

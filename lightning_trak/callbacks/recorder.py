@@ -1,0 +1,367 @@
+"""Records a training run during ``trainer.fit``, so that each step can be done again."""
+
+from __future__ import annotations
+
+import os
+import platform
+from typing import Any, cast
+
+import lightning as L
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins.precision import DoublePrecision, Precision
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+from typing_extensions import override
+
+from lightning_trak.compatibility import change_train_loader, restore_train_loader
+from lightning_trak.replay.optimizers.base import optimizer_name, optimizer_step
+from lightning_trak.replay.player import canonical_module_name, describe_parameters
+from lightning_trak.replay.recording import Recording, Spacing, check_spacing, keeps_state
+from lightning_trak.replay.records import MicroBatch, Settings, StepRecord, Structure
+from lightning_trak.replay.states import TrainingState, difference, named_buffers, named_parameters
+from lightning_trak.replay.writing import RecordingWriter
+from lightning_trak.running.content import sample_digest
+from lightning_trak.running.positions import PositionLog
+from lightning_trak.running.random_states import RandomWatch
+from lightning_trak.version import __version__
+
+# Hooks of a LightningModule that take the step out of Lightning's hands, so that nobody knows what it did.
+_OWN_STEPS = ("backward", "configure_gradient_clipping", "optimizer_step", "optimizer_zero_grad")
+
+
+class TrainingRecorder(Callback):
+    """Records what one needs to repeat each optimizer step exactly.
+
+    :func:`~lightning_trak.replay.replay` repeats the run, and :class:`~lightning_trak.methods.Metagradient`
+    differentiates it.
+
+    **What.** For each step: the positions in the dataset of each micro-batch's examples, in order, with any sampler,
+    shuffling and workers; hyperparameters of each group of the optimizer; states of the random generators that
+    ``training_step`` drew from (torch, CUDA, NumPy, Python); gradient accumulation and clipping; which parameters are
+    frozen and which modules in eval mode. At some steps, and at the first and the last: all weights, buffers and the
+    optimizer's state. For the run: precision, device, versions, and eight examples to recognize the data.
+
+    **Cost.** A full state takes the bytes of weights and optimizer together (3 numbers a weight for Adam). A run of T
+    steps has about sqrt(T) of them with ``"sqrt"``, log2(T) with ``"log"``. A step takes 8 bytes an example, and 5 KB
+    for each generator of the CPU that it draws from. Up to 64 MB are kept in memory before they are written, and all of
+    them are written when Lightning saves a checkpoint.
+
+    **Which runs.** One process and one device; float32 or float64 weights without mixed precision; automatic
+    optimization by one optimizer whose step is known (``SGD``, ``Adam``, ``AdamW``, ``Muon``, :class:`SmoothAdamW
+    <lightning_trak.replay.SmoothAdamW>` and what :class:`~lightning_trak.replay.OptimizerStep` adds); one DataLoader
+    over a map-style dataset whose items are the same each time. Other runs are refused before training.
+
+    **Which directory.** A directory belongs to one run, and another run in it is refused.
+    ``trainer.fit(ckpt_path=...)`` continues the recording. Nothing is recorded with ``fast_dev_run``.
+
+    Args:
+        directory: directory of the recording, on a disk.
+        spacing: how many full states are kept: ``"sqrt"`` before the steps 0, 1, 4, 9, 16, ...; ``"log"`` before the
+            steps 0, 1, 2, 4, 8, ...; a number n before every n-th step. Results do not depend on it. Fewer states take
+            less space, and more time and memory to differentiate the run.
+
+    Raises:
+        ValueError: if ``spacing`` is none of these. Before training: if the run is of another kind, if the directory
+            holds another run, or if another run is writing to it. During training: if another run takes the directory.
+        TypeError: before training, if the data have no positions.
+        OSError: if the recording cannot be written.
+
+    Example::
+
+        trainer = L.Trainer(max_epochs=15, callbacks=[TrainingRecorder("run/recording")])
+        trainer.fit(model, train_loader)
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], spacing: Spacing = "sqrt") -> None:
+        self.directory = os.fspath(directory)
+        self.spacing = check_spacing(spacing)
+        self._writer: RecordingWriter | None = None  # None: nothing is to be recorded
+        self._run: str | None = None
+        self._resumed_runs: list[str] = []
+        self._positions = PositionLog()
+        self._loader: DataLoader[Any] | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        """Begin a new step."""
+        self._micro: list[MicroBatch] = []
+        self._watch: RandomWatch | None = None
+        self._numbers: tuple[Structure, Settings] | None = None
+
+    @property
+    @override
+    def state_key(self) -> str:
+        """A key by which Lightning tells several callbacks in one Trainer apart."""
+        return f"{type(self).__qualname__}{{'directory': {self.directory!r}}}"
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """The run that the recording belongs to. It is saved in Lightning checkpoints."""
+        return {"run": self._run} if self._run else {}
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Note which runs the checkpoint continues. Their directory does not matter."""
+        states = checkpoint.get("callbacks", {})
+        name = type(self).__qualname__
+        self._resumed_runs = [state["run"] for key, state in states.items() if key.startswith(name) and "run" in state]
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse runs that cannot be repeated, and watch which examples the Trainer's loader draws."""
+        self._close(trainer)
+        self._resumed_runs = []
+        if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        _require_plain(trainer, pl_module)
+        self._writer = RecordingWriter(self.directory, self.spacing)
+        change_train_loader(trainer, self._watched)
+
+    def _watched(self, loader: Any) -> Any:
+        self._loader = self._positions.watched(loader)
+        return self._loader
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start or continue the recording."""
+        if self._writer is None:
+            return
+        self._forget()
+        loader = trainer.train_dataloader
+        if loader is not self._loader or loader is None:
+            raise ValueError(
+                "Lightning made a new loader for training (overfit_batches does so), so TrainingRecorder does not know"
+                " which examples it draws; train without this option"
+            )
+        (optimizer,) = trainer.optimizers
+        _require_real(pl_module)
+        digest = sample_digest(loader)
+        if digest is None:
+            raise ValueError(
+                "items of the training data are not the same when they are loaded again, perhaps because of random"
+                " augmentation, so their steps cannot be repeated; train without random augmentation, or augment in"
+                " training_step, whose random numbers are recorded"
+            )
+        run = {
+            "optimizer": optimizer_name(type(optimizer)),
+            "precision": str(trainer.precision),
+            "num_train": len(cast(Any, loader.dataset)),
+            "data": digest,
+            "parameters": describe_parameters(pl_module),
+        }
+        step, environment = trainer.global_step, _environment(trainer)
+        earlier = [*self._resumed_runs, *([self._run] if self._run else [])]
+        self._modules = list(pl_module.named_modules())
+        self._names = {parameter: name for name, parameter in named_parameters(pl_module).items()}
+        self._known: dict[Any, Any] = {}
+        self._structure(optimizer), self._settings(trainer, optimizer)  # fail now, not after the first step
+        state = TrainingState.of(pl_module, optimizer).to_cpu()
+        if step:
+            self._run = self._writer.resume(earlier, step, run, environment)
+        else:
+            self._run = self._writer.begin(run, environment)
+        if self._writer.has_state(step):
+            self._require_recorded(state, step)
+        else:
+            self._writer.add_state(state)
+        self._writer.flush()
+
+    def _require_recorded(self, state: TrainingState, step: int) -> None:
+        found = difference(state, Recording(self.directory).state(step))
+        if not found.identical:
+            raise ValueError(
+                f"training continues at step {step}, but {found.name} is not as the recording has it: weights or the"
+                " optimizer's state have changed in between, perhaps because fit was called again without ckpt_path=,"
+                " which starts a new optimizer; continue with trainer.fit(ckpt_path=...)"
+            )
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Note the random states before the step."""
+        if self._writer is not None:
+            self._pending = MicroBatch(self._positions.take(), batch_idx)
+            self._watch = RandomWatch(trainer.strategy.root_device)
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Note the hyperparameters, before schedulers change them for the next step."""
+        if self._writer is not None:
+            self._numbers = self._structure(optimizer), self._settings(trainer, optimizer)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Record the batch, and the step if the optimizer has made one."""
+        if self._writer is None or self._watch is None:
+            return
+        micro = MicroBatch(self._pending.positions, batch_idx, self._watch.drawn())
+        self._micro.append(micro)
+        if self._numbers is None:  # gradients are accumulating
+            return
+        writer, (structure, settings) = self._writer, self._numbers
+        step = writer.num_steps
+        if step != trainer.global_step - 1:
+            raise RuntimeError(f"expected step {step} to end, but the Trainer has taken {trainer.global_step} steps")
+        writer.add_step(StepRecord(step, trainer.current_epoch, structure, settings, tuple(self._micro)))
+        self._forget()
+        if keeps_state(step + 1, self.spacing):
+            writer.add_state(TrainingState.of(pl_module, trainer.optimizers[0]).to_cpu())
+
+    def _structure(self, optimizer: Optimizer) -> Structure:
+        groups = [group["params"] for group in optimizer.param_groups]
+        unknown = sum(parameter not in self._names for group in groups for parameter in group)
+        if unknown:
+            raise ValueError(
+                f"{type(optimizer).__name__} trains {unknown} tensors that are not parameters of the LightningModule;"
+                " register them, so that they are recorded"
+            )
+        key = (
+            tuple(tuple(map(id, group)) for group in groups),
+            tuple(parameter.requires_grad for parameter in self._names),
+            tuple(part.training for _, part in self._modules),
+        )
+        if key not in self._known:
+            self._known[key] = Structure(
+                tuple(tuple(self._names[parameter] for parameter in group) for group in groups),
+                tuple(name for parameter, name in self._names.items() if not parameter.requires_grad),
+                tuple(canonical_module_name(name) for name, part in self._modules if not part.training),
+            )
+        return self._known[key]  # type: ignore[no-any-return]
+
+    def _settings(self, trainer: Trainer, optimizer: Optimizer) -> Settings:
+        clip_by = trainer.gradient_clip_algorithm or "norm"
+        settings = Settings(
+            _group_settings(optimizer),
+            trainer.accumulate_grad_batches,
+            float(trainer.gradient_clip_val or 0),
+            str(getattr(clip_by, "value", clip_by)),
+        )
+        key = repr(settings)
+        return self._known.setdefault(key, settings)  # type: ignore[no-any-return]
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Write what was recorded so far, so that a run that continues from the checkpoint has all of it."""
+        if self._writer is not None:
+            self._writer.flush()
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the rest, and the state at the end."""
+        if self._writer is not None:
+            if not self._writer.has_state(self._writer.num_steps):
+                self._writer.add_state(TrainingState.of(pl_module, trainer.optimizers[0]).to_cpu())
+            self._writer.flush(finished=True)
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Write what was recorded, and release the directory."""
+        if self._writer is not None:
+            try:
+                self._writer.flush()
+            except (OSError, ValueError) as error:
+                rank_zero_warn(f"the last steps were not recorded: {error}")
+        self._close(trainer)
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Release the directory, so that another run may write to it."""
+        self._close(trainer)
+
+    def _close(self, trainer: Trainer) -> None:
+        restore_train_loader(trainer)
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+        self._loader = None
+
+
+def _require_plain(trainer: Trainer, module: LightningModule) -> None:
+    """Refuse a run that cannot be repeated step by step."""
+    reason = _reason(trainer, module)
+    if reason:
+        raise ValueError(f"TrainingRecorder cannot record this run: {reason}")
+
+
+def _reason(trainer: Trainer, module: LightningModule) -> str | None:
+    name = type(module).__name__
+    plugin = trainer.precision_plugin
+    if trainer.world_size > 1 or not isinstance(trainer.strategy, SingleDeviceStrategy):
+        return (
+            f"it runs with {type(trainer.strategy).__name__} on {trainer.world_size} devices, and gradients that are"
+            " averaged over processes are not repeated; train with devices=1"
+        )
+    if type(plugin) is not Precision and not isinstance(plugin, DoublePrecision):
+        return (
+            f"precision {trainer.precision!r} rounds steps so coarsely that their derivatives are noise; train with"
+            ' precision="32-true" or "64-true"'
+        )
+    if not module.automatic_optimization:
+        return f"{name} uses manual optimization, so its steps are not known; use automatic optimization"
+    if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
+        return "training_step takes dataloader_iter, so the examples of a batch are not known; let it take a batch"
+    own = [hook for hook in _OWN_STEPS if is_overridden(hook, module, L.LightningModule)]
+    if own:
+        return (
+            f"{name} overrides {own[0]}, so it is not known how a step is made; leave it out (use a scheduler for"
+            " warm-up, and Trainer(gradient_clip_val=...) for clipping)"
+        )
+    return None
+
+
+def _require_real(module: LightningModule) -> None:
+    """Refuse parameters that are not of real numbers in float32 or in float64."""
+    dtypes = {parameter.dtype for parameter in module.parameters() if parameter.requires_grad}
+    if len(dtypes) != 1 or not dtypes <= {torch.float32, torch.float64}:
+        found = ", ".join(sorted(map(str, dtypes))) or "none"
+        raise ValueError(
+            "TrainingRecorder needs weights that are all of torch.float32 or all of torch.float64, got"
+            f" {found}; convert the module"
+        )
+    for name, buffer in named_buffers(module).items():
+        if buffer.layout != torch.strided or buffer.is_complex() or type(buffer) not in (Tensor, nn.Parameter):
+            raise ValueError(f'TrainingRecorder cannot keep the buffer "{name}", which is not a plain dense tensor')
+
+
+def _group_settings(optimizer: Optimizer) -> tuple[dict[str, Any], ...]:
+    """The hyperparameters of each group.
+
+    Raises:
+        ValueError: if a step of the optimizer cannot be repeated or differentiated.
+    """
+    optimizer_step(type(optimizer))
+    found = []
+    for group in optimizer.param_groups:
+        settings = {name: value for name, value in group.items() if name != "params"}
+        for name, value in settings.items():
+            if not isinstance(value, (bool, int, float, str, tuple, list, type(None))):
+                raise ValueError(
+                    f"{type(optimizer).__name__} has {name}={value!r:.40}, a {type(value).__name__}; TrainingRecorder"
+                    " needs plain numbers"
+                )
+        found.append(settings)
+    return tuple(found)
+
+
+def _environment(trainer: Trainer) -> dict[str, Any]:
+    """Versions and hardware, which decide whether a repeated run has the same bits."""
+    device = trainer.strategy.root_device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "lightning_trak": __version__,
+        "torch": torch.__version__,
+        "lightning": L.__version__,
+        "device": device.type,
+        "hardware": name,
+        "world_size": trainer.world_size,
+        "threads": torch.get_num_threads(),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }

@@ -1,0 +1,138 @@
+"""Metagradients: what each example did in one training run."""
+
+from __future__ import annotations
+
+import copy
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from lightning_trak.checks import positive
+from lightning_trak.compatibility import original_module
+from lightning_trak.methods.base import Method
+from lightning_trak.methods.examples import Examples
+from lightning_trak.outputs import ModelOutput
+from lightning_trak.outputs.mixin import declared_output
+from lightning_trak.replay.differentiating import Differentiated
+from lightning_trak.replay.recording import Recording
+from lightning_trak.running.data import Data
+from lightning_trak.running.random_states import isolated_random_states
+from lightning_trak.running.strategies import require_whole_parameters
+
+
+class Metagradient(Method):
+    """How much did each example's loss count in *this* training run, exactly to first order?
+
+    A score is d output / d w_i, the derivative of the trained model's output by the weight w_i of example i in the
+    training loss, at w = 1: a positive score says that more weight raises the output. Removing examples S from the same
+    run (same seed, order and batches, with the batch's size as denominator) changes the output by about minus the sum
+    of their scores, in the unit of the output. An example that several epochs use has the sum over its steps.
+
+    The derivative goes back through all optimizer steps of the recording (MAGIC, Ilyas and Engstrom 2025,
+    arXiv 2504.16430), which are computed again. It is that of one run: another seed is another run. It predicts
+    removals only if training is smooth; a large learning rate, Adam without ``eps_root`` (see
+    :class:`~lightning_trak.replay.SmoothAdamW`) or half precision make it large and useless.
+
+    Each step is checked against the recorded run: the loss that ``training_step`` returned must be the mean of the
+    examples' losses, and the optimizer's step must be the one that is differentiated.
+
+    Args:
+        model: the LightningModule that was trained, or one of the same class and options. Its weights do not matter.
+        recording: the directory of a :class:`~lightning_trak.TrainingRecorder`.
+        output: the scalar output to attribute; default: the model's ``configure_model_output()``.
+        losses: ``(module, batch) -> losses`` of shape ``(batch,)``, whose mean ``training_step`` returns; default: the
+            loss of the output.
+        last_steps: differentiate only this many steps, the last ones; default: all.
+        block_size: how many targets go through the graph of a step at once; default: as many as fit in half a gigabyte.
+        micro_batch_size: how many examples are differentiated at once; default: those of a batch of training. A smaller
+            number takes less memory. Scores are the same up to rounding.
+        progress_bar: whether to show a progress bar.
+
+    Raises:
+        FileNotFoundError: if there is no recording.
+        TypeError: if the model declares no output.
+        ValueError: if the recording is not finished or was altered, or an argument is out of range.
+
+    Example::
+
+        trainer = L.Trainer(max_epochs=15, callbacks=[TrainingRecorder("run/recording")])
+        trainer.fit(model, train_loader)
+        scores = Metagradient(model, "run/recording").attribute(trainer, train_loader, targets)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recording: str | os.PathLike[str],
+        *,
+        output: ModelOutput | None = None,
+        losses: Callable[[nn.Module, Any], Tensor] | None = None,
+        last_steps: int | None = None,
+        block_size: int | None = None,
+        micro_batch_size: int | None = None,
+        progress_bar: bool = True,
+    ) -> None:
+        self.model = original_module(model)
+        self.output = declared_output(self.model, output)
+        if self.output.context_size:
+            raise TypeError(
+                f"{type(self.output).__name__} compares with training examples, and its derivative through them is not"
+                " known; pass another output by output="
+            )
+        self.losses = losses
+        self.recording = Recording(recording)
+        self.recording.require_finished()
+        total = self.recording.num_steps
+        self.last_steps = total if last_steps is None else positive("last_steps", last_steps)
+        if self.last_steps > total:
+            raise ValueError(f"last_steps is {last_steps}, but the recorded run has {total} steps")
+        self.block_size = None if block_size is None else positive("block_size", block_size)
+        self.micro_batch_size = None if micro_batch_size is None else positive("micro_batch_size", micro_batch_size)
+        self.progress_bar = progress_bar
+
+    def attribute(self, trainer: L.Trainer, train: Data, targets: Data) -> Tensor:
+        """Score every target against every training example.
+
+        Args:
+            trainer: any Trainer whose strategy keeps the model whole. Its device is used, and each process computes all
+                scores. The precision is that of the recorded run.
+            train: the training data, as they were recorded: the same dataset and collate function.
+            targets: the targets. Each is computed alone, in eval mode, at the weights at the end of training.
+
+        Returns:
+            On the CPU, shape ``(num_targets, num_train)``, in the run's precision. A positive score says that more
+            weight on the example's loss raises the output at the target, in the unit of the output. Examples that the
+            run did not use have zeros.
+
+        Raises:
+            ValueError: if the data or the model are not those of the recording, if a step cannot be repeated, if the
+                losses are not those of training, or if an output is not finite.
+        """
+        require_whole_parameters(trainer)
+        with isolated_random_states(), torch.inference_mode(False):
+            train_set, target_set = Examples(train, "fit", trainer), Examples(targets, "predict", trainer)
+            output = copy.deepcopy(self.output)
+            run = Differentiated(
+                self.model,
+                self.recording,
+                train_set.loader,
+                train_set.datamodule,
+                trainer.strategy.root_device,
+                self.losses or (lambda module, batch: output.loss(output.output(module, batch))),
+                first=self.recording.num_steps - self.last_steps,
+                block=self.block_size,
+                micro_batch=self.micro_batch_size,
+                progress_bar=self.progress_bar,
+            )
+            if run.normalizes_batches:
+                warnings.warn(
+                    "the model has batch normalization in train mode: an example with weight 0 is still part of the"
+                    " batch's statistics, so scores say what its loss did, not what its removal from the data does",
+                    stacklevel=2,
+                )
+            return run.scores(output, target_set.loader, target_set.datamodule)

@@ -1,0 +1,180 @@
+"""The derivative of a recorded run: outputs of the trained model by the weights of its training examples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from lightning_trak.compatibility import tree_iter
+from lightning_trak.gradients.batch import ExampleBatch, Layout, find_layout
+from lightning_trak.outputs import ModelOutput
+from lightning_trak.outputs.evaluating import modules_of, unchanged
+from lightning_trak.replay.player import Played, Player
+from lightning_trak.replay.recording import Recording
+from lightning_trak.replay.reverse import Cotangents, Losses, Reverse
+from lightning_trak.replay.schedule import backwards
+from lightning_trak.replay.states import TrainingState
+from lightning_trak.running.loading import load
+
+# States and batches of a segment are kept in memory up to this size, and so are the cotangents of one reverse pass.
+SEGMENT_BYTES = 1 << 30
+COTANGENT_BYTES = 1 << 31
+
+
+class Differentiated:
+    """A recorded run that can be differentiated.
+
+    Args:
+        model: the user's module. It is not touched.
+        recording: the recording, of a run that has ended.
+        loader: the training data, as they were recorded.
+        datamodule: the data module that gave them, if there is one.
+        device: the device to compute on.
+        losses: ``(module, batch) -> losses`` of shape ``(batch,)``.
+        first: the first step that is differentiated.
+        block: how many targets go through a graph at once; None: as many as fit in memory.
+        micro_batch: how many examples are differentiated at once; None: those of a batch of training.
+        progress_bar: whether to show a progress bar.
+
+    Raises:
+        ReplayError: if the module or the data are not those of the recording.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recording: Recording,
+        loader: DataLoader[Any],
+        datamodule: L.LightningDataModule | None,
+        device: torch.device,
+        losses: Losses,
+        *,
+        first: int,
+        block: int | None,
+        micro_batch: int | None,
+        progress_bar: bool,
+    ) -> None:
+        self._recording, self._first, self._progress_bar = recording, first, progress_bar
+        self._player = player = Player(model, recording, loader, datamodule, device)
+        structures = {recording.record(step).structure for step in range(first, recording.num_steps)}
+        trained = {
+            name
+            for structure in structures
+            for group in structure.groups
+            for name in group
+            if name not in structure.frozen
+        }
+        self._tracked = [name for name in player.parameters if name in trained]
+        self._layout: Layout | None = None
+        probe = [[0], [0, 0], [0, 0, 0]] if micro_batch else [[0]]
+        one, *several = player.moved(load(loader, probe), datamodule)
+        if micro_batch:
+            self._layout = find_layout(*several)
+        self._example_bytes = sum(part.nbytes for part in tree_iter(one) if isinstance(part, Tensor))
+        self._reverse = Reverse(player, losses, self._tracked, block, micro_batch, self._layout)
+        evaluating = set[str]().union(*(structure.evaluating for structure in structures))
+        self.normalizes_batches = any(
+            name.rpartition(".")[0] not in evaluating for name, _ in self._reverse.statistics.layers
+        )
+
+    def scores(self, output: ModelOutput, targets: DataLoader[Any], datamodule: L.LightningDataModule | None) -> Tensor:
+        """Differentiate the outputs at targets by the weights of all training examples.
+
+        Args:
+            output: the output.
+            targets: the loader of the targets.
+            datamodule: the data module that gave it, if there is one.
+
+        Returns:
+            On the CPU, ``(num_targets, num_train)``.
+
+        Raises:
+            ReplayError: if a step cannot be repeated, or its loss is not the mean of the examples' losses.
+            ValueError: if an output is not a finite number.
+        """
+        recording, player = self._recording, self._player
+        total = recording.num_steps
+        last = recording.state(total)
+        num_targets = len(cast(Any, targets.dataset))
+        scores = torch.zeros(num_targets, recording.run["num_train"], dtype=player.dtype)
+        together = max(1, COTANGENT_BYTES // max(1, last.nbytes))
+        for part in modules_of(output):
+            part.to(player.device).eval()
+        for start in range(0, num_targets, together):
+            numbers = range(start, min(start + together, num_targets))
+            player.load(last)
+            batches = player.moved(load(targets, [[number] for number in numbers]), datamodule)
+            cotangents = self._output_gradients(output, numbers, batches)
+            for positions, by_weight in self._back(cotangents, len(numbers), last.nbytes):
+                scores[start : numbers.stop].index_add_(1, torch.tensor(positions), by_weight.cpu())
+        return scores
+
+    def _output_gradients(self, output: ModelOutput, numbers: range, batches: Iterator[Any]) -> Cotangents:
+        """The derivatives of the outputs by weights and running statistics at the end of training."""
+        player, reverse = self._player, self._reverse
+        player.module.eval()
+        reverse.track()
+        names = [f"parameter/{name}" for name in self._tracked]
+        parameters = [player.parameters[name] for name in self._tracked]
+        rows: list[tuple[Tensor, ...]] = []
+        leaves = reverse.statistics.leaves()
+        names += [f"buffer/{name}" for name in leaves]
+        for number, batch in zip(numbers, batches, strict=True):
+            with reverse.differentiable(), reverse.statistics.tracked(leaves), unchanged(player.module, output):
+                values = output.output(player.module, ExampleBatch(batch, 1, None).fresh())
+                if not isinstance(values, Tensor) or values.shape != (1,):
+                    received = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+                    raise ValueError(
+                        f"{type(output).__name__}.output returned {received} for target {number} alone; expected one"
+                        " number per example, shape (1,)"
+                    )
+                if not values.isfinite().all():
+                    raise ValueError(
+                        f"the output at target {number} is {float(values):g}; leave the target out, or look for NaN in"
+                        " it and in the weights"
+                    )
+                rows.append(torch.autograd.grad(values.sum(), [*parameters, *leaves.values()], materialize_grads=True))
+        return {name: torch.stack(column) for name, column in zip(names, zip(*rows, strict=True), strict=True)}
+
+    def _back(self, cotangents: Cotangents, count: int, state_bytes: int) -> Iterator[tuple[list[int], Tensor]]:
+        """Go back through the run. Yields positions of examples, and derivatives ``(count, len(positions))``."""
+        recording, player = self._recording, self._player
+        total = recording.num_steps
+        batch_bytes = self._example_bytes * sum(
+            len(micro.positions) for micro in recording.record(total - 1).micro_batches
+        )
+        held = max(2, SEGMENT_BYTES // (state_bytes + batch_bytes))
+        plan = list(backwards(self._first, total, recording.state_steps, held))
+        player.open(recording.record(action.step) for action in plan if action.kind == "advance")
+        kept: dict[int, TrainingState] = {}
+        played: dict[int, Played] = {}
+        after: TrainingState | None = None
+        bar = tqdm(total=total - self._first, desc="Metagradient", disable=not self._progress_bar)
+        for kind, step, remember in plan:
+            if kind == "load":
+                player.load(recording.state(step))
+                after = None
+            elif kind == "keep":
+                kept[step] = player.state
+            elif kind == "recall":
+                player.load(kept.pop(step))
+                after = None
+            elif kind == "advance":
+                made = player.step(recording.record(step), remember)
+                if made is not None:
+                    played[step] = made
+                player.require_close(step + 1)
+            else:
+                after = player.state if after is None else after
+                made = played.pop(step)
+                cotangents, found = self._reverse.step(made, after, cotangents, count)
+                yield from found
+                after = made.before
+                bar.update()
+        bar.close()

@@ -1,0 +1,89 @@
+"""The base class of optimizer steps as functions, and the optimizers that have one."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+Moments = Mapping[str, Tensor]
+
+
+class OptimizerStep(ABC):
+    """An optimizer's step as a function of parameter, gradient and moments, made of torch operations.
+
+    A subclass names its optimizer, ``class MyStep(OptimizerStep, optimizer=MyOptimizer)``, and gives :meth:`update`.
+    It is then known to :class:`~lightning_trak.TrainingRecorder` and :class:`~lightning_trak.methods.Metagradient`,
+    which compare its result with that of the optimizer itself at each step.
+
+    Attributes:
+        moments: names of the tensors that the optimizer keeps for a parameter and that the next parameters depend on
+            smoothly. Others, such as a count of steps, are constants.
+        rounding: by how much the optimizer's own step may differ from :meth:`update`, relative to the step, beyond the
+            rounding of the parameters' precision.
+    """
+
+    moments: ClassVar[tuple[str, ...]] = ()
+    rounding: ClassVar[float] = 0.0
+    known: ClassVar[dict[type[Optimizer], type[OptimizerStep]]] = {}
+
+    def __init_subclass__(cls, optimizer: type[Optimizer] | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if optimizer is not None:
+            OptimizerStep.known[optimizer] = cls
+
+    @abstractmethod
+    def update(
+        self, parameter: Tensor, gradient: Tensor, kept: Moments, group: Mapping[str, Any]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The parameter and its moments after a step. Nothing is changed in place.
+
+        Args:
+            parameter: the parameter.
+            gradient: its gradient, after clipping.
+            kept: what the optimizer keeps for the parameter, such as ``"exp_avg"``; empty at its first step.
+            group: the hyperparameters.
+
+        Returns:
+            The new parameter, and the new values of :attr:`moments`.
+        """
+
+
+def optimizer_step(optimizer: type[Optimizer]) -> OptimizerStep:
+    """The step of an optimizer.
+
+    Raises:
+        ValueError: if the optimizer has none. The error names those that have one.
+    """
+    step = OptimizerStep.known.get(optimizer)
+    if step is None:
+        names = ", ".join(sorted(kind.__name__ for kind in OptimizerStep.known))
+        raise ValueError(
+            f"the step of {optimizer.__module__}.{optimizer.__qualname__} is not known as a function that can be"
+            f" differentiated; use one of {names}, or derive a class from lightning_trak.replay.OptimizerStep"
+        )
+    return step()
+
+
+def optimizer_name(optimizer: type[Optimizer]) -> str:
+    """The name of an optimizer's class in a recording."""
+    return f"{optimizer.__module__}.{optimizer.__qualname__}"
+
+
+def optimizer_named(name: str) -> type[Optimizer]:
+    """The class of :func:`optimizer_name`, if it has a step.
+
+    Raises:
+        ValueError: if no optimizer of this name has a step.
+    """
+    for kind in OptimizerStep.known:
+        if optimizer_name(kind) == name:
+            return kind
+    names = ", ".join(sorted(map(optimizer_name, OptimizerStep.known)))
+    raise ValueError(
+        f"the run was trained by {name}, whose step is not known here; known are {names}: import the module that"
+        " derives a class from lightning_trak.replay.OptimizerStep for it"
+    )

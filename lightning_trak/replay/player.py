@@ -1,0 +1,289 @@
+"""Does the steps of a recorded run again, with a copy of the user's module and an optimizer of its own."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import lightning as L
+import torch
+from lightning.pytorch.plugins.precision import DoublePrecision, Precision
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_trak.checkpoints.copies import copy_module
+from lightning_trak.compatibility import WRAPPERS, original_module
+from lightning_trak.gradients.leaves import require_own_leaves
+from lightning_trak.replay.optimizers.base import optimizer_named, optimizer_step
+from lightning_trak.replay.recording import Recording
+from lightning_trak.replay.records import StepRecord
+from lightning_trak.replay.states import Difference, TrainingState, difference, named_parameters
+from lightning_trak.running.batches import TransferHooks, on_device
+from lightning_trak.running.content import sample_digest
+from lightning_trak.running.loading import load
+from lightning_trak.running.random_states import restore_random_states
+from lightning_trak.running.training_step import training_step
+
+TOLERANCES = {torch.float32: 1e-3, torch.float64: 1e-6}
+
+
+class ReplayError(ValueError):
+    """The recorded run cannot be repeated."""
+
+
+class _AtStep:
+    """What a LightningModule knows of the recorded step. It logs nothing."""
+
+    replayed_epoch = 0
+    replayed_step = 0
+
+    @property
+    def current_epoch(self) -> int:
+        return self.replayed_epoch
+
+    @property
+    def global_step(self) -> int:
+        return self.replayed_step
+
+    def log(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def log_dict(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Played:
+    """What a step was made of, to differentiate it.
+
+    Attributes:
+        record: the step.
+        before: the state before it.
+        batches: its batches, on the device.
+        losses: what ``training_step`` returned for each of them, before division; None if it returned none.
+    """
+
+    record: StepRecord
+    before: TrainingState
+    batches: list[Any]
+    losses: list[Tensor | None]
+
+
+class Player:
+    """A copy of the user's module that does recorded steps again.
+
+    Args:
+        model: the user's module. It is not touched.
+        recording: the recording of its run.
+        loader: the training data, as they were recorded.
+        datamodule: the data module that gave them, if there is one.
+        device: the device to compute on.
+
+    Attributes:
+        module: the copy.
+        dtype: the dtype of its parameters.
+
+    Raises:
+        ReplayError: if the module or the data are not those of the recording.
+        TypeError: if the model is not a LightningModule.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recording: Recording,
+        loader: torch.utils.data.DataLoader[Any],
+        datamodule: L.LightningDataModule | None,
+        device: torch.device,
+    ) -> None:
+        original = original_module(model)
+        if not isinstance(original, L.LightningModule):
+            raise TypeError(f"expected the LightningModule that was trained, got a {type(original).__name__}")
+        self.recording, self.loader, self.device = recording, loader, device
+        run = recording.run
+        self._optimizer_kind = optimizer_named(run["optimizer"])
+        self.update = optimizer_step(self._optimizer_kind)
+        self._precision: Precision = DoublePrecision() if run["precision"] == "64-true" else Precision()
+        kind = type(original)
+        self.module = cast(L.LightningModule, self._precision.convert_module(copy_module(original)))
+        self.module.__class__ = type(kind.__name__, (_AtStep, kind), {})
+        self.module.to(device)
+        for part in self.module.modules():
+            if isinstance(part, (nn.Embedding, nn.EmbeddingBag)):
+                part.sparse = False  # the same gradient in dense form, which all operations accept
+        self.parameters = named_parameters(self.module)
+        self._modules = [(canonical_module_name(name), part) for name, part in self.module.named_modules()]
+        self._require_same(describe_parameters(self.module), run)
+        self.dtype = next(parameter.dtype for parameter in self.parameters.values() if parameter.is_floating_point())
+        self._datamodule = datamodule
+        self._batches: Iterator[Any] = iter(())
+        self._leaves_checked = False
+        first = recording.record(0)
+        self._structure, self._optimizer = first.structure, self._made(first)
+
+    def _require_same(self, parameters: list[Any], run: dict[str, Any]) -> None:
+        if parameters != run["parameters"]:
+            names = {name for name, _ in parameters} ^ {name for name, _ in run["parameters"]}
+            what = f"parameters are {', '.join(sorted(names)[:3])}" if names else "shapes of parameters are others"
+            raise ReplayError(
+                f"this {type(self.module).__name__} is not the module of the recording: {what} in only one of them;"
+                " pass a module of the same class with the same options"
+            )
+        total = len(cast(Any, self.loader.dataset))
+        if total != run["num_train"]:
+            raise ReplayError(
+                f"the training data have {total} examples, but those of the recording had {run['num_train']}; pass the"
+                " same data in the same order"
+            )
+        if sample_digest(self.loader) != run["data"]:
+            raise ReplayError(
+                "the training data are not those of the recording, judged by eight examples as the loader collates"
+                " them; pass the same DataLoader, with the same dataset and collate function"
+            )
+
+    # Steps
+
+    def open(self, records: Iterable[StepRecord]) -> None:
+        """Begin to load the batches of some steps, in this order."""
+        batches = load(self.loader, (batch.positions for record in records for batch in record.micro_batches))
+        self._batches = self.moved(batches, self._datamodule)
+
+    def moved(self, batches: Iterable[Any], datamodule: L.LightningDataModule | None) -> Iterator[Any]:
+        """Move batches to the device, as the Trainer does.
+
+        Args:
+            batches: batches as a loader collates them.
+            datamodule: the data module that gave the loader, if there is one.
+        """
+        hooks = TransferHooks(self.module, datamodule)
+        return on_device(batches, self.device, self._precision.convert_input, hooks)
+
+    def load(self, state: TrainingState) -> None:
+        """Set module and optimizer to a state."""
+        state.load(self.module, self._optimizer)
+
+    @property
+    def state(self) -> TrainingState:
+        """A copy of the current state."""
+        return TrainingState.of(self.module, self._optimizer)
+
+    def step(self, record: StepRecord, remember: bool = False) -> Played | None:
+        """Do a step again. Its batches come from :meth:`open`.
+
+        Args:
+            record: the step.
+            remember: whether to return what the step was made of.
+        """
+        before = self.state if remember else None
+        self.arrange(record)
+        optimizer, settings = self._optimizer, record.settings
+        optimizer.zero_grad()
+        batches, losses = [], []
+        for micro in record.micro_batches:
+            batch = next(self._batches)
+            if remember:
+                batches.append(copy.deepcopy(batch))  # a training_step may change its batch
+            restore_random_states(micro.random_states, self.device)
+            with self.computing(), _explained():
+                loss = training_step(self.module, batch, micro.batch_idx)
+            losses.append(None if loss is None else loss.detach().clone())
+            if loss is not None:
+                if not self._leaves_checked:
+                    require_own_leaves(loss, self.module)
+                    self._leaves_checked = True
+                (loss / settings.accumulate).backward()  # type: ignore[no-untyped-call]
+        trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if settings.clip > 0:
+            if settings.clip_by == "value":
+                nn.utils.clip_grad_value_(trained, settings.clip)
+            else:
+                nn.utils.clip_grad_norm_(trained, settings.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        return None if before is None else Played(record, before, batches, losses)
+
+    def arrange(self, record: StepRecord) -> None:
+        """Set modes, flags and hyperparameters to those of a step."""
+        structure, groups = record.structure, record.settings.groups
+        evaluating, frozen = set(structure.evaluating), set(structure.frozen)
+        for name, part in self._modules:  # each time, since targets are computed in eval mode
+            part.training = name not in evaluating
+        for name, parameter in self.parameters.items():
+            parameter.requires_grad_(name not in frozen)
+        if structure != self._structure:
+            before = self._optimizer.state
+            self._structure, self._optimizer = structure, self._made(record)
+            self._optimizer.state = before
+        for own, group in zip(self._optimizer.param_groups, groups, strict=True):
+            own.update(group)
+        module = cast(Any, self.module)
+        module.replayed_epoch, module.replayed_step = record.epoch, record.step
+
+    def _made(self, record: StepRecord) -> Optimizer:
+        """A new optimizer with the groups of a step."""
+        pairs = zip(record.structure.groups, record.settings.groups, strict=True)
+        groups = [{"params": [self.parameters[name] for name in names], **group} for names, group in pairs]
+        make: Callable[[Any], Optimizer] = self._optimizer_kind
+        return make(groups)
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Compute as the Trainer did."""
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            self._precision.train_step_context(),
+            warnings.catch_warnings(),
+        ):
+            yield
+
+    def compare(self, step: int) -> Difference | None:
+        """Compare the current state with the recorded one; None if none is recorded before this step."""
+        if step not in self.recording.state_steps:
+            return None
+        return difference(self.state, self.recording.state(step))
+
+    def require_close(self, step: int, tolerance: float | None = None) -> Difference | None:
+        """Check that the current state is the recorded one, up to rounding.
+
+        Raises:
+            ReplayError: if a tensor differs by more than ``tolerance``, relative to its norm.
+        """
+        found = self.compare(step)
+        tolerance = TOLERANCES.get(self.dtype, 0.0) if tolerance is None else tolerance
+        if found is not None and found.largest > tolerance:
+            raise ReplayError(
+                f"the recorded run cannot be repeated: before step {step}, {found.name} differs from the recorded one"
+                f" by {found.largest:.2g} of its norm, more than {tolerance:.2g}. Perhaps training used something that"
+                " is not recorded: random numbers of a generator of its own, hooks or callbacks that change weights or"
+                " gradients, a state outside of parameters and buffers, other code or data; or the device computes"
+                " with other rounding, and training amplifies it"
+            )
+        return found
+
+
+def describe_parameters(module: nn.Module) -> list[Any]:
+    """Names and shapes of a module's parameters, in JSON's types."""
+    return [[name, list(parameter.shape)] for name, parameter in named_parameters(module).items()]
+
+
+def canonical_module_name(name: str) -> str:
+    """The name of a submodule, without the parts that wrappers add."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if "not attached to a `Trainer`" not in str(error):
+            raise
+        raise ReplayError(
+            "training_step uses self.trainer, which a repeated step does not have; self.current_epoch,"
+            " self.global_step and self.log are allowed: store what else it needs in the module"
+        ) from error

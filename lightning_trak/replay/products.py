@@ -1,0 +1,116 @@
+"""Products of cotangents with a Jacobian, for many cotangents at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+# Intermediate results of as many cotangents as fit in this size are computed at once.
+BLOCK_BYTES = 1 << 29
+
+
+class Products:
+    """Multiplies cotangents by the derivative of outputs by inputs, in blocks.
+
+    Some operations of torch have a wrong derivative, or none, for many cotangents at once (GroupNorm in torch 2.13). So
+    where it is asked for, one product is also computed alone. If they differ, all are computed one after the other.
+
+    Args:
+        block: how many cotangents go through a graph at once; None: it follows from the first graph, see
+            :meth:`measuring`.
+        dtype: the dtype of the graphs.
+
+    Attributes:
+        batched: whether several cotangents go through a graph at once.
+    """
+
+    def __init__(self, block: int | None, dtype: torch.dtype) -> None:
+        self._block = block
+        self._rounding = {torch.float64: 1e-9}.get(dtype, 1e-3)
+        self.batched = True
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Make a graph, and let the size of blocks follow from it, if it is not known yet."""
+        if self._block is not None:
+            yield
+            return
+        sizes: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            sizes[tensor.data_ptr()] = tensor.nbytes
+            return tensor.detach()  # the tensor itself would keep its own graph alive
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            yield
+        self._block = max(1, BLOCK_BYTES // max(1, sum(sizes.values())))
+
+    def __call__(
+        self,
+        outputs: Sequence[Tensor],
+        inputs: Sequence[Tensor],
+        cotangents: Sequence[Tensor | None],
+        count: int,
+        audit: bool = False,
+    ) -> list[Tensor | None]:
+        """Multiply cotangents of the outputs by the derivative of the outputs by the inputs.
+
+        Args:
+            outputs: tensors with their graphs.
+            inputs: leaves of these graphs.
+            cotangents: for each output ``(count, *shape)``; None for zeros.
+            count: the number of cotangents.
+            audit: whether to compare one product with that of its cotangent alone.
+
+        Returns:
+            For each input ``(count, *shape)``; None if nothing depends on it. The graphs are kept.
+        """
+        pairs = [
+            (output, along)
+            for output, along in zip(outputs, cotangents, strict=True)
+            if along is not None and output.requires_grad
+        ]
+        if not pairs:
+            return [None] * len(inputs)
+        live, vectors = zip(*pairs, strict=True)
+        size = min(count, self._block or 1)
+        if audit and self.batched and size > 1:
+            self._audit(live, inputs, [vector[:size] for vector in vectors])
+        size = size if self.batched else 1
+        found = [
+            _product(live, inputs, [vector[start : start + size] for vector in vectors])
+            for start in range(0, count, size)
+        ]
+        return [_joined(parts) for parts in zip(*found, strict=True)]
+
+    def _audit(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], vectors: Sequence[Tensor]) -> None:
+        """Compare the last product of a block with that of its cotangent alone."""
+        alone = _product(outputs, inputs, [vector[-1:] for vector in vectors])
+        try:
+            together = _product(outputs, inputs, vectors)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # an operation without a rule for many cotangents
+            self.batched = False
+            return
+        for one, many in zip(alone, together, strict=True):
+            if (one is None) != (many is None):
+                self.batched = False
+            elif one is not None and many is not None:
+                off, size = float((one - many[-1:]).norm()), float(one.norm())
+                self.batched = self.batched and off <= self._rounding * size + torch.finfo(one.dtype).tiny
+
+
+def _product(outputs: Sequence[Tensor], inputs: Sequence[Tensor], along: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    if len(along[0]) > 1:
+        return torch.autograd.grad(outputs, inputs, along, retain_graph=True, allow_unused=True, is_grads_batched=True)
+    alone = torch.autograd.grad(outputs, inputs, [part[0] for part in along], retain_graph=True, allow_unused=True)
+    return tuple(None if part is None else part.unsqueeze(0) for part in alone)
+
+
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    known = [part for part in parts if part is not None]
+    return torch.cat(known) if known else None

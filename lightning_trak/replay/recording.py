@@ -1,0 +1,223 @@
+"""The recording of one training run, in a local directory.
+
+    recording/manifest.json                           the run, what trained it, and the parts
+    recording/part-00000000-00000400.safetensors      steps 0 to 399, and the full states among them
+
+A part holds step records and full states. It is written under a temporary name, flushed and renamed. Then the manifest
+is replaced in one step. So a crash at any moment loses what was not written yet, and nothing else. A file that the
+manifest does not name is not part of the recording. All files carry checksums.
+
+One process writes, and holds a lock on the directory. The kernel releases the lock when the process dies. Some file
+systems have no locks, so the manifest also names its writer. A process that finds another writer there writes nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor
+
+from lightning_trak.checks import positive
+from lightning_trak.replay.records import StepRecord, unpack_steps
+from lightning_trak.replay.states import TrainingState
+from lightning_trak.storage.files import DamagedFileError, load_tensors, read_json
+from lightning_trak.storage.paths import local_directory
+from lightning_trak.storage.schemas import anything, boolean, integer, items, record, sealed, sha256, text
+from lightning_trak.storage.schemas import parameters as parameters_schema
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+
+_PARTS_KEPT = 3
+
+Spacing = Literal["sqrt", "log"] | int
+
+_count = integer(0, 1 << 62)
+_environment = record({"first": _count}, others=anything)
+_part = record({"file": text(r"part-\d+-\d+\.safetensors"), "sha256": sha256, "first": _count, "stop": _count})
+_run = record(
+    {
+        "optimizer": text(),
+        "precision": text(),
+        "num_train": _count,
+        "data": text(),
+        "parameters": parameters_schema,
+    }
+)
+_schema = sealed(
+    {
+        "format": _count,
+        "id": text(r"[0-9a-f]{32}"),
+        "writer": text(),
+        "spacing": anything,
+        "run": _run,
+        "environments": items(_environment),
+        "parts": items(record({"states": items(_count)}, others=anything)),
+        "finished": boolean,
+    }
+)
+
+
+def check_spacing(spacing: Any) -> Spacing:
+    """A spacing of full states, checked.
+
+    Raises:
+        ValueError: if it is neither ``"sqrt"`` nor ``"log"`` nor a positive integer.
+    """
+    if spacing in ("sqrt", "log"):
+        return spacing  # type: ignore[no-any-return]
+    if isinstance(spacing, str):
+        raise ValueError(f'spacing must be "sqrt", "log" or a positive integer, got {spacing!r}')
+    return positive("spacing", spacing)
+
+
+def keeps_state(step: int, spacing: Spacing) -> bool:
+    """Whether a full state is kept before a step.
+
+    With ``"sqrt"`` at the squares, so that T steps have sqrt(T) states at most 2 sqrt(T) steps apart, whatever T will
+    be; with ``"log"`` at the powers of two; with a number n before every n-th step.
+    """
+    if spacing == "sqrt":
+        return math.isqrt(step) ** 2 == step
+    if spacing == "log":
+        return step & (step - 1) == 0
+    return step % int(spacing) == 0
+
+
+class _Part(NamedTuple):
+    """The content of a file of steps and states."""
+
+    tensors: dict[str, Tensor]
+    records: list[StepRecord]
+
+
+class Recording:
+    """Reads the recording of a training run that :class:`~lightning_trak.TrainingRecorder` has made.
+
+    Args:
+        directory: the directory, on a disk.
+
+    Attributes:
+        path: the directory.
+        manifest: the content of its manifest.
+
+    Raises:
+        FileNotFoundError: if there is no recording.
+        ValueError: if the manifest was altered, or has a format that this version cannot read.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        self.path = local_directory(directory, "recording")
+        self.manifest = read_manifest(self.path)
+        self._parts: dict[str, _Part] = {}
+
+    @property
+    def run(self) -> dict[str, Any]:
+        """What the run trained: optimizer, precision, data and parameters."""
+        found: dict[str, Any] = self.manifest["run"]
+        return found
+
+    @property
+    def num_steps(self) -> int:
+        """The number of optimizer steps."""
+        return stop_of(self.manifest)
+
+    @property
+    def state_steps(self) -> list[int]:
+        """The steps before which there is a full state, in order. The last is that at the end of training."""
+        return sorted({step for part in self.manifest["parts"] for step in part["states"]})
+
+    def require_finished(self) -> None:
+        """Check that the run has ended.
+
+        Raises:
+            ValueError: if it has not, or has no steps.
+        """
+        if not self.manifest["finished"] or not self.num_steps:
+            raise ValueError(
+                f'recording "{self.path}" holds {self.num_steps} steps of a run that has not ended; continue it with'
+                " trainer.fit(ckpt_path=...) and the same TrainingRecorder, or train again into another directory"
+            )
+
+    def record(self, step: int) -> StepRecord:
+        """The record of a step.
+
+        Raises:
+            FileNotFoundError: if its file is missing.
+            ValueError: if the recording lacks the step, or the file was altered or replaced.
+        """
+        for part in self.manifest["parts"]:
+            if part["first"] <= step < part["stop"]:
+                found: StepRecord = self._load(part).records[step - part["first"]]
+                if found.step == step:
+                    return found
+        raise ValueError(f'recording "{self.path}" lacks step {step}')
+
+    def state(self, step: int) -> TrainingState:
+        """The full state before a step that :attr:`state_steps` names, on the CPU.
+
+        Raises:
+            FileNotFoundError: if its file is missing.
+            ValueError: if the file was altered or replaced.
+        """
+        part = next(part for part in reversed(self.manifest["parts"]) if step in part["states"])
+        prefix = f"state/{step}/"
+        tensors = self._load(part).tensors
+        return TrainingState.from_tensors(
+            {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        )
+
+    def _load(self, part: dict[str, Any]) -> _Part:
+        """A part of the recording. The last few are kept, since their states and steps are read one after the other."""
+        file = part["file"]
+        if file not in self._parts:
+            path = self.path / file
+            tensors, metadata = load_tensors(path)
+            if metadata["sha256"] != part["sha256"]:
+                raise DamagedFileError(path, "was replaced: it is not the file that the manifest names")
+            try:
+                records = unpack_steps(part["first"], tensors, metadata)
+            except (KeyError, IndexError, RuntimeError, ValueError) as error:
+                raise DamagedFileError(path, f"does not hold step records: {error}") from error
+            while len(self._parts) >= _PARTS_KEPT:
+                del self._parts[next(iter(self._parts))]
+            self._parts[file] = _Part(tensors, records)
+        return self._parts[file]
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a recording, without its checksum.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it was altered, or has a format that this version cannot read.
+    """
+    try:
+        manifest: dict[str, Any] = read_json(path / MANIFEST, _check)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f'"{path}" is not a directory that TrainingRecorder has written: it has no {MANIFEST}; check the path, or'
+            " train with callbacks=[TrainingRecorder(...)]"
+        ) from error
+    except DamagedFileError as error:
+        raise ValueError(
+            f'"{path / MANIFEST}" is not the manifest of a recording: it {error.reason}; restore it from a copy'
+        ) from error
+    return {name: value for name, value in manifest.items() if name != "checksum"}
+
+
+def _check(field: str, value: Any) -> None:
+    record({"format": _count}, others=anything)(field, value)
+    if value["format"] != FORMAT_VERSION:
+        raise ValueError(f"it has format {value['format']}, but this version reads format {FORMAT_VERSION}")
+    _schema(field, value)
+    for number, part in enumerate(value["parts"]):
+        _part(f"{field}.parts[{number}]", {name: part[name] for name in part if name != "states"})
+
+
+def stop_of(manifest: dict[str, Any]) -> int:
+    """The number of steps that the parts of a manifest hold."""
+    return max((part["stop"] for part in manifest.get("parts", ())), default=0)

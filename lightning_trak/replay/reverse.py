@@ -1,0 +1,313 @@
+"""The reverse pass through one optimizer step, for many targets at once.
+
+Training is a function of the weights w of the examples: the loss of a batch is sum_i w_i l_i / (size of the batch), and
+w is 1 in the recorded run. Differentiating through the steps, from the last to the first, gives the derivative of an
+output of the trained model by each w_i (Ilyas and Engstrom 2025, arXiv 2504.16430).
+
+A step has two parts. The update maps weights, moments and the gradient to the next weights and moments. The gradient is
+a function of weights and w. The reverse pass goes through the update first. What it finds for the gradient then goes
+through the gradient of each micro-batch, one after the other, so that only one of them needs memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.backends import cudnn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lightning_trak.gradients.batch import ExampleBatch, Layout
+from lightning_trak.outputs.evaluating import exact_attention
+from lightning_trak.replay.clipping import clipped
+from lightning_trak.replay.player import Played, Player, ReplayError
+from lightning_trak.replay.products import Products
+from lightning_trak.replay.records import MicroBatch, StepRecord
+from lightning_trak.replay.states import TrainingState
+from lightning_trak.replay.statistics import RunningStatistics
+from lightning_trak.running.random_states import restore_random_states
+
+# Cotangents of targets by the names of TrainingState.tensors(), each (num_targets, *shape). Those missing are zero.
+Cotangents = dict[str, Tensor]
+Losses = Callable[[nn.Module, Any], Tensor]
+
+_LOSS_ERRORS = {torch.float32: (1e-4, 1e-6), torch.float64: (1e-9, 1e-12)}
+_STEP_ERRORS = {torch.float32: 2e-2, torch.float64: 1e-6}
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A part of a micro-batch that is differentiated at once."""
+
+    micro: MicroBatch
+    batch: Any
+    rows: slice
+    number: int  # of the micro-batch in its step
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """The gradient of a piece, with its graph."""
+
+    gradients: list[Tensor | None]
+    weights: Tensor
+    before: dict[str, Tensor]
+    after: dict[str, Tensor]
+    losses: Tensor
+
+
+class Reverse:
+    """Differentiates steps.
+
+    Args:
+        player: does the steps, and has the module.
+        losses: ``(module, batch) -> losses`` of shape ``(batch,)``, the training loss of each example.
+        tracked: names of the parameters that the run trained.
+        block: how many targets go through a graph at once; None: as many as fit in memory.
+        micro_batch: how many examples are differentiated at once; None: those of a batch of training.
+        layout: which parts of a batch belong to single examples; needed for ``micro_batch``.
+    """
+
+    def __init__(
+        self,
+        player: Player,
+        losses: Losses,
+        tracked: Sequence[str],
+        block: int | None,
+        micro_batch: int | None,
+        layout: Layout | None,
+    ) -> None:
+        self._player, self._losses, self._tracked = player, losses, tracked
+        self._micro_batch, self._layout = micro_batch, layout
+        self._products = Products(block, player.dtype)
+        self._audited: set[Any] = set()  # kinds of graphs whose products were audited
+        self.statistics = RunningStatistics(player.module)
+        self._recurrent = any(isinstance(part, nn.RNNBase) for part in player.module.modules())
+
+    def step(
+        self, played: Played, after: TrainingState, cotangents: Cotangents, count: int
+    ) -> tuple[Cotangents, list[tuple[list[int], Tensor]]]:
+        """Go back through a step.
+
+        Args:
+            played: the step.
+            after: the state after it.
+            cotangents: derivatives of the outputs by the state after the step.
+            count: the number of targets.
+
+        Returns:
+            Derivatives by the state before the step, and by the weights of examples: their positions, and a tensor
+            ``(num_targets, len(positions))``, for each piece of the step's batches.
+
+        Raises:
+            ReplayError: if the step differs from the recorded one.
+        """
+        player = self._player
+        player.arrange(played.record)
+        played.before.load(player.module)
+        self.track()
+        pieces = list(self._pieces(played))
+        graphs: list[_Graph] = []
+        sums: dict[str, Tensor] = {}
+        means = [0.0] * len(played.batches)
+        for piece in pieces:
+            with self._products.measuring():
+                graph = self._graph(piece, played.record)
+            means[piece.number] += float(graph.losses.detach().sum()) / len(piece.micro.positions)
+            for name, gradient in zip(self._trained(played.record), graph.gradients, strict=True):
+                if gradient is not None:
+                    sums[name] = sums[name] + gradient.detach() if name in sums else gradient.detach()
+            if len(pieces) == 1:
+                graphs.append(graph)
+        self._require_losses(played, means)
+        self._require_known_buffers(played, after)
+        found, along = self._through_update(played, after, sums, cotangents, count)
+        weights = []
+        for piece in reversed(pieces):
+            graph = graphs[0] if graphs else self._graph(piece, played.record)
+            by_weight = self._through_gradient(graph, self._trained(played.record), along, found, count)
+            weights.append((piece.micro.positions[piece.rows], by_weight))
+        return found, weights
+
+    def track(self) -> None:
+        """Let all parameters that the run trained require gradients: others may depend on those frozen for a while."""
+        for name in self._tracked:
+            self._player.parameters[name].requires_grad_(True)
+
+    def _trained(self, record: StepRecord) -> list[str]:
+        """The names of the parameters that a step may change."""
+        frozen = set(record.structure.frozen)
+        return [name for group in record.structure.groups for name in group if name not in frozen]
+
+    def _pieces(self, played: Played) -> Iterator[_Piece]:
+        for number, (micro, batch, loss) in enumerate(
+            zip(played.record.micro_batches, played.batches, played.losses, strict=True)
+        ):
+            if loss is None:
+                continue
+            total = len(micro.positions)
+            size = self._micro_batch or total
+            if size < total:
+                self._require_separable(micro)
+            for start in range(0, total, size):
+                yield _Piece(micro, batch, slice(start, min(start + size, total)), number)
+
+    def _require_separable(self, micro: MicroBatch) -> None:
+        if micro.random_states:
+            raise ValueError(
+                "micro_batch_size cuts a batch, but training_step drew random numbers for the whole batch (dropout"
+                " does so); leave micro_batch_size out"
+            )
+        if any(layer.training for layer in self.statistics.layers.values()):
+            raise ValueError(
+                "micro_batch_size cuts a batch, but batch normalization needs the whole batch; leave micro_batch_size"
+                " out"
+            )
+
+    def _graph(self, piece: _Piece, record: StepRecord) -> _Graph:
+        player, micro = self._player, piece.micro
+        size = len(micro.positions)
+        content = ExampleBatch(piece.batch, size, self._layout)
+        whole = piece.rows == slice(0, size)
+        batch = content.fresh() if whole else content.take(piece.rows).fresh()
+        expected = piece.rows.stop - piece.rows.start
+        restore_random_states(micro.random_states, player.device)
+        before = self.statistics.leaves()
+        with self.differentiable(), self.statistics.tracked(before) as after:
+            losses = self._losses(player.module, batch)
+            if not isinstance(losses, Tensor) or losses.shape != (expected,):
+                received = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+                raise ValueError(f"expected one training loss per example, shape ({expected},), received {received}")
+            weights = torch.ones_like(losses, requires_grad=True)
+            total = (weights * losses).sum() / (size * record.settings.accumulate)
+            parameters = [player.parameters[name] for name in self._trained(record)]
+            gradients = torch.autograd.grad(total, parameters, create_graph=True, allow_unused=True)
+        return _Graph(list(gradients), weights, before, after, losses)
+
+    @contextmanager
+    def differentiable(self) -> Iterator[None]:
+        """Compute so that all operations can be differentiated twice."""
+        with (
+            self._player.computing(),
+            exact_attention(),
+            sdpa_kernel(SDPBackend.MATH),
+            torch.compiler.set_stance("force_eager"),
+            ExitStack() as stack,
+        ):
+            if self._recurrent:
+                stack.enter_context(cudnn.flags(enabled=False))
+            yield
+
+    def _through_update(
+        self, played: Played, after: TrainingState, sums: dict[str, Tensor], cotangents: Cotangents, count: int
+    ) -> tuple[Cotangents, dict[str, Tensor | None]]:
+        """Go back through the optimizer's update.
+
+        Returns:
+            Derivatives by the state before the step, the gradient held fixed, and by the gradient.
+        """
+        player, update, record = self._player, self._player.update, played.record
+        inputs: dict[str, Tensor] = {}
+        outputs: dict[str, Tensor] = {}
+        with torch.inference_mode(False), torch.enable_grad():
+            leaves = {name: gradient.detach().requires_grad_() for name, gradient in sums.items()}
+            bounded = clipped(leaves, record.settings.clip, record.settings.clip_by)
+            for names, group in zip(record.structure.groups, record.settings.groups, strict=True):
+                for name in names:
+                    if name not in bounded:
+                        continue
+                    kept = dict(played.before.moments.get(name, {}))
+                    for key in update.moments:
+                        if key in kept:
+                            leaf = kept[key].to(player.device, copy=True).detach().requires_grad_()
+                            kept[key] = inputs[f"moment/{name}/{key}"] = leaf
+                    parameter = inputs[f"parameter/{name}"] = player.parameters[name]
+                    new, moments = update.update(parameter, bounded[name], kept, group)
+                    outputs[f"parameter/{name}"] = new
+                    outputs |= {f"moment/{name}/{key}": moment for key, moment in moments.items()}
+        self._require_step(played, after, outputs)
+        along = [cotangents.get(key) for key in outputs]
+        products = self._products(list(outputs.values()), [*inputs.values(), *leaves.values()], along, count)
+        found = {key: value for key, value in cotangents.items() if key not in outputs}
+        found |= {key: product for key, product in zip(inputs, products, strict=False) if product is not None}
+        return found, dict(zip(leaves, products[len(inputs) :], strict=True))
+
+    def _through_gradient(
+        self,
+        graph: _Graph,
+        trained: Sequence[str],
+        along: dict[str, Tensor | None],
+        found: Cotangents,
+        count: int,
+    ) -> Tensor:
+        """Go back through the gradient of a piece. Derivatives by the state before are added to ``found``.
+
+        Returns:
+            The derivatives by the weights of the examples, ``(num_targets, batch)``.
+        """
+        pairs = [
+            (gradient, along.get(name))
+            for name, gradient in zip(trained, graph.gradients, strict=True)
+            if gradient is not None
+        ]
+        pairs += [(tensor, found.pop(f"buffer/{name}", None)) for name, tensor in graph.after.items()]
+        names = [f"parameter/{name}" for name in self._tracked] + [f"buffer/{name}" for name in graph.before]
+        inputs = [*(self._player.parameters[name] for name in self._tracked), *graph.before.values(), graph.weights]
+        outputs, vectors = zip(*pairs, strict=True) if pairs else ((), ())
+        kind = len(graph.weights), tuple(trained), len(pairs)
+        *products, weights = self._products(outputs, inputs, vectors, count, audit=kind not in self._audited)
+        self._audited.add(kind)
+        for name, product in zip(names, products, strict=True):
+            if product is not None:
+                found[name] = found[name] + product if name in found else product
+        if weights is None:
+            return graph.weights.new_zeros(count, len(graph.weights))
+        return weights
+
+    # Checks
+
+    def _require_losses(self, played: Played, means: list[float]) -> None:
+        relative, absolute = _LOSS_ERRORS[self._player.dtype]
+        for number, (loss, mean) in enumerate(zip(played.losses, means, strict=True)):
+            if loss is None:
+                continue
+            expected = float(loss)
+            if not abs(mean - expected) <= relative * abs(expected) + absolute:
+                raise ReplayError(
+                    f"training_step returned {expected:.6g} for micro-batch {number} of step {played.record.step}, but"
+                    f" the mean of the examples' losses is {mean:.6g}. The loss of an example is that of the declared"
+                    " output: if training minimizes something else (another factor, label smoothing, a penalty), pass"
+                    " losses=, a function (module, batch) -> losses of shape (batch,) whose mean training_step returns"
+                )
+
+    def _require_step(self, played: Played, after: TrainingState, outputs: dict[str, Tensor]) -> None:
+        """Check that the update as a function does what the optimizer did."""
+        off = moved = size = 0.0
+        for name, before in played.before.parameters.items():
+            new = outputs.get(f"parameter/{name}", before)
+            off += float((new.detach() - after.parameters[name]).double().square().sum())
+            moved += float((after.parameters[name] - before).double().square().sum())
+            size += float(before.double().square().sum())
+        dtype = self._player.dtype
+        allowed = (_STEP_ERRORS[dtype] + self._player.update.rounding) * moved**0.5
+        if not off**0.5 <= allowed + 8 * torch.finfo(dtype).eps * size**0.5:
+            raise ReplayError(
+                f"step {played.record.step} moved the weights by {moved**0.5:.3g}, but the gradient of the examples'"
+                f" losses gives a step that differs from it by {off**0.5:.3g}: training_step, a hook or a callback"
+                " adds something to the gradient, or the losses are not those that training_step minimizes"
+            )
+
+    def _require_known_buffers(self, played: Played, after: TrainingState) -> None:
+        """Check that training changed no buffers other than those whose derivatives are known."""
+        for name, buffer in after.buffers.items():
+            before = played.before.buffers[name]
+            if name in self.statistics.names or not buffer.is_floating_point() or torch.equal(before, buffer):
+                continue
+            raise ReplayError(
+                f'step {played.record.step} changes the buffer "{name}", and the derivative of this change is not'
+                " known; only running statistics of batch normalization are supported"
+            )

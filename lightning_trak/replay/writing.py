@@ -1,0 +1,222 @@
+"""Writes the recording of a training run."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from lightning_trak.replay.recording import FORMAT_VERSION, MANIFEST, Spacing, read_manifest, stop_of
+from lightning_trak.replay.records import StepRecord, pack_steps
+from lightning_trak.replay.states import TrainingState
+from lightning_trak.storage.files import load_metadata, remove_leftovers, save_tensors, write_json
+from lightning_trak.storage.locks import Lock, hold
+from lightning_trak.storage.paths import local_directory
+from lightning_trak.storage.schemas import with_checksum
+
+# What is recorded is kept in memory up to this size.
+BUFFER_BYTES = 1 << 26
+
+
+class RecordingWriter:
+    """Writes a recording. Steps and states wait in memory until they are large, or until :meth:`flush`.
+
+    Args:
+        directory: the directory, on a disk.
+        spacing: the spacing of full states, noted in the manifest.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], spacing: Spacing) -> None:
+        self.path = local_directory(directory, "recording")
+        self._spacing = spacing
+        self._lock: Lock | None = None
+        self._manifest: dict[str, Any] = {}
+        self._steps: list[StepRecord] = []
+        self._states: dict[int, TrainingState] = {}
+        self._bytes = 0
+
+    @property
+    def num_steps(self) -> int:
+        """The number of steps so far, those in memory included."""
+        return stop_of(self._manifest) + len(self._steps)
+
+    def begin(self, run: dict[str, Any], environment: dict[str, Any]) -> str:
+        """Start the recording of a new run, and hold the directory until :meth:`close`.
+
+        Args:
+            run: what is trained, see :attr:`Recording.run`.
+            environment: versions and hardware.
+
+        Returns:
+            The new run's identifier.
+
+        Raises:
+            ValueError: if the directory holds a recording already, or another run is writing to it.
+        """
+        self._hold()
+        existing = self._existing()
+        if existing is not None and existing["parts"]:
+            self.close()
+            raise ValueError(self._occupied(existing))
+        identifier = uuid.uuid4().hex
+        self._start(identifier, run, [environment | {"first": 0}], [])
+        return identifier
+
+    def resume(self, runs: Sequence[str], step: int, run: dict[str, Any], environment: dict[str, Any]) -> str:
+        """Continue the recording of a run before a step, and hold the directory until :meth:`close`.
+
+        What was recorded of later steps is removed from the manifest.
+
+        Args:
+            runs: identifiers that the run may have.
+            step: the steps that the resumed run has taken.
+            run: what is trained. It must be the same as before.
+            environment: versions and hardware.
+
+        Raises:
+            ValueError: if the directory holds the recording of another run, lacks some of the steps, or was made with
+                something else; or if another run is writing to it.
+        """
+        self._hold()
+        try:
+            existing = self._existing()
+            if existing is None or not existing["parts"]:
+                raise ValueError(
+                    f'training continues at step {step}, but "{self.path}" holds no recording of the steps before it;'
+                    " record a run from its first step, or continue with the directory of its recording"
+                )
+            if existing["id"] not in runs:
+                raise ValueError(self._occupied(existing))
+            if stop_of(existing) < step:
+                raise ValueError(
+                    f'training continues at step {step}, but "{self.path}" has only {stop_of(existing)} steps;'
+                    " continue from an earlier checkpoint, and list TrainingRecorder before callbacks that save one"
+                )
+            for name, before in existing["run"].items():
+                if before != run[name]:
+                    raise ValueError(
+                        f'recording "{self.path}" was made with another {name} than this run has; continue the run'
+                        f" with the same {name}, or record a new run in another directory"
+                        + ("" if name == "parameters" else f" (recorded: {before}; now: {run[name]})")
+                    )
+        except BaseException:
+            self.close()
+            raise
+        parts = [
+            part | {"stop": min(part["stop"], step), "states": [kept for kept in part["states"] if kept <= step]}
+            for part in existing["parts"]
+            if part["first"] < step or (part["first"] == part["stop"] <= step)
+        ]
+        environments = [one for one in existing["environments"] if one["first"] < step]
+        self._start(existing["id"], run, [*environments, environment | {"first": step}], parts)
+        return str(existing["id"])
+
+    def has_state(self, step: int) -> bool:
+        """Whether there is a full state before a step."""
+        return step in self._states or any(step in part["states"] for part in self._manifest["parts"])
+
+    def add_step(self, step: StepRecord) -> None:
+        """Add the record of the next step."""
+        self._steps.append(step)
+        self._bytes += sum(
+            8 * len(batch.positions) + sum(state.nbytes for state in batch.random_states.values())
+            for batch in step.micro_batches
+        )
+        self._flush_if_large()
+
+    def add_state(self, state: TrainingState) -> None:
+        """Add the full state before the next step."""
+        self._states[self.num_steps] = state
+        self._bytes += state.nbytes
+        self._flush_if_large()
+
+    def _flush_if_large(self) -> None:
+        if self._bytes > BUFFER_BYTES:
+            self.flush()
+
+    def flush(self, finished: bool = False) -> None:
+        """Write what waits in memory.
+
+        Args:
+            finished: whether training has ended.
+
+        Raises:
+            ValueError: if another run has taken the directory.
+            OSError: if it cannot be written. What was written earlier is not changed.
+        """
+        if not self._manifest or (not self._steps and not self._states and not finished):
+            return
+        current = read_manifest(self.path)
+        if current["writer"] != self._manifest["writer"]:
+            raise ValueError(
+                f'another run took "{self.path}" after this one began, so steps before {self.num_steps} were not'
+                " recorded; give each run its own directory"
+            )
+        parts = list(self._manifest["parts"])
+        if self._steps or self._states:
+            parts.append(self._write_part())
+        self._replace(self._manifest | {"parts": parts, "finished": finished})
+        self._steps, self._states, self._bytes = [], {}, 0
+
+    def _write_part(self) -> dict[str, Any]:
+        first, stop = stop_of(self._manifest), self.num_steps
+        tensors, tables = pack_steps(self._steps)
+        for step, state in self._states.items():
+            tensors |= {f"state/{step}/{name}": tensor for name, tensor in state.tensors()}
+        file = f"part-{first:08d}-{stop:08d}.safetensors"
+        try:
+            save_tensors(self.path / file, tensors, **tables)
+        except OSError as error:
+            reason = (
+                f'the recording "{self.path / file}" was not written: {error}; free some space or correct the'
+                " permissions, then resume the run from a checkpoint: what was recorded earlier is complete"
+            )
+            raise (OSError(error.errno, reason) if error.errno else OSError(reason)) from error
+        digest = load_metadata(self.path / file)["sha256"]
+        return {"file": file, "sha256": digest, "first": first, "stop": stop, "states": sorted(self._states)}
+
+    def close(self) -> None:
+        """Release the directory, so that another run may write to it."""
+        self._manifest = {}
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _hold(self) -> None:
+        if self._lock is None:
+            self._lock = hold(self.path, str(self.path), "recordings")
+
+    def _existing(self) -> dict[str, Any] | None:
+        try:
+            return read_manifest(self.path)
+        except FileNotFoundError:
+            return None
+
+    def _occupied(self, manifest: dict[str, Any]) -> str:
+        return (
+            f'"{self.path}" holds the recording of another run, of {stop_of(manifest)} steps; use another directory,'
+            " delete this one, or continue that run with trainer.fit(ckpt_path=...) from a checkpoint that it saved"
+        )
+
+    def _start(
+        self, identifier: str, run: dict[str, Any], environments: list[dict[str, Any]], parts: list[dict[str, Any]]
+    ) -> None:
+        remove_leftovers(self.path)
+        self._steps, self._states, self._bytes = [], {}, 0
+        self._replace(
+            {
+                "format": FORMAT_VERSION,
+                "id": identifier,
+                "writer": uuid.uuid4().hex,
+                "spacing": self._spacing,
+                "run": run,
+                "environments": environments,
+                "parts": parts,
+                "finished": False,
+            }
+        )
+
+    def _replace(self, manifest: dict[str, Any]) -> None:
+        write_json(self.path / MANIFEST, with_checksum(manifest))
+        self._manifest = manifest
