@@ -37,6 +37,12 @@ class FactorExtractor(FeatureExtractor):
         return forms.to_tensors()
 
     @override
+    def _projected(self, batch: ExampleBatch) -> tuple[GradientEngine, Tensor, Tensor]:
+        if self._forms.are_whole:
+            return super()._projected(batch)
+        return self.engine, *self._project(self.engine, batch)  # no other engine can take its place
+
+    @override
     def _project(self, engine: GradientEngine, batch: ExampleBatch) -> tuple[Tensor, Tensor]:
         stored = torch.zeros(batch.size, self._forms.width, dtype=self._working, device=self.model.device)
         return stored, self._forms.collect(engine, batch, stored).to(self._working)
