@@ -38,6 +38,12 @@ class FactorExtractor(FeatureExtractor):
         return forms.to_tensors()
 
     @override
+    def _projected(self, batch: ExampleBatch, projection: BoundProjection) -> tuple[GradientEngine, Tensor, Tensor]:
+        if self._forms.are_whole:
+            return super()._projected(batch, projection)
+        return self.engine, *self._project(self.engine, batch, projection)  # no other engine can take its place
+
+    @override
     def _project(
         self, engine: GradientEngine, batch: ExampleBatch, projection: BoundProjection
     ) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,8 @@ from lightning_trak import TRAK, TracIn
 from lightning_trak.methods import RepresentationSimilarity
 from lightning_trak.outputs import ContrastiveMargin
 from lightning_trak.projections import SparseProjection
-from tests.end_to_end.test_distributed import PRINCIPAL, RATES, TOWERS, make_pairs, make_shapley
+from lightning_trak.scoring import gram
+from tests.end_to_end.test_distributed import PRINCIPAL, RATES, TOWERS, make_exact, make_pairs, make_shapley
 from tests.lit import make_data, make_model, make_trainer
 
 
@@ -47,6 +48,15 @@ def main(root: Path) -> None:
     principal = TRAK(make_model(), checkpoints, root / "principal", projection=PRINCIPAL)
     principal.featurize(trainer, DataLoader(train, batch_size=4), shard_size=6)
     results["principal"] = principal.score(trainer, DataLoader(targets, batch_size=3))
+
+    rows, gram._ROWS = gram._ROWS, 8  # several blocks, for the ranks to share
+    for name, method in make_exact(root, checkpoints).items():  # fewer examples than parameters: the dual
+        method.featurize(trainer, DataLoader(train, batch_size=4), shard_size=6)
+        results[name] = method.score(trainer, DataLoader(targets, batch_size=3))
+        results[f"{name}, self influence"] = method.self_influence(trainer)
+        mine = torch.cat(trainer.predict(method.scorer(), DataLoader(targets, batch_size=4)))
+        results[f"{name}, scorer on rank {trainer.global_rank}"] = mine
+    gram._ROWS = rows
 
     pairs = TRAK(TOWERS, [TOWERS.state_dict()], root / "pairs", output=ContrastiveMargin(context_size=9))
     pairs.featurize(trainer, make_pairs(20))

@@ -9,9 +9,9 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from lightning_trak import TRAK, TracIn
-from lightning_trak.methods import DataShapley, RepresentationSimilarity
+from lightning_trak.methods import DataShapley, ExactKernel, FeatureMethod, RepresentationSimilarity
 from lightning_trak.outputs import ContrastiveMargin
-from lightning_trak.projections import PrincipalProjection, SparseProjection
+from lightning_trak.projections import IdentityProjection, PrincipalProjection, SparseProjection
 from tests.launch import run_together
 from tests.lit import LitNet, make_checkpoints, make_data, make_model, make_trainer
 
@@ -44,6 +44,14 @@ def make_pairs(size: int) -> DataLoader:
 
 def make_shapley() -> DataShapley:
     return DataShapley(LitNet, lambda: make_trainer(max_epochs=1), permutations=3, step=2)
+
+
+def make_exact(root: Path, checkpoints) -> dict[str, FeatureMethod]:
+    """Two methods with the exact gradients."""
+    return {
+        "exact": ExactKernel(make_model(), checkpoints, root / "exact"),
+        "identity": TRAK(make_model(), checkpoints, root / "identity", projection=IdentityProjection()),
+    }
 
 
 def one_process(folder: Path, checkpoints, dtype: str = "float32") -> tuple[TRAK, torch.Tensor]:
@@ -106,6 +114,17 @@ def test_both_ranks_write_the_codes_of_one_process(runs):
     for file in files:
         found, wanted = (load_file(root / name / file)["features"] for name in ("int4", "int4 alone"))
         assert float((found != wanted).float().mean()) < 0.01  # gradients are rounded by batch
+
+
+@pytest.mark.parametrize("name", ["exact", "identity"])
+def test_the_dual_is_shared(runs, name):
+    ranks, _, root = runs
+    method = make_exact(root / "one", torch.load(root / "checkpoints.pt"))[name]
+    expected = method.attribute(make_trainer(), TRAIN, TARGETS)
+    for number, rank in enumerate(ranks):
+        close(rank[name], expected)
+        close(rank[f"{name}, self influence"], method.self_influence(make_trainer()))
+        close(rank[f"{name}, scorer on rank {number}"], expected[number::2])
 
 
 def test_methods_that_share_their_work(runs):

@@ -104,6 +104,11 @@ class GradientForms:
         """Each form, and the columns that hold it."""
         return iter(self._places.values())
 
+    @property
+    def are_whole(self) -> bool:
+        """Whether all are the gradients themselves, so that any engine can give them."""
+        return all(form.kind == "gradient" for form in self._forms)
+
     def gradients(self, stored: Tensor) -> Tensor:
         """The whole gradients of some examples, shape ``(n, p)``."""
         return torch.cat([form.gradients(stored[:, columns]) for form, columns in self._places.values()], dim=1)
@@ -175,7 +180,7 @@ class GradientForms:
             if form.kind != "gradient":
                 raise ValueError(
                     "the store keeps gradients in the form that module hooks give, and this engine gives another: use"
-                    " another directory, or engine='hooks'"
+                    " another directory, with engine='functional' or 'loop' if hooks have got a gradient wrong"
                 )
             stored[:, columns] = rows
 
