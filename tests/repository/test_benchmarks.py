@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from benchmarks import ablations, methods, second_stage
+from benchmarks import bytes as bytes_benchmark
 from benchmarks.methods import small
 from benchmarks.tasks import make_tasks
 from benchmarks.truth import Truth, outputs_of, retrain
@@ -77,3 +78,14 @@ def test_retraining_is_as_wide_as_asked(monkeypatch):
     assert len(truth.states) == 3
     monkeypatch.setattr("benchmarks.truth.TOGETHER", 4)  # in two parts
     torch.testing.assert_close(outputs_of(task, truth.masks, 3), truth.outputs[..., 0], atol=1e-4, rtol=1e-4)
+
+
+def test_bytes_has_every_setting(tmp_path):
+    bytes_benchmark.main(["--quick", "--out", str(tmp_path)])
+    found = json.loads((tmp_path / "bytes.json").read_text())
+    assert [row["setting"] for row in found] == 2 * list(bytes_benchmark.SETTINGS)
+    assert {row["models"] for row in found} == {1, 2}
+    assert all(-1 <= row["lds"] <= 1 and row["bytes"] > 0 for row in found)
+    sizes = {row["setting"]: row["bytes"] for row in found}
+    assert sizes["sparse 2048, int8"] < sizes[bytes_benchmark.OLD] / 3
+    assert (tmp_path / "bytes.png").stat().st_size > 10_000
