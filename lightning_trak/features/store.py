@@ -295,8 +295,7 @@ class FeatureStore:
         0 if floats are stored.
         """
         shares = (self._shard_metadata(checkpoint, shard)["rounding_error"] for shard in range(self.num_shards))
-        squares = sum(len(self.shard(shard)) * share**2 for shard, share in enumerate(shares))
-        return float((squares / self.num_examples) ** 0.5)
+        return float((sum(len(self.shard(i)) * share**2 for i, share in enumerate(shares)) / self.num_examples) ** 0.5)
 
     def engine_of(self, checkpoint: int, shard: int) -> str:
         """The engine that computed the gradients of a shard, see :meth:`write`."""
