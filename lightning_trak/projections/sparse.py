@@ -194,13 +194,15 @@ class BoundSparseProjection(BoundRandomProjection):
         sums = gradients.new_zeros(len(gradients), 2 * width, dtype=dtype)
         stop = start + gradients.shape[1]
         for begin, block in self._blocks(name, start, stop):
-            numbers = range(begin // width, -(-(begin + len(block)) // width))
-            ends = [min((number + 1) * width, begin + len(block)) for number in numbers]
-            lengths = [end - first for first, end in pairwise([begin, *ends])]
-            parts = torch.split(gradients[:, begin - start : begin - start + len(block)].to(dtype), lengths, 1)
-            for number, part, some in zip(numbers, parts, torch.split(block.to(dtype), lengths), strict=True):
-                shift = placement.offsets[number] + (begin % width if number == numbers[0] else 0)
-                sums.narrow(1, shift, len(some)).addcmul_(part, some)
+            end = begin + len(block)
+            numbers = range(begin // width, -(-end // width))
+            bounds = [begin, *(number * width for number in numbers[1:]), end]
+            lengths = [after - before for before, after in pairwise(bounds)]
+            parts = torch.split(gradients[:, begin - start : end - start].to(dtype), lengths, 1)
+            drawn = torch.split(block.to(dtype), lengths)
+            for number, bound, length, part, some in zip(numbers, bounds, lengths, parts, drawn, strict=False):
+                first = placement.offsets[number] + bound - number * width
+                sums.narrow(1, first, length).addcmul_(part, some)
         return sums[:, :width].add_(sums[:, width:])
 
     def add_sparse_(self, features: Tensor, name: str, rows: Tensor, numbers: Tensor) -> None:
