@@ -33,10 +33,11 @@ class ExactKernel(FeatureMethod):
     sequences and convolutions, the cheaper of two ways is taken by their shapes.
 
     The store holds each example's gradient exactly, in its shortest form (for a linear layer, its inputs and its
-    output's gradients), and the kernel in blocks. For n training examples, the kernel takes 4 n^2 bytes on disk, and
-    scoring takes about 40 n^2 bytes of memory (16 GB for n = 20,000). The time grows with n^2, and for a layer of a
-    outputs and b inputs, with the smaller of T^2 (a + b) and a b, where T is the number of positions. Large shards
-    (1,000 examples or more) are read more seldom.
+    output's gradients), and the kernel in blocks. For n training examples, the kernel of a checkpoint takes 4 n^2 bytes
+    on disk, its factor 8 n^2 bytes of memory, and to make the factor takes 32 n^2 bytes (13 GB for n = 20,000). The
+    kernel takes n^2 / 2 inner products in float64, each of T^2 (a + b) or a b products for a layer of a outputs and b
+    inputs on T positions, and the stored gradients are read n / 2,000 times. If examples have several positions, all
+    should have one length: the longest of a few decides what is stored, and a longer one is refused.
 
     Args:
         model: as for :class:`~lightning_trak.TRAK`.
@@ -125,4 +126,6 @@ class ExactKernel(FeatureMethod):
     @override
     def make_scorer(self, store: FeatureStore) -> ExactKernelScorer:
         size = self._pipeline().copy_model().size
-        return ExactKernelScorer(store, self.curvature, self.damping, self.loss_gradients, self.soft_threshold, size)
+        subsets = [checkpoint.subset for checkpoint in self.checkpoints]
+        settings = self.curvature, self.damping, self.loss_gradients, self.soft_threshold
+        return ExactKernelScorer(store, *settings, subsets, size)

@@ -63,7 +63,6 @@ class DualSystem:
                 " examples: use a larger damping (now 0; 'auto' suits most models), a projection with a smaller dim or"
                 " more training examples"
             )
-        self._kernel = kernel
         curvatures = curvatures.to(device, torch.float64)
         # So small that nothing else changes: S has the square of this in units of its scale.
         self._roots = curvatures.clamp(min=1e-60 * curvatures.max()).sqrt()
@@ -82,10 +81,17 @@ class DualSystem:
         """
         return self._factor.solve(products * self._roots).div_(self._roots)
 
-    def own(self, examples: range) -> Tensor:
-        """The solution of each of some training examples at itself, shape ``(len(examples),)``."""
-        products = self._kernel[examples.start : examples.stop].to(self._roots)
-        return self.solve(products)[:, examples.start : examples.stop].diagonal()
+    def own(self, products: Tensor, examples: range) -> Tensor:
+        """The solution of each of some training examples at itself.
+
+        Args:
+            products: rows of K, shape ``(len(examples), n)``.
+            examples: which rows.
+
+        Returns:
+            float64, shape ``(len(examples),)``.
+        """
+        return self.solve(products.to(self._roots))[:, examples.start : examples.stop].diagonal()
 
 
 def kernel_matrix(store: FeatureStore, checkpoint: int, device: torch.device, ranks: Ranks) -> Tensor:

@@ -5,12 +5,13 @@ a file of the store with a checksum, is there or not, and is made once: to conti
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from lightning_trak.checkpoints.subsets import TrainingSubset
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.gradients.hooks.factors import GradientForms
 from lightning_trak.running.ranks import Ranks
@@ -33,6 +34,7 @@ class ExactKernelScorer(TRAKScorer):
         damping: as for TRAKScorer; more than 0.
         loss_gradients: as for TRAKScorer.
         soft_threshold: as for TRAKScorer.
+        subsets: as for TRAKScorer.
         num_parameters: the number of elements of a gradient.
     """
 
@@ -45,9 +47,10 @@ class ExactKernelScorer(TRAKScorer):
         damping: Damping,
         loss_gradients: LossGradients,
         soft_threshold: float,
+        subsets: Sequence[TrainingSubset | None],
         num_parameters: int,
     ) -> None:
-        super().__init__(store, curvature, damping, loss_gradients, soft_threshold)
+        super().__init__(store, curvature, damping, loss_gradients, soft_threshold, subsets)
         self._num_parameters = num_parameters
         self._blocks = row_blocks(store.num_shards, store.shard_size)
 

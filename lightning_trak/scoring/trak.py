@@ -212,32 +212,32 @@ class TRAKScorer(Scorer):
         """See :meth:`Scorer.block`. The dual's solutions are scores already, and no features are read."""
         if not self._dual:
             return super().block(directions, shard, rows)
-        examples = self.store.shard(shard)
-        solved = (direction[:, examples.start : examples.stop] for direction in directions)
-        return self._summed(solved, shard)
+        examples, total = self.store.shard(shard), directions[0].new_zeros(())
+        for checkpoint, direction in enumerate(directions):
+            total = total + self._weighted(direction[:, examples.start : examples.stop], checkpoint, shard)
+        return self.finish(total, shard)
 
     def self_scores(self, ranks: Ranks = Ranks()) -> Tensor:  # noqa: B008
         """See :meth:`Scorer.self_scores`."""
         if not self._dual:
             return super().self_scores(ranks)
-        like = self._working(self.store.read(0, 0).features[:0])
-        scores = torch.zeros(self.store.num_examples, dtype=like.dtype)
-        for shard in ranks.share(self.store.num_shards):
-            examples = self.store.shard(shard)
-            found = self._summed((system.own(examples).to(like) for system in self._dual), shard)
+        like, mine = self._working(self.store.read(0, 0).features[:0]), ranks.share(self.store.num_shards)
+        sums = like.new_zeros(self.store.num_examples)
+        for checkpoint, system in enumerate(self._dual):
+            kernel = self._kernel(checkpoint, ranks)
+            for shard, examples in ((shard, self.store.shard(shard)) for shard in mine):
+                own = system.own(kernel[examples.start : examples.stop], examples).to(like)
+                sums[examples.start : examples.stop] += self._weighted(own, checkpoint, shard)
+        scores = torch.zeros(len(sums), dtype=like.dtype)
+        for shard, examples in ((shard, self.store.shard(shard)) for shard in mine):
+            found = self.finish(sums[examples.start : examples.stop], shard)
             self._require_finite(found, shard)
             scores[examples.start : examples.stop] = found.cpu()
         return ranks.sum(scores)
 
-    def _summed(self, solved: Iterable[Tensor], shard: int) -> Tensor:
-        """Scores of a shard from the dual's solutions at each checkpoint, shape ``(..., n)``."""
-        total: Tensor | None = None
-        for checkpoint, part in enumerate(solved):
-            weights = self.weights(checkpoint, self.store.read_stored(checkpoint, shard))
-            part = part if weights is None else part * weights.to(part)
-            total = part.clone() if total is None else total.add_(part)
-        assert total is not None
-        return self.finish(total, shard)
+    def _weighted(self, solved: Tensor, checkpoint: int, shard: int) -> Tensor:
+        weights = self.weights(checkpoint, self.store.read_stored(checkpoint, shard))
+        return solved if weights is None else solved * weights.to(solved)
 
     def weights(self, checkpoint: int, rows: Features | StoredFeatures) -> Tensor | None:  # noqa: ARG002
         """Q, or None if the average of Q is multiplied later, by :meth:`finish`."""

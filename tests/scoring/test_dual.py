@@ -88,7 +88,7 @@ def test_scores_are_those_of_the_primal(tmp_path, curvature, damping, dtype):
 
 
 def test_few_examples_with_many_features_and_little_damping(tmp_path):
-    store, targets = make_store(tmp_path, n=9, k=3000), make_targets(3000)
+    store, targets = make_store(tmp_path, n=9, k=900), make_targets(900)
     assert_close(scored(fitted(store, damping=1e-4), targets), reference(store, targets, "gauss_newton", 1e-4))
 
 
