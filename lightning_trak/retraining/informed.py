@@ -14,6 +14,7 @@ _MIN_MEMBERS = 5  # with fewer, nothing can be held out to choose the noise
 _FOLDS = 5
 _NOISES = (math.inf, 300.0, 100.0, 30.0, 10.0, 3.0, 1.0)  # ratios of noise to prior variance
 _SHARED = 0.1  # share of the prior variance that all targets have in common
+_CAUTION = 0.5  # standard errors that the gain of a correction counts less
 _MAX_STEPS = 100  # of conjugate gradients
 _TOLERANCE = 1e-3  # relative norm of what they leave: the noise of the outputs is far larger
 
@@ -33,7 +34,7 @@ def informed_scores(scores: Tensor, masks: Tensor, outputs: Tensor) -> Tensor:
     variance as its scores. The result is the mean of tau + delta given the outputs: kernel ridge regression of the
     residuals, or a Gaussian process, with all targets at once, by conjugate gradients. The ratio of noise to prior
     variance is chosen by cross-validation over the models, for all targets together; if no correction predicts
-    left-out models better than the scores alone, by more than a standard error, the scores stay as they are.
+    left-out models better than the scores alone, by more than half a standard error, the scores stay as they are.
 
     The scores of any method can be corrected, if they predict the outputs to some degree. The corrected scores know how
     these models came out, so measure them on others: :class:`~lightning_trak.LinearDatamodelingScore` takes these
@@ -103,7 +104,7 @@ def _precisions(centred: Tensor) -> Tensor:
 def _best_noise(tau: Tensor, masks: Tensor, outputs: Tensor, scale: Tensor) -> float:
     """The ratio of noise to prior variance whose corrections predict left-out models best.
 
-    A correction must pay: its gain over no correction counts less one standard error over models.
+    Its gain over no correction counts less half a standard error over models.
     """
     errors = torch.zeros(len(_NOISES), len(masks), dtype=torch.float64, device=masks.device)
     spread = outputs.var(1, keepdim=True)
@@ -115,7 +116,7 @@ def _best_noise(tau: Tensor, masks: Tensor, outputs: Tensor, scale: Tensor) -> f
             missed = outputs[:, left_out] - regression.predict(tau + correction, masks[left_out])
             errors[number, left_out] = (missed.square() / spread)[varying].mean(0)
     gains = errors[:1] - errors
-    return _NOISES[int((gains.mean(1) - gains.std(1) / len(masks) ** 0.5).argmax())]
+    return _NOISES[int((gains.mean(1) - _CAUTION * gains.std(1) / len(masks) ** 0.5).argmax())]
 
 
 class _Regression:
