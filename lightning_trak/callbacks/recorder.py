@@ -35,6 +35,10 @@ from lightning_trak.version import __version__
 _OWN_STEPS = ("backward", "configure_gradient_clipping", "optimizer_step", "optimizer_zero_grad")
 
 
+# Of weights that went through a checkpoint. With precision="64-true", Lightning loads it into a module in float32.
+_ROUNDING = 1e-6
+
+
 class TrainingRecorder(Callback):
     """Records what one needs to repeat each optimizer step exactly.
 
@@ -120,6 +124,9 @@ class TrainingRecorder(Callback):
         if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         _require_plain(trainer, pl_module)
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        if sum(isinstance(callback, TrainingRecorder) for callback in callbacks) > 1:
+            raise ValueError("the Trainer has several TrainingRecorders; one records all that the others would")
         self._writer = RecordingWriter(self.directory, self.spacing)
         change_train_loader(trainer, self._watched)
 
@@ -168,13 +175,12 @@ class TrainingRecorder(Callback):
             self._run = self._writer.begin(run, environment)
         if self._writer.has_state(step):
             self._require_recorded(state, step)
-        else:
-            self._writer.add_state(state)
+        self._writer.add_state(state)
         self._writer.flush()
 
     def _require_recorded(self, state: TrainingState, step: int) -> None:
         found = difference(state, Recording(self.directory).state(step))
-        if not found.identical:
+        if found.largest > _ROUNDING:
             raise ValueError(
                 f"training continues at step {step}, but {found.name} is not as the recording has it: weights or the"
                 " optimizer's state have changed in between, perhaps because fit was called again without ckpt_path=,"

@@ -1,6 +1,7 @@
 """Private names of other libraries: each does what it is used for, and they are used in one module alone."""
 
 import ast
+import copy
 import random
 import re
 import signal
@@ -331,6 +332,49 @@ def test_an_option_without_completion():
     action = parser.add_argument("--model")
     compatibility.skip_completion(parser, "--model")
     assert action.complete == {}  # of which shtab makes no choices
+
+
+def test_a_loader_draws_from_a_changed_sampler():
+    drawn = []
+
+    class Noting:
+        def __init__(self, sampler):
+            self.sampler = sampler
+
+        def __iter__(self):
+            for positions in self.sampler:
+                drawn.append(positions)
+                yield positions
+
+    loader = DataLoader(range(5), batch_size=2)
+    changed = compatibility.with_index_sampler(copy.copy(loader), Noting)
+    assert [batch.tolist() for batch in changed] == drawn == [[0, 1], [2, 3], [4]]
+    assert [batch.tolist() for batch in loader] == drawn
+    assert len(drawn) == 3
+    assert type(loader) is DataLoader
+    assert changed.batch_sampler is loader.batch_sampler
+
+
+def test_a_trainer_uses_a_changed_loader():
+    seen = []
+
+    class Changing(L.Callback):
+        def setup(self, trainer, module, stage):
+            compatibility.change_train_loader(trainer, lambda loader: seen.append(loader) or copy.copy(loader))
+
+        def on_train_start(self, trainer, module):
+            seen.append(trainer.train_dataloader)
+
+        def teardown(self, trainer, module, stage):
+            compatibility.restore_train_loader(trainer)
+
+    loader = DataLoader(TRAIN, batch_size=25)
+    trainer = make_trainer(max_epochs=1, callbacks=[Changing()])
+    source = type(trainer.fit_loop._data_source)
+    trainer.fit(make_model(), loader)
+    assert seen[0] is loader
+    assert seen[1] is not loader
+    assert type(trainer.fit_loop._data_source) is source
 
 
 # ---- They are used in one module alone ----
