@@ -128,6 +128,16 @@ def test_top_k_self_influence_and_trainer_predict(tmp_path, checkpoints):
     assert_close(exact.self_influence(trainer), exact.score(trainer, TRAIN).diagonal())
 
 
+def test_the_features_of_targets_are_their_gradients(tmp_path, checkpoints):
+    found = []
+    for method, more in [(ExactKernel, {}), (TRAK, {"projection": IdentityProjection()})]:
+        made = method(make_model(), checkpoints, tmp_path / method.__name__, **more)
+        made.featurize(make_trainer(), Subset(TRAIN, range(9)))
+        found.append(made.target_features(make_trainer(), TARGETS))
+    for exact, trak in zip(*found, strict=True):
+        torch.testing.assert_close(exact.features, trak.features)
+
+
 def small_blocks(monkeypatch):
     monkeypatch.setattr(module_of_kernel, "row_blocks", lambda shards, size: [range(i, i + 1) for i in range(shards)])
 
