@@ -90,6 +90,7 @@ class TrainingRecorder(Callback):
         self._resumed_runs: list[str] = []
         self._positions = PositionLog()
         self._loader: DataLoader[Any] | None = None
+        self._opened = False
         self._forget()
 
     def _forget(self) -> None:
@@ -137,8 +138,10 @@ class TrainingRecorder(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start or continue the recording."""
-        if self._writer is None:
-            return
+        if self._writer is not None:
+            self._open(self._writer, trainer, pl_module)
+
+    def _open(self, writer: RecordingWriter, trainer: Trainer, pl_module: LightningModule) -> None:
         self._forget()
         loader = trainer.train_dataloader
         if loader is not self._loader or loader is None:
@@ -170,13 +173,14 @@ class TrainingRecorder(Callback):
         self._structure(optimizer), self._settings(trainer, optimizer)  # fail now, not after the first step
         state = TrainingState.of(pl_module, optimizer).to_cpu()
         if step:
-            self._run = self._writer.resume(earlier, step, run, environment)
+            self._run = writer.resume(earlier, step, run, environment)
         else:
-            self._run = self._writer.begin(run, environment)
-        if self._writer.has_state(step):
+            self._run = writer.begin(run, environment)
+        self._opened = True
+        if writer.has_state(step):
             self._require_recorded(state, step)
-        self._writer.add_state(state)
-        self._writer.flush()
+        writer.add_state(state)
+        writer.flush()
 
     def _require_recorded(self, state: TrainingState, step: int) -> None:
         found = difference(state, Recording(self.directory).state(step))
@@ -267,6 +271,16 @@ class TrainingRecorder(Callback):
             self._writer.flush(finished=True)
 
     @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Finish the recording of a run that was killed between its last checkpoint and its end.
+
+        A fit that continues from that checkpoint takes no step, so that it has no start.
+        """
+        if self._writer is not None and not self._opened and self._resumed_runs and trainer.global_step:
+            self._open(self._writer, trainer, pl_module)
+            self.on_train_end(trainer, pl_module)
+
+    @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Write what was recorded, and release the directory."""
         if self._writer is not None:
@@ -286,7 +300,7 @@ class TrainingRecorder(Callback):
         if self._writer is not None:
             self._writer.close()
             self._writer = None
-        self._loader = None
+        self._loader, self._opened = None, False
 
 
 def _require_plain(trainer: Trainer, module: LightningModule) -> None:

@@ -1,14 +1,18 @@
 """TRAK without a projection, for training sets of up to tens of thousands of examples."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_trak.checks import require_one_of
 from lightning_trak.features.engines import EngineName
+from lightning_trak.features.rows import Features
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.gradients import ParameterSelection
 from lightning_trak.methods.feature import Checkpoints, FeatureMethod
@@ -18,7 +22,7 @@ from lightning_trak.running.data import Data
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.running.strategies import require_whole_parameters
 from lightning_trak.scoring.damping import Damping, require_damping
-from lightning_trak.scoring.exact_kernel import ExactKernelScorer
+from lightning_trak.scoring.exact_kernel import ExactKernelScorer, stored_forms
 from lightning_trak.scoring.gram import Curvature
 from lightning_trak.scoring.trak import LossGradients
 
@@ -122,6 +126,25 @@ class ExactKernel(FeatureMethod):
         pipeline = self._pipeline()
         scorer = self.make_scorer(pipeline.open(pipeline.copy_model(), trainer))
         scorer.make_kernels(trainer.strategy.root_device, Ranks.of(trainer))
+
+    @override
+    def score(
+        self, trainer: L.Trainer, data: Data | Sequence[DataLoader[Any]], top_k: int | None = None, largest: bool = True
+    ) -> Any:
+        require_whole_parameters(trainer)
+        return super().score(trainer, data, top_k, largest)
+
+    @override
+    def target_features(self, trainer: L.Trainer, data: Data) -> list[Features]:
+        """The whole gradients of targets, see :meth:`FeatureMethod.target_features`."""
+        require_whole_parameters(trainer)
+        pipeline = self._pipeline()
+        store = pipeline.open(pipeline.copy_model(), trainer)
+        found = super().target_features(trainer, data)
+        return [
+            rows._replace(features=stored_forms(store, checkpoint).gradients(rows.features))
+            for checkpoint, rows in enumerate(found)
+        ]
 
     @override
     def make_scorer(self, store: FeatureStore) -> ExactKernelScorer:

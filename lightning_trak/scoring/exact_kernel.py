@@ -99,7 +99,7 @@ class ExactKernelScorer(TRAKScorer):
 
     def _make_block(self, checkpoint: int, block: int) -> Tensor:
         """The inner products of a block of examples and all examples up to its last, float64."""
-        forms, mine = self._forms(checkpoint), self._stored(checkpoint, block)
+        forms, mine = stored_forms(self.store, checkpoint), self._stored(checkpoint, block)
         parts = []
         for other in range(block + 1):
             others = mine if other == block else self._stored(checkpoint, other)
@@ -124,15 +124,6 @@ class ExactKernelScorer(TRAKScorer):
                     f"an inner product of two gradients is {float(products[i, j]):.9g}, and {expected:.9g} by the"
                     " gradients themselves: the device computes wrong numbers; use another device"
                 )
-
-    def _forms(self, checkpoint: int) -> GradientForms:
-        found = self.store.read_extra(checkpoint, "projection", self.store.key)
-        if found is None:
-            raise RuntimeError(
-                f'store "{self.store.directory}" has lost the forms of the gradients of checkpoint {checkpoint}; call'
-                " featurize again, which finds them again"
-            )
-        return GradientForms.from_tensors(found)
 
     def _stored(self, checkpoint: int, block: int) -> Tensor:
         shards = [self.store.read(checkpoint, shard).features for shard in self._blocks[block]]
@@ -159,12 +150,30 @@ class ExactKernelScorer(TRAKScorer):
 
     def _products(self, checkpoint: int, targets: Tensor, ranks: Ranks) -> Tensor:
         """See TRAKScorer."""
-        forms, found = self._forms(checkpoint), targets.new_zeros(len(targets), self.store.num_examples).double()
+        forms, found = (
+            stored_forms(self.store, checkpoint),
+            targets.new_zeros(len(targets), self.store.num_examples).double(),
+        )
         blocks = dict(self._starts())
         for number in ranks.share(len(blocks)):
             examples = blocks[number]
             found[:, examples.start : examples.stop] = inner_products(forms, targets, self._stored(checkpoint, number))
         return ranks.sum(found)
+
+
+def stored_forms(store: FeatureStore, checkpoint: int) -> GradientForms:
+    """The forms in which a store holds the gradients of a checkpoint.
+
+    Raises:
+        RuntimeError: if the store has lost them.
+    """
+    found = store.read_extra(checkpoint, "projection", store.key)
+    if found is None:
+        raise RuntimeError(
+            f'store "{store.directory}" has lost the forms of the gradients of checkpoint {checkpoint}; call featurize'
+            " again, which finds them again"
+        )
+    return GradientForms.from_tensors(found)
 
 
 def _name(block: int) -> str:

@@ -218,6 +218,7 @@ def test_the_choice_is_told(tmp_path, monkeypatch):
     assert told == ["TRAK: solves 30 x 30 (examples) instead of 70 x 70 (features), since n is smaller"]
 
 
+@pytest.mark.slow
 def test_trak_without_a_projection(tmp_path):
     train, trainer = make_data(20), make_trainer()
     trak = TRAK(make_model(), make_checkpoints(M), tmp_path / "store", projection=IdentityProjection())

@@ -221,8 +221,11 @@ def find_forms(engine: GradientEngine, batch: ExampleBatch) -> GradientForms:
 
 def _form(layer: Layer, attribute: str, call: LayerCall, whole: GradientForm) -> GradientForm:
     if attribute == "weight" and layer.has_factors():
-        left, right = _parts(layer, attribute, "factors", call)
-        return _shortest(GradientForm(whole.name, "factors", left.shape[1], left.shape[2], right.shape[2]))
+        height = len(layer.module.get_parameter(attribute))
+        width = whole.columns // height
+        outputs = width if layer.rows_are_inputs else height
+        positions = call.output_gradient.numel() // (call.size * outputs)
+        return _shortest(GradientForm(whole.name, "factors", positions, height, width))
     nonzero = layer.nonzero_rows(attribute, call)
     if nonzero is None:
         return whole

@@ -1,0 +1,518 @@
+"""Metagradients against a closed form, and against finite differences of whole trainings."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import BaseFinetuning
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
+
+from lightning_trak import AttributionMixin, Metagradient
+from lightning_trak.outputs import ModelOutput, NegativeLoss, RegressionOutput
+from lightning_trak.replay import SmoothAdamW
+from tests.callback_nets import make_trainer
+from tests.replay.runs import NUM_TRAIN, Net, make_data, shuffled, train
+
+DATA, TARGETS = make_data(), make_data(3, seed=5)
+DIRECTION = torch.randn(NUM_TRAIN, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+STEP = 1e-4
+
+
+def outputs(module: Net, targets: TensorDataset = TARGETS) -> Tensor:
+    batch = [part.double() if part.is_floating_point() else part for part in targets.tensors]
+    module = copy.deepcopy(module).double().eval()
+    with torch.no_grad():
+        return module.configure_model_output().output(module, batch)
+
+
+def attribute(module: Any, directory: Path, trainer: L.Trainer, targets: Any = TARGETS, **options: Any) -> Tensor:
+    return Metagradient(module, directory, progress_bar=False, **options).attribute(trainer, DATA, targets)
+
+
+def require_derivative(make: Callable[[], Net], scores: Tensor, options: dict[str, Any]) -> None:
+    """Compare the scores, along one direction of weights, with central differences of fourth order."""
+
+    def at(distance: float) -> Tensor:
+        module = make()
+        module.weights = 1 + distance * STEP * DIRECTION
+        train(module, DATA, **options)
+        return outputs(module)
+
+    expected = (8 * (at(1) - at(-1)) - (at(2) - at(-2))) / (12 * STEP)
+    assert expected.norm() > 1e-3
+    assert (scores @ DIRECTION - expected).norm() < 1e-7 * expected.norm()
+
+
+# --- closed form --------------------------------------------------------------------------------------------------
+
+
+class Linear(AttributionMixin, L.LightningModule):
+    """Linear regression by gradient descent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(3, 1, bias=False)
+        nn.init.zeros_(self.net.weight)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.net(inputs)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return F.mse_loss(self(batch[0]).squeeze(-1), batch[1]) / 2
+
+    def configure_model_output(self) -> ModelOutput:
+        return RegressionOutput()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.3)
+
+
+def test_linear_regression_by_gradient_descent(tmp_path: Path) -> None:
+    """With residuals r_t and A = X^T X / n: d theta_T / d w_i = -(lr / n) sum_t (I - lr A)^(T-1-t) x_i r_t,i."""
+    generator = torch.Generator().manual_seed(0)
+    inputs, labels = torch.randn(8, 3, generator=generator), torch.randn(8, generator=generator)
+    targets = torch.randn(4, 3, generator=generator)
+    steps, module = 7, Linear()
+    data = TensorDataset(inputs, labels)
+    trainer = train(module, data, tmp_path, loader=lambda data: DataLoader(data, batch_size=8), max_epochs=steps)
+    method = Metagradient(module, tmp_path, progress_bar=False)
+    scores = method.attribute(trainer, data, TensorDataset(targets, torch.zeros(4)))
+
+    x, y, moved = inputs.double(), labels.double(), torch.zeros(3, 8, dtype=torch.float64)
+    theta = torch.zeros(3, dtype=torch.float64)
+    shrink = torch.eye(3, dtype=torch.float64) - 0.3 * x.T @ x / 8
+    for _ in range(steps):
+        residuals = x @ theta - y
+        moved = shrink @ moved - 0.3 / 8 * x.T * residuals
+        theta = theta - 0.3 / 8 * x.T @ residuals
+    torch.testing.assert_close(scores, targets.double() @ moved, rtol=1e-12, atol=1e-14)
+
+
+# --- finite differences -------------------------------------------------------------------------------------------
+
+
+def layers(*inner: nn.Module, width: int = 6) -> nn.Module:
+    return nn.Sequential(nn.Linear(4, width), *inner, nn.Tanh(), nn.Linear(width, 3))
+
+
+class Convolutional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(1, 4, 2, padding=1), nn.BatchNorm2d(4), nn.Linear(4, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        images = self.norm(self.conv(inputs.reshape(-1, 1, 2, 2)))
+        return self.head(F.max_pool2d(F.gelu(images), 2).flatten(1))
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(1, 4), nn.Linear(4, 3)
+        self.encoder = nn.TransformerEncoderLayer(4, 2, 6, dropout=0.1, batch_first=True)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(self.encoder(self.embed(inputs.reshape(-1, 4, 1))).mean(1))
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(2, 4, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(self.lstm(inputs.reshape(-1, 2, 2))[0][:, -1])
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+        self.second.weight = self.first.weight
+        self.first.bias.requires_grad_(False)
+        self.unused = nn.Linear(2, 2)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(self.second(self.first(inputs).tanh()).tanh())
+
+
+NETS: dict[str, Callable[[], nn.Module]] = {
+    "dropout": lambda: layers(nn.Dropout(0.3)),
+    "batch norm": lambda: layers(nn.BatchNorm1d(6)),
+    "layer norm": lambda: layers(nn.LayerNorm(6)),
+    "group norm": lambda: layers(nn.GroupNorm(2, 6)),
+    "square group norm": lambda: layers(nn.GroupNorm(4, 16), width=16),
+    "convolutions": Convolutional,
+    "attention": Attention,
+    "recurrent": Recurrent,
+    "tied, frozen and unused weights": Tied,
+}
+
+
+def sgd(**options: Any) -> Callable[[Net], Any]:
+    return lambda module: torch.optim.SGD(module.parameters(), **({"lr": 0.1} | options))
+
+
+def adam(kind: Any, **options: Any) -> Callable[[Net], Any]:
+    return lambda module: kind(module.parameters(), lr=0.01, **options)
+
+
+def groups(module: Net) -> Any:
+    *body, weight, bias = module.parameters()
+    groups = [{"params": body, "weight_decay": 0.1}, {"params": [bias, weight], "lr": 0.03, "momentum": 0.5}]
+    return torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+
+
+def scheduled(module: Net) -> Any:
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.02)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.02, total_steps=6)  # momentum changes, too
+    return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
+OPTIMIZERS: dict[str, Callable[[Net], Any]] = {
+    "sgd": sgd(),
+    "momentum": sgd(momentum=0.9, dampening=0.3, weight_decay=0.01),
+    "nesterov": sgd(momentum=0.9, nesterov=True, weight_decay=0.01),
+    "maximize": sgd(momentum=0.9, maximize=True),
+    "adam": adam(torch.optim.Adam, weight_decay=0.01),
+    "amsgrad": adam(torch.optim.Adam, amsgrad=True, betas=(0.8, 0.7)),
+    "adamw": adam(torch.optim.AdamW, weight_decay=0.1, maximize=True),
+    "smooth adamw": adam(SmoothAdamW, eps_root=1e-4, weight_decay=0.1),
+    "groups": groups,
+    "schedule": scheduled,
+}
+
+TRAINERS: dict[str, dict[str, Any]] = {
+    "clip by norm": {"gradient_clip_val": 0.4},
+    "clip by value": {"gradient_clip_val": 0.1, "gradient_clip_algorithm": "value"},
+    "accumulation": {"accumulate_grad_batches": 2, "gradient_clip_val": 0.4},
+    "float inputs": {"loader": lambda data: shuffled(data, 5, drop_last=True)},
+    "repetitions": {"loader": lambda data: DataLoader(data, 5, sampler=WeightedRandomSampler(torch.ones(12), 15))},
+}
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_layers(name: str, tmp_path: Path) -> None:
+    def make() -> Net:
+        return Net(NETS[name], sgd(lr=0.2, momentum=0.5))
+
+    module = make()
+    trainer = train(module, DATA, tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*batch normalization.*")
+        scores = attribute(module, tmp_path, trainer)
+        one_by_one = attribute(module, tmp_path, trainer, block_size=1)
+    torch.testing.assert_close(scores, one_by_one, rtol=1e-9, atol=1e-12)
+    require_derivative(make, scores, {})
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers(name: str, tmp_path: Path) -> None:
+    def make() -> Net:
+        return Net(optimizer=OPTIMIZERS[name])
+
+    module = make()
+    trainer = train(module, DATA, tmp_path)
+    require_derivative(make, attribute(module, tmp_path, trainer), {})
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_trainers(name: str, tmp_path: Path) -> None:
+    module = Net(optimizer=sgd(momentum=0.9))
+    trainer = train(module, DATA, tmp_path, **TRAINERS[name])
+    require_derivative(lambda: Net(optimizer=sgd(momentum=0.9)), attribute(module, tmp_path, trainer), TRAINERS[name])
+
+
+@pytest.mark.parametrize("net", ["batch norm", "dropout"])
+def test_accumulation_with_statistics_and_random_numbers(net: str, tmp_path: Path) -> None:
+    def make() -> Net:
+        return Net(NETS[net], sgd(lr=0.2))
+
+    module, options = make(), {"accumulate_grad_batches": 3}
+    trainer = train(module, DATA, tmp_path, **options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*batch normalization.*")
+        scores = attribute(module, tmp_path, trainer)
+    require_derivative(make, scores, options)
+
+
+def newton_schulz(matrix: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """torch's iterations without bfloat16."""
+    found = matrix.T if matrix.size(0) > matrix.size(1) else matrix
+    found = found / found.norm().clamp(min=eps)
+    a, b, c = coefficients
+    for _ in range(steps):
+        gram = found @ found.T
+        found = torch.addmm(found, torch.addmm(gram, gram, gram, beta=b, alpha=c), found, beta=a)
+    return found.T if matrix.size(0) > matrix.size(1) else found
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+@pytest.mark.parametrize("options", [{}, {"nesterov": False, "adjust_lr_fn": "match_rms_adamw"}])
+def test_muon_without_rounding(options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.optim._muon._zeropower_via_newtonschulz", newton_schulz)
+
+    def make() -> Net:
+        body = lambda: nn.Sequential(nn.Linear(4, 5, bias=False), nn.Tanh(), nn.Linear(5, 3, bias=False))  # noqa: E731
+        return Net(body, lambda module: torch.optim.Muon(module.parameters(), lr=0.02, **options))
+
+    module = make()
+    trainer = train(module, DATA, tmp_path)
+    require_derivative(make, attribute(module, tmp_path, trainer), {})
+
+
+def test_layers_that_thaw(tmp_path: Path) -> None:
+    class Thaw(BaseFinetuning):
+        def freeze_before_training(self, module: L.LightningModule) -> None:
+            self.freeze(module.net[0])
+
+        def finetune_function(self, module: L.LightningModule, epoch: int, optimizer: Any) -> None:
+            if epoch == 1:
+                self.unfreeze_and_add_param_group(module.net[0], optimizer, lr=0.05)
+                self.freeze(module.net[2])
+                module.net[2].bias.requires_grad_(True)
+
+    def make() -> Net:
+        body = lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))  # noqa: E731
+        trained = lambda module: [p for p in module.parameters() if p.requires_grad]  # noqa: E731
+        return Net(body, lambda module: torch.optim.SGD(trained(module), lr=0.1, momentum=0.9))
+
+    module = make()
+    trainer = train(module, DATA, tmp_path, callbacks=[Thaw()], max_epochs=3)
+    require_derivative(make, attribute(module, tmp_path, trainer), {"callbacks": [Thaw()], "max_epochs": 3})
+
+
+# --- the same scores ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Net, Path, L.Trainer, Tensor]:
+    directory, module = tmp_path_factory.mktemp("recorded"), Net(optimizer=OPTIMIZERS["adam"])
+    trainer = train(module, DATA, directory, max_epochs=4)
+    return module, directory, trainer, attribute(module, directory, trainer)
+
+
+@pytest.mark.parametrize("spacing", ["log", 1, 5, 100])
+def test_spacing_does_not_matter(spacing: Any, recorded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = train(Net(optimizer=OPTIMIZERS["adam"]), DATA, tmp_path, spacing, max_epochs=4)
+    assert torch.equal(attribute(Net(), tmp_path, trainer), recorded[3])
+    monkeypatch.setattr("lightning_trak.replay.differentiating.SEGMENT_BYTES", 1)  # as few states in memory as possible
+    assert torch.equal(attribute(Net(), tmp_path, trainer), recorded[3])
+
+
+@pytest.mark.parametrize(
+    "options", [{"block_size": 1}, {"block_size": 2}, {"micro_batch_size": 1}, {"micro_batch_size": 3}]
+)
+def test_blocks_do_not_matter(options: dict[str, int], recorded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, directory, trainer, expected = recorded
+    torch.testing.assert_close(attribute(module, directory, trainer, **options), expected, rtol=1e-10, atol=1e-13)
+    monkeypatch.setattr("lightning_trak.replay.differentiating.COTANGENT_BYTES", 1)  # a reverse pass for each target
+    torch.testing.assert_close(attribute(module, directory, trainer, **options), expected, rtol=1e-10, atol=1e-13)
+
+
+def test_order_and_batches_of_the_loaders_do_not_matter(recorded: Any) -> None:
+    module, directory, trainer, expected = recorded
+    method = Metagradient(module, directory, progress_bar=False)
+    found = method.attribute(trainer, shuffled(DATA, 7), DataLoader(TARGETS, batch_size=2))
+    assert torch.equal(found, expected)
+
+
+def test_parts_of_the_run_add_up(recorded: Any, tmp_path: Path) -> None:
+    module, directory, trainer, expected = recorded
+    parts = [attribute(module, directory, trainer, last_steps=steps) for steps in range(1, 13)]
+    assert torch.equal(parts[-1], expected)
+    last = Metagradient(module, directory).recording.record(11).micro_batches[0].positions
+    assert sorted(parts[0].abs().sum(0).nonzero().flatten().tolist()) == sorted(last)
+    # Training from the state in the middle, recorded as a run of its own, has the scores of the last steps.
+    module = Net(optimizer=OPTIMIZERS["sgd"])
+    middle = Net(optimizer=OPTIMIZERS["sgd"])
+    order = lambda data: DataLoader(data, batch_size=4)  # noqa: E731
+    trainer = train(module, DATA, tmp_path / "whole", loader=order)
+    train(middle, DATA, loader=order, max_epochs=1)
+    train(middle, DATA, tmp_path / "half", loader=order, max_epochs=1)
+    half = attribute(module, tmp_path / "whole", trainer, last_steps=3)
+    torch.testing.assert_close(attribute(middle, tmp_path / "half", trainer), half, rtol=1e-10, atol=1e-13)
+
+
+def test_float32_agrees_with_float64(tmp_path: Path) -> None:
+    found = []
+    for precision in ("32-true", "64-true"):
+        module = Net(optimizer=OPTIMIZERS["nesterov"])
+        trainer = train(module, DATA, tmp_path / precision, precision=precision)
+        found.append(attribute(module, tmp_path / precision, trainer))
+    assert [scores.dtype for scores in found] == [torch.float32, torch.float64]
+    torch.testing.assert_close(found[0].double(), found[1], rtol=1e-3, atol=1e-5)
+
+
+def test_nothing_of_the_user_is_touched(tmp_path: Path) -> None:
+    module = Net(lambda: layers(nn.BatchNorm1d(6), nn.Dropout(0.2)), OPTIMIZERS["adam"])
+    trainer = train(module, DATA, tmp_path)
+    module.net[1].eval()
+    for parameter in module.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    tensors = copy.deepcopy(module.state_dict())
+    modes, attributes = [part.training for part in module.modules()], dict(vars(module))
+    flags = [parameter.requires_grad for parameter in module.parameters()]
+    held = dict(vars(trainer))
+    state, default = torch.get_rng_state(), torch.get_default_dtype()
+    with pytest.warns(UserWarning, match="example with weight 0 is still part of the batch's statistics"):
+        attribute(module, tmp_path, trainer)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.get_default_dtype() == default
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in module.state_dict().items())
+    assert all(bool((parameter.grad == 1).all()) for parameter in module.parameters())
+    assert [part.training for part in module.modules()] == modes
+    assert [parameter.requires_grad for parameter in module.parameters()] == flags
+    assert dict(vars(module)) == attributes
+    assert dict(vars(trainer)) == held
+    assert type(module) is Net
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
+
+
+# --- what training minimizes --------------------------------------------------------------------------------------
+
+
+class Penalty(Net):
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) + 0.01 * self.net[0].weight.square().sum()
+
+
+class Squared(Linear):
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return F.mse_loss(self(batch[0]).squeeze(-1), batch[1])
+
+
+def test_other_losses_are_refused_and_can_be_named(tmp_path: Path) -> None:
+    module = Penalty()
+    trainer = train(module, DATA, tmp_path / "penalty")
+    with pytest.raises(ValueError, match=r"training_step returned .* the mean of the examples' losses is .*losses="):
+        attribute(module, tmp_path / "penalty", trainer)
+
+    def losses(module: Any, batch: Any) -> Tensor:
+        penalty = 0.01 * module.net[0].weight.square().sum()
+        return F.cross_entropy(module(batch[0]), batch[1], reduction="none") + penalty
+
+    assert attribute(module, tmp_path / "penalty", trainer, losses=losses).isfinite().all()
+    data = TensorDataset(torch.randn(6, 3), torch.randn(6))
+    module = Squared()
+    trainer = train(module, data, tmp_path / "squared")
+    with pytest.raises(ValueError, match="another factor"):
+        Metagradient(module, tmp_path / "squared", progress_bar=False).attribute(trainer, data, data)
+    method = Metagradient(
+        module,
+        tmp_path / "squared",
+        losses=lambda module, batch: (module(batch[0]).squeeze(-1) - batch[1]).square(),
+        progress_bar=False,
+    )
+    assert method.attribute(trainer, data, data).isfinite().all()
+
+
+def test_gradients_that_a_hook_changes_are_noticed(tmp_path: Path) -> None:
+    class Noise(L.Callback):
+        def on_after_backward(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+            for parameter in module.parameters():
+                parameter.grad.mul_(1.01)
+
+    module = Net()
+    trainer = train(module, DATA, tmp_path, callbacks=[Noise()])
+    with pytest.raises(ValueError, match=r"cannot be repeated: before step 6, .* hooks or callbacks"):
+        attribute(module, tmp_path, trainer)
+
+
+def test_buffers_that_training_changes_are_noticed(tmp_path: Path) -> None:
+    class Averaging(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 3)
+            self.register_buffer("mean", torch.zeros(4))
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            if self.training:
+                with torch.no_grad():
+                    self.mean.lerp_(inputs.mean(0), 0.1)
+            return self.linear(inputs - self.mean)
+
+    module = Net(Averaging)
+    trainer = train(module, DATA, tmp_path)
+    with pytest.raises(ValueError, match=r'changes the buffer "net\.mean"'):
+        attribute(module, tmp_path, trainer)
+
+
+def test_the_step_knows_where_it_is(tmp_path: Path) -> None:
+    class Annealed(Net):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            self.log("epoch", float(self.current_epoch))
+            losses = super().training_step(batch, batch_idx)
+            return losses * (1 + self.current_epoch + 0.1 * self.global_step + 0.01 * batch_idx)
+
+    def losses(module: Any, batch: Any) -> Tensor:
+        factor = 1 + module.current_epoch + 0.1 * module.global_step + 0.01 * (module.global_step % 3)
+        return F.cross_entropy(module(batch[0]), batch[1], reduction="none") * factor
+
+    module = Annealed()
+    trainer = train(module, DATA, tmp_path)
+    require_derivative(Annealed, attribute(module, tmp_path, trainer, losses=losses), {})
+
+    class NeedsTrainer(Net):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            return super().training_step(batch, batch_idx) * self.trainer.max_epochs
+
+    module = NeedsTrainer()
+    trainer = train(module, DATA, tmp_path / "trainer")
+    with pytest.raises(ValueError, match=r"training_step uses self\.trainer"):
+        attribute(module, tmp_path / "trainer", trainer)
+
+
+# --- bad input ----------------------------------------------------------------------------------------------------
+
+
+def test_what_does_not_fit_the_recording(recorded: Any, tmp_path: Path) -> None:
+    module, directory, trainer, _ = recorded
+    method = Metagradient(module, directory, progress_bar=False)
+    with pytest.raises(ValueError, match="have 13 examples, but those of the recording had 12"):
+        method.attribute(trainer, make_data(13), TARGETS)
+    with pytest.raises(ValueError, match="not those of the recording, judged by eight examples"):
+        method.attribute(trainer, make_data(seed=7), TARGETS)
+    with pytest.raises(ValueError, match="is not the module of the recording: shapes"):
+        attribute(Net(lambda: nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))), directory, trainer)
+    with pytest.raises(ValueError, match=r"not the module of the recording: parameters are net\.1\.bias"):
+        attribute(Net(lambda: nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3))), directory, trainer)
+    nan = TensorDataset(torch.full((1, 4), float("nan")), torch.zeros(1, dtype=torch.int64), torch.zeros(1))
+    with pytest.raises(ValueError, match="output at target 0 is nan"):
+        attribute(module, directory, trainer, nan)
+    with pytest.raises(ValueError, match="last_steps is 13, but the recorded run has 12 steps"):
+        attribute(module, directory, trainer, last_steps=13)
+    for name in ("last_steps", "block_size", "micro_batch_size"):
+        with pytest.raises(ValueError, match=f"`{name}` to be a positive integer"):
+            attribute(module, directory, trainer, **{name: 0})
+    with pytest.raises(FileNotFoundError, match="is not a directory that TrainingRecorder has written"):
+        Metagradient(module, tmp_path)
+    with pytest.raises(ValueError, match="one training loss per example"):
+        attribute(module, directory, trainer, losses=lambda module, batch: F.cross_entropy(module(batch[0]), batch[1]))
+    output = NegativeLoss(lambda module, batch: F.cross_entropy(module(batch[0]), batch[1], reduction="none"))
+    assert attribute(module, directory, trainer, output=output).shape == (3, 12)
+
+
+@pytest.mark.parametrize("net", ["dropout", "batch norm"])
+def test_batches_that_cannot_be_cut(net: str, tmp_path: Path) -> None:
+    module = Net(NETS[net])
+    trainer = train(module, DATA, tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*batch normalization.*")
+        with pytest.raises(ValueError, match="micro_batch_size cuts a batch"):
+            attribute(module, tmp_path, trainer, micro_batch_size=2)
+
+
+def test_a_trainer_of_any_kind_will_do(recorded: Any) -> None:
+    module, directory, _, expected = recorded
+    assert torch.equal(attribute(module, directory, make_trainer(fast_dev_run=True)), expected)
