@@ -29,9 +29,9 @@ class Metagradient(Method):
     """How much did each example's loss count in *this* training run, exactly to first order?
 
     A score is d output / d w_i, the derivative of the trained model's output by the weight w_i of example i in the
-    training loss, at w = 1: a positive score says that more weight raises the output. Removing examples S from the same
-    run (same seed, order and batches, with the batch's size as denominator) changes the output by about minus the sum
-    of their scores, in the unit of the output. An example that several epochs use has the sum over its steps.
+    training loss, at w = 1. A positive score says that more weight raises the output. The unit is that of the output:
+    removing examples S from the same run (same seed, order and batches, with the batch's size as denominator) changes
+    it by about minus the sum of their scores. An example that several epochs use has the sum over its steps.
 
     The derivative goes back through all optimizer steps of the recording (MAGIC, Ilyas and Engstrom 2025,
     arXiv 2504.16430), which are computed again. It is that of one run: another seed is another run. It predicts

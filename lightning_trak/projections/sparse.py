@@ -51,7 +51,7 @@ class SparseProjection(RandomProjection):
     a feature of its own choice. A parameter of at most ``dim`` elements has no collisions within itself if ``dim`` is
     8192 or more.
 
-    A model of at most ``dim`` parameters needs no sums: its features are the gradients, and k is the number of its
+    Models of at most ``dim`` parameters need no sums: their features are the gradients, and k is the number of their
     parameters.
 
     On a CPU, features have the same bits with any number of threads. On CUDA, the order of atomic additions changes

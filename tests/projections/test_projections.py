@@ -161,10 +161,10 @@ def test_entries_do_not_depend_on_other_parameters_or_their_order(projection):
 def test_entries_differ_between_seeds_checkpoints_names_and_kinds(projection):
     one = matrix(bind(projection, {"w": 50, "v": 50}), "w")
     others = [
-        matrix(bind(projection, {"w": 50}, seed=1), "w"),
-        matrix(bind(projection, {"w": 50}, checkpoint=1), "w"),
-        matrix(bind(projection, {"w": 50}, seed=2**80), "w"),
-        matrix(bind(projection, {"v": 50}), "v"),
+        matrix(bind(projection, {"w": 50, "v": 50}, seed=1), "w"),
+        matrix(bind(projection, {"w": 50, "v": 50}, checkpoint=1), "w"),
+        matrix(bind(projection, {"w": 50, "v": 50}, seed=2**80), "w"),
+        matrix(bind(projection, {"w": 50, "v": 50}), "v"),
     ]
     for other in others:
         agreement = (one * other).sum() / (one.norm() * other.norm())
