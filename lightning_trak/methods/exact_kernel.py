@@ -31,8 +31,8 @@ class ExactKernel(FeatureMethod):
     """TRAK's question without a projection: by how much would the output change if the example counted once more?
 
     A positive score says that training on the example raises the output at the target, in the unit of the output, as
-    for :class:`~lightning_trak.TRAK`. The scores are those of ``TRAK(projection=IdentityProjection())``, also for larger
-    models. The formula is solved with the kernel: the inner products of the gradients of all
+    for :class:`~lightning_trak.TRAK`. The scores are those of ``TRAK(projection=IdentityProjection())``, also for
+    larger models. The formula is solved with the kernel: the inner products of the gradients of all
     pairs of training examples. They are computed layer by layer. For a linear layer on one position, the inner product
     of two gradients is that of the inputs times that of the output's gradients, so that gradients are never formed. For
     sequences and convolutions, the cheaper of two ways is taken by their shapes.
