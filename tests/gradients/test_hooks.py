@@ -160,6 +160,29 @@ class _Live(TorchDispatchMode):
         return result
 
 
+@pytest.mark.parametrize(
+    "projection", [SparseProjection(64), KroneckerProjection(2, 3, 16)], ids=["sparse", "kronecker"]
+)
+def test_features_are_the_same_with_any_number_of_threads(projection):
+    module = nn.Sequential(nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 64, 5, stride=2))
+    module = nn.Sequential(*module, nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(64, 4)).eval()
+    batch = ExampleBatch((torch.randn(9, 3, 20, 20), torch.randint(0, 4, (9,))), 9)
+    engine = HookEngine(module, ClassificationMargin(), select_parameters(module))
+    shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
+    bound = projection.bind(shapes, 0, 0, torch.device("cpu"))
+    threads, found = torch.get_num_threads(), []
+    try:
+        for number in (1, 2, 4):
+            torch.set_num_threads(number)
+            found.append(torch.zeros(9, bound.dim))
+            engine.project(batch, bound, found[-1])
+            assert torch.get_num_threads() == number
+    finally:
+        torch.set_num_threads(threads)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found[2], found[0], rtol=1e-4, atol=1e-5)
+
+
 def test_the_check_never_holds_the_gradients_of_two_examples(monkeypatch):
     module = nn.Sequential(nn.Linear(16, 512), nn.Tanh(), nn.Linear(512, 3))
     monkeypatch.setattr(projector, "_CPU_BYTES", 1)
