@@ -96,7 +96,7 @@ class TrainingRecorder(Callback):
     def _forget(self) -> None:
         """Begin a new step."""
         self._micro: list[MicroBatch] = []
-        self._watch: RandomWatch | None = None
+        self._pending: MicroBatch | None = None
         self._numbers: tuple[Structure, Settings] | None = None
 
     @property
@@ -170,6 +170,7 @@ class TrainingRecorder(Callback):
         self._modules = list(pl_module.named_modules())
         self._names = {parameter: name for name, parameter in named_parameters(pl_module).items()}
         self._known: dict[Any, Any] = {}
+        self._watch = RandomWatch(trainer.strategy.root_device)
         self._structure(optimizer), self._settings(trainer, optimizer)  # fail now, not after the first step
         state = TrainingState.of(pl_module, optimizer).to_cpu()
         if step:
@@ -196,7 +197,7 @@ class TrainingRecorder(Callback):
         """Note the random states before the step."""
         if self._writer is not None:
             self._pending = MicroBatch(self._positions.take(), batch_idx)
-            self._watch = RandomWatch(trainer.strategy.root_device)
+            self._watch.before(exact=batch_idx == 0)  # samplers draw when an epoch begins
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -209,10 +210,10 @@ class TrainingRecorder(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Record the batch, and the step if the optimizer has made one."""
-        if self._writer is None or self._watch is None:
+        if self._writer is None or self._pending is None:
             return
-        micro = MicroBatch(self._pending.positions, batch_idx, self._watch.drawn())
-        self._micro.append(micro)
+        self._micro.append(MicroBatch(self._pending.positions, batch_idx, self._watch.drawn()))
+        self._pending = None
         if self._numbers is None:  # gradients are accumulating
             return
         writer, (structure, settings) = self._writer, self._numbers
@@ -226,18 +227,18 @@ class TrainingRecorder(Callback):
 
     def _structure(self, optimizer: Optimizer) -> Structure:
         groups = [group["params"] for group in optimizer.param_groups]
-        unknown = sum(parameter not in self._names for group in groups for parameter in group)
-        if unknown:
-            raise ValueError(
-                f"{type(optimizer).__name__} trains {unknown} tensors that are not parameters of the LightningModule;"
-                " register them, so that they are recorded"
-            )
         key = (
             tuple(tuple(map(id, group)) for group in groups),
             tuple(parameter.requires_grad for parameter in self._names),
             tuple(part.training for _, part in self._modules),
         )
         if key not in self._known:
+            unknown = sum(parameter not in self._names for group in groups for parameter in group)
+            if unknown:
+                raise ValueError(
+                    f"{type(optimizer).__name__} trains {unknown} tensors that are not parameters of the module;"
+                    " register them, so that they are recorded"
+                )
             self._known[key] = Structure(
                 tuple(tuple(self._names[parameter] for parameter in group) for group in groups),
                 tuple(name for parameter, name in self._names.items() if not parameter.requires_grad),
@@ -246,15 +247,21 @@ class TrainingRecorder(Callback):
         return self._known[key]  # type: ignore[no-any-return]
 
     def _settings(self, trainer: Trainer, optimizer: Optimizer) -> Settings:
-        clip_by = trainer.gradient_clip_algorithm or "norm"
-        settings = Settings(
-            _group_settings(optimizer),
+        key = (
+            tuple(tuple(map(_hashable, group.values())) for group in optimizer.param_groups),
             trainer.accumulate_grad_batches,
-            float(trainer.gradient_clip_val or 0),
-            str(getattr(clip_by, "value", clip_by)),
+            trainer.gradient_clip_val,
+            trainer.gradient_clip_algorithm,
         )
-        key = repr(settings)
-        return self._known.setdefault(key, settings)  # type: ignore[no-any-return]
+        if key not in self._known:
+            clip_by = trainer.gradient_clip_algorithm or "norm"
+            self._known[key] = Settings(
+                _group_settings(optimizer),
+                trainer.accumulate_grad_batches,
+                float(trainer.gradient_clip_val or 0),
+                str(getattr(clip_by, "value", clip_by)),
+            )
+        return self._known[key]  # type: ignore[no-any-return]
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -348,6 +355,13 @@ def _require_real(module: LightningModule) -> None:
     for name, buffer in named_buffers(module).items():
         if buffer.layout != torch.strided or buffer.is_complex() or type(buffer) not in (Tensor, nn.Parameter):
             raise ValueError(f'TrainingRecorder cannot keep the buffer "{name}", which is not a plain dense tensor')
+
+
+def _hashable(setting: Any) -> Any:
+    """Something that tells a hyperparameter from others; nothing of the parameters, which are part of the structure."""
+    if isinstance(setting, list):
+        return None if setting and isinstance(setting[0], Tensor) else tuple(setting)
+    return setting
 
 
 def _group_settings(optimizer: Optimizer) -> tuple[dict[str, Any], ...]:

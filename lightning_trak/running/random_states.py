@@ -1,5 +1,6 @@
 """Random states: kept unchanged for the user, and recorded before a training step."""
 
+import ctypes
 import random
 import struct
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +18,11 @@ RandomStates = Mapping[str, Tensor]
 
 _PYTHON = struct.Struct("<i625I?d")
 _NUMPY = struct.Struct("<iid")
+_MERSENNE_TWISTER = 2500  # bytes of the state: 624 numbers and a position
+
+# Reading the states of Python and NumPy takes 0.1 ms, which is long for the step of a small model. They are read before
+# and after this many steps, later after each step only.
+_EXACT_STEPS = 32
 
 
 @contextmanager
@@ -33,27 +39,46 @@ def isolated_random_states() -> Iterator[None]:
 
 
 class _Generator(NamedTuple):
-    """A global generator: how its state is read and compared, and how it becomes bytes and is restored from them."""
+    """A global generator.
+
+    Attributes:
+        read: its state.
+        mark: something short that changes when the generator is drawn from.
+        pack: a state as bytes.
+        restore: set the generator to such bytes.
+    """
 
     read: Callable[[torch.device], Any]
-    same: Callable[[Any, Any], bool]
+    mark: Callable[[torch.device], Any]
     pack: Callable[[Any], Tensor]
     restore: Callable[[Tensor, torch.device], None]
 
 
-def _read_numpy(device: torch.device) -> dict[str, Any]:
+def _read_torch(device: torch.device) -> bytes:
+    state = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+    return bytes(state.numpy().data)
+
+
+def _read_numpy(device: torch.device) -> tuple[int, int, float, bytes]:
     del device
-    return np.random.get_state(legacy=False)  # noqa: NPY002
+    state: dict[str, Any] = np.random.get_state(legacy=False)  # noqa: NPY002
+    if state["bit_generator"] != "MT19937":
+        raise ValueError(
+            f"numpy.random draws from {state['bit_generator']}, whose state is not recorded; leave it at MT19937"
+        )
+    key = state["state"]["key"].astype("<u4").tobytes()
+    return state["state"]["pos"], state["has_gauss"], state["gauss"], key
 
 
-def _same_numpy(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    (a, b), fields = (one["state"], other["state"]), ("has_gauss", "gauss")
-    return a["pos"] == b["pos"] and np.array_equal(a["key"], b["key"]) and all(one[key] == other[key] for key in fields)
+def _mark_numpy(device: torch.device) -> bytes:
+    del device
+    generator: Any = np.random.get_bit_generator()  # type: ignore[attr-defined]
+    address = generator.ctypes.state_address  # the getter of the state makes 624 numbers
+    return ctypes.string_at(address, _MERSENNE_TWISTER)
 
 
-def _pack_numpy(state: dict[str, Any]) -> Tensor:
-    numbers = _NUMPY.pack(state["state"]["pos"], state["has_gauss"], state["gauss"])
-    return _tensor(numbers + state["state"]["key"].astype("<u4").tobytes())
+def _pack_numpy(state: tuple[int, int, float, bytes]) -> Tensor:
+    return _tensor(_NUMPY.pack(*state[:3]) + state[3])
 
 
 def _restore_numpy(packed: Tensor, device: torch.device) -> None:
@@ -62,6 +87,11 @@ def _restore_numpy(packed: Tensor, device: torch.device) -> None:
     position, has_gauss, gauss = _NUMPY.unpack_from(content)
     key = np.frombuffer(content, "<u4", offset=_NUMPY.size).astype(np.uint32)
     np.random.set_state(("MT19937", key, position, has_gauss, gauss))  # noqa: NPY002
+
+
+def _read_python(device: torch.device) -> tuple[Any, ...]:
+    del device
+    return random.getstate()
 
 
 def _pack_python(state: tuple[Any, ...]) -> Tensor:
@@ -75,51 +105,83 @@ def _restore_python(packed: Tensor, device: torch.device) -> None:
     random.setstate((version, tuple(numbers), gauss if has_gauss else None))
 
 
+def _restore_torch(packed: Tensor, device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(packed, device)
+    else:
+        torch.set_rng_state(packed)
+
+
 def _tensor(content: bytes) -> Tensor:
     return torch.frombuffer(bytearray(content), dtype=torch.uint8)
 
 
-_GENERATORS = {
+_CPU = torch.device("cpu")
+_FAST = {
     "torch": _Generator(
-        lambda device: torch.get_rng_state(),  # noqa: ARG005
-        torch.equal,
-        lambda state: state,
-        lambda packed, device: torch.set_rng_state(packed),  # noqa: ARG005
+        lambda device: _read_torch(_CPU),  # noqa: ARG005
+        lambda device: _read_torch(_CPU),  # noqa: ARG005
+        _tensor,
+        lambda packed, device: _restore_torch(packed, _CPU),  # noqa: ARG005
     ),
-    "numpy": _Generator(_read_numpy, _same_numpy, _pack_numpy, _restore_numpy),
-    "python": _Generator(
-        lambda device: random.getstate(),  # noqa: ARG005
-        lambda one, other: one == other,
-        _pack_python,
-        _restore_python,
-    ),
+    "cuda": _Generator(_read_torch, _read_torch, _tensor, _restore_torch),
 }
-_CUDA = _Generator(torch.cuda.get_rng_state, torch.equal, lambda state: state, torch.cuda.set_rng_state)
+_SLOW = {
+    "numpy": _Generator(_read_numpy, _mark_numpy, _pack_numpy, _restore_numpy),
+    "python": _Generator(_read_python, _read_python, _pack_python, _restore_python),
+}
 
 
-def _generators(device: torch.device) -> dict[str, _Generator]:
-    return _GENERATORS | {"cuda": _CUDA} if device.type == "cuda" else _GENERATORS
+def _fast(device: torch.device) -> dict[str, _Generator]:
+    return _FAST if device.type == "cuda" else {"torch": _FAST["torch"]}
 
 
 class RandomWatch:
-    """Notes which global generators some code draws from, and their states before it.
+    """Notes which global generators each of many steps draws from, and their states before it.
 
     Args:
-        device: the device that the code computes on.
+        device: the device that computes.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._before = {name: generator.read(device) for name, generator in _generators(device).items()}
+        self._states: dict[str, Any] = {}
+        self._marks: dict[str, Any] = {}
+        self._exact_left = _EXACT_STEPS
+        self._drawing = False  # whether a step has drawn from Python or NumPy: then all further steps are exact
+
+    def before(self, exact: bool = False) -> None:
+        """Call this before a step.
+
+        Args:
+            exact: whether to read all states, because something may have drawn from them since the last step.
+        """
+        self._states |= {name: generator.read(self._device) for name, generator in _fast(self._device).items()}
+        self._exact = exact or self._drawing or self._exact_left > 0
+        if self._exact:
+            self._exact_left -= 1
+            for name, generator in _SLOW.items():
+                self._states[name] = generator.read(self._device)
+                self._marks[name] = generator.mark(self._device)
 
     def drawn(self) -> dict[str, Tensor]:
-        """The states before, for :func:`restore_random_states`, of the generators that were drawn from since."""
-        generators = _generators(self._device)
-        return {
-            name: generators[name].pack(before)
-            for name, before in self._before.items()
-            if not generators[name].same(before, generators[name].read(self._device))
+        """Call this after a step.
+
+        Returns:
+            The states before the step, for :func:`restore_random_states`, of the generators that it has drawn from.
+            Perhaps also those of Python and NumPy if something else has drawn from them since the step before.
+        """
+        found = {
+            name: generator.pack(self._states[name])
+            for name, generator in _fast(self._device).items()
+            if generator.read(self._device) != self._states[name]
         }
+        for name, generator in _SLOW.items():
+            changed = generator.mark(self._device) != self._marks[name]
+            if changed or (self._exact and generator.read(self._device) != self._states[name]):
+                found[name] = generator.pack(self._states[name])
+                self._drawing = True
+        return found
 
 
 def restore_random_states(states: RandomStates, device: torch.device) -> None:
@@ -130,7 +192,7 @@ def restore_random_states(states: RandomStates, device: torch.device) -> None:
             is a different one.
         device: the device that computes.
     """
-    generators = _generators(device)
+    generators = _fast(device) | _SLOW
     for name, state in states.items():
         if name in generators:
             generators[name].restore(state, device)

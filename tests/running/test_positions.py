@@ -53,15 +53,31 @@ DRAWS = {
 
 @pytest.mark.parametrize("name", DRAWS)
 @pytest.mark.parametrize("earlier", [0, 1, 700])  # Gaussian numbers come in pairs, and states are made for 624 numbers
-def test_a_generator_is_set_back(name, earlier):
-    for _ in range(earlier):
-        DRAWS[name]()
+@pytest.mark.parametrize("quiet", [0, 100])  # steps before
+def test_a_generator_is_set_back(name, earlier, quiet):
     watch = RandomWatch(CPU)
-    assert watch.drawn() == {}
-    drawn = DRAWS[name]()
-    states = watch.drawn()
-    assert list(states) == [name]
-    others = [draw() for draw in DRAWS.values()]
-    restore_random_states(states, CPU)
-    assert DRAWS[name]() == drawn
-    assert others
+    for _ in range(quiet):
+        watch.before()
+        assert watch.drawn() == {}
+    for step in range(3):
+        for _ in range(earlier if step else 0):
+            DRAWS[name]()
+        watch.before()
+        drawn = DRAWS[name]()
+        states = watch.drawn()
+        assert name in states
+        if not quiet or not step:  # later, what others drew between two steps may be counted for the second
+            assert list(states) == [name]
+        assert all(draw() for draw in DRAWS.values())
+        restore_random_states(states, CPU)
+        assert DRAWS[name]() == drawn
+
+
+def test_another_generator_of_numpy_is_refused():
+    own = np.random.get_bit_generator()
+    np.random.set_bit_generator(np.random.PCG64(0))
+    try:
+        with pytest.raises(ValueError, match="draws from PCG64"):
+            RandomWatch(CPU).before()
+    finally:
+        np.random.set_bit_generator(own)
