@@ -16,6 +16,7 @@ from lightning_trak.features.rows import Features
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.gradients import ParameterSelection
 from lightning_trak.methods.feature import Checkpoints, FeatureMethod
+from lightning_trak.methods.rescoring import ExactScores
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.projections.factors import GradientFactors
 from lightning_trak.running.data import Data
@@ -130,10 +131,20 @@ class ExactKernel(FeatureMethod):
 
     @override
     def score(
-        self, trainer: L.Trainer, data: Data | Sequence[DataLoader[Any]], top_k: int | None = None, largest: bool = True
+        self,
+        trainer: L.Trainer,
+        data: Data | Sequence[DataLoader[Any]],
+        top_k: int | None = None,
+        largest: bool = True,
+        rescore: int | None = None,
+        train: Data | None = None,
     ) -> Any:
         require_whole_parameters(trainer)
-        return super().score(trainer, data, top_k, largest)
+        return super().score(trainer, data, top_k, largest, rescore, train)
+
+    @override
+    def _exact_scores(self) -> ExactScores:
+        raise ValueError("the scores of ExactKernel are exact already: leave rescore= out")
 
     @override
     def target_features(self, trainer: L.Trainer, data: Data) -> list[Features]:

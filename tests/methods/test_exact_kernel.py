@@ -274,3 +274,10 @@ def test_everything_is_left_as_it_was(tmp_path, checkpoints):
     assert all(parameter.grad is None for parameter in model.parameters())
     assert torch.equal(torch.random.get_rng_state(), state)
     assert isinstance(trainer, L.Trainer)
+
+
+def test_there_is_nothing_to_rescore(tmp_path, checkpoints):
+    exact, trainer = ExactKernel(make_model(), checkpoints, tmp_path), make_trainer()
+    exact.featurize(trainer, TRAIN)
+    with pytest.raises(ValueError, match="ExactKernel are exact already: leave rescore= out"):
+        exact.score(trainer, TARGETS, top_k=3, rescore=10)
