@@ -11,7 +11,7 @@ from lightning_trak.features.rows import Features
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.scoring.base import Scorer, full_precision
-from lightning_trak.scoring.damping import Damping, auto_damping
+from lightning_trak.scoring.damping import Damping, Noise, auto_damping, ends
 from lightning_trak.scoring.gram import Curvature, DampedGram, gram_matrix, row_blocks
 
 LossGradients = Literal["per_checkpoint", "averaged"]
@@ -69,19 +69,31 @@ class TRAKScorer(Scorer):
         if self._factors and self._device == before:
             return
         self._factors = []
-        dampings = []
+        dampings, noise = [], self._noise(ranks) if self.damping == "auto" else None
+        levels = [] if noise is None else noise.levels(weighted=self.curvature == "gauss_newton")
         for checkpoint in range(self.store.num_checkpoints):
             gram, squared_weights = (tensor.to(self._device) for tensor in self._gram(checkpoint, ranks))
             damping = self.damping
             if damping == "auto":
-                damping = auto_damping(gram.trace(), squared_weights, len(gram))
+                damping = auto_damping(gram.trace(), squared_weights, len(gram), levels[checkpoint])
             dampings.append(damping)
             precision = self.store.read(checkpoint, 0).features.dtype
             self._factors.append(DampedGram(gram, damping, precision, f"checkpoint {checkpoint}"))
-        if self.damping == "auto":
-            ends = dict.fromkeys(f"{damping:.3g}" for damping in (min(dampings), max(dampings)))
+        if noise is not None:
             place = "checkpoint" if len(dampings) == 1 else "checkpoints"
-            rank_zero_info(f"TRAK: damping='auto' is {' to '.join(ends)} at the {place}")
+            why = noise.describe(weighted=self.curvature == "gauss_newton")
+            rank_zero_info(f"TRAK: damping='auto' is {ends(dampings, 3)} at the {place}{why}")
+
+    def _noise(self, ranks: Ranks) -> Noise:
+        """From the loss gradients and curvatures of all training examples, which ranks share out."""
+        noise = Noise(self.store.num_checkpoints)
+        for shard in ranks.share(self.store.num_shards):
+            rows = [self.store.read(checkpoint, shard) for checkpoint in range(self.store.num_checkpoints)]
+            noise.add(
+                torch.stack([part.loss_gradients for part in rows]), torch.stack([part.curvatures for part in rows])
+            )
+        noise.sums = ranks.sum(noise.sums)
+        return noise
 
     def _gram(self, checkpoint: int, ranks: Ranks) -> tuple[Tensor, Tensor]:
         name, key = f"gram-{self.curvature}", f"{_CACHE_FORMAT}:{self.store.digest(checkpoint)}"

@@ -11,7 +11,7 @@ from lightning_trak.gradients.batch import ExampleBatch
 from lightning_trak.gradients.leaves import require_own_leaves
 from lightning_trak.methods.influence.passes import Passes
 from lightning_trak.outputs.evaluating import modules_of
-from lightning_trak.scoring.damping import Damping, absolute_damping
+from lightning_trak.scoring.damping import Damping, Noise, absolute_damping
 from lightning_trak.scoring.gram import gram_matrix, require_convex
 
 HessianCurvature = Literal["gauss_newton", "exact"]
@@ -44,13 +44,14 @@ class Hessian:
     def __init__(self, passes: Passes, curvature: HessianCurvature, damping: Damping) -> None:
         self.passes = passes
         self.curvature = curvature
-        weights = []
+        weights, noise = [], Noise(1)
         for _, rows in passes.rows(passes.train):
             if curvature == "gauss_newton":
                 require_convex(rows.curvatures, 'curvature="exact"')
+            noise.add(rows.loss_gradients[None], rows.curvatures[None])
             weights.append(rows.curvatures.abs().double() * rows.features.double().square().sum(1))
         self.weights = torch.cat(weights)
-        self.ridge = absolute_damping(damping, self.weights, passes.size, passes.where)
+        self.ridge = absolute_damping(damping, self.weights, passes.size, passes.where, noise.levels(weighted=True)[0])
 
     def damped_product(self, vectors: Tensor) -> Tensor:
         """(H + lambda I) v for each row v of ``vectors``, shape ``(n, p)``: one pass over the training data."""
