@@ -13,7 +13,7 @@ from lightning_trak.features.rows import Features, StoredFeatures
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.scoring.base import Scorer, Scores, full_precision
-from lightning_trak.scoring.damping import Damping, auto_damping
+from lightning_trak.scoring.damping import Damping, Noise, auto_damping, ends
 from lightning_trak.scoring.dual import DualSystem, kernel_matrix, products_with
 from lightning_trak.scoring.gram import Curvature, DampedGram, gram_matrix, require_convex, row_blocks
 
@@ -84,24 +84,27 @@ class TRAKScorer(Scorer):
             return
         self._primal, self._dual, dampings = [], [], []
         n, k = self.store.num_examples, self.num_features
-        dual = self.solves_dual(n, k)
-        for checkpoint in range(self.store.num_checkpoints):
+        dual, noise = self.solves_dual(n, k), self._noise(ranks) if self.damping == "auto" else None
+        weighted = self.curvature == "gauss_newton"
+        levels = [1.0] * self.store.num_checkpoints if noise is None else noise.levels(weighted)
+        for checkpoint, level in enumerate(levels):
             precision, place = self.store.read_stored(checkpoint, 0).dtype.floating, f"checkpoint {checkpoint}"
             error = self.store.rounding_error(checkpoint)
             if dual:
                 kernel, curvatures = self._kernel(checkpoint, ranks), self._curvatures(checkpoint)
                 weights = curvatures * kernel.diagonal()
-                damping = self._relative_damping(weights.sum(), weights.square().sum(), k)
+                damping = self._relative_damping(weights.sum(), weights.square().sum(), k, level)
                 self._dual.append(DualSystem(kernel, curvatures, damping, k, precision, error, place, self._device))
             else:
                 gram, squared_weights = (tensor.to(self._device) for tensor in self._gram(checkpoint, ranks))
-                damping = self._relative_damping(gram.trace(), squared_weights, k)
+                damping = self._relative_damping(gram.trace(), squared_weights, k, level)
                 self._primal.append(DampedGram(gram, damping, precision, place, rounding_error=error))
             dampings.append(damping)
-        if self.damping == "auto":
-            ends = dict.fromkeys(f"{damping:.3g}" for damping in (min(dampings), max(dampings)))
+        if noise is not None:
             place = "checkpoint" if len(dampings) == 1 else "checkpoints"
-            rank_zero_info(f"{self.user}: damping='auto' is {' to '.join(ends)} at the {place}")
+            rank_zero_info(
+                f"{self.user}: damping='auto' is {ends(dampings, 3)} at the {place}{noise.describe(weighted)}"
+            )
 
     @property
     def num_features(self) -> int:
@@ -114,8 +117,28 @@ class TRAKScorer(Scorer):
             rank_zero_info(f"TRAK: solves {n} x {n} (examples) instead of {k} x {k} (features), since n is smaller")
         return n < k
 
-    def _relative_damping(self, trace: Tensor, squared_weights: Tensor, size: int) -> float:
-        return auto_damping(trace, squared_weights, size) if self.damping == "auto" else self.damping
+    def _relative_damping(self, trace: Tensor, squared_weights: Tensor, size: int, level: float) -> float:
+        return auto_damping(trace, squared_weights, size, level) if self.damping == "auto" else self.damping
+
+    def _noise(self, ranks: Ranks) -> Noise:
+        """From the loss gradients and curvatures of all training examples, which ranks share out."""
+        checkpoints, noise = range(self.store.num_checkpoints), Noise(self.store.num_checkpoints)
+        for shard in ranks.share(self.store.num_shards):
+            examples = self.store.shard(shard)
+            rows = [self.store.read_stored(checkpoint, shard) for checkpoint in checkpoints]
+            seen = [
+                torch.ones(len(examples), dtype=torch.bool)
+                if subset is None
+                else subset.mask[examples.start : examples.stop]
+                for subset in self.subsets
+            ]
+            gradients, curvatures = (
+                torch.stack(column)
+                for column in zip(*((row.loss_gradients, row.curvatures) for row in rows), strict=True)
+            )
+            noise.add(gradients, curvatures, torch.stack(seen))
+        noise.sums = ranks.sum(noise.sums)
+        return noise
 
     def _gram(self, checkpoint: int, ranks: Ranks) -> tuple[Tensor, Tensor]:
         def make() -> dict[str, Tensor]:

@@ -262,9 +262,17 @@ def test_self_scores_that_overflow_are_named(store):
 @pytest.mark.parametrize(
     ("dampings", "said"),
     [
-        ([5.01], "damping='auto' is 5.01 at the checkpoint"),
-        ([5.01, 5.0100001], "damping='auto' is 5.01 at the checkpoints"),
-        ([5.0, 0.25, 1.0], "damping='auto' is 0.25 to 5 at the checkpoints"),
+        ([5.01], "damping='auto' is 5.01 at the checkpoint (the dispersion of the loss is 1)"),
+        (
+            [5.01, 5.0100001],
+            "damping='auto' is 5.01 at the checkpoints (the dispersion of the loss is 1, the agreement of the"
+            " checkpoints 1)",
+        ),
+        (
+            [5.0, 0.25, 1.0],
+            "damping='auto' is 0.25 to 5 at the checkpoints (the dispersion of the loss is 1, the agreement of the"
+            " checkpoints 1)",
+        ),
     ],
 )
 def test_the_damping_that_was_chosen_is_told(tmp_path, monkeypatch, dampings, said):

@@ -13,7 +13,7 @@ from lightning_trak.gradients.batch import ExampleBatch
 from lightning_trak.gradients.leaves import require_own_leaves
 from lightning_trak.methods.influence.passes import Passes
 from lightning_trak.outputs.evaluating import modules_of
-from lightning_trak.scoring.damping import Damping, absolute_damping
+from lightning_trak.scoring.damping import Damping, Noise, absolute_damping
 from lightning_trak.scoring.gram import gram_matrix, require_convex
 
 HessianCurvature = Literal["gauss_newton", "identity", "exact"]
@@ -81,13 +81,15 @@ class Hessian:
         self.passes = passes
         self.curvature = curvature
         self.convergence: list[Convergence] = []
-        weights = []
+        weights, noise = [], Noise(1)
         for positions, rows in passes.rows(passes.train):
             if check is not None:
                 check(positions, rows)
+            noise.add(rows.loss_gradients[None], rows.curvatures[None])
             weights.append(self.counts(rows.curvatures).double() * rows.features.double().square().sum(1))
         self.weights = torch.cat(weights)
-        self.ridge = absolute_damping(damping, self.weights, passes.size, passes.where)
+        (level,) = noise.levels(weighted=curvature != "identity")
+        self.ridge = absolute_damping(damping, self.weights, passes.size, passes.where, level)
 
     def counts(self, curvatures: Tensor) -> Tensor:
         """What g_j g_j^T counts: R_j; 1 for ``"identity"``; |R_j| for the exact Hessian, which has its own signs.
