@@ -89,15 +89,15 @@ class Result:
     ahead_high: float
 
 
-def results(task: Task, truth: Truth, counts: tuple[int, ...]) -> Iterator[Result]:
-    """Every setting on a task, for each number of models."""
+def results(task: Task, truth: Truth, counts: tuple[int, ...], names: list[str]) -> Iterator[Result]:
+    """Settings on a task, for each number of models."""
     trainer = trainer_for(task)
     train, targets = DataLoader(task.train, batch_size=100), DataLoader(task.targets, batch_size=100)
     for count in counts:
         old = None
-        for name, make in SETTINGS.items():
+        for name in names:
             with tempfile.TemporaryDirectory() as directory:
-                method = make(task.make_module().eval(), truth.states[:count], directory, output=task.output)
+                method = SETTINGS[name](task.make_module().eval(), truth.states[:count], directory, output=task.output)
                 started = time.process_time()
                 method.featurize(trainer, train)
                 featurized = time.process_time()
@@ -173,6 +173,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("bytes_output"), help="where everything is written")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, help="tasks; default: all")
     parser.add_argument("--models", nargs="+", type=int, default=[1, MODELS], help="numbers of models averaged")
+    parser.add_argument(
+        "--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="settings; default: all"
+    )
     parser.add_argument("--quick", action="store_true", help="a tiny net, 200 digits, two models, 20 halves")
     args = parser.parse_args(arguments)
     quiet()
@@ -182,7 +185,7 @@ def main(arguments: list[str] | None = None) -> None:
     for name in ("digits MLP",) if args.quick else args.tasks:
         task = small(make_tasks()[name]) if args.quick else make_tasks()[name]
         truth = kept(args.out, task, *((20, 2, 2) if args.quick else (SUBSETS, SEEDS, MODELS)))
-        for result in results(task, truth, (1, 2) if args.quick else tuple(args.models)):
+        for result in results(task, truth, (1, 2) if args.quick else tuple(args.models), args.settings):
             found.append(result)
             print(table([result]).splitlines()[-1], flush=True)
             (args.out / "bytes.json").write_text(json.dumps(list(map(asdict, found)), indent=1))
