@@ -51,7 +51,8 @@ class Hessian:
             noise.add(rows.loss_gradients[None], rows.curvatures[None])
             weights.append(rows.curvatures.abs().double() * rows.features.double().square().sum(1))
         self.weights = torch.cat(weights)
-        self.ridge = absolute_damping(damping, self.weights, passes.size, passes.where, noise.levels(weighted=True)[0])
+        level = noise.levels(weighted=True)[0] * passes.agreement**2
+        self.ridge = absolute_damping(damping, self.weights, passes.size, passes.where, level)
 
     def damped_product(self, vectors: Tensor) -> Tensor:
         """(H + lambda I) v for each row v of ``vectors``, shape ``(n, p)``: one pass over the training data."""

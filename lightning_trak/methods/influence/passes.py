@@ -34,6 +34,9 @@ class Passes:
         trainer: the Trainer whose device is used. Its precision is used if it is ``"64-true"``.
         train: the training examples.
 
+    Attributes:
+        agreement: of the checkpoints, see :class:`~lightning_trak.scoring.damping.Noise`; 1 until it is measured.
+
     Raises:
         ValueError: if the Trainer's precision changes layers, or a selected parameter is not of real numbers.
     """
@@ -42,6 +45,7 @@ class Passes:
         self.model = model
         self._seed = seed
         self.train = train
+        self.agreement = 1.0
         self.layout: Layout | None = None
         self.engine_name: EngineName | None = None  # chosen at the first checkpoint
         self._layouts: dict[Examples, Layout] = {}
