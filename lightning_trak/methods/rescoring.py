@@ -21,7 +21,7 @@ from lightning_trak.running.content import sample_digest
 from lightning_trak.scoring.damping import Damping
 from lightning_trak.scoring.gram import Curvature
 from lightning_trak.scoring.topk import TopK
-from lightning_trak.scoring.trak import LossGradients
+from lightning_trak.scoring.trak import LossGradients, stored_noise
 
 _SOLVER = ConjugateGradient(max_iterations=1000, preconditioner="landmarks", strict=True)
 _ROUNDED = 0.05  # the tolerance for stored outputs that were computed in half precision
@@ -118,6 +118,8 @@ class SecondStage:
                 converge.
         """
         found = [_Candidates(each.indices, passes.dtype) for each in candidates]
+        if self.exact.damping == "auto":
+            passes.agreement = stored_noise(store, [None] * store.num_checkpoints).agreement
         for checkpoint in range(store.num_checkpoints):
             passes.enter(checkpoint)
             for examples in (self.train, *targets):

@@ -1,9 +1,12 @@
 """TRAK (Park et al. 2023, arXiv 2303.14186), with what was measured to be better than as published."""
 
+import copy
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from torch import nn
+import lightning as L
+from torch import Tensor, nn
 
 from lightning_trak.checks import require_one_of
 from lightning_trak.features.dtypes import Dtype
@@ -14,6 +17,8 @@ from lightning_trak.methods.feature import Checkpoints, FeatureMethod
 from lightning_trak.methods.rescoring import ExactScores
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.projections import GaussianProjection, Projection
+from lightning_trak.running.data import Data
+from lightning_trak.running.ranks import Ranks
 from lightning_trak.scoring.damping import Damping, require_damping
 from lightning_trak.scoring.gram import Curvature
 from lightning_trak.scoring.trak import LossGradients, TRAKScorer
@@ -41,8 +46,9 @@ class TRAK(FeatureMethod):
             features, which take 8 KiB in 4 bits.
         curvature: the matrix K: ``"gauss_newton"`` is sum_j R_j phi_j phi_j^T; ``"identity"``, as published, takes
             R_j = 1.
-        damping: lambda relative to the mean eigenvalue of K; ``"auto"`` chooses it from the features
-            (:func:`~lightning_trak.scoring.damping.auto_damping`).
+        damping: lambda relative to the mean eigenvalue of K; ``"auto"`` chooses it from the features and the number of
+            checkpoints (:func:`~lightning_trak.scoring.damping.auto_damping`). Where models were retrained,
+            :meth:`score_dampings` and :func:`~lightning_trak.retraining.tune` can choose it.
         loss_gradients: how Q is averaged over checkpoints: ``"per_checkpoint"``, together with what it multiplies; or
             ``"averaged"``, apart, as published: see :class:`~lightning_trak.scoring.TRAKScorer`.
         soft_threshold: scores move towards zero by this much, in the unit of scores (0: not at all).
@@ -129,6 +135,42 @@ class TRAK(FeatureMethod):
         if options.get("projection") is None:
             options["projection"] = GaussianProjection(2048)
         return cls(model, checkpoints, store, **(published | options))
+
+    def score_dampings(self, trainer: L.Trainer, data: Data, dampings: Sequence[Damping]) -> dict[Damping, Tensor]:
+        """The scores at several dampings, from one pass over the targets.
+
+        :func:`~lightning_trak.retraining.tune` chooses among them, where models were retrained. The features of all
+        targets and all scores are in memory at once.
+
+        Args:
+            trainer: as for :meth:`score`.
+            data: one set of targets, as for :meth:`score`.
+            dampings: what takes the place of ``damping``.
+
+        Returns:
+            On every rank, by damping, a CPU Tensor ``(num_targets, num_train)``, as :meth:`score` returns.
+
+        Raises:
+            FileNotFoundError: if there is no store yet.
+            RuntimeError: if featurizing is not complete.
+            ValueError: if a value is no damping or there is none, the store was made with other settings, or a Gram
+                matrix is singular.
+        """
+        if not dampings or isinstance(dampings, str):
+            raise ValueError(f"expected a sequence of dampings, got {dampings!r}")
+        for damping in dampings:
+            require_damping(damping)
+        features, pipeline = self.target_features(trainer, data), self._pipeline()
+        store, ranks = pipeline.open(pipeline.copy_model(), trainer), Ranks.of(trainer)
+        results: dict[Damping, Tensor] = {}
+        for damping in dampings:
+            method = copy.copy(self)
+            method.damping = damping
+            scorer = method.make_scorer(store)
+            scorer.fit(trainer.strategy.root_device, ranks)
+            directions = [scorer.directions(checkpoint, rows) for checkpoint, rows in enumerate(features)]
+            results[damping] = cast(Tensor, scorer.score(directions, ranks=ranks))
+        return results
 
     def _require_enough(self, num_examples: int, dim: int) -> None:
         """Without damping, the Gram matrix of fewer examples than features is singular: refuse before the work begins.

@@ -9,16 +9,19 @@ from lightning_trak.retraining.members import Retrained, read_fleet
 from lightning_trak.retraining.removal import joint_removal_mask, removal_masks
 from lightning_trak.retraining.subsets import random_subsets
 from lightning_trak.retraining.tail_patch import TailPatch, tail_patch
+from lightning_trak.retraining.tuning import Measured, Tuning, tune
 from lightning_trak.retraining.vectorized import StackedModules, train_together
 
 __all__ = [
     "Brittleness",
     "Counterfactuals",
     "FleetSplit",
+    "Measured",
     "Retrained",
     "RetrainingFleet",
     "StackedModules",
     "TailPatch",
+    "Tuning",
     "informed_scores",
     "joint_removal_mask",
     "random_subsets",
@@ -27,4 +30,5 @@ __all__ = [
     "split_fleet",
     "tail_patch",
     "train_together",
+    "tune",
 ]

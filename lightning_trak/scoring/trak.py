@@ -84,7 +84,10 @@ class TRAKScorer(Scorer):
             return
         self._primal, self._dual, dampings = [], [], []
         n, k = self.store.num_examples, self.num_features
-        dual, noise = self.solves_dual(n, k), self._noise(ranks) if self.damping == "auto" else None
+        dual, noise = (
+            self.solves_dual(n, k),
+            stored_noise(self.store, self.subsets, ranks) if self.damping == "auto" else None,
+        )
         weighted = self.curvature == "gauss_newton"
         levels = [1.0] * self.store.num_checkpoints if noise is None else noise.levels(weighted)
         for checkpoint, level in enumerate(levels):
@@ -119,26 +122,6 @@ class TRAKScorer(Scorer):
 
     def _relative_damping(self, trace: Tensor, squared_weights: Tensor, size: int, level: float) -> float:
         return auto_damping(trace, squared_weights, size, level) if self.damping == "auto" else self.damping
-
-    def _noise(self, ranks: Ranks) -> Noise:
-        """From the loss gradients and curvatures of all training examples, which ranks share out."""
-        checkpoints, noise = range(self.store.num_checkpoints), Noise(self.store.num_checkpoints)
-        for shard in ranks.share(self.store.num_shards):
-            examples = self.store.shard(shard)
-            rows = [self.store.read_stored(checkpoint, shard) for checkpoint in checkpoints]
-            seen = [
-                torch.ones(len(examples), dtype=torch.bool)
-                if subset is None
-                else subset.mask[examples.start : examples.stop]
-                for subset in self.subsets
-            ]
-            gradients, curvatures = (
-                torch.stack(column)
-                for column in zip(*((row.loss_gradients, row.curvatures) for row in rows), strict=True)
-            )
-            noise.add(gradients, curvatures, torch.stack(seen))
-        noise.sums = ranks.sum(noise.sums)
-        return noise
 
     def _gram(self, checkpoint: int, ranks: Ranks) -> tuple[Tensor, Tensor]:
         def make() -> dict[str, Tensor]:
@@ -273,3 +256,30 @@ class TRAKScorer(Scorer):
             rows = [self.store.read_stored(checkpoint, shard) for checkpoint in range(self.store.num_checkpoints)]
             scores *= torch.stack([part.loss_gradients for part in rows]).mean(0).to(scores)
         return torch.nn.functional.softshrink(scores, self.soft_threshold) if self.soft_threshold else scores
+
+
+def stored_noise(
+    store: FeatureStore,
+    subsets: Sequence[TrainingSubset | None],
+    ranks: Ranks = Ranks(),  # noqa: B008
+) -> Noise:
+    """What the automatic damping works against, from the loss gradients and curvatures of all training examples.
+
+    Args:
+        store: complete features.
+        subsets: for each checkpoint, the examples that its model has seen; None: all.
+        ranks: the processes that share the shards; all must call this.
+    """
+    noise = Noise(store.num_checkpoints)
+    for shard in ranks.share(store.num_shards):
+        examples = store.shard(shard)
+        rows = [store.read_stored(checkpoint, shard) for checkpoint in range(store.num_checkpoints)]
+        all_seen = torch.ones(len(examples), dtype=torch.bool)
+        seen = [all_seen if subset is None else subset.mask[examples.start : examples.stop] for subset in subsets]
+        noise.add(
+            torch.stack([part.loss_gradients for part in rows]),
+            torch.stack([part.curvatures for part in rows]),
+            torch.stack(seen),
+        )
+    noise.sums = ranks.sum(noise.sums)
+    return noise

@@ -56,8 +56,8 @@ def test_checkpoints_of_every_kind_agree(tmp_path, checkpoints, expected):
 
 
 def test_scores_average_over_checkpoints(tmp_path, checkpoints):
-    """With IdentityProjection nothing depends on the checkpoint's number."""
-    options = {"engine": "functional"}
+    """With IdentityProjection and a fixed damping nothing depends on the checkpoint's number."""
+    options = {"engine": "functional", "damping": 1.0}
     both = [
         TRAK(make_model(), chosen, tmp_path / name, projection=IdentityProjection(), **options)
         for name, chosen in (("ab", checkpoints), ("a", checkpoints[:1]), ("b", checkpoints[1:]))
@@ -340,3 +340,24 @@ def test_hooks_that_cover_nothing_are_refused(tmp_path):
     trak = TRAK(module, [module.state_dict()], tmp_path, output=ClassificationMargin(), engine="hooks")
     with pytest.raises(ValueError, match="engine='hooks' cannot be used here: hooks cover 0 of 4"):
         trak.featurize(make_trainer(), TRAIN)
+
+
+def test_scores_at_several_dampings_are_those_of_each_alone(tmp_path, checkpoints):
+    options = {"projection": SparseProjection(32), "soft_threshold": 1e-3}
+    trak = TRAK(make_model(), checkpoints, tmp_path, **options)
+    trak.featurize(make_trainer(), TRAIN)
+    found = trak.score_dampings(make_trainer(), TARGETS, ["auto", 0.1, 3])
+    assert list(found) == ["auto", 0.1, 3]
+    for damping, scores in found.items():
+        alone = TRAK(make_model(), checkpoints, tmp_path, damping=damping, **options)
+        torch.testing.assert_close(scores, alone.score(make_trainer(), TARGETS))
+    assert trak.damping == "auto"
+    assert not torch.allclose(found[0.1], found[3])
+
+
+@pytest.mark.parametrize(
+    ("dampings", "match"), [([], "a sequence of dampings"), ("auto", "a sequence of dampings"), ([1, -1], "at least 0")]
+)
+def test_dampings_to_score_with_are_checked_first(tmp_path, checkpoints, dampings, match):
+    with pytest.raises(ValueError, match=match):
+        TRAK(make_model(), checkpoints, tmp_path).score_dampings(make_trainer(), TARGETS, dampings)

@@ -11,6 +11,7 @@ from lightning_trak.projections import IdentityProjection
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.scoring import TRAKScorer
 from lightning_trak.scoring import dual as dual_module
+from lightning_trak.scoring.damping import Noise, auto_damping
 from lightning_trak.scoring.dual import DualSystem, kernel_matrix
 from lightning_trak.scoring.gram import DampedGram, gram_matrix
 from tests.lit import TARGETS, make_checkpoints, make_data, make_model, make_trainer
@@ -43,13 +44,19 @@ def columns(store, checkpoint, name):
 
 def reference(store, targets, curvature, damping, loss_gradients="per_checkpoint"):
     """(num_targets, num_train), by the k x k formula in float64."""
-    products, qs = [], []
+    products, qs, noise = [], [], Noise(M)
+    both = [torch.stack([columns(store, c, name) for c in range(M)]) for name in ("loss_gradients", "curvatures")]
+    noise.add(*both)
+    levels = noise.levels(curvature == "gauss_newton")
     for checkpoint in range(M):
         phi, q, r = (columns(store, checkpoint, name) for name in ("features", "loss_gradients", "curvatures"))
         weights = r if curvature == "gauss_newton" else torch.ones_like(r)
         gram = (phi * weights[:, None]).T @ phi
         w = weights * phi.square().sum(1)
-        ridge = w.square().sum() / w.sum() / 2 if damping == "auto" else damping * gram.diagonal().mean()
+        relative = damping
+        if damping == "auto":
+            relative = auto_damping(w.sum(), w.square().sum(), len(gram), levels[checkpoint])
+        ridge = relative * gram.diagonal().mean()
         gram += ridge * torch.eye(len(gram), dtype=torch.float64)
         products.append(targets[checkpoint].double() @ torch.linalg.solve(gram, phi.T))
         qs.append(q)

@@ -77,6 +77,10 @@ class Influence(Method):
     def _prepare(self, passes: Passes) -> InverseProduct:
         """Do what a checkpoint needs before the targets come."""
 
+    def _agreement(self, passes: Passes) -> float:  # noqa: ARG002
+        """How far the checkpoints agree, for the damping, if the method needs it."""
+        return 1.0
+
     def _selection(self) -> ParameterSelection:
         return self.parameters
 
@@ -106,6 +110,7 @@ class Influence(Method):
             digests = [checkpoint.fingerprint() for checkpoint in self.checkpoints]
             model = ModelCopy(self.model, self.output, self.checkpoints, digests, self._selection())
             passes = Passes(model, self.seed, trainer, train_set)
+            passes.agreement = self._agreement(passes)
             scores = torch.zeros(len(target_set), len(train_set), dtype=passes.dtype)
             for checkpoint in range(len(self.checkpoints)):
                 passes.enter(checkpoint)

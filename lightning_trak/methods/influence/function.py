@@ -1,6 +1,7 @@
 """Influence functions, by any solver."""
 
 import lightning as L
+import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
@@ -12,7 +13,7 @@ from lightning_trak.methods.influence.hessian import Convergence, Hessian, Hessi
 from lightning_trak.methods.influence.passes import Passes
 from lightning_trak.methods.influence.solvers import InverseProduct, Solver
 from lightning_trak.running.data import Data
-from lightning_trak.scoring.damping import Damping, require_damping
+from lightning_trak.scoring.damping import Damping, Noise, require_damping
 
 
 class InfluenceFunction(Influence):
@@ -35,8 +36,9 @@ class InfluenceFunction(Influence):
             negative eigenvalues where the weights are no minimum: see
             :class:`~lightning_trak.methods.influence.hessian.Hessian`.
         damping: lambda relative to the mean eigenvalue of the Gauss-Newton matrix, also where ``curvature="exact"``;
-            ``"auto"`` is the rule of :func:`~lightning_trak.scoring.damping.auto_damping`. For a model trained with
-            weight decay w on the mean of n losses, n w is the lambda of its objective.
+            ``"auto"`` is the rule of :func:`~lightning_trak.scoring.damping.auto_damping`; with several checkpoints it
+            takes one more pass over the training set at each. For a model trained with weight decay w on the mean of n
+            losses, n w is the lambda of its objective.
         **options: ``output``, ``parameters``, ``seed`` and ``weights_only``, see
             :class:`~lightning_trak.methods.influence.base.Influence`.
 
@@ -71,6 +73,19 @@ class InfluenceFunction(Influence):
         """Score every target against every training example, see :meth:`Influence.attribute`."""
         self.convergence = []
         return super().attribute(trainer, train, targets)
+
+    def _agreement(self, passes: Passes) -> float:
+        """For the automatic damping of several checkpoints, which takes one pass over the training set at each."""
+        if self.damping != "auto" or len(self.checkpoints) == 1:
+            return 1.0
+        columns: list[tuple[Tensor, ...]] = []
+        for checkpoint in range(len(self.checkpoints)):
+            passes.enter(checkpoint)
+            rows = [(rows.loss_gradients, rows.curvatures) for _, rows in passes.rows(passes.train)]
+            columns.append(tuple(map(torch.cat, zip(*rows, strict=True))))
+        noise = Noise(len(self.checkpoints))
+        noise.add(*map(torch.stack, zip(*columns, strict=True)))
+        return noise.agreement
 
     def _prepare(self, passes: Passes) -> InverseProduct:
         hessian = Hessian(passes, self.curvature, self.damping)

@@ -89,6 +89,7 @@ class Hessian:
             weights.append(self.counts(rows.curvatures).double() * rows.features.double().square().sum(1))
         self.weights = torch.cat(weights)
         (level,) = noise.levels(weighted=curvature != "identity")
+        level *= passes.agreement**2
         self.ridge = absolute_damping(damping, self.weights, passes.size, passes.where, level)
 
     def counts(self, curvatures: Tensor) -> Tensor:

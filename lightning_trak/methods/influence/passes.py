@@ -36,6 +36,9 @@ class Passes:
         train: the training examples.
         engine: the engine that differentiates; ``"auto"`` chooses one at the first checkpoint.
 
+    Attributes:
+        agreement: of the checkpoints, see :class:`~lightning_trak.scoring.damping.Noise`; 1 until it is measured.
+
     Raises:
         ValueError: if the Trainer's precision changes layers, or a selected parameter is not of real numbers.
     """
@@ -46,6 +49,7 @@ class Passes:
         self.model = model
         self._seed = seed
         self.train = train
+        self.agreement = 1.0
         self.layout: Layout | None = None
         self.engine_name: EngineName | None = None  # "auto" is chosen at the first checkpoint
         self._layouts: dict[Examples, Layout] = {}
