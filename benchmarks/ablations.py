@@ -26,7 +26,7 @@ from benchmarks.tasks import Task, make_tasks
 from benchmarks.truth import MODELS, SUBSETS, Truth, kept, quiet, train_all
 from lightning_trak.features.rows import Features
 from lightning_trak.projections import SparseProjection
-from lightning_trak.scoring.damping import auto_damping
+from lightning_trak.scoring.damping import Noise, auto_damping
 from lightning_trak.scoring.gram import DampedGram, gram_matrix
 
 TASK = "digits MLP"
@@ -62,10 +62,13 @@ class Result:
 
 
 def scores(settings: str, rows: Features, targets: Tensor) -> Tensor:
-    """TRAK's scores at one model, without the factor Q: (num_targets, num_train)."""
+    """TRAK's scores at one model, without the factor Q, at the damping of one model: (num_targets, num_train)."""
     curvature = "identity" if settings == "published" else "gauss_newton"
     gram, squared_weights = gram_matrix([rows], curvature, targets.shape[1], torch.device("cpu"))
-    damping = 0.0 if settings == "published" else auto_damping(gram.trace(), squared_weights, len(gram))
+    noise = Noise(1)
+    noise.add(rows.loss_gradients[None], rows.curvatures[None])
+    level = noise.levels(weighted=True)[0]
+    damping = 0.0 if settings == "published" else auto_damping(gram.trace(), squared_weights, len(gram), level)
     return DampedGram(gram, damping, torch.float32, "features").solve(targets) @ rows.features.T
 
 

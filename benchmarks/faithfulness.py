@@ -82,16 +82,16 @@ def sweep(
     task: Task, truth: Truth, name: str, curvatures: tuple[Curvature, ...], counts: tuple[int, ...], directory: Path
 ) -> Iterator[Result]:
     """The LDS of a projection at every damping, from one set of features."""
-    store, features = featurize(task, truth.states, PROJECTIONS[name], directory)
-    for curvature in curvatures:
-        for damping in (*GRID, "auto"):
-            scorer = TRAKScorer(store, curvature, damping, "per_checkpoint", 0.0)
-            row = (task.name, name, features[0].shape[1], curvature, damping)
-            scorer.fit(torch.device("cpu"))
-            directions = [scorer.precondition(checkpoint, rows) for checkpoint, rows in enumerate(features)]
-            for count in counts:
-                lds = truth.measure(scorer.score(directions[:count]))  # a constant factor changes no rank
-                yield Result(*row, count, float(lds.compute()), *map(float, lds.interval(num_bootstraps=300)))
+    for count in counts:  # the automatic damping depends on the number of models
+        store, features = featurize(task, truth.states[:count], PROJECTIONS[name], directory / str(count))
+        for curvature in curvatures:
+            for damping in (*GRID, "auto"):
+                scorer = TRAKScorer(store, curvature, damping, "per_checkpoint", 0.0)
+                scorer.fit(torch.device("cpu"))
+                directions = [scorer.precondition(checkpoint, rows) for checkpoint, rows in enumerate(features)]
+                lds = truth.measure(scorer.score(directions))
+                row = (task.name, name, features[0].shape[1], curvature, damping, count)
+                yield Result(*row, float(lds.compute()), *map(float, lds.interval(num_bootstraps=300)))
 
 
 def tables(results: list[Result]) -> str:

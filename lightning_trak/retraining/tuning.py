@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_trak.metrics import LinearDatamodelingScore
 from lightning_trak.metrics.functional.bootstrap import crossed_bootstrap_interval
 from lightning_trak.metrics.functional.ranking import spearman_corrcoef, spearman_influence
-from lightning_trak.texts.tables import Table
+from lightning_trak.texts.tables import Cell, Table
 
 Name = TypeVar("Name", bound=Hashable)
 
@@ -52,7 +52,7 @@ class Tuning(Generic[Name]):
     choices: tuple[Name, ...]
 
     def __str__(self) -> str:
-        rows: list[tuple[str | int | float, ...]] = [
+        rows: list[tuple[Cell, ...]] = [
             (f"{name}{' (best)' * (name == self.best)}", *measured)
             for name, measured in [*self.candidates.items(), ("chosen, held out", self.held_out)]
         ]
