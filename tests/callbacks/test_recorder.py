@@ -291,8 +291,7 @@ def adam(module: Net) -> Any:
     return torch.optim.Adam(module.parameters(), lr=0.01)
 
 
-@pytest.mark.parametrize("double", [True, False])
-@pytest.mark.parametrize("spacing", ["sqrt", 1, 100])
+@pytest.mark.parametrize(("spacing", "double"), [("sqrt", True), (1, True), (100, True), ("sqrt", False)])
 def test_a_resumed_run(spacing: Any, double: bool, tmp_path: Path) -> None:
     def net() -> Net:
         # With precision="64-true", Lightning rounds the weights of a checkpoint to those of the new module.

@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
 from lightning_trak import AttributionMixin, Metagradient
 from lightning_trak.outputs import ClassificationMargin, ModelOutput, NegativeLoss, RegressionOutput
-from lightning_trak.replay import SmoothAdamW
+from lightning_trak.replay import OptimizerStep, SmoothAdamW
+from lightning_trak.replay.optimizers.sgd import SGDStep
 from tests.callback_nets import make_trainer
 from tests.replay.runs import NUM_TRAIN, Net, make_data, shuffled, train
 
@@ -270,6 +271,41 @@ def test_muon_without_rounding(options: dict[str, Any], tmp_path: Path, monkeypa
     with pytest.warns(UserWarning, match="scores are those of the same steps without rounding"):
         scores = attribute(module, tmp_path, trainer)
     require_derivative(make, scores, {})
+
+
+class Slowed(torch.optim.SGD):
+    """SGD with half of the gradient."""
+
+    def step(self, closure: Any = None) -> Any:
+        with torch.enable_grad():
+            loss = closure() if closure else None
+        for parameter in self.param_groups[0]["params"]:
+            parameter.grad.div_(2)
+        super().step()
+        return loss
+
+
+@pytest.mark.parametrize("factor", [0.5, 0.55])
+def test_an_optimizer_of_the_user(factor: float, tmp_path: Path) -> None:
+    def make() -> Net:
+        return Net(optimizer=lambda module: Slowed(module.parameters(), lr=0.4, momentum=0.9))
+
+    class SlowedStep(SGDStep, optimizer=Slowed):
+        def update(self, parameter: Any, gradient: Any, kept: Any, group: Any) -> Any:
+            return super().update(parameter, factor * gradient, kept, group)
+
+    module = make()
+    try:
+        trainer = train(module, DATA, tmp_path)
+        if factor == 0.5:
+            require_derivative(make, attribute(module, tmp_path, trainer), {})
+        else:
+            with pytest.raises(ValueError, match=r"step 5 moved the weights by .* gives a step that differs"):
+                attribute(module, tmp_path, trainer)
+    finally:
+        OptimizerStep.known.pop(Slowed)
+    with pytest.raises(ValueError, match=r"Slowed, whose step is not known here; known are .*torch\.optim\.adam\.Adam"):
+        attribute(module, tmp_path, trainer)
 
 
 def test_layers_that_thaw(tmp_path: Path) -> None:
