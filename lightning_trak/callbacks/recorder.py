@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from lightning_trak.compatibility import change_train_loader, restore_train_loader
+from lightning_trak.compatibility import change_train_loader, has_gradient_hooks, restore_train_loader
 from lightning_trak.replay.optimizers.base import optimizer_name, optimizer_step
 from lightning_trak.replay.player import canonical_module_name, describe_parameters
 from lightning_trak.replay.recording import Recording, Spacing, check_spacing, keeps_state
@@ -51,10 +51,13 @@ class TrainingRecorder(Callback):
     frozen and which modules in eval mode. At some steps, and at the first and the last: all weights, buffers and the
     optimizer's state. For the run: precision, device, versions, and eight examples to recognize the data.
 
-    **Cost.** A full state takes the bytes of weights and optimizer together (3 numbers a weight for Adam). A run of T
-    steps has about sqrt(T) of them with ``"sqrt"``, log2(T) with ``"log"``. A step takes 8 bytes an example, and 5 KB
-    for each generator of the CPU that it draws from. Up to 64 MB are kept in memory before they are written, and all of
-    them are written when Lightning saves a checkpoint.
+    **Cost.** A step takes about 0.1 ms, 8 bytes an example, and 5 KB for each generator of the CPU that it draws from.
+    A full state takes the bytes of weights and optimizer together (3 numbers a weight for Adam), and the time to copy
+    and write them. A run of T steps has about sqrt(T) of them with ``"sqrt"``, log2(T) with ``"log"``. Up to 64 MB are
+    kept in memory before they are written, and all of them are written when Lightning saves a checkpoint.
+
+    **Which weights.** Those that the optimizer updates. A callback that replaces them by an average when training ends
+    (``StochasticWeightAveraging``, ``WeightAveraging``) must be listed after this one; the average is not recorded.
 
     **Which runs.** One process and one device; float32 or float64 weights without mixed precision; automatic
     optimization by one optimizer whose step is known (``SGD``, ``Adam``, ``AdamW``, ``Muon``, :class:`SmoothAdamW
@@ -344,7 +347,13 @@ def _reason(trainer: Trainer, module: LightningModule) -> str | None:
 
 
 def _require_real(module: LightningModule) -> None:
-    """Refuse parameters that are not of real numbers in float32 or in float64."""
+    """Refuse parameters that are not of real numbers in float32 or in float64, or that have hooks."""
+    hooked = [name for name, parameter in named_parameters(module).items() if has_gradient_hooks(parameter)]
+    if hooked:
+        raise ValueError(
+            f'TrainingRecorder cannot record this run: the parameter "{hooked[0]}" has a gradient hook, which a'
+            " repeated step would not call; remove it"
+        )
     dtypes = {parameter.dtype for parameter in module.parameters() if parameter.requires_grad}
     if len(dtypes) != 1 or not dtypes <= {torch.float32, torch.float64}:
         found = ", ".join(sorted(map(str, dtypes))) or "none"

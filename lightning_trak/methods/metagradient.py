@@ -135,4 +135,10 @@ class Metagradient(Method):
                     " batch's statistics, so scores say what its loss did, not what its removal from the data does",
                     stacklevel=2,
                 )
+            if run.rounds_steps:
+                warnings.warn(
+                    "the optimizer rounds its steps (torch's Muon orthogonalizes in bfloat16), so scores are those of"
+                    " the same steps without rounding",
+                    stacklevel=2,
+                )
             return run.scores(output, target_set.loader, target_set.datamodule)

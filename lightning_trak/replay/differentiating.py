@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -12,7 +13,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from lightning_trak.compatibility import tree_iter
-from lightning_trak.gradients.batch import ExampleBatch, Layout, find_layout
+from lightning_trak.gradients.batch import Layout, find_layout
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.evaluating import modules_of, unchanged
 from lightning_trak.replay.player import Played, Player
@@ -41,6 +42,10 @@ class Differentiated:
         block: how many targets go through a graph at once; None: as many as fit in memory.
         micro_batch: how many examples are differentiated at once; None: those of a batch of training.
         progress_bar: whether to show a progress bar.
+
+    Attributes:
+        normalizes_batches: whether training used batch normalization in train mode.
+        rounds_steps: whether the optimizer's own steps are rounded more than the weights are.
 
     Raises:
         ReplayError: if the module or the data are not those of the recording.
@@ -79,6 +84,7 @@ class Differentiated:
         self._example_bytes = sum(part.nbytes for part in tree_iter(one) if isinstance(part, Tensor))
         self._reverse = Reverse(player, losses, self._tracked, block, micro_batch, self._layout)
         evaluating = set[str]().union(*(structure.evaluating for structure in structures))
+        self.rounds_steps = player.update.rounding > 0
         self.normalizes_batches = any(
             name.rpartition(".")[0] not in evaluating for name, _ in self._reverse.statistics.layers
         )
@@ -127,7 +133,7 @@ class Differentiated:
         names += [f"buffer/{name}" for name in leaves]
         for number, batch in zip(numbers, batches, strict=True):
             with reverse.differentiable(), reverse.statistics.tracked(leaves), unchanged(player.module, output):
-                values = output.output(player.module, ExampleBatch(batch, 1, None).fresh())
+                values = output.output(player.module, copy.deepcopy(batch))
                 if not isinstance(values, Tensor) or values.shape != (1,):
                     received = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
                     raise ValueError(

@@ -113,4 +113,6 @@ def _product(outputs: Sequence[Tensor], inputs: Sequence[Tensor], along: Sequenc
 
 def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
     known = [part for part in parts if part is not None]
-    return torch.cat(known) if known else None
+    if len(known) < 2:
+        return known[0] if known else None  # cat would copy it
+    return torch.cat(known)

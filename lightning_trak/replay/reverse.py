@@ -11,6 +11,7 @@ through the gradient of each micro-batch, one after the other, so that only one 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -130,6 +131,12 @@ class Reverse:
         for piece in reversed(pieces):
             graph = graphs[0] if graphs else self._graph(piece, played.record)
             by_weight = self._through_gradient(graph, self._trained(played.record), along, found, count)
+            if not by_weight.isfinite().all():
+                raise ReplayError(
+                    f"derivatives are not finite at step {played.record.step}: between this step and the end, training"
+                    " amplifies each change so much that it cannot be followed; train with a smaller learning rate, or"
+                    " differentiate the last steps alone (last_steps=)"
+                )
             weights.append((piece.micro.positions[piece.rows], by_weight))
         return found, weights
 
@@ -171,9 +178,10 @@ class Reverse:
     def _graph(self, piece: _Piece, record: StepRecord) -> _Graph:
         player, micro = self._player, piece.micro
         size = len(micro.positions)
-        content = ExampleBatch(piece.batch, size, self._layout)
-        whole = piece.rows == slice(0, size)
-        batch = content.fresh() if whole else content.take(piece.rows).fresh()
+        batch = piece.batch
+        if piece.rows != slice(0, size):
+            batch = ExampleBatch(batch, size, self._layout).take(piece.rows).content
+        batch = copy.deepcopy(batch)  # the losses may change it, and it may be used again
         expected = piece.rows.stop - piece.rows.start
         restore_random_states(micro.random_states, player.device)
         before = self.statistics.leaves()

@@ -199,6 +199,12 @@ class Half(Net):
         super().__init__(lambda: nn.Linear(4, 3).bfloat16())
 
 
+class Hooked(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[0].weight.register_hook(lambda gradient: 2 * gradient)
+
+
 class Stream(IterableDataset[Any]):
     def __iter__(self):
         return iter(DATA)
@@ -227,6 +233,7 @@ def foreign(module: Net) -> Any:
         (Manual, {}, "uses manual optimization"),
         (OwnStep, {}, "overrides optimizer_step"),
         (Half, {"precision": "32-true"}, "got torch.bfloat16"),
+        (Hooked, {}, "net.0.weight.* has a gradient hook"),
         (Net, {"precision": "bf16-mixed"}, "precision 'bf16-mixed' rounds"),
         (Net, {"precision": "bf16-true"}, "precision 'bf16-true' rounds"),
         (Net, {"overfit_batches": 2}, "made a new loader"),
@@ -284,8 +291,7 @@ def adam(module: Net) -> Any:
     return torch.optim.Adam(module.parameters(), lr=0.01)
 
 
-@pytest.mark.parametrize("double", [True, False])
-@pytest.mark.parametrize("spacing", ["sqrt", 1, 100])
+@pytest.mark.parametrize(("spacing", "double"), [("sqrt", True), (1, True), (100, True), ("sqrt", False)])
 def test_a_resumed_run(spacing: Any, double: bool, tmp_path: Path) -> None:
     def net() -> Net:
         # With precision="64-true", Lightning rounds the weights of a checkpoint to those of the new module.

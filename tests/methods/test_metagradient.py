@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
 from lightning_trak import AttributionMixin, Metagradient
-from lightning_trak.outputs import ModelOutput, NegativeLoss, RegressionOutput
-from lightning_trak.replay import SmoothAdamW
+from lightning_trak.outputs import ClassificationMargin, ModelOutput, NegativeLoss, RegressionOutput
+from lightning_trak.replay import OptimizerStep, SmoothAdamW
+from lightning_trak.replay.optimizers.sgd import SGDStep
 from tests.callback_nets import make_trainer
 from tests.replay.runs import NUM_TRAIN, Net, make_data, shuffled, train
 
@@ -267,7 +268,44 @@ def test_muon_without_rounding(options: dict[str, Any], tmp_path: Path, monkeypa
 
     module = make()
     trainer = train(module, DATA, tmp_path)
-    require_derivative(make, attribute(module, tmp_path, trainer), {})
+    with pytest.warns(UserWarning, match="scores are those of the same steps without rounding"):
+        scores = attribute(module, tmp_path, trainer)
+    require_derivative(make, scores, {})
+
+
+class Slowed(torch.optim.SGD):
+    """SGD with half of the gradient."""
+
+    def step(self, closure: Any = None) -> Any:
+        with torch.enable_grad():
+            loss = closure() if closure else None
+        for parameter in self.param_groups[0]["params"]:
+            parameter.grad.div_(2)
+        super().step()
+        return loss
+
+
+@pytest.mark.parametrize("factor", [0.5, 0.55])
+def test_an_optimizer_of_the_user(factor: float, tmp_path: Path) -> None:
+    def make() -> Net:
+        return Net(optimizer=lambda module: Slowed(module.parameters(), lr=0.4, momentum=0.9))
+
+    class SlowedStep(SGDStep, optimizer=Slowed):
+        def update(self, parameter: Any, gradient: Any, kept: Any, group: Any) -> Any:
+            return super().update(parameter, factor * gradient, kept, group)
+
+    module = make()
+    try:
+        trainer = train(module, DATA, tmp_path)
+        if factor == 0.5:
+            require_derivative(make, attribute(module, tmp_path, trainer), {})
+        else:
+            with pytest.raises(ValueError, match=r"step 5 moved the weights by .* gives a step that differs"):
+                attribute(module, tmp_path, trainer)
+    finally:
+        OptimizerStep.known.pop(Slowed)
+    with pytest.raises(ValueError, match=r"Slowed, whose step is not known here; known are .*torch\.optim\.adam\.Adam"):
+        attribute(module, tmp_path, trainer)
 
 
 def test_layers_that_thaw(tmp_path: Path) -> None:
@@ -326,6 +364,7 @@ def test_order_and_batches_of_the_loaders_do_not_matter(recorded: Any) -> None:
     assert torch.equal(found, expected)
 
 
+@pytest.mark.slow
 def test_parts_of_the_run_add_up(recorded: Any, tmp_path: Path) -> None:
     module, directory, trainer, expected = recorded
     parts = [attribute(module, directory, trainer, last_steps=steps) for steps in range(1, 13)]
@@ -501,6 +540,54 @@ def test_what_does_not_fit_the_recording(recorded: Any, tmp_path: Path) -> None:
         attribute(module, directory, trainer, losses=lambda module, batch: F.cross_entropy(module(batch[0]), batch[1]))
     output = NegativeLoss(lambda module, batch: F.cross_entropy(module(batch[0]), batch[1], reduction="none"))
     assert attribute(module, directory, trainer, output=output).shape == (3, 12)
+
+
+def test_a_run_that_diverges(tmp_path: Path) -> None:
+    module = Net(optimizer=sgd(lr=1e10, momentum=0.9))
+    trainer = train(module, DATA, tmp_path, precision="32-true", max_epochs=4)
+    with pytest.raises(ValueError, match=r"derivatives are not finite at step \d+: .* smaller learning rate"):
+        attribute(module, tmp_path, trainer)
+
+
+class Words(torch.utils.data.Dataset[Any]):
+    def __len__(self) -> int:
+        return NUM_TRAIN
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        inputs, labels, _ = DATA[index]
+        return {"inputs": inputs, "labels": labels, "name": f"example {index}"}
+
+
+class Reader(Net):
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+        labels = batch.pop("labels")
+        return {"loss": F.cross_entropy(self.net(batch["inputs"]), labels)}
+
+    def configure_model_output(self) -> ModelOutput:
+        return ClassificationMargin(forward=lambda module, batch: module.net(batch["inputs"]))
+
+
+def test_batches_with_texts_that_training_changes(tmp_path: Path) -> None:
+    module = Reader()
+    trainer = train(module, Words(), tmp_path)
+    method = Metagradient(module, tmp_path, progress_bar=False)
+    scores = method.attribute(trainer, Words(), Words())
+    plain = Net()
+    other = train(plain, DATA, tmp_path / "plain")
+    torch.testing.assert_close(scores, attribute(plain, tmp_path / "plain", other, DATA), rtol=1e-10, atol=1e-13)
+    small = Metagradient(module, tmp_path, progress_bar=False, micro_batch_size=3).attribute(trainer, Words(), Words())
+    torch.testing.assert_close(small, scores, rtol=1e-10, atol=1e-13)
+
+
+def test_batches_that_training_skips(tmp_path: Path) -> None:
+    class Skipping(Net):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+            return None if batch_idx == 1 else super().training_step(batch, batch_idx)
+
+    module, options = Skipping(optimizer=sgd(momentum=0.9)), {"accumulate_grad_batches": 2}
+    trainer = train(module, DATA, tmp_path, **options)
+    make = lambda: Skipping(optimizer=sgd(momentum=0.9))  # noqa: E731
+    require_derivative(make, attribute(module, tmp_path, trainer), options)
 
 
 @pytest.mark.parametrize("net", ["dropout", "batch norm"])

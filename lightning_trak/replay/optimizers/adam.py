@@ -29,8 +29,8 @@ class AdamStep(OptimizerStep, optimizer=torch.optim.Adam):
         decay = group["weight_decay"]
         if self.decoupled or group.get("decoupled_weight_decay", False):
             parameter = parameter * (1 - group["lr"] * decay)
-        else:
-            gradient = gradient + decay * parameter
+        elif decay:
+            gradient = torch.add(gradient, parameter, alpha=decay)
         first, second = group["betas"]
         step = float(kept["step"]) + 1 if "step" in kept else 1.0
         zero = torch.zeros_like(gradient)

@@ -19,12 +19,14 @@ class SGDStep(OptimizerStep, optimizer=torch.optim.SGD):
     def update(
         self, parameter: Tensor, gradient: Tensor, kept: Moments, group: Mapping[str, Any]
     ) -> tuple[Tensor, dict[str, Tensor]]:
+        # Scales are arguments of torch.add, and absent terms are left out: for many targets each takes much time.
         direction = -gradient if group["maximize"] else gradient
-        direction = direction + group["weight_decay"] * parameter
+        if group["weight_decay"]:
+            direction = torch.add(direction, parameter, alpha=group["weight_decay"])
         momentum = group["momentum"]
         if not momentum:
-            return parameter - group["lr"] * direction, {}
+            return torch.add(parameter, direction, alpha=-group["lr"]), {}
         buffer = kept.get("momentum_buffer")
-        buffer = direction if buffer is None else momentum * buffer + (1 - group["dampening"]) * direction
-        direction = direction + momentum * buffer if group["nesterov"] else buffer
-        return parameter - group["lr"] * direction, {"momentum_buffer": buffer}
+        buffer = direction if buffer is None else torch.add(momentum * buffer, direction, alpha=1 - group["dampening"])
+        direction = torch.add(direction, buffer, alpha=momentum) if group["nesterov"] else buffer
+        return torch.add(parameter, direction, alpha=-group["lr"]), {"momentum_buffer": buffer}
