@@ -181,3 +181,30 @@ def test_layers_that_thaw(tmp_path: Path) -> None:
     module = make()
     trainer = train(module, DATA, tmp_path, callbacks=[Thaw()], max_epochs=3)
     require_derivative(make, attribute(module, tmp_path, trainer), {"callbacks": [Thaw()], "max_epochs": 3})
+
+
+def test_a_frozen_part_in_half_precision(tmp_path: Path) -> None:
+    class Based(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.base, self.head = nn.Linear(4, 5).bfloat16().requires_grad_(False), nn.Linear(5, 3)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.head(self.base(inputs.bfloat16()).float().tanh())
+
+    def make() -> Net:
+        return Net(Based, sgd(lr=0.2))
+
+    module = make()
+    trainer = train(module, DATA, tmp_path, precision="32-true")
+    scores = attribute(module, tmp_path, trainer)
+    assert scores.dtype == torch.float32
+    changed = []
+    for factor in (1.0, 1.1):
+        other = make()
+        other.weights = 1 + (factor - 1) * DIRECTION.float()
+        train(other, DATA, precision="32-true")
+        with torch.no_grad():
+            changed.append(other.configure_model_output().output(other.eval(), TARGETS.tensors).double())
+    expected = (changed[1] - changed[0]) / 0.1
+    assert (scores.double() @ DIRECTION - expected).norm() < 0.1 * expected.norm()
