@@ -16,7 +16,17 @@ from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 from lightning_trak import Metagradient
 from lightning_trak.replay import OptimizerStep
 from lightning_trak.replay.optimizers.sgd import SGDStep
-from tests.methods.metagradients import DATA, NETS, OPTIMIZERS, Linear, attribute, require_derivative, sgd
+from tests.methods.metagradients import (
+    DATA,
+    DIRECTION,
+    NETS,
+    OPTIMIZERS,
+    TARGETS,
+    Linear,
+    attribute,
+    require_derivative,
+    sgd,
+)
 from tests.replay.runs import Net, shuffled, train
 
 # --- closed form --------------------------------------------------------------------------------------------------
