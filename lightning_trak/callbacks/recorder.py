@@ -3,37 +3,26 @@
 from __future__ import annotations
 
 import os
-import platform
 from typing import Any, cast
 
-import lightning as L
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.plugins.precision import DoublePrecision, Precision
-from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from lightning_trak.compatibility import change_train_loader, has_gradient_hooks, restore_train_loader
-from lightning_trak.replay.optimizers.base import optimizer_name, optimizer_step
+from lightning_trak.callbacks.recordable import environment_of, group_settings, require_plain, require_real
+from lightning_trak.compatibility import change_train_loader, restore_train_loader
+from lightning_trak.replay.optimizers.base import optimizer_name
 from lightning_trak.replay.player import canonical_module_name, describe_parameters
 from lightning_trak.replay.recording import Recording, Spacing, check_spacing, keeps_state
 from lightning_trak.replay.records import MicroBatch, Settings, StepRecord, Structure
-from lightning_trak.replay.states import TrainingState, difference, named_buffers, named_parameters
+from lightning_trak.replay.states import TrainingState, difference, named_parameters
 from lightning_trak.replay.writing import RecordingWriter
 from lightning_trak.running.content import sample_digest
 from lightning_trak.running.positions import PositionLog
 from lightning_trak.running.random_states import RandomWatch
-from lightning_trak.version import __version__
-
-# Hooks of a LightningModule that take the step out of Lightning's hands, so that nobody knows what it did.
-_OWN_STEPS = ("backward", "configure_gradient_clipping", "optimizer_step", "optimizer_zero_grad")
-
 
 # Of weights that went through a checkpoint. With precision="64-true", Lightning loads it into a module in float32.
 _ROUNDING = 1e-6
@@ -127,7 +116,7 @@ class TrainingRecorder(Callback):
         self._resumed_runs = []
         if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        _require_plain(trainer, pl_module)
+        require_plain(trainer, pl_module)
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         if sum(isinstance(callback, TrainingRecorder) for callback in callbacks) > 1:
             raise ValueError("the Trainer has several TrainingRecorders; one records all that the others would")
@@ -153,7 +142,7 @@ class TrainingRecorder(Callback):
                 " which examples it draws; train without this option"
             )
         (optimizer,) = trainer.optimizers
-        _require_real(pl_module)
+        require_real(pl_module)
         digest = sample_digest(loader)
         if digest is None:
             raise ValueError(
@@ -168,7 +157,7 @@ class TrainingRecorder(Callback):
             "data": digest,
             "parameters": describe_parameters(pl_module),
         }
-        step, environment = trainer.global_step, _environment(trainer)
+        step, environment = trainer.global_step, environment_of(trainer)
         earlier = [*self._resumed_runs, *([self._run] if self._run else [])]
         self._modules = list(pl_module.named_modules())
         self._names = {parameter: name for name, parameter in named_parameters(pl_module).items()}
@@ -259,7 +248,7 @@ class TrainingRecorder(Callback):
         if key not in self._known:
             clip_by = trainer.gradient_clip_algorithm or "norm"
             self._known[key] = Settings(
-                _group_settings(optimizer),
+                group_settings(optimizer),
                 trainer.accumulate_grad_batches,
                 float(trainer.gradient_clip_val or 0),
                 str(getattr(clip_by, "value", clip_by)),
@@ -313,98 +302,8 @@ class TrainingRecorder(Callback):
         self._loader, self._opened = None, False
 
 
-def _require_plain(trainer: Trainer, module: LightningModule) -> None:
-    """Refuse a run that cannot be repeated step by step."""
-    reason = _reason(trainer, module)
-    if reason:
-        raise ValueError(f"TrainingRecorder cannot record this run: {reason}")
-
-
-def _reason(trainer: Trainer, module: LightningModule) -> str | None:
-    name = type(module).__name__
-    plugin = trainer.precision_plugin
-    if trainer.world_size > 1 or not isinstance(trainer.strategy, SingleDeviceStrategy):
-        return (
-            f"it runs with {type(trainer.strategy).__name__} on {trainer.world_size} devices, and gradients that are"
-            " averaged over processes are not repeated; train with devices=1"
-        )
-    if type(plugin) is not Precision and not isinstance(plugin, DoublePrecision):
-        return (
-            f"precision {trainer.precision!r} rounds steps so coarsely that their derivatives are noise; train with"
-            ' precision="32-true" or "64-true"'
-        )
-    if not module.automatic_optimization:
-        return f"{name} uses manual optimization, so its steps are not known; use automatic optimization"
-    if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
-        return "training_step takes dataloader_iter, so the examples of a batch are not known; let it take a batch"
-    own = [hook for hook in _OWN_STEPS if is_overridden(hook, module, L.LightningModule)]
-    if own:
-        return (
-            f"{name} overrides {own[0]}, so it is not known how a step is made; leave it out (use a scheduler for"
-            " warm-up, and Trainer(gradient_clip_val=...) for clipping)"
-        )
-    return None
-
-
-def _require_real(module: LightningModule) -> None:
-    """Refuse parameters that are not of real numbers in float32 or in float64, or that have hooks."""
-    hooked = [name for name, parameter in named_parameters(module).items() if has_gradient_hooks(parameter)]
-    if hooked:
-        raise ValueError(
-            f'TrainingRecorder cannot record this run: the parameter "{hooked[0]}" has a gradient hook, which a'
-            " repeated step would not call; remove it"
-        )
-    dtypes = {parameter.dtype for parameter in module.parameters() if parameter.requires_grad}
-    if len(dtypes) != 1 or not dtypes <= {torch.float32, torch.float64}:
-        found = ", ".join(sorted(map(str, dtypes))) or "none"
-        raise ValueError(
-            "TrainingRecorder needs weights that are all of torch.float32 or all of torch.float64, got"
-            f" {found}; convert the module"
-        )
-    for name, buffer in named_buffers(module).items():
-        if buffer.layout != torch.strided or buffer.is_complex() or type(buffer) not in (Tensor, nn.Parameter):
-            raise ValueError(f'TrainingRecorder cannot keep the buffer "{name}", which is not a plain dense tensor')
-
-
 def _hashable(setting: Any) -> Any:
     """Something that tells a hyperparameter from others; nothing of the parameters, which are part of the structure."""
     if isinstance(setting, list):
         return None if setting and isinstance(setting[0], Tensor) else tuple(setting)
     return setting
-
-
-def _group_settings(optimizer: Optimizer) -> tuple[dict[str, Any], ...]:
-    """The hyperparameters of each group.
-
-    Raises:
-        ValueError: if a step of the optimizer cannot be repeated or differentiated.
-    """
-    optimizer_step(type(optimizer))
-    found = []
-    for group in optimizer.param_groups:
-        settings = {name: value for name, value in group.items() if name != "params"}
-        for name, value in settings.items():
-            if not isinstance(value, (bool, int, float, str, tuple, list, type(None))):
-                raise ValueError(
-                    f"{type(optimizer).__name__} has {name}={value!r:.40}, a {type(value).__name__}; TrainingRecorder"
-                    " needs plain numbers"
-                )
-        found.append(settings)
-    return tuple(found)
-
-
-def _environment(trainer: Trainer) -> dict[str, Any]:
-    """Versions and hardware, which decide whether a repeated run has the same bits."""
-    device = trainer.strategy.root_device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {
-        "lightning_trak": __version__,
-        "torch": torch.__version__,
-        "lightning": L.__version__,
-        "device": device.type,
-        "hardware": name,
-        "world_size": trainer.world_size,
-        "threads": torch.get_num_threads(),
-        "float32_matmul_precision": torch.get_float32_matmul_precision(),
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
-    }

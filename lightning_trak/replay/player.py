@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -85,7 +84,7 @@ class Player:
 
     Attributes:
         module: the copy.
-        dtype: the dtype of its parameters.
+        dtype: the dtype of the parameters that training changes.
 
     Raises:
         ReplayError: if the module or the data are not those of the recording.
@@ -118,12 +117,14 @@ class Player:
         self.parameters = named_parameters(self.module)
         self._modules = [(canonical_module_name(name), part) for name, part in self.module.named_modules()]
         self._require_same(describe_parameters(self.module), run)
-        self.dtype = next(parameter.dtype for parameter in self.parameters.values() if parameter.is_floating_point())
         self._datamodule = datamodule
         self._batches: Iterator[Any] = iter(())
         self._leaves_checked = False
         first = recording.record(0)
         self._structure, self._optimizer = first.structure, self._made(first)
+        trained = [name for group in first.structure.groups for name in group]
+        trained.sort(key=lambda name: name in first.structure.frozen)  # frozen ones may have another dtype
+        self.dtype = self.parameters[trained[0]].dtype
 
     def _require_same(self, parameters: list[Any], run: dict[str, Any]) -> None:
         if parameters != run["parameters"]:
@@ -237,7 +238,6 @@ class Player:
             torch.inference_mode(False),
             torch.enable_grad(),
             self._precision.train_step_context(),
-            warnings.catch_warnings(),
         ):
             yield
 

@@ -12,6 +12,7 @@ through the gradient of each micro-batch, one after the other, so that only one 
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -293,20 +294,35 @@ class Reverse:
                 )
 
     def _require_step(self, played: Played, after: TrainingState, outputs: dict[str, Tensor]) -> None:
-        """Check that the update as a function does what the optimizer did."""
-        off = moved = size = 0.0
-        for name, before in played.before.parameters.items():
-            new = outputs.get(f"parameter/{name}", before)
-            off += float((new.detach() - after.parameters[name]).double().square().sum())
-            moved += float((after.parameters[name] - before).double().square().sum())
-            size += float(before.double().square().sum())
+        """Check that the update as a function does what the optimizer did, to the weights and to each moment."""
+        off: dict[str, float] = defaultdict(float)
+        moved, sizes = off.copy(), off.copy()
+        before, later = dict(played.before.tensors()), dict(after.tensors())
+        for name, new in outputs.items():
+            kind = "weights" if name.startswith("parameter/") else name.rpartition("/")[2]
+            old, expected = before.get(name), later[name].to(new.device)
+            off[kind] += float((new.detach() - expected).double().square().sum())
+            moved[kind] += float((expected - (0 if old is None else old.to(new.device))).double().square().sum())
+            sizes[kind] += float(expected.double().square().sum())
         dtype = self._player.dtype
-        allowed = (_STEP_ERRORS[dtype] + self._player.update.rounding) * moved**0.5
-        if not off**0.5 <= allowed + 8 * torch.finfo(dtype).eps * size**0.5:
+        for kind, square in off.items():
+            allowed = (_STEP_ERRORS[dtype] + self._player.update.rounding) * moved[kind] ** 0.5
+            if not square**0.5 <= allowed + 8 * torch.finfo(dtype).eps * sizes[kind] ** 0.5:
+                raise ReplayError(
+                    f"step {played.record.step} moved the {kind} by {moved[kind] ** 0.5:.3g}, but the gradient of the"
+                    f" examples' losses gives a step that differs from it by {square**0.5:.3g}: training_step, a hook"
+                    " or a callback adds something to the gradient, or the losses are not those that training_step"
+                    " minimizes"
+                )
+        changed = [
+            name
+            for name, old in played.before.parameters.items()
+            if f"parameter/{name}" not in outputs and not torch.equal(old, after.parameters[name])
+        ]
+        if changed:
             raise ReplayError(
-                f"step {played.record.step} moved the weights by {moved**0.5:.3g}, but the gradient of the examples'"
-                f" losses gives a step that differs from it by {off**0.5:.3g}: training_step, a hook or a callback"
-                " adds something to the gradient, or the losses are not those that training_step minimizes"
+                f'step {played.record.step} changed the parameter "{changed[0]}", which no example\'s loss depends on;'
+                " the losses are not those that training_step minimizes"
             )
 
     def _require_known_buffers(self, played: Played, after: TrainingState) -> None:

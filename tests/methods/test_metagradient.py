@@ -1,10 +1,9 @@
-"""Metagradients against a closed form, and against finite differences of whole trainings."""
+"""Metagradients: the same for any spacing and block, of what training minimizes, and bad input."""
 
 from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,322 +11,24 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import BaseFinetuning
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
+from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_trak import AttributionMixin, Metagradient
-from lightning_trak.outputs import ClassificationMargin, ModelOutput, NegativeLoss, RegressionOutput
-from lightning_trak.replay import OptimizerStep, SmoothAdamW
-from lightning_trak.replay.optimizers.sgd import SGDStep
+from lightning_trak import Metagradient
+from lightning_trak.outputs import ClassificationMargin, ModelOutput, NegativeLoss
 from tests.callback_nets import make_trainer
+from tests.methods.metagradients import (
+    DATA,
+    NETS,
+    OPTIMIZERS,
+    TARGETS,
+    Linear,
+    attribute,
+    layers,
+    require_derivative,
+    sgd,
+)
 from tests.replay.runs import NUM_TRAIN, Net, make_data, shuffled, train
-
-DATA, TARGETS = make_data(), make_data(3, seed=5)
-DIRECTION = torch.randn(NUM_TRAIN, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-STEP = 1e-4
-
-
-def outputs(module: Net, targets: TensorDataset = TARGETS) -> Tensor:
-    batch = [part.double() if part.is_floating_point() else part for part in targets.tensors]
-    module = copy.deepcopy(module).double().eval()
-    with torch.no_grad():
-        return module.configure_model_output().output(module, batch)
-
-
-def attribute(module: Any, directory: Path, trainer: L.Trainer, targets: Any = TARGETS, **options: Any) -> Tensor:
-    return Metagradient(module, directory, progress_bar=False, **options).attribute(trainer, DATA, targets)
-
-
-def require_derivative(make: Callable[[], Net], scores: Tensor, options: dict[str, Any]) -> None:
-    """Compare the scores, along one direction of weights, with central differences of fourth order."""
-
-    def at(distance: float) -> Tensor:
-        module = make()
-        module.weights = 1 + distance * STEP * DIRECTION
-        train(module, DATA, **options)
-        return outputs(module)
-
-    expected = (8 * (at(1) - at(-1)) - (at(2) - at(-2))) / (12 * STEP)
-    assert expected.norm() > 1e-3
-    assert (scores @ DIRECTION - expected).norm() < 1e-7 * expected.norm()
-
-
-# --- closed form --------------------------------------------------------------------------------------------------
-
-
-class Linear(AttributionMixin, L.LightningModule):
-    """Linear regression by gradient descent."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Linear(3, 1, bias=False)
-        nn.init.zeros_(self.net.weight)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return self.net(inputs)
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        return F.mse_loss(self(batch[0]).squeeze(-1), batch[1]) / 2
-
-    def configure_model_output(self) -> ModelOutput:
-        return RegressionOutput()
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), lr=0.3)
-
-
-def test_linear_regression_by_gradient_descent(tmp_path: Path) -> None:
-    """With residuals r_t and A = X^T X / n: d theta_T / d w_i = -(lr / n) sum_t (I - lr A)^(T-1-t) x_i r_t,i."""
-    generator = torch.Generator().manual_seed(0)
-    inputs, labels = torch.randn(8, 3, generator=generator), torch.randn(8, generator=generator)
-    targets = torch.randn(4, 3, generator=generator)
-    steps, module = 7, Linear()
-    data = TensorDataset(inputs, labels)
-    trainer = train(module, data, tmp_path, loader=lambda data: DataLoader(data, batch_size=8), max_epochs=steps)
-    method = Metagradient(module, tmp_path, progress_bar=False)
-    scores = method.attribute(trainer, data, TensorDataset(targets, torch.zeros(4)))
-
-    x, y, moved = inputs.double(), labels.double(), torch.zeros(3, 8, dtype=torch.float64)
-    theta = torch.zeros(3, dtype=torch.float64)
-    shrink = torch.eye(3, dtype=torch.float64) - 0.3 * x.T @ x / 8
-    for _ in range(steps):
-        residuals = x @ theta - y
-        moved = shrink @ moved - 0.3 / 8 * x.T * residuals
-        theta = theta - 0.3 / 8 * x.T @ residuals
-    torch.testing.assert_close(scores, targets.double() @ moved, rtol=1e-12, atol=1e-14)
-
-
-# --- finite differences -------------------------------------------------------------------------------------------
-
-
-def layers(*inner: nn.Module, width: int = 6) -> nn.Module:
-    return nn.Sequential(nn.Linear(4, width), *inner, nn.Tanh(), nn.Linear(width, 3))
-
-
-class Convolutional(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.norm, self.head = nn.Conv2d(1, 4, 2, padding=1), nn.BatchNorm2d(4), nn.Linear(4, 3)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        images = self.norm(self.conv(inputs.reshape(-1, 1, 2, 2)))
-        return self.head(F.max_pool2d(F.gelu(images), 2).flatten(1))
-
-
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.head = nn.Linear(1, 4), nn.Linear(4, 3)
-        self.encoder = nn.TransformerEncoderLayer(4, 2, 6, dropout=0.1, batch_first=True)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return self.head(self.encoder(self.embed(inputs.reshape(-1, 4, 1))).mean(1))
-
-
-class Recurrent(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.lstm, self.head = nn.LSTM(2, 4, batch_first=True), nn.Linear(4, 3)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return self.head(self.lstm(inputs.reshape(-1, 2, 2))[0][:, -1])
-
-
-class Tied(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
-        self.second.weight = self.first.weight
-        self.first.bias.requires_grad_(False)
-        self.unused = nn.Linear(2, 2)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return self.head(self.second(self.first(inputs).tanh()).tanh())
-
-
-NETS: dict[str, Callable[[], nn.Module]] = {
-    "dropout": lambda: layers(nn.Dropout(0.3)),
-    "batch norm": lambda: layers(nn.BatchNorm1d(6)),
-    "layer norm": lambda: layers(nn.LayerNorm(6)),
-    "group norm": lambda: layers(nn.GroupNorm(2, 6)),
-    "square group norm": lambda: layers(nn.GroupNorm(4, 16), width=16),
-    "convolutions": Convolutional,
-    "attention": Attention,
-    "recurrent": Recurrent,
-    "tied, frozen and unused weights": Tied,
-}
-
-
-def sgd(**options: Any) -> Callable[[Net], Any]:
-    return lambda module: torch.optim.SGD(module.parameters(), **({"lr": 0.1} | options))
-
-
-def adam(kind: Any, **options: Any) -> Callable[[Net], Any]:
-    return lambda module: kind(module.parameters(), lr=0.01, **options)
-
-
-def groups(module: Net) -> Any:
-    *body, weight, bias = module.parameters()
-    groups = [{"params": body, "weight_decay": 0.1}, {"params": [bias, weight], "lr": 0.03, "momentum": 0.5}]
-    return torch.optim.SGD(groups, lr=0.1, momentum=0.9)
-
-
-def scheduled(module: Net) -> Any:
-    optimizer = torch.optim.AdamW(module.parameters(), lr=0.02)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.02, total_steps=6)  # momentum changes, too
-    return [optimizer], [{"scheduler": schedule, "interval": "step"}]
-
-
-OPTIMIZERS: dict[str, Callable[[Net], Any]] = {
-    "sgd": sgd(),
-    "momentum": sgd(momentum=0.9, dampening=0.3, weight_decay=0.01),
-    "nesterov": sgd(momentum=0.9, nesterov=True, weight_decay=0.01),
-    "maximize": sgd(momentum=0.9, maximize=True),
-    "adam": adam(torch.optim.Adam, weight_decay=0.01),
-    "amsgrad": adam(torch.optim.Adam, amsgrad=True, betas=(0.8, 0.7)),
-    "adamw": adam(torch.optim.AdamW, weight_decay=0.1, maximize=True),
-    "smooth adamw": adam(SmoothAdamW, eps_root=1e-4, weight_decay=0.1),
-    "groups": groups,
-    "schedule": scheduled,
-}
-
-TRAINERS: dict[str, dict[str, Any]] = {
-    "clip by norm": {"gradient_clip_val": 0.4},
-    "clip by value": {"gradient_clip_val": 0.1, "gradient_clip_algorithm": "value"},
-    "accumulation": {"accumulate_grad_batches": 2, "gradient_clip_val": 0.4},
-    "float inputs": {"loader": lambda data: shuffled(data, 5, drop_last=True)},
-    "repetitions": {"loader": lambda data: DataLoader(data, 5, sampler=WeightedRandomSampler(torch.ones(12), 15))},
-}
-
-
-@pytest.mark.parametrize("name", NETS)
-def test_layers(name: str, tmp_path: Path) -> None:
-    def make() -> Net:
-        return Net(NETS[name], sgd(lr=0.2, momentum=0.5))
-
-    module = make()
-    trainer = train(module, DATA, tmp_path)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*batch normalization.*")
-        scores = attribute(module, tmp_path, trainer)
-        one_by_one = attribute(module, tmp_path, trainer, block_size=1)
-    torch.testing.assert_close(scores, one_by_one, rtol=1e-9, atol=1e-12)
-    require_derivative(make, scores, {})
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_optimizers(name: str, tmp_path: Path) -> None:
-    def make() -> Net:
-        return Net(optimizer=OPTIMIZERS[name])
-
-    module = make()
-    trainer = train(module, DATA, tmp_path)
-    require_derivative(make, attribute(module, tmp_path, trainer), {})
-
-
-@pytest.mark.parametrize("name", TRAINERS)
-def test_trainers(name: str, tmp_path: Path) -> None:
-    module = Net(optimizer=sgd(momentum=0.9))
-    trainer = train(module, DATA, tmp_path, **TRAINERS[name])
-    require_derivative(lambda: Net(optimizer=sgd(momentum=0.9)), attribute(module, tmp_path, trainer), TRAINERS[name])
-
-
-@pytest.mark.parametrize("net", ["batch norm", "dropout"])
-def test_accumulation_with_statistics_and_random_numbers(net: str, tmp_path: Path) -> None:
-    def make() -> Net:
-        return Net(NETS[net], sgd(lr=0.2))
-
-    module, options = make(), {"accumulate_grad_batches": 3}
-    trainer = train(module, DATA, tmp_path, **options)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*batch normalization.*")
-        scores = attribute(module, tmp_path, trainer)
-    require_derivative(make, scores, options)
-
-
-def newton_schulz(matrix: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
-    """torch's iterations without bfloat16."""
-    found = matrix.T if matrix.size(0) > matrix.size(1) else matrix
-    found = found / found.norm().clamp(min=eps)
-    a, b, c = coefficients
-    for _ in range(steps):
-        gram = found @ found.T
-        found = torch.addmm(found, torch.addmm(gram, gram, gram, beta=b, alpha=c), found, beta=a)
-    return found.T if matrix.size(0) > matrix.size(1) else found
-
-
-@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
-@pytest.mark.parametrize("options", [{}, {"nesterov": False, "adjust_lr_fn": "match_rms_adamw"}])
-def test_muon_without_rounding(options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.optim._muon._zeropower_via_newtonschulz", newton_schulz)
-
-    def make() -> Net:
-        body = lambda: nn.Sequential(nn.Linear(4, 5, bias=False), nn.Tanh(), nn.Linear(5, 3, bias=False))  # noqa: E731
-        return Net(body, lambda module: torch.optim.Muon(module.parameters(), lr=0.02, **options))
-
-    module = make()
-    trainer = train(module, DATA, tmp_path)
-    with pytest.warns(UserWarning, match="scores are those of the same steps without rounding"):
-        scores = attribute(module, tmp_path, trainer)
-    require_derivative(make, scores, {})
-
-
-class Slowed(torch.optim.SGD):
-    """SGD with half of the gradient."""
-
-    def step(self, closure: Any = None) -> Any:
-        with torch.enable_grad():
-            loss = closure() if closure else None
-        for parameter in self.param_groups[0]["params"]:
-            parameter.grad.div_(2)
-        super().step()
-        return loss
-
-
-@pytest.mark.parametrize("factor", [0.5, 0.55])
-def test_an_optimizer_of_the_user(factor: float, tmp_path: Path) -> None:
-    def make() -> Net:
-        return Net(optimizer=lambda module: Slowed(module.parameters(), lr=0.4, momentum=0.9))
-
-    class SlowedStep(SGDStep, optimizer=Slowed):
-        def update(self, parameter: Any, gradient: Any, kept: Any, group: Any) -> Any:
-            return super().update(parameter, factor * gradient, kept, group)
-
-    module = make()
-    try:
-        trainer = train(module, DATA, tmp_path)
-        if factor == 0.5:
-            require_derivative(make, attribute(module, tmp_path, trainer), {})
-        else:
-            with pytest.raises(ValueError, match=r"step 5 moved the weights by .* gives a step that differs"):
-                attribute(module, tmp_path, trainer)
-    finally:
-        OptimizerStep.known.pop(Slowed)
-    with pytest.raises(ValueError, match=r"Slowed, whose step is not known here; known are .*torch\.optim\.adam\.Adam"):
-        attribute(module, tmp_path, trainer)
-
-
-def test_layers_that_thaw(tmp_path: Path) -> None:
-    class Thaw(BaseFinetuning):
-        def freeze_before_training(self, module: L.LightningModule) -> None:
-            self.freeze(module.net[0])
-
-        def finetune_function(self, module: L.LightningModule, epoch: int, optimizer: Any) -> None:
-            if epoch == 1:
-                self.unfreeze_and_add_param_group(module.net[0], optimizer, lr=0.05)
-                self.freeze(module.net[2])
-                module.net[2].bias.requires_grad_(True)
-
-    def make() -> Net:
-        body = lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))  # noqa: E731
-        trained = lambda module: [p for p in module.parameters() if p.requires_grad]  # noqa: E731
-        return Net(body, lambda module: torch.optim.SGD(trained(module), lr=0.1, momentum=0.9))
-
-    module = make()
-    trainer = train(module, DATA, tmp_path, callbacks=[Thaw()], max_epochs=3)
-    require_derivative(make, attribute(module, tmp_path, trainer), {"callbacks": [Thaw()], "max_epochs": 3})
-
 
 # --- the same scores ----------------------------------------------------------------------------------------------
 
@@ -347,6 +48,7 @@ def test_spacing_does_not_matter(spacing: Any, recorded: Any, tmp_path: Path, mo
     assert torch.equal(attribute(Net(), tmp_path, trainer), recorded[3])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [{"block_size": 1}, {"block_size": 2}, {"micro_batch_size": 1}, {"micro_batch_size": 3}]
 )

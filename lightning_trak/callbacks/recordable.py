@@ -1,0 +1,114 @@
+"""Which runs can be recorded, and why others cannot."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins.precision import DoublePrecision, Precision
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_trak.compatibility import has_gradient_hooks
+from lightning_trak.replay.optimizers.base import optimizer_step
+from lightning_trak.replay.states import named_buffers, named_parameters
+from lightning_trak.version import __version__
+
+# Hooks of a LightningModule that take the step out of Lightning's hands, so that nobody knows what it did.
+_OWN_STEPS = ("backward", "configure_gradient_clipping", "optimizer_step", "optimizer_zero_grad")
+
+
+def require_plain(trainer: Trainer, module: LightningModule) -> None:
+    """Refuse a run that cannot be repeated step by step."""
+    reason = _reason(trainer, module)
+    if reason:
+        raise ValueError(f"TrainingRecorder cannot record this run: {reason}")
+
+
+def _reason(trainer: Trainer, module: LightningModule) -> str | None:
+    name = type(module).__name__
+    plugin = trainer.precision_plugin
+    if trainer.world_size > 1 or not isinstance(trainer.strategy, SingleDeviceStrategy):
+        return (
+            f"it runs with {type(trainer.strategy).__name__} on {trainer.world_size} devices, and gradients that are"
+            " averaged over processes are not repeated; train with devices=1"
+        )
+    if type(plugin) is not Precision and not isinstance(plugin, DoublePrecision):
+        return (
+            f"precision {trainer.precision!r} rounds steps so coarsely that their derivatives are noise; train with"
+            ' precision="32-true" or "64-true"'
+        )
+    if not module.automatic_optimization:
+        return f"{name} uses manual optimization, so its steps are not known; use automatic optimization"
+    if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
+        return "training_step takes dataloader_iter, so the examples of a batch are not known; let it take a batch"
+    own = [hook for hook in _OWN_STEPS if is_overridden(hook, module, L.LightningModule)]
+    if own:
+        return (
+            f"{name} overrides {own[0]}, so it is not known how a step is made; leave it out (use a scheduler for"
+            " warm-up, and Trainer(gradient_clip_val=...) for clipping)"
+        )
+    return None
+
+
+def require_real(module: LightningModule) -> None:
+    """Refuse parameters that are not of real numbers in float32 or in float64, or that have hooks."""
+    hooked = [name for name, parameter in named_parameters(module).items() if has_gradient_hooks(parameter)]
+    if hooked:
+        raise ValueError(
+            f'TrainingRecorder cannot record this run: the parameter "{hooked[0]}" has a gradient hook, which a'
+            " repeated step would not call; remove it"
+        )
+    dtypes = {parameter.dtype for parameter in module.parameters() if parameter.requires_grad}
+    if len(dtypes) != 1 or not dtypes <= {torch.float32, torch.float64}:
+        found = ", ".join(sorted(map(str, dtypes))) or "none"
+        raise ValueError(
+            "TrainingRecorder needs weights that are all of torch.float32 or all of torch.float64, got"
+            f" {found}; convert the module"
+        )
+    for name, buffer in named_buffers(module).items():
+        if buffer.layout != torch.strided or buffer.is_complex() or type(buffer) not in (Tensor, nn.Parameter):
+            raise ValueError(f'TrainingRecorder cannot keep the buffer "{name}", which is not a plain dense tensor')
+
+
+def group_settings(optimizer: Optimizer) -> tuple[dict[str, Any], ...]:
+    """The hyperparameters of each group.
+
+    Raises:
+        ValueError: if a step of the optimizer cannot be repeated or differentiated.
+    """
+    optimizer_step(type(optimizer))
+    found = []
+    for group in optimizer.param_groups:
+        settings = {name: value for name, value in group.items() if name != "params"}
+        for name, value in settings.items():
+            if not isinstance(value, (bool, int, float, str, tuple, list, type(None))):
+                raise ValueError(
+                    f"{type(optimizer).__name__} has {name}={value!r:.40}, a {type(value).__name__}; TrainingRecorder"
+                    " needs plain numbers"
+                )
+        found.append(settings)
+    return tuple(found)
+
+
+def environment_of(trainer: Trainer) -> dict[str, Any]:
+    """Versions and hardware, which decide whether a repeated run has the same bits."""
+    device = trainer.strategy.root_device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "lightning_trak": __version__,
+        "torch": torch.__version__,
+        "lightning": L.__version__,
+        "device": device.type,
+        "hardware": name,
+        "world_size": trainer.world_size,
+        "threads": torch.get_num_threads(),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }

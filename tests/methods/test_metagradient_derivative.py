@@ -1,0 +1,220 @@
+"""Metagradients against a closed form, and against finite differences of whole trainings."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import BaseFinetuning
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
+
+from lightning_trak import Metagradient
+from lightning_trak.replay import OptimizerStep
+from lightning_trak.replay.optimizers.sgd import SGDStep
+from tests.methods.metagradients import (
+    DATA,
+    DIRECTION,
+    NETS,
+    OPTIMIZERS,
+    TARGETS,
+    Linear,
+    attribute,
+    require_derivative,
+    sgd,
+)
+from tests.replay.runs import Net, shuffled, train
+
+# --- closed form --------------------------------------------------------------------------------------------------
+
+
+def test_linear_regression_by_gradient_descent(tmp_path: Path) -> None:
+    """With residuals r_t and A = X^T X / n: d theta_T / d w_i = -(lr / n) sum_t (I - lr A)^(T-1-t) x_i r_t,i."""
+    generator = torch.Generator().manual_seed(0)
+    inputs, labels = torch.randn(8, 3, generator=generator), torch.randn(8, generator=generator)
+    targets = torch.randn(4, 3, generator=generator)
+    steps, module = 7, Linear()
+    data = TensorDataset(inputs, labels)
+    trainer = train(module, data, tmp_path, loader=lambda data: DataLoader(data, batch_size=8), max_epochs=steps)
+    method = Metagradient(module, tmp_path, progress_bar=False)
+    scores = method.attribute(trainer, data, TensorDataset(targets, torch.zeros(4)))
+
+    x, y, moved = inputs.double(), labels.double(), torch.zeros(3, 8, dtype=torch.float64)
+    theta = torch.zeros(3, dtype=torch.float64)
+    shrink = torch.eye(3, dtype=torch.float64) - 0.3 * x.T @ x / 8
+    for _ in range(steps):
+        residuals = x @ theta - y
+        moved = shrink @ moved - 0.3 / 8 * x.T * residuals
+        theta = theta - 0.3 / 8 * x.T @ residuals
+    torch.testing.assert_close(scores, targets.double() @ moved, rtol=1e-12, atol=1e-14)
+
+
+# --- finite differences -------------------------------------------------------------------------------------------
+
+
+TRAINERS: dict[str, dict[str, Any]] = {
+    "clip by norm": {"gradient_clip_val": 0.4},
+    "clip by value": {"gradient_clip_val": 0.1, "gradient_clip_algorithm": "value"},
+    "accumulation": {"accumulate_grad_batches": 2, "gradient_clip_val": 0.4},
+    "float inputs": {"loader": lambda data: shuffled(data, 5, drop_last=True)},
+    "repetitions": {"loader": lambda data: DataLoader(data, 5, sampler=WeightedRandomSampler(torch.ones(12), 15))},
+}
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_layers(name: str, tmp_path: Path) -> None:
+    def make() -> Net:
+        return Net(NETS[name], sgd(lr=0.2, momentum=0.5))
+
+    module = make()
+    trainer = train(module, DATA, tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*batch normalization.*")
+        scores = attribute(module, tmp_path, trainer)
+        one_by_one = attribute(module, tmp_path, trainer, block_size=1)
+    torch.testing.assert_close(scores, one_by_one, rtol=1e-9, atol=1e-12)
+    require_derivative(make, scores, {})
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers(name: str, tmp_path: Path) -> None:
+    def make() -> Net:
+        return Net(optimizer=OPTIMIZERS[name])
+
+    module = make()
+    trainer = train(module, DATA, tmp_path)
+    require_derivative(make, attribute(module, tmp_path, trainer), {})
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_trainers(name: str, tmp_path: Path) -> None:
+    module = Net(optimizer=sgd(momentum=0.9))
+    trainer = train(module, DATA, tmp_path, **TRAINERS[name])
+    require_derivative(lambda: Net(optimizer=sgd(momentum=0.9)), attribute(module, tmp_path, trainer), TRAINERS[name])
+
+
+@pytest.mark.parametrize("net", ["batch norm", "dropout"])
+def test_accumulation_with_statistics_and_random_numbers(net: str, tmp_path: Path) -> None:
+    def make() -> Net:
+        return Net(NETS[net], sgd(lr=0.2))
+
+    module, options = make(), {"accumulate_grad_batches": 3}
+    trainer = train(module, DATA, tmp_path, **options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*batch normalization.*")
+        scores = attribute(module, tmp_path, trainer)
+    require_derivative(make, scores, options)
+
+
+def newton_schulz(matrix: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """torch's iterations without bfloat16."""
+    found = matrix.T if matrix.size(0) > matrix.size(1) else matrix
+    found = found / found.norm().clamp(min=eps)
+    a, b, c = coefficients
+    for _ in range(steps):
+        gram = found @ found.T
+        found = torch.addmm(found, torch.addmm(gram, gram, gram, beta=b, alpha=c), found, beta=a)
+    return found.T if matrix.size(0) > matrix.size(1) else found
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+@pytest.mark.parametrize("options", [{}, {"nesterov": False, "adjust_lr_fn": "match_rms_adamw"}])
+def test_muon_without_rounding(options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.optim._muon._zeropower_via_newtonschulz", newton_schulz)
+
+    def make() -> Net:
+        body = lambda: nn.Sequential(nn.Linear(4, 5, bias=False), nn.Tanh(), nn.Linear(5, 3, bias=False))  # noqa: E731
+        return Net(body, lambda module: torch.optim.Muon(module.parameters(), lr=0.02, **options))
+
+    module = make()
+    trainer = train(module, DATA, tmp_path)
+    with pytest.warns(UserWarning, match="scores are those of the same steps without rounding"):
+        scores = attribute(module, tmp_path, trainer)
+    require_derivative(make, scores, {})
+
+
+class Slowed(torch.optim.SGD):
+    """SGD with half of the gradient."""
+
+    def step(self, closure: Any = None) -> Any:
+        with torch.enable_grad():
+            loss = closure() if closure else None
+        for parameter in self.param_groups[0]["params"]:
+            parameter.grad.div_(2)
+        super().step()
+        return loss
+
+
+@pytest.mark.parametrize("factor", [0.5, 0.55])
+def test_an_optimizer_of_the_user(factor: float, tmp_path: Path) -> None:
+    def make() -> Net:
+        return Net(optimizer=lambda module: Slowed(module.parameters(), lr=0.4, momentum=0.9))
+
+    class SlowedStep(SGDStep, optimizer=Slowed):
+        def update(self, parameter: Any, gradient: Any, kept: Any, group: Any) -> Any:
+            return super().update(parameter, factor * gradient, kept, group)
+
+    module = make()
+    try:
+        trainer = train(module, DATA, tmp_path)
+        if factor == 0.5:
+            require_derivative(make, attribute(module, tmp_path, trainer), {})
+        else:
+            with pytest.raises(ValueError, match=r"step 5 moved the weights by .* gives a step that differs"):
+                attribute(module, tmp_path, trainer)
+    finally:
+        OptimizerStep.known.pop(Slowed)
+    with pytest.raises(ValueError, match=r"Slowed, whose step is not known here; known are .*torch\.optim\.adam\.Adam"):
+        attribute(module, tmp_path, trainer)
+
+
+def test_layers_that_thaw(tmp_path: Path) -> None:
+    class Thaw(BaseFinetuning):
+        def freeze_before_training(self, module: L.LightningModule) -> None:
+            self.freeze(module.net[0])
+
+        def finetune_function(self, module: L.LightningModule, epoch: int, optimizer: Any) -> None:
+            if epoch == 1:
+                self.unfreeze_and_add_param_group(module.net[0], optimizer, lr=0.05)
+                self.freeze(module.net[2])
+                module.net[2].bias.requires_grad_(True)
+
+    def make() -> Net:
+        body = lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))  # noqa: E731
+        trained = lambda module: [p for p in module.parameters() if p.requires_grad]  # noqa: E731
+        return Net(body, lambda module: torch.optim.SGD(trained(module), lr=0.1, momentum=0.9))
+
+    module = make()
+    trainer = train(module, DATA, tmp_path, callbacks=[Thaw()], max_epochs=3)
+    require_derivative(make, attribute(module, tmp_path, trainer), {"callbacks": [Thaw()], "max_epochs": 3})
+
+
+def test_a_frozen_part_in_half_precision(tmp_path: Path) -> None:
+    class Based(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.base, self.head = nn.Linear(4, 5).bfloat16().requires_grad_(False), nn.Linear(5, 3)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.head(self.base(inputs.bfloat16()).float().tanh())
+
+    def make() -> Net:
+        return Net(Based, sgd(lr=0.2))
+
+    module = make()
+    trainer = train(module, DATA, tmp_path, precision="32-true")
+    scores = attribute(module, tmp_path, trainer)
+    assert scores.dtype == torch.float32
+    changed = []
+    for factor in (1.0, 1.1):
+        other = make()
+        other.weights = 1 + (factor - 1) * DIRECTION.float()
+        train(other, DATA, precision="32-true")
+        with torch.no_grad():
+            changed.append(other.configure_model_output().output(other.eval(), TARGETS.tensors).double())
+    expected = (changed[1] - changed[0]) / 0.1
+    assert (scores.double() @ DIRECTION - expected).norm() < 0.1 * expected.norm()
