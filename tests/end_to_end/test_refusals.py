@@ -225,8 +225,9 @@ def test_a_model_that_is_sure_of_everything_is_told_what_to_do(tmp_path):
     # As the errors say:
     trak = TRAK(Sure(), [Sure().state_dict()], tmp_path / "64", projection=IdentityProjection(), dtype=torch.float64)
     scores = trak.attribute(make_trainer(precision="64-true"), data, data)
-    # All gradients are phi, |phi|^2 = 2, Q = R, and the automatic damping is R: phi (4 R phi phi^T + R)^-1 phi Q = 2/9.
-    expected = torch.full((4, 4), 2 / 9, dtype=torch.float64)
+    # All gradients are phi, |phi|^2 = 2, Q = R, and the automatic damping is 1.75 w = 3.5 R, since R says nothing about
+    # the noise: phi (4 R phi phi^T + 3.5 R)^-1 phi Q = 2 / 11.5.
+    expected = torch.full((4, 4), 2 / 11.5, dtype=torch.float64)
     torch.testing.assert_close(scores, expected, check_dtype=False)
     precise = influence.attribute(make_trainer(precision="64-true"), data, data)
     torch.testing.assert_close(precise, expected, check_dtype=False)
