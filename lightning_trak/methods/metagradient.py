@@ -1,7 +1,5 @@
 """Metagradients: what each example did in one training run."""
 
-from __future__ import annotations
-
 import copy
 import os
 import warnings

@@ -21,10 +21,10 @@ class PrincipalProjection(Projection):
     """Project gradients to the leading eigenvectors of the Gauss-Newton matrix, which are learned from examples.
 
     A wide :class:`SparseProjection` first maps a gradient g to a sketch s, so that any model and any engine will do. Of
-    a sample of the training set, the examples with the largest R |s|^2 become landmarks; R = d2l/df2 is the curvature
-    of the loss. An orthonormal V holds the k directions in which sum_i R_i s_i s_i^T over the landmarks is largest.
-    Features are V^T s. TRAK solves with this matrix, so these features lose least of it; few examples carry most of the
-    curvature, so few landmarks are enough.
+    a sample of the training set, the examples with the largest ``R |s|^2`` become landmarks; R = d2l/df2 is the
+    curvature of the loss. An orthonormal V holds the k directions in which sum_i R_i s_i s_i^T over the landmarks is
+    largest. Features are V^T s. TRAK solves with this matrix, so these features lose least of it; few examples carry
+    most of the curvature, so few landmarks are enough.
 
     Each checkpoint has its own sample and its own V. To learn V takes one more pass over the sample, and about
     landmarks^2 (2 sketch + 9 landmarks) + 2 landmarks sketch k operations in float64. The landmarks take 4 landmarks

@@ -14,9 +14,9 @@ _BYTES = 1 << 30  # the gradients of the landmarks are kept in this much memory,
 def landmark_preconditioner(hessian: Hessian) -> Callable[[Tensor], Tensor]:
     """(G_L + lambda I)^-1, with G_L = sum_j R_j g_j g_j^T over few training examples: the landmarks.
 
-    The landmarks are the examples with the largest R_j |g_j|^2, which carry most of the Gauss-Newton matrix. With W the
-    matrix of their gradients times sqrt(R_j), W^T W = G_L, and its eigenvectors follow from those of the small matrix
-    W W^T: the inverse is 1 / (e + lambda) along those with eigenvalue e, and 1 / lambda across them. This is the
+    The landmarks are the examples with the largest ``R_j |g_j|^2``, which carry most of the Gauss-Newton matrix. With W
+    the matrix of their gradients times sqrt(R_j), W^T W = G_L, and its eigenvectors follow from those of the small
+    matrix W W^T: the inverse is 1 / (e + lambda) along those with eigenvalue e, and 1 / lambda across them. This is the
     preconditioner of Frangella, Tropp and Udell 2021 (arXiv 2110.02820) with chosen examples instead of random vectors.
 
     Args:
