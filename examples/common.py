@@ -3,8 +3,8 @@
 import gzip
 import json
 import logging
-import time
 import warnings
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ def begin(out: Path, quiet: bool = True) -> Path:
     if quiet:
         logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # it logs the same lines for every Trainer
     warnings.filterwarnings("ignore", ".*LeafSpec.*|.*does not have many workers.*")  # from Lightning itself
-    run = out / time.strftime("%Y%m%d-%H%M%S")
+    run = out / datetime.now().strftime("%Y%m%d-%H%M%S-%f")
     run.mkdir(parents=True)
     return run
 

@@ -125,7 +125,7 @@ def test_top_k_self_influence_and_trainer_predict(tmp_path, checkpoints):
         top, expected = exact.score(trainer, TARGETS, 4, largest), full.topk(4, largest=largest)
         assert torch.equal(top.values, expected.values)
         assert torch.equal(top.indices, expected.indices)
-    assert_close(torch.cat(trainer.predict(exact.scorer(), DataLoader(TARGETS, 5))), full)
+    assert_close(torch.cat(trainer.predict(exact.scorer(), DataLoader(TARGETS, batch_size=5))), full)
     assert_close(exact.self_influence(trainer), exact.score(trainer, TRAIN).diagonal())
 
 

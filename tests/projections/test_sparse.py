@@ -53,7 +53,7 @@ def collisions(sizes, dim, sums):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dim", "least"), [(16, 1), (16, 48), (64, 8192), (128, 8192)])
+@pytest.mark.parametrize(("dim", "least"), [(16, 1), (16, 48), (64, 8192), (100, 8192)])
 def test_inner_products_are_unbiased_with_the_variance_of_the_docstring(dim, least, monkeypatch):
     """For x, y over two parameters, with <x, y> and the closed form of the variance clearly apart from zero."""
     monkeypatch.setattr(SUMS, least)
@@ -78,10 +78,19 @@ def test_inner_products_are_unbiased_with_the_variance_of_the_docstring(dim, lea
 
 
 def test_a_parameter_with_fewer_elements_than_features_has_no_collisions():
-    bound = bind(SparseProjection(8192), {"w": 8000})
+    bound = bind(SparseProjection(8192), {"w": 8000, "v": 500})
     gradients = torch.randn(3, 8000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     features = project(bound, {"w": gradients}, torch.float64)
     torch.testing.assert_close(features @ features.T, gradients @ gradients.T)
+
+
+def test_models_with_few_parameters_keep_whole_gradients():
+    gradients = random_gradients(3, {"w": 60, "v": 40})
+    bound = bind(SparseProjection(100), {"w": 60, "v": 40})
+    assert bound.dim == 100
+    assert torch.equal(project(bound, gradients), torch.cat(list(gradients.values()), dim=1))
+    assert bind(SparseProjection(99), {"w": 60, "v": 40}).dim == 99
+    assert bind(SparseProjection(101), {"w": 60, "v": 40}).dim == 100
 
 
 @pytest.mark.parametrize("dim", [32, 8192])
