@@ -108,7 +108,7 @@ class Scorer(ABC):
         Raises:
             ValueError: at the end, if a score was not finite.
         """
-        rows, sums = self._rows(shards, len(directions), directions[0].device), []
+        rows, sums = self._rows(shards, range(len(directions)), directions[0].device), []
         for shard in shards:
             scores = self.block(directions, shard, rows)
             sums.append(scores.sum())
@@ -116,7 +116,7 @@ class Scorer(ABC):
         # The sum of a shard is not finite if any of its scores is not.
         suspects = torch.stack(sums).isfinite().logical_not().nonzero().flatten().tolist() if sums else []
         for shard in (shards[number] for number in suspects):
-            again = self._rows([shard], len(directions), directions[0].device)
+            again = self._rows([shard], range(len(directions)), directions[0].device)
             self._require_finite(self.block(directions, shard, again), shard)
 
     def _require_finite(self, scores: Tensor, shard: int) -> None:
@@ -126,13 +126,15 @@ class Scorer(ABC):
                 f" {scores.dtype}; featurize with dtype=torch.float64"
             )
 
-    def _rows(self, shards: Sequence[int], checkpoints: int, device: torch.device) -> Iterator[StoredFeatures]:
-        """Rows of each shard at the first checkpoints, on a device. They are copied there as they are stored."""
+    def _rows(
+        self, shards: Sequence[int], checkpoints: Sequence[int], device: torch.device
+    ) -> Iterator[StoredFeatures]:
+        """Rows of each shard at some checkpoints, on a device. They are copied there as they are stored."""
         upload = Upload(device)
 
         def read() -> Iterator[StoredFeatures]:
             for shard in shards:
-                for checkpoint in range(checkpoints):
+                for checkpoint in checkpoints:
                     rows = self.store.read_stored(checkpoint, shard)
                     # Only pinned memory is copied while the device computes.
                     yield rows.moved(Tensor.pin_memory) if device.type == "cuda" else rows
@@ -182,13 +184,15 @@ class Scorer(ABC):
         shards, dtype = ranks.share(self.store.num_shards), self.store.read_stored(0, 0).dtype.floating
         scores = torch.zeros(self.store.num_examples, dtype=torch.promote_types(dtype, torch.float32))
         with full_precision(self._device):
-            rows = self._rows(shards, self.store.num_checkpoints, self._device)
+            sums = torch.zeros(len(scores), dtype=scores.dtype, device=self._device)
+            for checkpoint in range(self.store.num_checkpoints):  # one by one, since each may need a large matrix
+                for shard, stored in zip(shards, self._rows(shards, [checkpoint], self._device), strict=False):
+                    examples = self.store.shard(shard)
+                    own = [self._own_products(checkpoint, part) for part in stored.blocks()]
+                    sums[examples.start : examples.stop] += torch.cat(own)
             for shard in shards:
                 examples = self.store.shard(shard)
-                sums = torch.zeros(len(examples), dtype=scores.dtype, device=self._device)
-                for checkpoint, stored in zip(range(self.store.num_checkpoints), rows, strict=False):
-                    sums += torch.cat([self._own_products(checkpoint, part) for part in stored.blocks()])
-                found = self.finish(sums, shard)
+                found = self.finish(sums[examples.start : examples.stop], shard)
                 self._require_finite(found, shard)
                 scores[examples.start : examples.stop] = found.cpu()
         return ranks.sum(scores)

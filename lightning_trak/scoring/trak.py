@@ -18,8 +18,10 @@ from lightning_trak.scoring.dual import DualSystem, kernel_matrix, products_with
 from lightning_trak.scoring.gram import Curvature, DampedGram, gram_matrix, require_convex, row_blocks
 
 LossGradients = Literal["per_checkpoint", "averaged"]
+System = DampedGram | DualSystem
 
 _CACHE_FORMAT = 3  # of a stored Gram matrix; one of another format is made again
+_SYSTEM_BYTES = 1 << 32  # of factors in memory; those of more checkpoints are made again when they are needed
 
 
 class TRAKScorer(Scorer):
@@ -63,8 +65,9 @@ class TRAKScorer(Scorer):
         self.loss_gradients = loss_gradients
         self.soft_threshold = soft_threshold
         self.subsets = [None] * store.num_checkpoints if subsets is None else subsets
-        self._primal: list[DampedGram] = []  # one for each checkpoint, or none
-        self._dual: list[DualSystem] = []
+        self._levels: list[float] = []  # of noise, one for each checkpoint
+        self._dual = False
+        self._systems: dict[int, tuple[System, float]] = {}  # with their dampings, of as many checkpoints as fit
         self._keeps = True  # until a matrix cannot be written
 
     def fit(self, device: torch.device, ranks: Ranks = Ranks()) -> None:  # noqa: B008
@@ -80,34 +83,40 @@ class TRAKScorer(Scorer):
         """
         before = self._device
         super().fit(device, ranks)
-        if (self._primal or self._dual) and self._device == before:
+        if self._systems and self._device == before:
             return
-        self._primal, self._dual, dampings = [], [], []
-        n, k = self.store.num_examples, self.num_features
-        dual, noise = (
-            self.solves_dual(n, k),
-            stored_noise(self.store, self.subsets, ranks) if self.damping == "auto" else None,
-        )
+        self._systems = {}
+        self._dual = self.solves_dual(self.store.num_examples, self.num_features)
+        noise = stored_noise(self.store, self.subsets, ranks) if self.damping == "auto" else None
         weighted = self.curvature == "gauss_newton"
-        levels = [1.0] * self.store.num_checkpoints if noise is None else noise.levels(weighted)
-        for checkpoint, level in enumerate(levels):
-            precision, place = self.store.read_stored(checkpoint, 0).dtype.floating, f"checkpoint {checkpoint}"
-            error = self.store.rounding_error(checkpoint)
-            if dual:
-                kernel, curvatures = self._kernel(checkpoint, ranks), self._curvatures(checkpoint)
-                weights = curvatures * kernel.diagonal()
-                damping = self._relative_damping(weights.sum(), weights.square().sum(), k, level)
-                self._dual.append(DualSystem(kernel, curvatures, damping, k, precision, error, place, self._device))
-            else:
-                gram, squared_weights = (tensor.to(self._device) for tensor in self._gram(checkpoint, ranks))
-                damping = self._relative_damping(gram.trace(), squared_weights, k, level)
-                self._primal.append(DampedGram(gram, damping, precision, place, rounding_error=error))
-            dampings.append(damping)
+        self._levels = [1.0] * self.store.num_checkpoints if noise is None else noise.levels(weighted)
+        dampings = [self._system(checkpoint, ranks)[1] for checkpoint in range(self.store.num_checkpoints)]
         if noise is not None:
             place = "checkpoint" if len(dampings) == 1 else "checkpoints"
             rank_zero_info(
                 f"{self.user}: damping='auto' is {ends(dampings, 3)} at the {place}{noise.describe(weighted)}"
             )
+
+    def _system(self, checkpoint: int, ranks: Ranks = Ranks()) -> tuple[System, float]:  # noqa: B008
+        """The factored matrix of a checkpoint, and its damping. It is made again if others have taken its place."""
+        if checkpoint not in self._systems:
+            size = self.store.num_examples if self._dual else self.num_features
+            while len(self._systems) >= max(1, _SYSTEM_BYTES // (8 * size**2)):
+                del self._systems[next(iter(self._systems))]
+            self._systems[checkpoint] = self._factored(checkpoint, ranks)
+        return self._systems[checkpoint]
+
+    def _factored(self, checkpoint: int, ranks: Ranks) -> tuple[System, float]:
+        level, error, k = self._levels[checkpoint], self.store.rounding_error(checkpoint), self.num_features
+        precision, place = self.store.read_stored(checkpoint, 0).dtype.floating, f"checkpoint {checkpoint}"
+        if self._dual:
+            kernel, curvatures = self._kernel(checkpoint, ranks), self._curvatures(checkpoint)
+            weights = curvatures * kernel.diagonal()
+            damping = self._relative_damping(weights.sum(), weights.square().sum(), k, level)
+            return DualSystem(kernel, curvatures, damping, k, precision, error, place, self._device), damping
+        gram, squared_weights = (tensor.to(self._device) for tensor in self._gram(checkpoint, ranks))
+        damping = self._relative_damping(gram.trace(), squared_weights, k, level)
+        return DampedGram(gram, damping, precision, place, rounding_error=error), damping
 
     @property
     def num_features(self) -> int:
@@ -191,7 +200,7 @@ class TRAKScorer(Scorer):
         In the primal it is (K_m + lambda_m I)^-1 phi(x). In the dual it is phi(x), and :meth:`score` solves.
         """
         features = self._working(features)
-        return features if self._dual else self._primal[checkpoint].solve(features)
+        return features if self._dual else self._system(checkpoint)[0].solve(features)
 
     def directions(self, checkpoint: int, targets: Features) -> Tensor:
         """Preconditioned features, see :meth:`precondition`."""
@@ -211,7 +220,7 @@ class TRAKScorer(Scorer):
         with full_precision(self._device):
             for checkpoint, features in enumerate(directions):
                 products = self._products(checkpoint, features, ranks)
-                solved.append(self._dual[checkpoint].solve(products).to(features))
+                solved.append(self._system(checkpoint)[0].solve(products).to(features))
         return super().score(solved, top_k, largest, ranks)
 
     def block(self, directions: Sequence[Tensor], shard: int, rows: Iterator[StoredFeatures]) -> Tensor:
@@ -229,8 +238,9 @@ class TRAKScorer(Scorer):
             return super().self_scores(ranks)
         like, mine = self._working(self.store.read(0, 0).features[:0]), ranks.share(self.store.num_shards)
         sums = like.new_zeros(self.store.num_examples)
-        for checkpoint, system in enumerate(self._dual):
-            kernel = self._kernel(checkpoint, ranks)
+        for checkpoint in range(self.store.num_checkpoints):
+            kernel, (system, _) = self._kernel(checkpoint, ranks), self._system(checkpoint)
+            assert isinstance(system, DualSystem)
             for shard, examples in ((shard, self.store.shard(shard)) for shard in mine):
                 own = system.own(kernel[examples.start : examples.stop], examples).to(like)
                 sums[examples.start : examples.stop] += self._weighted(own, checkpoint, shard)

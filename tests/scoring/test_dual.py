@@ -11,6 +11,7 @@ from lightning_trak.projections import IdentityProjection
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.scoring import TRAKScorer
 from lightning_trak.scoring import dual as dual_module
+from lightning_trak.scoring import trak as trak_module
 from lightning_trak.scoring.damping import Noise, auto_damping
 from lightning_trak.scoring.dual import DualSystem, kernel_matrix
 from lightning_trak.scoring.gram import DampedGram, gram_matrix
@@ -111,11 +112,10 @@ def test_the_k_x_k_solver_gives_the_same(tmp_path):
         )
     assert_close(scored(dual, targets), torch.stack(expected).mean(0), 1e-10)
     assert dual._dual
-    assert not dual._primal
 
 
 def test_as_many_examples_as_features_are_solved_by_features(tmp_path):
-    assert fitted(make_store(tmp_path, n=20, k=20))._primal
+    assert not fitted(make_store(tmp_path, n=20, k=20))._dual
 
 
 @pytest.mark.parametrize("curvature", [0.0, 1e-30, 1e-12])
@@ -241,3 +241,16 @@ def test_trak_without_a_projection(tmp_path):
     own = trak.self_influence(trainer)
     assert_close(own, trak.score(trainer, train).diagonal().double(), 1e-5)
     assert np.isfinite(own.numpy()).all()
+
+
+@pytest.mark.parametrize("k", [20, 70])
+def test_factors_that_do_not_fit_in_memory_are_made_again(tmp_path, k, monkeypatch):
+    store, targets = make_store(tmp_path, k=k), [torch.randn(5, k) for _ in range(M)]
+    scorer = fitted(store)
+    scores, own = scorer.score([scorer.precondition(c, rows) for c, rows in enumerate(targets)]), scorer.self_scores()
+    monkeypatch.setattr(trak_module, "_SYSTEM_BYTES", 1)
+    scorer = fitted(store)
+    assert len(scorer._systems) == 1
+    assert torch.equal(scorer.score([scorer.precondition(c, rows) for c, rows in enumerate(targets)]), scores)
+    assert torch.equal(scorer.self_scores(), own)
+    assert len(scorer._systems) == 1
