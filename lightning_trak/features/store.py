@@ -26,11 +26,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_trak.features.dtypes import NAMES, FeatureDtype, feature_dtype
+from lightning_trak.features.dtypes import FeatureDtype, feature_dtype
 from lightning_trak.features.identity import describe_difference
 from lightning_trak.features.rows import Features, StoredFeatures, misfit
+from lightning_trak.features.store_schemas import ENGINE, HEADER, KIND, SHARD_HEADER
 from lightning_trak.storage import schemas
-from lightning_trak.storage.claims import ClaimedDirectory, DirectoryKind, read_manifest
+from lightning_trak.storage.claims import ClaimedDirectory, read_manifest
 from lightning_trak.storage.files import (
     DamagedFileError,
     altered,
@@ -40,62 +41,6 @@ from lightning_trak.storage.files import (
     save_tensors,
     tensor_digest,
     write_json,
-)
-
-FORMAT_VERSION = 4
-_MAX_SIZE = 1 << 40
-
-_SEALED = schemas.sealed(
-    {
-        "format": schemas.integer(FORMAT_VERSION, FORMAT_VERSION),
-        "num_examples": schemas.integer(1, _MAX_SIZE),
-        "shard_size": schemas.integer(1, _MAX_SIZE),
-        "identity": schemas.record(
-            {"checkpoints": schemas.items(schemas.anything, least=1)},
-            optional={
-                "dtype": schemas.one_of(*NAMES),
-                "parameters": schemas.parameters,
-            },
-            others=schemas.anything,
-        ),
-    }
-)
-
-
-def _manifest(field: str, value: Any) -> None:
-    _SEALED(field, value)  # a named function, so that objects with a store can be pickled
-
-
-_KIND = DirectoryKind(
-    name="feature store",
-    short_name="store",
-    version=FORMAT_VERSION,
-    schema=_manifest,
-    advice="call featurize first",
-    folders=("checkpoint-*",),
-    results="checkpoint-*/shard-*",
-    results_name="shards",
-    settled=("shard_size",),
-)
-_HEADER = {
-    "sha256": schemas.sha256,
-    "checksum": schemas.sha256,
-    "checkpoint": schemas.integer(0, _MAX_SIZE),
-    "name": schemas.text(),
-    "key": schemas.text(),
-}
-_SHARD_HEADER = {
-    "engine": schemas.text(),
-    "dtype": schemas.one_of(*NAMES),
-    "k": schemas.integer(1, _MAX_SIZE),
-    "rounding_error": schemas.number(0, 1e3),
-}
-_ENGINES = ("hooks", "functional", "loop")
-_ENGINE = schemas.record(
-    {
-        "engine": schemas.one_of(*_ENGINES),
-        "refuted": schemas.record({}, optional=dict.fromkeys(_ENGINES, schemas.text())),
-    }
 )
 
 
@@ -136,7 +81,7 @@ class FeatureStore:
         if not read_only and (num_examples < 1 or shard_size < 1):
             raise ValueError(f"num_examples and shard_size must be at least 1, got {num_examples=} and {shard_size=}")
         content = {"num_examples": num_examples, "shard_size": shard_size, "identity": identity}
-        self._directory = ClaimedDirectory(directory, _KIND, content, describe_difference, user, read_only)
+        self._directory = ClaimedDirectory(directory, KIND, content, describe_difference, user, read_only)
         self.directory, self.key, manifest = self._directory.path, self._directory.key, self._directory.manifest
         self.num_examples: int = manifest["num_examples"]
         self.shard_size: int = manifest["shard_size"]
@@ -152,7 +97,7 @@ class FeatureStore:
             FileNotFoundError: if there is no store.
             ValueError: if the file is not a manifest, or has a format that this version cannot read.
         """
-        return read_manifest(directory, _KIND)
+        return read_manifest(directory, KIND)
 
     def shard(self, index: int) -> range:
         """The positions of the examples of a shard."""
@@ -271,7 +216,7 @@ class FeatureStore:
         path = self._shard_path(checkpoint, shard)
         with _advice():
             tensors, metadata = self._load(path)
-            _require_place(path, metadata, checkpoint, self.key, **_SHARD_HEADER)
+            _require_place(path, metadata, checkpoint, self.key, **SHARD_HEADER)
             dtype = feature_dtype(metadata["dtype"])
             if self._dtype not in (None, dtype):
                 raise altered(path, f"its features are {dtype.name}, not {self._dtype and self._dtype.name}")
@@ -305,7 +250,7 @@ class FeatureStore:
         path = self._shard_path(checkpoint, shard)
         with _advice():
             metadata = load_metadata(path)
-            _require_place(path, metadata, checkpoint, self.key, **_SHARD_HEADER)
+            _require_place(path, metadata, checkpoint, self.key, **SHARD_HEADER)
         return metadata
 
     def write_extra(self, checkpoint: int, name: str, tensors: dict[str, Tensor], key: str = "") -> None:
@@ -389,7 +334,7 @@ class FeatureStore:
         if not self._engine_path.exists():
             return {"engine": None, "refuted": {}}
         with _advice():
-            found: dict[str, Any] = read_json(self._engine_path, _ENGINE)
+            found: dict[str, Any] = read_json(self._engine_path, ENGINE)
         return found
 
     def digest(self, checkpoint: int) -> str:
@@ -417,7 +362,7 @@ def _advice() -> Iterator[None]:
 def _require_place(path: Path, metadata: dict[str, Any], checkpoint: int, key: str, **others: schemas.Schema) -> None:
     """Check that a file is what its name says, and was not moved or copied from elsewhere."""
     try:
-        schemas.record({**_HEADER, **others})("its header", metadata)
+        schemas.record({**HEADER, **others})("its header", metadata)
     except ValueError as error:
         raise altered(path, str(error)) from error
     found, wanted = (metadata["checkpoint"], metadata["name"], metadata["key"]), (checkpoint, path.stem, key)
