@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_trak.callbacks.recordable import environment_of, group_settings, require_plain, require_real
+from lightning_trak.callbacks.runs import runs_in
 from lightning_trak.compatibility import change_train_loader, restore_train_loader
 from lightning_trak.replay.optimizers.base import optimizer_name
 from lightning_trak.replay.player import canonical_module_name, describe_parameters
@@ -105,9 +106,7 @@ class TrainingRecorder(Callback):
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Note which runs the checkpoint continues. Their directory does not matter."""
-        states = checkpoint.get("callbacks", {})
-        name = type(self).__qualname__
-        self._resumed_runs = [state["run"] for key, state in states.items() if key.startswith(name) and "run" in state]
+        self._resumed_runs = runs_in(checkpoint, type(self).__qualname__)
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_trak.callbacks.runs import runs_in
 from lightning_trak.checkpoints.names import canonical_name
 from lightning_trak.checkpoints.series import ParameterGroup, SnapshotSeries
 from lightning_trak.checkpoints.weights import is_extra_state, without_extra_state
@@ -124,9 +125,7 @@ class TRAKCallback(Callback):
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Note which runs the checkpoint continues. Their directory and trigger do not matter."""
-        states = checkpoint.get("callbacks", {})
-        name = type(self).__qualname__
-        self._resumed_runs = [state["run"] for key, state in states.items() if key.startswith(name) and "run" in state]
+        self._resumed_runs = runs_in(checkpoint, type(self).__qualname__)
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

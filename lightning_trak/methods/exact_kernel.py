@@ -1,13 +1,10 @@
 """TRAK without a projection, for training sets of up to tens of thousands of examples."""
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_trak.checks import require_one_of
@@ -130,17 +127,8 @@ class ExactKernel(FeatureMethod):
         scorer.make_kernels(trainer.strategy.root_device, Ranks.of(trainer))
 
     @override
-    def score(
-        self,
-        trainer: L.Trainer,
-        data: Data | Sequence[DataLoader[Any]],
-        top_k: int | None = None,
-        largest: bool = True,
-        rescore: int | None = None,
-        train: Data | None = None,
-    ) -> Any:
+    def _require_trainer(self, trainer: L.Trainer) -> None:
         require_whole_parameters(trainer)
-        return super().score(trainer, data, top_k, largest, rescore, train)
 
     @override
     def _exact_scores(self) -> ExactScores:

@@ -111,6 +111,9 @@ class FeatureMethod(Method):
             " IdentityProjection() in another store; TRAK can rescore"
         )
 
+    def _require_trainer(self, trainer: L.Trainer) -> None:
+        """Raise if the Trainer cannot run this method. By default any can."""
+
     def _require_enough(self, num_examples: int, dim: int) -> None:
         """Raise if the scorer needs more training examples than there are. By default any number is enough."""
 
@@ -189,6 +192,7 @@ class FeatureMethod(Method):
         """
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k must be at least 1, got {top_k}")
+        self._require_trainer(trainer)
         second = self._second_stage(trainer, top_k, rescore, train)
         loaders, pipeline = as_loaders(data, "predict", trainer), self._pipeline()
         model = pipeline.copy_model(trainer)
