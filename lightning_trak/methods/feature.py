@@ -26,7 +26,7 @@ from lightning_trak.methods.examples import Examples
 from lightning_trak.methods.influence.passes import Passes, without_gradients
 from lightning_trak.methods.rescoring import ExactScores, SecondStage
 from lightning_trak.outputs import ModelOutput
-from lightning_trak.outputs.mixin import declared_output
+from lightning_trak.outputs.mixin import trained_output
 from lightning_trak.projections import Projection, SparseProjection
 from lightning_trak.running.data import Data, as_loaders, single_loader
 from lightning_trak.running.loaders import holds_several
@@ -79,7 +79,7 @@ class FeatureMethod(Method):
         audit: int = 2,
     ) -> None:
         self.model = original_module(model)
-        self.output = declared_output(self.model, output)
+        self.output = trained_output(self.model, output)
         self.checkpoints = resolve_checkpoints(checkpoints, weights_only=weights_only)
         self._used_masks = masks_of(self.checkpoints)
         self._contents = Contents(self.checkpoints)

@@ -82,6 +82,8 @@ class Metagradient(Method):
                 f"{type(self.output).__name__} compares with training examples, and its derivative through them is not"
                 " known; pass another output by output="
             )
+        if losses is None:
+            self.output.loss(torch.zeros(1))  # refuses before long work if the output does not determine the loss
         self.losses = losses
         self.recording = Recording(recording)
         self.recording.require_finished()

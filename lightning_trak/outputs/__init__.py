@@ -3,18 +3,34 @@
 from lightning_trak.outputs.base import ModelOutput
 from lightning_trak.outputs.classification import ClassificationMargin
 from lightning_trak.outputs.contrastive import ContrastiveMargin
+from lightning_trak.outputs.diffusion_loss import DiffusionLoss
+from lightning_trak.outputs.diffusion_mean import DiffusionMean
+from lightning_trak.outputs.diffusion_square import DiffusionSquare
+from lightning_trak.outputs.direction import DirectionOutput
 from lightning_trak.outputs.language import CausalLMMargin, Seq2SeqLMMargin
 from lightning_trak.outputs.mixin import AttributionMixin
+from lightning_trak.outputs.multi_label import MultiLabelMargin
 from lightning_trak.outputs.negative_loss import NegativeLoss
+from lightning_trak.outputs.policy import AdvantageLogLikelihood
+from lightning_trak.outputs.preference import PreferenceMargin
 from lightning_trak.outputs.regression import RegressionOutput
+from lightning_trak.outputs.segmentation import SegmentationMargin
 
 __all__ = [
+    "AdvantageLogLikelihood",
     "AttributionMixin",
     "CausalLMMargin",
     "ClassificationMargin",
     "ContrastiveMargin",
+    "DiffusionLoss",
+    "DiffusionMean",
+    "DiffusionSquare",
+    "DirectionOutput",
     "ModelOutput",
+    "MultiLabelMargin",
     "NegativeLoss",
+    "PreferenceMargin",
     "RegressionOutput",
+    "SegmentationMargin",
     "Seq2SeqLMMargin",
 ]

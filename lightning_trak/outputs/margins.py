@@ -1,4 +1,4 @@
-"""The margin log p/(1 - p) of a label and the loss -log p as a function of it, right to rounding at any p."""
+"""The margin log p/(1 - p) and the loss -log p as functions of each other, right to rounding at any p."""
 
 from __future__ import annotations
 
@@ -112,3 +112,65 @@ def logistic_loss(margin: Tensor) -> Tensor:
     positive = margin > 0
     magnitude = torch.where(positive, margin, -margin)  # not abs(): its slope at zero is zero
     return torch.where(positive, 0.0, -margin) + torch.exp(-magnitude).log1p()
+
+
+def token_log_likelihoods(logits: Tensor, labels: Tensor, counted: Tensor) -> Tensor:
+    """The log-likelihood of each label, 0 where it does not count; right to rounding also where p nears 1.
+
+    Args:
+        logits: shape ``(batch, length, vocabulary)``.
+        labels: shape ``(batch, length)``.
+        counted: which labels count, bool of the same shape.
+
+    Returns:
+        Shape ``(batch, length)``; NaN with NaN gradients for an example where none counts.
+    """
+    some = counted.any(-1, keepdim=True)
+    kept = counted | ~some
+    margins = log_odds(logits, torch.where(counted, labels, 0))
+    # Selected before and after: a token that does not count may have an infinite margin.
+    found = torch.where(kept, -logistic_loss(torch.where(kept, margins, 0.0)), 0.0)
+    return found * nan_unless(some)
+
+
+_CERTAIN = 20.0  # from this margin on, its loss is e^-margin (1 - e^-margin / 2) to rounding in float64
+
+
+def pooled_margin(margins: Tensor, counted: Tensor, mean: bool = True) -> Tensor:
+    """The margin whose logistic loss is the mean, or the sum, of the logistic losses of several margins.
+
+    It is ``log p - log(1 - p)`` for p the geometric mean, or the product, of their probabilities. It is computed from
+    logarithms of losses, since losses themselves underflow where all labels are certain.
+
+    Args:
+        margins: shape ``(batch, labels)``.
+        counted: which of them count, bool of the same shape.
+        mean: whether to take the mean, not the sum.
+
+    Returns:
+        Shape ``(batch,)``; NaN with NaN gradients where none counts.
+    """
+    some = counted.any(-1)
+    kept = counted | ~some.unsqueeze(-1)
+    # Selected before and after: a label that does not count may have an infinite margin.
+    losses = torch.where(kept, _log_logistic_loss(torch.where(kept, margins, 0.0)), -torch.inf)
+    total = losses.logsumexp(-1)
+    if mean:
+        total = total - kept.sum(-1).to(total.dtype).log()
+    margin: Tensor = _margin_of(total) * nan_unless(some)
+    return margin
+
+
+def _log_logistic_loss(margin: Tensor) -> Tensor:
+    """The logarithm of :func:`logistic_loss`, elementwise."""
+    certain = margin > _CERTAIN
+    tiny = torch.exp(-torch.where(certain, margin, _CERTAIN))
+    return torch.where(certain, -margin - tiny / 2, logistic_loss(torch.where(certain, 0.0, margin)).log())
+
+
+def _margin_of(log_loss: Tensor) -> Tensor:
+    """The margin -log(e^l - 1) whose logistic loss l has this logarithm, elementwise."""
+    certain = log_loss < -_CERTAIN
+    tiny = torch.where(certain, log_loss, -_CERTAIN).exp()
+    loss = torch.where(certain, 0.0, log_loss).exp()
+    return torch.where(certain, -log_loss - tiny / 2, -loss - (-torch.expm1(-loss)).log())

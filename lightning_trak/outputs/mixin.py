@@ -55,3 +55,25 @@ def declared_output(
     if not isinstance(output, ModelOutput):
         raise TypeError(f"the model output must be a ModelOutput, got {type(output).__name__}")
     return output
+
+
+def trained_output(module: nn.Module, output: ModelOutput | None = None) -> ModelOutput:
+    """The output of training examples: :func:`declared_output`, which must be one that training acts on.
+
+    Args:
+        module: a module with :class:`AttributionMixin`, if no output is given.
+        output: takes the place of the module's own.
+
+    Raises:
+        TypeError: if there is none, it is not a ModelOutput, or it is for targets only.
+    """
+    output = declared_output(module, output)
+    if output.targets_only:
+        name = type(output).__name__
+        raise TypeError(
+            f"{name} is an output of targets alone: the training loss does not depend on the parameters through it, so"
+            f" that training examples have no gradient of it that training followed. Give the output that"
+            f" {type(module).__name__} is trained on, and {name} for the targets, if the method takes an output of"
+            " their own; Metagradient takes it with the training losses (losses=)"
+        )
+    return output

@@ -9,16 +9,16 @@ import torch
 from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor, nn
 
-from lightning_trak.outputs.base import ModelOutput, close
+from lightning_trak.outputs.base import close
+from lightning_trak.outputs.linear import LinearLossOutput
 
 
-class NegativeLoss(ModelOutput):
+class NegativeLoss(LinearLossOutput):
     r"""The negative training loss, :math:`f = -l`, for models that have no margin: any task whose loss is per example.
 
-    As a function of f the loss is linear: Q = 1, and R = 0, which leaves a Gauss-Newton matrix of nothing. R is
-    therefore set to 1: the Gram matrix becomes the empirical Fisher, the sum of outer products of loss gradients. It
-    weighs badly fitted examples most and can be far from the curvature (Kunstner et al. 2019, arXiv 1905.12558; Martens
-    2020, arXiv 1412.1193), so prefer an output with a curvature of its own where one exists.
+    The loss is linear in f, so that Q = 1, and R is set to 1: see
+    :class:`~lightning_trak.outputs.linear.LinearLossOutput`. Prefer an output with a curvature of its own where one
+    exists.
 
     Args:
         loss_fn: ``(module, batch) -> losses`` of shape ``(batch,)``, not reduced over the batch. A scalar is taken for
@@ -58,12 +58,3 @@ class NegativeLoss(ModelOutput):
         lowest, highest, total = float(-alone.max()), float(-alone.min()), float(-alone.sum())
         slack = tolerance * (1 + abs(total))
         return lowest - slack <= float(losses) <= highest + slack or abs(float(losses) - total) <= slack
-
-    def loss(self, output: Tensor) -> Tensor:
-        """The loss itself, shape ``(batch,)``."""
-        return -output
-
-    def derivatives(self, output: Tensor) -> tuple[Tensor, Tensor]:
-        """Q = 1, and R = 1 in place of the second derivative, which is 0: see the class."""
-        slope, curvature = super().derivatives(output)
-        return slope, curvature.fill_(1.0)

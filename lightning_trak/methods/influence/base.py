@@ -19,7 +19,7 @@ from lightning_trak.methods.influence.passes import Passes, without_gradients
 from lightning_trak.methods.influence.products import gradient_products
 from lightning_trak.methods.influence.solvers import InverseProduct
 from lightning_trak.outputs import ModelOutput
-from lightning_trak.outputs.mixin import declared_output
+from lightning_trak.outputs.mixin import trained_output
 from lightning_trak.running.data import Data
 from lightning_trak.running.strategies import require_whole_parameters
 
@@ -62,7 +62,7 @@ class Influence(Method):
         weights_only: bool = True,
     ) -> None:
         self.model = original_module(model)
-        self.output = declared_output(self.model, output)
+        self.output = trained_output(self.model, output)
         self.checkpoints = resolve_checkpoints(checkpoints, weights_only=weights_only)
         if masks_of(self.checkpoints) is not None:
             raise ValueError(

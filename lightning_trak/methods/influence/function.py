@@ -64,6 +64,8 @@ class InfluenceFunction(Influence):
     ) -> None:
         require_one_of("curvature", curvature, ("gauss_newton", "exact"))
         super().__init__(model, checkpoints, **options)
+        if curvature == "exact":
+            self.output.loss(torch.zeros(1))  # refuses before long work if the output does not determine the loss
         self.solver = solver or ConjugateGradient()
         self.curvature: HessianCurvature = curvature
         self.damping = require_damping(damping)
