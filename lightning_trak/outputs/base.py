@@ -21,7 +21,6 @@ class ModelOutput(ABC):
 
     Attributes:
         context_size: number of training examples that :meth:`make_context` wants to see at each checkpoint.
-        targets_only: whether it says nothing about training, so that it can only be the output of targets.
 
     Example:
         >>> import torch
@@ -37,7 +36,6 @@ class ModelOutput(ABC):
     """
 
     context_size: int = 0
-    targets_only: bool = False
 
     @abstractmethod
     def output(self, module: nn.Module, batch: Any) -> Tensor:

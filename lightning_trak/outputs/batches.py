@@ -39,14 +39,13 @@ def _checked(key: Any) -> Key:
     )
 
 
-def split_labels(batch: Any, labels_keys: tuple[Key, ...], what: str = "labels") -> tuple[Any, Tensor]:
-    """Take the labels, or other tensors, out of a batch.
+def split_labels(batch: Any, labels_keys: tuple[Key, ...]) -> tuple[Any, Tensor]:
+    """Take the labels out of a batch.
 
     Args:
         batch: a tuple or list, of which the labels are the last element unless a position says otherwise; a mapping
             with one of ``labels_keys``, or another object with one of them as an attribute.
         labels_keys: candidate keys; the first one that the batch has is used. A function returns the labels.
-        what: what is taken, for errors; the argument that names its keys is this with ``_key``.
 
     Returns:
         The rest of the batch, for :func:`call_module`, and the labels. The rest is None if a function returned labels
@@ -57,12 +56,12 @@ def split_labels(batch: Any, labels_keys: tuple[Key, ...], what: str = "labels")
         TypeError: if the batch is of another kind, or the labels are not a tensor.
     """
     if isinstance(batch, (tuple, list)) and len(batch) < 2 and not any(map(callable, labels_keys)):
-        raise ValueError(f"expected a batch (inputs, ..., {what}), received a {type(batch).__name__} of {len(batch)}")
+        raise ValueError(f"expected a batch (inputs, ..., labels), received a {type(batch).__name__} of {len(batch)}")
     key = next((key for key in labels_keys if has_key(batch, key)), None)
     if key is None and isinstance(batch, (tuple, list)) and not any(isinstance(key, int) for key in labels_keys):
         key = -1
     if key is None:
-        raise _without(batch, labels_keys, what)
+        raise _without(batch, labels_keys)
     inputs: Any
     if callable(key):
         labels = key(batch)
@@ -75,7 +74,7 @@ def split_labels(batch: Any, labels_keys: tuple[Key, ...], what: str = "labels")
     else:
         inputs, labels = batch, getattr(batch, str(key))
     if not isinstance(labels, Tensor):
-        raise TypeError(f"expected the {what} as a Tensor, received a {type(labels).__name__}: change the collate_fn")
+        raise TypeError(f"expected the labels as a Tensor, received a {type(labels).__name__}: change the collate_fn")
     return inputs, labels
 
 
@@ -101,19 +100,19 @@ def _rest(batch: Any, labels: Any) -> Any:
     return rest if len(rest) < len(batch) else None
 
 
-def _without(batch: Any, keys: tuple[Key, ...], what: str) -> Exception:
+def _without(batch: Any, keys: tuple[Key, ...]) -> Exception:
     if isinstance(batch, Mapping):
         return ValueError(
-            f"expected the {what} under {_either(keys)} in the batch, received the keys"
-            f" {', '.join(printable(str(name)) for name in batch)}; name the right one with {what}_key="
+            f"expected the labels under {_either(keys)} in the batch, received the keys"
+            f" {', '.join(printable(str(name)) for name in batch)}; name the right one with labels_key="
         )
     if isinstance(batch, (tuple, list)):
         return ValueError(
-            f"expected the {what} at position {_either(keys)} of the batch, received a {type(batch).__name__} of"
+            f"expected the labels at position {_either(keys)} of the batch, received a {type(batch).__name__} of"
             f" {len(batch)}; positions count from 0, or from the end as -1"
         )
     return TypeError(
-        f"expected a batch (inputs, ..., {what}), or a mapping or object with {_either(keys)}, received a"
+        f"expected a batch (inputs, ..., labels), or a mapping or object with {_either(keys)}, received a"
         f" {type(batch).__name__}"
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from lightning_trak.outputs.base import ModelOutput
+from lightning_trak.outputs.surrogate import TargetOutput
 
 
 class AttributionMixin:
@@ -68,7 +69,7 @@ def trained_output(module: nn.Module, output: ModelOutput | None = None) -> Mode
         TypeError: if there is none, it is not a ModelOutput, or it is for targets only.
     """
     output = declared_output(module, output)
-    if output.targets_only:
+    if isinstance(output, TargetOutput):
         name = type(output).__name__
         raise TypeError(
             f"{name} is an output of targets alone: the training loss does not depend on the parameters through it, so"

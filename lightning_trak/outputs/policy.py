@@ -15,6 +15,7 @@ from lightning_trak.outputs.batches import (
     Forward,
     LabelsKey,
     as_keys,
+    has_key,
     one_per_example,
     predict,
     split_labels,
@@ -92,7 +93,14 @@ class AdvantageLogLikelihood(LinearLossOutput):
 
     def _parts(self, module: nn.Module, batch: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Logits ``(batch, length, actions)``, actions and whether they count ``(batch, length)``, and advantages."""
-        rest, advantages = split_labels(batch, self.advantages_key, "advantages")
+        last = isinstance(batch, (tuple, list)) and len(batch) > 1
+        if not any(has_key(batch, key) for key in self.advantages_key) and not last:
+            names = " or ".join(map(repr, self.advantages_key))
+            raise ValueError(
+                f"expected the advantages under {names} in the batch, or as the last element of a tuple, received a"
+                f" {type(batch).__name__}; name them with advantages_key="
+            )
+        rest, advantages = split_labels(batch, self.advantages_key)
         advantages = advantages.detach()
         if self.actions == "one":
             inputs, labels = split_labels(rest, self.texts.labels_key)

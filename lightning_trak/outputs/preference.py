@@ -118,7 +118,10 @@ class PreferenceMargin(ModelOutput):
             return one_per_example(name, batch[name], "one log-likelihood for each text").detach()
         with torch.no_grad():
             if isinstance(self.reference, nn.Module):
-                module = self.reference.to(_device_of(text))
+                module, device = self.reference, _device_of(text)
+                # Not unless it must be moved: inside torch.func, `to` would put wrapped tensors into the parameters.
+                if any(parameter.device != device for parameter in module.parameters()):
+                    module.to(device)
             return self._log_likelihood(self.reference_texts, module, text).detach()
 
     def _texts(self, batch: Any) -> dict[str, Any]:

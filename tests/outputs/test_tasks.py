@@ -125,7 +125,8 @@ def test_trak_scores_are_those_of_the_formula(name, tmp_path):
 @pytest.mark.parametrize("name", ["multi-label", "diffusion square"])
 def test_influence_is_trak_without_a_projection(name, tmp_path):
     module, output, items = task(name)
-    trainer, loader = make_trainer(precision="64-true"), torch.utils.data.DataLoader(task(name).items, batch_size=4)
+    trainer = make_trainer(precision="64-true")
+    loader, targets = (torch.utils.data.DataLoader(part, batch_size=4) for part in (items, items[:3]))
     trak = TRAK(
         module,
         [module.state_dict()],
@@ -136,8 +137,8 @@ def test_influence_is_trak_without_a_projection(name, tmp_path):
         dtype=torch.float64,
     )
     influence = InfluenceFunction(module, [module.state_dict()], solver=Explicit(), damping=0.3, output=output)
-    scores = influence.attribute(trainer, loader, items[:3])
-    torch.testing.assert_close(scores, trak.attribute(trainer, loader, items[:3]), rtol=1e-5, atol=1e-8)
+    scores = influence.attribute(trainer, loader, targets)
+    torch.testing.assert_close(scores, trak.attribute(trainer, loader, targets), rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("name", [name for name in TASKS if isinstance(task(name).output, SurrogateOutput)])
