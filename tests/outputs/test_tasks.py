@@ -148,7 +148,7 @@ def test_what_does_not_determine_the_training_loss_says_so(name):
         output.loss(torch.zeros(1))
     slope, curvature = output.derivatives(torch.randn(3))
     assert slope.tolist() == curvature.tolist() == [1, 1, 1]
-    with pytest.raises(TypeError, match="not a function of|targets alone"):
+    with pytest.raises(TypeError, match=r"not a function of|targets alone"):
         InfluenceFunction(module, [module.state_dict()], output=output, curvature="exact")
 
 
@@ -158,5 +158,5 @@ def test_outputs_of_targets_are_refused_for_training(tmp_path):
         lambda: TRAK(module, [module.state_dict()], tmp_path, output=output),
         lambda: InfluenceFunction(module, [module.state_dict()], output=output),
     ):
-        with pytest.raises(TypeError, match="DirectionOutput is an output of targets alone.*Metagradient"):
+        with pytest.raises(TypeError, match=r"DirectionOutput is an output of targets alone.*Metagradient"):
             method()

@@ -1,0 +1,63 @@
+"""Metagradients of several tasks' outputs: their loss is that of training, or the training losses are given."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.data import TensorDataset
+
+from lightning_trak import Metagradient
+from lightning_trak.outputs import DirectionOutput, MultiLabelMargin
+from tests.replay.runs import Net, train
+
+GENERATOR = torch.Generator().manual_seed(0)
+TAGGED = TensorDataset(torch.randn(12, 4, generator=GENERATOR), torch.randint(0, 2, (12, 3), generator=GENERATOR))
+TARGETS = TensorDataset(TAGGED.tensors[0][:3].flip(1), TAGGED.tensors[1][:3])
+
+
+def losses(module, batch):
+    return F.binary_cross_entropy_with_logits(module(batch[0]), batch[1].double(), reduction="none").mean(1)
+
+
+class Tagger(Net):
+    def training_step(self, batch, batch_idx):
+        return losses(self, batch).mean()
+
+    def configure_model_output(self):
+        return MultiLabelMargin()
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    directory, module = tmp_path_factory.mktemp("recorded"), Tagger()
+    return module, directory, train(module, TAGGED, directory)
+
+
+def attribute(recorded, **options):
+    module, directory, trainer = recorded
+    return Metagradient(module, directory, progress_bar=False, **options).attribute(trainer, TAGGED, TARGETS)
+
+
+def test_the_loss_of_the_output_is_that_of_training(recorded):
+    """Replay compares it with the recorded loss of each step."""
+    scores = attribute(recorded)
+    assert scores.abs().max() > 1e-3
+    torch.testing.assert_close(scores, attribute(recorded, losses=losses))
+
+
+def test_a_direction_with_the_training_losses(recorded):
+    """The direction of one label's logit in the head is the difference of its margins."""
+    direction = DirectionOutput("net.2", torch.tensor([1.0, 0, 0]), forward=lambda module, batch: module(batch[0]))
+    scores = attribute(recorded, output=direction, losses=losses)
+    one = MultiLabelMargin(forward=lambda module, batch: module(batch[0])[:, :1], labels_key=one_label)
+    signs = 2.0 * TARGETS.tensors[1][:, :1] - 1
+    torch.testing.assert_close(scores * signs, attribute(recorded, output=one, losses=losses))
+
+
+def one_label(batch):
+    return batch[1][:, :1]
+
+
+def test_without_the_training_losses_it_is_refused(recorded):
+    direction = DirectionOutput("net.2", torch.ones(3), forward=lambda module, batch: module(batch[0]))
+    with pytest.raises(TypeError, match=r"not a function of DirectionOutput.*losses="):
+        attribute(recorded, output=direction)
