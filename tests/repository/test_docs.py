@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from examples.counterfactuals import DigitsMLP
 from examples.digits import make_data as make_digits
-from lightning_trak import TRAK, TRAKCallback
+from lightning_trak import TRAK, TRAKCallback, outputs
 from lightning_trak.checkpoints.series import ParameterGroup, SnapshotSeries
 from tests.launch import ROOT
 from tests.lit import TARGETS, TRAIN, LitNet, make_model, make_trainer
@@ -113,6 +113,15 @@ def test_the_evaluation_runs(tmp_path, monkeypatch):
 @pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.stem)
 def test_guides_run(page, names):
     run(page, names)
+
+
+def test_every_output_has_a_task_and_a_line_of_code_that_runs():
+    page = (DOCS / "guides" / "tasks.md").read_text()
+    code = "".join(block for *_, block in BLOCK.findall(page))
+    for name in set(outputs.__all__) - {"AttributionMixin", "ModelOutput"}:
+        assert f"{name}(" in code
+    for name in re.findall(r"^\|[^|]+\| \[`(\w+)\(", page, re.MULTILINE):
+        assert f"{name}(" in code
 
 
 def test_the_quickstart_is_a_script(tmp_path, monkeypatch, capsys):
