@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from benchmarks.tasks import LitText, Task, _patches, _texts
 from benchmarks.truth import outputs_of, quiet, train_all, trainer_for
 from examples.digits import LitDigits, make_data
-from lightning_trak import TRAK, LinearDatamodelingScore, Metagradient, TRAKCallback, TrainingRecorder
+from lightning_trak import TRAK, LinearDatamodelingScore, Metagradient, TrainingRecorder, TRAKCallback
 from lightning_trak.methods import EKFACInfluence, ExactKernel, Method, TracIn
 from lightning_trak.outputs import CausalLMMargin, ClassificationMargin
 from lightning_trak.replay import Recording, SmoothAdamW
