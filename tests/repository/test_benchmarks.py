@@ -1,9 +1,10 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
-from benchmarks import ablations, methods, second_stage
+from benchmarks import ablations, methods, one_run, second_stage
 from benchmarks import bytes as bytes_benchmark
 from benchmarks.methods import small
 from benchmarks.tasks import make_tasks
@@ -49,6 +50,29 @@ def test_ablations(tmp_path):
     for _, published in ablations.LITERATURE.values():
         assert all(f"{lds:.3f}" in table for lds in published.values())
     assert (tmp_path / "ablations.png").stat().st_size > 10_000
+
+
+def test_one_run(tmp_path):
+    one_run.main(["--quick", "--out", str(tmp_path)])
+    results = json.loads((tmp_path / "one_run.json").read_text())
+    assert {result["method"] for result in results} == {*one_run.METHODS, "metagradient, two runs"}
+    assert len(results) == 6 * (len(one_run.FRACTIONS) + 1)
+    assert all(result["low"] <= result["lds"] <= result["high"] and result["cost"] > 1 for result in results)
+    assert (tmp_path / "one_run.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_the_recorded_run_is_trained_again(number, tmp_path):
+    task, losses = one_run.make_tasks()[number]
+    task = replace(task, max_epochs=1)
+    module = one_run.fit(task, 0, tmp_path).eval()
+    kept = torch.ones(2, len(task.train), dtype=torch.bool)
+    kept[1, 0] = False
+    same, other = one_run.again(task, tmp_path, losses, kept).T
+    with torch.no_grad():
+        outputs = task.output.output(module, list(task.targets.tensors))
+    torch.testing.assert_close(same, outputs, rtol=1e-3, atol=1e-4)
+    assert not torch.equal(same, other)
 
 
 def test_second_stage():

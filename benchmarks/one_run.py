@@ -1,0 +1,327 @@
+"""Linear datamodeling score for one training run, and for other seeds: metagradients beside other methods.
+
+    python -m benchmarks.one_run --out one_run_output            # some minutes on one core
+    python -m benchmarks.one_run --out one_run_output --quick    # one task, few retrained models
+
+Two truths. "This run": the recorded run again, with the same seed and order, and weights 0 on some of the examples (the
+denominators stay). "Other seeds": models trained on random halves with seeds of their own. The directory gets
+`one_run.json`, `one_run.md` (the table) and `one_run.png`.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from benchmarks.tasks import LitText, Task, _patches, _texts
+from benchmarks.truth import outputs_of, quiet, train_all, trainer_for
+from examples.digits import LitDigits, make_data
+from lightning_trak import TRAK, LinearDatamodelingScore, Metagradient, TrainingRecorder, TRAKCallback
+from lightning_trak.methods import EKFACInfluence, ExactKernel, Method, TracIn
+from lightning_trak.outputs import CausalLMMargin, ClassificationMargin
+from lightning_trak.replay import Recording, SmoothAdamW
+from lightning_trak.retraining import random_subsets
+from lightning_trak.retraining.vectorized import StackedModules
+
+FRACTIONS = (0.01, 0.05, 0.1, 0.5)
+TARGETS = 20
+METHODS = ("metagradient", "exact Gauss-Newton", "TRAK", "EK-FAC", "TracIn")
+
+
+class SmoothMLP(LitDigits):
+    """A perceptron, trained with a small learning rate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 32), nn.ReLU(), nn.Linear(32, 10)
+        self.net = nn.Sequential(nn.Flatten(), *layers)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
+
+
+class SmoothConvNet(LitDigits):
+    """Two convolutions without normalization, trained with a small learning rate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        first, second = nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.Conv2d(8, 16, 3, stride=2, padding=1)
+        self.net = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.Flatten(), nn.Linear(64, 2))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
+
+
+class SmoothText(LitText):
+    """A small causal transformer, trained with AdamW whose steps are smooth.
+
+    Args:
+        start: the weights to begin with; default: random ones.
+        learning_rate: of AdamW.
+    """
+
+    def __init__(self, start: dict[str, Tensor] | None = None, learning_rate: float = 3e-3) -> None:
+        super().__init__(width=16)
+        self.learning_rate = learning_rate
+        if start is not None:
+            self.load_state_dict(start)
+
+    def configure_model_output(self) -> CausalLMMargin:
+        return CausalLMMargin()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return SmoothAdamW(self.parameters(), lr=self.learning_rate, weight_decay=0.01, eps_root=1e-6)
+
+
+def image_losses(module: nn.Module, batch: Any) -> Tensor:
+    """The loss of each image."""
+    return F.cross_entropy(module(batch[0]), batch[1], reduction="none")
+
+
+def text_losses(module: nn.Module, batch: Any) -> Tensor:
+    """The loss of each text."""
+    (ids,) = batch
+    return F.cross_entropy(module(ids)[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none").mean(1)
+
+
+def make_tasks() -> list[tuple[Task, Callable[[nn.Module, Any], Tensor]]]:
+    """The tasks, each with the loss of each example."""
+
+    def cut(data: TensorDataset, start: int, stop: int) -> TensorDataset:
+        return TensorDataset(*(part[start:stop] for part in data.tensors))
+
+    digits, other_digits = make_data()
+    patches, other_patches = _patches(600, TARGETS, size=8)
+    texts, other_texts = _texts(400, TARGETS)
+    margin, text_margin = ClassificationMargin(), CausalLMMargin()
+    images = [
+        Task(
+            "MLP",
+            "800 digits, perceptron, SGD",
+            SmoothMLP,
+            margin,
+            cut(digits, 0, 800),
+            cut(other_digits, 0, TARGETS),
+            20,
+            50,
+        ),
+        Task(
+            "convolutional net",
+            "600 noisy patches, two convolutions, SGD",
+            SmoothConvNet,
+            margin,
+            patches,
+            other_patches,
+            20,
+            50,
+        ),
+    ]
+    scratch = Task(
+        "GPT-2-like",
+        "200 texts, two causal layers, AdamW",
+        SmoothText,
+        text_margin,
+        cut(texts, 0, 200),
+        other_texts,
+        6,
+        25,
+    )
+    (start,) = train_all(scratch, 1)
+    tuned = Task(
+        "AdamW fine-tuning",
+        "the transformer, fine-tuned on 200 other texts",
+        partial(SmoothText, start, 1e-3),
+        text_margin,
+        cut(texts, 200, 400),
+        other_texts,
+        4,
+        25,
+    )
+    return [*((task, image_losses) for task in images), *((task, text_losses) for task in (scratch, tuned))]
+
+
+@dataclass
+class Result:
+    """One method on one task, for one truth.
+
+    Attributes:
+        task: name of the task.
+        method: name of the method.
+        truth: "this run, 1%" and so on, or "other seeds, halves".
+        lds: mean over targets.
+        low: lower end of the 95% interval over targets and subsets.
+        high: upper end.
+        cost: the run and the method's own time, in trainings (CPU time of one by a Trainer).
+    """
+
+    task: str
+    method: str
+    truth: str
+    lds: float
+    low: float
+    high: float
+    cost: float
+
+
+def fit(task: Task, seed: int, recording: Path, snapshots: Path | None = None) -> L.LightningModule:
+    """Train once, with a recording."""
+    torch.manual_seed(seed)
+    module = task.make_module()
+    steps = task.max_epochs * -(-len(task.train) // task.batch_size)
+    callbacks: list[L.Callback] = [TrainingRecorder(recording)]
+    if snapshots is not None:
+        callbacks.append(TRAKCallback(snapshots, every_n_train_steps=max(1, steps // 10)))
+    loader = DataLoader(task.train, batch_size=task.batch_size, shuffle=True)
+    trainer_for(task, callbacks=callbacks).fit(module, loader)
+    return module
+
+
+def again(task: Task, recording: Path, losses: Callable[[nn.Module, Any], Tensor], kept: Tensor) -> Tensor:
+    """Train the recorded run again, without some examples: bool ``(members, num_train)``.
+
+    Returns:
+        Outputs, ``(num_targets, members)``.
+    """
+    record, module = Recording(recording), task.make_module()
+    record.state(0).load(module)
+    stack = StackedModules([module] * len(kept))
+    optimizer: Any = stack.stacked.configure_optimizers()  # type: ignore[operator]
+    data = task.train.tensors
+
+    def loss(member: nn.Module, batch: list[Tensor], weights: Tensor) -> Tensor:
+        return (weights * losses(member, batch)).mean()  # the denominator is the size of the whole batch
+
+    stack.stacked.train()
+    for step in range(record.num_steps):
+        (micro,) = record.record(step).micro_batches
+        positions = torch.as_tensor(micro.positions)
+        batch = [part[positions].expand(len(kept), *part[positions].shape) for part in data]
+        optimizer.zero_grad()
+        stack.map(loss, batch, kept[:, positions].float()).sum().backward()
+        optimizer.step()
+    stack.stacked.eval()
+    return stack.outputs(task.output, list(task.targets.tensors)).T
+
+
+def without(num_train: int, fraction: float, members: int) -> Tensor:
+    """Random sets of kept examples, bool ``(members, num_train)``."""
+    generator = torch.Generator().manual_seed(int(1000 * fraction))
+    removed = torch.stack([torch.randperm(num_train, generator=generator) for _ in range(members)])
+    kept = torch.ones(members, num_train, dtype=torch.bool)
+    return kept.scatter(1, removed[:, : max(1, round(fraction * num_train))], False)
+
+
+def results(task: Task, losses: Callable[[nn.Module, Any], Tensor], members: int, folder: Path) -> list[Result]:
+    """Every method, for every truth."""
+    loader, targets = DataLoader(task.train, batch_size=task.batch_size), DataLoader(task.targets, batch_size=TARGETS)
+    fit(task, 1, folder / "second")  # the first training is slower
+    started = time.process_time()
+    module = fit(task, 0, folder / "first", folder / "snapshots")
+    unit = time.process_time() - started
+    truths = {}
+    for fraction in FRACTIONS:
+        kept = without(len(task.train), fraction, members)
+        truths[f"this run, {fraction:.0%}"] = kept, again(task, folder / "first", losses, kept)
+    masks = random_subsets(len(task.train), 2 * members, seed=1)
+    outputs = [outputs_of(task, masks, 1000 + seed * len(masks)) for seed in range(2)]
+    truths["other seeds, halves"] = masks, torch.stack(outputs, 2)
+    states = [module.state_dict()]
+    output = task.output
+    methods: dict[str, Method] = {
+        "metagradient": Metagradient(module, folder / "first", output=output, losses=losses, progress_bar=False),
+        "exact Gauss-Newton": ExactKernel(module, states, folder / "kernel", output=output),
+        "TRAK": TRAK(module, states, folder / "features", output=output),
+        "EK-FAC": EKFACInfluence(module, states, output=output),
+        "TracIn": TracIn(module, folder / "snapshots", folder / "tracin", output=output, effect_on="output"),
+    }
+    trainer, found, scores = trainer_for(task), [], {}
+    costs = {}
+    for name, method in methods.items():
+        started = time.process_time()
+        scores[name] = method.attribute(trainer, loader, targets)
+        costs[name] = 1 + (time.process_time() - started) / unit
+    second = Metagradient(module, folder / "second", output=output, losses=losses, progress_bar=False)
+    scores["metagradient, two runs"] = scores["metagradient"] + second.attribute(trainer, loader, targets)
+    costs["metagradient, two runs"] = 2 * costs["metagradient"]
+    for name, own in scores.items():
+        for truth, (kept, changed) in truths.items():
+            lds = LinearDatamodelingScore(kept)
+            lds.update(own, changed)
+            found.append(Result(task.name, name, truth, float(lds.compute()), *map(float, lds.interval()), costs[name]))
+    return found
+
+
+def table(found: list[Result]) -> str:
+    """Markdown."""
+    truths = list(dict.fromkeys(row.truth for row in found))
+    lines = [f"| task | method | {' | '.join(truths)} | trainings |", "|---" * (len(truths) + 3) + "|"]
+    for task, method in dict.fromkeys((row.task, row.method) for row in found):
+        rows = {row.truth: row for row in found if (row.task, row.method) == (task, method)}
+        cells = [f"{row.lds:.3f} ({row.low:.3f} to {row.high:.3f})" for row in map(rows.__getitem__, truths)]
+        lines.append(f"| {task} | {method} | {' | '.join(cells)} | {rows[truths[0]].cost:.0f} |")
+    return "\n".join(lines) + "\n"
+
+
+# Okabe and Ito's colours, which differ for colour-blind readers; markers differ too.
+STYLES = dict(zip(METHODS, ("#D55E00", "#000000", "#0072B2", "#009E73", "#CC79A7"), strict=True))
+MARKERS = dict(zip(METHODS, "os^Dv", strict=True))
+
+
+def plot(found: list[Result], path: Path) -> None:
+    """A panel for each task: LDS for this run by the fraction removed, and for other seeds at the right."""
+    tasks, truths = (list(dict.fromkeys(getattr(row, field) for row in found)) for field in ("task", "truth"))
+    figure, axes = plt.subplots(1, len(tasks), figsize=(4 * len(tasks) + 1, 4.6), squeeze=False, sharey=True)
+    for axis, task in zip(axes[0], tasks, strict=True):
+        for number, method in enumerate(METHODS):
+            rows = [row for row in found if (row.task, row.method) == (task, method)]
+            for part, label in ((range(len(rows) - 1), method), (range(len(rows) - 1, len(rows)), None)):
+                x = [place + 0.08 * (number - 2) for place in part]
+                y = [rows[place].lds for place in part]
+                errors = [[rows[p].lds - rows[p].low for p in part], [rows[p].high - rows[p].lds for p in part]]
+                style: dict[str, Any] = {"color": STYLES[method], "marker": MARKERS[method], "label": label}
+                axis.errorbar(x, y, errors, elinewidth=0.8, linewidth=1.5, **style)
+        axis.axvline(len(truths) - 1.5, color="grey", linestyle=":")
+        axis.set_xticks(range(len(truths)), [*(t.rpartition(" ")[2] for t in truths[:-1]), "other\nseeds"])
+        axis.set(title=task, xlabel="removed from this run")
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("LDS (bars: 95% over targets and subsets)")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="lower center", ncols=len(METHODS), frameon=False)
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("one_run_output"), help="where everything is written")
+    parser.add_argument("--members", type=int, default=30, help="retrained runs for each fraction")
+    parser.add_argument("--quick", action="store_true", help="the first task alone, few retrained models")
+    args = parser.parse_args(arguments)
+    quiet()
+    torch.set_num_threads(1)
+    args.out.mkdir(parents=True, exist_ok=True)
+    found: list[Result] = []
+    for task, losses in make_tasks()[: 1 if args.quick else None]:
+        with tempfile.TemporaryDirectory() as folder:
+            found += results(task, losses, 5 if args.quick else args.members, Path(folder))
+        (args.out / "one_run.json").write_text(json.dumps([asdict(row) for row in found], indent=1))
+        (args.out / "one_run.md").write_text(table(found))
+        plot(found, args.out / "one_run.png")
+        print(table([row for row in found if row.task == task.name]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
