@@ -1,38 +1,38 @@
 """The automatic damping against the best constant, and against the rule before it.
 
-    python -m benchmarks.damping --out damping_output            # an hour on one core, most of it retraining
+    python -m benchmarks.damping --out damping_output            # two hours on one core, an hour of it retraining
     python -m benchmarks.damping --out damping_output --quick    # one small task, under a minute
 
-For each task, at one model and at ten: the constant damping with the highest linear datamodeling score (LDS), its LDS,
-and the LDS of ``damping="auto"`` and of the former rule, k / (2 n_eff). With one model, each of the first three models
-is measured, and their mean is taken.
+Each task is measured with TRAK by default and with the exact kernel, at one model and at ten: the constant damping with
+the highest linear datamodeling score (LDS), its LDS, and the LDS of ``damping="auto"`` and of the former rule,
+k / (2 n_eff). With one model, each of the first three models is measured, and their mean is taken.
 """
 
 import argparse
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
+from unittest.mock import patch
 
-import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from benchmarks.stores import featurize
 from benchmarks.tasks import Task, make_tasks
-from benchmarks.truth import MODELS, SUBSETS, Truth, kept, quiet
-from lightning_trak.features.rows import Features
-from lightning_trak.features.store import FeatureStore
-from lightning_trak.projections import SparseProjection
-from lightning_trak.scoring import TRAKScorer
+from benchmarks.truth import MODELS, SUBSETS, Truth, kept, quiet, trainer_for
+from lightning_trak import TRAK
+from lightning_trak.methods import ExactKernel
+from lightning_trak.scoring import trak
 from lightning_trak.scoring.damping import Damping
-from lightning_trak.scoring.gram import DampedGram, gram_matrix
 from lightning_trak.texts.tables import Table
 
 SEEDS = 3
-GRID = tuple(10 ** (power / 3) for power in range(-7, 8))  # of dampings, from 0.005 to 215
+METHODS: dict[str, type[TRAK | ExactKernel]] = {"exact kernel": ExactKernel, "default": TRAK}
 SINGLE = 3  # models that are measured one by one
+START = 10.0  # the constant that the search begins with
 
 
 @dataclass
@@ -41,6 +41,7 @@ class Result:
 
     Attributes:
         task: name of the task.
+        method: "exact kernel", or TRAK's "default".
         models: number of models averaged.
         best: the constant damping with the highest LDS.
         best_lds: its LDS.
@@ -49,6 +50,7 @@ class Result:
     """
 
     task: str
+    method: str
     models: int
     best: float
     best_lds: float
@@ -56,54 +58,63 @@ class Result:
     auto_lds: float
 
 
-def former_scores(store: FeatureStore, targets: list[Tensor]) -> Tensor:
-    """Scores with the rule before, k / (2 n_eff), at each checkpoint."""
-    total = torch.zeros(())
-    for checkpoint, features in enumerate(targets):
-        rows = Features.cat([store.read(checkpoint, shard) for shard in range(store.num_shards)])
-        gram, squares = gram_matrix([rows], "gauss_newton", features.shape[1], torch.device("cpu"))
-        damping = float(len(gram) * squares / (2 * gram.trace().square()))
-        solved = DampedGram(gram, damping, rows.features.dtype, "a model").solve(features)
-        total = total + solved @ rows.features.T * rows.loss_gradients
-    return total
+def former_damping(trace: Tensor, squared_weights: Tensor, size: int, noise: float = 1.0) -> float:
+    """The rule before, k / (2 n_eff): see :func:`~lightning_trak.scoring.damping.auto_damping` for the arguments."""
+    return float(size * squared_weights / (2 * trace.square()))
 
 
-def measure(task: Task, states: list[dict[str, Tensor]], truth: Truth, directory: Path) -> Tensor:
-    """LDS of each constant of the grid, of the former rule, and of "auto"."""
-    store, rows = featurize(task, states, SparseProjection(), directory)
+class Measured:
+    """A method with the features of a task at some models."""
 
-    def lds(scores: Tensor) -> float:
-        return float(truth.measure(scores).compute())
+    def __init__(self, name: str, task: Task, states: list[dict[str, Tensor]], truth: Truth, directory: Path) -> None:
+        self.truth, self.trainer = truth, trainer_for(task)
+        self.targets = DataLoader(task.targets, batch_size=100)
+        self.method = METHODS[name](task.make_module().eval(), states, directory, output=task.output)
+        self.method.featurize(self.trainer, DataLoader(task.train, batch_size=100))
 
-    def at(damping: Damping) -> float:
-        scorer = TRAKScorer(store, "gauss_newton", damping, "per_checkpoint", 0.0)
-        scorer.fit(torch.device("cpu"))
-        scores = scorer.score([scorer.precondition(checkpoint, part) for checkpoint, part in enumerate(rows)])
-        assert isinstance(scores, Tensor)
-        return lds(scores)
+    def lds(self, damping: Damping) -> float:
+        """At a constant damping, or at the automatic one."""
+        self.method.damping = damping
+        return float(self.truth.measure(self.method.score(self.trainer, self.targets)).compute())
 
-    return torch.tensor([*map(at, GRID), lds(former_scores(store, rows)), at("auto")])
+    def former_lds(self) -> float:
+        """With the former rule in place of the automatic one."""
+        with patch.object(trak, "auto_damping", former_damping):
+            return self.lds("auto")
 
 
-def results_of(task: Task, truth: Truth) -> Iterator[Result]:
+def best_constant(lds: Callable[[float], float]) -> tuple[float, float]:
+    """The constant with the highest LDS, and its LDS: uphill by decades, and then by thirds of a decade."""
+    best, lds = START, cache(lds)
+    for step in (10.0, 10 ** (1 / 3)):
+        while (other := max((best / step, best * step), key=lds)) and lds(other) > lds(best):
+            best = other
+    return best, lds(best)
+
+
+def results_of(name: str, task: Task, truth: Truth) -> Iterator[Result]:
     """At one model, averaged over the first few, and at all."""
     singles = [[state] for state in truth.states[:SINGLE]]
     for chosen in (singles, [truth.states]):
         with tempfile.TemporaryDirectory() as directory:
-            measured = [measure(task, states, truth, Path(directory) / str(i)) for i, states in enumerate(chosen)]
-        *grid, former, auto = torch.stack(measured).mean(0).tolist()
-        best = max(range(len(GRID)), key=lambda number: grid[number])
-        yield Result(task.name, len(chosen[0]), GRID[best], grid[best], former, auto)
+            measured = [Measured(name, task, part, truth, Path(directory) / str(i)) for i, part in enumerate(chosen)]
+
+            def mean(lds: Callable[[Measured], float], measured: list[Measured] = measured) -> float:
+                return sum(map(lds, measured)) / len(measured)
+
+            best, best_lds = best_constant(lambda damping: mean(lambda one: one.lds(damping)))
+            former, auto = mean(Measured.former_lds), mean(lambda one: one.lds("auto"))
+        yield Result(task.name, name, len(chosen[0]), best, best_lds, former, auto)
 
 
 def table(results: list[Result]) -> str:
     """Markdown."""
-    columns = ("task", "M", "best constant", "its LDS", "former rule", "auto", "former / best", "auto / best")
+    columns = ("task", "method", "M", "best constant", "its LDS", "former rule", "auto", "former / best", "auto / best")
     rows = []
     for r in results:
         lds = [f"{value:.3f}" for value in (r.best_lds, r.former_lds, r.auto_lds)]
         shares = [f"{value / r.best_lds:.3f}" for value in (r.former_lds, r.auto_lds)]
-        rows.append((r.task, r.models, f"{r.best:.3g}", *lds, *shares))
+        rows.append((r.task, r.method, r.models, f"{r.best:.3g}", *lds, *shares))
     return Table(columns, rows).markdown() + "\n"
 
 
@@ -113,6 +124,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("damping_output"), help="where everything is written")
     parser.add_argument("--tasks", nargs="+", choices=tasks, help="tasks; default: all, or one with --quick")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: both")
     parser.add_argument("--quick", action="store_true", help="20 halves once, 2 models")
     args = parser.parse_args(arguments)
     quiet()
@@ -120,9 +132,13 @@ def main(arguments: list[str] | None = None) -> None:
     wide = (20, 1, 2) if args.quick else (SUBSETS, SEEDS, MODELS)
     results: list[Result] = []
     for name in tqdm(args.tasks or (["diabetes"] if args.quick else list(tasks))):
-        results += results_of(tasks[name], kept(args.out, tasks[name], *wide))
-        (args.out / "damping.json").write_text(json.dumps([asdict(result) for result in results], indent=1))
-        (args.out / "damping.md").write_text(table(results))
+        truth = kept(args.out, tasks[name], *wide)
+        for method in args.methods:
+            for result in results_of(method, tasks[name], truth):
+                results.append(result)
+                print(table([result]).splitlines()[-1], flush=True)
+                (args.out / "damping.json").write_text(json.dumps([asdict(row) for row in results], indent=1))
+    (args.out / "damping.md").write_text(table(results))
     print(table(results))
 
 

@@ -37,6 +37,7 @@ from lightning_trak.methods import (
     DataShapley,
     EKFACInfluence,
     EmpiricalInfluence,
+    ExactKernel,
     Explicit,
     GradientCosine,
     GradientDot,
@@ -48,7 +49,7 @@ from lightning_trak.methods import (
     RepresentationSimilarity,
     TracIn,
 )
-from lightning_trak.projections import GaussianProjection, SparseProjection
+from lightning_trak.projections import GaussianProjection, PrincipalProjection, SparseProjection
 from lightning_trak.retraining import random_subsets
 
 SEEDS = {"digits MLP": 5, "digits conv": 2}  # trainings on each half: the convolutional net takes forty times as long
@@ -58,7 +59,6 @@ ONCE = {  # too slow with ten checkpoints; conjugate gradients and LiSSA approxi
     "digits conv": ("influence, Arnoldi",),
 }
 UNDAMPED = {"TRAK.paper, k = 256": 256, "TRAK.paper, k = 1024": 1024}  # need more training examples than features
-WIDE = {"TRAK, k = 4096": 4096}  # for models with more parameters than features
 TOO_LARGE = {"digits conv": ("influence, explicit", "influence, CG", "influence, LiSSA")}
 AVERAGING = "TRAK, Q averaged"  # with one checkpoint, this is the same as TRAK
 ONE_RUN = ("TRAK, one run", "TracIn", "TracIn, last layer", "GAS")  # checkpoints of one training run
@@ -115,7 +115,13 @@ def gradient_methods(model: L.LightningModule) -> dict[str, Callable[[Any, Path]
     return {
         "TRAK": lambda checkpoints, store: TRAK(model, checkpoints, store),
         "TRAK, one run": lambda checkpoints, store: TRAK(model, checkpoints, store),
-        "TRAK, k = 4096": lambda checkpoints, store: TRAK(model, checkpoints, store, projection=SparseProjection(4096)),
+        "TRAK, 2048 in float32 (before)": lambda checkpoints, store: TRAK(
+            model, checkpoints, store, projection=SparseProjection(2048)
+        ),
+        "TRAK, principal 1024 in int8": lambda checkpoints, store: TRAK(
+            model, checkpoints, store, projection=PrincipalProjection(1024), dtype="int8"
+        ),
+        "ExactKernel": lambda checkpoints, store: ExactKernel(model, checkpoints, store),
         "TRAK, Q averaged": lambda checkpoints, store: TRAK(model, checkpoints, store, loss_gradients="averaged"),
         "TRAK.paper, k = 256": lambda checkpoints, store: TRAK.paper(
             model, checkpoints, store, projection=GaussianProjection(256)
@@ -182,10 +188,9 @@ def results(measured: Measured, retrained: tuple[int, ...], orders: int) -> Iter
     """Every method on one task."""
     task, states = measured.task, measured.truth.states
     model = task.make_module().eval()
-    parameters = sum(parameter.numel() for parameter in model.parameters())
     for name, make in gradient_methods(model).items():
-        too_wide = WIDE.get(name, 0) > parameters or UNDAMPED.get(name, 0) >= len(task.train)
-        if too_wide or name in TOO_LARGE.get(task.name, ()):
+        singular = UNDAMPED.get(name, 0) >= len(task.train)
+        if singular or name in TOO_LARGE.get(task.name, ()):
             continue
         one_run = name in ONE_RUN
         many = len(states)
@@ -229,6 +234,7 @@ def tables(found: list[Result], ceilings: dict[str, float], units: dict[str, flo
 
 STYLES = {  # colour of a family, then markers within it
     "TRAK": "tab:red",
+    "ExactKernel": "darkred",
     "EK-FAC": "tab:blue",
     "influence": "tab:green",
     "gradient": "tab:orange",
@@ -240,7 +246,7 @@ STYLES = {  # colour of a family, then markers within it
     "datamodels": "dimgrey",
     "Data Shapley": "tab:cyan",
 }
-MARKERS = "osD^vP"
+MARKERS = "osD^vPX*"
 
 
 def plot(found: list[Result], ceilings: dict[str, float], path: Path) -> None:

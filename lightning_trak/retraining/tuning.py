@@ -67,6 +67,7 @@ def tune(
     folds: int = 5,
     seed: int = 0,
     confidence: float = 0.95,
+    used_masks: Tensor | None = None,
 ) -> Tuning[Name]:
     """Choose among scores by their linear datamodeling score (LDS) on retrained models, and say how good the choice is.
 
@@ -78,7 +79,8 @@ def tune(
 
     Candidates may differ in anything: damping (:meth:`TRAK.score_dampings <lightning_trak.TRAK.score_dampings>` makes
     these cheaply), number of features, checkpoints or method. All must score the same targets and training examples, in
-    the order of ``outputs`` and ``masks``. Scores that have learned from retrained models must not be measured on them.
+    the order of ``outputs`` and ``masks``. Scores that have learned from retrained models must not be measured on them:
+    pass ``used_masks``.
 
     Args:
         candidates: scores ``(num_targets, num_train)`` by name, or functions that make them. A function is called once,
@@ -89,10 +91,12 @@ def tune(
         folds: number of folds, at least 2. Each needs at least 3 subsets.
         seed: of the folds and of the intervals' bootstrap.
         confidence: of the intervals.
+        used_masks: bool ``(num_used, num_train)``, subsets whose models any of the candidates was made with, such as a
+            method's ``used_masks``. They may not be among ``masks``.
 
     Raises:
-        ValueError: if there is no candidate, there are fewer than 2 targets or too few subsets, subsets are equal, a
-            shape or device does not fit, or a number is NaN or infinite. The error names the candidate.
+        ValueError: if there is no candidate, there are fewer than 2 targets or too few subsets, subsets are equal or
+            used, a shape or device does not fit, or a number is NaN or infinite. The error names the candidate.
         TypeError: if a candidate is neither a Tensor nor a function that returns one.
 
     Example::
@@ -102,7 +106,7 @@ def tune(
         print(tuning)
         trak = TRAK(model, "run/snapshots", "run/features", damping=tuning.best)
     """
-    metric = LinearDatamodelingScore(masks).to(masks.device)  # checks the masks
+    metric = LinearDatamodelingScore(masks, used_masks=used_masks).to(masks.device)  # checks the masks
     _require_enough(len(candidates), len(masks), outputs, folds)
     predictions: dict[Name, Tensor] = {}
     for name, candidate in candidates.items():

@@ -24,7 +24,7 @@ def test_every_method_is_measured(tmp_path):
     methods.main(["--quick", "--out", str(tmp_path)])
     results = json.loads((tmp_path / "methods.json").read_text())["results"]
     names = {result["method"] for result in results}
-    assert {*methods.gradient_methods(methods.SmallMLP())} - {*methods.UNDAMPED, *methods.WIDE} < names
+    assert {*methods.gradient_methods(methods.SmallMLP())} - {*methods.UNDAMPED} < names
     assert {"empirical influence", "datamodels", "Data Shapley", "random"} < names
     for result in results:
         assert result["low"] <= result["lds"] <= result["high"], result

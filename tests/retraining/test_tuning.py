@@ -54,6 +54,21 @@ def test_held_out_lds_is_that_on_the_folds_that_the_choice_did_not_see():
     assert tuning.held_out.lds == pytest.approx(sum(folds) / 2, abs=0.03)
 
 
+def test_subsets_that_scores_were_made_from_are_refused():
+    truth, masks, outputs = made()
+    measured = []
+
+    def candidate():
+        measured.append(True)
+        return truth
+
+    with pytest.raises(ValueError, match=r"2 of 30 were: rows 4, 9 of `masks`.*`split`"):
+        tune({"a": candidate}, masks, outputs, used_masks=masks[[9, 4]])
+    assert not measured  # refused before any scores are made
+    rest = tune({"a": candidate}, masks[5:], outputs[:, 5:], used_masks=masks[:5])
+    assert rest == tune({"a": truth}, masks[5:], outputs[:, 5:])
+
+
 def test_the_best_of_meaningless_scores_is_not_reported_as_good():
     best, held_out = [], []
     for seed in range(12):
