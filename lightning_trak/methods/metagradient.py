@@ -17,6 +17,7 @@ from lightning_trak.methods.examples import Examples
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import declared_output
 from lightning_trak.replay.differentiating import Differentiated
+from lightning_trak.replay.losses import declared_losses
 from lightning_trak.replay.recording import Recording
 from lightning_trak.running.data import Data
 from lightning_trak.running.random_states import isolated_random_states
@@ -121,7 +122,7 @@ class Metagradient(Method):
                 train_set.loader,
                 train_set.datamodule,
                 trainer.strategy.root_device,
-                self.losses or (lambda module, batch: output.loss(output.output(module, batch))),
+                declared_losses(output, self.losses),
                 first=self.recording.num_steps - self.last_steps,
                 block=self.block_size,
                 micro_batch=self.micro_batch_size,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -15,12 +14,14 @@ from tqdm import tqdm
 from lightning_trak.compatibility import tree_iter
 from lightning_trak.gradients.batch import Layout, find_layout
 from lightning_trak.outputs import ModelOutput
-from lightning_trak.outputs.evaluating import modules_of, unchanged
+from lightning_trak.outputs.evaluating import modules_of
+from lightning_trak.replay.losses import Losses
 from lightning_trak.replay.player import Played, Player
 from lightning_trak.replay.recording import Recording
-from lightning_trak.replay.reverse import Cotangents, Losses, Reverse
+from lightning_trak.replay.reverse import Cotangents, Reverse
 from lightning_trak.replay.schedule import backwards
 from lightning_trak.replay.states import TrainingState
+from lightning_trak.replay.targets import differentiable, output_at
 from lightning_trak.running.loading import load
 
 # States and batches of a segment are kept in memory up to this size, and so are the cotangents of one reverse pass.
@@ -83,11 +84,8 @@ class Differentiated:
             self._layout = find_layout(*several)
         self._example_bytes = sum(part.nbytes for part in tree_iter(one) if isinstance(part, Tensor))
         self._reverse = Reverse(player, losses, self._tracked, block, micro_batch, self._layout)
-        evaluating = set[str]().union(*(structure.evaluating for structure in structures))
         self.rounds_steps = player.update.rounding > 0
-        self.normalizes_batches = any(
-            name.rpartition(".")[0] not in evaluating for name, _ in self._reverse.statistics.layers
-        )
+        self.normalizes_batches = player.normalizes_batches(structures)
 
     def scores(self, output: ModelOutput, targets: DataLoader[Any], datamodule: L.LightningDataModule | None) -> Tensor:
         """Differentiate the outputs at targets by the weights of all training examples.
@@ -132,19 +130,8 @@ class Differentiated:
         leaves = reverse.statistics.leaves()
         names += [f"buffer/{name}" for name in leaves]
         for number, batch in zip(numbers, batches, strict=True):
-            with reverse.differentiable(), reverse.statistics.tracked(leaves), unchanged(player.module, output):
-                values = output.output(player.module, copy.deepcopy(batch))
-                if not isinstance(values, Tensor) or values.shape != (1,):
-                    received = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-                    raise ValueError(
-                        f"{type(output).__name__}.output returned {received} for target {number} alone; expected one"
-                        " number per example, shape (1,)"
-                    )
-                if not values.isfinite().all():
-                    raise ValueError(
-                        f"the output at target {number} is {float(values):g}; leave the target out, or look for NaN in"
-                        " it and in the weights"
-                    )
+            with differentiable(player), reverse.statistics.tracked(leaves):
+                values = output_at(player.module, output, batch, number)
                 rows.append(torch.autograd.grad(values.sum(), [*parameters, *leaves.values()], materialize_grads=True))
         return {name: torch.stack(column) for name, column in zip(names, zip(*rows, strict=True), strict=True)}
 

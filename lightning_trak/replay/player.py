@@ -15,17 +15,20 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_trak.checkpoints.copies import copy_module
-from lightning_trak.compatibility import WRAPPERS, original_module
+from lightning_trak.compatibility import WRAPPERS, BatchNorm, original_module
 from lightning_trak.gradients.leaves import require_own_leaves
 from lightning_trak.replay.optimizers.base import optimizer_named, optimizer_step
 from lightning_trak.replay.recording import Recording
-from lightning_trak.replay.records import StepRecord
+from lightning_trak.replay.records import MicroBatch, StepRecord, Structure
 from lightning_trak.replay.states import Difference, TrainingState, difference, named_parameters
 from lightning_trak.running.batches import TransferHooks, on_device
 from lightning_trak.running.content import sample_digest
 from lightning_trak.running.loading import load
 from lightning_trak.running.random_states import restore_random_states
 from lightning_trak.running.training_step import training_step
+
+# The loss of a batch, which the module is to be differentiated by; None if the batch is skipped.
+Loss = Callable[[Any, MicroBatch], Tensor | None]
 
 TOLERANCES = {torch.float32: 1e-3, torch.float64: 1e-6}
 
@@ -172,31 +175,50 @@ class Player:
         """A copy of the current state."""
         return TrainingState.of(self.module, self._optimizer)
 
-    def step(self, record: StepRecord, remember: bool = False) -> Played | None:
+    def step(self, record: StepRecord, remember: bool = False, loss: Loss | None = None) -> Played | None:
         """Do a step again. Its batches come from :meth:`open`.
 
         Args:
             record: the step.
             remember: whether to return what the step was made of.
+            loss: what the step minimizes; default: what ``training_step`` returns.
         """
         before = self.state if remember else None
+        batches = []
+
+        def taken() -> Iterator[Any]:
+            for _ in record.micro_batches:
+                batch = next(self._batches)
+                if remember:
+                    batches.append(copy.deepcopy(batch))  # a training_step may change its batch
+                yield batch
+
+        losses = self.descend(record, taken(), loss)
+        return None if before is None else Played(record, before, batches, losses)
+
+    def descend(self, record: StepRecord, batches: Iterable[Any], loss: Loss | None = None) -> list[Tensor | None]:
+        """Do a step with given batches.
+
+        Args:
+            record: the step.
+            batches: its batches, on the device. They may be changed.
+            loss: what the step minimizes; default: what ``training_step`` returns.
+
+        Returns:
+            The loss of each micro-batch, before division; None if there was none.
+        """
+        loss = loss or self._training_loss
         self.arrange(record)
         optimizer, settings = self._optimizer, record.settings
         optimizer.zero_grad()
-        batches, losses = [], []
-        for micro in record.micro_batches:
-            batch = next(self._batches)
-            if remember:
-                batches.append(copy.deepcopy(batch))  # a training_step may change its batch
+        losses: list[Tensor | None] = []
+        for micro, batch in zip(record.micro_batches, batches, strict=True):
             restore_random_states(micro.random_states, self.device)
             with self.computing(), _explained():
-                loss = training_step(self.module, batch, micro.batch_idx)
-            losses.append(None if loss is None else loss.detach().clone())
-            if loss is not None:
-                if not self._leaves_checked:
-                    require_own_leaves(loss, self.module)
-                    self._leaves_checked = True
-                (loss / settings.accumulate).backward()  # type: ignore[no-untyped-call]
+                value = loss(batch, micro)
+            losses.append(None if value is None else value.detach().clone())
+            if value is not None:
+                (value / settings.accumulate).backward()  # type: ignore[no-untyped-call]
         trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         if settings.clip > 0:
             if settings.clip_by == "value":
@@ -205,7 +227,14 @@ class Player:
                 nn.utils.clip_grad_norm_(trained, settings.clip)
         optimizer.step()
         optimizer.zero_grad()
-        return None if before is None else Played(record, before, batches, losses)
+        return losses
+
+    def _training_loss(self, batch: Any, micro: MicroBatch) -> Tensor | None:
+        loss = training_step(self.module, batch, micro.batch_idx)
+        if loss is not None and not self._leaves_checked:
+            require_own_leaves(loss, self.module)
+            self._leaves_checked = True
+        return loss
 
     def arrange(self, record: StepRecord) -> None:
         """Set modes, flags and hyperparameters to those of a step."""
@@ -223,6 +252,12 @@ class Player:
             own.update(group)
         module = cast(Any, self.module)
         module.replayed_epoch, module.replayed_step = record.epoch, record.step
+
+    def normalizes_batches(self, structures: Iterable[Structure]) -> bool:
+        """Whether batch normalization makes the examples of a batch depend on each other, in one of some steps."""
+        layers = {name: part for name, part in self._modules if isinstance(part, BatchNorm)}
+        always = any(layer.running_mean is None for layer in layers.values())
+        return always or any(not layers.keys() <= set(structure.evaluating) for structure in structures)
 
     def _made(self, record: StepRecord) -> Optimizer:
         """A new optimizer with the groups of a step."""

@@ -12,33 +12,26 @@ through the gradient of each micro-batch, one after the other, so that only one 
 from __future__ import annotations
 
 import copy
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.backends import cudnn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import Tensor
 
 from lightning_trak.gradients.batch import ExampleBatch, Layout
-from lightning_trak.outputs.evaluating import exact_attention
 from lightning_trak.replay.clipping import clipped
+from lightning_trak.replay.losses import Losses, losses_of, require_losses, require_step
 from lightning_trak.replay.player import Played, Player, ReplayError
 from lightning_trak.replay.products import Products
 from lightning_trak.replay.records import MicroBatch, StepRecord
 from lightning_trak.replay.states import TrainingState
 from lightning_trak.replay.statistics import RunningStatistics
+from lightning_trak.replay.targets import differentiable
 from lightning_trak.running.random_states import restore_random_states
 
 # Cotangents of targets by the names of TrainingState.tensors(), each (num_targets, *shape). Those missing are zero.
 Cotangents = dict[str, Tensor]
-Losses = Callable[[nn.Module, Any], Tensor]
-
-_LOSS_ERRORS = {torch.float32: (1e-4, 1e-6), torch.float64: (1e-9, 1e-12)}
-_STEP_ERRORS = {torch.float32: 2e-2, torch.float64: 1e-6}
 
 
 @dataclass(frozen=True)
@@ -88,7 +81,6 @@ class Reverse:
         self._products = Products(block, player.dtype)
         self._audited: set[Any] = set()  # kinds of graphs whose products were audited
         self.statistics = RunningStatistics(player.module)
-        self._recurrent = any(isinstance(part, nn.RNNBase) for part in player.module.modules())
 
     def step(
         self, played: Played, after: TrainingState, cotangents: Cotangents, count: int
@@ -125,7 +117,7 @@ class Reverse:
                     sums[name] = sums[name] + gradient.detach() if name in sums else gradient.detach()
             if len(pieces) == 1:
                 graphs.append(graph)
-        self._require_losses(played, means)
+        require_losses(played, means, player.dtype)
         self._require_known_buffers(played, after)
         found, along = self._through_update(played, after, sums, cotangents, count)
         weights = []
@@ -186,30 +178,13 @@ class Reverse:
         expected = piece.rows.stop - piece.rows.start
         restore_random_states(micro.random_states, player.device)
         before = self.statistics.leaves()
-        with self.differentiable(), self.statistics.tracked(before) as after:
-            losses = self._losses(player.module, batch)
-            if not isinstance(losses, Tensor) or losses.shape != (expected,):
-                received = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-                raise ValueError(f"expected one training loss per example, shape ({expected},), received {received}")
+        with differentiable(player), self.statistics.tracked(before) as after:
+            losses = losses_of(self._losses, player.module, batch, expected)
             weights = torch.ones_like(losses, requires_grad=True)
             total = (weights * losses).sum() / (size * record.settings.accumulate)
             parameters = [player.parameters[name] for name in self._trained(record)]
             gradients = torch.autograd.grad(total, parameters, create_graph=True, allow_unused=True)
         return _Graph(list(gradients), weights, before, after, losses)
-
-    @contextmanager
-    def differentiable(self) -> Iterator[None]:
-        """Compute so that all operations can be differentiated twice."""
-        with (
-            self._player.computing(),
-            exact_attention(),
-            sdpa_kernel(SDPBackend.MATH),
-            torch.compiler.set_stance("force_eager"),
-            ExitStack() as stack,
-        ):
-            if self._recurrent:
-                stack.enter_context(cudnn.flags(enabled=False))
-            yield
 
     def _through_update(
         self, played: Played, after: TrainingState, sums: dict[str, Tensor], cotangents: Cotangents, count: int
@@ -238,7 +213,7 @@ class Reverse:
                     new, moments = update.update(parameter, bounded[name], kept, group)
                     outputs[f"parameter/{name}"] = new
                     outputs |= {f"moment/{name}/{key}": moment for key, moment in moments.items()}
-        self._require_step(played, after, outputs)
+        require_step(played, after, outputs, player.dtype, update.rounding)
         along = [cotangents.get(key) for key in outputs]
         products = self._products(list(outputs.values()), [*inputs.values(), *leaves.values()], along, count)
         found = {key: value for key, value in cotangents.items() if key not in outputs}
@@ -276,54 +251,6 @@ class Reverse:
         if weights is None:
             return graph.weights.new_zeros(count, len(graph.weights))
         return weights
-
-    # Checks
-
-    def _require_losses(self, played: Played, means: list[float]) -> None:
-        relative, absolute = _LOSS_ERRORS[self._player.dtype]
-        for number, (loss, mean) in enumerate(zip(played.losses, means, strict=True)):
-            if loss is None:
-                continue
-            expected = float(loss)
-            if not abs(mean - expected) <= relative * abs(expected) + absolute:
-                raise ReplayError(
-                    f"training_step returned {expected:.6g} for micro-batch {number} of step {played.record.step}, but"
-                    f" the mean of the examples' losses is {mean:.6g}. The loss of an example is that of the declared"
-                    " output: if training minimizes something else (another factor, label smoothing, a penalty), pass"
-                    " losses=, a function (module, batch) -> losses of shape (batch,) whose mean training_step returns"
-                )
-
-    def _require_step(self, played: Played, after: TrainingState, outputs: dict[str, Tensor]) -> None:
-        """Check that the update as a function does what the optimizer did, to the weights and to each moment."""
-        off: dict[str, float] = defaultdict(float)
-        moved, sizes = off.copy(), off.copy()
-        before, later = dict(played.before.tensors()), dict(after.tensors())
-        for name, new in outputs.items():
-            kind = "weights" if name.startswith("parameter/") else name.rpartition("/")[2]
-            old, expected = before.get(name), later[name].to(new.device)
-            off[kind] += float((new.detach() - expected).double().square().sum())
-            moved[kind] += float((expected - (0 if old is None else old.to(new.device))).double().square().sum())
-            sizes[kind] += float(expected.double().square().sum())
-        dtype = self._player.dtype
-        for kind, square in off.items():
-            allowed = (_STEP_ERRORS[dtype] + self._player.update.rounding) * moved[kind] ** 0.5
-            if not square**0.5 <= allowed + 8 * torch.finfo(dtype).eps * sizes[kind] ** 0.5:
-                raise ReplayError(
-                    f"step {played.record.step} moved the {kind} by {moved[kind] ** 0.5:.3g}, but the gradient of the"
-                    f" examples' losses gives a step that differs from it by {square**0.5:.3g}: training_step, a hook"
-                    " or a callback adds something to the gradient, or the losses are not those that training_step"
-                    " minimizes"
-                )
-        changed = [
-            name
-            for name, old in played.before.parameters.items()
-            if f"parameter/{name}" not in outputs and not torch.equal(old, after.parameters[name])
-        ]
-        if changed:
-            raise ReplayError(
-                f'step {played.record.step} changed the parameter "{changed[0]}", which no example\'s loss depends on;'
-                " the losses are not those that training_step minimizes"
-            )
 
     def _require_known_buffers(self, played: Played, after: TrainingState) -> None:
         """Check that training changed no buffers other than those whose derivatives are known."""

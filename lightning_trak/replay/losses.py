@@ -1,0 +1,114 @@
+"""The training loss of each example, and whether training minimized the mean of these losses."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_trak.outputs import ModelOutput
+from lightning_trak.replay.player import Played, ReplayError
+from lightning_trak.replay.states import TrainingState
+
+# (module, batch) -> the training loss of each example, of shape (batch,)
+Losses = Callable[[nn.Module, Any], Tensor]
+
+_LOSS_ERRORS = {torch.float32: (1e-4, 1e-6), torch.float64: (1e-9, 1e-12)}
+_STEP_ERRORS = {torch.float32: 2e-2, torch.float64: 1e-6}
+
+
+def declared_losses(output: ModelOutput, losses: Losses | None) -> Losses:
+    """The training losses that a user gives, or those that an output declares."""
+    return losses or (lambda module, batch: output.loss(output.output(module, batch)))
+
+
+def losses_of(losses: Losses, module: nn.Module, batch: Any, expected: int) -> Tensor:
+    """The training loss of each example of a batch.
+
+    Args:
+        losses: the losses.
+        module: the module.
+        batch: a batch. It may be changed.
+        expected: the number of its examples.
+
+    Raises:
+        ValueError: if there is not one loss for each example.
+    """
+    found = losses(module, batch)
+    if not isinstance(found, Tensor) or found.shape != (expected,):
+        received = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise ValueError(f"expected one training loss per example, shape ({expected},), received {received}")
+    return found
+
+
+def require_losses(played: Played, means: Sequence[float], dtype: torch.dtype) -> None:
+    """Check that the means of the examples' losses are what ``training_step`` returned.
+
+    Args:
+        played: the step.
+        means: the mean of the losses of each micro-batch.
+        dtype: the dtype of the weights.
+
+    Raises:
+        ReplayError: if they differ by more than rounding.
+    """
+    relative, absolute = _LOSS_ERRORS[dtype]
+    for number, (loss, mean) in enumerate(zip(played.losses, means, strict=True)):
+        if loss is None:
+            continue
+        expected = float(loss)
+        if not abs(mean - expected) <= relative * abs(expected) + absolute:
+            raise ReplayError(
+                f"training_step returned {expected:.6g} for micro-batch {number} of step {played.record.step}, but"
+                f" the mean of the examples' losses is {mean:.6g}. The loss of an example is that of the declared"
+                " output: if training minimizes something else (another factor, label smoothing, a penalty), pass"
+                " losses=, a function (module, batch) -> losses of shape (batch,) whose mean training_step returns"
+            )
+
+
+def require_step(
+    played: Played, after: TrainingState, outputs: Mapping[str, Tensor], dtype: torch.dtype, rounding: float
+) -> None:
+    """Check that a step by the mean of the losses does what training did, to the weights and to each moment.
+
+    Args:
+        played: the step of training.
+        after: the state after it.
+        outputs: tensors after the other step, by the names of ``TrainingState.tensors()``.
+        dtype: the dtype of the weights.
+        rounding: by how much the optimizer rounds its step, relative to the step.
+
+    Raises:
+        ReplayError: if they differ by more than rounding.
+    """
+    off: dict[str, float] = defaultdict(float)
+    moved, sizes = off.copy(), off.copy()
+    before, later = dict(played.before.tensors()), dict(after.tensors())
+    for name, new in outputs.items():
+        kind = "weights" if name.startswith("parameter/") else name.rpartition("/")[2]
+        old, expected = before.get(name), later[name].to(new.device)
+        off[kind] += float((new.detach() - expected).double().square().sum())
+        moved[kind] += float((expected - (0 if old is None else old.to(new.device))).double().square().sum())
+        sizes[kind] += float(expected.double().square().sum())
+    for kind, square in off.items():
+        allowed = (_STEP_ERRORS[dtype] + rounding) * moved[kind] ** 0.5
+        if not square**0.5 <= allowed + 8 * torch.finfo(dtype).eps * sizes[kind] ** 0.5:
+            raise ReplayError(
+                f"step {played.record.step} moved the {kind} by {moved[kind] ** 0.5:.3g}, but the gradient of the"
+                f" examples' losses gives a step that differs from it by {square**0.5:.3g}: training_step, a hook"
+                " or a callback adds something to the gradient, or the losses are not those that training_step"
+                " minimizes"
+            )
+    changed = [
+        name
+        for name, old in played.before.parameters.items()
+        if f"parameter/{name}" not in outputs and not torch.equal(old, after.parameters[name])
+    ]
+    if changed:
+        raise ReplayError(
+            f'step {played.record.step} changed the parameter "{changed[0]}", which no example\'s loss depends on;'
+            " the losses are not those that training_step minimizes"
+        )

@@ -1,0 +1,178 @@
+"""A recorded run, trained again with other weights of its examples.
+
+Training is a function of the weights w of the examples: the loss of a batch is sum_i w_i l_i / (size of the batch),
+with the size that was recorded, whatever the weights are. Order, batches, random numbers and hyperparameters are those
+of the recording. This is the function that :mod:`~lightning_trak.replay.differentiating` differentiates at w = 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_trak.outputs import ModelOutput
+from lightning_trak.outputs.evaluating import modules_of
+from lightning_trak.replay.losses import Losses, losses_of, require_losses, require_step
+from lightning_trak.replay.player import Loss, Player
+from lightning_trak.replay.recording import Recording
+from lightning_trak.replay.records import MicroBatch, StepRecord
+from lightning_trak.replay.states import TrainingState
+from lightning_trak.replay.targets import differentiable, output_at
+from lightning_trak.running.loading import load
+
+
+class Reweighted:
+    """Trains a recorded run again with other weights of its examples.
+
+    Args:
+        model: the user's module. It is not touched.
+        recording: the recording, of a run that has ended.
+        loader: the training data, as they were recorded.
+        datamodule: the data module that gave them, if there is one.
+        device: the device to compute on.
+        losses: ``(module, batch) -> losses`` of shape ``(batch,)``, the training loss of each example.
+
+    Attributes:
+        player: does the steps, and has the module.
+        num_train: the number of weights.
+
+    Raises:
+        ReplayError: if the module or the data are not those of the recording.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recording: Recording,
+        loader: DataLoader[Any],
+        datamodule: L.LightningDataModule | None,
+        device: torch.device,
+        losses: Losses,
+    ) -> None:
+        self.player = Player(model, recording, loader, datamodule, device)
+        self.num_train: int = recording.run["num_train"]
+        self._recording, self._losses = recording, losses
+        self._skipped: set[tuple[int, int]] | None = None
+
+    @property
+    def normalizes_batches(self) -> bool:
+        """Whether training used batch normalization in train mode, so that weight 0 is not the same as removal."""
+        return self.player.normalizes_batches({record.structure for record in self.records()})
+
+    def records(self) -> Iterator[StepRecord]:
+        """The steps of the run."""
+        return map(self._recording.record, range(self._recording.num_steps))
+
+    def skipped(self) -> set[tuple[int, int]]:
+        """The micro-batches that training skipped: numbers of a step, and of a micro-batch in it.
+
+        The first call repeats the run, which takes about three trainings, and checks each step: the mean of the
+        examples' losses must be what ``training_step`` returned, and the step by the losses, at w = 1, must be the step
+        of training.
+
+        Raises:
+            ReplayError: if the run cannot be repeated, or the losses are not those that training minimized.
+        """
+        if self._skipped is not None:
+            return self._skipped
+        player, ones = self.player, torch.ones(self.num_train)
+        skipped: set[tuple[int, int]] = set()
+        player.load(self._recording.state(0))
+        player.open(self.records())
+        for record in self.records():
+            played = player.step(record, remember=True)
+            assert played is not None
+            player.require_close(record.step + 1)
+            after = player.state
+            empty = {(record.step, number) for number, loss in enumerate(played.losses) if loss is None}
+            player.load(played.before)
+            means = player.descend(record, played.batches, self._loss(record, ones, empty))
+            require_losses(played, [0.0 if mean is None else float(mean) for mean in means], player.dtype)
+            require_step(played, after, dict(player.state.tensors()), player.dtype, player.update.rounding)
+            player.load(after)
+            skipped |= empty
+        self._skipped = skipped
+        return skipped
+
+    def train(self, weights: Tensor) -> TrainingState:
+        """Train from the recorded first state with other weights.
+
+        The first call also checks the losses, see :meth:`skipped`.
+
+        Args:
+            weights: of all examples, ``(num_train,)``: 1 is the recorded run, and 0 takes an example's loss away.
+
+        Returns:
+            The state at the end, a copy. The player's module has it, too.
+
+        Raises:
+            ValueError: if the weights have a wrong shape or are not finite.
+            ReplayError: see :meth:`skipped`.
+        """
+        weights = checked_weights(weights, (self.num_train,))
+        skipped = self.skipped()
+        self.player.load(self._recording.state(0))
+        self.player.open(self.records())
+        for record in self.records():
+            self.player.step(record, loss=self._loss(record, weights, skipped))
+        return self.player.state
+
+    def outputs(
+        self, output: ModelOutput, targets: DataLoader[Any], datamodule: L.LightningDataModule | None
+    ) -> Tensor:
+        """The outputs of the player's module at targets, each of them alone and in eval mode.
+
+        Args:
+            output: the output.
+            targets: the loader of the targets.
+            datamodule: the data module that gave it, if there is one.
+
+        Returns:
+            On the CPU, ``(num_targets,)``, in the run's precision.
+
+        Raises:
+            ValueError: if an output is not one finite number.
+        """
+        player = self.player
+        for part in modules_of(output):
+            part.to(player.device).eval()
+        player.module.eval()
+        alone = load(targets, [[number] for number in range(len(cast(Any, targets.dataset)))])
+        with differentiable(player), torch.no_grad():
+            found = [
+                output_at(player.module, output, batch, number)
+                for number, batch in enumerate(player.moved(alone, datamodule))
+            ]
+        return torch.cat(found).cpu()
+
+    def _loss(self, record: StepRecord, weights: Tensor, skipped: set[tuple[int, int]]) -> Loss:
+        """What a step minimizes with weights."""
+        numbers = iter(range(len(record.micro_batches)))
+
+        def loss(batch: Any, micro: MicroBatch) -> Tensor | None:
+            if (record.step, next(numbers)) in skipped:
+                return None
+            size = len(micro.positions)
+            losses = losses_of(self._losses, self.player.module, batch, size)
+            return (weights[micro.positions].to(losses) * losses).sum() / size
+
+        return loss
+
+
+def checked_weights(weights: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Weights of examples, on the CPU.
+
+    Raises:
+        ValueError: if they have another shape or are not finite numbers.
+    """
+    if not isinstance(weights, Tensor) or weights.shape != shape:
+        received = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
+        raise ValueError(f"expected weights of all training examples, a tensor of shape {shape}, received {received}")
+    if weights.is_complex() or not weights.isfinite().all():
+        raise ValueError(f"weights must be finite real numbers; {int((~weights.isfinite()).sum())} of them are not")
+    return weights.detach().cpu()
