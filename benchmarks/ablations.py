@@ -27,7 +27,7 @@ from benchmarks.truth import MODELS, SUBSETS, Truth, kept, quiet, train_all
 from lightning_trak.features.rows import Features
 from lightning_trak.projections import SparseProjection
 from lightning_trak.scoring.damping import Noise, auto_damping
-from lightning_trak.scoring.gram import DampedGram, gram_matrix
+from lightning_trak.scoring.gram import Curvature, DampedGram, gram_matrix
 
 TASK = "digits MLP"
 SETTINGS = {"defaults": 1024, "published": 128}  # k where it is not varied; the published LDS falls at larger k
@@ -61,15 +61,28 @@ class Result:
     high: float | None
 
 
-def scores(settings: str, rows: Features, targets: Tensor) -> Tensor:
-    """TRAK's scores at one model, without the factor Q, at the damping of one model: (num_targets, num_train)."""
-    curvature = "identity" if settings == "published" else "gauss_newton"
-    gram, squared_weights = gram_matrix([rows], curvature, targets.shape[1], torch.device("cpu"))
-    noise = Noise(1)
-    noise.add(rows.loss_gradients[None], rows.curvatures[None])
-    level = noise.levels(weighted=True)[0]
-    damping = 0.0 if settings == "published" else auto_damping(gram.trace(), squared_weights, len(gram), level)
-    return DampedGram(gram, damping, torch.float32, "features").solve(targets) @ rows.features.T
+def scores(settings: str, rows: list[Features], targets: list[Tensor]) -> Tensor:
+    """TRAK's scores, averaged over models: (num_targets, num_train).
+
+    Args:
+        settings: "defaults" or "published".
+        rows: features of the training set at each model.
+        targets: features of the targets at each model, (num_targets, k).
+
+    Raises:
+        ValueError: if a Gram matrix is singular.
+    """
+    published = settings == "published"
+    noise = Noise(len(rows))
+    noise.add(torch.stack([part.loss_gradients for part in rows]), torch.stack([part.curvatures for part in rows]))
+    products = weighted = torch.zeros(())
+    for part, features, level in zip(rows, targets, noise.levels(weighted=True), strict=True):
+        curvature: Curvature = "identity" if published else "gauss_newton"
+        gram, squared_weights = gram_matrix([part], curvature, features.shape[1], torch.device("cpu"))
+        damping = 0.0 if published else auto_damping(gram.trace(), squared_weights, len(gram), level)
+        product = DampedGram(gram, damping, torch.float32, "features").solve(features) @ part.features.T
+        products, weighted = products + product, weighted + product * part.loss_gradients
+    return products * sum(part.loss_gradients for part in rows) if published else weighted
 
 
 def curve(
@@ -78,22 +91,25 @@ def curve(
     """LDS and interval of the chosen settings at several numbers of models, from one set of features."""
     with tempfile.TemporaryDirectory() as directory:
         store, targets = featurize(task, states, SparseProjection(k), Path(directory))
-        for settings in chosen:
-            products = weighted = loss_gradients = torch.zeros(())
-            for checkpoint, features in enumerate(targets):
-                shards = [store.read(checkpoint, shard) for shard in range(store.num_shards)]
-                rows = Features(*map(torch.cat, zip(*shards, strict=True)))
-                try:
-                    product = scores(settings, rows, features)
-                except ValueError:  # the Gram matrix is singular: there is no average with this model
-                    yield from ((settings, count, None, None, None) for count in counts if count > checkpoint)
-                    break
-                products, loss_gradients = products + product, loss_gradients + rows.loss_gradients
-                weighted = weighted + product * rows.loss_gradients
-                if checkpoint + 1 in counts:
-                    lds = truth.measure(products * loss_gradients if settings == "published" else weighted)
-                    interval = map(float, lds.interval(num_bootstraps=300))
-                    yield settings, checkpoint + 1, float(lds.compute()), *interval
+        rows = [
+            Features.cat([store.read(checkpoint, shard) for shard in range(store.num_shards)])
+            for checkpoint in range(len(states))
+        ]
+    for settings in chosen:
+        for count in counts:
+            yield settings, count, *_measured(truth, settings, rows[:count], targets[:count])
+
+
+def _measured(
+    truth: Truth, settings: str, rows: list[Features], targets: list[Tensor]
+) -> tuple[float, float, float] | tuple[None, None, None]:
+    """LDS and its interval, or None if a Gram matrix is singular."""
+    try:
+        lds = truth.measure(scores(settings, rows, targets))
+    except ValueError:
+        return None, None, None
+    low, high = lds.interval(num_bootstraps=300).tolist()
+    return float(lds.compute()), low, high
 
 
 def ablations(task: Task, truth: Truth, quick: bool) -> Iterator[Result]:

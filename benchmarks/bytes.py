@@ -158,6 +158,7 @@ def plot(found: list[Result], path: Path) -> None:
         axes[1][column].set(xscale="log", xlabel="CPU seconds, features and scores")
         for axis in axes[:, column]:
             axis.grid(alpha=0.3)
+            axis.xaxis.set_minor_formatter("")  # labels of all powers would overlap
     for axis in axes[:, 0]:
         axis.set_ylabel("LDS (circles: M = 1, squares: more)")
     handles, labels = axes[0][0].get_legend_handles_labels()

@@ -1,10 +1,11 @@
 import json
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
-from benchmarks import ablations, methods, one_run, second_stage
+from benchmarks import ablations, damping, methods, one_run, second_stage
 from benchmarks import bytes as bytes_benchmark
 from benchmarks.methods import small
 from benchmarks.tasks import make_tasks
@@ -81,6 +82,21 @@ def test_second_stage():
     assert [row.split(" | ")[3] for row in solved] == list(second_stage.SOLVERS)
     assert len({row.split(" | ")[6] for row in solved}) == 1  # the same LDS
     assert rescored[-1].endswith("| 1.000 |")
+
+
+def test_damping(tmp_path):
+    damping.main(["--quick", "--methods", "default", "--out", str(tmp_path)])
+    found = json.loads((tmp_path / "damping.json").read_text())
+    assert [(row["method"], row["models"]) for row in found] == [("default", 1), ("default", 2)]
+    assert all(row["auto_lds"] != row["former_lds"] < row["best_lds"] for row in found)
+    assert len((tmp_path / "damping.md").read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize("peak", [0.03, 10, 2000])
+def test_the_best_constant_is_found(peak):
+    best, height = damping.best_constant(lambda value: -abs(math.log(value / peak)))
+    assert abs(math.log10(best / peak)) <= 1 / 6 + 1e-9
+    assert height == -abs(math.log(best / peak))
 
 
 def test_difference_is_that_of_the_scores():
