@@ -19,6 +19,8 @@ from lightning_trak.outputs.mixin import declared_output
 from lightning_trak.replay.differentiating import Differentiated
 from lightning_trak.replay.losses import declared_losses
 from lightning_trak.replay.recording import Recording
+from lightning_trak.replay.reweighted import Reweighted
+from lightning_trak.replay.smoothness import SMOOTH_VALUE, advice, quick_value
 from lightning_trak.running.data import Data
 from lightning_trak.running.random_states import isolated_random_states
 from lightning_trak.running.strategies import require_whole_parameters
@@ -50,6 +52,8 @@ class Metagradient(Method):
         block_size: how many targets go through the graph of a step at once; default: as many as fit in half a gigabyte.
         micro_batch_size: how many examples are differentiated at once; default: those of a batch of training. A smaller
             number takes less memory. Scores are the same up to rounding.
+        check_smooth: whether to measure first, by three trainings, whether the run is smooth, and to warn if it is not;
+            see :func:`~lightning_trak.replay.metasmoothness`.
         progress_bar: whether to show a progress bar.
 
     Raises:
@@ -74,6 +78,7 @@ class Metagradient(Method):
         last_steps: int | None = None,
         block_size: int | None = None,
         micro_batch_size: int | None = None,
+        check_smooth: bool = True,
         progress_bar: bool = True,
     ) -> None:
         self.model = original_module(model)
@@ -94,6 +99,7 @@ class Metagradient(Method):
             raise ValueError(f"last_steps is {last_steps}, but the recorded run has {total} steps")
         self.block_size = None if block_size is None else positive("block_size", block_size)
         self.micro_batch_size = None if micro_batch_size is None else positive("micro_batch_size", micro_batch_size)
+        self.check_smooth = check_smooth
         self.progress_bar = progress_bar
 
     def attribute(self, trainer: L.Trainer, train: Data, targets: Data) -> Tensor:
@@ -118,14 +124,16 @@ class Metagradient(Method):
         with isolated_random_states(), torch.inference_mode(False):
             train_set, target_set = Examples(train, "fit", trainer), Examples(targets, "predict", trainer)
             output = copy.deepcopy(self.output)
+            first = self.recording.num_steps - self.last_steps
+            device, losses = trainer.strategy.root_device, declared_losses(output, self.losses)
             run = Differentiated(
                 self.model,
                 self.recording,
                 train_set.loader,
                 train_set.datamodule,
-                trainer.strategy.root_device,
-                declared_losses(output, self.losses),
-                first=self.recording.num_steps - self.last_steps,
+                device,
+                losses,
+                first=first,
                 block=self.block_size,
                 micro_batch=self.micro_batch_size,
                 progress_bar=self.progress_bar,
@@ -142,4 +150,14 @@ class Metagradient(Method):
                     " the same steps without rounding",
                     stacklevel=2,
                 )
+            if self.check_smooth:
+                again = self.model, self.recording, train_set.loader, train_set.datamodule, device, losses
+                value = quick_value(Reweighted(*again, first=first, check_losses=False))
+                if not value >= SMOOTH_VALUE:
+                    warnings.warn(
+                        f"this run is not smooth: metasmoothness {value:.2f}, smooth from {SMOOTH_VALUE}."
+                        f" {advice(self.recording)} metasmoothness() says more, and check_smooth=False leaves this"
+                        " check out",
+                        stacklevel=2,
+                    )
             return run.scores(output, target_set.loader, target_set.datamodule)

@@ -4,5 +4,6 @@ from lightning_trak.replay.optimizers import OptimizerStep
 from lightning_trak.replay.optimizers.smooth import SmoothAdamW
 from lightning_trak.replay.recording import Recording
 from lightning_trak.replay.replaying import Replayed, replay
+from lightning_trak.replay.smoothness import Smoothness, metasmoothness
 
-__all__ = ["OptimizerStep", "Recording", "Replayed", "SmoothAdamW", "replay"]
+__all__ = ["OptimizerStep", "Recording", "Replayed", "SmoothAdamW", "Smoothness", "metasmoothness", "replay"]

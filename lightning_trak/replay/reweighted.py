@@ -36,6 +36,9 @@ class Reweighted:
         datamodule: the data module that gave them, if there is one.
         device: the device to compute on.
         losses: ``(module, batch) -> losses`` of shape ``(batch,)``, the training loss of each example.
+        first: the first step whose examples are weighted. Training begins with the last full state before it.
+        check_losses: whether the first call of :meth:`train` checks the losses. False saves about two trainings, for
+            callers that check them themselves.
 
     Attributes:
         player: does the steps, and has the module.
@@ -53,10 +56,14 @@ class Reweighted:
         datamodule: L.LightningDataModule | None,
         device: torch.device,
         losses: Losses,
+        *,
+        first: int = 0,
+        check_losses: bool = True,
     ) -> None:
         self.player = Player(model, recording, loader, datamodule, device)
         self.num_train: int = recording.run["num_train"]
-        self._recording, self._losses = recording, losses
+        self._recording, self._losses, self._check_losses = recording, losses, check_losses
+        self._first, self._start = first, max(step for step in recording.state_steps if step <= first)
         self._skipped: set[tuple[int, int]] | None = None
 
     @property
@@ -65,15 +72,20 @@ class Reweighted:
         return self.player.normalizes_batches({record.structure for record in self.records()})
 
     def records(self) -> Iterator[StepRecord]:
-        """The steps of the run."""
-        return map(self._recording.record, range(self._recording.num_steps))
+        """The steps of the run, from the first state on."""
+        return map(self._recording.record, range(self._start, self._recording.num_steps))
+
+    @property
+    def start(self) -> TrainingState:
+        """The recorded state that training begins with."""
+        return self._recording.state(self._start)
 
     def skipped(self) -> set[tuple[int, int]]:
         """The micro-batches that training skipped: numbers of a step, and of a micro-batch in it.
 
-        The first call repeats the run, which takes about three trainings, and checks each step: the mean of the
-        examples' losses must be what ``training_step`` returned, and the step by the losses, at w = 1, must be the step
-        of training.
+        The first call repeats the run, at whose end the player then is. Unless ``check_losses`` is false, it takes
+        about three trainings, and checks each step: the mean of the examples' losses must be what ``training_step``
+        returned, and the step by the losses, at w = 1, must be the step of training.
 
         Raises:
             ReplayError: if the run cannot be repeated, or the losses are not those that training minimized.
@@ -82,30 +94,33 @@ class Reweighted:
             return self._skipped
         player, ones = self.player, torch.ones(self.num_train)
         skipped: set[tuple[int, int]] = set()
-        player.load(self._recording.state(0))
+        player.load(self.start)
         player.open(self.records())
         for record in self.records():
             played = player.step(record, remember=True)
             assert played is not None
             player.require_close(record.step + 1)
-            after = player.state
             empty = {(record.step, number) for number, loss in enumerate(played.losses) if loss is None}
+            skipped |= empty
+            if not self._check_losses:
+                continue
+            after = player.state
             player.load(played.before)
             means = player.descend(record, played.batches, self._loss(record, ones, empty))
             require_losses(played, [0.0 if mean is None else float(mean) for mean in means], player.dtype)
             require_step(played, after, dict(player.state.tensors()), player.dtype, player.update.rounding)
             player.load(after)
-            skipped |= empty
         self._skipped = skipped
         return skipped
 
-    def train(self, weights: Tensor) -> TrainingState:
-        """Train from the recorded first state with other weights.
+    def train(self, weights: Tensor, start: TrainingState | None = None) -> TrainingState:
+        """Train with other weights.
 
         The first call also checks the losses, see :meth:`skipped`.
 
         Args:
             weights: of all examples, ``(num_train,)``: 1 is the recorded run, and 0 takes an example's loss away.
+            start: the state to begin with; default: the recorded one.
 
         Returns:
             The state at the end, a copy. The player's module has it, too.
@@ -116,10 +131,12 @@ class Reweighted:
         """
         weights = checked_weights(weights, (self.num_train,))
         skipped = self.skipped()
-        self.player.load(self._recording.state(0))
+        ones = torch.ones_like(weights)
+        self.player.load(start or self.start)
         self.player.open(self.records())
         for record in self.records():
-            self.player.step(record, loss=self._loss(record, weights, skipped))
+            own = weights if record.step >= self._first else ones
+            self.player.step(record, loss=self._loss(record, own, skipped))
         return self.player.state
 
     def outputs(

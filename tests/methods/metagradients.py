@@ -31,7 +31,8 @@ def outputs(module: Net, targets: TensorDataset = TARGETS) -> Tensor:
 
 
 def attribute(module: Any, directory: Path, trainer: L.Trainer, targets: Any = TARGETS, **options: Any) -> Tensor:
-    return Metagradient(module, directory, progress_bar=False, **options).attribute(trainer, DATA, targets)
+    options = {"check_smooth": False, "progress_bar": False} | options
+    return Metagradient(module, directory, **options).attribute(trainer, DATA, targets)
 
 
 def require_derivative(make: Callable[[], Net], scores: Tensor, options: dict[str, Any]) -> None:
