@@ -13,7 +13,7 @@ from torch.utils.data import TensorDataset
 
 from lightning_trak import LinearDatamodelingScore, Metagradient
 from lightning_trak.replay import SmoothAdamW
-from lightning_trak.retraining import RecordedFleet, RetrainingFleet, random_removals, read_fleet
+from lightning_trak.retraining import ProponentRemoval, RecordedFleet, RetrainingFleet, random_removals, read_fleet
 from tests.callback_nets import make_trainer
 from tests.methods.metagradients import DATA, NETS, OPTIMIZERS, TARGETS, outputs
 from tests.replay.runs import NUM_TRAIN, Net, make_data, shuffled, train
@@ -51,6 +51,10 @@ def test_members_are_the_run_without_some_losses(recorded: Path, tmp_path: Path)
     assert torch.equal(again, found)
 
 
+def smooth(module: Net) -> SmoothAdamW:
+    return SmoothAdamW(module.parameters(), lr=0.01, eps_root=1e-4)
+
+
 def without_dropout(module: nn.Module) -> nn.Module:
     for part in module.modules():
         if isinstance(part, (nn.Dropout, nn.MultiheadAttention)):
@@ -59,15 +63,15 @@ def without_dropout(module: nn.Module) -> nn.Module:
 
 
 RUNS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
-    **{name: (None, OPTIMIZERS[name], {}) for name in ("sgd", "momentum", "amsgrad", "groups", "schedule")},
-    **{net: (NETS[net], None, {}) for net in NETS if net not in ("recurrent", "attention")},
-    "attention": (lambda: without_dropout(NETS["attention"]()), None, {}),
-    "smooth adamw": (None, lambda module: SmoothAdamW(module.parameters(), lr=0.01, eps_root=1e-4), {}),
-    "clipping": (None, OPTIMIZERS["momentum"], {"gradient_clip_val": 0.3}),
-    "accumulation": (None, OPTIMIZERS["adam"], {"accumulate_grad_batches": 2}),
+    **{net: (NETS[net], None, {}) for net in ("dropout", "batch norm", "group norm", "convolutions")},
+    "tied weights": (NETS["tied, frozen and unused weights"], OPTIMIZERS["schedule"], {}),
+    "attention": (lambda: without_dropout(NETS["attention"]()), OPTIMIZERS["amsgrad"], {}),
+    "groups": (None, OPTIMIZERS["groups"], {"gradient_clip_val": 0.3}),
+    "accumulation": (None, smooth, {"accumulate_grad_batches": 2}),
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 @pytest.mark.filterwarnings("ignore:.*batch normalization.*", "ignore:.*performance drop.*")
 def test_together_is_the_same_as_alone(name: str, tmp_path: Path) -> None:
@@ -86,6 +90,7 @@ def test_other_random_numbers_together_are_refused(tmp_path: Path) -> None:
         fleet.run(together=5, progress_bar=False)
 
 
+@pytest.mark.slow
 def test_parts_and_interruptions_give_the_same_bits(recorded: Path, tmp_path: Path) -> None:
     whole = run(fleet_of(tmp_path / "whole", Net(), recorded), together=2)
     fleet = fleet_of(tmp_path / "other", Net(), recorded)
@@ -205,9 +210,10 @@ def test_outputs_that_are_not_finite_fail_alone(recorded: Path, tmp_path: Path) 
 # --- scores ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fraction", [0.01, 0.1])
 def test_metagradients_predict_the_run(fraction: float, tmp_path: Path) -> None:
-    data, targets = make_data(200, seed=8), make_data(6, seed=9)
+    data, targets = make_data(200, seed=8), make_data(16, seed=9)
     loader = lambda data: shuffled(data, 20)  # noqa: E731
     train(Net(optimizer=OPTIMIZERS["sgd"]), data, tmp_path / "recording", loader=loader, max_epochs=3)
     masks = random_removals(200, 30, fraction)
@@ -227,3 +233,47 @@ def test_metagradients_predict_the_run(fraction: float, tmp_path: Path) -> None:
         fleet.lds(scores[:, 1:])
     with pytest.raises(ValueError, match="Expected finite `scores`"):
         fleet.lds(scores.clone().fill_(torch.nan))
+
+
+@pytest.mark.slow
+def test_without_the_top_examples(recorded: Path, tmp_path: Path) -> None:
+    method = Metagradient(Net(), recorded, progress_bar=False)
+    scores = {"metagradient": method.attribute(make_trainer(), DATA, TARGETS)}
+    scores["opposite"] = -scores["metagradient"]
+
+    def removal(scores: dict[str, Tensor], directory: str = "top", **options: Any) -> ProponentRemoval:
+        return ProponentRemoval(
+            tmp_path / directory, Net(), recorded, make_trainer(), DATA, TARGETS, scores, num_random=4, **options
+        )
+
+    first = removal(scores)
+    with pytest.raises(RuntimeError, match="lacks 11 of 11 members"):
+        first.effect()
+    first.run(together=11, progress_bar=False)
+    effect, loss = first.effect(), first.effect(of="loss")
+    assert effect.removed == 1
+    for target, row in enumerate(scores["metagradient"]):
+        mask = torch.ones(NUM_TRAIN, dtype=torch.bool)
+        mask[row.argmax()] = False
+        outputs = run(fleet_of(tmp_path / f"target-{target}", Net(), recorded, torch.stack([mask, mask | True])))
+        expected = outputs[target, 0, 0] - outputs[target, 1, 0]
+        torch.testing.assert_close(effect.changes[0, target].float(), expected, rtol=1e-5, atol=1e-6)
+    assert bool((effect.changes[0] < effect.random).all())
+    assert bool((effect.changes[1] > effect.random).all())
+    assert bool((loss.changes[0] > loss.random).all())
+    mean, low, high = loss.beyond_random()
+    assert bool((low <= mean).all())
+    assert bool((mean <= high).all())
+    assert float(mean[0]) == pytest.approx(float((loss.changes[0] - loss.random).mean()))
+    assert [row[0] for row in effect.table().rows] == ["metagradient", "opposite", "random examples"]
+    with pytest.raises(ValueError, match='of must be "output" or "loss"'):
+        first.effect(of="accuracy")
+    with pytest.raises(ValueError, match='scores of "short" must have shape'):
+        removal({"short": scores["opposite"][:, 1:]})
+    with pytest.raises(ValueError, match='scores of "nan" are not finite in 36 places'):
+        removal({"nan": scores["opposite"] * torch.nan})
+    with pytest.raises(ValueError, match="other subsets"):
+        removal({"opposite": scores["opposite"], "metagradient": scores["metagradient"]}).run(progress_bar=False)
+    for fraction in (0.0, 1.0, 0.99):
+        with pytest.raises(ValueError, match="expected a fraction"):
+            removal(scores, fraction=fraction)
