@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from typing import Any
 
 import lightning as L
@@ -18,7 +17,6 @@ from torch.optim import Optimizer
 from lightning_trak.compatibility import has_gradient_hooks
 from lightning_trak.replay.optimizers.base import optimizer_step
 from lightning_trak.replay.states import named_buffers, named_parameters
-from lightning_trak.version import __version__
 
 # Hooks of a LightningModule that take the step out of Lightning's hands, so that nobody knows what it did.
 _OWN_STEPS = ("backward", "configure_gradient_clipping", "optimizer_step", "optimizer_zero_grad")
@@ -95,20 +93,3 @@ def group_settings(optimizer: Optimizer) -> tuple[dict[str, Any], ...]:
                 )
         found.append(settings)
     return tuple(found)
-
-
-def environment_of(trainer: Trainer) -> dict[str, Any]:
-    """Versions and hardware, which decide whether a repeated run has the same bits."""
-    device = trainer.strategy.root_device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {
-        "lightning_trak": __version__,
-        "torch": torch.__version__,
-        "lightning": L.__version__,
-        "device": device.type,
-        "hardware": name,
-        "world_size": trainer.world_size,
-        "threads": torch.get_num_threads(),
-        "float32_matmul_precision": torch.get_float32_matmul_precision(),
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
-    }

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from lightning_trak.callbacks.recordable import environment_of, group_settings, require_plain, require_real
+from lightning_trak.callbacks.recordable import group_settings, require_plain, require_real
 from lightning_trak.callbacks.runs import runs_in
 from lightning_trak.compatibility import change_train_loader, restore_train_loader
 from lightning_trak.replay.optimizers.base import optimizer_name
@@ -22,6 +22,7 @@ from lightning_trak.replay.records import MicroBatch, Settings, StepRecord, Stru
 from lightning_trak.replay.states import TrainingState, difference, named_parameters
 from lightning_trak.replay.writing import RecordingWriter
 from lightning_trak.running.content import sample_digest
+from lightning_trak.running.environment import environment_of
 from lightning_trak.running.positions import PositionLog
 from lightning_trak.running.random_states import RandomWatch
 

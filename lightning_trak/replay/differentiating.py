@@ -21,7 +21,7 @@ from lightning_trak.replay.recording import Recording
 from lightning_trak.replay.reverse import Cotangents, Reverse
 from lightning_trak.replay.schedule import backwards
 from lightning_trak.replay.states import TrainingState
-from lightning_trak.replay.targets import differentiable, output_at
+from lightning_trak.replay.targets import differentiable, output_at, targets_alone
 from lightning_trak.running.loading import load
 
 # States and batches of a segment are kept in memory up to this size, and so are the cotangents of one reverse pass.
@@ -113,7 +113,7 @@ class Differentiated:
         for start in range(0, num_targets, together):
             numbers = range(start, min(start + together, num_targets))
             player.load(last)
-            batches = player.moved(load(targets, [[number] for number in numbers]), datamodule)
+            batches = targets_alone(player, targets, datamodule, numbers)
             cotangents = self._output_gradients(output, numbers, batches)
             for positions, by_weight in self._back(cotangents, len(numbers), last.nbytes):
                 scores[start : numbers.stop].index_add_(1, torch.tensor(positions), by_weight.cpu())

@@ -156,6 +156,11 @@ class Player:
         batches = load(self.loader, (batch.positions for record in records for batch in record.micro_batches))
         self._batches = self.moved(batches, self._datamodule)
 
+    def batches(self, record: StepRecord) -> Iterator[Any]:
+        """The next batches of :meth:`open`, which are those of a step, on the device."""
+        for _ in record.micro_batches:
+            yield next(self._batches)
+
     def moved(self, batches: Iterable[Any], datamodule: L.LightningDataModule | None) -> Iterator[Any]:
         """Move batches to the device, as the Trainer does.
 
@@ -187,8 +192,7 @@ class Player:
         batches = []
 
         def taken() -> Iterator[Any]:
-            for _ in record.micro_batches:
-                batch = next(self._batches)
+            for batch in self.batches(record):
                 if remember:
                     batches.append(copy.deepcopy(batch))  # a training_step may change its batch
                 yield batch

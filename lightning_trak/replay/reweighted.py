@@ -7,8 +7,8 @@ of the recording. This is the function that :mod:`~lightning_trak.replay.differe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, cast
+from collections.abc import Collection, Iterator
+from typing import Any
 
 import lightning as L
 import torch
@@ -22,8 +22,7 @@ from lightning_trak.replay.player import Loss, Player
 from lightning_trak.replay.recording import Recording
 from lightning_trak.replay.records import MicroBatch, StepRecord
 from lightning_trak.replay.states import TrainingState
-from lightning_trak.replay.targets import differentiable, output_at
-from lightning_trak.running.loading import load
+from lightning_trak.replay.targets import differentiable, output_at, targets_alone
 
 
 class Reweighted:
@@ -43,6 +42,8 @@ class Reweighted:
     Attributes:
         player: does the steps, and has the module.
         num_train: the number of weights.
+        recording: the recording.
+        losses: as given.
 
     Raises:
         ReplayError: if the module or the data are not those of the recording.
@@ -62,7 +63,7 @@ class Reweighted:
     ) -> None:
         self.player = Player(model, recording, loader, datamodule, device)
         self.num_train: int = recording.run["num_train"]
-        self._recording, self._losses, self._check_losses = recording, losses, check_losses
+        self.recording, self.losses, self._check_losses = recording, losses, check_losses
         self._first, self._start = first, max(step for step in recording.state_steps if step <= first)
         self._skipped: set[tuple[int, int]] | None = None
 
@@ -73,12 +74,12 @@ class Reweighted:
 
     def records(self) -> Iterator[StepRecord]:
         """The steps of the run, from the first state on."""
-        return map(self._recording.record, range(self._start, self._recording.num_steps))
+        return map(self.recording.record, range(self._start, self.recording.num_steps))
 
     @property
     def start(self) -> TrainingState:
         """The recorded state that training begins with."""
-        return self._recording.state(self._start)
+        return self.recording.state(self._start)
 
     def skipped(self) -> set[tuple[int, int]]:
         """The micro-batches that training skipped: numbers of a step, and of a micro-batch in it.
@@ -106,7 +107,7 @@ class Reweighted:
                 continue
             after = player.state
             player.load(played.before)
-            means = player.descend(record, played.batches, self._loss(record, ones, empty))
+            means = player.descend(record, played.batches, self.loss(record, ones, empty))
             require_losses(played, [0.0 if mean is None else float(mean) for mean in means], player.dtype)
             require_step(played, after, dict(player.state.tensors()), player.dtype, player.update.rounding)
             player.load(after)
@@ -136,11 +137,15 @@ class Reweighted:
         self.player.open(self.records())
         for record in self.records():
             own = weights if record.step >= self._first else ones
-            self.player.step(record, loss=self._loss(record, own, skipped))
+            self.player.step(record, loss=self.loss(record, own, skipped))
         return self.player.state
 
     def outputs(
-        self, output: ModelOutput, targets: DataLoader[Any], datamodule: L.LightningDataModule | None
+        self,
+        output: ModelOutput,
+        targets: DataLoader[Any],
+        datamodule: L.LightningDataModule | None,
+        finite: bool = True,
     ) -> Tensor:
         """The outputs of the player's module at targets, each of them alone and in eval mode.
 
@@ -148,34 +153,41 @@ class Reweighted:
             output: the output.
             targets: the loader of the targets.
             datamodule: the data module that gave it, if there is one.
+            finite: whether outputs that are not finite are refused.
 
         Returns:
             On the CPU, ``(num_targets,)``, in the run's precision.
 
         Raises:
-            ValueError: if an output is not one finite number.
+            ValueError: if an output is not one number, or not finite.
         """
         player = self.player
         for part in modules_of(output):
             part.to(player.device).eval()
         player.module.eval()
-        alone = load(targets, [[number] for number in range(len(cast(Any, targets.dataset)))])
         with differentiable(player), torch.no_grad():
             found = [
-                output_at(player.module, output, batch, number)
-                for number, batch in enumerate(player.moved(alone, datamodule))
+                output_at(player.module, output, batch, number, finite)
+                for number, batch in enumerate(targets_alone(player, targets, datamodule))
             ]
         return torch.cat(found).cpu()
 
-    def _loss(self, record: StepRecord, weights: Tensor, skipped: set[tuple[int, int]]) -> Loss:
-        """What a step minimizes with weights."""
+    def loss(self, record: StepRecord, weights: Tensor, skipped: Collection[tuple[int, int]] | None = None) -> Loss:
+        """What a step minimizes with weights.
+
+        Args:
+            record: the step.
+            weights: of all examples, ``(num_train,)``.
+            skipped: the micro-batches that are skipped; default: :meth:`skipped`.
+        """
+        skipped = self.skipped() if skipped is None else skipped
         numbers = iter(range(len(record.micro_batches)))
 
         def loss(batch: Any, micro: MicroBatch) -> Tensor | None:
             if (record.step, next(numbers)) in skipped:
                 return None
             size = len(micro.positions)
-            losses = losses_of(self._losses, self.player.module, batch, size)
+            losses = losses_of(self.losses, self.player.module, batch, size)
             return (weights[micro.positions].to(losses) * losses).sum() / size
 
         return loss

@@ -5,16 +5,19 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
 
+import lightning as L
 import torch
 from torch import Tensor, nn
 from torch.backends import cudnn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader
 
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.evaluating import exact_attention, unchanged
 from lightning_trak.replay.player import Player
+from lightning_trak.running.loading import load
 
 
 @contextmanager
@@ -32,7 +35,22 @@ def differentiable(player: Player) -> Iterator[None]:
         yield
 
 
-def output_at(module: nn.Module, output: ModelOutput, batch: Any, number: int) -> Tensor:
+def targets_alone(
+    player: Player, targets: DataLoader[Any], datamodule: L.LightningDataModule | None, numbers: range | None = None
+) -> Iterator[Any]:
+    """Batches of one target each, on the device.
+
+    Args:
+        player: moves them.
+        targets: the loader of the targets.
+        datamodule: the data module that gave it, if there is one.
+        numbers: which targets; default: all.
+    """
+    numbers = range(len(cast(Any, targets.dataset))) if numbers is None else numbers
+    return player.moved(load(targets, [[number] for number in numbers]), datamodule)
+
+
+def output_at(module: nn.Module, output: ModelOutput, batch: Any, number: int, finite: bool = True) -> Tensor:
     """The output at one target.
 
     Args:
@@ -40,12 +58,13 @@ def output_at(module: nn.Module, output: ModelOutput, batch: Any, number: int) -
         output: the output.
         batch: the target alone, as a batch. It is not changed.
         number: the position of the target in its dataset.
+        finite: whether an output that is not finite is refused.
 
     Returns:
         Shape ``(1,)``, with its graph.
 
     Raises:
-        ValueError: if the output is not one finite number.
+        ValueError: if the output is not one number, or not finite.
     """
     with unchanged(module, output):
         values = output.output(module, copy.deepcopy(batch))
@@ -55,7 +74,7 @@ def output_at(module: nn.Module, output: ModelOutput, batch: Any, number: int) -
             f"{type(output).__name__}.output returned {received} for target {number} alone; expected one number per"
             " example, shape (1,)"
         )
-    if not values.isfinite().all():
+    if finite and not values.isfinite().all():
         raise ValueError(
             f"the output at target {number} is {float(values):g}; leave the target out, or look for NaN in it and in"
             " the weights"

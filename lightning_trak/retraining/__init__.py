@@ -6,8 +6,10 @@ from lightning_trak.retraining.ensembles import FleetSplit, split_fleet
 from lightning_trak.retraining.fleet import RetrainingFleet
 from lightning_trak.retraining.informed import informed_scores
 from lightning_trak.retraining.members import Retrained, read_fleet
+from lightning_trak.retraining.proponent_removal import ProponentRemoval, RemovalEffect
+from lightning_trak.retraining.recorded import RecordedFleet
 from lightning_trak.retraining.removal import joint_removal_mask, removal_masks
-from lightning_trak.retraining.subsets import random_subsets
+from lightning_trak.retraining.subsets import random_removals, random_subsets
 from lightning_trak.retraining.tail_patch import TailPatch, tail_patch
 from lightning_trak.retraining.tuning import Measured, Tuning, tune
 from lightning_trak.retraining.vectorized import StackedModules, train_together
@@ -17,6 +19,9 @@ __all__ = [
     "Counterfactuals",
     "FleetSplit",
     "Measured",
+    "ProponentRemoval",
+    "RecordedFleet",
+    "RemovalEffect",
     "Retrained",
     "RetrainingFleet",
     "StackedModules",
@@ -24,6 +29,7 @@ __all__ = [
     "Tuning",
     "informed_scores",
     "joint_removal_mask",
+    "random_removals",
     "random_subsets",
     "read_fleet",
     "removal_masks",

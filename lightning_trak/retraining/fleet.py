@@ -22,7 +22,7 @@ from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import declared_output
 from lightning_trak.retraining.ensembles import FleetSplit, split_members
 from lightning_trak.retraining.identity import describe_loader, describe_module, describe_trainer
-from lightning_trak.retraining.members import Member, MemberStore
+from lightning_trak.retraining.members import Member, MemberStore, Part, share
 from lightning_trak.retraining.training import (
     FactoryError,
     NothingTwice,
@@ -37,8 +37,6 @@ from lightning_trak.running.content import fingerprint
 from lightning_trak.running.loaders import as_loader
 from lightning_trak.running.loading import batch_size_of, load
 from lightning_trak.storage.paths import local_directory
-
-Part = str | tuple[int, int]
 
 
 class _Trained(NamedTuple):
@@ -209,7 +207,7 @@ class RetrainingFleet:
             ValueError: if the part does not exist, or a factory returns the same object twice.
             TypeError: if training members together would leave out something that a Trainer does, naming it.
         """
-        members = _share([Member(s, r) for r in range(self.num_seeds) for s in range(len(self.masks))], part)
+        members = share([Member(s, r) for r in range(self.num_seeds) for s in range(len(self.masks))], part)
         if together is not None:
             self._require_trainable_together(together)
         missing = set(self._missing(members))
@@ -337,19 +335,6 @@ class RetrainingFleet:
         size, total = batch_size_of(self._train), self.masks.shape[1]
         sample = random.Random(f"{self.seed}/context").sample(range(total), min(self.output.context_size, total))
         return load(self._train, (sample[start : start + size] for start in range(0, len(sample), size)))
-
-
-def _share(members: list[Member], part: Part | None) -> list[Member]:
-    """Every n-th member, so that any number of finished parts is spread over the fleet."""
-    if part is None:
-        return members
-    try:
-        number, count = map(int, part.split("/") if isinstance(part, str) else part)
-    except (ValueError, TypeError):
-        number, count = 0, 0
-    if not 1 <= number <= count:
-        raise ValueError(f'part must be "i/n" or (i, n) with 1 <= i <= n, got {part!r}')
-    return members[number - 1 :: count]
 
 
 def _one_loader(name: str, data: Any) -> DataLoader[Any]:

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from lightning_trak.checkpoints.subsets import TrainingSubset
 from lightning_trak.checkpoints.weights import read_about, without_extra_state, write_safetensors
-from lightning_trak.fingerprints import difference
+from lightning_trak.fingerprints import changes, difference
 from lightning_trak.storage.claims import ClaimedDirectory, DirectoryKind, read_manifest
 from lightning_trak.storage.files import (
     DamagedFileError,
@@ -42,9 +42,11 @@ from lightning_trak.storage.files import (
     write_json,
 )
 from lightning_trak.storage.paths import local_directory
-from lightning_trak.storage.schemas import anything, integer, parameters, record, sealed, sha256, text
+from lightning_trak.storage.schemas import anything, are_same, integer, parameters, record, sealed, sha256, text
 
 FORMAT_VERSION = 2
+
+Part = str | tuple[int, int]
 
 _COUNT = integer(1, 1 << 40)
 _SEALED = sealed(
@@ -96,6 +98,27 @@ class Member(NamedTuple):
     def stem(self) -> str:
         """The name of its files, without suffix."""
         return f"subset-{self.subset:05d}-seed-{self.repetition:03d}"
+
+
+def share(members: list[Member], part: Part | None) -> list[Member]:
+    """Every n-th member, so that any number of finished parts is spread over the fleet.
+
+    Args:
+        members: all members.
+        part: ``"3/16"`` or ``(3, 16)``: the third of sixteen parts; None: all of them.
+
+    Raises:
+        ValueError: if there is no such part.
+    """
+    if part is None:
+        return members
+    try:
+        number, count = map(int, part.split("/") if isinstance(part, str) else part)
+    except (ValueError, TypeError):
+        number, count = 0, 0
+    if not 1 <= number <= count:
+        raise ValueError(f'part must be "i/n" or (i, n) with 1 <= i <= n, got {part!r}')
+    return members[number - 1 :: count]
 
 
 class Retrained(NamedTuple):
@@ -253,10 +276,16 @@ class MemberStore:
 
     def _require_member(self, path: Path, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
         """Check that a file holds the member of its name, and is not a file of another member or fleet."""
+        identity = self._directory.manifest["identity"]
+        theirs, mine = record.get("environment"), identity.get("environment")
+        if "environment" in record and not are_same(theirs, mine):
+            raise DamagedFileError(
+                path, f"was made on other hardware or by another version than this fleet: {changes(mine, theirs)}"
+            )
         if (record.get("fleet"), record.get("member")) != (self.key, path.stem):
             fleet = "this fleet" if record.get("fleet") == self.key else "another fleet"
             raise DamagedFileError(path, f"holds {record.get('member')} of {fleet}")
-        outputs, shape = tensors.get("outputs"), (self._directory.manifest["identity"]["num_targets"],)
+        outputs, shape = tensors.get("outputs"), (identity["num_targets"],)
         if outputs is None or outputs.shape != shape or outputs.dtype != torch.float32 or not outputs.isfinite().all():
             raise altered(path, f"it should hold finite outputs, float32 of shape {shape}")
 

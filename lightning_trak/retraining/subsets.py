@@ -1,5 +1,7 @@
 """Random subsets of the training set."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -32,3 +34,41 @@ def random_subsets(num_train: int, num_subsets: int, fraction: float = 0.5, seed
         )
     generator = torch.Generator().manual_seed(seed)
     return torch.stack([torch.randperm(num_train, generator=generator) < size for _ in range(num_subsets)])
+
+
+def random_removals(num_train: int, num_subsets: int, fraction: float = 0.01, seed: int = 0) -> Tensor:
+    """The training set without a small part, drawn uniformly and without replacement, again and again.
+
+    No two parts are the same, since a rank correlation counts each subset once. The first subsets are the same however
+    many are asked for. The global random state is neither read nor changed.
+
+    Args:
+        num_train: size of the training set.
+        num_subsets: how many subsets.
+        fraction: of the training set that each leaves out, in (0, 1): ``round(fraction * num_train)`` examples, and at
+            least one.
+        seed: of the draws.
+
+    Returns:
+        Bool ``(num_subsets, num_train)``, false where an example is left out.
+
+    Raises:
+        ValueError: if there is no subset to draw, it would be empty, or there are not as many different ones.
+    """
+    size = max(1, round(fraction * num_train))
+    if not 0 < fraction < 1 or size >= num_train:
+        raise ValueError(
+            f"expected a fraction in (0, 1) that leaves some of {num_train} examples, got {fraction}, which removes"
+            f" {size}"
+        )
+    if not 1 <= num_subsets <= math.comb(num_train, size):
+        raise ValueError(
+            f"num_subsets must be at least 1, and there are {math.comb(num_train, size)} ways to remove {size} of"
+            f" {num_train} examples; got {num_subsets}"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    removed: dict[tuple[int, ...], None] = {}
+    while len(removed) < num_subsets:
+        drawn = torch.randperm(num_train, generator=generator)[:size]
+        removed.setdefault(tuple(drawn.sort().values.tolist()))
+    return torch.ones(num_subsets, num_train, dtype=torch.bool).scatter_(1, torch.tensor([*removed]), False)

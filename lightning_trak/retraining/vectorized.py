@@ -69,13 +69,16 @@ class StackedModules:
     def __len__(self) -> int:
         return len(next(iter(_tensors(self.stacked)))[1])
 
-    def map(self, function: Callable[..., Any], *args: Any, in_dims: int | None = 0) -> Any:
+    def map(
+        self, function: Callable[..., Any], *args: Any, in_dims: int | None = 0, randomness: str = "different"
+    ) -> Any:
         """``function(module, *args)`` for each module at once.
 
         Args:
             function: of a module; traced by `torch.func.vmap`, so it may not branch on the values of tensors.
             args: trees of tensors.
             in_dims: 0 if the arguments are stacked as the modules are, None if all modules get the same.
+            randomness: ``"different"`` or ``"same"``: whether each module draws random numbers of its own.
 
         Raises:
             ValueError: if the modules hold functions that refer to one of the modules that were given.
@@ -92,7 +95,7 @@ class StackedModules:
             # them in place.
             return result, {name: tensor for name, tensor in state.items() if tensor is not given[name]}
 
-        mapped = vmap(one, in_dims=(0, *[in_dims] * len(args)), randomness="different")
+        mapped = vmap(one, in_dims=(0, *[in_dims] * len(args)), randomness=randomness)
         # The fused kernels of attention would run one module at a time.
         with sdpa_kernel(SDPBackend.MATH), exact_attention(), apart_from(self._original, self.stacked):
             result, replaced = mapped(tensors, *args)

@@ -34,7 +34,7 @@ def require_trained_by_hand(make: Any, directory: Path, **options: Any) -> None:
     train(recorded, DATA, directory, **options)
     run = reweighted(make(), directory)
     final = run.train(torch.ones(NUM_TRAIN))
-    last = run._recording.state(run._recording.num_steps)
+    last = run.recording.state(run.recording.num_steps)
     for name, tensor in final.tensors():
         torch.testing.assert_close(tensor, dict(last.tensors())[name], rtol=1e-9, atol=1e-12)
     by_hand = make()
@@ -78,7 +78,7 @@ def test_weights_of_single_precision_runs_are_not_rounded_apart(tmp_path: Path) 
     train(Net(), DATA, tmp_path, precision="32-true")
     run = reweighted(Net(), tmp_path)
     final = run.train(torch.ones(NUM_TRAIN))
-    for name, tensor in run._recording.state(6).parameters.items():
+    for name, tensor in run.recording.state(6).parameters.items():
         torch.testing.assert_close(final.parameters[name], tensor, rtol=1e-4, atol=1e-6)
 
 

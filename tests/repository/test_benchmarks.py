@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import ablations, damping, methods, one_run, second_stage
+from benchmarks import ablations, damping, methods, one_run, second_stage, twins
 from benchmarks import bytes as bytes_benchmark
 from benchmarks.methods import small
 from benchmarks.tasks import make_tasks
@@ -129,3 +129,15 @@ def test_bytes_has_every_setting(tmp_path):
     sizes = {row["setting"]: row["bytes"] for row in found}
     assert sizes["sparse 2048, int8"] < sizes[bytes_benchmark.OLD] / 3
     assert (tmp_path / "bytes.png").stat().st_size > 10_000
+
+
+def test_twins(tmp_path):
+    twins.main(["--quick", "--out", str(tmp_path)])
+    found = json.loads((tmp_path / "twins.json").read_text())
+    assert {row["run"] for row in found} == {"original", *twins.RUNS}
+    assert {row["models"] for row in found} == {1, 2}
+    gains = {(row["run"], row["models"]): row["gain"] for row in found}
+    assert gains["original", 2] == 0
+    losses = {row["run"]: row["loss"] for row in found}
+    assert losses["original"] < losses["lr x 0.3"] < losses["lr x 0.1"]
+    assert all(row["run"] in (tmp_path / "twins.md").read_text() for row in found)
