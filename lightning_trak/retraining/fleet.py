@@ -22,7 +22,8 @@ from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import declared_output
 from lightning_trak.retraining.ensembles import FleetSplit, split_members
 from lightning_trak.retraining.identity import describe_loader, describe_module, describe_trainer
-from lightning_trak.retraining.members import Member, MemberStore, Part, share
+from lightning_trak.retraining.members import Member, MemberStore
+from lightning_trak.retraining.parts import Part, share
 from lightning_trak.retraining.training import (
     FactoryError,
     NothingTwice,

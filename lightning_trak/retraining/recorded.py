@@ -21,7 +21,8 @@ from lightning_trak.outputs.mixin import declared_output
 from lightning_trak.replay.losses import declared_losses
 from lightning_trak.replay.recording import Recording
 from lightning_trak.replay.reweighted import Reweighted
-from lightning_trak.retraining.members import Member, MemberStore, Part, share
+from lightning_trak.retraining.members import Member, MemberStore
+from lightning_trak.retraining.parts import Part, share
 from lightning_trak.retraining.stacked_run import StackedRun
 from lightning_trak.running.content import sample_digest
 from lightning_trak.running.data import Data, single_loader
