@@ -335,5 +335,5 @@ def _default_shard_size(num_examples: int, loader: DataLoader[Any]) -> int:
     It is not much less, since some examples of each shard are audited, which takes longer than to featurize them.
     """
     batch = batch_size_of(loader)
-    wanted = min(1024, -(-num_examples // 8))
+    wanted = min(1024, -(-num_examples // 4))
     return batch * max(1, round(wanted / batch))

@@ -39,17 +39,13 @@ class ShardWriter:
         self.store = store
         self._places = places
         self._copies: list[HostCopy] = []
-        self._thread = ThreadPoolExecutor(1)
         self._writing: Future[None] | None = None
 
     def __enter__(self) -> "ShardWriter":
         return self
 
     def __exit__(self, *error: object) -> None:
-        try:
-            self._wait()
-        finally:
-            self._thread.shutdown()
+        self._wait()
 
     def _wait(self) -> None:
         writing, self._writing = self._writing, None
@@ -65,7 +61,11 @@ class ShardWriter:
         self._copies.append(HostCopy.start(rows))
         if int(positions[-1]) == shard[-1]:
             self._wait()
-            self._writing = self._thread.submit(self._write, checkpoint, number, self._copies, engine)
+            # The thread ends with the shard. Its tensor operations start a pool of OpenMP threads, and while there are
+            # more of these than cores, those of the main thread sleep after every operation instead of waiting.
+            thread = ThreadPoolExecutor(1)
+            self._writing = thread.submit(self._write, checkpoint, number, self._copies, engine)
+            thread.shutdown(wait=False)
         return True
 
     def _write(self, checkpoint: int, number: int, copies: list[HostCopy], engine: str) -> None:

@@ -114,17 +114,18 @@ class Int4(Quantizer):
         stride = max(1, shares.shape[1] // _SEARCHED)
         some = shares[:, ::stride].contiguous()
         for shrink in _SHRINKS:
-            rounded = levels[_cells(some, 1 / shrink)].mul_(shrink)
+            rounded = _looked_up(levels, _cells(some, 1 / shrink)).mul_(shrink)
             error = _row_sums(rounded.sub_(some).square_()) * stride
             if stride > 1:
                 error += (1 - shrink) ** 2  # of the largest element, which may not be among them
             best = torch.where(error < least, shrink, best)
             least = torch.minimum(error, least)
-        rounded = levels[_cells(shares, 1 / best)]
+        rounded = _looked_up(levels, _cells(shares, 1 / best))
         fitted = _row_sums(rounded * shares) / _row_sums(rounded.square()).clamp_(min=torch.finfo(torch.float32).tiny)
         # A level's share of a subnormal scale is rounded as any subnormal number, but the scale must not vanish.
         scales = torch.where(largest > 0, (largest * fitted).clamp_(_SMALLEST, _LARGEST), 0.0)
-        codes = _code_of_cell(rows.device)[_cells(rows / torch.where(largest > 0, scales, 1.0), 1.0)]
+        cells = _cells(rows / torch.where(largest > 0, scales, 1.0), 1.0)
+        codes = _looked_up(_code_of_cell(rows.device), cells)
         if codes.shape[1] % 2:
             codes = torch.nn.functional.pad(codes, (0, 1), value=_ZERO)
         return Quantized(codes[:, ::2] | codes[:, 1::2] << 4, scales.squeeze(1))
@@ -138,6 +139,11 @@ class Int4(Quantizer):
 def _cells(shares: Tensor, factor: Tensor | float) -> Tensor:
     """The half-integer cell of each number, in 127ths: the nearest level is the same in the whole cell."""
     return (shares * (factor * 254)).floor_().clamp_(-254, 253).add_(254).int()
+
+
+def _looked_up(table: Tensor, cells: Tensor) -> Tensor:
+    """``table[cells]``, in a third of the time on a CPU."""
+    return table.index_select(0, cells.flatten()).view_as(cells)
 
 
 def _row_sums(rows: Tensor) -> Tensor:

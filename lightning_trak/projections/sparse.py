@@ -157,7 +157,9 @@ class Placement:
         """Add sums up to features, of shapes (batch, W) and (batch, width)."""
         if self._features is None:
             return sums
-        return _scattered(self._features, sums, self.columns.stop - self.columns.start)
+        folded = sums.new_zeros(len(sums), self.columns.stop - self.columns.start)
+        _scatter(folded, self._features, sums)
+        return folded
 
 
 class BoundSparseProjection(BoundRandomProjection):
@@ -185,7 +187,7 @@ class BoundSparseProjection(BoundRandomProjection):
             return
         for begin, block in self._blocks(name, start, stop):
             part = gradients[:, begin - start : begin - start + len(block)].to(dtype) * block
-            features += _scattered(placement.between(begin, begin + len(block)), part, features.shape[1])
+            _scatter(features, placement.between(begin, begin + len(block)), part)
 
     def _summed(self, placement: Placement, name: str, gradients: Tensor, start: int, dtype: torch.dtype) -> Tensor:
         """The sums of elements from ``start`` on, of shape (batch, W)."""
@@ -221,7 +223,7 @@ class BoundSparseProjection(BoundRandomProjection):
         drawn = self._config.signs_of_runs(self._streams[name], starts.flatten(), columns).view_as(rows)
         targets = placement(starts.unsqueeze(-1) + torch.arange(columns, device=rows.device))
         part = rows.to(torch.promote_types(rows.dtype, features.dtype)) * drawn
-        features += _scattered(targets.flatten(1), part.flatten(1), features.shape[1])
+        _scatter(features, targets.flatten(1), part.flatten(1))
 
     def _placement(self, name: str) -> Placement:
         if name not in self._placements:
@@ -230,6 +232,6 @@ class BoundSparseProjection(BoundRandomProjection):
         return self._placements[name]
 
 
-def _scattered(targets: Tensor, terms: Tensor, width: int) -> Tensor:
-    """Sums of shape (batch, width) of terms, (batch, n), at their targets, (n,) or (batch, n)."""
-    return terms.new_zeros(len(terms), width).scatter_add_(1, targets.expand_as(terms), terms)
+def _scatter(sums: Tensor, targets: Tensor, terms: Tensor) -> None:
+    """Add terms, (batch, n), to sums, (batch, width), at their targets, (n,) or (batch, n)."""
+    sums.scatter_add_(1, targets.expand_as(terms), terms.to(sums.dtype))
