@@ -76,8 +76,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--subsets", type=int, default=15, help="repeated runs for each fraction that is removed")
     args = parser.parse_args(arguments)
     started = time.time()
-    run = begin(args.out)
     train, held_out = make_data()
+    if not 2 <= args.targets <= len(held_out) or args.subsets < 3:
+        parser.error(f"an LDS with an interval needs 2 to {len(held_out)} --targets and at least 3 --subsets")
+    run = begin(args.out)
     targets = Subset(held_out, range(args.targets))
     labels = held_out.tensors[1]
     loader = DataLoader(train, batch_size=100)

@@ -100,3 +100,11 @@ def test_one_run(tmp_path, capsys):
         assert name == "TRAK" or value > 0.9
     (run,) = tmp_path.iterdir()
     assert (run / "changes.png").exists()
+
+
+@pytest.mark.parametrize("sizes", [["--targets", "1"], ["--targets", "61"], ["--subsets", "2"]])
+def test_one_run_refuses_sizes_without_an_interval(sizes, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        one_run.main(["--out", str(tmp_path), *sizes])
+    assert "needs 2 to 60 --targets and at least 3 --subsets" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
