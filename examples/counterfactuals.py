@@ -47,7 +47,7 @@ def train_runs(data: TensorDataset, folder: Path, runs: int) -> tuple[DigitsMLP,
     return model, folders
 
 
-def margins(model: DigitsMLP, data: TensorDataset) -> Tensor:
+def margins(model: LitDigits, data: TensorDataset) -> Tensor:
     """Log-odds of each label."""
     with torch.no_grad():
         return model.configure_model_output().output(model, data.tensors)

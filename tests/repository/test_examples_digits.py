@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
 
-from examples import counterfactuals, digits
+from examples import counterfactuals, digits, one_run
 
 EXAMPLES = {
     "clip": ["transformers"],
@@ -18,6 +18,7 @@ EXAMPLES = {
     "fact_tracing": ["transformers"],
     "imagenet": ["transformers"],
     "language_model": ["transformers"],
+    "one_run": [],
     "peft_lora": ["transformers", "peft"],
     "text_pairs": ["transformers"],
 }
@@ -83,3 +84,27 @@ def test_counterfactuals(tmp_path, capsys):
     assert list(areas) == ["self-influence, TRAK", "self-influence, gradient dot", "loss"]
     assert all(0 <= float(area) <= 0.95 for area in areas.values())
     assert {path.name for path in tmp_path.rglob("*.png")} >= {"curves-step-0.png"}
+
+
+@pytest.mark.slow
+def test_one_run(tmp_path, capsys):
+    one_run.main(["--out", str(tmp_path), "--targets", "4", "--subsets", "6"])
+    printed = capsys.readouterr().out
+    assert "3. Repeating the run 12 times" in printed
+    assert re.findall(r"^ +(\d+%) removed: outputs change by 0\.\d+", printed, re.M) == ["1%", "10%"]
+    found = re.findall(r"^ +(\w+) +LDS (\S+) +\(95% interval (\S+) to (\S+)\)$", printed, re.M)
+    assert [name for name, *_ in found] == ["Metagradient", "TRAK"] * 2
+    for name, *numbers in found:
+        value, low, high = map(float, numbers)
+        assert -1 <= low <= value <= high <= 1
+        assert name == "TRAK" or value > 0.9
+    (run,) = tmp_path.iterdir()
+    assert (run / "changes.png").exists()
+
+
+@pytest.mark.parametrize("sizes", [["--targets", "1"], ["--targets", "61"], ["--subsets", "2"]])
+def test_one_run_refuses_sizes_without_an_interval(sizes, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        one_run.main(["--out", str(tmp_path), *sizes])
+    assert "needs 2 to 60 --targets and at least 3 --subsets" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
