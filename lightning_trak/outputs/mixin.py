@@ -55,3 +55,48 @@ def declared_output(
     if not isinstance(output, ModelOutput):
         raise TypeError(f"the model output must be a ModelOutput, got {type(output).__name__}")
     return output
+
+
+def trained_output(module: nn.Module, output: ModelOutput | None = None) -> ModelOutput:
+    """The output of training examples: :func:`declared_output`, which must be one that training acted on.
+
+    Args:
+        module: a module with :class:`AttributionMixin`, if no output is given.
+        output: takes the place of the module's own.
+
+    Raises:
+        TypeError: if there is none, it is not a ModelOutput, or it is for targets alone.
+    """
+    output = declared_output(module, output)
+    if output.for_targets:
+        raise TypeError(
+            f"this {type(output).__name__} is an output of targets alone: training examples need the output that"
+            f" {type(module).__name__} was trained on. Give this one to score(..., output=)"
+        )
+    return output
+
+
+def target_output(output: ModelOutput | None, trained: ModelOutput) -> ModelOutput | None:
+    """The output of targets, if it is another one than that of the training examples; else None.
+
+    Args:
+        output: what the user gave for the targets.
+        trained: the output of the training examples.
+
+    Raises:
+        TypeError: if it is not a ModelOutput.
+        ValueError: if it needs a context of its own.
+    """
+    if output is None:
+        return None
+    if not isinstance(output, ModelOutput):
+        raise TypeError(f"output must be a ModelOutput, got {type(output).__name__}")
+    if not output.context_size:
+        return output
+    if output.fingerprint() == trained.fingerprint():
+        return None
+    raise ValueError(
+        f"{type(output).__name__} compares with training examples, which are not known when targets are scored: make a"
+        " store whose training examples have this output, and leave output= out there, or give an output without"
+        " context_size"
+    )
