@@ -35,7 +35,7 @@ class NotFiniteError(ValueError):
             loader: the loader whose dataset holds the example.
         """
         (batch,) = load(loader, [[self.position]], num_workers=0)
-        model.module.cpu()
+        model.module.cpu().eval()
         try:
             with model.differentiable():
                 reason = model.output.explain_nan(model.module, batch)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.backends import cudnn
+from typing_extensions import Self
 
 from lightning_trak.checkpoints.base import Checkpoint
 from lightning_trak.checkpoints.copies import Original, copy_module
@@ -78,6 +79,14 @@ class ModelCopy:
     @staticmethod
     def _copy(module: nn.Module) -> nn.Module:
         return copy_module(module)
+
+    def with_output(self, output: ModelOutput) -> Self:
+        """The same copy of the module, at its current checkpoint, with a copy of another output."""
+        other = copy.copy(self)
+        other.output = copy.deepcopy(output)
+        for part in modules_of(other.output):
+            part.to(self.device).eval()
+        return other
 
     @property
     def place(self) -> str:

@@ -167,6 +167,7 @@ class FeaturePipeline:
         model: ModelCopy,
         store: FeatureStore,
         datamodule: L.LightningDataModule | None,
+        output: ModelOutput | None = None,
     ) -> Iterator[Iterator[Features]]:
         """The features of targets, computed one block after another.
 
@@ -178,6 +179,7 @@ class FeaturePipeline:
             store: the store from :meth:`open_complete`.
             datamodule: the data module that gave the loader, if there is one. It may have batch transfer hooks of its
                 own.
+            output: of the targets, if it is another one than that of the training examples.
 
         Yields:
             On every rank, the features of a block at each checkpoint. Rows are in the order of the dataset.
@@ -188,14 +190,15 @@ class FeaturePipeline:
                 buffer, stop = FeatureBuffer(model.places), Stop()
                 jobs = self._target_jobs(examples, loader, store)
                 module = FeaturizeModule(
-                    buffer, "Scoring", loader, stop, model, self.settings, store, datamodule, None, engine
+                    buffer, "Scoring", loader, stop, model, self.settings, store, datamodule, None, engine, output
                 )
                 predict_over(trainer, module, share_out(loader, jobs, trainer, model.sharded, stop))
                 used = self._refuted(module, trainer)
                 if used is None:
                     break
                 engine = self._next_engine(*used, trainer, None)
-            yield self._gathered(buffer, examples, loader, model, Ranks.of(trainer))
+            asked = model if output is None else model.with_output(output)
+            yield self._gathered(buffer, examples, loader, asked, Ranks.of(trainer))
 
     def _target_jobs(self, examples: range, loader: DataLoader[Any], store: FeatureStore) -> list[list[Range]]:
         chunks = [examples[start : start + AUDITED_TOGETHER] for start in range(0, len(examples), AUDITED_TOGETHER)]

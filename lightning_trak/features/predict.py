@@ -27,6 +27,7 @@ from lightning_trak.features.store import FeatureStore
 from lightning_trak.gradients import GradientEngine, coverage_report
 from lightning_trak.gradients.base import EngineError
 from lightning_trak.gradients.batch import ExampleBatch, Layout, find_layout
+from lightning_trak.outputs import ModelOutput
 from lightning_trak.projections.base import BoundProjection
 from lightning_trak.projections.factors import BoundGradientFactors
 from lightning_trak.running.loading import load, sample_batches
@@ -49,6 +50,7 @@ class ExtractorModule(PredictModule):
         train_loader: the training data, from which contexts and projections are made that the store does not have;
             None when targets are scored.
         engine: the engine; None: that of the settings or of the store, or else the first examples decide.
+        output: the output of the examples, if it is another one than that of the store.
 
     Attributes:
         engine_name: the name of the engine, once it is chosen.
@@ -63,9 +65,11 @@ class ExtractorModule(PredictModule):
         datamodule: L.LightningDataModule | None = None,
         train_loader: DataLoader[Any] | None = None,
         engine: EngineName | None = None,
+        output: ModelOutput | None = None,
     ) -> None:
         super().__init__(model.module, datamodule)
         self.copied = model
+        self._output = output
         self.settings = settings
         self.engine_name = engine if engine is not None or settings.engine == "auto" else settings.engine
         self.repeatable = True
@@ -97,10 +101,10 @@ class ExtractorModule(PredictModule):
         assert self._extractor is not None
         rows = self._extractor(batch, positions, audited)
         if not self._made_features and not rows.features.any():
+            output = type(self._output or self.copied.output).__name__
             warnings.warn(
-                f"all features of examples {int(positions[0])} to {int(positions[-1])} {self.copied.place}"
-                f" are zero: check that the output {type(self.copied.output).__name__} depends on the selected"
-                " parameters",
+                f"all features of examples {int(positions[0])} to {int(positions[-1])} {self.copied.place} are zero:"
+                f" check that the output {output} depends on the selected parameters",
                 stacklevel=2,
             )
         self._made_features = True
@@ -119,18 +123,22 @@ class ExtractorModule(PredictModule):
         made: dict[str, dict[str, Tensor]] = {}
         if model.output.context_size:
             self._enter_context(checkpoint, made)
+        asked = model if self._output is None else model.with_output(self._output)
         first = checkpoint not in self._entered
         self._entered.add(checkpoint)
         if first and self._alone_and_together is not None:
-            require_sound(model, self._layout, *self._alone_and_together)
+            require_sound(asked, self._layout, *self._alone_and_together)
         if self._engine is None:
             self._engine = self._settle_engine()
-        extractor = self._extractor = self._new_extractor(self._engine, self._bind(checkpoint))
+        extractor = self._extractor = self._new_extractor(model, self._engine, self._bind(checkpoint))
         if self.settings.projection.sample_size:
             self._enter_projection(checkpoint, made)
         if self._train_loader is None:
             if first:
                 require_same_outputs(extractor, self._store, checkpoint)
+            if asked is not model:
+                engine = make_engine(cast(EngineName, self.engine_name), asked, self._autocast)
+                self._extractor = self._new_extractor(asked, engine, extractor.projection)
             return
         if checkpoint in self._begun and self._store.repeatable:
             shard = self._begun[checkpoint]
@@ -168,10 +176,10 @@ class ExtractorModule(PredictModule):
         self._layout = self._alone_and_together = self._extractor = None
         self._entered.clear()
 
-    def _new_extractor(self, engine: GradientEngine, projection: BoundProjection) -> FeatureExtractor:
+    def _new_extractor(self, model: ModelCopy, engine: GradientEngine, projection: BoundProjection) -> FeatureExtractor:
         falls_back = self.settings.engine == "auto"
         kind = FactorExtractor if isinstance(projection, BoundGradientFactors) else FeatureExtractor
-        return kind(self.copied, engine, projection, self.settings.dtype.floating, self._layout, falls_back)
+        return kind(model, engine, projection, self.settings.dtype.floating, self._layout, falls_back)
 
     def _bind(self, checkpoint: int) -> BoundProjection:
         """The projection of a checkpoint. It is kept as long as the checkpoint's weights."""
@@ -325,10 +333,10 @@ class FeaturizeModule(ExtractorModule):
             self._store.settle_engine("hooks")
         return engine
 
-    def _new_extractor(self, engine: GradientEngine, projection: BoundProjection) -> FeatureExtractor:
-        if not self.copied.sharded:
-            return super()._new_extractor(engine, projection)
-        return ShardedFeatureExtractor(self.copied, engine, projection, self.settings.dtype.floating, self._layout)
+    def _new_extractor(self, model: ModelCopy, engine: GradientEngine, projection: BoundProjection) -> FeatureExtractor:
+        if not model.sharded:
+            return super()._new_extractor(model, engine, projection)
+        return ShardedFeatureExtractor(model, engine, projection, self.settings.dtype.floating, self._layout)
 
     def on_predict_batch_start(self, batch: IndexedBatch, batch_idx: int, dataloader_idx: int = 0) -> None:  # noqa: ARG002
         """Show the task on the progress bar instead of "Predicting DataLoader 0"."""
@@ -340,7 +348,7 @@ class FeaturizeModule(ExtractorModule):
             bar.progress.update(bar.predict_progress_bar_id, description=text)
 
     def predict_step(self, batch: IndexedBatch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:  # noqa: ARG002
-        """Give the batch's features to the sink. Return its positions, because Lightning warns about None."""
+        """Give the batch's features to the sink. Return its positions: Lightning warns about None."""
         if self.refuted is None:
             try:
                 self._featurize(batch, dataloader_idx)

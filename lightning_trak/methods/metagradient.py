@@ -15,7 +15,7 @@ from lightning_trak.compatibility import original_module
 from lightning_trak.methods.base import Method
 from lightning_trak.methods.examples import Examples
 from lightning_trak.outputs import ModelOutput
-from lightning_trak.outputs.mixin import declared_output
+from lightning_trak.outputs.mixin import declared_output, target_output, trained_output
 from lightning_trak.replay.differentiating import Differentiated
 from lightning_trak.replay.losses import declared_losses
 from lightning_trak.replay.recording import Recording
@@ -82,7 +82,7 @@ class Metagradient(Method):
         progress_bar: bool = True,
     ) -> None:
         self.model = original_module(model)
-        self.output = declared_output(self.model, output)
+        self.output = (trained_output if losses is None else declared_output)(self.model, output)
         if self.output.context_size:
             raise TypeError(
                 f"{type(self.output).__name__} compares with training examples, and its derivative through them is not"
@@ -102,7 +102,7 @@ class Metagradient(Method):
         self.check_smooth = check_smooth
         self.progress_bar = progress_bar
 
-    def attribute(self, trainer: L.Trainer, train: Data, targets: Data) -> Tensor:
+    def attribute(self, trainer: L.Trainer, train: Data, targets: Data, output: ModelOutput | None = None) -> Tensor:
         """Score every target against every training example.
 
         Args:
@@ -110,6 +110,7 @@ class Metagradient(Method):
                 scores. The precision is that of the recorded run.
             train: the training data, as they were recorded: the same dataset and collate function.
             targets: the targets. Each is computed alone, in eval mode, at the weights at the end of training.
+            output: of the targets, if it is another one than that of the training examples.
 
         Returns:
             On the CPU, shape ``(num_targets, num_train)``, in the run's precision. A positive score says that more
@@ -121,6 +122,7 @@ class Metagradient(Method):
                 losses are not those of training, or if an output is not finite.
         """
         require_whole_parameters(trainer)
+        asked = target_output(output, self.output) or self.output
         with isolated_random_states(), torch.inference_mode(False):
             train_set, target_set = Examples(train, "fit", trainer), Examples(targets, "predict", trainer)
             output = copy.deepcopy(self.output)
@@ -160,4 +162,4 @@ class Metagradient(Method):
                         " check out",
                         stacklevel=2,
                     )
-            return run.scores(output, target_set.loader, target_set.datamodule)
+            return run.scores(copy.deepcopy(asked), target_set.loader, target_set.datamodule)

@@ -21,6 +21,7 @@ class ModelOutput(ABC):
 
     Attributes:
         context_size: number of training examples that :meth:`make_context` wants to see at each checkpoint.
+        for_targets: whether it is an output of targets alone, because training did not act on it.
 
     Example:
         >>> import torch
@@ -36,6 +37,7 @@ class ModelOutput(ABC):
     """
 
     context_size: int = 0
+    for_targets: bool = False
 
     @abstractmethod
     def output(self, module: nn.Module, batch: Any) -> Tensor:

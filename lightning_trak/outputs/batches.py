@@ -78,6 +78,30 @@ def split_labels(batch: Any, labels_keys: tuple[Key, ...]) -> tuple[Any, Tensor]
     return inputs, labels
 
 
+def without_labels(batch: Any, labels_keys: tuple[Key, ...]) -> Any:
+    """What the module takes of a batch whose labels are not used, or that has none.
+
+    Args:
+        batch: a tensor, a tuple of one element, or a mapping without labels, which the module takes as they are; else
+            as for :func:`split_labels`.
+        labels_keys: as for :func:`split_labels`; empty: the batch has no labels.
+
+    Raises:
+        ValueError: if what would be left out are not labels, one for each example.
+    """
+    alone = isinstance(batch, (tuple, list)) and len(batch) == 1
+    unlabelled = isinstance(batch, Mapping) and not any(has_key(batch, key) for key in labels_keys)
+    if isinstance(batch, Tensor) or alone or unlabelled or not labels_keys:
+        return batch
+    inputs, labels = split_labels(batch, labels_keys)
+    if labels.ndim > 2 or (labels.ndim == 2 and labels.shape[1] != 1):
+        raise ValueError(
+            f"a tensor of shape {tuple(labels.shape)} stands where the batch should have its labels, one for each"
+            " example: say with labels_key= where they are, or labels_key=None if the batch has none"
+        )
+    return inputs
+
+
 def has_key(batch: Any, key: Key) -> bool:
     """Whether a batch has labels under a key; a function finds them in any."""
     if callable(key):

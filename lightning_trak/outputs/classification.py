@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_trak.outputs.batches import one_per_example
+from lightning_trak.outputs.batches import LABELS_KEYS, Forward, LabelsKey, one_per_example, predict, without_labels
 from lightning_trak.outputs.labelled import LabelledOutput
 from lightning_trak.outputs.margins import log_odds, logistic_loss, nan_unless
 
+PREDICTED = "predicted"
 _OTHERWISE = "for other tasks write a ModelOutput of your own, or use NegativeLoss"
 
 
@@ -28,11 +31,61 @@ class ClassificationMargin(LabelledOutput):
     A label outside the classes, such as an ignored index, has no margin: the output is NaN, so that featurizing stops
     and names the example and its label. Leave such examples out of the dataset.
 
+    With ``labels`` or ``against`` it is an output of targets alone, for ``score(..., output=)``: training acted on the
+    labels of the data. ``labels="predicted"`` asks why the model predicted this, and ``labels=3, against=8`` why 3
+    rather than 8, where :math:`f = \log p_3 - \log p_8`, the difference of the two logits. Then batches need no labels:
+    they may be a tensor, a tuple of one, or a mapping without them, too.
+
     Args:
         forward: ``(module, batch) -> logits``, for modules that are called in another way.
         labels_key: where the labels are: a key or attribute, a position in a tuple, or a function of the batch; of
-            several, the first that the batch has.
+            several, the first that the batch has. None, with ``labels``: the batches have none.
+        labels: in place of the batch's labels: ``"predicted"``, the class with the highest logit (at each checkpoint,
+            the one that its model predicts); or a class, the same for all targets, as index or name.
+        against: the class that the label is compared with, as index or name; default: all others together.
+        classes: the names of all classes, in the order of the logits, if classes are given by name.
     """
+
+    def __init__(
+        self,
+        forward: Forward | None = None,
+        labels_key: LabelsKey | None = LABELS_KEYS,
+        *,
+        labels: int | str | None = None,
+        against: int | str | None = None,
+        classes: Sequence[str] | None = None,
+    ) -> None:
+        if labels_key is None and labels is None:
+            raise ValueError('labels_key=None needs labels=, such as labels="predicted": it says what the labels are')
+        super().__init__(forward, () if labels_key is None else labels_key)
+        self.classes = None if classes is None else tuple(classes)
+        self.labels = labels if labels == PREDICTED else self._index("labels", labels)
+        self.against = self._index("against", against)
+        if self.against is not None and self.labels == self.against:
+            raise ValueError(f"labels and against are the same class, {against!r}: there is nothing to compare")
+
+    @property
+    def for_targets(self) -> bool:  # type: ignore[override]
+        """Whether the labels are others than those of training."""
+        return self.labels is not None or self.against is not None
+
+    def _index(self, name: str, given: int | str | None) -> int | None:
+        """The index of a class."""
+        if given is None:
+            return None
+        if isinstance(given, str):
+            if self.classes is None:
+                raise ValueError(f"{name}={given!r} is a name: give the names of all classes by classes=, or an index")
+            if self.classes.count(given) != 1:
+                raise ValueError(f"{name}={given!r} is not one of the classes {list(self.classes)!r:.200}")
+            return self.classes.index(given)
+        if isinstance(given, bool) or not hasattr(given, "__index__"):
+            raise TypeError(f"expected {name} as the index or the name of a class, got {given!r}")
+        index = operator.index(given)
+        if index < 0 or (self.classes is not None and index >= len(self.classes)):
+            most = "" if self.classes is None else f" to {len(self.classes) - 1}"
+            raise ValueError(f"expected {name} as an index from 0{most}, got {index}")
+        return index
 
     def output(self, module: nn.Module, batch: Any) -> Tensor:
         """The margin of each example's label, shape ``(batch,)``.
@@ -40,13 +93,15 @@ class ClassificationMargin(LabelledOutput):
         Raises:
             ValueError: if logits and labels have other shapes or types than the class describes.
         """
-        logits, labels = self.predict(module, batch)
+        logits, labels = self._predict(module, batch)
         labels = one_per_example("labels", labels, _OTHERWISE)
         if logits.ndim not in (1, 2) or logits.shape[0] != labels.shape[0]:
             raise ValueError(
                 f"expected logits of shape (batch, classes), (batch, 1) or (batch,) for {labels.shape[0]} labels,"
                 f" received {tuple(logits.shape)}; {_OTHERWISE}"
             )
+        if self.against is not None:
+            return _difference(_both_logits(logits), labels, self.against)
         if logits.ndim == 1 or logits.shape[1] == 1:
             return _binary_margin(logits.reshape(-1), labels)
         if labels.is_floating_point():
@@ -58,19 +113,59 @@ class ClassificationMargin(LabelledOutput):
 
     def explain_nan(self, module: nn.Module, batch: Any) -> str | None:
         """Says that the label is outside the classes, if so."""
-        logits, labels = self.predict(module, batch)
+        logits, labels = self._predict(module, batch)
         classes = logits.shape[1] if logits.ndim == 2 and logits.shape[1] > 1 else 2
         label = labels.flatten()[0].item()
         if label in range(classes):
-            return None
+            return None if label != self.against else f"its label is {label}, which is compared with itself (against=)"
         return (
             f"its label is {label}, and the model has {classes} classes, 0 {'to' if classes > 2 else 'and'}"
             f" {classes - 1}; leave such examples out of the dataset"
         )
 
+    def _predict(self, module: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+        """Logits, and the labels to take."""
+        if self.labels is None:
+            logits, labels = self.predict(module, batch)
+        else:
+            logits = predict(module, batch, without_labels(batch, self.labels_key), self.forward)
+            if logits.ndim not in (1, 2):
+                raise ValueError(
+                    "expected logits of shape (batch, classes), (batch, 1) or (batch,), received"
+                    f" {tuple(logits.shape)}; {_OTHERWISE}"
+                )
+            scores = _both_logits(logits.detach())
+            if self.labels == PREDICTED:
+                labels = scores.argmax(1)
+            else:
+                labels = torch.full_like(scores[:, 0], self.labels, dtype=torch.int64)  # type: ignore[arg-type]
+        count = logits.shape[1] if logits.ndim == 2 and logits.shape[1] > 1 else 2
+        for name, given in (("labels", self.labels), ("against", self.against)):
+            if isinstance(given, int) and given >= count:
+                raise ValueError(f"{name} is class {given}, but the model has {count} classes, 0 to {count - 1}")
+        if self.classes is not None and len(self.classes) != count:
+            raise ValueError(f"classes names {len(self.classes)} classes, but the model has {count}")
+        return logits, labels
+
     def loss(self, output: Tensor) -> Tensor:
         """The cross-entropy at each margin, shape ``(batch,)``."""
         return logistic_loss(output)
+
+
+def _both_logits(logits: Tensor) -> Tensor:
+    """Logits of shape ``(batch, classes)``; a single logit is that of class 1, and that of class 0 is zero."""
+    if logits.ndim == 2 and logits.shape[1] > 1:
+        return logits
+    single = logits.reshape(-1)
+    return torch.stack([torch.zeros_like(single), single], dim=1)
+
+
+def _difference(logits: Tensor, labels: Tensor, against: int) -> Tensor:
+    """The log-probability of each label minus that of another class, in float32 or better; NaN if they are the same."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    valid = (labels >= 0) & (labels < logits.shape[1]) & (labels != against)
+    own = logits.gather(1, torch.where(valid, labels, 0).long().unsqueeze(1)).squeeze(1)
+    return (own - logits[:, against]) * nan_unless(valid)
 
 
 def _binary_margin(logits: Tensor, labels: Tensor) -> Tensor:

@@ -12,12 +12,12 @@ from lightning_trak.checkpoints.names import canonical_name
 from lightning_trak.checks import require_one_of
 from lightning_trak.outputs.batches import Forward, call_module
 from lightning_trak.outputs.margins import nan_unless
-from lightning_trak.outputs.surrogate import TargetOutput
+from lightning_trak.outputs.surrogate import SurrogateOutput
 
 Pool = Literal["mean", "last"] | Callable[[Tensor, Any], Tensor]
 
 
-class DirectionOutput(TargetOutput):
+class DirectionOutput(SurrogateOutput):
     r"""How far a layer's activations point in a direction: :math:`f = \langle w, \mathrm{pool}(h) \rangle`.
 
     h is what a submodule returns, and w the direction of a linear probe, of a feature of a dictionary, or of a concept
@@ -42,6 +42,8 @@ class DirectionOutput(TargetOutput):
         >>> probe = torch.randn(8, generator=torch.Generator().manual_seed(0))
         >>> output = DirectionOutput("encoder.layer.3", probe, pool="last")
     """
+
+    for_targets = True
 
     def __init__(self, layer: str, direction: Tensor, pool: Pool = "mean", forward: Forward | None = None) -> None:
         if not isinstance(direction, Tensor) or direction.ndim == 0 or not direction.is_floating_point():

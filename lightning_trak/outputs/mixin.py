@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import nn
 
 from lightning_trak.outputs.base import ModelOutput
-from lightning_trak.outputs.surrogate import TargetOutput
 
 
 class AttributionMixin:
@@ -59,22 +58,46 @@ def declared_output(
 
 
 def trained_output(module: nn.Module, output: ModelOutput | None = None) -> ModelOutput:
-    """The output of training examples: :func:`declared_output`, which must be one that training acts on.
+    """The output of training examples: :func:`declared_output`, which must be one that training acted on.
 
     Args:
         module: a module with :class:`AttributionMixin`, if no output is given.
         output: takes the place of the module's own.
 
     Raises:
-        TypeError: if there is none, it is not a ModelOutput, or it is for targets only.
+        TypeError: if there is none, it is not a ModelOutput, or it is for targets alone.
     """
     output = declared_output(module, output)
-    if isinstance(output, TargetOutput):
-        name = type(output).__name__
+    if output.for_targets:
         raise TypeError(
-            f"{name} is an output of targets alone: the training loss does not depend on the parameters through it, so"
-            f" that training examples have no gradient of it that training followed. Give the output that"
-            f" {type(module).__name__} is trained on, and {name} for the targets, if the method takes an output of"
-            " their own; Metagradient takes it with the training losses (losses=)"
+            f"this {type(output).__name__} is an output of targets alone: training examples need the output that"
+            f" {type(module).__name__} was trained on. Give this one to score(..., output=) or attribute(...,"
+            " output=); Metagradient also takes it with the training losses (losses=)"
         )
     return output
+
+
+def target_output(output: ModelOutput | None, trained: ModelOutput) -> ModelOutput | None:
+    """The output of targets, if it is another one than that of the training examples; else None.
+
+    Args:
+        output: what the user gave for the targets.
+        trained: the output of the training examples.
+
+    Raises:
+        TypeError: if it is not a ModelOutput.
+        ValueError: if it needs a context of its own.
+    """
+    if output is None:
+        return None
+    if not isinstance(output, ModelOutput):
+        raise TypeError(f"output must be a ModelOutput, got {type(output).__name__}")
+    if not output.context_size:
+        return output
+    if output.fingerprint() == trained.fingerprint():
+        return None
+    raise ValueError(
+        f"{type(output).__name__} compares with training examples, which are not known when targets are scored: make a"
+        " store whose training examples have this output, and leave output= out there, or give an output without"
+        " context_size"
+    )

@@ -33,7 +33,3 @@ class SurrogateOutput(ModelOutput):
         with torch.inference_mode(False):
             ones = torch.ones_like(output, dtype=torch.promote_types(output.dtype, torch.float32))
             return ones, ones.clone()
-
-
-class TargetOutput(SurrogateOutput):
-    """Base of the outputs of targets alone: training does not act on them, so training examples have none."""

@@ -2,7 +2,17 @@
 
 from lightning_trak.scoring.base import Scorer
 from lightning_trak.scoring.gradient import GradientCosineScorer, GradientDotScorer
-from lightning_trak.scoring.topk import TopK
+from lightning_trak.scoring.groups import Groups, aggregate_scores
+from lightning_trak.scoring.topk import BothEnds, TopK
 from lightning_trak.scoring.trak import TRAKScorer
 
-__all__ = ["GradientCosineScorer", "GradientDotScorer", "Scorer", "TRAKScorer", "TopK"]
+__all__ = [
+    "BothEnds",
+    "GradientCosineScorer",
+    "GradientDotScorer",
+    "Groups",
+    "Scorer",
+    "TRAKScorer",
+    "TopK",
+    "aggregate_scores",
+]

@@ -11,9 +11,10 @@ from lightning_trak.features.rows import Features, StoredFeatures
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.running.transfer import HostCopy, Upload, ahead
-from lightning_trak.scoring.topk import TopK, block_top_k, merge_top_k
+from lightning_trak.scoring.groups import Sums
+from lightning_trak.scoring.topk import Best, BothEnds, TopK, best_of
 
-Scores = Tensor | TopK
+Scores = Tensor | TopK | BothEnds
 
 
 class Scorer(ABC):
@@ -142,30 +143,46 @@ class Scorer(ABC):
         for rows in ahead(read()):
             yield rows.moved(lambda tensor: upload(partial(tensor.to, device, non_blocking=True)))
 
+    @property
+    def linear(self) -> bool:
+        """Whether the scores of a sum of directions are the sum of their scores."""
+        return True
+
     def score(
         self,
         directions: Sequence[Tensor],
         top_k: int | None = None,
-        largest: bool = True,
+        largest: bool | None = True,
         ranks: Ranks = Ranks(),  # noqa: B008
+        columns: Sums | None = None,
     ) -> Scores:
         """Scores against the whole training set.
 
         Args:
             directions: of the targets, ``(num_targets, k)`` for each checkpoint.
             top_k: keep only this many training examples for each target, without ever holding the rest.
-            largest: whether ``top_k`` keeps the highest scores or the lowest.
+            largest: whether ``top_k`` keeps the highest scores or the lowest; None: both.
             ranks: the processes that share the shards; all must call this with the same targets.
+            columns: how scores of training examples are added up; None: each has a column. Best columns are then the
+                best sums.
 
         Returns:
-            On every rank a CPU Tensor ``(num_targets, num_train)``, or a :class:`~lightning_trak.scoring.TopK`.
+            On every rank a CPU Tensor ``(num_targets, num_train)`` or ``(num_targets, columns.count)``, or a
+            :class:`~lightning_trak.scoring.TopK`, or of both ends :class:`~lightning_trak.scoring.BothEnds`.
         """
+        shards = self._shards(columns)
+        mine = [shards[number] for number in ranks.share(len(shards))]
         with full_precision(self._device):
-            mine = self._collect(directions, ranks.share(self.store.num_shards), top_k, largest)
-        if isinstance(mine, Tensor):
-            return ranks.sum(mine)
-        assert top_k is not None
-        return merge_top_k(ranks.gather(mine), top_k, largest)
+            if columns is not None:
+                scores = ranks.sum(self._summed(directions, mine, columns))
+            elif top_k is None:
+                return ranks.sum(self._all(directions, mine))
+            else:
+                best = Best(top_k, largest)
+                for examples, block in self.blocks(directions, mine):
+                    best.add(block, examples.start)
+                return best.merged(ranks, directions[0])
+        return scores if top_k is None else best_of(scores, top_k, largest)
 
     def self_scores(self, ranks: Ranks = Ranks()) -> Tensor:  # noqa: B008
         """The score of each training example at itself.
@@ -203,27 +220,37 @@ class Scorer(ABC):
         weights = self.weights(checkpoint, rows)
         return products if weights is None else products * weights.to(products)
 
-    def _collect(self, directions: Sequence[Tensor], shards: Sequence[int], top_k: int | None, largest: bool) -> Scores:
-        targets, like = len(directions[0]), directions[0]
-        if top_k is None:
-            scores = torch.zeros(targets, self.store.num_examples, dtype=like.dtype)
+    def _shards(self, columns: Sums | None) -> Sequence[int]:
+        """The shards whose scores count."""
+        if columns is None:
+            return range(self.store.num_shards)
+        spans = [(shard, self.store.shard(shard)) for shard in range(self.store.num_shards)]
+        return [shard for shard, span in spans if (columns.numbers[span.start : span.stop] >= 0).any()]
 
-            def keep(examples: range, copy: HostCopy) -> None:
-                (scores[:, examples.start : examples.stop],) = copy.wait()
-
-            coming: tuple[range, HostCopy] | None = None
-            for examples, block in self.blocks(directions, shards):
-                copy = HostCopy.start((block,))
-                if coming is not None:
-                    keep(*coming)  # while the next one is on its way
-                coming = examples, copy
-            if coming is not None:
-                keep(*coming)
-            return scores
-        best = TopK(like.new_empty(targets, 0), like.new_empty(targets, 0, dtype=torch.int64))
+    def _summed(self, directions: Sequence[Tensor], shards: Sequence[int], columns: Sums) -> Tensor:
+        """The sums of scores over the training examples of some shards, on the CPU."""
+        like = directions[0]
+        totals = torch.zeros(len(like), columns.count, dtype=torch.float64, device=self._device)
         for examples, block in self.blocks(directions, shards):
-            best = merge_top_k([best, block_top_k(block, examples.start, top_k, largest)], top_k, largest)
-        return TopK(best.values.cpu(), best.indices.cpu())
+            columns.add_(totals, block, examples, 1)
+        return totals.to("cpu", like.dtype)
+
+    def _all(self, directions: Sequence[Tensor], shards: Sequence[int]) -> Tensor:
+        """The scores of some shards, and zeros elsewhere, on the CPU."""
+        scores = torch.zeros(len(directions[0]), self.store.num_examples, dtype=directions[0].dtype)
+
+        def keep(examples: range, copy: HostCopy) -> None:
+            (scores[:, examples.start : examples.stop],) = copy.wait()
+
+        coming: tuple[range, HostCopy] | None = None
+        for examples, block in self.blocks(directions, shards):
+            copy = HostCopy.start((block,))
+            if coming is not None:
+                keep(*coming)  # while the next one is on its way
+            coming = examples, copy
+        if coming is not None:
+            keep(*coming)
+        return scores
 
     def _working(self, tensor: Tensor) -> Tensor:
         """On the device, in at least float32."""

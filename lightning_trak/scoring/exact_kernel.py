@@ -55,6 +55,11 @@ class ExactKernelScorer(TRAKScorer):
         self._blocks = row_blocks(store.num_shards, store.shard_size)
 
     @property
+    def linear(self) -> bool:
+        """Never: what is stored of a gradient are its factors, and those of a sum are not their sums."""
+        return False
+
+    @property
     def num_features(self) -> int:
         """The number of elements of a gradient."""
         return self._num_parameters

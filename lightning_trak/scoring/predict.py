@@ -24,7 +24,7 @@ class ScoreModule(ExtractorModule):
     memory; the method's ``score`` loads each only once and suits many targets better.
     """
 
-    def __init__(self, scorer: Scorer, top_k: int | None, largest: bool, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, scorer: Scorer, top_k: int | None, largest: bool | None, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._scorer = scorer
         self._top_k = top_k

@@ -1,7 +1,7 @@
 """Scores of whole datasets of targets, in blocks that fit in memory."""
 
-from collections.abc import Iterator
-from typing import Any, cast
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, cast
 
 import lightning as L
 import torch
@@ -11,13 +11,31 @@ from torch.utils.data import DataLoader
 from lightning_trak.features.model import ModelCopy
 from lightning_trak.features.pipeline import FeaturePipeline
 from lightning_trak.features.store import FeatureStore
+from lightning_trak.outputs import ModelOutput
 from lightning_trak.running.loading import batch_size_of
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.scoring.base import Scorer, Scores
-from lightning_trak.scoring.topk import TopK
+from lightning_trak.scoring.groups import Sums
+from lightning_trak.scoring.topk import best_of, join
 
 # Targets are scored in blocks whose features take this much memory; a few copies of them are made on the way.
 TARGET_BYTES = 1 << 28
+
+
+class Kept(NamedTuple):
+    """What is kept of the scores.
+
+    Attributes:
+        top_k: only so many training examples for each target; None: all.
+        largest: whether these are the highest scores or the lowest; None: both.
+        rows: how targets are added up; None: each has a row.
+        columns: how training examples are added up; None: each has a column.
+    """
+
+    top_k: int | None = None
+    largest: bool | None = True
+    rows: Sums | None = None
+    columns: Sums | None = None
 
 
 def score_targets(
@@ -28,10 +46,12 @@ def score_targets(
     store: FeatureStore,
     scorer: Scorer,
     datamodule: L.LightningDataModule | None,
-    top_k: int | None,
-    largest: bool,
+    kept: Kept,
+    output: ModelOutput | None = None,
 ) -> Scores:
     """Score the examples of a dataset against every stored example.
+
+    Targets that are added up are added before they are scored, where scores are linear in them.
 
     Args:
         trainer: what runs.
@@ -41,22 +61,50 @@ def score_targets(
         store: what its ``open_complete`` gave.
         scorer: what scores.
         datamodule: where the loader came from, if it has batch transfer hooks of its own.
-        top_k: keep only this many training examples for each target.
-        largest: whether ``top_k`` keeps the highest scores or the lowest.
+        kept: what to keep of the scores.
+        output: of the targets, if it is another one than that of the training examples.
 
     Returns:
-        On every rank a CPU Tensor ``(num_targets, num_train)``, or a TopK.
+        On every rank a CPU Tensor ``(num_targets, num_train)``, a TopK or BothEnds; with ``kept.rows`` and
+        ``kept.columns``, sums of its rows and columns.
     """
-    numbers = max(store.read_stored(0, 0).k * store.num_checkpoints, store.shard_size + (top_k or 0))
-    blocks = _blocks(loader, numbers * max(4, pipeline.settings.dtype.floating.itemsize))
+    top_k, largest, rows, columns = kept
+    width = store.shard_size + (top_k or 0) * (2 if largest is None else 1)
+    if columns is not None:
+        width += columns.count
+    if rows is not None and not scorer.linear:
+        width = store.num_examples if columns is None else width
+    numbers = max(store.read_stored(0, 0).k * store.num_checkpoints, width)
+    blocks = list(_blocks(loader, numbers * max(4, pipeline.settings.dtype.floating.itemsize)))
     parts: list[Scores] = []
-    for features in pipeline.target_features(trainer, loader, blocks, model, store, datamodule):
-        scorer.fit(trainer.strategy.root_device, Ranks.of(trainer))
-        directions = [scorer.directions(checkpoint, rows) for checkpoint, rows in enumerate(features)]
-        parts.append(scorer.score(directions, top_k, largest, Ranks.of(trainer)))
-    if isinstance(parts[0], TopK):
-        return TopK(*(torch.cat(column) for column in zip(*parts, strict=True)))
-    return torch.cat(cast(list[Tensor], parts))
+    sums: list[Tensor] = []  # directions for each checkpoint, or scores
+
+    def added(tensors: Sequence[Tensor], examples: range) -> None:
+        assert rows is not None
+        if not sums:
+            sums.extend(tensor.new_zeros(rows.count, tensor.shape[1], dtype=torch.float64) for tensor in tensors)
+        for total, tensor in zip(sums, tensors, strict=True):
+            rows.add_(total, tensor, examples, 0)
+
+    ranks, dtype = Ranks(), torch.float32
+    features = pipeline.target_features(trainer, loader, blocks, model, store, datamodule, output)
+    for examples, found in zip(blocks, features, strict=True):
+        ranks = Ranks.of(trainer)
+        scorer.fit(trainer.strategy.root_device, ranks)
+        directions = [scorer.directions(checkpoint, part) for checkpoint, part in enumerate(found)]
+        dtype = directions[0].dtype
+        if rows is None:
+            parts.append(scorer.score(directions, top_k, largest, ranks, columns))
+        elif scorer.linear:
+            added(directions, examples)
+        else:
+            added([cast(Tensor, scorer.score(directions, None, largest, ranks, columns))], examples)
+    if rows is None:
+        return torch.cat(cast(list[Tensor], parts)) if isinstance(parts[0], Tensor) else join(cast(Any, parts))
+    totals = [total.to(dtype) for total in sums]
+    if scorer.linear:
+        return scorer.score(totals, top_k, largest, ranks, columns)
+    return totals[0] if top_k is None else best_of(totals[0], top_k, largest)
 
 
 def _blocks(loader: DataLoader[Any], bytes_each: int) -> Iterator[range]:

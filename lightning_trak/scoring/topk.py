@@ -1,9 +1,12 @@
 """The best few scores of each target, kept while blocks of scores stream by."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
+
+from lightning_trak.running.ranks import Ranks
 
 
 class TopK(NamedTuple):
@@ -16,6 +19,18 @@ class TopK(NamedTuple):
 
     values: Tensor
     indices: Tensor
+
+
+class BothEnds(NamedTuple):
+    """The training examples with the highest and with the lowest scores of each target.
+
+    Attributes:
+        proponents: those with the highest scores, highest first.
+        opponents: those with the lowest scores, lowest first.
+    """
+
+    proponents: TopK
+    opponents: TopK
 
 
 def merge_top_k(parts: list[TopK], k: int, largest: bool) -> TopK:
@@ -38,7 +53,58 @@ def block_top_k(scores: Tensor, start: int, k: int, largest: bool) -> TopK:
     return TopK(best.values, best.indices + start)
 
 
-def strongest(scores: Tensor | TopK, k: int, largest: bool = True) -> dict[str, TopK]:
+class Best:
+    """Keeps the best of blocks of scores that stream by: at one end, or at both.
+
+    Args:
+        k: how many at each end.
+        largest: which end; None: both.
+    """
+
+    def __init__(self, k: int, largest: bool | None) -> None:
+        self.k = k
+        self._both = largest is None
+        self._ends: list[tuple[bool, TopK | None]] = [
+            (end, None) for end in ((True, False) if largest is None else (largest,))
+        ]
+
+    def add(self, scores: Tensor, start: int) -> None:
+        """Take a block of scores ``(num_targets, n)`` whose first column is training example ``start``."""
+        for number, (largest, best) in enumerate(self._ends):
+            block = block_top_k(scores, start, self.k, largest)
+            self._ends[number] = largest, block if best is None else merge_top_k([best, block], self.k, largest)
+
+    def merged(self, ranks: Ranks, like: Tensor) -> TopK | BothEnds:
+        """The best of all ranks, on the CPU. All must call this.
+
+        Args:
+            ranks: the processes that share the blocks.
+            like: a tensor with a row for each target and the dtype of scores, for a rank that took no block.
+        """
+        none = TopK(like.new_empty(len(like), 0).cpu(), torch.empty(len(like), 0, dtype=torch.int64))
+        found = []
+        for largest, best in self._ends:
+            mine = none if best is None else TopK(best.values.cpu(), best.indices.cpu())
+            found.append(merge_top_k(ranks.gather(mine), self.k, largest))
+        return BothEnds(*found) if self._both else found[0]
+
+
+def best_of(scores: Tensor, k: int, largest: bool | None) -> TopK | BothEnds:
+    """The best of a whole matrix of scores: at one end, or with ``largest=None`` at both."""
+    best = Best(k, largest)
+    best.add(scores, 0)
+    return best.merged(Ranks(), scores)
+
+
+def join(parts: Sequence[TopK] | Sequence[BothEnds]) -> TopK | BothEnds:
+    """The best of several sets of targets, one after another."""
+    if isinstance(parts[0], BothEnds):
+        ends = [TopK(*(torch.cat(column) for column in zip(*end, strict=True))) for end in zip(*parts, strict=True)]
+        return BothEnds(*ends)
+    return TopK(*(torch.cat(column) for column in zip(*cast(Sequence[TopK], parts), strict=True)))
+
+
+def strongest(scores: Tensor | TopK | BothEnds, k: int, largest: bool = True) -> dict[str, TopK]:
     """The strongest ``"proponents"`` and ``"opponents"`` of each target; of a :class:`TopK`, the kind that it holds.
 
     Args:
@@ -48,4 +114,7 @@ def strongest(scores: Tensor | TopK, k: int, largest: bool = True) -> dict[str, 
     """
     if isinstance(scores, Tensor):
         return {"proponents": block_top_k(scores, 0, k, True), "opponents": block_top_k(scores, 0, k, False)}
+    if isinstance(scores, BothEnds):
+        ends = scores._asdict()
+        return {name: TopK(end.values[:, :k], end.indices[:, :k]) for name, end in ends.items()}
     return {"proponents" if largest else "opponents": TopK(scores.values[:, :k], scores.indices[:, :k])}

@@ -16,6 +16,7 @@ from lightning_trak.scoring.base import Scorer, Scores, full_precision
 from lightning_trak.scoring.damping import Damping, Noise, auto_damping, ends
 from lightning_trak.scoring.dual import DualSystem, kernel_matrix, products_with
 from lightning_trak.scoring.gram import Curvature, DampedGram, gram_matrix, require_convex, row_blocks
+from lightning_trak.scoring.groups import Sums
 
 LossGradients = Literal["per_checkpoint", "averaged"]
 System = DampedGram | DualSystem
@@ -123,6 +124,11 @@ class TRAKScorer(Scorer):
         """k, the size of K."""
         return self.store.read_stored(0, 0).k
 
+    @property
+    def linear(self) -> bool:
+        """Not if scores are moved towards zero."""
+        return not self.soft_threshold
+
     def solves_dual(self, n: int, k: int) -> bool:
         """Whether the system of n examples is solved, and not that of k features."""
         if n < k:
@@ -210,18 +216,19 @@ class TRAKScorer(Scorer):
         self,
         directions: Sequence[Tensor],
         top_k: int | None = None,
-        largest: bool = True,
+        largest: bool | None = True,
         ranks: Ranks = Ranks(),  # noqa: B008
+        columns: Sums | None = None,
     ) -> Scores:
         """See :meth:`Scorer.score`. The dual reads the features once for all targets, and solves n x n."""
         if not self._dual:
-            return super().score(directions, top_k, largest, ranks)
+            return super().score(directions, top_k, largest, ranks, columns)
         solved = []
         with full_precision(self._device):
             for checkpoint, features in enumerate(directions):
                 products = self._products(checkpoint, features, ranks)
                 solved.append(self._system(checkpoint)[0].solve(products).to(features))
-        return super().score(solved, top_k, largest, ranks)
+        return super().score(solved, top_k, largest, ranks, columns)
 
     def block(self, directions: Sequence[Tensor], shard: int, rows: Iterator[StoredFeatures]) -> Tensor:
         """See :meth:`Scorer.block`. The dual's solutions are scores already, and no features are read."""

@@ -9,10 +9,19 @@ from torch.utils.data import DataLoader, DistributedSampler, Subset
 
 from lightning_trak import TRAK, TracIn
 from lightning_trak.methods import RepresentationSimilarity
-from lightning_trak.outputs import ContrastiveMargin
+from lightning_trak.outputs import ClassificationMargin, ContrastiveMargin
 from lightning_trak.projections import SparseProjection
 from lightning_trak.scoring import gram
-from tests.end_to_end.test_distributed import PRINCIPAL, RATES, TOWERS, make_exact, make_pairs, make_shapley
+from tests.end_to_end.test_distributed import (
+    CLASSES,
+    PRINCIPAL,
+    RATES,
+    SOURCES,
+    TOWERS,
+    make_exact,
+    make_pairs,
+    make_shapley,
+)
 from tests.lit import make_data, make_model, make_trainer
 
 
@@ -31,6 +40,11 @@ def main(root: Path) -> None:
     trak = attribute("shuffled", DataLoader(train, batch_size=4, shuffle=True), DataLoader(targets, batch_size=2))
     results["top"] = tuple(trak.score(trainer, DataLoader(targets, batch_size=3), top_k=5))
     results["rescored"] = tuple(trak.score(trainer, DataLoader(targets, batch_size=3), top_k=5, rescore=20))
+    results["classes"] = trak.score(trainer, DataLoader(targets, batch_size=3), aggregate="mean", groups=CLASSES)
+    results["shares"] = trak.score(trainer, DataLoader(targets, batch_size=3), train_groups=SOURCES)
+    results["chosen"] = trak.score(trainer, DataLoader(targets, batch_size=3), train=[50, 3])
+    ends = trak.score(trainer, DataLoader(targets, batch_size=3), 5, None, output=ClassificationMargin(labels=1))
+    results["both ends"] = tuple(ends.opponents)
     results["one target"] = trak.score(trainer, DataLoader(Subset(targets, [0]), batch_size=3))
     results["self influence"] = trak.self_influence(trainer)
     # Lightning deals the targets of its own loader out to the ranks: rows 0, 2, 4, ... here, rows 1, 3, 5, ... there.

@@ -10,8 +10,9 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from lightning_trak import TRAK, TracIn
 from lightning_trak.methods import DataShapley, ExactKernel, FeatureMethod, RepresentationSimilarity
-from lightning_trak.outputs import ContrastiveMargin
+from lightning_trak.outputs import ClassificationMargin, ContrastiveMargin
 from lightning_trak.projections import IdentityProjection, PrincipalProjection, SparseProjection
+from lightning_trak.scoring import aggregate_scores
 from tests.launch import run_together
 from tests.lit import LitNet, make_checkpoints, make_data, make_model, make_trainer
 
@@ -19,6 +20,7 @@ pytestmark = pytest.mark.slow
 
 TRAIN, TARGETS = make_data(53), make_data(11, seed=1)
 RATES = [0.3, 0.1]
+CLASSES, SOURCES = TARGETS.tensors[1], ["web" if position % 3 else "books" for position in range(53)]
 PRINCIPAL = PrincipalProjection(12, landmarks=20, sample=40, sketch=64)
 
 
@@ -143,6 +145,19 @@ def test_self_influence_is_shared(runs):
     alone = TRAK(make_model(), checkpoints, root / "one", projection=SparseProjection(32))
     for rank in ranks:
         close(rank["self influence"], alone.self_influence(make_trainer()))
+
+
+def test_groups_and_other_outputs_over_ranks(runs):
+    ranks, expected, root = runs
+    alone = TRAK(make_model(), torch.load(root / "checkpoints.pt"), root / "one", projection=SparseProjection(32))
+    asked = {"output": ClassificationMargin(labels=1)}
+    opponents = alone.score(make_trainer(), TARGETS, 5, None, **asked).opponents
+    for rank in ranks:
+        close(rank["classes"], aggregate_scores(expected, "mean", CLASSES).float())
+        close(rank["shares"], aggregate_scores(expected, train_groups=SOURCES).float())
+        close(rank["chosen"], expected[:, [50, 3]])
+        close(rank["both ends"][0], opponents.values)
+        assert torch.equal(rank["both ends"][1], opponents.indices)
 
 
 def test_top_k_is_merged_over_ranks(runs):

@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
 
-from examples import counterfactuals, digits, one_run
+from examples import counterfactuals, digits, one_run, why
 
 EXAMPLES = {
     "clip": ["transformers"],
@@ -21,6 +21,7 @@ EXAMPLES = {
     "one_run": [],
     "peft_lora": ["transformers", "peft"],
     "text_pairs": ["transformers"],
+    "why": [],
 }
 
 
@@ -66,6 +67,22 @@ def test_digits(tmp_path, capsys):
         assert lowest == sorted(lowest)
         assert highest[-1] >= lowest[-1]
     assert (run / "attributions.png").exists()
+
+
+@pytest.mark.slow
+def test_why(tmp_path, capsys):
+    why.main(["--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    lines = re.findall(r"^ +(proponents|opponents) +(.+)$", printed, re.M)
+    assert len(lines) >= 2 * (3 + 1 + 1)
+    for kind, line in lines:
+        scores = [float(score) for score in re.findall(r"\) (\S+?)(?:,|$)", line)]
+        assert len(scores) == 5
+        assert scores == sorted(scores, reverse=kind == "proponents")
+    shares = re.findall(r"^\| (\d) \| (\d+) \|", printed, re.M)
+    assert len(shares) == 10
+    assert sum(int(size) for _, size in shares) == 120
+    assert {path.name for path in tmp_path.rglob("*.png")} == {"why.png", "rather.png"}
 
 
 @pytest.mark.slow

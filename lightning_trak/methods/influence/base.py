@@ -19,7 +19,7 @@ from lightning_trak.methods.influence.passes import Passes, without_gradients
 from lightning_trak.methods.influence.products import gradient_products
 from lightning_trak.methods.influence.solvers import InverseProduct
 from lightning_trak.outputs import ModelOutput
-from lightning_trak.outputs.mixin import trained_output
+from lightning_trak.outputs.mixin import target_output, trained_output
 from lightning_trak.running.data import Data
 from lightning_trak.running.strategies import require_whole_parameters
 
@@ -84,7 +84,7 @@ class Influence(Method):
     def _selection(self) -> ParameterSelection:
         return self.parameters
 
-    def attribute(self, trainer: L.Trainer, train: Data, targets: Data) -> Tensor:
+    def attribute(self, trainer: L.Trainer, train: Data, targets: Data, output: ModelOutput | None = None) -> Tensor:
         """Score every target against every training example.
 
         Args:
@@ -93,6 +93,7 @@ class Influence(Method):
                 of a Hessian would drown in the rounding of half precision, mixed or true.
             train: the training data, without random augmentation. They are loaded several times.
             targets: the targets.
+            output: of the targets, if it is another one than that of the training examples.
 
         Returns:
             On the CPU, shape ``(num_targets, num_train)``, in float32 or float64. A positive score says that training
@@ -105,6 +106,7 @@ class Influence(Method):
                 compared with those of each alone by autograd.
         """
         require_whole_parameters(trainer)
+        asked = target_output(output, self.output)
         train_set, target_set = Examples(train, "fit", trainer), Examples(targets, "predict", trainer)
         with without_gradients():
             digests = [checkpoint.fingerprint() for checkpoint in self.checkpoints]
@@ -114,16 +116,19 @@ class Influence(Method):
             scores = torch.zeros(len(target_set), len(train_set), dtype=passes.dtype)
             for checkpoint in range(len(self.checkpoints)):
                 passes.enter(checkpoint)
-                for examples in (train_set, target_set):
-                    audit(passes, examples)
-                self._add(scores, passes, target_set)
+                audit(passes, train_set)
+                with passes.asking(asked):
+                    audit(passes, target_set)
+                self._add(scores, passes, target_set, asked)
         return scores / len(self.checkpoints)
 
-    def _add(self, scores: Tensor, passes: Passes, targets: Examples) -> None:
+    def _add(self, scores: Tensor, passes: Passes, targets: Examples, output: ModelOutput | None) -> None:
         """Add the scores at the current checkpoint."""
         inverse = self._prepare(passes)
         for span in target_blocks(passes, targets):
-            directions = inverse(torch.cat([rows.features for _, rows in passes.rows(targets, span)]), span)
+            with passes.asking(output):
+                gradients = torch.cat([rows.features for _, rows in passes.rows(targets, span)])
+            directions = inverse(gradients, span)
             for part, rows in gradient_products(passes, directions):
                 products = (rows.features * rows.loss_gradients.unsqueeze(1)).T
                 scores[span.start : span.stop, part[0] : part[-1] + 1] += products.cpu()

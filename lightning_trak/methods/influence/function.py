@@ -12,6 +12,7 @@ from lightning_trak.methods.influence.conjugate_gradient import ConjugateGradien
 from lightning_trak.methods.influence.hessian import Convergence, Hessian, HessianCurvature
 from lightning_trak.methods.influence.passes import Passes
 from lightning_trak.methods.influence.solvers import InverseProduct, Solver
+from lightning_trak.outputs import ModelOutput
 from lightning_trak.running.data import Data
 from lightning_trak.scoring.damping import Damping, Noise, require_damping
 
@@ -71,10 +72,10 @@ class InfluenceFunction(Influence):
         self.damping = require_damping(damping)
         self.convergence: list[Convergence] = []
 
-    def attribute(self, trainer: L.Trainer, train: Data, targets: Data) -> Tensor:
+    def attribute(self, trainer: L.Trainer, train: Data, targets: Data, output: ModelOutput | None = None) -> Tensor:
         """Score every target against every training example, see :meth:`Influence.attribute`."""
         self.convergence = []
-        return super().attribute(trainer, train, targets)
+        return super().attribute(trainer, train, targets, output)
 
     def _agreement(self, passes: Passes) -> float:
         """For the automatic damping of several checkpoints, which takes one pass over the training set at each."""

@@ -19,6 +19,7 @@ from lightning_trak.gradients.base import differentiating
 from lightning_trak.gradients.batch import ExampleBatch, Layout, find_layout
 from lightning_trak.gradients.precision import WorkingPrecision
 from lightning_trak.methods.examples import Examples
+from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.evaluating import exact_attention
 from lightning_trak.projections import IdentityProjection
 from lightning_trak.running.batches import TransferHooks, on_device
@@ -108,6 +109,24 @@ class Passes:
         """Use this engine to differentiate from now on."""
         self.engine_name = name
         self._engine = make_engine(name, self.model)
+
+    @contextmanager
+    def asking(self, output: ModelOutput | None) -> Iterator[None]:
+        """Differentiate another output, at the present checkpoint; None: no other one.
+
+        An engine that is found wrong meanwhile is not used again.
+        """
+        if output is None:
+            yield
+            return
+        model = self.model
+        self.model = model.with_output(output)
+        try:
+            self.use_engine(cast(EngineName, self.engine_name))
+            yield
+        finally:
+            self.model = model
+            self.use_engine(cast(EngineName, self.engine_name))
 
     def extractor(self) -> FeatureExtractor:
         """An extractor of gradients without projection, for the batches from :meth:`batches`."""

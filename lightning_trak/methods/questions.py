@@ -1,0 +1,127 @@
+"""What users ask of scores, checked against the data."""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypedDict
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_trak.outputs import ModelOutput
+from lightning_trak.scoring.base import Scores
+from lightning_trak.scoring.groups import Aggregate, Groups, Labels, Sums, target_sums, train_sums
+from lightning_trak.scoring.topk import BothEnds, TopK
+
+Positions = Sequence[int] | Tensor
+
+
+class Question(TypedDict, total=False):
+    """What ``score`` answers, beside the score of each target for each training example.
+
+    Attributes:
+        output: of the targets, if it is another one than that of the training examples, such as
+            ``ClassificationMargin(labels="predicted")``.
+        aggregate: ``"mean"`` or ``"sum"`` of the scores of targets: a row for each group of them.
+        groups: the group of each target: labels, or :class:`~lightning_trak.scoring.Groups`, which have weights, too;
+            default: all targets are one group.
+        train_groups: the group of each training example, likewise. A column is the sum of a group's scores, each
+            multiplied by its weight.
+    """
+
+    output: ModelOutput | None
+    aggregate: Aggregate | None
+    groups: Groups | Labels | None
+    train_groups: Groups | Labels | None
+
+
+class Columns(NamedTuple):
+    """Which columns scores have, if it is not one for each training example.
+
+    Attributes:
+        sums: how training examples are added up.
+        positions: the training example of each column; None: columns are groups.
+    """
+
+    sums: Sums
+    positions: Tensor | None
+
+    def named(self, scores: Scores) -> Scores:
+        """The scores, with positions of training examples in the place of numbers of columns."""
+        if self.positions is None or isinstance(scores, Tensor):
+            return scores
+        if isinstance(scores, BothEnds):
+            return BothEnds(*(TopK(end.values, self.positions[end.indices]) for end in scores))
+        return TopK(scores.values, self.positions[scores.indices])
+
+
+def is_positions(train: Any) -> bool:
+    """Whether this names training examples by position: integers in a range, sequence, Tensor or array."""
+    if isinstance(train, (range, Tensor, np.ndarray)):
+        return True
+    return isinstance(train, (list, tuple)) and all(isinstance(item, (int, np.integer)) for item in train)
+
+
+def target_rows(question: Question, counts: Sequence[int]) -> list[Sums | None]:
+    """How the scores of each set of targets are added up.
+
+    Args:
+        question: what is asked.
+        counts: the number of targets in each set.
+
+    Raises:
+        ValueError: if the groups do not fit the targets.
+    """
+    groups = question.get("groups")
+    if groups is not None and len(counts) > 1:
+        raise ValueError(f"groups takes one set of targets, got {len(counts)}; join them with a ConcatDataset")
+    return [target_sums(question.get("aggregate"), groups, count) for count in counts]
+
+
+def train_columns(positions: Any, groups: Groups | Labels | None, count: int) -> Columns | None:
+    """Which columns the scores have; None: one for each training example.
+
+    Args:
+        positions: the training examples to score; None: all.
+        groups: of all training examples.
+        count: the number of training examples.
+
+    Raises:
+        TypeError: if positions are no integers.
+        ValueError: if a position is out of range or named twice, there is none, or both arguments are given.
+    """
+    if positions is None:
+        sums = train_sums(groups, count)
+        return None if sums is None else Columns(sums, None)
+    if groups is not None:
+        raise ValueError("give train or train_groups, not both: a training example with the label None is in no group")
+    chosen = _as_positions(positions, count)
+    numbers = torch.full((count,), -1, dtype=torch.int64)
+    numbers[chosen] = torch.arange(len(chosen))
+    return Columns(Sums(numbers, torch.ones(count, dtype=torch.float64), len(chosen)), chosen)
+
+
+def _as_positions(positions: Any, count: int) -> Tensor:
+    if getattr(positions, "ndim", 1) != 1:
+        raise TypeError(f"train takes positions as integers in one dimension, got shape {tuple(positions.shape)}")
+    try:
+        chosen = [operator.index(position) for position in positions]
+    except TypeError as error:
+        raise TypeError(f"train takes positions as integers, got {positions!r:.80}") from error
+    if any(isinstance(position, (bool, np.bool_)) for position in positions) or getattr(positions, "dtype", None) in (
+        torch.bool,
+        np.dtype(bool),
+    ):
+        raise TypeError("train takes positions as integers, not a mask: use mask.nonzero().flatten()")
+    if not chosen:
+        raise ValueError("train names no training example; leave it out for all")
+    wrong = next((position for position in chosen if not 0 <= position < count), None)
+    if wrong is not None:
+        raise ValueError(f"train names training example {wrong}, and there are {count}, from 0 to {count - 1}")
+    if len(set(chosen)) < len(chosen):
+        twice = next(position for position, times in Counter(chosen).items() if times > 1)
+        raise ValueError(f"train names training example {twice} twice")
+    return torch.tensor(chosen, dtype=torch.int64)
