@@ -59,5 +59,5 @@ def one_label(batch):
 
 def test_without_the_training_losses_it_is_refused(recorded):
     direction = DirectionOutput("net.2", torch.ones(3), forward=lambda module, batch: module(batch[0]))
-    with pytest.raises(TypeError, match=r"not a function of DirectionOutput.*losses="):
+    with pytest.raises(TypeError, match=r"DirectionOutput is an output of targets alone.*losses="):
         attribute(recorded, output=direction)
