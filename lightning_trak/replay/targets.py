@@ -76,7 +76,7 @@ def output_at(module: nn.Module, output: ModelOutput, batch: Any, number: int, f
         )
     if finite and not values.isfinite().all():
         raise ValueError(
-            f"the output at target {number} is {float(values):g}; leave the target out, or look for NaN in it and in"
-            " the weights"
+            f"the output at target {number} is {float(values.detach()):g}; leave the target out, or look for NaN in it"
+            " and in the weights"
         )
     return values

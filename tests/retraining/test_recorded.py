@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from torch import Tensor, nn
@@ -181,7 +182,7 @@ def test_what_does_not_fit_is_refused(recorded: Path, tmp_path: Path) -> None:
     for masks in (MASKS.float(), MASKS[:, 1:], MASKS[0], MASKS[:0], torch.zeros(2, NUM_TRAIN, dtype=torch.bool)):
         with pytest.raises(ValueError, match=r"masks must be bool of shape \(num_members, 12\)"):
             fleet_of(tmp_path, Net(), recorded, masks)
-    two = make_trainer(devices=2, strategy="ddp")
+    two = L.Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False)
     with pytest.raises(ValueError, match=r"the Trainer has 2 processes, but one process trains a member"):
         RecordedFleet(tmp_path, Net(), recorded, two, DATA, TARGETS, MASKS)
     with pytest.raises(FileNotFoundError, match="is not a directory that TrainingRecorder has written"):
