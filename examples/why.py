@@ -41,11 +41,11 @@ def main(arguments: list[str] | None = None) -> None:
     trak = TRAK(model, run / "snapshots", run / "features", projection=SparseProjection(1024))
     trak.featurize(trainer, DataLoader(train, batch_size=100))
 
-    images = targets.tensors[0]
+    images, labels = targets.tensors
     model.eval()
     with torch.no_grad():
         predicted = model(images).argmax(1)
-    shown = torch.tensor([int((predicted == digit).nonzero()[0]) for digit in (3, 8, 9)])
+    shown = torch.tensor([int((labels == digit).nonzero()[0]) for digit in (3, 8, 9)])
     titles = [f"predicted {int(label)}" for label in predicted[shown]]
 
     print("1. Why did the model predict this? The images have no labels here.")
@@ -55,15 +55,15 @@ def main(arguments: list[str] | None = None) -> None:
     draw(why, train, images[shown], titles).savefig(run / "why.png", dpi=150)
 
     print("2. Why a 3 rather than an 8?")
-    threes = images[predicted == 3][:3]
+    threes = images[labels == 3][:3]
     rather = trak.score(trainer, TensorDataset(threes), 5, None, output=ClassificationMargin(labels=3, against=8))
     titles = ["3 rather than 8"] * len(threes)
     report(rather, train, titles)
     draw(rather, train, threes, titles).savefig(run / "rather.png", dpi=150)
 
-    print("3. How much does each class of the training data count for the predicted 3s?")
+    print("3. How much does each class of the training data count for the held-out 3s?")
     classes = Groups(train.tensors[1])
-    all_threes = TensorDataset(images[predicted == 3])
+    all_threes = TensorDataset(images[labels == 3])
     shares = trak.score(trainer, all_threes, train_groups=classes, output=ClassificationMargin(labels=3))
     print(shares_table(shares, classes).markdown())
 
