@@ -33,7 +33,9 @@ _NAMESPACES = (
 class OneLineParser(LightningArgumentParser):
     """A parser whose errors are one line, and whose ``--targets`` takes several positions."""
 
-    def parse_args(self, args: Sequence[str] | None = None, *rest: Any, **settings: Any) -> Any:
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, *rest: Any, **settings: Any
+    ) -> Any:
         """Parse arguments, by default those of the process."""
         return super().parse_args(join_numbers(sys.argv[1:] if args is None else args, "--targets"), *rest, **settings)
 
@@ -96,10 +98,16 @@ def explain_refusal(message: str, options: Iterable[str]) -> str:
     """
     options = list(options)
     if found := re.search(r"Option '([\w.]+)' is not accepted", message):
-        name = found[1]
+        name = found[1].partition(".")[0]
         classes = re.findall(r"given class_path '([\w.]+)'", message[: found.start()])
         classes = classes[-1:] or re.findall(r"class_path='([\w.]+)'", message[found.end() :])[:1]
-        return f"{classes[0] if classes else 'the class'} has no argument '{name}'" + _meant(name, _arguments(classes))
+        return f"{classes[0] if classes else 'the class'} has no argument '{name}'" + _meant(
+            name, [*_arguments(classes), "init_args"]
+        )
+    if found := re.search(r'Parser key "([\w.]+)":.*does not correspond to a subclass of (\w+)', message, re.DOTALL):
+        return f"{found[1]}: the class is not derived from {found[2]}"
+    if found := re.search(r"arguments are required: (\w+)\.(\w+)", message):
+        return f"{found[1]} needs --{found[2]}"
     if found := re.search(r"does not accept option '([\w.]+)'", message):
         key = found[1]
         section = key.partition(".")[0]
@@ -127,7 +135,8 @@ def _wrong_type(message: str) -> str | None:
     keys = re.findall(r'[Pp]arser key "([\w.]+)"', parts[0])
     if len(parts) < 2 or not expected or not keys:
         return None
-    kinds = [re.sub(r"<class '(?:.*\.)?(\w+)'>", r"\1", kind).replace("NoneType", "None") for kind in expected]
+    kinds = [re.sub(r"<class '(?:.*\.)?(\w+)'>|typing\.Literal\[(.+)\]", r"\1\2", kind) for kind in expected]
+    kinds = ["None" if kind == "NoneType" else kind for kind in kinds]
     value = re.split(r"\. Got value|\n", parts[1])[0]
     return f"{'.'.join(keys)}: expected {' or '.join(kinds)}, got {value}"
 
