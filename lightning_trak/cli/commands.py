@@ -26,6 +26,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 from lightning_trak.cli.config_code import deny_standard_library, require_own_code
+from lightning_trak.cli.errors import OneLineParser, fail, is_user_error
 from lightning_trak.compatibility import skip_completion
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.methods import FeatureMethod
@@ -171,7 +172,13 @@ class AttributionCLI(LightningCLI):
     def __init__(self) -> None:
         deny_standard_library()
         about = {"prog": "lightning-trak", "description": "Which training examples made the model do this?"}
-        super().__init__(trainer_class=AttributionTrainer, parser_kwargs=about)
+        try:
+            super().__init__(trainer_class=AttributionTrainer, parser_class=OneLineParser, parser_kwargs=about)
+        except Exception as error:
+            if not is_user_error(error):
+                raise
+            subcommand = self.subcommand if hasattr(self, "config") else None
+            fail(f"lightning-trak {subcommand}" if subcommand else "lightning-trak", str(error))
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from argparse import ArgumentError
 from base64 import b64decode
 from html.parser import HTMLParser
 
@@ -66,6 +67,22 @@ def run(folder, monkeypatch, capsys):
 
 
 @pytest.fixture
+def refused(run, capsys):
+    """Runs a command that must fail as a user error; gives its one line."""
+
+    def refused(*arguments):
+        with pytest.raises(SystemExit) as end:
+            run(*arguments)
+        assert end.value.code == 2
+        said = [line for line in capsys.readouterr().err.splitlines() if ": error: " in line]
+        assert len(said) == 1
+        assert said[0].startswith(f"lightning-trak {arguments[0]}: error: ")
+        return said[0]
+
+    return refused
+
+
+@pytest.fixture
 def scored(folder):
     return load_file(folder / "run/scores.safetensors")["scores"]
 
@@ -77,7 +94,7 @@ def attributed(folder, method):
     return method.attribute(make_trainer(), data.train_dataloader(), data.predict_dataloader())
 
 
-def test_scores_are_those_of_the_method(folder, run, scored, tmp_path):
+def test_scores_are_those_of_the_method(folder, run, refused, scored, tmp_path):
     torch.testing.assert_close(scored, attributed(tmp_path, TRAK))
     top = str(tmp_path / "top.safetensors")
     printed = run("score", *SMALL, "--scores", top, "--top_k", "3", "--largest", "false", "--method", "GradientCosine")
@@ -89,8 +106,8 @@ def test_scores_are_those_of_the_method(folder, run, scored, tmp_path):
     printed = run("show", *SMALL, "--scores", top, "--targets", "[7]", "--k", "2")
     assert "opponents" in printed
     assert "proponents" not in printed
-    with pytest.raises(ValueError, match="holds only the best scores, but all are needed; score without --top_k"):
-        run("evaluate", "--ground_truth", top, "--scores", top)
+    said = refused("evaluate", "--ground_truth", top, "--scores", top)
+    assert "holds only the best scores, but all are needed; score without --top_k" in said
 
 
 def test_rescoring_takes_the_training_data_of_the_data_module(run, tmp_path):
@@ -101,7 +118,7 @@ def test_rescoring_takes_the_training_data_of_the_data_module(run, tmp_path):
     assert torch.equal(found["indices"], expected["indices"])
 
 
-def test_evaluate_prints_and_logs(folder, run, scored, tmp_path):
+def test_evaluate_prints_and_logs(folder, run, refused, scored, tmp_path):
     masks = torch.rand(12, 60, generator=torch.Generator().manual_seed(0)) < 0.5
     exact = scored @ masks.float().T
     noise = torch.randn(8, 12, 3, generator=torch.Generator().manual_seed(1))
@@ -124,15 +141,15 @@ def test_evaluate_prints_and_logs(folder, run, scored, tmp_path):
             store.write(Member(subset, repetition), outputs[:, subset, repetition], {})
     assert run("evaluate", "--ground_truth", str(tmp_path / "fleet"), "--trainer.logger", "false") == printed
     SavedScores(scored, 60, "TRAK", True, masks[[4]]).save("run/of_a_member")
-    with pytest.raises(ValueError, match="1 of 12 were: rows 4 of `masks`"):
-        run("evaluate", "--ground_truth", truth, "--scores", "run/of_a_member")
+    said = refused("evaluate", "--ground_truth", truth, "--scores", "run/of_a_member")
+    assert "1 of 12 were: rows 4 of `masks`" in said
     save_file({"masks": masks}, truth)
-    with pytest.raises(ValueError, match="lacks outputs: expected a safetensors file with masks"):
-        run("evaluate", "--ground_truth", truth)
+    assert "lacks outputs: expected a safetensors file with masks" in refused("evaluate", "--ground_truth", truth)
 
 
 def test_show_as_a_table(run, scored):
-    printed = run("show", *SMALL, "--targets", "[0, 5]", "--k", "4")
+    printed = run("show", *SMALL, "--targets", "0", "5", "--k", "4")
+    assert printed == run("show", *SMALL, "--targets", "[0, 5]", "--k", "4")
     data = DigitsData(60, 8)
     for target in (0, 5):
         assert f"target {target}  a {int(data.targets[target][1])}\n" in printed
@@ -144,11 +161,10 @@ def test_show_as_a_table(run, scored):
     assert float(rows[0][2]) == pytest.approx(float(scored[0].max()), rel=0.01)
 
 
-def test_show_as_a_picture(folder, run, scored):
+def test_show_as_a_picture(folder, run, refused, scored):
     run("show", *SMALL, "--targets", "[0, 5]", "--out", "run/shown.png")
     assert imread(folder / "run/shown.png").std() > 0.1
-    with pytest.raises(ValueError, match=r'out must end in .png or .html, got "shown.gif"'):
-        run("show", *SMALL, "--out", "shown.gif")
+    assert 'out must end in .png or .html, got "shown.gif"' in refused("show", *SMALL, "--out", "shown.gif")
 
 
 class Page(HTMLParser):
@@ -184,20 +200,44 @@ def test_show_as_a_page(folder, run, scored):
         torch.testing.assert_close(pixels, image[0], atol=1 / 255, rtol=0)
 
 
-def test_the_data_must_be_those_that_were_scored(run, scored):
-    with pytest.raises(ValueError, match="are of 8 targets and 60 training examples, the data hold 8 and 59"):
-        run("show", *SMALL, "--data.num_train", "59")
-    with pytest.raises(IndexError, match="there is no target 8: they are numbered from 0 to 7"):
-        run("show", *SMALL, "--targets", "[8]")
+def test_the_data_must_be_those_that_were_scored(refused, scored):
+    said = refused("show", *SMALL, "--data.num_train", "59")
+    assert "are of 8 targets and 60 training examples, the data hold 8 and 59" in said
+    said = refused("show", *SMALL, "--targets", "0", "8")
+    assert said.endswith("there is no target 8: they are numbered from 0 to 7")
 
 
-def test_sections_that_are_missing(run):
-    with pytest.raises(ValueError, match="featurize needs `model`: give a class with --model"):
-        run("featurize", "--data", "examples.digits_data.DigitsData")
-    with pytest.raises(ValueError, match="show needs `data`: "):
+def test_sections_and_files_that_are_missing(refused):
+    said = refused("featurize", "--data", "examples.digits_data.DigitsData")
+    assert "featurize needs `model`: give a class with --model" in said
+    assert "show needs `data`: " in refused("show")
+    said = refused("show", *SMALL, "--scores", "none.safetensors")
+    assert 'no file "none.safetensors"; run `lightning-trak score` first' in said
+    said = refused("score", *SMALL, "--method.checkpoints", "missing")
+    assert '"missing" is not a directory that TRAKCallback has written: it does not exist' in said
+    said = refused("score", *SMALL, "--method.checkpoints", "[a.ckpt]")
+    assert "a.ckpt" in said
+
+
+def test_a_store_made_with_another_seed(refused, scored):
+    assert "was made with other settings" in refused("score", *SMALL, "--method.seed", "7")
+
+
+def test_an_internal_error_keeps_its_traceback(run, monkeypatch, scored):
+    def broken(*_):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(SavedScores, "load", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        run("show", *SMALL)
+
+
+def test_a_variable_shows_the_traceback(run, monkeypatch):
+    monkeypatch.setenv("LIGHTNING_TRAK_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="show needs `data`"):
         run("show")
-    with pytest.raises(FileNotFoundError, match=r'no file "none.safetensors"; run `lightning-trak score` first'):
-        run("show", *SMALL, "--scores", "none.safetensors")
+    with pytest.raises(ArgumentError, match="unrecognized arguments: --topk"):
+        run("score", "--topk", "3")
 
 
 def test_settings_of_the_method(monkeypatch, capsys):
