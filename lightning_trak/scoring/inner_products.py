@@ -23,7 +23,13 @@ def inner_products(forms: GradientForms, first: Tensor, second: Tensor) -> Tenso
 
     Returns:
         float64, shape ``(n, m)``.
+
+    Raises:
+        ValueError: if the rows are not those of the forms.
     """
+    for rows in (first, second):
+        if rows.shape[1] != forms.width:
+            raise ValueError(f"expected stored gradients of {forms.width} numbers, received {rows.shape[1]} a row")
     total = torch.zeros(len(first), len(second), dtype=torch.float64, device=first.device)
     for form, columns in forms:
         mine, others = first[:, columns], second[:, columns]

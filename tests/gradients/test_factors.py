@@ -189,3 +189,9 @@ def test_forms_are_read_as_they_were_written():
     bad["forms"] = bad["forms"][:-3]
     with pytest.raises(ValueError, match=r"Expecting|Unterminated|delimiter"):
         GradientForms.from_tensors(bad)
+
+
+def test_rows_of_another_width_are_refused():
+    forms = GradientForms([GradientForm("weight", "gradient", 1, 3, 4)])
+    with pytest.raises(ValueError, match="expected stored gradients of 12 numbers, received 11 a row"):
+        inner_products(forms, torch.zeros(2, 12), torch.zeros(2, 11))
