@@ -18,10 +18,11 @@ from lightning_trak.outputs.evaluating import modules_of
 from lightning_trak.replay.losses import Losses
 from lightning_trak.replay.player import Played, Player
 from lightning_trak.replay.recording import Recording
-from lightning_trak.replay.reverse import Cotangents, Reverse
+from lightning_trak.replay.reverse import Reverse
 from lightning_trak.replay.schedule import backwards
 from lightning_trak.replay.states import TrainingState
 from lightning_trak.replay.targets import differentiable, output_at, targets_alone
+from lightning_trak.replay.updating import Cotangents
 from lightning_trak.running.loading import load
 
 # States and batches of a segment are kept in memory up to this size, and so are the cotangents of one reverse pass.
@@ -166,8 +167,7 @@ class Differentiated:
             else:
                 after = player.state if after is None else after
                 made = played.pop(step)
-                cotangents, found = self._reverse.step(made, after, cotangents, count)
-                yield from found
+                yield from self._reverse.step(made, after, cotangents, count)
                 after = made.before
                 bar.update()
         bar.close()

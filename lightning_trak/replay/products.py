@@ -48,25 +48,26 @@ class Products:
             yield
         self._block = max(1, BLOCK_BYTES // max(1, sum(sizes.values())))
 
-    def __call__(
+    def blocks(
         self,
         outputs: Sequence[Tensor],
         inputs: Sequence[Tensor],
         cotangents: Sequence[Tensor | None],
         count: int,
         audit: bool = False,
-    ) -> list[Tensor | None]:
+    ) -> Iterator[tuple[slice, list[Tensor | None]]]:
         """Multiply cotangents of the outputs by the derivative of the outputs by the inputs.
 
         Args:
             outputs: tensors with their graphs.
             inputs: leaves of these graphs.
-            cotangents: for each output ``(count, *shape)``; None for zeros.
+            cotangents: for each output ``(count, *shape)``; None for zeros. Rows that were yielded may be changed.
             count: the number of cotangents.
             audit: whether to compare one product with that of its cotangent alone.
 
-        Returns:
-            For each input ``(count, *shape)``; None if nothing depends on it. The graphs are kept.
+        Yields:
+            For each block its rows, and for each input a new tensor ``(rows, *shape)``; None if nothing depends on it.
+            The graphs are kept.
         """
         pairs = [
             (output, along)
@@ -74,17 +75,24 @@ class Products:
             if along is not None and output.requires_grad
         ]
         if not pairs:
-            return [None] * len(inputs)
+            return
         live, vectors = zip(*pairs, strict=True)
         size = min(count, self._block or 1)
         if audit and self.batched and size > 1:
             self._audit(live, inputs, [vector[:size] for vector in vectors])
         size = size if self.batched else 1
-        found = [
-            _product(live, inputs, [vector[start : start + size] for vector in vectors])
-            for start in range(0, count, size)
-        ]
-        return [_joined(parts) for parts in zip(*found, strict=True)]
+        for start in range(0, count, size):
+            rows = slice(start, min(start + size, count))
+            taken = [vector[rows] for vector in vectors]
+            places = {part.untyped_storage().data_ptr() for part in taken}
+            found = _product(live, inputs, taken)
+            yield (
+                rows,
+                [
+                    part.clone() if part is not None and part.untyped_storage().data_ptr() in places else part
+                    for part in found
+                ],
+            )
 
     def _audit(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], vectors: Sequence[Tensor]) -> None:
         """Compare the last product of a block with that of its cotangent alone."""
@@ -110,9 +118,3 @@ def _product(outputs: Sequence[Tensor], inputs: Sequence[Tensor], along: Sequenc
     alone = torch.autograd.grad(outputs, inputs, [part[0] for part in along], retain_graph=True, allow_unused=True)
     return tuple(None if part is None else part.unsqueeze(0) for part in alone)
 
-
-def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
-    known = [part for part in parts if part is not None]
-    if len(known) < 2:
-        return known[0] if known else None  # cat would copy it
-    return torch.cat(known)

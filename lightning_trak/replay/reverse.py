@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from lightning_trak.gradients.batch import ExampleBatch, Layout
-from lightning_trak.replay.clipping import clipped
 from lightning_trak.replay.losses import Losses, losses_of, require_losses, require_step
 from lightning_trak.replay.player import Played, Player, ReplayError
 from lightning_trak.replay.products import Products
@@ -28,10 +27,8 @@ from lightning_trak.replay.records import MicroBatch, StepRecord
 from lightning_trak.replay.states import TrainingState
 from lightning_trak.replay.statistics import RunningStatistics
 from lightning_trak.replay.targets import differentiable
+from lightning_trak.replay.updating import Cotangents, Update
 from lightning_trak.running.random_states import restore_random_states
-
-# Cotangents of targets by the names of TrainingState.tensors(), each (num_targets, *shape). Those missing are zero.
-Cotangents = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -84,18 +81,18 @@ class Reverse:
 
     def step(
         self, played: Played, after: TrainingState, cotangents: Cotangents, count: int
-    ) -> tuple[Cotangents, list[tuple[list[int], Tensor]]]:
+    ) -> list[tuple[list[int], Tensor]]:
         """Go back through a step.
 
         Args:
             played: the step.
             after: the state after it.
-            cotangents: derivatives of the outputs by the state after the step.
+            cotangents: derivatives of the outputs by the state after the step. They become those by the state before.
             count: the number of targets.
 
         Returns:
-            Derivatives by the state before the step, and by the weights of examples: their positions, and a tensor
-            ``(num_targets, len(positions))``, for each piece of the step's batches.
+            Derivatives by the weights of examples: their positions, and a tensor ``(num_targets, len(positions))``, for
+            each piece of the step's batches.
 
         Raises:
             ReplayError: if the step differs from the recorded one.
@@ -119,11 +116,14 @@ class Reverse:
                 graphs.append(graph)
         require_losses(played, means, player.dtype)
         self._require_known_buffers(played, after)
-        found, along = self._through_update(played, after, sums, cotangents, count)
+        update = Update.of(player, played.record, played.before, sums)
+        results = {key: result for group in update.outputs.values() for key, result in group.items()}
+        require_step(played, after, results, player.dtype, player.update.rounding)
+        update.back(cotangents, count, self._products)
         weights = []
         for piece in reversed(pieces):
             graph = graphs[0] if graphs else self._graph(piece, played.record)
-            by_weight = self._through_gradient(graph, self._trained(played.record), along, found, count)
+            by_weight = self._through_gradient(graph, self._trained(played.record), cotangents, count)
             if not by_weight.isfinite().all():
                 raise ReplayError(
                     f"derivatives are not finite at step {played.record.step}: between this step and the end, training"
@@ -131,7 +131,7 @@ class Reverse:
                     " differentiate the last steps alone (last_steps=)"
                 )
             weights.append((piece.micro.positions[piece.rows], by_weight))
-        return found, weights
+        return weights
 
     def track(self) -> None:
         """Let all parameters that the run trained require gradients: others may depend on those frozen for a while."""
@@ -186,71 +186,34 @@ class Reverse:
             gradients = torch.autograd.grad(total, parameters, create_graph=True, allow_unused=True)
         return _Graph(list(gradients), weights, before, after, losses)
 
-    def _through_update(
-        self, played: Played, after: TrainingState, sums: dict[str, Tensor], cotangents: Cotangents, count: int
-    ) -> tuple[Cotangents, dict[str, Tensor | None]]:
-        """Go back through the optimizer's update.
-
-        Returns:
-            Derivatives by the state before the step, the gradient held fixed, and by the gradient.
-        """
-        player, update, record = self._player, self._player.update, played.record
-        inputs: dict[str, Tensor] = {}
-        outputs: dict[str, Tensor] = {}
-        with torch.inference_mode(False), torch.enable_grad():
-            leaves = {name: gradient.detach().requires_grad_() for name, gradient in sums.items()}
-            bounded = clipped(leaves, record.settings.clip, record.settings.clip_by)
-            for names, group in zip(record.structure.groups, record.settings.groups, strict=True):
-                for name in names:
-                    if name not in bounded:
-                        continue
-                    kept = dict(played.before.moments.get(name, {}))
-                    for key in update.moments:
-                        if key in kept:
-                            leaf = kept[key].to(player.device, copy=True).detach().requires_grad_()
-                            kept[key] = inputs[f"moment/{name}/{key}"] = leaf
-                    parameter = inputs[f"parameter/{name}"] = player.parameters[name]
-                    new, moments = update.update(parameter, bounded[name], kept, group)
-                    outputs[f"parameter/{name}"] = new
-                    outputs |= {f"moment/{name}/{key}": moment for key, moment in moments.items()}
-        require_step(played, after, outputs, player.dtype, update.rounding)
-        along = [cotangents.get(key) for key in outputs]
-        products = self._products(list(outputs.values()), [*inputs.values(), *leaves.values()], along, count)
-        found = {key: value for key, value in cotangents.items() if key not in outputs}
-        found |= {key: product for key, product in zip(inputs, products, strict=False) if product is not None}
-        return found, dict(zip(leaves, products[len(inputs) :], strict=True))
-
-    def _through_gradient(
-        self,
-        graph: _Graph,
-        trained: Sequence[str],
-        along: dict[str, Tensor | None],
-        found: Cotangents,
-        count: int,
-    ) -> Tensor:
-        """Go back through the gradient of a piece. Derivatives by the state before are added to ``found``.
+    def _through_gradient(self, graph: _Graph, trained: Sequence[str], cotangents: Cotangents, count: int) -> Tensor:
+        """Go back through the gradient of a piece. Derivatives by the state before are added to the cotangents.
 
         Returns:
             The derivatives by the weights of the examples, ``(num_targets, batch)``.
         """
         pairs = [
-            (gradient, along.get(name))
+            (gradient, cotangents.get(f"gradient/{name}"))
             for name, gradient in zip(trained, graph.gradients, strict=True)
             if gradient is not None
         ]
-        pairs += [(tensor, found.pop(f"buffer/{name}", None)) for name, tensor in graph.after.items()]
+        pairs += [(tensor, cotangents.pop(f"buffer/{name}", None)) for name, tensor in graph.after.items()]
         names = [f"parameter/{name}" for name in self._tracked] + [f"buffer/{name}" for name in graph.before]
         inputs = [*(self._player.parameters[name] for name in self._tracked), *graph.before.values(), graph.weights]
         outputs, vectors = zip(*pairs, strict=True) if pairs else ((), ())
         kind = len(graph.weights), tuple(trained), len(pairs)
-        *products, weights = self._products(outputs, inputs, vectors, count, audit=kind not in self._audited)
+        by_weight = graph.weights.new_zeros(count, len(graph.weights))
+        blocks = self._products.blocks(outputs, inputs, vectors, count, audit=kind not in self._audited)
+        for rows, (*products, weights) in blocks:
+            for name, product in zip(names, products, strict=True):
+                if product is not None:
+                    if name not in cotangents:
+                        cotangents[name] = product.new_zeros(count, *product.shape[1:])
+                    cotangents[name][rows] += product
+            if weights is not None:
+                by_weight[rows] = weights
         self._audited.add(kind)
-        for name, product in zip(names, products, strict=True):
-            if product is not None:
-                found[name] = found[name] + product if name in found else product
-        if weights is None:
-            return graph.weights.new_zeros(count, len(graph.weights))
-        return weights
+        return by_weight
 
     def _require_known_buffers(self, played: Played, after: TrainingState) -> None:
         """Check that training changed no buffers other than those whose derivatives are known."""

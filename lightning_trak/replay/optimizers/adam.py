@@ -18,6 +18,7 @@ class AdamStep(OptimizerStep, optimizer=torch.optim.Adam):
     """
 
     moments = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+    elementwise = True
     decoupled = False
 
     @override

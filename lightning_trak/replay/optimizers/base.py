@@ -24,14 +24,20 @@ class OptimizerStep(ABC):
             smoothly. Others, such as a count of steps, are constants.
         rounding: by how much the optimizer's own step may differ from :meth:`update`, relative to the step, beyond the
             rounding of the parameters' precision.
+        elementwise: whether each number of the results depends on the same number of parameter, gradient and moments
+            alone, as in SGD and Adam. Many targets then take less time. A class that overrides :meth:`update` has to
+            say it again.
     """
 
     moments: ClassVar[tuple[str, ...]] = ()
     rounding: ClassVar[float] = 0.0
+    elementwise: ClassVar[bool] = False
     known: ClassVar[dict[type[Optimizer], type[OptimizerStep]]] = {}
 
     def __init_subclass__(cls, optimizer: type[Optimizer] | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if "update" in vars(cls) and "elementwise" not in vars(cls):
+            cls.elementwise = False  # what a base class says is about its own update
         if optimizer is not None:
             OptimizerStep.known[optimizer] = cls
 
