@@ -11,6 +11,10 @@ from torch import Tensor
 # Intermediate results of as many cotangents as fit in this size are computed at once.
 BLOCK_BYTES = 1 << 29
 
+# On a CPU, also the results. The C library takes larger tensors from the system each time, and the system clears them,
+# which takes longer than to compute them.
+RESULT_BYTES = 1 << 24
+
 
 class Products:
     """Multiplies cotangents by the derivative of outputs by inputs, in blocks.
@@ -29,13 +33,14 @@ class Products:
 
     def __init__(self, block: int | None, dtype: torch.dtype) -> None:
         self._block = block
+        self._fitting, self._measured = 1, False
         self._rounding = {torch.float64: 1e-9}.get(dtype, 1e-3)
         self.batched = True
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
-        """Make a graph, and let the size of blocks follow from it, if it is not known yet."""
-        if self._block is not None:
+        """Make a graph, and let the size of blocks follow from the first one."""
+        if self._block is not None or self._measured:
             yield
             return
         sizes: dict[int, int] = {}
@@ -46,7 +51,7 @@ class Products:
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             yield
-        self._block = max(1, BLOCK_BYTES // max(1, sum(sizes.values())))
+        self._fitting, self._measured = BLOCK_BYTES // max(1, sum(sizes.values())), True
 
     def blocks(
         self,
@@ -66,8 +71,8 @@ class Products:
             audit: whether to compare one product with that of its cotangent alone.
 
         Yields:
-            For each block its rows, and for each input a new tensor ``(rows, *shape)``; None if nothing depends on it.
-            The graphs are kept.
+            For each block its rows, and for each input ``(rows, *shape)``; None if nothing depends on it. The graphs are
+            kept. Where the derivative is the identity, the product may be a view of the cotangents.
         """
         pairs = [
             (output, along)
@@ -77,22 +82,23 @@ class Products:
         if not pairs:
             return
         live, vectors = zip(*pairs, strict=True)
-        size = min(count, self._block or 1)
+        size = self._size(inputs, count)
         if audit and self.batched and size > 1:
             self._audit(live, inputs, [vector[:size] for vector in vectors])
         size = size if self.batched else 1
         for start in range(0, count, size):
             rows = slice(start, min(start + size, count))
             taken = [vector[rows] for vector in vectors]
-            places = {part.untyped_storage().data_ptr() for part in taken}
-            found = _product(live, inputs, taken)
-            yield (
-                rows,
-                [
-                    part.clone() if part is not None and part.untyped_storage().data_ptr() in places else part
-                    for part in found
-                ],
-            )
+            yield rows, list(_product(live, inputs, taken))
+
+    def _size(self, inputs: Sequence[Tensor], count: int) -> int:
+        """How many cotangents go through a graph at once."""
+        if self._block is not None:
+            return min(count, self._block)
+        size = min(count, self._fitting)
+        if all(part.device.type == "cpu" for part in inputs):
+            size = min(size, RESULT_BYTES // max(1, sum(part.nbytes for part in inputs)))
+        return max(1, size)
 
     def _audit(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], vectors: Sequence[Tensor]) -> None:
         """Compare the last product of a block with that of its cotangent alone."""
@@ -117,4 +123,3 @@ def _product(outputs: Sequence[Tensor], inputs: Sequence[Tensor], along: Sequenc
         return torch.autograd.grad(outputs, inputs, along, retain_graph=True, allow_unused=True, is_grads_batched=True)
     alone = torch.autograd.grad(outputs, inputs, [part[0] for part in along], retain_graph=True, allow_unused=True)
     return tuple(None if part is None else part.unsqueeze(0) for part in alone)
-

@@ -107,7 +107,7 @@ class Reverse:
         means = [0.0] * len(played.batches)
         for piece in pieces:
             with self._products.measuring():
-                graph = self._graph(piece, played.record)
+                graph = self._graph(piece, played.record, once=len(pieces) == 1)
             means[piece.number] += float(graph.losses.detach().sum()) / len(piece.micro.positions)
             for name, gradient in zip(self._trained(played.record), graph.gradients, strict=True):
                 if gradient is not None:
@@ -168,13 +168,15 @@ class Reverse:
                 " out"
             )
 
-    def _graph(self, piece: _Piece, record: StepRecord) -> _Graph:
+    def _graph(self, piece: _Piece, record: StepRecord, once: bool = False) -> _Graph:
+        """The gradient of a piece. If its batch is needed again, ``once`` is false: the losses may change a batch."""
         player, micro = self._player, piece.micro
         size = len(micro.positions)
         batch = piece.batch
         if piece.rows != slice(0, size):
             batch = ExampleBatch(batch, size, self._layout).take(piece.rows).content
-        batch = copy.deepcopy(batch)  # the losses may change it, and it may be used again
+        if not once:
+            batch = copy.deepcopy(batch)
         expected = piece.rows.stop - piece.rows.start
         restore_random_states(micro.random_states, player.device)
         before = self.statistics.leaves()

@@ -113,12 +113,18 @@ class Update:
     def _multiply(self, cotangents: Cotangents, count: int) -> set[str]:
         """Go back by products with the numbers of the derivative. Returns the same as :meth:`_differentiate`."""
         terms = self._terms(cotangents)
-        for name, inputs in self.inputs.items():
-            keys = [key for key in inputs if key in terms]
-            size = max(1, _CACHED_BYTES // max(1, self.gradients[name].nbytes))
+        changed = {key for key, found in terms.items() if not _is_identity(key, found)}
+        for key in changed - cotangents.keys():
+            leaf = _joined(self.inputs)[key]
+            cotangents[key] = leaf.new_empty(count, *leaf.shape)
+        for name, gradient in self.gradients.items():
+            keys = [key for key in self.inputs[name] if key in changed]
+            size = max(1, _CACHED_BYTES // max(1, gradient.nbytes))
             for start in range(0, count if keys else 0, size):
                 rows = slice(start, min(start + size, count))
-                _write(cotangents, keys, rows, [_sum(terms[key], cotangents, rows) for key in keys], count)
+                sums = {key: _sum(terms[key], cotangents, rows) for key in keys}
+                for key, total in sums.items():
+                    cotangents[key][rows] = total
         return set(terms)
 
     def _terms(self, cotangents: Cotangents) -> dict[str, list[tuple[str, Tensor]]]:
@@ -157,13 +163,21 @@ def _sum(terms: list[tuple[str, Tensor]], cotangents: Cotangents, rows: slice) -
     return total
 
 
-def _write(
-    cotangents: Cotangents, keys: list[str], rows: slice, found: list[Tensor | None] | list[Tensor], count: int
-) -> set[str]:
+def _is_identity(key: str, terms: list[tuple[str, Tensor]]) -> bool:
+    """Whether the derivative by an input is that by the result of the same name, as for weights that do not decay."""
+    (result, derivative), *others = terms
+    return result == key and not others and bool((derivative == 1).all())
+
+
+def _write(cotangents: Cotangents, keys: list[str], rows: slice, found: list[Tensor | None], count: int) -> set[str]:
     """Write cotangents of some targets in their places. Returns the names of those that are known."""
-    copies = {key: part for key, part in zip(keys, found, strict=True) if part is not None}
-    for key, part in copies.items():
+    known = {key: part for key, part in zip(keys, found, strict=True) if part is not None}
+    places = {tensor.data_ptr() for tensor in cotangents.values()}
+    for key, part in known.items():
+        if part.untyped_storage().data_ptr() in places:  # the view of another one, which may be changed before
+            known[key] = part.clone()
+    for key, part in known.items():
         if key not in cotangents:
             cotangents[key] = part.new_empty(count, *part.shape[1:])
         cotangents[key][rows] = part
-    return set(copies)
+    return set(known)
