@@ -90,9 +90,9 @@ def require_step(
     for name, new in outputs.items():
         kind = "weights" if name.startswith("parameter/") else name.rpartition("/")[2]
         old, expected = before.get(name), later[name].to(new.device)
-        off[kind] += float((new.detach() - expected).norm()) ** 2
-        moved[kind] += float((expected if old is None else expected - old.to(new.device)).norm()) ** 2
-        sizes[kind] += float(expected.norm()) ** 2
+        off[kind] += float((new.detach() - expected).double().square().sum())
+        moved[kind] += float((expected - (0 if old is None else old.to(new.device))).double().square().sum())
+        sizes[kind] += float(expected.double().square().sum())
     for kind, square in off.items():
         allowed = (_STEP_ERRORS[dtype] + rounding) * moved[kind] ** 0.5
         if not square**0.5 <= allowed + 8 * torch.finfo(dtype).eps * sizes[kind] ** 0.5:

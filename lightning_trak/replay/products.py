@@ -71,8 +71,8 @@ class Products:
             audit: whether to compare one product with that of its cotangent alone.
 
         Yields:
-            For each block its rows, and for each input ``(rows, *shape)``; None if nothing depends on it. The graphs are
-            kept. Where the derivative is the identity, the product may be a view of the cotangents.
+            For each block its rows, and for each input ``(rows, *shape)``; None if nothing depends on it. The graphs
+            are kept. Where the derivative is the identity, the product may be a view of the cotangents.
         """
         pairs = [
             (output, along)

@@ -1,8 +1,8 @@
 """The derivative of the optimizer's update.
 
 The update maps weights, moments and the gradient to the next weights and moments. For most optimizers, each number of
-the results depends on the same number of these tensors alone. Then the derivative is a tensor for each pair of them, and
-going back for many targets is a product with these tensors.
+the results depends on the same number of these tensors alone. Then the derivative is a tensor for each pair of them,
+and going back for many targets is a product with these tensors.
 """
 
 from __future__ import annotations
@@ -139,9 +139,9 @@ class Update:
                         chosen[name] = key, output
             if not chosen:
                 continue
-            outputs = [output for _, output in chosen.values()]
-            ones = [torch.ones_like(output) for output in outputs]
-            found = torch.autograd.grad(outputs, list(inputs.values()), ones, retain_graph=True, allow_unused=True)
+            results = [output for _, output in chosen.values()]
+            ones = [torch.ones_like(result) for result in results]
+            found = torch.autograd.grad(results, list(inputs.values()), ones, retain_graph=True, allow_unused=True)
             derivatives = dict(zip(inputs, found, strict=True))
             for name, (key, _) in chosen.items():
                 for own in self.inputs[name]:
