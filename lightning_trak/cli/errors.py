@@ -97,6 +97,8 @@ def explain_refusal(message: str, options: Iterable[str]) -> str:
         The sentence, with the likely spelling of an unknown name.
     """
     options = list(options)
+    if found := re.search(r"Importing '[^']+' is not allowed, denied by .* denylist", message):
+        return found[0]
     if found := re.search(r"Option '([\w.]+)' is not accepted", message):
         name = found[1].partition(".")[0]
         classes = re.findall(r"given class_path '([\w.]+)'", message[: found.start()])
@@ -104,8 +106,8 @@ def explain_refusal(message: str, options: Iterable[str]) -> str:
         return f"{classes[0] if classes else 'the class'} has no argument '{name}'" + _meant(
             name, [*_arguments(classes), "init_args"]
         )
-    if found := re.search(r'Parser key "([\w.]+)":.*does not correspond to a subclass of (\w+)', message, re.DOTALL):
-        return f"{found[1]}: the class is not derived from {found[2]}"
+    if found := re.search(r'Parser key "([\w.]+)":.*(does not correspond to a subclass of \w+)', message, re.DOTALL):
+        return f"{found[1]}: the class {found[2]}"
     if found := re.search(r"arguments are required: (\w+)\.(\w+)", message):
         return f"{found[1]} needs --{found[2]}"
     if found := re.search(r"does not accept option '([\w.]+)'", message):
@@ -132,9 +134,12 @@ def _wrong_type(message: str) -> str | None:
     """The sentence for a value of a wrong type, or None if the message says something else."""
     parts = re.split(r"(?:Got|Given) value: ", message, maxsplit=1)
     expected = dict.fromkeys(re.findall(r"Expected an? (.+?)(?:\.\s|\s*$)", parts[0], re.MULTILINE))
-    keys = re.findall(r'[Pp]arser key "([\w.]+)"', parts[0])
+    keys = re.findall(r'Parser key "([\w.]+)"', parts[0])
     if len(parts) < 2 or not expected or not keys:
         return None
+    reasons = re.findall(r"^ *- (?!Expected |Problem with |Not a valid )(.+)", parts[0], re.MULTILINE)
+    if reasons:  # more is wrong than a type
+        return f"{'.'.join(keys)}: {reasons[0]}"
     kinds = [re.sub(r"<class '(?:.*\.)?(\w+)'>|typing\.Literal\[(.+)\]", r"\1\2", kind) for kind in expected]
     kinds = ["None" if kind == "NoneType" else kind for kind in kinds]
     value = re.split(r"\. Got value|\n", parts[1])[0]

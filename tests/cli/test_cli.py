@@ -220,7 +220,7 @@ def test_sections_and_files_that_are_missing(refused):
 
 
 def test_a_store_made_with_another_seed(refused, scored):
-    assert "was made with other settings" in refused("score", *SMALL, "--method.seed", "7")
+    assert "was made with seed 0, this TRAK has seed 7" in refused("score", *SMALL, "--method.seed", "7")
 
 
 def test_an_internal_error_keeps_its_traceback(run, monkeypatch, scored):

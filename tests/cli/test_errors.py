@@ -52,7 +52,11 @@ WITH_FILE = ["score", "--config", "config.yaml"]
         (["score", "--config", "none.yaml"], {}, "File does not exist: "),
         (["score", "--method", "TRACK"], {}, "there is no class 'TRACK'; expected a class or its import path; did you"),
         (["score", "--method.damping", "high"], {}, "method.damping: expected float or 'auto', got high"),
-        (["score", "--model", "examples.digits_data.DigitsData"], {}, "model: the class is not derived from Lightning"),
+        (
+            ["score", "--model", "examples.digits_data.DigitsData"],
+            {},
+            "model: the class does not correspond to a subclass",
+        ),
         (["evaluate"], {}, "evaluate needs --ground_truth"),
         (WITH_FILE, {"modle": {"class_path": "a.B"}}, "no key 'modle.class_path'; did you mean 'model'?"),
         (WITH_FILE, {"trainer": {"max_epoch": 1}}, "no key 'trainer.max_epoch'; did you mean 'trainer.max_epochs'?"),
