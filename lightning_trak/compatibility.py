@@ -288,3 +288,12 @@ def skip_completion(parser: Any, option: str) -> None:
         option: the option, such as ``"--model"``.
     """
     parser._option_string_actions[option].complete = {}
+
+
+def option_names(parser: Any) -> set[str]:
+    """The names of a parser's options and arguments, such as ``"--model"`` and ``"model"``.
+
+    Args:
+        parser: an ``ArgumentParser`` of jsonargparse, or of a derived class.
+    """
+    return {name for action in parser._actions for name in (*action.option_strings, action.dest)}

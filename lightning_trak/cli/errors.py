@@ -17,6 +17,8 @@ from typing import Any, NoReturn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser
 
+from lightning_trak.compatibility import option_names
+
 TRACEBACK = "LIGHTNING_TRAK_TRACEBACK"
 USER_ERROR = 2
 _PACKAGE = str(Path(__file__).resolve().parents[1]) + os.sep
@@ -46,8 +48,7 @@ class OneLineParser(LightningArgumentParser):
             super().error(message, ex)
         parser = getattr(ex, "subcommand_parser", None) or self
         program = parser.prog.replace(" [options]", "")
-        options = {name for action in parser._actions for name in (*action.option_strings, action.dest)}
-        fail(program, f"{explain_refusal(message, options)} (see {program} --help)")
+        fail(program, f"{explain_refusal(message, option_names(parser))} (see {program} --help)")
 
 
 def fail(program: str, message: str) -> NoReturn:

@@ -264,10 +264,11 @@ class FeatureMethod(Method):
                 " device"
             )
         loaders, pipeline = as_loaders(data, "predict", trainer), self._pipeline()
+        refuse_spawning(trainer)
+        model = pipeline.copy_model(trainer)
         count = FeatureStore.read_manifest(self.store)["num_examples"]
         columns = train_columns(train if is_positions(train) else None, question.get("train_groups"), count)
         rows = target_rows(question, [len(cast(Any, loader.dataset)) for loader in loaders])
-        model = pipeline.copy_model(trainer)
         store = pipeline.open_complete(model, trainer)
         scorer, datamodule = self.make_scorer(store), data if isinstance(data, L.LightningDataModule) else None
         if second is not None:

@@ -334,6 +334,12 @@ def test_an_option_without_completion():
     assert action.complete == {}  # of which shtab makes no choices
 
 
+def test_names_of_options():
+    parser = ArgumentParser()
+    parser.add_argument("--model")
+    assert {"--model", "model"} <= compatibility.option_names(parser)
+
+
 def test_a_loader_draws_from_a_changed_sampler():
     drawn = []
 
