@@ -77,6 +77,7 @@ NAMES = {
     ),
     "_tensor_parallel_size": ("lightning", ModelParallelStrategy, "tensor_parallel_size"),
     "_option_string_actions": ("jsonargparse", ArgumentParser, "skip_completion"),
+    "_actions": ("jsonargparse", ArgumentParser, "option_names"),
 }
 ELSEWHERE = {"_fsdp_wrapped_module", "_extra_state"}  # tested below
 
