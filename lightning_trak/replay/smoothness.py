@@ -80,9 +80,9 @@ def metasmoothness(
     """Train a recorded run again with other weights of its examples, and say whether it is smooth.
 
     **The value** is Definition 2 of Engstrom et al. 2025 (arXiv 2503.13751). Three trainings, with weights 1, 1 + h v
-    and 1 + 2 h v for a normal direction v, end at the parameters a, b and c. The value is sum_j d_j sign(b_j - a_j)
-    sign(c_j - b_j) / sum_j d_j with d_j = |c_j - a_j|. Here h = 0.1, since h v is then as long as the removal of 1% of
-    the examples.
+    and 1 + 2 h v for a normal direction v, end at the parameters a, b and c. The value is
+    ``sum_j d_j sign(b_j - a_j) sign(c_j - b_j) / sum_j d_j`` with ``d_j = |c_j - a_j|``.
+    Here h = 0.1, since h v is then as long as the removal of 1% of the examples.
 
     **The ceiling** compares how far outputs move, over targets and trainings, when 1% of the examples are removed (m)
     and when each first weight moves to a neighbouring floating-point number (r). Rounding moves the recorded run too,
