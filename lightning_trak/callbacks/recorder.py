@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from operator import attrgetter
 from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -28,6 +29,9 @@ from lightning_trak.running.random_states import RandomWatch
 
 # Of weights that went through a checkpoint. With precision="64-true", Lightning loads it into a module in float32.
 _ROUNDING = 1e-6
+
+
+_requires_grad, _training = attrgetter("requires_grad"), attrgetter("training")
 
 
 class TrainingRecorder(Callback):
@@ -160,6 +164,7 @@ class TrainingRecorder(Callback):
         step, environment = trainer.global_step, environment_of(trainer)
         earlier = [*self._resumed_runs, *([self._run] if self._run else [])]
         self._modules = list(pl_module.named_modules())
+        self._module_parts = [part for _, part in self._modules]
         self._names = {parameter: name for name, parameter in named_parameters(pl_module).items()}
         self._known: dict[Any, Any] = {}
         self._watch = RandomWatch(trainer.strategy.root_device)
@@ -173,7 +178,6 @@ class TrainingRecorder(Callback):
         if writer.has_state(step):
             self._require_recorded(state, step)
         writer.add_state(state)
-        writer.flush()
 
     def _require_recorded(self, state: TrainingState, step: int) -> None:
         found = difference(state, Recording(self.directory).state(step))
@@ -221,8 +225,8 @@ class TrainingRecorder(Callback):
         groups = [group["params"] for group in optimizer.param_groups]
         key = (
             tuple(tuple(map(id, group)) for group in groups),
-            tuple(parameter.requires_grad for parameter in self._names),
-            tuple(part.training for _, part in self._modules),
+            tuple(map(_requires_grad, self._names)),
+            tuple(map(_training, self._module_parts)),
         )
         if key not in self._known:
             unknown = sum(parameter not in self._names for group in groups for parameter in group)

@@ -3,6 +3,7 @@
 import ctypes
 import random
 import struct
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -55,8 +56,12 @@ class _Generator(NamedTuple):
 
 
 def _read_torch(device: torch.device) -> bytes:
-    state = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-    return bytes(state.numpy().data)
+    del device
+    return bytes(torch.default_generator.get_state().numpy().data)
+
+
+def _read_cuda(device: torch.device) -> bytes:
+    return bytes(torch.cuda.get_rng_state(device).numpy().data)
 
 
 def _read_numpy(device: torch.device) -> tuple[int, int, float, bytes]:
@@ -94,6 +99,24 @@ def _read_python(device: torch.device) -> tuple[Any, ...]:
     return random.getstate()
 
 
+def _mark_python(device: torch.device) -> Any:
+    if _python_address is None:
+        return _read_python(device)
+    return ctypes.string_at(_python_address, _MERSENNE_TWISTER), _python_generator.gauss_next
+
+
+def _find_python_state() -> int | None:
+    """The address of the state of Python's generator: a position and 624 numbers. None if it is not where CPython has it.
+
+    ``random.getstate`` makes 625 numbers, which takes long for the step of a small model.
+    """
+    if sys.implementation.name != "cpython":
+        return None
+    address = id(_python_generator) + object.__basicsize__
+    position, *numbers = struct.unpack("=i624I", ctypes.string_at(address, _MERSENNE_TWISTER))
+    return address if _python_generator.getstate()[1] == (*numbers, position) else None
+
+
 def _pack_python(state: tuple[Any, ...]) -> Tensor:
     version, numbers, gauss = state
     return _tensor(_PYTHON.pack(version, *numbers, gauss is not None, gauss or 0.0))
@@ -106,29 +129,27 @@ def _restore_python(packed: Tensor, device: torch.device) -> None:
 
 
 def _restore_torch(packed: Tensor, device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(packed, device)
-    else:
-        torch.set_rng_state(packed)
+    del device
+    torch.set_rng_state(packed)
+
+
+def _restore_cuda(packed: Tensor, device: torch.device) -> None:
+    torch.cuda.set_rng_state(packed, device)
 
 
 def _tensor(content: bytes) -> Tensor:
     return torch.frombuffer(bytearray(content), dtype=torch.uint8)
 
 
-_CPU = torch.device("cpu")
+_python_generator: Any = random.getstate.__self__  # type: ignore[attr-defined]
+_python_address = _find_python_state()
 _FAST = {
-    "torch": _Generator(
-        lambda device: _read_torch(_CPU),  # noqa: ARG005
-        lambda device: _read_torch(_CPU),  # noqa: ARG005
-        _tensor,
-        lambda packed, device: _restore_torch(packed, _CPU),  # noqa: ARG005
-    ),
-    "cuda": _Generator(_read_torch, _read_torch, _tensor, _restore_torch),
+    "torch": _Generator(_read_torch, _read_torch, _tensor, _restore_torch),
+    "cuda": _Generator(_read_cuda, _read_cuda, _tensor, _restore_cuda),
 }
 _SLOW = {
     "numpy": _Generator(_read_numpy, _mark_numpy, _pack_numpy, _restore_numpy),
-    "python": _Generator(_read_python, _read_python, _pack_python, _restore_python),
+    "python": _Generator(_read_python, _mark_python, _pack_python, _restore_python),
 }
 
 
@@ -145,6 +166,7 @@ class RandomWatch:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._fast, self._slow = list(_fast(device).items()), list(_SLOW.items())
         self._states: dict[str, Any] = {}
         self._marks: dict[str, Any] = {}
         self._exact_left = _EXACT_STEPS
@@ -156,11 +178,12 @@ class RandomWatch:
         Args:
             exact: whether to read all states, because something may have drawn from them since the last step.
         """
-        self._states |= {name: generator.read(self._device) for name, generator in _fast(self._device).items()}
+        for name, generator in self._fast:
+            self._states[name] = generator.read(self._device)
         self._exact = exact or self._drawing or self._exact_left > 0
         if self._exact:
             self._exact_left -= 1
-            for name, generator in _SLOW.items():
+            for name, generator in self._slow:
                 self._states[name] = generator.read(self._device)
                 self._marks[name] = generator.mark(self._device)
 
@@ -171,12 +194,11 @@ class RandomWatch:
             The states before the step, for :func:`restore_random_states`, of the generators that it has drawn from.
             Perhaps also those of Python and NumPy if something else has drawn from them since the step before.
         """
-        found = {
-            name: generator.pack(self._states[name])
-            for name, generator in _fast(self._device).items()
-            if generator.read(self._device) != self._states[name]
-        }
-        for name, generator in _SLOW.items():
+        found = {}
+        for name, generator in self._fast:
+            if generator.mark(self._device) != self._states[name]:
+                found[name] = generator.pack(self._states[name])
+        for name, generator in self._slow:
             changed = generator.mark(self._device) != self._marks[name]
             if changed or (self._exact and generator.read(self._device) != self._states[name]):
                 found[name] = generator.pack(self._states[name])
