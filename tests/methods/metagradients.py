@@ -35,14 +35,16 @@ def attribute(module: Any, directory: Path, trainer: L.Trainer, targets: Any = T
     return Metagradient(module, directory, **options).attribute(trainer, DATA, targets)
 
 
-def require_derivative(make: Callable[[], Net], scores: Tensor, options: dict[str, Any]) -> None:
+def require_derivative(
+    make: Callable[[], Net], scores: Tensor, options: dict[str, Any], targets: TensorDataset = TARGETS
+) -> None:
     """Compare the scores, along one direction of weights, with central differences of fourth order."""
 
     def at(distance: float) -> Tensor:
         module = make()
         module.weights = 1 + distance * STEP * DIRECTION
         train(module, DATA, **options)
-        return outputs(module)
+        return outputs(module, targets)
 
     expected = (8 * (at(1) - at(-1)) - (at(2) - at(-2))) / (12 * STEP)
     assert expected.norm() > 1e-3

@@ -11,7 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import BaseFinetuning
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
+from torch.utils.data import DataLoader, Subset, TensorDataset, WeightedRandomSampler
 
 from lightning_trak import Metagradient
 from lightning_trak.replay import OptimizerStep
@@ -27,7 +27,7 @@ from tests.methods.metagradients import (
     require_derivative,
     sgd,
 )
-from tests.replay.runs import Net, shuffled, train
+from tests.replay.runs import Net, make_data, shuffled, train
 
 # --- closed form --------------------------------------------------------------------------------------------------
 
@@ -218,3 +218,46 @@ def test_a_frozen_part_in_half_precision(tmp_path: Path) -> None:
             changed.append(other.configure_model_output().output(other.eval(), TARGETS.tensors).double())
     expected = (changed[1] - changed[0]) / 0.1
     assert (scores.double() @ DIRECTION - expected).norm() < 0.1 * expected.norm()
+
+
+@pytest.mark.parametrize("name", ["momentum", "amsgrad", "smooth adamw", "groups", "schedule"])
+def test_many_targets_are_as_each_alone(name: str, tmp_path: Path) -> None:
+    """For many targets, an elementwise update is a product with numbers. For one, autograd goes through it."""
+    # With clipping, the maximum of AMSGrad has a kink in reach of the finite differences.
+    options: dict[str, Any] = {} if name == "amsgrad" else {"gradient_clip_val": 0.4}
+    module, targets = Net(optimizer=OPTIMIZERS[name]), make_data(9, seed=5)
+    trainer = train(module, DATA, tmp_path, **options)
+    scores = attribute(module, tmp_path, trainer, targets)
+    alone = [attribute(module, tmp_path, trainer, Subset(targets, [number])) for number in (0, 4, 8)]
+    torch.testing.assert_close(scores[[0, 4, 8]], torch.cat(alone), rtol=1e-9, atol=1e-13)
+    require_derivative(lambda: Net(optimizer=OPTIMIZERS[name]), scores, options, targets)
+
+
+class Normalized(torch.optim.SGD):
+    """SGD along the direction of each gradient, so that the numbers of a tensor depend on each other."""
+
+    def step(self, closure: Any = None) -> Any:
+        with torch.enable_grad():
+            loss = closure() if closure else None
+        for parameter in self.param_groups[0]["params"]:
+            parameter.grad.div_(parameter.grad.norm())
+        super().step()
+        return loss
+
+
+def test_an_override_is_not_taken_for_elementwise(tmp_path: Path) -> None:
+    class NormalizedStep(SGDStep, optimizer=Normalized):
+        def update(self, parameter: Any, gradient: Any, kept: Any, group: Any) -> Any:
+            return super().update(parameter, gradient / gradient.norm(), kept, group)
+
+    def make() -> Net:
+        return Net(optimizer=lambda module: Normalized(module.parameters(), lr=0.1, momentum=0.9))
+
+    try:
+        assert SGDStep.elementwise
+        assert not NormalizedStep.elementwise
+        module, targets = make(), make_data(9, seed=5)
+        trainer = train(module, DATA, tmp_path)
+        require_derivative(make, attribute(module, tmp_path, trainer, targets), {}, targets)
+    finally:
+        OptimizerStep.known.pop(Normalized)

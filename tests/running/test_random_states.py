@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_trak.running.random_states import isolated_random_states
+from lightning_trak.running.random_states import RandomWatch, isolated_random_states, restore_random_states
 
 
 def draw():
@@ -30,3 +30,31 @@ def test_they_are_as_they_were(fails):
     except RuntimeError:
         assert fails
     assert draw() == expected
+
+
+DRAWS = {
+    "torch": lambda: float(torch.rand(())),
+    "numpy": np.random.rand,  # noqa: NPY002
+    "python": random.random,
+    "python, again": lambda: random.gauss(0, 1),  # a second number waits, and the 624 numbers do not change
+}
+
+
+@pytest.mark.parametrize("quick", [True, False])
+@pytest.mark.parametrize("name", DRAWS)
+def test_a_watch_notices_who_draws(name, quick, monkeypatch):
+    if not quick:  # as on an interpreter that keeps the state elsewhere
+        monkeypatch.setattr("lightning_trak.running.random_states._python_address", None)
+    with isolated_random_states():
+        random.gauss(0, 1)
+        watch, cpu = RandomWatch(torch.device("cpu")), torch.device("cpu")
+        for _ in range(40):  # longer than all states are read each time
+            watch.before()
+            assert watch.drawn() == {}
+        watch.before()
+        expected = DRAWS[name]()
+        states = watch.drawn()
+        assert list(states) == [name.partition(",")[0]]
+        DRAWS[name]()
+        restore_random_states(states, cpu)
+        assert DRAWS[name]() == expected
