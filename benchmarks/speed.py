@@ -22,6 +22,7 @@ from benchmarks.audit import audit
 from benchmarks.fleet import fleet
 from benchmarks.memory import MIB, fresh_peak
 from benchmarks.models import WORKLOADS, Precision, resnet9
+from benchmarks.one_run_cost import one_run
 from benchmarks.ours import K, featurizer, settings
 from benchmarks.peers import FEATURIZERS, SCORES, package_of
 from benchmarks.storage import scoring, topk
@@ -206,6 +207,7 @@ PARTS = {
     "topk": topk,
     "fleet": fleet,
     "audit": audit,
+    "one_run": one_run,
 }
 
 
@@ -219,7 +221,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--device", type=torch.device, default="cpu", help="cpu or cuda (parts batch, scoring)")
     parser.add_argument("--repetitions", type=int, default=5, help="rounds of alternating measurements")
-    parser.add_argument("--quick", action="store_true", help="fewer examples in the part featurize")
+    parser.add_argument("--quick", action="store_true", help="less work in the parts featurize and one_run")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)

@@ -4,8 +4,6 @@ import importlib.util
 import itertools
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from benchmarks.models import WORKLOADS, Workload
-from benchmarks.timing import Action, Row, Run, ratios, rows
+from benchmarks.timing import Action, Row, Run, on_threads, ratios, rows
 from lightning_trak import TRAK
 from lightning_trak.projections import KroneckerProjection, SparseProjection
 
@@ -37,7 +35,7 @@ def whole(run: Run) -> list[Row]:
     for threads in sorted({1, os.cpu_count() or 1}):
         for name, (examples, size) in (QUICK_SIZES if run.quick else SIZES).items():
             if name == "resnet9" or importlib.util.find_spec("transformers"):
-                with _threads(threads):
+                with on_threads(threads):
                     measured = _measure(run, WORKLOADS[name](size), examples)
                 prefix = f"{name}, {threads} thread{'s' * (threads > 1)}"
                 named = {f"{prefix}: {setting}": values for setting, values in measured.items()}
@@ -89,13 +87,3 @@ def _featurize(work: Workload, loader: DataLoader[Any], store: Path, options: di
         default_root_dir=store.parent,
     )
     TRAK(work.model, [work.model.state_dict()], store, output=work.output, **options).featurize(trainer, loader)
-
-
-@contextmanager
-def _threads(number: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -106,7 +106,7 @@ def _mark_python(device: torch.device) -> Any:
 
 
 def _find_python_state() -> int | None:
-    """The address of the state of Python's generator: a position and 624 numbers. None if it is not where CPython has it.
+    """The address of the state of Python's generator: a position and 624 numbers. None if CPython keeps it elsewhere.
 
     ``random.getstate`` makes 625 numbers, which takes long for the step of a small model.
     """

@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import ablations, damping, methods, one_run, second_stage, twins
+from benchmarks import ablations, damping, methods, one_run, one_run_cost, second_stage, twins
 from benchmarks import bytes as bytes_benchmark
 from benchmarks.methods import small
 from benchmarks.tasks import make_tasks
+from benchmarks.timing import Run
 from benchmarks.truth import Truth, outputs_of, retrain
 
 pytestmark = pytest.mark.slow
@@ -141,3 +142,13 @@ def test_twins(tmp_path):
     losses = {row["run"]: row["loss"] for row in found}
     assert losses["original"] < losses["lr x 0.3"] < losses["lr x 0.1"]
     assert all(row["run"] in (tmp_path / "twins.md").read_text() for row in found)
+
+
+def test_the_cost_of_one_run(tmp_path):
+    found = {row.name: row for row in one_run_cost.one_run(Run(tmp_path, 1, torch.device("cpu"), quick=True))}
+    for name in ("TrainingRecorder", "1 target", "5 targets", "1 target, with the check"):
+        assert found[f"1 thread: {name}"].value > 0
+    few, many = (found[f"{steps} steps: disk"] for steps in one_run_cost.QUICK_STEPS)
+    assert 0 < few.value < many.value  # more states
+    assert all(found[f"{steps} steps: memory of {what}"].value >= 0 for steps in (20, 80) for what in ("fit", "scores"))
+    assert not list(tmp_path.iterdir())

@@ -34,7 +34,7 @@ def test_they_are_as_they_were(fails):
 
 DRAWS = {
     "torch": lambda: float(torch.rand(())),
-    "numpy": np.random.rand,  # noqa: NPY002
+    "numpy": np.random.rand,
     "python": random.random,
     "python, again": lambda: random.gauss(0, 1),  # a second number waits, and the 624 numbers do not change
 }

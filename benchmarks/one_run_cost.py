@@ -1,0 +1,123 @@
+"""What a recorded run costs: to record it, and to differentiate it. Times in trainings; memory against its length."""
+
+import itertools
+import multiprocessing
+import os
+import tempfile
+from pathlib import Path
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset, TensorDataset
+
+from benchmarks.memory import MIB, peak_of
+from benchmarks.tasks import DigitsMLP, Task, make_tasks
+from benchmarks.timing import Action, Row, Run, on_threads, ratios, rows
+from benchmarks.truth import quiet
+from lightning_trak import Metagradient, TrainingRecorder
+from lightning_trak.outputs import ClassificationMargin
+from lightning_trak.replay import Recording
+
+TASK, TARGETS, QUICK_TARGETS = "written digits", 100, 5
+STEPS, QUICK_STEPS = (100, 1_000, 10_000), (20, 80)
+BATCH = 10
+
+
+def one_run(run: Run) -> list[Row]:
+    """Times on one thread and on all, and memory and disk for runs of several lengths."""
+    quiet()
+    found = []
+    for threads in [1] if run.quick else sorted({1, os.cpu_count() or 1}):
+        with on_threads(threads):
+            found += _times(run, make_tasks()[TASK], f"{threads} thread{'s' * (threads > 1)}")
+    for steps in QUICK_STEPS if run.quick else STEPS:
+        found += _sizes(run, steps)
+    return found
+
+
+def _fit(
+    model: L.LightningModule, loader: DataLoader[tuple[Tensor, ...]], epochs: int, *callbacks: L.Callback
+) -> L.Trainer:
+    torch.manual_seed(0)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=epochs,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=list(callbacks),
+    )
+    trainer.fit(model, loader)
+    return trainer
+
+
+def _times(run: Run, task: Task, name: str) -> list[Row]:
+    """Times as multiples of one training without a recorder."""
+    epochs, many = (1, QUICK_TARGETS) if run.quick else (task.max_epochs, TARGETS)
+    loader = DataLoader(task.train, batch_size=task.batch_size, shuffle=True)
+    with tempfile.TemporaryDirectory(dir=run.out) as folder:
+        directories = map(Path(folder).joinpath, map(str, itertools.count()))
+        recording, model = next(directories), task.make_module()
+        trainer = _fit(model, loader, epochs, TrainingRecorder(recording))
+
+        def attribute(count: int, check_smooth: bool = False) -> None:
+            method = Metagradient(model, recording, output=task.output, check_smooth=check_smooth, progress_bar=False)
+            method.attribute(trainer, loader, Subset(task.targets, range(count)))
+
+        def record() -> None:
+            _fit(task.make_module(), loader, epochs, TrainingRecorder(next(directories)))
+
+        actions: dict[str, Action] = {
+            "TrainingRecorder": record,
+            "1 target": lambda: attribute(1),
+            "1 target, with the check": lambda: attribute(1, check_smooth=True),
+            f"{many} targets": lambda: attribute(many),
+        }
+        measured = ratios(lambda: _fit(task.make_module(), loader, epochs), actions, run.repetitions)
+    steps = epochs * len(loader)
+    named = {f"{name}: {key}": values for key, values in measured.items()}
+    return rows("one_run", named, f"of a training of {steps} steps")
+
+
+def _sizes(run: Run, steps: int) -> list[Row]:
+    """Disk, and peak memory in a new process, for a run of a small model."""
+    context = multiprocessing.get_context("spawn")
+    answer: multiprocessing.SimpleQueue[tuple[int, int, int, int]] = context.SimpleQueue()
+    with tempfile.TemporaryDirectory(dir=run.out) as folder:
+        process = context.Process(target=_measure, args=(steps, Path(folder), answer))
+        process.start()
+        process.join()
+    if process.exitcode:
+        raise RuntimeError(f"measuring a run of {steps} steps failed with exit code {process.exitcode}")
+    fit, scores, disk, states = answer.get()
+    sizes = {"memory of fit": fit, "memory of scores": scores, "disk": disk}
+    return [
+        Row("one_run", f"{steps} steps: {name}", size / MIB, "MiB", note=f"{states} full states")
+        for name, size in sizes.items()
+    ]
+
+
+def _measure(steps: int, folder: Path, answer: "multiprocessing.SimpleQueue[tuple[int, int, int, int]]") -> None:
+    """Record and differentiate a run of so many steps. A short run goes before, to load code."""
+    quiet()
+    torch.set_num_threads(1)
+    generator = torch.Generator().manual_seed(0)
+    data = TensorDataset(torch.randn(100, 1, 8, 8, generator=generator), torch.arange(100) % 10)
+    loader, model = DataLoader(data, BATCH, shuffle=True), DigitsMLP()
+    epochs = -(-steps // len(loader))
+
+    def fit(epochs: int, directory: Path) -> None:
+        _fit(model, loader, epochs, TrainingRecorder(directory))
+
+    def attribute(directory: Path) -> None:
+        method = Metagradient(model, directory, output=ClassificationMargin(), check_smooth=False, progress_bar=False)
+        method.attribute(L.Trainer(accelerator="cpu", logger=False), loader, Subset(data, [0]))
+
+    fit(1, folder / "short")
+    attribute(folder / "short")
+    directory = folder / "run"
+    memory = peak_of(lambda: fit(epochs, directory)), peak_of(lambda: attribute(directory))
+    disk = sum(path.stat().st_size for path in directory.iterdir())
+    answer.put((*memory, disk, len(Recording(directory).state_steps)))
