@@ -19,8 +19,9 @@ RESULT_BYTES = 1 << 24
 class Products:
     """Multiplies cotangents by the derivative of outputs by inputs, in blocks.
 
-    Some operations of torch have a wrong derivative, or none, for many cotangents at once (GroupNorm in torch 2.13). So
-    where it is asked for, one product is also computed alone. If they differ, all are computed one after the other.
+    Some operations of torch have a wrong derivative, or none, for many cotangents at once (``F.group_norm`` in torch
+    2.13). So where it is asked for, one product is also computed alone. If they differ, all are computed one after the
+    other.
 
     Args:
         block: how many cotangents go through a graph at once; None: it follows from the first graph, see

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.evaluating import exact_attention, unchanged
+from lightning_trak.replay.group_norm import PlainGroupNorm
 from lightning_trak.replay.player import Player
 from lightning_trak.running.loading import load
 
@@ -30,8 +31,11 @@ def differentiable(player: Player) -> Iterator[None]:
         torch.compiler.set_stance("force_eager"),
         ExitStack() as stack,
     ):
-        if any(isinstance(part, nn.RNNBase) for part in player.module.modules()):
+        kinds = {type(part) for part in player.module.modules()}
+        if any(issubclass(kind, nn.RNNBase) for kind in kinds):
             stack.enter_context(cudnn.flags(enabled=False))
+        if any(issubclass(kind, nn.GroupNorm) for kind in kinds):
+            stack.enter_context(PlainGroupNorm())
         yield
 
 

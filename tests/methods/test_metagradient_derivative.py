@@ -9,13 +9,16 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+import torch.nn.functional as F
 from lightning.pytorch.callbacks import BaseFinetuning
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset, WeightedRandomSampler
 
 from lightning_trak import Metagradient
 from lightning_trak.replay import OptimizerStep
+from lightning_trak.replay.group_norm import PlainGroupNorm
 from lightning_trak.replay.optimizers.sgd import SGDStep
+from lightning_trak.replay.products import Products
 from tests.methods.metagradients import (
     DATA,
     DIRECTION,
@@ -24,6 +27,7 @@ from tests.methods.metagradients import (
     TARGETS,
     Linear,
     attribute,
+    layers,
     require_derivative,
     sgd,
 )
@@ -243,6 +247,40 @@ class Normalized(torch.optim.SGD):
             parameter.grad.div_(parameter.grad.norm())
         super().step()
         return loss
+
+
+class Functional(nn.Module):
+    """A layer that calls ``F.group_norm`` without a module for it."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return F.group_norm(inputs, 2)
+
+
+@pytest.mark.parametrize("net", ["group norm", "functional", "attention"])
+def test_which_layers_take_many_targets_at_once(net: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+
+    class Watched(Products):
+        def _audit(self, *args: Any) -> None:
+            super()._audit(*args)
+            found.append(self.batched)
+
+    monkeypatch.setattr("lightning_trak.replay.reverse.Products", Watched)
+    module = Net(NETS.get(net, lambda: layers(Functional())))
+    trainer = train(module, DATA, tmp_path)
+    scores = attribute(module, tmp_path, trainer)
+    torch.testing.assert_close(scores, attribute(module, tmp_path, trainer, block_size=1), rtol=1e-9, atol=1e-12)
+    assert found[0] or net == "functional"  # of which some versions of torch have a wrong second derivative
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (3, 4, 5), (3, 4, 2, 3)])
+def test_group_norm_is_torchs(shape: tuple[int, ...]) -> None:
+    inputs, weight, bias = torch.randn(shape).double(), torch.randn(4).double(), torch.randn(4).double()
+    for options in ({}, {"weight": weight}, {"weight": weight, "bias": bias, "eps": 0.1}):
+        expected = F.group_norm(inputs, 2, **options)
+        with PlainGroupNorm():
+            found = F.group_norm(inputs, 2, **options)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
 
 
 def test_an_override_is_not_taken_for_elementwise(tmp_path: Path) -> None:
