@@ -31,9 +31,8 @@ from examples.digits import LitDigits, make_data
 from lightning_trak import TRAK, LinearDatamodelingScore, Metagradient, TrainingRecorder, TRAKCallback
 from lightning_trak.methods import EKFACInfluence, ExactKernel, Method, TracIn
 from lightning_trak.outputs import CausalLMMargin, ClassificationMargin
-from lightning_trak.replay import Recording, SmoothAdamW
-from lightning_trak.retraining import random_subsets
-from lightning_trak.retraining.vectorized import StackedModules
+from lightning_trak.replay import SmoothAdamW
+from lightning_trak.retraining import RecordedFleet, random_removals, random_subsets
 
 FRACTIONS = (0.01, 0.05, 0.1, 0.5)
 TARGETS = 20
@@ -188,39 +187,21 @@ def fit(task: Task, seed: int, recording: Path, snapshots: Path | None = None) -
     return module
 
 
-def again(task: Task, recording: Path, losses: Callable[[nn.Module, Any], Tensor], kept: Tensor) -> Tensor:
+def again(
+    task: Task, module: nn.Module, recording: Path, losses: Callable[[nn.Module, Any], Tensor], kept: Tensor
+) -> Tensor:
     """Train the recorded run again, without some examples: bool ``(members, num_train)``.
 
     Returns:
         Outputs, ``(num_targets, members)``.
     """
-    record, module = Recording(recording), task.make_module()
-    record.state(0).load(module)
-    stack = StackedModules([module] * len(kept))
-    optimizer: Any = stack.stacked.configure_optimizers()  # type: ignore[operator]
-    data = task.train.tensors
-
-    def loss(member: nn.Module, batch: list[Tensor], weights: Tensor) -> Tensor:
-        return (weights * losses(member, batch)).mean()  # the denominator is the size of the whole batch
-
-    stack.stacked.train()
-    for step in range(record.num_steps):
-        (micro,) = record.record(step).micro_batches
-        positions = torch.as_tensor(micro.positions)
-        batch = [part[positions].expand(len(kept), *part[positions].shape) for part in data]
-        optimizer.zero_grad()
-        stack.map(loss, batch, kept[:, positions].float()).sum().backward()
-        optimizer.step()
-    stack.stacked.eval()
-    return stack.outputs(task.output, list(task.targets.tensors)).T
-
-
-def without(num_train: int, fraction: float, members: int) -> Tensor:
-    """Random sets of kept examples, bool ``(members, num_train)``."""
-    generator = torch.Generator().manual_seed(int(1000 * fraction))
-    removed = torch.stack([torch.randperm(num_train, generator=generator) for _ in range(members)])
-    kept = torch.ones(members, num_train, dtype=torch.bool)
-    return kept.scatter(1, removed[:, : max(1, round(fraction * num_train))], False)
+    with tempfile.TemporaryDirectory() as folder:
+        data, trainer = DataLoader(task.train), trainer_for(task)
+        fleet = RecordedFleet(
+            folder, module, recording, trainer, data, task.targets, kept, output=task.output, losses=losses
+        )
+        fleet.run(together=len(kept), progress_bar=False)
+        return fleet.outputs[..., 0]
 
 
 def results(task: Task, losses: Callable[[nn.Module, Any], Tensor], members: int, folder: Path) -> list[Result]:
@@ -232,8 +213,8 @@ def results(task: Task, losses: Callable[[nn.Module, Any], Tensor], members: int
     unit = time.process_time() - started
     truths = {}
     for fraction in FRACTIONS:
-        kept = without(len(task.train), fraction, members)
-        truths[f"this run, {fraction:.0%}"] = kept, again(task, folder / "first", losses, kept)
+        kept = random_removals(len(task.train), members, fraction)
+        truths[f"this run, {fraction:.0%}"] = kept, again(task, module, folder / "first", losses, kept)
     masks = random_subsets(len(task.train), 2 * members, seed=1)
     outputs = [outputs_of(task, masks, 1000 + seed * len(masks)) for seed in range(2)]
     truths["other seeds, halves"] = masks, torch.stack(outputs, 2)

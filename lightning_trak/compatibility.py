@@ -24,10 +24,12 @@ from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcess
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSource
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+from lightning_utilities.core.inheritance import get_all_subclasses
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_iter, tree_map
+from torch.utils.data import BatchSampler, DataLoader
 from typing_extensions import override
 
 __all__ = [
@@ -197,7 +199,24 @@ class _ChangedSource(_DataLoaderSource):
 
     @override
     def dataloader(self) -> Any:
-        return self._change(self.source.dataloader())
+        try:
+            return self._change(self.source.dataloader())
+        except BaseException:
+            _undo_loader_patch()
+            raise
+
+
+def _undo_loader_patch() -> None:
+    """Give classes of loaders their own methods back.
+
+    Lightning replaces these methods while it asks for loaders, and does not put them back after an error.
+    """
+    for base in (DataLoader, BatchSampler):
+        for kind in get_all_subclasses(base) | {base}:
+            for name in ("__init__", "__setattr__", "__delattr__"):
+                if f"__old{name}" in vars(kind):
+                    setattr(kind, name, vars(kind)[f"__old{name}"])
+                    delattr(kind, f"__old{name}")
 
 
 def change_train_loader(trainer: L.Trainer, change: Callable[[Any], Any]) -> None:

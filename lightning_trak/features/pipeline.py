@@ -106,7 +106,7 @@ class FeaturePipeline:
         Args:
             trainer: the Trainer that runs the work.
             data: the training data.
-            shard_size: examples per file if the store is new; None: about 1024.
+            shard_size: examples per file if the store is new; None: about 1024, or a quarter of the data.
             require_enough: called with the number of examples and the number of features; raises if there are too few
                 examples.
 

@@ -144,7 +144,8 @@ class FeatureMethod(Method):
             data: the training data: a DataLoader, map-style Dataset or LightningDataModule (its ``train_dataloader``).
                 Every item of the dataset is featurized once, in order. The loader's sampler is not used. Give data
                 without random augmentation.
-            shard_size: examples per file if the store is new. A rank does a whole file at a time. Default: about 1024.
+            shard_size: examples per file if the store is new. A rank does a whole file at a time. Default: about 1024,
+                or a quarter of the data if that is less.
 
         Raises:
             ValueError: if the store was made with other settings, an example's features are not finite, the strategy
@@ -264,12 +265,11 @@ class FeatureMethod(Method):
                 " device"
             )
         loaders, pipeline = as_loaders(data, "predict", trainer), self._pipeline()
-        refuse_spawning(trainer)
         model = pipeline.copy_model(trainer)
-        count = FeatureStore.read_manifest(self.store)["num_examples"]
-        columns = train_columns(train if is_positions(train) else None, question.get("train_groups"), count)
-        rows = target_rows(question, [len(cast(Any, loader.dataset)) for loader in loaders])
         store = pipeline.open_complete(model, trainer)
+        positions = train if is_positions(train) else None
+        columns = train_columns(positions, question.get("train_groups"), store.num_examples)
+        rows = target_rows(question, [len(cast(Any, loader.dataset)) for loader in loaders])
         scorer, datamodule = self.make_scorer(store), data if isinstance(data, L.LightningDataModule) else None
         if second is not None:
             second.require_possible(store, model.size)

@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
+from lightning_trak.metrics.functional import bootstrap_interval
 from lightning_trak.scoring.groups import Groups
-from lightning_trak.scoring.intervals import bootstrap_interval
 from lightning_trak.texts.tables import Cell, Table
 
 
@@ -23,11 +23,15 @@ def shares_table(shares: Tensor, groups: Groups, confidence: float = 0.95, seed:
         sizes sum to 1; 0 if all means are zero), and the mean per example.
 
     Raises:
-        ValueError: if there are fewer than two targets, or another number of groups.
+        ValueError: if there are fewer than two targets, another number of groups, or a score is not finite.
     """
     if shares.ndim != 2 or shares.shape[1] != len(groups):
         raise ValueError(f"expected scores of shape (num_targets, {len(groups)}), got {tuple(shares.shape)}")
-    low, high = bootstrap_interval(shares, confidence, seed=seed).tolist()
+    if len(shares) < 2:
+        raise ValueError(f"an interval over targets needs at least two targets, got {len(shares)}")
+    if not shares.isfinite().all():
+        raise ValueError("some scores are NaN or infinite; score again")
+    low, high = bootstrap_interval(shares.cpu().T, confidence, seed=seed).tolist()
     means = shares.cpu().double().mean(0)
     total = float(means.abs().sum()) or 1.0
     rows: list[tuple[Cell, ...]] = []

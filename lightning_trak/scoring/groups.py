@@ -55,11 +55,10 @@ class Groups:
                 f" {list(self.names)!r:.200}"
             )
         empty = [name for name in self.names if name not in present]
-        if empty or not present:
-            which = (
-                f"group {empty[0]!r} has" if empty else "there are no groups, as no example has a label; at least one"
-            )
-            raise ValueError(f"{which} no examples: leave it out of names" if empty else f"{which} is needed")
+        if empty:
+            raise ValueError(f"group {empty[0]!r} has no examples: leave it out of names")
+        if not present:
+            raise ValueError("there are no groups, as no example has a label; at least one is needed")
         self.numbers = torch.tensor([-1 if label is None else places[label] for label in given], dtype=torch.int64)
         self.weights = torch.ones(len(given), dtype=torch.float64)
         if weights is not None:

@@ -1,4 +1,5 @@
 import json
+import logging
 import math
 from dataclasses import replace
 
@@ -16,10 +17,12 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)
-def _threads():
-    before = torch.get_num_threads()
+def _as_before():
+    threads, logger = torch.get_num_threads(), logging.getLogger("lightning.pytorch")
+    level = logger.level
     yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(threads)
+    logger.setLevel(level)
 
 
 def test_every_method_is_measured(tmp_path):
@@ -70,7 +73,7 @@ def test_the_recorded_run_is_trained_again(number, tmp_path):
     module = one_run.fit(task, 0, tmp_path).eval()
     kept = torch.ones(2, len(task.train), dtype=torch.bool)
     kept[1, 0] = False
-    same, other = one_run.again(task, tmp_path, losses, kept).T
+    same, other = one_run.again(task, module, tmp_path, losses, kept).T
     with torch.no_grad():
         outputs = task.output.output(module, list(task.targets.tensors))
     torch.testing.assert_close(same, outputs, rtol=1e-3, atol=1e-4)

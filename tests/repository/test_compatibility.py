@@ -384,6 +384,23 @@ def test_a_trainer_uses_a_changed_loader():
     assert type(trainer.fit_loop._data_source) is source
 
 
+def test_a_refused_loader_leaves_the_class_of_loaders_as_it_was():
+    class Refusing(L.Callback):
+        def setup(self, trainer, module, stage):
+            def refuse(loader):
+                assert DataLoader.__init__ is not before[0]  # Lightning has replaced it
+                raise ValueError("refused")
+
+            compatibility.change_train_loader(trainer, refuse)
+
+    names = "__init__", "__setattr__", "__delattr__"
+    before = [getattr(DataLoader, name) for name in names]
+    with pytest.raises(ValueError, match="refused"):
+        make_trainer(max_epochs=1, callbacks=[Refusing()]).fit(make_model(), DataLoader(TRAIN, batch_size=25))
+    assert [getattr(DataLoader, name) for name in names] == before
+    assert not any("__old" in name for name in vars(DataLoader))
+
+
 # ---- They are used in one module alone ----
 
 

@@ -158,7 +158,7 @@ def test_each_checkpoint_has_the_curvature_of_its_own_examples(tmp_path, fleet):
         np.abs(reference(trak, trainer, torch.ones(2, N).bool(), 0.3) - expected).max() > 0.05 * np.abs(expected).max()
     )
     torch.testing.assert_close(trak.score(trainer, TARGETS), scores)  # from the Gram matrices that are kept
-    torch.testing.assert_close(torch.cat(trainer.predict(trak.scorer(), DataLoader(TARGETS, batch_size=2))), scores)
+    torch.testing.assert_close(torch.cat(trainer.predict(trak.scorer(), DataLoader(TARGETS, 2))), scores)
     # The same weights as models of all data share the features, but not the Gram matrices.
     states = [checkpoint.load() for checkpoint in trak.checkpoints]
     whole = make_trak(states, tmp_path, damping=0.3)

@@ -234,7 +234,7 @@ def test_trak_without_a_projection(tmp_path):
     features = [part.features for part in trak.target_features(trainer, TARGETS)]
     store = FeatureStore(tmp_path / "store", FeatureStore.read_manifest(tmp_path / "store")["identity"], 20)
     assert_close(scores, reference(store, features, "gauss_newton", "auto"))
-    batches = trainer.predict(trak.scorer(), torch.utils.data.DataLoader(TARGETS, batch_size=4))
+    batches = trainer.predict(trak.scorer(), torch.utils.data.DataLoader(TARGETS, 4))
     assert_close(torch.cat(batches), scores.double(), 1e-5)
     top = trak.score(trainer, TARGETS, top_k=3)
     assert torch.equal(top.values, scores.topk(3).values)

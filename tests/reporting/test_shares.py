@@ -1,4 +1,4 @@
-"""The bootstrap over targets, against SciPy's."""
+"""Shares of groups, and their intervals against SciPy's bootstrap."""
 
 import pytest
 import torch
@@ -6,31 +6,32 @@ from scipy.stats import bootstrap
 
 from lightning_trak.reporting.shares import shares_table
 from lightning_trak.scoring import Groups
-from lightning_trak.scoring.intervals import bootstrap_interval
 
 
-def test_it_is_that_of_scipy():
+def test_intervals_are_those_of_scipy():
     scores = torch.randn(40, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    low, high = bootstrap_interval(scores, 0.9, resamples=5000)
+    groups = Groups([0, 1, 2])
     found = bootstrap(
         (scores.numpy(),), lambda x, axis: x.mean(axis), axis=0, confidence_level=0.9, method="percentile"
     )
-    for mine, theirs in ((low, found.confidence_interval.low), (high, found.confidence_interval.high)):
+    rows = sorted(shares_table(scores, groups, 0.9).rows)
+    for column, theirs in ((3, found.confidence_interval.low), (4, found.confidence_interval.high)):
+        mine = torch.tensor([float(row[column]) for row in rows], dtype=torch.float64)
         torch.testing.assert_close(mine, torch.from_numpy(theirs), rtol=0, atol=0.02)
-    assert torch.equal(bootstrap_interval(scores, seed=3), bootstrap_interval(scores, seed=3))
+    assert shares_table(scores, groups, seed=3).rows == shares_table(scores, groups, seed=3).rows
 
 
 @pytest.mark.parametrize(
-    ("arguments", "error"),
+    ("scores", "confidence", "error"),
     [
-        ((torch.ones(1, 3),), "at least two targets"),
-        ((torch.ones(3, 3), 1.0), "between 0 and 1"),
-        ((torch.tensor([[1.0], [float("nan")]]),), "NaN or infinite"),
+        (torch.ones(1, 3), 0.95, "at least two targets"),
+        (torch.ones(3, 3), 1.0, "between 0 and 1"),
+        (torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, float("nan")]]), 0.95, "NaN or infinite"),
     ],
 )
-def test_what_is_refused(arguments, error):
+def test_what_is_refused(scores, confidence, error):
     with pytest.raises(ValueError, match=error):
-        bootstrap_interval(*arguments)
+        shares_table(scores, Groups([0, 1, 2]), confidence)
 
 
 def test_the_table_of_shares():
