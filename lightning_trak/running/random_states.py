@@ -3,7 +3,6 @@
 import ctypes
 import random
 import struct
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -99,24 +98,6 @@ def _read_python(device: torch.device) -> tuple[Any, ...]:
     return random.getstate()
 
 
-def _mark_python(device: torch.device) -> Any:
-    if _python_address is None:
-        return _read_python(device)
-    return ctypes.string_at(_python_address, _MERSENNE_TWISTER), _python_generator.gauss_next
-
-
-def _find_python_state() -> int | None:
-    """The address of the state of Python's generator: a position and 624 numbers. None if CPython keeps it elsewhere.
-
-    ``random.getstate`` makes 625 numbers, which takes long for the step of a small model.
-    """
-    if sys.implementation.name != "cpython":
-        return None
-    address = id(_python_generator) + object.__basicsize__
-    position, *numbers = struct.unpack("=i624I", ctypes.string_at(address, _MERSENNE_TWISTER))
-    return address if _python_generator.getstate()[1] == (*numbers, position) else None
-
-
 def _pack_python(state: tuple[Any, ...]) -> Tensor:
     version, numbers, gauss = state
     return _tensor(_PYTHON.pack(version, *numbers, gauss is not None, gauss or 0.0))
@@ -141,15 +122,13 @@ def _tensor(content: bytes) -> Tensor:
     return torch.frombuffer(bytearray(content), dtype=torch.uint8)
 
 
-_python_generator: Any = random.getstate.__self__  # type: ignore[attr-defined]
-_python_address = _find_python_state()
 _FAST = {
     "torch": _Generator(_read_torch, _read_torch, _tensor, _restore_torch),
     "cuda": _Generator(_read_cuda, _read_cuda, _tensor, _restore_cuda),
 }
 _SLOW = {
     "numpy": _Generator(_read_numpy, _mark_numpy, _pack_numpy, _restore_numpy),
-    "python": _Generator(_read_python, _mark_python, _pack_python, _restore_python),
+    "python": _Generator(_read_python, _read_python, _pack_python, _restore_python),
 }
 
 

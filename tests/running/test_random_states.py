@@ -40,11 +40,8 @@ DRAWS = {
 }
 
 
-@pytest.mark.parametrize("quick", [True, False])
 @pytest.mark.parametrize("name", DRAWS)
-def test_a_watch_notices_who_draws(name, quick, monkeypatch):
-    if not quick:  # as on an interpreter that keeps the state elsewhere
-        monkeypatch.setattr("lightning_trak.running.random_states._python_address", None)
+def test_a_watch_notices_who_draws(name):
     with isolated_random_states():
         random.gauss(0, 1)
         watch, cpu = RandomWatch(torch.device("cpu")), torch.device("cpu")
