@@ -69,8 +69,8 @@ class ExactKernel(FeatureMethod):
     def __init__(
         self,
         model: nn.Module,
-        checkpoints: Checkpoints,
-        store: str | Path,
+        checkpoints: Checkpoints | None = None,
+        store: str | Path | None = None,
         *,
         output: ModelOutput | None = None,
         curvature: Curvature = "gauss_newton",

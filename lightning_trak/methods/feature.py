@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from typing_extensions import Unpack, override
 
-from lightning_trak.checkpoints.reading import CheckpointSource, masks_of, resolve_checkpoints
+from lightning_trak.checkpoints.of_model import checkpoints_of
+from lightning_trak.checkpoints.reading import CheckpointSource, masks_of
 from lightning_trak.checks import positive
 from lightning_trak.compatibility import original_module
 from lightning_trak.features.dtypes import Dtype, feature_dtype
@@ -67,8 +68,8 @@ class FeatureMethod(Method):
     def __init__(
         self,
         model: nn.Module,
-        checkpoints: Checkpoints,
-        store: str | Path,
+        checkpoints: Checkpoints | None = None,
+        store: str | Path | None = None,
         *,
         output: ModelOutput | None = None,
         projection: Projection | None = None,
@@ -81,9 +82,11 @@ class FeatureMethod(Method):
     ) -> None:
         self.model = original_module(model)
         self.output = trained_output(self.model, output)
-        self.checkpoints = resolve_checkpoints(checkpoints, weights_only=weights_only)
+        self.checkpoints = checkpoints_of(self.model, checkpoints, weights_only)
         self._used_masks = masks_of(self.checkpoints)
         self._contents = Contents(self.checkpoints)
+        if store is None:
+            raise TypeError(f'{type(self).__name__} keeps features on disk: say where, such as store="run/features"')
         self.store = local_directory(store, "store")
         self.parameters = parameters
         # At 8 KiB an example, many features of few bits lose less than fewer of more bits: docs/faithfulness.md.

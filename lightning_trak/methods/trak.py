@@ -37,10 +37,12 @@ class TRAK(FeatureMethod):
     Args:
         model: the trained model; a LightningModule with :class:`~lightning_trak.AttributionMixin`, or any module when
             ``output`` is given.
-        checkpoints: a snapshot directory, or a list of snapshot directories, state dicts, safetensors files and
-            Lightning ``.ckpt`` paths. Scores are averaged over them. Members of a fleet, see
-            :func:`~lightning_trak.retraining.split_fleet`, have curvatures of the examples that each has seen.
-        store: directory of the features, on a disk that all ranks see.
+        checkpoints: a directory of :class:`~lightning_trak.TRAKCallback`, of Lightning's ModelCheckpoint or of a
+            Hugging Face Trainer; a safetensors, ``.ckpt`` or ``.pt`` file; a state dict; or a list of these. Scores are
+            averaged over them. Members of a fleet, see :func:`~lightning_trak.retraining.split_fleet`, have curvatures
+            of the examples that each has seen. Default: the weights that the model has. If these change, the store is
+            refused.
+        store: directory of the features, on a disk that all ranks see. It must be given.
         output: the scalar output to attribute; default: the model's ``configure_model_output()``.
         projection: what compresses gradients; default: :class:`~lightning_trak.projections.SparseProjection` to 16,384
             features, which take 8 KiB in 4 bits.
@@ -73,8 +75,8 @@ class TRAK(FeatureMethod):
     def __init__(
         self,
         model: nn.Module,
-        checkpoints: Checkpoints,
-        store: str | Path,
+        checkpoints: Checkpoints | None = None,
+        store: str | Path | None = None,
         *,
         output: ModelOutput | None = None,
         projection: Projection | None = None,
@@ -115,8 +117,8 @@ class TRAK(FeatureMethod):
     def paper(
         cls,
         model: nn.Module,
-        checkpoints: Checkpoints,
-        store: str | Path,
+        checkpoints: Checkpoints | None = None,
+        store: str | Path | None = None,
         **options: Any,
     ) -> "TRAK":
         """TRAK as published (arXiv 2303.14186): a Gaussian projection, no curvature, no damping, Q averaged apart.

@@ -8,7 +8,8 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from lightning_trak.checkpoints.reading import CheckpointsLike, masks_of, resolve_checkpoints
+from lightning_trak.checkpoints.of_model import checkpoints_of
+from lightning_trak.checkpoints.reading import CheckpointsLike, masks_of
 from lightning_trak.compatibility import original_module
 from lightning_trak.features.model import ModelCopy
 from lightning_trak.gradients import ParameterSelection
@@ -54,7 +55,7 @@ class Influence(Method):
     def __init__(
         self,
         model: nn.Module,
-        checkpoints: CheckpointsLike,
+        checkpoints: CheckpointsLike | None = None,
         *,
         output: ModelOutput | None = None,
         parameters: ParameterSelection = None,
@@ -63,7 +64,7 @@ class Influence(Method):
     ) -> None:
         self.model = original_module(model)
         self.output = trained_output(self.model, output)
-        self.checkpoints = resolve_checkpoints(checkpoints, weights_only=weights_only)
+        self.checkpoints = checkpoints_of(self.model, checkpoints, weights_only)
         if masks_of(self.checkpoints) is not None:
             raise ValueError(
                 f"{type(self).__name__} takes the curvature from all training examples, but the models of some"
