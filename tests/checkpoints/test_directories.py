@@ -77,7 +77,9 @@ def test_files_of_one_step_count_once_if_they_are_the_same(tmp_path: Path) -> No
 def test_two_runs_in_one_directory_are_refused(tmp_path: Path) -> None:
     save(tmp_path / "epoch=0-step=10.ckpt", A, 10)
     save(tmp_path / "epoch=0-step=10-v1.ckpt", B, 10)
-    with pytest.raises(ValueError, match=r'"epoch=0-step=10-v1\.ckpt" and "epoch.*of step 10, with other weights.*list'):
+    with pytest.raises(
+        ValueError, match=r'"epoch=0-step=10-v1\.ckpt" and "epoch.*of step 10, with other weights.*list'
+    ):
         resolve_checkpoints(tmp_path)
 
 

@@ -67,7 +67,6 @@ def test_a_part_of_the_model_gets_the_names_of_the_whole(tmp_path):
     Original(copy).load(weights, found.name)
     assert torch.equal(copy.model.head.weight, part.embedding.weight)
     assert not torch.equal(model.model.head.weight, part.embedding.weight)  # the user's model is left alone
-    assert set(checkpoints_of(torch.compile(model), folder)[0].load()) == set(weights)
 
 
 def test_the_whole_model_keeps_its_names(tmp_path):
