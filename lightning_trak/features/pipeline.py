@@ -100,7 +100,7 @@ class FeaturePipeline:
         return model
 
     def featurize(
-        self, trainer: L.Trainer, data: Data, shard_size: int | None, require_enough: Callable[[int, int], None]
+        self, trainer: L.Trainer, data: Data | None, shard_size: int | None, require_enough: Callable[[int, int], None]
     ) -> None:
         """Store the features of the training set at every checkpoint. An interrupted call is continued.
 

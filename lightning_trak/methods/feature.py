@@ -25,6 +25,7 @@ from lightning_trak.projections import Projection, SparseProjection
 from lightning_trak.running.data import Data, single_loader
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.running.strategies import refuse_spawning
+from lightning_trak.running.trainers import trainer_of
 from lightning_trak.scoring.predict import ScoreModule
 from lightning_trak.storage.paths import local_directory
 
@@ -92,12 +93,16 @@ class FeatureMethod(ScoredMethod):
         """Raise if the scorer needs more training examples than there are. By default any number is enough."""
 
     @override
-    def featurize(self, trainer: L.Trainer, data: Data, shard_size: int | None = None) -> None:
+    def featurize(
+        self, trainer: L.Trainer | None = None, data: Data | None = None, shard_size: int | None = None
+    ) -> None:
         """Compute and store the features of the training set at every checkpoint. An interrupted call is continued.
 
         Args:
             trainer: a Trainer whose strategy keeps the whole model on each rank (one device, DDP), or shards it with
-                FSDP2 (``ModelParallelStrategy``).
+                FSDP2 (``ModelParallelStrategy``). None: one on a single device, see
+                :func:`~lightning_trak.running.trainers.trainer_of`; then give the data by name:
+                ``featurize(data=train_loader)``.
             data: the training data: a DataLoader, map-style Dataset or LightningDataModule (its ``train_dataloader``).
                 Every item of the dataset is featurized once, in order. The loader's sampler is not used. Give data
                 without random augmentation.
@@ -108,10 +113,10 @@ class FeatureMethod(ScoredMethod):
             ValueError: if the store was made with other settings, an example's features are not finite, the strategy
                 splits the model in another way, or it shards a model that hooks do not cover.
         """
-        self._pipeline().featurize(trainer, data, shard_size, self._require_enough)
+        self._pipeline().featurize(trainer_of(trainer), data, shard_size, self._require_enough)
         self._train = data
 
-    def target_features(self, trainer: L.Trainer, data: Data) -> list[Features]:
+    def target_features(self, trainer: L.Trainer | None = None, data: Data | None = None) -> list[Features]:
         """The features of targets, projected like those of the store. :meth:`score` compares the two.
 
         Args:
@@ -127,6 +132,7 @@ class FeatureMethod(ScoredMethod):
             RuntimeError: if featurizing is not complete.
             ValueError: if the store was made with other settings.
         """
+        trainer = trainer_of(trainer)
         loader, pipeline = single_loader(data, "predict", trainer), self._pipeline()
         model = pipeline.copy_model(trainer)
         store = pipeline.open_complete(model, trainer)
@@ -135,7 +141,7 @@ class FeatureMethod(ScoredMethod):
         (features,) = pipeline.target_features(trainer, loader, [examples], model, store, datamodule)
         return list(features)
 
-    def self_influence(self, trainer: L.Trainer) -> Tensor:
+    def self_influence(self, trainer: L.Trainer | None = None) -> Tensor:
         """The score of each training example for itself, computed only from the stored features.
 
         It is the diagonal of ``score(trainer, train)``. Examples with a high self-influence are learned on their own,
@@ -155,6 +161,7 @@ class FeatureMethod(ScoredMethod):
             RuntimeError: if featurizing is not complete.
             ValueError: if the store was made with other settings, or a Gram matrix is singular.
         """
+        trainer = trainer_of(trainer)
         refuse_spawning(trainer)
         pipeline, ranks = self._pipeline(), Ranks.of(trainer)
         scorer = self.make_scorer(pipeline.open(pipeline.copy_model(), trainer))

@@ -23,6 +23,7 @@ from lightning_trak.outputs.mixin import target_output
 from lightning_trak.running.data import Data, as_loaders
 from lightning_trak.running.loaders import holds_several
 from lightning_trak.running.strategies import require_whole_parameters, shards_model
+from lightning_trak.running.trainers import trainer_of
 from lightning_trak.scoring.base import Scorer, Scores
 from lightning_trak.scoring.targets import Kept, score_targets
 from lightning_trak.scoring.topk import BothEnds, TopK
@@ -36,7 +37,9 @@ class ScoredMethod(Method):
     _train: Data | None  # what featurize got last
 
     @abstractmethod
-    def featurize(self, trainer: L.Trainer, data: Data, shard_size: int | None = None) -> None:
+    def featurize(
+        self, trainer: L.Trainer | None = None, data: Data | None = None, shard_size: int | None = None
+    ) -> None:
         """Compute and store the features of the training set."""
 
     @abstractmethod
@@ -61,7 +64,9 @@ class ScoredMethod(Method):
     def _require_trainer(self, trainer: L.Trainer) -> None:
         """Raise if the Trainer cannot run this method. By default any can."""
 
-    def attribute(self, trainer: L.Trainer, train: Data, targets: Data) -> Tensor:
+    def attribute(
+        self, trainer: L.Trainer | None = None, train: Data | None = None, targets: Data | None = None
+    ) -> Tensor:
         """Call :meth:`featurize`, which does nothing if the store is complete, and then :meth:`score`.
 
         Args:
@@ -72,6 +77,7 @@ class ScoredMethod(Method):
         Returns:
             On every rank a CPU Tensor ``(num_targets, num_train)``.
         """
+        trainer = trainer_of(trainer)
         self.featurize(trainer, train)
         scores = self.score(trainer, targets)
         if not isinstance(scores, Tensor):
@@ -81,8 +87,8 @@ class ScoredMethod(Method):
     @overload
     def score(
         self,
-        trainer: L.Trainer,
-        data: Data,
+        trainer: L.Trainer | None = None,
+        data: Data | None = None,
         top_k: None = None,
         largest: bool | None = True,
         rescore: None = None,
@@ -93,8 +99,9 @@ class ScoredMethod(Method):
     @overload
     def score(
         self,
-        trainer: L.Trainer,
-        data: Data,
+        trainer: L.Trainer | None = None,
+        data: Data | None = None,
+        *,
         top_k: int,
         largest: bool = True,
         rescore: int | None = None,
@@ -105,8 +112,9 @@ class ScoredMethod(Method):
     @overload
     def score(
         self,
-        trainer: L.Trainer,
-        data: Data,
+        trainer: L.Trainer | None = None,
+        data: Data | None = None,
+        *,
         top_k: int,
         largest: None,
         rescore: int | None = None,
@@ -117,8 +125,8 @@ class ScoredMethod(Method):
     @overload
     def score(
         self,
-        trainer: L.Trainer,
-        data: Data | Sequence[DataLoader[Any]],
+        trainer: L.Trainer | None = None,
+        data: Data | Sequence[DataLoader[Any]] | None = None,
         top_k: int | None = None,
         largest: bool | None = True,
         rescore: int | None = None,
@@ -128,8 +136,8 @@ class ScoredMethod(Method):
 
     def score(
         self,
-        trainer: L.Trainer,
-        data: Data | Sequence[DataLoader[Any]],
+        trainer: L.Trainer | None = None,
+        data: Data | Sequence[DataLoader[Any]] | None = None,
         top_k: int | None = None,
         largest: bool | None = True,
         rescore: int | None = None,
@@ -141,7 +149,7 @@ class ScoredMethod(Method):
         The first lines of the method's class say what a positive score means, and in which unit scores are.
 
         Args:
-            trainer: as for :meth:`featurize`. The strategy must not spawn its processes.
+            trainer: as for :meth:`featurize`, and None likewise. The strategy must not spawn its processes.
             data: the targets: a DataLoader, a sequence of them, a map-style Dataset or a LightningDataModule (its
                 ``predict_dataloader``).
             top_k: keep only this many training examples for each target. The full matrix is then never in memory.
@@ -175,6 +183,7 @@ class ScoredMethod(Method):
             raise ValueError(f"top_k must be at least 1, got {top_k}")
         if top_k is None and largest is None:
             raise ValueError("largest=None keeps both ends of the scores: say how many of each with top_k=")
+        trainer = trainer_of(trainer)
         self._require_trainer(trainer)
         if rescore is not None and (question or largest is None):
             wrong = next(iter(question), "largest=None").removesuffix("=None")

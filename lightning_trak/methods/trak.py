@@ -19,6 +19,7 @@ from lightning_trak.outputs import ModelOutput
 from lightning_trak.projections import GaussianProjection, Projection
 from lightning_trak.running.data import Data
 from lightning_trak.running.ranks import Ranks
+from lightning_trak.running.trainers import trainer_of
 from lightning_trak.scoring.damping import Damping, require_damping
 from lightning_trak.scoring.gram import Curvature
 from lightning_trak.scoring.trak import LossGradients, TRAKScorer
@@ -138,7 +139,12 @@ class TRAK(FeatureMethod):
             options["projection"] = GaussianProjection(2048)
         return cls(model, checkpoints, store, **(published | options))
 
-    def score_dampings(self, trainer: L.Trainer, data: Data, dampings: Sequence[Damping]) -> dict[Damping, Tensor]:
+    def score_dampings(
+        self,
+        trainer: L.Trainer | None = None,
+        data: Data | None = None,
+        dampings: Sequence[Damping] = (),
+    ) -> dict[Damping, Tensor]:
         """The scores at several dampings, from one pass over the targets.
 
         :func:`~lightning_trak.retraining.tune` chooses among them, where models were retrained. The features of all
@@ -162,6 +168,7 @@ class TRAK(FeatureMethod):
             raise ValueError(f"expected a sequence of dampings, got {dampings!r}")
         for damping in dampings:
             require_damping(damping)
+        trainer = trainer_of(trainer)
         features, pipeline = self.target_features(trainer, data), self._pipeline()
         store, ranks = pipeline.open(pipeline.copy_model(), trainer), Ranks.of(trainer)
         results: dict[Damping, Tensor] = {}

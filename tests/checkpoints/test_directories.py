@@ -175,7 +175,7 @@ def test_a_model_in_parts(tmp_path: Path, kind: str) -> None:
     with pytest.raises(FileNotFoundError, match=f'lacks 1 of the 2 parts in {path.name}, the first is "{files[1]}"'):
         resolve_checkpoints(tmp_path)
     write({"other": A["bias"]}, tmp_path / files[1])
-    with pytest.raises(ValueError, match="lacks bias, which .*index.json places there"):
+    with pytest.raises(ValueError, match=r"lacks bias, which .*index\.json places there"):
         resolve_checkpoints(tmp_path)[0].load()
 
 

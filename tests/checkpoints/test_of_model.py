@@ -43,7 +43,7 @@ def test_current_weights_are_those_of_the_time_of_reading():
 
 
 def test_current_weights_without_content_are_refused():
-    with pytest.raises(TypeError, match="current weights must map names to dense tensors, .*meta device"):
+    with pytest.raises(TypeError, match=r"current weights must map names to dense tensors, .*meta device"):
         checkpoints_of(nn.Linear(2, 1, device="meta"), None)[0].load()
     with pytest.raises(ValueError, match="current weights is empty"):
         checkpoints_of(nn.ReLU(), None)[0].load()

@@ -23,6 +23,7 @@ from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import target_output, trained_output
 from lightning_trak.running.data import Data
 from lightning_trak.running.strategies import require_whole_parameters
+from lightning_trak.running.trainers import trainer_of
 
 # Gradients of this many bytes are preconditioned at a time; solvers hold a few copies.
 TARGET_BYTES = 1 << 29
@@ -85,13 +86,19 @@ class Influence(Method):
     def _selection(self) -> ParameterSelection:
         return self.parameters
 
-    def attribute(self, trainer: L.Trainer, train: Data, targets: Data, output: ModelOutput | None = None) -> Tensor:
+    def attribute(
+        self,
+        trainer: L.Trainer | None = None,
+        train: Data | None = None,
+        targets: Data | None = None,
+        output: ModelOutput | None = None,
+    ) -> Tensor:
         """Score every target against every training example.
 
         Args:
-            trainer: any Trainer whose strategy keeps the model whole. Its device is used. ``precision="64-true"``
-                computes everything in float64, any other precision in float32 (float64 where weights are): the inverse
-                of a Hessian would drown in the rounding of half precision, mixed or true.
+            trainer: any Trainer whose strategy keeps the model whole; None: one on a single device. Its device is used.
+                ``precision="64-true"`` computes everything in float64, any other precision in float32 (float64 where
+                weights are): the inverse of a Hessian would drown in the rounding of half precision, mixed or true.
             train: the training data, without random augmentation. They are loaded several times.
             targets: the targets.
             output: of the targets, if it is another one than that of the training examples.
@@ -106,6 +113,7 @@ class Influence(Method):
                 and gradients of two training examples and two targets, drawn by the seed at each checkpoint, are
                 compared with those of each alone by autograd.
         """
+        trainer = trainer_of(trainer)
         require_whole_parameters(trainer)
         asked = target_output(output, self.output)
         train_set, target_set = Examples(train, "fit", trainer), Examples(targets, "predict", trainer)

@@ -72,7 +72,13 @@ class InfluenceFunction(Influence):
         self.damping = require_damping(damping)
         self.convergence: list[Convergence] = []
 
-    def attribute(self, trainer: L.Trainer, train: Data, targets: Data, output: ModelOutput | None = None) -> Tensor:
+    def attribute(
+        self,
+        trainer: L.Trainer | None = None,
+        train: Data | None = None,
+        targets: Data | None = None,
+        output: ModelOutput | None = None,
+    ) -> Tensor:
         """Score every target against every training example, see :meth:`Influence.attribute`."""
         self.convergence = []
         return super().attribute(trainer, train, targets, output)
