@@ -16,6 +16,7 @@ from lightning_trak.features.store import FeatureStore
 from lightning_trak.methods.base import Method
 from lightning_trak.methods.examples import Examples
 from lightning_trak.methods.influence.passes import Passes, without_gradients
+from lightning_trak.methods.predictions import with_predictions
 from lightning_trak.methods.questions import Positions, Question, is_positions, target_rows, train_columns
 from lightning_trak.methods.rescoring import ExactScores, SecondStage
 from lightning_trak.outputs import ModelOutput
@@ -206,10 +207,12 @@ class ScoredMethod(Method):
         scorer, datamodule = self.make_scorer(store), data if isinstance(data, L.LightningDataModule) else None
         if second is not None:
             second.require_possible(store, model.size)
+        targets = [Examples(loader, "predict", trainer, datamodule) for loader in loaders]
+        targets = [with_predictions(trainer, each, pipeline.copy_model(trainer), output) for each in targets]
         results: Sequence[Scores] = [
             score_targets(
                 trainer,
-                loader,
+                each.loader,
                 pipeline,
                 model,
                 store,
@@ -218,12 +221,11 @@ class ScoredMethod(Method):
                 Kept(rescore or top_k, largest, sums, None if columns is None else columns.sums),
                 output,
             )
-            for loader, sums in zip(loaders, rows, strict=True)
+            for each, sums in zip(targets, rows, strict=True)
         ]
         if columns is not None:
             results = [columns.named(result) for result in results]
         if second is not None:
-            targets = [Examples(loader, "predict", trainer, datamodule) for loader in loaders]
             with without_gradients():
                 own, settings = pipeline.copy_model(trainer), self.settings
                 passes = Passes(own, settings.seed, trainer, second.train, settings.engine)

@@ -19,6 +19,7 @@ from lightning_trak.methods.influence.audit import audit
 from lightning_trak.methods.influence.passes import Passes, without_gradients
 from lightning_trak.methods.influence.products import gradient_products
 from lightning_trak.methods.influence.solvers import InverseProduct
+from lightning_trak.methods.predictions import with_predictions
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import target_output, trained_output
 from lightning_trak.running.data import Data
@@ -117,8 +118,11 @@ class Influence(Method):
         require_whole_parameters(trainer)
         asked = target_output(output, self.output)
         train_set, target_set = Examples(train, "fit", trainer), Examples(targets, "predict", trainer)
+        digests = [checkpoint.fingerprint() for checkpoint in self.checkpoints]
+        target_set = with_predictions(
+            trainer, target_set, ModelCopy(self.model, self.output, self.checkpoints, digests), asked
+        )
         with without_gradients():
-            digests = [checkpoint.fingerprint() for checkpoint in self.checkpoints]
             model = ModelCopy(self.model, self.output, self.checkpoints, digests, self._selection())
             passes = Passes(model, self.seed, trainer, train_set)
             passes.agreement = self._agreement(passes)
