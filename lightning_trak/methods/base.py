@@ -25,11 +25,14 @@ class Method(ABC):
         return None
 
     @abstractmethod
-    def attribute(self, trainer: L.Trainer, train: Data, targets: Data) -> Tensor:
+    def attribute(
+        self, trainer: L.Trainer | None = None, train: Data | None = None, targets: Data | None = None
+    ) -> Tensor:
         """Score every target against every training example.
 
         Args:
-            trainer: any Trainer, which is left as it was.
+            trainer: any Trainer, which is left as it was. None: one on a single device, see
+                :func:`~lightning_trak.running.trainers.trainer_of`.
             train: the training data, in the order of the scores' columns, whatever its sampler does.
             targets: the targets, in the order of the scores' rows.
 

@@ -21,8 +21,8 @@ class _GradientMethod(FeatureMethod):
     def __init__(
         self,
         model: nn.Module,
-        checkpoints: Checkpoints,
-        store: str | Path,
+        checkpoints: Checkpoints | None,
+        store: str | Path | None,
         learning_rates: LearningRates | None,
         effect_on: EffectOn,
         **options: Unpack[FeatureOptions],
@@ -74,8 +74,8 @@ class GradientDot(_GradientMethod):
     def __init__(
         self,
         model: nn.Module,
-        checkpoints: Checkpoints,
-        store: str | Path,
+        checkpoints: Checkpoints | None = None,
+        store: str | Path | None = None,
         *,
         effect_on: EffectOn = "loss",
         **options: Unpack[FeatureOptions],
@@ -114,8 +114,8 @@ class TracIn(_GradientMethod):
     def __init__(
         self,
         model: nn.Module,
-        checkpoints: Checkpoints,
-        store: str | Path,
+        checkpoints: Checkpoints | None = None,
+        store: str | Path | None = None,
         *,
         learning_rates: LearningRates = "snapshots",
         effect_on: EffectOn = "loss",
@@ -150,8 +150,8 @@ class GradientCosine(_GradientMethod):
     def __init__(
         self,
         model: nn.Module,
-        checkpoints: Checkpoints,
-        store: str | Path,
+        checkpoints: Checkpoints | None = None,
+        store: str | Path | None = None,
         *,
         learning_rates: LearningRates | None = None,
         effect_on: EffectOn = "loss",

@@ -24,6 +24,7 @@ from lightning_trak.replay.smoothness import SMOOTH_VALUE, advice, quick_value
 from lightning_trak.running.data import Data
 from lightning_trak.running.random_states import isolated_random_states
 from lightning_trak.running.strategies import require_whole_parameters
+from lightning_trak.running.trainers import trainer_of
 
 
 class Metagradient(Method):
@@ -112,12 +113,18 @@ class Metagradient(Method):
         self.check_smooth = check_smooth
         self.progress_bar = progress_bar
 
-    def attribute(self, trainer: L.Trainer, train: Data, targets: Data, output: ModelOutput | None = None) -> Tensor:
+    def attribute(
+        self,
+        trainer: L.Trainer | None = None,
+        train: Data | None = None,
+        targets: Data | None = None,
+        output: ModelOutput | None = None,
+    ) -> Tensor:
         """Score every target against every training example.
 
         Args:
-            trainer: any Trainer whose strategy keeps the model whole. Its device is used, and each process computes all
-                scores. The precision is that of the recorded run.
+            trainer: any Trainer whose strategy keeps the model whole; None: one on a single device. Its device is used,
+                and each process computes all scores. The precision is that of the recorded run.
             train: the training data, as they were recorded: the same dataset and collate function.
             targets: the targets. Each is computed alone, in eval mode, at the weights at the end of training.
             output: of the targets, if it is another one than that of the training examples.
@@ -131,6 +138,7 @@ class Metagradient(Method):
             ValueError: if the data or the model are not those of the recording, if a step cannot be repeated, if the
                 losses are not those of training, or if an output is not finite.
         """
+        trainer = trainer_of(trainer)
         require_whole_parameters(trainer)
         asked = target_output(output, self.output) or self.output
         with isolated_random_states(), torch.inference_mode(False):

@@ -28,7 +28,6 @@ from lightning_trak.retraining.training import (
     FactoryError,
     NothingTwice,
     outputs_of,
-    quiet,
     seeded,
     shuffled_like,
     train_alone,
@@ -37,6 +36,7 @@ from lightning_trak.retraining.vectorized import require_trainable_together, tra
 from lightning_trak.running.content import fingerprint
 from lightning_trak.running.loaders import as_loader
 from lightning_trak.running.loading import batch_size_of, load
+from lightning_trak.running.trainers import quiet
 from lightning_trak.storage.paths import local_directory
 
 

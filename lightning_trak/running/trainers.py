@@ -1,11 +1,14 @@
 """Borrows the user's Trainer for one run."""
 
+import logging
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
 import lightning as L
+import torch.distributed as dist
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.profilers import PassThroughProfiler
 
@@ -14,6 +17,49 @@ from lightning_trak.running.predict import PredictModule
 from lightning_trak.running.random_states import isolated_random_states
 from lightning_trak.running.stopping import Interruption
 from lightning_trak.running.strategies import refuse_spawning
+
+
+def trainer_of(trainer: L.Trainer | None) -> L.Trainer:
+    """The Trainer that a user gives; without one, a new Trainer on one device: a GPU or the like, if there is one.
+
+    The new one has Lightning's progress bar and precision, and neither logger nor checkpoints.
+
+    Args:
+        trainer: what the user gives as the Trainer.
+
+    Raises:
+        TypeError: if it is something else, such as data.
+        ValueError: if there is none, and this process is one of several that run together.
+    """
+    if trainer is not None:
+        if not hasattr(trainer, "strategy"):
+            raise TypeError(
+                f"expected a Trainer first, got a {type(trainer).__name__}; without a Trainer, give the data by name,"
+                " as in featurize(data=...), score(data=...) or attribute(train=..., targets=...)"
+            )
+        return trainer
+    together = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    if together or os.environ.get("WORLD_SIZE", "1") != "1":  # torchrun sets it before there is a process group
+        raise ValueError(
+            "this is one of several processes, and without a Trainer each would do all of the work: give the Trainer"
+            " whose processes share it"
+        )
+    with quiet():
+        return L.Trainer(
+            accelerator="auto", devices=1, logger=False, enable_checkpointing=False, enable_model_summary=False
+        )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Turn off Lightning's info messages, which are the same for every new Trainer."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(max(logger.getEffectiveLevel(), logging.WARNING))
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def predict_over(

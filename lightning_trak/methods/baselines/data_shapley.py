@@ -18,6 +18,7 @@ from lightning_trak.running.data import Data
 from lightning_trak.running.loading import batch_size_of
 from lightning_trak.running.random_states import isolated_random_states
 from lightning_trak.running.ranks import Ranks
+from lightning_trak.running.trainers import trainer_of
 
 
 class DataShapley(Method):
@@ -83,7 +84,9 @@ class DataShapley(Method):
         self.seed = seed
         self._made: WeakValueDictionary[int, Any] = WeakValueDictionary()
 
-    def attribute(self, trainer: L.Trainer, train: Data, targets: Data) -> Tensor:
+    def attribute(
+        self, trainer: L.Trainer | None = None, train: Data | None = None, targets: Data | None = None
+    ) -> Tensor:
         """Estimated Shapley values; see :class:`~lightning_trak.methods.base.Method`.
 
         Args:
@@ -96,6 +99,7 @@ class DataShapley(Method):
             ValueError: if a factory returns the same object, or the same weights, twice, or if subsets of the training
                 data cannot be loaded as the whole is.
         """
+        trainer = trainer_of(trainer)
         columns, rows = Examples(train, "fit", trainer), Examples(targets, "predict", trainer)
         _require_divisible(train, columns.loader)
         total, ranks = len(columns), Ranks.of(trainer)
@@ -155,7 +159,7 @@ class DataShapley(Method):
             self._made[id(thing)] = thing
 
 
-def _require_divisible(data: Data, loader: DataLoader[Any]) -> None:
+def _require_divisible(data: Data | None, loader: DataLoader[Any]) -> None:
     """Check that subsets of the data can be loaded as the whole is."""
     hooks = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
     if isinstance(data, L.LightningDataModule):

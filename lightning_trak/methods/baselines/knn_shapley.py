@@ -14,6 +14,7 @@ from lightning_trak.methods.baselines.similarity import SIMILARITIES, Similarity
 from lightning_trak.methods.examples import Examples
 from lightning_trak.outputs.batches import LABELS_KEYS, LabelsKey, as_keys, one_per_example, split_labels
 from lightning_trak.running.data import Data
+from lightning_trak.running.trainers import trainer_of
 
 _TARGETS = 256
 
@@ -45,7 +46,7 @@ class KNNShapley(RepresentationMethod):
     def __init__(
         self,
         model: nn.Module,
-        checkpoints: CheckpointsLike,
+        checkpoints: CheckpointsLike | None = None,
         *,
         k: int = 10,
         similarity: Similarity = "l2",
@@ -60,8 +61,11 @@ class KNNShapley(RepresentationMethod):
         self.similarity: Similarity = similarity
         self.labels_keys = as_keys(labels_key)
 
-    def attribute(self, trainer: L.Trainer, train: Data, targets: Data) -> Tensor:
+    def attribute(
+        self, trainer: L.Trainer | None = None, train: Data | None = None, targets: Data | None = None
+    ) -> Tensor:
         """Shapley values, averaged over checkpoints; see :class:`~lightning_trak.methods.base.Method`."""
+        trainer = trainer_of(trainer)
         columns, rows = Examples(train, "fit", trainer), Examples(targets, "predict", trainer)
         module = copy_module(self.model)  # whose transfer hooks may make the labels
         train_labels, target_labels = (

@@ -8,6 +8,7 @@ from lightning_trak.methods.base import Method
 from lightning_trak.methods.examples import Examples
 from lightning_trak.projections.philox import Stream
 from lightning_trak.running.data import Data
+from lightning_trak.running.trainers import trainer_of
 
 
 class RandomScores(Method):
@@ -25,8 +26,11 @@ class RandomScores(Method):
     def __init__(self, seed: int = 0) -> None:
         self._stream = Stream.derive("random scores", seed, 0, "")
 
-    def attribute(self, trainer: L.Trainer, train: Data, targets: Data) -> Tensor:
+    def attribute(
+        self, trainer: L.Trainer | None = None, train: Data | None = None, targets: Data | None = None
+    ) -> Tensor:
         """Random scores of the shape that the data ask for; see :class:`~lightning_trak.methods.base.Method`."""
+        trainer = trainer_of(trainer)
         num_train, num_targets = len(Examples(train, "fit", trainer)), len(Examples(targets, "predict", trainer))
         scores = torch.empty(num_targets, num_train)
         for rows in torch.split(torch.arange(num_targets), 64):

@@ -12,6 +12,7 @@ from lightning_trak.checks import require_one_of
 from lightning_trak.methods.baselines.representations import RepresentationMethod
 from lightning_trak.methods.examples import Examples
 from lightning_trak.running.data import Data
+from lightning_trak.running.trainers import trainer_of
 
 Similarity = Literal["dot", "cosine", "l2"]
 SIMILARITIES = ("dot", "cosine", "l2")
@@ -43,14 +44,22 @@ class RepresentationSimilarity(RepresentationMethod):
     """
 
     def __init__(
-        self, model: nn.Module, checkpoints: CheckpointsLike, *, similarity: Similarity = "cosine", **options: Any
+        self,
+        model: nn.Module,
+        checkpoints: CheckpointsLike | None = None,
+        *,
+        similarity: Similarity = "cosine",
+        **options: Any,
     ) -> None:
         require_one_of("similarity", similarity, SIMILARITIES)
         super().__init__(model, checkpoints, **options)
         self.similarity: Similarity = similarity
 
-    def attribute(self, trainer: L.Trainer, train: Data, targets: Data) -> Tensor:
+    def attribute(
+        self, trainer: L.Trainer | None = None, train: Data | None = None, targets: Data | None = None
+    ) -> Tensor:
         """Similarities, averaged over checkpoints; see :class:`~lightning_trak.methods.base.Method`."""
+        trainer = trainer_of(trainer)
         columns, rows = Examples(train, "fit", trainer), Examples(targets, "predict", trainer)
         scores = torch.zeros(len(rows), len(columns))
         for train_vectors, target_vectors in self.represent(trainer, columns, rows):

@@ -9,6 +9,7 @@ from torch import Tensor
 from lightning_trak.methods.base import Method
 from lightning_trak.methods.examples import Examples
 from lightning_trak.running.data import Data
+from lightning_trak.running.trainers import trainer_of
 
 
 class SubsetMethod(Method):
@@ -44,7 +45,9 @@ class SubsetMethod(Method):
         if outputs.ndim == 3:
             self.outputs = self.outputs.mean(2)
 
-    def attribute(self, trainer: L.Trainer, train: Data, targets: Data) -> Tensor:
+    def attribute(
+        self, trainer: L.Trainer | None = None, train: Data | None = None, targets: Data | None = None
+    ) -> Tensor:
         """Estimates from the masks and outputs; of the data, only the sizes are used.
 
         See :class:`~lightning_trak.methods.base.Method`.
@@ -52,6 +55,7 @@ class SubsetMethod(Method):
         Raises:
             ValueError: if the sizes of the data differ from those of the masks and outputs.
         """
+        trainer = trainer_of(trainer)
         num_train, num_targets = len(Examples(train, "fit", trainer)), len(Examples(targets, "predict", trainer))
         if num_train != self.masks.shape[1]:
             raise ValueError(f"the masks have {self.masks.shape[1]} training examples, the data have {num_train}")

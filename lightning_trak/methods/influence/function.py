@@ -56,7 +56,7 @@ class InfluenceFunction(Influence):
     def __init__(
         self,
         model: nn.Module,
-        checkpoints: CheckpointsLike,
+        checkpoints: CheckpointsLike | None = None,
         *,
         solver: Solver | None = None,
         curvature: HessianCurvature = "gauss_newton",
@@ -72,7 +72,13 @@ class InfluenceFunction(Influence):
         self.damping = require_damping(damping)
         self.convergence: list[Convergence] = []
 
-    def attribute(self, trainer: L.Trainer, train: Data, targets: Data, output: ModelOutput | None = None) -> Tensor:
+    def attribute(
+        self,
+        trainer: L.Trainer | None = None,
+        train: Data | None = None,
+        targets: Data | None = None,
+        output: ModelOutput | None = None,
+    ) -> Tensor:
         """Score every target against every training example, see :meth:`Influence.attribute`."""
         self.convergence = []
         return super().attribute(trainer, train, targets, output)
