@@ -21,15 +21,16 @@ from lightning_trak.features.rows import Features
 from lightning_trak.features.settings import FeatureSettings
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.gradients import ParameterSelection
-from lightning_trak.methods.base import Method
 from lightning_trak.methods.examples import Examples
 from lightning_trak.methods.influence.passes import Passes, without_gradients
 from lightning_trak.methods.questions import Positions, Question, is_positions, target_rows, train_columns
 from lightning_trak.methods.rescoring import ExactScores, SecondStage
+from lightning_trak.methods.token_scores import TokenMethod
+from lightning_trak.methods.tokens import target_loaders
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import target_output, trained_output
 from lightning_trak.projections import Projection, SparseProjection
-from lightning_trak.running.data import Data, as_loaders, single_loader
+from lightning_trak.running.data import Data, single_loader
 from lightning_trak.running.loaders import holds_several
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.running.strategies import refuse_spawning, require_whole_parameters, shards_model
@@ -55,7 +56,7 @@ class FeatureOptions(TypedDict, total=False):
     audit: int
 
 
-class FeatureMethod(Method):
+class FeatureMethod(TokenMethod):
     """Attributes a trained model's outputs to its training examples, with features on disk.
 
     Several methods can share a store, because features do not depend on how they are scored. The model, its mode,
@@ -264,7 +265,7 @@ class FeatureMethod(Method):
                 "output= needs whole parameters, but ModelParallelStrategy splits them: use strategy='ddp' or a single"
                 " device"
             )
-        loaders, pipeline = as_loaders(data, "predict", trainer), self._pipeline()
+        loaders, pipeline = target_loaders(data, trainer, output), self._pipeline()
         model = pipeline.copy_model(trainer)
         store = pipeline.open_complete(model, trainer)
         positions = train if is_positions(train) else None
@@ -341,9 +342,8 @@ class FeatureMethod(Method):
             ValueError: if the store was made with other settings.
         """
         loader, pipeline = single_loader(data, "predict", trainer), self._pipeline()
-        model = pipeline.copy_model(trainer)
+        model, examples = pipeline.copy_model(trainer), range(len(cast(Any, loader.dataset)))
         store = pipeline.open_complete(model, trainer)
-        examples = range(len(cast(Any, loader.dataset)))
         datamodule = data if isinstance(data, L.LightningDataModule) else None
         (features,) = pipeline.target_features(trainer, loader, [examples], model, store, datamodule)
         return list(features)

@@ -124,7 +124,7 @@ class Metagradient(Method):
         require_whole_parameters(trainer)
         asked = target_output(output, self.output) or self.output
         with isolated_random_states(), torch.inference_mode(False):
-            train_set, target_set = Examples(train, "fit", trainer), Examples(targets, "predict", trainer)
+            train_set, target_set = Examples(train, "fit", trainer), Examples(targets, "predict", trainer, output=asked)
             output = copy.deepcopy(self.output)
             first = self.recording.num_steps - self.last_steps
             device, losses = trainer.strategy.root_device, declared_losses(output, self.losses)

@@ -107,7 +107,7 @@ class Influence(Method):
         """
         require_whole_parameters(trainer)
         asked = target_output(output, self.output)
-        train_set, target_set = Examples(train, "fit", trainer), Examples(targets, "predict", trainer)
+        train_set, target_set = Examples(train, "fit", trainer), Examples(targets, "predict", trainer, output=asked)
         with without_gradients():
             digests = [checkpoint.fingerprint() for checkpoint in self.checkpoints]
             model = ModelCopy(self.model, self.output, self.checkpoints, digests, self._selection())
