@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
 from lightning_trak import TRAK, GradientCosine, GradientDot, TracIn
 from lightning_trak.methods import ExactKernel, Explicit, InfluenceFunction, token_scores
 from lightning_trak.methods.tokens import text_tokens
-from lightning_trak.outputs import CausalLMLogLikelihood, CausalLMMargin, NegativeLoss
+from lightning_trak.outputs import CausalLMLogLikelihood, CausalLMMargin
 from lightning_trak.projections import IdentityProjection, SparseProjection
 from tests.lit import beyond_hooks, make_trainer
 from tests.texts import CausalNet, gradients, loader, make_texts, margins, pad_left
