@@ -141,23 +141,31 @@ def token_loader(loader: DataLoader[Any], tokens: TextTokens) -> DataLoader[Any]
 
 
 class _Rows(Dataset[tuple[Any, int, int]]):
-    """The text of each row, the number of its token, and the number of all tokens of the text."""
+    """The text of each row, the number of its token, and the number of all tokens of the text.
+
+    Other attributes are those of the dataset, which a ``worker_init_fn`` may use.
+    """
 
     def __init__(self, dataset: Any, texts: Tensor) -> None:
-        self.dataset = dataset
+        self._dataset = dataset
         some, totals = torch.unique(texts, return_counts=True)
-        self.rows = [
+        self._rows = [
             (text, number, total)
             for text, total in zip(some.tolist(), totals.tolist(), strict=True)
             for number in range(total)
         ]
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self._rows)
 
     def __getitem__(self, row: int) -> tuple[Any, int, int]:
-        text, number, total = self.rows[row]
-        return self.dataset[text], number, total
+        text, number, total = self._rows[row]
+        return self._dataset[text], number, total
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # copy and pickle ask for these before there is a dataset
+            raise AttributeError(name)
+        return getattr(self._dataset, name)
 
 
 class _Collate:
