@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_trak.gradients.soundness import require_repeatable, trying
+from lightning_trak.methods.tokens import target_loader
+from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.evaluating import exact_attention
 from lightning_trak.outputs.mixin import declared_output
 from lightning_trak.running.data import Data, single_loader
@@ -43,6 +45,7 @@ class Examples:
         stage: ``"fit"`` or ``"predict"``: which loader of a data module is used.
         trainer: the Trainer that a data module is attached to.
         datamodule: the data module that gave ``data``, if that is one of its loaders.
+        output: of the examples, if they are targets: of single tokens, it makes an example of each token.
 
     Attributes:
         loader: the loader that gives the dataset, collate function, batch size and workers.
@@ -51,9 +54,14 @@ class Examples:
     """
 
     def __init__(
-        self, data: Data | None, stage: str, trainer: L.Trainer, datamodule: L.LightningDataModule | None = None
+        self,
+        data: Data | None,
+        stage: str,
+        trainer: L.Trainer,
+        datamodule: L.LightningDataModule | None = None,
+        output: ModelOutput | None = None,
     ) -> None:
-        self.loader = single_loader(data, stage, trainer)
+        self.loader = target_loader(single_loader(data, stage, trainer), output)
         self.datamodule = data if isinstance(data, L.LightningDataModule) else datamodule
 
     def __len__(self) -> int:

@@ -19,6 +19,7 @@ from lightning_trak.features.rows import Features
 from lightning_trak.features.settings import FeatureSettings
 from lightning_trak.gradients import ParameterSelection
 from lightning_trak.methods.scored import ScoredMethod
+from lightning_trak.methods.token_scores import TokenMethod
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import trained_output
 from lightning_trak.projections import Projection, SparseProjection
@@ -45,7 +46,7 @@ class FeatureOptions(TypedDict, total=False):
     audit: int
 
 
-class FeatureMethod(ScoredMethod):
+class FeatureMethod(ScoredMethod, TokenMethod):
     """Attributes a trained model's outputs to its training examples, with features on disk.
 
     Several methods can share a store, because features do not depend on how they are scored. The model, its mode,
@@ -134,9 +135,8 @@ class FeatureMethod(ScoredMethod):
         """
         trainer = trainer_of(trainer)
         loader, pipeline = single_loader(data, "predict", trainer), self._pipeline()
-        model = pipeline.copy_model(trainer)
+        model, examples = pipeline.copy_model(trainer), range(len(cast(Any, loader.dataset)))
         store = pipeline.open_complete(model, trainer)
-        examples = range(len(cast(Any, loader.dataset)))
         datamodule = data if isinstance(data, L.LightningDataModule) else None
         (features,) = pipeline.target_features(trainer, loader, [examples], model, store, datamodule)
         return list(features)

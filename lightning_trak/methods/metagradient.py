@@ -142,7 +142,7 @@ class Metagradient(Method):
         require_whole_parameters(trainer)
         asked = target_output(output, self.output) or self.output
         with isolated_random_states(), torch.inference_mode(False):
-            train_set, target_set = Examples(train, "fit", trainer), Examples(targets, "predict", trainer)
+            train_set, target_set = Examples(train, "fit", trainer), Examples(targets, "predict", trainer, output=asked)
             device = trainer.strategy.root_device
             runs = [self._differentiated(recording, train_set, device) for recording in self.recordings]
             if self.check_smooth:

@@ -17,7 +17,7 @@ from lightning_trak.methods.influence.hessian import Hessian
 from lightning_trak.methods.influence.passes import Passes
 from lightning_trak.methods.influence.products import gradient_products
 from lightning_trak.methods.influence.solvers import InverseProduct
-from lightning_trak.running.content import sample_digest
+from lightning_trak.methods.stored_data import require_stored_data
 from lightning_trak.scoring.damping import Damping
 from lightning_trak.scoring.gram import Curvature
 from lightning_trak.scoring.topk import TopK
@@ -72,21 +72,7 @@ class SecondStage:
             ValueError: if the data are not those of the store by their number and eight items, they were not the same
                 twice, or the matrix is singular.
         """
-        if len(self.train) != store.num_examples:
-            raise ValueError(
-                f'rescore needs the training data of store "{store.directory}", which has {store.num_examples}'
-                f" examples; the data given have {len(self.train)}"
-            )
-        if store.data is None:
-            raise ValueError(
-                f'store "{store.directory}" was made of items that are not the same twice, perhaps because of random'
-                " augmentation. They have no exact scores: featurize without random augmentation"
-            )
-        if sample_digest(self.train.loader) != store.data:
-            raise ValueError(
-                f'rescore needs the training data of store "{store.directory}", but some items of the data given are'
-                " others: pass the same data as to featurize, in the same order"
-            )
+        require_stored_data(self.train.loader, store, "rescore")
         if self.exact.damping == 0 and store.num_examples < num_parameters:
             raise ValueError(
                 f"rescore needs damping here: with damping=0, the matrix of {store.num_examples} gradients of"

@@ -19,9 +19,10 @@ from lightning_trak.methods.influence.passes import Passes, without_gradients
 from lightning_trak.methods.predictions import with_predictions
 from lightning_trak.methods.questions import Positions, Question, is_positions, target_rows, train_columns
 from lightning_trak.methods.rescoring import ExactScores, SecondStage
+from lightning_trak.methods.tokens import target_loaders
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import target_output
-from lightning_trak.running.data import Data, as_loaders
+from lightning_trak.running.data import Data
 from lightning_trak.running.loaders import holds_several
 from lightning_trak.running.strategies import require_whole_parameters, shards_model
 from lightning_trak.running.trainers import trainer_of
@@ -198,7 +199,7 @@ class ScoredMethod(Method):
                 "output= needs whole parameters, but ModelParallelStrategy splits them: use strategy='ddp' or a single"
                 " device"
             )
-        loaders, pipeline = as_loaders(data, "predict", trainer), self._pipeline()
+        loaders, pipeline = target_loaders(data, trainer, output), self._pipeline()
         model = pipeline.copy_model(trainer)
         store = pipeline.open_complete(model, trainer)
         positions = train if is_positions(train) else None

@@ -1,4 +1,4 @@
-"""Explanations as a web page."""
+"""Explanations, and texts with coloured tokens, as web pages."""
 
 import base64
 import html
@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 
 from lightning_trak.reporting.explanations import Example, Explanation
-from lightning_trak.texts.printable import printable, shortened
+from lightning_trak.reporting.tokens import NO_TEXT, ScoredText, largest_score
+from lightning_trak.texts.printable import printable, printable_piece, shortened
 
-STYLE = """
+_COMMON = """
 body { font: 15px/1.4 system-ui, sans-serif; margin: 2rem; color: #222; background: #fff; }
 h1 { font-size: 1.6rem; margin: 0; }
 h2, h3 { font-size: 1.1rem; margin: 0 0 .5rem; }
+"""
+STYLE = """
 section { display: flex; gap: 2rem; border-top: 1px solid #ccc; margin-top: 1.5rem; padding-top: 1rem; }
 .groups { flex: 1; }
 .row { display: flex; flex-wrap: wrap; align-items: flex-start; gap: .75rem; margin-bottom: 1rem; }
@@ -31,6 +34,16 @@ figcaption { font-size: .85rem; overflow-wrap: anywhere; }
 b { font-variant-numeric: tabular-nums; }
 @media (max-width: 45rem) { body { margin: 1rem; } section, .text .groups { display: block; } h3 { margin-top: 1rem; } }
 """
+_TOKEN_STYLE = """
+section { border-top: 1px solid #ccc; margin-top: 1.5rem; padding-top: 1rem; max-width: 60rem; }
+.text { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.8; margin: 0; }
+.text span { border-radius: 3px; padding: .15rem 0; }
+.none { color: #767676; }
+.legend span { padding: .15rem .4rem; border-radius: 3px; }
+@media (max-width: 45rem) { body { margin: 1rem; } }
+"""
+_POSITIVE, _NEGATIVE = "31, 119, 180", "255, 127, 14"  # blue and orange, which all eyes tell apart
+_DARKEST = 0.75  # opacity of the largest score; the text stays readable
 _LEGEND = (
     "Training on an example with a positive score helps the target, on one with a negative score it harms it."
     " Proponents have the highest scores, opponents the lowest. #n is the position in the training set, from 0."
@@ -48,14 +61,61 @@ def page(explanations: Sequence[Explanation], title: str) -> str:
     Raises:
         ModuleNotFoundError: if there are images and Pillow is not installed.
     """
-    title = html.escape(printable(title))
     sections = "\n".join(_section(explanation) for explanation in explanations)
+    return _document(title, STYLE, f"<p>{_LEGEND}</p>\n{sections}")
+
+
+def token_page(texts: Sequence[ScoredText], title: str) -> str:
+    """Texts with coloured tokens as an HTML page. It needs no other file. Texts are escaped.
+
+    Tokens with positive scores are blue, with negative scores orange, in one scale for all texts. Tokens without scores
+    are grey. The pointer on a token shows its number in the text, from 0, and its score.
+
+    Args:
+        texts: what to show.
+        title: of the page.
+
+    Raises:
+        ValueError: if a score is not finite.
+    """
+    scale = largest_score(texts)
+    legend = "".join(
+        f'<span style="{_colour(part * scale, scale)}">{part * scale:+.3g}</span> '
+        for part in ((-1, -0.5, 0, 0.5, 1) if scale else (0,))
+    )
+    sections = "\n".join(
+        f"<section>\n<h2>{html.escape(printable(text.title))}</h2>\n"
+        f'<p class="text">{_tokens(text, scale)}</p>\n</section>'
+        for text in texts
+    )
+    about = "Scores of tokens. Grey tokens have none. Point at a token for its number and score."
+    return _document(title, _TOKEN_STYLE, f'<p>{about}</p>\n<p class="legend">{legend}</p>\n{sections}')
+
+
+def _document(title: str, style: str, body: str) -> str:
+    title = html.escape(printable(title))
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
-        f"<h1>{title}</h1>\n<p>{_LEGEND}</p>\n{sections}\n</body>\n</html>\n"
+        f"<title>{title}</title>\n<style>{_COMMON}{style}</style>\n</head>\n<body>\n"
+        f"<h1>{title}</h1>\n{body}\n</body>\n</html>\n"
     )
+
+
+def _tokens(text: ScoredText, scale: float) -> str:
+    parts = []
+    for number, (token, score) in enumerate(zip(text.tokens, text.scores, strict=True)):
+        shown = html.escape(printable_piece(token)) or NO_TEXT
+        if score is None:
+            parts.append(f'<span class="none">{shown}</span>')
+        else:
+            parts.append(f'<span style="{_colour(score, scale)}" title="token {number}: {score:+.3g}">{shown}</span>')
+    return "".join(parts)
+
+
+def _colour(score: float, scale: float) -> str:
+    opacity = _DARKEST * abs(score) / scale if scale else 0.0
+    return f"background: rgba({_POSITIVE if score > 0 else _NEGATIVE}, {opacity:.3f})"
 
 
 def _section(explanation: Explanation) -> str:

@@ -1,21 +1,36 @@
 """The one loop that moves batches to the device. It calls the same hooks as Lightning, in the same order."""
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
 from lightning.pytorch.core.hooks import DataHooks
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_trak.running.labels import LabelledBatch
 
 
+class TokenBatch(NamedTuple):
+    """A batch in which each row is for one token of a text.
+
+    Attributes:
+        batch: the texts, as the user's loader collates them, one for each row.
+        tokens: the number of each row's token among those of its text that count, int64, shape ``(batch,)``.
+        totals: how many tokens of each row's text count, int64, shape ``(batch,)``.
+    """
+
+    batch: Any
+    tokens: Tensor
+    totals: Tensor
+
+
 class TransferHooks:
     """The batch transfer hooks that Lightning would call: the data module's if it overrides them, else the module's.
-
-    Of a :class:`~lightning_trak.running.labels.LabelledBatch` they get the user's batch alone.
+    They get the user's own batch, also of a :class:`TokenBatch` or a
+    :class:`~lightning_trak.running.labels.LabelledBatch`.
+    They get the user's own batch, also of a :class:`TokenBatch` or :class:`~lightning_trak.running.labels.LabelledBatch`.
 
     Args:
         module: the model. If it is not a LightningModule, Lightning's default hooks are used.
@@ -28,19 +43,20 @@ class TransferHooks:
 
     def before(self, batch: Any, dataloader_idx: int = 0) -> Any:
         """Call ``on_before_batch_transfer``."""
-        if isinstance(batch, LabelledBatch):
+        if isinstance(batch, (LabelledBatch, TokenBatch)):
             return batch._replace(batch=self.before(batch.batch, dataloader_idx))
         return self._owner("on_before_batch_transfer").on_before_batch_transfer(batch, dataloader_idx)
 
     def transfer(self, batch: Any, device: torch.device, dataloader_idx: int = 0) -> Any:
         """Call ``transfer_batch_to_device``."""
-        if isinstance(batch, LabelledBatch):
-            return LabelledBatch(self.transfer(batch.batch, device, dataloader_idx), batch.labels.to(device))
+        if isinstance(batch, (LabelledBatch, TokenBatch)):
+            users, *notes = batch
+            return type(batch)(self.transfer(users, device, dataloader_idx), *(note.to(device) for note in notes))
         return self._owner("transfer_batch_to_device").transfer_batch_to_device(batch, device, dataloader_idx)
 
     def after(self, batch: Any, dataloader_idx: int = 0) -> Any:
         """Call ``on_after_batch_transfer``."""
-        if isinstance(batch, LabelledBatch):
+        if isinstance(batch, (LabelledBatch, TokenBatch)):
             return batch._replace(batch=self.after(batch.batch, dataloader_idx))
         return self._owner("on_after_batch_transfer").on_after_batch_transfer(batch, dataloader_idx)
 

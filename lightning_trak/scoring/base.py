@@ -1,7 +1,7 @@
 """Base of all scorers: they read training features shard by shard, and keep all scores or the best few."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -87,6 +87,35 @@ class Scorer(ABC):
             total = product if total is None else total.add_(product)
         assert total is not None
         return self.finish(total, shard)
+
+    @property
+    def additive(self) -> bool:
+        """Whether the score of a training example is the sum of those of the parts of its gradient."""
+        return True
+
+    def products(
+        self,
+        checkpoint: int,
+        targets: Features,
+        ranks: Ranks = Ranks(),  # noqa: ARG002, B008
+    ) -> Callable[[Tensor], Tensor]:
+        """How targets score features that need not be in the store, before :meth:`weights` and :meth:`finish`.
+
+        Args:
+            checkpoint: at which the features are.
+            targets: features of the targets.
+            ranks: the processes that share the work; all must call this, and what it returns, with the same features.
+
+        Returns:
+            A function of features ``(n, k)``. It returns d_m(x) . phi, shape ``(num_targets, n)``.
+        """
+        directions = self.directions(checkpoint, targets)
+        return lambda features: directions @ self._working(features).to(directions).T
+
+    def example_weights(self, checkpoint: int, rows: Features) -> Tensor:
+        """:meth:`weights` of any training examples, shape ``(n,)``; ones where those are None."""
+        weights = self.weights(checkpoint, rows._replace(features=self._working(rows.features)))
+        return torch.ones_like(rows.outputs) if weights is None else weights
 
     def _product(self, checkpoint: int, direction: Tensor, rows: Features) -> Tensor:
         rows = rows._replace(features=rows.features.to(direction.dtype))

@@ -135,6 +135,11 @@ class TRAKScorer(Scorer):
             rank_zero_info(f"TRAK: solves {n} x {n} (examples) instead of {k} x {k} (features), since n is smaller")
         return n < k
 
+    @property
+    def additive(self) -> bool:
+        """Not if scores are moved towards zero."""
+        return not self.soft_threshold
+
     def _relative_damping(self, trace: Tensor, squared_weights: Tensor, size: int, level: float) -> float:
         return auto_damping(trace, squared_weights, size, level) if self.damping == "auto" else self.damping
 
@@ -211,6 +216,30 @@ class TRAKScorer(Scorer):
     def directions(self, checkpoint: int, targets: Features) -> Tensor:
         """Preconditioned features, see :meth:`precondition`."""
         return self.precondition(checkpoint, targets.features)
+
+    def products(
+        self,
+        checkpoint: int,
+        targets: Features,
+        ranks: Ranks = Ranks(),  # noqa: B008
+    ) -> Callable[[Tensor], Tensor]:
+        """See :meth:`Scorer.products`. In the dual each call reads the features of the checkpoint once."""
+        if not self._dual:
+            return super().products(checkpoint, targets, ranks)
+        features, (system, _) = self._working(targets.features), self._system(checkpoint, ranks)
+        assert isinstance(system, DualSystem)
+        solved = system.solve(self._products(checkpoint, features, ranks))
+
+        def scores(others: Tensor) -> Tensor:
+            others = self._working(others)
+            inner = self._inner_products(checkpoint, features, others)
+            return system.beyond(solved, inner, self._products(checkpoint, others, ranks))
+
+        return scores
+
+    def _inner_products(self, checkpoint: int, first: Tensor, second: Tensor) -> Tensor:  # noqa: ARG002
+        """Inner products of features that need not be in the store, in float64: shape ``(n, m)``."""
+        return first.double() @ second.double().T
 
     def score(
         self,

@@ -117,7 +117,7 @@ class Influence(Method):
         trainer = trainer_of(trainer)
         require_whole_parameters(trainer)
         asked = target_output(output, self.output)
-        train_set, target_set = Examples(train, "fit", trainer), Examples(targets, "predict", trainer)
+        train_set, target_set = Examples(train, "fit", trainer), Examples(targets, "predict", trainer, output=asked)
         digests = [checkpoint.fingerprint() for checkpoint in self.checkpoints]
         target_set = with_predictions(
             trainer, target_set, ModelCopy(self.model, self.output, self.checkpoints, digests), asked
