@@ -42,6 +42,11 @@ class Checkpoint:
         """
         return self.read()
 
+    @property
+    def frozen(self) -> str | None:
+        """The checksum of the parameters that it leaves out because they were frozen; None if it has all."""
+        return None if self.record is None else self.record.frozen
+
     def kept_preconditioner(self) -> TensorFile:
         """The file of what the optimizer multiplied gradients by.
 

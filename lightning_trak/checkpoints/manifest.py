@@ -68,6 +68,8 @@ class Snapshot:
         epoch: training epochs completed.
         parameter_groups: settings of each parameter group of each optimizer.
         preconditioner: the file of what the optimizer multiplies gradients by; None if it was not kept.
+        frozen: checksum of the parameters that the snapshot leaves out because training does not change them,
+            :func:`~lightning_trak.checkpoints.copies.frozen_digest`; None if it has all.
     """
 
     file: str
@@ -77,6 +79,7 @@ class Snapshot:
     epoch: int
     parameter_groups: tuple[ParameterGroup, ...]
     preconditioner: TensorFile | None = None
+    frozen: str | None = None
 
     @property
     def files(self) -> list[str]:
@@ -154,7 +157,10 @@ _entries = items(
             "epoch": _count,
             "parameter_groups": items(_group),
         },
-        optional={"preconditioner": record({"file": _name, "size": _count, "sha256": sha256})},
+        optional={
+            "preconditioner": record({"file": _name, "size": _count, "sha256": sha256}),
+            "frozen": sha256,
+        },
     )
 )
 

@@ -163,6 +163,7 @@ class SnapshotSeries:
         epoch: int,
         parameter_groups: Sequence[ParameterGroup],
         preconditioner: Mapping[str, Tensor] | None = None,
+        frozen: str | None = None,
     ) -> Snapshot:
         """Add a snapshot. It replaces one of the same step.
 
@@ -172,6 +173,7 @@ class SnapshotSeries:
             epoch: training epochs completed.
             parameter_groups: settings of each parameter group of each optimizer.
             preconditioner: what the optimizer multiplies gradients by, for each parameter; None: it is not kept.
+            frozen: checksum of the parameters that the state dict leaves out; None if it has all.
 
         Raises:
             FileNotFoundError: if neither :meth:`begin` nor :meth:`resume` has made a manifest.
@@ -190,7 +192,7 @@ class SnapshotSeries:
             stored = self._write_tensors(file, weights)
             also = None if preconditioner is None else self._write_tensors(preconditioner_name(step), preconditioner)
             groups = tuple(parameter_groups)
-            snapshot = Snapshot(file, stored.size, stored.sha256, step, epoch, groups, also)
+            snapshot = Snapshot(file, stored.size, stored.sha256, step, epoch, groups, also, frozen)
             others = [other for other in manifest.snapshots if other.step != step]
             snapshots = sorted([*others, snapshot], key=lambda entry: entry.step)
             self._replace_manifest(Manifest(manifest.run, manifest.writer, tuple(snapshots)))
@@ -229,7 +231,8 @@ class SnapshotSeries:
         return (
             f'"{self.directory}" holds {len(manifest.snapshots)} snapshots of another run, up to step'
             f" {manifest.snapshots[-1].step}; use another directory, delete this one, or continue that run with"
-            " trainer.fit(ckpt_path=...) from a checkpoint that it saved"
+            " trainer.fit(ckpt_path=...) from a checkpoint that it saved; with Hugging Face, with"
+            " trainer.train(resume_from_checkpoint=...)"
         )
 
     def _start(self, run: str, snapshots: tuple[Snapshot, ...]) -> Manifest:

@@ -62,7 +62,7 @@ class ModelCopy:
     ) -> None:
         self.original = module
         self.module = self._copy(module)
-        self._loading = Original(self.module)
+        self._loading = Original(self.module, partial=any(item.frozen is not None for item in checkpoints))
         self.output = copy.deepcopy(output)
         self.checkpoints = checkpoints
         self._digests = digests
@@ -115,7 +115,7 @@ class ModelCopy:
                 if tensor_digest(weights) != self._digests[number]:
                     raise ValueError(f"{checkpoint.name} has changed since this TRAK was made; make a new one")
                 self._weights[number] = weights
-            self._loading.load(self._weights[number], checkpoint.name)
+            self._loading.load(self._weights[number], checkpoint.name, checkpoint.frozen)
             self.module.eval()
             for part in modules_of(self.output):
                 part.to(device).eval()
