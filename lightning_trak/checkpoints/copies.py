@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from lightning_trak.checkpoints.names import canonical_name
 from lightning_trak.checkpoints.weights import is_extra_state
 from lightning_trak.compatibility import (
+    forget_autocast,
     forget_compiled_call,
     has_gradient_hooks,
     is_traceable_wrapper_subclass,
@@ -74,6 +75,7 @@ def copy_module(module: nn.Module, configure: bool = True) -> nn.Module:
     for part in copied.modules():
         # A LightningModule keeps the result of compile(), and that would run the original.
         forget_compiled_call(part)
+        forget_autocast(part)
     for parameter in copied.parameters():
         parameter.grad = None
     if configure and isinstance(copied, L.LightningModule):
