@@ -4,7 +4,7 @@ import csv
 import io
 from typing import NamedTuple
 
-from lightning_trak.texts.printable import printable
+from lightning_trak.texts.printable import encodable, printable
 
 Cell = str | int | float
 
@@ -40,7 +40,7 @@ class Table(NamedTuple):
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
         writer.writerows([_csv_cell(cell) for cell in line] for line in (self.columns, *self.rows))
-        return text.getvalue().encode("utf-8", "backslashreplace").decode()  # UTF-8 cannot encode lone surrogates
+        return encodable(text.getvalue())
 
 
 def _markdown_cell(cell: Cell) -> str:

@@ -7,10 +7,12 @@ from typing import TypedDict
 import lightning as L
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lightning_trak.checkpoints.reading import CheckpointsLike, masks_of, resolve_checkpoints
 from lightning_trak.compatibility import original_module
 from lightning_trak.features.model import ModelCopy
+from lightning_trak.features.rows import Features
 from lightning_trak.gradients import ParameterSelection
 from lightning_trak.methods.base import Method
 from lightning_trak.methods.examples import Examples
@@ -109,10 +111,7 @@ class Influence(Method):
         asked = target_output(output, self.output)
         train_set, target_set = Examples(train, "fit", trainer), Examples(targets, "predict", trainer)
         with without_gradients():
-            digests = [checkpoint.fingerprint() for checkpoint in self.checkpoints]
-            model = ModelCopy(self.model, self.output, self.checkpoints, digests, self._selection())
-            passes = Passes(model, self.seed, trainer, train_set)
-            passes.agreement = self._agreement(passes)
+            passes = self._passes(trainer, train_set)
             scores = torch.zeros(len(target_set), len(train_set), dtype=passes.dtype)
             for checkpoint in range(len(self.checkpoints)):
                 passes.enter(checkpoint)
@@ -121,6 +120,35 @@ class Influence(Method):
                     audit(passes, target_set)
                 self._add(scores, passes, target_set, asked)
         return scores / len(self.checkpoints)
+
+    @override
+    def label_suspicion(self, trainer: L.Trainer, train: Data) -> Tensor:
+        """The size of each example's score at itself; see :class:`~lightning_trak.methods.base.LabelStatistic`.
+
+        The inverse is applied to the gradient of every training example: once to all for EK-FAC and ``Explicit``, but
+        by as many iterations as for a target for the other solvers.
+        """
+        require_whole_parameters(trainer)
+        train_set = Examples(train, "fit", trainer)
+        with without_gradients():
+            passes = self._passes(trainer, train_set)
+            scores = torch.zeros(len(train_set), dtype=passes.dtype)
+            for checkpoint in range(len(self.checkpoints)):
+                passes.enter(checkpoint)
+                audit(passes, train_set)
+                inverse = self._prepare(passes)
+                for span in target_blocks(passes, train_set):
+                    rows = Features.cat([rows for _, rows in passes.rows(train_set, span)])
+                    products = (inverse(rows.features, span) * rows.features).sum(1) * rows.loss_gradients
+                    scores[span.start : span.stop] += products.cpu()
+        return (scores / len(self.checkpoints)).abs()
+
+    def _passes(self, trainer: L.Trainer, train: Examples) -> Passes:
+        digests = [checkpoint.fingerprint() for checkpoint in self.checkpoints]
+        model = ModelCopy(self.model, self.output, self.checkpoints, digests, self._selection())
+        passes = Passes(model, self.seed, trainer, train)
+        passes.agreement = self._agreement(passes)
+        return passes
 
     def _add(self, scores: Tensor, passes: Passes, targets: Examples, output: ModelOutput | None) -> None:
         """Add the scores at the current checkpoint."""
