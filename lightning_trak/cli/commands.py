@@ -1,4 +1,4 @@
-"""``lightning-trak``: train, featurize, score, evaluate and show, from the command line and YAML files.
+"""``lightning-trak``: train, featurize, score, evaluate, show and clean, from the command line and YAML files.
 
 Start with ``lightning-trak --help`` or ``python -m lightning_trak.cli --help``, and see docs/cli.md. This needs the
 extra ``cli``.
@@ -25,11 +25,13 @@ except ModuleNotFoundError as error:
         f'{error}: the command line needs jsonargparse; install it with pip install "lightning-trak[cli]"'
     ) from error
 
+from lightning_trak.cleaning.inspected import read_positions
+from lightning_trak.cli.clean import Find, find_examples, require_options, write_ranking
 from lightning_trak.cli.config_code import deny_standard_library, require_own_code
 from lightning_trak.cli.errors import OneLineParser, fail, is_user_error
 from lightning_trak.compatibility import skip_completion
 from lightning_trak.features.store import FeatureStore
-from lightning_trak.methods import FeatureMethod
+from lightning_trak.methods import FeatureMethod, LabelStatistic
 from lightning_trak.metrics import LinearDatamodelingScore
 from lightning_trak.reporting.explanations import explain
 from lightning_trak.reporting.html import page
@@ -45,7 +47,7 @@ from lightning_trak.texts.printable import counted, printable
 T = TypeVar("T")
 
 # A configuration gives all arguments of a method but the model, which the commands add.
-MakeMethod = Callable[[nn.Module], FeatureMethod]
+MakeMethod = Callable[[nn.Module], LabelStatistic]
 DEFAULT_METHOD = {
     "class_path": "lightning_trak.TRAK",
     "init_args": {"checkpoints": "run/snapshots", "store": "run/features"},
@@ -124,6 +126,42 @@ class AttributionTrainer(L.Trainer):
             logger.log_metrics(measured, step=0)
             logger.save()
 
+    def clean(
+        self,
+        method: LabelStatistic,
+        datamodule: L.LightningDataModule,
+        find: Find = "wrong_labels",
+        k: int | None = None,
+        out: str | None = None,
+        balanced: bool = False,
+        threshold: float = 0.97,
+        wrong: str | None = None,
+        plot: str | None = None,
+    ) -> None:
+        """Find training examples to look at, remove or keep: wrong labels, harmful or useful examples, duplicates.
+
+        Args:
+            method: what finds them: for wrong labels and for harmful or useful examples any method of a model, for
+                duplicates one over features or representations. Features are made if they are not there.
+            datamodule: its ``train_dataloader`` has the training data, its ``predict_dataloader`` the examples that
+                others harm or help. Its ``describe(item) -> str``, or that of the model, makes the texts.
+            find: which examples to find.
+            k: list only so many; default: all in a file, 20 in the terminal.
+            out: file to write, .csv or .parquet; default: a table in the terminal.
+            balanced: whether to take as many useful examples of each label.
+            threshold: the least cosine of duplicates.
+            wrong: CSV file with a column `position` of the examples that are known to be wrong, to count how many are
+                found.
+            plot: picture to draw of wrong examples found against examples inspected, .png; it needs `wrong`.
+        """
+        require_options(find, k, out, balanced, wrong, plot)
+        known = None if wrong is None else read_positions(wrong)
+        ranking = find_examples(self, method, datamodule, find, balanced, threshold)
+        if not self.is_global_zero:
+            return
+        describe = getattr(datamodule, "describe", None) or getattr(getattr(method, "model", None), "describe", None)
+        write_ranking(ranking, type(method).__name__, describe, k, out, known, plot)
+
     def show(
         self,
         datamodule: L.LightningDataModule,
@@ -189,6 +227,7 @@ class AttributionCLI(LightningCLI):
             "score": {"method", "datamodule"},
             "evaluate": set(),
             "show": {"datamodule", "model"},
+            "clean": {"method", "datamodule"},
         }
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -217,11 +256,15 @@ class AttributionCLI(LightningCLI):
 
     def featurize(self, **arguments: Any) -> None:
         """Call the Trainer's method of the same name."""
-        self._attribute(AttributionTrainer.featurize, **arguments)
+        self._attribute(AttributionTrainer.featurize, FeatureMethod, **arguments)
 
     def score(self, **arguments: Any) -> None:
         """Call the Trainer's method of the same name."""
-        self._attribute(AttributionTrainer.score, **arguments)
+        self._attribute(AttributionTrainer.score, FeatureMethod, **arguments)
+
+    def clean(self, **arguments: Any) -> None:
+        """Call the Trainer's method of the same name."""
+        self._attribute(AttributionTrainer.clean, LabelStatistic, **arguments)
 
     def evaluate(self, model: Any, datamodule: Any = None, **arguments: Any) -> None:
         """Call the Trainer's method of the same name. It needs neither model nor data."""
@@ -237,12 +280,18 @@ class AttributionCLI(LightningCLI):
     def _attribute(
         self,
         run: Callable[..., None],
+        kind: type[Any],
         model: L.LightningModule | None,
         datamodule: L.LightningDataModule | None = None,
         **arguments: Any,
     ) -> None:
         data, module = self._required("data", datamodule), self._required("model", model)
         method = self.config_init[self.subcommand].method(module)
+        name = type(method).__name__
+        if not hasattr(method, "model"):
+            raise ValueError(f"{name} takes no model, and the command line only makes methods of a model")
+        if not isinstance(method, kind):
+            raise ValueError(f"{self.subcommand} needs a method over features, such as TRAK, and {name} has none")
         run(self.trainer, method, data, **arguments)
 
     def _required(self, section: str, value: T | None) -> T:

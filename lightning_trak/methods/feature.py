@@ -142,16 +142,10 @@ class FeatureMethod(ScoredMethod, TokenMethod):
         return list(features)
 
     def self_influence(self, trainer: L.Trainer | None = None) -> Tensor:
-        """The score of each training example for itself, computed only from the stored features.
-
-        It is the diagonal of ``score(trainer, train)``. Examples with a high self-influence are learned on their own,
-        not from what they share with others. They are often rare or have a wrong label (Koh and Liang 2017, arXiv
-        1703.04730, section 5.4; Pruthi et al. 2020, arXiv 2002.08484, section 4.1). Cosines of gradients are of no use
-        here, because they are all the same.
+        """The score of each training example for itself, the diagonal of ``score(trainer, train)``, from the store.
 
         Args:
-            trainer: as for :meth:`score`. Its device computes. If its processes already run, as after
-                :meth:`featurize`, they share the work; otherwise each does all of it.
+            trainer: as for :meth:`score`. Processes that already run, as after :meth:`featurize`, share the work.
 
         Returns:
             On every rank a CPU Tensor ``(num_train,)``.
@@ -167,6 +161,13 @@ class FeatureMethod(ScoredMethod, TokenMethod):
         scorer = self.make_scorer(pipeline.open(pipeline.copy_model(), trainer))
         scorer.fit(trainer.strategy.root_device, ranks)
         return scorer.self_scores(ranks)
+
+    @override
+    def label_suspicion(self, trainer: L.Trainer | None = None, train: Data | None = None) -> Tensor:
+        """Call :meth:`featurize`, which does nothing if the store is complete; then the size of the self-influence."""
+        trainer = trainer_of(trainer)
+        self.featurize(trainer, train)
+        return self.self_influence(trainer).abs()
 
     def scorer(self, top_k: int | None = None, largest: bool | None = True) -> ScoreModule:
         """A module for ``trainer.predict(method.scorer(), loader)``. It returns the scores of each batch.

@@ -2,8 +2,10 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import lightning as L
+import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack, override
 
@@ -12,7 +14,13 @@ from lightning_trak.features.store import FeatureStore
 from lightning_trak.gradients import select_parameters
 from lightning_trak.methods.feature import Checkpoints, FeatureMethod, FeatureOptions
 from lightning_trak.methods.learning_rates import LearningRates, resolve_learning_rates
+from lightning_trak.running.data import Data
+from lightning_trak.running.ranks import Ranks
+from lightning_trak.running.trainers import trainer_of
 from lightning_trak.scoring.gradient import EffectOn, GradientCosineScorer, GradientDotScorer
+from lightning_trak.scoring.topk import TopK
+
+_NEIGHBOURS = 10
 
 
 class _GradientMethod(FeatureMethod):
@@ -52,7 +60,7 @@ class _GradientMethod(FeatureMethod):
         )
 
     @override
-    def self_influence(self, trainer: L.Trainer) -> Tensor:
+    def self_influence(self, trainer: L.Trainer | None = None) -> Tensor:
         if self.settings.preconditioned:
             raise ValueError(
                 "the store has preconditioned gradients, and self-influence also needs them as they are: score the"
@@ -186,3 +194,31 @@ class GradientCosine(_GradientMethod):
         **options: Unpack[FeatureOptions],
     ) -> None:
         super().__init__(model, checkpoints, store, learning_rates, effect_on, preconditioned, **options)
+
+    @override
+    def label_suspicion(self, trainer: L.Trainer | None = None, train: Data | None = None) -> Tensor:
+        """Minus the mean score of the ten other examples with the highest scores for the example.
+
+        If it is high, no other example moves the parameters in the same direction. The score of an example at itself
+        says nothing here, because it is the same for all. Training examples are compared by their stored gradients.
+
+        Raises:
+            ValueError: if there is only one training example; and as :meth:`score`.
+        """
+        trainer = trainer_of(trainer)
+        self.featurize(trainer, train)
+        pipeline, ranks = self._pipeline(), Ranks.of(trainer)
+        store = pipeline.open_complete(pipeline.copy_model(), trainer)
+        if store.num_examples < 2:
+            raise ValueError("there is only one training example, and nothing to compare it with")
+        scorer = self._scorer(store, self.checkpoint_weights, "loss")
+        scorer.fit(trainer.strategy.root_device, ranks)
+        suspicion = []
+        for shard in range(store.num_shards):
+            rows = [store.read(checkpoint, shard) for checkpoint in range(store.num_checkpoints)]
+            directions = [scorer.directions(checkpoint, part) for checkpoint, part in enumerate(rows)]
+            best = cast(TopK, scorer.score(directions, _NEIGHBOURS + 1, ranks=ranks))
+            itself = best.indices == torch.tensor(store.shard(shard)).unsqueeze(1)
+            others = best.values.masked_fill(itself, -torch.inf)
+            suspicion.append(-others.topk(min(_NEIGHBOURS, store.num_examples - 1), dim=1).values.mean(1))
+        return torch.cat(suspicion)

@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lightning_trak.checks import positive
 from lightning_trak.compatibility import original_module
@@ -143,19 +144,37 @@ class Metagradient(Method):
         asked = target_output(output, self.output) or self.output
         with isolated_random_states(), torch.inference_mode(False):
             train_set, target_set = Examples(train, "fit", trainer), Examples(targets, "predict", trainer, output=asked)
-            device = trainer.strategy.root_device
-            runs = [self._differentiated(recording, train_set, device) for recording in self.recordings]
-            if self.check_smooth:
-                for recording in self.recordings:
-                    self._warn_if_not_smooth(recording, train_set, device)
+            runs = self._runs(trainer, train_set)
             parts = [run.scores(copy.deepcopy(asked), target_set.loader, target_set.datamodule) for run in runs]
             return torch.stack(parts).mean(0)
+
+    @override
+    def label_suspicion(self, trainer: L.Trainer | None = None, train: Data | None = None) -> Tensor:
+        """The size of each example's score at itself; see :class:`~lightning_trak.methods.base.LabelStatistic`.
+
+        Every training example is a target, so this takes as long as :meth:`attribute` with so many targets.
+        """
+        trainer = trainer_of(trainer)
+        require_whole_parameters(trainer)
+        with isolated_random_states(), torch.inference_mode(False):
+            train_set = Examples(train, "fit", trainer)
+            runs = self._runs(trainer, train_set)
+            parts = [run.own_scores(copy.deepcopy(self.output), train_set.loader, train_set.datamodule) for run in runs]
+            return torch.stack(parts).mean(0).abs()
 
     def _losses(self) -> Losses:
         return declared_losses(copy.deepcopy(self.output), self.losses)
 
     def _first(self, recording: Recording) -> int:
         return 0 if self.last_steps is None else recording.num_steps - self.last_steps
+
+    def _runs(self, trainer: L.Trainer, train: Examples) -> list[Differentiated]:
+        device = trainer.strategy.root_device
+        runs = [self._differentiated(recording, train, device) for recording in self.recordings]
+        if self.check_smooth:
+            for recording in self.recordings:
+                self._warn_if_not_smooth(recording, train, device)
+        return runs
 
     def _differentiated(self, recording: Recording, train: Examples, device: torch.device) -> Differentiated:
         run = Differentiated(
@@ -174,13 +193,13 @@ class Metagradient(Method):
             warnings.warn(
                 "the model has batch normalization in train mode: an example with weight 0 is still part of the"
                 " batch's statistics, so scores say what its loss did, not what its removal from the data does",
-                stacklevel=4,
+                stacklevel=5,
             )
         if run.rounds_steps:
             warnings.warn(
                 "the optimizer rounds its steps (torch's Muon orthogonalizes in bfloat16), so scores are those of the"
                 " same steps without rounding",
-                stacklevel=4,
+                stacklevel=5,
             )
         return run
 
@@ -191,5 +210,5 @@ class Metagradient(Method):
             warnings.warn(
                 f'the run in "{recording.path}" is not smooth: metasmoothness {value:.2f}, smooth from {SMOOTH_VALUE}.'
                 f" {advice(recording)} metasmoothness() says more, and check_smooth=False leaves this check out",
-                stacklevel=3,
+                stacklevel=4,
             )

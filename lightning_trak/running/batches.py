@@ -28,9 +28,9 @@ class TokenBatch(NamedTuple):
 
 class TransferHooks:
     """The batch transfer hooks that Lightning would call: the data module's if it overrides them, else the module's.
+
     They get the user's own batch, also of a :class:`TokenBatch` or a
     :class:`~lightning_trak.running.labels.LabelledBatch`.
-    They get the user's own batch, also of a :class:`TokenBatch` or :class:`~lightning_trak.running.labels.LabelledBatch`.
 
     Args:
         module: the model. If it is not a LightningModule, Lightning's default hooks are used.

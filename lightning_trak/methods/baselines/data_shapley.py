@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, Subset
+from typing_extensions import override
 
 from lightning_trak.methods.base import Method
 from lightning_trak.methods.examples import Examples, Rows, declared_rows
@@ -100,7 +101,16 @@ class DataShapley(Method):
                 data cannot be loaded as the whole is.
         """
         trainer = trainer_of(trainer)
-        columns, rows = Examples(train, "fit", trainer), Examples(targets, "predict", trainer)
+        return self._values(train, Examples(targets, "predict", trainer), trainer)
+
+    @override
+    def label_suspicion(self, trainer: L.Trainer | None = None, train: Data | None = None) -> Tensor:
+        """The size of each example's value at itself; see :class:`~lightning_trak.methods.base.LabelStatistic`."""
+        trainer = trainer_of(trainer)
+        return self._values(train, Examples(train, "fit", trainer), trainer).diagonal().abs()
+
+    def _values(self, train: Data | None, rows: Examples, trainer: L.Trainer) -> Tensor:
+        columns = Examples(train, "fit", trainer)
         _require_divisible(train, columns.loader)
         total, ranks = len(columns), Ranks.of(trainer)
 

@@ -15,7 +15,7 @@ from lightning_trak.checkpoints.reading import CheckpointsLike, masks_of
 from lightning_trak.compatibility import original_module
 from lightning_trak.methods.base import Method
 from lightning_trak.methods.examples import Examples, declared_rows
-from lightning_trak.outputs.batches import Forward
+from lightning_trak.outputs.batches import LABELS_KEYS, Forward, LabelsKey, as_keys, one_per_example, split_labels
 
 Pool = Callable[[Tensor, Any], Tensor]
 
@@ -32,6 +32,8 @@ class RepresentationMethod(Method):
         forward: ``(module, batch) -> anything``, runs the model on a batch. Default: as the model's declared output
             does (:class:`~lightning_trak.AttributionMixin`).
         pool: ``(activations, batch) -> (batch, width)``; default: :func:`mean_pool`.
+        labels_key: where the labels are, if they are needed and batches are not tuples ``(inputs, ..., labels)``: a key
+            or attribute, a position in a tuple, or a function of the batch.
         weights_only: ``False`` lets ``.ckpt`` and ``.pt`` files run code when they are read; for files you trust only.
     """
 
@@ -43,6 +45,7 @@ class RepresentationMethod(Method):
         layer: str | None = None,
         forward: Forward | None = None,
         pool: Pool | None = None,
+        labels_key: LabelsKey = LABELS_KEYS,
         weights_only: bool = True,
     ) -> None:
         self.model = original_module(model)
@@ -50,6 +53,7 @@ class RepresentationMethod(Method):
         self.layer = layer
         self.forward: Forward = forward or declared_rows(self.model, "pass forward=")
         self.pool = pool or mean_pool
+        self.labels_keys = as_keys(labels_key)
 
     @property
     @override
@@ -75,6 +79,20 @@ class RepresentationMethod(Method):
             original.load(checkpoint.load(), checkpoint.name, checkpoint.frozen)
             what = f"the representation at {checkpoint.name}"
             yield tuple(examples.map(trainer, module, rows, what, self.model) for examples in data)
+
+    def labels(self, trainer: L.Trainer, examples: Examples) -> Tensor:
+        """The label of each example, ``(num_examples,)``."""
+        # The transfer hooks of the module may make the labels.
+        return examples.map(trainer, copy_module(self.model), self._labels, "the label")
+
+    def _labels(self, _: nn.Module, batch: Any) -> Tensor:
+        _, labels = split_labels(batch, self.labels_keys)
+        if labels.is_floating_point() and labels.dtype.itemsize < 4:
+            raise ValueError(
+                f"the labels are {labels.dtype}, as the Trainer's precision makes them, in which different labels may"
+                " become equal: give them as integers, or use a Trainer of another precision"
+            )
+        return one_per_example("labels", labels, "similar examples are compared by one label each")
 
 
 def mean_pool(activations: Tensor, batch: Any) -> Tensor:

@@ -7,11 +7,13 @@ from typing import TypedDict
 import lightning as L
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lightning_trak.checkpoints.of_model import checkpoints_of
 from lightning_trak.checkpoints.reading import CheckpointsLike, masks_of
 from lightning_trak.compatibility import original_module
 from lightning_trak.features.model import ModelCopy
+from lightning_trak.features.rows import Features
 from lightning_trak.gradients import ParameterSelection
 from lightning_trak.methods.base import Method
 from lightning_trak.methods.examples import Examples
@@ -123,9 +125,7 @@ class Influence(Method):
             trainer, target_set, ModelCopy(self.model, self.output, self.checkpoints, digests), asked
         )
         with without_gradients():
-            model = ModelCopy(self.model, self.output, self.checkpoints, digests, self._selection())
-            passes = Passes(model, self.seed, trainer, train_set)
-            passes.agreement = self._agreement(passes)
+            passes = self._passes(trainer, train_set)
             scores = torch.zeros(len(target_set), len(train_set), dtype=passes.dtype)
             for checkpoint in range(len(self.checkpoints)):
                 passes.enter(checkpoint)
@@ -134,6 +134,36 @@ class Influence(Method):
                     audit(passes, target_set)
                 self._add(scores, passes, target_set, asked)
         return scores / len(self.checkpoints)
+
+    @override
+    def label_suspicion(self, trainer: L.Trainer | None = None, train: Data | None = None) -> Tensor:
+        """The size of each example's score at itself; see :class:`~lightning_trak.methods.base.LabelStatistic`.
+
+        The inverse is applied to the gradient of every training example: once to all for EK-FAC and ``Explicit``, but
+        by as many iterations as for a target for the other solvers.
+        """
+        trainer = trainer_of(trainer)
+        require_whole_parameters(trainer)
+        train_set = Examples(train, "fit", trainer)
+        with without_gradients():
+            passes = self._passes(trainer, train_set)
+            scores = torch.zeros(len(train_set), dtype=passes.dtype)
+            for checkpoint in range(len(self.checkpoints)):
+                passes.enter(checkpoint)
+                audit(passes, train_set)
+                inverse = self._prepare(passes)
+                for span in target_blocks(passes, train_set):
+                    rows = Features.cat([rows for _, rows in passes.rows(train_set, span)])
+                    products = (inverse(rows.features, span) * rows.features).sum(1) * rows.loss_gradients
+                    scores[span.start : span.stop] += products.cpu()
+        return (scores / len(self.checkpoints)).abs()
+
+    def _passes(self, trainer: L.Trainer, train: Examples) -> Passes:
+        digests = [checkpoint.fingerprint() for checkpoint in self.checkpoints]
+        model = ModelCopy(self.model, self.output, self.checkpoints, digests, self._selection())
+        passes = Passes(model, self.seed, trainer, train)
+        passes.agreement = self._agreement(passes)
+        return passes
 
     def _add(self, scores: Tensor, passes: Passes, targets: Examples, output: ModelOutput | None) -> None:
         """Add the scores at the current checkpoint."""

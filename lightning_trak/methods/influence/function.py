@@ -3,7 +3,7 @@
 import lightning as L
 import torch
 from torch import Tensor, nn
-from typing_extensions import Unpack
+from typing_extensions import Unpack, override
 
 from lightning_trak.checkpoints.reading import CheckpointsLike
 from lightning_trak.checks import require_one_of
@@ -45,7 +45,8 @@ class InfluenceFunction(Influence):
 
     Attributes:
         convergence: how :class:`~lightning_trak.methods.influence.ConjugateGradient` went in the last
-            :meth:`attribute`: iterations and residuals, an entry for each checkpoint and block of targets.
+            :meth:`attribute` or :meth:`label_suspicion`: iterations and residuals, an entry for each checkpoint and
+            block of targets.
 
     Example::
 
@@ -82,6 +83,12 @@ class InfluenceFunction(Influence):
         """Score every target against every training example, see :meth:`Influence.attribute`."""
         self.convergence = []
         return super().attribute(trainer, train, targets, output)
+
+    @override
+    def label_suspicion(self, trainer: L.Trainer | None = None, train: Data | None = None) -> Tensor:
+        """The size of each example's score at itself, see :meth:`Influence.label_suspicion`."""
+        self.convergence = []
+        return super().label_suspicion(trainer, train)
 
     def _agreement(self, passes: Passes) -> float:
         """For the automatic damping of several checkpoints, which takes one pass over the training set at each."""
