@@ -22,7 +22,7 @@ exclude_patterns = ["_build"]
 autodoc_default_options = {"members": True, "show-inheritance": True}
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
-napoleon_use_ivar = True  # what a docstring lists as attributes is not documented a second time
+napoleon_use_ivar = True  # attributes of a docstring are documented once
 
 html_theme = "furo"
 html_title = f"lightning_trak {__version__}"
