@@ -50,7 +50,8 @@ class AttributionEvaluation(Callback):
             read_fleet("run/fleet"),
             image=lambda item: item[0],
         )
-        trainer = L.Trainer(logger=TensorBoardLogger("run"), callbacks=[TRAKCallback("run/snapshots"), evaluation])
+        callbacks = [TRAKCallback("run/snapshots"), evaluation]
+        trainer = L.Trainer(logger=TensorBoardLogger("run"), callbacks=callbacks)
         trainer.fit(model, train_loader)
     """
 

@@ -76,7 +76,8 @@ class TrainingRecorder(Callback):
 
     Example::
 
-        trainer = L.Trainer(max_epochs=15, callbacks=[TrainingRecorder("run/recording")])
+        recorder = TrainingRecorder("run/recording")
+        trainer = L.Trainer(max_epochs=15, callbacks=[recorder])
         trainer.fit(model, train_loader)
     """
 

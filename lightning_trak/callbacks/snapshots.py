@@ -71,7 +71,8 @@ class TRAKCallback(Callback):
 
     Example::
 
-        trainer = L.Trainer(max_epochs=20, callbacks=[TRAKCallback("run/snapshots", every_n_epochs=5)])
+        snapshots = TRAKCallback("run/snapshots", every_n_epochs=5)
+        trainer = L.Trainer(max_epochs=20, callbacks=[snapshots])
         trainer.fit(model, train_loader)
     """
 

@@ -41,8 +41,9 @@ class SmoothTwin(Callback):
 
     Example::
 
-        trainer = L.Trainer(max_epochs=15, callbacks=[SmoothTwin(), TRAKCallback("twin/snapshots")])
-        trainer.fit(LitNet(), train_loader)  # a new module: the twin starts where the original did
+        callbacks = [SmoothTwin(), TRAKCallback("twin/snapshots")]
+        trainer = L.Trainer(max_epochs=15, callbacks=callbacks)
+        trainer.fit(LitNet(), train_loader)  # a new module: it starts as the original
         trak = TRAK(model, checkpoints="twin/snapshots", store="twin/features")
     """
 

@@ -67,9 +67,11 @@ class Metagradient(Method):
 
     Example::
 
-        trainer = L.Trainer(max_epochs=15, callbacks=[TrainingRecorder("run/recording")])
+        recorder = TrainingRecorder("run/recording")
+        trainer = L.Trainer(max_epochs=15, callbacks=[recorder])
         trainer.fit(model, train_loader)
-        scores = Metagradient(model, "run/recording").attribute(trainer, train_loader, targets)
+        method = Metagradient(model, "run/recording")
+        scores = method.attribute(trainer, train_loader, targets)
     """
 
     def __init__(

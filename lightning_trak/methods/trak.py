@@ -70,7 +70,8 @@ class TRAK(FeatureMethod):
         trak = TRAK(model, checkpoints="run/snapshots", store="run/features")
         trak.featurize(trainer, train_loader)
         scores = trak.score(trainer, target_loader)  # (num_targets, num_train)
-        best = trak.score(trainer, target_loader, top_k=10, rescore=1000)  # exact scores of the best 1000
+        # exact scores of the best 1000
+        best = trak.score(trainer, target_loader, top_k=10, rescore=1000)
     """
 
     def __init__(
@@ -132,7 +133,10 @@ class TRAK(FeatureMethod):
 
         Example::
 
-            trak = TRAK.paper(model, "run/snapshots", "run/features", projection=GaussianProjection(512))
+            projection = GaussianProjection(512)
+            trak = TRAK.paper(
+                model, "run/snapshots", "run/features", projection=projection
+            )
         """
         published: dict[str, Any] = {"curvature": "identity", "damping": 0.0, "loss_gradients": "averaged"}
         if options.get("projection") is None:

@@ -114,7 +114,10 @@ def metasmoothness(
 
     Example::
 
-        print(metasmoothness(model, "run/recording", trainer, train_loader, targets).verdict)
+        found = metasmoothness(
+            model, "run/recording", trainer, train_loader, targets
+        )
+        print(found.verdict)
     """
     repeats = positive("repeats", repeats)
     require_whole_parameters(trainer)

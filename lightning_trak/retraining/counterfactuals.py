@@ -46,8 +46,13 @@ class Counterfactuals:
 
     Example::
 
-        scores = {"TRAK": trak.score(trainer, targets), "random": RandomScores().attribute(trainer, train, targets)}
-        removal = Counterfactuals("run/removed", LitNet, make_trainer, train, targets, scores, ks=(10, 40, 160))
+        scores = {
+            "TRAK": trak.score(trainer, targets),
+            "random": RandomScores().attribute(trainer, train, targets),
+        }
+        removal = Counterfactuals(
+            "run/removed", LitNet, make_trainer, train, targets, scores, (10, 40, 160)
+        )
         removal.run(together=50)
         print(removal.brittleness().table().markdown())
     """

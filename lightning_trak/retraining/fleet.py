@@ -90,8 +90,10 @@ class RetrainingFleet:
     Example::
 
         masks = random_subsets(len(train), num_subsets=100)
-        fleet = RetrainingFleet("run/fleet", LitNet, make_trainer, train_loader, targets, masks, num_seeds=3)
-        fleet.run()  # or, in each of 16 processes, run(part="1/16") to run(part="16/16")
+        fleet = RetrainingFleet(
+            "run/fleet", LitNet, make_trainer, train_loader, targets, masks, num_seeds=3
+        )
+        fleet.run()  # in each of 16 processes: run(part="1/16") to run(part="16/16")
         lds = LinearDatamodelingScore(fleet.masks)
         lds.update(scores, fleet.outputs)
     """

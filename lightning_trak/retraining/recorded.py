@@ -69,9 +69,12 @@ class RecordedFleet:
     Example::
 
         masks = random_removals(len(train), num_subsets=50, fraction=0.01)
-        fleet = RecordedFleet("run/one_run", model, "run/recording", trainer, train_loader, targets, masks)
+        fleet = RecordedFleet(
+            "run/one_run", model, "run/recording", trainer, train_loader, targets, masks
+        )
         fleet.run(together=25)
-        lds = fleet.lds(Metagradient(model, "run/recording").attribute(trainer, train_loader, targets))
+        method = Metagradient(model, "run/recording")
+        lds = fleet.lds(method.attribute(trainer, train_loader, targets))
         print(lds.compute(), lds.interval())
     """
 

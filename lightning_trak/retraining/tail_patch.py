@@ -125,8 +125,13 @@ def tail_patch(
     Example::
 
         trainer.fit(model, train_loader)
-        scores = {"TRAK": trak.score(trainer, targets), "random": RandomScores().attribute(trainer, train, targets)}
-        print(tail_patch(model, trainer.optimizers[0], train_loader, targets, scores).table("TRAK").markdown())
+        scores = {
+            "TRAK": trak.score(trainer, targets),
+            "random": RandomScores().attribute(trainer, train, targets),
+        }
+        optimizer = trainer.optimizers[0]
+        patch = tail_patch(model, optimizer, train_loader, targets, scores)
+        print(patch.table("TRAK").markdown())
     """
     if isinstance(optimizer, LightningOptimizer):
         optimizer = optimizer.optimizer

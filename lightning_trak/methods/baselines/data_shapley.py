@@ -56,7 +56,10 @@ class DataShapley(Method):
 
     Example::
 
-        method = DataShapley(LitNet, lambda: L.Trainer(max_epochs=5, logger=False), permutations=20, step=10)
+        def make_trainer():
+            return L.Trainer(max_epochs=5, logger=False)
+
+        method = DataShapley(LitNet, make_trainer, permutations=20, step=10)
         values = method.attribute(trainer, train_loader, target_loader)
     """
 

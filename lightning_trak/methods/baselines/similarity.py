@@ -42,7 +42,8 @@ class RepresentationSimilarity(RepresentationMethod):
 
     Example::
 
-        scores = RepresentationSimilarity(model, "run/snapshots").attribute(trainer, train_loader, target_loader)
+        method = RepresentationSimilarity(model, "run/snapshots")
+        scores = method.attribute(trainer, train_loader, target_loader)
     """
 
     def __init__(

@@ -50,8 +50,10 @@ class InfluenceFunction(Influence):
 
     Example::
 
-        method = InfluenceFunction(model, "run/snapshots", solver=ConjugateGradient(preconditioner="ekfac"))
-        scores = method.attribute(trainer, train_loader, target_loader)  # (num_targets, num_train)
+        solver = ConjugateGradient(preconditioner="ekfac")
+        method = InfluenceFunction(model, "run/snapshots", solver=solver)
+        # (num_targets, num_train)
+        scores = method.attribute(trainer, train_loader, target_loader)
     """
 
     def __init__(

@@ -36,7 +36,8 @@ class LoggerWriter(ABC):
                 self.logger.experiment[name].append(File.as_image(figure))
 
             def table(self, name, table, step):
-                self.logger.experiment[name].append(File.from_content(table.csv(), extension="csv"))
+                file = File.from_content(table.csv(), extension="csv")
+                self.logger.experiment[name].append(file)
     """
 
     kinds: ClassVar[dict[type[Any], type[LoggerWriter]]] = {}
