@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import math
 import os
-import pickle
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
-from lightning.pytorch.utilities import rank_zero_warn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_trak.callbacks.runs import runs_in
-from lightning_trak.checkpoints.names import canonical_name
+from lightning_trak.callbacks.saving import on_rank_zero, require_storable, single_trigger
+from lightning_trak.checkpoints.optimizers import parameter_groups
 from lightning_trak.checkpoints.series import ParameterGroup, SnapshotSeries
-from lightning_trak.checkpoints.weights import is_extra_state, without_extra_state
 
 T = TypeVar("T")
 
@@ -80,20 +77,13 @@ class TRAKCallback(Callback):
         train_time_interval: timedelta | None = None,
         save_last: bool = True,
     ) -> None:
-        counts = {"every_n_epochs": every_n_epochs, "every_n_train_steps": every_n_train_steps}
-        seconds = None if train_time_interval is None else train_time_interval.total_seconds()
-        given = {
-            name: value for name, value in (counts | {"train_time_interval": seconds}).items() if value is not None
-        }
-        if len(given) > 1:
-            raise ValueError(
-                f"expected at most one trigger, got {' and '.join(sorted(given))}; use a TRAKCallback for each"
-            )
-        for name, value in given.items():
-            if value < (1 if name in counts else 0):
-                raise ValueError(f"expected a positive {name}, got {value}")
+        trigger = single_trigger(
+            type(self).__name__,
+            {"every_n_epochs": every_n_epochs, "every_n_train_steps": every_n_train_steps},
+            {"train_time_interval": None if train_time_interval is None else train_time_interval.total_seconds()},
+        )
         self.dirpath = os.fspath(dirpath)
-        self.every_n_epochs = every_n_epochs if given else 1
+        self.every_n_epochs = every_n_epochs if trigger else 1
         self.every_n_train_steps = every_n_train_steps
         self.train_time_interval = train_time_interval
         self.save_last = save_last
@@ -153,17 +143,12 @@ class TRAKCallback(Callback):
         self._seen_step = trainer.global_step
         self._saved_time = time.monotonic()
         self._groups = {
-            position: _settings(position, optimizer, pl_module) for position, optimizer in enumerate(trainer.optimizers)
+            position: parameter_groups(position, optimizer, pl_module)
+            for position, optimizer in enumerate(trainer.optimizers)
         }
 
     def _open(self, series: SnapshotSeries, step: int, state_dict: dict[str, Any]) -> tuple[str, int]:
-        without_extra_state(state_dict, "the module's state dict")  # fail now, not after hours of training
-        extra = [name for name in state_dict if is_extra_state(name)]
-        if extra:
-            rank_zero_warn(
-                f"snapshots leave out the extra state of modules: {', '.join(extra)}; the model that is given for"
-                " attribution keeps its own"
-            )
+        require_storable(state_dict)
         if self._resumed_runs:
             manifest = series.resume(self._resumed_runs, step)
         elif self._run is not None and self._saved_step <= step:  # fit again with the same Trainer
@@ -177,7 +162,7 @@ class TRAKCallback(Callback):
         """Note the learning rate of this step. A scheduler may change it before the snapshot is taken."""
         for position, candidate in enumerate(trainer.optimizers):
             if candidate is optimizer:
-                self._groups[position] = _settings(position, optimizer, pl_module)
+                self._groups[position] = parameter_groups(position, optimizer, pl_module)
 
     @override
     def on_train_batch_end(
@@ -238,28 +223,7 @@ class TRAKCallback(Callback):
 
 
 def _on_rank_zero(trainer: Trainer, action: Callable[[], T]) -> T:
-    """Run an action on rank zero. All ranks get its result or its error, so no rank waits for one that has failed."""
-    outcome: T | Exception | None = None
-    failure: Exception | None = None
-    if trainer.is_global_zero:
-        try:
-            outcome = action()
-        except Exception as error:
-            failure = error
-            outcome = _portable(error)
-    outcome = trainer.strategy.broadcast(outcome)
-    if isinstance(outcome, Exception):
-        raise failure or outcome
-    return cast(T, outcome)
-
-
-def _portable(error: Exception) -> Exception:
-    """An error that other processes can read. Some errors cannot be pickled, others cannot be unpickled."""
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return error
+    return on_rank_zero(action, trainer.is_global_zero, trainer.strategy.broadcast)
 
 
 def _gather(trainer: Trainer) -> dict[str, Any]:
@@ -269,27 +233,3 @@ def _gather(trainer: Trainer) -> dict[str, Any]:
         # If configured for sharded checkpoints, lightning_module_state_dict() gives only this rank's part.
         return get_model_state_dict(strategy.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     return strategy.lightning_module_state_dict()
-
-
-def _settings(position: int, optimizer: Optimizer, module: LightningModule) -> list[ParameterGroup]:
-    names = {id(parameter): canonical_name(name) for name, parameter in module.named_parameters()}
-
-    def number(group: dict[str, Any], key: str) -> float | None:
-        value = None if group.get(key) is None else float(group[key])
-        if value is not None and not math.isfinite(value):
-            raise ValueError(
-                f"optimizer {position} ({type(optimizer).__name__}) has {key}={value}, which cannot train a model;"
-                " use a finite number"
-            )
-        return value
-
-    return [
-        ParameterGroup(
-            position,
-            type(optimizer).__name__,
-            number(group, "lr"),
-            number(group, "weight_decay"),
-            tuple(names[id(parameter)] for parameter in group["params"] if id(parameter) in names),
-        )
-        for group in optimizer.param_groups
-    ]
