@@ -18,6 +18,7 @@ from lightning_trak.callbacks.runs import runs_in
 from lightning_trak.callbacks.saving import on_rank_zero, require_storable, single_trigger
 from lightning_trak.checkpoints.optimizers import parameter_groups
 from lightning_trak.checkpoints.series import ParameterGroup, SnapshotSeries
+from lightning_trak.packages import is_a
 
 T = TypeVar("T")
 
@@ -229,7 +230,7 @@ def _on_rank_zero(trainer: Trainer, action: Callable[[], T]) -> T:
 def _gather(trainer: Trainer) -> dict[str, Any]:
     """The module's whole state dict, at least on rank zero. All ranks must call this."""
     strategy = trainer.strategy
-    if isinstance(strategy, (FSDPStrategy, ModelParallelStrategy)) and strategy.model is not None:
+    if is_a(strategy, FSDPStrategy, ModelParallelStrategy) and strategy.model is not None:
         # If configured for sharded checkpoints, lightning_module_state_dict() gives only this rank's part.
         return get_model_state_dict(strategy.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     return strategy.lightning_module_state_dict()

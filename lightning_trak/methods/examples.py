@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_trak.gradients.soundness import require_repeatable, trying
 from lightning_trak.outputs.evaluating import exact_attention
 from lightning_trak.outputs.mixin import declared_output
-from lightning_trak.running.data import Data, single_loader
+from lightning_trak.running.data import Data, datamodule_of, single_loader
 from lightning_trak.running.loading import batch_size_of
 from lightning_trak.running.predict import PredictModule
 from lightning_trak.running.ranges import IndexedBatch, batch_ranges, share_out
@@ -54,7 +54,7 @@ class Examples:
         self, data: Data, stage: str, trainer: L.Trainer, datamodule: L.LightningDataModule | None = None
     ) -> None:
         self.loader = single_loader(data, stage, trainer)
-        self.datamodule = data if isinstance(data, L.LightningDataModule) else datamodule
+        self.datamodule = datamodule_of(data) or datamodule
 
     def __len__(self) -> int:
         return len(cast(Any, self.loader.dataset))
@@ -82,7 +82,7 @@ class Examples:
         """
         require_whole_parameters(trainer)
         found: list[tuple[Tensor, Tensor]] = []
-        mapper = _MapModule(function, what, original, found, module, self.datamodule)
+        mapper = _MapModule.of(trainer)(function, what, original, found, module, self.datamodule)
         batches = batch_ranges(range(len(self)), batch_size_of(self.loader))
         predict_over(trainer, mapper, share_out(self.loader, [batches], trainer))
         parts = [part for parts in Ranks.of(trainer).gather(found) for part in parts]

@@ -29,7 +29,7 @@ from lightning_trak.methods.rescoring import ExactScores, SecondStage
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import target_output, trained_output
 from lightning_trak.projections import Projection, SparseProjection
-from lightning_trak.running.data import Data, as_loaders, single_loader
+from lightning_trak.running.data import Data, as_loaders, datamodule_of, single_loader
 from lightning_trak.running.loaders import holds_several
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.running.strategies import refuse_spawning, require_whole_parameters, shards_model
@@ -270,7 +270,7 @@ class FeatureMethod(Method):
         positions = train if is_positions(train) else None
         columns = train_columns(positions, question.get("train_groups"), store.num_examples)
         rows = target_rows(question, [len(cast(Any, loader.dataset)) for loader in loaders])
-        scorer, datamodule = self.make_scorer(store), data if isinstance(data, L.LightningDataModule) else None
+        scorer, datamodule = self.make_scorer(store), datamodule_of(data)
         if second is not None:
             second.require_possible(store, model.size)
         results: Sequence[Scores] = [
@@ -344,7 +344,7 @@ class FeatureMethod(Method):
         model = pipeline.copy_model(trainer)
         store = pipeline.open_complete(model, trainer)
         examples = range(len(cast(Any, loader.dataset)))
-        datamodule = data if isinstance(data, L.LightningDataModule) else None
+        datamodule = datamodule_of(data)
         (features,) = pipeline.target_features(trainer, loader, [examples], model, store, datamodule)
         return list(features)
 
@@ -385,7 +385,7 @@ class FeatureMethod(Method):
         model = pipeline.copy_model(keep=True)
         store = pipeline.open(model)
         store.require_complete()
-        return ScoreModule(self.make_scorer(store), top_k, largest, model, self.settings, store)
+        return ScoreModule.of(self.model)(self.make_scorer(store), top_k, largest, model, self.settings, store)
 
     def _pipeline(self) -> FeaturePipeline:
         return FeaturePipeline(

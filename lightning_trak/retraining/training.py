@@ -16,6 +16,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, S
 from lightning_trak.gradients.precision import WorkingPrecision
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.evaluating import exact_attention
+from lightning_trak.packages import is_a
 from lightning_trak.running.batches import TransferHooks, on_device
 from lightning_trak.running.loading import like
 from lightning_trak.running.random_states import isolated_random_states
@@ -42,7 +43,7 @@ class NothingTwice:
         Raises:
             FactoryError: if it is not a LightningModule, or has parameters of an earlier module.
         """
-        if not isinstance(module, L.LightningModule):
+        if not is_a(module, L.LightningModule):
             raise FactoryError(f"make_module() must return a LightningModule, got {type(module).__name__}")
         for name, parameter in module.named_parameters():
             self._note(
@@ -59,7 +60,7 @@ class NothingTwice:
             FactoryError: if it is not a Trainer; if it, a callback or its strategy was used or returned before; or if
                 it runs several processes.
         """
-        if not isinstance(trainer, L.Trainer):
+        if not is_a(trainer, L.Trainer):
             raise FactoryError(f"make_trainer() must return a Trainer, got {type(trainer).__name__}")
         again = "make_trainer() returned {} that an earlier call {}; make {} in each call"
         self._note(trainer, again.format("the same Trainer", "returned, too", "a new one"))
@@ -101,13 +102,15 @@ def seeded(seed: int) -> Iterator[None]:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Turn off Lightning's info messages, which are the same for every new Trainer."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(max(logger.getEffectiveLevel(), logging.WARNING))
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "pytorch_lightning")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(max(logger.getEffectiveLevel(), logging.WARNING))
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def shuffled_like(loader: DataLoader[Any]) -> Callable[[Dataset[Any]], DataLoader[Any]]:

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.profilers import PassThroughProfiler
 
 from lightning_trak.compatibility import is_running, parts_that_a_run_changes
+from lightning_trak.packages import is_a
 from lightning_trak.running.predict import PredictModule
 from lightning_trak.running.random_states import isolated_random_states
 from lightning_trak.running.stopping import Interruption
@@ -52,7 +53,7 @@ def _borrowed(trainer: L.Trainer, ours: PredictModule, interruption: Interruptio
         )
     before = [(part, dict(vars(part))) for part in parts_that_a_run_changes(trainer)]
     module = cast(L.LightningModule, trainer.strategy.lightning_module)
-    bars = [callback for callback in trainer.callbacks if isinstance(callback, ProgressBar)]  # type: ignore[attr-defined]
+    bars = [callback for callback in trainer.callbacks if is_a(callback, ProgressBar)]  # type: ignore[attr-defined]
     trainer.loggers = []
     trainer.callbacks = bars  # type: ignore[attr-defined]
     trainer.profiler = PassThroughProfiler()  # type: ignore[attr-defined]
