@@ -1,4 +1,4 @@
-"""All private names of PyTorch, Lightning and jsonargparse that this package uses.
+"""All private names of PyTorch, Lightning, accelerate and jsonargparse that this package uses.
 
 A new version of a library may drop a private name without notice. So each is used only here, behind a function or a
 name that says what it is for. ``tests/repository/test_compatibility.py`` tries each with the installed version. If a
@@ -71,6 +71,7 @@ __all__ = [
 
 # PyTorch
 
+_BEFORE_AUTOCAST = "_original_forward"
 _COMPILED = "_orig_mod"
 
 WRAPPERS = frozenset({_COMPILED, "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -106,6 +107,23 @@ def is_compiled(module: nn.Module) -> bool:
 def forget_compiled_call(module: nn.Module) -> None:
     """Undo ``module.compile()``, but not that of its parts. Compiled code in a copy would run the original."""
     module._compiled_call_impl = None
+
+
+def forget_autocast(module: nn.Module) -> None:
+    """Undo what accelerate leaves on a model that was trained in mixed precision: a ``forward()`` with autocast.
+
+    The Trainer of Hugging Face trains with accelerate.
+    """
+    original = vars(module).pop(_BEFORE_AUTOCAST, None)
+    if original is None:
+        return
+    inner, own = module.forward, type(module).forward
+    while inner is not own and hasattr(inner, "__wrapped__"):  # it may have been trained several times
+        inner = inner.__wrapped__
+    if inner is own:
+        del module.forward
+    else:
+        module.forward = original
 
 
 def registered(module: nn.Module) -> dict[str, Any]:

@@ -9,15 +9,16 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_trak.callbacks.runs import runs_in
 from lightning_trak.callbacks.saving import on_rank_zero, require_storable, single_trigger
-from lightning_trak.checkpoints.optimizers import parameter_groups
-from lightning_trak.checkpoints.series import ParameterGroup, SnapshotSeries
+from lightning_trak.checkpoints.manifest import ParameterGroup
+from lightning_trak.checkpoints.optimizers import parameter_groups, preconditioner_of, require_adam
+from lightning_trak.checkpoints.series import SnapshotSeries
 from lightning_trak.packages import is_a
 
 T = TypeVar("T")
@@ -39,7 +40,10 @@ class TRAKCallback(Callback):
     Buffers with ``persistent=False`` are not in the state dict.
 
     **What else.** The manifest records the optimizer steps taken and the epochs completed. For each parameter group it
-    records the names of its parameters, and the learning rate and weight decay of its optimizer's last step.
+    records the names of its parameters, and the learning rate and weight decay of its optimizer's last step. With
+    ``preconditioner=True`` a second file holds what Adam or AdamW multiplies each gradient by, made of its second
+    moments, for :class:`~lightning_trak.GradientCosine` and others with ``preconditioned=True``. It takes the space of
+    the trained weights.
 
     **Which run.** A directory belongs to one run. It is an error to start another run in it, even if the first has
     saved nothing yet. In that last case, on file systems without locks, it is the first run that ends with an error.
@@ -54,14 +58,17 @@ class TRAKCallback(Callback):
         train_time_interval: save after an optimizer step if this much time has passed since the last such save. The
             clock of rank zero decides.
         save_last: save when training ends, unless the last step is saved already.
+        preconditioner: whether to keep what the optimizer multiplies gradients by. It must be Adam or AdamW of torch.
 
     Raises:
         ValueError: if several triggers are given, or one is not positive. In ``setup``: if two callbacks of a Trainer
             have the same directory. When training starts: if the directory holds snapshots of another run, another run
             is writing to it, or a learning rate is not finite. At a snapshot: if another run has taken the directory.
-        TypeError: when training starts, if the state dict has entries that are not dense tensors.
+        TypeError: when training starts, if the state dict has entries that are not dense tensors; or with
+            ``preconditioner=True``, if an optimizer is another one than Adam or AdamW.
         OSError: on all ranks, if a snapshot cannot be written.
-        RuntimeError: in ``setup`` with DeepSpeed ZeRO stage 3, because its weights are not in the state dict.
+        RuntimeError: in ``setup`` with DeepSpeed ZeRO stage 3, because its weights are not in the state dict; or with
+            ``preconditioner=True`` and a strategy that shards the optimizer's state.
 
     Example::
 
@@ -77,6 +84,7 @@ class TRAKCallback(Callback):
         every_n_train_steps: int | None = None,
         train_time_interval: timedelta | None = None,
         save_last: bool = True,
+        preconditioner: bool = False,
     ) -> None:
         trigger = single_trigger(
             type(self).__name__,
@@ -88,6 +96,7 @@ class TRAKCallback(Callback):
         self.every_n_train_steps = every_n_train_steps
         self.train_time_interval = train_time_interval
         self.save_last = save_last
+        self.preconditioner = preconditioner
         self._series: SnapshotSeries | None = None  # None: nothing is to be saved
         self._run: str | None = None
         self._resumed_runs: list[str] = []
@@ -129,6 +138,11 @@ class TRAKCallback(Callback):
             raise RuntimeError(
                 "TRAKCallback cannot save weights that DeepSpeed ZeRO stage 3 partitions; use FSDP or ZeRO stage 2"
             )
+        if self.preconditioner and is_a(trainer.strategy, FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy):
+            raise RuntimeError(
+                "TRAKCallback cannot keep the preconditioner of an optimizer whose state is sharded: use DDP or one"
+                " device, or leave preconditioner=True out"
+            )
         self._series = SnapshotSeries(trainer.strategy.broadcast(self.dirpath))
         others = [other for other in trainer.callbacks if other is not self]  # type: ignore[attr-defined]
         if any(SnapshotSeries(o.dirpath).url == self._series.url for o in others if isinstance(o, TRAKCallback)):
@@ -139,6 +153,8 @@ class TRAKCallback(Callback):
         """Start or continue the series."""
         if self._series is None:
             return
+        if self.preconditioner:
+            require_adam(trainer.optimizers)
         series, step, state_dict = self._series, trainer.global_step, _gather(trainer)
         self._run, self._saved_step = _on_rank_zero(trainer, lambda: self._open(series, step, state_dict))
         self._seen_step = trainer.global_step
@@ -204,7 +220,8 @@ class TRAKCallback(Callback):
             return
         series, state_dict = self._series, _gather(trainer)
         groups = [group for groups in self._groups.values() for group in groups]
-        _on_rank_zero(trainer, lambda: series.save(state_dict, step, epoch, groups).file)
+        also = preconditioner_of(trainer.optimizers, trainer.lightning_module) if self.preconditioner else None
+        _on_rank_zero(trainer, lambda: series.save(state_dict, step, epoch, groups, also).file)
         self._saved_step = step
 
     @override

@@ -40,14 +40,18 @@ class SnapshotDirectory(CheckpointFormat):
             raise ValueError(
                 f'"{series.directory}" holds no snapshots yet; train with TRAKCallback until it has saved a snapshot'
             )
-        missing = [snapshot.file for snapshot in snapshots if not series.filesystem.exists(series.path(snapshot.file))]
+        files = [file for snapshot in snapshots for file in snapshot.files]
+        missing = [file for file in files if not series.filesystem.exists(series.path(file))]
         if missing:
             raise FileNotFoundError(
-                f'"{series.directory}" lacks {len(missing)} of the {len(snapshots)} snapshots in its manifest, the'
+                f'"{series.directory}" lacks {len(missing)} of the {len(files)} files in its manifest, the'
                 f' first is "{missing[0]}"; restore the files, or pass a list of the paths that you want'
             )
         name = PurePosixPath(series.url).name
-        return [Checkpoint(f"{name}/{entry.file}", partial(series.load, entry), entry) for entry in snapshots]
+        return [
+            Checkpoint(f"{name}/{entry.file}", partial(series.load, entry), entry, read_file=series.load_file)
+            for entry in snapshots
+        ]
 
 
 class SafetensorsFile(CheckpointFormat):

@@ -61,6 +61,9 @@ def identity(model: ModelCopy, output: ModelOutput, settings: FeatureSettings, c
             hashlib.sha256(f"{digest} {state_digest(model.module, names)}".encode()).hexdigest()
             for digest, names in zip(contents.digests, contents.names, strict=True)
         ],
+        "preconditioners": [checkpoint.kept_preconditioner().sha256 for checkpoint in model.checkpoints]
+        if settings.preconditioned
+        else None,
     }
 
 
@@ -68,6 +71,10 @@ def describe_difference(field: str, theirs: Any, mine: Any) -> tuple[str, str]:
     """Describe a field that differs between store and run: what the store was made with, and what the run has."""
     if field == "data":
         return "other training data of this size", "data that differ in some of eight items spread over the dataset"
+    if field == "preconditioners":
+        kinds = ("gradients as they are", "gradients multiplied by the optimizer's preconditioner")
+        made, have = (kinds[found is not None] for found in (theirs, mine))
+        return made, have if made != have else "other numbers to multiply them by"
     if field == "checkpoints" and isinstance(theirs, list) and len(theirs) == len(mine):
         number = next(i for i, pair in enumerate(zip(mine, theirs, strict=True)) if pair[0] != pair[1])
         return f"other weights or buffers at checkpoint {number}", "the same number of checkpoints"

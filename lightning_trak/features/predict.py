@@ -188,8 +188,9 @@ class ExtractorModule(PredictModule):
         if checkpoint not in self._bound:
             if not self.copied.keeps:
                 self._bound.clear()
-            self._bound[checkpoint] = self.settings.projection.bind(
-                self.copied.shapes, seed=self.settings.seed, checkpoint=checkpoint, device=self.device
+            settings, training = self.settings, self._train_loader is not None
+            self._bound[checkpoint] = self.copied.bind(
+                settings.projection, settings.seed, checkpoint, settings.preconditioned and training
             )
         return self._bound[checkpoint]
 

@@ -62,7 +62,7 @@ class RepresentationMethod(Method):
         ``"bf16-true"``.
         """
         module = copy_module(self.model)
-        original = Original(module)
+        original = Original(module, partial=any(item.frozen is not None for item in self.checkpoints))
         layer = _find_layer(module, self.layer)
 
         def rows(module: nn.Module, batch: Any) -> Tensor:
@@ -71,7 +71,7 @@ class RepresentationMethod(Method):
             return pooled.to(torch.promote_types(pooled.dtype, torch.float32))
 
         for checkpoint in self.checkpoints:
-            original.load(checkpoint.load(), checkpoint.name)
+            original.load(checkpoint.load(), checkpoint.name, checkpoint.frozen)
             what = f"the representation at {checkpoint.name}"
             yield tuple(examples.map(trainer, module, rows, what, self.model) for examples in data)
 
