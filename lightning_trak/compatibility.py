@@ -4,9 +4,9 @@ A new version of a library may drop a private name without notice. So each is us
 name that says what it is for. ``tests/repository/test_compatibility.py`` tries each with the installed version. If a
 public name does the same, it is used instead.
 
-This module lies below all others, because fingerprints, checkpoints and gradients need PyTorch's private names, and
-``running`` needs Lightning's. The only exception is ``metrics``, which does not import Lightning. It uses names that
-torchmetrics has for classes derived from ``Metric`` (``_plot``, ``_is_synced``, ``_apply``).
+This module lies below all others but ``packages``, because fingerprints, checkpoints and gradients need PyTorch's
+private names, and ``running`` needs Lightning's. The only exception is ``metrics``, which does not import Lightning. It
+uses names that torchmetrics has for classes derived from ``Metric`` (``_plot``, ``_is_synced``, ``_apply``).
 """
 
 from collections.abc import Callable, Iterator
@@ -22,7 +22,6 @@ from lightning.pytorch.core.optimizer import _configure_schedulers_automatic_opt
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
-from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSource
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning_utilities.core.inheritance import get_all_subclasses
 from torch import Tensor, nn
@@ -30,7 +29,8 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_iter, tree_map
 from torch.utils.data import BatchSampler, DataLoader
-from typing_extensions import override
+
+from lightning_trak.packages import is_a, own
 
 __all__ = [
     "EXTRA_STATE",
@@ -207,15 +207,16 @@ def with_index_sampler(loader: Any, change: Callable[[Any], Any]) -> Any:
 # Lightning
 
 
-class _ChangedSource(_DataLoaderSource):
+class _ChangedSource:
     """A source of a Trainer's loaders that passes each one through a function."""
 
-    def __init__(self, source: _DataLoaderSource, change: Callable[[Any], Any]) -> None:
-        super().__init__(source.instance, source.name)
+    def __init__(self, source: Any, change: Callable[[Any], Any]) -> None:
         self.source = source
         self._change = change
 
-    @override
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.source, name)
+
     def dataloader(self) -> Any:
         try:
             return self._change(self.source.dataloader())
@@ -239,12 +240,12 @@ def _undo_loader_patch() -> None:
 
 def change_train_loader(trainer: L.Trainer, change: Callable[[Any], Any]) -> None:
     """Let a Trainer that has its data, but no loaders yet, train on what a function makes of its loader."""
-    trainer.fit_loop._data_source = _ChangedSource(trainer.fit_loop._data_source, change)
+    trainer.fit_loop._data_source = cast(Any, _ChangedSource(trainer.fit_loop._data_source, change))
 
 
 def restore_train_loader(trainer: L.Trainer) -> None:
     """Undo :func:`change_train_loader`."""
-    source = trainer.fit_loop._data_source
+    source: Any = trainer.fit_loop._data_source
     if isinstance(source, _ChangedSource):
         trainer.fit_loop._data_source = source.source
 
@@ -252,12 +253,12 @@ def restore_train_loader(trainer: L.Trainer) -> None:
 def start_method(trainer: L.Trainer) -> str | None:
     """How a Trainer's strategy starts processes from this one, such as ``"spawn"``; None if it starts none."""
     launcher = trainer.strategy.launcher
-    return launcher._start_method if isinstance(launcher, _MultiProcessingLauncher) else None
+    return launcher._start_method if is_a(launcher, _MultiProcessingLauncher) else None
 
 
 def starts_script_again(trainer: L.Trainer) -> bool:
     """Whether a Trainer's strategy starts the user's script again for each further process."""
-    return isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher)
+    return is_a(trainer.strategy.launcher, _SubprocessScriptLauncher)
 
 
 def tensor_parallel_size(strategy: ModelParallelStrategy) -> int:
@@ -300,18 +301,14 @@ def after_signal_handlers(trainer: L.Trainer, action: Callable[[], None]) -> Non
         trainer: the Trainer. It gets another signal connector.
         action: the function to call.
     """
-    trainer._signal_connector = _ThenSignalConnector(trainer, action)
+    kind = own(_SignalConnector, trainer._signal_connector)
 
+    class _ThenSignalConnector(kind):  # type: ignore[misc, valid-type]
+        def register_signal_handlers(self) -> None:
+            super().register_signal_handlers()
+            action()
 
-class _ThenSignalConnector(_SignalConnector):
-    def __init__(self, trainer: L.Trainer, action: Callable[[], None]) -> None:
-        super().__init__(trainer)
-        self._action = action
-
-    @override
-    def register_signal_handlers(self) -> None:
-        super().register_signal_handlers()
-        self._action()
+    trainer._signal_connector = _ThenSignalConnector(trainer)
 
 
 # jsonargparse

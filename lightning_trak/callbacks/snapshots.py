@@ -19,6 +19,7 @@ from lightning_trak.callbacks.saving import on_rank_zero, require_storable, sing
 from lightning_trak.checkpoints.manifest import ParameterGroup
 from lightning_trak.checkpoints.optimizers import parameter_groups, preconditioner_of, require_adam
 from lightning_trak.checkpoints.series import SnapshotSeries
+from lightning_trak.packages import is_a
 
 T = TypeVar("T")
 
@@ -138,9 +139,7 @@ class TRAKCallback(Callback):
             raise RuntimeError(
                 "TRAKCallback cannot save weights that DeepSpeed ZeRO stage 3 partitions; use FSDP or ZeRO stage 2"
             )
-        if self.preconditioner and isinstance(
-            trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
-        ):
+        if self.preconditioner and is_a(trainer.strategy, FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy):
             raise RuntimeError(
                 "TRAKCallback cannot keep the preconditioner of an optimizer whose state is sharded: use DDP or one"
                 " device, or leave preconditioner=True out"
@@ -249,7 +248,7 @@ def _on_rank_zero(trainer: Trainer, action: Callable[[], T]) -> T:
 def _gather(trainer: Trainer) -> dict[str, Any]:
     """The module's whole state dict, at least on rank zero. All ranks must call this."""
     strategy = trainer.strategy
-    if isinstance(strategy, (FSDPStrategy, ModelParallelStrategy)) and strategy.model is not None:
+    if is_a(strategy, FSDPStrategy, ModelParallelStrategy) and strategy.model is not None:
         # If configured for sharded checkpoints, lightning_module_state_dict() gives only this rank's part.
         return get_model_state_dict(strategy.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     return strategy.lightning_module_state_dict()

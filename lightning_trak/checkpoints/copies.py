@@ -21,6 +21,7 @@ from lightning_trak.compatibility import (
     set_device_mesh,
     transient_buffers,
 )
+from lightning_trak.packages import is_a
 from lightning_trak.running.fsdp import is_sharded, shard_like
 from lightning_trak.storage.files import tensor_digest
 
@@ -78,7 +79,7 @@ def copy_module(module: nn.Module, configure: bool = True) -> nn.Module:
         forget_autocast(part)
     for parameter in copied.parameters():
         parameter.grad = None
-    if configure and isinstance(copied, L.LightningModule):
+    if configure and is_a(copied, L.LightningModule):
         set_device_mesh(copied, None)
         try:
             copied.configure_model()

@@ -28,7 +28,7 @@ from lightning_trak.features.store import FeatureStore
 from lightning_trak.gradients import ParameterSelection
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.running.content import fingerprint
-from lightning_trak.running.data import Data, single_loader
+from lightning_trak.running.data import Data, datamodule_of, single_loader
 from lightning_trak.running.loading import batch_size_of
 from lightning_trak.running.ranges import Range, Stop, batch_ranges, share_out
 from lightning_trak.running.ranks import Ranks
@@ -139,7 +139,7 @@ class FeaturePipeline:
             f" {counted(dim, 'feature')}: {sum(map(len, _missing(store, extras)))} of"
             f" {counted(store.num_checkpoints * store.num_shards, 'shard')} to do"
         )
-        datamodule = data if isinstance(data, L.LightningDataModule) else None
+        datamodule = datamodule_of(data)
         engine: EngineName | None = None
         while any(missing := _missing(store, extras)):
             jobs = [
@@ -149,7 +149,7 @@ class FeaturePipeline:
             stop = Stop()
             interruption = Interruption(stop)
             with _explaining(model, loader), ShardWriter(store, model.places) as writer:
-                module = FeaturizeModule(
+                module = FeaturizeModule.of(trainer)(
                     writer, "Featurizing", loader, stop, model, self.settings, store, datamodule, loader, engine
                 )
                 predict_over(trainer, module, share_out(loader, jobs, trainer, model.sharded, stop), interruption)
@@ -190,7 +190,7 @@ class FeaturePipeline:
             while True:
                 buffer, stop = FeatureBuffer(model.places), Stop()
                 jobs = self._target_jobs(examples, loader, store)
-                module = FeaturizeModule(
+                module = FeaturizeModule.of(trainer)(
                     buffer, "Scoring", loader, stop, model, self.settings, store, datamodule, None, engine, output
                 )
                 predict_over(trainer, module, share_out(loader, jobs, trainer, model.sharded, stop))

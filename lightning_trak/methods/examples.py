@@ -13,7 +13,7 @@ from lightning_trak.methods.tokens import target_loader
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.evaluating import exact_attention
 from lightning_trak.outputs.mixin import declared_output
-from lightning_trak.running.data import Data, single_loader
+from lightning_trak.running.data import Data, datamodule_of, single_loader
 from lightning_trak.running.loading import batch_size_of
 from lightning_trak.running.predict import PredictModule
 from lightning_trak.running.ranges import IndexedBatch, batch_ranges, share_out
@@ -62,7 +62,7 @@ class Examples:
         output: ModelOutput | None = None,
     ) -> None:
         self.loader = target_loader(single_loader(data, stage, trainer), output)
-        self.datamodule = data if isinstance(data, L.LightningDataModule) else datamodule
+        self.datamodule = datamodule_of(data) or datamodule
 
     def __len__(self) -> int:
         return len(cast(Any, self.loader.dataset))

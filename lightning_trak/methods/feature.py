@@ -23,7 +23,7 @@ from lightning_trak.methods.token_scores import TokenMethod
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import trained_output
 from lightning_trak.projections import Projection, SparseProjection
-from lightning_trak.running.data import Data, single_loader
+from lightning_trak.running.data import Data, datamodule_of, single_loader
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.running.strategies import refuse_spawning
 from lightning_trak.running.trainers import trainer_of
@@ -137,7 +137,7 @@ class FeatureMethod(ScoredMethod, TokenMethod):
         loader, pipeline = single_loader(data, "predict", trainer), self._pipeline()
         model, examples = pipeline.copy_model(trainer), range(len(cast(Any, loader.dataset)))
         store = pipeline.open_complete(model, trainer)
-        datamodule = data if isinstance(data, L.LightningDataModule) else None
+        datamodule = datamodule_of(data)
         (features,) = pipeline.target_features(trainer, loader, [examples], model, store, datamodule)
         return list(features)
 
@@ -180,7 +180,7 @@ class FeatureMethod(ScoredMethod, TokenMethod):
         model = pipeline.copy_model(keep=True)
         store = pipeline.open(model)
         store.require_complete()
-        return ScoreModule(self.make_scorer(store), top_k, largest, model, self.settings, store)
+        return ScoreModule.of(self.model)(self.make_scorer(store), top_k, largest, model, self.settings, store)
 
     @override
     def _pipeline(self) -> FeaturePipeline:

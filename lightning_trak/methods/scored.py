@@ -22,7 +22,7 @@ from lightning_trak.methods.rescoring import ExactScores, SecondStage
 from lightning_trak.methods.tokens import target_loaders
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import target_output
-from lightning_trak.running.data import Data
+from lightning_trak.running.data import Data, datamodule_of
 from lightning_trak.running.loaders import holds_several
 from lightning_trak.running.strategies import require_whole_parameters, shards_model
 from lightning_trak.running.trainers import trainer_of
@@ -205,7 +205,7 @@ class ScoredMethod(Method):
         positions = train if is_positions(train) else None
         columns = train_columns(positions, question.get("train_groups"), store.num_examples)
         rows = target_rows(question, [len(cast(Any, loader.dataset)) for loader in loaders])
-        scorer, datamodule = self.make_scorer(store), data if isinstance(data, L.LightningDataModule) else None
+        scorer, datamodule = self.make_scorer(store), datamodule_of(data)
         if second is not None:
             second.require_possible(store, model.size)
         targets = [Examples(loader, "predict", trainer, datamodule) for loader in loaders]

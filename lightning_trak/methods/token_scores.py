@@ -23,7 +23,7 @@ from lightning_trak.methods.tokens import TextTokens, find_tokens, require_token
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import target_output
 from lightning_trak.outputs.tokens import TokenOutput
-from lightning_trak.running.data import Data, single_loader
+from lightning_trak.running.data import Data, datamodule_of, single_loader
 from lightning_trak.running.loading import batch_size_of, like
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.running.strategies import require_whole_parameters
@@ -170,7 +170,7 @@ class _Splits:
         self, loader: DataLoader[Any], blocks: Sequence[range], data: Data, output: ModelOutput | None
     ) -> Iterator[Iterator[Features]]:
         """The features of blocks of a loader's examples, at one checkpoint after the other."""
-        datamodule = data if isinstance(data, L.LightningDataModule) else None
+        datamodule = datamodule_of(data)
         return self._pipeline.target_features(
             self._trainer, loader, blocks, self._model, self._store, datamodule, output
         )

@@ -25,7 +25,7 @@ from lightning_trak.retraining.members import Member, MemberStore
 from lightning_trak.retraining.parts import Part, share
 from lightning_trak.retraining.stacked_run import StackedRun
 from lightning_trak.running.content import sample_digest
-from lightning_trak.running.data import Data, single_loader
+from lightning_trak.running.data import Data, datamodule_of, single_loader
 from lightning_trak.running.environment import rounding_of
 from lightning_trak.running.random_states import isolated_random_states
 from lightning_trak.running.strategies import require_whole_parameters
@@ -111,8 +111,8 @@ class RecordedFleet:
         with isolated_random_states(), torch.inference_mode(False):
             loader = single_loader(train, "fit", trainer)
             self._targets = single_loader(targets, "predict", trainer)
-            self._target_module = targets if isinstance(targets, L.LightningDataModule) else None
-            datamodule = train if isinstance(train, L.LightningDataModule) else None
+            self._target_module = datamodule_of(targets)
+            datamodule = datamodule_of(train)
             per_example = declared_losses(self.output, losses)
             self._run = Reweighted(module, recorded, loader, datamodule, self._device, per_example)
             self.masks = _checked(masks, self._run.num_train)

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import lightning as L
 import torch
 from lightning.pytorch.core.hooks import DataHooks
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
+from lightning_trak.packages import is_a, overrides
 from lightning_trak.running.labels import LabelledBatch
 
 
@@ -38,7 +38,7 @@ class TransferHooks:
     """
 
     def __init__(self, module: nn.Module, datamodule: L.LightningDataModule | None = None) -> None:
-        self._module: Any = module if isinstance(module, L.LightningModule) else DataHooks()
+        self._module: Any = module if is_a(module, L.LightningModule) else DataHooks()
         self._datamodule = datamodule
 
     def before(self, batch: Any, dataloader_idx: int = 0) -> Any:
@@ -61,7 +61,7 @@ class TransferHooks:
         return self._owner("on_after_batch_transfer").on_after_batch_transfer(batch, dataloader_idx)
 
     def _owner(self, hook: str) -> Any:
-        own = self._datamodule is not None and is_overridden(hook, self._datamodule, L.LightningDataModule)
+        own = self._datamodule is not None and overrides(self._datamodule, hook, L.LightningDataModule)
         return self._datamodule if own else self._module
 
 

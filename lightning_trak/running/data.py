@@ -6,6 +6,7 @@ from typing import Any
 import lightning as L
 from torch.utils.data import DataLoader
 
+from lightning_trak.packages import is_a
 from lightning_trak.running.datamodules import loaders_of
 from lightning_trak.running.loaders import PlainData, plain_loaders
 
@@ -26,7 +27,12 @@ def as_loaders(data: Data | Sequence[DataLoader[Any]] | None, stage: str, traine
         TypeError: if the data are none of these, or a dataset has no positions (an IterableDataset).
         ValueError: if a loader draws a subset, or makes no batches, so that examples have no positions.
     """
-    return loaders_of(data, stage, trainer) if isinstance(data, L.LightningDataModule) else plain_loaders(data)
+    return loaders_of(data, stage, trainer) if is_a(data, L.LightningDataModule) else plain_loaders(data)
+
+
+def datamodule_of(data: Any) -> L.LightningDataModule | None:
+    """The data, if they are a data module; else None."""
+    return data if is_a(data, L.LightningDataModule) else None
 
 
 def single_loader(data: Data | None, stage: str, trainer: L.Trainer) -> DataLoader[Any]:

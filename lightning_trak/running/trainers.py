@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.profilers import PassThroughProfiler
 
 from lightning_trak.compatibility import is_running, parts_that_a_run_changes
+from lightning_trak.packages import is_a
 from lightning_trak.running.predict import PredictModule
 from lightning_trak.running.random_states import isolated_random_states
 from lightning_trak.running.stopping import Interruption
@@ -53,13 +54,15 @@ def trainer_of(trainer: L.Trainer | None) -> L.Trainer:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Turn off Lightning's info messages, which are the same for every new Trainer."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(max(logger.getEffectiveLevel(), logging.WARNING))
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "pytorch_lightning")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(max(logger.getEffectiveLevel(), logging.WARNING))
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def predict_over(
@@ -98,7 +101,7 @@ def _borrowed(trainer: L.Trainer, ours: PredictModule, interruption: Interruptio
         )
     before = [(part, dict(vars(part))) for part in parts_that_a_run_changes(trainer)]
     module = cast(L.LightningModule, trainer.strategy.lightning_module)
-    bars = [callback for callback in trainer.callbacks if isinstance(callback, ProgressBar)]  # type: ignore[attr-defined]
+    bars = [callback for callback in trainer.callbacks if is_a(callback, ProgressBar)]  # type: ignore[attr-defined]
     trainer.loggers = []
     trainer.callbacks = bars  # type: ignore[attr-defined]
     trainer.profiler = PassThroughProfiler()  # type: ignore[attr-defined]

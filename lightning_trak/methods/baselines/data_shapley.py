@@ -8,13 +8,13 @@ from weakref import WeakValueDictionary
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, Subset
 from typing_extensions import override
 
 from lightning_trak.methods.base import Method
 from lightning_trak.methods.examples import Examples, Rows, declared_rows
+from lightning_trak.packages import is_a, overrides
 from lightning_trak.running.data import Data
 from lightning_trak.running.loading import batch_size_of
 from lightning_trak.running.random_states import isolated_random_states
@@ -175,8 +175,8 @@ class DataShapley(Method):
 def _require_divisible(data: Data | None, loader: DataLoader[Any]) -> None:
     """Check that subsets of the data can be loaded as the whole is."""
     hooks = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
-    if isinstance(data, L.LightningDataModule):
-        own = [hook for hook in hooks if is_overridden(hook, data, L.LightningDataModule)]
+    if is_a(data, L.LightningDataModule):
+        own = [hook for hook in hooks if overrides(data, hook, L.LightningDataModule)]
         if own:
             raise ValueError(
                 f"{type(data).__name__} has {own[0]}, which is not called for subsets of its data: move it to the"
