@@ -84,8 +84,8 @@ class TokenMethod(Method):
         context is in the parts of the tokens that they help to predict. The gradients of the chosen training texts are
         computed again, token by token, at each checkpoint; the curvature is that of the store.
 
-        Parts sum to the score of ``score``, up to the rounding of the stored features: a store in floats has the same
-        sums to rounding; one in few bits, to the rounding of its bits.
+        Parts sum to the score of ``score``. Of a store in few bits, they share out what its rounding adds to the score,
+        by their inner products with the stored feature.
 
         Args:
             trainer: as for ``score``, with a strategy that keeps the model whole on each rank.
@@ -135,6 +135,20 @@ class TokenMethod(Method):
             own = tokens.of(text)
             found.append(TokenScores(target, text, tokens.positions[own], tokens.ids[own], parts[number, own]))
         return found
+
+
+class _Terms(NamedTuple):
+    """Of all tokens at a checkpoint, in float64.
+
+    Attributes:
+        products: what their features score for each target, shape ``(num_targets, num_tokens)``.
+        alike: their inner products with the stored features of their texts, shape ``(num_tokens,)``.
+        outputs: their outputs, shape ``(num_tokens,)``.
+    """
+
+    products: Tensor
+    alike: Tensor
+    outputs: Tensor
 
 
 class _Splits:
@@ -192,25 +206,42 @@ class _Splits:
         with full_precision(device):
             products = [self._scorer.products(number, rows, ranks) for number, rows in enumerate(targets)]
             weights = [self._scorer.example_weights(number, rows).double().cpu() for number, rows in enumerate(stored)]
-        rows = token_loader(loader, self._tokens)
-        width = max(1, targets[0].features.shape[1] * targets[0].features.element_size())
-        step = max(1, _BYTES // (width * self._store.num_checkpoints))
-        total = len(self._tokens.texts)
-        blocks = [range(start, min(start + step, total)) for start in range(0, total, step)]
-        sums, outputs = [], []
-        for block, found in zip(blocks, self.features(rows, blocks, data, self._output.of_tokens()), strict=True):
+            whole = [scores(rows.features).double().cpu() for scores, rows in zip(products, stored, strict=True)]
+        found: list[list[_Terms]] = [[] for _ in stored]
+        rows, blocks = token_loader(loader, self._tokens), self._blocks(targets[0].features)
+        for block, features in zip(blocks, self.features(rows, blocks, data, self._output.of_tokens()), strict=True):
             numbers = self._numbers[block.start : block.stop]
-            part = torch.zeros(len(targets[0].features), len(block), dtype=torch.float64)
-            values = []
-            for checkpoint, (own, scores) in enumerate(zip(found, products, strict=True)):
+            for checkpoint, (own, scores) in enumerate(zip(features, products, strict=True)):
                 with full_precision(device):
-                    product = scores(own.features).double().cpu()
-                part += product * weights[checkpoint][numbers]
-                values.append(own.outputs.double())
-            sums.append(part * (self._factors() * self._weights)[numbers])
-            outputs.append(torch.stack(values))
-        self._require_outputs(stored, torch.cat(outputs, 1))
-        return torch.cat(sums, 1)
+                    alike = self._scorer.paired(checkpoint, stored[checkpoint].features[numbers], own.features)
+                    terms = _Terms(scores(own.features).double().cpu(), alike.cpu(), own.outputs.double())
+                found[checkpoint].append(terms)
+        columns = [_Terms(*(torch.cat(part, -1) for part in zip(*parts, strict=True))) for parts in found]
+        self._require_outputs(stored, torch.stack([terms.outputs for terms in columns]))
+        sums = sum(
+            self._shared(terms, total) * weight[self._numbers]
+            for terms, total, weight in zip(columns, whole, weights, strict=True)
+        )
+        return cast(Tensor, sums) * self._factors()[self._numbers]
+
+    def _blocks(self, features: Tensor) -> list[range]:
+        """Tokens whose features at all checkpoints fit in memory together."""
+        step = max(1, _BYTES // (features.shape[1] * features.element_size() * self._store.num_checkpoints))
+        total = len(self._tokens.texts)
+        return [range(start, min(start + step, total)) for start in range(0, total, step)]
+
+    def _shared(self, terms: _Terms, whole: Tensor) -> Tensor:
+        """The part of each token in the score of the stored feature of its text, shape ``(num_targets, num_tokens)``.
+
+        The stored feature of a text is the sum of its tokens' and what it was rounded by. The score of the latter is
+        shared out like the stored feature itself, by the inner products with it.
+        """
+        parts, count = terms.products * self._weights[self._numbers], len(self._texts)
+        alike = torch.zeros(count, dtype=torch.float64).index_add_(0, self._numbers, terms.alike)[self._numbers]
+        even = 1 / self._numbers.bincount()[self._numbers].double()
+        shares = torch.where(alike > 0, terms.alike / alike, even)
+        rest = whole - torch.zeros_like(whole).index_add_(1, self._numbers, parts)
+        return parts + shares * rest[:, self._numbers]
 
     def _shards(self) -> Iterator[tuple[int, Tensor]]:
         """The shards that hold the training texts, with a mask of those."""

@@ -112,6 +112,10 @@ class Scorer(ABC):
         directions = self.directions(checkpoint, targets)
         return lambda features: directions @ self._working(features).to(directions).T
 
+    def paired(self, checkpoint: int, first: Tensor, second: Tensor) -> Tensor:  # noqa: ARG002
+        """Inner products of features with one each, both of shape ``(n, k)``: float64, shape ``(n,)``."""
+        return (first.to(second) * second).sum(1, dtype=torch.float64)
+
     def example_weights(self, checkpoint: int, rows: Features) -> Tensor:
         """:meth:`weights` of any training examples, shape ``(n,)``; ones where those are None."""
         weights = self.weights(checkpoint, rows._replace(features=self._working(rows.features)))

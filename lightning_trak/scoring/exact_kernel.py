@@ -165,6 +165,14 @@ class ExactKernelScorer(TRAKScorer):
             found[:, examples.start : examples.stop] = inner_products(forms, targets, self._stored(checkpoint, number))
         return ranks.sum(found)
 
+    def paired(self, checkpoint: int, first: Tensor, second: Tensor) -> Tensor:
+        """See Scorer."""
+        forms, pairs = (
+            stored_forms(self.store, checkpoint),
+            zip(torch.split(first, 1), torch.split(second, 1), strict=True),
+        )
+        return torch.cat([inner_products(forms, *pair).flatten() for pair in pairs])
+
     def _inner_products(self, checkpoint: int, first: Tensor, second: Tensor) -> Tensor:
         """See TRAKScorer."""
         return inner_products(stored_forms(self.store, checkpoint), first, second)

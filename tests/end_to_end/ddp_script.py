@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, DistributedSampler, Subset
 
 from lightning_trak import TRAK, TracIn
 from lightning_trak.methods import RepresentationSimilarity
-from lightning_trak.outputs import ClassificationMargin, ContrastiveMargin
+from lightning_trak.outputs import CausalLMMargin, ClassificationMargin, ContrastiveMargin
 from lightning_trak.projections import SparseProjection
 from lightning_trak.scoring import gram
 from tests.end_to_end.test_distributed import (
@@ -21,8 +21,10 @@ from tests.end_to_end.test_distributed import (
     make_exact,
     make_pairs,
     make_shapley,
+    make_texts_method,
 )
 from tests.lit import make_data, make_model, make_trainer
+from tests.texts import loader, make_texts
 
 
 def main(root: Path) -> None:
@@ -75,6 +77,13 @@ def main(root: Path) -> None:
     pairs = TRAK(TOWERS, [TOWERS.state_dict()], root / "pairs", output=ContrastiveMargin(context_size=9))
     pairs.featurize(trainer, make_pairs(20))
     results["pairs"] = pairs.score(trainer, make_pairs(5))
+
+    texts = make_texts_method(root / "texts")
+    texts.featurize(trainer, loader(make_texts(11)), shard_size=3)
+    asked = CausalLMMargin(per_token=True)
+    results["tokens"] = texts.score(trainer, loader(make_texts(3, seed=1)), output=asked)
+    parts = texts.score_tokens(trainer, loader(make_texts(3, seed=1)), [(2, 10), (0, 3)])
+    results["parts"] = [part.scores for part in parts]
 
     similarity = RepresentationSimilarity(make_model(), checkpoints)
     results["similarity"] = similarity.attribute(trainer, DataLoader(train, batch_size=4), Subset(targets, [0]))

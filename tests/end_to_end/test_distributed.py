@@ -10,11 +10,12 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from lightning_trak import TRAK, TracIn
 from lightning_trak.methods import DataShapley, ExactKernel, FeatureMethod, RepresentationSimilarity
-from lightning_trak.outputs import ClassificationMargin, ContrastiveMargin
+from lightning_trak.outputs import CausalLMMargin, ClassificationMargin, ContrastiveMargin
 from lightning_trak.projections import IdentityProjection, PrincipalProjection, SparseProjection
 from lightning_trak.scoring import aggregate_scores
 from tests.launch import run_together
 from tests.lit import LitNet, make_checkpoints, make_data, make_model, make_trainer
+from tests.texts import CausalNet, loader, make_texts
 
 pytestmark = pytest.mark.slow
 
@@ -54,6 +55,12 @@ def make_exact(root: Path, checkpoints) -> dict[str, FeatureMethod]:
         "exact": ExactKernel(make_model(), checkpoints, root / "exact"),
         "identity": TRAK(make_model(), checkpoints, root / "identity", projection=IdentityProjection()),
     }
+
+
+def make_texts_method(store: Path) -> TRAK:
+    """Of texts, with fewer of them than features: the dual."""
+    model = CausalNet()
+    return TRAK(model, [model.state_dict(), CausalNet(1).state_dict()], store, projection=SparseProjection(32))
 
 
 def one_process(folder: Path, checkpoints, dtype: str = "float32") -> tuple[TRAK, torch.Tensor]:
@@ -158,6 +165,18 @@ def test_groups_and_other_outputs_over_ranks(runs):
         close(rank["chosen"], expected[:, [50, 3]])
         close(rank["both ends"][0], opponents.values)
         assert torch.equal(rank["both ends"][1], opponents.indices)
+
+
+def test_tokens_over_ranks(runs, tmp_path):
+    ranks, _, _ = runs
+    alone, targets = make_texts_method(tmp_path), loader(make_texts(3, seed=1))
+    alone.featurize(make_trainer(), loader(make_texts(11)))
+    expected = alone.score(make_trainer(), targets, output=CausalLMMargin(per_token=True))
+    parts = alone.score_tokens(make_trainer(), targets, [(2, 10), (0, 3)])
+    for rank in ranks:
+        close(rank["tokens"], expected)
+        for found, part in zip(rank["parts"], parts, strict=True):
+            close(found, part.scores)
 
 
 def test_top_k_is_merged_over_ranks(runs):
