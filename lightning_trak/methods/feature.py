@@ -1,6 +1,7 @@
 """The base class of all methods over stored gradient features: from a model, checkpoints and a store to scores."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
@@ -14,9 +15,11 @@ from lightning_trak.compatibility import original_module
 from lightning_trak.features.dtypes import Dtype, feature_dtype
 from lightning_trak.features.engines import EngineName
 from lightning_trak.features.identity import Contents
+from lightning_trak.features.model import ModelCopy
 from lightning_trak.features.pipeline import FeaturePipeline
 from lightning_trak.features.rows import Features
 from lightning_trak.features.settings import FeatureSettings
+from lightning_trak.features.store import FeatureStore
 from lightning_trak.gradients import ParameterSelection
 from lightning_trak.methods.scored import ScoredMethod
 from lightning_trak.outputs import ModelOutput
@@ -180,6 +183,16 @@ class FeatureMethod(ScoredMethod):
         store = pipeline.open(model)
         store.require_complete()
         return ScoreModule(self.make_scorer(store), top_k, largest, model, self.settings, store)
+
+    @override
+    def _num_train(self) -> int | None:
+        with suppress(FileNotFoundError):
+            return int(FeatureStore.read_manifest(self.store)["num_examples"])
+        return None
+
+    @override
+    def _model_copy(self) -> ModelCopy:
+        return self._pipeline().copy_model()
 
     @override
     def _pipeline(self) -> FeaturePipeline:

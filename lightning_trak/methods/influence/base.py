@@ -7,6 +7,7 @@ from typing import TypedDict
 import lightning as L
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lightning_trak.checkpoints.of_model import checkpoints_of
 from lightning_trak.checkpoints.reading import CheckpointsLike, masks_of
@@ -75,6 +76,11 @@ class Influence(Method):
             )
         self.parameters = parameters
         self.seed = seed
+
+    @override
+    def _model_copy(self) -> ModelCopy:
+        digests = [checkpoint.fingerprint() for checkpoint in self.checkpoints]
+        return ModelCopy(self.model, self.output, self.checkpoints, digests)
 
     @abstractmethod
     def _prepare(self, passes: Passes) -> InverseProduct:
