@@ -17,7 +17,7 @@ from lightning_trak.reporting.scores import SavedScores
 from lightning_trak.reporting.showing import kind_of_file, show
 from lightning_trak.running.data import Data
 from lightning_trak.running.trainers import trainer_of
-from lightning_trak.scoring.topk import BothEnds, TopK
+from lightning_trak.scoring.topk import BothEnds, Scores, TopK
 from lightning_trak.texts.printable import counted
 
 
@@ -56,7 +56,7 @@ class Method(ABC):
 
     def show(
         self,
-        scores: Tensor | TopK | BothEnds,
+        scores: Scores,
         train: Data,
         targets: Data,
         *,
@@ -101,7 +101,7 @@ class Method(ABC):
             TypeError: if scores are something else, or ``describe`` returns something else than a str.
         """
         kind_of_file(out)  # raises before the work
-        if not isinstance(scores, Tensor | tuple):
+        if not isinstance(scores, (Tensor, TopK, BothEnds)):
             raise TypeError(f"expected the scores of one set of targets, got a {type(scores).__name__}")
         trainer = trainer_of(trainer, progress_bar=False)
         train_set, target_set = Examples(train, "fit", trainer), Examples(targets, "predict", trainer)

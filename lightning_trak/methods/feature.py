@@ -171,12 +171,12 @@ class FeatureMethod(ScoredMethod):
         scorer.fit(trainer.strategy.root_device, ranks)
         return scorer.self_scores(ranks)
 
-    def scorer(self, top_k: int | None = None, largest: bool | None = True) -> ScoreModule:
+    def scorer(self, top_k: int | None = None, largest: bool | None = None) -> ScoreModule:
         """A module for ``trainer.predict(method.scorer(), loader)``. It returns the scores of each batch.
 
         Args:
-            top_k: keep only this many training examples for each target.
-            largest: whether ``top_k`` keeps the highest scores or the lowest; None: both.
+            top_k: keep only this many training examples at each end of the scores of a target.
+            largest: whether ``top_k`` keeps the highest scores or the lowest; default: both.
         """
         pipeline = self._pipeline()
         model = pipeline.copy_model(keep=True)
