@@ -6,10 +6,8 @@ extra ``cli``.
 
 import io
 import os
-import shutil
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import lightning as L
@@ -34,14 +32,10 @@ from lightning_trak.features.store import FeatureStore
 from lightning_trak.methods import FeatureMethod, LabelStatistic
 from lightning_trak.metrics import LinearDatamodelingScore
 from lightning_trak.reporting.explanations import explain
-from lightning_trak.reporting.html import page
-from lightning_trak.reporting.plots import plot_explanations
 from lightning_trak.reporting.scores import SavedScores
-from lightning_trak.reporting.terminal import table
+from lightning_trak.reporting.showing import kind_of_file, show
 from lightning_trak.retraining.ground_truth import load_ground_truth
 from lightning_trak.running.data import single_loader
-from lightning_trak.storage.files import write_atomically
-from lightning_trak.storage.paths import local_path
 from lightning_trak.texts.printable import counted, printable
 
 T = TypeVar("T")
@@ -76,7 +70,7 @@ class AttributionTrainer(L.Trainer):
         datamodule: L.LightningDataModule,
         scores: str = DEFAULT_SCORES,
         top_k: int | None = None,
-        largest: bool = True,
+        largest: bool | None = None,
         rescore: int | None = None,
     ) -> None:
         """Score the data module's predict data against its training data, and write the scores to a file.
@@ -85,14 +79,14 @@ class AttributionTrainer(L.Trainer):
             method: the method that scores.
             datamodule: its ``predict_dataloader`` has the targets.
             scores: safetensors file to write.
-            top_k: keep only this many training examples for each target.
-            largest: whether top_k keeps those with the highest scores or with the lowest.
-            rescore: score this many candidates of each target exactly, and keep the best top_k of them.
+            top_k: keep only this many training examples with the highest scores of each target, and with the lowest.
+            largest: whether top_k keeps only the highest scores, or only the lowest; default: both.
+            rescore: score this many candidates at each end exactly, and keep the best top_k of them.
         """
         single_loader(datamodule, "predict", self)  # raises before the work if there are several loaders
         found = method.score(self, datamodule, top_k, largest, rescore, None if rescore is None else datamodule)
         num_train = FeatureStore.read_manifest(method.store)["num_examples"]
-        saved = SavedScores(found, num_train, type(method).__name__, largest, method.used_masks)
+        saved = SavedScores(found, num_train, type(method).__name__, largest is not False, method.used_masks)
         if self.is_global_zero:
             saved.save(scores)
             print(f"{_heading(saved)}, {counted(num_train, 'training example')}, in {printable(scores)}")
@@ -183,25 +177,12 @@ class AttributionTrainer(L.Trainer):
         """
         if not self.is_global_zero:
             return
-        kind = None if out is None else Path(out).suffix
-        if kind not in (None, ".png", ".html"):
-            raise ValueError(f'out must end in .png or .html, got "{out}"; for a table in the terminal, leave it out')
+        kind_of_file(out)  # raises before the work
         saved = SavedScores.load(scores)
         train, shown = (single_loader(datamodule, stage, self).dataset for stage in ("fit", "predict"))
         describe = getattr(datamodule, "describe", None) or getattr(model, "describe", None)
         explanations = explain(saved, targets, k, train, shown, describe)
-        if out is None:
-            print(table(explanations, shutil.get_terminal_size((100, 24)).columns))
-            return
-
-        def write(path: Path) -> None:
-            if kind == ".png":
-                plot_explanations(explanations).savefig(path, format="png", dpi=150)
-            else:
-                title = f"{saved.method}: {counted(saved.num_train, 'training example')}"
-                path.write_text(page(explanations, title), encoding="utf-8")
-
-        write_atomically(local_path(out, "file"), write)
+        show(explanations, f"{saved.method}: {counted(saved.num_train, 'training example')}", out)
 
 
 class AttributionCLI(LightningCLI):

@@ -1,6 +1,7 @@
 """The base class of all methods over stored gradient features: from a model, checkpoints and a store to scores."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
@@ -14,9 +15,11 @@ from lightning_trak.compatibility import original_module
 from lightning_trak.features.dtypes import Dtype, feature_dtype
 from lightning_trak.features.engines import EngineName
 from lightning_trak.features.identity import Contents
+from lightning_trak.features.model import ModelCopy
 from lightning_trak.features.pipeline import FeaturePipeline
 from lightning_trak.features.rows import Features
 from lightning_trak.features.settings import FeatureSettings
+from lightning_trak.features.store import FeatureStore
 from lightning_trak.gradients import ParameterSelection
 from lightning_trak.methods.scored import ScoredMethod
 from lightning_trak.methods.token_scores import TokenMethod
@@ -169,18 +172,28 @@ class FeatureMethod(ScoredMethod, TokenMethod):
         self.featurize(trainer, train)
         return self.self_influence(trainer).abs()
 
-    def scorer(self, top_k: int | None = None, largest: bool | None = True) -> ScoreModule:
+    def scorer(self, top_k: int | None = None, largest: bool | None = None) -> ScoreModule:
         """A module for ``trainer.predict(method.scorer(), loader)``. It returns the scores of each batch.
 
         Args:
-            top_k: keep only this many training examples for each target.
-            largest: whether ``top_k`` keeps the highest scores or the lowest; None: both.
+            top_k: keep only this many training examples at each end of the scores of a target.
+            largest: whether ``top_k`` keeps the highest scores or the lowest; default: both.
         """
         pipeline = self._pipeline()
         model = pipeline.copy_model(keep=True)
         store = pipeline.open(model)
         store.require_complete()
         return ScoreModule.of(self.model)(self.make_scorer(store), top_k, largest, model, self.settings, store)
+
+    @override
+    def _num_train(self) -> int | None:
+        with suppress(FileNotFoundError):
+            return int(FeatureStore.read_manifest(self.store)["num_examples"])
+        return None
+
+    @override
+    def _model_copy(self) -> ModelCopy:
+        return self._pipeline().copy_model()
 
     @override
     def _pipeline(self) -> FeaturePipeline:

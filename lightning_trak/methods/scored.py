@@ -26,9 +26,9 @@ from lightning_trak.running.data import Data, datamodule_of
 from lightning_trak.running.loaders import holds_several
 from lightning_trak.running.strategies import require_whole_parameters, shards_model
 from lightning_trak.running.trainers import trainer_of
-from lightning_trak.scoring.base import Scorer, Scores
+from lightning_trak.scoring.base import Scorer
 from lightning_trak.scoring.targets import Kept, score_targets
-from lightning_trak.scoring.topk import BothEnds, TopK
+from lightning_trak.scoring.topk import BothEnds, Scores, TopK
 
 
 class ScoredMethod(Method):
@@ -92,7 +92,7 @@ class ScoredMethod(Method):
         trainer: L.Trainer | None = None,
         data: Data | None = None,
         top_k: None = None,
-        largest: bool | None = True,
+        largest: None = None,
         rescore: None = None,
         train: Positions | None = None,
         **question: Unpack[Question],
@@ -105,20 +105,7 @@ class ScoredMethod(Method):
         data: Data | None = None,
         *,
         top_k: int,
-        largest: bool = True,
-        rescore: int | None = None,
-        train: Data | Positions | None = None,
-        **question: Unpack[Question],
-    ) -> TopK: ...
-
-    @overload
-    def score(
-        self,
-        trainer: L.Trainer | None = None,
-        data: Data | None = None,
-        *,
-        top_k: int,
-        largest: None,
+        largest: None = None,
         rescore: int | None = None,
         train: Data | Positions | None = None,
         **question: Unpack[Question],
@@ -128,9 +115,22 @@ class ScoredMethod(Method):
     def score(
         self,
         trainer: L.Trainer | None = None,
+        data: Data | None = None,
+        *,
+        top_k: int,
+        largest: bool,
+        rescore: int | None = None,
+        train: Data | Positions | None = None,
+        **question: Unpack[Question],
+    ) -> TopK: ...
+
+    @overload
+    def score(
+        self,
+        trainer: L.Trainer | None = None,
         data: Data | Sequence[DataLoader[Any]] | None = None,
         top_k: int | None = None,
-        largest: bool | None = True,
+        largest: bool | None = None,
         rescore: int | None = None,
         train: Data | Positions | None = None,
         **question: Unpack[Question],
@@ -141,7 +141,7 @@ class ScoredMethod(Method):
         trainer: L.Trainer | None = None,
         data: Data | Sequence[DataLoader[Any]] | None = None,
         top_k: int | None = None,
-        largest: bool | None = True,
+        largest: bool | None = None,
         rescore: int | None = None,
         train: Data | Positions | None = None,
         **question: Unpack[Question],
@@ -154,10 +154,10 @@ class ScoredMethod(Method):
             trainer: as for :meth:`featurize`, and None likewise. The strategy must not spawn its processes.
             data: the targets: a DataLoader, a sequence of them, a map-style Dataset or a LightningDataModule (its
                 ``predict_dataloader``).
-            top_k: keep only this many training examples for each target. The full matrix is then never in memory.
-            largest: whether ``top_k`` keeps the highest scores (proponents) or the lowest (opponents); None: both, from
-                one pass.
-            rescore: score this many candidates of each target exactly, those that are best by the stored features, and
+            top_k: keep only this many training examples with the highest scores of each target (proponents), and as
+                many with the lowest (opponents), in one pass. The full matrix is then never in memory.
+            largest: whether ``top_k`` keeps only the highest scores, or only the lowest; default: both.
+            rescore: score this many candidates at each end exactly, those that are best by the stored features, and
                 keep the best ``top_k`` of them. Only :class:`~lightning_trak.TRAK` can do this; see
                 :class:`~lightning_trak.methods.rescoring.ExactScores`. It takes several passes over the training data
                 at each checkpoint, and a Trainer whose strategy keeps the model whole.
@@ -168,8 +168,10 @@ class ScoredMethod(Method):
 
         Returns:
             On every rank a CPU Tensor ``(num_targets, num_train)``, or with ``top_k`` a
-            :class:`~lightning_trak.scoring.TopK`; with ``rescore`` its values are the exact scores. With
-            ``largest=None`` it is a :class:`~lightning_trak.scoring.BothEnds`. Rows are in the order of the targets'
+            :class:`~lightning_trak.scoring.BothEnds`: ``.proponents`` and ``.opponents``, each with ``.values`` and
+            ``.indices``, ``(num_targets, top_k)``. ``.values`` and ``.indices`` of the whole are those of the
+            proponents. With ``largest`` it is a :class:`~lightning_trak.scoring.TopK`, of that end alone. With
+            ``rescore`` the values are the exact scores. Rows are in the order of the targets'
             dataset, or a row for each of their groups; columns are the training examples, those in ``train`` in the
             given order, or a column for each of their groups. With ``train_groups`` the indices of ``top_k`` are the
             numbers of groups. For several loaders, a list of these.
@@ -183,13 +185,12 @@ class ScoredMethod(Method):
         """
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k must be at least 1, got {top_k}")
-        if top_k is None and largest is None:
-            raise ValueError("largest=None keeps both ends of the scores: say how many of each with top_k=")
+        if top_k is None and largest is not None:
+            raise ValueError(f"largest={largest} says which end of the scores top_k= keeps: say how many with top_k=")
         trainer = trainer_of(trainer)
         self._require_trainer(trainer)
-        if rescore is not None and (question or largest is None):
-            wrong = next(iter(question), "largest=None").removesuffix("=None")
-            raise ValueError(f"rescore keeps one end of the scores of each target: leave {wrong} out, or rescore")
+        if rescore is not None and question:
+            raise ValueError(f"rescore scores each target by itself: leave {next(iter(question))} out, or rescore")
         second = self._second_stage(
             trainer, top_k, rescore, None if is_positions(train) else cast("Data | None", train)
         )
@@ -230,7 +231,7 @@ class ScoredMethod(Method):
             with without_gradients():
                 own, settings = pipeline.copy_model(trainer), self.settings
                 passes = Passes(own, settings.seed, trainer, second.train, settings.engine)
-                results = second.best(passes, store, targets, cast(Sequence[TopK], results), bool(largest))
+                results = second.best(passes, store, targets, cast(Any, results), largest)
         return results if holds_several(data) or len(results) > 1 else results[0]
 
     def _second_stage(

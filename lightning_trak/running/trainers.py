@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import lightning as L
 import torch.distributed as dist
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
 from lightning.pytorch.profilers import PassThroughProfiler
 
 from lightning_trak.compatibility import is_running, parts_that_a_run_changes
@@ -20,13 +20,15 @@ from lightning_trak.running.stopping import Interruption
 from lightning_trak.running.strategies import refuse_spawning
 
 
-def trainer_of(trainer: L.Trainer | None) -> L.Trainer:
+def trainer_of(trainer: L.Trainer | None, progress_bar: bool = True) -> L.Trainer:
     """The Trainer that a user gives; without one, a new Trainer on one device: a GPU or the like, if there is one.
 
-    The new one has Lightning's progress bar and precision, and neither logger nor checkpoints.
+    The new one has Lightning's default precision, and neither logger nor checkpoints. Its progress bar is that of tqdm,
+    which notebooks can show without further packages.
 
     Args:
         trainer: what the user gives as the Trainer.
+        progress_bar: whether a new one shows its progress.
 
     Raises:
         TypeError: if it is something else, such as data.
@@ -47,7 +49,13 @@ def trainer_of(trainer: L.Trainer | None) -> L.Trainer:
         )
     with quiet():
         return L.Trainer(
-            accelerator="auto", devices=1, logger=False, enable_checkpointing=False, enable_model_summary=False
+            accelerator="auto",
+            devices=1,
+            logger=False,
+            callbacks=[TQDMProgressBar()] if progress_bar else None,
+            enable_checkpointing=False,
+            enable_progress_bar=progress_bar,
+            enable_model_summary=False,
         )
 
 

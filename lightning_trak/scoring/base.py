@@ -12,9 +12,7 @@ from lightning_trak.features.store import FeatureStore
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.running.transfer import HostCopy, Upload, ahead
 from lightning_trak.scoring.groups import Sums
-from lightning_trak.scoring.topk import Best, BothEnds, TopK, best_of
-
-Scores = Tensor | TopK | BothEnds
+from lightning_trak.scoring.topk import Best, Scores, best_of
 
 
 class Scorer(ABC):
@@ -185,7 +183,7 @@ class Scorer(ABC):
         self,
         directions: Sequence[Tensor],
         top_k: int | None = None,
-        largest: bool | None = True,
+        largest: bool | None = None,
         ranks: Ranks = Ranks(),  # noqa: B008
         columns: Sums | None = None,
     ) -> Scores:
@@ -201,7 +199,7 @@ class Scorer(ABC):
 
         Returns:
             On every rank a CPU Tensor ``(num_targets, num_train)`` or ``(num_targets, columns.count)``, or a
-            :class:`~lightning_trak.scoring.TopK`, or of both ends :class:`~lightning_trak.scoring.BothEnds`.
+            :class:`~lightning_trak.scoring.BothEnds`, or of one end a :class:`~lightning_trak.scoring.TopK`.
         """
         shards = self._shards(columns)
         mine = [shards[number] for number in ranks.share(len(shards))]

@@ -14,9 +14,9 @@ from lightning_trak.features.store import FeatureStore
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.running.loading import batch_size_of
 from lightning_trak.running.ranks import Ranks
-from lightning_trak.scoring.base import Scorer, Scores
+from lightning_trak.scoring.base import Scorer
 from lightning_trak.scoring.groups import Sums
-from lightning_trak.scoring.topk import best_of, join
+from lightning_trak.scoring.topk import Scores, best_of, join
 
 # Targets are scored in blocks whose features take this much memory; a few copies of them are made on the way.
 TARGET_BYTES = 1 << 28
@@ -33,7 +33,7 @@ class Kept(NamedTuple):
     """
 
     top_k: int | None = None
-    largest: bool | None = True
+    largest: bool | None = None
     rows: Sums | None = None
     columns: Sums | None = None
 

@@ -12,11 +12,12 @@ from lightning_trak.checkpoints.subsets import TrainingSubset
 from lightning_trak.features.rows import Features, StoredFeatures
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.running.ranks import Ranks
-from lightning_trak.scoring.base import Scorer, Scores, full_precision
+from lightning_trak.scoring.base import Scorer, full_precision
 from lightning_trak.scoring.damping import Damping, Noise, auto_damping, ends
 from lightning_trak.scoring.dual import DualSystem, kernel_matrix, products_with
 from lightning_trak.scoring.gram import Curvature, DampedGram, gram_matrix, require_convex, row_blocks
 from lightning_trak.scoring.groups import Sums
+from lightning_trak.scoring.topk import Scores
 
 LossGradients = Literal["per_checkpoint", "averaged"]
 System = DampedGram | DualSystem
@@ -245,7 +246,7 @@ class TRAKScorer(Scorer):
         self,
         directions: Sequence[Tensor],
         top_k: int | None = None,
-        largest: bool | None = True,
+        largest: bool | None = None,
         ranks: Ranks = Ranks(),  # noqa: B008
         columns: Sums | None = None,
     ) -> Scores:

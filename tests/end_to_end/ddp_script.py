@@ -40,12 +40,14 @@ def main(root: Path) -> None:
         return trak
 
     trak = attribute("shuffled", DataLoader(train, batch_size=4, shuffle=True), DataLoader(targets, batch_size=2))
-    results["top"] = tuple(trak.score(trainer, DataLoader(targets, batch_size=3), top_k=5))
-    results["rescored"] = tuple(trak.score(trainer, DataLoader(targets, batch_size=3), top_k=5, rescore=20))
+    top = trak.score(trainer, DataLoader(targets, batch_size=3), top_k=5)
+    results["top"] = [tuple(end) for end in top]
+    rescored = trak.score(trainer, DataLoader(targets, batch_size=3), top_k=5, rescore=20)
+    results["rescored"] = [tuple(end) for end in rescored]
     results["classes"] = trak.score(trainer, DataLoader(targets, batch_size=3), aggregate="mean", groups=CLASSES)
     results["shares"] = trak.score(trainer, DataLoader(targets, batch_size=3), train_groups=SOURCES)
     results["chosen"] = trak.score(trainer, DataLoader(targets, batch_size=3), train=[50, 3])
-    ends = trak.score(trainer, DataLoader(targets, batch_size=3), 5, None, output=ClassificationMargin(labels=1))
+    ends = trak.score(trainer, DataLoader(targets, batch_size=3), top_k=5, output=ClassificationMargin(labels=1))
     results["both ends"] = tuple(ends.opponents)
     results["one target"] = trak.score(trainer, DataLoader(Subset(targets, [0]), batch_size=3))
     results["self influence"] = trak.self_influence(trainer)

@@ -108,9 +108,9 @@ def test_both_ranks_get_the_exact_scores_of_one_process(runs, tmp_path):
     trak, _ = one_process(tmp_path, torch.load(root / "checkpoints.pt"))
     expected = trak.score(make_trainer(), TARGETS, top_k=5, rescore=20)
     for rank in ranks:
-        values, indices = rank["rescored"]
-        assert torch.equal(indices, expected.indices)
-        torch.testing.assert_close(values, expected.values, rtol=1e-3, atol=1e-4)
+        for (values, indices), end in zip(rank["rescored"], expected, strict=True):
+            assert torch.equal(indices, end.indices)
+            torch.testing.assert_close(values, end.values, rtol=1e-3, atol=1e-4)
 
 
 def test_both_ranks_write_the_codes_of_one_process(runs):
@@ -158,7 +158,7 @@ def test_groups_and_other_outputs_over_ranks(runs):
     ranks, expected, root = runs
     alone = TRAK(make_model(), torch.load(root / "checkpoints.pt"), root / "one", projection=SparseProjection(32))
     asked = {"output": ClassificationMargin(labels=1)}
-    opponents = alone.score(make_trainer(), TARGETS, 5, None, **asked).opponents
+    opponents = alone.score(make_trainer(), TARGETS, top_k=5, **asked).opponents
     for rank in ranks:
         close(rank["classes"], aggregate_scores(expected, "mean", CLASSES).float())
         close(rank["shares"], aggregate_scores(expected, train_groups=SOURCES).float())
@@ -181,10 +181,11 @@ def test_tokens_over_ranks(runs, tmp_path):
 
 def test_top_k_is_merged_over_ranks(runs):
     ranks, expected, _ = runs
-    best = expected.topk(5)
     for rank in ranks:
-        close(rank["top"][0], best.values)
-        assert torch.equal(rank["top"][1], best.indices)
+        for (values, indices), largest in zip(rank["top"], (True, False), strict=True):
+            best = expected.topk(5, largest=largest)
+            close(values, best.values)
+            assert torch.equal(indices, best.indices)
 
 
 def test_a_rank_without_targets(runs):

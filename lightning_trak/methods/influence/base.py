@@ -78,6 +78,11 @@ class Influence(Method):
         self.parameters = parameters
         self.seed = seed
 
+    @override
+    def _model_copy(self) -> ModelCopy:
+        digests = [checkpoint.fingerprint() for checkpoint in self.checkpoints]
+        return ModelCopy(self.model, self.output, self.checkpoints, digests)
+
     @abstractmethod
     def _prepare(self, passes: Passes) -> InverseProduct:
         """Do what a checkpoint needs before the targets come."""
