@@ -127,6 +127,13 @@ def _reason(data: Any) -> str:
         return f'"{data}" is a text, not data; load the data that it names, and pass them as a Dataset or DataLoader'
     if is_a(data, CombinedLoader) or any(isinstance(value, DataLoader) for value in values):
         return "it holds several loaders; pass them one by one, or pass score a list of them"
+    if any(_is_dataset(value) for value in values):
+        return f"it holds several datasets; pass one of them: {', '.join(map(repr, data))}"
+    if isinstance(data, IterableDataset):
+        return (
+            "an iterable dataset gives its examples one after another, and has no positions, which scores are indexed"
+            " by; load a map-style dataset (of Hugging Face: without streaming=True), or make a list of what it gives"
+        )
     if isinstance(data, (Tensor, np.ndarray)):
         return (
             "it may be a batch or a dataset; if its rows are the examples, use torch.utils.data.TensorDataset, which"
