@@ -75,7 +75,7 @@ class SecondStage:
         if len(self.train) != store.num_examples:
             raise ValueError(
                 f'rescore needs the training data of store "{store.directory}", which has {store.num_examples}'
-                f" examples; the data given have {len(self.train)}"
+                f" examples; the data given have {len(self.train)}. Without rescore, train= takes other examples"
             )
         if store.data is None:
             raise ValueError(
