@@ -53,17 +53,10 @@ def test_the_dual_is_the_primal(tmp_path, monkeypatch):
 def test_by_hand(tmp_path):
     """The formula, with the features of the store and of the candidates."""
     method, trainer = make(tmp_path, count=1, damping=0.3), make_trainer()
-    store, (new,), (asked,) = (
-        make_store(method),
-        method.target_features(trainer, NEW),
-        method.target_features(trainer, TARGETS),
-    )
-    rows = [store.read(0, shard) for shard in range(store.num_shards)]
-    phi, curvatures = (
-        torch.cat([part.features for part in rows]).double(),
-        torch.cat([part.curvatures for part in rows]),
-    )
-    gram = phi.T @ (phi * curvatures.double().unsqueeze(1))
+    (new,), (asked,) = (method.target_features(trainer, data) for data in (NEW, TARGETS))
+    store = open_store(method)
+    phi, _, _, curvatures = Features.cat([store.read(0, shard) for shard in range(store.num_shards)])
+    gram = phi.T.double() @ (phi * curvatures.unsqueeze(1)).double()
     ridge = 0.3 * gram.trace() / len(gram)
     directions = torch.linalg.solve(gram + ridge * torch.eye(len(gram)), asked.features.double().T)
     expected = directions.T @ (new.features * new.loss_gradients.unsqueeze(1)).double().T
