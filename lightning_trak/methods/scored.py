@@ -27,7 +27,7 @@ from lightning_trak.running.loaders import holds_several
 from lightning_trak.running.strategies import require_whole_parameters, shards_model
 from lightning_trak.running.trainers import trainer_of
 from lightning_trak.scoring.base import Scorer
-from lightning_trak.scoring.targets import Kept, score_targets
+from lightning_trak.scoring.targets import Kept, Others, score_targets
 from lightning_trak.scoring.topk import BothEnds, Scores, TopK
 
 
@@ -94,7 +94,7 @@ class ScoredMethod(Method):
         top_k: None = None,
         largest: None = None,
         rescore: None = None,
-        train: Positions | None = None,
+        train: Data | Positions | None = None,
         **question: Unpack[Question],
     ) -> Tensor: ...
 
@@ -161,8 +161,11 @@ class ScoredMethod(Method):
                 keep the best ``top_k`` of them. Only :class:`~lightning_trak.TRAK` can do this; see
                 :class:`~lightning_trak.methods.rescoring.ExactScores`. It takes several passes over the training data
                 at each checkpoint, and a Trainer whose strategy keeps the model whole.
-            train: the positions of the training examples to score, as integers; default: all. With ``rescore`` the
-                training data; default: the data that this object's last :meth:`featurize` got.
+            train: the examples to score the targets against; default: all training examples. Positions of some of them,
+                as integers; or other examples, as data: candidates for training, which are scored as if they were added
+                to the training set, with the curvature of the store. Their features are made a block at a time, again
+                for each block of targets, and are not kept. With ``rescore`` the training data themselves, which it
+                reads again; default: the data that this object's last :meth:`featurize` got.
             **question: ``output``, ``aggregate``, ``groups`` and ``train_groups``, see
                 :class:`~lightning_trak.methods.questions.Question`.
 
@@ -191,9 +194,10 @@ class ScoredMethod(Method):
         self._require_trainer(trainer)
         if rescore is not None and question:
             raise ValueError(f"rescore scores each target by itself: leave {next(iter(question))} out, or rescore")
-        second = self._second_stage(
-            trainer, top_k, rescore, None if is_positions(train) else cast("Data | None", train)
-        )
+        positions = cast(Positions, train) if is_positions(train) else None
+        given = None if train is None or positions is not None else Examples(cast(Data, train), "fit", trainer)
+        second = None if rescore is None else self._second_stage(trainer, top_k, rescore, given, positions)
+        others = Others(given.loader, given.datamodule) if given is not None and second is None else None
         output = target_output(question.get("output"), self.output)
         if output is not None and shards_model(trainer):
             raise ValueError(
@@ -203,8 +207,8 @@ class ScoredMethod(Method):
         loaders, pipeline = target_loaders(data, trainer, output), self._pipeline()
         model = pipeline.copy_model(trainer)
         store = pipeline.open_complete(model, trainer)
-        positions = train if is_positions(train) else None
-        columns = train_columns(positions, question.get("train_groups"), store.num_examples)
+        num_columns = store.num_examples if others is None else len(others)
+        columns = train_columns(positions, question.get("train_groups"), num_columns)
         rows = target_rows(question, [len(cast(Any, loader.dataset)) for loader in loaders])
         scorer, datamodule = self.make_scorer(store), datamodule_of(data)
         if second is not None:
@@ -222,6 +226,7 @@ class ScoredMethod(Method):
                 datamodule,
                 Kept(rescore or top_k, largest, sums, None if columns is None else columns.sums),
                 output,
+                others,
             )
             for each, sums in zip(targets, rows, strict=True)
         ]
@@ -235,28 +240,25 @@ class ScoredMethod(Method):
         return results if holds_several(data) or len(results) > 1 else results[0]
 
     def _second_stage(
-        self, trainer: L.Trainer, top_k: int | None, rescore: int | None, train: Data | None
-    ) -> SecondStage | None:
-        """What scores candidates again, if that is asked for; refuse what cannot be done before any work.
+        self, trainer: L.Trainer, top_k: int | None, rescore: int, train: Examples | None, positions: Positions | None
+    ) -> SecondStage:
+        """What scores candidates again; refuse what cannot be done before any work.
 
         Raises:
             ValueError: if it cannot be done.
         """
-        if rescore is None:
-            if train is not None:
-                raise ValueError(
-                    "without rescore, train takes positions of training examples as integers, got a"
-                    f" {type(train).__name__}"
-                )
-            return None
         exact = self._exact_scores()
         if top_k is None or positive("rescore", rescore) < top_k:
             raise ValueError(f"rescore needs a top_k of at most rescore={rescore}, got top_k={top_k}")
+        if positions is not None:
+            raise ValueError(
+                "rescore chooses its candidates among all training examples: leave it out to score those in train=, or"
+                " give the training data by train="
+            )
         require_whole_parameters(trainer)
-        data = self._train if train is None else train
-        if data is None:
+        if train is None and self._train is None:
             raise ValueError(
                 "rescore needs the training data: pass train=, the same data as to featurize, or call featurize of this"
                 " object first, which does nothing if the store is complete"
             )
-        return SecondStage(exact, Examples(data, "fit", trainer), top_k)
+        return SecondStage(exact, train or Examples(cast(Data, self._train), "fit", trainer), top_k)

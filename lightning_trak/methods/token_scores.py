@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import lightning as L
@@ -204,7 +205,9 @@ class _Splits:
         self._scorer.fit(device, ranks)
         stored = [self._stored(checkpoint) for checkpoint in range(self._store.num_checkpoints)]
         with full_precision(device):
-            products = [self._scorer.products(number, rows, ranks) for number, rows in enumerate(targets)]
+            directions = [self._scorer.directions(number, rows) for number, rows in enumerate(targets)]
+            prepared = list(enumerate(self._scorer.prepare_others(directions, ranks)))
+            products = [partial(self._scorer.products_with_others, *each) for each in prepared]
             weights = [self._scorer.example_weights(number, rows).double().cpu() for number, rows in enumerate(stored)]
             whole = [scores(rows.features).double().cpu() for scores, rows in zip(products, stored, strict=True)]
         found: list[list[_Terms]] = [[] for _ in stored]
@@ -222,7 +225,9 @@ class _Splits:
             self._shared(terms, total) * weight[self._numbers]
             for terms, total, weight in zip(columns, whole, weights, strict=True)
         )
-        return cast(Tensor, sums) * self._factors()[self._numbers]
+        ones = torch.ones(1, len(self._texts), dtype=torch.float64)
+        factors = self._scorer.finish(ones, lambda: torch.stack([rows.loss_gradients for rows in stored]).mean(0))[0]
+        return cast(Tensor, sums) * factors[self._numbers]
 
     def _blocks(self, features: Tensor) -> list[range]:
         """Tokens whose features at all checkpoints fit in memory together."""
@@ -258,11 +263,6 @@ class _Splits:
         return Features.cat(
             [self._store.read_stored(checkpoint, shard)[mask].decode() for shard, mask in self._shards()]
         )
-
-    def _factors(self) -> Tensor:
-        """What the scorer makes of a sum of 1, for each training text; float64."""
-        ones = [(shard, torch.ones(1, len(mask), dtype=torch.float64), mask) for shard, mask in self._shards()]
-        return torch.cat([self._scorer.finish(sums, shard)[0, mask] for shard, sums, mask in ones])
 
     def _require_outputs(self, stored: list[Features], outputs: Tensor) -> None:
         """Check that the outputs of tokens add up to those of the texts in the store.
