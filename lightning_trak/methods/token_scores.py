@@ -28,9 +28,9 @@ from lightning_trak.running.loading import batch_size_of, like
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.running.strategies import require_whole_parameters
 from lightning_trak.scoring.base import Scorer, full_precision
-from lightning_trak.scoring.topk import TopK
+from lightning_trak.scoring.topk import BothEnds, TopK
 
-Pairs = TopK | Sequence[tuple[int, int]] | Tensor
+Pairs = TopK | BothEnds | Sequence[tuple[int, int]] | Tensor
 
 _BYTES = 1 << 28  # of features of tokens at a time
 _ROUNDED = 0.05  # the tolerance for stored outputs that were computed in half precision
@@ -91,8 +91,8 @@ class TokenMethod(Method):
             trainer: as for ``score``, with a strategy that keeps the model whole on each rank.
             targets: one set of targets, as for ``score``.
             pairs: which training texts to split for which targets: pairs ``(target, training text)`` of positions, or
-                what ``score(..., top_k=)`` returned, for all of its pairs. With an output of tokens, targets are rows,
-                see :func:`~lightning_trak.methods.tokens.text_tokens`.
+                what ``score(..., top_k=)`` returned, for all of its pairs: those of the first target first. With an
+                output of tokens, targets are rows, see :func:`~lightning_trak.methods.tokens.text_tokens`.
             train: the training data; default: the data that this object's last ``featurize`` got.
             output: of the targets, as for ``score``.
 
@@ -291,13 +291,15 @@ def _as_pairs(pairs: Any, num_targets: int, num_train: int) -> Tensor:
         TypeError: if they are no pairs of integers.
         ValueError: if there is none, or a position is out of range.
     """
-    if isinstance(pairs, TopK):
-        if len(pairs.indices) != num_targets:
+    if isinstance(pairs, (TopK, BothEnds)):
+        ends = pairs if isinstance(pairs, BothEnds) else (pairs,)
+        best = torch.cat([end.indices for end in ends], dim=1)
+        if len(best) != num_targets:
             raise ValueError(
-                f"the best scores are those of {len(pairs.indices)} rows, and there are {num_targets} targets: score"
-                " each target, without aggregate=, or name pairs (target, training text)"
+                f"the best scores are those of {len(best)} rows, and there are {num_targets} targets: score each"
+                " target, without aggregate=, or name pairs (target, training text)"
             )
-        pairs = [(target, text) for target, row in enumerate(pairs.indices.tolist()) for text in row]
+        pairs = [(target, text) for target, row in enumerate(best.tolist()) for text in row]
     try:
         found = [(operator.index(target), operator.index(text)) for target, text in pairs]
     except (TypeError, ValueError) as error:
