@@ -292,14 +292,14 @@ def _as_pairs(pairs: Any, num_targets: int, num_train: int) -> Tensor:
         ValueError: if there is none, or a position is out of range.
     """
     if isinstance(pairs, (TopK, BothEnds)):
-        if len(pairs.indices) != num_targets:
+        ends = pairs if isinstance(pairs, BothEnds) else (pairs,)
+        best = torch.cat([end.indices for end in ends], dim=1)  # of few texts, one may be at both ends
+        if len(best) != num_targets:
             raise ValueError(
-                f"the best scores are those of {len(pairs.indices)} rows, and there are {num_targets} targets: score"
-                " each target, without aggregate=, or name pairs (target, training text)"
+                f"the best scores are those of {len(best)} rows, and there are {num_targets} targets: score each"
+                " target, without aggregate=, or name pairs (target, training text)"
             )
-        ends = pairs if isinstance(pairs, BothEnds) else [pairs]
-        rows = torch.cat([end.indices for end in ends], dim=1).tolist()  # of few texts, one may be at both ends
-        pairs = [(target, text) for target, row in enumerate(rows) for text in dict.fromkeys(row)]
+        pairs = [(target, text) for target, row in enumerate(best.tolist()) for text in dict.fromkeys(row)]
     try:
         found = [(operator.index(target), operator.index(text)) for target, text in pairs]
     except (TypeError, ValueError) as error:

@@ -150,6 +150,14 @@ def test_language_model(tmp_path, capsys):
             lead = float(found[name][1].split()[0])
             assert lead == pytest.approx(numbers["TRAK"][0] - mean, abs=2e-3)
     assert printed.count("continuation  ") == 2
+    assert len(re.findall(r"^The continuation: what passage \d+ explains$", printed, re.M)) == 2
+    (page,) = tmp_path.rglob("tokens.html")
+    shown = re.findall(r'title="token (\d+): ([-+]\S+)"', page.read_text())
+    tokens, scores = [int(token) for token, _ in shown], [float(score) for _, score in shown]
+    assert tokens == 2 * [*range(4, 16), *range(1, 16)]  # without the prompt; without the first token
+    for start in (0, 27):  # both ends sum to one score
+        one, other = scores[start : start + 12], scores[start + 12 : start + 27]
+        assert sum(one) == pytest.approx(sum(other), abs=0.01 * sum(map(abs, one + other)))
     with pytest.raises(SystemExit, match="passages only"):
         language_model.main(["--train", "100000", "--data", str(tmp_path / "text.gz"), "--out", str(tmp_path)])
 
