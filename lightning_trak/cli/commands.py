@@ -126,6 +126,8 @@ class AttributionTrainer(L.Trainer):
         targets: Sequence[int] = (0,),
         k: int = 5,
         out: str | None = None,
+        predictions: bool = False,
+        method: FeatureMethod | None = None,
     ) -> None:
         """Show targets with their strongest proponents and opponents: as a table, a picture or a web page.
 
@@ -136,14 +138,17 @@ class AttributionTrainer(L.Trainer):
             targets: positions of the targets.
             k: number of proponents, and of opponents, for each target.
             out: file to write, .png or .html; default: a table in the terminal.
+            predictions: whether to run the model at the checkpoints of the method, and show what it predicts.
+            method: the method that has the checkpoints.
         """
-        if not self.is_global_zero:
-            return
         kind_of_file(out)  # raises before the work
         saved = SavedScores.load(scores)
         train, shown = (single_loader(datamodule, stage, self).dataset for stage in ("fit", "predict"))
         describe = getattr(datamodule, "describe", None) or getattr(model, "describe", None)
         explanations = explain(saved, targets, k, train, shown, describe)
+        if predictions and method is not None:
+            texts = method.describe_predictions(self, datamodule, targets)
+            explanations = [each._replace(prediction=text) for each, text in zip(explanations, texts, strict=True)]
         show(explanations, f"{saved.method}: {counted(saved.num_train, 'training example')}", out)
 
 
@@ -169,7 +174,7 @@ class AttributionCLI(LightningCLI):
             "featurize": {"method", "datamodule"},
             "score": {"method", "datamodule"},
             "evaluate": set(),
-            "show": {"datamodule", "model"},
+            "show": {"datamodule", "model", "method"},
         }
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -213,7 +218,9 @@ class AttributionCLI(LightningCLI):
         self, model: L.LightningModule | None, datamodule: L.LightningDataModule | None = None, **arguments: Any
     ) -> None:
         """Call the Trainer's method of the same name."""
-        cast(AttributionTrainer, self.trainer).show(self._required("data", datamodule), model, **arguments)
+        data = self._required("data", datamodule)
+        method = self._method(self._required("model", model)) if arguments["predictions"] else None
+        cast(AttributionTrainer, self.trainer).show(data, model, method=method, **arguments)
 
     def _attribute(
         self,
@@ -223,8 +230,21 @@ class AttributionCLI(LightningCLI):
         **arguments: Any,
     ) -> None:
         data, module = self._required("data", datamodule), self._required("model", model)
-        method = self.config_init[self.subcommand].method(module)
-        run(self.trainer, method, data, **arguments)
+        run(self.trainer, self._method(module), data, **arguments)
+
+    def _method(self, module: L.LightningModule) -> FeatureMethod:
+        """The method of the configuration, for a model.
+
+        Raises:
+            ValueError: if no checkpoints are named.
+        """
+        method = cast(FeatureMethod, self.config_init[self.subcommand].method(module))
+        if any(checkpoint.live for checkpoint in method.checkpoints):
+            raise ValueError(
+                "the model of a command is new, so its current weights are not trained: name trained ones with"
+                " --method.checkpoints, such as run/snapshots"
+            )
+        return method
 
     def _required(self, section: str, value: T | None) -> T:
         if value is None:

@@ -16,6 +16,8 @@ from lightning_trak.scoring.gradient import EffectOn, GradientCosineScorer, Grad
 class _GradientMethod(FeatureMethod):
     """Compares gradients, with a weight for each checkpoint; the arguments are those of its subclasses."""
 
+    _shown = (*FeatureMethod._shown, "effect_on")
+
     _scorer: type[GradientDotScorer] = GradientDotScorer
 
     def __init__(

@@ -71,6 +71,8 @@ class Metagradient(Method):
         scores = Metagradient(model, "run/recording").attribute(trainer, train_loader, targets)
     """
 
+    _shown = ("model", "recordings", "output", "last_steps")
+
     def __init__(
         self,
         model: nn.Module,

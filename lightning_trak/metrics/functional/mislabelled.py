@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_trak.texts.display import tuple_line
+
 
 class DetectionCurve(NamedTuple):
     """Mislabelled examples found, against examples looked at in order of suspicion.
@@ -21,6 +23,9 @@ class DetectionCurve(NamedTuple):
     inspected: Tensor
     found: Tensor
     area: Tensor
+
+    def __repr__(self) -> str:
+        return tuple_line(self)
 
 
 def mislabel_detection_curve(suspicion: Tensor, mislabelled: Tensor) -> DetectionCurve:
