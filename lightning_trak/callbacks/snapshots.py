@@ -20,11 +20,12 @@ from lightning_trak.checkpoints.manifest import ParameterGroup
 from lightning_trak.checkpoints.optimizers import parameter_groups, preconditioner_of, require_adam
 from lightning_trak.checkpoints.series import SnapshotSeries
 from lightning_trak.packages import is_a
+from lightning_trak.texts.display import Displayed
 
 T = TypeVar("T")
 
 
-class TRAKCallback(Callback):
+class TRAKCallback(Displayed, Callback):
     """Saves snapshots of the whole state dict for attribution.
 
     At most one trigger may be given. The default is ``every_n_epochs=1``. A step is never saved twice. Nothing is saved
@@ -76,6 +77,8 @@ class TRAKCallback(Callback):
         trainer = L.Trainer(max_epochs=20, callbacks=[snapshots])
         trainer.fit(model, train_loader)
     """
+
+    _shown = ("dirpath", "every_n_epochs", "every_n_train_steps", "train_time_interval", "save_last")
 
     def __init__(
         self,

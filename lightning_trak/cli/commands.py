@@ -164,6 +164,8 @@ class AttributionTrainer(L.Trainer):
         targets: Sequence[int] = (0,),
         k: int = 5,
         out: str | None = None,
+        predictions: bool = False,
+        method: FeatureMethod | None = None,
     ) -> None:
         """Show targets with their strongest proponents and opponents: as a table, a picture or a web page.
 
@@ -174,14 +176,17 @@ class AttributionTrainer(L.Trainer):
             targets: positions of the targets.
             k: number of proponents, and of opponents, for each target.
             out: file to write, .png or .html; default: a table in the terminal.
+            predictions: whether to run the model at the checkpoints of the method, and show what it predicts.
+            method: the method that has the checkpoints.
         """
-        if not self.is_global_zero:
-            return
         kind_of_file(out)  # raises before the work
         saved = SavedScores.load(scores)
         train, shown = (single_loader(datamodule, stage, self).dataset for stage in ("fit", "predict"))
         describe = getattr(datamodule, "describe", None) or getattr(model, "describe", None)
         explanations = explain(saved, targets, k, train, shown, describe)
+        if predictions and method is not None:
+            texts = method.describe_predictions(self, datamodule, targets)
+            explanations = [each._replace(prediction=text) for each, text in zip(explanations, texts, strict=True)]
         show(explanations, f"{saved.method}: {counted(saved.num_train, 'training example')}", out)
 
 
@@ -207,7 +212,7 @@ class AttributionCLI(LightningCLI):
             "featurize": {"method", "datamodule"},
             "score": {"method", "datamodule"},
             "evaluate": set(),
-            "show": {"datamodule", "model"},
+            "show": {"datamodule", "model", "method"},
             "clean": {"method", "datamodule"},
         }
 
@@ -256,7 +261,9 @@ class AttributionCLI(LightningCLI):
         self, model: L.LightningModule | None, datamodule: L.LightningDataModule | None = None, **arguments: Any
     ) -> None:
         """Call the Trainer's method of the same name."""
-        cast(AttributionTrainer, self.trainer).show(self._required("data", datamodule), model, **arguments)
+        data = self._required("data", datamodule)
+        method = self._method(self._required("model", model), FeatureMethod) if arguments["predictions"] else None
+        cast(AttributionTrainer, self.trainer).show(data, model, method=method, **arguments)
 
     def _attribute(
         self,
@@ -267,13 +274,30 @@ class AttributionCLI(LightningCLI):
         **arguments: Any,
     ) -> None:
         data, module = self._required("data", datamodule), self._required("model", model)
+        run(self.trainer, self._method(module, kind), data, **arguments)
+
+    def _method(self, module: L.LightningModule, kind: type[Any]) -> Any:
+        """The method of the configuration, for a model.
+
+        Args:
+            module: the model.
+            kind: what the subcommand needs.
+
+        Raises:
+            ValueError: if the method is of another kind, or no checkpoints are named.
+        """
         method = self.config_init[self.subcommand].method(module)
         name = type(method).__name__
         if not hasattr(method, "model"):
             raise ValueError(f"{name} takes no model, and the command line only makes methods of a model")
         if not isinstance(method, kind):
             raise ValueError(f"{self.subcommand} needs a method over features, such as TRAK, and {name} has none")
-        run(self.trainer, method, data, **arguments)
+        if any(checkpoint.live for checkpoint in getattr(method, "checkpoints", ())):
+            raise ValueError(
+                "the model of a command is new, so its current weights are not trained: name trained ones with"
+                " --method.checkpoints, such as run/snapshots"
+            )
+        return method
 
     def _required(self, section: str, value: T | None) -> T:
         if value is None:

@@ -20,6 +20,7 @@ from lightning_trak.reporting.showing import kind_of_file, show
 from lightning_trak.running.data import Data
 from lightning_trak.running.trainers import trainer_of
 from lightning_trak.scoring.topk import BothEnds, Scores, TopK
+from lightning_trak.texts.display import Displayed
 from lightning_trak.texts.printable import counted
 
 
@@ -49,7 +50,7 @@ class LabelStatistic(ABC):
         """
 
 
-class Method(LabelStatistic):
+class Method(Displayed, LabelStatistic):
     """A way to say how much each training example counts for each target.
 
     Methods answer different questions. The first lines of each class say which one, what a positive score means, and in
@@ -149,11 +150,34 @@ class Method(LabelStatistic):
                 describe = describe or getattr(holder, "describe", None)
         datasets = [cast(Any, examples.loader.dataset) for examples in (train_set, target_set)]
         explanations = explain(saved, chosen, k, datasets[0], datasets[1], describe)
-        model = self._model_copy() if predictions else None
-        if model is not None:
-            texts = described_predictions(trainer, target_set, chosen, model, output)
+        if predictions:
+            texts = self.describe_predictions(trainer, targets, chosen, output)
             explanations = [each._replace(prediction=text) for each, text in zip(explanations, texts, strict=True)]
         show(explanations, f"{saved.method}: {counted(saved.num_train, 'training example')}", out)
+
+    def describe_predictions(
+        self,
+        trainer: L.Trainer | None,
+        targets: Data,
+        positions: Sequence[int],
+        output: ModelOutput | None = None,
+    ) -> list[str | None]:
+        """What the model predicts for some targets, on average over checkpoints, in words.
+
+        Args:
+            trainer: runs the model. None: one on a single device.
+            targets: the targets.
+            positions: of those to describe.
+            output: of the targets, if it is another one than that of the training examples.
+
+        Returns:
+            A text for each position; None if the method has no checkpoints, or the output no predictions.
+        """
+        model = self._model_copy()
+        if model is None:
+            return [None] * len(positions)
+        trainer = trainer_of(trainer, progress_bar=False)
+        return described_predictions(trainer, Examples(targets, "predict", trainer), positions, model, output)
 
     def _num_train(self) -> int | None:
         """The number of training examples, if the method knows it."""

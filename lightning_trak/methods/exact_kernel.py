@@ -67,6 +67,8 @@ class ExactKernel(FeatureMethod):
         scores = exact.score(trainer, target_loader)  # (num_targets, num_train)
     """
 
+    _shown = (*FeatureMethod._shown, "curvature", "damping", "loss_gradients")
+
     def __init__(
         self,
         model: nn.Module,

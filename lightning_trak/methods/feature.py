@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Any, ClassVar, TypedDict, cast
 
 import lightning as L
 from torch import Tensor, nn
@@ -57,6 +57,15 @@ class FeatureMethod(ScoredMethod, TokenMethod):
 
     The arguments are those of :class:`~lightning_trak.TRAK`.
     """
+
+    _shown: ClassVar[tuple[str, ...]] = (
+        "model",
+        "checkpoints",
+        "store",
+        "output",
+        "settings.projection",
+        "settings.dtype",
+    )
 
     def __init__(
         self,

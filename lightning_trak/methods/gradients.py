@@ -26,6 +26,8 @@ _NEIGHBOURS = 10
 class _GradientMethod(FeatureMethod):
     """Compares gradients, with a weight for each checkpoint; the arguments are those of its subclasses."""
 
+    _shown = (*FeatureMethod._shown, "effect_on")
+
     _scorer: type[GradientDotScorer] = GradientDotScorer
 
     def __init__(

@@ -74,6 +74,8 @@ class Metagradient(Method):
         scores = method.attribute(trainer, train_loader, targets)
     """
 
+    _shown = ("model", "recordings", "output", "last_steps")
+
     def __init__(
         self,
         model: nn.Module,

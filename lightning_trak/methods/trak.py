@@ -74,6 +74,8 @@ class TRAK(FeatureMethod):
         best = trak.score(trainer, target_loader, top_k=10, rescore=1000)
     """
 
+    _shown = (*FeatureMethod._shown, "curvature", "damping", "loss_gradients")
+
     def __init__(
         self,
         model: nn.Module,

@@ -63,6 +63,8 @@ class DataShapley(Method):
         values = method.attribute(trainer, train_loader, target_loader)
     """
 
+    _shown = ("make_module", "permutations", "step", "tolerance", "seed")
+
     def __init__(
         self,
         make_module: Callable[[], L.LightningModule],

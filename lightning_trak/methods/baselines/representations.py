@@ -37,6 +37,8 @@ class RepresentationMethod(Method):
         weights_only: ``False`` lets ``.ckpt`` and ``.pt`` files run code when they are read; for files you trust only.
     """
 
+    _shown = ("model", "checkpoints", "layer", "similarity", "k")
+
     def __init__(
         self,
         model: nn.Module,

@@ -25,6 +25,8 @@ class SubsetMethod(Method):
         ValueError: if shapes or dtypes do not fit, or an output is not finite.
     """
 
+    _shown = ("masks", "outputs")
+
     def __init__(self, masks: Tensor, outputs: Tensor) -> None:
         if masks.dtype != torch.bool or masks.ndim != 2:
             raise ValueError(

@@ -56,6 +56,8 @@ class Influence(Method):
         weights_only: ``False`` lets ``.ckpt`` and ``.pt`` files run code when they are read; for files you trust only.
     """
 
+    _shown = ("model", "checkpoints", "output", "curvature", "damping", "solver")
+
     def __init__(
         self,
         model: nn.Module,
