@@ -118,11 +118,7 @@ def test_texts_for_bm25(dataset):
         (lambda data: data, ValueError, "'input_ids' of an example is a list of 3 ints, .* data collator"),
         (lambda data: data.to_iterable_dataset(), TypeError, "to a IterableDataset: an iterable .* streaming=True"),
         (lambda data: DataLoader(data.to_iterable_dataset()), TypeError, "to a IterableDataset: an iterable"),
-        (
-            lambda data: pytest.importorskip("datasets").DatasetDict(train=data, test=data),
-            TypeError,
-            "one of them: 'train', 'test'",
-        ),
+        (lambda data: data.train_test_split(3), TypeError, "one of them: 'train', 'test'"),
         (lambda data: data.select([]), ValueError, "the dataset is empty"),
     ],
 )
