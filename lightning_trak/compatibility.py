@@ -17,6 +17,7 @@ import lightning as L
 from lightning.fabric.utilities.distributed import _InfiniteBarrier as InfiniteBarrier
 from lightning.fabric.utilities.seed import _collect_rng_states as collect_rng_states
 from lightning.fabric.utilities.seed import _set_rng_states as set_rng_states
+from lightning.fabric.wrappers import _FabricModule, _FabricOptimizer
 from lightning.pytorch.core.optimizer import _configure_optimizers as configure_optimizers
 from lightning.pytorch.core.optimizer import _configure_schedulers_automatic_opt as configure_schedulers
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -46,13 +47,16 @@ __all__ = [
     "configure_schedulers",
     "explicit_padding",
     "forget_compiled_call",
+    "forget_redirection",
     "has_gradient_hooks",
     "hooks_of",
     "is_compiled",
     "is_running",
     "is_traceable_wrapper_subclass",
+    "left_by_fabric",
     "original_function",
     "original_module",
+    "original_optimizer",
     "parts_that_a_run_changes",
     "registered",
     "replaced_parameter",
@@ -89,9 +93,17 @@ _HOOKS = {
 
 
 def original_module(model: nn.Module) -> nn.Module:
-    """The model that was given to ``torch.compile``, if the model is compiled; otherwise the model itself."""
-    original = getattr(model, _COMPILED, None)
-    return original if isinstance(original, nn.Module) else model
+    """The model that was given to ``torch.compile`` or ``fabric.setup``; otherwise the model itself."""
+    while True:
+        original = model.module if is_a(model, _FabricModule) else getattr(model, _COMPILED, None)
+        if not isinstance(original, nn.Module):
+            return model
+        model = original
+
+
+def original_optimizer(optimizer: Any) -> Any:
+    """The optimizer that was given to ``fabric.setup``; otherwise the optimizer itself."""
+    return optimizer.optimizer if is_a(optimizer, _FabricOptimizer) else optimizer
 
 
 def original_function(function: Any) -> Any:
@@ -265,6 +277,19 @@ def tensor_parallel_size(strategy: ModelParallelStrategy) -> int:
     """The number of devices over which a strategy splits layers. It is known before the processes run."""
     size = strategy._tensor_parallel_size
     return strategy.num_processes if size == "auto" else size
+
+
+def left_by_fabric(module: nn.Module) -> list[object]:
+    """What ``fabric.setup`` has left on LightningModules: Fabric itself, and its wrapped optimizers."""
+    parts = [part for part in module.modules() if is_a(part, L.LightningModule) and part._fabric is not None]
+    return [left for part in parts for left in (part._fabric, part._fabric_optimizers)]
+
+
+def forget_redirection(module: nn.Module) -> None:
+    """Undo what calls of ``training_step`` of a Fabric model leave on its module: its own ``forward`` as attribute."""
+    forward: Any = vars(module).get("forward")
+    if getattr(forward, "__func__", None) is type(module).forward and forward.__self__ is module:
+        del module.forward
 
 
 def set_device_mesh(module: L.LightningModule, mesh: Any) -> None:

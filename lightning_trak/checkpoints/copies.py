@@ -16,8 +16,10 @@ from lightning_trak.checkpoints.weights import is_extra_state
 from lightning_trak.compatibility import (
     forget_autocast,
     forget_compiled_call,
+    forget_redirection,
     has_gradient_hooks,
     is_traceable_wrapper_subclass,
+    left_by_fabric,
     set_device_mesh,
     transient_buffers,
 )
@@ -60,7 +62,7 @@ def copy_module(module: nn.Module, configure: bool = True) -> nn.Module:
     try:
         # torch cannot deepcopy every kind of sparse tensor.
         sparse = {id(buffer): buffer.clone() for buffer in module.buffers() if buffer.layout != torch.strided}
-        copied = copy.deepcopy(module, sparse)
+        copied = copy.deepcopy(module, sparse | {id(left): None for left in left_by_fabric(module)})
     except Exception as error:
         raise ValueError(
             f"attribution works on a copy of the model, but {name} cannot be copied: {error}; remove"
@@ -77,6 +79,7 @@ def copy_module(module: nn.Module, configure: bool = True) -> nn.Module:
         # A LightningModule keeps the result of compile(), and that would run the original.
         forget_compiled_call(part)
         forget_autocast(part)
+        forget_redirection(part)
     for parameter in copied.parameters():
         parameter.grad = None
     if configure and is_a(copied, L.LightningModule):

@@ -141,15 +141,23 @@ def state_dict(content: Any, source: str) -> dict[str, Tensor]:
     """The weights in the content of a checkpoint.
 
     Args:
-        content: a state dict, or a mapping that has one under ``"state_dict"``.
+        content: a state dict, or a mapping that has one under ``"state_dict"``. Or a mapping with one state dict of a
+            module beside other things, under any name, such as ``fabric.save`` writes.
         source: the name of the checkpoint in messages.
 
     Raises:
         TypeError: if there is no state dict.
-        ValueError: if the state dict has no tensors.
+        ValueError: if the state dict has no tensors, or there are several.
     """
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
+    elif isinstance(content, Mapping) and (named := _of_modules(content)):
+        if len(named) > 1:
+            raise ValueError(
+                f"{source} holds several state dicts, under {', '.join(map(repr, named))}: load it with torch.load, and"
+                " pass the one of this model as a checkpoint"
+            )
+        content = content[named[0]]
     if not isinstance(content, Mapping):
         raise TypeError(f"{source} must hold a state dict, got {type(content).__name__}")
     tensors = without_extra_state(content, source)
@@ -162,3 +170,15 @@ def state_dict(content: Any, source: str) -> dict[str, Tensor]:
         )
     # Resolve lazy conjugation and negation, so that the bytes are the values.
     return {name: tensor.detach().resolve_conj().resolve_neg() for name, tensor in tensors.items()}
+
+
+def _of_modules(content: Mapping[Any, Any]) -> list[Any]:
+    """The names under which a mapping has state dicts of modules, with tensors alone."""
+    return [
+        name
+        for name, value in content.items()
+        if isinstance(value, Mapping)
+        and not is_extra_state(name)
+        and value
+        and all(isinstance(tensor, Tensor) or is_extra_state(key) for key, tensor in value.items())
+    ]

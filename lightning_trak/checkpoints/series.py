@@ -232,7 +232,8 @@ class SnapshotSeries:
             f'"{self.directory}" holds {len(manifest.snapshots)} snapshots of another run, up to step'
             f" {manifest.snapshots[-1].step}; use another directory, delete this one, or continue that run with"
             " trainer.fit(ckpt_path=...) from a checkpoint that it saved; with Hugging Face, with"
-            " trainer.train(resume_from_checkpoint=...)"
+            " trainer.train(resume_from_checkpoint=...); with Fabric, with fabric.load of a state that has its"
+            " FabricSnapshots"
         )
 
     def _start(self, run: str, snapshots: tuple[Snapshot, ...]) -> Manifest:
