@@ -8,8 +8,9 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from lightning_trak import TRAK, TracIn
-from lightning_trak.methods import DataShapley, ExactKernel, FeatureMethod, RepresentationSimilarity
+from lightning_trak import TRAK, GradientCosine, TracIn
+from lightning_trak.cleaning import Ranking, duplicates, harmful
+from lightning_trak.methods import DataShapley, ExactKernel, FeatureMethod, RepresentationSimilarity, TrainingLoss
 from lightning_trak.outputs import CausalLMMargin, ClassificationMargin, ContrastiveMargin
 from lightning_trak.projections import IdentityProjection, PrincipalProjection, SparseProjection
 from lightning_trak.scoring import aggregate_scores
@@ -23,6 +24,11 @@ TRAIN, TARGETS = make_data(53), make_data(11, seed=1)
 RATES = [0.3, 0.1]
 CLASSES, SOURCES = TARGETS.tensors[1], ["web" if position % 3 else "books" for position in range(53)]
 PRINCIPAL = PrincipalProjection(12, landmarks=20, sample=40, sketch=64)
+
+
+def ranked(ranking: Ranking) -> tuple[torch.Tensor, torch.Tensor, tuple | None]:
+    """What a ranking holds, to be saved."""
+    return ranking.positions, ranking.scores, ranking.groups
 
 
 class _Towers(nn.Module):
@@ -152,6 +158,27 @@ def test_self_influence_is_shared(runs):
     alone = TRAK(make_model(), checkpoints, root / "one", projection=SparseProjection(32))
     for rank in ranks:
         close(rank["self influence"], alone.self_influence(make_trainer()))
+
+
+def test_cleaning_is_shared(runs):
+    ranks, _, root = runs
+    checkpoints, trainer = torch.load(root / "checkpoints.pt"), make_trainer()
+    store = root / "one"
+    alone = TRAK(make_model(), checkpoints, store, projection=SparseProjection(32))
+    cosine = GradientCosine(make_model(), checkpoints, store, projection=SparseProjection(32))
+    suspicion = cosine.label_suspicion(trainer, TRAIN)
+    loss = TrainingLoss(make_model(), checkpoints).label_suspicion(trainer, TRAIN)
+    repeated = duplicates(alone, trainer, TRAIN, threshold=0.8)
+    opponents = harmful(alone, trainer, TRAIN, TARGETS)
+    assert 2 < len(repeated) < 53
+    for rank in ranks:
+        close(rank["label suspicion"], suspicion)
+        close(rank["training loss"], loss)
+        for name, expected in (("duplicates", repeated), ("harmful", opponents)):
+            positions, scores, groups = rank[name]
+            assert torch.equal(positions, expected.positions)
+            close(scores, expected.scores)
+            assert groups == expected.groups
 
 
 def test_groups_and_other_outputs_over_ranks(runs):
