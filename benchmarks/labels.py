@@ -60,8 +60,8 @@ def label_curves(axis: Axes, curves: Mapping[str, Curve], size: float = 8) -> No
     drawn = {name: _pixels_of(axis, curve, 3 * pixel) for name, curve in curves.items()}
     places = {name: _places(axis, curve, sizes[name], pixel) for name, curve in curves.items()}
     for name, (anchors, centres, costs) in places.items():
-        others = np.concatenate([curve.points for other, curve in curves.items() if other != name])
-        others = axis.transData.transform(others)
+        foreign = [axis.transData.transform(curve.points) for other, curve in curves.items() if other != name]
+        others = np.concatenate([np.empty((0, 2)), *foreign])
         nearest = _distances(others[None], centres[:, None], sizes[name]).min(1, initial=np.inf)
         costs += NEARER_TO_ANOTHER * (nearest < _distances(anchors, centres, sizes[name]))
         costs += CROSSED_BY_LEADER * _touched(np.concatenate([*drawn.values()]), anchors, centres, sizes[name], pixel)
