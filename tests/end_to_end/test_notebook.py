@@ -70,7 +70,7 @@ def test_show_is_html(cells):
     shown = [cell for cell in cells if "trak.show(" in cell.source and "out=" not in cell.source]
     assert len(shown) == 3
     for cell in shown:
-        (out,) = [out for out in cell.outputs if out.output_type == "display_data"]
+        (out,) = [out for out in cell.outputs if "text/html" in out.get("data", {})]
         assert out.data["text/html"].startswith('<div class="attributions">')
         assert "predicted " in out.data["text/html"]
         assert "</h2>\n<figure>" in out.data["text/html"]
