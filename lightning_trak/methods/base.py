@@ -103,7 +103,10 @@ class Method(Displayed, ABC):
         """
         kind_of_file(out)  # raises before the work
         if not isinstance(scores, (Tensor, TopK, BothEnds)):
-            raise TypeError(f"expected the scores of one set of targets, got a {type(scores).__name__}")
+            raise TypeError(
+                "expected the scores of one set of targets, as score or attribute returns them, got a"
+                f" {type(scores).__name__}"
+            )
         trainer = trainer_of(trainer, progress_bar=False)
         train_set, target_set = Examples(train, "fit", trainer), Examples(targets, "predict", trainer)
         num_train = self._num_train()

@@ -201,7 +201,11 @@ class FeatureMethod(ScoredMethod):
 
     @override
     def _model_copy(self) -> ModelCopy:
-        return self._pipeline().copy_model()
+        pipeline = self._pipeline()
+        model = pipeline.copy_model()
+        with suppress(FileNotFoundError):  # scores may come from elsewhere
+            pipeline.open(model)  # raises if the store, and so the scores, are of other weights
+        return model
 
     @override
     def _pipeline(self) -> FeaturePipeline:
