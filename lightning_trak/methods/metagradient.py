@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from lightning_trak.checks import positive
 from lightning_trak.compatibility import original_module
-from lightning_trak.methods.base import Method
+from lightning_trak.methods.base import DataMethod
 from lightning_trak.methods.examples import Examples
+from lightning_trak.methods.questions import Asked
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import declared_output, target_output, trained_output
 from lightning_trak.replay.differentiating import Differentiated
@@ -21,12 +22,11 @@ from lightning_trak.replay.losses import declared_losses
 from lightning_trak.replay.recording import Recording
 from lightning_trak.replay.reweighted import Reweighted
 from lightning_trak.replay.smoothness import SMOOTH_VALUE, advice, quick_value
-from lightning_trak.running.data import Data
 from lightning_trak.running.random_states import isolated_random_states
 from lightning_trak.running.strategies import require_whole_parameters
 
 
-class Metagradient(Method):
+class Metagradient(DataMethod):
     """How much did each example's loss count in *this* training run, exactly to first order?
 
     A score is d output / d w_i, the derivative of the trained model's output by the weight w_i of example i in the
@@ -68,6 +68,11 @@ class Metagradient(Method):
         scores = Metagradient(model, "run/recording").attribute(trainer, train_loader, targets)
     """
 
+    _without_candidates = (
+        "it differentiates by the weights of examples in the recorded run, and others have none. TRAK, TracIn,"
+        " GradientDot, GradientCosine and influence functions score examples that are not in the training set"
+    )
+
     def __init__(
         self,
         model: nn.Module,
@@ -102,37 +107,39 @@ class Metagradient(Method):
         self.check_smooth = check_smooth
         self.progress_bar = progress_bar
 
-    def attribute(self, trainer: L.Trainer, train: Data, targets: Data, output: ModelOutput | None = None) -> Tensor:
-        """Score every target against every training example.
+    def _target_output(self, output: ModelOutput | None) -> ModelOutput | None:
+        return target_output(output, self.output)
+
+    def _scores(self, trainer: L.Trainer, train: Examples, targets: Examples, asked: Asked) -> Tensor:
+        """Derivatives by the weights of training examples.
+
+        The outputs of a group of targets are added up before the way back through the run, which is then as long as for
+        one target.
 
         Args:
             trainer: any Trainer whose strategy keeps the model whole. Its device is used, and each process computes all
                 scores. The precision is that of the recorded run.
             train: the training data, as they were recorded: the same dataset and collate function.
             targets: the targets. Each is computed alone, in eval mode, at the weights at the end of training.
-            output: of the targets, if it is another one than that of the training examples.
+            asked: the question.
 
         Returns:
-            On the CPU, shape ``(num_targets, num_train)``, in the run's precision. A positive score says that more
-            weight on the example's loss raises the output at the target, in the unit of the output. Examples that the
-            run did not use have zeros.
+            In the run's precision. Examples that the run did not use have zeros.
 
         Raises:
             ValueError: if the data or the model are not those of the recording, if a step cannot be repeated, if the
                 losses are not those of training, or if an output is not finite.
         """
         require_whole_parameters(trainer)
-        asked = target_output(output, self.output) or self.output
         with isolated_random_states(), torch.inference_mode(False):
-            train_set, target_set = Examples(train, "fit", trainer), Examples(targets, "predict", trainer)
             output = copy.deepcopy(self.output)
             first = self.recording.num_steps - self.last_steps
             device, losses = trainer.strategy.root_device, declared_losses(output, self.losses)
             run = Differentiated(
                 self.model,
                 self.recording,
-                train_set.loader,
-                train_set.datamodule,
+                train.loader,
+                train.datamodule,
                 device,
                 losses,
                 first=first,
@@ -153,7 +160,7 @@ class Metagradient(Method):
                     stacklevel=2,
                 )
             if self.check_smooth:
-                again = self.model, self.recording, train_set.loader, train_set.datamodule, device, losses
+                again = self.model, self.recording, train.loader, train.datamodule, device, losses
                 value = quick_value(Reweighted(*again, first=first, check_losses=False))
                 if not value >= SMOOTH_VALUE:
                     warnings.warn(
@@ -162,4 +169,5 @@ class Metagradient(Method):
                         " check out",
                         stacklevel=2,
                     )
-            return run.scores(copy.deepcopy(asked), target_set.loader, target_set.datamodule)
+            wanted = copy.deepcopy(asked.output or self.output)
+            return run.scores(wanted, targets.loader, targets.datamodule, asked.rows, asked.columns)
