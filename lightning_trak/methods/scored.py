@@ -86,7 +86,8 @@ class ScoredMethod(Method):
     ) -> Scores | Interval:
         """Call :meth:`featurize`, which does nothing if the store is complete, and then :meth:`score`."""
         if holds_several(targets):
-            raise ValueError("attribute takes one set of targets, got several loaders; use score for several")
+            count = len(cast(Any, targets))
+            raise ValueError(f"attribute takes one set of targets, got {count} loaders; use score for several")
         asked: Any = dict(question)
         candidates = asked.pop("candidates", None)
         self.featurize(trainer, train)
