@@ -12,7 +12,7 @@ from lightning_trak.methods.questions import Asked, AttributedQuestion, require_
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.running.data import Data
 from lightning_trak.scoring.groups import train_sums
-from lightning_trak.scoring.intervals import Interval, bounds, with_bounds
+from lightning_trak.scoring.intervals import Interval, bounds, columns_of, with_bounds
 from lightning_trak.scoring.topk import BothEnds, Scores, TopK, best_of
 
 
@@ -168,9 +168,12 @@ class DataMethod(Method):
         if interval is None:
             return found if top_k is None else best_of(found, top_k, largest)
         assert sums is not None
-        total = sums.added(found, 0).to(found.dtype)
-        ends = bounds(found, sums, question.get("aggregate") == "mean", interval)
-        return with_bounds(total if top_k is None else best_of(total, top_k, largest), ends)
+        total, mean = sums.added(found, 0).to(found.dtype), question.get("aggregate") == "mean"
+        if top_k is None:
+            return with_bounds(total, bounds(found, sums, mean, interval))
+        best = best_of(total, top_k, largest)
+        kept = columns_of(best)
+        return with_bounds(best, bounds(found[:, kept], sums, mean, interval), kept)
 
     @abstractmethod
     def _scores(self, trainer: L.Trainer, train: Examples, targets: Examples, asked: Asked) -> Tensor:

@@ -75,10 +75,15 @@ def require_ends(top_k: int | None, largest: bool | None) -> None:
     """Check which scores are kept.
 
     Raises:
+        TypeError: if one of them is of another type.
         ValueError: if the two do not fit together.
     """
+    if top_k is not None and (isinstance(top_k, bool) or not hasattr(top_k, "__index__")):
+        raise TypeError(f"top_k is a number of training examples, got a {type(top_k).__name__}")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1, got {top_k}")
+    if largest not in (None, True, False):
+        raise TypeError(f"largest is True, False or None for both ends, got {largest!r:.80}")
     if top_k is None and largest is not None:
         raise ValueError(f"largest={largest} says which end of the scores top_k= keeps: say how many with top_k=")
 
@@ -91,8 +96,8 @@ def require_interval(interval: float | None, rows: Sums | None) -> None:
     """
     if interval is None:
         return
-    if not 0 < interval < 1:
-        raise ValueError(f"interval is a confidence level between 0 and 1, such as 0.95, got {interval}")
+    if not isinstance(interval, (int, float)) or not 0 < interval < 1:
+        raise ValueError(f"interval is a confidence level between 0 and 1, such as 0.95, got {interval!r:.80}")
     if rows is None:
         raise ValueError('interval is for means or sums over targets: give aggregate="mean" or aggregate="sum" too')
     require_resampling(rows)

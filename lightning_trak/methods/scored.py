@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any, cast, overload
 
 import lightning as L
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from typing_extensions import Unpack
@@ -36,7 +35,7 @@ from lightning_trak.running.loaders import holds_several
 from lightning_trak.running.loading import batch_size_of, like
 from lightning_trak.running.strategies import require_whole_parameters, shards_model
 from lightning_trak.scoring.base import Scorer
-from lightning_trak.scoring.intervals import Interval, bounds, with_bounds
+from lightning_trak.scoring.intervals import Interval, bounds, columns_of, with_bounds
 from lightning_trak.scoring.targets import Kept, Others, score_targets
 from lightning_trak.scoring.topk import BothEnds, Scores, TopK
 
@@ -292,8 +291,7 @@ class ScoredMethod(Method):
         each: Any = {name: value for name, value in question.items() if name not in ("aggregate", "groups")}
         positions = None
         if top_k is not None and question.get("train_groups") is None:
-            ends = found if isinstance(found, BothEnds) else (cast(TopK, found),)
-            positions = torch.unique(torch.cat([end.indices.flatten() for end in ends]))
+            positions = columns_of(cast("TopK | BothEnds", found))
             others = _others_in(train, trainer)
             train = positions if others is None else _some(others, positions, trainer)
         scores = self.score(trainer, data, train=train, **each)

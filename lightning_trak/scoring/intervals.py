@@ -11,6 +11,8 @@ from lightning_trak.metrics.functional import bootstrap_interval
 from lightning_trak.scoring.groups import Sums
 from lightning_trak.scoring.topk import BothEnds, Scores, TopK
 
+_COLUMNS = 2048  # at once: each has as many numbers as there are replicates
+
 
 class Interval(NamedTuple):
     """Means or sums over targets, and an interval for each, by bootstrap over the targets of its group.
@@ -63,12 +65,19 @@ def bounds(scores: Tensor, rows: Sums, mean: bool, confidence: float) -> tuple[T
     for group in range(rows.count):
         members = ((rows.numbers == group) & (rows.weights != 0)).nonzero().flatten()
         values, weights = scores[members].double().T, rows.weights[members]
-        if mean:
-            ends.append(bootstrap_interval(values, confidence, weights=weights))
-        else:
-            ends.append(bootstrap_interval(values * weights, confidence) * len(members))
+        if not mean:  # the mean of the terms, as many times as there are
+            values, weights = values * weights * len(members), torch.ones_like(weights)
+        parts = [bootstrap_interval(part, confidence, weights=weights) for part in torch.split(values, _COLUMNS)]
+        ends.append(torch.cat(parts, dim=1))
     low, high = torch.stack(ends, dim=1).to(scores.dtype)
     return low, high
+
+
+def columns_of(best: TopK | BothEnds) -> Tensor:
+    """The columns that are kept for any group, in order."""
+    ends = best if isinstance(best, BothEnds) else (best,)
+    columns: Tensor = torch.unique(torch.cat([end.indices.flatten() for end in ends]))
+    return columns
 
 
 def with_bounds(found: Scores, ends: tuple[Tensor, Tensor], positions: Tensor | None = None) -> Interval:

@@ -158,6 +158,8 @@ def test_influence_of_another_output(kind):
         ({"train": "web"}, '"web" is a text, not data'),
         ({"train": [DataLoader(TRAIN), DataLoader(TRAIN)]}, "expected one training set, got 2 loaders"),
         ({"train": TRAIN, "train_groups": SOURCES[:7]}, "train_groups has 7 labels, and there are 50"),
+        ({"top_k": ClassificationMargin()}, "top_k is a number of training examples, got a ClassificationMargin"),
+        ({"top_k": 2, "largest": "both"}, "largest is True, False or None for both ends, got 'both'"),
         ({"largest": True}, "largest=True says which end of the scores top_k= keeps: say how many"),
         ({"output": ContrastiveMargin(context_size=3)}, "make a store whose training examples have this output"),
         ({"output": "predicted"}, "output must be a ModelOutput"),

@@ -48,9 +48,11 @@ def bootstrap_interval(
     else:
         if weights.shape != (size,) or not bool((weights > 0).all()):
             raise ValueError(f"Expected {size} positive weights, but got {weights.tolist()!r:.200}.")
-        weights = weights.to(values)
-        sums = [(values[..., row] @ weights[row]) / weights[row].sum() for row in drawn.to(values.device)]
-        means = torch.stack(sums, dim=-1)
+        weights, parts = weights.to(values), []
+        for rows in torch.split(drawn.to(values.device), max(1, _MAX_COUNTS // size)):
+            counts = values.new_zeros(rows.shape).scatter_add_(1, rows, torch.ones_like(rows).to(values))
+            parts.append((values * weights) @ counts.T / (counts @ weights))
+        means = torch.cat(parts, dim=-1)
     return means.quantile(values.new_tensor([tail, 1 - tail]), dim=-1)
 
 
