@@ -13,8 +13,6 @@ from lightning_trak.methods.baselines.representations import RepresentationMetho
 from lightning_trak.methods.baselines.similarity import SIMILARITIES, Similarity, similarity_matrix
 from lightning_trak.methods.examples import Examples
 from lightning_trak.outputs.batches import LABELS_KEYS, LabelsKey, as_keys, one_per_example, split_labels
-from lightning_trak.running.data import Data
-from lightning_trak.running.trainers import trainer_of
 
 _TARGETS = 256
 
@@ -61,19 +59,15 @@ class KNNShapley(RepresentationMethod):
         self.similarity: Similarity = similarity
         self.labels_keys = as_keys(labels_key)
 
-    def attribute(
-        self, trainer: L.Trainer | None = None, train: Data | None = None, targets: Data | None = None
-    ) -> Tensor:
-        """Shapley values, averaged over checkpoints; see :class:`~lightning_trak.methods.base.Method`."""
-        trainer = trainer_of(trainer)
-        columns, rows = Examples(train, "fit", trainer), Examples(targets, "predict", trainer)
+    def matrix(self, trainer: L.Trainer, train: Examples, targets: Examples) -> Tensor:
+        """Shapley values, averaged over checkpoints; see :class:`~lightning_trak.methods.base.MatrixMethod`."""
         module = copy_module(self.model)  # whose transfer hooks may make the labels
         train_labels, target_labels = (
-            examples.map(trainer, module, self._labels, "the label") for examples in (columns, rows)
+            examples.map(trainer, module, self._labels, "the label") for examples in (train, targets)
         )
-        values = torch.zeros(len(rows), len(columns))
-        for train_vectors, target_vectors in self.represent(trainer, columns, rows):
-            for start in range(0, len(rows), _TARGETS):
+        values = torch.zeros(len(targets), len(train))
+        for train_vectors, target_vectors in self.represent(trainer, train, targets):
+            for start in range(0, len(targets), _TARGETS):
                 block = slice(start, start + _TARGETS)
                 nearness = similarity_matrix(target_vectors[block], train_vectors, self.similarity)
                 values[block] += knn_shapley_values(nearness, target_labels[block, None] == train_labels, self.k)
