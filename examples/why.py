@@ -1,7 +1,8 @@
 """Why did the model predict this, why a 3 rather than an 8, and how much does each class of the training data count?
 
 A small convolutional net learns scikit-learn's handwritten digits. Its store of features then answers several
-questions: with the model's own predictions, with the difference of two classes, and with sums over groups.
+questions: with the model's own predictions, with the difference of two classes, with sums over groups, and of images
+that are not in the training data.
 
     python -m examples.why
 """
@@ -12,7 +13,7 @@ from pathlib import Path
 import lightning as L
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from examples import common, digits
 from lightning_trak import TRAK, TRAKCallback
@@ -68,8 +69,16 @@ def main(arguments: list[str] | None = None) -> None:
     print(shares_table(shares, classes).markdown())
 
     print("4. Which training images helped the held-out set as a whole, and which hurt it?")
-    useful = trak.score(trainer, targets, top_k=5, aggregate="mean")
+    useful, low, high = trak.score(trainer, targets, top_k=5, aggregate="mean", interval=0.95)
     report(useful, train, ["all held-out images"])
+    first, last = (float(end.proponents.values[0, 0]) for end in (low, high))
+    print(f"      The mean of the first is in {first:+.2g} to {last:+.2g} (95%, over other held-out images)")
+
+    print("5. Which new images would help it most? Here half of the held-out images are candidates for training.")
+    half = len(targets) // 2
+    candidates, rest = Subset(targets, range(half)), Subset(targets, range(half, len(targets)))
+    gains = trak.score(trainer, rest, top_k=5, train=candidates, aggregate="mean")
+    report(gains, TensorDataset(images[:half], labels[:half]), ["the other half"])
     print(f"Wrote {run}/why.png and {run}/rather.png")
 
 

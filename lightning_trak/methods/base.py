@@ -1,27 +1,21 @@
 """The interfaces that attribution methods share."""
 
-import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, ClassVar, overload
 
 import lightning as L
 from torch import Tensor
-from typing_extensions import override
+from typing_extensions import Unpack, override
 
-from lightning_trak.features.model import ModelCopy
 from lightning_trak.methods.examples import Examples
-from lightning_trak.methods.predictions import described_predictions
+from lightning_trak.methods.questions import Asked, AttributedQuestion, require_ends, require_interval, target_rows
+from lightning_trak.methods.showing import Showing
 from lightning_trak.outputs import ModelOutput
-from lightning_trak.packages import is_a
-from lightning_trak.reporting.explanations import Describe, explain
-from lightning_trak.reporting.scores import SavedScores
-from lightning_trak.reporting.showing import kind_of_file, show
 from lightning_trak.running.data import Data
 from lightning_trak.running.trainers import trainer_of
-from lightning_trak.scoring.topk import BothEnds, Scores, TopK
-from lightning_trak.texts.display import Displayed
-from lightning_trak.texts.printable import counted
+from lightning_trak.scoring.groups import train_sums
+from lightning_trak.scoring.intervals import Interval, bounds, columns_of, with_bounds
+from lightning_trak.scoring.topk import BothEnds, Scores, TopK, best_of
 
 
 class LabelStatistic(ABC):
@@ -50,7 +44,7 @@ class LabelStatistic(ABC):
         """
 
 
-class Method(Displayed, LabelStatistic):
+class Method(Showing, LabelStatistic):
     """A way to say how much each training example counts for each target.
 
     Methods answer different questions. The first lines of each class say which one, what a positive score means, and in
@@ -66,22 +60,96 @@ class Method(Displayed, LabelStatistic):
         """
         return None
 
-    @abstractmethod
+    @overload
     def attribute(
-        self, trainer: L.Trainer | None = None, train: Data | None = None, targets: Data | None = None
-    ) -> Tensor:
+        self,
+        trainer: L.Trainer | None = None,
+        train: Data | None = None,
+        targets: Data | None = None,
+        top_k: None = None,
+        largest: None = None,
+        interval: None = None,
+        **question: Unpack[AttributedQuestion],
+    ) -> Tensor: ...
+
+    @overload
+    def attribute(
+        self,
+        trainer: L.Trainer | None = None,
+        train: Data | None = None,
+        targets: Data | None = None,
+        *,
+        top_k: int,
+        largest: None = None,
+        interval: None = None,
+        **question: Unpack[AttributedQuestion],
+    ) -> BothEnds: ...
+
+    @overload
+    def attribute(
+        self,
+        trainer: L.Trainer | None = None,
+        train: Data | None = None,
+        targets: Data | None = None,
+        *,
+        top_k: int,
+        largest: bool,
+        interval: None = None,
+        **question: Unpack[AttributedQuestion],
+    ) -> TopK: ...
+
+    @overload
+    def attribute(
+        self,
+        trainer: L.Trainer | None = None,
+        train: Data | None = None,
+        targets: Data | None = None,
+        top_k: int | None = None,
+        largest: bool | None = None,
+        *,
+        interval: float,
+        **question: Unpack[AttributedQuestion],
+    ) -> Interval: ...
+
+    def attribute(
+        self,
+        trainer: L.Trainer | None = None,
+        train: Data | None = None,
+        targets: Data | None = None,
+        top_k: int | None = None,
+        largest: bool | None = None,
+        interval: float | None = None,
+        **question: Unpack[AttributedQuestion],
+    ) -> Any:
         """Score every target against every training example.
 
         Args:
-            trainer: any Trainer, which is left as it was. None: one on a single device, see
-                :func:`~lightning_trak.running.trainers.trainer_of`.
+            trainer: a Trainer, which is left as it was; the class says which ones it can use. None: one on a single
+                device, see :func:`~lightning_trak.running.trainers.trainer_of`; then give the data by name.
             train: the training data, in the order of the scores' columns, whatever its sampler does.
             targets: the targets, in the order of the scores' rows.
+            top_k: keep only this many training examples with the highest scores of each target, and as many with the
+                lowest.
+            largest: whether ``top_k`` keeps only the highest scores, or only the lowest; default: both.
+            interval: confidence level of an interval for each mean or sum over targets, by bootstrap over the targets
+                of its group.
+            **question: ``output``, ``aggregate``, ``groups``, ``train_groups`` and ``candidates``, see
+                :class:`~lightning_trak.methods.questions.AttributedQuestion`.
 
         Returns:
-            On the CPU, shape ``(num_targets, num_train)``. The first lines of the class say what a positive score means
-            and in which unit scores are.
+            On the CPU, shape ``(num_targets, num_train)``, or with groups a row or column for each; with ``top_k`` a
+            :class:`~lightning_trak.scoring.BothEnds` or :class:`~lightning_trak.scoring.TopK`; with ``interval`` an
+            :class:`~lightning_trak.scoring.Interval` of these. The first lines of the class say what a positive score
+            means and in which unit scores are.
+
+        Raises:
+            ValueError: if the method cannot answer this, or groups do not fit the data.
         """
+        require_ends(top_k, largest)
+        trainer = trainer_of(trainer)
+        if train is None or targets is None:
+            raise TypeError("there are no data; pass the training data and the targets, train= and targets=")
+        return self._attribute(trainer, train, targets, top_k, largest, interval, question)
 
     @override
     def label_suspicion(self, trainer: L.Trainer | None = None, train: Data | None = None) -> Tensor:
@@ -90,99 +158,101 @@ class Method(Displayed, LabelStatistic):
             " EKFACInfluence, KNNShapley or TrainingLoss"
         )
 
-    def show(
+    @abstractmethod
+    def _attribute(
         self,
-        scores: Scores,
+        trainer: L.Trainer,
         train: Data,
         targets: Data,
-        *,
-        shown: Sequence[int] | None = None,
-        k: int = 5,
-        largest: bool = True,
-        output: ModelOutput | None = None,
-        predictions: bool = True,
-        describe: Describe | None = None,
-        out: str | os.PathLike[str] | None = None,
-        trainer: L.Trainer | None = None,
-    ) -> None:
-        """Show targets with their strongest proponents and opponents, and what the model predicts for them.
+        top_k: int | None,
+        largest: bool | None,
+        interval: float | None,
+        question: AttributedQuestion,
+    ) -> Scores | Interval:
+        """See :meth:`attribute`."""
 
-        In a notebook they are the output of the cell, with images if items hold any; in a terminal, a table; with
-        ``out``, a file.
 
-        Predictions are means over the checkpoints. Outputs have them that override
-        :meth:`~lightning_trak.outputs.ModelOutput.prediction`, such as
-        :class:`~lightning_trak.outputs.ClassificationMargin`, and so have methods that run the model at checkpoints.
+class DataMethod(Method):
+    """Base of the methods that score from the data themselves, without stored features."""
 
-        Args:
-            scores: what ``score`` or ``attribute`` has returned: all scores, or the best of each target. Scores of
-                groups have no examples to show.
-            train: the training data, in the order of those that were scored. They may be another view of the same
-                examples, such as images without normalization.
-            targets: the targets that were scored. For predictions they must be what the model takes.
-            shown: positions of the targets to show; default: the first 5.
-            k: how many proponents, and how many opponents, each target gets.
-            largest: of the best scores at one end, which end: the value that ``score`` got for it.
-            output: of the targets, if ``score`` got one.
-            predictions: whether to run the model at each checkpoint, and show what it predicts.
-            describe: makes a text of an item of either dataset. Default: the ``describe`` of the data module or of the
-                model, or else strings and numbers that the item holds.
-            out: file to write: ``.png`` for a picture (extra ``plots``), ``.html`` for a page that needs no other file.
-            trainer: runs the model. None: one on a single device.
+    _without_output: ClassVar[str] = (
+        "its scores are not about an output of the model. TRAK, TracIn, GradientDot, GradientCosine, influence"
+        " functions and Metagradient take it"
+    )
+    _without_candidates: ClassVar[str] = (
+        "it scores training examples alone. TRAK, TracIn, GradientDot, GradientCosine and influence functions score"
+        " examples that are not in the training set"
+    )
+
+    def _attribute(
+        self,
+        trainer: L.Trainer,
+        train: Data,
+        targets: Data,
+        top_k: int | None,
+        largest: bool | None,
+        interval: float | None,
+        question: AttributedQuestion,
+    ) -> Scores | Interval:
+        """See :meth:`attribute`."""
+        output = self._target_output(question.get("output"))
+        candidates = question.get("candidates")
+        if candidates is not None:
+            self._require_candidates()
+        columns, rows = Examples(train, "fit", trainer), Examples(targets, "predict", trainer, output=output)
+        others = None if candidates is None else Examples(candidates, "fit", trainer)
+        (sums,) = target_rows(question, [len(rows)])
+        require_interval(interval, sums)
+        groups = train_sums(question.get("train_groups"), len(columns if others is None else others))
+        asked = Asked(output, sums if interval is None else None, groups, others)
+        found = self._scores(trainer, columns, rows, asked)
+        if interval is None:
+            return found if top_k is None else best_of(found, top_k, largest)
+        assert sums is not None
+        total, mean = sums.added(found, 0).to(found.dtype), question.get("aggregate") == "mean"
+        if top_k is None:
+            return with_bounds(total, bounds(found, sums, mean, interval))
+        best = best_of(total, top_k, largest)
+        kept = columns_of(best)
+        return with_bounds(best, bounds(found[:, kept], sums, mean, interval), kept)
+
+    @abstractmethod
+    def _scores(self, trainer: L.Trainer, train: Examples, targets: Examples, asked: Asked) -> Tensor:
+        """The scores, on the CPU, with the rows and columns that are asked for."""
+
+    def _target_output(self, output: ModelOutput | None) -> ModelOutput | None:
+        """The output of the targets, if it is another one than that of the training examples.
 
         Raises:
-            ValueError: if scores and data do not fit together, there is no image for a picture, or ``out`` is another
-                kind of file.
-            IndexError: if there is no target with one of the positions.
-            TypeError: if scores are something else, or ``describe`` returns something else than a str.
+            ValueError: if the method has no output.
         """
-        kind_of_file(out)  # raises before the work
-        if not isinstance(scores, (Tensor, TopK, BothEnds)):
-            raise TypeError(f"expected the scores of one set of targets, got a {type(scores).__name__}")
-        trainer = trainer_of(trainer, progress_bar=False)
-        train_set, target_set = Examples(train, "fit", trainer), Examples(targets, "predict", trainer)
-        num_train = self._num_train()
-        saved = SavedScores(scores, len(train_set) if num_train is None else num_train, type(self).__name__, largest)
-        saved.require_scores("cannot show these scores")
-        chosen = range(min(5, len(target_set))) if shown is None else list(shown)
-        for holder in (targets, train, getattr(self, "model", None)):
-            if is_a(holder, L.LightningDataModule, L.LightningModule):
-                describe = describe or getattr(holder, "describe", None)
-        datasets = [cast(Any, examples.loader.dataset) for examples in (train_set, target_set)]
-        explanations = explain(saved, chosen, k, datasets[0], datasets[1], describe)
-        if predictions:
-            texts = self.describe_predictions(trainer, targets, chosen, output)
-            explanations = [each._replace(prediction=text) for each, text in zip(explanations, texts, strict=True)]
-        show(explanations, f"{saved.method}: {counted(saved.num_train, 'training example')}", out)
+        if output is not None:
+            raise ValueError(f"{type(self).__name__} takes no output=: {self._without_output}")
+        return None
 
-    def describe_predictions(
-        self,
-        trainer: L.Trainer | None,
-        targets: Data,
-        positions: Sequence[int],
-        output: ModelOutput | None = None,
-    ) -> list[str | None]:
-        """What the model predicts for some targets, on average over checkpoints, in words.
+    def _require_candidates(self) -> None:
+        """Raise if the method cannot score examples that are not in the training set."""
+        raise ValueError(f"{type(self).__name__} takes no candidates=: {self._without_candidates}")
+
+
+class MatrixMethod(DataMethod):
+    """Base of the methods that make the whole matrix of scores at once, whatever is asked of it."""
+
+    def _scores(self, trainer: L.Trainer, train: Examples, targets: Examples, asked: Asked) -> Tensor:
+        found = matrix = self.matrix(trainer, train, targets)
+        for dim, sums in enumerate((asked.rows, asked.columns)):
+            found = found if sums is None else sums.added(found, dim)
+        return found.to(matrix.dtype)
+
+    @abstractmethod
+    def matrix(self, trainer: L.Trainer, train: Examples, targets: Examples) -> Tensor:
+        """The score of every target for every training example.
 
         Args:
-            trainer: runs the model. None: one on a single device.
+            trainer: any Trainer, which is left as it was.
+            train: the training data.
             targets: the targets.
-            positions: of those to describe.
-            output: of the targets, if it is another one than that of the training examples.
 
         Returns:
-            A text for each position; None if the method has no checkpoints, or the output no predictions.
+            On the CPU, shape ``(num_targets, num_train)``.
         """
-        model = self._model_copy()
-        if model is None:
-            return [None] * len(positions)
-        trainer = trainer_of(trainer, progress_bar=False)
-        return described_predictions(trainer, Examples(targets, "predict", trainer), positions, model, output)
-
-    def _num_train(self) -> int | None:
-        """The number of training examples, if the method knows it."""
-        return None
-
-    def _model_copy(self) -> ModelCopy | None:
-        """A copy of the model for predictions at its checkpoints; None if the method has none."""
-        return None

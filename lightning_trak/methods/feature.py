@@ -82,13 +82,13 @@ class FeatureMethod(ScoredMethod, TokenMethod):
         weights_only: bool = True,
         audit: int = 2,
     ) -> None:
+        if store is None:
+            raise TypeError(f'{type(self).__name__} keeps features on disk: say where, such as store="run/features"')
         self.model = original_module(model)
         self.output = trained_output(self.model, output)
         self.checkpoints = checkpoints_of(self.model, checkpoints, weights_only)
         self._used_masks = masks_of(self.checkpoints)
         self._contents = Contents(self.checkpoints)
-        if store is None:
-            raise TypeError(f'{type(self).__name__} keeps features on disk: say where, such as store="run/features"')
         self.store = local_directory(store, "store")
         self.parameters = parameters
         # At 8 KiB an example, many features of few bits lose less than fewer of more bits: docs/faithfulness.md.
@@ -202,7 +202,11 @@ class FeatureMethod(ScoredMethod, TokenMethod):
 
     @override
     def _model_copy(self) -> ModelCopy:
-        return self._pipeline().copy_model()
+        pipeline = self._pipeline()
+        model = pipeline.copy_model()
+        with suppress(FileNotFoundError):  # scores may come from elsewhere
+            pipeline.open(model)  # raises if the store, and so the scores, are of other weights
+        return model
 
     @override
     def _pipeline(self) -> FeaturePipeline:

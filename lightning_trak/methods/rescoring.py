@@ -11,15 +11,18 @@ from lightning_trak.features.same_function import TOLERANCE
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.methods.examples import Examples
 from lightning_trak.methods.influence.audit import audit
-from lightning_trak.methods.influence.base import target_blocks
+from lightning_trak.methods.influence.base import target_blocks, target_gradients
 from lightning_trak.methods.influence.conjugate_gradient import ConjugateGradient
 from lightning_trak.methods.influence.hessian import Hessian
 from lightning_trak.methods.influence.passes import Passes
 from lightning_trak.methods.influence.products import gradient_products
 from lightning_trak.methods.influence.solvers import InverseProduct
+from lightning_trak.methods.questions import Question
 from lightning_trak.methods.stored_data import require_stored_data
+from lightning_trak.outputs import ModelOutput
 from lightning_trak.scoring.damping import Damping
 from lightning_trak.scoring.gram import Curvature
+from lightning_trak.scoring.groups import Sums
 from lightning_trak.scoring.topk import BothEnds, TopK
 from lightning_trak.scoring.trak import LossGradients, stored_noise
 
@@ -65,13 +68,23 @@ class SecondStage:
     train: Examples
     top_k: int
 
-    def require_possible(self, store: FeatureStore, num_parameters: int) -> None:
+    def require_possible(self, store: FeatureStore, num_parameters: int, question: Question) -> None:
         """Check what can be checked before long work.
 
         Raises:
             ValueError: if the data are not those of the store by their number and eight items, they were not the same
                 twice, or the matrix is singular.
         """
+        if question.get("train_groups") is not None:
+            raise ValueError(
+                "rescore scores a few training examples exactly, and a group's sum needs all of its own: leave"
+                " train_groups out, or use attribute(..., train_groups=) of InfluenceFunction"
+            )
+        if self.exact.soft_threshold and question.get("aggregate") is not None:
+            raise ValueError(
+                "rescore adds the gradients of targets up, but scores that soft_threshold moves towards zero are no"
+                " sums: leave aggregate out, or take soft_threshold=0"
+            )
         require_stored_data(self.train.loader, store, "rescore")
         if self.exact.damping == 0 and store.num_examples < num_parameters:
             raise ValueError(
@@ -86,6 +99,8 @@ class SecondStage:
         targets: Sequence[Examples],
         candidates: Sequence[TopK | BothEnds],
         largest: bool | None,
+        sums: Sequence[Sums | None],
+        output: ModelOutput | None,
     ) -> list[TopK | BothEnds]:
         """The best of the candidates by their exact scores.
 
@@ -95,6 +110,8 @@ class SecondStage:
             targets: sets of targets.
             candidates: for each set, the training examples to score for each target.
             largest: whether to keep the highest scores or the lowest; None: both.
+            sums: for each set, how targets are added up; None: each has a row.
+            output: of the targets, if it is another one than that of the training examples.
 
         Returns:
             For each set, exact scores and positions, best first. Equal scores are in the order of positions.
@@ -108,13 +125,15 @@ class SecondStage:
             passes.agreement = stored_noise(store, [None] * store.num_checkpoints).agreement
         for checkpoint in range(store.num_checkpoints):
             passes.enter(checkpoint)
-            for examples in (self.train, *targets):
-                audit(passes, examples)
+            audit(passes, self.train)
+            with passes.asking(output):
+                for examples in targets:
+                    audit(passes, examples)
             inverse = self._inverse(passes, store, checkpoint)
-            for examples, each in zip(targets, found, strict=True):
-                for span in target_blocks(passes, examples):
-                    rows = torch.cat([part.features for _, part in passes.rows(examples, span)])
-                    each.add(span, passes, inverse(rows, span), self.exact.loss_gradients)
+            for examples, each, rows in zip(targets, found, sums, strict=True):
+                for block in target_blocks(passes, examples, rows):
+                    directions = inverse(target_gradients(passes, examples, block, output), block.span)
+                    each.add(block.span, passes, directions, self.exact.loss_gradients)
         return [self._kept(each, store.num_checkpoints, largest) for each in found]
 
     def _inverse(self, passes: Passes, store: FeatureStore, checkpoint: int) -> InverseProduct:

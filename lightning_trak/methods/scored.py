@@ -6,7 +6,7 @@ from typing import Any, cast, overload
 
 import lightning as L
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from typing_extensions import Unpack
 
 from lightning_trak.checks import positive
@@ -17,16 +17,27 @@ from lightning_trak.methods.base import Method
 from lightning_trak.methods.examples import Examples
 from lightning_trak.methods.influence.passes import Passes, without_gradients
 from lightning_trak.methods.predictions import with_predictions
-from lightning_trak.methods.questions import Positions, Question, is_positions, target_rows, train_columns
+from lightning_trak.methods.questions import (
+    AttributedQuestion,
+    Positions,
+    Question,
+    is_positions,
+    require_ends,
+    require_interval,
+    target_rows,
+    train_columns,
+)
 from lightning_trak.methods.rescoring import ExactScores, SecondStage
 from lightning_trak.methods.tokens import target_loaders
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import target_output
-from lightning_trak.running.data import Data, datamodule_of
+from lightning_trak.running.data import Data, as_loaders, datamodule_of
 from lightning_trak.running.loaders import holds_several
+from lightning_trak.running.loading import batch_size_of, like
 from lightning_trak.running.strategies import require_whole_parameters, shards_model
 from lightning_trak.running.trainers import trainer_of
 from lightning_trak.scoring.base import Scorer
+from lightning_trak.scoring.intervals import Interval, bounds, columns_of, with_bounds
 from lightning_trak.scoring.targets import Kept, Others, score_targets
 from lightning_trak.scoring.topk import BothEnds, Scores, TopK
 
@@ -66,25 +77,27 @@ class ScoredMethod(Method):
     def _require_trainer(self, trainer: L.Trainer) -> None:
         """Raise if the Trainer cannot run this method. By default any can."""
 
-    def attribute(
-        self, trainer: L.Trainer | None = None, train: Data | None = None, targets: Data | None = None
-    ) -> Tensor:
-        """Call :meth:`featurize`, which does nothing if the store is complete, and then :meth:`score`.
-
-        Args:
-            trainer: as for :meth:`featurize` and :meth:`score`.
-            train: the training data, as for :meth:`featurize`.
-            targets: one set of targets, as for :meth:`score`.
-
-        Returns:
-            On every rank a CPU Tensor ``(num_targets, num_train)``.
-        """
-        trainer = trainer_of(trainer)
+    def _attribute(
+        self,
+        trainer: L.Trainer,
+        train: Data,
+        targets: Data,
+        top_k: int | None,
+        largest: bool | None,
+        interval: float | None,
+        question: AttributedQuestion,
+    ) -> Scores | Interval:
+        """Call :meth:`featurize`, which does nothing if the store is complete, and then :meth:`score`."""
+        if holds_several(targets):
+            count = len(cast(Any, targets))
+            raise ValueError(f"attribute takes one set of targets, got {count} loaders; use score for several")
+        asked: Any = dict(question)
+        candidates = asked.pop("candidates", None)
         self.featurize(trainer, train)
-        scores = self.score(trainer, targets)
-        if not isinstance(scores, Tensor):
-            raise ValueError(f"attribute takes one set of targets, got {len(scores)} loaders; use score for several")
-        return scores
+        found = self.score(trainer, targets, top_k, largest, train=candidates, interval=interval, **asked)
+        if isinstance(found, list):
+            raise ValueError(f"attribute takes one set of targets, got {len(found)} loaders; use score for several")
+        return cast("Scores | Interval", found)
 
     @overload
     def score(
@@ -95,6 +108,7 @@ class ScoredMethod(Method):
         largest: None = None,
         rescore: None = None,
         train: Data | Positions | None = None,
+        interval: None = None,
         **question: Unpack[Question],
     ) -> Tensor: ...
 
@@ -108,6 +122,7 @@ class ScoredMethod(Method):
         largest: None = None,
         rescore: int | None = None,
         train: Data | Positions | None = None,
+        interval: None = None,
         **question: Unpack[Question],
     ) -> BothEnds: ...
 
@@ -121,8 +136,23 @@ class ScoredMethod(Method):
         largest: bool,
         rescore: int | None = None,
         train: Data | Positions | None = None,
+        interval: None = None,
         **question: Unpack[Question],
     ) -> TopK: ...
+
+    @overload
+    def score(
+        self,
+        trainer: L.Trainer | None = None,
+        data: Data | None = None,
+        top_k: int | None = None,
+        largest: bool | None = None,
+        rescore: None = None,
+        train: Data | Positions | None = None,
+        *,
+        interval: float,
+        **question: Unpack[Question],
+    ) -> Interval: ...
 
     @overload
     def score(
@@ -133,6 +163,7 @@ class ScoredMethod(Method):
         largest: bool | None = None,
         rescore: int | None = None,
         train: Data | Positions | None = None,
+        interval: float | None = None,
         **question: Unpack[Question],
     ) -> Any: ...
 
@@ -144,6 +175,7 @@ class ScoredMethod(Method):
         largest: bool | None = None,
         rescore: int | None = None,
         train: Data | Positions | None = None,
+        interval: float | None = None,
         **question: Unpack[Question],
     ) -> Any:
         """Score targets against training examples.
@@ -166,6 +198,10 @@ class ScoredMethod(Method):
                 to the training set, with the curvature of the store. Their features are made a block at a time, again
                 for each block of targets, and are not kept. With ``rescore`` the training data themselves, which it
                 reads again; default: the data that this object's last :meth:`featurize` got.
+            interval: confidence level of an interval for each mean or sum over targets, by bootstrap over the targets
+                of its group. It needs the scores of all targets for the columns that are kept, so that these must be
+                few: by ``top_k``, positions in ``train`` or ``train_groups``. With ``top_k`` the gradients of targets
+                are made a second time.
             **question: ``output``, ``aggregate``, ``groups`` and ``train_groups``, see
                 :class:`~lightning_trak.methods.questions.Question`.
 
@@ -177,7 +213,8 @@ class ScoredMethod(Method):
             ``rescore`` the values are the exact scores. Rows are in the order of the targets'
             dataset, or a row for each of their groups; columns are the training examples, those in ``train`` in the
             given order, or a column for each of their groups. With ``train_groups`` the indices of ``top_k`` are the
-            numbers of groups. For several loaders, a list of these.
+            numbers of groups. With ``interval`` an :class:`~lightning_trak.scoring.Interval` of these. For
+            several loaders, a list of these.
 
         Raises:
             FileNotFoundError: if there is no store yet.
@@ -186,16 +223,13 @@ class ScoredMethod(Method):
                 not fit the data. With ``rescore``: if the method cannot rescore, ``train`` is not known, or other data
                 than the store's, or an exact score cannot be computed.
         """
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k must be at least 1, got {top_k}")
-        if top_k is None and largest is not None:
-            raise ValueError(f"largest={largest} says which end of the scores top_k= keeps: say how many with top_k=")
+        require_ends(top_k, largest)
         trainer = trainer_of(trainer)
+        if interval is not None:
+            return self._with_interval(trainer, data, interval, (top_k, largest, rescore, train), question)
         self._require_trainer(trainer)
-        if rescore is not None and question:
-            raise ValueError(f"rescore scores each target by itself: leave {next(iter(question))} out, or rescore")
         positions = cast(Positions, train) if is_positions(train) else None
-        given = None if train is None or positions is not None else Examples(cast(Data, train), "fit", trainer)
+        given = _others_in(train, trainer)
         second = None if rescore is None else self._second_stage(trainer, top_k, rescore, given, positions)
         others = Others(given.loader, given.datamodule) if given is not None and second is None else None
         output = target_output(question.get("output"), self.output)
@@ -212,7 +246,7 @@ class ScoredMethod(Method):
         rows = target_rows(question, [len(cast(Any, loader.dataset)) for loader in loaders])
         scorer, datamodule = self.make_scorer(store), datamodule_of(data)
         if second is not None:
-            second.require_possible(store, model.size)
+            second.require_possible(store, model.size, question)
         targets = [Examples(loader, "predict", trainer, datamodule) for loader in loaders]
         targets = [with_predictions(trainer, each, pipeline.copy_model(trainer), output) for each in targets]
         results: Sequence[Scores] = [
@@ -236,8 +270,39 @@ class ScoredMethod(Method):
             with without_gradients():
                 own, settings = pipeline.copy_model(trainer), self.settings
                 passes = Passes(own, settings.seed, trainer, second.train, settings.engine)
-                results = second.best(passes, store, targets, cast(Any, results), largest)
+                results = second.best(passes, store, targets, cast(Any, results), largest, rows, output)
         return results if holds_several(data) or len(results) > 1 else results[0]
+
+    def _with_interval(
+        self, trainer: L.Trainer, data: Any, interval: float, kept: tuple[Any, ...], question: Question
+    ) -> Interval:
+        """See :meth:`score`: the scores of groups, and then those of all targets for the few columns that are kept.
+
+        Raises:
+            ValueError: if the columns are many, or there is no mean or sum over at least two targets.
+        """
+        top_k, largest, rescore, train = kept
+        few = top_k is not None or is_positions(train) or question.get("train_groups") is not None
+        if not few or rescore is not None:
+            raise ValueError(
+                "interval needs the scores of every target for each column: leave rescore out, and keep the best"
+                " columns with top_k=, name some by train=[...], or add them up with train_groups="
+            )
+        (loader, *more), aggregate = as_loaders(data, "predict", trainer), question.get("aggregate")
+        if more:
+            raise ValueError(f"interval takes one set of targets, got {1 + len(more)}; join them with a ConcatDataset")
+        (rows,) = target_rows(question, [len(cast(Any, loader.dataset))])
+        require_interval(interval, rows)
+        assert rows is not None
+        found = cast(Scores, self.score(trainer, data, top_k, largest, train=train, **question))
+        each: Any = {name: value for name, value in question.items() if name not in ("aggregate", "groups")}
+        positions = None
+        if top_k is not None and question.get("train_groups") is None:
+            positions = columns_of(cast("TopK | BothEnds", found))
+            others = _others_in(train, trainer)
+            train = positions if others is None else _some(others, positions, trainer)
+        scores = self.score(trainer, data, train=train, **each)
+        return with_bounds(found, bounds(scores, rows, aggregate == "mean", interval), positions)
 
     def _second_stage(
         self, trainer: L.Trainer, top_k: int | None, rescore: int, train: Examples | None, positions: Positions | None
@@ -262,3 +327,17 @@ class ScoredMethod(Method):
                 " object first, which does nothing if the store is complete"
             )
         return SecondStage(exact, train or Examples(cast(Data, self._train), "fit", trainer), top_k)
+
+
+def _others_in(train: Any, trainer: L.Trainer) -> Examples | None:
+    """The examples that are given as data; None if they are given by position, or not at all."""
+    if train is None or is_positions(train):
+        return None
+    return train if isinstance(train, Examples) else Examples(train, "fit", trainer)
+
+
+def _some(examples: Examples, positions: Tensor, trainer: L.Trainer) -> Examples:
+    """Some of the examples."""
+    loader = examples.loader
+    some = like(loader, Subset(loader.dataset, positions.tolist()), batch_size=batch_size_of(loader))
+    return Examples(some, "fit", trainer, examples.datamodule)

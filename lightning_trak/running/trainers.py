@@ -35,9 +35,10 @@ def trainer_of(trainer: L.Trainer | None, progress_bar: bool = True) -> L.Traine
         ValueError: if there is none, and this process is one of several that run together.
     """
     if trainer is not None:
-        if not hasattr(trainer, "strategy"):
+        if isinstance(trainer, type) or not hasattr(trainer, "strategy"):
+            got = f"the class {trainer.__name__}" if isinstance(trainer, type) else f"a {type(trainer).__name__}"
             raise TypeError(
-                f"expected a Trainer first, got a {type(trainer).__name__}; without a Trainer, give the data by name,"
+                f"expected a Trainer first, got {got}; without a Trainer, give the data by name,"
                 " as in featurize(data=...), score(data=...) or attribute(train=..., targets=...)"
             )
         return trainer

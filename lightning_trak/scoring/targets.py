@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, cast
 
 import lightning as L
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -108,6 +109,11 @@ def score_targets(
         width = store.num_examples if others is None else len(others)
     numbers = max(store.read_stored(0, 0).k * store.num_checkpoints, width)
     blocks = list(_blocks(loader, numbers * max(4, pipeline.settings.dtype.floating.itemsize)))
+    if others is not None and len(blocks) > 1 and (rows is None or not scorer.linear):
+        rank_zero_info(
+            f"features of the {len(others)} examples in train= are made {len(blocks)} times, once for every"
+            f" {len(blocks[0])} targets"
+        )
     parts: list[Scores] = []
     sums: list[Tensor] = []  # directions for each checkpoint, or scores
 

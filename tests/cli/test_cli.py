@@ -119,6 +119,10 @@ def test_rescoring_takes_the_training_data_of_the_data_module(run, tmp_path):
     found, expected = (load_file(tmp_path / name) for name in ("some", "all"))
     torch.testing.assert_close(found["values"], expected["values"], rtol=1e-3, atol=1e-3)
     assert torch.equal(found["indices"], expected["indices"])
+    assert found["opponent_values"].shape == (8, 3)
+    printed = run("show", *SMALL, "--scores", str(tmp_path / "some"), "--k", "2")
+    assert "opponents" in printed
+    assert "proponents" in printed
 
 
 def test_evaluate_prints_and_logs(folder, run, refused, scored, tmp_path):
@@ -165,14 +169,11 @@ def test_show_as_a_table(run, scored):
 
 
 def test_show_with_predictions(run, refused, scored):
-    printed = run("show", *SMALL, "--targets", "0", "5", "--k", "1", "--predictions", "true")
-    assert (
-        len(re.findall(r"^ {10}predicted \d \(\d+\.\d%\), (as labelled|labelled \d \(.*%\))$", printed, re.MULTILINE))
-        == 2
-    )
-    assert re.sub(r"^ {10}predicted.*\n", "", printed, flags=re.MULTILINE) == run(
-        "show", *SMALL, "--targets", "0", "5", "--k", "1"
-    )
+    shown = "show", *SMALL, "--targets", "0", "5", "--k", "1"
+    printed = run(*shown, "--predictions", "true")
+    line = r"^ {10}predicted \d \(\d+\.\d%\), (?:as labelled|labelled \d \(.*%\))\n"
+    assert len(re.findall(line, printed, re.MULTILINE)) == 2
+    assert re.sub(line, "", printed, flags=re.MULTILINE).endswith(run(*shown))  # a progress bar stands before it
 
 
 def test_a_new_model_is_no_checkpoint(refused):

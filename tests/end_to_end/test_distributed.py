@@ -23,6 +23,8 @@ pytestmark = pytest.mark.slow
 TRAIN, TARGETS = make_data(53), make_data(11, seed=1)
 RATES = [0.3, 0.1]
 CLASSES, SOURCES = TARGETS.tensors[1], ["web" if position % 3 else "books" for position in range(53)]
+UNSURE = TARGETS.tensors[0] / 3  # nearer to where models disagree
+PREDICTED = ClassificationMargin(labels="predicted")
 PRINCIPAL = PrincipalProjection(12, landmarks=20, sample=40, sketch=64)
 
 
@@ -138,6 +140,7 @@ def test_the_dual_is_shared(runs, name):
     expected = method.attribute(make_trainer(), TRAIN, TARGETS)
     for number, rank in enumerate(ranks):
         close(rank[name], expected)
+        close(rank[f"{name}, candidates"], method.score(make_trainer(), TARGETS, train=make_data(7, seed=5)))
         close(rank[f"{name}, self influence"], method.self_influence(make_trainer()))
         close(rank[f"{name}, scorer on rank {number}"], expected[number::2])
 
@@ -204,6 +207,20 @@ def test_tokens_over_ranks(runs, tmp_path):
         close(rank["tokens"], expected)
         for found, part in zip(rank["parts"], parts, strict=True):
             close(found, part.scores)
+
+
+def test_predictions_candidates_and_intervals_over_ranks(runs):
+    ranks, _, root = runs
+    alone = TRAK(make_model(), torch.load(root / "checkpoints.pt"), root / "one", projection=SparseProjection(32))
+    predicted = alone.score(make_trainer(), TensorDataset(UNSURE), output=PREDICTED)
+    new = make_data(7, seed=5)
+    interval = alone.score(make_trainer(), TARGETS, top_k=4, train=new, aggregate="mean", interval=0.9)
+    for rank in ranks:
+        close(rank["predicted"], predicted)
+        close(rank["candidates"], alone.score(make_trainer(), TARGETS, train=new))
+        for (values, indices), end in zip(rank["interval"], interval.low, strict=True):
+            close(values, end.values)
+            assert torch.equal(indices, end.indices)
 
 
 def test_top_k_is_merged_over_ranks(runs):

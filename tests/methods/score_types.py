@@ -6,8 +6,9 @@ from torch.utils.data import DataLoader
 from typing_extensions import assert_type
 
 from lightning_trak import TRAK
+from lightning_trak.methods import Method
 from lightning_trak.outputs import ClassificationMargin
-from lightning_trak.scoring import BothEnds, TopK
+from lightning_trak.scoring import BothEnds, Interval, TopK
 
 
 def types_of_scores(trak: TRAK, trainer: L.Trainer, data: DataLoader[Tensor]) -> None:
@@ -23,3 +24,15 @@ def types_of_scores(trak: TRAK, trainer: L.Trainer, data: DataLoader[Tensor]) ->
     assert_type(trak.score(data=data), Tensor)
     assert_type(trak.score(None, data, top_k=10), BothEnds)
     assert_type(trak.score(data=data, top_k=10, largest=True), TopK)
+    assert_type(trak.score(trainer, data, train=data), Tensor)
+    assert_type(trak.score(trainer, data, top_k=10, aggregate="mean", interval=0.9), Interval)
+
+
+def types_of_attributions(method: Method, trainer: L.Trainer, data: DataLoader[Tensor]) -> None:
+    assert_type(method.attribute(trainer, data, data), Tensor)
+    assert_type(method.attribute(trainer, data, data, aggregate="sum", candidates=data), Tensor)
+    assert_type(method.attribute(trainer, data, data, top_k=3), BothEnds)
+    assert_type(method.attribute(trainer, data, data, top_k=3, largest=True), TopK)
+    assert_type(method.attribute(trainer, data, data, aggregate="mean", interval=0.9), Interval)
+    assert_type(method.attribute(train=data, targets=data), Tensor)
+    assert_type(method.attribute(train=data, targets=data, top_k=3), BothEnds)

@@ -147,7 +147,7 @@ def test_a_data_module_describes_its_items(trak, capsys):
         (SCORES[:, :9], {}, ValueError, "of 13 targets and 9 training examples|are of 9 training examples, not 50"),
         (SCORES[:3], {}, ValueError, "the scores are of 3 targets and 50 training examples, the data hold 13 and 50"),
         (SCORES * torch.nan, {}, ValueError, "scores of target 0 are NaN"),
-        ([SCORES, SCORES], {}, TypeError, "expected the scores of one set of targets, got a list"),
+        ([SCORES, SCORES], {}, TypeError, r"expected the scores of one set of targets, .* got a list"),
         (SCORES, {"shown": [13]}, IndexError, "there is no target 13"),
         (SCORES, {"k": 0}, ValueError, "k must be at least 1"),
         (SCORES, {"out": "a.pdf"}, ValueError, r"out must end in \.png or \.html"),
@@ -171,6 +171,8 @@ def test_the_store_knows_how_many_examples_there_were(tmp_path):
         trak.show(top, torch.utils.data.ConcatDataset([TRAIN, TensorDataset(*TRAIN[:10])]), TARGETS)
     with torch.no_grad():
         trak.model.head.weight.zero_()
+    with pytest.raises(ValueError, match="made of other weights than the model has now"):
+        trak.show(top, TRAIN, TARGETS)
     trak.show(top, TRAIN, TARGETS, predictions=False)
 
 
