@@ -8,8 +8,8 @@ from lightning_trak import TRAK, GradientCosine, GradientDot, TracIn
 from lightning_trak.methods import Arnoldi, ConjugateGradient, EKFACInfluence, Explicit, InfluenceFunction, LiSSA
 from lightning_trak.outputs import CausalLMMargin
 from lightning_trak.projections import SparseProjection
+from tests.causal_texts import CausalNet, loader, make_texts
 from tests.lit import make_checkpoints, make_data, make_model, make_trainer
-from tests.texts import CausalNet, loader, make_texts
 
 
 @pytest.mark.gpu

@@ -10,8 +10,8 @@ from lightning_trak.methods.tokens import text_tokens
 from lightning_trak.outputs import CausalLMLogLikelihood, CausalLMMargin, NegativeLoss
 from lightning_trak.projections import IdentityProjection, SparseProjection
 from lightning_trak.scoring import TopK
+from tests.causal_texts import CausalNet, gradients, loader, make_texts, margins, pad_left
 from tests.lit import beyond_hooks, make_trainer
-from tests.texts import CausalNet, gradients, loader, make_texts, margins, pad_left
 
 TRAIN, TARGETS = make_texts(24), make_texts(4, seed=1)
 METHODS = {
