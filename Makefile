@@ -30,6 +30,7 @@ lint: .venv/.lint
 	$(BIN)/lint-imports
 
 docs: .venv/.docs
+	rm -rf docs/api/generated
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs docs/_build
 
 $(BIN)/python:
@@ -41,4 +42,4 @@ $(BIN)/python:
 	touch $@
 
 clean:
-	rm -rf .venv demo_output docs/_build
+	rm -rf .venv demo_output docs/_build docs/api/generated

@@ -144,11 +144,11 @@ def main(argv: list[str] | None = None) -> None:
     scores = {name: method.attribute(trainer, loader, target_loader) for name, method in methods.items()}
     for target in range(min(2, args.targets)):
         prompt, continuation = targets[target]["input_ids"].tensor_split([args.length // 4])
-        print(f"\n   {'prompt':14s} {line(tokenizer.decode(prompt), 90)}")
-        print(f"   {'continuation':14s} {line(tokenizer.decode(continuation), 90)}")
+        print(f"\n   {'prompt':14s} {line(tokenizer.decode(prompt))}")
+        print(f"   {'continuation':14s} {line(tokenizer.decode(continuation))}")
         for name in ("TRAK", "BM25"):
             for index in scores[name][target].topk(3).indices.tolist():
-                print(f"   {name:14s} {line(tokenizer.decode(passages[index]), 90)}")
+                print(f"   {name:14s} {line(tokenizer.decode(passages[index]))}")
 
     print("\n3. The tokens of the first continuation and of its two best passages", flush=True)
     texts = explain_tokens(methods["TRAK"], trainer, train, targets[0], tokenizer.decode)

@@ -50,13 +50,13 @@ def main(arguments: list[str] | None = None) -> None:
 
     print("1. Why did the model predict this? The images have no labels here.")
     asked = ClassificationMargin(labels="predicted")
-    why = trak.score(trainer, TensorDataset(images[shown]), 5, None, output=asked)
+    why = trak.score(trainer, TensorDataset(images[shown]), top_k=5, output=asked)
     report(why, train, titles)
     draw(why, train, images[shown], titles).savefig(run / "why.png", dpi=150)
 
     print("2. Why a 3 rather than an 8?")
     threes = images[labels == 3][:3]
-    rather = trak.score(trainer, TensorDataset(threes), 5, None, output=ClassificationMargin(labels=3, against=8))
+    rather = trak.score(trainer, TensorDataset(threes), top_k=5, output=ClassificationMargin(labels=3, against=8))
     titles = ["3 rather than 8"] * len(threes)
     report(rather, train, titles)
     draw(rather, train, threes, titles).savefig(run / "rather.png", dpi=150)
@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(shares_table(shares, classes).markdown())
 
     print("4. Which training images helped the held-out set as a whole, and which hurt it?")
-    useful = trak.score(trainer, targets, 5, None, aggregate="mean")
+    useful = trak.score(trainer, targets, top_k=5, aggregate="mean")
     report(useful, train, ["all held-out images"])
     print(f"Wrote {run}/why.png and {run}/rather.png")
 

@@ -2,8 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning_trak.checkpoints.base import Checkpoint
 from lightning_trak.checkpoints.copies import state_digest
@@ -14,8 +13,20 @@ from lightning_trak.outputs import ModelOutput
 from lightning_trak.storage.files import tensor_digest
 
 
+class Content(NamedTuple):
+    """What a checkpoint holds.
+
+    Attributes:
+        digest: of its weights.
+        names: of its tensors.
+    """
+
+    digest: str
+    names: frozenset[str]
+
+
 class Contents:
-    """The content of checkpoints. They are read once, at first use.
+    """The contents of checkpoints. Each is read once, at first use; live ones are read at each use.
 
     Args:
         checkpoints: the checkpoints.
@@ -23,21 +34,15 @@ class Contents:
 
     def __init__(self, checkpoints: Sequence[Checkpoint]) -> None:
         self._checkpoints = checkpoints
+        self._known: dict[int, Content] = {}
 
-    @cached_property
-    def _read(self) -> list[tuple[str, frozenset[str]]]:
-        loaded = (checkpoint.load() for checkpoint in self._checkpoints)
-        return [(tensor_digest(weights), frozenset(weights)) for weights in loaded]
-
-    @property
-    def digests(self) -> list[str]:
-        """A digest of the weights of each checkpoint."""
-        return [digest for digest, _ in self._read]
-
-    @property
-    def names(self) -> list[frozenset[str]]:
-        """The names of the tensors in each checkpoint."""
-        return [names for _, names in self._read]
+    def read(self) -> list[Content]:
+        """The content of each checkpoint."""
+        for number, checkpoint in enumerate(self._checkpoints):
+            if checkpoint.live or number not in self._known:
+                weights = checkpoint.load()
+                self._known[number] = Content(tensor_digest(weights), frozenset(weights))
+        return [self._known[number] for number in range(len(self._checkpoints))]
 
 
 def identity(model: ModelCopy, output: ModelOutput, settings: FeatureSettings, contents: Contents) -> dict[str, Any]:
@@ -58,9 +63,12 @@ def identity(model: ModelCopy, output: ModelOutput, settings: FeatureSettings, c
         "model": module_fingerprint(model.module, used_by=output),
         "parameters": [[name, shapes[raw]] for name, raw in model.names.items()],
         "checkpoints": [
-            hashlib.sha256(f"{digest} {state_digest(model.module, names)}".encode()).hexdigest()
-            for digest, names in zip(contents.digests, contents.names, strict=True)
+            hashlib.sha256(f"{content.digest} {state_digest(model.module, content.names)}".encode()).hexdigest()
+            for content in contents.read()
         ],
+        "preconditioners": [checkpoint.kept_preconditioner().sha256 for checkpoint in model.checkpoints]
+        if settings.preconditioned
+        else None,
     }
 
 
@@ -68,6 +76,10 @@ def describe_difference(field: str, theirs: Any, mine: Any) -> tuple[str, str]:
     """Describe a field that differs between store and run: what the store was made with, and what the run has."""
     if field == "data":
         return "other training data of this size", "data that differ in some of eight items spread over the dataset"
+    if field == "preconditioners":
+        kinds = ("gradients as they are", "gradients multiplied by the optimizer's preconditioner")
+        made, have = (kinds[found is not None] for found in (theirs, mine))
+        return made, have if made != have else "other numbers to multiply them by"
     if field == "checkpoints" and isinstance(theirs, list) and len(theirs) == len(mine):
         number = next(i for i, pair in enumerate(zip(mine, theirs, strict=True)) if pair[0] != pair[1])
         return f"other weights or buffers at checkpoint {number}", "the same number of checkpoints"

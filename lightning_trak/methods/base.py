@@ -1,14 +1,56 @@
-"""The interface that all attribution methods share."""
+"""The interfaces that attribution methods share."""
 
+import os
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, cast
 
 import lightning as L
 from torch import Tensor
+from typing_extensions import override
 
+from lightning_trak.features.model import ModelCopy
+from lightning_trak.methods.examples import Examples
+from lightning_trak.methods.predictions import described_predictions
+from lightning_trak.outputs import ModelOutput
+from lightning_trak.packages import is_a
+from lightning_trak.reporting.explanations import Describe, explain
+from lightning_trak.reporting.scores import SavedScores
+from lightning_trak.reporting.showing import kind_of_file, show
 from lightning_trak.running.data import Data
+from lightning_trak.running.trainers import trainer_of
+from lightning_trak.scoring.topk import BothEnds, Scores, TopK
+from lightning_trak.texts.display import Displayed
+from lightning_trak.texts.printable import counted
 
 
-class Method(ABC):
+class LabelStatistic(ABC):
+    """A way to say how suspicious the label of each training example is."""
+
+    @abstractmethod
+    def label_suspicion(self, trainer: L.Trainer | None = None, train: Data | None = None) -> Tensor:
+        """How suspicious the label of each training example is.
+
+        Methods that attribute outputs to training examples give the size of the self-influence, which is an example's
+        score at itself. Examples with a high one are learned on their own, not from what they share with others. They
+        are often rare or have a wrong label (Koh and Liang 2017, arXiv 1703.04730, section 5.4; Pruthi et al. 2020,
+        arXiv 2002.08484, section 4.1). The size is taken because the score of a residual has the residual's sign.
+        Other methods say in this method what they give.
+
+        Args:
+            trainer: any Trainer, which is left as it was.
+            train: the training data, with the labels that the model was trained on.
+
+        Returns:
+            On every rank a CPU Tensor ``(num_train,)``, in the order of the dataset: the higher, the more suspicious.
+            Numbers of different methods cannot be compared.
+
+        Raises:
+            ValueError: if the method says nothing about labels.
+        """
+
+
+class Method(Displayed, LabelStatistic):
     """A way to say how much each training example counts for each target.
 
     Methods answer different questions. The first lines of each class say which one, what a positive score means, and in
@@ -25,11 +67,14 @@ class Method(ABC):
         return None
 
     @abstractmethod
-    def attribute(self, trainer: L.Trainer, train: Data, targets: Data) -> Tensor:
+    def attribute(
+        self, trainer: L.Trainer | None = None, train: Data | None = None, targets: Data | None = None
+    ) -> Tensor:
         """Score every target against every training example.
 
         Args:
-            trainer: any Trainer, which is left as it was.
+            trainer: any Trainer, which is left as it was. None: one on a single device, see
+                :func:`~lightning_trak.running.trainers.trainer_of`.
             train: the training data, in the order of the scores' columns, whatever its sampler does.
             targets: the targets, in the order of the scores' rows.
 
@@ -37,3 +82,107 @@ class Method(ABC):
             On the CPU, shape ``(num_targets, num_train)``. The first lines of the class say what a positive score means
             and in which unit scores are.
         """
+
+    @override
+    def label_suspicion(self, trainer: L.Trainer | None = None, train: Data | None = None) -> Tensor:
+        raise ValueError(
+            f"{type(self).__name__} does not say whether a label is wrong; use a method that does, such as TRAK,"
+            " EKFACInfluence, KNNShapley or TrainingLoss"
+        )
+
+    def show(
+        self,
+        scores: Scores,
+        train: Data,
+        targets: Data,
+        *,
+        shown: Sequence[int] | None = None,
+        k: int = 5,
+        largest: bool = True,
+        output: ModelOutput | None = None,
+        predictions: bool = True,
+        describe: Describe | None = None,
+        out: str | os.PathLike[str] | None = None,
+        trainer: L.Trainer | None = None,
+    ) -> None:
+        """Show targets with their strongest proponents and opponents, and what the model predicts for them.
+
+        In a notebook they are the output of the cell, with images if items hold any; in a terminal, a table; with
+        ``out``, a file.
+
+        Predictions are means over the checkpoints. Outputs have them that override
+        :meth:`~lightning_trak.outputs.ModelOutput.prediction`, such as
+        :class:`~lightning_trak.outputs.ClassificationMargin`, and so have methods that run the model at checkpoints.
+
+        Args:
+            scores: what ``score`` or ``attribute`` has returned: all scores, or the best of each target. Scores of
+                groups have no examples to show.
+            train: the training data, in the order of those that were scored. They may be another view of the same
+                examples, such as images without normalization.
+            targets: the targets that were scored. For predictions they must be what the model takes.
+            shown: positions of the targets to show; default: the first 5.
+            k: how many proponents, and how many opponents, each target gets.
+            largest: of the best scores at one end, which end: the value that ``score`` got for it.
+            output: of the targets, if ``score`` got one.
+            predictions: whether to run the model at each checkpoint, and show what it predicts.
+            describe: makes a text of an item of either dataset. Default: the ``describe`` of the data module or of the
+                model, or else strings and numbers that the item holds.
+            out: file to write: ``.png`` for a picture (extra ``plots``), ``.html`` for a page that needs no other file.
+            trainer: runs the model. None: one on a single device.
+
+        Raises:
+            ValueError: if scores and data do not fit together, there is no image for a picture, or ``out`` is another
+                kind of file.
+            IndexError: if there is no target with one of the positions.
+            TypeError: if scores are something else, or ``describe`` returns something else than a str.
+        """
+        kind_of_file(out)  # raises before the work
+        if not isinstance(scores, (Tensor, TopK, BothEnds)):
+            raise TypeError(f"expected the scores of one set of targets, got a {type(scores).__name__}")
+        trainer = trainer_of(trainer, progress_bar=False)
+        train_set, target_set = Examples(train, "fit", trainer), Examples(targets, "predict", trainer)
+        num_train = self._num_train()
+        saved = SavedScores(scores, len(train_set) if num_train is None else num_train, type(self).__name__, largest)
+        saved.require_scores("cannot show these scores")
+        chosen = range(min(5, len(target_set))) if shown is None else list(shown)
+        for holder in (targets, train, getattr(self, "model", None)):
+            if is_a(holder, L.LightningDataModule, L.LightningModule):
+                describe = describe or getattr(holder, "describe", None)
+        datasets = [cast(Any, examples.loader.dataset) for examples in (train_set, target_set)]
+        explanations = explain(saved, chosen, k, datasets[0], datasets[1], describe)
+        if predictions:
+            texts = self.describe_predictions(trainer, targets, chosen, output)
+            explanations = [each._replace(prediction=text) for each, text in zip(explanations, texts, strict=True)]
+        show(explanations, f"{saved.method}: {counted(saved.num_train, 'training example')}", out)
+
+    def describe_predictions(
+        self,
+        trainer: L.Trainer | None,
+        targets: Data,
+        positions: Sequence[int],
+        output: ModelOutput | None = None,
+    ) -> list[str | None]:
+        """What the model predicts for some targets, on average over checkpoints, in words.
+
+        Args:
+            trainer: runs the model. None: one on a single device.
+            targets: the targets.
+            positions: of those to describe.
+            output: of the targets, if it is another one than that of the training examples.
+
+        Returns:
+            A text for each position; None if the method has no checkpoints, or the output no predictions.
+        """
+        model = self._model_copy()
+        if model is None:
+            return [None] * len(positions)
+        trainer = trainer_of(trainer, progress_bar=False)
+        return described_predictions(trainer, Examples(targets, "predict", trainer), positions, model, output)
+
+    def _num_train(self) -> int | None:
+        """The number of training examples, if the method knows it."""
+        return None
+
+    def _model_copy(self) -> ModelCopy | None:
+        """A copy of the model for predictions at its checkpoints; None if the method has none."""
+        return None

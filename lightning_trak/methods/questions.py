@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from lightning_trak.outputs import ModelOutput
-from lightning_trak.scoring.base import Scores
 from lightning_trak.scoring.groups import Aggregate, Groups, Labels, Sums, target_sums, train_sums
-from lightning_trak.scoring.topk import BothEnds, TopK
+from lightning_trak.scoring.topk import BothEnds, Scores, TopK
 
 Positions = Sequence[int] | Tensor
 

@@ -20,7 +20,7 @@ from lightning_trak.methods.influence.solvers import InverseProduct
 from lightning_trak.methods.stored_data import require_stored_data
 from lightning_trak.scoring.damping import Damping
 from lightning_trak.scoring.gram import Curvature
-from lightning_trak.scoring.topk import TopK
+from lightning_trak.scoring.topk import BothEnds, TopK
 from lightning_trak.scoring.trak import LossGradients, stored_noise
 
 _SOLVER = ConjugateGradient(max_iterations=1000, preconditioner="landmarks", strict=True)
@@ -84,9 +84,9 @@ class SecondStage:
         passes: Passes,
         store: FeatureStore,
         targets: Sequence[Examples],
-        candidates: Sequence[TopK],
-        largest: bool,
-    ) -> list[TopK]:
+        candidates: Sequence[TopK | BothEnds],
+        largest: bool | None,
+    ) -> list[TopK | BothEnds]:
         """The best of the candidates by their exact scores.
 
         Args:
@@ -94,7 +94,7 @@ class SecondStage:
             store: the features.
             targets: sets of targets.
             candidates: for each set, the training examples to score for each target.
-            largest: whether to keep the highest scores or the lowest.
+            largest: whether to keep the highest scores or the lowest; None: both.
 
         Returns:
             For each set, exact scores and positions, best first. Equal scores are in the order of positions.
@@ -103,7 +103,7 @@ class SecondStage:
             ValueError: if a training example has another output than in the store, or conjugate gradients do not
                 converge.
         """
-        found = [_Candidates(each.indices, passes.dtype) for each in candidates]
+        found = [_Candidates(each, passes.dtype) for each in candidates]
         if self.exact.damping == "auto":
             passes.agreement = stored_noise(store, [None] * store.num_checkpoints).agreement
         for checkpoint in range(store.num_checkpoints):
@@ -123,14 +123,19 @@ class SecondStage:
             damping *= passes.size / dim  # from a share of trace / k to one of trace / p
         return _SOLVER.prepare(Hessian(passes, self.exact.curvature, damping, _same_outputs(store, passes, checkpoint)))
 
-    def _kept(self, found: "_Candidates", num_checkpoints: int, largest: bool) -> TopK:
+    def _kept(self, found: "_Candidates", num_checkpoints: int, largest: bool | None) -> TopK | BothEnds:
         scores = found.products / num_checkpoints
         if self.exact.loss_gradients == "averaged":
             scores *= found.loss_gradients / num_checkpoints
         if self.exact.soft_threshold:
             scores = torch.nn.functional.softshrink(scores, self.exact.soft_threshold)
-        ranked = scores.sort(dim=1, descending=largest, stable=True)
-        order = ranked.indices[:, : self.top_k]
+        if largest is None:
+            return BothEnds(self._end(found, scores, True), self._end(found, scores, False))
+        return self._end(found, scores, largest)
+
+    def _end(self, found: "_Candidates", scores: Tensor, largest: bool) -> TopK:
+        last = scores.masked_fill(found.repeated, -torch.inf if largest else torch.inf)
+        order = last.sort(dim=1, descending=largest, stable=True).indices[:, : min(self.top_k, found.kept)]
         return TopK(scores.gather(1, order), found.indices.gather(1, order))
 
 
@@ -139,12 +144,18 @@ class _Candidates:
 
     Attributes:
         indices: positions in the training set, shape ``(num_targets, num_candidates)``.
+        repeated: bool of the same shape: whether the candidate is the one before it, because both ends name it.
+        kept: the number of candidates at one end.
         products: sums of products of gradients, times Q unless that is averaged apart, of the same shape.
         loss_gradients: sums of Q, of the same shape.
     """
 
-    def __init__(self, indices: Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, best: TopK | BothEnds, dtype: torch.dtype) -> None:
+        self.kept = best.indices.shape[1]
+        indices = torch.cat([end.indices for end in best], dim=1) if isinstance(best, BothEnds) else best.indices
         self.indices = indices.sort(dim=1).values
+        self.repeated = torch.zeros_like(indices, dtype=torch.bool)
+        self.repeated[:, 1:] = self.indices.diff(dim=1) == 0
         self.products = torch.zeros(indices.shape, dtype=dtype)
         self.loss_gradients = torch.zeros(indices.shape, dtype=dtype)
 

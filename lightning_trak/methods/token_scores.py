@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import lightning as L
@@ -23,7 +24,7 @@ from lightning_trak.methods.tokens import TextTokens, find_tokens, require_token
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import target_output
 from lightning_trak.outputs.tokens import TokenOutput
-from lightning_trak.running.data import Data, single_loader
+from lightning_trak.running.data import Data, datamodule_of, single_loader
 from lightning_trak.running.loading import batch_size_of, like
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.running.strategies import require_whole_parameters
@@ -91,8 +92,8 @@ class TokenMethod(Method):
             trainer: as for ``score``, with a strategy that keeps the model whole on each rank.
             targets: one set of targets, as for ``score``.
             pairs: which training texts to split for which targets: pairs ``(target, training text)`` of positions, or
-                what ``score(..., top_k=)`` returned, for all of its pairs: those of the first target first. With an
-                output of tokens, targets are rows, see :func:`~lightning_trak.methods.tokens.text_tokens`.
+                what ``score(..., top_k=)`` returned, for all of its pairs: of each target proponents, then opponents.
+                With an output of tokens, targets are rows, see :func:`~lightning_trak.methods.tokens.text_tokens`.
             train: the training data; default: the data that this object's last ``featurize`` got.
             output: of the targets, as for ``score``.
 
@@ -184,7 +185,7 @@ class _Splits:
         self, loader: DataLoader[Any], blocks: Sequence[range], data: Data, output: ModelOutput | None
     ) -> Iterator[Iterator[Features]]:
         """The features of blocks of a loader's examples, at one checkpoint after the other."""
-        datamodule = data if isinstance(data, L.LightningDataModule) else None
+        datamodule = datamodule_of(data)
         return self._pipeline.target_features(
             self._trainer, loader, blocks, self._model, self._store, datamodule, output
         )
@@ -204,7 +205,9 @@ class _Splits:
         self._scorer.fit(device, ranks)
         stored = [self._stored(checkpoint) for checkpoint in range(self._store.num_checkpoints)]
         with full_precision(device):
-            products = [self._scorer.products(number, rows, ranks) for number, rows in enumerate(targets)]
+            directions = [self._scorer.directions(number, rows) for number, rows in enumerate(targets)]
+            prepared = list(enumerate(self._scorer.prepare_others(directions, ranks)))
+            products = [partial(self._scorer.products_with_others, *each) for each in prepared]
             weights = [self._scorer.example_weights(number, rows).double().cpu() for number, rows in enumerate(stored)]
             whole = [scores(rows.features).double().cpu() for scores, rows in zip(products, stored, strict=True)]
         found: list[list[_Terms]] = [[] for _ in stored]
@@ -222,7 +225,9 @@ class _Splits:
             self._shared(terms, total) * weight[self._numbers]
             for terms, total, weight in zip(columns, whole, weights, strict=True)
         )
-        return cast(Tensor, sums) * self._factors()[self._numbers]
+        ones = torch.ones(1, len(self._texts), dtype=torch.float64)
+        factors = self._scorer.finish(ones, lambda: torch.stack([rows.loss_gradients for rows in stored]).mean(0))[0]
+        return cast(Tensor, sums) * factors[self._numbers]
 
     def _blocks(self, features: Tensor) -> list[range]:
         """Tokens whose features at all checkpoints fit in memory together."""
@@ -259,11 +264,6 @@ class _Splits:
             [self._store.read_stored(checkpoint, shard)[mask].decode() for shard, mask in self._shards()]
         )
 
-    def _factors(self) -> Tensor:
-        """What the scorer makes of a sum of 1, for each training text; float64."""
-        ones = [(shard, torch.ones(1, len(mask), dtype=torch.float64), mask) for shard, mask in self._shards()]
-        return torch.cat([self._scorer.finish(sums, shard)[0, mask] for shard, sums, mask in ones])
-
     def _require_outputs(self, stored: list[Features], outputs: Tensor) -> None:
         """Check that the outputs of tokens add up to those of the texts in the store.
 
@@ -293,13 +293,13 @@ def _as_pairs(pairs: Any, num_targets: int, num_train: int) -> Tensor:
     """
     if isinstance(pairs, (TopK, BothEnds)):
         ends = pairs if isinstance(pairs, BothEnds) else (pairs,)
-        best = torch.cat([end.indices for end in ends], dim=1)
+        best = torch.cat([end.indices for end in ends], dim=1)  # of few texts, one may be at both ends
         if len(best) != num_targets:
             raise ValueError(
                 f"the best scores are those of {len(best)} rows, and there are {num_targets} targets: score each"
                 " target, without aggregate=, or name pairs (target, training text)"
             )
-        pairs = [(target, text) for target, row in enumerate(best.tolist()) for text in row]
+        pairs = [(target, text) for target, row in enumerate(best.tolist()) for text in dict.fromkeys(row)]
     try:
         found = [(operator.index(target), operator.index(text)) for target, text in pairs]
     except (TypeError, ValueError) as error:

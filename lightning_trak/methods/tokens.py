@@ -78,7 +78,7 @@ def require_tokens(output: ModelOutput) -> TokenOutput:
 
 
 def target_loaders(
-    data: Data | Sequence[DataLoader[Any]], trainer: L.Trainer, output: ModelOutput | None
+    data: Data | Sequence[DataLoader[Any]] | None, trainer: L.Trainer, output: ModelOutput | None
 ) -> list[DataLoader[Any]]:
     """The loaders of targets, see :func:`target_loader`.
 

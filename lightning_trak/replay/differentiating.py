@@ -103,11 +103,44 @@ class Differentiated:
             ReplayError: if a step cannot be repeated, or its loss is not the mean of the examples' losses.
             ValueError: if an output is not a finite number.
         """
-        recording, player = self._recording, self._player
-        total = recording.num_steps
-        last = recording.state(total)
         num_targets = len(cast(Any, targets.dataset))
-        scores = torch.zeros(num_targets, recording.run["num_train"], dtype=player.dtype)
+        scores = torch.zeros(num_targets, self._recording.run["num_train"], dtype=self._player.dtype)
+        for numbers, positions, by_weight in self._derivatives(output, targets, datamodule):
+            scores[numbers.start : numbers.stop].index_add_(1, positions, by_weight)
+        return scores
+
+    def own_scores(
+        self, output: ModelOutput, train: DataLoader[Any], datamodule: L.LightningDataModule | None
+    ) -> Tensor:
+        """Differentiate the output at each training example by its own weight: the diagonal of :meth:`scores`.
+
+        Args:
+            output: the output.
+            train: the loader of the training data.
+            datamodule: the data module that gave it, if there is one.
+
+        Returns:
+            On the CPU, ``(num_train,)``.
+
+        Raises:
+            ReplayError: as :meth:`scores`.
+            ValueError: as :meth:`scores`.
+        """
+        scores = torch.zeros(self._recording.run["num_train"], dtype=self._player.dtype)
+        for numbers, positions, by_weight in self._derivatives(output, train, datamodule):
+            own = ((positions >= numbers.start) & (positions < numbers.stop)).nonzero().flatten()
+            scores.index_add_(0, positions[own], by_weight[positions[own] - numbers.start, own])
+        return scores
+
+    def _derivatives(
+        self, output: ModelOutput, targets: DataLoader[Any], datamodule: L.LightningDataModule | None
+    ) -> Iterator[tuple[range, Tensor, Tensor]]:
+        """Yield numbers of targets, positions of training examples in a step, and derivatives, a row for each target.
+
+        An example that several steps use comes as often.
+        """
+        player, last = self._player, self._recording.state(self._recording.num_steps)
+        num_targets = len(cast(Any, targets.dataset))
         together = max(1, COTANGENT_BYTES // max(1, last.nbytes))
         for part in modules_of(output):
             part.to(player.device).eval()
@@ -117,8 +150,7 @@ class Differentiated:
             batches = targets_alone(player, targets, datamodule, numbers)
             cotangents = self._output_gradients(output, numbers, batches)
             for positions, by_weight in self._back(cotangents, len(numbers), last.nbytes):
-                scores[start : numbers.stop].index_add_(1, torch.tensor(positions), by_weight.cpu())
-        return scores
+                yield numbers, torch.tensor(positions), by_weight.cpu()
 
     def _output_gradients(self, output: ModelOutput, numbers: range, batches: Iterator[Any]) -> Cotangents:
         """The derivatives of the outputs by weights and running statistics at the end of training."""

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from lightning_trak.packages import is_a
 from lightning_trak.running.samplers import require_whole
 
 DEFAULT_BATCH_SIZE = 32
@@ -72,7 +73,7 @@ def _is_dataset(data: Any) -> bool:
     if isinstance(data, Dataset):
         return not isinstance(data, IterableDataset) and hasattr(data, "__len__")
     other = (str, bytes, bytearray, Mapping, Tensor, np.ndarray, np.generic, list, tuple, type, torch.nn.Module)
-    if isinstance(data, (DataLoader, CombinedLoader, L.LightningDataModule, *other)):
+    if isinstance(data, (DataLoader, *other)) or is_a(data, CombinedLoader, L.LightningDataModule):
         return False
     if not hasattr(data, "__len__") or not hasattr(data, "__getitem__") or hasattr(data, "iloc"):
         return False  # pandas indexes rows by label, not by position
@@ -124,8 +125,15 @@ def _reason(data: Any) -> str:
         return f"{data.__name__} is a class; pass an instance of it"
     if isinstance(data, (str, Path)):
         return f'"{data}" is a text, not data; load the data that it names, and pass them as a Dataset or DataLoader'
-    if isinstance(data, CombinedLoader) or any(isinstance(value, DataLoader) for value in values):
+    if is_a(data, CombinedLoader) or any(isinstance(value, DataLoader) for value in values):
         return "it holds several loaders; pass them one by one, or pass score a list of them"
+    if any(_is_dataset(value) for value in values):
+        return f"it holds several datasets; pass one of them: {', '.join(map(repr, data))}"
+    if isinstance(data, IterableDataset):
+        return (
+            "an iterable dataset gives its examples one after another, and has no positions, which scores are indexed"
+            " by; load a map-style dataset (of Hugging Face: without streaming=True), or make a list of what it gives"
+        )
     if isinstance(data, (Tensor, np.ndarray)):
         return (
             "it may be a batch or a dataset; if its rows are the examples, use torch.utils.data.TensorDataset, which"
@@ -145,8 +153,6 @@ def _reason(data: Any) -> str:
             " labels), use torch.utils.data.TensorDataset(inputs, labels); for other lists of examples, use"
             " DataLoader(examples, batch_size=..., collate_fn=...)"
         )
-    if type(data).__module__.startswith("pytorch_lightning"):
-        return "it comes from pytorch_lightning, which has other classes than lightning; use import lightning as L"
     return (
         "expected a DataLoader, Dataset or LightningDataModule over a map-style dataset (with __len__ and __getitem__,"
         " where item 0 is an example), because scores are indexed by the position in the dataset"

@@ -1,11 +1,11 @@
 """Loads chosen examples of a dataset in the way of the user's loader."""
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from lightning_trak.running.loaders import DEFAULT_BATCH_SIZE
 
@@ -52,7 +52,13 @@ def load(
     num_workers: int | None = None,
     collate_fn: Callable[[list[Any]], Any] | None = None,
 ) -> DataLoader[Any]:
-    """A loader with the settings of the given one that yields exactly these batches of dataset positions."""
+    """A loader with the settings of the given one that yields exactly these batches of dataset positions.
+
+    Raises:
+        ValueError: if examples hold lists, and the default collate function would make batches of them.
+    """
+    if (collate_fn or loader.collate_fn) is default_collate and not isinstance(loader.dataset, Dataset):
+        _require_batchable(loader.dataset[0])
     return like(
         loader,
         loader.dataset,
@@ -61,6 +67,22 @@ def load(
         collate_fn=collate_fn or loader.collate_fn,
         generator=torch.Generator(),  # the workers' base seed must not come from the user's random state
     )
+
+
+def _require_batchable(example: Any) -> None:
+    """Check that the default collate function stacks what an example holds.
+
+    A list in it becomes a list of batches, one for each element: that is not what a model expects.
+    """
+    if not isinstance(example, Mapping):
+        return
+    for name, value in example.items():
+        if isinstance(value, list) and value and isinstance(value[0], (int, float, list)):
+            raise ValueError(
+                f"{name!r} of an example is a list of {len(value)} {type(value[0]).__name__}s, and the default collate"
+                " function would not stack such lists: pass a DataLoader with a collate_fn, such as a data collator of"
+                ' Hugging Face, which also pads; or, if all have one length, dataset.with_format("torch")'
+            )
 
 
 def sample_batches(loader: DataLoader[Any], count: int, key: str) -> list[list[int]]:

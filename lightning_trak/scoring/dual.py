@@ -68,7 +68,6 @@ class DualSystem:
         self._roots = curvatures.clamp(min=1e-60 * curvatures.max()).sqrt()
         weighted = kernel.to(device) * self._roots
         weighted *= self._roots.unsqueeze(1)
-        self._ridge = damping * float(weighted.diagonal().sum()) / dim
         self._factor = DampedGram(weighted, damping, precision, name, dim, rounding_error)
 
     def solve(self, products: Tensor) -> Tensor:
@@ -82,21 +81,20 @@ class DualSystem:
         """
         return self._factor.solve(products * self._roots).div_(self._roots)
 
-    def beyond(self, solved: Tensor, inner: Tensor, products: Tensor) -> Tensor:
-        """Scores of features phi that need not be those of training examples.
+    def outside(self, solved: Tensor, own: Tensor, products: Tensor) -> Tensor:
+        """The solution at features that are not those of training examples.
 
-        With tau = Phi (Phi^T R Phi + lambda I)^-1 phi(x), which :meth:`solve` returns, they are phi(x)^T (Phi^T R Phi +
-        lambda I)^-1 phi = (phi(x) . phi - tau^T R Phi phi) / lambda.
+        Phi d = tau gives d = (phi(x) - Phi^T R tau) / lambda, so that phi_i^T d needs inner products alone.
 
         Args:
-            solved: tau of each target, shape ``(num_targets, n)``.
-            inner: phi(x) . phi, float64, shape ``(num_targets, m)``.
-            products: Phi phi, float64, shape ``(m, n)``.
+            solved: tau of each target, from :meth:`solve`, shape ``(num_targets, n)``.
+            own: inner products of the targets with these features, float64, shape ``(num_targets, m)``.
+            products: inner products of these features with the training examples, float64, shape ``(m, n)``.
 
         Returns:
-            float64, shape ``(num_targets, m)``, before they are multiplied by Q.
+            Shape ``(num_targets, m)``.
         """
-        return inner.sub((solved * self._roots.square()) @ products.T).div_(self._ridge)
+        return (own - (solved * self._roots.square()) @ products.T) / self._factor.ridge
 
     def own(self, products: Tensor, examples: range) -> Tensor:
         """The solution of each of some training examples at itself.

@@ -167,15 +167,13 @@ class ExactKernelScorer(TRAKScorer):
 
     def paired(self, checkpoint: int, first: Tensor, second: Tensor) -> Tensor:
         """See Scorer."""
-        forms, pairs = (
-            stored_forms(self.store, checkpoint),
-            zip(torch.split(first, 1), torch.split(second, 1), strict=True),
-        )
+        forms = stored_forms(self.store, checkpoint)
+        pairs = zip(torch.split(first, 1), torch.split(second, 1), strict=True)
         return torch.cat([inner_products(forms, *pair).flatten() for pair in pairs])
 
-    def _inner_products(self, checkpoint: int, first: Tensor, second: Tensor) -> Tensor:
+    def _products_between(self, checkpoint: int, targets: Tensor, others: Tensor) -> Tensor:
         """See TRAKScorer."""
-        return inner_products(stored_forms(self.store, checkpoint), first, second)
+        return inner_products(stored_forms(self.store, checkpoint), targets, others)
 
 
 def stored_forms(store: FeatureStore, checkpoint: int) -> GradientForms:

@@ -59,6 +59,11 @@ def shortened(text: str, width: int) -> str:
     return text if len(text) <= width else text[: width - 3] + "..."
 
 
+def encodable(text: str) -> str:
+    r"""A text that UTF-8 can encode: lone surrogates are shown as Python writes them, such as ``\ud800``."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def _printable_character(character: str) -> str:
     if character in _DIRECTION_MARKS or unicodedata.category(character) in _UNSAFE:
         return character.encode("unicode_escape").decode("ascii")

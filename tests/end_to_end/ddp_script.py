@@ -7,8 +7,9 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, DistributedSampler, Subset
 
-from lightning_trak import TRAK, TracIn
-from lightning_trak.methods import RepresentationSimilarity
+from lightning_trak import TRAK, GradientCosine, TracIn
+from lightning_trak.cleaning import duplicates, harmful
+from lightning_trak.methods import RepresentationSimilarity, TrainingLoss
 from lightning_trak.outputs import CausalLMMargin, ClassificationMargin, ContrastiveMargin
 from lightning_trak.projections import SparseProjection
 from lightning_trak.scoring import gram
@@ -23,6 +24,7 @@ from tests.end_to_end.test_distributed import (
     make_pairs,
     make_shapley,
     make_texts_method,
+    ranked,
 )
 from tests.lit import make_data, make_model, make_trainer
 
@@ -40,15 +42,23 @@ def main(root: Path) -> None:
         return trak
 
     trak = attribute("shuffled", DataLoader(train, batch_size=4, shuffle=True), DataLoader(targets, batch_size=2))
-    results["top"] = tuple(trak.score(trainer, DataLoader(targets, batch_size=3), top_k=5))
-    results["rescored"] = tuple(trak.score(trainer, DataLoader(targets, batch_size=3), top_k=5, rescore=20))
+    top = trak.score(trainer, DataLoader(targets, batch_size=3), top_k=5)
+    results["top"] = [tuple(end) for end in top]
+    rescored = trak.score(trainer, DataLoader(targets, batch_size=3), top_k=5, rescore=20)
+    results["rescored"] = [tuple(end) for end in rescored]
     results["classes"] = trak.score(trainer, DataLoader(targets, batch_size=3), aggregate="mean", groups=CLASSES)
     results["shares"] = trak.score(trainer, DataLoader(targets, batch_size=3), train_groups=SOURCES)
     results["chosen"] = trak.score(trainer, DataLoader(targets, batch_size=3), train=[50, 3])
-    ends = trak.score(trainer, DataLoader(targets, batch_size=3), 5, None, output=ClassificationMargin(labels=1))
+    ends = trak.score(trainer, DataLoader(targets, batch_size=3), top_k=5, output=ClassificationMargin(labels=1))
     results["both ends"] = tuple(ends.opponents)
     results["one target"] = trak.score(trainer, DataLoader(Subset(targets, [0]), batch_size=3))
     results["self influence"] = trak.self_influence(trainer)
+    cosine = GradientCosine(make_model(), checkpoints, root / "shuffled", projection=SparseProjection(32))
+    results["label suspicion"] = cosine.label_suspicion(trainer, DataLoader(train, batch_size=4))
+    results["duplicates"] = ranked(duplicates(trak, trainer, DataLoader(train, batch_size=4), threshold=0.8))
+    results["harmful"] = ranked(harmful(trak, trainer, DataLoader(train, batch_size=4), targets))
+    loss = TrainingLoss(make_model(), checkpoints)
+    results["training loss"] = loss.label_suspicion(trainer, DataLoader(train, batch_size=4))
     # Lightning deals the targets of its own loader out to the ranks: rows 0, 2, 4, ... here, rows 1, 3, 5, ... there.
     mine = torch.cat(trainer.predict(trak.scorer(), DataLoader(targets, batch_size=4)))
     results[f"scorer on rank {trainer.global_rank}"] = mine

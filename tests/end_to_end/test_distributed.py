@@ -8,8 +8,9 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from lightning_trak import TRAK, TracIn
-from lightning_trak.methods import DataShapley, ExactKernel, FeatureMethod, RepresentationSimilarity
+from lightning_trak import TRAK, GradientCosine, TracIn
+from lightning_trak.cleaning import Ranking, duplicates, harmful
+from lightning_trak.methods import DataShapley, ExactKernel, FeatureMethod, RepresentationSimilarity, TrainingLoss
 from lightning_trak.outputs import CausalLMMargin, ClassificationMargin, ContrastiveMargin
 from lightning_trak.projections import IdentityProjection, PrincipalProjection, SparseProjection
 from lightning_trak.scoring import aggregate_scores
@@ -23,6 +24,11 @@ TRAIN, TARGETS = make_data(53), make_data(11, seed=1)
 RATES = [0.3, 0.1]
 CLASSES, SOURCES = TARGETS.tensors[1], ["web" if position % 3 else "books" for position in range(53)]
 PRINCIPAL = PrincipalProjection(12, landmarks=20, sample=40, sketch=64)
+
+
+def ranked(ranking: Ranking) -> tuple[torch.Tensor, torch.Tensor, tuple | None]:
+    """What a ranking holds, to be saved."""
+    return ranking.positions, ranking.scores, ranking.groups
 
 
 class _Towers(nn.Module):
@@ -108,9 +114,9 @@ def test_both_ranks_get_the_exact_scores_of_one_process(runs, tmp_path):
     trak, _ = one_process(tmp_path, torch.load(root / "checkpoints.pt"))
     expected = trak.score(make_trainer(), TARGETS, top_k=5, rescore=20)
     for rank in ranks:
-        values, indices = rank["rescored"]
-        assert torch.equal(indices, expected.indices)
-        torch.testing.assert_close(values, expected.values, rtol=1e-3, atol=1e-4)
+        for (values, indices), end in zip(rank["rescored"], expected, strict=True):
+            assert torch.equal(indices, end.indices)
+            torch.testing.assert_close(values, end.values, rtol=1e-3, atol=1e-4)
 
 
 def test_both_ranks_write_the_codes_of_one_process(runs):
@@ -154,11 +160,32 @@ def test_self_influence_is_shared(runs):
         close(rank["self influence"], alone.self_influence(make_trainer()))
 
 
+def test_cleaning_is_shared(runs):
+    ranks, _, root = runs
+    checkpoints, trainer = torch.load(root / "checkpoints.pt"), make_trainer()
+    store = root / "one"
+    alone = TRAK(make_model(), checkpoints, store, projection=SparseProjection(32))
+    cosine = GradientCosine(make_model(), checkpoints, store, projection=SparseProjection(32))
+    suspicion = cosine.label_suspicion(trainer, TRAIN)
+    loss = TrainingLoss(make_model(), checkpoints).label_suspicion(trainer, TRAIN)
+    repeated = duplicates(alone, trainer, TRAIN, threshold=0.8)
+    opponents = harmful(alone, trainer, TRAIN, TARGETS)
+    assert 2 < len(repeated) < 53
+    for rank in ranks:
+        close(rank["label suspicion"], suspicion)
+        close(rank["training loss"], loss)
+        for name, expected in (("duplicates", repeated), ("harmful", opponents)):
+            positions, scores, groups = rank[name]
+            assert torch.equal(positions, expected.positions)
+            close(scores, expected.scores)
+            assert groups == expected.groups
+
+
 def test_groups_and_other_outputs_over_ranks(runs):
     ranks, expected, root = runs
     alone = TRAK(make_model(), torch.load(root / "checkpoints.pt"), root / "one", projection=SparseProjection(32))
     asked = {"output": ClassificationMargin(labels=1)}
-    opponents = alone.score(make_trainer(), TARGETS, 5, None, **asked).opponents
+    opponents = alone.score(make_trainer(), TARGETS, top_k=5, **asked).opponents
     for rank in ranks:
         close(rank["classes"], aggregate_scores(expected, "mean", CLASSES).float())
         close(rank["shares"], aggregate_scores(expected, train_groups=SOURCES).float())
@@ -181,10 +208,11 @@ def test_tokens_over_ranks(runs, tmp_path):
 
 def test_top_k_is_merged_over_ranks(runs):
     ranks, expected, _ = runs
-    best = expected.topk(5)
     for rank in ranks:
-        close(rank["top"][0], best.values)
-        assert torch.equal(rank["top"][1], best.indices)
+        for (values, indices), largest in zip(rank["top"], (True, False), strict=True):
+            best = expected.topk(5, largest=largest)
+            close(values, best.values)
+            assert torch.equal(indices, best.indices)
 
 
 def test_a_rank_without_targets(runs):

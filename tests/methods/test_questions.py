@@ -75,12 +75,14 @@ def test_chosen_training_examples_and_both_ends(tmp_path, name):
     found = method.score(trainer, TARGETS, train=[49, 3, 17, 20], top_k=2, largest=False)
     assert torch.equal(found.indices, chosen[full[:, chosen].topk(2, largest=False).indices])
     close(method.score(trainer, TARGETS, train=range(5), aggregate="mean"), full[:, :5].mean(0, keepdim=True))
-    ends = method.score(trainer, TARGETS, top_k=3, largest=None)
+    ends = method.score(trainer, TARGETS, top_k=3)
+    assert ends.values is ends.proponents.values
+    assert ends.indices is ends.proponents.indices
     for end, largest in ((ends.proponents, True), (ends.opponents, False)):
         one = method.score(trainer, TARGETS, top_k=3, largest=largest)
         assert torch.equal(end.indices, one.indices)
         assert torch.equal(end.values, one.values)
-    batches = trainer.predict(method.scorer(top_k=3, largest=None), DataLoader(TARGETS, batch_size=13))
+    batches = trainer.predict(method.scorer(top_k=3), DataLoader(TARGETS, batch_size=13))
     close(batches[0].opponents.values, ends.opponents.values)
 
 
@@ -142,8 +144,10 @@ def test_influence_of_another_output(kind):
         ({"train": []}, "train names no training example"),
         ({"train": torch.ones(50, dtype=torch.bool)}, "not a mask"),
         ({"train": torch.zeros(2, 1, dtype=torch.int64)}, "in one dimension"),
-        ({"train": TRAIN}, "without rescore, train takes positions"),
-        ({"largest": None}, "say how many of each with top_k="),
+        ({"train": "web"}, '"web" is a text, not data'),
+        ({"train": [DataLoader(TRAIN), DataLoader(TRAIN)]}, "expected one training set, got 2 loaders"),
+        ({"train": TRAIN, "train_groups": SOURCES[:7]}, "train_groups has 7 labels, and there are 50"),
+        ({"largest": True}, "largest=True says which end of the scores top_k= keeps: say how many"),
         ({"output": ContrastiveMargin(context_size=3)}, "make a store whose training examples have this output"),
         ({"output": "predicted"}, "output must be a ModelOutput"),
         ({"output": ClassificationMargin(labels=3)}, "labels is class 3, but the model has 3 classes, 0 to 2"),

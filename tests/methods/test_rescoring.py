@@ -217,7 +217,7 @@ def test_data_that_change_are_refused(tmp_path):
         ({"rescore": 4, "top_k": 5}, "at most rescore=4, got top_k=5"),
         ({"rescore": 0, "top_k": 5}, "`rescore` to be a positive integer but got 0"),
         ({"rescore": 2.5, "top_k": 1}, "`rescore` to be a positive integer but got 2.5"),
-        ({"train": TRAIN, "top_k": 5}, "without rescore, train takes positions"),
+        ({"train": [1, 2], "top_k": 1, "rescore": 2}, "rescore chooses its candidates among all training examples"),
     ],
 )
 def test_arguments_are_checked_before_any_work(tmp_path, options, message):

@@ -171,7 +171,11 @@ def test_parts_do_not_depend_on_batches_or_blocks(tmp_path, monkeypatch):
     for one, other in zip(first, again[::-1], strict=True):
         close(other.scores, one.scores)
     top = method.score(trainer, loader(TARGETS), top_k=2)
-    best = method.score_tokens(trainer, loader(TARGETS), top)
+    ends = method.score_tokens(trainer, loader(TARGETS), top)
+    assert [(each.target, each.train) for each in ends] == [
+        (target, text) for target in range(4) for end in top for text in end.indices[target].tolist()
+    ]
+    best = method.score_tokens(trainer, loader(TARGETS), top.proponents)
     assert [(each.target, each.train) for each in best] == [
         (target, text) for target in range(4) for text in top.indices[target].tolist()
     ]

@@ -79,7 +79,7 @@ NAMES = {
     "_option_string_actions": ("jsonargparse", ArgumentParser, "skip_completion"),
     "_actions": ("jsonargparse", ArgumentParser, "option_names"),
 }
-ELSEWHERE = {"_fsdp_wrapped_module", "_extra_state"}  # tested below
+ELSEWHERE = {"_fsdp_wrapped_module", "_extra_state", "_original_forward"}  # tested below
 
 
 @pytest.mark.parametrize("name", sorted(NAMES))
@@ -118,6 +118,23 @@ def test_compiled_modules_and_functions():
     assert compatibility.is_compiled(plain)
     compatibility.forget_compiled_call(plain[0])
     assert not compatibility.is_compiled(plain)
+
+
+@pytest.mark.parametrize(("trainings", "own"), [(1, False), (2, False), (1, True)])
+def test_autocast_that_accelerate_leaves(trainings, own):
+    accelerate = pytest.importorskip("accelerate")
+    plain, inputs = net(), torch.randn(5, 3)
+    if own:
+        plain.forward = lambda x, inner=plain.forward: 2 * inner(x)
+    expected = plain(inputs)
+    for _ in range(trainings):
+        accelerate.Accelerator(mixed_precision="bf16", cpu=True).prepare_model(plain)
+    assert not torch.equal(plain(inputs), expected)  # it is rounded
+    assert "_original_forward" in vars(plain)
+    for _ in range(2):  # the second time there is nothing left to undo
+        compatibility.forget_autocast(plain)
+        assert torch.equal(plain(inputs), expected)
+        assert ("forward" in vars(plain)) == own
 
 
 def test_wrappers():

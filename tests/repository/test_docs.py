@@ -2,6 +2,7 @@
 
 import pkgutil
 import re
+import shutil
 import warnings
 
 import lightning as L
@@ -23,6 +24,7 @@ pytestmark = pytest.mark.slow
 
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+LANDING = DOCS / "index.md"
 QUICKSTART = DOCS / "quickstart.md"
 EVALUATION = DOCS / "evaluation.md"
 GUIDES = [DOCS / "comparison.md", *sorted((DOCS / "guides").glob("*.md"))]
@@ -115,6 +117,12 @@ def test_guides_run(page, names):
     run(page, names)
 
 
+def test_the_landing_page_runs(names):
+    shutil.rmtree("run")  # the page trains
+    run(LANDING, names)
+    assert names["scores"].shape == (len(TARGETS), len(TRAIN))
+
+
 def test_every_output_has_a_task_and_a_line_of_code_that_runs():
     page = (DOCS / "guides" / "tasks.md").read_text()
     code = "".join(block for *_, block in BLOCK.findall(page))
@@ -135,7 +143,7 @@ def test_the_quickstart_is_a_script(tmp_path, monkeypatch, capsys):
 
 
 def test_blocks_are_found():
-    pages = [page.read_text() for page in (QUICKSTART, EVALUATION, *GUIDES)]
+    pages = [page.read_text() for page in (LANDING, QUICKSTART, EVALUATION, *GUIDES)]
     blocks = [block for page in pages for block in BLOCK.findall(page)]
     assert len(blocks) == sum(page.count("```python") for page in pages)
     assert len([marked for marked, *_ in blocks if marked]) == 2  # those that need eight devices

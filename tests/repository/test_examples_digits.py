@@ -62,7 +62,7 @@ def test_digits(tmp_path, capsys):
     assert [digit for digit, *_ in shown] == ["3", "8", "9"]
     for _, *lists in shown:
         highest, lowest = ([float(score) for score in re.findall(r"\) (\S+?)(?:,|$)", line)] for line in lists)
-        assert len(highest) == len(lowest) == 5
+        assert len(highest) == len(lowest) == 3
         assert highest == sorted(highest, reverse=True)
         assert lowest == sorted(lowest)
         assert highest[-1] >= lowest[-1]

@@ -15,6 +15,7 @@ from lightning_trak.running.data import Data
 from lightning_trak.running.loading import batch_size_of, load
 from lightning_trak.running.random_states import isolated_random_states
 from lightning_trak.running.ranges import batch_ranges
+from lightning_trak.running.trainers import trainer_of
 
 Text = str | Tensor | Iterable[Hashable]
 
@@ -54,6 +55,8 @@ class BM25(Method):
         scores = BM25("text").attribute(trainer, train_texts, target_texts)
     """
 
+    _shown = ("k1", "b")
+
     def __init__(self, text: Callable[[Any], Text] | str | int, *, k1: float = 1.2, b: float = 0.75) -> None:
         if not k1 >= 0 or not 0 <= b <= 1:
             raise ValueError(f"expected k1 of at least 0 and b from 0 to 1, got k1={k1} and b={b}")
@@ -61,7 +64,9 @@ class BM25(Method):
         self.k1 = k1
         self.b = b
 
-    def attribute(self, trainer: L.Trainer, train: Data, targets: Data) -> Tensor:
+    def attribute(
+        self, trainer: L.Trainer | None = None, train: Data | None = None, targets: Data | None = None
+    ) -> Tensor:
         """BM25 of each training text for each target; see :class:`~lightning_trak.methods.base.Method`.
 
         Raises:
@@ -72,6 +77,7 @@ class BM25(Method):
             import bm25s
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError('BM25 needs bm25s: pip install "lightning-trak[text]"') from error
+        trainer = trainer_of(trainer)
         documents = self._tokenize(Examples(train, "fit", trainer).loader)
         queries = self._tokenize(Examples(targets, "predict", trainer).loader)
         numbers: dict[Hashable, int] = {}

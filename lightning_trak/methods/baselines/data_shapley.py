@@ -8,16 +8,18 @@ from weakref import WeakValueDictionary
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, Subset
+from typing_extensions import override
 
 from lightning_trak.methods.base import Method
 from lightning_trak.methods.examples import Examples, Rows, declared_rows
+from lightning_trak.packages import is_a, overrides
 from lightning_trak.running.data import Data
 from lightning_trak.running.loading import batch_size_of
 from lightning_trak.running.random_states import isolated_random_states
 from lightning_trak.running.ranks import Ranks
+from lightning_trak.running.trainers import trainer_of
 
 
 class DataShapley(Method):
@@ -54,9 +56,14 @@ class DataShapley(Method):
 
     Example::
 
-        method = DataShapley(LitNet, lambda: L.Trainer(max_epochs=5, logger=False), permutations=20, step=10)
+        def make_trainer():
+            return L.Trainer(max_epochs=5, logger=False)
+
+        method = DataShapley(LitNet, make_trainer, permutations=20, step=10)
         values = method.attribute(trainer, train_loader, target_loader)
     """
+
+    _shown = ("make_module", "permutations", "step", "tolerance", "seed")
 
     def __init__(
         self,
@@ -83,7 +90,9 @@ class DataShapley(Method):
         self.seed = seed
         self._made: WeakValueDictionary[int, Any] = WeakValueDictionary()
 
-    def attribute(self, trainer: L.Trainer, train: Data, targets: Data) -> Tensor:
+    def attribute(
+        self, trainer: L.Trainer | None = None, train: Data | None = None, targets: Data | None = None
+    ) -> Tensor:
         """Estimated Shapley values; see :class:`~lightning_trak.methods.base.Method`.
 
         Args:
@@ -96,7 +105,17 @@ class DataShapley(Method):
             ValueError: if a factory returns the same object, or the same weights, twice, or if subsets of the training
                 data cannot be loaded as the whole is.
         """
-        columns, rows = Examples(train, "fit", trainer), Examples(targets, "predict", trainer)
+        trainer = trainer_of(trainer)
+        return self._values(train, Examples(targets, "predict", trainer), trainer)
+
+    @override
+    def label_suspicion(self, trainer: L.Trainer | None = None, train: Data | None = None) -> Tensor:
+        """The size of each example's value at itself; see :class:`~lightning_trak.methods.base.LabelStatistic`."""
+        trainer = trainer_of(trainer)
+        return self._values(train, Examples(train, "fit", trainer), trainer).diagonal().abs()
+
+    def _values(self, train: Data | None, rows: Examples, trainer: L.Trainer) -> Tensor:
+        columns = Examples(train, "fit", trainer)
         _require_divisible(train, columns.loader)
         total, ranks = len(columns), Ranks.of(trainer)
 
@@ -155,11 +174,11 @@ class DataShapley(Method):
             self._made[id(thing)] = thing
 
 
-def _require_divisible(data: Data, loader: DataLoader[Any]) -> None:
+def _require_divisible(data: Data | None, loader: DataLoader[Any]) -> None:
     """Check that subsets of the data can be loaded as the whole is."""
     hooks = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
-    if isinstance(data, L.LightningDataModule):
-        own = [hook for hook in hooks if is_overridden(hook, data, L.LightningDataModule)]
+    if is_a(data, L.LightningDataModule):
+        own = [hook for hook in hooks if overrides(data, hook, L.LightningDataModule)]
         if own:
             raise ValueError(
                 f"{type(data).__name__} has {own[0]}, which is not called for subsets of its data: move it to the"

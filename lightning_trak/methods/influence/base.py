@@ -7,10 +7,13 @@ from typing import TypedDict
 import lightning as L
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
-from lightning_trak.checkpoints.reading import CheckpointsLike, masks_of, resolve_checkpoints
+from lightning_trak.checkpoints.of_model import checkpoints_of
+from lightning_trak.checkpoints.reading import CheckpointsLike, masks_of
 from lightning_trak.compatibility import original_module
 from lightning_trak.features.model import ModelCopy
+from lightning_trak.features.rows import Features
 from lightning_trak.gradients import ParameterSelection
 from lightning_trak.methods.base import Method
 from lightning_trak.methods.examples import Examples
@@ -18,10 +21,12 @@ from lightning_trak.methods.influence.audit import audit
 from lightning_trak.methods.influence.passes import Passes, without_gradients
 from lightning_trak.methods.influence.products import gradient_products
 from lightning_trak.methods.influence.solvers import InverseProduct
+from lightning_trak.methods.predictions import with_predictions
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import target_output, trained_output
 from lightning_trak.running.data import Data
 from lightning_trak.running.strategies import require_whole_parameters
+from lightning_trak.running.trainers import trainer_of
 
 # Gradients of this many bytes are preconditioned at a time; solvers hold a few copies.
 TARGET_BYTES = 1 << 29
@@ -51,10 +56,12 @@ class Influence(Method):
         weights_only: ``False`` lets ``.ckpt`` and ``.pt`` files run code when they are read; for files you trust only.
     """
 
+    _shown = ("model", "checkpoints", "output", "curvature", "damping", "solver")
+
     def __init__(
         self,
         model: nn.Module,
-        checkpoints: CheckpointsLike,
+        checkpoints: CheckpointsLike | None = None,
         *,
         output: ModelOutput | None = None,
         parameters: ParameterSelection = None,
@@ -63,7 +70,7 @@ class Influence(Method):
     ) -> None:
         self.model = original_module(model)
         self.output = trained_output(self.model, output)
-        self.checkpoints = resolve_checkpoints(checkpoints, weights_only=weights_only)
+        self.checkpoints = checkpoints_of(self.model, checkpoints, weights_only)
         if masks_of(self.checkpoints) is not None:
             raise ValueError(
                 f"{type(self).__name__} takes the curvature from all training examples, but the models of some"
@@ -72,6 +79,11 @@ class Influence(Method):
             )
         self.parameters = parameters
         self.seed = seed
+
+    @override
+    def _model_copy(self) -> ModelCopy:
+        digests = [checkpoint.fingerprint() for checkpoint in self.checkpoints]
+        return ModelCopy(self.model, self.output, self.checkpoints, digests)
 
     @abstractmethod
     def _prepare(self, passes: Passes) -> InverseProduct:
@@ -84,13 +96,19 @@ class Influence(Method):
     def _selection(self) -> ParameterSelection:
         return self.parameters
 
-    def attribute(self, trainer: L.Trainer, train: Data, targets: Data, output: ModelOutput | None = None) -> Tensor:
+    def attribute(
+        self,
+        trainer: L.Trainer | None = None,
+        train: Data | None = None,
+        targets: Data | None = None,
+        output: ModelOutput | None = None,
+    ) -> Tensor:
         """Score every target against every training example.
 
         Args:
-            trainer: any Trainer whose strategy keeps the model whole. Its device is used. ``precision="64-true"``
-                computes everything in float64, any other precision in float32 (float64 where weights are): the inverse
-                of a Hessian would drown in the rounding of half precision, mixed or true.
+            trainer: any Trainer whose strategy keeps the model whole; None: one on a single device. Its device is used.
+                ``precision="64-true"`` computes everything in float64, any other precision in float32 (float64 where
+                weights are): the inverse of a Hessian would drown in the rounding of half precision, mixed or true.
             train: the training data, without random augmentation. They are loaded several times.
             targets: the targets.
             output: of the targets, if it is another one than that of the training examples.
@@ -105,14 +123,16 @@ class Influence(Method):
                 and gradients of two training examples and two targets, drawn by the seed at each checkpoint, are
                 compared with those of each alone by autograd.
         """
+        trainer = trainer_of(trainer)
         require_whole_parameters(trainer)
         asked = target_output(output, self.output)
         train_set, target_set = Examples(train, "fit", trainer), Examples(targets, "predict", trainer, output=asked)
+        digests = [checkpoint.fingerprint() for checkpoint in self.checkpoints]
+        target_set = with_predictions(
+            trainer, target_set, ModelCopy(self.model, self.output, self.checkpoints, digests), asked
+        )
         with without_gradients():
-            digests = [checkpoint.fingerprint() for checkpoint in self.checkpoints]
-            model = ModelCopy(self.model, self.output, self.checkpoints, digests, self._selection())
-            passes = Passes(model, self.seed, trainer, train_set)
-            passes.agreement = self._agreement(passes)
+            passes = self._passes(trainer, train_set)
             scores = torch.zeros(len(target_set), len(train_set), dtype=passes.dtype)
             for checkpoint in range(len(self.checkpoints)):
                 passes.enter(checkpoint)
@@ -121,6 +141,36 @@ class Influence(Method):
                     audit(passes, target_set)
                 self._add(scores, passes, target_set, asked)
         return scores / len(self.checkpoints)
+
+    @override
+    def label_suspicion(self, trainer: L.Trainer | None = None, train: Data | None = None) -> Tensor:
+        """The size of each example's score at itself; see :class:`~lightning_trak.methods.base.LabelStatistic`.
+
+        The inverse is applied to the gradient of every training example: once to all for EK-FAC and ``Explicit``, but
+        by as many iterations as for a target for the other solvers.
+        """
+        trainer = trainer_of(trainer)
+        require_whole_parameters(trainer)
+        train_set = Examples(train, "fit", trainer)
+        with without_gradients():
+            passes = self._passes(trainer, train_set)
+            scores = torch.zeros(len(train_set), dtype=passes.dtype)
+            for checkpoint in range(len(self.checkpoints)):
+                passes.enter(checkpoint)
+                audit(passes, train_set)
+                inverse = self._prepare(passes)
+                for span in target_blocks(passes, train_set):
+                    rows = Features.cat([rows for _, rows in passes.rows(train_set, span)])
+                    products = (inverse(rows.features, span) * rows.features).sum(1) * rows.loss_gradients
+                    scores[span.start : span.stop] += products.cpu()
+        return (scores / len(self.checkpoints)).abs()
+
+    def _passes(self, trainer: L.Trainer, train: Examples) -> Passes:
+        digests = [checkpoint.fingerprint() for checkpoint in self.checkpoints]
+        model = ModelCopy(self.model, self.output, self.checkpoints, digests, self._selection())
+        passes = Passes(model, self.seed, trainer, train)
+        passes.agreement = self._agreement(passes)
+        return passes
 
     def _add(self, scores: Tensor, passes: Passes, targets: Examples, output: ModelOutput | None) -> None:
         """Add the scores at the current checkpoint."""

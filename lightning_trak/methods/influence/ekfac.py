@@ -56,7 +56,7 @@ class EKFACInfluence(Influence):
     def __init__(
         self,
         model: nn.Module,
-        checkpoints: CheckpointsLike,
+        checkpoints: CheckpointsLike | None = None,
         *,
         curvature: EKFACCurvature = "gauss_newton",
         damping: float = 0.1,

@@ -1,0 +1,264 @@
+"""Scores targets against stored features, and answers what users ask of scores."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, cast, overload
+
+import lightning as L
+from torch import Tensor
+from torch.utils.data import DataLoader
+from typing_extensions import Unpack
+
+from lightning_trak.checks import positive
+from lightning_trak.features.pipeline import FeaturePipeline
+from lightning_trak.features.settings import FeatureSettings
+from lightning_trak.features.store import FeatureStore
+from lightning_trak.methods.base import Method
+from lightning_trak.methods.examples import Examples
+from lightning_trak.methods.influence.passes import Passes, without_gradients
+from lightning_trak.methods.predictions import with_predictions
+from lightning_trak.methods.questions import Positions, Question, is_positions, target_rows, train_columns
+from lightning_trak.methods.rescoring import ExactScores, SecondStage
+from lightning_trak.methods.tokens import target_loaders
+from lightning_trak.outputs import ModelOutput
+from lightning_trak.outputs.mixin import target_output
+from lightning_trak.running.data import Data, datamodule_of
+from lightning_trak.running.loaders import holds_several
+from lightning_trak.running.strategies import require_whole_parameters, shards_model
+from lightning_trak.running.trainers import trainer_of
+from lightning_trak.scoring.base import Scorer
+from lightning_trak.scoring.targets import Kept, Others, score_targets
+from lightning_trak.scoring.topk import BothEnds, Scores, TopK
+
+
+class ScoredMethod(Method):
+    """What all methods over stored features share once the features are there: from targets to scores."""
+
+    output: ModelOutput
+    settings: FeatureSettings
+    _train: Data | None  # what featurize got last
+
+    @abstractmethod
+    def featurize(
+        self, trainer: L.Trainer | None = None, data: Data | None = None, shard_size: int | None = None
+    ) -> None:
+        """Compute and store the features of the training set."""
+
+    @abstractmethod
+    def _pipeline(self) -> FeaturePipeline:
+        """What makes features."""
+
+    @abstractmethod
+    def make_scorer(self, store: FeatureStore) -> Scorer:
+        """Make the scorer of this method for a complete store."""
+
+    def _exact_scores(self) -> ExactScores:
+        """How candidates are scored exactly.
+
+        Raises:
+            ValueError: if this method cannot do this.
+        """
+        raise ValueError(
+            f"{type(self).__name__} cannot rescore: its scores are products of stored features. They are exact with"
+            " IdentityProjection() in another store; TRAK can rescore"
+        )
+
+    def _require_trainer(self, trainer: L.Trainer) -> None:
+        """Raise if the Trainer cannot run this method. By default any can."""
+
+    def attribute(
+        self, trainer: L.Trainer | None = None, train: Data | None = None, targets: Data | None = None
+    ) -> Tensor:
+        """Call :meth:`featurize`, which does nothing if the store is complete, and then :meth:`score`.
+
+        Args:
+            trainer: as for :meth:`featurize` and :meth:`score`.
+            train: the training data, as for :meth:`featurize`.
+            targets: one set of targets, as for :meth:`score`.
+
+        Returns:
+            On every rank a CPU Tensor ``(num_targets, num_train)``.
+        """
+        trainer = trainer_of(trainer)
+        self.featurize(trainer, train)
+        scores = self.score(trainer, targets)
+        if not isinstance(scores, Tensor):
+            raise ValueError(f"attribute takes one set of targets, got {len(scores)} loaders; use score for several")
+        return scores
+
+    @overload
+    def score(
+        self,
+        trainer: L.Trainer | None = None,
+        data: Data | None = None,
+        top_k: None = None,
+        largest: None = None,
+        rescore: None = None,
+        train: Data | Positions | None = None,
+        **question: Unpack[Question],
+    ) -> Tensor: ...
+
+    @overload
+    def score(
+        self,
+        trainer: L.Trainer | None = None,
+        data: Data | None = None,
+        *,
+        top_k: int,
+        largest: None = None,
+        rescore: int | None = None,
+        train: Data | Positions | None = None,
+        **question: Unpack[Question],
+    ) -> BothEnds: ...
+
+    @overload
+    def score(
+        self,
+        trainer: L.Trainer | None = None,
+        data: Data | None = None,
+        *,
+        top_k: int,
+        largest: bool,
+        rescore: int | None = None,
+        train: Data | Positions | None = None,
+        **question: Unpack[Question],
+    ) -> TopK: ...
+
+    @overload
+    def score(
+        self,
+        trainer: L.Trainer | None = None,
+        data: Data | Sequence[DataLoader[Any]] | None = None,
+        top_k: int | None = None,
+        largest: bool | None = None,
+        rescore: int | None = None,
+        train: Data | Positions | None = None,
+        **question: Unpack[Question],
+    ) -> Any: ...
+
+    def score(
+        self,
+        trainer: L.Trainer | None = None,
+        data: Data | Sequence[DataLoader[Any]] | None = None,
+        top_k: int | None = None,
+        largest: bool | None = None,
+        rescore: int | None = None,
+        train: Data | Positions | None = None,
+        **question: Unpack[Question],
+    ) -> Any:
+        """Score targets against training examples.
+
+        The first lines of the method's class say what a positive score means, and in which unit scores are.
+
+        Args:
+            trainer: as for :meth:`featurize`, and None likewise. The strategy must not spawn its processes.
+            data: the targets: a DataLoader, a sequence of them, a map-style Dataset or a LightningDataModule (its
+                ``predict_dataloader``).
+            top_k: keep only this many training examples with the highest scores of each target (proponents), and as
+                many with the lowest (opponents), in one pass. The full matrix is then never in memory.
+            largest: whether ``top_k`` keeps only the highest scores, or only the lowest; default: both.
+            rescore: score this many candidates at each end exactly, those that are best by the stored features, and
+                keep the best ``top_k`` of them. Only :class:`~lightning_trak.TRAK` can do this; see
+                :class:`~lightning_trak.methods.rescoring.ExactScores`. It takes several passes over the training data
+                at each checkpoint, and a Trainer whose strategy keeps the model whole.
+            train: the examples to score the targets against; default: all training examples. Positions of some of them,
+                as integers; or other examples, as data: candidates for training, which are scored as if they were added
+                to the training set, with the curvature of the store. Their features are made a block at a time, again
+                for each block of targets, and are not kept. With ``rescore`` the training data themselves, which it
+                reads again; default: the data that this object's last :meth:`featurize` got.
+            **question: ``output``, ``aggregate``, ``groups`` and ``train_groups``, see
+                :class:`~lightning_trak.methods.questions.Question`.
+
+        Returns:
+            On every rank a CPU Tensor ``(num_targets, num_train)``, or with ``top_k`` a
+            :class:`~lightning_trak.scoring.BothEnds`: ``.proponents`` and ``.opponents``, each with ``.values`` and
+            ``.indices``, ``(num_targets, top_k)``. ``.values`` and ``.indices`` of the whole are those of the
+            proponents. With ``largest`` it is a :class:`~lightning_trak.scoring.TopK`, of that end alone. With
+            ``rescore`` the values are the exact scores. Rows are in the order of the targets'
+            dataset, or a row for each of their groups; columns are the training examples, those in ``train`` in the
+            given order, or a column for each of their groups. With ``train_groups`` the indices of ``top_k`` are the
+            numbers of groups. For several loaders, a list of these.
+
+        Raises:
+            FileNotFoundError: if there is no store yet.
+            RuntimeError: if featurizing is not complete.
+            ValueError: if the store was made with other settings, a Gram matrix is singular, or groups or positions do
+                not fit the data. With ``rescore``: if the method cannot rescore, ``train`` is not known, or other data
+                than the store's, or an exact score cannot be computed.
+        """
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k must be at least 1, got {top_k}")
+        if top_k is None and largest is not None:
+            raise ValueError(f"largest={largest} says which end of the scores top_k= keeps: say how many with top_k=")
+        trainer = trainer_of(trainer)
+        self._require_trainer(trainer)
+        if rescore is not None and question:
+            raise ValueError(f"rescore scores each target by itself: leave {next(iter(question))} out, or rescore")
+        positions = cast(Positions, train) if is_positions(train) else None
+        given = None if train is None or positions is not None else Examples(cast(Data, train), "fit", trainer)
+        second = None if rescore is None else self._second_stage(trainer, top_k, rescore, given, positions)
+        others = Others(given.loader, given.datamodule) if given is not None and second is None else None
+        output = target_output(question.get("output"), self.output)
+        if output is not None and shards_model(trainer):
+            raise ValueError(
+                "output= needs whole parameters, but ModelParallelStrategy splits them: use strategy='ddp' or a single"
+                " device"
+            )
+        loaders, pipeline = target_loaders(data, trainer, output), self._pipeline()
+        model = pipeline.copy_model(trainer)
+        store = pipeline.open_complete(model, trainer)
+        num_columns = store.num_examples if others is None else len(others)
+        columns = train_columns(positions, question.get("train_groups"), num_columns)
+        rows = target_rows(question, [len(cast(Any, loader.dataset)) for loader in loaders])
+        scorer, datamodule = self.make_scorer(store), datamodule_of(data)
+        if second is not None:
+            second.require_possible(store, model.size)
+        targets = [Examples(loader, "predict", trainer, datamodule) for loader in loaders]
+        targets = [with_predictions(trainer, each, pipeline.copy_model(trainer), output) for each in targets]
+        results: Sequence[Scores] = [
+            score_targets(
+                trainer,
+                each.loader,
+                pipeline,
+                model,
+                store,
+                scorer,
+                datamodule,
+                Kept(rescore or top_k, largest, sums, None if columns is None else columns.sums),
+                output,
+                others,
+            )
+            for each, sums in zip(targets, rows, strict=True)
+        ]
+        if columns is not None:
+            results = [columns.named(result) for result in results]
+        if second is not None:
+            with without_gradients():
+                own, settings = pipeline.copy_model(trainer), self.settings
+                passes = Passes(own, settings.seed, trainer, second.train, settings.engine)
+                results = second.best(passes, store, targets, cast(Any, results), largest)
+        return results if holds_several(data) or len(results) > 1 else results[0]
+
+    def _second_stage(
+        self, trainer: L.Trainer, top_k: int | None, rescore: int, train: Examples | None, positions: Positions | None
+    ) -> SecondStage:
+        """What scores candidates again; refuse what cannot be done before any work.
+
+        Raises:
+            ValueError: if it cannot be done.
+        """
+        exact = self._exact_scores()
+        if top_k is None or positive("rescore", rescore) < top_k:
+            raise ValueError(f"rescore needs a top_k of at most rescore={rescore}, got top_k={top_k}")
+        if positions is not None:
+            raise ValueError(
+                "rescore chooses its candidates among all training examples: leave it out to score those in train=, or"
+                " give the training data by train="
+            )
+        require_whole_parameters(trainer)
+        if train is None and self._train is None:
+            raise ValueError(
+                "rescore needs the training data: pass train=, the same data as to featurize, or call featurize of this"
+                " object first, which does nothing if the store is complete"
+            )
+        return SecondStage(exact, train or Examples(cast(Data, self._train), "fit", trainer), top_k)
