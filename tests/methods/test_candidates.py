@@ -8,11 +8,12 @@ import torch
 from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
 
 from lightning_trak import TRAK
+from lightning_trak.features.rows import Features
 from lightning_trak.outputs import ClassificationMargin
 from lightning_trak.projections import IdentityProjection, SparseProjection
 from lightning_trak.scoring import aggregate_scores, targets
 from lightning_trak.scoring.trak import TRAKScorer
-from tests.lit import TARGETS, TRAIN, make_checkpoints, make_data, make_model, make_trainer
+from tests.lit import TARGETS, TRAIN, make_checkpoints, make_data, make_model, make_trainer, open_store
 from tests.methods.test_questions import LABELS, METHODS, close, make
 
 NEW = make_data(9, seed=5)
