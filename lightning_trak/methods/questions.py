@@ -26,7 +26,7 @@ class Question(TypedDict, total=False):
 
     Attributes:
         output: of the targets, if it is another one than that of the training examples, such as
-            ``ClassificationMargin(labels="predicted")``.
+            ``ClassificationMargin(labels="predicted")``, or ``CausalLMMargin(per_token=True)``: a row for each token.
         aggregate: ``"mean"`` or ``"sum"`` of the scores of targets: a row for each group of them.
         groups: the group of each target: labels, or :class:`~lightning_trak.scoring.Groups`, which have weights, too;
             default: all targets are one group.

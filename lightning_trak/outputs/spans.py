@@ -97,7 +97,8 @@ def span_target(tokenizer: Callable[..., Mapping[str, Any]], text: str, start: i
     Example::
 
         prompt, answer = "Where was Ada born?", " In London."
-        target = span_target(tokenizer, prompt + answer, len(prompt), len(prompt + answer))
+        text = prompt + answer
+        target = span_target(tokenizer, text, len(prompt), len(text))
     """
     if not 0 <= start < stop <= len(text):
         raise ValueError(f"expected a range of characters from 0 to {len(text)}, got {start} to {stop}")

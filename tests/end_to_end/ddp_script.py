@@ -13,6 +13,7 @@ from lightning_trak.methods import RepresentationSimilarity, TrainingLoss
 from lightning_trak.outputs import CausalLMMargin, ClassificationMargin, ContrastiveMargin
 from lightning_trak.projections import SparseProjection
 from lightning_trak.scoring import gram
+from tests.causal_texts import loader, make_texts
 from tests.end_to_end.test_distributed import (
     CLASSES,
     PREDICTED,
@@ -28,7 +29,6 @@ from tests.end_to_end.test_distributed import (
     ranked,
 )
 from tests.lit import make_data, make_model, make_trainer
-from tests.texts import loader, make_texts
 
 
 def main(root: Path) -> None:

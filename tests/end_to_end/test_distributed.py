@@ -14,9 +14,9 @@ from lightning_trak.methods import DataShapley, ExactKernel, FeatureMethod, Repr
 from lightning_trak.outputs import CausalLMMargin, ClassificationMargin, ContrastiveMargin
 from lightning_trak.projections import IdentityProjection, PrincipalProjection, SparseProjection
 from lightning_trak.scoring import aggregate_scores
+from tests.causal_texts import CausalNet, loader, make_texts
 from tests.launch import run_together
 from tests.lit import LitNet, make_checkpoints, make_data, make_model, make_trainer
-from tests.texts import CausalNet, loader, make_texts
 
 pytestmark = pytest.mark.slow
 

@@ -4,14 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_trak import TRAK, GradientCosine, GradientDot, TracIn
-from lightning_trak.methods import ExactKernel, Explicit, InfluenceFunction, token_scores
+from lightning_trak import TRAK, GradientCosine, GradientDot, TracIn, TrainingRecorder
+from lightning_trak.methods import ExactKernel, Explicit, InfluenceFunction, Metagradient, token_scores
 from lightning_trak.methods.tokens import text_tokens
 from lightning_trak.outputs import CausalLMLogLikelihood, CausalLMMargin, NegativeLoss
 from lightning_trak.projections import IdentityProjection, SparseProjection
 from lightning_trak.scoring import TopK
+from tests.causal_texts import CausalNet, gradients, loader, make_texts, margins, pad_left
 from tests.lit import beyond_hooks, make_trainer
-from tests.texts import CausalNet, gradients, loader, make_texts, margins, pad_left
 
 TRAIN, TARGETS = make_texts(24), make_texts(4, seed=1)
 METHODS = {
@@ -190,6 +190,27 @@ def test_influence_of_tokens():
     tokens = text_tokens(trainer, loader(TARGETS), output)
     rows = method.attribute(trainer, loader(TRAIN), loader(TARGETS), output=output)
     whole = method.attribute(trainer, loader(TRAIN), loader(TARGETS))
+    close(torch.stack([rows[tokens.of(text)].mean(0) for text in range(4)]), whole)
+
+
+class Trained(CausalNet):
+    def training_step(self, batch):
+        return torch.nn.functional.softplus(-CausalLMMargin().output(self, batch)).mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.slow
+def test_metagradient_of_tokens(tmp_path):
+    trainer = make_trainer(max_epochs=1, precision="64-true", callbacks=[TrainingRecorder(tmp_path / "recording")])
+    model = Trained()
+    trainer.fit(model, loader(TRAIN, 8))
+    method = Metagradient(model, tmp_path / "recording", progress_bar=False, check_smooth=False)
+    output = CausalLMMargin(per_token=True)
+    tokens = text_tokens(trainer, loader(TARGETS), output)
+    rows = method.attribute(make_trainer(), loader(TRAIN, 8), loader(TARGETS), output=output)
+    whole = method.attribute(make_trainer(), loader(TRAIN, 8), loader(TARGETS))
     close(torch.stack([rows[tokens.of(text)].mean(0) for text in range(4)]), whole)
 
 

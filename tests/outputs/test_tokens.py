@@ -8,8 +8,8 @@ import torch
 from lightning_trak.outputs import CausalLMLogLikelihood, CausalLMMargin, Seq2SeqLMMargin
 from lightning_trak.outputs.spans import character_positions, span_labels, span_target
 from lightning_trak.running.batches import TokenBatch
+from tests.causal_texts import CausalNet, make_texts, margins, pad, pad_left
 from tests.outputs.test_language import VOCABULARY, Bigram, Translator
-from tests.texts import CausalNet, make_texts, margins, pad, pad_left
 
 TEXTS = make_texts(6, seed=3)
 
