@@ -31,7 +31,7 @@ from lightning_trak.methods.rescoring import ExactScores, SecondStage
 from lightning_trak.methods.tokens import target_loaders
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import target_output
-from lightning_trak.running.data import Data, as_loaders, datamodule_of
+from lightning_trak.running.data import Data, datamodule_of
 from lightning_trak.running.loaders import holds_several
 from lightning_trak.running.loading import batch_size_of, like
 from lightning_trak.running.strategies import require_whole_parameters, shards_model
@@ -288,7 +288,8 @@ class ScoredMethod(Method):
                 "interval needs the scores of every target for each column: leave rescore out, and keep the best"
                 " columns with top_k=, name some by train=[...], or add them up with train_groups="
             )
-        (loader, *more), aggregate = as_loaders(data, "predict", trainer), question.get("aggregate")
+        output, aggregate = target_output(question.get("output"), self.output), question.get("aggregate")
+        loader, *more = target_loaders(data, trainer, output)
         if more:
             raise ValueError(f"interval takes one set of targets, got {1 + len(more)}; join them with a ConcatDataset")
         (rows,) = target_rows(question, [len(cast(Any, loader.dataset))])
