@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from lightning_trak.running.loaders import DEFAULT_BATCH_SIZE
+from lightning_trak.running.loaders import DEFAULT_BATCH_SIZE, like
 
 
 def batch_size_of(loader: DataLoader[Any]) -> int:
@@ -24,26 +24,6 @@ class _Batches(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         return (list(batch) for batch in self.batches)
-
-
-def like(loader: DataLoader[Any], dataset: Dataset[Any], **options: Any) -> DataLoader[Any]:
-    """A new loader with the collate function, workers and other settings of a given one.
-
-    Args:
-        loader: the loader whose settings are copied.
-        dataset: the dataset of the new loader.
-        options: further arguments of the new DataLoader: its batches, and settings that differ.
-    """
-    same = {
-        "collate_fn": loader.collate_fn,
-        "num_workers": loader.num_workers,
-        "pin_memory": loader.pin_memory,
-        "timeout": loader.timeout,
-        "worker_init_fn": loader.worker_init_fn,
-        "multiprocessing_context": loader.multiprocessing_context,
-        "prefetch_factor": loader.prefetch_factor,
-    }
-    return DataLoader(dataset, **(same | options))
 
 
 def load(

@@ -11,11 +11,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 import lightning as L
+import lightning_fabric
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from jsonargparse import ArgumentParser
+from lightning.fabric import Fabric
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -70,6 +72,8 @@ NAMES = {
     "_data_fetcher": ("lightning", loop, "is_running"),
     "_signal_connector": ("lightning", make_trainer, "after_signal_handlers"),
     "_device_mesh": ("lightning", L.LightningModule, "set_device_mesh"),
+    "_fabric": ("lightning", L.LightningModule, "left_by_fabric"),
+    "_fabric_optimizers": ("lightning", L.LightningModule, "left_by_fabric"),
     "_start_method": (
         "lightning",
         lambda: make_trainer(strategy="ddp_spawn", devices=2).strategy.launcher,
@@ -315,6 +319,44 @@ def test_after_lightnings_signal_handlers():
     assert len(found) == 1
     assert found[0] != before
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def set_up(model):
+    return Fabric(accelerator="cpu", devices=1).setup(model, torch.optim.SGD(model.parameters(), 0.1))
+
+
+def test_what_fabric_wraps():
+    for kind in (Fabric, lightning_fabric.Fabric):
+        plain = net()
+        made = torch.optim.SGD(plain.parameters(), 0.1)
+        model, optimizer = kind(accelerator="cpu", devices=1).setup(plain, made)
+        assert compatibility.original_module(model) is plain
+        assert compatibility.original_module(torch.compile(model)) is plain
+        assert compatibility.original_optimizer(optimizer) is made
+        assert compatibility.original_optimizer(made) is made
+    model, _ = set_up(torch.compile(plain))
+    assert compatibility.original_module(model) is plain
+
+
+def test_what_fabric_leaves_on_a_lightning_module():
+    module = make_model()
+    assert compatibility.left_by_fabric(module) == []
+    _, optimizer = set_up(module)
+    fabric, optimizers = compatibility.left_by_fabric(nn.Sequential(module))
+    assert isinstance(fabric, Fabric)
+    assert optimizers == [optimizer]
+
+
+def test_what_a_call_of_training_step_leaves():
+    module = make_model()
+    model, _ = set_up(torch.compile(module, backend="eager"))
+    model.training_step(TRAIN[:5])
+    assert "forward" in vars(module)
+    compatibility.forget_redirection(module)
+    assert "forward" not in vars(module)
+    module.forward = net().forward  # not its own
+    compatibility.forget_redirection(module)
+    assert "forward" in vars(module)
 
 
 def test_a_barrier_without_other_processes():
