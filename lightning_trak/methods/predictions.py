@@ -11,7 +11,8 @@ from lightning_trak.features.model import ModelCopy
 from lightning_trak.methods.examples import Examples
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.running.labels import with_labels
-from lightning_trak.running.loading import batch_size_of, like
+from lightning_trak.running.loaders import like
+from lightning_trak.running.loading import batch_size_of
 
 _TOGETHER = 1 << 16  # targets whose probabilities are in memory at once
 

@@ -32,8 +32,8 @@ from lightning_trak.methods.tokens import target_loaders
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import target_output
 from lightning_trak.running.data import Data, datamodule_of
-from lightning_trak.running.loaders import holds_several
-from lightning_trak.running.loading import batch_size_of, like
+from lightning_trak.running.loaders import holds_several, like
+from lightning_trak.running.loading import batch_size_of
 from lightning_trak.running.strategies import require_whole_parameters, shards_model
 from lightning_trak.running.trainers import trainer_of
 from lightning_trak.scoring.base import Scorer

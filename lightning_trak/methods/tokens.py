@@ -14,7 +14,8 @@ from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.tokens import TokenOutput
 from lightning_trak.running.batches import TokenBatch
 from lightning_trak.running.data import Data, as_loaders, single_loader
-from lightning_trak.running.loading import batch_size_of, like, load
+from lightning_trak.running.loaders import like
+from lightning_trak.running.loading import batch_size_of, load
 from lightning_trak.running.random_states import isolated_random_states
 
 
