@@ -28,7 +28,8 @@ def bootstrap_interval(values: Tensor, confidence: float = 0.95, num_bootstraps:
 
     Example:
         >>> import torch
-        >>> bootstrap_interval(torch.tensor([[0.1, 0.3, 0.2, 0.2], [1.0, 1.0, 1.0, 1.0]]))
+        >>> values = torch.tensor([[0.1, 0.3, 0.2, 0.2], [1.0, 1.0, 1.0, 1.0]])
+        >>> bootstrap_interval(values)
         tensor([[0.1250, 1.0000],
                 [0.2750, 1.0000]], dtype=torch.float64)
     """
