@@ -15,7 +15,7 @@ MODULES = sorted((ROOT / "lightning_trak").rglob("*.py"))
 FENCED = re.compile(r"^( *)(`{3,})(.*)\n((?:.*\n)*?)\1\2$", re.MULTILINE)
 INDENTED = re.compile(r"(?<=\n\n)((?: {4}.*\n|\n(?= {4}))+)")
 LITERAL = re.compile(r"::\n\n((?: {4}.*\n|\n(?= {4}))+)")
-DOCTEST = re.compile(r"^((?:>>>|\.\.\.) .*)$", re.MULTILINE)
+DOCTEST = re.compile(r"^ *((?:>>>|\.\.\.) .*)$", re.MULTILINE)
 
 
 def dedented(code: str, indent: int) -> list[str]:

@@ -35,7 +35,8 @@ def bootstrap_interval(
 
     Example:
         >>> import torch
-        >>> bootstrap_interval(torch.tensor([[0.1, 0.3, 0.2, 0.2], [1.0, 1.0, 1.0, 1.0]]))
+        >>> values = torch.tensor([[0.1, 0.3, 0.2, 0.2], [1.0, 1.0, 1.0, 1.0]])
+        >>> bootstrap_interval(values)
         tensor([[0.1250, 1.0000],
                 [0.2750, 1.0000]], dtype=torch.float64)
     """

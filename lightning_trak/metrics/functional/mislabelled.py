@@ -72,7 +72,9 @@ def mislabel_detection_curve(suspicion: Tensor, mislabelled: Tensor) -> Detectio
 
     Example:
         >>> import torch
-        >>> curve = mislabel_detection_curve(torch.tensor([0.1, 3.0, 0.2, 2.0]), torch.tensor([0, 1, 1, 0]).bool())
+        >>> suspicion = torch.tensor([0.1, 3.0, 0.2, 2.0])
+        >>> wrong = torch.tensor([0, 1, 1, 0]).bool()
+        >>> curve = mislabel_detection_curve(suspicion, wrong)
         >>> curve.found
         tensor([0.0000, 0.5000, 0.5000, 1.0000, 1.0000], dtype=torch.float64)
         >>> curve.area
@@ -116,8 +118,9 @@ def flip_labels(labels: Tensor, fraction: float = 0.1, seed: int = 0) -> tuple[T
 
     Example:
         >>> import torch
-        >>> labels, mislabelled = flip_labels(torch.arange(20) % 4, fraction=0.1)
-        >>> int(mislabelled.sum()), bool((labels != torch.arange(20) % 4).eq(mislabelled).all())
+        >>> right = torch.arange(20) % 4
+        >>> labels, mislabelled = flip_labels(right, fraction=0.1)
+        >>> int(mislabelled.sum()), bool((labels != right).eq(mislabelled).all())
         (2, True)
     """
     if labels.ndim != 1 or labels.is_floating_point():
