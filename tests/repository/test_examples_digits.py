@@ -20,6 +20,7 @@ EXAMPLES = {
     "language_model": ["transformers"],
     "one_run": [],
     "peft_lora": ["transformers", "peft"],
+    "select_instructions": ["transformers", "peft", "accelerate"],
     "text_pairs": ["transformers"],
     "why": [],
 }
