@@ -89,7 +89,7 @@ class AttributionTrainer(L.Trainer):
         """
         single_loader(datamodule, "predict", self)  # raises before the work if there are several loaders
         found = method.score(self, datamodule, top_k, largest, rescore, None if rescore is None else datamodule)
-        num_train = FeatureStore.read_manifest(method.store)["num_examples"]
+        num_train = FeatureStore.read_manifest(method.store)["data"][-1]["num_examples"]
         saved = SavedScores(found, num_train, type(method).__name__, largest, method.used_masks)
         if self.is_global_zero:
             saved.save(scores)

@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning_trak.checkpoints.base import Checkpoint
 from lightning_trak.checkpoints.copies import state_digest
+from lightning_trak.features.growth import describe_data
 from lightning_trak.features.model import ModelCopy
 from lightning_trak.features.settings import FeatureSettings
 from lightning_trak.fingerprints import difference, module_fingerprint
@@ -43,6 +44,8 @@ class Contents:
 def identity(model: ModelCopy, output: ModelOutput, settings: FeatureSettings, contents: Contents) -> dict[str, Any]:
     """Everything that features depend on, except the data and the Trainer's precision, as values for JSON.
 
+    The features of each checkpoint depend on its own entry in ``"checkpoints"`` and on all else.
+
     Args:
         model: the copy of the user's module.
         output: the output that is differentiated, as the user gave it.
@@ -67,14 +70,9 @@ def identity(model: ModelCopy, output: ModelOutput, settings: FeatureSettings, c
 def describe_difference(field: str, theirs: Any, mine: Any) -> tuple[str, str]:
     """Describe a field that differs between store and run: what the store was made with, and what the run has."""
     if field == "data":
-        return "other training data of this size", "data that differ in some of eight items spread over the dataset"
-    if field == "checkpoints" and isinstance(theirs, list) and len(theirs) == len(mine):
-        number = next(i for i, pair in enumerate(zip(mine, theirs, strict=True)) if pair[0] != pair[1])
-        return f"other weights or buffers at checkpoint {number}", "the same number of checkpoints"
-    if field in ("checkpoints", "parameters") and isinstance(theirs, list):
-        made, have = f"{len(theirs)} {field}", f"{len(mine)}"
+        return describe_data(theirs, mine)
+    if field == "parameters" and isinstance(theirs, list):
         differing = [item[0] for item in [*mine, *theirs] if (item in mine) != (item in theirs)]
-        if field == "parameters":
-            have += f" (differing in {', '.join(differing[:5])}{', ...' if len(differing) > 5 else ''})"
-        return made, have
+        names = f"{', '.join(differing[:5])}{', ...' if len(differing) > 5 else ''}"
+        return f"{len(theirs)} parameters", f"{len(mine)} (differing in {names})"
     return difference(field, theirs, mine)

@@ -38,6 +38,7 @@ class ModelCopy:
         module: the copy.
         output: a copy of the output.
         places: for messages, the words that name each checkpoint.
+        streams: for each checkpoint, a number for its random draws that depends on its weights alone.
         names: canonical name -> name in ``module``, for each selected parameter.
         shapes: shapes of the gradients of selected parameters, by canonical name.
         sizes: numbers of elements of these gradients, by canonical name.
@@ -65,6 +66,7 @@ class ModelCopy:
         self.checkpoints = checkpoints
         self._digests = digests
         self.places = [f"at checkpoint {number} ({item.name})" for number, item in enumerate(checkpoints)]
+        self.streams = [int(digest[:15], 16) for digest in digests]
         self.names = select_parameters(self.module, parameters)
         shapes = {name: real_shape(parameter) for name, parameter in self.module.named_parameters()}
         self.shapes = {name: shapes[raw] for name, raw in self.names.items()}

@@ -27,7 +27,7 @@ from lightning_trak.features.sinks import FeatureBuffer, ShardWriter
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.gradients import ParameterSelection
 from lightning_trak.outputs import ModelOutput
-from lightning_trak.running.content import fingerprint
+from lightning_trak.running.content import fingerprint, sample_digest
 from lightning_trak.running.data import Data, single_loader
 from lightning_trak.running.loading import batch_size_of
 from lightning_trak.running.ranges import Range, Stop, batch_ranges, share_out
@@ -120,24 +120,29 @@ class FeaturePipeline:
         model = self.copy_model(trainer)
         num_examples = len(cast(Any, loader.dataset))
         self._require_own_subsets(num_examples, None)
-        depends_on = self._identity(model, trainer) | {"data": fingerprint(loader)}
-        self._require_own_subsets(num_examples, depends_on["data"])
+        depends_on, sample = self._identity(model, trainer), _Samples(loader)
+        self._require_own_subsets(num_examples, sample(num_examples))
         dim = self.dim(model)
         require_enough(num_examples, dim)
         default = _default_shard_size(num_examples, loader)
         shard_size = default if shard_size is None else positive("shard_size", shard_size)
-        store = FeatureStore(self._directory, depends_on, num_examples, shard_size, user=self._user)
+        store = FeatureStore(self._directory, depends_on, num_examples, shard_size, user=self._user, sample=sample)
         self._require_engine(store, model.sharded)
         needed = {"context": model.output.context_size, "projection": self.settings.projection.sample_size}
         extras = [name for name, size in needed.items() if size]
         total = sum(parameter.numel() for parameter in self._model.parameters())
         rank_zero_info(
             f"{self._user}: {counted(num_examples, 'example')} at"
-            f" {counted(store.num_checkpoints, 'checkpoint')}, gradients of {model.size} of"
+            f" {counted(len(store.first), 'checkpoint')}, gradients of {model.size} of"
             f" {counted(total, 'parameter')}, {type(self.settings.projection).__name__} to"
             f" {counted(dim, 'feature')}: {sum(map(len, _missing(store, extras)))} of"
-            f" {counted(store.num_checkpoints * store.num_shards, 'shard')} to do"
+            f" {counted(len(store.first) * store.num_shards, 'shard')} to do"
         )
+        if extras and store.begun_with < num_examples:
+            rank_zero_info(
+                f"{self._user}: the {' and the '.join(extras)} stay fitted to the {store.begun_with} examples that the"
+                " store began with"
+            )
         datamodule = data if isinstance(data, L.LightningDataModule) else None
         engine: EngineName | None = None
         while any(missing := _missing(store, extras)):
@@ -158,6 +163,8 @@ class FeaturePipeline:
                 break
             engine = self._next_engine(*used, trainer, store)
         store.require_complete()
+        store.release()
+        Ranks.of(trainer).barrier()  # so that the next call may let the store grow
 
     def target_features(
         self,
@@ -229,11 +236,10 @@ class FeaturePipeline:
             FileNotFoundError: if there is no store yet.
             ValueError: if it was made with other settings.
         """
-        manifest = FeatureStore.read_manifest(self._directory)
-        num_examples = manifest["num_examples"]
-        self._require_own_subsets(num_examples, manifest["identity"].get("data"))
         depends_on = self._identity(model, trainer)
-        return FeatureStore(self._directory, depends_on, num_examples, read_only=True, user=self._user)
+        store = FeatureStore(self._directory, depends_on, None, read_only=True, user=self._user)
+        self._require_own_subsets(store.num_examples, store.data)
+        return store
 
     def open_complete(self, model: ModelCopy, trainer: L.Trainer) -> FeatureStore:
         """Open the store for scoring, and check that it is complete.
@@ -302,14 +308,35 @@ class FeaturePipeline:
 
 
 def _missing(store: FeatureStore, extras: Sequence[str]) -> list[list[int]]:
-    """The numbers of the shards that are missing at each checkpoint."""
-    return [store.missing(checkpoint, extras) for checkpoint in range(store.num_checkpoints)]
+    """The numbers of the shards that are missing at each checkpoint. One that is listed twice is made once."""
+    return [
+        store.missing(checkpoint, extras) if checkpoint in store.first else []
+        for checkpoint in range(store.num_checkpoints)
+    ]
 
 
 def _progress(store: FeatureStore) -> str:
-    missing = sum(len(store.missing(checkpoint)) for checkpoint in range(store.num_checkpoints))
-    total = store.num_checkpoints * store.num_shards
-    return f"the store has {total - missing} of {total} shards"
+    total = len(store.first) * store.num_shards
+    return f"the store has {total - sum(map(len, _missing(store, ())))} of {total} shards"
+
+
+class _Samples:
+    """Digests of eight of the first examples, given how many. Each is made once.
+
+    Args:
+        loader: the training data.
+    """
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self._loader = loader
+        self._total = len(cast(Any, loader.dataset))
+        self._found: dict[int, str | None] = {}
+
+    def __call__(self, count: int) -> str | None:
+        if count not in self._found:
+            whole = count == self._total
+            self._found[count] = fingerprint(self._loader) if whole else sample_digest(self._loader, count)
+        return self._found[count]
 
 
 @contextmanager

@@ -15,7 +15,6 @@ from lightning_trak.gradients.batch import ExampleBatch
 from lightning_trak.outputs.base import close
 
 TOLERANCE = 5e-3  # larger than rounding differences between devices or versions of libraries
-_KEPT = "examples"
 
 
 def keep_examples(extractor: FeatureExtractor, store: FeatureStore, batch: Any, size: int) -> None:
@@ -28,14 +27,14 @@ def keep_examples(extractor: FeatureExtractor, store: FeatureStore, batch: Any, 
         size: the number of these examples.
     """
     try:
-        store.write_extra(0, _KEPT, pack(ExampleBatch(batch, size, extractor.layout)), store.key)
+        store.write_examples(pack(ExampleBatch(batch, size, extractor.layout)))
     except NotStorableError as error:
         rank_zero_info(f"TRAK: the check of outputs before scoring will be skipped: {error}")
 
 
 def keeps_examples(store: FeatureStore) -> bool:
     """Whether the store has its examples, or needs none because random data give other outputs each time."""
-    return not store.repeatable or store.read_extra(0, _KEPT, store.key) is not None
+    return not store.repeatable or store.read_examples() is not None
 
 
 def require_same_outputs(extractor: FeatureExtractor, store: FeatureStore, checkpoint: int) -> None:
@@ -49,7 +48,7 @@ def require_same_outputs(extractor: FeatureExtractor, store: FeatureStore, check
     Raises:
         ValueError: if the outputs differ.
     """
-    packed = store.read_extra(0, _KEPT, store.key)
+    packed = store.read_examples()
     if packed is None:
         return
     try:
@@ -102,5 +101,5 @@ def require_as_before(
             raise ValueError(
                 f'store "{store.directory}" was made with other code or other data: examples {positions[0]} to'
                 f" {positions[-1]} now have other {name} {extractor.model.places[place[0]]}.{lost} Use another"
-                f' directory, or delete its folder "checkpoint-{place[0]:04d}" and call featurize again'
+                f' directory, or delete its folder "{store.folder(place[0]).name}" and call featurize again'
             )

@@ -6,16 +6,32 @@ from lightning_trak.features.dtypes import NAMES
 from lightning_trak.storage import schemas
 from lightning_trak.storage.claims import DirectoryKind
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 _MAX_SIZE = 1 << 40
+
+
+def _sample(field: str, value: Any) -> None:
+    if value is not None:
+        schemas.text()(field, value)
+
+
+_PARTS = schemas.items(schemas.record({"num_examples": schemas.integer(1, _MAX_SIZE), "sample": _sample}), least=1)
+
+
+def _data(field: str, value: Any) -> None:
+    _PARTS(field, value)
+    for number, part in enumerate(value[1:]):
+        if part["num_examples"] <= value[number]["num_examples"]:
+            raise ValueError(f"{field}[{number + 1}].num_examples must be greater than that before it")
+
 
 _SEALED = schemas.sealed(
     {
         "format": schemas.integer(FORMAT_VERSION, FORMAT_VERSION),
-        "num_examples": schemas.integer(1, _MAX_SIZE),
         "shard_size": schemas.integer(1, _MAX_SIZE),
+        "data": _data,
         "identity": schemas.record(
-            {"checkpoints": schemas.items(schemas.anything, least=1)},
+            {},
             optional={
                 "dtype": schemas.one_of(*NAMES),
                 "parameters": schemas.parameters,
@@ -40,11 +56,12 @@ KIND = DirectoryKind(
     results="checkpoint-*/shard-*",
     results_name="shards",
     settled=("shard_size",),
+    growing=("data",),
 )
 HEADER = {
     "sha256": schemas.sha256,
     "checksum": schemas.sha256,
-    "checkpoint": schemas.integer(0, _MAX_SIZE),
+    "checkpoint": schemas.text(),
     "name": schemas.text(),
     "key": schemas.text(),
 }

@@ -29,9 +29,14 @@ def fingerprint(loader: DataLoader[Any]) -> str | None:
     return digest
 
 
-def sample_digest(loader: DataLoader[Any]) -> str | None:
-    """A digest of eight items spread over the dataset, as the loader collates them; None if a second load differs."""
-    total = len(cast(Any, loader.dataset))
+def sample_digest(loader: DataLoader[Any], count: int | None = None) -> str | None:
+    """A digest of eight items spread over the dataset, as the loader collates them; None if a second load differs.
+
+    Args:
+        loader: the loader.
+        count: take only so many of the first items to be the dataset.
+    """
+    total = len(cast(Any, loader.dataset)) if count is None else count
     sample = sorted({position * (total - 1) // 7 for position in range(8)})
     with isolated_random_states():
         twice = load(loader, [sample, sample], num_workers=min(1, loader.num_workers))

@@ -22,6 +22,9 @@ notes of failures, are removed before the manifest is replaced. Workers of a Dat
 process until they see that the process has ended. A process may be killed in the few milliseconds between its lock and
 the new manifest. Another process that opens the directory at this moment may be refused. It can be started again.
 
+A directory may grow: a run with the same identity may extend some fields of the manifest, if all results stay valid
+under the new one. It replaces the manifest in the same way, when no other run is alive.
+
 If the file system has no locks, the first run keeps the directory, since others cannot know whether it is alive. The
 same holds if a user has no permission to lock the manifest.
 """
@@ -64,6 +67,7 @@ class DirectoryKind:
         results_name: the name of results in messages, such as ``"shards"``.
         remains: patterns of other files that lose their meaning with the identity.
         settled: fields of the manifest that the first run decides. Later runs may ask for other values of them.
+        growing: fields of the manifest that a later run may extend.
     """
 
     name: str
@@ -76,6 +80,7 @@ class DirectoryKind:
     results_name: str
     remains: tuple[str, ...] = ()
     settled: tuple[str, ...] = ()
+    growing: tuple[str, ...] = ()
 
 
 class ClaimedDirectory:
@@ -90,6 +95,9 @@ class ClaimedDirectory:
             manifest has, and what this run has.
         user: the name of this run in errors, such as ``"one"`` in "this one has ...".
         read_only: the directory must exist, and it is not changed. Other runs may claim it in the meantime.
+        extend: given the manifest of an existing directory with the same identity and the content of this run, returns
+            the content that this run goes on with. It may differ from the manifest in the fields that grow, and all
+            results must be valid under it. None: the run cannot go on with this directory.
 
     Attributes:
         path: the directory.
@@ -112,14 +120,18 @@ class ClaimedDirectory:
         difference: Callable[[str, Any, Any], tuple[str, str]],
         user: str,
         read_only: bool = False,
+        extend: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any] | None] | None = None,
     ) -> None:
         self.path = local_directory(directory, kind.short_name)
-        self._kind, self._difference, self._user = kind, difference, user
+        self._kind, self._difference, self._user, self._extend = kind, difference, user, extend
         self._lock: Lock | None = None
         content = as_json(content)
         if read_only:
             self.manifest = read_manifest(directory, kind)
-            self._require_same(content)
+            wanted = self._extended(content)
+            if wanted is content:
+                self._require_same(content)
+            self.manifest |= {field: wanted[field] for field in kind.growing}
         else:
             for folder in (self.path, *(found for pattern in kind.folders for found in self.path.glob(pattern))):
                 remove_leftovers(folder)
@@ -128,7 +140,11 @@ class ClaimedDirectory:
         self.key = hashlib.sha256(json.dumps(self.manifest["identity"], sort_keys=True).encode()).hexdigest()
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_lock": None}  # a copy holds no lock
+        return vars(self) | {"_lock": None, "_extend": None}  # a copy holds no lock, and claims nothing
+
+    def release(self) -> None:
+        """Let others take the directory. Files can still be read."""
+        self._lock = None  # other runs of this process may share it
 
     def require_unchanged(self) -> None:
         """Check that the directory still belongs to this run. Call it before a file is written.
@@ -151,17 +167,22 @@ class ClaimedDirectory:
         if not os.path.lexists(path):
             return self._create(content)
         self.manifest = read_manifest(self.path, self._kind)
+        wanted = self._extended(content)
         try:
             opened = Lock(path)
             lock = _held.get(_key(opened), opened)
-            if lock is not opened and self._is_same(content):
+            if lock is not opened and self._is_same(wanted):
                 self._lock = lock
                 return True
             alone = lock.take(wait=False)
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ESTALE):
                 return False
-            self._require_same(content)  # no locks here
+            # No locks here. At worst, two runs add different data, and one of them is refused when it writes.
+            if self._grows(wanted, content):
+                self._write(wanted, replace=True)
+            else:
+                self._require_same(wanted)
             return True
         try:
             if not alone and not lock.take(shared=True, wait=False):
@@ -172,14 +193,23 @@ class ClaimedDirectory:
             if not lock.is_on(path):
                 return False
             self.manifest = read_manifest(self.path, self._kind)
-            if alone and not self._is_same(content) and not self._has_results():
+            wanted = self._extended(content)
+            if alone and not self._is_same(wanted) and not self._has_results():
                 self._replace(content)
+                return True
+            if alone and self._grows(wanted, content):
+                self._write(wanted, replace=True)
                 return True
             if alone:
                 lock.take(shared=True)
                 if not lock.is_on(path):
                     return False
-            self._require_same(content)
+            if self._grows(wanted, content):
+                raise ValueError(
+                    f'another process is writing to {self._kind.short_name} "{self.path}", so that it cannot grow now;'
+                    " wait until that process has ended"
+                )
+            self._require_same(wanted)
             self._lock = lock
             _held[_key(lock)] = lock
             return True
@@ -231,13 +261,25 @@ class ClaimedDirectory:
     def _compared(self, content: dict[str, Any]) -> dict[str, Any]:
         apart = ("format", "checksum", "identity", *self._kind.settled)
         identity: dict[str, Any] = content["identity"]
-        return {field: value for field, value in content.items() if field not in apart} | identity
+        return identity | {field: value for field, value in content.items() if field not in apart}
 
     def _differing(self, content: dict[str, Any]) -> list[tuple[str, Any, Any]]:
         """Fields in which this run differs from the manifest: name, value of the manifest, value of this run."""
         stored, wanted = self._compared(self.manifest), self._compared(content)
         fields = [(field, stored.get(field), mine) for field, mine in wanted.items()]
         return [(field, theirs, mine) for field, theirs, mine in fields if not are_same(theirs, mine)]
+
+    def _extended(self, content: dict[str, Any]) -> dict[str, Any]:
+        """The content that this run goes on with in the existing directory; the same object if it cannot."""
+        others = [field for field, *_ in self._differing(content) if field not in self._kind.growing]
+        found = None if self._extend is None or others else self._extend(self.manifest, content)
+        if found is None:
+            return content
+        return as_json(found | {field: self.manifest[field] for field in self._kind.settled})  # type: ignore[no-any-return]
+
+    def _grows(self, wanted: dict[str, Any], content: dict[str, Any]) -> bool:
+        """Whether the directory has to grow for what :meth:`_extended` gave for some content."""
+        return wanted is not content and not self._is_same(wanted)
 
     def _is_same(self, content: dict[str, Any]) -> bool:
         return not self._differing(content)
