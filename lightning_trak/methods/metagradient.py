@@ -3,7 +3,7 @@
 import copy
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning as L
@@ -17,7 +17,7 @@ from lightning_trak.methods.examples import Examples
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import declared_output, target_output, trained_output
 from lightning_trak.replay.differentiating import Differentiated
-from lightning_trak.replay.losses import declared_losses
+from lightning_trak.replay.losses import Losses, declared_losses
 from lightning_trak.replay.recording import Recording
 from lightning_trak.replay.reweighted import Reweighted
 from lightning_trak.replay.smoothness import SMOOTH_VALUE, advice, quick_value
@@ -37,18 +37,20 @@ class Metagradient(Method):
     The derivative goes back through all optimizer steps of the recording (MAGIC, Ilyas and Engstrom 2025,
     arXiv 2504.16430), which are computed again. It is that of one run: another seed is another run. It predicts
     removals only if training is smooth; a large learning rate, Adam without ``eps_root`` (see
-    :class:`~lightning_trak.replay.SmoothAdamW`) or half precision make it large and useless.
+    :class:`~lightning_trak.replay.SmoothAdamW`) or half precision make it large and useless. The mean of several runs
+    says more of yet other runs.
 
     Each step is checked against the recorded run: the loss that ``training_step`` returned must be the mean of the
     examples' losses, and the optimizer's step must be the one that is differentiated.
 
     Args:
         model: the LightningModule that was trained, or one of the same class and options. Its weights do not matter.
-        recording: the directory of a :class:`~lightning_trak.TrainingRecorder`.
+        recording: the directory of a :class:`~lightning_trak.TrainingRecorder`, or a sequence of them: scores are then
+            the mean over these runs of the same model on the same data.
         output: the scalar output to attribute; default: the model's ``configure_model_output()``.
         losses: ``(module, batch) -> losses`` of shape ``(batch,)``, whose mean ``training_step`` returns; default: the
             loss of the output.
-        last_steps: differentiate only this many steps, the last ones; default: all.
+        last_steps: differentiate only this many steps of a run, the last ones; default: all.
         block_size: how many targets go through the graph of a step at once; default: as many as fit in half a gigabyte.
         micro_batch_size: how many examples are differentiated at once; default: those of a batch of training. A smaller
             number takes less memory. Scores are the same up to rounding.
@@ -71,7 +73,7 @@ class Metagradient(Method):
     def __init__(
         self,
         model: nn.Module,
-        recording: str | os.PathLike[str],
+        recording: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
         *,
         output: ModelOutput | None = None,
         losses: Callable[[nn.Module, Any], Tensor] | None = None,
@@ -91,12 +93,20 @@ class Metagradient(Method):
         if losses is None:
             self.output.loss(torch.zeros(1))  # refuses before long work if the output does not determine the loss
         self.losses = losses
-        self.recording = Recording(recording)
-        self.recording.require_finished()
-        total = self.recording.num_steps
-        self.last_steps = total if last_steps is None else positive("last_steps", last_steps)
-        if self.last_steps > total:
-            raise ValueError(f"last_steps is {last_steps}, but the recorded run has {total} steps")
+        directories = [recording] if isinstance(recording, (str, os.PathLike)) else list(recording)
+        self.recordings = [Recording(directory) for directory in directories]
+        if not self.recordings:
+            raise ValueError("recording is empty; pass the directory of a TrainingRecorder, or several")
+        if len({run.path.resolve() for run in self.recordings}) < len(self.recordings):
+            raise ValueError(f"recording names a directory twice: {[str(run.path) for run in self.recordings]}")
+        self.last_steps = None if last_steps is None else positive("last_steps", last_steps)
+        for run in self.recordings:
+            run.require_finished()
+            if self.last_steps is not None and self.last_steps > run.num_steps:
+                raise ValueError(
+                    f'last_steps is {last_steps}, but the run in "{run.path}" has {run.num_steps} steps; take a'
+                    " smaller number, or None for all"
+                )
         self.block_size = None if block_size is None else positive("block_size", block_size)
         self.micro_batch_size = None if micro_batch_size is None else positive("micro_batch_size", micro_batch_size)
         self.check_smooth = check_smooth
@@ -125,41 +135,53 @@ class Metagradient(Method):
         asked = target_output(output, self.output) or self.output
         with isolated_random_states(), torch.inference_mode(False):
             train_set, target_set = Examples(train, "fit", trainer), Examples(targets, "predict", trainer)
-            output = copy.deepcopy(self.output)
-            first = self.recording.num_steps - self.last_steps
-            device, losses = trainer.strategy.root_device, declared_losses(output, self.losses)
-            run = Differentiated(
-                self.model,
-                self.recording,
-                train_set.loader,
-                train_set.datamodule,
-                device,
-                losses,
-                first=first,
-                block=self.block_size,
-                micro_batch=self.micro_batch_size,
-                progress_bar=self.progress_bar,
-            )
-            if run.normalizes_batches:
-                warnings.warn(
-                    "the model has batch normalization in train mode: an example with weight 0 is still part of the"
-                    " batch's statistics, so scores say what its loss did, not what its removal from the data does",
-                    stacklevel=2,
-                )
-            if run.rounds_steps:
-                warnings.warn(
-                    "the optimizer rounds its steps (torch's Muon orthogonalizes in bfloat16), so scores are those of"
-                    " the same steps without rounding",
-                    stacklevel=2,
-                )
+            device = trainer.strategy.root_device
+            runs = [self._differentiated(recording, train_set, device) for recording in self.recordings]
             if self.check_smooth:
-                again = self.model, self.recording, train_set.loader, train_set.datamodule, device, losses
-                value = quick_value(Reweighted(*again, first=first, check_losses=False))
-                if not value >= SMOOTH_VALUE:
-                    warnings.warn(
-                        f"this run is not smooth: metasmoothness {value:.2f}, smooth from {SMOOTH_VALUE}."
-                        f" {advice(self.recording)} metasmoothness() says more, and check_smooth=False leaves this"
-                        " check out",
-                        stacklevel=2,
-                    )
-            return run.scores(copy.deepcopy(asked), target_set.loader, target_set.datamodule)
+                for recording in self.recordings:
+                    self._warn_if_not_smooth(recording, train_set, device)
+            parts = [run.scores(copy.deepcopy(asked), target_set.loader, target_set.datamodule) for run in runs]
+            return torch.stack(parts).mean(0)
+
+    def _losses(self) -> Losses:
+        return declared_losses(copy.deepcopy(self.output), self.losses)
+
+    def _first(self, recording: Recording) -> int:
+        return 0 if self.last_steps is None else recording.num_steps - self.last_steps
+
+    def _differentiated(self, recording: Recording, train: Examples, device: torch.device) -> Differentiated:
+        run = Differentiated(
+            self.model,
+            recording,
+            train.loader,
+            train.datamodule,
+            device,
+            self._losses(),
+            first=self._first(recording),
+            block=self.block_size,
+            micro_batch=self.micro_batch_size,
+            progress_bar=self.progress_bar,
+        )
+        if run.normalizes_batches:
+            warnings.warn(
+                "the model has batch normalization in train mode: an example with weight 0 is still part of the"
+                " batch's statistics, so scores say what its loss did, not what its removal from the data does",
+                stacklevel=4,
+            )
+        if run.rounds_steps:
+            warnings.warn(
+                "the optimizer rounds its steps (torch's Muon orthogonalizes in bfloat16), so scores are those of the"
+                " same steps without rounding",
+                stacklevel=4,
+            )
+        return run
+
+    def _warn_if_not_smooth(self, recording: Recording, train: Examples, device: torch.device) -> None:
+        again = self.model, recording, train.loader, train.datamodule, device, self._losses()
+        value = quick_value(Reweighted(*again, first=self._first(recording), check_losses=False))
+        if not value >= SMOOTH_VALUE:
+            warnings.warn(
+                f'the run in "{recording.path}" is not smooth: metasmoothness {value:.2f}, smooth from {SMOOTH_VALUE}.'
+                f" {advice(recording)} metasmoothness() says more, and check_smooth=False leaves this check out",
+                stacklevel=3,
+            )

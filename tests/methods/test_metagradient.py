@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_trak import Metagradient
 from lightning_trak.outputs import ClassificationMargin, ModelOutput, NegativeLoss
+from lightning_trak.replay import Recording
 from tests.callback_nets import make_trainer
 from tests.methods.metagradients import (
     DATA,
@@ -71,7 +72,7 @@ def test_parts_of_the_run_add_up(recorded: Any, tmp_path: Path) -> None:
     module, directory, trainer, expected = recorded
     parts = [attribute(module, directory, trainer, last_steps=steps) for steps in range(1, 13)]
     assert torch.equal(parts[-1], expected)
-    last = Metagradient(module, directory).recording.record(11).micro_batches[0].positions
+    last = Recording(directory).record(11).micro_batches[0].positions
     assert sorted(parts[0].abs().sum(0).nonzero().flatten().tolist()) == sorted(last)
     # Training from the state in the middle, recorded as a run of its own, has the scores of the last steps.
     module = Net(optimizer=OPTIMIZERS["sgd"])
@@ -231,7 +232,7 @@ def test_what_does_not_fit_the_recording(recorded: Any, tmp_path: Path) -> None:
     nan = TensorDataset(torch.full((1, 4), float("nan")), torch.zeros(1, dtype=torch.int64), torch.zeros(1))
     with pytest.raises(ValueError, match="output at target 0 is nan"):
         attribute(module, directory, trainer, nan)
-    with pytest.raises(ValueError, match="last_steps is 13, but the recorded run has 12 steps"):
+    with pytest.raises(ValueError, match=r"last_steps is 13, but the run in .* has 12 steps; take a smaller number"):
         attribute(module, directory, trainer, last_steps=13)
     for name in ("last_steps", "block_size", "micro_batch_size"):
         with pytest.raises(ValueError, match=f"`{name}` to be a positive integer"):
@@ -242,6 +243,27 @@ def test_what_does_not_fit_the_recording(recorded: Any, tmp_path: Path) -> None:
         attribute(module, directory, trainer, losses=lambda module, batch: F.cross_entropy(module(batch[0]), batch[1]))
     output = NegativeLoss(lambda module, batch: F.cross_entropy(module(batch[0]), batch[1], reduction="none"))
     assert attribute(module, directory, trainer, output=output).shape == (3, 12)
+
+
+def test_several_runs(tmp_path: Path) -> None:
+    """Scores are the mean over runs; bad input is refused before any of them is differentiated."""
+    directories = [tmp_path / "first", tmp_path / "second"]
+    for seed, directory in enumerate(directories):
+        torch.manual_seed(seed)
+        module = Net()
+        trainer = train(module, DATA, directory, max_epochs=2 + seed)
+    alone = [attribute(module, directory, trainer) for directory in directories]
+    assert (alone[0] - alone[1]).norm() > 1e-3 * alone[0].norm()
+    torch.testing.assert_close(attribute(module, directories, trainer), (alone[0] + alone[1]) / 2)
+    last = [attribute(module, directory, trainer, last_steps=3) for directory in directories]
+    torch.testing.assert_close(attribute(module, directories, trainer, last_steps=3), (last[0] + last[1]) / 2)
+    with pytest.raises(ValueError, match="recording is empty"):
+        Metagradient(module, [])
+    with pytest.raises(ValueError, match="names a directory twice"):
+        Metagradient(module, [directories[0], str(tmp_path / "second" / ".." / "first")])
+    steps = Recording(directories[0]).num_steps
+    with pytest.raises(ValueError, match=rf'the run in ".*first" has {steps} steps'):
+        Metagradient(module, directories[::-1], last_steps=steps + 1)
 
 
 def test_a_run_that_diverges(tmp_path: Path) -> None:
