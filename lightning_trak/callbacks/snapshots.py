@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_trak.callbacks.runs import runs_in
+from lightning_trak.callbacks.runs import run_from, runs_in
 from lightning_trak.checkpoints.names import canonical_name
 from lightning_trak.checkpoints.series import ParameterGroup, SnapshotSeries
 from lightning_trak.checkpoints.weights import is_extra_state, without_extra_state
@@ -56,6 +56,11 @@ class TRAKCallback(Callback):
         train_time_interval: save after an optimizer step if this much time has passed since the last such save. The
             clock of rank zero decides.
         save_last: save when training ends, unless the last step is saved already.
+        overwrite: delete the snapshots of another run when training starts. Other files stay. Only on file systems with
+            locks, and not while another run writes there.
+        exist_ok: a run that starts from the same weights as an earlier one, such as the same script with the same seed,
+            takes its directory: it starts again, and its snapshots replace the earlier ones. Both runs need this
+            option. Another run is refused.
 
     Raises:
         ValueError: if several triggers are given, or one is not positive. In ``setup``: if two callbacks of a Trainer
@@ -79,6 +84,8 @@ class TRAKCallback(Callback):
         every_n_train_steps: int | None = None,
         train_time_interval: timedelta | None = None,
         save_last: bool = True,
+        overwrite: bool = False,
+        exist_ok: bool = False,
     ) -> None:
         counts = {"every_n_epochs": every_n_epochs, "every_n_train_steps": every_n_train_steps}
         seconds = None if train_time_interval is None else train_time_interval.total_seconds()
@@ -97,6 +104,8 @@ class TRAKCallback(Callback):
         self.every_n_train_steps = every_n_train_steps
         self.train_time_interval = train_time_interval
         self.save_last = save_last
+        self.overwrite = overwrite
+        self.exist_ok = exist_ok
         self._series: SnapshotSeries | None = None  # None: nothing is to be saved
         self._run: str | None = None
         self._resumed_runs: list[str] = []
@@ -157,7 +166,7 @@ class TRAKCallback(Callback):
         }
 
     def _open(self, series: SnapshotSeries, step: int, state_dict: dict[str, Any]) -> tuple[str, int]:
-        without_extra_state(state_dict, "the module's state dict")  # fail now, not after hours of training
+        weights = without_extra_state(state_dict, "the module's state dict")  # fail now, not after hours of training
         extra = [name for name in state_dict if is_extra_state(name)]
         if extra:
             rank_zero_warn(
@@ -165,11 +174,13 @@ class TRAKCallback(Callback):
                 " attribution keeps its own"
             )
         if self._resumed_runs:
-            manifest = series.resume(self._resumed_runs, step)
+            manifest = series.resume(self._resumed_runs, step, self.overwrite)
         elif self._run is not None and self._saved_step <= step:  # fit again with the same Trainer
-            manifest = series.resume([self._run], step)
+            manifest = series.resume([self._run], step, self.overwrite)
+        elif self.exist_ok:
+            manifest = series.resume([run_from(step, weights)], step, self.overwrite)
         else:
-            return series.begin(), 0
+            return series.begin(self.overwrite), 0
         return manifest.run, max((snapshot.step for snapshot in manifest.snapshots), default=0)
 
     @override

@@ -57,7 +57,11 @@ class AttributionTrainer(L.Trainer):
     """A Trainer with a method for each subcommand that Lightning does not have."""
 
     def featurize(
-        self, method: FeatureMethod, datamodule: L.LightningDataModule, shard_size: int | None = None
+        self,
+        method: FeatureMethod,
+        datamodule: L.LightningDataModule,
+        shard_size: int | None = None,
+        overwrite: bool = False,
     ) -> None:
         """Store the features of the training data at every checkpoint. An interrupted call is continued.
 
@@ -65,8 +69,9 @@ class AttributionTrainer(L.Trainer):
             method: the method that featurizes.
             datamodule: its ``train_dataloader`` has the training data.
             shard_size: examples per file if the store is new.
+            overwrite: delete a store of other settings or data, and features at other checkpoints.
         """
-        method.featurize(self, datamodule, shard_size)
+        method.featurize(self, datamodule, shard_size, overwrite=overwrite)
 
     def score(
         self,

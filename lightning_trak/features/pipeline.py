@@ -99,7 +99,12 @@ class FeaturePipeline:
         return model
 
     def featurize(
-        self, trainer: L.Trainer, data: Data, shard_size: int | None, require_enough: Callable[[int, int], None]
+        self,
+        trainer: L.Trainer,
+        data: Data,
+        shard_size: int | None,
+        require_enough: Callable[[int, int], None],
+        overwrite: bool = False,
     ) -> None:
         """Store the features of the training set at every checkpoint. An interrupted call is continued.
 
@@ -109,6 +114,7 @@ class FeaturePipeline:
             shard_size: examples per file if the store is new; None: about 1024, or a quarter of the data.
             require_enough: called with the number of examples and the number of features; raises if there are too few
                 examples.
+            overwrite: see :class:`~lightning_trak.features.featurizing.Featurizing`.
 
         Raises:
             ValueError: if the store was made with other settings, an example's features are not finite, or the
@@ -126,7 +132,15 @@ class FeaturePipeline:
         require_enough(num_examples, dim)
         default = _default_shard_size(num_examples, loader)
         shard_size = default if shard_size is None else positive("shard_size", shard_size)
-        store = FeatureStore(self._directory, depends_on, num_examples, shard_size, user=self._user, sample=sample)
+        store = FeatureStore(
+            self._directory,
+            depends_on,
+            num_examples,
+            shard_size,
+            user=self._user,
+            sample=sample,
+            overwrite=overwrite,
+        )
         self._require_engine(store, model.sharded)
         needed = {"context": model.output.context_size, "projection": self.settings.projection.sample_size}
         extras = [name for name, size in needed.items() if size]

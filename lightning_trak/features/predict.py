@@ -92,7 +92,7 @@ class ExtractorModule(PredictModule):
     def release(self) -> None:
         """Release the model, the engine and the projections."""
         super().release()
-        del self.copied
+        del self.copied, self._store  # a Trainer that keeps this module must not keep others from the store
         self._engine = self._extractor = None
         self._bound.clear()
 

@@ -37,8 +37,9 @@ from lightning_trak.features.growth import Sample, ShardRanges, parts_with, sett
 from lightning_trak.features.identity import describe_difference
 from lightning_trak.features.rows import Features, StoredFeatures, misfit
 from lightning_trak.features.store_schemas import KIND, SHARD_HEADER
-from lightning_trak.storage.claims import ClaimedDirectory, read_manifest
+from lightning_trak.storage.claims import ClaimedDirectory
 from lightning_trak.storage.files import altered, load_metadata, save_tensors, tensor_digest
+from lightning_trak.storage.manifests import read_manifest
 from lightning_trak.storage.paths import local_directory
 from lightning_trak.texts.printable import counted
 
@@ -57,6 +58,8 @@ class FeatureStore(StoredExtras):
         user: the name of the method that opens the store, in errors.
         sample: a digest of eight of the first examples of the training set, given how many. A store whose data have
             grown at their end can go on with it. None: data are compared by their size alone.
+        overwrite: whether to delete what is not of this run: a store of another identity or of other data, and features
+            at other checkpoints.
 
     Attributes:
         key: a digest of the identity and of the data that the store began with. Extras are stored with it.
@@ -79,6 +82,7 @@ class FeatureStore(StoredExtras):
         read_only: bool = False,
         user: str = "TRAK",
         sample: Sample | None = None,
+        overwrite: bool = False,
     ) -> None:
         if not read_only and (num_examples is None or num_examples < 1 or shard_size < 1):
             raise ValueError(f"num_examples and shard_size must be at least 1, got {num_examples=} and {shard_size=}")
@@ -87,22 +91,34 @@ class FeatureStore(StoredExtras):
         shared = {name: value for name, value in identity.items() if name != "checkpoints"}
         content = {"identity": shared, "shard_size": shard_size, "data": new}
 
+        self.directory = path = local_directory(directory, "store")
+
         def extend(manifest: dict[str, Any], content: dict[str, Any]) -> dict[str, Any] | None:
-            settled = settled_parts(self.directory, manifest) or (manifest["data"] if read_only else None)
+            settled = settled_parts(path, manifest) or (manifest["data"] if read_only else None)
             parts = None if settled is None else parts_with(settled, num_examples, sample)
             return None if parts is None else content | {"data": parts}
 
-        self.directory = local_directory(directory, "store")
-        self._directory = ClaimedDirectory(directory, KIND, content, describe_difference, user, read_only, extend)
+        self.checkpoints: list[str] = identity["checkpoints"]
+        self.num_checkpoints = len(self.checkpoints)
+        self.first = [self.checkpoints.index(key) for key in dict.fromkeys(self.checkpoints)]
+        folders = {self.folder(checkpoint).name for checkpoint in self.first}
+        self._directory = ClaimedDirectory(
+            directory,
+            KIND,
+            content,
+            describe_difference,
+            user,
+            read_only,
+            extend,
+            overwrite,
+            own=lambda path: "/" not in path or path.split("/")[0] in folders,
+        )
         manifest = self._directory.manifest
         self.shard_size: int = manifest["shard_size"]
         self._parts: list[dict[str, Any]] = manifest["data"]
         self.num_examples: int = self._parts[-1]["num_examples"]
         self._ranges = ShardRanges([part["num_examples"] for part in self._parts], self.shard_size)
         self.num_shards = self._ranges.count
-        self.checkpoints: list[str] = identity["checkpoints"]
-        self.num_checkpoints = len(self.checkpoints)
-        self.first = [self.checkpoints.index(key) for key in dict.fromkeys(self.checkpoints)]
         self.key = _digest([manifest["identity"], self._parts[0]])
         self._k: int | None = None  # features per example, known once a shard was read or written
 

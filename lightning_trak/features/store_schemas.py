@@ -4,7 +4,7 @@ from typing import Any
 
 from lightning_trak.features.dtypes import NAMES
 from lightning_trak.storage import schemas
-from lightning_trak.storage.claims import DirectoryKind
+from lightning_trak.storage.manifests import DirectoryKind
 
 FORMAT_VERSION = 5
 _MAX_SIZE = 1 << 40
@@ -57,6 +57,12 @@ KIND = DirectoryKind(
     results_name="shards",
     settled=("shard_size",),
     growing=("data",),
+    files=(
+        r"engine-[0-9a-f]{16}\.json",
+        r"examples\.safetensors",
+        r"checkpoint-[^/]{1,16}/(shard-\d{5,}|context|projection|gram-(gauss_newton|identity)|kernel(-\d{5,})?)\.safetensors",
+    ),
+    readers="readers.lock",
 )
 HEADER = {
     "sha256": schemas.sha256,

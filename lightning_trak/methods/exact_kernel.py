@@ -5,14 +5,16 @@ from pathlib import Path
 import lightning as L
 import torch
 from torch import nn
-from typing_extensions import override
+from typing_extensions import Unpack, override
 
 from lightning_trak.checks import require_one_of
 from lightning_trak.features.engines import EngineName
+from lightning_trak.features.featurizing import Featurizing
 from lightning_trak.features.rows import Features
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.gradients import ParameterSelection
-from lightning_trak.methods.feature import Checkpoints, FeatureMethod
+from lightning_trak.methods.feature import FeatureMethod
+from lightning_trak.methods.options import Checkpoints
 from lightning_trak.methods.rescoring import ExactScores
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.projections.factors import GradientFactors
@@ -108,20 +110,23 @@ class ExactKernel(FeatureMethod):
         self.soft_threshold = soft_threshold
 
     @override
-    def featurize(self, trainer: L.Trainer, data: Data, shard_size: int | None = None) -> None:
+    def featurize(
+        self, trainer: L.Trainer, data: Data, shard_size: int | None = None, **how: Unpack[Featurizing]
+    ) -> None:
         """Store the gradients of the training set and their inner products. An interrupted call is continued.
 
         Args:
             trainer: a Trainer whose strategy keeps the whole model on each rank (one device, DDP).
             data: as for TRAK. Examples that have positions, such as tokens, must all have one length.
             shard_size: as for TRAK.
+            **how: as for TRAK.
 
         Raises:
             ValueError: if the store was made with other settings, a gradient is not finite, an example has more
                 positions than the first ones, or the strategy splits the model.
         """
         require_whole_parameters(trainer)
-        super().featurize(trainer, data, shard_size)
+        super().featurize(trainer, data, shard_size, **how)
         pipeline = self._pipeline()
         scorer = self.make_scorer(pipeline.open(pipeline.copy_model(), trainer))
         scorer.make_kernels(trainer.strategy.root_device, Ranks.of(trainer))

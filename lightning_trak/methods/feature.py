@@ -3,18 +3,19 @@
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypedDict, cast, overload
+from typing import Any, cast, overload
 
 import lightning as L
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from typing_extensions import Unpack, override
 
-from lightning_trak.checkpoints.reading import CheckpointSource, masks_of, resolve_checkpoints
+from lightning_trak.checkpoints.reading import masks_of, resolve_checkpoints
 from lightning_trak.checks import positive
 from lightning_trak.compatibility import original_module
 from lightning_trak.features.dtypes import Dtype, feature_dtype
 from lightning_trak.features.engines import EngineName
+from lightning_trak.features.featurizing import Featurizing
 from lightning_trak.features.identity import Contents
 from lightning_trak.features.pipeline import FeaturePipeline
 from lightning_trak.features.rows import Features
@@ -24,6 +25,7 @@ from lightning_trak.gradients import ParameterSelection
 from lightning_trak.methods.base import Method
 from lightning_trak.methods.examples import Examples
 from lightning_trak.methods.influence.passes import Passes, without_gradients
+from lightning_trak.methods.options import Checkpoints
 from lightning_trak.methods.questions import Positions, Question, is_positions, target_rows, train_columns
 from lightning_trak.methods.rescoring import ExactScores, SecondStage
 from lightning_trak.outputs import ModelOutput
@@ -38,21 +40,6 @@ from lightning_trak.scoring.predict import ScoreModule
 from lightning_trak.scoring.targets import Kept, score_targets
 from lightning_trak.scoring.topk import BothEnds, TopK
 from lightning_trak.storage.paths import local_directory
-
-Checkpoints = Sequence[CheckpointSource] | CheckpointSource  # in this order a command line can tell them apart
-
-
-class FeatureOptions(TypedDict, total=False):
-    """The keyword arguments of all methods over features, see :class:`FeatureMethod`."""
-
-    output: ModelOutput | None
-    projection: Projection | None
-    parameters: ParameterSelection
-    engine: EngineName
-    seed: int
-    dtype: Dtype | None
-    weights_only: bool
-    audit: int
 
 
 class FeatureMethod(Method):
@@ -135,8 +122,13 @@ class FeatureMethod(Method):
             raise ValueError(f"attribute takes one set of targets, got {len(scores)} loaders; use score for several")
         return scores
 
-    def featurize(self, trainer: L.Trainer, data: Data, shard_size: int | None = None) -> None:
-        """Compute and store the features of the training set at every checkpoint. An interrupted call is continued.
+    def featurize(
+        self, trainer: L.Trainer, data: Data, shard_size: int | None = None, **how: Unpack[Featurizing]
+    ) -> None:
+        """Compute and store the features of the training set at every checkpoint, as far as the store lacks them.
+
+        So an interrupted call is continued, and the store can grow: by checkpoints, and by examples at the end of the
+        data.
 
         Args:
             trainer: a Trainer whose strategy keeps the whole model on each rank (one device, DDP), or shards it with
@@ -146,12 +138,13 @@ class FeatureMethod(Method):
                 without random augmentation.
             shard_size: examples per file if the store is new. A rank does a whole file at a time. Default: about 1024,
                 or a quarter of the data if that is less.
+            **how: ``overwrite``, see :class:`~lightning_trak.features.featurizing.Featurizing`.
 
         Raises:
             ValueError: if the store was made with other settings, an example's features are not finite, the strategy
                 splits the model in another way, or it shards a model that hooks do not cover.
         """
-        self._pipeline().featurize(trainer, data, shard_size, self._require_enough)
+        self._pipeline().featurize(trainer, data, shard_size, self._require_enough, **how)
         self._train = data
 
     @overload

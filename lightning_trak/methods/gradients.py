@@ -8,8 +8,9 @@ from typing_extensions import Unpack
 from lightning_trak.checks import require_one_of
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.gradients import select_parameters
-from lightning_trak.methods.feature import Checkpoints, FeatureMethod, FeatureOptions
+from lightning_trak.methods.feature import FeatureMethod
 from lightning_trak.methods.learning_rates import LearningRates, resolve_learning_rates
+from lightning_trak.methods.options import Checkpoints, FeatureOptions
 from lightning_trak.scoring.gradient import EffectOn, GradientCosineScorer, GradientDotScorer
 
 

@@ -78,6 +78,8 @@ class RetrainingFleet:
             Dataset), collate function, workers and ``drop_last`` of ``train``, always in random order.
         keep_weights: whether to keep the final weights of each member, so that :meth:`split` can make checkpoints of
             them. Members of a fleet that ran without are trained again, to the same outputs.
+        overwrite: whether to delete the members of another fleet that the directory holds. A fleet with the same
+            settings is continued. Other files stay, and so does a fleet that another process uses.
 
     Attributes:
         masks: as given.
@@ -110,6 +112,7 @@ class RetrainingFleet:
         output: ModelOutput | None = None,
         make_loader: Callable[[Dataset[Any]], DataLoader[Any]] | None = None,
         keep_weights: bool = False,
+        overwrite: bool = False,
     ) -> None:
         self.directory = local_directory(directory, "fleet")
         self.make_module = make_module
@@ -117,6 +120,7 @@ class RetrainingFleet:
         self.num_seeds = num_seeds
         self.seed = seed
         self.keep_weights = keep_weights
+        self._overwrite = overwrite
         self._nothing_twice = NothingTwice()
         with seeded(seed), quiet():
             module, trainer = self._new_module(), self._new_trainer()
@@ -160,7 +164,8 @@ class RetrainingFleet:
         Raises:
             ValueError: if the directory holds a fleet of other data, subsets or settings, naming the first difference.
         """
-        return MemberStore(self.directory, self._identity, self.masks, keeps_weights=self.keep_weights)
+        settings = {"keeps_weights": self.keep_weights, "overwrite": self._overwrite}
+        return MemberStore(self.directory, self._identity, self.masks, **settings)
 
     @property
     def outputs(self) -> Tensor:

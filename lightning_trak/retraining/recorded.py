@@ -56,6 +56,7 @@ class RecordedFleet:
         output: the output to keep; default: the model's ``configure_model_output()``.
         losses: ``(module, batch) -> losses`` of shape ``(batch,)``, whose mean ``training_step`` returns; default: the
             loss of the output.
+        overwrite: as for :class:`RetrainingFleet`.
 
     Attributes:
         masks: as given.
@@ -87,6 +88,7 @@ class RecordedFleet:
         *,
         output: ModelOutput | None = None,
         losses: Callable[[nn.Module, Any], Tensor] | None = None,
+        overwrite: bool = False,
     ) -> None:
         require_whole_parameters(trainer)
         if trainer.world_size > 1:
@@ -95,6 +97,7 @@ class RecordedFleet:
                 ' divide the members among processes by run(part="1/2") and run(part="2/2")'
             )
         self.directory = local_directory(os.fspath(directory), "fleet")
+        self._overwrite = overwrite
         module = original_module(model)
         self.output = copy.deepcopy(declared_output(module, output))
         if self.output.context_size:
@@ -140,7 +143,7 @@ class RecordedFleet:
             ValueError: if the directory holds a fleet of another run, other data, masks, hardware or versions, naming
                 the first difference.
         """
-        return MemberStore(self.directory, self._identity, self.masks)
+        return MemberStore(self.directory, self._identity, self.masks, overwrite=self._overwrite)
 
     @property
     def outputs(self) -> Tensor:

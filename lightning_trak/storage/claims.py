@@ -25,6 +25,11 @@ the new manifest. Another process that opens the directory at this moment may be
 A directory may grow: a run with the same identity may extend some fields of the manifest, if all results stay valid
 under the new one. It replaces the manifest in the same way, when no other run is alive.
 
+A run may overwrite: the files of a run with another identity are deleted, and the manifest is replaced. This also needs
+an exclusive lock, on the manifest and on the file that readers share a lock on, so that no other process uses the
+directory. A process that is killed on the way leaves fewer files of the old run, and still its manifest. Only files
+whose names this package gives are deleted.
+
 If the file system has no locks, the first run keeps the directory, since others cannot know whether it is alive. The
 same holds if a user has no permission to lock the manifest.
 """
@@ -36,51 +41,19 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
-from lightning_trak.storage.files import DamagedFileError, json_text, read_json, remove_leftovers, write_atomically
+from lightning_trak.storage.discarding import discard, without_readers
+from lightning_trak.storage.files import json_text, remove_leftovers, write_atomically
 from lightning_trak.storage.locks import Lock
+from lightning_trak.storage.manifests import MANIFEST, DirectoryKind, read_manifest
 from lightning_trak.storage.paths import local_directory
-from lightning_trak.storage.schemas import Schema, anything, are_same, as_json, parse_json, record, with_checksum
-
-MANIFEST = "manifest.json"
+from lightning_trak.storage.schemas import are_same, as_json, parse_json, with_checksum
 
 # The locks of this process, by process id and file. Runs of one process share a lock, and the newest may replace it.
 _held: WeakValueDictionary[tuple[int, int, int], Lock] = WeakValueDictionary()
-
-
-@dataclass(frozen=True)
-class DirectoryKind:
-    """A kind of directory, and what all directories of this kind have in common.
-
-    Attributes:
-        name: its name in the message that there is none, such as ``"feature store"``.
-        short_name: its name in other messages, such as ``"store"``.
-        version: the ``"format"`` in the manifest that this version reads.
-        schema: the schema of the manifest, with a checksum. A function at the top of a module can be pickled.
-        advice: what to do if there is no such directory, such as ``"call featurize first"``.
-        folders: patterns of the folders in the directory that files are written to.
-        results: pattern of result files. If a directory has one, its identity cannot be replaced.
-        results_name: the name of results in messages, such as ``"shards"``.
-        remains: patterns of other files that lose their meaning with the identity.
-        settled: fields of the manifest that the first run decides. Later runs may ask for other values of them.
-        growing: fields of the manifest that a later run may extend.
-    """
-
-    name: str
-    short_name: str
-    version: int
-    schema: Schema
-    advice: str
-    folders: tuple[str, ...]
-    results: str
-    results_name: str
-    remains: tuple[str, ...] = ()
-    settled: tuple[str, ...] = ()
-    growing: tuple[str, ...] = ()
 
 
 class ClaimedDirectory:
@@ -98,6 +71,9 @@ class ClaimedDirectory:
         extend: given the manifest of an existing directory with the same identity and the content of this run, returns
             the content that this run goes on with. It may differ from the manifest in the fields that grow, and all
             results must be valid under it. None: the run cannot go on with this directory.
+        overwrite: whether to delete what another run has left.
+        own: if a run with the same identity overwrites: whether a file, given its path in the directory, is its own.
+            Others are deleted, unless another process uses the directory.
 
     Attributes:
         path: the directory.
@@ -121,12 +97,16 @@ class ClaimedDirectory:
         user: str,
         read_only: bool = False,
         extend: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any] | None] | None = None,
+        overwrite: bool = False,
+        own: Callable[[str], bool] = lambda _: True,
     ) -> None:
         self.path = local_directory(directory, kind.short_name)
         self._kind, self._difference, self._user, self._extend = kind, difference, user, extend
         self._lock: Lock | None = None
+        self._overwrite, self._own = overwrite, own
         content = as_json(content)
         if read_only:
+            self._lock = self._readers_lock(shared=True)
             self.manifest = read_manifest(directory, kind)
             wanted = self._extended(content)
             if wanted is content:
@@ -137,10 +117,12 @@ class ClaimedDirectory:
                 remove_leftovers(folder)
             while not self._claim(content):
                 pass
+            if kind.readers is not None and not (self.path / kind.readers).exists():
+                (self.path / kind.readers).touch()
         self.key = hashlib.sha256(json.dumps(self.manifest["identity"], sort_keys=True).encode()).hexdigest()
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_lock": None, "_extend": None}  # a copy holds no lock, and claims nothing
+        return vars(self) | {"_lock": None, "_extend": None, "_own": None}  # a copy holds no lock, and claims nothing
 
     def release(self) -> None:
         """Let others take the directory. Files can still be read."""
@@ -181,6 +163,11 @@ class ClaimedDirectory:
             # No locks here. At worst, two runs add different data, and one of them is refused when it writes.
             if self._grows(wanted, content):
                 self._write(wanted, replace=True)
+            elif self._overwrite and not self._is_same(wanted):
+                raise ValueError(
+                    f'{self._kind.short_name} "{self.path}" cannot be overwritten: its file system has no locks, so'
+                    " nobody can tell whether another process uses it; delete it yourself, or use another directory"
+                ) from error
             else:
                 self._require_same(wanted)
             return True
@@ -194,6 +181,14 @@ class ClaimedDirectory:
                 return False
             self.manifest = read_manifest(self.path, self._kind)
             wanted = self._extended(content)
+            if (
+                self._overwrite
+                and not self._grows(wanted, content)
+                and self._discard(alone, self._is_same(wanted))
+                and not self._is_same(wanted)
+            ):
+                self._replace(content)
+                return True
             if alone and not self._is_same(wanted) and not self._has_results():
                 self._replace(content)
                 return True
@@ -218,6 +213,40 @@ class ClaimedDirectory:
                 lock.take(shared=True)  # earlier runs of this process need it
             if self._lock is not opened:
                 opened.close()
+
+    def _discard(self, alone: bool, same: bool) -> bool:
+        """Delete what other runs have left; of a run with the same identity, what is not this run's own.
+
+        Returns:
+            Whether that was possible.
+        """
+        if same and not alone:
+            return False
+        with without_readers(self._readers_lock() if alone else None) as unread:
+            if alone and unread:
+                discard(self.path, self._kind.folders, self._kind.files, self._own if same else lambda _: False)
+            elif not same and self._has_results():
+                raise ValueError(
+                    f'{self._kind.short_name} "{self.path}" cannot be overwritten: another process uses it; wait'
+                    " until that process has ended, or use another directory"
+                )
+        return alone and unread
+
+    def _readers_lock(self, shared: bool = False) -> Lock | None:
+        """The lock that readers share; None if there is none here."""
+        if self._kind.readers is None:
+            return None
+        try:
+            opened = Lock(self.path / self._kind.readers)
+            lock = _held.get(_key(opened), opened)
+            if lock is not opened:
+                opened.close()
+            elif shared:
+                lock.take(shared=True)  # wait: another process may be deleting files
+        except OSError:  # no locks here, or no file
+            return None
+        _held[_key(lock)] = lock
+        return lock
 
     def _create(self, content: dict[str, Any]) -> bool:
         if self._has_results():
@@ -292,49 +321,9 @@ class ClaimedDirectory:
         made, have = self._difference(field, theirs, mine)
         raise ValueError(
             f'{self._kind.short_name} "{self.path}" was made with {made}, this {self._user} has {have}; use another'
-            f" directory or the same {field}"
+            f" directory or the same {field}, or overwrite=True, which deletes this {self._kind.short_name}"
         )
 
 
 def _key(lock: Lock) -> tuple[int, int, int]:
     return os.getpid(), *lock.file
-
-
-def read_manifest(directory: str | os.PathLike[str], kind: DirectoryKind) -> dict[str, Any]:
-    """The manifest of a directory.
-
-    Args:
-        directory: the directory.
-        kind: the kind of directory that is expected.
-
-    Raises:
-        FileNotFoundError: if there is no manifest.
-        ValueError: if the manifest is not of this kind, or has another format.
-        OSError: if it cannot be read.
-    """
-    path = local_directory(directory, kind.name) / MANIFEST
-
-    def check(field: str, value: Any) -> None:
-        record({"format": anything}, others=anything)(field, value)
-        if value["format"] == kind.version:
-            kind.schema(field, value)
-
-    try:
-        manifest: dict[str, Any] = read_json(path, check)
-    except FileNotFoundError as error:
-        if path.is_symlink():
-            raise ValueError(
-                f'"{path}" is a link to "{os.readlink(path)}", which does not exist; restore that file, or use another'
-                " directory"
-            ) from error
-        raise FileNotFoundError(f'"{directory}" is not a {kind.name} yet; {kind.advice}') from error
-    except DamagedFileError as error:
-        raise ValueError(
-            f'"{path}" is not the manifest of a {kind.name}: it {error.reason}; restore it, or use another directory'
-        ) from error
-    if manifest["format"] != kind.version:
-        raise ValueError(
-            f'{kind.name} "{directory}" has format {manifest["format"]}; this version reads {kind.version}, so use'
-            " another directory"
-        )
-    return manifest
