@@ -28,6 +28,7 @@ except ModuleNotFoundError as error:
 from lightning_trak.cli.config_code import deny_standard_library, require_own_code
 from lightning_trak.cli.errors import OneLineParser, fail, is_user_error
 from lightning_trak.compatibility import skip_completion
+from lightning_trak.features.featurizing import OnNan
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.methods import FeatureMethod
 from lightning_trak.metrics import LinearDatamodelingScore
@@ -62,6 +63,8 @@ class AttributionTrainer(L.Trainer):
         datamodule: L.LightningDataModule,
         shard_size: int | None = None,
         overwrite: bool = False,
+        on_nan: OnNan = "raise",
+        part: str | None = None,
     ) -> None:
         """Store the features of the training data at every checkpoint. An interrupted call is continued.
 
@@ -70,8 +73,10 @@ class AttributionTrainer(L.Trainer):
             datamodule: its ``train_dataloader`` has the training data.
             shard_size: examples per file if the store is new.
             overwrite: delete a store of other settings or data, and features at other checkpoints.
+            on_nan: raise an error for examples whose gradients are not finite, or skip them.
+            part: such as 3/16, to compute only the third of sixteen parts; default: all.
         """
-        method.featurize(self, datamodule, shard_size, overwrite=overwrite)
+        method.featurize(self, datamodule, shard_size, overwrite=overwrite, on_nan=on_nan, part=part)
 
     def score(
         self,

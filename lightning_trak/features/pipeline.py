@@ -13,9 +13,10 @@ from torch.utils.data import DataLoader
 
 from lightning_trak.checkpoints.base import Checkpoint
 from lightning_trak.checkpoints.subsets import require_same_data
-from lightning_trak.checks import positive
+from lightning_trak.checks import positive, require_one_of
 from lightning_trak.features.engines import EngineName, following_engine, make_engine
-from lightning_trak.features.finiteness import NotFiniteError
+from lightning_trak.features.featurizing import OnNan
+from lightning_trak.features.finiteness import NotFiniteError, NotFiniteExamples, named
 from lightning_trak.features.fsdp import ANOTHER_STRATEGY, ShardedModelCopy
 from lightning_trak.features.identity import Contents, identity
 from lightning_trak.features.model import ModelCopy
@@ -30,6 +31,7 @@ from lightning_trak.outputs import ModelOutput
 from lightning_trak.running.content import fingerprint, sample_digest
 from lightning_trak.running.data import Data, single_loader
 from lightning_trak.running.loading import batch_size_of
+from lightning_trak.running.parts import Part, share
 from lightning_trak.running.ranges import Range, Stop, batch_ranges, share_out
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.running.stopping import Interruption
@@ -105,6 +107,8 @@ class FeaturePipeline:
         shard_size: int | None,
         require_enough: Callable[[int, int], None],
         overwrite: bool = False,
+        on_nan: OnNan = "raise",
+        part: Part | None = None,
     ) -> None:
         """Store the features of the training set at every checkpoint. An interrupted call is continued.
 
@@ -115,11 +119,15 @@ class FeaturePipeline:
             require_enough: called with the number of examples and the number of features; raises if there are too few
                 examples.
             overwrite: see :class:`~lightning_trak.features.featurizing.Featurizing`.
+            on_nan: see there.
+            part: see there.
 
         Raises:
             ValueError: if the store was made with other settings, an example's features are not finite, or the
                 strategy splits the model in a way that cannot be differentiated.
         """
+        require_one_of("on_nan", on_nan, ("raise", "skip"))
+        share([], part)  # raises before the work if there is no such part
         refuse_spawning(trainer)
         shards_model(trainer)
         loader = single_loader(data, "fit", trainer)
@@ -142,6 +150,8 @@ class FeaturePipeline:
             overwrite=overwrite,
         )
         self._require_engine(store, model.sharded)
+        if on_nan == "raise":
+            _require_none_skipped(store)
         needed = {"context": model.output.context_size, "projection": self.settings.projection.sample_size}
         extras = [name for name, size in needed.items() if size]
         total = sum(parameter.numel() for parameter in self._model.parameters())
@@ -149,7 +159,7 @@ class FeaturePipeline:
             f"{self._user}: {counted(num_examples, 'example')} at"
             f" {counted(len(store.first), 'checkpoint')}, gradients of {model.size} of"
             f" {counted(total, 'parameter')}, {type(self.settings.projection).__name__} to"
-            f" {counted(dim, 'feature')}: {sum(map(len, _missing(store, extras)))} of"
+            f" {counted(dim, 'feature')}: {sum(map(len, _missing(store, extras, part)))} of"
             f" {counted(len(store.first) * store.num_shards, 'shard')} to do"
         )
         if extras and store.begun_with < num_examples:
@@ -159,14 +169,14 @@ class FeaturePipeline:
             )
         datamodule = data if isinstance(data, L.LightningDataModule) else None
         engine: EngineName | None = None
-        while any(missing := _missing(store, extras)):
+        while any(missing := _missing(store, extras, part)):
             jobs = [
                 [Range(number, store.shard(number), self.settings.draw(c, store.shard(number))) for number in numbers]
                 for c, numbers in enumerate(missing)
             ]
             stop = Stop()
             interruption = Interruption(stop)
-            with _explaining(model, loader), ShardWriter(store, model.places) as writer:
+            with _explaining(model, loader), ShardWriter(store, on_nan == "skip", stop) as writer:
                 module = FeaturizeModule(
                     writer, "Featurizing", loader, stop, model, self.settings, store, datamodule, loader, engine
                 )
@@ -174,9 +184,14 @@ class FeaturePipeline:
             interruption.raise_if_received(Ranks.of(trainer), lambda: _progress(store))
             used = self._refuted(module, trainer)
             if used is None:
+                with _explaining(model, loader):
+                    _require_finite(writer.not_finite, on_nan, model, store, Ranks.of(trainer))
                 break
             engine = self._next_engine(*used, trainer, store)
-        store.require_complete()
+        if part is None:
+            store.require_complete()
+        elif not store.complete:
+            rank_zero_info(f"{self._user}: part {part} is done; {_progress(store)}")
         store.release()
         Ranks.of(trainer).barrier()  # so that the next call may let the store grow
 
@@ -321,17 +336,56 @@ class FeaturePipeline:
         return following if store is None else cast(EngineName, store.settle_engine())
 
 
-def _missing(store: FeatureStore, extras: Sequence[str]) -> list[list[int]]:
-    """The numbers of the shards that are missing at each checkpoint. One that is listed twice is made once."""
-    return [
-        store.missing(checkpoint, extras) if checkpoint in store.first else []
-        for checkpoint in range(store.num_checkpoints)
-    ]
+def _missing(store: FeatureStore, extras: Sequence[str] = (), part: Part | None = None) -> list[list[int]]:
+    """The numbers of the shards that are missing at each checkpoint. One that is listed twice is made once.
+
+    Args:
+        store: the store.
+        extras: see :meth:`FeatureStore.missing`.
+        part: only the shards of this part.
+    """
+    mine = set(share([(c, shard) for c in store.first for shard in range(store.num_shards)], part))
+    found: list[list[int]] = [[] for _ in range(store.num_checkpoints)]
+    for checkpoint in store.first:
+        found[checkpoint] = [shard for shard in store.missing(checkpoint, extras) if (checkpoint, shard) in mine]
+    return found
+
+
+def _require_none_skipped(store: FeatureStore) -> None:
+    """Refuse a store in which an earlier run has left examples out."""
+    skipped = store.skipped
+    if skipped:
+        raise NotFiniteError(
+            f'{named(skipped)} were left out by an earlier run with on_nan="skip": use on_nan="skip" to go on without'
+            " them, or another directory or overwrite=True after the data were corrected",
+            skipped,
+        )
+
+
+def _require_finite(
+    mine: NotFiniteExamples, on_nan: OnNan, model: ModelCopy, store: FeatureStore, ranks: Ranks
+) -> None:
+    """Raise for examples whose features are not finite, on all ranks; or say which were skipped."""
+    found = NotFiniteExamples()
+    for theirs in ranks.gather(mine):
+        found.update(theirs)
+    if on_nan == "raise":
+        found.require_none(model.places)
+    elif found.found:
+        skipped = store.skipped
+        if len(skipped) == store.num_examples:
+            raise NotFiniteError(
+                "no training example has finite features at all checkpoints"
+                f" ({next(iter(found.about.values()))}), so that none is left to score: look for NaN in the weights",
+                skipped,
+                min(found.found),
+            )
+        rank_zero_warn(f"TRAK: {named(skipped)} are not finite; their scores are 0, and they are never among the top_k")
 
 
 def _progress(store: FeatureStore) -> str:
     total = len(store.first) * store.num_shards
-    return f"the store has {total - sum(map(len, _missing(store, ())))} of {total} shards"
+    return f"the store has {total - sum(map(len, _missing(store)))} of {total} shards"
 
 
 class _Samples:

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
-from lightning_trak.features.finiteness import require_finite
-from lightning_trak.features.rows import Features
+from lightning_trak.features.finiteness import NotFiniteExamples, describe, not_finite, require_finite
+from lightning_trak.features.rows import Features, without
 from lightning_trak.features.store import FeatureStore
+from lightning_trak.running.ranges import Stop
 from lightning_trak.running.transfer import HostCopy
 
 
@@ -27,17 +27,24 @@ class Sink(Protocol):
 class ShardWriter:
     """Collects rows until a shard is complete. Then it checks and writes the shard, while the next one is computed.
 
+    A shard with an example that is not finite is left out, or written with zeros for this example.
+
     Use it as a context manager, which waits for the last shard. An error in a shard is raised at the latest when the
     second shard after it begins.
 
     Args:
         store: the store to write to.
-        places: the names of the checkpoints in errors.
+        skips: whether examples that are not finite are written as zeros.
+        stop: is requested when no example of a shard is finite, since this may be so for all, unless it ``skips``.
+
+    Attributes:
+        not_finite: the examples whose features are not finite.
     """
 
-    def __init__(self, store: FeatureStore, places: Sequence[str]) -> None:
+    def __init__(self, store: FeatureStore, skips: bool, stop: Stop) -> None:
         self.store = store
-        self._places = places
+        self.not_finite = NotFiniteExamples()
+        self._skips, self._stop = skips, stop
         self._copies: list[HostCopy] = []
         self._writing: Future[None] | None = None
 
@@ -71,9 +78,16 @@ class ShardWriter:
     def _write(self, checkpoint: int, number: int, copies: list[HostCopy], engine: str) -> None:
         rows = Features.cat([Features(*copy.wait()) for copy in copies])
         shard = self.store.shard(number)
-        require_finite(rows, torch.arange(shard.start, shard.stop), self._places[checkpoint])
+        bad = not_finite(rows)
+        positions = [shard[row] for row in bad.nonzero().flatten().tolist()]
+        if positions:
+            self.not_finite.add(checkpoint, positions, describe(rows, bad))
+            if not self._skips:
+                self._stop.requested |= bool(bad.all())
+                return
+            rows = without(rows, bad)
         self.store.settle_engine(engine)
-        self.store.write(checkpoint, number, rows, engine)
+        self.store.write(checkpoint, number, rows, engine, positions)
 
 
 class FeatureBuffer:

@@ -196,6 +196,11 @@ class FeatureStore(StoredExtras):
         found: str | None = self._directory.manifest["identity"].get("precision")
         return found
 
+    @property
+    def complete(self) -> bool:
+        """Whether every shard exists."""
+        return not any(self.missing(checkpoint) for checkpoint in self.first)
+
     def require_complete(self) -> None:
         """Check that every shard exists.
 
@@ -215,7 +220,7 @@ class FeatureStore(StoredExtras):
             " call featurize again to finish it before scoring"
         )
 
-    def write(self, checkpoint: int, shard: int, rows: Features, engine: str = "") -> None:
+    def write(self, checkpoint: int, shard: int, rows: Features, engine: str = "", skipped: Sequence[int] = ()) -> None:
         """Write a complete shard.
 
         Args:
@@ -223,6 +228,7 @@ class FeatureStore(StoredExtras):
             shard: the number of the shard.
             rows: the rows of all its examples. They are rounded here, if the store's dtype is one of integers.
             engine: the engine that computed the gradients, see :meth:`engine_of`.
+            skipped: positions of examples whose features are not finite. Their rows are zeros.
 
         Raises:
             ValueError: if the number of rows is not that of the shard's examples, or they do not fit the store.
@@ -243,6 +249,7 @@ class FeatureStore(StoredExtras):
             "dtype": stored.dtype.name,
             "k": stored.k,
             "rounding_error": stored.rounding_error(rows),
+            "skipped": list(skipped),
         }
         place: dict[str, Any] = {
             "checkpoint": self.checkpoints[checkpoint],
@@ -299,6 +306,20 @@ class FeatureStore(StoredExtras):
     def engine_of(self, checkpoint: int, shard: int) -> str:
         """The engine that computed the gradients of a shard, see :meth:`write`."""
         return str(self._shard_metadata(checkpoint, shard)["engine"])
+
+    @property
+    def skipped(self) -> list[int]:
+        """Positions of the examples that have no features at one or more of the checkpoints, in order."""
+        found: set[int] = set()
+        for checkpoint in self.first:
+            for shard in set(range(self.num_shards)) - set(self.missing(checkpoint)):
+                found.update(self.skipped_of(checkpoint, shard))
+        return sorted(found)
+
+    def skipped_of(self, checkpoint: int, shard: int) -> list[int]:
+        """Positions of the examples of a shard that have no features, see :meth:`write`."""
+        skipped: list[int] = self._shard_metadata(checkpoint, shard)["skipped"]
+        return skipped
 
     def _shard_metadata(self, checkpoint: int, shard: int) -> dict[str, Any]:
         path = self._shard_path(checkpoint, shard)

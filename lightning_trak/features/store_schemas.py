@@ -76,6 +76,7 @@ SHARD_HEADER = {
     "dtype": schemas.one_of(*NAMES),
     "k": schemas.integer(1, _MAX_SIZE),
     "rounding_error": schemas.number(0, 1e3),
+    "skipped": schemas.items(schemas.integer(0, _MAX_SIZE)),
 }
 ENGINES = ("hooks", "functional", "loop")
 ENGINE = schemas.record(

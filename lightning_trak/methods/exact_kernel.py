@@ -128,8 +128,9 @@ class ExactKernel(FeatureMethod):
         require_whole_parameters(trainer)
         super().featurize(trainer, data, shard_size, **how)
         pipeline = self._pipeline()
-        scorer = self.make_scorer(pipeline.open(pipeline.copy_model(), trainer))
-        scorer.make_kernels(trainer.strategy.root_device, Ranks.of(trainer))
+        store, ranks = pipeline.open(pipeline.copy_model(), trainer), Ranks.of(trainer)
+        if how.get("part") is None or ranks.all_true(store.complete):  # else the last part makes the kernels
+            self.make_scorer(store).make_kernels(trainer.strategy.root_device, ranks)
 
     @override
     def _require_trainer(self, trainer: L.Trainer) -> None:

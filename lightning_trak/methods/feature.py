@@ -138,7 +138,8 @@ class FeatureMethod(Method):
                 without random augmentation.
             shard_size: examples per file if the store is new. A rank does a whole file at a time. Default: about 1024,
                 or a quarter of the data if that is less.
-            **how: ``overwrite``, see :class:`~lightning_trak.features.featurizing.Featurizing`.
+            **how: ``overwrite``, ``on_nan`` and ``part``, see
+                :class:`~lightning_trak.features.featurizing.Featurizing`.
 
         Raises:
             ValueError: if the store was made with other settings, an example's features are not finite, the strategy
@@ -366,6 +367,12 @@ class FeatureMethod(Method):
         scorer = self.make_scorer(pipeline.open(pipeline.copy_model(), trainer))
         scorer.fit(trainer.strategy.root_device, ranks)
         return scorer.self_scores(ranks)
+
+    @property
+    def skipped(self) -> list[int]:
+        """Positions of the training examples that ``featurize(on_nan="skip")`` has left out, in order."""
+        pipeline = self._pipeline()
+        return pipeline.open(pipeline.copy_model()).skipped
 
     def scorer(self, top_k: int | None = None, largest: bool | None = True) -> ScoreModule:
         """A module for ``trainer.predict(method.scorer(), loader)``. It returns the scores of each batch.

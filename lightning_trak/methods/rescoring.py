@@ -87,6 +87,12 @@ class SecondStage:
                 f'rescore needs the training data of store "{store.directory}", but some items of the data given are'
                 " others: pass the same data as to featurize, in the same order"
             )
+        if store.skipped:
+            raise ValueError(
+                f'rescore passes over all training data, but store "{store.directory}" has left out'
+                f" {len(store.skipped)} examples whose gradients are not finite: score without rescore, or take these"
+                " examples out of the data"
+            )
         if self.exact.damping == 0 and store.num_examples < num_parameters:
             raise ValueError(
                 f"rescore needs damping here: with damping=0, the matrix of {store.num_examples} gradients of"

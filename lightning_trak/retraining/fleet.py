@@ -23,7 +23,6 @@ from lightning_trak.outputs.mixin import declared_output
 from lightning_trak.retraining.ensembles import FleetSplit, split_members
 from lightning_trak.retraining.identity import describe_loader, describe_module, describe_trainer
 from lightning_trak.retraining.members import Member, MemberStore
-from lightning_trak.retraining.parts import Part, share
 from lightning_trak.retraining.training import (
     FactoryError,
     NothingTwice,
@@ -37,6 +36,7 @@ from lightning_trak.retraining.vectorized import require_trainable_together, tra
 from lightning_trak.running.content import fingerprint
 from lightning_trak.running.loaders import as_loader
 from lightning_trak.running.loading import batch_size_of, load
+from lightning_trak.running.parts import Part, share
 from lightning_trak.storage.paths import local_directory
 
 

@@ -22,11 +22,11 @@ from lightning_trak.replay.losses import declared_losses
 from lightning_trak.replay.recording import Recording
 from lightning_trak.replay.reweighted import Reweighted
 from lightning_trak.retraining.members import Member, MemberStore
-from lightning_trak.retraining.parts import Part, share
 from lightning_trak.retraining.stacked_run import StackedRun
 from lightning_trak.running.content import sample_digest
 from lightning_trak.running.data import Data, single_loader
 from lightning_trak.running.environment import rounding_of
+from lightning_trak.running.parts import Part, share
 from lightning_trak.running.random_states import isolated_random_states
 from lightning_trak.running.strategies import require_whole_parameters
 from lightning_trak.storage.paths import local_directory

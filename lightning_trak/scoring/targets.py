@@ -104,7 +104,7 @@ def score_targets(
     totals = [total.to(dtype) for total in sums]
     if scorer.linear:
         return scorer.score(totals, top_k, largest, ranks, columns)
-    return totals[0] if top_k is None else best_of(totals[0], top_k, largest)
+    return totals[0] if top_k is None else best_of(totals[0], top_k, largest, scorer.left_out(columns))
 
 
 def _blocks(loader: DataLoader[Any], bytes_each: int) -> Iterator[range]:

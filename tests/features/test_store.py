@@ -40,7 +40,7 @@ def store(tmp_path):
 def header(store, k=4):
     """The header of shard 0 of checkpoint 1."""
     place = {"checkpoint": "bb", "name": "shard-00000", "key": store.key, "engine": ""}
-    return place | {"dtype": "float32", "k": k, "rounding_error": 0.0}
+    return place | {"dtype": "float32", "k": k, "rounding_error": 0.0, "skipped": []}
 
 
 def contents(store):
@@ -355,7 +355,7 @@ def test_a_shard_with_other_columns_is_refused(store):
         store.read(1, 0)
 
 
-@pytest.mark.parametrize("field", ["checkpoint", "engine", "dtype", "k", "rounding_error"])
+@pytest.mark.parametrize("field", ["checkpoint", "engine", "dtype", "k", "rounding_error", "skipped"])
 def test_a_header_that_lacks_a_field_is_refused(store, field):
     about = header(store)
     del about[field]

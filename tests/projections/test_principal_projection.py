@@ -270,4 +270,11 @@ def test_an_example_that_is_not_finite_is_named(tmp_path):
     train.tensors[0][17, 3] = torch.nan
     with pytest.raises(ValueError, match=r"example 17 at checkpoint 0 .* is not finite"):
         make_trak(tmp_path, SMALL).featurize(make_trainer(), train)
+
+
+def test_a_projection_is_not_fitted_to_nothing(tmp_path):
+    train = make_train()
+    train.tensors[0][:] = torch.nan
+    with pytest.raises(ValueError, match="to which the projection is fitted, are all not finite"):
+        make_trak(tmp_path, SMALL).featurize(make_trainer(), train)
     assert not list(tmp_path.rglob("projection*"))
