@@ -16,7 +16,7 @@ from lightning_trak.checkpoints.subsets import require_same_data
 from lightning_trak.checks import positive, require_one_of
 from lightning_trak.features.engines import EngineName, following_engine, make_engine
 from lightning_trak.features.featurizing import OnNan
-from lightning_trak.features.finiteness import NotFiniteError, NotFiniteExamples, named
+from lightning_trak.features.finiteness import NotFiniteError
 from lightning_trak.features.fsdp import ANOTHER_STRATEGY, ShardedModelCopy
 from lightning_trak.features.identity import Contents, identity
 from lightning_trak.features.model import ModelCopy
@@ -25,10 +25,11 @@ from lightning_trak.features.predict import AUDITED_TOGETHER, FeaturizeModule
 from lightning_trak.features.rows import Features
 from lightning_trak.features.settings import FeatureSettings
 from lightning_trak.features.sinks import FeatureBuffer, ShardWriter
+from lightning_trak.features.skipping import require_finite_or_skipped, require_none_skipped
 from lightning_trak.features.store import FeatureStore
+from lightning_trak.features.work import Samples, default_shard_size, missing_shards, progress
 from lightning_trak.gradients import ParameterSelection
 from lightning_trak.outputs import ModelOutput
-from lightning_trak.running.content import fingerprint, sample_digest
 from lightning_trak.running.data import Data, single_loader
 from lightning_trak.running.loading import batch_size_of
 from lightning_trak.running.parts import Part, share
@@ -134,11 +135,11 @@ class FeaturePipeline:
         model = self.copy_model(trainer)
         num_examples = len(cast(Any, loader.dataset))
         self._require_own_subsets(num_examples, None)
-        depends_on, sample = self._identity(model, trainer), _Samples(loader)
+        depends_on, sample = self._identity(model, trainer), Samples(loader)
         self._require_own_subsets(num_examples, sample(num_examples))
         dim = self.dim(model)
         require_enough(num_examples, dim)
-        default = _default_shard_size(num_examples, loader)
+        default = default_shard_size(num_examples, loader)
         shard_size = default if shard_size is None else positive("shard_size", shard_size)
         store = FeatureStore(
             self._directory,
@@ -151,7 +152,7 @@ class FeaturePipeline:
         )
         self._require_engine(store, model.sharded)
         if on_nan == "raise":
-            _require_none_skipped(store)
+            require_none_skipped(store)
         needed = {"context": model.output.context_size, "projection": self.settings.projection.sample_size}
         extras = [name for name, size in needed.items() if size]
         total = sum(parameter.numel() for parameter in self._model.parameters())
@@ -159,7 +160,7 @@ class FeaturePipeline:
             f"{self._user}: {counted(num_examples, 'example')} at"
             f" {counted(len(store.first), 'checkpoint')}, gradients of {model.size} of"
             f" {counted(total, 'parameter')}, {type(self.settings.projection).__name__} to"
-            f" {counted(dim, 'feature')}: {sum(map(len, _missing(store, extras, part)))} of"
+            f" {counted(dim, 'feature')}: {sum(map(len, missing_shards(store, extras, part)))} of"
             f" {counted(len(store.first) * store.num_shards, 'shard')} to do"
         )
         if extras and store.begun_with < num_examples:
@@ -169,7 +170,7 @@ class FeaturePipeline:
             )
         datamodule = data if isinstance(data, L.LightningDataModule) else None
         engine: EngineName | None = None
-        while any(missing := _missing(store, extras, part)):
+        while any(missing := missing_shards(store, extras, part)):
             jobs = [
                 [Range(number, store.shard(number), self.settings.draw(c, store.shard(number))) for number in numbers]
                 for c, numbers in enumerate(missing)
@@ -181,17 +182,17 @@ class FeaturePipeline:
                     writer, "Featurizing", loader, stop, model, self.settings, store, datamodule, loader, engine
                 )
                 predict_over(trainer, module, share_out(loader, jobs, trainer, model.sharded, stop), interruption)
-            interruption.raise_if_received(Ranks.of(trainer), lambda: _progress(store))
+            interruption.raise_if_received(Ranks.of(trainer), lambda: progress(store))
             used = self._refuted(module, trainer)
             if used is None:
                 with _explaining(model, loader):
-                    _require_finite(writer.not_finite, on_nan, model, store, Ranks.of(trainer))
+                    require_finite_or_skipped(writer.not_finite, on_nan, model, store, Ranks.of(trainer))
                 break
             engine = self._next_engine(*used, trainer, store)
         if part is None:
             store.require_complete()
         elif not store.complete:
-            rank_zero_info(f"{self._user}: part {part} is done; {_progress(store)}")
+            rank_zero_info(f"{self._user}: part {part} is done; {progress(store)}")
         store.release()
         Ranks.of(trainer).barrier()  # so that the next call may let the store grow
 
@@ -336,77 +337,6 @@ class FeaturePipeline:
         return following if store is None else cast(EngineName, store.settle_engine())
 
 
-def _missing(store: FeatureStore, extras: Sequence[str] = (), part: Part | None = None) -> list[list[int]]:
-    """The numbers of the shards that are missing at each checkpoint. One that is listed twice is made once.
-
-    Args:
-        store: the store.
-        extras: see :meth:`FeatureStore.missing`.
-        part: only the shards of this part.
-    """
-    mine = set(share([(c, shard) for c in store.first for shard in range(store.num_shards)], part))
-    found: list[list[int]] = [[] for _ in range(store.num_checkpoints)]
-    for checkpoint in store.first:
-        found[checkpoint] = [shard for shard in store.missing(checkpoint, extras) if (checkpoint, shard) in mine]
-    return found
-
-
-def _require_none_skipped(store: FeatureStore) -> None:
-    """Refuse a store in which an earlier run has left examples out."""
-    skipped = store.skipped
-    if skipped:
-        raise NotFiniteError(
-            f'{named(skipped)} were left out by an earlier run with on_nan="skip": use on_nan="skip" to go on without'
-            " them, or another directory or overwrite=True after the data were corrected",
-            skipped,
-        )
-
-
-def _require_finite(
-    mine: NotFiniteExamples, on_nan: OnNan, model: ModelCopy, store: FeatureStore, ranks: Ranks
-) -> None:
-    """Raise for examples whose features are not finite, on all ranks; or say which were skipped."""
-    found = NotFiniteExamples()
-    for theirs in ranks.gather(mine):
-        found.update(theirs)
-    if on_nan == "raise":
-        found.require_none(model.places)
-    elif found.found:
-        skipped = store.skipped
-        if len(skipped) == store.num_examples:
-            raise NotFiniteError(
-                "no training example has finite features at all checkpoints"
-                f" ({next(iter(found.about.values()))}), so that none is left to score: look for NaN in the weights",
-                skipped,
-                min(found.found),
-            )
-        rank_zero_warn(f"TRAK: {named(skipped)} are not finite; their scores are 0, and they are never among the top_k")
-
-
-def _progress(store: FeatureStore) -> str:
-    total = len(store.first) * store.num_shards
-    return f"the store has {total - sum(map(len, _missing(store)))} of {total} shards"
-
-
-class _Samples:
-    """Digests of eight of the first examples, given how many. Each is made once.
-
-    Args:
-        loader: the training data.
-    """
-
-    def __init__(self, loader: DataLoader[Any]) -> None:
-        self._loader = loader
-        self._total = len(cast(Any, loader.dataset))
-        self._found: dict[int, str | None] = {}
-
-    def __call__(self, count: int) -> str | None:
-        if count not in self._found:
-            whole = count == self._total
-            self._found[count] = fingerprint(self._loader) if whole else sample_digest(self._loader, count)
-        return self._found[count]
-
-
 @contextmanager
 def _explaining(model: ModelCopy, loader: DataLoader[Any]) -> Iterator[None]:
     """If a feature is not finite, add the reason that the model output gives to the error."""
@@ -425,13 +355,3 @@ def _in_order(parts: list[tuple[Tensor, Features]], examples: range) -> Features
         raise RuntimeError(f"the features of {missing} targets are missing; look for an error of another rank")
     order = torch.cat([positions for positions, _ in parts]).argsort()
     return Features(*(column[order] for column in Features.cat([rows for _, rows in parts])))
-
-
-def _default_shard_size(num_examples: int, loader: DataLoader[Any]) -> int:
-    """About 1024 examples in whole batches. It is less for small data, so that ranks can share the work.
-
-    It is not much less, since some examples of each shard are audited, which takes longer than to featurize them.
-    """
-    batch = batch_size_of(loader)
-    wanted = min(1024, -(-num_examples // 4))
-    return batch * max(1, round(wanted / batch))
