@@ -186,12 +186,8 @@ class ExtractorModule(PredictModule):
         if checkpoint not in self._bound:
             if not self.copied.keeps:
                 self._bound.clear()
-            self._bound[checkpoint] = self.settings.projection.bind(
-                self.copied.shapes,
-                seed=self.settings.seed,
-                checkpoint=self.copied.streams[checkpoint],
-                device=self.device,
-            )
+            stream, seed = self.copied.streams[checkpoint], self.settings.seed
+            self._bound[checkpoint] = self.settings.projection.bind(self.copied.shapes, seed, stream, self.device)
         return self._bound[checkpoint]
 
     def _enter_context(self, checkpoint: int, made: dict[str, dict[str, Tensor]]) -> None:
