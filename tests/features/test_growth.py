@@ -1,7 +1,10 @@
 """Stores that grow: by checkpoints, and by training examples that are appended."""
 
 import json
+import os
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from lightning_trak.features.store import FeatureStore
 from lightning_trak.methods import ExactKernel, GradientDot
 from lightning_trak.outputs import ClassificationMargin
 from lightning_trak.projections import PrincipalProjection, SparseProjection
+from tests.launch import ROOT
 from tests.lit import TARGETS, make_trainer, open_store
 
 
@@ -254,6 +258,31 @@ def test_a_run_that_is_stopped_while_the_store_grows_loses_nothing(tmp_path, mon
     alone = make(tmp_path / "alone", WEIGHTS[:2])
     featurize(alone)
     torch.testing.assert_close(trak.score(make_trainer(), TARGETS), alone.score(make_trainer(), TARGETS))
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_while_the_store_grows_loses_nothing(tmp_path):
+    trak = make(tmp_path, WEIGHTS[:2])
+    featurize(trak, FEW)
+    before = contents(tmp_path)
+    script = (
+        "import os; from pathlib import Path; from lightning_trak.features.store import FeatureStore\n"
+        "from tests.features.test_growth import featurize, make\n"
+        "write, left = FeatureStore.write, [3]\n"
+        "def kill(*args):\n"
+        "    left[0] -= 1\n"
+        "    write(*args) if left[0] else os.kill(os.getpid(), 9)\n"
+        f"FeatureStore.write = kill; featurize(make(Path({str(tmp_path)!r})))"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    assert subprocess.run([sys.executable, "-c", script], env=environment, check=False).returncode == -9
+    assert {path for path in before if path.read_bytes() != before[path]} == {tmp_path / "manifest.json"}
+    with pytest.raises(RuntimeError, match="lacks 2 of 10 shards"):
+        trak.score(make_trainer(), TARGETS)
+    featurize(make(tmp_path))
+    alone = make(tmp_path / "alone")
+    featurize(alone)
+    torch.testing.assert_close(make(tmp_path).score(make_trainer(), TARGETS), alone.score(make_trainer(), TARGETS))
 
 
 IDENTITY = {"seed": 0, "checkpoints": ["aa", "bb"]}
