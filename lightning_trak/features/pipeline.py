@@ -150,6 +150,23 @@ class FeaturePipeline:
             sample=sample,
             overwrite=overwrite,
         )
+        try:
+            self._fill(store, model, trainer, data, loader, on_nan, part)
+        finally:
+            store.release()
+        Ranks.of(trainer).barrier()  # so that the next call may let the store grow
+
+    def _fill(
+        self,
+        store: FeatureStore,
+        model: ModelCopy,
+        trainer: L.Trainer,
+        data: Data,
+        loader: DataLoader[Any],
+        on_nan: OnNan,
+        part: Part | None,
+    ) -> None:
+        """Compute what a store lacks, or a part of it; see :meth:`featurize`."""
         self._require_engine(store, model.sharded)
         if on_nan == "raise":
             require_none_skipped(store)
@@ -157,13 +174,13 @@ class FeaturePipeline:
         extras = [name for name, size in needed.items() if size]
         total = sum(parameter.numel() for parameter in self._model.parameters())
         rank_zero_info(
-            f"{self._user}: {counted(num_examples, 'example')} at"
+            f"{self._user}: {counted(store.num_examples, 'example')} at"
             f" {counted(len(store.first), 'checkpoint')}, gradients of {model.size} of"
             f" {counted(total, 'parameter')}, {type(self.settings.projection).__name__} to"
-            f" {counted(dim, 'feature')}: {sum(map(len, missing_shards(store, extras, part)))} of"
+            f" {counted(self.dim(model), 'feature')}: {sum(map(len, missing_shards(store, extras, part)))} of"
             f" {counted(len(store.first) * store.num_shards, 'shard')} to do"
         )
-        if extras and store.begun_with < num_examples:
+        if extras and store.begun_with < store.num_examples:
             rank_zero_info(
                 f"{self._user}: the {' and the '.join(extras)} stay fitted to the {store.begun_with} examples that the"
                 " store began with"
@@ -193,8 +210,6 @@ class FeaturePipeline:
             store.require_complete()
         elif not store.complete:
             rank_zero_info(f"{self._user}: part {part} is done; {progress(store)}")
-        store.release()
-        Ranks.of(trainer).barrier()  # so that the next call may let the store grow
 
     def target_features(
         self,

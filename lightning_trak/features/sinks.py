@@ -12,6 +12,8 @@ from lightning_trak.features.store import FeatureStore
 from lightning_trak.running.ranges import Stop
 from lightning_trak.running.transfer import HostCopy
 
+_HOPELESS = 100  # examples
+
 
 class Sink(Protocol):
     """Takes features."""
@@ -35,7 +37,8 @@ class ShardWriter:
     Args:
         store: the store to write to.
         skips: whether examples that are not finite are written as zeros.
-        stop: is requested when no example of a shard is finite, since this may be so for all, unless it ``skips``.
+        stop: is requested, unless it ``skips``, when none of the first hundred examples at a checkpoint is finite: then
+            probably none is.
 
     Attributes:
         not_finite: the examples whose features are not finite.
@@ -45,6 +48,7 @@ class ShardWriter:
         self.store = store
         self.not_finite = NotFiniteExamples()
         self._skips, self._stop = skips, stop
+        self._finite: set[int] = set()  # checkpoints at which some example is finite
         self._copies: list[HostCopy] = []
         self._writing: Future[None] | None = None
 
@@ -79,11 +83,14 @@ class ShardWriter:
         rows = Features.cat([Features(*copy.wait()) for copy in copies])
         shard = self.store.shard(number)
         bad = not_finite(rows)
+        if not bad.all():
+            self._finite.add(checkpoint)
         positions = [shard[row] for row in bad.nonzero().flatten().tolist()]
         if positions:
             self.not_finite.add(checkpoint, positions, describe(rows, bad))
             if not self._skips:
-                self._stop.requested |= bool(bad.all())
+                if checkpoint not in self._finite and len(self.not_finite.found[checkpoint]) >= _HOPELESS:
+                    self._stop.requested = True
                 return
             rows = without(rows, bad)
         self.store.settle_engine(engine)

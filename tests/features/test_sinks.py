@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 
+from lightning_trak.features import sinks
 from lightning_trak.features.rows import Features
 from lightning_trak.features.sinks import ShardWriter
 from lightning_trak.features.store import FeatureStore
@@ -59,18 +60,28 @@ def test_an_error_in_a_shard_is_raised_at_the_end(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("skips", [False, True])
-def test_examples_that_are_not_finite_are_noted(tmp_path, skips):
+def test_examples_that_are_not_finite_are_noted(tmp_path, skips, monkeypatch):
+    monkeypatch.setattr(sinks, "_HOPELESS", 8)
     store, stop = FeatureStore(tmp_path / "store", IDENTITY, num_examples=12, shard_size=4), Stop()
     given = torch.ones(12, 3)
     given[[1, 3], 2] = torch.nan
-    given[8:] = torch.inf
+    given[4:] = torch.inf
     with ShardWriter(store, skips, stop) as writer:
-        for number in range(2):
+        for number in range(3):
             add(writer, number, given[4 * number : 4 * number + 4])
     assert not stop.requested
-    assert writer.not_finite.found == {0: [1, 3]}
-    with writer:
-        add(writer, 2, given[8:])
-    assert stop.requested != skips
-    assert store.missing(0) == ([] if skips else [0, 2])
-    assert store.skipped == ([1, 3, 8, 9, 10, 11] if skips else [])
+    assert writer.not_finite.found == {0: [1, 3, *range(4, 12)]}
+    assert store.missing(0) == ([] if skips else [0, 1, 2])
+    assert store.skipped == ([1, 3, *range(4, 12)] if skips else [])
+
+
+@pytest.mark.parametrize("skips", [False, True])
+def test_where_nothing_is_finite_the_loaders_stop(tmp_path, skips, monkeypatch):
+    monkeypatch.setattr(sinks, "_HOPELESS", 8)
+    store, stop = FeatureStore(tmp_path / "store", IDENTITY, num_examples=12, shard_size=4), Stop()
+    requested, writer = [], ShardWriter(store, skips, stop)
+    for number in range(2):
+        with writer:
+            add(writer, number, torch.full((4, 3), torch.nan))
+        requested.append(stop.requested)
+    assert requested == [False, not skips]
