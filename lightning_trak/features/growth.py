@@ -1,7 +1,7 @@
 """The training data of a store, and how they have grown.
 
 A store begins with some examples. Later, examples can be appended to the dataset. The store's ``data`` is a list of
-parts, one for each size that the dataset has had, with a digest of eight of the examples that it then had. Each part
+parts, one for each size that the dataset has had, with digests of some of the examples that it then had. Each part
 is cut into shards of its own, and their numbers go on. So the ranges of old shards never change, and no old file is
 written again.
 
@@ -18,8 +18,10 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-Part = dict[str, Any]  # num_examples, and the digest of some of them: sample
-Sample = Callable[[int], str | None]
+from lightning_trak.running.content import MANY
+
+Part = dict[str, Any]  # num_examples, and digests of some of them: sample
+Sample = Callable[[int], list[str] | None]
 
 
 class ShardRanges:
@@ -63,6 +65,8 @@ def settled_parts(directory: Path, manifest: dict[str, Any]) -> list[Part]:
         manifest: its manifest.
     """
     parts: list[Part] = manifest["data"]
+    if len(parts) == 1:
+        return parts if any(directory.glob("checkpoint-*/shard-*")) else []
     ranges = ShardRanges([part["num_examples"] for part in parts], manifest["shard_size"])
     names = (path.name for path in directory.glob("checkpoint-*/shard-*"))
     numbers = (int(found[1]) for name in names if (found := re.fullmatch(r"shard-(\d+)\.safetensors", name)))
@@ -76,7 +80,7 @@ def parts_with(settled: list[Part], num_examples: int | None, sample: Sample | N
     Args:
         settled: the parts that count.
         num_examples: the size of the run's dataset; None: whatever the store has.
-        sample: a digest of eight of the first examples of the dataset, given how many; None: no digest is compared.
+        sample: digests of some of the first examples of the dataset, given how many; None: no digest is compared.
 
     Returns:
         The settled parts, with one more if the dataset has grown; None if its first examples are others, or cannot be
@@ -99,10 +103,10 @@ def describe_data(theirs: list[Part], mine: list[Part]) -> tuple[str, str]:
     """Describe the data of a store and those of a run that cannot go on with it."""
     before, now = theirs[-1]["num_examples"], mine[-1]["num_examples"]
     if before == now:
-        return "other training data of this size", "data that differ in some of eight items spread over the dataset"
+        return "other training data of this size", f"data that differ in some of {MANY} items spread over the dataset"
     made = f"{before} training examples"
     if now < before:
         return made, f"{now}"
     if theirs[-1]["sample"] is None:
         return f"{made} that are not the same twice", f"{now}, and nobody can tell whether the first ones are the same"
-    return made, f"{now}, and some of the first {before} are others (eight were compared)"
+    return made, f"{now}, and some of the first {before} are others ({min(MANY, before)} were compared)"

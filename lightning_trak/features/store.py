@@ -56,7 +56,7 @@ class FeatureStore(StoredExtras):
         shard_size: examples per shard of a new store. An existing store keeps its own size.
         read_only: whether the store must exist already. Its manifest is then not written.
         user: the name of the method that opens the store, in errors.
-        sample: a digest of eight of the first examples of the training set, given how many. A store whose data have
+        sample: digests of some of the first examples of the training set, given how many. A store whose data have
             grown at their end can go on with it. None: data are compared by their size alone.
         overwrite: whether to delete what is not of this run: a store of another identity or of other data, and features
             at other checkpoints.
@@ -182,8 +182,8 @@ class FeatureStore(StoredExtras):
     @property
     def data(self) -> str | None:
         """The digest of a few items of the training data; None if they differed when they were loaded twice."""
-        found: str | None = self._parts[-1]["sample"]
-        return found
+        found: list[str] | None = self._parts[-1]["sample"]
+        return None if found is None else found[0]
 
     @property
     def repeatable(self) -> bool:

@@ -12,7 +12,7 @@ _MAX_SIZE = 1 << 40
 
 def _sample(field: str, value: Any) -> None:
     if value is not None:
-        schemas.text()(field, value)
+        schemas.items(schemas.sha256, least=1)(field, value)
 
 
 _PARTS = schemas.items(schemas.record({"num_examples": schemas.integer(1, _MAX_SIZE), "sample": _sample}), least=1)

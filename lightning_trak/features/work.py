@@ -6,7 +6,7 @@ from typing import Any, cast
 from torch.utils.data import DataLoader
 
 from lightning_trak.features.store import FeatureStore
-from lightning_trak.running.content import fingerprint, sample_digest
+from lightning_trak.running.content import prefix_digests, warn_of_random_items
 from lightning_trak.running.loading import batch_size_of
 from lightning_trak.running.parts import Part, share
 
@@ -43,7 +43,7 @@ def default_shard_size(num_examples: int, loader: DataLoader[Any]) -> int:
 
 
 class Samples:
-    """Digests of eight of the first examples, given how many. Each is made once.
+    """Digests of some of the first examples, given how many. Each is made once.
 
     Args:
         loader: the training data.
@@ -52,11 +52,12 @@ class Samples:
     def __init__(self, loader: DataLoader[Any]) -> None:
         self._loader = loader
         self._total = len(cast(Any, loader.dataset))
-        self._found: dict[int, str | None] = {}
+        self._found: dict[int, list[str] | None] = {}
 
-    def __call__(self, count: int) -> str | None:
-        """A digest of eight of the first ``count`` examples; None if they are not the same twice."""
+    def __call__(self, count: int) -> list[str] | None:
+        """Digests of some of the first ``count`` examples; None, with a warning, if they are not the same twice."""
         if count not in self._found:
-            whole = count == self._total
-            self._found[count] = fingerprint(self._loader) if whole else sample_digest(self._loader, count)
+            self._found[count] = prefix_digests(self._loader, count)
+            if self._found[count] is None and count == self._total:
+                warn_of_random_items()
         return self._found[count]

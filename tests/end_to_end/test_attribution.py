@@ -15,6 +15,7 @@ from lightning_trak.gradients.batch import ExampleBatch
 from lightning_trak.methods import GradientCosine, GradientDot
 from lightning_trak.outputs import ClassificationMargin
 from lightning_trak.projections import GaussianProjection, IdentityProjection, KroneckerProjection, SparseProjection
+from lightning_trak.running import content
 from tests.lit import TARGETS, TRAIN, LitNet, attribute, beyond_hooks, make_data, make_model, make_trainer, open_store
 from tests.zoo import ZOO, specimen
 
@@ -121,8 +122,9 @@ def test_integers_on_disk_are_shared_continued_and_no_other_bits(tmp_path, check
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
-def test_a_store_of_integers_notices_other_data(tmp_path, checkpoints, dtype):
+def test_a_store_of_integers_notices_other_data(tmp_path, checkpoints, dtype, monkeypatch):
     """Items that are not among those of the manifest have changed: their features differ from what is stored."""
+    monkeypatch.setattr(content, "MANY", 8)
     TRAK(make_model(), checkpoints[:1], tmp_path, projection=SparseProjection(32), dtype=dtype).featurize(
         make_trainer(), TRAIN, shard_size=5
     )

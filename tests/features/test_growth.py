@@ -19,6 +19,8 @@ from lightning_trak.features.store import FeatureStore
 from lightning_trak.methods import ExactKernel, GradientDot
 from lightning_trak.outputs import ClassificationMargin
 from lightning_trak.projections import PrincipalProjection, SparseProjection
+from lightning_trak.running import content
+from lightning_trak.storage.files import tensor_digest
 from tests.launch import ROOT
 from tests.lit import TARGETS, make_trainer, open_store
 
@@ -176,12 +178,13 @@ def changed(position):
     [
         (changed(0), "made with 21 training examples, this TRAK has 30, and some of the first 21 are others"),
         (changed(20), "some of the first 21 are others"),
+        (changed(7), "some of the first 21 are others"),
         (ConcatDataset([Subset(DATA, [29]), DATA]), "this TRAK has 31, and some of the first 21 are others"),
         (Subset(DATA, range(20)), "made with 21 training examples, this TRAK has 20"),
         (Subset(DATA, range(9, 30)), "other training data of this size"),
         (Subset(DATA, range(29, -1, -1)), "some of the first 21 are others"),
     ],
-    ids=["first changed", "last changed", "put before", "shrunk", "others", "reversed"],
+    ids=["first changed", "last changed", "another changed", "put before", "shrunk", "others", "reversed"],
 )
 def test_data_whose_old_part_is_another_are_refused(tmp_path, data, match):
     trak = make(tmp_path, WEIGHTS[:1])
@@ -195,8 +198,9 @@ def test_data_whose_old_part_is_another_are_refused(tmp_path, data, match):
     assert trak.score(make_trainer(), TARGETS).shape == (len(TARGETS), 30)
 
 
-def test_what_eight_items_do_not_show_is_noticed_by_the_features_and_the_old_store_stays(tmp_path):
+def test_what_few_items_do_not_show_is_noticed_by_the_features_and_the_old_store_stays(tmp_path, monkeypatch):
     """Example 1 is none of the eight, and it is the second one of the first shard."""
+    monkeypatch.setattr(content, "MANY", 8)
     trak = make(tmp_path, WEIGHTS[:1])
     featurize(trak, FEW)
     expected = trak.score(make_trainer(), TARGETS)
@@ -288,8 +292,8 @@ def test_a_process_that_is_killed_while_the_store_grows_loses_nothing(tmp_path):
 IDENTITY = {"seed": 0, "checkpoints": ["aa", "bb"]}
 
 
-def sample(count):
-    return f"the first {count}"
+def sample(count, mark=""):
+    return [tensor_digest({f"the first {count}{mark}": torch.zeros(1)})]
 
 
 def rows(count, seed=0):
@@ -337,7 +341,7 @@ def test_a_shard_of_other_data_is_found(tmp_path):
     """Two machines whose file system has no locks may add different data at the same time."""
     for name, mark in (("one", "x"), ("two", "y")):
         fill(FeatureStore(tmp_path / name, IDENTITY, 10, 4, sample=sample))
-        fill(FeatureStore(tmp_path / name, IDENTITY, 12, sample=lambda n, m=mark: sample(n) if n == 10 else m))
+        fill(FeatureStore(tmp_path / name, IDENTITY, 12, sample=lambda n, m=mark: sample(n, "" if n == 10 else m)))
     one, two = (FeatureStore(tmp_path / name, IDENTITY, None, read_only=True) for name in ("one", "two"))
     one._shard_path(0, 3).write_bytes(two._shard_path(0, 3).read_bytes())
     one._shard_path(0, 2).write_bytes(two._shard_path(0, 2).read_bytes())
