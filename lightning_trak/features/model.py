@@ -66,7 +66,7 @@ class ModelCopy:
         self.checkpoints = checkpoints
         self._digests = digests
         self.places = [f"at checkpoint {number} ({item.name})" for number, item in enumerate(checkpoints)]
-        self.streams = [int(digest[:15], 16) for digest in digests]
+        self.streams = [stream_of(digest) for digest in digests]
         self.names = select_parameters(self.module, parameters)
         shapes = {name: real_shape(parameter) for name, parameter in self.module.named_parameters()}
         self.shapes = {name: shapes[raw] for name, raw in self.names.items()}
@@ -146,3 +146,12 @@ class ModelCopy:
         with self.differentiable(), exact_attention():
             fresh = (ExampleBatch(batch, infer_batch_size(batch), layout).fresh() for batch in batches)
             return {name: tensor.clone() for name, tensor in self.output.make_context(self.module, fresh).items()}
+
+
+def stream_of(digest: str) -> int:
+    """The number of a checkpoint for random draws.
+
+    Args:
+        digest: of its weights, :func:`~lightning_trak.storage.files.tensor_digest`.
+    """
+    return int(digest[:15], 16)

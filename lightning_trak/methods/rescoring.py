@@ -124,6 +124,7 @@ class SecondStage:
                 converge.
         """
         found = [_Candidates(each.indices, passes.dtype) for each in candidates]
+        passes.begun_with = store.begun_with
         if self.exact.damping == "auto":
             passes.agreement = stored_noise(store, [None] * store.num_checkpoints).agreement
         for checkpoint in range(store.num_checkpoints):
