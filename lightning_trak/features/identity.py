@@ -7,12 +7,12 @@ from typing import Any
 
 from lightning_trak.checkpoints.base import Checkpoint
 from lightning_trak.checkpoints.copies import state_digest
+from lightning_trak.checkpoints.names import weights_digest
 from lightning_trak.features.growth import describe_data
 from lightning_trak.features.model import ModelCopy
 from lightning_trak.features.settings import FeatureSettings
 from lightning_trak.fingerprints import difference, module_fingerprint
 from lightning_trak.outputs import ModelOutput
-from lightning_trak.storage.files import tensor_digest
 
 
 class Contents:
@@ -28,7 +28,7 @@ class Contents:
     @cached_property
     def _read(self) -> list[tuple[str, frozenset[str]]]:
         loaded = (checkpoint.load() for checkpoint in self._checkpoints)
-        return [(tensor_digest(weights), frozenset(weights)) for weights in loaded]
+        return [(weights_digest(weights), frozenset(weights)) for weights in loaded]
 
     @property
     def digests(self) -> list[str]:

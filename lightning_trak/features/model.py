@@ -12,12 +12,12 @@ from typing_extensions import Self
 
 from lightning_trak.checkpoints.base import Checkpoint
 from lightning_trak.checkpoints.copies import Original, copy_module
+from lightning_trak.checkpoints.names import weights_digest
 from lightning_trak.gradients import ParameterSelection, select_parameters
 from lightning_trak.gradients.base import real_shape
 from lightning_trak.gradients.batch import ExampleBatch, Layout, infer_batch_size
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.evaluating import exact_attention, modules_of
-from lightning_trak.storage.files import tensor_digest
 
 
 class ModelCopy:
@@ -29,7 +29,7 @@ class ModelCopy:
         module: the trained model.
         output: the scalar output to differentiate.
         checkpoints: the weights, one set per checkpoint.
-        digests: the digests of their weights.
+        digests: the digests of their weights, :func:`~lightning_trak.checkpoints.names.weights_digest`.
         parameters: which parameters to differentiate, see :func:`~lightning_trak.gradients.select_parameters`.
         keep: whether to keep the weights of all checkpoints in memory, for repeated use.
 
@@ -112,7 +112,7 @@ class ModelCopy:
                 if not self.keeps:
                     self._weights.clear()
                 weights = checkpoint.load()
-                if tensor_digest(weights) != self._digests[number]:
+                if weights_digest(weights) != self._digests[number]:
                     raise ValueError(f"{checkpoint.name} has changed since this TRAK was made; make a new one")
                 self._weights[number] = weights
             self._loading.load(self._weights[number], checkpoint.name)
@@ -152,6 +152,6 @@ def stream_of(digest: str) -> int:
     """The number of a checkpoint for random draws.
 
     Args:
-        digest: of its weights, :func:`~lightning_trak.storage.files.tensor_digest`.
+        digest: of its weights, :func:`~lightning_trak.checkpoints.names.weights_digest`.
     """
     return int(digest[:15], 16)

@@ -119,6 +119,14 @@ def test_a_checkpoint_that_is_listed_twice_is_made_once(tmp_path, computed):
     assert len(list((tmp_path / "twice").glob("checkpoint-*"))) == 1
 
 
+def test_weights_under_the_names_of_a_wrapper_are_the_same_checkpoint(tmp_path):
+    featurize(make(tmp_path))
+    renamed = [{f"_orig_mod.{name}": tensor for name, tensor in weights.items()} for weights in WEIGHTS]
+    assert torch.equal(
+        make(tmp_path, renamed).score(make_trainer(), TARGETS), make(tmp_path).score(make_trainer(), TARGETS)
+    )
+
+
 @pytest.mark.parametrize("method", [TRAK, GradientDot, ExactKernel])
 def test_appended_examples(tmp_path, computed, method):
     """The scores are those of a store that was made of all examples, and only the new ones are computed."""

@@ -11,10 +11,10 @@ from trak.projectors import AbstractProjector
 from trak.score_computers import BasicScoreComputer
 
 from lightning_trak import TRAK
+from lightning_trak.checkpoints.names import weights_digest
 from lightning_trak.features.model import stream_of
 from lightning_trak.gradients import select_parameters
 from lightning_trak.projections import GaussianProjection, Projection, RademacherProjection
-from lightning_trak.storage.files import tensor_digest
 from tests.lit import make_checkpoints, make_data, make_model, make_trainer
 
 
@@ -60,7 +60,7 @@ def traker_scores(
         train_set_size=len(train),
         save_dir=str(folder),
         device="cpu",
-        projector=SharedProjector(projection, sizes, [stream_of(tensor_digest(weights)) for weights in checkpoints]),
+        projector=SharedProjector(projection, sizes, [stream_of(weights_digest(weights)) for weights in checkpoints]),
         score_computer=computer,
         use_half_precision=False,
         logging_level=40,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_trak.checkpoints.reading import CheckpointsLike, masks_of, resolve_checkpoints
 from lightning_trak.compatibility import original_module
+from lightning_trak.features.identity import Contents
 from lightning_trak.features.model import ModelCopy
 from lightning_trak.gradients import ParameterSelection
 from lightning_trak.methods.base import Method
@@ -109,7 +110,7 @@ class Influence(Method):
         asked = target_output(output, self.output)
         train_set, target_set = Examples(train, "fit", trainer), Examples(targets, "predict", trainer)
         with without_gradients():
-            digests = [checkpoint.fingerprint() for checkpoint in self.checkpoints]
+            digests = Contents(self.checkpoints).digests
             model = ModelCopy(self.model, self.output, self.checkpoints, digests, self._selection())
             passes = Passes(model, self.seed, trainer, train_set)
             passes.agreement = self._agreement(passes)
