@@ -2,6 +2,7 @@
 
     python -m benchmarks.methods --out methods_output            # about half an hour on one core
     python -m benchmarks.methods --out methods_output --quick    # a tiny net, two models, under a minute
+    python -m benchmarks.methods --out docs --draw docs/methods.json  # the picture again, of what was measured
 
 The truth is the outputs of models retrained on 100 random halves, several times each. The cost of a method is the
 training of the models that it needs plus its own time, in units of the training of one model. The directory gets
@@ -19,12 +20,15 @@ from typing import Any
 
 import lightning as L
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
+from matplotlib.colors import to_hex, to_rgb
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
+from benchmarks.labels import Curve, label_curves
 from benchmarks.tasks import Task, make_tasks
 from benchmarks.truth import MODELS, SUBSETS, Truth, kept, outputs_of, quiet, trainer_for
 from examples.digits import LitDigits
@@ -232,50 +236,58 @@ def tables(found: list[Result], ceilings: dict[str, float], units: dict[str, flo
     return "\n".join(lines)
 
 
-STYLES = {  # colour of a family, then markers within it
+COLORS = {  # of a family; its later members are paler
     "TRAK": "tab:red",
     "ExactKernel": "darkred",
     "EK-FAC": "tab:blue",
     "influence": "tab:green",
     "gradient": "tab:orange",
     "TracIn": "tab:brown",
-    "GAS": "tab:olive",
+    "GAS": "olive",
     "representations": "tab:purple",
-    "KNN-Shapley": "tab:pink",
+    "KNN-Shapley": "deeppink",
     "empirical influence": "black",
     "datamodels": "dimgrey",
-    "Data Shapley": "tab:cyan",
+    "Data Shapley": "teal",
 }
-MARKERS = "osD^vPX*"
+
+
+def tint(color: str, whiteness: float) -> str:
+    """A color mixed with white; ``whiteness`` is from 0 (the color) to 1 (white)."""
+    return to_hex([value + (1 - value) * whiteness for value in to_rgb(color)])
 
 
 def plot(found: list[Result], ceilings: dict[str, float], path: Path) -> None:
-    """LDS against cost: a panel for each task, a line from few to many models for each method."""
-    figure, axes = plt.subplots(1, len(ceilings), figsize=(6 * len(ceilings) + 2, 7.2), squeeze=False, sharey=True)
+    """LDS against cost: a panel for each task, a line from few to many models for each method, with its name."""
     names = [name for name in dict.fromkeys(row.method for row in found) if name != "random"]
-    families = {name: next(family for family in STYLES if name.startswith(family)) for name in names}
-    for axis, (task, ceiling) in zip(axes[0], ceilings.items(), strict=True):
+    families = {name: next(family for family in COLORS if name.startswith(family)) for name in names}
+    figure, axes = plt.subplots(len(ceilings), 1, figsize=(7.4, 6.2 * len(ceilings)), squeeze=False)
+    for axis, (task, ceiling) in zip(axes.flat, ceilings.items(), strict=True):
+        curves = {}
         for name in names:
             rows = [row for row in found if (row.task, row.method) == (task, name)]
             if not rows:
                 continue
-            family = families[name]
-            marker = MARKERS[[other for other in names if families[other] == family].index(name)]
-            x, y = [row.cost for row in rows], [row.lds for row in rows]
-            errors = [[row.lds - row.low for row in rows], [row.high - row.lds for row in rows]]
-            style: dict[str, Any] = {"marker": marker, "color": STYLES[family], "label": name}
-            style |= {"linewidth": 2.5, "markersize": 9, "zorder": 5} if name == "TRAK" else {"linewidth": 1}
-            axis.errorbar(x, y, errors, elinewidth=0.8, **style)
-        for row in found:
-            if (row.task, row.method) == (task, "random"):
-                axis.axhline(row.lds, color="grey", linestyle=":", label="random")
-        axis.axhline(ceiling, color="black", linestyle="--", label="noise ceiling")
-        axis.set(xscale="log", title=task, xlabel="cost (trainings of one model; models and own time)")
-        axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("LDS (bars: 95% over targets and subsets)")
-    entries = {label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels())}  # noqa: B905
-    figure.legend(entries.values(), entries, loc="lower center", ncols=2 + len(ceilings), fontsize=8, frameon=False)
-    figure.tight_layout(rect=(0, 0.26, 1, 1))
+            members = [other for other in names if families[other] == families[name]]
+            color = tint(COLORS[families[name]], 0.5 * members.index(name) / len(members))
+            points = np.array([(row.cost, row.lds) for row in rows])
+            ends = np.array([(row.low, row.high) for row in rows])
+            style: dict[str, Any] = {"linewidth": 2.5, "markersize": 8} if name == "TRAK" else {"linewidth": 1}
+            errors = np.abs(ends - points[:, 1:]).T
+            axis.errorbar(*points.T, errors, elinewidth=0.6, marker="o", color=color, **{"markersize": 4} | style)
+            curves[name] = Curve(points, ends, color, "bold" if name == "TRAK" else "normal")
+        chance = [row.lds for row in found if (row.task, row.method) == (task, "random")]
+        for value, name, line in [(ceiling, "noise ceiling", "--"), *((value, "random", ":") for value in chance)]:
+            axis.axhline(value, color="grey", linestyle=line)
+            axis.text(
+                0.995, value, name, transform=axis.get_yaxis_transform(), ha="right", va="bottom", color="grey", size=8
+            )
+        axis.set(xscale="log", title=task, ylabel="LDS (bars: 95% over targets and subsets)")
+        axis.margins(x=0.12, y=0.05)
+        axis.grid(alpha=0.2)
+        label_curves(axis, curves)
+    axes[-1][0].set_xlabel("cost (trainings of one model; models and own time)")
+    figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -303,12 +315,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("methods_output"), help="where everything is written")
     parser.add_argument("--tasks", nargs="+", choices=SEEDS, help="tasks; default: all, or the first with --quick")
     parser.add_argument("--quick", action="store_true", help="a tiny net, 200 digits, two models, 20 halves")
+    parser.add_argument("--draw", type=Path, help="a methods.json: draw its picture, and measure nothing")
     args = parser.parse_args(arguments)
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.draw:
+        kept_results = json.loads(args.draw.read_text())
+        plot(
+            [Result(**row) for row in kept_results["results"]], kept_results["noise_ceilings"], args.out / "methods.png"
+        )
+        return
     quiet()
     torch.set_num_threads(1)  # the nets are too small for more threads
     threadpool_limits(1)  # the same for NumPy: its threads would use CPU time while they wait
-    args.out.mkdir(parents=True, exist_ok=True)
-    found: list[Result] = []
+    found = []
     ceilings, units = {}, {}
     for name in args.tasks or list(SEEDS)[: 1 if args.quick else None]:
         task = make_tasks()[name]

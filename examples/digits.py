@@ -127,7 +127,7 @@ def main(arguments: list[str] | None = None) -> None:
     for target in shown.tolist():
         print(f"   held-out image {target}, a {int(targets.tensors[1][target])}:")
         for kind, largest in (("proponents", True), ("opponents", False)):
-            values, indices = scores[target].topk(5, largest=largest)
+            values, indices = scores[target].topk(3, largest=largest)
             items = [
                 f"#{i} (a {int(train.tensors[1][i])}) {value:+.2g}" for i, value in zip(indices, values, strict=True)
             ]

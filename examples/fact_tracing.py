@@ -101,7 +101,7 @@ def main(arguments: list[str] | None = None) -> None:
         num_seeds=args.seeds,
     )
     fleet.run()
-    print(f"   {'removed':12s} sentences  answered  log-odds of the answer  answered of the queries not traced")
+    print(f"   {'removed':12s} sentences  answered  log-odds of the answer  answered, not traced")
     answered = {  # for each set and model
         "queries traced": (fleet.outputs[:traced] > 0).float().mean(0),
         "other queries": (fleet.outputs[traced:] > 0).float().mean(0),

@@ -1,11 +1,13 @@
-"""Which passages of the training text made a language model write this?
+"""Which passages of the training text made a language model write this, and which of their tokens?
 
 A small GPT-2 learns a text, cut into passages, and continues prompts that it has not seen. TRAK finds the training
-passages that made each continuation likely. The tail patch checks this (Chang et al. 2024, arXiv 2410.17413): one more
-training step on the passages that a method names should make the continuation more likely.
+passages that made each continuation likely, and which tokens of both belong together. The tail patch checks this (Chang
+et al. 2024, arXiv 2410.17413): one more training step on the passages that a method names should make the continuation
+more likely.
 """
 
 import argparse
+import sys
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -21,7 +23,11 @@ from examples.common import begin, make_trainer
 from examples.texts import learn_tokenizer, line, read_text
 from lightning_trak import TRAK, AttributionMixin, GradientCosine, TRAKCallback
 from lightning_trak.methods import BM25, RandomScores
+from lightning_trak.methods.tokens import text_tokens
 from lightning_trak.outputs import CausalLMMargin, NegativeLoss
+from lightning_trak.reporting.html import token_page
+from lightning_trak.reporting.terminal import token_lines
+from lightning_trak.reporting.tokens import Decode, ScoredText, scored_text
 from lightning_trak.retraining import tail_patch
 
 Example = dict[str, Tensor]  # input_ids, and labels as in Hugging Face: the ids, or -100 for tokens without a label
@@ -72,6 +78,24 @@ def generate(model: LitCausalLM, prompts: Tensor, length: int) -> list[Example]:
     return [{"input_ids": row, "labels": asked} for row, asked in zip(ids, labels, strict=True)]
 
 
+def explain_tokens(
+    trak: TRAK, trainer: L.Trainer, train: list[Example], target: Example, decode: Decode
+) -> list[ScoredText]:
+    """A continuation and its two best passages, with the scores of their tokens."""
+    loader, output = DataLoader([target], batch_size=1), CausalLMMargin(per_token=True)
+    rows, tokens = trak.score(trainer, loader, output=output), text_tokens(trainer, loader, output)
+    texts = []
+    for part in trak.score_tokens(trainer, loader, trak.score(trainer, loader, top_k=2, largest=True)):
+        name, explained = f"passage {part.train}", rows[:, part.train] / len(rows)
+        title = f"The continuation: what {name} explains"
+        texts.append(scored_text(title, target["input_ids"], tokens.positions, explained, decode))
+        title = f"{name}: which of its tokens did it"
+        texts.append(
+            scored_text(title.capitalize(), train[part.train]["input_ids"], part.positions, part.scores, decode)
+        )
+    return texts
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -120,13 +144,19 @@ def main(argv: list[str] | None = None) -> None:
     scores = {name: method.attribute(trainer, loader, target_loader) for name, method in methods.items()}
     for target in range(min(2, args.targets)):
         prompt, continuation = targets[target]["input_ids"].tensor_split([args.length // 4])
-        print(f"\n   {'prompt':14s} {line(tokenizer.decode(prompt), 90)}")
-        print(f"   {'continuation':14s} {line(tokenizer.decode(continuation), 90)}")
+        print(f"\n   {'prompt':14s} {line(tokenizer.decode(prompt))}")
+        print(f"   {'continuation':14s} {line(tokenizer.decode(continuation))}")
         for name in ("TRAK", "BM25"):
             for index in scores[name][target].topk(3).indices.tolist():
-                print(f"   {name:14s} {line(tokenizer.decode(passages[index]), 90)}")
+                print(f"   {name:14s} {line(tokenizer.decode(passages[index]))}")
 
-    print(f"\n3. Tail patch: one training step on the {args.top} passages that each method names")
+    print("\n3. The tokens of the first continuation and of its two best passages", flush=True)
+    texts = explain_tokens(methods["TRAK"], trainer, train, targets[0], tokenizer.decode)
+    print(token_lines(texts, colour=sys.stdout.isatty()))
+    (run / "tokens.html").write_text(token_page(texts, "Which tokens?"), encoding="utf-8")
+    print(f"   The same is in {run}/tokens.html")
+
+    print(f"\n4. Tail patch: one training step on the {args.top} passages that each method names")
     print("   rise of the continuation's log-probability, in nats a token, mean over the targets", flush=True)
     patch = tail_patch(
         model,

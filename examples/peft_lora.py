@@ -126,13 +126,13 @@ def main(argv: list[str] | None = None) -> None:
         scores = method.attribute(trainer, loader, targets).view(len(tasks), args.targets, len(pool))
         selected[name] = scores.mean(1).topk(args.top).indices.tolist()
 
-    print(f"4. New adapters tuned on the {args.top} instructions selected for a task: loss on new examples of it")
-    print("   (in brackets: how many of the selected are of the task and rightly answered, or wrongly)")
-    print(f"   {'task':10s}{'untuned':>9s}" + "".join(f"{name:>20s}" for name in methods))
+    print(f"4. Loss on new examples of a task, of adapters tuned on the {args.top} instructions selected")
+    print("   (in brackets: the share that is of the task and rightly answered, or wrongly)")
+    print(f"   {'task':8s}{'untuned':>8s}" + "".join(f"{name:>17s}" for name in methods))
     losses = torch.zeros(len(methods), len(tasks))
     for column, task in enumerate(tasks):
         new = make_loader(asked[task][args.targets :], tokenizer, batch_size=200)
-        print(f"   {task:10s}{loss(LitCausalLM(base, args.lr), new):9.2f}", end="")
+        print(f"   {task:8s}{loss(LitCausalLM(base, args.lr), new):8.2f}", end="")
         for row, name in enumerate(methods):
             chosen = [pool[index] for index in selected[name][column]]
             for seed in range(args.seeds):
@@ -142,7 +142,7 @@ def main(argv: list[str] | None = None) -> None:
                 losses[row, column] += loss(tuned, new) / args.seeds
             answers = [one.get("right", True) for one in chosen if one.get("task") == task]
             right, wrong = (answers.count(kind) / len(chosen) for kind in (True, False))
-            print(f"{losses[row, column]:8.2f} ({right:4.0%},{wrong:4.0%})", end="", flush=True)
+            print(f"{losses[row, column]:5.2f} ({right:4.0%},{wrong:4.0%})", end="", flush=True)
         print()
     print("   Loss on the selection of TRAK minus that on the selection of")
     differences = losses[0] - losses

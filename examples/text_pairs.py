@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from transformers.utils import logging
 
 from examples.common import begin, make_trainer
-from examples.entailment import LABELS, Pair, generate, read
+from examples.entailment import Pair, generate, read
 from examples.texts import learn_tokenizer, line
 from lightning_trak import TRAK, AttributionMixin, LinearDatamodelingScore, TracIn, TRAKCallback
 from lightning_trak.methods import BM25
@@ -55,8 +55,8 @@ class LitPairs(AttributionMixin, L.LightningModule):
 
 
 def show(pair: Pair) -> str:
-    """A pair on one line."""
-    return f"{LABELS[pair[2]]:15s} {line(pair[0])} | {line(pair[1])}"
+    """On one line: whether the sentence answers the question, and both."""
+    return f"{('no', 'yes')[pair[2]]:4s} {line(pair[0])} | {line(pair[1])}"
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,12 +1,12 @@
-"""All private names of PyTorch, Lightning and jsonargparse that this package uses.
+"""All private names of PyTorch, Lightning, accelerate and jsonargparse that this package uses.
 
 A new version of a library may drop a private name without notice. So each is used only here, behind a function or a
 name that says what it is for. ``tests/repository/test_compatibility.py`` tries each with the installed version. If a
 public name does the same, it is used instead.
 
-This module lies below all others, because fingerprints, checkpoints and gradients need PyTorch's private names, and
-``running`` needs Lightning's. The only exception is ``metrics``, which does not import Lightning. It uses names that
-torchmetrics has for classes derived from ``Metric`` (``_plot``, ``_is_synced``, ``_apply``).
+This module lies below all others but ``packages``, because fingerprints, checkpoints and gradients need PyTorch's
+private names, and ``running`` needs Lightning's. The only exception is ``metrics``, which does not import Lightning. It
+uses names that torchmetrics has for classes derived from ``Metric`` (``_plot``, ``_is_synced``, ``_apply``).
 """
 
 from collections.abc import Callable, Iterator
@@ -17,12 +17,12 @@ import lightning as L
 from lightning.fabric.utilities.distributed import _InfiniteBarrier as InfiniteBarrier
 from lightning.fabric.utilities.seed import _collect_rng_states as collect_rng_states
 from lightning.fabric.utilities.seed import _set_rng_states as set_rng_states
+from lightning.fabric.wrappers import _FabricModule, _FabricOptimizer
 from lightning.pytorch.core.optimizer import _configure_optimizers as configure_optimizers
 from lightning.pytorch.core.optimizer import _configure_schedulers_automatic_opt as configure_schedulers
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
-from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSource
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning_utilities.core.inheritance import get_all_subclasses
 from torch import Tensor, nn
@@ -30,7 +30,8 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_iter, tree_map
 from torch.utils.data import BatchSampler, DataLoader
-from typing_extensions import override
+
+from lightning_trak.packages import is_a, own
 
 __all__ = [
     "EXTRA_STATE",
@@ -46,13 +47,16 @@ __all__ = [
     "configure_schedulers",
     "explicit_padding",
     "forget_compiled_call",
+    "forget_redirection",
     "has_gradient_hooks",
     "hooks_of",
     "is_compiled",
     "is_running",
     "is_traceable_wrapper_subclass",
+    "left_by_fabric",
     "original_function",
     "original_module",
+    "original_optimizer",
     "parts_that_a_run_changes",
     "registered",
     "replaced_parameter",
@@ -71,6 +75,7 @@ __all__ = [
 
 # PyTorch
 
+_BEFORE_AUTOCAST = "_original_forward"
 _COMPILED = "_orig_mod"
 
 WRAPPERS = frozenset({_COMPILED, "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -88,9 +93,17 @@ _HOOKS = {
 
 
 def original_module(model: nn.Module) -> nn.Module:
-    """The model that was given to ``torch.compile``, if the model is compiled; otherwise the model itself."""
-    original = getattr(model, _COMPILED, None)
-    return original if isinstance(original, nn.Module) else model
+    """The model that was given to ``torch.compile`` or ``fabric.setup``; otherwise the model itself."""
+    while True:
+        original = model.module if is_a(model, _FabricModule) else getattr(model, _COMPILED, None)
+        if not isinstance(original, nn.Module):
+            return model
+        model = original
+
+
+def original_optimizer(optimizer: Any) -> Any:
+    """The optimizer that was given to ``fabric.setup``; otherwise the optimizer itself."""
+    return optimizer.optimizer if is_a(optimizer, _FabricOptimizer) else optimizer
 
 
 def original_function(function: Any) -> Any:
@@ -106,6 +119,23 @@ def is_compiled(module: nn.Module) -> bool:
 def forget_compiled_call(module: nn.Module) -> None:
     """Undo ``module.compile()``, but not that of its parts. Compiled code in a copy would run the original."""
     module._compiled_call_impl = None
+
+
+def forget_autocast(module: nn.Module) -> None:
+    """Undo what accelerate leaves on a model that was trained in mixed precision: a ``forward()`` with autocast.
+
+    The Trainer of Hugging Face trains with accelerate.
+    """
+    original = vars(module).pop(_BEFORE_AUTOCAST, None)
+    if original is None:
+        return
+    inner, own = module.forward, type(module).forward
+    while inner is not own and hasattr(inner, "__wrapped__"):  # it may have been trained several times
+        inner = inner.__wrapped__
+    if inner is own:
+        del module.forward
+    else:
+        module.forward = original
 
 
 def registered(module: nn.Module) -> dict[str, Any]:
@@ -189,15 +219,16 @@ def with_index_sampler(loader: Any, change: Callable[[Any], Any]) -> Any:
 # Lightning
 
 
-class _ChangedSource(_DataLoaderSource):
+class _ChangedSource:
     """A source of a Trainer's loaders that passes each one through a function."""
 
-    def __init__(self, source: _DataLoaderSource, change: Callable[[Any], Any]) -> None:
-        super().__init__(source.instance, source.name)
+    def __init__(self, source: Any, change: Callable[[Any], Any]) -> None:
         self.source = source
         self._change = change
 
-    @override
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.source, name)
+
     def dataloader(self) -> Any:
         try:
             return self._change(self.source.dataloader())
@@ -221,12 +252,12 @@ def _undo_loader_patch() -> None:
 
 def change_train_loader(trainer: L.Trainer, change: Callable[[Any], Any]) -> None:
     """Let a Trainer that has its data, but no loaders yet, train on what a function makes of its loader."""
-    trainer.fit_loop._data_source = _ChangedSource(trainer.fit_loop._data_source, change)
+    trainer.fit_loop._data_source = cast(Any, _ChangedSource(trainer.fit_loop._data_source, change))
 
 
 def restore_train_loader(trainer: L.Trainer) -> None:
     """Undo :func:`change_train_loader`."""
-    source = trainer.fit_loop._data_source
+    source: Any = trainer.fit_loop._data_source
     if isinstance(source, _ChangedSource):
         trainer.fit_loop._data_source = source.source
 
@@ -234,18 +265,31 @@ def restore_train_loader(trainer: L.Trainer) -> None:
 def start_method(trainer: L.Trainer) -> str | None:
     """How a Trainer's strategy starts processes from this one, such as ``"spawn"``; None if it starts none."""
     launcher = trainer.strategy.launcher
-    return launcher._start_method if isinstance(launcher, _MultiProcessingLauncher) else None
+    return launcher._start_method if is_a(launcher, _MultiProcessingLauncher) else None
 
 
 def starts_script_again(trainer: L.Trainer) -> bool:
     """Whether a Trainer's strategy starts the user's script again for each further process."""
-    return isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher)
+    return is_a(trainer.strategy.launcher, _SubprocessScriptLauncher)
 
 
 def tensor_parallel_size(strategy: ModelParallelStrategy) -> int:
     """The number of devices over which a strategy splits layers. It is known before the processes run."""
     size = strategy._tensor_parallel_size
     return strategy.num_processes if size == "auto" else size
+
+
+def left_by_fabric(module: nn.Module) -> list[object]:
+    """What ``fabric.setup`` has left on LightningModules: Fabric itself, and its wrapped optimizers."""
+    parts = [part for part in module.modules() if is_a(part, L.LightningModule) and part._fabric is not None]
+    return [left for part in parts for left in (part._fabric, part._fabric_optimizers)]
+
+
+def forget_redirection(module: nn.Module) -> None:
+    """Undo what calls of ``training_step`` of a Fabric model leave on its module: its own ``forward`` as attribute."""
+    forward: Any = vars(module).get("forward")
+    if getattr(forward, "__func__", None) is type(module).forward and forward.__self__ is module:
+        del module.forward
 
 
 def set_device_mesh(module: L.LightningModule, mesh: Any) -> None:
@@ -282,18 +326,14 @@ def after_signal_handlers(trainer: L.Trainer, action: Callable[[], None]) -> Non
         trainer: the Trainer. It gets another signal connector.
         action: the function to call.
     """
-    trainer._signal_connector = _ThenSignalConnector(trainer, action)
+    kind = own(_SignalConnector, trainer._signal_connector)
 
+    class _ThenSignalConnector(kind):  # type: ignore[misc, valid-type]
+        def register_signal_handlers(self) -> None:
+            super().register_signal_handlers()
+            action()
 
-class _ThenSignalConnector(_SignalConnector):
-    def __init__(self, trainer: L.Trainer, action: Callable[[], None]) -> None:
-        super().__init__(trainer)
-        self._action = action
-
-    @override
-    def register_signal_handlers(self) -> None:
-        super().register_signal_handlers()
-        self._action()
+    trainer._signal_connector = _ThenSignalConnector(trainer)
 
 
 # jsonargparse

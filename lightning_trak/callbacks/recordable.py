@@ -9,12 +9,12 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.precision import DoublePrecision, Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_trak.compatibility import has_gradient_hooks
+from lightning_trak.packages import both, is_a, overrides
 from lightning_trak.replay.optimizers.base import optimizer_step
 from lightning_trak.replay.states import named_buffers, named_parameters
 
@@ -32,12 +32,12 @@ def require_plain(trainer: Trainer, module: LightningModule) -> None:
 def _reason(trainer: Trainer, module: LightningModule) -> str | None:
     name = type(module).__name__
     plugin = trainer.precision_plugin
-    if trainer.world_size > 1 or not isinstance(trainer.strategy, SingleDeviceStrategy):
+    if trainer.world_size > 1 or not is_a(trainer.strategy, SingleDeviceStrategy):
         return (
             f"it runs with {type(trainer.strategy).__name__} on {trainer.world_size} devices, and gradients that are"
             " averaged over processes are not repeated; train with devices=1"
         )
-    if type(plugin) is not Precision and not isinstance(plugin, DoublePrecision):
+    if type(plugin) not in both(Precision) and not is_a(plugin, DoublePrecision):
         return (
             f"precision {trainer.precision!r} rounds steps so coarsely that their derivatives are noise; train with"
             ' precision="32-true" or "64-true"'
@@ -46,7 +46,7 @@ def _reason(trainer: Trainer, module: LightningModule) -> str | None:
         return f"{name} uses manual optimization, so its steps are not known; use automatic optimization"
     if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
         return "training_step takes dataloader_iter, so the examples of a batch are not known; let it take a batch"
-    own = [hook for hook in _OWN_STEPS if is_overridden(hook, module, L.LightningModule)]
+    own = [hook for hook in _OWN_STEPS if overrides(module, hook, L.LightningModule)]
     if own:
         return (
             f"{name} overrides {own[0]}, so it is not known how a step is made; leave it out (use a scheduler for"

@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-import math
 import os
-import pickle
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_trak.callbacks.runs import run_from, runs_in
-from lightning_trak.checkpoints.names import canonical_name
-from lightning_trak.checkpoints.series import ParameterGroup, SnapshotSeries
-from lightning_trak.checkpoints.weights import is_extra_state, without_extra_state
+from lightning_trak.callbacks.saving import on_rank_zero, require_storable, single_trigger
+from lightning_trak.checkpoints.manifest import ParameterGroup
+from lightning_trak.checkpoints.optimizers import parameter_groups, preconditioner_of, require_adam
+from lightning_trak.checkpoints.series import SnapshotSeries
+from lightning_trak.checkpoints.weights import without_extra_state
+from lightning_trak.packages import is_a
+from lightning_trak.texts.display import Displayed
 
 T = TypeVar("T")
 
 
-class TRAKCallback(Callback):
+class TRAKCallback(Displayed, Callback):
     """Saves snapshots of the whole state dict for attribution.
 
     At most one trigger may be given. The default is ``every_n_epochs=1``. A step is never saved twice. Nothing is saved
@@ -41,7 +42,10 @@ class TRAKCallback(Callback):
     Buffers with ``persistent=False`` are not in the state dict.
 
     **What else.** The manifest records the optimizer steps taken and the epochs completed. For each parameter group it
-    records the names of its parameters, and the learning rate and weight decay of its optimizer's last step.
+    records the names of its parameters, and the learning rate and weight decay of its optimizer's last step. With
+    ``preconditioner=True`` a second file holds what Adam or AdamW multiplies each gradient by, made of its second
+    moments, for :class:`~lightning_trak.GradientCosine` and others with ``preconditioned=True``. It takes the space of
+    the trained weights.
 
     **Which run.** A directory belongs to one run. It is an error to start another run in it, even if the first has
     saved nothing yet. In that last case, on file systems without locks, it is the first run that ends with an error.
@@ -56,6 +60,7 @@ class TRAKCallback(Callback):
         train_time_interval: save after an optimizer step if this much time has passed since the last such save. The
             clock of rank zero decides.
         save_last: save when training ends, unless the last step is saved already.
+        preconditioner: whether to keep what the optimizer multiplies gradients by. It must be Adam or AdamW of torch.
         overwrite: delete the snapshots of another run when training starts. Other files stay. Only on file systems with
             locks, and not while another run writes there.
         exist_ok: a run that starts from the same weights as an earlier one, such as the same script with the same seed,
@@ -66,15 +71,20 @@ class TRAKCallback(Callback):
         ValueError: if several triggers are given, or one is not positive. In ``setup``: if two callbacks of a Trainer
             have the same directory. When training starts: if the directory holds snapshots of another run, another run
             is writing to it, or a learning rate is not finite. At a snapshot: if another run has taken the directory.
-        TypeError: when training starts, if the state dict has entries that are not dense tensors.
+        TypeError: when training starts, if the state dict has entries that are not dense tensors; or with
+            ``preconditioner=True``, if an optimizer is another one than Adam or AdamW.
         OSError: on all ranks, if a snapshot cannot be written.
-        RuntimeError: in ``setup`` with DeepSpeed ZeRO stage 3, because its weights are not in the state dict.
+        RuntimeError: in ``setup`` with DeepSpeed ZeRO stage 3, because its weights are not in the state dict; or with
+            ``preconditioner=True`` and a strategy that shards the optimizer's state.
 
     Example::
 
-        trainer = L.Trainer(max_epochs=20, callbacks=[TRAKCallback("run/snapshots", every_n_epochs=5)])
+        snapshots = TRAKCallback("run/snapshots", every_n_epochs=5)
+        trainer = L.Trainer(max_epochs=20, callbacks=[snapshots])
         trainer.fit(model, train_loader)
     """
+
+    _shown = ("dirpath", "every_n_epochs", "every_n_train_steps", "train_time_interval", "save_last")
 
     def __init__(
         self,
@@ -84,26 +94,21 @@ class TRAKCallback(Callback):
         every_n_train_steps: int | None = None,
         train_time_interval: timedelta | None = None,
         save_last: bool = True,
+        preconditioner: bool = False,
         overwrite: bool = False,
         exist_ok: bool = False,
     ) -> None:
-        counts = {"every_n_epochs": every_n_epochs, "every_n_train_steps": every_n_train_steps}
-        seconds = None if train_time_interval is None else train_time_interval.total_seconds()
-        given = {
-            name: value for name, value in (counts | {"train_time_interval": seconds}).items() if value is not None
-        }
-        if len(given) > 1:
-            raise ValueError(
-                f"expected at most one trigger, got {' and '.join(sorted(given))}; use a TRAKCallback for each"
-            )
-        for name, value in given.items():
-            if value < (1 if name in counts else 0):
-                raise ValueError(f"expected a positive {name}, got {value}")
+        trigger = single_trigger(
+            type(self).__name__,
+            {"every_n_epochs": every_n_epochs, "every_n_train_steps": every_n_train_steps},
+            {"train_time_interval": None if train_time_interval is None else train_time_interval.total_seconds()},
+        )
         self.dirpath = os.fspath(dirpath)
-        self.every_n_epochs = every_n_epochs if given else 1
+        self.every_n_epochs = every_n_epochs if trigger else 1
         self.every_n_train_steps = every_n_train_steps
         self.train_time_interval = train_time_interval
         self.save_last = save_last
+        self.preconditioner = preconditioner
         self.overwrite = overwrite
         self.exist_ok = exist_ok
         self._series: SnapshotSeries | None = None  # None: nothing is to be saved
@@ -147,6 +152,11 @@ class TRAKCallback(Callback):
             raise RuntimeError(
                 "TRAKCallback cannot save weights that DeepSpeed ZeRO stage 3 partitions; use FSDP or ZeRO stage 2"
             )
+        if self.preconditioner and is_a(trainer.strategy, FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy):
+            raise RuntimeError(
+                "TRAKCallback cannot keep the preconditioner of an optimizer whose state is sharded: use DDP or one"
+                " device, or leave preconditioner=True out"
+            )
         self._series = SnapshotSeries(trainer.strategy.broadcast(self.dirpath))
         others = [other for other in trainer.callbacks if other is not self]  # type: ignore[attr-defined]
         if any(SnapshotSeries(o.dirpath).url == self._series.url for o in others if isinstance(o, TRAKCallback)):
@@ -157,28 +167,25 @@ class TRAKCallback(Callback):
         """Start or continue the series."""
         if self._series is None:
             return
+        if self.preconditioner:
+            require_adam(trainer.optimizers)
         series, step, state_dict = self._series, trainer.global_step, _gather(trainer)
         self._run, self._saved_step = _on_rank_zero(trainer, lambda: self._open(series, step, state_dict))
         self._seen_step = trainer.global_step
         self._saved_time = time.monotonic()
         self._groups = {
-            position: _settings(position, optimizer, pl_module) for position, optimizer in enumerate(trainer.optimizers)
+            position: parameter_groups(position, optimizer, pl_module)
+            for position, optimizer in enumerate(trainer.optimizers)
         }
 
     def _open(self, series: SnapshotSeries, step: int, state_dict: dict[str, Any]) -> tuple[str, int]:
-        weights = without_extra_state(state_dict, "the module's state dict")  # fail now, not after hours of training
-        extra = [name for name in state_dict if is_extra_state(name)]
-        if extra:
-            rank_zero_warn(
-                f"snapshots leave out the extra state of modules: {', '.join(extra)}; the model that is given for"
-                " attribution keeps its own"
-            )
+        require_storable(state_dict)
         if self._resumed_runs:
             manifest = series.resume(self._resumed_runs, step, self.overwrite)
         elif self._run is not None and self._saved_step <= step:  # fit again with the same Trainer
             manifest = series.resume([self._run], step, self.overwrite)
         elif self.exist_ok:
-            manifest = series.resume([run_from(step, weights)], step, self.overwrite)
+            manifest = series.resume([run_from(step, without_extra_state(state_dict, "it"))], step, self.overwrite)
         else:
             return series.begin(self.overwrite), 0
         return manifest.run, max((snapshot.step for snapshot in manifest.snapshots), default=0)
@@ -188,7 +195,7 @@ class TRAKCallback(Callback):
         """Note the learning rate of this step. A scheduler may change it before the snapshot is taken."""
         for position, candidate in enumerate(trainer.optimizers):
             if candidate is optimizer:
-                self._groups[position] = _settings(position, optimizer, pl_module)
+                self._groups[position] = parameter_groups(position, optimizer, pl_module)
 
     @override
     def on_train_batch_end(
@@ -229,7 +236,8 @@ class TRAKCallback(Callback):
             return
         series, state_dict = self._series, _gather(trainer)
         groups = [group for groups in self._groups.values() for group in groups]
-        _on_rank_zero(trainer, lambda: series.save(state_dict, step, epoch, groups).file)
+        also = preconditioner_of(trainer.optimizers, trainer.lightning_module) if self.preconditioner else None
+        _on_rank_zero(trainer, lambda: series.save(state_dict, step, epoch, groups, also).file)
         self._saved_step = step
 
     @override
@@ -249,58 +257,13 @@ class TRAKCallback(Callback):
 
 
 def _on_rank_zero(trainer: Trainer, action: Callable[[], T]) -> T:
-    """Run an action on rank zero. All ranks get its result or its error, so no rank waits for one that has failed."""
-    outcome: T | Exception | None = None
-    failure: Exception | None = None
-    if trainer.is_global_zero:
-        try:
-            outcome = action()
-        except Exception as error:
-            failure = error
-            outcome = _portable(error)
-    outcome = trainer.strategy.broadcast(outcome)
-    if isinstance(outcome, Exception):
-        raise failure or outcome
-    return cast(T, outcome)
-
-
-def _portable(error: Exception) -> Exception:
-    """An error that other processes can read. Some errors cannot be pickled, others cannot be unpickled."""
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return error
+    return on_rank_zero(action, trainer.is_global_zero, trainer.strategy.broadcast)
 
 
 def _gather(trainer: Trainer) -> dict[str, Any]:
     """The module's whole state dict, at least on rank zero. All ranks must call this."""
     strategy = trainer.strategy
-    if isinstance(strategy, (FSDPStrategy, ModelParallelStrategy)) and strategy.model is not None:
+    if is_a(strategy, FSDPStrategy, ModelParallelStrategy) and strategy.model is not None:
         # If configured for sharded checkpoints, lightning_module_state_dict() gives only this rank's part.
         return get_model_state_dict(strategy.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     return strategy.lightning_module_state_dict()
-
-
-def _settings(position: int, optimizer: Optimizer, module: LightningModule) -> list[ParameterGroup]:
-    names = {id(parameter): canonical_name(name) for name, parameter in module.named_parameters()}
-
-    def number(group: dict[str, Any], key: str) -> float | None:
-        value = None if group.get(key) is None else float(group[key])
-        if value is not None and not math.isfinite(value):
-            raise ValueError(
-                f"optimizer {position} ({type(optimizer).__name__}) has {key}={value}, which cannot train a model;"
-                " use a finite number"
-            )
-        return value
-
-    return [
-        ParameterGroup(
-            position,
-            type(optimizer).__name__,
-            number(group, "lr"),
-            number(group, "weight_decay"),
-            tuple(names[id(parameter)] for parameter in group["params"] if id(parameter) in names),
-        )
-        for group in optimizer.param_groups
-    ]

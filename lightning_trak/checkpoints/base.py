@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lightning_trak.checkpoints.series import Snapshot
+from lightning_trak.checkpoints.manifest import Snapshot, TensorFile
 from lightning_trak.checkpoints.subsets import TrainingSubset
 from lightning_trak.storage.files import tensor_digest
 
@@ -23,12 +23,16 @@ class Checkpoint:
         read: reads the state dict.
         record: step, epoch and optimizer settings if this is a snapshot of a series; else None.
         subset: the training examples that the model has seen; None: all of them.
+        live: whether these are the weights of a model in memory, which may change between two reads.
+        read_file: reads another file of the series; None if this is not a snapshot of one.
     """
 
     name: str
     read: Callable[[], dict[str, Tensor]]
     record: Snapshot | None = None
     subset: TrainingSubset | None = None
+    live: bool = False
+    read_file: Callable[[TensorFile], dict[str, Tensor]] | None = None
 
     def load(self) -> dict[str, Tensor]:
         """Read the state dict: name -> CPU tensor, under the names that were saved. Do not write into the tensors.
@@ -39,6 +43,37 @@ class Checkpoint:
             TypeError: if the file holds something other than tensors.
         """
         return self.read()
+
+    @property
+    def frozen(self) -> str | None:
+        """The checksum of the parameters that it leaves out because they were frozen; None if it has all."""
+        return None if self.record is None else self.record.frozen
+
+    def kept_preconditioner(self) -> TensorFile:
+        """The file of what the optimizer multiplied gradients by.
+
+        Raises:
+            ValueError: if it was not kept.
+        """
+        found = None if self.record is None else self.record.preconditioner
+        if found is None:
+            raise ValueError(
+                f"{self.name} comes without the preconditioner of its optimizer: train with"
+                " TRAKCallback(..., preconditioner=True) or TRAKTrainerCallback(..., preconditioner=True), or use"
+                " preconditioned=False"
+            )
+        return found
+
+    def load_preconditioner(self) -> dict[str, Tensor]:
+        """Read what the optimizer multiplied gradients by: canonical name of a parameter -> CPU tensor.
+
+        Raises:
+            FileNotFoundError: if the file no longer exists.
+            ValueError: if it was not kept, or the file is damaged.
+        """
+        stored = self.kept_preconditioner()
+        assert self.read_file is not None
+        return self.read_file(stored)
 
     def fingerprint(self) -> str:
         """SHA-256 over sorted names, dtypes, shapes and bytes. Equal weights give the same in any kind of file."""

@@ -14,12 +14,16 @@ from torch.nn.parameter import is_lazy
 from lightning_trak.checkpoints.names import canonical_name
 from lightning_trak.checkpoints.weights import is_extra_state
 from lightning_trak.compatibility import (
+    forget_autocast,
     forget_compiled_call,
+    forget_redirection,
     has_gradient_hooks,
     is_traceable_wrapper_subclass,
+    left_by_fabric,
     set_device_mesh,
     transient_buffers,
 )
+from lightning_trak.packages import is_a
 from lightning_trak.running.fsdp import is_sharded, shard_like
 from lightning_trak.storage.files import tensor_digest
 
@@ -58,7 +62,7 @@ def copy_module(module: nn.Module, configure: bool = True) -> nn.Module:
     try:
         # torch cannot deepcopy every kind of sparse tensor.
         sparse = {id(buffer): buffer.clone() for buffer in module.buffers() if buffer.layout != torch.strided}
-        copied = copy.deepcopy(module, sparse)
+        copied = copy.deepcopy(module, sparse | {id(left): None for left in left_by_fabric(module)})
     except Exception as error:
         raise ValueError(
             f"attribution works on a copy of the model, but {name} cannot be copied: {error}; remove"
@@ -74,9 +78,11 @@ def copy_module(module: nn.Module, configure: bool = True) -> nn.Module:
     for part in copied.modules():
         # A LightningModule keeps the result of compile(), and that would run the original.
         forget_compiled_call(part)
+        forget_autocast(part)
+        forget_redirection(part)
     for parameter in copied.parameters():
         parameter.grad = None
-    if configure and isinstance(copied, L.LightningModule):
+    if configure and is_a(copied, L.LightningModule):
         set_device_mesh(copied, None)
         try:
             copied.configure_model()
@@ -107,13 +113,14 @@ class Original:
     Args:
         module: a copy of the user's module that has not been changed yet.
         everything: whether to keep the whole state, for :meth:`restore`.
+        partial: whether a checkpoint may leave out frozen parameters, see :meth:`load`.
     """
 
-    def __init__(self, module: nn.Module, everything: bool = False) -> None:
+    def __init__(self, module: nn.Module, everything: bool = False, partial: bool = False) -> None:
         self._module = module
         self._strict = bool(getattr(module, "strict_loading", True))
         self._overridden = type(module).load_state_dict is not nn.Module.load_state_dict  # may load only a part
-        self._complete = self._strict and not self._overridden
+        self._complete = self._strict and not self._overridden and not partial
         tensors = _tensors(module)
         self._without_content = [name for name, (_, tensor) in tensors.items() if tensor.is_meta]
         self._kept: dict[str, Tensor] = {}
@@ -137,7 +144,7 @@ class Original:
         if self._extra_state:
             self._module.load_state_dict(copy.deepcopy(self._extra_state), strict=False)
 
-    def load(self, weights: Mapping[str, Tensor], name: str) -> None:
+    def load(self, weights: Mapping[str, Tensor], name: str, frozen: str | None = None) -> None:
         """Restore the module and load a state dict. Either may come from a compiled or wrapped module.
 
         The module keeps its own extra state.
@@ -145,9 +152,10 @@ class Original:
         Args:
             weights: a state dict.
             name: the name of the checkpoint in errors.
+            frozen: :func:`frozen_digest` of the parameters that the state dict leaves out; None if it must have all.
 
         Raises:
-            ValueError: if the weights do not fit the module.
+            ValueError: if the weights do not fit the module, or it has other frozen parameters.
         """
         module, tensors = self._module, _tensors(self._module)
         targets: dict[str, Any] = module.state_dict() | dict(tensors.values())
@@ -169,7 +177,7 @@ class Original:
             else:
                 missing, unexpected = module.load_state_dict(parts, strict=False)
                 missing = [raw for raw in missing if not is_extra_state(raw)]
-                if self._strict and missing:
+                if self._strict and missing and frozen is None:
                     problems.append(f"Missing keys: {_some(missing)}")
                 if unexpected and (self._strict or len(unexpected) == len(given)):
                     problems.append(f"Unexpected keys: {_some(unexpected)}")
@@ -184,6 +192,12 @@ class Original:
         if lines:
             raise ValueError(
                 f"{name} does not fit {type(module).__name__}: names, shapes or dtypes differ\n  " + "\n  ".join(lines)
+            )
+        if frozen is not None and frozen_digest(module, weights) != frozen:
+            raise ValueError(
+                f"{name} holds only the parameters that were trained, and this {type(module).__name__} has other frozen"
+                " parameters than the model had in training: pass the model that was trained, or the same base model"
+                " in the same dtype with the same adapters"
             )
         if unexpected:
             _told.warn(f"{name} has entries that {type(module).__name__} does not use: {_some(unexpected)}")
@@ -214,10 +228,24 @@ def state_digest(module: nn.Module, given: Iterable[str] = ()) -> str:
     Raises:
         ValueError: if a tensor has no content.
     """
-    tensors = _tensors(module)
+    return _digest({name: tensor for name, (_, tensor) in _tensors(module).items()}, given)
+
+
+def frozen_digest(module: nn.Module, given: Iterable[str]) -> str:
+    """SHA-256 over the parameters that a snapshot leaves out.
+
+    Args:
+        module: the module.
+        given: the names in the snapshot.
+    """
+    parameters = module.named_parameters(remove_duplicate=False)
+    return _digest({canonical_name(name): parameter for name, parameter in parameters}, given)
+
+
+def _digest(tensors: Mapping[str, Tensor], given: Iterable[str]) -> str:
     digest = hashlib.sha256()
     for name in sorted(set(tensors) - set(map(canonical_name, given))):
-        parts = {f"{name}{suffix}": part for suffix, part in _plain(name, tensors[name][1].detach()).items()}
+        parts = {f"{name}{suffix}": part for suffix, part in _plain(name, tensors[name].detach()).items()}
         digest.update(tensor_digest(parts).encode())
     return digest.hexdigest()
 

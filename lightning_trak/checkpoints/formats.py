@@ -40,14 +40,18 @@ class SnapshotDirectory(CheckpointFormat):
             raise ValueError(
                 f'"{series.directory}" holds no snapshots yet; train with TRAKCallback until it has saved a snapshot'
             )
-        missing = [snapshot.file for snapshot in snapshots if not series.filesystem.exists(series.path(snapshot.file))]
+        files = [file for snapshot in snapshots for file in snapshot.files]
+        missing = [file for file in files if not series.filesystem.exists(series.path(file))]
         if missing:
             raise FileNotFoundError(
-                f'"{series.directory}" lacks {len(missing)} of the {len(snapshots)} snapshots in its manifest, the'
+                f'"{series.directory}" lacks {len(missing)} of the {len(files)} files in its manifest, the'
                 f' first is "{missing[0]}"; restore the files, or pass a list of the paths that you want'
             )
         name = PurePosixPath(series.url).name
-        return [Checkpoint(f"{name}/{entry.file}", partial(series.load, entry), entry) for entry in snapshots]
+        return [
+            Checkpoint(f"{name}/{entry.file}", partial(series.load, entry), entry, read_file=series.load_file)
+            for entry in snapshots
+        ]
 
 
 class SafetensorsFile(CheckpointFormat):
@@ -79,7 +83,7 @@ class TorchFile(CheckpointFormat):
     @classmethod
     def find(cls, location: str, weights_only: bool) -> list[Checkpoint]:  # noqa: D102
         filesystem, path = locate(location)
-        return [Checkpoint(PurePosixPath(path).name, partial(_read_torch, filesystem, path, location, weights_only))]
+        return [Checkpoint(PurePosixPath(path).name, partial(read_torch, filesystem, path, location, weights_only))]
 
 
 def _is_file(location: str, *suffixes: str) -> bool:
@@ -96,16 +100,31 @@ def _is_file(location: str, *suffixes: str) -> bool:
     return not filesystem.isdir(path)
 
 
-def _read_torch(filesystem: Any, path: str, location: str, weights_only: bool) -> dict[str, Tensor]:
+def read_torch(filesystem: Any, path: str, location: str, weights_only: bool) -> dict[str, Tensor]:
+    """The weights in a file of ``torch.save``; the arguments are those of :func:`load_torch`."""
+    return state_dict(load_torch(filesystem, path, location, weights_only), f'"{location}"')
+
+
+def load_torch(filesystem: Any, path: str, location: str, weights_only: bool) -> Any:
+    """The content of a file of ``torch.save``, with its tensors on the CPU.
+
+    Args:
+        filesystem: a file system from :func:`~lightning_trak.storage.locations.locate`.
+        path: of the file on this file system.
+        location: the name of the file in messages.
+        weights_only: False lets the file run code.
+
+    Raises:
+        ValueError: if the file is damaged, or can only be read with ``weights_only=False``.
+    """
     if isinstance(filesystem, LocalFileSystem):
         require_regular(path)
     try:
         if isinstance(filesystem, LocalFileSystem):
             # With mmap only the weights are read from disk, not the optimizer's state. Old formats do not allow mmap.
-            content = torch.load(path, "cpu", weights_only=weights_only, mmap=zipfile.is_zipfile(path))
-        else:
-            with filesystem.open(path, "rb") as file:
-                content = torch.load(file, "cpu", weights_only=weights_only)
+            return torch.load(path, "cpu", weights_only=weights_only, mmap=zipfile.is_zipfile(path))
+        with filesystem.open(path, "rb") as file:
+            return torch.load(file, "cpu", weights_only=weights_only)
     except OSError:
         raise
     except Exception as error:  # torch and pickle raise many types of errors for a damaged file
@@ -116,22 +135,29 @@ def _read_torch(filesystem: Any, path: str, location: str, weights_only: bool) -
                 " reads it, but runs code from the file; use that only for files from a source you trust"
             ) from error
         raise ValueError(f'"{location}" is truncated, or was not written by torch.save: {error!r}') from error
-    return state_dict(content, f'"{location}"')
 
 
 def state_dict(content: Any, source: str) -> dict[str, Tensor]:
     """The weights in the content of a checkpoint.
 
     Args:
-        content: a state dict, or a mapping that has one under ``"state_dict"``.
+        content: a state dict, or a mapping that has one under ``"state_dict"``. Or a mapping with one state dict of a
+            module beside other things, under any name, such as ``fabric.save`` writes.
         source: the name of the checkpoint in messages.
 
     Raises:
         TypeError: if there is no state dict.
-        ValueError: if the state dict has no tensors.
+        ValueError: if the state dict has no tensors, or there are several.
     """
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
+    elif isinstance(content, Mapping) and (named := _of_modules(content)):
+        if len(named) > 1:
+            raise ValueError(
+                f"{source} holds several state dicts, under {', '.join(map(repr, named))}: load it with torch.load, and"
+                " pass the one of this model as a checkpoint"
+            )
+        content = content[named[0]]
     if not isinstance(content, Mapping):
         raise TypeError(f"{source} must hold a state dict, got {type(content).__name__}")
     tensors = without_extra_state(content, source)
@@ -144,3 +170,15 @@ def state_dict(content: Any, source: str) -> dict[str, Tensor]:
         )
     # Resolve lazy conjugation and negation, so that the bytes are the values.
     return {name: tensor.detach().resolve_conj().resolve_neg() for name, tensor in tensors.items()}
+
+
+def _of_modules(content: Mapping[Any, Any]) -> list[Any]:
+    """The names under which a mapping has state dicts of modules, with tensors alone."""
+    return [
+        name
+        for name, value in content.items()
+        if isinstance(value, Mapping)
+        and not is_extra_state(name)
+        and value
+        and all(isinstance(tensor, Tensor) or is_extra_state(key) for key, tensor in value.items())
+    ]

@@ -1,7 +1,8 @@
 """The snapshots of one training run, in a local directory or any other that fsspec reaches.
 
     snapshots/manifest.json                     the run, and the step, epoch and optimizer settings of each snapshot
-    snapshots/snapshot-00000100.safetensors     the LightningModule's state dict after 100 optimizer steps
+    snapshots/snapshot-00000100.safetensors     the module's state dict after 100 optimizer steps
+    snapshots/preconditioner-00000100.safetensors   if asked for, what the optimizer multiplies gradients by
 
 A file that the manifest does not name is not part of the series. A save first writes the tensors. Their file gets its
 name once it is whole and on disk. Then the manifest is replaced in one step. So a crash at any moment does not change
@@ -17,11 +18,9 @@ nothing.
 from __future__ import annotations
 
 import json
-import math
 import os
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,79 +30,20 @@ from lightning.pytorch.utilities import rank_zero_warn
 from safetensors import SafetensorError
 from torch import Tensor
 
+from lightning_trak.checkpoints.manifest import (
+    Manifest,
+    ParameterGroup,
+    Snapshot,
+    TensorFile,
+    file_name,
+    preconditioner_name,
+)
 from lightning_trak.checkpoints.weights import pack, read_safetensors, without_extra_state
 from lightning_trak.storage.files import remove_leftovers, write_atomically, write_json
 from lightning_trak.storage.locations import locate, require_regular
 from lightning_trak.storage.locks import Lock, hold
-from lightning_trak.storage.schemas import (
-    anything,
-    integer,
-    items,
-    parse_json,
-    record,
-    sealed,
-    sha256,
-    text,
-    with_checksum,
-)
 
-FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
-
-
-@dataclass(frozen=True)
-class ParameterGroup:
-    """The settings of one parameter group of an optimizer in the last step before a snapshot.
-
-    Attributes:
-        optimizer: position in ``trainer.optimizers``.
-        algorithm: class name of the optimizer. How the weight decay is applied follows from it.
-        lr: learning rate, or None if the optimizer has no such setting.
-        weight_decay: weight decay, or None if the optimizer has no such setting.
-        parameters: names of the group's parameters, as far as the module has them.
-    """
-
-    optimizer: int
-    algorithm: str
-    lr: float | None
-    weight_decay: float | None
-    parameters: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """An entry of the manifest.
-
-    Attributes:
-        file: name of the safetensors file in the directory.
-        size: of the file, in bytes.
-        sha256: checksum of the state dict, :func:`~lightning_trak.storage.files.tensor_digest`.
-        step: optimizer steps taken, as ``trainer.global_step`` counts them (over all optimizers).
-        epoch: training epochs completed.
-        parameter_groups: settings of each parameter group of each optimizer.
-    """
-
-    file: str
-    size: int
-    sha256: str
-    step: int
-    epoch: int
-    parameter_groups: tuple[ParameterGroup, ...]
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a directory of snapshots holds.
-
-    Attributes:
-        run: identifier of the training run, kept when the run is resumed.
-        writer: identifier of the writing process, a new one each time that the run is resumed.
-        snapshots: the snapshots, in the order of their steps.
-    """
-
-    run: str
-    writer: str
-    snapshots: tuple[Snapshot, ...]
 
 
 class SnapshotSeries:
@@ -148,13 +88,12 @@ class SnapshotSeries:
                 " pass checkpoint files as a list of their paths"
             ) from error
         try:
-            manifest: dict[str, Any] = parse_json(content, _manifest)
+            return Manifest.parse(content)
         except ValueError as error:
             raise ValueError(
                 f'"{self.directory}/{MANIFEST}" is not the manifest of a snapshot series, or was altered: {error};'
                 " restore it from a copy, or pass a list of the paths of the snapshots"
             ) from error
-        return Manifest(manifest["run"], manifest["writer"], tuple(_parse(entry) for entry in manifest["snapshots"]))
 
     def load(self, snapshot: Snapshot) -> dict[str, Tensor]:
         """Read the state dict of a snapshot, as :func:`~lightning_trak.checkpoints.weights.read_safetensors` does.
@@ -163,9 +102,13 @@ class SnapshotSeries:
             FileNotFoundError: if its file no longer exists.
             ValueError: if the file was altered or replaced.
         """
-        location = f"{self.directory}/{snapshot.file}"
+        return self.load_file(TensorFile(snapshot.file, snapshot.size, snapshot.sha256))
+
+    def load_file(self, stored: TensorFile) -> dict[str, Tensor]:
+        """Read the tensors of a file, as :meth:`load` does."""
+        location = f"{self.directory}/{stored.file}"
         return read_safetensors(
-            self.filesystem, self.path(snapshot.file), location, size=snapshot.size, digest=snapshot.sha256
+            self.filesystem, self.path(stored.file), location, size=stored.size, digest=stored.sha256
         )
 
     def begin(self, overwrite: bool = False) -> str:
@@ -201,7 +144,9 @@ class SnapshotSeries:
             raise ValueError(self._occupied(existing))
         manifest = self._start(run, ())
         for snapshot in existing.snapshots:
-            Path(self.path(snapshot.file)).unlink(missing_ok=True)
+            files = [snapshot.file, *([snapshot.preconditioner.file] if snapshot.preconditioner else [])]
+            for file in files:
+                Path(self.path(file)).unlink(missing_ok=True)
         return manifest
 
     def resume(self, runs: Sequence[str], step: int, overwrite: bool = False) -> Manifest:
@@ -227,7 +172,13 @@ class SnapshotSeries:
         return self._start(existing.run, tuple(s for s in existing.snapshots if s.step <= step))
 
     def save(
-        self, state_dict: Mapping[str, Any], step: int, epoch: int, parameter_groups: Sequence[ParameterGroup]
+        self,
+        state_dict: Mapping[str, Any],
+        step: int,
+        epoch: int,
+        parameter_groups: Sequence[ParameterGroup],
+        preconditioner: Mapping[str, Tensor] | None = None,
+        frozen: str | None = None,
     ) -> Snapshot:
         """Add a snapshot. It replaces one of the same step.
 
@@ -236,6 +187,8 @@ class SnapshotSeries:
             step: optimizer steps taken.
             epoch: training epochs completed.
             parameter_groups: settings of each parameter group of each optimizer.
+            preconditioner: what the optimizer multiplies gradients by, for each parameter; None: it is not kept.
+            frozen: checksum of the parameters that the state dict leaves out; None if it has all.
 
         Raises:
             FileNotFoundError: if neither :meth:`begin` nor :meth:`resume` has made a manifest.
@@ -249,11 +202,12 @@ class SnapshotSeries:
                 f'another run took "{self.directory}" after this one began, so the snapshot of step {step} was not'
                 " saved; give each run its own directory"
             )
-        tensors, metadata, checksum = pack(without_extra_state(state_dict, "the module's state dict"))
-        file = _file_name(step)
+        file, weights = file_name(step), without_extra_state(state_dict, "the module's state dict")
         try:
-            size = self._write_tensors(file, tensors, metadata)
-            snapshot = Snapshot(file, size, checksum, step, epoch, tuple(parameter_groups))
+            stored = self._write_tensors(file, weights)
+            also = None if preconditioner is None else self._write_tensors(preconditioner_name(step), preconditioner)
+            groups = tuple(parameter_groups)
+            snapshot = Snapshot(file, stored.size, stored.sha256, step, epoch, groups, also, frozen)
             others = [other for other in manifest.snapshots if other.step != step]
             snapshots = sorted([*others, snapshot], key=lambda entry: entry.step)
             self._replace_manifest(Manifest(manifest.run, manifest.writer, tuple(snapshots)))
@@ -293,7 +247,9 @@ class SnapshotSeries:
             f'"{self.directory}" holds {len(manifest.snapshots)} snapshots of another run, up to step'
             f" {manifest.snapshots[-1].step}; use another directory, overwrite=True to delete them (needs a file system"
             " with locks), or exist_ok=True in both runs if this one starts again from the same weights; or continue"
-            " that run with trainer.fit(ckpt_path=...) from a checkpoint that it saved"
+            " that run with trainer.fit(ckpt_path=...) from a checkpoint that it saved; with Hugging Face, with"
+            " trainer.train(resume_from_checkpoint=...); with Fabric, with fabric.load of a state that has its"
+            " FabricSnapshots"
         )
 
     def _start(self, run: str, snapshots: tuple[Snapshot, ...]) -> Manifest:
@@ -304,82 +260,21 @@ class SnapshotSeries:
         self._replace_manifest(manifest)
         return manifest
 
-    def _write_tensors(self, file: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> int:
+    def _write_tensors(self, file: str, tensors: Mapping[str, Tensor]) -> TensorFile:
+        packed, metadata, checksum = pack(tensors)
         path = self.path(file)
         if self._local:
-            write_atomically(Path(path), lambda temporary: safetensors.torch.save_file(tensors, temporary, metadata))
-            return os.stat(path).st_size
-        content = safetensors.torch.save(tensors, metadata)
+            write_atomically(Path(path), lambda temporary: safetensors.torch.save_file(packed, temporary, metadata))
+            return TensorFile(file, os.stat(path).st_size, checksum)
+        content = safetensors.torch.save(packed, metadata)
         self.filesystem.pipe_file(path, content)
-        return len(content)
+        return TensorFile(file, len(content), checksum)
 
     def _replace_manifest(self, manifest: Manifest) -> None:
-        content = with_checksum({"format": FORMAT_VERSION, **asdict(manifest)})
-        parse_json(json.dumps(content).encode(), _manifest)  # never write what could not be read again
+        content = manifest.to_json()  # never write what could not be read again
         path = self.path(MANIFEST)
         if self._local:
             write_json(Path(path), content)
         else:
             self.filesystem.makedirs(self._root, exist_ok=True)
             self.filesystem.pipe_file(path, json.dumps(content).encode())  # object stores replace an object in one step
-
-
-def _file_name(step: int) -> str:
-    return f"snapshot-{step:08d}.safetensors"
-
-
-def _number(field: str, value: Any) -> None:
-    finite = (type(value) is int and abs(value) < 1 << 1000) or (type(value) is float and math.isfinite(value))
-    if value is not None and not finite:
-        raise ValueError(f"{field} must be a number or null, got {value!r:.40}")
-
-
-_count = integer(0, (1 << 63) - 1)
-_name = text(r"\S+", "a name")
-_group = record(
-    {"optimizer": _count, "algorithm": _name, "lr": _number, "weight_decay": _number, "parameters": items(text())}
-)
-_entries = items(
-    record(
-        {
-            "file": _name,
-            "size": _count,
-            "sha256": sha256,
-            "step": _count,
-            "epoch": _count,
-            "parameter_groups": items(_group),
-        }
-    )
-)
-
-
-def _snapshots(field: str, value: Any) -> None:
-    _entries(field, value)
-    for number, entry in enumerate(value):
-        if number and entry["step"] <= value[number - 1]["step"]:
-            raise ValueError(
-                f"{field}[{number}].step must be greater than {value[number - 1]['step']}, the step of the snapshot"
-                f" before it, got {entry['step']}"
-            )
-        if entry["file"] != _file_name(entry["step"]):
-            raise ValueError(
-                f"{field}[{number}].file must be {_file_name(entry['step'])!r}, which follows from its step, got"
-                f" {entry['file']!r:.80}"
-            )
-
-
-_current = sealed({"format": _count, "run": _name, "writer": _name, "snapshots": _snapshots})
-
-
-def _manifest(field: str, value: Any) -> None:
-    record({"format": _count}, others=anything)(field, value)
-    if value["format"] != FORMAT_VERSION:
-        raise ValueError(f"it has format {value['format']}, but this version reads format {FORMAT_VERSION}")
-    _current(field, value)
-
-
-def _parse(entry: dict[str, Any]) -> Snapshot:
-    groups = tuple(
-        ParameterGroup(**(group | {"parameters": tuple(group["parameters"])})) for group in entry["parameter_groups"]
-    )
-    return Snapshot(**(entry | {"parameter_groups": groups}))

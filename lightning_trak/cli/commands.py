@@ -1,4 +1,4 @@
-"""``lightning-trak``: train, featurize, score, evaluate and show, from the command line and YAML files.
+"""``lightning-trak``: train, featurize, score, evaluate, show and clean, from the command line and YAML files.
 
 Start with ``lightning-trak --help`` or ``python -m lightning_trak.cli --help``, and see docs/cli.md. This needs the
 extra ``cli``.
@@ -6,10 +6,8 @@ extra ``cli``.
 
 import io
 import os
-import shutil
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import lightning as L
@@ -25,28 +23,26 @@ except ModuleNotFoundError as error:
         f'{error}: the command line needs jsonargparse; install it with pip install "lightning-trak[cli]"'
     ) from error
 
+from lightning_trak.cleaning.inspected import read_positions
+from lightning_trak.cli.clean import Find, find_examples, require_options, write_ranking
 from lightning_trak.cli.config_code import deny_standard_library, require_own_code
 from lightning_trak.cli.errors import OneLineParser, fail, is_user_error
 from lightning_trak.compatibility import skip_completion
 from lightning_trak.features.featurizing import OnNan
 from lightning_trak.features.store import FeatureStore
-from lightning_trak.methods import FeatureMethod
+from lightning_trak.methods import FeatureMethod, LabelStatistic
 from lightning_trak.metrics import LinearDatamodelingScore
 from lightning_trak.reporting.explanations import explain
-from lightning_trak.reporting.html import page
-from lightning_trak.reporting.plots import plot_explanations
 from lightning_trak.reporting.scores import SavedScores
-from lightning_trak.reporting.terminal import table
+from lightning_trak.reporting.showing import kind_of_file, show
 from lightning_trak.retraining.ground_truth import load_ground_truth
 from lightning_trak.running.data import single_loader
-from lightning_trak.storage.files import write_atomically
-from lightning_trak.storage.paths import local_path
 from lightning_trak.texts.printable import counted, printable
 
 T = TypeVar("T")
 
 # A configuration gives all arguments of a method but the model, which the commands add.
-MakeMethod = Callable[[nn.Module], FeatureMethod]
+MakeMethod = Callable[[nn.Module], LabelStatistic]
 DEFAULT_METHOD = {
     "class_path": "lightning_trak.TRAK",
     "init_args": {"checkpoints": "run/snapshots", "store": "run/features"},
@@ -84,7 +80,7 @@ class AttributionTrainer(L.Trainer):
         datamodule: L.LightningDataModule,
         scores: str = DEFAULT_SCORES,
         top_k: int | None = None,
-        largest: bool = True,
+        largest: bool | None = None,
         rescore: int | None = None,
     ) -> None:
         """Score the data module's predict data against its training data, and write the scores to a file.
@@ -93,14 +89,14 @@ class AttributionTrainer(L.Trainer):
             method: the method that scores.
             datamodule: its ``predict_dataloader`` has the targets.
             scores: safetensors file to write.
-            top_k: keep only this many training examples for each target.
-            largest: whether top_k keeps those with the highest scores or with the lowest.
-            rescore: score this many candidates of each target exactly, and keep the best top_k of them.
+            top_k: keep only this many training examples with the highest scores of each target, and with the lowest.
+            largest: whether top_k keeps only the highest scores, or only the lowest; default: both.
+            rescore: score this many candidates at each end exactly, and keep the best top_k of them.
         """
         single_loader(datamodule, "predict", self)  # raises before the work if there are several loaders
         found = method.score(self, datamodule, top_k, largest, rescore, None if rescore is None else datamodule)
-        num_train = FeatureStore.read_manifest(method.store)["data"][-1]["num_examples"]
-        saved = SavedScores(found, num_train, type(method).__name__, largest, method.used_masks)
+        num_train = FeatureStore.size_of(method.store)
+        saved = SavedScores(found, num_train, type(method).__name__, largest is not False, method.used_masks)
         if self.is_global_zero:
             saved.save(scores)
             print(f"{_heading(saved)}, {counted(num_train, 'training example')}, in {printable(scores)}")
@@ -134,6 +130,42 @@ class AttributionTrainer(L.Trainer):
             logger.log_metrics(measured, step=0)
             logger.save()
 
+    def clean(
+        self,
+        method: LabelStatistic,
+        datamodule: L.LightningDataModule,
+        find: Find = "wrong_labels",
+        k: int | None = None,
+        out: str | None = None,
+        balanced: bool = False,
+        threshold: float = 0.97,
+        wrong: str | None = None,
+        plot: str | None = None,
+    ) -> None:
+        """Find training examples to look at, remove or keep: wrong labels, harmful or useful examples, duplicates.
+
+        Args:
+            method: what finds them: for wrong labels and for harmful or useful examples any method of a model, for
+                duplicates one over features or representations. Features are made if they are not there.
+            datamodule: its ``train_dataloader`` has the training data, its ``predict_dataloader`` the examples that
+                others harm or help. Its ``describe(item) -> str``, or that of the model, makes the texts.
+            find: which examples to find.
+            k: list only so many; default: all in a file, 20 in the terminal.
+            out: file to write, .csv or .parquet; default: a table in the terminal.
+            balanced: whether to take as many useful examples of each label.
+            threshold: the least cosine of duplicates.
+            wrong: CSV file with a column `position` of the examples that are known to be wrong, to count how many are
+                found.
+            plot: picture to draw of wrong examples found against examples inspected, .png; it needs `wrong`.
+        """
+        require_options(find, k, out, balanced, wrong, plot)
+        known = None if wrong is None else read_positions(wrong)
+        ranking = find_examples(self, method, datamodule, find, balanced, threshold)
+        if not self.is_global_zero:
+            return
+        describe = getattr(datamodule, "describe", None) or getattr(getattr(method, "model", None), "describe", None)
+        write_ranking(ranking, type(method).__name__, describe, k, out, known, plot)
+
     def show(
         self,
         datamodule: L.LightningDataModule,
@@ -142,6 +174,8 @@ class AttributionTrainer(L.Trainer):
         targets: Sequence[int] = (0,),
         k: int = 5,
         out: str | None = None,
+        predictions: bool = False,
+        method: FeatureMethod | None = None,
     ) -> None:
         """Show targets with their strongest proponents and opponents: as a table, a picture or a web page.
 
@@ -152,28 +186,18 @@ class AttributionTrainer(L.Trainer):
             targets: positions of the targets.
             k: number of proponents, and of opponents, for each target.
             out: file to write, .png or .html; default: a table in the terminal.
+            predictions: whether to run the model at the checkpoints of the method, and show what it predicts.
+            method: the method that has the checkpoints.
         """
-        if not self.is_global_zero:
-            return
-        kind = None if out is None else Path(out).suffix
-        if kind not in (None, ".png", ".html"):
-            raise ValueError(f'out must end in .png or .html, got "{out}"; for a table in the terminal, leave it out')
+        kind_of_file(out)  # raises before the work
         saved = SavedScores.load(scores)
         train, shown = (single_loader(datamodule, stage, self).dataset for stage in ("fit", "predict"))
         describe = getattr(datamodule, "describe", None) or getattr(model, "describe", None)
         explanations = explain(saved, targets, k, train, shown, describe)
-        if out is None:
-            print(table(explanations, shutil.get_terminal_size((100, 24)).columns))
-            return
-
-        def write(path: Path) -> None:
-            if kind == ".png":
-                plot_explanations(explanations).savefig(path, format="png", dpi=150)
-            else:
-                title = f"{saved.method}: {counted(saved.num_train, 'training example')}"
-                path.write_text(page(explanations, title), encoding="utf-8")
-
-        write_atomically(local_path(out, "file"), write)
+        if predictions and method is not None:
+            texts = method.describe_predictions(self, datamodule, targets)
+            explanations = [each._replace(prediction=text) for each, text in zip(explanations, texts, strict=True)]
+        show(explanations, f"{saved.method}: {counted(saved.num_train, 'training example')}", out)
 
 
 class AttributionCLI(LightningCLI):
@@ -198,7 +222,8 @@ class AttributionCLI(LightningCLI):
             "featurize": {"method", "datamodule"},
             "score": {"method", "datamodule"},
             "evaluate": set(),
-            "show": {"datamodule", "model"},
+            "show": {"datamodule", "model", "method"},
+            "clean": {"method", "datamodule"},
         }
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -227,11 +252,15 @@ class AttributionCLI(LightningCLI):
 
     def featurize(self, **arguments: Any) -> None:
         """Call the Trainer's method of the same name."""
-        self._attribute(AttributionTrainer.featurize, **arguments)
+        self._attribute(AttributionTrainer.featurize, FeatureMethod, **arguments)
 
     def score(self, **arguments: Any) -> None:
         """Call the Trainer's method of the same name."""
-        self._attribute(AttributionTrainer.score, **arguments)
+        self._attribute(AttributionTrainer.score, FeatureMethod, **arguments)
+
+    def clean(self, **arguments: Any) -> None:
+        """Call the Trainer's method of the same name."""
+        self._attribute(AttributionTrainer.clean, LabelStatistic, **arguments)
 
     def evaluate(self, model: Any, datamodule: Any = None, **arguments: Any) -> None:
         """Call the Trainer's method of the same name. It needs neither model nor data."""
@@ -242,18 +271,43 @@ class AttributionCLI(LightningCLI):
         self, model: L.LightningModule | None, datamodule: L.LightningDataModule | None = None, **arguments: Any
     ) -> None:
         """Call the Trainer's method of the same name."""
-        cast(AttributionTrainer, self.trainer).show(self._required("data", datamodule), model, **arguments)
+        data = self._required("data", datamodule)
+        method = self._method(self._required("model", model), FeatureMethod) if arguments["predictions"] else None
+        cast(AttributionTrainer, self.trainer).show(data, model, method=method, **arguments)
 
     def _attribute(
         self,
         run: Callable[..., None],
+        kind: type[Any],
         model: L.LightningModule | None,
         datamodule: L.LightningDataModule | None = None,
         **arguments: Any,
     ) -> None:
         data, module = self._required("data", datamodule), self._required("model", model)
+        run(self.trainer, self._method(module, kind), data, **arguments)
+
+    def _method(self, module: L.LightningModule, kind: type[Any]) -> Any:
+        """The method of the configuration, for a model.
+
+        Args:
+            module: the model.
+            kind: what the subcommand needs.
+
+        Raises:
+            ValueError: if the method is of another kind, or no checkpoints are named.
+        """
         method = self.config_init[self.subcommand].method(module)
-        run(self.trainer, method, data, **arguments)
+        name = type(method).__name__
+        if not hasattr(method, "model"):
+            raise ValueError(f"{name} takes no model, and the command line only makes methods of a model")
+        if not isinstance(method, kind):
+            raise ValueError(f"{self.subcommand} needs a method over features, such as TRAK, and {name} has none")
+        if any(checkpoint.live for checkpoint in getattr(method, "checkpoints", ())):
+            raise ValueError(
+                "the model of a command is new, so its current weights are not trained: name trained ones with"
+                " --method.checkpoints, such as run/snapshots"
+            )
+        return method
 
     def _required(self, section: str, value: T | None) -> T:
         if value is None:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 import torch
 import torch.distributed as dist
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from lightning_trak.checkpoints.copies import copy_module
@@ -25,6 +24,7 @@ from lightning_trak.gradients.base import EngineError
 from lightning_trak.gradients.batch import ExampleBatch
 from lightning_trak.gradients.leaves import apart_from
 from lightning_trak.outputs.base import close
+from lightning_trak.packages import is_a, overrides
 from lightning_trak.running.fsdp import reshard
 from lightning_trak.running.ranks import Ranks
 
@@ -51,7 +51,7 @@ class ShardedModelCopy(ModelCopy):
 
     def __init__(self, module: nn.Module, *args: Any, **kwargs: Any) -> None:
         name = type(module).__name__
-        if not isinstance(module, L.LightningModule) or not is_overridden("configure_model", module):
+        if not is_a(module, L.LightningModule) or not overrides(module, "configure_model", L.LightningModule):
             raise ValueError(
                 f"with ModelParallelStrategy, a model must shard itself in LightningModule.configure_model(), but"
                 f" {name} does not define it; define it, or {_OTHERWISE}"
@@ -95,7 +95,7 @@ class ShardedModelCopy(ModelCopy):
         """
         if self._shards:
             return
-        assert isinstance(self.module, L.LightningModule)
+        assert is_a(self.module, L.LightningModule)
         set_device_mesh(self.module, mesh)
         self.module.configure_model()
         own = {canonical_name(raw): (raw, parameter) for raw, parameter in self.module.named_parameters()}

@@ -2,8 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning_trak.checkpoints.base import Checkpoint
 from lightning_trak.checkpoints.copies import state_digest
@@ -15,8 +14,20 @@ from lightning_trak.fingerprints import difference, module_fingerprint
 from lightning_trak.outputs import ModelOutput
 
 
+class Content(NamedTuple):
+    """What a checkpoint holds.
+
+    Attributes:
+        digest: of its weights.
+        names: of its tensors.
+    """
+
+    digest: str
+    names: frozenset[str]
+
+
 class Contents:
-    """The content of checkpoints. They are read once, at first use.
+    """The contents of checkpoints. Each is read once, at first use; live ones are read at each use.
 
     Args:
         checkpoints: the checkpoints.
@@ -24,21 +35,15 @@ class Contents:
 
     def __init__(self, checkpoints: Sequence[Checkpoint]) -> None:
         self._checkpoints = checkpoints
+        self._known: dict[int, Content] = {}
 
-    @cached_property
-    def _read(self) -> list[tuple[str, frozenset[str]]]:
-        loaded = (checkpoint.load() for checkpoint in self._checkpoints)
-        return [(weights_digest(weights), frozenset(weights)) for weights in loaded]
-
-    @property
-    def digests(self) -> list[str]:
-        """A digest of the weights of each checkpoint."""
-        return [digest for digest, _ in self._read]
-
-    @property
-    def names(self) -> list[frozenset[str]]:
-        """The names of the tensors in each checkpoint."""
-        return [names for _, names in self._read]
+    def read(self) -> list[Content]:
+        """The content of each checkpoint."""
+        for number, checkpoint in enumerate(self._checkpoints):
+            if checkpoint.live or number not in self._known:
+                weights = checkpoint.load()
+                self._known[number] = Content(weights_digest(weights), frozenset(weights))
+        return [self._known[number] for number in range(len(self._checkpoints))]
 
 
 def identity(model: ModelCopy, output: ModelOutput, settings: FeatureSettings, contents: Contents) -> dict[str, Any]:
@@ -60,17 +65,32 @@ def identity(model: ModelCopy, output: ModelOutput, settings: FeatureSettings, c
         "output": output.fingerprint(),
         "model": module_fingerprint(model.module, used_by=output),
         "parameters": [[name, shapes[raw]] for name, raw in model.names.items()],
+        "preconditioned": settings.preconditioned,
         "checkpoints": [
-            hashlib.sha256(f"{digest} {state_digest(model.module, names)}".encode()).hexdigest()
-            for digest, names in zip(contents.digests, contents.names, strict=True)
+            _key(checkpoint, content, model, settings)
+            for checkpoint, content in zip(model.checkpoints, contents.read(), strict=True)
         ],
     }
+
+
+def _key(checkpoint: Checkpoint, content: Content, model: ModelCopy, settings: FeatureSettings) -> str:
+    """A digest of what features depend on at one checkpoint alone."""
+    parts = [content.digest, state_digest(model.module, content.names)]
+    if settings.preconditioned:
+        parts.append(checkpoint.kept_preconditioner().sha256)
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
 
 def describe_difference(field: str, theirs: Any, mine: Any) -> tuple[str, str]:
     """Describe a field that differs between store and run: what the store was made with, and what the run has."""
     if field == "data":
         return describe_data(theirs, mine)
+    if field == "preconditioned":
+        made, have = (
+            "gradients multiplied by the optimizer's preconditioner" if found else "gradients as they are"
+            for found in (theirs, mine)
+        )
+        return made, have
     if field == "parameters" and isinstance(theirs, list):
         differing = [item[0] for item in [*mine, *theirs] if (item in mine) != (item in theirs)]
         names = f"{', '.join(differing[:5])}{', ...' if len(differing) > 5 else ''}"

@@ -18,6 +18,8 @@ from lightning_trak.gradients.base import real_shape
 from lightning_trak.gradients.batch import ExampleBatch, Layout, infer_batch_size
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.evaluating import exact_attention, modules_of
+from lightning_trak.projections.base import BoundProjection, Projection
+from lightning_trak.projections.preconditioned import PreconditionedProjection
 
 
 class ModelCopy:
@@ -61,7 +63,7 @@ class ModelCopy:
     ) -> None:
         self.original = module
         self.module = self._copy(module)
-        self._loading = Original(self.module)
+        self._loading = Original(self.module, partial=any(item.frozen is not None for item in checkpoints))
         self.output = copy.deepcopy(output)
         self.checkpoints = checkpoints
         self._digests = digests
@@ -85,7 +87,8 @@ class ModelCopy:
     def with_output(self, output: ModelOutput) -> Self:
         """The same copy of the module, at its current checkpoint, with a copy of another output."""
         other = copy.copy(self)
-        other.output = copy.deepcopy(output)
+        with torch.inference_mode(False):  # autograd saves the tensors of the output
+            other.output = copy.deepcopy(output)
         for part in modules_of(other.output):
             part.to(self.device).eval()
         return other
@@ -113,9 +116,11 @@ class ModelCopy:
                     self._weights.clear()
                 weights = checkpoint.load()
                 if weights_digest(weights) != self._digests[number]:
-                    raise ValueError(f"{checkpoint.name} has changed since this TRAK was made; make a new one")
+                    raise ValueError(
+                        f"the weights {self.places[number]} have changed since this TRAK was made; make a new one"
+                    )
                 self._weights[number] = weights
-            self._loading.load(self._weights[number], checkpoint.name)
+            self._loading.load(self._weights[number], checkpoint.name, checkpoint.frozen)
             self.module.eval()
             for part in modules_of(self.output):
                 part.to(device).eval()
@@ -135,6 +140,34 @@ class ModelCopy:
             cudnn.flags(enabled=False) if self._recurrent else nullcontext(),
         ):
             yield
+
+    def bind(self, projection: Projection, seed: int, number: int, preconditioned: bool) -> BoundProjection:
+        """Fix a projection for a checkpoint, on the copy's device.
+
+        Args:
+            projection: the projection.
+            seed: its seed.
+            number: the number of the checkpoint.
+            preconditioned: whether gradients are first multiplied by what the optimizer multiplied them by.
+
+        Raises:
+            ValueError: if the optimizer's preconditioner was not kept, or lacks a selected parameter.
+        """
+        bound = projection.bind(self.shapes, seed=seed, checkpoint=self.streams[number], device=self.device)
+        if not preconditioned:
+            return bound
+        return PreconditionedProjection(bound, self.shapes, self._preconditioner(number), self.places[number])
+
+    def _preconditioner(self, number: int) -> dict[str, Tensor]:
+        kept, name = self.checkpoints[number].load_preconditioner(), self.checkpoints[number].name
+        lacking = [key for key, shape in self.shapes.items() if key not in kept or kept[key].shape != shape]
+        if lacking:
+            raise ValueError(
+                f"the preconditioner of {name} does not hold {len(lacking)} of {len(self.shapes)} selected parameters,"
+                f" which the optimizer did not train before: {', '.join(lacking[:3])}{', ...' * (len(lacking) > 3)};"
+                " select those that it trained with parameters="
+            )
+        return {key: kept[key].to(self.device) for key in self.shapes}
 
     def make_context(self, batches: Iterable[Any], layout: Layout | None) -> dict[str, Tensor]:
         """Compute the output's context: what it needs from the training data at this checkpoint.

@@ -1,7 +1,7 @@
 """Makes features: of training examples in a store, and of targets in memory."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,7 +30,7 @@ from lightning_trak.features.store import FeatureStore
 from lightning_trak.features.work import Samples, default_shard_size, missing_shards, progress
 from lightning_trak.gradients import ParameterSelection
 from lightning_trak.outputs import ModelOutput
-from lightning_trak.running.data import Data, single_loader
+from lightning_trak.running.data import Data, datamodule_of, single_loader
 from lightning_trak.running.loading import batch_size_of
 from lightning_trak.running.parts import Part, share
 from lightning_trak.running.ranges import Range, Stop, batch_ranges, share_out
@@ -96,7 +96,8 @@ class FeaturePipeline:
                 f" engine='auto' or 'hooks', or {ANOTHER_STRATEGY}"
             )
         kind = ShardedModelCopy if sharded else ModelCopy
-        model = kind(self._model, self._output, self._checkpoints, self._contents.digests, self._parameters, keep)
+        digests = [content.digest for content in self._contents.read()]
+        model = kind(self._model, self._output, self._checkpoints, digests, self._parameters, keep)
         if self.settings.engine == "hooks":
             make_engine("hooks", model)  # raises before anything runs
         return model
@@ -104,7 +105,7 @@ class FeaturePipeline:
     def featurize(
         self,
         trainer: L.Trainer,
-        data: Data,
+        data: Data | None,
         shard_size: int | None,
         require_enough: Callable[[int, int], None],
         overwrite: bool = False,
@@ -162,7 +163,7 @@ class FeaturePipeline:
         store: FeatureStore,
         model: ModelCopy,
         trainer: L.Trainer,
-        data: Data,
+        data: Data | None,
         loader: DataLoader[Any],
         on_nan: OnNan,
         part: Part | None,
@@ -186,7 +187,7 @@ class FeaturePipeline:
                 f"{self._user}: the {' and the '.join(extras)} stay fitted to the {store.begun_with} examples that the"
                 " store began with"
             )
-        datamodule = data if isinstance(data, L.LightningDataModule) else None
+        datamodule = datamodule_of(data)
         engine: EngineName | None = None
         while any(missing := missing_shards(store, extras, part)):
             jobs = [
@@ -196,7 +197,7 @@ class FeaturePipeline:
             stop = Stop()
             interruption = Interruption(stop)
             with _explaining(model, loader), ShardWriter(store, on_nan == "skip", stop) as writer:
-                module = FeaturizeModule(
+                module = FeaturizeModule.of(trainer)(
                     writer, "Featurizing", loader, stop, model, self.settings, store, datamodule, loader, engine
                 )
                 predict_over(trainer, module, share_out(loader, jobs, trainer, model.sharded, stop), interruption)
@@ -221,8 +222,9 @@ class FeaturePipeline:
         store: FeatureStore,
         datamodule: L.LightningDataModule | None,
         output: ModelOutput | None = None,
+        of: str = "",
     ) -> Iterator[Iterator[Features]]:
-        """The features of targets, computed one block after another.
+        """The features of targets, or of other examples, computed one block after another.
 
         Args:
             trainer: the Trainer that runs the work.
@@ -233,6 +235,7 @@ class FeaturePipeline:
             datamodule: the data module that gave the loader, if there is one. It may have batch transfer hooks of its
                 own.
             output: of the targets, if it is another one than that of the training examples.
+            of: for errors, what follows the number of an example.
 
         Yields:
             On every rank, the features of a block at each checkpoint. Rows are in the order of the dataset.
@@ -240,9 +243,9 @@ class FeaturePipeline:
         engine: EngineName | None = None
         for examples in blocks:
             while True:
-                buffer, stop = FeatureBuffer(model.places), Stop()
+                buffer, stop = FeatureBuffer([f"{of} {place}".strip() for place in model.places]), Stop()
                 jobs = self._target_jobs(examples, loader, store)
-                module = FeaturizeModule(
+                module = FeaturizeModule.of(trainer)(
                     buffer, "Scoring", loader, stop, model, self.settings, store, datamodule, None, engine, output
                 )
                 predict_over(trainer, module, share_out(loader, jobs, trainer, model.sharded, stop))
@@ -310,7 +313,20 @@ class FeaturePipeline:
         found = identity(model, self._output, self.settings, self._contents)
         if trainer is not None:
             found["precision"] = precision_of(trainer, self._output)
+        if any(checkpoint.live for checkpoint in self._checkpoints):
+            self._require_unchanged(found["checkpoints"])
         return found
+
+    def _require_unchanged(self, checkpoints: list[str]) -> None:
+        """Check that the store is of the weights that the model has now, if there is a store."""
+        with suppress(FileNotFoundError):
+            if FeatureStore.read_manifest(self._directory)["identity"]["checkpoints"] != checkpoints:
+                raise ValueError(
+                    f'store "{self._directory}" was made of other weights than the model has now. Without'
+                    " checkpoints=, the model's current weights are taken, and they have changed: it was trained"
+                    " further, loaded, or made anew. Use another store for the present weights, or give those of the"
+                    " store by checkpoints="
+                )
 
     def _require_own_subsets(self, num_examples: int, data: str | None) -> None:
         """Check that models which have seen a part of a training set have seen a part of this one."""

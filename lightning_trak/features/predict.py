@@ -28,6 +28,7 @@ from lightning_trak.gradients import GradientEngine, coverage_report
 from lightning_trak.gradients.base import EngineError
 from lightning_trak.gradients.batch import ExampleBatch, Layout, find_layout
 from lightning_trak.outputs import ModelOutput
+from lightning_trak.packages import is_a
 from lightning_trak.projections.base import BoundProjection
 from lightning_trak.projections.factors import BoundGradientFactors
 from lightning_trak.running.loading import load, sample_batches
@@ -85,8 +86,9 @@ class ExtractorModule(PredictModule):
         self._entered: set[int] = set()  # checkpoints that were checked with batches of this layout
         self._made_features = False
 
-    def setup(self, stage: str) -> None:  # noqa: ARG002
+    def setup(self, stage: str) -> None:
         """Compute in the Trainer's precision."""
+        super().setup(stage)
         self._autocast = autocast_of(self.trainer, self.copied.output)
 
     def release(self) -> None:
@@ -186,8 +188,10 @@ class ExtractorModule(PredictModule):
         if checkpoint not in self._bound:
             if not self.copied.keeps:
                 self._bound.clear()
-            stream, seed = self.copied.streams[checkpoint], self.settings.seed
-            self._bound[checkpoint] = self.settings.projection.bind(self.copied.shapes, seed, stream, self.device)
+            settings, training = self.settings, self._train_loader is not None
+            self._bound[checkpoint] = self.copied.bind(
+                settings.projection, settings.seed, checkpoint, settings.preconditioned and training
+            )
         return self._bound[checkpoint]
 
     def _enter_context(self, checkpoint: int, made: dict[str, dict[str, Tensor]]) -> None:
@@ -342,9 +346,9 @@ class FeaturizeModule(ExtractorModule):
     def on_predict_batch_start(self, batch: IndexedBatch, batch_idx: int, dataloader_idx: int = 0) -> None:  # noqa: ARG002
         """Show the task on the progress bar instead of "Predicting DataLoader 0"."""
         bar, text = self.trainer.progress_bar_callback, f"{self._task}, checkpoint {dataloader_idx + 1}"
-        if batch_idx == 0 and isinstance(bar, TQDMProgressBar):
+        if batch_idx == 0 and is_a(bar, TQDMProgressBar):
             bar.predict_progress_bar.set_description(text)
-        elif batch_idx == 0 and isinstance(bar, RichProgressBar) and bar.predict_progress_bar_id is not None:
+        elif batch_idx == 0 and is_a(bar, RichProgressBar) and bar.predict_progress_bar_id is not None:
             assert bar.progress is not None
             bar.progress.update(bar.predict_progress_bar_id, description=text)
 

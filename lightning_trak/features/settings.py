@@ -20,6 +20,8 @@ class FeatureSettings:
         seed: seed of the projection and of the choice of audited examples.
         dtype: how features are stored.
         audit: how many examples of each shard are differentiated again, alone, by plain autograd.
+        preconditioned: whether gradients of training examples are multiplied by what the optimizer multiplies them by.
+            Those of targets are not.
 
     Raises:
         ValueError: if a setting is out of range.
@@ -30,8 +32,14 @@ class FeatureSettings:
     seed: int
     dtype: FeatureDtype
     audit: int
+    preconditioned: bool = False
 
     def __post_init__(self) -> None:
+        if self.preconditioned and self.projection.sample_size:
+            raise ValueError(
+                f"{type(self.projection).__name__} is fitted to gradients that are not preconditioned: use"
+                " SparseProjection, or preconditioned=False"
+            )
         require_one_of("engine", self.engine, ("auto", *ENGINES))
         if not isinstance(self.audit, int) or self.audit < 0:
             raise ValueError(f"audit must be a number of examples, 0 for none, got {self.audit!r}")

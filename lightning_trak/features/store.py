@@ -132,6 +132,13 @@ class FeatureStore(StoredExtras):
         """
         return read_manifest(directory, KIND)
 
+    @staticmethod
+    def size_of(directory: str | Path) -> int:
+        """How many training examples an existing store has."""
+        manifest, path = FeatureStore.read_manifest(directory), local_directory(directory, "store")
+        parts = settled_parts(path, manifest) or manifest["data"]
+        return int(parts[-1]["num_examples"])
+
     def shard(self, index: int) -> range:
         """The positions of the examples of a shard."""
         return self._ranges[index]

@@ -29,7 +29,7 @@ _DESCRIPTORS = (staticmethod, classmethod, property, functools.cached_property, 
 
 # Methods that make an object, and methods that make texts for people.
 INITIAL = frozenset(["__init__", "__new__", "__post_init__", "__setstate__"])
-FOR_PEOPLE = frozenset(["__repr__", "__str__"])
+FOR_PEOPLE = frozenset(["__repr__", "__str__", "_repr_html_"])
 
 
 def is_installed(module_name: str | None) -> bool:
@@ -90,14 +90,15 @@ def codes_of(cls: type, wanted: Callable[[str], bool]) -> Iterator[types.CodeTyp
         yield from _codes_in(base, wanted)
 
 
-def library_bases(cls: type, without: type) -> list[type]:
-    """Classes of installed packages among a class and its bases, without the class ``without`` and its bases."""
-    return [base for base in cls.__mro__ if is_installed(base.__module__) and base not in without.__mro__]
+def library_bases(cls: type, *without: type) -> list[type]:
+    """Classes of installed packages among a class and its bases, without the classes ``without`` and their bases."""
+    known = {base for kind in without for base in kind.__mro__}
+    return [base for base in cls.__mro__ if is_installed(base.__module__) and base not in known]
 
 
-def library_codes_of(cls: type, wanted: Callable[[str], bool], without: type) -> Iterator[types.CodeType]:
+def library_codes_of(cls: type, wanted: Callable[[str], bool], *without: type) -> Iterator[types.CodeType]:
     """The code of methods with wanted names in :func:`library_bases`."""
-    for base in library_bases(cls, without):
+    for base in library_bases(cls, *without):
         yield from _codes_in(base, wanted)
 
 

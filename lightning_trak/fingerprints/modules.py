@@ -29,6 +29,7 @@ from lightning_trak.fingerprints.classes import (
     name_of,
 )
 from lightning_trak.fingerprints.values import Fingerprint, address, digest, plain
+from lightning_trak.packages import both, is_a
 
 # Methods that Lightning calls for training and logging. Features depend on the other methods of LightningModule.
 _HOOKS = frozenset(name for name in dir(L.LightningModule) if name not in dir(nn.Module))
@@ -87,16 +88,16 @@ def describe(module: nn.Module, fingerprint: Fingerprint, training: bool = False
     changed = {
         cls: changed_by(cls, is_used)
         | changed_in(called, "other")
-        | changed_in(library_codes_of(cls, {"forward"}.__contains__, L.LightningModule), "self")
+        | changed_in(library_codes_of(cls, {"forward"}.__contains__, *both(L.LightningModule)), "self")
         for cls in classes
     }
     set_by_own = {cls: changed_by(cls, is_any) | attributes_of(cls).keys() for cls in classes}
     read_by_library = {
-        cls: frozenset().union(*map(bytecode.names, library_codes_of(cls, is_used, L.LightningModule)))
+        cls: frozenset().union(*map(bytecode.names, library_codes_of(cls, is_used, *both(L.LightningModule))))
         for cls in classes
     }
 
-    has_library = {cls: any(library_bases(cls, L.LightningModule)) for cls in classes}
+    has_library = {cls: any(library_bases(cls, *both(L.LightningModule))) for cls in classes}
     # Classes that read attributes by computed names, such as f"layer_{i}".
     by_any_name = {
         cls: any("getattr" in bytecode.names(code) for code in codes_of(cls, lambda name: name not in INITIAL))
@@ -113,7 +114,7 @@ def describe(module: nn.Module, fingerprint: Fingerprint, training: bool = False
             public = has_library[cls] and not (name.startswith("_") or set_by_own_alone) and _is_option(value)
             if (read or public) and matters(name) and name not in changed[cls]:
                 options[name] = _short(fingerprint.value(value))
-        if isinstance(part, L.LightningModule) and "hparams" in fingerprint.names:
+        if is_a(part, L.LightningModule) and "hparams" in fingerprint.names:
             for name in fingerprint.names.intersection(part.hparams):
                 options[f"hparams.{name}"] = _short(fingerprint.value(part.hparams[name]))
         for kind, hooks in hooks_of(part).items():

@@ -39,6 +39,7 @@ from lightning_trak.fingerprints.classes import (
     name_of,
     own_classes,
 )
+from lightning_trak.packages import is_a
 from lightning_trak.storage.files import tensor_digest
 
 # Installed packages whose objects are values. Objects of other packages may hold clocks, paths and counters, which
@@ -172,7 +173,7 @@ class Fingerprint:
 
     def _bound_to(self, owner: Any, strict: str | None) -> Any:
         """The object that a method is bound to. Weights of a LightningModule are left out: checkpoints hold them."""
-        before, self._weights = self._weights, self._weights and not isinstance(owner, L.LightningModule)
+        before, self._weights = self._weights, self._weights and not is_a(owner, L.LightningModule)
         try:
             return self.value(owner, strict)
         finally:
@@ -182,7 +183,7 @@ class Fingerprint:
         """An object, by what pickle would save."""
         cls = type(value)
         closed = owner is None and is_installed(cls.__module__) and not cls.__module__.startswith(_VALUES)
-        if closed or isinstance(value, L.Trainer):
+        if closed or is_a(value, L.Trainer):
             return name_of(cls)
         try:
             reduced = copyreg.dispatch_table[cls](value) if cls in copyreg.dispatch_table else value.__reduce_ex__(4)
@@ -340,6 +341,6 @@ def _attributes(value: Any) -> dict[str, Any]:
     held = dict(getattr(value, "__dict__", {}))
     if isinstance(value, nn.Module):
         held |= registered(value)
-    if isinstance(value, L.LightningModule):
+    if is_a(value, L.LightningModule):
         held["hparams"] = value.hparams
     return {**value, **held} if isinstance(value, dict) else held

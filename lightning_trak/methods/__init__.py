@@ -1,6 +1,6 @@
 """Attribution methods, all with the interface of `Method`."""
 
-from lightning_trak.methods.base import Method
+from lightning_trak.methods.base import LabelStatistic, MatrixMethod, Method
 from lightning_trak.methods.baselines.bm25 import BM25
 from lightning_trak.methods.baselines.data_shapley import DataShapley
 from lightning_trak.methods.baselines.datamodels import Datamodels
@@ -8,6 +8,7 @@ from lightning_trak.methods.baselines.empirical_influence import EmpiricalInflue
 from lightning_trak.methods.baselines.knn_shapley import KNNShapley
 from lightning_trak.methods.baselines.random_scores import RandomScores
 from lightning_trak.methods.baselines.similarity import RepresentationSimilarity
+from lightning_trak.methods.baselines.training_loss import TrainingLoss
 from lightning_trak.methods.exact_kernel import ExactKernel
 from lightning_trak.methods.feature import FeatureMethod
 from lightning_trak.methods.gradients import GradientCosine, GradientDot, TracIn
@@ -38,10 +39,13 @@ __all__ = [
     "GradientDot",
     "InfluenceFunction",
     "KNNShapley",
+    "LabelStatistic",
     "LiSSA",
+    "MatrixMethod",
     "Metagradient",
     "Method",
     "RandomScores",
     "RepresentationSimilarity",
     "TracIn",
+    "TrainingLoss",
 ]

@@ -1,9 +1,13 @@
 """Products and cosines of gradients, averaged over checkpoints or weighed by learning rates."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
-from torch import nn
-from typing_extensions import Unpack
+import lightning as L
+import torch
+from torch import Tensor, nn
+from typing_extensions import Unpack, override
 
 from lightning_trak.checks import require_one_of
 from lightning_trak.features.store import FeatureStore
@@ -11,25 +15,38 @@ from lightning_trak.gradients import select_parameters
 from lightning_trak.methods.feature import FeatureMethod
 from lightning_trak.methods.learning_rates import LearningRates, resolve_learning_rates
 from lightning_trak.methods.options import Checkpoints, FeatureOptions
+from lightning_trak.running.data import Data
+from lightning_trak.running.ranks import Ranks
+from lightning_trak.running.trainers import trainer_of
 from lightning_trak.scoring.gradient import EffectOn, GradientCosineScorer, GradientDotScorer
+from lightning_trak.scoring.topk import TopK
+
+_NEIGHBOURS = 10
 
 
 class _GradientMethod(FeatureMethod):
     """Compares gradients, with a weight for each checkpoint; the arguments are those of its subclasses."""
+
+    _shown = (*FeatureMethod._shown, "effect_on")
 
     _scorer: type[GradientDotScorer] = GradientDotScorer
 
     def __init__(
         self,
         model: nn.Module,
-        checkpoints: Checkpoints,
-        store: str | Path,
+        checkpoints: Checkpoints | None,
+        store: str | Path | None,
         learning_rates: LearningRates | None,
         effect_on: EffectOn,
+        preconditioned: bool,
         **options: Unpack[FeatureOptions],
     ) -> None:
         require_one_of("effect_on", effect_on, ("loss", "output"))
         super().__init__(model, checkpoints, store, **options)
+        if preconditioned:
+            for checkpoint in self.checkpoints:
+                checkpoint.kept_preconditioner()  # raises if it was not kept
+            self.settings = replace(self.settings, preconditioned=True)
         if learning_rates is not None and self.used_masks is not None:
             raise ValueError(
                 f"{type(self).__name__} adds up steps of training on an example, but the models of some checkpoints"
@@ -45,13 +62,22 @@ class _GradientMethod(FeatureMethod):
             )
         )
 
+    @override
+    def self_influence(self, trainer: L.Trainer | None = None) -> Tensor:
+        if self.settings.preconditioned:
+            raise ValueError(
+                "the store has preconditioned gradients, and self-influence also needs them as they are: score the"
+                " training data as targets, or use preconditioned=False"
+            )
+        return super().self_influence(trainer)
+
     def make_scorer(self, store: FeatureStore) -> GradientDotScorer:
         """Products or cosines of gradients."""
         return self._scorer(store, self.checkpoint_weights, self.effect_on)
 
 
 class GradientDot(_GradientMethod):
-    """By how much would a small step of gradient descent on the training example lower the loss at the target?
+    r"""By how much would a small step of gradient descent on the training example lower the loss at the target?
 
     A positive score says that training on the example lowers the loss at the target. The unit is that of the loss, for
     a learning rate of 1: a step of a small size lowers the loss by the size times the score (Charpiat et al. 2019,
@@ -67,6 +93,9 @@ class GradientDot(_GradientMethod):
             the gradient of the output at the target takes the place of minus that of its loss. The two differ in more
             than scale where the loss can rise with the output: if a prediction is too high, what lowers the output
             lowers the loss.
+        preconditioned: whether the step is Adam's: the gradient of the training example, and not that of the target, is
+            multiplied by :math:`1 / (\sqrt{\hat v} + \epsilon)`, made of the second moments of the snapshot. The
+            snapshots need ``TRAKCallback(..., preconditioner=True)``, and the features a store of their own.
         **options: ``output``, ``projection``, ``parameters``, ``engine``, ``seed``, ``dtype`` and ``weights_only``, as
             for :class:`~lightning_trak.TRAK`. With :class:`~lightning_trak.projections.IdentityProjection` the products
             are exact, with others estimates.
@@ -75,13 +104,14 @@ class GradientDot(_GradientMethod):
     def __init__(
         self,
         model: nn.Module,
-        checkpoints: Checkpoints,
-        store: str | Path,
+        checkpoints: Checkpoints | None = None,
+        store: str | Path | None = None,
         *,
         effect_on: EffectOn = "loss",
+        preconditioned: bool = False,
         **options: Unpack[FeatureOptions],
     ) -> None:
-        super().__init__(model, checkpoints, store, None, effect_on, **options)
+        super().__init__(model, checkpoints, store, None, effect_on, preconditioned, **options)
 
 
 class TracIn(_GradientMethod):
@@ -94,8 +124,9 @@ class TracIn(_GradientMethod):
     on the example has raised the output.
 
     Each checkpoint stands for the steps of stochastic gradient descent near it. Adaptive optimizers take other steps,
-    for which it is a rougher guess. The paper's variant for the last layer alone is ``parameters=last_layer(model)``,
-    see :func:`~lightning_trak.gradients.last_layer`; gradients of fewer parameters need a store of their own.
+    for which it is a rougher guess; with ``preconditioned=True`` the steps are Adam's. The paper's variant for the last
+    layer alone is ``parameters=last_layer(model)``, see :func:`~lightning_trak.gradients.last_layer`; gradients of
+    fewer parameters need a store of their own.
 
     Args:
         model: as for :class:`~lightning_trak.TRAK`.
@@ -104,6 +135,7 @@ class TracIn(_GradientMethod):
         learning_rates: eta_m: ``"snapshots"`` takes those that :class:`~lightning_trak.TRAKCallback` recorded with the
             checkpoints; other checkpoints need a number, or one for each.
         effect_on: as for :class:`GradientDot`.
+        preconditioned: as for :class:`GradientDot`.
         **options: as for :class:`GradientDot`.
 
     Raises:
@@ -115,14 +147,15 @@ class TracIn(_GradientMethod):
     def __init__(
         self,
         model: nn.Module,
-        checkpoints: Checkpoints,
-        store: str | Path,
+        checkpoints: Checkpoints | None = None,
+        store: str | Path | None = None,
         *,
         learning_rates: LearningRates = "snapshots",
         effect_on: EffectOn = "loss",
+        preconditioned: bool = False,
         **options: Unpack[FeatureOptions],
     ) -> None:
-        super().__init__(model, checkpoints, store, learning_rates, effect_on, **options)
+        super().__init__(model, checkpoints, store, learning_rates, effect_on, preconditioned, **options)
 
 
 class GradientCosine(_GradientMethod):
@@ -135,7 +168,10 @@ class GradientCosine(_GradientMethod):
 
     Examples that the model fits badly have large gradients, and a product favours them whatever the target; the cosine
     does not. With ``learning_rates`` the sum is weighed by them, which is GAS (gradient aggregated similarity) of
-    Hammoudeh and Lowd 2022 (arXiv 2201.10055), up to the batch size that it divides by.
+    Hammoudeh and Lowd 2022 (arXiv 2201.10055), up to the batch size that it divides by. With ``preconditioned=True``,
+    too, it is the score by which LESS selects data (Xia et al. 2024, arXiv 2402.04333, definition 3.1), up to two terms
+    of Adam's update that this leaves out: the momentum, which is the same for all training examples, and the example's
+    own share of the second moment. :doc:`/guides/hugging_face` has the recipe.
 
     Args:
         model: as for :class:`~lightning_trak.TRAK`.
@@ -143,6 +179,7 @@ class GradientCosine(_GradientMethod):
         store: as for :class:`~lightning_trak.TRAK`, and may be one that another method has filled.
         learning_rates: None: checkpoints count alike; else as for :class:`TracIn`.
         effect_on: as for :class:`GradientDot`.
+        preconditioned: as for :class:`GradientDot`.
         **options: as for :class:`GradientDot`.
     """
 
@@ -151,11 +188,40 @@ class GradientCosine(_GradientMethod):
     def __init__(
         self,
         model: nn.Module,
-        checkpoints: Checkpoints,
-        store: str | Path,
+        checkpoints: Checkpoints | None = None,
+        store: str | Path | None = None,
         *,
         learning_rates: LearningRates | None = None,
         effect_on: EffectOn = "loss",
+        preconditioned: bool = False,
         **options: Unpack[FeatureOptions],
     ) -> None:
-        super().__init__(model, checkpoints, store, learning_rates, effect_on, **options)
+        super().__init__(model, checkpoints, store, learning_rates, effect_on, preconditioned, **options)
+
+    @override
+    def label_suspicion(self, trainer: L.Trainer | None = None, train: Data | None = None) -> Tensor:
+        """Minus the mean score of the ten other examples with the highest scores for the example.
+
+        If it is high, no other example moves the parameters in the same direction. The score of an example at itself
+        says nothing here, because it is the same for all. Training examples are compared by their stored gradients.
+
+        Raises:
+            ValueError: if there is only one training example; and as :meth:`score`.
+        """
+        trainer = trainer_of(trainer)
+        self.featurize(trainer, train)
+        pipeline, ranks = self._pipeline(), Ranks.of(trainer)
+        store = pipeline.open_complete(pipeline.copy_model(), trainer)
+        if store.num_examples < 2:
+            raise ValueError("there is only one training example, and nothing to compare it with")
+        scorer = self._scorer(store, self.checkpoint_weights, "loss")
+        scorer.fit(trainer.strategy.root_device, ranks)
+        suspicion = []
+        for shard in range(store.num_shards):
+            rows = [store.read(checkpoint, shard) for checkpoint in range(store.num_checkpoints)]
+            directions = [scorer.directions(checkpoint, part) for checkpoint, part in enumerate(rows)]
+            best = cast(TopK, scorer.score(directions, _NEIGHBOURS + 1, ranks=ranks))
+            itself = best.indices == torch.tensor(store.shard(shard)).unsqueeze(1)
+            others = best.values.masked_fill(itself, -torch.inf)
+            suspicion.append(-others.topk(min(_NEIGHBOURS, store.num_examples - 1), dim=1).values.mean(1))
+        return torch.cat(suspicion)

@@ -9,11 +9,13 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lightning_trak.checks import positive
 from lightning_trak.compatibility import original_module
-from lightning_trak.methods.base import Method
+from lightning_trak.methods.base import DataMethod
 from lightning_trak.methods.examples import Examples
+from lightning_trak.methods.questions import Asked
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import declared_output, target_output, trained_output
 from lightning_trak.replay.differentiating import Differentiated
@@ -22,11 +24,13 @@ from lightning_trak.replay.recording import Recording
 from lightning_trak.replay.reweighted import Reweighted
 from lightning_trak.replay.smoothness import SMOOTH_VALUE, advice, quick_value
 from lightning_trak.running.data import Data
+from lightning_trak.running.labels import with_labels
 from lightning_trak.running.random_states import isolated_random_states
 from lightning_trak.running.strategies import require_whole_parameters
+from lightning_trak.running.trainers import trainer_of
 
 
-class Metagradient(Method):
+class Metagradient(DataMethod):
     """How much did each example's loss count in *this* training run, exactly to first order?
 
     A score is d output / d w_i, the derivative of the trained model's output by the weight w_i of example i in the
@@ -65,10 +69,18 @@ class Metagradient(Method):
 
     Example::
 
-        trainer = L.Trainer(max_epochs=15, callbacks=[TrainingRecorder("run/recording")])
+        recorder = TrainingRecorder("run/recording")
+        trainer = L.Trainer(max_epochs=15, callbacks=[recorder])
         trainer.fit(model, train_loader)
-        scores = Metagradient(model, "run/recording").attribute(trainer, train_loader, targets)
+        method = Metagradient(model, "run/recording")
+        scores = method.attribute(trainer, train_loader, targets)
     """
+
+    _shown = ("model", "recordings", "output", "last_steps")
+    _without_candidates = (
+        "it differentiates by the weights of examples in the recorded run, and others have none. TRAK, TracIn,"
+        " GradientDot, GradientCosine and influence functions score examples that are not in the training set"
+    )
 
     def __init__(
         self,
@@ -112,42 +124,72 @@ class Metagradient(Method):
         self.check_smooth = check_smooth
         self.progress_bar = progress_bar
 
-    def attribute(self, trainer: L.Trainer, train: Data, targets: Data, output: ModelOutput | None = None) -> Tensor:
-        """Score every target against every training example.
+    def _target_output(self, output: ModelOutput | None) -> ModelOutput | None:
+        return target_output(output, self.output)
+
+    def _scores(self, trainer: L.Trainer, train: Examples, targets: Examples, asked: Asked) -> Tensor:
+        """Derivatives by the weights of training examples.
+
+        The outputs of a group of targets are added up before the way back through the run, which is then as long as for
+        one target.
 
         Args:
-            trainer: any Trainer whose strategy keeps the model whole. Its device is used, and each process computes all
-                scores. The precision is that of the recorded run.
+            trainer: any Trainer whose strategy keeps the model whole; None: one on a single device. Its device is used,
+                and each process computes all scores. The precision is that of the recorded run.
             train: the training data, as they were recorded: the same dataset and collate function.
             targets: the targets. Each is computed alone, in eval mode, at the weights at the end of training.
-            output: of the targets, if it is another one than that of the training examples.
+            asked: the question.
 
         Returns:
-            On the CPU, shape ``(num_targets, num_train)``, in the run's precision. A positive score says that more
-            weight on the example's loss raises the output at the target, in the unit of the output. Examples that the
-            run did not use have zeros.
+            In the run's precision. Examples that the run did not use have zeros.
 
         Raises:
             ValueError: if the data or the model are not those of the recording, if a step cannot be repeated, if the
                 losses are not those of training, or if an output is not finite.
         """
         require_whole_parameters(trainer)
-        asked = target_output(output, self.output) or self.output
         with isolated_random_states(), torch.inference_mode(False):
-            train_set, target_set = Examples(train, "fit", trainer), Examples(targets, "predict", trainer)
-            device = trainer.strategy.root_device
-            runs = [self._differentiated(recording, train_set, device) for recording in self.recordings]
-            if self.check_smooth:
-                for recording in self.recordings:
-                    self._warn_if_not_smooth(recording, train_set, device)
-            parts = [run.scores(copy.deepcopy(asked), target_set.loader, target_set.datamodule) for run in runs]
+            runs = self._runs(trainer, train)
+            output, loader = asked.output or self.output, targets.loader
+            if output.predicts_labels and len(runs) > 1:
+                loader = with_labels(loader, self._predicted(runs, output, targets))
+            sums = asked.rows, asked.columns
+            parts = [run.scores(copy.deepcopy(output), loader, targets.datamodule, *sums) for run in runs]
             return torch.stack(parts).mean(0)
+
+    @staticmethod
+    def _predicted(runs: list[Differentiated], output: ModelOutput, targets: Examples) -> Tensor:
+        """The class of each target with the highest mean probability over the runs, so that all explain the same."""
+        parts = [run.probabilities(copy.deepcopy(output), targets.loader, targets.datamodule) for run in runs]
+        return torch.stack(parts).double().mean(0).argmax(1)
+
+    @override
+    def label_suspicion(self, trainer: L.Trainer | None = None, train: Data | None = None) -> Tensor:
+        """The size of each example's score at itself; see :class:`~lightning_trak.methods.base.LabelStatistic`.
+
+        Every training example is a target, so this takes as long as :meth:`attribute` with so many targets.
+        """
+        trainer = trainer_of(trainer)
+        require_whole_parameters(trainer)
+        with isolated_random_states(), torch.inference_mode(False):
+            train_set = Examples(train, "fit", trainer)
+            runs = self._runs(trainer, train_set)
+            parts = [run.own_scores(copy.deepcopy(self.output), train_set.loader, train_set.datamodule) for run in runs]
+            return torch.stack(parts).mean(0).abs()
 
     def _losses(self) -> Losses:
         return declared_losses(copy.deepcopy(self.output), self.losses)
 
     def _first(self, recording: Recording) -> int:
         return 0 if self.last_steps is None else recording.num_steps - self.last_steps
+
+    def _runs(self, trainer: L.Trainer, train: Examples) -> list[Differentiated]:
+        device = trainer.strategy.root_device
+        runs = [self._differentiated(recording, train, device) for recording in self.recordings]
+        if self.check_smooth:
+            for recording in self.recordings:
+                self._warn_if_not_smooth(recording, train, device)
+        return runs
 
     def _differentiated(self, recording: Recording, train: Examples, device: torch.device) -> Differentiated:
         run = Differentiated(
@@ -166,13 +208,13 @@ class Metagradient(Method):
             warnings.warn(
                 "the model has batch normalization in train mode: an example with weight 0 is still part of the"
                 " batch's statistics, so scores say what its loss did, not what its removal from the data does",
-                stacklevel=4,
+                stacklevel=6,
             )
         if run.rounds_steps:
             warnings.warn(
                 "the optimizer rounds its steps (torch's Muon orthogonalizes in bfloat16), so scores are those of the"
                 " same steps without rounding",
-                stacklevel=4,
+                stacklevel=6,
             )
         return run
 
@@ -183,5 +225,5 @@ class Metagradient(Method):
             warnings.warn(
                 f'the run in "{recording.path}" is not smooth: metasmoothness {value:.2f}, smooth from {SMOOTH_VALUE}.'
                 f" {advice(recording)} metasmoothness() says more, and check_smooth=False leaves this check out",
-                stacklevel=3,
+                stacklevel=5,
             )

@@ -20,6 +20,7 @@ from lightning_trak.outputs import ModelOutput
 from lightning_trak.projections import GaussianProjection, Projection
 from lightning_trak.running.data import Data
 from lightning_trak.running.ranks import Ranks
+from lightning_trak.running.trainers import trainer_of
 from lightning_trak.scoring.damping import Damping, require_damping
 from lightning_trak.scoring.gram import Curvature
 from lightning_trak.scoring.trak import LossGradients, TRAKScorer
@@ -38,10 +39,12 @@ class TRAK(FeatureMethod):
     Args:
         model: the trained model; a LightningModule with :class:`~lightning_trak.AttributionMixin`, or any module when
             ``output`` is given.
-        checkpoints: a snapshot directory, or a list of snapshot directories, state dicts, safetensors files and
-            Lightning ``.ckpt`` paths. Scores are averaged over them. Members of a fleet, see
-            :func:`~lightning_trak.retraining.split_fleet`, have curvatures of the examples that each has seen.
-        store: directory of the features, on a disk that all ranks see.
+        checkpoints: a directory of :class:`~lightning_trak.TRAKCallback`, of Lightning's ModelCheckpoint or of a
+            Hugging Face Trainer; a safetensors, ``.ckpt`` or ``.pt`` file; a state dict; or a list of these. Scores are
+            averaged over them. Members of a fleet, see :func:`~lightning_trak.retraining.split_fleet`, have curvatures
+            of the examples that each has seen. Default: the weights that the model has. If these change, the store is
+            refused.
+        store: directory of the features, on a disk that all ranks see. It must be given.
         output: the scalar output to attribute; default: the model's ``configure_model_output()``.
         projection: what compresses gradients; default: :class:`~lightning_trak.projections.SparseProjection` to 16,384
             features, which take 8 KiB in 4 bits.
@@ -68,14 +71,17 @@ class TRAK(FeatureMethod):
         trak = TRAK(model, checkpoints="run/snapshots", store="run/features")
         trak.featurize(trainer, train_loader)
         scores = trak.score(trainer, target_loader)  # (num_targets, num_train)
-        best = trak.score(trainer, target_loader, top_k=10, rescore=1000)  # exact scores of the best 1000
+        # exact scores of the best 1000
+        best = trak.score(trainer, target_loader, top_k=10, rescore=1000)
     """
+
+    _shown = (*FeatureMethod._shown, "curvature", "damping", "loss_gradients")
 
     def __init__(
         self,
         model: nn.Module,
-        checkpoints: Checkpoints,
-        store: str | Path,
+        checkpoints: Checkpoints | None = None,
+        store: str | Path | None = None,
         *,
         output: ModelOutput | None = None,
         projection: Projection | None = None,
@@ -116,8 +122,8 @@ class TRAK(FeatureMethod):
     def paper(
         cls,
         model: nn.Module,
-        checkpoints: Checkpoints,
-        store: str | Path,
+        checkpoints: Checkpoints | None = None,
+        store: str | Path | None = None,
         **options: Any,
     ) -> "TRAK":
         """TRAK as published (arXiv 2303.14186): a Gaussian projection, no curvature, no damping, Q averaged apart.
@@ -130,14 +136,22 @@ class TRAK(FeatureMethod):
 
         Example::
 
-            trak = TRAK.paper(model, "run/snapshots", "run/features", projection=GaussianProjection(512))
+            projection = GaussianProjection(512)
+            trak = TRAK.paper(
+                model, "run/snapshots", "run/features", projection=projection
+            )
         """
         published: dict[str, Any] = {"curvature": "identity", "damping": 0.0, "loss_gradients": "averaged"}
         if options.get("projection") is None:
             options["projection"] = GaussianProjection(2048)
         return cls(model, checkpoints, store, **(published | options))
 
-    def score_dampings(self, trainer: L.Trainer, data: Data, dampings: Sequence[Damping]) -> dict[Damping, Tensor]:
+    def score_dampings(
+        self,
+        trainer: L.Trainer | None = None,
+        data: Data | None = None,
+        dampings: Sequence[Damping] = (),
+    ) -> dict[Damping, Tensor]:
         """The scores at several dampings, from one pass over the targets.
 
         :func:`~lightning_trak.retraining.tune` chooses among them, where models were retrained. The features of all
@@ -161,6 +175,7 @@ class TRAK(FeatureMethod):
             raise ValueError(f"expected a sequence of dampings, got {dampings!r}")
         for damping in dampings:
             require_damping(damping)
+        trainer = trainer_of(trainer)
         features, pipeline = self.target_features(trainer, data), self._pipeline()
         store, ranks = pipeline.open(pipeline.copy_model(), trainer), Ranks.of(trainer)
         results: dict[Damping, Tensor] = {}

@@ -7,7 +7,7 @@ from lightning_trak.outputs.diffusion_loss import DiffusionLoss
 from lightning_trak.outputs.diffusion_mean import DiffusionMean
 from lightning_trak.outputs.diffusion_square import DiffusionSquare
 from lightning_trak.outputs.direction import DirectionOutput
-from lightning_trak.outputs.language import CausalLMMargin, Seq2SeqLMMargin
+from lightning_trak.outputs.language import CausalLMLogLikelihood, CausalLMMargin, Seq2SeqLMMargin
 from lightning_trak.outputs.mixin import AttributionMixin
 from lightning_trak.outputs.multi_label import MultiLabelMargin
 from lightning_trak.outputs.negative_loss import NegativeLoss
@@ -19,6 +19,7 @@ from lightning_trak.outputs.segmentation import SegmentationMargin
 __all__ = [
     "AdvantageLogLikelihood",
     "AttributionMixin",
+    "CausalLMLogLikelihood",
     "CausalLMMargin",
     "ClassificationMargin",
     "ContrastiveMargin",

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from lightning_trak.fingerprints import object_fingerprint
 
+_NOT_IDENTITY = frozenset(["fingerprint", "prediction", "describe_prediction"])  # features do not depend on them
+
 
 class ModelOutput(ABC):
     """A scalar output f of the model per example, through which the training loss depends on the parameters.
@@ -22,6 +24,9 @@ class ModelOutput(ABC):
     Attributes:
         context_size: number of training examples that :meth:`make_context` wants to see at each checkpoint.
         for_targets: whether it is an output of targets alone, because training did not act on it.
+        predicts_labels: whether labels are what the model predicts. Of several checkpoints, the class with the highest
+            mean of :meth:`probabilities` is then the label at all of them: batches come as
+            :class:`~lightning_trak.running.labels.LabelledBatch`.
 
     Example:
         >>> import torch
@@ -38,6 +43,7 @@ class ModelOutput(ABC):
 
     context_size: int = 0
     for_targets: bool = False
+    predicts_labels: bool = False
 
     @abstractmethod
     def output(self, module: nn.Module, batch: Any) -> Tensor:
@@ -96,6 +102,45 @@ class ModelOutput(ABC):
                 (curvature,) = torch.autograd.grad(slope.sum(), variable, materialize_grads=True)
             return -slope.detach(), curvature
 
+    def probabilities(self, module: nn.Module, batch: Any) -> Tensor:
+        """The probability of each class, for outputs with ``predicts_labels``.
+
+        Args:
+            module: the model, in eval mode.
+            batch: a batch as the dataloader gives it.
+
+        Returns:
+            Shape ``(batch, classes)``.
+
+        Raises:
+            TypeError: if the output predicts no labels.
+        """
+        del module, batch
+        raise TypeError(f"{type(self).__name__} predicts no labels")
+
+    def prediction(self, module: nn.Module, batch: Any) -> Tensor | None:
+        """What the model predicts for each example, in numbers that :meth:`describe_prediction` turns into words.
+
+        Those of several checkpoints are averaged. By default there are none.
+
+        Args:
+            module: the model, in eval mode.
+            batch: a batch as the dataloader gives it, which need not have labels.
+
+        Returns:
+            Shape ``(batch, n)`` with finite numbers; None if a prediction of this output has no meaning for people.
+        """
+        del module, batch
+        return None
+
+    def describe_prediction(self, prediction: Tensor) -> str:
+        """The prediction for an example in words, beside the truth where that is known.
+
+        Args:
+            prediction: a row of :meth:`prediction`, shape ``(n,)``.
+        """
+        return ", ".join(f"{number:g}" for number in prediction.tolist())
+
     def same_in_batch(self, module: nn.Module, batch: Any, alone: Tensor, tolerance: float) -> bool:
         """Whether the outputs of some examples in one batch are those that each has alone.
 
@@ -148,7 +193,7 @@ class ModelOutput(ABC):
         Raises:
             TypeError: if a public attribute holds what has no content, such as a lock or an open file.
         """
-        return object_fingerprint(self, called=frozenset(vars(ModelOutput)), left_out=frozenset(["fingerprint"]))
+        return object_fingerprint(self, called=frozenset(vars(ModelOutput)), left_out=_NOT_IDENTITY)
 
 
 def close(values: Tensor, expected: Tensor, tolerance: float) -> bool:

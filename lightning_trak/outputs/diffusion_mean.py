@@ -21,8 +21,10 @@ class DiffusionMean(DiffusionOutput, SurrogateOutput):
     Q = 1 and R = 1: see :class:`~lightning_trak.outputs.surrogate.SurrogateOutput`. So :class:`~lightning_trak.TRAK`
     gives the product without r_i. :class:`~lightning_trak.outputs.DiffusionLoss` is minus the square of r_i::
 
-        scores = trak.score(trainer, targets)  # (num_targets, num_train), with DiffusionMean(alphas, timesteps)
-        residuals = (-DiffusionLoss(alphas, timesteps).output(model, train_examples)).sqrt()  # (num_train,)
+        # with DiffusionMean(alphas, timesteps); (num_targets, num_train)
+        scores = trak.score(trainer, targets)
+        loss = -DiffusionLoss(alphas, timesteps).output(model, train_examples)
+        residuals = loss.sqrt()  # (num_train,)
         das = (scores * residuals) ** 2
 
     The code also scales the gradient at each timestep to length 1, and residuals over timesteps to length 1. This is

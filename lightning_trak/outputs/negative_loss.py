@@ -26,7 +26,10 @@ class NegativeLoss(LinearLossOutput):
 
     Example:
         >>> import torch.nn.functional as F
-        >>> output = NegativeLoss(lambda module, batch: F.cross_entropy(module(batch[0]), batch[1], reduction="none"))
+        >>> def loss(module, batch):
+        ...     inputs, labels = batch
+        ...     return F.cross_entropy(module(inputs), labels, reduction="none")
+        >>> output = NegativeLoss(loss)
         >>> hugging_face = NegativeLoss(lambda module, batch: module(**batch).loss)
     """
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from lightning_trak.compatibility import tree_iter
 from lightning_trak.gradients.batch import Layout, find_layout
 from lightning_trak.outputs import ModelOutput
-from lightning_trak.outputs.evaluating import modules_of
+from lightning_trak.outputs.evaluating import exact_attention, modules_of, unchanged
 from lightning_trak.replay.losses import Losses
 from lightning_trak.replay.player import Played, Player
 from lightning_trak.replay.recording import Recording
@@ -24,6 +24,7 @@ from lightning_trak.replay.states import TrainingState
 from lightning_trak.replay.targets import differentiable, output_at, targets_alone
 from lightning_trak.replay.updating import Cotangents
 from lightning_trak.running.loading import load
+from lightning_trak.scoring.groups import Collected, RowBlock, Sums, row_blocks
 
 # States and batches of a segment are kept in memory up to this size, and so are the cotangents of one reverse pass.
 SEGMENT_BYTES = 1 << 30
@@ -88,53 +89,122 @@ class Differentiated:
         self.rounds_steps = player.update.rounding > 0
         self.normalizes_batches = player.normalizes_batches(structures)
 
-    def scores(self, output: ModelOutput, targets: DataLoader[Any], datamodule: L.LightningDataModule | None) -> Tensor:
+    def scores(
+        self,
+        output: ModelOutput,
+        targets: DataLoader[Any],
+        datamodule: L.LightningDataModule | None,
+        rows: Sums | None = None,
+        columns: Sums | None = None,
+    ) -> Tensor:
         """Differentiate the outputs at targets by the weights of all training examples.
 
         Args:
             output: the output.
             targets: the loader of the targets.
             datamodule: the data module that gave it, if there is one.
+            rows: how targets are added up, before the way back; None: each has a row.
+            columns: how training examples are added up; None: each has a column.
 
         Returns:
-            On the CPU, ``(num_targets, num_train)``.
+            On the CPU, ``(num_targets, num_train)``, or fewer rows and columns.
 
         Raises:
             ReplayError: if a step cannot be repeated, or its loss is not the mean of the examples' losses.
             ValueError: if an output is not a finite number.
         """
-        recording, player = self._recording, self._player
-        total = recording.num_steps
-        last = recording.state(total)
         num_targets = len(cast(Any, targets.dataset))
-        scores = torch.zeros(num_targets, recording.run["num_train"], dtype=player.dtype)
+        num_rows = num_targets if rows is None else rows.count
+        found = Collected(num_rows, self._recording.run["num_train"], columns, self._player.dtype)
+        for block, positions, by_weight in self._derivatives(output, targets, datamodule, rows):
+            found.add(block.span, positions, by_weight)
+        return found.scores()
+
+    def own_scores(
+        self, output: ModelOutput, train: DataLoader[Any], datamodule: L.LightningDataModule | None
+    ) -> Tensor:
+        """Differentiate the output at each training example by its own weight: the diagonal of :meth:`scores`.
+
+        Args:
+            output: the output.
+            train: the loader of the training data.
+            datamodule: the data module that gave it, if there is one.
+
+        Returns:
+            On the CPU, ``(num_train,)``.
+
+        Raises:
+            ReplayError: as :meth:`scores`.
+            ValueError: as :meth:`scores`.
+        """
+        scores = torch.zeros(self._recording.run["num_train"], dtype=self._player.dtype)
+        for block, steps_positions, by_weight in self._derivatives(output, train, datamodule):
+            numbers, positions = block.span, torch.tensor(steps_positions)
+            own = ((positions >= numbers.start) & (positions < numbers.stop)).nonzero().flatten()
+            scores.index_add_(0, positions[own], by_weight[positions[own] - numbers.start, own])
+        return scores
+
+    def _derivatives(
+        self,
+        output: ModelOutput,
+        targets: DataLoader[Any],
+        datamodule: L.LightningDataModule | None,
+        rows: Sums | None = None,
+    ) -> Iterator[tuple[RowBlock, list[int], Tensor]]:
+        """Yield blocks of rows, positions of training examples in a step, and derivatives on the CPU, as many rows.
+
+        An example that several steps use comes as often.
+        """
+        player, last = self._player, self._recording.state(self._recording.num_steps)
+        num_targets = len(cast(Any, targets.dataset))
         together = max(1, COTANGENT_BYTES // max(1, last.nbytes))
         for part in modules_of(output):
             part.to(player.device).eval()
-        for start in range(0, num_targets, together):
-            numbers = range(start, min(start + together, num_targets))
+        for block in row_blocks(rows, num_targets, together):
             player.load(last)
-            batches = targets_alone(player, targets, datamodule, numbers)
-            cotangents = self._output_gradients(output, numbers, batches)
-            for positions, by_weight in self._back(cotangents, len(numbers), last.nbytes):
-                scores[start : numbers.stop].index_add_(1, torch.tensor(positions), by_weight.cpu())
-        return scores
+            batches = targets_alone(player, targets, datamodule, block.members)
+            cotangents = self._output_gradients(output, block, batches)
+            for positions, by_weight in self._back(cotangents, len(block.span), last.nbytes):
+                yield block, positions, by_weight.cpu()
 
-    def _output_gradients(self, output: ModelOutput, numbers: range, batches: Iterator[Any]) -> Cotangents:
-        """The derivatives of the outputs by weights and running statistics at the end of training."""
+    def probabilities(
+        self, output: ModelOutput, targets: DataLoader[Any], datamodule: L.LightningDataModule | None
+    ) -> Tensor:
+        """What the model predicts at the end of training, each target alone: shape ``(num_targets, classes)``.
+
+        Args:
+            output: has the probabilities.
+            targets: the loader of the targets.
+            datamodule: the data module that gave it, if there is one.
+        """
+        player = self._player
+        player.load(self._recording.state(self._recording.num_steps))
+        player.module.eval()
+        found = []
+        for batch in targets_alone(player, targets, datamodule):
+            with torch.no_grad(), player.computing(), exact_attention(), unchanged(player.module, output):
+                found.append(output.probabilities(player.module, batch).cpu())
+        return torch.cat(found)
+
+    def _output_gradients(self, output: ModelOutput, block: RowBlock, batches: Iterator[Any]) -> Cotangents:
+        """The derivatives of each row's output by weights and running statistics at the end of training."""
         player, reverse = self._player, self._reverse
         player.module.eval()
         reverse.track()
         names = [f"parameter/{name}" for name in self._tracked]
         parameters = [player.parameters[name] for name in self._tracked]
-        rows: list[tuple[Tensor, ...]] = []
+        totals: list[Tensor] = []
         leaves = reverse.statistics.leaves()
         names += [f"buffer/{name}" for name in leaves]
-        for number, batch in zip(numbers, batches, strict=True):
+        places = zip(block.members, block.numbers.tolist(), block.weights.tolist(), strict=True)
+        for (number, row, weight), batch in zip(places, batches, strict=True):
             with differentiable(player), reverse.statistics.tracked(leaves):
                 values = output_at(player.module, output, batch, number)
-                rows.append(torch.autograd.grad(values.sum(), [*parameters, *leaves.values()], materialize_grads=True))
-        return {name: torch.stack(column) for name, column in zip(names, zip(*rows, strict=True), strict=True)}
+                found = torch.autograd.grad(values.sum(), [*parameters, *leaves.values()], materialize_grads=True)
+            totals = totals or [gradient.new_zeros(len(block.span), *gradient.shape) for gradient in found]
+            for total, gradient in zip(totals, found, strict=True):
+                total[row].add_(gradient, alpha=weight)
+        return dict(zip(names, totals, strict=True))
 
     def _back(self, cotangents: Cotangents, count: int, state_bytes: int) -> Iterator[tuple[list[int], Tensor]]:
         """Go back through the run. Yields positions of examples, and derivatives ``(count, len(positions))``."""

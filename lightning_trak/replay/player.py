@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from lightning_trak.checkpoints.copies import copy_module
 from lightning_trak.compatibility import WRAPPERS, BatchNorm, original_module
 from lightning_trak.gradients.leaves import require_own_leaves
+from lightning_trak.packages import is_a
 from lightning_trak.replay.optimizers.base import optimizer_named, optimizer_step
 from lightning_trak.replay.recording import Recording
 from lightning_trak.replay.records import MicroBatch, StepRecord, Structure
@@ -103,7 +104,7 @@ class Player:
         device: torch.device,
     ) -> None:
         original = original_module(model)
-        if not isinstance(original, L.LightningModule):
+        if not is_a(original, L.LightningModule):
             raise TypeError(f"expected the LightningModule that was trained, got a {type(original).__name__}")
         self.recording, self.loader, self.device = recording, loader, device
         run = recording.run

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from lightning_trak.replay.player import Player, ReplayError
 from lightning_trak.replay.recording import Recording
 from lightning_trak.replay.records import StepRecord
-from lightning_trak.running.data import Data, single_loader
+from lightning_trak.running.data import Data, datamodule_of, single_loader
 from lightning_trak.running.random_states import isolated_random_states
 from lightning_trak.running.strategies import require_whole_parameters
 
@@ -72,7 +72,7 @@ def replay(
     require_whole_parameters(trainer)
     recorded = Recording(recording)
     recorded.require_finished()
-    datamodule = train if isinstance(train, L.LightningDataModule) else None
+    datamodule = datamodule_of(train)
     with isolated_random_states():
         loader = single_loader(train, "fit", trainer)
         player = Player(model, recorded, loader, datamodule, trainer.strategy.root_device)

@@ -28,7 +28,7 @@ from lightning_trak.replay.optimizers.smooth import SmoothAdamW
 from lightning_trak.replay.recording import Recording
 from lightning_trak.replay.reweighted import Reweighted
 from lightning_trak.replay.states import TrainingState
-from lightning_trak.running.data import Data, single_loader
+from lightning_trak.running.data import Data, datamodule_of, single_loader
 from lightning_trak.running.random_states import isolated_random_states
 from lightning_trak.running.strategies import require_whole_parameters
 
@@ -114,7 +114,10 @@ def metasmoothness(
 
     Example::
 
-        print(metasmoothness(model, "run/recording", trainer, train_loader, targets).verdict)
+        found = metasmoothness(
+            model, "run/recording", trainer, train_loader, targets
+        )
+        print(found.verdict)
     """
     repeats = positive("repeats", repeats)
     require_whole_parameters(trainer)
@@ -126,9 +129,7 @@ def metasmoothness(
     recorded.require_finished()
     with isolated_random_states(), torch.inference_mode(False):
         train_loader, target_loader = single_loader(train, "fit", trainer), single_loader(targets, "predict", trainer)
-        train_module, target_module = (
-            data if isinstance(data, L.LightningDataModule) else None for data in (train, targets)
-        )
+        train_module, target_module = (datamodule_of(data) for data in (train, targets))
         device = trainer.strategy.root_device
         run = Reweighted(own, recorded, train_loader, train_module, device, declared_losses(output, losses))
         run.skipped()

@@ -23,6 +23,26 @@ def describe_item(item: Any) -> str:
     return ", ".join(f"{name}: {text}" if name else text for name, text in texts)
 
 
+def item_text(item: Any) -> str | None:
+    """What :func:`describe_item` says of an item that holds a string; None if it holds none."""
+    return describe_item(item) if any(isinstance(value, str) for _, value in _fields(item)) else None
+
+
+def item_label(item: Any) -> int | float | str | None:
+    """The label of an item; None if it has none.
+
+    It is what a mapping has under ``"label"`` or ``"labels"``, or the last element of a tuple or list, if that is a
+    number. In a mapping it may be a string.
+
+    Args:
+        item: of a dataset, before collation.
+    """
+    if isinstance(item, Mapping):
+        named = item.get("label", item.get("labels"))
+        return named if isinstance(named, str) else _number(named)
+    return _number(item[-1]) if isinstance(item, (tuple, list)) and len(item) > 1 else None
+
+
 def find_image(item: Any) -> Tensor | None:
     """The first image in an item: a PIL image, or an array of bytes or floats with the shape of an image.
 
@@ -52,11 +72,15 @@ def _text(value: Any) -> str | None:
     """A string or a single number as a text; None for anything else."""
     if isinstance(value, str):
         return " ".join(value.split())
+    number = _number(value)
+    return f"{number:g}" if isinstance(number, float) else None if number is None else str(number)
+
+
+def _number(value: Any) -> int | float | None:
+    """A single number; None for anything else."""
     if isinstance(value, (Tensor, np.ndarray, np.generic)) and value.shape in ((), (1,)):
         value = value.item()
-    if isinstance(value, float):
-        return f"{value:g}"
-    return str(value) if isinstance(value, int) else None
+    return value if isinstance(value, (int, float)) else None
 
 
 def _shape(value: Any) -> str:

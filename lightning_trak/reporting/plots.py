@@ -125,7 +125,10 @@ def plot_explanations(explanations: Sequence["Explanation"]) -> "Figure":
         ValueError: if an item holds no image.
     """
     return plot_pictures(
-        [_picture(entry.target, f"#{entry.position} {entry.target.text}") for entry in explanations],
+        [
+            _picture(entry.target, f"#{entry.position} {entry.target.text}", *filter(None, [entry.prediction]))
+            for entry in explanations
+        ],
         {
             name: [
                 [
@@ -205,13 +208,23 @@ def plot_mislabel_curves(curves: Mapping[str, "DetectionCurve"]) -> "Figure":
             :func:`~lightning_trak.metrics.functional.mislabel_detection_curve`.
 
     Returns:
-        A matplotlib figure. Its legend shows the area under each curve.
+        A matplotlib figure. Its legend shows the area under each curve. Dashed lines are what is expected at random,
+        and what is best, for each fraction of wrong labels among the curves.
+
+    Raises:
+        ValueError: if there are no curves.
+        ModuleNotFoundError: if matplotlib is not installed.
     """
+    if not curves:
+        raise ValueError("there are no curves to draw")
     figure = _figure(figsize=(5, 4.5), layout="constrained")
     axis = figure.subplots()
     for name, curve in curves.items():
         axis.plot(curve.inspected.tolist(), curve.found.tolist(), label=_label(f"{name}: area {float(curve.area):.3f}"))
     axis.plot([0, 1], [0, 1], color="gray", linestyle="--", label="at random: area 0.500")
+    for share in sorted({float(curve.share) for curve in curves.values()}):
+        label = f"at best: area {1 - share / 2:.3f}"
+        axis.plot([0, share, 1], [0, 1, 1], color="gray", linestyle=":", label=label)
     axis.set_xlabel("examples inspected, most suspicious first")
     axis.set_ylabel("wrong labels found")
     axis.legend(loc="lower right")

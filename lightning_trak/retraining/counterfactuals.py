@@ -12,9 +12,10 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_trak.retraining.brittleness import Brittleness
 from lightning_trak.retraining.fleet import RetrainingFleet
 from lightning_trak.retraining.removal import removal_masks, require_scores
+from lightning_trak.texts.display import Displayed
 
 
-class Counterfactuals:
+class Counterfactuals(Displayed):
     """Removes the strongest proponents of each target, as each method ranks them, and trains again without them.
 
     A prediction is *brittle* if it changes when a few training examples are removed. The better a method finds these
@@ -46,11 +47,18 @@ class Counterfactuals:
 
     Example::
 
-        scores = {"TRAK": trak.score(trainer, targets), "random": RandomScores().attribute(trainer, train, targets)}
-        removal = Counterfactuals("run/removed", LitNet, make_trainer, train, targets, scores, ks=(10, 40, 160))
+        scores = {
+            "TRAK": trak.score(trainer, targets),
+            "random": RandomScores().attribute(trainer, train, targets),
+        }
+        removal = Counterfactuals(
+            "run/removed", LitNet, make_trainer, train, targets, scores, (10, 40, 160)
+        )
         removal.run(together=50)
         print(removal.brittleness().table().markdown())
     """
+
+    _shown = ("methods", "ks", "num_references", "fleet.directory")
 
     def __init__(
         self,

@@ -27,7 +27,6 @@ from lightning_trak.retraining.training import (
     FactoryError,
     NothingTwice,
     outputs_of,
-    quiet,
     seeded,
     shuffled_like,
     train_alone,
@@ -37,7 +36,9 @@ from lightning_trak.running.content import fingerprint
 from lightning_trak.running.loaders import as_loader
 from lightning_trak.running.loading import batch_size_of, load
 from lightning_trak.running.parts import Part, share
+from lightning_trak.running.trainers import quiet
 from lightning_trak.storage.paths import local_directory
+from lightning_trak.texts.display import Displayed
 
 
 class _Trained(NamedTuple):
@@ -54,7 +55,7 @@ class _Trained(NamedTuple):
     weights: Sequence[dict[str, Any] | None]
 
 
-class RetrainingFleet:
+class RetrainingFleet(Displayed):
     """Trains a new model on each subset, several times if asked to, and keeps its outputs at the targets.
 
     Every member has a new module, a new Trainer, and a seed of its own for its initialisation and the order of its
@@ -92,11 +93,15 @@ class RetrainingFleet:
     Example::
 
         masks = random_subsets(len(train), num_subsets=100)
-        fleet = RetrainingFleet("run/fleet", LitNet, make_trainer, train_loader, targets, masks, num_seeds=3)
-        fleet.run()  # or, in each of 16 processes, run(part="1/16") to run(part="16/16")
+        fleet = RetrainingFleet(
+            "run/fleet", LitNet, make_trainer, train_loader, targets, masks, num_seeds=3
+        )
+        fleet.run()  # in each of 16 processes: run(part="1/16") to run(part="16/16")
         lds = LinearDatamodelingScore(fleet.masks)
         lds.update(scores, fleet.outputs)
     """
+
+    _shown = ("directory", "make_module", "masks", "num_seeds", "seed", "output")
 
     def __init__(
         self,

@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from lightning_trak.fingerprints import Fingerprint, fingerprint, module_fingerprint, new_fingerprint
+from lightning_trak.packages import is_a
 from lightning_trak.storage.files import tensor_digest
 
 _WATCHES = (Checkpoint, DeviceStatsMonitor, LearningRateMonitor, ModelSummary, ProgressBar)
@@ -108,7 +109,7 @@ def describe_trainer(trainer: L.Trainer) -> dict[str, Any]:
     acting = [
         callback
         for callback in callbacks
-        if not isinstance(callback, _WATCHES) and not type(callback).__module__.startswith("lightning_trak.")
+        if not is_a(callback, *_WATCHES) and not type(callback).__module__.startswith("lightning_trak.")
     ]
     return settings | {
         "precision": str(trainer.precision),

@@ -97,7 +97,10 @@ class ProponentRemoval:
 
     Example::
 
-        removal = ProponentRemoval("run/top", model, "run/recording", trainer, train, targets, {"mine": scores})
+        scores = {"mine": scores}
+        removal = ProponentRemoval(
+            "run/top", model, "run/recording", trainer, train, targets, scores
+        )
         removal.run(together=25)
         print(removal.effect(of="loss").table().markdown())
     """

@@ -24,15 +24,16 @@ from lightning_trak.replay.reweighted import Reweighted
 from lightning_trak.retraining.members import Member, MemberStore
 from lightning_trak.retraining.stacked_run import StackedRun
 from lightning_trak.running.content import sample_digest
-from lightning_trak.running.data import Data, single_loader
+from lightning_trak.running.data import Data, datamodule_of, single_loader
 from lightning_trak.running.environment import rounding_of
 from lightning_trak.running.parts import Part, share
 from lightning_trak.running.random_states import isolated_random_states
 from lightning_trak.running.strategies import require_whole_parameters
 from lightning_trak.storage.paths import local_directory
+from lightning_trak.texts.display import Displayed
 
 
-class RecordedFleet:
+class RecordedFleet(Displayed):
     """Repeats a recorded run once for each mask, with weight 0 on the losses of the examples that the mask leaves out.
 
     Seed, order, batches and random numbers are those of the recording, and the losses of a batch are divided by its
@@ -70,11 +71,16 @@ class RecordedFleet:
     Example::
 
         masks = random_removals(len(train), num_subsets=50, fraction=0.01)
-        fleet = RecordedFleet("run/one_run", model, "run/recording", trainer, train_loader, targets, masks)
+        fleet = RecordedFleet(
+            "run/one_run", model, "run/recording", trainer, train_loader, targets, masks
+        )
         fleet.run(together=25)
-        lds = fleet.lds(Metagradient(model, "run/recording").attribute(trainer, train_loader, targets))
+        method = Metagradient(model, "run/recording")
+        lds = fleet.lds(method.attribute(trainer, train_loader, targets))
         print(lds.compute(), lds.interval())
     """
+
+    _shown = ("directory", "masks", "output")
 
     def __init__(
         self,
@@ -111,8 +117,8 @@ class RecordedFleet:
         with isolated_random_states(), torch.inference_mode(False):
             loader = single_loader(train, "fit", trainer)
             self._targets = single_loader(targets, "predict", trainer)
-            self._target_module = targets if isinstance(targets, L.LightningDataModule) else None
-            datamodule = train if isinstance(train, L.LightningDataModule) else None
+            self._target_module = datamodule_of(targets)
+            datamodule = datamodule_of(train)
             per_example = declared_losses(self.output, losses)
             self._run = Reweighted(module, recorded, loader, datamodule, self._device, per_example)
             self.masks = _checked(masks, self._run.num_train)

@@ -24,6 +24,7 @@ from lightning_trak.gradients.soundness import require_repeatable, trying
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.evaluating import exact_attention, unchanged
 from lightning_trak.outputs.mixin import declared_output
+from lightning_trak.packages import is_a
 from lightning_trak.retraining.estimates import Estimate, mean_of
 from lightning_trak.retraining.removal import ranked, require_scores
 from lightning_trak.running.batches import TransferHooks, on_device
@@ -125,10 +126,15 @@ def tail_patch(
     Example::
 
         trainer.fit(model, train_loader)
-        scores = {"TRAK": trak.score(trainer, targets), "random": RandomScores().attribute(trainer, train, targets)}
-        print(tail_patch(model, trainer.optimizers[0], train_loader, targets, scores).table("TRAK").markdown())
+        scores = {
+            "TRAK": trak.score(trainer, targets),
+            "random": RandomScores().attribute(trainer, train, targets),
+        }
+        optimizer = trainer.optimizers[0]
+        patch = tail_patch(model, optimizer, train_loader, targets, scores)
+        print(patch.table("TRAK").markdown())
     """
-    if isinstance(optimizer, LightningOptimizer):
+    if is_a(optimizer, LightningOptimizer):
         optimizer = optimizer.optimizer
     module, output = cast(L.LightningModule, original_module(module)), declared_output(module, output)
     train_loader, target_loader = as_loader(train), as_loader(targets)

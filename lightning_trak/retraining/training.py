@@ -1,6 +1,5 @@
 """Training of one member of a fleet, from new weights to the end, and its outputs after training."""
 
-import logging
 import os
 import weakref
 from collections.abc import Callable, Iterator
@@ -16,8 +15,9 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, S
 from lightning_trak.gradients.precision import WorkingPrecision
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.evaluating import exact_attention
+from lightning_trak.packages import is_a
 from lightning_trak.running.batches import TransferHooks, on_device
-from lightning_trak.running.loading import like
+from lightning_trak.running.loaders import like
 from lightning_trak.running.random_states import isolated_random_states
 
 
@@ -42,7 +42,7 @@ class NothingTwice:
         Raises:
             FactoryError: if it is not a LightningModule, or has parameters of an earlier module.
         """
-        if not isinstance(module, L.LightningModule):
+        if not is_a(module, L.LightningModule):
             raise FactoryError(f"make_module() must return a LightningModule, got {type(module).__name__}")
         for name, parameter in module.named_parameters():
             self._note(
@@ -59,7 +59,7 @@ class NothingTwice:
             FactoryError: if it is not a Trainer; if it, a callback or its strategy was used or returned before; or if
                 it runs several processes.
         """
-        if not isinstance(trainer, L.Trainer):
+        if not is_a(trainer, L.Trainer):
             raise FactoryError(f"make_trainer() must return a Trainer, got {type(trainer).__name__}")
         again = "make_trainer() returned {} that an earlier call {}; make {} in each call"
         self._note(trainer, again.format("the same Trainer", "returned, too", "a new one"))
@@ -96,18 +96,6 @@ def seeded(seed: int) -> Iterator[None]:
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Turn off Lightning's info messages, which are the same for every new Trainer."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(max(logger.getEffectiveLevel(), logging.WARNING))
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def shuffled_like(loader: DataLoader[Any]) -> Callable[[Dataset[Any]], DataLoader[Any]]:

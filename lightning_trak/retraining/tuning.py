@@ -102,7 +102,8 @@ def tune(
     Example::
 
         fleet = read_fleet("run/fleet")
-        tuning = tune(trak.score_dampings(trainer, targets, ["auto", 0.1, 1, 10]), fleet.masks, fleet.outputs)
+        dampings = trak.score_dampings(trainer, targets, ["auto", 0.1, 1, 10])
+        tuning = tune(dampings, fleet.masks, fleet.outputs)
         print(tuning)
         trak = TRAK(model, "run/snapshots", "run/features", damping=tuning.best)
     """

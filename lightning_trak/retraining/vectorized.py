@@ -16,7 +16,6 @@ import lightning as L
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
@@ -29,6 +28,7 @@ from lightning_trak.gradients.leaves import apart_from, leaves_of
 from lightning_trak.gradients.substitution import Substituted
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.evaluating import exact_attention, unchanged
+from lightning_trak.packages import is_a, overrides
 from lightning_trak.retraining.training import FactoryError
 from lightning_trak.running.random_states import isolated_random_states
 from lightning_trak.running.training_step import NO_TRAINER_WARNING, training_loss
@@ -216,12 +216,8 @@ def require_trainable_together(module: L.LightningModule, trainer: L.Trainer, lo
         "overfit_batches": (trainer.overfit_batches, 0.0),  # type: ignore[attr-defined]
     }
     left_out = [
-        *(
-            f"{type(module).__name__}.{hook}"
-            for hook in _SKIPPED_HOOKS
-            if is_overridden(hook, module, L.LightningModule)
-        ),
-        *(type(callback).__name__ for callback in callbacks if not isinstance(callback, harmless)),
+        *(f"{type(module).__name__}.{hook}" for hook in _SKIPPED_HOOKS if overrides(module, hook, L.LightningModule)),
+        *(type(callback).__name__ for callback in callbacks if not is_a(callback, *harmless)),
         *(f"{name}={value!r} of the Trainer" for name, (value, plain) in settings.items() if value != plain),
         *(["max_epochs=-1 of the Trainer"] if (trainer.max_epochs or -1) < 1 else []),
         *([] if type(loader.sampler) is RandomSampler else [f"the order of {type(loader.sampler).__name__}"]),

@@ -6,18 +6,19 @@ from typing import Any
 import lightning as L
 from torch.utils.data import DataLoader
 
+from lightning_trak.packages import is_a
 from lightning_trak.running.datamodules import loaders_of
 from lightning_trak.running.loaders import PlainData, plain_loaders
 
 Data = PlainData | L.LightningDataModule
 
 
-def as_loaders(data: Data | Sequence[DataLoader[Any]], stage: str, trainer: L.Trainer) -> list[DataLoader[Any]]:
+def as_loaders(data: Data | Sequence[DataLoader[Any]] | None, stage: str, trainer: L.Trainer) -> list[DataLoader[Any]]:
     """Make loaders of map-style datasets from what a user passes as data.
 
     Args:
         data: the data as in :func:`~lightning_trak.running.loaders.as_loader`, a sequence of them, or a
-            LightningDataModule.
+            LightningDataModule. None, when the user forgot them, is refused.
         stage: ``"fit"`` uses a data module's ``train_dataloader()``, ``"predict"`` its ``predict_dataloader()``.
         trainer: the Trainer that a data module is attached to; see
             :func:`~lightning_trak.running.datamodules.loaders_of`.
@@ -26,10 +27,15 @@ def as_loaders(data: Data | Sequence[DataLoader[Any]], stage: str, trainer: L.Tr
         TypeError: if the data are none of these, or a dataset has no positions (an IterableDataset).
         ValueError: if a loader draws a subset, or makes no batches, so that examples have no positions.
     """
-    return loaders_of(data, stage, trainer) if isinstance(data, L.LightningDataModule) else plain_loaders(data)
+    return loaders_of(data, stage, trainer) if is_a(data, L.LightningDataModule) else plain_loaders(data)
 
 
-def single_loader(data: Data, stage: str, trainer: L.Trainer) -> DataLoader[Any]:
+def datamodule_of(data: Any) -> L.LightningDataModule | None:
+    """The data, if they are a data module; else None."""
+    return data if is_a(data, L.LightningDataModule) else None
+
+
+def single_loader(data: Data | None, stage: str, trainer: L.Trainer) -> DataLoader[Any]:
     """The only loader that :func:`as_loaders` makes.
 
     Raises:

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader
 
 from lightning_trak.compatibility import InfiniteBarrier, starts_script_again
+from lightning_trak.packages import overrides
 from lightning_trak.running.content import sample_digest
 from lightning_trak.running.loaders import plain_loaders
 from lightning_trak.running.random_states import isolated_random_states
@@ -43,7 +43,7 @@ def loaders_of(datamodule: L.LightningDataModule, stage: str, trainer: L.Trainer
             module is then restored.
     """
     hook, name = _HOOKS[stage], type(datamodule).__name__
-    if not is_overridden(hook, datamodule, L.LightningDataModule):
+    if not overrides(datamodule, hook, L.LightningDataModule):
         whose = "the training data" if stage == "fit" else "the targets"
         raise TypeError(f"{name} has no {hook}(), which must give {whose}; define it, or pass a DataLoader or Dataset")
     met, before = getattr(datamodule, "trainer", None) is not None, dict(vars(datamodule))
@@ -134,7 +134,7 @@ def _draws_numbers(call: Callable[[], None]) -> bool:
 
 def _prepare(datamodule: L.LightningDataModule, trainer: L.Trainer) -> None:
     """Call ``prepare_data`` in one process, or in one process per machine. The other processes wait."""
-    if not is_overridden("prepare_data", datamodule, L.LightningDataModule):
+    if not overrides(datamodule, "prepare_data", L.LightningDataModule):
         return
     launcher = trainer.strategy.launcher
     if launcher is not None and starts_script_again(trainer) and trainer.world_size > 1 and not dist.is_initialized():

@@ -11,7 +11,9 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from lightning_trak.packages import is_a
 from lightning_trak.running.samplers import require_whole
+from lightning_trak.running.streaming import StreamingItems, is_streaming
 
 DEFAULT_BATCH_SIZE = 32
 
@@ -44,7 +46,8 @@ def as_loader(data: PlainData, whole: bool = True) -> DataLoader[Any]:
 
     Args:
         data: a DataLoader, which is returned as it is. Or a map-style Dataset, any other object with ``__len__`` and
-            ``__getitem__`` that has examples at positions, or a list of examples: these are loaded in batches of 32.
+            ``__getitem__`` that has examples at positions, or a list of examples: these are loaded in batches of 32. A
+            ``StreamingDataset`` of litdata, or a loader of one, counts as the dataset of its items at positions.
         whole: whether to refuse a loader that draws a subset.
 
     Raises:
@@ -55,6 +58,8 @@ def as_loader(data: PlainData, whole: bool = True) -> DataLoader[Any]:
         if not _is_dataset(data) and not _is_list_of_examples(data):
             raise TypeError(_refusal(data))
         data = DataLoader(cast(Dataset[Any], data), batch_size=DEFAULT_BATCH_SIZE)
+    if is_streaming(data.dataset):
+        data = like(data, StreamingItems(data.dataset), batch_size=data.batch_size)
     dataset = data.dataset
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         raise TypeError(_refusal(dataset))
@@ -67,12 +72,32 @@ def as_loader(data: PlainData, whole: bool = True) -> DataLoader[Any]:
     return data
 
 
+def like(loader: DataLoader[Any], dataset: Dataset[Any], **options: Any) -> DataLoader[Any]:
+    """A new loader with the collate function, workers and other settings of a given one.
+
+    Args:
+        loader: the loader whose settings are copied.
+        dataset: the dataset of the new loader.
+        options: further arguments of the new DataLoader: its batches, and settings that differ.
+    """
+    same = {
+        "collate_fn": loader.collate_fn,
+        "num_workers": loader.num_workers,
+        "pin_memory": loader.pin_memory,
+        "timeout": loader.timeout,
+        "worker_init_fn": loader.worker_init_fn,
+        "multiprocessing_context": loader.multiprocessing_context,
+        "prefetch_factor": loader.prefetch_factor,
+    }
+    return DataLoader(dataset, **(same | options))
+
+
 def _is_dataset(data: Any) -> bool:
     """Whether an object has examples at positions and is clearly not something else, such as a batch."""
     if isinstance(data, Dataset):
-        return not isinstance(data, IterableDataset) and hasattr(data, "__len__")
+        return is_streaming(data) or (not isinstance(data, IterableDataset) and hasattr(data, "__len__"))
     other = (str, bytes, bytearray, Mapping, Tensor, np.ndarray, np.generic, list, tuple, type, torch.nn.Module)
-    if isinstance(data, (DataLoader, CombinedLoader, L.LightningDataModule, *other)):
+    if isinstance(data, (DataLoader, *other)) or is_a(data, CombinedLoader, L.LightningDataModule):
         return False
     if not hasattr(data, "__len__") or not hasattr(data, "__getitem__") or hasattr(data, "iloc"):
         return False  # pandas indexes rows by label, not by position
@@ -118,14 +143,23 @@ def _refusal(data: Any) -> str:
 
 def _reason(data: Any) -> str:
     values: list[Any] = list(data.values()) if isinstance(data, Mapping) else []
+    if type(data).__module__.startswith("litdata."):
+        return "it mixes streams in an order of its own, so its examples have no positions; pass each StreamingDataset"
     if data is None:
         return "there are no data; pass a DataLoader, a map-style Dataset or a LightningDataModule"
     if isinstance(data, type):
         return f"{data.__name__} is a class; pass an instance of it"
     if isinstance(data, (str, Path)):
         return f'"{data}" is a text, not data; load the data that it names, and pass them as a Dataset or DataLoader'
-    if isinstance(data, CombinedLoader) or any(isinstance(value, DataLoader) for value in values):
+    if is_a(data, CombinedLoader) or any(isinstance(value, DataLoader) for value in values):
         return "it holds several loaders; pass them one by one, or pass score a list of them"
+    if any(_is_dataset(value) for value in values):
+        return f"it holds several datasets; pass one of them: {', '.join(map(repr, data))}"
+    if isinstance(data, IterableDataset):
+        return (
+            "an iterable dataset gives its examples one after another, and has no positions, which scores are indexed"
+            " by; load a map-style dataset (of Hugging Face: without streaming=True), or make a list of what it gives"
+        )
     if isinstance(data, (Tensor, np.ndarray)):
         return (
             "it may be a batch or a dataset; if its rows are the examples, use torch.utils.data.TensorDataset, which"
@@ -145,8 +179,6 @@ def _reason(data: Any) -> str:
             " labels), use torch.utils.data.TensorDataset(inputs, labels); for other lists of examples, use"
             " DataLoader(examples, batch_size=..., collate_fn=...)"
         )
-    if type(data).__module__.startswith("pytorch_lightning"):
-        return "it comes from pytorch_lightning, which has other classes than lightning; use import lightning as L"
     return (
         "expected a DataLoader, Dataset or LightningDataModule over a map-style dataset (with __len__ and __getitem__,"
         " where item 0 is an example), because scores are indexed by the position in the dataset"

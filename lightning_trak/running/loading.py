@@ -1,13 +1,13 @@
 """Loads chosen examples of a dataset in the way of the user's loader."""
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from lightning_trak.running.loaders import DEFAULT_BATCH_SIZE
+from lightning_trak.running.loaders import DEFAULT_BATCH_SIZE, like
 
 
 def batch_size_of(loader: DataLoader[Any]) -> int:
@@ -26,33 +26,19 @@ class _Batches(Sampler[list[int]]):
         return (list(batch) for batch in self.batches)
 
 
-def like(loader: DataLoader[Any], dataset: Dataset[Any], **options: Any) -> DataLoader[Any]:
-    """A new loader with the collate function, workers and other settings of a given one.
-
-    Args:
-        loader: the loader whose settings are copied.
-        dataset: the dataset of the new loader.
-        options: further arguments of the new DataLoader: its batches, and settings that differ.
-    """
-    same = {
-        "collate_fn": loader.collate_fn,
-        "num_workers": loader.num_workers,
-        "pin_memory": loader.pin_memory,
-        "timeout": loader.timeout,
-        "worker_init_fn": loader.worker_init_fn,
-        "multiprocessing_context": loader.multiprocessing_context,
-        "prefetch_factor": loader.prefetch_factor,
-    }
-    return DataLoader(dataset, **(same | options))
-
-
 def load(
     loader: DataLoader[Any],
     batches: Iterable[Sequence[int]],
     num_workers: int | None = None,
     collate_fn: Callable[[list[Any]], Any] | None = None,
 ) -> DataLoader[Any]:
-    """A loader with the settings of the given one that yields exactly these batches of dataset positions."""
+    """A loader with the settings of the given one that yields exactly these batches of dataset positions.
+
+    Raises:
+        ValueError: if examples hold lists, and the default collate function would make batches of them.
+    """
+    if (collate_fn or loader.collate_fn) is default_collate and not isinstance(loader.dataset, Dataset):
+        _require_batchable(loader.dataset[0])
     return like(
         loader,
         loader.dataset,
@@ -61,6 +47,22 @@ def load(
         collate_fn=collate_fn or loader.collate_fn,
         generator=torch.Generator(),  # the workers' base seed must not come from the user's random state
     )
+
+
+def _require_batchable(example: Any) -> None:
+    """Check that the default collate function stacks what an example holds.
+
+    A list in it becomes a list of batches, one for each element: that is not what a model expects.
+    """
+    if not isinstance(example, Mapping):
+        return
+    for name, value in example.items():
+        if isinstance(value, list) and value and isinstance(value[0], (int, float, list)):
+            raise ValueError(
+                f"{name!r} of an example is a list of {len(value)} {type(value[0]).__name__}s, and the default collate"
+                " function would not stack such lists: pass a DataLoader with a collate_fn, such as a data collator of"
+                ' Hugging Face, which also pads; or, if all have one length, dataset.with_format("torch")'
+            )
 
 
 def sample_batches(loader: DataLoader[Any], count: int, key: str, total: int | None = None) -> list[list[int]]:

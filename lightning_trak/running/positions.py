@@ -35,7 +35,11 @@ class PositionLog:
                 f"TrainingRecorder needs one DataLoader for training, got a {type(loader).__name__}; join several"
                 " datasets with a ConcatDataset"
             )
-        as_loader(loader, whole=False)
+        if as_loader(loader, whole=False) is not loader:
+            raise TypeError(
+                f"TrainingRecorder cannot follow the order in which a {type(loader.dataset).__name__} gives its"
+                " examples; train with a map-style dataset"
+            )
         if not getattr(loader, "in_order", True):
             raise ValueError(
                 "the loader has in_order=False, so it is not known which batch holds which examples; use in_order=True"

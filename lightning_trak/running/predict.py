@@ -1,24 +1,43 @@
 """The LightningModule that ``trainer.predict`` runs for this package."""
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import lightning as L
 import torch
 from torch import nn
+from typing_extensions import Self
 
+from lightning_trak.packages import is_a, own
 from lightning_trak.running.batches import TransferHooks, on_device
 from lightning_trak.running.ranges import IndexedBatch
 from lightning_trak.running.transfer import Upload
 
+if TYPE_CHECKING:
+    _LightningModule = L.LightningModule
+else:
+    _LightningModule = object
 
-class PredictModule(L.LightningModule):
+
+class PredictModule(_LightningModule):
     """Holds a copy of the user's module, so that Lightning moves it to the device, and calls the user's batch hooks.
+
+    A Trainer runs LightningModules of its own package alone, so modules are made by ``Kind.of(trainer)(...)``.
 
     Args:
         model: the copy.
         datamodule: the data module that gave the data, if there is one. It may have batch transfer hooks of its own.
     """
+
+    @classmethod
+    def of(cls, user: object) -> type[Self]:
+        """This class as a LightningModule of the package that a Trainer or a module is from.
+
+        Args:
+            user: the Trainer that will run it, or a module from the same package.
+        """
+        return cast("type[Self]", _derived(cast(Any, cls), cast(Any, own(L.LightningModule, user))))
 
     def __init__(self, model: nn.Module, datamodule: L.LightningDataModule | None = None) -> None:
         super().__init__()
@@ -27,6 +46,11 @@ class PredictModule(L.LightningModule):
         self.model = model
         self._hooks = TransferHooks(model, datamodule)
         self._upload: Upload | None = None
+
+    def setup(self, stage: str) -> None:  # noqa: ARG002
+        """Show the Trainer to the user's hooks. Lightning shows it to modules of its own package alone."""
+        if is_a(self.model, L.LightningModule):
+            self.model.trainer = self.trainer
 
     def release(self) -> None:
         """Drop the model, because the Trainer keeps this module until its next call."""
@@ -54,6 +78,11 @@ class PredictModule(L.LightningModule):
             batches: batches as the loader collates them.
         """
         return on_device(batches, self.device, self.trainer.precision_plugin.convert_input, self._hooks)
+
+
+@functools.cache
+def _derived(cls: Any, base: Any) -> Any:
+    return type(cls.__name__, (cls, base), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
 
 
 def _inside(batch: Any, hook: Callable[[Any], Any]) -> Any:

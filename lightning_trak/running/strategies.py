@@ -4,6 +4,7 @@ import lightning as L
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
 from lightning_trak.compatibility import start_method, tensor_parallel_size
+from lightning_trak.packages import is_a
 
 
 def require_whole_parameters(trainer: L.Trainer) -> None:
@@ -12,7 +13,7 @@ def require_whole_parameters(trainer: L.Trainer) -> None:
     Raises:
         ValueError: if the strategy splits the parameters.
     """
-    if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
+    if is_a(trainer.strategy, FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy):
         raise ValueError(
             f"{type(trainer.strategy).__name__} splits the parameters over ranks, but each rank needs whole parameters"
             " here: use a Trainer with strategy='ddp' or a single device (methods over stored features, such as TRAK,"
@@ -27,7 +28,7 @@ def shards_model(trainer: L.Trainer) -> bool:
         ValueError: if it splits the parameters in another way.
     """
     strategy = trainer.strategy
-    if not isinstance(strategy, ModelParallelStrategy):
+    if not is_a(strategy, ModelParallelStrategy):
         require_whole_parameters(trainer)
         return False
     size = tensor_parallel_size(strategy)

@@ -164,6 +164,16 @@ class ExactKernelScorer(TRAKScorer):
             found[:, examples.start : examples.stop] = inner_products(forms, targets, self._stored(checkpoint, number))
         return ranks.sum(found)
 
+    def paired(self, checkpoint: int, first: Tensor, second: Tensor) -> Tensor:
+        """See Scorer."""
+        forms = stored_forms(self.store, checkpoint)
+        pairs = zip(torch.split(first, 1), torch.split(second, 1), strict=True)
+        return torch.cat([inner_products(forms, *pair).flatten() for pair in pairs])
+
+    def _products_between(self, checkpoint: int, targets: Tensor, others: Tensor) -> Tensor:
+        """See TRAKScorer."""
+        return inner_products(stored_forms(self.store, checkpoint), targets, others)
+
 
 def stored_forms(store: FeatureStore, checkpoint: int) -> GradientForms:
     """The forms in which a store holds the gradients of a checkpoint.

@@ -26,6 +26,24 @@ def printable(text: str) -> str:
     return "".join(map(_printable_character, line))
 
 
+def printable_piece(text: str) -> str:
+    r"""A piece of a text, such as a token, that is safe to show: as :func:`printable`, but spaces and lines stay.
+
+    The end of a line is shown as Python writes it, and then begins a new one. Other white space becomes a space.
+
+    Args:
+        text: any text.
+
+    Example:
+        >>> printable_piece(" two\n\tlines")
+        ' two\\n\n lines'
+    """
+    return "".join(
+        "\\n\n" if character == "\n" else " " if character.isspace() else _printable_character(character)
+        for character in text
+    )
+
+
 def shortened(text: str, width: int) -> str:
     """A printable text of at most ``width`` characters; ``...`` stands for what is left out.
 
@@ -39,6 +57,11 @@ def shortened(text: str, width: int) -> str:
     """
     text = printable(text)
     return text if len(text) <= width else text[: width - 3] + "..."
+
+
+def encodable(text: str) -> str:
+    r"""A text that UTF-8 can encode: lone surrogates are shown as Python writes them, such as ``\ud800``."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _printable_character(character: str) -> str:

@@ -4,7 +4,7 @@ import csv
 import io
 from typing import NamedTuple
 
-from lightning_trak.texts.printable import printable
+from lightning_trak.texts.printable import encodable, printable, shortened
 
 Cell = str | int | float
 
@@ -32,6 +32,19 @@ class Table(NamedTuple):
         head, *rows = (list(map(_markdown_cell, line)) for line in (self.columns, *self.rows))
         return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows))
 
+    def plain(self, width: int = 100) -> str:
+        """The table as lines of text for a terminal, with columns under each other.
+
+        Args:
+            width: of the lines, in characters. The last column is shortened to fit, if there is room for any of it.
+        """
+        *columns, last = zip(self.columns, *(map(_plain_cell, row) for row in self.rows), strict=True)
+        widths = [max(map(len, column)) for column in columns]
+        room = max(3, width - sum(widths) - 2 * len(widths))
+        ends = [shortened(cell, room) for cell in last]
+        lines = [[*map(str.rjust, line, widths), end] for *line, end in zip(*columns, ends, strict=True)]
+        return "\n".join(map("  ".join, lines))
+
     def csv(self) -> str:
         """The table as comma-separated values with a header. Numbers are in full, texts in quotes.
 
@@ -40,11 +53,15 @@ class Table(NamedTuple):
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
         writer.writerows([_csv_cell(cell) for cell in line] for line in (self.columns, *self.rows))
-        return text.getvalue().encode("utf-8", "backslashreplace").decode()  # UTF-8 cannot encode lone surrogates
+        return encodable(text.getvalue())
+
+
+def _plain_cell(cell: Cell) -> str:
+    return f"{cell:.4g}" if isinstance(cell, float) else printable(str(cell))
 
 
 def _markdown_cell(cell: Cell) -> str:
-    return f"{cell:.4g}" if isinstance(cell, float) else printable(str(cell)).translate(_MARKDOWN)
+    return _plain_cell(cell).translate(_MARKDOWN)
 
 
 def _csv_cell(cell: Cell) -> Cell:

@@ -237,7 +237,7 @@ def test_series_without_snapshots(directory: str) -> None:
 def test_snapshot_that_is_gone(directory: str) -> None:
     series = fill(directory, (10, 20, 30))
     series.filesystem.rm_file(series.path("snapshot-00000020.safetensors"))
-    with pytest.raises(FileNotFoundError, match=r'lacks 1 of the 3 snapshots .* "snapshot-00000020\.safetensors"'):
+    with pytest.raises(FileNotFoundError, match=r'lacks 1 of the 3 files .* "snapshot-00000020\.safetensors"'):
         resolve_checkpoints(directory)
 
 

@@ -36,6 +36,19 @@ def test_series_gives_back_what_was_saved(directory: str) -> None:
         assert_equal(checkpoint.load(), make_state_dict(checkpoint.record.step))
 
 
+def test_what_the_optimizer_multiplies_by_is_kept_for_those_that_asked(directory: str) -> None:
+    series, factors = fill(directory, (10,)), {"a.weight": torch.rand(3, 4)}
+    series.save(make_state_dict(20), 20, 2, GROUPS, factors)
+    without, kept = resolve_checkpoints(directory)
+    assert_equal(kept.load_preconditioner(), factors)
+    assert_equal(kept.load(), make_state_dict(20))
+    with pytest.raises(ValueError, match=r"snapshot-00000010\.safetensors comes without the preconditioner"):
+        without.load_preconditioner()
+    series.filesystem.rm_file(series.path("preconditioner-00000020.safetensors"))
+    with pytest.raises(FileNotFoundError, match=r'lacks 1 of the 3 files .* "preconditioner-00000020\.safetensors"'):
+        resolve_checkpoints(directory)
+
+
 def test_manifest_is_plain_json(tmp_path: Path) -> None:
     fill(tmp_path, (10,))
     manifest = json.loads((tmp_path / "manifest.json").read_text())

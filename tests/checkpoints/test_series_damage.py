@@ -105,6 +105,7 @@ MUTATIONS = [
     *wrong_values(f"{GROUP}/lr", "0.1", True, [], {}, 10**400),
     *wrong_values(f"{GROUP}/weight_decay", "0.1", True, [], {}),
     *wrong_values(f"{GROUP}/parameters", None, "abc", {}, [1], [None]),
+    *wrong_values("snapshots/1/preconditioner", None, [], {}, {"file": "../x", "size": 1, "sha256": "0" * 64}),
     pytest.param(duplicate, r"snapshots\[2\]\.step", id="duplicate"),
     pytest.param(swap, r"snapshots\[1\]\.step", id="swapped"),
 ]

@@ -18,7 +18,10 @@ from safetensors.torch import load_file, save_file
 from examples.digits import LitDigits
 from examples.digits_data import DigitsData
 from lightning_trak import TRAK, GradientCosine, LinearDatamodelingScore
+from lightning_trak.cleaning import duplicates, harmful, useful, wrong_labels
+from lightning_trak.cleaning.inspected import read_positions
 from lightning_trak.cli.commands import AttributionCLI, main
+from lightning_trak.methods import RepresentationSimilarity
 from lightning_trak.projections import SparseProjection
 from lightning_trak.reporting.scores import SavedScores
 from lightning_trak.retraining.members import Member, MemberStore
@@ -117,6 +120,10 @@ def test_rescoring_takes_the_training_data_of_the_data_module(run, tmp_path):
     found, expected = (load_file(tmp_path / name) for name in ("some", "all"))
     torch.testing.assert_close(found["values"], expected["values"], rtol=1e-3, atol=1e-3)
     assert torch.equal(found["indices"], expected["indices"])
+    assert found["opponent_values"].shape == (8, 3)
+    printed = run("show", *SMALL, "--scores", str(tmp_path / "some"), "--k", "2")
+    assert "opponents" in printed
+    assert "proponents" in printed
 
 
 def test_evaluate_prints_and_logs(folder, run, refused, scored, tmp_path):
@@ -162,6 +169,20 @@ def test_show_as_a_table(run, scored):
     assert float(rows[0][2]) == pytest.approx(float(scored[0].max()), rel=0.01)
 
 
+def test_show_with_predictions(run, refused, scored):
+    shown = "show", *SMALL, "--targets", "0", "5", "--k", "1"
+    printed = run(*shown, "--predictions", "true")
+    line = r"^ {10}predicted \d \(\d+\.\d%\), (?:as labelled|labelled \d \(.*%\))\n"
+    assert len(re.findall(line, printed, re.MULTILINE)) == 2
+    assert re.sub(line, "", printed, flags=re.MULTILINE).endswith(run(*shown))  # a progress bar stands before it
+
+
+def test_a_new_model_is_no_checkpoint(refused):
+    for command in ("featurize", "score"):
+        said = refused(command, *SMALL, "--method.checkpoints", "null")
+        assert "the model of a command is new, so its current weights are not trained: name trained ones with" in said
+
+
 def test_show_as_a_picture(folder, run, refused, scored):
     run("show", *SMALL, "--targets", "[0, 5]", "--out", "run/shown.png")
     assert imread(folder / "run/shown.png").std() > 0.1
@@ -199,6 +220,91 @@ def test_show_as_a_page(folder, run, scored):
         assert kind == "data:image/png;base64"
         pixels = torch.tensor(imread(io.BytesIO(b64decode(encoded))))
         torch.testing.assert_close(pixels, image[0], atol=1 / 255, rtol=0)
+
+
+def test_wrong_labels_in_the_terminal_and_in_files(folder, run, refused, tmp_path):
+    data = DigitsData(60, 8, 20)
+    method = TRAK(LitDigits(), "run/snapshots", folder / "run/features", projection=SparseProjection(1024))
+    expected = wrong_labels(method, make_trainer(), data)
+    printed = run("clean", *SMALL)
+    assert "TRAK: wrong labels, by suspicion: 60 of 60 training examples\n" in printed
+    rows = re.findall(r"^ +(\d+) +(\S+) +(\d)  a (\d)$", printed, re.MULTILINE)
+    assert [int(row[0]) for row in rows] == expected.positions[:20].tolist()
+    assert [float(row[1]) for row in rows] == pytest.approx(expected.scores[:20].tolist(), rel=1e-3)
+    assert all(label == text == str(int(data.train[int(position)][1])) for position, _, label, text in rows)
+    out = tmp_path / "suspects.csv"
+    assert f"60 rows in {out}" in run("clean", *SMALL, "--out", str(out))
+    assert read_positions(out) == expected.positions.tolist()
+    run("clean", *SMALL, "--out", str(out), "--k", "6")
+    assert read_positions(out) == expected.positions[:6].tolist()
+    picture = str(tmp_path / "found.png")
+    printed = run("clean", *SMALL, "--wrong", str(out), "--plot", picture, "--k", "1")
+    assert "100% of 6 wrong examples are among the first 10%; area under the detection curve 0.950, at best 0.950" in (
+        printed
+    )
+    assert imread(picture).std() > 0.1
+
+
+def test_harmful_useful_and_repeated_examples(folder, run):
+    data = DigitsData(60, 8, 20)
+    method = TRAK(LitDigits(), "run/snapshots", folder / "run/features", projection=SparseProjection(1024))
+    listed = re.compile(r"^ +(\d+) +\S+ ", re.MULTILINE)
+    expected = harmful(method, make_trainer(), data, data)
+    printed = run("clean", *SMALL, "--find", "harmful", "--k", "5")
+    assert f"TRAK: harmful examples, by mean score: {len(expected)} of 60 training examples" in printed
+    assert list(map(int, listed.findall(printed))) == expected.positions[:5].tolist()
+    labels = [int(data.train[i][1]) for i in range(60)]
+    expected = useful(method, make_trainer(), data, data, labels)
+    printed = run("clean", *SMALL, "--find", "useful", "--balanced", "true", "--k", "12")
+    assert list(map(int, listed.findall(printed))) == expected.positions[:12].tolist()
+    similarity = RepresentationSimilarity(LitDigits(), "run/snapshots")
+    expected = duplicates(similarity, make_trainer(), data, threshold=0.9)
+    printed = run("clean", *SMALL, "--find", "duplicates", "--threshold", "0.9", "--method", "RepresentationSimilarity")
+    assert f"RepresentationSimilarity: duplicates, by cosine: {len(expected)} of 60 training examples" in printed
+    assert list(map(int, listed.findall(printed))) == expected.positions[:20].tolist()
+    printed = run("clean", *SMALL, "--find", "duplicates", "--threshold", "1", "--method", "KNNShapley")
+    assert "duplicates, by cosine: 0 of 60 training examples" in printed
+
+
+@pytest.mark.parametrize("method", ["EKFACInfluence", "TrainingLoss", "GradientCosine", "KNNShapley"])
+def test_every_method_cleans(run, method):
+    assert f"{method}: wrong labels, by suspicion: 60 of 60" in run("clean", *SMALL, "--method", method, "--k", "1")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--find", "labels"], "find: expected 'wrong_labels', 'harmful', 'useful', 'duplicates', got labels"),
+        (["--out", "out.xlsx"], 'out must end in .csv or .parquet, got "out.xlsx"'),
+        (["--plot", "found.png"], "plot needs wrong: a CSV file with a column `position`"),
+        (["--plot", "found.pdf", "--wrong", "x.csv"], 'plot must end in .png, got "found.pdf"'),
+        (["--wrong", "missing.csv"], 'there is no file "missing.csv"; give a CSV file with a column `position`'),
+        (
+            ["--wrong", "x.csv", "--find", "useful"],
+            "wrong counts the wrong examples that wrong_labels or harmful finds",
+        ),
+        (["--balanced", "true"], "balanced selects useful examples of each label; find is wrong_labels"),
+        (["--k", "0"], "k must be at least 1, got 0"),
+        (["--find", "duplicates", "--threshold", "2"], "threshold must be above 0 and up to 1, got 2.0"),
+        (["--find", "useful", "--method", "TrainingLoss"], "TrainingLoss has no scores for a validation set"),
+        (["--find", "duplicates", "--method", "TrainingLoss"], "TrainingLoss has no vectors to compare"),
+        (["--out", "s3://bucket/out.csv"], "a file must be on a disk, local or mounted"),
+    ],
+)
+def test_what_clean_refuses(refused, options, said):
+    assert said in refused("clean", *SMALL, *options)
+
+
+def test_methods_that_have_no_features_do_not_featurize(refused):
+    said = refused("score", *SMALL, "--method", "EKFACInfluence")
+    assert said.endswith("score needs a method over features, such as TRAK, and EKFACInfluence has none")
+    assert "featurize needs a method over features" in refused("featurize", *SMALL, "--method", "TrainingLoss")
+
+
+def test_parquet_is_refused_before_the_work(refused, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    said = refused("clean", *SMALL, "--out", "out.parquet")
+    assert 'needs pyarrow: pip install "lightning-trak[parquet]"' in said
 
 
 def test_the_data_must_be_those_that_were_scored(refused, scored):

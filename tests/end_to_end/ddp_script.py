@@ -5,22 +5,28 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader, DistributedSampler, Subset
+from torch.utils.data import DataLoader, DistributedSampler, Subset, TensorDataset
 
-from lightning_trak import TRAK, TracIn
-from lightning_trak.methods import RepresentationSimilarity
-from lightning_trak.outputs import ClassificationMargin, ContrastiveMargin
+from lightning_trak import TRAK, GradientCosine, TracIn
+from lightning_trak.cleaning import duplicates, harmful
+from lightning_trak.methods import RepresentationSimilarity, TrainingLoss
+from lightning_trak.outputs import CausalLMMargin, ClassificationMargin, ContrastiveMargin
 from lightning_trak.projections import SparseProjection
 from lightning_trak.scoring import gram
+from tests.causal_texts import loader, make_texts
 from tests.end_to_end.test_distributed import (
     CLASSES,
+    PREDICTED,
     PRINCIPAL,
     RATES,
     SOURCES,
     TOWERS,
+    UNSURE,
     make_exact,
     make_pairs,
     make_shapley,
+    make_texts_method,
+    ranked,
 )
 from tests.lit import make_data, make_model, make_trainer
 
@@ -38,15 +44,28 @@ def main(root: Path) -> None:
         return trak
 
     trak = attribute("shuffled", DataLoader(train, batch_size=4, shuffle=True), DataLoader(targets, batch_size=2))
-    results["top"] = tuple(trak.score(trainer, DataLoader(targets, batch_size=3), top_k=5))
-    results["rescored"] = tuple(trak.score(trainer, DataLoader(targets, batch_size=3), top_k=5, rescore=20))
+    top = trak.score(trainer, DataLoader(targets, batch_size=3), top_k=5)
+    results["top"] = [tuple(end) for end in top]
+    rescored = trak.score(trainer, DataLoader(targets, batch_size=3), top_k=5, rescore=20)
+    results["rescored"] = [tuple(end) for end in rescored]
     results["classes"] = trak.score(trainer, DataLoader(targets, batch_size=3), aggregate="mean", groups=CLASSES)
     results["shares"] = trak.score(trainer, DataLoader(targets, batch_size=3), train_groups=SOURCES)
     results["chosen"] = trak.score(trainer, DataLoader(targets, batch_size=3), train=[50, 3])
-    ends = trak.score(trainer, DataLoader(targets, batch_size=3), 5, None, output=ClassificationMargin(labels=1))
+    ends = trak.score(trainer, DataLoader(targets, batch_size=3), top_k=5, output=ClassificationMargin(labels=1))
     results["both ends"] = tuple(ends.opponents)
+    images, new = TensorDataset(UNSURE), DataLoader(make_data(7, seed=5), batch_size=2)
+    results["predicted"] = trak.score(trainer, images, output=PREDICTED)
+    results["candidates"] = trak.score(trainer, DataLoader(targets, batch_size=3), train=new)
+    interval = trak.score(trainer, targets, top_k=4, train=new, aggregate="mean", interval=0.9)
+    results["interval"] = [tuple(end) for end in interval.low]
     results["one target"] = trak.score(trainer, DataLoader(Subset(targets, [0]), batch_size=3))
     results["self influence"] = trak.self_influence(trainer)
+    cosine = GradientCosine(make_model(), checkpoints, root / "shuffled", projection=SparseProjection(32))
+    results["label suspicion"] = cosine.label_suspicion(trainer, DataLoader(train, batch_size=4))
+    results["duplicates"] = ranked(duplicates(trak, trainer, DataLoader(train, batch_size=4), threshold=0.8))
+    results["harmful"] = ranked(harmful(trak, trainer, DataLoader(train, batch_size=4), targets))
+    loss = TrainingLoss(make_model(), checkpoints)
+    results["training loss"] = loss.label_suspicion(trainer, DataLoader(train, batch_size=4))
     # Lightning deals the targets of its own loader out to the ranks: rows 0, 2, 4, ... here, rows 1, 3, 5, ... there.
     mine = torch.cat(trainer.predict(trak.scorer(), DataLoader(targets, batch_size=4)))
     results[f"scorer on rank {trainer.global_rank}"] = mine
@@ -67,6 +86,7 @@ def main(root: Path) -> None:
     for name, method in make_exact(root, checkpoints).items():  # fewer examples than parameters: the dual
         method.featurize(trainer, DataLoader(train, batch_size=4), shard_size=6)
         results[name] = method.score(trainer, DataLoader(targets, batch_size=3))
+        results[f"{name}, candidates"] = method.score(trainer, DataLoader(targets, batch_size=3), train=new)
         results[f"{name}, self influence"] = method.self_influence(trainer)
         mine = torch.cat(trainer.predict(method.scorer(), DataLoader(targets, batch_size=4)))
         results[f"{name}, scorer on rank {trainer.global_rank}"] = mine
@@ -75,6 +95,13 @@ def main(root: Path) -> None:
     pairs = TRAK(TOWERS, [TOWERS.state_dict()], root / "pairs", output=ContrastiveMargin(context_size=9))
     pairs.featurize(trainer, make_pairs(20))
     results["pairs"] = pairs.score(trainer, make_pairs(5))
+
+    texts = make_texts_method(root / "texts")
+    texts.featurize(trainer, loader(make_texts(11)), shard_size=3)
+    asked = CausalLMMargin(per_token=True)
+    results["tokens"] = texts.score(trainer, loader(make_texts(3, seed=1)), output=asked)
+    parts = texts.score_tokens(trainer, loader(make_texts(3, seed=1)), [(2, 10), (0, 3)])
+    results["parts"] = [part.scores for part in parts]
 
     similarity = RepresentationSimilarity(make_model(), checkpoints)
     results["similarity"] = similarity.attribute(trainer, DataLoader(train, batch_size=4), Subset(targets, [0]))

@@ -46,7 +46,7 @@ def main(root: Path) -> None:
         results["named"] = error.positions
     spoilt = featurize(make("spoilt"), SPOILT, on_nan="skip")
     results["spoilt"] = spoilt.score(trainer, TARGETS)
-    results["best"] = spoilt.score(trainer, TARGETS, top_k=50).indices
+    results["best"] = spoilt.score(trainer, TARGETS, top_k=50, largest=True).indices
     torch.save(results, root / f"rank-{trainer.global_rank}.pt")
 
 

@@ -8,11 +8,13 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from lightning_trak import TRAK, TracIn
-from lightning_trak.methods import DataShapley, ExactKernel, FeatureMethod, RepresentationSimilarity
-from lightning_trak.outputs import ClassificationMargin, ContrastiveMargin
+from lightning_trak import TRAK, GradientCosine, TracIn
+from lightning_trak.cleaning import Ranking, duplicates, harmful
+from lightning_trak.methods import DataShapley, ExactKernel, FeatureMethod, RepresentationSimilarity, TrainingLoss
+from lightning_trak.outputs import CausalLMMargin, ClassificationMargin, ContrastiveMargin
 from lightning_trak.projections import IdentityProjection, PrincipalProjection, SparseProjection
 from lightning_trak.scoring import aggregate_scores
+from tests.causal_texts import CausalNet, loader, make_texts
 from tests.launch import run_together
 from tests.lit import LitNet, make_checkpoints, make_data, make_model, make_trainer
 
@@ -21,7 +23,14 @@ pytestmark = pytest.mark.slow
 TRAIN, TARGETS = make_data(53), make_data(11, seed=1)
 RATES = [0.3, 0.1]
 CLASSES, SOURCES = TARGETS.tensors[1], ["web" if position % 3 else "books" for position in range(53)]
+UNSURE = TARGETS.tensors[0] / 3  # nearer to where models disagree
+PREDICTED = ClassificationMargin(labels="predicted")
 PRINCIPAL = PrincipalProjection(12, landmarks=20, sample=40, sketch=64)
+
+
+def ranked(ranking: Ranking) -> tuple[torch.Tensor, torch.Tensor, tuple | None]:
+    """What a ranking holds, to be saved."""
+    return ranking.positions, ranking.scores, ranking.groups
 
 
 class _Towers(nn.Module):
@@ -54,6 +63,12 @@ def make_exact(root: Path, checkpoints) -> dict[str, FeatureMethod]:
         "exact": ExactKernel(make_model(), checkpoints, root / "exact"),
         "identity": TRAK(make_model(), checkpoints, root / "identity", projection=IdentityProjection()),
     }
+
+
+def make_texts_method(store: Path) -> TRAK:
+    """Of texts, with fewer of them than features: the dual."""
+    model = CausalNet()
+    return TRAK(model, [model.state_dict(), CausalNet(1).state_dict()], store, projection=SparseProjection(32))
 
 
 def one_process(folder: Path, checkpoints, dtype: str = "float32") -> tuple[TRAK, torch.Tensor]:
@@ -101,9 +116,9 @@ def test_both_ranks_get_the_exact_scores_of_one_process(runs, tmp_path):
     trak, _ = one_process(tmp_path, torch.load(root / "checkpoints.pt"))
     expected = trak.score(make_trainer(), TARGETS, top_k=5, rescore=20)
     for rank in ranks:
-        values, indices = rank["rescored"]
-        assert torch.equal(indices, expected.indices)
-        torch.testing.assert_close(values, expected.values, rtol=1e-3, atol=1e-4)
+        for (values, indices), end in zip(rank["rescored"], expected, strict=True):
+            assert torch.equal(indices, end.indices)
+            torch.testing.assert_close(values, end.values, rtol=1e-3, atol=1e-4)
 
 
 def test_both_ranks_write_the_codes_of_one_process(runs):
@@ -125,6 +140,7 @@ def test_the_dual_is_shared(runs, name):
     expected = method.attribute(make_trainer(), TRAIN, TARGETS)
     for number, rank in enumerate(ranks):
         close(rank[name], expected)
+        close(rank[f"{name}, candidates"], method.score(make_trainer(), TARGETS, train=make_data(7, seed=5)))
         close(rank[f"{name}, self influence"], method.self_influence(make_trainer()))
         close(rank[f"{name}, scorer on rank {number}"], expected[number::2])
 
@@ -147,11 +163,32 @@ def test_self_influence_is_shared(runs):
         close(rank["self influence"], alone.self_influence(make_trainer()))
 
 
+def test_cleaning_is_shared(runs):
+    ranks, _, root = runs
+    checkpoints, trainer = torch.load(root / "checkpoints.pt"), make_trainer()
+    store = root / "one"
+    alone = TRAK(make_model(), checkpoints, store, projection=SparseProjection(32))
+    cosine = GradientCosine(make_model(), checkpoints, store, projection=SparseProjection(32))
+    suspicion = cosine.label_suspicion(trainer, TRAIN)
+    loss = TrainingLoss(make_model(), checkpoints).label_suspicion(trainer, TRAIN)
+    repeated = duplicates(alone, trainer, TRAIN, threshold=0.8)
+    opponents = harmful(alone, trainer, TRAIN, TARGETS)
+    assert 2 < len(repeated) < 53
+    for rank in ranks:
+        close(rank["label suspicion"], suspicion)
+        close(rank["training loss"], loss)
+        for name, expected in (("duplicates", repeated), ("harmful", opponents)):
+            positions, scores, groups = rank[name]
+            assert torch.equal(positions, expected.positions)
+            close(scores, expected.scores)
+            assert groups == expected.groups
+
+
 def test_groups_and_other_outputs_over_ranks(runs):
     ranks, expected, root = runs
     alone = TRAK(make_model(), torch.load(root / "checkpoints.pt"), root / "one", projection=SparseProjection(32))
     asked = {"output": ClassificationMargin(labels=1)}
-    opponents = alone.score(make_trainer(), TARGETS, 5, None, **asked).opponents
+    opponents = alone.score(make_trainer(), TARGETS, top_k=5, **asked).opponents
     for rank in ranks:
         close(rank["classes"], aggregate_scores(expected, "mean", CLASSES).float())
         close(rank["shares"], aggregate_scores(expected, train_groups=SOURCES).float())
@@ -160,12 +197,39 @@ def test_groups_and_other_outputs_over_ranks(runs):
         assert torch.equal(rank["both ends"][1], opponents.indices)
 
 
+def test_tokens_over_ranks(runs, tmp_path):
+    ranks, _, _ = runs
+    alone, targets = make_texts_method(tmp_path), loader(make_texts(3, seed=1))
+    alone.featurize(make_trainer(), loader(make_texts(11)))
+    expected = alone.score(make_trainer(), targets, output=CausalLMMargin(per_token=True))
+    parts = alone.score_tokens(make_trainer(), targets, [(2, 10), (0, 3)])
+    for rank in ranks:
+        close(rank["tokens"], expected)
+        for found, part in zip(rank["parts"], parts, strict=True):
+            close(found, part.scores)
+
+
+def test_predictions_candidates_and_intervals_over_ranks(runs):
+    ranks, _, root = runs
+    alone = TRAK(make_model(), torch.load(root / "checkpoints.pt"), root / "one", projection=SparseProjection(32))
+    predicted = alone.score(make_trainer(), TensorDataset(UNSURE), output=PREDICTED)
+    new = make_data(7, seed=5)
+    interval = alone.score(make_trainer(), TARGETS, top_k=4, train=new, aggregate="mean", interval=0.9)
+    for rank in ranks:
+        close(rank["predicted"], predicted)
+        close(rank["candidates"], alone.score(make_trainer(), TARGETS, train=new))
+        for (values, indices), end in zip(rank["interval"], interval.low, strict=True):
+            close(values, end.values)
+            assert torch.equal(indices, end.indices)
+
+
 def test_top_k_is_merged_over_ranks(runs):
     ranks, expected, _ = runs
-    best = expected.topk(5)
     for rank in ranks:
-        close(rank["top"][0], best.values)
-        assert torch.equal(rank["top"][1], best.indices)
+        for (values, indices), largest in zip(rank["top"], (True, False), strict=True):
+            best = expected.topk(5, largest=largest)
+            close(values, best.values)
+            assert torch.equal(indices, best.indices)
 
 
 def test_a_rank_without_targets(runs):

@@ -5,8 +5,18 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_trak import TRAK, GradientCosine, GradientDot, TracIn
-from lightning_trak.methods import Arnoldi, ConjugateGradient, EKFACInfluence, Explicit, InfluenceFunction, LiSSA
+from lightning_trak.methods import (
+    Arnoldi,
+    ConjugateGradient,
+    EKFACInfluence,
+    ExactKernel,
+    Explicit,
+    InfluenceFunction,
+    LiSSA,
+)
+from lightning_trak.outputs import CausalLMMargin, ClassificationMargin
 from lightning_trak.projections import SparseProjection
+from tests.causal_texts import CausalNet, loader, make_texts
 from tests.lit import make_checkpoints, make_data, make_model, make_trainer
 
 
@@ -41,6 +51,25 @@ def test_methods_score_on_a_gpu_as_on_the_cpu(tmp_path, method):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["primal", "dual", "exact"])
+def test_candidates_and_intervals_on_a_gpu_are_those_on_the_cpu(tmp_path, name):
+    options = {} if name == "exact" else {"projection": SparseProjection(32 if name == "primal" else 64)}
+    kind = ExactKernel if name == "exact" else TRAK
+    method = kind(make_model(), make_checkpoints(2), tmp_path, **options)
+    targets, new = make_data(13, seed=1), make_data(7)
+    method.featurize(make_trainer(accelerator="cpu"), make_data(50))
+    asked = {"train": new, "output": ClassificationMargin(labels="predicted")}
+    for question in ({}, {"aggregate": "mean", "train_groups": [0, 0, 0, 1, 1, 1, None], "interval": 0.9}):
+        found, expected = (
+            method.score(make_trainer(accelerator=accelerator), targets, **asked, **question)
+            for accelerator in ("gpu", "cpu")
+        )
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * float(other.abs().max()))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(
     "solver", [Explicit(), ConjugateGradient(tolerance=1e-9), LiSSA(20, tolerance=9.0), Arnoldi(40, 20), None]
 )
@@ -57,3 +86,25 @@ def test_influence_on_a_gpu_is_that_on_the_cpu(solver):
     )
     assert found.device.type == "cpu"
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max()))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", [TRAK, GradientCosine])
+@pytest.mark.parametrize("dim", [16, 64])
+def test_tokens_on_a_gpu_are_those_on_the_cpu(tmp_path, kind, dim):
+    """TRAK with fewer features than texts, and with more: the dual."""
+    model = CausalNet()
+    checkpoints, output = [model.state_dict(), CausalNet(1).state_dict()], CausalLMMargin(per_token=True)
+    method, targets = (
+        kind(model, checkpoints, tmp_path, projection=SparseProjection(dim)),
+        loader(make_texts(3, seed=1)),
+    )
+    method.featurize(make_trainer(accelerator="cpu"), loader(make_texts(24)))
+    found = {}
+    for accelerator in ("cpu", "gpu"):
+        trainer = make_trainer(accelerator=accelerator)
+        parts = method.score_tokens(trainer, targets, [(0, 3), (2, 3), (2, 20)])
+        found[accelerator] = torch.cat([part.scores for part in parts]), method.score(trainer, targets, output=output)
+    for one, other in zip(*found.values(), strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-4 * float(one.abs().max()))

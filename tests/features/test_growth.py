@@ -143,7 +143,7 @@ def test_appended_examples(tmp_path, computed, method):
     featurize(alone)
     expected = alone.score(make_trainer(), TARGETS)
     torch.testing.assert_close(trak.score(make_trainer(), TARGETS), expected, rtol=1e-4, atol=1e-5)
-    top = trak.score(make_trainer(), TARGETS, top_k=3)
+    top = trak.score(make_trainer(), TARGETS, top_k=3, largest=True)
     torch.testing.assert_close(top.values, expected.topk(3).values, rtol=1e-4, atol=1e-5)
     chosen = trak.score(make_trainer(), TARGETS, train=[29, 2])
     torch.testing.assert_close(chosen, expected[:, [29, 2]], rtol=1e-4, atol=1e-5)

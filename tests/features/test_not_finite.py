@@ -104,12 +104,14 @@ def test_scores_are_those_without_them(tmp_path, method, options):
         torch.testing.assert_close(top.values, scores.gather(1, top.indices))
     ends = trak.score(make_trainer(), TARGETS, top_k=3, largest=None)
     assert not set(torch.cat([ends.proponents.indices, ends.opponents.indices]).flatten().tolist()) & set(BAD)
-    chosen = trak.score(make_trainer(), TARGETS, top_k=3, train=[7, 1, 22])
+    chosen = trak.score(make_trainer(), TARGETS, top_k=3, largest=True, train=[7, 1, 22])
     assert set(chosen.indices.flatten().tolist()) == {1}
     groups = ["bad" if position in BAD else "good" for position in range(30)]
     shares = trak.score(make_trainer(), TARGETS, train_groups=groups)
     torch.testing.assert_close(shares, torch.stack([torch.zeros(len(TARGETS)), scores.sum(1)], 1), rtol=1e-4, atol=1e-5)
-    assert trak.score(make_trainer(), TARGETS, top_k=2, train_groups=groups).indices.tolist() == [[1]] * len(TARGETS)
+    assert trak.score(make_trainer(), TARGETS, top_k=2, largest=True, train_groups=groups).indices.tolist() == [
+        [1]
+    ] * len(TARGETS)
 
 
 @pytest.mark.filterwarnings("ignore:TRAK")
@@ -195,6 +197,6 @@ def test_rescoring_needs_all_examples(tmp_path):
     with pytest.warns(UserWarning, match="their scores are 0, and they are never among the top_k"):
         featurize(trak, on_nan="skip")
     with pytest.raises(ValueError, match="has left out 5 examples whose gradients are not finite"):
-        trak.score(make_trainer(), TARGETS, top_k=2, rescore=4)
+        trak.score(make_trainer(), TARGETS, top_k=2, largest=True, rescore=4)
     with pytest.raises(ValueError, match="on_nan"):
         featurize(trak, on_nan="ignore")

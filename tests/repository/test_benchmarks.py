@@ -3,15 +3,21 @@ import logging
 import math
 from dataclasses import replace
 
+import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import torch
 
 from benchmarks import ablations, damping, methods, one_run, one_run_cost, second_stage, twins
 from benchmarks import bytes as bytes_benchmark
+from benchmarks.labels import Curve, label_curves
 from benchmarks.methods import small
 from benchmarks.tasks import make_tasks
 from benchmarks.timing import Run
 from benchmarks.truth import Truth, outputs_of, retrain
+from tests.launch import ROOT
+
+UNITS = ("noise_ceilings", "unit_seconds")
 
 pytestmark = pytest.mark.slow
 
@@ -41,6 +47,45 @@ def test_every_method_is_measured(tmp_path):
     table = (tmp_path / "methods.md").read_text()
     assert all(f"| {name} |" in table for name in names)
     assert (tmp_path / "methods.png").stat().st_size > 10_000
+
+
+def test_the_picture_of_methods_is_of_the_table():
+    kept_results = json.loads((ROOT / "docs" / "methods.json").read_text())
+    lines = methods.tables([methods.Result(**row) for row in kept_results["results"]], *map(kept_results.get, UNITS))
+    page = (ROOT / "docs" / "methods.md").read_text()
+    assert all(line in page for line in lines.splitlines())
+
+
+def test_the_picture_of_methods_is_drawn_again(tmp_path):
+    kept_results = json.loads((ROOT / "docs" / "methods.json").read_text())
+    ceiling = {"digits conv": kept_results["noise_ceilings"]["digits conv"]}
+    rows = [row for row in kept_results["results"] if row["task"] in ceiling and row["method"] in ("TRAK", "random")]
+    (tmp_path / "few.json").write_text(json.dumps({"noise_ceilings": ceiling, "results": rows}))
+    methods.main(["--out", str(tmp_path), "--draw", str(tmp_path / "few.json")])
+    assert (tmp_path / "methods.png").stat().st_size > 10_000
+
+
+def test_names_stand_beside_their_curves():
+    figure, axis = plt.subplots(dpi=72)
+    axis.set(xlim=(0, 10), ylim=(0, 1))
+    x = np.linspace(1, 7, 4)
+    heights = {"first": 0.5, "second": 0.52, "a long name of the third": 0.54, "last": 0.05}
+    curves = {
+        name: Curve(np.stack([x, np.full(4, y)], 1), np.array([(y - 0.02, y + 0.02)] * 4), "black")
+        for name, y in heights.items()
+    }
+    label_curves(axis, curves)
+    boxes = {text.get_text(): text.get_window_extent() for text in axis.texts}
+    assert boxes.keys() == heights.keys()
+    for name, box in boxes.items():
+        assert axis.get_window_extent().fully_containsx(box.x0)
+        assert axis.get_window_extent().fully_containsx(box.x1)
+        assert not any(box.overlaps(other) for key, other in boxes.items() if key != name)
+        points = axis.transData.transform(curves[name].points)
+        assert np.abs(points - np.mean([box.min, box.max], 0)).max(1).min() < 150
+    crossing = axis.transData.transform([(4, 0.05)])[0]
+    assert not boxes["last"].contains(*crossing)
+    plt.close(figure)
 
 
 def test_ablations(tmp_path):

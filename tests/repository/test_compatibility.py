@@ -11,11 +11,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 import lightning as L
+import lightning_fabric
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from jsonargparse import ArgumentParser
+from lightning.fabric import Fabric
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -70,6 +72,8 @@ NAMES = {
     "_data_fetcher": ("lightning", loop, "is_running"),
     "_signal_connector": ("lightning", make_trainer, "after_signal_handlers"),
     "_device_mesh": ("lightning", L.LightningModule, "set_device_mesh"),
+    "_fabric": ("lightning", L.LightningModule, "left_by_fabric"),
+    "_fabric_optimizers": ("lightning", L.LightningModule, "left_by_fabric"),
     "_start_method": (
         "lightning",
         lambda: make_trainer(strategy="ddp_spawn", devices=2).strategy.launcher,
@@ -79,7 +83,7 @@ NAMES = {
     "_option_string_actions": ("jsonargparse", ArgumentParser, "skip_completion"),
     "_actions": ("jsonargparse", ArgumentParser, "option_names"),
 }
-ELSEWHERE = {"_fsdp_wrapped_module", "_extra_state"}  # tested below
+ELSEWHERE = {"_fsdp_wrapped_module", "_extra_state", "_original_forward"}  # tested below
 
 
 @pytest.mark.parametrize("name", sorted(NAMES))
@@ -118,6 +122,23 @@ def test_compiled_modules_and_functions():
     assert compatibility.is_compiled(plain)
     compatibility.forget_compiled_call(plain[0])
     assert not compatibility.is_compiled(plain)
+
+
+@pytest.mark.parametrize(("trainings", "own"), [(1, False), (2, False), (1, True)])
+def test_autocast_that_accelerate_leaves(trainings, own):
+    accelerate = pytest.importorskip("accelerate")
+    plain, inputs = net(), torch.randn(5, 3)
+    if own:
+        plain.forward = lambda x, inner=plain.forward: 2 * inner(x)
+    expected = plain(inputs)
+    for _ in range(trainings):
+        accelerate.Accelerator(mixed_precision="bf16", cpu=True).prepare_model(plain)
+    assert not torch.equal(plain(inputs), expected)  # it is rounded
+    assert "_original_forward" in vars(plain)
+    for _ in range(2):  # the second time there is nothing left to undo
+        compatibility.forget_autocast(plain)
+        assert torch.equal(plain(inputs), expected)
+        assert ("forward" in vars(plain)) == own
 
 
 def test_wrappers():
@@ -298,6 +319,44 @@ def test_after_lightnings_signal_handlers():
     assert len(found) == 1
     assert found[0] != before
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def set_up(model):
+    return Fabric(accelerator="cpu", devices=1).setup(model, torch.optim.SGD(model.parameters(), 0.1))
+
+
+def test_what_fabric_wraps():
+    for kind in (Fabric, lightning_fabric.Fabric):
+        plain = net()
+        made = torch.optim.SGD(plain.parameters(), 0.1)
+        model, optimizer = kind(accelerator="cpu", devices=1).setup(plain, made)
+        assert compatibility.original_module(model) is plain
+        assert compatibility.original_module(torch.compile(model)) is plain
+        assert compatibility.original_optimizer(optimizer) is made
+        assert compatibility.original_optimizer(made) is made
+    model, _ = set_up(torch.compile(plain))
+    assert compatibility.original_module(model) is plain
+
+
+def test_what_fabric_leaves_on_a_lightning_module():
+    module = make_model()
+    assert compatibility.left_by_fabric(module) == []
+    _, optimizer = set_up(module)
+    fabric, optimizers = compatibility.left_by_fabric(nn.Sequential(module))
+    assert isinstance(fabric, Fabric)
+    assert optimizers == [optimizer]
+
+
+def test_what_a_call_of_training_step_leaves():
+    module = make_model()
+    model, _ = set_up(torch.compile(module, backend="eager"))
+    model.training_step(TRAIN[:5])
+    assert "forward" in vars(module)
+    compatibility.forget_redirection(module)
+    assert "forward" not in vars(module)
+    module.forward = net().forward  # not its own
+    compatibility.forget_redirection(module)
+    assert "forward" in vars(module)
 
 
 def test_a_barrier_without_other_processes():

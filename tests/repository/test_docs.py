@@ -2,6 +2,7 @@
 
 import pkgutil
 import re
+import shutil
 import warnings
 
 import lightning as L
@@ -23,9 +24,11 @@ pytestmark = pytest.mark.slow
 
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+LANDING = DOCS / "index.md"
 QUICKSTART = DOCS / "quickstart.md"
 EVALUATION = DOCS / "evaluation.md"
-GUIDES = [DOCS / "comparison.md", *sorted((DOCS / "guides").glob("*.md"))]
+HUGGING_FACE = DOCS / "guides" / "hugging_face.md"
+GUIDES = [DOCS / "comparison.md", *sorted(set((DOCS / "guides").glob("*.md")) - {HUGGING_FACE})]
 NAMED = re.compile(r"(?<![\w./])lightning_trak(?:\.\w+)+")
 BLOCK = re.compile(r"(<!-- not run -->\n)?^( *)```python\n(.*?)^\2```", re.MULTILINE | re.DOTALL)
 
@@ -115,6 +118,37 @@ def test_guides_run(page, names):
     run(page, names)
 
 
+def test_the_landing_page_runs(names):
+    shutil.rmtree("run")  # the page trains
+    run(LANDING, names)
+    assert names["scores"].shape == (len(TARGETS), len(TRAIN))
+
+
+def test_the_hugging_face_guide_runs(tmp_path, monkeypatch, as_it_was):
+    transformers, tokenizers = (pytest.importorskip(name) for name in ("transformers", "tokenizers"))
+    for name in ("accelerate", "peft"):
+        pytest.importorskip(name)
+    monkeypatch.chdir(tmp_path)
+    words = {"[PAD]": 0} | {f"w{number}": number for number in range(1, 30)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[PAD]"))
+    config = transformers.LlamaConfig(
+        vocab_size=30, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
+    )
+    texts = [torch.randint(1, 30, (length,)).tolist() for length in (3, 7, 4, 6, 5, 3, 8, 4, 5, 6, 7, 3)]
+    data = [{"input_ids": text, "attention_mask": [1] * len(text)} for text in texts]
+    names = {
+        "__name__": "guide",
+        "network": transformers.LlamaForCausalLM(config),
+        "tokenizer": transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]"),
+        "train": data[:8],
+        "validation": data[8:],
+    }
+    run(HUGGING_FACE, names)
+    assert names["top"].indices.shape == (4, 3)
+    assert names["scores"].shape == (2, 8)
+    assert len(names["chosen"]) == 1
+
+
 def test_every_output_has_a_task_and_a_line_of_code_that_runs():
     page = (DOCS / "guides" / "tasks.md").read_text()
     code = "".join(block for *_, block in BLOCK.findall(page))
@@ -138,7 +172,7 @@ def test_the_quickstart_is_a_script(tmp_path, monkeypatch, capsys):
 
 
 def test_blocks_are_found():
-    pages = [page.read_text() for page in (QUICKSTART, EVALUATION, *GUIDES)]
+    pages = [page.read_text() for page in (LANDING, QUICKSTART, EVALUATION, HUGGING_FACE, *GUIDES)]
     blocks = [block for page in pages for block in BLOCK.findall(page)]
     assert len(blocks) == sum(page.count("```python") for page in pages)
     assert len([marked for marked, *_ in blocks if marked]) == 2  # those that need eight devices

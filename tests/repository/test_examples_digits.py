@@ -20,6 +20,7 @@ EXAMPLES = {
     "language_model": ["transformers"],
     "one_run": [],
     "peft_lora": ["transformers", "peft"],
+    "select_instructions": ["transformers", "peft", "accelerate"],
     "text_pairs": ["transformers"],
     "why": [],
 }
@@ -62,7 +63,7 @@ def test_digits(tmp_path, capsys):
     assert [digit for digit, *_ in shown] == ["3", "8", "9"]
     for _, *lists in shown:
         highest, lowest = ([float(score) for score in re.findall(r"\) (\S+?)(?:,|$)", line)] for line in lists)
-        assert len(highest) == len(lowest) == 5
+        assert len(highest) == len(lowest) == 3
         assert highest == sorted(highest, reverse=True)
         assert lowest == sorted(lowest)
         assert highest[-1] >= lowest[-1]
@@ -74,7 +75,7 @@ def test_why(tmp_path, capsys):
     why.main(["--out", str(tmp_path)])
     printed = capsys.readouterr().out
     lines = re.findall(r"^ +(proponents|opponents) +(.+)$", printed, re.M)
-    assert len(lines) >= 2 * (3 + 1 + 1)
+    assert len(lines) >= 2 * (3 + 1 + 1 + 1)
     for kind, line in lines:
         scores = [float(score) for score in re.findall(r"\) (\S+?)(?:,|$)", line)]
         assert len(scores) == 5

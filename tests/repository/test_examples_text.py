@@ -150,6 +150,14 @@ def test_language_model(tmp_path, capsys):
             lead = float(found[name][1].split()[0])
             assert lead == pytest.approx(numbers["TRAK"][0] - mean, abs=2e-3)
     assert printed.count("continuation  ") == 2
+    assert len(re.findall(r"^The continuation: what passage \d+ explains$", printed, re.M)) == 2
+    (page,) = tmp_path.rglob("tokens.html")
+    shown = re.findall(r'title="token (\d+): ([-+]\S+)"', page.read_text())
+    tokens, scores = [int(token) for token, _ in shown], [float(score) for _, score in shown]
+    assert tokens == 2 * [*range(4, 16), *range(1, 16)]  # without the prompt; without the first token
+    for start in (0, 27):  # both ends sum to one score
+        one, other = scores[start : start + 12], scores[start + 12 : start + 27]
+        assert sum(one) == pytest.approx(sum(other), abs=0.01 * sum(map(abs, one + other)))
     with pytest.raises(SystemExit, match="passages only"):
         language_model.main(["--train", "100000", "--data", str(tmp_path / "text.gz"), "--out", str(tmp_path)])
 
@@ -230,4 +238,59 @@ def test_peft_lora_on_ones_own_instructions(tmp_path, capsys):
         peft_lora.main([*given, *sizes, "--targets", "4"])
     with pytest.raises(SystemExit):
         peft_lora.main(given[:2])
+    assert "--data and --pretrained belong together" in capsys.readouterr().err
+
+
+def check_instructions(printed, directory, count, repetitions=1):
+    """What is printed belongs to what is written: positions in the pool, best first."""
+    names = ["LESS", "without Adam", "BM25", "random"]
+    rows = re.findall(
+        r"^   (LESS|without Adam|BM25|random) +(\d+)% are of the groups and right; loss ([\d.]+)$", printed, re.M
+    )
+    assert [name for name, *_ in rows] == names * repetitions
+    means = dict(re.findall(r"^   (\w+(?: \w+)?) +([\d.]+)(?: +[-+].*interval.*)?$", printed, re.M))
+    for name in names:
+        own = [float(loss) for found, _, loss in rows if found == name]
+        assert float(means[name]) == pytest.approx(sum(own) / repetitions, abs=2e-3)
+    for repetition in range(repetitions):
+        for name in names:
+            file = directory / str(repetition) / f"{name.replace(' ', '-')}.jsonl"
+            chosen = [json.loads(line) for line in file.read_text().splitlines()]
+            assert len({row["index"] for row in chosen}) == count
+            scores = [row["score"] for row in chosen]
+            assert scores == sorted(scores, reverse=True)
+            right = sum(row["task"] in ("reverse", "last") and row.get("right", True) for row in chosen)
+            assert int(rows[repetition * 4 + names.index(name)][1]) == round(100 * right / count)
+    return chosen
+
+
+def test_select_instructions(tmp_path, capsys):
+    pytest.importorskip("peft")
+    select_instructions = import_module("examples.select_instructions")
+    select_instructions.main(["--quick", "--out", str(tmp_path)])
+    (run,) = tmp_path.iterdir()
+    check_instructions(capsys.readouterr().out, run, 10)
+
+
+def test_select_from_ones_own_instructions(tmp_path, capsys):
+    pytest.importorskip("peft")
+    select_instructions = import_module("examples.select_instructions")
+    draw, folder = random.Random(0), tmp_path / "data"
+    pool = [skills.instruction(draw, task) for task in ("reverse", "last", "copy") for _ in range(10)]
+    targets = [skills.instruction(draw, task) for task in ("last", "reverse") for _ in range(4)]
+    folder.mkdir()
+    (folder / "pool.jsonl").write_text("\n".join(map(json.dumps, pool)))
+    (folder / "targets.jsonl").write_text("\n".join(map(json.dumps, targets)))
+    tokenizer = learn_tokenizer([row["instruction"] for row in pool], vocab_size=300)
+    for part in (tokenizer, language_model.small_gpt2(len(tokenizer), 64)):
+        part.save_pretrained(tmp_path / "gpt2")
+    given = ["--data", str(folder), "--pretrained", str(tmp_path / "gpt2"), "--out", str(tmp_path / "out")]
+    select_instructions.main([*given, "--quick", "--targets", "3", "--share", "0.4"])
+    (run,) = (tmp_path / "out").iterdir()
+    for row in check_instructions(capsys.readouterr().out, run, 12):
+        assert {**pool[row["index"]], "index": row["index"], "score": row["score"]} == row
+    with pytest.raises(SystemExit, match='task "last" has 4 targets, not more than --targets 4'):
+        select_instructions.main([*given, "--targets", "4"])
+    with pytest.raises(SystemExit):
+        select_instructions.main(given[:2])
     assert "--data and --pretrained belong together" in capsys.readouterr().err

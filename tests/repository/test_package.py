@@ -4,6 +4,8 @@ import sys
 from importlib.metadata import version
 
 import pytest
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 import lightning_trak
 from tests.launch import ROOT
@@ -45,3 +47,26 @@ def test_the_demo_with_fewer_subsets(tmp_path):
     assert (run / "attributions.png").stat().st_size > 10_000
     assert (run / "logs" / "metrics.csv").read_text().startswith("lds/TRAK,")
     assert len(list((run / "snapshots").glob("*.safetensors"))) == 4
+
+
+def requirements() -> dict[str, str]:
+    """Name -> range, of what the package needs to run."""
+    text = (ROOT / "pyproject.toml").read_text().partition("\ndependencies = [\n")[2].partition("\n]")[0]
+    return dict(re.findall(r'^  "([\w-]+)([^"\[]*)"', text, re.MULTILINE))
+
+
+def test_the_matrix_begins_at_the_lower_ends_of_the_ranges():
+    ranges, lines = requirements(), (ROOT / "constraints-oldest.txt").read_text().splitlines()
+    oldest = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert oldest.keys() >= {"torch", "lightning", "pytorch-lightning", "torchmetrics"}
+    for name, release in oldest.items():
+        lower = re.match(r">=([\d.]+)", ranges[name])
+        assert lower is not None, name
+        assert Version(release) == Version(lower[1]), name
+
+
+@pytest.mark.parametrize("name", ["lightning", "pytorch-lightning"])
+def test_compromised_releases_are_excluded(name):
+    allowed = SpecifierSet(requirements()[name])
+    assert not {"2.6.2", "2.6.3"} & set(allowed.filter(["2.6.1", "2.6.2", "2.6.3", "2.6.4"]))
+    assert version(name) in allowed

@@ -174,6 +174,7 @@ def featurized(checkpoints, tmp_path_factory):
     ("data", "error", "match"),
     [
         (DataLoader(Stream()), TypeError, "cannot attribute to a Stream.*map-style"),
+        ({"train": Columns(TRAIN), "test": TRAIN}, TypeError, "several datasets; pass one of them: 'train', 'test'"),
         (Stream(), TypeError, "cannot attribute to a Stream"),
         (DataLoader(Unsized(), sampler=[0, 1]), TypeError, "cannot attribute to a Unsized: expected .* map-style"),
         (Unsized(), TypeError, "cannot attribute to a Unsized"),
@@ -203,6 +204,7 @@ def featurized(checkpoints, tmp_path_factory):
         ([DataLoader(TRAIN), None], TypeError, "cannot attribute to a NoneType"),
         (DataLoader(TRAIN, batch_size=None), ValueError, r"makes no batches \(batch_size=None\)"),
         (DataLoader(Subset(TRAIN, []), batch_size=2), ValueError, "dataset is empty"),
+        ([{"ids": [1, 2], "label": 0}] * 4, ValueError, "'ids' of an example is a list of 2 ints, and the default"),
         ([DataLoader(TRAIN), DataLoader(TRAIN)], ValueError, "one training set, got 2 loaders"),
     ],
 )

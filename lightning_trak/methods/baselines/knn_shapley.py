@@ -5,15 +5,15 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
-from lightning_trak.checkpoints.copies import copy_module
 from lightning_trak.checkpoints.reading import CheckpointsLike
 from lightning_trak.checks import require_one_of
 from lightning_trak.methods.baselines.representations import RepresentationMethod
 from lightning_trak.methods.baselines.similarity import SIMILARITIES, Similarity, similarity_matrix
 from lightning_trak.methods.examples import Examples
-from lightning_trak.outputs.batches import LABELS_KEYS, LabelsKey, as_keys, one_per_example, split_labels
 from lightning_trak.running.data import Data
+from lightning_trak.running.trainers import trainer_of
 
 _TARGETS = 256
 
@@ -36,20 +36,17 @@ class KNNShapley(RepresentationMethod):
         k: the number of neighbours.
         similarity: what makes a neighbour near: ``"l2"``, ``"cosine"`` or ``"dot"``. Of equally near ones, the first
             in the training data comes first.
-        labels_key: where the labels are, if batches are not tuples ``(inputs, ..., labels)``: a key or attribute, a
-            position in a tuple, or a function of the batch.
-        **options: ``layer``, ``forward``, ``pool`` and ``weights_only``, see
+        **options: ``layer``, ``forward``, ``pool``, ``labels_key`` and ``weights_only``, see
             :class:`~lightning_trak.methods.baselines.representations.RepresentationMethod`.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        checkpoints: CheckpointsLike,
+        checkpoints: CheckpointsLike | None = None,
         *,
         k: int = 10,
         similarity: Similarity = "l2",
-        labels_key: LabelsKey = LABELS_KEYS,
         **options: Any,
     ) -> None:
         require_one_of("similarity", similarity, SIMILARITIES)
@@ -58,31 +55,40 @@ class KNNShapley(RepresentationMethod):
         super().__init__(model, checkpoints, **options)
         self.k = k
         self.similarity: Similarity = similarity
-        self.labels_keys = as_keys(labels_key)
 
-    def attribute(self, trainer: L.Trainer, train: Data, targets: Data) -> Tensor:
-        """Shapley values, averaged over checkpoints; see :class:`~lightning_trak.methods.base.Method`."""
-        columns, rows = Examples(train, "fit", trainer), Examples(targets, "predict", trainer)
-        module = copy_module(self.model)  # whose transfer hooks may make the labels
-        train_labels, target_labels = (
-            examples.map(trainer, module, self._labels, "the label") for examples in (columns, rows)
-        )
-        values = torch.zeros(len(rows), len(columns))
-        for train_vectors, target_vectors in self.represent(trainer, columns, rows):
-            for start in range(0, len(rows), _TARGETS):
+    def matrix(self, trainer: L.Trainer, train: Examples, targets: Examples) -> Tensor:
+        """Shapley values, averaged over checkpoints; see :class:`~lightning_trak.methods.base.MatrixMethod`."""
+        train_labels, target_labels = (self.labels(trainer, examples) for examples in (train, targets))
+        values = torch.zeros(len(targets), len(train))
+        for train_vectors, target_vectors in self.represent(trainer, train, targets):
+            for start in range(0, len(targets), _TARGETS):
                 block = slice(start, start + _TARGETS)
                 nearness = similarity_matrix(target_vectors[block], train_vectors, self.similarity)
                 values[block] += knn_shapley_values(nearness, target_labels[block, None] == train_labels, self.k)
         return values / len(self.checkpoints)
 
-    def _labels(self, _: nn.Module, batch: Any) -> Tensor:
-        _, labels = split_labels(batch, self.labels_keys)
-        if labels.is_floating_point() and labels.dtype.itemsize < 4:
-            raise ValueError(
-                f"the labels are {labels.dtype}, as the Trainer's precision makes them, in which different labels may"
-                " become equal: give them as integers, or use a Trainer of another precision"
-            )
-        return one_per_example("labels", labels, "nearest neighbours vote for one label per example")
+    @override
+    def label_suspicion(self, trainer: L.Trainer | None = None, train: Data | None = None) -> Tensor:
+        """Minus what the example adds to the votes for the labels of all other training examples.
+
+        For each training example as the target, the Shapley values are those of all others: no example votes for
+        itself. An example with a wrong label votes wrongly among its neighbours (Jia et al. 2019, arXiv 1908.08619).
+        """
+        trainer = trainer_of(trainer)
+        examples = Examples(train, "fit", trainer)
+        labels, count = self.labels(trainer, examples), len(examples)
+        values = torch.zeros(count, dtype=torch.float64)
+        for (vectors,) in self.represent(trainer, examples):
+            for start in range(0, count, _TARGETS):
+                block = slice(start, start + _TARGETS)
+                others = torch.ones(len(labels[block]), count, dtype=torch.bool)
+                others[range(len(others)), range(start, start + len(others))] = False
+                nearness = similarity_matrix(vectors[block], vectors, self.similarity)[others].view(len(others), -1)
+                agrees = (labels[block, None] == labels)[others].view(len(others), -1)
+                found = torch.zeros_like(others, dtype=torch.float64)
+                found[others] = knn_shapley_values(nearness, agrees, self.k).flatten()
+                values += found.sum(0)
+        return -values / len(self.checkpoints)
 
 
 def knn_shapley_values(nearness: Tensor, agrees: Tensor, k: int) -> Tensor:

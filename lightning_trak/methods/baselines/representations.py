@@ -10,16 +10,17 @@ from typing_extensions import override
 
 from lightning_trak.checkpoints.copies import Original, copy_module
 from lightning_trak.checkpoints.names import canonical_name
-from lightning_trak.checkpoints.reading import CheckpointsLike, masks_of, resolve_checkpoints
+from lightning_trak.checkpoints.of_model import checkpoints_of
+from lightning_trak.checkpoints.reading import CheckpointsLike, masks_of
 from lightning_trak.compatibility import original_module
-from lightning_trak.methods.base import Method
+from lightning_trak.methods.base import MatrixMethod
 from lightning_trak.methods.examples import Examples, declared_rows
-from lightning_trak.outputs.batches import Forward
+from lightning_trak.outputs.batches import LABELS_KEYS, Forward, LabelsKey, as_keys, one_per_example, split_labels
 
 Pool = Callable[[Tensor, Any], Tensor]
 
 
-class RepresentationMethod(Method):
+class RepresentationMethod(MatrixMethod):
     """Base of the methods that compare representations: the input of one layer, as a vector for each example.
 
     Args:
@@ -31,24 +32,30 @@ class RepresentationMethod(Method):
         forward: ``(module, batch) -> anything``, runs the model on a batch. Default: as the model's declared output
             does (:class:`~lightning_trak.AttributionMixin`).
         pool: ``(activations, batch) -> (batch, width)``; default: :func:`mean_pool`.
+        labels_key: where the labels are, if they are needed and batches are not tuples ``(inputs, ..., labels)``: a key
+            or attribute, a position in a tuple, or a function of the batch.
         weights_only: ``False`` lets ``.ckpt`` and ``.pt`` files run code when they are read; for files you trust only.
     """
+
+    _shown = ("model", "checkpoints", "layer", "similarity", "k")
 
     def __init__(
         self,
         model: nn.Module,
-        checkpoints: CheckpointsLike,
+        checkpoints: CheckpointsLike | None = None,
         *,
         layer: str | None = None,
         forward: Forward | None = None,
         pool: Pool | None = None,
+        labels_key: LabelsKey = LABELS_KEYS,
         weights_only: bool = True,
     ) -> None:
         self.model = original_module(model)
-        self.checkpoints = resolve_checkpoints(checkpoints, weights_only=weights_only)
+        self.checkpoints = checkpoints_of(self.model, checkpoints, weights_only)
         self.layer = layer
         self.forward: Forward = forward or declared_rows(self.model, "pass forward=")
         self.pool = pool or mean_pool
+        self.labels_keys = as_keys(labels_key)
 
     @property
     @override
@@ -62,7 +69,7 @@ class RepresentationMethod(Method):
         ``"bf16-true"``.
         """
         module = copy_module(self.model)
-        original = Original(module)
+        original = Original(module, partial=any(item.frozen is not None for item in self.checkpoints))
         layer = _find_layer(module, self.layer)
 
         def rows(module: nn.Module, batch: Any) -> Tensor:
@@ -71,9 +78,23 @@ class RepresentationMethod(Method):
             return pooled.to(torch.promote_types(pooled.dtype, torch.float32))
 
         for checkpoint in self.checkpoints:
-            original.load(checkpoint.load(), checkpoint.name)
+            original.load(checkpoint.load(), checkpoint.name, checkpoint.frozen)
             what = f"the representation at {checkpoint.name}"
             yield tuple(examples.map(trainer, module, rows, what, self.model) for examples in data)
+
+    def labels(self, trainer: L.Trainer, examples: Examples) -> Tensor:
+        """The label of each example, ``(num_examples,)``."""
+        # The transfer hooks of the module may make the labels.
+        return examples.map(trainer, copy_module(self.model), self._labels, "the label")
+
+    def _labels(self, _: nn.Module, batch: Any) -> Tensor:
+        _, labels = split_labels(batch, self.labels_keys)
+        if labels.is_floating_point() and labels.dtype.itemsize < 4:
+            raise ValueError(
+                f"the labels are {labels.dtype}, as the Trainer's precision makes them, in which different labels may"
+                " become equal: give them as integers, or use a Trainer of another precision"
+            )
+        return one_per_example("labels", labels, "similar examples are compared by one label each")
 
 
 def mean_pool(activations: Tensor, batch: Any) -> Tensor:

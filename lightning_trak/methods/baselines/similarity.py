@@ -6,18 +6,21 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lightning_trak.checkpoints.reading import CheckpointsLike
 from lightning_trak.checks import require_one_of
 from lightning_trak.methods.baselines.representations import RepresentationMethod
 from lightning_trak.methods.examples import Examples
 from lightning_trak.running.data import Data
+from lightning_trak.running.trainers import trainer_of
 
 Similarity = Literal["dot", "cosine", "l2"]
 SIMILARITIES = ("dot", "cosine", "l2")
 
 # Targets are compared in blocks, whose working memory is in float64.
 _TARGETS = 1024
+_NEIGHBOURS = 10
 
 
 class RepresentationSimilarity(RepresentationMethod):
@@ -34,30 +37,80 @@ class RepresentationSimilarity(RepresentationMethod):
         model: the trained model.
         checkpoints: scores are averaged over them.
         similarity: ``"dot"``, ``"cosine"`` (0 for a representation of zeros) or ``"l2"`` (minus the distance).
-        **options: ``layer``, ``forward``, ``pool`` and ``weights_only``, see
+        **options: ``layer``, ``forward``, ``pool``, ``labels_key`` and ``weights_only``, see
             :class:`~lightning_trak.methods.baselines.representations.RepresentationMethod`.
 
     Example::
 
-        scores = RepresentationSimilarity(model, "run/snapshots").attribute(trainer, train_loader, target_loader)
+        method = RepresentationSimilarity(model, "run/snapshots")
+        scores = method.attribute(trainer, train_loader, target_loader)
     """
 
     def __init__(
-        self, model: nn.Module, checkpoints: CheckpointsLike, *, similarity: Similarity = "cosine", **options: Any
+        self,
+        model: nn.Module,
+        checkpoints: CheckpointsLike | None = None,
+        *,
+        similarity: Similarity = "cosine",
+        **options: Any,
     ) -> None:
         require_one_of("similarity", similarity, SIMILARITIES)
         super().__init__(model, checkpoints, **options)
         self.similarity: Similarity = similarity
 
-    def attribute(self, trainer: L.Trainer, train: Data, targets: Data) -> Tensor:
-        """Similarities, averaged over checkpoints; see :class:`~lightning_trak.methods.base.Method`."""
-        columns, rows = Examples(train, "fit", trainer), Examples(targets, "predict", trainer)
-        scores = torch.zeros(len(rows), len(columns))
-        for train_vectors, target_vectors in self.represent(trainer, columns, rows):
-            for start in range(0, len(rows), _TARGETS):
+    def matrix(self, trainer: L.Trainer, train: Examples, targets: Examples) -> Tensor:
+        """Similarities, averaged over checkpoints; see :class:`~lightning_trak.methods.base.MatrixMethod`."""
+        scores = torch.zeros(len(targets), len(train))
+        for train_vectors, target_vectors in self.represent(trainer, train, targets):
+            for start in range(0, len(targets), _TARGETS):
                 block = slice(start, start + _TARGETS)
                 scores[block] += similarity_matrix(target_vectors[block], train_vectors, self.similarity)
         return scores / len(self.checkpoints)
+
+    @override
+    def label_suspicion(self, trainer: L.Trainer | None = None, train: Data | None = None) -> Tensor:
+        """How much more the example looks like examples with other labels than like examples with its own.
+
+        It is the mean similarity to the ten most similar examples with another label, minus the mean similarity to the
+        ten most similar other examples with the same label; fewer where there are fewer.
+
+        Raises:
+            ValueError: if an example is the only one with its label, or all have the same label.
+        """
+        trainer = trainer_of(trainer)
+        examples = Examples(train, "fit", trainer)
+        labels = self.labels(trainer, examples)
+        _require_company(labels)
+        scores = torch.zeros(len(examples), dtype=torch.float64)
+        for (vectors,) in self.represent(trainer, examples):
+            for start in range(0, len(examples), _TARGETS):
+                block = slice(start, start + _TARGETS)
+                similar = similarity_matrix(vectors[block], vectors, self.similarity)
+                same = labels[block, None] == labels
+                own = torch.arange(len(similar))
+                foreign = _mean_of_best(similar, ~same)
+                same[own, own + start] = False
+                scores[block] += foreign - _mean_of_best(similar, same)
+        return scores / len(self.checkpoints)
+
+
+def _mean_of_best(similar: Tensor, among: Tensor) -> Tensor:
+    """Mean of the highest numbers of each row, ``(n,)``, among those that a mask of the same shape holds."""
+    best = similar.masked_fill(~among, -torch.inf).topk(min(_NEIGHBOURS, similar.shape[1]), dim=1).values
+    there = best > -torch.inf
+    return best.where(there, 0.0).sum(1) / there.sum(1)
+
+
+def _require_company(labels: Tensor) -> None:
+    values, classes, counts = torch.unique(labels, return_inverse=True, return_counts=True)
+    if len(values) < 2:
+        raise ValueError(f"all {len(labels)} training examples have the label {values.tolist()[0]}: none can be wrong")
+    alone = (counts[classes] == 1).nonzero().flatten()
+    if len(alone):
+        raise ValueError(
+            f"training example {int(alone[0])} is the only one with label {labels[alone[0]].item()}, so that there is"
+            " nothing to compare it with: leave it out, or use KNNShapley"
+        )
 
 
 def similarity_matrix(targets: Tensor, train: Tensor, similarity: Similarity) -> Tensor:

@@ -5,13 +5,15 @@ from abc import abstractmethod
 import lightning as L
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from lightning_trak.methods.base import Method
+from lightning_trak.methods.base import MatrixMethod
 from lightning_trak.methods.examples import Examples
 from lightning_trak.running.data import Data
+from lightning_trak.running.trainers import trainer_of
 
 
-class SubsetMethod(Method):
+class SubsetMethod(MatrixMethod):
     """Base of the methods that compare outputs of models that were and were not trained on an example.
 
     Args:
@@ -22,6 +24,9 @@ class SubsetMethod(Method):
     Raises:
         ValueError: if shapes or dtypes do not fit, or an output is not finite.
     """
+
+    _shown = ("masks", "outputs")
+    _without_output = "outputs= holds the outputs that are attributed"
 
     def __init__(self, masks: Tensor, outputs: Tensor) -> None:
         if masks.dtype != torch.bool or masks.ndim != 2:
@@ -44,20 +49,42 @@ class SubsetMethod(Method):
         if outputs.ndim == 3:
             self.outputs = self.outputs.mean(2)
 
-    def attribute(self, trainer: L.Trainer, train: Data, targets: Data) -> Tensor:
+    def matrix(self, trainer: L.Trainer, train: Examples, targets: Examples) -> Tensor:  # noqa: ARG002
         """Estimates from the masks and outputs; of the data, only the sizes are used.
 
-        See :class:`~lightning_trak.methods.base.Method`.
+        See :class:`~lightning_trak.methods.base.MatrixMethod`.
 
         Raises:
             ValueError: if the sizes of the data differ from those of the masks and outputs.
         """
-        num_train, num_targets = len(Examples(train, "fit", trainer)), len(Examples(targets, "predict", trainer))
-        if num_train != self.masks.shape[1]:
-            raise ValueError(f"the masks have {self.masks.shape[1]} training examples, the data have {num_train}")
+        self._require_training_set(train)
+        num_targets = len(targets)
         if num_targets != len(self.outputs):
             raise ValueError(f"the outputs have {len(self.outputs)} targets, the data have {num_targets}")
         return self.estimate()
+
+    @override
+    def label_suspicion(self, trainer: L.Trainer | None = None, train: Data | None = None) -> Tensor:
+        """The size of each example's score at itself, for outputs of the training examples as the targets.
+
+        With :class:`~lightning_trak.methods.EmpiricalInfluence` it is the memorization of Feldman and Zhang 2020 (arXiv
+        2008.03703).
+
+        Raises:
+            ValueError: if the number of training examples is not that of the masks, or of the targets.
+        """
+        trainer = trainer_of(trainer)
+        self._require_training_set(Examples(train, "fit", trainer))
+        if len(self.outputs) != self.masks.shape[1]:
+            raise ValueError(
+                f"wrong labels are found by the outputs at the {self.masks.shape[1]} training examples, in their"
+                f" order; the outputs given are those of {len(self.outputs)} targets"
+            )
+        return self.estimate().diagonal().abs()
+
+    def _require_training_set(self, train: Examples) -> None:
+        if len(train) != self.masks.shape[1]:
+            raise ValueError(f"the masks have {self.masks.shape[1]} training examples, the data have {len(train)}")
 
     @abstractmethod
     def estimate(self) -> Tensor:

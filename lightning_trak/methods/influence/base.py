@@ -7,22 +7,29 @@ from typing import TypedDict
 import lightning as L
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
-from lightning_trak.checkpoints.reading import CheckpointsLike, masks_of, resolve_checkpoints
+from lightning_trak.checkpoints.of_model import checkpoints_of
+from lightning_trak.checkpoints.reading import CheckpointsLike, masks_of
 from lightning_trak.compatibility import original_module
 from lightning_trak.features.identity import Contents
 from lightning_trak.features.model import ModelCopy
+from lightning_trak.features.rows import Features
 from lightning_trak.gradients import ParameterSelection
-from lightning_trak.methods.base import Method
+from lightning_trak.methods.base import DataMethod
 from lightning_trak.methods.examples import Examples
 from lightning_trak.methods.influence.audit import audit
 from lightning_trak.methods.influence.passes import Passes, without_gradients
 from lightning_trak.methods.influence.products import gradient_products
 from lightning_trak.methods.influence.solvers import InverseProduct
+from lightning_trak.methods.predictions import with_predictions
+from lightning_trak.methods.questions import Asked
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import target_output, trained_output
 from lightning_trak.running.data import Data
 from lightning_trak.running.strategies import require_whole_parameters
+from lightning_trak.running.trainers import trainer_of
+from lightning_trak.scoring.groups import Collected, RowBlock, Sums, row_blocks
 
 # Gradients of this many bytes are preconditioned at a time; solvers hold a few copies.
 TARGET_BYTES = 1 << 29
@@ -37,7 +44,7 @@ class InfluenceOptions(TypedDict, total=False):
     weights_only: bool
 
 
-class Influence(Method):
+class Influence(DataMethod):
     """Base of influence methods: tau(x)_i = g(x)^T (H + lambda I)^-1 g_i Q_i (Koh and Liang 2017, arXiv 1703.04730).
 
     g is the gradient of the output, without projection, and H is a curvature matrix of the *sum* of the training
@@ -52,10 +59,12 @@ class Influence(Method):
         weights_only: ``False`` lets ``.ckpt`` and ``.pt`` files run code when they are read; for files you trust only.
     """
 
+    _shown = ("model", "checkpoints", "output", "curvature", "damping", "solver")
+
     def __init__(
         self,
         model: nn.Module,
-        checkpoints: CheckpointsLike,
+        checkpoints: CheckpointsLike | None = None,
         *,
         output: ModelOutput | None = None,
         parameters: ParameterSelection = None,
@@ -64,7 +73,7 @@ class Influence(Method):
     ) -> None:
         self.model = original_module(model)
         self.output = trained_output(self.model, output)
-        self.checkpoints = resolve_checkpoints(checkpoints, weights_only=weights_only)
+        self.checkpoints = checkpoints_of(self.model, checkpoints, weights_only)
         if masks_of(self.checkpoints) is not None:
             raise ValueError(
                 f"{type(self).__name__} takes the curvature from all training examples, but the models of some"
@@ -73,6 +82,11 @@ class Influence(Method):
             )
         self.parameters = parameters
         self.seed = seed
+
+    @override
+    def _model_copy(self) -> ModelCopy:
+        digests = [content.digest for content in Contents(self.checkpoints).read()]
+        return ModelCopy(self.model, self.output, self.checkpoints, digests)
 
     @abstractmethod
     def _prepare(self, passes: Passes) -> InverseProduct:
@@ -85,57 +99,93 @@ class Influence(Method):
     def _selection(self) -> ParameterSelection:
         return self.parameters
 
-    def attribute(self, trainer: L.Trainer, train: Data, targets: Data, output: ModelOutput | None = None) -> Tensor:
-        """Score every target against every training example.
+    def _target_output(self, output: ModelOutput | None) -> ModelOutput | None:
+        return target_output(output, self.output)
+
+    def _require_candidates(self) -> None:
+        pass
+
+    def _scores(self, trainer: L.Trainer, train: Examples, targets: Examples, asked: Asked) -> Tensor:
+        """Products of gradients with the inverse, averaged over checkpoints.
+
+        A target's gradient is added to those of its group before the inverse is applied.
 
         Args:
-            trainer: any Trainer whose strategy keeps the model whole. Its device is used. ``precision="64-true"``
-                computes everything in float64, any other precision in float32 (float64 where weights are): the inverse
-                of a Hessian would drown in the rounding of half precision, mixed or true.
+            trainer: any Trainer whose strategy keeps the model whole; None: one on a single device. Its device is used.
+                ``precision="64-true"`` computes everything in float64, any other precision in float32 (float64 where
+                weights are): the inverse of a Hessian would drown in the rounding of half precision, mixed or true.
             train: the training data, without random augmentation. They are loaded several times.
             targets: the targets.
-            output: of the targets, if it is another one than that of the training examples.
+            asked: the question.
 
         Returns:
-            On the CPU, shape ``(num_targets, num_train)``, in float32 or float64. A positive score says that training
-            on the example raises the output at the target, in the unit of the output.
+            In float32 or float64. A positive score says that training on the example raises the output at the target,
+            in the unit of the output.
 
         Raises:
             ValueError: if a gradient is not finite, the inverse cannot be applied (see the solvers), or the output
                 depends on other weights than those of the model's copy, on the rest of the batch or on chance. Outputs
-                and gradients of two training examples and two targets, drawn by the seed at each checkpoint, are
-                compared with those of each alone by autograd.
+                and gradients of two examples of each dataset, drawn by the seed at each checkpoint, are compared with
+                those of each alone by autograd.
         """
         require_whole_parameters(trainer)
-        asked = target_output(output, self.output)
-        train_set, target_set = Examples(train, "fit", trainer), Examples(targets, "predict", trainer)
+        scored = train if asked.candidates is None else asked.candidates
+        digests = [content.digest for content in Contents(self.checkpoints).read()]
+        voting = ModelCopy(self.model, self.output, self.checkpoints, digests)
+        targets = with_predictions(trainer, targets, voting, asked.output)
         with without_gradients():
-            digests = Contents(self.checkpoints).digests
-            model = ModelCopy(self.model, self.output, self.checkpoints, digests, self._selection())
-            passes = Passes(model, self.seed, trainer, train_set)
-            passes.agreement = self._agreement(passes)
-            scores = torch.zeros(len(target_set), len(train_set), dtype=passes.dtype)
+            passes = self._passes(trainer, train)
+            found = Collected(asked.num_rows(len(targets)), len(scored), asked.columns, passes.dtype)
+            for checkpoint in range(len(self.checkpoints)):
+                passes.enter(checkpoint)
+                for examples in [train] if scored is train else [train, scored]:
+                    audit(passes, examples)
+                with passes.asking(asked.output):
+                    audit(passes, targets)
+                inverse = self._prepare(passes)
+                for block in target_blocks(passes, targets, asked.rows):
+                    directions = inverse(target_gradients(passes, targets, block, asked.output), block.span)
+                    for part, rows in gradient_products(passes, directions, examples=scored):
+                        found.add(block.span, part, (rows.features * rows.loss_gradients.unsqueeze(1)).T)
+        return found.scores() / len(self.checkpoints)
+
+    @override
+    def label_suspicion(self, trainer: L.Trainer | None = None, train: Data | None = None) -> Tensor:
+        """The size of each example's score at itself; see :class:`~lightning_trak.methods.base.LabelStatistic`.
+
+        The inverse is applied to the gradient of every training example: once to all for EK-FAC and ``Explicit``, but
+        by as many iterations as for a target for the other solvers.
+        """
+        trainer = trainer_of(trainer)
+        require_whole_parameters(trainer)
+        train_set = Examples(train, "fit", trainer)
+        with without_gradients():
+            passes = self._passes(trainer, train_set)
+            scores = torch.zeros(len(train_set), dtype=passes.dtype)
             for checkpoint in range(len(self.checkpoints)):
                 passes.enter(checkpoint)
                 audit(passes, train_set)
-                with passes.asking(asked):
-                    audit(passes, target_set)
-                self._add(scores, passes, target_set, asked)
-        return scores / len(self.checkpoints)
+                inverse = self._prepare(passes)
+                for block in target_blocks(passes, train_set):
+                    rows = Features.cat([rows for _, rows in passes.rows(train_set, block.members)])
+                    products = (inverse(rows.features, block.span) * rows.features).sum(1) * rows.loss_gradients
+                    scores[block.span.start : block.span.stop] += products.cpu()
+        return (scores / len(self.checkpoints)).abs()
 
-    def _add(self, scores: Tensor, passes: Passes, targets: Examples, output: ModelOutput | None) -> None:
-        """Add the scores at the current checkpoint."""
-        inverse = self._prepare(passes)
-        for span in target_blocks(passes, targets):
-            with passes.asking(output):
-                gradients = torch.cat([rows.features for _, rows in passes.rows(targets, span)])
-            directions = inverse(gradients, span)
-            for part, rows in gradient_products(passes, directions):
-                products = (rows.features * rows.loss_gradients.unsqueeze(1)).T
-                scores[span.start : span.stop, part[0] : part[-1] + 1] += products.cpu()
+    def _passes(self, trainer: L.Trainer, train: Examples) -> Passes:
+        digests = [content.digest for content in Contents(self.checkpoints).read()]
+        model = ModelCopy(self.model, self.output, self.checkpoints, digests, self._selection())
+        passes = Passes(model, self.seed, trainer, train)
+        passes.agreement = self._agreement(passes)
+        return passes
 
 
-def target_blocks(passes: Passes, targets: Examples) -> Iterator[range]:
-    """The positions of targets, as many at a time as fit in memory."""
-    block = max(1, TARGET_BYTES // (passes.size * passes.dtype.itemsize))
-    return (range(start, min(start + block, len(targets))) for start in range(0, len(targets), block))
+def target_blocks(passes: Passes, targets: Examples, rows: Sums | None = None) -> Iterator[RowBlock]:
+    """Rows of scores, as many at a time as have gradients that fit in memory."""
+    return row_blocks(rows, len(targets), max(1, TARGET_BYTES // (passes.size * passes.dtype.itemsize)))
+
+
+def target_gradients(passes: Passes, targets: Examples, block: RowBlock, output: ModelOutput | None) -> Tensor:
+    """The gradients of some rows, each the sum of those of its targets, ``(len(block.span), p)``."""
+    with passes.asking(output):
+        return block.total(rows.features for _, rows in passes.rows(targets, block.members))

@@ -3,16 +3,17 @@
 import lightning as L
 import torch
 from torch import Tensor, nn
-from typing_extensions import Unpack
+from typing_extensions import Unpack, override
 
 from lightning_trak.checkpoints.reading import CheckpointsLike
 from lightning_trak.checks import require_one_of
+from lightning_trak.methods.examples import Examples
 from lightning_trak.methods.influence.base import Influence, InfluenceOptions
 from lightning_trak.methods.influence.conjugate_gradient import ConjugateGradient
 from lightning_trak.methods.influence.hessian import Convergence, Hessian, HessianCurvature
 from lightning_trak.methods.influence.passes import Passes
 from lightning_trak.methods.influence.solvers import InverseProduct, Solver
-from lightning_trak.outputs import ModelOutput
+from lightning_trak.methods.questions import Asked
 from lightning_trak.running.data import Data
 from lightning_trak.scoring.damping import Damping, Noise, require_damping
 
@@ -45,18 +46,21 @@ class InfluenceFunction(Influence):
 
     Attributes:
         convergence: how :class:`~lightning_trak.methods.influence.ConjugateGradient` went in the last
-            :meth:`attribute`: iterations and residuals, an entry for each checkpoint and block of targets.
+            :meth:`attribute` or :meth:`label_suspicion`: iterations and residuals, an entry for each checkpoint and
+            block of targets.
 
     Example::
 
-        method = InfluenceFunction(model, "run/snapshots", solver=ConjugateGradient(preconditioner="ekfac"))
-        scores = method.attribute(trainer, train_loader, target_loader)  # (num_targets, num_train)
+        solver = ConjugateGradient(preconditioner="ekfac")
+        method = InfluenceFunction(model, "run/snapshots", solver=solver)
+        # (num_targets, num_train)
+        scores = method.attribute(trainer, train_loader, target_loader)
     """
 
     def __init__(
         self,
         model: nn.Module,
-        checkpoints: CheckpointsLike,
+        checkpoints: CheckpointsLike | None = None,
         *,
         solver: Solver | None = None,
         curvature: HessianCurvature = "gauss_newton",
@@ -72,10 +76,15 @@ class InfluenceFunction(Influence):
         self.damping = require_damping(damping)
         self.convergence: list[Convergence] = []
 
-    def attribute(self, trainer: L.Trainer, train: Data, targets: Data, output: ModelOutput | None = None) -> Tensor:
-        """Score every target against every training example, see :meth:`Influence.attribute`."""
+    def _scores(self, trainer: L.Trainer, train: Examples, targets: Examples, asked: Asked) -> Tensor:
         self.convergence = []
-        return super().attribute(trainer, train, targets, output)
+        return super()._scores(trainer, train, targets, asked)
+
+    @override
+    def label_suspicion(self, trainer: L.Trainer | None = None, train: Data | None = None) -> Tensor:
+        """The size of each example's score at itself, see :meth:`Influence.label_suspicion`."""
+        self.convergence = []
+        return super().label_suspicion(trainer, train)
 
     def _agreement(self, passes: Passes) -> float:
         """For the automatic damping of several checkpoints, which takes one pass over the training set at each."""

@@ -21,6 +21,7 @@ from lightning_trak.gradients.precision import WorkingPrecision
 from lightning_trak.methods.examples import Examples
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.evaluating import exact_attention
+from lightning_trak.packages import both, is_a
 from lightning_trak.projections import IdentityProjection
 from lightning_trak.running.batches import TransferHooks, on_device
 from lightning_trak.running.loading import batch_size_of, load, sample_batches
@@ -58,12 +59,12 @@ class Passes:
         self._layouts: dict[Examples, Layout] = {}
         self.device = trainer.strategy.root_device
         plugin = trainer.precision_plugin
-        if type(plugin) is not Precision and not isinstance(plugin, (DoublePrecision, HalfPrecision, MixedPrecision)):
+        if type(plugin) not in both(Precision) and not is_a(plugin, DoublePrecision, HalfPrecision, MixedPrecision):
             raise ValueError(
                 f"{type(plugin).__name__} changes layers, but influence functions need the model's own layers in"
                 ' float32 or float64: use a Trainer with precision="32-true" or "64-true"'
             )
-        half = isinstance(plugin, HalfPrecision)
+        half = is_a(plugin, HalfPrecision)
         (model.module if half else plugin.convert_module(model.module)).to(self.device)
         for part in model.module.modules():
             if isinstance(part, (nn.Embedding, nn.EmbeddingBag)):

@@ -175,7 +175,8 @@ def linear_datamodeling_score(
         >>> import torch
         >>> from lightning_trak.metrics.functional import linear_datamodeling_score
         >>> scores = torch.tensor([[1.0, 2.0, -1.0, 0.0], [0.0, 1.0, 3.0, 1.5]])
-        >>> masks = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1], [1, 0, 0, 1]]).bool()
+        >>> masks = [[1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1], [1, 0, 0, 1]]
+        >>> masks = torch.tensor(masks).bool()
         >>> outputs = torch.tensor([[2.5, 0.5, -1.5, 0.7], [0.9, 4.1, 3.8, 2.0]])
         >>> linear_datamodeling_score(scores, outputs, masks)
         tensor(0.8743, dtype=torch.float64)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from lightning_trak.texts.display import tuple_line
 
 
 class DetectionCurve(NamedTuple):
@@ -16,11 +19,38 @@ class DetectionCurve(NamedTuple):
         found: fraction of the mislabelled ones among them, float64 ``(points,)``.
         area: under the curve, float64 scalar: 1/2 is expected of random suspicion, and 1 - p/2 is the maximum, where p
             is the fraction of mislabelled examples.
+        share: p, the fraction of mislabelled examples, float64 scalar.
     """
 
     inspected: Tensor
     found: Tensor
     area: Tensor
+    share: Tensor
+
+    def found_within(self, fraction: float) -> float:
+        """The expected fraction of the mislabelled examples among the most suspicious ones.
+
+        Args:
+            fraction: of all examples, that is looked at, from 0 to 1.
+
+        Raises:
+            ValueError: If ``fraction`` is not from 0 to 1.
+
+        Example:
+            >>> import torch
+            >>> flags = torch.tensor([0, 1, 1, 0]).bool()
+            >>> mislabel_detection_curve(torch.tensor([0.1, 3.0, 0.2, 2.0]), flags).found_within(0.25)
+            0.5
+        """
+        if not 0 <= fraction <= 1:
+            raise ValueError(f"Expected `fraction` from 0 to 1, but got {fraction}.")
+        inspected, found = self.inspected.tolist(), self.found.tolist()
+        end = max(1, bisect_left(inspected, fraction))  # the curve is a line from the point before this one to it
+        step = (fraction - inspected[end - 1]) / (inspected[end] - inspected[end - 1])
+        return float(found[end - 1] + step * (found[end] - found[end - 1]))
+
+    def __repr__(self) -> str:
+        return tuple_line(self)
 
 
 def mislabel_detection_curve(suspicion: Tensor, mislabelled: Tensor) -> DetectionCurve:
@@ -42,7 +72,9 @@ def mislabel_detection_curve(suspicion: Tensor, mislabelled: Tensor) -> Detectio
 
     Example:
         >>> import torch
-        >>> curve = mislabel_detection_curve(torch.tensor([0.1, 3.0, 0.2, 2.0]), torch.tensor([0, 1, 1, 0]).bool())
+        >>> suspicion = torch.tensor([0.1, 3.0, 0.2, 2.0])
+        >>> wrong = torch.tensor([0, 1, 1, 0]).bool()
+        >>> curve = mislabel_detection_curve(suspicion, wrong)
         >>> curve.found
         tensor([0.0000, 0.5000, 0.5000, 1.0000, 1.0000], dtype=torch.float64)
         >>> curve.area
@@ -64,7 +96,7 @@ def mislabel_detection_curve(suspicion: Tensor, mislabelled: Tensor) -> Detectio
     steps = torch.stack([torch.ones_like(mislabelled), mislabelled]).double()
     counts = steps.new_zeros(2, len(values)).index_add_(1, group, steps).flip(1).cumsum(1)
     inspected, found = torch.nn.functional.pad(counts, (1, 0)) / steps.sum(1, keepdim=True)
-    return DetectionCurve(inspected, found, torch.trapezoid(found, inspected))
+    return DetectionCurve(inspected, found, torch.trapezoid(found, inspected), mislabelled.double().mean())
 
 
 def flip_labels(labels: Tensor, fraction: float = 0.1, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -86,8 +118,9 @@ def flip_labels(labels: Tensor, fraction: float = 0.1, seed: int = 0) -> tuple[T
 
     Example:
         >>> import torch
-        >>> labels, mislabelled = flip_labels(torch.arange(20) % 4, fraction=0.1)
-        >>> int(mislabelled.sum()), bool((labels != torch.arange(20) % 4).eq(mislabelled).all())
+        >>> right = torch.arange(20) % 4
+        >>> labels, mislabelled = flip_labels(right, fraction=0.1)
+        >>> int(mislabelled.sum()), bool((labels != right).eq(mislabelled).all())
         (2, True)
     """
     if labels.ndim != 1 or labels.is_floating_point():

@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import Logger
 from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
 from torch import Tensor
 
+from lightning_trak.packages import both
 from lightning_trak.reporting.plots import plot_histogram
 from lightning_trak.texts.tables import Table
 
@@ -36,7 +37,8 @@ class LoggerWriter(ABC):
                 self.logger.experiment[name].append(File.as_image(figure))
 
             def table(self, name, table, step):
-                self.logger.experiment[name].append(File.from_content(table.csv(), extension="csv"))
+                file = File.from_content(table.csv(), extension="csv")
+                self.logger.experiment[name].append(file)
     """
 
     kinds: ClassVar[dict[type[Any], type[LoggerWriter]]] = {}
@@ -100,5 +102,10 @@ def writers_for(loggers: Iterable[Logger]) -> list[LoggerWriter]:
     """
     if getattr(rank_zero_only, "rank", 0):
         return []
-    kinds = LoggerWriter.kinds
-    return [next(kinds[kind] for kind in type(logger).__mro__ if kind in kinds)(logger) for logger in loggers]
+    return [_writer_of(logger)(logger) for logger in loggers]
+
+
+def _writer_of(logger: Logger) -> type[LoggerWriter]:
+    """The writer of the closest class."""
+    kinds = {twin: writer for kind, writer in LoggerWriter.kinds.items() for twin in both(kind)}
+    return next(kinds[kind] for kind in type(logger).__mro__ if kind in kinds)

@@ -65,10 +65,13 @@ class Layer(ABC):
         ...
         ...     def gradient(self, parameter, call):
         ...         products = call.inputs * call.output_gradient
-        ...         return products.reshape(call.size, -1, self.module.gain.numel()).sum(1)
+        ...         products = products.reshape(call.size, -1, products.shape[-1])
+        ...         return products.sum(1)
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), Gain(3))
         >>> batch = ExampleBatch((torch.ones(2, 4), torch.tensor([0, 2])), 2)
-        >>> HookEngine(model, ClassificationMargin(), select_parameters(model)).check(batch)  # {}: the same as autograd
+        >>> parameters = select_parameters(model)
+        >>> engine = HookEngine(model, ClassificationMargin(), parameters)
+        >>> engine.check(batch)  # {}: the same as autograd
         {}
 
     Args:

@@ -1,0 +1,40 @@
+"""What people have found: positions of training examples in a CSV file."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+from lightning_trak.storage.user_files import existing_path
+from lightning_trak.texts.printable import shortened
+
+
+def read_positions(path: str | Path) -> list[int]:
+    """Positions of training examples, from the column ``position`` of a CSV file.
+
+    A file of :meth:`~lightning_trak.cleaning.Ranking.to_csv` becomes a file of wrong labels when the rows with right
+    ones are deleted. Columns may be separated as spreadsheets do: by commas, semicolons or tabs.
+
+    Args:
+        path: of the file, in UTF-8.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not such a file, or a position is not an integer.
+    """
+    place = existing_path(path, "give a CSV file with a column `position`, such as one that `clean` has written")
+    try:
+        lines = place.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f'"{place}" is not a CSV file in UTF-8: {error}') from error
+    head = lines[0] if lines else ""
+    rows = csv.DictReader(lines, delimiter=next((mark for mark in ",;\t" if mark in head), ","))
+    if "position" not in (rows.fieldnames or ()):
+        raise ValueError(f'"{place}" has no column `position` in its first line, which is {shortened(head, 80)!r}')
+    positions = []
+    for number, row in enumerate(rows, 2):
+        text = (row["position"] or "").strip()
+        if not text.isascii() or not text.isdigit():
+            raise ValueError(f'"{place}" has {shortened(text, 40)!r} as the position of row {number}, not an integer')
+        positions.append(int(text))
+    return positions

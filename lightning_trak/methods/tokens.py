@@ -1,0 +1,180 @@
+"""Texts as targets token by token: a row for each token, and which row is which token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_trak.outputs import ModelOutput
+from lightning_trak.outputs.tokens import TokenOutput
+from lightning_trak.running.batches import TokenBatch
+from lightning_trak.running.data import Data, as_loaders, single_loader
+from lightning_trak.running.loaders import like
+from lightning_trak.running.loading import batch_size_of, load
+from lightning_trak.running.random_states import isolated_random_states
+
+
+class TextTokens(NamedTuple):
+    """Which token each row of scores is for. Rows are in the order of texts, and of tokens in a text.
+
+    Attributes:
+        texts: position of the text in its dataset, int64, shape ``(num_rows,)``. As ``groups=texts``, it joins the rows
+            of a text.
+        positions: position of the token in the text, from 0. Padding does not count where the batch has an attention
+            mask.
+        ids: the token.
+    """
+
+    texts: Tensor
+    positions: Tensor
+    ids: Tensor
+
+    def of(self, text: int) -> slice:
+        """The rows of a text.
+
+        Raises:
+            ValueError: if there are none.
+        """
+        rows = (self.texts == text).nonzero().flatten()
+        if not len(rows):
+            raise ValueError(f"there are no tokens of text {text}")
+        return slice(int(rows[0]), int(rows[-1]) + 1)
+
+
+def text_tokens(trainer: L.Trainer, data: Data, output: ModelOutput) -> TextTokens:
+    """Which token each row of scores is for, when texts are scored token by token.
+
+    Args:
+        trainer: as for ``score``.
+        data: the targets, as for ``score``.
+        output: the output of tokens, as for ``score``, such as ``CausalLMMargin(per_token=True)``.
+
+    Raises:
+        TypeError: if the output has no tokens.
+        ValueError: if it is not ``per_token``, or no token of a text counts.
+    """
+    output = require_tokens(output)
+    if not output.per_token:
+        raise ValueError(f"this {type(output).__name__} is the output of whole texts: make it with per_token=True")
+    return find_tokens(single_loader(data, "predict", trainer), output)
+
+
+def require_tokens(output: ModelOutput) -> TokenOutput:
+    """The output, if it is one of tokens.
+
+    Raises:
+        TypeError: if it is not.
+    """
+    if not isinstance(output, TokenOutput):
+        raise TypeError(
+            f"{type(output).__name__} is not known to be a sum over tokens: tokens need CausalLMMargin,"
+            " CausalLMLogLikelihood or Seq2SeqLMMargin"
+        )
+    return output
+
+
+def target_loaders(
+    data: Data | Sequence[DataLoader[Any]] | None, trainer: L.Trainer, output: ModelOutput | None
+) -> list[DataLoader[Any]]:
+    """The loaders of targets, see :func:`target_loader`.
+
+    Args:
+        data: the targets, as for ``score``.
+        trainer: the Trainer that a data module is attached to.
+        output: of the targets, if it is another one than that of the training examples.
+    """
+    return [target_loader(loader, output) for loader in as_loaders(data, "predict", trainer)]
+
+
+def target_loader(loader: DataLoader[Any], output: ModelOutput | None) -> DataLoader[Any]:
+    """The loader of targets: a row for each token if that is what the output is of, else the same loader.
+
+    Raises:
+        ValueError: if no token of a text counts.
+    """
+    if not isinstance(output, TokenOutput) or not output.per_token:
+        return loader
+    return token_loader(loader, find_tokens(loader, output))
+
+
+def find_tokens(loader: DataLoader[Any], output: TokenOutput, texts: Sequence[int] | None = None) -> TextTokens:
+    """The tokens that count, from batches that hold one text each, so that no other text pads it.
+
+    Args:
+        loader: of the texts.
+        output: says which tokens count.
+        texts: positions of texts in the loader's dataset; default: all.
+
+    Raises:
+        ValueError: if no token of a text counts.
+    """
+    texts = range(len(cast(Any, loader.dataset))) if texts is None else texts
+    columns: list[tuple[Tensor, ...]] = []
+    with isolated_random_states():
+        # Twice, because a collate function may need more than one example.
+        for text, batch in zip(texts, load(loader, ([text, text] for text in texts)), strict=True):
+            _, labels, counted, positions = (
+                part[0] if isinstance(part, Tensor) else part for part in output.tokens(batch)
+            )
+            rows = counted.nonzero().flatten()
+            if not len(rows):
+                raise ValueError(
+                    f"no token of text {text} counts, as all are masked or labelled -100; leave it out of the dataset"
+                )
+            columns.append((torch.full_like(rows, text), positions[rows], labels[rows]))
+    return TextTokens(*map(torch.cat, zip(*columns, strict=True)))
+
+
+def token_loader(loader: DataLoader[Any], tokens: TextTokens) -> DataLoader[Any]:
+    """A loader with a row for each token, in batches of the given loader's size.
+
+    Args:
+        loader: of the texts.
+        tokens: the tokens, all of each text.
+    """
+    collate = _Collate(loader.collate_fn)
+    return like(loader, _Rows(loader.dataset, tokens.texts), batch_size=batch_size_of(loader), collate_fn=collate)
+
+
+class _Rows(Dataset[tuple[Any, int, int]]):
+    """The text of each row, the number of its token, and the number of all tokens of the text.
+
+    Other attributes are those of the dataset, which a ``worker_init_fn`` may use.
+    """
+
+    def __init__(self, dataset: Any, texts: Tensor) -> None:
+        self._dataset = dataset
+        some, totals = torch.unique(texts, return_counts=True)
+        self._rows = [
+            (text, number, total)
+            for text, total in zip(some.tolist(), totals.tolist(), strict=True)
+            for number in range(total)
+        ]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, row: int) -> tuple[Any, int, int]:
+        text, number, total = self._rows[row]
+        return self._dataset[text], number, total
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # copy and pickle ask for these before there is a dataset
+            raise AttributeError(name)
+        return getattr(self._dataset, name)
+
+
+class _Collate:
+    """Collates rows into a :class:`TokenBatch` of the user's batches."""
+
+    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
+        self.collate = collate
+
+    def __call__(self, rows: list[tuple[Any, int, int]]) -> TokenBatch:
+        texts, numbers, totals = zip(*rows, strict=True)
+        return TokenBatch(self.collate(list(texts)), torch.tensor(numbers), torch.tensor(totals))

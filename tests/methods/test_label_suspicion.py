@@ -1,0 +1,271 @@
+"""How suspicious each label is, by every method, against what it is by definition."""
+
+import inspect
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, Subset, TensorDataset
+
+from lightning_trak import TRAK, GradientCosine, GradientDot, Metagradient, TracIn, methods
+from lightning_trak.methods import (
+    BM25,
+    ConjugateGradient,
+    DataShapley,
+    EKFACInfluence,
+    EmpiricalInfluence,
+    ExactKernel,
+    Explicit,
+    InfluenceFunction,
+    KNNShapley,
+    LabelStatistic,
+    RandomScores,
+    RepresentationSimilarity,
+    TrainingLoss,
+)
+from lightning_trak.methods.baselines import knn_shapley, similarity
+from lightning_trak.methods.baselines.knn_shapley import knn_shapley_values
+from lightning_trak.outputs import ContrastiveMargin, DirectionOutput, RegressionOutput
+from lightning_trak.projections import SparseProjection
+from lightning_trak.replay import differentiating
+from tests.lit import TRAIN, LitNet, make_data, make_model, make_trainer
+from tests.methods.metagradients import DATA
+from tests.replay.runs import Net
+from tests.replay.runs import train as train_recorded
+
+SMALL = {"projection": SparseProjection(32), "dtype": "float32"}
+
+
+def test_every_method_says_or_refuses():
+    found = [getattr(methods, name) for name in methods.__all__]
+    found = [one for one in found if issubclass(one, LabelStatistic) and not inspect.isabstract(one)]
+    silent = [one for one in found if one.label_suspicion is methods.Method.label_suspicion]
+    assert silent == [BM25]
+    assert len(found) > 12
+    with pytest.raises(ValueError, match=r"^BM25 does not say whether a label is wrong; use a method that does"):
+        BM25(0).label_suspicion(make_trainer(), TRAIN)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda model, weights, path: TRAK(model, weights, path, **SMALL),
+        lambda model, weights, path: GradientDot(model, weights, path, **SMALL),
+        lambda model, weights, path: TracIn(model, weights, path, learning_rates=[0.3, 0.1], **SMALL),
+        lambda model, weights, path: ExactKernel(model, weights, path),
+        lambda model, weights, path: EKFACInfluence(model, weights, parameters=["first.*", "head.*"]),
+        lambda model, weights, path: InfluenceFunction(model, weights, solver=Explicit()),
+    ],
+    ids=["TRAK", "GradientDot", "TracIn", "ExactKernel", "EKFAC", "Explicit"],
+)
+def test_self_influence_is_the_diagonal(tmp_path, checkpoints, make):
+    trainer = make_trainer()
+    expected = make(make_model(), checkpoints, tmp_path / "one").attribute(trainer, TRAIN, TRAIN).diagonal()
+    for number, data in enumerate((TRAIN, DataLoader(TRAIN, batch_size=7, shuffle=True))):
+        found = make(make_model(), checkpoints, tmp_path / f"two{number}").label_suspicion(trainer, data)
+        torch.testing.assert_close(found, expected.abs(), rtol=2e-4, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_the_convergence_is_that_of_the_training_examples(checkpoints):
+    few, trainer = Subset(TRAIN, range(6)), make_trainer()
+    method = InfluenceFunction(make_model(), checkpoints[:1], solver=ConjugateGradient(tolerance=1e-7))
+    found = method.label_suspicion(trainer, few)
+    assert [len(block.iterations) for block in method.convergence] == [6]
+    expected = method.attribute(trainer, few, few).diagonal().abs()
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * float(expected.max()))
+
+
+class LitScalar(LitNet):
+    """A regression, whose scores have the sign of the residual."""
+
+    def forward(self, inputs):
+        return super().forward(inputs).sum(1)
+
+    def configure_model_output(self):
+        return RegressionOutput()
+
+
+@pytest.mark.parametrize("kind", ["influence", "features"])
+def test_a_residual_has_a_sign_and_suspicion_has_none(tmp_path, kind):
+    model = LitScalar().eval()
+    data = TensorDataset(TRAIN.tensors[0], torch.randn(50, generator=torch.Generator().manual_seed(0)))
+    weights = [model.state_dict()]
+    method = (
+        InfluenceFunction(model, weights, solver=Explicit())
+        if kind == "influence"
+        else TRAK(model, weights, tmp_path, **SMALL)
+    )
+    own = method.attribute(make_trainer(), data, data).diagonal()
+    assert (own < 0).any()
+    assert (own > 0).any()
+    found = method.label_suspicion(make_trainer(), data)
+    torch.testing.assert_close(found, own.abs(), rtol=2e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bytes_of_targets", [1, 1 << 31])
+def test_metagradients_of_each_example_by_its_own_weight(tmp_path, monkeypatch, bytes_of_targets):
+    module = Net()
+    train_recorded(module, DATA, directory=tmp_path / "recording")
+    method = Metagradient(module, tmp_path / "recording", check_smooth=False, progress_bar=False)
+    expected = method.attribute(make_trainer(), DATA, DATA).diagonal()
+    monkeypatch.setattr(differentiating, "COTANGENT_BYTES", bytes_of_targets)
+    found = method.label_suspicion(make_trainer(), DATA)
+    torch.testing.assert_close(found, expected.abs(), rtol=1e-4, atol=1e-7)
+
+
+def unit_gradients(tmp_path, checkpoints):
+    """Gradients of the loss of length 1, from a store without rounding."""
+    method = GradientDot(make_model(), checkpoints, tmp_path / "plain", **SMALL)
+    method.featurize(make_trainer(), TRAIN)
+    found = method.target_features(make_trainer(), TRAIN)
+    return [F.normalize(rows.features * rows.loss_gradients.unsqueeze(1)) for rows in found]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("effect_on", ["loss", "output"])
+def test_cosines_are_those_of_the_nearest_others(tmp_path, checkpoints, effect_on):
+    cosines = sum(rows @ rows.T for rows in unit_gradients(tmp_path, checkpoints)) / len(checkpoints)
+    cosines.fill_diagonal_(-torch.inf)
+    expected = -cosines.topk(10, dim=1).values.mean(1)
+    method = GradientCosine(make_model(), checkpoints, tmp_path / "shards", effect_on=effect_on, **SMALL)
+    method.featurize(make_trainer(), TRAIN, shard_size=9)
+    torch.testing.assert_close(method.label_suspicion(make_trainer(), TRAIN), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_cosines_of_few_examples(tmp_path, checkpoints):
+    few = Subset(TRAIN, range(3))
+    found = GradientCosine(make_model(), checkpoints, tmp_path / "three", **SMALL).label_suspicion(make_trainer(), few)
+    assert found.isfinite().all()
+    method = GradientCosine(make_model(), checkpoints, tmp_path / "one", **SMALL)
+    with pytest.raises(ValueError, match="only one training example"):
+        method.label_suspicion(make_trainer(), Subset(TRAIN, [0]))
+
+
+class Alone(nn.Module):
+    """A head on inputs, whose representations are the inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(2, 2)
+
+
+def similar(method, **options):
+    model = Alone()
+    return method(model, [model.state_dict()], forward=lambda module, batch: module.head(batch[0]), **options)
+
+
+def cloud(size, classes=3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return TensorDataset(
+        torch.randn(size, 2, generator=generator), torch.randint(0, classes, (size,), generator=generator)
+    )
+
+
+def test_representations_by_hand(monkeypatch):
+    data = cloud(30)
+    vectors, labels = data.tensors
+    expected = []
+    for i in range(30):
+        near = {True: [], False: []}
+        for j in range(30):
+            if i != j:
+                near[bool(labels[i] == labels[j])].append(float(F.cosine_similarity(vectors[i], vectors[j], dim=0)))
+        best = {same: sorted(values, reverse=True)[:10] for same, values in near.items()}
+        expected.append(sum(best[False]) / len(best[False]) - sum(best[True]) / len(best[True]))
+    found = similar(RepresentationSimilarity).label_suspicion(make_trainer(), data)
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=1e-6)
+    monkeypatch.setattr(similarity, "_TARGETS", 7)
+    torch.testing.assert_close(similar(RepresentationSimilarity).label_suspicion(make_trainer(), data), found)
+
+
+@pytest.mark.parametrize(
+    ("labels", "match"),
+    [
+        ([1, 1, 1], "all 3 training examples have the label 1: none can be wrong"),
+        ([1, 1, 0], "training example 2 is the only one with label 0, .* use KNNShapley"),
+    ],
+)
+def test_labels_that_cannot_be_compared(labels, match):
+    data = TensorDataset(torch.randn(3, 2), torch.tensor(labels))
+    with pytest.raises(ValueError, match=match):
+        similar(RepresentationSimilarity).label_suspicion(make_trainer(), data)
+    assert similar(KNNShapley).label_suspicion(make_trainer(), data).isfinite().all()
+
+
+def test_labels_may_have_another_place():
+    inputs, labels = cloud(30).tensors
+    expected = similar(RepresentationSimilarity).label_suspicion(make_trainer(), TensorDataset(inputs, labels))
+    method = similar(RepresentationSimilarity, labels_key=1)
+    data = TensorDataset(inputs, labels, torch.zeros(30, 4))
+    torch.testing.assert_close(method.label_suspicion(make_trainer(), data), expected)
+
+
+def test_neighbours_vote_for_all_but_themselves(monkeypatch):
+    data = cloud(23)
+    vectors, labels = data.tensors
+    expected = torch.zeros(23, dtype=torch.float64)
+    for target in range(23):
+        others = [i for i in range(23) if i != target]
+        nearness = -torch.cdist(vectors[[target]].double(), vectors[others].double())
+        expected[others] -= knn_shapley_values(nearness, (labels[others] == labels[target])[None], 4)[0]
+    for block in (256, 5):
+        monkeypatch.setattr(knn_shapley, "_TARGETS", block)
+        found = similar(KNNShapley, k=4).label_suspicion(make_trainer(), data)
+        torch.testing.assert_close(found, expected)
+
+
+def test_memorization_is_the_self_score_of_retrained_models():
+    masks = torch.rand(20, 5, generator=torch.Generator().manual_seed(0)) < 0.5
+    outputs = torch.randn(5, 20, generator=torch.Generator().manual_seed(1))
+    data = Subset(TRAIN, range(5))
+    expected = [outputs[i, masks[:, i]].mean() - outputs[i, ~masks[:, i]].mean() for i in range(5)]
+    found = EmpiricalInfluence(masks, outputs).label_suspicion(make_trainer(), data)
+    torch.testing.assert_close(found, torch.stack(expected).abs())
+    with pytest.raises(ValueError, match=r"at the 5 training examples, in their order; .* of 4 targets"):
+        EmpiricalInfluence(masks, outputs[:4]).label_suspicion(make_trainer(), data)
+    with pytest.raises(ValueError, match="the masks have 5 training examples, the data have 50"):
+        EmpiricalInfluence(masks, outputs).label_suspicion(make_trainer(), TRAIN)
+
+
+@pytest.mark.slow
+def test_shapley_values_at_themselves():
+    data = Subset(TRAIN, range(4))
+    method = DataShapley(LitNet, lambda: make_trainer(max_epochs=1), permutations=2, step=2)
+    expected = method.attribute(make_trainer(), data, data).diagonal().abs()
+    torch.testing.assert_close(method.label_suspicion(make_trainer(), data), expected)
+
+
+def test_the_loss_is_that_of_training_in_eval_mode(checkpoints):
+    expected = torch.zeros(50, dtype=torch.float64)
+    for weights in checkpoints:
+        model = make_model()
+        model.load_state_dict(weights)
+        with torch.no_grad():
+            expected += F.cross_entropy(model.eval()(TRAIN.tensors[0]), TRAIN.tensors[1], reduction="none") / 2
+    model, trainer = make_model(), make_trainer()
+    model.train()
+    before, state = {name: part.clone() for name, part in model.state_dict().items()}, torch.get_rng_state()
+    for loader in (TRAIN, DataLoader(TRAIN, batch_size=1), DataLoader(TRAIN, batch_size=8, shuffle=True)):
+        found = TrainingLoss(model, checkpoints).label_suspicion(trainer, loader)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert model.training
+    assert all(torch.equal(part, before[name]) for name, part in model.state_dict().items())
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_losses_that_are_not_known_are_refused(checkpoints):
+    with pytest.raises(ValueError, match="ContrastiveMargin depends on other training examples too"):
+        TrainingLoss(make_model(), checkpoints, output=ContrastiveMargin(context_size=4))
+    with pytest.raises(TypeError, match="is an output of targets alone"):
+        TrainingLoss(make_model(), checkpoints, output=DirectionOutput("first", torch.ones(8)))
+    broken = {name: part * torch.nan if name == "head.bias" else part for name, part in checkpoints[0].items()}
+    with pytest.raises(ValueError, match=r"the loss at .* of example 0 is not finite"):
+        TrainingLoss(make_model(), [broken]).label_suspicion(make_trainer(), TRAIN)
+
+
+def test_random_numbers_are_those_of_the_first_target():
+    expected = RandomScores(3).attribute(make_trainer(), TRAIN, make_data(2))[0]
+    assert torch.equal(RandomScores(3).label_suspicion(make_trainer(), TRAIN), expected)
