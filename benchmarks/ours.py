@@ -9,6 +9,7 @@ from benchmarks.models import Precision, Workload
 from lightning_trak.checkpoints.reading import resolve_checkpoints
 from lightning_trak.features.engines import EngineName, make_engine
 from lightning_trak.features.extractor import FeatureExtractor
+from lightning_trak.features.identity import Contents
 from lightning_trak.features.model import ModelCopy
 from lightning_trak.features.rows import Features
 from lightning_trak.projections import KroneckerProjection, Projection, SparseProjection
@@ -42,7 +43,7 @@ def extractor_of(work: Workload, setting: Setting) -> FeatureExtractor:
     """An extractor for the model of a workload, on the model's device."""
     device = next(work.model.parameters()).device
     checkpoints = resolve_checkpoints([work.model.state_dict()])
-    digests = [checkpoint.fingerprint() for checkpoint in checkpoints]
+    digests = Contents(checkpoints).digests
     work = work.to(device, setting.precision)
     model = ModelCopy(work.model, work.output, checkpoints, digests)
     model.load(0, device)

@@ -19,7 +19,7 @@ def featurize(
     module, trainer = task.make_module().eval(), trainer_for(task)
     trak = TRAK(module, states, directory, output=task.output, projection=projection)
     trak.featurize(trainer, DataLoader(task.train, batch_size=100))
-    manifest = FeatureStore.read_manifest(directory)
-    store = FeatureStore(directory, manifest["identity"], manifest["num_examples"], read_only=True)
+    pipeline = trak._pipeline()
+    store = pipeline.open_complete(pipeline.copy_model(trainer), trainer)
     targets = trak.target_features(trainer, DataLoader(task.targets, batch_size=100))
     return store, [found.features for found in targets]

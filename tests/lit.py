@@ -14,6 +14,7 @@ from lightning_trak.features import FeatureStore
 from lightning_trak.methods import FeatureMethod
 from lightning_trak.outputs import ClassificationMargin, ModelOutput
 from lightning_trak.projections import SparseProjection
+from lightning_trak.storage.files import load_metadata
 
 
 class LitNet(AttributionMixin, L.LightningModule):
@@ -111,6 +112,18 @@ def beyond_hooks(module):
         if type(part) is nn.Linear:
             part.__class__ = OwnLinear
     return module
+
+
+def stored(directory: Path) -> FeatureStore:
+    """A store with all its checkpoints, by the names of their folders, to be looked into."""
+    files = [min(folder.glob("shard-*")) for folder in sorted(Path(directory).glob("checkpoint-*"))]
+    identity = FeatureStore.read_manifest(directory)["identity"]
+    return FeatureStore(
+        directory,
+        identity | {"checkpoints": [load_metadata(file)["checkpoint"] for file in files]},
+        None,
+        read_only=True,
+    )
 
 
 def open_store(method: FeatureMethod, trainer: L.Trainer | None = None) -> FeatureStore:

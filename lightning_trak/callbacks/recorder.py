@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_trak.callbacks.recordable import group_settings, require_plain, require_real
-from lightning_trak.callbacks.runs import runs_in
+from lightning_trak.callbacks.runs import run_from, runs_in
 from lightning_trak.compatibility import change_train_loader, restore_train_loader
 from lightning_trak.replay.optimizers.base import optimizer_name
 from lightning_trak.replay.player import canonical_module_name, describe_parameters
@@ -68,6 +68,11 @@ class TrainingRecorder(Displayed, Callback):
         spacing: how many full states are kept: ``"sqrt"`` before the steps 0, 1, 4, 9, 16, ...; ``"log"`` before the
             steps 0, 1, 2, 4, 8, ...; a number n before every n-th step. Results do not depend on it. Fewer states take
             less space, and more time and memory to differentiate the run.
+        overwrite: delete the recording of another run when training starts. Other files stay. Only on file systems with
+            locks, and not while another run writes there.
+        exist_ok: a run that starts from the same weights and optimizer as an earlier one, such as the same script with
+            the same seed, takes its directory, and its recording replaces the earlier one. Both runs need this option.
+            Another run is refused.
 
     Raises:
         ValueError: if ``spacing`` is none of these. Before training: if the run is of another kind, if the directory
@@ -84,8 +89,17 @@ class TrainingRecorder(Displayed, Callback):
 
     _shown = ("directory", "spacing")
 
-    def __init__(self, directory: str | os.PathLike[str], spacing: Spacing = "sqrt") -> None:
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        spacing: Spacing = "sqrt",
+        *,
+        overwrite: bool = False,
+        exist_ok: bool = False,
+    ) -> None:
         self.directory = os.fspath(directory)
+        self.overwrite = overwrite
+        self.exist_ok = exist_ok
         self.spacing = check_spacing(spacing)
         self._writer: RecordingWriter | None = None  # None: nothing is to be recorded
         self._run: str | None = None
@@ -177,7 +191,8 @@ class TrainingRecorder(Displayed, Callback):
         if step:
             self._run = writer.resume(earlier, step, run, environment)
         else:
-            self._run = writer.begin(run, environment)
+            start = run_from(step, dict(state.tensors())) if self.exist_ok else None
+            self._run = writer.begin(run, environment, start, self.overwrite)
         self._opened = True
         if writer.has_state(step):
             self._require_recorded(state, step)

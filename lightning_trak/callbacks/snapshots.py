@@ -14,11 +14,12 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_trak.callbacks.runs import runs_in
+from lightning_trak.callbacks.runs import run_from, runs_in
 from lightning_trak.callbacks.saving import on_rank_zero, require_storable, single_trigger
 from lightning_trak.checkpoints.manifest import ParameterGroup
 from lightning_trak.checkpoints.optimizers import parameter_groups, preconditioner_of, require_adam
 from lightning_trak.checkpoints.series import SnapshotSeries
+from lightning_trak.checkpoints.weights import without_extra_state
 from lightning_trak.packages import is_a
 from lightning_trak.texts.display import Displayed
 
@@ -60,6 +61,11 @@ class TRAKCallback(Displayed, Callback):
             clock of rank zero decides.
         save_last: save when training ends, unless the last step is saved already.
         preconditioner: whether to keep what the optimizer multiplies gradients by. It must be Adam or AdamW of torch.
+        overwrite: delete the snapshots of another run when training starts. Other files stay. Only on file systems with
+            locks, and not while another run writes there.
+        exist_ok: a run that starts from the same weights as an earlier one, such as the same script with the same seed,
+            takes its directory: it starts again, and its snapshots replace the earlier ones. Both runs need this
+            option. Another run is refused.
 
     Raises:
         ValueError: if several triggers are given, or one is not positive. In ``setup``: if two callbacks of a Trainer
@@ -89,6 +95,8 @@ class TRAKCallback(Displayed, Callback):
         train_time_interval: timedelta | None = None,
         save_last: bool = True,
         preconditioner: bool = False,
+        overwrite: bool = False,
+        exist_ok: bool = False,
     ) -> None:
         trigger = single_trigger(
             type(self).__name__,
@@ -101,6 +109,8 @@ class TRAKCallback(Displayed, Callback):
         self.train_time_interval = train_time_interval
         self.save_last = save_last
         self.preconditioner = preconditioner
+        self.overwrite = overwrite
+        self.exist_ok = exist_ok
         self._series: SnapshotSeries | None = None  # None: nothing is to be saved
         self._run: str | None = None
         self._resumed_runs: list[str] = []
@@ -171,11 +181,13 @@ class TRAKCallback(Displayed, Callback):
     def _open(self, series: SnapshotSeries, step: int, state_dict: dict[str, Any]) -> tuple[str, int]:
         require_storable(state_dict)
         if self._resumed_runs:
-            manifest = series.resume(self._resumed_runs, step)
+            manifest = series.resume(self._resumed_runs, step, self.overwrite)
         elif self._run is not None and self._saved_step <= step:  # fit again with the same Trainer
-            manifest = series.resume([self._run], step)
+            manifest = series.resume([self._run], step, self.overwrite)
+        elif self.exist_ok:
+            manifest = series.resume([run_from(step, without_extra_state(state_dict, "it"))], step, self.overwrite)
         else:
-            return series.begin(), 0
+            return series.begin(self.overwrite), 0
         return manifest.run, max((snapshot.step for snapshot in manifest.snapshots), default=0)
 
     @override

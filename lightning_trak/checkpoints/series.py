@@ -111,8 +111,11 @@ class SnapshotSeries:
             self.filesystem, self.path(stored.file), location, size=stored.size, digest=stored.sha256
         )
 
-    def begin(self) -> str:
+    def begin(self, overwrite: bool = False) -> str:
         """Start the series of a new run, and hold the directory until :meth:`close`.
+
+        Args:
+            overwrite: whether to delete the snapshots of another run.
 
         Returns:
             The new run's identifier.
@@ -122,19 +125,31 @@ class SnapshotSeries:
         """
         held = self._hold()
         existing = self._existing()
+        run = uuid.uuid4().hex
         if existing is not None and existing.snapshots:
-            self.close()
-            raise ValueError(self._occupied(existing))
+            self._take_over(existing, run, held and overwrite)
+            return run
         if existing is not None and not held:
             rank_zero_warn(
                 f'another run has begun in "{self.directory}" and has saved no snapshot yet; this run takes the'
                 " directory: if the other run is still going, it ends with an error at its first snapshot"
             )
-        run = uuid.uuid4().hex
         self._start(run, ())
         return run
 
-    def resume(self, runs: Sequence[str], step: int) -> Manifest:
+    def _take_over(self, existing: Manifest, run: str, overwrite: bool) -> Manifest:
+        """Delete the snapshots of another run, if that is allowed."""
+        if not overwrite:
+            self.close()
+            raise ValueError(self._occupied(existing))
+        manifest = self._start(run, ())
+        for snapshot in existing.snapshots:
+            files = [snapshot.file, *([snapshot.preconditioner.file] if snapshot.preconditioner else [])]
+            for file in files:
+                Path(self.path(file)).unlink(missing_ok=True)
+        return manifest
+
+    def resume(self, runs: Sequence[str], step: int, overwrite: bool = False) -> Manifest:
         """Continue the series of a run at an optimizer step, and hold the directory until :meth:`close`.
 
         Snapshots of later steps are removed from the manifest. Their files stay until the resumed run saves the same
@@ -143,17 +158,17 @@ class SnapshotSeries:
         Args:
             runs: identifiers that the run may have here; an empty directory takes the first.
             step: optimizer steps that the resumed run has taken.
+            overwrite: whether to delete the snapshots of another run.
 
         Raises:
             ValueError: if the directory holds snapshots of another run, or another run is writing to it.
         """
-        self._hold()
+        held = self._hold()
         existing = self._existing()
         if existing is None or not existing.snapshots:
             return self._start(runs[0], ())
         if existing.run not in runs:
-            self.close()
-            raise ValueError(self._occupied(existing))
+            return self._take_over(existing, runs[0], held and overwrite)
         return self._start(existing.run, tuple(s for s in existing.snapshots if s.step <= step))
 
     def save(
@@ -230,8 +245,9 @@ class SnapshotSeries:
     def _occupied(self, manifest: Manifest) -> str:
         return (
             f'"{self.directory}" holds {len(manifest.snapshots)} snapshots of another run, up to step'
-            f" {manifest.snapshots[-1].step}; use another directory, delete this one, or continue that run with"
-            " trainer.fit(ckpt_path=...) from a checkpoint that it saved; with Hugging Face, with"
+            f" {manifest.snapshots[-1].step}; use another directory, overwrite=True to delete them (needs a file system"
+            " with locks), or exist_ok=True in both runs if this one starts again from the same weights; or continue"
+            " that run with trainer.fit(ckpt_path=...) from a checkpoint that it saved; with Hugging Face, with"
             " trainer.train(resume_from_checkpoint=...); with Fabric, with fabric.load of a state that has its"
             " FabricSnapshots"
         )

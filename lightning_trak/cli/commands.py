@@ -28,6 +28,7 @@ from lightning_trak.cli.clean import Find, find_examples, require_options, write
 from lightning_trak.cli.config_code import deny_standard_library, require_own_code
 from lightning_trak.cli.errors import OneLineParser, fail, is_user_error
 from lightning_trak.compatibility import skip_completion
+from lightning_trak.features.featurizing import OnNan
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.methods import FeatureMethod, LabelStatistic
 from lightning_trak.metrics import LinearDatamodelingScore
@@ -53,7 +54,13 @@ class AttributionTrainer(L.Trainer):
     """A Trainer with a method for each subcommand that Lightning does not have."""
 
     def featurize(
-        self, method: FeatureMethod, datamodule: L.LightningDataModule, shard_size: int | None = None
+        self,
+        method: FeatureMethod,
+        datamodule: L.LightningDataModule,
+        shard_size: int | None = None,
+        overwrite: bool = False,
+        on_nan: OnNan = "raise",
+        part: str | None = None,
     ) -> None:
         """Store the features of the training data at every checkpoint. An interrupted call is continued.
 
@@ -61,8 +68,11 @@ class AttributionTrainer(L.Trainer):
             method: the method that featurizes.
             datamodule: its ``train_dataloader`` has the training data.
             shard_size: examples per file if the store is new.
+            overwrite: delete a store of other settings or data, and features at other checkpoints.
+            on_nan: raise an error for examples whose gradients are not finite, or skip them.
+            part: such as 3/16, to compute only the third of sixteen parts; default: all.
         """
-        method.featurize(self, datamodule, shard_size)
+        method.featurize(self, datamodule, shard_size, overwrite=overwrite, on_nan=on_nan, part=part)
 
     def score(
         self,
@@ -85,7 +95,7 @@ class AttributionTrainer(L.Trainer):
         """
         single_loader(datamodule, "predict", self)  # raises before the work if there are several loaders
         found = method.score(self, datamodule, top_k, largest, rescore, None if rescore is None else datamodule)
-        num_train = FeatureStore.read_manifest(method.store)["num_examples"]
+        num_train = FeatureStore.size_of(method.store)
         saved = SavedScores(found, num_train, type(method).__name__, largest is not False, method.used_masks)
         if self.is_global_zero:
             saved.save(scores)

@@ -9,7 +9,7 @@ import torch
 from lightning_utilities.core.rank_zero import WarningCache
 from torch import Tensor
 
-from lightning_trak.features.finiteness import require_finite
+from lightning_trak.features.finiteness import NotFiniteError, named, not_finite
 from lightning_trak.features.model import ModelCopy
 from lightning_trak.features.precision import to_store_dtype
 from lightning_trak.features.rows import Features
@@ -78,7 +78,7 @@ class FeatureExtractor:
             return torch.cat([engine.outputs(single).detach() for single in singles])
 
     def fit_projection(self, batches: Iterable[tuple[Any, Sequence[int]]]) -> dict[str, Tensor]:
-        """Fit the projection to training examples.
+        """Fit the projection to training examples, other than those whose gradients are not finite.
 
         Args:
             batches: batches on the model's device, each with the positions of its examples in the dataset.
@@ -87,14 +87,23 @@ class FeatureExtractor:
             What the projection has learned, by name.
 
         Raises:
-            NotFiniteError: if a projected gradient is not finite.
+            NotFiniteError: if no gradient is finite.
         """
+        finite: list[int] = []
+        left_out: list[int] = []
         sample = (
-            _SampleBatch(self, ExampleBatch(batch, len(positions), self.layout), torch.tensor(positions))
+            _SampleBatch(self, ExampleBatch(batch, len(positions), self.layout), positions, finite, left_out)
             for batch, positions in batches
         )
         with self.model.differentiable():
-            return self.projection.fit(sample)
+            fitted = self.projection.fit(sample)
+        if left_out and not finite:
+            raise NotFiniteError(
+                f"{named(left_out)} {self.model.place}, to which the projection is fitted, are all not finite: look for"
+                " NaN or huge values in the weights or the data",
+                sorted(left_out),
+            )
+        return fitted
 
     def _parts(self, batch: ExampleBatch) -> Iterator[tuple[slice, ExampleBatch]]:
         """Parts of a batch, each small enough for the engine to project its gradients, and their rows.
@@ -204,12 +213,16 @@ class _SampleBatch(SampleBatch):
 
     extractor: FeatureExtractor
     examples: ExampleBatch
-    positions: Tensor
+    positions: Sequence[int]
+    finite: list[int]
+    left_out: list[int]
 
     def gradients(self) -> Iterator[dict[str, Tensor]]:
         """See :meth:`SampleBatch.gradients`."""
-        for _, part in _cut(self.examples, self.extractor._sub_batch):
-            yield self.extractor._gradients(part)
+        for rows, part in _cut(self.examples, self.extractor._sub_batch):
+            found = self.extractor._gradients(part)
+            kept = self._kept(torch.stack([gradient.isfinite().all(1) for gradient in found.values()]).all(0), rows)
+            yield {name: gradient[kept] for name, gradient in found.items()}
 
     def project(self, projection: BoundProjection) -> tuple[Tensor, Tensor]:
         """See :meth:`SampleBatch.project`."""
@@ -218,9 +231,15 @@ class _SampleBatch(SampleBatch):
         for rows, part in self.extractor._parts(self.examples):
             _, features, outputs = self.extractor._projected(part, projection)
             parts.append(Features(features, outputs, *model.output.derivatives(outputs)))
-            require_finite(parts[-1], self.positions[rows], model.place)
+            kept = self._kept(~not_finite(parts[-1]), rows)
+            parts[-1] = Features(*(column[kept] for column in parts[-1]))
         found = Features.cat(parts)
         return found.features, found.curvatures
+
+    def _kept(self, finite: Tensor, rows: slice) -> Tensor:
+        for position, good in zip(self.positions[rows], finite.tolist(), strict=True):
+            (self.finite if good else self.left_out).append(position)
+        return finite
 
 
 def _cut(batch: ExampleBatch, step: int) -> Iterator[tuple[slice, ExampleBatch]]:

@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 
 from lightning_trak.checkpoints.base import Checkpoint
 from lightning_trak.checkpoints.copies import state_digest
+from lightning_trak.checkpoints.names import weights_digest
+from lightning_trak.features.growth import describe_data
 from lightning_trak.features.model import ModelCopy
 from lightning_trak.features.settings import FeatureSettings
 from lightning_trak.fingerprints import difference, module_fingerprint
 from lightning_trak.outputs import ModelOutput
-from lightning_trak.storage.files import tensor_digest
 
 
 class Content(NamedTuple):
@@ -41,12 +42,14 @@ class Contents:
         for number, checkpoint in enumerate(self._checkpoints):
             if checkpoint.live or number not in self._known:
                 weights = checkpoint.load()
-                self._known[number] = Content(tensor_digest(weights), frozenset(weights))
+                self._known[number] = Content(weights_digest(weights), frozenset(weights))
         return [self._known[number] for number in range(len(self._checkpoints))]
 
 
 def identity(model: ModelCopy, output: ModelOutput, settings: FeatureSettings, contents: Contents) -> dict[str, Any]:
     """Everything that features depend on, except the data and the Trainer's precision, as values for JSON.
+
+    The features of each checkpoint depend on its own entry in ``"checkpoints"`` and on all else.
 
     Args:
         model: the copy of the user's module.
@@ -62,31 +65,34 @@ def identity(model: ModelCopy, output: ModelOutput, settings: FeatureSettings, c
         "output": output.fingerprint(),
         "model": module_fingerprint(model.module, used_by=output),
         "parameters": [[name, shapes[raw]] for name, raw in model.names.items()],
+        "preconditioned": settings.preconditioned,
         "checkpoints": [
-            hashlib.sha256(f"{content.digest} {state_digest(model.module, content.names)}".encode()).hexdigest()
-            for content in contents.read()
+            _key(checkpoint, content, model, settings)
+            for checkpoint, content in zip(model.checkpoints, contents.read(), strict=True)
         ],
-        "preconditioners": [checkpoint.kept_preconditioner().sha256 for checkpoint in model.checkpoints]
-        if settings.preconditioned
-        else None,
     }
+
+
+def _key(checkpoint: Checkpoint, content: Content, model: ModelCopy, settings: FeatureSettings) -> str:
+    """A digest of what features depend on at one checkpoint alone."""
+    parts = [content.digest, state_digest(model.module, content.names)]
+    if settings.preconditioned:
+        parts.append(checkpoint.kept_preconditioner().sha256)
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
 
 def describe_difference(field: str, theirs: Any, mine: Any) -> tuple[str, str]:
     """Describe a field that differs between store and run: what the store was made with, and what the run has."""
     if field == "data":
-        return "other training data of this size", "data that differ in some of eight items spread over the dataset"
-    if field == "preconditioners":
-        kinds = ("gradients as they are", "gradients multiplied by the optimizer's preconditioner")
-        made, have = (kinds[found is not None] for found in (theirs, mine))
-        return made, have if made != have else "other numbers to multiply them by"
-    if field == "checkpoints" and isinstance(theirs, list) and len(theirs) == len(mine):
-        number = next(i for i, pair in enumerate(zip(mine, theirs, strict=True)) if pair[0] != pair[1])
-        return f"other weights or buffers at checkpoint {number}", "the same number of checkpoints"
-    if field in ("checkpoints", "parameters") and isinstance(theirs, list):
-        made, have = f"{len(theirs)} {field}", f"{len(mine)}"
-        differing = [item[0] for item in [*mine, *theirs] if (item in mine) != (item in theirs)]
-        if field == "parameters":
-            have += f" (differing in {', '.join(differing[:5])}{', ...' if len(differing) > 5 else ''})"
+        return describe_data(theirs, mine)
+    if field == "preconditioned":
+        made, have = (
+            "gradients multiplied by the optimizer's preconditioner" if found else "gradients as they are"
+            for found in (theirs, mine)
+        )
         return made, have
+    if field == "parameters" and isinstance(theirs, list):
+        differing = [item[0] for item in [*mine, *theirs] if (item in mine) != (item in theirs)]
+        names = f"{', '.join(differing[:5])}{', ...' if len(differing) > 5 else ''}"
+        return f"{len(theirs)} parameters", f"{len(mine)} (differing in {names})"
     return difference(field, theirs, mine)

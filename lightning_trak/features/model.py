@@ -12,6 +12,7 @@ from typing_extensions import Self
 
 from lightning_trak.checkpoints.base import Checkpoint
 from lightning_trak.checkpoints.copies import Original, copy_module
+from lightning_trak.checkpoints.names import weights_digest
 from lightning_trak.gradients import ParameterSelection, select_parameters
 from lightning_trak.gradients.base import real_shape
 from lightning_trak.gradients.batch import ExampleBatch, Layout, infer_batch_size
@@ -19,7 +20,6 @@ from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.evaluating import exact_attention, modules_of
 from lightning_trak.projections.base import BoundProjection, Projection
 from lightning_trak.projections.preconditioned import PreconditionedProjection
-from lightning_trak.storage.files import tensor_digest
 
 
 class ModelCopy:
@@ -31,7 +31,7 @@ class ModelCopy:
         module: the trained model.
         output: the scalar output to differentiate.
         checkpoints: the weights, one set per checkpoint.
-        digests: the digests of their weights.
+        digests: the digests of their weights, :func:`~lightning_trak.checkpoints.names.weights_digest`.
         parameters: which parameters to differentiate, see :func:`~lightning_trak.gradients.select_parameters`.
         keep: whether to keep the weights of all checkpoints in memory, for repeated use.
 
@@ -40,6 +40,7 @@ class ModelCopy:
         module: the copy.
         output: a copy of the output.
         places: for messages, the words that name each checkpoint.
+        streams: for each checkpoint, a number for its random draws that depends on its weights alone.
         names: canonical name -> name in ``module``, for each selected parameter.
         shapes: shapes of the gradients of selected parameters, by canonical name.
         sizes: numbers of elements of these gradients, by canonical name.
@@ -67,6 +68,7 @@ class ModelCopy:
         self.checkpoints = checkpoints
         self._digests = digests
         self.places = [f"at checkpoint {number} ({item.name})" for number, item in enumerate(checkpoints)]
+        self.streams = [stream_of(digest) for digest in digests]
         self.names = select_parameters(self.module, parameters)
         shapes = {name: real_shape(parameter) for name, parameter in self.module.named_parameters()}
         self.shapes = {name: shapes[raw] for name, raw in self.names.items()}
@@ -113,7 +115,7 @@ class ModelCopy:
                 if not self.keeps:
                     self._weights.clear()
                 weights = checkpoint.load()
-                if tensor_digest(weights) != self._digests[number]:
+                if weights_digest(weights) != self._digests[number]:
                     raise ValueError(
                         f"the weights {self.places[number]} have changed since this TRAK was made; make a new one"
                     )
@@ -151,7 +153,7 @@ class ModelCopy:
         Raises:
             ValueError: if the optimizer's preconditioner was not kept, or lacks a selected parameter.
         """
-        bound = projection.bind(self.shapes, seed=seed, checkpoint=number, device=self.device)
+        bound = projection.bind(self.shapes, seed=seed, checkpoint=self.streams[number], device=self.device)
         if not preconditioned:
             return bound
         return PreconditionedProjection(bound, self.shapes, self._preconditioner(number), self.places[number])
@@ -177,3 +179,12 @@ class ModelCopy:
         with self.differentiable(), exact_attention():
             fresh = (ExampleBatch(batch, infer_batch_size(batch), layout).fresh() for batch in batches)
             return {name: tensor.clone() for name, tensor in self.output.make_context(self.module, fresh).items()}
+
+
+def stream_of(digest: str) -> int:
+    """The number of a checkpoint for random draws.
+
+    Args:
+        digest: of its weights, :func:`~lightning_trak.checkpoints.names.weights_digest`.
+    """
+    return int(digest[:15], 16)

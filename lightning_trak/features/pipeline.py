@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader
 
 from lightning_trak.checkpoints.base import Checkpoint
 from lightning_trak.checkpoints.subsets import require_same_data
-from lightning_trak.checks import positive
+from lightning_trak.checks import positive, require_one_of
 from lightning_trak.features.engines import EngineName, following_engine, make_engine
+from lightning_trak.features.featurizing import OnNan
 from lightning_trak.features.finiteness import NotFiniteError
 from lightning_trak.features.fsdp import ANOTHER_STRATEGY, ShardedModelCopy
 from lightning_trak.features.identity import Contents, identity
@@ -24,12 +25,14 @@ from lightning_trak.features.predict import AUDITED_TOGETHER, FeaturizeModule
 from lightning_trak.features.rows import Features
 from lightning_trak.features.settings import FeatureSettings
 from lightning_trak.features.sinks import FeatureBuffer, ShardWriter
+from lightning_trak.features.skipping import require_finite_or_skipped, require_none_skipped
 from lightning_trak.features.store import FeatureStore
+from lightning_trak.features.work import Samples, default_shard_size, missing_shards, progress
 from lightning_trak.gradients import ParameterSelection
 from lightning_trak.outputs import ModelOutput
-from lightning_trak.running.content import fingerprint
 from lightning_trak.running.data import Data, datamodule_of, single_loader
 from lightning_trak.running.loading import batch_size_of
+from lightning_trak.running.parts import Part, share
 from lightning_trak.running.ranges import Range, Stop, batch_ranges, share_out
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.running.stopping import Interruption
@@ -100,7 +103,14 @@ class FeaturePipeline:
         return model
 
     def featurize(
-        self, trainer: L.Trainer, data: Data | None, shard_size: int | None, require_enough: Callable[[int, int], None]
+        self,
+        trainer: L.Trainer,
+        data: Data | None,
+        shard_size: int | None,
+        require_enough: Callable[[int, int], None],
+        overwrite: bool = False,
+        on_nan: OnNan = "raise",
+        part: Part | None = None,
     ) -> None:
         """Store the features of the training set at every checkpoint. An interrupted call is continued.
 
@@ -110,55 +120,98 @@ class FeaturePipeline:
             shard_size: examples per file if the store is new; None: about 1024, or a quarter of the data.
             require_enough: called with the number of examples and the number of features; raises if there are too few
                 examples.
+            overwrite: see :class:`~lightning_trak.features.featurizing.Featurizing`.
+            on_nan: see there.
+            part: see there.
 
         Raises:
             ValueError: if the store was made with other settings, an example's features are not finite, or the
                 strategy splits the model in a way that cannot be differentiated.
         """
+        require_one_of("on_nan", on_nan, ("raise", "skip"))
+        share([], part)  # raises before the work if there is no such part
         refuse_spawning(trainer)
         shards_model(trainer)
         loader = single_loader(data, "fit", trainer)
         model = self.copy_model(trainer)
         num_examples = len(cast(Any, loader.dataset))
         self._require_own_subsets(num_examples, None)
-        depends_on = self._identity(model, trainer) | {"data": fingerprint(loader)}
-        self._require_own_subsets(num_examples, depends_on["data"])
+        depends_on, sample = self._identity(model, trainer), Samples(loader)
+        digests = sample(num_examples)
+        self._require_own_subsets(num_examples, None if digests is None else digests[0])
         dim = self.dim(model)
         require_enough(num_examples, dim)
-        default = _default_shard_size(num_examples, loader)
+        default = default_shard_size(num_examples, loader)
         shard_size = default if shard_size is None else positive("shard_size", shard_size)
-        store = FeatureStore(self._directory, depends_on, num_examples, shard_size, user=self._user)
+        store = FeatureStore(
+            self._directory,
+            depends_on,
+            num_examples,
+            shard_size,
+            user=self._user,
+            sample=sample,
+            overwrite=overwrite,
+        )
+        try:
+            self._fill(store, model, trainer, data, loader, on_nan, part)
+        finally:
+            store.release()
+        Ranks.of(trainer).barrier()  # so that the next call may let the store grow
+
+    def _fill(
+        self,
+        store: FeatureStore,
+        model: ModelCopy,
+        trainer: L.Trainer,
+        data: Data | None,
+        loader: DataLoader[Any],
+        on_nan: OnNan,
+        part: Part | None,
+    ) -> None:
+        """Compute what a store lacks, or a part of it; see :meth:`featurize`."""
         self._require_engine(store, model.sharded)
+        if on_nan == "raise":
+            require_none_skipped(store)
         needed = {"context": model.output.context_size, "projection": self.settings.projection.sample_size}
         extras = [name for name, size in needed.items() if size]
         total = sum(parameter.numel() for parameter in self._model.parameters())
         rank_zero_info(
-            f"{self._user}: {counted(num_examples, 'example')} at"
-            f" {counted(store.num_checkpoints, 'checkpoint')}, gradients of {model.size} of"
+            f"{self._user}: {counted(store.num_examples, 'example')} at"
+            f" {counted(len(store.first), 'checkpoint')}, gradients of {model.size} of"
             f" {counted(total, 'parameter')}, {type(self.settings.projection).__name__} to"
-            f" {counted(dim, 'feature')}: {sum(map(len, _missing(store, extras)))} of"
-            f" {counted(store.num_checkpoints * store.num_shards, 'shard')} to do"
+            f" {counted(self.dim(model), 'feature')}: {sum(map(len, missing_shards(store, extras, part)))} of"
+            f" {counted(len(store.first) * store.num_shards, 'shard')} to do"
         )
+        if extras and store.begun_with < store.num_examples:
+            rank_zero_info(
+                f"{self._user}: the {' and the '.join(extras)} stay fitted to the {store.begun_with} examples that the"
+                " store began with"
+            )
         datamodule = datamodule_of(data)
         engine: EngineName | None = None
-        while any(missing := _missing(store, extras)):
+        while any(missing := missing_shards(store, extras, part)):
             jobs = [
                 [Range(number, store.shard(number), self.settings.draw(c, store.shard(number))) for number in numbers]
                 for c, numbers in enumerate(missing)
             ]
             stop = Stop()
             interruption = Interruption(stop)
-            with _explaining(model, loader), ShardWriter(store, model.places) as writer:
+            with _explaining(model, loader), ShardWriter(store, on_nan == "skip", stop) as writer:
                 module = FeaturizeModule.of(trainer)(
                     writer, "Featurizing", loader, stop, model, self.settings, store, datamodule, loader, engine
                 )
                 predict_over(trainer, module, share_out(loader, jobs, trainer, model.sharded, stop), interruption)
-            interruption.raise_if_received(Ranks.of(trainer), lambda: _progress(store))
+            interruption.raise_if_received(Ranks.of(trainer), lambda: progress(store))
             used = self._refuted(module, trainer)
             if used is None:
+                with _explaining(model, loader):
+                    require_finite_or_skipped(writer.not_finite, on_nan, model, store, Ranks.of(trainer))
                 break
             engine = self._next_engine(*used, trainer, store)
-        store.require_complete()
+        if part is None:
+            store.require_complete()
+        elif not store.complete:
+            rank_zero_info(f"{self._user}: part {part} is done; {progress(store)}")
 
     def target_features(
         self,
@@ -232,11 +285,10 @@ class FeaturePipeline:
             FileNotFoundError: if there is no store yet.
             ValueError: if it was made with other settings.
         """
-        manifest = FeatureStore.read_manifest(self._directory)
-        num_examples = manifest["num_examples"]
-        self._require_own_subsets(num_examples, manifest["identity"].get("data"))
         depends_on = self._identity(model, trainer)
-        return FeatureStore(self._directory, depends_on, num_examples, read_only=True, user=self._user)
+        store = FeatureStore(self._directory, depends_on, None, read_only=True, user=self._user)
+        self._require_own_subsets(store.num_examples, store.data)
+        return store
 
     def open_complete(self, model: ModelCopy, trainer: L.Trainer) -> FeatureStore:
         """Open the store for scoring, and check that it is complete.
@@ -317,17 +369,6 @@ class FeaturePipeline:
         return following if store is None else cast(EngineName, store.settle_engine())
 
 
-def _missing(store: FeatureStore, extras: Sequence[str]) -> list[list[int]]:
-    """The numbers of the shards that are missing at each checkpoint."""
-    return [store.missing(checkpoint, extras) for checkpoint in range(store.num_checkpoints)]
-
-
-def _progress(store: FeatureStore) -> str:
-    missing = sum(len(store.missing(checkpoint)) for checkpoint in range(store.num_checkpoints))
-    total = store.num_checkpoints * store.num_shards
-    return f"the store has {total - missing} of {total} shards"
-
-
 @contextmanager
 def _explaining(model: ModelCopy, loader: DataLoader[Any]) -> Iterator[None]:
     """If a feature is not finite, add the reason that the model output gives to the error."""
@@ -346,13 +387,3 @@ def _in_order(parts: list[tuple[Tensor, Features]], examples: range) -> Features
         raise RuntimeError(f"the features of {missing} targets are missing; look for an error of another rank")
     order = torch.cat([positions for positions, _ in parts]).argsort()
     return Features(*(column[order] for column in Features.cat([rows for _, rows in parts])))
-
-
-def _default_shard_size(num_examples: int, loader: DataLoader[Any]) -> int:
-    """About 1024 examples in whole batches. It is less for small data, so that ranks can share the work.
-
-    It is not much less, since some examples of each shard are audited, which takes longer than to featurize them.
-    """
-    batch = batch_size_of(loader)
-    wanted = min(1024, -(-num_examples // 4))
-    return batch * max(1, round(wanted / batch))

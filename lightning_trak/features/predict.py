@@ -94,7 +94,7 @@ class ExtractorModule(PredictModule):
     def release(self) -> None:
         """Release the model, the engine and the projections."""
         super().release()
-        del self.copied
+        del self.copied, self._store  # a Trainer that keeps this module must not keep others from the store
         self._engine = self._extractor = None
         self._bound.clear()
 
@@ -259,14 +259,16 @@ class ExtractorModule(PredictModule):
     def _sample(self, checkpoint: int, purpose: str, count: int) -> Iterator[tuple[Any, list[int]]]:
         """A uniform sample of the training data, without replacement: batches and the positions of their examples.
 
-        Each checkpoint has its own.
+        Each checkpoint has its own. It is drawn from the examples that the store began with, so that it is the same one
+        before and after data were appended.
         """
         if self._train_loader is None:
             raise RuntimeError(
                 f'store "{self._store.directory}" has lost the {purpose} of checkpoint {checkpoint}, with which its'
                 " features were made; call featurize again, which makes it again from the training data"
             )
-        positions = sample_batches(self._train_loader, count, f"{self.settings.seed}/{checkpoint}/{purpose}")
+        key = f"{self.settings.seed}/{self.copied.streams[checkpoint]}/{purpose}"
+        positions = sample_batches(self._train_loader, count, key, self._store.begun_with)
         yield from zip(self._batches(self._train_loader, positions), positions, strict=True)
 
     def _batches(self, loader: DataLoader[Any], positions: list[list[int]]) -> Iterator[Any]:

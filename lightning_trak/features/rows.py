@@ -127,6 +127,18 @@ class StoredFeatures:
             start += len(block.features)
 
 
+def without(rows: Features, left_out: Tensor) -> Features:
+    """The same rows, with zeros in some of them.
+
+    Args:
+        rows: the rows.
+        left_out: which rows, bool, shape ``(n,)``.
+    """
+    return Features(
+        *(column.masked_fill(left_out.view(-1, *[1] * (column.ndim - 1)).to(column.device), 0) for column in rows)
+    )
+
+
 def misfit(
     tensors: dict[str, Tensor], count: int, dtype: FeatureDtype | None = None, k: int | None = None
 ) -> str | None:

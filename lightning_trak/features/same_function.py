@@ -9,13 +9,13 @@ from lightning.fabric.utilities import move_data_to_device
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_trak.features.extractor import FeatureExtractor
+from lightning_trak.features.rows import without
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.features.stored_examples import NotStorableError, pack, unpack
 from lightning_trak.gradients.batch import ExampleBatch
 from lightning_trak.outputs.base import close
 
 TOLERANCE = 5e-3  # larger than rounding differences between devices or versions of libraries
-_KEPT = "examples"
 
 
 def keep_examples(extractor: FeatureExtractor, store: FeatureStore, batch: Any, size: int) -> None:
@@ -28,14 +28,14 @@ def keep_examples(extractor: FeatureExtractor, store: FeatureStore, batch: Any, 
         size: the number of these examples.
     """
     try:
-        store.write_extra(0, _KEPT, pack(ExampleBatch(batch, size, extractor.layout)), store.key)
+        store.write_examples(pack(ExampleBatch(batch, size, extractor.layout)))
     except NotStorableError as error:
         rank_zero_info(f"TRAK: the check of outputs before scoring will be skipped: {error}")
 
 
 def keeps_examples(store: FeatureStore) -> bool:
     """Whether the store has its examples, or needs none because random data give other outputs each time."""
-    return not store.repeatable or store.read_extra(0, _KEPT, store.key) is not None
+    return not store.repeatable or store.read_examples() is not None
 
 
 def require_same_outputs(extractor: FeatureExtractor, store: FeatureStore, checkpoint: int) -> None:
@@ -49,7 +49,7 @@ def require_same_outputs(extractor: FeatureExtractor, store: FeatureStore, check
     Raises:
         ValueError: if the outputs differ.
     """
-    packed = store.read_extra(0, _KEPT, store.key)
+    packed = store.read_examples()
     if packed is None:
         return
     try:
@@ -60,6 +60,8 @@ def require_same_outputs(extractor: FeatureExtractor, store: FeatureStore, check
     examples = replace(examples, content=move_data_to_device(examples.content, extractor.model.device))
     outputs = extractor.outputs_alone(examples).cpu()
     kept = store.read(checkpoint, 0).outputs[: examples.size]
+    skipped = [position for position in store.skipped_of(checkpoint, 0) if position < examples.size]
+    outputs[skipped] = 0
     if not close(outputs, kept, max(TOLERANCE, extractor.engine.rounding)):
         raise ValueError(
             f'store "{store.directory}" was made when the model computed something else: the output of example 0'
@@ -91,6 +93,8 @@ def require_as_before(
         ValueError: if outputs or features differ.
     """
     found, stored = extractor(batch, torch.tensor(positions)), store.read_stored(*place)[: len(positions)]
+    skipped = store.skipped_of(*place)
+    found = without(found, torch.tensor([position in skipped for position in positions]))
     kept = stored.decode()
     tolerance = max(TOLERANCE, 4 * torch.finfo(kept.features.dtype).eps, extractor.engine.rounding)
     for name in ("outputs", "features"):
@@ -102,5 +106,5 @@ def require_as_before(
             raise ValueError(
                 f'store "{store.directory}" was made with other code or other data: examples {positions[0]} to'
                 f" {positions[-1]} now have other {name} {extractor.model.places[place[0]]}.{lost} Use another"
-                f' directory, or delete its folder "checkpoint-{place[0]:04d}" and call featurize again'
+                f' directory, or delete its folder "{store.folder(place[0]).name}" and call featurize again'
             )

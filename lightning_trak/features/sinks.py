@@ -4,13 +4,15 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
-from lightning_trak.features.finiteness import require_finite
-from lightning_trak.features.rows import Features
+from lightning_trak.features.finiteness import NotFiniteExamples, describe, not_finite, require_finite
+from lightning_trak.features.rows import Features, without
 from lightning_trak.features.store import FeatureStore
+from lightning_trak.running.ranges import Stop
 from lightning_trak.running.transfer import HostCopy
+
+_HOPELESS = 100  # examples
 
 
 class Sink(Protocol):
@@ -27,17 +29,26 @@ class Sink(Protocol):
 class ShardWriter:
     """Collects rows until a shard is complete. Then it checks and writes the shard, while the next one is computed.
 
+    A shard with an example that is not finite is left out, or written with zeros for this example.
+
     Use it as a context manager, which waits for the last shard. An error in a shard is raised at the latest when the
     second shard after it begins.
 
     Args:
         store: the store to write to.
-        places: the names of the checkpoints in errors.
+        skips: whether examples that are not finite are written as zeros.
+        stop: is requested, unless it ``skips``, when none of the first hundred examples at a checkpoint is finite: then
+            probably none is.
+
+    Attributes:
+        not_finite: the examples whose features are not finite.
     """
 
-    def __init__(self, store: FeatureStore, places: Sequence[str]) -> None:
+    def __init__(self, store: FeatureStore, skips: bool, stop: Stop) -> None:
         self.store = store
-        self._places = places
+        self.not_finite = NotFiniteExamples()
+        self._skips, self._stop = skips, stop
+        self._finite: set[int] = set()  # checkpoints at which some example is finite
         self._copies: list[HostCopy] = []
         self._writing: Future[None] | None = None
 
@@ -71,9 +82,19 @@ class ShardWriter:
     def _write(self, checkpoint: int, number: int, copies: list[HostCopy], engine: str) -> None:
         rows = Features.cat([Features(*copy.wait()) for copy in copies])
         shard = self.store.shard(number)
-        require_finite(rows, torch.arange(shard.start, shard.stop), self._places[checkpoint])
+        bad = not_finite(rows)
+        if not bad.all():
+            self._finite.add(checkpoint)
+        positions = [shard[row] for row in bad.nonzero().flatten().tolist()]
+        if positions:
+            self.not_finite.add(checkpoint, positions, describe(rows, bad))
+            if not self._skips:
+                if checkpoint not in self._finite and len(self.not_finite.found[checkpoint]) >= _HOPELESS:
+                    self._stop.requested = True
+                return
+            rows = without(rows, bad)
         self.store.settle_engine(engine)
-        self.store.write(checkpoint, number, rows, engine)
+        self.store.write(checkpoint, number, rows, engine, positions)
 
 
 class FeatureBuffer:

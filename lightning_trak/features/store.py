@@ -1,15 +1,21 @@
 """Features on disk: safetensors shards. Each is a fixed range of examples at one checkpoint, written once and whole.
 
-    store/manifest.json                        what all features depend on, and the number of examples in a shard
+    store/manifest.json                        what all features depend on, the data, and the size of shards
     store/engine-<key>.json                    the engine that computes gradients: equal bits need equal engines
-    store/checkpoint-0002/shard-00017.safetensors    features and outputs of examples 17 * shard_size, ...
-    store/checkpoint-0002/context.safetensors        the model output's context from the data (the CLIP bank)
-    store/checkpoint-0002/gram-<curvature>.safetensors   Gram matrix, a cache: it can be made again from the shards
+    store/examples.safetensors                 the first examples, whose outputs are computed again before scoring
+    store/checkpoint-<key>/shard-00017.safetensors    features and outputs of examples 17 * shard_size, ...
+    store/checkpoint-<key>/context.safetensors        the model output's context from the data (the CLIP bank)
+    store/checkpoint-<key>/gram-<curvature>.safetensors   Gram matrix, a cache: it can be made again from the shards
+
+What features depend on is in two places. The manifest has what they all share: code, settings and data. The folder has
+the key of the checkpoint: a digest of its weights, and of what else the model holds. So checkpoints can be added at any
+time, and scored in any order and choice. The features of a checkpoint are the same whatever others the store has.
 
 Completion protocol: a shard is written under a temporary name, flushed and renamed. So it has its own name only when it
 is complete. A process that is killed at any moment leaves complete shards and, at worst, a hidden temporary folder. The
 next run removes that folder. A shard's range depends only on the manifest, so any number of ranks, now or in a later
-run, can share out the missing shards.
+run, can share out the missing shards. If data are appended, their shards come after the old ones, see
+:mod:`lightning_trak.features.growth`.
 
 Every file states in its header what it is, and has a checksum. A file that was altered, moved or copied from elsewhere
 is refused. If it is an extra, it is made again.
@@ -17,47 +23,48 @@ is refused. If it is an extra, it is made again.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+import hashlib
+import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from lightning_trak.features.dtypes import FeatureDtype, feature_dtype
+from lightning_trak.features.extras import StoredExtras, advice, require_place
+from lightning_trak.features.growth import Sample, ShardRanges, parts_with, settled_parts
 from lightning_trak.features.identity import describe_difference
 from lightning_trak.features.rows import Features, StoredFeatures, misfit
-from lightning_trak.features.store_schemas import ENGINE, HEADER, KIND, SHARD_HEADER
-from lightning_trak.storage import schemas
-from lightning_trak.storage.claims import ClaimedDirectory, read_manifest
-from lightning_trak.storage.files import (
-    DamagedFileError,
-    altered,
-    load_metadata,
-    load_tensors,
-    read_json,
-    save_tensors,
-    tensor_digest,
-    write_json,
-)
+from lightning_trak.features.store_schemas import KIND, SHARD_HEADER
+from lightning_trak.storage.claims import ClaimedDirectory
+from lightning_trak.storage.files import altered, load_metadata, save_tensors, tensor_digest
+from lightning_trak.storage.manifests import read_manifest
+from lightning_trak.storage.paths import local_directory
+from lightning_trak.texts.printable import counted
 
 
-class FeatureStore:
+class FeatureStore(StoredExtras):
     """The features of one training set at a series of checkpoints.
 
     Args:
         directory: a local or mounted directory. It is made on first use.
-        identity: everything that the features depend on, as values for JSON: seed, projection, checkpoints, ... An
-            existing store must have been made with the same identity.
-        num_examples: size of the training set.
+        identity: everything that the features depend on, as values for JSON: seed, projection, ... An existing store
+            must have been made with the same identity, other than ``"checkpoints"``: the keys of the run's checkpoints,
+            in its order.
+        num_examples: size of the training set; None: that of an existing store.
         shard_size: examples per shard of a new store. An existing store keeps its own size.
         read_only: whether the store must exist already. Its manifest is then not written.
         user: the name of the method that opens the store, in errors.
+        sample: digests of some of the first examples of the training set, given how many. A store whose data have
+            grown at their end can go on with it. None: data are compared by their size alone.
+        overwrite: whether to delete what is not of this run: a store of another identity or of other data, and features
+            at other checkpoints.
 
     Attributes:
-        key: a digest of the identity. Extras are stored with it.
+        key: a digest of the identity and of the data that the store began with. Extras are stored with it.
+        checkpoints: the keys of the run's checkpoints.
+        first: the position of the first checkpoint of each kind. Others have the same features.
 
     Raises:
         FileNotFoundError: if ``read_only`` is set and there is no store.
@@ -66,27 +73,53 @@ class FeatureStore:
             difference), or if its manifest is damaged.
     """
 
-    # Files whose checksum was verified, by path, size and time of change. Once per process is enough.
-    _verified: ClassVar[set[tuple[Path, int, int]]] = set()
-
     def __init__(
         self,
         directory: str | Path,
         identity: dict[str, Any],
-        num_examples: int,
+        num_examples: int | None,
         shard_size: int = 1024,
         read_only: bool = False,
         user: str = "TRAK",
+        sample: Sample | None = None,
+        overwrite: bool = False,
     ) -> None:
-        if not read_only and (num_examples < 1 or shard_size < 1):
+        if not read_only and (num_examples is None or num_examples < 1 or shard_size < 1):
             raise ValueError(f"num_examples and shard_size must be at least 1, got {num_examples=} and {shard_size=}")
-        content = {"num_examples": num_examples, "shard_size": shard_size, "identity": identity}
-        self._directory = ClaimedDirectory(directory, KIND, content, describe_difference, user, read_only)
-        self.directory, self.key, manifest = self._directory.path, self._directory.key, self._directory.manifest
-        self.num_examples: int = manifest["num_examples"]
+        size = num_examples or 0
+        new = [{"num_examples": size, "sample": None if sample is None else sample(size)}]
+        shared = {name: value for name, value in identity.items() if name != "checkpoints"}
+        content = {"identity": shared, "shard_size": shard_size, "data": new}
+
+        self.directory = path = local_directory(directory, "store")
+
+        def extend(manifest: dict[str, Any], content: dict[str, Any]) -> dict[str, Any] | None:
+            settled = settled_parts(path, manifest) or (manifest["data"] if read_only else None)
+            parts = None if settled is None else parts_with(settled, num_examples, sample)
+            return None if parts is None else content | {"data": parts}
+
+        self.checkpoints: list[str] = identity["checkpoints"]
+        self.num_checkpoints = len(self.checkpoints)
+        self.first = [self.checkpoints.index(key) for key in dict.fromkeys(self.checkpoints)]
+        folders = {self.folder(checkpoint).name for checkpoint in self.first}
+        self._directory = ClaimedDirectory(
+            directory,
+            KIND,
+            content,
+            describe_difference,
+            user,
+            read_only,
+            extend,
+            overwrite,
+            own=lambda path: "/" not in path or path.split("/")[0] in folders,
+        )
+        manifest = self._directory.manifest
         self.shard_size: int = manifest["shard_size"]
-        self.num_checkpoints = len(manifest["identity"]["checkpoints"])
-        self.num_shards = -(-self.num_examples // self.shard_size)
+        self._parts: list[dict[str, Any]] = manifest["data"]
+        self.num_examples: int = self._parts[-1]["num_examples"]
+        self._ranges = ShardRanges([part["num_examples"] for part in self._parts], self.shard_size)
+        self.num_shards = self._ranges.count
+        self.key = _digest([manifest["identity"], self._parts[0]])
         self._k: int | None = None  # features per example, known once a shard was read or written
 
     @staticmethod
@@ -99,13 +132,30 @@ class FeatureStore:
         """
         return read_manifest(directory, KIND)
 
+    @staticmethod
+    def size_of(directory: str | Path) -> int:
+        """How many training examples an existing store has."""
+        manifest, path = FeatureStore.read_manifest(directory), local_directory(directory, "store")
+        parts = settled_parts(path, manifest) or manifest["data"]
+        return int(parts[-1]["num_examples"])
+
     def shard(self, index: int) -> range:
         """The positions of the examples of a shard."""
-        start = index * self.shard_size
-        return range(start, min(start + self.shard_size, self.num_examples))
+        return self._ranges[index]
 
-    def _path(self, checkpoint: int, name: str) -> Path:
-        return self.directory / f"checkpoint-{checkpoint:04d}" / f"{name}.safetensors"
+    @property
+    def begun_with(self) -> int:
+        """The number of examples that the store began with. Fits are to these."""
+        return int(self._parts[0]["num_examples"])
+
+    def release(self) -> None:
+        """Let other runs write to the store, or grow it. It can still be read."""
+        self._directory.release()
+
+    def _key_of(self, shard: int) -> str:
+        """A digest of what the features of a shard depend on, other than the checkpoint."""
+        part = self._ranges.part(shard)
+        return _digest([self.key, *self._parts[1 : part + 1]]) if part else self.key
 
     def _shard_path(self, checkpoint: int, shard: int) -> Path:
         return self._path(checkpoint, f"shard-{shard:05d}")
@@ -133,14 +183,14 @@ class FeatureStore:
 
     def begun(self) -> dict[int, int]:
         """The number of the first existing shard, for each checkpoint that has any."""
-        there = {c: sorted(set(range(self.num_shards)) - set(self.missing(c))) for c in range(self.num_checkpoints)}
+        there = {c: sorted(set(range(self.num_shards)) - set(self.missing(c))) for c in self.first}
         return {checkpoint: shards[0] for checkpoint, shards in there.items() if shards}
 
     @property
     def data(self) -> str | None:
         """The digest of a few items of the training data; None if they differed when they were loaded twice."""
-        found: str | None = self._directory.manifest["identity"].get("data")
-        return found
+        found: list[str] | None = self._parts[-1]["sample"]
+        return None if found is None else found[0]
 
     @property
     def repeatable(self) -> bool:
@@ -153,20 +203,31 @@ class FeatureStore:
         found: str | None = self._directory.manifest["identity"].get("precision")
         return found
 
+    @property
+    def complete(self) -> bool:
+        """Whether every shard exists."""
+        return not any(self.missing(checkpoint) for checkpoint in self.first)
+
     def require_complete(self) -> None:
         """Check that every shard exists.
 
         Raises:
             RuntimeError: if shards are missing. The error says how many.
         """
-        missing = sum(len(self.missing(checkpoint)) for checkpoint in range(self.num_checkpoints))
-        if missing:
-            raise RuntimeError(
-                f'store "{self.directory}" lacks {missing} of {self.num_shards * self.num_checkpoints} shards;'
-                " call featurize again to finish it before scoring"
-            )
+        missing = [len(self.missing(checkpoint)) for checkpoint in self.first]
+        if not any(missing):
+            return
+        empty = [c for c, count in zip(self.first, missing, strict=True) if count == self.num_shards]
+        others = {path.name for path in self.directory.glob("checkpoint-*")} - {self.folder(c).name for c in empty}
+        about = f", all those at {counted(len(empty), 'checkpoint')}: {', '.join(map(str, empty))}" if empty else ""
+        if empty and others:
+            about += f", whose weights or buffers it does not have (it has {len(others)} other checkpoints)"
+        raise RuntimeError(
+            f'store "{self.directory}" lacks {sum(missing)} of {self.num_shards * len(self.first)} shards{about};'
+            " call featurize again to finish it before scoring"
+        )
 
-    def write(self, checkpoint: int, shard: int, rows: Features, engine: str = "") -> None:
+    def write(self, checkpoint: int, shard: int, rows: Features, engine: str = "", skipped: Sequence[int] = ()) -> None:
         """Write a complete shard.
 
         Args:
@@ -174,6 +235,7 @@ class FeatureStore:
             shard: the number of the shard.
             rows: the rows of all its examples. They are rounded here, if the store's dtype is one of integers.
             engine: the engine that computed the gradients, see :meth:`engine_of`.
+            skipped: positions of examples whose features are not finite. Their rows are zeros.
 
         Raises:
             ValueError: if the number of rows is not that of the shard's examples, or they do not fit the store.
@@ -194,8 +256,14 @@ class FeatureStore:
             "dtype": stored.dtype.name,
             "k": stored.k,
             "rounding_error": stored.rounding_error(rows),
+            "skipped": list(skipped),
         }
-        save_tensors(path, stored.tensors, checkpoint=checkpoint, name=path.stem, key=self.key, engine=engine, **about)
+        place: dict[str, Any] = {
+            "checkpoint": self.checkpoints[checkpoint],
+            "name": path.stem,
+            "key": self._key_of(shard),
+        }
+        save_tensors(path, stored.tensors, **place, engine=engine, **about)
 
     def read(self, checkpoint: int, shard: int) -> Features:
         """The rows of a shard. Features that are stored as integers are decoded; see :meth:`read_stored` for the rest.
@@ -214,9 +282,9 @@ class FeatureStore:
             OSError: if the file cannot be read.
         """
         path = self._shard_path(checkpoint, shard)
-        with _advice():
+        with advice():
             tensors, metadata = self._load(path)
-            _require_place(path, metadata, checkpoint, self.key, **SHARD_HEADER)
+            require_place(path, metadata, self.checkpoints[checkpoint], self._key_of(shard), **SHARD_HEADER)
             dtype = feature_dtype(metadata["dtype"])
             if self._dtype not in (None, dtype):
                 raise altered(path, f"its features are {dtype.name}, not {self._dtype and self._dtype.name}")
@@ -246,126 +314,34 @@ class FeatureStore:
         """The engine that computed the gradients of a shard, see :meth:`write`."""
         return str(self._shard_metadata(checkpoint, shard)["engine"])
 
+    @property
+    def skipped(self) -> list[int]:
+        """Positions of the examples that have no features at one or more of the checkpoints, in order."""
+        found: set[int] = set()
+        for checkpoint in self.first:
+            for shard in set(range(self.num_shards)) - set(self.missing(checkpoint)):
+                found.update(self.skipped_of(checkpoint, shard))
+        return sorted(found)
+
+    def skipped_of(self, checkpoint: int, shard: int) -> list[int]:
+        """Positions of the examples of a shard that have no features, see :meth:`write`."""
+        skipped: list[int] = self._shard_metadata(checkpoint, shard)["skipped"]
+        return skipped
+
     def _shard_metadata(self, checkpoint: int, shard: int) -> dict[str, Any]:
         path = self._shard_path(checkpoint, shard)
-        with _advice():
+        with advice():
             metadata = load_metadata(path)
-            _require_place(path, metadata, checkpoint, self.key, **SHARD_HEADER)
+            require_place(path, metadata, self.checkpoints[checkpoint], self._key_of(shard), **SHARD_HEADER)
         return metadata
 
-    def write_extra(self, checkpoint: int, name: str, tensors: dict[str, Tensor], key: str = "") -> None:
-        """Write tensors that belong to a checkpoint as a whole. ``key`` identifies what they were made from."""
-        save_tensors(self._path(checkpoint, name), tensors, checkpoint=checkpoint, name=name, key=key)
-
-    def settle_extra(self, checkpoint: int, name: str, tensors: dict[str, Tensor], key: str = "") -> None:
-        """Write an extra as :meth:`write_extra` does, unless another process was faster. Read it before you use it.
-
-        Processes that make it from the same data may round differently, and all must use the same one.
-        """
-        try:
-            save_tensors(self._path(checkpoint, name), tensors, False, checkpoint=checkpoint, name=name, key=key)
-        except FileExistsError:
-            if self.read_extra(checkpoint, name, key) is None:  # it is damaged
-                self.write_extra(checkpoint, name, tensors, key)
-
-    def remove_extra(self, name: str) -> None:
-        """Remove an extra of all checkpoints, because it must be made again."""
-        for checkpoint in range(self.num_checkpoints):
-            self._path(checkpoint, name).unlink(missing_ok=True)
-
-    def read_extra(self, checkpoint: int, name: str, key: str = "") -> dict[str, Tensor] | None:
-        """Read tensors that :meth:`write_extra` wrote.
-
-        Returns:
-            The tensors. None if nothing was written with this ``key``. A damaged file gives a warning and None, because
-            an extra can be made again.
-        """
-        path = self._path(checkpoint, name)
-        if not path.exists():
-            return None
-        try:
-            metadata = load_metadata(path)
-            if metadata.get("key") != key:
-                return None
-            _require_place(path, metadata, checkpoint, key)
-            return self._load(path)[0]
-        except DamagedFileError as error:
-            warnings.warn(f"{error}, so it counts as lost", stacklevel=2)
-            return None
-
-    def settle_engine(self, engine: str | None = None) -> str | None:
-        """Settle the engine of all runs on this store. The first run that names an engine decides.
-
-        Args:
-            engine: this process's choice; None if it has none.
-
-        Returns:
-            The engine of the store; None if none is chosen yet.
-
-        Raises:
-            ValueError: if the engine file is damaged.
-        """
-        if engine is not None:
-            with suppress(FileExistsError):  # another run or process was faster
-                write_json(self._engine_path, {"engine": engine, "refuted": {}}, replace=False)
-        found: str | None = self._engines()["engine"]
-        return found
-
-    def refute_engine(self, engine: str, reason: str, successor: str) -> None:
-        """Note that an engine gets gradients of this model wrong. Its shards count as missing from now on.
-
-        Args:
-            engine: the engine that is wrong.
-            reason: what it got wrong.
-            successor: the engine that computes gradients from now on.
-        """
-        write_json(self._engine_path, {"engine": successor, "refuted": self.refuted_engines() | {engine: reason}})
-
-    def refuted_engines(self) -> dict[str, str]:
-        """The engines that get gradients of this model wrong, by name, each with what it got wrong."""
-        refuted: dict[str, str] = self._engines()["refuted"]
-        return refuted
-
-    @property
-    def _engine_path(self) -> Path:
-        return self.directory / f"engine-{self.key[:16]}.json"
-
-    def _engines(self) -> dict[str, Any]:
-        if not self._engine_path.exists():
-            return {"engine": None, "refuted": {}}
-        with _advice():
-            found: dict[str, Any] = read_json(self._engine_path, ENGINE)
-        return found
-
-    def digest(self, checkpoint: int) -> str:
-        """A digest of all features of a checkpoint. It changes when a shard changes."""
-        with _advice():
-            sums = [load_metadata(self._shard_path(checkpoint, shard))["sha256"] for shard in range(self.num_shards)]
+    def digest(self, checkpoint: int, num_shards: int | None = None) -> str:
+        """A digest of all features of a checkpoint, or of its first shards. It changes when a shard changes."""
+        shards = range(self.num_shards if num_shards is None else num_shards)
+        with advice():
+            sums = [load_metadata(self._shard_path(checkpoint, shard))["sha256"] for shard in shards]
         return tensor_digest({"sums": torch.frombuffer(bytearray("".join(sums), "ascii"), dtype=torch.uint8)})
 
-    def _load(self, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        status = path.stat()
-        seen = (path.resolve(), status.st_size, status.st_mtime_ns)
-        loaded = load_tensors(path, verify=seen not in self._verified)
-        self._verified.add(seen)
-        return loaded
 
-
-@contextmanager
-def _advice() -> Iterator[None]:
-    try:
-        yield
-    except DamagedFileError as error:
-        raise ValueError(f"{error}; delete it and call featurize again") from error
-
-
-def _require_place(path: Path, metadata: dict[str, Any], checkpoint: int, key: str, **others: schemas.Schema) -> None:
-    """Check that a file is what its name says, and was not moved or copied from elsewhere."""
-    try:
-        schemas.record({**HEADER, **others})("its header", metadata)
-    except ValueError as error:
-        raise altered(path, str(error)) from error
-    found, wanted = (metadata["checkpoint"], metadata["name"], metadata["key"]), (checkpoint, path.stem, key)
-    if found != wanted:
-        store = "this store" if found[2] == key else "another store"
-        raise DamagedFileError(path, f"holds {found[1]} of checkpoint {found[0]} of {store}")
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

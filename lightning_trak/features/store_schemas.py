@@ -4,18 +4,34 @@ from typing import Any
 
 from lightning_trak.features.dtypes import NAMES
 from lightning_trak.storage import schemas
-from lightning_trak.storage.claims import DirectoryKind
+from lightning_trak.storage.manifests import DirectoryKind
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 _MAX_SIZE = 1 << 40
+
+
+def _sample(field: str, value: Any) -> None:
+    if value is not None:
+        schemas.items(schemas.sha256, least=1)(field, value)
+
+
+_PARTS = schemas.items(schemas.record({"num_examples": schemas.integer(1, _MAX_SIZE), "sample": _sample}), least=1)
+
+
+def _data(field: str, value: Any) -> None:
+    _PARTS(field, value)
+    for number, part in enumerate(value[1:]):
+        if part["num_examples"] <= value[number]["num_examples"]:
+            raise ValueError(f"{field}[{number + 1}].num_examples must be greater than that before it")
+
 
 _SEALED = schemas.sealed(
     {
         "format": schemas.integer(FORMAT_VERSION, FORMAT_VERSION),
-        "num_examples": schemas.integer(1, _MAX_SIZE),
         "shard_size": schemas.integer(1, _MAX_SIZE),
+        "data": _data,
         "identity": schemas.record(
-            {"checkpoints": schemas.items(schemas.anything, least=1)},
+            {},
             optional={
                 "dtype": schemas.one_of(*NAMES),
                 "parameters": schemas.parameters,
@@ -40,11 +56,18 @@ KIND = DirectoryKind(
     results="checkpoint-*/shard-*",
     results_name="shards",
     settled=("shard_size",),
+    growing=("data",),
+    files=(
+        r"engine-[0-9a-f]{16}\.json",
+        r"examples\.safetensors",
+        r"checkpoint-[^/]{1,16}/(shard-\d{5,}|context|projection|gram-(gauss_newton|identity)|kernel(-\d{5,})?)\.safetensors",
+    ),
+    readers="readers.lock",
 )
 HEADER = {
     "sha256": schemas.sha256,
     "checksum": schemas.sha256,
-    "checkpoint": schemas.integer(0, _MAX_SIZE),
+    "checkpoint": schemas.text(),
     "name": schemas.text(),
     "key": schemas.text(),
 }
@@ -53,6 +76,7 @@ SHARD_HEADER = {
     "dtype": schemas.one_of(*NAMES),
     "k": schemas.integer(1, _MAX_SIZE),
     "rounding_error": schemas.number(0, 1e3),
+    "skipped": schemas.items(schemas.integer(0, _MAX_SIZE)),
 }
 ENGINES = ("hooks", "functional", "loop")
 ENGINE = schemas.record(

@@ -5,14 +5,16 @@ from pathlib import Path
 import lightning as L
 import torch
 from torch import nn
-from typing_extensions import override
+from typing_extensions import Unpack, override
 
 from lightning_trak.checks import require_one_of
 from lightning_trak.features.engines import EngineName
+from lightning_trak.features.featurizing import Featurizing
 from lightning_trak.features.rows import Features
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.gradients import ParameterSelection
-from lightning_trak.methods.feature import Checkpoints, FeatureMethod
+from lightning_trak.methods.feature import FeatureMethod
+from lightning_trak.methods.options import Checkpoints
 from lightning_trak.methods.rescoring import ExactScores
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.projections.factors import GradientFactors
@@ -112,7 +114,11 @@ class ExactKernel(FeatureMethod):
 
     @override
     def featurize(
-        self, trainer: L.Trainer | None = None, data: Data | None = None, shard_size: int | None = None
+        self,
+        trainer: L.Trainer | None = None,
+        data: Data | None = None,
+        shard_size: int | None = None,
+        **how: Unpack[Featurizing],
     ) -> None:
         """Store the gradients of the training set and their inner products. An interrupted call is continued.
 
@@ -121,6 +127,7 @@ class ExactKernel(FeatureMethod):
                 single device.
             data: as for TRAK. Examples that have positions, such as tokens, must all have one length.
             shard_size: as for TRAK.
+            **how: as for TRAK.
 
         Raises:
             ValueError: if the store was made with other settings, a gradient is not finite, an example has more
@@ -128,10 +135,11 @@ class ExactKernel(FeatureMethod):
         """
         trainer = trainer_of(trainer)
         require_whole_parameters(trainer)
-        super().featurize(trainer, data, shard_size)
+        super().featurize(trainer, data, shard_size, **how)
         pipeline = self._pipeline()
-        scorer = self.make_scorer(pipeline.open(pipeline.copy_model(), trainer))
-        scorer.make_kernels(trainer.strategy.root_device, Ranks.of(trainer))
+        store, ranks = pipeline.open(pipeline.copy_model(), trainer), Ranks.of(trainer)
+        if how.get("part") is None or ranks.all_true(store.complete):  # else the last part makes the kernels
+            self.make_scorer(store).make_kernels(trainer.strategy.root_device, ranks)
 
     @override
     def _require_trainer(self, trainer: L.Trainer) -> None:

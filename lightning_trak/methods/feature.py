@@ -1,19 +1,19 @@
 """The base class of all methods over stored gradient features: from a model, checkpoints and a store to scores."""
 
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, ClassVar, TypedDict, cast
+from typing import Any, ClassVar, cast
 
 import lightning as L
 from torch import Tensor, nn
-from typing_extensions import override
+from typing_extensions import Unpack, override
 
 from lightning_trak.checkpoints.of_model import checkpoints_of
-from lightning_trak.checkpoints.reading import CheckpointSource, masks_of
+from lightning_trak.checkpoints.reading import masks_of
 from lightning_trak.compatibility import original_module
 from lightning_trak.features.dtypes import Dtype, feature_dtype
 from lightning_trak.features.engines import EngineName
+from lightning_trak.features.featurizing import Featurizing
 from lightning_trak.features.identity import Contents
 from lightning_trak.features.model import ModelCopy
 from lightning_trak.features.pipeline import FeaturePipeline
@@ -21,6 +21,7 @@ from lightning_trak.features.rows import Features
 from lightning_trak.features.settings import FeatureSettings
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.gradients import ParameterSelection
+from lightning_trak.methods.options import Checkpoints
 from lightning_trak.methods.scored import ScoredMethod
 from lightning_trak.methods.token_scores import TokenMethod
 from lightning_trak.outputs import ModelOutput
@@ -32,21 +33,6 @@ from lightning_trak.running.strategies import refuse_spawning
 from lightning_trak.running.trainers import trainer_of
 from lightning_trak.scoring.predict import ScoreModule
 from lightning_trak.storage.paths import local_directory
-
-Checkpoints = Sequence[CheckpointSource] | CheckpointSource  # in this order a command line can tell them apart
-
-
-class FeatureOptions(TypedDict, total=False):
-    """The keyword arguments of all methods over features, see :class:`FeatureMethod`."""
-
-    output: ModelOutput | None
-    projection: Projection | None
-    parameters: ParameterSelection
-    engine: EngineName
-    seed: int
-    dtype: Dtype | None
-    weights_only: bool
-    audit: int
 
 
 class FeatureMethod(ScoredMethod, TokenMethod):
@@ -107,9 +93,16 @@ class FeatureMethod(ScoredMethod, TokenMethod):
 
     @override
     def featurize(
-        self, trainer: L.Trainer | None = None, data: Data | None = None, shard_size: int | None = None
+        self,
+        trainer: L.Trainer | None = None,
+        data: Data | None = None,
+        shard_size: int | None = None,
+        **how: Unpack[Featurizing],
     ) -> None:
-        """Compute and store the features of the training set at every checkpoint. An interrupted call is continued.
+        """Compute and store the features of the training set at every checkpoint, as far as the store lacks them.
+
+        So an interrupted call is continued, and the store can grow: by checkpoints, and by examples at the end of the
+        data.
 
         Args:
             trainer: a Trainer whose strategy keeps the whole model on each rank (one device, DDP), or shards it with
@@ -121,12 +114,14 @@ class FeatureMethod(ScoredMethod, TokenMethod):
                 without random augmentation.
             shard_size: examples per file if the store is new. A rank does a whole file at a time. Default: about 1024,
                 or a quarter of the data if that is less.
+            **how: ``overwrite``, ``on_nan`` and ``part``, see
+                :class:`~lightning_trak.features.featurizing.Featurizing`.
 
         Raises:
             ValueError: if the store was made with other settings, an example's features are not finite, the strategy
                 splits the model in another way, or it shards a model that hooks do not cover.
         """
-        self._pipeline().featurize(trainer_of(trainer), data, shard_size, self._require_enough)
+        self._pipeline().featurize(trainer_of(trainer), data, shard_size, self._require_enough, **how)
         self._train = data
 
     def target_features(self, trainer: L.Trainer | None = None, data: Data | None = None) -> list[Features]:
@@ -174,6 +169,12 @@ class FeatureMethod(ScoredMethod, TokenMethod):
         scorer.fit(trainer.strategy.root_device, ranks)
         return scorer.self_scores(ranks)
 
+    @property
+    def skipped(self) -> list[int]:
+        """Positions of the training examples that ``featurize(on_nan="skip")`` has left out, in order."""
+        pipeline = self._pipeline()
+        return pipeline.open(pipeline.copy_model()).skipped
+
     @override
     def label_suspicion(self, trainer: L.Trainer | None = None, train: Data | None = None) -> Tensor:
         """Call :meth:`featurize`, which does nothing if the store is complete; then the size of the self-influence."""
@@ -197,7 +198,7 @@ class FeatureMethod(ScoredMethod, TokenMethod):
     @override
     def _num_train(self) -> int | None:
         with suppress(FileNotFoundError):
-            return int(FeatureStore.read_manifest(self.store)["num_examples"])
+            return FeatureStore.size_of(self.store)
         return None
 
     @override
@@ -205,7 +206,7 @@ class FeatureMethod(ScoredMethod, TokenMethod):
         pipeline = self._pipeline()
         model = pipeline.copy_model()
         with suppress(FileNotFoundError):  # scores may come from elsewhere
-            pipeline.open(model)  # raises if the store, and so the scores, are of other weights
+            pipeline.open(model).require_complete()  # raises if the store, and so the scores, are of other weights
         return model
 
     @override

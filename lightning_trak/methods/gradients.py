@@ -12,8 +12,9 @@ from typing_extensions import Unpack, override
 from lightning_trak.checks import require_one_of
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.gradients import select_parameters
-from lightning_trak.methods.feature import Checkpoints, FeatureMethod, FeatureOptions
+from lightning_trak.methods.feature import FeatureMethod
 from lightning_trak.methods.learning_rates import LearningRates, resolve_learning_rates
+from lightning_trak.methods.options import Checkpoints, FeatureOptions
 from lightning_trak.running.data import Data
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.running.trainers import trainer_of

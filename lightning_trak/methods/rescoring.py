@@ -85,6 +85,12 @@ class SecondStage:
                 "rescore adds the gradients of targets up, but scores that soft_threshold moves towards zero are no"
                 " sums: leave aggregate out, or take soft_threshold=0"
             )
+        if store.skipped:
+            raise ValueError(
+                f'rescore passes over all training data, but store "{store.directory}" has left out'
+                f" {len(store.skipped)} examples whose gradients are not finite: score without rescore, or take these"
+                " examples out of the data"
+            )
         require_stored_data(self.train.loader, store, "rescore")
         if self.exact.damping == 0 and store.num_examples < num_parameters:
             raise ValueError(
@@ -121,6 +127,7 @@ class SecondStage:
                 converge.
         """
         found = [_Candidates(each, passes.dtype) for each in candidates]
+        passes.begun_with = store.begun_with
         if self.exact.damping == "auto":
             passes.agreement = stored_noise(store, [None] * store.num_checkpoints).agreement
         for checkpoint in range(store.num_checkpoints):

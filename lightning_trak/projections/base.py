@@ -36,7 +36,7 @@ class Projection(ABC):
         Args:
             shapes: shape of each parameter, by name, in the order of the features.
             seed: any non-negative integer.
-            checkpoint: index of the checkpoint.
+            checkpoint: a number of the checkpoint, at least 0. Equal checkpoints have equal numbers.
             device: the device of gradients and features.
 
         Returns:

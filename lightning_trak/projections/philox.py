@@ -73,7 +73,7 @@ class Stream:
         Args:
             purpose: what the words are used for, such as the kind of projection.
             seed: any non-negative integer.
-            checkpoint: index of the checkpoint.
+            checkpoint: a number of the checkpoint.
             name: name of the parameter.
 
         Returns:

@@ -101,7 +101,7 @@ class BoundPrincipalProjection(BoundProjection):
         landmarks = Landmarks(self._config.landmarks, self._sketch.dim, self._device)
         for batch in batches:
             sketches, curvatures = batch.project(self._sketch)
-            if curvatures.min() < 0:
+            if (curvatures < 0).any():
                 raise ValueError(
                     f"the second derivative of the loss is negative ({float(curvatures.min()):g}) for some training"
                     " example; PrincipalProjection needs a loss that is convex in the output: use SparseProjection"

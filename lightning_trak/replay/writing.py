@@ -41,26 +41,40 @@ class RecordingWriter:
         """The number of steps so far, those in memory included."""
         return stop_of(self._manifest) + len(self._steps)
 
-    def begin(self, run: dict[str, Any], environment: dict[str, Any]) -> str:
+    def begin(
+        self, run: dict[str, Any], environment: dict[str, Any], start: str | None = None, overwrite: bool = False
+    ) -> str:
         """Start the recording of a new run, and hold the directory until :meth:`close`.
 
         Args:
             run: what is trained, see :attr:`Recording.run`.
             environment: versions and hardware.
+            start: the identifier of all runs that start from the same state, if such a run may take the directory of
+                another one; None: the run gets an identifier of its own.
+            overwrite: whether to delete the recording of another run.
 
         Returns:
-            The new run's identifier.
+            The run's identifier.
 
         Raises:
             ValueError: if the directory holds a recording already, or another run is writing to it.
         """
         self._hold()
         existing = self._existing()
-        if existing is not None and existing["parts"]:
+        identifier = uuid.uuid4().hex if start is None else start
+        others = [] if existing is None else existing["parts"]
+        if existing is not None and others and existing["id"] != start and not overwrite:
             self.close()
             raise ValueError(self._occupied(existing))
-        identifier = uuid.uuid4().hex
+        if others and self._lock is None:
+            self.close()
+            raise ValueError(
+                f'"{self.path}" is on a file system without locks, so that nobody can tell whether another run writes'
+                " there; delete its recording yourself, or use another directory"
+            )
         self._start(identifier, run, [environment | {"first": 0}], [])
+        for part in others:
+            (self.path / part["file"]).unlink(missing_ok=True)
         return identifier
 
     def resume(self, runs: Sequence[str], step: int, run: dict[str, Any], environment: dict[str, Any]) -> str:
@@ -196,7 +210,8 @@ class RecordingWriter:
     def _occupied(self, manifest: dict[str, Any]) -> str:
         return (
             f'"{self.path}" holds the recording of another run, of {stop_of(manifest)} steps; use another directory,'
-            " delete this one, or continue that run with trainer.fit(ckpt_path=...) from a checkpoint that it saved"
+            " overwrite=True to delete it, or exist_ok=True in both runs if this one starts again from the same state;"
+            " or continue that run with trainer.fit(ckpt_path=...) from a checkpoint that it saved"
         )
 
     def _start(

@@ -23,7 +23,6 @@ from lightning_trak.outputs.mixin import declared_output
 from lightning_trak.retraining.ensembles import FleetSplit, split_members
 from lightning_trak.retraining.identity import describe_loader, describe_module, describe_trainer
 from lightning_trak.retraining.members import Member, MemberStore
-from lightning_trak.retraining.parts import Part, share
 from lightning_trak.retraining.training import (
     FactoryError,
     NothingTwice,
@@ -36,6 +35,7 @@ from lightning_trak.retraining.vectorized import require_trainable_together, tra
 from lightning_trak.running.content import fingerprint
 from lightning_trak.running.loaders import as_loader
 from lightning_trak.running.loading import batch_size_of, load
+from lightning_trak.running.parts import Part, share
 from lightning_trak.running.trainers import quiet
 from lightning_trak.storage.paths import local_directory
 from lightning_trak.texts.display import Displayed
@@ -79,6 +79,8 @@ class RetrainingFleet(Displayed):
             Dataset), collate function, workers and ``drop_last`` of ``train``, always in random order.
         keep_weights: whether to keep the final weights of each member, so that :meth:`split` can make checkpoints of
             them. Members of a fleet that ran without are trained again, to the same outputs.
+        overwrite: whether to delete the members of another fleet that the directory holds. A fleet with the same
+            settings is continued. Other files stay, and so does a fleet that another process uses.
 
     Attributes:
         masks: as given.
@@ -115,6 +117,7 @@ class RetrainingFleet(Displayed):
         output: ModelOutput | None = None,
         make_loader: Callable[[Dataset[Any]], DataLoader[Any]] | None = None,
         keep_weights: bool = False,
+        overwrite: bool = False,
     ) -> None:
         self.directory = local_directory(directory, "fleet")
         self.make_module = make_module
@@ -122,6 +125,7 @@ class RetrainingFleet(Displayed):
         self.num_seeds = num_seeds
         self.seed = seed
         self.keep_weights = keep_weights
+        self._overwrite = overwrite
         self._nothing_twice = NothingTwice()
         with seeded(seed), quiet():
             module, trainer = self._new_module(), self._new_trainer()
@@ -165,7 +169,8 @@ class RetrainingFleet(Displayed):
         Raises:
             ValueError: if the directory holds a fleet of other data, subsets or settings, naming the first difference.
         """
-        return MemberStore(self.directory, self._identity, self.masks, keeps_weights=self.keep_weights)
+        settings = {"keeps_weights": self.keep_weights, "overwrite": self._overwrite}
+        return MemberStore(self.directory, self._identity, self.masks, **settings)
 
     @property
     def outputs(self) -> Tensor:

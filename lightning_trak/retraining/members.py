@@ -30,7 +30,7 @@ from torch import Tensor
 from lightning_trak.checkpoints.subsets import TrainingSubset
 from lightning_trak.checkpoints.weights import read_about, without_extra_state, write_safetensors
 from lightning_trak.fingerprints import changes, difference
-from lightning_trak.storage.claims import ClaimedDirectory, DirectoryKind, read_manifest
+from lightning_trak.storage.claims import ClaimedDirectory
 from lightning_trak.storage.files import (
     DamagedFileError,
     altered,
@@ -41,6 +41,7 @@ from lightning_trak.storage.files import (
     tensor_digest,
     write_json,
 )
+from lightning_trak.storage.manifests import DirectoryKind, read_manifest
 from lightning_trak.storage.paths import local_directory
 from lightning_trak.storage.schemas import anything, are_same, integer, parameters, record, sealed, sha256, text
 from lightning_trak.texts.display import tuple_line
@@ -74,6 +75,11 @@ _KIND = DirectoryKind(
     results="members/subset-*-seed-*.safetensors",
     results_name="members of a fleet",
     remains=("failures/*.json", "weights/subset-*-seed-*.safetensors"),
+    files=(
+        r"masks\.safetensors",
+        r"(members|weights)/subset-\d{5,}-seed-\d{3,}\.safetensors",
+        r"failures/subset-\d{5,}-seed-\d{3,}\.json",
+    ),
 )
 _NUM_NAMED = 5  # members in a message
 _FAILURE = record({"attempts": _COUNT, "error": text(), "traceback": text()})
@@ -124,6 +130,7 @@ class MemberStore:
         masks: the subsets, bool ``(num_subsets, num_train)``.
         read_only: the fleet must exist, and no file is changed.
         keeps_weights: whether a member is complete only when its weights are there, too.
+        overwrite: whether to delete the members of a fleet with another identity.
 
     Raises:
         FileNotFoundError: if ``read_only`` is true and there is no fleet.
@@ -139,12 +146,15 @@ class MemberStore:
         masks: Tensor,
         read_only: bool = False,
         keeps_weights: bool = False,
+        overwrite: bool = False,
     ) -> None:
         self.masks = masks
         self._keeps_weights = keeps_weights
         digest = tensor_digest({"masks": masks})
         content = {"identity": identity | {"masks": digest}}
-        self._directory = ClaimedDirectory(directory, _KIND, content, self._difference, "one", read_only)
+        self._directory = ClaimedDirectory(
+            directory, _KIND, content, self._difference, "one", read_only, overwrite=overwrite
+        )
         self.directory, self.key = self._directory.path, self._directory.key
         if not read_only:
             self._keep_masks(self.directory / "masks.safetensors", digest)

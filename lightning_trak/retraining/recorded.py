@@ -22,11 +22,11 @@ from lightning_trak.replay.losses import declared_losses
 from lightning_trak.replay.recording import Recording
 from lightning_trak.replay.reweighted import Reweighted
 from lightning_trak.retraining.members import Member, MemberStore
-from lightning_trak.retraining.parts import Part, share
 from lightning_trak.retraining.stacked_run import StackedRun
 from lightning_trak.running.content import sample_digest
 from lightning_trak.running.data import Data, datamodule_of, single_loader
 from lightning_trak.running.environment import rounding_of
+from lightning_trak.running.parts import Part, share
 from lightning_trak.running.random_states import isolated_random_states
 from lightning_trak.running.strategies import require_whole_parameters
 from lightning_trak.storage.paths import local_directory
@@ -57,6 +57,7 @@ class RecordedFleet(Displayed):
         output: the output to keep; default: the model's ``configure_model_output()``.
         losses: ``(module, batch) -> losses`` of shape ``(batch,)``, whose mean ``training_step`` returns; default: the
             loss of the output.
+        overwrite: as for :class:`RetrainingFleet`.
 
     Attributes:
         masks: as given.
@@ -93,6 +94,7 @@ class RecordedFleet(Displayed):
         *,
         output: ModelOutput | None = None,
         losses: Callable[[nn.Module, Any], Tensor] | None = None,
+        overwrite: bool = False,
     ) -> None:
         require_whole_parameters(trainer)
         if trainer.world_size > 1:
@@ -101,6 +103,7 @@ class RecordedFleet(Displayed):
                 ' divide the members among processes by run(part="1/2") and run(part="2/2")'
             )
         self.directory = local_directory(os.fspath(directory), "fleet")
+        self._overwrite = overwrite
         module = original_module(model)
         self.output = copy.deepcopy(declared_output(module, output))
         if self.output.context_size:
@@ -146,7 +149,7 @@ class RecordedFleet(Displayed):
             ValueError: if the directory holds a fleet of another run, other data, masks, hardware or versions, naming
                 the first difference.
         """
-        return MemberStore(self.directory, self._identity, self.masks)
+        return MemberStore(self.directory, self._identity, self.masks, overwrite=self._overwrite)
 
     @property
     def outputs(self) -> Tensor:

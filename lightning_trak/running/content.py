@@ -9,6 +9,9 @@ from lightning_trak.fingerprints.digests import content_digest
 from lightning_trak.running.loading import load
 from lightning_trak.running.random_states import isolated_random_states
 
+_FEW = 8  # items that every call compares
+MANY = 64  # items that a store compares
+
 
 def fingerprint(loader: DataLoader[Any]) -> str | None:
     """A digest of eight items spread over the dataset, as the loader collates them.
@@ -21,19 +24,47 @@ def fingerprint(loader: DataLoader[Any]) -> str | None:
     """
     digest = sample_digest(loader)
     if digest is None:
-        warnings.warn(
-            "items of the training data are not the same twice, perhaps because of random augmentation; their features"
-            " will differ from run to run: give the data without random augmentation",
-            stacklevel=3,
-        )
+        warn_of_random_items()
     return digest
+
+
+def warn_of_random_items() -> None:
+    """Warn that items are not the same when they are loaded again."""
+    warnings.warn(
+        "items of the training data are not the same twice, perhaps because of random augmentation; their features"
+        " will differ from run to run: give the data without random augmentation",
+        stacklevel=4,
+    )
 
 
 def sample_digest(loader: DataLoader[Any]) -> str | None:
     """A digest of eight items spread over the dataset, as the loader collates them; None if a second load differs."""
-    total = len(cast(Any, loader.dataset))
-    sample = sorted({position * (total - 1) // 7 for position in range(8)})
-    with isolated_random_states():
-        twice = load(loader, [sample, sample], num_workers=min(1, loader.num_workers))
-        first, second = map(content_digest, twice)
+    sample = spread(len(cast(Any, loader.dataset)), _FEW)
+    first, second = _digests(loader, [sample, sample])
     return first if first == second else None
+
+
+def prefix_digests(loader: DataLoader[Any], count: int) -> list[str] | None:
+    """Digests of some of the first items of a dataset, as the loader collates them; None if a second load differs.
+
+    Args:
+        loader: the loader.
+        count: how many items are first.
+
+    Returns:
+        :func:`sample_digest` of a dataset that ends there, and a digest of :data:`MANY` items.
+    """
+    few, many = spread(count, _FEW), spread(count, MANY)
+    batches = [many[start : start + _FEW] for start in range(0, len(many), _FEW)]
+    first, second, *more = _digests(loader, [few, few, *batches])
+    return [first, content_digest(more)] if first == second else None
+
+
+def spread(total: int, count: int) -> list[int]:
+    """Positions spread over a dataset, with the first and the last; all of them if there are no more."""
+    return sorted({position * (total - 1) // (count - 1) for position in range(count)})
+
+
+def _digests(loader: DataLoader[Any], batches: list[list[int]]) -> list[str]:
+    with isolated_random_states():
+        return [content_digest(batch) for batch in load(loader, batches, num_workers=min(1, loader.num_workers))]

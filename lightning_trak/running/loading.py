@@ -65,15 +65,16 @@ def _require_batchable(example: Any) -> None:
             )
 
 
-def sample_batches(loader: DataLoader[Any], count: int, key: str) -> list[list[int]]:
+def sample_batches(loader: DataLoader[Any], count: int, key: str, total: int | None = None) -> list[list[int]]:
     """Positions of a uniform sample of a loader's dataset, without replacement, in batches of the loader's size.
 
     Args:
         loader: the loader.
-        count: the size of the sample. If the dataset is not larger, all its positions are taken, in a random order.
+        count: the size of the sample. If there are no more items, all are taken, in a random order.
         key: the seed of the sample.
+        total: how many of the first items to draw from; None: all.
     """
-    total = len(cast(Any, loader.dataset))
+    total = len(cast(Any, loader.dataset)) if total is None else total
     sample = random.Random(key).sample(range(total), min(count, total))
     size = batch_size_of(loader)
     return [sample[start : start + size] for start in range(0, len(sample), size)]

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -131,6 +131,8 @@ class Scorer(ABC):
         rows, sums = self._rows(shards, range(len(directions)), directions[0].device), []
         for shard in shards:
             scores = self.block(directions, shard, rows)
+            if self.skipped is not None:
+                scores.masked_fill_(self._skipped_in(shard).to(scores.device), 0)
             sums.append(scores.sum())
             yield self.store.shard(shard), scores
         # The sum of a shard is not finite if any of its scores is not.
@@ -161,6 +163,32 @@ class Scorer(ABC):
 
         for rows in ahead(read()):
             yield rows.moved(lambda tensor: upload(partial(tensor.to, device, non_blocking=True)))
+
+    @cached_property
+    def skipped(self) -> Tensor | None:
+        """The training examples that featurizing has left out, bool ``(num_train,)``; None if there are none."""
+        positions = self.store.skipped
+        if not positions:
+            return None
+        skipped = torch.zeros(self.store.num_examples, dtype=torch.bool)
+        skipped[positions] = True
+        return skipped
+
+    def _skipped_in(self, shard: int) -> Tensor:
+        assert self.skipped is not None
+        examples = self.store.shard(shard)
+        return self.skipped[examples.start : examples.stop]
+
+    def left_out(self, columns: Sums | None) -> Tensor | None:
+        """The columns of scores that are never among the best, bool: those of skipped examples alone; None: none.
+
+        Args:
+            columns: as for :meth:`score`.
+        """
+        if self.skipped is None or columns is None:
+            return self.skipped
+        valid = columns.numbers[~self.skipped & (columns.numbers >= 0)]
+        return valid.bincount(minlength=columns.count) == 0
 
     @property
     def linear(self) -> bool:
@@ -193,7 +221,8 @@ class Scorer(ABC):
         mine = [shards[number] for number in ranks.share(len(shards))]
         with full_precision(self._device):
             blocks = self.blocks(directions, mine)
-            return collect(blocks, directions[0], self.store.num_examples, top_k, largest, ranks, columns)
+            left_out = None if top_k is None else self.left_out(columns)
+            return collect(blocks, directions[0], self.store.num_examples, top_k, largest, ranks, columns, left_out)
 
     def score_others(
         self,
@@ -290,7 +319,11 @@ class Scorer(ABC):
                 found = self.finish(sums[examples.start : examples.stop], self._loss_gradients_of(shard))
                 self._require_finite(found, examples)
                 scores[examples.start : examples.stop] = found.cpu()
-        return ranks.sum(scores)
+        return self._without_skipped(ranks.sum(scores))
+
+    def _without_skipped(self, scores: Tensor) -> Tensor:
+        """The scores ``(num_train,)``, with zeros for skipped examples."""
+        return scores if self.skipped is None else scores.masked_fill(self.skipped, 0)
 
     def _own_products(self, checkpoint: int, rows: Features) -> Tensor:
         rows = rows._replace(features=self._working(rows.features))

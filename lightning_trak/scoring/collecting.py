@@ -19,6 +19,7 @@ def collect(
     largest: bool | None,
     ranks: Ranks,
     columns: Sums | None,
+    left_out: Tensor | None = None,
 ) -> Scores:
     """All scores, the best few of each target, or sums over training examples.
 
@@ -31,6 +32,7 @@ def collect(
         ranks: the processes that share the blocks; all must call this.
         columns: how scores of training examples are added up; None: each has a column. Best columns are then the best
             sums.
+        left_out: columns that are never among the best, bool, one for each column.
 
     Returns:
         On every rank, on the CPU, scores of shape ``(num_targets, count)`` or ``(num_targets, columns.count)``, or the
@@ -41,12 +43,12 @@ def collect(
         for examples, block in blocks:
             columns.add_(totals, block, examples, 1)
         scores = ranks.sum(totals.to("cpu", like.dtype))
-        return scores if top_k is None else best_of(scores, top_k, largest)
+        return scores if top_k is None else best_of(scores, top_k, largest, left_out)
     if top_k is None:
         return ranks.sum(_all(blocks, like, count))
-    best = Best(top_k, largest)
+    best = Best(top_k if left_out is None else min(top_k, int((~left_out).sum())), largest)
     for examples, block in blocks:
-        best.add(block, examples.start)
+        best.add(block, examples.start, None if left_out is None else left_out[examples.start : examples.stop])
     return best.merged(ranks, like)
 
 

@@ -81,26 +81,25 @@ class ExactKernelScorer(TRAKScorer):
         """
         self.store.require_complete()
         self._device = torch.device("cpu") if device.type == "mps" else device
-        keys = [self._key(checkpoint) for checkpoint in range(self.store.num_checkpoints)]
+        keys = {(c, block): self._key(c, block) for c in self.store.first for block in range(len(self._blocks))}
         missing = [
             (checkpoint, block)
-            for checkpoint, key in enumerate(keys)
-            for block in reversed(range(len(self._blocks)))  # the longest first
-            if self.store.read_extra(checkpoint, _name(block), key) is None
+            for checkpoint, block in sorted(keys, key=lambda place: (place[0], -place[1]))  # the longest first
+            if self.store.read_extra(checkpoint, _name(block), keys[checkpoint, block]) is None
         ]
         missing = ranks.gather(missing)[0]  # a rank may see files that others have just written
         if missing:
-            total = len(self._blocks) * len(keys)
-            rank_zero_info(f"{self.user}: {len(missing)} of {total} blocks of the kernel to do")
+            rank_zero_info(f"{self.user}: {len(missing)} of {len(keys)} blocks of the kernel to do")
         with full_precision(self._device):
             for number in ranks.share(len(missing)):
                 checkpoint, block = missing[number]
                 rows = self._make_block(checkpoint, block)
-                self.store.write_extra(checkpoint, _name(block), {"products": rows.cpu()}, keys[checkpoint])
+                self.store.write_extra(checkpoint, _name(block), {"products": rows.cpu()}, keys[checkpoint, block])
         ranks.barrier()
 
-    def _key(self, checkpoint: int) -> str:
-        return f"{_FORMAT}:{self.store.digest(checkpoint)}"
+    def _key(self, checkpoint: int, block: int) -> str:
+        """What the products of a block of examples and all before it are made from."""
+        return f"{_FORMAT}:{self.store.digest(checkpoint, self._blocks[block].stop)}"
 
     def _make_block(self, checkpoint: int, block: int) -> Tensor:
         """The inner products of a block of examples and all examples up to its last, float64."""
@@ -142,10 +141,10 @@ class ExactKernelScorer(TRAKScorer):
     def _kernel(self, checkpoint: int, ranks: Ranks) -> Tensor:
         """See TRAKScorer. It is put together from its blocks; those that are missing are made."""
         self.make_kernels(self._device, ranks)
-        n, key = self.store.num_examples, self._key(checkpoint)
+        n = self.store.num_examples
         kernel = torch.empty(n, n, dtype=torch.float64)
         for number, examples in self._starts():
-            stored = self.store.read_extra(checkpoint, _name(number), key)
+            stored = self.store.read_extra(checkpoint, _name(number), self._key(checkpoint, number))
             if stored is None:
                 raise RuntimeError(f"block {number} of the kernel has disappeared; score again, which makes it again")
             rows = slice(examples.start, examples.stop)

@@ -148,7 +148,8 @@ def score_targets(
     totals = [total.to(dtype) for total in sums]
     if scorer.linear:
         return scored(totals, top_k)
-    return totals[0] if top_k is None else best_of(totals[0], top_k, largest)
+    left_out = scorer.left_out(columns) if others is None else None
+    return totals[0] if top_k is None else best_of(totals[0], top_k, largest, left_out)
 
 
 def _blocks(loader: DataLoader[Any], bytes_each: int) -> Iterator[range]:

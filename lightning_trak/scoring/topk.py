@@ -96,9 +96,18 @@ class Best:
             (end, None) for end in ((True, False) if largest is None else (largest,))
         ]
 
-    def add(self, scores: Tensor, start: int) -> None:
-        """Take a block of scores ``(num_targets, n)`` whose first column is training example ``start``."""
+    def add(self, scores: Tensor, start: int, left_out: Tensor | None = None) -> None:
+        """Take a block of scores.
+
+        Args:
+            scores: ``(num_targets, n)``, whose first column is training example ``start``.
+            start: its position.
+            left_out: columns that are never among the best, bool, shape ``(n,)``. ``k`` must not be more than there are
+                others in all blocks.
+        """
         for number, (largest, best) in enumerate(self._ends):
+            if left_out is not None:
+                scores = scores.masked_fill(left_out.to(scores.device), -torch.inf if largest else torch.inf)
             block = block_top_k(scores, start, self.k, largest)
             self._ends[number] = largest, block if best is None else merge_top_k([best, block], self.k, largest)
 
@@ -117,10 +126,17 @@ class Best:
         return BothEnds(*found) if self._both else found[0]
 
 
-def best_of(scores: Tensor, k: int, largest: bool | None) -> TopK | BothEnds:
-    """The best of a whole matrix of scores: at one end, or with ``largest=None`` at both."""
-    best = Best(k, largest)
-    best.add(scores, 0)
+def best_of(scores: Tensor, k: int, largest: bool | None, left_out: Tensor | None = None) -> TopK | BothEnds:
+    """The best of a whole matrix of scores: at one end, or with ``largest=None`` at both.
+
+    Args:
+        scores: ``(num_targets, n)``.
+        k: how many at each end; fewer are returned when there are fewer.
+        largest: which end; None: both.
+        left_out: columns that are never among the best, bool, shape ``(n,)``.
+    """
+    best = Best(k if left_out is None else min(k, int((~left_out).sum())), largest)
+    best.add(scores, 0, left_out)
     return best.merged(Ranks(), scores)
 
 

@@ -284,7 +284,7 @@ class TRAKScorer(Scorer):
             found = self.finish(sums[examples.start : examples.stop], self._loss_gradients_of(shard))
             self._require_finite(found, examples)
             scores[examples.start : examples.stop] = found.cpu()
-        return ranks.sum(scores)
+        return self._without_skipped(ranks.sum(scores))
 
     def _weighted(self, solved: Tensor, checkpoint: int, shard: int) -> Tensor:
         weights = self.weights(checkpoint, self.store.read_stored(checkpoint, shard))
@@ -320,10 +320,12 @@ def stored_noise(
         rows = [store.read_stored(checkpoint, shard) for checkpoint in range(store.num_checkpoints)]
         all_seen = torch.ones(len(examples), dtype=torch.bool)
         seen = [all_seen if subset is None else subset.mask[examples.start : examples.stop] for subset in subsets]
+        skipped = {i for checkpoint in store.first for i in store.skipped_of(checkpoint, shard)}
+        kept = [row for row, position in enumerate(examples) if position not in skipped]
         noise.add(
-            torch.stack([part.loss_gradients for part in rows]),
-            torch.stack([part.curvatures for part in rows]),
-            torch.stack(seen),
+            torch.stack([part.loss_gradients for part in rows])[:, kept],
+            torch.stack([part.curvatures for part in rows])[:, kept],
+            torch.stack(seen)[:, kept],
         )
     noise.sums = ranks.sum(noise.sums)
     return noise

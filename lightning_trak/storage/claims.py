@@ -22,6 +22,14 @@ notes of failures, are removed before the manifest is replaced. Workers of a Dat
 process until they see that the process has ended. A process may be killed in the few milliseconds between its lock and
 the new manifest. Another process that opens the directory at this moment may be refused. It can be started again.
 
+A directory may grow: a run with the same identity may extend some fields of the manifest, if all results stay valid
+under the new one. It replaces the manifest in the same way, when no other run is alive.
+
+A run may overwrite: the files of a run with another identity are deleted, and the manifest is replaced. This also needs
+an exclusive lock, on the manifest and on the file that readers share a lock on, so that no other process uses the
+directory. A process that is killed on the way leaves fewer files of the old run, and still its manifest. Only files
+whose names this package gives are deleted.
+
 If the file system has no locks, the first run keeps the directory, since others cannot know whether it is alive. The
 same holds if a user has no permission to lock the manifest.
 """
@@ -33,49 +41,19 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
-from lightning_trak.storage.files import DamagedFileError, json_text, read_json, remove_leftovers, write_atomically
+from lightning_trak.storage.discarding import discard, without_readers
+from lightning_trak.storage.files import json_text, remove_leftovers, write_atomically
 from lightning_trak.storage.locks import Lock
+from lightning_trak.storage.manifests import MANIFEST, DirectoryKind, read_manifest
 from lightning_trak.storage.paths import local_directory
-from lightning_trak.storage.schemas import Schema, anything, are_same, as_json, parse_json, record, with_checksum
-
-MANIFEST = "manifest.json"
+from lightning_trak.storage.schemas import are_same, as_json, parse_json, with_checksum
 
 # The locks of this process, by process id and file. Runs of one process share a lock, and the newest may replace it.
 _held: WeakValueDictionary[tuple[int, int, int], Lock] = WeakValueDictionary()
-
-
-@dataclass(frozen=True)
-class DirectoryKind:
-    """A kind of directory, and what all directories of this kind have in common.
-
-    Attributes:
-        name: its name in the message that there is none, such as ``"feature store"``.
-        short_name: its name in other messages, such as ``"store"``.
-        version: the ``"format"`` in the manifest that this version reads.
-        schema: the schema of the manifest, with a checksum. A function at the top of a module can be pickled.
-        advice: what to do if there is no such directory, such as ``"call featurize first"``.
-        folders: patterns of the folders in the directory that files are written to.
-        results: pattern of result files. If a directory has one, its identity cannot be replaced.
-        results_name: the name of results in messages, such as ``"shards"``.
-        remains: patterns of other files that lose their meaning with the identity.
-        settled: fields of the manifest that the first run decides. Later runs may ask for other values of them.
-    """
-
-    name: str
-    short_name: str
-    version: int
-    schema: Schema
-    advice: str
-    folders: tuple[str, ...]
-    results: str
-    results_name: str
-    remains: tuple[str, ...] = ()
-    settled: tuple[str, ...] = ()
 
 
 class ClaimedDirectory:
@@ -90,6 +68,12 @@ class ClaimedDirectory:
             manifest has, and what this run has.
         user: the name of this run in errors, such as ``"one"`` in "this one has ...".
         read_only: the directory must exist, and it is not changed. Other runs may claim it in the meantime.
+        extend: given the manifest of an existing directory with the same identity and the content of this run, returns
+            the content that this run goes on with. It may differ from the manifest in the fields that grow, and all
+            results must be valid under it. None: the run cannot go on with this directory.
+        overwrite: whether to delete what another run has left.
+        own: if a run with the same identity overwrites: whether a file, given its path in the directory, is its own.
+            Others are deleted, unless another process uses the directory.
 
     Attributes:
         path: the directory.
@@ -112,23 +96,37 @@ class ClaimedDirectory:
         difference: Callable[[str, Any, Any], tuple[str, str]],
         user: str,
         read_only: bool = False,
+        extend: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any] | None] | None = None,
+        overwrite: bool = False,
+        own: Callable[[str], bool] = lambda _: True,
     ) -> None:
         self.path = local_directory(directory, kind.short_name)
-        self._kind, self._difference, self._user = kind, difference, user
+        self._kind, self._difference, self._user, self._extend = kind, difference, user, extend
         self._lock: Lock | None = None
+        self._overwrite, self._own = overwrite, own
         content = as_json(content)
         if read_only:
+            self._lock = self._readers_lock(shared=True)
             self.manifest = read_manifest(directory, kind)
-            self._require_same(content)
+            wanted = self._extended(content)
+            if wanted is content:
+                self._require_same(content)
+            self.manifest |= {field: wanted[field] for field in kind.growing}
         else:
             for folder in (self.path, *(found for pattern in kind.folders for found in self.path.glob(pattern))):
                 remove_leftovers(folder)
             while not self._claim(content):
                 pass
+            if kind.readers is not None and not (self.path / kind.readers).exists():
+                (self.path / kind.readers).touch()
         self.key = hashlib.sha256(json.dumps(self.manifest["identity"], sort_keys=True).encode()).hexdigest()
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_lock": None}  # a copy holds no lock
+        return vars(self) | {"_lock": None, "_extend": None, "_own": None}  # a copy holds no lock, and claims nothing
+
+    def release(self) -> None:
+        """Let others take the directory. Files can still be read."""
+        self._lock = None  # other runs of this process may share it
 
     def require_unchanged(self) -> None:
         """Check that the directory still belongs to this run. Call it before a file is written.
@@ -151,17 +149,27 @@ class ClaimedDirectory:
         if not os.path.lexists(path):
             return self._create(content)
         self.manifest = read_manifest(self.path, self._kind)
+        wanted = self._extended(content)
         try:
             opened = Lock(path)
             lock = _held.get(_key(opened), opened)
-            if lock is not opened and self._is_same(content):
+            if lock is not opened and self._is_same(wanted):
                 self._lock = lock
                 return True
             alone = lock.take(wait=False)
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ESTALE):
                 return False
-            self._require_same(content)  # no locks here
+            # No locks here. At worst, two runs add different data, and one of them is refused when it writes.
+            if self._grows(wanted, content):
+                self._write(wanted, replace=True)
+            elif self._overwrite and not self._is_same(wanted):
+                raise ValueError(
+                    f'{self._kind.short_name} "{self.path}" cannot be overwritten: its file system has no locks, so'
+                    " nobody can tell whether another process uses it; delete it yourself, or use another directory"
+                ) from error
+            else:
+                self._require_same(wanted)
             return True
         try:
             if not alone and not lock.take(shared=True, wait=False):
@@ -172,14 +180,31 @@ class ClaimedDirectory:
             if not lock.is_on(path):
                 return False
             self.manifest = read_manifest(self.path, self._kind)
-            if alone and not self._is_same(content) and not self._has_results():
+            wanted = self._extended(content)
+            if (
+                self._overwrite
+                and not self._grows(wanted, content)
+                and self._discard(alone, self._is_same(wanted))
+                and not self._is_same(wanted)
+            ):
                 self._replace(content)
+                return True
+            if alone and not self._is_same(wanted) and not self._has_results():
+                self._replace(content)
+                return True
+            if alone and self._grows(wanted, content):
+                self._write(wanted, replace=True)
                 return True
             if alone:
                 lock.take(shared=True)
                 if not lock.is_on(path):
                     return False
-            self._require_same(content)
+            if self._grows(wanted, content):
+                raise ValueError(
+                    f'another process is writing to {self._kind.short_name} "{self.path}", so that it cannot grow now;'
+                    " wait until that process has ended"
+                )
+            self._require_same(wanted)
             self._lock = lock
             _held[_key(lock)] = lock
             return True
@@ -188,6 +213,40 @@ class ClaimedDirectory:
                 lock.take(shared=True)  # earlier runs of this process need it
             if self._lock is not opened:
                 opened.close()
+
+    def _discard(self, alone: bool, same: bool) -> bool:
+        """Delete what other runs have left; of a run with the same identity, what is not this run's own.
+
+        Returns:
+            Whether that was possible.
+        """
+        if same and not alone:
+            return False
+        with without_readers(self._readers_lock() if alone else None) as unread:
+            if alone and unread:
+                discard(self.path, self._kind.folders, self._kind.files, self._own if same else lambda _: False)
+            elif not same and self._has_results():
+                raise ValueError(
+                    f'{self._kind.short_name} "{self.path}" cannot be overwritten: another process uses it; wait'
+                    " until that process has ended, or use another directory"
+                )
+        return alone and unread
+
+    def _readers_lock(self, shared: bool = False) -> Lock | None:
+        """The lock that readers share; None if there is none here."""
+        if self._kind.readers is None:
+            return None
+        try:
+            opened = Lock(self.path / self._kind.readers)
+            lock = _held.get(_key(opened), opened)
+            if lock is not opened:
+                opened.close()
+            elif shared:
+                lock.take(shared=True)  # wait: another process may be deleting files
+        except OSError:  # no locks here, or no file
+            return None
+        _held[_key(lock)] = lock
+        return lock
 
     def _create(self, content: dict[str, Any]) -> bool:
         if self._has_results():
@@ -231,13 +290,25 @@ class ClaimedDirectory:
     def _compared(self, content: dict[str, Any]) -> dict[str, Any]:
         apart = ("format", "checksum", "identity", *self._kind.settled)
         identity: dict[str, Any] = content["identity"]
-        return {field: value for field, value in content.items() if field not in apart} | identity
+        return identity | {field: value for field, value in content.items() if field not in apart}
 
     def _differing(self, content: dict[str, Any]) -> list[tuple[str, Any, Any]]:
         """Fields in which this run differs from the manifest: name, value of the manifest, value of this run."""
         stored, wanted = self._compared(self.manifest), self._compared(content)
         fields = [(field, stored.get(field), mine) for field, mine in wanted.items()]
         return [(field, theirs, mine) for field, theirs, mine in fields if not are_same(theirs, mine)]
+
+    def _extended(self, content: dict[str, Any]) -> dict[str, Any]:
+        """The content that this run goes on with in the existing directory; the same object if it cannot."""
+        others = [field for field, *_ in self._differing(content) if field not in self._kind.growing]
+        found = None if self._extend is None or others else self._extend(self.manifest, content)
+        if found is None:
+            return content
+        return as_json(found | {field: self.manifest[field] for field in self._kind.settled})  # type: ignore[no-any-return]
+
+    def _grows(self, wanted: dict[str, Any], content: dict[str, Any]) -> bool:
+        """Whether the directory has to grow for what :meth:`_extended` gave for some content."""
+        return wanted is not content and not self._is_same(wanted)
 
     def _is_same(self, content: dict[str, Any]) -> bool:
         return not self._differing(content)
@@ -250,49 +321,9 @@ class ClaimedDirectory:
         made, have = self._difference(field, theirs, mine)
         raise ValueError(
             f'{self._kind.short_name} "{self.path}" was made with {made}, this {self._user} has {have}; use another'
-            f" directory or the same {field}"
+            f" directory or the same {field}, or overwrite=True, which deletes this {self._kind.short_name}"
         )
 
 
 def _key(lock: Lock) -> tuple[int, int, int]:
     return os.getpid(), *lock.file
-
-
-def read_manifest(directory: str | os.PathLike[str], kind: DirectoryKind) -> dict[str, Any]:
-    """The manifest of a directory.
-
-    Args:
-        directory: the directory.
-        kind: the kind of directory that is expected.
-
-    Raises:
-        FileNotFoundError: if there is no manifest.
-        ValueError: if the manifest is not of this kind, or has another format.
-        OSError: if it cannot be read.
-    """
-    path = local_directory(directory, kind.name) / MANIFEST
-
-    def check(field: str, value: Any) -> None:
-        record({"format": anything}, others=anything)(field, value)
-        if value["format"] == kind.version:
-            kind.schema(field, value)
-
-    try:
-        manifest: dict[str, Any] = read_json(path, check)
-    except FileNotFoundError as error:
-        if path.is_symlink():
-            raise ValueError(
-                f'"{path}" is a link to "{os.readlink(path)}", which does not exist; restore that file, or use another'
-                " directory"
-            ) from error
-        raise FileNotFoundError(f'"{directory}" is not a {kind.name} yet; {kind.advice}') from error
-    except DamagedFileError as error:
-        raise ValueError(
-            f'"{path}" is not the manifest of a {kind.name}: it {error.reason}; restore it, or use another directory'
-        ) from error
-    if manifest["format"] != kind.version:
-        raise ValueError(
-            f'{kind.name} "{directory}" has format {manifest["format"]}; this version reads {kind.version}, so use'
-            " another directory"
-        )
-    return manifest

@@ -46,7 +46,8 @@ def folder(tmp_path_factory):
     assert "class_path: examples.digits.LitDigits" in (folder / "run/logs/version_0/config.yaml").read_text()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        command_line(patch, "featurize", *SMALL)
+        for part in ("2/2", "1/2"):
+            command_line(patch, "featurize", *SMALL, "--part", part, "--on_nan", "skip", "--overwrite", "true")
         command_line(patch, "score", *SMALL)
     return folder
 

@@ -10,13 +10,13 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from lightning_trak import TRAK
-from lightning_trak.features.store import FeatureStore
 from lightning_trak.gradients import LoopEngine, select_parameters
 from lightning_trak.gradients.batch import ExampleBatch
 from lightning_trak.methods import GradientCosine, GradientDot
 from lightning_trak.outputs import ClassificationMargin
 from lightning_trak.projections import GaussianProjection, IdentityProjection, KroneckerProjection, SparseProjection
-from tests.lit import TARGETS, TRAIN, LitNet, attribute, beyond_hooks, make_data, make_model, make_trainer
+from lightning_trak.running import content
+from tests.lit import TARGETS, TRAIN, LitNet, attribute, beyond_hooks, make_data, make_model, make_trainer, open_store
 from tests.zoo import ZOO, specimen
 
 
@@ -35,8 +35,7 @@ def test_target_features_are_the_rows_that_the_store_would_hold(tmp_path, checkp
     trak = TRAK(make_model(), checkpoints, tmp_path, projection=projection, engine="hooks")
     trak.featurize(make_trainer(), DataLoader(TRAIN, batch_size=8), shard_size=8)
     some = Subset(TRAIN, [5, 1, 17])
-    manifest = FeatureStore.read_manifest(tmp_path)
-    store = FeatureStore(tmp_path, manifest["identity"], len(TRAIN), read_only=True)
+    store = open_store(trak, make_trainer())
     for checkpoint, found in enumerate(trak.target_features(make_trainer(), some)):
         stored = [store.read(checkpoint, shard) for shard in range(store.num_shards)]
         for column, columns in zip(found, zip(*stored, strict=True), strict=True):
@@ -123,12 +122,13 @@ def test_integers_on_disk_are_shared_continued_and_no_other_bits(tmp_path, check
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
-def test_a_store_of_integers_notices_other_data(tmp_path, checkpoints, dtype):
+def test_a_store_of_integers_notices_other_data(tmp_path, checkpoints, dtype, monkeypatch):
     """Items that are not among those of the manifest have changed: their features differ from what is stored."""
+    monkeypatch.setattr(content, "MANY", 8)
     TRAK(make_model(), checkpoints[:1], tmp_path, projection=SparseProjection(32), dtype=dtype).featurize(
         make_trainer(), TRAIN, shard_size=5
     )
-    (tmp_path / "checkpoint-0000/shard-00000.safetensors").unlink()
+    next(tmp_path.rglob("shard-00000.safetensors")).unlink()
     changed = TensorDataset(*(column.clone() for column in TRAIN.tensors))
     changed.tensors[0][5:7] += 0.3
     trak = TRAK(make_model(), checkpoints[:1], tmp_path, projection=SparseProjection(32), dtype=dtype)
@@ -253,7 +253,7 @@ def test_every_architecture_end_to_end(tmp_path, name, engine):
     assert scores.shape == (size, size)
     assert bool(scores.isfinite().all())
     if output.context_size:
-        output.set_context(load_file(tmp_path / "checkpoint-0000" / "context.safetensors"))
+        output.set_context(load_file(next(tmp_path.rglob("context.safetensors"))))
     _, gradients = LoopEngine(module, output, select_parameters(module))(ExampleBatch(batch, size))
     found = torch.cat([load_file(path)["features"] for path in sorted(tmp_path.rglob("shard*"))])
     torch.testing.assert_close(found, torch.cat(list(gradients.values()), dim=1), rtol=1e-3, atol=1e-5)

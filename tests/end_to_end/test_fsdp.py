@@ -15,7 +15,7 @@ from lightning_trak.outputs import CausalLMMargin, ContrastiveMargin
 from lightning_trak.projections import KroneckerProjection, PrincipalProjection, SparseProjection
 from lightning_trak.running.ranges import Range, share_out
 from tests.launch import run_together
-from tests.lit import LitNet, OwnLinear, make_checkpoints, make_data, make_trainer
+from tests.lit import LitNet, OwnLinear, make_checkpoints, make_data, make_trainer, stored
 from tests.zoo import TinyGPT
 
 pytestmark = pytest.mark.slow
@@ -230,11 +230,11 @@ def test_features_are_those_of_one_process(runs):
     _, _, root = runs
     one, two = (FeatureStore.read_manifest(root / name) for name in ("one", "net"))
     assert one == two
-    stored = [FeatureStore(root / name, one["identity"], 53) for name in ("one", "net")]
-    assert [store.settle_engine() for store in stored] == ["hooks", "hooks"]
+    stores = [stored(root / name) for name in ("one", "net")]
+    assert [store.settle_engine() for store in stores] == ["hooks", "hooks"]
     for checkpoint in range(2):
         for shard in range(9):
-            for found, expected in zip(*(store.read(checkpoint, shard) for store in stored), strict=True):
+            for found, expected in zip(*(store.read(checkpoint, shard) for store in stores), strict=True):
                 close(found, expected)
 
 

@@ -9,7 +9,7 @@ from lightning_trak.features.extractor import FeatureExtractor
 from lightning_trak.features.model import ModelCopy
 from lightning_trak.outputs import ClassificationMargin, ContrastiveMargin
 from lightning_trak.projections import KroneckerProjection, PrincipalProjection, SparseProjection
-from tests.lit import make_trainer
+from tests.lit import make_trainer, open_store
 
 
 class Pairs(torch.nn.Module):
@@ -73,7 +73,7 @@ def complete(request, tmp_path):
     train, targets = DataLoader(train, batch_size=4), DataLoader(targets, batch_size=4)
     trak.featurize(make_trainer(), train, shard_size=8)
     scores = trak.score(make_trainer(), targets)
-    (path,) = (tmp_path / "checkpoint-0001").glob(f"{name}.safetensors")
+    path = open_store(trak, make_trainer())._path(1, name)
     return path, trak, train, targets, scores
 
 
@@ -135,7 +135,7 @@ def test_another_one_than_the_features_were_made_with_is_refused(complete, monke
 
 def test_a_damaged_gram_matrix_is_made_again(complete):
     _, trak, _, targets, scores = complete
-    (gram,) = (trak.store / "checkpoint-0000").glob("gram-*")
+    (gram,) = open_store(trak, make_trainer()).folder(0).glob("gram-*")
     whole = gram.read_bytes()
     damage(gram)
     with pytest.warns(UserWarning, match=r"gram-.* is truncated or altered .* counts as lost"):

@@ -5,10 +5,11 @@ import threading
 import pytest
 import torch
 
-from lightning_trak.features.finiteness import NotFiniteError
+from lightning_trak.features import sinks
 from lightning_trak.features.rows import Features
 from lightning_trak.features.sinks import ShardWriter
 from lightning_trak.features.store import FeatureStore
+from lightning_trak.running.ranges import Stop
 
 IDENTITY = {
     "seed": 0,
@@ -37,7 +38,7 @@ def test_a_thread_ends_with_its_shard(tmp_path, monkeypatch):
 
     monkeypatch.setattr(FeatureStore, "write", noted)
     given = torch.arange(24.0).view(8, 3)
-    with ShardWriter(store, ["checkpoint 1"]) as writer:
+    with ShardWriter(store, False, Stop()) as writer:
         assert add(writer, 0, given[:4])
         assert add(writer, 1, given[4:])
         threads[0].join(10)
@@ -47,9 +48,40 @@ def test_a_thread_ends_with_its_shard(tmp_path, monkeypatch):
     assert torch.equal(torch.cat([store.read(0, number).features for number in range(2)]), given)
 
 
-def test_an_error_in_a_shard_is_raised_at_the_end(tmp_path):
+def test_an_error_in_a_shard_is_raised_at_the_end(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(FeatureStore, "write", full)
     store = FeatureStore(tmp_path / "store", IDENTITY, num_examples=4, shard_size=4)
-    writer = ShardWriter(store, ["checkpoint 1"])
-    with pytest.raises(NotFiniteError), writer:
-        add(writer, 0, torch.full((4, 3), torch.nan))
-    assert store.missing(0) == [0]
+    writer = ShardWriter(store, False, Stop())
+    with pytest.raises(OSError, match="disk full"), writer:
+        add(writer, 0, torch.zeros(4, 3))
+
+
+@pytest.mark.parametrize("skips", [False, True])
+def test_examples_that_are_not_finite_are_noted(tmp_path, skips, monkeypatch):
+    monkeypatch.setattr(sinks, "_HOPELESS", 8)
+    store, stop = FeatureStore(tmp_path / "store", IDENTITY, num_examples=12, shard_size=4), Stop()
+    given = torch.ones(12, 3)
+    given[[1, 3], 2] = torch.nan
+    given[4:] = torch.inf
+    with ShardWriter(store, skips, stop) as writer:
+        for number in range(3):
+            add(writer, number, given[4 * number : 4 * number + 4])
+    assert not stop.requested
+    assert writer.not_finite.found == {0: [1, 3, *range(4, 12)]}
+    assert store.missing(0) == ([] if skips else [0, 1, 2])
+    assert store.skipped == ([1, 3, *range(4, 12)] if skips else [])
+
+
+@pytest.mark.parametrize("skips", [False, True])
+def test_where_nothing_is_finite_the_loaders_stop(tmp_path, skips, monkeypatch):
+    monkeypatch.setattr(sinks, "_HOPELESS", 8)
+    store, stop = FeatureStore(tmp_path / "store", IDENTITY, num_examples=12, shard_size=4), Stop()
+    requested, writer = [], ShardWriter(store, skips, stop)
+    for number in range(2):
+        with writer:
+            add(writer, number, torch.full((4, 3), torch.nan))
+        requested.append(stop.requested)
+    assert requested == [False, not skips]

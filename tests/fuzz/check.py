@@ -19,6 +19,8 @@ from torch.utils.data import DataLoader
 
 import lightning_trak
 from lightning_trak import GradientDot
+from lightning_trak.checkpoints.names import weights_digest
+from lightning_trak.features.model import stream_of
 from lightning_trak.projections import IdentityProjection, Projection
 from tests.fuzz.data import Collate, Examples
 from tests.fuzz.models import make_checkpoints, make_model, make_output, plain_output, selected
@@ -248,7 +250,8 @@ def check_features(spec: Spec, projection: Projection, engines: tuple[str, ...] 
         found = run.by_engine(engine, projection, compute)
         for number, (features, known) in enumerate(zip(found or [], run.right_targets, strict=bool(found))):
             own = {name: shapes[name] for name in known.rows}
-            bound = projection.bind(own, seed=0, checkpoint=number, device=torch.device("cpu"))
+            stream = stream_of(weights_digest(run.checkpoints[number]))
+            bound = projection.bind(own, seed=0, checkpoint=stream, device=torch.device("cpu"))
             expected = torch.zeros(len(run.targets), bound.dim, dtype=torch.float64)
             for name, rows in known.rows.items():
                 bound.add_(expected, name, rows)

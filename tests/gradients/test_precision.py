@@ -21,7 +21,7 @@ from lightning_trak.gradients.precision import explained_bfloat16
 from lightning_trak.outputs import ClassificationMargin, ContrastiveMargin
 from lightning_trak.projections import IdentityProjection, KroneckerProjection, SparseProjection
 from lightning_trak.retraining import RetrainingFleet, tail_patch
-from tests.lit import TARGETS, TRAIN, make_checkpoints, make_data, make_model, make_trainer
+from tests.lit import TARGETS, TRAIN, make_checkpoints, make_data, make_model, make_trainer, stored
 from tests.zoo import ZOO, specimen
 
 
@@ -40,9 +40,7 @@ def test_scores_in_bfloat16(tmp_path, precision, engine, projection):
     rough = scores(tmp_path / "16", f"bf16-{precision}", projection, engine)
     assert rough.dtype == torch.float32
     assert float(torch.corrcoef(torch.stack([exact.flatten(), rough.flatten()]))[0, 1]) > 0.995
-    manifest = FeatureStore.read_manifest(tmp_path / "16")
-    store = FeatureStore(tmp_path / "16", manifest["identity"], manifest["num_examples"], read_only=True)
-    features = store.read(0, 0).features
+    features = stored(tmp_path / "16").read(0, 0).features
     assert features.dtype == torch.float32
     assert (features != features.bfloat16()).any(), "sums must not be rounded to bfloat16"
 
@@ -186,9 +184,7 @@ def test_a_bfloat16_store_has_the_range_of_float32(tmp_path, scale):
     stores = {}
     for dtype in (torch.float32, torch.bfloat16):
         small_trak(tmp_path / str(dtype), scale, dtype).featurize(make_trainer(), make_data(20))
-        manifest = FeatureStore.read_manifest(tmp_path / str(dtype))
-        store = FeatureStore(tmp_path / str(dtype), manifest["identity"], manifest["num_examples"], read_only=True)
-        stores[dtype] = store.read(0, 0).features
+        stores[dtype] = stored(tmp_path / str(dtype)).read(0, 0).features
     assert stores[torch.float32].any()
     torch.testing.assert_close(stores[torch.bfloat16].float(), stores[torch.float32], rtol=2**-8, atol=0)
 

@@ -11,6 +11,8 @@ from trak.projectors import AbstractProjector
 from trak.score_computers import BasicScoreComputer
 
 from lightning_trak import TRAK
+from lightning_trak.checkpoints.names import weights_digest
+from lightning_trak.features.model import stream_of
 from lightning_trak.gradients import select_parameters
 from lightning_trak.projections import GaussianProjection, Projection, RademacherProjection
 from tests.lit import make_checkpoints, make_data, make_model, make_trainer
@@ -19,15 +21,15 @@ from tests.lit import make_checkpoints, make_data, make_model, make_trainer
 class SharedProjector(AbstractProjector):
     """Gives traker the projection of this package."""
 
-    def __init__(self, projection: Projection, sizes: dict[str, int]) -> None:
+    def __init__(self, projection: Projection, sizes: dict[str, int], streams: list[int]) -> None:
         super().__init__(sum(sizes.values()), projection.dim, 0, "normal", "cpu")
-        self.projection, self.sizes = projection, sizes
+        self.projection, self.sizes, self.streams = projection, sizes, streams
 
     def project(self, grads: dict[str, Tensor], model_id: int) -> Tensor:
         bound = self.projection.bind(
             {name: (size,) for name, size in self.sizes.items()},
             seed=0,
-            checkpoint=model_id,
+            checkpoint=self.streams[model_id],
             device=torch.device("cpu"),
         )
         features = torch.zeros(len(next(iter(grads.values()))), bound.dim)
@@ -58,7 +60,7 @@ def traker_scores(
         train_set_size=len(train),
         save_dir=str(folder),
         device="cpu",
-        projector=SharedProjector(projection, sizes),
+        projector=SharedProjector(projection, sizes, [stream_of(weights_digest(weights)) for weights in checkpoints]),
         score_computer=computer,
         use_half_precision=False,
         logging_level=40,

@@ -7,10 +7,10 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_trak import TRAK
-from lightning_trak.features.store import FeatureStore
 from lightning_trak.outputs import ClassificationMargin
 from lightning_trak.projections import IdentityProjection, KroneckerProjection
 from lightning_trak.projections.principal import PrincipalAxes
+from tests.lit import stored
 
 
 def matrices(length=60, columns=9, count=30, decay=0.6):
@@ -99,8 +99,7 @@ def test_scores_do_not_depend_on_engine_or_batch_size(tmp_path, engine):
 def test_they_keep_inner_products_better_than_random_ones(tmp_path):
     def products(name, projection):
         featurized(tmp_path, name, projection)
-        manifest = FeatureStore.read_manifest(tmp_path / name)
-        store = FeatureStore(tmp_path / name, manifest["identity"], manifest["num_examples"], read_only=True)
+        store = stored(tmp_path / name)
         features = torch.cat([store.read(0, shard).features for shard in range(store.num_shards)])
         return features @ features.T
 

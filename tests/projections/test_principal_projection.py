@@ -7,12 +7,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_trak import TRAK
 from lightning_trak.features.extractor import FeatureExtractor
-from lightning_trak.features.store import FeatureStore
 from lightning_trak.gradients import HookEngine
 from lightning_trak.outputs import ClassificationMargin, RegressionOutput
 from lightning_trak.projections import IdentityProjection, PrincipalProjection, SampleBatch, SparseProjection
 from lightning_trak.projections.landmarks import Landmarks
-from tests.lit import make_trainer
+from tests import lit
+from tests.lit import make_trainer, open_store
 
 CPU = torch.device("cpu")
 SMALL = PrincipalProjection(12, landmarks=20, sample=60, sketch=64)
@@ -207,13 +207,13 @@ def test_the_faster_process_decides(tmp_path, monkeypatch):
 
     def slower(self, batches):
         found.update(fit(self, batches))
-        store = FeatureStore.read_manifest(tmp_path)
-        other = FeatureStore(tmp_path, store["identity"], store["num_examples"])
+        other = open_store(trak, make_trainer())
         other.settle_extra(0, "projection", {"basis": found["basis"].flip(1)}, other.key)
         return found
 
+    trak = make_trak(tmp_path, SMALL)
     monkeypatch.setattr(FeatureExtractor, "fit_projection", slower)
-    make_trak(tmp_path, SMALL).featurize(make_trainer(), DataLoader(make_train(), batch_size=16))
+    trak.featurize(make_trainer(), DataLoader(make_train(), batch_size=16))
     monkeypatch.undo()
     make_trak(tmp_path / "mine", SMALL).featurize(make_trainer(), DataLoader(make_train(), batch_size=16))
     mine, theirs = (stored(directory) for directory in (tmp_path / "mine", tmp_path))
@@ -221,8 +221,7 @@ def test_the_faster_process_decides(tmp_path, monkeypatch):
 
 
 def stored(directory):
-    manifest = FeatureStore.read_manifest(directory)
-    return FeatureStore(directory, manifest["identity"], manifest["num_examples"]).read(0, 0).features
+    return lit.stored(directory).read(0, 0).features
 
 
 @pytest.mark.slow
@@ -270,5 +269,12 @@ def test_an_example_that_is_not_finite_is_named(tmp_path):
     train = make_train()
     train.tensors[0][17, 3] = torch.nan
     with pytest.raises(ValueError, match=r"example 17 at checkpoint 0 .* is not finite"):
+        make_trak(tmp_path, SMALL).featurize(make_trainer(), train)
+
+
+def test_a_projection_is_not_fitted_to_nothing(tmp_path):
+    train = make_train()
+    train.tensors[0][:] = torch.nan
+    with pytest.raises(ValueError, match="to which the projection is fitted, are all not finite"):
         make_trak(tmp_path, SMALL).featurize(make_trainer(), train)
     assert not list(tmp_path.rglob("projection*"))

@@ -166,6 +166,9 @@ def test_the_quickstart_is_a_script(tmp_path, monkeypatch, capsys):
     numbers = re.search(r"LDS (-?[0-9.]+), 95% interval (-?[0-9.]+) to (-?[0-9.]+)", shown).groups()
     value, low, high = map(float, numbers)
     assert 0 < low < value < high  # better than chance
+    run(QUICKSTART, {"__name__": "__main__"})  # once more, as it is
+    assert capsys.readouterr().out.count("from training example") == 10
+    assert len(list((tmp_path / "run/features").glob("checkpoint-*"))) == 2
 
 
 def test_blocks_are_found():

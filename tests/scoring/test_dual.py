@@ -15,7 +15,7 @@ from lightning_trak.scoring import trak as trak_module
 from lightning_trak.scoring.damping import Noise, auto_damping
 from lightning_trak.scoring.dual import DualSystem, kernel_matrix
 from lightning_trak.scoring.gram import DampedGram, gram_matrix
-from tests.lit import TARGETS, make_checkpoints, make_data, make_model, make_trainer
+from tests.lit import TARGETS, make_checkpoints, make_data, make_model, make_trainer, open_store
 
 CPU = torch.device("cpu")
 N, K, M = 30, 70, 2
@@ -232,7 +232,7 @@ def test_trak_without_a_projection(tmp_path):
     trak.featurize(trainer, train)
     scores = trak.score(trainer, TARGETS)
     features = [part.features for part in trak.target_features(trainer, TARGETS)]
-    store = FeatureStore(tmp_path / "store", FeatureStore.read_manifest(tmp_path / "store")["identity"], 20)
+    store = open_store(trak, trainer)
     assert_close(scores, reference(store, features, "gauss_newton", "auto"))
     batches = trainer.predict(trak.scorer(), torch.utils.data.DataLoader(TARGETS, 4))
     assert_close(torch.cat(batches), scores.double(), 1e-5)

@@ -251,7 +251,7 @@ def test_self_scores_are_the_diagonal(store, loss_gradients):
 
 def test_self_scores_that_overflow_are_named(store):
     rows = store.read(1, 2)
-    (store.directory / "checkpoint-0001/shard-00002.safetensors").unlink()
+    (store.directory / "checkpoint-b/shard-00002.safetensors").unlink()
     store.write(1, 2, rows._replace(features=rows.features * 1e30))
     scorer = GradientDotScorer(store, [1 / M] * M, "loss")
     scorer.fit(CPU)

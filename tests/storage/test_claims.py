@@ -12,9 +12,10 @@ from weakref import WeakValueDictionary
 import pytest
 
 from lightning_trak.storage import claims
-from lightning_trak.storage.claims import ClaimedDirectory, DirectoryKind
+from lightning_trak.storage.claims import ClaimedDirectory
 from lightning_trak.storage.files import write_atomically
 from lightning_trak.storage.locks import Lock
+from lightning_trak.storage.manifests import DirectoryKind
 from lightning_trak.storage.schemas import anything, integer, sealed
 from tests.launch import run_module
 
@@ -49,7 +50,7 @@ def claim(directory, seed, read_only=False, **others):
 
 
 def refusal(made, have):
-    return rf'^box ".*" was made with seed {made}, this run has seed {have}; use another directory or the same seed$'
+    return rf'^box ".*" was made with seed {made}, this run has seed {have}; use another directory or the same seed, or'
 
 
 def in_another_process(monkeypatch, directory, seed):

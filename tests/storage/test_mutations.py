@@ -20,7 +20,7 @@ IDENTITY = {
     "projection": {"class": "SparseProjection", "dim": 4},
     "parameters": [["weight", [2, 3]], ["bias", [2]]],
     "checkpoints": ["aa", "bb"],
-    "data": "cc",
+    "precision": "32-true",
 }
 FLEET = {
     "seed": 0,
@@ -46,11 +46,10 @@ def make_store(directory):
 
 def read_store(directory):
     """All that a store says, by a run that featurizes and by one that scores."""
-    num_examples = FeatureStore.read_manifest(directory)["num_examples"]
-    needed = {name: value for name, value in IDENTITY.items() if name != "data"}
+    needed = {name: value for name, value in IDENTITY.items() if name != "precision"}
     for store in (
         FeatureStore(directory, IDENTITY, 10),
-        FeatureStore(directory, needed, num_examples, read_only=True),
+        FeatureStore(directory, needed, None, read_only=True),
     ):
         store.require_complete()
         found = [store.read(checkpoint, shard) for checkpoint in range(2) for shard in range(store.num_shards)]
@@ -204,17 +203,22 @@ def test_a_flipped_bit_of_a_manifest_is_refused_or_harmless(made, flip):
     refused_or_harmless(made, "manifest.json", [bytes(content)])
 
 
+def _part(size):
+    return {"num_examples": size, "sample": None}
+
+
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"num_examples": -1}, "num_examples must be a whole number from 1 to .*, got -1"),
-        ({"num_examples": True}, "num_examples must be a whole number .*, got True"),
+        ({"data": []}, r"data must be a list of at least 1, got \[\]"),
+        ({"data": [_part(-1)]}, r"data\[0\].num_examples must be a whole number from 1 to .*, got -1"),
+        ({"data": [_part(True)]}, r"data\[0\].num_examples must be a whole number .*, got True"),
+        ({"data": [_part(10), _part(10)]}, r"data\[1\].num_examples must be greater than that before it"),
         ({"shard_size": 10**30}, "shard_size must be a whole number from 1 to .*, got 1000"),
         ({"identity": []}, r"identity must be an object, got \[\]"),
-        ({"identity": {"checkpoints": []}}, r"identity.checkpoints must be a list of at least 1, got \[\]"),
         ({"identity": IDENTITY | {"dtype": "int2"}}, "identity.dtype must be one of float64, .*, got 'int2'"),
         ({"extra": 1}, "it has the unknown field 'extra'"),
-        ({"num_examples": 11}, "made with num_examples 11"),
+        ({"data": [_part(11)]}, "made with 11 training examples, this TRAK has 10"),
     ],
 )
 def test_the_error_names_the_field(tmp_path, fields, said):

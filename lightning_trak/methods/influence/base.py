@@ -12,6 +12,7 @@ from typing_extensions import override
 from lightning_trak.checkpoints.of_model import checkpoints_of
 from lightning_trak.checkpoints.reading import CheckpointsLike, masks_of
 from lightning_trak.compatibility import original_module
+from lightning_trak.features.identity import Contents
 from lightning_trak.features.model import ModelCopy
 from lightning_trak.features.rows import Features
 from lightning_trak.gradients import ParameterSelection
@@ -84,7 +85,7 @@ class Influence(DataMethod):
 
     @override
     def _model_copy(self) -> ModelCopy:
-        digests = [checkpoint.fingerprint() for checkpoint in self.checkpoints]
+        digests = [content.digest for content in Contents(self.checkpoints).read()]
         return ModelCopy(self.model, self.output, self.checkpoints, digests)
 
     @abstractmethod
@@ -129,7 +130,7 @@ class Influence(DataMethod):
         """
         require_whole_parameters(trainer)
         scored = train if asked.candidates is None else asked.candidates
-        digests = [checkpoint.fingerprint() for checkpoint in self.checkpoints]
+        digests = [content.digest for content in Contents(self.checkpoints).read()]
         voting = ModelCopy(self.model, self.output, self.checkpoints, digests)
         targets = with_predictions(trainer, targets, voting, asked.output)
         with without_gradients():
@@ -172,7 +173,7 @@ class Influence(DataMethod):
         return (scores / len(self.checkpoints)).abs()
 
     def _passes(self, trainer: L.Trainer, train: Examples) -> Passes:
-        digests = [checkpoint.fingerprint() for checkpoint in self.checkpoints]
+        digests = [content.digest for content in Contents(self.checkpoints).read()]
         model = ModelCopy(self.model, self.output, self.checkpoints, digests, self._selection())
         passes = Passes(model, self.seed, trainer, train)
         passes.agreement = self._agreement(passes)

@@ -40,6 +40,7 @@ class Passes:
 
     Attributes:
         agreement: of the checkpoints, see :class:`~lightning_trak.scoring.damping.Noise`; 1 until it is measured.
+        begun_with: how many of the first training examples the output's context comes from; None: all.
 
     Raises:
         ValueError: if the Trainer's precision changes layers, or a selected parameter is not of real numbers.
@@ -52,6 +53,7 @@ class Passes:
         self._seed = seed
         self.train = train
         self.agreement = 1.0
+        self.begun_with: int | None = None
         self.layout: Layout | None = None
         self.engine_name: EngineName | None = None  # "auto" is chosen at the first checkpoint
         self._layouts: dict[Examples, Layout] = {}
@@ -99,7 +101,8 @@ class Passes:
         model.load(checkpoint, self.device)
         with self.computing():
             if model.output.context_size:
-                sample = sample_batches(self.train.loader, model.output.context_size, self.key("context"))
+                key = f"{self._seed}/{model.streams[checkpoint]}/context"  # as that of a store
+                sample = sample_batches(self.train.loader, model.output.context_size, key, self.begun_with)
                 batches = self.batches(self.train, sample)
                 model.output.set_context(model.make_context((batch for batch, _ in batches), self.layout))
             if self.engine_name is None:
