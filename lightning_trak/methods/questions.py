@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import operator
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
@@ -69,6 +70,20 @@ class Asked(NamedTuple):
     def num_rows(self, num_targets: int) -> int:
         """How many rows the scores have."""
         return num_targets if self.rows is None else self.rows.count
+
+
+def require_known(question: Mapping[str, Any], known: type[Question]) -> None:
+    """Check that each keyword argument is one that the question has: a misspelt one must not be left unanswered.
+
+    Raises:
+        TypeError: if there is another one.
+    """
+    names = list(known.__annotations__)
+    for name in question:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(names))}"
+            raise TypeError(f"unexpected keyword argument {name!r}: {hint}")
 
 
 def require_ends(top_k: int | None, largest: bool | None) -> None:
@@ -171,7 +186,10 @@ def train_columns(positions: Any, groups: Groups | Labels | None, count: int) ->
 
 def _as_positions(positions: Any, count: int) -> Tensor:
     if getattr(positions, "ndim", 1) != 1:
-        raise TypeError(f"train takes positions as integers in one dimension, got shape {tuple(positions.shape)}")
+        raise TypeError(
+            f"train takes positions as integers in one dimension, got shape {tuple(positions.shape)}; for examples give"
+            " a Dataset or DataLoader, such as TensorDataset(inputs, labels)"
+        )
     try:
         chosen = [operator.index(position) for position in positions]
     except TypeError as error:

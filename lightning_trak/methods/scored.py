@@ -24,6 +24,7 @@ from lightning_trak.methods.questions import (
     is_positions,
     require_ends,
     require_interval,
+    require_known,
     target_rows,
     train_columns,
 )
@@ -217,6 +218,7 @@ class ScoredMethod(Method):
                 not fit the data. With ``rescore``: if the method cannot rescore, ``train`` is not known, or other data
                 than the store's, or an exact score cannot be computed.
         """
+        require_known(question, Question)
         require_ends(top_k, largest)
         if interval is not None:
             return self._with_interval(trainer, data, interval, (top_k, largest, rescore, train), question)

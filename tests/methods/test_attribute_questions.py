@@ -140,6 +140,8 @@ def test_what_a_method_cannot_answer(method):
     ("question", "error"),
     [
         ({"top_k": 0}, "top_k must be at least 1"),
+        ({"aggregated": "mean"}, "unexpected keyword argument 'aggregated': did you mean 'aggregate'"),
+        ({"candidates": [1, 2]}, r"for some training examples use torch.utils.data.Subset\(train, positions\)"),
         ({"largest": False}, "say how many with top_k="),
         ({"groups": LABELS}, 'groups needs aggregate="mean"'),
         ({"train_groups": SOURCES[1:]}, "train_groups has 49 labels, and there are 50"),
@@ -149,5 +151,5 @@ def test_what_a_method_cannot_answer(method):
     ],
 )
 def test_questions_that_do_not_fit_are_refused_before_the_work(question, error):
-    with pytest.raises(ValueError, match=error):
+    with pytest.raises((ValueError, TypeError), match=error):
         make_influence(EKFACInfluence, 1).attribute(make_trainer(), TRAIN, TARGETS, **question)
