@@ -21,6 +21,8 @@ from lightning_trak.scoring.topk import BothEnds, Scores, TopK
 
 Positions = Sequence[int] | Tensor
 
+_MOST = 0.999  # of 2,000 bootstrap replicates, one lies beyond either end
+
 
 class Question(TypedDict, total=False):
     """What ``score`` answers, beside the score of each target for each training example.
@@ -111,8 +113,8 @@ def require_interval(interval: float | None, rows: Sums | None) -> None:
     """
     if interval is None:
         return
-    if not isinstance(interval, (int, float)) or not 0 < interval < 1:
-        raise ValueError(f"interval is a confidence level between 0 and 1, such as 0.95, got {interval!r:.80}")
+    if not isinstance(interval, (int, float)) or not 0 < interval <= _MOST:
+        raise ValueError(f"interval is a confidence level between 0 and {_MOST}, such as 0.95, got {interval!r:.80}")
     if rows is None:
         raise ValueError('interval is for means or sums over targets: give aggregate="mean" or aggregate="sum" too')
     require_resampling(rows)
