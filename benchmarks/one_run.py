@@ -5,7 +5,7 @@
 
 Two truths. "This run": the recorded run again, with the same seed and order, and weights 0 on some of the examples (the
 denominators stay). "Other seeds": models trained on random halves with seeds of their own. The directory gets
-`one_run.json`, `one_run.md` (the table) and `one_run.png`.
+`one_run.json`, `one_run.md` (the tables: LDS, and whether each run is smooth) and `one_run.png`.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from examples.digits import LitDigits, make_data
 from lightning_trak import TRAK, LinearDatamodelingScore, Metagradient, TrainingRecorder, TRAKCallback
 from lightning_trak.methods import EKFACInfluence, ExactKernel, Method, TracIn
 from lightning_trak.outputs import CausalLMMargin, ClassificationMargin
-from lightning_trak.replay import SmoothAdamW
+from lightning_trak.replay import SmoothAdamW, metasmoothness
 from lightning_trak.retraining import RecordedFleet, random_removals, random_subsets
 
 FRACTIONS = (0.01, 0.05, 0.1, 0.5)
@@ -174,6 +174,23 @@ class Result:
     cost: float
 
 
+@dataclass
+class Verdict:
+    """Whether the recorded run of a task is smooth, as :func:`~lightning_trak.replay.metasmoothness` says.
+
+    Attributes:
+        task: name of the task.
+        value: metasmoothness.
+        ceiling: the highest correlation that scores can have with this run's truth at 1%.
+        smooth: the verdict.
+    """
+
+    task: str
+    value: float
+    ceiling: float
+    smooth: bool
+
+
 def fit(task: Task, seed: int, recording: Path, snapshots: Path | None = None) -> L.LightningModule:
     """Train once, with a recording."""
     torch.manual_seed(seed)
@@ -204,13 +221,18 @@ def again(
         return fleet.outputs[..., 0]
 
 
-def results(task: Task, losses: Callable[[nn.Module, Any], Tensor], members: int, folder: Path) -> list[Result]:
-    """Every method, for every truth."""
+def results(
+    task: Task, losses: Callable[[nn.Module, Any], Tensor], members: int, folder: Path
+) -> tuple[list[Result], Verdict]:
+    """Every method, for every truth, and whether the first run is smooth."""
     loader, targets = DataLoader(task.train, batch_size=task.batch_size), DataLoader(task.targets, batch_size=TARGETS)
     fit(task, 1, folder / "second")  # the first training is slower
     started = time.process_time()
     module = fit(task, 0, folder / "first", folder / "snapshots")
     unit = time.process_time() - started
+    trainer, found, scores = trainer_for(task), [], {}
+    options: dict[str, Any] = {"output": task.output, "losses": losses, "progress_bar": False}
+    smoothness = metasmoothness(module, folder / "first", trainer, loader, targets, **options)
     truths = {}
     for fraction in FRACTIONS:
         kept = random_removals(len(task.train), members, fraction)
@@ -221,19 +243,18 @@ def results(task: Task, losses: Callable[[nn.Module, Any], Tensor], members: int
     states = [module.state_dict()]
     output = task.output
     methods: dict[str, Method] = {
-        "metagradient": Metagradient(module, folder / "first", output=output, losses=losses, progress_bar=False),
+        "metagradient": Metagradient(module, folder / "first", check_smooth=False, **options),
         "exact Gauss-Newton": ExactKernel(module, states, folder / "kernel", output=output),
         "TRAK": TRAK(module, states, folder / "features", output=output),
         "EK-FAC": EKFACInfluence(module, states, output=output),
         "TracIn": TracIn(module, folder / "snapshots", folder / "tracin", output=output, effect_on="output"),
     }
-    trainer, found, scores = trainer_for(task), [], {}
     costs = {}
     for name, method in methods.items():
         started = time.process_time()
         scores[name] = method.attribute(trainer, loader, targets)
         costs[name] = 1 + (time.process_time() - started) / unit
-    second = Metagradient(module, folder / "second", output=output, losses=losses, progress_bar=False)
+    second = Metagradient(module, folder / "second", check_smooth=False, **options)
     scores["metagradient, two runs"] = scores["metagradient"] + second.attribute(trainer, loader, targets)
     costs["metagradient, two runs"] = 2 * costs["metagradient"]
     for name, own in scores.items():
@@ -241,7 +262,16 @@ def results(task: Task, losses: Callable[[nn.Module, Any], Tensor], members: int
             lds = LinearDatamodelingScore(kept)
             lds.update(own, changed)
             found.append(Result(task.name, name, truth, float(lds.compute()), *map(float, lds.interval()), costs[name]))
-    return found
+    return found, Verdict(task.name, smoothness.value, smoothness.ceiling, smoothness.smooth)
+
+
+def verdict_table(verdicts: list[Verdict]) -> str:
+    """Markdown."""
+    lines = ["| task | metasmoothness | noise ceiling at 1% | smooth |", "|---|---|---|---|"]
+    lines += [
+        f"| {row.task} | {row.value:.2f} | {row.ceiling:.3f} | {'yes' if row.smooth else 'no'} |" for row in verdicts
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def table(found: list[Result]) -> str:
@@ -295,11 +325,14 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
     found: list[Result] = []
+    verdicts: list[Verdict] = []
     for task, losses in make_tasks()[: 1 if args.quick else None]:
         with tempfile.TemporaryDirectory() as folder:
-            found += results(task, losses, 5 if args.quick else args.members, Path(folder))
-        (args.out / "one_run.json").write_text(json.dumps([asdict(row) for row in found], indent=1))
-        (args.out / "one_run.md").write_text(table(found))
+            own, verdict = results(task, losses, 5 if args.quick else args.members, Path(folder))
+        found, verdicts = [*found, *own], [*verdicts, verdict]
+        rows = {"lds": [asdict(row) for row in found], "smoothness": [asdict(row) for row in verdicts]}
+        (args.out / "one_run.json").write_text(json.dumps(rows, indent=1))
+        (args.out / "one_run.md").write_text(f"{table(found)}\n{verdict_table(verdicts)}")
         plot(found, args.out / "one_run.png")
         print(table([row for row in found if row.task == task.name]), flush=True)
 

@@ -59,7 +59,10 @@ def test_ablations(tmp_path):
 
 def test_one_run(tmp_path):
     one_run.main(["--quick", "--out", str(tmp_path)])
-    results = json.loads((tmp_path / "one_run.json").read_text())
+    found = json.loads((tmp_path / "one_run.json").read_text())
+    results, (verdict,) = found["lds"], found["smoothness"]
+    assert verdict["smooth"]
+    assert verdict["value"] > 0.8
     assert {result["method"] for result in results} == {*one_run.METHODS, "metagradient, two runs"}
     assert len(results) == 6 * (len(one_run.FRACTIONS) + 1)
     assert all(result["low"] <= result["lds"] <= result["high"] and result["cost"] > 1 for result in results)
