@@ -50,6 +50,9 @@ def identity(model: ModelCopy, output: ModelOutput, settings: FeatureSettings, c
         contents: the contents of the checkpoints.
     """
     shapes = {name: list(parameter.shape) for name, parameter in model.module.named_parameters()}
+    preconditioners = [
+        [item.kept_preconditioner().sha256] if settings.preconditioned else [] for item in model.checkpoints
+    ]
     return {
         "seed": settings.seed,
         "dtype": settings.dtype.name,
@@ -57,13 +60,11 @@ def identity(model: ModelCopy, output: ModelOutput, settings: FeatureSettings, c
         "output": output.fingerprint(),
         "model": module_fingerprint(model.module, used_by=output),
         "parameters": [[name, shapes[raw]] for name, raw in model.names.items()],
+        "preconditioned": True if settings.preconditioned else None,
         "checkpoints": [
-            hashlib.sha256(f"{digest} {state_digest(model.module, names)}".encode()).hexdigest()
-            for digest, names in zip(contents.digests, contents.names, strict=True)
+            hashlib.sha256(" ".join([digest, state_digest(model.module, names), *also]).encode()).hexdigest()
+            for digest, names, also in zip(contents.digests, contents.names, preconditioners, strict=True)
         ],
-        "preconditioners": [checkpoint.kept_preconditioner().sha256 for checkpoint in model.checkpoints]
-        if settings.preconditioned
-        else None,
     }
 
 
@@ -71,10 +72,9 @@ def describe_difference(field: str, theirs: Any, mine: Any) -> tuple[str, str]:
     """Describe a field that differs between store and run: what the store was made with, and what the run has."""
     if field == "data":
         return "other training data of this size", "data that differ in some of eight items spread over the dataset"
-    if field == "preconditioners":
-        kinds = ("gradients as they are", "gradients multiplied by the optimizer's preconditioner")
-        made, have = (kinds[found is not None] for found in (theirs, mine))
-        return made, have if made != have else "other numbers to multiply them by"
+    if field == "preconditioned":
+        kinds = {None: "gradients as they are", True: "gradients multiplied by the optimizer's preconditioner"}
+        return kinds[theirs], kinds[mine]
     if field == "checkpoints" and isinstance(theirs, list) and len(theirs) == len(mine):
         number = next(i for i, pair in enumerate(zip(mine, theirs, strict=True)) if pair[0] != pair[1])
         return f"other weights or buffers at checkpoint {number}", "the same number of checkpoints"
