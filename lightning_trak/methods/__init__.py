@@ -1,6 +1,6 @@
 """Attribution methods, all with the interface of `Method`."""
 
-from lightning_trak.methods.base import Method
+from lightning_trak.methods.base import MatrixMethod, Method
 from lightning_trak.methods.baselines.bm25 import BM25
 from lightning_trak.methods.baselines.data_shapley import DataShapley
 from lightning_trak.methods.baselines.datamodels import Datamodels
@@ -39,6 +39,7 @@ __all__ = [
     "InfluenceFunction",
     "KNNShapley",
     "LiSSA",
+    "MatrixMethod",
     "Metagradient",
     "Method",
     "RandomScores",

@@ -106,7 +106,7 @@ class Method(Showing, ABC):
                 lowest.
             largest: whether ``top_k`` keeps only the highest scores, or only the lowest; default: both.
             interval: confidence level of an interval for each mean or sum over targets, by bootstrap over the targets
-                of its group.
+                of its group. Targets are then scored one by one.
             **question: ``output``, ``aggregate``, ``groups``, ``train_groups`` and ``candidates``, see
                 :class:`~lightning_trak.methods.questions.AttributedQuestion`.
 
@@ -203,7 +203,10 @@ class DataMethod(Method):
 
 
 class MatrixMethod(DataMethod):
-    """Base of the methods that make the whole matrix of scores at once, whatever is asked of it."""
+    """Base of the methods that make the whole matrix of scores at once, whatever is asked of it.
+
+    A subclass gives :meth:`matrix`. Sums, the best of the scores and intervals follow from it.
+    """
 
     def _scores(self, trainer: L.Trainer, train: Examples, targets: Examples, asked: Asked) -> Tensor:
         found = matrix = self.matrix(trainer, train, targets)
