@@ -120,7 +120,7 @@ def main(arguments: list[str] | None = None) -> None:
     trak = TRAK(model, snapshots, args.out / "features", projection=SparseProjection(args.k))
     trak.featurize(trainer, DataLoader(train, **loading))
     targets = DataLoader(Subset(val, rows), **loading)
-    best, worst = (trak.score(trainer, targets, top_k=args.top, largest=largest) for largest in (True, False))
+    best, worst = trak.score(trainer, targets, top_k=args.top)
     if trainer.is_global_zero:
         with (args.out / "top.csv").open("w", newline="") as file:
             table = csv.writer(file)

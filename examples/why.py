@@ -1,7 +1,8 @@
 """Why did the model predict this, why a 3 rather than an 8, and how much does each class of the training data count?
 
 A small convolutional net learns scikit-learn's handwritten digits. Its store of features then answers several
-questions: with the model's own predictions, with the difference of two classes, and with sums over groups.
+questions: with the model's own predictions, with the difference of two classes, with sums over groups, and of images
+that are not in the training data.
 
     python -m examples.why
 """
@@ -12,7 +13,7 @@ from pathlib import Path
 import lightning as L
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from examples import common, digits
 from lightning_trak import TRAK, TRAKCallback
@@ -50,13 +51,13 @@ def main(arguments: list[str] | None = None) -> None:
 
     print("1. Why did the model predict this? The images have no labels here.")
     asked = ClassificationMargin(labels="predicted")
-    why = trak.score(trainer, TensorDataset(images[shown]), 5, None, output=asked)
+    why = trak.score(trainer, TensorDataset(images[shown]), top_k=5, output=asked)
     report(why, train, titles)
     draw(why, train, images[shown], titles).savefig(run / "why.png", dpi=150)
 
     print("2. Why a 3 rather than an 8?")
     threes = images[labels == 3][:3]
-    rather = trak.score(trainer, TensorDataset(threes), 5, None, output=ClassificationMargin(labels=3, against=8))
+    rather = trak.score(trainer, TensorDataset(threes), top_k=5, output=ClassificationMargin(labels=3, against=8))
     titles = ["3 rather than 8"] * len(threes)
     report(rather, train, titles)
     draw(rather, train, threes, titles).savefig(run / "rather.png", dpi=150)
@@ -68,8 +69,16 @@ def main(arguments: list[str] | None = None) -> None:
     print(shares_table(shares, classes).markdown())
 
     print("4. Which training images helped the held-out set as a whole, and which hurt it?")
-    useful = trak.score(trainer, targets, 5, None, aggregate="mean")
+    useful, low, high = trak.score(trainer, targets, top_k=5, aggregate="mean", interval=0.95)
     report(useful, train, ["all held-out images"])
+    first, last = (float(end.proponents.values[0, 0]) for end in (low, high))
+    print(f"      The mean of the first is in {first:+.2g} to {last:+.2g} (95%, over other held-out images)")
+
+    print("5. Which new images would help it most? Here half of the held-out images are candidates for training.")
+    half = len(targets) // 2
+    candidates, rest = Subset(targets, range(half)), Subset(targets, range(half, len(targets)))
+    gains = trak.score(trainer, rest, top_k=5, train=candidates, aggregate="mean")
+    report(gains, TensorDataset(images[:half], labels[:half]), ["the other half"])
     print(f"Wrote {run}/why.png and {run}/rather.png")
 
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from lightning_trak.cleaning.ranking import Ranking
-from lightning_trak.methods import FeatureMethod, LabelStatistic, Method
+from lightning_trak.methods import LabelStatistic, Method
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.running.data import Data, single_loader
-from lightning_trak.scoring.groups import Groups, Labels, aggregate_scores, require_groups
+from lightning_trak.scoring.groups import Groups, Labels, require_groups
 
 
 def wrong_labels(method: LabelStatistic, trainer: L.Trainer, train: Data) -> Ranking:
@@ -103,12 +103,7 @@ def _mean_scores(method: Method, trainer: L.Trainer, train: Data, validation: Da
     """The mean over targets of the score of each training example, float64, ``(num_train,)``."""
     _require_better_when_higher(method)
     single_loader(validation, "predict", trainer)  # raises before the work if there are several loaders
-    if isinstance(method, FeatureMethod):
-        method.featurize(trainer, train)
-        scores = method.score(trainer, validation, aggregate="mean")
-    else:
-        scores = aggregate_scores(method.attribute(trainer, train, validation), "mean")
-    return _checked(scores[0], count, method)
+    return _checked(method.attribute(trainer, train, validation, aggregate="mean")[0], count, method)
 
 
 def _require_better_when_higher(method: Method) -> None:

@@ -78,7 +78,7 @@ class AttributionTrainer(L.Trainer):
         datamodule: L.LightningDataModule,
         scores: str = DEFAULT_SCORES,
         top_k: int | None = None,
-        largest: bool = True,
+        largest: bool | None = None,
         rescore: int | None = None,
     ) -> None:
         """Score the data module's predict data against its training data, and write the scores to a file.
@@ -87,14 +87,14 @@ class AttributionTrainer(L.Trainer):
             method: the method that scores.
             datamodule: its ``predict_dataloader`` has the targets.
             scores: safetensors file to write.
-            top_k: keep only this many training examples for each target.
-            largest: whether top_k keeps those with the highest scores or with the lowest.
-            rescore: score this many candidates of each target exactly, and keep the best top_k of them.
+            top_k: keep only this many training examples with the highest scores of each target, and with the lowest.
+            largest: whether top_k keeps only the highest scores, or only the lowest; default: both.
+            rescore: score this many candidates at each end exactly, and keep the best top_k of them.
         """
         single_loader(datamodule, "predict", self)  # raises before the work if there are several loaders
         found = method.score(self, datamodule, top_k, largest, rescore, None if rescore is None else datamodule)
         num_train = FeatureStore.read_manifest(method.store)["num_examples"]
-        saved = SavedScores(found, num_train, type(method).__name__, largest, method.used_masks)
+        saved = SavedScores(found, num_train, type(method).__name__, largest is not False, method.used_masks)
         if self.is_global_zero:
             saved.save(scores)
             print(f"{_heading(saved)}, {counted(num_train, 'training example')}, in {printable(scores)}")

@@ -83,7 +83,8 @@ class ModelCopy:
     def with_output(self, output: ModelOutput) -> Self:
         """The same copy of the module, at its current checkpoint, with a copy of another output."""
         other = copy.copy(self)
-        other.output = copy.deepcopy(output)
+        with torch.inference_mode(False):  # autograd saves the tensors of the output
+            other.output = copy.deepcopy(output)
         for part in modules_of(other.output):
             part.to(self.device).eval()
         return other

@@ -168,8 +168,9 @@ class FeaturePipeline:
         store: FeatureStore,
         datamodule: L.LightningDataModule | None,
         output: ModelOutput | None = None,
+        of: str = "",
     ) -> Iterator[Iterator[Features]]:
-        """The features of targets, computed one block after another.
+        """The features of targets, or of other examples, computed one block after another.
 
         Args:
             trainer: the Trainer that runs the work.
@@ -180,6 +181,7 @@ class FeaturePipeline:
             datamodule: the data module that gave the loader, if there is one. It may have batch transfer hooks of its
                 own.
             output: of the targets, if it is another one than that of the training examples.
+            of: for errors, what follows the number of an example.
 
         Yields:
             On every rank, the features of a block at each checkpoint. Rows are in the order of the dataset.
@@ -187,7 +189,7 @@ class FeaturePipeline:
         engine: EngineName | None = None
         for examples in blocks:
             while True:
-                buffer, stop = FeatureBuffer(model.places), Stop()
+                buffer, stop = FeatureBuffer([f"{of} {place}".strip() for place in model.places]), Stop()
                 jobs = self._target_jobs(examples, loader, store)
                 module = FeaturizeModule(
                     buffer, "Scoring", loader, stop, model, self.settings, store, datamodule, None, engine, output

@@ -1,12 +1,19 @@
 """The interfaces that attribution methods share."""
 
 from abc import ABC, abstractmethod
+from typing import Any, ClassVar, overload
 
 import lightning as L
 from torch import Tensor
-from typing_extensions import override
+from typing_extensions import Unpack, override
 
+from lightning_trak.methods.examples import Examples
+from lightning_trak.methods.questions import Asked, AttributedQuestion, require_ends, require_interval, target_rows
+from lightning_trak.outputs import ModelOutput
 from lightning_trak.running.data import Data
+from lightning_trak.scoring.groups import train_sums
+from lightning_trak.scoring.intervals import Interval, bounds, columns_of, with_bounds
+from lightning_trak.scoring.topk import BothEnds, Scores, TopK, best_of
 
 
 class LabelStatistic(ABC):
@@ -51,19 +58,103 @@ class Method(LabelStatistic):
         """
         return None
 
-    @abstractmethod
-    def attribute(self, trainer: L.Trainer, train: Data, targets: Data) -> Tensor:
+    @overload
+    def attribute(
+        self,
+        trainer: L.Trainer,
+        train: Data,
+        targets: Data,
+        top_k: None = None,
+        largest: None = None,
+        interval: None = None,
+        **question: Unpack[AttributedQuestion],
+    ) -> Tensor: ...
+
+    @overload
+    def attribute(
+        self,
+        trainer: L.Trainer,
+        train: Data,
+        targets: Data,
+        top_k: int,
+        largest: None = None,
+        interval: None = None,
+        **question: Unpack[AttributedQuestion],
+    ) -> BothEnds: ...
+
+    @overload
+    def attribute(
+        self,
+        trainer: L.Trainer,
+        train: Data,
+        targets: Data,
+        top_k: int,
+        largest: bool,
+        interval: None = None,
+        **question: Unpack[AttributedQuestion],
+    ) -> TopK: ...
+
+    @overload
+    def attribute(
+        self,
+        trainer: L.Trainer,
+        train: Data,
+        targets: Data,
+        top_k: int | None = None,
+        largest: bool | None = None,
+        *,
+        interval: float,
+        **question: Unpack[AttributedQuestion],
+    ) -> Interval: ...
+
+    def attribute(
+        self,
+        trainer: L.Trainer,
+        train: Data,
+        targets: Data,
+        top_k: int | None = None,
+        largest: bool | None = None,
+        interval: float | None = None,
+        **question: Unpack[AttributedQuestion],
+    ) -> Any:
         """Score every target against every training example.
 
         Args:
-            trainer: any Trainer, which is left as it was.
+            trainer: a Trainer, which is left as it was; the class says which ones it can use.
             train: the training data, in the order of the scores' columns, whatever its sampler does.
             targets: the targets, in the order of the scores' rows.
+            top_k: keep only this many training examples with the highest scores of each target, and as many with the
+                lowest.
+            largest: whether ``top_k`` keeps only the highest scores, or only the lowest; default: both.
+            interval: confidence level of an interval for each mean or sum over targets, by bootstrap over the targets
+                of its group.
+            **question: ``output``, ``aggregate``, ``groups``, ``train_groups`` and ``candidates``, see
+                :class:`~lightning_trak.methods.questions.AttributedQuestion`.
 
         Returns:
-            On the CPU, shape ``(num_targets, num_train)``. The first lines of the class say what a positive score means
-            and in which unit scores are.
+            On the CPU, shape ``(num_targets, num_train)``, or with groups a row or column for each; with ``top_k`` a
+            :class:`~lightning_trak.scoring.BothEnds` or :class:`~lightning_trak.scoring.TopK`; with ``interval`` an
+            :class:`~lightning_trak.scoring.Interval` of these. The first lines of the class say what a positive score
+            means and in which unit scores are.
+
+        Raises:
+            ValueError: if the method cannot answer this, or groups do not fit the data.
         """
+        require_ends(top_k, largest)
+        return self._attribute(trainer, train, targets, top_k, largest, interval, question)
+
+    @abstractmethod
+    def _attribute(
+        self,
+        trainer: L.Trainer,
+        train: Data,
+        targets: Data,
+        top_k: int | None,
+        largest: bool | None,
+        interval: float | None,
+        question: AttributedQuestion,
+    ) -> Scores | Interval:
+        """See :meth:`attribute`."""
 
     @override
     def label_suspicion(self, trainer: L.Trainer, train: Data) -> Tensor:
@@ -71,3 +162,89 @@ class Method(LabelStatistic):
             f"{type(self).__name__} does not say whether a label is wrong; use a method that does, such as TRAK,"
             " EKFACInfluence, KNNShapley or TrainingLoss"
         )
+
+
+class DataMethod(Method):
+    """Base of the methods that score from the data themselves, without stored features."""
+
+    _without_output: ClassVar[str] = (
+        "its scores are not about an output of the model. TRAK, TracIn, GradientDot, GradientCosine, influence"
+        " functions and Metagradient take it"
+    )
+    _without_candidates: ClassVar[str] = (
+        "it scores training examples alone. TRAK, TracIn, GradientDot, GradientCosine and influence functions score"
+        " examples that are not in the training set"
+    )
+
+    def _attribute(
+        self,
+        trainer: L.Trainer,
+        train: Data,
+        targets: Data,
+        top_k: int | None,
+        largest: bool | None,
+        interval: float | None,
+        question: AttributedQuestion,
+    ) -> Scores | Interval:
+        """See :meth:`attribute`."""
+        output = self._target_output(question.get("output"))
+        candidates = question.get("candidates")
+        if candidates is not None:
+            self._require_candidates()
+        columns, rows = Examples(train, "fit", trainer), Examples(targets, "predict", trainer)
+        others = None if candidates is None else Examples(candidates, "fit", trainer)
+        (sums,) = target_rows(question, [len(rows)])
+        require_interval(interval, sums)
+        groups = train_sums(question.get("train_groups"), len(columns if others is None else others))
+        asked = Asked(output, sums if interval is None else None, groups, others)
+        found = self._scores(trainer, columns, rows, asked)
+        if interval is None:
+            return found if top_k is None else best_of(found, top_k, largest)
+        assert sums is not None
+        total, mean = sums.added(found, 0).to(found.dtype), question.get("aggregate") == "mean"
+        if top_k is None:
+            return with_bounds(total, bounds(found, sums, mean, interval))
+        best = best_of(total, top_k, largest)
+        kept = columns_of(best)
+        return with_bounds(best, bounds(found[:, kept], sums, mean, interval), kept)
+
+    @abstractmethod
+    def _scores(self, trainer: L.Trainer, train: Examples, targets: Examples, asked: Asked) -> Tensor:
+        """The scores, on the CPU, with the rows and columns that are asked for."""
+
+    def _target_output(self, output: ModelOutput | None) -> ModelOutput | None:
+        """The output of the targets, if it is another one than that of the training examples.
+
+        Raises:
+            ValueError: if the method has no output.
+        """
+        if output is not None:
+            raise ValueError(f"{type(self).__name__} takes no output=: {self._without_output}")
+        return None
+
+    def _require_candidates(self) -> None:
+        """Raise if the method cannot score examples that are not in the training set."""
+        raise ValueError(f"{type(self).__name__} takes no candidates=: {self._without_candidates}")
+
+
+class MatrixMethod(DataMethod):
+    """Base of the methods that make the whole matrix of scores at once, whatever is asked of it."""
+
+    def _scores(self, trainer: L.Trainer, train: Examples, targets: Examples, asked: Asked) -> Tensor:
+        found = matrix = self.matrix(trainer, train, targets)
+        for dim, sums in enumerate((asked.rows, asked.columns)):
+            found = found if sums is None else sums.added(found, dim)
+        return found.to(matrix.dtype)
+
+    @abstractmethod
+    def matrix(self, trainer: L.Trainer, train: Examples, targets: Examples) -> Tensor:
+        """The score of every target for every training example.
+
+        Args:
+            trainer: any Trainer, which is left as it was.
+            train: the training data.
+            targets: the targets.
+
+        Returns:
+            On the CPU, shape ``(num_targets, num_train)``.
+        """

@@ -60,7 +60,13 @@ class Examples:
         return len(cast(Any, self.loader.dataset))
 
     def map(
-        self, trainer: L.Trainer, module: nn.Module, function: Rows, what: str, original: nn.Module | None = None
+        self,
+        trainer: L.Trainer,
+        module: nn.Module,
+        function: Rows,
+        what: str,
+        original: nn.Module | None = None,
+        positions: range | None = None,
     ) -> Tensor:
         """Compute a row for each example, without gradients, on the Trainer's device. The module is in eval mode.
 
@@ -72,9 +78,10 @@ class Examples:
             function: ``(module, batch) -> rows`` of shape ``(batch, ...)``.
             what: the name of the rows in errors.
             original: the user's module. If it is given, rows are checked to depend only on ``module`` and the batch.
+            positions: of the examples; default: all.
 
         Returns:
-            On every rank a CPU Tensor ``(len(self), ...)``, in the order of the dataset.
+            On every rank a CPU Tensor ``(len(positions), ...)``, in the order of the dataset.
 
         Raises:
             ValueError: if ``function`` does not give one row per example, a row is not finite, the Trainer's strategy
@@ -83,15 +90,16 @@ class Examples:
         require_whole_parameters(trainer)
         found: list[tuple[Tensor, Tensor]] = []
         mapper = _MapModule(function, what, original, found, module, self.datamodule)
-        batches = batch_ranges(range(len(self)), batch_size_of(self.loader))
+        chosen = range(len(self)) if positions is None else positions
+        batches = batch_ranges(chosen, batch_size_of(self.loader))
         predict_over(trainer, mapper, share_out(self.loader, [batches], trainer))
         parts = [part for parts in Ranks.of(trainer).gather(found) for part in parts]
-        positions = torch.cat([part for part, _ in parts])
-        if len(positions) != len(self):
-            missing = len(self) - len(positions)
+        found_at = torch.cat([part for part, _ in parts])
+        if len(found_at) != len(chosen):
+            missing = len(chosen) - len(found_at)
             raise RuntimeError(f"{what} of {missing} examples are missing; look for an error of another rank")
         rows = torch.cat([part for _, part in parts])
-        return rows[positions.argsort()]
+        return rows[found_at.argsort()]
 
 
 class _MapModule(PredictModule):

@@ -1,17 +1,14 @@
 """The base class of all methods over stored gradient features: from a model, checkpoints and a store to scores."""
 
-from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypedDict, cast, overload
+from typing import Any, TypedDict, cast
 
 import lightning as L
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from typing_extensions import Unpack, override
+from typing_extensions import override
 
 from lightning_trak.checkpoints.reading import CheckpointSource, masks_of, resolve_checkpoints
-from lightning_trak.checks import positive
 from lightning_trak.compatibility import original_module
 from lightning_trak.features.dtypes import Dtype, feature_dtype
 from lightning_trak.features.engines import EngineName
@@ -19,24 +16,15 @@ from lightning_trak.features.identity import Contents
 from lightning_trak.features.pipeline import FeaturePipeline
 from lightning_trak.features.rows import Features
 from lightning_trak.features.settings import FeatureSettings
-from lightning_trak.features.store import FeatureStore
 from lightning_trak.gradients import ParameterSelection
-from lightning_trak.methods.base import Method
-from lightning_trak.methods.examples import Examples
-from lightning_trak.methods.influence.passes import Passes, without_gradients
-from lightning_trak.methods.questions import Positions, Question, is_positions, target_rows, train_columns
-from lightning_trak.methods.rescoring import ExactScores, SecondStage
+from lightning_trak.methods.scored import ScoredMethod
 from lightning_trak.outputs import ModelOutput
-from lightning_trak.outputs.mixin import target_output, trained_output
+from lightning_trak.outputs.mixin import trained_output
 from lightning_trak.projections import Projection, SparseProjection
-from lightning_trak.running.data import Data, as_loaders, single_loader
-from lightning_trak.running.loaders import holds_several
+from lightning_trak.running.data import Data, single_loader
 from lightning_trak.running.ranks import Ranks
-from lightning_trak.running.strategies import refuse_spawning, require_whole_parameters, shards_model
-from lightning_trak.scoring.base import Scorer, Scores
+from lightning_trak.running.strategies import refuse_spawning
 from lightning_trak.scoring.predict import ScoreModule
-from lightning_trak.scoring.targets import Kept, score_targets
-from lightning_trak.scoring.topk import BothEnds, TopK
 from lightning_trak.storage.paths import local_directory
 
 Checkpoints = Sequence[CheckpointSource] | CheckpointSource  # in this order a command line can tell them apart
@@ -55,7 +43,7 @@ class FeatureOptions(TypedDict, total=False):
     audit: int
 
 
-class FeatureMethod(Method):
+class FeatureMethod(ScoredMethod):
     """Attributes a trained model's outputs to its training examples, with features on disk.
 
     Several methods can share a store, because features do not depend on how they are scored. The model, its mode,
@@ -97,44 +85,10 @@ class FeatureMethod(Method):
     def used_masks(self) -> Tensor | None:
         return self._used_masks
 
-    @abstractmethod
-    def make_scorer(self, store: FeatureStore) -> Scorer:
-        """Make the scorer of this method for a complete store."""
-
-    def _exact_scores(self) -> ExactScores:
-        """How candidates are scored exactly.
-
-        Raises:
-            ValueError: if this method cannot do this.
-        """
-        raise ValueError(
-            f"{type(self).__name__} cannot rescore: its scores are products of stored features. They are exact with"
-            " IdentityProjection() in another store; TRAK can rescore"
-        )
-
-    def _require_trainer(self, trainer: L.Trainer) -> None:
-        """Raise if the Trainer cannot run this method. By default any can."""
-
     def _require_enough(self, num_examples: int, dim: int) -> None:
         """Raise if the scorer needs more training examples than there are. By default any number is enough."""
 
-    def attribute(self, trainer: L.Trainer, train: Data, targets: Data) -> Tensor:
-        """Call :meth:`featurize`, which does nothing if the store is complete, and then :meth:`score`.
-
-        Args:
-            trainer: as for :meth:`featurize` and :meth:`score`.
-            train: the training data, as for :meth:`featurize`.
-            targets: one set of targets, as for :meth:`score`.
-
-        Returns:
-            On every rank a CPU Tensor ``(num_targets, num_train)``.
-        """
-        self.featurize(trainer, train)
-        scores = self.score(trainer, targets)
-        if not isinstance(scores, Tensor):
-            raise ValueError(f"attribute takes one set of targets, got {len(scores)} loaders; use score for several")
-        return scores
-
+    @override
     def featurize(self, trainer: L.Trainer, data: Data, shard_size: int | None = None) -> None:
         """Compute and store the features of the training set at every checkpoint. An interrupted call is continued.
 
@@ -153,176 +107,6 @@ class FeatureMethod(Method):
         """
         self._pipeline().featurize(trainer, data, shard_size, self._require_enough)
         self._train = data
-
-    @overload
-    def score(
-        self,
-        trainer: L.Trainer,
-        data: Data,
-        top_k: None = None,
-        largest: bool | None = True,
-        rescore: None = None,
-        train: Positions | None = None,
-        **question: Unpack[Question],
-    ) -> Tensor: ...
-
-    @overload
-    def score(
-        self,
-        trainer: L.Trainer,
-        data: Data,
-        top_k: int,
-        largest: bool = True,
-        rescore: int | None = None,
-        train: Data | Positions | None = None,
-        **question: Unpack[Question],
-    ) -> TopK: ...
-
-    @overload
-    def score(
-        self,
-        trainer: L.Trainer,
-        data: Data,
-        top_k: int,
-        largest: None,
-        rescore: int | None = None,
-        train: Data | Positions | None = None,
-        **question: Unpack[Question],
-    ) -> BothEnds: ...
-
-    @overload
-    def score(
-        self,
-        trainer: L.Trainer,
-        data: Data | Sequence[DataLoader[Any]],
-        top_k: int | None = None,
-        largest: bool | None = True,
-        rescore: int | None = None,
-        train: Data | Positions | None = None,
-        **question: Unpack[Question],
-    ) -> Any: ...
-
-    def score(
-        self,
-        trainer: L.Trainer,
-        data: Data | Sequence[DataLoader[Any]],
-        top_k: int | None = None,
-        largest: bool | None = True,
-        rescore: int | None = None,
-        train: Data | Positions | None = None,
-        **question: Unpack[Question],
-    ) -> Any:
-        """Score targets against training examples.
-
-        The first lines of the method's class say what a positive score means, and in which unit scores are.
-
-        Args:
-            trainer: as for :meth:`featurize`. The strategy must not spawn its processes.
-            data: the targets: a DataLoader, a sequence of them, a map-style Dataset or a LightningDataModule (its
-                ``predict_dataloader``).
-            top_k: keep only this many training examples for each target. The full matrix is then never in memory.
-            largest: whether ``top_k`` keeps the highest scores (proponents) or the lowest (opponents); None: both, from
-                one pass.
-            rescore: score this many candidates of each target exactly, those that are best by the stored features, and
-                keep the best ``top_k`` of them. Only :class:`~lightning_trak.TRAK` can do this; see
-                :class:`~lightning_trak.methods.rescoring.ExactScores`. It takes several passes over the training data
-                at each checkpoint, and a Trainer whose strategy keeps the model whole.
-            train: the positions of the training examples to score, as integers; default: all. With ``rescore`` the
-                training data; default: the data that this object's last :meth:`featurize` got.
-            **question: ``output``, ``aggregate``, ``groups`` and ``train_groups``, see
-                :class:`~lightning_trak.methods.questions.Question`.
-
-        Returns:
-            On every rank a CPU Tensor ``(num_targets, num_train)``, or with ``top_k`` a
-            :class:`~lightning_trak.scoring.TopK`; with ``rescore`` its values are the exact scores. With
-            ``largest=None`` it is a :class:`~lightning_trak.scoring.BothEnds`. Rows are in the order of the targets'
-            dataset, or a row for each of their groups; columns are the training examples, those in ``train`` in the
-            given order, or a column for each of their groups. With ``train_groups`` the indices of ``top_k`` are the
-            numbers of groups. For several loaders, a list of these.
-
-        Raises:
-            FileNotFoundError: if there is no store yet.
-            RuntimeError: if featurizing is not complete.
-            ValueError: if the store was made with other settings, a Gram matrix is singular, or groups or positions do
-                not fit the data. With ``rescore``: if the method cannot rescore, ``train`` is not known, or other data
-                than the store's, or an exact score cannot be computed.
-        """
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k must be at least 1, got {top_k}")
-        if top_k is None and largest is None:
-            raise ValueError("largest=None keeps both ends of the scores: say how many of each with top_k=")
-        self._require_trainer(trainer)
-        if rescore is not None and (question or largest is None):
-            wrong = next(iter(question), "largest=None").removesuffix("=None")
-            raise ValueError(f"rescore keeps one end of the scores of each target: leave {wrong} out, or rescore")
-        second = self._second_stage(
-            trainer, top_k, rescore, None if is_positions(train) else cast("Data | None", train)
-        )
-        output = target_output(question.get("output"), self.output)
-        if output is not None and shards_model(trainer):
-            raise ValueError(
-                "output= needs whole parameters, but ModelParallelStrategy splits them: use strategy='ddp' or a single"
-                " device"
-            )
-        loaders, pipeline = as_loaders(data, "predict", trainer), self._pipeline()
-        model = pipeline.copy_model(trainer)
-        store = pipeline.open_complete(model, trainer)
-        positions = train if is_positions(train) else None
-        columns = train_columns(positions, question.get("train_groups"), store.num_examples)
-        rows = target_rows(question, [len(cast(Any, loader.dataset)) for loader in loaders])
-        scorer, datamodule = self.make_scorer(store), data if isinstance(data, L.LightningDataModule) else None
-        if second is not None:
-            second.require_possible(store, model.size)
-        results: Sequence[Scores] = [
-            score_targets(
-                trainer,
-                loader,
-                pipeline,
-                model,
-                store,
-                scorer,
-                datamodule,
-                Kept(rescore or top_k, largest, sums, None if columns is None else columns.sums),
-                output,
-            )
-            for loader, sums in zip(loaders, rows, strict=True)
-        ]
-        if columns is not None:
-            results = [columns.named(result) for result in results]
-        if second is not None:
-            targets = [Examples(loader, "predict", trainer, datamodule) for loader in loaders]
-            with without_gradients():
-                own, settings = pipeline.copy_model(trainer), self.settings
-                passes = Passes(own, settings.seed, trainer, second.train, settings.engine)
-                results = second.best(passes, store, targets, cast(Sequence[TopK], results), bool(largest))
-        return results if holds_several(data) or len(results) > 1 else results[0]
-
-    def _second_stage(
-        self, trainer: L.Trainer, top_k: int | None, rescore: int | None, train: Data | None
-    ) -> SecondStage | None:
-        """What scores candidates again, if that is asked for; refuse what cannot be done before any work.
-
-        Raises:
-            ValueError: if it cannot be done.
-        """
-        if rescore is None:
-            if train is not None:
-                raise ValueError(
-                    "without rescore, train takes positions of training examples as integers, got a"
-                    f" {type(train).__name__}"
-                )
-            return None
-        exact = self._exact_scores()
-        if top_k is None or positive("rescore", rescore) < top_k:
-            raise ValueError(f"rescore needs a top_k of at most rescore={rescore}, got top_k={top_k}")
-        require_whole_parameters(trainer)
-        data = self._train if train is None else train
-        if data is None:
-            raise ValueError(
-                "rescore needs the training data: pass train=, the same data as to featurize, or call featurize of this"
-                " object first, which does nothing if the store is complete"
-            )
-        return SecondStage(exact, Examples(data, "fit", trainer), top_k)
 
     def target_features(self, trainer: L.Trainer, data: Data) -> list[Features]:
         """The features of targets, projected like those of the store. :meth:`score` compares the two.
@@ -374,12 +158,12 @@ class FeatureMethod(Method):
         self.featurize(trainer, train)
         return self.self_influence(trainer).abs()
 
-    def scorer(self, top_k: int | None = None, largest: bool | None = True) -> ScoreModule:
+    def scorer(self, top_k: int | None = None, largest: bool | None = None) -> ScoreModule:
         """A module for ``trainer.predict(method.scorer(), loader)``. It returns the scores of each batch.
 
         Args:
-            top_k: keep only this many training examples for each target.
-            largest: whether ``top_k`` keeps the highest scores or the lowest; None: both.
+            top_k: keep only this many training examples at each end of the scores of a target.
+            largest: whether ``top_k`` keeps the highest scores or the lowest; default: both.
         """
         pipeline = self._pipeline()
         model = pipeline.copy_model(keep=True)
@@ -387,6 +171,7 @@ class FeatureMethod(Method):
         store.require_complete()
         return ScoreModule(self.make_scorer(store), top_k, largest, model, self.settings, store)
 
+    @override
     def _pipeline(self) -> FeaturePipeline:
         return FeaturePipeline(
             self.model,

@@ -13,8 +13,9 @@ from typing_extensions import override
 
 from lightning_trak.checks import positive
 from lightning_trak.compatibility import original_module
-from lightning_trak.methods.base import Method
+from lightning_trak.methods.base import DataMethod
 from lightning_trak.methods.examples import Examples
+from lightning_trak.methods.questions import Asked
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import declared_output, target_output, trained_output
 from lightning_trak.replay.differentiating import Differentiated
@@ -27,7 +28,7 @@ from lightning_trak.running.random_states import isolated_random_states
 from lightning_trak.running.strategies import require_whole_parameters
 
 
-class Metagradient(Method):
+class Metagradient(DataMethod):
     """How much did each example's loss count in *this* training run, exactly to first order?
 
     A score is d output / d w_i, the derivative of the trained model's output by the weight w_i of example i in the
@@ -71,6 +72,11 @@ class Metagradient(Method):
         scores = Metagradient(model, "run/recording").attribute(trainer, train_loader, targets)
     """
 
+    _without_candidates = (
+        "it differentiates by the weights of examples in the recorded run, and others have none. TRAK, TracIn,"
+        " GradientDot, GradientCosine and influence functions score examples that are not in the training set"
+    )
+
     def __init__(
         self,
         model: nn.Module,
@@ -113,31 +119,36 @@ class Metagradient(Method):
         self.check_smooth = check_smooth
         self.progress_bar = progress_bar
 
-    def attribute(self, trainer: L.Trainer, train: Data, targets: Data, output: ModelOutput | None = None) -> Tensor:
-        """Score every target against every training example.
+    def _target_output(self, output: ModelOutput | None) -> ModelOutput | None:
+        return target_output(output, self.output)
+
+    def _scores(self, trainer: L.Trainer, train: Examples, targets: Examples, asked: Asked) -> Tensor:
+        """Derivatives by the weights of training examples.
+
+        The outputs of a group of targets are added up before the way back through the run, which is then as long as for
+        one target.
 
         Args:
             trainer: any Trainer whose strategy keeps the model whole. Its device is used, and each process computes all
                 scores. The precision is that of the recorded run.
             train: the training data, as they were recorded: the same dataset and collate function.
             targets: the targets. Each is computed alone, in eval mode, at the weights at the end of training.
-            output: of the targets, if it is another one than that of the training examples.
+            asked: the question.
 
         Returns:
-            On the CPU, shape ``(num_targets, num_train)``, in the run's precision. A positive score says that more
-            weight on the example's loss raises the output at the target, in the unit of the output. Examples that the
-            run did not use have zeros.
+            In the run's precision. Examples that the run did not use have zeros.
 
         Raises:
             ValueError: if the data or the model are not those of the recording, if a step cannot be repeated, if the
                 losses are not those of training, or if an output is not finite.
         """
         require_whole_parameters(trainer)
-        asked = target_output(output, self.output) or self.output
         with isolated_random_states(), torch.inference_mode(False):
-            train_set, target_set = Examples(train, "fit", trainer), Examples(targets, "predict", trainer)
-            runs = self._runs(trainer, train_set)
-            parts = [run.scores(copy.deepcopy(asked), target_set.loader, target_set.datamodule) for run in runs]
+            wanted = asked.output or self.output
+            parts = [
+                run.scores(copy.deepcopy(wanted), targets.loader, targets.datamodule, asked.rows, asked.columns)
+                for run in self._runs(trainer, train)
+            ]
             return torch.stack(parts).mean(0)
 
     @override
@@ -148,9 +159,9 @@ class Metagradient(Method):
         """
         require_whole_parameters(trainer)
         with isolated_random_states(), torch.inference_mode(False):
-            train_set = Examples(train, "fit", trainer)
-            runs = self._runs(trainer, train_set)
-            parts = [run.own_scores(copy.deepcopy(self.output), train_set.loader, train_set.datamodule) for run in runs]
+            examples = Examples(train, "fit", trainer)
+            runs = self._runs(trainer, examples)
+            parts = [run.own_scores(copy.deepcopy(self.output), examples.loader, examples.datamodule) for run in runs]
             return torch.stack(parts).mean(0).abs()
 
     def _losses(self) -> Losses:

@@ -11,10 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_trak.methods.examples import Examples
 from lightning_trak.outputs import ModelOutput
-from lightning_trak.scoring.base import Scores
+from lightning_trak.running.data import Data
 from lightning_trak.scoring.groups import Aggregate, Groups, Labels, Sums, target_sums, train_sums
-from lightning_trak.scoring.topk import BothEnds, TopK
+from lightning_trak.scoring.intervals import require_resampling
+from lightning_trak.scoring.topk import BothEnds, Scores, TopK
 
 Positions = Sequence[int] | Tensor
 
@@ -36,6 +38,69 @@ class Question(TypedDict, total=False):
     aggregate: Aggregate | None
     groups: Groups | Labels | None
     train_groups: Groups | Labels | None
+
+
+class AttributedQuestion(Question, total=False):
+    """What ``attribute`` answers.
+
+    Attributes:
+        candidates: examples that are not in the training set, to score the targets against in its place, as if they
+            were added to it.
+    """
+
+    candidates: Data | None
+
+
+class Asked(NamedTuple):
+    """A question, checked against the data.
+
+    Attributes:
+        output: of the targets, if it is another one than that of the training examples.
+        rows: how targets are added up; None: each has a row.
+        columns: how training examples, or candidates, are added up; None: each has a column.
+        candidates: what is scored in the place of the training examples.
+    """
+
+    output: ModelOutput | None
+    rows: Sums | None
+    columns: Sums | None
+    candidates: Examples | None
+
+    def num_rows(self, num_targets: int) -> int:
+        """How many rows the scores have."""
+        return num_targets if self.rows is None else self.rows.count
+
+
+def require_ends(top_k: int | None, largest: bool | None) -> None:
+    """Check which scores are kept.
+
+    Raises:
+        TypeError: if one of them is of another type.
+        ValueError: if the two do not fit together.
+    """
+    if top_k is not None and (isinstance(top_k, bool) or not hasattr(top_k, "__index__")):
+        raise TypeError(f"top_k is a number of training examples, got a {type(top_k).__name__}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1, got {top_k}")
+    if largest not in (None, True, False):
+        raise TypeError(f"largest is True, False or None for both ends, got {largest!r:.80}")
+    if top_k is None and largest is not None:
+        raise ValueError(f"largest={largest} says which end of the scores top_k= keeps: say how many with top_k=")
+
+
+def require_interval(interval: float | None, rows: Sums | None) -> None:
+    """Check an interval over targets.
+
+    Raises:
+        ValueError: if it is out of range, or there is no mean or sum over at least two targets.
+    """
+    if interval is None:
+        return
+    if not isinstance(interval, (int, float)) or not 0 < interval < 1:
+        raise ValueError(f"interval is a confidence level between 0 and 1, such as 0.95, got {interval!r:.80}")
+    if rows is None:
+        raise ValueError('interval is for means or sums over targets: give aggregate="mean" or aggregate="sum" too')
+    require_resampling(rows)
 
 
 class Columns(NamedTuple):

@@ -11,16 +11,19 @@ from lightning_trak.features.same_function import TOLERANCE
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.methods.examples import Examples
 from lightning_trak.methods.influence.audit import audit
-from lightning_trak.methods.influence.base import target_blocks
+from lightning_trak.methods.influence.base import target_blocks, target_gradients
 from lightning_trak.methods.influence.conjugate_gradient import ConjugateGradient
 from lightning_trak.methods.influence.hessian import Hessian
 from lightning_trak.methods.influence.passes import Passes
 from lightning_trak.methods.influence.products import gradient_products
 from lightning_trak.methods.influence.solvers import InverseProduct
+from lightning_trak.methods.questions import Question
+from lightning_trak.outputs import ModelOutput
 from lightning_trak.running.content import sample_digest
 from lightning_trak.scoring.damping import Damping
 from lightning_trak.scoring.gram import Curvature
-from lightning_trak.scoring.topk import TopK
+from lightning_trak.scoring.groups import Sums
+from lightning_trak.scoring.topk import BothEnds, TopK
 from lightning_trak.scoring.trak import LossGradients, stored_noise
 
 _SOLVER = ConjugateGradient(max_iterations=1000, preconditioner="landmarks", strict=True)
@@ -65,17 +68,27 @@ class SecondStage:
     train: Examples
     top_k: int
 
-    def require_possible(self, store: FeatureStore, num_parameters: int) -> None:
+    def require_possible(self, store: FeatureStore, num_parameters: int, question: Question) -> None:
         """Check what can be checked before long work.
 
         Raises:
             ValueError: if the data are not those of the store by their number and eight items, they were not the same
                 twice, or the matrix is singular.
         """
+        if question.get("train_groups") is not None:
+            raise ValueError(
+                "rescore scores a few training examples exactly, and a group's sum needs all of its own: leave"
+                " train_groups out, or use attribute(..., train_groups=) of InfluenceFunction"
+            )
+        if self.exact.soft_threshold and question.get("aggregate") is not None:
+            raise ValueError(
+                "rescore adds the gradients of targets up, but scores that soft_threshold moves towards zero are no"
+                " sums: leave aggregate out, or take soft_threshold=0"
+            )
         if len(self.train) != store.num_examples:
             raise ValueError(
                 f'rescore needs the training data of store "{store.directory}", which has {store.num_examples}'
-                f" examples; the data given have {len(self.train)}"
+                f" examples; the data given have {len(self.train)}. Without rescore, train= takes other examples"
             )
         if store.data is None:
             raise ValueError(
@@ -98,9 +111,11 @@ class SecondStage:
         passes: Passes,
         store: FeatureStore,
         targets: Sequence[Examples],
-        candidates: Sequence[TopK],
-        largest: bool,
-    ) -> list[TopK]:
+        candidates: Sequence[TopK | BothEnds],
+        largest: bool | None,
+        sums: Sequence[Sums | None],
+        output: ModelOutput | None,
+    ) -> list[TopK | BothEnds]:
         """The best of the candidates by their exact scores.
 
         Args:
@@ -108,7 +123,9 @@ class SecondStage:
             store: the features.
             targets: sets of targets.
             candidates: for each set, the training examples to score for each target.
-            largest: whether to keep the highest scores or the lowest.
+            largest: whether to keep the highest scores or the lowest; None: both.
+            sums: for each set, how targets are added up; None: each has a row.
+            output: of the targets, if it is another one than that of the training examples.
 
         Returns:
             For each set, exact scores and positions, best first. Equal scores are in the order of positions.
@@ -117,18 +134,20 @@ class SecondStage:
             ValueError: if a training example has another output than in the store, or conjugate gradients do not
                 converge.
         """
-        found = [_Candidates(each.indices, passes.dtype) for each in candidates]
+        found = [_Candidates(each, passes.dtype) for each in candidates]
         if self.exact.damping == "auto":
             passes.agreement = stored_noise(store, [None] * store.num_checkpoints).agreement
         for checkpoint in range(store.num_checkpoints):
             passes.enter(checkpoint)
-            for examples in (self.train, *targets):
-                audit(passes, examples)
+            audit(passes, self.train)
+            with passes.asking(output):
+                for examples in targets:
+                    audit(passes, examples)
             inverse = self._inverse(passes, store, checkpoint)
-            for examples, each in zip(targets, found, strict=True):
-                for span in target_blocks(passes, examples):
-                    rows = torch.cat([part.features for _, part in passes.rows(examples, span)])
-                    each.add(span, passes, inverse(rows, span), self.exact.loss_gradients)
+            for examples, each, rows in zip(targets, found, sums, strict=True):
+                for block in target_blocks(passes, examples, rows):
+                    directions = inverse(target_gradients(passes, examples, block, output), block.span)
+                    each.add(block.span, passes, directions, self.exact.loss_gradients)
         return [self._kept(each, store.num_checkpoints, largest) for each in found]
 
     def _inverse(self, passes: Passes, store: FeatureStore, checkpoint: int) -> InverseProduct:
@@ -137,14 +156,19 @@ class SecondStage:
             damping *= passes.size / dim  # from a share of trace / k to one of trace / p
         return _SOLVER.prepare(Hessian(passes, self.exact.curvature, damping, _same_outputs(store, passes, checkpoint)))
 
-    def _kept(self, found: "_Candidates", num_checkpoints: int, largest: bool) -> TopK:
+    def _kept(self, found: "_Candidates", num_checkpoints: int, largest: bool | None) -> TopK | BothEnds:
         scores = found.products / num_checkpoints
         if self.exact.loss_gradients == "averaged":
             scores *= found.loss_gradients / num_checkpoints
         if self.exact.soft_threshold:
             scores = torch.nn.functional.softshrink(scores, self.exact.soft_threshold)
-        ranked = scores.sort(dim=1, descending=largest, stable=True)
-        order = ranked.indices[:, : self.top_k]
+        if largest is None:
+            return BothEnds(self._end(found, scores, True), self._end(found, scores, False))
+        return self._end(found, scores, largest)
+
+    def _end(self, found: "_Candidates", scores: Tensor, largest: bool) -> TopK:
+        last = scores.masked_fill(found.repeated, -torch.inf if largest else torch.inf)
+        order = last.sort(dim=1, descending=largest, stable=True).indices[:, : min(self.top_k, found.kept)]
         return TopK(scores.gather(1, order), found.indices.gather(1, order))
 
 
@@ -153,12 +177,18 @@ class _Candidates:
 
     Attributes:
         indices: positions in the training set, shape ``(num_targets, num_candidates)``.
+        repeated: bool of the same shape: whether the candidate is the one before it, because both ends name it.
+        kept: the number of candidates at one end.
         products: sums of products of gradients, times Q unless that is averaged apart, of the same shape.
         loss_gradients: sums of Q, of the same shape.
     """
 
-    def __init__(self, indices: Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, best: TopK | BothEnds, dtype: torch.dtype) -> None:
+        self.kept = best.indices.shape[1]
+        indices = torch.cat([end.indices for end in best], dim=1) if isinstance(best, BothEnds) else best.indices
         self.indices = indices.sort(dim=1).values
+        self.repeated = torch.zeros_like(indices, dtype=torch.bool)
+        self.repeated[:, 1:] = self.indices.diff(dim=1) == 0
         self.products = torch.zeros(indices.shape, dtype=dtype)
         self.loss_gradients = torch.zeros(indices.shape, dtype=dtype)
 

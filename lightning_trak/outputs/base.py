@@ -22,6 +22,9 @@ class ModelOutput(ABC):
     Attributes:
         context_size: number of training examples that :meth:`make_context` wants to see at each checkpoint.
         for_targets: whether it is an output of targets alone, because training did not act on it.
+        predicts_labels: whether labels are what the model predicts. Of several checkpoints, the class with the highest
+            mean of :meth:`probabilities` is then the label at all of them: batches come as
+            :class:`~lightning_trak.running.labels.LabelledBatch`.
 
     Example:
         >>> import torch
@@ -38,6 +41,7 @@ class ModelOutput(ABC):
 
     context_size: int = 0
     for_targets: bool = False
+    predicts_labels: bool = False
 
     @abstractmethod
     def output(self, module: nn.Module, batch: Any) -> Tensor:
@@ -95,6 +99,22 @@ class ModelOutput(ABC):
             if slope.requires_grad:
                 (curvature,) = torch.autograd.grad(slope.sum(), variable, materialize_grads=True)
             return -slope.detach(), curvature
+
+    def probabilities(self, module: nn.Module, batch: Any) -> Tensor:
+        """The probability of each class, for outputs with ``predicts_labels``.
+
+        Args:
+            module: the model, in eval mode.
+            batch: a batch as the dataloader gives it.
+
+        Returns:
+            Shape ``(batch, classes)``.
+
+        Raises:
+            TypeError: if the output predicts no labels.
+        """
+        del module, batch
+        raise TypeError(f"{type(self).__name__} predicts no labels")
 
     def same_in_batch(self, module: nn.Module, batch: Any, alone: Tensor, tolerance: float) -> bool:
         """Whether the outputs of some examples in one batch are those that each has alone.

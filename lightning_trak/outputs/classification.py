@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_trak.outputs.batches import LABELS_KEYS, Forward, LabelsKey, one_per_example, predict, without_labels
 from lightning_trak.outputs.labelled import LabelledOutput
 from lightning_trak.outputs.margins import log_odds, logistic_loss, nan_unless
+from lightning_trak.running.labels import LabelledBatch
 
 PREDICTED = "predicted"
 _OTHERWISE = "for other tasks write a ModelOutput of your own, or use NegativeLoss"
@@ -40,8 +41,9 @@ class ClassificationMargin(LabelledOutput):
         forward: ``(module, batch) -> logits``, for modules that are called in another way.
         labels_key: where the labels are: a key or attribute, a position in a tuple, or a function of the batch; of
             several, the first that the batch has. None, with ``labels``: the batches have none.
-        labels: in place of the batch's labels: ``"predicted"``, the class with the highest logit (at each checkpoint,
-            the one that its model predicts); or a class, the same for all targets, as index or name.
+        labels: in place of the batch's labels: ``"predicted"``, the class that the model predicts (of several
+            checkpoints, the one with the highest mean probability: all explain the same class); or a class, the same
+            for all targets, as index or name.
         against: the class that the label is compared with, as index or name; default: all others together.
         classes: the names of all classes, in the order of the logits, if classes are given by name.
     """
@@ -68,6 +70,11 @@ class ClassificationMargin(LabelledOutput):
     def for_targets(self) -> bool:  # type: ignore[override]
         """Whether the labels are others than those of training."""
         return self.labels is not None or self.against is not None
+
+    @property
+    def predicts_labels(self) -> bool:  # type: ignore[override]
+        """Whether the labels are what the model predicts."""
+        return self.labels == PREDICTED
 
     def _index(self, name: str, given: int | str | None) -> int | None:
         """The index of a class."""
@@ -123,29 +130,44 @@ class ClassificationMargin(LabelledOutput):
             f" {classes - 1}; leave such examples out of the dataset"
         )
 
+    def probabilities(self, module: nn.Module, batch: Any) -> Tensor:
+        """The probability of each class, shape ``(batch, classes)``, in float32 or better."""
+        logits = _both_logits(self._logits(module, batch))
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(1)
+
     def _predict(self, module: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
         """Logits, and the labels to take."""
         if self.labels is None:
             logits, labels = self.predict(module, batch)
-        else:
-            logits = predict(module, batch, without_labels(batch, self.labels_key), self.forward)
-            if logits.ndim not in (1, 2):
-                raise ValueError(
-                    "expected logits of shape (batch, classes), (batch, 1) or (batch,), received"
-                    f" {tuple(logits.shape)}; {_OTHERWISE}"
-                )
-            scores = _both_logits(logits.detach())
-            if self.labels == PREDICTED:
-                labels = scores.argmax(1)
-            else:
-                labels = torch.full_like(scores[:, 0], self.labels, dtype=torch.int64)  # type: ignore[arg-type]
+            self._require_classes(logits)
+            return logits, labels
+        if isinstance(batch, LabelledBatch):
+            return self._logits(module, batch.batch), batch.labels
+        logits = self._logits(module, batch)
+        scores = _both_logits(logits.detach())
+        if self.labels == PREDICTED:
+            return logits, scores.argmax(1)
+        return logits, torch.full_like(scores[:, 0], self.labels, dtype=torch.int64)  # type: ignore[arg-type]
+
+    def _logits(self, module: nn.Module, batch: Any) -> Tensor:
+        """Logits of a batch whose labels are not used."""
+        logits = predict(module, batch, without_labels(batch, self.labels_key), self.forward)
+        if logits.ndim not in (1, 2):
+            raise ValueError(
+                "expected logits of shape (batch, classes), (batch, 1) or (batch,), received"
+                f" {tuple(logits.shape)}; {_OTHERWISE}"
+            )
+        self._require_classes(logits)
+        return logits
+
+    def _require_classes(self, logits: Tensor) -> None:
+        """Check that the model has the classes that are named."""
         count = logits.shape[1] if logits.ndim == 2 and logits.shape[1] > 1 else 2
         for name, given in (("labels", self.labels), ("against", self.against)):
             if isinstance(given, int) and given >= count:
                 raise ValueError(f"{name} is class {given}, but the model has {count} classes, 0 to {count - 1}")
         if self.classes is not None and len(self.classes) != count:
             raise ValueError(f"classes names {len(self.classes)} classes, but the model has {count}")
-        return logits, labels
 
     def loss(self, output: Tensor) -> Tensor:
         """The cross-entropy at each margin, shape ``(batch,)``."""

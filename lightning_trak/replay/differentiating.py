@@ -24,6 +24,7 @@ from lightning_trak.replay.states import TrainingState
 from lightning_trak.replay.targets import differentiable, output_at, targets_alone
 from lightning_trak.replay.updating import Cotangents
 from lightning_trak.running.loading import load
+from lightning_trak.scoring.groups import Collected, RowBlock, Sums, row_blocks
 
 # States and batches of a segment are kept in memory up to this size, and so are the cotangents of one reverse pass.
 SEGMENT_BYTES = 1 << 30
@@ -88,26 +89,36 @@ class Differentiated:
         self.rounds_steps = player.update.rounding > 0
         self.normalizes_batches = player.normalizes_batches(structures)
 
-    def scores(self, output: ModelOutput, targets: DataLoader[Any], datamodule: L.LightningDataModule | None) -> Tensor:
+    def scores(
+        self,
+        output: ModelOutput,
+        targets: DataLoader[Any],
+        datamodule: L.LightningDataModule | None,
+        rows: Sums | None = None,
+        columns: Sums | None = None,
+    ) -> Tensor:
         """Differentiate the outputs at targets by the weights of all training examples.
 
         Args:
             output: the output.
             targets: the loader of the targets.
             datamodule: the data module that gave it, if there is one.
+            rows: how targets are added up, before the way back; None: each has a row.
+            columns: how training examples are added up; None: each has a column.
 
         Returns:
-            On the CPU, ``(num_targets, num_train)``.
+            On the CPU, ``(num_targets, num_train)``, or fewer rows and columns.
 
         Raises:
             ReplayError: if a step cannot be repeated, or its loss is not the mean of the examples' losses.
             ValueError: if an output is not a finite number.
         """
         num_targets = len(cast(Any, targets.dataset))
-        scores = torch.zeros(num_targets, self._recording.run["num_train"], dtype=self._player.dtype)
-        for numbers, positions, by_weight in self._derivatives(output, targets, datamodule):
-            scores[numbers.start : numbers.stop].index_add_(1, positions, by_weight)
-        return scores
+        num_rows = num_targets if rows is None else rows.count
+        found = Collected(num_rows, self._recording.run["num_train"], columns, self._player.dtype)
+        for span, positions, by_weight in self._derivatives(output, targets, datamodule, rows):
+            found.add(span, positions, by_weight)
+        return found.scores()
 
     def own_scores(
         self, output: ModelOutput, train: DataLoader[Any], datamodule: L.LightningDataModule | None
@@ -127,15 +138,20 @@ class Differentiated:
             ValueError: as :meth:`scores`.
         """
         scores = torch.zeros(self._recording.run["num_train"], dtype=self._player.dtype)
-        for numbers, positions, by_weight in self._derivatives(output, train, datamodule):
-            own = ((positions >= numbers.start) & (positions < numbers.stop)).nonzero().flatten()
-            scores.index_add_(0, positions[own], by_weight[positions[own] - numbers.start, own])
+        for span, positions, by_weight in self._derivatives(output, train, datamodule, None):
+            examples = torch.tensor(positions)
+            own = ((examples >= span.start) & (examples < span.stop)).nonzero().flatten()
+            scores.index_add_(0, examples[own], by_weight.cpu()[examples[own] - span.start, own])
         return scores
 
     def _derivatives(
-        self, output: ModelOutput, targets: DataLoader[Any], datamodule: L.LightningDataModule | None
-    ) -> Iterator[tuple[range, Tensor, Tensor]]:
-        """Yield numbers of targets, positions of training examples in a step, and derivatives, a row for each target.
+        self,
+        output: ModelOutput,
+        targets: DataLoader[Any],
+        datamodule: L.LightningDataModule | None,
+        rows: Sums | None,
+    ) -> Iterator[tuple[range, list[int], Tensor]]:
+        """Yield which rows, positions of training examples in a step, and derivatives ``(len(span), len(positions))``.
 
         An example that several steps use comes as often.
         """
@@ -144,29 +160,32 @@ class Differentiated:
         together = max(1, COTANGENT_BYTES // max(1, last.nbytes))
         for part in modules_of(output):
             part.to(player.device).eval()
-        for start in range(0, num_targets, together):
-            numbers = range(start, min(start + together, num_targets))
+        for block in row_blocks(rows, num_targets, together):
             player.load(last)
-            batches = targets_alone(player, targets, datamodule, numbers)
-            cotangents = self._output_gradients(output, numbers, batches)
-            for positions, by_weight in self._back(cotangents, len(numbers), last.nbytes):
-                yield numbers, torch.tensor(positions), by_weight.cpu()
+            batches = targets_alone(player, targets, datamodule, block.members)
+            cotangents = self._output_gradients(output, block, batches)
+            for positions, by_weight in self._back(cotangents, len(block.span), last.nbytes):
+                yield block.span, positions, by_weight
 
-    def _output_gradients(self, output: ModelOutput, numbers: range, batches: Iterator[Any]) -> Cotangents:
-        """The derivatives of the outputs by weights and running statistics at the end of training."""
+    def _output_gradients(self, output: ModelOutput, block: RowBlock, batches: Iterator[Any]) -> Cotangents:
+        """The derivatives of each row's output by weights and running statistics at the end of training."""
         player, reverse = self._player, self._reverse
         player.module.eval()
         reverse.track()
         names = [f"parameter/{name}" for name in self._tracked]
         parameters = [player.parameters[name] for name in self._tracked]
-        rows: list[tuple[Tensor, ...]] = []
+        totals: list[Tensor] = []
         leaves = reverse.statistics.leaves()
         names += [f"buffer/{name}" for name in leaves]
-        for number, batch in zip(numbers, batches, strict=True):
+        places = zip(block.members, block.numbers.tolist(), block.weights.tolist(), strict=True)
+        for (number, row, weight), batch in zip(places, batches, strict=True):
             with differentiable(player), reverse.statistics.tracked(leaves):
                 values = output_at(player.module, output, batch, number)
-                rows.append(torch.autograd.grad(values.sum(), [*parameters, *leaves.values()], materialize_grads=True))
-        return {name: torch.stack(column) for name, column in zip(names, zip(*rows, strict=True), strict=True)}
+                found = torch.autograd.grad(values.sum(), [*parameters, *leaves.values()], materialize_grads=True)
+            totals = totals or [gradient.new_zeros(len(block.span), *gradient.shape) for gradient in found]
+            for total, gradient in zip(totals, found, strict=True):
+                total[row].add_(gradient, alpha=weight)
+        return dict(zip(names, totals, strict=True))
 
     def _back(self, cotangents: Cotangents, count: int, state_bytes: int) -> Iterator[tuple[list[int], Tensor]]:
         """Go back through the run. Yields positions of examples, and derivatives ``(count, len(positions))``."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
@@ -40,7 +40,10 @@ def differentiable(player: Player) -> Iterator[None]:
 
 
 def targets_alone(
-    player: Player, targets: DataLoader[Any], datamodule: L.LightningDataModule | None, numbers: range | None = None
+    player: Player,
+    targets: DataLoader[Any],
+    datamodule: L.LightningDataModule | None,
+    numbers: Sequence[int] | None = None,
 ) -> Iterator[Any]:
     """Batches of one target each, on the device.
 

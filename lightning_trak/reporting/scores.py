@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_trak.scoring.topk import TopK, strongest
+from lightning_trak.scoring.topk import BothEnds, Scores, TopK, rows_of, strongest
 from lightning_trak.storage.files import DamagedFileError, load_tensors, remove_leftovers, save_tensors
 from lightning_trak.storage.paths import local_path
 from lightning_trak.storage.schemas import boolean, integer, record, sha256, text
@@ -20,19 +20,20 @@ _ABOUT = record(
 class SavedScores(NamedTuple):
     """Scores with the method that made them.
 
-    The safetensors file holds ``scores``, or ``values`` and ``indices`` of the best; and ``used_masks`` if there are
-    any. Its metadata hold ``num_train``, ``largest``, ``method`` and checksums.
+    The safetensors file holds ``scores``, or ``values`` and ``indices`` of the best, of both ends with
+    ``opponent_values`` and ``opponent_indices`` of the lowest; and ``used_masks`` if there are any. Its metadata hold
+    ``num_train``, ``largest``, ``method`` and checksums.
 
     Attributes:
         scores: ``(num_targets, num_train)``, or the best few of each target.
         num_train: number of training examples.
         method: name of the method.
-        largest: whether the best few are the highest scores (true) or the lowest.
+        largest: of one end, whether it is the highest scores (true) or the lowest.
         used_masks: bool ``(num_used, num_train)``, subsets whose models the scores were made with; None if there are
             none.
     """
 
-    scores: Tensor | TopK
+    scores: Scores
     num_train: int
     method: str
     largest: bool = True
@@ -51,7 +52,7 @@ class SavedScores(NamedTuple):
         try:
             tensors, about = load_tensors(path)
             _ABOUT("its header", about)
-            scores = tensors["scores"] if "scores" in tensors else TopK(tensors["values"], tensors["indices"])
+            scores = _scores_of(tensors)
         except DamagedFileError as error:
             raise unreadable(error, "score again") from error
         except (KeyError, ValueError) as error:
@@ -70,7 +71,7 @@ class SavedScores(NamedTuple):
         path = local_path(path, "file of scores")
         self._require_scores(f'cannot write "{path}"')
         remove_leftovers(path.parent)
-        tensors = {"scores": self.scores} if isinstance(self.scores, Tensor) else self.scores._asdict()
+        tensors = _tensors_of(self.scores)
         if self.used_masks is not None:
             tensors["used_masks"] = self.used_masks
         save_tensors(path, tensors, num_train=self.num_train, method=self.method, largest=self.largest)
@@ -96,14 +97,38 @@ class SavedScores(NamedTuple):
             ``"proponents"`` and ``"opponents"``, of shape ``(k,)``, strongest first; fewer if there are not as many.
             If only one of the two was kept, the other is missing.
         """
-        row = slice(target, target + 1)
-        one = self.scores[row] if isinstance(self.scores, Tensor) else TopK(*(part[row] for part in self.scores))
-        found = strongest(one, k, self.largest)
+        found = strongest(rows_of(self.scores, slice(target, target + 1)), k, self.largest)
         return {name: TopK(*(part[0] for part in best)) for name, best in found.items()}
+
+
+def _tensors_of(scores: Scores) -> dict[str, Tensor]:
+    """The tensors of a file that holds scores."""
+    if isinstance(scores, Tensor):
+        return {"scores": scores}
+    if isinstance(scores, BothEnds):
+        opponents = {f"opponent_{name}": tensor for name, tensor in scores.opponents._asdict().items()}
+        return scores.proponents._asdict() | opponents
+    return scores._asdict()
+
+
+def _scores_of(tensors: dict[str, Tensor]) -> Scores:
+    """The scores in the tensors of a file."""
+    if "scores" in tensors:
+        return tensors["scores"]
+    best = TopK(tensors["values"], tensors["indices"])
+    if "opponent_values" not in tensors:
+        return best
+    return BothEnds(best, TopK(tensors["opponent_values"], tensors["opponent_indices"]))
 
 
 def _fault(saved: SavedScores) -> str | None:
     """What is wrong with scores; None if nothing is."""
+    if isinstance(saved.scores, BothEnds):
+        if len({len(end.values) for end in saved.scores}) > 1:
+            return "it has proponents and opponents of other numbers of targets"
+        highest, lowest = saved.scores
+        first = _fault(saved._replace(scores=highest, largest=True))
+        return first or _fault(saved._replace(scores=lowest, largest=False))
     values = saved.scores if isinstance(saved.scores, Tensor) else saved.scores.values
     used = saved.used_masks
     if used is not None and (used.dtype != torch.bool or used.ndim != 2 or used.shape[1] != saved.num_train):

@@ -9,9 +9,13 @@ from lightning.pytorch.core.hooks import DataHooks
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
+from lightning_trak.running.labels import LabelledBatch
+
 
 class TransferHooks:
     """The batch transfer hooks that Lightning would call: the data module's if it overrides them, else the module's.
+
+    Of a :class:`~lightning_trak.running.labels.LabelledBatch` they get the user's batch alone.
 
     Args:
         module: the model. If it is not a LightningModule, Lightning's default hooks are used.
@@ -24,14 +28,20 @@ class TransferHooks:
 
     def before(self, batch: Any, dataloader_idx: int = 0) -> Any:
         """Call ``on_before_batch_transfer``."""
+        if isinstance(batch, LabelledBatch):
+            return batch._replace(batch=self.before(batch.batch, dataloader_idx))
         return self._owner("on_before_batch_transfer").on_before_batch_transfer(batch, dataloader_idx)
 
     def transfer(self, batch: Any, device: torch.device, dataloader_idx: int = 0) -> Any:
         """Call ``transfer_batch_to_device``."""
+        if isinstance(batch, LabelledBatch):
+            return LabelledBatch(self.transfer(batch.batch, device, dataloader_idx), batch.labels.to(device))
         return self._owner("transfer_batch_to_device").transfer_batch_to_device(batch, device, dataloader_idx)
 
     def after(self, batch: Any, dataloader_idx: int = 0) -> Any:
         """Call ``on_after_batch_transfer``."""
+        if isinstance(batch, LabelledBatch):
+            return batch._replace(batch=self.after(batch.batch, dataloader_idx))
         return self._owner("on_after_batch_transfer").on_after_batch_transfer(batch, dataloader_idx)
 
     def _owner(self, hook: str) -> Any:

@@ -3,6 +3,7 @@
 from lightning_trak.scoring.base import Scorer
 from lightning_trak.scoring.gradient import GradientCosineScorer, GradientDotScorer
 from lightning_trak.scoring.groups import Groups, aggregate_scores
+from lightning_trak.scoring.intervals import Interval
 from lightning_trak.scoring.topk import BothEnds, TopK
 from lightning_trak.scoring.trak import TRAKScorer
 
@@ -11,6 +12,7 @@ __all__ = [
     "GradientCosineScorer",
     "GradientDotScorer",
     "Groups",
+    "Interval",
     "Scorer",
     "TRAKScorer",
     "TopK",

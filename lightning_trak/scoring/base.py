@@ -1,8 +1,9 @@
 """Base of all scorers: they read training features shard by shard, and keep all scores or the best few."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,11 +11,10 @@ from torch import Tensor
 from lightning_trak.features.rows import Features, StoredFeatures
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.running.ranks import Ranks
-from lightning_trak.running.transfer import HostCopy, Upload, ahead
+from lightning_trak.running.transfer import Upload, ahead
+from lightning_trak.scoring.collecting import collect
 from lightning_trak.scoring.groups import Sums
-from lightning_trak.scoring.topk import Best, BothEnds, TopK, best_of
-
-Scores = Tensor | TopK | BothEnds
+from lightning_trak.scoring.topk import Scores
 
 
 class Scorer(ABC):
@@ -55,12 +55,12 @@ class Scorer(ABC):
         The features of the rows are on the device of :meth:`fit` and in the precision of the directions.
         """
 
-    def finish(self, sums: Tensor, shard: int) -> Tensor:  # noqa: ARG002
+    def finish(self, sums: Tensor, loss_gradients: Callable[[], Tensor]) -> Tensor:  # noqa: ARG002
         """Turn sums over checkpoints into scores; by default they are the scores.
 
         Args:
-            sums: of the training examples of a shard, shape ``(..., n)``.
-            shard: which shard.
+            sums: of some training examples, shape ``(..., n)``.
+            loss_gradients: gives the mean of their Q over checkpoints, shape ``(n,)``.
 
         Returns:
             The scores, of the same shape.
@@ -86,7 +86,12 @@ class Scorer(ABC):
             product = products[0] if len(products) == 1 else torch.cat(products, 1)
             total = product if total is None else total.add_(product)
         assert total is not None
-        return self.finish(total, shard)
+        return self.finish(total, self._loss_gradients_of(shard))
+
+    def _loss_gradients_of(self, shard: int) -> Callable[[], Tensor]:
+        """Reads the mean of Q over checkpoints of a shard's examples."""
+        checkpoints = range(self.store.num_checkpoints)
+        return lambda: _mean_loss_gradients([self.store.read_stored(number, shard) for number in checkpoints])
 
     def _product(self, checkpoint: int, direction: Tensor, rows: Features) -> Tensor:
         rows = rows._replace(features=rows.features.to(direction.dtype))
@@ -118,12 +123,12 @@ class Scorer(ABC):
         suspects = torch.stack(sums).isfinite().logical_not().nonzero().flatten().tolist() if sums else []
         for shard in (shards[number] for number in suspects):
             again = self._rows([shard], range(len(directions)), directions[0].device)
-            self._require_finite(self.block(directions, shard, again), shard)
+            self._require_finite(self.block(directions, shard, again), self.store.shard(shard))
 
-    def _require_finite(self, scores: Tensor, shard: int) -> None:
+    def _require_finite(self, scores: Tensor, examples: range) -> None:
         if not scores.isfinite().all():
             raise ValueError(
-                f"scores of training examples {self.store.shard(shard)} are not finite: the features overflow"
+                f"scores of training examples {examples} are not finite: the features overflow"
                 f" {scores.dtype}; featurize with dtype=torch.float64"
             )
 
@@ -152,7 +157,7 @@ class Scorer(ABC):
         self,
         directions: Sequence[Tensor],
         top_k: int | None = None,
-        largest: bool | None = True,
+        largest: bool | None = None,
         ranks: Ranks = Ranks(),  # noqa: B008
         columns: Sums | None = None,
     ) -> Scores:
@@ -168,21 +173,80 @@ class Scorer(ABC):
 
         Returns:
             On every rank a CPU Tensor ``(num_targets, num_train)`` or ``(num_targets, columns.count)``, or a
-            :class:`~lightning_trak.scoring.TopK`, or of both ends :class:`~lightning_trak.scoring.BothEnds`.
+            :class:`~lightning_trak.scoring.BothEnds`, or of one end a :class:`~lightning_trak.scoring.TopK`.
         """
         shards = self._shards(columns)
         mine = [shards[number] for number in ranks.share(len(shards))]
         with full_precision(self._device):
-            if columns is not None:
-                scores = ranks.sum(self._summed(directions, mine, columns))
-            elif top_k is None:
-                return ranks.sum(self._all(directions, mine))
-            else:
-                best = Best(top_k, largest)
-                for examples, block in self.blocks(directions, mine):
-                    best.add(block, examples.start)
-                return best.merged(ranks, directions[0])
-        return scores if top_k is None else best_of(scores, top_k, largest)
+            blocks = self.blocks(directions, mine)
+            return collect(blocks, directions[0], self.store.num_examples, top_k, largest, ranks, columns)
+
+    def score_others(
+        self,
+        directions: Sequence[Tensor],
+        others: Iterable[tuple[range, Sequence[Features]]],
+        count: int,
+        top_k: int | None = None,
+        largest: bool | None = None,
+        ranks: Ranks = Ranks(),  # noqa: B008
+        columns: Sums | None = None,
+    ) -> Scores:
+        """Scores against examples that are not in the store, as if they were added to the training set.
+
+        What the store's examples decide, such as the curvature, stays as it is. So an example that is in the store has
+        the score that :meth:`score` gives it.
+
+        Args:
+            directions: as for :meth:`score`.
+            others: positions of some examples and their features at each checkpoint, the same on every rank.
+            count: the number of examples.
+            top_k: as for :meth:`score`.
+            largest: as for :meth:`score`.
+            ranks: the processes that share the products; all must call this.
+            columns: as for :meth:`score`, of the others.
+
+        Returns:
+            As :meth:`score`, for the others in the place of the training set.
+        """
+        with full_precision(self._device):
+            prepared = self.prepare_others(directions, ranks)
+        blocks = self._blocks_of_others(prepared, others, ranks)
+        return collect(blocks, directions[0], count, top_k, largest, ranks, columns)
+
+    def prepare_others(self, directions: Sequence[Tensor], ranks: Ranks) -> Sequence[Any]:  # noqa: ARG002
+        """What :meth:`products_with_others` takes of the targets, for each checkpoint; by default their directions."""
+        return directions
+
+    def products_with_others(self, checkpoint: int, prepared: Any, rows: Features) -> Tensor:
+        """Sums' terms d_m(x) . phi_m(i) w_m(i) of examples that are not in the store.
+
+        Args:
+            checkpoint: m.
+            prepared: of the targets, from :meth:`prepare_others`.
+            rows: of the examples, with features on the device of :meth:`fit`.
+
+        Returns:
+            Shape ``(num_targets, n)``.
+        """
+        return self._product(checkpoint, prepared, rows)
+
+    def _blocks_of_others(
+        self, prepared: Sequence[Any], others: Iterable[tuple[range, Sequence[Features]]], ranks: Ranks
+    ) -> Iterator[tuple[range, Tensor]]:
+        """This rank's part of the scores of each block."""
+        for examples, rows in others:
+            start, stop = (len(examples) * (ranks.rank + end) // ranks.world_size for end in (0, 1))
+            if start == stop:
+                continue
+            parts = [Features(*(column[start:stop] for column in part)) for part in rows]
+            with full_precision(self._device):
+                products = [
+                    self.products_with_others(m, targets, part._replace(features=part.features.to(self._device)))
+                    for m, (targets, part) in enumerate(zip(prepared, parts, strict=True))
+                ]
+                scores = self.finish(torch.stack(products).sum(0), lambda: _mean_loss_gradients(parts))  # noqa: B023
+            self._require_finite(scores, examples[start:stop])
+            yield examples[start:stop], scores
 
     def self_scores(self, ranks: Ranks = Ranks()) -> Tensor:  # noqa: B008
         """The score of each training example at itself.
@@ -209,8 +273,8 @@ class Scorer(ABC):
                     sums[examples.start : examples.stop] += torch.cat(own)
             for shard in shards:
                 examples = self.store.shard(shard)
-                found = self.finish(sums[examples.start : examples.stop], shard)
-                self._require_finite(found, shard)
+                found = self.finish(sums[examples.start : examples.stop], self._loss_gradients_of(shard))
+                self._require_finite(found, examples)
                 scores[examples.start : examples.stop] = found.cpu()
         return ranks.sum(scores)
 
@@ -227,34 +291,14 @@ class Scorer(ABC):
         spans = [(shard, self.store.shard(shard)) for shard in range(self.store.num_shards)]
         return [shard for shard, span in spans if (columns.numbers[span.start : span.stop] >= 0).any()]
 
-    def _summed(self, directions: Sequence[Tensor], shards: Sequence[int], columns: Sums) -> Tensor:
-        """The sums of scores over the training examples of some shards, on the CPU."""
-        like = directions[0]
-        totals = torch.zeros(len(like), columns.count, dtype=torch.float64, device=self._device)
-        for examples, block in self.blocks(directions, shards):
-            columns.add_(totals, block, examples, 1)
-        return totals.to("cpu", like.dtype)
-
-    def _all(self, directions: Sequence[Tensor], shards: Sequence[int]) -> Tensor:
-        """The scores of some shards, and zeros elsewhere, on the CPU."""
-        scores = torch.zeros(len(directions[0]), self.store.num_examples, dtype=directions[0].dtype)
-
-        def keep(examples: range, copy: HostCopy) -> None:
-            (scores[:, examples.start : examples.stop],) = copy.wait()
-
-        coming: tuple[range, HostCopy] | None = None
-        for examples, block in self.blocks(directions, shards):
-            copy = HostCopy.start((block,))
-            if coming is not None:
-                keep(*coming)  # while the next one is on its way
-            coming = examples, copy
-        if coming is not None:
-            keep(*coming)
-        return scores
-
     def _working(self, tensor: Tensor) -> Tensor:
         """On the device, in at least float32."""
         return tensor.to(self._device, torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _mean_loss_gradients(rows: Sequence[Features | StoredFeatures]) -> Tensor:
+    """The mean of Q over checkpoints."""
+    return torch.stack([part.loss_gradients for part in rows]).mean(0)
 
 
 def full_precision(device: torch.device) -> torch.autocast:

@@ -81,6 +81,21 @@ class DualSystem:
         """
         return self._factor.solve(products * self._roots).div_(self._roots)
 
+    def outside(self, solved: Tensor, own: Tensor, products: Tensor) -> Tensor:
+        """The solution at examples that are not training examples.
+
+        Phi d = tau gives d = (phi(x) - Phi^T R tau) / lambda, so that phi_i^T d needs inner products alone.
+
+        Args:
+            solved: tau of each target, from :meth:`solve`, shape ``(num_targets, n)``.
+            own: inner products of the targets with the examples, float64, shape ``(num_targets, m)``.
+            products: inner products of the examples with the training examples, float64, shape ``(m, n)``.
+
+        Returns:
+            Shape ``(num_targets, m)``.
+        """
+        return (own - (solved * self._roots.square()) @ products.T) / self._factor.ridge
+
     def own(self, products: Tensor, examples: range) -> Tensor:
         """The solution of each of some training examples at itself.
 

@@ -165,6 +165,10 @@ class ExactKernelScorer(TRAKScorer):
             found[:, examples.start : examples.stop] = inner_products(forms, targets, self._stored(checkpoint, number))
         return ranks.sum(found)
 
+    def _products_between(self, checkpoint: int, targets: Tensor, others: Tensor) -> Tensor:
+        """See TRAKScorer."""
+        return inner_products(stored_forms(self.store, checkpoint), targets, others)
+
 
 def stored_forms(store: FeatureStore, checkpoint: int) -> GradientForms:
     """The forms in which a store holds the gradients of a checkpoint.

@@ -107,6 +107,9 @@ class DampedGram:
         rounding_error: by how much the features were rounded to integers, relative to each row's norm (root mean
             square); 0 for floats.
 
+    Attributes:
+        ridge: lambda itself.
+
     Raises:
         ValueError: if K is zero, not finite, or singular to the precision of the features.
     """
@@ -139,6 +142,7 @@ class DampedGram:
         # this copy, because both have k x k numbers. The transpose is the same matrix, with LAPACK's strides.
         factor = (gram / scale).mT
         share_of_size = len(gram) / (size or len(gram))
+        self.ridge = damping * share_of_size * float(scale)
         factor.diagonal().add_(damping * share_of_size)
         info = torch.empty((), dtype=torch.int32, device=gram.device)
         torch.linalg.cholesky_ex(factor, out=(factor, info))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -114,6 +114,13 @@ class Sums:
     def __init__(self, numbers: Tensor, weights: Tensor, count: int) -> None:
         self.numbers, self.weights, self.count = numbers, weights, count
 
+    def added(self, matrix: Tensor, dim: int) -> Tensor:
+        """The sums of the rows (``dim`` 0) or columns (1) of a whole matrix, float64."""
+        shape = [self.count, matrix.shape[1]] if dim == 0 else [len(matrix), self.count]
+        totals = torch.zeros(shape, dtype=torch.float64)
+        self.add_(totals, matrix, range(matrix.shape[dim]), dim)
+        return totals
+
     def add_(self, totals: Tensor, part: Tensor, span: range, dim: int) -> None:
         """Add some entries to float64 totals.
 
@@ -130,6 +137,92 @@ class Sums:
         totals.index_add_(
             dim, numbers[inside].to(part.device), chosen * (weights.unsqueeze(1) if dim == 0 else weights)
         )
+
+
+class RowBlock(NamedTuple):
+    """Some rows of scores, and the targets that are added up in them.
+
+    Attributes:
+        span: which rows.
+        members: positions of the targets.
+        numbers: for each of these, its row, counted from the first of the span, int64, shape ``(len(members),)``.
+        weights: float64, of the same shape.
+    """
+
+    span: range
+    members: list[int]
+    numbers: Tensor
+    weights: Tensor
+
+    def total(self, parts: Iterable[Tensor]) -> Tensor:
+        """Add up a tensor with a row for each member.
+
+        Args:
+            parts: its rows, in order: at least one part.
+
+        Returns:
+            Shape ``(len(span), ...)``.
+        """
+        start, found = 0, None
+        for part in parts:
+            found = part.new_zeros(len(self.span), *part.shape[1:]) if found is None else found
+            some = slice(start, start + len(part))
+            weights = self.weights[some].to(part.dtype).to(part.device).view(-1, *[1] * (part.ndim - 1))
+            found.index_add_(0, self.numbers[some].to(part.device), part * weights)
+            start += len(part)
+        assert found is not None
+        return found
+
+
+def row_blocks(rows: Sums | None, count: int, at_once: int) -> Iterator[RowBlock]:
+    """Cut rows of scores into blocks.
+
+    Args:
+        rows: how targets are added up; None: each has a row.
+        count: the number of targets.
+        at_once: rows in a block, at most.
+    """
+    if rows is None:
+        rows = Sums(torch.arange(count), torch.ones(count, dtype=torch.float64), count)
+    for start in range(0, rows.count, at_once):
+        span = range(start, min(start + at_once, rows.count))
+        members = ((rows.numbers >= span.start) & (rows.numbers < span.stop)).nonzero().flatten()
+        yield RowBlock(span, members.tolist(), rows.numbers[members] - span.start, rows.weights[members])
+
+
+class Collected:
+    """A matrix of scores that comes in parts, whose columns may be added up.
+
+    Args:
+        num_rows: how many rows it has.
+        num_columns: how many training examples have scores.
+        columns: how these are added up; None: each has a column.
+        dtype: of the scores.
+    """
+
+    def __init__(self, num_rows: int, num_columns: int, columns: Sums | None, dtype: torch.dtype) -> None:
+        self._columns, self._dtype = columns, dtype
+        shape = (num_rows, num_columns) if columns is None else (num_rows, columns.count)
+        self._totals = torch.zeros(shape, dtype=dtype if columns is None else torch.float64)
+
+    def add(self, span: range, positions: Sequence[int], part: Tensor) -> None:
+        """Add to some rows.
+
+        Args:
+            span: which rows.
+            positions: of training examples.
+            part: shape ``(len(span), len(positions))``.
+        """
+        numbers, part = torch.as_tensor(positions, dtype=torch.int64), part.cpu().to(self._totals.dtype)
+        if self._columns is not None:
+            part = part * self._columns.weights[numbers]
+            numbers = self._columns.numbers[numbers]
+            part, numbers = part[:, numbers >= 0], numbers[numbers >= 0]
+        self._totals[span.start : span.stop].index_add_(1, numbers, part)
+
+    def scores(self) -> Tensor:
+        """What was added up."""
+        return self._totals.to(self._dtype)
 
 
 def require_groups(name: str, groups: Groups | Labels, count: int, what: str) -> Groups:
@@ -210,10 +303,7 @@ def aggregate_scores(
         (target_sums(aggregate, groups, len(scores)), train_sums(train_groups, scores.shape[1]))
     ):
         if sums is not None:
-            shape = [sums.count, result.shape[1]] if dim == 0 else [len(result), sums.count]
-            totals = result.new_zeros(shape)
-            sums.add_(totals, result, range(result.shape[dim]), dim)
-            result = totals
+            result = sums.added(result.cpu(), dim)
     return result
 
 

@@ -13,15 +13,16 @@ from lightning_trak.gradients.base import EngineError
 from lightning_trak.gradients.batch import infer_batch_size
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.running.strategies import shards_model
-from lightning_trak.scoring.base import Scorer, Scores
+from lightning_trak.scoring.base import Scorer
+from lightning_trak.scoring.topk import Scores
 
 
 class ScoreModule(ExtractorModule):
     """Scores the batches of any loader against every stored example, one batch at a time.
 
     ``trainer.predict`` returns for each batch a Tensor ``(batch, num_train)``, or a
-    :class:`~lightning_trak.scoring.topk.TopK` of ``(batch, top_k)`` each. The weights of all checkpoints stay in host
-    memory; the method's ``score`` loads each only once and suits many targets better.
+    :class:`~lightning_trak.scoring.topk.BothEnds` of ``(batch, top_k)`` each. The weights of all checkpoints stay in
+    host memory; the method's ``score`` loads each only once and suits many targets better.
     """
 
     def __init__(self, scorer: Scorer, top_k: int | None, largest: bool | None, *args: Any, **kwargs: Any) -> None:

@@ -1,22 +1,25 @@
 """Scores of whole datasets of targets, in blocks that fit in memory."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import lightning as L
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_trak.features.model import ModelCopy
 from lightning_trak.features.pipeline import FeaturePipeline
+from lightning_trak.features.rows import Features, StoredFeatures
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.running.loading import batch_size_of
 from lightning_trak.running.ranks import Ranks
-from lightning_trak.scoring.base import Scorer, Scores
+from lightning_trak.scoring.base import Scorer
 from lightning_trak.scoring.groups import Sums
-from lightning_trak.scoring.topk import best_of, join
+from lightning_trak.scoring.topk import Scores, best_of, join
 
 # Targets are scored in blocks whose features take this much memory; a few copies of them are made on the way.
 TARGET_BYTES = 1 << 28
@@ -33,9 +36,36 @@ class Kept(NamedTuple):
     """
 
     top_k: int | None = None
-    largest: bool | None = True
+    largest: bool | None = None
     rows: Sums | None = None
     columns: Sums | None = None
+
+
+@dataclass(frozen=True)
+class Others:
+    """Examples that are not in the store, to score targets against.
+
+    Attributes:
+        loader: whose dataset they are in.
+        datamodule: where the loader came from, if it has batch transfer hooks of its own.
+    """
+
+    loader: DataLoader[Any]
+    datamodule: L.LightningDataModule | None
+
+    def __len__(self) -> int:
+        return len(cast(Any, self.loader.dataset))
+
+    def features(
+        self, trainer: L.Trainer, pipeline: FeaturePipeline, model: ModelCopy, store: FeatureStore
+    ) -> Iterator[tuple[range, list[Features]]]:
+        """Positions and features at each checkpoint, rounded as in the store, a block at a time."""
+        rows, dtype = store.read_stored(0, 0), pipeline.settings.dtype
+        numbers = max(rows.k * store.num_checkpoints, 2 * store.num_examples if store.num_examples < rows.k else 0)
+        blocks = list(_blocks(self.loader, numbers * max(4, dtype.floating.itemsize)))
+        found = pipeline.target_features(trainer, self.loader, blocks, model, store, self.datamodule, of=" of train=")
+        for examples, features in zip(blocks, found, strict=True):
+            yield examples, [StoredFeatures.encode(part, dtype).decode() for part in features]
 
 
 def score_targets(
@@ -48,6 +78,7 @@ def score_targets(
     datamodule: L.LightningDataModule | None,
     kept: Kept,
     output: ModelOutput | None = None,
+    others: Others | None = None,
 ) -> Scores:
     """Score the examples of a dataset against every stored example.
 
@@ -63,6 +94,8 @@ def score_targets(
         datamodule: where the loader came from, if it has batch transfer hooks of its own.
         kept: what to keep of the scores.
         output: of the targets, if it is another one than that of the training examples.
+        others: the examples to score them against, if it is not those in the store. Their features are made anew for
+            each block of targets.
 
     Returns:
         On every rank a CPU Tensor ``(num_targets, num_train)``, a TopK or BothEnds; with ``kept.rows`` and
@@ -72,10 +105,15 @@ def score_targets(
     width = store.shard_size + (top_k or 0) * (2 if largest is None else 1)
     if columns is not None:
         width += columns.count
-    if rows is not None and not scorer.linear:
-        width = store.num_examples if columns is None else width
+    if rows is not None and not scorer.linear and columns is None:
+        width = store.num_examples if others is None else len(others)
     numbers = max(store.read_stored(0, 0).k * store.num_checkpoints, width)
     blocks = list(_blocks(loader, numbers * max(4, pipeline.settings.dtype.floating.itemsize)))
+    if others is not None and len(blocks) > 1 and (rows is None or not scorer.linear):
+        rank_zero_info(
+            f"features of the {len(others)} examples in train= are made {len(blocks)} times, once for every"
+            f" {len(blocks[0])} targets"
+        )
     parts: list[Scores] = []
     sums: list[Tensor] = []  # directions for each checkpoint, or scores
 
@@ -86,6 +124,12 @@ def score_targets(
         for total, tensor in zip(sums, tensors, strict=True):
             rows.add_(total, tensor, examples, 0)
 
+    def scored(directions: Sequence[Tensor], top_k: int | None) -> Scores:
+        if others is None:
+            return scorer.score(directions, top_k, largest, ranks, columns)
+        features = others.features(trainer, pipeline, model, store)
+        return scorer.score_others(directions, features, len(others), top_k, largest, ranks, columns)
+
     ranks, dtype = Ranks(), torch.float32
     features = pipeline.target_features(trainer, loader, blocks, model, store, datamodule, output)
     for examples, found in zip(blocks, features, strict=True):
@@ -94,16 +138,16 @@ def score_targets(
         directions = [scorer.directions(checkpoint, part) for checkpoint, part in enumerate(found)]
         dtype = directions[0].dtype
         if rows is None:
-            parts.append(scorer.score(directions, top_k, largest, ranks, columns))
+            parts.append(scored(directions, top_k))
         elif scorer.linear:
             added(directions, examples)
         else:
-            added([cast(Tensor, scorer.score(directions, None, largest, ranks, columns))], examples)
+            added([cast(Tensor, scored(directions, None))], examples)
     if rows is None:
         return torch.cat(cast(list[Tensor], parts)) if isinstance(parts[0], Tensor) else join(cast(Any, parts))
     totals = [total.to(dtype) for total in sums]
     if scorer.linear:
-        return scorer.score(totals, top_k, largest, ranks, columns)
+        return scored(totals, top_k)
     return totals[0] if top_k is None else best_of(totals[0], top_k, largest)
 
 

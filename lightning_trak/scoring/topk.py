@@ -24,6 +24,8 @@ class TopK(NamedTuple):
 class BothEnds(NamedTuple):
     """The training examples with the highest and with the lowest scores of each target.
 
+    ``values`` and ``indices`` are those of the proponents, so that they can be read as a :class:`TopK`.
+
     Attributes:
         proponents: those with the highest scores, highest first.
         opponents: those with the lowest scores, lowest first.
@@ -31,6 +33,19 @@ class BothEnds(NamedTuple):
 
     proponents: TopK
     opponents: TopK
+
+    @property
+    def values(self) -> Tensor:
+        """The scores of the proponents, shape ``(num_targets, k)``."""
+        return self.proponents.values
+
+    @property
+    def indices(self) -> Tensor:
+        """The positions of the proponents in the training set, int64, shape ``(num_targets, k)``."""
+        return self.proponents.indices
+
+
+Scores = Tensor | TopK | BothEnds
 
 
 def merge_top_k(parts: list[TopK], k: int, largest: bool) -> TopK:
@@ -104,7 +119,16 @@ def join(parts: Sequence[TopK] | Sequence[BothEnds]) -> TopK | BothEnds:
     return TopK(*(torch.cat(column) for column in zip(*cast(Sequence[TopK], parts), strict=True)))
 
 
-def strongest(scores: Tensor | TopK | BothEnds, k: int, largest: bool = True) -> dict[str, TopK]:
+def rows_of(scores: Scores, rows: slice | list[int]) -> Scores:
+    """The scores of some targets."""
+    if isinstance(scores, Tensor):
+        return scores[rows]
+    if isinstance(scores, BothEnds):
+        return BothEnds(*(TopK(end.values[rows], end.indices[rows]) for end in scores))
+    return TopK(scores.values[rows], scores.indices[rows])
+
+
+def strongest(scores: Scores, k: int, largest: bool = True) -> dict[str, TopK]:
     """The strongest ``"proponents"`` and ``"opponents"`` of each target; of a :class:`TopK`, the kind that it holds.
 
     Args:

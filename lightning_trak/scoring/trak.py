@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -12,11 +12,12 @@ from lightning_trak.checkpoints.subsets import TrainingSubset
 from lightning_trak.features.rows import Features, StoredFeatures
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.running.ranks import Ranks
-from lightning_trak.scoring.base import Scorer, Scores, full_precision
+from lightning_trak.scoring.base import Scorer, full_precision
 from lightning_trak.scoring.damping import Damping, Noise, auto_damping, ends
 from lightning_trak.scoring.dual import DualSystem, kernel_matrix, products_with
 from lightning_trak.scoring.gram import Curvature, DampedGram, gram_matrix, require_convex, row_blocks
 from lightning_trak.scoring.groups import Sums
+from lightning_trak.scoring.topk import Scores
 
 LossGradients = Literal["per_checkpoint", "averaged"]
 System = DampedGram | DualSystem
@@ -216,7 +217,7 @@ class TRAKScorer(Scorer):
         self,
         directions: Sequence[Tensor],
         top_k: int | None = None,
-        largest: bool | None = True,
+        largest: bool | None = None,
         ranks: Ranks = Ranks(),  # noqa: B008
         columns: Sums | None = None,
     ) -> Scores:
@@ -237,7 +238,31 @@ class TRAKScorer(Scorer):
         examples, total = self.store.shard(shard), directions[0].new_zeros(())
         for checkpoint, direction in enumerate(directions):
             total = total + self._weighted(direction[:, examples.start : examples.stop], checkpoint, shard)
-        return self.finish(total, shard)
+        return self.finish(total, self._loss_gradients_of(shard))
+
+    def prepare_others(self, directions: Sequence[Tensor], ranks: Ranks) -> Sequence[Any]:
+        """See :meth:`Scorer.prepare_others`. The dual needs the scores of the stored examples, too."""
+        if not self._dual:
+            return directions
+        products = [self._products(checkpoint, features, ranks) for checkpoint, features in enumerate(directions)]
+        solved = [self._system(checkpoint)[0].solve(product) for checkpoint, product in enumerate(products)]
+        return list(zip(directions, solved, strict=True))
+
+    def products_with_others(self, checkpoint: int, prepared: Any, rows: Features) -> Tensor:
+        """See :meth:`Scorer.products_with_others`."""
+        if not self._dual:
+            return super().products_with_others(checkpoint, prepared, rows)
+        (targets, solved), features = prepared, self._working(rows.features)
+        system = self._system(checkpoint)[0]
+        assert isinstance(system, DualSystem)
+        own = self._products_between(checkpoint, targets, features)
+        found = system.outside(solved, own, self._products(checkpoint, features, Ranks())).to(targets)
+        weights = self.weights(checkpoint, rows)
+        return found if weights is None else found * weights.to(found)
+
+    def _products_between(self, checkpoint: int, targets: Tensor, others: Tensor) -> Tensor:  # noqa: ARG002
+        """Inner products of targets with other examples, in float64, shape ``(num_targets, n)``."""
+        return targets.double() @ others.double().T
 
     def self_scores(self, ranks: Ranks = Ranks()) -> Tensor:  # noqa: B008
         """See :meth:`Scorer.self_scores`."""
@@ -253,8 +278,8 @@ class TRAKScorer(Scorer):
                 sums[examples.start : examples.stop] += self._weighted(own, checkpoint, shard)
         scores = torch.zeros(len(sums), dtype=like.dtype)
         for shard, examples in ((shard, self.store.shard(shard)) for shard in mine):
-            found = self.finish(sums[examples.start : examples.stop], shard)
-            self._require_finite(found, shard)
+            found = self.finish(sums[examples.start : examples.stop], self._loss_gradients_of(shard))
+            self._require_finite(found, examples)
             scores[examples.start : examples.stop] = found.cpu()
         return ranks.sum(scores)
 
@@ -266,12 +291,11 @@ class TRAKScorer(Scorer):
         """Q, or None if the average of Q is multiplied later, by :meth:`finish`."""
         return rows.loss_gradients if self.loss_gradients == "per_checkpoint" else None
 
-    def finish(self, sums: Tensor, shard: int) -> Tensor:
+    def finish(self, sums: Tensor, loss_gradients: Callable[[], Tensor]) -> Tensor:
         """The mean over checkpoints, times the mean of Q if that is averaged apart, and moved towards zero if asked."""
         scores = sums / self.store.num_checkpoints
         if self.loss_gradients == "averaged":
-            rows = [self.store.read_stored(checkpoint, shard) for checkpoint in range(self.store.num_checkpoints)]
-            scores *= torch.stack([part.loss_gradients for part in rows]).mean(0).to(scores)
+            scores *= loss_gradients().to(scores)
         return torch.nn.functional.softshrink(scores, self.soft_threshold) if self.soft_threshold else scores
 
 

@@ -119,6 +119,10 @@ def test_rescoring_takes_the_training_data_of_the_data_module(run, tmp_path):
     found, expected = (load_file(tmp_path / name) for name in ("some", "all"))
     torch.testing.assert_close(found["values"], expected["values"], rtol=1e-3, atol=1e-3)
     assert torch.equal(found["indices"], expected["indices"])
+    assert found["opponent_values"].shape == (8, 3)
+    printed = run("show", *SMALL, "--scores", str(tmp_path / "some"), "--k", "2")
+    assert "opponents" in printed
+    assert "proponents" in printed
 
 
 def test_evaluate_prints_and_logs(folder, run, refused, scored, tmp_path):

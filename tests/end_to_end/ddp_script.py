@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader, DistributedSampler, Subset
+from torch.utils.data import DataLoader, DistributedSampler, Subset, TensorDataset
 
 from lightning_trak import TRAK, GradientCosine, TracIn
 from lightning_trak.cleaning import duplicates, harmful
@@ -15,10 +15,12 @@ from lightning_trak.projections import SparseProjection
 from lightning_trak.scoring import gram
 from tests.end_to_end.test_distributed import (
     CLASSES,
+    PREDICTED,
     PRINCIPAL,
     RATES,
     SOURCES,
     TOWERS,
+    UNSURE,
     make_exact,
     make_pairs,
     make_shapley,
@@ -40,13 +42,20 @@ def main(root: Path) -> None:
         return trak
 
     trak = attribute("shuffled", DataLoader(train, batch_size=4, shuffle=True), DataLoader(targets, batch_size=2))
-    results["top"] = tuple(trak.score(trainer, DataLoader(targets, batch_size=3), top_k=5))
-    results["rescored"] = tuple(trak.score(trainer, DataLoader(targets, batch_size=3), top_k=5, rescore=20))
+    top = trak.score(trainer, DataLoader(targets, batch_size=3), top_k=5)
+    results["top"] = [tuple(end) for end in top]
+    rescored = trak.score(trainer, DataLoader(targets, batch_size=3), top_k=5, rescore=20)
+    results["rescored"] = [tuple(end) for end in rescored]
     results["classes"] = trak.score(trainer, DataLoader(targets, batch_size=3), aggregate="mean", groups=CLASSES)
     results["shares"] = trak.score(trainer, DataLoader(targets, batch_size=3), train_groups=SOURCES)
     results["chosen"] = trak.score(trainer, DataLoader(targets, batch_size=3), train=[50, 3])
-    ends = trak.score(trainer, DataLoader(targets, batch_size=3), 5, None, output=ClassificationMargin(labels=1))
+    ends = trak.score(trainer, DataLoader(targets, batch_size=3), top_k=5, output=ClassificationMargin(labels=1))
     results["both ends"] = tuple(ends.opponents)
+    images, new = TensorDataset(UNSURE), DataLoader(make_data(7, seed=5), batch_size=2)
+    results["predicted"] = trak.score(trainer, images, output=PREDICTED)
+    results["candidates"] = trak.score(trainer, DataLoader(targets, batch_size=3), train=new)
+    interval = trak.score(trainer, targets, top_k=4, train=new, aggregate="mean", interval=0.9)
+    results["interval"] = [tuple(end) for end in interval.low]
     results["one target"] = trak.score(trainer, DataLoader(Subset(targets, [0]), batch_size=3))
     results["self influence"] = trak.self_influence(trainer)
     cosine = GradientCosine(make_model(), checkpoints, root / "shuffled", projection=SparseProjection(32))
@@ -75,6 +84,7 @@ def main(root: Path) -> None:
     for name, method in make_exact(root, checkpoints).items():  # fewer examples than parameters: the dual
         method.featurize(trainer, DataLoader(train, batch_size=4), shard_size=6)
         results[name] = method.score(trainer, DataLoader(targets, batch_size=3))
+        results[f"{name}, candidates"] = method.score(trainer, DataLoader(targets, batch_size=3), train=new)
         results[f"{name}, self influence"] = method.self_influence(trainer)
         mine = torch.cat(trainer.predict(method.scorer(), DataLoader(targets, batch_size=4)))
         results[f"{name}, scorer on rank {trainer.global_rank}"] = mine

@@ -45,7 +45,8 @@ def main(root: Path) -> None:
         trak = net_trak(root, store, make())
         trak.featurize(trainer, DataLoader(train, batch_size=4, shuffle=True), shard_size=6)
         results[store] = trak.score(trainer, DataLoader(targets, batch_size=2))
-    results["top"] = tuple(trak.score(trainer, DataLoader(targets, batch_size=3, num_workers=1), top_k=5))
+    top = trak.score(trainer, DataLoader(targets, batch_size=3, num_workers=1), top_k=5, largest=True)
+    results["top"] = tuple(top)
     results["one target"] = trak.score(trainer, Subset(targets, [0]))
 
     mixed = make_trainer(

@@ -22,6 +22,8 @@ pytestmark = pytest.mark.slow
 TRAIN, TARGETS = make_data(53), make_data(11, seed=1)
 RATES = [0.3, 0.1]
 CLASSES, SOURCES = TARGETS.tensors[1], ["web" if position % 3 else "books" for position in range(53)]
+UNSURE = TARGETS.tensors[0] / 3  # nearer to where models disagree
+PREDICTED = ClassificationMargin(labels="predicted")
 PRINCIPAL = PrincipalProjection(12, landmarks=20, sample=40, sketch=64)
 
 
@@ -107,9 +109,9 @@ def test_both_ranks_get_the_exact_scores_of_one_process(runs, tmp_path):
     trak, _ = one_process(tmp_path, torch.load(root / "checkpoints.pt"))
     expected = trak.score(make_trainer(), TARGETS, top_k=5, rescore=20)
     for rank in ranks:
-        values, indices = rank["rescored"]
-        assert torch.equal(indices, expected.indices)
-        torch.testing.assert_close(values, expected.values, rtol=1e-3, atol=1e-4)
+        for (values, indices), end in zip(rank["rescored"], expected, strict=True):
+            assert torch.equal(indices, end.indices)
+            torch.testing.assert_close(values, end.values, rtol=1e-3, atol=1e-4)
 
 
 def test_both_ranks_write_the_codes_of_one_process(runs):
@@ -131,6 +133,7 @@ def test_the_dual_is_shared(runs, name):
     expected = method.attribute(make_trainer(), TRAIN, TARGETS)
     for number, rank in enumerate(ranks):
         close(rank[name], expected)
+        close(rank[f"{name}, candidates"], method.score(make_trainer(), TARGETS, train=make_data(7, seed=5)))
         close(rank[f"{name}, self influence"], method.self_influence(make_trainer()))
         close(rank[f"{name}, scorer on rank {number}"], expected[number::2])
 
@@ -178,7 +181,7 @@ def test_groups_and_other_outputs_over_ranks(runs):
     ranks, expected, root = runs
     alone = TRAK(make_model(), torch.load(root / "checkpoints.pt"), root / "one", projection=SparseProjection(32))
     asked = {"output": ClassificationMargin(labels=1)}
-    opponents = alone.score(make_trainer(), TARGETS, 5, None, **asked).opponents
+    opponents = alone.score(make_trainer(), TARGETS, top_k=5, **asked).opponents
     for rank in ranks:
         close(rank["classes"], aggregate_scores(expected, "mean", CLASSES).float())
         close(rank["shares"], aggregate_scores(expected, train_groups=SOURCES).float())
@@ -187,12 +190,27 @@ def test_groups_and_other_outputs_over_ranks(runs):
         assert torch.equal(rank["both ends"][1], opponents.indices)
 
 
+def test_predictions_candidates_and_intervals_over_ranks(runs):
+    ranks, _, root = runs
+    alone = TRAK(make_model(), torch.load(root / "checkpoints.pt"), root / "one", projection=SparseProjection(32))
+    predicted = alone.score(make_trainer(), TensorDataset(UNSURE), output=PREDICTED)
+    new = make_data(7, seed=5)
+    interval = alone.score(make_trainer(), TARGETS, top_k=4, train=new, aggregate="mean", interval=0.9)
+    for rank in ranks:
+        close(rank["predicted"], predicted)
+        close(rank["candidates"], alone.score(make_trainer(), TARGETS, train=new))
+        for (values, indices), end in zip(rank["interval"], interval.low, strict=True):
+            close(values, end.values)
+            assert torch.equal(indices, end.indices)
+
+
 def test_top_k_is_merged_over_ranks(runs):
     ranks, expected, _ = runs
-    best = expected.topk(5)
     for rank in ranks:
-        close(rank["top"][0], best.values)
-        assert torch.equal(rank["top"][1], best.indices)
+        for (values, indices), largest in zip(rank["top"], (True, False), strict=True):
+            best = expected.topk(5, largest=largest)
+            close(values, best.values)
+            assert torch.equal(indices, best.indices)
 
 
 def test_a_rank_without_targets(runs):

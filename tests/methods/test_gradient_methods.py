@@ -185,6 +185,7 @@ def test_attribute_takes_one_set_of_targets(tmp_path, checkpoints):
     loaders = [DataLoader(TARGETS), DataLoader(TARGETS)]
     with pytest.raises(ValueError, match="attribute takes one set of targets, got 2 loaders; use score"):
         method.attribute(make_trainer(), TRAIN, loaders)
+    method.featurize(make_trainer(), TRAIN)
     assert len(method.score(make_trainer(), loaders)) == 2
 
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.utils.data import TensorDataset
 
 from lightning_trak import Metagradient
-from lightning_trak.outputs import DirectionOutput, MultiLabelMargin
+from lightning_trak.outputs import ClassificationMargin, DirectionOutput, MultiLabelMargin
 from tests.replay.runs import Net, train
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -51,6 +51,21 @@ def test_a_direction_with_the_training_losses(recorded):
     one = MultiLabelMargin(forward=lambda module, batch: module(batch[0])[:, :1], labels_key=one_label)
     signs = 2.0 * TARGETS.tensors[1][:, :1] - 1
     torch.testing.assert_close(scores * signs, attribute(recorded, output=one, losses=losses))
+
+
+def test_targets_have_another_output_than_training_examples(recorded):
+    """The losses of training are those of its output, so that they need not be given."""
+    module, directory, trainer = recorded
+    direction = DirectionOutput("net.2", torch.tensor([1.0, -1, 0]), forward=lambda module, batch: module(batch[0]))
+    expected = attribute(recorded, output=direction, losses=losses)
+    method = Metagradient(module, directory, progress_bar=False)
+    images = TensorDataset(TARGETS.tensors[0])
+    torch.testing.assert_close(method.attribute(trainer, TAGGED, images, output=direction), expected)
+    difference = ClassificationMargin(labels=0, against=1)
+    torch.testing.assert_close(method.attribute(trainer, TAGGED, images, output=difference), expected)
+    best = method.attribute(trainer, TAGGED, images, output=difference, aggregate="mean", top_k=2)
+    torch.testing.assert_close(best.values, expected.mean(0, keepdim=True).topk(2).values)
+    assert not torch.allclose(attribute(recorded), expected)
 
 
 def one_label(batch):

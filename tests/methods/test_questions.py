@@ -6,7 +6,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_trak import TRAK, GradientCosine, GradientDot, TracIn
 from lightning_trak.methods import EKFACInfluence, ExactKernel, Explicit, InfluenceFunction
-from lightning_trak.outputs import ClassificationMargin, ContrastiveMargin
+from lightning_trak.outputs import ClassificationMargin, ContrastiveMargin, DirectionOutput
 from lightning_trak.projections import SparseProjection
 from lightning_trak.scoring import Groups, aggregate_scores, targets
 from tests.lit import TARGETS, TRAIN, make_checkpoints, make_model, make_trainer
@@ -75,12 +75,14 @@ def test_chosen_training_examples_and_both_ends(tmp_path, name):
     found = method.score(trainer, TARGETS, train=[49, 3, 17, 20], top_k=2, largest=False)
     assert torch.equal(found.indices, chosen[full[:, chosen].topk(2, largest=False).indices])
     close(method.score(trainer, TARGETS, train=range(5), aggregate="mean"), full[:, :5].mean(0, keepdim=True))
-    ends = method.score(trainer, TARGETS, top_k=3, largest=None)
+    ends = method.score(trainer, TARGETS, top_k=3)
+    assert ends.values is ends.proponents.values
+    assert ends.indices is ends.proponents.indices
     for end, largest in ((ends.proponents, True), (ends.opponents, False)):
         one = method.score(trainer, TARGETS, top_k=3, largest=largest)
         assert torch.equal(end.indices, one.indices)
         assert torch.equal(end.values, one.values)
-    batches = trainer.predict(method.scorer(top_k=3, largest=None), DataLoader(TARGETS, batch_size=13))
+    batches = trainer.predict(method.scorer(top_k=3), DataLoader(TARGETS, batch_size=13))
     close(batches[0].opponents.values, ends.opponents.values)
 
 
@@ -113,6 +115,17 @@ def test_why_three_rather_than_eight(tmp_path):
     close(ask(0, 1) + ask(1, 2), ask(0, 2))
 
 
+def test_a_direction_in_a_layer(tmp_path):
+    """That of two logits, which the model scales by 1.5, is their difference."""
+    method, trainer = make(tmp_path, count=2), make_trainer()
+    direction = DirectionOutput("head", torch.tensor([1.5, -1.5, 0]), forward=lambda module, batch: module(batch[0]))
+    expected = method.score(trainer, TensorDataset(INPUTS), output=ClassificationMargin(labels=0, against=1))
+    for data in (TensorDataset(INPUTS), DataLoader(TARGETS, batch_size=3)):
+        close(method.score(trainer, data, output=direction), expected)
+    found = method.score(trainer, TARGETS, output=direction, aggregate="mean", top_k=2)
+    close(found.opponents.values, expected.mean(0, keepdim=True).topk(2, largest=False).values)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [InfluenceFunction, EKFACInfluence])
 def test_influence_of_another_output(kind):
@@ -142,14 +155,18 @@ def test_influence_of_another_output(kind):
         ({"train": []}, "train names no training example"),
         ({"train": torch.ones(50, dtype=torch.bool)}, "not a mask"),
         ({"train": torch.zeros(2, 1, dtype=torch.int64)}, "in one dimension"),
-        ({"train": TRAIN}, "without rescore, train takes positions"),
-        ({"largest": None}, "say how many of each with top_k="),
+        ({"train": "web"}, '"web" is a text, not data'),
+        ({"train": [DataLoader(TRAIN), DataLoader(TRAIN)]}, "expected one training set, got 2 loaders"),
+        ({"train": TRAIN, "train_groups": SOURCES[:7]}, "train_groups has 7 labels, and there are 50"),
+        ({"top_k": ClassificationMargin()}, "top_k is a number of training examples, got a ClassificationMargin"),
+        ({"top_k": 2, "largest": "both"}, "largest is True, False or None for both ends, got 'both'"),
+        ({"largest": True}, "largest=True says which end of the scores top_k= keeps: say how many"),
         ({"output": ContrastiveMargin(context_size=3)}, "make a store whose training examples have this output"),
         ({"output": "predicted"}, "output must be a ModelOutput"),
         ({"output": ClassificationMargin(labels=3)}, "labels is class 3, but the model has 3 classes, 0 to 2"),
         ({"output": ClassificationMargin(labels="a", classes=["a", "b"])}, "names 2 classes, but the model has 3"),
         ({"output": ClassificationMargin(labels=None, against=1)}, "which is compared with itself"),
-        ({"top_k": 2, "rescore": 5, "aggregate": "mean"}, "leave aggregate out"),
+        ({"top_k": 2, "rescore": 5, "train_groups": SOURCES, "train": TRAIN}, r"use attribute\(..., train_groups=\)"),
     ],
 )
 def test_what_does_not_fit_is_refused(store, options, error):

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_trak import TRAK
 from lightning_trak.methods import Explicit, GradientDot, InfluenceFunction, TracIn, rescoring
 from lightning_trak.methods.influence import base, landmarks, products
-from lightning_trak.outputs import ContrastiveMargin
+from lightning_trak.outputs import ClassificationMargin, ContrastiveMargin
 from lightning_trak.projections import IdentityProjection, Projection, SparseProjection
 from lightning_trak.scoring import TopK
 from tests.lit import TARGETS, TRAIN, LitNet, make_checkpoints, make_data, make_model, make_trainer
@@ -64,6 +64,26 @@ def test_the_candidates_are_those_of_the_store_and_their_scores_are_exact(tmp_pa
     found = trak.score(double(), TARGETS, top_k=3, largest=largest, rescore=7)
     assert torch.equal(found.indices, candidates.gather(1, expected.indices[:, :3]))
     torch.testing.assert_close(found.values, expected.values[:, :3], rtol=1e-3, atol=1e-4)
+
+
+def test_both_ends_of_groups_and_another_output(tmp_path):
+    trak, labels = make_trak(tmp_path), torch.arange(13) % 2
+    asked = ClassificationMargin(labels="predicted")
+    method = InfluenceFunction(
+        make_model(), make_checkpoints(2), solver=Explicit(), damping=trak.damping * parameters() / K
+    )
+    images = TensorDataset(TARGETS.tensors[0])
+    exact = method.attribute(double(), TRAIN, images, output=asked, aggregate="mean", groups=labels)
+    candidates = trak.score(double(), images, top_k=8, output=asked, aggregate="mean", groups=labels)
+    found = trak.score(double(), images, top_k=3, rescore=8, output=asked, aggregate="mean", groups=labels)
+    some = torch.cat([end.indices for end in candidates], dim=1)
+    for end, largest in zip(found, (True, False), strict=True):
+        expected = exact.gather(1, some).sort(dim=1, descending=largest)
+        assert torch.equal(end.indices, some.gather(1, expected.indices[:, :3]))
+        torch.testing.assert_close(end.values, expected.values[:, :3], rtol=1e-3, atol=1e-4)
+    trak.soft_threshold = 0.1
+    with pytest.raises(ValueError, match="take soft_threshold=0"):
+        trak.score(double(), images, top_k=3, rescore=8, aggregate="mean")
 
 
 @pytest.mark.slow
@@ -217,7 +237,7 @@ def test_data_that_change_are_refused(tmp_path):
         ({"rescore": 4, "top_k": 5}, "at most rescore=4, got top_k=5"),
         ({"rescore": 0, "top_k": 5}, "`rescore` to be a positive integer but got 0"),
         ({"rescore": 2.5, "top_k": 1}, "`rescore` to be a positive integer but got 2.5"),
-        ({"train": TRAIN, "top_k": 5}, "without rescore, train takes positions"),
+        ({"train": [1, 2], "top_k": 1, "rescore": 2}, "rescore chooses its candidates among all training examples"),
     ],
 )
 def test_arguments_are_checked_before_any_work(tmp_path, options, message):

@@ -28,7 +28,7 @@ from lightning_trak.reporting.loggers import (
     writers_for,
 )
 from lightning_trak.retraining import Retrained, random_subsets
-from lightning_trak.scoring import TopK
+from lightning_trak.scoring import BothEnds, TopK
 from lightning_trak.texts.tables import Table
 from tests.lit import TARGETS, TRAIN, LitNet, make_trainer
 from tests.retraining.brittleness import make_brittleness
@@ -267,6 +267,16 @@ def test_the_best_scores_alone_give_the_same_rows(tmp_path, largest, kind):
     log_attributions([logger], best, TRAIN, TARGETS, largest=largest, name="all")
     with (tmp_path / "run/all/table-step-0.csv").open() as file:
         assert len(list(csv.reader(file))) == 1 + 8 * 5
+
+
+def test_both_ends_give_the_rows_of_all_scores(tmp_path):
+    logger = CSVLogger(tmp_path, name="", version="run")
+    ends = BothEnds(*(TopK(*SCORES.topk(5, largest=largest)) for largest in (True, False)))
+    log_attributions([logger], ends, TRAIN, TARGETS, k=2, shown=[3, 0], describe=describe)
+    with (tmp_path / "run/attributions/table-step-0.csv").open() as file:
+        assert list(csv.reader(file))[1:] == [list(map(str, row)) for row in expected_rows()]
+    with pytest.raises(ValueError, match="opponents: pass largest=False"):
+        log_attributions([logger], BothEnds(*ends[::-1]), TRAIN, TARGETS)
 
 
 def test_best_scores_that_do_not_fit_are_refused(tmp_path):

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from lightning_trak.reporting.scores import SavedScores
 from lightning_trak.retraining.ground_truth import load_ground_truth
-from lightning_trak.scoring.topk import TopK
+from lightning_trak.scoring.topk import BothEnds, TopK
 from lightning_trak.storage.files import save_tensors
 
 SCORES = torch.randn(3, 9, generator=torch.Generator().manual_seed(0))
@@ -133,3 +133,27 @@ def test_ground_truth_that_does_not_fit_is_refused(tmp_path, change, said):
     save_file(good | change, tmp_path / "truth")
     with pytest.raises(ValueError, match=rf'truth" {said}|truth" .*{said}'):
         load_ground_truth(tmp_path / "truth")
+
+
+ENDS = BothEnds(TOP, TopK(*SCORES.topk(2, largest=False)))
+
+
+def test_both_ends_are_kept(tmp_path):
+    SavedScores(ENDS, 9, "TRAK").save(tmp_path / "ends")
+    saved = SavedScores.load(tmp_path / "ends")
+    assert all(map(torch.equal, (*saved.scores[0], *saved.scores[1]), (*ENDS[0], *ENDS[1])))
+    best = saved.best(1, 2)
+    assert best["proponents"].indices.tolist() == TOP.indices[1, :2].tolist()
+    assert best["opponents"].values.tolist() == ENDS.opponents.values[1].tolist()
+
+
+@pytest.mark.parametrize(
+    ("ends", "error"),
+    [
+        (ENDS._replace(opponents=TOP), "its scores do not have the lowest first"),
+        (ENDS._replace(opponents=TopK(*(part[1:] for part in ENDS.opponents))), "other numbers of targets"),
+    ],
+)
+def test_ends_that_do_not_fit_are_refused(tmp_path, ends, error):
+    with pytest.raises(ValueError, match=error):
+        SavedScores(ends, 9, "TRAK").save(tmp_path / "ends")

@@ -75,7 +75,7 @@ def test_why(tmp_path, capsys):
     why.main(["--out", str(tmp_path)])
     printed = capsys.readouterr().out
     lines = re.findall(r"^ +(proponents|opponents) +(.+)$", printed, re.M)
-    assert len(lines) >= 2 * (3 + 1 + 1)
+    assert len(lines) >= 2 * (3 + 1 + 1 + 1)
     for kind, line in lines:
         scores = [float(score) for score in re.findall(r"\) (\S+?)(?:,|$)", line)]
         assert len(scores) == 5

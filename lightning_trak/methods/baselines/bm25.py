@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_trak.methods.base import Method
+from lightning_trak.methods.base import MatrixMethod
 from lightning_trak.methods.examples import Examples
-from lightning_trak.running.data import Data
 from lightning_trak.running.loading import batch_size_of, load
 from lightning_trak.running.random_states import isolated_random_states
 from lightning_trak.running.ranges import batch_ranges
@@ -19,7 +18,7 @@ from lightning_trak.running.ranges import batch_ranges
 Text = str | Tensor | Iterable[Hashable]
 
 
-class BM25(Method):
+class BM25(MatrixMethod):
     r"""How many words, and how rare ones, does the training text share with the target?
 
     A positive score says that they share at least one word; there are no negative scores. The unit is that of Okapi
@@ -61,8 +60,8 @@ class BM25(Method):
         self.k1 = k1
         self.b = b
 
-    def attribute(self, trainer: L.Trainer, train: Data, targets: Data) -> Tensor:
-        """BM25 of each training text for each target; see :class:`~lightning_trak.methods.base.Method`.
+    def matrix(self, trainer: L.Trainer, train: Examples, targets: Examples) -> Tensor:  # noqa: ARG002
+        """BM25 of each training text for each target; see :class:`~lightning_trak.methods.base.MatrixMethod`.
 
         Raises:
             ModuleNotFoundError: if bm25s is not installed.
@@ -72,8 +71,7 @@ class BM25(Method):
             import bm25s
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError('BM25 needs bm25s: pip install "lightning-trak[text]"') from error
-        documents = self._tokenize(Examples(train, "fit", trainer).loader)
-        queries = self._tokenize(Examples(targets, "predict", trainer).loader)
+        documents, queries = self._tokenize(train.loader), self._tokenize(targets.loader)
         numbers: dict[Hashable, int] = {}
         documents_as_numbers = [[numbers.setdefault(token, len(numbers)) for token in text] for text in documents]
         scores = torch.zeros(len(queries), len(documents))

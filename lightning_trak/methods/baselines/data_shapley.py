@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, Subset
 from typing_extensions import override
 
-from lightning_trak.methods.base import Method
+from lightning_trak.methods.base import MatrixMethod
 from lightning_trak.methods.examples import Examples, Rows, declared_rows
 from lightning_trak.running.data import Data
 from lightning_trak.running.loading import batch_size_of
@@ -21,7 +21,7 @@ from lightning_trak.running.random_states import isolated_random_states
 from lightning_trak.running.ranks import Ranks
 
 
-class DataShapley(Method):
+class DataShapley(MatrixMethod):
     r"""How much does the training example add to the utility at the target, on average over smaller training sets?
 
     A positive score says that training on the example raises the utility, which by default is the output at the target.
@@ -59,6 +59,8 @@ class DataShapley(Method):
         values = method.attribute(trainer, train_loader, target_loader)
     """
 
+    _without_output = "utility= says what is attributed"
+
     def __init__(
         self,
         make_module: Callable[[], L.LightningModule],
@@ -84,8 +86,8 @@ class DataShapley(Method):
         self.seed = seed
         self._made: WeakValueDictionary[int, Any] = WeakValueDictionary()
 
-    def attribute(self, trainer: L.Trainer, train: Data, targets: Data) -> Tensor:
-        """Estimated Shapley values; see :class:`~lightning_trak.methods.base.Method`.
+    def matrix(self, trainer: L.Trainer, train: Examples, targets: Examples) -> Tensor:
+        """Estimated Shapley values; see :class:`~lightning_trak.methods.base.MatrixMethod`.
 
         Args:
             trainer: says which processes share the work; the Trainers of ``make_trainer`` do it.
@@ -97,24 +99,15 @@ class DataShapley(Method):
             ValueError: if a factory returns the same object, or the same weights, twice, or if subsets of the training
                 data cannot be loaded as the whole is.
         """
-        return self._values(train, Examples(targets, "predict", trainer), trainer)
-
-    @override
-    def label_suspicion(self, trainer: L.Trainer, train: Data) -> Tensor:
-        """The size of each example's value at itself; see :class:`~lightning_trak.methods.base.LabelStatistic`."""
-        return self._values(train, Examples(train, "fit", trainer), trainer).diagonal().abs()
-
-    def _values(self, train: Data, rows: Examples, trainer: L.Trainer) -> Tensor:
-        columns = Examples(train, "fit", trainer)
-        _require_divisible(train, columns.loader)
-        total, ranks = len(columns), Ranks.of(trainer)
+        _require_divisible(train)
+        total, ranks = len(train), Ranks.of(trainer)
 
         def utility(members: list[int]) -> Tensor:
-            return self._retrain(columns.loader, members, rows)
+            return self._retrain(train.loader, members, targets)
 
         orders = torch.Generator().manual_seed(self.seed)
         nothing, everything = utility([]), utility(list(range(total)))
-        values = torch.zeros(len(rows), total, dtype=torch.float64)
+        values = torch.zeros(len(targets), total, dtype=torch.float64)
         for number in range(self.permutations):
             order = torch.randperm(total, generator=orders).tolist()
             if number % ranks.world_size != ranks.rank:
@@ -129,6 +122,12 @@ class DataShapley(Method):
                 values[:, joining] += ((after - before) / len(joining)).unsqueeze(1)
                 before = after
         return (ranks.sum(values) / self.permutations).float()
+
+    @override
+    def label_suspicion(self, trainer: L.Trainer, train: Data) -> Tensor:
+        """The size of each example's value at itself; see :class:`~lightning_trak.methods.base.LabelStatistic`."""
+        examples = Examples(train, "fit", trainer)
+        return self.matrix(trainer, examples, examples).diagonal().abs()
 
     def _retrain(self, loader: DataLoader[Any], members: list[int], targets: Examples) -> Tensor:
         """Utility at each target of a model trained on the members, float64, ``(num_targets,)``."""
@@ -164,14 +163,15 @@ class DataShapley(Method):
             self._made[id(thing)] = thing
 
 
-def _require_divisible(data: Data, loader: DataLoader[Any]) -> None:
+def _require_divisible(train: Examples) -> None:
     """Check that subsets of the data can be loaded as the whole is."""
     hooks = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
-    if isinstance(data, L.LightningDataModule):
-        own = [hook for hook in hooks if is_overridden(hook, data, L.LightningDataModule)]
+    loader, datamodule = train.loader, train.datamodule
+    if datamodule is not None:
+        own = [hook for hook in hooks if is_overridden(hook, datamodule, L.LightningDataModule)]
         if own:
             raise ValueError(
-                f"{type(data).__name__} has {own[0]}, which is not called for subsets of its data: move it to the"
+                f"{type(datamodule).__name__} has {own[0]}, which is not called for subsets of its data: move it to the"
                 " LightningModule"
             )
     if not isinstance(loader.sampler, (SequentialSampler, RandomSampler)) or loader.batch_size is None:

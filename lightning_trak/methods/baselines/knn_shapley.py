@@ -55,13 +55,12 @@ class KNNShapley(RepresentationMethod):
         self.k = k
         self.similarity: Similarity = similarity
 
-    def attribute(self, trainer: L.Trainer, train: Data, targets: Data) -> Tensor:
-        """Shapley values, averaged over checkpoints; see :class:`~lightning_trak.methods.base.Method`."""
-        columns, rows = Examples(train, "fit", trainer), Examples(targets, "predict", trainer)
-        train_labels, target_labels = (self.labels(trainer, examples) for examples in (columns, rows))
-        values = torch.zeros(len(rows), len(columns))
-        for train_vectors, target_vectors in self.represent(trainer, columns, rows):
-            for start in range(0, len(rows), _TARGETS):
+    def matrix(self, trainer: L.Trainer, train: Examples, targets: Examples) -> Tensor:
+        """Shapley values, averaged over checkpoints; see :class:`~lightning_trak.methods.base.MatrixMethod`."""
+        train_labels, target_labels = (self.labels(trainer, examples) for examples in (train, targets))
+        values = torch.zeros(len(targets), len(train))
+        for train_vectors, target_vectors in self.represent(trainer, train, targets):
+            for start in range(0, len(targets), _TARGETS):
                 block = slice(start, start + _TARGETS)
                 nearness = similarity_matrix(target_vectors[block], train_vectors, self.similarity)
                 values[block] += knn_shapley_values(nearness, target_labels[block, None] == train_labels, self.k)

@@ -5,13 +5,13 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_trak.methods.base import Method
+from lightning_trak.methods.base import MatrixMethod
 from lightning_trak.methods.examples import Examples
 from lightning_trak.projections.philox import Stream
 from lightning_trak.running.data import Data
 
 
-class RandomScores(Method):
+class RandomScores(MatrixMethod):
     """Random numbers, which answer no question: every method should be better than this.
 
     A positive score means nothing, and there is no unit: scores are independent and uniform between -1 and 1.
@@ -26,9 +26,9 @@ class RandomScores(Method):
     def __init__(self, seed: int = 0) -> None:
         self._stream = Stream.derive("random scores", seed, 0, "")
 
-    def attribute(self, trainer: L.Trainer, train: Data, targets: Data) -> Tensor:
-        """Random scores of the shape that the data ask for; see :class:`~lightning_trak.methods.base.Method`."""
-        num_train, num_targets = len(Examples(train, "fit", trainer)), len(Examples(targets, "predict", trainer))
+    def matrix(self, trainer: L.Trainer, train: Examples, targets: Examples) -> Tensor:  # noqa: ARG002
+        """Random scores of the shape that the data ask for; see :class:`~lightning_trak.methods.base.MatrixMethod`."""
+        num_train, num_targets = len(train), len(targets)
         scores = torch.empty(num_targets, num_train)
         for rows in torch.split(torch.arange(num_targets), 64):
             scores[rows] = self._rows(rows, num_train)

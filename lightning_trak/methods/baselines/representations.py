@@ -12,14 +12,14 @@ from lightning_trak.checkpoints.copies import Original, copy_module
 from lightning_trak.checkpoints.names import canonical_name
 from lightning_trak.checkpoints.reading import CheckpointsLike, masks_of, resolve_checkpoints
 from lightning_trak.compatibility import original_module
-from lightning_trak.methods.base import Method
+from lightning_trak.methods.base import MatrixMethod
 from lightning_trak.methods.examples import Examples, declared_rows
 from lightning_trak.outputs.batches import LABELS_KEYS, Forward, LabelsKey, as_keys, one_per_example, split_labels
 
 Pool = Callable[[Tensor, Any], Tensor]
 
 
-class RepresentationMethod(Method):
+class RepresentationMethod(MatrixMethod):
     """Base of the methods that compare representations: the input of one layer, as a vector for each example.
 
     Args:

@@ -51,12 +51,11 @@ class RepresentationSimilarity(RepresentationMethod):
         super().__init__(model, checkpoints, **options)
         self.similarity: Similarity = similarity
 
-    def attribute(self, trainer: L.Trainer, train: Data, targets: Data) -> Tensor:
-        """Similarities, averaged over checkpoints; see :class:`~lightning_trak.methods.base.Method`."""
-        columns, rows = Examples(train, "fit", trainer), Examples(targets, "predict", trainer)
-        scores = torch.zeros(len(rows), len(columns))
-        for train_vectors, target_vectors in self.represent(trainer, columns, rows):
-            for start in range(0, len(rows), _TARGETS):
+    def matrix(self, trainer: L.Trainer, train: Examples, targets: Examples) -> Tensor:
+        """Similarities, averaged over checkpoints; see :class:`~lightning_trak.methods.base.MatrixMethod`."""
+        scores = torch.zeros(len(targets), len(train))
+        for train_vectors, target_vectors in self.represent(trainer, train, targets):
+            for start in range(0, len(targets), _TARGETS):
                 block = slice(start, start + _TARGETS)
                 scores[block] += similarity_matrix(target_vectors[block], train_vectors, self.similarity)
         return scores / len(self.checkpoints)

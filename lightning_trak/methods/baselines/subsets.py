@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_trak.methods.base import Method
+from lightning_trak.methods.base import MatrixMethod
 from lightning_trak.methods.examples import Examples
 from lightning_trak.running.data import Data
 
 
-class SubsetMethod(Method):
+class SubsetMethod(MatrixMethod):
     """Base of the methods that compare outputs of models that were and were not trained on an example.
 
     Args:
@@ -23,6 +23,8 @@ class SubsetMethod(Method):
     Raises:
         ValueError: if shapes or dtypes do not fit, or an output is not finite.
     """
+
+    _without_output = "outputs= holds the outputs that are attributed"
 
     def __init__(self, masks: Tensor, outputs: Tensor) -> None:
         if masks.dtype != torch.bool or masks.ndim != 2:
@@ -45,16 +47,16 @@ class SubsetMethod(Method):
         if outputs.ndim == 3:
             self.outputs = self.outputs.mean(2)
 
-    def attribute(self, trainer: L.Trainer, train: Data, targets: Data) -> Tensor:
+    def matrix(self, trainer: L.Trainer, train: Examples, targets: Examples) -> Tensor:  # noqa: ARG002
         """Estimates from the masks and outputs; of the data, only the sizes are used.
 
-        See :class:`~lightning_trak.methods.base.Method`.
+        See :class:`~lightning_trak.methods.base.MatrixMethod`.
 
         Raises:
             ValueError: if the sizes of the data differ from those of the masks and outputs.
         """
-        self._require_training_set(Examples(train, "fit", trainer))
-        num_targets = len(Examples(targets, "predict", trainer))
+        self._require_training_set(train)
+        num_targets = len(targets)
         if num_targets != len(self.outputs):
             raise ValueError(f"the outputs have {len(self.outputs)} targets, the data have {num_targets}")
         return self.estimate()

@@ -1,7 +1,7 @@
 """What influence methods share: preconditioned target gradients, multiplied by streamed training gradients."""
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TypedDict
 
 import lightning as L
@@ -14,16 +14,19 @@ from lightning_trak.compatibility import original_module
 from lightning_trak.features.model import ModelCopy
 from lightning_trak.features.rows import Features
 from lightning_trak.gradients import ParameterSelection
-from lightning_trak.methods.base import Method
+from lightning_trak.methods.base import DataMethod
 from lightning_trak.methods.examples import Examples
 from lightning_trak.methods.influence.audit import audit
 from lightning_trak.methods.influence.passes import Passes, without_gradients
 from lightning_trak.methods.influence.products import gradient_products
 from lightning_trak.methods.influence.solvers import InverseProduct
+from lightning_trak.methods.predictions import with_predictions
+from lightning_trak.methods.questions import Asked
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import target_output, trained_output
 from lightning_trak.running.data import Data
 from lightning_trak.running.strategies import require_whole_parameters
+from lightning_trak.scoring.groups import Collected, RowBlock, Sums, row_blocks
 
 # Gradients of this many bytes are preconditioned at a time; solvers hold a few copies.
 TARGET_BYTES = 1 << 29
@@ -38,7 +41,7 @@ class InfluenceOptions(TypedDict, total=False):
     weights_only: bool
 
 
-class Influence(Method):
+class Influence(DataMethod):
     """Base of influence methods: tau(x)_i = g(x)^T (H + lambda I)^-1 g_i Q_i (Koh and Liang 2017, arXiv 1703.04730).
 
     g is the gradient of the output, without projection, and H is a curvature matrix of the *sum* of the training
@@ -86,8 +89,16 @@ class Influence(Method):
     def _selection(self) -> ParameterSelection:
         return self.parameters
 
-    def attribute(self, trainer: L.Trainer, train: Data, targets: Data, output: ModelOutput | None = None) -> Tensor:
-        """Score every target against every training example.
+    def _target_output(self, output: ModelOutput | None) -> ModelOutput | None:
+        return target_output(output, self.output)
+
+    def _require_candidates(self) -> None:
+        pass
+
+    def _scores(self, trainer: L.Trainer, train: Examples, targets: Examples, asked: Asked) -> Tensor:
+        """Products of gradients with the inverse, averaged over checkpoints.
+
+        A target's gradient is added to those of its group before the inverse is applied.
 
         Args:
             trainer: any Trainer whose strategy keeps the model whole. Its device is used. ``precision="64-true"``
@@ -95,31 +106,38 @@ class Influence(Method):
                 of a Hessian would drown in the rounding of half precision, mixed or true.
             train: the training data, without random augmentation. They are loaded several times.
             targets: the targets.
-            output: of the targets, if it is another one than that of the training examples.
+            asked: the question.
 
         Returns:
-            On the CPU, shape ``(num_targets, num_train)``, in float32 or float64. A positive score says that training
-            on the example raises the output at the target, in the unit of the output.
+            In float32 or float64. A positive score says that training on the example raises the output at the target,
+            in the unit of the output.
 
         Raises:
             ValueError: if a gradient is not finite, the inverse cannot be applied (see the solvers), or the output
                 depends on other weights than those of the model's copy, on the rest of the batch or on chance. Outputs
-                and gradients of two training examples and two targets, drawn by the seed at each checkpoint, are
-                compared with those of each alone by autograd.
+                and gradients of two examples of each dataset, drawn by the seed at each checkpoint, are compared with
+                those of each alone by autograd.
         """
         require_whole_parameters(trainer)
-        asked = target_output(output, self.output)
-        train_set, target_set = Examples(train, "fit", trainer), Examples(targets, "predict", trainer)
+        scored = train if asked.candidates is None else asked.candidates
+        digests = [checkpoint.fingerprint() for checkpoint in self.checkpoints]
+        voting = ModelCopy(self.model, self.output, self.checkpoints, digests)
+        targets = with_predictions(trainer, targets, voting, asked.output)
         with without_gradients():
-            passes = self._passes(trainer, train_set)
-            scores = torch.zeros(len(target_set), len(train_set), dtype=passes.dtype)
+            passes = self._passes(trainer, train, digests)
+            found = Collected(asked.num_rows(len(targets)), len(scored), asked.columns, passes.dtype)
             for checkpoint in range(len(self.checkpoints)):
                 passes.enter(checkpoint)
-                audit(passes, train_set)
-                with passes.asking(asked):
-                    audit(passes, target_set)
-                self._add(scores, passes, target_set, asked)
-        return scores / len(self.checkpoints)
+                for examples in [train] if scored is train else [train, scored]:
+                    audit(passes, examples)
+                with passes.asking(asked.output):
+                    audit(passes, targets)
+                inverse = self._prepare(passes)
+                for block in target_blocks(passes, targets, asked.rows):
+                    directions = inverse(target_gradients(passes, targets, block, asked.output), block.span)
+                    for part, rows in gradient_products(passes, directions, examples=scored):
+                        found.add(block.span, part, (rows.features * rows.loss_gradients.unsqueeze(1)).T)
+        return found.scores() / len(self.checkpoints)
 
     @override
     def label_suspicion(self, trainer: L.Trainer, train: Data) -> Tensor:
@@ -129,40 +147,34 @@ class Influence(Method):
         by as many iterations as for a target for the other solvers.
         """
         require_whole_parameters(trainer)
-        train_set = Examples(train, "fit", trainer)
+        examples = Examples(train, "fit", trainer)
+        digests = [checkpoint.fingerprint() for checkpoint in self.checkpoints]
         with without_gradients():
-            passes = self._passes(trainer, train_set)
-            scores = torch.zeros(len(train_set), dtype=passes.dtype)
+            passes = self._passes(trainer, examples, digests)
+            scores = torch.zeros(len(examples), dtype=passes.dtype)
             for checkpoint in range(len(self.checkpoints)):
                 passes.enter(checkpoint)
-                audit(passes, train_set)
+                audit(passes, examples)
                 inverse = self._prepare(passes)
-                for span in target_blocks(passes, train_set):
-                    rows = Features.cat([rows for _, rows in passes.rows(train_set, span)])
-                    products = (inverse(rows.features, span) * rows.features).sum(1) * rows.loss_gradients
-                    scores[span.start : span.stop] += products.cpu()
+                for block in target_blocks(passes, examples):
+                    rows = Features.cat([rows for _, rows in passes.rows(examples, block.members)])
+                    products = (inverse(rows.features, block.span) * rows.features).sum(1) * rows.loss_gradients
+                    scores[block.members] += products.cpu()
         return (scores / len(self.checkpoints)).abs()
 
-    def _passes(self, trainer: L.Trainer, train: Examples) -> Passes:
-        digests = [checkpoint.fingerprint() for checkpoint in self.checkpoints]
+    def _passes(self, trainer: L.Trainer, train: Examples, digests: Sequence[str]) -> Passes:
         model = ModelCopy(self.model, self.output, self.checkpoints, digests, self._selection())
         passes = Passes(model, self.seed, trainer, train)
         passes.agreement = self._agreement(passes)
         return passes
 
-    def _add(self, scores: Tensor, passes: Passes, targets: Examples, output: ModelOutput | None) -> None:
-        """Add the scores at the current checkpoint."""
-        inverse = self._prepare(passes)
-        for span in target_blocks(passes, targets):
-            with passes.asking(output):
-                gradients = torch.cat([rows.features for _, rows in passes.rows(targets, span)])
-            directions = inverse(gradients, span)
-            for part, rows in gradient_products(passes, directions):
-                products = (rows.features * rows.loss_gradients.unsqueeze(1)).T
-                scores[span.start : span.stop, part[0] : part[-1] + 1] += products.cpu()
+
+def target_blocks(passes: Passes, targets: Examples, rows: Sums | None = None) -> Iterator[RowBlock]:
+    """Rows of scores, as many at a time as have gradients that fit in memory."""
+    return row_blocks(rows, len(targets), max(1, TARGET_BYTES // (passes.size * passes.dtype.itemsize)))
 
 
-def target_blocks(passes: Passes, targets: Examples) -> Iterator[range]:
-    """The positions of targets, as many at a time as fit in memory."""
-    block = max(1, TARGET_BYTES // (passes.size * passes.dtype.itemsize))
-    return (range(start, min(start + block, len(targets))) for start in range(0, len(targets), block))
+def target_gradients(passes: Passes, targets: Examples, block: RowBlock, output: ModelOutput | None) -> Tensor:
+    """The gradients of some rows, each the sum of those of its targets, ``(len(block.span), p)``."""
+    with passes.asking(output):
+        return block.total(rows.features for _, rows in passes.rows(targets, block.members))

@@ -7,12 +7,13 @@ from typing_extensions import Unpack, override
 
 from lightning_trak.checkpoints.reading import CheckpointsLike
 from lightning_trak.checks import require_one_of
+from lightning_trak.methods.examples import Examples
 from lightning_trak.methods.influence.base import Influence, InfluenceOptions
 from lightning_trak.methods.influence.conjugate_gradient import ConjugateGradient
 from lightning_trak.methods.influence.hessian import Convergence, Hessian, HessianCurvature
 from lightning_trak.methods.influence.passes import Passes
 from lightning_trak.methods.influence.solvers import InverseProduct, Solver
-from lightning_trak.outputs import ModelOutput
+from lightning_trak.methods.questions import Asked
 from lightning_trak.running.data import Data
 from lightning_trak.scoring.damping import Damping, Noise, require_damping
 
@@ -73,10 +74,9 @@ class InfluenceFunction(Influence):
         self.damping = require_damping(damping)
         self.convergence: list[Convergence] = []
 
-    def attribute(self, trainer: L.Trainer, train: Data, targets: Data, output: ModelOutput | None = None) -> Tensor:
-        """Score every target against every training example, see :meth:`Influence.attribute`."""
+    def _scores(self, trainer: L.Trainer, train: Examples, targets: Examples, asked: Asked) -> Tensor:
         self.convergence = []
-        return super().attribute(trainer, train, targets, output)
+        return super()._scores(trainer, train, targets, asked)
 
     @override
     def label_suspicion(self, trainer: L.Trainer, train: Data) -> Tensor:

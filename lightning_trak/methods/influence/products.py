@@ -15,6 +15,7 @@ from lightning_trak.features.finiteness import require_finite
 from lightning_trak.features.rows import Features
 from lightning_trak.gradients.batch import ExampleBatch
 from lightning_trak.gradients.substitution import Substituted
+from lightning_trak.methods.examples import Examples
 from lightning_trak.methods.influence.passes import Passes
 
 _TOGETHER = 32  # directions in one forward pass, in the memory of as many passes
@@ -22,7 +23,7 @@ _WRITE = 100  # to make one number of a gradient, and read it, costs as much as 
 
 
 def gradient_products(
-    passes: Passes, directions: Tensor, positions: Sequence[int] | None = None
+    passes: Passes, directions: Tensor, positions: Sequence[int] | None = None, examples: Examples | None = None
 ) -> Iterator[tuple[Sequence[int], Features]]:
     """Yield the inner products of training examples' gradients with directions, in place of the gradients.
 
@@ -35,6 +36,7 @@ def gradient_products(
         passes: the model at a checkpoint, and the training data.
         directions: shape ``(n, p)``.
         positions: positions of the training examples; default: all.
+        examples: what takes the place of the training examples, if anything.
 
     Yields:
         Positions of some examples, with ``features`` of shape ``(len(positions), n)``: the products.
@@ -42,13 +44,14 @@ def gradient_products(
     Raises:
         ValueError: if a product is not finite.
     """
-    chosen = range(len(passes.train)) if positions is None else positions
-    reason = _reason_for_gradients(passes, directions)
+    examples = passes.train if examples is None else examples
+    chosen = range(len(examples)) if positions is None else positions
+    reason = _reason_for_gradients(passes, directions, examples)
     count = f"{len(directions)} target{'s' if len(directions) > 1 else ''}"
     if reason is None:
         rank_zero_info(f"scores at {passes.where}: forward-mode products for {count}")
         done = 0
-        for part, (batch, size) in passes.parts(passes.train, chosen):
+        for part, (batch, size) in passes.parts(examples, chosen):
             try:
                 products = _forward_mode(passes, batch, size, directions)
             except torch.cuda.OutOfMemoryError:
@@ -62,7 +65,7 @@ def gradient_products(
         chosen = chosen[done:]
     if reason is not None:
         rank_zero_info(f"scores at {passes.where}: products with the examples' gradients for {count}: {reason}")
-        for part, rows in passes.rows(passes.train, chosen):
+        for part, rows in passes.rows(examples, chosen):
             yield part, rows._replace(features=rows.features @ directions.T)
 
 
@@ -79,21 +82,21 @@ def break_even(passes: Passes) -> float:
     return 1 + _WRITE * passes.size / (2 * operations) if operations else float("inf")
 
 
-def _reason_for_gradients(passes: Passes, directions: Tensor) -> str | None:
+def _reason_for_gradients(passes: Passes, directions: Tensor, examples: Examples) -> str | None:
     """Why forward-mode products cannot be used, or cost more; None if they are right and cheap."""
     try:
         most = break_even(passes)
         if len(directions) > most:
             return f"forward mode is cheaper for up to {int(most)}"
         draw = random.Random(passes.key("forward mode"))
-        audited = sorted(draw.sample(range(len(passes.train)), min(2, len(passes.train))))
-        ((_, (batch, size)),) = passes.parts(passes.train, audited)
+        audited = sorted(draw.sample(range(len(examples)), min(2, len(examples))))
+        ((_, (batch, size)),) = passes.parts(examples, audited)
         found = _forward_mode(passes, batch, size, directions).features
     except torch.cuda.OutOfMemoryError:
         raise
     except Exception as error:  # an error of the model itself comes again with gradients
         return _in_short(error)
-    gradients = torch.cat([rows.features for _, rows in passes.rows(passes.train, audited)])
+    gradients = torch.cat([rows.features for _, rows in passes.rows(examples, audited)])
     allowed = passes.extractor().engine.rounding * gradients.norm(dim=1, keepdim=True) * directions.norm(dim=1)
     off = (found - gradients @ directions.T).abs() > allowed
     if off.any():

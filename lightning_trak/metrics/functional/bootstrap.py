@@ -8,7 +8,13 @@ from torch import Tensor
 _MAX_COUNTS = 2**24  # resampling counts held at once: 128 MiB of float64
 
 
-def bootstrap_interval(values: Tensor, confidence: float = 0.95, num_bootstraps: int = 2000, seed: int = 0) -> Tensor:
+def bootstrap_interval(
+    values: Tensor,
+    confidence: float = 0.95,
+    num_bootstraps: int = 2000,
+    seed: int = 0,
+    weights: Tensor | None = None,
+) -> Tensor:
     """Percentile bootstrap interval for the mean of a sample (Efron and Tibshirani, 1993, chapter 13).
 
     The sample is the last dimension; everything else is resampled by the same draws.
@@ -18,12 +24,13 @@ def bootstrap_interval(values: Tensor, confidence: float = 0.95, num_bootstraps:
         confidence: probability that the interval holds the expected mean, in (0, 1).
         num_bootstraps: replicates.
         seed: of the replicates; the global random state is neither read nor changed.
+        weights: ``(size,)``, positive: each value is drawn with its weight, and the mean is weighted. Default: equal.
 
     Returns:
         ``(2, ...)`` float64: lower and upper end.
 
     Raises:
-        ValueError: If there is no sample, or the replicates are too few to reach the tails.
+        ValueError: If there is no sample, the replicates are too few to reach the tails, or the weights do not fit.
 
     Example:
         >>> import torch
@@ -36,7 +43,16 @@ def bootstrap_interval(values: Tensor, confidence: float = 0.95, num_bootstraps:
     tail = _tail(confidence, num_bootstraps)
     values, size = values.double(), values.shape[-1]
     drawn = torch.randint(size, (num_bootstraps, size), generator=torch.Generator().manual_seed(seed))
-    means = torch.stack([values[..., row].mean(-1) for row in drawn.to(values.device)], dim=-1)
+    if weights is None:
+        means = torch.stack([values[..., row].mean(-1) for row in drawn.to(values.device)], dim=-1)
+    else:
+        if weights.shape != (size,) or not bool((weights > 0).all()):
+            raise ValueError(f"Expected {size} positive weights, but got {weights.tolist()!r:.200}.")
+        weights, parts = weights.to(values), []
+        for rows in torch.split(drawn.to(values.device), max(1, _MAX_COUNTS // size)):
+            counts = values.new_zeros(rows.shape).scatter_add_(1, rows, torch.ones_like(rows).to(values))
+            parts.append((values * weights) @ counts.T / (counts @ weights))
+        means = torch.cat(parts, dim=-1)
     return means.quantile(values.new_tensor([tail, 1 - tail]), dim=-1)
 
 

@@ -16,7 +16,7 @@ from lightning_trak.reporting.explanations import Describe, described
 from lightning_trak.reporting.loggers.base import writers_for
 from lightning_trak.reporting.plots import Picture, plot_brittleness, plot_mislabel_curves, plot_pictures
 from lightning_trak.retraining.brittleness import Brittleness
-from lightning_trak.scoring.topk import TopK, strongest
+from lightning_trak.scoring.topk import BothEnds, Scores, TopK, rows_of, strongest
 from lightning_trak.texts.printable import counted
 from lightning_trak.texts.tables import Cell, Table
 
@@ -52,7 +52,7 @@ def log_lds(loggers: Loggers, lds: LinearDatamodelingScore, name: str = "lds", s
 
 def log_attributions(
     loggers: Loggers,
-    scores: Tensor | TopK,
+    scores: Scores,
     train: Any,
     targets: Any,
     *,
@@ -68,12 +68,11 @@ def log_attributions(
 
     Args:
         loggers: such as ``trainer.loggers``.
-        scores: ``(num_targets, num_train)``; or the result of ``score(top_k=...)``, which holds either proponents or
-            opponents.
+        scores: ``(num_targets, num_train)``; or the result of ``score(top_k=...)``, of both ends or of one.
         train: the training set, a map-style Dataset. Only the examples shown are read.
         targets: the targets, a map-style Dataset. Only the targets shown are read.
         k: how many proponents and how many opponents each target gets.
-        largest: the value that ``score(top_k=...)`` got for it.
+        largest: of one end, which: the value that ``score(top_k=...)`` got for it.
         shown: positions of the targets to show. Default: the first 8.
         describe: makes a short text of an item of either dataset, such as its label.
         image: makes an image of an item, ``(height, width)`` or ``(1 or 3, height, width)`` with values in [0, 1].
@@ -90,8 +89,8 @@ def log_attributions(
     if not writers:
         return
     rows = list(range(min(8, len(targets))) if shown is None else shown)
-    chosen = scores[rows] if isinstance(scores, Tensor) else TopK(*(part[rows] for part in scores))
-    groups = {kind: TopK(*(part.cpu() for part in top)) for kind, top in strongest(chosen, k, largest).items()}
+    best = strongest(rows_of(scores, rows), k, largest)
+    groups = {kind: TopK(*(part.cpu() for part in top)) for kind, top in best.items()}
     named = torch.unique(torch.cat([top.indices.flatten() for top in groups.values()])).tolist()
     train_items = {index: train[index] for index in named}
     target_items = {row: targets[row] for row in rows}
@@ -130,7 +129,11 @@ def log_attributions(
         writer.flush()
 
 
-def _require_fit(scores: Tensor | TopK, num_targets: int, num_train: int, largest: bool) -> None:
+def _require_fit(scores: Scores, num_targets: int, num_train: int, largest: bool) -> None:
+    if isinstance(scores, BothEnds):
+        for end, highest in zip(scores, (True, False), strict=True):
+            _require_fit(end, num_targets, num_train, highest)
+        return
     if isinstance(scores, Tensor):
         if scores.shape != (num_targets, num_train):
             raise ValueError(f"expected scores of shape {(num_targets, num_train)}, got {tuple(scores.shape)}")
