@@ -15,9 +15,10 @@ from lightning_trak.metrics import LinearDatamodelingScore
 from lightning_trak.reporting.loggers.records import log_attributions, log_lds
 from lightning_trak.retraining import Retrained
 from lightning_trak.running.data import Data, single_loader
+from lightning_trak.texts.display import Displayed
 
 
-class AttributionEvaluation(Callback):
+class AttributionEvaluation(Displayed, Callback):
     """Attributes at the end of ``fit``, and logs the results to the Trainer's loggers.
 
     For each method it logs proponents and opponents under ``attributions/{method}``: as a table, and as images if
@@ -53,6 +54,8 @@ class AttributionEvaluation(Callback):
         trainer = L.Trainer(logger=TensorBoardLogger("run"), callbacks=[TRAKCallback("run/snapshots"), evaluation])
         trainer.fit(model, train_loader)
     """
+
+    _shown = ("methods",)
 
     def __init__(
         self,

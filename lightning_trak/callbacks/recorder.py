@@ -26,6 +26,7 @@ from lightning_trak.running.content import sample_digest
 from lightning_trak.running.environment import environment_of
 from lightning_trak.running.positions import PositionLog
 from lightning_trak.running.random_states import RandomWatch
+from lightning_trak.texts.display import Displayed
 
 # Of weights that went through a checkpoint. With precision="64-true", Lightning loads it into a module in float32.
 _ROUNDING = 1e-6
@@ -34,7 +35,7 @@ _ROUNDING = 1e-6
 _requires_grad, _training = attrgetter("requires_grad"), attrgetter("training")
 
 
-class TrainingRecorder(Callback):
+class TrainingRecorder(Displayed, Callback):
     """Records what one needs to repeat each optimizer step exactly.
 
     :func:`~lightning_trak.replay.replay` repeats the run, and :class:`~lightning_trak.methods.Metagradient`
@@ -79,6 +80,8 @@ class TrainingRecorder(Callback):
         trainer = L.Trainer(max_epochs=15, callbacks=[TrainingRecorder("run/recording")])
         trainer.fit(model, train_loader)
     """
+
+    _shown = ("directory", "spacing")
 
     def __init__(self, directory: str | os.PathLike[str], spacing: Spacing = "sqrt") -> None:
         self.directory = os.fspath(directory)

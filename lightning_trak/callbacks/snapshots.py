@@ -21,11 +21,12 @@ from lightning_trak.callbacks.runs import runs_in
 from lightning_trak.checkpoints.names import canonical_name
 from lightning_trak.checkpoints.series import ParameterGroup, SnapshotSeries
 from lightning_trak.checkpoints.weights import is_extra_state, without_extra_state
+from lightning_trak.texts.display import Displayed
 
 T = TypeVar("T")
 
 
-class TRAKCallback(Callback):
+class TRAKCallback(Displayed, Callback):
     """Saves snapshots of the whole state dict for attribution.
 
     At most one trigger may be given. The default is ``every_n_epochs=1``. A step is never saved twice. Nothing is saved
@@ -70,6 +71,8 @@ class TRAKCallback(Callback):
         trainer = L.Trainer(max_epochs=20, callbacks=[TRAKCallback("run/snapshots", every_n_epochs=5)])
         trainer.fit(model, train_loader)
     """
+
+    _shown = ("dirpath", "every_n_epochs", "every_n_train_steps", "train_time_interval", "save_last")
 
     def __init__(
         self,

@@ -11,13 +11,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_trak.texts.display import Displayed
+
 # Their steps are not proportional to the learning rate.
 _OTHER_STEP_SIZES = ("Adafactor", "LBFGS", "Rprop")
 
 _scaled: WeakSet[Optimizer] = WeakSet()
 
 
-class SmoothTwin(Callback):
+class SmoothTwin(Displayed, Callback):
     """Trains with all learning rates multiplied by a factor, so that the run is smoother.
 
     Attributions of a smooth run are better, and those of a smooth twin, a run with a third of the learning rate, may
@@ -45,6 +47,8 @@ class SmoothTwin(Callback):
         trainer.fit(LitNet(), train_loader)  # a new module: the twin starts where the original did
         trak = TRAK(model, checkpoints="twin/snapshots", store="twin/features")
     """
+
+    _shown = ("factor",)
 
     def __init__(self, factor: float = 0.3) -> None:
         if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 < factor <= 1:

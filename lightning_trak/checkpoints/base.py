@@ -23,12 +23,14 @@ class Checkpoint:
         read: reads the state dict.
         record: step, epoch and optimizer settings if this is a snapshot of a series; else None.
         subset: the training examples that the model has seen; None: all of them.
+        live: whether these are the weights of a model in memory, which may change between two reads.
     """
 
     name: str
     read: Callable[[], dict[str, Tensor]]
     record: Snapshot | None = None
     subset: TrainingSubset | None = None
+    live: bool = False
 
     def load(self) -> dict[str, Tensor]:
         """Read the state dict: name -> CPU tensor, under the names that were saved. Do not write into the tensors.

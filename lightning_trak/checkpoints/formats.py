@@ -79,7 +79,7 @@ class TorchFile(CheckpointFormat):
     @classmethod
     def find(cls, location: str, weights_only: bool) -> list[Checkpoint]:  # noqa: D102
         filesystem, path = locate(location)
-        return [Checkpoint(PurePosixPath(path).name, partial(_read_torch, filesystem, path, location, weights_only))]
+        return [Checkpoint(PurePosixPath(path).name, partial(read_torch, filesystem, path, location, weights_only))]
 
 
 def _is_file(location: str, *suffixes: str) -> bool:
@@ -96,16 +96,31 @@ def _is_file(location: str, *suffixes: str) -> bool:
     return not filesystem.isdir(path)
 
 
-def _read_torch(filesystem: Any, path: str, location: str, weights_only: bool) -> dict[str, Tensor]:
+def read_torch(filesystem: Any, path: str, location: str, weights_only: bool) -> dict[str, Tensor]:
+    """The weights in a file of ``torch.save``; the arguments are those of :func:`load_torch`."""
+    return state_dict(load_torch(filesystem, path, location, weights_only), f'"{location}"')
+
+
+def load_torch(filesystem: Any, path: str, location: str, weights_only: bool) -> Any:
+    """The content of a file of ``torch.save``, with its tensors on the CPU.
+
+    Args:
+        filesystem: a file system from :func:`~lightning_trak.storage.locations.locate`.
+        path: of the file on this file system.
+        location: the name of the file in messages.
+        weights_only: False lets the file run code.
+
+    Raises:
+        ValueError: if the file is damaged, or can only be read with ``weights_only=False``.
+    """
     if isinstance(filesystem, LocalFileSystem):
         require_regular(path)
     try:
         if isinstance(filesystem, LocalFileSystem):
             # With mmap only the weights are read from disk, not the optimizer's state. Old formats do not allow mmap.
-            content = torch.load(path, "cpu", weights_only=weights_only, mmap=zipfile.is_zipfile(path))
-        else:
-            with filesystem.open(path, "rb") as file:
-                content = torch.load(file, "cpu", weights_only=weights_only)
+            return torch.load(path, "cpu", weights_only=weights_only, mmap=zipfile.is_zipfile(path))
+        with filesystem.open(path, "rb") as file:
+            return torch.load(file, "cpu", weights_only=weights_only)
     except OSError:
         raise
     except Exception as error:  # torch and pickle raise many types of errors for a damaged file
@@ -116,7 +131,6 @@ def _read_torch(filesystem: Any, path: str, location: str, weights_only: bool) -
                 " reads it, but runs code from the file; use that only for files from a source you trust"
             ) from error
         raise ValueError(f'"{location}" is truncated, or was not written by torch.save: {error!r}') from error
-    return state_dict(content, f'"{location}"')
 
 
 def state_dict(content: Any, source: str) -> dict[str, Tensor]:

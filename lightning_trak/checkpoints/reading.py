@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from lightning_trak.checkpoints import directories  # noqa: F401  # makes its format known
 from lightning_trak.checkpoints.base import Checkpoint, CheckpointFormat
 from lightning_trak.checkpoints.formats import state_dict
 
@@ -23,6 +24,8 @@ def resolve_checkpoints(checkpoints: CheckpointsLike, weights_only: bool = True)
         checkpoints: one of these, or a list of them in the order wanted (kinds may be mixed):
 
             - a directory that :class:`~lightning_trak.callbacks.snapshots.TRAKCallback` has written: all its snapshots;
+            - a directory of a ModelCheckpoint, an output directory of the Trainer of Hugging Face, or a saved model:
+              see :class:`~lightning_trak.checkpoints.directories.CheckpointDirectory`;
             - a ``.safetensors`` file;
             - a Lightning ``.ckpt`` or a ``.pt``, ``.pth`` or ``.bin`` file of ``torch.save``: its ``"state_dict"`` if
               it has one, else all of it;
@@ -64,8 +67,8 @@ def resolve_checkpoints(checkpoints: CheckpointsLike, weights_only: bool = True)
             resolved += kind.find(location, weights_only)
         else:
             raise TypeError(
-                f"checkpoint {position} must be the path of a snapshot directory, a .safetensors, .ckpt, .pt, .pth or"
-                f" .bin file, or a state dict, got {type(item).__name__}"
+                f"checkpoint {position} must be the path of a directory of checkpoints, a .safetensors, .ckpt, .pt,"
+                f" .pth or .bin file, or a state dict, got {type(item).__name__}"
             )
     return resolved
 

@@ -6,10 +6,8 @@ extra ``cli``.
 
 import io
 import os
-import shutil
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import lightning as L
@@ -36,14 +34,10 @@ from lightning_trak.methods.baselines.representations import RepresentationMetho
 from lightning_trak.methods.influence.base import Influence
 from lightning_trak.metrics import LinearDatamodelingScore
 from lightning_trak.reporting.explanations import explain
-from lightning_trak.reporting.html import page
-from lightning_trak.reporting.plots import plot_explanations
 from lightning_trak.reporting.scores import SavedScores
-from lightning_trak.reporting.terminal import table
+from lightning_trak.reporting.showing import kind_of_file, show
 from lightning_trak.retraining.ground_truth import load_ground_truth
 from lightning_trak.running.data import single_loader
-from lightning_trak.storage.files import write_atomically
-from lightning_trak.storage.paths import local_path
 from lightning_trak.texts.printable import counted, printable
 
 T = TypeVar("T")
@@ -172,6 +166,8 @@ class AttributionTrainer(L.Trainer):
         targets: Sequence[int] = (0,),
         k: int = 5,
         out: str | None = None,
+        predictions: bool = False,
+        method: FeatureMethod | None = None,
     ) -> None:
         """Show targets with their strongest proponents and opponents: as a table, a picture or a web page.
 
@@ -182,28 +178,18 @@ class AttributionTrainer(L.Trainer):
             targets: positions of the targets.
             k: number of proponents, and of opponents, for each target.
             out: file to write, .png or .html; default: a table in the terminal.
+            predictions: whether to run the model at the checkpoints of the method, and show what it predicts.
+            method: the method that has the checkpoints.
         """
-        if not self.is_global_zero:
-            return
-        kind = None if out is None else Path(out).suffix
-        if kind not in (None, ".png", ".html"):
-            raise ValueError(f'out must end in .png or .html, got "{out}"; for a table in the terminal, leave it out')
+        kind_of_file(out)  # raises before the work
         saved = SavedScores.load(scores)
         train, shown = (single_loader(datamodule, stage, self).dataset for stage in ("fit", "predict"))
         describe = getattr(datamodule, "describe", None) or getattr(model, "describe", None)
         explanations = explain(saved, targets, k, train, shown, describe)
-        if out is None:
-            print(table(explanations, shutil.get_terminal_size((100, 24)).columns))
-            return
-
-        def write(path: Path) -> None:
-            if kind == ".png":
-                plot_explanations(explanations).savefig(path, format="png", dpi=150)
-            else:
-                title = f"{saved.method}: {counted(saved.num_train, 'training example')}"
-                path.write_text(page(explanations, title), encoding="utf-8")
-
-        write_atomically(local_path(out, "file"), write)
+        if predictions and method is not None:
+            texts = method.describe_predictions(self, datamodule, targets)
+            explanations = [each._replace(prediction=text) for each, text in zip(explanations, texts, strict=True)]
+        show(explanations, f"{saved.method}: {counted(saved.num_train, 'training example')}", out)
 
 
 class AttributionCLI(LightningCLI):
@@ -228,7 +214,7 @@ class AttributionCLI(LightningCLI):
             "featurize": {"method", "datamodule"},
             "score": {"method", "datamodule"},
             "evaluate": set(),
-            "show": {"datamodule", "model"},
+            "show": {"datamodule", "model", "method"},
             "clean": {"method", "datamodule"},
         }
 
@@ -277,7 +263,9 @@ class AttributionCLI(LightningCLI):
         self, model: L.LightningModule | None, datamodule: L.LightningDataModule | None = None, **arguments: Any
     ) -> None:
         """Call the Trainer's method of the same name."""
-        cast(AttributionTrainer, self.trainer).show(self._required("data", datamodule), model, **arguments)
+        data = self._required("data", datamodule)
+        method = self._method(self._required("model", model)) if arguments["predictions"] else None
+        cast(AttributionTrainer, self.trainer).show(data, model, method=method, **arguments)
 
     def _attribute(
         self,
@@ -288,11 +276,28 @@ class AttributionCLI(LightningCLI):
         **arguments: Any,
     ) -> None:
         data, module = self._required("data", datamodule), self._required("model", model)
+        run(self.trainer, self._method(module, kind), data, **arguments)
+
+    def _method(self, module: L.LightningModule, kind: type[Any] = FeatureMethod) -> Any:
+        """The method of the configuration, for a model.
+
+        Args:
+            module: the model.
+            kind: what the method must be.
+
+        Raises:
+            ValueError: if it is of another kind, or no checkpoints are named.
+        """
         method = self.config_init[self.subcommand].method(module)
         if not isinstance(method, kind):
             name = type(method).__name__
             raise ValueError(f"{self.subcommand} needs a method over features, such as TRAK, and {name} has none")
-        run(self.trainer, method, data, **arguments)
+        if any(checkpoint.live for checkpoint in getattr(method, "checkpoints", ())):
+            raise ValueError(
+                "the model of a command is new, so its current weights are not trained: name trained ones with"
+                " --method.checkpoints, such as run/snapshots"
+            )
+        return method
 
     def _required(self, section: str, value: T | None) -> T:
         if value is None:

@@ -2,8 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning_trak.checkpoints.base import Checkpoint
 from lightning_trak.checkpoints.copies import state_digest
@@ -14,8 +13,20 @@ from lightning_trak.outputs import ModelOutput
 from lightning_trak.storage.files import tensor_digest
 
 
+class Content(NamedTuple):
+    """What a checkpoint holds.
+
+    Attributes:
+        digest: of its weights.
+        names: of its tensors.
+    """
+
+    digest: str
+    names: frozenset[str]
+
+
 class Contents:
-    """The content of checkpoints. They are read once, at first use.
+    """The contents of checkpoints. Each is read once, at first use; live ones are read at each use.
 
     Args:
         checkpoints: the checkpoints.
@@ -23,21 +34,15 @@ class Contents:
 
     def __init__(self, checkpoints: Sequence[Checkpoint]) -> None:
         self._checkpoints = checkpoints
+        self._known: dict[int, Content] = {}
 
-    @cached_property
-    def _read(self) -> list[tuple[str, frozenset[str]]]:
-        loaded = (checkpoint.load() for checkpoint in self._checkpoints)
-        return [(tensor_digest(weights), frozenset(weights)) for weights in loaded]
-
-    @property
-    def digests(self) -> list[str]:
-        """A digest of the weights of each checkpoint."""
-        return [digest for digest, _ in self._read]
-
-    @property
-    def names(self) -> list[frozenset[str]]:
-        """The names of the tensors in each checkpoint."""
-        return [names for _, names in self._read]
+    def read(self) -> list[Content]:
+        """The content of each checkpoint."""
+        for number, checkpoint in enumerate(self._checkpoints):
+            if checkpoint.live or number not in self._known:
+                weights = checkpoint.load()
+                self._known[number] = Content(tensor_digest(weights), frozenset(weights))
+        return [self._known[number] for number in range(len(self._checkpoints))]
 
 
 def identity(model: ModelCopy, output: ModelOutput, settings: FeatureSettings, contents: Contents) -> dict[str, Any]:
@@ -58,8 +63,8 @@ def identity(model: ModelCopy, output: ModelOutput, settings: FeatureSettings, c
         "model": module_fingerprint(model.module, used_by=output),
         "parameters": [[name, shapes[raw]] for name, raw in model.names.items()],
         "checkpoints": [
-            hashlib.sha256(f"{digest} {state_digest(model.module, names)}".encode()).hexdigest()
-            for digest, names in zip(contents.digests, contents.names, strict=True)
+            hashlib.sha256(f"{content.digest} {state_digest(model.module, content.names)}".encode()).hexdigest()
+            for content in contents.read()
         ],
     }
 

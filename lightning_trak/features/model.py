@@ -112,7 +112,9 @@ class ModelCopy:
                     self._weights.clear()
                 weights = checkpoint.load()
                 if tensor_digest(weights) != self._digests[number]:
-                    raise ValueError(f"{checkpoint.name} has changed since this TRAK was made; make a new one")
+                    raise ValueError(
+                        f"the weights {self.places[number]} have changed since this TRAK was made; make a new one"
+                    )
                 self._weights[number] = weights
             self._loading.load(self._weights[number], checkpoint.name)
             self.module.eval()

@@ -1,7 +1,7 @@
 """Makes features: of training examples in a store, and of targets in memory."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -93,13 +93,14 @@ class FeaturePipeline:
                 f" engine='auto' or 'hooks', or {ANOTHER_STRATEGY}"
             )
         kind = ShardedModelCopy if sharded else ModelCopy
-        model = kind(self._model, self._output, self._checkpoints, self._contents.digests, self._parameters, keep)
+        digests = [content.digest for content in self._contents.read()]
+        model = kind(self._model, self._output, self._checkpoints, digests, self._parameters, keep)
         if self.settings.engine == "hooks":
             make_engine("hooks", model)  # raises before anything runs
         return model
 
     def featurize(
-        self, trainer: L.Trainer, data: Data, shard_size: int | None, require_enough: Callable[[int, int], None]
+        self, trainer: L.Trainer, data: Data | None, shard_size: int | None, require_enough: Callable[[int, int], None]
     ) -> None:
         """Store the features of the training set at every checkpoint. An interrupted call is continued.
 
@@ -260,7 +261,20 @@ class FeaturePipeline:
         found = identity(model, self._output, self.settings, self._contents)
         if trainer is not None:
             found["precision"] = precision_of(trainer, self._output)
+        if any(checkpoint.live for checkpoint in self._checkpoints):
+            self._require_unchanged(found["checkpoints"])
         return found
+
+    def _require_unchanged(self, checkpoints: list[str]) -> None:
+        """Check that the store is of the weights that the model has now, if there is a store."""
+        with suppress(FileNotFoundError):
+            if FeatureStore.read_manifest(self._directory)["identity"]["checkpoints"] != checkpoints:
+                raise ValueError(
+                    f'store "{self._directory}" was made of other weights than the model has now. Without'
+                    " checkpoints=, the model's current weights are taken, and they have changed: it was trained"
+                    " further, loaded, or made anew. Use another store for the present weights, or give those of the"
+                    " store by checkpoints="
+                )
 
     def _require_own_subsets(self, num_examples: int, data: str | None) -> None:
         """Check that models which have seen a part of a training set have seen a part of this one."""

@@ -29,7 +29,7 @@ _DESCRIPTORS = (staticmethod, classmethod, property, functools.cached_property, 
 
 # Methods that make an object, and methods that make texts for people.
 INITIAL = frozenset(["__init__", "__new__", "__post_init__", "__setstate__"])
-FOR_PEOPLE = frozenset(["__repr__", "__str__"])
+FOR_PEOPLE = frozenset(["__repr__", "__str__", "_repr_html_"])
 
 
 def is_installed(module_name: str | None) -> bool:

@@ -1,6 +1,6 @@
 """Attribution methods, all with the interface of `Method`."""
 
-from lightning_trak.methods.base import LabelStatistic, Method
+from lightning_trak.methods.base import LabelStatistic, MatrixMethod, Method
 from lightning_trak.methods.baselines.bm25 import BM25
 from lightning_trak.methods.baselines.data_shapley import DataShapley
 from lightning_trak.methods.baselines.datamodels import Datamodels
@@ -41,6 +41,7 @@ __all__ = [
     "KNNShapley",
     "LabelStatistic",
     "LiSSA",
+    "MatrixMethod",
     "Metagradient",
     "Method",
     "RandomScores",

@@ -9,8 +9,10 @@ from typing_extensions import Unpack, override
 
 from lightning_trak.methods.examples import Examples
 from lightning_trak.methods.questions import Asked, AttributedQuestion, require_ends, require_interval, target_rows
+from lightning_trak.methods.showing import Showing
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.running.data import Data
+from lightning_trak.running.trainers import trainer_of
 from lightning_trak.scoring.groups import train_sums
 from lightning_trak.scoring.intervals import Interval, bounds, columns_of, with_bounds
 from lightning_trak.scoring.topk import BothEnds, Scores, TopK, best_of
@@ -42,7 +44,7 @@ class LabelStatistic(ABC):
         """
 
 
-class Method(LabelStatistic):
+class Method(Showing, LabelStatistic):
     """A way to say how much each training example counts for each target.
 
     Methods answer different questions. The first lines of each class say which one, what a positive score means, and in
@@ -61,9 +63,9 @@ class Method(LabelStatistic):
     @overload
     def attribute(
         self,
-        trainer: L.Trainer,
-        train: Data,
-        targets: Data,
+        trainer: L.Trainer | None = None,
+        train: Data | None = None,
+        targets: Data | None = None,
         top_k: None = None,
         largest: None = None,
         interval: None = None,
@@ -73,9 +75,10 @@ class Method(LabelStatistic):
     @overload
     def attribute(
         self,
-        trainer: L.Trainer,
-        train: Data,
-        targets: Data,
+        trainer: L.Trainer | None = None,
+        train: Data | None = None,
+        targets: Data | None = None,
+        *,
         top_k: int,
         largest: None = None,
         interval: None = None,
@@ -85,9 +88,10 @@ class Method(LabelStatistic):
     @overload
     def attribute(
         self,
-        trainer: L.Trainer,
-        train: Data,
-        targets: Data,
+        trainer: L.Trainer | None = None,
+        train: Data | None = None,
+        targets: Data | None = None,
+        *,
         top_k: int,
         largest: bool,
         interval: None = None,
@@ -97,9 +101,9 @@ class Method(LabelStatistic):
     @overload
     def attribute(
         self,
-        trainer: L.Trainer,
-        train: Data,
-        targets: Data,
+        trainer: L.Trainer | None = None,
+        train: Data | None = None,
+        targets: Data | None = None,
         top_k: int | None = None,
         largest: bool | None = None,
         *,
@@ -109,9 +113,9 @@ class Method(LabelStatistic):
 
     def attribute(
         self,
-        trainer: L.Trainer,
-        train: Data,
-        targets: Data,
+        trainer: L.Trainer | None = None,
+        train: Data | None = None,
+        targets: Data | None = None,
         top_k: int | None = None,
         largest: bool | None = None,
         interval: float | None = None,
@@ -120,14 +124,15 @@ class Method(LabelStatistic):
         """Score every target against every training example.
 
         Args:
-            trainer: a Trainer, which is left as it was; the class says which ones it can use.
+            trainer: a Trainer, which is left as it was; the class says which ones it can use. None: one on a single
+                device, see :func:`~lightning_trak.running.trainers.trainer_of`; then give the data by name.
             train: the training data, in the order of the scores' columns, whatever its sampler does.
             targets: the targets, in the order of the scores' rows.
             top_k: keep only this many training examples with the highest scores of each target, and as many with the
                 lowest.
             largest: whether ``top_k`` keeps only the highest scores, or only the lowest; default: both.
             interval: confidence level of an interval for each mean or sum over targets, by bootstrap over the targets
-                of its group.
+                of its group. Targets are then scored one by one.
             **question: ``output``, ``aggregate``, ``groups``, ``train_groups`` and ``candidates``, see
                 :class:`~lightning_trak.methods.questions.AttributedQuestion`.
 
@@ -141,6 +146,9 @@ class Method(LabelStatistic):
             ValueError: if the method cannot answer this, or groups do not fit the data.
         """
         require_ends(top_k, largest)
+        trainer = trainer_of(trainer)
+        if train is None or targets is None:
+            raise TypeError("there are no data; pass the training data and the targets, train= and targets=")
         return self._attribute(trainer, train, targets, top_k, largest, interval, question)
 
     @abstractmethod
@@ -228,7 +236,10 @@ class DataMethod(Method):
 
 
 class MatrixMethod(DataMethod):
-    """Base of the methods that make the whole matrix of scores at once, whatever is asked of it."""
+    """Base of the methods that make the whole matrix of scores at once, whatever is asked of it.
+
+    A subclass gives :meth:`matrix`. Sums, the best of the scores and intervals follow from it.
+    """
 
     def _scores(self, trainer: L.Trainer, train: Examples, targets: Examples, asked: Asked) -> Tensor:
         found = matrix = self.matrix(trainer, train, targets)

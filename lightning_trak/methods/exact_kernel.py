@@ -19,6 +19,7 @@ from lightning_trak.projections.factors import GradientFactors
 from lightning_trak.running.data import Data
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.running.strategies import require_whole_parameters
+from lightning_trak.running.trainers import trainer_of
 from lightning_trak.scoring.damping import Damping, require_damping
 from lightning_trak.scoring.exact_kernel import ExactKernelScorer, stored_forms
 from lightning_trak.scoring.gram import Curvature
@@ -66,11 +67,13 @@ class ExactKernel(FeatureMethod):
         scores = exact.score(trainer, target_loader)  # (num_targets, num_train)
     """
 
+    _shown = (*FeatureMethod._shown, "curvature", "damping", "loss_gradients")
+
     def __init__(
         self,
         model: nn.Module,
-        checkpoints: Checkpoints,
-        store: str | Path,
+        checkpoints: Checkpoints | None = None,
+        store: str | Path | None = None,
         *,
         output: ModelOutput | None = None,
         curvature: Curvature = "gauss_newton",
@@ -108,11 +111,14 @@ class ExactKernel(FeatureMethod):
         self.soft_threshold = soft_threshold
 
     @override
-    def featurize(self, trainer: L.Trainer, data: Data, shard_size: int | None = None) -> None:
+    def featurize(
+        self, trainer: L.Trainer | None = None, data: Data | None = None, shard_size: int | None = None
+    ) -> None:
         """Store the gradients of the training set and their inner products. An interrupted call is continued.
 
         Args:
-            trainer: a Trainer whose strategy keeps the whole model on each rank (one device, DDP).
+            trainer: a Trainer whose strategy keeps the whole model on each rank (one device, DDP). None: one on a
+                single device.
             data: as for TRAK. Examples that have positions, such as tokens, must all have one length.
             shard_size: as for TRAK.
 
@@ -120,6 +126,7 @@ class ExactKernel(FeatureMethod):
             ValueError: if the store was made with other settings, a gradient is not finite, an example has more
                 positions than the first ones, or the strategy splits the model.
         """
+        trainer = trainer_of(trainer)
         require_whole_parameters(trainer)
         super().featurize(trainer, data, shard_size)
         pipeline = self._pipeline()
@@ -135,8 +142,9 @@ class ExactKernel(FeatureMethod):
         raise ValueError("the scores of ExactKernel are exact already: leave rescore= out")
 
     @override
-    def target_features(self, trainer: L.Trainer, data: Data) -> list[Features]:
+    def target_features(self, trainer: L.Trainer | None = None, data: Data | None = None) -> list[Features]:
         """The whole gradients of targets, see :meth:`FeatureMethod.target_features`."""
+        trainer = trainer_of(trainer)
         require_whole_parameters(trainer)
         pipeline = self._pipeline()
         store = pipeline.open(pipeline.copy_model(), trainer)

@@ -51,7 +51,7 @@ class Examples:
     """
 
     def __init__(
-        self, data: Data, stage: str, trainer: L.Trainer, datamodule: L.LightningDataModule | None = None
+        self, data: Data | None, stage: str, trainer: L.Trainer, datamodule: L.LightningDataModule | None = None
     ) -> None:
         self.loader = single_loader(data, stage, trainer)
         self.datamodule = data if isinstance(data, L.LightningDataModule) else datamodule

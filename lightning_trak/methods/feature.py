@@ -1,21 +1,25 @@
 """The base class of all methods over stored gradient features: from a model, checkpoints and a store to scores."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Any, ClassVar, TypedDict, cast
 
 import lightning as L
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_trak.checkpoints.reading import CheckpointSource, masks_of, resolve_checkpoints
+from lightning_trak.checkpoints.of_model import checkpoints_of
+from lightning_trak.checkpoints.reading import CheckpointSource, masks_of
 from lightning_trak.compatibility import original_module
 from lightning_trak.features.dtypes import Dtype, feature_dtype
 from lightning_trak.features.engines import EngineName
 from lightning_trak.features.identity import Contents
+from lightning_trak.features.model import ModelCopy
 from lightning_trak.features.pipeline import FeaturePipeline
 from lightning_trak.features.rows import Features
 from lightning_trak.features.settings import FeatureSettings
+from lightning_trak.features.store import FeatureStore
 from lightning_trak.gradients import ParameterSelection
 from lightning_trak.methods.scored import ScoredMethod
 from lightning_trak.outputs import ModelOutput
@@ -24,6 +28,7 @@ from lightning_trak.projections import Projection, SparseProjection
 from lightning_trak.running.data import Data, single_loader
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.running.strategies import refuse_spawning
+from lightning_trak.running.trainers import trainer_of
 from lightning_trak.scoring.predict import ScoreModule
 from lightning_trak.storage.paths import local_directory
 
@@ -52,11 +57,20 @@ class FeatureMethod(ScoredMethod):
     The arguments are those of :class:`~lightning_trak.TRAK`.
     """
 
+    _shown: ClassVar[tuple[str, ...]] = (
+        "model",
+        "checkpoints",
+        "store",
+        "output",
+        "settings.projection",
+        "settings.dtype",
+    )
+
     def __init__(
         self,
         model: nn.Module,
-        checkpoints: Checkpoints,
-        store: str | Path,
+        checkpoints: Checkpoints | None = None,
+        store: str | Path | None = None,
         *,
         output: ModelOutput | None = None,
         projection: Projection | None = None,
@@ -67,9 +81,11 @@ class FeatureMethod(ScoredMethod):
         weights_only: bool = True,
         audit: int = 2,
     ) -> None:
+        if store is None:
+            raise TypeError(f'{type(self).__name__} keeps features on disk: say where, such as store="run/features"')
         self.model = original_module(model)
         self.output = trained_output(self.model, output)
-        self.checkpoints = resolve_checkpoints(checkpoints, weights_only=weights_only)
+        self.checkpoints = checkpoints_of(self.model, checkpoints, weights_only)
         self._used_masks = masks_of(self.checkpoints)
         self._contents = Contents(self.checkpoints)
         self.store = local_directory(store, "store")
@@ -89,12 +105,16 @@ class FeatureMethod(ScoredMethod):
         """Raise if the scorer needs more training examples than there are. By default any number is enough."""
 
     @override
-    def featurize(self, trainer: L.Trainer, data: Data, shard_size: int | None = None) -> None:
+    def featurize(
+        self, trainer: L.Trainer | None = None, data: Data | None = None, shard_size: int | None = None
+    ) -> None:
         """Compute and store the features of the training set at every checkpoint. An interrupted call is continued.
 
         Args:
             trainer: a Trainer whose strategy keeps the whole model on each rank (one device, DDP), or shards it with
-                FSDP2 (``ModelParallelStrategy``).
+                FSDP2 (``ModelParallelStrategy``). None: one on a single device, see
+                :func:`~lightning_trak.running.trainers.trainer_of`; then give the data by name:
+                ``featurize(data=train_loader)``.
             data: the training data: a DataLoader, map-style Dataset or LightningDataModule (its ``train_dataloader``).
                 Every item of the dataset is featurized once, in order. The loader's sampler is not used. Give data
                 without random augmentation.
@@ -105,10 +125,10 @@ class FeatureMethod(ScoredMethod):
             ValueError: if the store was made with other settings, an example's features are not finite, the strategy
                 splits the model in another way, or it shards a model that hooks do not cover.
         """
-        self._pipeline().featurize(trainer, data, shard_size, self._require_enough)
+        self._pipeline().featurize(trainer_of(trainer), data, shard_size, self._require_enough)
         self._train = data
 
-    def target_features(self, trainer: L.Trainer, data: Data) -> list[Features]:
+    def target_features(self, trainer: L.Trainer | None = None, data: Data | None = None) -> list[Features]:
         """The features of targets, projected like those of the store. :meth:`score` compares the two.
 
         Args:
@@ -124,6 +144,7 @@ class FeatureMethod(ScoredMethod):
             RuntimeError: if featurizing is not complete.
             ValueError: if the store was made with other settings.
         """
+        trainer = trainer_of(trainer)
         loader, pipeline = single_loader(data, "predict", trainer), self._pipeline()
         model = pipeline.copy_model(trainer)
         store = pipeline.open_complete(model, trainer)
@@ -132,7 +153,7 @@ class FeatureMethod(ScoredMethod):
         (features,) = pipeline.target_features(trainer, loader, [examples], model, store, datamodule)
         return list(features)
 
-    def self_influence(self, trainer: L.Trainer) -> Tensor:
+    def self_influence(self, trainer: L.Trainer | None = None) -> Tensor:
         """The score of each training example for itself, the diagonal of ``score(trainer, train)``, from the store.
 
         Args:
@@ -146,6 +167,7 @@ class FeatureMethod(ScoredMethod):
             RuntimeError: if featurizing is not complete.
             ValueError: if the store was made with other settings, or a Gram matrix is singular.
         """
+        trainer = trainer_of(trainer)
         refuse_spawning(trainer)
         pipeline, ranks = self._pipeline(), Ranks.of(trainer)
         scorer = self.make_scorer(pipeline.open(pipeline.copy_model(), trainer))
@@ -170,6 +192,20 @@ class FeatureMethod(ScoredMethod):
         store = pipeline.open(model)
         store.require_complete()
         return ScoreModule(self.make_scorer(store), top_k, largest, model, self.settings, store)
+
+    @override
+    def _num_train(self) -> int | None:
+        with suppress(FileNotFoundError):
+            return int(FeatureStore.read_manifest(self.store)["num_examples"])
+        return None
+
+    @override
+    def _model_copy(self) -> ModelCopy:
+        pipeline = self._pipeline()
+        model = pipeline.copy_model()
+        with suppress(FileNotFoundError):  # scores may come from elsewhere
+            pipeline.open(model)  # raises if the store, and so the scores, are of other weights
+        return model
 
     @override
     def _pipeline(self) -> FeaturePipeline:

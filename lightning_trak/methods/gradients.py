@@ -24,13 +24,15 @@ _NEIGHBOURS = 10
 class _GradientMethod(FeatureMethod):
     """Compares gradients, with a weight for each checkpoint; the arguments are those of its subclasses."""
 
+    _shown = (*FeatureMethod._shown, "effect_on")
+
     _scorer: type[GradientDotScorer] = GradientDotScorer
 
     def __init__(
         self,
         model: nn.Module,
-        checkpoints: Checkpoints,
-        store: str | Path,
+        checkpoints: Checkpoints | None,
+        store: str | Path | None,
         learning_rates: LearningRates | None,
         effect_on: EffectOn,
         **options: Unpack[FeatureOptions],
@@ -82,8 +84,8 @@ class GradientDot(_GradientMethod):
     def __init__(
         self,
         model: nn.Module,
-        checkpoints: Checkpoints,
-        store: str | Path,
+        checkpoints: Checkpoints | None = None,
+        store: str | Path | None = None,
         *,
         effect_on: EffectOn = "loss",
         **options: Unpack[FeatureOptions],
@@ -122,8 +124,8 @@ class TracIn(_GradientMethod):
     def __init__(
         self,
         model: nn.Module,
-        checkpoints: Checkpoints,
-        store: str | Path,
+        checkpoints: Checkpoints | None = None,
+        store: str | Path | None = None,
         *,
         learning_rates: LearningRates = "snapshots",
         effect_on: EffectOn = "loss",
@@ -158,8 +160,8 @@ class GradientCosine(_GradientMethod):
     def __init__(
         self,
         model: nn.Module,
-        checkpoints: Checkpoints,
-        store: str | Path,
+        checkpoints: Checkpoints | None = None,
+        store: str | Path | None = None,
         *,
         learning_rates: LearningRates | None = None,
         effect_on: EffectOn = "loss",

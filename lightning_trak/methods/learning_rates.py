@@ -44,8 +44,7 @@ def _recorded(checkpoint: Checkpoint, selected: Callable[[], Iterable[str]]) -> 
     advice = "pass learning_rates=, one number for each checkpoint"
     if checkpoint.record is None:
         raise ValueError(
-            f"{checkpoint.name} does not hold its learning rate: {advice}, or use a directory of TRAKCallback's"
-            " snapshots"
+            f"no learning rate is known of {checkpoint.name}: {advice}, or use a directory of TRAKCallback's snapshots"
         )
     groups = checkpoint.record.parameter_groups
     if not groups or any(group.lr is None for group in groups):

@@ -24,6 +24,7 @@ from lightning_trak.replay.recording import Recording
 from lightning_trak.replay.reweighted import Reweighted
 from lightning_trak.replay.smoothness import SMOOTH_VALUE, advice, quick_value
 from lightning_trak.running.data import Data
+from lightning_trak.running.labels import with_labels
 from lightning_trak.running.random_states import isolated_random_states
 from lightning_trak.running.strategies import require_whole_parameters
 
@@ -72,6 +73,7 @@ class Metagradient(DataMethod):
         scores = Metagradient(model, "run/recording").attribute(trainer, train_loader, targets)
     """
 
+    _shown = ("model", "recordings", "output", "last_steps")
     _without_candidates = (
         "it differentiates by the weights of examples in the recorded run, and others have none. TRAK, TracIn,"
         " GradientDot, GradientCosine and influence functions score examples that are not in the training set"
@@ -129,8 +131,8 @@ class Metagradient(DataMethod):
         one target.
 
         Args:
-            trainer: any Trainer whose strategy keeps the model whole. Its device is used, and each process computes all
-                scores. The precision is that of the recorded run.
+            trainer: any Trainer whose strategy keeps the model whole; None: one on a single device. Its device is used,
+                and each process computes all scores. The precision is that of the recorded run.
             train: the training data, as they were recorded: the same dataset and collate function.
             targets: the targets. Each is computed alone, in eval mode, at the weights at the end of training.
             asked: the question.
@@ -144,12 +146,19 @@ class Metagradient(DataMethod):
         """
         require_whole_parameters(trainer)
         with isolated_random_states(), torch.inference_mode(False):
-            wanted = asked.output or self.output
-            parts = [
-                run.scores(copy.deepcopy(wanted), targets.loader, targets.datamodule, asked.rows, asked.columns)
-                for run in self._runs(trainer, train)
-            ]
+            runs = self._runs(trainer, train)
+            output, loader = asked.output or self.output, targets.loader
+            if output.predicts_labels and len(runs) > 1:
+                loader = with_labels(loader, self._predicted(runs, output, targets))
+            sums = asked.rows, asked.columns
+            parts = [run.scores(copy.deepcopy(output), loader, targets.datamodule, *sums) for run in runs]
             return torch.stack(parts).mean(0)
+
+    @staticmethod
+    def _predicted(runs: list[Differentiated], output: ModelOutput, targets: Examples) -> Tensor:
+        """The class of each target with the highest mean probability over the runs, so that all explain the same."""
+        parts = [run.probabilities(copy.deepcopy(output), targets.loader, targets.datamodule) for run in runs]
+        return torch.stack(parts).double().mean(0).argmax(1)
 
     @override
     def label_suspicion(self, trainer: L.Trainer, train: Data) -> Tensor:
@@ -195,13 +204,13 @@ class Metagradient(DataMethod):
             warnings.warn(
                 "the model has batch normalization in train mode: an example with weight 0 is still part of the"
                 " batch's statistics, so scores say what its loss did, not what its removal from the data does",
-                stacklevel=5,
+                stacklevel=7,
             )
         if run.rounds_steps:
             warnings.warn(
                 "the optimizer rounds its steps (torch's Muon orthogonalizes in bfloat16), so scores are those of the"
                 " same steps without rounding",
-                stacklevel=5,
+                stacklevel=7,
             )
         return run
 
@@ -212,5 +221,5 @@ class Metagradient(DataMethod):
             warnings.warn(
                 f'the run in "{recording.path}" is not smooth: metasmoothness {value:.2f}, smooth from {SMOOTH_VALUE}.'
                 f" {advice(recording)} metasmoothness() says more, and check_smooth=False leaves this check out",
-                stacklevel=4,
+                stacklevel=6,
             )

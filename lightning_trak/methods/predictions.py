@@ -1,12 +1,17 @@
-"""What all checkpoints together predict, so that each explains the same class of a target."""
+"""What all checkpoints together predict for targets: the class that all explain, and words for people."""
+
+from collections.abc import Sequence
+from typing import Any, cast
 
 import lightning as L
 import torch
+from torch.utils.data import Subset
 
 from lightning_trak.features.model import ModelCopy
 from lightning_trak.methods.examples import Examples
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.running.labels import with_labels
+from lightning_trak.running.loading import batch_size_of, like
 
 _TOGETHER = 1 << 16  # targets whose probabilities are in memory at once
 
@@ -43,3 +48,38 @@ def with_predictions(trainer: L.Trainer, targets: Examples, model: ModelCopy, ou
             sums = sums + targets.map(trainer, model.module, asked.probabilities, what, model.original, part)
         labels.append(sums.argmax(1))
     return Examples(with_labels(targets.loader, torch.cat(labels)), "predict", trainer, targets.datamodule)
+
+
+def described_predictions(
+    trainer: L.Trainer, targets: Examples, positions: Sequence[int], model: ModelCopy, output: ModelOutput | None
+) -> list[str | None]:
+    """What the model predicts for some targets, on average over checkpoints, in words.
+
+    Args:
+        trainer: runs the passes.
+        targets: all targets.
+        positions: of those to describe.
+        model: a copy of the model, which is used up.
+        output: of the targets, if it is another one than that of the training examples.
+
+    Returns:
+        A text for each position; None where the output has no prediction that means something to people.
+
+    Raises:
+        ValueError: if a number is not finite.
+    """
+    asked = model.output if output is None else model.with_output(output).output
+    if type(asked).prediction is ModelOutput.prediction or not positions:
+        return [None] * len(positions)
+    loader = targets.loader
+    # The last one counts twice, because a model may need more than one example.
+    subset: Subset[Any] = Subset(cast(Any, loader.dataset), [*positions, positions[-1]])
+    size = min(len(subset), max(2, batch_size_of(loader)))
+    chosen = Examples(like(loader, subset, batch_size=size), "predict", trainer, targets.datamodule)
+    sums = torch.zeros((), dtype=torch.float64)
+    for checkpoint in range(len(model.checkpoints)):
+        model.load(checkpoint, trainer.strategy.root_device)
+        what = f"the prediction {model.place}"
+        sums = sums + chosen.map(trainer, model.module, cast(Any, asked.prediction), what, model.original)
+    means = sums / len(model.checkpoints)
+    return [asked.describe_prediction(row) for row in means[: len(positions)]]

@@ -34,6 +34,7 @@ from lightning_trak.running.data import Data, as_loaders
 from lightning_trak.running.loaders import holds_several
 from lightning_trak.running.loading import batch_size_of, like
 from lightning_trak.running.strategies import require_whole_parameters, shards_model
+from lightning_trak.running.trainers import trainer_of
 from lightning_trak.scoring.base import Scorer
 from lightning_trak.scoring.intervals import Interval, bounds, columns_of, with_bounds
 from lightning_trak.scoring.targets import Kept, Others, score_targets
@@ -48,7 +49,9 @@ class ScoredMethod(Method):
     _train: Data | None  # what featurize got last
 
     @abstractmethod
-    def featurize(self, trainer: L.Trainer, data: Data, shard_size: int | None = None) -> None:
+    def featurize(
+        self, trainer: L.Trainer | None = None, data: Data | None = None, shard_size: int | None = None
+    ) -> None:
         """Compute and store the features of the training set."""
 
     @abstractmethod
@@ -98,8 +101,8 @@ class ScoredMethod(Method):
     @overload
     def score(
         self,
-        trainer: L.Trainer,
-        data: Data,
+        trainer: L.Trainer | None = None,
+        data: Data | None = None,
         top_k: None = None,
         largest: None = None,
         rescore: None = None,
@@ -111,8 +114,9 @@ class ScoredMethod(Method):
     @overload
     def score(
         self,
-        trainer: L.Trainer,
-        data: Data,
+        trainer: L.Trainer | None = None,
+        data: Data | None = None,
+        *,
         top_k: int,
         largest: None = None,
         rescore: int | None = None,
@@ -124,8 +128,9 @@ class ScoredMethod(Method):
     @overload
     def score(
         self,
-        trainer: L.Trainer,
-        data: Data,
+        trainer: L.Trainer | None = None,
+        data: Data | None = None,
+        *,
         top_k: int,
         largest: bool,
         rescore: int | None = None,
@@ -137,8 +142,8 @@ class ScoredMethod(Method):
     @overload
     def score(
         self,
-        trainer: L.Trainer,
-        data: Data,
+        trainer: L.Trainer | None = None,
+        data: Data | None = None,
         top_k: int | None = None,
         largest: bool | None = None,
         rescore: None = None,
@@ -151,8 +156,8 @@ class ScoredMethod(Method):
     @overload
     def score(
         self,
-        trainer: L.Trainer,
-        data: Data | Sequence[DataLoader[Any]],
+        trainer: L.Trainer | None = None,
+        data: Data | Sequence[DataLoader[Any]] | None = None,
         top_k: int | None = None,
         largest: bool | None = None,
         rescore: int | None = None,
@@ -163,8 +168,8 @@ class ScoredMethod(Method):
 
     def score(
         self,
-        trainer: L.Trainer,
-        data: Data | Sequence[DataLoader[Any]],
+        trainer: L.Trainer | None = None,
+        data: Data | Sequence[DataLoader[Any]] | None = None,
         top_k: int | None = None,
         largest: bool | None = None,
         rescore: int | None = None,
@@ -177,7 +182,7 @@ class ScoredMethod(Method):
         The first lines of the method's class say what a positive score means, and in which unit scores are.
 
         Args:
-            trainer: as for :meth:`featurize`. The strategy must not spawn its processes.
+            trainer: as for :meth:`featurize`, and None likewise. The strategy must not spawn its processes.
             data: the targets: a DataLoader, a sequence of them, a map-style Dataset or a LightningDataModule (its
                 ``predict_dataloader``).
             top_k: keep only this many training examples with the highest scores of each target (proponents), and as
@@ -218,6 +223,7 @@ class ScoredMethod(Method):
                 than the store's, or an exact score cannot be computed.
         """
         require_ends(top_k, largest)
+        trainer = trainer_of(trainer)
         if interval is not None:
             return self._with_interval(trainer, data, interval, (top_k, largest, rescore, train), question)
         self._require_trainer(trainer)

@@ -19,6 +19,7 @@ from lightning_trak.outputs import ModelOutput
 from lightning_trak.projections import GaussianProjection, Projection
 from lightning_trak.running.data import Data
 from lightning_trak.running.ranks import Ranks
+from lightning_trak.running.trainers import trainer_of
 from lightning_trak.scoring.damping import Damping, require_damping
 from lightning_trak.scoring.gram import Curvature
 from lightning_trak.scoring.trak import LossGradients, TRAKScorer
@@ -37,10 +38,12 @@ class TRAK(FeatureMethod):
     Args:
         model: the trained model; a LightningModule with :class:`~lightning_trak.AttributionMixin`, or any module when
             ``output`` is given.
-        checkpoints: a snapshot directory, or a list of snapshot directories, state dicts, safetensors files and
-            Lightning ``.ckpt`` paths. Scores are averaged over them. Members of a fleet, see
-            :func:`~lightning_trak.retraining.split_fleet`, have curvatures of the examples that each has seen.
-        store: directory of the features, on a disk that all ranks see.
+        checkpoints: a directory of :class:`~lightning_trak.TRAKCallback`, of Lightning's ModelCheckpoint or of a
+            Hugging Face Trainer; a safetensors, ``.ckpt`` or ``.pt`` file; a state dict; or a list of these. Scores are
+            averaged over them. Members of a fleet, see :func:`~lightning_trak.retraining.split_fleet`, have curvatures
+            of the examples that each has seen. Default: the weights that the model has. If these change, the store is
+            refused.
+        store: directory of the features, on a disk that all ranks see. It must be given.
         output: the scalar output to attribute; default: the model's ``configure_model_output()``.
         projection: what compresses gradients; default: :class:`~lightning_trak.projections.SparseProjection` to 16,384
             features, which take 8 KiB in 4 bits.
@@ -70,11 +73,13 @@ class TRAK(FeatureMethod):
         best = trak.score(trainer, target_loader, top_k=10, rescore=1000)  # exact scores of the best 1000
     """
 
+    _shown = (*FeatureMethod._shown, "curvature", "damping", "loss_gradients")
+
     def __init__(
         self,
         model: nn.Module,
-        checkpoints: Checkpoints,
-        store: str | Path,
+        checkpoints: Checkpoints | None = None,
+        store: str | Path | None = None,
         *,
         output: ModelOutput | None = None,
         projection: Projection | None = None,
@@ -115,8 +120,8 @@ class TRAK(FeatureMethod):
     def paper(
         cls,
         model: nn.Module,
-        checkpoints: Checkpoints,
-        store: str | Path,
+        checkpoints: Checkpoints | None = None,
+        store: str | Path | None = None,
         **options: Any,
     ) -> "TRAK":
         """TRAK as published (arXiv 2303.14186): a Gaussian projection, no curvature, no damping, Q averaged apart.
@@ -136,7 +141,12 @@ class TRAK(FeatureMethod):
             options["projection"] = GaussianProjection(2048)
         return cls(model, checkpoints, store, **(published | options))
 
-    def score_dampings(self, trainer: L.Trainer, data: Data, dampings: Sequence[Damping]) -> dict[Damping, Tensor]:
+    def score_dampings(
+        self,
+        trainer: L.Trainer | None = None,
+        data: Data | None = None,
+        dampings: Sequence[Damping] = (),
+    ) -> dict[Damping, Tensor]:
         """The scores at several dampings, from one pass over the targets.
 
         :func:`~lightning_trak.retraining.tune` chooses among them, where models were retrained. The features of all
@@ -160,6 +170,7 @@ class TRAK(FeatureMethod):
             raise ValueError(f"expected a sequence of dampings, got {dampings!r}")
         for damping in dampings:
             require_damping(damping)
+        trainer = trainer_of(trainer)
         features, pipeline = self.target_features(trainer, data), self._pipeline()
         store, ranks = pipeline.open(pipeline.copy_model(), trainer), Ranks.of(trainer)
         results: dict[Damping, Tensor] = {}

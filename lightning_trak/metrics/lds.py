@@ -22,6 +22,7 @@ from lightning_trak.metrics.functional.lds import (
 )
 from lightning_trak.metrics.functional.noise_ceiling import noise_ceiling
 from lightning_trak.metrics.functional.used_subsets import _validate_unused
+from lightning_trak.texts.display import Displayed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,7 +32,7 @@ if find_spec("matplotlib") is None:
     __doctest_skip__ = ["LinearDatamodelingScore.plot"]
 
 
-class LinearDatamodelingScore(Metric):
+class LinearDatamodelingScore(Displayed, Metric):
     """Linear datamodeling score: how well attributions predict what retraining on subsets does.
 
     The scores of a subset's training examples are added up as a prediction of the output of a model trained on that
@@ -78,6 +79,8 @@ class LinearDatamodelingScore(Metric):
         >>> bool(lds.noise_ceiling() < 1)
         True
     """
+
+    _shown = ("masks", "constant_rows", "update_count")
 
     is_differentiable: bool = False
     higher_is_better: bool = True

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from lightning_trak.fingerprints import object_fingerprint
 
+_NOT_IDENTITY = frozenset(["fingerprint", "prediction", "describe_prediction"])  # features do not depend on them
+
 
 class ModelOutput(ABC):
     """A scalar output f of the model per example, through which the training loss depends on the parameters.
@@ -116,6 +118,29 @@ class ModelOutput(ABC):
         del module, batch
         raise TypeError(f"{type(self).__name__} predicts no labels")
 
+    def prediction(self, module: nn.Module, batch: Any) -> Tensor | None:
+        """What the model predicts for each example, in numbers that :meth:`describe_prediction` turns into words.
+
+        Those of several checkpoints are averaged. By default there are none.
+
+        Args:
+            module: the model, in eval mode.
+            batch: a batch as the dataloader gives it, which need not have labels.
+
+        Returns:
+            Shape ``(batch, n)`` with finite numbers; None if a prediction of this output has no meaning for people.
+        """
+        del module, batch
+        return None
+
+    def describe_prediction(self, prediction: Tensor) -> str:
+        """The prediction for an example in words, beside the truth where that is known.
+
+        Args:
+            prediction: a row of :meth:`prediction`, shape ``(n,)``.
+        """
+        return ", ".join(f"{number:g}" for number in prediction.tolist())
+
     def same_in_batch(self, module: nn.Module, batch: Any, alone: Tensor, tolerance: float) -> bool:
         """Whether the outputs of some examples in one batch are those that each has alone.
 
@@ -168,7 +193,7 @@ class ModelOutput(ABC):
         Raises:
             TypeError: if a public attribute holds what has no content, such as a lock or an open file.
         """
-        return object_fingerprint(self, called=frozenset(vars(ModelOutput)), left_out=frozenset(["fingerprint"]))
+        return object_fingerprint(self, called=frozenset(vars(ModelOutput)), left_out=_NOT_IDENTITY)
 
 
 def close(values: Tensor, expected: Tensor, tolerance: float) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_trak.outputs.batches import LABELS_KEYS, Forward, LabelsKey, one_per_example, predict, without_labels
-from lightning_trak.outputs.labelled import LabelledOutput
+from lightning_trak.outputs.labelled import LabelledOutput, beside_truth
 from lightning_trak.outputs.margins import log_odds, logistic_loss, nan_unless
 from lightning_trak.running.labels import LabelledBatch
 
@@ -134,6 +134,25 @@ class ClassificationMargin(LabelledOutput):
         """The probability of each class, shape ``(batch, classes)``, in float32 or better."""
         logits = _both_logits(self._logits(module, batch))
         return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(1)
+
+    def prediction(self, module: nn.Module, batch: Any) -> Tensor:
+        """Whether there is a label, the label, and the probability of each class; shape ``(batch, 2 + classes)``."""
+        return beside_truth(self.truth(batch), self.probabilities(module, batch))
+
+    def describe_prediction(self, prediction: Tensor) -> str:
+        """The most probable class and the label, each with its probability."""
+        known, label, *probabilities = prediction.tolist()
+        best = max(range(len(probabilities)), key=probabilities.__getitem__)
+
+        def named(index: int) -> str:
+            return f"{self.classes[index] if self.classes else index} ({probabilities[index]:.1%})"
+
+        text = f"predicted {named(best)}"
+        if not known:
+            return text
+        if label == best:
+            return f"{text}, as labelled"
+        return f"{text}, labelled {named(int(label)) if label in range(len(probabilities)) else f'{label:g}'}"
 
     def _predict(self, module: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
         """Logits, and the labels to take."""

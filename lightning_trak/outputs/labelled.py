@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_trak.outputs.base import ModelOutput
-from lightning_trak.outputs.batches import LABELS_KEYS, Forward, LabelsKey, as_keys, predict, split_labels
+from lightning_trak.outputs.batches import (
+    LABELS_KEYS,
+    Forward,
+    LabelsKey,
+    as_keys,
+    one_per_example,
+    predict,
+    split_labels,
+    without_labels,
+)
 
 
 class LabelledOutput(ModelOutput):
@@ -28,3 +38,27 @@ class LabelledOutput(ModelOutput):
         """The module's predictions for a batch, and the labels."""
         inputs, labels = split_labels(batch, self.labels_key)
         return predict(module, batch, inputs, self.forward), labels
+
+    def truth(self, batch: Any) -> Tensor | None:
+        """The labels of a batch, one for each example; None if it has none."""
+        if without_labels(batch, self.labels_key) is batch:
+            return None
+        _, labels = split_labels(batch, self.labels_key)
+        return one_per_example("labels", labels, "there is one label for each prediction")
+
+
+def beside_truth(labels: Tensor | None, predictions: Tensor) -> Tensor:
+    """Predictions with two columns in front: 1 if there are labels, and the labels; zeros if there are none.
+
+    Args:
+        labels: shape ``(batch,)``.
+        predictions: shape ``(batch, n)``.
+
+    Returns:
+        Shape ``(batch, 2 + n)``, in float32 or better.
+    """
+    predictions = predictions.to(torch.promote_types(predictions.dtype, torch.float32))
+    truth = predictions.new_zeros(len(predictions), 2)
+    if labels is not None:
+        truth[:, 0], truth[:, 1] = 1, labels.to(truth.dtype)
+    return torch.cat([truth, predictions], dim=1)

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_trak.outputs.batches import one_per_example
-from lightning_trak.outputs.labelled import LabelledOutput
+from lightning_trak.outputs.batches import one_per_example, predict, without_labels
+from lightning_trak.outputs.labelled import LabelledOutput, beside_truth
 
 
 class RegressionOutput(LabelledOutput):
@@ -45,6 +45,17 @@ class RegressionOutput(LabelledOutput):
             )
         dtype = torch.promote_types(predictions.dtype, torch.float32)
         return predictions.to(dtype) - targets.to(dtype)
+
+    def prediction(self, module: nn.Module, batch: Any) -> Tensor:
+        """Whether there is a target, the target, and the prediction; shape ``(batch, 3)``."""
+        inputs = without_labels(batch, self.labels_key)
+        found = one_per_example("predictions", predict(module, batch, inputs, self.forward), "expected one number each")
+        return beside_truth(self.truth(batch), found.unsqueeze(1))
+
+    def describe_prediction(self, prediction: Tensor) -> str:
+        """The prediction and the target."""
+        known, target, predicted = prediction.tolist()
+        return f"predicted {predicted:.4g}" + (f", the truth is {target:.4g}" if known else "")
 
     def explain_nan(self, module: nn.Module, batch: Any) -> str | None:
         """Says that the target is not finite, if so."""

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from lightning_trak.compatibility import tree_iter
 from lightning_trak.gradients.batch import Layout, find_layout
 from lightning_trak.outputs import ModelOutput
-from lightning_trak.outputs.evaluating import modules_of
+from lightning_trak.outputs.evaluating import exact_attention, modules_of, unchanged
 from lightning_trak.replay.losses import Losses
 from lightning_trak.replay.player import Played, Player
 from lightning_trak.replay.recording import Recording
@@ -166,6 +166,25 @@ class Differentiated:
             cotangents = self._output_gradients(output, block, batches)
             for positions, by_weight in self._back(cotangents, len(block.span), last.nbytes):
                 yield block.span, positions, by_weight
+
+    def probabilities(
+        self, output: ModelOutput, targets: DataLoader[Any], datamodule: L.LightningDataModule | None
+    ) -> Tensor:
+        """What the model predicts at the end of training, each target alone: shape ``(num_targets, classes)``.
+
+        Args:
+            output: has the probabilities.
+            targets: the loader of the targets.
+            datamodule: the data module that gave it, if there is one.
+        """
+        player = self._player
+        player.load(self._recording.state(self._recording.num_steps))
+        player.module.eval()
+        found = []
+        for batch in targets_alone(player, targets, datamodule):
+            with torch.no_grad(), player.computing(), exact_attention(), unchanged(player.module, output):
+                found.append(output.probabilities(player.module, batch).cpu())
+        return torch.cat(found)
 
     def _output_gradients(self, output: ModelOutput, block: RowBlock, batches: Iterator[Any]) -> Cotangents:
         """The derivatives of each row's output by weights and running statistics at the end of training."""

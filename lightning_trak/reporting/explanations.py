@@ -46,11 +46,13 @@ class Explanation(NamedTuple):
         target: the target itself.
         groups: entries of ``"proponents"`` and ``"opponents"``, strongest first. One of the two is missing if the
             scores are those of the other alone.
+        prediction: what the model predicts for the target, in words; None if that is not known.
     """
 
     position: int
     target: Example
     groups: dict[str, list[Entry]]
+    prediction: str | None = None
 
 
 def described(describe: Describe, item: Any) -> str:

@@ -11,30 +11,41 @@ from torch import Tensor
 from lightning_trak.reporting.explanations import Example, Explanation
 from lightning_trak.texts.printable import printable, shortened
 
+# All rules are about one element, so that those of a notebook around it stay as they are.
 STYLE = """
-body { font: 15px/1.4 system-ui, sans-serif; margin: 2rem; color: #222; background: #fff; }
-h1 { font-size: 1.6rem; margin: 0; }
-h2, h3 { font-size: 1.1rem; margin: 0 0 .5rem; }
-section { display: flex; gap: 2rem; border-top: 1px solid #ccc; margin-top: 1.5rem; padding-top: 1rem; }
-.groups { flex: 1; }
-.row { display: flex; flex-wrap: wrap; align-items: flex-start; gap: .75rem; margin-bottom: 1rem; }
-figure { margin: 0; padding: .5rem; width: 7rem; border: 2px solid #888; border-radius: 4px; }
-.text .target { flex: 0 0 16rem; }
-.text .groups { display: flex; gap: 2rem; }
-.text .group { flex: 1; }
-.text figure { width: 100%; box-sizing: border-box; }
-.proponents figure { border-color: #2a7d2a; }
-.opponents figure { border-color: #b52a2a; }
-img { width: 100%; display: block; }
-.small { image-rendering: pixelated; }
-figcaption { font-size: .85rem; overflow-wrap: anywhere; }
-b { font-variant-numeric: tabular-nums; }
-@media (max-width: 45rem) { body { margin: 1rem; } section, .text .groups { display: block; } h3 { margin-top: 1rem; } }
+.attributions { font: 15px/1.4 system-ui, sans-serif; }
+.attributions h1 { font-size: 1.6rem; margin: 0; }
+.attributions h2, .attributions h3 { font-size: 1.1rem; margin: 0 0 .5rem; }
+.attributions section { display: flex; gap: 2rem; border-top: 1px solid #8884; margin-top: 1.5rem; padding-top: 1rem; }
+.attributions .groups { flex: 1; }
+.attributions .row { display: flex; flex-wrap: wrap; align-items: flex-start; gap: .75rem; margin-bottom: 1rem; }
+.attributions figure { margin: 0; padding: .5rem; width: 7rem; border: 2px solid #888; border-radius: 4px; }
+.attributions .text .target { flex: 0 0 16rem; }
+.attributions .text .groups { display: flex; gap: 2rem; }
+.attributions .text .group { flex: 1; }
+.attributions .text figure { width: 100%; box-sizing: border-box; }
+.attributions .proponents figure { border-color: #2a7d2a; }
+.attributions .opponents figure { border-color: #b52a2a; }
+.attributions img { width: 100%; display: block; margin: 0; }
+.attributions .small { image-rendering: pixelated; }
+.attributions figcaption { font-size: .85rem; overflow-wrap: anywhere; }
+.attributions b { font-variant-numeric: tabular-nums; }
+@media (max-width: 45rem) {
+  .attributions section, .attributions .text .groups { display: block; }
+  .attributions h3 { margin-top: 1rem; }
+}
+"""
+_PAGE = """
+:root { color-scheme: light dark; }
+body { margin: 2rem; color: #222; background: #fff; }
+@media (max-width: 45rem) { body { margin: 1rem; } }
+@media (prefers-color-scheme: dark) { body { color: #ddd; background: #111; } }
 """
 _LEGEND = (
     "Training on an example with a positive score helps the target, on one with a negative score it harms it."
     " Proponents have the highest scores, opponents the lowest. #n is the position in the training set, from 0."
 )
+_PREDICTED = " Below a target is what the model predicts for it, on average over the checkpoints."
 _SMALL = 64  # pixels: images up to this width are enlarged without smoothing
 
 
@@ -48,19 +59,37 @@ def page(explanations: Sequence[Explanation], title: str) -> str:
     Raises:
         ModuleNotFoundError: if there are images and Pillow is not installed.
     """
-    title = html.escape(printable(title))
-    sections = "\n".join(_section(explanation) for explanation in explanations)
+    head = html.escape(printable(title))
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
-        f"<h1>{title}</h1>\n<p>{_LEGEND}</p>\n{sections}\n</body>\n</html>\n"
+        f"<title>{head}</title>\n<style>{_PAGE}</style>\n</head>\n"
+        f"<body>\n{part(explanations, title)}\n</body>\n</html>\n"
+    )
+
+
+def part(explanations: Sequence[Explanation], title: str) -> str:
+    """Explanations as a part of a page, such as the output of a notebook's cell. Colours are those around it.
+
+    Args:
+        explanations: what to show.
+        title: above them.
+
+    Raises:
+        ModuleNotFoundError: if there are images and Pillow is not installed.
+    """
+    legend = _LEGEND + (_PREDICTED if any(each.prediction is not None for each in explanations) else "")
+    sections = "\n".join(_section(explanation) for explanation in explanations)
+    return (
+        f'<div class="attributions">\n<style>{STYLE}</style>\n'
+        f"<h1>{html.escape(printable(title))}</h1>\n<p>{legend}</p>\n{sections}\n</div>"
     )
 
 
 def _section(explanation: Explanation) -> str:
     kind = "text" if explanation.target.image is None else "images"
-    target = f'<div class="target">\n<h2>target {explanation.position}</h2>\n{_figure(explanation.target, "")}\n</div>'
+    figure = _figure(explanation.target, "", explanation.prediction)
+    target = f'<div class="target">\n<h2>target {explanation.position}</h2>\n{figure}\n</div>'
     groups = []
     for name, entries in explanation.groups.items():
         figures = "\n".join(
@@ -70,13 +99,14 @@ def _section(explanation: Explanation) -> str:
     return f'<section class="{kind}">\n{target}\n<div class="groups">\n' + "\n".join(groups) + "\n</div>\n</section>"
 
 
-def _figure(example: Example, caption: str) -> str:
+def _figure(example: Example, caption: str, prediction: str | None = None) -> str:
     text, image = html.escape(shortened(example.text, 2000)), ""
     if example.image is not None:
         data = base64.b64encode(_png(example.image)).decode()
         kind = ' class="small"' if example.image.shape[-1] <= _SMALL else ""
         image = f'<img{kind} alt="{text}" src="data:image/png;base64,{data}">'
-    return f"<figure>{image}<figcaption>{caption}{text}</figcaption></figure>"
+    below = "" if prediction is None else f"<br>{html.escape(printable(prediction))}"
+    return f"<figure>{image}<figcaption>{caption}{text}{below}</figcaption></figure>"
 
 
 def _png(image: Tensor) -> bytes:

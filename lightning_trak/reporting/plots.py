@@ -125,7 +125,10 @@ def plot_explanations(explanations: Sequence["Explanation"]) -> "Figure":
         ValueError: if an item holds no image.
     """
     return plot_pictures(
-        [_picture(entry.target, f"#{entry.position} {entry.target.text}") for entry in explanations],
+        [
+            _picture(entry.target, f"#{entry.position} {entry.target.text}", *filter(None, [entry.prediction]))
+            for entry in explanations
+        ],
         {
             name: [
                 [

@@ -58,7 +58,7 @@ class SavedScores(NamedTuple):
         except (KeyError, ValueError) as error:
             raise ValueError(f'"{path}" is not a file of `lightning-trak score`: {error}') from error
         saved = cls(scores, about["num_train"], about["method"], about["largest"], tensors.get("used_masks"))
-        saved._require_scores(f'"{path}" is wrong')
+        saved.require_scores(f'"{path}" is wrong')
         return saved
 
     def save(self, path: str | Path) -> None:
@@ -69,15 +69,22 @@ class SavedScores(NamedTuple):
                 there stays as it is.
         """
         path = local_path(path, "file of scores")
-        self._require_scores(f'cannot write "{path}"')
+        self.require_scores(f'cannot write "{path}"')
         remove_leftovers(path.parent)
         tensors = _tensors_of(self.scores)
         if self.used_masks is not None:
             tensors["used_masks"] = self.used_masks
         save_tensors(path, tensors, num_train=self.num_train, method=self.method, largest=self.largest)
 
-    def _require_scores(self, problem: str) -> None:
-        """Check the scores, so that every position in them is one of a training example."""
+    def require_scores(self, problem: str) -> None:
+        """Check the scores, so that every position in them is one of a training example.
+
+        Args:
+            problem: the beginning of the error.
+
+        Raises:
+            ValueError: if they cannot be scores of ``num_train`` training examples.
+        """
         if fault := _fault(self):
             raise ValueError(f"{problem}: {fault}; score again")
 

@@ -17,6 +17,8 @@ def table(explanations: Sequence[Explanation], width: int = 100) -> str:
     for explanation in explanations:
         head = f"target {explanation.position}  "
         lines += [head + shortened(explanation.target.text, width - len(head))]
+        if explanation.prediction is not None:
+            lines += [" " * len(head) + shortened(explanation.prediction, width - len(head))]
         for name, entries in explanation.groups.items():
             lines += [f"  {name}", "    rank  position       score  example"]
             lines += [

@@ -12,9 +12,10 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_trak.retraining.brittleness import Brittleness
 from lightning_trak.retraining.fleet import RetrainingFleet
 from lightning_trak.retraining.removal import removal_masks, require_scores
+from lightning_trak.texts.display import Displayed
 
 
-class Counterfactuals:
+class Counterfactuals(Displayed):
     """Removes the strongest proponents of each target, as each method ranks them, and trains again without them.
 
     A prediction is *brittle* if it changes when a few training examples are removed. The better a method finds these
@@ -51,6 +52,8 @@ class Counterfactuals:
         removal.run(together=50)
         print(removal.brittleness().table().markdown())
     """
+
+    _shown = ("methods", "ks", "num_references", "fleet.directory")
 
     def __init__(
         self,

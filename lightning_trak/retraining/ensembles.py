@@ -8,6 +8,7 @@ from torch import Tensor
 from lightning_trak.checks import positive
 from lightning_trak.metrics.functional import used_subsets
 from lightning_trak.retraining.members import Member, MemberStore, Retrained, open_fleet
+from lightning_trak.texts.display import tuple_line
 
 
 class FleetSplit(NamedTuple):
@@ -20,6 +21,9 @@ class FleetSplit(NamedTuple):
 
     checkpoints: list[Path]
     held_out: Retrained
+
+    def __repr__(self) -> str:
+        return tuple_line(self)
 
 
 def split_fleet(directory: str | Path, num_subsets: int, num_seeds: int = 1) -> FleetSplit:

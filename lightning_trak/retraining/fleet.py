@@ -28,7 +28,6 @@ from lightning_trak.retraining.training import (
     FactoryError,
     NothingTwice,
     outputs_of,
-    quiet,
     seeded,
     shuffled_like,
     train_alone,
@@ -37,7 +36,9 @@ from lightning_trak.retraining.vectorized import require_trainable_together, tra
 from lightning_trak.running.content import fingerprint
 from lightning_trak.running.loaders import as_loader
 from lightning_trak.running.loading import batch_size_of, load
+from lightning_trak.running.trainers import quiet
 from lightning_trak.storage.paths import local_directory
+from lightning_trak.texts.display import Displayed
 
 
 class _Trained(NamedTuple):
@@ -54,7 +55,7 @@ class _Trained(NamedTuple):
     weights: Sequence[dict[str, Any] | None]
 
 
-class RetrainingFleet:
+class RetrainingFleet(Displayed):
     """Trains a new model on each subset, several times if asked to, and keeps its outputs at the targets.
 
     Every member has a new module, a new Trainer, and a seed of its own for its initialisation and the order of its
@@ -95,6 +96,8 @@ class RetrainingFleet:
         lds = LinearDatamodelingScore(fleet.masks)
         lds.update(scores, fleet.outputs)
     """
+
+    _shown = ("directory", "make_module", "masks", "num_seeds", "seed", "output")
 
     def __init__(
         self,

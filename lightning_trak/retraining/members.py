@@ -43,6 +43,7 @@ from lightning_trak.storage.files import (
 )
 from lightning_trak.storage.paths import local_directory
 from lightning_trak.storage.schemas import anything, are_same, integer, parameters, record, sealed, sha256, text
+from lightning_trak.texts.display import tuple_line
 
 FORMAT_VERSION = 2
 
@@ -108,6 +109,9 @@ class Retrained(NamedTuple):
 
     masks: Tensor
     outputs: Tensor
+
+    def __repr__(self) -> str:
+        return tuple_line(self)
 
 
 class MemberStore:

@@ -30,9 +30,10 @@ from lightning_trak.running.environment import rounding_of
 from lightning_trak.running.random_states import isolated_random_states
 from lightning_trak.running.strategies import require_whole_parameters
 from lightning_trak.storage.paths import local_directory
+from lightning_trak.texts.display import Displayed
 
 
-class RecordedFleet:
+class RecordedFleet(Displayed):
     """Repeats a recorded run once for each mask, with weight 0 on the losses of the examples that the mask leaves out.
 
     Seed, order, batches and random numbers are those of the recording, and the losses of a batch are divided by its
@@ -74,6 +75,8 @@ class RecordedFleet:
         lds = fleet.lds(Metagradient(model, "run/recording").attribute(trainer, train_loader, targets))
         print(lds.compute(), lds.interval())
     """
+
+    _shown = ("directory", "masks", "output")
 
     def __init__(
         self,

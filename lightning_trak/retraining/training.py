@@ -1,6 +1,5 @@
 """Training of one member of a fleet, from new weights to the end, and its outputs after training."""
 
-import logging
 import os
 import weakref
 from collections.abc import Callable, Iterator
@@ -96,18 +95,6 @@ def seeded(seed: int) -> Iterator[None]:
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Turn off Lightning's info messages, which are the same for every new Trainer."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(max(logger.getEffectiveLevel(), logging.WARNING))
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def shuffled_like(loader: DataLoader[Any]) -> Callable[[Dataset[Any]], DataLoader[Any]]:

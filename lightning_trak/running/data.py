@@ -12,12 +12,12 @@ from lightning_trak.running.loaders import PlainData, plain_loaders
 Data = PlainData | L.LightningDataModule
 
 
-def as_loaders(data: Data | Sequence[DataLoader[Any]], stage: str, trainer: L.Trainer) -> list[DataLoader[Any]]:
+def as_loaders(data: Data | Sequence[DataLoader[Any]] | None, stage: str, trainer: L.Trainer) -> list[DataLoader[Any]]:
     """Make loaders of map-style datasets from what a user passes as data.
 
     Args:
         data: the data as in :func:`~lightning_trak.running.loaders.as_loader`, a sequence of them, or a
-            LightningDataModule.
+            LightningDataModule. None, when the user forgot them, is refused.
         stage: ``"fit"`` uses a data module's ``train_dataloader()``, ``"predict"`` its ``predict_dataloader()``.
         trainer: the Trainer that a data module is attached to; see
             :func:`~lightning_trak.running.datamodules.loaders_of`.
@@ -29,7 +29,7 @@ def as_loaders(data: Data | Sequence[DataLoader[Any]], stage: str, trainer: L.Tr
     return loaders_of(data, stage, trainer) if isinstance(data, L.LightningDataModule) else plain_loaders(data)
 
 
-def single_loader(data: Data, stage: str, trainer: L.Trainer) -> DataLoader[Any]:
+def single_loader(data: Data | None, stage: str, trainer: L.Trainer) -> DataLoader[Any]:
     """The only loader that :func:`as_loaders` makes.
 
     Raises:

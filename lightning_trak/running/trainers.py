@@ -1,12 +1,15 @@
 """Borrows the user's Trainer for one run."""
 
+import logging
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
 import lightning as L
-from lightning.pytorch.callbacks import ProgressBar
+import torch.distributed as dist
+from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
 from lightning.pytorch.profilers import PassThroughProfiler
 
 from lightning_trak.compatibility import is_running, parts_that_a_run_changes
@@ -14,6 +17,58 @@ from lightning_trak.running.predict import PredictModule
 from lightning_trak.running.random_states import isolated_random_states
 from lightning_trak.running.stopping import Interruption
 from lightning_trak.running.strategies import refuse_spawning
+
+
+def trainer_of(trainer: L.Trainer | None, progress_bar: bool = True) -> L.Trainer:
+    """The Trainer that a user gives; without one, a new Trainer on one device: a GPU or the like, if there is one.
+
+    The new one has Lightning's default precision, and neither logger nor checkpoints. Its progress bar is that of tqdm,
+    which notebooks can show without further packages.
+
+    Args:
+        trainer: what the user gives as the Trainer.
+        progress_bar: whether a new one shows its progress.
+
+    Raises:
+        TypeError: if it is something else, such as data.
+        ValueError: if there is none, and this process is one of several that run together.
+    """
+    if trainer is not None:
+        if isinstance(trainer, type) or not hasattr(trainer, "strategy"):
+            got = f"the class {trainer.__name__}" if isinstance(trainer, type) else f"a {type(trainer).__name__}"
+            raise TypeError(
+                f"expected a Trainer first, got {got}; without a Trainer, give the data by name,"
+                " as in featurize(data=...), score(data=...) or attribute(train=..., targets=...)"
+            )
+        return trainer
+    together = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    if together or os.environ.get("WORLD_SIZE", "1") != "1":  # torchrun sets it before there is a process group
+        raise ValueError(
+            "this is one of several processes, and without a Trainer each would do all of the work: give the Trainer"
+            " whose processes share it"
+        )
+    with quiet():
+        return L.Trainer(
+            accelerator="auto",
+            devices=1,
+            logger=False,
+            callbacks=[TQDMProgressBar()] if progress_bar else None,
+            enable_checkpointing=False,
+            enable_progress_bar=progress_bar,
+            enable_model_summary=False,
+        )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Turn off Lightning's info messages, which are the same for every new Trainer."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(max(logger.getEffectiveLevel(), logging.WARNING))
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def predict_over(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_trak.running.ranks import Ranks
+from lightning_trak.texts.display import best_line, best_table
 
 
 class TopK(NamedTuple):
@@ -19,6 +20,12 @@ class TopK(NamedTuple):
 
     values: Tensor
     indices: Tensor
+
+    def __repr__(self) -> str:
+        return best_line(self, {"": self})
+
+    def _repr_html_(self) -> str:
+        return best_table(self, {"": self})
 
 
 class BothEnds(NamedTuple):
@@ -43,6 +50,12 @@ class BothEnds(NamedTuple):
     def indices(self) -> Tensor:
         """The positions of the proponents in the training set, int64, shape ``(num_targets, k)``."""
         return self.proponents.indices
+
+    def __repr__(self) -> str:
+        return best_line(self, self._asdict())
+
+    def _repr_html_(self) -> str:
+        return best_table(self, self._asdict())
 
 
 Scores = Tensor | TopK | BothEnds

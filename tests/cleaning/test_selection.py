@@ -189,3 +189,10 @@ def test_the_model_and_random_state_are_as_they_were(tmp_path, checkpoints):
     assert all(parameter.grad is None for parameter in model.parameters())
     assert torch.equal(state, torch.get_rng_state())
     assert trainer.lightning_module is None
+
+
+def test_without_a_trainer_on_one_device():
+    model = make_model()
+    found = wrong_labels(TrainingLoss(model), None, TRAIN)
+    expected = wrong_labels(TrainingLoss(model, [model.state_dict()]), make_trainer(accelerator="auto"), TRAIN)
+    assert torch.equal(found.positions, expected.positions)

@@ -168,6 +168,20 @@ def test_show_as_a_table(run, scored):
     assert float(rows[0][2]) == pytest.approx(float(scored[0].max()), rel=0.01)
 
 
+def test_show_with_predictions(run, refused, scored):
+    shown = "show", *SMALL, "--targets", "0", "5", "--k", "1"
+    printed = run(*shown, "--predictions", "true")
+    line = r"^ {10}predicted \d \(\d+\.\d%\), (?:as labelled|labelled \d \(.*%\))\n"
+    assert len(re.findall(line, printed, re.MULTILINE)) == 2
+    assert re.sub(line, "", printed, flags=re.MULTILINE).endswith(run(*shown))  # a progress bar stands before it
+
+
+def test_a_new_model_is_no_checkpoint(refused):
+    for command in ("featurize", "score"):
+        said = refused(command, *SMALL, "--method.checkpoints", "null")
+        assert "the model of a command is new, so its current weights are not trained: name trained ones with" in said
+
+
 def test_show_as_a_picture(folder, run, refused, scored):
     run("show", *SMALL, "--targets", "[0, 5]", "--out", "run/shown.png")
     assert imread(folder / "run/shown.png").std() > 0.1

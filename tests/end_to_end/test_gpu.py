@@ -5,7 +5,16 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_trak import TRAK, GradientCosine, GradientDot, TracIn
-from lightning_trak.methods import Arnoldi, ConjugateGradient, EKFACInfluence, Explicit, InfluenceFunction, LiSSA
+from lightning_trak.methods import (
+    Arnoldi,
+    ConjugateGradient,
+    EKFACInfluence,
+    ExactKernel,
+    Explicit,
+    InfluenceFunction,
+    LiSSA,
+)
+from lightning_trak.outputs import ClassificationMargin
 from lightning_trak.projections import SparseProjection
 from tests.lit import make_checkpoints, make_data, make_model, make_trainer
 
@@ -37,6 +46,25 @@ def test_methods_score_on_a_gpu_as_on_the_cpu(tmp_path, method):
     trainer = make_trainer(accelerator="gpu")
     for found in (method.score(trainer, loader), torch.cat(trainer.predict(method.scorer(), loader))):
         torch.testing.assert_close(found.cpu(), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["primal", "dual", "exact"])
+def test_candidates_and_intervals_on_a_gpu_are_those_on_the_cpu(tmp_path, name):
+    options = {} if name == "exact" else {"projection": SparseProjection(32 if name == "primal" else 64)}
+    kind = ExactKernel if name == "exact" else TRAK
+    method = kind(make_model(), make_checkpoints(2), tmp_path, **options)
+    targets, new = make_data(13, seed=1), make_data(7)
+    method.featurize(make_trainer(accelerator="cpu"), make_data(50))
+    asked = {"train": new, "output": ClassificationMargin(labels="predicted")}
+    for question in ({}, {"aggregate": "mean", "train_groups": [0, 0, 0, 1, 1, 1, None], "interval": 0.9}):
+        found, expected = (
+            method.score(make_trainer(accelerator=accelerator), targets, **asked, **question)
+            for accelerator in ("gpu", "cpu")
+        )
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * float(other.abs().max()))
 
 
 @pytest.mark.gpu

@@ -162,7 +162,7 @@ def test_a_checkpoint_that_changes_is_noticed(tmp_path, checkpoints):
     trak = TRAK(make_model(), [path], tmp_path / "store", projection=SparseProjection(32))
     trak.featurize(make_trainer(), TRAIN)
     torch.save(checkpoints[1], path)
-    with pytest.raises(ValueError, match=r"last\.pt has changed since this TRAK was made"):
+    with pytest.raises(ValueError, match=r"last\.pt\) have changed since this TRAK was made"):
         trak.score(make_trainer(), TARGETS)
 
 

@@ -21,6 +21,9 @@ def types_of_scores(trak: TRAK, trainer: L.Trainer, data: DataLoader[Tensor]) ->
     assert_type(top.opponents.indices, Tensor)
     assert_type(trak.score(trainer, data, top_k=10, largest=False), TopK)
     assert_type(trak.score(trainer, data, top_k=10, rescore=100, train=data), BothEnds)
+    assert_type(trak.score(data=data), Tensor)
+    assert_type(trak.score(None, data, top_k=10), BothEnds)
+    assert_type(trak.score(data=data, top_k=10, largest=True), TopK)
     assert_type(trak.score(trainer, data, train=data), Tensor)
     assert_type(trak.score(trainer, data, top_k=10, aggregate="mean", interval=0.9), Interval)
 
@@ -31,3 +34,5 @@ def types_of_attributions(method: Method, trainer: L.Trainer, data: DataLoader[T
     assert_type(method.attribute(trainer, data, data, top_k=3), BothEnds)
     assert_type(method.attribute(trainer, data, data, top_k=3, largest=True), TopK)
     assert_type(method.attribute(trainer, data, data, aggregate="mean", interval=0.9), Interval)
+    assert_type(method.attribute(train=data, targets=data), Tensor)
+    assert_type(method.attribute(train=data, targets=data, top_k=3), BothEnds)

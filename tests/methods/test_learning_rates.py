@@ -133,7 +133,7 @@ def test_rates_of_selected_parameters_that_were_not_trained_are_refused(tmp_path
 @pytest.mark.parametrize(
     ("rates", "match"),
     [
-        ("snapshots", "state dict 0 does not hold its learning rate: pass learning_rates=, one number for each checkp"),
+        ("snapshots", "no learning rate is known of state dict 0: pass learning_rates=, one number for each checkp"),
         ("manifest", "learning_rates must be numbers or 'snapshots'; got 'manifest'"),
         ([0.1], "expected one learning rate for each of 2 checkpoints, got 1"),
         ([0.1, -0.1], r"must be finite, at least 0 and not all 0; got \[0\.1, -0\.1\]"),
@@ -145,7 +145,7 @@ def test_rates_of_selected_parameters_that_were_not_trained_are_refused(tmp_path
 def test_bad_rates_are_refused(tmp_path, checkpoints, method, rates, match):
     with pytest.raises(ValueError, match=match):
         method(make_model(), checkpoints, tmp_path, learning_rates=rates)
-    with pytest.raises(ValueError, match="state dict 0 does not hold its learning rate"):
+    with pytest.raises(ValueError, match="no learning rate is known of state dict 0"):
         TracIn(make_model(), checkpoints, tmp_path)
 
 

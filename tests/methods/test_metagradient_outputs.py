@@ -7,7 +7,7 @@ from torch.utils.data import TensorDataset
 
 from lightning_trak import Metagradient
 from lightning_trak.outputs import ClassificationMargin, DirectionOutput, MultiLabelMargin
-from tests.replay.runs import Net, train
+from tests.replay.runs import Net, make_data, train
 
 GENERATOR = torch.Generator().manual_seed(0)
 TAGGED = TensorDataset(torch.randn(12, 4, generator=GENERATOR), torch.randint(0, 2, (12, 3), generator=GENERATOR))
@@ -66,6 +66,30 @@ def test_targets_have_another_output_than_training_examples(recorded):
     best = method.attribute(trainer, TAGGED, images, output=difference, aggregate="mean", top_k=2)
     torch.testing.assert_close(best.values, expected.mean(0, keepdim=True).topk(2).values)
     assert not torch.allclose(attribute(recorded), expected)
+
+
+@pytest.mark.slow
+def test_all_runs_explain_the_class_that_they_predict_together(tmp_path):
+    modules, directories = [], [tmp_path / "first", tmp_path / "second"]
+    for seed, directory in enumerate(directories):
+        modules.append(Net())
+        torch.manual_seed(seed)
+        torch.nn.init.normal_(modules[-1].net[0].weight)
+        trainer = train(modules[-1], make_data(), directory)
+    images = torch.randn(30, 4, generator=torch.Generator().manual_seed(1)) * 2
+    with torch.no_grad():
+        found = torch.stack([module.double().eval()(images.double()).softmax(1) for module in modules])
+    labels = found.mean(0).argmax(1)
+    assert all((one.argmax(1) != labels).any() for one in found)
+    method = Metagradient(Net(), directories, progress_bar=False, check_smooth=False)
+
+    def explain(output):
+        output.forward = lambda module, batch: module(batch[0])
+        return method.attribute(trainer, make_data(), TensorDataset(images), output=output)
+
+    expected = torch.stack([explain(ClassificationMargin(labels=label)) for label in range(3)])
+    expected = expected[labels, torch.arange(30)]
+    torch.testing.assert_close(explain(ClassificationMargin(labels="predicted")), expected)
 
 
 def one_label(batch):

@@ -284,6 +284,14 @@ class TestInterval:
         pieces = crossed_bootstrap_interval(table, num_bootstraps=4000)
         torch.testing.assert_close(pieces, whole, rtol=0, atol=0.1 * float(whole[1] - whole[0]))
 
+    @pytest.mark.parametrize("rows", [[1, 1, 1, 0.9], [1, 0.9], [1] * 9 + [0.5]])
+    def test_equal_rows_among_few(self, rows):
+        """Replicates of equal rows alone have no spread. This must not make the interval as wide as all values."""
+        values = torch.tensor(rows).double()
+        low, high = crossed_bootstrap_interval(values[:, None].expand(-1, 6))
+        assert min(rows) - 0.25 < low < values.mean() < high < 1.25
+        assert low < values.mean() - values.std() / len(rows) ** 0.5
+
     def test_perfect_agreement_has_no_width(self, task):
         scores, _, masks = task
         ends = linear_datamodeling_interval(scores, scores.double() @ masks.double().T, masks)

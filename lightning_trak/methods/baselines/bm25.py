@@ -53,6 +53,8 @@ class BM25(MatrixMethod):
         scores = BM25("text").attribute(trainer, train_texts, target_texts)
     """
 
+    _shown = ("k1", "b")
+
     def __init__(self, text: Callable[[Any], Text] | str | int, *, k1: float = 1.2, b: float = 0.75) -> None:
         if not k1 >= 0 or not 0 <= b <= 1:
             raise ValueError(f"expected k1 of at least 0 and b from 0 to 1, got k1={k1} and b={b}")

@@ -59,6 +59,7 @@ class DataShapley(MatrixMethod):
         values = method.attribute(trainer, train_loader, target_loader)
     """
 
+    _shown = ("make_module", "permutations", "step", "tolerance", "seed")
     _without_output = "utility= says what is attributed"
 
     def __init__(

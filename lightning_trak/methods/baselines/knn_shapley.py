@@ -42,7 +42,7 @@ class KNNShapley(RepresentationMethod):
     def __init__(
         self,
         model: nn.Module,
-        checkpoints: CheckpointsLike,
+        checkpoints: CheckpointsLike | None = None,
         *,
         k: int = 10,
         similarity: Similarity = "l2",

@@ -10,7 +10,8 @@ from typing_extensions import override
 
 from lightning_trak.checkpoints.copies import Original, copy_module
 from lightning_trak.checkpoints.names import canonical_name
-from lightning_trak.checkpoints.reading import CheckpointsLike, masks_of, resolve_checkpoints
+from lightning_trak.checkpoints.of_model import checkpoints_of
+from lightning_trak.checkpoints.reading import CheckpointsLike, masks_of
 from lightning_trak.compatibility import original_module
 from lightning_trak.methods.base import MatrixMethod
 from lightning_trak.methods.examples import Examples, declared_rows
@@ -36,10 +37,12 @@ class RepresentationMethod(MatrixMethod):
         weights_only: ``False`` lets ``.ckpt`` and ``.pt`` files run code when they are read; for files you trust only.
     """
 
+    _shown = ("model", "checkpoints", "layer", "similarity", "k")
+
     def __init__(
         self,
         model: nn.Module,
-        checkpoints: CheckpointsLike,
+        checkpoints: CheckpointsLike | None = None,
         *,
         layer: str | None = None,
         forward: Forward | None = None,
@@ -48,7 +51,7 @@ class RepresentationMethod(MatrixMethod):
         weights_only: bool = True,
     ) -> None:
         self.model = original_module(model)
-        self.checkpoints = resolve_checkpoints(checkpoints, weights_only=weights_only)
+        self.checkpoints = checkpoints_of(self.model, checkpoints, weights_only)
         self.layer = layer
         self.forward: Forward = forward or declared_rows(self.model, "pass forward=")
         self.pool = pool or mean_pool

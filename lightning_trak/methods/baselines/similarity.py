@@ -45,7 +45,12 @@ class RepresentationSimilarity(RepresentationMethod):
     """
 
     def __init__(
-        self, model: nn.Module, checkpoints: CheckpointsLike, *, similarity: Similarity = "cosine", **options: Any
+        self,
+        model: nn.Module,
+        checkpoints: CheckpointsLike | None = None,
+        *,
+        similarity: Similarity = "cosine",
+        **options: Any,
     ) -> None:
         require_one_of("similarity", similarity, SIMILARITIES)
         super().__init__(model, checkpoints, **options)

@@ -24,6 +24,7 @@ class SubsetMethod(MatrixMethod):
         ValueError: if shapes or dtypes do not fit, or an output is not finite.
     """
 
+    _shown = ("masks", "outputs")
     _without_output = "outputs= holds the outputs that are attributed"
 
     def __init__(self, masks: Tensor, outputs: Tensor) -> None:

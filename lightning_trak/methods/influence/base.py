@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_trak.checkpoints.reading import CheckpointsLike, masks_of, resolve_checkpoints
+from lightning_trak.checkpoints.of_model import checkpoints_of
+from lightning_trak.checkpoints.reading import CheckpointsLike, masks_of
 from lightning_trak.compatibility import original_module
 from lightning_trak.features.model import ModelCopy
 from lightning_trak.features.rows import Features
@@ -56,10 +57,12 @@ class Influence(DataMethod):
         weights_only: ``False`` lets ``.ckpt`` and ``.pt`` files run code when they are read; for files you trust only.
     """
 
+    _shown = ("model", "checkpoints", "output", "curvature", "damping", "solver")
+
     def __init__(
         self,
         model: nn.Module,
-        checkpoints: CheckpointsLike,
+        checkpoints: CheckpointsLike | None = None,
         *,
         output: ModelOutput | None = None,
         parameters: ParameterSelection = None,
@@ -68,7 +71,7 @@ class Influence(DataMethod):
     ) -> None:
         self.model = original_module(model)
         self.output = trained_output(self.model, output)
-        self.checkpoints = resolve_checkpoints(checkpoints, weights_only=weights_only)
+        self.checkpoints = checkpoints_of(self.model, checkpoints, weights_only)
         if masks_of(self.checkpoints) is not None:
             raise ValueError(
                 f"{type(self).__name__} takes the curvature from all training examples, but the models of some"
@@ -77,6 +80,11 @@ class Influence(DataMethod):
             )
         self.parameters = parameters
         self.seed = seed
+
+    @override
+    def _model_copy(self) -> ModelCopy:
+        digests = [checkpoint.fingerprint() for checkpoint in self.checkpoints]
+        return ModelCopy(self.model, self.output, self.checkpoints, digests)
 
     @abstractmethod
     def _prepare(self, passes: Passes) -> InverseProduct:
@@ -101,9 +109,9 @@ class Influence(DataMethod):
         A target's gradient is added to those of its group before the inverse is applied.
 
         Args:
-            trainer: any Trainer whose strategy keeps the model whole. Its device is used. ``precision="64-true"``
-                computes everything in float64, any other precision in float32 (float64 where weights are): the inverse
-                of a Hessian would drown in the rounding of half precision, mixed or true.
+            trainer: any Trainer whose strategy keeps the model whole; None: one on a single device. Its device is used.
+                ``precision="64-true"`` computes everything in float64, any other precision in float32 (float64 where
+                weights are): the inverse of a Hessian would drown in the rounding of half precision, mixed or true.
             train: the training data, without random augmentation. They are loaded several times.
             targets: the targets.
             asked: the question.

@@ -56,7 +56,7 @@ class EKFACInfluence(Influence):
     def __init__(
         self,
         model: nn.Module,
-        checkpoints: CheckpointsLike,
+        checkpoints: CheckpointsLike | None = None,
         *,
         curvature: EKFACCurvature = "gauss_newton",
         damping: float = 0.1,
@@ -80,7 +80,7 @@ class EKFACInfluence(Influence):
             warnings.warn(
                 f"EK-FAC leaves out {len(left_out)} of {len(names)} parameters, as if they did not change in training:"
                 f" {_listed(left_out)}",
-                stacklevel=3,
+                stacklevel=5,
             )
         return lambda name, _: name in names and name not in left_out
 

@@ -58,7 +58,7 @@ class InfluenceFunction(Influence):
     def __init__(
         self,
         model: nn.Module,
-        checkpoints: CheckpointsLike,
+        checkpoints: CheckpointsLike | None = None,
         *,
         solver: Solver | None = None,
         curvature: HessianCurvature = "gauss_newton",

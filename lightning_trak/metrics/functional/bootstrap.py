@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 _MAX_COUNTS = 2**24  # resampling counts held at once: 128 MiB of float64
+_LEAST_ERROR = 0.25  # of a replicate's standard error, relative to the table's
 
 
 def bootstrap_interval(
@@ -111,7 +112,8 @@ def crossed_bootstrap_interval(
     "The pigeonhole bootstrap", Annals of Applied Statistics 1(2)). The spread of such replicates overstates the
     variance, up to three times where the interaction dominates, so their percentiles are too wide; every replicate is
     therefore divided by its own standard error, and the quantiles of that ratio are scaled by the table's (bootstrap-t:
-    Efron and Tibshirani, 1993, chapter 12).
+    Efron and Tibshirani, 1993, chapter 12). A standard error counts as a quarter of the table's at least: a replicate
+    of a small table may hold equal values only, and then says nothing of their spread.
 
     Args:
         values: ``(num_rows, num_columns)`` table, at least 2 by 2.
@@ -149,6 +151,6 @@ def crossed_bootstrap_interval(
         replicates = min(at_once, num_bootstraps - done)
         rows, columns = (_draw_counts(replicates, size, generator).to(values.device) for size in (r, c))
         mean, replicate_error = _mean_and_error(values, rows, columns)
-        ratios.append(mean / replicate_error)
+        ratios.append(mean / replicate_error.clamp(min=_LEAST_ERROR * error))
     quantiles = torch.cat(ratios).quantile(values.new_tensor([1 - tail, tail]))
     return center - quantiles * error

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_trak.texts.display import tuple_line
+
 
 class DetectionCurve(NamedTuple):
     """Mislabelled examples found, against examples looked at in order of suspicion.
@@ -46,6 +48,9 @@ class DetectionCurve(NamedTuple):
         end = max(1, bisect_left(inspected, fraction))  # the curve is a line from the point before this one to it
         step = (fraction - inspected[end - 1]) / (inspected[end] - inspected[end - 1])
         return float(found[end - 1] + step * (found[end] - found[end - 1]))
+
+    def __repr__(self) -> str:
+        return tuple_line(self)
 
 
 def mislabel_detection_curve(suspicion: Tensor, mislabelled: Tensor) -> DetectionCurve:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.loggers import Logger
@@ -15,10 +15,12 @@ from lightning_trak.metrics.functional import DetectionCurve
 from lightning_trak.reporting.explanations import Describe, described
 from lightning_trak.reporting.loggers.base import writers_for
 from lightning_trak.reporting.plots import Picture, plot_brittleness, plot_mislabel_curves, plot_pictures
-from lightning_trak.retraining.brittleness import Brittleness
 from lightning_trak.scoring.topk import BothEnds, Scores, TopK, rows_of, strongest
 from lightning_trak.texts.printable import counted
 from lightning_trak.texts.tables import Cell, Table
+
+if TYPE_CHECKING:
+    from lightning_trak.retraining import Brittleness
 
 Loggers = Iterable[Logger]
 

@@ -1,0 +1,256 @@
+"""Directories that other programs fill: Lightning's ModelCheckpoint, and the Trainer of Hugging Face or accelerate."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import PurePosixPath
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from lightning_trak.checkpoints.base import Checkpoint, CheckpointFormat
+from lightning_trak.checkpoints.formats import load_torch, read_torch, state_dict
+from lightning_trak.checkpoints.series import MANIFEST
+from lightning_trak.checkpoints.weights import read_safetensors
+from lightning_trak.storage.files import tensor_digest
+from lightning_trak.storage.locations import locate
+from lightning_trak.storage.schemas import anything, parse_json, record, text
+
+_STEP = re.compile(r"checkpoint[-_](\d+)")  # of Hugging Face and of accelerate
+_LIST = "pass a list of the paths that you mean, in their order"
+# The names of transformers, in the order in which it looks for them.
+_SAFETENSORS, _TORCH = "model.safetensors", "pytorch_model.bin"
+_MODELS = (_SAFETENSORS, f"{_SAFETENSORS}.index.json", _TORCH, f"{_TORCH}.index.json")
+_ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
+_WEIGHTS = (".safetensors", ".pt", ".pth", ".bin")
+
+# File names without a path, so that an index cannot name a file elsewhere.
+_index = record(
+    {"weight_map": record({}, others=text(r"[^/\\]+", "the name of a file in this directory"))}, others=anything
+)
+
+
+class CheckpointDirectory(CheckpointFormat):
+    """A directory of checkpoints that is not one of :class:`~lightning_trak.TRAKCallback`.
+
+    It is one of these:
+
+    - the ``dirpath`` of a ModelCheckpoint: its ``.ckpt`` files in the order of their steps. A file such as
+      ``last.ckpt`` with the weights of another one does not count;
+    - an output directory of the Trainer of Hugging Face, or of accelerate: its folders ``checkpoint-500``,
+      ``checkpoint-1000``, ... in the order of their numbers;
+    - one such folder, or any other to which ``save_pretrained`` wrote a model: ``model.safetensors`` or
+      ``pytorch_model.bin``, each also in several parts with an index.
+    """
+
+    @classmethod
+    def recognizes(cls, location: str) -> bool:  # noqa: D102
+        filesystem, path = locate(location)
+        return bool(filesystem.isdir(path)) and not filesystem.exists(f"{path.rstrip('/')}/{MANIFEST}")
+
+    @classmethod
+    def find(cls, location: str, weights_only: bool) -> list[Checkpoint]:  # noqa: D102
+        found = _Directory.read(location)
+        kinds: dict[str, tuple[list[str], Callable[[], list[Checkpoint]]]] = {
+            "of ModelCheckpoint": (found.ending(".ckpt"), partial(_lightning, found, weights_only)),
+            "of Hugging Face": (found.steps(), partial(_steps, found, weights_only)),
+            "a saved model": (found.models(), lambda: [_model(found, weights_only)]),
+        }
+        present = {kind: names for kind, (names, _) in kinds.items() if names}
+        if "of ModelCheckpoint" in present:
+            others = [name for name in found.ending(*_WEIGHTS) if name not in found.models()]
+            present |= {"of another kind": others} if others else {}
+        if len(present) > 1:
+            listed = " and ".join(f'"{names[0]}" ({kind})' for kind, names in present.items())
+            raise ValueError(f'"{location}" holds checkpoints of several kinds, {listed}: {_LIST}')
+        if not present:
+            raise ValueError(_nothing(found))
+        (kind,) = present
+        return kinds[kind][1]()
+
+
+class _Directory(NamedTuple):
+    """A directory and the names in it.
+
+    Attributes:
+        location: as the user named it.
+        filesystem: an fsspec file system.
+        path: on this file system.
+        names: of files and folders, sorted.
+    """
+
+    location: str
+    filesystem: Any
+    path: str
+    names: list[str]
+
+    @classmethod
+    def read(cls, location: str) -> _Directory:
+        filesystem, path = locate(location)
+        entries = filesystem.ls(path, detail=False)
+        return cls(location, filesystem, path.rstrip("/"), sorted(PurePosixPath(str(entry)).name for entry in entries))
+
+    def inside(self, name: str) -> _Directory:
+        return _Directory.read(f"{self.location.rstrip('/')}/{name}")
+
+    def place(self, name: str) -> tuple[Any, str, str]:
+        """The file system of a file, its path there, and its name in messages."""
+        return self.filesystem, f"{self.path}/{name}", f"{self.location.rstrip('/')}/{name}"
+
+    def ending(self, *suffixes: str) -> list[str]:
+        """Names of entries that have one of these suffixes and are not hidden."""
+        return [name for name in self.names if PurePosixPath(name).suffix in suffixes and not name.startswith(".")]
+
+    def steps(self) -> list[str]:
+        """Names of the folders of single steps, in the order of their numbers."""
+        found = [(int(match[1]), name) for name in self.names if (match := _STEP.fullmatch(name))]
+        return [name for _, name in sorted(found) if self.filesystem.isdir(f"{self.path}/{name}")]
+
+    def models(self) -> list[str]:
+        """Names of the files of one saved model, the one to read first."""
+        return [name for name in _MODELS if name in self.names]
+
+    def held(self) -> str:
+        """What it holds, for messages."""
+        if not self.names:
+            return "it is empty"
+        more = f" and {len(self.names) - 5} more" if len(self.names) > 5 else ""
+        return f"it holds {', '.join(self.names[:5])}{more}"
+
+
+def _nothing(found: _Directory) -> str:
+    """Why a directory holds no checkpoints that can be read."""
+    adapters = [name for name in _ADAPTERS if name in found.names]
+    if adapters:
+        return (
+            f'"{found.location}" holds an adapter alone ({adapters[0]}), not the model: load it into your model, and'
+            " leave checkpoints out, or pass copies of its state_dict()"
+        )
+    if ".metadata" in found.names or any(name.endswith(".distcp") for name in found.names):
+        return (
+            f'"{found.location}" is one checkpoint that is split over files by torch.distributed: make one file of it'
+            f" with `python -m lightning.pytorch.utilities.consolidate_checkpoint {found.location}`"
+        )
+    likely = next((name for name in ("checkpoints", "snapshots") if name in found.names), None)
+    hint = f'did you mean "{found.location.rstrip("/")}/{likely}"?' if likely else _LIST
+    return (
+        f'"{found.location}" holds no checkpoints: expected the snapshots of a TRAKCallback ({MANIFEST}), .ckpt files,'
+        f" folders checkpoint-500 and so on, or {_SAFETENSORS} or {_TORCH}, but {found.held()}; {hint}"
+    )
+
+
+# --- Lightning ----------------------------------------------------------------------------------------------------
+
+
+class _Saved(NamedTuple):
+    """A file of Lightning, and when in training it was saved."""
+
+    step: int
+    epoch: int
+    is_last: bool
+    name: str
+    read: Callable[[], dict[str, Tensor]]
+
+
+def _lightning(found: _Directory, weights_only: bool) -> list[Checkpoint]:
+    """The ``.ckpt`` files of a directory, in the order of their steps, each step once.
+
+    Raises:
+        ValueError: if a file does not say its step, or two files of one step have other weights.
+    """
+    saved = sorted((_saved(found, name, weights_only) for name in found.ending(".ckpt")), key=lambda file: file[:4])
+    kept: list[_Saved] = []
+    for file in saved:
+        same = kept[-1] if kept and kept[-1].step == file.step else None
+        if same is None:
+            kept.append(file)
+        elif tensor_digest(same.read()) != tensor_digest(file.read()):
+            raise ValueError(
+                f'"{same.name}" and "{file.name}" in "{found.location}" are both of step {file.step}, with other'
+                f" weights, so they are of several runs: {_LIST}"
+            )
+    folder = PurePosixPath(found.path).name
+    return [Checkpoint(f"{folder}/{file.name}", file.read) for file in kept]
+
+
+def _saved(found: _Directory, name: str, weights_only: bool) -> _Saved:
+    place = found.place(name)
+    if found.filesystem.isdir(place[1]):
+        raise ValueError(_nothing(found.inside(name)))
+    content = load_torch(*place, weights_only)
+    step, epoch = (content.get(key) if isinstance(content, Mapping) else None for key in ("global_step", "epoch"))
+    if type(step) is not int or type(epoch) is not int:
+        raise ValueError(f'"{place[2]}" does not say its epoch and global_step as Lightning\'s files do: {_LIST}')
+    return _Saved(step, epoch, name.startswith("last"), name, partial(read_torch, *place, weights_only))
+
+
+# --- Hugging Face -------------------------------------------------------------------------------------------------
+
+
+def _steps(found: _Directory, weights_only: bool) -> list[Checkpoint]:
+    return [_model(found.inside(name), weights_only) for name in found.steps()]
+
+
+def _model(found: _Directory, weights_only: bool) -> Checkpoint:
+    """The model that was saved in a directory.
+
+    Raises:
+        ValueError: if there is none, or several.
+        FileNotFoundError: if a part of it is missing.
+    """
+    if not found.models():
+        raise ValueError(_nothing(found))
+    several = [name for name in found.names if re.fullmatch(r"(model|pytorch_model)_\d+\.(safetensors|bin)", name)]
+    if several:
+        raise ValueError(f'"{found.location}" holds several models, such as {several[0]}: {_LIST}')
+    name = found.models()[0]
+    read = (
+        partial(_read_parts, found, name, weights_only)
+        if name.endswith(".json")
+        else _reader(found, name, weights_only)
+    )
+    if name.endswith(".json"):
+        _parts(found, name)  # raises now if a part is missing
+    return Checkpoint(f"{PurePosixPath(found.path).name}/{name}", read)
+
+
+def _reader(found: _Directory, name: str, weights_only: bool) -> Callable[[], dict[str, Tensor]]:
+    if not name.endswith(".safetensors"):
+        return partial(read_torch, *found.place(name), weights_only)
+    filesystem, path, location = found.place(name)
+    return lambda: state_dict(read_safetensors(filesystem, path, location), f'"{location}"')
+
+
+def _parts(found: _Directory, index: str) -> dict[str, list[str]]:
+    """The names of the tensors in each part of a model, as its index says."""
+    filesystem, path, location = found.place(index)
+    try:
+        weight_map: dict[str, str] = parse_json(filesystem.cat_file(path), _index)["weight_map"]
+    except ValueError as error:
+        raise ValueError(f'"{location}" is not the index of a model in parts: {error}; save the model again') from error
+    parts: dict[str, list[str]] = {}
+    for name, file in weight_map.items():
+        parts.setdefault(file, []).append(name)
+    missing = sorted(set(parts) - set(found.names))
+    if missing:
+        raise FileNotFoundError(
+            f'"{found.location}" lacks {len(missing)} of the {len(parts)} parts in {index}, the first is'
+            f' "{missing[0]}"; copy the whole directory'
+        )
+    return parts
+
+
+def _read_parts(found: _Directory, index: str, weights_only: bool) -> dict[str, Tensor]:
+    weights: dict[str, Tensor] = {}
+    for file, names in _parts(found, index).items():
+        tensors = _reader(found, file, weights_only)()
+        lost = [name for name in names if name not in tensors]
+        if lost:
+            raise ValueError(
+                f'"{found.location}/{file}" lacks {lost[0]}, which {index} places there: files of several models were'
+                " mixed; save the model again"
+            )
+        weights |= {name: tensors[name] for name in names}
+    return state_dict(weights, f'"{found.location}"')

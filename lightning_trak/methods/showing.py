@@ -1,0 +1,125 @@
+"""Shows what a method has found to people."""
+
+import os
+from collections.abc import Sequence
+from typing import Any, cast
+
+import lightning as L
+from torch import Tensor
+
+from lightning_trak.features.model import ModelCopy
+from lightning_trak.methods.examples import Examples
+from lightning_trak.methods.predictions import described_predictions
+from lightning_trak.outputs import ModelOutput
+from lightning_trak.reporting.explanations import Describe, explain
+from lightning_trak.reporting.scores import SavedScores
+from lightning_trak.reporting.showing import kind_of_file, show
+from lightning_trak.running.data import Data
+from lightning_trak.running.trainers import trainer_of
+from lightning_trak.scoring.topk import BothEnds, Scores, TopK
+from lightning_trak.texts.display import Displayed
+from lightning_trak.texts.printable import counted
+
+
+class Showing(Displayed):
+    """The part of all methods that shows results: in a notebook, in a terminal or in a file."""
+
+    def show(
+        self,
+        scores: Scores,
+        train: Data,
+        targets: Data,
+        *,
+        shown: Sequence[int] | None = None,
+        k: int = 5,
+        largest: bool = True,
+        output: ModelOutput | None = None,
+        predictions: bool = True,
+        describe: Describe | None = None,
+        out: str | os.PathLike[str] | None = None,
+        trainer: L.Trainer | None = None,
+    ) -> None:
+        """Show targets with their strongest proponents and opponents, and what the model predicts for them.
+
+        In a notebook they are the output of the cell, with images if items hold any; in a terminal, a table; with
+        ``out``, a file.
+
+        Predictions are means over the checkpoints. Outputs have them that override
+        :meth:`~lightning_trak.outputs.ModelOutput.prediction`, such as
+        :class:`~lightning_trak.outputs.ClassificationMargin`, and so have methods that run the model at checkpoints.
+
+        Args:
+            scores: what ``score`` or ``attribute`` has returned: all scores, or the best of each target. Scores of
+                groups have no examples to show.
+            train: the training data, in the order of those that were scored. They may be another view of the same
+                examples, such as images without normalization.
+            targets: the targets that were scored. For predictions they must be what the model takes.
+            shown: positions of the targets to show; default: the first 5.
+            k: how many proponents, and how many opponents, each target gets.
+            largest: of the best scores at one end, which end: the value that ``score`` got for it.
+            output: of the targets, if ``score`` got one.
+            predictions: whether to run the model at each checkpoint, and show what it predicts.
+            describe: makes a text of an item of either dataset. Default: the ``describe`` of the data module or of the
+                model, or else strings and numbers that the item holds.
+            out: file to write: ``.png`` for a picture (extra ``plots``), ``.html`` for a page that needs no other file.
+            trainer: runs the model. None: one on a single device.
+
+        Raises:
+            ValueError: if scores and data do not fit together, there is no image for a picture, or ``out`` is another
+                kind of file.
+            IndexError: if there is no target with one of the positions.
+            TypeError: if scores are something else, or ``describe`` returns something else than a str.
+        """
+        kind_of_file(out)  # raises before the work
+        if not isinstance(scores, (Tensor, TopK, BothEnds)):
+            raise TypeError(
+                "expected the scores of one set of targets, as score or attribute returns them, got a"
+                f" {type(scores).__name__}"
+            )
+        trainer = trainer_of(trainer, progress_bar=False)
+        train_set, target_set = Examples(train, "fit", trainer), Examples(targets, "predict", trainer)
+        num_train = self._num_train()
+        saved = SavedScores(scores, len(train_set) if num_train is None else num_train, type(self).__name__, largest)
+        saved.require_scores("cannot show these scores")
+        chosen = range(min(5, len(target_set))) if shown is None else list(shown)
+        for holder in (targets, train, getattr(self, "model", None)):
+            if isinstance(holder, (L.LightningDataModule, L.LightningModule)):
+                describe = describe or getattr(holder, "describe", None)
+        datasets = [cast(Any, examples.loader.dataset) for examples in (train_set, target_set)]
+        explanations = explain(saved, chosen, k, datasets[0], datasets[1], describe)
+        if predictions:
+            texts = self.describe_predictions(trainer, targets, chosen, output)
+            explanations = [each._replace(prediction=text) for each, text in zip(explanations, texts, strict=True)]
+        show(explanations, f"{saved.method}: {counted(saved.num_train, 'training example')}", out)
+
+    def describe_predictions(
+        self,
+        trainer: L.Trainer | None,
+        targets: Data,
+        positions: Sequence[int],
+        output: ModelOutput | None = None,
+    ) -> list[str | None]:
+        """What the model predicts for some targets, on average over checkpoints, in words.
+
+        Args:
+            trainer: runs the model. None: one on a single device.
+            targets: the targets.
+            positions: of those to describe.
+            output: of the targets, if it is another one than that of the training examples.
+
+        Returns:
+            A text for each position; None if the method has no checkpoints, or the output no predictions.
+        """
+        model = self._model_copy()
+        if model is None:
+            return [None] * len(positions)
+        trainer = trainer_of(trainer, progress_bar=False)
+        return described_predictions(trainer, Examples(targets, "predict", trainer), positions, model, output)
+
+    def _num_train(self) -> int | None:
+        """The number of training examples, if the method knows it."""
+        return None
+
+    def _model_copy(self) -> ModelCopy | None:
+        """A copy of the model for predictions at its checkpoints; None if the method has none."""
+        return None

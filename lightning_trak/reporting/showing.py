@@ -1,0 +1,71 @@
+"""Shows explanations where the user is: in a notebook, in a terminal, or in a file."""
+
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning.pytorch.utilities import rank_zero_only
+
+from lightning_trak.reporting.explanations import Explanation
+from lightning_trak.reporting.html import page, part
+from lightning_trak.reporting.plots import plot_explanations
+from lightning_trak.reporting.terminal import table
+from lightning_trak.storage.files import write_atomically
+from lightning_trak.storage.paths import local_path
+
+KINDS = (".png", ".html")
+
+
+def kind_of_file(out: str | os.PathLike[str] | None) -> str | None:
+    """The kind of the file that a user wants; None: no file.
+
+    Raises:
+        ValueError: if it is another kind than ``.png`` and ``.html``.
+    """
+    kind = None if out is None else Path(out).suffix
+    if kind not in (None, *KINDS):
+        raise ValueError(f'out must end in .png or .html, got "{out}"; for a table in the terminal, leave it out')
+    return kind
+
+
+@rank_zero_only
+def show(explanations: Sequence[Explanation], title: str, out: str | os.PathLike[str] | None = None) -> None:
+    """Show explanations: as HTML in a notebook, as a table in a terminal, or as a picture or page in a file.
+
+    Of several processes, the first one shows them.
+
+    Args:
+        explanations: what to show.
+        title: of a page.
+        out: file to write, ``.png`` or ``.html``. A file that is there already is replaced.
+
+    Raises:
+        ValueError: if ``out`` is another kind of file, or there is no image for a picture.
+        ModuleNotFoundError: if a package for images is not installed.
+    """
+    kind = kind_of_file(out)
+    if out is None:
+        text = table(explanations, shutil.get_terminal_size((100, 24)).columns)
+        if _in_notebook():
+            from IPython.display import display
+
+            display({"text/html": part(explanations, title), "text/plain": text}, raw=True)
+        else:
+            print(text)
+        return
+
+    def write(path: Path) -> None:
+        if kind == ".png":
+            plot_explanations(explanations).savefig(path, format="png", dpi=150)
+        else:
+            path.write_text(page(explanations, title), encoding="utf-8")
+
+    write_atomically(local_path(out, "file"), write)
+
+
+def _in_notebook() -> bool:
+    """Whether this process is the kernel of a notebook. IPython is there then."""
+    ipython = sys.modules.get("IPython")
+    return ipython is not None and getattr(ipython.get_ipython(), "kernel", None) is not None

@@ -1,0 +1,39 @@
+"""The Trainer that a user gives, or none."""
+
+import logging
+
+import lightning as L
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from lightning_trak.running.trainers import trainer_of
+from tests.lit import TRAIN, make_trainer
+
+
+def test_a_given_trainer_is_taken():
+    trainer = make_trainer()
+    assert trainer_of(trainer) is trainer
+
+
+def test_without_one_there_is_one_on_one_device(caplog):
+    before = torch.get_rng_state()
+    with caplog.at_level(logging.INFO, logger="lightning.pytorch"):
+        trainer = trainer_of(None)
+    assert (trainer.num_devices, trainer.world_size, trainer.precision) == (1, 1, "32-true")
+    assert not trainer.loggers
+    assert not trainer.checkpoint_callbacks
+    assert not caplog.records
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("wrong", [DataLoader(TRAIN), TRAIN, "cpu", L.Trainer])
+def test_something_else_is_refused(wrong):
+    with pytest.raises(TypeError, match=r"expected a Trainer first, got (a|the class) .*featurize\(data=\.\.\.\)"):
+        trainer_of(wrong)
+
+
+def test_one_of_several_processes_needs_one(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ValueError, match="one of several processes"):
+        trainer_of(None)
