@@ -55,7 +55,7 @@ def require_sums(attribute, full, targets, train, weighted):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [InfluenceFunction, EKFACInfluence])
 def test_influence_functions(monkeypatch, kind):
-    method = make_influence(kind)
+    method = make_influence(kind, 1)
 
     def attribute(**question):
         return method.attribute(make_trainer(), TRAIN, DataLoader(TARGETS, batch_size=4), **question)

@@ -39,7 +39,7 @@ def test_weighted_targets_by_hand(mean):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["TRAK", "exact", "sparse"])
+@pytest.mark.parametrize("name", ["TRAK", "exact"])
 def test_they_are_those_of_the_matrix(tmp_path, name):
     method, trainer, data = make(tmp_path, name), make_trainer(), DataLoader(TARGETS, batch_size=4)
     full, asked = method.score(trainer, data), {"aggregate": "mean", "groups": LABELS}

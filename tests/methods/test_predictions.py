@@ -90,6 +90,7 @@ class Doubling(type(make_model())):
         return {"inputs": batch["halves"] * 2} if isinstance(batch, dict) else batch
 
 
+@pytest.mark.slow
 def test_hooks_and_workers_see_the_users_batches(tmp_path, checkpoints, ensemble):
     model = Doubling()
     model.load_state_dict(make_model().state_dict())

@@ -66,6 +66,7 @@ def test_the_candidates_are_those_of_the_store_and_their_scores_are_exact(tmp_pa
     torch.testing.assert_close(found.values, expected.values[:, :3], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_both_ends_of_groups_and_another_output(tmp_path):
     trak, labels = make_trak(tmp_path), torch.arange(13) % 2
     asked = ClassificationMargin(labels="predicted")
