@@ -75,7 +75,9 @@ class TRAKTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
     Example::
 
         callback = TRAKTrainerCallback("run/snapshots", trainable_only=True)
-        trainer = transformers.Trainer(model, args, train_dataset=train, callbacks=[callback])
+        trainer = transformers.Trainer(
+            model, args, train_dataset=train, callbacks=[callback]
+        )
         trainer.train()
     """
 

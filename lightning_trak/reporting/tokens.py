@@ -46,7 +46,9 @@ def scored_text(title: str, ids: Any, positions: Any, scores: Any, decode: Decod
             finite.
 
     Example:
-        >>> scored_text("a target", [0, 1, 2], [2], [0.5], lambda ids: "".join("abc"[i] for i in ids))
+        >>> def decode(ids):
+        ...     return "".join("abc"[i] for i in ids)
+        >>> scored_text("a target", [0, 1, 2], [2], [0.5], decode)
         ScoredText(title='a target', tokens=['a', 'b', 'c'], scores=[None, None, 0.5])
     """
     ids, positions, values = (torch.as_tensor(part).tolist() for part in (ids, positions, scores))

@@ -26,6 +26,7 @@ PACKAGES = [
     "lightning_trak.features",
     "lightning_trak.gradients",
     "lightning_trak.reporting.loggers",
+    "lightning_trak.cleaning",
 ]
 TABLE = re.compile(r"\.\. currentmodule:: (\S+)\n\n\.\. autosummary::\n((?: {3}:.*\n)+)\n((?: {3}\S+\n)+)")
 

@@ -39,7 +39,8 @@ class DetectionCurve(NamedTuple):
         Example:
             >>> import torch
             >>> flags = torch.tensor([0, 1, 1, 0]).bool()
-            >>> mislabel_detection_curve(torch.tensor([0.1, 3.0, 0.2, 2.0]), flags).found_within(0.25)
+            >>> suspicion = torch.tensor([0.1, 3.0, 0.2, 2.0])
+            >>> mislabel_detection_curve(suspicion, flags).found_within(0.25)
             0.5
         """
         if not 0 <= fraction <= 1:
