@@ -1,5 +1,7 @@
 """How Sphinx makes the documentation: `make docs`."""
 
+import pkgutil
+
 import lightning as L
 import torchmetrics
 
@@ -47,6 +49,23 @@ autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 napoleon_use_ivar = True  # attributes of a docstring are documented once
 toc_object_entries_show_parents = "hide"
+
+
+def resolve_by_definition(app, env, node, contnode):
+    """Link a name that a docstring imports from another place than the reference."""
+    try:
+        obj = pkgutil.resolve_name(node["reftarget"])
+        target = f"{obj.__module__}.{obj.__qualname__}"
+    except (AttributeError, ImportError, ValueError):
+        return None
+    place = env, node["refdoc"], app.builder, node["reftype"]
+    return env.get_domain("py").resolve_xref(*place, target, node, contnode)
+
+
+def setup(app):
+    """Called by Sphinx."""
+    app.connect("missing-reference", resolve_by_definition)
+
 
 html_theme = "furo"
 html_title = f"lightning_trak {__version__}"

@@ -48,7 +48,7 @@ class CheckpointDirectory(CheckpointFormat):
     @classmethod
     def recognizes(cls, location: str) -> bool:  # noqa: D102
         filesystem, path = locate(location)
-        return bool(filesystem.isdir(path)) and not filesystem.exists(f"{path.rstrip('/')}/{MANIFEST}")
+        return bool(filesystem.isdir(path)) and MANIFEST not in _Directory.read(location).names
 
     @classmethod
     def find(cls, location: str, weights_only: bool) -> list[Checkpoint]:  # noqa: D102

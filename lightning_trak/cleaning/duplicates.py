@@ -18,6 +18,7 @@ from lightning_trak.methods.examples import Examples
 from lightning_trak.projections.factors import GradientFactors
 from lightning_trak.running.data import Data
 from lightning_trak.running.ranks import Ranks
+from lightning_trak.running.trainers import trainer_of
 from lightning_trak.scoring.base import full_precision
 
 Vectors = Callable[[int, range], Tensor]  # of a checkpoint, and of a range of examples: (len(range), k)
@@ -28,7 +29,7 @@ _ROUNDING = 1e-6  # of a cosine in float32
 
 
 def duplicates(
-    method: FeatureMethod | RepresentationMethod, trainer: L.Trainer, train: Data, threshold: float = 0.97
+    method: FeatureMethod | RepresentationMethod, trainer: L.Trainer | None, train: Data, threshold: float = 0.97
 ) -> Ranking:
     """Training examples that are nearly the same to the model, in groups.
 
@@ -46,7 +47,8 @@ def duplicates(
 
     Args:
         method: what has the vectors. A method over features makes them if they are not there.
-        trainer: as for the method. Its device computes. If its processes run, they share the work.
+        trainer: as for the method; None: a new one on a single device. Its device computes. If its processes run, they
+            share the work.
         train: the training data.
         threshold: the least cosine of duplicates, above 0 and up to 1.
 
@@ -61,6 +63,7 @@ def duplicates(
     """
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold must be above 0 and up to 1, got {threshold}")
+    trainer = trainer_of(trainer)
     examples, device = Examples(train, "fit", trainer), trainer.strategy.root_device
     if device.type == "mps":
         device = torch.device("cpu")  # MPS has no float64

@@ -9,19 +9,20 @@ import torch
 from torch import Tensor
 
 from lightning_trak.cleaning.ranking import Ranking
-from lightning_trak.methods import FeatureMethod, LabelStatistic, Method
+from lightning_trak.methods import LabelStatistic, Method
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.running.data import Data, single_loader
-from lightning_trak.scoring.groups import Groups, Labels, aggregate_scores, require_groups
+from lightning_trak.running.trainers import trainer_of
+from lightning_trak.scoring.groups import Groups, Labels, require_groups
 
 
-def wrong_labels(method: LabelStatistic, trainer: L.Trainer, train: Data) -> Ranking:
+def wrong_labels(method: LabelStatistic, trainer: L.Trainer | None, train: Data) -> Ranking:
     """All training examples, those with the most suspicious labels first.
 
     Args:
         method: what says how suspicious a label is. :meth:`~lightning_trak.methods.LabelStatistic.label_suspicion` of
             its class says how.
-        trainer: as for the method.
+        trainer: as for the method; None: a new one on a single device.
         train: the training data, with the labels that the model was trained on.
 
     Returns:
@@ -30,17 +31,18 @@ def wrong_labels(method: LabelStatistic, trainer: L.Trainer, train: Data) -> Ran
     Raises:
         ValueError: if the method says nothing about labels, or a suspicion is not finite.
     """
+    trainer = trainer_of(trainer)
     dataset: Any = single_loader(train, "fit", trainer).dataset
     suspicion = _checked(method.label_suspicion(trainer, train), len(dataset), method)
     return _ranking("wrong labels", "suspicion", suspicion, dataset)
 
 
-def harmful(method: Method, trainer: L.Trainer, train: Data, validation: Data) -> Ranking:
+def harmful(method: Method, trainer: L.Trainer | None, train: Data, validation: Data) -> Ranking:
     """The training examples with a negative mean score for a validation set, the lowest first.
 
     Args:
         method: what scores. If a higher output need not be a better fit, as for a residual, it must be about the loss.
-        trainer: as for the method.
+        trainer: as for the method; None: a new one on a single device.
         train: the training data.
         validation: the targets, as for the method. They should not be training examples.
 
@@ -50,6 +52,7 @@ def harmful(method: Method, trainer: L.Trainer, train: Data, validation: Data) -
     Raises:
         ValueError: if scores are about an output that is not better when it is higher, or are not finite.
     """
+    trainer = trainer_of(trainer)
     dataset: Any = single_loader(train, "fit", trainer).dataset
     scores = _mean_scores(method, trainer, train, validation, len(dataset))
     order = scores.argsort(stable=True)
@@ -58,13 +61,17 @@ def harmful(method: Method, trainer: L.Trainer, train: Data, validation: Data) -
 
 
 def useful(
-    method: Method, trainer: L.Trainer, train: Data, validation: Data, groups: Groups | Labels | None = None
+    method: Method,
+    trainer: L.Trainer | None,
+    train: Data,
+    validation: Data,
+    groups: Groups | Labels | None = None,
 ) -> Ranking:
     """All training examples, those with the highest mean scores for a validation set first.
 
     Args:
         method: as for :func:`harmful`.
-        trainer: as for the method.
+        trainer: as for the method; None: a new one on a single device.
         train: the training data.
         validation: as for :func:`harmful`.
         groups: the group of each training example, such as its class or source, to select as many of each: first come
@@ -77,6 +84,7 @@ def useful(
     Raises:
         ValueError: as :func:`harmful`, and if groups do not fit the training data or have weights.
     """
+    trainer = trainer_of(trainer)
     dataset: Any = single_loader(train, "fit", trainer).dataset
     chosen = None if groups is None else require_groups("groups", groups, len(dataset), "training examples")
     if chosen is not None and (chosen.weights != 1).any():
@@ -103,12 +111,7 @@ def _mean_scores(method: Method, trainer: L.Trainer, train: Data, validation: Da
     """The mean over targets of the score of each training example, float64, ``(num_train,)``."""
     _require_better_when_higher(method)
     single_loader(validation, "predict", trainer)  # raises before the work if there are several loaders
-    if isinstance(method, FeatureMethod):
-        method.featurize(trainer, train)
-        scores = method.score(trainer, validation, aggregate="mean")
-    else:
-        scores = aggregate_scores(method.attribute(trainer, train, validation), "mean")
-    return _checked(scores[0], count, method)
+    return _checked(method.attribute(trainer, train, validation, aggregate="mean")[0], count, method)
 
 
 def _require_better_when_higher(method: Method) -> None:

@@ -30,7 +30,9 @@ from lightning_trak.cli.errors import OneLineParser, fail, is_user_error
 from lightning_trak.compatibility import skip_completion
 from lightning_trak.features.featurizing import OnNan
 from lightning_trak.features.store import FeatureStore
-from lightning_trak.methods import FeatureMethod, LabelStatistic
+from lightning_trak.methods import FeatureMethod, LabelStatistic, Metagradient, TrainingLoss
+from lightning_trak.methods.baselines.representations import RepresentationMethod
+from lightning_trak.methods.influence.base import Influence
 from lightning_trak.metrics import LinearDatamodelingScore
 from lightning_trak.reporting.explanations import explain
 from lightning_trak.reporting.scores import SavedScores
@@ -42,7 +44,7 @@ from lightning_trak.texts.printable import counted, printable
 T = TypeVar("T")
 
 # A configuration gives all arguments of a method but the model, which the commands add.
-MakeMethod = Callable[[nn.Module], LabelStatistic]
+MakeMethod = Callable[[nn.Module], FeatureMethod | Influence | RepresentationMethod | Metagradient | TrainingLoss]
 DEFAULT_METHOD = {
     "class_path": "lightning_trak.TRAK",
     "init_args": {"checkpoints": "run/snapshots", "store": "run/features"},
@@ -291,16 +293,14 @@ class AttributionCLI(LightningCLI):
 
         Args:
             module: the model.
-            kind: what the subcommand needs.
+            kind: what the method must be.
 
         Raises:
-            ValueError: if the method is of another kind, or no checkpoints are named.
+            ValueError: if it is of another kind, or no checkpoints are named.
         """
         method = self.config_init[self.subcommand].method(module)
-        name = type(method).__name__
-        if not hasattr(method, "model"):
-            raise ValueError(f"{name} takes no model, and the command line only makes methods of a model")
         if not isinstance(method, kind):
+            name = type(method).__name__
             raise ValueError(f"{self.subcommand} needs a method over features, such as TRAK, and {name} has none")
         if any(checkpoint.live for checkpoint in getattr(method, "checkpoints", ())):
             raise ValueError(

@@ -18,6 +18,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_trak.compatibility import option_names
+from lightning_trak.packages import is_a
 
 TRACEBACK = "LIGHTNING_TRAK_TRACEBACK"
 USER_ERROR = 2
@@ -65,7 +66,7 @@ def is_user_error(error: BaseException) -> bool:
     """
     if os.environ.get(TRACEBACK):
         return False
-    if isinstance(error, MisconfigurationException) or (isinstance(error, OSError) and error.filename is not None):
+    if is_a(error, MisconfigurationException) or (isinstance(error, OSError) and error.filename is not None):
         return True
     expected = (ValueError, TypeError, IndexError, OSError, ModuleNotFoundError)
     return isinstance(error, expected) and _raised_here(error.__traceback__)

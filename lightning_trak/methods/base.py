@@ -8,7 +8,15 @@ from torch import Tensor
 from typing_extensions import Unpack, override
 
 from lightning_trak.methods.examples import Examples
-from lightning_trak.methods.questions import Asked, AttributedQuestion, require_ends, require_interval, target_rows
+from lightning_trak.methods.questions import (
+    Asked,
+    AttributedQuestion,
+    is_positions,
+    require_ends,
+    require_interval,
+    require_known,
+    target_rows,
+)
 from lightning_trak.methods.showing import Showing
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.running.data import Data
@@ -145,10 +153,16 @@ class Method(Showing, LabelStatistic):
         Raises:
             ValueError: if the method cannot answer this, or groups do not fit the data.
         """
+        require_known(question, AttributedQuestion)
         require_ends(top_k, largest)
         trainer = trainer_of(trainer)
         if train is None or targets is None:
             raise TypeError("there are no data; pass the training data and the targets, train= and targets=")
+        if is_positions(question.get("candidates")):
+            raise TypeError(
+                "candidates are examples, given as a Dataset or DataLoader; for some training examples use"
+                " torch.utils.data.Subset(train, positions), or score(..., train=positions)"
+            )
         return self._attribute(trainer, train, targets, top_k, largest, interval, question)
 
     @override

@@ -97,7 +97,7 @@ class Examples:
         """
         require_whole_parameters(trainer)
         found: list[tuple[Tensor, Tensor]] = []
-        mapper = _MapModule(function, what, original, found, module, self.datamodule)
+        mapper = _MapModule.of(trainer)(function, what, original, found, module, self.datamodule)
         chosen = range(len(self)) if positions is None else positions
         batches = batch_ranges(chosen, batch_size_of(self.loader))
         predict_over(trainer, mapper, share_out(self.loader, [batches], trainer))

@@ -220,7 +220,7 @@ class GradientCosine(_GradientMethod):
         for shard in range(store.num_shards):
             rows = [store.read(checkpoint, shard) for checkpoint in range(store.num_checkpoints)]
             directions = [scorer.directions(checkpoint, part) for checkpoint, part in enumerate(rows)]
-            best = cast(TopK, scorer.score(directions, _NEIGHBOURS + 1, ranks=ranks))
+            best = cast(TopK, scorer.score(directions, _NEIGHBOURS + 1, True, ranks))
             itself = best.indices == torch.tensor(store.shard(shard)).unsqueeze(1)
             others = best.values.masked_fill(itself, -torch.inf)
             suspicion.append(-others.topk(min(_NEIGHBOURS, store.num_examples - 1), dim=1).values.mean(1))

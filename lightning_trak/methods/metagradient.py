@@ -172,9 +172,9 @@ class Metagradient(DataMethod):
         trainer = trainer_of(trainer)
         require_whole_parameters(trainer)
         with isolated_random_states(), torch.inference_mode(False):
-            train_set = Examples(train, "fit", trainer)
-            runs = self._runs(trainer, train_set)
-            parts = [run.own_scores(copy.deepcopy(self.output), train_set.loader, train_set.datamodule) for run in runs]
+            examples = Examples(train, "fit", trainer)
+            runs = self._runs(trainer, examples)
+            parts = [run.own_scores(copy.deepcopy(self.output), examples.loader, examples.datamodule) for run in runs]
             return torch.stack(parts).mean(0).abs()
 
     def _losses(self) -> Losses:
@@ -208,13 +208,13 @@ class Metagradient(DataMethod):
             warnings.warn(
                 "the model has batch normalization in train mode: an example with weight 0 is still part of the"
                 " batch's statistics, so scores say what its loss did, not what its removal from the data does",
-                stacklevel=6,
+                stacklevel=7,
             )
         if run.rounds_steps:
             warnings.warn(
                 "the optimizer rounds its steps (torch's Muon orthogonalizes in bfloat16), so scores are those of the"
                 " same steps without rounding",
-                stacklevel=6,
+                stacklevel=7,
             )
         return run
 
@@ -225,5 +225,5 @@ class Metagradient(DataMethod):
             warnings.warn(
                 f'the run in "{recording.path}" is not smooth: metasmoothness {value:.2f}, smooth from {SMOOTH_VALUE}.'
                 f" {advice(recording)} metasmoothness() says more, and check_smooth=False leaves this check out",
-                stacklevel=5,
+                stacklevel=6,
             )

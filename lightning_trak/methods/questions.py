@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import operator
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
@@ -19,6 +20,8 @@ from lightning_trak.scoring.intervals import require_resampling
 from lightning_trak.scoring.topk import BothEnds, Scores, TopK
 
 Positions = Sequence[int] | Tensor
+
+_MOST = 0.999  # of 2,000 bootstrap replicates, one lies beyond either end
 
 
 class Question(TypedDict, total=False):
@@ -71,6 +74,20 @@ class Asked(NamedTuple):
         return num_targets if self.rows is None else self.rows.count
 
 
+def require_known(question: Mapping[str, Any], known: type[Question]) -> None:
+    """Check that each keyword argument is one that the question has: a misspelt one must not be left unanswered.
+
+    Raises:
+        TypeError: if there is another one.
+    """
+    names = list(known.__annotations__)
+    for name in question:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(names))}"
+            raise TypeError(f"unexpected keyword argument {name!r}: {hint}")
+
+
 def require_ends(top_k: int | None, largest: bool | None) -> None:
     """Check which scores are kept.
 
@@ -96,8 +113,8 @@ def require_interval(interval: float | None, rows: Sums | None) -> None:
     """
     if interval is None:
         return
-    if not isinstance(interval, (int, float)) or not 0 < interval < 1:
-        raise ValueError(f"interval is a confidence level between 0 and 1, such as 0.95, got {interval!r:.80}")
+    if not isinstance(interval, (int, float)) or not 0 < interval <= _MOST:
+        raise ValueError(f"interval is a confidence level between 0 and {_MOST}, such as 0.95, got {interval!r:.80}")
     if rows is None:
         raise ValueError('interval is for means or sums over targets: give aggregate="mean" or aggregate="sum" too')
     require_resampling(rows)
@@ -171,7 +188,10 @@ def train_columns(positions: Any, groups: Groups | Labels | None, count: int) ->
 
 def _as_positions(positions: Any, count: int) -> Tensor:
     if getattr(positions, "ndim", 1) != 1:
-        raise TypeError(f"train takes positions as integers in one dimension, got shape {tuple(positions.shape)}")
+        raise TypeError(
+            f"train takes positions as integers in one dimension, got shape {tuple(positions.shape)}; for examples give"
+            " a Dataset or DataLoader, such as TensorDataset(inputs, labels)"
+        )
     try:
         chosen = [operator.index(position) for position in positions]
     except TypeError as error:

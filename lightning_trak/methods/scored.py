@@ -24,6 +24,7 @@ from lightning_trak.methods.questions import (
     is_positions,
     require_ends,
     require_interval,
+    require_known,
     target_rows,
     train_columns,
 )
@@ -93,6 +94,12 @@ class ScoredMethod(Method):
             raise ValueError(f"attribute takes one set of targets, got {count} loaders; use score for several")
         asked: Any = dict(question)
         candidates = asked.pop("candidates", None)
+        if asked or interval is not None:  # refused before the features are made
+            target_output(asked.get("output"), self.output)
+            columns = Examples(train if candidates is None else candidates, "fit", trainer)
+            train_columns(None, asked.get("train_groups"), len(columns))
+            (rows,) = target_rows(question, [len(Examples(targets, "predict", trainer))])
+            require_interval(interval, rows)
         self.featurize(trainer, train)
         found = self.score(trainer, targets, top_k, largest, train=candidates, interval=interval, **asked)
         if isinstance(found, list):
@@ -223,6 +230,7 @@ class ScoredMethod(Method):
                 not fit the data. With ``rescore``: if the method cannot rescore, ``train`` is not known, or other data
                 than the store's, or an exact score cannot be computed.
         """
+        require_known(question, Question)
         require_ends(top_k, largest)
         trainer = trainer_of(trainer)
         if interval is not None:

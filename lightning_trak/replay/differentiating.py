@@ -116,8 +116,8 @@ class Differentiated:
         num_targets = len(cast(Any, targets.dataset))
         num_rows = num_targets if rows is None else rows.count
         found = Collected(num_rows, self._recording.run["num_train"], columns, self._player.dtype)
-        for block, positions, by_weight in self._derivatives(output, targets, datamodule, rows):
-            found.add(block.span, positions, by_weight)
+        for span, positions, by_weight in self._derivatives(output, targets, datamodule, rows):
+            found.add(span, positions, by_weight)
         return found.scores()
 
     def own_scores(
@@ -138,10 +138,10 @@ class Differentiated:
             ValueError: as :meth:`scores`.
         """
         scores = torch.zeros(self._recording.run["num_train"], dtype=self._player.dtype)
-        for block, steps_positions, by_weight in self._derivatives(output, train, datamodule):
-            numbers, positions = block.span, torch.tensor(steps_positions)
-            own = ((positions >= numbers.start) & (positions < numbers.stop)).nonzero().flatten()
-            scores.index_add_(0, positions[own], by_weight[positions[own] - numbers.start, own])
+        for span, positions, by_weight in self._derivatives(output, train, datamodule, None):
+            examples = torch.tensor(positions)
+            own = ((examples >= span.start) & (examples < span.stop)).nonzero().flatten()
+            scores.index_add_(0, examples[own], by_weight.cpu()[examples[own] - span.start, own])
         return scores
 
     def _derivatives(
@@ -149,9 +149,9 @@ class Differentiated:
         output: ModelOutput,
         targets: DataLoader[Any],
         datamodule: L.LightningDataModule | None,
-        rows: Sums | None = None,
-    ) -> Iterator[tuple[RowBlock, list[int], Tensor]]:
-        """Yield blocks of rows, positions of training examples in a step, and derivatives on the CPU, as many rows.
+        rows: Sums | None,
+    ) -> Iterator[tuple[range, list[int], Tensor]]:
+        """Yield which rows, positions of training examples in a step, and derivatives ``(len(span), len(positions))``.
 
         An example that several steps use comes as often.
         """
@@ -165,7 +165,7 @@ class Differentiated:
             batches = targets_alone(player, targets, datamodule, block.members)
             cotangents = self._output_gradients(output, block, batches)
             for positions, by_weight in self._back(cotangents, len(block.span), last.nbytes):
-                yield block, positions, by_weight.cpu()
+                yield block.span, positions, by_weight
 
     def probabilities(
         self, output: ModelOutput, targets: DataLoader[Any], datamodule: L.LightningDataModule | None

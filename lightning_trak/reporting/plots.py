@@ -217,17 +217,22 @@ def plot_mislabel_curves(curves: Mapping[str, "DetectionCurve"]) -> "Figure":
     """
     if not curves:
         raise ValueError("there are no curves to draw")
-    figure = _figure(figsize=(5, 4.5), layout="constrained")
+    many = len(curves) > 4  # a legend of so many would cover the curves
+    figure = _figure(figsize=(7.5 if many else 5, 4.5), layout="constrained")
     axis = figure.subplots()
-    for name, curve in curves.items():
-        axis.plot(curve.inspected.tolist(), curve.found.tolist(), label=_label(f"{name}: area {float(curve.area):.3f}"))
+    for number, (name, curve) in enumerate(curves.items()):
+        label, style = _label(f"{name}: area {float(curve.area):.3f}"), "-" if number < 10 else "-."  # of ten colours
+        axis.plot(curve.inspected.tolist(), curve.found.tolist(), label=label, linestyle=style)
     axis.plot([0, 1], [0, 1], color="gray", linestyle="--", label="at random: area 0.500")
     for share in sorted({float(curve.share) for curve in curves.values()}):
         label = f"at best: area {1 - share / 2:.3f}"
         axis.plot([0, share, 1], [0, 1, 1], color="gray", linestyle=":", label=label)
     axis.set_xlabel("examples inspected, most suspicious first")
     axis.set_ylabel("wrong labels found")
-    axis.legend(loc="lower right")
+    if many:
+        figure.legend(loc="outside right upper", frameon=False)
+    else:
+        axis.legend(loc="lower right")
     return _plain(figure)
 
 

@@ -49,6 +49,7 @@ class StreamingItems(Dataset[Any]):
     def __getitem__(self, index: int) -> Any:
         if self._process != os.getpid():
             self._opened, self._process = _closed_copy(self._dataset), os.getpid()
+            self._opened[:0]  # from a slice on, litdata fetches whole chunks, not the bytes of one item after the other
         return self._opened[index]
 
     def __getstate__(self) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def trainer_of(trainer: L.Trainer | None, progress_bar: bool = True) -> L.Traine
             )
         return trainer
     together = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    if together or os.environ.get("WORLD_SIZE", "1") != "1":  # torchrun sets it before there is a process group
+    if together or os.environ.get("WORLD_SIZE", "") not in ("", "1"):  # torchrun sets it
         raise ValueError(
             "this is one of several processes, and without a Trainer each would do all of the work: give the Trainer"
             " whose processes share it"

@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_trak.metrics.functional import bootstrap_interval
 from lightning_trak.scoring.groups import Sums
 from lightning_trak.scoring.topk import BothEnds, Scores, TopK
+from lightning_trak.texts.display import tuple_line
 
 _COLUMNS = 2048  # at once: each has as many numbers as there are replicates
 
@@ -29,6 +30,9 @@ class Interval(NamedTuple):
     scores: Scores
     low: Scores
     high: Scores
+
+    def __repr__(self) -> str:
+        return tuple_line(self)
 
 
 def require_resampling(rows: Sums) -> None:

@@ -102,6 +102,8 @@ def _short(value: Any) -> str:
         return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
     if isinstance(value, Mapping):
         return shortened(", ".join(map(str, value)), _LONGEST)
+    if hasattr(value, "_fields"):
+        return shortened(repr(value), _LONGEST)
     if isinstance(value, (list, tuple)):
         if all(isinstance(item, (str, int, float, os.PathLike)) for item in value):
             return shortened(f"[{', '.join(map(_short, value))}]", _LONGEST)

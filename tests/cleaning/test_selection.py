@@ -7,20 +7,21 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_trak import TRAK, GradientDot
 from lightning_trak.cleaning import harmful, useful, wrong_labels
-from lightning_trak.methods import BM25, Explicit, InfluenceFunction, LabelStatistic, Method, TrainingLoss
+from lightning_trak.methods import BM25, Explicit, InfluenceFunction, LabelStatistic, TrainingLoss
+from lightning_trak.methods.base import MatrixMethod
 from lightning_trak.outputs import NegativeLoss, RegressionOutput
 from lightning_trak.projections import SparseProjection
 from lightning_trak.scoring import Groups
 from tests.lit import TARGETS, TRAIN, make_model, make_trainer
 
 
-class Given(Method):
+class Given(MatrixMethod):
     """Scores that are given."""
 
     def __init__(self, scores):
         self.scores = torch.tensor(scores)
 
-    def attribute(self, trainer, train, targets):
+    def matrix(self, trainer, train, targets):
         return self.scores
 
     def label_suspicion(self, trainer, train):
@@ -188,3 +189,10 @@ def test_the_model_and_random_state_are_as_they_were(tmp_path, checkpoints):
     assert all(parameter.grad is None for parameter in model.parameters())
     assert torch.equal(state, torch.get_rng_state())
     assert trainer.lightning_module is None
+
+
+def test_without_a_trainer_on_one_device():
+    model = make_model()
+    found = wrong_labels(TrainingLoss(model), None, TRAIN)
+    expected = wrong_labels(TrainingLoss(model, [model.state_dict()]), make_trainer(accelerator="auto"), TRAIN)
+    assert torch.equal(found.positions, expected.positions)

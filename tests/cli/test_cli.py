@@ -284,7 +284,7 @@ def test_every_method_cleans(run, method):
             "wrong counts the wrong examples that wrong_labels or harmful finds",
         ),
         (["--balanced", "true"], "balanced selects useful examples of each label; find is wrong_labels"),
-        (["--k", "0"], "k must be at least 1, got 0"),
+        (["--k", "0"], "Expected `k` to be a positive integer but got 0"),
         (["--find", "duplicates", "--threshold", "2"], "threshold must be above 0 and up to 1, got 2.0"),
         (["--find", "useful", "--method", "TrainingLoss"], "TrainingLoss has no scores for a validation set"),
         (["--find", "duplicates", "--method", "TrainingLoss"], "TrainingLoss has no vectors to compare"),

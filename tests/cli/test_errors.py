@@ -46,7 +46,11 @@ WITH_FILE = ["score", "--config", "config.yaml"]
 @pytest.mark.parametrize(
     ("arguments", "sections", "expected"),
     [
-        (["scor"], {}, "no subcommand 'scor', expected fit, featurize, score, evaluate, show; did you mean 'score'?"),
+        (
+            ["scor"],
+            {},
+            "no subcommand 'scor', expected fit, featurize, score, evaluate, show, clean; did you mean 'score'?",
+        ),
         (["score", "--topk", "3"], {}, "no option '--topk'; did you mean '--top_k'?"),
         (["score", "--top_k", "three"], {}, "top_k: expected int or None, got three"),
         (["score", "--config", "none.yaml"], {}, "File does not exist: "),

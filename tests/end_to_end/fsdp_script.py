@@ -47,6 +47,8 @@ def main(root: Path) -> None:
         results[store] = trak.score(trainer, DataLoader(targets, batch_size=2))
     top = trak.score(trainer, DataLoader(targets, batch_size=3, num_workers=1), top_k=5, largest=True)
     results["top"] = tuple(top)
+    some = DataLoader(Subset(train, [52, 0, 7]), batch_size=2)
+    results["candidates"] = trak.score(trainer, DataLoader(targets, batch_size=2), train=some)
     results["one target"] = trak.score(trainer, Subset(targets, [0]))
 
     mixed = make_trainer(

@@ -244,6 +244,7 @@ def test_some_scores_and_few_targets(runs):
     for rank in ranks:
         close(rank["top"][0], best.values)
         assert torch.equal(rank["top"][1], best.indices)
+        close(rank["candidates"], expected[:, [52, 0, 7]])
         close(rank["one target"], expected[:1])
 
 

@@ -140,14 +140,19 @@ def test_what_a_method_cannot_answer(method):
     ("question", "error"),
     [
         ({"top_k": 0}, "top_k must be at least 1"),
+        ({"aggregated": "mean"}, "unexpected keyword argument 'aggregated': did you mean 'aggregate'"),
+        ({"candidates": [1, 2]}, r"for some training examples use torch.utils.data.Subset\(train, positions\)"),
         ({"largest": False}, "say how many with top_k="),
         ({"groups": LABELS}, 'groups needs aggregate="mean"'),
         ({"train_groups": SOURCES[1:]}, "train_groups has 49 labels, and there are 50"),
         ({"interval": 0.9}, "give aggregate="),
-        ({"interval": 95, "aggregate": "mean"}, "between 0 and 1"),
+        ({"interval": 95, "aggregate": "mean"}, "between 0 and 0.999"),
         ({"interval": 0.9, "aggregate": "mean", "groups": [*"a" * 12, "b"]}, "group number 1 has 1"),
     ],
 )
-def test_questions_that_do_not_fit_are_refused_before_the_work(question, error):
-    with pytest.raises(ValueError, match=error):
-        make_influence(EKFACInfluence, 1).attribute(make_trainer(), TRAIN, TARGETS, **question)
+def test_questions_that_do_not_fit_are_refused_before_the_work(tmp_path, question, error):
+    store = GradientDot(make_model(), make_checkpoints(1), tmp_path / "store")
+    for method in (make_influence(EKFACInfluence, 1), store):
+        with pytest.raises((ValueError, TypeError), match=error):
+            method.attribute(make_trainer(), TRAIN, TARGETS, **question)
+    assert not store.store.exists()

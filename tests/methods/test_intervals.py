@@ -88,8 +88,11 @@ def store(tmp_path_factory):
         ({"aggregate": "mean", "train": TRAIN}, "keep the best columns with top_k="),
         ({"aggregate": "mean", "top_k": 2, "rescore": 5}, "leave rescore out"),
         ({"top_k": 2}, 'give aggregate="mean"'),
-        ({"top_k": 2, "aggregate": "mean", "interval": 95}, "confidence level between 0 and 1, such as 0.95, got 95"),
-        ({"top_k": 2, "aggregate": "mean", "interval": 0.99999}, "num_bootstraps"),
+        (
+            {"top_k": 2, "aggregate": "mean", "interval": 95},
+            "between 0 and 0.999, such as 0.95, got 95",
+        ),
+        ({"top_k": 2, "aggregate": "mean", "interval": 0.9999}, "between 0 and 0.999"),
         ({"top_k": 2, "aggregate": "mean", "groups": [*"a" * 12, "b"]}, "group number 1 has 1"),
         ({"top_k": 2, "aggregate": "mean", "groups": Groups([0] * 13, [1, *[0] * 12])}, "group number 0 has 1"),
     ],

@@ -181,18 +181,15 @@ def test_representations_by_hand(monkeypatch):
     torch.testing.assert_close(similar(RepresentationSimilarity).label_suspicion(make_trainer(), data), found)
 
 
-@pytest.mark.parametrize(
-    ("labels", "match"),
-    [
-        ([1, 1, 1], "all 3 training examples have the label 1: none can be wrong"),
-        ([1, 1, 0], "training example 2 is the only one with label 0, .* use KNNShapley"),
-    ],
-)
-def test_labels_that_cannot_be_compared(labels, match):
-    data = TensorDataset(torch.randn(3, 2), torch.tensor(labels))
-    with pytest.raises(ValueError, match=match):
-        similar(RepresentationSimilarity).label_suspicion(make_trainer(), data)
-    assert similar(KNNShapley).label_suspicion(make_trainer(), data).isfinite().all()
+def test_an_example_that_is_alone_with_its_label():
+    data = TensorDataset(torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [-1.0, 0.0]]), torch.tensor([0, 0, 7, 0]))
+    found = similar(RepresentationSimilarity).label_suspicion(make_trainer(), data)
+    cosines = F.cosine_similarity(data.tensors[0][2], data.tensors[0], dim=1).double()
+    assert float(found[2]) == pytest.approx(float(cosines[[0, 1, 3]].mean() - cosines.min()), abs=1e-6)
+    same = TensorDataset(torch.randn(3, 2), torch.ones(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match="all 3 examples have the label 1: none can be wrong"):
+        similar(RepresentationSimilarity).label_suspicion(make_trainer(), same)
+    assert similar(KNNShapley).label_suspicion(make_trainer(), same).isfinite().all()
 
 
 def test_labels_may_have_another_place():

@@ -103,6 +103,17 @@ def test_detection_curves_are_drawn_with_their_areas():
     assert axis.get_legend().get_texts()[0].get_text() == "loss: area 0.833"
 
 
+def test_many_detection_curves_have_their_legend_beside_them():
+    curve = mislabel_detection_curve(torch.tensor([3.0, 1.0, 2.0]), torch.tensor([True, False, False]))
+    figure = plot_mislabel_curves({f"method {number}": curve for number in range(11)})
+    axis = figure.axes[0]
+    assert axis.get_legend() is None
+    assert len(figure.legends[0].get_texts()) == 13  # with what is random, and what is best
+    assert len({(line.get_color(), line.get_linestyle()) for line in axis.lines}) == 13
+    with pytest.raises(ValueError, match="there are no curves to draw"):
+        plot_mislabel_curves({})
+
+
 def test_histograms_leave_nans_out():
     axis = plot_histogram(torch.tensor([0.1, 0.2, torch.nan, 0.6]), "score").axes[0]
     assert sum(bar.get_height() for bar in axis.patches) == 3

@@ -9,9 +9,10 @@ import pytest
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
 
-from examples import counterfactuals, digits, one_run, why
+from examples import clean_digits, counterfactuals, digits, one_run, why
 
 EXAMPLES = {
+    "clean_digits": [],
     "clip": ["transformers"],
     "counterfactuals": [],
     "digits": [],
@@ -126,3 +127,31 @@ def test_one_run_refuses_sizes_without_an_interval(sizes, tmp_path, capsys):
         one_run.main(["--out", str(tmp_path), *sizes])
     assert "needs 2 to 60 --targets and at least 3 --subsets" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_clean_digits(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(clean_digits, "COPIES", 5)
+    clean_digits.main(["--out", str(tmp_path), "--seeds", "1", "--images", "40", "--slow"])
+    printed = capsys.readouterr().out
+    found = dict(re.findall(r"^   (\S.*?) {2,}(\d+%)$", printed, re.M))
+    assert {"TRAK", "EKFACInfluence", "TrainingLoss", "InfluenceFunction", "Metagradient", "TRAK, harmful"} <= set(
+        found
+    )
+    assert {"all images", "the most useful fifth", "a random fifth"} <= set(found)
+    assert len(re.findall(r"duplicates by \w+: \d+ of 5 copies, and \d+ other groups", printed)) == 2
+    (run,) = tmp_path.iterdir()
+    assert (run / "found.png").stat().st_size > 10_000
+    rows = list(csv.DictReader((run / "seed-0/suspects.csv").open()))
+    scores = [float(row["score"]) for row in rows]
+    assert len(rows) == 4
+    assert scores == sorted(scores, reverse=True)
+    selected = list(csv.DictReader((run / "seed-0/selected.csv").open()))
+    labels = [row["label"] for row in selected]
+    assert labels == [row["group"] for row in selected]
+    assert len(set(labels)) >= 7
+
+
+def test_intervals_over_seeds():
+    assert clean_digits.summary([0.5]) == " 50%"
+    assert clean_digits.summary([0.5, 0.5]) == " 50%  (50% to 50%)"

@@ -1,7 +1,9 @@
 """The two packages of PyTorch Lightning, and the questions that take their classes for the same."""
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import lightning as L
 import lightning_fabric
@@ -12,7 +14,10 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from torch import nn
 
+from lightning_trak import packages
 from lightning_trak.packages import both, is_a, overrides, own
+
+PACKAGE = Path(packages.__file__).parent
 
 TWINS = [
     (L.LightningModule, pl.LightningModule),
@@ -60,6 +65,7 @@ def test_what_a_class_overrides(package):
 def test_pytorch_lightning_is_not_imported():
     code = """
 import sys
+from pathlib import Path
 import lightning as L
 import lightning_trak.methods, lightning_trak.callbacks
 from lightning_trak.packages import both
@@ -67,3 +73,23 @@ assert "pytorch_lightning" not in sys.modules
 assert both(L.Trainer) == (L.Trainer,)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def questions_of_one_package(path):
+    """Uses of ``isinstance`` and ``is_overridden`` that classes of pytorch_lightning would fail."""
+    tree = ast.parse(path.read_text())
+    imported = {"L": "lightning"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("lightning."):
+            imported |= {alias.asname or alias.name: node.module for alias in node.names}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            names = {part.id for argument in node.args[1:] for part in ast.walk(argument) if isinstance(part, ast.Name)}
+            if node.func.id == "is_overridden" or (node.func.id == "isinstance" and names & imported.keys()):
+                yield f"{path.relative_to(PACKAGE)}:{node.lineno}: {ast.unparse(node)}"
+
+
+def test_no_module_asks_for_the_classes_of_one_package():
+    paths = [path for path in PACKAGE.rglob("*.py") if path.name != "packages.py"]
+    found = [question for path in paths for question in questions_of_one_package(path)]
+    assert not found, f"use is_a, own and overrides of lightning_trak.packages: {found}"

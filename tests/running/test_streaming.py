@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Subset
 
 from lightning_trak import TrainingRecorder
 from lightning_trak.running.loaders import as_loader
+from lightning_trak.running.loading import load
 from lightning_trak.running.streaming import StreamingItems
 from tests.lit import TARGETS, TRAIN, attribute, make_model, make_trainer
 
@@ -98,6 +99,15 @@ def test_scores_are_those_of_a_map_style_dataset(
     targets = litdata.StreamingDataset(write(tmp_path / "targets", TARGETS))
     assert torch.equal(attribute(tmp_path, checkpoints, train, targets), expected)
     assert torch.equal(attribute(tmp_path, checkpoints, TRAIN, targets), expected)  # it is the same store
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_chunks_that_must_be_fetched(workers: int, optimized: str, tmp_path: Any) -> None:
+    dataset = litdata.StreamingDataset(f"local:{optimized}", cache_dir=str(tmp_path))
+    loader = as_loader(litdata.StreamingDataLoader(dataset, batch_size=8, num_workers=workers))
+    positions = torch.randint(50, (20, 4)).tolist()  # back and forth
+    found = torch.cat([inputs for inputs, _ in load(loader, positions)])
+    assert torch.equal(found, TRAIN.tensors[0][torch.tensor(positions).flatten()])
 
 
 def test_compressed_chunks(tmp_path: Any) -> None:

@@ -23,7 +23,7 @@ from lightning_trak.methods import (
 from lightning_trak.metrics.functional import mislabel_detection_curve
 from lightning_trak.projections import SparseProjection
 from lightning_trak.retraining import RecordedFleet, RetrainingFleet, random_subsets
-from lightning_trak.scoring import BothEnds, TopK
+from lightning_trak.scoring import BothEnds, Interval, TopK
 from lightning_trak.texts.display import Displayed
 from tests.lit import TARGETS, TRAIN, LitNet, make_checkpoints, make_model, make_trainer
 
@@ -55,6 +55,8 @@ def objects():
         RetrainingFleet("run/fleet", LitNet, lambda: make_trainer(max_epochs=1), TRAIN, TARGETS, MASKS),
         TOP,
         BothEnds(TOP, LOW),
+        Interval(SCORES, SCORES, SCORES),
+        Interval(TOP, TOP, TOP),
         mislabel_detection_curve(torch.rand(1000), torch.arange(1000) < 9),
     ]
 

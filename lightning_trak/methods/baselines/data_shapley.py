@@ -104,16 +104,6 @@ class DataShapley(MatrixMethod):
             ValueError: if a factory returns the same object, or the same weights, twice, or if subsets of the training
                 data cannot be loaded as the whole is.
         """
-        return self._values(train, targets, trainer)
-
-    @override
-    def label_suspicion(self, trainer: L.Trainer | None = None, train: Data | None = None) -> Tensor:
-        """The size of each example's value at itself; see :class:`~lightning_trak.methods.base.LabelStatistic`."""
-        trainer = trainer_of(trainer)
-        examples = Examples(train, "fit", trainer)
-        return self._values(examples, examples, trainer).diagonal().abs()
-
-    def _values(self, train: Examples, targets: Examples, trainer: L.Trainer) -> Tensor:
         _require_divisible(train)
         total, ranks = len(train), Ranks.of(trainer)
 
@@ -137,6 +127,13 @@ class DataShapley(MatrixMethod):
                 values[:, joining] += ((after - before) / len(joining)).unsqueeze(1)
                 before = after
         return (ranks.sum(values) / self.permutations).float()
+
+    @override
+    def label_suspicion(self, trainer: L.Trainer | None = None, train: Data | None = None) -> Tensor:
+        """The size of each example's value at itself; see :class:`~lightning_trak.methods.base.LabelStatistic`."""
+        trainer = trainer_of(trainer)
+        examples = Examples(train, "fit", trainer)
+        return self.matrix(trainer, examples, examples).diagonal().abs()
 
     def _retrain(self, loader: DataLoader[Any], members: list[int], targets: Examples) -> Tensor:
         """Utility at each target of a model trained on the members, float64, ``(num_targets,)``."""

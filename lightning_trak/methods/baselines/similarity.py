@@ -72,15 +72,17 @@ class RepresentationSimilarity(RepresentationMethod):
         """How much more the example looks like examples with other labels than like examples with its own.
 
         It is the mean similarity to the ten most similar examples with another label, minus the mean similarity to the
-        ten most similar other examples with the same label; fewer where there are fewer.
+        ten most similar other examples with the same label; fewer where there are fewer. An example that is the only
+        one with its label, which may be a misspelt one, is compared with the least similar of all examples instead.
 
         Raises:
-            ValueError: if an example is the only one with its label, or all have the same label.
+            ValueError: if all examples have the same label.
         """
         trainer = trainer_of(trainer)
         examples = Examples(train, "fit", trainer)
         labels = self.labels(trainer, examples)
-        _require_company(labels)
+        if (labels == labels[0]).all():
+            raise ValueError(f"all {len(labels)} examples have the label {labels[0].item()}: none can be wrong")
         scores = torch.zeros(len(examples), dtype=torch.float64)
         for (vectors,) in self.represent(trainer, examples):
             for start in range(0, len(examples), _TARGETS):
@@ -90,7 +92,9 @@ class RepresentationSimilarity(RepresentationMethod):
                 own = torch.arange(len(similar))
                 foreign = _mean_of_best(similar, ~same)
                 same[own, own + start] = False
-                scores[block] += foreign - _mean_of_best(similar, same)
+                alone = ~same.any(1)
+                kindred = _mean_of_best(similar, same).where(~alone, similar.amin(1))
+                scores[block] += foreign - kindred
         return scores / len(self.checkpoints)
 
 
@@ -99,18 +103,6 @@ def _mean_of_best(similar: Tensor, among: Tensor) -> Tensor:
     best = similar.masked_fill(~among, -torch.inf).topk(min(_NEIGHBOURS, similar.shape[1]), dim=1).values
     there = best > -torch.inf
     return best.where(there, 0.0).sum(1) / there.sum(1)
-
-
-def _require_company(labels: Tensor) -> None:
-    values, classes, counts = torch.unique(labels, return_inverse=True, return_counts=True)
-    if len(values) < 2:
-        raise ValueError(f"all {len(labels)} training examples have the label {values.tolist()[0]}: none can be wrong")
-    alone = (counts[classes] == 1).nonzero().flatten()
-    if len(alone):
-        raise ValueError(
-            f"training example {int(alone[0])} is the only one with label {labels[alone[0]].item()}, so that there is"
-            " nothing to compare it with: leave it out, or use KNNShapley"
-        )
 
 
 def similarity_matrix(targets: Tensor, train: Tensor, similarity: Similarity) -> Tensor:

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_trak.checkpoints.copies import Original, copy_module
-from lightning_trak.checkpoints.reading import CheckpointsLike, resolve_checkpoints
+from lightning_trak.checkpoints.of_model import checkpoints_of
+from lightning_trak.checkpoints.reading import CheckpointsLike
 from lightning_trak.compatibility import original_module
 from lightning_trak.methods.base import LabelStatistic
 from lightning_trak.methods.examples import Examples
@@ -43,7 +44,7 @@ class TrainingLoss(LabelStatistic):
     def __init__(
         self,
         model: nn.Module,
-        checkpoints: CheckpointsLike,
+        checkpoints: CheckpointsLike | None = None,
         *,
         output: ModelOutput | None = None,
         weights_only: bool = True,
@@ -56,7 +57,7 @@ class TrainingLoss(LabelStatistic):
                 " each example by output="
             )
         self.output.loss(torch.zeros(1))  # refuses before long work if the output does not determine the loss
-        self.checkpoints = resolve_checkpoints(checkpoints, weights_only=weights_only)
+        self.checkpoints = checkpoints_of(self.model, checkpoints, weights_only)
 
     @override
     def label_suspicion(self, trainer: L.Trainer | None = None, train: Data | None = None) -> Tensor:

@@ -1,7 +1,7 @@
 """What influence methods share: preconditioned target gradients, multiplied by streamed training gradients."""
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TypedDict
 
 import lightning as L
@@ -134,7 +134,7 @@ class Influence(DataMethod):
         voting = ModelCopy(self.model, self.output, self.checkpoints, digests)
         targets = with_predictions(trainer, targets, voting, asked.output)
         with without_gradients():
-            passes = self._passes(trainer, train)
+            passes = self._passes(trainer, train, digests)
             found = Collected(asked.num_rows(len(targets)), len(scored), asked.columns, passes.dtype)
             for checkpoint in range(len(self.checkpoints)):
                 passes.enter(checkpoint)
@@ -158,22 +158,22 @@ class Influence(DataMethod):
         """
         trainer = trainer_of(trainer)
         require_whole_parameters(trainer)
-        train_set = Examples(train, "fit", trainer)
+        examples = Examples(train, "fit", trainer)
+        digests = [content.digest for content in Contents(self.checkpoints).read()]
         with without_gradients():
-            passes = self._passes(trainer, train_set)
-            scores = torch.zeros(len(train_set), dtype=passes.dtype)
+            passes = self._passes(trainer, examples, digests)
+            scores = torch.zeros(len(examples), dtype=passes.dtype)
             for checkpoint in range(len(self.checkpoints)):
                 passes.enter(checkpoint)
-                audit(passes, train_set)
+                audit(passes, examples)
                 inverse = self._prepare(passes)
-                for block in target_blocks(passes, train_set):
-                    rows = Features.cat([rows for _, rows in passes.rows(train_set, block.members)])
+                for block in target_blocks(passes, examples):
+                    rows = Features.cat([rows for _, rows in passes.rows(examples, block.members)])
                     products = (inverse(rows.features, block.span) * rows.features).sum(1) * rows.loss_gradients
-                    scores[block.span.start : block.span.stop] += products.cpu()
+                    scores[block.members] += products.cpu()
         return (scores / len(self.checkpoints)).abs()
 
-    def _passes(self, trainer: L.Trainer, train: Examples) -> Passes:
-        digests = [content.digest for content in Contents(self.checkpoints).read()]
+    def _passes(self, trainer: L.Trainer, train: Examples, digests: Sequence[str]) -> Passes:
         model = ModelCopy(self.model, self.output, self.checkpoints, digests, self._selection())
         passes = Passes(model, self.seed, trainer, train)
         passes.agreement = self._agreement(passes)
