@@ -1,7 +1,7 @@
 """Makes features: of training examples in a store, and of targets in memory."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -153,6 +153,7 @@ class FeaturePipeline:
             overwrite=overwrite,
         )
         try:
+            self._require_unchanged(store)
             self._fill(store, model, trainer, data, loader, on_nan, part)
         finally:
             store.release()
@@ -287,6 +288,7 @@ class FeaturePipeline:
         """
         depends_on = self._identity(model, trainer)
         store = FeatureStore(self._directory, depends_on, None, read_only=True, user=self._user)
+        self._require_unchanged(store)
         self._require_own_subsets(store.num_examples, store.data)
         return store
 
@@ -313,20 +315,17 @@ class FeaturePipeline:
         found = identity(model, self._output, self.settings, self._contents)
         if trainer is not None:
             found["precision"] = precision_of(trainer, self._output)
-        if any(checkpoint.live for checkpoint in self._checkpoints):
-            self._require_unchanged(found["checkpoints"])
         return found
 
-    def _require_unchanged(self, checkpoints: list[str]) -> None:
-        """Check that the store is of the weights that the model has now, if there is a store."""
-        with suppress(FileNotFoundError):
-            if FeatureStore.read_manifest(self._directory)["identity"]["checkpoints"] != checkpoints:
-                raise ValueError(
-                    f'store "{self._directory}" was made of other weights than the model has now. Without'
-                    " checkpoints=, the model's current weights are taken, and they have changed: it was trained"
-                    " further, loaded, or made anew. Use another store for the present weights, or give those of the"
-                    " store by checkpoints="
-                )
+    def _require_unchanged(self, store: FeatureStore) -> None:
+        """Check that the store is of the weights that the model has now, if these are taken and it has any."""
+        if any(checkpoint.live for checkpoint in self._checkpoints) and store.is_of_others:
+            raise ValueError(
+                f'store "{self._directory}" was made of other weights than the model has now. Without checkpoints=, the'
+                " model's current weights are taken, and they have changed: it was trained further, loaded, or made"
+                " anew. Use another store for the present weights, or overwrite=True in featurize, or give those of the"
+                " store by checkpoints="
+            )
 
     def _require_own_subsets(self, num_examples: int, data: str | None) -> None:
         """Check that models which have seen a part of a training set have seen a part of this one."""

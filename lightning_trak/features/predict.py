@@ -188,10 +188,8 @@ class ExtractorModule(PredictModule):
         if checkpoint not in self._bound:
             if not self.copied.keeps:
                 self._bound.clear()
-            settings, training = self.settings, self._train_loader is not None
-            self._bound[checkpoint] = self.copied.bind(
-                settings.projection, settings.seed, checkpoint, settings.preconditioned and training
-            )
+            settings, multiplied = self.settings, self.settings.preconditioned and self._train_loader is not None
+            self._bound[checkpoint] = self.copied.bind(settings.projection, settings.seed, checkpoint, multiplied)
         return self._bound[checkpoint]
 
     def _enter_context(self, checkpoint: int, made: dict[str, dict[str, Tensor]]) -> None:

@@ -204,6 +204,13 @@ class FeatureStore(StoredExtras):
         return found
 
     @property
+    def is_of_others(self) -> bool:
+        """Whether it has features at some checkpoints, and none at those of the run."""
+        mine = {self.folder(checkpoint).name for checkpoint in self.first}
+        found = {path.parent.name for path in self.directory.glob("checkpoint-*/shard-*")}
+        return bool(found) and not found & mine
+
+    @property
     def complete(self) -> bool:
         """Whether every shard exists."""
         return not any(self.missing(checkpoint) for checkpoint in self.first)

@@ -206,7 +206,7 @@ class FeatureMethod(ScoredMethod, TokenMethod):
         pipeline = self._pipeline()
         model = pipeline.copy_model()
         with suppress(FileNotFoundError):  # scores may come from elsewhere
-            pipeline.open(model).require_complete()  # raises if the store, and so the scores, are of other weights
+            pipeline.open(model)  # raises if the store, and so the scores, are of other weights
         return model
 
     @override
