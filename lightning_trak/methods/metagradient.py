@@ -23,8 +23,8 @@ from lightning_trak.replay.losses import Losses, declared_losses
 from lightning_trak.replay.recording import Recording
 from lightning_trak.replay.reweighted import Reweighted
 from lightning_trak.replay.smoothness import SMOOTH_VALUE, advice, quick_value
+from lightning_trak.running.annotated import annotated
 from lightning_trak.running.data import Data
-from lightning_trak.running.labels import with_labels
 from lightning_trak.running.random_states import isolated_random_states
 from lightning_trak.running.strategies import require_whole_parameters
 from lightning_trak.running.trainers import trainer_of
@@ -152,7 +152,7 @@ class Metagradient(DataMethod):
             runs = self._runs(trainer, train)
             output, loader = asked.output or self.output, targets.loader
             if output.predicts_labels and len(runs) > 1:
-                loader = with_labels(loader, self._predicted(runs, output, targets))
+                loader = annotated(loader, self._predicted(runs, output, targets).unsqueeze(1))
             sums = asked.rows, asked.columns
             parts = [run.scores(copy.deepcopy(output), loader, targets.datamodule, *sums) for run in runs]
             return torch.stack(parts).mean(0)

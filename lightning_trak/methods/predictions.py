@@ -10,7 +10,7 @@ from torch.utils.data import Subset
 from lightning_trak.features.model import ModelCopy
 from lightning_trak.methods.examples import Examples
 from lightning_trak.outputs import ModelOutput
-from lightning_trak.running.labels import with_labels
+from lightning_trak.running.annotated import annotated
 from lightning_trak.running.loaders import like
 from lightning_trak.running.loading import batch_size_of
 
@@ -30,7 +30,7 @@ def with_predictions(trainer: L.Trainer, targets: Examples, model: ModelCopy, ou
         output: of the targets, if it is another one than that of the training examples.
 
     Returns:
-        The targets as they are, or with a :class:`~lightning_trak.running.labels.LabelledBatch` for each batch.
+        The targets as they are, or with a :class:`~lightning_trak.running.annotated.AnnotatedBatch` for each batch.
 
     Raises:
         ValueError: if a probability is not finite.
@@ -48,7 +48,7 @@ def with_predictions(trainer: L.Trainer, targets: Examples, model: ModelCopy, ou
             what = f"the prediction {model.place}"
             sums = sums + targets.map(trainer, model.module, asked.probabilities, what, model.original, part)
         labels.append(sums.argmax(1))
-    return Examples(with_labels(targets.loader, torch.cat(labels)), "predict", trainer, targets.datamodule)
+    return Examples(annotated(targets.loader, torch.cat(labels).unsqueeze(1)), "predict", trainer, targets.datamodule)
 
 
 def described_predictions(

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import lightning as L
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.tokens import TokenOutput
-from lightning_trak.running.batches import TokenBatch
+from lightning_trak.running.annotated import annotated
 from lightning_trak.running.data import Data, as_loaders, single_loader
-from lightning_trak.running.loaders import like
-from lightning_trak.running.loading import batch_size_of, load
+from lightning_trak.running.loading import load
 from lightning_trak.running.random_states import isolated_random_states
 
 
@@ -133,48 +132,12 @@ def find_tokens(loader: DataLoader[Any], output: TokenOutput, texts: Sequence[in
 def token_loader(loader: DataLoader[Any], tokens: TextTokens) -> DataLoader[Any]:
     """A loader with a row for each token, in batches of the given loader's size.
 
+    Its notes are the number of the token among those of its text that count, and how many count.
+
     Args:
         loader: of the texts.
-        tokens: the tokens, all of each text.
+        tokens: the tokens, all of each text, which follow each other.
     """
-    collate = _Collate(loader.collate_fn)
-    return like(loader, _Rows(loader.dataset, tokens.texts), batch_size=batch_size_of(loader), collate_fn=collate)
-
-
-class _Rows(Dataset[tuple[Any, int, int]]):
-    """The text of each row, the number of its token, and the number of all tokens of the text.
-
-    Other attributes are those of the dataset, which a ``worker_init_fn`` may use.
-    """
-
-    def __init__(self, dataset: Any, texts: Tensor) -> None:
-        self._dataset = dataset
-        some, totals = torch.unique(texts, return_counts=True)
-        self._rows = [
-            (text, number, total)
-            for text, total in zip(some.tolist(), totals.tolist(), strict=True)
-            for number in range(total)
-        ]
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, row: int) -> tuple[Any, int, int]:
-        text, number, total = self._rows[row]
-        return self._dataset[text], number, total
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):  # copy and pickle ask for these before there is a dataset
-            raise AttributeError(name)
-        return getattr(self._dataset, name)
-
-
-class _Collate:
-    """Collates rows into a :class:`TokenBatch` of the user's batches."""
-
-    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
-        self.collate = collate
-
-    def __call__(self, rows: list[tuple[Any, int, int]]) -> TokenBatch:
-        texts, numbers, totals = zip(*rows, strict=True)
-        return TokenBatch(self.collate(list(texts)), torch.tensor(numbers), torch.tensor(totals))
+    _, totals = torch.unique_consecutive(tokens.texts, return_counts=True)
+    numbers = torch.cat([torch.arange(int(total)) for total in totals])
+    return annotated(loader, torch.stack([numbers, totals.repeat_interleave(totals)], dim=1), tokens.texts)

@@ -26,7 +26,7 @@ class ModelOutput(ABC):
         for_targets: whether it is an output of targets alone, because training did not act on it.
         predicts_labels: whether labels are what the model predicts. Of several checkpoints, the class with the highest
             mean of :meth:`probabilities` is then the label at all of them: batches come as
-            :class:`~lightning_trak.running.labels.LabelledBatch`.
+            :class:`~lightning_trak.running.annotated.AnnotatedBatch`.
 
     Example:
         >>> import torch

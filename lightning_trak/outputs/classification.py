@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_trak.outputs.batches import LABELS_KEYS, Forward, LabelsKey, one_per_example, predict, without_labels
 from lightning_trak.outputs.labelled import LabelledOutput, beside_truth
 from lightning_trak.outputs.margins import log_odds, logistic_loss, nan_unless
-from lightning_trak.running.labels import LabelledBatch
+from lightning_trak.running.annotated import AnnotatedBatch
 
 PREDICTED = "predicted"
 _OTHERWISE = "for other tasks write a ModelOutput of your own, or use NegativeLoss"
@@ -160,8 +160,8 @@ class ClassificationMargin(LabelledOutput):
             logits, labels = self.predict(module, batch)
             self._require_classes(logits)
             return logits, labels
-        if isinstance(batch, LabelledBatch):
-            return self._logits(module, batch.batch), batch.labels
+        if isinstance(batch, AnnotatedBatch):
+            return self._logits(module, batch.batch), batch.notes[:, 0]
         logits = self._logits(module, batch)
         scores = _both_logits(logits.detach())
         if self.labels == PREDICTED:

@@ -14,7 +14,7 @@ from lightning_trak.checks import require_one_of
 from lightning_trak.outputs.batches import LABELS_KEYS, Forward, LabelsKey
 from lightning_trak.outputs.labelled import LabelledOutput
 from lightning_trak.outputs.margins import nan_unless
-from lightning_trak.running.batches import TokenBatch
+from lightning_trak.running.annotated import AnnotatedBatch
 
 IGNORED = -100  # the label that torch.nn.CrossEntropyLoss and Hugging Face leave out
 Reduction = Literal["mean", "sum", "sqrt"]
@@ -101,7 +101,7 @@ class TokenOutput(LabelledOutput):
 
     def explain_nan(self, module: nn.Module, batch: Any) -> str | None:
         """Says that no token counts, or which label is outside the vocabulary, if so."""
-        logits, labels, counted = self._aligned(module, batch.batch if isinstance(batch, TokenBatch) else batch)
+        logits, labels, counted = self._aligned(module, batch.batch if isinstance(batch, AnnotatedBatch) else batch)
         vocabulary, labels = logits.shape[-1], labels[counted]
         if not len(labels):
             skipped = "-100" if self.pad_token_id is None else f"-100 or pad_token_id={self.pad_token_id}"
@@ -110,9 +110,9 @@ class TokenOutput(LabelledOutput):
         if outside:
             most = vocabulary - 1
             return f"one of its labels is {outside[0]}, and the vocabulary has {vocabulary} tokens, 0 to {most}"
-        if isinstance(batch, TokenBatch):
+        if isinstance(batch, AnnotatedBatch):
             return (
-                f"it is a row for one of {int(batch.totals[0])} tokens; if its text has another number of tokens in a"
+                f"it is a row for one of {int(batch.notes[0, 1])} tokens; if its text has another number of tokens in a"
                 " batch with others, or after on_after_batch_transfer, give it the same tokens everywhere"
             )
         return None
@@ -137,15 +137,15 @@ class TokenOutput(LabelledOutput):
         """As :meth:`_aligned`; with ``per_token``, only the token that a row is for counts."""
         if not self.per_token:
             return self._aligned(module, batch)
-        if not isinstance(batch, TokenBatch):
+        if not isinstance(batch, AnnotatedBatch):
             raise ValueError(
                 f"{type(self).__name__}(per_token=True) needs a row for each token, but received a"
                 f" {type(batch).__name__}: give it as output= to score of a method over features, or to attribute of"
                 " influence functions or Metagradient, which make the rows"
             )
         logits, labels, counted = self._aligned(module, batch.batch)
-        place = counted.cumsum(-1) - 1 == batch.tokens.unsqueeze(-1)
-        known = counted.sum(-1, keepdim=True) == batch.totals.unsqueeze(-1)
+        token, total = torch.split(batch.notes, 1, dim=1)  # which of the tokens that count, and how many count
+        place, known = counted.cumsum(-1) - 1 == token, counted.sum(-1, keepdim=True) == total
         return logits, labels, counted & place & known
 
     def _counted(self, labels: Tensor) -> Tensor:

@@ -1,36 +1,21 @@
 """The one loop that moves batches to the device. It calls the same hooks as Lightning, in the same order."""
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.core.hooks import DataHooks
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_trak.packages import is_a, overrides
-from lightning_trak.running.labels import LabelledBatch
-
-
-class TokenBatch(NamedTuple):
-    """A batch in which each row is for one token of a text.
-
-    Attributes:
-        batch: the texts, as the user's loader collates them, one for each row.
-        tokens: the number of each row's token among those of its text that count, int64, shape ``(batch,)``.
-        totals: how many tokens of each row's text count, int64, shape ``(batch,)``.
-    """
-
-    batch: Any
-    tokens: Tensor
-    totals: Tensor
+from lightning_trak.running.annotated import AnnotatedBatch
 
 
 class TransferHooks:
     """The batch transfer hooks that Lightning would call: the data module's if it overrides them, else the module's.
 
-    They get the user's own batch, also of a :class:`TokenBatch` or a
-    :class:`~lightning_trak.running.labels.LabelledBatch`.
+    They get the user's own batch, also of an :class:`~lightning_trak.running.annotated.AnnotatedBatch`.
 
     Args:
         module: the model. If it is not a LightningModule, Lightning's default hooks are used.
@@ -43,20 +28,19 @@ class TransferHooks:
 
     def before(self, batch: Any, dataloader_idx: int = 0) -> Any:
         """Call ``on_before_batch_transfer``."""
-        if isinstance(batch, (LabelledBatch, TokenBatch)):
+        if isinstance(batch, AnnotatedBatch):
             return batch._replace(batch=self.before(batch.batch, dataloader_idx))
         return self._owner("on_before_batch_transfer").on_before_batch_transfer(batch, dataloader_idx)
 
     def transfer(self, batch: Any, device: torch.device, dataloader_idx: int = 0) -> Any:
         """Call ``transfer_batch_to_device``."""
-        if isinstance(batch, (LabelledBatch, TokenBatch)):
-            users, *notes = batch
-            return type(batch)(self.transfer(users, device, dataloader_idx), *(note.to(device) for note in notes))
+        if isinstance(batch, AnnotatedBatch):
+            return AnnotatedBatch(self.transfer(batch.batch, device, dataloader_idx), batch.notes.to(device))
         return self._owner("transfer_batch_to_device").transfer_batch_to_device(batch, device, dataloader_idx)
 
     def after(self, batch: Any, dataloader_idx: int = 0) -> Any:
         """Call ``on_after_batch_transfer``."""
-        if isinstance(batch, (LabelledBatch, TokenBatch)):
+        if isinstance(batch, AnnotatedBatch):
             return batch._replace(batch=self.after(batch.batch, dataloader_idx))
         return self._owner("on_after_batch_transfer").on_after_batch_transfer(batch, dataloader_idx)
 

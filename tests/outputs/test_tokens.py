@@ -7,7 +7,7 @@ import torch
 
 from lightning_trak.outputs import CausalLMLogLikelihood, CausalLMMargin, Seq2SeqLMMargin
 from lightning_trak.outputs.spans import character_positions, span_labels, span_target
-from lightning_trak.running.batches import TokenBatch
+from lightning_trak.running.annotated import AnnotatedBatch
 from tests.causal_texts import CausalNet, make_texts, margins, pad, pad_left
 from tests.outputs.test_language import VOCABULARY, Bigram, Translator
 
@@ -22,7 +22,7 @@ def rows_of(batch, counts, rows):
     """A batch with the texts and tokens of some rows."""
     texts, tokens = zip(*rows, strict=True)
     picked = {name: part[list(texts)] for name, part in batch.items()}
-    return TokenBatch(picked, torch.tensor(tokens), torch.tensor(counts)[list(texts)])
+    return AnnotatedBatch(picked, torch.stack([torch.tensor(tokens), torch.tensor(counts)[list(texts)]], dim=1))
 
 
 @pytest.mark.parametrize("side", [pad, pad_left])
@@ -54,7 +54,7 @@ def test_seq2seq_rows():
     module, output = Translator(), Seq2SeqLMMargin()
     source, labels = torch.randint(1, VOCABULARY, (1, 4)), torch.tensor([[3, 1, -100, 4]])
     batch = {"input_ids": source.expand(3, -1), "labels": labels.expand(3, -1)}
-    rows = TokenBatch(batch, torch.arange(3), torch.full((3,), 3))
+    rows = AnnotatedBatch(batch, torch.tensor([[0, 3], [1, 3], [2, 3]]))
     found = Seq2SeqLMMargin(per_token=True).output(module, rows)
     torch.testing.assert_close(found.mean(), output.output(module, {"input_ids": source, "labels": labels})[0])
     assert len(set(found.tolist())) == 3
