@@ -256,7 +256,8 @@ class ScoredMethod(Method):
         if second is not None:
             second.require_possible(store, model.size, question)
         targets = [Examples(loader, "predict", trainer, datamodule) for loader in loaders]
-        targets = [with_predictions(trainer, each, pipeline.copy_model(trainer), output) for each in targets]
+        if output is not None and output.predicts_labels:
+            targets = [with_predictions(trainer, each, pipeline.copy_model(trainer), output) for each in targets]
         results: Sequence[Scores] = [
             score_targets(
                 trainer,

@@ -1,4 +1,4 @@
-"""A digest of a few items of a dataset, to recognize its content."""
+"""Digests of a few items of a dataset, to recognize its content."""
 
 import warnings
 from typing import Any, cast

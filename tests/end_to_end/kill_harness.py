@@ -27,10 +27,10 @@ def job(folder: Path, journal: Path, checkpoints: list[dict[str, torch.Tensor]],
     die_in_file_operation(die_at)
     write = FeatureStore.write
 
-    def noted(self: FeatureStore, checkpoint: int, shard: int, rows: Any, engine: str) -> None:
+    def noted(self: FeatureStore, checkpoint: int, shard: int, *args: Any) -> None:
         with journal.open("a") as file:
-            file.write(f"checkpoint-{checkpoint:04d}/shard-{shard:05d}.safetensors\n")
-        write(self, checkpoint, shard, rows, engine)
+            file.write(f"{self._shard_path(checkpoint, shard).relative_to(folder / 'store')}\n")
+        write(self, checkpoint, shard, *args)
 
     FeatureStore.write = noted  # type: ignore[method-assign]
     trak = TRAK(make_model(), checkpoints, folder / "store", projection=SparseProjection(16))

@@ -127,6 +127,7 @@ def test_compiled_modules_and_functions():
 @pytest.mark.parametrize(("trainings", "own"), [(1, False), (2, False), (1, True)])
 def test_autocast_that_accelerate_leaves(trainings, own):
     accelerate = pytest.importorskip("accelerate")
+    accelerate.state.AcceleratorState._reset_state(True)  # of another test in this process
     plain, inputs = net(), torch.randn(5, 3)
     if own:
         plain.forward = lambda x, inner=plain.forward: 2 * inner(x)

@@ -13,9 +13,10 @@ from torch.utils.data import DataLoader
 
 from lightning_trak import TRAK
 from lightning_trak.projections import SparseProjection
+from lightning_trak.running import content
 from lightning_trak.running.stopping import Terminated
 from tests.lit import TARGETS, TRAIN, make_checkpoints, make_model, make_trainer
-from tests.running.test_stopping import Signalling, shards
+from tests.running.test_stopping import FEW, Signalling, shards
 
 
 class Prepared(L.LightningDataModule):
@@ -38,6 +39,7 @@ class Prepared(L.LightningDataModule):
 
 
 def main(root: Path) -> None:
+    content.MANY = FEW
     trainer = make_trainer(strategy="ddp", devices=2)
     checkpoints = make_checkpoints(2)
     if trainer.global_rank == 1:

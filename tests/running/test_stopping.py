@@ -12,7 +12,13 @@ from lightning_trak.running.stopping import Terminated
 from tests.launch import ROOT, run_together
 from tests.lit import TARGETS, TRAIN, make_model, make_trainer
 
+FEW = 8  # of these are not the items that send signals
 HANDLERS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+
+
+@pytest.fixture(autouse=True)
+def a_store_compares_few_items(monkeypatch):
+    monkeypatch.setattr("lightning_trak.running.content.MANY", FEW)
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +31,7 @@ def handlers_are_as_they_were():
 
 
 class Signalling(Dataset):
-    """Sends this process signals when some items are read for the second time, that is, not by the fingerprint."""
+    """Sends this process signals when some items are read, which the fingerprint of the data does not read."""
 
     def __init__(self, data, signals):
         self.data = data
