@@ -29,6 +29,7 @@ from lightning_trak.running.loaders import like
 from lightning_trak.running.loading import batch_size_of
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.running.strategies import require_whole_parameters
+from lightning_trak.running.trainers import trainer_of
 from lightning_trak.scoring.base import Scorer, full_precision
 from lightning_trak.scoring.topk import BothEnds, TopK
 
@@ -73,7 +74,7 @@ class TokenMethod(Method):
 
     def score_tokens(
         self,
-        trainer: L.Trainer,
+        trainer: L.Trainer | None,
         targets: Data,
         pairs: Pairs,
         train: Data | None = None,
@@ -90,7 +91,7 @@ class TokenMethod(Method):
         by their inner products with the stored feature.
 
         Args:
-            trainer: as for ``score``, with a strategy that keeps the model whole on each rank.
+            trainer: as for ``score``, and None likewise, with a strategy that keeps the model whole on each rank.
             targets: one set of targets, as for ``score``.
             pairs: which training texts to split for which targets: pairs ``(target, training text)`` of positions, or
                 what ``score(..., top_k=)`` returned, for all of its pairs: of each target proponents, then opponents.
@@ -106,7 +107,7 @@ class TokenMethod(Method):
             ValueError: if a pair is out of range, the data are not those of the store, scores are moved towards zero,
                 or a text has another output than in the store.
         """
-        trained = require_tokens(self.output)
+        trainer, trained = trainer_of(trainer), require_tokens(self.output)
         data = self._train if train is None else train
         if data is None:
             raise ValueError(

@@ -16,6 +16,7 @@ from lightning_trak.running.annotated import annotated
 from lightning_trak.running.data import Data, as_loaders, single_loader
 from lightning_trak.running.loading import load
 from lightning_trak.running.random_states import isolated_random_states
+from lightning_trak.running.trainers import trainer_of
 
 
 class TextTokens(NamedTuple):
@@ -45,11 +46,11 @@ class TextTokens(NamedTuple):
         return slice(int(rows[0]), int(rows[-1]) + 1)
 
 
-def text_tokens(trainer: L.Trainer, data: Data, output: ModelOutput) -> TextTokens:
+def text_tokens(trainer: L.Trainer | None, data: Data, output: ModelOutput) -> TextTokens:
     """Which token each row of scores is for, when texts are scored token by token.
 
     Args:
-        trainer: as for ``score``.
+        trainer: as for ``score``, and None likewise.
         data: the targets, as for ``score``.
         output: the output of tokens, as for ``score``, such as ``CausalLMMargin(per_token=True)``.
 
@@ -60,7 +61,7 @@ def text_tokens(trainer: L.Trainer, data: Data, output: ModelOutput) -> TextToke
     output = require_tokens(output)
     if not output.per_token:
         raise ValueError(f"this {type(output).__name__} is the output of whole texts: make it with per_token=True")
-    return find_tokens(single_loader(data, "predict", trainer), output)
+    return find_tokens(single_loader(data, "predict", trainer_of(trainer)), output)
 
 
 def require_tokens(output: ModelOutput) -> TokenOutput:

@@ -187,7 +187,7 @@ def test_influence_of_tokens():
     method = InfluenceFunction(*models(1), solver=Explicit(), damping=0.1)
     trainer = make_trainer(precision="64-true")
     output = CausalLMMargin(per_token=True)
-    tokens = text_tokens(trainer, loader(TARGETS), output)
+    tokens = text_tokens(None, loader(TARGETS), output)
     rows = method.attribute(trainer, loader(TRAIN), loader(TARGETS), output=output)
     whole = method.attribute(trainer, loader(TRAIN), loader(TARGETS))
     close(torch.stack([rows[tokens.of(text)].mean(0) for text in range(4)]), whole)
