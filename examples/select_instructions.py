@@ -81,6 +81,7 @@ def tune(
     config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(copy.deepcopy(base), config)
     arguments = TrainingArguments(
+        str(args.out),  # where nothing is saved
         num_train_epochs=args.warmup if callbacks else args.epochs,
         learning_rate=args.lr,
         lr_scheduler_type="constant",
