@@ -74,8 +74,7 @@ def duplicates(
                 " RepresentationSimilarity"
             )
         method.featurize(trainer, train)
-        pipeline = method._pipeline()
-        store = pipeline.open_complete(pipeline.copy_model(), trainer)
+        store = method.open_store(trainer)
         vectors, spans, count = _stored(store, device), _shards(store), store.num_checkpoints
     elif isinstance(method, RepresentationMethod):
         matrices = [found for (found,) in method.represent(trainer, examples)]

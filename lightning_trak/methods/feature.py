@@ -175,6 +175,20 @@ class FeatureMethod(ScoredMethod, TokenMethod):
         pipeline = self._pipeline()
         return pipeline.open(pipeline.copy_model()).skipped
 
+    def open_store(self, trainer: L.Trainer | None = None) -> FeatureStore:
+        """The complete store of this method, to read its features.
+
+        Args:
+            trainer: as for :meth:`score`.
+
+        Raises:
+            FileNotFoundError: if there is no store yet.
+            RuntimeError: if featurizing is not complete.
+            ValueError: if the store was made with other settings.
+        """
+        pipeline = self._pipeline()
+        return pipeline.open_complete(pipeline.copy_model(), trainer_of(trainer))
+
     @override
     def label_suspicion(self, trainer: L.Trainer | None = None, train: Data | None = None) -> Tensor:
         """Call :meth:`featurize`, which does nothing if the store is complete; then the size of the self-influence."""

@@ -210,8 +210,7 @@ class GradientCosine(_GradientMethod):
         """
         trainer = trainer_of(trainer)
         self.featurize(trainer, train)
-        pipeline, ranks = self._pipeline(), Ranks.of(trainer)
-        store = pipeline.open_complete(pipeline.copy_model(), trainer)
+        store, ranks = self.open_store(trainer), Ranks.of(trainer)
         if store.num_examples < 2:
             raise ValueError("there is only one training example, and nothing to compare it with")
         scorer = self._scorer(store, self.checkpoint_weights, "loss")
