@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -18,6 +17,8 @@ from lightning_trak.projections.philox import Stream, signs
 # Sums are at least this many, so that a block of elements is long enough for one vectorised addition.
 _SUMS = 1 << 13
 _SIGNS = 128  # in a block of four words
+# Up to this many blocks of elements are added to the features at once. For more, sums of twice the length save runs.
+_FEW = 4
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,28 @@ class Placement:
             return self._all[start:stop]
         return self(torch.arange(start, stop, device=self._offsets.device))
 
+    @property
+    def folds(self) -> bool:
+        """Whether there are more sums than features."""
+        return self._features is not None
+
+    def runs(self, start: int, stop: int, width: int) -> list[tuple[int, int]]:
+        """Consecutive elements in runs that go to consecutive sums: the first sum and the length of each run.
+
+        Args:
+            start: the first element.
+            stop: the element after the last one.
+            width: W, or 2 W if sum j may be number j or W + j, so that a block is one run.
+        """
+        runs = []
+        while start < stop:
+            block, place = divmod(start, self.sums)
+            first = (place + self.offsets[block]) % width
+            length = min(self.sums - place, width - first, stop - start)
+            runs.append((first, length))
+            start += length
+        return runs
+
     def fold(self, sums: Tensor) -> Tensor:
         """Add sums up to features, of shapes (batch, W) and (batch, width)."""
         if self._features is None:
@@ -183,29 +206,27 @@ class BoundSparseProjection(BoundRandomProjection):
         dtype = torch.promote_types(gradients.dtype, features.dtype)
         stop = start + gradients.shape[1]
         if gradients.device.type == "cpu" and not placement.small:
-            features += placement.fold(self._summed(placement, name, gradients, start, dtype))
+            width = placement.sums
+            wide = placement.folds or gradients.shape[1] > _FEW * width
+            sums = gradients.new_zeros(len(gradients), 2 * width, dtype=dtype) if wide else features
+            self._add_blocks(sums, placement, name, gradients, start)
+            if wide:
+                features += placement.fold(sums[:, :width].add_(sums[:, width:]))
             return
         for begin, block in self._blocks(name, start, stop):
             part = gradients[:, begin - start : begin - start + len(block)].to(dtype) * block
             _scatter(features, placement.between(begin, begin + len(block)), part)
 
-    def _summed(self, placement: Placement, name: str, gradients: Tensor, start: int, dtype: torch.dtype) -> Tensor:
-        """The sums of elements from ``start`` on, of shape (batch, W)."""
-        width = placement.sums
-        # Blocks are shifted without wrapping around. The second half is added to the first one at the end.
-        sums = gradients.new_zeros(len(gradients), 2 * width, dtype=dtype)
-        stop = start + gradients.shape[1]
-        for begin, block in self._blocks(name, start, stop):
-            end = begin + len(block)
-            numbers = range(begin // width, -(-end // width))
-            bounds = [begin, *(number * width for number in numbers[1:]), end]
-            lengths = [after - before for before, after in pairwise(bounds)]
-            parts = torch.split(gradients[:, begin - start : end - start].to(dtype), lengths, 1)
-            drawn = torch.split(block.to(dtype), lengths)
-            for number, bound, length, part, some in zip(numbers, bounds, lengths, parts, drawn, strict=False):
-                first = placement.offsets[number] + bound - number * width
-                sums.narrow(1, first, length).addcmul_(part, some)
-        return sums[:, :width].add_(sums[:, width:])
+    def _add_blocks(self, sums: Tensor, placement: Placement, name: str, gradients: Tensor, start: int) -> None:
+        """Add elements from ``start`` on to the sums, of shape (batch, W) or (batch, 2 W), in place."""
+        for begin, block in self._blocks(name, start, start + gradients.shape[1]):
+            first, last = begin - start, begin - start + len(block)
+            runs = placement.runs(begin, begin + len(block), sums.shape[1])
+            lengths = [length for _, length in runs]
+            parts = torch.split(gradients[:, first:last].to(sums.dtype), lengths, 1)
+            drawn = torch.split(block.to(sums.dtype), lengths)
+            for (target, length), part, some in zip(runs, parts, drawn, strict=True):
+                sums.narrow(1, target, length).addcmul_(part, some)
 
     def add_sparse_(self, features: Tensor, name: str, rows: Tensor, numbers: Tensor) -> None:
         """Add the product of P_name and gradients that have few rows that are not zero. Their signs are not cached.

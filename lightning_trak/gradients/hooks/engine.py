@@ -13,6 +13,7 @@ from lightning_trak.compatibility import is_compiled
 from lightning_trak.gradients.base import EngineError, GradientEngine, differentiating
 from lightning_trak.gradients.batch import ExampleBatch
 from lightning_trak.gradients.hooks.capture import attached
+from lightning_trak.gradients.hooks.channels_last import channels_last, reordered
 from lightning_trak.gradients.hooks.hooked_pass import HookedPass, Receive, Signature
 from lightning_trak.gradients.hooks.layers import LayerCall
 from lightning_trak.gradients.hooks.ownership import example_weights, picks_rows
@@ -65,6 +66,7 @@ class HookEngine(GradientEngine):
         self._tracked = {each.module: each for each in tracked}
         self._shared: dict[Shapes, SharedOutputs] = {}
         self._proven: set[tuple[int, tuple[Signature, ...]]] = set()
+        self._reordered = reordered(module)
 
     @staticmethod
     def uncovered(module: nn.Module, names: dict[str, str]) -> dict[str, str]:
@@ -146,7 +148,8 @@ class HookEngine(GradientEngine):
         )
         found, expected = torch.zeros(2, batch.size, sketches.dim, dtype=torch.float64, device=parameters[0].device)
         self.project(batch, sketches, found)
-        self._differentiate(batch, sketches, expected)
+        with channels_last(self._reordered):  # otherwise, rounding could differ at a kink
+            self._differentiate(batch, sketches, expected)
         return {name: (sketches.of(found, name), sketches.of(expected, name)) for name in self.parameters}
 
     def _differentiate(self, batch: ExampleBatch, sketches: Sketches, rows: Tensor) -> None:
@@ -174,7 +177,22 @@ class HookEngine(GradientEngine):
         Raises:
             EngineError: if hooks would give a wrong gradient.
         """
-        hooks = HookedPass(self._tracked, batch.size, self._expansions(batch), receive)
+        expansions = self._expansions(batch)
+        if self._reordered and batch.size > 1:
+            hooks = HookedPass(self._tracked, batch.size, expansions, receive)
+            try:
+                with channels_last(self._reordered):
+                    return self._run(batch, hooks)
+            except RuntimeError:
+                if hooks.has_received:
+                    raise
+            # The model may depend on the order in memory. If it does not, it raises the same error again.
+        values = self._run(batch, HookedPass(self._tracked, batch.size, expansions, receive))
+        if batch.size > 1:
+            self._reordered = []
+        return values
+
+    def _run(self, batch: ExampleBatch, hooks: HookedPass) -> Tensor:
         outside = self._outside_parameters()
         with self._eager(outside), attached(self._tracked, hooks.on_forward), self._frozen_inside():
             values = self.outputs(batch)

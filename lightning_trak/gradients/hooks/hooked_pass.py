@@ -50,6 +50,9 @@ class HookedPass:
         size: the number of examples.
         expansions: the modules with outputs that all examples share, and how to expand these outputs.
         receive: called in :meth:`backward` for each call of a tracked module.
+
+    Attributes:
+        has_received: whether ``receive`` was called.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class HookedPass:
         self._receive = receive
         self._calls: list[_Call] = []
         self._weighted = False
+        self.has_received = False
         # All outputs depend on it. So the backward pass reaches layers with constant inputs and weights, too.
         self._anchor = torch.zeros((), requires_grad=True)
 
@@ -106,6 +110,7 @@ class HookedPass:
             call.norms = row_norms(gradient)
         if inputs.is_floating_point():  # indices stay as they are
             inputs = inputs.to(gradient.dtype)
+        self.has_received = True
         self._receive(call.tracked, LayerCall(inputs, gradient, self._size))
 
     def backward_weighted(self, outputs: Tensor, weights: Tensor) -> None:

@@ -16,9 +16,9 @@ from lightning_trak.projections.sparse import BoundSparseProjection
 
 # Bytes of gradients that are formed at a time. On a CPU, they should stay in cache, but be those of several examples,
 # which threads share out. Elsewhere, few kernels are better.
-_CPU_BYTES = 10 << 20
+_CPU_BYTES = 5 << 20
 _ACCELERATOR_BYTES = 1 << 28
-# The fewest rows of a gradient that are formed together: products with fewer rows are slow.
+# Rows of a gradient are formed in multiples of this number: products with fewer or other rows are slow.
 _CPU_ROWS, _ACCELERATOR_ROWS = 32, 1024
 # To draw the target of an element takes about as long as to form and add 50 elements, and it takes about 32 bytes.
 _DRAWING, _WORDS_BYTES = 50, 32
@@ -106,7 +106,7 @@ class LayerProjector:
         row_bytes = parameter.numel() // length * call.output_gradient.element_size()
         least = min(length, self._rows) if layer.has_rows(attribute) else length
         step = min(self._size, max(1, self._bytes // (least * row_bytes)))
-        height = min(length, max(least, self._bytes // (step * row_bytes)))
+        height = min(length, least * max(1, self._bytes // (least * step * row_bytes)))
         for start in range(0, self._size, step):
             features = self._features[start : start + step]
             count = len(features)
@@ -114,7 +114,9 @@ class LayerProjector:
             if height == length:
                 self._projection.add_(features, name, layer.gradient(attribute, some).reshape(count, -1))
                 continue
+            some = some.contiguous()
             for top in range(0, length, height):
                 rows = range(top, min(top + height, length))
                 part = layer.gradient_rows(attribute, some, rows)
                 self._projection.add_(features, name, part.reshape(count, -1), rows)
+                del part  # so that the next part takes the same memory, which is in cache

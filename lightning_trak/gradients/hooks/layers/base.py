@@ -36,6 +36,10 @@ class LayerCall:
         )
         return LayerCall(inputs, gradient, stop - start)
 
+    def contiguous(self) -> LayerCall:
+        """The same call with its tensors in order in memory."""
+        return LayerCall(self.inputs.contiguous(), self.output_gradient.contiguous(), self.size)
+
 
 class Layer(ABC):
     """Per-example gradients of one type of module. To add a type, derive a class that defines :meth:`gradient`.
@@ -144,7 +148,7 @@ class Layer(ABC):
             rows: the range of rows.
 
         Returns:
-            Shape ``(size, len(rows), columns)``.
+            Shape ``(size, len(rows), columns)``, or the same elements in more dimensions.
         """
         raise NotImplementedError(f"{type(self).__name__} must define gradient_rows(), since its has_rows() is true")
 

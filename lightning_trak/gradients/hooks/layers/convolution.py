@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,6 +24,20 @@ class ConvolutionLayer(Layer, covers=[*_TYPES]):
         """Shape ``(size, *weight.shape)`` for the weight; for the bias, a sum over positions."""
         if parameter == "bias":
             return self._images(call.output_gradient, call.size).flatten(3).sum((1, 3))
+        return self._kernels(call, self.module.weight.shape)
+
+    def has_rows(self, parameter: str) -> bool:
+        """True for the weight without groups, which have few columns, and if its rows belong to the outputs."""
+        return parameter == "weight" and self.has_factors()
+
+    def gradient_rows(self, parameter: str, call: LayerCall, rows: range) -> Tensor:  # noqa: ARG002
+        """Shape ``(size, len(rows), *weight.shape[1:])``. The rows are the kernels of some output channels."""
+        shape = self.module.weight.shape
+        some = call.output_gradient.narrow(1 - len(shape), rows.start, len(rows))
+        return self._kernels(replace(call, output_gradient=some), torch.Size([len(rows), *shape[1:]]))
+
+    def _kernels(self, call: LayerCall, shape: torch.Size) -> Tensor:
+        """The gradients of the kernels that give the channels of ``call.output_gradient``: ``(size, *shape)``."""
         module, size = self.module, call.size
         inputs, padding = self._padded(call.inputs)
         # One convolution of all examples, each with channels and groups of its own. On a CPU, one for each example
@@ -30,7 +45,6 @@ class ConvolutionLayer(Layer, covers=[*_TYPES]):
         image, output_gradient = (
             self._images(part, size).transpose(0, 1).flatten(1, 2) for part in (inputs, call.output_gradient)
         )
-        shape = module.weight.shape
         weight = output_gradient.new_empty(size * shape[0], *shape[1:])  # its values are not used
         kernels: Tensor = torch.ops.aten.convolution_backward(
             output_gradient, image, weight, None, module.stride, padding, module.dilation, module.transposed,
