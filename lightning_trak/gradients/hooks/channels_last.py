@@ -46,4 +46,5 @@ def channels_last(weights: Iterable[nn.Parameter]) -> Iterator[None]:
 
 def _is_plain(weight: nn.Parameter) -> bool:
     plain = type(weight.data) is torch.Tensor and weight.layout == torch.strided and weight.device.type == "cpu"
-    return plain and weight.dtype in _DTYPES and torch.backends.mkldnn.is_available()
+    known = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return bool(known and plain and weight.dtype in _DTYPES)
