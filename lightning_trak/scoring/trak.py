@@ -13,6 +13,7 @@ from lightning_trak.features.rows import Features, StoredFeatures
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.scoring.base import Scorer, full_precision
+from lightning_trak.scoring.confidence import Confidence
 from lightning_trak.scoring.damping import Damping, Noise, auto_damping, ends
 from lightning_trak.scoring.dual import DualSystem, kernel_matrix, products_with
 from lightning_trak.scoring.gram import Curvature, DampedGram, gram_matrix, require_convex, row_blocks
@@ -48,6 +49,8 @@ class TRAKScorer(Scorer):
             fewer than ``top_k`` scores are left, the rest are zeros of arbitrary training examples.
         subsets: for each checkpoint, the examples that its model has seen; None: all. An example that it has not seen
             is not part of K_m, and is scored, too: by the step of adding it. Default: all models have seen all.
+        confidence: what gives Q in the place of the stored one, with loss_gradients="per_checkpoint". K_m, and with it
+            lambda_m, stay as they are. Default: the stored Q.
     """
 
     user: ClassVar[str] = "TRAK"  # in log lines
@@ -60,6 +63,7 @@ class TRAKScorer(Scorer):
         loss_gradients: LossGradients,
         soft_threshold: float,
         subsets: Sequence[TrainingSubset | None] | None = None,
+        confidence: Confidence | None = None,
     ) -> None:
         super().__init__(store)
         self.curvature: Curvature = curvature
@@ -67,6 +71,7 @@ class TRAKScorer(Scorer):
         self.loss_gradients = loss_gradients
         self.soft_threshold = soft_threshold
         self.subsets = [None] * store.num_checkpoints if subsets is None else subsets
+        self.confidence = confidence
         self._levels: list[float] = []  # of noise, one for each checkpoint
         self._dual = False
         self._systems: dict[int, tuple[System, float]] = {}  # with their dampings, of as many checkpoints as fit
@@ -292,7 +297,9 @@ class TRAKScorer(Scorer):
 
     def weights(self, checkpoint: int, rows: Features | StoredFeatures) -> Tensor | None:  # noqa: ARG002
         """Q, or None if the average of Q is multiplied later, by :meth:`finish`."""
-        return rows.loss_gradients if self.loss_gradients == "per_checkpoint" else None
+        if self.loss_gradients == "averaged":
+            return None
+        return rows.loss_gradients if self.confidence is None else self.confidence.loss_gradients(rows.outputs)
 
     def finish(self, sums: Tensor, loss_gradients: Callable[[], Tensor]) -> Tensor:
         """The mean over checkpoints, times the mean of Q if that is averaged apart, and moved towards zero if asked."""

@@ -1,0 +1,87 @@
+"""Scores whose Q is that of less confident models."""
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from lightning_trak import TRAK
+from lightning_trak.methods import ExactKernel
+from lightning_trak.outputs import RegressionOutput
+from lightning_trak.projections import IdentityProjection, SparseProjection
+from lightning_trak.scoring.confidence import Confidence
+from tests.lit import TARGETS, TRAIN, make_checkpoints, make_model, make_trainer, stored
+
+METHODS = {
+    "primal": (TRAK, {"projection": SparseProjection(16)}),
+    "dual": (TRAK, {"projection": IdentityProjection()}),
+    "exact": (ExactKernel, {}),
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoints():
+    return make_checkpoints(2)
+
+
+def make(name, tmp_path, checkpoints, **options):
+    method, more = METHODS[name]
+    made = method(make_model(), checkpoints, tmp_path / "store", **more, **options)
+    made.featurize(make_trainer(), DataLoader(TRAIN, 8))
+    return made
+
+
+def score(method, **how):
+    return method.score(make_trainer(), DataLoader(TARGETS, 8), **how)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_scores_are_the_formula(tmp_path, checkpoints, name):
+    """At each checkpoint, the scores at confidence 1 times the ratio of Q; K and the damping do not change."""
+    expected = torch.zeros(len(TARGETS), len(TRAIN), dtype=torch.float64)
+    for number, checkpoint in enumerate(checkpoints):
+        plain = score(make(name, tmp_path / str(number), [checkpoint], damping=0.5)).double()
+        store = stored(tmp_path / str(number) / "store")
+        margins = torch.cat([store.read(0, shard).outputs for shard in range(store.num_shards)]).double()
+        expected += plain * torch.sigmoid(-0.6 * margins) / torch.sigmoid(-margins) / len(checkpoints)
+    found = score(make(name, tmp_path, checkpoints, damping=0.5, confidence=0.6)).double()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_every_question_has_the_same_scores(tmp_path, checkpoints, name):
+    method = make(name, tmp_path, checkpoints, confidence=0.7)
+    scores, trainer = score(method), make_trainer()
+    close = {"rtol": 1e-3, "atol": 1e-5 * float(scores.abs().max())}
+    torch.testing.assert_close(score(method, top_k=4).values, scores.topk(4).values, **close)
+    torch.testing.assert_close(score(method, train=DataLoader(TRAIN, 8)), scores, **close)
+    itself = method.score(trainer, DataLoader(TRAIN, 8)).diagonal()
+    torch.testing.assert_close(method.self_influence(trainer), itself, rtol=1e-3, atol=1e-5 * float(itself.abs().max()))
+
+
+def test_a_confidence_of_one_changes_nothing(tmp_path, checkpoints):
+    assert torch.equal(
+        score(make("primal", tmp_path, checkpoints, confidence=1)), score(make("primal", tmp_path, checkpoints))
+    )
+
+
+def test_a_squared_error_is_multiplied():
+    outputs = torch.randn(7)
+    found = Confidence(RegressionOutput(), 0.5).loss_gradients(outputs)
+    torch.testing.assert_close(found, 0.5 * RegressionOutput().derivatives(outputs)[0])
+
+
+@pytest.mark.parametrize("method", [TRAK, ExactKernel])
+@pytest.mark.parametrize("confidence", [0, -0.5, 1.5, float("nan"), float("inf"), "high", None, True])
+def test_what_is_no_confidence_is_refused(tmp_path, method, confidence):
+    with pytest.raises(ValueError, match="confidence must be above 0 and at most 1"):
+        method(make_model(), store=tmp_path, confidence=confidence)
+
+
+def test_what_does_not_go_together_is_refused(tmp_path, checkpoints):
+    for method in (TRAK, ExactKernel):
+        with pytest.raises(ValueError, match=r"confidence=0\.8 needs loss_gradients='per_checkpoint'"):
+            method(make_model(), store=tmp_path, confidence=0.8, loss_gradients="averaged")
+    with pytest.raises(ValueError, match=r"rescore= takes Q as it is, and confidence=0\.8"):
+        score(make("primal", tmp_path, checkpoints[:1], confidence=0.8), top_k=2, rescore=5)
