@@ -21,7 +21,7 @@ from lightning_trak.projections import GaussianProjection, Projection
 from lightning_trak.running.data import Data
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.running.trainers import trainer_of
-from lightning_trak.scoring.confidence import Confidence, require_confidence
+from lightning_trak.scoring.confidence import Confidence, Confident, require_confidence
 from lightning_trak.scoring.damping import Damping, require_damping
 from lightning_trak.scoring.gram import Curvature
 from lightning_trak.scoring.trak import LossGradients, TRAKScorer
@@ -58,9 +58,10 @@ class TRAK(FeatureMethod):
             ``"averaged"``, apart, as published: see :class:`~lightning_trak.scoring.TRAKScorer`.
         soft_threshold: scores move towards zero by this much, in the unit of scores (0: not at all).
         confidence: outputs f of training examples are multiplied by this before Q is taken of them, because what an
-            example adds depends on models that have not seen it, which are less sure. 1: Q as it is. Measured: .8
-            gives a higher LDS than 1 at one checkpoint, see docs/faithfulness.md. For an output whose loss is its
-            square, such as RegressionOutput, it multiplies all scores. It changes neither K nor the damping.
+            example adds depends on models that have not seen it, which are less sure. 1: Q as it is. ``"auto"``: .7
+            for one checkpoint; for several, the less the more they differ
+            (:attr:`~lightning_trak.scoring.damping.Noise.confidence`). K and the damping do not change. If R is the
+            same for all examples, as for a squared error, ``"auto"`` is 1, and a number multiplies the scores.
         parameters: which parameters to differentiate, by name pattern; default: all that require gradients.
         engine: how gradients are computed: ``"auto"``, ``"functional"``, ``"hooks"`` or ``"loop"``, see
             :class:`~lightning_trak.features.settings.FeatureSettings`.
@@ -94,7 +95,7 @@ class TRAK(FeatureMethod):
         damping: Damping = "auto",
         loss_gradients: LossGradients = "per_checkpoint",
         soft_threshold: float = 0.0,
-        confidence: float = 1.0,
+        confidence: Confidence = 1.0,
         parameters: ParameterSelection = None,
         engine: EngineName = "auto",
         seed: int = 0,
@@ -106,7 +107,7 @@ class TRAK(FeatureMethod):
         require_one_of("loss_gradients", loss_gradients, ("per_checkpoint", "averaged"))
         if not 0 <= soft_threshold < float("inf"):
             raise ValueError(f"soft_threshold must be at least 0, and finite, got {soft_threshold}")
-        self.confidence = require_confidence(confidence, loss_gradients)
+        self.confidence: Confidence = require_confidence(confidence, loss_gradients)
         super().__init__(
             model,
             checkpoints,
@@ -213,7 +214,7 @@ class TRAK(FeatureMethod):
     def make_scorer(self, store: FeatureStore) -> TRAKScorer:
         """TRAK's scorer."""
         subsets = [checkpoint.subset for checkpoint in self.checkpoints]
-        confidence = None if self.confidence == 1 else Confidence(self.output, self.confidence)
+        confidence = None if self.confidence == 1 else Confident(self.output, self.confidence)
         settings = self.curvature, self.damping, self.loss_gradients, self.soft_threshold
         return TRAKScorer(store, *settings, subsets, confidence)
 
@@ -226,7 +227,7 @@ class TRAK(FeatureMethod):
             )
         if self.confidence != 1:
             raise ValueError(
-                f"rescore= takes Q as it is, and confidence={self.confidence:g}: score without rescore=, or with"
+                f"rescore= takes Q as it is, and confidence={self.confidence!r}: score without rescore=, or with"
                 " confidence=1"
             )
         return ExactScores(self.curvature, self.damping, self.loss_gradients, self.soft_threshold)

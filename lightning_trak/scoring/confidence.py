@@ -6,31 +6,43 @@ below 1 before the loss is differentiated: for a margin, c is an inverse tempera
 1706.04599). The form and the values of c were found by measurement: docs/faithfulness.md has the evidence.
 """
 
-import math
+from dataclasses import dataclass
 from numbers import Real
+from typing import Literal
 
 from torch import Tensor
 
 from lightning_trak.outputs import ModelOutput
 
+Confidence = float | Literal["auto"]
 
-class Confidence:
+
+@dataclass(frozen=True)
+class Confident:
     """Q = -dl/df at c f.
 
-    Args:
+    Attributes:
         output: gives l.
-        factor: c.
+        confidence: c; ``"auto"`` is :attr:`~lightning_trak.scoring.damping.Noise.confidence`.
     """
 
-    def __init__(self, output: ModelOutput, factor: float) -> None:
-        self.output, self.factor = output, factor
+    output: ModelOutput
+    confidence: Confidence
 
-    def loss_gradients(self, outputs: Tensor) -> Tensor:
-        """Q of training examples with these outputs f: of the same shape."""
-        return self.output.derivatives(self.factor * outputs)[0].to(outputs.device)
+    def loss_gradients(self, outputs: Tensor, factor: float) -> Tensor:
+        """Q of training examples.
+
+        Args:
+            outputs: f.
+            factor: c.
+
+        Returns:
+            Of the same shape.
+        """
+        return self.output.derivatives(factor * outputs)[0]
 
 
-def require_confidence(confidence: float, loss_gradients: str) -> float:
+def require_confidence(confidence: Confidence, loss_gradients: str) -> Confidence:
     """The confidence, if it is one.
 
     Args:
@@ -38,13 +50,13 @@ def require_confidence(confidence: float, loss_gradients: str) -> float:
         loss_gradients: how Q is averaged over checkpoints.
 
     Raises:
-        ValueError: if it is not above 0 and at most 1, or not 1 where Q is averaged apart.
+        ValueError: if it is not above 0 and at most 1, or another word than "auto", or not 1 where Q is averaged apart.
     """
-    real = isinstance(confidence, Real) and not isinstance(confidence, bool)
-    if not real or not 0 < confidence <= 1 or math.isnan(confidence):
-        raise ValueError(f"confidence must be above 0 and at most 1, got {confidence!r}")
+    number = isinstance(confidence, Real) and not isinstance(confidence, bool) and 0 < confidence <= 1
+    if confidence != "auto" and not number:
+        raise ValueError(f"confidence must be above 0 and at most 1, or 'auto'; got {confidence!r}")
     if confidence != 1 and loss_gradients == "averaged":
         raise ValueError(
-            f"confidence={confidence:g} needs loss_gradients='per_checkpoint': what was published averages Q as it is"
+            f"confidence={confidence!r} needs loss_gradients='per_checkpoint': as published, Q is averaged as it is"
         )
-    return float(confidence)
+    return confidence

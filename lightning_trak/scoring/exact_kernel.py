@@ -16,7 +16,7 @@ from lightning_trak.features.store import FeatureStore
 from lightning_trak.gradients.hooks.factors import GradientForms
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.scoring.base import full_precision
-from lightning_trak.scoring.confidence import Confidence
+from lightning_trak.scoring.confidence import Confident
 from lightning_trak.scoring.damping import Damping
 from lightning_trak.scoring.gram import Curvature, row_blocks
 from lightning_trak.scoring.inner_products import inner_products
@@ -51,7 +51,7 @@ class ExactKernelScorer(TRAKScorer):
         soft_threshold: float,
         subsets: Sequence[TrainingSubset | None],
         num_parameters: int,
-        confidence: Confidence | None = None,
+        confidence: Confident | None = None,
     ) -> None:
         super().__init__(store, curvature, damping, loss_gradients, soft_threshold, subsets, confidence)
         self._num_parameters = num_parameters

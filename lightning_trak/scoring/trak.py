@@ -13,7 +13,7 @@ from lightning_trak.features.rows import Features, StoredFeatures
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.scoring.base import Scorer, full_precision
-from lightning_trak.scoring.confidence import Confidence
+from lightning_trak.scoring.confidence import Confident
 from lightning_trak.scoring.damping import Damping, Noise, auto_damping, ends
 from lightning_trak.scoring.dual import DualSystem, kernel_matrix, products_with
 from lightning_trak.scoring.gram import Curvature, DampedGram, gram_matrix, require_convex, row_blocks
@@ -63,7 +63,7 @@ class TRAKScorer(Scorer):
         loss_gradients: LossGradients,
         soft_threshold: float,
         subsets: Sequence[TrainingSubset | None] | None = None,
-        confidence: Confidence | None = None,
+        confidence: Confident | None = None,
     ) -> None:
         super().__init__(store)
         self.curvature: Curvature = curvature
@@ -72,6 +72,7 @@ class TRAKScorer(Scorer):
         self.soft_threshold = soft_threshold
         self.subsets = [None] * store.num_checkpoints if subsets is None else subsets
         self.confidence = confidence
+        self._factor = 1.0  # c
         self._levels: list[float] = []  # of noise, one for each checkpoint
         self._dual = False
         self._systems: dict[int, tuple[System, float]] = {}  # with their dampings, of as many checkpoints as fit
@@ -94,11 +95,17 @@ class TRAKScorer(Scorer):
             return
         self._systems = {}
         self._dual = self.solves_dual(self.store.num_examples, self.num_features)
-        noise = stored_noise(self.store, self.subsets, ranks) if self.damping == "auto" else None
+        chooses = self.confidence is not None and self.confidence.confidence == "auto"
+        noise = stored_noise(self.store, self.subsets, ranks) if self.damping == "auto" or chooses else None
+        if self.confidence is not None:
+            chosen = self.confidence.confidence
+            self._factor = noise.confidence if chosen == "auto" and noise is not None else float(chosen)
         weighted = self.curvature == "gauss_newton"
         self._levels = [1.0] * self.store.num_checkpoints if noise is None else noise.levels(weighted)
         dampings = [self._system(checkpoint, ranks)[1] for checkpoint in range(self.store.num_checkpoints)]
-        if noise is not None:
+        if chooses:
+            rank_zero_info(f"{self.user}: confidence='auto' is {self._factor:.2g}")
+        if self.damping == "auto" and noise is not None:
             place = "checkpoint" if len(dampings) == 1 else "checkpoints"
             rank_zero_info(
                 f"{self.user}: damping='auto' is {ends(dampings, 3)} at the {place}{noise.describe(weighted)}"
@@ -299,7 +306,9 @@ class TRAKScorer(Scorer):
         """Q, or None if the average of Q is multiplied later, by :meth:`finish`."""
         if self.loss_gradients == "averaged":
             return None
-        return rows.loss_gradients if self.confidence is None else self.confidence.loss_gradients(rows.outputs)
+        if self.confidence is None:
+            return rows.loss_gradients
+        return self.confidence.loss_gradients(rows.outputs, self._factor)
 
     def finish(self, sums: Tensor, loss_gradients: Callable[[], Tensor]) -> Tensor:
         """The mean over checkpoints, times the mean of Q if that is averaged apart, and moved towards zero if asked."""

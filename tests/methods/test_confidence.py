@@ -8,7 +8,8 @@ from lightning_trak import TRAK
 from lightning_trak.methods import ExactKernel
 from lightning_trak.outputs import RegressionOutput
 from lightning_trak.projections import IdentityProjection, SparseProjection
-from lightning_trak.scoring.confidence import Confidence
+from lightning_trak.scoring.confidence import Confident
+from lightning_trak.scoring.damping import Noise
 from tests.lit import TARGETS, TRAIN, make_checkpoints, make_model, make_trainer, stored
 
 METHODS = {
@@ -68,14 +69,44 @@ def test_a_confidence_of_one_changes_nothing(tmp_path, checkpoints):
 
 def test_a_squared_error_is_multiplied():
     outputs = torch.randn(7)
-    found = Confidence(RegressionOutput(), 0.5).loss_gradients(outputs)
+    found = Confident(RegressionOutput(), 0.5).loss_gradients(outputs, 0.5)
     torch.testing.assert_close(found, 0.5 * RegressionOutput().derivatives(outputs)[0])
 
 
+def noise_of(curvatures):
+    noise = Noise(len(curvatures))
+    noise.add(torch.ones_like(curvatures), curvatures)
+    return noise
+
+
+def test_the_confidence_is_that_of_one_checkpoint_about_many():
+    shared, own = torch.rand(5, 4000, generator=torch.Generator().manual_seed(0)).double().split([1, 4])
+    assert noise_of(own[:1]).confidence == pytest.approx(0.7)
+    assert noise_of(own[:1].expand(3, -1)).confidence == pytest.approx(1)
+    assert noise_of(shared + own).confidence == pytest.approx(0.5**0.5, abs=0.02)
+    assert noise_of(own).confidence == pytest.approx(0.3, abs=0.05)
+    for count in (1, 3):
+        assert noise_of(torch.full((count, 20), 2.0)).confidence == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_auto_is_the_number_that_it_chooses(tmp_path, checkpoints, name):
+    method = make(name, tmp_path, checkpoints, confidence="auto", damping=0.5)
+    store = stored(tmp_path / "store")
+    rows = [[store.read(number, shard).curvatures for shard in range(store.num_shards)] for number in range(2)]
+    chosen = noise_of(torch.stack([torch.cat(part) for part in rows])).confidence
+    assert 0.3 < chosen < 1
+    expected = score(make(name, tmp_path, checkpoints, confidence=chosen, damping=0.5))
+    torch.testing.assert_close(score(method), expected)
+    one = make(name, tmp_path / "one", checkpoints[:1], confidence="auto")
+    torch.testing.assert_close(score(one), score(make(name, tmp_path / "one", checkpoints[:1], confidence=0.7)))
+
+
 @pytest.mark.parametrize("method", [TRAK, ExactKernel])
-@pytest.mark.parametrize("confidence", [0, -0.5, 1.5, float("nan"), float("inf"), "high", None, True])
+@pytest.mark.parametrize("confidence", [0, -0.5, "on", 1.5, float("nan"), float("inf"), "high", None, True])
 def test_what_is_no_confidence_is_refused(tmp_path, method, confidence):
-    with pytest.raises(ValueError, match="confidence must be above 0 and at most 1"):
+    with pytest.raises(ValueError, match="confidence must be above 0 and at most 1, or 'auto'"):
         method(make_model(), store=tmp_path, confidence=confidence)
 
 
