@@ -214,9 +214,12 @@ class TRAK(FeatureMethod):
     def make_scorer(self, store: FeatureStore) -> TRAKScorer:
         """TRAK's scorer."""
         subsets = [checkpoint.subset for checkpoint in self.checkpoints]
-        confidence = None if self.confidence == 1 else Confident(self.output, self.confidence)
         settings = self.curvature, self.damping, self.loss_gradients, self.soft_threshold
-        return TRAKScorer(store, *settings, subsets, confidence)
+        return TRAKScorer(store, *settings, subsets, self._confident())
+
+    def _confident(self) -> Confident | None:
+        """What gives Q in the place of the stored one."""
+        return None if self.confidence == 1 else Confident(self.output, self.confidence)
 
     def _exact_scores(self) -> ExactScores:
         members = [checkpoint.name for checkpoint in self.checkpoints if checkpoint.subset is not None]
@@ -225,9 +228,5 @@ class TRAK(FeatureMethod):
                 f"rescore= takes the curvature of all training examples, but {members[0]} has seen only some of them:"
                 " score without rescore=, or use models that were trained on all examples"
             )
-        if self.confidence != 1:
-            raise ValueError(
-                f"rescore= takes Q as it is, and confidence={self.confidence!r}: score without rescore=, or with"
-                " confidence=1"
-            )
-        return ExactScores(self.curvature, self.damping, self.loss_gradients, self.soft_threshold)
+        settings = self.curvature, self.damping, self.loss_gradients, self.soft_threshold
+        return ExactScores(*settings, self._confident())

@@ -13,6 +13,7 @@ from typing import Literal
 from torch import Tensor
 
 from lightning_trak.outputs import ModelOutput
+from lightning_trak.scoring.damping import Noise
 
 Confidence = float | Literal["auto"]
 
@@ -28,6 +29,22 @@ class Confident:
 
     output: ModelOutput
     confidence: Confidence
+
+    @property
+    def automatic(self) -> bool:
+        """Whether c is chosen from the training examples at all checkpoints."""
+        return self.confidence == "auto"
+
+    def factor(self, noise: Noise | None) -> float:
+        """C.
+
+        Args:
+            noise: of all training examples; needed if c is chosen from them.
+        """
+        if self.confidence != "auto":
+            return float(self.confidence)
+        assert noise is not None
+        return noise.confidence
 
     def loss_gradients(self, outputs: Tensor, factor: float) -> Tensor:
         """Q of training examples.

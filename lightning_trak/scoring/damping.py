@@ -122,7 +122,7 @@ class Noise:
         if not varies.all():
             return 1.0
         correlation = 0.49 if size == 1 else (size * self.agreement - 1) / (size - 1)
-        return max(correlation, 0.09) ** 0.5
+        return math.sqrt(max(correlation, 0.09))
 
     def levels(self, weighted: bool) -> list[float]:
         """The noise at each checkpoint, for :func:`auto_damping`: agreement^2 dispersion share.

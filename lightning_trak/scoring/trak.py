@@ -95,11 +95,10 @@ class TRAKScorer(Scorer):
             return
         self._systems = {}
         self._dual = self.solves_dual(self.store.num_examples, self.num_features)
-        chooses = self.confidence is not None and self.confidence.confidence == "auto"
+        chooses = self.confidence is not None and self.confidence.automatic
         noise = stored_noise(self.store, self.subsets, ranks) if self.damping == "auto" or chooses else None
         if self.confidence is not None:
-            chosen = self.confidence.confidence
-            self._factor = noise.confidence if chosen == "auto" and noise is not None else float(chosen)
+            self._factor = self.confidence.factor(noise)
         weighted = self.curvature == "gauss_newton"
         self._levels = [1.0] * self.store.num_checkpoints if noise is None else noise.levels(weighted)
         dampings = [self._system(checkpoint, ranks)[1] for checkpoint in range(self.store.num_checkpoints)]

@@ -110,9 +110,16 @@ def test_what_is_no_confidence_is_refused(tmp_path, method, confidence):
         method(make_model(), store=tmp_path, confidence=confidence)
 
 
-def test_what_does_not_go_together_is_refused(tmp_path, checkpoints):
+def test_published_averages_are_refused(tmp_path):
     for method in (TRAK, ExactKernel):
         with pytest.raises(ValueError, match=r"confidence=0\.8 needs loss_gradients='per_checkpoint'"):
             method(make_model(), store=tmp_path, confidence=0.8, loss_gradients="averaged")
-    with pytest.raises(ValueError, match=r"rescore= takes Q as it is, and confidence=0\.8"):
-        score(make("primal", tmp_path, checkpoints[:1], confidence=0.8), top_k=2, rescore=5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("confidence", ["auto", 0.6])
+def test_rescored_candidates_have_it(tmp_path, checkpoints, confidence):
+    method = make("dual", tmp_path, checkpoints, confidence=confidence)
+    expected, found = score(method).topk(4), score(method, top_k=4, largest=True, rescore=8)
+    torch.testing.assert_close(found.values, expected.values, rtol=1e-3, atol=1e-5)
+    assert torch.equal(found.indices, expected.indices)
