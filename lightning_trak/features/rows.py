@@ -72,6 +72,11 @@ class StoredFeatures:
         return dict(zip(Features._fields, (self.codes, *self.scalars), strict=True)) | scales
 
     @property
+    def outputs(self) -> Tensor:
+        """As in :class:`Features`."""
+        return self.scalars[0]
+
+    @property
     def loss_gradients(self) -> Tensor:
         """Q = -dl/df, shape ``(n,)``."""
         return self.scalars[1]

@@ -20,6 +20,7 @@ from lightning_trak.methods.influence.solvers import InverseProduct
 from lightning_trak.methods.questions import Question
 from lightning_trak.methods.stored_data import require_stored_data
 from lightning_trak.outputs import ModelOutput
+from lightning_trak.scoring.confidence import Confident
 from lightning_trak.scoring.damping import Damping
 from lightning_trak.scoring.gram import Curvature
 from lightning_trak.scoring.groups import Sums
@@ -46,12 +47,14 @@ class ExactScores:
         damping: lambda.
         loss_gradients: how Q is averaged.
         soft_threshold: by how much scores move towards zero.
+        confidence: what gives Q in the place of that of the loss; None: nothing.
     """
 
     curvature: Curvature
     damping: Damping
     loss_gradients: LossGradients
     soft_threshold: float
+    confidence: Confident | None = None
 
 
 @dataclass(frozen=True)
@@ -128,8 +131,14 @@ class SecondStage:
         """
         found = [_Candidates(each, passes.dtype) for each in candidates]
         passes.begun_with = store.begun_with
+        noise, confident = stored_noise(store, [None] * store.num_checkpoints), self.exact.confidence
         if self.exact.damping == "auto":
-            passes.agreement = stored_noise(store, [None] * store.num_checkpoints).agreement
+            passes.agreement = noise.agreement
+        factor = 1.0 if confident is None else confident.factor(noise)
+
+        def loss_gradients(rows: Features) -> Tensor:
+            return rows.loss_gradients if confident is None else confident.loss_gradients(rows.outputs, factor)
+
         for checkpoint in range(store.num_checkpoints):
             passes.enter(checkpoint)
             audit(passes, self.train)
@@ -140,7 +149,7 @@ class SecondStage:
             for examples, each, rows in zip(targets, found, sums, strict=True):
                 for block in target_blocks(passes, examples, rows):
                     directions = inverse(target_gradients(passes, examples, block, output), block.span)
-                    each.add(block.span, passes, directions, self.exact.loss_gradients)
+                    each.add(block.span, passes, directions, self.exact.loss_gradients, loss_gradients)
         return [self._kept(each, store.num_checkpoints, largest) for each in found]
 
     def _inverse(self, passes: Passes, store: FeatureStore, checkpoint: int) -> InverseProduct:
@@ -185,7 +194,14 @@ class _Candidates:
         self.products = torch.zeros(indices.shape, dtype=dtype)
         self.loss_gradients = torch.zeros(indices.shape, dtype=dtype)
 
-    def add(self, span: range, passes: Passes, directions: Tensor, averaging: LossGradients) -> None:
+    def add(
+        self,
+        span: range,
+        passes: Passes,
+        directions: Tensor,
+        averaging: LossGradients,
+        q: Callable[[Features], Tensor],
+    ) -> None:
         """Add the scores of some targets' candidates at the current checkpoint.
 
         Args:
@@ -193,6 +209,7 @@ class _Candidates:
             passes: the model there.
             directions: of the targets, shape ``(len(span), p)``.
             averaging: how Q is averaged.
+            q: gives Q of some examples, shape ``(n,)``.
         """
         rows = slice(span.start, span.stop)
         sums, loss_gradients = self.products[rows].view(-1), self.loss_gradients[rows].view(-1)
@@ -202,7 +219,7 @@ class _Candidates:
         for part, products in gradient_products(passes, directions, union.tolist()):
             low, high = torch.searchsorted(numbers, torch.tensor([start, start + len(part)])).tolist()
             places, those = numbers[low:high] - start, entries[low:high]
-            own = products.loss_gradients.cpu()[places]
+            own = q(products).to(sums)[places]
             found = products.features.cpu()[places, those // self.indices.shape[1]]
             sums[those] += found * own if averaging == "per_checkpoint" else found
             loss_gradients[those] += own

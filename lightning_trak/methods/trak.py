@@ -21,6 +21,7 @@ from lightning_trak.projections import GaussianProjection, Projection
 from lightning_trak.running.data import Data
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.running.trainers import trainer_of
+from lightning_trak.scoring.confidence import Confidence, Confident, require_confidence
 from lightning_trak.scoring.damping import Damping, require_damping
 from lightning_trak.scoring.gram import Curvature
 from lightning_trak.scoring.trak import LossGradients, TRAKScorer
@@ -56,6 +57,11 @@ class TRAK(FeatureMethod):
         loss_gradients: how Q is averaged over checkpoints: ``"per_checkpoint"``, together with what it multiplies; or
             ``"averaged"``, apart, as published: see :class:`~lightning_trak.scoring.TRAKScorer`.
         soft_threshold: scores move towards zero by this much, in the unit of scores (0: not at all).
+        confidence: outputs f of training examples are multiplied by this before Q is taken of them, because what an
+            example adds depends on models that have not seen it, which are less sure. 1: Q as it is. ``"auto"``: .7
+            for one checkpoint; for several, the less the more they differ
+            (:attr:`~lightning_trak.scoring.damping.Noise.confidence`). K and the damping do not change. If R is the
+            same for all examples, as for a squared error, ``"auto"`` is 1, and a number multiplies the scores.
         parameters: which parameters to differentiate, by name pattern; default: all that require gradients.
         engine: how gradients are computed: ``"auto"``, ``"functional"``, ``"hooks"`` or ``"loop"``, see
             :class:`~lightning_trak.features.settings.FeatureSettings`.
@@ -75,7 +81,7 @@ class TRAK(FeatureMethod):
         best = trak.score(trainer, target_loader, top_k=10, rescore=1000)
     """
 
-    _shown = (*FeatureMethod._shown, "curvature", "damping", "loss_gradients")
+    _shown = (*FeatureMethod._shown, "curvature", "damping", "loss_gradients", "confidence")
 
     def __init__(
         self,
@@ -89,6 +95,7 @@ class TRAK(FeatureMethod):
         damping: Damping = "auto",
         loss_gradients: LossGradients = "per_checkpoint",
         soft_threshold: float = 0.0,
+        confidence: Confidence = 1.0,
         parameters: ParameterSelection = None,
         engine: EngineName = "auto",
         seed: int = 0,
@@ -100,6 +107,7 @@ class TRAK(FeatureMethod):
         require_one_of("loss_gradients", loss_gradients, ("per_checkpoint", "averaged"))
         if not 0 <= soft_threshold < float("inf"):
             raise ValueError(f"soft_threshold must be at least 0, and finite, got {soft_threshold}")
+        self.confidence: Confidence = require_confidence(confidence, loss_gradients)
         super().__init__(
             model,
             checkpoints,
@@ -206,7 +214,12 @@ class TRAK(FeatureMethod):
     def make_scorer(self, store: FeatureStore) -> TRAKScorer:
         """TRAK's scorer."""
         subsets = [checkpoint.subset for checkpoint in self.checkpoints]
-        return TRAKScorer(store, self.curvature, self.damping, self.loss_gradients, self.soft_threshold, subsets)
+        settings = self.curvature, self.damping, self.loss_gradients, self.soft_threshold
+        return TRAKScorer(store, *settings, subsets, self._confident())
+
+    def _confident(self) -> Confident | None:
+        """What gives Q in the place of the stored one."""
+        return None if self.confidence == 1 else Confident(self.output, self.confidence)
 
     def _exact_scores(self) -> ExactScores:
         members = [checkpoint.name for checkpoint in self.checkpoints if checkpoint.subset is not None]
@@ -215,4 +228,5 @@ class TRAK(FeatureMethod):
                 f"rescore= takes the curvature of all training examples, but {members[0]} has seen only some of them:"
                 " score without rescore=, or use models that were trained on all examples"
             )
-        return ExactScores(self.curvature, self.damping, self.loss_gradients, self.soft_threshold)
+        settings = self.curvature, self.damping, self.loss_gradients, self.soft_threshold
+        return ExactScores(*settings, self._confident())
