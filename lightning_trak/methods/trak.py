@@ -21,7 +21,7 @@ from lightning_trak.projections import GaussianProjection, Projection
 from lightning_trak.running.data import Data
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.running.trainers import trainer_of
-from lightning_trak.scoring.confidence import Confidence, Confident, require_confidence
+from lightning_trak.scoring.confidence import Confidence, Confident, confident, require_confidence
 from lightning_trak.scoring.damping import Damping, require_damping
 from lightning_trak.scoring.gram import Curvature
 from lightning_trak.scoring.trak import LossGradients, TRAKScorer
@@ -61,7 +61,8 @@ class TRAK(FeatureMethod):
             example adds depends on models that have not seen it, which are less sure. 1: Q as it is. ``"auto"``: .7
             for one checkpoint; for several, the less the more they differ
             (:attr:`~lightning_trak.scoring.damping.Noise.confidence`). K and the damping do not change. If R is the
-            same for all examples, as for a squared error, ``"auto"`` is 1, and a number multiplies the scores.
+            same for all examples, as for a squared error, ``"auto"`` is 1, and a number multiplies the scores. None:
+            ``"auto"`` with ``damping="auto"`` and ``loss_gradients="per_checkpoint"``, else 1.
         parameters: which parameters to differentiate, by name pattern; default: all that require gradients.
         engine: how gradients are computed: ``"auto"``, ``"functional"``, ``"hooks"`` or ``"loop"``, see
             :class:`~lightning_trak.features.settings.FeatureSettings`.
@@ -95,7 +96,7 @@ class TRAK(FeatureMethod):
         damping: Damping = "auto",
         loss_gradients: LossGradients = "per_checkpoint",
         soft_threshold: float = 0.0,
-        confidence: Confidence = 1.0,
+        confidence: Confidence | None = None,
         parameters: ParameterSelection = None,
         engine: EngineName = "auto",
         seed: int = 0,
@@ -107,7 +108,7 @@ class TRAK(FeatureMethod):
         require_one_of("loss_gradients", loss_gradients, ("per_checkpoint", "averaged"))
         if not 0 <= soft_threshold < float("inf"):
             raise ValueError(f"soft_threshold must be at least 0, and finite, got {soft_threshold}")
-        self.confidence: Confidence = require_confidence(confidence, loss_gradients)
+        self.confidence = require_confidence(confidence, loss_gradients)
         super().__init__(
             model,
             checkpoints,
@@ -219,7 +220,7 @@ class TRAK(FeatureMethod):
 
     def _confident(self) -> Confident | None:
         """What gives Q in the place of the stored one."""
-        return None if self.confidence == 1 else Confident(self.output, self.confidence)
+        return confident(self.output, self.confidence, self.damping, self.loss_gradients)
 
     def _exact_scores(self) -> ExactScores:
         members = [checkpoint.name for checkpoint in self.checkpoints if checkpoint.subset is not None]

@@ -13,7 +13,7 @@ from typing import Literal
 from torch import Tensor
 
 from lightning_trak.outputs import ModelOutput
-from lightning_trak.scoring.damping import Noise
+from lightning_trak.scoring.damping import Damping, Noise
 
 Confidence = float | Literal["auto"]
 
@@ -59,8 +59,24 @@ class Confident:
         return self.output.derivatives(factor * outputs)[0]
 
 
-def require_confidence(confidence: Confidence, loss_gradients: str) -> Confidence:
-    """The confidence, if it is one.
+def confident(
+    output: ModelOutput, confidence: Confidence | None, damping: Damping, loss_gradients: str
+) -> Confident | None:
+    """What gives Q in the place of the stored one; None if the stored one is it.
+
+    Args:
+        output: gives l.
+        confidence: c; None: "auto" where the damping is, too, and Q is not averaged apart, else 1.
+        damping: the damping.
+        loss_gradients: how Q is averaged over checkpoints.
+    """
+    if confidence is None:
+        confidence = "auto" if damping == "auto" and loss_gradients != "averaged" else 1.0
+    return None if confidence == 1 else Confident(output, confidence)
+
+
+def require_confidence(confidence: Confidence | None, loss_gradients: str) -> Confidence | None:
+    """The confidence, if it is one or None.
 
     Args:
         confidence: c.
@@ -69,6 +85,8 @@ def require_confidence(confidence: Confidence, loss_gradients: str) -> Confidenc
     Raises:
         ValueError: if it is not above 0 and at most 1, or another word than "auto", or not 1 where Q is averaged apart.
     """
+    if confidence is None:
+        return None
     number = isinstance(confidence, Real) and not isinstance(confidence, bool) and 0 < confidence <= 1
     if confidence != "auto" and not number:
         raise ValueError(f"confidence must be above 0 and at most 1, or 'auto'; got {confidence!r}")

@@ -61,10 +61,14 @@ def test_every_question_has_the_same_scores(tmp_path, checkpoints, name):
     torch.testing.assert_close(method.self_influence(trainer), itself, rtol=1e-3, atol=1e-5 * float(itself.abs().max()))
 
 
-def test_a_confidence_of_one_changes_nothing(tmp_path, checkpoints):
-    assert torch.equal(
-        score(make("primal", tmp_path, checkpoints, confidence=1)), score(make("primal", tmp_path, checkpoints))
-    )
+def test_without_a_word_it_goes_with_the_damping(tmp_path, checkpoints):
+    def scores(**options):
+        return score(make("primal", tmp_path, checkpoints, **options))
+
+    assert torch.equal(scores(), scores(confidence="auto"))
+    assert torch.equal(scores(damping=0.5), scores(damping=0.5, confidence=1))
+    assert torch.equal(scores(loss_gradients="averaged"), scores(loss_gradients="averaged", confidence=1))
+    assert not torch.equal(scores(), scores(confidence=1))
 
 
 def test_a_squared_error_is_multiplied():
@@ -104,7 +108,7 @@ def test_auto_is_the_number_that_it_chooses(tmp_path, checkpoints, name):
 
 
 @pytest.mark.parametrize("method", [TRAK, ExactKernel])
-@pytest.mark.parametrize("confidence", [0, -0.5, "on", 1.5, float("nan"), float("inf"), "high", None, True])
+@pytest.mark.parametrize("confidence", [0, -0.5, "on", 1.5, float("nan"), float("inf"), "high", True])
 def test_what_is_no_confidence_is_refused(tmp_path, method, confidence):
     with pytest.raises(ValueError, match="confidence must be above 0 and at most 1, or 'auto'"):
         method(make_model(), store=tmp_path, confidence=confidence)
