@@ -4,8 +4,9 @@
     python -m benchmarks.damping --out damping_output --quick    # one small task, under a minute
 
 Each task is measured with TRAK by default and with the exact kernel, at one model and at ten: the constant damping with
-the highest linear datamodeling score (LDS), its LDS, and the LDS of ``damping="auto"`` and of the former rule,
-k / (2 n_eff). With one model, each of the first three models is measured, and their mean is taken.
+the highest linear datamodeling score (LDS), its LDS, and the LDS of ``damping="auto"``, of the former rule,
+k / (2 n_eff), and of ``damping="auto"`` together with ``confidence="auto"``. With one model, each of the first three
+models is measured, and their mean is taken.
 """
 
 import argparse
@@ -47,6 +48,7 @@ class Result:
         best_lds: its LDS.
         former_lds: LDS of the former rule.
         auto_lds: LDS of "auto".
+        confident_lds: LDS of "auto" with confidence="auto".
     """
 
     task: str
@@ -56,6 +58,7 @@ class Result:
     best_lds: float
     former_lds: float
     auto_lds: float
+    confident_lds: float
 
 
 def former_damping(trace: Tensor, squared_weights: Tensor, size: int, noise: float = 1.0) -> float:
@@ -76,6 +79,11 @@ class Measured:
         """At a constant damping, or at the automatic one."""
         self.method.damping = damping
         return float(self.truth.measure(self.method.score(self.trainer, self.targets)).compute())
+
+    def confident_lds(self) -> float:
+        """At the automatic damping and confidence."""
+        with patch.object(self.method, "confidence", "auto"):
+            return self.lds("auto")
 
     def former_lds(self) -> float:
         """With the former rule in place of the automatic one."""
@@ -104,16 +112,19 @@ def results_of(name: str, task: Task, truth: Truth) -> Iterator[Result]:
 
             best, best_lds = best_constant(lambda damping: mean(lambda one: one.lds(damping)))
             former, auto = mean(Measured.former_lds), mean(lambda one: one.lds("auto"))
-        yield Result(task.name, name, len(chosen[0]), best, best_lds, former, auto)
+            confident = mean(Measured.confident_lds)
+        yield Result(task.name, name, len(chosen[0]), best, best_lds, former, auto, confident)
 
 
 def table(results: list[Result]) -> str:
     """Markdown."""
-    columns = ("task", "method", "M", "best constant", "its LDS", "former rule", "auto", "former / best", "auto / best")
+    lines = ("former rule", "auto", "confident")
+    columns = ("task", "method", "M", "best constant", "its LDS", *lines, *(f"{line} / best" for line in lines))
     rows = []
     for r in results:
-        lds = [f"{value:.3f}" for value in (r.best_lds, r.former_lds, r.auto_lds)]
-        shares = [f"{value / r.best_lds:.3f}" for value in (r.former_lds, r.auto_lds)]
+        found = r.former_lds, r.auto_lds, r.confident_lds
+        lds = [f"{value:.3f}" for value in (r.best_lds, *found)]
+        shares = [f"{value / r.best_lds:.3f}" for value in found]
         rows.append((r.task, r.method, r.models, f"{r.best:.3g}", *lds, *shares))
     return Table(columns, rows).markdown() + "\n"
 
