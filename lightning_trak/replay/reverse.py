@@ -85,8 +85,8 @@ class Reverse:
         Args:
             played: the step.
             after: the state after it.
-            blocks: derivatives of the outputs by the state after the step. They become those by the state before. Blocks
-                that are too large are cut.
+            blocks: derivatives of the outputs by the state after the step. They become those by the state before.
+                Blocks that are too large are cut.
 
         Returns:
             Derivatives by the weights of examples: their positions, and a tensor ``(num_targets, len(positions))``, for
@@ -97,7 +97,7 @@ class Reverse:
         """
         player = self._player
         player.arrange(played.record)
-        played.before.load(player.module)
+        played.before.load(player.module, parameters=player.parameters)
         self.track()
         pieces = list(self._pieces(played))
         graphs: list[_Graph] = []
@@ -118,9 +118,9 @@ class Reverse:
         results = {key: result for group in update.outputs.values() for key, result in group.items()}
         require_step(played, after, results, player.dtype, player.update.rounding)
         parameters = [player.parameters[name] for name in self._tracked]
-        blocks[:] = [part for block in blocks for part in block.cut(self._products.size(parameters, block.count))]
+        blocks[:] = [part for block in blocks for part in block.cut(self._products.size(parameters, block.num_targets))]
         # A block goes through update and gradient before the next one, while its cotangents are in the cache.
-        moved = ((block, update.back(block.cotangents, block.count, self._products)) for block in blocks)
+        moved = ((block, update.back(block.cotangents, block.num_targets, self._products)) for block in blocks)
         turns = moved if len(pieces) == 1 else list(moved)
         weights = []
         for piece in reversed(pieces):
@@ -191,9 +191,7 @@ class Reverse:
             gradients = torch.autograd.grad(total, parameters, create_graph=True, allow_unused=True)
         return _Graph(list(gradients), weights, before, after, losses)
 
-    def _through_gradient(
-        self, graph: _Graph, trained: Sequence[str], block: Block, by_gradient: Cotangents
-    ) -> Tensor:
+    def _through_gradient(self, graph: _Graph, trained: Sequence[str], block: Block, by_gradient: Cotangents) -> Tensor:
         """Go back through the gradient of a piece. Derivatives by the state before are added to the cotangents.
 
         Returns:

@@ -7,7 +7,8 @@ and going back for many targets is a product with these tensors.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -28,20 +29,23 @@ class Block(NamedTuple):
     """Targets that go back through a step together, so that their cotangents stay in the processor's cache.
 
     Attributes:
-        count: how many they are.
+        num_targets: how many they are.
         cotangents: their cotangents.
     """
 
-    count: int
+    num_targets: int
     cotangents: Cotangents
 
     def cut(self, size: int) -> list[Block]:
         """Blocks of at most so many targets. They share memory with this one."""
-        if self.count <= size:
+        if self.num_targets <= size:
             return [self]
         return [
-            Block(min(size, self.count - start), {key: part[start : start + size] for key, part in self.cotangents.items()})
-            for start in range(0, self.count, size)
+            Block(
+                min(size, self.num_targets - start),
+                {key: part[start : start + size] for key, part in self.cotangents.items()},
+            )
+            for start in range(0, self.num_targets, size)
         ]
 
 
@@ -187,7 +191,9 @@ class Update:
                     if (derivative := derivatives[own]) is not None:
                         terms.setdefault(own, []).append((key, _number(derivative)))
         for found in terms.values():
-            found.sort(key=lambda term: not _is_one(term[1]))  # a sum that starts with a factor of 1 takes one pass less
+            found.sort(
+                key=lambda term: not _is_one(term[1])
+            )  # a sum that starts with a factor of 1 takes one pass less
         self.known[names] = terms
         return terms
 
@@ -239,11 +245,14 @@ def _is_identity(key: str, terms: list[Term]) -> bool:
     return result == key and not others and _is_one(derivative)
 
 
-def _collected(keys: Iterable[str], blocks: Iterable[tuple[slice, list[Tensor | None]]]) -> Cotangents:
+def _collected(keys: Collection[str], blocks: Iterable[tuple[slice, list[Tensor | None]]]) -> Cotangents:
     """Products of all blocks, by name. No two of them share memory, since they are changed in place later."""
-    rows = [found for _, found in blocks]
-    parts = {key: [part for part in column if part is not None] for key, column in zip(keys, zip(*rows), strict=False)}
-    joined = {key: column[0] if len(column) == 1 else torch.cat(column) for key, column in parts.items() if column}
+    parts: dict[str, list[Tensor]] = defaultdict(list)
+    for _, found in blocks:
+        for key, part in zip(keys, found, strict=True):
+            if part is not None:
+                parts[key].append(part)
+    joined = {key: column[0] if len(column) == 1 else torch.cat(column) for key, column in parts.items()}
     places: set[int] = set()
     for key, part in joined.items():
         place = part.untyped_storage().data_ptr()
