@@ -130,7 +130,9 @@ def _equal_up_to_rounding(new: Sequence[Tensor], expected: Sequence[Tensor], dty
 
 
 def _norm(tensors: Sequence[Tensor]) -> float:
-    return float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(tensor) for tensor in tensors])))
+    norms = [torch.linalg.vector_norm(tensor) for tensor in tensors]
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return float(norm)
 
 
 def _distance(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:

@@ -190,10 +190,8 @@ class Update:
                 for own in self.inputs[name]:
                     if (derivative := derivatives[own]) is not None:
                         terms.setdefault(own, []).append((key, _number(derivative)))
-        for found in terms.values():
-            found.sort(
-                key=lambda term: not _is_one(term[1])
-            )  # a sum that starts with a factor of 1 takes one pass less
+        for own_terms in terms.values():  # a sum that starts with a factor of 1 takes one pass less
+            own_terms.sort(key=lambda term: not _is_one(term[1]))
         self.known[names] = terms
         return terms
 

@@ -1,6 +1,7 @@
 """Random states: kept unchanged for the user, and recorded before a training step."""
 
 import ctypes
+import platform
 import random
 import struct
 from collections.abc import Callable, Iterator, Mapping
@@ -98,6 +99,25 @@ def _read_python(device: torch.device) -> tuple[Any, ...]:
     return random.getstate()
 
 
+def _python_address() -> int | None:
+    """Where CPython keeps the position and the 624 numbers of ``random``; None if they are not found there."""
+    _, numbers, _ = random.getstate()
+    generator: Any = random.getstate.__self__  # type: ignore[attr-defined]
+    address = id(generator) + object.__basicsize__
+    end = id(generator) + type(generator).__mro__[1].__basicsize__
+    if platform.python_implementation() != "CPython" or end < address + _MERSENNE_TWISTER:
+        return None
+    found = struct.unpack("=i624I", ctypes.string_at(address, _MERSENNE_TWISTER))
+    return address if found == (numbers[-1], *numbers[:-1]) else None
+
+
+def _mark_python(device: torch.device) -> Any:
+    if _PYTHON_ADDRESS is None:
+        return _read_python(device)
+    generator: Any = random.getstate.__self__  # type: ignore[attr-defined]
+    return ctypes.string_at(_PYTHON_ADDRESS, _MERSENNE_TWISTER), generator.gauss_next
+
+
 def _pack_python(state: tuple[Any, ...]) -> Tensor:
     version, numbers, gauss = state
     return _tensor(_PYTHON.pack(version, *numbers, gauss is not None, gauss or 0.0))
@@ -122,13 +142,15 @@ def _tensor(content: bytes) -> Tensor:
     return torch.frombuffer(bytearray(content), dtype=torch.uint8)
 
 
+_PYTHON_ADDRESS = _python_address()
+
 _FAST = {
     "torch": _Generator(_read_torch, _read_torch, _tensor, _restore_torch),
     "cuda": _Generator(_read_cuda, _read_cuda, _tensor, _restore_cuda),
 }
 _SLOW = {
     "numpy": _Generator(_read_numpy, _mark_numpy, _pack_numpy, _restore_numpy),
-    "python": _Generator(_read_python, _read_python, _pack_python, _restore_python),
+    "python": _Generator(_read_python, _mark_python, _pack_python, _restore_python),
 }
 
 
