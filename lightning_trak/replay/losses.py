@@ -130,9 +130,7 @@ def _equal_up_to_rounding(new: Sequence[Tensor], expected: Sequence[Tensor], dty
 
 
 def _norm(tensors: Sequence[Tensor]) -> float:
-    norms = [torch.linalg.vector_norm(tensor) for tensor in tensors]
-    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
-    return float(norm)
+    return float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(tensor) for tensor in tensors])).item())
 
 
 def _distance(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:

@@ -199,7 +199,7 @@ def test_files_are_written_while_training_goes_on(tmp_path, monkeypatch):
     recording = Recording(tmp_path)
     assert len(recording.manifest["parts"]) > 2
     assert recording.state_steps == list(range(9))
-    same_steps(map(recording.record, range(9)), [step(number) for number in range(9)])
+    same_steps([*map(recording.record, range(9))], [step(number) for number in range(9)])
     assert all(difference(recording.state(number), state(number)).identical for number in range(9))
 
 
@@ -223,7 +223,7 @@ def test_an_error_of_the_writing_thread_is_raised_and_loses_nothing(tmp_path, mo
     assert Recording(tmp_path).num_steps == 0
     monkeypatch.setattr(os, "replace", replace)
     writer.flush(finished=True)
-    same_steps(map(Recording(tmp_path).record, range(2)), [step(0), step(1)])
+    same_steps([*map(Recording(tmp_path).record, range(2))], [step(0), step(1)])
 
 
 def test_the_directory_is_held_until_all_is_written(tmp_path, monkeypatch):
