@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -130,9 +131,9 @@ def _equal_up_to_rounding(new: Sequence[Tensor], expected: Sequence[Tensor], dty
 
 
 def _norm(tensors: Sequence[Tensor]) -> float:
-    return float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(tensor) for tensor in tensors])).item())
+    return float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(tensor) for tensor in tensors])))
 
 
 def _distance(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
     squares = (float((one.double() - other.double()).square().sum()) for one, other in zip(first, second, strict=True))
-    return sum(squares) ** 0.5
+    return math.sqrt(sum(squares))
