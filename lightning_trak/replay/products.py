@@ -12,8 +12,8 @@ from torch import Tensor
 BLOCK_BYTES = 1 << 29
 
 # On a CPU, also the results. The C library takes larger tensors from the system each time, and the system clears them,
-# which takes longer than to compute them.
-RESULT_BYTES = 1 << 24
+# which takes longer than to compute them. With twice this size, it did so in some processes and not in others.
+RESULT_BYTES = 1 << 23
 
 
 class Products:
