@@ -22,7 +22,7 @@ from lightning_trak.replay.reverse import Reverse
 from lightning_trak.replay.schedule import backwards
 from lightning_trak.replay.states import TrainingState
 from lightning_trak.replay.targets import differentiable, output_at, targets_alone
-from lightning_trak.replay.updating import Cotangents
+from lightning_trak.replay.updating import Block, Cotangents
 from lightning_trak.running.loading import load
 from lightning_trak.scoring.groups import Collected, RowBlock, Sums, row_blocks
 
@@ -219,6 +219,7 @@ class Differentiated:
         kept: dict[int, TrainingState] = {}
         played: dict[int, Played] = {}
         after: TrainingState | None = None
+        blocks = [Block(count, cotangents)]
         bar = tqdm(total=total - self._first, desc="Metagradient", disable=not self._progress_bar)
         for kind, step, remember in plan:
             if kind == "load":
@@ -237,7 +238,7 @@ class Differentiated:
             else:
                 after = player.state if after is None else after
                 made = played.pop(step)
-                yield from self._reverse.step(made, after, cotangents, count)
+                yield from self._reverse.step(made, after, blocks)
                 after = made.before
                 bar.update()
         bar.close()
