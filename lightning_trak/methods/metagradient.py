@@ -56,11 +56,10 @@ class Metagradient(DataMethod):
         output: the scalar output to attribute; default: the model's ``configure_model_output()``.
         losses: ``(module, batch) -> losses`` of shape ``(batch,)``, whose mean ``training_step`` returns; default: the
             loss of the output.
-        order: ``"recorded"``: what an example did in the steps whose batches held it. ``"average"``: what it would do if
-            each step used a bit of all examples, which says more of runs with other seeds, since the place in the order
-            counts no more. Each step's loss then has the weighted losses of all examples besides, each divided by the
-            number of examples; see :mod:`lightning_trak.replay.average_order`. It takes one more pass over the data for
-            each epoch.
+        order: ``"recorded"``: what an example did in the steps whose batches held it. ``"average"``: what it would do
+            if its weight were spread over all steps. This says more of runs with other seeds, and less of this one. It
+            takes one more pass over the training data for each epoch, and is exact up to the change of the weights
+            within an epoch; see :mod:`lightning_trak.replay.average_order`.
         last_steps: differentiate only this many steps of a run, the last ones; default: all.
         block_size: how many targets go through the graph of a step at once; default: as many as fit in half a gigabyte.
         micro_batch_size: how many examples are differentiated at once; default: those of a batch of training. A smaller

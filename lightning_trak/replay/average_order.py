@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from lightning_trak.replay.losses import Losses, losses_of
-from lightning_trak.replay.player import Played, Player
+from lightning_trak.replay.player import Played, Player, ReplayError
 from lightning_trak.replay.products import Products
 from lightning_trak.replay.reverse import Reverse
 from lightning_trak.replay.states import TrainingState
@@ -136,4 +136,10 @@ class AverageOrder:
                 if found is not None:
                     by_weight[rows] = found
             self._audited = True
+            if not by_weight.isfinite().all():
+                row = int((~by_weight.isfinite()).any(0).nonzero()[0])
+                raise ReplayError(
+                    f"derivatives for training example {positions[row]} are not finite at the weights before step"
+                    f" {middle.record.step}; look at its loss there, or differentiate the last steps alone (last_steps=)"
+                )
             yield positions, by_weight
