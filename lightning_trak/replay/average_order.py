@@ -140,6 +140,7 @@ class AverageOrder:
                 row = int((~by_weight.isfinite()).any(0).nonzero()[0])
                 raise ReplayError(
                     f"derivatives for training example {positions[row]} are not finite at the weights before step"
-                    f" {middle.record.step}; look at its loss there, or differentiate the last steps alone (last_steps=)"
+                    f" {middle.record.step}, where its batches may have been skipped; take order='recorded', or"
+                    " differentiate the last steps alone (last_steps=)"
                 )
             yield positions, by_weight

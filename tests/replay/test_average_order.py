@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import BaseFinetuning
 from torch import Tensor
-from torch.utils.data import DataLoader, WeightedRandomSampler
+from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
 from lightning_trak import Metagradient
 from lightning_trak.replay import average_order
@@ -187,6 +187,22 @@ def test_random_numbers_and_statistics_of_batches(net: str, tmp_path: Path) -> N
     assert torch.equal(attribute(module, tmp_path, trainer, order="average"), first)
     other = attribute(module, tmp_path, trainer)
     assert torch.corrcoef(torch.stack([first.flatten(), other.flatten()]))[0, 1] > 0.5
+
+
+def test_an_example_without_a_derivative(tmp_path: Path) -> None:
+    class Skips(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            return loss if loss.isfinite() else None
+
+    inputs, *rest = DATA.tensors
+    data = TensorDataset(inputs.index_fill(0, torch.tensor([7]), torch.nan), *rest)
+    module = Skips()
+    trainer = train(module, data, tmp_path)
+    options: dict[str, Any] = {"check_smooth": False, "progress_bar": False}
+    with pytest.raises(ValueError, match=r"training example 7 are not finite .* take order='recorded'"):
+        Metagradient(module, tmp_path, order="average", **options).attribute(trainer, data, TARGETS)
+    assert Metagradient(module, tmp_path, **options).attribute(trainer, data, TARGETS).isfinite().all()
 
 
 def test_other_orders_are_refused(recorded: Any) -> None:
