@@ -29,7 +29,8 @@ def combine_scores(scores: Tensor, others: Tensor) -> Tensor:
         ValueError: if shapes differ or are empty, or a number is not finite.
 
     Example:
-        >>> combine_scores(torch.tensor([[0.0, 1.0, 2.0]]), torch.tensor([[10.0, 20.0, 30.0]]))
+        >>> scores = torch.tensor([[0.0, 1.0, 2.0]])
+        >>> combine_scores(scores, 10 * scores + 5)
         tensor([[0., 1., 2.]], dtype=torch.float64)
     """
     first, second = _checked("scores", scores), _checked("others", others)
