@@ -39,6 +39,7 @@ FRACTIONS = (0.01, 0.05, 0.1, 0.5)
 TARGETS = 20
 METHODS = ("metagradient", "exact Gauss-Newton", "TRAK", "EK-FAC", "TracIn")  # of the picture
 AVERAGE = "metagradient, average order"
+COMBINED = "combined"  # exact Gauss-Newton with the average order
 
 
 class SmoothMLP(LitDigits):
@@ -262,9 +263,8 @@ def results(
     second = Metagradient(module, folder / "second", check_smooth=False, **options)
     scores["metagradient, two runs"] = scores["metagradient"] + second.attribute(trainer, loader, targets)
     costs["metagradient, two runs"] = 2 * costs["metagradient"]
-    both = f"{AVERAGE}, and Gauss-Newton"
-    scores[both] = combine_scores(scores["exact Gauss-Newton"], scores[AVERAGE])
-    costs[both] = costs["exact Gauss-Newton"] + costs[AVERAGE] - 1
+    scores[COMBINED] = combine_scores(scores["exact Gauss-Newton"], scores[AVERAGE])
+    costs[COMBINED] = costs["exact Gauss-Newton"] + costs[AVERAGE] - 1
     for name, own in scores.items():
         for truth, (kept, changed) in truths.items():
             lds = LinearDatamodelingScore(kept)

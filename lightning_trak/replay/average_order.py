@@ -81,7 +81,7 @@ class AverageOrder:
         order = torch.tensor(sorted(uses))[torch.randperm(len(uses), generator=torch.Generator().manual_seed(0))]
         self._batches = [part.tolist() for part in order.tensor_split(-(-len(order) // (micro_batch or size)))]
         self._products = Products(block, player.dtype)
-        self._audited = False
+        self._audited: set[tuple[str, ...]] = set()  # the parameters of graphs whose products were audited
         self._sums: dict[str, Tensor] = {}  # the derivatives by the gradients of a window, by parameter
         self._middle: Played | None = None
 
@@ -108,8 +108,9 @@ class AverageOrder:
         start = max(self._first, stop - self._window)
         if step == (start + stop) // 2:
             self._middle = played
-        if step == start and self._middle is not None:
-            yield from self._derivatives(self._middle, count)
+        if step == start:
+            if self._sums and self._middle is not None:  # else training skipped all batches of the window
+                yield from self._derivatives(self._middle, count)
             self._sums, self._middle = {}, None
 
     def _derivatives(self, middle: Played, count: int) -> Iterator[tuple[list[int], Tensor]]:
@@ -131,11 +132,12 @@ class AverageOrder:
             pairs = [pair for pair in zip(gradients, self._sums.values(), strict=True) if pair[0] is not None]
             outputs, vectors = zip(*pairs, strict=True) if pairs else ((), ())
             by_weight = losses.detach().new_zeros(count, len(positions))
-            blocks = self._products.blocks(outputs, [weights], vectors, count, audit=not self._audited)
+            kind = tuple(self._sums)
+            blocks = self._products.blocks(outputs, [weights], vectors, count, audit=kind not in self._audited)
             for rows, (found,) in blocks:
                 if found is not None:
                     by_weight[rows] = found
-            self._audited = True
+            self._audited.add(kind)
             if not by_weight.isfinite().all():
                 row = int((~by_weight.isfinite()).any(0).nonzero()[0])
                 raise ReplayError(

@@ -106,6 +106,22 @@ def test_layers_that_thaw_and_freeze(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("_each_step")
+@pytest.mark.filterwarnings("ignore:.*returned `None`")
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_batches_that_training_skips(accumulate: int, tmp_path: Path) -> None:
+    class Skipping(Spread):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+            return None if batch_idx == 1 else super().training_step(batch, batch_idx)
+
+    def make() -> Skipping:
+        return Skipping(optimizer=sgd(momentum=0.9))
+
+    module, options = make(), {"accumulate_grad_batches": accumulate}
+    trainer = train(module, DATA, tmp_path, **options)
+    require_derivative(make, attribute(module, tmp_path, trainer, order="average"), options)
+
+
+@pytest.mark.usefixtures("_each_step")
 def test_examples_count_as_often_as_the_run_used_them(tmp_path: Path) -> None:
     def loader(data: Any) -> DataLoader[Any]:
         weights = torch.arange(len(data)) * 1.0

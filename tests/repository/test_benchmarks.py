@@ -108,7 +108,7 @@ def test_one_run(tmp_path):
     results, (verdict,) = found["lds"], found["smoothness"]
     assert verdict["smooth"]
     assert verdict["value"] > 0.8
-    more = {"metagradient, two runs", one_run.AVERAGE, f"{one_run.AVERAGE}, and Gauss-Newton"}
+    more = {"metagradient, two runs", one_run.AVERAGE, one_run.COMBINED}
     assert {result["method"] for result in results} == {*one_run.METHODS, *more}
     assert 0 < verdict["seeds_ceiling"] <= 1
     assert len(results) == 8 * (len(one_run.FRACTIONS) + 1)
