@@ -49,8 +49,8 @@ class TrainingRecorder(Displayed, Callback):
 
     **Cost.** A step takes about 0.1 ms, 8 bytes an example, and 5 KB for each generator of the CPU that it draws from.
     A full state takes the bytes of weights and optimizer together (3 numbers a weight for Adam), and the time to copy
-    and write them. A run of T steps has about sqrt(T) of them with ``"sqrt"``, log2(T) with ``"log"``. Up to 64 MB are
-    kept in memory before they are written, and all of them are written when Lightning saves a checkpoint.
+    it; a thread writes it. A run of T steps has about sqrt(T) of them with ``"sqrt"``, log2(T) with ``"log"``. Up to
+    64 MB wait in memory and as many are being written, and all are written before Lightning saves a checkpoint.
 
     **Which weights.** Those that the optimizer updates. A callback that replaces them by an average when training ends
     (``StochasticWeightAveraging``, ``WeightAveraging``) must be listed after this one; the average is not recorded.
@@ -183,11 +183,12 @@ class TrainingRecorder(Displayed, Callback):
         earlier = [*self._resumed_runs, *([self._run] if self._run else [])]
         self._modules = list(pl_module.named_modules())
         self._module_parts = [part for _, part in self._modules]
-        self._names = {parameter: name for name, parameter in named_parameters(pl_module).items()}
+        self._parameters = named_parameters(pl_module)
+        self._names = {parameter: name for name, parameter in self._parameters.items()}
         self._known: dict[Any, Any] = {}
         self._watch = RandomWatch(trainer.strategy.root_device)
         self._structure(optimizer), self._settings(trainer, optimizer)  # fail now, not after the first step
-        state = TrainingState.of(pl_module, optimizer).to_cpu()
+        state = self._state(trainer, pl_module)
         if step:
             self._run = writer.resume(earlier, step, run, environment)
         else:
@@ -238,7 +239,10 @@ class TrainingRecorder(Displayed, Callback):
         writer.add_step(StepRecord(step, trainer.current_epoch, structure, settings, tuple(self._micro)))
         self._forget()
         if keeps_state(step + 1, self.spacing):
-            writer.add_state(TrainingState.of(pl_module, trainer.optimizers[0]).to_cpu())
+            writer.add_state(self._state(trainer, pl_module))
+
+    def _state(self, trainer: Trainer, module: LightningModule) -> TrainingState:
+        return TrainingState.of(module, trainer.optimizers[0], self._parameters).to_cpu()
 
     def _structure(self, optimizer: Optimizer) -> Structure:
         groups = [group["params"] for group in optimizer.param_groups]
@@ -289,7 +293,7 @@ class TrainingRecorder(Displayed, Callback):
         """Write the rest, and the state at the end."""
         if self._writer is not None:
             if not self._writer.has_state(self._writer.num_steps):
-                self._writer.add_state(TrainingState.of(pl_module, trainer.optimizers[0]).to_cpu())
+                self._writer.add_state(self._state(trainer, pl_module))
             self._writer.flush(finished=True)
 
     @override

@@ -32,7 +32,7 @@ from lightning_trak.replay.products import Products
 from lightning_trak.replay.reverse import Reverse
 from lightning_trak.replay.states import TrainingState
 from lightning_trak.replay.targets import differentiable
-from lightning_trak.replay.updating import Cotangents
+from lightning_trak.replay.updating import Block, Cotangents
 from lightning_trak.running.loading import load
 from lightning_trak.running.random_states import restore_random_states
 
@@ -85,24 +85,24 @@ class AverageOrder:
         self._sums: dict[str, Tensor] = {}  # the derivatives by the gradients of a window, by parameter
         self._middle: Played | None = None
 
-    def step(
-        self, played: Played, after: TrainingState, cotangents: Cotangents, count: int
-    ) -> Iterator[tuple[list[int], Tensor]]:
+    def step(self, played: Played, after: TrainingState, blocks: list[Block]) -> Iterator[tuple[list[int], Tensor]]:
         """Go back through a step, see :meth:`Reverse.step`.
 
         Yields:
             At the first step of a window, derivatives by the weights of all examples, for all steps of the window.
         """
-        for key in [key for key in cotangents if key.startswith("gradient/")]:
-            del cotangents[key]  # those of the step after it, which may have trained other parameters
-        self._reverse.step(played, after, cotangents, count)
+        by_gradient: list[Cotangents] = []
+        self._reverse.step(played, after, blocks, by_gradient)
         taken = sum(loss is not None for loss in played.losses) / played.record.settings.accumulate
-        for key, cotangent in cotangents.items():
-            kind, _, name = key.partition("/")
-            if kind == "gradient" and name in self._sums:
-                self._sums[name].add_(cotangent, alpha=taken)
-            elif kind == "gradient":
-                self._sums[name] = taken * cotangent
+        count = sum(block.num_targets for block in blocks)
+        done = 0
+        for block, found in zip(blocks, by_gradient, strict=True):
+            rows = slice(done, done + block.num_targets)
+            for name, cotangent in found.items():
+                if name not in self._sums:
+                    self._sums[name] = cotangent.new_zeros(count, *cotangent.shape[1:])
+                self._sums[name][rows].add_(cotangent, alpha=taken)
+            done += block.num_targets
         step = played.record.step
         stop = self._total - (self._total - 1 - step) // self._window * self._window
         start = max(self._first, stop - self._window)

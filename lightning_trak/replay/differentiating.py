@@ -23,7 +23,7 @@ from lightning_trak.replay.reverse import Reverse
 from lightning_trak.replay.schedule import backwards
 from lightning_trak.replay.states import TrainingState
 from lightning_trak.replay.targets import differentiable, output_at, targets_alone
-from lightning_trak.replay.updating import Cotangents
+from lightning_trak.replay.updating import Block, Cotangents
 from lightning_trak.running.loading import load
 from lightning_trak.scoring.groups import Collected, RowBlock, Sums, row_blocks
 
@@ -225,6 +225,7 @@ class Differentiated:
         kept: dict[int, TrainingState] = {}
         played: dict[int, Played] = {}
         after: TrainingState | None = None
+        blocks = [Block(count, cotangents)]
         bar = tqdm(total=total - self._first, desc="Metagradient", disable=not self._progress_bar)
         for kind, step, remember in plan:
             if kind == "load":
@@ -244,7 +245,7 @@ class Differentiated:
                 after = player.state if after is None else after
                 made = played.pop(step)
                 step_back = self._reverse.step if self._average is None else self._average.step
-                yield from step_back(made, after, cotangents, count)
+                yield from step_back(made, after, blocks)
                 after = made.before
                 bar.update()
         bar.close()

@@ -26,7 +26,7 @@ from lightning_trak.running.batches import TransferHooks, on_device
 from lightning_trak.running.content import sample_digest
 from lightning_trak.running.loading import load
 from lightning_trak.running.random_states import restore_random_states
-from lightning_trak.running.training_step import training_step
+from lightning_trak.running.training_step import training_step_of
 
 # The loss of a batch, which the module is to be differentiated by; None if the batch is skipped.
 Loss = Callable[[Any, MicroBatch], Tensor | None]
@@ -88,6 +88,7 @@ class Player:
 
     Attributes:
         module: the copy.
+        kinds: the types of its submodules.
         dtype: the dtype of the parameters that training changes.
 
     Raises:
@@ -118,6 +119,8 @@ class Player:
         for part in self.module.modules():
             if isinstance(part, (nn.Embedding, nn.EmbeddingBag)):
                 part.sparse = False  # the same gradient in dense form, which all operations accept
+        self.kinds = {type(part) for part in self.module.modules()}
+        self._loss_of = training_step_of(self.module)
         self.parameters = named_parameters(self.module)
         self._modules = [(canonical_module_name(name), part) for name, part in self.module.named_modules()]
         self._require_same(describe_parameters(self.module), run)
@@ -174,12 +177,12 @@ class Player:
 
     def load(self, state: TrainingState) -> None:
         """Set module and optimizer to a state."""
-        state.load(self.module, self._optimizer)
+        state.load(self.module, self._optimizer, self.parameters)
 
     @property
     def state(self) -> TrainingState:
         """A copy of the current state."""
-        return TrainingState.of(self.module, self._optimizer)
+        return TrainingState.of(self.module, self._optimizer, self.parameters)
 
     def step(self, record: StepRecord, remember: bool = False, loss: Loss | None = None) -> Played | None:
         """Do a step again. Its batches come from :meth:`open`.
@@ -235,7 +238,7 @@ class Player:
         return losses
 
     def _training_loss(self, batch: Any, micro: MicroBatch) -> Tensor | None:
-        loss = training_step(self.module, batch, micro.batch_idx)
+        loss = self._loss_of(batch, micro.batch_idx)
         if loss is not None and not self._leaves_checked:
             require_own_leaves(loss, self.module)
             self._leaves_checked = True
@@ -246,7 +249,8 @@ class Player:
         structure, groups = record.structure, record.settings.groups
         evaluating, frozen = set(structure.evaluating), set(structure.frozen)
         for name, part in self._modules:  # each time, since targets are computed in eval mode
-            part.training = name not in evaluating
+            if part.training == (name in evaluating):
+                part.training = name not in evaluating
         for name, parameter in self.parameters.items():
             parameter.requires_grad_(name not in frozen)
         if structure != self._structure:

@@ -83,7 +83,7 @@ class Products:
         if not pairs:
             return
         live, vectors = zip(*pairs, strict=True)
-        size = self._size(inputs, count)
+        size = self.size(inputs, count)
         if audit and self.batched and size > 1:
             self._audit(live, inputs, [vector[:size] for vector in vectors])
         size = size if self.batched else 1
@@ -92,8 +92,13 @@ class Products:
             taken = [vector[rows] for vector in vectors]
             yield rows, list(_product(live, inputs, taken))
 
-    def _size(self, inputs: Sequence[Tensor], count: int) -> int:
-        """How many cotangents go through a graph at once."""
+    def size(self, inputs: Sequence[Tensor], count: int) -> int:
+        """How many of some cotangents go through a graph at once.
+
+        Args:
+            inputs: what the products are the derivatives by.
+            count: the number of cotangents.
+        """
         if self._block is not None:
             return min(count, self._block)
         size = min(count, self._fitting)

@@ -27,7 +27,7 @@ from lightning_trak.replay.records import MicroBatch, StepRecord
 from lightning_trak.replay.states import TrainingState
 from lightning_trak.replay.statistics import RunningStatistics
 from lightning_trak.replay.targets import differentiable
-from lightning_trak.replay.updating import Cotangents, Update
+from lightning_trak.replay.updating import Block, Cotangents, Update
 from lightning_trak.running.random_states import restore_random_states
 
 
@@ -80,15 +80,16 @@ class Reverse:
         self.statistics = RunningStatistics(player.module)
 
     def step(
-        self, played: Played, after: TrainingState, cotangents: Cotangents, count: int
+        self, played: Played, after: TrainingState, blocks: list[Block], by_gradient: list[Cotangents] | None = None
     ) -> list[tuple[list[int], Tensor]]:
         """Go back through a step.
 
         Args:
             played: the step.
             after: the state after it.
-            cotangents: derivatives of the outputs by the state after the step. They become those by the state before.
-            count: the number of targets.
+            blocks: derivatives of the outputs by the state after the step. They become those by the state before.
+                Blocks that are too large are cut.
+            by_gradient: gets for each block the derivatives by the gradient of the step, by the names of parameters.
 
         Returns:
             Derivatives by the weights of examples: their positions, and a tensor ``(num_targets, len(positions))``, for
@@ -99,7 +100,7 @@ class Reverse:
         """
         player = self._player
         player.arrange(played.record)
-        played.before.load(player.module)
+        played.before.load(player.module, parameters=player.parameters)
         self.track()
         pieces = list(self._pieces(played))
         graphs: list[_Graph] = []
@@ -119,11 +120,18 @@ class Reverse:
         update = Update.of(player, played.record, played.before, sums)
         results = {key: result for group in update.outputs.values() for key, result in group.items()}
         require_step(played, after, results, player.dtype, player.update.rounding)
-        update.back(cotangents, count, self._products)
+        parameters = [player.parameters[name] for name in self._tracked]
+        blocks[:] = [part for block in blocks for part in block.cut(self._products.size(parameters, block.num_targets))]
+        # A block goes through update and gradient before the next one, while its cotangents are in the cache.
+        moved = ((block, update.back(block.cotangents, block.num_targets, self._products)) for block in blocks)
+        turns = moved if len(pieces) == 1 and by_gradient is None else list(moved)
+        if by_gradient is not None:
+            by_gradient += [found for _, found in turns]
         weights = []
         for piece in reversed(pieces):
             graph = graphs[0] if graphs else self._graph(piece, played.record)
-            by_weight = self._through_gradient(graph, self._trained(played.record), cotangents, count)
+            trained = self._trained(played.record)
+            by_weight = torch.cat([self._through_gradient(graph, trained, *turn) for turn in turns])
             if not by_weight.isfinite().all():
                 raise ReplayError(
                     f"derivatives are not finite at step {played.record.step}: between this step and the end, training"
@@ -188,14 +196,15 @@ class Reverse:
             gradients = torch.autograd.grad(total, parameters, create_graph=True, allow_unused=True)
         return _Graph(list(gradients), weights, before, after, losses)
 
-    def _through_gradient(self, graph: _Graph, trained: Sequence[str], cotangents: Cotangents, count: int) -> Tensor:
+    def _through_gradient(self, graph: _Graph, trained: Sequence[str], block: Block, by_gradient: Cotangents) -> Tensor:
         """Go back through the gradient of a piece. Derivatives by the state before are added to the cotangents.
 
         Returns:
             The derivatives by the weights of the examples, ``(num_targets, batch)``.
         """
+        count, cotangents = block
         pairs = [
-            (gradient, cotangents.get(f"gradient/{name}"))
+            (gradient, by_gradient.get(name))
             for name, gradient in zip(trained, graph.gradients, strict=True)
             if gradient is not None
         ]

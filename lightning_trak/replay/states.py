@@ -38,9 +38,17 @@ class TrainingState:
     moments: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, module: nn.Module, optimizer: Optimizer) -> TrainingState:
-        """Copy the state of a module and its optimizer, on their device."""
-        parameters = named_parameters(module)
+    def of(
+        cls, module: nn.Module, optimizer: Optimizer, parameters: Mapping[str, Tensor] | None = None
+    ) -> TrainingState:
+        """Copy the state of a module and its optimizer, on their device.
+
+        Args:
+            module: the module.
+            optimizer: its optimizer.
+            parameters: those of the module, for callers that know them; default: :func:`named_parameters`.
+        """
+        parameters = named_parameters(module) if parameters is None else parameters
         moments = {
             name: {key: value.detach().clone() for key, value in state.items() if isinstance(value, Tensor)}
             for name, parameter in parameters.items()
@@ -78,14 +86,17 @@ class TrainingState:
         return TrainingState.from_tensors({name: tensor.cpu() for name, tensor in self.tensors()})
 
     @torch.no_grad()
-    def load(self, module: nn.Module, optimizer: Optimizer | None = None) -> None:
+    def load(
+        self, module: nn.Module, optimizer: Optimizer | None = None, parameters: Mapping[str, Tensor] | None = None
+    ) -> None:
         """Copy the state into a module and its optimizer.
 
         Args:
             module: a module with parameters and buffers of the same names and shapes.
             optimizer: gets copies of the moments; None: only the module is loaded.
+            parameters: as in :meth:`of`.
         """
-        parameters = named_parameters(module)
+        parameters = named_parameters(module) if parameters is None else parameters
         for own, kept in ((parameters, self.parameters), (named_buffers(module), self.buffers)):
             for name, tensor in kept.items():
                 own[name].copy_(tensor)

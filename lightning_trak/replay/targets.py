@@ -31,10 +31,9 @@ def differentiable(player: Player) -> Iterator[None]:
         torch.compiler.set_stance("force_eager"),
         ExitStack() as stack,
     ):
-        kinds = {type(part) for part in player.module.modules()}
-        if any(issubclass(kind, nn.RNNBase) for kind in kinds):
+        if any(issubclass(kind, nn.RNNBase) for kind in player.kinds):
             stack.enter_context(cudnn.flags(enabled=False))
-        if any(issubclass(kind, nn.GroupNorm) for kind in kinds):
+        if any(issubclass(kind, nn.GroupNorm) for kind in player.kinds):
             stack.enter_context(PlainGroupNorm())
         yield
 

@@ -7,8 +7,10 @@ and going back for many targets is a product with these tensors.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,9 +21,33 @@ from lightning_trak.replay.products import Products
 from lightning_trak.replay.records import StepRecord
 from lightning_trak.replay.states import TrainingState
 
-# Cotangents of targets, each (num_targets, *shape), by the names of TrainingState.tensors() and "gradient/NAME". Those
-# missing are zero. They are changed in place: to allocate new ones takes longer than to compute them.
+# Cotangents of targets, each (num_targets, *shape), by the names of TrainingState.tensors(). Those missing are zero.
 Cotangents = dict[str, Tensor]
+
+
+class Block(NamedTuple):
+    """Targets that go back through a step together, so that their cotangents stay in the processor's cache.
+
+    Attributes:
+        num_targets: how many they are.
+        cotangents: their cotangents.
+    """
+
+    num_targets: int
+    cotangents: Cotangents
+
+    def cut(self, size: int) -> list[Block]:
+        """Blocks of at most so many targets. They share memory with this one."""
+        if self.num_targets <= size:
+            return [self]
+        return [
+            Block(
+                min(size, self.num_targets - start),
+                {key: part[start : start + size] for key, part in self.cotangents.items()},
+            )
+            for start in range(0, self.num_targets, size)
+        ]
+
 
 # The name of a result, and its derivative: a tensor, or one number for all elements.
 Term = tuple[str, Tensor | float]
@@ -40,6 +66,7 @@ class Update:
         inputs: for each parameter the leaves that its update starts from, by the names of cotangents.
         outputs: for each parameter the results, by the names of cotangents.
         elementwise: whether each number of the results depends on the same number of the inputs alone.
+        known: the numbers of the derivative that were found, by the names of the results that have cotangents.
     """
 
     gradients: dict[str, Tensor]
@@ -47,6 +74,7 @@ class Update:
     inputs: dict[str, dict[str, Tensor]]
     outputs: dict[str, dict[str, Tensor]]
     elementwise: bool
+    known: dict[frozenset[str], dict[str, list[Term]]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, player: Player, record: StepRecord, before: TrainingState, sums: Mapping[str, Tensor]) -> Update:
@@ -80,69 +108,77 @@ class Update:
                     outputs[name] |= {f"moment/{name}/{key}": moment for key, moment in moments.items()}
         return cls(gradients, bounded, inputs, outputs, step.elementwise)
 
-    def back(self, cotangents: Cotangents, count: int, products: Products) -> None:
+    def back(self, cotangents: Cotangents, count: int, products: Products) -> Cotangents:
         """Go back through the update.
 
         Args:
-            cotangents: derivatives of targets by the state after the step. They become derivatives by the gradients,
-                before clipping, and by the state before the step, the gradients held fixed.
+            cotangents: derivatives of targets by the state after the step. They become derivatives by the state before
+                the step, the gradients held fixed.
             count: the number of targets.
             products: multiplies cotangents by the derivatives of graphs.
+
+        Returns:
+            The derivatives by the gradients before clipping, by the names of parameters.
         """
         # For a few targets, to find the numbers takes longer than to go through the graph.
         many = count > 1 + max(map(len, self.outputs.values()), default=0)
-        known = self._multiply(cotangents, count) if self.elementwise and many else None
-        if known is None:
-            known = self._differentiate(cotangents, count, products)
-        for key in {*_joined(self.inputs), *_joined(self.outputs)} - known:
+        go_back = self._multiply if self.elementwise and many else self._differentiate
+        found = go_back(cotangents, count, products)
+        gradients = {name: found.pop(key) for name in self.gradients if (key := f"gradient/{name}") in found}
+        for key in {*_joined(self.inputs), *_joined(self.outputs)}:
             cotangents.pop(key, None)
+        cotangents |= found
         bounded = {name: after for name, after in self.clipped.items() if after is not self.gradients[name]}
-        if bounded:
-            leaves = [self.gradients[name] for name in bounded]
-            keys = [f"gradient/{name}" for name in bounded]
-            vectors = [cotangents.get(key) for key in keys]
-            for rows, found in products.blocks(list(bounded.values()), leaves, vectors, count):
-                _write(cotangents, keys, rows, found, count)
+        leaves, vectors = [self.gradients[name] for name in bounded], [gradients.get(name) for name in bounded]
+        return gradients | _collected(bounded, products.blocks(list(bounded.values()), leaves, vectors, count))
 
-    def _differentiate(self, cotangents: Cotangents, count: int, products: Products) -> set[str]:
-        """Go back by autograd. Returns the names of the inputs that have derivatives."""
+    def _differentiate(self, cotangents: Cotangents, count: int, products: Products) -> Cotangents:
+        """Go back by autograd. Returns the derivatives by the inputs."""
         inputs, outputs = _joined(self.inputs), _joined(self.outputs)
         vectors = [cotangents.get(key) for key in outputs]
-        known: set[str] = set()
-        for rows, found in products.blocks(list(outputs.values()), list(inputs.values()), vectors, count):
-            known |= _write(cotangents, list(inputs), rows, found, count)
-        return known
+        return _collected(inputs, products.blocks(list(outputs.values()), list(inputs.values()), vectors, count))
 
-    def _multiply(self, cotangents: Cotangents, count: int) -> set[str]:
-        """Go back by products with the numbers of the derivative. Returns the same as :meth:`_differentiate`."""
-        terms = self._terms(cotangents)
-        results = _joined(self.outputs)
-        changed = {key for key, found in terms.items() if not _is_identity(key, found)}
-        for key in changed - cotangents.keys():
-            leaf = _joined(self.inputs)[key]
-            cotangents[key] = leaf.new_empty(count, *leaf.shape)
+    def _multiply(self, cotangents: Cotangents, count: int, products: Products) -> Cotangents:
+        """The same by products with the numbers of the derivative. Cotangents are changed in place."""
+        del products
+        terms = self._terms(frozenset(cotangents))
+        inputs, results = _joined(self.inputs), _joined(self.outputs)
+        found = {
+            key: cotangents[key] if key in cotangents else inputs[key].new_empty(count, *inputs[key].shape)
+            for key in terms
+        }
         for name, gradient in self.gradients.items():
-            keys = [key for key in self.inputs[name] if key in changed]
+            keys = [key for key in self.inputs[name] if key in terms and not _is_identity(key, terms[key])]
+            first = f"gradient/{name}"
+            ratios = {key: ratio for key in keys if key != first and (ratio := _ratio(terms[key], terms.get(first)))}
             size = max(1, _CACHED_BYTES // max(1, gradient.nbytes))
             for start in range(0, count if keys else 0, size):
                 rows = slice(start, min(start + size, count))
-                sums = {key: _sum(terms[key], cotangents, rows) for key in keys if key in results}
-                for key in keys:
+                summed = [key for key in keys if key not in ratios]
+                sums = {key: _sum(terms[key], cotangents, rows) for key in summed if key in results}
+                for key in summed:
                     if key not in results:  # no sum starts from it, so it can be written at once
-                        _sum(terms[key], cotangents, rows, out=cotangents[key][rows])
+                        _sum(terms[key], cotangents, rows, out=found[key][rows])
                 for key, total in sums.items():
-                    cotangents[key][rows] = total
-        return set(terms)
+                    found[key][rows] = total
+                for key, ratio in ratios.items():
+                    torch.mul(found[first][rows], ratio, out=found[key][rows])
+        return found
 
-    def _terms(self, cotangents: Cotangents) -> dict[str, list[Term]]:
-        """For each input that the results depend on: results with cotangents, and their derivatives by the input."""
+    def _terms(self, names: frozenset[str]) -> dict[str, list[Term]]:
+        """For each input that the results depend on: results that have cotangents, and their derivatives by the input.
+
+        They are the same for each block of targets, so they are kept.
+        """
+        if names in self.known:
+            return self.known[names]
         inputs = _joined(self.inputs)
         terms: dict[str, list[Term]] = {}
         for number in range(max(map(len, self.outputs.values()), default=0)):
             chosen = {}  # one result of each parameter, so that one pass finds the derivatives of all of them
             for name, outputs in self.outputs.items():
                 for key, output in list(outputs.items())[number : number + 1]:
-                    if key in cotangents and output.requires_grad:
+                    if key in names and output.requires_grad:
                         chosen[name] = key, output
             if not chosen:
                 continue
@@ -154,6 +190,9 @@ class Update:
                 for own in self.inputs[name]:
                     if (derivative := derivatives[own]) is not None:
                         terms.setdefault(own, []).append((key, _number(derivative)))
+        for own_terms in terms.values():  # a sum that starts with a factor of 1 takes one pass less
+            own_terms.sort(key=lambda term: not _is_one(term[1]))
+        self.known[names] = terms
         return terms
 
 
@@ -171,31 +210,51 @@ def _number(derivative: Tensor) -> Tensor | float:
 
 def _sum(terms: list[Term], cotangents: Cotangents, rows: slice, out: Tensor | None = None) -> Tensor:
     """Products of cotangents with the derivatives of their results, added up."""
-    (first, derivative), *others = terms
-    total = torch.mul(cotangents[first][rows], derivative, out=out)
-    for key, derivative in others:
-        if isinstance(derivative, float):
-            total.add_(cotangents[key][rows], alpha=derivative)
+    (first, factor), *others = terms
+    total = cotangents[first][rows]
+    if not others or not _is_one(factor):
+        total = out = torch.mul(total, factor, out=out)
+    for key, factor in others:
+        if isinstance(factor, float):
+            total = out = torch.add(total, cotangents[key][rows], alpha=factor, out=out)
         else:
-            total.addcmul_(cotangents[key][rows], derivative)
+            total = out = torch.addcmul(total, cotangents[key][rows], factor, out=out)
     return total
+
+
+def _ratio(terms: list[Term], to: list[Term] | None) -> float | None:
+    """The number by which some terms are a multiple of other ones, if there is one. Momentum of SGD is an example."""
+    if to is None or [name for name, _ in terms] != [name for name, _ in to]:
+        return None
+    ratios = {
+        own / other if isinstance(own, float) and isinstance(other, float) and other else None
+        for (_, own), (_, other) in zip(terms, to, strict=True)
+    }
+    return ratios.pop() if len(ratios) == 1 else None
+
+
+def _is_one(derivative: Tensor | float) -> bool:
+    return isinstance(derivative, float) and derivative == 1
 
 
 def _is_identity(key: str, terms: list[Term]) -> bool:
     """Whether the derivative by an input is that by the result of the same name, as for weights that do not decay."""
     (result, derivative), *others = terms
-    return result == key and not others and isinstance(derivative, float) and derivative == 1
+    return result == key and not others and _is_one(derivative)
 
 
-def _write(cotangents: Cotangents, keys: list[str], rows: slice, found: list[Tensor | None], count: int) -> set[str]:
-    """Write cotangents of some targets in their places. Returns the names of those that are known."""
-    known = {key: part for key, part in zip(keys, found, strict=True) if part is not None}
-    places = {tensor.data_ptr() for tensor in cotangents.values()}
-    for key, part in known.items():
-        if part.untyped_storage().data_ptr() in places:  # the view of another one, which may be changed before
-            known[key] = part.clone()
-    for key, part in known.items():
-        if key not in cotangents:
-            cotangents[key] = part.new_empty(count, *part.shape[1:])
-        cotangents[key][rows] = part
-    return set(known)
+def _collected(keys: Collection[str], blocks: Iterable[tuple[slice, list[Tensor | None]]]) -> Cotangents:
+    """Products of all blocks, by name. No two of them share memory, since they are changed in place later."""
+    parts: dict[str, list[Tensor]] = defaultdict(list)
+    for _, found in blocks:
+        for key, part in zip(keys, found, strict=True):
+            if part is not None:
+                parts[key].append(part)
+    joined = {key: column[0] if len(column) == 1 else torch.cat(column) for key, column in parts.items()}
+    places: set[int] = set()
+    for key, part in joined.items():
+        place = part.untyped_storage().data_ptr()
+        if place in places or not part.is_contiguous():
+            joined[key] = part.clone(memory_format=torch.contiguous_format)
+        places.add(place)
+    return joined

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Sequence
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any, NamedTuple
 
 from lightning_trak.replay.recording import FORMAT_VERSION, MANIFEST, Spacing, read_manifest, stop_of
 from lightning_trak.replay.records import StepRecord, pack_steps
@@ -15,12 +16,30 @@ from lightning_trak.storage.locks import Lock, hold
 from lightning_trak.storage.paths import local_directory
 from lightning_trak.storage.schemas import with_checksum
 
-# What is recorded is kept in memory up to this size.
-BUFFER_BYTES = 1 << 26
+# What is recorded waits in memory up to the first of these sizes, and the first file up to the second. In between, a
+# quarter of what was written waits. So little is left to write when training ends, and files are few.
+BUFFER_BYTES, _FIRST_BYTES, _WAITING = 1 << 26, 1 << 22, 4
+
+
+class _Batch(NamedTuple):
+    """What becomes a file.
+
+    Attributes:
+        steps: records of steps.
+        states: full states, by the step that they are before.
+        nbytes: the size of all.
+    """
+
+    steps: list[StepRecord]
+    states: dict[int, TrainingState]
+    nbytes: int
 
 
 class RecordingWriter:
     """Writes a recording. Steps and states wait in memory until they are large, or until :meth:`flush`.
+
+    Those that have become large are written in a thread while training goes on. What goes wrong there is raised by the
+    next call, and the steps and states are kept for another attempt.
 
     Args:
         directory: the directory, on a disk.
@@ -32,14 +51,20 @@ class RecordingWriter:
         self._spacing = spacing
         self._lock: Lock | None = None
         self._manifest: dict[str, Any] = {}
-        self._steps: list[StepRecord] = []
-        self._states: dict[int, TrainingState] = {}
-        self._bytes = 0
+        self._writing: tuple[Future[None], _Batch] | None = None
+        self._clear()
+
+    def _clear(self) -> None:
+        """Begin to collect the steps and states that follow those of the manifest."""
+        self._waiting = _Batch([], {}, 0)
+        self._written = 0  # bytes
+        self._num_steps = stop_of(self._manifest)
+        self._state_steps = {step for part in self._manifest.get("parts", ()) for step in part["states"]}
 
     @property
     def num_steps(self) -> int:
         """The number of steps so far, those in memory included."""
-        return stop_of(self._manifest) + len(self._steps)
+        return self._num_steps
 
     def begin(
         self, run: dict[str, Any], environment: dict[str, Any], start: str | None = None, overwrite: bool = False
@@ -128,26 +153,48 @@ class RecordingWriter:
 
     def has_state(self, step: int) -> bool:
         """Whether there is a full state before a step."""
-        return step in self._states or any(step in part["states"] for part in self._manifest["parts"])
+        return step in self._state_steps
 
     def add_step(self, step: StepRecord) -> None:
         """Add the record of the next step."""
-        self._steps.append(step)
-        self._bytes += sum(
-            8 * len(batch.positions) + sum(state.nbytes for state in batch.random_states.values())
-            for batch in step.micro_batches
+        self._waiting.steps.append(step)
+        self._num_steps += 1
+        self._added(
+            sum(
+                8 * len(batch.positions) + sum(state.nbytes for state in batch.random_states.values())
+                for batch in step.micro_batches
+            )
         )
-        self._flush_if_large()
 
     def add_state(self, state: TrainingState) -> None:
         """Add the full state before the next step."""
-        self._states[self.num_steps] = state
-        self._bytes += state.nbytes
-        self._flush_if_large()
+        self._waiting.states[self._num_steps] = state
+        self._state_steps.add(self._num_steps)
+        self._added(state.nbytes)
 
-    def _flush_if_large(self) -> None:
-        if self._bytes > BUFFER_BYTES:
-            self.flush()
+    def _added(self, nbytes: int) -> None:
+        self._waiting = waiting = self._waiting._replace(nbytes=self._waiting.nbytes + nbytes)
+        if self._writing is not None and self._writing[0].done():
+            self._settle()
+        if waiting.nbytes > min(BUFFER_BYTES, max(_FIRST_BYTES, self._written // _WAITING)):
+            self._settle()
+            thread = ThreadPoolExecutor(1)  # for this file only: an idle thread would be there when workers are forked
+            self._writing = thread.submit(self._write, self._waiting), self._waiting
+            thread.shutdown(wait=False)
+            self._waiting = _Batch([], {}, 0)
+
+    def _settle(self) -> None:
+        """Wait for the thread, and raise its error."""
+        if self._writing is None:
+            return
+        future, batch = self._writing
+        wait([future])
+        self._writing = None
+        error = future.exception()
+        if error is not None:
+            later = self._waiting
+            self._waiting = _Batch(batch.steps + later.steps, batch.states | later.states, batch.nbytes + later.nbytes)
+            raise error
 
     def flush(self, finished: bool = False) -> None:
         """Write what waits in memory.
@@ -159,8 +206,12 @@ class RecordingWriter:
             ValueError: if another run has taken the directory.
             OSError: if it cannot be written. What was written earlier is not changed.
         """
-        if not self._manifest or (not self._steps and not self._states and not finished):
-            return
+        self._settle()
+        if self._manifest and (self._waiting.steps or self._waiting.states or finished):
+            self._write(self._waiting, finished)
+            self._waiting = _Batch([], {}, 0)
+
+    def _write(self, batch: _Batch, finished: bool = False) -> None:
         current = read_manifest(self.path)
         if current["writer"] != self._manifest["writer"]:
             raise ValueError(
@@ -168,15 +219,16 @@ class RecordingWriter:
                 " recorded; give each run its own directory"
             )
         parts = list(self._manifest["parts"])
-        if self._steps or self._states:
-            parts.append(self._write_part())
+        if batch.steps or batch.states:
+            parts.append(self._write_part(batch))
         self._replace(self._manifest | {"parts": parts, "finished": finished})
-        self._steps, self._states, self._bytes = [], {}, 0
+        self._written += batch.nbytes
 
-    def _write_part(self) -> dict[str, Any]:
-        first, stop = stop_of(self._manifest), self.num_steps
-        tensors, tables = pack_steps(self._steps)
-        for step, state in self._states.items():
+    def _write_part(self, batch: _Batch) -> dict[str, Any]:
+        first = stop_of(self._manifest)
+        stop = first + len(batch.steps)
+        tensors, tables = pack_steps(batch.steps)
+        for step, state in batch.states.items():
             tensors |= {f"state/{step}/{name}": tensor for name, tensor in state.tensors()}
         file = f"part-{first:08d}-{stop:08d}.safetensors"
         try:
@@ -188,14 +240,17 @@ class RecordingWriter:
             )
             raise (OSError(error.errno, reason) if error.errno else OSError(reason)) from error
         digest = load_metadata(self.path / file)["sha256"]
-        return {"file": file, "sha256": digest, "first": first, "stop": stop, "states": sorted(self._states)}
+        return {"file": file, "sha256": digest, "first": first, "stop": stop, "states": sorted(batch.states)}
 
     def close(self) -> None:
         """Release the directory, so that another run may write to it."""
-        self._manifest = {}
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        try:
+            self._settle()
+        finally:
+            self._manifest = {}
+            if self._lock is not None:
+                self._lock.close()
+                self._lock = None
 
     def _hold(self) -> None:
         if self._lock is None:
@@ -218,7 +273,6 @@ class RecordingWriter:
         self, identifier: str, run: dict[str, Any], environments: list[dict[str, Any]], parts: list[dict[str, Any]]
     ) -> None:
         remove_leftovers(self.path)
-        self._steps, self._states, self._bytes = [], {}, 0
         self._replace(
             {
                 "format": FORMAT_VERSION,
@@ -231,6 +285,7 @@ class RecordingWriter:
                 "finished": False,
             }
         )
+        self._clear()
 
     def _replace(self, manifest: dict[str, Any]) -> None:
         write_json(self.path / MANIFEST, with_checksum(manifest))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import operator
+from array import array
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -71,8 +71,8 @@ class PositionLog:
             ValueError: if the sampler draws something else than positions.
         """
         try:
-            self._drawn.append([operator.index(position) for position in positions])
-        except TypeError as error:
+            self._drawn.append(array("q", positions).tolist())
+        except (TypeError, OverflowError) as error:
             raise ValueError(
                 f"the loader's sampler draws {positions!r:.80}, which are not positions in the dataset; use a dataset"
                 " with items 0, 1, ..."

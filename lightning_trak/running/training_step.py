@@ -1,5 +1,6 @@
 """A module's ``training_step``, called without a Trainer."""
 
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
@@ -22,10 +23,19 @@ def training_step(module: L.LightningModule, batch: Any, batch_idx: int = 0) -> 
     Returns:
         The loss with its graph; None if the step returns none. Lightning skips such a batch.
     """
+    return training_step_of(module)(batch, batch_idx)
+
+
+def training_step_of(module: L.LightningModule) -> Callable[[Any, int], Tensor | None]:
+    """:func:`training_step` of a module, as a function of batch and number, for many calls."""
     takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
-    result: Any = module.training_step(batch, batch_idx) if takes_index else module.training_step(batch)
-    loss: Tensor | None = result.get("loss") if isinstance(result, dict) else result
-    return loss
+
+    def step(batch: Any, batch_idx: int) -> Tensor | None:
+        result: Any = module.training_step(batch, batch_idx) if takes_index else module.training_step(batch)
+        loss: Tensor | None = result.get("loss") if isinstance(result, dict) else result
+        return loss
+
+    return step
 
 
 def training_loss(module: L.LightningModule, batch: Any) -> Tensor:

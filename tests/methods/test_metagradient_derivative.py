@@ -234,6 +234,8 @@ def test_many_targets_are_as_each_alone(name: str, tmp_path: Path) -> None:
     scores = attribute(module, tmp_path, trainer, targets)
     alone = [attribute(module, tmp_path, trainer, Subset(targets, [number])) for number in (0, 4, 8)]
     torch.testing.assert_close(scores[[0, 4, 8]], torch.cat(alone), rtol=1e-9, atol=1e-13)
+    for cut in ({"block_size": 5}, {"block_size": 5, "micro_batch_size": 2}):  # blocks of 5 and 4 targets
+        torch.testing.assert_close(attribute(module, tmp_path, trainer, targets, **cut), scores, rtol=1e-9, atol=1e-13)
     require_derivative(lambda: Net(optimizer=OPTIMIZERS[name]), scores, options, targets)
 
 

@@ -2,11 +2,12 @@
 
 import json
 import os
+import threading
 
 import pytest
 import torch
 
-from lightning_trak.replay import Recording
+from lightning_trak.replay import Recording, writing
 from lightning_trak.replay.records import MicroBatch, Settings, StepRecord, Structure, pack_steps, unpack_steps
 from lightning_trak.replay.states import TrainingState, difference
 from lightning_trak.replay.writing import RecordingWriter
@@ -183,6 +184,56 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
     assert Recording(tmp_path).num_steps == 1
     writer.flush()
     assert Recording(tmp_path).num_steps == 2
+
+
+def test_files_are_written_while_training_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(writing, "BUFFER_BYTES", 100)
+    writer = RecordingWriter(tmp_path, 1)
+    writer.begin(RUN, {})
+    for number in range(9):
+        writer.add_state(state(number))
+        assert writer.has_state(number)
+        writer.add_step(step(number))
+        assert writer.num_steps == number + 1
+    writer.flush(finished=True)
+    recording = Recording(tmp_path)
+    assert len(recording.manifest["parts"]) > 2
+    assert recording.state_steps == list(range(9))
+    same_steps([*map(recording.record, range(9))], [step(number) for number in range(9)])
+    assert all(difference(recording.state(number), state(number)).identical for number in range(9))
+
+
+def test_an_error_of_the_writing_thread_is_raised_and_loses_nothing(tmp_path, monkeypatch):
+    writer = RecordingWriter(tmp_path, 1)
+    writer.begin(RUN, {})
+    replace, asked = os.replace, threading.Event()
+
+    def full(source, target):
+        assert asked.wait(10)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(writing, "BUFFER_BYTES", 1)
+    monkeypatch.setattr(os, "replace", full)
+    writer.add_step(step(0))
+    monkeypatch.setattr(writing, "BUFFER_BYTES", 1 << 20)
+    writer.add_step(step(1))
+    asked.set()
+    with pytest.raises(OSError, match=r"was not written.*free some space"):
+        writer.flush()
+    assert Recording(tmp_path).num_steps == 0
+    monkeypatch.setattr(os, "replace", replace)
+    writer.flush(finished=True)
+    same_steps([*map(Recording(tmp_path).record, range(2))], [step(0), step(1)])
+
+
+def test_the_directory_is_held_until_all_is_written(tmp_path, monkeypatch):
+    writer, other = RecordingWriter(tmp_path, 1), RecordingWriter(tmp_path, 1)
+    writer.begin(RUN, {})
+    monkeypatch.setattr(writing, "BUFFER_BYTES", 1)
+    writer.add_step(step(0))
+    writer.close()
+    with pytest.raises(ValueError, match="holds the recording of another run, of 1 steps"):
+        other.begin(RUN, {})
 
 
 def test_no_recording(tmp_path):

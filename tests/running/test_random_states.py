@@ -40,8 +40,11 @@ DRAWS = {
 }
 
 
-@pytest.mark.parametrize("name", DRAWS)
-def test_a_watch_notices_who_draws(name):
+@pytest.mark.parametrize("name", [*DRAWS, "python, elsewhere"])
+def test_a_watch_notices_who_draws(name, monkeypatch):
+    if name not in DRAWS:  # in a Python that keeps its random state in another place
+        monkeypatch.setattr("lightning_trak.running.random_states._PYTHON_ADDRESS", None)
+        name = "python"
     with isolated_random_states():
         random.gauss(0, 1)
         watch, cpu = RandomWatch(torch.device("cpu")), torch.device("cpu")

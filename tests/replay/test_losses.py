@@ -1,0 +1,36 @@
+"""Whether a step by the examples' losses is the step of training, at any scale of weights and moments."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_trak.replay.losses import require_step
+from lightning_trak.replay.player import ReplayError
+from lightning_trak.replay.states import TrainingState
+
+
+def check(name: str, before: torch.Tensor, after: torch.Tensor, new: torch.Tensor) -> None:
+    states = [TrainingState.from_tensors({"parameter/a": before, name: tensor}) for tensor in (before, after)]
+    states[1].parameters["a"] = states[1].parameters["a"].clone()
+    played: Any = SimpleNamespace(record=SimpleNamespace(step=3), before=states[0])
+    require_step(played, states[1], {"parameter/a": states[1].parameters["a"], name: new}, torch.float32, 0.0)
+
+
+@pytest.mark.parametrize("name", ["parameter/a", "moment/a/exp_avg_sq"])
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1.0, 1e20, 1e30])
+def test_another_step_is_noticed_at_any_scale(scale: float, name: str) -> None:
+    # Squares of some of these numbers are zero or infinite in float32.
+    after = scale * (1 + torch.rand(50, generator=torch.Generator().manual_seed(0)))
+    check(name, 0.9 * after, after, after * (1 + 2 * torch.finfo(torch.float32).eps))
+    check(name, 0.9 * after, after, after + 1e-4 * after)
+    with pytest.raises(ReplayError, match=r"step 3 moved the .* a step that differs"):
+        check(name, 0.9 * after, after, after + 1e-2 * after)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_step_that_is_not_finite_is_noticed(value: float) -> None:
+    after = torch.ones(3)
+    with pytest.raises(ReplayError, match=r"step 3 moved the weights"):
+        check("parameter/a", 0.9 * after, after, torch.tensor([1.0, value, 1.0]))
