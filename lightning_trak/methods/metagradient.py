@@ -4,14 +4,14 @@ import copy
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import lightning as L
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_trak.checks import positive
+from lightning_trak.checks import positive, require_one_of
 from lightning_trak.compatibility import original_module
 from lightning_trak.methods.base import DataMethod
 from lightning_trak.methods.examples import Examples
@@ -28,6 +28,8 @@ from lightning_trak.running.data import Data
 from lightning_trak.running.random_states import isolated_random_states
 from lightning_trak.running.strategies import require_whole_parameters
 from lightning_trak.running.trainers import trainer_of
+
+Order = Literal["recorded", "average"]
 
 
 class Metagradient(DataMethod):
@@ -54,6 +56,10 @@ class Metagradient(DataMethod):
         output: the scalar output to attribute; default: the model's ``configure_model_output()``.
         losses: ``(module, batch) -> losses`` of shape ``(batch,)``, whose mean ``training_step`` returns; default: the
             loss of the output.
+        order: ``"recorded"``: what an example did in the steps whose batches held it. ``"average"``: what it would do
+            if its weight were spread over all steps. This says more of runs with other seeds, and less of this one. It
+            takes one more pass over the training data for each epoch, and is exact up to the change of the weights
+            within an epoch; see :mod:`lightning_trak.replay.average_order`.
         last_steps: differentiate only this many steps of a run, the last ones; default: all.
         block_size: how many targets go through the graph of a step at once; default: as many as fit in half a gigabyte.
         micro_batch_size: how many examples are differentiated at once; default: those of a batch of training. A smaller
@@ -76,7 +82,7 @@ class Metagradient(DataMethod):
         scores = method.attribute(trainer, train_loader, targets)
     """
 
-    _shown = ("model", "recordings", "output", "last_steps")
+    _shown = ("model", "recordings", "output", "order", "last_steps")
     _without_candidates = (
         "it differentiates by the weights of examples in the recorded run, and others have none. TRAK, TracIn,"
         " GradientDot, GradientCosine and influence functions score examples that are not in the training set"
@@ -89,6 +95,7 @@ class Metagradient(DataMethod):
         *,
         output: ModelOutput | None = None,
         losses: Callable[[nn.Module, Any], Tensor] | None = None,
+        order: Order = "recorded",
         last_steps: int | None = None,
         block_size: int | None = None,
         micro_batch_size: int | None = None,
@@ -111,6 +118,8 @@ class Metagradient(DataMethod):
             raise ValueError("recording is empty; pass the directory of a TrainingRecorder, or several")
         if len({run.path.resolve() for run in self.recordings}) < len(self.recordings):
             raise ValueError(f"recording names a directory twice: {[str(run.path) for run in self.recordings]}")
+        require_one_of("order", order, get_args(Order))
+        self.order: Order = order
         self.last_steps = None if last_steps is None else positive("last_steps", last_steps)
         for run in self.recordings:
             run.require_finished()
@@ -203,6 +212,7 @@ class Metagradient(DataMethod):
             block=self.block_size,
             micro_batch=self.micro_batch_size,
             progress_bar=self.progress_bar,
+            average_order=self.order == "average",
         )
         if run.normalizes_batches:
             warnings.warn(

@@ -15,6 +15,7 @@ from lightning_trak.compatibility import tree_iter
 from lightning_trak.gradients.batch import Layout, find_layout
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.evaluating import exact_attention, modules_of, unchanged
+from lightning_trak.replay.average_order import AverageOrder
 from lightning_trak.replay.losses import Losses
 from lightning_trak.replay.player import Played, Player
 from lightning_trak.replay.recording import Recording
@@ -45,6 +46,7 @@ class Differentiated:
         block: how many targets go through a graph at once; None: as many as fit in memory.
         micro_batch: how many examples are differentiated at once; None: those of a batch of training.
         progress_bar: whether to show a progress bar.
+        average_order: whether examples count in all steps, see :mod:`lightning_trak.replay.average_order`.
 
     Attributes:
         normalizes_batches: whether training used batch normalization in train mode.
@@ -67,6 +69,7 @@ class Differentiated:
         block: int | None,
         micro_batch: int | None,
         progress_bar: bool,
+        average_order: bool = False,
     ) -> None:
         self._recording, self._first, self._progress_bar = recording, first, progress_bar
         self._player = player = Player(model, recording, loader, datamodule, device)
@@ -86,6 +89,9 @@ class Differentiated:
             self._layout = find_layout(*several)
         self._example_bytes = sum(part.nbytes for part in tree_iter(one) if isinstance(part, Tensor))
         self._reverse = Reverse(player, losses, self._tracked, block, micro_batch, self._layout)
+        self._average: AverageOrder | None = None
+        if average_order:
+            self._average = AverageOrder(self._reverse, player, losses, datamodule, first, block, micro_batch)
         self.rounds_steps = player.update.rounding > 0
         self.normalizes_batches = player.normalizes_batches(structures)
 
@@ -238,7 +244,8 @@ class Differentiated:
             else:
                 after = player.state if after is None else after
                 made = played.pop(step)
-                yield from self._reverse.step(made, after, blocks)
+                step_back = self._reverse.step if self._average is None else self._average.step
+                yield from step_back(made, after, blocks)
                 after = made.before
                 bar.update()
         bar.close()

@@ -79,7 +79,9 @@ class Reverse:
         self._audited: set[Any] = set()  # kinds of graphs whose products were audited
         self.statistics = RunningStatistics(player.module)
 
-    def step(self, played: Played, after: TrainingState, blocks: list[Block]) -> list[tuple[list[int], Tensor]]:
+    def step(
+        self, played: Played, after: TrainingState, blocks: list[Block], by_gradient: list[Cotangents] | None = None
+    ) -> list[tuple[list[int], Tensor]]:
         """Go back through a step.
 
         Args:
@@ -87,6 +89,7 @@ class Reverse:
             after: the state after it.
             blocks: derivatives of the outputs by the state after the step. They become those by the state before.
                 Blocks that are too large are cut.
+            by_gradient: gets for each block the derivatives by the gradient of the step, by the names of parameters.
 
         Returns:
             Derivatives by the weights of examples: their positions, and a tensor ``(num_targets, len(positions))``, for
@@ -121,7 +124,9 @@ class Reverse:
         blocks[:] = [part for block in blocks for part in block.cut(self._products.size(parameters, block.num_targets))]
         # A block goes through update and gradient before the next one, while its cotangents are in the cache.
         moved = ((block, update.back(block.cotangents, block.num_targets, self._products)) for block in blocks)
-        turns = moved if len(pieces) == 1 else list(moved)
+        turns = moved if len(pieces) == 1 and by_gradient is None else list(moved)
+        if by_gradient is not None:
+            by_gradient += [found for _, found in turns]
         weights = []
         for piece in reversed(pieces):
             graph = graphs[0] if graphs else self._graph(piece, played.record)

@@ -108,8 +108,10 @@ def test_one_run(tmp_path):
     results, (verdict,) = found["lds"], found["smoothness"]
     assert verdict["smooth"]
     assert verdict["value"] > 0.8
-    assert {result["method"] for result in results} == {*one_run.METHODS, "metagradient, two runs"}
-    assert len(results) == 6 * (len(one_run.FRACTIONS) + 1)
+    more = {"metagradient, two runs", one_run.AVERAGE, one_run.COMBINED}
+    assert {result["method"] for result in results} == {*one_run.METHODS, *more}
+    assert 0 < verdict["seeds_ceiling"] <= 1
+    assert len(results) == 8 * (len(one_run.FRACTIONS) + 1)
     assert all(result["low"] <= result["lds"] <= result["high"] and result["cost"] > 1 for result in results)
     assert (tmp_path / "one_run.png").stat().st_size > 10_000
 
