@@ -46,7 +46,7 @@ SETTINGS: dict[str, Callable[..., FeatureMethod]] = {
     "sparse 2048, int8": _trak(SparseProjection(2048), "int8"),
     "sparse 8192, int8": _trak(SparseProjection(8192), "int8"),
     "sparse 16384, int4 (the default)": _trak(None, None),
-    "sparse 16384, int4, confidence 1": partial(TRAK, confidence=1),
+    "sparse 16384, int4, temperature 1": partial(TRAK, temperature=1),
     "principal 512, int8": _trak(PrincipalProjection(512), "int8"),
     "principal 1024, int8": _trak(PrincipalProjection(1024), "int8"),
     "principal 2048, int8": _trak(PrincipalProjection(2048), "int8"),

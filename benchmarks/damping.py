@@ -5,7 +5,7 @@
 
 Each task is measured with TRAK by default and with the exact kernel, at one model and at ten: the constant damping with
 the highest linear datamodeling score (LDS), its LDS, and the LDS of ``damping="auto"``, of the former rule,
-k / (2 n_eff), and of ``damping="auto"`` together with ``confidence="auto"``. With one model, each of the first three
+k / (2 n_eff), and of ``damping="auto"`` together with ``temperature="auto"``. With one model, each of the first three
 models is measured, and their mean is taken.
 """
 
@@ -48,7 +48,7 @@ class Result:
         best_lds: its LDS.
         former_lds: LDS of the former rule.
         auto_lds: LDS of "auto".
-        confident_lds: LDS of "auto" with confidence="auto".
+        tempered_lds: LDS of "auto" with temperature="auto".
     """
 
     task: str
@@ -58,7 +58,7 @@ class Result:
     best_lds: float
     former_lds: float
     auto_lds: float
-    confident_lds: float
+    tempered_lds: float
 
 
 def former_damping(trace: Tensor, squared_weights: Tensor, size: int, noise: float = 1.0) -> float:
@@ -72,7 +72,8 @@ class Measured:
     def __init__(self, name: str, task: Task, states: list[dict[str, Tensor]], truth: Truth, directory: Path) -> None:
         self.truth, self.trainer = truth, trainer_for(task)
         self.targets = DataLoader(task.targets, batch_size=100)
-        self.method = METHODS[name](task.make_module().eval(), states, directory, output=task.output)
+        module = task.make_module().eval()
+        self.method = METHODS[name](module, states, directory, output=task.output, temperature=1)
         self.method.featurize(self.trainer, DataLoader(task.train, batch_size=100))
 
     def lds(self, damping: Damping) -> float:
@@ -80,9 +81,9 @@ class Measured:
         self.method.damping = damping
         return float(self.truth.measure(self.method.score(self.trainer, self.targets)).compute())
 
-    def confident_lds(self) -> float:
-        """At the automatic damping and confidence."""
-        with patch.object(self.method, "confidence", "auto"):
+    def tempered_lds(self) -> float:
+        """At the automatic damping and temperature."""
+        with patch.object(self.method, "temperature", "auto"):
             return self.lds("auto")
 
     def former_lds(self) -> float:
@@ -112,17 +113,17 @@ def results_of(name: str, task: Task, truth: Truth) -> Iterator[Result]:
 
             best, best_lds = best_constant(lambda damping: mean(lambda one: one.lds(damping)))
             former, auto = mean(Measured.former_lds), mean(lambda one: one.lds("auto"))
-            confident = mean(Measured.confident_lds)
-        yield Result(task.name, name, len(chosen[0]), best, best_lds, former, auto, confident)
+            tempered = mean(Measured.tempered_lds)
+        yield Result(task.name, name, len(chosen[0]), best, best_lds, former, auto, tempered)
 
 
 def table(results: list[Result]) -> str:
     """Markdown."""
-    lines = ("former rule", "auto", "confident")
+    lines = ("former rule", "auto", "tempered")
     columns = ("task", "method", "M", "best constant", "its LDS", *lines, *(f"{line} / best" for line in lines))
     rows = []
     for r in results:
-        found = r.former_lds, r.auto_lds, r.confident_lds
+        found = r.former_lds, r.auto_lds, r.tempered_lds
         lds = [f"{value:.3f}" for value in (r.best_lds, *found)]
         shares = [f"{value / r.best_lds:.3f}" for value in found]
         rows.append((r.task, r.method, r.models, f"{r.best:.3g}", *lds, *shares))

@@ -22,10 +22,10 @@ from lightning_trak.running.data import Data
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.running.strategies import require_whole_parameters
 from lightning_trak.running.trainers import trainer_of
-from lightning_trak.scoring.confidence import Confidence, confident, require_confidence
 from lightning_trak.scoring.damping import Damping, require_damping
 from lightning_trak.scoring.exact_kernel import ExactKernelScorer, stored_forms
 from lightning_trak.scoring.gram import Curvature
+from lightning_trak.scoring.temperature import Temperature, require_temperature, tempered
 from lightning_trak.scoring.trak import LossGradients
 
 
@@ -56,7 +56,7 @@ class ExactKernel(FeatureMethod):
             ``"auto"`` follows the rule of TRAK.
         loss_gradients: as for TRAK.
         soft_threshold: as for TRAK.
-        confidence: as for TRAK.
+        temperature: as for TRAK.
         parameters: which parameters to differentiate, by name pattern; default: all that require gradients.
         engine: how gradients are computed, as for TRAK. Hooks alone can give a shorter form than the gradient.
         seed: of the choice of audited examples.
@@ -71,7 +71,7 @@ class ExactKernel(FeatureMethod):
         scores = exact.score(trainer, target_loader)  # (num_targets, num_train)
     """
 
-    _shown = (*FeatureMethod._shown, "curvature", "damping", "loss_gradients", "confidence")
+    _shown = (*FeatureMethod._shown, "curvature", "damping", "loss_gradients", "temperature")
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class ExactKernel(FeatureMethod):
         damping: Damping = "auto",
         loss_gradients: LossGradients = "per_checkpoint",
         soft_threshold: float = 0.0,
-        confidence: Confidence | None = None,
+        temperature: Temperature | None = None,
         parameters: ParameterSelection = None,
         engine: EngineName = "auto",
         seed: int = 0,
@@ -97,7 +97,7 @@ class ExactKernel(FeatureMethod):
         require_one_of("dtype", dtype, (torch.float32, torch.float64))
         if require_damping(damping) == 0:
             raise ValueError("damping must be more than 0, or 'auto': without a projection the matrix K is singular")
-        self.confidence = require_confidence(confidence, loss_gradients)
+        self.temperature = require_temperature(temperature, loss_gradients)
         super().__init__(
             model,
             checkpoints,
@@ -171,5 +171,5 @@ class ExactKernel(FeatureMethod):
         size = self._pipeline().copy_model().size
         subsets = [checkpoint.subset for checkpoint in self.checkpoints]
         settings = self.curvature, self.damping, self.loss_gradients, self.soft_threshold
-        confidence = confident(self.output, self.confidence, self.damping, self.loss_gradients)
-        return ExactKernelScorer(store, *settings, subsets, size, confidence)
+        given = tempered(self.output, self.temperature, self.damping, self.loss_gradients)
+        return ExactKernelScorer(store, *settings, subsets, size, given)

@@ -20,10 +20,10 @@ from lightning_trak.methods.influence.solvers import InverseProduct
 from lightning_trak.methods.questions import Question
 from lightning_trak.methods.stored_data import require_stored_data
 from lightning_trak.outputs import ModelOutput
-from lightning_trak.scoring.confidence import Confident
 from lightning_trak.scoring.damping import Damping
 from lightning_trak.scoring.gram import Curvature
 from lightning_trak.scoring.groups import Sums
+from lightning_trak.scoring.temperature import Tempered
 from lightning_trak.scoring.topk import BothEnds, TopK
 from lightning_trak.scoring.trak import LossGradients, stored_noise
 
@@ -47,14 +47,14 @@ class ExactScores:
         damping: lambda.
         loss_gradients: how Q is averaged.
         soft_threshold: by how much scores move towards zero.
-        confidence: what gives Q in the place of that of the loss; None: nothing.
+        tempered: what gives Q in the place of that of the loss; None: nothing.
     """
 
     curvature: Curvature
     damping: Damping
     loss_gradients: LossGradients
     soft_threshold: float
-    confidence: Confident | None = None
+    tempered: Tempered | None = None
 
 
 @dataclass(frozen=True)
@@ -131,13 +131,13 @@ class SecondStage:
         """
         found = [_Candidates(each, passes.dtype) for each in candidates]
         passes.begun_with = store.begun_with
-        noise, confident = stored_noise(store, [None] * store.num_checkpoints), self.exact.confidence
+        noise, tempered = stored_noise(store, [None] * store.num_checkpoints), self.exact.tempered
         if self.exact.damping == "auto":
             passes.agreement = noise.agreement
-        factor = 1.0 if confident is None else confident.factor(noise)
+        temperature = 1.0 if tempered is None else tempered.value(noise)
 
         def loss_gradients(rows: Features) -> Tensor:
-            return rows.loss_gradients if confident is None else confident.loss_gradients(rows.outputs, factor)
+            return rows.loss_gradients if tempered is None else tempered.loss_gradients(rows.outputs, temperature)
 
         for checkpoint in range(store.num_checkpoints):
             passes.enter(checkpoint)

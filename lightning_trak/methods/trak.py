@@ -21,9 +21,9 @@ from lightning_trak.projections import GaussianProjection, Projection
 from lightning_trak.running.data import Data
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.running.trainers import trainer_of
-from lightning_trak.scoring.confidence import Confidence, Confident, confident, require_confidence
 from lightning_trak.scoring.damping import Damping, require_damping
 from lightning_trak.scoring.gram import Curvature
+from lightning_trak.scoring.temperature import Temperature, Tempered, require_temperature, tempered
 from lightning_trak.scoring.trak import LossGradients, TRAKScorer
 
 
@@ -57,11 +57,11 @@ class TRAK(FeatureMethod):
         loss_gradients: how Q is averaged over checkpoints: ``"per_checkpoint"``, together with what it multiplies; or
             ``"averaged"``, apart, as published: see :class:`~lightning_trak.scoring.TRAKScorer`.
         soft_threshold: scores move towards zero by this much, in the unit of scores (0: not at all).
-        confidence: outputs f of training examples are multiplied by this before Q is taken of them, because what an
-            example adds depends on models that have not seen it, which are less sure. 1: Q as it is. ``"auto"``: .7
-            for one checkpoint; for several, the less the more they differ
-            (:attr:`~lightning_trak.scoring.damping.Noise.confidence`). K and the damping do not change. If R is the
-            same for all examples, as for a squared error, ``"auto"`` is 1, and a number multiplies the scores. None:
+        temperature: outputs f of training examples are divided by this before Q is taken of them, because what an
+            example adds depends on models that have not seen it, which are less sure. 1: Q as it is. ``"auto"``: 1.43
+            for one checkpoint; for several, the more the more they differ
+            (:attr:`~lightning_trak.scoring.damping.Noise.temperature`). K and the damping do not change. If R is the
+            same for all examples, as for a squared error, ``"auto"`` is 1, and a number divides the scores. None:
             ``"auto"`` with ``damping="auto"`` and ``loss_gradients="per_checkpoint"``, else 1.
         parameters: which parameters to differentiate, by name pattern; default: all that require gradients.
         engine: how gradients are computed: ``"auto"``, ``"functional"``, ``"hooks"`` or ``"loop"``, see
@@ -82,7 +82,7 @@ class TRAK(FeatureMethod):
         best = trak.score(trainer, target_loader, top_k=10, rescore=1000)
     """
 
-    _shown = (*FeatureMethod._shown, "curvature", "damping", "loss_gradients", "confidence")
+    _shown = (*FeatureMethod._shown, "curvature", "damping", "loss_gradients", "temperature")
 
     def __init__(
         self,
@@ -96,7 +96,7 @@ class TRAK(FeatureMethod):
         damping: Damping = "auto",
         loss_gradients: LossGradients = "per_checkpoint",
         soft_threshold: float = 0.0,
-        confidence: Confidence | None = None,
+        temperature: Temperature | None = None,
         parameters: ParameterSelection = None,
         engine: EngineName = "auto",
         seed: int = 0,
@@ -108,7 +108,7 @@ class TRAK(FeatureMethod):
         require_one_of("loss_gradients", loss_gradients, ("per_checkpoint", "averaged"))
         if not 0 <= soft_threshold < float("inf"):
             raise ValueError(f"soft_threshold must be at least 0, and finite, got {soft_threshold}")
-        self.confidence = require_confidence(confidence, loss_gradients)
+        self.temperature = require_temperature(temperature, loss_gradients)
         super().__init__(
             model,
             checkpoints,
@@ -216,11 +216,11 @@ class TRAK(FeatureMethod):
         """TRAK's scorer."""
         subsets = [checkpoint.subset for checkpoint in self.checkpoints]
         settings = self.curvature, self.damping, self.loss_gradients, self.soft_threshold
-        return TRAKScorer(store, *settings, subsets, self._confident())
+        return TRAKScorer(store, *settings, subsets, self._tempered())
 
-    def _confident(self) -> Confident | None:
+    def _tempered(self) -> Tempered | None:
         """What gives Q in the place of the stored one."""
-        return confident(self.output, self.confidence, self.damping, self.loss_gradients)
+        return tempered(self.output, self.temperature, self.damping, self.loss_gradients)
 
     def _exact_scores(self) -> ExactScores:
         members = [checkpoint.name for checkpoint in self.checkpoints if checkpoint.subset is not None]
@@ -230,4 +230,4 @@ class TRAK(FeatureMethod):
                 " score without rescore=, or use models that were trained on all examples"
             )
         settings = self.curvature, self.damping, self.loss_gradients, self.soft_threshold
-        return ExactScores(*settings, self._confident())
+        return ExactScores(*settings, self._tempered())

@@ -111,18 +111,18 @@ class Noise:
         return float(correlations.mean().clamp(1 / len(correlations), 1))
 
     @property
-    def confidence(self) -> float:
-        """How sure models are of examples that they have not seen, relative to those that they have: in [0.3, 1].
+    def temperature(self) -> float:
+        """How much surer models are of examples that they have seen than of others: in [1, 10 / 3].
 
-        It is sqrt(r), with r the mean correlation of R between two checkpoints: what one checkpoint says correlates
+        It is 1 / sqrt(r), with r the mean correlation of R between two checkpoints: what one checkpoint says correlates
         with the mean of many by sqrt(r) (Spearman 1910, for the reliability of a measurement). One checkpoint does not
-        show r; then it is 0.7, found by measurement. It is 1 where R is the same for all examples.
+        show r; then it is 1 / 0.7, found by measurement. It is 1 where R is the same for all examples.
         """
         size, varies = len(self.sums), self._covariances()[1]
         if not varies.all():
             return 1.0
         correlation = 0.49 if size == 1 else (size * self.agreement - 1) / (size - 1)
-        return math.sqrt(max(correlation, 0.09))
+        return 1 / math.sqrt(max(correlation, 0.09))
 
     def levels(self, weighted: bool) -> list[float]:
         """The noise at each checkpoint, for :func:`auto_damping`: agreement^2 dispersion share.

@@ -16,10 +16,10 @@ from lightning_trak.features.store import FeatureStore
 from lightning_trak.gradients.hooks.factors import GradientForms
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.scoring.base import full_precision
-from lightning_trak.scoring.confidence import Confident
 from lightning_trak.scoring.damping import Damping
 from lightning_trak.scoring.gram import Curvature, row_blocks
 from lightning_trak.scoring.inner_products import inner_products
+from lightning_trak.scoring.temperature import Tempered
 from lightning_trak.scoring.trak import LossGradients, TRAKScorer
 
 _FORMAT = 1  # of a block
@@ -37,7 +37,7 @@ class ExactKernelScorer(TRAKScorer):
         soft_threshold: as for TRAKScorer.
         subsets: as for TRAKScorer.
         num_parameters: the number of elements of a gradient.
-        confidence: as for TRAKScorer.
+        tempered: as for TRAKScorer.
     """
 
     user = "ExactKernel"
@@ -51,9 +51,9 @@ class ExactKernelScorer(TRAKScorer):
         soft_threshold: float,
         subsets: Sequence[TrainingSubset | None],
         num_parameters: int,
-        confidence: Confident | None = None,
+        tempered: Tempered | None = None,
     ) -> None:
-        super().__init__(store, curvature, damping, loss_gradients, soft_threshold, subsets, confidence)
+        super().__init__(store, curvature, damping, loss_gradients, soft_threshold, subsets, tempered)
         self._num_parameters = num_parameters
         self._blocks = row_blocks(store.num_shards, store.shard_size)
 

@@ -13,11 +13,11 @@ from lightning_trak.features.rows import Features, StoredFeatures
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.scoring.base import Scorer, full_precision
-from lightning_trak.scoring.confidence import Confident
 from lightning_trak.scoring.damping import Damping, Noise, auto_damping, ends
 from lightning_trak.scoring.dual import DualSystem, kernel_matrix, products_with
 from lightning_trak.scoring.gram import Curvature, DampedGram, gram_matrix, require_convex, row_blocks
 from lightning_trak.scoring.groups import Sums
+from lightning_trak.scoring.temperature import Tempered
 from lightning_trak.scoring.topk import Scores
 
 LossGradients = Literal["per_checkpoint", "averaged"]
@@ -49,7 +49,7 @@ class TRAKScorer(Scorer):
             fewer than ``top_k`` scores are left, the rest are zeros of arbitrary training examples.
         subsets: for each checkpoint, the examples that its model has seen; None: all. An example that it has not seen
             is not part of K_m, and is scored, too: by the step of adding it. Default: all models have seen all.
-        confidence: what gives Q in the place of the stored one, with loss_gradients="per_checkpoint". K_m, and with it
+        tempered: what gives Q in the place of the stored one, with loss_gradients="per_checkpoint". K_m, and with it
             lambda_m, stay as they are. Default: the stored Q.
     """
 
@@ -63,7 +63,7 @@ class TRAKScorer(Scorer):
         loss_gradients: LossGradients,
         soft_threshold: float,
         subsets: Sequence[TrainingSubset | None] | None = None,
-        confidence: Confident | None = None,
+        tempered: Tempered | None = None,
     ) -> None:
         super().__init__(store)
         self.curvature: Curvature = curvature
@@ -71,7 +71,7 @@ class TRAKScorer(Scorer):
         self.loss_gradients = loss_gradients
         self.soft_threshold = soft_threshold
         self.subsets = [None] * store.num_checkpoints if subsets is None else subsets
-        self.confidence = confidence
+        self.tempered = tempered
         self._factor = 1.0  # c
         self._levels: list[float] = []  # of noise, one for each checkpoint
         self._dual = False
@@ -95,15 +95,15 @@ class TRAKScorer(Scorer):
             return
         self._systems = {}
         self._dual = self.solves_dual(self.store.num_examples, self.num_features)
-        chooses = self.confidence is not None and self.confidence.automatic
+        chooses = self.tempered is not None and self.tempered.automatic
         noise = stored_noise(self.store, self.subsets, ranks) if self.damping == "auto" or chooses else None
-        if self.confidence is not None:
-            self._factor = self.confidence.factor(noise)
+        if self.tempered is not None:
+            self._temperature = self.tempered.value(noise)
         weighted = self.curvature == "gauss_newton"
         self._levels = [1.0] * self.store.num_checkpoints if noise is None else noise.levels(weighted)
         dampings = [self._system(checkpoint, ranks)[1] for checkpoint in range(self.store.num_checkpoints)]
         if chooses:
-            rank_zero_info(f"{self.user}: confidence='auto' is {self._factor:.2g}")
+            rank_zero_info(f"{self.user}: temperature='auto' is {self._temperature:.3g}")
         if self.damping == "auto" and noise is not None:
             place = "checkpoint" if len(dampings) == 1 else "checkpoints"
             rank_zero_info(
@@ -305,9 +305,9 @@ class TRAKScorer(Scorer):
         """Q, or None if the average of Q is multiplied later, by :meth:`finish`."""
         if self.loss_gradients == "averaged":
             return None
-        if self.confidence is None:
+        if self.tempered is None:
             return rows.loss_gradients
-        return self.confidence.loss_gradients(rows.outputs, self._factor)
+        return self.tempered.loss_gradients(rows.outputs, self._temperature)
 
     def finish(self, sums: Tensor, loss_gradients: Callable[[], Tensor]) -> Tensor:
         """The mean over checkpoints, times the mean of Q if that is averaged apart, and moved towards zero if asked."""

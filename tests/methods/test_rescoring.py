@@ -45,7 +45,7 @@ def parameters() -> int:
 
 @pytest.mark.parametrize(("damping", "largest"), [(0.05, True), ("auto", False)])
 def test_with_all_examples_as_candidates_it_is_the_exact_method(tmp_path, damping, largest):
-    trak = make_trak(tmp_path, damping=damping, confidence=1)
+    trak = make_trak(tmp_path, damping=damping, temperature=1)
     expected = exact_scores(trak).topk(10, dim=1, largest=largest)
     for rescore in (50, 1000):
         found = trak.score(double(), TARGETS, top_k=10, largest=largest, rescore=rescore)
