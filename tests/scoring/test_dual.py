@@ -228,7 +228,8 @@ def test_the_choice_is_told(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_trak_without_a_projection(tmp_path):
     train, trainer = make_data(20), make_trainer()
-    trak = TRAK(make_model(), make_checkpoints(M), tmp_path / "store", projection=IdentityProjection())
+    options = {"projection": IdentityProjection(), "temperature": 1}
+    trak = TRAK(make_model(), make_checkpoints(M), tmp_path / "store", **options)
     trak.featurize(trainer, train)
     scores = trak.score(trainer, TARGETS)
     features = [part.features for part in trak.target_features(trainer, TARGETS)]
