@@ -134,10 +134,10 @@ class SecondStage:
         noise, tempered = stored_noise(store, [None] * store.num_checkpoints), self.exact.tempered
         if self.exact.damping == "auto":
             passes.agreement = noise.agreement
-        temperature = 1.0 if tempered is None else tempered.value(noise)
+        settled = None if tempered is None else tempered.settled(noise)
 
         def loss_gradients(rows: Features) -> Tensor:
-            return rows.loss_gradients if tempered is None else tempered.loss_gradients(rows.outputs, temperature)
+            return rows.loss_gradients if settled is None else settled.loss_gradients(rows.outputs)
 
         for checkpoint in range(store.num_checkpoints):
             passes.enter(checkpoint)

@@ -7,7 +7,7 @@ That this is done, and the values of T, were found by measurement: docs/faithful
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Literal
 
@@ -36,28 +36,27 @@ class Tempered:
         """Whether T is chosen from the training examples at all checkpoints."""
         return self.temperature == "auto"
 
-    def value(self, noise: Noise | None) -> float:
-        """The number T.
+    def settled(self, noise: Noise | None) -> "Tempered":
+        """The same with a number.
 
         Args:
             noise: of all training examples; needed if T is chosen from them.
         """
         if self.temperature != "auto":
-            return float(self.temperature)
+            return self
         assert noise is not None
-        return noise.temperature
+        return replace(self, temperature=noise.temperature)
 
-    def loss_gradients(self, outputs: Tensor, value: float) -> Tensor:
-        """Q of training examples.
+    def loss_gradients(self, outputs: Tensor) -> Tensor:
+        """Q of training examples, if T is a number.
 
         Args:
             outputs: f.
-            value: T.
 
         Returns:
             Of the same shape.
         """
-        return self.output.derivatives(outputs / value)[0]
+        return self.output.derivatives(outputs / float(self.temperature))[0]
 
 
 def tempered(

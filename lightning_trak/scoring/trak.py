@@ -72,7 +72,6 @@ class TRAKScorer(Scorer):
         self.soft_threshold = soft_threshold
         self.subsets = [None] * store.num_checkpoints if subsets is None else subsets
         self.tempered = tempered
-        self._factor = 1.0  # c
         self._levels: list[float] = []  # of noise, one for each checkpoint
         self._dual = False
         self._systems: dict[int, tuple[System, float]] = {}  # with their dampings, of as many checkpoints as fit
@@ -98,12 +97,12 @@ class TRAKScorer(Scorer):
         chooses = self.tempered is not None and self.tempered.automatic
         noise = stored_noise(self.store, self.subsets, ranks) if self.damping == "auto" or chooses else None
         if self.tempered is not None:
-            self._temperature = self.tempered.value(noise)
+            self._settled = self.tempered.settled(noise)
         weighted = self.curvature == "gauss_newton"
         self._levels = [1.0] * self.store.num_checkpoints if noise is None else noise.levels(weighted)
         dampings = [self._system(checkpoint, ranks)[1] for checkpoint in range(self.store.num_checkpoints)]
         if chooses:
-            rank_zero_info(f"{self.user}: temperature='auto' is {self._temperature:.3g}")
+            rank_zero_info(f"{self.user}: temperature='auto' is {self._settled.temperature:.3g}")
         if self.damping == "auto" and noise is not None:
             place = "checkpoint" if len(dampings) == 1 else "checkpoints"
             rank_zero_info(
@@ -307,7 +306,7 @@ class TRAKScorer(Scorer):
             return None
         if self.tempered is None:
             return rows.loss_gradients
-        return self.tempered.loss_gradients(rows.outputs, self._temperature)
+        return self._settled.loss_gradients(rows.outputs)
 
     def finish(self, sums: Tensor, loss_gradients: Callable[[], Tensor]) -> Tensor:
         """The mean over checkpoints, times the mean of Q if that is averaged apart, and moved towards zero if asked."""

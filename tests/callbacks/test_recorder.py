@@ -12,14 +12,14 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import BaseFinetuning, Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, Subset, WeightedRandomSampler
 
 from lightning_trak import TrainingRecorder
 from lightning_trak.replay import Recording, replay
 from tests.launch import run_module
-from tests.replay.runs import Net, make_data, shuffled, train
+from tests.replay.runs import Net, Thaw, make_data, sgd_of_trained, shuffled, train
 
 DATA = make_data()
 
@@ -152,27 +152,21 @@ def test_random_states_of_all_generators(tmp_path: Path) -> None:
 
 
 def test_layers_that_thaw_and_modules_in_eval_mode(tmp_path: Path) -> None:
-    class Thaw(BaseFinetuning):
-        def freeze_before_training(self, module: L.LightningModule) -> None:
-            self.freeze(module.net[0])
-
+    class ThawAndEvaluate(Thaw):
         def finetune_function(self, module: L.LightningModule, epoch: int, optimizer: Any) -> None:
+            super().finetune_function(module, epoch, optimizer)
             if epoch == 1:
-                self.unfreeze_and_add_param_group(module.net[0], optimizer, lr=0.05)
                 module.net[1].eval()
 
     def net() -> nn.Module:
         return nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
 
-    def optimizer(module: Net) -> Any:
-        return torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
-
-    trainer = train(Net(net, optimizer), DATA, tmp_path, callbacks=[Thaw()])
+    trainer = train(Net(net, sgd_of_trained), DATA, tmp_path, callbacks=[ThawAndEvaluate()])
     structures = [record.structure for record in records(tmp_path)]
     assert [len(structure.groups) for structure in structures] == [1, 1, 1, 2, 2, 2]
     assert [structure.frozen for structure in structures] == [("net.0.weight", "net.0.bias")] * 3 + [()] * 3
     assert [structure.evaluating for structure in structures] == [()] * 3 + [("net.1",)] * 3
-    assert replay(Net(net, optimizer), tmp_path, trainer, DATA, progress_bar=False).identical
+    assert replay(Net(net, sgd_of_trained), tmp_path, trainer, DATA, progress_bar=False).identical
 
 
 def test_fast_dev_run_records_nothing(tmp_path: Path) -> None:

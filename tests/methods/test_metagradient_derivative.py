@@ -6,11 +6,9 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import BaseFinetuning
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset, WeightedRandomSampler
 
@@ -31,7 +29,7 @@ from tests.methods.metagradients import (
     require_derivative,
     sgd,
 )
-from tests.replay.runs import Net, make_data, shuffled, train
+from tests.replay.runs import Net, ThawAndFreeze, make_data, sgd_of_trained, shuffled, train
 
 # --- closed form --------------------------------------------------------------------------------------------------
 
@@ -177,24 +175,13 @@ def test_an_optimizer_of_the_user(factor: float, tmp_path: Path) -> None:
 
 
 def test_layers_that_thaw(tmp_path: Path) -> None:
-    class Thaw(BaseFinetuning):
-        def freeze_before_training(self, module: L.LightningModule) -> None:
-            self.freeze(module.net[0])
-
-        def finetune_function(self, module: L.LightningModule, epoch: int, optimizer: Any) -> None:
-            if epoch == 1:
-                self.unfreeze_and_add_param_group(module.net[0], optimizer, lr=0.05)
-                self.freeze(module.net[2])
-                module.net[2].bias.requires_grad_(True)
-
     def make() -> Net:
         body = lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))  # noqa: E731
-        trained = lambda module: [p for p in module.parameters() if p.requires_grad]  # noqa: E731
-        return Net(body, lambda module: torch.optim.SGD(trained(module), lr=0.1, momentum=0.9))
+        return Net(body, sgd_of_trained)
 
     module = make()
-    trainer = train(module, DATA, tmp_path, callbacks=[Thaw()], max_epochs=3)
-    require_derivative(make, attribute(module, tmp_path, trainer), {"callbacks": [Thaw()], "max_epochs": 3})
+    trainer = train(module, DATA, tmp_path, callbacks=[ThawAndFreeze()], max_epochs=3)
+    require_derivative(make, attribute(module, tmp_path, trainer), {"callbacks": [ThawAndFreeze()], "max_epochs": 3})
 
 
 def test_a_frozen_part_in_half_precision(tmp_path: Path) -> None:

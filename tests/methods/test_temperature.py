@@ -73,7 +73,7 @@ def test_without_a_word_it_goes_with_the_damping(tmp_path, checkpoints):
 
 def test_a_squared_error_is_divided():
     outputs = torch.randn(7)
-    found = Tempered(RegressionOutput(), 2).loss_gradients(outputs, 2.0)
+    found = Tempered(RegressionOutput(), 2).loss_gradients(outputs)
     torch.testing.assert_close(found, 0.5 * RegressionOutput().derivatives(outputs)[0])
 
 

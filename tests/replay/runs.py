@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.callbacks import BaseFinetuning
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -48,6 +49,32 @@ class Net(AttributionMixin, L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         return self.make_optimizer(self)
+
+
+class Thaw(BaseFinetuning):
+    """The first layer is trained from the second epoch on."""
+
+    def freeze_before_training(self, module: L.LightningModule) -> None:
+        self.freeze(module.net[0])
+
+    def finetune_function(self, module: L.LightningModule, epoch: int, optimizer: Any) -> None:
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(module.net[0], optimizer, lr=0.05)
+
+
+class ThawAndFreeze(Thaw):
+    """Of the last layer, then only the bias is trained."""
+
+    def finetune_function(self, module: L.LightningModule, epoch: int, optimizer: Any) -> None:
+        super().finetune_function(module, epoch, optimizer)
+        if epoch == 1:
+            self.freeze(module.net[2])
+            module.net[2].bias.requires_grad_(True)
+
+
+def sgd_of_trained(module: L.LightningModule) -> torch.optim.SGD:
+    """SGD for the parameters that are trained from the first epoch on."""
+    return torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
 
 
 def make_data(size: int = NUM_TRAIN, seed: int = 0, shape: tuple[int, ...] = (4,)) -> TensorDataset:

@@ -11,14 +11,13 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import BaseFinetuning
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
 from lightning_trak import Metagradient
 from lightning_trak.replay import average_order
 from tests.methods.metagradients import DATA, DIRECTION, NETS, STEP, TARGETS, attribute, layers, outputs, sgd
-from tests.replay.runs import Net, shuffled, train
+from tests.replay.runs import Net, ThawAndFreeze, sgd_of_trained, shuffled, train
 
 SHARES = torch.full_like(DIRECTION, 1 / len(DIRECTION))
 
@@ -85,24 +84,13 @@ def test_is_the_derivative_by_weights_in_each_step(
 
 @pytest.mark.usefixtures("_each_step")
 def test_layers_that_thaw_and_freeze(tmp_path: Path) -> None:
-    class Thaw(BaseFinetuning):
-        def freeze_before_training(self, module: L.LightningModule) -> None:
-            self.freeze(module.net[0])
-
-        def finetune_function(self, module: L.LightningModule, epoch: int, optimizer: Any) -> None:
-            if epoch == 1:
-                self.unfreeze_and_add_param_group(module.net[0], optimizer, lr=0.05)
-                self.freeze(module.net[2])
-                module.net[2].bias.requires_grad_(True)
-
     def make() -> Spread:
-        trained = lambda module: [p for p in module.parameters() if p.requires_grad]  # noqa: E731
-        return Spread(optimizer=lambda module: torch.optim.SGD(trained(module), lr=0.1, momentum=0.9))
+        return Spread(optimizer=sgd_of_trained)
 
     module = make()
-    trainer = train(module, DATA, tmp_path, callbacks=[Thaw()], max_epochs=3)
+    trainer = train(module, DATA, tmp_path, callbacks=[ThawAndFreeze()], max_epochs=3)
     scores = attribute(module, tmp_path, trainer, order="average")
-    require_derivative(make, scores, {"callbacks": [Thaw()], "max_epochs": 3})
+    require_derivative(make, scores, {"callbacks": [ThawAndFreeze()], "max_epochs": 3})
 
 
 @pytest.mark.usefixtures("_each_step")

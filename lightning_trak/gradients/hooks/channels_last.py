@@ -27,7 +27,7 @@ def reordered(module: nn.Module) -> list[nn.Parameter]:
 
 @contextmanager
 def channels_last(weights: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Inside this context, the weights have their channels last in memory. Afterwards, they are where they were.
+    """Inside this context, the weights have their channels last in memory; afterwards, they are as before.
 
     The outputs of their convolutions, and of most operations after them, then have this order, too. oneDNN computes in
     it, and need not reorder each input and output (its "Memory format propagation"). Numbers change by rounding.

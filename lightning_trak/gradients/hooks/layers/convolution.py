@@ -27,7 +27,7 @@ class ConvolutionLayer(Layer, covers=[*_TYPES]):
         return self._kernels(call, self.module.weight.shape)
 
     def has_rows(self, parameter: str) -> bool:
-        """True for the weight without groups, which have few columns, and if its rows belong to the outputs."""
+        """True for the weight, without groups and if not transposed: its rows are the channels of the output."""
         return parameter == "weight" and self.has_factors()
 
     def gradient_rows(self, parameter: str, call: LayerCall, rows: range) -> Tensor:  # noqa: ARG002
