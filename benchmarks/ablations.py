@@ -25,9 +25,11 @@ from benchmarks.stores import featurize
 from benchmarks.tasks import Task, make_tasks
 from benchmarks.truth import MODELS, SUBSETS, Truth, kept, quiet, train_all
 from lightning_trak.features.rows import Features
+from lightning_trak.outputs import ModelOutput
 from lightning_trak.projections import SparseProjection
 from lightning_trak.scoring.damping import Noise, auto_damping
 from lightning_trak.scoring.gram import Curvature, DampedGram, gram_matrix
+from lightning_trak.scoring.temperature import Tempered
 
 TASK = "digits MLP"
 SETTINGS = {"defaults": 1024, "published": 128}  # k where it is not varied; the published LDS falls at larger k
@@ -61,11 +63,12 @@ class Result:
     high: float | None
 
 
-def scores(settings: str, rows: list[Features], targets: list[Tensor]) -> Tensor:
+def scores(settings: str, output: ModelOutput, rows: list[Features], targets: list[Tensor]) -> Tensor:
     """TRAK's scores, averaged over models: (num_targets, num_train).
 
     Args:
         settings: "defaults" or "published".
+        output: gives the loss.
         rows: features of the training set at each model.
         targets: features of the targets at each model, (num_targets, k).
 
@@ -75,13 +78,14 @@ def scores(settings: str, rows: list[Features], targets: list[Tensor]) -> Tensor
     published = settings == "published"
     noise = Noise(len(rows))
     noise.add(torch.stack([part.loss_gradients for part in rows]), torch.stack([part.curvatures for part in rows]))
+    tempered = Tempered(output, noise.temperature)
     products = weighted = torch.zeros(())
     for part, features, level in zip(rows, targets, noise.levels(weighted=True), strict=True):
         curvature: Curvature = "identity" if published else "gauss_newton"
         gram, squared_weights = gram_matrix([part], curvature, features.shape[1], torch.device("cpu"))
         damping = 0.0 if published else auto_damping(gram.trace(), squared_weights, len(gram), level)
         product = DampedGram(gram, damping, torch.float32, "features").solve(features) @ part.features.T
-        products, weighted = products + product, weighted + product * part.loss_gradients
+        products, weighted = products + product, weighted + product * tempered.loss_gradients(part.outputs)
     return products * sum(part.loss_gradients for part in rows) if published else weighted
 
 
@@ -97,15 +101,15 @@ def curve(
         ]
     for settings in chosen:
         for count in counts:
-            yield settings, count, *_measured(truth, settings, rows[:count], targets[:count])
+            yield settings, count, *_measured(truth, settings, task.output, rows[:count], targets[:count])
 
 
 def _measured(
-    truth: Truth, settings: str, rows: list[Features], targets: list[Tensor]
+    truth: Truth, settings: str, output: ModelOutput, rows: list[Features], targets: list[Tensor]
 ) -> tuple[float, float, float] | tuple[None, None, None]:
     """LDS and its interval, or None if a Gram matrix is singular."""
     try:
-        lds = truth.measure(scores(settings, rows, targets))
+        lds = truth.measure(scores(settings, output, rows, targets))
     except ValueError:
         return None, None, None
     low, high = lds.interval(num_bootstraps=300).tolist()

@@ -32,6 +32,7 @@ from lightning_trak.projections import (
 from lightning_trak.scoring import TRAKScorer
 from lightning_trak.scoring.damping import Damping
 from lightning_trak.scoring.gram import Curvature
+from lightning_trak.scoring.temperature import tempered
 
 SEEDS = 3
 GRID: tuple[float, ...] = (0.01, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
@@ -82,11 +83,12 @@ def sweep(
     task: Task, truth: Truth, name: str, curvatures: tuple[Curvature, ...], counts: tuple[int, ...], directory: Path
 ) -> Iterator[Result]:
     """The LDS of a projection at every damping, from one set of features."""
-    for count in counts:  # the automatic damping depends on the number of models
+    for count in counts:  # the automatic damping and temperature depend on the number of models
         store, features = featurize(task, truth.states[:count], PROJECTIONS[name], directory / str(count))
         for curvature in curvatures:
             for damping in (*GRID, "auto"):
-                scorer = TRAKScorer(store, curvature, damping, "per_checkpoint", 0.0)
+                temperature = tempered(task.output, None, damping, "per_checkpoint")
+                scorer = TRAKScorer(store, curvature, damping, "per_checkpoint", 0.0, tempered=temperature)
                 scorer.fit(torch.device("cpu"))
                 directions = [scorer.precondition(checkpoint, rows) for checkpoint, rows in enumerate(features)]
                 lds = truth.measure(scorer.score(directions))
