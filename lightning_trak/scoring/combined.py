@@ -89,18 +89,17 @@ def combine_runs(scores: Sequence[Tensor], *others: Sequence[Tensor]) -> Tensor:
         if any(own.equal(earlier) for earlier in methods[0][:run]):
             raise ValueError(f"run {run} has the same scores as an earlier one; expected runs with other seeds")
     sizes = [float(method.abs().max().clamp_min(torch.finfo(method.dtype).tiny)) for method in methods]
-    scaled = [method / size for method, size in zip(methods, sizes, strict=True)]
-    weights = _predicting([method - method.mean(2, keepdim=True) for method in scaled])
-    if not any(weights):
+    means = torch.stack([method.div_(size).mean(0) for method, size in zip(methods, sizes, strict=True)])
+    weights = _predicting([method.sub_(method.mean(2, keepdim=True)) for method in methods])
+    if not weights.any():
         raise ValueError(
             "no method predicts the first one's scores at another run, so the runs have nothing in common: they may not"
             " be smooth (metasmoothness says so), or scores are in another order or have another sign"
         )
-    means = torch.stack([method.mean(0) for method in scaled])
-    return sizes[0] * torch.tensordot(torch.tensor(weights, dtype=means.dtype), means, 1)
+    return (sizes[0] * weights[:, None, None] * means).sum(0)
 
 
-def _predicting(parts: list[Tensor]) -> list[float]:
+def _predicting(parts: list[Tensor]) -> Tensor:
     """The weights of :func:`combine_runs`, for centred scores of each method, ``(runs, num_targets, num_train)``."""
     products = torch.zeros(len(parts), len(parts), dtype=torch.float64)
     aims = torch.zeros(len(parts), dtype=torch.float64)
@@ -113,7 +112,7 @@ def _predicting(parts: list[Tensor]) -> list[float]:
     return _non_negative(products, aims)
 
 
-def _non_negative(products: Tensor, aims: Tensor) -> list[float]:
+def _non_negative(products: Tensor, aims: Tensor) -> Tensor:
     """The b >= 0 for which b' products b / 2 - b' aims is smallest: one after the other, until they stay."""
     rows, goals = products.tolist(), aims.tolist()
     weights = [0.0] * len(goals)
@@ -125,7 +124,7 @@ def _non_negative(products: Tensor, aims: Tensor) -> list[float]:
                 weights[k] = max(0.0, (goals[k] - told) / row[k])
         if all(abs(new - old) <= 1e-12 * new for new, old in zip(weights, before, strict=True)):
             break
-    return weights
+    return torch.tensor(weights, dtype=aims.dtype)
 
 
 def _of_runs(number: int, scores: Sequence[Tensor]) -> Tensor:
