@@ -11,6 +11,7 @@ more epochs. The directory gets `other_seeds.json` and `other_seeds.md`.
 import argparse
 import json
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -239,6 +240,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="the MLP alone, few retrained models")
     args = parser.parse_args(arguments)
     quiet()
+    warnings.filterwarnings("ignore", ".*batch normalization.*")
     torch.set_num_threads(1)  # the nets are too small for more threads
     args.out.mkdir(parents=True, exist_ok=True)
     settings = make_settings()
