@@ -72,8 +72,10 @@ def combine_runs(scores: Sequence[Tensor], *others: Sequence[Tensor]) -> Tensor:
             predicts the first one's scores at another run.
 
     Example:
-        >>> common, own = torch.tensor([[1.0, 1.0, -2.0]]), torch.tensor([[1.0, -1.0, 0.0]])
-        >>> combine_runs([common + own, common - own], [common, common]).round(decimals=6)
+        >>> shared = torch.tensor([[1.0, 1.0, -2.0]])
+        >>> own = torch.tensor([[1.0, -1.0, 0.0]])
+        >>> scores = combine_runs([shared + own, shared - own], [shared, shared])
+        >>> scores.round(decimals=6)
         tensor([[ 1.,  1., -2.]], dtype=torch.float64)
     """
     methods = [_of_runs(number, method) for number, method in enumerate((scores, *others))]
