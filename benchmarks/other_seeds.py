@@ -36,8 +36,9 @@ TARGETS = 50
 FIRST_SEED = 500  # of the recorded runs
 RECORDED, AVERAGE, LAST = "recorded", "average order", "last tenth"
 KERNEL, UNHEATED = "Gauss-Newton", "Gauss-Newton, T = 1"
+MEAN = "mean of Gauss-Newton"  # scores of single models, each with the temperature of one
 COMBINED, RUNS = "combined", "combined over runs"
-METHODS = (RECORDED, AVERAGE, LAST, UNHEATED, KERNEL, COMBINED, RUNS)
+METHODS = (RECORDED, AVERAGE, LAST, UNHEATED, KERNEL, COMBINED, MEAN, RUNS)
 
 
 class RoughMLP(SmoothMLP):
@@ -193,6 +194,7 @@ def results(setting: Setting, truth: Truth) -> Iterator[Result]:
     together |= {KERNEL: kernel(setting.task, states), UNHEATED: kernel(setting.task, states, temperature=1)}
     for own in (*single, together):
         own[COMBINED] = combine_scores(own[KERNEL], own[AVERAGE])
+    together[MEAN] = torch.stack([own[KERNEL] for own in single]).mean(0)
     together[RUNS] = combine_runs(*([own[name] for own in single] for name in (AVERAGE, LAST, KERNEL)))
     yield measured(setting, truth, single, 1)
     yield measured(setting, truth, [together], setting.runs)
@@ -213,15 +215,16 @@ def measured(setting: Setting, truth: Truth, scores: Sequence[dict[str, Tensor]]
 
 def table(found: list[Result]) -> str:
     """Markdown."""
-    columns = "task (runs; models of each half, ceiling)", *METHODS[:-1], "gain", RUNS, "gain"
+    columns = "task (runs; models of each half, ceiling)", *METHODS[:-2], "gain", MEAN, RUNS, "gain"
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for row in found:
         name = f"- {row.runs} runs together"
         if row.runs == 1:
             name = f"{row.setting} ({row.repeats}; {row.seeds}, {row.ceiling:.2f})"
-        cells = [f"{row.lds[method]:.3f}" for method in METHODS[:-1]]
+        cells = [f"{row.lds[method]:.3f}" for method in METHODS[:-2]]
         cells += [_difference(row.gain[COMBINED])]
-        cells += [f"{row.lds[RUNS]:.3f}", _difference(row.gain[RUNS])] if RUNS in row.lds else ["", ""]
+        more = [f"{row.lds[MEAN]:.3f}", f"{row.lds[RUNS]:.3f}", _difference(row.gain[RUNS])] if RUNS in row.lds else []
+        cells += more or [""] * 3
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
