@@ -98,15 +98,15 @@ def text_losses(module: nn.Module, batch: Any) -> Tensor:
     return F.cross_entropy(module(ids)[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none").mean(1)
 
 
-def make_tasks() -> list[tuple[Task, Callable[[nn.Module, Any], Tensor]]]:
+def make_tasks(num_targets: int = TARGETS) -> list[tuple[Task, Callable[[nn.Module, Any], Tensor]]]:
     """The tasks, each with the loss of each example."""
 
     def cut(data: TensorDataset, start: int, stop: int) -> TensorDataset:
         return TensorDataset(*(part[start:stop] for part in data.tensors))
 
     digits, other_digits = make_data()
-    patches, other_patches = _patches(600, TARGETS, size=8)
-    texts, other_texts = _texts(400, TARGETS)
+    patches, other_patches = _patches(600, num_targets, size=8)
+    texts, other_texts = _texts(400, num_targets)
     margin, text_margin = ClassificationMargin(), CausalLMMargin()
     images = [
         Task(
@@ -115,7 +115,7 @@ def make_tasks() -> list[tuple[Task, Callable[[nn.Module, Any], Tensor]]]:
             SmoothMLP,
             margin,
             cut(digits, 0, 800),
-            cut(other_digits, 0, TARGETS),
+            cut(other_digits, 0, num_targets),
             20,
             50,
         ),

@@ -42,12 +42,12 @@ class Truth:
 
     def difference(self, scores: Tensor, others: Tensor) -> tuple[float, float, float]:
         """LDS of the first scores minus that of the second, with a 95% interval. Targets and subsets are paired."""
-        tables = [self._table(rows) for rows in (scores, others)]
+        tables = [self.table(rows) for rows in (scores, others)]
         table = tables[0] - tables[1]
         low, high = crossed_bootstrap_interval(table)
         return float(table.mean()), float(low), float(high)
 
-    def _table(self, scores: Tensor) -> Tensor:
+    def table(self, scores: Tensor) -> Tensor:
         """Rank correlation of each target (the row means) plus the influence of each subset on it."""
         predictions, outputs = scores.double() @ self.masks.double().T, self.outputs.double().mean(2)
         values, influence = spearman_corrcoef(predictions, outputs), spearman_influence(predictions, outputs)

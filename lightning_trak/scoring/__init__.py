@@ -1,7 +1,7 @@
 """What turns stored features into scores."""
 
 from lightning_trak.scoring.base import Scorer
-from lightning_trak.scoring.combined import combine_scores
+from lightning_trak.scoring.combined import combine_runs, combine_scores
 from lightning_trak.scoring.gradient import GradientCosineScorer, GradientDotScorer
 from lightning_trak.scoring.groups import Groups, aggregate_scores
 from lightning_trak.scoring.intervals import Interval
@@ -18,5 +18,6 @@ __all__ = [
     "TRAKScorer",
     "TopK",
     "aggregate_scores",
+    "combine_runs",
     "combine_scores",
 ]

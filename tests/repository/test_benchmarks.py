@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import ablations, damping, methods, one_run, one_run_cost, second_stage, twins
+from benchmarks import ablations, damping, methods, one_run, one_run_cost, other_seeds, second_stage, twins
 from benchmarks import bytes as bytes_benchmark
 from benchmarks.labels import Curve, label_curves
 from benchmarks.methods import small
@@ -114,6 +114,19 @@ def test_one_run(tmp_path):
     assert len(results) == 8 * (len(one_run.FRACTIONS) + 1)
     assert all(result["low"] <= result["lds"] <= result["high"] and result["cost"] > 1 for result in results)
     assert (tmp_path / "one_run.png").stat().st_size > 10_000
+
+
+def test_other_seeds(tmp_path):
+    other_seeds.main(["--quick", "--out", str(tmp_path)])
+    single, together = json.loads((tmp_path / "other_seeds.json").read_text())
+    assert (single["runs"], single["repeats"], together["runs"], together["repeats"]) == (1, 2, 2, 1)
+    assert set(together["lds"]) == {*single["lds"], other_seeds.MEAN, other_seeds.RUNS} == set(other_seeds.METHODS)
+    for line in (single, together):
+        assert 0 < line["ceiling"] <= 1
+        assert all(low <= mean <= high for mean, low, high in line["gain"].values())
+        for method, (mean, _, _) in line["gain"].items():
+            assert mean == pytest.approx(line["lds"][method] - line["lds"][other_seeds.KERNEL])
+    assert len((tmp_path / "other_seeds.md").read_text().splitlines()) == 4
 
 
 @pytest.mark.parametrize("number", [1, 3])
