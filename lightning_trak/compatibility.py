@@ -288,6 +288,8 @@ def left_by_fabric(module: nn.Module) -> list[object]:
 def forget_redirection(module: nn.Module) -> None:
     """Undo what calls of ``training_step`` of a Fabric model leave on its module: its own ``forward`` as attribute."""
     forward: Any = vars(module).get("forward")
+    if forward is None:  # then a scripted module's class may have none to compare with
+        return
     if getattr(forward, "__func__", None) is type(module).forward and forward.__self__ is module:
         del module.forward
 
