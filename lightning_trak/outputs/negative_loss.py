@@ -70,7 +70,7 @@ class NegativeLoss(LinearLossOutput):
         if weighted:
             _told.warn(
                 "the loss of a batch is a weighted mean of its examples' losses, as with class weights, or with texts"
-                " of different lengths. Of one example alone the weight cancels, so that all examples have the same weight"
-                " here: return one loss for each example, times its weight, if the weights should count"
+                " of different lengths. Of one example alone the weight cancels, so here all examples have the same"
+                " weight: return one loss for each example, times its weight, if the weights should count"
             )
         return weighted
