@@ -206,9 +206,7 @@ def test_batches_that_cannot_be_taken_apart_are_refused():
     with pytest.raises(ValueError, match=r"batch\['x'\] has shape \(5, 2\) in a batch of two examples and \(5, 3\)"):
         find_layout({"x": torch.zeros(5, 2)}, {"x": torch.zeros(5, 3)})
     sparse = torch.eye(2).to_sparse()
-    with pytest.raises(
-        ValueError, match=r"batch\['x'\] is a sparse tensor.* let the collate_fn give a padded"
-    ):
+    with pytest.raises(ValueError, match=r"batch\['x'\] is a sparse tensor.* let the collate_fn give a padded"):
         find_layout({"x": sparse}, {"x": sparse})
     ragged = torch.nested.nested_tensor([torch.zeros(1), torch.zeros(2)], layout=torch.jagged)
     with pytest.raises(ValueError, match=r"batch\[0\] is a nested tensor"):
