@@ -93,7 +93,14 @@ _HOOKS = {
 
 
 def original_module(model: nn.Module) -> nn.Module:
-    """The model that was given to ``torch.compile`` or ``fabric.setup``; otherwise the model itself."""
+    """The model that was given to ``torch.compile`` or ``fabric.setup``; otherwise the model itself.
+
+    Raises:
+        TypeError: if it is no module.
+    """
+    if not isinstance(model, nn.Module):
+        kind = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise TypeError(f"expected the model as an nn.Module, got {kind}; weights are passed apart, as checkpoints")
     while True:
         original = model.module if is_a(model, _FabricModule) else getattr(model, _COMPILED, None)
         if not isinstance(original, nn.Module):

@@ -327,6 +327,8 @@ def _misfit(name: str, tensor: Tensor, like: Any) -> str | None:
         return None
     if tensor.is_complex() and not like.is_complex():
         return f"{name} is complex in the checkpoint, but real in the model"
+    if like.is_floating_point() and not (tensor.is_floating_point() or tensor.is_complex()):
+        return f"{name} has integers ({tensor.dtype}) in the checkpoint, as quantized weights do, but not in the model"
     if not like.ndim and tensor.ndim == 1 and len(tensor) != 1:
         return f"size mismatch for {name}: it has {len(tensor)} numbers, but the model has a single number"
     return None

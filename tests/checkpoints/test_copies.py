@@ -191,6 +191,7 @@ def test_no_second_copy_is_held_of_models_that_are_loaded_strictly() -> None:
             {"head.bias": torch.ones(3, dtype=torch.complex64)},
             r"head\.bias is complex in the checkpoint, but real in the model",
         ),
+        ({"head.bias": torch.ones(3, dtype=torch.int8)}, r"head\.bias has integers \(torch.int8\) in the checkpoint"),
         ({"norm.num_batches_tracked": torch.ones(5)}, r"norm\.num_batches_tracked: it has 5 numbers"),
         ({"_orig_mod.head.bias": torch.ones(3)}, "some of its names differ only in what wrappers add"),
     ],

@@ -21,7 +21,7 @@ def reordered(module: nn.Module) -> list[nn.Parameter]:
     if any(part.groups > 1 for part in convolutions):
         return []
     # A convolution may have its weight under another name, or compute it.
-    weights = dict.fromkeys(vars(part)["_parameters"].get("weight") for part in convolutions)
+    weights = dict.fromkeys(dict(part.named_parameters(recurse=False)).get("weight") for part in convolutions)
     plain = [weight for weight in weights if weight is not None and _is_plain(weight)]
     return plain if sum(weight.numel() for weight in plain) >= _LEAST else []
 
