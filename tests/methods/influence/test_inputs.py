@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from lightning_trak.gradients import HookEngine
 from lightning_trak.methods import Arnoldi, ConjugateGradient, EKFACInfluence, Explicit, InfluenceFunction, LiSSA
@@ -285,6 +285,33 @@ def test_draws_that_do_not_change_the_output_are_no_matter(make):
     scores = METHODS["explicit"](model)
     assert torch.equal(torch.get_rng_state(), before)
     assert relative_error(scores, reference(model, TRAIN, TARGETS)) < 1e-4
+
+
+def by_length(items):
+    """Sorts longer batches, as for packed sequences; two examples keep their order."""
+    return default_collate(sorted(items, key=lambda item: float(item[0][0])) if len(items) > 2 else items)
+
+
+@pytest.mark.parametrize("name", ["explicit", "ekfac"])
+@pytest.mark.parametrize("which", ["train", "targets"])
+def test_a_collate_function_that_changes_the_order_is_refused(name, which):
+    scores = {**METHODS, "ekfac": ekfac}[name]
+    data = {"train": TRAIN, "targets": TARGETS}
+    data[which] = DataLoader(data[which], batch_size=8, collate_fn=by_length)
+    with pytest.raises(ValueError, match="alone and another number in a batch with another example"):
+        scores(seeded(nn.Linear, 6, 3), **data)
+
+
+def test_data_that_differ_each_time_are_taken_as_they_come():
+    class Augmented(Dataset):
+        def __len__(self):
+            return N
+
+        def __getitem__(self, index):
+            inputs, label = TRAIN[index]
+            return inputs + 0.1 * torch.randn(6), label
+
+    assert METHODS["explicit"](seeded(nn.Linear, 6, 3), train=Augmented()).isfinite().all()
 
 
 def test_an_output_that_depends_on_the_rest_of_the_batch_is_refused():
