@@ -41,7 +41,7 @@ def advance(schedulers: list[LRSchedulerConfig], interval: str) -> None:
     """Step the schedulers of an interval, ``"step"`` or ``"epoch"``."""
     for config in schedulers:
         if config.interval == interval:
-            config.scheduler.step()  # type: ignore[call-arg]
+            config.scheduler.step()  # type: ignore[call-arg]  # ReduceLROnPlateau would monitor something
 
 
 Settings = dict[str, dict[str, str] | None]

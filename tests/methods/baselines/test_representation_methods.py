@@ -182,8 +182,10 @@ def test_bad_options_and_inputs(checkpoints):
     model = make_model()
     with pytest.raises(ValueError, match="similarity must be one of 'dot', 'cosine', 'l2'; got 'l1'"):
         RepresentationSimilarity(model, checkpoints, similarity="l1")
-    with pytest.raises(ValueError, match="k must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="Expected `k` to be a positive integer but got 0"):
         KNNShapley(model, checkpoints, k=0)
+    with pytest.raises(ValueError, match=r"Expected `k` to be a positive integer but got 2\.5"):
+        KNNShapley(model, checkpoints, k=2.5)
     with pytest.raises(TypeError, match=r"declares no model output.*pass forward="):
         RepresentationSimilarity(nn.Linear(2, 2), checkpoints)
     model.configure_model_output = lambda: ContrastiveMargin()

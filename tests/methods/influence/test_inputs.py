@@ -445,3 +445,24 @@ def test_code_that_changes_its_batch_changes_no_scores():
     for name, scores in METHODS.items():
         train, targets = (TensorDataset(*(part.clone() for part in data.tensors)) for data in (TRAIN, TARGETS))
         assert relative_error(scores(model, train, targets), expected) < 1e-3, name
+
+
+@pytest.mark.parametrize("name", ["explicit", "ekfac"])
+def test_examples_that_are_not_finite_are_named(name):
+    inputs, labels = TRAIN.tensors
+    broken = inputs.clone()
+    broken[7, 2] = torch.nan
+    with pytest.raises(ValueError, match=r"the feature of example 7 at checkpoint 0 .* is not finite"):
+        {**METHODS, "ekfac": ekfac}[name](seeded(nn.Linear, 6, 3), train=TensorDataset(broken, labels))
+
+
+def test_solvers_that_are_none():
+    model = nn.Linear(6, 3)
+    for solver in ("cg", Explicit):
+        with pytest.raises(TypeError, match=r"expected solver as an object such as ConjugateGradient\(\), got"):
+            InfluenceFunction(model, [model.state_dict()], output=ClassificationMargin(), solver=solver)
+    for options in ({"depth": 0}, {"repeats": 1.5}, {"batch_size": True}):
+        with pytest.raises(ValueError, match="to be a positive integer"):
+            LiSSA(**options)
+    with pytest.raises(ValueError, match="scale must be above 0 and finite"):
+        LiSSA(scale=0.0)
