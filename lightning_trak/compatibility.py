@@ -93,7 +93,14 @@ _HOOKS = {
 
 
 def original_module(model: nn.Module) -> nn.Module:
-    """The model that was given to ``torch.compile`` or ``fabric.setup``; otherwise the model itself."""
+    """The model that was given to ``torch.compile`` or ``fabric.setup``; otherwise the model itself.
+
+    Raises:
+        TypeError: if it is no module.
+    """
+    if not isinstance(model, nn.Module):
+        kind = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise TypeError(f"expected the model as an nn.Module, got {kind}; weights are passed apart, as checkpoints")
     while True:
         original = model.module if is_a(model, _FabricModule) else getattr(model, _COMPILED, None)
         if not isinstance(original, nn.Module):
@@ -288,6 +295,8 @@ def left_by_fabric(module: nn.Module) -> list[object]:
 def forget_redirection(module: nn.Module) -> None:
     """Undo what calls of ``training_step`` of a Fabric model leave on its module: its own ``forward`` as attribute."""
     forward: Any = vars(module).get("forward")
+    if forward is None:  # then a scripted module's class may have none to compare with
+        return
     if getattr(forward, "__func__", None) is type(module).forward and forward.__self__ is module:
         del module.forward
 

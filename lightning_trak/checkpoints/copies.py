@@ -9,6 +9,7 @@ import lightning as L
 import torch
 from lightning_utilities.core.rank_zero import WarningCache
 from torch import Tensor, nn
+from torch.jit import ScriptModule
 from torch.nn.parameter import is_lazy
 
 from lightning_trak.checkpoints.names import canonical_name
@@ -53,6 +54,12 @@ def copy_module(module: nn.Module, configure: bool = True) -> nn.Module:
             f"parameters of {name} have gradient hooks: {_some(hooked)}; attribution works on a copy, which has no"
             " such hooks, so its gradients may differ from those of training; remove the hooks, or leave these"
             " parameters out with parameters="
+        )
+    scripted = _scripted(module)
+    if scripted:
+        raise ValueError(
+            f"parts of {name} were compiled by torch.jit, which does not let them be copied and differentiated:"
+            f" {_some(scripted)}; pass a model of plain modules with the same weights"
         )
     if any(is_sharded(parameter) for parameter in module.parameters()):
         raise ValueError(
@@ -292,6 +299,15 @@ def _plain_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
     ]
 
 
+def _scripted(module: nn.Module) -> list[str]:
+    """The modules of ``torch.jit`` with weights. If they are frozen, these are constants, and no parameters."""
+    return [
+        prefix or "the model itself"
+        for prefix, part in module.named_modules()
+        if isinstance(part, ScriptModule) and (any(True for _ in part.parameters()) or not hasattr(part, "training"))
+    ]
+
+
 def _transient(module: nn.Module) -> list[str]:
     """The names of the buffers that are not persistent."""
     return [
@@ -311,6 +327,8 @@ def _misfit(name: str, tensor: Tensor, like: Any) -> str | None:
         return None
     if tensor.is_complex() and not like.is_complex():
         return f"{name} is complex in the checkpoint, but real in the model"
+    if like.is_floating_point() and not (tensor.is_floating_point() or tensor.is_complex()):
+        return f"{name} has integers ({tensor.dtype}) in the checkpoint, as quantized weights do, but not in the model"
     if not like.ndim and tensor.ndim == 1 and len(tensor) != 1:
         return f"size mismatch for {name}: it has {len(tensor)} numbers, but the model has a single number"
     return None

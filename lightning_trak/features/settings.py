@@ -24,6 +24,7 @@ class FeatureSettings:
             Those of targets are not.
 
     Raises:
+        TypeError: if a setting is of another type.
         ValueError: if a setting is out of range.
     """
 
@@ -35,6 +36,13 @@ class FeatureSettings:
     preconditioned: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.projection, Projection):
+            raise TypeError(
+                f"expected projection as an object such as SparseProjection(8192), got {self.projection!r}: import its"
+                " class from lightning_trak.projections"
+            )
+        if isinstance(self.seed, bool) or not hasattr(self.seed, "__index__"):
+            raise TypeError(f"expected seed as an integer, got {self.seed!r}")
         if self.preconditioned and self.projection.sample_size:
             raise ValueError(
                 f"{type(self.projection).__name__} is fitted to gradients that are not preconditioned: use"

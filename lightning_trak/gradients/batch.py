@@ -33,12 +33,13 @@ def find_layout(two: Any, three: Any) -> dict[Path, Kind]:
         The kind of each tensor and list, by its path in the batch.
 
     Raises:
-        ValueError: if a tensor grows in a dimension other than the first, or by another factor.
+        ValueError: if a tensor grows in a dimension other than the first, or by another factor, or is not dense.
     """
     layout: dict[Path, Kind] = {}
 
     def visit(path: Path, a: Any, b: Any) -> None:
         if isinstance(a, Tensor) and isinstance(b, Tensor):
+            _require_dense(path, a)
             layout[path] = _kind_of_tensor(path, a, b)
         elif type(a) is int and (a, b) == (2, 3):
             layout[path] = "count"
@@ -53,6 +54,15 @@ def find_layout(two: Any, three: Any) -> dict[Path, Kind]:
 
     visit((), two, three)
     return layout
+
+
+def _require_dense(path: Path, tensor: Tensor) -> None:
+    if tensor.is_nested or tensor.layout != torch.strided:
+        kind = "nested" if tensor.is_nested else "sparse"
+        raise ValueError(
+            f"{_named(path)} is a {kind} tensor, which cannot be taken apart into examples: let the collate_fn give a"
+            " padded or dense tensor with the examples in the first dimension, and the model convert it"
+        )
 
 
 def _kind_of_tensor(path: Path, a: Tensor, b: Tensor) -> Kind:

@@ -77,6 +77,15 @@ class LoopEngine(GradientEngine):
                 " collate_fn so that every part has a row for each example, or use batch_size=1"
             ) from error
 
+    def _require_trainable(self) -> None:
+        frozen = [name for name, parameter in self.parameters.items() if not parameter.requires_grad]
+        if frozen:
+            raise ValueError(
+                f"the forward pass of {type(self.module).__name__} turned requires_grad off for"
+                f" {', '.join(frozen[:3])}{', ...' if len(frozen) > 3 else ''}: freeze parameters before the forward"
+                " pass, and leave these out with parameters="
+            )
+
     def _takes(self, batch: ExampleBatch) -> bool:
         if batch.size < 2:
             return False
@@ -109,6 +118,7 @@ class LoopEngine(GradientEngine):
             with apart_from(original, self.module) as made, _RightBatchNorm():
                 value = self.alone(batch, number)
             self._require_one_each(value, 1)
+            self._require_trainable()
             if original is not None:
                 require_own_leaves(value, self.module, *modules_of(self.output), made=made)
             if not value.requires_grad:

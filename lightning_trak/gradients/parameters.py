@@ -1,6 +1,6 @@
 """Selects by name the parameters that outputs are differentiated by."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
@@ -33,6 +33,7 @@ def select_parameters(module: nn.Module, selection: ParameterSelection = None) -
         Canonical name -> name in ``module``, in the module's order.
 
     Raises:
+        TypeError: if the selection is of another type.
         ValueError: if nothing is selected, a pattern matches nothing, or a lazy parameter has no shape yet.
     """
     parameters = _named(module)
@@ -44,7 +45,7 @@ def select_parameters(module: nn.Module, selection: ParameterSelection = None) -
         chosen = [entry for entry in parameters if any(selection(name, entry.parameter) for name in entry.names)]
         advice = f"parameters= chose none of the model's parameters: {known}"
     else:
-        patterns = [selection] if isinstance(selection, str) else list(selection)
+        patterns = [selection] if isinstance(selection, str) else _patterns(selection)
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for entry in parameters for name in entry.names):
                 raise ValueError(f"parameters={pattern!r} matches no parameter; the model has: {known}")
@@ -59,6 +60,17 @@ def select_parameters(module: nn.Module, selection: ParameterSelection = None) -
     found = {entry.names[0]: entry.raw for entry in chosen if entry.parameter.numel()}
     if not found:
         raise ValueError(f"parameters= chose only parameters without elements: {', '.join(e.names[0] for e in chosen)}")
+    return found
+
+
+def _patterns(selection: Sequence[str]) -> list[str]:
+    """A sequence of patterns as a list."""
+    found = list(selection) if isinstance(selection, Iterable) else [selection]
+    if not all(isinstance(pattern, str) for pattern in found):
+        raise TypeError(
+            "expected parameters as patterns for names, such as ['head.*'], or as a function (name, parameter) -> bool,"
+            f" got {selection!r:.200}"
+        )
     return found
 
 

@@ -16,12 +16,15 @@ from lightning_trak.outputs.mixin import declared_output
 from lightning_trak.running.data import Data, datamodule_of, single_loader
 from lightning_trak.running.loading import batch_size_of
 from lightning_trak.running.predict import PredictModule
-from lightning_trak.running.ranges import IndexedBatch, batch_ranges, share_out
+from lightning_trak.running.ranges import IndexedBatch, batch_ranges, draw_audited, share_out
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.running.strategies import require_whole_parameters
 from lightning_trak.running.trainers import predict_over
 
 Rows = Callable[[nn.Module, Any], Tensor]
+
+_AUDITED = 2  # examples that are computed alone, too
+_ROUNDING = 0.05  # of bfloat16, relative to the norm of a row
 
 
 def declared_rows(module: nn.Module, otherwise: str) -> Rows:
@@ -93,13 +96,13 @@ class Examples:
 
         Raises:
             ValueError: if ``function`` does not give one row per example, a row is not finite, the Trainer's strategy
-                splits the model, or rows depend on chance or on the weights of ``original``.
+                splits the model, or rows depend on chance, on the weights of ``original`` or on the rest of the batch.
         """
         require_whole_parameters(trainer)
         found: list[tuple[Tensor, Tensor]] = []
         mapper = _MapModule.of(trainer)(function, what, original, found, module, self.datamodule)
         chosen = range(len(self)) if positions is None else positions
-        batches = batch_ranges(chosen, batch_size_of(self.loader))
+        batches = batch_ranges(chosen, batch_size_of(self.loader), draw_audited(chosen, _AUDITED, what))
         predict_over(trainer, mapper, share_out(self.loader, [batches], trainer))
         parts = [part for parts in Ranks.of(trainer).gather(found) for part in parts]
         found_at = torch.cat([part for part, _ in parts])
@@ -124,6 +127,7 @@ class _MapModule(PredictModule):
         self._what = what
         self._original = (original,)  # in a tuple, so that it is not registered as a submodule
         self._found = found
+        self._alone: dict[int, Tensor] = {}  # rows of audited examples, until the batch that they are part of
 
     def predict_step(self, batch: IndexedBatch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:  # noqa: ARG002
         """Keep the batch's rows. Return its positions, because Lightning warns about None."""
@@ -145,5 +149,24 @@ class _MapModule(PredictModule):
             raise ValueError(
                 f"{self._what} of example {first} is not finite: look for NaN in the example or in the weights"
             )
+        if batch.alone:
+            if _close(rows[0], rows[1], rows):  # else the data differ each time that they are loaded
+                self._alone[int(batch.positions[0])] = rows[0]
+            return batch.positions
+        for row, position in zip(rows, batch.positions.tolist(), strict=True):
+            if position in self._alone and not _close(row, self._alone.pop(position), rows):
+                raise ValueError(
+                    f"{self._what} of example {position} in a batch is not that of the example alone. Two causes are"
+                    " common: a collate function that changes the order of examples, such as by their length (keep the"
+                    " order; of packed sequences, by enforce_sorted=False), and padding that is not masked"
+                )
         self._found.append((batch.positions, rows.cpu()))
         return batch.positions
+
+
+def _close(row: Tensor, other: Tensor, rows: Tensor) -> bool:
+    """Whether two of some rows are the same, up to rounding."""
+    if row.shape != other.shape:
+        return False
+    off, size = float((row.double() - other.double()).norm()), float(other.double().norm())
+    return off <= _ROUNDING * size + 1e-3 * float(rows.double().abs().amax(0).norm())

@@ -7,10 +7,13 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities.data import extract_batch_size
+from lightning_utilities.core.rank_zero import WarningCache
 from torch import Tensor, nn
 
 from lightning_trak.outputs.base import close
 from lightning_trak.outputs.linear import LinearLossOutput
+
+_told = WarningCache()  # gives each warning once
 
 
 class NegativeLoss(LinearLossOutput):
@@ -22,7 +25,8 @@ class NegativeLoss(LinearLossOutput):
 
     Args:
         loss_fn: ``(module, batch) -> losses`` of shape ``(batch,)``, not reduced over the batch. A scalar is taken for
-            a batch of one example only, so that a mean loss will do for gradient engines that go one by one.
+            a batch of one example only, so that a mean loss will do for gradient engines that go one by one. In a
+            weighted mean, such as with class weights, the weight of an example alone cancels.
 
     Example:
         >>> import torch.nn.functional as F
@@ -58,6 +62,15 @@ class NegativeLoss(LinearLossOutput):
         losses = self.loss_fn(module, batch)
         if not isinstance(losses, Tensor) or losses.ndim != 0:
             return close(-losses, alone, tolerance)
-        lowest, highest, total = float(-alone.max()), float(-alone.min()), float(-alone.sum())
+        loss, total = float(losses.detach()), float(-alone.sum())
         slack = tolerance * (1 + abs(total))
-        return lowest - slack <= float(losses) <= highest + slack or abs(float(losses) - total) <= slack
+        if min(abs(loss - total), abs(loss - total / len(alone))) <= slack:
+            return True
+        weighted = float(-alone.max()) - slack <= loss <= float(-alone.min()) + slack
+        if weighted:
+            _told.warn(
+                "the loss of a batch is a weighted mean of its examples' losses, as with class weights, or with texts"
+                " of different lengths. Of one example alone the weight cancels, so here all examples have the same"
+                " weight: return one loss for each example, times its weight, if the weights should count"
+            )
+        return weighted

@@ -25,6 +25,7 @@ from lightning_trak.replay.states import TrainingState
 from lightning_trak.replay.targets import differentiable, output_at, targets_alone
 from lightning_trak.replay.updating import Block, Cotangents
 from lightning_trak.running.loading import load
+from lightning_trak.running.ordering import require_order
 from lightning_trak.scoring.groups import Collected, RowBlock, Sums, row_blocks
 
 # States and batches of a segment are kept in memory up to this size, and so are the cotangents of one reverse pass.
@@ -82,6 +83,7 @@ class Differentiated:
             if name not in structure.frozen
         }
         self._tracked = [name for name in player.parameters if name in trained]
+        require_order(loader, "the training data")
         self._layout: Layout | None = None
         probe = [[0], [0, 0], [0, 0, 0]] if micro_batch else [[0]]
         one, *several = player.moved(load(loader, probe), datamodule)

@@ -23,6 +23,7 @@ from lightning_trak.replay.recording import Recording
 from lightning_trak.replay.records import MicroBatch, StepRecord
 from lightning_trak.replay.states import TrainingState
 from lightning_trak.replay.targets import differentiable, output_at, targets_alone
+from lightning_trak.running.ordering import require_order
 
 
 class Reweighted:
@@ -61,6 +62,7 @@ class Reweighted:
         first: int = 0,
         check_losses: bool = True,
     ) -> None:
+        require_order(loader, "the training data")
         self.player = Player(model, recording, loader, datamodule, device)
         self.num_train: int = recording.run["num_train"]
         self.recording, self.losses, self._check_losses = recording, losses, check_losses

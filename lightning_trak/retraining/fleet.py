@@ -35,6 +35,7 @@ from lightning_trak.retraining.vectorized import require_trainable_together, tra
 from lightning_trak.running.content import fingerprint
 from lightning_trak.running.loaders import as_loader
 from lightning_trak.running.loading import batch_size_of, load
+from lightning_trak.running.ordering import require_order
 from lightning_trak.running.parts import Part, share
 from lightning_trak.running.trainers import quiet
 from lightning_trak.storage.paths import local_directory
@@ -133,6 +134,7 @@ class RetrainingFleet(Displayed):
             again = make_module()
         self._train = _one_loader("train", train)
         self._targets = _one_loader("targets", targets)
+        require_order(self._targets, "the targets")
         self.masks = _checked(masks, len(cast(Any, self._train.dataset)))
         if num_seeds < 1:
             raise ValueError(f"num_seeds must be at least 1, got {num_seeds}")

@@ -50,6 +50,7 @@ def informed_scores(scores: Tensor, masks: Tensor, outputs: Tensor) -> Tensor:
         ``(num_targets, num_train)``, in the unit, sign and dtype of ``scores``.
 
     Raises:
+        TypeError: if the scores are no tensor.
         ValueError: if a shape, dtype or device does not fit, a number is NaN or infinite, there are too few subsets, or
             the predictions of the scores do not rise with the outputs.
 
@@ -60,6 +61,8 @@ def informed_scores(scores: Tensor, masks: Tensor, outputs: Tensor) -> Tensor:
         lds = LinearDatamodelingScore(fleet.masks[50:], used_masks=fleet.masks[:50])
         lds.update(scores, fleet.outputs[:, 50:])
     """
+    if not isinstance(scores, Tensor):
+        raise TypeError(f"expected scores as a tensor, got a {type(scores).__name__}")
     if not scores.is_floating_point():
         raise ValueError(f"expected scores of a floating-point dtype, got {scores.dtype}")
     known = LinearDatamodelingScore(masks).to(masks.device)
@@ -70,11 +73,12 @@ def informed_scores(scores: Tensor, masks: Tensor, outputs: Tensor) -> Tensor:
             f"expected at least one target, and at least {_MIN_MEMBERS} subsets to learn from, got scores of shape"
             f" {tuple(scores.shape)} and masks of shape {tuple(masks.shape)}"
         )
-    tau, members = scores.detach().double(), masks.double()
+    unit = scores.detach().double().abs().max()  # so that no square overflows
+    tau, members = scores.detach().double() / torch.where(unit > 0, unit, 1), masks.double()
     scale = _scale(tau, members, observed)
     noise = _best_noise(tau, members, observed, scale)
     (correction,) = _Regression(tau, members, observed, scale).corrections([noise])
-    return (tau + correction).to(scores.dtype)
+    return ((tau + correction) * unit).to(scores.dtype)
 
 
 def _scale(tau: Tensor, masks: Tensor, outputs: Tensor) -> Tensor:

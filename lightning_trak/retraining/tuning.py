@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
@@ -97,7 +98,7 @@ def tune(
     Raises:
         ValueError: if there is no candidate, there are fewer than 2 targets or too few subsets, subsets are equal or
             used, a shape or device does not fit, or a number is NaN or infinite. The error names the candidate.
-        TypeError: if a candidate is neither a Tensor nor a function that returns one.
+        TypeError: if candidates are no mapping, or one is neither a Tensor nor a function that returns one.
 
     Example::
 
@@ -108,7 +109,7 @@ def tune(
         trak = TRAK(model, "run/snapshots", "run/features", damping=tuning.best)
     """
     metric = LinearDatamodelingScore(masks, used_masks=used_masks).to(masks.device)  # checks the masks
-    _require_enough(len(candidates), len(masks), outputs, folds)
+    _require_enough(candidates, len(masks), outputs, folds)
     predictions: dict[Name, Tensor] = {}
     for name, candidate in candidates.items():
         metric.reset()
@@ -135,10 +136,12 @@ def tune(
     return Tuning(_best(tables), measured, _measured(torch.cat(held_out, dim=1), confidence, seed), tuple(choices))
 
 
-def _require_enough(num_candidates: int, num_subsets: int, outputs: Tensor, folds: int) -> None:
-    if not num_candidates:
+def _require_enough(candidates: object, num_subsets: int, outputs: Tensor, folds: int) -> None:
+    if not isinstance(candidates, Mapping):
+        raise TypeError(f"expected candidates as a mapping from names to scores, got a {type(candidates).__name__}")
+    if not candidates:
         raise ValueError("expected at least one candidate, got none")
-    if folds < 2 or folds != int(folds):
+    if isinstance(folds, bool) or not isinstance(folds, Integral) or folds < 2:
         raise ValueError(f"folds must be a whole number from 2 on, got {folds}")
     if num_subsets < _LEAST * folds:
         raise ValueError(

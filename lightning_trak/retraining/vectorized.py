@@ -16,19 +16,25 @@ import lightning as L
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar
-from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, RandomSampler, default_collate
 
-from lightning_trak.compatibility import configure_optimizers, configure_schedulers, tree_map
+from lightning_trak.compatibility import tree_map
 from lightning_trak.gradients.leaves import apart_from, leaves_of
 from lightning_trak.gradients.substitution import Substituted
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.evaluating import exact_attention, unchanged
 from lightning_trak.packages import is_a, overrides
+from lightning_trak.retraining.stacked_optimizers import (
+    advance,
+    one_optimizer,
+    require_same_settings,
+    require_same_step,
+    trial_gradients,
+    trial_step,
+)
 from lightning_trak.retraining.training import FactoryError
 from lightning_trak.running.random_states import isolated_random_states
 from lightning_trak.running.training_step import NO_TRAINER_WARNING, training_loss
@@ -137,9 +143,10 @@ def train_together(
 
     What a Trainer does is done for each module: its own initialisation and order of examples, its ``training_step``,
     and the optimizer and scheduler of its ``configure_optimizers``, which must treat each element of a parameter by
-    itself (SGD, Adam and AdamW do; LARS, LAMB and Muon do not). What a module draws while it trains, as for dropout,
-    depends on which modules train with it. Before training, a step of the first and of the last module is compared with
-    the same step alone, where it is not random.
+    itself (SGD, Adam and AdamW do; Adafactor, LARS, LAMB and Muon do not). What a module draws while it trains, as for
+    dropout, depends on which modules train with it. Before training, gradients of the first and of the last module are
+    compared with those alone, where they are not random, and so is a step of their optimizer. All optimizers must have
+    the same settings.
 
     Args:
         make_module: makes a module, in its own random initialisation; ``training_step`` may take ``batch`` alone.
@@ -156,7 +163,8 @@ def train_together(
 
     Raises:
         ValueError: if the subsets differ in size, or do not fit the seeds or the dataset; or if the first or the last
-            module has another loss, or other gradients, together with the others than alone.
+            module has another loss, other gradients, or another step of its optimizer, together with the others than
+            alone.
         TypeError: if the module uses manual optimization, or more than one optimizer.
     """
     num_train = len(cast(Any, dataset))
@@ -176,8 +184,14 @@ def train_together(
         members = torch.stack([mask.nonzero().flatten() for mask in masks])
         first = tree_map(lambda value: _take(value, members[:, :batch_size]), data)
         alone = {number: _alone(modules[number].to(device), first, number) for number in (0, len(seeds) - 1)}
+        require_same_settings(modules)
+        gradients = trial_gradients(modules[0], len(seeds))
+        steps = {n: trial_step(modules[n], {name: part[n] for name, part in gradients.items()}) for n in alone}
         stack = StackedModules(modules, device, take=True)
         _require_as_alone(stack, first, alone)
+        together = trial_step(cast(L.LightningModule, stack.stacked), gradients)
+        for number, step in steps.items():
+            require_same_step(together, step, number)
         _fit(stack, data, masks, seeds, max_epochs, batch_size)
     stack.stacked.eval()
     return stack
@@ -320,7 +334,7 @@ def _only_looking(module: nn.Module, training: bool) -> Iterator[None]:
 def _fit(
     stack: StackedModules, data: Any, masks: Tensor, seeds: Sequence[int], max_epochs: int, batch_size: int
 ) -> None:
-    optimizer, schedulers = _optimizer(cast(L.LightningModule, stack.stacked))
+    optimizer, schedulers = one_optimizer(cast(L.LightningModule, stack.stacked))
     members = torch.stack([mask.nonzero().flatten() for mask in masks])
     orders = [torch.Generator().manual_seed(seed) for seed in seeds]
     with warnings.catch_warnings():
@@ -334,32 +348,11 @@ def _fit(
                 optimizer.zero_grad()
                 stack.map(training_loss, batch).sum().backward()
                 optimizer.step()
-                _advance(schedulers, "step")
-            _advance(schedulers, "epoch")
+                advance(schedulers, "step")
+            advance(schedulers, "epoch")
 
 
 def _take(value: Tensor, positions: Tensor) -> Tensor:
     """``value[positions]``, several times as fast."""
     rows = value.index_select(0, positions.to(value.device).flatten())
     return rows.view(*positions.shape, *value.shape[1:])
-
-
-def _optimizer(module: L.LightningModule) -> tuple[Optimizer, list[LRSchedulerConfig]]:
-    if not module.automatic_optimization:
-        raise TypeError(
-            f"{type(module).__name__} uses manual optimization, and many modules at once can only be trained with"
-            " automatic optimization: train them one by one"
-        )
-    optimizers, schedulers, monitor = configure_optimizers(cast(Any, module.configure_optimizers()))
-    if len(optimizers) != 1 or monitor is not None:
-        raise TypeError(
-            f"{type(module).__name__}.configure_optimizers() gave {len(optimizers)} optimizers, monitor={monitor!r};"
-            " modules are trained together by one optimizer, with schedulers that monitor nothing"
-        )
-    return optimizers[0], configure_schedulers(schedulers, monitor)
-
-
-def _advance(schedulers: list[LRSchedulerConfig], interval: str) -> None:
-    for config in schedulers:
-        if config.interval == interval:
-            config.scheduler.step()  # type: ignore[call-arg]  # ReduceLROnPlateau would monitor something

@@ -6,6 +6,7 @@ number of examples and the size of the matrix. The ridge, or lambda, is what is 
 """
 
 import math
+import sys
 from collections.abc import Sequence
 from numbers import Real
 from typing import Literal, cast
@@ -20,11 +21,13 @@ def require_damping(damping: Damping) -> Damping:
     """The damping, if it is one.
 
     Raises:
-        ValueError: if it is negative, NaN or infinite, or another word than "auto".
+        ValueError: if it is negative, NaN or infinite, a bool, or another word than "auto".
     """
-    if damping != "auto" and not (isinstance(damping, Real) and 0 <= damping < math.inf):
+    if damping == "auto":
+        return damping
+    if isinstance(damping, bool) or not isinstance(damping, Real) or not 0 <= damping <= sys.float_info.max:
         raise ValueError(f"damping must be at least 0, or 'auto'; got {damping!r}, which is no finite number from 0 on")
-    return damping
+    return float(damping)
 
 
 def auto_damping(trace: Tensor, squared_weights: Tensor, size: int, noise: float = 1.0) -> float:

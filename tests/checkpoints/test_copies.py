@@ -191,6 +191,7 @@ def test_no_second_copy_is_held_of_models_that_are_loaded_strictly() -> None:
             {"head.bias": torch.ones(3, dtype=torch.complex64)},
             r"head\.bias is complex in the checkpoint, but real in the model",
         ),
+        ({"head.bias": torch.ones(3, dtype=torch.int8)}, r"head\.bias has integers \(torch.int8\) in the checkpoint"),
         ({"norm.num_batches_tracked": torch.ones(5)}, r"norm\.num_batches_tracked: it has 5 numbers"),
         ({"_orig_mod.head.bias": torch.ones(3)}, "some of its names differ only in what wrappers add"),
     ],
@@ -304,3 +305,29 @@ def test_the_digest_of_odd_tensors() -> None:
     module.register_buffer("buffer", torch.empty(2, device="meta"))
     with pytest.raises(ValueError, match="buffer is on the meta device, without content"):
         state_digest(module)
+
+
+@pytest.mark.parametrize("change", [torch.jit.script, lambda part: torch.jit.freeze(torch.jit.script(part.eval()))])
+def test_scripted_parts_with_weights_are_refused(change: Any) -> None:
+    body = nn.Sequential(nn.Linear(6, 4), nn.Tanh())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        parts = nn.Sequential(change(body), nn.Linear(4, 3)), change(nn.Sequential(nn.Linear(6, 3)))
+    for module, place in zip(parts, ("0", "the model itself"), strict=True):
+        with pytest.raises(ValueError, match=f"compiled by torch.jit.*: {place}.*pass a model of plain modules"):
+            copy_module(module)
+
+
+def test_scripted_parts_without_weights_are_copied(tmp_path: Path) -> None:
+    class Scripted(LitNet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tanh = torch.jit.script(nn.Tanh())
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.head(self.tanh(self.norm(self.first(inputs)))) * self.scale
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        found = scores(trained(Scripted), WEIGHTS, tmp_path / "scripted")
+    assert torch.allclose(found, scores(make_model(), WEIGHTS, tmp_path / "plain"), rtol=1e-4, atol=1e-6)

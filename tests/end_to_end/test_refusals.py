@@ -128,6 +128,14 @@ def test_fewer_examples_than_features_without_damping_is_an_error(tmp_path, chec
         ({"damping": -1.0}, ValueError, "damping must be at least 0"),
         ({"damping": "Auto"}, ValueError, "damping must be at least 0, or 'auto'; got 'Auto'"),
         ({"soft_threshold": -1.0}, ValueError, "soft_threshold must be at least 0"),
+        (
+            {"projection": 8192},
+            TypeError,
+            r"object such as SparseProjection\(8192\), got 8192",
+        ),
+        ({"projection": GaussianProjection}, TypeError, "expected projection as an object .*got <class"),
+        ({"seed": 1.5}, TypeError, "expected seed as an integer, got 1.5"),
+        ({"seed": True}, TypeError, "expected seed as an integer, got True"),
         ({"output": "margin"}, TypeError, "must be a ModelOutput, got str"),
     ],
 )

@@ -79,6 +79,22 @@ def test_a_model_that_needs_the_other_order_gets_it(change):
     assert engine.check(batch) == {}
 
 
+class ByStrides(nn.Module):
+    """Computes something else in another order, without an error."""
+
+    def forward(self, images):
+        return images * images.detach().as_strided((96, 1, 1), (25, 1, 1)).abs()
+
+
+def test_a_model_that_computes_something_else_in_the_other_order_does_not_get_it():
+    module, orders, batch = make(ByStrides())
+    found = features(HookEngine, module, batch)
+    assert orders[-1] is True
+    module.double()
+    in_double = ExampleBatch((batch.content[0].double(), batch.content[1]), 5)
+    torch.testing.assert_close(found.double(), features(HookEngine, module, in_double).double(), rtol=1e-3, atol=1e-4)
+
+
 def test_the_models_own_errors_come_through():
     def fail(images):
         raise RuntimeError("no images today")
@@ -95,6 +111,10 @@ def test_which_weights_are_reordered():
     assert reordered(make(width=16)[0]) == []
     assert reordered(module.double()) == []
     assert reordered(nn.Sequential(module.float(), nn.Conv2d(4, 4, 3, groups=2))) == []
+    renamed = nn.Conv2d(96, 96, 3)
+    renamed.kernels = renamed.weight
+    del renamed.weight
+    assert len(reordered(nn.Sequential(make()[0], renamed))) == 2
     tied = nn.Sequential(nn.Conv2d(96, 96, 3), nn.Conv2d(96, 96, 3))
     tied[1].weight = tied[0].weight
     before = tied[0].weight.data_ptr()

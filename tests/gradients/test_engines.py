@@ -81,6 +81,19 @@ def test_loop_restores_flags_after_an_exception():
     assert all(parameter.requires_grad for parameter in module.parameters())
 
 
+def test_parameters_that_the_forward_pass_freezes_are_refused():
+    class Freezes(nn.Linear):
+        def forward(self, inputs):
+            self.bias.requires_grad_(False)
+            return super().forward(inputs)
+
+    module = Freezes(4, 3)
+    engine = LoopEngine(module, ClassificationMargin(), select_parameters(module))
+    with pytest.raises(ValueError, match=r"forward pass of Freezes turned requires_grad off for bias.*parameters="):
+        engine(ExampleBatch((torch.ones(2, 4), torch.tensor([0, 2])), 2))
+    assert module.bias.requires_grad
+
+
 @pytest.mark.parametrize("engine", [FunctionalEngine, LoopEngine])
 def test_only_selected_parameters_are_differentiated(engine, monkeypatch):
     module, output, batch, size = specimen("mlp")
@@ -192,5 +205,11 @@ def test_batches_that_cannot_be_taken_apart_are_refused():
         infer_batch_size({"text": ["a", "b"]})
     with pytest.raises(ValueError, match=r"batch\['x'\] has shape \(5, 2\) in a batch of two examples and \(5, 3\)"):
         find_layout({"x": torch.zeros(5, 2)}, {"x": torch.zeros(5, 3)})
+    sparse = torch.eye(2).to_sparse()
+    with pytest.raises(ValueError, match=r"batch\['x'\] is a sparse tensor.* let the collate_fn give a padded"):
+        find_layout({"x": sparse}, {"x": sparse})
+    ragged = torch.nested.nested_tensor([torch.zeros(1), torch.zeros(2)], layout=torch.jagged)
+    with pytest.raises(ValueError, match=r"batch\[0\] is a nested tensor"):
+        find_layout((ragged,), (ragged,))
     with pytest.raises(ValueError, match=r"batch\[1\] has as many items as the batch has examples"):
         ExampleBatch((torch.zeros(3), ["a", "b", "c"]), 3).take([0])

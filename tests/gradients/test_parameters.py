@@ -65,3 +65,9 @@ def test_lazy_parameters_are_refused_until_they_have_a_shape():
         select_parameters(module)
     module(torch.zeros(1, 3))
     assert list(select_parameters(module, "0.*")) == ["0.weight", "0.bias"]
+
+
+@pytest.mark.parametrize("selection", [3, [3], [["head"]]])
+def test_selections_of_other_types_are_refused(selection):
+    with pytest.raises(TypeError, match=r"expected parameters as patterns for names, such as .* got "):
+        select_parameters(nn.Linear(3, 2), selection)

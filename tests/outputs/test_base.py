@@ -20,6 +20,7 @@ from lightning_trak.outputs import (
     Seq2SeqLMMargin,
 )
 from lightning_trak.outputs.mixin import AttributionMixin
+from lightning_trak.outputs.negative_loss import _told
 
 
 class Custom(ModelOutput):
@@ -173,6 +174,19 @@ def test_negative_loss_takes_a_scalar_for_one_example_only():
     torch.testing.assert_close(output.output(module, one), -(module(one["x"]) - one["y"]).square().mean().reshape(1))
     with pytest.raises(ValueError, match=r"one loss per example, shape \(batch,\), received shape \(\)"):
         output.output(module, batch)
+
+
+@pytest.mark.parametrize(("weights", "reduction"), [([1.0, 3.0], "mean"), ([1.0, 1.0], "mean"), ([1.0, 3.0], "sum")])
+def test_weights_that_cancel_in_a_batch_of_one_are_told(weights, reduction, recwarn):
+    torch.manual_seed(0)
+    module, batch = nn.Linear(4, 2), (torch.randn(2, 4), torch.tensor([0, 1]))
+    output = NegativeLoss(lambda m, b: F.cross_entropy(m(b[0]), b[1], torch.tensor(weights), reduction=reduction))
+    singles = [tuple(part[i : i + 1] for part in batch) for i in range(2)]
+    alone = torch.cat([output.output(module, single) for single in singles])
+    _told.clear()
+    assert output.same_in_batch(module, batch, alone, 1e-4)
+    said = [str(warning.message) for warning in recwarn if "weighted mean" in str(warning.message)]
+    assert bool(said) == (weights == [1.0, 3.0] and reduction == "mean")
 
 
 @pytest.mark.parametrize(

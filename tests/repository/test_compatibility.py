@@ -37,6 +37,9 @@ def test_compiled_modules_and_functions():
     compiled = torch.compile(plain)
     assert compatibility.original_module(compiled) is plain
     assert compatibility.original_module(plain) is plain
+    for other, name in ((plain.state_dict(), "OrderedDict"), (nn.Linear, "the class Linear")):
+        with pytest.raises(TypeError, match=f"expected the model as an nn.Module, got {name}; weights are"):
+            compatibility.original_module(other)
     assert compatibility.original_function(torch.compile(net)) is net
     assert compatibility.original_function(net) is net
     assert compatibility.is_compiled(compiled)

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import EarlyStopping
-from torch.utils.data import DataLoader, Subset, WeightedRandomSampler
+from torch.utils.data import DataLoader, Subset, WeightedRandomSampler, default_collate
 
 from lightning_trak import LinearDatamodelingScore
 from lightning_trak.outputs import ClassificationMargin, ContrastiveMargin, RegressionOutput
@@ -193,6 +193,10 @@ def test_nothing_is_used_twice(tmp_path, options, match):
     assert not (tmp_path / "failures").exists()
 
 
+def backwards(items):
+    return default_collate(items[::-1])
+
+
 def used_trainer():
     trainer = make_trainer()
     trainer.fit(LitNet(), LOADER)
@@ -213,6 +217,11 @@ def used_trainer():
         ({"train": [1, 2]}, TypeError, "train must be a map-style Dataset or a DataLoader, got list"),
         ({"targets": L.LightningDataModule()}, TypeError, "targets must be a map-style Dataset or a DataLoader"),
         ({"train": DataLoader(TRAIN, 4, sampler=WeightedRandomSampler([1.0] * N, N))}, ValueError, "make_loader="),
+        (
+            {"targets": DataLoader(TARGETS, 4, collate_fn=backwards)},
+            ValueError,
+            "targets changes the order of the",
+        ),
         ({"output": F.relu}, TypeError, "must be a ModelOutput, got function"),
     ],
 )

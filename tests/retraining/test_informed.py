@@ -77,6 +77,9 @@ def test_units_scales_and_seeds_do_not_matter():
     torch.testing.assert_close(
         informed_scores(1e6 * scores, MASKS, outputs * 1e-5 + 7), 1e6 * expected, rtol=1e-4, atol=1.0
     )
+    for unit in (1e-200, 1e200):
+        found = informed_scores(unit * scores.double(), MASKS, outputs) / unit
+        torch.testing.assert_close(found, informed_scores(scores.double(), MASKS, outputs))
     seeds = torch.stack([outputs - 1, outputs + 1], 2)
     torch.testing.assert_close(informed_scores(scores, MASKS, seeds), expected, rtol=1e-5, atol=1e-6)
     assert informed_scores(scores.float(), MASKS, outputs).dtype == torch.float32
@@ -109,3 +112,8 @@ def test_units_scales_and_seeds_do_not_matter():
 def test_what_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         informed_scores(*change(make()[0], MASKS, make()[1]))
+
+
+def test_scores_that_are_no_tensor():
+    with pytest.raises(TypeError, match="expected scores as a tensor, got a list"):
+        informed_scores([[1.0]], MASKS, make()[1])

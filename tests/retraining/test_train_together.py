@@ -284,6 +284,70 @@ def test_modules_that_would_share_what_is_their_own_are_refused(make, message):
         train_together(make, EXACT, SUBSETS, SEEDS, max_epochs=1, batch_size=8)
 
 
+class NormOfAll(torch.optim.SGD):
+    def step(self):
+        torch.nn.utils.clip_grad_norm_([part for group in self.param_groups for part in group["params"]], 1.0)
+        super().step()
+
+
+class DecaysMatrices(Small):
+    """Biases of stacked modules are matrices."""
+
+    def configure_optimizers(self):
+        parts = list(self.parameters())
+        groups = [[part for part in parts if (part.ndim > 1) == matrices] for matrices in (True, False)]
+        return torch.optim.AdamW(
+            [{"params": groups[0], "weight_decay": 0.1}, {"params": groups[1], "weight_decay": 0.0}]
+        )
+
+
+class OwnRate(Small):
+    def add(self):
+        self.rate = float(torch.rand([]))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=self.rate)
+
+
+class OwnFrozen(Small):
+    def add(self):
+        self.body.requires_grad_(bool(torch.rand([]) < 0.5))
+
+
+class WarmUp(Small):
+    """Its first step has a rate of zero."""
+
+    def configure_optimizers(self):
+        optimizer = NormOfAll(self.parameters(), lr=0.1)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / 3)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def by(optimizer):
+    class Optimized(Small):
+        def configure_optimizers(self):
+            return optimizer(self.parameters(), lr=0.1)
+
+    return Optimized
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (by(torch.optim.Adafactor), r"the step of body\.weight, .* of module 0 differs .* without norms or shapes"),
+        (by(NormOfAll), r"the step of body\.weight, "),
+        (WarmUp, r"the step of body\.weight, "),
+        (DecaysMatrices, r"the settings of head\.bias, .* the same groups and settings for all modules"),
+        (OwnRate, r"the settings of body\.weight, .* of module 1 differs"),
+        (OwnFrozen, r"the settings of body\.weight, "),
+        (by(torch.optim.LBFGS), r"cannot make a step of many modules at once .*closure.*: train them one at a time"),
+    ],
+)
+def test_optimizers_that_would_not_treat_each_module_as_alone_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        train_together(make, EXACT, SUBSETS, SEEDS, max_epochs=1, batch_size=8)
+
+
 def test_buffers_hold_what_differs():
     class Registered(RandomFeatures):
         def add(self):

@@ -128,7 +128,7 @@ def test_what_cannot_be_measured_is_refused(change, match):
         tune(*change(*made()))
 
 
-@pytest.mark.parametrize("folds", [1, 0, -3, 2.5])
+@pytest.mark.parametrize("folds", [1, 0, -3, 2.5, float("nan"), "3", True])
 def test_folds_that_are_none(folds):
     truth, masks, outputs = made()
     with pytest.raises(ValueError, match="folds must be a whole number from 2 on"):
@@ -139,3 +139,5 @@ def test_candidates_that_are_no_scores():
     _, masks, outputs = made()
     with pytest.raises(TypeError, match="for candidate 'top', or a function that returns one, got tuple"):
         tune({"top": (1, 2)}, masks, outputs)
+    with pytest.raises(TypeError, match="candidates as a mapping from names to scores, got a list"):
+        tune([torch.zeros(2, 3)], masks, outputs)

@@ -1,5 +1,7 @@
 """The damping that is chosen from the features."""
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -82,7 +84,7 @@ def test_each_checkpoint_gets_its_own(tmp_path):
     assert chosen(phi[1], curvatures[1]) > 1.5 * chosen(phi[0], curvatures[0])
 
 
-@pytest.mark.parametrize("damping", [float("inf"), float("nan"), -float("inf"), -1, "Auto", None, [0.1]])
+@pytest.mark.parametrize("damping", [float("inf"), float("nan"), -float("inf"), -1, "Auto", None, [0.1], True, 10**400])
 def test_damping_that_is_no_number_is_refused_at_construction(tmp_path, damping):
     model = torch.nn.Linear(2, 2)
     weights = [model.state_dict()]
@@ -95,7 +97,8 @@ def test_damping_that_is_no_number_is_refused_at_construction(tmp_path, damping)
 
 
 def test_dampings_that_are():
-    assert [require_damping(value) for value in ("auto", 0, 0.5, 10**30, np.float32(2))] == ["auto", 0, 0.5, 10**30, 2]
+    assert [require_damping(value) for value in ("auto", 0, 0.5, 10**30, np.float32(2))] == ["auto", 0, 0.5, 1e30, 2]
+    assert f"{require_damping(Fraction(1, 2)):g}" == "0.5"  # as errors show it
 
 
 def noise_of(gradients, curvatures, seen=None):

@@ -20,8 +20,9 @@ def reordered(module: nn.Module) -> list[nn.Parameter]:
     convolutions = [part for part in module.modules() if isinstance(part, nn.Conv2d)]
     if any(part.groups > 1 for part in convolutions):
         return []
-    weights = dict.fromkeys(part.weight for part in convolutions)
-    plain = [weight for weight in weights if isinstance(weight, nn.Parameter) and _is_plain(weight)]
+    # A convolution may have its weight under another name, or compute it.
+    weights = dict.fromkeys(dict(part.named_parameters(recurse=False)).get("weight") for part in convolutions)
+    plain = [weight for weight in weights if weight is not None and _is_plain(weight)]
     return plain if sum(weight.numel() for weight in plain) >= _LEAST else []
 
 
@@ -32,7 +33,8 @@ def channels_last(weights: Iterable[nn.Parameter]) -> Iterator[None]:
     The outputs of their convolutions, and of most operations after them, then have this order, too. oneDNN computes in
     it, and need not reorder each input and output (its "Memory format propagation"). Numbers change by rounding.
 
-    Code that depends on the order of a tensor in memory, such as ``Tensor.view``, may raise an error.
+    Code that depends on the order of a tensor in memory may raise an error (``Tensor.view``), or compute something else
+    (``Tensor.as_strided``).
     """
     before = [(weight, weight.data) for weight in weights]
     try:

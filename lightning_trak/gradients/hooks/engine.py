@@ -22,6 +22,7 @@ from lightning_trak.gradients.hooks.shared_outputs import Expansion, SharedOutpu
 from lightning_trak.gradients.hooks.sketch import Sketches
 from lightning_trak.gradients.hooks.tracked_module import TrackedModule, coverage_report, find_tracked_modules
 from lightning_trak.outputs import ModelOutput
+from lightning_trak.outputs.base import close
 from lightning_trak.projections.base import BoundProjection
 
 Shapes = tuple[Any, ...]
@@ -266,7 +267,23 @@ class HookEngine(GradientEngine):
                 self._shared[shapes] = find_shared_outputs(
                     list(self._tracked), lambda count: self.outputs(batch.take(slice(0, count)))
                 )
+                if self._reordered and not self._same_reordered(batch.take(slice(0, 2))):
+                    self._reordered = []
         return self._shared[shapes]
+
+    def _same_reordered(self, batch: ExampleBatch) -> bool:
+        """Whether the model gives the same outputs in the other order in memory.
+
+        It does not if its code reads memory by strides of its own, such as ``Tensor.as_strided``.
+        """
+        with torch.no_grad():
+            expected = self.outputs(batch)
+            try:
+                with channels_last(self._reordered):
+                    found = self.outputs(batch)
+            except RuntimeError:
+                return False
+        return close(found, expected, self._ownership_tolerance)
 
     def _shapes(self, batch: ExampleBatch) -> Shapes:
         """A key for batches with the same shared outputs."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_trak.checkpoints.reading import CheckpointsLike
-from lightning_trak.checks import require_one_of
+from lightning_trak.checks import positive, require_one_of
 from lightning_trak.methods.baselines.representations import RepresentationMethod
 from lightning_trak.methods.baselines.similarity import SIMILARITIES, Similarity, similarity_matrix
 from lightning_trak.methods.examples import Examples
@@ -50,10 +50,8 @@ class KNNShapley(RepresentationMethod):
         **options: Any,
     ) -> None:
         require_one_of("similarity", similarity, SIMILARITIES)
-        if k < 1:
-            raise ValueError(f"k must be at least 1, got {k}")
         super().__init__(model, checkpoints, **options)
-        self.k = k
+        self.k = positive("k", k)
         self.similarity: Similarity = similarity
 
     def matrix(self, trainer: L.Trainer, train: Examples, targets: Examples) -> Tensor:

@@ -1,17 +1,20 @@
 """Check a few examples of a dataset before many passes over all of it."""
 
-import random
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 
-from lightning_trak.features.engines import following_engine
+from lightning_trak.features.engines import EngineName, following_engine
 from lightning_trak.gradients.base import EngineError
+from lightning_trak.gradients.batch import ExampleBatch
 from lightning_trak.methods.examples import Examples
 from lightning_trak.methods.influence.passes import Passes
+from lightning_trak.running.ranges import draw_audited
 
 
 def audit(passes: Passes, examples: Examples) -> None:
-    """Compare two examples, drawn by the seed, with each alone by plain autograd.
+    """Compare two examples, drawn by the seed, in their batches with each alone by plain autograd.
 
     If the first engine gets a gradient wrong, the next one is used.
 
@@ -23,15 +26,23 @@ def audit(passes: Passes, examples: Examples) -> None:
         ValueError: if outputs depend on chance, on other weights than those of the model's copy or on the rest of the
             batch, or gradients differ from autograd's, naming example and parameters.
     """
-    total = len(examples)
-    positions = sorted(random.Random(passes.key("audit")).sample(range(total), min(2, total)))
-    ((batch, size),) = passes.batches(examples, [positions])
-    while True:
-        try:
-            with passes.computing():
-                passes.extractor()(batch, torch.tensor(positions), dict.fromkeys(range(size)))
-            return
-        except EngineError:  # noqa: PERF203
-            if passes.engine_name in (None, "loop"):
-                raise
-            passes.use_engine(following_engine(passes.engine_name))
+    for position in draw_audited(range(len(examples)), 2, passes.key("audit")):
+        part = next(part for part in passes.cut(examples) if position in part)
+        (batch, _), (twice, _) = passes.batches(examples, [part, [position] * 2])
+        pair = ExampleBatch(twice, 2, passes.layout)
+        # If the data differ each time, the example is taken out of its batch.
+        single = twice if pair.take([0]).equals(pair.take([1])) else None
+        while not _agrees(passes, batch, part, {part.index(position): single}):
+            passes.use_engine(following_engine(cast(EngineName, passes.engine_name)))
+
+
+def _agrees(passes: Passes, batch: Any, positions: Sequence[int], audited: dict[int, Any]) -> bool:
+    """Whether the engine agrees with autograd; an error if no other engine is left."""
+    try:
+        with passes.computing():
+            passes.extractor()(batch, torch.tensor(positions), audited)
+    except EngineError:
+        if passes.engine_name in (None, "loop"):
+            raise
+        return False
+    return True

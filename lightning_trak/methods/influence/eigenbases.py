@@ -67,7 +67,8 @@ def fit_bases(
         several_calls: whether the calls of a layer that is called several times for a batch are added up.
 
     Raises:
-        ValueError: if a layer is called several times for a batch, and ``several_calls`` is off.
+        ValueError: if a layer is called several times for a batch, and ``several_calls`` is off, or an example's
+            gradient is not finite.
     """
     empty = passes.split(torch.zeros(1, passes.size, dtype=passes.dtype, device=passes.device))
     shapes = [block.gather(empty)[0].shape for block in blocks]
@@ -76,6 +77,10 @@ def fit_bases(
     with passes.computing():
         for batch, size in passes.batches(passes.train):
             covariances.add(engine, ExampleBatch(batch, size, passes.layout))
+    if not all(part.isfinite().all() for pair in covariances.pairs for part in pair):
+        for _ in passes.rows(passes.train):  # names the example
+            pass
+        raise ValueError(f"activations or gradients at {passes.where} are too large for their covariances")
     return [Basis(*(torch.linalg.eigh(part)[1].to(passes.dtype) for part in pair)) for pair in covariances.pairs]
 
 

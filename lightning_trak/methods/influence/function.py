@@ -71,7 +71,9 @@ class InfluenceFunction(Influence):
         super().__init__(model, checkpoints, **options)
         if curvature == "exact":
             self.output.loss(torch.zeros(1))  # refuses before long work if the output does not determine the loss
-        self.solver = solver or ConjugateGradient()
+        self.solver = ConjugateGradient() if solver is None else solver
+        if not isinstance(self.solver, Solver):
+            raise TypeError(f"expected solver as an object such as ConjugateGradient(), got {solver!r:.80}")
         self.curvature: HessianCurvature = curvature
         self.damping = require_damping(damping)
         self.convergence: list[Convergence] = []

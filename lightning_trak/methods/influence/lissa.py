@@ -1,5 +1,6 @@
 """LiSSA: the inverse of the Hessian as a series, a random batch of training examples for each term."""
 
+import math
 import random
 import warnings
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_trak.checks import positive
 from lightning_trak.methods.influence.hessian import Hessian
 from lightning_trak.methods.influence.solvers import InverseProduct, Solver
 
@@ -37,6 +39,12 @@ class LiSSA(Solver):
     batch_size: int = 32
     scale: float | None = None
     tolerance: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("depth", "repeats", "batch_size"):
+            positive(name, getattr(self, name))
+        if self.scale is not None and not 0 < self.scale < math.inf:
+            raise ValueError(f"scale must be above 0 and finite, or None; got {self.scale!r}")
 
     def prepare(self, hessian: Hessian) -> InverseProduct:
         """Find the scale."""

@@ -177,6 +177,15 @@ class Passes:
         parts = _cut(chosen, size if fitting is None else min(size, fitting))
         yield from zip(parts, self.batches(examples, parts), strict=True)
 
+    def cut(self, examples: Examples) -> list[Sequence[int]]:
+        """The positions of all examples, in the batches of :meth:`rows`."""
+        return _cut(range(len(examples)), min(batch_size_of(examples.loader), self._fitting))
+
+    @property
+    def _fitting(self) -> int:
+        """How many gradients fit in memory."""
+        return max(1, GRADIENT_BYTES // (self.size * self.dtype.itemsize))
+
     def rows(
         self, examples: Examples, positions: Sequence[int] | None = None
     ) -> Iterator[tuple[Sequence[int], Features]]:
@@ -186,8 +195,7 @@ class Passes:
             examples: the dataset.
             positions: positions of the examples; default: all.
         """
-        fitting = max(1, GRADIENT_BYTES // (self.size * self.dtype.itemsize))
-        for part, (batch, _) in self.parts(examples, positions, fitting):
+        for part, (batch, _) in self.parts(examples, positions, self._fitting):
             numbers = torch.tensor(part)
             with self.computing():
                 features = self.extractor()(batch, numbers)

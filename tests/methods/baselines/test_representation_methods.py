@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.spatial.distance import cdist
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from lightning_trak.methods import KNNShapley, RepresentationSimilarity
 from lightning_trak.methods.baselines.knn_shapley import knn_shapley_values
@@ -159,7 +159,7 @@ def test_a_mask_of_another_length_is_refused():
     batch = {"labels": torch.zeros(3), "attention_mask": torch.ones(3, 4), "x": torch.randn(3, 5, 2)}
     model = nn.Linear(2, 1)
     method = RepresentationSimilarity(model, [model.state_dict()], forward=lambda module, batch: module(batch["x"]))
-    with pytest.raises(ValueError, match=r"attention_mask should have shape \(3, 5\), not \(3, 4\).*pool="):
+    with pytest.raises(ValueError, match=r"attention_mask should have shape \(2, 5\), not \(2, 4\).*pool="):
         method.attribute(make_trainer(), Items(batch), Items(batch))
 
 
@@ -174,7 +174,7 @@ def test_layers_that_cannot_be_taken(checkpoints):
         attribute(forward=twice)
     with pytest.raises(ValueError, match="layer 'head' is called 0 times"):
         attribute(forward=lambda module, batch: module.first(batch[0]))
-    with pytest.raises(ValueError, match=r"expected the representation at .* of 32 rows, .* got shape \(64, 8\)"):
+    with pytest.raises(ValueError, match=r"expected the representation at .* of 2 rows, .* got shape \(4, 8\)"):
         attribute(forward=lambda module, batch: module(torch.cat([batch[0], batch[0]])))
 
 
@@ -182,8 +182,10 @@ def test_bad_options_and_inputs(checkpoints):
     model = make_model()
     with pytest.raises(ValueError, match="similarity must be one of 'dot', 'cosine', 'l2'; got 'l1'"):
         RepresentationSimilarity(model, checkpoints, similarity="l1")
-    with pytest.raises(ValueError, match="k must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="Expected `k` to be a positive integer but got 0"):
         KNNShapley(model, checkpoints, k=0)
+    with pytest.raises(ValueError, match=r"Expected `k` to be a positive integer but got 2\.5"):
+        KNNShapley(model, checkpoints, k=2.5)
     with pytest.raises(TypeError, match=r"declares no model output.*pass forward="):
         RepresentationSimilarity(nn.Linear(2, 2), checkpoints)
     model.configure_model_output = lambda: ContrastiveMargin()
@@ -252,3 +254,16 @@ def test_labels_under_a_key_of_their_own():
     same = data.batch["kind"][:, None] == data.batch["kind"]
     expected = knn_shapley_values(-torch.cdist(rows, rows), same, 3)
     torch.testing.assert_close(method.attribute(make_trainer(), data, data), expected.float())
+
+
+def by_length(items):
+    return default_collate(sorted(items, key=lambda item: float(item[0][0])) if len(items) > 2 else items)
+
+
+@pytest.mark.parametrize("method", [RepresentationSimilarity, KNNShapley])
+@pytest.mark.parametrize("which", ["train", "targets"])
+def test_a_collate_function_that_changes_the_order_is_refused(method, which, checkpoints):
+    data = {"train": TRAIN, "targets": TARGETS}
+    data[which] = DataLoader(data[which], batch_size=8, collate_fn=by_length)
+    with pytest.raises(ValueError, match=r"is not that of the example alone.* changes the order"):
+        method(make_model(), checkpoints).attribute(make_trainer(), **data)

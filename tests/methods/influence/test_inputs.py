@@ -4,10 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from lightning_trak.gradients import HookEngine
-from lightning_trak.outputs import NegativeLoss
+from lightning_trak.methods import Explicit, InfluenceFunction, LiSSA
+from lightning_trak.outputs import ClassificationMargin, NegativeLoss
 from tests.methods.influence.reference import METHODS, TARGETS, TRAIN, N, Once, ekfac, reference, relative_error, seeded
 
 
@@ -151,6 +152,33 @@ def test_draws_that_do_not_change_the_output_are_no_matter(make):
     assert relative_error(scores, reference(model, TRAIN, TARGETS)) < 1e-4
 
 
+def by_length(items):
+    """Sorts longer batches, as for packed sequences; two examples keep their order."""
+    return default_collate(sorted(items, key=lambda item: float(item[0][0])) if len(items) > 2 else items)
+
+
+@pytest.mark.parametrize("name", ["explicit", "ekfac"])
+@pytest.mark.parametrize("which", ["train", "targets"])
+def test_a_collate_function_that_changes_the_order_is_refused(name, which):
+    scores = {**METHODS, "ekfac": ekfac}[name]
+    data = {"train": TRAIN, "targets": TARGETS}
+    data[which] = DataLoader(data[which], batch_size=8, collate_fn=by_length)
+    with pytest.raises(ValueError, match="alone and another number in a batch with another example"):
+        scores(seeded(nn.Linear, 6, 3), **data)
+
+
+def test_data_that_differ_each_time_are_taken_as_they_come():
+    class Augmented(Dataset):
+        def __len__(self):
+            return N
+
+        def __getitem__(self, index):
+            inputs, label = TRAIN[index]
+            return inputs + 0.1 * torch.randn(6), label
+
+    assert METHODS["explicit"](seeded(nn.Linear, 6, 3), train=Augmented()).isfinite().all()
+
+
 def test_an_output_that_depends_on_the_rest_of_the_batch_is_refused():
     def contrastive(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         embedded = F.normalize(module(batch[0]))
@@ -282,3 +310,24 @@ def test_code_that_changes_its_batch_changes_no_scores():
     for name, scores in METHODS.items():
         train, targets = (TensorDataset(*(part.clone() for part in data.tensors)) for data in (TRAIN, TARGETS))
         assert relative_error(scores(model, train, targets), expected) < 1e-3, name
+
+
+@pytest.mark.parametrize("name", ["explicit", "ekfac"])
+def test_examples_that_are_not_finite_are_named(name):
+    inputs, labels = TRAIN.tensors
+    broken = inputs.clone()
+    broken[7, 2] = torch.nan
+    with pytest.raises(ValueError, match=r"the feature of example 7 at checkpoint 0 .* is not finite"):
+        {**METHODS, "ekfac": ekfac}[name](seeded(nn.Linear, 6, 3), train=TensorDataset(broken, labels))
+
+
+def test_solvers_that_are_none():
+    model = nn.Linear(6, 3)
+    for solver in ("cg", Explicit):
+        with pytest.raises(TypeError, match=r"expected solver as an object such as ConjugateGradient\(\), got"):
+            InfluenceFunction(model, [model.state_dict()], output=ClassificationMargin(), solver=solver)
+    for options in ({"depth": 0}, {"repeats": 1.5}, {"batch_size": True}):
+        with pytest.raises(ValueError, match="to be a positive integer"):
+            LiSSA(**options)
+    with pytest.raises(ValueError, match="scale must be above 0 and finite"):
+        LiSSA(scale=0.0)
