@@ -141,9 +141,7 @@ def test_each_name_of_the_module_is_tested():
     assert names_of_others() == NAMES.keys() | ELSEWHERE
 
 
-ADVICE = (
-    "use a public name, or add a function to lightning_trak/compatibility.py and a test of it to test_compatibility.py"
-)
+ADVICE = "use a public name, or add a function to lightning_trak/compatibility.py and a test to test_compatibility.py"
 
 
 def test_no_other_module_imports_private_names():
