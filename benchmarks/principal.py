@@ -59,7 +59,7 @@ def chosen(train: Features, count: int, largest: bool) -> Landmarks:
     some = slice(None) if largest else torch.randperm(len(train.features), generator=torch.Generator().manual_seed(0))
     landmarks = Landmarks(count, train.features.shape[1], CPU)
     rows = some if largest else some[:count]
-    landmarks.update(train.features[rows], train.curvatures[rows])
+    landmarks.update(train.features[rows], train.curvatures[rows], train.loss_gradients[rows])
     return landmarks
 
 
