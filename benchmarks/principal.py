@@ -2,10 +2,10 @@
 
     python -m benchmarks.principal --out principal_output    # about half an hour on two cores
 
-One model of each task is attributed (M = 1), with `damping="auto"`. Every setting is made from one wide sketch of the
-gradients of all training examples, as `PrincipalProjection` makes it if its sample holds them all. "Largest" landmarks
-are its own choice. "Rest" adds a sparse projection of what the principal directions leave out. The last column is the
-difference from `SparseProjection(4096)`, with a 95% interval.
+One model of each task is attributed (M = 1), with the automatic damping and temperature. Every setting is made from one
+wide sketch of the gradients of all training examples, as `PrincipalProjection` makes it if its sample holds them all.
+"Largest" landmarks are its own choice. "Rest" adds a sparse projection of what the principal directions leave out. The
+last column is the difference from `SparseProjection(4096)`, with a 95% interval.
 """
 
 import argparse
@@ -20,8 +20,11 @@ from benchmarks.stores import featurize
 from benchmarks.tasks import Task, make_tasks
 from benchmarks.truth import SUBSETS, Truth, kept, quiet
 from lightning_trak.features.rows import Features
+from lightning_trak.outputs import ModelOutput
 from lightning_trak.projections import SparseProjection
 from lightning_trak.projections.landmarks import Landmarks
+from lightning_trak.scoring.damping import Noise, absolute_damping
+from lightning_trak.scoring.temperature import Tempered
 
 TASKS = ("photographs conv", "photographs MLP")
 SEEDS, MODELS = 3, 10
@@ -39,19 +42,22 @@ def sketched(task: Task, truth: Truth, dim: int) -> tuple[Features, Tensor]:
         return Features.cat(parts), targets
 
 
-def trak(train: Features, features: Tensor, targets: Tensor) -> Tensor:
-    """TRAK's scores with some features of the training examples and targets, and automatic damping, in the dual.
+def trak(output: ModelOutput, train: Features, features: Tensor, targets: Tensor) -> Tensor:
+    """TRAK's scores with some features of the training examples and targets, by its defaults, in the dual.
 
     With W = sqrt(R) Phi, phi (W^T W + lambda)^-1 = (phi - phi W^T (W W^T + lambda)^-1 W) / lambda.
     """
     features, targets, root = features.double(), targets.double(), train.curvatures.double().sqrt()
+    noise = Noise(1)
+    noise.add(train.loss_gradients[None], train.curvatures[None])
     weights = train.curvatures.double() * features.square().sum(1)
-    ridge = weights.square().sum() / (2 * weights.sum())
+    ridge = absolute_damping("auto", weights, features.shape[1], "the model", noise.levels(weighted=True)[0])
     weighted = features * root[:, None]
     inner = weighted @ weighted.T
     inner.diagonal().add_(ridge)
     coefficients = torch.cholesky_solve(weighted @ targets.T, torch.linalg.cholesky(inner))
-    return (targets - coefficients.T @ weighted) @ features.T / ridge * train.loss_gradients.double()
+    tempered = Tempered(output, noise.temperature).loss_gradients(train.outputs).double()
+    return (targets - coefficients.T @ weighted) @ features.T / ridge * tempered
 
 
 def chosen(train: Features, count: int, largest: bool) -> Landmarks:
@@ -59,7 +65,7 @@ def chosen(train: Features, count: int, largest: bool) -> Landmarks:
     some = slice(None) if largest else torch.randperm(len(train.features), generator=torch.Generator().manual_seed(0))
     landmarks = Landmarks(count, train.features.shape[1], CPU)
     rows = some if largest else some[:count]
-    landmarks.update(train.features[rows], train.curvatures[rows])
+    landmarks.update(train.features[rows], train.curvatures[rows], train.loss_gradients[rows])
     return landmarks
 
 
@@ -75,7 +81,7 @@ def with_rest(sketches: Tensor, basis: Tensor, dim: int) -> Tensor:
 def rows(task: Task, truth: Truth) -> Iterator[str]:
     """The lines of the table."""
     train, targets = sketched(task, truth, 4096)
-    baseline = trak(train, train.features, targets)
+    baseline = trak(task.output, train, train.features, targets)
 
     def line(name: str, dim: int, scores: Tensor) -> str:
         lds = float(truth.measure(scores).compute())
@@ -84,7 +90,7 @@ def rows(task: Task, truth: Truth) -> Iterator[str]:
 
     for dim in RANDOM:
         train, targets = sketched(task, truth, dim)
-        yield line("sparse", dim, trak(train, train.features, targets))
+        yield line("sparse", dim, trak(task.output, train, train.features, targets))
     for sketch in SKETCHES:
         train, targets = sketched(task, truth, sketch)
         for count in LANDMARKS:
@@ -93,10 +99,10 @@ def rows(task: Task, truth: Truth) -> Iterator[str]:
                 features, others = train.features @ basis, targets @ basis
                 name = f"sketch {sketch}, {count} {'largest' if largest else 'random'} landmarks"
                 for dim in (width for width in WIDTHS if width <= count):
-                    yield line(name, dim, trak(train, features[:, :dim], others[:, :dim]))
+                    yield line(name, dim, trak(task.output, train, features[:, :dim], others[:, :dim]))
                 for dim, rest in REST if largest and (sketch, count) == (16384, 1024) else ():
                     pair = (with_rest(each, basis[:, :dim], rest) for each in (train.features, targets))
-                    yield line(f"{name}, {dim} and rest", dim + rest, trak(train, *pair))
+                    yield line(f"{name}, {dim} and rest", dim + rest, trak(task.output, train, *pair))
 
 
 def main(arguments: list[str] | None = None) -> None:

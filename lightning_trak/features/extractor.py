@@ -224,7 +224,7 @@ class _SampleBatch(SampleBatch):
             kept = self._kept(torch.stack([gradient.isfinite().all(1) for gradient in found.values()]).all(0), rows)
             yield {name: gradient[kept] for name, gradient in found.items()}
 
-    def project(self, projection: BoundProjection) -> tuple[Tensor, Tensor]:
+    def project(self, projection: BoundProjection) -> tuple[Tensor, Tensor, Tensor]:
         """See :meth:`SampleBatch.project`."""
         model = self.extractor.model
         parts = []
@@ -234,7 +234,7 @@ class _SampleBatch(SampleBatch):
             kept = self._kept(~not_finite(parts[-1]), rows)
             parts[-1] = Features(*(column[kept] for column in parts[-1]))
         found = Features.cat(parts)
-        return found.features, found.curvatures
+        return found.features, found.loss_gradients, found.curvatures
 
     def _kept(self, finite: Tensor, rows: slice) -> Tensor:
         for position, good in zip(self.positions[rows], finite.tolist(), strict=True):

@@ -70,15 +70,15 @@ class SampleBatch(ABC):
         """The flattened gradients of each parameter, of shape (some, n), for a few examples at a time."""
 
     @abstractmethod
-    def project(self, projection: BoundProjection) -> tuple[Tensor, Tensor]:
+    def project(self, projection: BoundProjection) -> tuple[Tensor, Tensor, Tensor]:
         """Project the gradients without holding those of all parameters, if the engine can.
 
         Args:
             projection: a projection that needs no fit, bound to the same parameters.
 
         Returns:
-            The projected gradients, float32 or float64 of shape (batch, dim), and R = d2l/df2 of each example, of shape
-            (batch,). All are finite.
+            The projected gradients, float32 or float64 of shape (batch, dim), and Q = -dl/df and R = d2l/df2 of each
+            example, of shape (batch,). All are finite.
         """
 
 

@@ -1,4 +1,4 @@
-"""Principal features: the directions of the gradients that carry the curvature, learned from training examples."""
+"""Principal features: the directions of the gradients that carry influence, learned from training examples."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from lightning_trak.projections.sparse import SparseProjection
 
 @dataclass(frozen=True)
 class PrincipalProjection(Projection):
-    """Project gradients to the leading eigenvectors of the Gauss-Newton matrix, which are learned from examples.
+    """Project gradients to the directions that carry most influence, which are learned from examples.
 
     A wide :class:`SparseProjection` first maps a gradient g to a sketch s, so that any model and any engine will do. Of
-    a sample of the training set, the examples with the largest ``R |s|^2`` become landmarks; R = d2l/df2 is the
-    curvature of the loss. An orthonormal V holds the k directions in which sum_i R_i s_i s_i^T over the landmarks is
-    largest. Features are V^T s. TRAK solves with this matrix, so these features lose least of it; few examples carry
-    most of the curvature, so few landmarks are enough.
+    a sample of the training set, the examples with the largest ``sqrt(R) |s|^2`` become landmarks; R = d2l/df2 is the
+    curvature of the loss. An orthonormal V holds the k directions in which sum_i sqrt(R_i) s_i s_i^T over the landmarks
+    is largest, measured by the inverse of H = sum_i R_i s_i s_i^T + lambda: TRAK's scores are inner products in that
+    inverse. Features are V^T s. Few examples carry most of the curvature, so few landmarks are enough.
 
     Each checkpoint has its own sample and its own V. To learn V takes one more pass over the sample, and about
-    landmarks^2 (2 sketch + 9 landmarks) + 2 landmarks sketch k operations in float64. The landmarks take 4 landmarks
+    landmarks^2 (2 sketch + 12 landmarks) + 2 landmarks sketch k operations in float64. The landmarks take 4 landmarks
     sketch bytes of memory meanwhile. The store keeps V in bfloat16, 2 sketch k bytes at each checkpoint: 64 MiB with
     the defaults. In memory, V takes twice as much. To apply V takes 2 sketch k operations for each example.
 
@@ -100,13 +100,13 @@ class BoundPrincipalProjection(BoundProjection):
         """
         landmarks = Landmarks(self._config.landmarks, self._sketch.dim, self._device)
         for batch in batches:
-            sketches, curvatures = batch.project(self._sketch)
+            sketches, loss_gradients, curvatures = batch.project(self._sketch)
             if (curvatures < 0).any():
                 raise ValueError(
                     f"the second derivative of the loss is negative ({float(curvatures.min()):g}) for some training"
                     " example; PrincipalProjection needs a loss that is convex in the output: use SparseProjection"
                 )
-            landmarks.update(sketches, curvatures)
+            landmarks.update(sketches, curvatures, loss_gradients)
         if not landmarks.curved:
             warnings.warn(
                 "the loss has no curvature in the output at any example that PrincipalProjection was fitted to, so it"

@@ -12,8 +12,9 @@ from lightning_trak.metrics import LinearDatamodelingScore
 
 _MIN_MEMBERS = 5  # with fewer, nothing can be held out to choose the noise
 _FOLDS = 5
-_NOISES = (math.inf, 300.0, 100.0, 30.0, 10.0, 3.0, 1.0)  # ratios of noise to prior variance
+_NOISES = (math.inf, 100.0, 30.0, 10.0, 3.0, 1.0)  # ratios of noise to prior variance
 _SHARED = 0.1  # share of the prior variance that all targets have in common
+_TOGETHER = 0.5  # share of the noise that comes as the residuals of targets do together
 _CAUTION = 0.5  # standard errors that the gain of a correction counts less
 _MAX_STEPS = 100  # of conjugate gradients
 _TOLERANCE = 1e-3  # relative norm of what they leave: the noise of the outputs is far larger
@@ -27,14 +28,21 @@ def informed_scores(scores: Tensor, masks: Tensor, outputs: Tensor) -> Tensor:
     scores, if little: there are many more examples than models. So the correction is small where a score is small::
 
         output(x, S) = a sum_{i in S} (tau_i(x) + delta_i(x)) + b(x) + noise
-        delta_i(x) = s_i(x) eta_i(x),   s_i(x) = sign(tau_i(x)) |tau_i(x)|^(1/2) c(x)
+        delta_i(x) = s_i(x) eta_i(x),   s_i(x) = sign(tau_i(x)) |tau_i(x)|^(3/4) c(x)
 
     with independent eta_i(x) of variance 1, of which a tenth is common to all targets: an example that counts for more
     than its score says at one target often does so at others. c(x) gives corrections of target x the same total
-    variance as its scores. The result is the mean of tau + delta given the outputs: kernel ridge regression of the
-    residuals, or a Gaussian process, with all targets at once, by conjugate gradients. The ratio of noise to prior
-    variance is chosen by cross-validation over the models, for all targets together; if no correction predicts
-    left-out models better than the scores alone, by more than half a standard error, the scores stay as they are.
+    variance as its scores.
+
+    A model that is surer than others is so at many targets, so the noise of targets goes together: half of its
+    variance has the covariance that the residuals have between targets, and half is each target's own. Without that, a
+    few directions in which all outputs move would pass for what examples do.
+
+    The result is the mean of tau + delta given the outputs: kernel ridge regression of the residuals, or a Gaussian
+    process, with all targets at once, by conjugate gradients. The ratio of noise to prior variance is chosen by
+    cross-validation over the models, for all targets together, by the errors relative to the noise. If no correction
+    predicts left-out models better than the scores alone, by more than half a standard error, the scores stay as they
+    are.
 
     The scores of any method can be corrected, if they predict the outputs to some degree. The corrected scores know how
     these models came out, so measure them on others: :class:`~lightning_trak.LinearDatamodelingScore` takes these
@@ -108,17 +116,19 @@ def _precisions(centred: Tensor) -> Tensor:
 def _best_noise(tau: Tensor, masks: Tensor, outputs: Tensor, scale: Tensor) -> float:
     """The ratio of noise to prior variance whose corrections predict left-out models best.
 
-    Its gain over no correction counts less half a standard error over models.
+    Errors e of a model count as e^T C^-1 e, with the noise's covariance C between targets. The gain over no correction
+    counts less half a standard error over models.
     """
     errors = torch.zeros(len(_NOISES), len(masks), dtype=torch.float64, device=masks.device)
     spread = outputs.var(1, keepdim=True)
-    varying = spread[:, 0] > 0
+    varying = spread > 0
     for fold in range(_FOLDS):
         left_out = torch.arange(len(masks), device=masks.device) % _FOLDS == fold
         regression = _Regression(tau, masks[~left_out], outputs[:, ~left_out], scale)
         for number, correction in enumerate(regression.corrections(_NOISES)):
             missed = outputs[:, left_out] - regression.predict(tau + correction, masks[left_out])
-            errors[number, left_out] = (missed.square() / spread)[varying].mean(0)
+            relative = torch.where(varying, missed / spread.sqrt(), 0.0)
+            errors[number, left_out] = (relative * regression.without_noise(relative)).sum(0)
     gains = errors[:1] - errors
     return _NOISES[int((gains.mean(1) - _CAUTION * gains.std(1) / len(masks) ** 0.5).argmax())]
 
@@ -138,7 +148,7 @@ class _Regression:
         self._masks, centred = masks - self._mean_mask, outputs - self._mean_output
         self._scale, weights = scale, _precisions(centred)
         self._residuals = weights.sqrt() * (centred / scale - tau @ self._masks.T)
-        size = tau.abs()
+        size = tau.abs() ** 1.5
         total = size.sum(1, keepdim=True)
         prior = size * (tau.square().sum(1, keepdim=True) / torch.where(total > 0, total, 1))
         self._deviations = tau.sign() * prior.sqrt()
@@ -146,10 +156,24 @@ class _Regression:
         # In units of the mean prior variance of a residual, so that the noise is a plain ratio.
         self._unit = (whitened @ self._masks.square().T).mean()
         self._roots = self._deviations * weights.sqrt() / self._unit.sqrt()
+        squares = self._residuals.square().sum()
+        # Columns whose outer products add up to the residuals' covariance between targets, with mean variance 1.
+        self._factors = self._residuals * (len(tau) / torch.where(squares > 0, squares, 1)).sqrt()
 
     def predict(self, scores: Tensor, masks: Tensor) -> Tensor:
         """The outputs of models of other subsets, ``(num_targets, num_models)``."""
         return self._mean_output + self._scale * (scores @ (masks - self._mean_mask).T)
+
+    def without_noise(self, values: Tensor) -> Tensor:
+        """The inverse of the noise's covariance between targets times ``(num_targets, any)`` numbers.
+
+        With F for the factors and c for the share of the noise that they make, ((1 - c) I + c F F^T)^-1 = (I - F ((1 -
+        c) / c I + F^T F)^-1 F^T) / (1 - c).
+        """
+        inner = self._factors.T @ self._factors
+        inner.diagonal().add_((1 - _TOGETHER) / _TOGETHER)
+        left: Tensor = values - self._factors @ torch.linalg.solve(inner, self._factors.T @ values)
+        return left / (1 - _TOGETHER)
 
     def corrections(self, noises: Sequence[float]) -> Iterator[Tensor]:
         """The corrections ``(num_targets, num_train)``, in the unit of the scores, for each ratio of noise to prior."""
@@ -168,7 +192,8 @@ class _Regression:
 
     def _covariance(self, values: Tensor, noise: float) -> Tensor:
         """The covariance of the residuals times ``(num_targets, num_models)`` numbers."""
-        return (self._common(values) * self._roots) @ self._masks.T + noise * values
+        noisy = (1 - _TOGETHER) * values + _TOGETHER * (self._factors @ (self._factors.T @ values))
+        return (self._common(values) * self._roots) @ self._masks.T + noise * noisy
 
     def _solve(self, noise: float, start: Tensor) -> Tensor:
         """The inverse covariance times the residuals, by conjugate gradients (Hestenes and Stiefel 1952)."""

@@ -26,18 +26,27 @@ def gradients(count=40, dim=30, scale=1.0):
     return rows * scale, torch.randn(count, generator=generator).mul(2).exp()
 
 
-def basis_of(rows, curvatures, width, count=40, batch=40):
+def basis_of(rows, curvatures, width, count=40, batch=40, share=0.3):
     landmarks = Landmarks(count, rows.shape[1], CPU)
-    for parts in zip(rows.split(batch), curvatures.split(batch), strict=True):
+    loss_gradients = (share * curvatures).sqrt()  # Q^2 is a share of R
+    for parts in zip(rows.split(batch), curvatures.split(batch), loss_gradients.split(batch), strict=True):
         landmarks.update(*parts)
     return landmarks.basis(width)
 
 
-def leading(rows, curvatures, width):
-    """The projector onto the leading eigenvectors of sum_i R_i s_i s_i^T."""
-    rows = rows.double()
-    vectors = torch.linalg.eigh(rows.T @ (rows * curvatures.double()[:, None])).eigenvectors[:, -width:]
-    return vectors @ vectors.T
+def leading(rows, curvatures, width, ridge):
+    """The projector onto the leading v of sum_i sqrt(R_i) s_i s_i^T v = mu (sum_i R_i s_i s_i^T + ridge) v."""
+    rows, curvatures = rows.double(), curvatures.double()
+    values, vectors = torch.linalg.eigh(rows.T @ (rows * curvatures[:, None]))
+    whitening = vectors * (values + ridge).rsqrt() @ vectors.T
+    influence = whitening @ rows.T @ (rows * curvatures.sqrt()[:, None]) @ whitening
+    found = torch.linalg.qr(whitening @ torch.linalg.eigh(influence).eigenvectors[:, -width:]).Q
+    return found @ found.T
+
+
+def ridge_of(rows, curvatures, share=0.3):
+    weights = curvatures.double() * rows.double().square().sum(1)
+    return share * weights.square().sum() / weights.sum()
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-15])  # squares of the latter are no float32 numbers
@@ -45,19 +54,23 @@ def leading(rows, curvatures, width):
 @pytest.mark.parametrize("count", [10, 40])
 def test_the_basis_holds_the_leading_directions_of_the_examples_that_weigh_most(count, batch, scale):
     rows, curvatures = gradients(scale=scale)
-    best = (curvatures * rows.double().square().sum(1)).argsort(descending=True)[:count]
+    best = (curvatures.sqrt() * rows.double().square().sum(1)).argsort(descending=True)[:count]
     found = basis_of(rows, curvatures * scale, 6, count, batch).double()
-    expected = leading(rows[best], curvatures[best], 6)
+    plain = rows / scale
+    expected = leading(plain[best], curvatures[best], 6, ridge_of(plain, curvatures))
     torch.testing.assert_close(found @ found.T, expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(found.T @ found, torch.eye(6).double(), atol=1e-6, rtol=0)
     assert torch.equal(found.max(0).values, found.abs().max(0).values)  # the largest entry of each is positive
 
 
-def test_the_first_direction_is_the_largest():
-    rows, curvatures = gradients()
-    found = basis_of(rows, curvatures, 6)
-    carried = ((rows @ found).square() * curvatures[:, None]).sum(0)
-    assert torch.equal(carried, carried.sort(descending=True).values)
+def test_directions_of_a_constant_curvature_are_the_leading_eigenvectors():
+    """Whatever Q is: there is nothing to learn from it."""
+    rows, _ = gradients()
+    vectors = torch.linalg.eigh(rows.double().T @ rows.double()).eigenvectors[:, -6:]
+    found = [basis_of(rows, torch.full((40,), 2.0), 6, share=share).double() for share in (0.02, 5)]
+    for each in found:
+        torch.testing.assert_close(each @ each.T, vectors @ vectors.T, atol=1e-5, rtol=0)
+    assert torch.equal(*found)
 
 
 def test_fewer_directions_than_asked_for_leave_zeros():
@@ -71,11 +84,14 @@ def test_fewer_directions_than_asked_for_leave_zeros():
 def test_examples_without_curvature_add_nothing_unless_there_are_no_others():
     rows, curvatures = gradients()
     curvatures[5:] = 0
-    torch.testing.assert_close(basis_of(rows, curvatures, 5), basis_of(rows[:5], curvatures[:5], 5))
+    expected = leading(rows[:5], curvatures[:5], 3, ridge_of(rows, curvatures))
+    found = basis_of(rows, curvatures, 3).double()
+    torch.testing.assert_close(found @ found.T, expected, atol=1e-5, rtol=0)
     flat = torch.zeros(40)
     longest = rows.norm(dim=1).argsort(descending=True)[:10]
     found = basis_of(rows, flat, 6, count=10).double()
-    torch.testing.assert_close(found @ found.T, leading(rows[longest], flat[longest] + 1, 6), atol=1e-5, rtol=0)
+    vectors = torch.linalg.eigh(rows[longest].double().T @ rows[longest].double()).eigenvectors[:, -6:]
+    torch.testing.assert_close(found @ found.T, vectors @ vectors.T, atol=1e-5, rtol=0)
 
 
 class Sample(SampleBatch):
@@ -88,7 +104,7 @@ class Sample(SampleBatch):
         yield {"a": self.rows[:, :12], "b": self.rows[:, 12:]}
 
     def project(self, projection):
-        return projected(self.rows, projection), self.curvatures
+        return projected(self.rows, projection), (0.3 * self.curvatures).sqrt(), self.curvatures
 
 
 def projected(rows, projection):

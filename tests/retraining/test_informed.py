@@ -33,29 +33,44 @@ def test_the_correction_is_the_mean_of_a_gaussian_process(noise):
     scores, outputs = make()
     masks = MASKS[:9].double()
     scale = informed._scale(scores, masks, outputs[:, :9])
-    (correction,) = informed._Regression(scores, masks, outputs[:, :9], scale).corrections([noise])
+    regression = informed._Regression(scores, masks, outputs[:, :9], scale)
+    (correction,) = regression.corrections([noise])
     centred, mask = outputs[:, :9] - outputs[:, :9].mean(1, keepdim=True), masks - masks.mean(0)
     spread, predicted = centred.square().mean(1, keepdim=True), scores @ mask.T
     assert float(scale) == pytest.approx(float((centred * predicted / spread).sum() / (predicted**2 / spread).sum()))
     residuals = (centred / scale - predicted) / spread.sqrt()
-    deviations = scores.sign() * scores.abs().sqrt()
-    deviations *= (scores.square().sum(1) / scores.abs().sum(1)).sqrt()[:, None]
+    deviations = scores.sign() * scores.abs() ** 0.75
+    deviations *= (scores.square().sum(1) / (scores.abs() ** 1.5).sum(1)).sqrt()[:, None]
     shared = 0.9 * torch.eye(TARGETS).double() + 0.1
     roots = deviations / spread.sqrt()
     prior = torch.einsum("xi,yi,xy,ji,ki->xjyk", roots, roots, shared, mask, mask)
     unit = roots.square() @ mask.square().T
     prior /= unit.mean()
-    covariance = prior.reshape(TARGETS * 9, -1) + noise * torch.eye(TARGETS * 9).double()
+    together = residuals @ residuals.T
+    noises = 0.5 * torch.eye(TARGETS).double() + 0.5 * together / together.diagonal().mean()
+    covariance = prior.reshape(TARGETS * 9, -1) + noise * torch.kron(noises, torch.eye(9).double())
     solved = torch.linalg.solve(covariance, residuals.flatten()).view(TARGETS, 9)
     expected = torch.einsum("xi,yi,xy,yj,ji->xi", deviations, roots, shared, solved, mask) / unit.mean()
     torch.testing.assert_close(correction, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+    torch.testing.assert_close(regression.without_noise(residuals), torch.linalg.solve(noises, residuals))
+
+
+def gain(seed, members, common=0.0):
+    """What the outputs of some models add to the LDS on others, if all outputs of a model also move together."""
+    scores, outputs = make(noise=0.3 * (common == 0), seed=seed)
+    noise = torch.randn(MEMBERS, generator=torch.Generator().manual_seed(1 + seed)).double()
+    noisy, held_out = outputs + common * outputs.std(1, keepdim=True) * noise, slice(30, MEMBERS)
+    corrected = informed_scores(scores, MASKS[:members], noisy[:, :members])
+    return lds(corrected, outputs, held_out) - lds(scores, outputs, held_out)
 
 
 def test_more_members_give_better_scores():
-    scores, outputs = make()
-    held_out, found = slice(30, MEMBERS), [lds(make()[0], outputs, slice(30, MEMBERS))]
-    found += [lds(informed_scores(scores, MASKS[:m], outputs[:, :m]), outputs, held_out) for m in (15, 30)]
-    assert found[0] + 0.01 < found[1] < found[2]
+    few, many = (sum(gain(seed, members) for seed in range(5)) / 5 for members in (10, 30))
+    assert 0.03 < few < many - 0.03
+
+
+def test_noise_that_targets_share_does_not_pass_for_examples():
+    assert sum(gain(seed, 30, common=2) for seed in range(3)) / 3 > 0.1
 
 
 def test_scores_that_predict_all_there_is_stay_as_they_are():
