@@ -12,6 +12,8 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -150,7 +152,7 @@ class Update:
         for name, gradient in self.gradients.items():
             keys = [key for key in self.inputs[name] if key in terms and not _is_identity(key, terms[key])]
             first = f"gradient/{name}"
-            ratios = {key: ratio for key in keys if key != first and (ratio := _ratio(terms[key], terms.get(first)))}
+            ratios = {key: ratio for key in keys if key != first and (ratio := _ratio(terms[key], terms.get(first), 4 * torch.finfo(gradient.dtype).eps))}
             size = max(1, _CACHED_BYTES // max(1, gradient.nbytes))
             for start in range(0, count if keys else 0, size):
                 rows = slice(start, min(start + size, count))
@@ -222,15 +224,15 @@ def _sum(terms: list[Term], cotangents: Cotangents, rows: slice, out: Tensor | N
     return total
 
 
-def _ratio(terms: list[Term], to: list[Term] | None) -> float | None:
+def _ratio(terms: list[Term], to: list[Term] | None, rounding: float) -> float | None:
     """The number by which some terms are a multiple of other ones, if there is one. Momentum of SGD is an example."""
-    if to is None or [name for name, _ in terms] != [name for name, _ in to]:
+    own, other = dict(terms), dict(to or ())
+    if own.keys() != other.keys() or not all(isinstance(factor, float) and factor for factor in other.values()):
         return None
-    ratios = {
-        own / other if isinstance(own, float) and isinstance(other, float) and other else None
-        for (_, own), (_, other) in zip(terms, to, strict=True)
-    }
-    return ratios.pop() if len(ratios) == 1 else None
+    if not all(isinstance(factor, float) for factor in own.values()):
+        return None
+    first, *others = (own[name] / other[name] for name in other)
+    return first if all(abs(ratio - first) <= rounding * abs(first) for ratio in others) else None
 
 
 def _is_one(derivative: Tensor | float) -> bool:
