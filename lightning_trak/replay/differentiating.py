@@ -227,7 +227,7 @@ class Differentiated:
         kept: dict[int, TrainingState] = {}
         played: dict[int, Played] = {}
         after: TrainingState | None = None
-        blocks = [Block(count, cotangents)]
+        blocks = [Block(count, cotangents, {})]
         bar = tqdm(total=total - self._first, desc="Metagradient", disable=not self._progress_bar)
         for kind, step, remember in plan:
             if kind == "load":

@@ -123,7 +123,7 @@ class Reverse:
         parameters = [player.parameters[name] for name in self._tracked]
         blocks[:] = [part for block in blocks for part in block.cut(self._products.size(parameters, block.num_targets))]
         # A block goes through update and gradient before the next one, while its cotangents are in the cache.
-        moved = ((block, update.back(block.cotangents, block.num_targets, self._products)) for block in blocks)
+        moved = ((block, update.back(block, self._products)) for block in blocks)
         turns = moved if len(pieces) == 1 and by_gradient is None else list(moved)
         if by_gradient is not None:
             by_gradient += [found for _, found in turns]
@@ -202,7 +202,7 @@ class Reverse:
         Returns:
             The derivatives by the weights of the examples, ``(num_targets, batch)``.
         """
-        count, cotangents = block
+        count, cotangents = block.num_targets, block.cotangents
         pairs = [
             (gradient, by_gradient.get(name))
             for name, gradient in zip(trained, graph.gradients, strict=True)

@@ -7,12 +7,11 @@ and going back for many targets is a product with these tensors.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
-
-import math
 
 import torch
 from torch import Tensor
@@ -33,10 +32,13 @@ class Block(NamedTuple):
     Attributes:
         num_targets: how many they are.
         cotangents: their cotangents.
+        factors: numbers that some cotangents of moments are still to be multiplied by. With momentum, a pass over the
+            memory is saved.
     """
 
     num_targets: int
     cotangents: Cotangents
+    factors: dict[str, float]
 
     def cut(self, size: int) -> list[Block]:
         """Blocks of at most so many targets. They share memory with this one."""
@@ -46,6 +48,7 @@ class Block(NamedTuple):
             Block(
                 min(size, self.num_targets - start),
                 {key: part[start : start + size] for key, part in self.cotangents.items()},
+                dict(self.factors),
             )
             for start in range(0, self.num_targets, size)
         ]
@@ -110,22 +113,22 @@ class Update:
                     outputs[name] |= {f"moment/{name}/{key}": moment for key, moment in moments.items()}
         return cls(gradients, bounded, inputs, outputs, step.elementwise)
 
-    def back(self, cotangents: Cotangents, count: int, products: Products) -> Cotangents:
+    def back(self, block: Block, products: Products) -> Cotangents:
         """Go back through the update.
 
         Args:
-            cotangents: derivatives of targets by the state after the step. They become derivatives by the state before
-                the step, the gradients held fixed.
-            count: the number of targets.
+            block: targets, with their derivatives by the state after the step. They become derivatives by the state
+                before the step, the gradients held fixed.
             products: multiplies cotangents by the derivatives of graphs.
 
         Returns:
-            The derivatives by the gradients before clipping, by the names of parameters.
+            The derivatives by the gradients before clipping, by the names of parameters. The block's cotangents may
+            share memory with them.
         """
+        cotangents, count = block.cotangents, block.num_targets
         # For a few targets, to find the numbers takes longer than to go through the graph.
         many = count > 1 + max(map(len, self.outputs.values()), default=0)
-        go_back = self._multiply if self.elementwise and many else self._differentiate
-        found = go_back(cotangents, count, products)
+        found = self._multiply(block) if self.elementwise and many else self._differentiate(block, products)
         gradients = {name: found.pop(key) for name in self.gradients if (key := f"gradient/{name}") in found}
         for key in {*_joined(self.inputs), *_joined(self.outputs)}:
             cotangents.pop(key, None)
@@ -134,17 +137,24 @@ class Update:
         leaves, vectors = [self.gradients[name] for name in bounded], [gradients.get(name) for name in bounded]
         return gradients | _collected(bounded, products.blocks(list(bounded.values()), leaves, vectors, count))
 
-    def _differentiate(self, cotangents: Cotangents, count: int, products: Products) -> Cotangents:
+    def _differentiate(self, block: Block, products: Products) -> Cotangents:
         """Go back by autograd. Returns the derivatives by the inputs."""
         inputs, outputs = _joined(self.inputs), _joined(self.outputs)
-        vectors = [cotangents.get(key) for key in outputs]
-        return _collected(inputs, products.blocks(list(outputs.values()), list(inputs.values()), vectors, count))
+        for key in block.factors.keys() & outputs.keys():
+            block.cotangents[key].mul_(block.factors.pop(key))
+        vectors = [block.cotangents.get(key) for key in outputs]
+        blocks = products.blocks(list(outputs.values()), list(inputs.values()), vectors, block.num_targets)
+        return _collected(inputs, blocks)
 
-    def _multiply(self, cotangents: Cotangents, count: int, products: Products) -> Cotangents:
+    def _multiply(self, block: Block) -> Cotangents:
         """The same by products with the numbers of the derivative. Cotangents are changed in place."""
-        del products
-        terms = self._terms(frozenset(cotangents))
+        cotangents, count = block.cotangents, block.num_targets
         inputs, results = _joined(self.inputs), _joined(self.outputs)
+        factors = {key: block.factors.pop(key) for key in block.factors.keys() & results.keys()}
+        terms = {
+            key: [(result, factor * factors.get(result, 1.0)) for result, factor in own]
+            for key, own in self._terms(frozenset(cotangents)).items()
+        }
         found = {
             key: cotangents[key] if key in cotangents else inputs[key].new_empty(count, *inputs[key].shape)
             for key in terms
@@ -152,19 +162,21 @@ class Update:
         for name, gradient in self.gradients.items():
             keys = [key for key in self.inputs[name] if key in terms and not _is_identity(key, terms[key])]
             first = f"gradient/{name}"
-            ratios = {key: ratio for key in keys if key != first and (ratio := _ratio(terms[key], terms.get(first), 4 * torch.finfo(gradient.dtype).eps))}
+            for key in [key for key in keys if key.startswith("moment/")]:
+                if (ratio := _ratio(terms[key], terms.get(first), gradient.dtype)) is not None:
+                    keys.remove(key)  # its cotangents are those of the gradient, up to a factor
+                    found[first], block.factors[key] = found[key], ratio
+                    terms[first].sort(key=lambda term, kept=key: term[0] != kept)  # type: ignore[misc]
+                    break
             size = max(1, _CACHED_BYTES // max(1, gradient.nbytes))
             for start in range(0, count if keys else 0, size):
                 rows = slice(start, min(start + size, count))
-                summed = [key for key in keys if key not in ratios]
-                sums = {key: _sum(terms[key], cotangents, rows) for key in summed if key in results}
-                for key in summed:
-                    if key not in results:  # no sum starts from it, so it can be written at once
+                sums = {key: _sum(terms[key], cotangents, rows) for key in keys if key in results}
+                for key in keys:
+                    if key not in results:  # no other sum needs its memory, so it can be written at once
                         _sum(terms[key], cotangents, rows, out=found[key][rows])
                 for key, total in sums.items():
                     found[key][rows] = total
-                for key, ratio in ratios.items():
-                    torch.mul(found[first][rows], ratio, out=found[key][rows])
         return found
 
     def _terms(self, names: frozenset[str]) -> dict[str, list[Term]]:
@@ -211,10 +223,13 @@ def _number(derivative: Tensor) -> Tensor | float:
 
 
 def _sum(terms: list[Term], cotangents: Cotangents, rows: slice, out: Tensor | None = None) -> Tensor:
-    """Products of cotangents with the derivatives of their results, added up."""
+    """Products of cotangents with the derivatives of their results, added up. ``out`` may be the first of them."""
     (first, factor), *others = terms
     total = cotangents[first][rows]
-    if not others or not _is_one(factor):
+    if others and isinstance(factor, float) and isinstance(others[0][1], float):
+        total = out = _weighted(total, factor, cotangents[others[0][0]][rows], others[0][1], out)
+        others = others[1:]
+    elif not others or not _is_one(factor):
         total = out = torch.mul(total, factor, out=out)
     for key, factor in others:
         if isinstance(factor, float):
@@ -224,15 +239,22 @@ def _sum(terms: list[Term], cotangents: Cotangents, rows: slice, out: Tensor | N
     return total
 
 
-def _ratio(terms: list[Term], to: list[Term] | None, rounding: float) -> float | None:
+def _weighted(first: Tensor, beta: float, second: Tensor, alpha: float, out: Tensor | None) -> Tensor:
+    """``beta * first + alpha * second`` in one pass over the memory, as an outer product with 1."""
+    place = torch.empty_like(first) if out is None else out
+    one = first.new_ones(1)
+    torch.addr(first.view(1, -1), one, second.view(-1), beta=beta, alpha=alpha, out=place.view(1, -1))
+    return place
+
+
+def _ratio(terms: list[Term], to: list[Term] | None, dtype: torch.dtype) -> float | None:
     """The number by which some terms are a multiple of other ones, if there is one. Momentum of SGD is an example."""
     own, other = dict(terms), dict(to or ())
-    if own.keys() != other.keys() or not all(isinstance(factor, float) and factor for factor in other.values()):
+    if own.keys() != other.keys() or not all(isinstance(factor, float) for factor in (*own.values(), *other.values())):
         return None
-    if not all(isinstance(factor, float) for factor in own.values()):
-        return None
-    first, *others = (own[name] / other[name] for name in other)
-    return first if all(abs(ratio - first) <= rounding * abs(first) for ratio in others) else None
+    ratios = [float(own[name]) / float(other[name]) if other[name] else math.nan for name in other]
+    rounding = 4 * torch.finfo(dtype).eps * abs(ratios[0])
+    return ratios[0] if all(abs(ratio - ratios[0]) <= rounding for ratio in ratios) else None
 
 
 def _is_one(derivative: Tensor | float) -> bool:
