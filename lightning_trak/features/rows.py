@@ -133,6 +133,18 @@ class StoredFeatures:
         return float(shares.mean(dtype=torch.float64).sqrt()) if len(shares) else 0.0
 
 
+class RoundedFeatures(NamedTuple):
+    """Rows as they are stored.
+
+    Attributes:
+        stored: the rows.
+        error: what rounding has changed, see :meth:`StoredFeatures.rounding_error`.
+    """
+
+    stored: StoredFeatures
+    error: float
+
+
 def without(rows: Features, left_out: Tensor) -> Features:
     """The same rows, with zeros in some of them.
 
