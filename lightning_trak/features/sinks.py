@@ -85,8 +85,8 @@ class ShardWriter:
             self._wait()
             rounded = partial(self._rounded, checkpoint, number, self._copies)
             self._copies = []
-            if rows.features.is_cpu:
-                # Tensor operations in two threads at once would share the cores, and wait for each other.
+            if rows.features.is_cpu and torch.get_num_threads() > 1:
+                # Operations of two threads at once, each on several cores, would share these and wait for each other.
                 with torch.inference_mode(False):  # quantizers keep tables, also for later
                     rounded = partial(_Rounded, *rounded())
             # The thread ends with the shard. Its tensor operations start a pool of OpenMP threads, and while there are
