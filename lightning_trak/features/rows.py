@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_trak.features.dtypes import FeatureDtype
 
 _BLOCK_BYTES = 1 << 24  # of decoded features: memory allocators keep and reuse blocks of this size
+_CACHED_BYTES = 1 << 21
 
 
 class Features(NamedTuple):
@@ -92,9 +93,14 @@ class StoredFeatures:
 
     def blocks(self) -> Iterator[Features]:
         """The same rows a few at a time, so that only a little is decoded at any time."""
-        step = max(1, _BLOCK_BYTES // (self.k * max(4, self.dtype.floating.itemsize)))
+        for some in self._slices(_BLOCK_BYTES):
+            yield self[some].decode()
+
+    def _slices(self, size: int) -> Iterator[slice]:
+        """Slices of the rows, so that the decoded features of each take this many bytes at most, if not one row."""
+        step = max(1, size // (self.k * max(4, self.dtype.floating.itemsize)))
         for start in range(0, len(self.codes), step):
-            yield self[start : start + step].decode()
+            yield slice(start, start + step)
 
     def __getitem__(self, rows: slice | Tensor) -> StoredFeatures:
         """Some of the rows: a slice, or a bool mask of shape ``(n,)``."""
@@ -115,21 +121,28 @@ class StoredFeatures:
         if self.dtype.quantizer is None:
             return 0.0
         found = []
-        for start, block in self._with_starts():
-            given = rows.features[start : start + len(block)]
+        for some in self._slices(_CACHED_BYTES):
+            given, stored = rows.features[some], self[some].decode().features
             # Divided by the largest element, so that squares are in range.
             largest = given.abs().amax(1, keepdim=True)
-            some = largest.squeeze(1) > 0
-            given, stored = given[some] / largest[some], block[some] / largest[some]
-            found.append(((stored - given).norm(dim=1) / given.norm(dim=1)).square())
+            units = torch.where(largest > 0, largest, 1)
+            given = given / units
+            shares = stored.div_(units).sub_(given).norm(dim=1) / given.norm(dim=1)
+            found.append(shares[largest.squeeze(1) > 0].square())
         shares = torch.cat(found)
         return float(shares.mean(dtype=torch.float64).sqrt()) if len(shares) else 0.0
 
-    def _with_starts(self) -> Iterator[tuple[int, Tensor]]:
-        start = 0
-        for block in self.blocks():
-            yield start, block.features
-            start += len(block.features)
+
+class RoundedFeatures(NamedTuple):
+    """Rows as they are stored.
+
+    Attributes:
+        stored: the rows.
+        error: what rounding has changed, see :meth:`StoredFeatures.rounding_error`.
+    """
+
+    stored: StoredFeatures
+    error: float
 
 
 def without(rows: Features, left_out: Tensor) -> Features:

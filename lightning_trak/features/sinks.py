@@ -1,13 +1,17 @@
 """Takes the features that a predict loop has made, and writes them to the store or keeps them in memory."""
 
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol
+from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import NamedTuple, Protocol
+
+import torch
 from torch import Tensor
 
 from lightning_trak.features.finiteness import NotFiniteExamples, describe, not_finite, require_finite
-from lightning_trak.features.rows import Features, without
+from lightning_trak.features.rows import Features, RoundedFeatures, without
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.running.ranges import Stop
 from lightning_trak.running.transfer import HostCopy
@@ -26,8 +30,15 @@ class Sink(Protocol):
         """
 
 
+class _Rounded(NamedTuple):
+    """A shard to be written: its rows, None if it is left out, and the examples that are not finite."""
+
+    rows: RoundedFeatures | None
+    not_finite: list[int]
+
+
 class ShardWriter:
-    """Collects rows until a shard is complete. Then it checks and writes the shard, while the next one is computed.
+    """Collects rows until a shard is complete. Then it checks the shard, and writes it while the next one is computed.
 
     A shard with an example that is not finite is left out, or written with zeros for this example.
 
@@ -52,7 +63,7 @@ class ShardWriter:
         self._copies: list[HostCopy] = []
         self._writing: Future[None] | None = None
 
-    def __enter__(self) -> "ShardWriter":
+    def __enter__(self) -> ShardWriter:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -72,14 +83,20 @@ class ShardWriter:
         self._copies.append(HostCopy.start(rows))
         if int(positions[-1]) == shard[-1]:
             self._wait()
+            rounded = partial(self._rounded, checkpoint, number, self._copies)
+            self._copies = []
+            if rows.features.is_cpu and torch.get_num_threads() > 1:
+                # Operations of two threads at once, each on several cores, would share these and wait for each other.
+                with torch.inference_mode(False):  # quantizers keep tables, also for later
+                    rounded = partial(_Rounded, *rounded())
             # The thread ends with the shard. Its tensor operations start a pool of OpenMP threads, and while there are
             # more of these than cores, those of the main thread sleep after every operation instead of waiting.
             thread = ThreadPoolExecutor(1)
-            self._writing = thread.submit(self._write, checkpoint, number, self._copies, engine)
+            self._writing = thread.submit(self._write, checkpoint, number, rounded, engine)
             thread.shutdown(wait=False)
         return True
 
-    def _write(self, checkpoint: int, number: int, copies: list[HostCopy], engine: str) -> None:
+    def _rounded(self, checkpoint: int, number: int, copies: list[HostCopy]) -> _Rounded:
         rows = Features.cat([Features(*copy.wait()) for copy in copies])
         shard = self.store.shard(number)
         bad = not_finite(rows)
@@ -91,10 +108,15 @@ class ShardWriter:
             if not self._skips:
                 if checkpoint not in self._finite and len(self.not_finite.found[checkpoint]) >= _HOPELESS:
                     self._stop.requested = True
-                return
+                return _Rounded(None, positions)
             rows = without(rows, bad)
-        self.store.settle_engine(engine)
-        self.store.write(checkpoint, number, rows, engine, positions)
+        return _Rounded(self.store.round(checkpoint, number, rows), positions)
+
+    def _write(self, checkpoint: int, number: int, rounded: Callable[[], _Rounded], engine: str) -> None:
+        rows, left_out = rounded()
+        if rows is not None:
+            self.store.settle_engine(engine)
+            self.store.save(checkpoint, number, rows, engine, left_out)
 
 
 class FeatureBuffer:

@@ -35,7 +35,7 @@ from lightning_trak.features.dtypes import FeatureDtype, feature_dtype
 from lightning_trak.features.extras import StoredExtras, advice, require_place
 from lightning_trak.features.growth import Sample, ShardRanges, parts_with, settled_parts
 from lightning_trak.features.identity import describe_difference
-from lightning_trak.features.rows import Features, StoredFeatures, misfit
+from lightning_trak.features.rows import Features, RoundedFeatures, StoredFeatures, misfit
 from lightning_trak.features.store_schemas import KIND, SHARD_HEADER
 from lightning_trak.storage.claims import ClaimedDirectory
 from lightning_trak.storage.files import altered, load_metadata, save_tensors, tensor_digest
@@ -235,20 +235,20 @@ class FeatureStore(StoredExtras):
         )
 
     def write(self, checkpoint: int, shard: int, rows: Features, engine: str = "", skipped: Sequence[int] = ()) -> None:
-        """Write a complete shard.
+        """Write a complete shard: :meth:`round` and :meth:`save` in one."""
+        self.save(checkpoint, shard, self.round(checkpoint, shard, rows), engine, skipped)
+
+    def round(self, checkpoint: int, shard: int, rows: Features) -> RoundedFeatures:
+        """Round the rows of a shard, if the store's dtype is one of integers.
 
         Args:
             checkpoint: the number of the checkpoint.
             shard: the number of the shard.
-            rows: the rows of all its examples. They are rounded here, if the store's dtype is one of integers.
-            engine: the engine that computed the gradients, see :meth:`engine_of`.
-            skipped: positions of examples whose features are not finite. Their rows are zeros.
+            rows: the rows of all its examples.
 
         Raises:
             ValueError: if the number of rows is not that of the shard's examples, or they do not fit the store.
-            RuntimeError: if a later run of this process has claimed the directory, or the manifest was changed.
         """
-        self._directory.require_unchanged()
         if len(rows.features) != len(self.shard(shard)):
             raise ValueError(f"shard {shard} holds {len(self.shard(shard))} examples, got {len(rows.features)} rows")
         dtype = self._dtype
@@ -258,11 +258,29 @@ class FeatureStore(StoredExtras):
             raise ValueError(f"shard {shard} of checkpoint {checkpoint} cannot be written: {reason}")
         stored = StoredFeatures.encode(rows, dtype or feature_dtype(rows.features.dtype))
         self._k = stored.k
+        return RoundedFeatures(stored, stored.rounding_error(rows))
+
+    def save(
+        self, checkpoint: int, shard: int, rows: RoundedFeatures, engine: str = "", skipped: Sequence[int] = ()
+    ) -> None:
+        """Write a complete shard to its file.
+
+        Args:
+            checkpoint: the number of the checkpoint.
+            shard: the number of the shard.
+            rows: the result of :meth:`round`.
+            engine: the engine that computed the gradients, see :meth:`engine_of`.
+            skipped: positions of examples whose features are not finite. Their rows are zeros.
+
+        Raises:
+            RuntimeError: if a later run of this process has claimed the directory, or the manifest was changed.
+        """
+        self._directory.require_unchanged()
         path = self._shard_path(checkpoint, shard)
         about: dict[str, Any] = {
-            "dtype": stored.dtype.name,
-            "k": stored.k,
-            "rounding_error": stored.rounding_error(rows),
+            "dtype": rows.stored.dtype.name,
+            "k": rows.stored.k,
+            "rounding_error": rows.error,
             "skipped": list(skipped),
         }
         place: dict[str, Any] = {
@@ -270,7 +288,7 @@ class FeatureStore(StoredExtras):
             "name": path.stem,
             "key": self._key_of(shard),
         }
-        save_tensors(path, stored.tensors, **place, engine=engine, **about)
+        save_tensors(path, rows.stored.tensors, **place, engine=engine, **about)
 
     def read(self, checkpoint: int, shard: int) -> Features:
         """The rows of a shard. Features that are stored as integers are decoded; see :meth:`read_stored` for the rest.

@@ -13,7 +13,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-_BYTES = 1 << 24  # of float32 rows that are worked on at a time: memory allocators keep and reuse blocks of this size
+_BYTES = 1 << 21  # of float32 rows that are worked on at a time, in cache
 _LARGEST = torch.finfo(torch.float32).max
 _SMALLEST = 2.0**-149  # the smallest float32 above zero
 
@@ -59,14 +59,19 @@ class Quantizer(ABC):
         Raises:
             ValueError: if a number is not finite.
         """
-        if not rows.isfinite().all():
-            raise ValueError("only finite numbers can be quantized, got NaN or infinity")
         step = max(1, _BYTES // (4 * max(1, rows.shape[1])))
-        parts = [self._quantize(part.float()) for part in torch.split(rows, step)]
+        parts = []
+        for part in torch.split(rows, step):
+            numbers = part.float()
+            largest = numbers.abs().amax(1)
+            if not largest.isfinite().all():
+                raise ValueError("only finite numbers can be quantized, got NaN or infinity")
+            parts.append(self._quantize(numbers, largest))
         return Quantized(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
     @abstractmethod
-    def _quantize(self, rows: Tensor) -> Quantized: ...
+    def _quantize(self, rows: Tensor, largest: Tensor) -> Quantized:
+        """Round rows whose largest absolute elements are finite."""
 
     @abstractmethod
     def dequantize(self, quantized: Quantized, k: int) -> Tensor:
@@ -82,8 +87,7 @@ class Int8(Quantizer):
     bits = 8
     codes_dtype = torch.int8
 
-    def _quantize(self, rows: Tensor) -> Quantized:
-        largest = rows.abs().amax(1)
+    def _quantize(self, rows: Tensor, largest: Tensor) -> Quantized:
         # Rounded up, so that no element is clipped, and below the number whose multiples overflow.
         scales = (largest * (1 / 127)).nextafter(torch.full_like(largest, torch.inf)).clamp_(max=2.0**121)
         scales = torch.where(largest > 0, scales, 0.0)
@@ -105,8 +109,8 @@ class Int4(Quantizer):
     bits = 4
     codes_dtype = torch.uint8
 
-    def _quantize(self, rows: Tensor) -> Quantized:
-        largest = rows.abs().amax(1, keepdim=True)
+    def _quantize(self, rows: Tensor, largest: Tensor) -> Quantized:
+        largest = largest.unsqueeze(1)
         shares = rows / torch.where(largest > 0, largest, 1.0)
         levels = _level_of_cell(rows.device)
         least = torch.full_like(largest, torch.inf)

@@ -25,14 +25,14 @@ NUM_SHARDS = 24  # 12 at each of two checkpoints
 def job(folder: Path, journal: Path, checkpoints: list[dict[str, torch.Tensor]], die_at: int | None) -> None:
     """What a user runs; with ``die_at``, killed in the middle of that many file operations."""
     die_in_file_operation(die_at)
-    write = FeatureStore.write
+    save = FeatureStore.save
 
     def noted(self: FeatureStore, checkpoint: int, shard: int, *args: Any) -> None:
         with journal.open("a") as file:
             file.write(f"{self._shard_path(checkpoint, shard).relative_to(folder / 'store')}\n")
-        write(self, checkpoint, shard, *args)
+        save(self, checkpoint, shard, *args)
 
-    FeatureStore.write = noted  # type: ignore[method-assign]
+    FeatureStore.save = noted  # type: ignore[method-assign]
     trak = TRAK(make_model(), checkpoints, folder / "store", projection=SparseProjection(16))
     trainer = make_trainer()
     trak.featurize(trainer, DataLoader(make_data(60), batch_size=5), shard_size=5)

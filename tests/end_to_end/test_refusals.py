@@ -259,7 +259,7 @@ def test_a_shard_that_cannot_be_written_stops_featurizing(tmp_path, checkpoints,
     def full(*args):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(FeatureStore, "write", full)
+    monkeypatch.setattr(FeatureStore, "save", full)
     trak = TRAK(make_model(), checkpoints, tmp_path, projection=SparseProjection(32))
     with pytest.raises(OSError, match="No space left"):
         trak.featurize(make_trainer(), DataLoader(make_data(40), batch_size=8))

@@ -248,7 +248,7 @@ def test_a_run_that_is_stopped_while_the_store_grows_loses_nothing(tmp_path, mon
     trak = make(tmp_path, WEIGHTS[:2])
     featurize(trak, FEW)
     expected = trak.score(make_trainer(), TARGETS)
-    before, write, written = contents(tmp_path), FeatureStore.write, []
+    before, write, written = contents(tmp_path), FeatureStore.save, []
 
     def killed(self, *args):
         if len(written) == killed.after:
@@ -258,7 +258,7 @@ def test_a_run_that_is_stopped_while_the_store_grows_loses_nothing(tmp_path, mon
 
     for killed.after in (0, 1):
         with monkeypatch.context() as patched:
-            patched.setattr(FeatureStore, "write", killed)
+            patched.setattr(FeatureStore, "save", killed)
             with pytest.raises(KeyboardInterrupt):
                 featurize(trak)
         if killed.after == 0:  # nothing of the new part is there, so it does not count
@@ -280,11 +280,11 @@ def test_a_process_that_is_killed_while_the_store_grows_loses_nothing(tmp_path):
     script = (
         "import os; from pathlib import Path; from lightning_trak.features.store import FeatureStore\n"
         "from tests.features.test_growth import featurize, make\n"
-        "write, left = FeatureStore.write, [3]\n"
+        "write, left = FeatureStore.save, [3]\n"
         "def kill(*args):\n"
         "    left[0] -= 1\n"
         "    write(*args) if left[0] else os.kill(os.getpid(), 9)\n"
-        f"FeatureStore.write = kill; featurize(make(Path({str(tmp_path)!r})))"
+        f"FeatureStore.save = kill; featurize(make(Path({str(tmp_path)!r})))"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     assert subprocess.run([sys.executable, "-c", script], env=environment, check=False).returncode == -9

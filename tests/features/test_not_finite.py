@@ -162,7 +162,7 @@ def make_weights(bias):
 
 @pytest.mark.filterwarnings("ignore:TRAK")
 def test_skipped_examples_survive_stops_growth_and_more_checkpoints(tmp_path, monkeypatch):
-    write, count = FeatureStore.write, []
+    write, count = FeatureStore.save, []
 
     def stopped(self, *args):
         count.append(args)
@@ -172,7 +172,7 @@ def test_skipped_examples_survive_stops_growth_and_more_checkpoints(tmp_path, mo
 
     first = TRAK(make_net(), WEIGHTS[:1], tmp_path, output=ClassificationMargin(), projection=SparseProjection(16))
     with monkeypatch.context() as patched:
-        patched.setattr(FeatureStore, "write", stopped)
+        patched.setattr(FeatureStore, "save", stopped)
         with pytest.raises(KeyboardInterrupt):
             featurize(first, Subset(DATA, range(25)), on_nan="skip")
     featurize(first, Subset(DATA, range(25)), on_nan="skip")

@@ -40,7 +40,7 @@ def test_parts_in_any_order_are_the_whole_bit_for_bit(tmp_path, projection):
 
 
 def test_a_part_is_continued_and_computes_nothing_of_others(tmp_path, monkeypatch):
-    write, written = FeatureStore.write, []
+    write, written = FeatureStore.save, []
 
     def stopped(self, checkpoint, shard, *args):
         if len(written) == 2:
@@ -49,7 +49,7 @@ def test_a_part_is_continued_and_computes_nothing_of_others(tmp_path, monkeypatc
         write(self, checkpoint, shard, *args)
 
     with monkeypatch.context() as patched:
-        patched.setattr(FeatureStore, "write", stopped)
+        patched.setattr(FeatureStore, "save", stopped)
         with pytest.raises(KeyboardInterrupt):
             featurize(tmp_path, part=(2, 3))
     featurize(tmp_path, part=(2, 3))

@@ -30,13 +30,13 @@ def add(writer, number, features):
 def test_a_thread_ends_with_its_shard(tmp_path, monkeypatch):
     store = FeatureStore(tmp_path / "store", IDENTITY, num_examples=8, shard_size=4)
     threads = []
-    write = FeatureStore.write
+    save = FeatureStore.save
 
     def noted(self, *args):
         threads.append(threading.current_thread())
-        write(self, *args)
+        save(self, *args)
 
-    monkeypatch.setattr(FeatureStore, "write", noted)
+    monkeypatch.setattr(FeatureStore, "save", noted)
     given = torch.arange(24.0).view(8, 3)
     with ShardWriter(store, False, Stop()) as writer:
         assert add(writer, 0, given[:4])
@@ -52,7 +52,7 @@ def test_an_error_in_a_shard_is_raised_at_the_end(tmp_path, monkeypatch):
     def full(*args):
         raise OSError("disk full")
 
-    monkeypatch.setattr(FeatureStore, "write", full)
+    monkeypatch.setattr(FeatureStore, "save", full)
     store = FeatureStore(tmp_path / "store", IDENTITY, num_examples=4, shard_size=4)
     writer = ShardWriter(store, False, Stop())
     with pytest.raises(OSError, match="disk full"), writer:

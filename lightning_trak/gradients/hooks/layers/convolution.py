@@ -63,9 +63,9 @@ class ConvolutionLayer(Layer, covers=[*_TYPES]):
         inputs, padding = self._padded(call.inputs)
         gradient = call.output_gradient
         patched, pointwise = (gradient, inputs) if self.module.transposed else (inputs, gradient)
-        patches = self._convolved(patched, right.T, padding)
-        columns = self._images(patches, call.size).flatten(3)
-        rows = torch.matmul(left.T, self._images(pointwise, call.size).flatten(3))
+        columns = self._convolved(patched, right.T, padding)
+        rows = _product(left.T, pointwise)
+        rows, columns = (self._images(part, call.size).flatten(3) for part in (rows, columns))
         return torch.einsum("bilp,birp->blr", rows, columns)
 
     def has_factors(self) -> bool:
@@ -104,3 +104,12 @@ class ConvolutionLayer(Layer, covers=[*_TYPES]):
             return inputs, list(module.padding)
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
         return F.pad(inputs, explicit_padding(module), mode=mode), [0] * len(module.kernel_size)
+
+
+def _product(matrix: Tensor, images: Tensor) -> Tensor:
+    """The product with the channels of each image. As a convolution it takes any order in memory without copies."""
+    dims = images.ndim - 2
+    kernels = matrix.reshape(*matrix.shape, *[1] * dims)
+    ones, zeros = [1] * dims, [0] * dims
+    product: Tensor = torch.ops.aten.convolution(images, kernels, None, ones, zeros, ones, False, zeros, 1)
+    return product

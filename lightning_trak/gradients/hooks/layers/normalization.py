@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_trak.gradients.hooks.layers.base import Layer, LayerCall
+
+_CPU_BYTES = 1 << 21  # of inputs that are normalised at a time, so that they stay in cache
 
 
 class _Normalization(Layer):
@@ -21,10 +24,13 @@ class _Normalization(Layer):
 
     def gradient(self, parameter: str, call: LayerCall) -> Tensor:
         """Shape ``(size, numel)``."""
-        gradient = call.output_gradient
-        if parameter == "weight":
-            gradient = gradient * self.normalized(call.inputs)
-        return self.summed(gradient, call.size)
+        if parameter != "weight":
+            return self.summed(call.output_gradient, call.size)
+        fitting = _CPU_BYTES * call.size // call.inputs.nbytes
+        step = max(1, fitting) if call.inputs.device.type == "cpu" else call.size
+        some = (call.take(start, min(start + step, call.size)) for start in range(0, call.size, step))
+        parts = [self.summed(self.normalized(part.inputs).mul_(part.output_gradient), part.size) for part in some]
+        return torch.cat(parts)
 
 
 class _OverLastDimensions(_Normalization):
