@@ -26,10 +26,10 @@ class _Normalization(Layer):
         """Shape ``(size, numel)``."""
         if parameter != "weight":
             return self.summed(call.output_gradient, call.size)
-        fitting = _CPU_BYTES * call.size // call.inputs.nbytes
+        fitting = _CPU_BYTES * call.size // max(1, call.inputs.nbytes)
         step = max(1, fitting) if call.inputs.device.type == "cpu" else call.size
         some = (call.take(start, min(start + step, call.size)) for start in range(0, call.size, step))
-        parts = [self.summed(self.normalized(part.inputs).mul_(part.output_gradient), part.size) for part in some]
+        parts = [self.summed(part.output_gradient * self.normalized(part.inputs), part.size) for part in some]
         return torch.cat(parts)
 
 
