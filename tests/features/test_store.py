@@ -14,15 +14,6 @@ from lightning_trak.storage.files import tensor_digest, write_atomically
 from tests.features.small_store import IDENTITY, contents, rows
 
 
-@pytest.fixture
-def store(tmp_path):
-    store = FeatureStore(tmp_path / "store", IDENTITY, num_examples=10, shard_size=4)
-    for checkpoint in range(2):
-        for shard in range(3):
-            store.write(checkpoint, shard, rows(len(store.shard(shard)), 10 * checkpoint + shard))
-    return store
-
-
 def test_what_is_written_is_read(store):
     again = FeatureStore(store.directory, IDENTITY, 10, shard_size=999)
     assert (again.num_shards, again.num_checkpoints, again.shard_size) == (3, 2, 4)

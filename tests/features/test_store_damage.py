@@ -11,15 +11,6 @@ from lightning_trak.storage.files import save_tensors
 from tests.features.small_store import IDENTITY, contents, header, rows
 
 
-@pytest.fixture
-def store(tmp_path):
-    store = FeatureStore(tmp_path / "store", IDENTITY, num_examples=10, shard_size=4)
-    for checkpoint in range(2):
-        for shard in range(3):
-            store.write(checkpoint, shard, rows(len(store.shard(shard)), 10 * checkpoint + shard))
-    return store
-
-
 @pytest.mark.parametrize("where", [0.0, 0.3, 0.6, 0.9, 0.999])
 def test_an_altered_byte_is_found_anywhere(store, where):
     path = store._shard_path(0, 1)
