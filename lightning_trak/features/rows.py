@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_trak.features.dtypes import FeatureDtype
 
 _BLOCK_BYTES = 1 << 24  # of decoded features: memory allocators keep and reuse blocks of this size
-_CACHED_BYTES = 1 << 21
+_CACHED_BYTES = 1 << 21  # the same, where each block is used at once and may stay in cache
 
 
 class Features(NamedTuple):

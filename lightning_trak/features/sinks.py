@@ -88,7 +88,7 @@ class ShardWriter:
             if rows.features.is_cpu and torch.get_num_threads() > 1:
                 # Operations of two threads at once, each on several cores, would share these and wait for each other.
                 with torch.inference_mode(False):  # quantizers keep tables, also for later
-                    rounded = partial(_Rounded, *rounded())
+                    rounded = partial(_Rounded, *rounded())  # rounded here, so that the thread only writes
             # The thread ends with the shard. Its tensor operations start a pool of OpenMP threads, and while there are
             # more of these than cores, those of the main thread sleep after every operation instead of waiting.
             thread = ThreadPoolExecutor(1)

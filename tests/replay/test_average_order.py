@@ -12,12 +12,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
+from torch.utils.data import DataLoader, Subset, TensorDataset, WeightedRandomSampler
 
 from lightning_trak import Metagradient
 from lightning_trak.replay import average_order
 from tests.methods.metagradients import DATA, DIRECTION, NETS, STEP, TARGETS, attribute, layers, outputs, sgd
-from tests.replay.runs import Net, ThawAndFreeze, sgd_of_trained, shuffled, train
+from tests.replay.runs import Net, ThawAndFreeze, make_data, sgd_of_trained, shuffled, train
 
 SHARES = torch.full_like(DIRECTION, 1 / len(DIRECTION))
 
@@ -162,6 +162,17 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Net, Path, L.Tra
     module = Net(optimizer=sgd(momentum=0.9))
     trainer = train(module, DATA, directory, max_epochs=3)
     return module, directory, trainer, attribute(module, directory, trainer, order="average")
+
+
+@pytest.mark.parametrize("options", [{"gradient_clip_val": 0.4}, {"accumulate_grad_batches": 2}])
+def test_many_targets_are_as_each_alone(options: dict[str, Any], tmp_path: Path) -> None:
+    """The gradients of a step, which are kept for the window, may share memory with cotangents of the momentum."""
+    module, targets = Net(optimizer=sgd(lr=0.1, momentum=0.9)), make_data(9, seed=5)
+    trainer = train(module, DATA, tmp_path, **options)
+    scores = attribute(module, tmp_path, trainer, targets, order="average")
+    for number in (0, 8):
+        alone = attribute(module, tmp_path, trainer, Subset(targets, [number]), order="average")
+        torch.testing.assert_close(scores[[number]], alone, rtol=1e-9, atol=1e-13)
 
 
 @pytest.mark.parametrize("options", [{"block_size": 2}, {"micro_batch_size": 3}])
