@@ -27,8 +27,9 @@ from benchmarks.truth import MODELS, SUBSETS, Truth, kept, quiet, train_all
 from lightning_trak.features.rows import Features
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.projections import SparseProjection
-from lightning_trak.scoring.damping import Noise, auto_damping
+from lightning_trak.scoring.damping import auto_damping
 from lightning_trak.scoring.gram import Curvature, DampedGram, gram_matrix
+from lightning_trak.scoring.noise import Noise
 from lightning_trak.scoring.temperature import Tempered
 
 TASK = "digits MLP"

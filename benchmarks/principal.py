@@ -23,7 +23,8 @@ from lightning_trak.features.rows import Features
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.projections import SparseProjection
 from lightning_trak.projections.landmarks import Landmarks
-from lightning_trak.scoring.damping import Noise, absolute_damping
+from lightning_trak.scoring.damping import absolute_damping
+from lightning_trak.scoring.noise import Noise
 from lightning_trak.scoring.temperature import Tempered
 
 TASKS = ("photographs conv", "photographs MLP")

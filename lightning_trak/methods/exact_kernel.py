@@ -172,4 +172,4 @@ class ExactKernel(FeatureMethod):
         subsets = [checkpoint.subset for checkpoint in self.checkpoints]
         settings = self.curvature, self.damping, self.loss_gradients, self.soft_threshold
         given = tempered(self.output, self.temperature, self.damping, self.loss_gradients)
-        return ExactKernelScorer(store, *settings, subsets, size, given)
+        return ExactKernelScorer(store, *settings, subsets, size, given, self.output.averages)

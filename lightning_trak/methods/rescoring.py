@@ -25,7 +25,7 @@ from lightning_trak.scoring.gram import Curvature
 from lightning_trak.scoring.groups import Sums
 from lightning_trak.scoring.temperature import Tempered
 from lightning_trak.scoring.topk import BothEnds, TopK
-from lightning_trak.scoring.trak import LossGradients, stored_noise
+from lightning_trak.scoring.trak import LossGradients, TRAKScorer
 
 _SOLVER = ConjugateGradient(max_iterations=1000, preconditioner="landmarks", strict=True)
 _ROUNDED = 0.05  # the tolerance for stored outputs that were computed in half precision
@@ -104,7 +104,7 @@ class SecondStage:
     def best(
         self,
         passes: Passes,
-        store: FeatureStore,
+        scorer: TRAKScorer,
         targets: Sequence[Examples],
         candidates: Sequence[TopK | BothEnds],
         largest: bool | None,
@@ -115,7 +115,7 @@ class SecondStage:
 
         Args:
             passes: a copy of the model, and the training data.
-            store: the features.
+            scorer: what found the candidates.
             targets: sets of targets.
             candidates: for each set, the training examples to score for each target.
             largest: whether to keep the highest scores or the lowest; None: both.
@@ -130,17 +130,17 @@ class SecondStage:
                 converge.
         """
         found = [_Candidates(each, passes.dtype) for each in candidates]
+        store, noise = scorer.store, scorer.noise
         passes.begun_with = store.begun_with
-        noise, tempered = stored_noise(store, [None] * store.num_checkpoints), self.exact.tempered
-        if self.exact.damping == "auto":
-            passes.agreement = noise.agreement
-        settled = None if tempered is None else tempered.settled(noise)
+        tempered = None if self.exact.tempered is None else self.exact.tempered.settled(noise)
 
         def loss_gradients(rows: Features) -> Tensor:
-            return rows.loss_gradients if settled is None else settled.loss_gradients(rows.outputs)
+            return rows.loss_gradients if tempered is None else tempered.loss_gradients(rows.outputs)
 
         for checkpoint in range(store.num_checkpoints):
             passes.enter(checkpoint)
+            if noise is not None:
+                passes.noise_level = noise.agreement**2 * noise.factors[checkpoint]
             audit(passes, self.train)
             with passes.asking(output):
                 for examples in targets:

@@ -41,6 +41,7 @@ from lightning_trak.scoring.base import Scorer
 from lightning_trak.scoring.intervals import Interval, bounds, columns_of, with_bounds
 from lightning_trak.scoring.targets import Kept, Others, score_targets
 from lightning_trak.scoring.topk import BothEnds, Scores, TopK
+from lightning_trak.scoring.trak import TRAKScorer
 
 
 class ScoredMethod(Method):
@@ -279,7 +280,9 @@ class ScoredMethod(Method):
             with without_gradients():
                 own, settings = pipeline.copy_model(trainer), self.settings
                 passes = Passes(own, settings.seed, trainer, second.train, settings.engine)
-                results = second.best(passes, store, targets, cast(Any, results), largest, rows, output)
+                results = second.best(
+                    passes, cast(TRAKScorer, scorer), targets, cast(Any, results), largest, rows, output
+                )
         return results if holds_several(data) or len(results) > 1 else results[0]
 
     def _with_interval(

@@ -60,7 +60,7 @@ class TRAK(FeatureMethod):
         temperature: outputs f of training examples are divided by this before Q is taken of them, because what an
             example adds depends on models that have not seen it, which are less sure. 1: Q as it is. ``"auto"``: 1.43
             for one checkpoint; for several, it is larger if they differ more
-            (:attr:`~lightning_trak.scoring.damping.Noise.temperature`). K and the damping do not change. If R is the
+            (:attr:`~lightning_trak.scoring.noise.Noise.temperature`). K and the damping do not change. If R is the
             same for all examples, as for a squared error, ``"auto"`` is 1, and a number divides the scores. None:
             ``"auto"`` with ``damping="auto"`` and ``loss_gradients="per_checkpoint"``, else 1.
         parameters: which parameters to differentiate, by name pattern; default: all that require gradients.
@@ -216,7 +216,7 @@ class TRAK(FeatureMethod):
         """TRAK's scorer."""
         subsets = [checkpoint.subset for checkpoint in self.checkpoints]
         settings = self.curvature, self.damping, self.loss_gradients, self.soft_threshold
-        return TRAKScorer(store, *settings, subsets, self._tempered())
+        return TRAKScorer(store, *settings, subsets, self._tempered(), self.output.averages)
 
     def _tempered(self) -> Tempered | None:
         """What gives Q in the place of the stored one."""

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from lightning_trak.fingerprints import object_fingerprint
 
-_NOT_IDENTITY = frozenset(["fingerprint", "prediction", "describe_prediction"])  # features do not depend on them
+_NOT_IDENTITY = frozenset(
+    ["fingerprint", "prediction", "describe_prediction", "averages"]
+)  # features do not depend on them
 
 
 class ModelOutput(ABC):
@@ -27,6 +29,8 @@ class ModelOutput(ABC):
         predicts_labels: whether labels are what the model predicts. Of several checkpoints, the class with the highest
             mean of :meth:`probabilities` is then the label at all of them: batches come as
             :class:`~lightning_trak.running.annotated.AnnotatedBatch`.
+        averages: whether the loss is a mean over several predictions for an example, such as its tokens. R is then not
+            the variance of Q, and the automatic damping does not follow the :mod:`~lightning_trak.scoring.lag`.
 
     Example:
         >>> import torch
@@ -44,6 +48,7 @@ class ModelOutput(ABC):
     context_size: int = 0
     for_targets: bool = False
     predicts_labels: bool = False
+    averages: bool = False
 
     @abstractmethod
     def output(self, module: nn.Module, batch: Any) -> Tensor:

@@ -42,6 +42,8 @@ class DiffusionOutput(ModelOutput):
         clean: ``batch -> x``, the examples of a batch. Default: the batch if it is a tensor, or its only element.
     """
 
+    averages = True
+
     def __init__(
         self,
         alphas_cumprod: Tensor,

@@ -37,6 +37,8 @@ class MultiLabelMargin(LabelledOutput):
             several, the first that the batch has.
     """
 
+    averages = True
+
     def __init__(
         self,
         reduction: Literal["mean", "sum"] = "mean",

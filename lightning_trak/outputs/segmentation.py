@@ -38,6 +38,8 @@ class SegmentationMargin(LabelledOutput):
             several, the first that the batch has.
     """
 
+    averages = True
+
     def __init__(
         self,
         ignore_index: int = -100,

@@ -53,6 +53,8 @@ class TokenOutput(LabelledOutput):
             each token of a text that counts.
     """
 
+    averages = True
+
     def __init__(
         self,
         pad_token_id: int | None = None,

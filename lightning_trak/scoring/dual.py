@@ -70,6 +70,24 @@ class DualSystem:
         weighted *= self._roots.unsqueeze(1)
         self._factor = DampedGram(weighted, damping, precision, name, dim, rounding_error)
 
+    def effective_dimension(self) -> float:
+        """See :meth:`~lightning_trak.scoring.gram.DampedGram.effective_dimension`: K has the eigenvalues of S."""
+        return self._factor.effective_dimension()
+
+    def squared_step(self, residuals: Tensor, kernel: Tensor) -> float:
+        """How long the Newton step of residuals is: lambda |(Phi^T R Phi + lambda I)^-1 Phi^T residuals|^2.
+
+        The step is Phi^T (residuals - R tau) / lambda, with tau its inner products with the features.
+
+        Args:
+            residuals: float64, shape ``(n,)``.
+            kernel: as given at construction.
+        """
+        kernel, residuals = kernel.to(self._roots), residuals.to(self._roots)
+        tau = self.solve((kernel @ residuals).unsqueeze(0)).squeeze(0)
+        rest = residuals - self._roots.square() * tau
+        return float(rest @ (kernel @ rest)) / self._factor.ridge
+
     def solve(self, products: Tensor) -> Tensor:
         """Solve for each target.
 

@@ -38,6 +38,7 @@ class ExactKernelScorer(TRAKScorer):
         subsets: as for TRAKScorer.
         num_parameters: the number of elements of a gradient.
         tempered: as for TRAKScorer.
+        averages: as for TRAKScorer.
     """
 
     user = "ExactKernel"
@@ -52,8 +53,9 @@ class ExactKernelScorer(TRAKScorer):
         subsets: Sequence[TrainingSubset | None],
         num_parameters: int,
         tempered: Tempered | None = None,
+        averages: bool = False,
     ) -> None:
-        super().__init__(store, curvature, damping, loss_gradients, soft_threshold, subsets, tempered)
+        super().__init__(store, curvature, damping, loss_gradients, soft_threshold, subsets, tempered, averages)
         self._num_parameters = num_parameters
         self._blocks = row_blocks(store.num_shards, store.shard_size)
 

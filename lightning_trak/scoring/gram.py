@@ -213,12 +213,30 @@ class DampedGram:
             smallest = self._solve(smallest / smallest.norm())
         return float(largest.norm()), float(1 / smallest.norm())
 
+    def squared_step(self, pull: Tensor) -> float:
+        """How long a Newton step is: lambda |(K + lambda I)^-1 pull|^2, for a float64 vector ``(k,)``."""
+        return self.ridge * float(self.solve(pull.unsqueeze(0)).square().sum())
+
     def solve(self, rows: Tensor) -> Tensor:
         """(K + lambda I)^-1 applied to each row, shape ``(n, k)``, in the rows' dtype."""
         solved = torch.empty_like(rows)
         for part, result in zip(torch.split(rows, _ROWS), torch.split(solved, _ROWS), strict=True):
             result.copy_(self._solve(part.to(torch.float64).T).T / self._scale)
         return solved
+
+    def effective_dimension(self) -> float:
+        """How many directions lambda leaves: tr K (K + lambda I)^-1.
+
+        See Hastie et al. 2009, The Elements of Statistical Learning, section 3.4.1. It is k - lambda tr (K + lambda
+        I)^-1, and that trace is |L^-1|^2 for the factor L.
+        """
+        total = torch.zeros((), dtype=torch.float64, device=self._factor.device)
+        for start in range(0, len(self._factor), _ROWS):
+            rest = self._factor[start:, start:]
+            columns = torch.zeros(len(rest), min(_ROWS, len(rest)), dtype=torch.float64, device=rest.device)
+            columns.fill_diagonal_(1)
+            total += torch.linalg.solve_triangular(rest, columns, upper=False).square().sum()
+        return len(self._factor) - self.ridge / float(self._scale) * float(total)
 
     def _solve(self, columns: Tensor) -> Tensor:
         # Not torch.cholesky_solve: on a CPU it takes twenty times as long for a single column.

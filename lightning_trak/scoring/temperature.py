@@ -14,7 +14,8 @@ from typing import Literal
 from torch import Tensor
 
 from lightning_trak.outputs import ModelOutput
-from lightning_trak.scoring.damping import Damping, Noise
+from lightning_trak.scoring.damping import Damping
+from lightning_trak.scoring.noise import Noise
 
 Temperature = float | Literal["auto"]
 
@@ -25,7 +26,7 @@ class Tempered:
 
     Attributes:
         output: gives l.
-        temperature: T; ``"auto"`` is :attr:`~lightning_trak.scoring.damping.Noise.temperature`.
+        temperature: T; ``"auto"`` is :attr:`~lightning_trak.scoring.noise.Noise.temperature`.
     """
 
     output: ModelOutput

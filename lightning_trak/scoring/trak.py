@@ -1,8 +1,8 @@
 """TRAK scores from stored features: one Newton step for each training example, averaged over checkpoints."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -13,15 +13,17 @@ from lightning_trak.features.rows import Features, StoredFeatures
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.scoring.base import Scorer, full_precision
-from lightning_trak.scoring.damping import Damping, Noise, auto_damping, ends
+from lightning_trak.scoring.damping import Damping, auto_damping, ends
 from lightning_trak.scoring.dual import DualSystem, kernel_matrix, products_with
 from lightning_trak.scoring.gram import Curvature, DampedGram, gram_matrix, require_convex, row_blocks
 from lightning_trak.scoring.groups import Sums
+from lightning_trak.scoring.lag import MOST, find_lag, residual_sums
+from lightning_trak.scoring.noise import Noise, stored_noise
 from lightning_trak.scoring.temperature import Tempered
 from lightning_trak.scoring.topk import Scores
+from lightning_trak.scoring.undamped import System, Undamped
 
 LossGradients = Literal["per_checkpoint", "averaged"]
-System = DampedGram | DualSystem
 
 _CACHE_FORMAT = 3  # of a stored Gram matrix; one of another format is made again
 _SYSTEM_BYTES = 1 << 32  # of factors in memory; those of more checkpoints are made again when they are needed
@@ -51,6 +53,7 @@ class TRAKScorer(Scorer):
             is not part of K_m, and is scored, too: by the step of adding it. Default: all models have seen all.
         tempered: what gives Q in the place of the stored one, with loss_gradients="per_checkpoint". K_m, and with it
             lambda_m, stay as they are. Default: the stored Q.
+        averages: whether each example's loss is a mean over several predictions, such as its tokens.
     """
 
     user: ClassVar[str] = "TRAK"  # in log lines
@@ -64,6 +67,7 @@ class TRAKScorer(Scorer):
         soft_threshold: float,
         subsets: Sequence[TrainingSubset | None] | None = None,
         tempered: Tempered | None = None,
+        averages: bool = False,
     ) -> None:
         super().__init__(store)
         self.curvature: Curvature = curvature
@@ -72,7 +76,9 @@ class TRAKScorer(Scorer):
         self.soft_threshold = soft_threshold
         self.subsets = [None] * store.num_checkpoints if subsets is None else subsets
         self.tempered = tempered
-        self._levels: list[float] = []  # of noise, one for each checkpoint
+        self.averages = averages
+        self.noise: Noise | None = None  # of the training examples, where something is chosen by it
+        self._lags_known: set[int] = set()  # checkpoints
         self._dual = False
         self._systems: dict[int, tuple[System, float]] = {}  # with their dampings, of as many checkpoints as fit
         self._keeps = True  # until a matrix cannot be written
@@ -95,19 +101,17 @@ class TRAKScorer(Scorer):
         self._systems = {}
         self._dual = self.solves_dual(self.store.num_examples, self.num_features)
         chooses = self.tempered is not None and self.tempered.automatic
-        noise = stored_noise(self.store, self.subsets, ranks) if self.damping == "auto" or chooses else None
-        if self.tempered is not None:
-            self._settled = self.tempered.settled(noise)
-        weighted = self.curvature == "gauss_newton"
-        self._levels = [1.0] * self.store.num_checkpoints if noise is None else noise.levels(weighted)
+        if self.noise is None and (self.damping == "auto" or chooses):
+            self.noise = stored_noise(self.store, self.subsets, self.averages, ranks)
         dampings = [self._system(checkpoint, ranks)[1] for checkpoint in range(self.store.num_checkpoints)]
+        if self.tempered is not None:
+            self._settled = self.tempered.settled(self.noise)
         if chooses:
             rank_zero_info(f"{self.user}: temperature='auto' is {self._settled.temperature:.3g}")
-        if self.damping == "auto" and noise is not None:
+        if self.damping == "auto" and self.noise is not None:
             place = "checkpoint" if len(dampings) == 1 else "checkpoints"
-            rank_zero_info(
-                f"{self.user}: damping='auto' is {ends(dampings, 3)} at the {place}{noise.describe(weighted)}"
-            )
+            about = self.noise.describe(self.curvature == "gauss_newton")
+            rank_zero_info(f"{self.user}: damping='auto' is {ends(dampings, 3)} at the {place}{about}")
 
     def _system(self, checkpoint: int, ranks: Ranks = Ranks()) -> tuple[System, float]:  # noqa: B008
         """The factored matrix of a checkpoint, and its damping. It is made again if others have taken its place."""
@@ -119,16 +123,54 @@ class TRAKScorer(Scorer):
         return self._systems[checkpoint]
 
     def _factored(self, checkpoint: int, ranks: Ranks) -> tuple[System, float]:
-        level, error, k = self._levels[checkpoint], self.store.rounding_error(checkpoint), self.num_features
-        precision, place = self.store.read_stored(checkpoint, 0).dtype.floating, f"checkpoint {checkpoint}"
-        if self._dual:
-            kernel, curvatures = self._kernel(checkpoint, ranks), self._curvatures(checkpoint)
-            weights = curvatures * kernel.diagonal()
-            damping = self._relative_damping(weights.sum(), weights.square().sum(), k, level)
-            return DualSystem(kernel, curvatures, damping, k, precision, error, place, self._device), damping
+        """See :meth:`_system`. The lag of the checkpoint is found first, where something is chosen by it."""
+        matrix = (self._dual_matrix if self._dual else self._primal_matrix)(checkpoint, ranks)
+        noise, weighted = self.noise, self.curvature == "gauss_newton"
+
+        def damping(factor: float = 1.0) -> float:
+            if self.damping != "auto" or noise is None:
+                return cast(float, self.damping)
+            level = factor * noise.levels(weighted)[checkpoint]
+            return auto_damping(matrix.trace, matrix.squared_weights, self.num_features, level)
+
+        def aligned(factor: float) -> float:
+            return matrix.alignment(damping(factor), bool(cast(Noise, noise).scaled[checkpoint]))
+
+        if noise is not None and weighted and checkpoint not in self._lags_known:
+            follows = self.damping == "auto" and not self.averages
+            noise.lags[checkpoint] = find_lag(aligned) if follows else min(max(1.0, aligned(1.0)), MOST)
+            self._lags_known.add(checkpoint)
+        relative = damping()
+        return matrix.damped(relative), relative
+
+    def _dual_matrix(self, checkpoint: int, ranks: Ranks) -> Undamped:
+        kernel, curvatures = self._kernel(checkpoint, ranks), self._curvatures(checkpoint)
+        residuals, own = self._residuals(checkpoint), kernel.diagonal()
+        weights, about = curvatures * own, self._about(checkpoint)
+        return Undamped(
+            weights.sum(),
+            weights.square().sum(),
+            residuals.square() @ own,
+            lambda damping: DualSystem(kernel, curvatures, damping, self.num_features, *about, self._device),
+            lambda system: cast(DualSystem, system).squared_step(residuals, kernel),
+        )
+
+    def _primal_matrix(self, checkpoint: int, ranks: Ranks) -> Undamped:
         gram, squared_weights = (tensor.to(self._device) for tensor in self._gram(checkpoint, ranks))
-        damping = self._relative_damping(gram.trace(), squared_weights, k, level)
-        return DampedGram(gram, damping, precision, place, rounding_error=error), damping
+        pull, squared_residuals = (tensor.to(self._device) for tensor in self._pull(checkpoint, ranks))
+        precision, error, place = self._about(checkpoint)
+        return Undamped(
+            gram.trace(),
+            squared_weights,
+            squared_residuals,
+            lambda damping: DampedGram(gram, damping, precision, place, rounding_error=error),
+            lambda system: cast(DampedGram, system).squared_step(pull),
+        )
+
+    def _about(self, checkpoint: int) -> tuple[torch.dtype, float, str]:
+        """The dtype of the features, by how much they are rounded, and what to call their matrix in errors."""
+        precision = self.store.read_stored(checkpoint, 0).dtype.floating
+        return precision, self.store.rounding_error(checkpoint), f"checkpoint {checkpoint}"
 
     @property
     def num_features(self) -> int:
@@ -151,21 +193,29 @@ class TRAKScorer(Scorer):
         """Not if scores are moved towards zero."""
         return not self.soft_threshold
 
-    def _relative_damping(self, trace: Tensor, squared_weights: Tensor, size: int, level: float) -> float:
-        return auto_damping(trace, squared_weights, size, level) if self.damping == "auto" else self.damping
-
     def _gram(self, checkpoint: int, ranks: Ranks) -> tuple[Tensor, Tensor]:
         def make() -> dict[str, Tensor]:
-            blocks = row_blocks(self.store.num_shards, self.store.shard_size)
-            mine = self._seen(checkpoint, (shard for part in ranks.share(len(blocks)) for shard in blocks[part]))
-            k = self.num_features
-            gram, squared_weights = map(ranks.sum, gram_matrix(mine, self.curvature, k, self._device))
-            return {"gram": gram, "squared_weights": squared_weights}
+            mine = self._seen(checkpoint, ranks)
+            sums = gram_matrix(mine, self.curvature, self.num_features, self._device)
+            return dict(zip(("gram", "squared_weights"), map(ranks.sum, sums), strict=True))
 
-        subset = self.subsets[checkpoint]
-        key = "" if subset is None else f":{subset.digest}"
-        kept = self._kept(checkpoint, f"gram-{self.curvature}", key, ranks, make)
+        kept = self._kept(checkpoint, f"gram-{self.curvature}", self._seen_key(checkpoint), ranks, make)
         return kept["gram"], kept["squared_weights"]
+
+    def _pull(self, checkpoint: int, ranks: Ranks) -> tuple[Tensor, Tensor]:
+        """See :func:`~lightning_trak.scoring.lag.residual_sums`."""
+
+        def make() -> dict[str, Tensor]:
+            sums = residual_sums(self._seen(checkpoint, ranks), self.num_features, self._device)
+            return dict(zip(("pull", "squared_residuals"), map(ranks.sum, sums), strict=True))
+
+        kept = self._kept(checkpoint, "residuals", self._seen_key(checkpoint), ranks, make)
+        return kept["pull"], kept["squared_residuals"]
+
+    def _seen_key(self, checkpoint: int) -> str:
+        """What the key of a sum over the examples that a checkpoint's model has seen says of them."""
+        subset = self.subsets[checkpoint]
+        return "" if subset is None else f":{subset.digest}"
 
     def _kernel(self, checkpoint: int, ranks: Ranks) -> Tensor:
         """Inner products of the features of all training examples: float64, shape ``(n, n)``, on the CPU."""
@@ -186,8 +236,16 @@ class TRAKScorer(Scorer):
         if self.curvature == "identity":
             curvatures = torch.ones_like(curvatures)
         require_convex(curvatures, 'curvature="identity"')
+        return self._where_seen(checkpoint, curvatures)
+
+    def _residuals(self, checkpoint: int) -> Tensor:
+        """Q of all training examples; 0 for those that the model has not seen. float64, shape ``(n,)``."""
+        shards = (self.store.read_stored(checkpoint, shard).loss_gradients for shard in range(self.store.num_shards))
+        return self._where_seen(checkpoint, torch.cat(list(shards)).double())
+
+    def _where_seen(self, checkpoint: int, values: Tensor) -> Tensor:
         subset = self.subsets[checkpoint]
-        return curvatures if subset is None else curvatures * subset.mask
+        return values if subset is None else values * subset.mask
 
     def _kept(
         self, checkpoint: int, name: str, about: str, ranks: Ranks, make: Callable[[], dict[str, Tensor]]
@@ -207,10 +265,11 @@ class TRAKScorer(Scorer):
                 warnings.warn(f"the Gram matrix cannot be kept and will be made again next time: {error}", stacklevel=2)
         return made
 
-    def _seen(self, checkpoint: int, shards: Iterable[int]) -> Iterator[Features]:
-        """The rows of some shards that belong to examples which the checkpoint's model has seen."""
+    def _seen(self, checkpoint: int, ranks: Ranks) -> Iterator[Features]:
+        """This rank's share of the rows of examples that the checkpoint's model has seen, in blocks of shards."""
         subset = self.subsets[checkpoint]
-        for shard in shards:
+        blocks = row_blocks(self.store.num_shards, self.store.shard_size)
+        for shard in (shard for part in ranks.share(len(blocks)) for shard in blocks[part]):
             rows, examples = self.store.read_stored(checkpoint, shard), self.store.shard(shard)
             if subset is not None:
                 rows = rows[subset.mask[examples.start : examples.stop]]
@@ -314,32 +373,3 @@ class TRAKScorer(Scorer):
         if self.loss_gradients == "averaged":
             scores *= loss_gradients().to(scores)
         return torch.nn.functional.softshrink(scores, self.soft_threshold) if self.soft_threshold else scores
-
-
-def stored_noise(
-    store: FeatureStore,
-    subsets: Sequence[TrainingSubset | None],
-    ranks: Ranks = Ranks(),  # noqa: B008
-) -> Noise:
-    """What the automatic damping works against, from the loss gradients and curvatures of all training examples.
-
-    Args:
-        store: complete features.
-        subsets: for each checkpoint, the examples that its model has seen; None: all.
-        ranks: the processes that share the shards; all must call this.
-    """
-    noise = Noise(store.num_checkpoints)
-    for shard in ranks.share(store.num_shards):
-        examples = store.shard(shard)
-        rows = [store.read_stored(checkpoint, shard) for checkpoint in range(store.num_checkpoints)]
-        all_seen = torch.ones(len(examples), dtype=torch.bool)
-        seen = [all_seen if subset is None else subset.mask[examples.start : examples.stop] for subset in subsets]
-        skipped = {i for checkpoint in store.first for i in store.skipped_of(checkpoint, shard)}
-        kept = [row for row, position in enumerate(examples) if position not in skipped]
-        noise.add(
-            torch.stack([part.loss_gradients for part in rows])[:, kept],
-            torch.stack([part.curvatures for part in rows])[:, kept],
-            torch.stack(seen)[:, kept],
-        )
-    noise.sums = ranks.sum(noise.sums)
-    return noise

@@ -12,8 +12,9 @@ from lightning_trak.features.store import FeatureStore
 from lightning_trak.methods.influence import InfluenceFunction
 from lightning_trak.outputs import ClassificationMargin
 from lightning_trak.scoring import TRAKScorer
-from lightning_trak.scoring.damping import Noise, absolute_damping, auto_damping, require_damping
+from lightning_trak.scoring.damping import absolute_damping, auto_damping, require_damping
 from lightning_trak.scoring.gram import gram_matrix
+from lightning_trak.scoring.noise import Noise
 
 CPU = torch.device("cpu")
 
@@ -71,13 +72,17 @@ def test_each_checkpoint_gets_its_own(tmp_path):
             store.write(checkpoint, shard, make_rows(phi[checkpoint, examples], curvatures[checkpoint, examples]))
     targets = torch.randn(3, 4)
 
-    def directions(damping, checkpoint):
+    def scorer_of(damping):
         scorer = TRAKScorer(store, "gauss_newton", damping, "per_checkpoint", 0.0)
         scorer.fit(CPU)
-        return scorer.precondition(checkpoint, targets)
+        return scorer
+
+    def directions(damping, checkpoint):
+        return scorer_of(damping).precondition(checkpoint, targets)
 
     noise = Noise(2)
     noise.add(torch.ones(2, 20), curvatures)
+    noise.lags = scorer_of("auto").noise.lags
     for checkpoint, level in enumerate(noise.levels(weighted=True)):
         damping = level * chosen(phi[checkpoint], curvatures[checkpoint])
         torch.testing.assert_close(directions("auto", checkpoint), directions(damping, checkpoint))

@@ -12,9 +12,10 @@ from lightning_trak.running.ranks import Ranks
 from lightning_trak.scoring import TRAKScorer
 from lightning_trak.scoring import dual as dual_module
 from lightning_trak.scoring import trak as trak_module
-from lightning_trak.scoring.damping import Noise, auto_damping
+from lightning_trak.scoring.damping import auto_damping
 from lightning_trak.scoring.dual import DualSystem, kernel_matrix
 from lightning_trak.scoring.gram import DampedGram, gram_matrix
+from lightning_trak.scoring.noise import Noise
 from tests.lit import TARGETS, make_checkpoints, make_data, make_model, make_trainer, open_store
 
 CPU = torch.device("cpu")

@@ -260,28 +260,36 @@ def test_self_scores_that_overflow_are_named(store):
 
 
 @pytest.mark.parametrize(
-    ("dampings", "said"),
+    ("dampings", "lag", "said"),
     [
-        ([5.01], "damping='auto' is 5.01 at the checkpoint (the dispersion of the loss is 1)"),
+        ([5.01], 1, "damping='auto' is 5.01 at the checkpoint (the dispersion of the loss is 1)"),
+        (
+            [5.01],
+            2.5,
+            "damping='auto' is 5.01 at the checkpoint (the dispersion of the loss is 1, the lag of the training 2.5)",
+        ),
         (
             [5.01, 5.0100001],
+            1,
             "damping='auto' is 5.01 at the checkpoints (the dispersion of the loss is 1, the agreement of the"
             " checkpoints 1)",
         ),
         (
             [5.0, 0.25, 1.0],
+            1,
             "damping='auto' is 0.25 to 5 at the checkpoints (the dispersion of the loss is 1, the agreement of the"
             " checkpoints 1)",
         ),
     ],
 )
-def test_the_damping_that_was_chosen_is_told(tmp_path, monkeypatch, dampings, said):
+def test_the_damping_that_was_chosen_is_told(tmp_path, monkeypatch, dampings, lag, said):
     store, told, chosen = FeatureStore(tmp_path, {"checkpoints": ["a"] * len(dampings)}, 8, 8), [], iter(dampings)
     for checkpoint in range(len(dampings)):
         phi = torch.randn(8, K, generator=torch.Generator().manual_seed(checkpoint))
         store.write(checkpoint, 0, Features(phi, *torch.full((3, 8), 0.5)))
     monkeypatch.setattr("lightning_trak.scoring.trak.rank_zero_info", told.append)
     monkeypatch.setattr("lightning_trak.scoring.trak.auto_damping", lambda *args: next(chosen))
+    monkeypatch.setattr("lightning_trak.scoring.trak.find_lag", lambda aligned: lag)
     TRAKScorer(store, "gauss_newton", "auto", "per_checkpoint", 0.0).fit(CPU)
     assert told == [f"TRAK: {said}"]
 

@@ -92,8 +92,8 @@ class Influence(DataMethod):
     def _prepare(self, passes: Passes) -> InverseProduct:
         """Do what a checkpoint needs before the targets come."""
 
-    def _agreement(self, passes: Passes) -> float:  # noqa: ARG002
-        """How far the checkpoints agree, for the damping, if the method needs it."""
+    def _noise_level(self, passes: Passes) -> float:  # noqa: ARG002
+        """What the automatic damping is multiplied by because there are several checkpoints, if the method needs it."""
         return 1.0
 
     def _selection(self) -> ParameterSelection:
@@ -176,7 +176,7 @@ class Influence(DataMethod):
     def _passes(self, trainer: L.Trainer, train: Examples, digests: Sequence[str]) -> Passes:
         model = ModelCopy(self.model, self.output, self.checkpoints, digests, self._selection())
         passes = Passes(model, self.seed, trainer, train)
-        passes.agreement = self._agreement(passes)
+        passes.noise_level = self._noise_level(passes)
         return passes
 
 

@@ -15,7 +15,8 @@ from lightning_trak.methods.influence.passes import Passes
 from lightning_trak.methods.influence.solvers import InverseProduct, Solver
 from lightning_trak.methods.questions import Asked
 from lightning_trak.running.data import Data
-from lightning_trak.scoring.damping import Damping, Noise, require_damping
+from lightning_trak.scoring.damping import Damping, require_damping
+from lightning_trak.scoring.noise import Noise
 
 
 class InfluenceFunction(Influence):
@@ -88,7 +89,7 @@ class InfluenceFunction(Influence):
         self.convergence = []
         return super().label_suspicion(trainer, train)
 
-    def _agreement(self, passes: Passes) -> float:
+    def _noise_level(self, passes: Passes) -> float:
         """For the automatic damping of several checkpoints, which takes one pass over the training set at each."""
         if self.damping != "auto" or len(self.checkpoints) == 1:
             return 1.0
@@ -99,7 +100,7 @@ class InfluenceFunction(Influence):
             columns.append(tuple(map(torch.cat, zip(*rows, strict=True))))
         noise = Noise(len(self.checkpoints))
         noise.add(*map(torch.stack, zip(*columns, strict=True)))
-        return noise.agreement
+        return noise.agreement**2
 
     def _prepare(self, passes: Passes) -> InverseProduct:
         hessian = Hessian(passes, self.curvature, self.damping)

@@ -13,8 +13,9 @@ from lightning_trak.gradients.batch import ExampleBatch
 from lightning_trak.gradients.leaves import require_own_leaves
 from lightning_trak.methods.influence.passes import Passes
 from lightning_trak.outputs.evaluating import modules_of
-from lightning_trak.scoring.damping import Damping, Noise, absolute_damping
+from lightning_trak.scoring.damping import Damping, absolute_damping
 from lightning_trak.scoring.gram import gram_matrix, require_convex
+from lightning_trak.scoring.noise import Noise
 
 HessianCurvature = Literal["gauss_newton", "identity", "exact"]
 
@@ -89,7 +90,7 @@ class Hessian:
             weights.append(self.counts(rows.curvatures).double() * rows.features.double().square().sum(1))
         self.weights = torch.cat(weights)
         (level,) = noise.levels(weighted=curvature != "identity")
-        level *= passes.agreement**2
+        level *= passes.noise_level
         self.ridge = absolute_damping(damping, self.weights, passes.size, passes.where, level)
 
     def counts(self, curvatures: Tensor) -> Tensor:

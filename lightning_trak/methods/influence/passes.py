@@ -39,7 +39,8 @@ class Passes:
         engine: the engine that differentiates; ``"auto"`` chooses one at the first checkpoint.
 
     Attributes:
-        agreement: of the checkpoints, see :class:`~lightning_trak.scoring.damping.Noise`; 1 until it is measured.
+        noise_level: what the automatic damping is multiplied by, beside the dispersion of the loss, see
+            :class:`~lightning_trak.scoring.noise.Noise`; 1 until it is known.
         begun_with: how many of the first training examples the output's context comes from; None: all.
 
     Raises:
@@ -52,7 +53,7 @@ class Passes:
         self.model = model
         self._seed = seed
         self.train = train
-        self.agreement = 1.0
+        self.noise_level = 1.0
         self.begun_with: int | None = None
         self.layout: Layout | None = None
         self.engine_name: EngineName | None = None  # "auto" is chosen at the first checkpoint

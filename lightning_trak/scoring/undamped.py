@@ -1,0 +1,48 @@
+"""The matrix K of a checkpoint before it is damped, and what a damping makes of it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from lightning_trak.scoring.dual import DualSystem
+from lightning_trak.scoring.gram import DampedGram
+from lightning_trak.scoring.lag import alignment
+
+System = DampedGram | DualSystem
+
+
+@dataclass(frozen=True)
+class Undamped:
+    """K = sum_j R_j phi_j phi_j^T, in the primal or in the dual.
+
+    Attributes:
+        trace: sum_j w_j with w_j = R_j |phi_j|^2.
+        squared_weights: sum_j w_j^2.
+        squared_residuals: sum_j Q_j^2 |phi_j|^2.
+        factor: makes the system of a relative damping.
+        squared_step: of such a system: lambda |(K + lambda I)^-1 sum_j Q_j phi_j|^2.
+    """
+
+    trace: Tensor
+    squared_weights: Tensor
+    squared_residuals: Tensor
+    factor: Callable[[float], System]
+    squared_step: Callable[[System], float]
+    _kept: dict[float, System] = field(default_factory=dict)
+
+    def damped(self, damping: float) -> System:
+        """The system of a relative damping. The last one is kept.
+
+        Raises:
+            ValueError: if it cannot be factored.
+        """
+        if damping not in self._kept:
+            self._kept.clear()  # the next one takes its memory
+            self._kept[damping] = self.factor(damping)
+        return self._kept[damping]
+
+    def alignment(self, damping: float, scaled: bool) -> float:
+        """See :func:`~lightning_trak.scoring.lag.alignment`, at a relative damping."""
+        system, dispersion = self.damped(damping), float(self.squared_residuals / self.trace)
+        return alignment(self.squared_step(system), system.effective_dimension(), dispersion, scaled)
