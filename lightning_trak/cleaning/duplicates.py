@@ -16,6 +16,7 @@ from lightning_trak.methods import FeatureMethod
 from lightning_trak.methods.baselines.representations import RepresentationMethod
 from lightning_trak.methods.examples import Examples
 from lightning_trak.projections.factors import GradientFactors
+from lightning_trak.running.chunks import chunked
 from lightning_trak.running.data import Data
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.running.trainers import trainer_of
@@ -183,8 +184,7 @@ def _shards(store: FeatureStore) -> list[range]:
 
 
 def _cut(examples: range, k: int) -> list[range]:
-    step = min(_ROWS, max(1, _BLOCK_BYTES // (4 * k)))
-    return [examples[start : start + step] for start in range(0, len(examples), step)]
+    return chunked(examples, min(_ROWS, max(1, _BLOCK_BYTES // (4 * k))))
 
 
 def _ranking(firsts: Tensor, best: Tensor, examples: Examples) -> Ranking:

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import lightning as L
 import torch
@@ -14,7 +14,7 @@ from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.evaluating import exact_attention
 from lightning_trak.outputs.mixin import declared_output
 from lightning_trak.running.data import Data, datamodule_of, single_loader
-from lightning_trak.running.loading import batch_size_of
+from lightning_trak.running.loading import batch_size_of, num_examples
 from lightning_trak.running.predict import PredictModule
 from lightning_trak.running.ranges import IndexedBatch, batch_ranges, draw_audited, share_out
 from lightning_trak.running.ranks import Ranks
@@ -68,7 +68,7 @@ class Examples:
         self.datamodule = datamodule_of(data) or datamodule
 
     def __len__(self) -> int:
-        return len(cast(Any, self.loader.dataset))
+        return num_examples(self.loader)
 
     def map(
         self,

@@ -11,6 +11,7 @@ from lightning_trak.features.model import ModelCopy
 from lightning_trak.methods.examples import Examples
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.running.annotated import annotated
+from lightning_trak.running.chunks import chunked
 from lightning_trak.running.loaders import like
 from lightning_trak.running.loading import batch_size_of
 
@@ -38,10 +39,9 @@ def with_predictions(trainer: L.Trainer, targets: Examples, model: ModelCopy, ou
     count = len(model.checkpoints)
     if output is None or not output.predicts_labels or count == 1:
         return targets
-    asked, total = model.with_output(output).output, len(targets)
-    parts = [range(start, min(start + _TOGETHER, total)) for start in range(0, total, _TOGETHER)]
+    asked = model.with_output(output).output
     labels = []
-    for part in parts:
+    for part in chunked(range(len(targets)), _TOGETHER):
         sums = torch.zeros((), dtype=torch.float64)
         for checkpoint in range(count):
             model.load(checkpoint, trainer.strategy.root_device)

@@ -34,7 +34,7 @@ from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import target_output
 from lightning_trak.running.data import Data, datamodule_of
 from lightning_trak.running.loaders import holds_several, like
-from lightning_trak.running.loading import batch_size_of
+from lightning_trak.running.loading import batch_size_of, num_examples
 from lightning_trak.running.strategies import require_whole_parameters, shards_model
 from lightning_trak.running.trainers import trainer_of
 from lightning_trak.scoring.base import Scorer
@@ -251,7 +251,7 @@ class ScoredMethod(Method):
         store = pipeline.open_complete(model, trainer)
         num_columns = store.num_examples if others is None else len(others)
         columns = train_columns(positions, question.get("train_groups"), num_columns)
-        rows = target_rows(question, [len(cast(Any, loader.dataset)) for loader in loaders])
+        rows = target_rows(question, [num_examples(loader) for loader in loaders])
         scorer, datamodule = self.make_scorer(store), datamodule_of(data)
         if second is not None:
             second.require_possible(store, model.size, question)
@@ -301,7 +301,7 @@ class ScoredMethod(Method):
         loader, *more = target_loaders(data, trainer, output)
         if more:
             raise ValueError(f"interval takes one set of targets, got {1 + len(more)}; join them with a ConcatDataset")
-        (rows,) = target_rows(question, [len(cast(Any, loader.dataset))])
+        (rows,) = target_rows(question, [num_examples(loader)])
         require_interval(interval, rows)
         assert rows is not None
         found = cast(Scores, self.score(trainer, data, top_k, largest, train=train, **question))

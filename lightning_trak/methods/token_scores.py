@@ -24,9 +24,10 @@ from lightning_trak.methods.tokens import TextTokens, find_tokens, require_token
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import target_output
 from lightning_trak.outputs.tokens import TokenOutput
+from lightning_trak.running.chunks import chunked
 from lightning_trak.running.data import Data, datamodule_of, single_loader
 from lightning_trak.running.loaders import like
-from lightning_trak.running.loading import batch_size_of
+from lightning_trak.running.loading import batch_size_of, num_examples
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.running.strategies import require_whole_parameters
 from lightning_trak.running.trainers import trainer_of
@@ -123,7 +124,7 @@ class TokenMethod(Method):
             raise ValueError("soft_threshold moves scores towards zero, so that they are no sums: use soft_threshold=0")
         require_stored_data(texts, store, "score_tokens")
         asked = target_loader(single_loader(targets, "predict", trainer), output)
-        chosen = _as_pairs(pairs, len(cast(Any, asked.dataset)), store.num_examples)
+        chosen = _as_pairs(pairs, num_examples(asked), store.num_examples)
         rows, target_numbers = torch.unique(chosen[:, 0], return_inverse=True)
         union = torch.unique(chosen[:, 1])
         tokens = find_tokens(texts, trained, union.tolist())
@@ -234,8 +235,7 @@ class _Splits:
     def _blocks(self, features: Tensor) -> list[range]:
         """Tokens whose features at all checkpoints fit in memory together."""
         step = max(1, _BYTES // (features.shape[1] * features.element_size() * self._store.num_checkpoints))
-        total = len(self._tokens.texts)
-        return [range(start, min(start + step, total)) for start in range(0, total, step)]
+        return chunked(range(len(self._tokens.texts)), step)
 
     def _shared(self, terms: _Terms, whole: Tensor) -> Tensor:
         """The part of each token in the score of the stored feature of its text, shape ``(num_targets, num_tokens)``.

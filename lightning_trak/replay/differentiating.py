@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 import lightning as L
 import torch
@@ -24,7 +24,7 @@ from lightning_trak.replay.schedule import backwards
 from lightning_trak.replay.states import TrainingState
 from lightning_trak.replay.targets import differentiable, output_at, targets_alone
 from lightning_trak.replay.updating import Block, Cotangents
-from lightning_trak.running.loading import load
+from lightning_trak.running.loading import load, num_examples
 from lightning_trak.running.ordering import require_order
 from lightning_trak.scoring.groups import Collected, RowBlock, Sums, row_blocks
 
@@ -121,7 +121,7 @@ class Differentiated:
             ReplayError: if a step cannot be repeated, or its loss is not the mean of the examples' losses.
             ValueError: if an output is not a finite number.
         """
-        num_targets = len(cast(Any, targets.dataset))
+        num_targets = num_examples(targets)
         num_rows = num_targets if rows is None else rows.count
         found = Collected(num_rows, self._recording.run["num_train"], columns, self._player.dtype)
         for span, positions, by_weight in self._derivatives(output, targets, datamodule, rows):
@@ -164,7 +164,7 @@ class Differentiated:
         An example that several steps use comes as often.
         """
         player, last = self._player, self._recording.state(self._recording.num_steps)
-        num_targets = len(cast(Any, targets.dataset))
+        num_targets = num_examples(targets)
         together = max(1, COTANGENT_BYTES // max(1, last.nbytes))
         for part in modules_of(output):
             part.to(player.device).eval()

@@ -5,7 +5,7 @@ import os
 import warnings
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any, cast
+from typing import Any
 
 import lightning as L
 import torch
@@ -23,9 +23,11 @@ from lightning_trak.replay.recording import Recording
 from lightning_trak.replay.reweighted import Reweighted
 from lightning_trak.retraining.members import Member, MemberStore
 from lightning_trak.retraining.stacked_run import StackedRun
+from lightning_trak.running.chunks import chunked
 from lightning_trak.running.content import sample_digest
 from lightning_trak.running.data import Data, datamodule_of, single_loader
 from lightning_trak.running.environment import rounding_of
+from lightning_trak.running.loading import num_examples
 from lightning_trak.running.parts import Part, share
 from lightning_trak.running.random_states import isolated_random_states
 from lightning_trak.running.strategies import require_whole_parameters
@@ -130,7 +132,7 @@ class RecordedFleet(Displayed):
                 },
                 "num_subsets": len(self.masks),
                 "num_train": self._run.num_train,
-                "num_targets": len(cast(Any, self._targets.dataset)),
+                "num_targets": num_examples(self._targets),
                 "train": recorded.run["data"],
                 "targets": sample_digest(self._targets),
                 "output": self.output.fingerprint(),
@@ -200,7 +202,7 @@ class RecordedFleet(Displayed):
         members = share([Member(number, 0) for number in range(len(self.masks))], part)
         # Groups do not depend on which members are missing, so that each is trained with the same others, to the same
         # bits, however often the run is interrupted.
-        groups = [members[start : start + size] for start in range(0, len(members), size)]
+        groups = chunked(members, size)
         missing = [member for member in members if member not in self.store]
         if not missing:
             return

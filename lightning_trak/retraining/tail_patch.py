@@ -29,7 +29,7 @@ from lightning_trak.retraining.estimates import Estimate, mean_of
 from lightning_trak.retraining.removal import ranked, require_scores
 from lightning_trak.running.batches import TransferHooks, on_device
 from lightning_trak.running.loaders import as_loader
-from lightning_trak.running.loading import load
+from lightning_trak.running.loading import load, num_examples
 from lightning_trak.running.random_states import isolated_random_states
 from lightning_trak.running.training_step import NO_TRAINER_WARNING, training_loss
 from lightning_trak.texts.tables import Table
@@ -138,7 +138,7 @@ def tail_patch(
         optimizer = optimizer.optimizer
     module, output = cast(L.LightningModule, original_module(module)), declared_output(module, output)
     train_loader, target_loader = as_loader(train), as_loader(targets)
-    num_train, num_targets = (len(cast(Any, loader.dataset)) for loader in (train_loader, target_loader))
+    num_train, num_targets = (num_examples(loader) for loader in (train_loader, target_loader))
     require_scores(scores, num_targets, num_train)
     if not scores or not 0 < k <= num_train:
         raise ValueError(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lightning_trak.running.chunks import chunked
 from lightning_trak.running.loading import batch_size_of, load
 from lightning_trak.running.ranks import Ranks
 
@@ -145,8 +146,8 @@ class RangeLoader:
 
 def batch_ranges(examples: range, size: int, audited: Collection[int] = ()) -> list[Range]:
     """Cut examples into ranges of ``size``, each one batch. The examples in ``audited`` are also loaded alone."""
-    parts = [examples[start : start + size] for start in range(0, len(examples), size)]
-    return [Range(number, part, [i for i in part if i in audited]) for number, part in enumerate(parts)]
+    parts = enumerate(chunked(examples, size))
+    return [Range(number, part, [i for i in part if i in audited]) for number, part in parts]
 
 
 def draw_audited(examples: range, count: int, key: str) -> list[int]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_trak.features.rows import Features
+from lightning_trak.running.chunks import chunked
 
 Curvature = Literal["gauss_newton", "identity"]
 
@@ -90,8 +91,7 @@ def row_blocks(num_shards: int, shard_size: int) -> list[range]:
     Products are rounded to the features' precision. Ranks share out blocks, not shards, so that the same rows are
     multiplied together however many ranks there are; then only sums in float64 differ in order.
     """
-    step = -(-_ROWS // shard_size)
-    return [range(num_shards)[start : start + step] for start in range(0, num_shards, step)]
+    return chunked(range(num_shards), -(-_ROWS // shard_size))
 
 
 class DampedGram:

@@ -15,7 +15,8 @@ from lightning_trak.features.pipeline import FeaturePipeline
 from lightning_trak.features.rows import Features, StoredFeatures
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.outputs import ModelOutput
-from lightning_trak.running.loading import batch_size_of
+from lightning_trak.running.chunks import chunked
+from lightning_trak.running.loading import batch_size_of, num_examples
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.scoring.base import Scorer
 from lightning_trak.scoring.groups import Sums
@@ -54,7 +55,7 @@ class Others:
     datamodule: L.LightningDataModule | None
 
     def __len__(self) -> int:
-        return len(cast(Any, self.loader.dataset))
+        return num_examples(self.loader)
 
     def features(
         self, trainer: L.Trainer, pipeline: FeaturePipeline, model: ModelCopy, store: FeatureStore
@@ -62,7 +63,7 @@ class Others:
         """Positions and features at each checkpoint, rounded as in the store, a block at a time."""
         rows, dtype = store.read_stored(0, 0), pipeline.settings.dtype
         numbers = max(rows.k * store.num_checkpoints, 2 * store.num_examples if store.num_examples < rows.k else 0)
-        blocks = list(_blocks(self.loader, numbers * max(4, dtype.floating.itemsize)))
+        blocks = _blocks(self.loader, numbers * max(4, dtype.floating.itemsize))
         found = pipeline.target_features(trainer, self.loader, blocks, model, store, self.datamodule, of=" of train=")
         for examples, features in zip(blocks, found, strict=True):
             yield examples, [StoredFeatures.encode(part, dtype).decode() for part in features]
@@ -108,7 +109,7 @@ def score_targets(
     if rows is not None and not scorer.linear and columns is None:
         width = store.num_examples if others is None else len(others)
     numbers = max(store.read_stored(0, 0).k * store.num_checkpoints, width)
-    blocks = list(_blocks(loader, numbers * max(4, pipeline.settings.dtype.floating.itemsize)))
+    blocks = _blocks(loader, numbers * max(4, pipeline.settings.dtype.floating.itemsize))
     if others is not None and len(blocks) > 1 and (rows is None or not scorer.linear):
         rank_zero_info(
             f"features of the {len(others)} examples in train= are made {len(blocks)} times, once for every"
@@ -152,8 +153,7 @@ def score_targets(
     return totals[0] if top_k is None else best_of(totals[0], top_k, largest, left_out)
 
 
-def _blocks(loader: DataLoader[Any], bytes_each: int) -> Iterator[range]:
+def _blocks(loader: DataLoader[Any], bytes_each: int) -> list[range]:
     """Positions of targets, as many whole batches at a time as fit in memory."""
-    total, batch = len(cast(Any, loader.dataset)), batch_size_of(loader)
-    step = batch * max(1, TARGET_BYTES // (batch * bytes_each))
-    return (range(start, min(start + step, total)) for start in range(0, total, step))
+    batch = batch_size_of(loader)
+    return chunked(range(num_examples(loader)), batch * max(1, TARGET_BYTES // (batch * bytes_each)))
