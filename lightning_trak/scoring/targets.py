@@ -103,54 +103,71 @@ def score_targets(
         ``kept.columns``, sums of its rows and columns.
     """
     top_k, largest, rows, columns = kept
-    width = store.shard_size + (top_k or 0) * (2 if largest is None else 1)
-    if columns is not None:
-        width += columns.count
-    if rows is not None and not scorer.linear and columns is None:
-        width = store.num_examples if others is None else len(others)
-    numbers = max(store.read_stored(0, 0).k * store.num_checkpoints, width)
+    numbers = max(store.read_stored(0, 0).k * store.num_checkpoints, _numbers_kept(store, scorer, kept, others))
     blocks = _blocks(loader, numbers * max(4, pipeline.settings.dtype.floating.itemsize))
     if others is not None and len(blocks) > 1 and (rows is None or not scorer.linear):
         rank_zero_info(
             f"features of the {len(others)} examples in train= are made {len(blocks)} times, once for every"
             f" {len(blocks[0])} targets"
         )
-    parts: list[Scores] = []
-    sums: list[Tensor] = []  # directions for each checkpoint, or scores
-
-    def added(tensors: Sequence[Tensor], examples: range) -> None:
-        assert rows is not None
-        if not sums:
-            sums.extend(tensor.new_zeros(rows.count, tensor.shape[1], dtype=torch.float64) for tensor in tensors)
-        for total, tensor in zip(sums, tensors, strict=True):
-            rows.add_(total, tensor, examples, 0)
 
     def scored(directions: Sequence[Tensor], top_k: int | None) -> Scores:
+        ranks = Ranks.of(trainer)
         if others is None:
             return scorer.score(directions, top_k, largest, ranks, columns)
         features = others.features(trainer, pipeline, model, store)
         return scorer.score_others(directions, features, len(others), top_k, largest, ranks, columns)
 
-    ranks, dtype = Ranks(), torch.float32
+    parts: list[Scores] = []
+    totals = None if rows is None else _Totals(rows)
     features = pipeline.target_features(trainer, loader, blocks, model, store, datamodule, output)
     for examples, found in zip(blocks, features, strict=True):
-        ranks = Ranks.of(trainer)
-        scorer.fit(trainer.strategy.root_device, ranks)
+        scorer.fit(trainer.strategy.root_device, Ranks.of(trainer))
         directions = [scorer.directions(checkpoint, part) for checkpoint, part in enumerate(found)]
-        dtype = directions[0].dtype
-        if rows is None:
+        if totals is None:
             parts.append(scored(directions, top_k))
-        elif scorer.linear:
-            added(directions, examples)
         else:
-            added([cast(Tensor, scored(directions, None))], examples)
-    if rows is None:
-        return torch.cat(cast(list[Tensor], parts)) if isinstance(parts[0], Tensor) else join(cast(Any, parts))
-    totals = [total.to(dtype) for total in sums]
+            totals.add(directions if scorer.linear else [cast(Tensor, scored(directions, None))], examples)
+    if totals is None:
+        return join(parts)
     if scorer.linear:
-        return scored(totals, top_k)
+        return scored(totals.tensors(), top_k)
+    (scores,) = totals.tensors()
     left_out = scorer.left_out(columns) if others is None else None
-    return totals[0] if top_k is None else best_of(totals[0], top_k, largest, left_out)
+    return scores if top_k is None else best_of(scores, top_k, largest, left_out)
+
+
+class _Totals:
+    """Sums over targets that come in blocks: of their directions at each checkpoint, or of their scores.
+
+    Args:
+        rows: how targets are added up.
+    """
+
+    def __init__(self, rows: Sums) -> None:
+        self._rows = rows
+        self._sums: list[Tensor] = []
+        self._dtypes: list[torch.dtype] = []
+
+    def add(self, tensors: Sequence[Tensor], examples: range) -> None:
+        """Add tensors with a row for each of some targets."""
+        if not self._sums:
+            self._sums = [part.new_zeros(self._rows.count, part.shape[1], dtype=torch.float64) for part in tensors]
+            self._dtypes = [part.dtype for part in tensors]
+        for total, part in zip(self._sums, tensors, strict=True):
+            self._rows.add_(total, part, examples, 0)
+
+    def tensors(self) -> list[Tensor]:
+        """The sums, in the dtypes of what was added."""
+        return [total.to(dtype) for total, dtype in zip(self._sums, self._dtypes, strict=True)]
+
+
+def _numbers_kept(store: FeatureStore, scorer: Scorer, kept: Kept, others: Others | None) -> int:
+    """How many numbers the scores of a target take, at most, while they are made."""
+    if kept.columns is None and kept.rows is not None and not scorer.linear:
+        return store.num_examples if others is None else len(others)
+    numbers = store.shard_size + (kept.top_k or 0) * (2 if kept.largest is None else 1)
+    return numbers + (0 if kept.columns is None else kept.columns.count)
 
 
 def _blocks(loader: DataLoader[Any], bytes_each: int) -> list[range]:
