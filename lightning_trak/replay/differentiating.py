@@ -75,13 +75,7 @@ class Differentiated:
         self._recording, self._first, self._progress_bar = recording, first, progress_bar
         self._player = player = Player(model, recording, loader, datamodule, device)
         structures = {recording.record(step).structure for step in range(first, recording.num_steps)}
-        trained = {
-            name
-            for structure in structures
-            for group in structure.groups
-            for name in group
-            if name not in structure.frozen
-        }
+        trained = {name for structure in structures for name in structure.trained}
         self._tracked = [name for name in player.parameters if name in trained]
         require_order(loader, "the training data")
         self._layout: Layout | None = None

@@ -102,7 +102,7 @@ class Reverse:
         player.arrange(played.record)
         played.before.load(player.module, parameters=player.parameters)
         self.track()
-        pieces = list(self._pieces(played))
+        pieces, trained = list(self._pieces(played)), played.record.structure.trained
         graphs: list[_Graph] = []
         sums: dict[str, Tensor] = {}
         means = [0.0] * len(played.batches)
@@ -110,7 +110,7 @@ class Reverse:
             with self._products.measuring():
                 graph = self._graph(piece, played.record, once=len(pieces) == 1)
             means[piece.number] += float(graph.losses.detach().sum()) / len(piece.micro.positions)
-            for name, gradient in zip(self._trained(played.record), graph.gradients, strict=True):
+            for name, gradient in zip(trained, graph.gradients, strict=True):
                 if gradient is not None:
                     sums[name] = sums[name] + gradient.detach() if name in sums else gradient.detach()
             if len(pieces) == 1:
@@ -130,7 +130,6 @@ class Reverse:
         weights = []
         for piece in reversed(pieces):
             graph = graphs[0] if graphs else self._graph(piece, played.record)
-            trained = self._trained(played.record)
             by_weight = torch.cat([self._through_gradient(graph, trained, *turn) for turn in turns])
             if not by_weight.isfinite().all():
                 raise ReplayError(
@@ -145,11 +144,6 @@ class Reverse:
         """Let all parameters that the run trained require gradients: others may depend on those frozen for a while."""
         for name in self._tracked:
             self._player.parameters[name].requires_grad_(True)
-
-    def _trained(self, record: StepRecord) -> list[str]:
-        """The names of the parameters that a step may change."""
-        frozen = set(record.structure.frozen)
-        return [name for group in record.structure.groups for name in group if name not in frozen]
 
     def _pieces(self, played: Played) -> Iterator[_Piece]:
         for number, (micro, batch, loss) in enumerate(
@@ -192,7 +186,7 @@ class Reverse:
             losses = losses_of(self._losses, player.module, batch, expected)
             weights = torch.ones_like(losses, requires_grad=True)
             total = (weights * losses).sum() / (size * record.settings.accumulate)
-            parameters = [player.parameters[name] for name in self._trained(record)]
+            parameters = [player.parameters[name] for name in record.structure.trained]
             gradients = torch.autograd.grad(total, parameters, create_graph=True, allow_unused=True)
         return _Graph(list(gradients), weights, before, after, losses)
 
