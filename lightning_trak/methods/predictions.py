@@ -1,6 +1,6 @@
 """What all checkpoints together predict for targets: the class that all explain, and words for people."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import lightning as L
@@ -18,7 +18,9 @@ from lightning_trak.running.loading import batch_size_of
 _TOGETHER = 1 << 16  # targets whose probabilities are in memory at once
 
 
-def with_predictions(trainer: L.Trainer, targets: Examples, model: ModelCopy, output: ModelOutput | None) -> Examples:
+def with_predictions(
+    trainer: L.Trainer, targets: Examples, copy_model: Callable[[], ModelCopy], output: ModelOutput | None
+) -> Examples:
     """The targets, with the labels that the ensemble of all checkpoints predicts, if the output asks for these.
 
     The label is the class with the highest mean probability over checkpoints; of equal ones, the first. A single
@@ -27,7 +29,7 @@ def with_predictions(trainer: L.Trainer, targets: Examples, model: ModelCopy, ou
     Args:
         trainer: runs the passes. Its ranks share them, and get the same labels.
         targets: the targets.
-        model: a copy of the model, which is used up.
+        copy_model: makes a copy of the model.
         output: of the targets, if it is another one than that of the training examples.
 
     Returns:
@@ -36,8 +38,11 @@ def with_predictions(trainer: L.Trainer, targets: Examples, model: ModelCopy, ou
     Raises:
         ValueError: if a probability is not finite.
     """
+    if output is None or not output.predicts_labels:
+        return targets
+    model = copy_model()
     count = len(model.checkpoints)
-    if output is None or not output.predicts_labels or count == 1:
+    if count == 1:
         return targets
     asked = model.with_output(output).output
     labels = []

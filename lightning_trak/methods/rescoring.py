@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_trak.features.rows import Features
-from lightning_trak.features.same_function import TOLERANCE
+from lightning_trak.features.same_function import output_tolerance
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.methods.examples import Examples
 from lightning_trak.methods.influence.audit import audit
@@ -28,7 +28,6 @@ from lightning_trak.scoring.topk import BothEnds, TopK
 from lightning_trak.scoring.trak import LossGradients, stored_noise
 
 _SOLVER = ConjugateGradient(max_iterations=1000, preconditioner="landmarks", strict=True)
-_ROUNDED = 0.05  # the tolerance for stored outputs that were computed in half precision
 
 
 @dataclass(frozen=True)
@@ -229,7 +228,7 @@ class _Candidates:
 def _same_outputs(store: FeatureStore, passes: Passes, checkpoint: int) -> Callable[[Sequence[int], Features], None]:
     """A check that training examples have their stored outputs at the current checkpoint."""
     stored = torch.cat([store.read(checkpoint, shard).outputs for shard in range(store.num_shards)])
-    tolerance = TOLERANCE if store.precision in ("32-true", "64-true") else _ROUNDED
+    tolerance = output_tolerance(store)
 
     def check(positions: Sequence[int], rows: Features) -> None:
         kept, outputs = stored[torch.tensor(positions)].double(), rows.outputs.cpu().double()

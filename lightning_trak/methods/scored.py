@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast, overload
 
 import lightning as L
@@ -234,7 +235,7 @@ class ScoredMethod(Method):
         require_ends(top_k, largest)
         trainer = trainer_of(trainer)
         if interval is not None:
-            return self._with_interval(trainer, data, interval, (top_k, largest, rescore, train), question)
+            return self._with_interval(trainer, data, interval, top_k, largest, rescore, train, question)
         self._require_trainer(trainer)
         positions = cast(Positions, train) if is_positions(train) else None
         given = _others_in(train, trainer)
@@ -255,9 +256,11 @@ class ScoredMethod(Method):
         scorer, datamodule = self.make_scorer(store), datamodule_of(data)
         if second is not None:
             second.require_possible(store, model.size, question)
-        targets = [Examples(loader, "predict", trainer, datamodule) for loader in loaders]
-        if output is not None and output.predicts_labels:
-            targets = [with_predictions(trainer, each, pipeline.copy_model(trainer), output) for each in targets]
+        copy_model = partial(pipeline.copy_model, trainer)
+        targets = [
+            with_predictions(trainer, Examples(loader, "predict", trainer, datamodule), copy_model, output)
+            for loader in loaders
+        ]
         results: Sequence[Scores] = [
             score_targets(
                 trainer,
@@ -283,14 +286,21 @@ class ScoredMethod(Method):
         return results if holds_several(data) or len(results) > 1 else results[0]
 
     def _with_interval(
-        self, trainer: L.Trainer, data: Any, interval: float, kept: tuple[Any, ...], question: Question
+        self,
+        trainer: L.Trainer,
+        data: Any,
+        interval: float,
+        top_k: int | None,
+        largest: bool | None,
+        rescore: int | None,
+        train: Any,
+        question: Question,
     ) -> Interval:
         """See :meth:`score`: the scores of groups, and then those of all targets for the few columns that are kept.
 
         Raises:
             ValueError: if the columns are many, or there is no mean or sum over at least two targets.
         """
-        top_k, largest, rescore, train = kept
         few = top_k is not None or is_positions(train) or question.get("train_groups") is not None
         if not few or rescore is not None:
             raise ValueError(

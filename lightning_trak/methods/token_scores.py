@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Subset
 from lightning_trak.features.model import ModelCopy
 from lightning_trak.features.pipeline import FeaturePipeline
 from lightning_trak.features.rows import Features
-from lightning_trak.features.same_function import TOLERANCE
+from lightning_trak.features.same_function import output_tolerance
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.methods.base import Method
 from lightning_trak.methods.stored_data import require_stored_data
@@ -37,7 +37,6 @@ from lightning_trak.scoring.topk import BothEnds, TopK
 Pairs = TopK | BothEnds | Sequence[tuple[int, int]] | Tensor
 
 _BYTES = 1 << 28  # of features of tokens at a time
-_ROUNDED = 0.05  # the tolerance for stored outputs that were computed in half precision
 
 
 class TokenScores(NamedTuple):
@@ -272,7 +271,7 @@ class _Splits:
         Raises:
             ValueError: if they do not.
         """
-        tolerance = TOLERANCE if self._store.precision in ("32-true", "64-true") else _ROUNDED
+        tolerance = output_tolerance(self._store)
         kept = torch.stack([rows.outputs for rows in stored]).double()
         sums = torch.zeros_like(kept).index_add_(1, self._numbers, outputs) * self._weights
         wrong = (~torch.isclose(sums, kept, rtol=tolerance, atol=tolerance)).nonzero()
