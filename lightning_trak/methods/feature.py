@@ -165,16 +165,19 @@ class FeatureMethod(ScoredMethod, TokenMethod):
         """
         trainer = trainer_of(trainer)
         refuse_spawning(trainer)
-        pipeline, ranks = self._pipeline(), Ranks.of(trainer)
-        scorer = self.make_scorer(pipeline.open(pipeline.copy_model(), trainer))
+        scorer, ranks = self.make_scorer(self._open(trainer)), Ranks.of(trainer)
         scorer.fit(trainer.strategy.root_device, ranks)
         return scorer.self_scores(ranks)
 
     @property
     def skipped(self) -> list[int]:
         """Positions of the training examples that ``featurize(on_nan="skip")`` has left out, in order."""
+        return self._open().skipped
+
+    def _open(self, trainer: L.Trainer | None = None) -> FeatureStore:
+        """The store of this method, which may lack shards."""
         pipeline = self._pipeline()
-        return pipeline.open(pipeline.copy_model()).skipped
+        return pipeline.open(pipeline.copy_model(), trainer)
 
     def open_store(self, trainer: L.Trainer | None = None) -> FeatureStore:
         """The complete store of this method, to read its features.

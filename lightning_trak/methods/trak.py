@@ -8,12 +8,11 @@ from typing import Any, cast
 import lightning as L
 from torch import Tensor, nn
 
-from lightning_trak.checks import require_one_of
 from lightning_trak.features.dtypes import Dtype
 from lightning_trak.features.engines import EngineName
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.gradients import ParameterSelection
-from lightning_trak.methods.feature import FeatureMethod
+from lightning_trak.methods.newton import NewtonMethod
 from lightning_trak.methods.options import Checkpoints
 from lightning_trak.methods.rescoring import ExactScores
 from lightning_trak.outputs import ModelOutput
@@ -23,11 +22,11 @@ from lightning_trak.running.ranks import Ranks
 from lightning_trak.running.trainers import trainer_of
 from lightning_trak.scoring.damping import Damping, require_damping
 from lightning_trak.scoring.gram import Curvature
-from lightning_trak.scoring.temperature import Temperature, Tempered, require_temperature, tempered
+from lightning_trak.scoring.temperature import Temperature
 from lightning_trak.scoring.trak import LossGradients, TRAKScorer
 
 
-class TRAK(FeatureMethod):
+class TRAK(NewtonMethod):
     """TRAK: by how much would the output at the target change if the training example counted once more?
 
     A positive score says that training on the example raises the output at the target. The unit is that of the output:
@@ -82,8 +81,6 @@ class TRAK(FeatureMethod):
         best = trak.score(trainer, target_loader, top_k=10, rescore=1000)
     """
 
-    _shown = (*FeatureMethod._shown, "curvature", "damping", "loss_gradients", "temperature")
-
     def __init__(
         self,
         model: nn.Module,
@@ -104,15 +101,15 @@ class TRAK(FeatureMethod):
         weights_only: bool = True,
         audit: int = 2,
     ) -> None:
-        require_one_of("curvature", curvature, ("gauss_newton", "identity"))
-        require_one_of("loss_gradients", loss_gradients, ("per_checkpoint", "averaged"))
-        if not 0 <= soft_threshold < float("inf"):
-            raise ValueError(f"soft_threshold must be at least 0, and finite, got {soft_threshold}")
-        self.temperature = require_temperature(temperature, loss_gradients)
         super().__init__(
             model,
             checkpoints,
             store,
+            curvature=curvature,
+            damping=damping,
+            loss_gradients=loss_gradients,
+            soft_threshold=soft_threshold,
+            temperature=temperature,
             output=output,
             projection=projection,
             parameters=parameters,
@@ -122,10 +119,6 @@ class TRAK(FeatureMethod):
             weights_only=weights_only,
             audit=audit,
         )
-        self.curvature: Curvature = curvature
-        self.damping = require_damping(damping)
-        self.loss_gradients: LossGradients = loss_gradients
-        self.soft_threshold = soft_threshold
 
     @classmethod
     def paper(
@@ -185,8 +178,7 @@ class TRAK(FeatureMethod):
         for damping in dampings:
             require_damping(damping)
         trainer = trainer_of(trainer)
-        features, pipeline = self.target_features(trainer, data), self._pipeline()
-        store, ranks = pipeline.open(pipeline.copy_model(), trainer), Ranks.of(trainer)
+        features, store, ranks = self.target_features(trainer, data), self._open(trainer), Ranks.of(trainer)
         results: dict[Damping, Tensor] = {}
         for damping in dampings:
             method = copy.copy(self)
@@ -215,12 +207,7 @@ class TRAK(FeatureMethod):
     def make_scorer(self, store: FeatureStore) -> TRAKScorer:
         """TRAK's scorer."""
         subsets = [checkpoint.subset for checkpoint in self.checkpoints]
-        settings = self.curvature, self.damping, self.loss_gradients, self.soft_threshold
-        return TRAKScorer(store, *settings, subsets, self._tempered())
-
-    def _tempered(self) -> Tempered | None:
-        """What gives Q in the place of the stored one."""
-        return tempered(self.output, self.temperature, self.damping, self.loss_gradients)
+        return TRAKScorer(store, *self._step(), subsets, self._tempered())
 
     def _exact_scores(self) -> ExactScores:
         members = [checkpoint.name for checkpoint in self.checkpoints if checkpoint.subset is not None]
@@ -229,5 +216,4 @@ class TRAK(FeatureMethod):
                 f"rescore= takes the curvature of all training examples, but {members[0]} has seen only some of them:"
                 " score without rescore=, or use models that were trained on all examples"
             )
-        settings = self.curvature, self.damping, self.loss_gradients, self.soft_threshold
-        return ExactScores(*settings, self._tempered())
+        return ExactScores(*self._step(), self._tempered())
