@@ -139,16 +139,7 @@ class _MapModule(PredictModule):
                 with trying(original, self.model):
                     require_repeatable(lambda: self._function(self.model, copy.deepcopy(batch.batch)), self._what)
             rows = self._function(self.model, batch.batch)
-        count = len(batch.positions)
-        if not isinstance(rows, Tensor) or rows.ndim == 0 or len(rows) != count:
-            received = f"shape {tuple(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
-            raise ValueError(f"expected {self._what} as a tensor of {count} rows, one per example, got {received}")
-        finite = rows.isfinite().flatten(1).all(1) if rows.ndim > 1 else rows.isfinite()
-        if not finite.all():
-            first = int(batch.positions[int((~finite).nonzero()[0])])
-            raise ValueError(
-                f"{self._what} of example {first} is not finite: look for NaN in the example or in the weights"
-            )
+        self._require_rows(rows, batch.positions)
         if batch.alone:
             if _close(rows[0], rows[1], rows):  # else the data differ each time that they are loaded
                 self._alone[int(batch.positions[0])] = rows[0]
@@ -162,6 +153,19 @@ class _MapModule(PredictModule):
                 )
         self._found.append((batch.positions, rows.cpu()))
         return batch.positions
+
+    def _require_rows(self, rows: object, positions: Tensor) -> None:
+        """Check that there is one finite row for each example."""
+        count = len(positions)
+        if not isinstance(rows, Tensor) or rows.ndim == 0 or len(rows) != count:
+            received = f"shape {tuple(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
+            raise ValueError(f"expected {self._what} as a tensor of {count} rows, one per example, got {received}")
+        finite = rows.isfinite().flatten(1).all(1) if rows.ndim > 1 else rows.isfinite()
+        if not finite.all():
+            first = int(positions[int((~finite).nonzero()[0])])
+            raise ValueError(
+                f"{self._what} of example {first} is not finite: look for NaN in the example or in the weights"
+            )
 
 
 def _close(row: Tensor, other: Tensor, rows: Tensor) -> bool:

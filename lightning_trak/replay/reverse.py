@@ -103,19 +103,7 @@ class Reverse:
         played.before.load(player.module, parameters=player.parameters)
         self.track()
         pieces, trained = list(self._pieces(played)), played.record.structure.trained
-        graphs: list[_Graph] = []
-        sums: dict[str, Tensor] = {}
-        means = [0.0] * len(played.batches)
-        for piece in pieces:
-            with self._products.measuring():
-                graph = self._graph(piece, played.record, once=len(pieces) == 1)
-            means[piece.number] += float(graph.losses.detach().sum()) / len(piece.micro.positions)
-            for name, gradient in zip(trained, graph.gradients, strict=True):
-                if gradient is not None:
-                    sums[name] = sums[name] + gradient.detach() if name in sums else gradient.detach()
-            if len(pieces) == 1:
-                graphs.append(graph)
-        require_losses(played, means, player.dtype)
+        sums, only_graph = self._gradients(played, pieces)
         self._require_known_buffers(played, after)
         update = Update.of(player, played.record, played.before, sums)
         results = {key: result for group in update.outputs.values() for key, result in group.items()}
@@ -129,7 +117,7 @@ class Reverse:
             by_gradient += [found for _, found in turns]
         weights = []
         for piece in reversed(pieces):
-            graph = graphs[0] if graphs else self._graph(piece, played.record)
+            graph = only_graph or self._graph(piece, played.record)
             by_weight = torch.cat([self._through_gradient(graph, trained, *turn) for turn in turns])
             if not by_weight.isfinite().all():
                 raise ReplayError(
@@ -139,6 +127,22 @@ class Reverse:
                 )
             weights.append((piece.micro.positions[piece.rows], by_weight))
         return weights
+
+    def _gradients(self, played: Played, pieces: Sequence[_Piece]) -> tuple[dict[str, Tensor], _Graph | None]:
+        """The gradient of a step, by parameter, and its graph if a single piece makes it. The losses are checked."""
+        sums: dict[str, Tensor] = {}
+        means = [0.0] * len(played.batches)
+        only = len(pieces) == 1
+        graph: _Graph | None = None
+        for piece in pieces:
+            with self._products.measuring():
+                graph = self._graph(piece, played.record, once=only)
+            means[piece.number] += float(graph.losses.detach().sum()) / len(piece.micro.positions)
+            for name, gradient in zip(played.record.structure.trained, graph.gradients, strict=True):
+                if gradient is not None:
+                    sums[name] = sums[name] + gradient.detach() if name in sums else gradient.detach()
+        require_losses(played, means, self._player.dtype)
+        return sums, graph if only else None
 
     def track(self) -> None:
         """Let all parameters that the run trained require gradients: others may depend on those frozen for a while."""
