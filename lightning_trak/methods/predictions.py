@@ -30,7 +30,7 @@ def with_predictions(
         trainer: runs the passes. Its ranks share them, and get the same labels.
         targets: the targets.
         copy_model: makes a copy of the model.
-        output: of the targets, if it is another one than that of the training examples.
+        output: the output of the targets; None: that of the training examples.
 
     Returns:
         The targets as they are, or with a :class:`~lightning_trak.running.annotated.AnnotatedBatch` for each batch.
@@ -66,7 +66,7 @@ def described_predictions(
         targets: all targets.
         positions: of those to describe.
         model: a copy of the model, which is used up.
-        output: of the targets, if it is another one than that of the training examples.
+        output: the output of the targets; None: that of the training examples.
 
     Returns:
         A text for each position; None where the output has no prediction that means something to people.

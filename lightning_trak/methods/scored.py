@@ -191,7 +191,7 @@ class ScoredMethod(Method):
         The first lines of the method's class say what a positive score means, and in which unit scores are.
 
         Args:
-            trainer: as for :meth:`featurize`, and None likewise. The strategy must not spawn its processes.
+            trainer: as for :meth:`featurize`. The strategy must not spawn its processes.
             data: the targets: a DataLoader, a sequence of them, a map-style Dataset or a LightningDataModule (its
                 ``predict_dataloader``).
             top_k: keep only this many training examples with the highest scores of each target (proponents), and as

@@ -91,7 +91,7 @@ class TokenMethod(Method):
         by their inner products with the stored feature.
 
         Args:
-            trainer: as for ``score``, and None likewise, with a strategy that keeps the model whole on each rank.
+            trainer: as for ``score``, with a strategy that keeps the model whole on each rank.
             targets: one set of targets, as for ``score``.
             pairs: which training texts to split for which targets: pairs ``(target, training text)`` of positions, or
                 what ``score(..., top_k=)`` returned, for all of its pairs: of each target proponents, then opponents.
@@ -103,7 +103,8 @@ class TokenMethod(Method):
             On every rank, the parts of each pair, in the order of the pairs.
 
         Raises:
-            TypeError: if the output of the training texts is not known to be a sum over tokens, or pairs are none.
+            TypeError: if the output of the training texts is not known to be a sum over tokens, or ``pairs`` are not
+                pairs of integers.
             ValueError: if a pair is out of range, the data are not those of the store, scores are moved towards zero,
                 or a text has another output than in the store.
         """
@@ -158,11 +159,11 @@ class _Splits:
     """Splits the scores of training texts.
 
     Args:
-        trainer: what runs.
+        trainer: the Trainer that runs the work.
         pipeline: makes features.
-        model: what its ``copy_model`` gave.
-        store: what its ``open_complete`` gave.
-        scorer: what scores.
+        model: the copy from its ``copy_model``.
+        store: the store from its ``open_complete``.
+        scorer: the scorer of the method.
         output: of the training texts.
         tokens: of the training texts.
     """
@@ -289,7 +290,7 @@ def _as_pairs(pairs: Any, num_targets: int, num_train: int) -> Tensor:
     """Pairs of positions, int64, shape ``(num_pairs, 2)``.
 
     Raises:
-        TypeError: if they are no pairs of integers.
+        TypeError: if they are not pairs of integers.
         ValueError: if there is none, or a position is out of range.
     """
     if isinstance(pairs, (TopK, BothEnds)):

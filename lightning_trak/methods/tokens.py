@@ -50,7 +50,7 @@ def text_tokens(trainer: L.Trainer | None, data: Data, output: ModelOutput) -> T
     """Which token each row of scores is for, when texts are scored token by token.
 
     Args:
-        trainer: as for ``score``, and None likewise.
+        trainer: as for ``score``.
         data: the targets, as for ``score``.
         output: the output of tokens, as for ``score``, such as ``CausalLMMargin(per_token=True)``.
 
@@ -86,7 +86,7 @@ def target_loaders(
     Args:
         data: the targets, as for ``score``.
         trainer: the Trainer that a data module is attached to.
-        output: of the targets, if it is another one than that of the training examples.
+        output: the output of the targets; None: that of the training examples.
     """
     return [target_loader(loader, output) for loader in as_loaders(data, "predict", trainer)]
 

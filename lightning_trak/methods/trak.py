@@ -54,7 +54,7 @@ class TRAK(NewtonMethod):
             checkpoints (:func:`~lightning_trak.scoring.damping.auto_damping`). Where models were retrained,
             :meth:`score_dampings` and :func:`~lightning_trak.retraining.tune` can choose it.
         loss_gradients: how Q is averaged over checkpoints: ``"per_checkpoint"``, together with what it multiplies; or
-            ``"averaged"``, apart, as published: see :class:`~lightning_trak.scoring.TRAKScorer`.
+            ``"averaged"``, separately, as published: see :class:`~lightning_trak.scoring.TRAKScorer`.
         soft_threshold: scores move towards zero by this much, in the unit of scores (0: not at all).
         temperature: outputs f of training examples are divided by this before Q is taken of them, because what an
             example adds depends on models that have not seen it, which are less sure. 1: Q as it is. ``"auto"``: 1.43
@@ -128,7 +128,7 @@ class TRAK(NewtonMethod):
         store: str | Path | None = None,
         **options: Any,
     ) -> "TRAK":
-        """TRAK as published (arXiv 2303.14186): a Gaussian projection, no curvature, no damping, Q averaged apart.
+        """TRAK as published (arXiv 2303.14186): a Gaussian projection, no curvature, no damping, Q averaged separately.
 
         Args:
             model: as for :class:`TRAK`.
@@ -170,8 +170,8 @@ class TRAK(NewtonMethod):
         Raises:
             FileNotFoundError: if there is no store yet.
             RuntimeError: if featurizing is not complete.
-            ValueError: if a value is no damping or there is none, the store was made with other settings, or a Gram
-                matrix is singular.
+            ValueError: if a value is not a damping, there is no value, the store was made with other settings, or a
+                Gram matrix is singular.
         """
         if not dampings or isinstance(dampings, str):
             raise ValueError(f"expected a sequence of dampings, got {dampings!r}")

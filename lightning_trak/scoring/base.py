@@ -99,11 +99,11 @@ class Scorer(ABC):
         return True
 
     def paired(self, checkpoint: int, first: Tensor, second: Tensor) -> Tensor:  # noqa: ARG002
-        """Inner products of features with one each, both of shape ``(n, k)``: float64, shape ``(n,)``."""
+        """Inner products of two sets of features, row by row: both ``(n, k)``, the result float64 ``(n,)``."""
         return (first.to(second) * second).sum(1, dtype=torch.float64)
 
     def example_weights(self, checkpoint: int, rows: Features) -> Tensor:
-        """:meth:`weights` of any training examples, shape ``(n,)``; ones where those are None."""
+        """The :meth:`weights` of any training examples, shape ``(n,)``, with ones in the place of None."""
         weights = self.weights(checkpoint, rows._replace(features=self._working(rows.features)))
         return torch.ones_like(rows.outputs) if weights is None else weights
 
@@ -180,7 +180,7 @@ class Scorer(ABC):
         return self.skipped[examples.start : examples.stop]
 
     def left_out(self, columns: Sums | None) -> Tensor | None:
-        """The columns of scores that are never among the best, bool: those of skipped examples alone; None: none.
+        """Which columns are never among the best, since all their examples were skipped: bool; None if there are none.
 
         Args:
             columns: as for :meth:`score`.
@@ -210,8 +210,8 @@ class Scorer(ABC):
             top_k: keep only this many training examples for each target, without ever holding the rest.
             largest: whether ``top_k`` keeps the highest scores or the lowest; None: both.
             ranks: the processes that share the shards; all must call this with the same targets.
-            columns: how scores of training examples are added up; None: each has a column. Best columns are then the
-                best sums.
+            columns: how scores of training examples are added up; None: each has a column. With it, ``top_k`` keeps
+                the best sums.
 
         Returns:
             On every rank a CPU Tensor ``(num_targets, num_train)`` or ``(num_targets, columns.count)``, or a
@@ -257,7 +257,7 @@ class Scorer(ABC):
         return collect(blocks, directions[0], count, top_k, largest, ranks, columns)
 
     def prepare_others(self, directions: Sequence[Tensor], ranks: Ranks) -> Sequence[Any]:  # noqa: ARG002
-        """What :meth:`products_with_others` takes of the targets, for each checkpoint; by default their directions."""
+        """What :meth:`products_with_others` needs of the targets, for each checkpoint. Default: their directions."""
         return directions
 
     def products_with_others(self, checkpoint: int, prepared: Any, features: Tensor) -> Tensor:  # noqa: ARG002

@@ -110,7 +110,7 @@ class DampedGram:
     Attributes:
         ridge: lambda itself.
         largest: an estimate of the largest eigenvalue of K + lambda I, relative to the mean eigenvalue of K.
-        smallest: of the smallest one, likewise.
+        smallest: the same of the smallest eigenvalue.
 
     Raises:
         ValueError: if K is zero, not finite, or singular to the precision of the features.

@@ -290,7 +290,7 @@ def aggregate_scores(
         float64, a row for each group of targets, a column for each group of training examples.
 
     Raises:
-        ValueError: if the scores are no matrix, or the groups do not fit.
+        ValueError: if the scores are not a matrix, or the groups do not fit.
 
     Example:
         >>> aggregate_scores(torch.tensor([[1.0, 2.0], [3.0, 6.0]]), "mean")

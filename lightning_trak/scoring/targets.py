@@ -30,7 +30,7 @@ class Kept(NamedTuple):
     """What is kept of the scores.
 
     Attributes:
-        top_k: only so many training examples for each target; None: all.
+        top_k: how many training examples for each target; None: all.
         largest: whether these are the highest scores or the lowest; None: both.
         rows: how targets are added up; None: each has a row.
         columns: how training examples are added up; None: each has a column.
@@ -47,8 +47,8 @@ class Others:
     """Examples that are not in the store, to score targets against.
 
     Attributes:
-        loader: whose dataset they are in.
-        datamodule: where the loader came from, if it has batch transfer hooks of its own.
+        loader: the loader whose dataset holds them.
+        datamodule: the data module that gave the loader, if there is one.
     """
 
     loader: DataLoader[Any]
@@ -86,17 +86,17 @@ def score_targets(
     Targets that are added up are added before they are scored, where scores are linear in them.
 
     Args:
-        trainer: what runs.
-        loader: whose dataset the targets are in.
+        trainer: the Trainer that runs the work.
+        loader: the loader whose dataset holds the targets.
         pipeline: makes their features.
-        model: what the pipeline's ``copy_model`` gave.
-        store: what its ``open_complete`` gave.
-        scorer: what scores.
-        datamodule: where the loader came from, if it has batch transfer hooks of its own.
+        model: the copy from the pipeline's ``copy_model``.
+        store: the store from its ``open_complete``.
+        scorer: the scorer of the method.
+        datamodule: the data module that gave the loader, if there is one.
         kept: what to keep of the scores.
-        output: of the targets, if it is another one than that of the training examples.
-        others: the examples to score them against, if it is not those in the store. Their features are made anew for
-            each block of targets.
+        output: the output of the targets; None: that of the training examples.
+        others: the examples to score them against; None: those in the store. Their features are made again for each
+            block of targets.
 
     Returns:
         On every rank a CPU Tensor ``(num_targets, num_train)``, a TopK or BothEnds; with ``kept.rows`` and

@@ -102,8 +102,8 @@ class Best:
         Args:
             scores: ``(num_targets, n)``, whose first column is training example ``start``.
             start: its position.
-            left_out: columns that are never among the best, bool, shape ``(n,)``. ``k`` must not be more than there are
-                others in all blocks.
+            left_out: columns that are never among the best, bool, shape ``(n,)``. In all blocks, at least ``k`` columns
+                must be left.
         """
         for number, (largest, best) in enumerate(self._ends):
             if left_out is not None:
