@@ -20,7 +20,7 @@ from lightning_trak.running.chunks import chunked
 from lightning_trak.running.data import Data
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.running.trainers import trainer_of
-from lightning_trak.scoring.base import full_precision
+from lightning_trak.scoring.base import full_precision, with_float64
 
 Vectors = Callable[[int, range], Tensor]  # of a checkpoint, and of a range of examples: (len(range), k)
 
@@ -65,9 +65,7 @@ def duplicates(
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold must be above 0 and up to 1, got {threshold}")
     trainer = trainer_of(trainer)
-    examples, device = Examples(train, "fit", trainer), trainer.strategy.root_device
-    if device.type == "mps":
-        device = torch.device("cpu")  # MPS has no float64
+    examples, device = Examples(train, "fit", trainer), with_float64(trainer.strategy.root_device)
     if isinstance(method, FeatureMethod):
         if isinstance(method.settings.projection, GradientFactors):
             raise ValueError(

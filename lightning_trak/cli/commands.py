@@ -34,7 +34,7 @@ from lightning_trak.methods import FeatureMethod, LabelStatistic, Metagradient, 
 from lightning_trak.methods.baselines.representations import RepresentationMethod
 from lightning_trak.methods.influence.base import Influence
 from lightning_trak.metrics import LinearDatamodelingScore
-from lightning_trak.reporting.explanations import explain
+from lightning_trak.reporting.explanations import describe_of, explain
 from lightning_trak.reporting.scores import SavedScores
 from lightning_trak.reporting.showing import kind_of_file, show
 from lightning_trak.retraining.ground_truth import load_ground_truth
@@ -165,7 +165,7 @@ class AttributionTrainer(L.Trainer):
         ranking = find_examples(self, method, datamodule, find, balanced, threshold)
         if not self.is_global_zero:
             return
-        describe = getattr(datamodule, "describe", None) or getattr(getattr(method, "model", None), "describe", None)
+        describe = describe_of(datamodule, getattr(method, "model", None))
         write_ranking(ranking, type(method).__name__, describe, k, out, known, plot)
 
     def show(
@@ -194,7 +194,7 @@ class AttributionTrainer(L.Trainer):
         kind_of_file(out)  # raises before the work
         saved = SavedScores.load(scores)
         train, shown = (single_loader(datamodule, stage, self).dataset for stage in ("fit", "predict"))
-        describe = getattr(datamodule, "describe", None) or getattr(model, "describe", None)
+        describe = describe_of(datamodule, model)
         explanations = explain(saved, targets, k, train, shown, describe)
         if predictions and method is not None:
             texts = method.describe_predictions(self, datamodule, targets)

@@ -11,8 +11,7 @@ from lightning_trak.features.model import ModelCopy
 from lightning_trak.methods.examples import Examples
 from lightning_trak.methods.predictions import described_predictions
 from lightning_trak.outputs import ModelOutput
-from lightning_trak.packages import is_a
-from lightning_trak.reporting.explanations import Describe, explain
+from lightning_trak.reporting.explanations import Describe, describe_of, explain
 from lightning_trak.reporting.scores import SavedScores
 from lightning_trak.reporting.showing import kind_of_file, show
 from lightning_trak.running.data import Data
@@ -83,9 +82,7 @@ class Showing(Displayed):
         saved = SavedScores(scores, len(train_set) if num_train is None else num_train, type(self).__name__, largest)
         saved.require_scores("cannot show these scores")
         chosen = range(min(5, len(target_set))) if shown is None else list(shown)
-        for holder in (targets, train, getattr(self, "model", None)):
-            if is_a(holder, L.LightningDataModule, L.LightningModule):
-                describe = describe or getattr(holder, "describe", None)
+        describe = describe or describe_of(targets, train, getattr(self, "model", None))
         datasets = [cast(Any, examples.loader.dataset) for examples in (train_set, target_set)]
         explanations = explain(saved, chosen, k, datasets[0], datasets[1], describe)
         if predictions:

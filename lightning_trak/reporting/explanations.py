@@ -3,8 +3,10 @@
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import lightning as L
 from torch import Tensor
 
+from lightning_trak.packages import is_a
 from lightning_trak.reporting.items import describe_item, find_image
 from lightning_trak.reporting.scores import SavedScores
 from lightning_trak.texts.printable import counted
@@ -53,6 +55,12 @@ class Explanation(NamedTuple):
     target: Example
     groups: dict[str, list[Entry]]
     prediction: str | None = None
+
+
+def describe_of(*holders: object) -> Describe | None:
+    """The ``describe`` of the first data module or LightningModule among some objects that has one."""
+    modules = (holder for holder in holders if is_a(holder, L.LightningDataModule, L.LightningModule))
+    return next(filter(None, (getattr(module, "describe", None) for module in modules)), None)
 
 
 def described(describe: Describe, item: Any) -> str:

@@ -15,7 +15,7 @@ from lightning_trak.checkpoints.subsets import TrainingSubset
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.gradients.hooks.factors import GradientForms
 from lightning_trak.running.ranks import Ranks
-from lightning_trak.scoring.base import full_precision
+from lightning_trak.scoring.base import full_precision, with_float64
 from lightning_trak.scoring.damping import Damping
 from lightning_trak.scoring.gram import Curvature, row_blocks
 from lightning_trak.scoring.inner_products import inner_products
@@ -83,7 +83,7 @@ class ExactKernelScorer(TRAKScorer):
             OSError: if a block cannot be written. Those before it are kept.
         """
         self.store.require_complete()
-        self._device = torch.device("cpu") if device.type == "mps" else device
+        self._device = with_float64(device)
         keys = {(c, block): self._key(c, block) for c in self.store.first for block in range(len(self._blocks))}
         missing = [
             (checkpoint, block)
