@@ -242,11 +242,8 @@ class ScoredMethod(Method):
         second = None if rescore is None else self._second_stage(trainer, top_k, rescore, given, positions)
         others = Others(given.loader, given.datamodule) if given is not None and second is None else None
         output = target_output(question.get("output"), self.output)
-        if output is not None and shards_model(trainer):
-            raise ValueError(
-                "output= needs whole parameters, but ModelParallelStrategy splits them: use strategy='ddp' or a single"
-                " device"
-            )
+        if output is not None:
+            _require_whole_model(trainer)
         loaders, pipeline = target_loaders(data, trainer, output), self._pipeline()
         model = pipeline.copy_model(trainer)
         store = pipeline.open_complete(model, trainer)
@@ -347,6 +344,14 @@ class ScoredMethod(Method):
                 " object first, which does nothing if the store is complete"
             )
         return SecondStage(exact, train or Examples(cast(Data, self._train), "fit", trainer), top_k)
+
+
+def _require_whole_model(trainer: L.Trainer) -> None:
+    if shards_model(trainer):
+        raise ValueError(
+            "output= needs whole parameters, but ModelParallelStrategy splits them: use strategy='ddp' or a single"
+            " device"
+        )
 
 
 def _others_in(train: Any, trainer: L.Trainer) -> Examples | None:

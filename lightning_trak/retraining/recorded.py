@@ -18,7 +18,7 @@ from lightning_trak.fingerprints import fingerprint, module_fingerprint
 from lightning_trak.metrics import LinearDatamodelingScore
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import declared_output
-from lightning_trak.replay.losses import declared_losses
+from lightning_trak.replay.losses import Losses, declared_losses
 from lightning_trak.replay.recording import Recording
 from lightning_trak.replay.reweighted import Reweighted
 from lightning_trak.retraining.members import Member, MemberStore
@@ -120,28 +120,31 @@ class RecordedFleet(Displayed):
             loader = single_loader(train, "fit", trainer)
             self._targets = single_loader(targets, "predict", trainer)
             self._target_module = datamodule_of(targets)
-            datamodule = datamodule_of(train)
             per_example = declared_losses(self.output, losses)
-            self._run = Reweighted(module, recorded, loader, datamodule, self._device, per_example)
+            self._run = Reweighted(module, recorded, loader, datamodule_of(train), self._device, per_example)
             self.masks = _checked(masks, self._run.num_train)
             self._environment = rounding_of(self._device)
-            self._identity = {
-                "recording": {
-                    "id": recorded.manifest["id"],
-                    "content": {part["file"]: part["sha256"] for part in recorded.manifest["parts"]},
-                },
-                "num_subsets": len(self.masks),
-                "num_train": self._run.num_train,
-                "num_targets": num_examples(self._targets),
-                "train": recorded.run["data"],
-                "targets": sample_digest(self._targets),
-                "output": self.output.fingerprint(),
-                "losses": None if losses is None else fingerprint(losses),
-                "module": module_fingerprint(module, training=True),
-                "environment": self._environment,
-            }
+            self._identity = self._describe(module, recorded, losses)
         if self._identity["targets"] is None:
             raise ValueError("targets are not the same when they are loaded again; give them without augmentation")
+
+    def _describe(self, module: nn.Module, recorded: Recording, losses: Losses | None) -> dict[str, Any]:
+        """What makes two fleets the same."""
+        return {
+            "recording": {
+                "id": recorded.manifest["id"],
+                "content": {part["file"]: part["sha256"] for part in recorded.manifest["parts"]},
+            },
+            "num_subsets": len(self.masks),
+            "num_train": self._run.num_train,
+            "num_targets": num_examples(self._targets),
+            "train": recorded.run["data"],
+            "targets": sample_digest(self._targets),
+            "output": self.output.fingerprint(),
+            "losses": None if losses is None else fingerprint(losses),
+            "module": module_fingerprint(module, training=True),
+            "environment": self._environment,
+        }
 
     @cached_property
     def store(self) -> MemberStore:
