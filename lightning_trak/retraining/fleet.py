@@ -22,7 +22,7 @@ from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import declared_output
 from lightning_trak.retraining.ensembles import FleetSplit, split_members
 from lightning_trak.retraining.identity import describe_loader, describe_module, describe_trainer
-from lightning_trak.retraining.members import Member, MemberStore
+from lightning_trak.retraining.members import Member, MemberStore, not_finite
 from lightning_trak.retraining.training import (
     FactoryError,
     NothingTwice,
@@ -272,11 +272,9 @@ class RetrainingFleet(Displayed):
         def keep(member: Member, row: Tensor, state: dict[str, Any] | None) -> None:
             if member not in missing:
                 return
-            bad = (~row.isfinite()).nonzero().flatten().tolist()
-            if bad:
-                self._failed(
-                    member, ValueError(f"the output is not finite at {len(bad)} targets, target {bad[0]} first")
-                )
+            error = not_finite(row)
+            if error:
+                self._failed(member, error)
             else:
                 self.store.write(member, row, record | {"seed": self._seed_of(member)}, state)
 

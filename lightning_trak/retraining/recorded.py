@@ -21,7 +21,7 @@ from lightning_trak.outputs.mixin import declared_output
 from lightning_trak.replay.losses import Losses, declared_losses
 from lightning_trak.replay.recording import Recording
 from lightning_trak.replay.reweighted import Reweighted
-from lightning_trak.retraining.members import Member, MemberStore
+from lightning_trak.retraining.members import Member, MemberStore, not_finite
 from lightning_trak.retraining.stacked_run import StackedRun
 from lightning_trak.running.chunks import chunked
 from lightning_trak.running.content import sample_digest
@@ -237,9 +237,8 @@ class RecordedFleet(Displayed):
         for member, row in zip(group, rows, strict=True):
             if member in self.store:
                 continue
-            bad = (~row.float().isfinite()).nonzero().flatten().tolist()
-            if bad:
-                error = ValueError(f"the output is not finite at {len(bad)} targets, target {bad[0]} first")
+            error = not_finite(row)
+            if error:
                 self.store.record_failure(member, error)
             else:
                 self.store.write(member, row, record)
