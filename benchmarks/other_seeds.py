@@ -31,6 +31,7 @@ from lightning_trak import Metagradient
 from lightning_trak.methods import ExactKernel
 from lightning_trak.metrics.functional.bootstrap import crossed_bootstrap_interval
 from lightning_trak.scoring import combine_runs, combine_scores
+from lightning_trak.scoring.lag import Lag
 
 TARGETS = 50
 FIRST_SEED = 500  # of the recorded runs
@@ -86,6 +87,11 @@ class Setting:
     runs: int
     factor: float = 1
     epochs: float = 1
+
+    @property
+    def lag(self) -> Lag:
+        """Of the recorded runs for the truth: twins are trained more gently than its models."""
+        return 1.0 if self.factor < 1 else "auto"
 
     @property
     def run(self) -> Task:
@@ -186,12 +192,13 @@ def results(setting: Setting, truth: Truth) -> Iterator[Result]:
             found, state = recorded(setting, number, Path(folder))
         metagradients.append(found)
         states.append(state)
+    solved = partial(kernel, setting.task, lag=setting.lag)
     single = [
-        own | {KERNEL: kernel(setting.task, [state]), UNHEATED: kernel(setting.task, [state], temperature=1)}
+        own | {KERNEL: solved([state]), UNHEATED: solved([state], temperature=1)}
         for own, state in zip(metagradients, states, strict=True)
     ]
     together = {name: torch.stack([own[name] for own in metagradients]).mean(0) for name in metagradients[0]}
-    together |= {KERNEL: kernel(setting.task, states), UNHEATED: kernel(setting.task, states, temperature=1)}
+    together |= {KERNEL: solved(states), UNHEATED: solved(states, temperature=1)}
     for own in (*single, together):
         own[COMBINED] = combine_scores(own[KERNEL], own[AVERAGE])
     together[MEAN] = torch.stack([own[KERNEL] for own in single]).mean(0)

@@ -95,7 +95,7 @@ def scores_at(task: Task, states: list[dict[str, Tensor]]) -> Tensor:
     """Scores of the training set: exact, or TRAK's for convolutions."""
     kind: Any = TRAK if "conv" in task.name else ExactKernel
     with tempfile.TemporaryDirectory() as store:
-        method = kind(task.make_module().eval(), states, store, output=task.output)
+        method = kind(task.make_module().eval(), states, store, output=task.output, lag=1)
         found: Tensor = method.attribute(trainer_for(task), DataLoader(task.train, 100), DataLoader(task.targets, 100))
         return found
 

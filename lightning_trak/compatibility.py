@@ -96,7 +96,7 @@ def original_module(model: nn.Module) -> nn.Module:
     """The model that was given to ``torch.compile`` or ``fabric.setup``; otherwise the model itself.
 
     Raises:
-        TypeError: if it is no module.
+        TypeError: if it is not a module.
     """
     if not isinstance(model, nn.Module):
         kind = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__

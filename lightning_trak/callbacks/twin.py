@@ -46,7 +46,7 @@ class SmoothTwin(Displayed, Callback):
         callbacks = [SmoothTwin(), TRAKCallback("twin/snapshots")]
         trainer = L.Trainer(max_epochs=15, callbacks=callbacks)
         trainer.fit(LitNet(), train_loader)  # a new module: it starts as the original
-        trak = TRAK(model, checkpoints="twin/snapshots", store="twin/features")
+        trak = TRAK(model, "twin/snapshots", "twin/features", lag=1)
     """
 
     _shown = ("factor",)

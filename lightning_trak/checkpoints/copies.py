@@ -42,6 +42,21 @@ def copy_module(module: nn.Module, configure: bool = True) -> nn.Module:
         ValueError: if the module cannot be copied, if it cannot be configured without a device mesh, or if it has
             tensors without content.
     """
+    _require_copyable(module)
+    copied = _deepcopied(module)
+    for part in copied.modules():
+        # A LightningModule keeps the result of compile(), and that would run the original.
+        forget_compiled_call(part)
+        forget_autocast(part)
+        forget_redirection(part)
+    for parameter in copied.parameters():
+        parameter.grad = None
+    if configure:
+        _configure(copied)
+    return copied
+
+
+def _require_copyable(module: nn.Module) -> None:
     name = type(module).__name__
     lazy = [key for key, parameter in module.named_parameters() if is_lazy(parameter)]
     if lazy:
@@ -66,10 +81,15 @@ def copy_module(module: nn.Module, configure: bool = True) -> nn.Module:
             f"this {name} is sharded, perhaps by training, and a sharded module cannot be copied; pass a new {name}"
             " whose configure_model() has not been called; the weights come from the checkpoints"
         )
+
+
+def _deepcopied(module: nn.Module) -> nn.Module:
+    """A deepcopy that shares no tensors with the module."""
+    name = type(module).__name__
     try:
         # torch cannot deepcopy every kind of sparse tensor.
         sparse = {id(buffer): buffer.clone() for buffer in module.buffers() if buffer.layout != torch.strided}
-        copied = copy.deepcopy(module, sparse | {id(left): None for left in left_by_fabric(module)})
+        copied: nn.Module = copy.deepcopy(module, sparse | {id(left): None for left in left_by_fabric(module)})
     except Exception as error:
         raise ValueError(
             f"attribution works on a copy of the model, but {name} cannot be copied: {error}; remove"
@@ -82,17 +102,16 @@ def copy_module(module: nn.Module, configure: bool = True) -> nn.Module:
             f"attribution works on a copy of the model, but a deepcopy of {name} shares tensors with it:"
             f" {_some(shared)}; change __deepcopy__ so that it copies tensors too"
         )
-    for part in copied.modules():
-        # A LightningModule keeps the result of compile(), and that would run the original.
-        forget_compiled_call(part)
-        forget_autocast(part)
-        forget_redirection(part)
-    for parameter in copied.parameters():
-        parameter.grad = None
-    if configure and is_a(copied, L.LightningModule):
-        set_device_mesh(copied, None)
+    return copied
+
+
+def _configure(module: nn.Module) -> None:
+    """Call ``configure_model()`` of a LightningModule. After that, all tensors must have content."""
+    name = type(module).__name__
+    if is_a(module, L.LightningModule):
+        set_device_mesh(module, None)
         try:
-            copied.configure_model()
+            module.configure_model()
         except TypeError as error:
             if "'NoneType' object is not subscriptable" not in str(error):
                 raise
@@ -100,13 +119,12 @@ def copy_module(module: nn.Module, configure: bool = True) -> nn.Module:
                 f"{name}.configure_model() fails without a device mesh: {error}; let it return early if"
                 " self.device_mesh is None, or use a Trainer with ModelParallelStrategy"
             ) from error
-    empty = [key for key, (_, tensor) in _tensors(copied).items() if tensor.is_meta]
-    if configure and empty:
+    empty = [key for key, (_, tensor) in _tensors(module).items() if tensor.is_meta]
+    if empty:
         raise ValueError(
             f"this {name} has tensors on the meta device, without content: {_some(empty)}; pass a model whose tensors"
             " are in memory, for example model.to_empty(device='cpu'): the checkpoints are loaded into them"
         )
-    return copied
 
 
 class Original:
@@ -175,22 +193,8 @@ class Original:
         problems = [_misfit(raw, tensor, targets.get(raw)) for raw, tensor in given.items()]
         if len(given) < len(weights):
             problems.append("some of its names differ only in what wrappers add")
-        unexpected: list[str] = []
-        parts = {raw: _part(tensor, targets.get(raw)) for raw, tensor in given.items()}
-        try:
-            if self._overridden:
-                extra = {raw: value for raw, value in targets.items() if is_extra_state(raw)}
-                module.load_state_dict(extra | parts, strict=self._strict)
-            else:
-                missing, unexpected = module.load_state_dict(parts, strict=False)
-                missing = [raw for raw in missing if not is_extra_state(raw)]
-                if self._strict and missing and frozen is None:
-                    problems.append(f"Missing keys: {_some(missing)}")
-                if unexpected and (self._strict or len(unexpected) == len(given)):
-                    problems.append(f"Unexpected keys: {_some(unexpected)}")
-        except RuntimeError as error:
-            reasons = [line.strip() for line in str(error).splitlines()]
-            problems += reasons[1:] if reasons[0].startswith("Error(s) in loading") else reasons
+        refusals, unexpected = self._load(given, targets, whole=frozen is None)
+        problems += refusals
         found = {id(tensor) for raw, tensor in tensors.values() if raw in given}
         empty = [name for name in self._without_content if name in tensors and id(tensors[name][1]) not in found]
         if empty:
@@ -208,6 +212,38 @@ class Original:
             )
         if unexpected:
             _told.warn(f"{name} has entries that {type(module).__name__} does not use: {_some(unexpected)}")
+
+    def _load(
+        self, given: Mapping[str, Tensor], targets: Mapping[str, Any], whole: bool
+    ) -> tuple[list[str], list[str]]:
+        """Call the module's ``load_state_dict``.
+
+        Args:
+            given: the state dict, under the names of the module.
+            targets: the module's own tensors and extra state, by name.
+            whole: whether the state dict must have all parameters.
+
+        Returns:
+            What does not fit, and the names that the module does not use.
+        """
+        parts = {raw: _part(tensor, targets.get(raw)) for raw, tensor in given.items()}
+        problems: list[str] = []
+        unexpected: list[str] = []
+        try:
+            if self._overridden:
+                extra = {raw: value for raw, value in targets.items() if is_extra_state(raw)}
+                self._module.load_state_dict(extra | parts, strict=self._strict)
+            else:
+                missing, unexpected = self._module.load_state_dict(parts, strict=False)
+                missing = [raw for raw in missing if not is_extra_state(raw)]
+                if self._strict and missing and whole:
+                    problems.append(f"Missing keys: {_some(missing)}")
+                if unexpected and (self._strict or len(unexpected) == len(given)):
+                    problems.append(f"Unexpected keys: {_some(unexpected)}")
+        except RuntimeError as error:
+            reasons = [line.strip() for line in str(error).splitlines()]
+            problems += reasons[1:] if reasons[0].startswith("Error(s) in loading") else reasons
+        return problems, unexpected
 
     def _keep(self, names: Iterable[str]) -> None:
         tensors = _tensors(self._module)

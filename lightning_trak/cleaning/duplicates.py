@@ -16,10 +16,11 @@ from lightning_trak.methods import FeatureMethod
 from lightning_trak.methods.baselines.representations import RepresentationMethod
 from lightning_trak.methods.examples import Examples
 from lightning_trak.projections.factors import GradientFactors
+from lightning_trak.running.chunks import chunked
 from lightning_trak.running.data import Data
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.running.trainers import trainer_of
-from lightning_trak.scoring.base import full_precision
+from lightning_trak.scoring.base import full_precision, with_float64
 
 Vectors = Callable[[int, range], Tensor]  # of a checkpoint, and of a range of examples: (len(range), k)
 
@@ -64,9 +65,7 @@ def duplicates(
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold must be above 0 and up to 1, got {threshold}")
     trainer = trainer_of(trainer)
-    examples, device = Examples(train, "fit", trainer), trainer.strategy.root_device
-    if device.type == "mps":
-        device = torch.device("cpu")  # MPS has no float64
+    examples, device = Examples(train, "fit", trainer), with_float64(trainer.strategy.root_device)
     if isinstance(method, FeatureMethod):
         if isinstance(method.settings.projection, GradientFactors):
             raise ValueError(
@@ -183,8 +182,7 @@ def _shards(store: FeatureStore) -> list[range]:
 
 
 def _cut(examples: range, k: int) -> list[range]:
-    step = min(_ROWS, max(1, _BLOCK_BYTES // (4 * k)))
-    return [examples[start : start + step] for start in range(0, len(examples), step)]
+    return chunked(examples, min(_ROWS, max(1, _BLOCK_BYTES // (4 * k))))
 
 
 def _ranking(firsts: Tensor, best: Tensor, examples: Examples) -> Ranking:

@@ -15,6 +15,7 @@ from lightning_trak.gradients import (
 )
 from lightning_trak.gradients.base import EngineError
 from lightning_trak.gradients.batch import ExampleBatch
+from lightning_trak.texts.messages import with_reasons
 
 EngineName = Literal["auto", "functional", "hooks", "loop"]
 # From the fastest to the most general.
@@ -60,7 +61,7 @@ def choose_engine(model: ModelCopy, examples: ExampleBatch, autocast: torch.dtyp
         except Exception as error:  # an error of the model itself comes again with the next engine
             return EngineChoice("functional", f"hooks fail on the first examples: {error}".splitlines()[0][:200])
     if wrong:
-        return EngineChoice("functional", "; ".join(f"{name}: {reason}" for name, reason in wrong.items()))
+        return EngineChoice("functional", with_reasons(wrong))
     return EngineChoice("hooks", report)
 
 

@@ -18,6 +18,7 @@ from lightning_trak.gradients.audit import Audit
 from lightning_trak.gradients.base import EngineError
 from lightning_trak.gradients.batch import ExampleBatch, Layout
 from lightning_trak.projections.base import BoundProjection, SampleBatch
+from lightning_trak.texts.messages import in_one_line
 
 _warned = WarningCache()  # gives each warning once
 
@@ -184,7 +185,7 @@ class FeatureExtractor:
             EngineError: if the loop must not replace the engine.
         """
         kind = type(self.model.module).__name__
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        reason = in_one_line(error)
         if not (self.falls_back and isinstance(self.engine, FunctionalEngine)):
             if isinstance(error, EngineError):
                 raise error

@@ -27,6 +27,7 @@ from lightning_trak.outputs.base import close
 from lightning_trak.packages import is_a, overrides
 from lightning_trak.running.fsdp import reshard
 from lightning_trak.running.ranks import Ranks
+from lightning_trak.texts.messages import with_reasons
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -138,8 +139,7 @@ def sharded_engine(model: ModelCopy, examples: ExampleBatch, autocast: torch.dty
     except Exception as error:
         raise ValueError(f"hooks fail on the sharded model, {_OTHERWISE}: {error}") from error
     if wrong:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in wrong.items())
-        raise ValueError(f"hooks get some gradients of the sharded model wrong, {_OTHERWISE}: {reasons}")
+        raise ValueError(f"hooks get some gradients of the sharded model wrong, {_OTHERWISE}: {with_reasons(wrong)}")
     return engine
 
 
@@ -183,11 +183,10 @@ class ShardedFeatureExtractor(FeatureExtractor):
             with apart_from(self.model.original, self.model.module):
                 wrong = self.engine.check(single)
             if wrong:
-                reasons = "; ".join(f"{name}: {reason}" for name, reason in wrong.items())
                 numbers = ", ".join(map(str, sorted(set(_world().gather(position)))))
                 raise ValueError(
                     f"one of the examples {numbers} {self.model.place}: hooks get some gradients of the"
-                    f" sharded model wrong, {_OTHERWISE}: {reasons}"
+                    f" sharded model wrong, {_OTHERWISE}: {with_reasons(wrong)}"
                 )
             return self._project(self.engine, single, self.projection.sketch)
 

@@ -79,7 +79,7 @@ def parts_with(settled: list[Part], num_examples: int | None, sample: Sample | N
 
     Args:
         settled: the parts that count.
-        num_examples: the size of the run's dataset; None: whatever the store has.
+        num_examples: the size of the run's dataset; None: that of the store.
         sample: digests of some of the first examples of the dataset, given how many; None: no digest is compared.
 
     Returns:

@@ -12,6 +12,7 @@ from lightning_trak.features.model import ModelCopy
 from lightning_trak.features.settings import FeatureSettings
 from lightning_trak.fingerprints import difference, module_fingerprint
 from lightning_trak.outputs import ModelOutput
+from lightning_trak.texts.messages import listed
 
 
 class Content(NamedTuple):
@@ -93,6 +94,5 @@ def describe_difference(field: str, theirs: Any, mine: Any) -> tuple[str, str]:
         return made, have
     if field == "parameters" and isinstance(theirs, list):
         differing = [item[0] for item in [*mine, *theirs] if (item in mine) != (item in theirs)]
-        names = f"{', '.join(differing[:5])}{', ...' if len(differing) > 5 else ''}"
-        return f"{len(theirs)} parameters", f"{len(mine)} (differing in {names})"
+        return f"{len(theirs)} parameters", f"{len(mine)} (differing in {listed(differing, 5)})"
     return difference(field, theirs, mine)

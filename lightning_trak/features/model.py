@@ -20,6 +20,7 @@ from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.evaluating import exact_attention, modules_of
 from lightning_trak.projections.base import BoundProjection, Projection
 from lightning_trak.projections.preconditioned import PreconditionedProjection
+from lightning_trak.texts.messages import listed
 
 
 class ModelCopy:
@@ -164,7 +165,7 @@ class ModelCopy:
         if lacking:
             raise ValueError(
                 f"the preconditioner of {name} does not hold {len(lacking)} of {len(self.shapes)} selected parameters,"
-                f" which the optimizer did not train before: {', '.join(lacking[:3])}{', ...' * (len(lacking) > 3)};"
+                f" which the optimizer did not train before: {listed(lacking)};"
                 " select those that it trained with parameters="
             )
         return {key: kept[key].to(self.device) for key in self.shapes}

@@ -16,6 +16,12 @@ from lightning_trak.gradients.batch import ExampleBatch
 from lightning_trak.outputs.base import close
 
 TOLERANCE = 5e-3  # larger than rounding differences between devices or versions of libraries
+_HALF_PRECISION = 0.05  # the same for outputs that were computed in half precision
+
+
+def output_tolerance(store: FeatureStore) -> float:
+    """By how much an output may differ from the stored one, relative to its size."""
+    return TOLERANCE if store.precision in ("32-true", "64-true") else _HALF_PRECISION
 
 
 def keep_examples(extractor: FeatureExtractor, store: FeatureStore, batch: Any, size: int) -> None:

@@ -1,13 +1,13 @@
 """What a call of ``featurize`` has to do, and how far the store is."""
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 from torch.utils.data import DataLoader
 
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.running.content import prefix_digests, warn_of_random_items
-from lightning_trak.running.loading import batch_size_of
+from lightning_trak.running.loading import batch_size_of, num_examples
 from lightning_trak.running.parts import Part, share
 
 
@@ -51,7 +51,7 @@ class Samples:
 
     def __init__(self, loader: DataLoader[Any]) -> None:
         self._loader = loader
-        self._total = len(cast(Any, loader.dataset))
+        self._total = num_examples(loader)
         self._found: dict[int, list[str] | None] = {}
 
     def __call__(self, count: int) -> list[str] | None:

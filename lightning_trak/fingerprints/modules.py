@@ -6,7 +6,9 @@ import functools
 import json
 import re
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
@@ -70,9 +72,68 @@ def describe(module: nn.Module, fingerprint: Fingerprint, training: bool = False
         Descriptions of the parts, by name.
     """
     parts = dict(_parts(module))
-    classes = {type(part): None for part in parts.values()}
-    called = [code for cls in classes for code in codes_of(cls, lambda name: name not in INITIAL)]
-    spoken = _HOOKS.union({"forward"}, *map(bytecode.names, called))
+    classes = _read_classes(parts.values())
+
+    def matters(name: str) -> bool:
+        if training:
+            return True
+        return name not in INITIAL and (name not in _FOR_TRAINING or name in fingerprint.names)
+
+    with _described(fingerprint, module, parts):
+        count = -1
+        while count != len(fingerprint.names):  # the code that was found may read more names
+            count = len(fingerprint.names)
+            for cls in classes:
+                fingerprint.methods(cls, matters)
+            entries = {
+                name: {"class": _class_name(part), **_options(part, classes[type(part)], fingerprint, matters)}
+                for name, part in parts.items()
+            }
+            fingerprint.read()
+    return _grouped(entries) if len(entries) > _MANY else entries
+
+
+@contextmanager
+def _described(fingerprint: Fingerprint, module: nn.Module, parts: dict[str, nn.Module]) -> Iterator[None]:
+    """Inside this context, a value that is a part or a tensor of the module is only named."""
+    before = fingerprint.places, fingerprint.storages
+    fingerprint.places = before[0] | {id(part): f"module {name}" for name, part in parts.items()}
+    tensors = [tensor for kind in (module.parameters(), module.buffers()) for tensor in kind]
+    fingerprint.storages = before[1] | {address(tensor) for tensor in tensors} - {0}
+    try:
+        yield
+    finally:
+        fingerprint.places, fingerprint.storages = before
+
+
+@dataclass(frozen=True)
+class _Class:
+    """What the code of a class says about the attributes of its modules.
+
+    Attributes:
+        attributes: those of the class itself.
+        changed: names of those that change when a module is used.
+        set_by_own: names of those that the user's code sets.
+        read_by_library: names that code of libraries, other than Lightning's, reads.
+        has_library: whether there is such code.
+        by_any_name: whether the user's code reads attributes by computed names, such as ``f"layer_{i}"``.
+    """
+
+    attributes: dict[str, Any]
+    changed: set[str]
+    set_by_own: set[str]
+    read_by_library: frozenset[str]
+    has_library: bool
+    by_any_name: bool
+
+
+def _read_classes(parts: Iterable[nn.Module]) -> dict[type, _Class]:
+    """Read the code of the classes of a module's parts. Code of one part may change another one."""
+    classes, lightning = list(dict.fromkeys(map(type, parts))), both(L.LightningModule)
+    called = {cls: list(codes_of(cls, lambda name: name not in INITIAL)) for cls in classes}
+    all_called = [code for codes in called.values() for code in codes]
+    spoken = _HOOKS.union({"forward"}, *map(bytecode.names, all_called))
+    changed_by_others = changed_in(all_called, "other")
 
     def is_any(_: str) -> bool:
         return True
@@ -80,66 +141,42 @@ def describe(module: nn.Module, fingerprint: Fingerprint, training: bool = False
     def is_used(name: str) -> bool:
         return name not in INITIAL and (name in spoken or name.startswith("__"))
 
-    def matters(name: str) -> bool:
-        if training:
-            return True
-        return name not in INITIAL and (name not in _FOR_TRAINING or name in fingerprint.names)
+    def read(cls: type) -> _Class:
+        attributes = attributes_of(cls)
+        forward = library_codes_of(cls, {"forward"}.__contains__, *lightning)
+        used = library_codes_of(cls, is_used, *lightning)
+        return _Class(
+            attributes,
+            changed=changed_by(cls, is_used) | changed_by_others | changed_in(forward, "self"),
+            set_by_own=changed_by(cls, is_any) | attributes.keys(),
+            read_by_library=frozenset().union(*map(bytecode.names, used)),
+            has_library=any(library_bases(cls, *lightning)),
+            by_any_name=any("getattr" in bytecode.names(code) for code in called[cls]),
+        )
 
-    changed = {
-        cls: changed_by(cls, is_used)
-        | changed_in(called, "other")
-        | changed_in(library_codes_of(cls, {"forward"}.__contains__, *both(L.LightningModule)), "self")
-        for cls in classes
-    }
-    set_by_own = {cls: changed_by(cls, is_any) | attributes_of(cls).keys() for cls in classes}
-    read_by_library = {
-        cls: frozenset().union(*map(bytecode.names, library_codes_of(cls, is_used, *both(L.LightningModule))))
-        for cls in classes
-    }
+    return {cls: read(cls) for cls in classes}
 
-    has_library = {cls: any(library_bases(cls, *both(L.LightningModule))) for cls in classes}
-    # Classes that read attributes by computed names, such as f"layer_{i}".
-    by_any_name = {
-        cls: any("getattr" in bytecode.names(code) for code in codes_of(cls, lambda name: name not in INITIAL))
-        for cls in classes
-    }
 
-    def options_of(part: nn.Module) -> dict[str, Any]:
-        cls = type(part)
-        held = attributes_of(cls) | {name: value for name, value in vars(part).items() if name not in _HOUSEKEEPING}
-        options = {}
-        for name, value in held.items():
-            set_by_own_alone = name in set_by_own[cls] and name not in read_by_library[cls]
-            read = name in fingerprint.names or _is_functions(value) or (by_any_name[cls] and name in set_by_own[cls])
-            public = has_library[cls] and not (name.startswith("_") or set_by_own_alone) and _is_option(value)
-            if (read or public) and matters(name) and name not in changed[cls]:
-                options[name] = _short(fingerprint.value(value))
-        if is_a(part, L.LightningModule) and "hparams" in fingerprint.names:
-            for name in fingerprint.names.intersection(part.hparams):
-                options[f"hparams.{name}"] = _short(fingerprint.value(part.hparams[name]))
-        for kind, hooks in hooks_of(part).items():
-            users = [hook for hook in hooks if _is_users(hook)]
-            if users:
-                options[kind] = _short(fingerprint.value(users))
-        if isinstance(part, (GraphModule, ScriptModule)):
-            options["program"] = digest(str(part.code))
-        return options
-
-    before = fingerprint.places, fingerprint.storages
-    fingerprint.places = before[0] | {id(part): f"module {name}" for name, part in parts.items()}
-    tensors = [tensor for kind in (module.parameters(), module.buffers()) for tensor in kind]
-    fingerprint.storages = before[1] | {address(tensor) for tensor in tensors} - {0}
-    try:
-        count = -1
-        while count != len(fingerprint.names):  # the code that was found may read more names
-            count = len(fingerprint.names)
-            for cls in classes:
-                fingerprint.methods(cls, matters)
-            entries = {name: {"class": _class_name(part), **options_of(part)} for name, part in parts.items()}
-            fingerprint.read()
-    finally:
-        fingerprint.places, fingerprint.storages = before
-    return _grouped(entries) if len(entries) > _MANY else entries
+def _options(part: nn.Module, cls: _Class, fingerprint: Fingerprint, matters: Callable[[str], bool]) -> dict[str, Any]:
+    """The options of one part, see :func:`describe`."""
+    held = cls.attributes | {name: value for name, value in vars(part).items() if name not in _HOUSEKEEPING}
+    options = {}
+    for name, value in held.items():
+        set_by_own_alone = name in cls.set_by_own and name not in cls.read_by_library
+        read = name in fingerprint.names or _is_functions(value) or (cls.by_any_name and name in cls.set_by_own)
+        public = cls.has_library and not (name.startswith("_") or set_by_own_alone) and _is_option(value)
+        if (read or public) and matters(name) and name not in cls.changed:
+            options[name] = _short(fingerprint.value(value))
+    if is_a(part, L.LightningModule) and "hparams" in fingerprint.names:
+        for name in fingerprint.names.intersection(part.hparams):
+            options[f"hparams.{name}"] = _short(fingerprint.value(part.hparams[name]))
+    for kind, hooks in hooks_of(part).items():
+        users = [hook for hook in hooks if _is_users(hook)]
+        if users:
+            options[kind] = _short(fingerprint.value(users))
+    if isinstance(part, (GraphModule, ScriptModule)):
+        options["program"] = digest(str(part.code))
+    return options
 
 
 def _parts(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -16,6 +16,7 @@ from lightning_trak.gradients.loop import LoopEngine
 from lightning_trak.gradients.soundness import require_repeatable
 from lightning_trak.outputs.base import close
 from lightning_trak.projections.base import BoundProjection
+from lightning_trak.texts.messages import listed
 
 
 class Audit:
@@ -121,7 +122,7 @@ class Audit:
             for name, row in expected.items()
             if float((rows[name][number] - row[0]).norm()) > self._tolerance * (float(row.norm()) + 1e-2 * scale)
         ]
-        return f", in {', '.join(wrong[:5])}{', ...' if len(wrong) > 5 else ''}" if wrong else ""
+        return f", in {listed(wrong, 5)}" if wrong else ""
 
     def _explained_by_kinks(self, batch: ExampleBatch, number: int, feature: Tensor) -> bool:
         """Whether engine and autograd agree in float64, so that the difference comes from a kink.

@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lightning_trak.gradients.base import EngineError, GradientEngine, in_real_numbers
 from lightning_trak.gradients.batch import ExampleBatch
 from lightning_trak.gradients.substitution import Substituted
+from lightning_trak.texts.messages import in_one_line
 
 
 class FunctionalEngine(GradientEngine):
@@ -52,8 +53,7 @@ class FunctionalEngine(GradientEngine):
                 f"the output of {name} is random in eval mode, so it has no unique gradient. Draw random numbers from a"
                 " generator with a fixed seed, or leave the noise out in eval mode"
             )
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        return EngineError(f"vmap cannot differentiate {name}: {reason}")
+        return EngineError(f"vmap cannot differentiate {name}: {in_one_line(error)}")
 
     @staticmethod
     def _rows(gradient: Any) -> Tensor:

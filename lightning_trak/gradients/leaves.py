@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_trak.compatibility import TorchDispatchMode, tree_iter
+from lightning_trak.texts.messages import listed
 
 _WRITE_IT_SO = (
     "attribution works on a copy of the model. A lambda, closure or partial that was made in __init__ still refers to"
@@ -88,7 +89,7 @@ def apart_from(original: nn.Module | None, copied: nn.Module) -> Iterator[set[in
     if reading.found:
         found = sorted(reading.found)
         raise ValueError(
-            f"the output of {type(original).__name__} reads {', '.join(found[:3])}{', ...' if len(found) > 3 else ''}"
+            f"the output of {type(original).__name__} reads {listed(found)}"
             f" of the module that was passed, not of the copy with the checkpoint's weights: {_WRITE_IT_SO}"
         )
 

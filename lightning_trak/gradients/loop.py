@@ -14,6 +14,7 @@ from lightning_trak.gradients.base import GradientEngine, differentiating, in_re
 from lightning_trak.gradients.batch import ExampleBatch
 from lightning_trak.gradients.leaves import apart_from, require_own_leaves
 from lightning_trak.outputs.evaluating import modules_of
+from lightning_trak.texts.messages import listed
 
 
 class _RowMajor(torch.autograd.Function):
@@ -82,7 +83,7 @@ class LoopEngine(GradientEngine):
         if frozen:
             raise ValueError(
                 f"the forward pass of {type(self.module).__name__} turned requires_grad off for"
-                f" {', '.join(frozen[:3])}{', ...' if len(frozen) > 3 else ''}: freeze parameters before the forward"
+                f" {listed(frozen)}: freeze parameters before the forward"
                 " pass, and leave these out with parameters="
             )
 

@@ -134,7 +134,7 @@ class Method(Showing, LabelStatistic):
         Args:
             trainer: a Trainer, which is left as it was; the class says which ones it can use. None: one on a single
                 device, see :func:`~lightning_trak.running.trainers.trainer_of`; then give the data by name.
-            train: the training data, in the order of the scores' columns, whatever its sampler does.
+            train: the training data, in the order of the scores' columns. The sampler of a loader does not matter.
             targets: the targets, in the order of the scores' rows.
             top_k: keep only this many training examples with the highest scores of each target, and as many with the
                 lowest.
@@ -235,7 +235,7 @@ class DataMethod(Method):
         """The scores, on the CPU, with the rows and columns that are asked for."""
 
     def _target_output(self, output: ModelOutput | None) -> ModelOutput | None:
-        """The output of the targets, if it is another one than that of the training examples.
+        """The output of the targets; None if it is that of the training examples.
 
         Raises:
             ValueError: if the method has no output.
@@ -250,7 +250,7 @@ class DataMethod(Method):
 
 
 class MatrixMethod(DataMethod):
-    """Base of the methods that make the whole matrix of scores at once, whatever is asked of it.
+    """Base of the methods that make the whole matrix of scores at once, also for a few of its numbers.
 
     A subclass gives :meth:`matrix`. Sums, the best of the scores and intervals follow from it.
     """

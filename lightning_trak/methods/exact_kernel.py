@@ -13,7 +13,7 @@ from lightning_trak.features.featurizing import Featurizing
 from lightning_trak.features.rows import Features
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.gradients import ParameterSelection
-from lightning_trak.methods.feature import FeatureMethod
+from lightning_trak.methods.newton import NewtonMethod
 from lightning_trak.methods.options import Checkpoints
 from lightning_trak.methods.rescoring import ExactScores
 from lightning_trak.outputs import ModelOutput
@@ -25,11 +25,12 @@ from lightning_trak.running.trainers import trainer_of
 from lightning_trak.scoring.damping import Damping, require_damping
 from lightning_trak.scoring.exact_kernel import ExactKernelScorer, stored_forms
 from lightning_trak.scoring.gram import Curvature
-from lightning_trak.scoring.temperature import Temperature, require_temperature, tempered
+from lightning_trak.scoring.lag import Lag
+from lightning_trak.scoring.temperature import Temperature
 from lightning_trak.scoring.trak import LossGradients
 
 
-class ExactKernel(FeatureMethod):
+class ExactKernel(NewtonMethod):
     """TRAK's question without a projection: by how much would the output change if the example counted once more?
 
     A positive score says that training on the example raises the output at the target, in the unit of the output, as
@@ -57,6 +58,7 @@ class ExactKernel(FeatureMethod):
         loss_gradients: as for TRAK.
         soft_threshold: as for TRAK.
         temperature: as for TRAK.
+        lag: as for TRAK.
         parameters: which parameters to differentiate, by name pattern; default: all that require gradients.
         engine: how gradients are computed, as for TRAK. Hooks alone can give a shorter form than the gradient.
         seed: of the choice of audited examples.
@@ -71,8 +73,6 @@ class ExactKernel(FeatureMethod):
         scores = exact.score(trainer, target_loader)  # (num_targets, num_train)
     """
 
-    _shown = (*FeatureMethod._shown, "curvature", "damping", "loss_gradients", "temperature")
-
     def __init__(
         self,
         model: nn.Module,
@@ -85,6 +85,7 @@ class ExactKernel(FeatureMethod):
         loss_gradients: LossGradients = "per_checkpoint",
         soft_threshold: float = 0.0,
         temperature: Temperature | None = None,
+        lag: Lag = "auto",
         parameters: ParameterSelection = None,
         engine: EngineName = "auto",
         seed: int = 0,
@@ -92,16 +93,19 @@ class ExactKernel(FeatureMethod):
         weights_only: bool = True,
         audit: int = 2,
     ) -> None:
-        require_one_of("curvature", curvature, ("gauss_newton", "identity"))
-        require_one_of("loss_gradients", loss_gradients, ("per_checkpoint", "averaged"))
         require_one_of("dtype", dtype, (torch.float32, torch.float64))
         if require_damping(damping) == 0:
             raise ValueError("damping must be more than 0, or 'auto': without a projection the matrix K is singular")
-        self.temperature = require_temperature(temperature, loss_gradients)
         super().__init__(
             model,
             checkpoints,
             store,
+            curvature=curvature,
+            damping=damping,
+            loss_gradients=loss_gradients,
+            soft_threshold=soft_threshold,
+            temperature=temperature,
+            lag=lag,
             output=output,
             projection=GradientFactors(),
             parameters=parameters,
@@ -111,10 +115,6 @@ class ExactKernel(FeatureMethod):
             weights_only=weights_only,
             audit=audit,
         )
-        self.curvature: Curvature = curvature
-        self.damping = damping
-        self.loss_gradients: LossGradients = loss_gradients
-        self.soft_threshold = soft_threshold
 
     @override
     def featurize(
@@ -140,8 +140,7 @@ class ExactKernel(FeatureMethod):
         trainer = trainer_of(trainer)
         require_whole_parameters(trainer)
         super().featurize(trainer, data, shard_size, **how)
-        pipeline = self._pipeline()
-        store, ranks = pipeline.open(pipeline.copy_model(), trainer), Ranks.of(trainer)
+        store, ranks = self._open(trainer), Ranks.of(trainer)
         if how.get("part") is None or ranks.all_true(store.complete):  # else the last part makes the kernels
             self.make_scorer(store).make_kernels(trainer.strategy.root_device, ranks)
 
@@ -158,8 +157,7 @@ class ExactKernel(FeatureMethod):
         """The whole gradients of targets, see :meth:`FeatureMethod.target_features`."""
         trainer = trainer_of(trainer)
         require_whole_parameters(trainer)
-        pipeline = self._pipeline()
-        store = pipeline.open(pipeline.copy_model(), trainer)
+        store = self._open(trainer)
         found = super().target_features(trainer, data)
         return [
             rows._replace(features=stored_forms(store, checkpoint).gradients(rows.features))
@@ -170,6 +168,4 @@ class ExactKernel(FeatureMethod):
     def make_scorer(self, store: FeatureStore) -> ExactKernelScorer:
         size = self._pipeline().copy_model().size
         subsets = [checkpoint.subset for checkpoint in self.checkpoints]
-        settings = self.curvature, self.damping, self.loss_gradients, self.soft_threshold
-        given = tempered(self.output, self.temperature, self.damping, self.loss_gradients)
-        return ExactKernelScorer(store, *settings, subsets, size, given, self.output.averages)
+        return ExactKernelScorer(store, *self._step(), subsets, size, self._tempered(), **self._lagging())

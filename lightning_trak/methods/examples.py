@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import lightning as L
 import torch
@@ -14,7 +14,7 @@ from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.evaluating import exact_attention
 from lightning_trak.outputs.mixin import declared_output
 from lightning_trak.running.data import Data, datamodule_of, single_loader
-from lightning_trak.running.loading import batch_size_of
+from lightning_trak.running.loading import batch_size_of, num_examples
 from lightning_trak.running.predict import PredictModule
 from lightning_trak.running.ranges import IndexedBatch, batch_ranges, draw_audited, share_out
 from lightning_trak.running.ranks import Ranks
@@ -68,7 +68,7 @@ class Examples:
         self.datamodule = datamodule_of(data) or datamodule
 
     def __len__(self) -> int:
-        return len(cast(Any, self.loader.dataset))
+        return num_examples(self.loader)
 
     def map(
         self,
@@ -139,16 +139,7 @@ class _MapModule(PredictModule):
                 with trying(original, self.model):
                     require_repeatable(lambda: self._function(self.model, copy.deepcopy(batch.batch)), self._what)
             rows = self._function(self.model, batch.batch)
-        count = len(batch.positions)
-        if not isinstance(rows, Tensor) or rows.ndim == 0 or len(rows) != count:
-            received = f"shape {tuple(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
-            raise ValueError(f"expected {self._what} as a tensor of {count} rows, one per example, got {received}")
-        finite = rows.isfinite().flatten(1).all(1) if rows.ndim > 1 else rows.isfinite()
-        if not finite.all():
-            first = int(batch.positions[int((~finite).nonzero()[0])])
-            raise ValueError(
-                f"{self._what} of example {first} is not finite: look for NaN in the example or in the weights"
-            )
+        self._require_rows(rows, batch.positions)
         if batch.alone:
             if _close(rows[0], rows[1], rows):  # else the data differ each time that they are loaded
                 self._alone[int(batch.positions[0])] = rows[0]
@@ -162,6 +153,19 @@ class _MapModule(PredictModule):
                 )
         self._found.append((batch.positions, rows.cpu()))
         return batch.positions
+
+    def _require_rows(self, rows: object, positions: Tensor) -> None:
+        """Check that there is one finite row for each example."""
+        count = len(positions)
+        if not isinstance(rows, Tensor) or rows.ndim == 0 or len(rows) != count:
+            received = f"shape {tuple(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
+            raise ValueError(f"expected {self._what} as a tensor of {count} rows, one per example, got {received}")
+        finite = rows.isfinite().flatten(1).all(1) if rows.ndim > 1 else rows.isfinite()
+        if not finite.all():
+            first = int(positions[int((~finite).nonzero()[0])])
+            raise ValueError(
+                f"{self._what} of example {first} is not finite: look for NaN in the example or in the weights"
+            )
 
 
 def _close(row: Tensor, other: Tensor, rows: Tensor) -> bool:

@@ -2,7 +2,7 @@
 
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import ClassVar
 
 import lightning as L
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import trained_output
 from lightning_trak.projections import Projection, SparseProjection
 from lightning_trak.running.data import Data, datamodule_of, single_loader
+from lightning_trak.running.loading import num_examples
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.running.strategies import refuse_spawning
 from lightning_trak.running.trainers import trainer_of
@@ -142,7 +143,7 @@ class FeatureMethod(ScoredMethod, TokenMethod):
         """
         trainer = trainer_of(trainer)
         loader, pipeline = single_loader(data, "predict", trainer), self._pipeline()
-        model, examples = pipeline.copy_model(trainer), range(len(cast(Any, loader.dataset)))
+        model, examples = pipeline.copy_model(trainer), range(num_examples(loader))
         store = pipeline.open_complete(model, trainer)
         datamodule = datamodule_of(data)
         (features,) = pipeline.target_features(trainer, loader, [examples], model, store, datamodule)
@@ -164,16 +165,19 @@ class FeatureMethod(ScoredMethod, TokenMethod):
         """
         trainer = trainer_of(trainer)
         refuse_spawning(trainer)
-        pipeline, ranks = self._pipeline(), Ranks.of(trainer)
-        scorer = self.make_scorer(pipeline.open(pipeline.copy_model(), trainer))
+        scorer, ranks = self.make_scorer(self._open(trainer)), Ranks.of(trainer)
         scorer.fit(trainer.strategy.root_device, ranks)
         return scorer.self_scores(ranks)
 
     @property
     def skipped(self) -> list[int]:
         """Positions of the training examples that ``featurize(on_nan="skip")`` has left out, in order."""
+        return self._open().skipped
+
+    def _open(self, trainer: L.Trainer | None = None) -> FeatureStore:
+        """The store of this method, which may lack shards."""
         pipeline = self._pipeline()
-        return pipeline.open(pipeline.copy_model()).skipped
+        return pipeline.open(pipeline.copy_model(), trainer)
 
     def open_store(self, trainer: L.Trainer | None = None) -> FeatureStore:
         """The complete store of this method, to read its features.

@@ -176,7 +176,7 @@ class Metagradient(DataMethod):
     def label_suspicion(self, trainer: L.Trainer | None = None, train: Data | None = None) -> Tensor:
         """The size of each example's score at itself; see :class:`~lightning_trak.methods.base.LabelStatistic`.
 
-        Every training example is a target, so this takes as long as :meth:`attribute` with so many targets.
+        Every training example is a target, so this takes as long as :meth:`attribute` with as many targets.
         """
         trainer = trainer_of(trainer)
         require_whole_parameters(trainer)

@@ -1,6 +1,6 @@
 """What all checkpoints together predict for targets: the class that all explain, and words for people."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import lightning as L
@@ -11,13 +11,16 @@ from lightning_trak.features.model import ModelCopy
 from lightning_trak.methods.examples import Examples
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.running.annotated import annotated
+from lightning_trak.running.chunks import chunked
 from lightning_trak.running.loaders import like
 from lightning_trak.running.loading import batch_size_of
 
 _TOGETHER = 1 << 16  # targets whose probabilities are in memory at once
 
 
-def with_predictions(trainer: L.Trainer, targets: Examples, model: ModelCopy, output: ModelOutput | None) -> Examples:
+def with_predictions(
+    trainer: L.Trainer, targets: Examples, copy_model: Callable[[], ModelCopy], output: ModelOutput | None
+) -> Examples:
     """The targets, with the labels that the ensemble of all checkpoints predicts, if the output asks for these.
 
     The label is the class with the highest mean probability over checkpoints; of equal ones, the first. A single
@@ -26,8 +29,8 @@ def with_predictions(trainer: L.Trainer, targets: Examples, model: ModelCopy, ou
     Args:
         trainer: runs the passes. Its ranks share them, and get the same labels.
         targets: the targets.
-        model: a copy of the model, which is used up.
-        output: of the targets, if it is another one than that of the training examples.
+        copy_model: makes a copy of the model.
+        output: the output of the targets; None: that of the training examples.
 
     Returns:
         The targets as they are, or with a :class:`~lightning_trak.running.annotated.AnnotatedBatch` for each batch.
@@ -35,13 +38,15 @@ def with_predictions(trainer: L.Trainer, targets: Examples, model: ModelCopy, ou
     Raises:
         ValueError: if a probability is not finite.
     """
-    count = len(model.checkpoints)
-    if output is None or not output.predicts_labels or count == 1:
+    if output is None or not output.predicts_labels:
         return targets
-    asked, total = model.with_output(output).output, len(targets)
-    parts = [range(start, min(start + _TOGETHER, total)) for start in range(0, total, _TOGETHER)]
+    model = copy_model()
+    count = len(model.checkpoints)
+    if count == 1:
+        return targets
+    asked = model.with_output(output).output
     labels = []
-    for part in parts:
+    for part in chunked(range(len(targets)), _TOGETHER):
         sums = torch.zeros((), dtype=torch.float64)
         for checkpoint in range(count):
             model.load(checkpoint, trainer.strategy.root_device)
@@ -61,7 +66,7 @@ def described_predictions(
         targets: all targets.
         positions: of those to describe.
         model: a copy of the model, which is used up.
-        output: of the targets, if it is another one than that of the training examples.
+        output: the output of the targets; None: that of the training examples.
 
     Returns:
         A text for each position; None where the output has no prediction that means something to people.

@@ -28,7 +28,7 @@ class Question(TypedDict, total=False):
     """What ``score`` answers, beside the score of each target for each training example.
 
     Attributes:
-        output: of the targets, if it is another one than that of the training examples, such as
+        output: the output of the targets, if it is not that of the training examples, such as
             ``ClassificationMargin(labels="predicted")``, or ``CausalLMMargin(per_token=True)``: a row for each token.
         aggregate: ``"mean"`` or ``"sum"`` of the scores of targets: a row for each group of them.
         groups: the group of each target: labels, or :class:`~lightning_trak.scoring.Groups`, which have weights, too;
@@ -58,7 +58,7 @@ class Asked(NamedTuple):
     """A question, checked against the data.
 
     Attributes:
-        output: of the targets, if it is another one than that of the training examples.
+        output: the output of the targets; None: that of the training examples.
         rows: how targets are added up; None: each has a row.
         columns: how training examples, or candidates, are added up; None: each has a column.
         candidates: what is scored in the place of the training examples.
@@ -172,7 +172,7 @@ def train_columns(positions: Any, groups: Groups | Labels | None, count: int) ->
         count: the number of training examples.
 
     Raises:
-        TypeError: if positions are no integers.
+        TypeError: if positions are not integers.
         ValueError: if a position is out of range or named twice, there is none, or both arguments are given.
     """
     if positions is None:

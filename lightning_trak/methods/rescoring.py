@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_trak.features.rows import Features
-from lightning_trak.features.same_function import TOLERANCE
+from lightning_trak.features.same_function import output_tolerance
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.methods.examples import Examples
 from lightning_trak.methods.influence.audit import audit
@@ -28,7 +28,6 @@ from lightning_trak.scoring.topk import BothEnds, TopK
 from lightning_trak.scoring.trak import LossGradients, TRAKScorer
 
 _SOLVER = ConjugateGradient(max_iterations=1000, preconditioner="landmarks", strict=True)
-_ROUNDED = 0.05  # the tolerance for stored outputs that were computed in half precision
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class ExactScores:
         damping: lambda.
         loss_gradients: how Q is averaged.
         soft_threshold: by how much scores move towards zero.
-        tempered: what gives Q in the place of that of the loss; None: nothing.
+        tempered: what gives Q; None: the loss does.
     """
 
     curvature: Curvature
@@ -75,8 +74,8 @@ class SecondStage:
         """Check what can be checked before long work.
 
         Raises:
-            ValueError: if the data are not those of the store by their number and eight items, they were not the same
-                twice, or the matrix is singular.
+            ValueError: if the data are not those of the store (their number and eight items are compared), if items
+                change from one read to the next, or if the matrix is singular.
         """
         if question.get("train_groups") is not None:
             raise ValueError(
@@ -120,7 +119,7 @@ class SecondStage:
             candidates: for each set, the training examples to score for each target.
             largest: whether to keep the highest scores or the lowest; None: both.
             sums: for each set, how targets are added up; None: each has a row.
-            output: of the targets, if it is another one than that of the training examples.
+            output: the output of the targets; None: that of the training examples.
 
         Returns:
             For each set, exact scores and positions, best first. Equal scores are in the order of positions.
@@ -181,7 +180,7 @@ class _Candidates:
         indices: positions in the training set, shape ``(num_targets, num_candidates)``.
         repeated: bool of the same shape: whether the candidate is the one before it, because both ends name it.
         kept: the number of candidates at one end.
-        products: sums of products of gradients, times Q unless that is averaged apart, of the same shape.
+        products: sums of products of gradients, times Q unless it is averaged separately, of the same shape.
         loss_gradients: sums of Q, of the same shape.
     """
 
@@ -229,7 +228,7 @@ class _Candidates:
 def _same_outputs(store: FeatureStore, passes: Passes, checkpoint: int) -> Callable[[Sequence[int], Features], None]:
     """A check that training examples have their stored outputs at the current checkpoint."""
     stored = torch.cat([store.read(checkpoint, shard).outputs for shard in range(store.num_shards)])
-    tolerance = TOLERANCE if store.precision in ("32-true", "64-true") else _ROUNDED
+    tolerance = output_tolerance(store)
 
     def check(positions: Sequence[int], rows: Features) -> None:
         kept, outputs = stored[torch.tensor(positions)].double(), rows.outputs.cpu().double()

@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast, overload
 
 import lightning as L
@@ -34,7 +35,7 @@ from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import target_output
 from lightning_trak.running.data import Data, datamodule_of
 from lightning_trak.running.loaders import holds_several, like
-from lightning_trak.running.loading import batch_size_of
+from lightning_trak.running.loading import batch_size_of, num_examples
 from lightning_trak.running.strategies import require_whole_parameters, shards_model
 from lightning_trak.running.trainers import trainer_of
 from lightning_trak.scoring.base import Scorer
@@ -191,7 +192,7 @@ class ScoredMethod(Method):
         The first lines of the method's class say what a positive score means, and in which unit scores are.
 
         Args:
-            trainer: as for :meth:`featurize`, and None likewise. The strategy must not spawn its processes.
+            trainer: as for :meth:`featurize`. The strategy must not spawn its processes.
             data: the targets: a DataLoader, a sequence of them, a map-style Dataset or a LightningDataModule (its
                 ``predict_dataloader``).
             top_k: keep only this many training examples with the highest scores of each target (proponents), and as
@@ -235,30 +236,29 @@ class ScoredMethod(Method):
         require_ends(top_k, largest)
         trainer = trainer_of(trainer)
         if interval is not None:
-            return self._with_interval(trainer, data, interval, (top_k, largest, rescore, train), question)
+            return self._with_interval(trainer, data, interval, top_k, largest, rescore, train, question)
         self._require_trainer(trainer)
         positions = cast(Positions, train) if is_positions(train) else None
         given = _others_in(train, trainer)
         second = None if rescore is None else self._second_stage(trainer, top_k, rescore, given, positions)
         others = Others(given.loader, given.datamodule) if given is not None and second is None else None
         output = target_output(question.get("output"), self.output)
-        if output is not None and shards_model(trainer):
-            raise ValueError(
-                "output= needs whole parameters, but ModelParallelStrategy splits them: use strategy='ddp' or a single"
-                " device"
-            )
+        if output is not None:
+            _require_whole_model(trainer)
         loaders, pipeline = target_loaders(data, trainer, output), self._pipeline()
         model = pipeline.copy_model(trainer)
         store = pipeline.open_complete(model, trainer)
         num_columns = store.num_examples if others is None else len(others)
         columns = train_columns(positions, question.get("train_groups"), num_columns)
-        rows = target_rows(question, [len(cast(Any, loader.dataset)) for loader in loaders])
+        rows = target_rows(question, [num_examples(loader) for loader in loaders])
         scorer, datamodule = self.make_scorer(store), datamodule_of(data)
         if second is not None:
             second.require_possible(store, model.size, question)
-        targets = [Examples(loader, "predict", trainer, datamodule) for loader in loaders]
-        if output is not None and output.predicts_labels:
-            targets = [with_predictions(trainer, each, pipeline.copy_model(trainer), output) for each in targets]
+        copy_model = partial(pipeline.copy_model, trainer)
+        targets = [
+            with_predictions(trainer, Examples(loader, "predict", trainer, datamodule), copy_model, output)
+            for loader in loaders
+        ]
         results: Sequence[Scores] = [
             score_targets(
                 trainer,
@@ -286,14 +286,21 @@ class ScoredMethod(Method):
         return results if holds_several(data) or len(results) > 1 else results[0]
 
     def _with_interval(
-        self, trainer: L.Trainer, data: Any, interval: float, kept: tuple[Any, ...], question: Question
+        self,
+        trainer: L.Trainer,
+        data: Any,
+        interval: float,
+        top_k: int | None,
+        largest: bool | None,
+        rescore: int | None,
+        train: Any,
+        question: Question,
     ) -> Interval:
         """See :meth:`score`: the scores of groups, and then those of all targets for the few columns that are kept.
 
         Raises:
             ValueError: if the columns are many, or there is no mean or sum over at least two targets.
         """
-        top_k, largest, rescore, train = kept
         few = top_k is not None or is_positions(train) or question.get("train_groups") is not None
         if not few or rescore is not None:
             raise ValueError(
@@ -304,7 +311,7 @@ class ScoredMethod(Method):
         loader, *more = target_loaders(data, trainer, output)
         if more:
             raise ValueError(f"interval takes one set of targets, got {1 + len(more)}; join them with a ConcatDataset")
-        (rows,) = target_rows(question, [len(cast(Any, loader.dataset))])
+        (rows,) = target_rows(question, [num_examples(loader)])
         require_interval(interval, rows)
         assert rows is not None
         found = cast(Scores, self.score(trainer, data, top_k, largest, train=train, **question))
@@ -340,6 +347,14 @@ class ScoredMethod(Method):
                 " object first, which does nothing if the store is complete"
             )
         return SecondStage(exact, train or Examples(cast(Data, self._train), "fit", trainer), top_k)
+
+
+def _require_whole_model(trainer: L.Trainer) -> None:
+    if shards_model(trainer):
+        raise ValueError(
+            "output= needs whole parameters, but ModelParallelStrategy splits them: use strategy='ddp' or a single"
+            " device"
+        )
 
 
 def _others_in(train: Any, trainer: L.Trainer) -> Examples | None:

@@ -11,8 +11,7 @@ from lightning_trak.features.model import ModelCopy
 from lightning_trak.methods.examples import Examples
 from lightning_trak.methods.predictions import described_predictions
 from lightning_trak.outputs import ModelOutput
-from lightning_trak.packages import is_a
-from lightning_trak.reporting.explanations import Describe, explain
+from lightning_trak.reporting.explanations import Describe, describe_of, explain
 from lightning_trak.reporting.scores import SavedScores
 from lightning_trak.reporting.showing import kind_of_file, show
 from lightning_trak.running.data import Data
@@ -45,9 +44,9 @@ class Showing(Displayed):
         In a notebook they are the output of the cell, with images if items hold any; in a terminal, a table; with
         ``out``, a file.
 
-        Predictions are means over the checkpoints. Outputs have them that override
-        :meth:`~lightning_trak.outputs.ModelOutput.prediction`, such as
-        :class:`~lightning_trak.outputs.ClassificationMargin`, and so have methods that run the model at checkpoints.
+        Predictions are means over the checkpoints of the method. They need an output that overrides
+        :meth:`~lightning_trak.outputs.ModelOutput.prediction`, as
+        :class:`~lightning_trak.outputs.ClassificationMargin` does.
 
         Args:
             scores: what ``score`` or ``attribute`` has returned: all scores, or the best of each target. Scores of
@@ -57,7 +56,7 @@ class Showing(Displayed):
             targets: the targets that were scored. For predictions they must be what the model takes.
             shown: positions of the targets to show; default: the first 5.
             k: how many proponents, and how many opponents, each target gets.
-            largest: of the best scores at one end, which end: the value that ``score`` got for it.
+            largest: for the best scores at one end: the ``largest`` that ``score`` got.
             output: of the targets, if ``score`` got one.
             predictions: whether to run the model at each checkpoint, and show what it predicts.
             describe: makes a text of an item of either dataset. Default: the ``describe`` of the data module or of the
@@ -69,7 +68,7 @@ class Showing(Displayed):
             ValueError: if scores and data do not fit together, there is no image for a picture, or ``out`` is another
                 kind of file.
             IndexError: if there is no target with one of the positions.
-            TypeError: if scores are something else, or ``describe`` returns something else than a str.
+            TypeError: if scores are of another type, or ``describe`` returns something other than a str.
         """
         kind_of_file(out)  # raises before the work
         if not isinstance(scores, (Tensor, TopK, BothEnds)):
@@ -83,9 +82,7 @@ class Showing(Displayed):
         saved = SavedScores(scores, len(train_set) if num_train is None else num_train, type(self).__name__, largest)
         saved.require_scores("cannot show these scores")
         chosen = range(min(5, len(target_set))) if shown is None else list(shown)
-        for holder in (targets, train, getattr(self, "model", None)):
-            if is_a(holder, L.LightningDataModule, L.LightningModule):
-                describe = describe or getattr(holder, "describe", None)
+        describe = describe or describe_of(targets, train, getattr(self, "model", None))
         datasets = [cast(Any, examples.loader.dataset) for examples in (train_set, target_set)]
         explanations = explain(saved, chosen, k, datasets[0], datasets[1], describe)
         if predictions:
@@ -106,7 +103,7 @@ class Showing(Displayed):
             trainer: runs the model. None: one on a single device.
             targets: the targets.
             positions: of those to describe.
-            output: of the targets, if it is another one than that of the training examples.
+            output: the output of the targets; None: that of the training examples.
 
         Returns:
             A text for each position; None if the method has no checkpoints, or the output no predictions.

@@ -1,11 +1,12 @@
 """Whether data are those that a store was made of."""
 
-from typing import Any, cast
+from typing import Any
 
 from torch.utils.data import DataLoader
 
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.running.content import sample_digest
+from lightning_trak.running.loading import num_examples
 
 
 def require_stored_data(loader: DataLoader[Any], store: FeatureStore, user: str) -> None:
@@ -19,7 +20,7 @@ def require_stored_data(loader: DataLoader[Any], store: FeatureStore, user: str)
     Raises:
         ValueError: if they are other data, or they were not the same twice.
     """
-    count = len(cast(Any, loader.dataset))
+    count = num_examples(loader)
     if count != store.num_examples:
         raise ValueError(
             f'{user} needs the training data of store "{store.directory}", which has {store.num_examples} examples; the'

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Subset
 from lightning_trak.features.model import ModelCopy
 from lightning_trak.features.pipeline import FeaturePipeline
 from lightning_trak.features.rows import Features
-from lightning_trak.features.same_function import TOLERANCE
+from lightning_trak.features.same_function import output_tolerance
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.methods.base import Method
 from lightning_trak.methods.stored_data import require_stored_data
@@ -24,9 +24,10 @@ from lightning_trak.methods.tokens import TextTokens, find_tokens, require_token
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import target_output
 from lightning_trak.outputs.tokens import TokenOutput
+from lightning_trak.running.chunks import chunked
 from lightning_trak.running.data import Data, datamodule_of, single_loader
 from lightning_trak.running.loaders import like
-from lightning_trak.running.loading import batch_size_of
+from lightning_trak.running.loading import batch_size_of, num_examples
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.running.strategies import require_whole_parameters
 from lightning_trak.running.trainers import trainer_of
@@ -36,7 +37,6 @@ from lightning_trak.scoring.topk import BothEnds, TopK
 Pairs = TopK | BothEnds | Sequence[tuple[int, int]] | Tensor
 
 _BYTES = 1 << 28  # of features of tokens at a time
-_ROUNDED = 0.05  # the tolerance for stored outputs that were computed in half precision
 
 
 class TokenScores(NamedTuple):
@@ -91,7 +91,7 @@ class TokenMethod(Method):
         by their inner products with the stored feature.
 
         Args:
-            trainer: as for ``score``, and None likewise, with a strategy that keeps the model whole on each rank.
+            trainer: as for ``score``, with a strategy that keeps the model whole on each rank.
             targets: one set of targets, as for ``score``.
             pairs: which training texts to split for which targets: pairs ``(target, training text)`` of positions, or
                 what ``score(..., top_k=)`` returned, for all of its pairs: of each target proponents, then opponents.
@@ -103,7 +103,8 @@ class TokenMethod(Method):
             On every rank, the parts of each pair, in the order of the pairs.
 
         Raises:
-            TypeError: if the output of the training texts is not known to be a sum over tokens, or pairs are none.
+            TypeError: if the output of the training texts is not known to be a sum over tokens, or ``pairs`` are not
+                pairs of integers.
             ValueError: if a pair is out of range, the data are not those of the store, scores are moved towards zero,
                 or a text has another output than in the store.
         """
@@ -123,7 +124,7 @@ class TokenMethod(Method):
             raise ValueError("soft_threshold moves scores towards zero, so that they are no sums: use soft_threshold=0")
         require_stored_data(texts, store, "score_tokens")
         asked = target_loader(single_loader(targets, "predict", trainer), output)
-        chosen = _as_pairs(pairs, len(cast(Any, asked.dataset)), store.num_examples)
+        chosen = _as_pairs(pairs, num_examples(asked), store.num_examples)
         rows, target_numbers = torch.unique(chosen[:, 0], return_inverse=True)
         union = torch.unique(chosen[:, 1])
         tokens = find_tokens(texts, trained, union.tolist())
@@ -158,11 +159,11 @@ class _Splits:
     """Splits the scores of training texts.
 
     Args:
-        trainer: what runs.
+        trainer: the Trainer that runs the work.
         pipeline: makes features.
-        model: what its ``copy_model`` gave.
-        store: what its ``open_complete`` gave.
-        scorer: what scores.
+        model: the copy from its ``copy_model``.
+        store: the store from its ``open_complete``.
+        scorer: the scorer of the method.
         output: of the training texts.
         tokens: of the training texts.
     """
@@ -234,8 +235,7 @@ class _Splits:
     def _blocks(self, features: Tensor) -> list[range]:
         """Tokens whose features at all checkpoints fit in memory together."""
         step = max(1, _BYTES // (features.shape[1] * features.element_size() * self._store.num_checkpoints))
-        total = len(self._tokens.texts)
-        return [range(start, min(start + step, total)) for start in range(0, total, step)]
+        return chunked(range(len(self._tokens.texts)), step)
 
     def _shared(self, terms: _Terms, whole: Tensor) -> Tensor:
         """The part of each token in the score of the stored feature of its text, shape ``(num_targets, num_tokens)``.
@@ -272,7 +272,7 @@ class _Splits:
         Raises:
             ValueError: if they do not.
         """
-        tolerance = TOLERANCE if self._store.precision in ("32-true", "64-true") else _ROUNDED
+        tolerance = output_tolerance(self._store)
         kept = torch.stack([rows.outputs for rows in stored]).double()
         sums = torch.zeros_like(kept).index_add_(1, self._numbers, outputs) * self._weights
         wrong = (~torch.isclose(sums, kept, rtol=tolerance, atol=tolerance)).nonzero()
@@ -290,7 +290,7 @@ def _as_pairs(pairs: Any, num_targets: int, num_train: int) -> Tensor:
     """Pairs of positions, int64, shape ``(num_pairs, 2)``.
 
     Raises:
-        TypeError: if they are no pairs of integers.
+        TypeError: if they are not pairs of integers.
         ValueError: if there is none, or a position is out of range.
     """
     if isinstance(pairs, (TopK, BothEnds)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
@@ -14,7 +14,7 @@ from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.tokens import TokenOutput
 from lightning_trak.running.annotated import annotated
 from lightning_trak.running.data import Data, as_loaders, single_loader
-from lightning_trak.running.loading import load
+from lightning_trak.running.loading import load, num_examples
 from lightning_trak.running.random_states import isolated_random_states
 from lightning_trak.running.trainers import trainer_of
 
@@ -50,7 +50,7 @@ def text_tokens(trainer: L.Trainer | None, data: Data, output: ModelOutput) -> T
     """Which token each row of scores is for, when texts are scored token by token.
 
     Args:
-        trainer: as for ``score``, and None likewise.
+        trainer: as for ``score``.
         data: the targets, as for ``score``.
         output: the output of tokens, as for ``score``, such as ``CausalLMMargin(per_token=True)``.
 
@@ -86,7 +86,7 @@ def target_loaders(
     Args:
         data: the targets, as for ``score``.
         trainer: the Trainer that a data module is attached to.
-        output: of the targets, if it is another one than that of the training examples.
+        output: the output of the targets; None: that of the training examples.
     """
     return [target_loader(loader, output) for loader in as_loaders(data, "predict", trainer)]
 
@@ -113,7 +113,7 @@ def find_tokens(loader: DataLoader[Any], output: TokenOutput, texts: Sequence[in
     Raises:
         ValueError: if no token of a text counts.
     """
-    texts = range(len(cast(Any, loader.dataset))) if texts is None else texts
+    texts = range(num_examples(loader)) if texts is None else texts
     columns: list[tuple[Tensor, ...]] = []
     with isolated_random_states():
         # Twice, because a collate function may need more than one example.

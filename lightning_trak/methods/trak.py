@@ -8,12 +8,11 @@ from typing import Any, cast
 import lightning as L
 from torch import Tensor, nn
 
-from lightning_trak.checks import require_one_of
 from lightning_trak.features.dtypes import Dtype
 from lightning_trak.features.engines import EngineName
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.gradients import ParameterSelection
-from lightning_trak.methods.feature import FeatureMethod
+from lightning_trak.methods.newton import NewtonMethod
 from lightning_trak.methods.options import Checkpoints
 from lightning_trak.methods.rescoring import ExactScores
 from lightning_trak.outputs import ModelOutput
@@ -23,11 +22,12 @@ from lightning_trak.running.ranks import Ranks
 from lightning_trak.running.trainers import trainer_of
 from lightning_trak.scoring.damping import Damping, require_damping
 from lightning_trak.scoring.gram import Curvature
-from lightning_trak.scoring.temperature import Temperature, Tempered, require_temperature, tempered
+from lightning_trak.scoring.lag import Lag
+from lightning_trak.scoring.temperature import Temperature
 from lightning_trak.scoring.trak import LossGradients, TRAKScorer
 
 
-class TRAK(FeatureMethod):
+class TRAK(NewtonMethod):
     """TRAK: by how much would the output at the target change if the training example counted once more?
 
     A positive score says that training on the example raises the output at the target. The unit is that of the output:
@@ -55,7 +55,7 @@ class TRAK(FeatureMethod):
             checkpoints (:func:`~lightning_trak.scoring.damping.auto_damping`). Where models were retrained,
             :meth:`score_dampings` and :func:`~lightning_trak.retraining.tune` can choose it.
         loss_gradients: how Q is averaged over checkpoints: ``"per_checkpoint"``, together with what it multiplies; or
-            ``"averaged"``, apart, as published: see :class:`~lightning_trak.scoring.TRAKScorer`.
+            ``"averaged"``, separately, as published: see :class:`~lightning_trak.scoring.TRAKScorer`.
         soft_threshold: scores move towards zero by this much, in the unit of scores (0: not at all).
         temperature: outputs f of training examples are divided by this before Q is taken of them, because what an
             example adds depends on models that have not seen it, which are less sure. 1: Q as it is. ``"auto"``: 1.43
@@ -63,6 +63,10 @@ class TRAK(FeatureMethod):
             (:attr:`~lightning_trak.scoring.noise.Noise.temperature`). K and the damping do not change. If R is the
             same for all examples, as for a squared error, ``"auto"`` is 1, and a number divides the scores. None:
             ``"auto"`` with ``damping="auto"`` and ``loss_gradients="per_checkpoint"``, else 1.
+        lag: how far each training is from its end, at least 1. The automatic damping and temperature grow with it.
+            ``"auto"`` measures it by the Newton step of the residuals: 1 after most trainings, and up to 16 after a
+            short or gentle one (:mod:`lightning_trak.scoring.lag`). For models that were trained more gently than
+            those that are asked about, such as a :class:`~lightning_trak.callbacks.SmoothTwin`, 1 is better.
         parameters: which parameters to differentiate, by name pattern; default: all that require gradients.
         engine: how gradients are computed: ``"auto"``, ``"functional"``, ``"hooks"`` or ``"loop"``, see
             :class:`~lightning_trak.features.settings.FeatureSettings`.
@@ -82,8 +86,6 @@ class TRAK(FeatureMethod):
         best = trak.score(trainer, target_loader, top_k=10, rescore=1000)
     """
 
-    _shown = (*FeatureMethod._shown, "curvature", "damping", "loss_gradients", "temperature")
-
     def __init__(
         self,
         model: nn.Module,
@@ -97,6 +99,7 @@ class TRAK(FeatureMethod):
         loss_gradients: LossGradients = "per_checkpoint",
         soft_threshold: float = 0.0,
         temperature: Temperature | None = None,
+        lag: Lag = "auto",
         parameters: ParameterSelection = None,
         engine: EngineName = "auto",
         seed: int = 0,
@@ -104,15 +107,16 @@ class TRAK(FeatureMethod):
         weights_only: bool = True,
         audit: int = 2,
     ) -> None:
-        require_one_of("curvature", curvature, ("gauss_newton", "identity"))
-        require_one_of("loss_gradients", loss_gradients, ("per_checkpoint", "averaged"))
-        if not 0 <= soft_threshold < float("inf"):
-            raise ValueError(f"soft_threshold must be at least 0, and finite, got {soft_threshold}")
-        self.temperature = require_temperature(temperature, loss_gradients)
         super().__init__(
             model,
             checkpoints,
             store,
+            curvature=curvature,
+            damping=damping,
+            loss_gradients=loss_gradients,
+            soft_threshold=soft_threshold,
+            temperature=temperature,
+            lag=lag,
             output=output,
             projection=projection,
             parameters=parameters,
@@ -122,10 +126,6 @@ class TRAK(FeatureMethod):
             weights_only=weights_only,
             audit=audit,
         )
-        self.curvature: Curvature = curvature
-        self.damping = require_damping(damping)
-        self.loss_gradients: LossGradients = loss_gradients
-        self.soft_threshold = soft_threshold
 
     @classmethod
     def paper(
@@ -135,7 +135,7 @@ class TRAK(FeatureMethod):
         store: str | Path | None = None,
         **options: Any,
     ) -> "TRAK":
-        """TRAK as published (arXiv 2303.14186): a Gaussian projection, no curvature, no damping, Q averaged apart.
+        """TRAK as published (arXiv 2303.14186): a Gaussian projection, no curvature, no damping, Q averaged separately.
 
         Args:
             model: as for :class:`TRAK`.
@@ -177,16 +177,15 @@ class TRAK(FeatureMethod):
         Raises:
             FileNotFoundError: if there is no store yet.
             RuntimeError: if featurizing is not complete.
-            ValueError: if a value is no damping or there is none, the store was made with other settings, or a Gram
-                matrix is singular.
+            ValueError: if a value is not a damping, there is no value, the store was made with other settings, or a
+                Gram matrix is singular.
         """
         if not dampings or isinstance(dampings, str):
             raise ValueError(f"expected a sequence of dampings, got {dampings!r}")
         for damping in dampings:
             require_damping(damping)
         trainer = trainer_of(trainer)
-        features, pipeline = self.target_features(trainer, data), self._pipeline()
-        store, ranks = pipeline.open(pipeline.copy_model(), trainer), Ranks.of(trainer)
+        features, store, ranks = self.target_features(trainer, data), self._open(trainer), Ranks.of(trainer)
         results: dict[Damping, Tensor] = {}
         for damping in dampings:
             method = copy.copy(self)
@@ -215,12 +214,7 @@ class TRAK(FeatureMethod):
     def make_scorer(self, store: FeatureStore) -> TRAKScorer:
         """TRAK's scorer."""
         subsets = [checkpoint.subset for checkpoint in self.checkpoints]
-        settings = self.curvature, self.damping, self.loss_gradients, self.soft_threshold
-        return TRAKScorer(store, *settings, subsets, self._tempered(), self.output.averages)
-
-    def _tempered(self) -> Tempered | None:
-        """What gives Q in the place of the stored one."""
-        return tempered(self.output, self.temperature, self.damping, self.loss_gradients)
+        return TRAKScorer(store, *self._step(), subsets, self._tempered(), **self._lagging())
 
     def _exact_scores(self) -> ExactScores:
         members = [checkpoint.name for checkpoint in self.checkpoints if checkpoint.subset is not None]
@@ -229,5 +223,4 @@ class TRAK(FeatureMethod):
                 f"rescore= takes the curvature of all training examples, but {members[0]} has seen only some of them:"
                 " score without rescore=, or use models that were trained on all examples"
             )
-        settings = self.curvature, self.damping, self.loss_gradients, self.soft_threshold
-        return ExactScores(*settings, self._tempered())
+        return ExactScores(*self._step(), self._tempered())

@@ -13,8 +13,9 @@ batches gave it. The derivative of an output of the trained model by v_i is
 
 where c_k is the derivative of the output by the gradient of step k, which the reverse pass has.
 
-All examples are not differentiated at each step. The c_k of a window of steps are added up, and meet the gradients at
-the weights in its middle: these change little in a smooth run, while c_k change much towards the end.
+It would be too much work to differentiate all examples at each step. So the c_k of a window of steps are added up, and
+multiplied by the gradients at the weights in its middle. In a smooth run these gradients change little from step to
+step. The c_k change much towards the end.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from lightning_trak.replay.updating import Block, Cotangents
 from lightning_trak.running.loading import load
 from lightning_trak.running.random_states import restore_random_states
 
-# A window is an epoch long, but a run has at least so many windows.
+# A window is an epoch long, or shorter, so that a run has at least this many windows.
 WINDOWS = 10
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 import lightning as L
 import torch
@@ -24,7 +24,7 @@ from lightning_trak.replay.schedule import backwards
 from lightning_trak.replay.states import TrainingState
 from lightning_trak.replay.targets import differentiable, output_at, targets_alone
 from lightning_trak.replay.updating import Block, Cotangents
-from lightning_trak.running.loading import load
+from lightning_trak.running.loading import load, num_examples
 from lightning_trak.running.ordering import require_order
 from lightning_trak.scoring.groups import Collected, RowBlock, Sums, row_blocks
 
@@ -75,13 +75,7 @@ class Differentiated:
         self._recording, self._first, self._progress_bar = recording, first, progress_bar
         self._player = player = Player(model, recording, loader, datamodule, device)
         structures = {recording.record(step).structure for step in range(first, recording.num_steps)}
-        trained = {
-            name
-            for structure in structures
-            for group in structure.groups
-            for name in group
-            if name not in structure.frozen
-        }
+        trained = {name for structure in structures for name in structure.trained}
         self._tracked = [name for name in player.parameters if name in trained]
         require_order(loader, "the training data")
         self._layout: Layout | None = None
@@ -121,7 +115,7 @@ class Differentiated:
             ReplayError: if a step cannot be repeated, or its loss is not the mean of the examples' losses.
             ValueError: if an output is not a finite number.
         """
-        num_targets = len(cast(Any, targets.dataset))
+        num_targets = num_examples(targets)
         num_rows = num_targets if rows is None else rows.count
         found = Collected(num_rows, self._recording.run["num_train"], columns, self._player.dtype)
         for span, positions, by_weight in self._derivatives(output, targets, datamodule, rows):
@@ -164,7 +158,7 @@ class Differentiated:
         An example that several steps use comes as often.
         """
         player, last = self._player, self._recording.state(self._recording.num_steps)
-        num_targets = len(cast(Any, targets.dataset))
+        num_targets = num_examples(targets)
         together = max(1, COTANGENT_BYTES // max(1, last.nbytes))
         for part in modules_of(output):
             part.to(player.device).eval()

@@ -24,7 +24,7 @@ from lightning_trak.replay.records import MicroBatch, StepRecord, Structure
 from lightning_trak.replay.states import Difference, TrainingState, difference, named_parameters
 from lightning_trak.running.batches import TransferHooks, on_device
 from lightning_trak.running.content import sample_digest
-from lightning_trak.running.loading import load
+from lightning_trak.running.loading import load, num_examples
 from lightning_trak.running.random_states import restore_random_states
 from lightning_trak.running.training_step import training_step_of
 
@@ -141,7 +141,7 @@ class Player:
                 f"this {type(self.module).__name__} is not the module of the recording: {what} in only one of them;"
                 " pass a module of the same class with the same options"
             )
-        total = len(cast(Any, self.loader.dataset))
+        total = num_examples(self.loader)
         if total != run["num_train"]:
             raise ReplayError(
                 f"the training data have {total} examples, but those of the recording had {run['num_train']}; pass the"

@@ -43,6 +43,12 @@ class Structure:
     frozen: tuple[str, ...]
     evaluating: tuple[str, ...]
 
+    @property
+    def trained(self) -> list[str]:
+        """Canonical names of the parameters that the step may change."""
+        frozen = set(self.frozen)
+        return [name for group in self.groups for name in group if name not in frozen]
+
 
 @dataclass(frozen=True)
 class Settings:

@@ -102,20 +102,8 @@ class Reverse:
         player.arrange(played.record)
         played.before.load(player.module, parameters=player.parameters)
         self.track()
-        pieces = list(self._pieces(played))
-        graphs: list[_Graph] = []
-        sums: dict[str, Tensor] = {}
-        means = [0.0] * len(played.batches)
-        for piece in pieces:
-            with self._products.measuring():
-                graph = self._graph(piece, played.record, once=len(pieces) == 1)
-            means[piece.number] += float(graph.losses.detach().sum()) / len(piece.micro.positions)
-            for name, gradient in zip(self._trained(played.record), graph.gradients, strict=True):
-                if gradient is not None:
-                    sums[name] = sums[name] + gradient.detach() if name in sums else gradient.detach()
-            if len(pieces) == 1:
-                graphs.append(graph)
-        require_losses(played, means, player.dtype)
+        pieces, trained = list(self._pieces(played)), played.record.structure.trained
+        sums, only_graph = self._gradients(played, pieces)
         self._require_known_buffers(played, after)
         update = Update.of(player, played.record, played.before, sums)
         results = {key: result for group in update.outputs.values() for key, result in group.items()}
@@ -129,8 +117,7 @@ class Reverse:
             by_gradient += [found for _, found in turns]
         weights = []
         for piece in reversed(pieces):
-            graph = graphs[0] if graphs else self._graph(piece, played.record)
-            trained = self._trained(played.record)
+            graph = only_graph or self._graph(piece, played.record)
             by_weight = torch.cat([self._through_gradient(graph, trained, *turn) for turn in turns])
             if not by_weight.isfinite().all():
                 raise ReplayError(
@@ -141,15 +128,26 @@ class Reverse:
             weights.append((piece.micro.positions[piece.rows], by_weight))
         return weights
 
+    def _gradients(self, played: Played, pieces: Sequence[_Piece]) -> tuple[dict[str, Tensor], _Graph | None]:
+        """The gradient of a step, by parameter, and its graph if a single piece makes it. The losses are checked."""
+        sums: dict[str, Tensor] = {}
+        means = [0.0] * len(played.batches)
+        only = len(pieces) == 1
+        graph: _Graph | None = None
+        for piece in pieces:
+            with self._products.measuring():
+                graph = self._graph(piece, played.record, once=only)
+            means[piece.number] += float(graph.losses.detach().sum()) / len(piece.micro.positions)
+            for name, gradient in zip(played.record.structure.trained, graph.gradients, strict=True):
+                if gradient is not None:
+                    sums[name] = sums[name] + gradient.detach() if name in sums else gradient.detach()
+        require_losses(played, means, self._player.dtype)
+        return sums, graph if only else None
+
     def track(self) -> None:
         """Let all parameters that the run trained require gradients: others may depend on those frozen for a while."""
         for name in self._tracked:
             self._player.parameters[name].requires_grad_(True)
-
-    def _trained(self, record: StepRecord) -> list[str]:
-        """The names of the parameters that a step may change."""
-        frozen = set(record.structure.frozen)
-        return [name for group in record.structure.groups for name in group if name not in frozen]
 
     def _pieces(self, played: Played) -> Iterator[_Piece]:
         for number, (micro, batch, loss) in enumerate(
@@ -192,7 +190,7 @@ class Reverse:
             losses = losses_of(self._losses, player.module, batch, expected)
             weights = torch.ones_like(losses, requires_grad=True)
             total = (weights * losses).sum() / (size * record.settings.accumulate)
-            parameters = [player.parameters[name] for name in self._trained(record)]
+            parameters = [player.parameters[name] for name in record.structure.trained]
             gradients = torch.autograd.grad(total, parameters, create_graph=True, allow_unused=True)
         return _Graph(list(gradients), weights, before, after, losses)
 

@@ -17,8 +17,6 @@ from torch.utils.hooks import RemovableHandle
 from lightning_trak.compatibility import BatchNorm
 from lightning_trak.replay.states import named_buffers
 
-_NAMES = ("running_mean", "running_var")
-
 
 class RunningStatistics:
     """The running statistics of a module's batch normalization layers.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, cast
+from typing import Any
 
 import lightning as L
 import torch
@@ -18,7 +18,7 @@ from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.evaluating import exact_attention, unchanged
 from lightning_trak.replay.group_norm import PlainGroupNorm
 from lightning_trak.replay.player import Player
-from lightning_trak.running.loading import load
+from lightning_trak.running.loading import load, num_examples
 
 
 @contextmanager
@@ -52,7 +52,7 @@ def targets_alone(
         datamodule: the data module that gave it, if there is one.
         numbers: which targets; default: all.
     """
-    numbers = range(len(cast(Any, targets.dataset))) if numbers is None else numbers
+    numbers = range(num_examples(targets)) if numbers is None else numbers
     return player.moved(load(targets, [[number] for number in numbers]), datamodule)
 
 

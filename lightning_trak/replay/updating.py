@@ -41,7 +41,7 @@ class Block(NamedTuple):
     factors: dict[str, float]
 
     def cut(self, size: int) -> list[Block]:
-        """Blocks of at most so many targets. They share memory with this one."""
+        """Blocks of at most ``size`` targets. They share memory with this one."""
         if self.num_targets <= size:
             return [self]
         return [

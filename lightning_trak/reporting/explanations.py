@@ -1,12 +1,16 @@
 """Explanations: targets with their strongest proponents and opponents, each with a text and an image."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
+import lightning as L
 from torch import Tensor
 
+from lightning_trak.packages import is_a
 from lightning_trak.reporting.items import describe_item, find_image
 from lightning_trak.reporting.scores import SavedScores
+from lightning_trak.scoring.topk import TopK
 from lightning_trak.texts.printable import counted
 
 Describe = Callable[[Any], str]
@@ -53,6 +57,12 @@ class Explanation(NamedTuple):
     target: Example
     groups: dict[str, list[Entry]]
     prediction: str | None = None
+
+
+def describe_of(*holders: object) -> Describe | None:
+    """The ``describe`` of the first data module or LightningModule among some objects that has one."""
+    modules = (holder for holder in holders if is_a(holder, L.LightningDataModule, L.LightningModule))
+    return next(filter(None, (getattr(module, "describe", None) for module in modules)), None)
 
 
 def described(describe: Describe, item: Any) -> str:
@@ -108,17 +118,24 @@ def explain(
         item = dataset[index]
         return Example(described(describe or describe_item, item), find_image(item))
 
-    return [
-        Explanation(
-            index,
-            example(targets, index),
-            {
-                name: [
-                    Entry(position, value, example(train, position))
-                    for position, value in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-                ]
-                for name, best in saved.best(index, k).items()
-            },
-        )
-        for index in indices
-    ]
+    read = partial(example, train)
+    return [explained(index, saved.best(index, k), example(targets, index), read) for index in indices]
+
+
+def explained(position: int, best: Mapping[str, TopK], target: Example, read: Callable[[int], Example]) -> Explanation:
+    """The explanation of a target.
+
+    Args:
+        position: of the target in its dataset.
+        best: its strongest proponents and opponents, each of shape ``(k,)``.
+        target: the target itself.
+        read: reads the training example at a position.
+    """
+    groups = {
+        name: [
+            Entry(index, value, read(index))
+            for index, value in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+        ]
+        for name, top in best.items()
+    }
+    return Explanation(position, target, groups)

@@ -22,7 +22,7 @@ from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import declared_output
 from lightning_trak.retraining.ensembles import FleetSplit, split_members
 from lightning_trak.retraining.identity import describe_loader, describe_module, describe_trainer
-from lightning_trak.retraining.members import Member, MemberStore
+from lightning_trak.retraining.members import Member, MemberStore, not_finite
 from lightning_trak.retraining.training import (
     FactoryError,
     NothingTwice,
@@ -32,9 +32,10 @@ from lightning_trak.retraining.training import (
     train_alone,
 )
 from lightning_trak.retraining.vectorized import require_trainable_together, train_together
+from lightning_trak.running.chunks import chunked
 from lightning_trak.running.content import fingerprint
 from lightning_trak.running.loaders import as_loader
-from lightning_trak.running.loading import batch_size_of, load
+from lightning_trak.running.loading import batch_size_of, load, num_examples
 from lightning_trak.running.ordering import require_order
 from lightning_trak.running.parts import Part, share
 from lightning_trak.running.trainers import quiet
@@ -135,7 +136,7 @@ class RetrainingFleet(Displayed):
         self._train = _one_loader("train", train)
         self._targets = _one_loader("targets", targets)
         require_order(self._targets, "the targets")
-        self.masks = _checked(masks, len(cast(Any, self._train.dataset)))
+        self.masks = _checked(masks, num_examples(self._train))
         if num_seeds < 1:
             raise ValueError(f"num_seeds must be at least 1, got {num_seeds}")
         self._users_make_loader = make_loader
@@ -154,7 +155,7 @@ class RetrainingFleet(Displayed):
             "seed": self.seed,
             "num_subsets": len(self.masks),
             "num_train": self.masks.shape[1],
-            "num_targets": len(cast(Any, self._targets.dataset)),
+            "num_targets": num_examples(self._targets),
             "train": train,
             "targets": fingerprint(self._targets),
             "output": self.output.fingerprint(),
@@ -252,8 +253,7 @@ class RetrainingFleet(Displayed):
         if size > 1:
             members = sorted(members, key=self._subset_size)
         for _, alike in groupby(members, self._subset_size):
-            group = list(alike)
-            yield from (group[start : start + size] for start in range(0, len(group), size))
+            yield from chunked(list(alike), size)
 
     def _subset_size(self, member: Member) -> int:
         return int(self.masks[member.subset].sum())
@@ -272,11 +272,9 @@ class RetrainingFleet(Displayed):
         def keep(member: Member, row: Tensor, state: dict[str, Any] | None) -> None:
             if member not in missing:
                 return
-            bad = (~row.isfinite()).nonzero().flatten().tolist()
-            if bad:
-                self._failed(
-                    member, ValueError(f"the output is not finite at {len(bad)} targets, target {bad[0]} first")
-                )
+            error = not_finite(row)
+            if error:
+                self._failed(member, error)
             else:
                 self.store.write(member, row, record | {"seed": self._seed_of(member)}, state)
 
@@ -340,14 +338,14 @@ class RetrainingFleet(Displayed):
             require_trainable_together(self._new_module(), self._new_trainer(), self._loader_of(0))
 
     def _target_batches(self) -> DataLoader[Any]:
-        size, total = batch_size_of(self._targets), len(cast(Any, self._targets.dataset))
-        return load(self._targets, (range(start, min(start + size, total)) for start in range(0, total, size)))
+        positions = range(num_examples(self._targets))
+        return load(self._targets, chunked(positions, batch_size_of(self._targets)))
 
     def _context_batches(self) -> DataLoader[Any]:
         """The same random training examples for every member, so that all members have the same output."""
-        size, total = batch_size_of(self._train), self.masks.shape[1]
+        total = self.masks.shape[1]
         sample = random.Random(f"{self.seed}/context").sample(range(total), min(self.output.context_size, total))
-        return load(self._train, (sample[start : start + size] for start in range(0, len(sample), size)))
+        return load(self._train, chunked(sample, batch_size_of(self._train)))
 
 
 def _one_loader(name: str, data: Any) -> DataLoader[Any]:

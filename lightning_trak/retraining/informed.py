@@ -58,7 +58,7 @@ def informed_scores(scores: Tensor, masks: Tensor, outputs: Tensor) -> Tensor:
         ``(num_targets, num_train)``, in the unit, sign and dtype of ``scores``.
 
     Raises:
-        TypeError: if the scores are no tensor.
+        TypeError: if the scores are not a tensor.
         ValueError: if a shape, dtype or device does not fit, a number is NaN or infinite, there are too few subsets, or
             the predictions of the scores do not rise with the outputs.
 

@@ -105,6 +105,12 @@ class Member(NamedTuple):
         return f"subset-{self.subset:05d}-seed-{self.repetition:03d}"
 
 
+def not_finite(outputs: Tensor) -> ValueError | None:
+    """The error of a member whose outputs are not all finite in float32, as they are stored; None if they are."""
+    bad = (~outputs.float().isfinite()).nonzero().flatten().tolist()
+    return ValueError(f"the output is not finite at {len(bad)} targets, target {bad[0]} first") if bad else None
+
+
 class Retrained(NamedTuple):
     """The results of a fleet.
 

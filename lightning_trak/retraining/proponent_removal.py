@@ -15,6 +15,7 @@ from lightning_trak.retraining.recorded import RecordedFleet
 from lightning_trak.retraining.removal import removal_masks, require_scores
 from lightning_trak.retraining.subsets import random_removals
 from lightning_trak.running.data import Data, single_loader
+from lightning_trak.running.loading import num_examples
 from lightning_trak.running.random_states import isolated_random_states
 from lightning_trak.texts.tables import Cell, Table
 
@@ -125,7 +126,7 @@ class ProponentRemoval:
         self.num_random = positive("num_random", num_random)
         with isolated_random_states():
             num_train, num_targets = (
-                len(single_loader(data, stage, trainer).dataset)  # type: ignore[arg-type]
+                num_examples(single_loader(data, stage, trainer))
                 for data, stage in ((train, "fit"), (targets, "predict"))
             )
         require_scores(scores, num_targets, num_train)

@@ -5,7 +5,7 @@ import os
 import warnings
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any, cast
+from typing import Any
 
 import lightning as L
 import torch
@@ -18,14 +18,16 @@ from lightning_trak.fingerprints import fingerprint, module_fingerprint
 from lightning_trak.metrics import LinearDatamodelingScore
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import declared_output
-from lightning_trak.replay.losses import declared_losses
+from lightning_trak.replay.losses import Losses, declared_losses
 from lightning_trak.replay.recording import Recording
 from lightning_trak.replay.reweighted import Reweighted
-from lightning_trak.retraining.members import Member, MemberStore
+from lightning_trak.retraining.members import Member, MemberStore, not_finite
 from lightning_trak.retraining.stacked_run import StackedRun
+from lightning_trak.running.chunks import chunked
 from lightning_trak.running.content import sample_digest
 from lightning_trak.running.data import Data, datamodule_of, single_loader
 from lightning_trak.running.environment import rounding_of
+from lightning_trak.running.loading import num_examples
 from lightning_trak.running.parts import Part, share
 from lightning_trak.running.random_states import isolated_random_states
 from lightning_trak.running.strategies import require_whole_parameters
@@ -118,28 +120,31 @@ class RecordedFleet(Displayed):
             loader = single_loader(train, "fit", trainer)
             self._targets = single_loader(targets, "predict", trainer)
             self._target_module = datamodule_of(targets)
-            datamodule = datamodule_of(train)
             per_example = declared_losses(self.output, losses)
-            self._run = Reweighted(module, recorded, loader, datamodule, self._device, per_example)
+            self._run = Reweighted(module, recorded, loader, datamodule_of(train), self._device, per_example)
             self.masks = _checked(masks, self._run.num_train)
             self._environment = rounding_of(self._device)
-            self._identity = {
-                "recording": {
-                    "id": recorded.manifest["id"],
-                    "content": {part["file"]: part["sha256"] for part in recorded.manifest["parts"]},
-                },
-                "num_subsets": len(self.masks),
-                "num_train": self._run.num_train,
-                "num_targets": len(cast(Any, self._targets.dataset)),
-                "train": recorded.run["data"],
-                "targets": sample_digest(self._targets),
-                "output": self.output.fingerprint(),
-                "losses": None if losses is None else fingerprint(losses),
-                "module": module_fingerprint(module, training=True),
-                "environment": self._environment,
-            }
+            self._identity = self._describe(module, recorded, losses)
         if self._identity["targets"] is None:
             raise ValueError("targets are not the same when they are loaded again; give them without augmentation")
+
+    def _describe(self, module: nn.Module, recorded: Recording, losses: Losses | None) -> dict[str, Any]:
+        """What makes two fleets the same."""
+        return {
+            "recording": {
+                "id": recorded.manifest["id"],
+                "content": {part["file"]: part["sha256"] for part in recorded.manifest["parts"]},
+            },
+            "num_subsets": len(self.masks),
+            "num_train": self._run.num_train,
+            "num_targets": num_examples(self._targets),
+            "train": recorded.run["data"],
+            "targets": sample_digest(self._targets),
+            "output": self.output.fingerprint(),
+            "losses": None if losses is None else fingerprint(losses),
+            "module": module_fingerprint(module, training=True),
+            "environment": self._environment,
+        }
 
     @cached_property
     def store(self) -> MemberStore:
@@ -200,7 +205,7 @@ class RecordedFleet(Displayed):
         members = share([Member(number, 0) for number in range(len(self.masks))], part)
         # Groups do not depend on which members are missing, so that each is trained with the same others, to the same
         # bits, however often the run is interrupted.
-        groups = [members[start : start + size] for start in range(0, len(members), size)]
+        groups = chunked(members, size)
         missing = [member for member in members if member not in self.store]
         if not missing:
             return
@@ -232,9 +237,8 @@ class RecordedFleet(Displayed):
         for member, row in zip(group, rows, strict=True):
             if member in self.store:
                 continue
-            bad = (~row.float().isfinite()).nonzero().flatten().tolist()
-            if bad:
-                error = ValueError(f"the output is not finite at {len(bad)} targets, target {bad[0]} first")
+            error = not_finite(row)
+            if error:
                 self.store.record_failure(member, error)
             else:
                 self.store.write(member, row, record)

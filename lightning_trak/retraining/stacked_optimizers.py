@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_trak.compatibility import configure_optimizers, configure_schedulers
 from lightning_trak.retraining.training import FactoryError
+from lightning_trak.texts.messages import listed
 
 _ROUNDING = 1e-5
 
@@ -151,7 +152,7 @@ def _differing(settings: Settings, others: Settings) -> list[str]:
 def _require_none(wrong: list[str], number: int) -> None:
     if wrong:
         raise FactoryError(
-            f"{', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''} of module {number} differs between training"
+            f"{listed(wrong)} of module {number} differs between training"
             " together with the others and training alone: the optimizer must have the same groups and settings for all"
             " modules, and treat each element of a parameter by itself, without norms or shapes; or train the modules"
             " one at a time"

@@ -115,8 +115,7 @@ class StackedRun:
 
     def _step(self, record: StepRecord, batches: Iterator[Any], skipped: set[tuple[int, int]]) -> None:
         player = self._player
-        frozen = set(record.structure.frozen)
-        trained = [name for group in record.structure.groups for name in group if name not in frozen]
+        trained = record.structure.trained
         sums: dict[str, Tensor] = {}
         for number, (micro, batch) in enumerate(zip(record.micro_batches, batches, strict=True)):
             if (record.step, number) in skipped:

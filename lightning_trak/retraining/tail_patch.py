@@ -29,10 +29,13 @@ from lightning_trak.retraining.estimates import Estimate, mean_of
 from lightning_trak.retraining.removal import ranked, require_scores
 from lightning_trak.running.batches import TransferHooks, on_device
 from lightning_trak.running.loaders import as_loader
-from lightning_trak.running.loading import load
+from lightning_trak.running.loading import load, num_examples
 from lightning_trak.running.random_states import isolated_random_states
 from lightning_trak.running.training_step import NO_TRAINER_WARNING, training_loss
 from lightning_trak.texts.tables import Table
+
+Step = tuple[int, ...]
+"""Positions of the training examples that a step is taken on."""
 
 
 @dataclass(frozen=True)
@@ -138,26 +141,22 @@ def tail_patch(
         optimizer = optimizer.optimizer
     module, output = cast(L.LightningModule, original_module(module)), declared_output(module, output)
     train_loader, target_loader = as_loader(train), as_loader(targets)
-    num_train, num_targets = (len(cast(Any, loader.dataset)) for loader in (train_loader, target_loader))
+    num_train, num_targets = (num_examples(loader) for loader in (train_loader, target_loader))
     require_scores(scores, num_targets, num_train)
     if not scores or not 0 < k <= num_train:
         raise ValueError(
             f"expected scores of at least one method and a k of 1 to {num_train}, got {len(scores)} methods and k = {k}"
         )
     _require_step(module, optimizer, output)
-
-    # Steps, as the examples to train on, and the targets to evaluate after each step. Several targets may share a step.
-    wanted: dict[tuple[int, ...], set[int]] = {}
-    steps_of = []
-    for values in scores.values():
-        named = [tuple(row) for row in ranked(values.cpu(), k).tolist()]
-        steps_of.append([[row] if jointly else [(index,) for index in row] for row in named])
-        for target, steps in enumerate(steps_of[-1]):
+    steps_of = [_steps(values, k, jointly) for values in scores.values()]
+    wanted: dict[Step, set[int]] = {}  # the targets to evaluate after each step; several may share it
+    for of_method in steps_of:
+        for target, steps in enumerate(of_method):
             for step in steps:
                 wanted.setdefault(step, set()).add(target)
 
     patch = _Patch(module, optimizer, output)
-    rises: dict[tuple[tuple[int, ...], int], float] = {}
+    rises: dict[tuple[Step, int], float] = {}
     with isolated_random_states(), warnings.catch_warnings(), torch.enable_grad():
         warnings.filterwarnings("ignore", NO_TRAINER_WARNING)
         alone = load(target_loader, [[target] for target in range(num_targets)])
@@ -176,6 +175,12 @@ def tail_patch(
         [[rises[step, target] for step in steps] for target, steps in enumerate(of_method)] for of_method in steps_of
     ]
     return TailPatch(tuple(scores), torch.tensor(found, dtype=torch.float64).mean(-1))
+
+
+def _steps(scores: Tensor, k: int, jointly: bool) -> list[list[Step]]:
+    """The steps to take for each target: one on all its ``k`` proponents, or one on each."""
+    proponents = [tuple(row) for row in ranked(scores.cpu(), k).tolist()]
+    return [[row] if jointly else [(index,) for index in row] for row in proponents]
 
 
 def _require_step(module: L.LightningModule, optimizer: Optimizer, output: ModelOutput) -> None:

@@ -98,7 +98,7 @@ def tune(
     Raises:
         ValueError: if there is no candidate, there are fewer than 2 targets or too few subsets, subsets are equal or
             used, a shape or device does not fit, or a number is NaN or infinite. The error names the candidate.
-        TypeError: if candidates are no mapping, or one is neither a Tensor nor a function that returns one.
+        TypeError: if candidates are not a mapping, or one is neither a Tensor nor a function that returns one.
 
     Example::
 

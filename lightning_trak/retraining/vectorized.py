@@ -38,6 +38,7 @@ from lightning_trak.retraining.stacked_optimizers import (
 from lightning_trak.retraining.training import FactoryError
 from lightning_trak.running.random_states import isolated_random_states
 from lightning_trak.running.training_step import NO_TRAINER_WARNING, training_loss
+from lightning_trak.texts.messages import listed
 
 
 class _Call(nn.Module):
@@ -306,7 +307,7 @@ def _require_as_alone(stack: StackedModules, batches: Any, alone: dict[int, _Alo
                 wrong.append(f"the gradient of {name}")
         if wrong:
             raise FactoryError(
-                f"{', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''} of module {number} differs between training"
+                f"{listed(wrong)} of module {number} differs between training"
                 " together with the others and training alone: keep what differs from module to module in parameters"
                 " and buffers (register_buffer), not in plain attributes, or train the modules one at a time"
             )

@@ -1,12 +1,13 @@
 """Digests of a few items of a dataset, to recognize its content."""
 
 import warnings
-from typing import Any, cast
+from typing import Any
 
 from torch.utils.data import DataLoader
 
 from lightning_trak.fingerprints.digests import content_digest
-from lightning_trak.running.loading import load
+from lightning_trak.running.chunks import chunked
+from lightning_trak.running.loading import load, num_examples
 from lightning_trak.running.random_states import isolated_random_states
 
 _FEW = 8  # items that every call compares
@@ -39,7 +40,7 @@ def warn_of_random_items() -> None:
 
 def sample_digest(loader: DataLoader[Any]) -> str | None:
     """A digest of eight items spread over the dataset, as the loader collates them; None if a second load differs."""
-    sample = spread(len(cast(Any, loader.dataset)), _FEW)
+    sample = spread(num_examples(loader), _FEW)
     first, second = _digests(loader, [sample, sample])
     return first if first == second else None
 
@@ -55,8 +56,7 @@ def prefix_digests(loader: DataLoader[Any], count: int) -> list[str] | None:
         :func:`sample_digest` of a dataset that ends there, and a digest of :data:`MANY` items.
     """
     few, many = spread(count, _FEW), spread(count, MANY)
-    batches = [many[start : start + _FEW] for start in range(0, len(many), _FEW)]
-    first, second, *more = _digests(loader, [few, few, *batches])
+    first, second, *more = _digests(loader, [few, few, *chunked(many, _FEW)])
     return [first, content_digest(more)] if first == second else None
 
 

@@ -7,7 +7,13 @@ from typing import Any, cast
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
+from lightning_trak.running.chunks import chunked
 from lightning_trak.running.loaders import DEFAULT_BATCH_SIZE, like
+
+
+def num_examples(loader: DataLoader[Any]) -> int:
+    """The number of examples in the loader's dataset."""
+    return len(cast(Any, loader.dataset))
 
 
 def batch_size_of(loader: DataLoader[Any]) -> int:
@@ -74,7 +80,6 @@ def sample_batches(loader: DataLoader[Any], count: int, key: str, total: int | N
         key: the seed of the sample.
         total: how many of the first items to draw from; None: all.
     """
-    total = len(cast(Any, loader.dataset)) if total is None else total
+    total = num_examples(loader) if total is None else total
     sample = random.Random(key).sample(range(total), min(count, total))
-    size = batch_size_of(loader)
-    return [sample[start : start + size] for start in range(0, len(sample), size)]
+    return chunked(sample, batch_size_of(loader))

@@ -1,7 +1,7 @@
 """Checks that batches hold their examples in the order in which they were asked for."""
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from lightning_trak.compatibility import tree_iter
 from lightning_trak.running.content import spread
-from lightning_trak.running.loading import batch_size_of, load
+from lightning_trak.running.loading import batch_size_of, load, num_examples
 from lightning_trak.running.random_states import isolated_random_states
 
 _MOST = 8  # examples that are compared
@@ -28,7 +28,7 @@ def require_order(loader: DataLoader[Any], what: str) -> None:
     Raises:
         ValueError: if the order changes.
     """
-    total = len(cast(Any, loader.dataset))
+    total = num_examples(loader)
     count = min(_MOST, batch_size_of(loader), total)
     if count < 2:
         return

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lightning_trak.running.chunks import chunked
 from lightning_trak.running.loading import batch_size_of, load
 from lightning_trak.running.ranks import Ranks
 
@@ -59,6 +60,15 @@ class Stop:
 
     def __init__(self) -> None:
         self.requested = False
+
+
+class _Planned(NamedTuple):
+    """A batch to load: the fields of :class:`IndexedBatch`, and whether a round begins with it, see ``_rounds``."""
+
+    begins: bool
+    number: int | None
+    examples: Sequence[int]
+    alone: bool
 
 
 class RangeLoader:
@@ -109,34 +119,34 @@ class RangeLoader:
             audited = max(len(part.audited) for part in given)
             yield parts[ranks.index(rank)], audited, max(-(-len(part.examples) // size) for part in given)
 
-    def _plan(self) -> Iterator[tuple[bool, int | None, Sequence[int], bool]]:
-        """For each batch: whether a round begins, the range's number, the examples, and whether it is one alone."""
+    def _plan(self) -> Iterator[_Planned]:
+        """This rank's batches, those that only keep it in step with the others included."""
         size = batch_size_of(self.loader)
         other = self.ranges[0].examples if self.ranges else range(0)
         for part, audited, length in self._rounds():
             for place in range(audited):
                 if part is not None and place < len(part.audited):
-                    yield place == 0, part.number, [part.audited[place]] * 2, True
+                    yield _Planned(place == 0, part.number, [part.audited[place]] * 2, alone=True)
                 else:
-                    yield place == 0, None, [other[0]] * 2, True
+                    yield _Planned(place == 0, None, [other[0]] * 2, alone=True)
             for start in range(0, length * size, size):
                 begins = start == 0 and not audited
                 if part is not None and start < len(part.examples):
-                    yield begins, part.number, part.examples[start : start + size], False
+                    yield _Planned(begins, part.number, part.examples[start : start + size], alone=False)
                 else:
-                    yield begins, None, other[: min(size, 2)], False
+                    yield _Planned(begins, None, other[: min(size, 2)], alone=False)
 
     def __len__(self) -> int:
         return sum(audited + length for _, audited, length in self._rounds())
 
     def __iter__(self) -> Iterator[IndexedBatch]:
         batches: Iterator[Any] | None = None  # has its own workers, which end with it
-        for begins, number, examples, alone in self._plan():
-            if begins and self._stopped():
+        for planned in self._plan():
+            if planned.begins and self._stopped():
                 return
             if batches is None:
-                batches = iter(load(self.loader, (examples for _, _, examples, _ in self._plan())))
-            yield IndexedBatch(number, torch.tensor(examples), next(batches), alone)
+                batches = iter(load(self.loader, (each.examples for each in self._plan())))
+            yield IndexedBatch(planned.number, torch.tensor(planned.examples), next(batches), planned.alone)
 
     def _stopped(self) -> bool:
         requested = self.stop.requested
@@ -145,8 +155,8 @@ class RangeLoader:
 
 def batch_ranges(examples: range, size: int, audited: Collection[int] = ()) -> list[Range]:
     """Cut examples into ranges of ``size``, each one batch. The examples in ``audited`` are also loaded alone."""
-    parts = [examples[start : start + size] for start in range(0, len(examples), size)]
-    return [Range(number, part, [i for i in part if i in audited]) for number, part in enumerate(parts)]
+    parts = enumerate(chunked(examples, size))
+    return [Range(number, part, [i for i in part if i in audited]) for number, part in parts]
 
 
 def draw_audited(examples: range, count: int, key: str) -> list[int]:

@@ -42,7 +42,9 @@ class Scorer(ABC):
             RuntimeError: if the store is incomplete.
         """
         self.store.require_complete()
-        self._device = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
+        self._device = with_float64(device)
+
+    # What a subclass gives, or may change.
 
     @abstractmethod
     def directions(self, checkpoint: int, targets: Features) -> Tensor:
@@ -67,133 +69,17 @@ class Scorer(ABC):
         """
         return sums
 
-    def block(self, directions: Sequence[Tensor], shard: int, rows: Iterator[StoredFeatures]) -> Tensor:
-        """Scores of all targets against the training examples of a shard.
-
-        Args:
-            directions: of the targets, ``(num_targets, k)`` for each checkpoint.
-            shard: which shard.
-            rows: yields its rows at each checkpoint, on the directions' device.
-
-        Returns:
-            Shape ``(num_targets, len(examples))``.
-        """
-        total: Tensor | None = None
-        for checkpoint, (direction, stored) in enumerate(
-            zip(directions, rows, strict=False)
-        ):  # rows of other shards follow
-            products = [self._product(checkpoint, direction, part) for part in stored.blocks()]
-            product = products[0] if len(products) == 1 else torch.cat(products, 1)
-            total = product if total is None else total.add_(product)
-        assert total is not None
-        return self.finish(total, self._loss_gradients_of(shard))
-
-    def _loss_gradients_of(self, shard: int) -> Callable[[], Tensor]:
-        """Reads the mean of Q over checkpoints of a shard's examples."""
-        checkpoints = range(self.store.num_checkpoints)
-        return lambda: _mean_loss_gradients([self.store.read_stored(number, shard) for number in checkpoints])
+    @property
+    def linear(self) -> bool:
+        """Whether the scores of a sum of directions are the sum of their scores."""
+        return True
 
     @property
     def additive(self) -> bool:
         """Whether the score of a training example is the sum of those of the parts of its gradient."""
         return True
 
-    def paired(self, checkpoint: int, first: Tensor, second: Tensor) -> Tensor:  # noqa: ARG002
-        """Inner products of features with one each, both of shape ``(n, k)``: float64, shape ``(n,)``."""
-        return (first.to(second) * second).sum(1, dtype=torch.float64)
-
-    def example_weights(self, checkpoint: int, rows: Features) -> Tensor:
-        """:meth:`weights` of any training examples, shape ``(n,)``; ones where those are None."""
-        weights = self.weights(checkpoint, rows._replace(features=self._working(rows.features)))
-        return torch.ones_like(rows.outputs) if weights is None else weights
-
-    def _product(self, checkpoint: int, direction: Tensor, rows: Features) -> Tensor:
-        rows = rows._replace(features=rows.features.to(direction.dtype))
-        product = direction @ rows.features.T
-        weights = self.weights(checkpoint, rows)
-        return product if weights is None else product.mul_(weights.to(direction))
-
-    def blocks(self, directions: Sequence[Tensor], shards: Sequence[int]) -> Iterator[tuple[range, Tensor]]:
-        """Scores of all targets, a shard of training examples at a time.
-
-        Shards are read, and copied to the device, while others are multiplied; nothing waits for the device.
-
-        Args:
-            directions: of the targets, ``(num_targets, k)`` for each checkpoint.
-            shards: which shards.
-
-        Yields:
-            The training examples and their scores ``(num_targets, len(examples))``.
-
-        Raises:
-            ValueError: at the end, if a score was not finite.
-        """
-        rows, sums = self._rows(shards, range(len(directions)), directions[0].device), []
-        for shard in shards:
-            scores = self.block(directions, shard, rows)
-            if self.skipped is not None:
-                scores.masked_fill_(self._skipped_in(shard).to(scores.device), 0)
-            sums.append(scores.sum())
-            yield self.store.shard(shard), scores
-        # The sum of a shard is not finite if any of its scores is not.
-        suspects = torch.stack(sums).isfinite().logical_not().nonzero().flatten().tolist() if sums else []
-        for shard in (shards[number] for number in suspects):
-            again = self._rows([shard], range(len(directions)), directions[0].device)
-            self._require_finite(self.block(directions, shard, again), self.store.shard(shard))
-
-    def _require_finite(self, scores: Tensor, examples: range) -> None:
-        if not scores.isfinite().all():
-            raise ValueError(
-                f"scores of training examples {examples} are not finite: the features overflow"
-                f" {scores.dtype}; featurize with dtype=torch.float64"
-            )
-
-    def _rows(
-        self, shards: Sequence[int], checkpoints: Sequence[int], device: torch.device
-    ) -> Iterator[StoredFeatures]:
-        """Rows of each shard at some checkpoints, on a device. They are copied there as they are stored."""
-        upload = Upload(device)
-
-        def read() -> Iterator[StoredFeatures]:
-            for shard in shards:
-                for checkpoint in checkpoints:
-                    rows = self.store.read_stored(checkpoint, shard)
-                    # Only pinned memory is copied while the device computes.
-                    yield rows.moved(Tensor.pin_memory) if device.type == "cuda" else rows
-
-        for rows in ahead(read()):
-            yield rows.moved(lambda tensor: upload(partial(tensor.to, device, non_blocking=True)))
-
-    @cached_property
-    def skipped(self) -> Tensor | None:
-        """The training examples that featurizing has left out, bool ``(num_train,)``; None if there are none."""
-        positions = self.store.skipped
-        if not positions:
-            return None
-        skipped = torch.zeros(self.store.num_examples, dtype=torch.bool)
-        skipped[positions] = True
-        return skipped
-
-    def _skipped_in(self, shard: int) -> Tensor:
-        assert self.skipped is not None
-        examples = self.store.shard(shard)
-        return self.skipped[examples.start : examples.stop]
-
-    def left_out(self, columns: Sums | None) -> Tensor | None:
-        """The columns of scores that are never among the best, bool: those of skipped examples alone; None: none.
-
-        Args:
-            columns: as for :meth:`score`.
-        """
-        if self.skipped is None or columns is None:
-            return self.skipped
-        valid = columns.numbers[~self.skipped & (columns.numbers >= 0)]
-        return valid.bincount(minlength=columns.count) == 0
-
-    @property
-    def linear(self) -> bool:
-        """Whether the scores of a sum of directions are the sum of their scores."""
-        return True
+    # Scores.
 
     def score(
         self,
@@ -210,8 +96,8 @@ class Scorer(ABC):
             top_k: keep only this many training examples for each target, without ever holding the rest.
             largest: whether ``top_k`` keeps the highest scores or the lowest; None: both.
             ranks: the processes that share the shards; all must call this with the same targets.
-            columns: how scores of training examples are added up; None: each has a column. Best columns are then the
-                best sums.
+            columns: how scores of training examples are added up; None: each has a column. With it, ``top_k`` keeps
+                the best sums.
 
         Returns:
             On every rank a CPU Tensor ``(num_targets, num_train)`` or ``(num_targets, columns.count)``, or a
@@ -256,41 +142,6 @@ class Scorer(ABC):
         blocks = self._blocks_of_others(prepared, others, ranks)
         return collect(blocks, directions[0], count, top_k, largest, ranks, columns)
 
-    def prepare_others(self, directions: Sequence[Tensor], ranks: Ranks) -> Sequence[Any]:  # noqa: ARG002
-        """What :meth:`products_with_others` takes of the targets, for each checkpoint; by default their directions."""
-        return directions
-
-    def products_with_others(self, checkpoint: int, prepared: Any, features: Tensor) -> Tensor:  # noqa: ARG002
-        """d_m(x) . phi of features that need not be in the store, before :meth:`weights` and :meth:`finish`.
-
-        Args:
-            checkpoint: m.
-            prepared: of the targets, from :meth:`prepare_others`.
-            features: phi of some examples, or of parts of them, shape ``(n, k)``.
-
-        Returns:
-            Shape ``(num_targets, n)``.
-        """
-        return prepared @ self._working(features).to(prepared).T  # type: ignore[no-any-return]
-
-    def _blocks_of_others(
-        self, prepared: Sequence[Any], others: Iterable[tuple[range, Sequence[Features]]], ranks: Ranks
-    ) -> Iterator[tuple[range, Tensor]]:
-        """This rank's part of the scores of each block."""
-        for examples, rows in others:
-            start, stop = (len(examples) * (ranks.rank + end) // ranks.world_size for end in (0, 1))
-            if start == stop:
-                continue
-            parts = [Features(*(column[start:stop] for column in part)) for part in rows]
-            with full_precision(self._device):
-                products = []
-                for m, (targets, part) in enumerate(zip(prepared, parts, strict=True)):
-                    product = self.products_with_others(m, targets, part.features)
-                    products.append(product * self.example_weights(m, part).to(product))
-                scores = self.finish(torch.stack(products).sum(0), lambda: _mean_loss_gradients(parts))  # noqa: B023
-            self._require_finite(scores, examples[start:stop])
-            yield examples[start:stop], scores
-
     def self_scores(self, ranks: Ranks = Ranks()) -> Tensor:  # noqa: B008
         """The score of each training example at itself.
 
@@ -321,9 +172,125 @@ class Scorer(ABC):
                 scores[examples.start : examples.stop] = found.cpu()
         return self._without_skipped(ranks.sum(scores))
 
-    def _without_skipped(self, scores: Tensor) -> Tensor:
-        """The scores ``(num_train,)``, with zeros for skipped examples."""
-        return scores if self.skipped is None else scores.masked_fill(self.skipped, 0)
+    def blocks(self, directions: Sequence[Tensor], shards: Sequence[int]) -> Iterator[tuple[range, Tensor]]:
+        """Scores of all targets, a shard of training examples at a time.
+
+        Shards are read, and copied to the device, while others are multiplied; nothing waits for the device.
+
+        Args:
+            directions: of the targets, ``(num_targets, k)`` for each checkpoint.
+            shards: which shards.
+
+        Yields:
+            The training examples and their scores ``(num_targets, len(examples))``.
+
+        Raises:
+            ValueError: at the end, if a score was not finite.
+        """
+        rows, sums = self._rows(shards, range(len(directions)), directions[0].device), []
+        for shard in shards:
+            scores = self.block(directions, shard, rows)
+            if self.skipped is not None:
+                scores.masked_fill_(self._skipped_in(shard).to(scores.device), 0)
+            sums.append(scores.sum())
+            yield self.store.shard(shard), scores
+        # The sum of a shard is not finite if any of its scores is not.
+        suspects = torch.stack(sums).isfinite().logical_not().nonzero().flatten().tolist() if sums else []
+        for shard in (shards[number] for number in suspects):
+            again = self._rows([shard], range(len(directions)), directions[0].device)
+            self._require_finite(self.block(directions, shard, again), self.store.shard(shard))
+
+    def block(self, directions: Sequence[Tensor], shard: int, rows: Iterator[StoredFeatures]) -> Tensor:
+        """Scores of all targets against the training examples of a shard.
+
+        Args:
+            directions: of the targets, ``(num_targets, k)`` for each checkpoint.
+            shard: which shard.
+            rows: yields its rows at each checkpoint, on the directions' device.
+
+        Returns:
+            Shape ``(num_targets, len(examples))``.
+        """
+        total: Tensor | None = None
+        for checkpoint, (direction, stored) in enumerate(
+            zip(directions, rows, strict=False)
+        ):  # rows of other shards follow
+            products = [self._product(checkpoint, direction, part) for part in stored.blocks()]
+            product = products[0] if len(products) == 1 else torch.cat(products, 1)
+            total = product if total is None else total.add_(product)
+        assert total is not None
+        return self.finish(total, self._loss_gradients_of(shard))
+
+    # Parts of these.
+
+    def prepare_others(self, directions: Sequence[Tensor], ranks: Ranks) -> Sequence[Any]:  # noqa: ARG002
+        """What :meth:`products_with_others` needs of the targets, for each checkpoint. Default: their directions."""
+        return directions
+
+    def products_with_others(self, checkpoint: int, prepared: Any, features: Tensor) -> Tensor:  # noqa: ARG002
+        """d_m(x) . phi of features that need not be in the store, before :meth:`weights` and :meth:`finish`.
+
+        Args:
+            checkpoint: m.
+            prepared: of the targets, from :meth:`prepare_others`.
+            features: phi of some examples, or of parts of them, shape ``(n, k)``.
+
+        Returns:
+            Shape ``(num_targets, n)``.
+        """
+        return prepared @ self._working(features).to(prepared).T  # type: ignore[no-any-return]
+
+    def paired(self, checkpoint: int, first: Tensor, second: Tensor) -> Tensor:  # noqa: ARG002
+        """Inner products of two sets of features, row by row: both ``(n, k)``, the result float64 ``(n,)``."""
+        return (first.to(second) * second).sum(1, dtype=torch.float64)
+
+    def example_weights(self, checkpoint: int, rows: Features) -> Tensor:
+        """The :meth:`weights` of any training examples, shape ``(n,)``, with ones in the place of None."""
+        weights = self.weights(checkpoint, rows._replace(features=self._working(rows.features)))
+        return torch.ones_like(rows.outputs) if weights is None else weights
+
+    @cached_property
+    def skipped(self) -> Tensor | None:
+        """The training examples that featurizing has left out, bool ``(num_train,)``; None if there are none."""
+        positions = self.store.skipped
+        if not positions:
+            return None
+        skipped = torch.zeros(self.store.num_examples, dtype=torch.bool)
+        skipped[positions] = True
+        return skipped
+
+    def left_out(self, columns: Sums | None) -> Tensor | None:
+        """Which columns are never among the best, since all their examples were skipped: bool; None if there are none.
+
+        Args:
+            columns: as for :meth:`score`.
+        """
+        if self.skipped is None or columns is None:
+            return self.skipped
+        valid = columns.numbers[~self.skipped & (columns.numbers >= 0)]
+        return valid.bincount(minlength=columns.count) == 0
+
+    def _rows(
+        self, shards: Sequence[int], checkpoints: Sequence[int], device: torch.device
+    ) -> Iterator[StoredFeatures]:
+        """Rows of each shard at some checkpoints, on a device. They are copied there as they are stored."""
+        upload = Upload(device)
+
+        def read() -> Iterator[StoredFeatures]:
+            for shard in shards:
+                for checkpoint in checkpoints:
+                    rows = self.store.read_stored(checkpoint, shard)
+                    # Only pinned memory is copied while the device computes.
+                    yield rows.moved(Tensor.pin_memory) if device.type == "cuda" else rows
+
+        for rows in ahead(read()):
+            yield rows.moved(lambda tensor: upload(partial(tensor.to, device, non_blocking=True)))
+
+    def _product(self, checkpoint: int, direction: Tensor, rows: Features) -> Tensor:
+        rows = rows._replace(features=rows.features.to(direction.dtype))
+        product = direction @ rows.features.T
+        weights = self.weights(checkpoint, rows)
+        return product if weights is None else product.mul_(weights.to(direction))
 
     def _own_products(self, checkpoint: int, rows: Features) -> Tensor:
         rows = rows._replace(features=self._working(rows.features))
@@ -331,12 +298,51 @@ class Scorer(ABC):
         weights = self.weights(checkpoint, rows)
         return products if weights is None else products * weights.to(products)
 
+    def _blocks_of_others(
+        self, prepared: Sequence[Any], others: Iterable[tuple[range, Sequence[Features]]], ranks: Ranks
+    ) -> Iterator[tuple[range, Tensor]]:
+        """This rank's part of the scores of each block."""
+        for examples, rows in others:
+            start, stop = (len(examples) * (ranks.rank + end) // ranks.world_size for end in (0, 1))
+            if start == stop:
+                continue
+            parts = [Features(*(column[start:stop] for column in part)) for part in rows]
+            with full_precision(self._device):
+                products = []
+                for m, (targets, part) in enumerate(zip(prepared, parts, strict=True)):
+                    product = self.products_with_others(m, targets, part.features)
+                    products.append(product * self.example_weights(m, part).to(product))
+                scores = self.finish(torch.stack(products).sum(0), lambda: _mean_loss_gradients(parts))  # noqa: B023
+            self._require_finite(scores, examples[start:stop])
+            yield examples[start:stop], scores
+
     def _shards(self, columns: Sums | None) -> Sequence[int]:
         """The shards whose scores count."""
         if columns is None:
             return range(self.store.num_shards)
         spans = [(shard, self.store.shard(shard)) for shard in range(self.store.num_shards)]
         return [shard for shard, span in spans if (columns.numbers[span.start : span.stop] >= 0).any()]
+
+    def _skipped_in(self, shard: int) -> Tensor:
+        assert self.skipped is not None
+        examples = self.store.shard(shard)
+        return self.skipped[examples.start : examples.stop]
+
+    def _without_skipped(self, scores: Tensor) -> Tensor:
+        """The scores ``(num_train,)``, with zeros for skipped examples."""
+        return scores if self.skipped is None else scores.masked_fill(self.skipped, 0)
+
+    def _require_finite(self, scores: Tensor, examples: range) -> None:
+        if not scores.isfinite().all():
+            raise ValueError(
+                f"scores of training examples {examples} are not finite: the features overflow"
+                f" {scores.dtype}; featurize with dtype=torch.float64"
+            )
+
+    def _loss_gradients_of(self, shard: int) -> Callable[[], Tensor]:
+        """Reads the mean of Q over checkpoints of a shard's examples."""
+        checkpoints = range(self.store.num_checkpoints)
+        return lambda: _mean_loss_gradients([self.store.read_stored(number, shard) for number in checkpoints])
 
     def _working(self, tensor: Tensor) -> Tensor:
         """On the device, in at least float32."""
@@ -346,6 +352,11 @@ class Scorer(ABC):
 def _mean_loss_gradients(rows: Sequence[Features | StoredFeatures]) -> Tensor:
     """The mean of Q over checkpoints."""
     return torch.stack([part.loss_gradients for part in rows]).mean(0)
+
+
+def with_float64(device: torch.device) -> torch.device:
+    """The device, or the CPU in the place of MPS, which has no float64."""
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 def full_precision(device: torch.device) -> torch.autocast:

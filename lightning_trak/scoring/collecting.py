@@ -1,4 +1,4 @@
-"""Keeps what is asked for of scores that come in blocks of training examples."""
+"""Scores come in blocks of training examples. This keeps all of them, the best few, or sums."""
 
 from collections.abc import Iterator
 
@@ -30,8 +30,8 @@ def collect(
         top_k: keep only this many training examples for each target; the rest is never held.
         largest: whether ``top_k`` keeps the highest scores or the lowest; None: both.
         ranks: the processes that share the blocks; all must call this.
-        columns: how scores of training examples are added up; None: each has a column. Best columns are then the best
-            sums.
+        columns: how scores of training examples are added up; None: each has a column. With it, ``top_k`` keeps the
+            best sums.
         left_out: columns that are never among the best, bool, one for each column.
 
     Returns:

@@ -27,7 +27,7 @@ def combine_scores(scores: Tensor, others: Tensor) -> Tensor:
         smaller.
 
     Raises:
-        TypeError: if an argument is no tensor of real numbers.
+        TypeError: if an argument is not a tensor of real numbers.
         ValueError: if shapes differ or are empty, or a number is not finite.
 
     Example:

@@ -20,7 +20,7 @@ from lightning_trak.running.ranks import Ranks
 from lightning_trak.scoring.gram import DampedGram
 
 _STRIP_BYTES = 1 << 28  # of features of all examples, in float64
-_STRIPS = 16  # at least so many, if they are not narrow, for the ranks to share
+_STRIPS = 16  # at least this many for the ranks to share, if they are not too narrow
 _LEAST_WIDTH = 64  # narrower strips would cost more in sums of n x n numbers than in products
 _ROWS = 1024  # of the kernel, computed at a time
 

@@ -10,17 +10,18 @@ from collections.abc import Iterator, Sequence
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from typing_extensions import Unpack
 
 from lightning_trak.checkpoints.subsets import TrainingSubset
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.gradients.hooks.factors import GradientForms
 from lightning_trak.running.ranks import Ranks
-from lightning_trak.scoring.base import full_precision
+from lightning_trak.scoring.base import full_precision, with_float64
 from lightning_trak.scoring.damping import Damping
 from lightning_trak.scoring.gram import Curvature, row_blocks
 from lightning_trak.scoring.inner_products import inner_products
 from lightning_trak.scoring.temperature import Tempered
-from lightning_trak.scoring.trak import LossGradients, TRAKScorer
+from lightning_trak.scoring.trak import Lagging, LossGradients, TRAKScorer
 
 _FORMAT = 1  # of a block
 _AUDITED = 2  # inner products of each pair of blocks are computed again from whole gradients
@@ -38,7 +39,7 @@ class ExactKernelScorer(TRAKScorer):
         subsets: as for TRAKScorer.
         num_parameters: the number of elements of a gradient.
         tempered: as for TRAKScorer.
-        averages: as for TRAKScorer.
+        **lagging: as for TRAKScorer.
     """
 
     user = "ExactKernel"
@@ -53,9 +54,9 @@ class ExactKernelScorer(TRAKScorer):
         subsets: Sequence[TrainingSubset | None],
         num_parameters: int,
         tempered: Tempered | None = None,
-        averages: bool = False,
+        **lagging: Unpack[Lagging],
     ) -> None:
-        super().__init__(store, curvature, damping, loss_gradients, soft_threshold, subsets, tempered, averages)
+        super().__init__(store, curvature, damping, loss_gradients, soft_threshold, subsets, tempered, **lagging)
         self._num_parameters = num_parameters
         self._blocks = row_blocks(store.num_shards, store.shard_size)
 
@@ -85,7 +86,7 @@ class ExactKernelScorer(TRAKScorer):
             OSError: if a block cannot be written. Those before it are kept.
         """
         self.store.require_complete()
-        self._device = torch.device("cpu") if device.type == "mps" else device
+        self._device = with_float64(device)
         keys = {(c, block): self._key(c, block) for c in self.store.first for block in range(len(self._blocks))}
         missing = [
             (checkpoint, block)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_trak.features.rows import Features
+from lightning_trak.running.chunks import chunked
 
 Curvature = Literal["gauss_newton", "identity"]
 
@@ -90,8 +91,7 @@ def row_blocks(num_shards: int, shard_size: int) -> list[range]:
     Products are rounded to the features' precision. Ranks share out blocks, not shards, so that the same rows are
     multiplied together however many ranks there are; then only sums in float64 differ in order.
     """
-    step = -(-_ROWS // shard_size)
-    return [range(num_shards)[start : start + step] for start in range(0, num_shards, step)]
+    return chunked(range(num_shards), -(-_ROWS // shard_size))
 
 
 class DampedGram:
@@ -109,6 +109,8 @@ class DampedGram:
 
     Attributes:
         ridge: lambda itself.
+        largest: an estimate of the largest eigenvalue of K + lambda I, relative to the mean eigenvalue of K.
+        smallest: the same of the smallest eigenvalue.
 
     Raises:
         ValueError: if K is zero, not finite, or singular to the precision of the features.
@@ -126,18 +128,7 @@ class DampedGram:
         if damping < 0:
             raise ValueError(f"damping must be at least 0, got {damping}")
         scale = gram.diagonal().mean()
-        if not torch.stack(gram.aminmax()).isfinite().all():
-            raise ValueError(
-                f"the Gram matrix of {name} is not finite: products of the features overflow; featurize with"
-                " dtype=torch.float64"
-            )
-        if scale <= 0:
-            raise ValueError(
-                f"the Gram matrix of {name} is zero: the output has no gradient in the selected parameters, or the loss"
-                " no curvature. Both vanish where the model is so sure of all training examples that probabilities are"
-                " 0 or 1 to rounding: use checkpoints from earlier in the training, or dtype=torch.float64 and"
-                ' Trainer(precision="64-true"). A loss linear in the output needs curvature="identity"'
-            )
+        _require_nonzero(gram, scale, name)
         # Divided by its scale, so that tiny gradients or curvatures cannot underflow. The factor takes the place of
         # this copy, because both have k x k numbers. The transpose is the same matrix, with LAPACK's strides.
         factor = (gram / scale).mT
@@ -154,36 +145,44 @@ class DampedGram:
             raise ValueError(f"the Gram matrix of {name} ({len(gram)} x {len(gram)}) is singular: {advice}")
         self._factor, self._scale = factor, scale
         self.largest, self.smallest = self._extreme_eigenvalues()
-        # Features phi with independent rounding errors e give K errors of about phi^T e, whose norm is at most
-        # |phi| |e| ~ sqrt(largest) eps in units of K's scale; they must not reach the smallest eigenvalue.
-        condition = f"condition number {self.largest / self.smallest:.1e}"
+        self._require_precise(precision, name, advice)
+        share = self._score_error(damping * share_of_size, rounding_error * share_of_size**0.5)
+        self._require_little_rounding(share, name, damping)
+
+    @property
+    def _condition(self) -> str:
+        return f"condition number {self.largest / self.smallest:.1e}"
+
+    def _require_precise(self, precision: torch.dtype, name: str, advice: str) -> None:
+        """Refuse a matrix whose smallest eigenvalue drowns in the rounding of the features, and warn if it is close.
+
+        Features phi with independent rounding errors e give K errors of about phi^T e, whose norm is at most
+        |phi| |e| ~ sqrt(largest) eps in units of K's scale. They must not reach the smallest eigenvalue.
+        """
         noise = torch.finfo(precision).eps * self.largest**0.5 / self.smallest
         if noise > 1:
             raise ValueError(
                 f"the Gram matrix of {name} is singular to the precision of its {precision} features"
-                f" ({condition}): {advice}"
+                f" ({self._condition}): {advice}"
             )
         if noise > 0.1:
             warnings.warn(
-                f"the Gram matrix of {name} is ill-conditioned ({condition}), so rounding of the {precision} features"
-                f" shows in the scores: {advice}",
+                f"the Gram matrix of {name} is ill-conditioned ({self._condition}), so rounding of the {precision}"
+                f" features shows in the scores: {advice}",
                 RuntimeWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
 
-        share = self._score_error(damping * share_of_size, rounding_error * share_of_size**0.5)
+    def _require_little_rounding(self, share: float, name: str, damping: float) -> None:
+        """Refuse scores that rounding to integers changes by more than a half, and warn from a fifth on."""
+        message = (
+            f"rounding the features to integers changes scores with the Gram matrix of {name} by about {share:.0%} of"
+            f" their size ({self._condition}): use a dtype of more bits or a larger damping (now {damping:g})"
+        )
         if share > 0.5:
-            raise ValueError(
-                f"rounding the features to integers changes scores with the Gram matrix of {name} by about {share:.0%}"
-                f" of their size ({condition}): use a dtype of more bits or a larger damping (now {damping:g})"
-            )
+            raise ValueError(message)
         if share > 0.2:
-            warnings.warn(
-                f"rounding the features to integers changes scores with the Gram matrix of {name} by about {share:.0%}"
-                f" of their size ({condition}): use a dtype of more bits or a larger damping (now {damping:g})",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            warnings.warn(message, RuntimeWarning, stacklevel=3)
 
     def _score_error(self, damping: float, rounding_error: float, probes: int = 32) -> float:
         """What rounding adds to the scores of the training examples for each other, relative to their root mean square.
@@ -243,3 +242,18 @@ class DampedGram:
         half = torch.linalg.solve_triangular(self._factor, columns, upper=False)
         whole: Tensor = torch.linalg.solve_triangular(self._factor.mT, half, upper=True)
         return whole
+
+
+def _require_nonzero(gram: Tensor, scale: Tensor, name: str) -> None:
+    if not torch.stack(gram.aminmax()).isfinite().all():
+        raise ValueError(
+            f"the Gram matrix of {name} is not finite: products of the features overflow; featurize with"
+            " dtype=torch.float64"
+        )
+    if scale <= 0:
+        raise ValueError(
+            f"the Gram matrix of {name} is zero: the output has no gradient in the selected parameters, or the loss"
+            " no curvature. Both vanish where the model is so sure of all training examples that probabilities are"
+            " 0 or 1 to rounding: use checkpoints from earlier in the training, or dtype=torch.float64 and"
+            ' Trainer(precision="64-true"). A loss linear in the output needs curvature="identity"'
+        )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_trak.checks import require_one_of
+from lightning_trak.running.chunks import chunked
 
 Aggregate = Literal["mean", "sum"]
 Label = int | str
@@ -184,8 +185,7 @@ def row_blocks(rows: Sums | None, count: int, at_once: int) -> Iterator[RowBlock
     """
     if rows is None:
         rows = Sums(torch.arange(count), torch.ones(count, dtype=torch.float64), count)
-    for start in range(0, rows.count, at_once):
-        span = range(start, min(start + at_once, rows.count))
+    for span in chunked(range(rows.count), at_once):
         members = ((rows.numbers >= span.start) & (rows.numbers < span.stop)).nonzero().flatten()
         yield RowBlock(span, members.tolist(), rows.numbers[members] - span.start, rows.weights[members])
 
@@ -290,7 +290,7 @@ def aggregate_scores(
         float64, a row for each group of targets, a column for each group of training examples.
 
     Raises:
-        ValueError: if the scores are no matrix, or the groups do not fit.
+        ValueError: if the scores are not a matrix, or the groups do not fit.
 
     Example:
         >>> aggregate_scores(torch.tensor([[1.0, 2.0], [3.0, 6.0]]), "mean")

@@ -85,7 +85,7 @@ class ScoreModule(ExtractorModule):
             self.forget_batches()
 
     def _audited(self, size: int, dataloader: int, number: int) -> list[int]:
-        """Some of the first batch, and then of one in so many that it is as many of 1024 targets."""
+        """Which rows of a batch to audit: as many of each 1024 targets as the settings say, in one batch of these."""
         if number % max(1, AUDITED_TOGETHER // size):
             return []
         draw = random.Random(f"{self.settings.seed}/{dataloader}/{number}/audit")

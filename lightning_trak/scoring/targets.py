@@ -15,7 +15,8 @@ from lightning_trak.features.pipeline import FeaturePipeline
 from lightning_trak.features.rows import Features, StoredFeatures
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.outputs import ModelOutput
-from lightning_trak.running.loading import batch_size_of
+from lightning_trak.running.chunks import chunked
+from lightning_trak.running.loading import batch_size_of, num_examples
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.scoring.base import Scorer
 from lightning_trak.scoring.groups import Sums
@@ -29,7 +30,7 @@ class Kept(NamedTuple):
     """What is kept of the scores.
 
     Attributes:
-        top_k: only so many training examples for each target; None: all.
+        top_k: how many training examples for each target; None: all.
         largest: whether these are the highest scores or the lowest; None: both.
         rows: how targets are added up; None: each has a row.
         columns: how training examples are added up; None: each has a column.
@@ -46,15 +47,15 @@ class Others:
     """Examples that are not in the store, to score targets against.
 
     Attributes:
-        loader: whose dataset they are in.
-        datamodule: where the loader came from, if it has batch transfer hooks of its own.
+        loader: the loader whose dataset holds them.
+        datamodule: the data module that gave the loader, if there is one.
     """
 
     loader: DataLoader[Any]
     datamodule: L.LightningDataModule | None
 
     def __len__(self) -> int:
-        return len(cast(Any, self.loader.dataset))
+        return num_examples(self.loader)
 
     def features(
         self, trainer: L.Trainer, pipeline: FeaturePipeline, model: ModelCopy, store: FeatureStore
@@ -62,7 +63,7 @@ class Others:
         """Positions and features at each checkpoint, rounded as in the store, a block at a time."""
         rows, dtype = store.read_stored(0, 0), pipeline.settings.dtype
         numbers = max(rows.k * store.num_checkpoints, 2 * store.num_examples if store.num_examples < rows.k else 0)
-        blocks = list(_blocks(self.loader, numbers * max(4, dtype.floating.itemsize)))
+        blocks = _blocks(self.loader, numbers * max(4, dtype.floating.itemsize))
         found = pipeline.target_features(trainer, self.loader, blocks, model, store, self.datamodule, of=" of train=")
         for examples, features in zip(blocks, found, strict=True):
             yield examples, [StoredFeatures.encode(part, dtype).decode() for part in features]
@@ -85,75 +86,91 @@ def score_targets(
     Targets that are added up are added before they are scored, where scores are linear in them.
 
     Args:
-        trainer: what runs.
-        loader: whose dataset the targets are in.
+        trainer: the Trainer that runs the work.
+        loader: the loader whose dataset holds the targets.
         pipeline: makes their features.
-        model: what the pipeline's ``copy_model`` gave.
-        store: what its ``open_complete`` gave.
-        scorer: what scores.
-        datamodule: where the loader came from, if it has batch transfer hooks of its own.
+        model: the copy from the pipeline's ``copy_model``.
+        store: the store from its ``open_complete``.
+        scorer: the scorer of the method.
+        datamodule: the data module that gave the loader, if there is one.
         kept: what to keep of the scores.
-        output: of the targets, if it is another one than that of the training examples.
-        others: the examples to score them against, if it is not those in the store. Their features are made anew for
-            each block of targets.
+        output: the output of the targets; None: that of the training examples.
+        others: the examples to score them against; None: those in the store. Their features are made again for each
+            block of targets.
 
     Returns:
         On every rank a CPU Tensor ``(num_targets, num_train)``, a TopK or BothEnds; with ``kept.rows`` and
         ``kept.columns``, sums of its rows and columns.
     """
     top_k, largest, rows, columns = kept
-    width = store.shard_size + (top_k or 0) * (2 if largest is None else 1)
-    if columns is not None:
-        width += columns.count
-    if rows is not None and not scorer.linear and columns is None:
-        width = store.num_examples if others is None else len(others)
-    numbers = max(store.read_stored(0, 0).k * store.num_checkpoints, width)
-    blocks = list(_blocks(loader, numbers * max(4, pipeline.settings.dtype.floating.itemsize)))
+    numbers = max(store.read_stored(0, 0).k * store.num_checkpoints, _numbers_kept(store, scorer, kept, others))
+    blocks = _blocks(loader, numbers * max(4, pipeline.settings.dtype.floating.itemsize))
     if others is not None and len(blocks) > 1 and (rows is None or not scorer.linear):
         rank_zero_info(
             f"features of the {len(others)} examples in train= are made {len(blocks)} times, once for every"
             f" {len(blocks[0])} targets"
         )
-    parts: list[Scores] = []
-    sums: list[Tensor] = []  # directions for each checkpoint, or scores
-
-    def added(tensors: Sequence[Tensor], examples: range) -> None:
-        assert rows is not None
-        if not sums:
-            sums.extend(tensor.new_zeros(rows.count, tensor.shape[1], dtype=torch.float64) for tensor in tensors)
-        for total, tensor in zip(sums, tensors, strict=True):
-            rows.add_(total, tensor, examples, 0)
 
     def scored(directions: Sequence[Tensor], top_k: int | None) -> Scores:
+        ranks = Ranks.of(trainer)
         if others is None:
             return scorer.score(directions, top_k, largest, ranks, columns)
         features = others.features(trainer, pipeline, model, store)
         return scorer.score_others(directions, features, len(others), top_k, largest, ranks, columns)
 
-    ranks, dtype = Ranks(), torch.float32
+    parts: list[Scores] = []
+    totals = None if rows is None else _Totals(rows)
     features = pipeline.target_features(trainer, loader, blocks, model, store, datamodule, output)
     for examples, found in zip(blocks, features, strict=True):
-        ranks = Ranks.of(trainer)
-        scorer.fit(trainer.strategy.root_device, ranks)
+        scorer.fit(trainer.strategy.root_device, Ranks.of(trainer))
         directions = [scorer.directions(checkpoint, part) for checkpoint, part in enumerate(found)]
-        dtype = directions[0].dtype
-        if rows is None:
+        if totals is None:
             parts.append(scored(directions, top_k))
-        elif scorer.linear:
-            added(directions, examples)
         else:
-            added([cast(Tensor, scored(directions, None))], examples)
-    if rows is None:
-        return torch.cat(cast(list[Tensor], parts)) if isinstance(parts[0], Tensor) else join(cast(Any, parts))
-    totals = [total.to(dtype) for total in sums]
+            totals.add(directions if scorer.linear else [cast(Tensor, scored(directions, None))], examples)
+    if totals is None:
+        return join(parts)
     if scorer.linear:
-        return scored(totals, top_k)
+        return scored(totals.tensors(), top_k)
+    (scores,) = totals.tensors()
     left_out = scorer.left_out(columns) if others is None else None
-    return totals[0] if top_k is None else best_of(totals[0], top_k, largest, left_out)
+    return scores if top_k is None else best_of(scores, top_k, largest, left_out)
 
 
-def _blocks(loader: DataLoader[Any], bytes_each: int) -> Iterator[range]:
+class _Totals:
+    """Sums over targets that come in blocks: of their directions at each checkpoint, or of their scores.
+
+    Args:
+        rows: how targets are added up.
+    """
+
+    def __init__(self, rows: Sums) -> None:
+        self._rows = rows
+        self._sums: list[Tensor] = []
+        self._dtypes: list[torch.dtype] = []
+
+    def add(self, tensors: Sequence[Tensor], examples: range) -> None:
+        """Add tensors with a row for each of some targets."""
+        if not self._sums:
+            self._sums = [part.new_zeros(self._rows.count, part.shape[1], dtype=torch.float64) for part in tensors]
+            self._dtypes = [part.dtype for part in tensors]
+        for total, part in zip(self._sums, tensors, strict=True):
+            self._rows.add_(total, part, examples, 0)
+
+    def tensors(self) -> list[Tensor]:
+        """The sums, in the dtypes of what was added."""
+        return [total.to(dtype) for total, dtype in zip(self._sums, self._dtypes, strict=True)]
+
+
+def _numbers_kept(store: FeatureStore, scorer: Scorer, kept: Kept, others: Others | None) -> int:
+    """How many numbers the scores of a target take, at most, while they are made."""
+    if kept.columns is None and kept.rows is not None and not scorer.linear:
+        return store.num_examples if others is None else len(others)
+    numbers = store.shard_size + (kept.top_k or 0) * (2 if kept.largest is None else 1)
+    return numbers + (0 if kept.columns is None else kept.columns.count)
+
+
+def _blocks(loader: DataLoader[Any], bytes_each: int) -> list[range]:
     """Positions of targets, as many whole batches at a time as fit in memory."""
-    total, batch = len(cast(Any, loader.dataset)), batch_size_of(loader)
-    step = batch * max(1, TARGET_BYTES // (batch * bytes_each))
-    return (range(start, min(start + step, total)) for start in range(0, total, step))
+    batch = batch_size_of(loader)
+    return chunked(range(num_examples(loader)), batch * max(1, TARGET_BYTES // (batch * bytes_each)))

@@ -102,8 +102,8 @@ class Best:
         Args:
             scores: ``(num_targets, n)``, whose first column is training example ``start``.
             start: its position.
-            left_out: columns that are never among the best, bool, shape ``(n,)``. ``k`` must not be more than there are
-                others in all blocks.
+            left_out: columns that are never among the best, bool, shape ``(n,)``. In all blocks, at least ``k`` columns
+                must be left.
         """
         for number, (largest, best) in enumerate(self._ends):
             if left_out is not None:
@@ -140,12 +140,17 @@ def best_of(scores: Tensor, k: int, largest: bool | None, left_out: Tensor | Non
     return best.merged(Ranks(), scores)
 
 
-def join(parts: Sequence[TopK] | Sequence[BothEnds]) -> TopK | BothEnds:
-    """The best of several sets of targets, one after another."""
+def join(parts: Sequence[Scores]) -> Scores:
+    """The scores of several sets of targets, one after another. All parts are of one type."""
+    if isinstance(parts[0], Tensor):
+        return torch.cat(cast(list[Tensor], parts))
     if isinstance(parts[0], BothEnds):
-        ends = [TopK(*(torch.cat(column) for column in zip(*end, strict=True))) for end in zip(*parts, strict=True)]
-        return BothEnds(*ends)
-    return TopK(*(torch.cat(column) for column in zip(*cast(Sequence[TopK], parts), strict=True)))
+        return BothEnds(*(_joined(ends) for ends in zip(*cast(Sequence[BothEnds], parts), strict=True)))
+    return _joined(cast(Sequence[TopK], parts))
+
+
+def _joined(parts: Sequence[TopK]) -> TopK:
+    return TopK(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 def rows_of(scores: Scores, rows: slice | list[int]) -> Scores:

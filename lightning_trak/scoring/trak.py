@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, TypedDict, cast
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -17,13 +17,21 @@ from lightning_trak.scoring.damping import Damping, auto_damping, ends
 from lightning_trak.scoring.dual import DualSystem, kernel_matrix, products_with
 from lightning_trak.scoring.gram import Curvature, DampedGram, gram_matrix, require_convex, row_blocks
 from lightning_trak.scoring.groups import Sums
-from lightning_trak.scoring.lag import MOST, find_lag, residual_sums
+from lightning_trak.scoring.lag import MOST, Lag, find_lag, residual_sums
 from lightning_trak.scoring.noise import Noise, stored_noise
 from lightning_trak.scoring.temperature import Tempered
 from lightning_trak.scoring.topk import Scores
 from lightning_trak.scoring.undamped import System, Undamped
 
 LossGradients = Literal["per_checkpoint", "averaged"]
+
+
+class Lagging(TypedDict, total=False):
+    """What the automatic choices of a scorer need to know of the training, see :class:`TRAKScorer`."""
+
+    lag: Lag
+    averages: bool
+
 
 _CACHE_FORMAT = 3  # of a stored Gram matrix; one of another format is made again
 _SYSTEM_BYTES = 1 << 32  # of factors in memory; those of more checkpoints are made again when they are needed
@@ -53,6 +61,8 @@ class TRAKScorer(Scorer):
             is not part of K_m, and is scored, too: by the step of adding it. Default: all models have seen all.
         tempered: what gives Q in the place of the stored one, with loss_gradients="per_checkpoint". K_m, and with it
             lambda_m, stay as they are. Default: the stored Q.
+        lag: how far each training is from its end, where something is chosen by it; ``"auto"`` measures it, see
+            :mod:`lightning_trak.scoring.lag`.
         averages: whether each example's loss is a mean over several predictions, such as its tokens.
     """
 
@@ -67,6 +77,7 @@ class TRAKScorer(Scorer):
         soft_threshold: float,
         subsets: Sequence[TrainingSubset | None] | None = None,
         tempered: Tempered | None = None,
+        lag: Lag = "auto",
         averages: bool = False,
     ) -> None:
         super().__init__(store)
@@ -76,6 +87,7 @@ class TRAKScorer(Scorer):
         self.soft_threshold = soft_threshold
         self.subsets = [None] * store.num_checkpoints if subsets is None else subsets
         self.tempered = tempered
+        self.lag: Lag = lag
         self.averages = averages
         self.noise: Noise | None = None  # of the training examples, where something is chosen by it
         self._lags_known: set[int] = set()  # checkpoints
@@ -103,6 +115,8 @@ class TRAKScorer(Scorer):
         chooses = self.tempered is not None and self.tempered.automatic
         if self.noise is None and (self.damping == "auto" or chooses):
             self.noise = stored_noise(self.store, self.subsets, self.averages, ranks)
+            if self.lag != "auto":
+                self.noise.lags = [self.lag] * self.store.num_checkpoints
         dampings = [self._system(checkpoint, ranks)[1] for checkpoint in range(self.store.num_checkpoints)]
         if self.tempered is not None:
             self._settled = self.tempered.settled(self.noise)
@@ -136,7 +150,7 @@ class TRAKScorer(Scorer):
         def aligned(factor: float) -> float:
             return matrix.alignment(damping(factor), bool(cast(Noise, noise).scaled[checkpoint]))
 
-        if noise is not None and weighted and checkpoint not in self._lags_known:
+        if self.lag == "auto" and noise is not None and weighted and checkpoint not in self._lags_known:
             follows = self.damping == "auto" and not self.averages
             noise.lags[checkpoint] = find_lag(aligned) if follows else min(max(1.0, aligned(1.0)), MOST)
             self._lags_known.add(checkpoint)

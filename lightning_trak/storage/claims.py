@@ -160,59 +160,65 @@ class ClaimedDirectory:
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ESTALE):
                 return False
-            # No locks here. At worst, two runs add different data, and one of them is refused when it writes.
-            if self._grows(wanted, content):
-                self._write(wanted, replace=True)
-            elif self._overwrite and not self._is_same(wanted):
-                raise ValueError(
-                    f'{self._kind.short_name} "{self.path}" cannot be overwritten: its file system has no locks, so'
-                    " nobody can tell whether another process uses it; delete it yourself, or use another directory"
-                ) from error
-            else:
-                self._require_same(wanted)
+            self._claim_without_locks(wanted, content, error)
             return True
         try:
-            if not alone and not lock.take(shared=True, wait=False):
-                lock.take(
-                    shared=True
-                )  # wait: another process has an exclusive lock, and will replace the manifest or release the lock
-                return False
-            if not lock.is_on(path):
-                return False
-            self.manifest = read_manifest(self.path, self._kind)
-            wanted = self._extended(content)
-            if (
-                self._overwrite
-                and not self._grows(wanted, content)
-                and self._discard(alone, self._is_same(wanted))
-                and not self._is_same(wanted)
-            ):
-                self._replace(content)
-                return True
-            if alone and not self._is_same(wanted) and not self._has_results():
-                self._replace(content)
-                return True
-            if alone and self._grows(wanted, content):
-                self._write(wanted, replace=True)
-                return True
-            if alone:
-                lock.take(shared=True)
-                if not lock.is_on(path):
-                    return False
-            if self._grows(wanted, content):
-                raise ValueError(
-                    f'another process is writing to {self._kind.short_name} "{self.path}", so that it cannot grow now;'
-                    " wait until that process has ended"
-                )
-            self._require_same(wanted)
-            self._lock = lock
-            _held[_key(lock)] = lock
-            return True
+            return self._claim_locked(lock, alone, content)
         finally:
             if lock is not opened:
                 lock.take(shared=True)  # earlier runs of this process need it
             if self._lock is not opened:
                 opened.close()
+
+    def _claim_locked(self, lock: Lock, alone: bool, content: dict[str, Any]) -> bool:
+        """See :meth:`_claim`.
+
+        Args:
+            lock: on the manifest.
+            alone: whether this process has it for itself.
+            content: as for :meth:`_claim`.
+        """
+        path = self.path / MANIFEST
+        if not alone and not lock.take(shared=True, wait=False):
+            lock.take(shared=True)  # wait: the process that has it will replace the manifest or release the lock
+            return False
+        if not lock.is_on(path):
+            return False
+        self.manifest = read_manifest(self.path, self._kind)
+        wanted = self._extended(content)
+        same, grows = self._is_same(wanted), self._grows(wanted, content)
+        discarded = self._overwrite and not grows and self._discard(alone, same)
+        if not same and (discarded or (alone and not self._has_results())):
+            self._replace(content)
+            return True
+        if grows and alone:
+            self._write(wanted, replace=True)
+            return True
+        if grows:
+            raise ValueError(
+                f'another process is writing to {self._kind.short_name} "{self.path}", so that it cannot grow now;'
+                " wait until that process has ended"
+            )
+        if alone:
+            lock.take(shared=True)
+            if not lock.is_on(path):
+                return False
+        self._require_same(wanted)
+        self._lock = lock
+        _held[_key(lock)] = lock
+        return True
+
+    def _claim_without_locks(self, wanted: dict[str, Any], content: dict[str, Any], error: OSError) -> None:
+        """See :meth:`_claim`. At worst, two runs add different data, and one of them is refused when it writes."""
+        if self._grows(wanted, content):
+            self._write(wanted, replace=True)
+        elif self._overwrite and not self._is_same(wanted):
+            raise ValueError(
+                f'{self._kind.short_name} "{self.path}" cannot be overwritten: its file system has no locks, so'
+                " nobody can tell whether another process uses it; delete it yourself, or use another directory"
+            ) from error
+        else:
+            self._require_same(wanted)
 
     def _discard(self, alone: bool, same: bool) -> bool:
         """Delete what other runs have left; of a run with the same identity, what is not this run's own.

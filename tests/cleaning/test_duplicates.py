@@ -140,8 +140,10 @@ def test_stored_features_tell_labels_apart(tmp_path, checkpoints, dtype):
 @pytest.mark.parametrize("method", [RepresentationSimilarity, KNNShapley])
 def test_representations_do_not(checkpoints, method):
     found = duplicates(method(make_model(), checkpoints), make_trainer(), planted(), threshold=1)
-    assert found.positions.tolist() == [3, 10, 44, 25, 31]
-    assert found.groups == (1, 1, 1, 2, 2)
+    groups = {}  # of equal examples: rounding decides which group comes first
+    for position, group in zip(found.positions.tolist(), found.groups, strict=True):
+        groups.setdefault(group, []).append(position)
+    assert sorted(groups.values()) == [[3, 10, 44], [25, 31]]
     assert [row[2] for row in found.table().rows] == list(found.groups)
 
 

@@ -43,9 +43,11 @@ def parameters() -> int:
     return sum(parameter.numel() for parameter in make_model().parameters())
 
 
-@pytest.mark.parametrize(("damping", "largest"), [(0.05, True), ("auto", False)])
-def test_with_all_examples_as_candidates_it_is_the_exact_method(tmp_path, damping, largest):
-    trak = make_trak(tmp_path, damping=damping, temperature=1)
+@pytest.mark.parametrize(("damping", "lag", "largest"), [(0.05, 1, True), ("auto", 1, False), ("auto", 3, True)])
+def test_with_all_examples_as_candidates_it_is_the_exact_method(tmp_path, monkeypatch, damping, lag, largest):
+    trak = make_trak(tmp_path, damping=damping, temperature=1, lag=lag)
+    agreement = InfluenceFunction._noise_level
+    monkeypatch.setattr(InfluenceFunction, "_noise_level", lambda *args: lag * agreement(*args))
     expected = exact_scores(trak).topk(10, dim=1, largest=largest)
     for rescore in (50, 1000):
         found = trak.score(double(), TARGETS, top_k=10, largest=largest, rescore=rescore)

@@ -183,6 +183,24 @@ def test_outputs_of_several_predictions_say_so(tmp_path, output):
     assert not ClassificationMargin.averages
 
 
+def test_a_given_lag_takes_the_place_of_the_measured_one(tmp_path):
+    store = store_of(tmp_path, logistic(1), logistic(4))
+    settings = store, "gauss_newton", "auto", "per_checkpoint", 0.0, None, Tempered(ClassificationMargin(), "auto")
+    one, three = (TRAKScorer(*settings, lag=lag) for lag in (1.0, 3.0))
+    for scorer in (one, three):
+        scorer.fit(CPU)
+    assert three.noise.temperature == pytest.approx(3**1.5 * one.noise.temperature)
+    assert three.noise.levels(weighted=True) == pytest.approx([3 * level for level in one.noise.levels(weighted=True)])
+    assert scorer._system(0)[1] == pytest.approx(3 * one._system(0)[1])
+
+
+@pytest.mark.parametrize("lag", [0, 0.9, -2, float("nan"), float("inf"), "Auto", None, True])
+def test_what_is_no_lag_is_refused_at_construction(tmp_path, lag):
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="lag must be at least 1 and finite, or 'auto'; got"):
+        TRAK(model, [model.state_dict()], tmp_path, output=ClassificationMargin(), lag=lag)
+
+
 def test_order_and_shards_do_not_matter(tmp_path):
     rows, order = logistic(4), torch.randperm(N, generator=draw())
     expected = scores(fitted(store_of(tmp_path / "one", rows), temperature="auto"))

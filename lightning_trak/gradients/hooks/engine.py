@@ -24,6 +24,7 @@ from lightning_trak.gradients.hooks.tracked_module import TrackedModule, coverag
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.base import close
 from lightning_trak.projections.base import BoundProjection
+from lightning_trak.texts.messages import listed
 
 Shapes = tuple[Any, ...]
 
@@ -232,8 +233,7 @@ class HookEngine(GradientEngine):
         ]
         if used:
             raise EngineError(
-                f"{', '.join(used[:3])}{', ...' if len(used) > 3 else ''} is also used outside its layer's forward,"
-                " where hooks do not see it",
+                f"{listed(used)} is also used outside its layer's forward, where hooks do not see it",
                 used,
             )
 

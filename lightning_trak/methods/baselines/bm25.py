@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from lightning_trak.methods.base import MatrixMethod
 from lightning_trak.methods.examples import Examples
-from lightning_trak.running.loading import batch_size_of, load
+from lightning_trak.running.loading import batch_size_of, load, num_examples
 from lightning_trak.running.random_states import isolated_random_states
 from lightning_trak.running.ranges import batch_ranges
 
@@ -87,7 +87,7 @@ class BM25(MatrixMethod):
         return scores
 
     def _tokenize(self, loader: DataLoader[Any]) -> list[list[Hashable]]:
-        ranges = batch_ranges(range(len(cast(Any, loader.dataset))), batch_size_of(loader))
+        ranges = batch_ranges(range(num_examples(loader)), batch_size_of(loader))
         with isolated_random_states():
             batches = load(loader, (part.examples for part in ranges), collate_fn=list)
             return [list(_tokens(self.text(item))) for batch in batches for item in batch]

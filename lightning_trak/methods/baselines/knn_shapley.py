@@ -106,7 +106,7 @@ def knn_shapley_values(nearness: Tensor, agrees: Tensor, k: int) -> Tensor:
     Returns:
         float64, shape ``(num_targets, num_train)``.
     """
-    # Rounded, so that neighbours at the same distance are ties, whatever the order of a sum made of them.
+    # Rounded, so that neighbours at the same distance are ties, although sums in another order round differently.
     order = nearness.float().argsort(dim=1, descending=True, stable=True)
     votes = agrees.double().gather(1, order)
     place = torch.arange(1, nearness.shape[1] + 1, dtype=torch.float64)

@@ -1,7 +1,7 @@
 """What influence methods share: preconditioned target gradients, multiplied by streamed training gradients."""
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TypedDict
 
 import lightning as L
@@ -84,9 +84,9 @@ class Influence(DataMethod):
         self.seed = seed
 
     @override
-    def _model_copy(self) -> ModelCopy:
+    def _model_copy(self, parameters: ParameterSelection = None) -> ModelCopy:
         digests = [content.digest for content in Contents(self.checkpoints).read()]
-        return ModelCopy(self.model, self.output, self.checkpoints, digests)
+        return ModelCopy(self.model, self.output, self.checkpoints, digests, parameters)
 
     @abstractmethod
     def _prepare(self, passes: Passes) -> InverseProduct:
@@ -130,11 +130,9 @@ class Influence(DataMethod):
         """
         require_whole_parameters(trainer)
         scored = train if asked.candidates is None else asked.candidates
-        digests = [content.digest for content in Contents(self.checkpoints).read()]
-        voting = ModelCopy(self.model, self.output, self.checkpoints, digests)
-        targets = with_predictions(trainer, targets, voting, asked.output)
+        targets = with_predictions(trainer, targets, self._model_copy, asked.output)
         with without_gradients():
-            passes = self._passes(trainer, train, digests)
+            passes = self._passes(trainer, train)
             found = Collected(asked.num_rows(len(targets)), len(scored), asked.columns, passes.dtype)
             for checkpoint in range(len(self.checkpoints)):
                 passes.enter(checkpoint)
@@ -159,9 +157,8 @@ class Influence(DataMethod):
         trainer = trainer_of(trainer)
         require_whole_parameters(trainer)
         examples = Examples(train, "fit", trainer)
-        digests = [content.digest for content in Contents(self.checkpoints).read()]
         with without_gradients():
-            passes = self._passes(trainer, examples, digests)
+            passes = self._passes(trainer, examples)
             scores = torch.zeros(len(examples), dtype=passes.dtype)
             for checkpoint in range(len(self.checkpoints)):
                 passes.enter(checkpoint)
@@ -173,9 +170,8 @@ class Influence(DataMethod):
                     scores[block.members] += products.cpu()
         return (scores / len(self.checkpoints)).abs()
 
-    def _passes(self, trainer: L.Trainer, train: Examples, digests: Sequence[str]) -> Passes:
-        model = ModelCopy(self.model, self.output, self.checkpoints, digests, self._selection())
-        passes = Passes(model, self.seed, trainer, train)
+    def _passes(self, trainer: L.Trainer, train: Examples) -> Passes:
+        passes = Passes(self._model_copy(self._selection()), self.seed, trainer, train)
         passes.noise_level = self._noise_level(passes)
         return passes
 

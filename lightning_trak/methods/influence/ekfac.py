@@ -17,6 +17,7 @@ from lightning_trak.methods.influence.eigenbases import Basis, fit_bases, unseen
 from lightning_trak.methods.influence.passes import Passes
 from lightning_trak.methods.influence.solvers import InverseProduct
 from lightning_trak.scoring.gram import require_convex
+from lightning_trak.texts.messages import with_reasons
 
 EKFACCurvature = Literal["gauss_newton", "empirical"]
 
@@ -75,11 +76,11 @@ class EKFACInfluence(Influence):
         names = {name: raw for name, raw in selected.items() if sizes[raw]}
         blocks, left_out = find_blocks(self.model, names)
         if not blocks:
-            raise ValueError(f"EK-FAC covers none of the selected parameters: {_listed(left_out)}")
+            raise ValueError(f"EK-FAC covers none of the selected parameters: {with_reasons(left_out)}")
         if left_out:
             warnings.warn(
                 f"EK-FAC leaves out {len(left_out)} of {len(names)} parameters, as if they did not change in training:"
-                f" {_listed(left_out)}",
+                f" {with_reasons(left_out)}",
                 stacklevel=5,
             )
         return lambda name, _: name in names and name not in left_out
@@ -90,7 +91,7 @@ class EKFACInfluence(Influence):
         if unseen:
             raise ValueError(
                 "EK-FAC does not see all uses of some parameters in the model: leave them out by parameters=."
-                f" {_listed(unseen)}"
+                f" {with_reasons(unseen)}"
             )
         bases = fit_bases(passes, blocks, self._squared_weights)
         damped = []
@@ -128,7 +129,3 @@ class EKFACInfluence(Influence):
             for block, basis, total in zip(blocks, bases, totals, strict=True):
                 total += basis.diagonal(block.gather(parts), counts)
         return totals
-
-
-def _listed(reasons: dict[str, str]) -> str:
-    return "; ".join(f"{name}: {reason}" for name, reason in reasons.items())

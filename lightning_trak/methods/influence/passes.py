@@ -24,6 +24,7 @@ from lightning_trak.outputs.evaluating import exact_attention
 from lightning_trak.packages import both, is_a
 from lightning_trak.projections import IdentityProjection
 from lightning_trak.running.batches import TransferHooks, on_device
+from lightning_trak.running.chunks import chunked
 from lightning_trak.running.loading import batch_size_of, load, sample_batches
 from lightning_trak.running.random_states import isolated_random_states
 
@@ -152,7 +153,7 @@ class Passes:
             self._layouts[examples] = find_layout(*self._on_device(probes, examples))
         self.layout = self._layouts[examples]
         if positions is None:
-            positions = _cut(range(len(examples)), batch_size_of(examples.loader))
+            positions = chunked(range(len(examples)), batch_size_of(examples.loader))
         sizes: list[int] = []
 
         def noted() -> Iterator[Sequence[int]]:
@@ -175,12 +176,12 @@ class Passes:
         """
         chosen = range(len(examples)) if positions is None else positions
         size = batch_size_of(examples.loader)
-        parts = _cut(chosen, size if fitting is None else min(size, fitting))
+        parts = chunked(chosen, size if fitting is None else min(size, fitting))
         yield from zip(parts, self.batches(examples, parts), strict=True)
 
     def cut(self, examples: Examples) -> list[Sequence[int]]:
         """The positions of all examples, in the batches of :meth:`rows`."""
-        return _cut(range(len(examples)), min(batch_size_of(examples.loader), self._fitting))
+        return chunked(range(len(examples)), min(batch_size_of(examples.loader), self._fitting))
 
     @property
     def _fitting(self) -> int:
@@ -236,7 +237,3 @@ def without_gradients() -> Iterator[None]:
     """For everything that is done with passes: the user's random states, modes and autograd are left alone."""
     with isolated_random_states(), torch.inference_mode(False), torch.no_grad():
         yield
-
-
-def _cut(positions: Sequence[int], size: int) -> list[Sequence[int]]:
-    return [positions[start : start + size] for start in range(0, len(positions), size)]

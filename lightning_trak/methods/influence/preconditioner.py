@@ -9,6 +9,7 @@ from torch import Tensor
 from lightning_trak.methods.influence.blocks import Block, find_blocks
 from lightning_trak.methods.influence.eigenbases import Basis, fit_bases, unseen_uses
 from lightning_trak.methods.influence.hessian import Hessian
+from lightning_trak.texts.messages import in_one_line, with_reasons
 
 _LARGEST_SIDE = 8192  # of a layer's covariance: its eigenvectors take minutes, and half a gibibyte
 
@@ -77,13 +78,13 @@ def _bases(hessian: Hessian) -> tuple[list[Block], list[Basis], dict[str, str]]:
     except torch.cuda.OutOfMemoryError:
         raise
     except Exception as error:  # the preconditioner is no part of the result
-        reason = f"hooks fail: {type(error).__name__}: {error}".splitlines()[0][:200]
+        reason = f"hooks fail: {in_one_line(error)}"
         left_out |= {name: reason for block in blocks for name in block.names}
         blocks, bases = [], []
     if left_out:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
         rank_zero_info(
             f"conjugate gradients at {passes.where}: EK-FAC covers {len(passes.model.names) - len(left_out)} of"
-            f" {len(passes.model.names)} parameters, and the others are divided by the diagonal: {reasons}"
+            f" {len(passes.model.names)} parameters, and the others are divided by the diagonal:"
+            f" {with_reasons(left_out)}"
         )
     return blocks, bases, left_out

@@ -17,6 +17,7 @@ from lightning_trak.gradients.batch import ExampleBatch
 from lightning_trak.gradients.substitution import Substituted
 from lightning_trak.methods.examples import Examples
 from lightning_trak.methods.influence.passes import Passes
+from lightning_trak.texts.messages import in_one_line
 
 _TOGETHER = 32  # directions in one forward pass, in the memory of as many passes
 _WRITE = 100  # to make one number of a gradient, and read it, costs as much as this many operations of a product
@@ -57,7 +58,7 @@ def gradient_products(
             except torch.cuda.OutOfMemoryError:
                 raise
             except Exception as error:  # an error of the model itself comes again with gradients
-                reason = _in_short(error)
+                reason = f"forward mode fails: {in_one_line(error)}"
                 break
             require_finite(products, torch.tensor(part), f"at {passes.where}")
             yield part, products
@@ -95,7 +96,7 @@ def _reason_for_gradients(passes: Passes, directions: Tensor, examples: Examples
     except torch.cuda.OutOfMemoryError:
         raise
     except Exception as error:  # an error of the model itself comes again with gradients
-        return _in_short(error)
+        return f"forward mode fails: {in_one_line(error)}"
     gradients = torch.cat([rows.features for _, rows in passes.rows(examples, audited)])
     allowed = passes.extractor().engine.rounding * gradients.norm(dim=1, keepdim=True) * directions.norm(dim=1)
     off = (found - gradients @ directions.T).abs() > allowed
@@ -129,7 +130,3 @@ def _forward_mode(passes: Passes, batch: Any, size: int, directions: Tensor) -> 
         loss_gradients, curvatures = passes.model.output.derivatives(values)
     columns = torch.cat(products, dim=1), values, loss_gradients, curvatures
     return Features(*(column.to(passes.dtype) for column in columns))
-
-
-def _in_short(error: Exception) -> str:
-    return f"forward mode fails: {type(error).__name__}: {error}".splitlines()[0][:200]

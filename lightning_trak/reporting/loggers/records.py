@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
-import torch
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
 from lightning_trak.metrics import LinearDatamodelingScore
 from lightning_trak.metrics.functional import DetectionCurve
-from lightning_trak.reporting.explanations import Describe, described
+from lightning_trak.reporting.explanations import Describe, Example, Explanation, described, explained
 from lightning_trak.reporting.loggers.base import writers_for
 from lightning_trak.reporting.plots import Picture, plot_brittleness, plot_mislabel_curves, plot_pictures
 from lightning_trak.scoring.topk import BothEnds, Scores, TopK, rows_of, strongest
@@ -20,6 +20,8 @@ from lightning_trak.texts.printable import counted
 from lightning_trak.texts.tables import Cell, Table
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from lightning_trak.retraining import Brittleness
 
 Loggers = Iterable[Logger]
@@ -92,43 +94,59 @@ def log_attributions(
         return
     rows = list(range(min(8, len(targets))) if shown is None else shown)
     best = strongest(rows_of(scores, rows), k, largest)
-    groups = {kind: TopK(*(part.cpu() for part in top)) for kind, top in best.items()}
-    named = torch.unique(torch.cat([top.indices.flatten() for top in groups.values()])).tolist()
-    train_items = {index: train[index] for index in named}
-    target_items = {row: targets[row] for row in rows}
-    train_names, target_names = (
-        {position: described(describe, item) if describe else f"#{position}" for position, item in items.items()}
-        for items in (train_items, target_items)
-    )
-    entries = {
-        kind: [list(zip(*row, strict=True)) for row in zip(top.indices.tolist(), top.values.tolist(), strict=True)]
-        for kind, top in groups.items()
-    }
-    cells: list[tuple[Cell, ...]] = [
-        (row, target_names[row], kind.removesuffix("s"), rank, index, train_names[index], value)
+    read_train, read_target = (cache(partial(_example, data, describe, image)) for data in (train, targets))
+    explanations = [
+        explained(
+            row,
+            {kind: TopK(*(part[number] for part in top)) for kind, top in best.items()},
+            read_target(row),
+            read_train,
+        )
         for number, row in enumerate(rows)
-        for kind, lists in entries.items()
-        for rank, (index, value) in enumerate(lists[number], 1)
     ]
-    table = Table(("target", "target is", "kind", "rank", "example", "example is", "score"), cells)
+    table = _table(explanations)
     for writer in writers:
         writer.table(f"{name}/table", table, step)
     if image is not None:
-        images = {index: image(item) for index, item in train_items.items()}
-        figure = plot_pictures(
-            [Picture(image(target_items[row]), target_names[row]) for row in rows],
-            {
-                kind: [
-                    [Picture(images[index], f"{train_names[index]}\n{value:+.2g}") for index, value in entry]
-                    for entry in lists
-                ]
-                for kind, lists in entries.items()
-            },
-        )
+        figure = _figure(explanations, best)
         for writer in writers:
             writer.figure(f"{name}/images", figure, step)
     for writer in writers:
         writer.flush()
+
+
+def _example(dataset: Any, describe: Describe | None, image: Callable[[Any], Tensor] | None, index: int) -> Example:
+    item = dataset[index]
+    return Example(described(describe, item) if describe else f"#{index}", image(item) if image else None)
+
+
+def _table(explanations: Sequence[Explanation]) -> Table:
+    """A row for each proponent and opponent of each target."""
+    cells: list[tuple[Cell, ...]] = [
+        (each.position, each.target.text, kind.removesuffix("s"), rank, entry.position, entry.example.text, entry.score)
+        for each in explanations
+        for kind, entries in each.groups.items()
+        for rank, entry in enumerate(entries, 1)
+    ]
+    return Table(("target", "target is", "kind", "rank", "example", "example is", "score"), cells)
+
+
+def _figure(explanations: Sequence[Explanation], kinds: Iterable[str]) -> Figure:
+    """Targets beside the images of their proponents and opponents."""
+
+    def picture(example: Example, *more: str) -> Picture:
+        assert example.image is not None
+        return Picture(example.image, "\n".join((example.text, *more)))
+
+    return plot_pictures(
+        [picture(each.target) for each in explanations],
+        {
+            kind: [
+                [picture(entry.example, f"{entry.score:+.2g}") for entry in each.groups[kind]] for each in explanations
+            ]
+            for kind in kinds
+        },
+    )
 
 
 def _require_fit(scores: Scores, num_targets: int, num_train: int, largest: bool) -> None:

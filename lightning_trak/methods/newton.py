@@ -1,0 +1,62 @@
+"""What TRAK with and without a projection share: a Newton step for each training example."""
+
+from pathlib import Path
+
+from torch import nn
+from typing_extensions import Unpack
+
+from lightning_trak.checks import require_one_of
+from lightning_trak.methods.feature import FeatureMethod
+from lightning_trak.methods.options import Checkpoints, FeatureOptions
+from lightning_trak.scoring.damping import Damping, require_damping
+from lightning_trak.scoring.gram import Curvature
+from lightning_trak.scoring.lag import Lag, require_lag
+from lightning_trak.scoring.temperature import Temperature, Tempered, require_temperature, tempered
+from lightning_trak.scoring.trak import Lagging, LossGradients
+
+
+class NewtonMethod(FeatureMethod):
+    """Base of :class:`~lightning_trak.TRAK` and :class:`~lightning_trak.methods.ExactKernel`.
+
+    The arguments are those of TRAK.
+    """
+
+    _shown = (*FeatureMethod._shown, "curvature", "damping", "loss_gradients", "temperature", "lag")
+
+    def __init__(
+        self,
+        model: nn.Module,
+        checkpoints: Checkpoints | None,
+        store: str | Path | None,
+        *,
+        curvature: Curvature,
+        damping: Damping,
+        loss_gradients: LossGradients,
+        soft_threshold: float,
+        temperature: Temperature | None,
+        lag: Lag,
+        **options: Unpack[FeatureOptions],
+    ) -> None:
+        require_one_of("curvature", curvature, ("gauss_newton", "identity"))
+        require_one_of("loss_gradients", loss_gradients, ("per_checkpoint", "averaged"))
+        if not 0 <= soft_threshold < float("inf"):
+            raise ValueError(f"soft_threshold must be at least 0, and finite, got {soft_threshold}")
+        self.curvature: Curvature = curvature
+        self.damping = require_damping(damping)
+        self.loss_gradients: LossGradients = loss_gradients
+        self.soft_threshold = soft_threshold
+        self.temperature = require_temperature(temperature, loss_gradients)
+        self.lag = require_lag(lag)
+        super().__init__(model, checkpoints, store, **options)
+
+    def _step(self) -> tuple[Curvature, Damping, LossGradients, float]:
+        """What a scorer needs to know of the step."""
+        return self.curvature, self.damping, self.loss_gradients, self.soft_threshold
+
+    def _lagging(self) -> Lagging:
+        """What the automatic choices of a scorer need to know of the training."""
+        return {"lag": self.lag, "averages": self.output.averages}
+
+    def _tempered(self) -> Tempered | None:
+        """What gives Q in the place of the stored one."""
+        return tempered(self.output, self.temperature, self.damping, self.loss_gradients)
