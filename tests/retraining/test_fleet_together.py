@@ -166,15 +166,27 @@ def test_a_member_that_diverges_fails_alone(tmp_path):
 
 
 def test_an_error_is_that_of_all_who_were_trained_at_once(tmp_path):
-    class Branching(Net):
-        def training_step(self, batch):
-            loss = super().training_step(batch)
-            return loss if loss < 10 else 2 * loss
+    class Failing(Net):
+        repaired = False
 
-    fleet = make_fleet(tmp_path, Branching)
+        def training_step(self, batch):
+            if self.global_step == 1 and not Failing.repaired:
+                raise ValueError("the disk is full")
+            return super().training_step(batch)
+
+    fleet = make_fleet(tmp_path, Failing)
     with pytest.warns(UserWarning, match="failed"), pytest.raises(RuntimeError, match="3 of 3 members failed"):
         fleet.run(together=3, retries=0, progress_bar=False)
-    assert "data-dependent control flow" in fleet.store.failure(Member(2, 0))["traceback"]
+    assert "the disk is full" in fleet.store.failure(Member(2, 0))["traceback"]
+    Failing.repaired = True
+    fleet.run(progress_bar=False)
+    assert fleet.outputs.isfinite().all()
+
+
+def test_what_vmap_cannot_run_stops_the_fleet_and_can_be_trained_one_by_one(tmp_path):
+    fleet = make_fleet(tmp_path, Branches)
+    with pytest.raises(ValueError, match="cannot run many Branches at once"):
+        fleet.run(together=3, progress_bar=False)
     fleet.run(progress_bar=False)
     assert fleet.outputs.isfinite().all()
 
