@@ -23,6 +23,20 @@ def positive(name: str, value: int) -> int:
     raise ValueError(f"Expected `{name}` to be a positive integer but got {value!r}.")
 
 
+def require_bool(name: str, value: object) -> None:
+    """Check a switch. A text such as ``"no"`` would count as true.
+
+    Args:
+        name: of the argument, for the error.
+        value: what was given for it.
+
+    Raises:
+        TypeError: if it is neither True nor False.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False; got {value!r}")
+
+
 def require_one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
     """Check an argument that has few values.
 

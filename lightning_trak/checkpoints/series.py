@@ -39,6 +39,7 @@ from lightning_trak.checkpoints.manifest import (
     preconditioner_name,
 )
 from lightning_trak.checkpoints.weights import pack, read_safetensors, without_extra_state
+from lightning_trak.checks import require_bool
 from lightning_trak.storage.files import remove_leftovers, write_atomically, write_json
 from lightning_trak.storage.locations import locate, require_regular
 from lightning_trak.storage.locks import Lock, hold
@@ -123,6 +124,7 @@ class SnapshotSeries:
         Raises:
             ValueError: if the directory holds snapshots already, or another run is writing to it.
         """
+        require_bool("overwrite", overwrite)
         held = self._hold()
         existing = self._existing()
         run = uuid.uuid4().hex
@@ -163,6 +165,7 @@ class SnapshotSeries:
         Raises:
             ValueError: if the directory holds snapshots of another run, or another run is writing to it.
         """
+        require_bool("overwrite", overwrite)
         held = self._hold()
         existing = self._existing()
         if existing is None or not existing.snapshots:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_trak.gradients.base import EngineError, GradientEngine
 from lightning_trak.gradients.batch import ExampleBatch
 from lightning_trak.gradients.hooks import HookEngine, MixedEngine
 from lightning_trak.gradients.loop import LoopEngine
+from lightning_trak.gradients.precision import in_double, output_in_double
 from lightning_trak.gradients.soundness import require_repeatable
 from lightning_trak.outputs.base import close
 from lightning_trak.projections.base import BoundProjection
@@ -133,11 +132,9 @@ class Audit:
         if self._dtype == torch.float64:
             return False
         pair = batch.take([number, (number + 1) % batch.size] if batch.size > 1 else [number])
-        pair = ExampleBatch(_in_double(pair.content), pair.size, pair.layout)
+        pair = ExampleBatch(in_double(pair.content), pair.size, pair.layout)
         module = copy.deepcopy(self._reference.module).double()
-        output = copy.deepcopy(self._reference.output)
-        for attribute, value in vars(output).items():
-            setattr(output, attribute, value.double() if isinstance(value, nn.Module) else _in_double(value))
+        output = output_in_double(self._reference.output)
         try:
             rows = self._engine.on(module, output)(pair)[1]
             _, expected = self._reference.on(module, output).one(pair, 0)
@@ -180,10 +177,4 @@ def _dependent(name: str, alone: Tensor) -> str:
         " output that depends on the rest of the batch has no gradient of its own. Three causes are common: in-batch"
         " contrastive losses (use ContrastiveMargin), batch normalisation without running statistics, and padding that"
         " is not masked (mask it, pad all examples to one length, or use batch_size=1)"
-    )
-
-
-def _in_double(content: Any) -> Any:
-    return apply_to_collection(
-        content, Tensor, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor
     )

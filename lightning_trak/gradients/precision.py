@@ -1,5 +1,6 @@
-"""The precision that a module computes in: float32 at least where rounding matters, and errors of CPUs in bfloat16."""
+"""The precision that a module computes in: float32 or more where rounding matters, and errors of CPUs in bfloat16."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +10,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_trak.compatibility import apply_to_tensors
+from lightning_trak.outputs.base import ModelOutput
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -54,6 +56,21 @@ class WorkingPrecision:
             yield
         finally:
             torch.set_default_dtype(before)
+
+
+def in_double(content: Any) -> Any:
+    """A batch, or any structure of tensors, with floating-point numbers in float64."""
+    return apply_to_collection(
+        content, Tensor, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor
+    )
+
+
+def output_in_double(output: ModelOutput) -> ModelOutput:
+    """A copy of an output, with its modules and tensors in float64."""
+    copied = copy.deepcopy(output)
+    for attribute, value in vars(copied).items():
+        setattr(copied, attribute, value.double() if isinstance(value, nn.Module) else in_double(value))
+    return copied
 
 
 def _dtypes_of(module: nn.Module) -> set[torch.dtype]:

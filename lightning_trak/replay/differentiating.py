@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,11 +14,13 @@ from tqdm import tqdm
 
 from lightning_trak.compatibility import tree_iter
 from lightning_trak.gradients.batch import Layout, find_layout
+from lightning_trak.gradients.precision import in_double
+from lightning_trak.gradients.second_derivatives import CAUSES, has_derivative
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.evaluating import exact_attention, modules_of, unchanged
 from lightning_trak.replay.average_order import AverageOrder
-from lightning_trak.replay.losses import Losses
-from lightning_trak.replay.player import Played, Player
+from lightning_trak.replay.losses import Losses, losses_of
+from lightning_trak.replay.player import Played, Player, ReplayError
 from lightning_trak.replay.recording import Recording
 from lightning_trak.replay.reverse import Reverse
 from lightning_trak.replay.schedule import backwards
@@ -31,6 +34,8 @@ from lightning_trak.scoring.groups import Collected, RowBlock, Sums, row_blocks
 # States and batches of a segment are kept in memory up to this size, and so are the cotangents of one reverse pass.
 SEGMENT_BYTES = 1 << 30
 COTANGENT_BYTES = 1 << 31
+
+_CHECKED = 4  # examples whose second derivatives are compared with differences of gradients
 
 
 class Differentiated:
@@ -54,7 +59,8 @@ class Differentiated:
         rounds_steps: whether the optimizer's own steps are rounded more than the weights are.
 
     Raises:
-        ReplayError: if the module or the data are not those of the recording.
+        ReplayError: if the module or the data are not those of the recording, or autograd does not have the second
+            derivatives of the losses.
     """
 
     def __init__(
@@ -88,8 +94,32 @@ class Differentiated:
         self._average: AverageOrder | None = None
         if average_order:
             self._average = AverageOrder(self._reverse, player, losses, datamodule, first, block, micro_batch)
+        self._require_derivative(losses, datamodule)
         self.rounds_steps = player.update.rounding > 0
         self.normalizes_batches = player.normalizes_batches(structures)
+
+    def _require_derivative(self, losses: Losses, datamodule: L.LightningDataModule | None) -> None:
+        """Check that the gradient of the losses has the derivative that autograd gives, on a few examples."""
+        player, recording = self._player, self._recording
+        record = recording.record(recording.num_steps - 1)
+        positions = record.micro_batches[0].positions[:_CHECKED]
+        (batch,) = map(in_double, player.moved(load(player.loader, [positions]), datamodule))
+
+        def loss(module: nn.Module, weights: Tensor) -> Tensor:
+            return (weights * losses_of(losses, module, copy.deepcopy(batch), len(positions))).mean()
+
+        player.load(recording.state(recording.num_steps))
+        player.arrange(record)
+        self._reverse.track()
+        parameters = [player.parameters[name] for name in self._tracked]
+        with differentiable(player):
+            right = has_derivative(player.module, parameters, loss, torch.ones(len(positions), device=player.device))
+        if not right:
+            raise ReplayError(
+                "the gradients of training change with the weights in another way than autograd's second derivatives"
+                f" say, so metagradients of this run would be wrong. {CAUSES}. Train without, or use a method that"
+                " differentiates once, such as TRAK"
+            )
 
     def scores(
         self,

@@ -26,7 +26,7 @@ from lightning_trak.running.batches import TransferHooks, on_device
 from lightning_trak.running.content import sample_digest
 from lightning_trak.running.loading import load, num_examples
 from lightning_trak.running.random_states import restore_random_states
-from lightning_trak.running.training_step import training_step_of
+from lightning_trak.running.training_step import set_place, training_step_of, without_trainer
 
 # The loss of a batch, which the module is to be differentiated by; None if the batch is skipped.
 Loss = Callable[[Any, MicroBatch], Tensor | None]
@@ -36,27 +36,6 @@ TOLERANCES = {torch.float32: 1e-3, torch.float64: 1e-6}
 
 class ReplayError(ValueError):
     """The recorded run cannot be repeated."""
-
-
-class _AtStep:
-    """What a LightningModule knows of the recorded step. It logs nothing."""
-
-    replayed_epoch = 0
-    replayed_step = 0
-
-    @property
-    def current_epoch(self) -> int:
-        return self.replayed_epoch
-
-    @property
-    def global_step(self) -> int:
-        return self.replayed_step
-
-    def log(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def log_dict(self, *args: Any, **kwargs: Any) -> None:
-        pass
 
 
 @dataclass(frozen=True)
@@ -112,9 +91,7 @@ class Player:
         self._optimizer_kind = optimizer_named(run["optimizer"])
         self.update = optimizer_step(self._optimizer_kind)
         self._precision: Precision = DoublePrecision() if run["precision"] == "64-true" else Precision()
-        kind = type(original)
-        self.module = cast(L.LightningModule, self._precision.convert_module(copy_module(original)))
-        self.module.__class__ = type(kind.__name__, (_AtStep, kind), {})
+        self.module = without_trainer(cast(L.LightningModule, self._precision.convert_module(copy_module(original))))
         self.module.to(device)
         for part in self.module.modules():
             if isinstance(part, (nn.Embedding, nn.EmbeddingBag)):
@@ -259,8 +236,7 @@ class Player:
             self._optimizer.state = before
         for own, group in zip(self._optimizer.param_groups, groups, strict=True):
             own.update(group)
-        module = cast(Any, self.module)
-        module.replayed_epoch, module.replayed_step = record.epoch, record.step
+        set_place(self.module, record.epoch, record.step)
 
     def normalizes_batches(self, structures: Iterable[Structure]) -> bool:
         """Whether batch normalization makes the examples of a batch depend on each other, in one of some steps."""

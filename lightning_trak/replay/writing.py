@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
 
+from lightning_trak.checks import require_bool
 from lightning_trak.replay.recording import FORMAT_VERSION, MANIFEST, Spacing, read_manifest, stop_of
 from lightning_trak.replay.records import StepRecord, pack_steps
 from lightning_trak.replay.states import TrainingState
@@ -84,6 +85,7 @@ class RecordingWriter:
         Raises:
             ValueError: if the directory holds a recording already, or another run is writing to it.
         """
+        require_bool("overwrite", overwrite)
         self._hold()
         existing = self._existing()
         identifier = uuid.uuid4().hex if start is None else start

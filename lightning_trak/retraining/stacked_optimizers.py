@@ -38,10 +38,16 @@ def one_optimizer(module: L.LightningModule) -> tuple[Optimizer, list[LRSchedule
     return optimizers[0], configure_schedulers(schedulers, monitor)
 
 
-def advance(schedulers: list[LRSchedulerConfig], interval: str) -> None:
-    """Step the schedulers of an interval, ``"step"`` or ``"epoch"``."""
+def advance(schedulers: list[LRSchedulerConfig], interval: str, done: int) -> None:
+    """Step the schedulers of an interval where a Trainer does.
+
+    Args:
+        schedulers: the schedulers.
+        interval: ``"step"`` or ``"epoch"``.
+        done: how many steps of the epoch, or how many epochs, are done.
+    """
     for config in schedulers:
-        if config.interval == interval:
+        if config.interval == interval and done % config.frequency == 0:
             config.scheduler.step()  # type: ignore[call-arg]  # ReduceLROnPlateau would monitor something
 
 

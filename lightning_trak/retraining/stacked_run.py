@@ -6,7 +6,7 @@ All members share their batches, so a step of a small model takes little longer 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -25,6 +25,7 @@ from lightning_trak.replay.states import named_parameters
 from lightning_trak.replay.targets import differentiable, targets_alone
 from lightning_trak.retraining.vectorized import StackedModules
 from lightning_trak.running.random_states import restore_random_states
+from lightning_trak.running.training_step import set_place
 
 _STEP_ERRORS = {torch.float32: 2e-2, torch.float64: 1e-6}
 
@@ -110,8 +111,7 @@ class StackedRun:
             part.training = own.training
         for name, parameter in player.parameters.items():
             self._parameters[name].requires_grad_(parameter.requires_grad)
-        place: Any = stacked
-        place.replayed_epoch, place.replayed_step = record.epoch, record.step
+        set_place(cast(L.LightningModule, stacked), record.epoch, record.step)
 
     def _step(self, record: StepRecord, batches: Iterator[Any], skipped: set[tuple[int, int]]) -> None:
         player = self._player

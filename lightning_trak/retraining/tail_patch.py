@@ -2,7 +2,6 @@
 
 import copy
 import math
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from lightning_trak.running.batches import TransferHooks, on_device
 from lightning_trak.running.loaders import as_loader
 from lightning_trak.running.loading import load, num_examples
 from lightning_trak.running.random_states import isolated_random_states
-from lightning_trak.running.training_step import NO_TRAINER_WARNING, training_loss
+from lightning_trak.running.training_step import set_place, training_loss, without_trainer
 from lightning_trak.texts.tables import Table
 
 Step = tuple[int, ...]
@@ -157,8 +156,7 @@ def tail_patch(
 
     patch = _Patch(module, optimizer, output)
     rises: dict[tuple[Step, int], float] = {}
-    with isolated_random_states(), warnings.catch_warnings(), torch.enable_grad():
-        warnings.filterwarnings("ignore", NO_TRAINER_WARNING)
+    with isolated_random_states(), torch.enable_grad():
         alone = load(target_loader, [[target] for target in range(num_targets)])
         asked = list(patch.on_device(alone))
         if asked:
@@ -206,7 +204,8 @@ class _Patch:
 
     def __init__(self, module: L.LightningModule, optimizer: Optimizer, output: ModelOutput) -> None:
         self.output = output
-        self.module = cast(L.LightningModule, copy_module(module, configure=False)).eval()
+        self.module = without_trainer(cast(L.LightningModule, copy_module(module, configure=False)).eval())
+        set_place(self.module, module.current_epoch, module.global_step)  # where training ended, if a Trainer is there
         self.precision = WorkingPrecision(self.module)
         # The copied optimizer gets the parameters of the copied module.
         pairs = zip(module.parameters(), self.module.parameters(), strict=True)

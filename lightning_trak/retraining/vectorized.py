@@ -7,7 +7,6 @@ models, vectorised by `torch.func.vmap` over stacked parameters, takes little lo
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
@@ -37,7 +36,7 @@ from lightning_trak.retraining.stacked_optimizers import (
 )
 from lightning_trak.retraining.training import FactoryError
 from lightning_trak.running.random_states import isolated_random_states
-from lightning_trak.running.training_step import NO_TRAINER_WARNING, training_loss
+from lightning_trak.running.training_step import set_place, training_loss, without_trainer
 from lightning_trak.texts.messages import listed
 
 
@@ -88,7 +87,8 @@ class StackedModules:
             randomness: ``"different"`` or ``"same"``: whether each module draws random numbers of its own.
 
         Raises:
-            ValueError: if the modules hold functions that refer to one of the modules that were given.
+            ValueError: if the modules hold functions that refer to one of the modules that were given, or vmap cannot
+                run them.
         """
         call = _Call(self.stacked, function)
         tensors = dict(_tensors(call))
@@ -105,7 +105,16 @@ class StackedModules:
         mapped = vmap(one, in_dims=(0, *[in_dims] * len(args)), randomness=randomness)
         # The fused kernels of attention would run one module at a time.
         with sdpa_kernel(SDPBackend.MATH), exact_attention(), apart_from(self._original, self.stacked):
-            result, replaced = mapped(tensors, *args)
+            try:
+                result, replaced = mapped(tensors, *args)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:  # vmap cannot branch on values, and lacks some operations
+                reason = f"{type(error).__name__}: {error}".splitlines()[0][:200].rstrip(".")
+                raise FactoryError(
+                    f"torch.func.vmap cannot run many {type(self.stacked).__name__} at once: {reason}. Train them one"
+                    " at a time (leave together= out)"
+                ) from error
         self._original = None  # checking once is enough
         for name, tensor in replaced.items():
             tensors[name].data = tensor.detach()
@@ -150,7 +159,8 @@ def train_together(
     the same settings.
 
     Args:
-        make_module: makes a module, in its own random initialisation; ``training_step`` may take ``batch`` alone.
+        make_module: makes a module, in its own random initialisation. Its ``training_step`` may use ``batch_idx``,
+            ``self.current_epoch`` and ``self.global_step``, but no Trainer.
         dataset: the whole training set, of items that ``default_collate`` can put together; it is held in memory.
         masks: bool ``(num_modules, num_train)``, true where the subset of a module holds the example; the subsets are
             of one size.
@@ -181,7 +191,7 @@ def train_together(
         modules = []
         for seed in seeds:
             torch.manual_seed(seed)
-            modules.append(make_module())
+            modules.append(without_trainer(make_module()))
         members = torch.stack([mask.nonzero().flatten() for mask in masks])
         first = tree_map(lambda value: _take(value, members[:, :batch_size]), data)
         alone = {number: _alone(modules[number].to(device), first, number) for number in (0, len(seeds) - 1)}
@@ -293,7 +303,7 @@ def _require_as_alone(stack: StackedModules, batches: Any, alone: dict[int, _Alo
         if expected is None:
             continue
         with _only_looking(stack.stacked, expected.training):
-            loss = stack.map(training_loss, batches)
+            loss = _losses(stack, batches)
             parameters = dict(stack.stacked.named_parameters())
             names = [name for name in expected.gradients if parameters[name].requires_grad]
             found = torch.autograd.grad(loss.sum(), [parameters[name] for name in names], allow_unused=True)
@@ -313,18 +323,22 @@ def _require_as_alone(stack: StackedModules, batches: Any, alone: dict[int, _Alo
             )
 
 
+def _losses(stack: StackedModules, batches: Any, number: int = 0) -> Tensor:
+    """The loss of each module on its batch, which is the epoch's batch of this number."""
+    losses: Tensor = stack.map(lambda module, batch: training_loss(module, batch, number), batches)
+    return losses
+
+
 @contextmanager
 def _only_looking(module: nn.Module, training: bool) -> Iterator[None]:
     """A context for steps that leave the module, its buffers and the random state as they were."""
     buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
     with (
         isolated_random_states(),
-        warnings.catch_warnings(),
         unchanged(module),
         sdpa_kernel(SDPBackend.MATH),
         exact_attention(),
     ):
-        warnings.filterwarnings("ignore", NO_TRAINER_WARNING)
         if not training:
             module.eval()
         yield
@@ -335,22 +349,24 @@ def _only_looking(module: nn.Module, training: bool) -> Iterator[None]:
 def _fit(
     stack: StackedModules, data: Any, masks: Tensor, seeds: Sequence[int], max_epochs: int, batch_size: int
 ) -> None:
-    optimizer, schedulers = one_optimizer(cast(L.LightningModule, stack.stacked))
+    module = cast(L.LightningModule, stack.stacked)
+    optimizer, schedulers = one_optimizer(module)
     members = torch.stack([mask.nonzero().flatten() for mask in masks])
     orders = [torch.Generator().manual_seed(seed) for seed in seeds]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", NO_TRAINER_WARNING)
-        for _ in range(max_epochs):
-            shuffled = torch.stack(
-                [row[torch.randperm(len(row), generator=order)] for row, order in zip(members, orders, strict=True)]
-            )
-            for positions in torch.split(shuffled, batch_size, dim=1):
-                batch = tree_map(lambda value, at=positions: _take(value, at), data)
-                optimizer.zero_grad()
-                stack.map(training_loss, batch).sum().backward()
-                optimizer.step()
-                advance(schedulers, "step")
-            advance(schedulers, "epoch")
+    steps = 0
+    for epoch in range(max_epochs):
+        shuffled = torch.stack(
+            [row[torch.randperm(len(row), generator=order)] for row, order in zip(members, orders, strict=True)]
+        )
+        for number, positions in enumerate(torch.split(shuffled, batch_size, dim=1)):
+            batch = tree_map(lambda value, at=positions: _take(value, at), data)
+            set_place(module, epoch, steps)
+            optimizer.zero_grad()
+            _losses(stack, batch, number).sum().backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            steps += 1
+            advance(schedulers, "step", number + 1)
+        advance(schedulers, "epoch", epoch + 1)
 
 
 def _take(value: Tensor, positions: Tensor) -> Tensor:

@@ -1,33 +1,65 @@
 """A module's ``training_step``, called without a Trainer."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import lightning as L
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 
-NO_TRAINER_WARNING = ".*`self.trainer` reference is not registered.*"  # a warning of self.log
+Module = TypeVar("Module", bound=L.LightningModule)
 
 
-def training_step(module: L.LightningModule, batch: Any, batch_idx: int = 0) -> Tensor | None:
-    """Call ``training_step`` without a Trainer.
+class _WithoutTrainer:
+    """What a LightningModule knows of its step. It logs nothing."""
 
-    If the step calls ``self.log``, Lightning warns that there is no Trainer: filter :data:`NO_TRAINER_WARNING`.
+    place = 0, 0
+
+    @property
+    def current_epoch(self) -> int:
+        return self.place[0]
+
+    @property
+    def global_step(self) -> int:
+        return self.place[1]
+
+    def log(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def log_dict(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+def without_trainer(module: Module) -> Module:
+    """Let a module take steps without a Trainer: it knows :func:`set_place`, and its logs go nowhere.
 
     Args:
-        module: the module.
-        batch: a batch on the module's device.
-        batch_idx: the number of the batch, for a step that takes it.
-
-    Returns:
-        The loss with its graph; None if the step returns none. Lightning skips such a batch.
+        module: a copy of the user's module. Its class becomes a subclass of the user's.
     """
-    return training_step_of(module)(batch, batch_idx)
+    kind = type(module)
+    module.__class__ = type(kind.__name__, (_WithoutTrainer, kind), {})
+    return module
+
+
+def set_place(module: L.LightningModule, epoch: int, step: int) -> None:
+    """Set what ``current_epoch`` and ``global_step`` are.
+
+    Args:
+        module: a module from :func:`without_trainer`.
+        epoch: the number of the epoch.
+        step: the number of optimizer steps so far.
+    """
+    cast(Any, module).place = epoch, step
 
 
 def training_step_of(module: L.LightningModule) -> Callable[[Any, int], Tensor | None]:
-    """:func:`training_step` of a module, as a function of batch and number, for many calls."""
+    """A module's ``training_step``, as a function of a batch on its device and the number of the batch.
+
+    It returns the loss with its graph; None if the step returns none. Lightning skips such a batch.
+
+    Args:
+        module: a module from :func:`without_trainer`.
+    """
     takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
 
     def step(batch: Any, batch_idx: int) -> Tensor | None:
@@ -38,13 +70,27 @@ def training_step_of(module: L.LightningModule) -> Callable[[Any, int], Tensor |
     return step
 
 
-def training_loss(module: L.LightningModule, batch: Any) -> Tensor:
-    """The loss of a batch from :func:`training_step`.
+def training_loss(module: L.LightningModule, batch: Any, batch_idx: int = 0) -> Tensor:
+    """The loss of a batch from :func:`training_step_of`.
+
+    Args:
+        module: a module from :func:`without_trainer`.
+        batch: a batch on its device.
+        batch_idx: the number of the batch.
 
     Raises:
-        ValueError: if the step returns no loss.
+        ValueError: if the step returns no loss, or needs the Trainer.
     """
-    loss = training_step(module, batch)
+    name = type(module).__name__
+    try:
+        loss = training_step_of(module)(batch, batch_idx)
+    except RuntimeError as error:
+        if "not attached to a `Trainer`" not in str(error):
+            raise
+        raise ValueError(
+            f"training_step of {name} uses self.trainer, which it does not have here; self.current_epoch,"
+            " self.global_step and self.log are allowed"
+        ) from error
     if loss is None:
-        raise ValueError(f"training_step of {type(module).__name__} returned no loss; return a scalar tensor")
+        raise ValueError(f"training_step of {name} returned no loss; return a scalar tensor")
     return loss

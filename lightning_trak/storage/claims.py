@@ -45,6 +45,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
+from lightning_trak.checks import require_bool
 from lightning_trak.storage.discarding import discard, without_readers
 from lightning_trak.storage.files import json_text, remove_leftovers, write_atomically
 from lightning_trak.storage.locks import Lock
@@ -100,6 +101,7 @@ class ClaimedDirectory:
         overwrite: bool = False,
         own: Callable[[str], bool] = lambda _: True,
     ) -> None:
+        require_bool("overwrite", overwrite)
         self.path = local_directory(directory, kind.short_name)
         self._kind, self._difference, self._user, self._extend = kind, difference, user, extend
         self._lock: Lock | None = None

@@ -82,7 +82,7 @@ def read_manifest(directory: str | os.PathLike[str], kind: DirectoryKind) -> dic
         ) from error
     if manifest["format"] != kind.version:
         raise ValueError(
-            f'{kind.name} "{directory}" has format {manifest["format"]}; this version reads {kind.version}, so use'
-            " another directory"
+            f'{kind.name} "{directory}" has format {manifest["format"]}; this version reads {kind.version}. Another'
+            " version has made it, or it is a directory of another kind, such as snapshots: use another directory"
         )
     return manifest

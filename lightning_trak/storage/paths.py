@@ -14,8 +14,10 @@ def local_path(path: str | os.PathLike[str], what: str) -> Path:
         what: what the path is for, such as ``"store"``, in messages.
 
     Raises:
-        ValueError: if the path is a URL, or if the user in ``~user`` is unknown.
+        ValueError: if the path is empty or a URL, or if the user in ``~user`` is unknown.
     """
+    if not os.fspath(path) or "\0" in str(path):
+        raise ValueError(f'expected the path of a {what}, got {str(path)!r}; "." is the working directory')
     # A Path turns "s3://bucket" into "s3:/bucket". A drive such as "C:/" has one letter.
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", str(path))
     if scheme or "://" in str(path):

@@ -36,6 +36,8 @@ def test_another_run_is_refused_or_deletes_the_first(tmp_path, kind):
         fit(one, kind, 2)
     with pytest.raises(ValueError, match=r"overwrite=True .* exist_ok=True"):
         fit(one, kind, 2, exist_ok=True)
+    with pytest.raises(TypeError, match="overwrite must be True or False; got 'no'"):
+        fit(one, kind, 2, overwrite="no")
     assert {path: path.read_bytes() for path in one.iterdir()} == kept
     fit(one, kind, 2, overwrite=True)
     assert content(one, kind) == content(other, kind)

@@ -190,6 +190,21 @@ def test_buffers_that_training_changes_are_noticed(tmp_path: Path) -> None:
         attribute(module, tmp_path, trainer)
 
 
+def test_gradients_through_detached_numbers_are_noticed(tmp_path: Path) -> None:
+    class Focal(Net):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            return losses(self, batch).mean()
+
+    def losses(module: Any, batch: Any) -> Tensor:
+        found = F.cross_entropy(module(batch[0]), batch[1], reduction="none")
+        return (1 - found.neg().exp()).detach().square() * found
+
+    module = Focal()
+    trainer = train(module, DATA, tmp_path)
+    with pytest.raises(ValueError, match=r"another way than autograd's second derivatives say.*detach"):
+        attribute(module, tmp_path, trainer, losses=losses)
+
+
 def test_the_step_knows_where_it_is(tmp_path: Path) -> None:
     class Annealed(Net):
         def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:

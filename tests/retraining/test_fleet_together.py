@@ -5,11 +5,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 
 from lightning_trak import AttributionMixin
 from lightning_trak.outputs import ClassificationMargin, ContrastiveMargin
-from lightning_trak.retraining import RetrainingFleet, random_subsets
+from lightning_trak.retraining import RetrainingFleet, random_subsets, train_together
 from lightning_trak.retraining.members import Member
 from tests.lit import make_data
 from tests.lit import make_trainer as quiet_trainer
@@ -67,6 +67,70 @@ def test_it_agrees_with_one_by_one_in_distribution(tmp_path):
     assert z_scores(first, second.roll(1, 1)).square().mean().sqrt() > 3
 
 
+class Annealed(Net):
+    """Its loss depends on epoch, step and batch; its schedule does not step each time."""
+
+    def training_step(self, batch, batch_idx):
+        factor = 1 + self.current_epoch + 0.1 * self.global_step + 0.3 * batch_idx
+        return factor * super().training_step(batch) / 4
+
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        schedules = [
+            {"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.8), "interval": interval, "frequency": 2}
+            for interval in ("step", "epoch")
+        ]
+        return [optimizer], schedules
+
+
+class Shuffled(Sampler):
+    """The order of an epoch that modules that are trained together have."""
+
+    def __init__(self, mask, seed):
+        self.positions, self.generator = mask.nonzero().flatten(), torch.Generator().manual_seed(seed)
+
+    def __len__(self):
+        return len(self.positions)
+
+    def __iter__(self):
+        yield from self.positions[torch.randperm(len(self), generator=self.generator)].tolist()
+
+
+def test_a_step_knows_where_it_is_and_schedules_keep_their_frequency():
+    seeds = [5, 7, 11]
+    stack = train_together(Annealed, TRAIN, MASKS, seeds, max_epochs=5, batch_size=4)
+    found = stack.outputs(ClassificationMargin(), list(TARGETS.tensors))
+    for row, mask, seed in zip(found, MASKS, seeds, strict=True):
+        torch.manual_seed(seed)
+        module = Annealed()
+        quiet_trainer(max_epochs=5).fit(module, DataLoader(TRAIN, 4, sampler=Shuffled(mask, seed)))
+        expected = ClassificationMargin().output(module.eval(), TARGETS.tensors)
+        torch.testing.assert_close(row, expected.detach(), rtol=1e-4, atol=1e-4)
+
+
+class AsksTheTrainer(Net):
+    def training_step(self, batch):
+        return super().training_step(batch) / self.trainer.max_epochs
+
+
+class Branches(Net):
+    def training_step(self, batch):
+        loss = super().training_step(batch)
+        return loss if loss < 0.5 else 2 * loss
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (AsksTheTrainer, "AsksTheTrainer uses self.trainer, which it does not have here; self.current_epoch"),
+        (Branches, "cannot run many Branches at once: .*data-dependent control flow.* one at a time"),
+    ],
+)
+def test_steps_that_need_more_than_is_there_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        train_together(make, TRAIN, MASKS, [1, 2, 3], max_epochs=1, batch_size=4)
+
+
 def test_what_is_written_down(tmp_path):
     masks = torch.stack([MASKS[0], torch.arange(N) < 7, MASKS[1], MASKS[2]])  # two sizes
     fleet = make_fleet(tmp_path, masks=masks, num_seeds=2)
@@ -102,15 +166,27 @@ def test_a_member_that_diverges_fails_alone(tmp_path):
 
 
 def test_an_error_is_that_of_all_who_were_trained_at_once(tmp_path):
-    class Branching(Net):
-        def training_step(self, batch):
-            loss = super().training_step(batch)
-            return loss if loss < 10 else 2 * loss
+    class Failing(Net):
+        repaired = False
 
-    fleet = make_fleet(tmp_path, Branching)
+        def training_step(self, batch):
+            if self.global_step == 1 and not Failing.repaired:
+                raise ValueError("the disk is full")
+            return super().training_step(batch)
+
+    fleet = make_fleet(tmp_path, Failing)
     with pytest.warns(UserWarning, match="failed"), pytest.raises(RuntimeError, match="3 of 3 members failed"):
         fleet.run(together=3, retries=0, progress_bar=False)
-    assert "data-dependent control flow" in fleet.store.failure(Member(2, 0))["traceback"]
+    assert "the disk is full" in fleet.store.failure(Member(2, 0))["traceback"]
+    Failing.repaired = True
+    fleet.run(progress_bar=False)
+    assert fleet.outputs.isfinite().all()
+
+
+def test_what_vmap_cannot_run_stops_the_fleet_and_can_be_trained_one_by_one(tmp_path):
+    fleet = make_fleet(tmp_path, Branches)
+    with pytest.raises(ValueError, match="cannot run many Branches at once"):
+        fleet.run(together=3, progress_bar=False)
     fleet.run(progress_bar=False)
     assert fleet.outputs.isfinite().all()
 

@@ -46,6 +46,21 @@ POINTS, QUESTIONS = TensorDataset(X, Y), TensorDataset(ASKED, torch.zeros(4, dty
 SCORES = {"one": numbers(4, 7, seed=3), "other": numbers(4, 7, seed=4)}
 
 
+def test_the_step_is_at_the_end_of_training():
+    places = []
+
+    class Annealed(LitLinear):
+        def training_step(self, batch, batch_idx):
+            places.append((self.current_epoch, self.global_step))
+            return super().training_step(batch, batch_idx)
+
+    module, trainer = Annealed(), make_trainer(max_epochs=3)
+    trainer.fit(module, DataLoader(POINTS, batch_size=2))
+    places.clear()
+    tail_patch(module, trainer.optimizers[0], POINTS, QUESTIONS, SCORES, k=1)
+    assert set(places) == {(3, 12)}
+
+
 @pytest.mark.parametrize("together", [False, True])
 def test_a_step_of_least_squares_is_known(together):
     model = LitLinear()

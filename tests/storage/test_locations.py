@@ -14,6 +14,7 @@ from lightning_trak.callbacks.snapshots import TRAKCallback
 from lightning_trak.checkpoints.reading import resolve_checkpoints
 from lightning_trak.checkpoints.series import SnapshotSeries
 from lightning_trak.storage.locations import locate
+from lightning_trak.storage.paths import local_directory
 from tests.callback_nets import fit, steps
 from tests.snapshot_data import assert_equal, fill, make_state_dict
 
@@ -101,6 +102,12 @@ def test_what_leads_nowhere_is_refused(location: object, error: type[Exception],
             continue  # bytes are none of the kinds of checkpoints
         with pytest.raises(error, match=message):
             use(location)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("path", ["", "a\0b"])
+def test_paths_of_nothing_are_refused(path: str) -> None:
+    with pytest.raises(ValueError, match=r"expected the path of a store, got '.*'; \"\.\" is the working directory"):
+        local_directory(path, "store")
 
 
 def test_a_file_system_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,6 +58,8 @@ def test_a_store_of_another_identity_is_deleted_and_the_users_files_stay(made):
     before = names(made)
     with pytest.raises(ValueError, match="or the same seed, or overwrite=True, which deletes this store"):
         open_store(made, seed=1)
+    with pytest.raises(TypeError, match="overwrite must be True or False; got 'no'"):
+        open_store(made, seed=1, overwrite="no")
     assert names(made) == before
     store = open_store(made, seed=1, overwrite=True)
     assert names(made) == MINE | {"manifest.json", "readers.lock"}

@@ -135,7 +135,10 @@ class _Covariances:
                 )
             seen.add(tracked.module)
             number = self._numbers[tracked.module]
-            for total, factor in zip(self.pairs[number], self._blocks[number].factors(call), strict=True):
+            outputs, inputs = self._blocks[number].factors(call)
+            # Where the output does not depend on a position, such as padding, its inputs are in no gradient either.
+            inputs = inputs * outputs.any(1, keepdim=True)
+            for total, factor in zip(self.pairs[number], (outputs, inputs), strict=True):
                 total += factor.T @ factor
 
         engine.backward(batch, receive)

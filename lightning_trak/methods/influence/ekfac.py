@@ -32,7 +32,8 @@ class EKFACInfluence(Influence):
 
     Layers are taken to be independent. For a layer with inputs a (and a 1 for the bias) and output gradients s, the
     eigenvectors of sum a a^T and of sum s s^T give a basis of Kronecker products. In this basis the curvature is taken
-    to be diagonal; on the diagonal is the sum over training examples of the squared gradients.
+    to be diagonal; on the diagonal is the sum over training examples of the squared gradients. Inputs where s is zero,
+    such as padding, do not count. (kronfluence counts them, unless it is given an attention mask.)
 
     ``"gauss_newton"`` weighs gradients of the output by sqrt(R_j): the curvature that TRAK uses. For
     :class:`~lightning_trak.outputs.ClassificationMargin`, R = p (1 - p) is the expectation of the squared slope of the

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_trak.features.rows import Features
 from lightning_trak.gradients.batch import ExampleBatch
 from lightning_trak.gradients.leaves import require_own_leaves
+from lightning_trak.gradients.precision import in_double, output_in_double
+from lightning_trak.gradients.second_derivatives import CAUSES, has_derivative
 from lightning_trak.methods.influence.passes import Passes
 from lightning_trak.outputs.evaluating import modules_of
 from lightning_trak.scoring.damping import Damping, absolute_damping
@@ -19,6 +21,7 @@ from lightning_trak.scoring.noise import Noise
 
 HessianCurvature = Literal["gauss_newton", "identity", "exact"]
 
+_CHECKED = 4  # examples whose second derivatives are compared with differences of gradients
 _TOGETHER = 32  # vectors multiplied at once, in the memory of as many backward passes
 
 
@@ -82,6 +85,7 @@ class Hessian:
         self.passes = passes
         self.curvature = curvature
         self.convergence: list[Convergence] = []
+        self._has_derivative = False
         weights, noise = [], Noise(1)
         for positions, rows in passes.rows(passes.train):
             if check is not None:
@@ -121,10 +125,35 @@ class Hessian:
         multiply = self._exact if self.curvature == "exact" else self._gauss_newton
         with self.passes.differentiable(), _twice():
             model = self.passes.model
+            if not self._has_derivative:
+                self._require_derivative(ExampleBatch(batch, size, self.passes.layout).take(slice(0, _CHECKED)))
             outputs = output.output(model.module, ExampleBatch(batch, size, self.passes.layout).fresh())
             require_own_leaves(outputs, model.module, *modules_of(output))
             slopes_of = output.loss(outputs).sum() if self.curvature == "exact" else outputs
             return torch.cat(multiply(slopes_of, parameters, torch.split(vectors, _TOGETHER)))
+
+    def _require_derivative(self, batch: ExampleBatch) -> None:
+        """Check that gradients have the derivative that autograd gives, on a few examples.
+
+        The exact Hessian is the derivative of the loss's gradient by the parameters. The Gauss-Newton matrix needs that
+        of a gradient by the weights of the outputs.
+        """
+        model, exact = self.passes.model, self.curvature == "exact"
+        batch = ExampleBatch(in_double(batch.content), batch.size, batch.layout)
+        output = output_in_double(model.output)
+
+        def scalar(module: nn.Module, weights: Tensor) -> Tensor:
+            outputs = output.output(module, batch.fresh())
+            return (weights * (output.loss(outputs) if exact else outputs)).sum()
+
+        ones = torch.ones(batch.size, device=self.passes.device)
+        self._has_derivative = has_derivative(model.module, self.passes.parameters.values(), scalar, ones, exact)
+        if not self._has_derivative:
+            raise ValueError(
+                f"{self.passes.where}: gradients change in another way than autograd's second derivatives say, so"
+                f" products with the {'Hessian' if exact else 'Gauss-Newton matrix'} would be wrong. {CAUSES}. Use"
+                " EKFACInfluence, or Explicit() with curvature='gauss_newton', which differentiate once"
+            )
 
     def _exact(self, loss: Tensor, parameters: list[Tensor], parts: Sequence[Tensor]) -> list[Tensor]:
         slopes = _dense(torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True))

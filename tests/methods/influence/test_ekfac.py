@@ -192,6 +192,32 @@ class Tied(Net):
         return self.net(self.net[0](inputs) if self.twice else inputs)
 
 
+class Masked(Net):
+    """The mean of a layer over the words of a text. The embedding of padding is not zero."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Embedding(9, 4), nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+        self.net[0].requires_grad_(False)
+
+    def forward(self, words: Tensor) -> Tensor:
+        mask = (words > 0).unsqueeze(2)
+        return (self.net(words) * mask).sum(1) / mask.sum(1)
+
+
+def test_padding_does_not_count():
+    def padded(rows: list[tuple[Tensor, int]]) -> list[Tensor]:
+        words, labels = zip(*rows, strict=True)
+        return [nn.utils.rnn.pad_sequence(words, batch_first=True), torch.tensor(labels)]
+
+    torch.manual_seed(0)
+    model = Masked()
+    texts = [(torch.randint(1, 9, (length,)), length % 3) for length in (2, 9, 3, 7, 4, 2, 8, 5)]
+    method = EKFACInfluence(model, [model.state_dict()])
+    loaders = [DataLoader(texts, size, collate_fn=padded) for size in (1, 4)]
+    alone, together = (method.attribute(double_trainer(), loader, loader) for loader in loaders)
+    torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-12)
+
+
 def test_weights_that_are_used_twice_are_not_covered():
     with pytest.warns(UserWarning, match="net.0.weight: net.1 .Linear.: it is tied"):
         ekfac(Tied(twice=False))

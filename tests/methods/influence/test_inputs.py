@@ -4,12 +4,24 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from lightning_trak.gradients import HookEngine
-from lightning_trak.methods import Explicit, InfluenceFunction, LiSSA
+from lightning_trak.methods import Arnoldi, ConjugateGradient, Explicit, InfluenceFunction, LiSSA
 from lightning_trak.outputs import ClassificationMargin, NegativeLoss
-from tests.methods.influence.reference import METHODS, TARGETS, TRAIN, N, Once, ekfac, reference, relative_error, seeded
+from tests.methods.influence.reference import (
+    METHODS,
+    TARGETS,
+    TRAIN,
+    N,
+    Once,
+    ekfac,
+    influence,
+    reference,
+    relative_error,
+    seeded,
+)
 
 
 class Closure(Once):
@@ -251,6 +263,35 @@ def test_bags_of_embeddings_have_first_derivatives_alone(sparse):
     head = METHODS["conjugate_gradient"](model, WORDS, WORDS, parameters="head.*")
     model.words.requires_grad_(False)
     assert relative_error(head, reference(model, WORDS, WORDS)) < 1e-4
+
+
+class _OnceTanh(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, inputs: Tensor) -> Tensor:
+        result = inputs.tanh()
+        ctx.save_for_backward(result)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return gradient * (1 - ctx.saved_tensors[0] ** 2)
+
+
+class OnceDifferentiable(Once):
+    def hidden(self, inputs: Tensor) -> Tensor:
+        return _OnceTanh.apply(self.first(inputs))
+
+
+def test_second_derivatives_that_autograd_lacks_are_noticed():
+    model = seeded(OnceDifferentiable)
+    scores = METHODS["explicit"](model, precision="64-true")
+    assert relative_error(scores, reference(model, TRAIN, TARGETS)) < 1e-6
+    for solver in (ConjugateGradient(), LiSSA(depth=10), Arnoldi(10, 5)):
+        with pytest.raises(ValueError, match=r"checkpoint 0 .*with the Gauss-Newton matrix would be wrong.*EKFAC"):
+            influence(solver)(model)
+    with pytest.raises(ValueError, match="products with the Hessian would be wrong"):
+        influence(Explicit(), "exact")(model)
 
 
 class Complex(Once):

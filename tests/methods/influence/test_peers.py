@@ -120,7 +120,8 @@ def test_ekfac_is_kronfluences(tmp_path):
     """kronfluence 1.0 with the empirical Fisher matrix, in float64: to 1e-6 of the norm.
 
     It has the mean over examples, and scores what training does to the loss. Its own heuristic for the damping is 0.1
-    of each layer's mean eigenvalue.
+    of each layer's mean eigenvalue. Its covariances count all inputs of a layer, also those that the output does not
+    depend on, so this net has none of them.
     """
     analyzer = pytest.importorskip("kronfluence.analyzer")
     arguments = pytest.importorskip("kronfluence.arguments")
@@ -138,8 +139,8 @@ def test_ekfac_is_kronfluences(tmp_path):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         net = nn.Sequential(
-            nn.Conv2d(1, 4, 2, padding=1), nn.Tanh(), nn.Conv2d(4, 3, (2, 1), stride=2), nn.Flatten(),
-            nn.Linear(6, 5, bias=False), nn.ReLU(), nn.Linear(5, 3),
+            nn.Conv2d(1, 4, 2, padding=1), nn.Tanh(), nn.Conv2d(4, 3, (2, 1)), nn.Flatten(),
+            nn.Linear(24, 5, bias=False), nn.Softplus(), nn.Linear(5, 3),
         )  # fmt: skip
         trained(net.double(), train, 30)
     scores = EKFACInfluence(net, [net.state_dict()], output=OUTPUT, curvature="empirical", damping=0.1).attribute(

@@ -1,0 +1,127 @@
+"""Checks the derivative of a gradient, which autograd does not always have.
+
+Autograd takes what ``detach()`` and ``no_grad`` give as constants, and so what a custom backward computes outside of
+the graph. Training follows such gradients. But when the weights move, these constants move too, and with them the
+gradient. Autograd's derivative of the gradient lacks this part, and no error says so. Functions with
+``once_differentiable`` lack all of it, and some operations of torch have a wrong one (``weight_norm`` on a CPU in torch
+2.13).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_info
+from torch import Tensor, nn
+
+from lightning_trak.gradients.precision import WorkingPrecision
+from lightning_trak.outputs.evaluating import unchanged
+from lightning_trak.running.random_states import isolated_random_states
+
+# Relative to the size of each tensor. Between two kinks, of which a model may have millions, only small steps fit. In a
+# model that rounds to float32 on its way, only large ones are seen.
+_STEPS = (1e-8, 1e-6, 1e-3)
+_TOLERANCE = 1e-3
+
+CAUSES = (
+    "Four causes are common: detach() or no_grad() around numbers that depend on the weights, a straight-through"
+    " estimator, a custom autograd function, and torch's weight_norm and spectral_norm"
+)
+
+
+def has_derivative(
+    module: nn.Module,
+    parameters: Iterable[Tensor],
+    scalar: Callable[[nn.Module, Tensor], Tensor],
+    variable: Tensor,
+    by_parameters: bool = True,
+) -> bool:
+    """Whether autograd's derivative of a gradient is that of its differences, in float64.
+
+    The gradient is that of a scalar by some parameters. Its derivative by these parameters, and by another variable, is
+    compared along one random direction, as an inner product with a random vector. A gradient with jumps, or one that
+    cannot be computed in float64, has no differences to compare with; it passes.
+
+    Args:
+        module: the module. A copy of it is used.
+        parameters: those of its parameters that the gradient is by.
+        scalar: of a module like this one in float64, and of the variable; shape ``()``.
+        variable: a tensor that the scalar depends on, too.
+        by_parameters: whether the derivative by the parameters is asked for; if not, only that by the variable.
+    """
+    chosen = set(map(id, parameters))
+    names = [name for name, parameter in module.named_parameters() if id(parameter) in chosen]
+    module = copy.deepcopy(module).double()
+    precision = WorkingPrecision(module)
+    by = [module.get_parameter(name) for name in names]
+    variable = variable.detach().double().requires_grad_()
+    leaves = [variable, *(by if by_parameters else ())]
+    generator = torch.Generator().manual_seed(0)
+    along = [_direction(leaf, generator) for leaf in leaves]
+    vectors = [torch.randn(part.shape, generator=generator, dtype=torch.float64).to(part) for part in by]
+    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+
+    def product(create_graph: bool = False) -> Tensor:
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+        with precision.active(), isolated_random_states(), unchanged(module), torch.enable_grad():
+            value = scalar(module, variable)
+            slopes = torch.autograd.grad(value, by, create_graph=create_graph, allow_unused=True)
+        pairs = [(slope, vector) for slope, vector in zip(slopes, vectors, strict=True) if slope is not None]
+        return (
+            torch.stack([(slope * vector).sum() for slope, vector in pairs]).sum() if pairs else variable.new_zeros(())
+        )
+
+    differences: list[float] = []
+    try:
+        exact = 0.0
+        start = product(create_graph=True)
+        if start.requires_grad:
+            found = torch.autograd.grad(start, leaves, allow_unused=True)
+            exact = sum(float((part * way).sum()) for part, way in zip(found, along, strict=True) if part is not None)
+        if not math.isfinite(exact):
+            return True  # other code refuses what is not finite
+        for step in _STEPS:
+            ends = []
+            for sign in (1, -1):
+                with _moved(leaves, along, sign * step):
+                    ends.append(float(product()))
+            differences.append((ends[0] - ends[1]) / (2 * step))
+            if _near(differences[-1], exact):
+                return True
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        rank_zero_info(f"the second derivative of {type(module).__name__} was not checked in float64: {reason}")
+        return True
+    first, second, third = differences
+    return not any(one and _near(one, other) for one, other in ((first, second), (second, third)))
+
+
+def _direction(leaf: Tensor, generator: torch.Generator) -> Tensor:
+    """A random direction, of the size of the tensor."""
+    size = float(leaf.detach().norm()) / max(1, leaf.numel()) ** 0.5 or 1.0
+    return size * torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf)
+
+
+def _near(one: float, other: float) -> bool:
+    return abs(one - other) <= _TOLERANCE * max(abs(one), abs(other))
+
+
+@contextmanager
+def _moved(leaves: Sequence[Tensor], along: Sequence[Tensor], step: float) -> Iterator[None]:
+    """Inside this context, tensors are a step away from where they were."""
+    before = [leaf.detach().clone() for leaf in leaves]
+    with torch.no_grad():
+        for leaf, way in zip(leaves, along, strict=True):
+            leaf.add_(way, alpha=step)
+    yield
+    with torch.no_grad():
+        for leaf, value in zip(leaves, before, strict=True):
+            leaf.copy_(value)
