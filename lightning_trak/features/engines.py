@@ -29,10 +29,12 @@ class EngineChoice(NamedTuple):
     Attributes:
         name: ``"hooks"``, ``"functional"`` or ``"loop"``.
         reason: why it was chosen, for log lines.
+        engine: the engine itself. It keeps what the check has found out.
     """
 
     name: EngineName
     reason: str
+    engine: GradientEngine
 
 
 def choose_engine(model: ModelCopy, examples: ExampleBatch, autocast: torch.dtype | None = None) -> EngineChoice:
@@ -47,22 +49,33 @@ def choose_engine(model: ModelCopy, examples: ExampleBatch, autocast: torch.dtyp
             cannot be checked on a single example, because it does not show which dimension the examples are in.
         autocast: dtype that the forward passes of hooks are autocast to; None for no autocast.
     """
+    hooks, reason = _checked_hooks(model, examples, autocast)
+    if hooks is None:
+        return EngineChoice("functional", reason, make_engine("functional", model))
+    return EngineChoice("hooks", reason, hooks)
+
+
+def _checked_hooks(
+    model: ModelCopy, examples: ExampleBatch, autocast: torch.dtype | None
+) -> tuple[HookEngine | MixedEngine | None, str]:
+    """Hooks and what they cover, or None and why they are not used."""
     left_out = HookEngine.uncovered(model.module, model.names)
     report = coverage_report(left_out, model.sizes)
     if 2 * sum(model.sizes[name] for name in left_out) > model.size:
-        return EngineChoice("functional", report)
+        return None, report
     if examples.size < 2:
-        return EngineChoice("functional", "hooks cannot be checked on a single example")
+        return None, "hooks cannot be checked on a single example"
     with model.differentiable():
         try:
-            wrong = _hook_engine(model, autocast).check(examples)
+            engine = _hook_engine(model, autocast)
+            wrong = engine.check(examples)
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:  # an error of the model itself comes again with the next engine
-            return EngineChoice("functional", f"hooks fail on the first examples: {error}".splitlines()[0][:200])
+            return None, f"hooks fail on the first examples: {error}".splitlines()[0][:200]
     if wrong:
-        return EngineChoice("functional", with_reasons(wrong))
-    return EngineChoice("hooks", report)
+        return None, with_reasons(wrong)
+    return engine, report
 
 
 def make_engine(name: EngineName, model: ModelCopy, autocast: torch.dtype | None = None) -> GradientEngine:

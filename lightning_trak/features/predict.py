@@ -251,6 +251,7 @@ class ExtractorModule(PredictModule):
             rank_zero_info(
                 f"TRAK: gradients by {how(choice.name, self._autocast)}, chosen by engine='auto': {choice.reason}"
             )
+            return choice.engine
         self.engine_name = self.engine_name or "functional"
         return make_engine(self.engine_name, self.copied, self._autocast)
 

@@ -27,7 +27,7 @@ def require_sound(model: ModelCopy, layout: Layout | None, twice: Any, *others: 
     loop = LoopEngine(model.module, model.output, model.names)
     with model.differentiable():
         batches = [ExampleBatch(batch, 2, layout) for batch in (twice, *others)]
-        first, _ = loop.one(batches[0], 0, model.original)
+        first = loop.sound(batches[0], 0, model.original)
         what = f"the output of {type(model.module).__name__}"
         require_repeatable(lambda: loop.alone(batches[0], 0).detach(), what, first)
         if not others or not first.isfinite().all():

@@ -33,7 +33,8 @@ def differentiating(module: nn.Module, parameters: Iterable[nn.Parameter]) -> It
     """Inside this context, only these parameters of the module require gradients."""
     flags = {parameter: parameter.requires_grad for parameter in module.parameters()}
     try:
-        module.requires_grad_(False)
+        for parameter in flags:
+            parameter.requires_grad_(False)
         for parameter in parameters:
             parameter.requires_grad_(True)
         yield

@@ -116,15 +116,24 @@ class LoopEngine(GradientEngine):
         """
         parameters = list(self.parameters.values())
         with differentiating(self.module, parameters), torch.enable_grad():
-            with apart_from(original, self.module) as made, _RightBatchNorm():
-                value = self.alone(batch, number)
-            self._require_one_each(value, 1)
-            self._require_trainable()
-            if original is not None:
-                require_own_leaves(value, self.module, *modules_of(self.output), made=made)
+            value = self._sound(batch, number, original)
             if not value.requires_grad:
                 nothing = (real_shape(parameter).numel() for parameter in parameters)
                 return value, {n: value.new_zeros(1, size) for n, size in zip(self.parameters, nothing, strict=True)}
             gradients = torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True)
         rows = (in_real_numbers(gradient).reshape(1, -1) for gradient in gradients)
         return value.detach(), dict(zip(self.parameters, rows, strict=True))
+
+    def sound(self, batch: ExampleBatch, number: int, original: nn.Module) -> Tensor:
+        """The output of one example alone, shape ``(1,)``, with the checks of :meth:`one`, but not differentiated."""
+        with differentiating(self.module, self.parameters.values()), torch.enable_grad():
+            return self._sound(batch, number, original).detach()
+
+    def _sound(self, batch: ExampleBatch, number: int, original: nn.Module | None) -> Tensor:
+        with apart_from(original, self.module) as made, _RightBatchNorm():
+            value = self.alone(batch, number)
+        self._require_one_each(value, 1)
+        self._require_trainable()
+        if original is not None:
+            require_own_leaves(value, self.module, *modules_of(self.output), made=made)
+        return value

@@ -39,12 +39,14 @@ def unchanged(*owners: object) -> Iterator[None]:
     """
     objects = [part for owner in owners for part in _parts(owner)]
     attributes = [(vars(part), dict(vars(part))) for part in objects]
-    contents = [
-        (value, type(value)(value)) for _, saved in attributes for value in saved.values() if type(value) in _CONTAINERS
-    ]
+    containers = [value for _, saved in attributes for value in saved.values() if type(value) in _CONTAINERS]
+    empty = [value for value in containers if not value]  # most are; they take no copy
+    contents = [(value, type(value)(value)) for value in containers if value]
     try:
         yield
     finally:
+        for value in empty:
+            value.clear()
         for live, saved in [*attributes, *contents]:
             live.clear()
             (live.extend if isinstance(live, list) else live.update)(saved)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -185,6 +186,14 @@ class Placement:
         return folded
 
 
+class _Run(NamedTuple):
+    """Consecutive elements that go to consecutive sums: the first sum, their number and their signs."""
+
+    first: int
+    length: int
+    signs: Tensor
+
+
 class BoundSparseProjection(BoundRandomProjection):
     """A :class:`SparseProjection` of one checkpoint's parameters, made by its ``bind``."""
 
@@ -199,6 +208,7 @@ class BoundSparseProjection(BoundRandomProjection):
     ) -> None:
         super().__init__(config, shapes, streams, device)
         self._placements: dict[str, Placement] = {}
+        self._last_runs: tuple[object, list[_Run]] | None = None
 
     def _add(self, features: Tensor, name: str, gradients: Tensor, start: int) -> None:
         placement = self._placement(name)
@@ -221,12 +231,21 @@ class BoundSparseProjection(BoundRandomProjection):
         """Add elements from ``start`` on to the sums, of shape (batch, W) or (batch, 2 W), in place."""
         for begin, block in self._blocks(name, start, start + gradients.shape[1]):
             first, last = begin - start, begin - start + len(block)
-            runs = placement.runs(begin, begin + len(block), sums.shape[1])
-            lengths = [length for _, length in runs]
-            parts = torch.split(gradients[:, first:last].to(sums.dtype), lengths, 1)
-            drawn = torch.split(block.to(sums.dtype), lengths)
-            for (target, length), part, some in zip(runs, parts, drawn, strict=True):
-                sums.narrow(1, target, length).addcmul_(part, some)
+            runs = self._runs(placement, name, begin, block, sums)
+            parts = torch.split(gradients[:, first:last].to(sums.dtype), [run.length for run in runs], 1)
+            for run, part in zip(runs, parts, strict=True):
+                sums.narrow(1, run.first, run.length).addcmul_(part, run.signs)
+
+    def _runs(self, placement: Placement, name: str, begin: int, block: Tensor, sums: Tensor) -> list[_Run]:
+        """The runs of a block of elements. The last ones are kept: the next examples often need the same ones."""
+        width = sums.shape[1]
+        key = name, begin, len(block), width, sums.dtype
+        if self._last_runs is None or self._last_runs[0] != key:
+            places = placement.runs(begin, begin + len(block), width)
+            with torch.inference_mode(False):  # they are used outside the inference mode of this hook, too
+                drawn = torch.split(block.to(sums.dtype), [length for _, length in places])
+            self._last_runs = key, [_Run(*place, some) for place, some in zip(places, drawn, strict=True)]
+        return self._last_runs[1]
 
     def add_sparse_(self, features: Tensor, name: str, rows: Tensor, numbers: Tensor) -> None:
         """Add the product of P_name and gradients that have few rows that are not zero. Their signs are not cached.

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from lightning_trak import TRAK
+from lightning_trak.gradients import HookEngine
 from lightning_trak.projections import KroneckerProjection, SparseProjection
 from tests.lit import TARGETS, TRAIN, LitNet, beyond_hooks, make_model, make_trainer
 
@@ -48,6 +49,16 @@ def test_the_choice_is_said_and_kept(tmp_path, checkpoints, caplog, make, engine
     other.featurize(make_trainer(), TRAIN)
     expected = other.score(make_trainer(), TARGETS)
     torch.testing.assert_close(scores, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_the_engine_that_was_checked_goes_on(tmp_path, checkpoints, monkeypatch):
+    """What its check has found out is not found out again."""
+    made = []
+    monkeypatch.setattr(
+        HookEngine, "__init__", lambda self, *args, init=HookEngine.__init__: (made.append(self), init(self, *args))[1]
+    )
+    TRAK(make_model(), checkpoints[:1], tmp_path, projection=SparseProjection(32)).featurize(make_trainer(), TRAIN)
+    assert len(made) == 1
 
 
 def test_a_store_keeps_the_engine_it_was_begun_with(tmp_path, checkpoints):

@@ -38,6 +38,36 @@ def test_the_module_is_left_as_it_was(name):
     assert_no_hooks(module)
 
 
+class _Keeping(nn.Module):
+    """Keeps something of each batch on itself, in containers of all kinds and in attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+        self.found, self.known = {}, {"first": torch.ones(1)}
+        self.sizes, self.shapes = [], {"none"}
+
+    def forward(self, x):
+        self.latest = x
+        self.found["x"] = self.known["second"] = x
+        self.sizes.append(len(x))
+        self.shapes.add(x.shape)
+        return self.linear(x)
+
+
+@pytest.mark.parametrize("engine", [HookEngine, LoopEngine])
+def test_what_a_forward_pass_keeps_on_the_module_is_removed(engine):
+    module, first = _Keeping().eval(), torch.ones(1)
+    module.known["first"] = first
+    parameters = select_parameters(module)
+    engine(module, ClassificationMargin(), parameters)(ExampleBatch((torch.randn(3, 4), torch.tensor([0, 1, 2])), 3))
+    assert not hasattr(module, "latest")
+    assert (module.found, module.sizes, module.shapes) == ({}, [], {"none"})
+    assert list(module.known) == ["first"]
+    assert module.known["first"] is first
+    assert_no_hooks(module)
+
+
 class _Failing(nn.Module):
     """Fails in the forward or in the backward pass of a batch of three: after those of one and two find the layout."""
 

@@ -110,6 +110,28 @@ def test_features_are_bit_identical_in_any_batch_and_with_any_number_of_threads(
     assert all(torch.equal(result, results[0]) for result in results)
 
 
+def test_signs_that_are_kept_are_used_for_the_same_elements_alone():
+    """Other parameters, rows, numbers of elements and dtypes come in between."""
+    shapes, projection = {"v": (40, 500), "w": (40, 500)}, SparseProjection(8192)
+    calls = [
+        ("v", None, torch.float32),
+        ("w", None, torch.float32),
+        ("w", None, torch.float64),
+        ("w", range(20), torch.float32),
+        ("w", range(10, 30), torch.float32),
+        ("w", range(10, 31), torch.float32),
+        ("w", None, torch.float32),
+        ("v", None, torch.float32),
+    ]
+    bound = projection.bind(shapes, 0, 0, CPU)
+    for name, rows, dtype in calls:
+        gradients = torch.randn(2, 500 * (40 if rows is None else len(rows)))
+        found, expected = torch.zeros(2, 2, 8192, dtype=dtype)
+        bound.add_(found, name, gradients, rows)
+        projection.bind(shapes, 0, 0, CPU).add_(expected, name, gradients, rows)
+        assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("least", [1, 50])
 @pytest.mark.parametrize("columns", [5, 128, 300])
 def test_a_gradient_of_few_rows(least, columns, monkeypatch):

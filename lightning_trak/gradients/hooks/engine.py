@@ -264,25 +264,23 @@ class HookEngine(GradientEngine):
         shapes = self._shapes(batch)
         if shapes not in self._shared:
             with self._eager():
-                self._shared[shapes] = find_shared_outputs(
+                self._shared[shapes], outputs = find_shared_outputs(
                     list(self._tracked), lambda count: self.outputs(batch.take(slice(0, count)))
                 )
-                if self._reordered and not self._same_reordered(batch.take(slice(0, 2))):
+                if self._reordered and not self._same_reordered(batch.take(slice(0, 2)), outputs):
                     self._reordered = []
         return self._shared[shapes]
 
-    def _same_reordered(self, batch: ExampleBatch) -> bool:
-        """Whether the model gives the same outputs in the other order in memory.
+    def _same_reordered(self, batch: ExampleBatch, expected: Tensor) -> bool:
+        """Whether the model gives these outputs also in the other order in memory.
 
         It does not if its code reads memory by strides of its own, such as ``Tensor.as_strided``.
         """
-        with torch.no_grad():
-            expected = self.outputs(batch)
-            try:
-                with channels_last(self._reordered):
-                    found = self.outputs(batch)
-            except RuntimeError:
-                return False
+        try:
+            with torch.no_grad(), channels_last(self._reordered):
+                found = self.outputs(batch)
+        except RuntimeError:
+            return False
         return close(found, expected, self._ownership_tolerance)
 
     def _shapes(self, batch: ExampleBatch) -> Shapes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -34,7 +35,7 @@ def expanded(tensor: Tensor, size: int, how: Expansion) -> Tensor:
     return tensor.expand(size, *[-1] * (tensor.ndim - 1))
 
 
-def find_shared_outputs(modules: list[nn.Module], forward: Callable[[int], Tensor]) -> SharedOutputs:
+def find_shared_outputs(modules: list[nn.Module], forward: Callable[[int], Tensor]) -> tuple[SharedOutputs, Tensor]:
     """Compare the modules' output shapes for a batch of one example and a batch of two.
 
     If the shape is the same, as for an embedding of positions, all examples share the output. The model broadcasts it
@@ -43,6 +44,9 @@ def find_shared_outputs(modules: list[nn.Module], forward: Callable[[int], Tenso
     Args:
         modules: the modules to compare.
         forward: returns the outputs of the model for a batch of the given number of examples.
+
+    Returns:
+        What was found, and the model's outputs for a batch of two.
     """
     alone: dict[nn.Module, list[torch.Size]] = {module: [] for module in modules}
 
@@ -53,16 +57,18 @@ def find_shared_outputs(modules: list[nn.Module], forward: Callable[[int], Tenso
     with torch.no_grad():
         with attached(modules, record):
             forward(1)
-        expected = forward(2)
+        expected = cache(lambda: forward(2))  # raises the model's own error, if it has one
         for first_of_one in ways:
             comparison = _Comparison(alone, first_of_one)
             with attached(modules, comparison):
                 outputs = _outputs(lambda: forward(2))
             found = comparison.result(complete=outputs is not None)
-            if not found.expansions or (outputs is not None and _close(outputs[:1], expected[:1])):
-                return found
-    reason = "all examples share its output, and the model does not accept a separate output for each example"
-    return SharedOutputs({}, found.refused | dict.fromkeys(found.expansions, reason))
+            if outputs is not None and not found.expansions:
+                return found, outputs
+            if not found.expansions or (outputs is not None and _close(outputs[:1], expected()[:1])):
+                return found, expected()
+        reason = "all examples share its output, and the model does not accept a separate output for each example"
+        return SharedOutputs({}, found.refused | dict.fromkeys(found.expansions, reason)), expected()
 
 
 class _Comparison:

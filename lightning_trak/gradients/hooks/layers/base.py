@@ -30,8 +30,10 @@ class LayerCall:
 
     def take(self, start: int, stop: int) -> LayerCall:
         """The examples from ``start`` to ``stop``, without copying."""
+        if stop - start == self.size:
+            return self
         inputs, gradient = (
-            tensor[start * len(tensor) // self.size : stop * len(tensor) // self.size]
+            tensor[start * tensor.shape[0] // self.size : stop * tensor.shape[0] // self.size]
             for tensor in (self.inputs, self.output_gradient)
         )
         return LayerCall(inputs, gradient, stop - start)

@@ -16,7 +16,7 @@ _CPU_BYTES = 1 << 21  # of inputs that are normalised at a time, so that they st
 class _Normalization(Layer):
     @abstractmethod
     def normalized(self, inputs: Tensor) -> Tensor:
-        """The input after normalisation, before scale and shift."""
+        """The input after normalisation, before scale and shift, in memory of its own."""
 
     @abstractmethod
     def summed(self, tensor: Tensor, size: int) -> Tensor:
@@ -29,7 +29,7 @@ class _Normalization(Layer):
         fitting = _CPU_BYTES * call.size // max(1, call.inputs.nbytes)
         step = max(1, fitting) if call.inputs.device.type == "cpu" else call.size
         some = (call.take(start, min(start + step, call.size)) for start in range(0, call.size, step))
-        parts = [self.summed(part.output_gradient * self.normalized(part.inputs), part.size) for part in some]
+        parts = [self.summed(self.normalized(part.inputs).mul_(part.output_gradient), part.size) for part in some]
         return torch.cat(parts)
 
 
