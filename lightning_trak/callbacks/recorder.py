@@ -213,7 +213,7 @@ class TrainingRecorder(Displayed, Callback):
         """Note the random states before the step."""
         if self._writer is not None:
             self._pending = MicroBatch(self._positions.take(), batch_idx)
-            self._watch.before(exact=batch_idx == 0)  # samplers draw when an epoch begins
+            self._watch.before()
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:

@@ -20,10 +20,6 @@ _PYTHON = struct.Struct("<i625I?d")
 _NUMPY = struct.Struct("<iid")
 _MERSENNE_TWISTER = 2500  # bytes of the state: 624 numbers and a position
 
-# Reading the states of Python and NumPy takes 0.1 ms, which is long for the step of a small model. They are read before
-# and after this many steps, later after each step only.
-_EXACT_STEPS = 32
-
 
 @contextmanager
 def isolated_random_states() -> Iterator[None]:
@@ -42,47 +38,64 @@ class _Generator(NamedTuple):
     """A global generator.
 
     Attributes:
-        read: its state.
-        mark: something short that changes when the generator is drawn from.
+        read: its state, in a form that can be compared. If it has not changed, the state that the call gets, which is
+            the last one that was read, or None.
         pack: a state as bytes.
         restore: set the generator to such bytes.
     """
 
-    read: Callable[[torch.device], Any]
-    mark: Callable[[torch.device], Any]
+    read: Callable[[torch.device, Any], Any]
     pack: Callable[[Any], Tensor]
     restore: Callable[[Tensor, torch.device], None]
 
 
-def _read_torch(device: torch.device) -> bytes:
-    del device
-    return bytes(torch.default_generator.get_state().numpy().data)
+def _read_torch(device: torch.device, last: bytes | None) -> bytes:
+    del device, last
+    return torch.default_generator.get_state().numpy().tobytes()
 
 
-def _read_cuda(device: torch.device) -> bytes:
-    return bytes(torch.cuda.get_rng_state(device).numpy().data)
+def _read_cuda(device: torch.device, last: bytes | None) -> bytes:
+    del last
+    return torch.cuda.get_rng_state(device).numpy().tobytes()
 
 
-def _read_numpy(device: torch.device) -> tuple[int, int, float, bytes]:
-    del device
-    state: dict[str, Any] = np.random.get_state(legacy=False)  # noqa: NPY002
-    if state["bit_generator"] != "MT19937":
-        raise ValueError(
-            f"numpy.random draws from {state['bit_generator']}, whose state is not recorded; leave it at MT19937"
-        )
-    key = state["state"]["key"].astype("<u4").tobytes()
-    return state["state"]["pos"], state["has_gauss"], state["gauss"], key
+class _NumPyState(NamedTuple):
+    """A state of ``numpy.random``.
+
+    Attributes:
+        memory: its 624 numbers and position, as the generator keeps them.
+        position: among the numbers.
+        has_gauss: whether a Gaussian number waits. It is not in the generator's memory.
+        gauss: the Gaussian number.
+        key: the numbers.
+    """
+
+    memory: bytes
+    position: int
+    has_gauss: int
+    gauss: float
+    key: bytes
 
 
-def _mark_numpy(device: torch.device) -> bytes:
+def _read_numpy(device: torch.device, last: _NumPyState | None) -> _NumPyState:
     del device
     generator: Any = np.random.get_bit_generator()  # type: ignore[attr-defined]
-    address = generator.ctypes.state_address  # the getter of the state makes 624 numbers
-    return ctypes.string_at(address, _MERSENNE_TWISTER)
+    if not isinstance(generator, np.random.MT19937):
+        raise ValueError(
+            f"numpy.random draws from {type(generator).__name__}, whose state is not recorded; leave it at MT19937"
+        )
+    # numpy.random.get_state makes 624 numbers, which takes long for the step of a small model. Without it: no Gaussian
+    # number waits if none did and nothing was drawn, since they are drawn in pairs.
+    memory = ctypes.string_at(generator.ctypes.state_address, _MERSENNE_TWISTER)
+    if last is not None and memory == last.memory and not last.has_gauss:
+        return last
+    state: dict[str, Any] = np.random.get_state(legacy=False)  # noqa: NPY002
+    key = state["state"]["key"].astype("<u4").tobytes()
+    return _NumPyState(memory, state["state"]["pos"], state["has_gauss"], state["gauss"], key)
 
 
-def _pack_numpy(state: tuple[int, int, float, bytes]) -> Tensor:
-    return _tensor(_NUMPY.pack(*state[:3]) + state[3])
+def _pack_numpy(state: _NumPyState) -> Tensor:
+    return _tensor(_NUMPY.pack(state.position, state.has_gauss, state.gauss) + state.key)
 
 
 def _restore_numpy(packed: Tensor, device: torch.device) -> None:
@@ -93,9 +106,10 @@ def _restore_numpy(packed: Tensor, device: torch.device) -> None:
     np.random.set_state(("MT19937", key, position, has_gauss, gauss))  # noqa: NPY002
 
 
-def _read_python(device: torch.device) -> tuple[Any, ...]:
+def _read_python(device: torch.device, last: tuple[Any, ...] | None) -> tuple[Any, ...]:
     del device
-    return random.getstate()
+    state = random.getstate()
+    return last if last == state else state
 
 
 def _pack_python(state: tuple[Any, ...]) -> Tensor:
@@ -122,18 +136,16 @@ def _tensor(content: bytes) -> Tensor:
     return torch.frombuffer(bytearray(content), dtype=torch.uint8)
 
 
-_FAST = {
-    "torch": _Generator(_read_torch, _read_torch, _tensor, _restore_torch),
-    "cuda": _Generator(_read_cuda, _read_cuda, _tensor, _restore_cuda),
-}
-_SLOW = {
-    "numpy": _Generator(_read_numpy, _mark_numpy, _pack_numpy, _restore_numpy),
-    "python": _Generator(_read_python, _read_python, _pack_python, _restore_python),
+_GENERATORS = {
+    "torch": _Generator(_read_torch, _tensor, _restore_torch),
+    "cuda": _Generator(_read_cuda, _tensor, _restore_cuda),
+    "numpy": _Generator(_read_numpy, _pack_numpy, _restore_numpy),
+    "python": _Generator(_read_python, _pack_python, _restore_python),
 }
 
 
-def _fast(device: torch.device) -> dict[str, _Generator]:
-    return _FAST if device.type == "cuda" else {"torch": _FAST["torch"]}
+def _generators(device: torch.device) -> dict[str, _Generator]:
+    return {name: generator for name, generator in _GENERATORS.items() if name != "cuda" or device.type == "cuda"}
 
 
 class RandomWatch:
@@ -145,43 +157,27 @@ class RandomWatch:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._fast, self._slow = list(_fast(device).items()), list(_SLOW.items())
-        self._states: dict[str, Any] = {}
-        self._marks: dict[str, Any] = {}
-        self._exact_left = _EXACT_STEPS
-        self._drawing = False  # whether a step has drawn from Python or NumPy: then all further steps are exact
+        self._generators = list(_generators(device).items())
+        self._states: dict[str, Any] = dict.fromkeys(_generators(device))
 
-    def before(self, exact: bool = False) -> None:
-        """Call this before a step.
-
-        Args:
-            exact: whether to read all states, because something may have drawn from them since the last step.
-        """
-        for name, generator in self._fast:
-            self._states[name] = generator.read(self._device)
-        self._exact = exact or self._drawing or self._exact_left > 0
-        if self._exact:
-            self._exact_left -= 1
-            for name, generator in self._slow:
-                self._states[name] = generator.read(self._device)
-                self._marks[name] = generator.mark(self._device)
+    def before(self) -> None:
+        """Call this before a step."""
+        states = self._states
+        for name, generator in self._generators:
+            states[name] = generator.read(self._device, states[name])
 
     def drawn(self) -> dict[str, Tensor]:
         """Call this after a step.
 
         Returns:
             The states before the step, for :func:`restore_random_states`, of the generators that it has drawn from.
-            Perhaps also those of Python and NumPy if something else has drawn from them since the step before.
         """
-        found = {}
-        for name, generator in self._fast:
-            if generator.mark(self._device) != self._states[name]:
-                found[name] = generator.pack(self._states[name])
-        for name, generator in self._slow:
-            changed = generator.mark(self._device) != self._marks[name]
-            if changed or (self._exact and generator.read(self._device) != self._states[name]):
-                found[name] = generator.pack(self._states[name])
-                self._drawing = True
+        found, states = {}, self._states
+        for name, generator in self._generators:
+            before = states[name]
+            after = states[name] = generator.read(self._device, before)
+            if after is not before and after != before:
+                found[name] = generator.pack(before)
         return found
 
 
@@ -193,7 +189,7 @@ def restore_random_states(states: RandomStates, device: torch.device) -> None:
             is a different one.
         device: the device that computes.
     """
-    generators = _fast(device) | _SLOW
+    generators = _generators(device) if states else {}
     for name, state in states.items():
         if name in generators:
             generators[name].restore(state, device)

@@ -36,16 +36,18 @@ DRAWS = {
     "torch": lambda: float(torch.rand(())),
     "numpy": np.random.rand,
     "python": random.random,
-    "python, again": lambda: random.gauss(0, 1),  # a second number waits, and the 624 numbers do not change
+    # a second number waits, and the 624 numbers do not change
+    "python, again": lambda: random.gauss(0, 1),
+    "numpy, again": np.random.standard_normal,
 }
 
 
 @pytest.mark.parametrize("name", DRAWS)
 def test_a_watch_notices_who_draws(name):
     with isolated_random_states():
-        random.gauss(0, 1)
+        random.gauss(0, 1), np.random.standard_normal()  # noqa: NPY002
         watch, cpu = RandomWatch(torch.device("cpu")), torch.device("cpu")
-        for _ in range(40):  # longer than all states are read each time
+        for _ in range(40):
             watch.before()
             assert watch.drawn() == {}
         watch.before()
