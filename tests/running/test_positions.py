@@ -59,7 +59,7 @@ def test_a_generator_is_set_back(name, earlier, quiet):
     for _ in range(quiet):
         watch.before()
         assert watch.drawn() == {}
-    for step in range(3):
+    for _step in range(3):
         for _ in range(earlier):
             DRAWS[name]()
         watch.before()
