@@ -29,8 +29,8 @@ class ModelOutput(ABC):
         predicts_labels: whether labels are what the model predicts. Of several checkpoints, the class with the highest
             mean of :meth:`probabilities` is then the label at all of them: batches come as
             :class:`~lightning_trak.running.annotated.AnnotatedBatch`.
-        averages: whether the loss is a mean over several predictions for an example, such as its tokens. R is then not
-            the variance of Q, and the automatic damping does not follow the :mod:`~lightning_trak.scoring.lag`.
+        averages: whether the loss may be a mean over several predictions for an example, such as its tokens. R is then
+            not the variance of Q, and the automatic damping does not follow the :mod:`~lightning_trak.scoring.lag`.
 
     Example:
         >>> import torch

@@ -16,6 +16,8 @@ class LinearLossOutput(ModelOutput):
     2020, arXiv 1412.1193).
     """
 
+    averages = True  # nothing says what a loss is a mean of
+
     def loss(self, output: Tensor) -> Tensor:
         """The loss itself, shape ``(batch,)``."""
         return -output

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import ablations, damping, methods, one_run, one_run_cost, other_seeds, second_stage, twins
+from benchmarks import ablations, damping, lag, methods, one_run, one_run_cost, other_seeds, second_stage, twins
 from benchmarks import bytes as bytes_benchmark
 from benchmarks.labels import Curve, label_curves
 from benchmarks.methods import small
@@ -157,6 +157,17 @@ def test_damping(tmp_path):
     assert [(row["method"], row["models"]) for row in found] == [("default", 1), ("default", 2)]
     assert all(row["auto_lds"] != row["former_lds"] < row["best_lds"] for row in found)
     assert len((tmp_path / "damping.md").read_text().splitlines()) == 4
+
+
+@pytest.mark.slow
+def test_lag(tmp_path, monkeypatch):
+    monkeypatch.setattr(lag, "FACTORS", (1.0, 10.0))
+    monkeypatch.setattr(lag, "TEMPERATURES", (1.43, 10.0))
+    lag.main(["--quick", "--out", str(tmp_path)])
+    found = json.loads((tmp_path / "lag.json").read_text())
+    assert [row["models"] for row in found] == [1, 2, 1, 2]
+    assert all(row["lag"][0] > 1 and row["without"] < row["measured"] for row in found)
+    assert len((tmp_path / "lag.md").read_text().splitlines()) == 6
 
 
 @pytest.mark.parametrize("peak", [0.03, 10, 2000])

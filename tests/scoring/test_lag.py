@@ -9,7 +9,13 @@ from lightning_trak import TRAK
 from lightning_trak.checkpoints.subsets import TrainingSubset
 from lightning_trak.features.rows import Features
 from lightning_trak.features.store import FeatureStore
-from lightning_trak.outputs import CausalLMMargin, ClassificationMargin, MultiLabelMargin, SegmentationMargin
+from lightning_trak.outputs import (
+    CausalLMMargin,
+    ClassificationMargin,
+    MultiLabelMargin,
+    NegativeLoss,
+    SegmentationMargin,
+)
 from lightning_trak.scoring import TRAKScorer
 from lightning_trak.scoring import gram as gram_module
 from lightning_trak.scoring.gram import DampedGram, gram_matrix
@@ -174,11 +180,13 @@ def test_losses_that_are_means_over_predictions_change_the_temperature_alone(tmp
     assert scorer.noise.levels(weighted=True) == scorer.noise.dispersions
 
 
-@pytest.mark.parametrize("output", [CausalLMMargin, SegmentationMargin, MultiLabelMargin])
+@pytest.mark.parametrize(
+    "output", [CausalLMMargin(), SegmentationMargin(), MultiLabelMargin(), NegativeLoss(lambda module, batch: batch)]
+)
 def test_outputs_of_several_predictions_say_so(tmp_path, output):
     assert output.averages
     model = torch.nn.Linear(2, 2)
-    method = TRAK(model, [model.state_dict()], tmp_path / "unused", output=output())
+    method = TRAK(model, [model.state_dict()], tmp_path / "unused", output=output)
     assert method.make_scorer(store_of(tmp_path / "store", logistic(1))).averages
     assert not ClassificationMargin.averages
 

@@ -1,0 +1,168 @@
+"""Short and gentle trainings: what the lag of the training does for scores, against the best constant settings.
+
+    python -m benchmarks.lag --out lag_output            # about an hour on one core, half of it retraining
+    python -m benchmarks.lag --out lag_output --quick    # one small task, under a minute
+
+Each setting trains a task with a fraction of the learning rate, other numbers of epochs, or random labels. The truth is
+the outputs of models retrained on random halves in the same way. Exact Gauss-Newton scores have ``lag=1``, the measured
+lag, and the best of a grid of constant dampings and temperatures, which is chosen with the truth. With one model, each
+model is measured, and the mean is taken.
+"""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+from tqdm import tqdm
+
+from benchmarks.methods import small
+from benchmarks.tasks import Task, make_tasks
+from benchmarks.truth import SUBSETS, Truth, kept, quiet, trainer_for
+from benchmarks.twins import twin
+from lightning_trak.methods import ExactKernel
+from lightning_trak.scoring.lag import Lag
+from lightning_trak.scoring.temperature import Temperature
+from lightning_trak.texts.tables import Table
+
+MODELS, SEEDS = 4, 2
+FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # of the automatic damping with lag 1
+TEMPERATURES = (1.0, 1.43, 2.0, 3.0, 5.0, 1e6)
+SETTINGS = [  # task, factor of the learning rates, of the number of epochs, share of labels that are random
+    ("digits MLP", 1.0, 1.0, 0.0),
+    ("digits MLP", 0.3, 3.0, 0.0),
+    ("digits MLP", 0.3, 1.0, 0.0),
+    ("digits MLP", 0.1, 3.0, 0.0),
+    ("digits MLP", 0.1, 1.0, 0.0),
+    ("digits MLP", 0.03, 1.0, 0.0),
+    ("digits MLP", 1.0, 1.0, 0.3),
+    ("digits MLP", 0.3, 1.0, 0.3),
+    ("digits MLP", 0.1, 1.0, 0.3),
+    ("digits no decay", 1.0, 1.0, 0.0),
+    ("digits no decay", 0.1, 1.0, 0.0),
+    ("digits no decay", 0.03, 1.0, 0.0),
+    ("cancer", 0.3, 1.0, 0.0),
+    ("cancer", 0.1, 1.0, 0.0),
+    ("diabetes", 0.1, 1.0, 0.0),
+]
+
+
+@dataclass
+class Result:
+    """One line of the table.
+
+    Attributes:
+        task: name of the task.
+        factor: of the learning rates.
+        epochs: factor of the number of epochs.
+        random_labels: the share of them.
+        lag: the smallest and the largest that was measured.
+        models: number of models averaged.
+        without: LDS with ``lag=1``.
+        measured: LDS with the measured lag.
+        best: LDS of the best constant damping and temperature.
+    """
+
+    task: str
+    factor: float
+    epochs: float
+    random_labels: float
+    lag: tuple[float, float]
+    models: int
+    without: float
+    measured: float
+    best: float
+
+
+def trained_so(task: Task, factor: float, epochs: float, random_labels: float) -> Task:
+    """The task, trained in another way."""
+    inputs, labels = task.train.tensors
+    if random_labels:
+        generator = torch.Generator().manual_seed(5)
+        chosen = torch.rand(len(labels), generator=generator) < random_labels
+        drawn = torch.randint(int(labels.max()) + 1, labels.shape, generator=generator)
+        labels = torch.where(chosen, drawn, labels)
+    return replace(
+        task,
+        name=f"{task.name} {factor} {epochs} {random_labels}",
+        make_module=partial(twin, task, factor),
+        train=TensorDataset(inputs, labels),
+        max_epochs=round(epochs * task.max_epochs),
+    )
+
+
+class Measured:
+    """Exact Gauss-Newton scores of some models."""
+
+    def __init__(self, task: Task, states: list[dict[str, torch.Tensor]], truth: Truth, directory: Path) -> None:
+        self.truth, self.trainer, self.targets = truth, trainer_for(task), DataLoader(task.targets, 100)
+        module = task.make_module().eval()
+        self.method = ExactKernel(module, states, directory, output=task.output)
+        self.method.featurize(self.trainer, DataLoader(task.train, 100))
+        scorer = self.method.make_scorer(self.method.open_store(self.trainer))
+        scorer.fit(torch.device("cpu"))
+        assert scorer.noise is not None
+        self.lags = scorer.noise.lags
+
+    def lds(self, lag: float | str, temperature: float | str = "auto") -> float:
+        """With the automatic damping of lag 1 times ``lag``; here also below 1, which the method itself refuses."""
+        self.method.lag, self.method.temperature = cast(Lag, lag), cast(Temperature, temperature)
+        return float(self.truth.measure(self.method.score(self.trainer, self.targets)).compute())
+
+
+def results_of(setting: tuple[str, float, float, float], task: Task, truth: Truth) -> Iterator[Result]:
+    """At one model, averaged over all, and at all together."""
+    for chosen in ([[state] for state in truth.states], [truth.states]):
+        with tempfile.TemporaryDirectory() as directory:
+            found = [Measured(task, states, truth, Path(directory) / str(i)) for i, states in enumerate(chosen)]
+
+            def mean(lag: float | str, temperature: float | str = "auto", found: list[Measured] = found) -> float:
+                return sum(one.lds(lag, temperature) for one in found) / len(found)
+
+            lags = [lag for one in found for lag in one.lags]
+            grid = [mean(factor, temperature) for factor in FACTORS for temperature in TEMPERATURES]
+            lag = min(lags), max(lags)
+            yield Result(*setting, lag, len(chosen[0]), mean(1.0), mean("auto"), max(grid))
+
+
+def table(results: list[Result]) -> str:
+    """Markdown."""
+    columns = "task", "learning rate", "epochs", "random labels", "lag", "M", "lag=1", "measured", "best", "share"
+    rows = []
+    for r in results:
+        lag = " to ".join(dict.fromkeys(f"{value:.2g}" for value in r.lag))
+        lds = [f"{value:.3f}" for value in (r.without, r.measured, r.best)]
+        how = f"x {r.factor:g}", f"x {r.epochs:g}", f"{r.random_labels:.0%}"
+        rows.append((r.task, *how, lag, r.models, *lds, f"{r.measured / r.best:.2f}"))
+    return Table(columns, rows).markdown() + "\n"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("lag_output"), help="where everything is written")
+    parser.add_argument("--quick", action="store_true", help="a tiny net at two learning rates, 20 halves, 2 models")
+    args = parser.parse_args(arguments)
+    quiet()
+    torch.set_num_threads(1)  # the nets are too small for more threads
+    args.out.mkdir(parents=True, exist_ok=True)
+    results: list[Result] = []
+    for name, *how in tqdm(SETTINGS[:2] if args.quick else SETTINGS):
+        task = make_tasks()[name]
+        task = trained_so(small(task) if args.quick else task, *how)
+        truth = kept(args.out, task, *((20, 1, 2) if args.quick else (SUBSETS, SEEDS, MODELS)))
+        for result in results_of((name, *how), task, truth):
+            results.append(result)
+            print(table([result]).splitlines()[-1], flush=True)
+            (args.out / "lag.json").write_text(json.dumps([asdict(line) for line in results], indent=1))
+            (args.out / "lag.md").write_text(table(results))
+
+
+if __name__ == "__main__":
+    main()
