@@ -11,9 +11,7 @@ from torch import Tensor, nn
 
 from lightning_trak.fingerprints import object_fingerprint
 
-_NOT_IDENTITY = frozenset(
-    ["fingerprint", "prediction", "describe_prediction", "averages"]
-)  # features do not depend on them
+_NOT_IDENTITY = frozenset(["fingerprint", "prediction", "describe_prediction"])  # features do not depend on them
 
 
 class ModelOutput(ABC):

@@ -233,7 +233,8 @@ def test_a_model_that_is_sure_of_everything_is_told_what_to_do(tmp_path):
     with pytest.raises(ValueError, match=r"no curvature at .* so sure of all training examples .* earlier checkpoint"):
         influence.attribute(make_trainer(), data, data)
     # As the errors say:
-    trak = TRAK(Sure(), [Sure().state_dict()], tmp_path / "64", projection=IdentityProjection(), dtype=torch.float64)
+    options = {"projection": IdentityProjection(), "dtype": torch.float64, "lag": 1}
+    trak = TRAK(Sure(), [Sure().state_dict()], tmp_path / "64", **options)
     scores = trak.attribute(make_trainer(precision="64-true"), data, data)
     # All gradients are phi, |phi|^2 = 2, Q = R, and the automatic damping is 1.75 w = 3.5 R, since R says nothing about
     # the noise: phi (4 R phi phi^T + 3.5 R)^-1 phi Q = 2 / 11.5.

@@ -78,7 +78,7 @@ def test_what_is_said():
         "TRAK(model=LitNet, checkpoints=3, store='run/features', output=ClassificationMargin, projection="
     )
     assert repr(trak).endswith(
-        "dtype=float32, curvature='gauss_newton', damping='auto', loss_gradients='per_checkpoint')"
+        "dtype=float32, curvature='gauss_newton', damping='auto', loss_gradients='per_checkpoint', lag='auto')"
     )
     assert "checkpoints=the model's current weights" in repr(TRAK(make_model(), store="s"))
     assert repr(TRAKCallback(Path("run"))) == "TRAKCallback(dirpath='run', every_n_epochs=1, save_last=True)"

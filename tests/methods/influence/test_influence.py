@@ -157,7 +157,8 @@ def test_the_gauss_newton_scores_are_those_of_trak_without_projection(tmp_path, 
     scores = InfluenceFunction(make_model(), checkpoints, solver=Explicit(), damping=damping).attribute(
         make_trainer(), TRAIN, TARGETS
     )
-    trak = TRAK(make_model(), checkpoints, tmp_path, projection=IdentityProjection(), damping=damping, temperature=1)
+    options = {"projection": IdentityProjection(), "damping": damping, "temperature": 1, "lag": 1}
+    trak = TRAK(make_model(), checkpoints, tmp_path, **options)
     trak.featurize(make_trainer(), TRAIN)
     torch.testing.assert_close(scores, trak.score(make_trainer(), TARGETS), rtol=1e-4, atol=1e-5)
 
@@ -170,7 +171,8 @@ def test_outputs_that_remember_training_data_see_the_same_as_in_trak(tmp_path):
     model, output = LitPair(), ContrastiveMargin()
     train, targets = (TensorDataset(data.tensors[0], data.tensors[0].flip(1)) for data in (TRAIN, TARGETS))
     method = InfluenceFunction(model, [model.state_dict()], output=output, solver=ConjugateGradient(tolerance=1e-7))
-    trak = TRAK(model, [model.state_dict()], tmp_path, output=output, projection=IdentityProjection(), temperature=1)
+    options = {"projection": IdentityProjection(), "temperature": 1, "lag": 1}
+    trak = TRAK(model, [model.state_dict()], tmp_path, output=output, **options)
     trak.featurize(make_trainer(), train)
     expected = trak.score(make_trainer(), targets)
     assert relative_error(method.attribute(make_trainer(), train, targets), expected) < 1e-3
