@@ -227,7 +227,8 @@ class DampedGram:
         """How many directions lambda leaves: tr K (K + lambda I)^-1.
 
         See Hastie et al. 2009, The Elements of Statistical Learning, section 3.4.1. It is k - lambda tr (K + lambda
-        I)^-1, and that trace is |L^-1|^2 for the factor L.
+        I)^-1, and that trace is |L^-1|^2 for the factor L. No K has less than tr K / (tr K + lambda), which is taken
+        where a large lambda leaves rounding errors alone.
         """
         total = torch.zeros((), dtype=torch.float64, device=self._factor.device)
         for start in range(0, len(self._factor), _ROWS):
@@ -235,7 +236,8 @@ class DampedGram:
             columns = torch.zeros(len(rest), min(_ROWS, len(rest)), dtype=torch.float64, device=rest.device)
             columns.fill_diagonal_(1)
             total += torch.linalg.solve_triangular(rest, columns, upper=False).square().sum()
-        return len(self._factor) - self.ridge / float(self._scale) * float(total)
+        size, ridge = len(self._factor), self.ridge / float(self._scale)
+        return max(size - ridge * float(total), size / (size + ridge))
 
     def _solve(self, columns: Tensor) -> Tensor:
         # Not torch.cholesky_solve: on a CPU it takes twenty times as long for a single column.

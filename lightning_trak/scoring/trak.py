@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import Any, ClassVar, Literal, TypedDict, cast
 
 import torch
@@ -158,28 +159,39 @@ class TRAKScorer(Scorer):
         return matrix.damped(relative), relative
 
     def _dual_matrix(self, checkpoint: int, ranks: Ranks) -> Undamped:
-        kernel, curvatures = self._kernel(checkpoint, ranks), self._curvatures(checkpoint)
-        residuals, own = self._residuals(checkpoint), kernel.diagonal()
-        weights, about = curvatures * own, self._about(checkpoint)
-        return Undamped(
-            weights.sum(),
-            weights.square().sum(),
-            residuals.square() @ own,
-            lambda damping: DualSystem(kernel, curvatures, damping, self.num_features, *about, self._device),
-            lambda system: cast(DualSystem, system).squared_step(residuals, kernel),
+        kernel, curvatures, about = (
+            self._kernel(checkpoint, ranks),
+            self._curvatures(checkpoint),
+            self._about(checkpoint),
         )
+        weights = curvatures * kernel.diagonal()
+
+        def factor(damping: float) -> DualSystem:
+            return DualSystem(kernel, curvatures, damping, self.num_features, *about, self._device)
+
+        def residual_step(system: System) -> tuple[float, float]:
+            residuals = self._residuals(checkpoint)
+            step = cast(DualSystem, system).squared_step(residuals, kernel)
+            return step, float(residuals.square() @ kernel.diagonal())
+
+        return Undamped(weights.sum(), weights.square().sum(), factor, residual_step)
 
     def _primal_matrix(self, checkpoint: int, ranks: Ranks) -> Undamped:
         gram, squared_weights = (tensor.to(self._device) for tensor in self._gram(checkpoint, ranks))
-        pull, squared_residuals = (tensor.to(self._device) for tensor in self._pull(checkpoint, ranks))
         precision, error, place = self._about(checkpoint)
-        return Undamped(
-            gram.trace(),
-            squared_weights,
-            squared_residuals,
-            lambda damping: DampedGram(gram, damping, precision, place, rounding_error=error),
-            lambda system: cast(DampedGram, system).squared_step(pull),
-        )
+
+        @cache  # all ranks must make it together, however many dampings each tries
+        def residuals() -> tuple[Tensor, Tensor]:
+            return self._pull(checkpoint, ranks)
+
+        def residual_step(system: System) -> tuple[float, float]:
+            pull, squares = residuals()
+            return cast(DampedGram, system).squared_step(pull.to(self._device)), float(squares)
+
+        def factor(damping: float) -> DampedGram:
+            return DampedGram(gram, damping, precision, place, rounding_error=error)
+
+        return Undamped(gram.trace(), squared_weights, factor, residual_step)
 
     def _about(self, checkpoint: int) -> tuple[torch.dtype, float, str]:
         """The dtype of the features, by how much they are rounded, and what to call their matrix in errors."""

@@ -19,16 +19,14 @@ class Undamped:
     Attributes:
         trace: sum_j w_j with w_j = R_j |phi_j|^2.
         squared_weights: sum_j w_j^2.
-        squared_residuals: sum_j Q_j^2 |phi_j|^2.
         factor: makes the system of a relative damping.
-        squared_step: of such a system: lambda |(K + lambda I)^-1 sum_j Q_j phi_j|^2.
+        residual_step: of such a system: lambda |(K + lambda I)^-1 sum_j Q_j phi_j|^2, and sum_j Q_j^2 |phi_j|^2.
     """
 
     trace: Tensor
     squared_weights: Tensor
-    squared_residuals: Tensor
     factor: Callable[[float], System]
-    squared_step: Callable[[System], float]
+    residual_step: Callable[[System], tuple[float, float]]
     _kept: dict[float, System] = field(default_factory=dict)
 
     def damped(self, damping: float) -> System:
@@ -44,5 +42,6 @@ class Undamped:
 
     def alignment(self, damping: float, scaled: bool) -> float:
         """See :func:`~lightning_trak.scoring.lag.alignment`, at a relative damping."""
-        system, dispersion = self.damped(damping), float(self.squared_residuals / self.trace)
-        return alignment(self.squared_step(system), system.effective_dimension(), dispersion, scaled)
+        system = self.damped(damping)
+        step, squares = self.residual_step(system)
+        return alignment(step, system.effective_dimension(), squares / float(self.trace), scaled)

@@ -252,6 +252,23 @@ def test_directions_are_the_shares_of_eigenvalues(monkeypatch):
     eigenvalues = torch.linalg.eigvalsh(gram)
     expected = (eigenvalues / (eigenvalues + system.ridge)).sum()
     assert system.effective_dimension() == pytest.approx(float(expected))
+    vast = DampedGram(gram, 1e20, torch.float64, "a")
+    assert vast.effective_dimension() == pytest.approx(K * 1e-20)
+
+
+@pytest.mark.parametrize("dual", [False, True])
+def test_a_vast_damping_has_a_temperature(tmp_path, dual):
+    scorer = fitted(store_of(tmp_path, logistic(4)), 1e25, "auto", solves_dual=dual)
+    assert 1 < scorer.noise.temperature < math.inf
+    assert scores(scorer).isfinite().all()
+
+
+def test_residuals_are_read_where_something_is_chosen_by_them(tmp_path, monkeypatch):
+    store = store_of(tmp_path, logistic(4))
+    monkeypatch.setattr("lightning_trak.scoring.trak.residual_sums", None)
+    fitted(store, 0.5, solves_dual=False)
+    with pytest.raises(TypeError):
+        fitted(store, solves_dual=False)
 
 
 def test_residual_sums_are_those_of_all_rows():
