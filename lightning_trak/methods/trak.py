@@ -59,7 +59,7 @@ class TRAK(NewtonMethod):
         soft_threshold: scores move towards zero by this much, in the unit of scores (0: not at all).
         temperature: outputs f of training examples are divided by this before Q is taken of them, because what an
             example adds depends on models that have not seen it, which are less sure. 1: Q as it is. ``"auto"``: 1.43
-            for one checkpoint; for several, it is larger if they differ more
+            for one checkpoint; for several, it is larger if they differ more; and it grows with the lag
             (:attr:`~lightning_trak.scoring.noise.Noise.temperature`). K and the damping do not change. If R is the
             same for all examples, as for a squared error, ``"auto"`` is 1, and a number divides the scores. None:
             ``"auto"`` with ``damping="auto"`` and ``loss_gradients="per_checkpoint"``, else 1.

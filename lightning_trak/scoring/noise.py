@@ -128,8 +128,8 @@ class Noise:
             parts.append(f"the agreement of the checkpoints {self.agreement:.2g}")
         if min(self.shares) < 1:
             parts.append(f"the share of the examples seen {ends(self.shares)}")
-        if max(self.lags) > 1:
-            parts.append(f"the lag of the training {ends(self.lags)}")
+        if max(self.factors) > 1:
+            parts.append(f"the lag of the training {ends(self.factors)}")
         return f" ({', '.join(parts)})" if parts else ""
 
     def _covariances(self) -> tuple[Tensor, Tensor]:

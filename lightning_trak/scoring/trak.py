@@ -159,12 +159,8 @@ class TRAKScorer(Scorer):
         return matrix.damped(relative), relative
 
     def _dual_matrix(self, checkpoint: int, ranks: Ranks) -> Undamped:
-        kernel, curvatures, about = (
-            self._kernel(checkpoint, ranks),
-            self._curvatures(checkpoint),
-            self._about(checkpoint),
-        )
-        weights = curvatures * kernel.diagonal()
+        kernel, curvatures = self._kernel(checkpoint, ranks), self._curvatures(checkpoint)
+        weights, about = curvatures * kernel.diagonal(), self._about(checkpoint)
 
         def factor(damping: float) -> DualSystem:
             return DualSystem(kernel, curvatures, damping, self.num_features, *about, self._device)
