@@ -21,7 +21,7 @@ Lag = float | Literal["auto"]
 
 _DIRECTIONS = 0.6  # sum h (1 - h) / sum h for h = e / (e + lambda), K's eigenvalues e: found by measurement
 _STEP = 4.0  # from one damping to the next, until the lag is surrounded
-MOST = _STEP**2  # of the lag
+_MOST = _STEP**2  # of the lag
 
 
 def require_lag(lag: Lag) -> Lag:
@@ -96,7 +96,7 @@ def find_lag(aligned: Callable[[float], float]) -> float:
     factor, here = 1.0, surplus(1.0)
     if here <= 0:
         return 1.0
-    while factor < MOST:
+    while factor < _MOST:
         before, factor = here, factor * _STEP
         here = surplus(factor)
         if here <= 0:

@@ -18,7 +18,7 @@ from lightning_trak.scoring.damping import Damping, auto_damping, ends
 from lightning_trak.scoring.dual import DualSystem, kernel_matrix, products_with
 from lightning_trak.scoring.gram import Curvature, DampedGram, gram_matrix, require_convex, row_blocks
 from lightning_trak.scoring.groups import Sums
-from lightning_trak.scoring.lag import MOST, Lag, find_lag, residual_sums
+from lightning_trak.scoring.lag import Lag, find_lag, residual_sums
 from lightning_trak.scoring.noise import Noise, stored_noise
 from lightning_trak.scoring.temperature import Tempered
 from lightning_trak.scoring.topk import Scores
@@ -142,21 +142,16 @@ class TRAKScorer(Scorer):
         matrix = (self._dual_matrix if self._dual else self._primal_matrix)(checkpoint, ranks)
         noise, weighted = self.noise, self.curvature == "gauss_newton"
 
-        def damping(factor: float = 1.0) -> float:
-            if self.damping != "auto" or noise is None:
-                return cast(float, self.damping)
-            level = factor * noise.levels(weighted)[checkpoint]
+        def automatic(factor: float = 1.0) -> float:
+            level = factor * cast(Noise, noise).levels(weighted)[checkpoint]
             return auto_damping(matrix.trace, matrix.squared_weights, self.num_features, level)
 
-        def aligned(factor: float) -> float:
-            return matrix.alignment(damping(factor), bool(cast(Noise, noise).scaled[checkpoint]))
-
         if self.lag == "auto" and noise is not None and weighted and checkpoint not in self._lags_known:
-            follows = self.damping == "auto" and not self.averages
-            noise.lags[checkpoint] = find_lag(aligned) if follows else min(max(1.0, aligned(1.0)), MOST)
+            scaled = bool(noise.scaled[checkpoint])
+            noise.lags[checkpoint] = find_lag(lambda factor: matrix.alignment(automatic(factor), scaled))
             self._lags_known.add(checkpoint)
-        relative = damping()
-        return matrix.damped(relative), relative
+        damping = automatic() if self.damping == "auto" else self.damping
+        return matrix.damped(damping), damping
 
     def _dual_matrix(self, checkpoint: int, ranks: Ranks) -> Undamped:
         kernel, curvatures = self._kernel(checkpoint, ranks), self._curvatures(checkpoint)
