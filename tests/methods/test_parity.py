@@ -91,7 +91,7 @@ def test_paper_equals_traker(tmp_path, projection):
     theirs = traker_scores(tmp_path / "theirs", checkpoints, projection, UnscaledScoreComputer)
     ours = our_scores(tmp_path / "ours", checkpoints, projection)
     assert float((ours - theirs).abs().max() / theirs.abs().max()) < 1e-4
-    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().mean()))
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=3e-4 * float(theirs.abs().mean()))
 
 
 def test_paper_equals_traker_as_it_is_up_to_scale_for_one_checkpoint(tmp_path):
