@@ -30,24 +30,8 @@ def pack(batch: ExampleBatch) -> dict[str, Tensor]:
         NotStorableError: if the batch holds other objects.
     """
     tensors: dict[str, Tensor] = {}
-
-    def visit(part: Any) -> Any:
-        if isinstance(part, Tensor):
-            tensors[str(len(tensors))] = part.detach().cpu().clone()
-            return {"tensor": str(len(tensors) - 1)}
-        if isinstance(part, _PLAIN):
-            return {"plain": part}
-        if isinstance(part, Mapping):
-            return {"mapping": _name(part), "parts": [[key, visit(value)] for key, value in part.items()]}
-        if isinstance(part, (list, tuple)):
-            return {"sequence": _name(part), "parts": [visit(value) for value in part]}
-        if dataclasses.is_dataclass(part) and not isinstance(part, type):
-            fields = [field.name for field in dataclasses.fields(part) if field.init]
-            return {"dataclass": _name(part), "parts": [[name, visit(getattr(part, name))] for name in fields]}
-        raise NotStorableError(f"a batch that holds a {type(part).__name__} cannot be stored")
-
     layout = [[list(path), kind] for path, kind in (batch.layout or {}).items()]
-    about = {"size": batch.size, "layout": layout, "batch": visit(batch.content)}
+    about = {"size": batch.size, "layout": layout, "batch": _node(batch.content, tensors)}
     try:
         text = json.dumps(about, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -65,25 +49,43 @@ def unpack(packed: Mapping[str, Tensor]) -> ExampleBatch:
             imported here, because a file must not decide which code runs.
     """
     about = json.loads(bytes(packed["structure"].tolist()))
-
-    def visit(node: dict[str, Any]) -> Any:
-        if "tensor" in node:
-            return packed[node["tensor"]]
-        if "plain" in node:
-            return node["plain"]
-        if "mapping" in node:
-            parts = {key: visit(part) for key, part in node["parts"]}
-            kind = _type(node["mapping"], Mapping)
-            return parts if kind is dict else kind(parts)
-        if "sequence" in node:
-            items = [visit(part) for part in node["parts"]]
-            kind = _type(node["sequence"], (list, tuple))
-            return kind(*items) if hasattr(kind, "_fields") else kind(items)
-        fields = {name: visit(part) for name, part in node["parts"]}
-        return _type(node["dataclass"], object)(**fields)
-
     layout: dict[Any, Kind] = {tuple(path): cast(Kind, kind) for path, kind in about["layout"]}
-    return ExampleBatch(visit(about["batch"]), about["size"], layout)
+    return ExampleBatch(_part(about["batch"], packed), about["size"], layout)
+
+
+def _node(part: Any, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """A part of a batch in JSON's types. Its tensors are added to those given, and named in their place."""
+    if isinstance(part, Tensor):
+        tensors[str(len(tensors))] = part.detach().cpu().clone()
+        return {"tensor": str(len(tensors) - 1)}
+    if isinstance(part, _PLAIN):
+        return {"plain": part}
+    if isinstance(part, Mapping):
+        return {"mapping": _name(part), "parts": [[key, _node(value, tensors)] for key, value in part.items()]}
+    if isinstance(part, (list, tuple)):
+        return {"sequence": _name(part), "parts": [_node(value, tensors) for value in part]}
+    if dataclasses.is_dataclass(part) and not isinstance(part, type):
+        fields = [field.name for field in dataclasses.fields(part) if field.init]
+        return {"dataclass": _name(part), "parts": [[name, _node(getattr(part, name), tensors)] for name in fields]}
+    raise NotStorableError(f"a batch that holds a {type(part).__name__} cannot be stored")
+
+
+def _part(node: dict[str, Any], tensors: Mapping[str, Tensor]) -> Any:
+    """The part of a batch that :func:`_node` described."""
+    if "tensor" in node:
+        return tensors[node["tensor"]]
+    if "plain" in node:
+        return node["plain"]
+    if "mapping" in node:
+        parts = {key: _part(part, tensors) for key, part in node["parts"]}
+        kind = _type(node["mapping"], Mapping)
+        return parts if kind is dict else kind(parts)
+    if "sequence" in node:
+        items = [_part(part, tensors) for part in node["parts"]]
+        kind = _type(node["sequence"], (list, tuple))
+        return kind(*items) if hasattr(kind, "_fields") else kind(items)
+    fields = {name: _part(part, tensors) for name, part in node["parts"]}
+    return _type(node["dataclass"], object)(**fields)
 
 
 def _name(part: Any) -> str:

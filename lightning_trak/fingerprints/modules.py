@@ -181,19 +181,18 @@ def _options(part: nn.Module, cls: _Class, fingerprint: Fingerprint, matters: Ca
 
 def _parts(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Submodules with their names, each once. Wrappers are skipped, and metrics too: no output depends on metrics."""
-    seen: set[int] = set()
+    yield from _parts_at(module, "", set())
 
-    def walk(part: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-        inner = next((child for key, child in part.named_children() if key in WRAPPERS), None)
-        if inner is not None:
-            yield from walk(inner, name)
-        elif id(part) not in seen and not isinstance(part, (Metric, MetricCollection)):
-            seen.add(id(part))
-            yield name, part
-            for child_name, child in part.named_children():
-                yield from walk(child, f"{name}.{child_name}" if name else child_name)
 
-    yield from walk(module, "")
+def _parts_at(part: nn.Module, name: str, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:
+    inner = next((child for key, child in part.named_children() if key in WRAPPERS), None)
+    if inner is not None:
+        yield from _parts_at(inner, name, seen)
+    elif id(part) not in seen and not isinstance(part, (Metric, MetricCollection)):
+        seen.add(id(part))
+        yield name, part
+        for child_name, child in part.named_children():
+            yield from _parts_at(child, f"{name}.{child_name}" if name else child_name, seen)
 
 
 def _class_name(part: nn.Module) -> str:

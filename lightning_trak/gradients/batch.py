@@ -35,25 +35,28 @@ def find_layout(two: Any, three: Any) -> dict[Path, Kind]:
     Raises:
         ValueError: if a tensor grows in a dimension other than the first, or by another factor, or is not dense.
     """
-    layout: dict[Path, Kind] = {}
+    return dict(_kinds((), two, three))
 
-    def visit(path: Path, a: Any, b: Any) -> None:
-        if isinstance(a, Tensor) and isinstance(b, Tensor):
-            _require_dense(path, a)
-            layout[path] = _kind_of_tensor(path, a, b)
-        elif type(a) is int and (a, b) == (2, 3):
-            layout[path] = "count"
-        elif isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and (len(a), len(b)) == (2, 3):
-            layout[path] = "items"
-        elif not isinstance(a, _PLAIN) and type(a) is type(b):
-            layout[path] = "shared"  # the container itself; each part in it has its own entry
-            parts = dict(_children(b))
-            for key, part in _children(a):
-                if key in parts:
-                    visit((*path, key), part, parts[key])
 
-    visit((), two, three)
-    return layout
+# Functions that visit a batch part by part are not nested in others: a nested function that calls itself holds itself,
+# and with it the batch, until Python's garbage collector comes. On a GPU that is memory; and a worker of a DataLoader
+# that is forked meanwhile and frees such a tensor is aborted by CUDA.
+
+
+def _kinds(path: Path, a: Any, b: Any) -> Iterator[tuple[Path, Kind]]:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        _require_dense(path, a)
+        yield path, _kind_of_tensor(path, a, b)
+    elif type(a) is int and (a, b) == (2, 3):
+        yield path, "count"
+    elif isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and (len(a), len(b)) == (2, 3):
+        yield path, "items"
+    elif not isinstance(a, _PLAIN) and type(a) is type(b):
+        yield path, "shared"  # the container itself; each part in it has its own entry
+        parts = dict(_children(b))
+        for key, part in _children(a):
+            if key in parts:
+                yield from _kinds((*path, key), part, parts[key])
 
 
 def _require_dense(path: Path, tensor: Tensor) -> None:
@@ -136,17 +139,7 @@ class ExampleBatch:
 
     def shapes(self) -> tuple[Any, ...]:
         """The shapes of all tensors of the batch."""
-        found: list[Any] = [self.size]
-
-        def visit(part: Any) -> None:
-            if isinstance(part, Tensor):
-                found.append(part.shape)
-            elif not isinstance(part, _PLAIN):
-                for _, child in _children(part):
-                    visit(child)
-
-        visit(self.content)
-        return tuple(found)
+        return self.size, *_shapes(self.content)
 
     def equals(self, other: ExampleBatch) -> bool:
         """Whether two batches hold the same tensors, texts and numbers."""
@@ -162,17 +155,18 @@ class ExampleBatch:
                 replaces it.
             count: the number of examples in the result, for parts that hold this number; default: it stays the same.
         """
+        return self._rebuilt((), self.content, of_examples, count)
 
-        def visit(path: Path, part: Any) -> Any:
-            if self._belongs_to_examples(path, part):
-                return of_examples(part)
-            if type(part) is int and self.layout is not None and self.layout.get(path) == "count":
-                return part if count is None else count
-            if isinstance(part, (Tensor, *_PLAIN)):
-                return _copied(part)
-            return _with_children(part, {key: visit((*path, key), child) for key, child in _children(part)})
-
-        return visit((), self.content)
+    def _rebuilt(self, path: Path, part: Any, of_examples: Callable[[Any], Any], count: int | None) -> Any:
+        if self._belongs_to_examples(path, part):
+            return of_examples(part)
+        if type(part) is int and self.layout is not None and self.layout.get(path) == "count":
+            return part if count is None else count
+        if isinstance(part, (Tensor, *_PLAIN)):
+            return _copied(part)
+        return _with_children(
+            part, {key: self._rebuilt((*path, key), child, of_examples, count) for key, child in _children(part)}
+        )
 
     def _belongs_to_examples(self, path: Path, part: Any) -> bool:
         kind = self.layout.get(path) if self.layout is not None else None
@@ -201,6 +195,14 @@ class ExampleBatch:
                 " to one example or to all of them: make it a tensor, or leave it out of the batch"
             )
         return False
+
+
+def _shapes(part: Any) -> Iterator[torch.Size]:
+    if isinstance(part, Tensor):
+        yield part.shape
+    elif not isinstance(part, _PLAIN):
+        for _, child in _children(part):
+            yield from _shapes(child)
 
 
 def _leaves(part: Any) -> list[Any]:
@@ -274,18 +276,18 @@ def infer_batch_size(batch: Any, layout: Layout | None = None) -> int:
     Raises:
         ValueError: if the batch has no such part.
     """
-
-    def visit(path: Path, part: Any) -> Iterator[int]:
-        kind = layout.get(path) if layout is not None else None
-        if isinstance(part, Tensor):
-            if part.ndim > 0 and kind != "shared":
-                yield len(part)
-        elif kind == "items":
-            yield len(part)
-        elif _is_container(part):
-            for key, child in _children(part):
-                yield from visit((*path, key), child)
-
-    for size in visit((), batch):
+    for size in _sizes((), batch, layout or {}):
         return size
     raise ValueError(f"cannot tell how many examples a {type(batch).__name__} without tensors holds")
+
+
+def _sizes(path: Path, part: Any, layout: Layout) -> Iterator[int]:
+    kind = layout.get(path)
+    if isinstance(part, Tensor):
+        if part.ndim > 0 and kind != "shared":
+            yield len(part)
+    elif kind == "items":
+        yield len(part)
+    elif _is_container(part):
+        for key, child in _children(part):
+            yield from _sizes((*path, key), child, layout)

@@ -92,17 +92,18 @@ def with_bounds(found: Scores, ends: tuple[Tensor, Tensor], positions: Tensor | 
         ends: lower and upper ends, ``(num_groups, num_columns)``.
         positions: the index of each column, in order, if these are some columns alone.
     """
+    low, high = (_at(found, end, positions) for end in ends)
+    return Interval(found, low, high)
 
-    def at(scores: Scores, end: Tensor) -> Scores:
-        if isinstance(scores, Tensor):
-            return end
-        if isinstance(scores, BothEnds):
-            proponents, opponents = (at(one, end) for one in scores)
-            assert isinstance(proponents, TopK)
-            assert isinstance(opponents, TopK)
-            return BothEnds(proponents, opponents)
-        columns = scores.indices if positions is None else torch.searchsorted(positions, scores.indices)
-        return TopK(end.gather(1, columns), scores.indices)
 
-    low, high = ends
-    return Interval(found, at(found, low), at(found, high))
+def _at(scores: Scores, end: Tensor, positions: Tensor | None) -> Scores:
+    """The ends of the intervals of some scores, in their form."""
+    if isinstance(scores, Tensor):
+        return end
+    if isinstance(scores, BothEnds):
+        proponents, opponents = (_at(one, end, positions) for one in scores)
+        assert isinstance(proponents, TopK)
+        assert isinstance(opponents, TopK)
+        return BothEnds(proponents, opponents)
+    columns = scores.indices if positions is None else torch.searchsorted(positions, scores.indices)
+    return TopK(end.gather(1, columns), scores.indices)
