@@ -83,7 +83,7 @@ def require_finite(rows: Features, positions: Tensor, where: str) -> None:
     """
     bad = not_finite(rows)
     if bad.any():
-        found = positions[bad].tolist()
+        found = positions[bad.cpu()].tolist()
         raise NotFiniteError(
             f"{named(found)} {where} {_are(found)} not finite ({describe(rows, bad)}): look for NaN or huge values in"
             f" {'this example' if len(found) == 1 else 'these examples'} or the weights, or use a dtype with a larger"

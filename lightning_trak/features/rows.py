@@ -113,6 +113,11 @@ class StoredFeatures:
         """The rows after ``move``, such as a copy to a device, of the codes and scales. The scalars stay."""
         return replace(self, codes=move(self.codes), scales=None if self.scales is None else move(self.scales))
 
+    def on_host(self) -> StoredFeatures:
+        """The rows on the CPU."""
+        outputs, loss_gradients, curvatures = (column.cpu() for column in self.scalars)
+        return replace(self.moved(Tensor.cpu), scalars=(outputs, loss_gradients, curvatures))
+
     def rounding_error(self, rows: Features) -> float:
         """The root mean square of |stored - given| / |given| over rows, of features that were given to :meth:`encode`.
 
@@ -121,7 +126,7 @@ class StoredFeatures:
         if self.dtype.quantizer is None:
             return 0.0
         found = []
-        for some in self._slices(_CACHED_BYTES):
+        for some in self._slices(_CACHED_BYTES if self.codes.is_cpu else _BLOCK_BYTES):
             given, stored = rows.features[some], self[some].decode().features
             # Divided by the largest element, so that squares are in range.
             largest = given.abs().amax(1, keepdim=True)

@@ -14,9 +14,10 @@ from lightning_trak.features.finiteness import NotFiniteExamples, describe, not_
 from lightning_trak.features.rows import Features, RoundedFeatures, without
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.running.ranges import Stop
-from lightning_trak.running.transfer import HostCopy
+from lightning_trak.running.transfer import HostCopy, Waiting, beside
 
 _HOPELESS = 100  # examples
+_DEVICE_BYTES = 1 << 28  # of a shard's features that wait on a GPU, which rounds them in a fraction of a CPU's time
 
 
 class Sink(Protocol):
@@ -60,7 +61,7 @@ class ShardWriter:
         self.not_finite = NotFiniteExamples()
         self._skips, self._stop = skips, stop
         self._finite: set[int] = set()  # checkpoints at which some example is finite
-        self._copies: list[HostCopy] = []
+        self._parts: list[HostCopy | Waiting] = []
         self._writing: Future[None] | None = None
 
     def __enter__(self) -> ShardWriter:
@@ -77,14 +78,15 @@ class ShardWriter:
     def add(self, checkpoint: int, number: int, positions: Tensor, rows: Features, engine: str) -> bool:  # noqa: D102
         shard = self.store.shard(number)
         if int(positions[0]) == shard.start:
-            self._copies = []
+            self._parts = []
             if engine in self.store.refuted_engines():
                 return False
-        self._copies.append(HostCopy.start(rows))
+        stays = self.store.rounds_features and len(shard) * rows.features[0].nbytes <= _DEVICE_BYTES
+        self._parts.append(Waiting.of(rows) if stays else HostCopy.start(rows))
         if int(positions[-1]) == shard[-1]:
             self._wait()
-            rounded = partial(self._rounded, checkpoint, number, self._copies)
-            self._copies = []
+            rounded = partial(self._rounded, checkpoint, number, self._parts)
+            self._parts = []
             if rows.features.is_cpu and torch.get_num_threads() > 1:
                 # Operations of two threads at once, each on several cores, would share these and wait for each other.
                 with torch.inference_mode(False):  # quantizers keep tables, also for later
@@ -96,8 +98,12 @@ class ShardWriter:
             thread.shutdown(wait=False)
         return True
 
-    def _rounded(self, checkpoint: int, number: int, copies: list[HostCopy]) -> _Rounded:
-        rows = Features.cat([Features(*copy.wait()) for copy in copies])
+    def _rounded(self, checkpoint: int, number: int, parts: list[HostCopy | Waiting]) -> _Rounded:
+        with beside(parts[0].tensors[0].device):
+            rows = Features.cat([Features(*part.wait()) for part in parts])
+            return self._rounded_rows(checkpoint, number, rows)
+
+    def _rounded_rows(self, checkpoint: int, number: int, rows: Features) -> _Rounded:
         shard = self.store.shard(number)
         bad = not_finite(rows)
         if not bad.all():

@@ -234,6 +234,11 @@ class FeatureStore(StoredExtras):
             " call featurize again to finish it before scoring"
         )
 
+    @property
+    def rounds_features(self) -> bool:
+        """Whether features are stored as integers."""
+        return self._dtype is not None and self._dtype.quantizer is not None
+
     def write(self, checkpoint: int, shard: int, rows: Features, engine: str = "", skipped: Sequence[int] = ()) -> None:
         """Write a complete shard: :meth:`round` and :meth:`save` in one."""
         self.save(checkpoint, shard, self.round(checkpoint, shard, rows), engine, skipped)
@@ -258,7 +263,7 @@ class FeatureStore(StoredExtras):
             raise ValueError(f"shard {shard} of checkpoint {checkpoint} cannot be written: {reason}")
         stored = StoredFeatures.encode(rows, dtype or feature_dtype(rows.features.dtype))
         self._k = stored.k
-        return RoundedFeatures(stored, stored.rounding_error(rows))
+        return RoundedFeatures(stored.on_host(), stored.rounding_error(rows))
 
     def save(
         self, checkpoint: int, shard: int, rows: RoundedFeatures, engine: str = "", skipped: Sequence[int] = ()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 _BYTES = 1 << 21  # of float32 rows that are worked on at a time, in cache
+_DEVICE_BYTES = 1 << 25  # the same on a GPU, where many small operations take longer than one
 _LARGEST = torch.finfo(torch.float32).max
 _SMALLEST = 2.0**-149  # the smallest float32 above zero
 
@@ -59,7 +60,7 @@ class Quantizer(ABC):
         Raises:
             ValueError: if a number is not finite.
         """
-        step = max(1, _BYTES // (4 * max(1, rows.shape[1])))
+        step = max(1, (_BYTES if rows.is_cpu else _DEVICE_BYTES) // (4 * max(1, rows.shape[1])))
         parts = []
         for part in torch.split(rows, step):
             numbers = part.float()

@@ -4,6 +4,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -48,6 +49,42 @@ class HostCopy(NamedTuple):
         if self.arrived is not None:
             self.arrived.synchronize()
         return self.tensors
+
+
+class Waiting(NamedTuple):
+    """Tensors on a device that another thread is to work on, beside later work of this one.
+
+    Attributes:
+        tensors: the tensors.
+        ready: the event at which they are computed; None on a CPU, where they are already.
+    """
+
+    tensors: tuple[Tensor, ...]
+    ready: torch.cuda.Event | None
+
+    @classmethod
+    def of(cls, tensors: tuple[Tensor, ...]) -> "Waiting":
+        """Tensors of one device, after the work queued so far."""
+        device = tensors[0].device
+        return cls(tensors, torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None)
+
+    def wait(self) -> tuple[Tensor, ...]:
+        """Let the work that this thread queues next begin when the tensors are there, and return them."""
+        if self.ready is not None:
+            torch.cuda.current_stream(self.tensors[0].device).wait_event(self.ready)
+        return self.tensors
+
+
+@contextmanager
+def beside(device: torch.device) -> Iterator[None]:
+    """Let a thread's work on a CUDA device run beside that of others, and wait for it at the end."""
+    if device.type != "cuda":
+        yield
+        return
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(stream):
+        yield
+    stream.synchronize()
 
 
 class Upload:

@@ -146,3 +146,16 @@ def test_what_is_not_finite_is_refused(quantizer, value):
     rows[1, 4] = value
     with pytest.raises(ValueError, match="only finite numbers can be quantized"):
         quantizer.quantize(rows)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@BOTH
+@pytest.mark.parametrize("k", [1, 7, 5000])
+def test_a_row_has_the_same_bits_on_a_gpu(quantizer, k):
+    rows = torch.cat([gaussian(300, k), heavy_tailed(300, k), torch.zeros(1, k)])
+    for found, expected in zip(quantizer.quantize(rows.cuda()), quantizer.quantize(rows), strict=True):
+        assert torch.equal(found.cpu(), expected)
+    codes = quantizer.quantize(rows)
+    on_gpu = type(codes)(*(part.cuda() for part in codes))
+    assert torch.equal(quantizer.dequantize(on_gpu, k).cpu(), quantizer.dequantize(codes, k))
