@@ -83,12 +83,13 @@ def loader() -> DataLoader[Any]:
 
 def make_trainer(*callbacks: Callback, **options: Any) -> L.Trainer:
     quiet = {
+        "accelerator": "cpu",
         "logger": False,
         "enable_checkpointing": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,
     }
-    return L.Trainer(accelerator="cpu", devices=1, callbacks=list(callbacks), **(quiet | {"max_epochs": 3} | options))
+    return L.Trainer(devices=1, callbacks=list(callbacks), **(quiet | {"max_epochs": 3} | options))
 
 
 def fit(*callbacks: Callback, module: L.LightningModule | None = None, **options: Any) -> L.Trainer:

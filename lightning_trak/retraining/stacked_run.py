@@ -167,8 +167,8 @@ class StackedRun:
             if not off**0.5 <= _STEP_ERRORS[player.dtype] * moved**0.5 + rounding:
                 raise ReplayError(
                     f"the first step of a member differs between training together and alone by {off**0.5:.3g}, where"
-                    f" the weights move by {moved**0.5:.3g}: perhaps vmap draws other random numbers (dropout within"
-                    " attention), or the module branches on values; leave together= out"
+                    f" the weights move by {moved**0.5:.3g}: perhaps vmap draws other random numbers (dropout on a"
+                    " GPU or within attention), or the module branches on values; leave together= out"
                 )
 
 

@@ -70,7 +70,7 @@ class StackedModules:
         self.stacked = modules[0] if take else copy.deepcopy(modules[0])
         self._original = None if take else modules[0]
         for name, tensor in _tensors(self.stacked):
-            tensor.data = torch.stack([state[name] for state in states]).to(device)
+            tensor.data = torch.stack([state[name].to(device) for state in states])
 
     def __len__(self) -> int:
         return len(next(iter(_tensors(self.stacked)))[1])

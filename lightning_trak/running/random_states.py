@@ -185,11 +185,17 @@ def restore_random_states(states: RandomStates, device: torch.device) -> None:
     """Set the generators to recorded states.
 
     Args:
-        states: the result of :meth:`RandomWatch.drawn`. A state of CUDA is left out on another device, whose generator
-            is a different one.
+        states: the result of :meth:`RandomWatch.drawn`.
         device: the device that computes.
+
+    Raises:
+        ValueError: if there is a state of CUDA, and the device is another one, whose generator draws other numbers.
     """
     generators = _generators(device) if states else {}
+    if not states.keys() <= generators.keys():
+        raise ValueError(
+            f"training drew random numbers on a GPU, as for dropout, and {device} cannot draw them again; use a Trainer"
+            ' with accelerator="gpu"'
+        )
     for name, state in states.items():
-        if name in generators:
-            generators[name].restore(state, device)
+        generators[name].restore(state, device)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_trak import TRAK, GradientCosine, GradientDot, TracIn
 from lightning_trak.methods import (
@@ -17,7 +17,7 @@ from lightning_trak.methods import (
 from lightning_trak.outputs import CausalLMMargin, ClassificationMargin
 from lightning_trak.projections import SparseProjection
 from tests.causal_texts import CausalNet, loader, make_texts
-from tests.lit import make_checkpoints, make_data, make_model, make_trainer
+from tests.lit import make_checkpoints, make_data, make_model, make_trainer, stored
 
 
 @pytest.mark.gpu
@@ -108,3 +108,33 @@ def test_tokens_on_a_gpu_are_those_on_the_cpu(tmp_path, kind, dim):
         found[accelerator] = torch.cat([part.scores for part in parts]), method.score(trainer, targets, output=output)
     for one, other in zip(*found.values(), strict=True):
         torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-4 * float(one.abs().max()))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", ["int4", "int8", "float16"])
+def test_rounded_features_on_a_gpu_are_those_on_the_cpu(tmp_path, dtype):
+    found = {}
+    for accelerator in ("cpu", "gpu"):
+        trak = TRAK(make_model(), make_checkpoints(1), tmp_path / accelerator, dtype=dtype)
+        trak.featurize(make_trainer(accelerator=accelerator), DataLoader(make_data(1200), batch_size=100))
+        store = stored(tmp_path / accelerator)
+        shards = [store.read(0, shard) for shard in range(store.num_shards)]
+        found[accelerator] = torch.cat([shard.features for shard in shards]).float(), store.rounding_error(0)
+    (on_gpu, error), (on_cpu, expected) = found["gpu"], found["cpu"]
+    # A number between two levels may be rounded to either of them.
+    assert (on_gpu - on_cpu).norm() <= 1e-2 * on_cpu.norm()
+    assert error == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", [TRAK, InfluenceFunction])
+def test_examples_that_are_not_finite_are_named(tmp_path, kind):
+    model, (inputs, labels) = make_model(), make_data(50).tensors
+    inputs = inputs.clone()
+    inputs[7, 2] = torch.nan
+    options = {"store": tmp_path} if kind is TRAK else {"solver": Explicit()}
+    method = kind(model, [model.state_dict()], **options)
+    with pytest.raises(ValueError, match=r"example 7 at checkpoint 0 .* is not finite"):
+        method.attribute(make_trainer(accelerator="gpu"), TensorDataset(inputs, labels), make_data(3))

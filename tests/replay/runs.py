@@ -41,7 +41,7 @@ class Net(AttributionMixin, L.LightningModule):
         inputs, labels = batch[:2]
         losses = F.cross_entropy(self(inputs), labels, reduction="none")
         if self.weights is not None:
-            losses = losses * self.weights[batch[2]]
+            losses = losses * self.weights.to(losses.device)[batch[2]]
         return losses.mean()
 
     def configure_model_output(self) -> ModelOutput:

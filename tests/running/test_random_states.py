@@ -57,3 +57,8 @@ def test_a_watch_notices_who_draws(name):
         DRAWS[name]()
         restore_random_states(states, cpu)
         assert DRAWS[name]() == expected
+
+
+def test_random_numbers_of_a_gpu_are_refused_on_a_cpu():
+    with pytest.raises(ValueError, match=r'random numbers on a GPU.* cpu cannot draw them again; .*accelerator="gpu"'):
+        restore_random_states({"cuda": torch.zeros(16, dtype=torch.uint8)}, torch.device("cpu"))
