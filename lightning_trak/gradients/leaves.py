@@ -85,13 +85,20 @@ def apart_from(original: nn.Module | None, copied: nn.Module) -> Iterator[set[in
     own = {_address(tensor) for _, tensor in _tensors(copied)}
     names = {_address(tensor): name for name, tensor in _tensors(original)}
     with _Reading({address: name for address, name in names.items() if address and address not in own}) as reading:
-        yield reading.made
-    if reading.found:
-        found = sorted(reading.found)
+        try:
+            yield reading.made
+        except Exception as error:  # such as tensors on two devices, since the original stays on its own
+            _require_unread(reading.found, original, error)
+            raise
+    _require_unread(reading.found, original)
+
+
+def _require_unread(found: set[str], original: nn.Module, cause: Exception | None = None) -> None:
+    if found:
         raise ValueError(
-            f"the output of {type(original).__name__} reads {listed(found)}"
+            f"the output of {type(original).__name__} reads {listed(sorted(found))}"
             f" of the module that was passed, not of the copy with the checkpoint's weights: {_WRITE_IT_SO}"
-        )
+        ) from cause
 
 
 class _Reading(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -240,7 +240,8 @@ class Closure(LitNet):
 
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("engine", ["auto", "functional", "loop"])
-def test_closures_over_the_users_module_are_refused(tmp_path, engine, frozen):
+@pytest.mark.parametrize("precision", ["32-true", "64-true"])
+def test_closures_over_the_users_module_are_refused(tmp_path, engine, frozen, precision):
     model = Closure()
     model.head.requires_grad_(not frozen)
     options = {"output": ClassificationMargin(), "projection": SparseProjection(16), "engine": engine}
@@ -248,7 +249,7 @@ def test_closures_over_the_users_module_are_refused(tmp_path, engine, frozen):
     with pytest.raises(
         ValueError, match=r"output of Closure reads head.bias, head.weight of the module that was passed"
     ):
-        trak.featurize(make_trainer(), TRAIN)
+        trak.featurize(make_trainer(precision=precision), TRAIN)
 
 
 class Aliases(nn.Module):

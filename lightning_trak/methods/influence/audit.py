@@ -6,6 +6,7 @@ from typing import Any, cast
 import torch
 
 from lightning_trak.features.engines import EngineName, following_engine
+from lightning_trak.features.soundness import require_sound
 from lightning_trak.gradients.base import EngineError
 from lightning_trak.gradients.batch import ExampleBatch
 from lightning_trak.methods.examples import Examples
@@ -26,6 +27,8 @@ def audit(passes: Passes, examples: Examples) -> None:
         ValueError: if outputs depend on chance, on other weights than those of the model's copy or on the rest of the
             batch, or gradients differ from autograd's, naming example and parameters.
     """
+    ((pair, _),) = passes.batches(examples, [[0, 0]])
+    require_sound(passes.model, passes.layout, pair)
     for position in draw_audited(range(len(examples)), 2, passes.key("audit")):
         part = next(part for part in passes.cut(examples) if position in part)
         (batch, _), (twice, _) = passes.batches(examples, [part, [position] * 2])

@@ -85,7 +85,7 @@ class Net(nn.Module):
         self.register_buffer("scale", torch.tensor(1.1), persistent=False)
 
     def hidden(self, inputs: Tensor) -> Tensor:
-        return torch.tanh(self.first(inputs) + self.first(torch.ones(1, 6)))
+        return torch.tanh(self.first(inputs) + self.first(torch.ones(1, 6, device=inputs.device)))
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.head(self.hidden(inputs)) * self.scale
@@ -95,4 +95,4 @@ class Once(Net):
     """EK-FAC takes layers that are called once."""
 
     def hidden(self, inputs: Tensor) -> Tensor:
-        return torch.tanh(self.first(inputs + torch.ones(1, 6)))
+        return torch.tanh(self.first(inputs + torch.ones(1, 6, device=inputs.device)))

@@ -53,11 +53,13 @@ class Unregistered(Once):
 
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("scores", [*METHODS.values(), ekfac], ids=[*METHODS, "ekfac"])
-def test_weights_of_the_original_are_found(scores, frozen):
+@pytest.mark.parametrize("precision", ["32-true", "64-true"])
+def test_weights_of_the_original_are_found(scores, frozen, precision):
+    """Also where they do not fit those of the copy, here in another precision, and on a GPU on another device."""
     model = seeded(Closure)
     model.head.requires_grad_(not frozen)
     with pytest.raises(ValueError, match=r"reads head.bias, head.weight of the module that was passed"):
-        scores(model)
+        scores(model, precision=precision)
 
 
 @pytest.mark.parametrize(
