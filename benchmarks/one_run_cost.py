@@ -4,6 +4,7 @@ import itertools
 import multiprocessing
 import os
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -32,8 +33,10 @@ class GentleMLP(DigitsMLP):
 
 
 def one_run(run: Run) -> list[Row]:
-    """Times on one thread and on all, and memory and disk for runs of several lengths."""
+    """Times on one thread and on all, or on a GPU; on a CPU, memory and disk for runs of several lengths."""
     quiet()
+    if run.device.type == "cuda":
+        return _times(run, make_tasks()[TASK], "GPU")
     found = []
     for threads in [1] if run.quick else sorted({1, os.cpu_count() or 1}):
         with on_threads(threads):
@@ -44,11 +47,16 @@ def one_run(run: Run) -> list[Row]:
 
 
 def _fit(
-    model: L.LightningModule, loader: DataLoader[tuple[Tensor, ...]], epochs: int, *callbacks: L.Callback
+    model: L.LightningModule,
+    loader: DataLoader[tuple[Tensor, ...]],
+    epochs: int,
+    *callbacks: L.Callback,
+    accelerator: str = "cpu",
 ) -> L.Trainer:
     torch.manual_seed(0)
     trainer = L.Trainer(
-        accelerator="cpu",
+        accelerator=accelerator,
+        devices=1,
         max_epochs=epochs,
         logger=False,
         enable_checkpointing=False,
@@ -64,17 +72,18 @@ def _times(run: Run, task: Task, name: str) -> list[Row]:
     """Times as multiples of one training without a recorder."""
     epochs, many = (1, QUICK_TARGETS) if run.quick else (task.max_epochs, TARGETS)
     loader = DataLoader(task.train, batch_size=task.batch_size, shuffle=True)
+    fit = partial(_fit, accelerator=run.device.type)
     with tempfile.TemporaryDirectory(dir=run.out) as folder:
         directories = map(Path(folder).joinpath, map(str, itertools.count()))
         recording, model = next(directories), task.make_module()
-        trainer = _fit(model, loader, epochs, TrainingRecorder(recording))
+        trainer = fit(model, loader, epochs, TrainingRecorder(recording))
 
         def attribute(count: int, check_smooth: bool = False) -> None:
             method = Metagradient(model, recording, output=task.output, check_smooth=check_smooth, progress_bar=False)
             method.attribute(trainer, loader, Subset(task.targets, range(count)))
 
         def record() -> None:
-            _fit(task.make_module(), loader, epochs, TrainingRecorder(next(directories)))
+            fit(task.make_module(), loader, epochs, TrainingRecorder(next(directories)))
 
         actions: dict[str, Action] = {
             "TrainingRecorder": record,
@@ -82,7 +91,7 @@ def _times(run: Run, task: Task, name: str) -> list[Row]:
             "1 target, with the check": lambda: attribute(1, check_smooth=True),
             f"{many} targets": lambda: attribute(many),
         }
-        measured = ratios(lambda: _fit(task.make_module(), loader, epochs), actions, run.repetitions)
+        measured = ratios(lambda: fit(task.make_module(), loader, epochs), actions, run.repetitions)
     steps = epochs * len(loader)
     named = {f"{name}: {key}": values for key, values in measured.items()}
     return rows("one_run", named, f"of a training of {steps} steps")

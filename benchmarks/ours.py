@@ -43,7 +43,7 @@ def extractor_of(work: Workload, setting: Setting) -> FeatureExtractor:
     """An extractor for the model of a workload, on the model's device."""
     device = next(work.model.parameters()).device
     checkpoints = resolve_checkpoints([work.model.state_dict()])
-    digests = Contents(checkpoints).digests
+    digests = [content.digest for content in Contents(checkpoints).read()]
     work = work.to(device, setting.precision)
     model = ModelCopy(work.model, work.output, checkpoints, digests)
     model.load(0, device)

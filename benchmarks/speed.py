@@ -211,7 +211,7 @@ PARTS = {
 }
 
 
-GPU_PARTS = {"batch", "scoring"}
+GPU_PARTS = ("batch", "featurize", "scoring", "one_run")
 
 
 def main() -> None:
@@ -219,7 +219,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("speed_output"), help="folder to write the tables to")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=", ".join(PARTS))
-    parser.add_argument("--device", type=torch.device, default="cpu", help="cpu or cuda (parts batch, scoring)")
+    parser.add_argument(
+        "--device", type=torch.device, default="cpu", help=f"cpu or cuda (parts {', '.join(GPU_PARTS)})"
+    )
     parser.add_argument("--repetitions", type=int, default=5, help="rounds of alternating measurements")
     parser.add_argument("--quick", action="store_true", help="less work in the parts featurize and one_run")
     args = parser.parse_args()
@@ -228,8 +230,8 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*LeafSpec.*|.*does not have many workers.*")  # from Lightning itself
     run = Run(args.out, args.repetitions, torch.device(args.device), args.quick)
-    if run.device.type == "cuda" and not set(args.parts) <= GPU_PARTS:
-        parser.error(f"on a GPU, --parts can be {' and '.join(sorted(GPU_PARTS))}")
+    if run.device.type == "cuda" and not set(args.parts) <= set(GPU_PARTS):
+        parser.error(f"on a GPU, --parts can be {', '.join(GPU_PARTS)}")
     name = torch.cuda.get_device_name() if run.device.type == "cuda" else platform.processor()
     machine = {
         "device": name,

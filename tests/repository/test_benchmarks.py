@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import ablations, damping, lag, methods, one_run, one_run_cost, other_seeds, second_stage, twins
+from benchmarks import ablations, damping, lag, methods, one_run, one_run_cost, other_seeds, ours, second_stage, twins
 from benchmarks import bytes as bytes_benchmark
 from benchmarks.labels import Curve, label_curves
 from benchmarks.methods import small
+from benchmarks.models import resnet9
 from benchmarks.tasks import make_tasks
 from benchmarks.timing import Run
 from benchmarks.truth import Truth, outputs_of, retrain
@@ -29,6 +30,14 @@ def _as_before():
     yield
     torch.set_num_threads(threads)
     logger.setLevel(level)
+
+
+def test_the_timed_settings_make_features():
+    work = resnet9(2)
+    for name, setting in ours.settings(64).items():
+        if setting.precision != "bf16-true":  # which not every CPU can compute
+            found = ours.featurizer(work, setting)()
+            assert found.features.isfinite().all(), name
 
 
 def test_every_method_is_measured(tmp_path):
