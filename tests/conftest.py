@@ -1,3 +1,4 @@
+import functools
 import logging
 import random
 import uuid
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lightning.fabric.utilities import registry
 
 from tests.lit import attribute, make_checkpoints
 
@@ -33,6 +35,11 @@ def pytest_fixture_setup(fixturedef: pytest.FixtureDef) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_call() -> None:
     seed_generators(0)
+
+
+# Every new Trainer reads the metadata of all installed packages, to find callbacks of theirs. That takes longer than
+# all else in making a Trainer, and what is installed stays the same here.
+registry.entry_points = functools.cache(registry.entry_points)
 
 
 @pytest.fixture(params=["local", "file", "memory"])
