@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -34,10 +35,15 @@ def run_module(name: str, *arguments: str) -> str:
         return log.read_text()
 
 
+def start_script(script: Path, *arguments: str | Path) -> BaseProcess:
+    """Start a script. Its output is in a file beside it."""
+    return _start(script, arguments, script.with_suffix(".log"), {})
+
+
 def run_script(script: Path, *arguments: str | Path) -> int:
     """Run a script that may kill its own process; the exit code. Its output is in a file beside it."""
-    process = _start(script, arguments, script.with_suffix(".log"), {})
-    process.join()
+    process = start_script(script, *arguments)
+    _end([process])
     assert process.exitcode is not None
     return process.exitcode
 
@@ -100,7 +106,7 @@ def _free_port() -> str:
         return str(free.getsockname()[1])
 
 
-def _start(script: str | Path, arguments: object, log: Path, settings: dict[str, str]) -> BaseProcess:
+def _start(script: str | Path, arguments: Sequence[str | Path], log: Path, settings: dict[str, str]) -> BaseProcess:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["lightning"])
     process = context.Process(target=_run, args=(script, [*map(str, arguments)], log, {**os.environ, **settings}))
@@ -125,15 +131,19 @@ def _run(script: str | Path, arguments: list[str], log: Path, environment: dict[
         runpy.run_module(script, run_name="__main__", alter_sys=True)
 
 
-def _require_success(processes: list[BaseProcess], log: Path) -> None:
-    """Wait until all processes have ended. Failures and hangs show what they printed, and where each thread is."""
+def _end(processes: list[BaseProcess]) -> None:
+    """Wait until all processes have ended. One that hangs is aborted, and prints where each of its threads is."""
     for process in processes:
         process.join(PATIENCE)
-    hanging = [process for process in processes if process.exitcode is None]
-    for process in hanging:
-        os.kill(process.pid, signal.SIGABRT)
-        process.join(10)
-        process.kill()
-    printed = log.read_text()
-    assert not hanging, f"not done after {PATIENCE:g} seconds:\n{printed}"
-    assert all(process.exitcode == 0 for process in processes), printed
+    for process in processes:
+        if process.exitcode is None:
+            assert process.pid is not None
+            os.kill(process.pid, signal.SIGABRT)
+            process.join()
+
+
+def _require_success(processes: list[BaseProcess], log: Path) -> None:
+    """Wait until all processes have ended. Failures show what they printed."""
+    _end(processes)
+    codes = [process.exitcode for process in processes]
+    assert not any(codes), f"exit codes {codes} within {PATIENCE:g} seconds:\n{log.read_text()}"
