@@ -1,3 +1,5 @@
+import functools
+import gc
 import logging
 import random
 import uuid
@@ -8,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lightning.fabric.utilities import registry
 
 from tests.lit import attribute, make_checkpoints
 
@@ -25,6 +28,11 @@ def pytest_collectstart(collector: pytest.Collector) -> None:
     seed_generators(zlib.crc32(collector.nodeid.encode()))
 
 
+def pytest_collection_finish() -> None:
+    """Imported modules stay, so garbage collections need not look through them."""
+    gc.freeze()
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_fixture_setup(fixturedef: pytest.FixtureDef) -> None:
     seed_generators(zlib.crc32(fixturedef.argname.encode()))
@@ -33,6 +41,11 @@ def pytest_fixture_setup(fixturedef: pytest.FixtureDef) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_call() -> None:
     seed_generators(0)
+
+
+# Every new Trainer reads the metadata of all installed packages, to find callbacks of theirs. That takes longer than
+# all else in making a Trainer, and what is installed stays the same here.
+registry.entry_points = functools.cache(registry.entry_points)
 
 
 @pytest.fixture(params=["local", "file", "memory"])

@@ -49,6 +49,7 @@ def _nested(code: types.CodeType) -> Iterator[types.CodeType]:
             yield from _nested(constant)
 
 
+@cache
 def code_digest(code: types.CodeType) -> str:
     """A digest of what the code does. File, line numbers, comments and docstring do not count."""
     return hashlib.sha256(repr(_content(code)).encode()).hexdigest()[:16]

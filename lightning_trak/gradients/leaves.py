@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_trak.compatibility import TorchDispatchMode, tree_iter
+from lightning_trak.compatibility import TorchDispatchMode
 from lightning_trak.texts.messages import listed
 
 _WRITE_IT_SO = (
@@ -114,15 +114,22 @@ class _Reading(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         del types
-        read = _addresses((args, kwargs))
+        kwargs = kwargs or {}
+        read = set(_addresses((args, tuple(kwargs.values()))))
         self.found |= {self._names[address] for address in read & self._names.keys()}
-        result = func(*args, **(kwargs or {}))
-        self.made |= _addresses(result) - read  # not the views of older tensors
+        result = func(*args, **kwargs)
+        self.made.update(address for address in _addresses(result) if address not in read)  # no views of older tensors
         return result
 
 
-def _addresses(tree: Any) -> set[int]:
-    return {_address(value) for value in tree_iter(tree) if isinstance(value, Tensor) and _has_memory(value)}
+def _addresses(value: Any) -> Iterator[int]:
+    """The addresses of the tensors in arguments or results of an operation: tensors, and lists of them."""
+    if isinstance(value, Tensor):
+        if _has_memory(value):
+            yield _address(value)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _addresses(item)
 
 
 def _address(tensor: Tensor) -> int:

@@ -92,7 +92,7 @@ DISTRIBUTED = """
 def test_two_processes(tmp_path: Path) -> None:
     script = tmp_path / "distributed.py"
     script.write_text(textwrap.dedent(DISTRIBUTED))
-    run_together([script, tmp_path], tmp_path / "log")
+    run_together(script, tmp_path)
 
     seen = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
     failures = [[ranks.pop(name) for name in ("space", "header", "unportable")] for ranks in seen]

@@ -269,7 +269,7 @@ leave_together()
 def test_two_processes(tmp_path: Path) -> None:
     script = tmp_path / "together.py"
     script.write_text(textwrap.dedent(TOGETHER))
-    run_together([script, tmp_path], tmp_path / "log")
+    run_together(script, tmp_path)
     for name in ("ddp", "fsdp2"):
         found = resolve_checkpoints(tmp_path / f"{name}-0")
         assert [c.record.step for c in found] == [2, 4]  # type: ignore[union-attr]

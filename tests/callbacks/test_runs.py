@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 import textwrap
 from datetime import timedelta
 from pathlib import Path
@@ -18,7 +16,7 @@ from lightning_trak.callbacks.snapshots import TRAKCallback
 from lightning_trak.checkpoints.reading import resolve_checkpoints
 from lightning_trak.checkpoints.series import SnapshotSeries
 from tests.callback_nets import Net, fit, loader, make_trainer, steps
-from tests.launch import ROOT
+from tests.launch import run_script
 
 # --- which run ----------------------------------------------------------------------------------------------------
 
@@ -144,7 +142,6 @@ def test_two_callbacks_need_two_directories(tmp_path: Path) -> None:
 
 KILLED = """
     import os, signal, sys
-    sys.path.insert(0, sys.argv[1])
     import safetensors.torch
     from lightning.pytorch.callbacks import ModelCheckpoint
     from lightning_trak import TRAKCallback
@@ -158,8 +155,8 @@ KILLED = """
             os.truncate(path, os.path.getsize(path) // 2)
             os.kill(os.getpid(), signal.SIGKILL)
     safetensors.torch.save_file = save_half
-    checkpoint = ModelCheckpoint(sys.argv[2] + "/lightning", filename="{epoch}")
-    callback = TRAKCallback(sys.argv[2] + "/run", every_n_train_steps=2)
+    checkpoint = ModelCheckpoint(sys.argv[1] + "/lightning", filename="{epoch}")
+    callback = TRAKCallback(sys.argv[1] + "/run", every_n_train_steps=2)
     make_trainer(callback, checkpoint, enable_checkpointing=True).fit(Net(), loader())
 """
 
@@ -168,9 +165,7 @@ KILLED = """
 def test_training_that_is_killed_in_a_save_resumes(tmp_path: Path) -> None:
     script = tmp_path / "killed.py"
     script.write_text(textwrap.dedent(KILLED))
-    command = [sys.executable, script, ROOT, tmp_path]
-    finished = subprocess.run(command, capture_output=True, check=False)
-    assert finished.returncode == -signal.SIGKILL, finished.stderr.decode()
+    assert run_script(script, tmp_path) == -signal.SIGKILL, script.with_suffix(".log").read_text()
     assert [checkpoint.record.step for checkpoint in resolve_checkpoints(tmp_path / "run")] == [2, 4]
 
     fit(TRAKCallback(tmp_path / "whole", every_n_train_steps=2), num_sanity_val_steps=0)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import copy
 import fcntl
 import json
-import signal
-import subprocess
-import sys
+import os
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +19,7 @@ from lightning_trak.callbacks.snapshots import TRAKCallback
 from lightning_trak.checkpoints.reading import resolve_checkpoints
 from lightning_trak.checkpoints.series import SnapshotSeries
 from tests.callback_nets import Net, fit, loader, make_trainer, steps
+from tests.launch import start_script
 from tests.snapshot_data import GROUPS, assert_equal, make_state_dict
 
 GOING = "another run is writing to"
@@ -233,12 +232,13 @@ def test_the_directory_is_free_after_any_end(tmp_path: Path) -> None:
 
 
 KILLED = """
-    import os, signal, sys
+    import signal, sys
+    from pathlib import Path
     from lightning_trak.checkpoints.series import SnapshotSeries
 
     series = SnapshotSeries(sys.argv[1])
-    print(series.begin(), flush=True)
-    sys.stdin.read()
+    Path(sys.argv[2]).write_text(series.begin())
+    signal.pause()
 """
 
 
@@ -248,15 +248,16 @@ def test_other_processes(tmp_path: Path) -> None:
     script = tmp_path / "killed.py"
     script.write_text(textwrap.dedent(KILLED))
     directory = tmp_path / "run"
-    process = subprocess.Popen(
-        [sys.executable, script, directory], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    with process:
-        assert process.stdout is not None
-        run = process.stdout.readline().strip()
+    pipe = tmp_path / "run it began"
+    os.mkfifo(pipe)
+    process = start_script(script, directory, pipe)
+    try:
+        run = pipe.read_text()
         with pytest.raises(ValueError, match=GOING):
             SnapshotSeries(directory).begin()
         assert SnapshotSeries(directory).read().run == run
-        process.send_signal(signal.SIGKILL)
+    finally:
+        process.kill()
+        process.join()
     assert SnapshotSeries(directory).begin() != run
     assert json.loads((directory / "manifest.json").read_text())["snapshots"] == []

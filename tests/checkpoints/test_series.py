@@ -6,8 +6,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import textwrap
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 from lightning_trak.checkpoints.reading import resolve_checkpoints
 from lightning_trak.checkpoints.series import SnapshotSeries
 from lightning_trak.storage.files import tensor_digest
+from tests.launch import run_script
 from tests.snapshot_data import GROUPS, assert_equal, fill, make_state_dict
 
 # --- the series ---------------------------------------------------------------------------------------------------
@@ -236,8 +235,7 @@ def test_a_killed_process_leaves_earlier_snapshots_and_resumes(stage: str, tmp_p
     script = tmp_path / "killed.py"
     script.write_text(textwrap.dedent(KILLED))
     directory = tmp_path / "snapshots"
-    finished = subprocess.run([sys.executable, script, directory, stage], capture_output=True, check=False)
-    assert finished.returncode == -signal.SIGKILL, finished.stderr.decode()
+    assert run_script(script, directory, stage) == -signal.SIGKILL, script.with_suffix(".log").read_text()
 
     assert [float(c.load()["weight"].mean()) for c in resolve_checkpoints(directory)] == [1, 2]
     assert list(directory.glob(".*.tmp"))

@@ -15,7 +15,7 @@ from lightning_trak.outputs import CausalLMMargin, ClassificationMargin, Contras
 from lightning_trak.projections import IdentityProjection, PrincipalProjection, SparseProjection
 from lightning_trak.scoring import aggregate_scores
 from tests.causal_texts import CausalNet, loader, make_texts
-from tests.launch import run_together
+from tests.launch import run_by_lightning
 from tests.lit import LitNet, make_checkpoints, make_data, make_model, make_trainer
 
 pytestmark = pytest.mark.slow
@@ -87,7 +87,7 @@ def runs(tmp_path_factory):
     begun, _ = one_process(root / "begun by one", checkpoints)
     for path in [*begun.store.rglob("shard-0000[2467].safetensors"), *begun.store.rglob("gram-*")]:
         path.unlink()
-    run_together(["-m", "tests.end_to_end.ddp_script", root], root / "log")
+    run_by_lightning("tests.end_to_end.ddp_script", root)
     return [torch.load(root / f"rank-{rank}.pt") for rank in range(2)], expected, root
 
 

@@ -199,7 +199,7 @@ def runs(tmp_path_factory):
     expected = begin(root, "one").score(make_trainer(), TARGETS)
     begin(root, "begun by one")
     drop(root / "begun by one", "2467")
-    run_together(["-m", "tests.end_to_end.fsdp_script", root], root / "log")
+    run_together("tests.end_to_end.fsdp_script", root)
     return [torch.load(root / f"rank-{rank}.pt") for rank in range(2)], expected, root
 
 

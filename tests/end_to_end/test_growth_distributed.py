@@ -22,7 +22,7 @@ def runs(tmp_path_factory):
     root = tmp_path_factory.mktemp("growth")
     checkpoints = make_checkpoints(2)
     torch.save(checkpoints, root / "checkpoints.pt")
-    run_together(["-m", "tests.end_to_end.growth_script", root], root / "log")
+    run_together("tests.end_to_end.growth_script", root)
 
     def alone(name, data, count=2, **options):
         trak = TRAK(make_model(), checkpoints[:count], root / name, projection=SparseProjection(16))

@@ -1,10 +1,8 @@
 """Stores that grow: by checkpoints, and by training examples that are appended."""
 
 import json
-import os
 import pickle
-import subprocess
-import sys
+import signal
 
 import pytest
 import torch
@@ -21,7 +19,7 @@ from lightning_trak.outputs import ClassificationMargin
 from lightning_trak.projections import PrincipalProjection, SparseProjection
 from lightning_trak.running import content
 from lightning_trak.storage.files import tensor_digest
-from tests.launch import ROOT
+from tests.launch import run_script
 from tests.lit import TARGETS, make_trainer, open_store
 
 
@@ -277,7 +275,8 @@ def test_a_process_that_is_killed_while_the_store_grows_loses_nothing(tmp_path):
     trak = make(tmp_path, WEIGHTS[:2])
     featurize(trak, FEW)
     before = contents(tmp_path)
-    script = (
+    script = tmp_path / "killed.py"
+    script.write_text(
         "import os; from pathlib import Path; from lightning_trak.features.store import FeatureStore\n"
         "from tests.features.test_growth import featurize, make\n"
         "write, left = FeatureStore.save, [3]\n"
@@ -286,8 +285,7 @@ def test_a_process_that_is_killed_while_the_store_grows_loses_nothing(tmp_path):
         "    write(*args) if left[0] else os.kill(os.getpid(), 9)\n"
         f"FeatureStore.save = kill; featurize(make(Path({str(tmp_path)!r})))"
     )
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    assert subprocess.run([sys.executable, "-c", script], env=environment, check=False).returncode == -9
+    assert run_script(script) == -signal.SIGKILL
     assert {path for path in before if path.read_bytes() != before[path]} == {tmp_path / "manifest.json"}
     with pytest.raises(RuntimeError, match="lacks 2 of 10 shards"):
         trak.score(make_trainer(), TARGETS)

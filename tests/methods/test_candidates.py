@@ -30,7 +30,7 @@ def test_a_training_example_has_its_own_column(tmp_path, monkeypatch, name):
     assert found.shape == (13, 11)
     close(found[:, 9:], full[:, [49, 3]])
     monkeypatch.setattr(targets, "TARGET_BYTES", 1)  # a block for each batch, of targets and of candidates
-    loader, data = DataLoader(MIXED, batch_size=4), DataLoader(TARGETS, batch_size=8)
+    loader, data = DataLoader(MIXED, batch_size=6), DataLoader(TARGETS, batch_size=8)
     close(method.score(trainer, data, train=loader), found)
     groups = ["a", "b", None, *("ab" * 4)]
     both = method.score(trainer, data, train=loader, aggregate="sum", groups=LABELS, train_groups=groups)

@@ -53,7 +53,7 @@ def test_all_checkpoints_explain_the_class_of_the_ensemble(tmp_path, checkpoints
     expected = method.score(trainer, TensorDataset(INPUTS, ensemble))
     for data in (IMAGES, DataLoader(IMAGES, batch_size=4, num_workers=1), TensorDataset(INPUTS, (ensemble + 1) % 3)):
         close(method.score(trainer, data, output=PREDICTED), expected)
-    both = method.score(trainer, [DataLoader(IMAGES), DataLoader(TARGETS)], output=PREDICTED)
+    both = method.score(trainer, [DataLoader(data, batch_size=8) for data in (IMAGES, TARGETS)], output=PREDICTED)
     close(both[0], expected)
 
 

@@ -47,7 +47,7 @@ def store(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_groups_are_sums_of_the_matrix(tmp_path, monkeypatch, name):
-    method, trainer, data = make(tmp_path, name), make_trainer(), DataLoader(TARGETS, batch_size=4)
+    method, trainer, data = make(tmp_path, name), make_trainer(), DataLoader(TARGETS, batch_size=7)
     full = method.score(trainer, data)
     monkeypatch.setattr(targets, "TARGET_BYTES", 1)  # a block for each batch
     close(method.score(trainer, data, aggregate="mean"), full.mean(0, keepdim=True))

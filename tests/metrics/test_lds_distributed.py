@@ -58,4 +58,4 @@ def run_rank(rank, init_file):
 
 
 def test_two_processes_uneven_or_without_targets(tmp_path):
-    mp.spawn(run_rank, args=(tmp_path / "init",), nprocs=2)
+    mp.start_processes(run_rank, args=(tmp_path / "init",), nprocs=2, start_method="forkserver")

@@ -8,7 +8,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 import lightning_trak
-from tests.launch import ROOT
+from tests.launch import ROOT, run_module
 
 
 def test_public_names_are_there():
@@ -33,16 +33,14 @@ def test_the_metric_needs_no_lightning():
 
 @pytest.mark.slow
 def test_the_demo_with_fewer_subsets(tmp_path):
-    command = [sys.executable, "-m", "examples.digits", "--out", str(tmp_path), "--subsets", "20"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    found = re.findall(r"TRAK(?:\.paper)? +LDS (-?\d\.\d+)  \(95% interval (-?\d\.\d+) to (-?\d\.\d+)\)", result.stdout)
-    assert len(found) == 2, result.stdout
+    printed = run_module("examples.digits", "--out", str(tmp_path), "--subsets", "20")
+    found = re.findall(r"TRAK(?:\.paper)? +LDS (-?\d\.\d+)  \(95% interval (-?\d\.\d+) to (-?\d\.\d+)\)", printed)
+    assert len(found) == 2, printed
     assert all(float(low) < float(value) < float(high) for value, low, high in found)
     (_, low, _), (_, _, high) = found
     assert float(low) > float(high), "the defaults must be far better than TRAK as published"
-    assert result.stdout.count("proponents") == 3
-    assert result.stdout.count("opponents") == 3
+    assert printed.count("proponents") == 3
+    assert printed.count("opponents") == 3
     (run,) = tmp_path.iterdir()
     assert (run / "attributions.png").stat().st_size > 10_000
     assert (run / "logs" / "metrics.csv").read_text().startswith("lds/TRAK,")

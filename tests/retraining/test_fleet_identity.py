@@ -278,9 +278,8 @@ def test_optimizers_that_need_a_training_run_stand_by_their_code(tmp_path):
 
 @pytest.mark.slow
 def test_another_process_continues(tmp_path):
-    for seed, part in (("0", "1/2"), ("5", "2/2")):
-        command = [sys.executable, fleet_script.__file__, str(tmp_path), part]
-        environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)}
-        subprocess.run(command, check=True, capture_output=True, env=environment)
-    fleet_script.main(str(tmp_path), "1/1")  # imported, where it was a script
+    command = [sys.executable, fleet_script.__file__, str(tmp_path), "1/2"]
+    environment = os.environ | {"PYTHONHASHSEED": "5", "PYTHONPATH": str(ROOT)}
+    subprocess.run(command, check=True, capture_output=True, env=environment)
+    fleet_script.main(str(tmp_path), "2/2")  # imported, where it was a script
     assert read_fleet(tmp_path).outputs.shape == (3, 2, 1)

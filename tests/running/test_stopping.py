@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_trak import TRAK
 from lightning_trak.projections import SparseProjection
 from lightning_trak.running.stopping import Terminated
-from tests.launch import ROOT, run_together
+from tests.launch import run_together
 from tests.lit import TARGETS, TRAIN, make_model, make_trainer
 
 FEW = 8  # of these are not the items that send signals
@@ -127,4 +127,4 @@ def test_handlers_of_the_user_are_heeded(tmp_path, checkpoints):
 
 @pytest.mark.slow
 def test_all_ranks_stop(tmp_path):
-    run_together([ROOT / "tests" / "running" / "stopping_script.py", tmp_path], tmp_path / "log")
+    run_together("tests.running.stopping_script", tmp_path)

@@ -3,8 +3,7 @@
 import errno
 import fcntl
 import os
-import subprocess
-import sys
+import signal
 from weakref import WeakValueDictionary
 
 import pytest
@@ -14,7 +13,7 @@ from lightning_trak.features.rows import Features
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.retraining.members import Member, MemberStore
 from lightning_trak.storage import claims, discarding
-from tests.launch import ROOT
+from tests.launch import run_script
 
 IDENTITY = {"seed": 0, "checkpoints": ["aa", "bb"]}
 MASKS = torch.tensor([[True, False, True], [False, True, True]])
@@ -116,7 +115,8 @@ def test_a_store_is_not_overwritten_where_there_are_no_locks(made, monkeypatch):
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_while_it_deletes_leaves_the_old_store_with_fewer_shards(made):
-    script = (
+    script = made.with_suffix(".py")
+    script.write_text(
         "import os; from pathlib import Path; from tests.storage.test_overwriting import open_store\n"
         "unlink, left = Path.unlink, [7]\n"
         "def kill(*args, **options):\n"
@@ -124,8 +124,7 @@ def test_a_run_that_is_killed_while_it_deletes_leaves_the_old_store_with_fewer_s
         "    os.kill(os.getpid(), 9) if left[0] < 0 else unlink(*args, **options)\n"
         f"Path.unlink = kill; open_store({str(made)!r}, seed=1, overwrite=True)"
     )
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    assert subprocess.run([sys.executable, "-c", script], env=environment, check=False).returncode == -9
+    assert run_script(script) == -signal.SIGKILL
     store = open_store(made)
     assert 0 < sum(len(store.missing(checkpoint)) for checkpoint in range(2)) <= 6
     fill(store)
