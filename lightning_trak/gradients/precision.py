@@ -1,6 +1,7 @@
 """The precision that a module computes in: float32 or more where rounding matters, and errors of CPUs in bfloat16."""
 
 import copy
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,7 @@ from lightning_trak.compatibility import apply_to_tensors
 from lightning_trak.outputs.base import ModelOutput
 
 _HALF = (torch.float16, torch.bfloat16)
+_CONVERTS = {torch.float16: "16-true", torch.bfloat16: "bf16-true", torch.float64: "64-true"}  # precisions of Trainers
 
 
 class WorkingPrecision:
@@ -78,18 +80,26 @@ def _dtypes_of(module: nn.Module) -> set[torch.dtype]:
 
 
 @contextmanager
-def explained_bfloat16(module: nn.Module) -> Iterator[None]:
-    """Raise a clear error if the CPU cannot run a module in bfloat16.
+def explained_precision(module: nn.Module) -> Iterator[None]:
+    """Raise a clear error if a module cannot run in the precision of its weights.
 
     Raises:
-        ValueError: if oneDNN, which torch uses on a CPU, has no code for an operation.
+        ValueError: if weights and data are of different dtypes, or if oneDNN, which torch uses on a CPU, has no code
+            for an operation in bfloat16.
     """
     try:
         yield
     except RuntimeError as error:
-        if "could not create a primitive" not in str(error):
+        what, name = str(error).split(". ")[0], type(module).__name__
+        if "could not create a primitive" in what:
+            raise ValueError(
+                f'this CPU cannot run {name} in bfloat16 ({what}): use Trainer(precision="32-true"), or a machine that'
+                " can (x86 with AVX-512, or a GPU)"
+            ) from error
+        needed = sorted(_CONVERTS[dtype] for dtype in _dtypes_of(module) if dtype in _CONVERTS)
+        if not needed or not re.search("dtype|scalar type|Input type", what):
             raise
         raise ValueError(
-            f"this CPU cannot run {type(module).__name__} in bfloat16 ({str(error).split('. ')[0]}): use"
-            ' Trainer(precision="32-true"), or a machine that can (x86 with AVX-512, or a GPU)'
+            f"{name} has weights that are not in float32, and they met numbers of another dtype ({what}): use"
+            f" Trainer(precision={needed[0]!r}), which converts the data, or convert the model by float()"
         ) from error
