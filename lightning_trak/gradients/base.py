@@ -143,7 +143,7 @@ class GradientEngine(ABC):
 
     @property
     def precision(self) -> torch.dtype:
-        """The coarsest dtype that forward passes compute in: a layer, also a frozen one, may have another than the rest."""
+        """The coarsest dtype that forward passes compute in. A layer, also a frozen one, may have one of its own."""
         dtypes = {p.dtype.to_real() for p in self.module.parameters() if p.is_floating_point() or p.is_complex()}
         return self.autocast or max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
