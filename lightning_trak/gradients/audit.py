@@ -169,7 +169,7 @@ def require_independent(reference: GradientEngine, pair: ExampleBatch, alone: Te
     if not reference.same_in_batch(pair, alone, reference.rounding):
         raise ValueError(_dependent(name, alone))
     output = reference.output
-    of_each = zip(*(output.derivatives(value) for value in alone.split(1)), strict=True)
+    of_each = zip(*(output.derivatives(value) for value in torch.split(alone, 1)), strict=True)
     for together, apart in zip(output.derivatives(alone), map(torch.cat, of_each), strict=True):
         if not close(together, apart, reference.rounding):
             raise ValueError(

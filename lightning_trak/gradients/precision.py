@@ -96,10 +96,14 @@ def explained_precision(module: nn.Module) -> Iterator[None]:
                 f'this CPU cannot run {name} in bfloat16 ({what}): use Trainer(precision="32-true"), or a machine that'
                 " can (x86 with AVX-512, or a GPU)"
             ) from error
-        needed = sorted(_CONVERTS[dtype] for dtype in _dtypes_of(module) if dtype in _CONVERTS)
-        if not needed or not re.search("dtype|scalar type|Input type", what):
+        if not re.search("dtype|scalar type|Input type", what) or re.search("Long|Int|Bool|Byte|long|int", what):
             raise
+        dtypes = {str(dtype).removeprefix("torch."): _CONVERTS.get(dtype) for dtype in _dtypes_of(module)}
+        needed = sorted(filter(None, dtypes.values()))
+        advice = "convert the data to float32"
+        if needed:
+            advice = f"use Trainer(precision={needed[0]!r}), which converts the data, or convert the model by float()"
         raise ValueError(
-            f"{name} has weights that are not in float32, and they met numbers of another dtype ({what}): use"
-            f" Trainer(precision={needed[0]!r}), which converts the data, or convert the model by float()"
+            f"{name} has weights in {' and '.join(sorted(dtypes))}, and they met numbers of another dtype ({what}):"
+            f" {advice}"
         ) from error

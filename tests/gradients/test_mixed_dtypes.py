@@ -1,10 +1,9 @@
 """Models whose layers are not all in float32."""
 
-import re
-
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from lightning_trak import TRAK
 from lightning_trak.gradients import FunctionalEngine, HookEngine, LoopEngine
@@ -41,9 +40,24 @@ def test_weights_that_the_data_do_not_fit_are_explained(tmp_path, dtype, precisi
     model = nn.Linear(6, 3, dtype=dtype)
     options = {"output": ClassificationMargin(), "projection": IdentityProjection(), "engine": engine}
     trak = TRAK(model, store=tmp_path, **options)
-    match = f"Linear has weights that are not in float32.*use Trainer(precision='{precision}')"
-    with pytest.raises(ValueError, match=re.escape(match).replace(r"\.\*", ".*")):
+    said = f"Linear has weights in {str(dtype).removeprefix('torch.')}, and they met numbers of another dtype"
+    with pytest.raises(ValueError, match=said + f".*use Trainer.precision='{precision}'"):
         trak.featurize(make_trainer(), TRAIN)
     trainer = make_trainer(precision=precision)
     trak.featurize(trainer, TRAIN)
     assert trak.score(trainer, TARGETS).isfinite().all()
+
+
+def test_data_in_float64_are_explained(tmp_path):
+    """As NumPy makes them."""
+    trak = TRAK(nn.Linear(6, 3), store=tmp_path, output=ClassificationMargin(), projection=IdentityProjection())
+    data = TensorDataset(TRAIN.tensors[0].double(), TRAIN.tensors[1])
+    with pytest.raises(ValueError, match=r"Linear has weights in float32, .* convert the data to float32"):
+        trak.featurize(make_trainer(), data)
+
+
+def test_integers_that_are_missing_are_no_matter_of_precision(tmp_path):
+    model = nn.Embedding(5, 3)
+    trak = TRAK(model, store=tmp_path, output=ClassificationMargin(), projection=IdentityProjection())
+    with pytest.raises(RuntimeError, match="Long"):
+        trak.featurize(make_trainer(), TRAIN)
