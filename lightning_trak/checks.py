@@ -2,6 +2,8 @@
 
 import operator
 
+from torch import Tensor
+
 
 def positive(name: str, value: int) -> int:
     """A positive integer of any type, such as one of NumPy's, as an ``int``.
@@ -35,6 +37,20 @@ def require_bool(name: str, value: object) -> None:
     """
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False; got {value!r}")
+
+
+def require_tensor(name: str, value: object) -> None:
+    """Check that an argument is a tensor. Arrays and lists have other methods, and fail in the middle of a computation.
+
+    Args:
+        name: of the argument, for the error.
+        value: what was given for it.
+
+    Raises:
+        TypeError: if it is something else.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"Expected `{name}` as a torch.Tensor, but got a {type(value).__name__}.")
 
 
 def require_one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:

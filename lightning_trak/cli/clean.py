@@ -17,7 +17,7 @@ from lightning_trak.reporting.plots import plot_mislabel_curves
 from lightning_trak.running.data import single_loader
 from lightning_trak.scoring.groups import Label
 from lightning_trak.storage.files import write_atomically
-from lightning_trak.storage.paths import local_path
+from lightning_trak.storage.paths import local_file
 from lightning_trak.texts.printable import counted, printable
 
 Find = Literal["wrong_labels", "harmful", "useful", "duplicates"]
@@ -49,7 +49,7 @@ def require_options(
         raise ValueError(f"balanced selects useful examples of each label; find is {find}")
     for path in (out, plot):
         if path is not None:
-            local_path(path, "file")
+            local_file(path, "file")
     _require_package("pyarrow", "parquet", out, ".parquet")
     _require_package("matplotlib", "plots", plot, ".png")
 
@@ -116,7 +116,7 @@ def write_ranking(
     )
     if plot is not None:
         figure = plot_mislabel_curves({name: curve})
-        write_atomically(local_path(plot, "file"), lambda path: figure.savefig(path, format="png", dpi=150))
+        write_atomically(local_file(plot, "file"), lambda path: figure.savefig(path, format="png", dpi=150))
 
 
 def _labels(dataset: Any) -> list[Label]:

@@ -24,7 +24,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 from lightning_trak.cli.config_code import deny_standard_library, require_own_code
-from lightning_trak.cli.errors import OneLineParser, fail, is_user_error
+from lightning_trak.cli.errors import OneLineParser, fail, is_user_error, without_frame
 from lightning_trak.cli.trainer import AttributionTrainer
 from lightning_trak.compatibility import skip_completion
 from lightning_trak.methods import FeatureMethod, LabelStatistic, Metagradient, TrainingLoss
@@ -49,7 +49,8 @@ class AttributionCLI(LightningCLI):
         about = {"prog": "lightning-trak", "description": "Which training examples made the model do this?"}
         try:
             super().__init__(trainer_class=AttributionTrainer, parser_class=OneLineParser, parser_kwargs=about)
-        except Exception as error:
+        except Exception as raised:
+            error = without_frame(raised)
             if not is_user_error(error):
                 raise
             subcommand = self.subcommand if hasattr(self, "config") else None

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
+from traceback import walk_tb
 from types import TracebackType
 from typing import Any, NoReturn
 
@@ -40,7 +41,11 @@ class OneLineParser(LightningArgumentParser):
         self, args: Sequence[str] | None = None, *rest: Any, **settings: Any
     ) -> Any:
         """Parse arguments, by default those of the process."""
-        return super().parse_args(join_numbers(sys.argv[1:] if args is None else args, "--targets"), *rest, **settings)
+        given = join_numbers(sys.argv[1:] if args is None else args, "--targets")
+        try:
+            return super().parse_args(given, *rest, **settings)
+        except UnicodeDecodeError as error:
+            self.error(f"a configuration file is not a text in UTF-8: {error}", error)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print one line and exit. Where jsonargparse tries one type after the other, raise instead."""
@@ -70,6 +75,16 @@ def is_user_error(error: BaseException) -> bool:
         return True
     expected = (ValueError, TypeError, IndexError, OSError, ModuleNotFoundError)
     return isinstance(error, expected) and _raised_here(error.__traceback__)
+
+
+def without_frame(error: Exception) -> Exception:
+    """The error of a class that a configuration names, without what jsonargparse says around it."""
+    while isinstance(error.__cause__, Exception) and error.__traceback__ is not None:
+        *_, last = walk_tb(error.__traceback__)
+        if last[0].f_globals.get("__name__", "").partition(".")[0] != "jsonargparse":
+            break
+        error = error.__cause__
+    return error
 
 
 def join_numbers(arguments: Iterable[str], option: str) -> list[str]:
@@ -110,6 +125,8 @@ def explain_refusal(message: str, options: Iterable[str]) -> str:
         )
     if found := re.search(r'Parser key "([\w.]+)":.*(does not correspond to a subclass of \w+)', message, re.DOTALL):
         return f"{found[1]}: the class {found[2]}"
+    if found := re.search(r'Parser key "([\w.]+)":.*Expected (\S+) to be a subclass of (.+?)\.\. ', message, re.DOTALL):
+        return f"{found[1]}: {found[2]} is no subclass of {found[3]}"
     if found := re.search(r"arguments are required: (\w+)\.(\w+)", message):
         return f"{found[1]} needs --{found[2]}"
     if found := re.search(r"does not accept option '([\w.]+)'", message):
@@ -117,7 +134,7 @@ def explain_refusal(message: str, options: Iterable[str]) -> str:
         section = key.partition(".")[0]
         known = section in {option.partition(".")[0] for option in options}
         return f"there is no key '{key}'" + _meant(key if known else section, options)
-    if found := re.search(r"unrecognized arguments: (\S+)", message):
+    if found := re.search(r"(?:unrecognized arguments|ambiguous option): (\S+)", message):
         return f"there is no option '{found[1]}'" + _meant(found[1].partition("=")[0], options)
     if found := re.search(r"invalid choice: '?([^'\s]+)'? \(choose from (.*)\)", message):
         choices = re.findall(r"[\w-]+", found[2])

@@ -16,6 +16,7 @@ from lightning_trak.reporting.scores import SavedScores
 from lightning_trak.reporting.showing import kind_of_file, show
 from lightning_trak.retraining.ground_truth import load_ground_truth
 from lightning_trak.running.data import single_loader
+from lightning_trak.storage.paths import local_file
 from lightning_trak.texts.printable import counted, printable
 
 DEFAULT_SCORES = "run/scores.safetensors"
@@ -64,7 +65,8 @@ class AttributionTrainer(L.Trainer):
             largest: whether top_k keeps only the highest scores, or only the lowest; default: both.
             rescore: score this many candidates at each end exactly, and keep the best top_k of them.
         """
-        single_loader(datamodule, "predict", self)  # raises before the work if there are several loaders
+        local_file(scores, "file of scores")  # raises before the work
+        single_loader(datamodule, "predict", self)  # as does this, if there are several loaders
         found = method.score(self, datamodule, top_k, largest, rescore, None if rescore is None else datamodule)
         num_train = FeatureStore.size_of(method.store)
         saved = SavedScores(found, num_train, type(method).__name__, largest is not False, method.used_masks)

@@ -157,7 +157,8 @@ class ExtractorModule(PredictModule):
             loader: the loader of the batches to come.
 
         Raises:
-            ValueError: if a batch does not hold the examples in the first dimension of its tensors.
+            ValueError: if a batch does not hold the examples in the first dimension of its tensors, or hooks give other
+                training batches each time.
         """
         last = len(cast(Any, loader.dataset)) - 1
         probes = [[0, 0], [0, 0, 0], [0, 0], [last, last], [0, last]]
@@ -165,6 +166,11 @@ class ExtractorModule(PredictModule):
         self.forget_batches()
         self._layout = find_layout(twice, thrice)
         self.repeatable = ExampleBatch(twice, 2, self._layout).equals(ExampleBatch(again, 2, self._layout))
+        if self._train_loader is not None and self._store.repeatable and not self.repeatable:
+            raise ValueError(
+                "batches differ each time although the items are the same: a batch transfer hook, such as"
+                " on_after_batch_transfer, draws random numbers. Augment data only where self.trainer.training is true"
+            )
         if self.copied.sharded and not self.repeatable:
             raise ValueError(
                 "examples differ each time that they are loaded, so the ranks of a sharded model would see different"

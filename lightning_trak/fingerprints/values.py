@@ -22,6 +22,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+from lightning_utilities.core.rank_zero import WarningCache
 from torch import Tensor, nn
 
 from lightning_trak.compatibility import original_function, registered
@@ -149,6 +150,8 @@ class Fingerprint:
             return {_key(self.value(key, owner)): self.value(item, owner) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
             return [self.value(item, owner) for item in value]
+        if isinstance(value, WarningCache):  # what has been said so far changes no number
+            return name_of(type(value))
         if isinstance(value, (set, frozenset)):
             return sorted((self.value(item, owner) for item in value), key=_key)
         if isinstance(value, types.ModuleType):

@@ -164,11 +164,18 @@ def require_independent(reference: GradientEngine, pair: ExampleBatch, alone: Te
         name: the name of the first one in errors.
 
     Raises:
-        ValueError: if it depends on them.
+        ValueError: if it depends on them, or the derivatives of its loss do.
     """
-    if reference.same_in_batch(pair, alone, reference.rounding):
-        return
-    raise ValueError(_dependent(name, alone))
+    if not reference.same_in_batch(pair, alone, reference.rounding):
+        raise ValueError(_dependent(name, alone))
+    output = reference.output
+    of_each = zip(*(output.derivatives(value) for value in torch.split(alone, 1)), strict=True)
+    for together, apart in zip(output.derivatives(alone), map(torch.cat, of_each), strict=True):
+        if not close(together, apart, reference.rounding):
+            raise ValueError(
+                f"{name}: {type(output).__name__}.loss gives it another loss beside the output of another example;"
+                " the loss of each example must depend on its own output alone"
+            )
 
 
 def _dependent(name: str, alone: Tensor) -> str:

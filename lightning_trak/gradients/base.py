@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from lightning_trak.gradients.batch import ExampleBatch
-from lightning_trak.gradients.precision import explained_bfloat16
+from lightning_trak.gradients.precision import explained_precision
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.evaluating import exact_attention, unchanged
 from lightning_trak.projections.base import BoundProjection
@@ -116,7 +116,7 @@ class GradientEngine(ABC):
         """The outputs of a batch. Module and batch are not changed.
 
         Raises:
-            ValueError: if the outputs are not a tensor, or if one example alone has no output.
+            ValueError: if the outputs are not a tensor of real numbers, or if one example alone has no output.
         """
         with self._computing():
             try:
@@ -134,12 +134,18 @@ class GradientEngine(ABC):
                 f"{type(self.output).__name__}.output returned a {type(values).__name__}; expected a Tensor with one"
                 " number per example"
             )
+        if values.is_complex():
+            raise ValueError(
+                f"{type(self.output).__name__}.output returned complex numbers; expected one real number per example,"
+                " such as an absolute value"
+            )
         return values
 
     @property
     def precision(self) -> torch.dtype:
-        """The dtype that forward passes compute in."""
-        return self.autocast or next(iter(self.parameters.values())).dtype.to_real()
+        """The coarsest dtype that forward passes compute in. A layer, also a frozen one, may have one of its own."""
+        dtypes = {p.dtype.to_real() for p in self.module.parameters() if p.is_floating_point() or p.is_complex()}
+        return self.autocast or max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
     @property
     def rounding(self) -> float:
@@ -166,7 +172,7 @@ class GradientEngine(ABC):
             unchanged(self.module, self.output),
             exact_attention(),
             torch.autocast(device, self.autocast, enabled=self.autocast is not None),
-            explained_bfloat16(self.module),
+            explained_precision(self.module),
         ):
             yield
 

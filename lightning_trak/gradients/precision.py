@@ -1,6 +1,7 @@
 """The precision that a module computes in: float32 or more where rounding matters, and errors of CPUs in bfloat16."""
 
 import copy
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,7 @@ from lightning_trak.compatibility import apply_to_tensors
 from lightning_trak.outputs.base import ModelOutput
 
 _HALF = (torch.float16, torch.bfloat16)
+_CONVERTS = {torch.float16: "16-true", torch.bfloat16: "bf16-true", torch.float64: "64-true"}  # precisions of Trainers
 
 
 class WorkingPrecision:
@@ -78,18 +80,30 @@ def _dtypes_of(module: nn.Module) -> set[torch.dtype]:
 
 
 @contextmanager
-def explained_bfloat16(module: nn.Module) -> Iterator[None]:
-    """Raise a clear error if the CPU cannot run a module in bfloat16.
+def explained_precision(module: nn.Module) -> Iterator[None]:
+    """Raise a clear error if a module cannot run in the precision of its weights.
 
     Raises:
-        ValueError: if oneDNN, which torch uses on a CPU, has no code for an operation.
+        ValueError: if weights and data are of different dtypes, or if oneDNN, which torch uses on a CPU, has no code
+            for an operation in bfloat16.
     """
     try:
         yield
     except RuntimeError as error:
-        if "could not create a primitive" not in str(error):
+        what, name = str(error).split(". ")[0], type(module).__name__
+        if "could not create a primitive" in what:
+            raise ValueError(
+                f'this CPU cannot run {name} in bfloat16 ({what}): use Trainer(precision="32-true"), or a machine that'
+                " can (x86 with AVX-512, or a GPU)"
+            ) from error
+        if not re.search("dtype|scalar type|Input type", what) or re.search("Long|Int|Bool|Byte|long|int", what):
             raise
+        dtypes = {str(dtype).removeprefix("torch."): _CONVERTS.get(dtype) for dtype in _dtypes_of(module)}
+        needed = sorted(filter(None, dtypes.values()))
+        advice = "convert the data to float32"
+        if needed:
+            advice = f"use Trainer(precision={needed[0]!r}), which converts the data, or convert the model by float()"
         raise ValueError(
-            f"this CPU cannot run {type(module).__name__} in bfloat16 ({str(error).split('. ')[0]}): use"
-            ' Trainer(precision="32-true"), or a machine that can (x86 with AVX-512, or a GPU)'
+            f"{name} has weights in {' and '.join(sorted(dtypes))}, and they met numbers of another dtype ({what}):"
+            f" {advice}"
         ) from error

@@ -1,6 +1,7 @@
 """Applies a function of a model and a batch to all examples of a dataset, in order."""
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -141,8 +142,15 @@ class _MapModule(PredictModule):
             rows = self._function(self.model, batch.batch)
         self._require_rows(rows, batch.positions)
         if batch.alone:
-            if _close(rows[0], rows[1], rows):  # else the data differ each time that they are loaded
-                self._alone[int(batch.positions[0])] = rows[0]
+            position = int(batch.positions[0])
+            if _close(rows[0], rows[1], rows):
+                self._alone[position] = rows[0]
+            else:
+                warnings.warn(
+                    f"{self._what} of example {position} is not the same twice, perhaps because of random augmentation,"
+                    " and will differ from run to run: give data without random augmentation",
+                    stacklevel=2,
+                )
             return batch.positions
         for row, position in zip(rows, batch.positions.tolist(), strict=True):
             if position in self._alone and not _close(row, self._alone.pop(position), rows):

@@ -99,7 +99,7 @@ def require_ends(top_k: int | None, largest: bool | None) -> None:
         raise TypeError(f"top_k is a number of training examples, got a {type(top_k).__name__}")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1, got {top_k}")
-    if largest not in (None, True, False):
+    if largest is not None and not isinstance(largest, bool):  # 0 == False
         raise TypeError(f"largest is True, False or None for both ends, got {largest!r:.80}")
     if top_k is None and largest is not None:
         raise ValueError(f"largest={largest} says which end of the scores top_k= keeps: say how many with top_k=")

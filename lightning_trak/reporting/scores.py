@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_trak.scoring.topk import BothEnds, Scores, TopK, rows_of, strongest
 from lightning_trak.storage.files import DamagedFileError, load_tensors, remove_leftovers, save_tensors
-from lightning_trak.storage.paths import local_path
+from lightning_trak.storage.paths import local_file
 from lightning_trak.storage.schemas import boolean, integer, record, sha256, text
 from lightning_trak.storage.user_files import existing_path, unreadable
 
@@ -68,7 +68,7 @@ class SavedScores(NamedTuple):
             ValueError: if scores are not finite or do not fit ``num_train``. Nothing is written, and a file that is
                 there stays as it is.
         """
-        path = local_path(path, "file of scores")
+        path = local_file(path, "file of scores")
         self.require_scores(f'cannot write "{path}"')
         remove_leftovers(path.parent)
         tensors = _tensors_of(self.scores)

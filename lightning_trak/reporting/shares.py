@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from lightning_trak.checks import require_tensor
 from lightning_trak.metrics.functional import bootstrap_interval
 from lightning_trak.scoring.groups import Groups
 from lightning_trak.texts.tables import Cell, Table
@@ -25,6 +26,7 @@ def shares_table(shares: Tensor, groups: Groups, confidence: float = 0.95, seed:
     Raises:
         ValueError: if there are fewer than two targets, another number of groups, or a score is not finite.
     """
+    require_tensor("shares", shares)
     if shares.ndim != 2 or shares.shape[1] != len(groups):
         raise ValueError(f"expected scores of shape (num_targets, {len(groups)}), got {tuple(shares.shape)}")
     if len(shares) < 2:

@@ -13,7 +13,7 @@ from lightning_trak.reporting.html import page, part
 from lightning_trak.reporting.plots import plot_explanations
 from lightning_trak.reporting.terminal import table
 from lightning_trak.storage.files import write_atomically
-from lightning_trak.storage.paths import local_path
+from lightning_trak.storage.paths import local_file
 
 KINDS = (".png", ".html")
 
@@ -62,7 +62,7 @@ def show(explanations: Sequence[Explanation], title: str, out: str | os.PathLike
         else:
             path.write_text(page(explanations, title), encoding="utf-8")
 
-    write_atomically(local_path(out, "file"), write)
+    write_atomically(local_file(out, "file"), write)
 
 
 def _in_notebook() -> bool:

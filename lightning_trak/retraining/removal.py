@@ -5,6 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from lightning_trak.checks import require_tensor
+
 
 def removal_masks(scores: Tensor, k: int) -> Tensor:
     """For each target, the training set without its ``k`` strongest proponents.
@@ -63,6 +65,7 @@ def require_scores(scores: Mapping[str, Tensor], num_targets: int, num_train: in
 
 
 def _check(scores: Tensor, k: int) -> None:
+    require_tensor("scores", scores)
     if scores.ndim != 2 or scores.isnan().any():
         raise ValueError(
             f"scores must be numbers of shape (num_targets, num_train), got shape {tuple(scores.shape)} with"

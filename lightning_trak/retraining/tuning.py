@@ -8,6 +8,7 @@ from typing import Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from lightning_trak.checks import require_tensor
 from lightning_trak.metrics import LinearDatamodelingScore
 from lightning_trak.metrics.functional.bootstrap import crossed_bootstrap_interval
 from lightning_trak.metrics.functional.ranking import spearman_corrcoef, spearman_influence
@@ -148,6 +149,7 @@ def _require_enough(candidates: object, num_subsets: int, outputs: Tensor, folds
             f"expected at least {_LEAST} subsets in each of {folds} folds, which is {_LEAST * folds}, got"
             f" {num_subsets}: retrain on more subsets, or take fewer folds"
         )
+    require_tensor("outputs", outputs)
     if outputs.ndim and len(outputs) < 2:
         raise ValueError(f"expected outputs of at least 2 targets, got shape {tuple(outputs.shape)}")
 

@@ -10,7 +10,7 @@ from lightning_trak.running.chunks import chunked
 from lightning_trak.running.loading import load, num_examples
 from lightning_trak.running.random_states import isolated_random_states
 
-_FEW = 8  # items that every call compares
+FEW = 8  # items that every call compares
 MANY = 64  # items that a store compares
 
 
@@ -40,7 +40,7 @@ def warn_of_random_items() -> None:
 
 def sample_digest(loader: DataLoader[Any]) -> str | None:
     """A digest of eight items spread over the dataset, as the loader collates them; None if a second load differs."""
-    sample = spread(num_examples(loader), _FEW)
+    sample = spread(num_examples(loader), FEW)
     first, second = _digests(loader, [sample, sample])
     return first if first == second else None
 
@@ -55,8 +55,8 @@ def prefix_digests(loader: DataLoader[Any], count: int) -> list[str] | None:
     Returns:
         :func:`sample_digest` of a dataset that ends there, and a digest of :data:`MANY` items.
     """
-    few, many = spread(count, _FEW), spread(count, MANY)
-    first, second, *more = _digests(loader, [few, few, *chunked(many, _FEW)])
+    few, many = spread(count, FEW), spread(count, MANY)
+    first, second, *more = _digests(loader, [few, few, *chunked(many, FEW)])
     return [first, content_digest(more)] if first == second else None
 
 

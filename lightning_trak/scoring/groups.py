@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_trak.checks import require_one_of
+from lightning_trak.checks import require_one_of, require_tensor
 from lightning_trak.running.chunks import chunked
 
 Aggregate = Literal["mean", "sum"]
@@ -296,6 +296,7 @@ def aggregate_scores(
         >>> aggregate_scores(torch.tensor([[1.0, 2.0], [3.0, 6.0]]), "mean")
         tensor([[2., 4.]], dtype=torch.float64)
     """
+    require_tensor("scores", scores)
     if scores.ndim != 2:
         raise ValueError(f"expected scores of shape (num_targets, num_train), got {tuple(scores.shape)}")
     result = scores.double()

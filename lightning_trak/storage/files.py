@@ -75,21 +75,21 @@ def write_atomically(path: Path, write: Callable[[Path], object], replace: bool 
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path.parent)) from None
     folder = path.with_name(f".{path.name}.{_host()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
     temporary = folder / f".{path.name}"
-    folder.mkdir()
     try:
-        usual = folder / "usual"  # not the file itself, since some file systems replace files slowly
-        usual.touch()
-        mode = stat.S_IMODE(usual.stat().st_mode)
         with _os_errors(path):
+            folder.mkdir()
+            usual = folder / "usual"  # not the file itself, since some file systems replace files slowly
+            usual.touch()
+            mode = stat.S_IMODE(usual.stat().st_mode)
             write(temporary)
-        if stat.S_IMODE(temporary.stat().st_mode) != mode:  # safetensors makes files that only this user may read
-            temporary.chmod(mode)
-        _flush(temporary)
-        if replace:
-            os.replace(temporary, path)
-        else:
-            _move_new(temporary, path)
-        _flush_directory(path.parent)  # the move itself, so that it survives a power failure
+            if stat.S_IMODE(temporary.stat().st_mode) != mode:  # safetensors makes files that only this user may read
+                temporary.chmod(mode)
+            _flush(temporary)
+            if replace:
+                os.replace(temporary, path)
+            else:
+                _move_new(temporary, path)
+            _flush_directory(path.parent)  # the move itself, so that it survives a power failure
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -176,9 +176,13 @@ def _is_dead(leftover: Path, host: str, pid: int) -> bool:
 
 @contextmanager
 def _os_errors(path: Path) -> Iterator[None]:
-    """Turn a system error that safetensors reports as text into an OSError with its number."""
+    """Let system errors name the file that was to be written, also those that safetensors reports as text."""
     try:
         yield
+    except OSError as error:  # it names a temporary file, or none, as when the disk is full
+        if error.errno is None or error.filename == str(path):
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
     except SafetensorError as error:
         number = re.search(r"\(os error (\d+)\)", str(error))
         if number is None:

@@ -32,6 +32,23 @@ def local_path(path: str | os.PathLike[str], what: str) -> Path:
         raise ValueError(f'the {what} "{path}" is in the home directory of an unknown user; give the path') from error
 
 
+def local_file(path: str | os.PathLike[str], what: str) -> Path:
+    """A path on a disk where a file can be, but no directory is. Call this before the work that the file is for.
+
+    Args:
+        path: the path from the user.
+        what: what the path is for, such as ``"file of scores"``, in messages.
+
+    Raises:
+        ValueError: as :func:`local_path`.
+        IsADirectoryError: if there is a directory.
+    """
+    file = local_path(path, what)
+    if file.is_dir():
+        raise IsADirectoryError(f'"{file}" is a directory, and a {what} would take its place; use another path')
+    return file
+
+
 def local_directory(path: str | os.PathLike[str], what: str) -> Path:
     """A directory on a disk that exists or can be made.
 

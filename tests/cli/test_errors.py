@@ -3,6 +3,7 @@
 import sys
 
 import pytest
+import torch
 import yaml
 
 from lightning_trak.cli.commands import main
@@ -52,6 +53,12 @@ WITH_FILE = ["score", "--config", "config.yaml"]
             "no subcommand 'scor', expected fit, featurize, score, evaluate, show, clean; did you mean 'score'?",
         ),
         (["score", "--topk", "3"], {}, "no option '--topk'; did you mean '--top_k'?"),
+        (["score", "--train", "3"], {}, "no option '--train'; did you mean '--trainer'?"),
+        (
+            ["score", "--method", "lightning_trak.TRAKCallback"],
+            {},
+            "'lightning_trak.TRAKCallback' is no subclass of Feature",
+        ),
         (["score", "--top_k", "three"], {}, "top_k: expected int or None, got three"),
         (["score", "--config", "none.yaml"], {}, "File does not exist: "),
         (["score", "--method", "TRACK"], {}, "there is no class 'TRACK'; expected a class or its import path; did you"),
@@ -80,6 +87,33 @@ WITH_FILE = ["score", "--config", "config.yaml"]
 )
 def test_wrong_arguments(refused, arguments, sections, expected):
     assert expected in refused(*arguments, **sections)
+
+
+@pytest.mark.slow
+def test_a_configuration_in_another_encoding(refused, tmp_path):
+    (tmp_path / "other.yaml").write_text("model: é", encoding="utf-16")
+    assert "a configuration file is not a text in UTF-8" in refused("score", "--config", "other.yaml")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--method.projection", "SparseProjection", "--method.projection.dim", "0"], "`dim` to be a positive integer"),
+        (["--method.checkpoints", "[a.pt]", "--scores", "."], '"." is a directory, and a file of scores would take'),
+    ],
+)
+def test_what_classes_and_commands_refuse_is_one_line(tmp_path, monkeypatch, capsys, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    torch.save({}, "a.pt")
+    monkeypatch.setattr(sys, "argv", ["lightning-trak", "score", "--config", "config.yaml", *arguments])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "config.yaml").write_text(yaml.dump(FILE))
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
 
 
 def test_several_numbers_are_one_list():

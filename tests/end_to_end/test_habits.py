@@ -8,6 +8,7 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning_utilities.core.rank_zero import WarningCache
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, random_split
 
@@ -283,3 +284,18 @@ def test_losses_that_differ_only_in_their_code_are_told_apart(tmp_path, checkpoi
     store(lambda module, batch: F.cross_entropy(module(batch[0]), batch[1], reduction="none"))
     with pytest.raises(ValueError, match="was made with another output"):
         store(lambda module, batch: F.multi_margin_loss(module(batch[0]), batch[1], reduction="none"))
+
+
+_said = WarningCache()
+
+
+def _with_class_weights(module, batch):
+    _said.warn("this loss has class weights")
+    return F.cross_entropy(module(batch[0]), batch[1], weight=torch.tensor([1.0, 2.0, 3.0]))
+
+
+def test_a_loss_that_says_something_once_is_the_same_loss_afterwards(tmp_path, checkpoints):
+    with pytest.warns(UserWarning, match="a weighted mean of its examples' losses"):
+        scores = attribute(tmp_path, checkpoints, output=NegativeLoss(_with_class_weights))
+    each = NegativeLoss(lambda module, batch: F.cross_entropy(module(batch[0]), batch[1], reduction="none"))
+    close(scores, attribute(tmp_path, checkpoints, output=each, name="each"))

@@ -264,3 +264,25 @@ def test_a_shard_that_cannot_be_written_stops_featurizing(tmp_path, checkpoints,
     trak = TRAK(make_model(), checkpoints, tmp_path, projection=SparseProjection(32))
     with pytest.raises(OSError, match="No space left"):
         trak.featurize(make_trainer(), DataLoader(make_data(40), batch_size=8))
+
+
+class _Crossed(ClassificationMargin):
+    def loss(self, output):
+        return (output - output.mean()) ** 2
+
+
+class _Complex(ClassificationMargin):
+    def output(self, module, batch):
+        return super().output(module, batch).to(torch.complex64)
+
+
+@pytest.mark.parametrize(
+    ("output", "match"),
+    [
+        (_Crossed(), "_Crossed.loss gives it another loss beside the output of another example"),
+        (_Complex(), "_Complex.output returned complex numbers; expected one real number per example"),
+    ],
+)
+def test_outputs_that_are_not_one_real_number_with_a_loss_of_its_own(tmp_path, checkpoints, output, match):
+    with pytest.raises(ValueError, match=match):
+        attribute(tmp_path, checkpoints, output=output)

@@ -17,7 +17,7 @@ from lightning_trak.features.precision import precision_of, to_store_dtype
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.gradients import HookEngine, LoopEngine, MixedEngine, select_parameters
 from lightning_trak.gradients.batch import ExampleBatch
-from lightning_trak.gradients.precision import explained_bfloat16
+from lightning_trak.gradients.precision import explained_precision
 from lightning_trak.outputs import ClassificationMargin, ContrastiveMargin
 from lightning_trak.projections import IdentityProjection, KroneckerProjection, SparseProjection
 from lightning_trak.retraining import RetrainingFleet, tail_patch
@@ -54,7 +54,7 @@ def test_a_store_in_another_precision_is_refused(tmp_path):
 def require_bfloat16(module, output, batch):
     """Skip a test of what this CPU has no instructions for: torch knows."""
     try:
-        with torch.autocast("cpu", torch.bfloat16), explained_bfloat16(module):
+        with torch.autocast("cpu", torch.bfloat16), explained_precision(module):
             output.output(module, batch)
     except ValueError as error:
         pytest.skip(str(error))

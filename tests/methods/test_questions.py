@@ -163,6 +163,7 @@ def test_influence_of_another_output(kind):
         ({"train": torch.ones(3, 6)}, r"for examples give a Dataset or DataLoader, such as TensorDataset"),
         ({"top_k": ClassificationMargin()}, "top_k is a number of training examples, got a ClassificationMargin"),
         ({"top_k": 2, "largest": "both"}, "largest is True, False or None for both ends, got 'both'"),
+        ({"top_k": 2, "largest": 0}, "largest is True, False or None for both ends, got 0"),
         ({"largest": True}, "largest=True says which end of the scores top_k= keeps: say how many"),
         ({"output": ContrastiveMargin(context_size=3)}, "make a store whose training examples have this output"),
         ({"output": "predicted"}, "output must be a ModelOutput"),

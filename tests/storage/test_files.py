@@ -30,7 +30,7 @@ from lightning_trak.storage.files import (
     write_atomically,
     write_json,
 )
-from lightning_trak.storage.paths import local_directory, local_path
+from lightning_trak.storage.paths import local_directory, local_file, local_path
 from lightning_trak.storage.schemas import anything
 from tests.lit import TARGETS, TRAIN, make_model, make_trainer
 
@@ -312,6 +312,36 @@ def test_a_url_of_a_file_is_given_as_its_path():
 def test_other_paths_are_paths(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert local_directory(path, "store") == Path(path)
+
+
+def _no_space(_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as Path.write_text does: it names no file
+
+
+@pytest.mark.parametrize(
+    ("make", "write", "number"),
+    [
+        (Path.mkdir, lambda file: file.write_text("x"), errno.EISDIR),
+        (lambda path: None, _no_space, errno.ENOSPC),
+        (lambda path: path.parent.chmod(0o500), lambda file: file.write_text("x"), errno.EACCES),
+    ],
+)
+def test_an_error_of_writing_names_the_file(tmp_path, make, write, number):
+    """Not the temporary one, nor none, for which the command line would print a traceback."""
+    path = tmp_path / "folder" / "file"
+    path.parent.mkdir()
+    make(path)
+    if number == errno.EACCES and os.access(path.parent, os.W_OK):
+        pytest.skip("root may write everywhere")
+    with pytest.raises(OSError, match=os.strerror(number)) as raised:
+        write_atomically(path, write)
+    assert (raised.value.errno, raised.value.filename) == (number, str(path))
+
+
+def test_a_directory_is_no_file(tmp_path):
+    assert local_file(tmp_path / "new", "file of scores") == tmp_path / "new"
+    with pytest.raises(IsADirectoryError, match="is a directory, and a file of scores would take its place; use"):
+        local_file(tmp_path, "file of scores")
 
 
 def test_something_else_in_the_place_of_a_directory(tmp_path):

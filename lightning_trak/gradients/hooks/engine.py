@@ -131,7 +131,7 @@ class HookEngine(GradientEngine):
         noise = 1e-5 * sum(norm**2 for norm in norms.values()) ** 0.5
         for name, (rows, expected) in pairs.items():
             error = float((rows - expected).norm())
-            rounding = rounding_of(self.autocast or self.parameters[name].dtype, self.parameters[name].device)
+            rounding = rounding_of(self.precision, self.parameters[name].device)
             if error > max(tolerance, 8 * rounding) * norms[name] + noise:
                 wrong[name] = (
                     f"hooks give it a gradient that is off by {error:.3g}, and autograd's has norm {norms[name]:.3g}:"
@@ -222,7 +222,7 @@ class HookEngine(GradientEngine):
     @property
     def _ownership_tolerance(self) -> float:
         parameter = next(iter(self.parameters.values()))
-        return max(1e-6, min(0.05, 2**10 * rounding_of(self.autocast or parameter.dtype, parameter.device)))
+        return max(1e-6, min(0.05, 2**10 * rounding_of(self.precision, parameter.device)))
 
     def _require_unused_outside(self, gradients: Iterable[Tensor | None]) -> None:
         """Check that parameters get no gradients outside their layers. Inside, they are frozen."""

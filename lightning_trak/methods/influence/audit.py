@@ -8,7 +8,6 @@ import torch
 from lightning_trak.features.engines import EngineName, following_engine
 from lightning_trak.features.soundness import require_sound
 from lightning_trak.gradients.base import EngineError
-from lightning_trak.gradients.batch import ExampleBatch
 from lightning_trak.methods.examples import Examples
 from lightning_trak.methods.influence.passes import Passes
 from lightning_trak.running.ranges import draw_audited
@@ -32,10 +31,7 @@ def audit(passes: Passes, examples: Examples) -> None:
     for position in draw_audited(range(len(examples)), 2, passes.key("audit")):
         part = next(part for part in passes.cut(examples) if position in part)
         (batch, _), (twice, _) = passes.batches(examples, [part, [position] * 2])
-        pair = ExampleBatch(twice, 2, passes.layout)
-        # If the data differ each time, the example is taken out of its batch.
-        single = twice if pair.take([0]).equals(pair.take([1])) else None
-        while not _agrees(passes, batch, part, {part.index(position): single}):
+        while not _agrees(passes, batch, part, {part.index(position): twice}):
             passes.use_engine(following_engine(cast(EngineName, passes.engine_name)))
 
 

@@ -25,6 +25,7 @@ from lightning_trak.packages import both, is_a
 from lightning_trak.projections import IdentityProjection
 from lightning_trak.running.batches import TransferHooks, on_device
 from lightning_trak.running.chunks import chunked
+from lightning_trak.running.content import FEW, spread
 from lightning_trak.running.loading import batch_size_of, load, sample_batches
 from lightning_trak.running.random_states import isolated_random_states
 
@@ -147,10 +148,12 @@ class Passes:
             examples: the dataset.
             positions: the positions of the examples of each batch; default: all examples once, in batches of the
                 loader's size.
+
+        Raises:
+            ValueError: if examples are not the same each time that they are loaded.
         """
         if examples not in self._layouts:
-            probes = load(examples.loader, [[0, 0], [0, 0, 0]])
-            self._layouts[examples] = find_layout(*self._on_device(probes, examples))
+            self._layouts[examples] = self._learn(examples)
         self.layout = self._layouts[examples]
         if positions is None:
             positions = chunked(range(len(examples)), batch_size_of(examples.loader))
@@ -163,6 +166,23 @@ class Passes:
 
         for batch in self._on_device(load(examples.loader, noted()), examples):
             yield batch, sizes.pop(0)
+
+    def _learn(self, examples: Examples) -> Layout:
+        """Find out how a loader collates examples, and that it gives the same ones each time.
+
+        Raises:
+            ValueError: if it does not: passes over other data each time would be of no one function.
+        """
+        some = spread(len(examples), FEW)
+        twice, thrice, first, again = self._on_device(load(examples.loader, [[0, 0], [0, 0, 0], some, some]), examples)
+        layout = find_layout(twice, thrice)
+        if not ExampleBatch(first, len(some), layout).equals(ExampleBatch(again, len(some), layout)):
+            raise ValueError(
+                "examples are not the same twice, perhaps because of random augmentation in the dataset, the collate"
+                " function or a batch transfer hook; they are loaded several times: give data without random"
+                " augmentation"
+            )
+        return layout
 
     def parts(
         self, examples: Examples, positions: Sequence[int] | None = None, fitting: int | None = None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_trak.checks import require_tensor
+
 _MAX_COUNTS = 2**24  # resampling counts held at once: 128 MiB of float64
 _LEAST_ERROR = 0.25  # of a replicate's standard error, relative to the table's
 
@@ -40,6 +42,7 @@ def bootstrap_interval(
         tensor([[0.1250, 1.0000],
                 [0.2750, 1.0000]], dtype=torch.float64)
     """
+    require_tensor("values", values)
     if values.ndim == 0 or values.shape[-1] == 0:
         raise ValueError(f"Expected a sample in the last dimension, but got shape {tuple(values.shape)}.")
     tail = _tail(confidence, num_bootstraps)
@@ -135,6 +138,7 @@ def crossed_bootstrap_interval(
         >>> bool(low < table.mean() < high)
         True
     """
+    require_tensor("values", values)
     if values.ndim != 2 or min(values.shape) < 2:
         raise ValueError(
             f"Expected a table of at least 2 rows and 2 columns to resample, but got shape {tuple(values.shape)}."

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_trak.checks import require_tensor
 from lightning_trak.metrics.functional.bootstrap import crossed_bootstrap_interval
 from lightning_trak.metrics.functional.ranking import spearman_corrcoef, spearman_influence
 
@@ -17,9 +18,10 @@ _TRAIN_BLOCK = 65_536  # training examples turned into float64 at once
 
 
 def _validate_masks(masks: Tensor) -> None:
-    if masks.dtype != torch.bool:
+    if not isinstance(masks, Tensor) or masks.dtype != torch.bool:
+        received = masks.dtype if isinstance(masks, Tensor) else f"a {type(masks).__name__}"
         raise ValueError(
-            f"Expected `masks` of dtype torch.bool, but got {masks.dtype}. Turn zeros and ones into "
+            f"Expected `masks` of dtype torch.bool, but got {received}. Turn zeros and ones into "
             "booleans with `.bool()`, and lists of indices into masks with `masks[subset, indices] = True`."
         )
     if masks.ndim != 2 or masks.shape[0] < 3:
@@ -42,6 +44,8 @@ def _validate_masks(masks: Tensor) -> None:
 
 def _validate_inputs(scores: Tensor, outputs: Tensor, masks: Tensor) -> None:
     num_subsets, num_train = masks.shape
+    require_tensor("scores", scores)
+    require_tensor("outputs", outputs)
     if scores.ndim != 2 or scores.shape[1] != num_train:
         transposed = scores.ndim == 2 and scores.shape[1] == num_subsets
         hint = " Is `masks` transposed?" if transposed else ""

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_trak.checks import require_tensor
 from lightning_trak.texts.display import tuple_line
 
 
@@ -81,6 +82,8 @@ def mislabel_detection_curve(suspicion: Tensor, mislabelled: Tensor) -> Detectio
         >>> curve.area
         tensor(0.6250, dtype=torch.float64)
     """
+    require_tensor("suspicion", suspicion)
+    require_tensor("mislabelled", mislabelled)
     if suspicion.ndim != 1 or mislabelled.shape != suspicion.shape or mislabelled.dtype != torch.bool:
         raise ValueError(
             "Expected `suspicion` and a boolean `mislabelled` of one shape `(num_train,)`, but got "
@@ -124,6 +127,7 @@ def flip_labels(labels: Tensor, fraction: float = 0.1, seed: int = 0) -> tuple[T
         >>> int(mislabelled.sum()), bool((labels != right).eq(mislabelled).all())
         (2, True)
     """
+    require_tensor("labels", labels)
     if labels.ndim != 1 or labels.is_floating_point():
         raise ValueError(f"Expected integer `labels` of shape `(num_train,)`, but got {labels.dtype} {labels.shape}.")
     classes, place = torch.unique(labels.cpu(), return_inverse=True)

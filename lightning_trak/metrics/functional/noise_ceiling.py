@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_trak.checks import require_tensor
 from lightning_trak.metrics.functional.ranking import rank_rows
 
 
@@ -27,7 +28,7 @@ def noise_ceiling(outputs: Tensor) -> Tensor:
         ``(num_targets,)`` float64 in [0, 1]; 0 where the seeds do not agree or all outputs are equal.
 
     Raises:
-        ValueError: If the shape is another, or subsets or seeds are too few.
+        ValueError: If the shape is another, subsets or seeds are too few, or an output is NaN.
 
     Example:
         >>> import torch
@@ -35,6 +36,7 @@ def noise_ceiling(outputs: Tensor) -> Tensor:
         >>> noise_ceiling(outputs)
         tensor([0.9428], dtype=torch.float64)
     """
+    require_tensor("outputs", outputs)
     if outputs.ndim != 3 or outputs.shape[1] < 3 or outputs.shape[2] < 2:
         raise ValueError(
             "Expected `outputs` of shape `(num_targets, num_subsets, num_seeds)` with at least 3 subsets and 2 seeds, "

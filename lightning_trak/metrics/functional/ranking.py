@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_trak.checks import require_tensor
+
 
 class _SortedRows(NamedTuple):
     """How each row sorts: ``order`` sorts it, ``first`` and ``last`` bound the run of ties at each sorted position."""
@@ -17,6 +19,8 @@ class _SortedRows(NamedTuple):
 
 
 def _sort_rows(values: Tensor) -> _SortedRows:
+    if values.isnan().any():  # they would get the highest ranks
+        raise ValueError(f"Expected numbers to rank, but {int(values.isnan().sum())} of {values.numel()} are NaN.")
     ordered, order = values.sort(dim=-1, stable=True)
     size = values.shape[-1]
     position = torch.arange(size, device=values.device).expand_as(order)
@@ -50,6 +54,8 @@ def _mean_above(rows: _SortedRows, grades: Tensor) -> Tensor:
 
 
 def _check_pair(x: Tensor, y: Tensor) -> None:
+    require_tensor("x", x)
+    require_tensor("y", y)
     if x.ndim != 2 or x.shape != y.shape or x.shape[1] < 2:
         raise ValueError(
             "Expected two tensors of one shape `(num_rows, num_values)` with at least 2 values in a row, "
@@ -66,11 +72,15 @@ def rank_rows(values: Tensor) -> Tensor:
     Returns:
         float64 ranks of the same shape.
 
+    Raises:
+        ValueError: If a value is NaN.
+
     Example:
         >>> import torch
         >>> rank_rows(torch.tensor([[10.0, 30.0, 10.0, 20.0]]))
         tensor([[1.5000, 4.0000, 1.5000, 3.0000]], dtype=torch.float64)
     """
+    require_tensor("values", values)
     return _ranks(_sort_rows(values))
 
 
@@ -89,7 +99,7 @@ def spearman_corrcoef(x: Tensor, y: Tensor) -> Tensor:
         correlation.
 
     Raises:
-        ValueError: If the shapes differ, are not two-dimensional or have rows of fewer than 2 values.
+        ValueError: If the shapes differ, are not two-dimensional or have rows of fewer than 2 values, or one is NaN.
 
     Example:
         >>> import torch
@@ -121,7 +131,7 @@ def spearman_influence(x: Tensor, y: Tensor) -> Tensor:
         ``(num_rows, num_values)`` float64, each row with mean 0; NaN in rows with a constant side.
 
     Raises:
-        ValueError: If the shapes differ, are not two-dimensional or have rows of fewer than 2 values.
+        ValueError: If the shapes differ, are not two-dimensional or have rows of fewer than 2 values, or one is NaN.
     """
     _check_pair(x, y)
     x_rows, y_rows = _sort_rows(x), _sort_rows(y)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
+from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 from lightning_trak.gradients import HookEngine
 from lightning_trak.methods import Arnoldi, ConjugateGradient, Explicit, InfluenceFunction, LiSSA
@@ -179,18 +179,6 @@ def test_a_collate_function_that_changes_the_order_is_refused(name, which):
     data[which] = DataLoader(data[which], batch_size=8, collate_fn=by_length)
     with pytest.raises(ValueError, match="alone and another number in a batch with another example"):
         scores(seeded(nn.Linear, 6, 3), **data)
-
-
-def test_data_that_differ_each_time_are_taken_as_they_come():
-    class Augmented(Dataset):
-        def __len__(self):
-            return N
-
-        def __getitem__(self, index):
-            inputs, label = TRAIN[index]
-            return inputs + 0.1 * torch.randn(6), label
-
-    assert METHODS["explicit"](seeded(nn.Linear, 6, 3), train=Augmented()).isfinite().all()
 
 
 def test_an_output_that_depends_on_the_rest_of_the_batch_is_refused():
