@@ -21,6 +21,7 @@ from lightning_trak.running.data import Data
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.running.trainers import trainer_of
 from lightning_trak.scoring.damping import Damping, require_damping
+from lightning_trak.scoring.dual import smaller_scorer
 from lightning_trak.scoring.gram import Curvature
 from lightning_trak.scoring.lag import Lag
 from lightning_trak.scoring.temperature import Temperature
@@ -212,9 +213,9 @@ class TRAK(NewtonMethod):
             )
 
     def make_scorer(self, store: FeatureStore) -> TRAKScorer:
-        """TRAK's scorer."""
+        """TRAK's scorer, in the primal or in the dual."""
         subsets = [checkpoint.subset for checkpoint in self.checkpoints]
-        return TRAKScorer(store, *self._step(), subsets, self._tempered(), **self._lagging())
+        return smaller_scorer(store)(store, *self._step(), subsets, self._tempered(), **self._lagging())
 
     def _exact_scores(self) -> ExactScores:
         members = [checkpoint.name for checkpoint in self.checkpoints if checkpoint.subset is not None]

@@ -18,17 +18,18 @@ from lightning_trak.gradients.hooks.factors import GradientForms
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.scoring.base import full_precision, with_float64
 from lightning_trak.scoring.damping import Damping
+from lightning_trak.scoring.dual import DualScorer
 from lightning_trak.scoring.gram import Curvature, row_blocks
 from lightning_trak.scoring.inner_products import inner_products
 from lightning_trak.scoring.temperature import Tempered
-from lightning_trak.scoring.trak import Lagging, LossGradients, TRAKScorer
+from lightning_trak.scoring.trak import Lagging, LossGradients
 
 _FORMAT = 1  # of a block
 _AUDITED = 2  # inner products of each pair of blocks are computed again from whole gradients
 
 
-class ExactKernelScorer(TRAKScorer):
-    """:class:`~lightning_trak.scoring.TRAKScorer` of a store that holds exact gradients in their shortest form.
+class ExactKernelScorer(DualScorer):
+    """:class:`~lightning_trak.scoring.DualScorer` of a store that holds exact gradients in their shortest form.
 
     Args:
         store: complete gradients of the training set.
@@ -69,10 +70,6 @@ class ExactKernelScorer(TRAKScorer):
     def num_features(self) -> int:
         """The number of elements of a gradient."""
         return self._num_parameters
-
-    def solves_dual(self, n: int, k: int) -> bool:  # noqa: ARG002
-        """Always: there is no matrix of parameters."""
-        return True
 
     def make_kernels(self, device: torch.device, ranks: Ranks) -> None:
         """Make the missing blocks of all kernels. Ranks share them.
@@ -145,7 +142,7 @@ class ExactKernelScorer(TRAKScorer):
             yield number, range(self.store.shard(shards[0]).start, self.store.shard(shards[-1]).stop)
 
     def _kernel(self, checkpoint: int, ranks: Ranks) -> Tensor:
-        """See TRAKScorer. It is put together from its blocks; those that are missing are made."""
+        """See DualScorer. It is put together from its blocks; those that are missing are made."""
         self.make_kernels(self._device, ranks)
         n = self.store.num_examples
         kernel = torch.empty(n, n, dtype=torch.float64)
@@ -159,7 +156,7 @@ class ExactKernelScorer(TRAKScorer):
         return kernel
 
     def _products(self, checkpoint: int, targets: Tensor, ranks: Ranks) -> Tensor:
-        """See TRAKScorer."""
+        """See DualScorer."""
         forms, found = (
             stored_forms(self.store, checkpoint),
             targets.new_zeros(len(targets), self.store.num_examples).double(),
@@ -177,7 +174,7 @@ class ExactKernelScorer(TRAKScorer):
         return torch.cat([inner_products(forms, *pair).flatten() for pair in pairs])
 
     def _products_between(self, checkpoint: int, targets: Tensor, others: Tensor) -> Tensor:
-        """See TRAKScorer."""
+        """See DualScorer."""
         return inner_products(stored_forms(self.store, checkpoint), targets, others)
 
 

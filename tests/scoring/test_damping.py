@@ -11,7 +11,7 @@ from lightning_trak.features.rows import Features
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.methods.influence import InfluenceFunction
 from lightning_trak.outputs import ClassificationMargin
-from lightning_trak.scoring import TRAKScorer
+from lightning_trak.scoring import PrimalScorer
 from lightning_trak.scoring.damping import absolute_damping, auto_damping, require_damping
 from lightning_trak.scoring.gram import gram_matrix
 from lightning_trak.scoring.noise import Noise
@@ -73,7 +73,7 @@ def test_each_checkpoint_gets_its_own(tmp_path):
     targets = torch.randn(3, 4)
 
     def scorer_of(damping):
-        scorer = TRAKScorer(store, "gauss_newton", damping, "per_checkpoint", 0.0)
+        scorer = PrimalScorer(store, "gauss_newton", damping, "per_checkpoint", 0.0)
         scorer.fit(CPU)
         return scorer
 
