@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from operator import attrgetter
-from typing import Any, cast
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
@@ -24,6 +24,7 @@ from lightning_trak.replay.states import TrainingState, difference, named_parame
 from lightning_trak.replay.writing import RecordingWriter
 from lightning_trak.running.content import sample_digest
 from lightning_trak.running.environment import environment_of
+from lightning_trak.running.loading import num_examples
 from lightning_trak.running.positions import PositionLog
 from lightning_trak.running.random_states import RandomWatch
 from lightning_trak.texts.display import Displayed
@@ -157,30 +158,8 @@ class TrainingRecorder(Displayed, Callback):
 
     def _open(self, writer: RecordingWriter, trainer: Trainer, pl_module: LightningModule) -> None:
         self._forget()
-        loader = trainer.train_dataloader
-        if loader is not self._loader or loader is None:
-            raise ValueError(
-                "Lightning made a new loader for training (overfit_batches does so), so TrainingRecorder does not know"
-                " which examples it draws; train without this option"
-            )
+        run, step, environment = self._about(trainer, pl_module), trainer.global_step, environment_of(trainer)
         (optimizer,) = trainer.optimizers
-        require_real(pl_module)
-        digest = sample_digest(loader)
-        if digest is None:
-            raise ValueError(
-                "items of the training data are not the same when they are loaded again, perhaps because of random"
-                " augmentation, so their steps cannot be repeated; train without random augmentation, or augment in"
-                " training_step, whose random numbers are recorded"
-            )
-        run = {
-            "optimizer": optimizer_name(type(optimizer)),
-            "precision": str(trainer.precision),
-            "num_train": len(cast(Any, loader.dataset)),
-            "data": digest,
-            "parameters": describe_parameters(pl_module),
-        }
-        step, environment = trainer.global_step, environment_of(trainer)
-        earlier = [*self._resumed_runs, *([self._run] if self._run else [])]
         self._modules = list(pl_module.named_modules())
         self._module_parts = [part for _, part in self._modules]
         self._parameters = named_parameters(pl_module)
@@ -190,6 +169,7 @@ class TrainingRecorder(Displayed, Callback):
         self._structure(optimizer), self._settings(trainer, optimizer)  # fail now, not after the first step
         state = self._state(trainer, pl_module)
         if step:
+            earlier = [*self._resumed_runs, *([self._run] if self._run else [])]
             self._run = writer.resume(earlier, step, run, environment)
         else:
             start = run_from(step, dict(state.tensors())) if self.exist_ok else None
@@ -198,6 +178,34 @@ class TrainingRecorder(Displayed, Callback):
         if writer.has_state(step):
             self._require_recorded(state, step)
         writer.add_state(state)
+
+    def _about(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
+        """What the steps of the run depend on.
+
+        Raises:
+            ValueError: if its data or weights are of a kind that cannot be recorded.
+        """
+        loader = trainer.train_dataloader
+        if loader is not self._loader or loader is None:
+            raise ValueError(
+                "Lightning made a new loader for training (overfit_batches does so), so TrainingRecorder does not know"
+                " which examples it draws; train without this option"
+            )
+        require_real(module)
+        digest = sample_digest(loader)
+        if digest is None:
+            raise ValueError(
+                "items of the training data are not the same when they are loaded again, perhaps because of random"
+                " augmentation, so their steps cannot be repeated; train without random augmentation, or augment in"
+                " training_step, whose random numbers are recorded"
+            )
+        return {
+            "optimizer": optimizer_name(type(trainer.optimizers[0])),
+            "precision": str(trainer.precision),
+            "num_train": num_examples(loader),
+            "data": digest,
+            "parameters": describe_parameters(module),
+        }
 
     def _require_recorded(self, state: TrainingState, step: int) -> None:
         found = difference(state, Recording(self.directory).state(step))
