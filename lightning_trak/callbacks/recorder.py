@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_trak.callbacks.recordable import group_settings, require_plain, require_real
-from lightning_trak.callbacks.runs import run_from, runs_in
+from lightning_trak.callbacks.runs import RunCallback, run_from
 from lightning_trak.compatibility import change_train_loader, restore_train_loader
 from lightning_trak.replay.optimizers.base import optimizer_name
 from lightning_trak.replay.player import canonical_module_name, describe_parameters
@@ -36,7 +36,7 @@ _ROUNDING = 1e-6
 _requires_grad, _training = attrgetter("requires_grad"), attrgetter("training")
 
 
-class TrainingRecorder(Displayed, Callback):
+class TrainingRecorder(Displayed, RunCallback):
     """Records what one needs to repeat each optimizer step exactly.
 
     :func:`~lightning_trak.replay.replay` repeats the run, and :class:`~lightning_trak.methods.Metagradient`
@@ -98,13 +98,12 @@ class TrainingRecorder(Displayed, Callback):
         overwrite: bool = False,
         exist_ok: bool = False,
     ) -> None:
+        super().__init__()
         self.directory = os.fspath(directory)
         self.overwrite = overwrite
         self.exist_ok = exist_ok
         self.spacing = check_spacing(spacing)
         self._writer: RecordingWriter | None = None  # None: nothing is to be recorded
-        self._run: str | None = None
-        self._resumed_runs: list[str] = []
         self._positions = PositionLog()
         self._loader: DataLoader[Any] | None = None
         self._opened = False
@@ -121,16 +120,6 @@ class TrainingRecorder(Displayed, Callback):
     def state_key(self) -> str:
         """A key by which Lightning tells several callbacks in one Trainer apart."""
         return f"{type(self).__qualname__}{{'directory': {self.directory!r}}}"
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        """The run that the recording belongs to. It is saved in Lightning checkpoints."""
-        return {"run": self._run} if self._run else {}
-
-    @override
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Note which runs the checkpoint continues. Their directory does not matter."""
-        self._resumed_runs = runs_in(checkpoint, type(self).__qualname__)
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
