@@ -1,4 +1,4 @@
-"""TRAK's scores from an n x n system, which has a row for each training example: see :mod:`.kernel`."""
+"""TRAK's scores from an n x n system, which has a row for each training example; ``kernel.py`` has the formula."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, cast

@@ -1,4 +1,4 @@
-"""The dual: TRAK's scores from the n x n inner products of training examples, without a k x k matrix.
+"""The kernel: inner products of all training examples, and its damped factor, which gives the scores of the dual.
 
 With features Phi (n x k), K = Phi Phi^T, R on a diagonal and b = Phi phi(x), the push-through identity gives the scores
 of all training examples at once:
