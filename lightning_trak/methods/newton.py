@@ -1,18 +1,22 @@
 """What TRAK with and without a projection share: a Newton step for each training example."""
 
 from pathlib import Path
+from typing import TypeVar
 
 from torch import nn
 from typing_extensions import Unpack
 
 from lightning_trak.checks import require_one_of
+from lightning_trak.features.store import FeatureStore
 from lightning_trak.methods.feature import FeatureMethod
 from lightning_trak.methods.options import Checkpoints, FeatureOptions
 from lightning_trak.scoring.damping import Damping, require_damping
 from lightning_trak.scoring.gram import Curvature
 from lightning_trak.scoring.lag import Lag, require_lag
 from lightning_trak.scoring.temperature import Temperature, Tempered, require_temperature, tempered
-from lightning_trak.scoring.trak import Lagging, LossGradients
+from lightning_trak.scoring.trak import LossGradients, TRAKScorer
+
+AnyScorer = TypeVar("AnyScorer", bound=TRAKScorer)
 
 
 class NewtonMethod(FeatureMethod):
@@ -50,12 +54,13 @@ class NewtonMethod(FeatureMethod):
         super().__init__(model, checkpoints, store, **options)
 
     def _step(self) -> tuple[Curvature, Damping, LossGradients, float]:
-        """What a scorer needs to know of the step."""
+        """The settings of the step."""
         return self.curvature, self.damping, self.loss_gradients, self.soft_threshold
 
-    def _lagging(self) -> Lagging:
-        """What the automatic choices of a scorer need to know of the training."""
-        return {"lag": self.lag, "averages": self.output.averages}
+    def _new_scorer(self, kind: type[AnyScorer], store: FeatureStore) -> AnyScorer:
+        """A scorer with these settings."""
+        subsets = [checkpoint.subset for checkpoint in self.checkpoints]
+        return kind(store, *self._step(), subsets, self._tempered(), self.lag, self.output.averages)
 
     def _tempered(self) -> Tempered | None:
         """What gives Q in the place of the stored one."""

@@ -214,8 +214,7 @@ class TRAK(NewtonMethod):
 
     def make_scorer(self, store: FeatureStore) -> TRAKScorer:
         """TRAK's scorer, in the primal or in the dual."""
-        subsets = [checkpoint.subset for checkpoint in self.checkpoints]
-        return smaller_scorer(store)(store, *self._step(), subsets, self._tempered(), **self._lagging())
+        return self._new_scorer(smaller_scorer(store), store)
 
     def _exact_scores(self) -> ExactScores:
         members = [checkpoint.name for checkpoint in self.checkpoints if checkpoint.subset is not None]

@@ -3,7 +3,7 @@
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import ClassVar, Literal, TypedDict, cast
+from typing import ClassVar, Literal, cast
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -23,13 +23,6 @@ from lightning_trak.scoring.temperature import Tempered
 from lightning_trak.scoring.undamped import System, Undamped
 
 LossGradients = Literal["per_checkpoint", "averaged"]
-
-
-class Lagging(TypedDict, total=False):
-    """What the automatic choices of a scorer need to know of the training, see :class:`TRAKScorer`."""
-
-    lag: Lag
-    averages: bool
 
 
 _CACHE_FORMAT = 3  # of a stored Gram matrix; one of another format is made again
