@@ -63,7 +63,8 @@ class DualScorer(TRAKScorer):
     ) -> Scores:
         """See :meth:`Scorer.score`."""
         with full_precision(self._device):
-            solved = [tau.to(directions[0]) for tau in self._solved(directions, ranks)]
+            scores = self._solved(directions, ranks)
+            solved = [tau.to(features) for tau, features in zip(scores, directions, strict=True)]
         return super().score(solved, top_k, largest, ranks, columns)
 
     def block(
