@@ -40,8 +40,9 @@ def smaller_scorer(store: FeatureStore) -> type[TRAKScorer]:
 class DualScorer(TRAKScorer):
     """Factors the kernel of the training examples, and solves for the scores of each target.
 
-    The features are read once for all targets, to multiply them. The arguments are those of :class:`TRAKScorer`; the
-    damping must be more than 0.
+    A positive score says that training on i raises the output at x. The features are read once for all targets, to
+    multiply them. The arguments are those of :class:`~lightning_trak.scoring.TRAKScorer`; the damping must be more than
+    0.
     """
 
     @property

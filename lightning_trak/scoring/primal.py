@@ -14,7 +14,11 @@ from lightning_trak.scoring.undamped import Undamped
 
 
 class PrimalScorer(TRAKScorer):
-    """Factors K_m + lambda_m I, and solves for each target. The arguments are those of :class:`TRAKScorer`."""
+    """Factors K_m + lambda_m I, and solves for each target.
+
+    A positive score says that training on i raises the output at x. The arguments are those of
+    :class:`~lightning_trak.scoring.TRAKScorer`.
+    """
 
     @property
     def num_rows(self) -> int:
