@@ -29,7 +29,7 @@ from lightning_trak.projections import (
     RademacherProjection,
     SparseProjection,
 )
-from lightning_trak.scoring import TRAKScorer
+from lightning_trak.scoring import smaller_scorer
 from lightning_trak.scoring.damping import Damping
 from lightning_trak.scoring.gram import Curvature
 from lightning_trak.scoring.temperature import tempered
@@ -85,10 +85,11 @@ def sweep(
     """The LDS of a projection at every damping, from one set of features."""
     for count in counts:  # the automatic damping and temperature depend on the number of models
         store, features = featurize(task, truth.states[:count], PROJECTIONS[name], directory / str(count))
+        kind = smaller_scorer(store)
         for curvature in curvatures:
             for damping in (*GRID, "auto"):
                 temperature = tempered(task.output, None, damping, "per_checkpoint")
-                scorer = TRAKScorer(store, curvature, damping, "per_checkpoint", 0.0, tempered=temperature)
+                scorer = kind(store, curvature, damping, "per_checkpoint", 0.0, tempered=temperature)
                 scorer.fit(torch.device("cpu"))
                 directions = [scorer.precondition(checkpoint, rows) for checkpoint, rows in enumerate(features)]
                 lds = truth.measure(scorer.score(directions))

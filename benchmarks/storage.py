@@ -14,7 +14,7 @@ from benchmarks.timing import Action, Row, Run, ratios, rows, seconds
 from lightning_trak.features.dtypes import DtypeName, feature_dtype
 from lightning_trak.features.rows import Features
 from lightning_trak.features.store import FeatureStore
-from lightning_trak.scoring import TRAKScorer
+from lightning_trak.scoring import PrimalScorer
 
 TARGETS, K = 256, 2048
 
@@ -32,9 +32,9 @@ def make_store(directory: Path, num_examples: int, name: DtypeName) -> FeatureSt
     return store
 
 
-def make_scorer(store: FeatureStore) -> TRAKScorer:
+def make_scorer(store: FeatureStore) -> PrimalScorer:
     """The default scorer."""
-    return TRAKScorer(store, "gauss_newton", 1.0, "per_checkpoint", 0.0)
+    return PrimalScorer(store, "gauss_newton", 1.0, "per_checkpoint", 0.0)
 
 
 def read_files(store: FeatureStore) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from operator import attrgetter
-from typing import Any, cast
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_trak.callbacks.recordable import group_settings, require_plain, require_real
-from lightning_trak.callbacks.runs import run_from, runs_in
+from lightning_trak.callbacks.runs import RunCallback, run_from
 from lightning_trak.compatibility import change_train_loader, restore_train_loader
 from lightning_trak.replay.optimizers.base import optimizer_name
 from lightning_trak.replay.player import canonical_module_name, describe_parameters
@@ -24,6 +24,7 @@ from lightning_trak.replay.states import TrainingState, difference, named_parame
 from lightning_trak.replay.writing import RecordingWriter
 from lightning_trak.running.content import sample_digest
 from lightning_trak.running.environment import environment_of
+from lightning_trak.running.loading import num_examples
 from lightning_trak.running.positions import PositionLog
 from lightning_trak.running.random_states import RandomWatch
 from lightning_trak.texts.display import Displayed
@@ -35,7 +36,7 @@ _ROUNDING = 1e-6
 _requires_grad, _training = attrgetter("requires_grad"), attrgetter("training")
 
 
-class TrainingRecorder(Displayed, Callback):
+class TrainingRecorder(Displayed, RunCallback):
     """Records what one needs to repeat each optimizer step exactly.
 
     :func:`~lightning_trak.replay.replay` repeats the run, and :class:`~lightning_trak.methods.Metagradient`
@@ -97,13 +98,12 @@ class TrainingRecorder(Displayed, Callback):
         overwrite: bool = False,
         exist_ok: bool = False,
     ) -> None:
+        super().__init__()
         self.directory = os.fspath(directory)
         self.overwrite = overwrite
         self.exist_ok = exist_ok
         self.spacing = check_spacing(spacing)
         self._writer: RecordingWriter | None = None  # None: nothing is to be recorded
-        self._run: str | None = None
-        self._resumed_runs: list[str] = []
         self._positions = PositionLog()
         self._loader: DataLoader[Any] | None = None
         self._opened = False
@@ -120,16 +120,6 @@ class TrainingRecorder(Displayed, Callback):
     def state_key(self) -> str:
         """A key by which Lightning tells several callbacks in one Trainer apart."""
         return f"{type(self).__qualname__}{{'directory': {self.directory!r}}}"
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        """The run that the recording belongs to. It is saved in Lightning checkpoints."""
-        return {"run": self._run} if self._run else {}
-
-    @override
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Note which runs the checkpoint continues. Their directory does not matter."""
-        self._resumed_runs = runs_in(checkpoint, type(self).__qualname__)
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -157,30 +147,8 @@ class TrainingRecorder(Displayed, Callback):
 
     def _open(self, writer: RecordingWriter, trainer: Trainer, pl_module: LightningModule) -> None:
         self._forget()
-        loader = trainer.train_dataloader
-        if loader is not self._loader or loader is None:
-            raise ValueError(
-                "Lightning made a new loader for training (overfit_batches does so), so TrainingRecorder does not know"
-                " which examples it draws; train without this option"
-            )
+        run, step, environment = self._about(trainer, pl_module), trainer.global_step, environment_of(trainer)
         (optimizer,) = trainer.optimizers
-        require_real(pl_module)
-        digest = sample_digest(loader)
-        if digest is None:
-            raise ValueError(
-                "items of the training data are not the same when they are loaded again, perhaps because of random"
-                " augmentation, so their steps cannot be repeated; train without random augmentation, or augment in"
-                " training_step, whose random numbers are recorded"
-            )
-        run = {
-            "optimizer": optimizer_name(type(optimizer)),
-            "precision": str(trainer.precision),
-            "num_train": len(cast(Any, loader.dataset)),
-            "data": digest,
-            "parameters": describe_parameters(pl_module),
-        }
-        step, environment = trainer.global_step, environment_of(trainer)
-        earlier = [*self._resumed_runs, *([self._run] if self._run else [])]
         self._modules = list(pl_module.named_modules())
         self._module_parts = [part for _, part in self._modules]
         self._parameters = named_parameters(pl_module)
@@ -190,6 +158,7 @@ class TrainingRecorder(Displayed, Callback):
         self._structure(optimizer), self._settings(trainer, optimizer)  # fail now, not after the first step
         state = self._state(trainer, pl_module)
         if step:
+            earlier = [*self._resumed_runs, *([self._run] if self._run else [])]
             self._run = writer.resume(earlier, step, run, environment)
         else:
             start = run_from(step, dict(state.tensors())) if self.exist_ok else None
@@ -198,6 +167,34 @@ class TrainingRecorder(Displayed, Callback):
         if writer.has_state(step):
             self._require_recorded(state, step)
         writer.add_state(state)
+
+    def _about(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
+        """What the steps of the run depend on.
+
+        Raises:
+            ValueError: if its data or weights are of a kind that cannot be recorded.
+        """
+        loader = trainer.train_dataloader
+        if loader is not self._loader or loader is None:
+            raise ValueError(
+                "Lightning made a new loader for training (overfit_batches does so), so TrainingRecorder does not know"
+                " which examples it draws; train without this option"
+            )
+        require_real(module)
+        digest = sample_digest(loader)
+        if digest is None:
+            raise ValueError(
+                "items of the training data are not the same when they are loaded again, perhaps because of random"
+                " augmentation, so their steps cannot be repeated; train without random augmentation, or augment in"
+                " training_step, whose random numbers are recorded"
+            )
+        return {
+            "optimizer": optimizer_name(type(trainer.optimizers[0])),
+            "precision": str(trainer.precision),
+            "num_train": num_examples(loader),
+            "data": digest,
+            "parameters": describe_parameters(module),
+        }
 
     def _require_recorded(self, state: TrainingState, step: int) -> None:
         found = difference(state, Recording(self.directory).state(step))

@@ -8,13 +8,13 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_trak.callbacks.runs import run_from, runs_in
+from lightning_trak.callbacks.runs import RunCallback, run_from
 from lightning_trak.callbacks.saving import on_rank_zero, require_storable, single_trigger
 from lightning_trak.checkpoints.manifest import ParameterGroup
 from lightning_trak.checkpoints.optimizers import parameter_groups, preconditioner_of, require_adam
@@ -26,7 +26,7 @@ from lightning_trak.texts.display import Displayed
 T = TypeVar("T")
 
 
-class TRAKCallback(Displayed, Callback):
+class TRAKCallback(Displayed, RunCallback):
     """Saves snapshots of the whole state dict for attribution.
 
     At most one trigger may be given. The default is ``every_n_epochs=1``. A step is never saved twice. Nothing is saved
@@ -103,6 +103,7 @@ class TRAKCallback(Displayed, Callback):
             {"every_n_epochs": every_n_epochs, "every_n_train_steps": every_n_train_steps},
             {"train_time_interval": None if train_time_interval is None else train_time_interval.total_seconds()},
         )
+        super().__init__()
         self.dirpath = os.fspath(dirpath)
         self.every_n_epochs = every_n_epochs if trigger else 1
         self.every_n_train_steps = every_n_train_steps
@@ -112,8 +113,6 @@ class TRAKCallback(Displayed, Callback):
         self.overwrite = overwrite
         self.exist_ok = exist_ok
         self._series: SnapshotSeries | None = None  # None: nothing is to be saved
-        self._run: str | None = None
-        self._resumed_runs: list[str] = []
         self._saved_step = 0
         self._seen_step = 0
         self._saved_time = 0.0
@@ -130,16 +129,6 @@ class TRAKCallback(Displayed, Callback):
             "train_time_interval": self.train_time_interval,
         }
         return f"{type(self).__qualname__}{settings}"
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        """The run that the snapshots belong to. It is saved in Lightning checkpoints."""
-        return {"run": self._run} if self._run else {}
-
-    @override
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Note which runs the checkpoint continues. Their directory and trigger do not matter."""
-        self._resumed_runs = runs_in(checkpoint, type(self).__qualname__)
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

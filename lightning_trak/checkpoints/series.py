@@ -145,10 +145,8 @@ class SnapshotSeries:
             self.close()
             raise ValueError(self._occupied(existing))
         manifest = self._start(run, ())
-        for snapshot in existing.snapshots:
-            files = [snapshot.file, *([snapshot.preconditioner.file] if snapshot.preconditioner else [])]
-            for file in files:
-                Path(self.path(file)).unlink(missing_ok=True)
+        for file in (file for snapshot in existing.snapshots for file in snapshot.files):
+            Path(self.path(file)).unlink(missing_ok=True)
         return manifest
 
     def resume(self, runs: Sequence[str], step: int, overwrite: bool = False) -> Manifest:

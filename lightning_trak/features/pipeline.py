@@ -30,8 +30,9 @@ from lightning_trak.features.store import FeatureStore
 from lightning_trak.features.work import Samples, default_shard_size, missing_shards, progress
 from lightning_trak.gradients import ParameterSelection
 from lightning_trak.outputs import ModelOutput
+from lightning_trak.running.chunks import chunked
 from lightning_trak.running.data import Data, datamodule_of, single_loader
-from lightning_trak.running.loading import batch_size_of
+from lightning_trak.running.loading import batch_size_of, num_examples
 from lightning_trak.running.parts import Part, share
 from lightning_trak.running.ranges import Range, Stop, batch_ranges, share_out
 from lightning_trak.running.ranks import Ranks
@@ -134,19 +135,18 @@ class FeaturePipeline:
         shards_model(trainer)
         loader = single_loader(data, "fit", trainer)
         model = self.copy_model(trainer)
-        num_examples = len(cast(Any, loader.dataset))
-        self._require_own_subsets(num_examples, None)
+        count = num_examples(loader)
+        self._require_own_subsets(count, None)
         depends_on, sample = self._identity(model, trainer), Samples(loader)
-        digests = sample(num_examples)
-        self._require_own_subsets(num_examples, None if digests is None else digests[0])
-        dim = self.dim(model)
-        require_enough(num_examples, dim)
-        default = default_shard_size(num_examples, loader)
+        digests = sample(count)
+        self._require_own_subsets(count, None if digests is None else digests[0])
+        require_enough(count, self.dim(model))
+        default = default_shard_size(count, loader)
         shard_size = default if shard_size is None else positive("shard_size", shard_size)
         store = FeatureStore(
             self._directory,
             depends_on,
-            num_examples,
+            count,
             shard_size,
             user=self._user,
             sample=sample,
@@ -175,27 +175,11 @@ class FeaturePipeline:
             require_none_skipped(store)
         needed = {"context": model.output.context_size, "projection": self.settings.projection.sample_size}
         extras = [name for name, size in needed.items() if size]
-        total = sum(parameter.numel() for parameter in self._model.parameters())
-        rank_zero_info(
-            f"{self._user}: {counted(store.num_examples, 'example')} at"
-            f" {counted(len(store.first), 'checkpoint')}, gradients of {model.size} of"
-            f" {counted(total, 'parameter')}, {type(self.settings.projection).__name__} to"
-            f" {counted(self.dim(model), 'feature')}: {sum(map(len, missing_shards(store, extras, part)))} of"
-            f" {counted(len(store.first) * store.num_shards, 'shard')} to do"
-        )
-        if extras and store.begun_with < store.num_examples:
-            rank_zero_info(
-                f"{self._user}: the {' and the '.join(extras)} stay fitted to the {store.begun_with} examples that the"
-                " store began with"
-            )
+        self._announce(store, model, extras, part)
         datamodule = datamodule_of(data)
         engine: EngineName | None = None
         while any(missing := missing_shards(store, extras, part)):
-            jobs = [
-                [Range(number, store.shard(number), self.settings.draw(c, store.shard(number))) for number in numbers]
-                for c, numbers in enumerate(missing)
-            ]
-            stop = Stop()
+            jobs, stop = self._shard_jobs(missing, store), Stop()
             interruption = Interruption(stop)
             with _explaining(model, loader), ShardWriter(store, on_nan == "skip", stop) as writer:
                 module = FeaturizeModule.of(trainer)(
@@ -213,6 +197,29 @@ class FeaturePipeline:
             store.require_complete()
         elif not store.complete:
             rank_zero_info(f"{self._user}: part {part} is done; {progress(store)}")
+
+    def _announce(self, store: FeatureStore, model: ModelCopy, extras: Sequence[str], part: Part | None) -> None:
+        """Log what there is to do."""
+        total = sum(parameter.numel() for parameter in self._model.parameters())
+        rank_zero_info(
+            f"{self._user}: {counted(store.num_examples, 'example')} at"
+            f" {counted(len(store.first), 'checkpoint')}, gradients of {model.size} of"
+            f" {counted(total, 'parameter')}, {type(self.settings.projection).__name__} to"
+            f" {counted(self.dim(model), 'feature')}: {sum(map(len, missing_shards(store, extras, part)))} of"
+            f" {counted(len(store.first) * store.num_shards, 'shard')} to do"
+        )
+        if extras and store.begun_with < store.num_examples:
+            rank_zero_info(
+                f"{self._user}: the {' and the '.join(extras)} stay fitted to the {store.begun_with} examples that the"
+                " store began with"
+            )
+
+    def _shard_jobs(self, missing: Sequence[Sequence[int]], store: FeatureStore) -> list[list[Range]]:
+        """The ranges of some shards at each checkpoint."""
+        return [
+            [Range(number, store.shard(number), self.settings.draw(c, store.shard(number))) for number in numbers]
+            for c, numbers in enumerate(missing)
+        ]
 
     def target_features(
         self,
@@ -258,10 +265,10 @@ class FeaturePipeline:
             yield self._gathered(buffer, examples, loader, asked, Ranks.of(trainer))
 
     def _target_jobs(self, examples: range, loader: DataLoader[Any], store: FeatureStore) -> list[list[Range]]:
-        chunks = [examples[start : start + AUDITED_TOGETHER] for start in range(0, len(examples), AUDITED_TOGETHER)]
-        draw, size = self.settings.draw, batch_size_of(loader)
+        """The ranges of the targets at each checkpoint."""
+        parts, draw, size = chunked(examples, AUDITED_TOGETHER), self.settings.draw, batch_size_of(loader)
         return [
-            batch_ranges(examples, size, {i for part in chunks for i in draw(checkpoint, part)})
+            batch_ranges(examples, size, {i for part in parts for i in draw(checkpoint, part)})
             for checkpoint in range(store.num_checkpoints)
         ]
 

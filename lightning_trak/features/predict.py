@@ -31,7 +31,7 @@ from lightning_trak.outputs import ModelOutput
 from lightning_trak.packages import is_a
 from lightning_trak.projections.base import BoundProjection
 from lightning_trak.projections.factors import BoundGradientFactors
-from lightning_trak.running.loading import load, sample_batches
+from lightning_trak.running.loading import load, num_examples, sample_batches
 from lightning_trak.running.predict import PredictModule
 from lightning_trak.running.ranges import IndexedBatch, RangeLoader, Stop
 from lightning_trak.running.ranks import Ranks
@@ -160,7 +160,7 @@ class ExtractorModule(PredictModule):
             ValueError: if a batch does not hold the examples in the first dimension of its tensors, or hooks give other
                 training batches each time.
         """
-        last = len(cast(Any, loader.dataset)) - 1
+        last = num_examples(loader) - 1
         probes = [[0, 0], [0, 0, 0], [0, 0], [last, last], [0, last]]
         twice, thrice, again, other, pair = self._batches(loader, probes)
         self.forget_batches()
@@ -249,10 +249,7 @@ class ExtractorModule(PredictModule):
         if self.engine_name is None:
             self.engine_name = cast("EngineName | None", self._store.settle_engine())
         if self.engine_name is None and self._train_loader is not None:
-            positions = list(range(min(2, self._store.num_examples)))
-            (batch,) = self._batches(self._train_loader, [positions])
-            examples = ExampleBatch(batch, len(positions), self._layout)
-            choice = choose_engine(self.copied, examples, self._autocast)
+            choice = choose_engine(self.copied, self._first_two(self._train_loader), self._autocast)
             self.engine_name = choice.name
             rank_zero_info(
                 f"TRAK: gradients by {how(choice.name, self._autocast)}, chosen by engine='auto': {choice.reason}"
@@ -275,6 +272,11 @@ class ExtractorModule(PredictModule):
         key = f"{self.settings.seed}/{self.copied.streams[checkpoint]}/{purpose}"
         positions = sample_batches(self._train_loader, count, key, self._store.begun_with)
         yield from zip(self._batches(self._train_loader, positions), positions, strict=True)
+
+    def _first_two(self, loader: DataLoader[Any]) -> ExampleBatch:
+        positions = list(range(min(2, num_examples(loader))))
+        (batch,) = self._batches(loader, [positions])
+        return ExampleBatch(batch, len(positions), self._layout)
 
     def _batches(self, loader: DataLoader[Any], positions: list[list[int]]) -> Iterator[Any]:
         """Load examples at some positions to the device, one batch for each list."""
@@ -330,9 +332,7 @@ class FeaturizeModule(ExtractorModule):
         """Use hooks for sharded models. All ranks set them up on the same examples."""
         if not self.copied.sharded:
             return super()._settle_engine()
-        positions = list(range(min(2, len(cast(Any, self._loader.dataset)))))
-        (batch,) = self._batches(self._loader, [positions])
-        engine = sharded_engine(self.copied, ExampleBatch(batch, len(positions), self._layout), self._autocast)
+        engine = sharded_engine(self.copied, self._first_two(self._loader), self._autocast)
         self.engine_name = "hooks"
         if self._train_loader is not None:
             report = coverage_report({}, self.copied.sizes)

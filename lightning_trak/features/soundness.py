@@ -8,7 +8,7 @@ from lightning_trak.features.model import ModelCopy
 from lightning_trak.gradients import LoopEngine
 from lightning_trak.gradients.audit import require_independent
 from lightning_trak.gradients.batch import ExampleBatch, Layout
-from lightning_trak.gradients.soundness import require_repeatable
+from lightning_trak.gradients.trials import require_repeatable
 
 
 def require_sound(model: ModelCopy, layout: Layout | None, twice: Any, *others: Any) -> None:

@@ -12,7 +12,7 @@ from lightning_trak.gradients.batch import ExampleBatch
 from lightning_trak.gradients.hooks import HookEngine, MixedEngine
 from lightning_trak.gradients.loop import LoopEngine
 from lightning_trak.gradients.precision import in_double, output_in_double
-from lightning_trak.gradients.soundness import require_repeatable
+from lightning_trak.gradients.trials import require_repeatable
 from lightning_trak.outputs.base import close
 from lightning_trak.projections.base import BoundProjection
 from lightning_trak.texts.messages import listed

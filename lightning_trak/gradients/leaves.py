@@ -20,21 +20,23 @@ _WRITE_IT_SO = (
 
 def leaves_of(value: Tensor) -> list[Tensor]:
     """The leaves of a tensor's autograd graph, each once."""
-    leaves: list[Tensor] = []
-    waiting, seen = [value.grad_fn], {value.grad_fn}
     if value.grad_fn is None and value.requires_grad:
         return [value]
+    return [node.variable for node in graph_nodes(value) if hasattr(node, "variable")]
+
+
+def graph_nodes(value: Tensor) -> Iterator[Any]:
+    """The nodes of a tensor's autograd graph, each once."""
+    waiting, seen = [value.grad_fn], {value.grad_fn}
     while waiting:
         node = waiting.pop()
         if node is None:
             continue
-        if hasattr(node, "variable"):
-            leaves.append(node.variable)
+        yield node
         for following, _ in node.next_functions:
             if following not in seen:
                 seen.add(following)
                 waiting.append(following)
-    return leaves
 
 
 def require_own_leaves(

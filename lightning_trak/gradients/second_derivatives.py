@@ -118,10 +118,12 @@ def _near(one: float, other: float) -> bool:
 def _moved(leaves: Sequence[Tensor], along: Sequence[Tensor], step: float) -> Iterator[None]:
     """Inside this context, tensors are a step away from where they were."""
     before = [leaf.detach().clone() for leaf in leaves]
-    with torch.no_grad():
-        for leaf, way in zip(leaves, along, strict=True):
-            leaf.add_(way, alpha=step)
-    yield
-    with torch.no_grad():
-        for leaf, value in zip(leaves, before, strict=True):
-            leaf.copy_(value)
+    try:
+        with torch.no_grad():
+            for leaf, way in zip(leaves, along, strict=True):
+                leaf.add_(way, alpha=step)
+        yield
+    finally:
+        with torch.no_grad():
+            for leaf, value in zip(leaves, before, strict=True):
+                leaf.copy_(value)

@@ -166,6 +166,4 @@ class ExactKernel(NewtonMethod):
 
     @override
     def make_scorer(self, store: FeatureStore) -> ExactKernelScorer:
-        size = self._pipeline().copy_model().size
-        subsets = [checkpoint.subset for checkpoint in self.checkpoints]
-        return ExactKernelScorer(store, *self._step(), subsets, size, self._tempered(), **self._lagging())
+        return self._new_scorer(ExactKernelScorer, store)

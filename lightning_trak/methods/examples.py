@@ -9,7 +9,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from lightning_trak.gradients.soundness import require_repeatable, trying
+from lightning_trak.gradients.trials import require_repeatable, trying
 from lightning_trak.methods.tokens import target_loader
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.evaluating import exact_attention

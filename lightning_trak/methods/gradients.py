@@ -34,11 +34,12 @@ class _GradientMethod(FeatureMethod):
     def __init__(
         self,
         model: nn.Module,
-        checkpoints: Checkpoints | None,
-        store: str | Path | None,
-        learning_rates: LearningRates | None,
-        effect_on: EffectOn,
-        preconditioned: bool,
+        checkpoints: Checkpoints | None = None,
+        store: str | Path | None = None,
+        *,
+        learning_rates: LearningRates | None = None,
+        effect_on: EffectOn = "loss",
+        preconditioned: bool = False,
         **options: Unpack[FeatureOptions],
     ) -> None:
         require_one_of("effect_on", effect_on, ("loss", "output"))
@@ -111,7 +112,7 @@ class GradientDot(_GradientMethod):
         preconditioned: bool = False,
         **options: Unpack[FeatureOptions],
     ) -> None:
-        super().__init__(model, checkpoints, store, None, effect_on, preconditioned, **options)
+        super().__init__(model, checkpoints, store, effect_on=effect_on, preconditioned=preconditioned, **options)
 
 
 class TracIn(_GradientMethod):
@@ -155,7 +156,15 @@ class TracIn(_GradientMethod):
         preconditioned: bool = False,
         **options: Unpack[FeatureOptions],
     ) -> None:
-        super().__init__(model, checkpoints, store, learning_rates, effect_on, preconditioned, **options)
+        super().__init__(
+            model,
+            checkpoints,
+            store,
+            learning_rates=learning_rates,
+            effect_on=effect_on,
+            preconditioned=preconditioned,
+            **options,
+        )
 
 
 class GradientCosine(_GradientMethod):
@@ -184,19 +193,6 @@ class GradientCosine(_GradientMethod):
     """
 
     _scorer = GradientCosineScorer
-
-    def __init__(
-        self,
-        model: nn.Module,
-        checkpoints: Checkpoints | None = None,
-        store: str | Path | None = None,
-        *,
-        learning_rates: LearningRates | None = None,
-        effect_on: EffectOn = "loss",
-        preconditioned: bool = False,
-        **options: Unpack[FeatureOptions],
-    ) -> None:
-        super().__init__(model, checkpoints, store, learning_rates, effect_on, preconditioned, **options)
 
     @override
     def label_suspicion(self, trainer: L.Trainer | None = None, train: Data | None = None) -> Tensor:

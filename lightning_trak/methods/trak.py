@@ -8,23 +8,17 @@ from typing import Any, cast
 import lightning as L
 from torch import Tensor, nn
 
-from lightning_trak.features.dtypes import Dtype
-from lightning_trak.features.engines import EngineName
 from lightning_trak.features.store import FeatureStore
-from lightning_trak.gradients import ParameterSelection
 from lightning_trak.methods.newton import NewtonMethod
 from lightning_trak.methods.options import Checkpoints
 from lightning_trak.methods.rescoring import ExactScores
-from lightning_trak.outputs import ModelOutput
-from lightning_trak.projections import GaussianProjection, Projection
+from lightning_trak.projections import GaussianProjection
 from lightning_trak.running.data import Data
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.running.trainers import trainer_of
 from lightning_trak.scoring.damping import Damping, require_damping
-from lightning_trak.scoring.gram import Curvature
-from lightning_trak.scoring.lag import Lag
-from lightning_trak.scoring.temperature import Temperature
-from lightning_trak.scoring.trak import LossGradients, TRAKScorer
+from lightning_trak.scoring.dual import smaller_scorer
+from lightning_trak.scoring.trak import TRAKScorer
 
 
 class TRAK(NewtonMethod):
@@ -85,47 +79,6 @@ class TRAK(NewtonMethod):
         # exact scores of the best 1000
         best = trak.score(trainer, target_loader, top_k=10, rescore=1000)
     """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        checkpoints: Checkpoints | None = None,
-        store: str | Path | None = None,
-        *,
-        output: ModelOutput | None = None,
-        projection: Projection | None = None,
-        curvature: Curvature = "gauss_newton",
-        damping: Damping = "auto",
-        loss_gradients: LossGradients = "per_checkpoint",
-        soft_threshold: float = 0.0,
-        temperature: Temperature | None = None,
-        lag: Lag = "auto",
-        parameters: ParameterSelection = None,
-        engine: EngineName = "auto",
-        seed: int = 0,
-        dtype: Dtype | None = None,
-        weights_only: bool = True,
-        audit: int = 2,
-    ) -> None:
-        super().__init__(
-            model,
-            checkpoints,
-            store,
-            curvature=curvature,
-            damping=damping,
-            loss_gradients=loss_gradients,
-            soft_threshold=soft_threshold,
-            temperature=temperature,
-            lag=lag,
-            output=output,
-            projection=projection,
-            parameters=parameters,
-            engine=engine,
-            seed=seed,
-            dtype=dtype,
-            weights_only=weights_only,
-            audit=audit,
-        )
 
     @classmethod
     def paper(
@@ -212,9 +165,8 @@ class TRAK(NewtonMethod):
             )
 
     def make_scorer(self, store: FeatureStore) -> TRAKScorer:
-        """TRAK's scorer."""
-        subsets = [checkpoint.subset for checkpoint in self.checkpoints]
-        return TRAKScorer(store, *self._step(), subsets, self._tempered(), **self._lagging())
+        """TRAK's scorer, in the primal or in the dual."""
+        return self._new_scorer(smaller_scorer(store), store)
 
     def _exact_scores(self) -> ExactScores:
         members = [checkpoint.name for checkpoint in self.checkpoints if checkpoint.subset is not None]

@@ -5,10 +5,10 @@ from lightning_trak.retraining.counterfactuals import Counterfactuals
 from lightning_trak.retraining.ensembles import FleetSplit, split_fleet
 from lightning_trak.retraining.fleet import RetrainingFleet
 from lightning_trak.retraining.informed import informed_scores
-from lightning_trak.retraining.members import Retrained, read_fleet
 from lightning_trak.retraining.proponent_removal import ProponentRemoval, RemovalEffect
 from lightning_trak.retraining.recorded import RecordedFleet
 from lightning_trak.retraining.removal import joint_removal_mask, removal_masks
+from lightning_trak.retraining.results import Retrained, read_fleet
 from lightning_trak.retraining.subsets import random_removals, random_subsets
 from lightning_trak.retraining.tail_patch import TailPatch, tail_patch
 from lightning_trak.retraining.tuning import Measured, Tuning, tune

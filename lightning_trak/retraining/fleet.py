@@ -23,6 +23,7 @@ from lightning_trak.outputs.mixin import declared_output
 from lightning_trak.retraining.ensembles import FleetSplit, split_members
 from lightning_trak.retraining.identity import describe_loader, describe_module, describe_trainer
 from lightning_trak.retraining.members import Member, MemberStore, not_finite
+from lightning_trak.retraining.subsets import checked_masks
 from lightning_trak.retraining.training import (
     FactoryError,
     NothingTwice,
@@ -136,7 +137,7 @@ class RetrainingFleet(Displayed):
         self._train = _one_loader("train", train)
         self._targets = _one_loader("targets", targets)
         require_order(self._targets, "the targets")
-        self.masks = _checked(masks, num_examples(self._train))
+        self.masks = checked_masks(masks, num_examples(self._train))
         if num_seeds < 1:
             raise ValueError(f"num_seeds must be at least 1, got {num_seeds}")
         self._users_make_loader = make_loader
@@ -352,13 +353,3 @@ def _one_loader(name: str, data: Any) -> DataLoader[Any]:
     if not isinstance(data, (DataLoader, Dataset)):
         raise TypeError(f"{name} must be a map-style Dataset or a DataLoader, got {type(data).__name__}")
     return as_loader(data)
-
-
-def _checked(masks: Tensor, num_train: int) -> Tensor:
-    if masks.dtype != torch.bool or masks.ndim != 2 or masks.shape[1] != num_train or not masks.any(1).all():
-        raise ValueError(
-            f"masks must be bool of shape (num_subsets, {num_train}), the size of the training set, each subset with an"
-            f" example; got {str(masks.dtype).removeprefix('torch.')} of shape {tuple(masks.shape)}"
-            + (f", sizes {masks.sum(1).tolist()[:5]}, ..." if masks.ndim == 2 else "")
-        )
-    return masks.cpu()

@@ -41,10 +41,8 @@ from lightning_trak.storage.files import (
     tensor_digest,
     write_json,
 )
-from lightning_trak.storage.manifests import DirectoryKind, read_manifest
-from lightning_trak.storage.paths import local_directory
+from lightning_trak.storage.manifests import DirectoryKind
 from lightning_trak.storage.schemas import anything, are_same, integer, parameters, record, sealed, sha256, text
-from lightning_trak.texts.display import tuple_line
 
 FORMAT_VERSION = 2
 
@@ -65,7 +63,7 @@ def _manifest(field: str, value: Any) -> None:
     _SEALED(field, value)  # a function with a name, so that a MemberStore can be pickled
 
 
-_KIND = DirectoryKind(
+KIND = DirectoryKind(
     name="fleet",
     short_name="fleet",
     version=FORMAT_VERSION,
@@ -111,21 +109,6 @@ def not_finite(outputs: Tensor) -> ValueError | None:
     return ValueError(f"the output is not finite at {len(bad)} targets, target {bad[0]} first") if bad else None
 
 
-class Retrained(NamedTuple):
-    """The results of a fleet.
-
-    Attributes:
-        masks: the subsets, bool ``(num_subsets, num_train)``.
-        outputs: outputs of the models, float32 ``(num_targets, num_subsets, num_seeds)``.
-    """
-
-    masks: Tensor
-    outputs: Tensor
-
-    def __repr__(self) -> str:
-        return tuple_line(self)
-
-
 class MemberStore:
     """The members of one fleet.
 
@@ -159,7 +142,7 @@ class MemberStore:
         digest = tensor_digest({"masks": masks})
         content = {"identity": identity | {"masks": digest}}
         self._directory = ClaimedDirectory(
-            directory, _KIND, content, self._difference, "one", read_only, overwrite=overwrite
+            directory, KIND, content, self._difference, "one", read_only, overwrite=overwrite
         )
         self.directory, self.key = self._directory.path, self._directory.key
         if not read_only:
@@ -358,47 +341,3 @@ class MemberStore:
         except DamagedFileError as error:
             return f"{member} (failed, but the note of it {error})"
         return f"{member} (failed {failure['attempts']}x, {failure['error']})" if failure else str(member)
-
-
-def read_fleet(directory: str | Path) -> Retrained:
-    """Read the subsets and outputs of a fleet that has run. Models, Trainers and data are not needed.
-
-    Args:
-        directory: the directory of the fleet, with all members up to its last repetition.
-
-    Raises:
-        FileNotFoundError: if there is no fleet.
-        RuntimeError: if members are missing.
-        ValueError: if a file is truncated or altered.
-    """
-    store, outputs = open_fleet(directory)
-    return Retrained(store.masks, outputs)
-
-
-def open_fleet(directory: str | Path) -> tuple[MemberStore, Tensor]:
-    """The members of a fleet that has run, for reading, and their outputs: see :func:`read_fleet`."""
-    identity = read_manifest(directory, _KIND)["identity"]
-    store = MemberStore(directory, identity, _read_masks(directory, identity), read_only=True)
-    finished = store.finished()
-    last = max(finished, key=lambda member: member.repetition, default=Member(0, 0))
-    if last.repetition >= max(1, len(finished)):
-        raise RuntimeError(
-            f'"{store.directory}/members" has a file of repetition {last.repetition}, {last.stem}.safetensors, but only'
-            f" {len(finished)} members in all; remove it if it does not belong to the fleet, or train all members"
-        )
-    return store, store.outputs(last.repetition + 1)
-
-
-def _read_masks(directory: str | Path, identity: dict[str, Any]) -> Tensor:
-    path = local_directory(directory, "fleet") / "masks.safetensors"
-    advice = "run the fleet again to restore it"
-    try:
-        tensors, metadata = load_tensors(path)
-        masks = tensors.get("masks")
-        if masks is None or masks.dtype != torch.bool or masks.ndim != 2 or metadata["sha256"] != identity["masks"]:
-            raise DamagedFileError(path, "holds masks that are not those of the manifest")
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f'there is no "{path}"; {advice}') from error
-    except DamagedFileError as error:
-        raise ValueError(f"{error}; {advice}") from error
-    return masks

@@ -23,6 +23,7 @@ from lightning_trak.replay.recording import Recording
 from lightning_trak.replay.reweighted import Reweighted
 from lightning_trak.retraining.members import Member, MemberStore, not_finite
 from lightning_trak.retraining.stacked_run import StackedRun
+from lightning_trak.retraining.subsets import checked_masks
 from lightning_trak.running.chunks import chunked
 from lightning_trak.running.content import sample_digest
 from lightning_trak.running.data import Data, datamodule_of, single_loader
@@ -122,7 +123,7 @@ class RecordedFleet(Displayed):
             self._target_module = datamodule_of(targets)
             per_example = declared_losses(self.output, losses)
             self._run = Reweighted(module, recorded, loader, datamodule_of(train), self._device, per_example)
-            self.masks = _checked(masks, self._run.num_train)
+            self.masks = checked_masks(masks, self._run.num_train)
             self._environment = rounding_of(self._device)
             self._identity = self._describe(module, recorded, losses)
         if self._identity["targets"] is None:
@@ -259,20 +260,3 @@ class RecordedFleet(Displayed):
                 f" {here[0]} on {here[1]} ({here[2]}): scores and members describe the run as it is repeated",
                 stacklevel=3,
             )
-
-
-def _checked(masks: Tensor, num_train: int) -> Tensor:
-    if (
-        not isinstance(masks, Tensor)
-        or masks.dtype != torch.bool
-        or masks.ndim != 2
-        or masks.shape[1] != num_train
-        or not len(masks)
-        or not masks.any(1).all()
-    ):
-        received = f"{masks.dtype} {tuple(masks.shape)}" if isinstance(masks, Tensor) else type(masks).__name__
-        raise ValueError(
-            f"masks must be bool of shape (num_members, {num_train}), the size of the training set, each with an"
-            f" example; got {received}"
-        )
-    return masks.cpu()

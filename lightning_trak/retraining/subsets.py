@@ -72,3 +72,24 @@ def random_removals(num_train: int, num_subsets: int, fraction: float = 0.01, se
         drawn = torch.randperm(num_train, generator=generator)[:size]
         removed.setdefault(tuple(drawn.sort().values.tolist()))
     return torch.ones(num_subsets, num_train, dtype=torch.bool).scatter_(1, torch.tensor([*removed]), False)
+
+
+def checked_masks(masks: Tensor, num_train: int) -> Tensor:
+    """Masks that a user gives, on the CPU.
+
+    Raises:
+        ValueError: if they are not subsets of the training set, each with an example.
+    """
+    if isinstance(masks, Tensor) and masks.dtype == torch.bool and masks.ndim == 2 and masks.shape[1] == num_train:
+        sizes = masks.sum(1).tolist()
+        if sizes and min(sizes):
+            return masks.cpu()
+        received = f"subsets of sizes {sizes[:5]}"
+    elif isinstance(masks, Tensor):
+        received = f"{str(masks.dtype).removeprefix('torch.')} of shape {tuple(masks.shape)}"
+    else:
+        received = type(masks).__name__
+    raise ValueError(
+        f"masks must be bool of shape (num_subsets, {num_train}), the size of the training set, each subset with an"
+        f" example; got {received}"
+    )

@@ -19,7 +19,7 @@ from lightning_trak.checkpoints.copies import Original, copy_module
 from lightning_trak.compatibility import original_module
 from lightning_trak.gradients.leaves import require_own_leaves
 from lightning_trak.gradients.precision import WorkingPrecision
-from lightning_trak.gradients.soundness import require_repeatable, trying
+from lightning_trak.gradients.trials import require_repeatable, trying
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.evaluating import exact_attention, unchanged
 from lightning_trak.outputs.mixin import declared_output

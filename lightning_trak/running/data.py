@@ -1,4 +1,4 @@
-"""Makes loaders of map-style datasets from what a user passes as data."""
+"""The loaders of what a user passes as data: of a data module, or of what ``loaders.py`` takes."""
 
 from collections.abc import Sequence
 from typing import Any

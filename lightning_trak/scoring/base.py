@@ -156,15 +156,13 @@ class Scorer(ABC):
         Raises:
             ValueError: if a score is not finite.
         """
-        shards, dtype = ranks.share(self.store.num_shards), self.store.read_stored(0, 0).dtype.floating
-        scores = torch.zeros(self.store.num_examples, dtype=torch.promote_types(dtype, torch.float32))
+        shards, scores = ranks.share(self.store.num_shards), torch.zeros(self.store.num_examples, dtype=self._dtype)
         with full_precision(self._device):
             sums = torch.zeros(len(scores), dtype=scores.dtype, device=self._device)
             for checkpoint in range(self.store.num_checkpoints):  # one by one, since each may need a large matrix
-                for shard, stored in zip(shards, self._rows(shards, [checkpoint], self._device), strict=False):
+                for shard, products in zip(shards, self.own_products(checkpoint, shards, ranks), strict=True):
                     examples = self.store.shard(shard)
-                    own = [self._own_products(checkpoint, part) for part in stored.blocks()]
-                    sums[examples.start : examples.stop] += torch.cat(own)
+                    sums[examples.start : examples.stop] += products
             for shard in shards:
                 examples = self.store.shard(shard)
                 found = self.finish(sums[examples.start : examples.stop], self._loss_gradients_of(shard))
@@ -220,6 +218,20 @@ class Scorer(ABC):
             total = product if total is None else total.add_(product)
         assert total is not None
         return self.finish(total, self._loss_gradients_of(shard))
+
+    def own_products(self, checkpoint: int, shards: Sequence[int], ranks: Ranks) -> Iterator[Tensor]:  # noqa: ARG002
+        """d_m(i) . phi_m(i) w_m(i) of the training examples of some shards, before :meth:`finish`.
+
+        Args:
+            checkpoint: m.
+            shards: which shards.
+            ranks: the processes that share the shards; all must call this.
+
+        Yields:
+            Shape ``(n,)``, for one shard after the other.
+        """
+        for stored in self._rows(shards, [checkpoint], self._device):
+            yield torch.cat([self._own_product(checkpoint, part) for part in stored.blocks()])
 
     # Parts of these.
 
@@ -292,7 +304,7 @@ class Scorer(ABC):
         weights = self.weights(checkpoint, rows)
         return product if weights is None else product.mul_(weights.to(direction))
 
-    def _own_products(self, checkpoint: int, rows: Features) -> Tensor:
+    def _own_product(self, checkpoint: int, rows: Features) -> Tensor:
         rows = rows._replace(features=self._working(rows.features))
         products = (self.directions(checkpoint, rows) * rows.features).sum(1)
         weights = self.weights(checkpoint, rows)
@@ -343,6 +355,11 @@ class Scorer(ABC):
         """Reads the mean of Q over checkpoints of a shard's examples."""
         checkpoints = range(self.store.num_checkpoints)
         return lambda: _mean_loss_gradients([self.store.read_stored(number, shard) for number in checkpoints])
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Of scores: that of the features, at least float32."""
+        return torch.promote_types(self.store.read_stored(0, 0).dtype.floating, torch.float32)
 
     def _working(self, tensor: Tensor) -> Tensor:
         """On the device, in at least float32."""

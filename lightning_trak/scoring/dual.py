@@ -1,185 +1,163 @@
-"""The dual: TRAK's scores from the n x n inner products of training examples, without a k x k matrix.
+"""TRAK's scores from an n x n system, which has a row for each training example; ``kernel.py`` has the formula."""
 
-With features Phi (n x k), K = Phi Phi^T, R on a diagonal and b = Phi phi(x), the push-through identity gives the scores
-of all training examples at once:
-
-    Phi (Phi^T R Phi + lambda I)^-1 phi(x) = (K R + lambda I)^-1 b = R^-1/2 (S + lambda I)^-1 R^1/2 b,
-    S = R^1/2 K R^1/2.
-
-The direction (Phi^T R Phi + lambda I)^-1 phi(x) is never formed. Its largest part, phi(x) / lambda outside the span of
-the training features, has no inner product with any of them, and would only leave rounding errors in the scores.
-"""
-
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from lightning_trak.features.rows import StoredFeatures
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.running.ranks import Ranks
-from lightning_trak.scoring.gram import DampedGram
+from lightning_trak.scoring.base import full_precision
+from lightning_trak.scoring.gram import require_convex
+from lightning_trak.scoring.groups import Sums
+from lightning_trak.scoring.kernel import DampedKernel, kernel_matrix, products_with
+from lightning_trak.scoring.primal import PrimalScorer
+from lightning_trak.scoring.topk import Scores
+from lightning_trak.scoring.trak import TRAKScorer
+from lightning_trak.scoring.undamped import Undamped
 
-_STRIP_BYTES = 1 << 28  # of features of all examples, in float64
-_STRIPS = 16  # at least this many for the ranks to share, if they are not too narrow
-_LEAST_WIDTH = 64  # narrower strips would cost more in sums of n x n numbers than in products
-_ROWS = 1024  # of the kernel, computed at a time
 
-
-class DualSystem:
-    """Solves (K R + lambda I) tau = b in float64, where K holds the inner products of training examples.
-
-    An example without curvature is scored, too: its score is the limit for small R. Cholesky's factor has R_i^1/2 as a
-    factor of each element in row and column i outside the diagonal. So the solution has it with the same relative
-    precision as the rest, and can be divided by it.
+def smaller_scorer(store: FeatureStore) -> type[TRAKScorer]:
+    """The scorer whose system is the smaller one: the dual if there are fewer training examples than features.
 
     Args:
-        kernel: K, float64, shape ``(n, n)``, on the CPU.
-        curvatures: R, at least 0, shape ``(n,)``.
-        damping: lambda relative to the mean eigenvalue of Phi^T R Phi, which is its trace divided by ``dim``.
-        dim: k, the number of features.
-        precision: dtype of the features.
-        rounding_error: as for :class:`~lightning_trak.scoring.gram.DampedGram`.
-        name: what to call the matrix in errors.
-        device: where systems are solved.
+        store: complete features of the training set.
 
     Raises:
-        ValueError: if S is zero, not finite, or singular to the precision of the features, or the damping is zero.
+        RuntimeError: if the store is incomplete.
+    """
+    store.require_complete()
+    n, k = store.num_examples, store.read_stored(0, 0).k
+    if n >= k:
+        return PrimalScorer
+    rank_zero_info(f"TRAK: solves {n} x {n} (examples) instead of {k} x {k} (features), since n is smaller")
+    return DualScorer
+
+
+class DualScorer(TRAKScorer):
+    """Factors the kernel of the training examples, and solves for the scores of each target.
+
+    A positive score says that training on i raises the output at x. The features are read once for all targets, to
+    multiply them. The arguments are those of :class:`~lightning_trak.scoring.TRAKScorer`; the damping must be more than
+    0.
     """
 
-    def __init__(
+    @property
+    def num_rows(self) -> int:
+        """n, the number of training examples."""
+        return self.store.num_examples
+
+    def precondition(self, checkpoint: int, features: Tensor) -> Tensor:  # noqa: ARG002
+        """phi(x) of each target, in at least float32: :meth:`score` solves."""
+        return self._working(features)
+
+    def score(
         self,
-        kernel: Tensor,
-        curvatures: Tensor,
-        damping: float,
-        dim: int,
-        precision: torch.dtype,
-        rounding_error: float,
-        name: str,
-        device: torch.device,
-    ) -> None:
-        if damping == 0:
-            raise ValueError(
-                f"the Gram matrix of {name} ({dim} x {dim}) is singular, because there are only {len(kernel)} training"
-                " examples: use a larger damping (now 0; 'auto' suits most models), a projection with a smaller dim or"
-                " more training examples"
-            )
-        curvatures = curvatures.to(device, torch.float64)
-        # So small that nothing else changes: S has the square of this in units of its scale.
-        self._roots = curvatures.clamp(min=1e-60 * curvatures.max()).sqrt()
-        weighted = kernel.to(device) * self._roots
-        weighted *= self._roots.unsqueeze(1)
-        self._factor = DampedGram(weighted, damping, precision, name, dim, rounding_error)
+        directions: Sequence[Tensor],
+        top_k: int | None = None,
+        largest: bool | None = None,
+        ranks: Ranks = Ranks(),  # noqa: B008
+        columns: Sums | None = None,
+    ) -> Scores:
+        """See :meth:`Scorer.score`."""
+        with full_precision(self._device):
+            scores = self._solved(directions, ranks)
+            solved = [tau.to(features) for tau, features in zip(scores, directions, strict=True)]
+        return super().score(solved, top_k, largest, ranks, columns)
 
-    def effective_dimension(self) -> float:
-        """See :meth:`~lightning_trak.scoring.gram.DampedGram.effective_dimension`: K has the eigenvalues of S."""
-        return self._factor.effective_dimension()
+    def block(
+        self,
+        directions: Sequence[Tensor],
+        shard: int,
+        rows: Iterator[StoredFeatures],  # noqa: ARG002
+    ) -> Tensor:
+        """See :meth:`Scorer.block`. The solutions are scores already, and no features are read."""
+        examples, total = self.store.shard(shard), directions[0].new_zeros(())
+        for checkpoint, direction in enumerate(directions):
+            total = total + self._weighted(direction[:, examples.start : examples.stop], checkpoint, shard)
+        return self.finish(total, self._loss_gradients_of(shard))
 
-    def squared_step(self, residuals: Tensor, kernel: Tensor) -> float:
-        """How long the Newton step of residuals is: lambda |(Phi^T R Phi + lambda I)^-1 Phi^T residuals|^2.
+    def own_products(self, checkpoint: int, shards: Sequence[int], ranks: Ranks) -> Iterator[Tensor]:
+        """See :meth:`Scorer.own_products`."""
+        kernel, system = self._kernel(checkpoint, ranks), self._damped(checkpoint)  # even if this rank has no shard
 
-        The step is Phi^T (residuals - R tau) / lambda, with tau its inner products with the features.
+        def own(shard: int) -> Tensor:
+            examples = self.store.shard(shard)
+            tau = system.own(kernel[examples.start : examples.stop], examples)
+            return self._weighted(tau.to(self._dtype), checkpoint, shard)
 
-        Args:
-            residuals: float64, shape ``(n,)``.
-            kernel: as given at construction.
-        """
-        kernel, residuals = kernel.to(self._roots), residuals.to(self._roots)
-        tau = self.solve((kernel @ residuals).unsqueeze(0)).squeeze(0)
-        rest = residuals - self._roots.square() * tau
-        return float(rest @ (kernel @ rest)) / self._factor.ridge
+        return map(own, shards)
 
-    def solve(self, products: Tensor) -> Tensor:
-        """Solve for each target.
+    def prepare_others(self, directions: Sequence[Tensor], ranks: Ranks) -> Sequence[Any]:
+        """See :meth:`Scorer.prepare_others`. The scores of the stored examples are needed, too."""
+        return list(zip(directions, self._solved(directions, ranks), strict=True))
 
-        Args:
-            products: b of each target, float64, shape ``(num_targets, n)``.
+    def products_with_others(self, checkpoint: int, prepared: Any, features: Tensor) -> Tensor:
+        """See :meth:`Scorer.products_with_others`. The stored features of the checkpoint are read."""
+        (targets, solved), features = prepared, self._working(features)
+        own = self._products_between(checkpoint, targets, features)
+        products = self._products(checkpoint, features, Ranks())
+        return self._damped(checkpoint).outside(solved, own, products).to(targets)
 
-        Returns:
-            Shape ``(num_targets, n)``: scores, before they are multiplied by Q.
-        """
-        return self._factor.solve(products * self._roots).div_(self._roots)
+    def _solved(self, directions: Sequence[Tensor], ranks: Ranks) -> Iterator[Tensor]:
+        """The scores of all training examples at each checkpoint, before they are multiplied by Q, in float64."""
+        for checkpoint, features in enumerate(directions):
+            products = self._products(checkpoint, features, ranks)
+            yield self._damped(checkpoint).solve(products)
 
-    def outside(self, solved: Tensor, own: Tensor, products: Tensor) -> Tensor:
-        """The solution at features that are not those of training examples.
+    def _damped(self, checkpoint: int) -> DampedKernel:
+        return cast(DampedKernel, self._system(checkpoint)[0])
 
-        Phi d = tau gives d = (phi(x) - Phi^T R tau) / lambda, so that phi_i^T d needs inner products alone.
+    def _undamped(self, checkpoint: int, ranks: Ranks) -> Undamped[DampedKernel]:
+        kernel, curvatures = self._kernel(checkpoint, ranks), self._curvatures(checkpoint)
+        weights, about = curvatures * kernel.diagonal(), self._about(checkpoint)
 
-        Args:
-            solved: tau of each target, from :meth:`solve`, shape ``(num_targets, n)``.
-            own: inner products of the targets with these features, float64, shape ``(num_targets, m)``.
-            products: inner products of these features with the training examples, float64, shape ``(m, n)``.
+        def factor(damping: float) -> DampedKernel:
+            return DampedKernel(kernel, curvatures, damping, self.num_features, *about, self._device)
 
-        Returns:
-            Shape ``(num_targets, m)``.
-        """
-        return (own - (solved * self._roots.square()) @ products.T) / self._factor.ridge
+        def residual_step(system: DampedKernel) -> tuple[float, float]:
+            residuals = self._residuals(checkpoint)
+            return system.squared_step(residuals, kernel), float(residuals.square() @ kernel.diagonal())
 
-    def own(self, products: Tensor, examples: range) -> Tensor:
-        """The solution of each of some training examples at itself.
+        return Undamped(weights.sum(), weights.square().sum(), factor, residual_step)
 
-        Args:
-            products: rows of K, shape ``(len(examples), n)``.
-            examples: which rows.
+    def _kernel(self, checkpoint: int, ranks: Ranks) -> Tensor:
+        """Inner products of the features of all training examples: float64, shape ``(n, n)``, on the CPU."""
 
-        Returns:
-            float64, shape ``(len(examples),)``.
-        """
-        return self.solve(products.to(self._roots))[:, examples.start : examples.stop].diagonal()
+        def make() -> dict[str, Tensor]:
+            return {"kernel": kernel_matrix(self.store, checkpoint, self._device, ranks).cpu()}
 
+        return self._kept(checkpoint, "kernel", "", ranks, make)["kernel"]
 
-def kernel_matrix(store: FeatureStore, checkpoint: int, device: torch.device, ranks: Ranks) -> Tensor:
-    """Inner products of the features of all training examples.
+    def _products(self, checkpoint: int, targets: Tensor, ranks: Ranks) -> Tensor:
+        """Inner products of the features of targets and of all training examples: float64, ``(num_targets, n)``."""
+        return products_with(self.store, checkpoint, targets, ranks)
 
-    The features are read in strips of columns, whose products are summed in float64. A strip takes a quarter of a
-    gibibyte, or 64 columns. So n x k numbers are never in memory. Ranks share the strips.
+    def _products_between(self, checkpoint: int, targets: Tensor, others: Tensor) -> Tensor:  # noqa: ARG002
+        """Inner products of targets with other examples, in float64, shape ``(num_targets, n)``."""
+        return targets.double() @ others.double().T
 
-    Args:
-        store: complete features.
-        checkpoint: which checkpoint.
-        device: where the products are computed.
-        ranks: the processes that share the work; all must call this.
+    def _curvatures(self, checkpoint: int) -> Tensor:
+        """R of all training examples, or ones; 0 for those that the model has not seen. float64, shape ``(n,)``."""
+        shards = (self.store.read_stored(checkpoint, shard).curvatures for shard in range(self.store.num_shards))
+        curvatures = torch.cat(list(shards)).double()
+        if self.curvature == "identity":
+            curvatures = torch.ones_like(curvatures)
+        require_convex(curvatures, 'curvature="identity"')
+        return self._where_seen(checkpoint, curvatures)
 
-    Returns:
-        float64, shape ``(n, n)``.
-    """
-    n, k = store.num_examples, store.read_stored(checkpoint, 0).k
-    width = min(max(_LEAST_WIDTH, _STRIP_BYTES // (8 * n)), max(_LEAST_WIDTH, -(-k // _STRIPS)))
-    starts = range(0, k, width)
-    total = torch.zeros(n, n, dtype=torch.float64, device=device)
-    blocks = [slice(start, min(start + _ROWS, n)) for start in range(0, n, _ROWS)]
-    for number in ranks.share(len(starts)):
-        columns = slice(starts[number], starts[number] + width)
-        strip = torch.cat([part[:, columns].to(device, torch.float64) for part in _features(store, checkpoint)])
-        for rows in blocks:  # the lower triangle
-            total[rows, : rows.stop].addmm_(strip[rows], strip[: rows.stop].T)
-    for rows in blocks:
-        total[: rows.start, rows] = total[rows, : rows.start].T
-    return ranks.sum(total)
+    def _residuals(self, checkpoint: int) -> Tensor:
+        """Q of all training examples; 0 for those that the model has not seen. float64, shape ``(n,)``."""
+        shards = (self.store.read_stored(checkpoint, shard).loss_gradients for shard in range(self.store.num_shards))
+        return self._where_seen(checkpoint, torch.cat(list(shards)).double())
 
+    def _where_seen(self, checkpoint: int, values: Tensor) -> Tensor:
+        subset = self.subsets[checkpoint]
+        return values if subset is None else values * subset.mask
 
-def products_with(store: FeatureStore, checkpoint: int, targets: Tensor, ranks: Ranks) -> Tensor:
-    """Inner products of targets with all training examples, in float64, in one pass over the store.
-
-    Args:
-        store: complete features.
-        checkpoint: which checkpoint.
-        targets: features of targets, shape ``(num_targets, k)``.
-        ranks: the processes that share the work; all must call this with the same targets.
-
-    Returns:
-        float64, shape ``(num_targets, n)``, on the targets' device.
-    """
-    k = targets.shape[1]
-    found = torch.zeros(len(targets), store.num_examples, dtype=torch.float64, device=targets.device)
-    for shard in ranks.share(store.num_shards):
-        examples, features = store.shard(shard), store.read(checkpoint, shard).features.to(targets.device)
-        width = max(_LEAST_WIDTH, _STRIP_BYTES // (8 * max(len(features), len(targets))))
-        mine = found[:, examples.start : examples.stop]
-        for start in range(0, k, width):
-            columns = slice(start, start + width)
-            mine.addmm_(targets[:, columns].double(), features[:, columns].double().T)
-    return ranks.sum(found)
-
-
-def _features(store: FeatureStore, checkpoint: int) -> Iterator[Tensor]:
-    return (store.read(checkpoint, shard).features for shard in range(store.num_shards))
+    def _weighted(self, solved: Tensor, checkpoint: int, shard: int) -> Tensor:
+        weights = self.weights(checkpoint, self.store.read_stored(checkpoint, shard))
+        return solved if weights is None else solved * weights.to(solved)

@@ -5,74 +5,44 @@ a file of the store with a checksum, is there or not, and is made once: to conti
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from functools import cached_property
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from typing_extensions import Unpack
 
-from lightning_trak.checkpoints.subsets import TrainingSubset
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.gradients.hooks.factors import GradientForms
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.scoring.base import full_precision, with_float64
-from lightning_trak.scoring.damping import Damping
-from lightning_trak.scoring.gram import Curvature, row_blocks
+from lightning_trak.scoring.dual import DualScorer
+from lightning_trak.scoring.gram import row_blocks
 from lightning_trak.scoring.inner_products import inner_products
-from lightning_trak.scoring.temperature import Tempered
-from lightning_trak.scoring.trak import Lagging, LossGradients, TRAKScorer
 
 _FORMAT = 1  # of a block
 _AUDITED = 2  # inner products of each pair of blocks are computed again from whole gradients
 
 
-class ExactKernelScorer(TRAKScorer):
-    """:class:`~lightning_trak.scoring.TRAKScorer` of a store that holds exact gradients in their shortest form.
-
-    Args:
-        store: complete gradients of the training set.
-        curvature: as for TRAKScorer.
-        damping: as for TRAKScorer; more than 0.
-        loss_gradients: as for TRAKScorer.
-        soft_threshold: as for TRAKScorer.
-        subsets: as for TRAKScorer.
-        num_parameters: the number of elements of a gradient.
-        tempered: as for TRAKScorer.
-        **lagging: as for TRAKScorer.
-    """
+class ExactKernelScorer(DualScorer):
+    """:class:`~lightning_trak.scoring.DualScorer` of a store that holds exact gradients in their shortest form."""
 
     user = "ExactKernel"
-
-    def __init__(
-        self,
-        store: FeatureStore,
-        curvature: Curvature,
-        damping: Damping,
-        loss_gradients: LossGradients,
-        soft_threshold: float,
-        subsets: Sequence[TrainingSubset | None],
-        num_parameters: int,
-        tempered: Tempered | None = None,
-        **lagging: Unpack[Lagging],
-    ) -> None:
-        super().__init__(store, curvature, damping, loss_gradients, soft_threshold, subsets, tempered, **lagging)
-        self._num_parameters = num_parameters
-        self._blocks = row_blocks(store.num_shards, store.shard_size)
 
     @property
     def linear(self) -> bool:
         """Never: what is stored of a gradient are its factors, and those of a sum are not their sums."""
         return False
 
-    @property
+    @cached_property
     def num_features(self) -> int:
         """The number of elements of a gradient."""
-        return self._num_parameters
+        return sum(form.rows * form.columns for form, _ in stored_forms(self.store, 0))
 
-    def solves_dual(self, n: int, k: int) -> bool:  # noqa: ARG002
-        """Always: there is no matrix of parameters."""
-        return True
+    @cached_property
+    def _blocks(self) -> list[range]:
+        """Shards whose inner products are made together."""
+        return row_blocks(self.store.num_shards, self.store.shard_size)
 
     def make_kernels(self, device: torch.device, ranks: Ranks) -> None:
         """Make the missing blocks of all kernels. Ranks share them.
@@ -145,7 +115,7 @@ class ExactKernelScorer(TRAKScorer):
             yield number, range(self.store.shard(shards[0]).start, self.store.shard(shards[-1]).stop)
 
     def _kernel(self, checkpoint: int, ranks: Ranks) -> Tensor:
-        """See TRAKScorer. It is put together from its blocks; those that are missing are made."""
+        """See DualScorer. It is put together from its blocks; those that are missing are made."""
         self.make_kernels(self._device, ranks)
         n = self.store.num_examples
         kernel = torch.empty(n, n, dtype=torch.float64)
@@ -159,7 +129,7 @@ class ExactKernelScorer(TRAKScorer):
         return kernel
 
     def _products(self, checkpoint: int, targets: Tensor, ranks: Ranks) -> Tensor:
-        """See TRAKScorer."""
+        """See DualScorer."""
         forms, found = (
             stored_forms(self.store, checkpoint),
             targets.new_zeros(len(targets), self.store.num_examples).double(),
@@ -177,7 +147,7 @@ class ExactKernelScorer(TRAKScorer):
         return torch.cat([inner_products(forms, *pair).flatten() for pair in pairs])
 
     def _products_between(self, checkpoint: int, targets: Tensor, others: Tensor) -> Tensor:
-        """See TRAKScorer."""
+        """See DualScorer."""
         return inner_products(stored_forms(self.store, checkpoint), targets, others)
 
 

@@ -12,6 +12,9 @@ from lightning_trak.features.store import FeatureStore
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.scoring.damping import ends
 
+# Sums over all examples at each checkpoint, of R and of 1; and over those that its model has seen, of 1, Q^2 and R.
+_COLUMNS = ("curvatures", "examples", "seen", "seen_squares", "seen_curvatures")
+
 
 class Noise:
     """What a damping works against, from Q and R of the training examples at all checkpoints, in sums over examples.
@@ -25,14 +28,15 @@ class Noise:
         averages: whether each example's loss is a mean over several predictions, such as its tokens.
 
     Attributes:
-        sums: one float64 Tensor ``(M, M + 5)``. The sums of several processes can be added up.
+        sums: one float64 Tensor ``(M, M + 5)``: products of R between checkpoints, and what :meth:`total` names. The
+            sums of several processes can be added up.
         lags: how far each checkpoint's training is from its end, see :mod:`lightning_trak.scoring.lag`: 1 until they
             are known.
     """
 
     def __init__(self, num_checkpoints: int, averages: bool = False) -> None:
         self.averages = averages
-        self.sums = torch.zeros(num_checkpoints, num_checkpoints + 5, dtype=torch.float64)
+        self.sums = torch.zeros(num_checkpoints, num_checkpoints + len(_COLUMNS), dtype=torch.float64)
         self.lags = [1.0] * num_checkpoints
 
     def add(self, loss_gradients: Tensor, curvatures: Tensor, seen: Tensor | None = None) -> None:
@@ -45,8 +49,12 @@ class Noise:
         """
         gradients, values = loss_gradients.double().cpu(), curvatures.double().cpu()
         trained = torch.ones_like(values) if seen is None else seen.double().cpu()
-        sums = [values, torch.ones_like(values), trained, trained * gradients.square(), trained * values]
-        self.sums += torch.cat([values @ values.T, *(part.sum(1, keepdim=True) for part in sums)], dim=1)
+        columns = values, torch.ones_like(values), trained, trained * gradients.square(), trained * values
+        self.sums += torch.cat([values @ values.T, *(column.sum(1, keepdim=True) for column in columns)], dim=1)
+
+    def total(self, name: str) -> Tensor:
+        """A sum over examples at each checkpoint, see ``_COLUMNS``: shape ``(M,)``."""
+        return self.sums[:, len(self.sums) + _COLUMNS.index(name)]
 
     @property
     def dispersions(self) -> list[float]:
@@ -57,8 +65,7 @@ class Noise:
         for a model that fits every label. If R is the same for all examples, as for a squared error, the loss says
         nothing about the scale of the noise; then it is 1.
         """
-        squares, curvatures = self.sums[:, -2:].unbind(1)
-        ratios = torch.where(self.scaled, squares / curvatures, 1.0)
+        ratios = torch.where(self.scaled, self.total("seen_squares") / self.total("seen_curvatures"), 1.0)
         return cast(list[float], ratios.clamp(0.01, 1).tolist())
 
     @property
@@ -69,7 +76,7 @@ class Noise:
     @property
     def shares(self) -> list[float]:
         """The share of the examples that each checkpoint's model has seen. Its K is smaller by as much."""
-        return cast(list[float], (self.sums[:, -3] / self.sums[:, -4]).tolist())
+        return cast(list[float], (self.total("seen") / self.total("examples")).tolist())
 
     @property
     def agreement(self) -> float:
@@ -134,9 +141,9 @@ class Noise:
 
     def _covariances(self) -> tuple[Tensor, Tensor]:
         """The covariance matrix of R between checkpoints, and at which of them R varies beyond rounding."""
-        size = len(self.sums)
-        products, total, count = self.sums[:, :size], self.sums[:, size], self.sums[:, size + 1]
-        covariances = products / count - torch.outer(total / count, total / count)
+        products, count = self.sums[:, : len(self.sums)], self.total("examples")
+        means = self.total("curvatures") / count
+        covariances = products / count - torch.outer(means, means)
         return covariances, covariances.diagonal() > 1e-9 * products.diagonal() / count
 
 

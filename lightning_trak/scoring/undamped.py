@@ -2,18 +2,20 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 from torch import Tensor
 
-from lightning_trak.scoring.dual import DualSystem
 from lightning_trak.scoring.gram import DampedGram
+from lightning_trak.scoring.kernel import DampedKernel
 from lightning_trak.scoring.lag import alignment
 
-System = DampedGram | DualSystem
+System = DampedGram | DampedKernel
+AnySystem = TypeVar("AnySystem", DampedGram, DampedKernel)
 
 
 @dataclass(frozen=True)
-class Undamped:
+class Undamped(Generic[AnySystem]):
     """K = sum_j R_j phi_j phi_j^T, in the primal or in the dual.
 
     Attributes:
@@ -25,11 +27,11 @@ class Undamped:
 
     trace: Tensor
     squared_weights: Tensor
-    factor: Callable[[float], System]
-    residual_step: Callable[[System], tuple[float, float]]
-    _kept: dict[float, System] = field(default_factory=dict)
+    factor: Callable[[float], AnySystem]
+    residual_step: Callable[[AnySystem], tuple[float, float]]
+    _kept: dict[float, AnySystem] = field(default_factory=dict)
 
-    def damped(self, damping: float) -> System:
+    def damped(self, damping: float) -> AnySystem:
         """The system of a relative damping. The last one is kept.
 
         Raises:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.utils import parametrizations
 
-from lightning_trak.gradients.second_derivatives import has_derivative
+from lightning_trak.gradients.second_derivatives import _moved, has_derivative
 
 
 class Tanh(torch.autograd.Function):
@@ -110,3 +110,11 @@ def test_the_module_and_the_random_state_stay():
     torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(parameter.grad is None for parameter in module.parameters())
+
+
+def test_tensors_are_back_after_an_error():
+    leaf, way = torch.randn(3), torch.randn(3)
+    before = leaf.clone()
+    with pytest.raises(KeyError), _moved([leaf], [way], 0.1):
+        raise KeyError
+    assert torch.equal(leaf, before)

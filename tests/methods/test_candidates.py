@@ -11,8 +11,7 @@ from lightning_trak import TRAK
 from lightning_trak.features.rows import Features
 from lightning_trak.outputs import ClassificationMargin
 from lightning_trak.projections import IdentityProjection, SparseProjection
-from lightning_trak.scoring import aggregate_scores, targets
-from lightning_trak.scoring.trak import TRAKScorer
+from lightning_trak.scoring import PrimalScorer, aggregate_scores, targets
 from tests.lit import TARGETS, TRAIN, make_checkpoints, make_data, make_model, make_trainer, open_store
 from tests.methods.test_questions import LABELS, METHODS, close, make
 
@@ -47,7 +46,7 @@ def test_the_dual_is_the_primal(tmp_path, monkeypatch):
     method = make(tmp_path, "dual", projection=IdentityProjection(), dtype=torch.float64)
     trainer, output = make_trainer(), ClassificationMargin(labels=1)
     dual = method.score(trainer, TARGETS, train=NEW, output=output)
-    monkeypatch.setattr(TRAKScorer, "solves_dual", lambda *_: False)
+    monkeypatch.setattr("lightning_trak.methods.trak.smaller_scorer", lambda _: PrimalScorer)
     close(dual, method.score(trainer, TARGETS, train=NEW, output=output))
 
 

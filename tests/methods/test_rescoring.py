@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_trak import TRAK
 from lightning_trak.methods import Explicit, GradientDot, InfluenceFunction, TracIn, rescoring
-from lightning_trak.methods.influence import base, landmarks, products
+from lightning_trak.methods.influence import base, landmark_preconditioner, products
 from lightning_trak.outputs import ClassificationMargin, ContrastiveMargin
 from lightning_trak.projections import IdentityProjection, Projection, SparseProjection
 from lightning_trak.scoring import TopK
@@ -96,7 +96,7 @@ def test_neither_batches_nor_order_nor_blocks_nor_the_kind_of_pass_change_them(t
     expected = trak.score(double(), TARGETS, top_k=5, rescore=20)
     monkeypatch.setattr(base, "TARGET_BYTES", 5 * 8 * parameters())
     monkeypatch.setattr(products, "break_even", lambda passes: limit)
-    monkeypatch.setattr(landmarks, "_COUNT", 30)
+    monkeypatch.setattr(landmark_preconditioner, "_COUNT", 30)
     shuffled = DataLoader(TRAIN, batch_size=7, shuffle=True)
     found = trak.score(double(), DataLoader(TARGETS, batch_size=3), top_k=5, rescore=20, train=shuffled)
     assert torch.equal(found.indices, expected.indices)
@@ -283,7 +283,7 @@ def test_other_methods_say_why_they_cannot(tmp_path, method):
 def test_a_score_that_does_not_converge_is_refused(tmp_path, monkeypatch):
     trak = make_trak(tmp_path)
     monkeypatch.setattr(rescoring, "_SOLVER", dataclasses.replace(rescoring._SOLVER, max_iterations=1))
-    monkeypatch.setattr(landmarks, "_COUNT", 5)
+    monkeypatch.setattr(landmark_preconditioner, "_COUNT", 5)
     with pytest.raises(ValueError, match=r"conjugate gradients at checkpoint 0 .* for target \d+ .*a larger damping"):
         trak.score(double(), TARGETS, top_k=5, rescore=20)
 

@@ -212,7 +212,11 @@ def used_trainer():
         ({"make_module": lambda: torch.nn.Linear(2, 2)}, ValueError, "must return a LightningModule, got Linear"),
         ({"masks": MASKS.int()}, ValueError, r"masks must be bool of shape \(num_subsets, 20\).*got int32"),
         ({"masks": MASKS[:, :9]}, ValueError, r"got bool of shape \(3, 9\)"),
-        ({"masks": MASKS & (torch.arange(3) > 0)[:, None]}, ValueError, r"each subset with an example.*sizes \[0, 10"),
+        (
+            {"masks": MASKS & (torch.arange(3) > 0)[:, None]},
+            ValueError,
+            r"got subsets of sizes \[0, 10",
+        ),
         ({"num_seeds": 0}, ValueError, "num_seeds must be at least 1"),
         ({"train": [1, 2]}, TypeError, "train must be a map-style Dataset or a DataLoader, got list"),
         ({"targets": L.LightningDataModule()}, TypeError, "targets must be a map-style Dataset or a DataLoader"),

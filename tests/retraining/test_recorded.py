@@ -192,7 +192,7 @@ def test_what_does_not_fit_is_refused(recorded: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not the module of the recording"):
         fleet_of(tmp_path, Net(lambda: nn.Linear(4, 3)), recorded)
     for masks in (MASKS.float(), MASKS[:, 1:], MASKS[0], MASKS[:0], torch.zeros(2, NUM_TRAIN, dtype=torch.bool)):
-        with pytest.raises(ValueError, match=r"masks must be bool of shape \(num_members, 12\)"):
+        with pytest.raises(ValueError, match=r"masks must be bool of shape \(num_subsets, 12\)"):
             fleet_of(tmp_path, Net(), recorded, masks)
     two = L.Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False)
     with pytest.raises(ValueError, match=r"the Trainer has 2 processes, but one process trains a member"):

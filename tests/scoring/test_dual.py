@@ -9,12 +9,12 @@ from lightning_trak.features.rows import Features
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.projections import IdentityProjection
 from lightning_trak.running.ranks import Ranks
-from lightning_trak.scoring import TRAKScorer
-from lightning_trak.scoring import dual as dual_module
+from lightning_trak.scoring import DualScorer, PrimalScorer, smaller_scorer
+from lightning_trak.scoring import kernel as kernel_module
 from lightning_trak.scoring import trak as trak_module
 from lightning_trak.scoring.damping import auto_damping
-from lightning_trak.scoring.dual import DualSystem, kernel_matrix
 from lightning_trak.scoring.gram import DampedGram, gram_matrix
+from lightning_trak.scoring.kernel import DampedKernel, kernel_matrix
 from lightning_trak.scoring.noise import Noise
 from tests.lit import TARGETS, make_checkpoints, make_data, make_model, make_trainer, open_store
 
@@ -68,7 +68,7 @@ def reference(store, targets, curvature, damping, loss_gradients="per_checkpoint
 
 
 def fitted(store, curvature="gauss_newton", damping=0.1, loss_gradients="per_checkpoint"):
-    scorer = TRAKScorer(store, curvature, damping, loss_gradients, 0.0)
+    scorer = smaller_scorer(store)(store, curvature, damping, loss_gradients, 0.0)
     scorer.fit(CPU)
     return scorer
 
@@ -112,11 +112,11 @@ def test_the_k_x_k_solver_gives_the_same(tmp_path):
             solved @ columns(store, checkpoint, "features").T * columns(store, checkpoint, "loss_gradients")
         )
     assert_close(scored(dual, targets), torch.stack(expected).mean(0), 1e-10)
-    assert dual._dual
+    assert type(dual) is DualScorer
 
 
 def test_as_many_examples_as_features_are_solved_by_features(tmp_path):
-    assert not fitted(make_store(tmp_path, n=20, k=20))._dual
+    assert type(fitted(make_store(tmp_path, n=20, k=20))) is PrimalScorer
 
 
 @pytest.mark.parametrize("curvature", [0.0, 1e-30, 1e-12])
@@ -165,24 +165,24 @@ def test_ranks_share_the_kernel_and_the_products(tmp_path, world):
     parts = [kernel_matrix(store, 0, CPU, OneOf(rank, world)) for rank in range(world)]
     assert all(part.any() for part in parts)
     torch.testing.assert_close(sum(parts), phi @ phi.T, rtol=1e-12, atol=1e-12)
-    parts = [dual_module.products_with(store, 0, targets, OneOf(rank, world)) for rank in range(world)]
+    parts = [kernel_module.products_with(store, 0, targets, OneOf(rank, world)) for rank in range(world)]
     torch.testing.assert_close(sum(parts), targets.double() @ phi.T, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("rows", [1, 7, 30])
 def test_blocks_of_any_size_give_the_kernel(tmp_path, monkeypatch, rows):
     store = make_store(tmp_path, k=1100)
-    monkeypatch.setattr(dual_module, "_ROWS", rows)
-    monkeypatch.setattr(dual_module, "_STRIP_BYTES", 1000)
+    monkeypatch.setattr(kernel_module, "_ROWS", rows)
+    monkeypatch.setattr(kernel_module, "_STRIP_BYTES", 1000)
     phi = columns(store, 1, "features")
     torch.testing.assert_close(kernel_matrix(store, 1, CPU, Ranks()), phi @ phi.T, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(dual_module.products_with(store, 1, phi, Ranks()), phi @ phi.T, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(kernel_module.products_with(store, 1, phi, Ranks()), phi @ phi.T, rtol=1e-12, atol=1e-12)
 
 
 def test_the_kernel_is_kept_for_every_curvature(tmp_path, monkeypatch):
     store, made = make_store(tmp_path), []
     real = kernel_matrix
-    monkeypatch.setattr("lightning_trak.scoring.trak.kernel_matrix", lambda *a: made.append(a) or real(*a))
+    monkeypatch.setattr("lightning_trak.scoring.dual.kernel_matrix", lambda *a: made.append(a) or real(*a))
     fitted(store)
     assert len(made) == M
     fitted(store, curvature="identity")
@@ -201,15 +201,15 @@ def test_no_damping_is_refused(tmp_path):
 def test_too_little_damping_for_the_features_is_refused_in_their_own_unit():
     phi = torch.randn(20, 5, dtype=torch.float64) @ torch.randn(5, 200, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"singular to the precision of its torch.float32 features.*now 1e-07"):
-        DualSystem(phi @ phi.T, torch.ones(20), 1e-7, 200, torch.float32, 0.0, "checkpoint 0", CPU)
+        DampedKernel(phi @ phi.T, torch.ones(20), 1e-7, 200, torch.float32, 0.0, "checkpoint 0", CPU)
 
 
 def test_kernels_that_mean_nothing_are_refused():
     for kernel, match in [(torch.zeros(3, 3), "is zero"), (torch.full((3, 3), torch.nan), "not fin")]:
         with pytest.raises(ValueError, match=match):
-            DualSystem(kernel.double(), torch.ones(3), 1.0, 10, torch.float32, 0.0, "x", CPU)
+            DampedKernel(kernel.double(), torch.ones(3), 1.0, 10, torch.float32, 0.0, "x", CPU)
     with pytest.raises(ValueError, match="is zero"):
-        DualSystem(torch.eye(3).double(), torch.zeros(3), 1.0, 10, torch.float32, 0.0, "x", CPU)
+        DampedKernel(torch.eye(3).double(), torch.zeros(3), 1.0, 10, torch.float32, 0.0, "x", CPU)
 
 
 def test_negative_curvature_is_refused(tmp_path):
@@ -221,7 +221,7 @@ def test_negative_curvature_is_refused(tmp_path):
 
 def test_the_choice_is_told(tmp_path, monkeypatch):
     told = []
-    monkeypatch.setattr("lightning_trak.scoring.trak.rank_zero_info", told.append)
+    monkeypatch.setattr("lightning_trak.scoring.dual.rank_zero_info", told.append)
     fitted(make_store(tmp_path))
     assert told == ["TRAK: solves 30 x 30 (examples) instead of 70 x 70 (features), since n is smaller"]
 

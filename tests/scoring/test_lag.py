@@ -16,7 +16,7 @@ from lightning_trak.outputs import (
     NegativeLoss,
     SegmentationMargin,
 )
-from lightning_trak.scoring import TRAKScorer
+from lightning_trak.scoring import DualScorer, PrimalScorer
 from lightning_trak.scoring import gram as gram_module
 from lightning_trak.scoring.gram import DampedGram, gram_matrix
 from lightning_trak.scoring.lag import alignment, find_lag, residual_sums
@@ -76,11 +76,10 @@ def store_of(directory, *checkpoints, shard_size=64):
     return store
 
 
-def fitted(store, damping="auto", temperature=1.0, subsets=None, solves_dual=None):
+def fitted(store, damping="auto", temperature=1.0, subsets=None, dual=False):
     tempered = Tempered(ClassificationMargin(), temperature)
-    scorer = TRAKScorer(store, "gauss_newton", damping, "per_checkpoint", 0.0, subsets, tempered)
-    if solves_dual is not None:
-        scorer.solves_dual = lambda n, k: solves_dual
+    kind = DualScorer if dual else PrimalScorer
+    scorer = kind(store, "gauss_newton", damping, "per_checkpoint", 0.0, subsets, tempered)
     scorer.fit(CPU)
     return scorer
 
@@ -112,7 +111,7 @@ def dense_lag(rows, seen=slice(None)):
 @pytest.mark.parametrize("steps", [1, 4, 3000])
 def test_the_lag_is_that_of_the_dense_formula(tmp_path, dual, steps):
     rows = logistic(steps)
-    scorer = fitted(store_of(tmp_path, rows), solves_dual=dual)
+    scorer = fitted(store_of(tmp_path, rows), dual=dual)
     assert scorer.noise.lags == pytest.approx([dense_lag(rows)], rel=1e-6)
 
 
@@ -125,13 +124,13 @@ def test_a_short_training_has_a_lag_and_one_that_has_arrived_has_none(tmp_path):
 @pytest.mark.parametrize("dual", [False, True])
 def test_damping_and_temperature_follow_the_lag(tmp_path, dual):
     store = store_of(tmp_path, logistic(4))
-    scorer = fitted(store, temperature="auto", solves_dual=dual)
+    scorer = fitted(store, temperature="auto", dual=dual)
     (lag,) = scorer.noise.lags
     assert lag > 1
     noise = Noise(1)
     noise.add(store.read(0, 0).loss_gradients[None], store.read(0, 0).curvatures[None])
     assert scorer.noise.temperature == pytest.approx(lag**1.5 / 0.7)
-    by_hand = fitted(store, scorer._system(0)[1], scorer.noise.temperature, solves_dual=dual)
+    by_hand = fitted(store, scorer._system(0)[1], scorer.noise.temperature, dual=dual)
     torch.testing.assert_close(scores(scorer), scores(by_hand))
     assert scorer.noise.levels(weighted=True)[0] == pytest.approx(lag * scorer.noise.dispersions[0])
 
@@ -161,7 +160,7 @@ def test_several_checkpoints_have_lags_of_their_own_and_one_temperature(tmp_path
 def test_examples_that_the_model_has_not_seen_do_not_count(tmp_path, dual):
     rows, mask = logistic(4), torch.arange(N) % 3 > 0
     subset = TrainingSubset(mask)
-    scorer = fitted(store_of(tmp_path, rows), subsets=[subset], solves_dual=dual)
+    scorer = fitted(store_of(tmp_path, rows), subsets=[subset], dual=dual)
     seen = Features(*(column[mask] for column in rows))
     noise = Noise(1)
     noise.add(rows.loss_gradients[None], rows.curvatures[None], mask[None])
@@ -173,7 +172,7 @@ def test_examples_that_the_model_has_not_seen_do_not_count(tmp_path, dual):
 def test_losses_that_are_means_over_predictions_change_the_temperature_alone(tmp_path):
     store = store_of(tmp_path, logistic(1))
     settings = store, "gauss_newton", "auto", "per_checkpoint", 0.0, None, Tempered(ClassificationMargin(), "auto")
-    scorer = TRAKScorer(*settings, averages=True)
+    scorer = PrimalScorer(*settings, averages=True)
     scorer.fit(CPU)
     (lag,) = scorer.noise.lags
     assert lag > 1
@@ -195,7 +194,7 @@ def test_outputs_of_several_predictions_say_so(tmp_path, output):
 def test_a_given_lag_takes_the_place_of_the_measured_one(tmp_path):
     store = store_of(tmp_path, logistic(1), logistic(4))
     settings = store, "gauss_newton", "auto", "per_checkpoint", 0.0, None, Tempered(ClassificationMargin(), "auto")
-    one, three = (TRAKScorer(*settings, lag=lag) for lag in (1.0, 3.0))
+    one, three = (PrimalScorer(*settings, lag=lag) for lag in (1.0, 3.0))
     for scorer in (one, three):
         scorer.fit(CPU)
     assert three.noise.temperature == pytest.approx(3**1.5 * one.noise.temperature)
@@ -227,9 +226,9 @@ def test_factors_that_are_made_again_keep_their_damping(tmp_path, monkeypatch):
 
 def test_the_sums_of_residuals_are_kept_with_the_gram_matrix(tmp_path, monkeypatch):
     store = store_of(tmp_path, logistic(4))
-    expected = fitted(store, solves_dual=False).noise.lags
-    monkeypatch.setattr("lightning_trak.scoring.trak.residual_sums", None)
-    assert fitted(store, solves_dual=False).noise.lags == expected
+    expected = fitted(store).noise.lags
+    monkeypatch.setattr("lightning_trak.scoring.primal.residual_sums", None)
+    assert fitted(store).noise.lags == expected
 
 
 def test_a_squared_error_has_no_scale_of_noise():
@@ -259,10 +258,10 @@ def test_directions_are_the_shares_of_eigenvalues(monkeypatch):
 
 def test_residuals_are_read_where_something_is_chosen_by_them(tmp_path, monkeypatch):
     store = store_of(tmp_path, logistic(4))
-    monkeypatch.setattr("lightning_trak.scoring.trak.residual_sums", None)
-    fitted(store, 0.5, solves_dual=False)
+    monkeypatch.setattr("lightning_trak.scoring.primal.residual_sums", None)
+    fitted(store, 0.5)
     with pytest.raises(TypeError):
-        fitted(store, solves_dual=False)
+        fitted(store)
 
 
 def test_residual_sums_are_those_of_all_rows():

@@ -10,7 +10,7 @@ from lightning_trak.features.dtypes import feature_dtype
 from lightning_trak.features.rows import Features, StoredFeatures
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.running.ranks import Ranks
-from lightning_trak.scoring import GradientCosineScorer, GradientDotScorer, TRAKScorer
+from lightning_trak.scoring import GradientCosineScorer, GradientDotScorer, PrimalScorer
 from lightning_trak.scoring.gram import DampedGram, gram_matrix
 from lightning_trak.scoring.topk import TopK, block_top_k, merge_top_k
 
@@ -55,7 +55,7 @@ def reference(store, targets, curvature, damping, loss_gradients):
 @pytest.mark.parametrize("damping", [0.0, 0.5])
 def test_scores_are_the_formula(store, curvature, loss_gradients, damping):
     targets = [torch.randn(4, K) * 10.0**m for m in range(M)]
-    scorer = TRAKScorer(store, curvature, damping, loss_gradients, 0.0)
+    scorer = PrimalScorer(store, curvature, damping, loss_gradients, 0.0)
     scorer.fit(CPU)
     scores = scorer.score([scorer.precondition(m, rows) for m, rows in enumerate(targets)])
     expected = reference(store, targets, curvature, damping, loss_gradients)
@@ -64,7 +64,7 @@ def test_scores_are_the_formula(store, curvature, loss_gradients, damping):
 
 def test_directions_at_the_first_checkpoints_alone_are_scored_there(store):
     directions = [torch.randn(4, K) for _ in range(M)]
-    scorer = TRAKScorer(store, "identity", 0.5, "per_checkpoint", 0.0)
+    scorer = PrimalScorer(store, "identity", 0.5, "per_checkpoint", 0.0)
     absent = [*directions[:2], torch.zeros(4, K)]
     torch.testing.assert_close(scorer.score(directions[:2]), scorer.score(absent))
 
@@ -82,7 +82,7 @@ def test_soft_threshold(store):
     targets = [torch.randn(4, K) for _ in range(M)]
 
     def score(threshold):
-        scorer = TRAKScorer(store, "identity", 0.1, "averaged", threshold)
+        scorer = PrimalScorer(store, "identity", 0.1, "averaged", threshold)
         scorer.fit(CPU)
         return scorer.score([scorer.precondition(m, rows) for m, rows in enumerate(targets)])
 
@@ -94,7 +94,7 @@ def test_soft_threshold(store):
 @pytest.mark.parametrize("largest", [True, False])
 @pytest.mark.parametrize("k", [1, 9, 20, 50, 80])
 def test_top_k_is_the_top_of_the_full_matrix(store, k, largest):
-    scorer = TRAKScorer(store, "gauss_newton", 1.0, "per_checkpoint", 0.0)
+    scorer = PrimalScorer(store, "gauss_newton", 1.0, "per_checkpoint", 0.0)
     scorer.fit(CPU)
     directions = [scorer.precondition(m, torch.randn(5, K)) for m in range(M)]
     full = scorer.score(directions)
@@ -116,12 +116,12 @@ def test_merging_keeps_global_positions():
 def test_the_gram_matrix_is_read_again_only_if_features_changed(store, monkeypatch):
     calls = []
     monkeypatch.setattr(
-        "lightning_trak.scoring.trak.gram_matrix", lambda *args: calls.append(args) or gram_matrix(*args)
+        "lightning_trak.scoring.primal.gram_matrix", lambda *args: calls.append(args) or gram_matrix(*args)
     )
 
     def fit():
         calls.clear()
-        TRAKScorer(store, "gauss_newton", 1.0, "per_checkpoint", 0.0).fit(CPU)
+        PrimalScorer(store, "gauss_newton", 1.0, "per_checkpoint", 0.0).fit(CPU)
         return len(calls)
 
     assert fit() == M
@@ -153,7 +153,7 @@ def test_the_gram_matrix_does_not_depend_on_the_number_of_ranks(tmp_path, monkey
     monkeypatch.setattr(store, "read_stored", lambda checkpoint, shard: shards[shard])
     monkeypatch.setattr(store, "digest", lambda checkpoint: "the same")
     monkeypatch.setattr(store, "write_extra", lambda *args: None)  # so that each makes its own
-    scorer = TRAKScorer(store, "gauss_newton", 1.0, "per_checkpoint", 0.0)
+    scorer = PrimalScorer(store, "gauss_newton", 1.0, "per_checkpoint", 0.0)
     found = [sum(scorer._gram(0, OneOf(rank, world))[0] for rank in range(world)) for world in (1, 2, 3, 8)]
     expected = (phi.double() * curvatures.double()[:, None]).T @ phi.double()
     torch.testing.assert_close(found[0], expected, rtol=1e-5, atol=1e-3)
@@ -165,7 +165,7 @@ def test_what_an_older_format_kept_with_the_gram_matrix_is_made_again(store):
     for checkpoint in range(M):
         store.write_extra(checkpoint, "gram-gauss_newton", {"gram": torch.zeros(K, K)}, store.digest(checkpoint))
     targets = torch.randn(2, K)
-    scorer = TRAKScorer(store, "gauss_newton", 0.5, "per_checkpoint", 0.0)
+    scorer = PrimalScorer(store, "gauss_newton", 0.5, "per_checkpoint", 0.0)
     scorer.fit(CPU)
     scores = scorer.score([scorer.precondition(m, targets) for m in range(M)])
     expected = reference(store, [targets] * M, "gauss_newton", 0.5, "per_checkpoint")
@@ -229,7 +229,7 @@ def test_negative_curvature_is_refused():
 
 
 def test_scores_that_overflow_are_refused(store):
-    scorer = TRAKScorer(store, "gauss_newton", 1.0, "per_checkpoint", 0.0)
+    scorer = PrimalScorer(store, "gauss_newton", 1.0, "per_checkpoint", 0.0)
     scorer.fit(CPU)
     directions = [scorer.precondition(m, torch.randn(2, K)) * 3e38 for m in range(M)]
     with pytest.raises(ValueError, match="are not finite"):
@@ -238,7 +238,7 @@ def test_scores_that_overflow_are_refused(store):
 
 @pytest.mark.parametrize("loss_gradients", ["per_checkpoint", "averaged"])
 def test_self_scores_are_the_diagonal(store, loss_gradients):
-    scorer = TRAKScorer(store, "gauss_newton", 0.5, loss_gradients, 0.1)
+    scorer = PrimalScorer(store, "gauss_newton", 0.5, loss_gradients, 0.1)
     scorer.fit(CPU)
     shards = [[store.read(m, shard) for shard in range(store.num_shards)] for m in range(M)]
     train = [torch.cat([part.features for part in parts]) for parts in shards]
@@ -290,7 +290,7 @@ def test_the_damping_that_was_chosen_is_told(tmp_path, monkeypatch, dampings, la
     monkeypatch.setattr("lightning_trak.scoring.trak.rank_zero_info", told.append)
     monkeypatch.setattr("lightning_trak.scoring.trak.auto_damping", lambda *args: next(chosen))
     monkeypatch.setattr("lightning_trak.scoring.trak.find_lag", lambda aligned: lag)
-    TRAKScorer(store, "gauss_newton", "auto", "per_checkpoint", 0.0).fit(CPU)
+    PrimalScorer(store, "gauss_newton", "auto", "per_checkpoint", 0.0).fit(CPU)
     assert told == [f"TRAK: {said}"]
 
 
@@ -312,8 +312,8 @@ def stored_as(tmp_path, rows, dtype, shard_size=100):
 
 
 SCORERS = {
-    "trak": lambda store: TRAKScorer(store, "gauss_newton", 1.0, "per_checkpoint", 0.0),
-    "averaged": lambda store: TRAKScorer(store, "identity", 1.0, "averaged", 0.0),
+    "trak": lambda store: PrimalScorer(store, "gauss_newton", 1.0, "per_checkpoint", 0.0),
+    "averaged": lambda store: PrimalScorer(store, "identity", 1.0, "averaged", 0.0),
     "dot": lambda store: GradientDotScorer(store, [1.0], "loss"),
     "cosine": lambda store: GradientCosineScorer(store, [1.0], "output"),
 }
@@ -338,7 +338,7 @@ def test_blocks_of_a_shard_give_the_scores_of_the_whole(tmp_path, wide, dtype, m
     store, targets = stored_as(tmp_path, wide, dtype, shard_size=600), Features(*(part[:7] for part in wide))
 
     def scores():
-        scorer = TRAKScorer(store, "gauss_newton", 1.0, "averaged", 0.0)
+        scorer = PrimalScorer(store, "gauss_newton", 1.0, "averaged", 0.0)
         monkeypatch.setattr(store, "read_extra", lambda *args: None)
         scorer.fit(CPU)
         return scorer.score([scorer.directions(0, targets)]), scorer.self_scores()
@@ -377,7 +377,7 @@ def test_rounding_that_shows_in_the_scores_warns_or_is_refused(tmp_path, wide):
     stores = {dtype: stored_as(tmp_path, wide, dtype) for dtype in ("int8", "int4")}
 
     def fit(dtype, damping):
-        TRAKScorer(stores[dtype], "gauss_newton", damping, "per_checkpoint", 0.0).fit(CPU)
+        PrimalScorer(stores[dtype], "gauss_newton", damping, "per_checkpoint", 0.0).fit(CPU)
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_trak.gradients.hooks.capture import CaptureOutputGradient
+from lightning_trak.gradients.leaves import graph_nodes
 
 
 def example_weights(size: int, like: Tensor) -> Tensor:
@@ -51,18 +52,10 @@ _OURS = (f"{CaptureOutputGradient.__name__}Backward", "_OwnAndOthersBackward")
 
 def picks_rows(value: Tensor) -> bool:
     """Whether a tensor's graph has an operation that may pick or order rows by values."""
-    waiting, seen = [value.grad_fn], {value.grad_fn}
-    while waiting:
-        node = waiting.pop()
-        if node is None:
-            continue
+    for node in graph_nodes(value):
         name = node.name().removeprefix("torch::autograd::")
         if name.startswith(_PICKING) or (name.endswith("Backward") and name not in _OURS) or _mixes_rows(node, name):
             return True
-        for following, _ in node.next_functions:
-            if following not in seen:
-                seen.add(following)
-                waiting.append(following)
     return False
 
 

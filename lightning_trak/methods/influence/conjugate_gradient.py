@@ -10,9 +10,9 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lightning_trak.checks import positive, require_one_of
+from lightning_trak.methods.influence.ekfac_preconditioner import ekfac_preconditioner
 from lightning_trak.methods.influence.hessian import Convergence, Hessian
-from lightning_trak.methods.influence.landmarks import landmark_preconditioner
-from lightning_trak.methods.influence.preconditioner import ekfac_preconditioner
+from lightning_trak.methods.influence.landmark_preconditioner import landmark_preconditioner
 from lightning_trak.methods.influence.solvers import INDEFINITE, InverseProduct, Solver
 
 _PRECONDITIONERS = {"landmarks": landmark_preconditioner, "ekfac": ekfac_preconditioner}
@@ -28,9 +28,9 @@ class ConjugateGradient(Solver):
     It is fitted once for each checkpoint:
 
     - ``"landmarks"``: the Gauss-Newton matrix of at most 512 training examples, those that carry most of it, see
-      :func:`~lightning_trak.methods.influence.landmarks.landmark_preconditioner`. Keeps their gradients, a gibibyte at
+      :mod:`~lightning_trak.methods.influence.landmark_preconditioner`. Keeps their gradients, a gibibyte at
       most. Best where there are more weights than examples, or few examples carry the curvature.
-    - ``"ekfac"``: EK-FAC, see :func:`~lightning_trak.methods.influence.preconditioner.ekfac_preconditioner`. Two passes
+    - ``"ekfac"``: EK-FAC, see :mod:`~lightning_trak.methods.influence.ekfac_preconditioner`. Two passes
       over the training data. Helps where there are many more examples than weights; where there are fewer, it takes
       more iterations than none, because EK-FAC sees curvature in directions that no example has.
 

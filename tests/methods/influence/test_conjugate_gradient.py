@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_trak import AttributionMixin
 from lightning_trak.methods import ConjugateGradient, Explicit, InfluenceFunction
-from lightning_trak.methods.influence import base, landmarks, preconditioner
+from lightning_trak.methods.influence import base, ekfac_preconditioner, landmark_preconditioner
 from lightning_trak.outputs import ClassificationMargin, ModelOutput, RegressionOutput
 from tests.lit import TARGETS, TRAIN, make_data, make_model, make_trainer
 
@@ -85,7 +85,7 @@ def attribute(method: InfluenceFunction, targets=TARGETS, precision="64-true") -
 @pytest.mark.parametrize("kind", ["ekfac", "landmarks"])
 @pytest.mark.parametrize("name", NETS)
 def test_the_solution_is_the_explicit_one(monkeypatch, name, kind):
-    monkeypatch.setattr(landmarks, "_COUNT", 20)
+    monkeypatch.setattr(landmark_preconditioner, "_COUNT", 20)
     model = seeded(name)
     solver = ConjugateGradient(max_iterations=300, tolerance=1e-10, preconditioner=kind, strict=True)
     expected = attribute(method_for(model, Explicit()))
@@ -113,7 +113,7 @@ def iterations(model: nn.Module, train: TensorDataset, preconditioner: str | Non
 
 
 def test_landmarks_take_fewer_iterations_than_plain_conjugate_gradients(monkeypatch):
-    monkeypatch.setattr(landmarks, "_COUNT", 40)
+    monkeypatch.setattr(landmark_preconditioner, "_COUNT", 40)
     counts = [iterations(seeded("perceptron"), make_data(60), kind, 0.01) for kind in (None, "landmarks")]
     assert counts[1] < 0.6 * counts[0]
 
@@ -161,7 +161,7 @@ def make_two() -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("kind", [None, "ekfac", "landmarks"])
 def test_what_has_not_converged_names_the_target_and_says_what_to_do(monkeypatch, kind):
-    monkeypatch.setattr(landmarks, "_COUNT", 5)
+    monkeypatch.setattr(landmark_preconditioner, "_COUNT", 5)
     model, advice = seeded("convolution"), "more max_iterations or a larger damping"
     message = (
         rf"stopped after 1 iterations at a relative residual of \S+ for target \d+ \(.* targets in all\).*{advice}"
@@ -201,7 +201,7 @@ def test_layers_that_are_too_wide_or_unseen_are_named(monkeypatch, caplog):
         attribute(method_for(seeded("tied"), ConjugateGradient(tolerance=0.1, preconditioner="ekfac")))
     assert "head.weight: head.weight is also used outside" in caplog.text
     assert "tied (Linear): it is tied" in caplog.text
-    monkeypatch.setattr(preconditioner, "_LARGEST_SIDE", 8)
+    monkeypatch.setattr(ekfac_preconditioner, "_LARGEST_SIDE", 8)
     with caplog.at_level(logging.INFO):
         attribute(method_for(seeded("perceptron"), ConjugateGradient(tolerance=0.1, preconditioner="ekfac")))
     assert "EK-FAC covers 0 of 4 parameters" in caplog.text

@@ -1,4 +1,4 @@
-"""Checks of an output before many passes: it depends on the copy only, and it is the same each time."""
+"""Trial forward passes before many others: they read the copy only, and their result is the same each time."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
