@@ -27,7 +27,8 @@ def audit(passes: Passes, examples: Examples) -> None:
             batch, or gradients differ from autograd's, naming example and parameters.
     """
     ((pair, _),) = passes.batches(examples, [[0, 0]])
-    require_sound(passes.model, passes.layout, pair)
+    with passes.computing():
+        require_sound(passes.model, passes.layout, pair)
     for position in draw_audited(range(len(examples)), 2, passes.key("audit")):
         part = next(part for part in passes.cut(examples) if position in part)
         (batch, _), (twice, _) = passes.batches(examples, [part, [position] * 2])
