@@ -213,11 +213,11 @@ def _table(
     return TensorDataset(rows[:num_train], labels[:num_train]), TensorDataset(rows[num_train:], labels[num_train:])
 
 
-def _texts(num_train: int = 1000, num_targets: int = 150) -> tuple[TensorDataset, TensorDataset]:
+def _texts(num_train: int = 1000, num_targets: int = 150, length: int = LENGTH) -> tuple[TensorDataset, TensorDataset]:
     """Random passages of the manual that comes with Python (`help("assert")` prints a page of it)."""
     text = "".join(pages[name] for name in sorted(pages)).lower()
     ids = torch.tensor([place for place in map(CHARACTERS.find, text) if place >= 0])
-    passages = ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
+    passages = ids[: len(ids) // length * length].view(-1, length)
     chosen = passages[torch.randperm(len(passages), generator=torch.Generator().manual_seed(0))]
     return TensorDataset(chosen[:num_train]), TensorDataset(chosen[num_train : num_train + num_targets])
 

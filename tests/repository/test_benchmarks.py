@@ -8,7 +8,19 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import ablations, damping, lag, methods, one_run, one_run_cost, other_seeds, ours, second_stage, twins
+from benchmarks import (
+    ablations,
+    damping,
+    lag,
+    methods,
+    one_run,
+    one_run_cost,
+    other_seeds,
+    ours,
+    second_stage,
+    texts,
+    twins,
+)
 from benchmarks import bytes as bytes_benchmark
 from benchmarks.labels import Curve, label_curves
 from benchmarks.methods import small
@@ -175,6 +187,17 @@ def test_lag(tmp_path):
     assert [row["models"] for row in found] == [1, 2, 1, 2]
     assert all(row["lag"][0] > 1 and row["without"] < row["measured"] for row in found)
     assert len((tmp_path / "lag.md").read_text().splitlines()) == 6
+
+
+def test_texts(tmp_path):
+    texts.main(["--quick", "--out", str(tmp_path)])
+    found = json.loads((tmp_path / "texts.json").read_text())
+    assert [(row["predictions"], row["models"]) for row in found] == [(4, 1), (4, 2)]
+    for row in found:
+        gain, low, high = row["gain"]
+        assert gain == pytest.approx(row["log_likelihood"] - row["margin"], abs=1e-6)
+        assert low < gain < high
+    assert len((tmp_path / "texts.md").read_text().splitlines()) == 4
 
 
 @pytest.mark.parametrize("peak", [0.03, 10, 2000])
