@@ -17,7 +17,7 @@ from lightning_trak.running.ranges import Stop
 from lightning_trak.running.transfer import HostCopy, Waiting, beside
 
 _HOPELESS = 100  # examples
-_DEVICE_BYTES = 1 << 28  # of a shard's features that wait on a GPU, which rounds them in a fraction of a CPU's time
+_DEVICE_BYTES = 1 << 28  # of a shard's features that a CUDA device keeps and rounds, in a fraction of a CPU's time
 
 
 class Sink(Protocol):
@@ -81,8 +81,8 @@ class ShardWriter:
             self._parts = []
             if engine in self.store.refuted_engines():
                 return False
-        stays = self.store.rounds_features and len(shard) * rows.features[0].nbytes <= _DEVICE_BYTES
-        self._parts.append(Waiting.of(rows) if stays else HostCopy.start(rows))
+        rounds = self.store.rounds_features and len(shard) * rows.features[0].nbytes <= _DEVICE_BYTES
+        self._parts.append(Waiting.of(rows) if rounds and rows.features.is_cuda else HostCopy.start(rows))
         if int(positions[-1]) == shard[-1]:
             self._wait()
             rounded = partial(self._rounded, checkpoint, number, self._parts)

@@ -52,26 +52,24 @@ class HostCopy(NamedTuple):
 
 
 class Waiting(NamedTuple):
-    """Tensors on a device that another thread is to work on, beside later work of this one.
+    """Tensors on a CUDA device that another thread is to work on, beside later work of this one.
 
     Attributes:
         tensors: the tensors.
-        ready: the event at which they are computed; None on a CPU, where they are already.
+        ready: the event at which they are computed.
     """
 
     tensors: tuple[Tensor, ...]
-    ready: torch.cuda.Event | None
+    ready: torch.cuda.Event
 
     @classmethod
     def of(cls, tensors: tuple[Tensor, ...]) -> "Waiting":
         """Tensors of one device, after the work queued so far."""
-        device = tensors[0].device
-        return cls(tensors, torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None)
+        return cls(tensors, torch.cuda.current_stream(tensors[0].device).record_event())
 
     def wait(self) -> tuple[Tensor, ...]:
         """Let the work that this thread queues next begin when the tensors are there, and return them."""
-        if self.ready is not None:
-            torch.cuda.current_stream(self.tensors[0].device).wait_event(self.ready)
+        torch.cuda.current_stream(self.tensors[0].device).wait_event(self.ready)
         return self.tensors
 
 
