@@ -344,6 +344,19 @@ class FeatureStore(StoredExtras):
         """The engine that computed the gradients of a shard, see :meth:`write`."""
         return str(self._shard_metadata(checkpoint, shard)["engine"])
 
+    def settle_engine(self, engine: str | None = None) -> str | None:
+        """See :meth:`StoredExtras.settle_engine`. If its file was deleted, the engine of the shards counts."""
+        found = super().settle_engine(engine)
+        if found is not None:
+            return found
+        made = {
+            self.engine_of(checkpoint, shard)
+            for checkpoint in self.first
+            for shard in range(self.num_shards)
+            if self._shard_path(checkpoint, shard).exists()
+        } - {""}
+        return made.pop() if len(made) == 1 else None
+
     @property
     def skipped(self) -> list[int]:
         """Positions of the examples that have no features at one or more of the checkpoints, in order."""

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from lightning_trak import TRAK
 from lightning_trak.gradients import HookEngine
+from lightning_trak.methods import ExactKernel
 from lightning_trak.projections import KroneckerProjection, SparseProjection
 from tests.lit import TARGETS, TRAIN, LitNet, beyond_hooks, make_model, make_trainer
 
@@ -96,3 +97,13 @@ def test_kronecker_scores_do_not_depend_on_the_engine(tmp_path, checkpoints, dim
     expected = scores("auto")
     assert chosen(tmp_path / "auto") == "hooks"
     torch.testing.assert_close(scores(engine), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("kind", [TRAK, ExactKernel])
+def test_a_choice_that_was_deleted_is_read_from_the_shards(tmp_path, checkpoints, kind):
+    method = kind(make_model(), checkpoints, tmp_path)
+    expected = method.attribute(make_trainer(), TRAIN, TARGETS)
+    (choice,) = tmp_path.glob("engine-*.json")
+    choice.unlink()
+    again = kind(make_model(), checkpoints, tmp_path)
+    assert torch.equal(again.attribute(make_trainer(), TRAIN, TARGETS), expected)
