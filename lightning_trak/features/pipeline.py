@@ -15,13 +15,14 @@ from lightning_trak.checkpoints.base import Checkpoint
 from lightning_trak.checkpoints.subsets import require_same_data
 from lightning_trak.checks import positive, require_one_of
 from lightning_trak.features.engines import EngineName, following_engine, make_engine
+from lightning_trak.features.extractor_module import AUDITED_TOGETHER
 from lightning_trak.features.featurizing import OnNan
 from lightning_trak.features.finiteness import NotFiniteError
 from lightning_trak.features.fsdp import ANOTHER_STRATEGY, ShardedModelCopy
 from lightning_trak.features.identity import Contents, identity
 from lightning_trak.features.model import ModelCopy
 from lightning_trak.features.precision import precision_of
-from lightning_trak.features.predict import AUDITED_TOGETHER, FeaturizeModule
+from lightning_trak.features.predict import FeaturizeModule
 from lightning_trak.features.rows import Features
 from lightning_trak.features.settings import FeatureSettings
 from lightning_trak.features.sinks import FeatureBuffer, ShardWriter

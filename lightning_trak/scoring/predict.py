@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
+from lightning_trak.features.extractor_module import AUDITED_TOGETHER, ExtractorModule
 from lightning_trak.features.finiteness import require_finite
 from lightning_trak.features.precision import precision_of
-from lightning_trak.features.predict import AUDITED_TOGETHER, ExtractorModule
 from lightning_trak.gradients.base import EngineError
 from lightning_trak.gradients.batch import infer_batch_size
 from lightning_trak.running.ranks import Ranks
