@@ -349,13 +349,13 @@ class FeatureStore(StoredExtras):
         found = super().settle_engine(engine)
         if found is not None:
             return found
-        made = {
+        engines = {
             self.engine_of(checkpoint, shard)
             for checkpoint in self.first
             for shard in range(self.num_shards)
             if self._shard_path(checkpoint, shard).exists()
         } - {""}
-        return made.pop() if len(made) == 1 else None
+        return engines.pop() if len(engines) == 1 else None
 
     @property
     def skipped(self) -> list[int]:

@@ -38,9 +38,9 @@ def find_layout(two: Any, three: Any) -> dict[Path, Kind]:
     return dict(_kinds((), two, three))
 
 
-# Functions that visit a batch part by part are not nested in others: a nested function that calls itself holds itself,
-# and with it the batch, until Python's garbage collector comes. On a GPU that is memory; and a worker of a DataLoader
-# that is forked meanwhile and frees such a tensor is aborted by CUDA.
+# Functions that visit a batch part by part are not nested in others. A nested function that calls itself holds itself,
+# and with it the batch, until Python's garbage collector comes. That takes memory of a GPU. And if the collector comes
+# in a forked worker of a DataLoader, CUDA aborts the worker.
 
 
 def _kinds(path: Path, a: Any, b: Any) -> Iterator[tuple[Path, Kind]]:

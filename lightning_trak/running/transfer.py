@@ -1,4 +1,4 @@
-"""Copies between host and CUDA device that overlap with computation. On other devices they are plain copies."""
+"""Copies to and from a CUDA device, and work on it, that overlap with computation. On other devices they do not."""
 
 import functools
 import itertools

@@ -14,7 +14,7 @@ from lightning_trak.running.ranges import draw_audited
 
 
 def audit(passes: Passes, examples: Examples) -> None:
-    """Compare two examples, drawn by the seed, in their batches with each alone by plain autograd.
+    """Check the output of the first example, and compare two examples, drawn by the seed, with each alone by autograd.
 
     If the first engine gets a gradient wrong, the next one is used.
 
