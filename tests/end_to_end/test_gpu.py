@@ -19,9 +19,12 @@ from lightning_trak.projections import SparseProjection
 from tests.causal_texts import CausalNet, loader, make_texts
 from tests.lit import make_checkpoints, make_data, make_model, make_trainer, stored
 
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
 @pytest.mark.parametrize("engine", ["functional", "hooks", "loop"])
 def test_scores_on_a_gpu_are_those_on_the_cpu(tmp_path, engine):
     checkpoints = make_checkpoints(2)
@@ -36,8 +39,6 @@ def test_scores_on_a_gpu_are_those_on_the_cpu(tmp_path, engine):
     torch.testing.assert_close(found["gpu"], found["cpu"], rtol=1e-3, atol=1e-4 * float(found["cpu"].abs().max()))
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("method", [GradientDot, GradientCosine, TracIn])
 def test_methods_score_on_a_gpu_as_on_the_cpu(tmp_path, method):
     options = {"learning_rates": [0.3, 0.1]} if method is TracIn else {}
@@ -49,8 +50,6 @@ def test_methods_score_on_a_gpu_as_on_the_cpu(tmp_path, method):
         torch.testing.assert_close(found.cpu(), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", ["primal", "dual", "exact"])
 def test_candidates_and_intervals_on_a_gpu_are_those_on_the_cpu(tmp_path, name):
     options = {} if name == "exact" else {"projection": SparseProjection(32 if name == "primal" else 64)}
@@ -68,8 +67,6 @@ def test_candidates_and_intervals_on_a_gpu_are_those_on_the_cpu(tmp_path, name):
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * float(other.abs().max()))
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(
     "solver", [Explicit(), ConjugateGradient(tolerance=1e-9), LiSSA(20, tolerance=9.0), Arnoldi(40, 20), None]
 )
@@ -88,8 +85,6 @@ def test_influence_on_a_gpu_is_that_on_the_cpu(solver):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max()))
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("kind", [TRAK, GradientCosine])
 @pytest.mark.parametrize("dim", [16, 64])
 def test_tokens_on_a_gpu_are_those_on_the_cpu(tmp_path, kind, dim):
@@ -110,8 +105,6 @@ def test_tokens_on_a_gpu_are_those_on_the_cpu(tmp_path, kind, dim):
         torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-4 * float(one.abs().max()))
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", ["int4", "int8", "float16"])
 def test_rounded_features_on_a_gpu_are_those_on_the_cpu(tmp_path, dtype):
     found = {}
@@ -127,8 +120,6 @@ def test_rounded_features_on_a_gpu_are_those_on_the_cpu(tmp_path, dtype):
     assert error == pytest.approx(expected, rel=1e-3)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("kind", [TRAK, InfluenceFunction])
 def test_examples_that_are_not_finite_are_named(tmp_path, kind):
     model, (inputs, labels) = make_model(), make_data(50).tensors
