@@ -27,6 +27,8 @@ class ModelOutput(ABC):
         predicts_labels: whether labels are what the model predicts. Of several checkpoints, the class with the highest
             mean of :meth:`probabilities` is then the label at all of them: batches come as
             :class:`~lightning_trak.running.annotated.AnnotatedBatch`.
+        numbered: whether it depends on the position of an example in the training set: batches come as AnnotatedBatch,
+            with positions as their notes.
         averages: whether the loss may be a mean over several predictions for an example, such as its tokens. R is then
             not the variance of Q, and the automatic damping does not follow the :mod:`~lightning_trak.scoring.lag`.
 
@@ -46,6 +48,7 @@ class ModelOutput(ABC):
     context_size: int = 0
     for_targets: bool = False
     predicts_labels: bool = False
+    numbered: bool = False
     averages: bool = False
 
     @abstractmethod

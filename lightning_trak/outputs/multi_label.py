@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from lightning_trak.checks import require_one_of
 from lightning_trak.outputs.batches import LABELS_KEYS, Forward, LabelsKey
-from lightning_trak.outputs.labelled import LabelledOutput
 from lightning_trak.outputs.margins import logistic_loss, nan_unless, pooled_margin
+from lightning_trak.outputs.predictions import Predictions, SeveralPredictions
 
 _OTHERWISE = "for one label of several use ClassificationMargin, for other losses NegativeLoss"
 
 
-class MultiLabelMargin(LabelledOutput):
+class MultiLabelMargin(SeveralPredictions):
     r"""Log-odds of all labels of an example together, :math:`f = \log p - \log(1 - p)`.
 
     With :math:`p_c` the probability that the model gives to what is known of label c, p is their geometric mean, so
@@ -37,8 +37,6 @@ class MultiLabelMargin(LabelledOutput):
             several, the first that the batch has.
     """
 
-    averages = True
-
     def __init__(
         self,
         reduction: Literal["mean", "sum"] = "mean",
@@ -59,6 +57,15 @@ class MultiLabelMargin(LabelledOutput):
         Raises:
             ValueError: if logits and labels are not both of one shape ``(batch, labels)``.
         """
+        margins, counted = self._margins(module, batch)
+        return pooled_margin(margins, counted, self.reduction == "mean")
+
+    def predictions(self, module: nn.Module, batch: Any) -> Predictions:
+        """See :meth:`SeveralPredictions.predictions <lightning_trak.outputs.predictions.SeveralPredictions>`."""
+        return Predictions.of(*self._margins(module, batch), exponent=1 if self.reduction == "mean" else 0)
+
+    def _margins(self, module: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+        """The margin of what is known of each label, and whether it counts: ``(batch, labels)``."""
         logits, labels = self._labelled(module, batch)
         if logits.ndim != 2 or logits.shape != labels.shape:
             raise ValueError(
@@ -67,8 +74,7 @@ class MultiLabelMargin(LabelledOutput):
             )
         has, counted = labels == 1, labels != self.ignore_index
         signs = torch.where(has, 1.0, -1.0) * nan_unless(has | (labels == 0) | ~counted)
-        margins = logits.to(torch.promote_types(logits.dtype, torch.float32)) * signs
-        return pooled_margin(margins, counted, self.reduction == "mean")
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)) * signs, counted
 
     def explain_nan(self, module: nn.Module, batch: Any) -> str | None:
         """Says that no label counts, or which one is neither 0 nor 1, if so."""

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_trak.outputs.batches import LABELS_KEYS, Forward, LabelsKey
-from lightning_trak.outputs.labelled import LabelledOutput
 from lightning_trak.outputs.margins import log_odds, logistic_loss, nan_unless, pooled_margin
+from lightning_trak.outputs.predictions import Predictions, SeveralPredictions
 
 _OTHERWISE = "for other tasks write a ModelOutput of your own, or use NegativeLoss"
 
 
-class SegmentationMargin(LabelledOutput):
+class SegmentationMargin(SeveralPredictions):
     r"""Log-odds of the labels of all pixels of an example, :math:`f = \log p - \log(1 - p)`.
 
     With :math:`p_i` the probability of the label of pixel i, p is their geometric mean over the pixels that count, so
@@ -38,8 +38,6 @@ class SegmentationMargin(LabelledOutput):
             several, the first that the batch has.
     """
 
-    averages = True
-
     def __init__(
         self,
         ignore_index: int = -100,
@@ -55,6 +53,14 @@ class SegmentationMargin(LabelledOutput):
         Raises:
             ValueError: if logits and labels have other shapes or types than the class describes.
         """
+        return pooled_margin(*self._margins(module, batch))
+
+    def predictions(self, module: nn.Module, batch: Any) -> Predictions:
+        """See :meth:`SeveralPredictions.predictions <lightning_trak.outputs.predictions.SeveralPredictions>`."""
+        return Predictions.of(*self._margins(module, batch), exponent=1)
+
+    def _margins(self, module: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+        """The margin of each pixel, and whether it counts: ``(batch, pixels)``."""
         logits, labels = self._maps(module, batch)
         counted = labels != self.ignore_index
         if logits.shape[1] == 1:
@@ -63,7 +69,7 @@ class SegmentationMargin(LabelledOutput):
             margins = logits.squeeze(1).to(torch.promote_types(logits.dtype, torch.float32)) * signs
         else:
             margins = log_odds(logits.movedim(1, -1), torch.where(counted, labels, 0))
-        return pooled_margin(margins.flatten(1), counted.flatten(1))
+        return margins.flatten(1), counted.flatten(1)
 
     def explain_nan(self, module: nn.Module, batch: Any) -> str | None:
         """Says that no label counts, or which one is outside the classes, if so."""

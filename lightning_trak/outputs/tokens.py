@@ -12,8 +12,8 @@ from typing_extensions import Self
 
 from lightning_trak.checks import require_one_of
 from lightning_trak.outputs.batches import LABELS_KEYS, Forward, LabelsKey
-from lightning_trak.outputs.labelled import LabelledOutput
-from lightning_trak.outputs.margins import nan_unless
+from lightning_trak.outputs.margins import log_odds, nan_unless
+from lightning_trak.outputs.predictions import Predictions, SeveralPredictions
 from lightning_trak.running.annotated import AnnotatedBatch
 
 IGNORED = -100  # the label that torch.nn.CrossEntropyLoss and Hugging Face leave out
@@ -38,7 +38,7 @@ class Tokens(NamedTuple):
     positions: Tensor
 
 
-class TokenOutput(LabelledOutput):
+class TokenOutput(SeveralPredictions):
     r"""Base of the outputs of texts that are sums over tokens: :math:`f = T^{-a} \sum_t f_t`.
 
     T is the number of tokens that count: a = 1 is the mean, a = 0 the sum, and a = 1/2 divides by the square root.
@@ -52,8 +52,6 @@ class TokenOutput(LabelledOutput):
         per_token: whether it is the output of single tokens f_t. It is then for targets alone: methods make a row for
             each token of a text that counts.
     """
-
-    averages = True
 
     def __init__(
         self,
@@ -100,6 +98,12 @@ class TokenOutput(LabelledOutput):
         weight = self.weight(count.to(values.dtype))
         # Selected, not only weighted by zero: a token that does not count may have an infinite value.
         return (torch.where(counted | (count == 0), values, 0.0) * weight).sum(-1)
+
+    def predictions(self, module: nn.Module, batch: Any) -> Predictions:
+        """See :meth:`SeveralPredictions.predictions <lightning_trak.outputs.predictions.SeveralPredictions>`."""
+        logits, labels, counted = self._aligned(module, batch)
+        margins = log_odds(logits, torch.where(counted, labels, 0))
+        return Predictions.of(margins, counted, _EXPONENTS[self.reduction])
 
     def explain_nan(self, module: nn.Module, batch: Any) -> str | None:
         """Says that no token counts, or which label is outside the vocabulary, if so."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_trak.running.loaders import like
-from lightning_trak.running.loading import batch_size_of
+from lightning_trak.running.loading import batch_size_of, num_examples
 
 
 class AnnotatedBatch(NamedTuple):
@@ -42,6 +42,11 @@ def annotated(loader: DataLoader[Any], notes: Tensor, examples: Tensor | None = 
         batch_size=batch_size_of(loader),
         collate_fn=partial(_collate, collate),
     )
+
+
+def numbered(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """A loader whose batches are :class:`AnnotatedBatch`, with the positions of their examples as notes."""
+    return annotated(loader, torch.arange(num_examples(loader)).unsqueeze(1))
 
 
 class _Annotated(Dataset[Any]):
