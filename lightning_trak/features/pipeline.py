@@ -31,6 +31,7 @@ from lightning_trak.features.store import FeatureStore
 from lightning_trak.features.work import Samples, default_shard_size, missing_shards, progress
 from lightning_trak.gradients import ParameterSelection
 from lightning_trak.outputs import ModelOutput
+from lightning_trak.running.annotated import numbered
 from lightning_trak.running.chunks import chunked
 from lightning_trak.running.data import Data, datamodule_of, single_loader
 from lightning_trak.running.loading import batch_size_of, num_examples
@@ -137,6 +138,8 @@ class FeaturePipeline:
         loader = single_loader(data, "fit", trainer)
         model = self.copy_model(trainer)
         count = num_examples(loader)
+        if self._output.numbered:
+            loader = numbered(loader)
         self._require_own_subsets(count, None)
         depends_on, sample = self._identity(model, trainer), Samples(loader)
         digests = sample(count)

@@ -14,6 +14,7 @@ from lightning_trak.methods.tokens import target_loader
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.evaluating import exact_attention
 from lightning_trak.outputs.mixin import declared_output
+from lightning_trak.running.annotated import numbered
 from lightning_trak.running.data import Data, datamodule_of, single_loader
 from lightning_trak.running.loading import batch_size_of, num_examples
 from lightning_trak.running.predict import PredictModule
@@ -70,6 +71,12 @@ class Examples:
 
     def __len__(self) -> int:
         return num_examples(self.loader)
+
+    def numbered(self) -> "Examples":
+        """The same examples in batches with their positions, for outputs that are ``numbered``."""
+        other = copy.copy(self)
+        other.loader = numbered(self.loader)
+        return other
 
     def map(
         self,

@@ -229,12 +229,16 @@ class FeatureMethod(ScoredMethod, TokenMethod):
 
     @override
     def _pipeline(self) -> FeaturePipeline:
+        return self._pipeline_of(self.output, self.store)
+
+    def _pipeline_of(self, output: ModelOutput, store: Path) -> FeaturePipeline:
+        """What makes features of an output."""
         return FeaturePipeline(
             self.model,
-            self.output,
+            output,
             self.checkpoints,
             self._contents,
-            self.store,
+            store,
             self.settings,
             self.parameters,
             type(self).__name__,

@@ -1,26 +1,36 @@
 """What TRAK with and without a projection share: a Newton step for each training example."""
 
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar, cast
 
+import lightning as L
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
+from typing_extensions import Unpack, override
 
 from lightning_trak.checks import require_one_of
 from lightning_trak.features.dtypes import Dtype
 from lightning_trak.features.engines import EngineName
+from lightning_trak.features.featurizing import Featurizing
+from lightning_trak.features.pipeline import FeaturePipeline
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.gradients import ParameterSelection
 from lightning_trak.methods.feature import FeatureMethod
 from lightning_trak.methods.options import Checkpoints
 from lightning_trak.outputs import ModelOutput
+from lightning_trak.outputs.predictions import SeveralPredictions
 from lightning_trak.projections import Projection
+from lightning_trak.running.data import Data
+from lightning_trak.running.trainers import trainer_of
 from lightning_trak.scoring.damping import Damping, require_damping
 from lightning_trak.scoring.gram import Curvature
 from lightning_trak.scoring.lag import Lag, require_lag
+from lightning_trak.scoring.per_prediction import PredictionCurvature
 from lightning_trak.scoring.temperature import Temperature, Tempered, require_temperature, tempered
 from lightning_trak.scoring.trak import LossGradients, TRAKScorer
 
 AnyScorer = TypeVar("AnyScorer", bound=TRAKScorer)
+CurvatureChoice = Curvature | Literal["per_prediction", "auto"]
 
 
 class NewtonMethod(FeatureMethod):
@@ -39,7 +49,7 @@ class NewtonMethod(FeatureMethod):
         *,
         output: ModelOutput | None = None,
         projection: Projection | None = None,
-        curvature: Curvature = "gauss_newton",
+        curvature: CurvatureChoice = "auto",
         damping: Damping = "auto",
         loss_gradients: LossGradients = "per_checkpoint",
         soft_threshold: float = 0.0,
@@ -52,11 +62,10 @@ class NewtonMethod(FeatureMethod):
         weights_only: bool = True,
         audit: int = 2,
     ) -> None:
-        require_one_of("curvature", curvature, ("gauss_newton", "identity"))
+        require_one_of("curvature", curvature, ("gauss_newton", "identity", "per_prediction", "auto"))
         require_one_of("loss_gradients", loss_gradients, ("per_checkpoint", "averaged"))
         if not 0 <= soft_threshold < float("inf"):
             raise ValueError(f"soft_threshold must be at least 0, and finite, got {soft_threshold}")
-        self.curvature: Curvature = curvature
         self.damping = require_damping(damping)
         self.loss_gradients: LossGradients = loss_gradients
         self.soft_threshold = soft_threshold
@@ -75,15 +84,86 @@ class NewtonMethod(FeatureMethod):
             weights_only=weights_only,
             audit=audit,
         )
+        self.curvature = self._chosen(curvature)
+
+    def _chosen(self, curvature: CurvatureChoice) -> Curvature | Literal["per_prediction"]:
+        """The curvature, if it is possible here.
+
+        Raises:
+            ValueError: if it is not.
+        """
+        several = isinstance(self.output, SeveralPredictions)
+        fitted = self.settings.projection.sample_size > 0  # to other gradients than those of single predictions
+        if curvature == "auto":
+            return "per_prediction" if several and not fitted else "gauss_newton"
+        if curvature == "per_prediction" and not several:
+            raise ValueError(
+                f'curvature="per_prediction" needs an output of several predictions, such as CausalLMMargin,'
+                f" SegmentationMargin or MultiLabelMargin, and {type(self.output).__name__} is none: use"
+                ' curvature="gauss_newton"'
+            )
+        if curvature == "per_prediction" and fitted:
+            raise ValueError(
+                f'curvature="per_prediction" needs a projection that is not fitted to gradients, and'
+                f' {type(self.settings.projection).__name__} is: use SparseProjection, or curvature="gauss_newton"'
+            )
+        return curvature
+
+    @override
+    def featurize(
+        self,
+        trainer: L.Trainer | None = None,
+        data: Data | None = None,
+        shard_size: int | None = None,
+        **how: Unpack[Featurizing],
+    ) -> None:
+        super().featurize(trainer, data, shard_size, **how)
+        if self.curvature == "per_prediction":
+            rank_zero_info(f"{type(self).__name__}: now the curvature of single predictions, a row for each example")
+            enough = self._require_enough
+            self._curvature_pipeline().featurize(trainer_of(trainer), data, shard_size, enough, **how)
 
     def _step(self) -> tuple[Curvature, Damping, LossGradients, float]:
-        """The settings of the step."""
-        return self.curvature, self.damping, self.loss_gradients, self.soft_threshold
+        """The settings of the step. The rows of single predictions have R = 1."""
+        curvature: Curvature = "gauss_newton" if self.curvature == "per_prediction" else self.curvature
+        return curvature, self.damping, self.loss_gradients, self.soft_threshold
 
-    def _new_scorer(self, kind: type[AnyScorer], store: FeatureStore) -> AnyScorer:
+    def _curvature_pipeline(self) -> FeaturePipeline:
+        """What makes the rows of single predictions."""
+        return self._pipeline_of(self._prediction_curvature(), self.store / "curvature")
+
+    def _prediction_curvature(self) -> PredictionCurvature:
+        """The output whose gradients are the rows of single predictions."""
+        return PredictionCurvature(cast(SeveralPredictions, self.output), self.settings.seed)
+
+    def _curved(self, store: FeatureStore) -> FeatureStore | None:
+        """The complete store of the rows that K is made of; None if that is the given one.
+
+        Raises:
+            RuntimeError: if it is incomplete.
+        """
+        if self.curvature != "per_prediction":
+            return None
+        pipeline = self._curvature_pipeline()
+        try:
+            curved = pipeline.open(pipeline.copy_model())
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f'store "{store.directory}" has no curvature of single predictions yet: call featurize again, or use'
+                ' curvature="gauss_newton"'
+            ) from error
+        curved.require_complete()
+        if curved.num_examples != store.num_examples:
+            raise RuntimeError(
+                f'store "{store.directory}" has {store.num_examples} examples, and the curvature of single predictions'
+                f" is of {curved.num_examples}: call featurize again"
+            )
+        return curved
+
+    def _new_scorer(self, kind: type[AnyScorer], store: FeatureStore, curved: FeatureStore | None = None) -> AnyScorer:
         """A scorer with these settings."""
         subsets = [checkpoint.subset for checkpoint in self.checkpoints]
-        return kind(store, *self._step(), subsets, self._tempered(), self.lag, self.output.averages)
+        return kind(store, *self._step(), subsets, self._tempered(), self.lag, self.output.averages, curved)
 
     def _tempered(self) -> Tempered | None:
         """What gives Q in the place of the stored one."""

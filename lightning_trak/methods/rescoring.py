@@ -34,9 +34,10 @@ _SOLVER = ConjugateGradient(max_iterations=1000, preconditioner="landmarks", str
 class ExactScores:
     """TRAK's scores without a projection: tau(x)_i = 1/M sum_m g_m(x)^T (G_m + lambda_m I)^-1 g_m(i) Q_m(i).
 
-    g is the whole gradient of the output, and G_m = sum_j R_m(j) g_m(j) g_m(j)^T over all training examples. The
-    inverse is applied to the gradients of targets by conjugate gradients, in float32, or in float64 with
-    ``precision="64-true"``; see :class:`~lightning_trak.methods.influence.ConjugateGradient`.
+    g is the whole gradient of the output, and G_m = sum_j R_m(j) g_m(j) g_m(j)^T over all training examples; or that
+    of single predictions, see :mod:`lightning_trak.scoring.per_prediction`. The inverse is applied to the gradients of
+    targets by conjugate gradients, in float32, or in float64 with ``precision="64-true"``; see
+    :class:`~lightning_trak.methods.influence.ConjugateGradient`.
 
     lambda is that of the stored features: with k of them, a damping that is a number is a share of trace / k. A
     projection keeps the trace, and the same share of trace / p, with p parameters, would be a smaller lambda.
@@ -47,6 +48,7 @@ class ExactScores:
         loss_gradients: how Q is averaged.
         soft_threshold: by how much scores move towards zero.
         tempered: what gives Q; None: the loss does.
+        curved: the output whose gradients take the place of g in G_m, with its R; None: that of the training examples.
     """
 
     curvature: Curvature
@@ -54,6 +56,7 @@ class ExactScores:
     loss_gradients: LossGradients
     soft_threshold: float
     tempered: Tempered | None = None
+    curved: ModelOutput | None = None
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,7 @@ class SecondStage:
         found = [_Candidates(each, passes.dtype) for each in candidates]
         store, noise = scorer.store, scorer.noise
         passes.begun_with = store.begun_with
+        numbered = None if self.exact.curved is None else self.train.numbered()
         tempered = None if self.exact.tempered is None else self.exact.tempered.settled(noise)
 
         def loss_gradients(rows: Features) -> Tensor:
@@ -144,7 +148,13 @@ class SecondStage:
             with passes.asking(output):
                 for examples in targets:
                     audit(passes, examples)
-            inverse = self._inverse(passes, store, checkpoint)
+            curved = passes
+            if numbered is not None and self.exact.curved is not None:
+                curved = passes.over(numbered, self.exact.curved)
+                if noise is not None:
+                    curved.noise_level = noise.levels(weighted=True)[checkpoint]
+                audit(curved, numbered)
+            inverse = self._inverse(curved, scorer.curved, checkpoint)
             for examples, each, rows in zip(targets, found, sums, strict=True):
                 for block in target_blocks(passes, examples, rows):
                     directions = inverse(target_gradients(passes, examples, block, output), block.span)

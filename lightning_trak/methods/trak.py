@@ -165,8 +165,10 @@ class TRAK(NewtonMethod):
             )
 
     def make_scorer(self, store: FeatureStore) -> TRAKScorer:
-        """TRAK's scorer, in the primal or in the dual."""
-        return self._new_scorer(smaller_scorer(store), store)
+        """TRAK's scorer, by the smaller of the two systems."""
+        store.require_complete()
+        curved = self._curved(store)
+        return self._new_scorer(smaller_scorer(store, curved), store, curved)
 
     def _exact_scores(self) -> ExactScores:
         members = [checkpoint.name for checkpoint in self.checkpoints if checkpoint.subset is not None]
@@ -175,4 +177,5 @@ class TRAK(NewtonMethod):
                 f"rescore= takes the curvature of all training examples, but {members[0]} has seen only some of them:"
                 " score without rescore=, or use models that were trained on all examples"
             )
-        return ExactScores(*self._step(), self._tempered())
+        curved = self._prediction_curvature() if self.curvature == "per_prediction" else None
+        return ExactScores(*self._step(), self._tempered(), curved)

@@ -9,6 +9,7 @@ from lightning_trak.scoring.intervals import Interval
 from lightning_trak.scoring.primal import PrimalScorer
 from lightning_trak.scoring.topk import BothEnds, TopK
 from lightning_trak.scoring.trak import TRAKScorer
+from lightning_trak.scoring.woodbury import WoodburyScorer
 
 __all__ = [
     "BothEnds",
@@ -21,6 +22,7 @@ __all__ = [
     "Scorer",
     "TRAKScorer",
     "TopK",
+    "WoodburyScorer",
     "aggregate_scores",
     "combine_runs",
     "combine_scores",

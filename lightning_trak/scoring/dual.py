@@ -1,9 +1,8 @@
 """TRAK's scores from an n x n system, which has a row for each training example; ``kernel.py`` has the formula."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any
 
-import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
@@ -11,20 +10,21 @@ from lightning_trak.features.rows import StoredFeatures
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.scoring.base import full_precision
-from lightning_trak.scoring.gram import require_convex
 from lightning_trak.scoring.groups import Sums
-from lightning_trak.scoring.kernel import DampedKernel, kernel_matrix, products_with
+from lightning_trak.scoring.kernel import products_with
+from lightning_trak.scoring.kernel_scorer import KernelScorer
 from lightning_trak.scoring.primal import PrimalScorer
 from lightning_trak.scoring.topk import Scores
 from lightning_trak.scoring.trak import TRAKScorer
-from lightning_trak.scoring.undamped import Undamped
+from lightning_trak.scoring.woodbury import WoodburyScorer
 
 
-def smaller_scorer(store: FeatureStore) -> type[TRAKScorer]:
-    """The scorer whose system is the smaller one: the dual if there are fewer training examples than features.
+def smaller_scorer(store: FeatureStore, curved: FeatureStore | None = None) -> type[TRAKScorer]:
+    """The scorer whose system is the smaller one: with a row for each training example if they are fewer than features.
 
     Args:
         store: complete features of the training set.
+        curved: as for :class:`~lightning_trak.scoring.TRAKScorer`.
 
     Raises:
         RuntimeError: if the store is incomplete.
@@ -34,21 +34,16 @@ def smaller_scorer(store: FeatureStore) -> type[TRAKScorer]:
     if n >= k:
         return PrimalScorer
     rank_zero_info(f"TRAK: solves {n} x {n} (examples) instead of {k} x {k} (features), since n is smaller")
-    return DualScorer
+    return DualScorer if curved is None else WoodburyScorer
 
 
-class DualScorer(TRAKScorer):
+class DualScorer(KernelScorer):
     """Factors the kernel of the training examples, and solves for the scores of each target.
 
     A positive score says that training on i raises the output at x. The features are read once for all targets, to
     multiply them. The arguments are those of :class:`~lightning_trak.scoring.TRAKScorer`; the damping must be more than
     0.
     """
-
-    @property
-    def num_rows(self) -> int:
-        """n, the number of training examples."""
-        return self.store.num_examples
 
     def precondition(self, checkpoint: int, features: Tensor) -> Tensor:  # noqa: ARG002
         """phi(x) of each target, in at least float32: :meth:`score` solves."""
@@ -108,30 +103,6 @@ class DualScorer(TRAKScorer):
             products = self._products(checkpoint, features, ranks)
             yield self._damped(checkpoint).solve(products)
 
-    def _damped(self, checkpoint: int) -> DampedKernel:
-        return cast(DampedKernel, self._system(checkpoint)[0])
-
-    def _undamped(self, checkpoint: int, ranks: Ranks) -> Undamped[DampedKernel]:
-        kernel, curvatures = self._kernel(checkpoint, ranks), self._curvatures(checkpoint)
-        weights, about = curvatures * kernel.diagonal(), self._about(checkpoint)
-
-        def factor(damping: float) -> DampedKernel:
-            return DampedKernel(kernel, curvatures, damping, self.num_features, *about, self._device)
-
-        def residual_step(system: DampedKernel) -> tuple[float, float]:
-            residuals = self._residuals(checkpoint)
-            return system.squared_step(residuals, kernel), float(residuals.square() @ kernel.diagonal())
-
-        return Undamped(weights.sum(), weights.square().sum(), factor, residual_step)
-
-    def _kernel(self, checkpoint: int, ranks: Ranks) -> Tensor:
-        """Inner products of the features of all training examples: float64, shape ``(n, n)``, on the CPU."""
-
-        def make() -> dict[str, Tensor]:
-            return {"kernel": kernel_matrix(self.store, checkpoint, self._device, ranks).cpu()}
-
-        return self._kept(checkpoint, "kernel", "", ranks, make)["kernel"]
-
     def _products(self, checkpoint: int, targets: Tensor, ranks: Ranks) -> Tensor:
         """Inner products of the features of targets and of all training examples: float64, ``(num_targets, n)``."""
         return products_with(self.store, checkpoint, targets, ranks)
@@ -139,24 +110,6 @@ class DualScorer(TRAKScorer):
     def _products_between(self, checkpoint: int, targets: Tensor, others: Tensor) -> Tensor:  # noqa: ARG002
         """Inner products of targets with other examples, in float64, shape ``(num_targets, n)``."""
         return targets.double() @ others.double().T
-
-    def _curvatures(self, checkpoint: int) -> Tensor:
-        """R of all training examples, or ones; 0 for those that the model has not seen. float64, shape ``(n,)``."""
-        shards = (self.store.read_stored(checkpoint, shard).curvatures for shard in range(self.store.num_shards))
-        curvatures = torch.cat(list(shards)).double()
-        if self.curvature == "identity":
-            curvatures = torch.ones_like(curvatures)
-        require_convex(curvatures, 'curvature="identity"')
-        return self._where_seen(checkpoint, curvatures)
-
-    def _residuals(self, checkpoint: int) -> Tensor:
-        """Q of all training examples; 0 for those that the model has not seen. float64, shape ``(n,)``."""
-        shards = (self.store.read_stored(checkpoint, shard).loss_gradients for shard in range(self.store.num_shards))
-        return self._where_seen(checkpoint, torch.cat(list(shards)).double())
-
-    def _where_seen(self, checkpoint: int, values: Tensor) -> Tensor:
-        subset = self.subsets[checkpoint]
-        return values if subset is None else values * subset.mask
 
     def _weighted(self, solved: Tensor, checkpoint: int, shard: int) -> Tensor:
         weights = self.weights(checkpoint, self.store.read_stored(checkpoint, shard))

@@ -32,12 +32,14 @@ class Noise:
             sums of several processes can be added up.
         lags: how far each checkpoint's training is from its end, see :mod:`lightning_trak.scoring.lag`: 1 until they
             are known.
+        scale: what all levels are multiplied by.
     """
 
     def __init__(self, num_checkpoints: int, averages: bool = False) -> None:
         self.averages = averages
         self.sums = torch.zeros(num_checkpoints, num_checkpoints + len(_COLUMNS), dtype=torch.float64)
         self.lags = [1.0] * num_checkpoints
+        self.scale = 1.0
 
     def add(self, loss_gradients: Tensor, curvatures: Tensor, seen: Tensor | None = None) -> None:
         """Add some examples.
@@ -115,7 +117,7 @@ class Noise:
         return math.prod(self.lags) ** (1.5 / size) / math.sqrt(max(correlation, 0.09))
 
     def levels(self, weighted: bool) -> list[float]:
-        """The noise at each checkpoint: agreement^2 dispersion share factor. The square was found by measurement.
+        """The noise at each checkpoint: agreement^2 dispersion share factor scale. The square was found by measurement.
 
         It is for :func:`~lightning_trak.scoring.damping.auto_damping`.
 
@@ -124,7 +126,7 @@ class Noise:
         """
         dispersions = self.dispersions if weighted else [1.0] * len(self.sums)
         parts = zip(dispersions, self.shares, self.factors, strict=True)
-        return [self.agreement**2 * dispersion * share * factor for dispersion, share, factor in parts]
+        return [self.scale * self.agreement**2 * dispersion * share * factor for dispersion, share, factor in parts]
 
     def describe(self, weighted: bool) -> str:
         """The parts of :meth:`levels` that are not 1 by definition, for a log line; it starts with a space if any."""

@@ -74,9 +74,9 @@ class PrimalScorer(TRAKScorer):
     def _seen(self, checkpoint: int, ranks: Ranks) -> Iterator[Features]:
         """This rank's share of the rows of examples that the checkpoint's model has seen, in blocks of shards."""
         subset = self.subsets[checkpoint]
-        blocks = row_blocks(self.store.num_shards, self.store.shard_size)
+        blocks = row_blocks(self.curved.num_shards, self.curved.shard_size)
         for shard in (shard for part in ranks.share(len(blocks)) for shard in blocks[part]):
-            rows, examples = self.store.read_stored(checkpoint, shard), self.store.shard(shard)
+            rows, examples = self.curved.read_stored(checkpoint, shard), self.curved.shard(shard)
             if subset is not None:
                 rows = rows[subset.mask[examples.start : examples.stop]]
             yield from rows.moved(lambda codes: codes.to(self._device)).blocks()

@@ -25,6 +25,9 @@ from lightning_trak.scoring.undamped import System, Undamped
 LossGradients = Literal["per_checkpoint", "averaged"]
 
 
+_SEVERAL = (
+    0.3  # times the automatic damping where K is that of several predictions for an example: found by measurement
+)
 _CACHE_FORMAT = 3  # of a stored Gram matrix; one of another format is made again
 _SYSTEM_BYTES = 1 << 32  # of factors in memory; those of more checkpoints are made again when they are needed
 
@@ -57,6 +60,8 @@ class TRAKScorer(Scorer):
         lag: how far each training is from its end, where something is chosen by it; ``"auto"`` measures it, see
             :mod:`lightning_trak.scoring.lag`.
         averages: whether each example's loss is a mean over several predictions, such as its tokens.
+        curved: the store whose rows K_m is made of, if K_m is that of several predictions for an example, see
+            :mod:`lightning_trak.scoring.per_prediction`. The lag is not measured then. Default: ``store``.
     """
 
     user: ClassVar[str] = "TRAK"  # in log lines
@@ -72,8 +77,10 @@ class TRAKScorer(Scorer):
         tempered: Tempered | None = None,
         lag: Lag = "auto",
         averages: bool = False,
+        curved: FeatureStore | None = None,
     ) -> None:
         super().__init__(store)
+        self.curved = store if curved is None else curved
         self.curvature: Curvature = curvature
         self.damping: Damping = damping
         self.loss_gradients = loss_gradients
@@ -106,6 +113,8 @@ class TRAKScorer(Scorer):
         chooses = self.tempered is not None and self.tempered.automatic
         if self.noise is None and (self.damping == "auto" or chooses):
             self.noise = stored_noise(self.store, self.subsets, self.averages, ranks)
+            if self.curved is not self.store:
+                self.noise.scale = _SEVERAL
             if self.lag != "auto":
                 self.noise.lags = [self.lag] * self.store.num_checkpoints
         dampings = [self._system(checkpoint, ranks)[1] for checkpoint in range(self.store.num_checkpoints)]
@@ -134,7 +143,8 @@ class TRAKScorer(Scorer):
             level = factor * cast(Noise, noise).levels(weighted)[checkpoint]
             return auto_damping(matrix.trace, matrix.squared_weights, self.num_features, level)
 
-        if self.lag == "auto" and noise is not None and weighted and checkpoint not in self._lags_known:
+        measured = self.lag == "auto" and self.curved is self.store
+        if measured and noise is not None and weighted and checkpoint not in self._lags_known:
             scaled = bool(noise.scaled[checkpoint])
             noise.lags[checkpoint] = find_lag(lambda factor: matrix.alignment(automatic(factor), scaled))
             self._lags_known.add(checkpoint)
@@ -147,8 +157,8 @@ class TRAKScorer(Scorer):
 
     def _about(self, checkpoint: int) -> tuple[torch.dtype, float, str]:
         """The dtype of the features, by how much they are rounded, and what to call their matrix in errors."""
-        precision = self.store.read_stored(checkpoint, 0).dtype.floating
-        return precision, self.store.rounding_error(checkpoint), f"checkpoint {checkpoint}"
+        precision = self.curved.read_stored(checkpoint, 0).dtype.floating
+        return precision, self.curved.rounding_error(checkpoint), f"checkpoint {checkpoint}"
 
     @property
     @abstractmethod
@@ -173,16 +183,16 @@ class TRAKScorer(Scorer):
     def _kept(
         self, checkpoint: int, name: str, about: str, ranks: Ranks, make: Callable[[], dict[str, Tensor]]
     ) -> dict[str, Tensor]:
-        """A matrix from the store's cache. If one rank does not find it there, all make it."""
-        key = f"{_CACHE_FORMAT}:{self.store.digest(checkpoint)}{about}"
-        stored = self.store.read_extra(checkpoint, name, key)
+        """A matrix from the cache of the store that it is made of. If one rank does not find it there, all make it."""
+        key = f"{_CACHE_FORMAT}:{self.curved.digest(checkpoint)}{about}"
+        stored = self.curved.read_extra(checkpoint, name, key)
         if ranks.all_true(stored is not None) and stored is not None:
             return stored
         with full_precision(self._device):
             made = make()
         if ranks.rank == 0 and self._keeps:
             try:
-                self.store.write_extra(checkpoint, name, made, key)
+                self.curved.write_extra(checkpoint, name, made, key)
             except OSError as error:  # the store may be read-only, or the disk full
                 self._keeps = False
                 warnings.warn(f"the Gram matrix cannot be kept and will be made again next time: {error}", stacklevel=2)

@@ -1,5 +1,6 @@
 """Passes over data with the model at one checkpoint."""
 
+import copy
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -9,6 +10,7 @@ import torch
 from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from typing_extensions import Self
 
 from lightning_trak.features.engines import EngineName, choose_engine, make_engine
 from lightning_trak.features.extractor import GRADIENT_BYTES, FeatureExtractor
@@ -134,6 +136,13 @@ class Passes:
         finally:
             self.model = model
             self.use_engine(cast(EngineName, self.engine_name))
+
+    def over(self, train: Examples, output: ModelOutput) -> Self:
+        """Passes over other training examples, of another output, at the present checkpoint. They share the model."""
+        other = copy.copy(self)
+        other.train, other.model, other._layouts = train, self.model.with_output(output), {}
+        other.use_engine(cast(EngineName, self.engine_name))
+        return other
 
     def extractor(self) -> FeatureExtractor:
         """An extractor of gradients without projection, for the batches from :meth:`batches`."""

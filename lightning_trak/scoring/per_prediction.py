@@ -1,0 +1,70 @@
+"""Curvature of each prediction of its own, for losses that add up several predictions for an example.
+
+The loss of a text adds up those of its tokens, l_j = sum_t a_jt (-log p_jt). Each token is a classification, with its
+margin m_jt and R_jt = p_jt (1 - p_jt). The Gauss-Newton matrix of all of them is
+
+    K = sum_j sum_t a_jt^2 R_jt g_jt g_jt^T,    g_jt = dm_jt/dtheta.
+
+It has a rank of many predictions for each example, and to store them all would take as many rows of features. One row
+for each example is enough: d_j = sum_t s_jt a_jt R_jt^(1/2) g_jt with random signs s. The mean of d_j d_j^T over the
+signs is the sum above, since products of different predictions cancel (Hutchinson 1990, A stochastic estimator of the
+trace, has such signs). What is left of them averages out over the examples. With one prediction, d_j d_j^T is R_j g_j
+g_j^T itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_trak.outputs import ModelOutput
+from lightning_trak.outputs.predictions import SeveralPredictions
+from lightning_trak.projections.philox import Stream, signs
+from lightning_trak.running.annotated import AnnotatedBatch
+
+_SIGNS = 128  # in a block of random words
+
+
+class PredictionCurvature(ModelOutput):
+    """The output whose gradient at a training example is d_j.
+
+    Its value means nothing. Q and R are those of a squared error, so that R = 1.
+
+    Args:
+        output: the output of the training examples.
+        seed: of the signs. They depend on the position of an example, and not on the rest of its batch.
+    """
+
+    numbered = True
+
+    def __init__(self, output: SeveralPredictions, seed: int) -> None:
+        self.of = output
+        self.seed = seed
+
+    def output(self, module: nn.Module, batch: AnnotatedBatch) -> Tensor:
+        """The sum whose gradient is d_j, shape ``(batch,)``; NaN where the given output is."""
+        margins, weights = self.of.predictions(module, batch.batch)
+        fixed = margins.detach()
+        curvatures = fixed.sigmoid() * (-fixed).sigmoid()  # 1 - p would lose all digits as p nears 1
+        return (margins * weights * curvatures.sqrt() * self._signs(batch.notes[:, 0], weights)).sum(-1)
+
+    def loss(self, output: Tensor) -> Tensor:
+        """Half the square, shape ``(batch,)``."""
+        return output.square() / 2
+
+    def explain_nan(self, module: nn.Module, batch: Any) -> str | None:
+        """Why the given output is NaN."""
+        return self.of.explain_nan(module, batch.batch)
+
+    def _signs(self, positions: Tensor, weights: Tensor) -> Tensor:
+        """-1 or 1 for each prediction, which has its number among those of its example that count: padding has none.
+
+        Args:
+            positions: of the examples, shape ``(batch,)``.
+            weights: of the predictions, shape ``(batch, predictions)``.
+        """
+        stream = Stream.derive("predictions", self.seed, 0, "")
+        words = stream.words(positions, -(-weights.shape[1] // _SIGNS)).flatten(1)
+        numbers = ((weights != 0).cumsum(-1) - 1).clamp(min=0)
+        return signs(words, weights.dtype).gather(1, numbers)
