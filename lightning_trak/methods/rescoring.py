@@ -14,6 +14,7 @@ from lightning_trak.methods.influence.audit import audit
 from lightning_trak.methods.influence.base import target_blocks, target_gradients
 from lightning_trak.methods.influence.conjugate_gradient import ConjugateGradient
 from lightning_trak.methods.influence.hessian import Hessian
+from lightning_trak.methods.influence.mixed_hessian import MixedHessian
 from lightning_trak.methods.influence.passes import Passes
 from lightning_trak.methods.influence.products import gradient_products
 from lightning_trak.methods.influence.solvers import InverseProduct
@@ -23,6 +24,7 @@ from lightning_trak.outputs import ModelOutput
 from lightning_trak.scoring.damping import Damping
 from lightning_trak.scoring.gram import Curvature
 from lightning_trak.scoring.groups import Sums
+from lightning_trak.scoring.per_prediction import WHOLE
 from lightning_trak.scoring.temperature import Tempered
 from lightning_trak.scoring.topk import BothEnds, TopK
 from lightning_trak.scoring.trak import LossGradients, TRAKScorer
@@ -148,24 +150,28 @@ class SecondStage:
             with passes.asking(output):
                 for examples in targets:
                     audit(passes, examples)
-            curved = passes
-            if numbered is not None and self.exact.curved is not None:
-                curved = passes.over(numbered, self.exact.curved)
-                if noise is not None:
-                    curved.noise_level = noise.levels(weighted=True)[checkpoint]
-                audit(curved, numbered)
-            inverse = self._inverse(curved, scorer.curved, checkpoint)
+            inverse = self._inverse(passes, scorer, checkpoint, numbered)
             for examples, each, rows in zip(targets, found, sums, strict=True):
                 for block in target_blocks(passes, examples, rows):
                     directions = inverse(target_gradients(passes, examples, block, output), block.span)
                     each.add(block.span, passes, directions, self.exact.loss_gradients, loss_gradients)
         return [self._kept(each, store.num_checkpoints, largest) for each in found]
 
-    def _inverse(self, passes: Passes, store: FeatureStore, checkpoint: int) -> InverseProduct:
-        damping, dim = self.exact.damping, store.read(checkpoint, 0).features.shape[1]
+    def _inverse(
+        self, passes: Passes, scorer: TRAKScorer, checkpoint: int, numbered: Examples | None
+    ) -> InverseProduct:
+        damping, dim = self.exact.damping, scorer.num_features
         if damping != "auto":
             damping *= passes.size / dim  # from a share of trace / k to one of trace / p
-        return _SOLVER.prepare(Hessian(passes, self.exact.curvature, damping, _same_outputs(store, passes, checkpoint)))
+        hessian = Hessian(passes, self.exact.curvature, damping, _same_outputs(scorer.store, passes, checkpoint))
+        if numbered is not None and self.exact.curved is not None:
+            assert scorer.curved is not None
+            single = passes.over(numbered, self.exact.curved)
+            audit(single, numbered)
+            check = _same_outputs(scorer.curved, single, checkpoint)
+            level = 1.0 if scorer.noise is None else scorer.noise.levels(weighted=True)[checkpoint]
+            hessian = MixedHessian(Hessian(single, "gauss_newton", 0.0, check), hessian, WHOLE, damping, level)
+        return _SOLVER.prepare(hessian)
 
     def _kept(self, found: "_Candidates", num_checkpoints: int, largest: bool | None) -> TopK | BothEnds:
         scores = found.products / num_checkpoints

@@ -20,7 +20,7 @@ from lightning_trak.scoring.woodbury import WoodburyScorer
 
 
 def smaller_scorer(store: FeatureStore, curved: FeatureStore | None = None) -> type[TRAKScorer]:
-    """The scorer whose system is the smaller one: with a row for each training example if they are fewer than features.
+    """The scorer whose system is the smaller one: it has a row for each feature, or for each row of K.
 
     Args:
         store: complete features of the training set.
@@ -31,9 +31,10 @@ def smaller_scorer(store: FeatureStore, curved: FeatureStore | None = None) -> t
     """
     store.require_complete()
     n, k = store.num_examples, store.read_stored(0, 0).k
-    if n >= k:
+    rows = n if curved is None else 2 * n
+    if rows >= k:
         return PrimalScorer
-    rank_zero_info(f"TRAK: solves {n} x {n} (examples) instead of {k} x {k} (features), since n is smaller")
+    rank_zero_info(f"TRAK: solves {rows} x {rows} (examples) instead of {k} x {k} (features), which is larger")
     return DualScorer if curved is None else WoodburyScorer
 
 

@@ -10,7 +10,7 @@ The direction (Phi^T R Phi + lambda I)^-1 phi(x) is never formed. Its largest pa
 the training features, has no inner product with any of them, and would only leave rounding errors in the scores.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -134,14 +134,14 @@ class DampedKernel:
         return self.solve(products.to(self._roots))[:, examples.start : examples.stop].diagonal()
 
 
-def kernel_matrix(store: FeatureStore, checkpoint: int, device: torch.device, ranks: Ranks) -> Tensor:
-    """Inner products of the features of all training examples.
+def kernel_matrix(stores: Sequence[FeatureStore], checkpoint: int, device: torch.device, ranks: Ranks) -> Tensor:
+    """Inner products of the features of all training examples; of several stores, one after another.
 
     The features are read in strips of columns, whose products are summed in float64. A strip takes a quarter of a
     gibibyte, or 64 columns. So n x k numbers are never in memory. Ranks share the strips.
 
     Args:
-        store: complete features.
+        stores: complete features.
         checkpoint: which checkpoint.
         device: where the products are computed.
         ranks: the processes that share the work; all must call this.
@@ -149,14 +149,14 @@ def kernel_matrix(store: FeatureStore, checkpoint: int, device: torch.device, ra
     Returns:
         float64, shape ``(n, n)``.
     """
-    n, k = store.num_examples, store.read_stored(checkpoint, 0).k
+    n, k = sum(store.num_examples for store in stores), stores[0].read_stored(checkpoint, 0).k
     width = min(max(_LEAST_WIDTH, _STRIP_BYTES // (8 * n)), max(_LEAST_WIDTH, -(-k // _STRIPS)))
     starts = range(0, k, width)
     total = torch.zeros(n, n, dtype=torch.float64, device=device)
     blocks = [slice(start, min(start + _ROWS, n)) for start in range(0, n, _ROWS)]
     for number in ranks.share(len(starts)):
         columns = slice(starts[number], starts[number] + width)
-        strip = torch.cat([part[:, columns].to(device, torch.float64) for part in _features(store, checkpoint)])
+        strip = torch.cat([part[:, columns].to(device, torch.float64) for part in _features(stores, checkpoint)])
         for rows in blocks:  # the lower triangle
             total[rows, : rows.stop].addmm_(strip[rows], strip[: rows.stop].T)
     for rows in blocks:
@@ -188,5 +188,5 @@ def products_with(store: FeatureStore, checkpoint: int, targets: Tensor, ranks: 
     return ranks.sum(found)
 
 
-def _features(store: FeatureStore, checkpoint: int) -> Iterator[Tensor]:
-    return (store.read(checkpoint, shard).features for shard in range(store.num_shards))
+def _features(stores: Sequence[FeatureStore], checkpoint: int) -> Iterator[Tensor]:
+    return (store.read(checkpoint, shard).features for store in stores for shard in range(store.num_shards))

@@ -17,8 +17,8 @@ class KernelScorer(TRAKScorer):
 
     @property
     def num_rows(self) -> int:
-        """n, the number of training examples."""
-        return self.curved.num_examples
+        """n, the number of training examples, for each source of K."""
+        return sum(source.num_examples for source, _ in self.sources)
 
     def _damped(self, checkpoint: int) -> DampedKernel:
         return cast(DampedKernel, self._system(checkpoint)[0])
@@ -37,25 +37,34 @@ class KernelScorer(TRAKScorer):
         return Undamped(weights.sum(), weights.square().sum(), factor, residual_step)
 
     def _kernel(self, checkpoint: int, ranks: Ranks) -> Tensor:
-        """Inner products of the features of all training examples: float64, shape ``(n, n)``, on the CPU."""
+        """Inner products of the features of all rows of K: float64, shape ``(n, n)``, on the CPU."""
+        *others, last = (source for source, _ in self.sources)
+        about = "".join(f":{other.digest(checkpoint)}" for other in others)
 
         def make() -> dict[str, Tensor]:
-            return {"kernel": kernel_matrix(self.curved, checkpoint, self._device, ranks).cpu()}
+            return {"kernel": kernel_matrix([*others, last], checkpoint, self._device, ranks).cpu()}
 
-        return self._kept(checkpoint, "kernel", "", ranks, make)["kernel"]
+        return self._kept(last, checkpoint, "kernel", about, ranks, make)["kernel"]
 
     def _curvatures(self, checkpoint: int) -> Tensor:
-        """R of all training examples, or ones; 0 for those that the model has not seen. float64, shape ``(n,)``."""
-        shards = (self.curved.read_stored(checkpoint, shard).curvatures for shard in range(self.curved.num_shards))
-        curvatures = torch.cat(list(shards)).double()
-        if self.curvature == "identity":
-            curvatures = torch.ones_like(curvatures)
-        require_convex(curvatures, 'curvature="identity"')
-        return self._where_seen(checkpoint, curvatures)
+        """R of all rows of K, or ones, times the share of their source; 0 for examples that the model has not seen.
+
+        Returns:
+            float64, shape ``(n,)``.
+        """
+        found = []
+        for source, share in self.sources:
+            shards = (source.read_stored(checkpoint, shard).curvatures for shard in range(source.num_shards))
+            curvatures = torch.cat(list(shards)).double()
+            if self.curvature == "identity":
+                curvatures = torch.ones_like(curvatures)
+            require_convex(curvatures, 'curvature="identity"')
+            found.append(share * self._where_seen(checkpoint, curvatures))
+        return torch.cat(found)
 
     def _residuals(self, checkpoint: int) -> Tensor:
         """Q of all training examples; 0 for those that the model has not seen. float64, shape ``(n,)``."""
-        shards = (self.curved.read_stored(checkpoint, shard).loss_gradients for shard in range(self.curved.num_shards))
+        shards = (self.store.read_stored(checkpoint, shard).loss_gradients for shard in range(self.store.num_shards))
         return self._where_seen(checkpoint, torch.cat(list(shards)).double())
 
     def _where_seen(self, checkpoint: int, values: Tensor) -> Tensor:

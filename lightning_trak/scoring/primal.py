@@ -6,6 +6,7 @@ from functools import cache
 from torch import Tensor
 
 from lightning_trak.features.rows import Features
+from lightning_trak.features.store import FeatureStore
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.scoring.gram import DampedGram, gram_matrix, row_blocks
 from lightning_trak.scoring.lag import residual_sums
@@ -47,23 +48,30 @@ class PrimalScorer(TRAKScorer):
         return Undamped(gram.trace(), squared_weights, factor, residual_step)
 
     def _gram(self, checkpoint: int, ranks: Ranks) -> tuple[Tensor, Tensor]:
-        """See :func:`~lightning_trak.scoring.gram.gram_matrix`."""
+        """See :func:`~lightning_trak.scoring.gram.gram_matrix`; of several sources, each with its share."""
+        gram, squared_weights = self._gram_of(self.store, checkpoint, ranks)
+        for source, share in self.sources[1:]:
+            more, weights = self._gram_of(source, checkpoint, ranks)
+            gram = gram * (1 - share) + more * share
+            squared_weights = squared_weights * (1 - share) ** 2 + weights * share**2
+        return gram, squared_weights
 
+    def _gram_of(self, source: FeatureStore, checkpoint: int, ranks: Ranks) -> tuple[Tensor, Tensor]:
         def make() -> dict[str, Tensor]:
-            sums = gram_matrix(self._seen(checkpoint, ranks), self.curvature, self.num_features, self._device)
+            sums = gram_matrix(self._seen(source, checkpoint, ranks), self.curvature, self.num_features, self._device)
             return dict(zip(("gram", "squared_weights"), map(ranks.sum, sums), strict=True))
 
-        kept = self._kept(checkpoint, f"gram-{self.curvature}", self._seen_key(checkpoint), ranks, make)
+        kept = self._kept(source, checkpoint, f"gram-{self.curvature}", self._seen_key(checkpoint), ranks, make)
         return kept["gram"], kept["squared_weights"]
 
     def _pull(self, checkpoint: int, ranks: Ranks) -> tuple[Tensor, Tensor]:
         """See :func:`~lightning_trak.scoring.lag.residual_sums`."""
 
         def make() -> dict[str, Tensor]:
-            sums = residual_sums(self._seen(checkpoint, ranks), self.num_features, self._device)
+            sums = residual_sums(self._seen(self.store, checkpoint, ranks), self.num_features, self._device)
             return dict(zip(("pull", "squared_residuals"), map(ranks.sum, sums), strict=True))
 
-        kept = self._kept(checkpoint, "residuals", self._seen_key(checkpoint), ranks, make)
+        kept = self._kept(self.store, checkpoint, "residuals", self._seen_key(checkpoint), ranks, make)
         return kept["pull"], kept["squared_residuals"]
 
     def _seen_key(self, checkpoint: int) -> str:
@@ -71,12 +79,12 @@ class PrimalScorer(TRAKScorer):
         subset = self.subsets[checkpoint]
         return "" if subset is None else f":{subset.digest}"
 
-    def _seen(self, checkpoint: int, ranks: Ranks) -> Iterator[Features]:
+    def _seen(self, source: FeatureStore, checkpoint: int, ranks: Ranks) -> Iterator[Features]:
         """This rank's share of the rows of examples that the checkpoint's model has seen, in blocks of shards."""
         subset = self.subsets[checkpoint]
-        blocks = row_blocks(self.curved.num_shards, self.curved.shard_size)
+        blocks = row_blocks(source.num_shards, source.shard_size)
         for shard in (shard for part in ranks.share(len(blocks)) for shard in blocks[part]):
-            rows, examples = self.curved.read_stored(checkpoint, shard), self.curved.shard(shard)
+            rows, examples = source.read_stored(checkpoint, shard), source.shard(shard)
             if subset is not None:
                 rows = rows[subset.mask[examples.start : examples.stop]]
             yield from rows.moved(lambda codes: codes.to(self._device)).blocks()

@@ -19,6 +19,7 @@ from lightning_trak.scoring.gram import Curvature, DampedGram
 from lightning_trak.scoring.kernel import DampedKernel
 from lightning_trak.scoring.lag import Lag, find_lag
 from lightning_trak.scoring.noise import Noise, stored_noise
+from lightning_trak.scoring.per_prediction import SEVERAL, WHOLE
 from lightning_trak.scoring.temperature import Tempered
 from lightning_trak.scoring.undamped import System, Undamped
 
@@ -60,8 +61,8 @@ class TRAKScorer(Scorer):
         lag: how far each training is from its end, where something is chosen by it; ``"auto"`` measures it, see
             :mod:`lightning_trak.scoring.lag`.
         averages: whether each example's loss is a mean over several predictions, such as its tokens.
-        curved: the store whose rows K_m is made of, if K_m is that of several predictions for an example, see
-            :mod:`lightning_trak.scoring.per_prediction`. The lag is not measured then. Default: ``store``.
+        curved: features of single predictions for the same examples, which K_m is made of, too, see
+            :mod:`lightning_trak.scoring.per_prediction`. The lag is not measured then. Default: K_m is as above.
     """
 
     user: ClassVar[str] = "TRAK"  # in log lines
@@ -80,7 +81,9 @@ class TRAKScorer(Scorer):
         curved: FeatureStore | None = None,
     ) -> None:
         super().__init__(store)
-        self.curved = store if curved is None else curved
+        self.curved = curved
+        whole = 1.0 if curved is None else WHOLE
+        self.sources = [(store, whole)] if curved is None else [(store, whole), (curved, 1 - whole)]
         self.curvature: Curvature = curvature
         self.damping: Damping = damping
         self.loss_gradients = loss_gradients
@@ -113,8 +116,8 @@ class TRAKScorer(Scorer):
         chooses = self.tempered is not None and self.tempered.automatic
         if self.noise is None and (self.damping == "auto" or chooses):
             self.noise = stored_noise(self.store, self.subsets, self.averages, ranks)
-            if self.curved is not self.store:
-                self.noise.scale = _SEVERAL
+            if self.curved is not None:
+                self.noise.scale = SEVERAL
             if self.lag != "auto":
                 self.noise.lags = [self.lag] * self.store.num_checkpoints
         dampings = [self._system(checkpoint, ranks)[1] for checkpoint in range(self.store.num_checkpoints)]
@@ -143,7 +146,7 @@ class TRAKScorer(Scorer):
             level = factor * cast(Noise, noise).levels(weighted)[checkpoint]
             return auto_damping(matrix.trace, matrix.squared_weights, self.num_features, level)
 
-        measured = self.lag == "auto" and self.curved is self.store
+        measured = self.lag == "auto" and self.curved is None
         if measured and noise is not None and weighted and checkpoint not in self._lags_known:
             scaled = bool(noise.scaled[checkpoint])
             noise.lags[checkpoint] = find_lag(lambda factor: matrix.alignment(automatic(factor), scaled))
@@ -157,8 +160,9 @@ class TRAKScorer(Scorer):
 
     def _about(self, checkpoint: int) -> tuple[torch.dtype, float, str]:
         """The dtype of the features, by how much they are rounded, and what to call their matrix in errors."""
-        precision = self.curved.read_stored(checkpoint, 0).dtype.floating
-        return precision, self.curved.rounding_error(checkpoint), f"checkpoint {checkpoint}"
+        precision = self.store.read_stored(checkpoint, 0).dtype.floating
+        error = max(store.rounding_error(checkpoint) for store, _ in self.sources)
+        return precision, error, f"checkpoint {checkpoint}"
 
     @property
     @abstractmethod
@@ -181,18 +185,24 @@ class TRAKScorer(Scorer):
         return not self.soft_threshold
 
     def _kept(
-        self, checkpoint: int, name: str, about: str, ranks: Ranks, make: Callable[[], dict[str, Tensor]]
+        self,
+        store: FeatureStore,
+        checkpoint: int,
+        name: str,
+        about: str,
+        ranks: Ranks,
+        make: Callable[[], dict[str, Tensor]],
     ) -> dict[str, Tensor]:
-        """A matrix from the cache of the store that it is made of. If one rank does not find it there, all make it."""
-        key = f"{_CACHE_FORMAT}:{self.curved.digest(checkpoint)}{about}"
-        stored = self.curved.read_extra(checkpoint, name, key)
+        """A matrix from the cache of a store. If one rank does not find it there, all make it."""
+        key = f"{_CACHE_FORMAT}:{store.digest(checkpoint)}{about}"
+        stored = store.read_extra(checkpoint, name, key)
         if ranks.all_true(stored is not None) and stored is not None:
             return stored
         with full_precision(self._device):
             made = make()
         if ranks.rank == 0 and self._keeps:
             try:
-                self.curved.write_extra(checkpoint, name, made, key)
+                store.write_extra(checkpoint, name, made, key)
             except OSError as error:  # the store may be read-only, or the disk full
                 self._keeps = False
                 warnings.warn(f"the Gram matrix cannot be kept and will be made again next time: {error}", stacklevel=2)

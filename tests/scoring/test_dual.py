@@ -162,7 +162,7 @@ class OneOf(Ranks):
 def test_ranks_share_the_kernel_and_the_products(tmp_path, world):
     store, targets = make_store(tmp_path, k=1100), make_targets(1100)[0]
     phi = columns(store, 0, "features")
-    parts = [kernel_matrix(store, 0, CPU, OneOf(rank, world)) for rank in range(world)]
+    parts = [kernel_matrix([store], 0, CPU, OneOf(rank, world)) for rank in range(world)]
     assert all(part.any() for part in parts)
     torch.testing.assert_close(sum(parts), phi @ phi.T, rtol=1e-12, atol=1e-12)
     parts = [kernel_module.products_with(store, 0, targets, OneOf(rank, world)) for rank in range(world)]
@@ -175,14 +175,14 @@ def test_blocks_of_any_size_give_the_kernel(tmp_path, monkeypatch, rows):
     monkeypatch.setattr(kernel_module, "_ROWS", rows)
     monkeypatch.setattr(kernel_module, "_STRIP_BYTES", 1000)
     phi = columns(store, 1, "features")
-    torch.testing.assert_close(kernel_matrix(store, 1, CPU, Ranks()), phi @ phi.T, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(kernel_matrix([store], 1, CPU, Ranks()), phi @ phi.T, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(kernel_module.products_with(store, 1, phi, Ranks()), phi @ phi.T, rtol=1e-12, atol=1e-12)
 
 
 def test_the_kernel_is_kept_for_every_curvature(tmp_path, monkeypatch):
     store, made = make_store(tmp_path), []
     real = kernel_matrix
-    monkeypatch.setattr("lightning_trak.scoring.dual.kernel_matrix", lambda *a: made.append(a) or real(*a))
+    monkeypatch.setattr("lightning_trak.scoring.kernel_scorer.kernel_matrix", lambda *a: made.append(a) or real(*a))
     fitted(store)
     assert len(made) == M
     fitted(store, curvature="identity")
@@ -223,7 +223,7 @@ def test_the_choice_is_told(tmp_path, monkeypatch):
     told = []
     monkeypatch.setattr("lightning_trak.scoring.dual.rank_zero_info", told.append)
     fitted(make_store(tmp_path))
-    assert told == ["TRAK: solves 30 x 30 (examples) instead of 70 x 70 (features), since n is smaller"]
+    assert told == ["TRAK: solves 30 x 30 (examples) instead of 70 x 70 (features), which is larger"]
 
 
 @pytest.mark.slow

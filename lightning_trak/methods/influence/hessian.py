@@ -107,6 +107,14 @@ class Hessian:
             require_convex(curvatures, 'curvature="exact"')
         return torch.ones_like(curvatures) if self.curvature == "identity" else curvatures.abs()
 
+    def heaviest(self, count: int) -> Tensor:
+        """The rows sqrt(R_j) g_j of this many training examples with the largest weights, shape ``(count, p)``."""
+        chosen = self.weights.topk(min(count, len(self.weights))).indices.sort().values.tolist()
+        rows = (found for _, found in self.passes.rows(self.passes.train, chosen))
+        return torch.cat(
+            [part.features * self.counts(part.curvatures).sqrt().to(part.features)[:, None] for part in rows]
+        )
+
     def damped_product(self, vectors: Tensor) -> Tensor:
         """(H + lambda I) v for each row v of ``vectors``, shape ``(n, p)``: one pass over the training data."""
         return self.product(vectors).add_(vectors, alpha=self.ridge)

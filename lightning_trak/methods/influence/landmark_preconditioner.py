@@ -27,14 +27,7 @@ def landmark_preconditioner(hessian: Hessian) -> Callable[[Tensor], Tensor]:
     """
     passes = hessian.passes
     fitting = max(1, _BYTES // (passes.size * passes.dtype.itemsize))
-    count = min(_COUNT, fitting, len(hessian.weights))
-    chosen = hessian.weights.topk(count).indices.sort().values.tolist()
-    factor = torch.cat(
-        [
-            rows.features * hessian.counts(rows.curvatures).sqrt().to(rows.features).unsqueeze(1)
-            for _, rows in passes.rows(passes.train, chosen)
-        ]
-    )
+    factor = hessian.heaviest(min(_COUNT, fitting))
     values, vectors = torch.linalg.eigh((factor @ factor.T).double())
     # With a smaller lambda, 1 / lambda would be so large that its rounding exceeds the inverse of the largest value.
     ridge = max(hessian.ridge, 100 * torch.finfo(passes.dtype).eps * float(values[-1]))
