@@ -13,7 +13,7 @@ from lightning_trak.features.featurizing import Featurizing
 from lightning_trak.features.rows import Features
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.gradients import ParameterSelection
-from lightning_trak.methods.newton import NewtonMethod
+from lightning_trak.methods.newton import CurvatureChoice, NewtonMethod
 from lightning_trak.methods.options import Checkpoints
 from lightning_trak.methods.rescoring import ExactScores
 from lightning_trak.outputs import ModelOutput
@@ -24,7 +24,6 @@ from lightning_trak.running.strategies import require_whole_parameters
 from lightning_trak.running.trainers import trainer_of
 from lightning_trak.scoring.damping import Damping, require_damping
 from lightning_trak.scoring.exact_kernel import ExactKernelScorer, stored_forms
-from lightning_trak.scoring.gram import Curvature
 from lightning_trak.scoring.lag import Lag
 from lightning_trak.scoring.temperature import Temperature
 from lightning_trak.scoring.trak import LossGradients
@@ -52,7 +51,8 @@ class ExactKernel(NewtonMethod):
         checkpoints: as for TRAK. Scores are averaged over them.
         store: directory of the gradients and the kernel, on a disk that all ranks see.
         output: the scalar output to attribute; default: the model's ``configure_model_output()``.
-        curvature: as for TRAK.
+        curvature: as for TRAK. With ``"per_prediction"`` there are two gradients for each example, so that n is twice
+            as large above.
         damping: lambda relative to the mean eigenvalue of K, whose size is the number of parameters; more than 0.
             ``"auto"`` follows the rule of TRAK.
         loss_gradients: as for TRAK.
@@ -80,7 +80,7 @@ class ExactKernel(NewtonMethod):
         store: str | Path | None = None,
         *,
         output: ModelOutput | None = None,
-        curvature: Curvature = "gauss_newton",
+        curvature: CurvatureChoice = "auto",
         damping: Damping = "auto",
         loss_gradients: LossGradients = "per_checkpoint",
         soft_threshold: float = 0.0,
@@ -141,8 +141,14 @@ class ExactKernel(NewtonMethod):
         require_whole_parameters(trainer)
         super().featurize(trainer, data, shard_size, **how)
         store, ranks = self._open(trainer), Ranks.of(trainer)
-        if how.get("part") is None or ranks.all_true(store.complete):  # else the last part makes the kernels
+        complete = store.complete and self._curvature_complete
+        if how.get("part") is None or ranks.all_true(complete):  # else the last part makes the kernels
             self.make_scorer(store).make_kernels(trainer.strategy.root_device, ranks)
+
+    @property
+    @override
+    def _fitted(self) -> bool:
+        return False  # forms of gradients depend on their shapes alone
 
     @override
     def _require_trainer(self, trainer: L.Trainer) -> None:
@@ -166,4 +172,4 @@ class ExactKernel(NewtonMethod):
 
     @override
     def make_scorer(self, store: FeatureStore) -> ExactKernelScorer:
-        return self._new_scorer(ExactKernelScorer, store)
+        return self._new_scorer(ExactKernelScorer, store, self._curved(store))

@@ -93,21 +93,25 @@ class NewtonMethod(FeatureMethod):
             ValueError: if it is not.
         """
         several = isinstance(self.output, SeveralPredictions)
-        fitted = self.settings.projection.sample_size > 0  # to other gradients than those of single predictions
         if curvature == "auto":
-            return "per_prediction" if several and not fitted else "gauss_newton"
+            return "per_prediction" if several and not self._fitted else "gauss_newton"
         if curvature == "per_prediction" and not several:
             raise ValueError(
                 f'curvature="per_prediction" needs an output of several predictions, such as CausalLMMargin,'
                 f" SegmentationMargin or MultiLabelMargin, and {type(self.output).__name__} is none: use"
                 ' curvature="gauss_newton"'
             )
-        if curvature == "per_prediction" and fitted:
+        if curvature == "per_prediction" and self._fitted:
             raise ValueError(
                 f'curvature="per_prediction" needs a projection that is not fitted to gradients, and'
                 f' {type(self.settings.projection).__name__} is: use SparseProjection, or curvature="gauss_newton"'
             )
         return curvature
+
+    @property
+    def _fitted(self) -> bool:
+        """Whether the projection is fitted to gradients, which are not those of single predictions."""
+        return self.settings.projection.sample_size > 0
 
     @override
     def featurize(
@@ -136,22 +140,36 @@ class NewtonMethod(FeatureMethod):
         """The output whose gradients are the rows of single predictions."""
         return PredictionCurvature(cast(SeveralPredictions, self.output), self.settings.seed)
 
-    def _curved(self, store: FeatureStore) -> FeatureStore | None:
-        """The complete store of the rows that K is made of; None if that is the given one.
+    @property
+    def _curvature_complete(self) -> bool:
+        """Whether the store has all rows of single predictions, if it needs any."""
+        return self.curvature != "per_prediction" or self._open_curved().complete
+
+    def _open_curved(self) -> FeatureStore:
+        """The store of the rows of single predictions, which may be incomplete.
 
         Raises:
+            FileNotFoundError: if there is none.
+        """
+        pipeline = self._curvature_pipeline()
+        try:
+            return pipeline.open(pipeline.copy_model())
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f'store "{self.store}" has no curvature of single predictions yet: call featurize again, or use'
+                ' curvature="gauss_newton"'
+            ) from error
+
+    def _curved(self, store: FeatureStore) -> FeatureStore | None:
+        """The complete store of the rows of single predictions; None if K is made of the given store alone.
+
+        Raises:
+            FileNotFoundError: if there is none.
             RuntimeError: if it is incomplete.
         """
         if self.curvature != "per_prediction":
             return None
-        pipeline = self._curvature_pipeline()
-        try:
-            curved = pipeline.open(pipeline.copy_model())
-        except FileNotFoundError as error:
-            raise FileNotFoundError(
-                f'store "{store.directory}" has no curvature of single predictions yet: call featurize again, or use'
-                ' curvature="gauss_newton"'
-            ) from error
+        curved = self._open_curved()
         curved.require_complete()
         if curved.num_examples != store.num_examples:
             raise RuntimeError(

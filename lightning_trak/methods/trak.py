@@ -42,9 +42,12 @@ class TRAK(NewtonMethod):
         store: directory of the features, on a disk that all ranks see. It must be given.
         output: the scalar output to attribute; default: the model's ``configure_model_output()``.
         projection: what compresses gradients; default: :class:`~lightning_trak.projections.SparseProjection` to 16,384
-            features, which take 8 KiB in 4 bits.
+            features, which take 8 KiB in 4 bits (twice that with ``curvature="per_prediction"``).
         curvature: the matrix K: ``"gauss_newton"`` is sum_j R_j phi_j phi_j^T; ``"identity"``, as published, takes
-            R_j = 1.
+            R_j = 1. ``"per_prediction"`` is for outputs whose loss adds up several predictions for an example, such as
+            tokens, pixels or labels: each counts as a classification of its own, too, see
+            :mod:`lightning_trak.scoring.per_prediction`. It needs a second row of features for each example, which
+            takes as many bytes and as much time. ``"auto"`` is that where it is possible, else ``"gauss_newton"``.
         damping: lambda relative to the mean eigenvalue of K; ``"auto"`` chooses it from the features and the number of
             checkpoints (:func:`~lightning_trak.scoring.damping.auto_damping`). Where models were retrained,
             :meth:`score_dampings` and :func:`~lightning_trak.retraining.tune` can choose it.

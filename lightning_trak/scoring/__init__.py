@@ -9,7 +9,6 @@ from lightning_trak.scoring.intervals import Interval
 from lightning_trak.scoring.primal import PrimalScorer
 from lightning_trak.scoring.topk import BothEnds, TopK
 from lightning_trak.scoring.trak import TRAKScorer
-from lightning_trak.scoring.woodbury import WoodburyScorer
 
 __all__ = [
     "BothEnds",
@@ -22,7 +21,6 @@ __all__ = [
     "Scorer",
     "TRAKScorer",
     "TopK",
-    "WoodburyScorer",
     "aggregate_scores",
     "combine_runs",
     "combine_scores",

@@ -40,9 +40,13 @@ class ExactKernelScorer(DualScorer):
         return sum(form.rows * form.columns for form, _ in stored_forms(self.store, 0))
 
     @cached_property
-    def _blocks(self) -> list[range]:
-        """Shards whose inner products are made together."""
-        return row_blocks(self.store.num_shards, self.store.shard_size)
+    def _blocks(self) -> list[tuple[int, range]]:
+        """Shards whose inner products are made together, and the number of their source."""
+        return [
+            (number, shards)
+            for number, (source, _) in enumerate(self.sources)
+            for shards in row_blocks(source.num_shards, source.shard_size)
+        ]
 
     def make_kernels(self, device: torch.device, ranks: Ranks) -> None:
         """Make the missing blocks of all kernels. Ranks share them.
@@ -55,13 +59,14 @@ class ExactKernelScorer(DualScorer):
             RuntimeError: if the store is incomplete, or an inner product is wrong.
             OSError: if a block cannot be written. Those before it are kept.
         """
-        self.store.require_complete()
+        for source, _ in self.sources:
+            source.require_complete()
         self._device = with_float64(device)
         keys = {(c, block): self._key(c, block) for c in self.store.first for block in range(len(self._blocks))}
         missing = [
             (checkpoint, block)
             for checkpoint, block in sorted(keys, key=lambda place: (place[0], -place[1]))  # the longest first
-            if self.store.read_extra(checkpoint, _name(block), keys[checkpoint, block]) is None
+            if self._source(block).read_extra(checkpoint, _name(block), keys[checkpoint, block]) is None
         ]
         missing = ranks.gather(missing)[0]  # a rank may see files that others have just written
         if missing:
@@ -69,17 +74,22 @@ class ExactKernelScorer(DualScorer):
         with full_precision(self._device):
             for number in ranks.share(len(missing)):
                 checkpoint, block = missing[number]
-                rows = self._make_block(checkpoint, block)
-                self.store.write_extra(checkpoint, _name(block), {"products": rows.cpu()}, keys[checkpoint, block])
+                rows = {"products": self._make_block(checkpoint, block).cpu()}
+                self._source(block).write_extra(checkpoint, _name(block), rows, keys[checkpoint, block])
         ranks.barrier()
 
     def _key(self, checkpoint: int, block: int) -> str:
         """What the products of a block of examples and all before it are made from."""
-        return f"{_FORMAT}:{self.store.digest(checkpoint, self._blocks[block].stop)}"
+        number, shards = self._blocks[block]
+        before = [source.digest(checkpoint) for source, _ in self.sources[:number]]
+        return ":".join([str(_FORMAT), *before, self._source(block).digest(checkpoint, shards.stop)])
+
+    def _source(self, block: int) -> FeatureStore:
+        return self.sources[self._blocks[block][0]][0]
 
     def _make_block(self, checkpoint: int, block: int) -> Tensor:
         """The inner products of a block of examples and all examples up to its last, float64."""
-        forms, mine = stored_forms(self.store, checkpoint), self._stored(checkpoint, block)
+        forms, mine = self._forms(checkpoint), self._stored(checkpoint, block)
         parts = []
         for other in range(block + 1):
             others = mine if other == block else self._stored(checkpoint, other)
@@ -106,21 +116,22 @@ class ExactKernelScorer(DualScorer):
                 )
 
     def _stored(self, checkpoint: int, block: int) -> Tensor:
-        shards = [self.store.read(checkpoint, shard).features for shard in self._blocks[block]]
+        source = self._source(block)
+        shards = [source.read(checkpoint, shard).features for shard in self._blocks[block][1]]
         return torch.cat(shards).to(self._device)
 
     def _starts(self) -> Iterator[tuple[int, range]]:
         """Each block of rows, and the positions of its examples."""
-        for number, shards in enumerate(self._blocks):
-            yield number, range(self.store.shard(shards[0]).start, self.store.shard(shards[-1]).stop)
+        for number, (before, shards) in enumerate(self._blocks):
+            source, start = self._source(number), before * self.store.num_examples
+            yield number, range(start + source.shard(shards[0]).start, start + source.shard(shards[-1]).stop)
 
     def _kernel(self, checkpoint: int, ranks: Ranks) -> Tensor:
         """See DualScorer. It is put together from its blocks; those that are missing are made."""
         self.make_kernels(self._device, ranks)
-        n = self.store.num_examples
-        kernel = torch.empty(n, n, dtype=torch.float64)
+        kernel = torch.empty(self.num_rows, self.num_rows, dtype=torch.float64)
         for number, examples in self._starts():
-            stored = self.store.read_extra(checkpoint, _name(number), self._key(checkpoint, number))
+            stored = self._source(number).read_extra(checkpoint, _name(number), self._key(checkpoint, number))
             if stored is None:
                 raise RuntimeError(f"block {number} of the kernel has disappeared; score again, which makes it again")
             rows = slice(examples.start, examples.stop)
@@ -130,10 +141,7 @@ class ExactKernelScorer(DualScorer):
 
     def _products(self, checkpoint: int, targets: Tensor, ranks: Ranks) -> Tensor:
         """See DualScorer."""
-        forms, found = (
-            stored_forms(self.store, checkpoint),
-            targets.new_zeros(len(targets), self.store.num_examples).double(),
-        )
+        forms, found = self._forms(checkpoint), targets.new_zeros(len(targets), self.num_rows).double()
         blocks = dict(self._starts())
         for number in ranks.share(len(blocks)):
             examples = blocks[number]
@@ -142,13 +150,27 @@ class ExactKernelScorer(DualScorer):
 
     def paired(self, checkpoint: int, first: Tensor, second: Tensor) -> Tensor:
         """See Scorer."""
-        forms = stored_forms(self.store, checkpoint)
+        forms = self._forms(checkpoint)
         pairs = zip(torch.split(first, 1), torch.split(second, 1), strict=True)
         return torch.cat([inner_products(forms, *pair).flatten() for pair in pairs])
 
     def _products_between(self, checkpoint: int, targets: Tensor, others: Tensor) -> Tensor:
         """See DualScorer."""
-        return inner_products(stored_forms(self.store, checkpoint), targets, others)
+        return inner_products(self._forms(checkpoint), targets, others)
+
+    def _forms(self, checkpoint: int) -> GradientForms:
+        """The forms of the gradients of all sources.
+
+        Raises:
+            RuntimeError: if a store has lost them, or they differ.
+        """
+        forms, *others = (stored_forms(source, checkpoint) for source, _ in self.sources)
+        if any(list(other) != list(forms) for other in others):
+            raise RuntimeError(
+                f'store "{self.store.directory}" holds gradients in other forms than its curvature: call featurize with'
+                " overwrite=True"
+            )
+        return forms
 
 
 def stored_forms(store: FeatureStore, checkpoint: int) -> GradientForms:

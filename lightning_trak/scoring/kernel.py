@@ -86,7 +86,7 @@ class DampedKernel:
         kernel, residuals = kernel.to(self._roots), residuals.to(self._roots)
         tau = self.solve((kernel @ residuals).unsqueeze(0)).squeeze(0)
         rest = residuals - self._roots.square() * tau
-        return float(rest @ (kernel @ rest)) / self.ridge
+        return float(rest @ (kernel @ rest)) / self._factor.ridge
 
     def solve(self, products: Tensor) -> Tensor:
         """Solve for each target.
@@ -100,7 +100,9 @@ class DampedKernel:
         return self._factor.solve(products * self._roots).div_(self._roots)
 
     def outside(self, solved: Tensor, own: Tensor, products: Tensor) -> Tensor:
-        """The solution at features that are not those of training examples: phi_i^T d, see :meth:`coefficients`.
+        """The solution at features that are not those of training examples.
+
+        Phi d = tau gives d = (phi(x) - Phi^T R tau) / lambda, so that phi_i^T d needs inner products alone.
 
         Args:
             solved: tau of each target, from :meth:`solve`, shape ``(num_targets, n)``.
@@ -110,16 +112,7 @@ class DampedKernel:
         Returns:
             Shape ``(num_targets, m)``.
         """
-        return (own - self.coefficients(solved) @ products.T) / self.ridge
-
-    def coefficients(self, solved: Tensor) -> Tensor:
-        """R tau of each target, shape ``(num_targets, n)``: Phi d = tau gives d = (phi(x) - Phi^T R tau) / lambda."""
-        return solved * self._roots.square()
-
-    @property
-    def ridge(self) -> float:
-        """The ridge lambda itself."""
-        return self._factor.ridge
+        return (own - (solved * self._roots.square()) @ products.T) / self._factor.ridge
 
     def own(self, products: Tensor, examples: range) -> Tensor:
         """The solution of each of some training examples at itself.

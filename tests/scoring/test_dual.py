@@ -182,7 +182,7 @@ def test_blocks_of_any_size_give_the_kernel(tmp_path, monkeypatch, rows):
 def test_the_kernel_is_kept_for_every_curvature(tmp_path, monkeypatch):
     store, made = make_store(tmp_path), []
     real = kernel_matrix
-    monkeypatch.setattr("lightning_trak.scoring.kernel_scorer.kernel_matrix", lambda *a: made.append(a) or real(*a))
+    monkeypatch.setattr("lightning_trak.scoring.dual.kernel_matrix", lambda *a: made.append(a) or real(*a))
     fitted(store)
     assert len(made) == M
     fitted(store, curvature="identity")
@@ -223,7 +223,7 @@ def test_the_choice_is_told(tmp_path, monkeypatch):
     told = []
     monkeypatch.setattr("lightning_trak.scoring.dual.rank_zero_info", told.append)
     fitted(make_store(tmp_path))
-    assert told == ["TRAK: solves 30 x 30 (examples) instead of 70 x 70 (features), which is larger"]
+    assert told == ["TRAK: solves 30 x 30 (examples) instead of 70 x 70 (features), since n is smaller"]
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from lightning_trak.outputs import (
 from lightning_trak.outputs.margins import logistic_loss
 from lightning_trak.projections import IdentityProjection, PrincipalProjection, SparseProjection
 from lightning_trak.running.annotated import AnnotatedBatch
-from lightning_trak.scoring import PrimalScorer, WoodburyScorer
+from lightning_trak.scoring import DualScorer, PrimalScorer
 from lightning_trak.scoring.per_prediction import PredictionCurvature
 from tests.causal_texts import CausalNet, gradients, loader, make_texts, margins, pad, pad_left
 from tests.lit import make_model, make_trainer
@@ -85,7 +85,7 @@ def test_scores_are_those_of_the_rows(tmp_path, dim, damping):
     scores = trak.score(double(), loader(ASKED))
     store = trak.open_store(double())
     scorer = trak.make_scorer(store)
-    assert type(scorer) is (WoodburyScorer if dim is None else PrimalScorer)
+    assert type(scorer) is (DualScorer if dim is None else PrimalScorer)
     d, phi = rows_of(scorer.curved), rows_of(store)
     q = torch.cat([store.read(0, shard).loss_gradients for shard in range(store.num_shards)])
     r = torch.cat([store.read(0, shard).curvatures for shard in range(store.num_shards)])
@@ -175,6 +175,31 @@ def test_the_exact_second_stage_has_the_same_curvature(tmp_path):
     torch.testing.assert_close(exact.values, plain.values.to(exact.values), rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("part", [None, (1, 2)])
+def test_the_exact_kernel_has_the_scores_of_whole_gradients(tmp_path, part):
+    texts = [text for text in TEXTS if len(text["input_ids"]) > 2]
+    whole = identity(tmp_path / "store", texts)
+    exact = ExactKernel(CausalNet(), store=tmp_path / "kernel", dtype=torch.float64)
+    padded = loader(texts, collate=to_seven)
+    exact.featurize(double(), padded, shard_size=3, part=part)
+    if part is not None:
+        with pytest.raises(RuntimeError, match="shards"):
+            exact.score(double(), loader(ASKED, collate=to_seven))
+        exact.featurize(double(), padded, part=(2, 2))
+    scores = exact.score(double(), loader(ASKED, collate=to_seven))
+    expected = whole.score(double(), loader(ASKED))
+    torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-8)
+    again = exact.score(double(), loader(ASKED, collate=to_seven), train=padded)
+    torch.testing.assert_close(again, scores, rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(exact.self_influence(double()), whole.self_influence(double()), rtol=1e-5, atol=1e-8)
+
+
+def to_seven(texts):
+    """A batch of seven tokens a text: the exact kernel stores as many positions for all."""
+    longest = {"input_ids": torch.zeros(7, dtype=torch.int64), "labels": torch.full((7,), -100)}
+    return {name: column[:-1] for name, column in pad([*texts, longest]).items()}
+
+
 @pytest.mark.parametrize("projection", [IdentityProjection(), SparseProjection(7)])
 def test_candidates_that_are_training_texts_have_their_scores(tmp_path, projection):
     trak = identity(tmp_path / "store", projection=projection)
@@ -196,7 +221,7 @@ def test_it_is_the_default_for_several_predictions_alone(tmp_path):
     assert TRAK(CausalNet(), store=tmp_path).curvature == "per_prediction"
     assert TRAK(make_model(), store=tmp_path).curvature == "gauss_newton"
     assert TRAK(CausalNet(), store=tmp_path, projection=PrincipalProjection(4)).curvature == "gauss_newton"
-    assert ExactKernel(CausalNet(), store=tmp_path).curvature == "gauss_newton"
+    assert ExactKernel(CausalNet(), store=tmp_path).curvature == "per_prediction"
     assert TRAK.paper(CausalNet(), store=tmp_path).curvature == "identity"
 
 
