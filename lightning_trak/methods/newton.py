@@ -97,13 +97,13 @@ class NewtonMethod(FeatureMethod):
             return "per_prediction" if several and not self._fitted else "gauss_newton"
         if curvature == "per_prediction" and not several:
             raise ValueError(
-                f'curvature="per_prediction" needs an output of several predictions, such as CausalLMMargin,'
+                'curvature="per_prediction" needs an output of several predictions, such as CausalLMMargin,'
                 f" SegmentationMargin or MultiLabelMargin, and {type(self.output).__name__} is none: use"
                 ' curvature="gauss_newton"'
             )
         if curvature == "per_prediction" and self._fitted:
             raise ValueError(
-                f'curvature="per_prediction" needs a projection that is not fitted to gradients, and'
+                'curvature="per_prediction" needs a projection that is not fitted to gradients, and'
                 f' {type(self.settings.projection).__name__} is: use SparseProjection, or curvature="gauss_newton"'
             )
         return curvature

@@ -52,7 +52,7 @@ class PrimalScorer(TRAKScorer):
         gram, squared_weights = self._gram_of(self.store, checkpoint, ranks)
         for source, share in self.sources[1:]:
             more, weights = self._gram_of(source, checkpoint, ranks)
-            gram = gram * (1 - share) + more * share
+            gram = gram.lerp(more, share)
             squared_weights = squared_weights * (1 - share) ** 2 + weights * share**2
         return gram, squared_weights
 

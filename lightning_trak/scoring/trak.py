@@ -26,9 +26,6 @@ from lightning_trak.scoring.undamped import System, Undamped
 LossGradients = Literal["per_checkpoint", "averaged"]
 
 
-_SEVERAL = (
-    0.3  # times the automatic damping where K is that of several predictions for an example: found by measurement
-)
 _CACHE_FORMAT = 3  # of a stored Gram matrix; one of another format is made again
 _SYSTEM_BYTES = 1 << 32  # of factors in memory; those of more checkpoints are made again when they are needed
 
@@ -82,8 +79,8 @@ class TRAKScorer(Scorer):
     ) -> None:
         super().__init__(store)
         self.curved = curved
-        whole = 1.0 if curved is None else WHOLE
-        self.sources = [(store, whole)] if curved is None else [(store, whole), (curved, 1 - whole)]
+        # What K_m is made of, each with its share.
+        self.sources = [(store, 1.0)] if curved is None else [(store, WHOLE), (curved, 1 - WHOLE)]
         self.curvature: Curvature = curvature
         self.damping: Damping = damping
         self.loss_gradients = loss_gradients
