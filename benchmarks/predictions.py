@@ -247,14 +247,14 @@ def results_of(task: Task, truth: Truth) -> Iterator[Result]:
             whole = TRAK(module, states, store, curvature="gauss_newton", **settings)
             scores = {method: method.score(trainer, targets) for method in (whole, single)}
             lds = [float(truth.measure(found).compute()) for found in scores.values()]
-            weights = sum(parameter.numel() for parameter in module.parameters())
-            constants = [share * weights / len(task.train) for share in SHARES]
+            size = sum(parameter.numel() for parameter in module.parameters())
+            constants = [share * size / len(task.train) for share in SHARES]
             swept = single.score_dampings(trainer, targets, constants)
             best = max(float(truth.measure(found).compute()) for found in swept.values())
             gain = truth.difference(scores[single], scores[whole])
             first = tuple(column[:1] for column in task.train.tensors)
-            margins, _ = cast(SeveralPredictions, task.output).predictions(module, first)
-            yield Result(task.name, int(margins.shape[1]), models, *lds, gain, best)
+            weights = cast(SeveralPredictions, task.output).predictions(module, first).weights
+            yield Result(task.name, int((weights != 0).sum()), models, *lds, gain, best)
 
 
 def table(results: list[Result]) -> str:

@@ -17,8 +17,8 @@ from benchmarks import (
     one_run_cost,
     other_seeds,
     ours,
+    predictions,
     second_stage,
-    texts,
     twins,
 )
 from benchmarks import bytes as bytes_benchmark
@@ -189,15 +189,16 @@ def test_lag(tmp_path):
     assert len((tmp_path / "lag.md").read_text().splitlines()) == 6
 
 
-def test_texts(tmp_path):
-    texts.main(["--quick", "--out", str(tmp_path)])
-    found = json.loads((tmp_path / "texts.json").read_text())
+def test_predictions(tmp_path):
+    predictions.main(["--quick", "--out", str(tmp_path)])
+    found = json.loads((tmp_path / "predictions.json").read_text())
     assert [(row["predictions"], row["models"]) for row in found] == [(4, 1), (4, 2)]
     for row in found:
         gain, low, high = row["gain"]
-        assert gain == pytest.approx(row["log_likelihood"] - row["margin"], abs=1e-6)
+        assert gain == pytest.approx(row["single"] - row["whole"], abs=1e-6)
         assert low < gain < high
-    assert len((tmp_path / "texts.md").read_text().splitlines()) == 4
+        assert row["best"] > 0.9 * row["single"]
+    assert len((tmp_path / "predictions.md").read_text().splitlines()) == 4
 
 
 @pytest.mark.parametrize("peak", [0.03, 10, 2000])
