@@ -33,6 +33,7 @@ class Noise:
         lags: how far each checkpoint's training is from its end, see :mod:`lightning_trak.scoring.lag`: 1 until they
             are known.
         scale: what all levels are multiplied by.
+        known: the dispersion at each checkpoint, if it is known from elsewhere.
     """
 
     def __init__(self, num_checkpoints: int, averages: bool = False) -> None:
@@ -40,6 +41,7 @@ class Noise:
         self.sums = torch.zeros(num_checkpoints, num_checkpoints + len(_COLUMNS), dtype=torch.float64)
         self.lags = [1.0] * num_checkpoints
         self.scale = 1.0
+        self.known: list[float] | None = None
 
     def add(self, loss_gradients: Tensor, curvatures: Tensor, seen: Tensor | None = None) -> None:
         """Add some examples.
@@ -67,6 +69,8 @@ class Noise:
         for a model that fits every label. If R is the same for all examples, as for a squared error, the loss says
         nothing about the scale of the noise; then it is 1.
         """
+        if self.known is not None:
+            return self.known
         ratios = torch.where(self.scaled, self.total("seen_squares") / self.total("seen_curvatures"), 1.0)
         return cast(list[float], ratios.clamp(0.01, 1).tolist())
 

@@ -39,7 +39,8 @@ _SIGNS = 128  # in a block of random words
 class PredictionCurvature(ModelOutput):
     """The output whose gradient at a training example is d_j.
 
-    Its value means nothing. Q and R are those of a squared error, so that R = 1.
+    Its value says how well the model fits the labels of the example, beside what its probabilities say: u_j = sum_t
+    a_jt^2 Q_jt^2 / sum_t a_jt^2 (Q_jt^2 + R_jt), with Q_jt = 1 - p_jt. See :func:`dispersion`. R is 1.
 
     Args:
         output: the output of the training examples.
@@ -53,11 +54,14 @@ class PredictionCurvature(ModelOutput):
         self.seed = seed
 
     def output(self, module: nn.Module, batch: AnnotatedBatch) -> Tensor:
-        """The sum whose gradient is d_j, shape ``(batch,)``; NaN where the given output is."""
+        """u_j with the gradient d_j, shape ``(batch,)``; NaN where the given output is."""
         margins, weights = self.of.predictions(module, batch.batch)
         fixed = margins.detach()
-        curvatures = fixed.sigmoid() * (-fixed).sigmoid()  # 1 - p would lose all digits as p nears 1
-        return (margins * weights * curvatures.sqrt() * self._signs(batch.notes[:, 0], weights)).sum(-1)
+        wrong = (-fixed).sigmoid()  # 1 - p would lose all digits as p nears 1
+        curvatures = fixed.sigmoid() * wrong
+        total = (margins * weights * curvatures.sqrt() * self._signs(batch.notes[:, 0], weights)).sum(-1)
+        squares, variances = ((weights.square() * column).sum(-1) for column in (wrong.square(), curvatures))
+        return total - total.detach() + squares / (squares + variances)
 
     def loss(self, output: Tensor) -> Tensor:
         """Half the square, shape ``(batch,)``."""
@@ -78,3 +82,15 @@ class PredictionCurvature(ModelOutput):
         words = stream.words(positions, -(-weights.shape[1] // _SIGNS)).flatten(1)
         numbers = ((weights != 0).cumsum(-1) - 1).clamp(min=0)
         return signs(words, weights.dtype).gather(1, numbers)
+
+
+def dispersion(values: Tensor) -> float:
+    """The dispersion of single predictions, sum Q^2 / sum R, as :class:`~lightning_trak.scoring.noise.Noise` has it.
+
+    Each example counts alike, so that a few with wrong labels do not decide.
+
+    Args:
+        values: u_j of :class:`PredictionCurvature` at some examples, shape ``(n,)``.
+    """
+    mean = float(values.double().mean())
+    return min(max(mean / max(1 - mean, 1e-6), 0.01), 1.0)

@@ -19,7 +19,7 @@ from lightning_trak.scoring.gram import Curvature, DampedGram
 from lightning_trak.scoring.kernel import DampedKernel
 from lightning_trak.scoring.lag import Lag, find_lag
 from lightning_trak.scoring.noise import Noise, stored_noise
-from lightning_trak.scoring.per_prediction import SEVERAL, WHOLE
+from lightning_trak.scoring.per_prediction import SEVERAL, WHOLE, dispersion
 from lightning_trak.scoring.temperature import Tempered
 from lightning_trak.scoring.undamped import System, Undamped
 
@@ -115,6 +115,7 @@ class TRAKScorer(Scorer):
             self.noise = stored_noise(self.store, self.subsets, self.averages, ranks)
             if self.curved is not None:
                 self.noise.scale = SEVERAL
+                self.noise.known = [self._dispersion(self.curved, number) for number in range(len(self.subsets))]
             if self.lag != "auto":
                 self.noise.lags = [self.lag] * self.store.num_checkpoints
         dampings = [self._system(checkpoint, ranks)[1] for checkpoint in range(self.store.num_checkpoints)]
@@ -126,6 +127,15 @@ class TRAKScorer(Scorer):
             place = "checkpoint" if len(dampings) == 1 else "checkpoints"
             about = self.noise.describe(self.curvature == "gauss_newton")
             rank_zero_info(f"{self.user}: damping='auto' is {ends(dampings, 3)} at the {place}{about}")
+
+    def _dispersion(self, curved: FeatureStore, checkpoint: int) -> float:
+        """That of single predictions, over the examples that the checkpoint's model has seen."""
+        found = [curved.read_stored(checkpoint, shard).outputs for shard in range(curved.num_shards)]
+        seen, subset = torch.ones(curved.num_examples, dtype=torch.bool), self.subsets[checkpoint]
+        if subset is not None:
+            seen &= subset.mask
+        seen[curved.skipped] = False
+        return dispersion(torch.cat(found)[seen])
 
     def _system(self, checkpoint: int, ranks: Ranks = Ranks()) -> tuple[System, float]:  # noqa: B008
         """The factored matrix of a checkpoint, and its damping. It is made again if others have taken its place."""
