@@ -4,7 +4,9 @@ from typing import Any
 
 from torch.utils.data import DataLoader, default_collate
 
-from lightning_trak.gradients.batch import find_layout
+from lightning_trak.fingerprints.digests import content_digest
+from lightning_trak.gradients.batch import ExampleBatch, Layout, find_layout, infer_batch_size
+from lightning_trak.running.content import FEW, spread
 from lightning_trak.running.loading import LEAVES_OUT, batch_size_of, function_name, load, num_examples
 from lightning_trak.running.random_states import isolated_random_states
 from lightning_trak.running.singles import is_one_by_one, one_by_one
@@ -23,29 +25,44 @@ def separable(loader: DataLoader[Any]) -> DataLoader[Any]:
         The same loader, or one of :class:`~lightning_trak.running.singles.Singles`.
 
     Raises:
-        ValueError: if the collate function gives the same batch for two examples as for three.
+        ValueError: if the collate function leaves examples out.
     """
     if loader.collate_fn is default_collate or is_one_by_one(loader):
         return loader
-    last = num_examples(loader) - 1  # a second example, because a graph of one node does not show that it is one
+    some = spread(num_examples(loader), FEW)  # a graph of one node does not show that it is a graph
     try:
         with isolated_random_states():
-            probes = [[0, 0], [0, 0, 0], [last, last], [last, last, last]]
-            two, three, *other = load(loader, probes, num_workers=min(1, loader.num_workers))
+            two, three, several = load(loader, [[0, 0], [0, 0, 0], some], num_workers=min(1, loader.num_workers))
     except Exception:
         if batch_size_of(loader) != 1:
             raise
         return one_by_one(loader)  # the user never asks it to join examples
+    layout = _layout(two, three)
+    alone = batch_size_of(loader) == 1
+    if not alone and content_digest(two) == content_digest(three):
+        raise _leaves_out(loader, "makes the same batch of two examples as of three")
+    if layout is None:
+        return one_by_one(loader)
+    if not alone and (found := infer_batch_size(several, layout)) < len(some):
+        raise _leaves_out(loader, f"makes a batch of {found} examples of {len(some)}")
     try:
-        layout = find_layout(two, three)
-        find_layout(*other)
+        ExampleBatch(several, len(some), layout).take([0])
     except (TypeError, ValueError):
         return one_by_one(loader)
-    if "rows" in layout.values() or "items" in layout.values():
-        return loader
-    if batch_size_of(loader) == 1:
-        return one_by_one(loader)
-    raise ValueError(
-        f"the collate function {function_name(loader.collate_fn)} makes the same batch of two examples as of three:"
-        f" {LEAVES_OUT}; or use batch_size=1 if it takes one example alone"
+    return loader
+
+
+def _layout(two: Any, three: Any) -> Layout | None:
+    """The kinds of the parts of batches of two and of three examples; None if no part has a row for each example."""
+    try:
+        layout = find_layout(two, three)
+    except (TypeError, ValueError):
+        return None
+    return layout if "rows" in layout.values() or "items" in layout.values() else None
+
+
+def _leaves_out(loader: DataLoader[Any], what: str) -> ValueError:
+    return ValueError(
+        f"the collate function {function_name(loader.collate_fn)} {what}: {LEAVES_OUT}; or use batch_size=1 if it takes"
+        " one example alone"
     )
