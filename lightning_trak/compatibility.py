@@ -45,6 +45,7 @@ __all__ = [
     "collect_rng_states",
     "configure_optimizers",
     "configure_schedulers",
+    "drawn_batches",
     "explicit_padding",
     "forget_compiled_call",
     "forget_redirection",
@@ -224,6 +225,16 @@ def with_index_sampler(loader: Any, change: Callable[[Any], Any]) -> Any:
 
 
 # Lightning
+
+
+def drawn_batches(loader: Any) -> list[list[int]] | None:
+    """The dataset positions of the batches that a Trainer has drawn so far from a loader for prediction.
+
+    Returns:
+        A list for each batch; None if Lightning has not noted them.
+    """
+    drawn: list[list[int]] | None = getattr(getattr(loader, "batch_sampler", None), "seen_batch_indices", None)
+    return drawn or None
 
 
 class _ChangedSource:

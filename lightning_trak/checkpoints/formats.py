@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import zipfile
 from collections.abc import Mapping
@@ -119,6 +120,7 @@ def load_torch(filesystem: Any, path: str, location: str, weights_only: bool) ->
     """
     if isinstance(filesystem, LocalFileSystem):
         require_regular(path)
+    _require_intact(filesystem, path, location, filesystem.checksum(path))
     try:
         if isinstance(filesystem, LocalFileSystem):
             # With mmap only the weights are read from disk, not the optimizer's state. Old formats do not allow mmap.
@@ -135,6 +137,41 @@ def load_torch(filesystem: Any, path: str, location: str, weights_only: bool) ->
                 " reads it, but runs code from the file; use that only for files from a source you trust"
             ) from error
         raise ValueError(f'"{location}" is truncated, or was not written by torch.save: {error!r}') from error
+
+
+@functools.cache  # each version of a file is checked once
+def _require_intact(filesystem: Any, path: str, location: str, version: object) -> None:
+    """Compare what a file of ``torch.save`` holds with the checksums in it, which ``torch.load`` does not do.
+
+    Args:
+        filesystem: as for :func:`load_torch`.
+        path: as for :func:`load_torch`.
+        location: as for :func:`load_torch`.
+        version: differs when the file has changed.
+
+    Raises:
+        ValueError: if the file was altered.
+    """
+    del version
+    with filesystem.open(path, "rb") as file:
+        try:
+            damaged = _damaged_part(file)
+        except Exception as error:  # zipfile raises many types of errors
+            damaged = repr(error)
+    if damaged is not None:
+        raise ValueError(
+            f'"{location}" was altered: its content does not match its checksums ({damaged}); restore it from a copy'
+        )
+
+
+def _damaged_part(file: Any) -> str | None:
+    """The name of a part of a file of ``torch.save`` that does not match its checksum; None if there is none."""
+    if not zipfile.is_zipfile(file):
+        return None  # an old format, or no file of torch.save: torch.load says so
+    with zipfile.ZipFile(file) as archive:
+        if not any(part.CRC for part in archive.infolist()):
+            return None  # written after torch.serialization.set_crc32_options(False)
+        return archive.testzip()
 
 
 def state_dict(content: Any, source: str) -> dict[str, Tensor]:

@@ -73,7 +73,7 @@ def is_user_error(error: BaseException) -> bool:
         return False
     if is_a(error, MisconfigurationException) or (isinstance(error, OSError) and error.filename is not None):
         return True
-    expected = (ValueError, TypeError, IndexError, OSError, ModuleNotFoundError)
+    expected = (ValueError, TypeError, IndexError, RuntimeError, OSError, ModuleNotFoundError)
     return isinstance(error, expected) and _raised_here(error.__traceback__)
 
 

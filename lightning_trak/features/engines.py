@@ -41,7 +41,7 @@ def choose_engine(model: ModelCopy, examples: ExampleBatch, autocast: torch.dtyp
     """Choose hooks if they cover most of the parameters and agree with autograd on some examples, else vmap.
 
     If hooks leave out some parameters, vmap differentiates these in a second pass. If hooks leave out most of the
-    gradient, vmap does all of it.
+    gradient, vmap does all of it. Examples that cannot be in one batch are differentiated in a loop.
 
     Args:
         model: the model copy, at a checkpoint.
@@ -49,6 +49,9 @@ def choose_engine(model: ModelCopy, examples: ExampleBatch, autocast: torch.dtyp
             cannot be checked on a single example, because it does not show which dimension the examples are in.
         autocast: dtype that the forward passes of hooks are autocast to; None for no autocast.
     """
+    if examples.is_one_by_one:
+        reason = "the collate function joins examples so that they cannot be taken apart again"
+        return EngineChoice("loop", reason, make_engine("loop", model))
     hooks, reason = _checked_hooks(model, examples, autocast)
     if hooks is None:
         return EngineChoice("functional", reason, make_engine("functional", model))

@@ -158,12 +158,13 @@ class FeatureExtractor:
 
     def _projected(self, batch: ExampleBatch, projection: BoundProjection) -> tuple[GradientEngine, Tensor, Tensor]:
         """The engine that was used, and the examples' projected gradients and outputs."""
+        engine = self._reference() if batch.is_one_by_one and self.falls_back else self.engine
         try:
-            return self.engine, *self._project(self.engine, batch, projection)
+            return engine, *self._project(engine, batch, projection)
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:
-            if self.model.sharded or isinstance(self.engine, LoopEngine):
+            if self.model.sharded or isinstance(engine, LoopEngine):
                 raise
             # If the loop fails too, the model is at fault, and its own error is raised.
             loop = self._reference()

@@ -25,9 +25,11 @@ from lightning_trak.gradients.batch import ExampleBatch, Layout, find_layout
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.projections.base import BoundProjection
 from lightning_trak.projections.factors import BoundGradientFactors
-from lightning_trak.running.loading import load, num_examples, sample_batches
+from lightning_trak.running.content import FEW, spread, warn_of_random_items
+from lightning_trak.running.loading import batch_size_of, load, num_examples, sample_batches
 from lightning_trak.running.predict import PredictModule
 from lightning_trak.running.ranks import Ranks
+from lightning_trak.running.singles import Singles, is_one_by_one, joined
 from lightning_trak.texts.printable import counted
 
 AUDITED_TOGETHER = 1024  # targets are audited in groups of this size, as shards are
@@ -83,6 +85,10 @@ class ExtractorModule(PredictModule):
         """Compute in the Trainer's precision."""
         super().setup(stage)
         self._autocast = autocast_of(self.trainer, self.copied.output)
+
+    def weights_digest(self) -> object:
+        """Digests of the weights of all checkpoints."""
+        return self.copied.streams
 
     def release(self) -> None:
         """Release the model, the engine and the projections."""
@@ -153,12 +159,14 @@ class ExtractorModule(PredictModule):
             ValueError: if a batch does not hold the examples in the first dimension of its tensors, or hooks give other
                 training batches each time.
         """
-        last = num_examples(loader) - 1
-        probes = [[0, 0], [0, 0, 0], [0, 0], [last, last], [0, last]]
-        twice, thrice, again, other, pair = self._batches(loader, probes)
+        last, some = num_examples(loader) - 1, spread(num_examples(loader), FEW)
+        probes = [[0, 0], [0, 0, 0], [last, last], [0, last], some, some]
+        twice, thrice, other, pair, first, again = self._batches(loader, probes)
         self.forget_batches()
         self._layout = find_layout(twice, thrice)
-        self.repeatable = ExampleBatch(twice, 2, self._layout).equals(ExampleBatch(again, 2, self._layout))
+        self.repeatable = ExampleBatch(first, len(some)).equals(ExampleBatch(again, len(some)))
+        if self._train_loader is None and not self.repeatable:
+            warn_of_random_items("the data to score")
         if self._train_loader is not None and self._store.repeatable and not self.repeatable:
             raise ValueError(
                 "batches differ each time although the items are the same: a batch transfer hook, such as"
@@ -169,6 +177,11 @@ class ExtractorModule(PredictModule):
                 "examples differ each time that they are loaded, so the ranks of a sharded model would see different"
                 " data: give data without random augmentation"
             )
+        if is_one_by_one(loader):
+            if batch_size_of(loader) == 1:  # the user's model never gets a batch of several
+                self._alone_and_together = (twice,)
+                return
+            pair = Singles(self._batches(joined(loader), [[0, last]]))
         sharded = self.copied.sharded  # all ranks take part in each of its forward passes
         self._alone_and_together = None if sharded else (twice, other, pair) if last and self.repeatable else (twice,)
 

@@ -30,6 +30,7 @@ from lightning_trak.features.skipping import require_finite_or_skipped, require_
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.features.work import Samples, default_shard_size, missing_shards, progress
 from lightning_trak.gradients import ParameterSelection
+from lightning_trak.gradients.separable import separable
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.running.annotated import numbered
 from lightning_trak.running.chunks import chunked
@@ -89,8 +90,8 @@ class FeaturePipeline:
             keep: whether to keep the weights of all checkpoints in memory.
 
         Raises:
-            ValueError: if the Trainer's strategy splits the model in a way that cannot be differentiated, or
-                ``engine="hooks"`` was set and hooks cover no parameter.
+            ValueError: if the Trainer's strategy splits the model in a way that cannot be differentiated,
+                ``engine="hooks"`` was set and hooks cover no parameter, or ranks have models with other weights.
         """
         sharded = trainer is not None and shards_model(trainer)
         if sharded and self.settings.engine not in ("auto", "hooks"):
@@ -103,6 +104,8 @@ class FeaturePipeline:
         model = kind(self._model, self._output, self._checkpoints, digests, self._parameters, keep)
         if self.settings.engine == "hooks":
             make_engine("hooks", model)  # raises before anything runs
+        if trainer is not None:
+            Ranks.of(trainer).require_same_weights(model.streams)
         return model
 
     def featurize(
@@ -138,13 +141,13 @@ class FeaturePipeline:
         loader = single_loader(data, "fit", trainer)
         model = self.copy_model(trainer)
         count = num_examples(loader)
-        if self._output.numbered:
-            loader = numbered(loader)
         self._require_own_subsets(count, None)
         depends_on, sample = self._identity(model, trainer), Samples(loader)
         digests = sample(count)
         self._require_own_subsets(count, None if digests is None else digests[0])
         require_enough(count, self.dim(model))
+        if self._output.numbered:
+            loader = numbered(loader)
         default = default_shard_size(count, loader)
         shard_size = default if shard_size is None else positive("shard_size", shard_size)
         store = FeatureStore(
@@ -157,7 +160,7 @@ class FeaturePipeline:
             overwrite=overwrite,
         )
         try:
-            self._require_unchanged(store)
+            self._require_unchanged(store, trainer)
             self._fill(store, model, trainer, data, loader, on_nan, part)
         finally:
             store.release()
@@ -180,16 +183,16 @@ class FeaturePipeline:
         needed = {"context": model.output.context_size, "projection": self.settings.projection.sample_size}
         extras = [name for name, size in needed.items() if size]
         self._announce(store, model, extras, part)
-        datamodule = datamodule_of(data)
+        datamodule, loaded = datamodule_of(data), separable(loader)
         engine: EngineName | None = None
         while any(missing := missing_shards(store, extras, part)):
             jobs, stop = self._shard_jobs(missing, store), Stop()
             interruption = Interruption(stop)
             with _explaining(model, loader), ShardWriter(store, on_nan == "skip", stop) as writer:
                 module = FeaturizeModule.of(trainer)(
-                    writer, "Featurizing", loader, stop, model, self.settings, store, datamodule, loader, engine
+                    writer, "Featurizing", loaded, stop, model, self.settings, store, datamodule, loaded, engine
                 )
-                predict_over(trainer, module, share_out(loader, jobs, trainer, model.sharded, stop), interruption)
+                predict_over(trainer, module, share_out(loaded, jobs, trainer, model.sharded, stop), interruption)
             interruption.raise_if_received(Ranks.of(trainer), lambda: progress(store))
             used = self._refuted(module, trainer)
             if used is None:
@@ -253,14 +256,15 @@ class FeaturePipeline:
             On every rank, the features of a block at each checkpoint. Rows are in the order of the dataset.
         """
         engine: EngineName | None = None
+        loaded = separable(loader)
         for examples in blocks:
             while True:
                 buffer, stop = FeatureBuffer([f"{of} {place}".strip() for place in model.places]), Stop()
                 jobs = self._target_jobs(examples, loader, store)
                 module = FeaturizeModule.of(trainer)(
-                    buffer, "Scoring", loader, stop, model, self.settings, store, datamodule, None, engine, output
+                    buffer, "Scoring", loaded, stop, model, self.settings, store, datamodule, None, engine, output
                 )
-                predict_over(trainer, module, share_out(loader, jobs, trainer, model.sharded, stop))
+                predict_over(trainer, module, share_out(loaded, jobs, trainer, model.sharded, stop))
                 used = self._refuted(module, trainer)
                 if used is None:
                     break
@@ -299,7 +303,7 @@ class FeaturePipeline:
         """
         depends_on = self._identity(model, trainer)
         store = FeatureStore(self._directory, depends_on, None, read_only=True, user=self._user)
-        self._require_unchanged(store)
+        self._require_unchanged(store, trainer)
         self._require_own_subsets(store.num_examples, store.data)
         return store
 
@@ -328,14 +332,16 @@ class FeaturePipeline:
             found["precision"] = precision_of(trainer, self._output)
         return found
 
-    def _require_unchanged(self, store: FeatureStore) -> None:
+    def _require_unchanged(self, store: FeatureStore, trainer: L.Trainer | None) -> None:
         """Check that the store is of the weights that the model has now, if these are taken and it has any."""
         if any(checkpoint.live for checkpoint in self._checkpoints) and store.is_of_others:
+            several = trainer is not None and trainer.world_size > 1
+            also = ". Or this process has made another model than the others: seed them alike" if several else ""
             raise ValueError(
                 f'store "{self._directory}" was made of other weights than the model has now. Without checkpoints=, the'
                 " model's current weights are taken, and they have changed: it was trained further, loaded, or made"
                 " anew. Use another store for the present weights, or overwrite=True in featurize, or give those of the"
-                " store by checkpoints="
+                f" store by checkpoints={also}"
             )
 
     def _require_own_subsets(self, num_examples: int, data: str | None) -> None:

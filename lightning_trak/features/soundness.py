@@ -9,6 +9,7 @@ from lightning_trak.gradients import LoopEngine
 from lightning_trak.gradients.audit import require_independent
 from lightning_trak.gradients.batch import ExampleBatch, Layout
 from lightning_trak.gradients.trials import require_repeatable
+from lightning_trak.running.singles import Singles
 
 
 def require_sound(model: ModelCopy, layout: Layout | None, twice: Any, *others: Any) -> None:
@@ -18,7 +19,8 @@ def require_sound(model: ModelCopy, layout: Layout | None, twice: Any, *others: 
         model: the model copy, at a checkpoint.
         layout: which parts of a batch belong to single examples.
         twice: a batch that holds the first example twice.
-        others: a batch that holds another example twice, and a batch of both examples. Without them the second check
+        others: a batch that holds another example twice, and a batch of both examples, which is in
+            :class:`~lightning_trak.running.singles.Singles` if it cannot be taken apart. Without them the second check
             is left out.
 
     Raises:
@@ -26,7 +28,9 @@ def require_sound(model: ModelCopy, layout: Layout | None, twice: Any, *others: 
     """
     loop = LoopEngine(model.module, model.output, model.names)
     with model.differentiable():
-        batches = [ExampleBatch(batch, 2, layout) for batch in (twice, *others)]
+        batches = [
+            ExampleBatch(batch, len(batch) if isinstance(batch, Singles) else 2, layout) for batch in (twice, *others)
+        ]
         first = loop.sound(batches[0], 0, model.original)
         what = f"the output of {type(model.module).__name__}"
         require_repeatable(lambda: loop.alone(batches[0], 0).detach(), what, first)

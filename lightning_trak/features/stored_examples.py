@@ -56,6 +56,8 @@ def unpack(packed: Mapping[str, Tensor]) -> ExampleBatch:
 def _node(part: Any, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """A part of a batch in JSON's types. Its tensors are added to those given, and named in their place."""
     if isinstance(part, Tensor):
+        if part.is_nested or part.layout != torch.strided:
+            raise NotStorableError("a batch that holds a sparse or nested tensor cannot be stored")
         tensors[str(len(tensors))] = part.detach().cpu().clone()
         return {"tensor": str(len(tensors) - 1)}
     if isinstance(part, _PLAIN):

@@ -59,5 +59,5 @@ class Samples:
         if count not in self._found:
             self._found[count] = prefix_digests(self._loader, count)
             if self._found[count] is None and count == self._total:
-                warn_of_random_items()
+                warn_of_random_items("the training data")
         return self._found[count]

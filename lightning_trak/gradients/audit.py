@@ -104,7 +104,7 @@ class Audit:
             )
             if not close(reference.alone(batch, number), alone, self._tolerance):
                 raise ValueError(_dependent(name, alone))
-            if batch.size > 1:
+            if batch.size > 1 and not batch.is_one_by_one:
                 other = (number + 1) % batch.size
                 both = torch.cat([alone, reference.alone(batch, other)])
                 require_independent(reference, batch.take([number, other]), both, name)

@@ -10,6 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_trak.fingerprints.digests import content_digest
+from lightning_trak.running.loading import LEAVES_OUT
+from lightning_trak.running.singles import Singles
+
 Path = tuple[Any, ...]
 # The kind of a part of a batch: a tensor with a row for each example, a list with an item for each example, a part that
 # all examples share, or the number of examples.
@@ -116,9 +120,19 @@ class ExampleBatch:
 
         return ExampleBatch(self.rebuild(pick, len(numbers)), len(numbers), self.layout)
 
+    @property
+    def is_one_by_one(self) -> bool:
+        """Whether each example is in a batch of its own, because the collate function's batches cannot be split."""
+        return isinstance(self.content, Singles)
+
     def fresh(self) -> Any:
-        """A copy of the whole batch. It holds no inference tensors, since autograd cannot save them."""
-        return self.rebuild(_copied)
+        """A copy of the whole batch. It holds no inference tensors, since autograd cannot save them.
+
+        Raises:
+            ValueError: if there are several examples, each in a batch of its own.
+        """
+        self._require_together()
+        return _copied(self.content[0]) if self.is_one_by_one else self.rebuild(_copied)
 
     def rows(self) -> list[Tensor]:
         """The tensors that have a row for each example, in a fixed order.
@@ -139,11 +153,20 @@ class ExampleBatch:
 
     def shapes(self) -> tuple[Any, ...]:
         """The shapes of all tensors of the batch."""
+        self._require_together()
         return self.size, *_shapes(self.content)
 
     def equals(self, other: ExampleBatch) -> bool:
-        """Whether two batches hold the same tensors, texts and numbers."""
-        return _leaves(self.content) == _leaves(other.content)
+        """Whether two batches have the same content."""
+        return content_digest(self.content) == content_digest(other.content)
+
+    def _require_together(self) -> None:
+        if self.is_one_by_one and self.size > 1:
+            raise ValueError(
+                "the collate function joins examples so that they cannot be taken apart again, as it joins graphs; so"
+                " each is in a batch of its own, but several in one batch are needed here: use engine='auto' or 'loop',"
+                " or a method that takes examples one by one, such as TRAK"
+            )
 
     def rebuild(self, of_examples: Callable[[Any], Any], count: int | None = None) -> Any:
         """A copy of the batch in which every part that belongs to single examples is replaced.
@@ -177,7 +200,7 @@ class ExampleBatch:
                 raise ValueError(
                     f"{_named(path)} has shape {tuple(part.shape)} in a batch of {self.size} examples; expected"
                     f" {self.size} as its first dimension (or no dimension, for a value that all examples share):"
-                    " change the collate_fn"
+                    f" {LEAVES_OUT if len(part) < self.size else 'change the collate_fn'}"
                 )
             return True
         if not isinstance(part, (list, tuple)) or kind == "shared":
@@ -186,7 +209,7 @@ class ExampleBatch:
             if len(part) != self.size:
                 raise ValueError(
                     f"{_named(path)} has {len(part)} items in a batch of {self.size} examples; expected one for each:"
-                    " change the collate_fn"
+                    f" {LEAVES_OUT if len(part) < self.size else 'change the collate_fn'}"
                 )
             return True
         if len(part) == self.size > 1 and part and all(isinstance(item, _PLAIN) for item in part):
@@ -203,16 +226,6 @@ def _shapes(part: Any) -> Iterator[torch.Size]:
     elif not isinstance(part, _PLAIN):
         for _, child in _children(part):
             yield from _shapes(child)
-
-
-def _leaves(part: Any) -> list[Any]:
-    """The numbers and texts in a part of a batch, in order. A tensor is given by its shape, dtype and bytes."""
-    if isinstance(part, Tensor):
-        plain = part.detach().cpu().contiguous()
-        return [part.shape, part.dtype, plain.reshape(-1).view(torch.uint8).numpy().tobytes()]
-    return (
-        [leaf for key, child in _children(part) for leaf in [key, *_leaves(child)]] if _is_container(part) else [part]
-    )
 
 
 def _is_container(part: Any) -> bool:

@@ -16,7 +16,7 @@ from lightning_trak.outputs.evaluating import exact_attention
 from lightning_trak.outputs.mixin import declared_output
 from lightning_trak.running.annotated import numbered
 from lightning_trak.running.data import Data, datamodule_of, single_loader
-from lightning_trak.running.loading import batch_size_of, num_examples
+from lightning_trak.running.loading import LEAVES_OUT, batch_size_of, num_examples
 from lightning_trak.running.predict import PredictModule
 from lightning_trak.running.ranges import IndexedBatch, batch_ranges, draw_audited, share_out
 from lightning_trak.running.ranks import Ranks
@@ -174,7 +174,8 @@ class _MapModule(PredictModule):
         count = len(positions)
         if not isinstance(rows, Tensor) or rows.ndim == 0 or len(rows) != count:
             received = f"shape {tuple(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
-            raise ValueError(f"expected {self._what} as a tensor of {count} rows, one per example, got {received}")
+            few = f": {LEAVES_OUT}" if isinstance(rows, Tensor) and rows.ndim > 0 and len(rows) < count else ""
+            raise ValueError(f"expected {self._what} as a tensor of {count} rows, one per example, got {received}{few}")
         finite = rows.isfinite().flatten(1).all(1) if rows.ndim > 1 else rows.isfinite()
         if not finite.all():
             first = int(positions[int((~finite).nonzero()[0])])

@@ -24,6 +24,7 @@ from lightning_trak.replay.recording import Recording
 from lightning_trak.replay.reweighted import Reweighted
 from lightning_trak.replay.smoothness import SMOOTH_VALUE, advice, quick_value
 from lightning_trak.running.annotated import annotated
+from lightning_trak.running.content import fingerprint
 from lightning_trak.running.data import Data
 from lightning_trak.running.random_states import isolated_random_states
 from lightning_trak.running.strategies import require_whole_parameters
@@ -158,6 +159,7 @@ class Metagradient(DataMethod):
         """
         require_whole_parameters(trainer)
         with isolated_random_states(), torch.inference_mode(False):
+            fingerprint(targets.loader, "the targets")  # warns if they are not the same twice
             runs = self._runs(trainer, train)
             output, loader = asked.output or self.output, targets.loader
             if output.predicts_labels and len(runs) > 1:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.replay.player import Played, ReplayError
 from lightning_trak.replay.states import TrainingState
+from lightning_trak.running.loading import LEAVES_OUT
 
 # (module, batch) -> the training loss of each example, of shape (batch,)
 Losses = Callable[[nn.Module, Any], Tensor]
@@ -42,7 +43,8 @@ def losses_of(losses: Losses, module: nn.Module, batch: Any, expected: int) -> T
     found = losses(module, batch)
     if not isinstance(found, Tensor) or found.shape != (expected,):
         received = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-        raise ValueError(f"expected one training loss per example, shape ({expected},), received {received}")
+        few = f": {LEAVES_OUT}" if isinstance(found, Tensor) and found.ndim == 1 and len(found) < expected else ""
+        raise ValueError(f"expected one training loss per example, shape ({expected},), received {received}{few}")
     return found
 
 

@@ -150,7 +150,7 @@ class RetrainingFleet(Displayed):
     def _describe(self, module: L.LightningModule, trainer: L.Trainer) -> dict[str, Any]:
         with warnings.catch_warnings():  # training data may be augmented at random
             warnings.filterwarnings("ignore", "items of the training data are not the same twice")
-            train = fingerprint(self._train)
+            train = fingerprint(self._train, "the training data")
         loader = self._loader_of(0)
         return {
             "seed": self.seed,
@@ -158,7 +158,7 @@ class RetrainingFleet(Displayed):
             "num_train": self.masks.shape[1],
             "num_targets": num_examples(self._targets),
             "train": train,
-            "targets": fingerprint(self._targets),
+            "targets": fingerprint(self._targets, "the targets"),
             "output": self.output.fingerprint(),
             "parameters": [[name, list(parameter.shape)] for name, parameter in module.named_parameters()],
             "batch_size": batch_size_of(loader),

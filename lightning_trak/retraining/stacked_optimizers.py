@@ -30,12 +30,20 @@ def one_optimizer(module: L.LightningModule) -> tuple[Optimizer, list[LRSchedule
             " automatic optimization: train them one by one"
         )
     optimizers, schedulers, monitor = configure_optimizers(cast(Any, module.configure_optimizers()))
-    if len(optimizers) != 1 or monitor is not None:
+    if len(optimizers) != 1:
         raise TypeError(
-            f"{type(module).__name__}.configure_optimizers() gave {len(optimizers)} optimizers, monitor={monitor!r};"
-            " modules are trained together by one optimizer, with schedulers that monitor nothing"
+            f"{type(module).__name__}.configure_optimizers() gave {len(optimizers)} optimizers; modules are trained"
+            " together by one optimizer"
         )
-    return optimizers[0], configure_schedulers(schedulers, monitor)
+    configured = configure_schedulers(schedulers, monitor)
+    monitoring = [type(each.scheduler).__name__ for each in configured if each.reduce_on_plateau]
+    if monitor is not None or monitoring:
+        raise TypeError(
+            f"a scheduler of {type(module).__name__} monitors something ({', '.join(monitoring) or monitor}), and"
+            " modules that are trained together have no such numbers: train them one by one, or take a scheduler that"
+            " monitors nothing"
+        )
+    return optimizers[0], configured
 
 
 def advance(schedulers: list[LRSchedulerConfig], interval: str, done: int) -> None:
@@ -105,7 +113,8 @@ def trial_step(module: L.LightningModule, gradients: Mapping[str, Tensor]) -> Tr
     parameters = dict(module.named_parameters())
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     for name, parameter in parameters.items():
-        parameter.grad = gradients[name] if parameter.requires_grad else None
+        # a copy, since some optimizers change gradients in place
+        parameter.grad = gradients[name].clone() if parameter.requires_grad else None
     try:
         optimizer.step()
     except (TypeError, ValueError, RuntimeError) as error:

@@ -176,7 +176,7 @@ def train_together(
         ValueError: if the subsets differ in size, or do not fit the seeds or the dataset; or if the first or the last
             module has another loss, other gradients, or another step of its optimizer, together with the others than
             alone.
-        TypeError: if the module uses manual optimization, or more than one optimizer.
+        TypeError: if the module uses manual optimization, more than one optimizer, or hooks that only a Trainer calls.
     """
     num_train = len(cast(Any, dataset))
     if masks.shape != (len(seeds), num_train):
@@ -192,6 +192,7 @@ def train_together(
         for seed in seeds:
             torch.manual_seed(seed)
             modules.append(without_trainer(make_module()))
+        _require_nothing_left_out(_skipped_hooks(modules[0]))
         members = torch.stack([mask.nonzero().flatten() for mask in masks])
         first = tree_map(lambda value: _take(value, members[:, :batch_size]), data)
         alone = {number: _alone(modules[number].to(device), first, number) for number in (0, len(seeds) - 1)}
@@ -241,7 +242,7 @@ def require_trainable_together(module: L.LightningModule, trainer: L.Trainer, lo
         "overfit_batches": (trainer.overfit_batches, 0.0),  # type: ignore[attr-defined]
     }
     left_out = [
-        *(f"{type(module).__name__}.{hook}" for hook in _SKIPPED_HOOKS if overrides(module, hook, L.LightningModule)),
+        *_skipped_hooks(module),
         *(type(callback).__name__ for callback in callbacks if not is_a(callback, *harmless)),
         *(f"{name}={value!r} of the Trainer" for name, (value, plain) in settings.items() if value != plain),
         *(["max_epochs=-1 of the Trainer"] if (trainer.max_epochs or -1) < 1 else []),
@@ -249,6 +250,15 @@ def require_trainable_together(module: L.LightningModule, trainer: L.Trainer, lo
         *([] if loader.collate_fn is default_collate else ["the loader's collate_fn"]),
         *([f"drop_last={loader.drop_last} of the loader"] if loader.drop_last or not loader.batch_size else []),
     ]
+    _require_nothing_left_out(left_out)
+
+
+def _skipped_hooks(module: L.LightningModule) -> list[str]:
+    """The names of the hooks of a module that a Trainer would call."""
+    return [f"{type(module).__name__}.{hook}" for hook in _SKIPPED_HOOKS if overrides(module, hook, L.LightningModule)]
+
+
+def _require_nothing_left_out(left_out: Sequence[str]) -> None:
     if left_out:
         raise TypeError(f"training many modules at once leaves out {', '.join(left_out)}; train them one at a time")
 

@@ -10,12 +10,14 @@ from torch import nn
 
 from lightning_trak.packages import is_a, overrides
 from lightning_trak.running.annotated import AnnotatedBatch
+from lightning_trak.running.singles import Singles
 
 
 class TransferHooks:
     """The batch transfer hooks that Lightning would call: the data module's if it overrides them, else the module's.
 
-    They get the user's own batch, also of an :class:`~lightning_trak.running.annotated.AnnotatedBatch`.
+    They get the user's own batch, also of an :class:`~lightning_trak.running.annotated.AnnotatedBatch` and of
+    :class:`~lightning_trak.running.singles.Singles`.
 
     Args:
         module: the model. If it is not a LightningModule, Lightning's default hooks are used.
@@ -28,18 +30,24 @@ class TransferHooks:
 
     def before(self, batch: Any, dataloader_idx: int = 0) -> Any:
         """Call ``on_before_batch_transfer``."""
+        if isinstance(batch, Singles):
+            return Singles(self.before(one, dataloader_idx) for one in batch)
         if isinstance(batch, AnnotatedBatch):
             return batch._replace(batch=self.before(batch.batch, dataloader_idx))
         return self._owner("on_before_batch_transfer").on_before_batch_transfer(batch, dataloader_idx)
 
     def transfer(self, batch: Any, device: torch.device, dataloader_idx: int = 0) -> Any:
         """Call ``transfer_batch_to_device``."""
+        if isinstance(batch, Singles):
+            return Singles(self.transfer(one, device, dataloader_idx) for one in batch)
         if isinstance(batch, AnnotatedBatch):
             return AnnotatedBatch(self.transfer(batch.batch, device, dataloader_idx), batch.notes.to(device))
         return self._owner("transfer_batch_to_device").transfer_batch_to_device(batch, device, dataloader_idx)
 
     def after(self, batch: Any, dataloader_idx: int = 0) -> Any:
         """Call ``on_after_batch_transfer``."""
+        if isinstance(batch, Singles):
+            return Singles(self.after(one, dataloader_idx) for one in batch)
         if isinstance(batch, AnnotatedBatch):
             return batch._replace(batch=self.after(batch.batch, dataloader_idx))
         return self._owner("on_after_batch_transfer").on_after_batch_transfer(batch, dataloader_idx)

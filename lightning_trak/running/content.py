@@ -14,26 +14,34 @@ FEW = 8  # items that every call compares
 MANY = 64  # items that a store compares
 
 
-def fingerprint(loader: DataLoader[Any]) -> str | None:
+def fingerprint(loader: DataLoader[Any], what: str) -> str | None:
     """A digest of eight items spread over the dataset, as the loader collates them.
 
     If the loader has workers, they read the items. A dataset that opens files at first use must not open them in this
     process, because workers would inherit the open files.
+
+    Args:
+        loader: the loader.
+        what: the name of the data in warnings.
 
     Returns:
         The digest. If the items differ when they are loaded again, as with random augmentation: None, with a warning.
     """
     digest = sample_digest(loader)
     if digest is None:
-        warn_of_random_items()
+        warn_of_random_items(what)
     return digest
 
 
-def warn_of_random_items() -> None:
-    """Warn that items are not the same when they are loaded again."""
+def warn_of_random_items(what: str) -> None:
+    """Warn that items are not the same when they are loaded again.
+
+    Args:
+        what: the items' name, such as "the targets".
+    """
     warnings.warn(
-        "items of the training data are not the same twice, perhaps because of random augmentation; their features"
-        " will differ from run to run: give the data without random augmentation",
+        f"items of {what} are not the same twice, perhaps because of random augmentation; what is computed of them will"
+        " differ from run to run: give the data without random augmentation",
         stacklevel=4,
     )
 

@@ -10,6 +10,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from lightning_trak.running.chunks import chunked
 from lightning_trak.running.loaders import DEFAULT_BATCH_SIZE, like
 
+LEAVES_OUT = (
+    "scores belong to positions in the dataset, so the collate function must not leave examples out. Take them out of"
+    " the dataset, as with torch.utils.data.Subset(dataset, positions)"
+)
+
 
 def num_examples(loader: DataLoader[Any]) -> int:
     """The number of examples in the loader's dataset."""
@@ -41,7 +46,8 @@ def load(
     """A loader with the settings of the given one that yields exactly these batches of dataset positions.
 
     Raises:
-        ValueError: if examples hold lists, and the default collate function would make batches of them.
+        ValueError: if examples hold lists, and the default collate function would make batches of them. While batches
+            are loaded: if the collate function fails and an example is None.
     """
     if (collate_fn or loader.collate_fn) is default_collate and not isinstance(loader.dataset, Dataset):
         _require_batchable(loader.dataset[0])
@@ -50,9 +56,32 @@ def load(
         loader.dataset,
         batch_sampler=_Batches(batches),
         num_workers=loader.num_workers if num_workers is None else num_workers,
-        collate_fn=collate_fn or loader.collate_fn,
+        collate_fn=_Collate(collate_fn or loader.collate_fn),
         generator=torch.Generator(),  # the workers' base seed must not come from the user's random state
     )
+
+
+class _Collate:
+    """A collate function that explains an error of another one."""
+
+    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
+        self._collate = collate
+
+    def __call__(self, items: list[Any]) -> Any:
+        try:
+            return self._collate(items)
+        except Exception as error:
+            if not any(item is None for item in items):
+                raise
+            raise ValueError(
+                f"the dataset gives None in place of an example, and {function_name(self._collate)}, its collate"
+                f" function, fails: {type(error).__name__}: {error}. If it leaves such examples out: {LEAVES_OUT}"
+            ) from error
+
+
+def function_name(function: object) -> str:
+    """The name of a function, or of the class of a callable object."""
+    return getattr(function, "__qualname__", type(function).__name__)
 
 
 def _require_batchable(example: Any) -> None:

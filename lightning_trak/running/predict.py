@@ -12,7 +12,9 @@ from typing_extensions import Self
 from lightning_trak.packages import is_a, own
 from lightning_trak.running.batches import TransferHooks, on_device
 from lightning_trak.running.ranges import IndexedBatch
+from lightning_trak.running.ranks import Ranks
 from lightning_trak.running.transfer import Upload
+from lightning_trak.storage.files import tensor_digest
 
 if TYPE_CHECKING:
     _LightningModule = L.LightningModule
@@ -48,9 +50,22 @@ class PredictModule(_LightningModule):
         self._upload: Upload | None = None
 
     def setup(self, stage: str) -> None:  # noqa: ARG002
-        """Show the Trainer to the user's hooks. Lightning shows it to modules of its own package alone."""
+        """Show the Trainer to the user's hooks, and check that all ranks have the same model.
+
+        Lightning shows it to modules of its own package alone. No later hook runs on a rank without work.
+
+        Raises:
+            ValueError: if the weights differ.
+        """
         if is_a(self.model, L.LightningModule):
             self.model.trainer = self.trainer
+        ranks = Ranks.of(self.trainer)
+        if ranks.world_size > 1:
+            ranks.require_same_weights(self.weights_digest())
+
+    def weights_digest(self) -> object:
+        """A digest of the model's weights."""
+        return tensor_digest(dict(self.model.named_parameters()))
 
     def release(self) -> None:
         """Drop the model, because the Trainer keeps this module until its next call."""

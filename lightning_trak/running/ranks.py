@@ -59,6 +59,24 @@ class Ranks(NamedTuple):
         dist.all_gather_object(gathered, value)
         return gathered  # type: ignore[return-value]
 
+    def require_same_weights(self, digest: object) -> None:
+        """Check that the model has the same weights on every rank. All ranks call this.
+
+        Args:
+            digest: of this rank's weights.
+
+        Raises:
+            ValueError: on every rank, if they differ.
+        """
+        found = self.gather(digest)
+        if found.count(found[0]) < len(found):
+            differing = [rank for rank, other in enumerate(found) if other != found[0]]
+            raise ValueError(
+                f"the model has other weights on rank {differing[0]} than on rank 0. Each process makes the model"
+                " itself, and all must make the same: call lightning.seed_everything(seed) before the model is made,"
+                " or load the same checkpoint in all"
+            )
+
     def all_true(self, condition: bool) -> bool:
         """Whether the condition holds on every rank."""
         return bool(self.sum(torch.tensor(int(condition))) == self.world_size)

@@ -6,12 +6,16 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
+from lightning_trak.compatibility import drawn_batches
 from lightning_trak.features.extractor_module import AUDITED_TOGETHER, ExtractorModule
 from lightning_trak.features.finiteness import require_finite
 from lightning_trak.features.precision import precision_of
 from lightning_trak.gradients.base import EngineError
 from lightning_trak.gradients.batch import infer_batch_size
+from lightning_trak.gradients.separable import separable
+from lightning_trak.running.loading import LEAVES_OUT, batch_size_of
 from lightning_trak.running.ranks import Ranks
+from lightning_trak.running.singles import Singles, is_one_by_one
 from lightning_trak.running.strategies import shards_model
 from lightning_trak.scoring.base import Scorer
 from lightning_trak.scoring.topk import Scores
@@ -31,6 +35,7 @@ class ScoreModule(ExtractorModule):
         self._top_k = top_k
         self._largest = largest
         self._learned: int | None = None  # the dataloader whose batches are known
+        self._one_by_one = False  # whether each of them is an example that cannot be joined with others
 
     def setup(self, stage: str) -> None:
         """Get the scorer ready; every rank takes part. What an earlier run has on another device is dropped."""
@@ -58,7 +63,10 @@ class ScoreModule(ExtractorModule):
         """
         if dataloader_idx != self._learned:
             self._learn(dataloader_idx)
-        size = infer_batch_size(batch, self._layout)
+        if self._one_by_one:
+            batch = Singles([batch])
+        size = 1 if isinstance(batch, Singles) else infer_batch_size(batch, self._layout)
+        self._require_all(size, dataloader_idx, batch_idx)
         positions, audited = torch.arange(size), self._audited(size, dataloader_idx, batch_idx)
         directions = []
         for checkpoint in range(self._store.num_checkpoints):
@@ -77,12 +85,35 @@ class ScoreModule(ExtractorModule):
     def _learn(self, number: int) -> None:
         """Find out how the Trainer's loader puts examples together, if it has a dataset to try it with."""
         self._learned = number
-        loaders = self.trainer.predict_dataloaders
-        loader = loaders[number] if isinstance(loaders, (list, tuple)) else loaders
+        loader = self._loader(number)
         if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
-            self.learn_batches(loader)
+            apart = separable(loader)
+            self._one_by_one = is_one_by_one(apart)
+            if self._one_by_one and batch_size_of(loader) != 1:
+                raise ValueError(
+                    "the collate function joins examples so that they cannot be taken apart again, as it joins graphs:"
+                    " give scorer() batches of one example, or use score(), which loads them one by one"
+                )
+            self.learn_batches(apart)
         else:
+            self._one_by_one = False
             self.forget_batches()
+
+    def _require_all(self, size: int, dataloader: int, number: int) -> None:
+        """Check that a batch holds all examples that were drawn for it, as far as Lightning has noted them.
+
+        Raises:
+            ValueError: if it holds others. The rows of scores would not belong to the examples of the dataset.
+        """
+        drawn = drawn_batches(self._loader(dataloader))
+        if drawn is not None and len(drawn[number]) != size:
+            raise ValueError(
+                f"batch {number} has {size} examples, and {len(drawn[number])} were drawn for it: {LEAVES_OUT}"
+            )
+
+    def _loader(self, number: int) -> Any:
+        loaders = self.trainer.predict_dataloaders
+        return loaders[number] if isinstance(loaders, (list, tuple)) else loaders
 
     def _audited(self, size: int, dataloader: int, number: int) -> list[int]:
         """Which rows of a batch to audit: as many of each 1024 targets as the settings say, in one batch of these."""

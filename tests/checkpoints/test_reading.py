@@ -300,3 +300,27 @@ def test_a_format_of_ones_own(tmp_path, monkeypatch):
     (found,) = resolve_checkpoints(tmp_path / "weights.npz")
     assert found.name == "weights.npz"
     assert torch.equal(found.load()["weight"], torch.eye(2, dtype=torch.float64))
+
+
+def test_a_flipped_bit_in_a_torch_file_is_found(tmp_path: Path) -> None:
+    """`torch.load` does not compare the weights with the checksums in the file."""
+    path = tmp_path / "model.pt"
+    torch.save({"weight": torch.arange(1000.0)}, path)
+    content = bytearray(path.read_bytes())
+    middle = content.index(torch.tensor(500.0).numpy().tobytes())
+    content[middle] ^= 1
+    path.write_bytes(content)
+    assert torch.load(path)["weight"][500] != 500
+    (checkpoint,) = resolve_checkpoints(path)
+    with pytest.raises(ValueError, match=r"model.pt\" was altered: .*checksums \(model/data/0\); restore it"):
+        checkpoint.load()
+
+
+def test_a_torch_file_without_checksums_is_read(tmp_path: Path) -> None:
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"weight": torch.arange(3.0)}, tmp_path / "model.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    (checkpoint,) = resolve_checkpoints(tmp_path / "model.pt")
+    assert checkpoint.load()["weight"].tolist() == [0, 1, 2]

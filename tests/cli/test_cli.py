@@ -174,6 +174,13 @@ def test_a_new_model_is_no_checkpoint(refused):
         assert "the model of a command is new, so its current weights are not trained: name trained ones with" in said
 
 
+def test_a_store_that_is_not_finished_is_named_in_one_line(run, refused, tmp_path):
+    own = "--method.store", str(tmp_path / "store")
+    run("featurize", *SMALL, *own, "--part", "1/2")
+    said = refused("score", *SMALL, *own, "--scores", str(tmp_path / "scores"))
+    assert "shards; call featurize again to finish it before scoring" in said
+
+
 def test_show_as_a_picture(folder, run, refused, scored):
     run("show", *SMALL, "--targets", "[0, 5]", "--out", "run/shown.png")
     assert imread(folder / "run/shown.png").std() > 0.1

@@ -113,6 +113,13 @@ def main(root: Path) -> None:
         alone = TRAK(make_model(), checkpoints, root / "alone", projection=SparseProjection(32))
         alone.featurize(make_trainer(), train)
         results["alone"] = alone.score(make_trainer(), targets)
+    for name, other in {"TRAK": TRAK, "RepresentationSimilarity": RepresentationSimilarity}.items():
+        own = make_model(seed=trainer.global_rank)
+        options = {"store": root / "other weights"} if other is TRAK else {}
+        try:
+            other(own, **options).attribute(trainer, train, targets)
+        except ValueError as error:
+            results[f"{name} with other weights"] = str(error)
     torch.save(results, root / f"rank-{trainer.global_rank}.pt")
 
 

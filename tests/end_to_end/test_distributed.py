@@ -102,6 +102,12 @@ def test_both_ranks_get_the_scores_of_one_process(runs, name):
         close(rank[name], expected)
 
 
+@pytest.mark.parametrize("method", ["TRAK", "RepresentationSimilarity"])
+def test_models_with_other_weights_are_refused_on_both_ranks(runs, method):
+    for rank in runs[0]:
+        assert "the model has other weights on rank 1 than on rank 0" in rank[f"{method} with other weights"]
+
+
 def test_both_ranks_use_the_same_principal_directions(runs):
     ranks, _, root = runs
     trak = TRAK(make_model(), torch.load(root / "checkpoints.pt"), root / "one principal", projection=PRINCIPAL)

@@ -223,3 +223,43 @@ def test_a_module_is_not_given_twice_here_either(tmp_path):
         fleet.run(together=3, progress_bar=False)
     with pytest.raises(ValueError, match="together must be at least 1"):
         fleet.run(together=0)
+
+
+class Halves(Net):
+    def on_before_optimizer_step(self, optimizer):
+        for parameter in self.parameters():
+            parameter.grad.mul_(0.5)
+
+
+class OnPlateau(Net):
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+        return [optimizer], [{"scheduler": scheduler, "monitor": "loss"}]
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (Halves, "leaves out Halves.on_before_optimizer_step; train them one at a time"),
+        (OnPlateau, r"a scheduler of OnPlateau monitors something \(ReduceLROnPlateau\)"),
+    ],
+)
+def test_without_a_fleet_it_is_refused_too(make, match):
+    with pytest.raises(TypeError, match=match):
+        train_together(make, TRAIN, MASKS, [5, 7, 11], max_epochs=1, batch_size=4)
+
+
+class Nesterov(Net):
+    """With `foreach`, the optimizer changes the gradients in place."""
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9, nesterov=True, foreach=True)
+
+
+def test_an_optimizer_that_changes_gradients_is_compared_with_itself():
+    stack = train_together(Nesterov, TRAIN, MASKS[:1], [5], max_epochs=2, batch_size=4)
+    torch.manual_seed(5)
+    module = Nesterov()
+    quiet_trainer(max_epochs=2).fit(module, DataLoader(TRAIN, 4, sampler=Shuffled(MASKS[0], 5)))
+    torch.testing.assert_close(stack.state_dicts()[0], dict(module.state_dict()), rtol=1e-4, atol=1e-5)

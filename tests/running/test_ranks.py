@@ -20,3 +20,14 @@ def test_nccl_sums_what_lies_on_the_host_in_bounded_parts(monkeypatch, shape):
     assert torch.equal(tensor, 2 * values)
     assert max(sizes) <= 4
     assert sum(sizes) == values.numel()
+
+
+def test_ranks_with_other_weights_are_refused(monkeypatch):
+    def gather(found, value):
+        found[:] = ["one", "one", value]
+
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    Ranks(0, 3).require_same_weights("one")
+    with pytest.raises(ValueError, match=r"the model has other weights on rank 2 than on rank 0.*seed_everything"):
+        Ranks(2, 3).require_same_weights("two")
+    Ranks().require_same_weights("alone")

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from lightning_trak import TRAK
+from lightning_trak.checkpoints.subsets import TrainingSubset
+from lightning_trak.checkpoints.weights import write_safetensors
 from lightning_trak.methods import ExactKernel
 from lightning_trak.outputs import (
     CausalLMLogLikelihood,
@@ -15,6 +17,7 @@ from lightning_trak.outputs import (
 from lightning_trak.outputs.margins import logistic_loss
 from lightning_trak.projections import IdentityProjection, PrincipalProjection, SparseProjection
 from lightning_trak.running.annotated import AnnotatedBatch
+from lightning_trak.running.content import prefix_digests
 from lightning_trak.scoring import DualScorer, PrimalScorer
 from lightning_trak.scoring.per_prediction import PredictionCurvature
 from tests.causal_texts import CausalNet, gradients, loader, make_texts, margins, pad, pad_left
@@ -215,6 +218,24 @@ def test_a_store_grows_with_its_curvature(tmp_path):
     whole = identity(tmp_path / "whole")
     torch.testing.assert_close(curved_rows(trak), curved_rows(whole), rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(trak.score(double(), loader(ASKED)), whole.score(double(), loader(ASKED)))
+
+
+def test_models_of_halves_have_the_curvature_of_their_texts(tmp_path):
+    mask = torch.arange(len(TEXTS)) % 2 == 0
+    (data,) = prefix_digests(loader(TEXTS), len(TEXTS))[:1]
+    write_safetensors(tmp_path / "half.safetensors", CausalNet().state_dict(), TrainingSubset(mask, data))
+    options = {"projection": IdentityProjection(), "dtype": torch.float64, "temperature": 1, "damping": 0.1}
+    half = TRAK(CausalNet(), tmp_path / "half.safetensors", tmp_path / "half", **options)
+    half.featurize(double(), loader(TEXTS))
+    scores = half.score(double(), loader(ASKED))
+    curved, store = curved_rows(half), half.open_store(double())
+    phi, r = rows_of(store), torch.cat([store.read(0, shard).curvatures for shard in range(store.num_shards)])
+    q = torch.cat([store.read(0, shard).loss_gradients for shard in range(store.num_shards)])
+    k = 0.1 * (phi.T * (r * mask)) @ phi + 0.9 * (curved.T * mask) @ curved
+    k += 0.1 * k.trace() / len(k) * torch.eye(len(k))
+    targets = half.target_features(double(), loader(ASKED))[0].features
+    expected = targets @ torch.linalg.solve(k, phi.T) * q
+    torch.testing.assert_close(scores, expected.to(scores), rtol=1e-5, atol=1e-8)
 
 
 def test_it_is_the_default_for_several_predictions_alone(tmp_path):

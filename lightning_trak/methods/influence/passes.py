@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader
 from typing_extensions import Self
 
 from lightning_trak.features.engines import EngineName, choose_engine, make_engine
@@ -20,6 +21,7 @@ from lightning_trak.features.rows import Features
 from lightning_trak.gradients.base import differentiating
 from lightning_trak.gradients.batch import ExampleBatch, Layout, find_layout
 from lightning_trak.gradients.precision import WorkingPrecision
+from lightning_trak.gradients.separable import separable
 from lightning_trak.methods.examples import Examples
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.evaluating import exact_attention
@@ -30,6 +32,7 @@ from lightning_trak.running.chunks import chunked
 from lightning_trak.running.content import FEW, spread
 from lightning_trak.running.loading import batch_size_of, load, sample_batches
 from lightning_trak.running.random_states import isolated_random_states
+from lightning_trak.running.singles import is_one_by_one
 
 
 class Passes:
@@ -61,7 +64,7 @@ class Passes:
         self.begun_with: int | None = None
         self.layout: Layout | None = None
         self.engine_name: EngineName | None = None  # "auto" is chosen at the first checkpoint
-        self._layouts: dict[Examples, Layout] = {}
+        self._layouts: dict[Examples, tuple[DataLoader[Any], Layout]] = {}
         self.device = trainer.strategy.root_device
         plugin = trainer.precision_plugin
         if type(plugin) not in both(Precision) and not is_a(plugin, DoublePrecision, HalfPrecision, MixedPrecision):
@@ -156,16 +159,17 @@ class Passes:
         Args:
             examples: the dataset.
             positions: the positions of the examples of each batch; default: all examples once, in batches of the
-                loader's size.
+                loader's size, or one by one if batches cannot be taken apart.
 
         Raises:
             ValueError: if examples are not the same each time that they are loaded.
         """
         if examples not in self._layouts:
             self._layouts[examples] = self._learn(examples)
-        self.layout = self._layouts[examples]
+        loader, self.layout = self._layouts[examples]
         if positions is None:
-            positions = chunked(range(len(examples)), batch_size_of(examples.loader))
+            together = 1 if is_one_by_one(loader) else batch_size_of(loader)
+            positions = chunked(range(len(examples)), together)
         sizes: list[int] = []
 
         def noted() -> Iterator[Sequence[int]]:
@@ -173,17 +177,17 @@ class Passes:
                 sizes.append(len(batch))
                 yield batch
 
-        for batch in self._on_device(load(examples.loader, noted()), examples):
+        for batch in self._on_device(load(loader, noted()), examples):
             yield batch, sizes.pop(0)
 
-    def _learn(self, examples: Examples) -> Layout:
-        """Find out how a loader collates examples, and that it gives the same ones each time.
+    def _learn(self, examples: Examples) -> tuple[DataLoader[Any], Layout]:
+        """Find a loader whose batches can be taken apart, and how it collates examples, which must stay the same.
 
         Raises:
-            ValueError: if it does not: passes over other data each time would be of no one function.
+            ValueError: if they do not: passes over other data each time would be of no one function.
         """
-        some = spread(len(examples), FEW)
-        twice, thrice, first, again = self._on_device(load(examples.loader, [[0, 0], [0, 0, 0], some, some]), examples)
+        some, loader = spread(len(examples), FEW), separable(examples.loader)
+        twice, thrice, first, again = self._on_device(load(loader, [[0, 0], [0, 0, 0], some, some]), examples)
         layout = find_layout(twice, thrice)
         if not ExampleBatch(first, len(some), layout).equals(ExampleBatch(again, len(some), layout)):
             raise ValueError(
@@ -191,7 +195,7 @@ class Passes:
                 " function or a batch transfer hook; they are loaded several times: give data without random"
                 " augmentation"
             )
-        return layout
+        return loader, layout
 
     def parts(
         self, examples: Examples, positions: Sequence[int] | None = None, fitting: int | None = None
