@@ -27,14 +27,20 @@ class ConvolutionLayer(Layer, covers=[*_TYPES]):
         if parameter == "bias":
             return self._images(call.output_gradient, call.size).flatten(3).sum((1, 3))
         patches_bytes = self.module.weight[0].numel() * call.output_gradient[:, 0].nbytes // call.size
-        if not self.has_factors() or call.inputs.device.type != "cpu" or patches_bytes > _MOST_BYTES:
-            return self._kernels(call, self.module.weight.shape)
-        kernels = call.output_gradient.new_empty(call.size, *self.module.weight.shape)
-        step = max(1, _CPU_BYTES // max(1, patches_bytes))
+        if call.inputs.device.type == "cpu" and self.has_factors() and patches_bytes <= _MOST_BYTES:
+            return self._products(call, max(1, _CPU_BYTES // patches_bytes))
+        return self._kernels(call, self.module.weight.shape)
+
+    def _products(self, call: LayerCall, step: int) -> Tensor:
+        """The weight's gradients as products of :meth:`factors`, with the patches of ``step`` examples at a time."""
+        output_gradients, patches = self._by_position(call.output_gradient, call.size), self._patches(call.inputs)
+        kernels = patches.new_empty(call.size, *self.module.weight.shape)
+        images = len(patches) // call.size  # of an example
         for start in range(0, call.size, step):
             stop = min(start + step, call.size)
-            output_gradients, patches = self.factors(call.take(start, stop))
-            torch.bmm(output_gradients.mT, patches, out=kernels[start:stop].flatten(2))
+            copied = patches[start * images : stop * images].flatten(1, self.module.weight.ndim - 1)
+            inputs = self._by_position(copied, stop - start)
+            torch.bmm(output_gradients[start:stop].mT, inputs, out=kernels[start:stop].flatten(2))
         return kernels
 
     def has_rows(self, parameter: str) -> bool:
@@ -88,24 +94,26 @@ class ConvolutionLayer(Layer, covers=[*_TYPES]):
 
     def factors(self, call: LayerCall) -> tuple[Tensor, Tensor]:
         """The output's gradients and, as inputs, the patches that the kernel is applied to; by position."""
-        output_gradients, patches = (
-            self._images(part, call.size).flatten(3).transpose(2, 3).flatten(1, 2)
-            for part in (call.output_gradient, self._patches(call.inputs))
-        )
-        return output_gradients, patches
+        patches = self._patches(call.inputs).flatten(1, self.module.weight.ndim - 1)
+        return self._by_position(call.output_gradient, call.size), self._by_position(patches, call.size)
+
+    def _by_position(self, images: Tensor, size: int) -> Tensor:
+        """Shape ``(size, positions of an example, channels)``."""
+        return self._images(images, size).flatten(3).transpose(2, 3).flatten(1, 2)
 
     def _patches(self, inputs: Tensor) -> Tensor:
-        """The patches that the kernel is applied to, shape ``(images, elements of a kernel, *positions)``."""
+        """The patches that the kernel is applied to: a view of shape ``(images, *weight.shape[1:], *positions)``."""
         module, (patches, padding) = self.module, self._padded(inputs)
-        if module.weight[0, 0].numel() > 1:  # else these patches are pixels, which need no copies
+        if module.weight[0, 0].numel() > 1:  # so that copies of patches read consecutive numbers
             patches = patches.contiguous()
         if any(padding):
             patches = F.pad(patches, [zeros for zeros in reversed(padding) for _ in range(2)])
-        for dim, (length, stride, dilation) in enumerate(zip(module.kernel_size, module.stride, module.dilation), 2):
-            patches = patches.unfold(dim, dilation * (length - 1) + 1, stride)[..., ::dilation]
         dims = len(padding)
-        positions, kernel = range(2, 2 + dims), range(2 + dims, 2 + 2 * dims)
-        return patches.permute(0, 1, *kernel, *positions).flatten(1, 1 + dims)
+        for dim, length, stride, dilation in zip(
+            range(2, 2 + dims), module.kernel_size, module.stride, module.dilation, strict=True
+        ):
+            patches = patches.unfold(dim, dilation * (length - 1) + 1, stride)[..., ::dilation]
+        return patches.permute(0, 1, *range(2 + dims, 2 + 2 * dims), *range(2, 2 + dims))
 
     def _convolved(self, images: Tensor, kernels: Tensor, padding: list[int]) -> Tensor:
         """The module's convolution with other kernels. Each row of the matrix ``kernels`` is one kernel."""
