@@ -19,7 +19,7 @@ from lightning_trak.projections.philox import Stream, signs
 _SUMS = 1 << 13
 _SIGNS = 128  # in a block of four words
 # Up to this many blocks of elements are added to the features at once. For more, sums of twice the length save runs.
-_FEW = 4
+_FEW = 24
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from lightning_trak.projections.sparse import BoundSparseProjection
 
 # Bytes of gradients that are formed at a time. On a CPU, they should stay in cache, but be those of several examples,
 # which threads share out. Elsewhere, few kernels are better.
-_CPU_BYTES = 5 << 20
+_CPU_BYTES = 10 << 20
 _ACCELERATOR_BYTES = 1 << 28
 # Rows of a gradient are formed in multiples of this number: products with fewer or other rows are slow.
 _CPU_ROWS, _ACCELERATOR_ROWS = 32, 1024

@@ -13,6 +13,8 @@ from lightning_trak.compatibility import explicit_padding
 from lightning_trak.gradients.hooks.layers.base import Layer, LayerCall
 
 _TYPES = [nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d]
+_CPU_BYTES = 1 << 21  # of patches that are copied at a time, so that they stay in cache
+_MOST_BYTES = 1 << 23  # of the patches of one example; with more, a convolution is faster
 
 
 class ConvolutionLayer(Layer, covers=[*_TYPES]):
@@ -24,11 +26,29 @@ class ConvolutionLayer(Layer, covers=[*_TYPES]):
         """Shape ``(size, *weight.shape)`` for the weight; for the bias, a sum over positions."""
         if parameter == "bias":
             return self._images(call.output_gradient, call.size).flatten(3).sum((1, 3))
+        patches_bytes = self.module.weight[0].numel() * call.output_gradient[:, 0].nbytes // call.size
+        if call.inputs.device.type == "cpu" and self.has_factors() and patches_bytes <= _MOST_BYTES:
+            return self._products(call, max(1, _CPU_BYTES // patches_bytes))
         return self._kernels(call, self.module.weight.shape)
 
+    def _products(self, call: LayerCall, step: int) -> Tensor:
+        """The weight's gradients as products of :meth:`factors`, with the patches of ``step`` examples at a time."""
+        output_gradients, patches = self._by_position(call.output_gradient, call.size), self._patches(call.inputs)
+        kernels = patches.new_empty(call.size, *self.module.weight.shape)
+        images = len(patches) // call.size  # of an example
+        for start in range(0, call.size, step):
+            stop = min(start + step, call.size)
+            copied = patches[start * images : stop * images].flatten(1, self.module.weight.ndim - 1)
+            inputs = self._by_position(copied, stop - start)
+            torch.bmm(output_gradients[start:stop].mT, inputs, out=kernels[start:stop].flatten(2))
+        return kernels
+
     def has_rows(self, parameter: str) -> bool:
-        """True for the weight, without groups and if not transposed: its rows are the channels of the output."""
-        return parameter == "weight" and self.has_factors()
+        """On accelerators true for the weight, if it has :meth:`factors`: its rows are the channels of the output.
+
+        On a CPU, all rows together need the patches only once.
+        """
+        return parameter == "weight" and self.has_factors() and self.module.weight.device.type != "cpu"
 
     def gradient_rows(self, parameter: str, call: LayerCall, rows: range) -> Tensor:  # noqa: ARG002
         """Shape ``(size, len(rows), *weight.shape[1:])``. The rows are the kernels of some output channels."""
@@ -74,15 +94,26 @@ class ConvolutionLayer(Layer, covers=[*_TYPES]):
 
     def factors(self, call: LayerCall) -> tuple[Tensor, Tensor]:
         """The output's gradients and, as inputs, the patches that the kernel is applied to; by position."""
-        inputs, padding = self._padded(call.inputs)
-        # A convolution with all unit kernels gives the patches, for any number of dimensions, stride and dilation.
-        kernels = torch.eye(self.module.weight[0].numel(), dtype=inputs.dtype, device=inputs.device)
-        patches = self._convolved(inputs, kernels, padding)
-        output_gradients, patches = (
-            self._images(part, call.size).flatten(3).transpose(2, 3).flatten(1, 2)
-            for part in (call.output_gradient, patches)
-        )
-        return output_gradients, patches
+        patches = self._patches(call.inputs).flatten(1, self.module.weight.ndim - 1)
+        return self._by_position(call.output_gradient, call.size), self._by_position(patches, call.size)
+
+    def _by_position(self, images: Tensor, size: int) -> Tensor:
+        """Shape ``(size, positions of an example, channels)``."""
+        return self._images(images, size).flatten(3).transpose(2, 3).flatten(1, 2)
+
+    def _patches(self, inputs: Tensor) -> Tensor:
+        """The patches that the kernel is applied to: a view of shape ``(images, *weight.shape[1:], *positions)``."""
+        module, (patches, padding) = self.module, self._padded(inputs)
+        if module.weight[0, 0].numel() > 1:  # so that copies of patches read consecutive numbers
+            patches = patches.contiguous()
+        if any(padding):
+            patches = F.pad(patches, [zeros for zeros in reversed(padding) for _ in range(2)])
+        dims = len(padding)
+        for dim, length, stride, dilation in zip(
+            range(2, 2 + dims), module.kernel_size, module.stride, module.dilation, strict=True
+        ):
+            patches = patches.unfold(dim, dilation * (length - 1) + 1, stride)[..., ::dilation]
+        return patches.permute(0, 1, *range(2 + dims, 2 + 2 * dims), *range(2, 2 + dims))
 
     def _convolved(self, images: Tensor, kernels: Tensor, padding: list[int]) -> Tensor:
         """The module's convolution with other kernels. Each row of the matrix ``kernels`` is one kernel."""
