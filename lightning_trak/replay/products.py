@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -116,12 +117,21 @@ class Products:
         except RuntimeError:  # an operation without a rule for many cotangents
             self.batched = False
             return
-        for one, many in zip(alone, together, strict=True):
-            if (one is None) != (many is None):
-                self.batched = False
-            elif one is not None and many is not None:
-                off, size = float((one - many[-1:]).norm()), float(one.norm())
-                self.batched = self.batched and off <= self._rounding * size + torch.finfo(one.dtype).tiny
+        last = [None if many is None else many[-1:] for many in together]
+        self.batched = self.agree(dict(enumerate(alone)), dict(enumerate(last)))
+
+    def agree(self, some: Mapping[Any, Tensor | None], others: Mapping[Any, Tensor | None]) -> bool:
+        """Whether tensors are the same up to the rounding of products. Those that are missing are zero."""
+        for key in some.keys() | others.keys():
+            one, other = some.get(key), others.get(key)
+            like = other if one is None else one
+            if like is None:
+                continue
+            one, other = (torch.zeros_like(like) if part is None else part for part in (one, other))
+            off, size = float((one - other).norm()), float(one.norm())
+            if not off <= self._rounding * size + torch.finfo(like.dtype).tiny:
+                return False
+        return True
 
 
 def _product(outputs: Sequence[Tensor], inputs: Sequence[Tensor], along: Sequence[Tensor]) -> tuple[Tensor | None, ...]:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lightning_trak.gradients.batch import ExampleBatch, Layout
+from lightning_trak.replay.linear_layers import LinearCalls, LinearGradient
 from lightning_trak.replay.losses import Losses, losses_of, require_losses, require_step
 from lightning_trak.replay.player import Played, Player, ReplayError
 from lightning_trak.replay.products import Products
@@ -43,9 +44,21 @@ class _Piece:
 
 @dataclass(frozen=True)
 class _Graph:
-    """The gradient of a piece, with its graph."""
+    """The gradient of a piece, with its graph.
 
-    gradients: list[Tensor | None]
+    Attributes:
+        gradients: the gradients by the names of parameters, without a graph.
+        outputs: the parts of them that autograd has found, with their graph.
+        layers: linear layers that make up the rest.
+        weights: the weights of the examples.
+        before: running statistics before the pass.
+        after: running statistics after it.
+        losses: the losses of the examples.
+    """
+
+    gradients: dict[str, Tensor]
+    outputs: dict[str, Tensor]
+    layers: list[LinearGradient]
     weights: Tensor
     before: dict[str, Tensor]
     after: dict[str, Tensor]
@@ -77,6 +90,7 @@ class Reverse:
         self._micro_batch, self._layout = micro_batch, layout
         self._products = Products(block, player.dtype)
         self._audited: set[Any] = set()  # kinds of graphs whose products were audited
+        self._apart: dict[Any, bool] = {}  # whether linear layers are right apart from autograd, for kinds of pieces
         self.statistics = RunningStatistics(player.module)
 
     def step(
@@ -102,14 +116,16 @@ class Reverse:
         player.arrange(played.record)
         played.before.load(player.module, parameters=player.parameters)
         self.track()
-        pieces, trained = list(self._pieces(played)), played.record.structure.trained
+        pieces = list(self._pieces(played))
+        if sum(block.num_targets for block in blocks) > 1:
+            self._try_apart(played, pieces)
         sums, only_graph = self._gradients(played, pieces)
         self._require_known_buffers(played, after)
         update = Update.of(player, played.record, played.before, sums)
         results = {key: result for group in update.outputs.values() for key, result in group.items()}
         require_step(played, after, results, player.dtype, player.update.rounding)
-        parameters = [player.parameters[name] for name in self._tracked]
-        blocks[:] = [part for block in blocks for part in block.cut(self._products.size(parameters, block.num_targets))]
+        made = list(player.parameters.values()) if only_graph is None else list(self._inputs(only_graph).values())
+        blocks[:] = [part for block in blocks for part in block.cut(self._products.size(made, block.num_targets))]
         # A block goes through update and gradient before the next one, while its cotangents are in the cache.
         moved = ((block, update.back(block, self._products)) for block in blocks)
         turns = moved if len(pieces) == 1 and by_gradient is None else list(moved)
@@ -118,7 +134,7 @@ class Reverse:
         weights = []
         for piece in reversed(pieces):
             graph = only_graph or self._graph(piece, played.record)
-            by_weight = torch.cat([self._through_gradient(graph, trained, *turn) for turn in turns])
+            by_weight = torch.cat([self._through_gradient(graph, *turn) for turn in turns])
             if not by_weight.isfinite().all():
                 raise ReplayError(
                     f"derivatives are not finite at step {played.record.step}: between this step and the end, training"
@@ -138,9 +154,8 @@ class Reverse:
             with self._products.measuring():
                 graph = self._graph(piece, played.record, once=only)
             means[piece.number] += float(graph.losses.detach().sum()) / len(piece.micro.positions)
-            for name, gradient in zip(played.record.structure.trained, graph.gradients, strict=True):
-                if gradient is not None:
-                    sums[name] = sums[name] + gradient.detach() if name in sums else gradient.detach()
+            for name, gradient in graph.gradients.items():
+                sums[name] = sums[name] + gradient if name in sums else gradient
         require_losses(played, means, self._player.dtype)
         return sums, graph if only else None
 
@@ -174,9 +189,39 @@ class Reverse:
                 " out"
             )
 
+    def _try_apart(self, played: Played, pieces: Sequence[_Piece]) -> None:
+        """Find out for which pieces linear layers can be taken apart from autograd, which pays for many targets.
+
+        They cannot if the losses differentiate the module themselves, or repeat a part of its forward pass. So a
+        gradient and a product are compared.
+        """
+        for piece in pieces:
+            kind = _kind(piece, played.record)
+            if kind in self._apart:
+                continue
+            usual = self._trial(played, piece, apart=False)
+            try:
+                self._apart[kind] = self._products.agree(usual, self._trial(played, piece, apart=True))
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:
+                self._apart[kind] = False
+
+    def _trial(self, played: Played, piece: _Piece, apart: bool) -> dict[str, Tensor]:
+        """The gradient of a piece, and its product with the derivative. The module then is as before the step."""
+        graph = self._made(piece, played.record, apart)
+        block = Block(1, {}, {})
+        along = {name: gradient.unsqueeze(0) for name, gradient in graph.gradients.items()}
+        by_weight = self._through_gradient(graph, block, along)
+        played.before.load(self._player.module, parameters=self._player.parameters)
+        return graph.gradients | block.cotangents | {"weights": by_weight}
+
     def _graph(self, piece: _Piece, record: StepRecord, once: bool = False) -> _Graph:
         """The gradient of a piece. If its batch is needed again, ``once`` is false: the losses may change a batch."""
-        player, micro = self._player, piece.micro
+        return self._made(piece, record, self._apart.get(_kind(piece, record), False), once)
+
+    def _made(self, piece: _Piece, record: StepRecord, apart: bool, once: bool = False) -> _Graph:
+        player, micro, trained = self._player, piece.micro, record.structure.trained
         size = len(micro.positions)
         batch = piece.batch
         if piece.rows != slice(0, size):
@@ -186,43 +231,63 @@ class Reverse:
         expected = piece.rows.stop - piece.rows.start
         restore_random_states(micro.random_states, player.device)
         before = self.statistics.leaves()
+        calls = LinearCalls({name: player.parameters[name] for name in self._tracked} if apart else {})
         with differentiable(player), self.statistics.tracked(before) as after:
-            losses = losses_of(self._losses, player.module, batch, expected)
+            with calls:
+                losses = losses_of(self._losses, player.module, batch, expected)
             weights = torch.ones_like(losses, requires_grad=True)
             total = (weights * losses).sum() / (size * record.settings.accumulate)
-            parameters = [player.parameters[name] for name in record.structure.trained]
-            gradients = torch.autograd.grad(total, parameters, create_graph=True, allow_unused=True)
-        return _Graph(list(gradients), weights, before, after, losses)
+            own, layers = calls.differentiate(total, [player.parameters[name] for name in trained])
+        outputs = {name: part for name, part in zip(trained, own, strict=True) if part is not None}
+        gradients = {name: output.detach() for name, output in outputs.items()}
+        for name, part in (found for layer in layers for found in layer.gradients()):
+            gradients[name] = gradients[name] + part if name in gradients else part
+        gradients = {name: gradients[name] for name in trained if name in gradients}
+        return _Graph(gradients, outputs, layers, weights, before, after, losses)
 
-    def _through_gradient(self, graph: _Graph, trained: Sequence[str], block: Block, by_gradient: Cotangents) -> Tensor:
+    def _through_gradient(self, graph: _Graph, block: Block, by_gradient: Cotangents) -> Tensor:
         """Go back through the gradient of a piece. Derivatives by the state before are added to the cotangents.
 
         Returns:
             The derivatives by the weights of the examples, ``(num_targets, batch)``.
         """
         count, cotangents = block.num_targets, block.cotangents
-        pairs = [
-            (gradient, by_gradient.get(name))
-            for name, gradient in zip(trained, graph.gradients, strict=True)
-            if gradient is not None
+        pairs: list[tuple[Tensor, Tensor | None]] = [
+            (output, by_gradient.get(name)) for name, output in graph.outputs.items()
         ]
+        pairs += [pair for layer in graph.layers for pair in layer.cotangents(by_gradient, count)]
         pairs += [(tensor, cotangents.pop(f"buffer/{name}", None)) for name, tensor in graph.after.items()]
-        names = [f"parameter/{name}" for name in self._tracked] + [f"buffer/{name}" for name in graph.before]
-        inputs = [*(self._player.parameters[name] for name in self._tracked), *graph.before.values(), graph.weights]
+        inputs = self._inputs(graph)
+        leaves = [leaf for layer in graph.layers for leaf in layer.leaves]
         outputs, vectors = zip(*pairs, strict=True) if pairs else ((), ())
-        kind = len(graph.weights), tuple(trained), len(pairs)
+        kind = len(graph.weights), tuple(graph.gradients), len(pairs)
         by_weight = graph.weights.new_zeros(count, len(graph.weights))
-        blocks = self._products.blocks(outputs, inputs, vectors, count, audit=kind not in self._audited)
-        for rows, (*products, weights) in blocks:
-            for name, product in zip(names, products, strict=True):
+        wanted = [*inputs.values(), graph.weights, *leaves]
+        blocks = self._products.blocks(outputs, wanted, vectors, count, audit=kind not in self._audited)
+        for rows, products in blocks:
+            parts = iter(products)
+            for name, product in zip(inputs, parts, strict=False):
                 if product is not None:
-                    if name not in cotangents:
-                        cotangents[name] = product.new_zeros(count, *product.shape[1:])
-                    cotangents[name][rows] += product
-            if weights is not None:
+                    _sums(cotangents, name, product[0], count)[rows] += product
+            if (weights := next(parts)) is not None:
                 by_weight[rows] = weights
-        self._audited.add(kind)
+            for layer in graph.layers:
+                to = {
+                    name: _sums(cotangents, f"parameter/{name}", self._player.parameters[name], count)[rows]
+                    for name in (layer.weight, layer.bias)
+                    if name is not None
+                }
+                layer.add([next(parts) for _ in layer.leaves], to)
+        if count > 1:  # one alone is not audited
+            self._audited.add(kind)
         return by_weight
+
+    def _inputs(self, graph: _Graph) -> dict[str, Tensor]:
+        """The weights and running statistics that autograd differentiates a graph by, by the names of cotangents."""
+        inside = {name for layer in graph.layers for name in (layer.weight, layer.bias)} - graph.outputs.keys()
+        parameters = self._player.parameters
+        own = {f"parameter/{name}": parameters[name] for name in self._tracked if name not in inside}
+        return own | {f"buffer/{name}": tensor for name, tensor in graph.before.items()}
 
     def _require_known_buffers(self, played: Played, after: TrainingState) -> None:
         """Check that training changed no buffers other than those whose derivatives are known."""
@@ -234,3 +299,15 @@ class Reverse:
                 f'step {played.record.step} changes the buffer "{name}", and the derivative of this change is not'
                 " known; only running statistics of batch normalization are supported"
             )
+
+
+def _kind(piece: _Piece, record: StepRecord) -> tuple[Any, ...]:
+    """What tells graphs of different operations apart."""
+    return piece.rows.stop - piece.rows.start, tuple(record.structure.trained)
+
+
+def _sums(cotangents: Cotangents, name: str, like: Tensor, count: int) -> Tensor:
+    """The cotangents of a tensor, which are added to."""
+    if name not in cotangents:
+        cotangents[name] = like.new_zeros(count, *like.shape)
+    return cotangents[name]
