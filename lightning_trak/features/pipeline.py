@@ -23,7 +23,7 @@ from lightning_trak.features.identity import Contents, identity
 from lightning_trak.features.model import ModelCopy
 from lightning_trak.features.precision import precision_of
 from lightning_trak.features.predict import FeaturizeModule
-from lightning_trak.features.rows import Features
+from lightning_trak.features.rows import Features, in_order
 from lightning_trak.features.settings import FeatureSettings
 from lightning_trak.features.sinks import FeatureBuffer, ShardWriter
 from lightning_trak.features.skipping import require_finite_or_skipped, require_none_skipped
@@ -288,7 +288,7 @@ class FeaturePipeline:
         for checkpoint in range(len(model.places)):
             with _explaining(model, loader):
                 own = buffer.take(checkpoint)
-            yield _in_order([part for found in ranks.gather(own) for part in found], examples)
+            yield in_order([part for found in ranks.gather(own) for part in found], examples)
 
     def open(self, model: ModelCopy, trainer: L.Trainer | None = None) -> FeatureStore:
         """Open the store for reading, and check that it was made with this model and these settings.
@@ -394,12 +394,3 @@ def _explaining(model: ModelCopy, loader: DataLoader[Any]) -> Iterator[None]:
         if model.sharded:
             raise
         raise error.explained(model, loader) from error
-
-
-def _in_order(parts: list[tuple[Tensor, Features]], examples: range) -> Features:
-    """Put rows that came in parts, each with its positions, in the order of the examples."""
-    missing = len(examples) - sum(len(positions) for positions, _ in parts)
-    if missing:
-        raise RuntimeError(f"the features of {missing} targets are missing; look for an error of another rank")
-    order = torch.cat([positions for positions, _ in parts]).argsort()
-    return Features(*(column[order] for column in Features.cat([rows for _, rows in parts])))

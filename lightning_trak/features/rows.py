@@ -162,6 +162,19 @@ def without(rows: Features, left_out: Tensor) -> Features:
     )
 
 
+def in_order(parts: list[tuple[Tensor, Features]], examples: range) -> Features:
+    """Put rows that came in parts, each with its positions, in the order of the examples.
+
+    Raises:
+        RuntimeError: if some are missing.
+    """
+    missing = len(examples) - sum(len(positions) for positions, _ in parts)
+    if missing:
+        raise RuntimeError(f"the features of {missing} targets are missing; look for an error of another rank")
+    order = torch.cat([positions for positions, _ in parts]).argsort()
+    return Features(*(column[order] for column in Features.cat([rows for _, rows in parts])))
+
+
 def misfit(
     tensors: dict[str, Tensor], count: int, dtype: FeatureDtype | None = None, k: int | None = None
 ) -> str | None:
