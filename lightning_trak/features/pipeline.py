@@ -8,7 +8,7 @@ from typing import Any, cast
 import lightning as L
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_trak.checkpoints.base import Checkpoint
