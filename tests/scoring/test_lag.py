@@ -186,7 +186,7 @@ def test_losses_that_are_means_over_predictions_change_the_temperature_alone(tmp
 def test_outputs_of_several_predictions_say_so(tmp_path, output):
     assert output.averages
     model = torch.nn.Linear(2, 2)
-    method = TRAK(model, [model.state_dict()], tmp_path / "unused", output=output)
+    method = TRAK(model, [model.state_dict()], tmp_path / "unused", output=output, curvature="gauss_newton")
     assert method.make_scorer(store_of(tmp_path / "store", logistic(1))).averages
     assert not ClassificationMargin.averages
 
