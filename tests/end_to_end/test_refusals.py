@@ -120,7 +120,7 @@ def test_fewer_examples_than_features_without_damping_is_an_error(tmp_path, chec
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
-        ({"curvature": "fisher"}, ValueError, "curvature must be one of 'gauss_newton', 'identity'; got 'fisher'"),
+        ({"curvature": "fisher"}, ValueError, "curvature must be one of 'gauss_newton', 'identity', .*; got 'fisher'"),
         ({"loss_gradients": "none"}, ValueError, "loss_gradients must be one of"),
         ({"engine": "fast"}, ValueError, "engine must be one of"),
         ({"dtype": torch.int8}, ValueError, "dtype must be one of"),

@@ -180,7 +180,7 @@ LABELS = [int(label) for label in TRAIN.tensors[1]]
 def test_data_that_differ_in_a_label_alone(form, collate):
     def digest(labels):
         items = [(inputs, form(label)) for (inputs, _), label in zip(TRAIN, labels, strict=True)]
-        return fingerprint(DataLoader(items, batch_size=8, collate_fn=collate))
+        return fingerprint(DataLoader(items, batch_size=8, collate_fn=collate), "the data")
 
     other = [int(LABELS[0] == 0), *LABELS[1:]]
     assert digest(LABELS) == digest(LABELS)
@@ -199,4 +199,4 @@ def test_a_random_number_among_the_items_is_noticed():
             return (*TRAIN[index], float(torch.rand(())))
 
     with pytest.warns(UserWarning, match="not the same twice"):
-        assert fingerprint(DataLoader(Random(range(50)))) is None
+        assert fingerprint(DataLoader(Random(range(50))), "the data") is None

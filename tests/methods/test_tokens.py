@@ -326,7 +326,12 @@ def test_what_has_no_tokens_is_refused(refusing, tmp_path):
     with pytest.raises(ValueError, match="score_tokens needs the training data: pass train="):
         other.score_tokens(trainer, loader(TARGETS), [(0, 1)])
     sparse = TRAK(
-        CausalNet(), [CausalNet().state_dict()], refusing.store, soft_threshold=1e-3, projection=SparseProjection(16)
+        CausalNet(),
+        [CausalNet().state_dict()],
+        refusing.store,
+        curvature="gauss_newton",
+        soft_threshold=1e-3,
+        projection=SparseProjection(16),
     )
     with pytest.raises(ValueError, match="use soft_threshold=0"):
         sparse.score_tokens(trainer, loader(TARGETS), [(0, 1)], loader(TRAIN))

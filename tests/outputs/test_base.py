@@ -267,6 +267,7 @@ def test_fingerprint_of_a_users_output():
         "context_size": 0,
         "for_targets": False,
         "predicts_labels": False,
+        "numbered": False,
         "averages": False,
         "_loss": "torch._VariableFunctionsClass.square",  # since loss() reads it
         "weights": {"a": [1.0, 2.0]},

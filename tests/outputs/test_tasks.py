@@ -108,6 +108,7 @@ def test_trak_scores_are_those_of_the_formula(name, tmp_path):
         tmp_path,
         output=output,
         projection=IdentityProjection(),
+        curvature="gauss_newton",
         damping=damping,
         dtype=torch.float64,
     )
@@ -133,6 +134,7 @@ def test_influence_is_trak_without_a_projection(name, tmp_path):
         tmp_path,
         output=output,
         projection=IdentityProjection(),
+        curvature="gauss_newton",
         damping=0.3,
         dtype=torch.float64,
     )
