@@ -1,5 +1,6 @@
 """The base class of all methods over stored gradient features: from a model, checkpoints and a store to scores."""
 
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import ClassVar
@@ -122,7 +123,9 @@ class FeatureMethod(ScoredMethod, TokenMethod):
             ValueError: if the store was made with other settings, an example's features are not finite, the strategy
                 splits the model in another way, or it shards a model that hooks do not cover.
         """
-        self._pipeline().featurize(trainer_of(trainer), data, shard_size, self._require_enough, **how)
+        trainer = trainer_of(trainer)
+        for pipeline in self._pipelines():
+            pipeline.featurize(trainer, data, shard_size, self._require_enough, **how)
         self._train = data
 
     def target_features(self, trainer: L.Trainer | None = None, data: Data | None = None) -> list[Features]:
@@ -230,6 +233,10 @@ class FeatureMethod(ScoredMethod, TokenMethod):
     @override
     def _pipeline(self) -> FeaturePipeline:
         return self._pipeline_of(self.output, self.store)
+
+    def _pipelines(self) -> Iterator[FeaturePipeline]:
+        """What makes all that :meth:`featurize` stores, one after another."""
+        yield self._pipeline()
 
     def _pipeline_of(self, output: ModelOutput, store: Path) -> FeaturePipeline:
         """What makes features of an output."""

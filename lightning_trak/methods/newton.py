@@ -1,17 +1,16 @@
 """What TRAK with and without a projection share: a Newton step for each training example."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, TypeVar, cast
 
-import lightning as L
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
-from typing_extensions import Unpack, override
+from typing_extensions import override
 
 from lightning_trak.checks import require_one_of
 from lightning_trak.features.dtypes import Dtype
 from lightning_trak.features.engines import EngineName
-from lightning_trak.features.featurizing import Featurizing
 from lightning_trak.features.pipeline import FeaturePipeline
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.gradients import ParameterSelection
@@ -20,8 +19,6 @@ from lightning_trak.methods.options import Checkpoints
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.predictions import SeveralPredictions
 from lightning_trak.projections import Projection
-from lightning_trak.running.data import Data
-from lightning_trak.running.trainers import trainer_of
 from lightning_trak.scoring.damping import Damping, require_damping
 from lightning_trak.scoring.gram import Curvature
 from lightning_trak.scoring.lag import Lag, require_lag
@@ -114,18 +111,11 @@ class NewtonMethod(FeatureMethod):
         return self.settings.projection.sample_size > 0
 
     @override
-    def featurize(
-        self,
-        trainer: L.Trainer | None = None,
-        data: Data | None = None,
-        shard_size: int | None = None,
-        **how: Unpack[Featurizing],
-    ) -> None:
-        super().featurize(trainer, data, shard_size, **how)
+    def _pipelines(self) -> Iterator[FeaturePipeline]:
+        yield from super()._pipelines()
         if self.curvature == "per_prediction":
             rank_zero_info(f"{type(self).__name__}: now the curvature of single predictions, a row for each example")
-            enough = self._require_enough
-            self._curvature_pipeline().featurize(trainer_of(trainer), data, shard_size, enough, **how)
+            yield self._curvature_pipeline()
 
     def _step(self) -> tuple[Curvature, Damping, LossGradients, float]:
         """The settings of the step. The rows of single predictions have R = 1."""

@@ -50,7 +50,7 @@ class ExactScores:
         loss_gradients: how Q is averaged.
         soft_threshold: by how much scores move towards zero.
         tempered: what gives Q; None: the loss does.
-        curved: the output whose gradients take the place of g in G_m, with its R; None: that of the training examples.
+        curved: the output whose gradients G_m is made of, too; None: G_m is as above.
     """
 
     curvature: Curvature
@@ -136,7 +136,6 @@ class SecondStage:
         found = [_Candidates(each, passes.dtype) for each in candidates]
         store, noise = scorer.store, scorer.noise
         passes.begun_with = store.begun_with
-        numbered = None if self.exact.curved is None else self.train.numbered()
         tempered = None if self.exact.tempered is None else self.exact.tempered.settled(noise)
 
         def loss_gradients(rows: Features) -> Tensor:
@@ -150,24 +149,21 @@ class SecondStage:
             with passes.asking(output):
                 for examples in targets:
                     audit(passes, examples)
-            inverse = self._inverse(passes, scorer, checkpoint, numbered)
+            inverse = self._inverse(passes, scorer, checkpoint)
             for examples, each, rows in zip(targets, found, sums, strict=True):
                 for block in target_blocks(passes, examples, rows):
                     directions = inverse(target_gradients(passes, examples, block, output), block.span)
                     each.add(block.span, passes, directions, self.exact.loss_gradients, loss_gradients)
         return [self._kept(each, store.num_checkpoints, largest) for each in found]
 
-    def _inverse(
-        self, passes: Passes, scorer: TRAKScorer, checkpoint: int, numbered: Examples | None
-    ) -> InverseProduct:
+    def _inverse(self, passes: Passes, scorer: TRAKScorer, checkpoint: int) -> InverseProduct:
         damping, dim = self.exact.damping, scorer.num_features
         if damping != "auto":
             damping *= passes.size / dim  # from a share of trace / k to one of trace / p
         hessian = Hessian(passes, self.exact.curvature, damping, _same_outputs(scorer.store, passes, checkpoint))
-        if numbered is not None and self.exact.curved is not None:
-            assert scorer.curved is not None
-            single = passes.over(numbered, self.exact.curved)
-            audit(single, numbered)
+        if self.exact.curved is not None and scorer.curved is not None:
+            single = passes.over(self.train.numbered(), self.exact.curved)
+            audit(single, single.train)
             check = _same_outputs(scorer.curved, single, checkpoint)
             level = 1.0 if scorer.noise is None else scorer.noise.levels(weighted=True)[checkpoint]
             hessian = MixedHessian(Hessian(single, "gauss_newton", 0.0, check), hessian, WHOLE, damping, level)

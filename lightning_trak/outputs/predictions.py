@@ -17,8 +17,8 @@ class Predictions(NamedTuple):
 
     Attributes:
         margins: log p - log(1 - p) of each label, shape ``(batch, predictions)``; 0 where a prediction does not count.
-        weights: by what its loss -log p is multiplied in the loss of the example, of the same shape: 0 where it does
-            not count, and NaN for an example in which none counts.
+        weights: what the loss -log p of each is multiplied by, of the same shape: 0 where it does not count, and NaN
+            for an example in which none counts.
     """
 
     margins: Tensor
@@ -40,7 +40,10 @@ class Predictions(NamedTuple):
 
 
 class SeveralPredictions(LabelledOutput):
-    """Base of the outputs whose loss is a weighted sum of the cross-entropies of several predictions."""
+    """Base of the outputs for training on a weighted sum of the cross-entropies of several predictions.
+
+    :meth:`loss` may be another one: that of a single prediction that stands for them, such as a text's mean margin.
+    """
 
     averages = True
 
