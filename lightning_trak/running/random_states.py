@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_trak.compatibility import collect_rng_states, set_rng_states
+from lightning_trak.compatibility import PythonRandomState, collect_rng_states, python_random_reader, set_rng_states
 
 # States of the generators that a step has drawn from, by the name of the generator, uint8.
 RandomStates = Mapping[str, Tensor]
@@ -19,6 +19,8 @@ RandomStates = Mapping[str, Tensor]
 _PYTHON = struct.Struct("<i625I?d")
 _NUMPY = struct.Struct("<iid")
 _MERSENNE_TWISTER = 2500  # bytes of the state: 624 numbers and a position
+
+_python_state = python_random_reader()
 
 
 @contextmanager
@@ -51,7 +53,8 @@ class _Generator(NamedTuple):
 
 def _read_torch(device: torch.device, last: bytes | None) -> bytes:
     del device, last
-    return torch.default_generator.get_state().numpy().tobytes()
+    state = torch.default_generator.get_state()
+    return ctypes.string_at(state.data_ptr(), state.nbytes)
 
 
 def _read_cuda(device: torch.device, last: bytes | None) -> bytes:
@@ -106,15 +109,14 @@ def _restore_numpy(packed: Tensor, device: torch.device) -> None:
     np.random.set_state(("MT19937", key, position, has_gauss, gauss))  # noqa: NPY002
 
 
-def _read_python(device: torch.device, last: tuple[Any, ...] | None) -> tuple[Any, ...]:
-    del device
-    state = random.getstate()
-    return last if last == state else state
+def _read_python(device: torch.device, last: PythonRandomState | None) -> PythonRandomState:
+    del device, last
+    return _python_state()
 
 
-def _pack_python(state: tuple[Any, ...]) -> Tensor:
-    version, numbers, gauss = state
-    return _tensor(_PYTHON.pack(version, *numbers, gauss is not None, gauss or 0.0))
+def _pack_python(state: PythonRandomState) -> Tensor:
+    (position, *numbers), gauss = struct.unpack("=625I", state[0]), state[1]
+    return _tensor(_PYTHON.pack(random.Random.VERSION, *numbers, position, gauss is not None, gauss or 0.0))
 
 
 def _restore_python(packed: Tensor, device: torch.device) -> None:
