@@ -4,6 +4,7 @@ import itertools
 import multiprocessing
 import os
 import tempfile
+import time
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from lightning_trak.outputs import ClassificationMargin
 from lightning_trak.replay import Recording
 
 TASK, TARGETS, QUICK_TARGETS = "written digits", 100, 5
+RECORDED = TASK, "photographs conv"  # steps of two lengths
 STEPS, QUICK_STEPS = (100, 1_000, 10_000), (20, 80)
 BATCH = 10
 
@@ -36,11 +38,11 @@ def one_run(run: Run) -> list[Row]:
     """Times on one thread and on all, or on a GPU; on a CPU, memory and disk for runs of several lengths."""
     quiet()
     if run.device.type == "cuda":
-        return _times(run, make_tasks()[TASK], "GPU")
+        return _times(run, "GPU")
     found = []
     for threads in [1] if run.quick else sorted({1, os.cpu_count() or 1}):
         with on_threads(threads):
-            found += _times(run, make_tasks()[TASK], f"{threads} thread{'s' * (threads > 1)}")
+            found += _times(run, f"{threads} thread{'s' * (threads > 1)}")
     for steps in QUICK_STEPS if run.quick else STEPS:
         found += _sizes(run, steps)
     return found
@@ -68,33 +70,51 @@ def _fit(
     return trainer
 
 
-def _times(run: Run, task: Task, name: str) -> list[Row]:
-    """Times as multiples of one training without a recorder."""
-    epochs, many = (1, QUICK_TARGETS) if run.quick else (task.max_epochs, TARGETS)
+def _times(run: Run, name: str) -> list[Row]:
+    tasks = make_tasks()
+    return [row for task in RECORDED for row in _recording(run, tasks[task], name)] + _scores(run, tasks[TASK], name)
+
+
+def _recording(run: Run, task: Task, name: str) -> list[Row]:
+    """Times with a recorder as multiples of those without."""
+    epochs = 1 if run.quick else task.max_epochs
     loader = DataLoader(task.train, batch_size=task.batch_size, shuffle=True)
     fit = partial(_fit, accelerator=run.device.type)
     with tempfile.TemporaryDirectory(dir=run.out) as folder:
         directories = map(Path(folder).joinpath, map(str, itertools.count()))
-        recording, model = next(directories), task.make_module()
-        trainer = fit(model, loader, epochs, TrainingRecorder(recording))
-
-        def attribute(count: int, check_smooth: bool = False) -> None:
-            method = Metagradient(model, recording, output=task.output, check_smooth=check_smooth, progress_bar=False)
-            method.attribute(trainer, loader, Subset(task.targets, range(count)))
 
         def record() -> None:
             fit(task.make_module(), loader, epochs, TrainingRecorder(next(directories)))
 
+        measured = ratios(lambda: fit(task.make_module(), loader, epochs), {"record": record}, run.repetitions)
+        started = time.perf_counter()
+        fit(task.make_module(), loader, epochs)
+        step = (time.perf_counter() - started) / (epochs * len(loader))
+    named = {f"{name}: TrainingRecorder, {task.name}": measured["record"]}
+    return rows("one_run", named, f"of a training of {epochs * len(loader)} steps of about {1e3 * step:.1f} ms")
+
+
+def _scores(run: Run, task: Task, name: str) -> list[Row]:
+    """Times of scores as multiples of one training without a recorder."""
+    epochs, many = (1, QUICK_TARGETS) if run.quick else (task.max_epochs, TARGETS)
+    loader = DataLoader(task.train, batch_size=task.batch_size, shuffle=True)
+    fit = partial(_fit, accelerator=run.device.type)
+    with tempfile.TemporaryDirectory(dir=run.out) as folder:
+        model = task.make_module()
+        trainer = fit(model, loader, epochs, TrainingRecorder(folder))
+
+        def attribute(count: int, check_smooth: bool = False) -> None:
+            method = Metagradient(model, folder, output=task.output, check_smooth=check_smooth, progress_bar=False)
+            method.attribute(trainer, loader, Subset(task.targets, range(count)))
+
         actions: dict[str, Action] = {
-            "TrainingRecorder": record,
             "1 target": lambda: attribute(1),
             "1 target, with the check": lambda: attribute(1, check_smooth=True),
             f"{many} targets": lambda: attribute(many),
         }
         measured = ratios(lambda: fit(task.make_module(), loader, epochs), actions, run.repetitions)
-    steps = epochs * len(loader)
     named = {f"{name}: {key}": values for key, values in measured.items()}
-    return rows("one_run", named, f"of a training of {steps} steps")
+    return rows("one_run", named, f"of a training of {epochs * len(loader)} steps")
 
 
 def _sizes(run: Run, steps: int) -> list[Row]:
