@@ -60,10 +60,14 @@ def trainer_of(trainer: L.Trainer | None, progress_bar: bool = True) -> L.Traine
         )
 
 
+# Messages of all of Lightning go through the logger of the package that was imported last.
+_LOGGERS = ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric")
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Turn off Lightning's info messages, which are the same for every new Trainer."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "pytorch_lightning")]
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(max(logger.getEffectiveLevel(), logging.WARNING))

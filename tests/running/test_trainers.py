@@ -5,6 +5,7 @@ import logging
 import lightning as L
 import pytest
 import torch
+from lightning_utilities.core import rank_zero
 from torch.utils.data import DataLoader
 
 from lightning_trak.running.trainers import trainer_of
@@ -16,9 +17,11 @@ def test_a_given_trainer_is_taken():
     assert trainer_of(trainer) is trainer
 
 
-def test_without_one_there_is_one_on_one_device(caplog):
+@pytest.mark.parametrize("package", ["lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric"])
+def test_without_one_there_is_one_on_one_device(caplog, monkeypatch, package):
+    monkeypatch.setattr(rank_zero, "log", logging.getLogger(package))  # as importing the package does
     before = torch.get_rng_state()
-    with caplog.at_level(logging.INFO, logger="lightning.pytorch"):
+    with caplog.at_level(logging.INFO, logger=package):
         trainer = trainer_of(None)
     assert (trainer.num_devices, trainer.world_size, trainer.precision) == (1, 1, "32-true")
     assert not trainer.loggers
