@@ -27,6 +27,7 @@ from lightning_trak.methods.questions import Asked
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import target_output, trained_output
 from lightning_trak.running.data import Data
+from lightning_trak.running.ranks import Ranks
 from lightning_trak.running.strategies import require_whole_parameters
 from lightning_trak.running.trainers import trainer_of
 from lightning_trak.scoring.groups import Collected, RowBlock, Sums, row_blocks
@@ -123,10 +124,10 @@ class Influence(DataMethod):
             in the unit of the output.
 
         Raises:
-            ValueError: if a gradient is not finite, the inverse cannot be applied (see the solvers), or the output
-                depends on other weights than those of the model's copy, on the rest of the batch or on chance. Outputs
-                and gradients of two examples of each dataset, drawn by the seed at each checkpoint, are compared with
-                those of each alone by autograd.
+            ValueError: if a gradient is not finite, the inverse cannot be applied (see the solvers), ranks have models
+                with other weights, or the output depends on other weights than those of the model's copy, on the rest
+                of the batch or on chance. Outputs and gradients of two examples of each dataset, drawn by the seed at
+                each checkpoint, are compared with those of each alone by autograd.
         """
         require_whole_parameters(trainer)
         scored = train if asked.candidates is None else asked.candidates
@@ -171,7 +172,9 @@ class Influence(DataMethod):
         return (scores / len(self.checkpoints)).abs()
 
     def _passes(self, trainer: L.Trainer, train: Examples) -> Passes:
-        passes = Passes(self._model_copy(self._selection()), self.seed, trainer, train)
+        model = self._model_copy(self._selection())
+        Ranks.of(trainer).require_same_weights(model.streams)
+        passes = Passes(model, self.seed, trainer, train)
         passes.noise_level = self._noise_level(passes)
         return passes
 
