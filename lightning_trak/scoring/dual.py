@@ -34,7 +34,8 @@ def smaller_scorer(store: FeatureStore, curved: FeatureStore | None = None) -> t
     n, k = store.num_examples * (1 if curved is None else 2), store.read_stored(0, 0).k
     if n >= k:
         return PrimalScorer
-    rank_zero_info(f"TRAK: solves {n} x {n} (examples) instead of {k} x {k} (features), since n is smaller")
+    rows = "examples" if curved is None else "two rows for each example"
+    rank_zero_info(f"TRAK: solves {n} x {n} ({rows}) instead of {k} x {k} (features), since n is smaller")
     return DualScorer
 
 
