@@ -146,7 +146,8 @@ class Metagradient(DataMethod):
 
         Args:
             trainer: any Trainer whose strategy keeps the model whole; None: one on a single device. Its device is used,
-                and each process computes all scores. The precision is that of the recorded run.
+                and each process computes all scores. All must call, because they compare their recordings first. The
+                precision is that of the recorded run.
             train: the training data, as they were recorded: the same dataset and collate function.
             targets: the targets. Each is computed alone, in eval mode, at the weights at the end of training.
             asked: the question.

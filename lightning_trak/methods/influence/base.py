@@ -49,7 +49,8 @@ class Influence(DataMethod):
     """Base of influence methods: tau(x)_i = g(x)^T (H + lambda I)^-1 g_i Q_i (Koh and Liang 2017, arXiv 1703.04730).
 
     g is the gradient of the output, without projection, and H is a curvature matrix of the *sum* of the training
-    losses. Scores are averaged over checkpoints. Each process computes all of them.
+    losses. Scores are averaged over checkpoints. Each process computes all of them; all must call, because they compare
+    their models first.
 
     Args:
         model: as for :class:`~lightning_trak.TRAK`; it is not touched.
