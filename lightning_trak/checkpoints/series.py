@@ -93,7 +93,8 @@ class SnapshotSeries:
         except ValueError as error:
             raise ValueError(
                 f'"{self.directory}/{MANIFEST}" is not the manifest of a snapshot series, or was altered: {error};'
-                " restore it from a copy, or pass a list of the paths of the snapshots"
+                " restore it from a copy, name a directory that TRAKCallback has written, or pass a list of the paths"
+                " of the snapshots"
             ) from error
 
     def load(self, snapshot: Snapshot) -> dict[str, Tensor]:

@@ -24,6 +24,8 @@ from lightning_trak.packages import is_a
 TRACEBACK = "LIGHTNING_TRAK_TRACEBACK"
 USER_ERROR = 2
 _PACKAGE = str(Path(__file__).resolve().parents[1]) + os.sep
+# Classes that get their arguments, such as batch_size and lr, from a configuration, through the user's own classes.
+_CONFIGURED = ("torch.utils.data.", "torch.optim.")
 # A configuration may name the classes of these modules without their module.
 _NAMESPACES = (
     "lightning_trak",
@@ -66,15 +68,15 @@ def fail(program: str, message: str) -> NoReturn:
 def is_user_error(error: BaseException) -> bool:
     """Whether wrong arguments, files or data caused an error, so that its message says all.
 
-    These are errors about a file, wrong settings of the Trainer, and all that this package refuses: a ``raise``
-    statement of the package made the error. Other errors, also those of the user's own code, need their traceback.
+    These are errors about a file, wrong settings of the Trainer, all that this package refuses, and arguments that
+    torch's loaders and optimizers refuse. Other errors, also those of the user's own code, need their traceback.
     """
     if os.environ.get(TRACEBACK):
         return False
     if is_a(error, MisconfigurationException) or (isinstance(error, OSError) and error.filename is not None):
         return True
     expected = (ValueError, TypeError, IndexError, RuntimeError, OSError, ModuleNotFoundError)
-    return isinstance(error, expected) and _raised_here(error.__traceback__)
+    return isinstance(error, expected) and _refused(error.__traceback__)
 
 
 def without_frame(error: Exception) -> Exception:
@@ -179,11 +181,15 @@ def _meant(name: str, known: Iterable[str]) -> str:
     return f"; did you mean '{close[0]}'?" if close else ""
 
 
-def _raised_here(traceback: TracebackType | None) -> bool:
-    """Whether the innermost frame is of this package and stands at a ``raise`` statement."""
+def _refused(traceback: TracebackType | None) -> bool:
+    """Whether a ``raise`` statement of this package, or of a constructor of torch's loaders or optimizers, was last."""
     if traceback is None:
         return False
     while traceback.tb_next is not None:
         traceback = traceback.tb_next
-    code = traceback.tb_frame.f_code
-    return code.co_filename.startswith(_PACKAGE) and dis.opname[code.co_code[traceback.tb_lasti]] == "RAISE_VARARGS"
+    frame = traceback.tb_frame
+    code = frame.f_code
+    if dis.opname[code.co_code[traceback.tb_lasti]] != "RAISE_VARARGS":
+        return False
+    configured = code.co_name == "__init__" and frame.f_globals["__name__"].startswith(_CONFIGURED)
+    return configured or code.co_filename.startswith(_PACKAGE)

@@ -74,6 +74,17 @@ def settled_parts(directory: Path, manifest: dict[str, Any]) -> list[Part]:
     return [] if last is None else parts[: ranges.part(last) + 1]
 
 
+def last_part(directory: Path, manifest: dict[str, Any]) -> Part:
+    """The data that a store has, with all that were added to them.
+
+    Args:
+        directory: the store.
+        manifest: its manifest.
+    """
+    parts: list[Part] = settled_parts(directory, manifest) or manifest["data"]
+    return parts[-1]
+
+
 def parts_with(settled: list[Part], num_examples: int | None, sample: Sample | None) -> list[Part] | None:
     """The parts of a store that a run goes on with.
 
@@ -103,7 +114,8 @@ def describe_data(theirs: list[Part], mine: list[Part]) -> tuple[str, str]:
     """Describe the data of a store and those of a run that cannot go on with it."""
     before, now = theirs[-1]["num_examples"], mine[-1]["num_examples"]
     if before == now:
-        return "other training data of this size", f"data that differ in some of {MANY} items spread over the dataset"
+        found = f"data that differ in some of {MANY} items spread over the dataset (a random split needs a seed)"
+        return "other training data of this size", found
     made = f"{before} training examples"
     if now < before:
         return made, f"{now}"

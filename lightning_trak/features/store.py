@@ -33,7 +33,7 @@ import torch
 
 from lightning_trak.features.dtypes import FeatureDtype, feature_dtype
 from lightning_trak.features.extras import StoredExtras, advice, require_place
-from lightning_trak.features.growth import Sample, ShardRanges, parts_with, settled_parts
+from lightning_trak.features.growth import Sample, ShardRanges, last_part, parts_with, settled_parts
 from lightning_trak.features.identity import describe_difference
 from lightning_trak.features.rows import Features, RoundedFeatures, StoredFeatures, misfit
 from lightning_trak.features.store_schemas import KIND, SHARD_HEADER
@@ -136,8 +136,18 @@ class FeatureStore(StoredExtras):
     def size_of(directory: str | Path) -> int:
         """How many training examples an existing store has."""
         manifest, path = FeatureStore.read_manifest(directory), local_directory(directory, "store")
-        parts = settled_parts(path, manifest) or manifest["data"]
-        return int(parts[-1]["num_examples"])
+        return int(last_part(path, manifest)["num_examples"])
+
+    @staticmethod
+    def is_of(directory: str | Path, sample: Sample) -> bool:
+        """Whether an existing store was made of some data, as far as anybody can tell.
+
+        Args:
+            directory: the store.
+            sample: digests of some of the first examples of these data, given how many.
+        """
+        part = last_part(local_directory(directory, "store"), FeatureStore.read_manifest(directory))
+        return part["sample"] is None or sample(part["num_examples"]) == part["sample"]
 
     def shard(self, index: int) -> range:
         """The positions of the examples of a shard."""

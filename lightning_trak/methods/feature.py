@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import lightning as L
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from typing_extensions import Unpack, override
 
 from lightning_trak.checkpoints.of_model import checkpoints_of
@@ -28,6 +30,7 @@ from lightning_trak.methods.token_scores import TokenMethod
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import trained_output
 from lightning_trak.projections import Projection, SparseProjection
+from lightning_trak.running.content import prefix_digests
 from lightning_trak.running.data import Data, datamodule_of, single_loader
 from lightning_trak.running.loading import num_examples
 from lightning_trak.running.ranks import Ranks
@@ -221,6 +224,12 @@ class FeatureMethod(ScoredMethod, TokenMethod):
         with suppress(FileNotFoundError):
             return FeatureStore.size_of(self.store)
         return None
+
+    @override
+    def _has_scored(self, loader: DataLoader[Any]) -> bool:
+        with suppress(FileNotFoundError):
+            return FeatureStore.is_of(self.store, partial(prefix_digests, loader))
+        return True
 
     @override
     def _model_copy(self) -> ModelCopy:

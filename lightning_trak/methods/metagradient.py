@@ -27,6 +27,7 @@ from lightning_trak.running.annotated import annotated
 from lightning_trak.running.content import fingerprint
 from lightning_trak.running.data import Data
 from lightning_trak.running.random_states import isolated_random_states
+from lightning_trak.running.ranks import Ranks
 from lightning_trak.running.strategies import require_whole_parameters
 from lightning_trak.running.trainers import trainer_of
 
@@ -145,7 +146,8 @@ class Metagradient(DataMethod):
 
         Args:
             trainer: any Trainer whose strategy keeps the model whole; None: one on a single device. Its device is used,
-                and each process computes all scores. The precision is that of the recorded run.
+                and each process computes all scores. All must call, because they compare their recordings first. The
+                precision is that of the recorded run.
             train: the training data, as they were recorded: the same dataset and collate function.
             targets: the targets. Each is computed alone, in eval mode, at the weights at the end of training.
             asked: the question.
@@ -154,8 +156,9 @@ class Metagradient(DataMethod):
             In the run's precision. Examples that the run did not use have zeros.
 
         Raises:
-            ValueError: if the data or the model are not those of the recording, if a step cannot be repeated, if the
-                losses are not those of training, or if an output is not finite.
+            ValueError: if the data or the model are not those of the recording, if ranks have recordings of other
+                runs, if a step cannot be repeated, if the losses are not those of training, or if an output is not
+                finite.
         """
         require_whole_parameters(trainer)
         with isolated_random_states(), torch.inference_mode(False):
@@ -195,6 +198,12 @@ class Metagradient(DataMethod):
         return 0 if self.last_steps is None else recording.num_steps - self.last_steps
 
     def _runs(self, trainer: L.Trainer, train: Examples) -> list[Differentiated]:
+        # All weights come from the recordings, so ranks with the same recordings have the same weights.
+        Ranks.of(trainer).require_same(
+            [recording.manifest["parts"] for recording in self.recordings],
+            "the recording is of another run",
+            "Each process reads the recording itself: give all of them the directory of the same run",
+        )
         device = trainer.strategy.root_device
         runs = [self._differentiated(recording, train, device) for recording in self.recordings]
         if self.check_smooth:

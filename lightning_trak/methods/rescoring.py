@@ -36,10 +36,10 @@ _SOLVER = ConjugateGradient(max_iterations=1000, preconditioner="landmarks", str
 class ExactScores:
     """TRAK's scores without a projection: tau(x)_i = 1/M sum_m g_m(x)^T (G_m + lambda_m I)^-1 g_m(i) Q_m(i).
 
-    g is the whole gradient of the output, and G_m = sum_j R_m(j) g_m(j) g_m(j)^T over all training examples; or that
-    of single predictions, see :mod:`lightning_trak.scoring.per_prediction`. The inverse is applied to the gradients of
-    targets by conjugate gradients, in float32, or in float64 with ``precision="64-true"``; see
-    :class:`~lightning_trak.methods.influence.ConjugateGradient`.
+    g is the whole gradient of the output, and G_m = sum_j R_m(j) g_m(j) g_m(j)^T over all training examples, or a mean
+    of this matrix and that of single predictions, see :mod:`lightning_trak.scoring.per_prediction`. The inverse is
+    applied to the gradients of targets by conjugate gradients, in float32, or in float64 with ``precision="64-true"``;
+    see :class:`~lightning_trak.methods.influence.ConjugateGradient`.
 
     lambda is that of the stored features: with k of them, a damping that is a number is a share of trace / k. A
     projection keeps the trace, and the same share of trace / p, with p parameters, would be a smaller lambda.
@@ -50,7 +50,7 @@ class ExactScores:
         loss_gradients: how Q is averaged.
         soft_threshold: by how much scores move towards zero.
         tempered: what gives Q; None: the loss does.
-        curved: the output whose gradients G_m is made of, too; None: G_m is as above.
+        curved: the output whose gradients make the matrix of single predictions; None: G_m is the first matrix alone.
     """
 
     curvature: Curvature
@@ -157,6 +157,7 @@ class SecondStage:
         return [self._kept(each, store.num_checkpoints, largest) for each in found]
 
     def _inverse(self, passes: Passes, scorer: TRAKScorer, checkpoint: int) -> InverseProduct:
+        """What multiplies gradients by (G_m + lambda_m I)^-1, at the checkpoint that the passes have entered."""
         damping, dim = self.exact.damping, scorer.num_features
         if damping != "auto":
             damping *= passes.size / dim  # from a share of trace / k to one of trace / p

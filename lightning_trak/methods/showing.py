@@ -1,11 +1,13 @@
 """Shows what a method has found to people."""
 
 import os
+import warnings
 from collections.abc import Sequence
 from typing import Any, cast
 
 import lightning as L
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from lightning_trak.features.model import ModelCopy
 from lightning_trak.methods.examples import Examples
@@ -14,7 +16,7 @@ from lightning_trak.outputs import ModelOutput
 from lightning_trak.reporting.explanations import Describe, describe_of, explain
 from lightning_trak.reporting.scores import SavedScores
 from lightning_trak.reporting.showing import kind_of_file, show
-from lightning_trak.running.data import Data
+from lightning_trak.running.data import Data, datamodule_of
 from lightning_trak.running.trainers import trainer_of
 from lightning_trak.scoring.topk import BothEnds, Scores, TopK
 from lightning_trak.texts.display import Displayed
@@ -68,9 +70,11 @@ class Showing(Displayed):
             ValueError: if scores and data do not fit together, there is no image for a picture, or ``out`` is another
                 kind of file.
             IndexError: if there is no target with one of the positions.
-            TypeError: if scores are of another type, or ``describe`` returns something other than a str.
+            TypeError: if scores are of another type, ``shown`` is a number, or ``describe`` does not return a str.
         """
         kind_of_file(out)  # raises before the work
+        if isinstance(shown, int):
+            raise TypeError(f"shown takes positions of targets, such as shown=[{shown}], got {shown}")
         if not isinstance(scores, (Tensor, TopK, BothEnds)):
             raise TypeError(
                 "expected the scores of one set of targets, as score or attribute returns them, got a"
@@ -85,6 +89,13 @@ class Showing(Displayed):
         describe = describe or describe_of(targets, train, getattr(self, "model", None))
         datasets = [cast(Any, examples.loader.dataset) for examples in (train_set, target_set)]
         explanations = explain(saved, chosen, k, datasets[0], datasets[1], describe)
+        if datamodule_of(train) is not None and not self._has_scored(train_set.loader):
+            warnings.warn(
+                "the data module gives other training data than those that were scored, so other examples may be shown."
+                " If it splits the data at random in setup, each Trainer that sets it up draws another split: give"
+                " random_split a generator with a seed, or show the dataset that was scored",
+                stacklevel=2,
+            )
         if predictions:
             texts = self.describe_predictions(trainer, targets, chosen, output)
             explanations = [each._replace(prediction=text) for each, text in zip(explanations, texts, strict=True)]
@@ -117,6 +128,10 @@ class Showing(Displayed):
     def _num_train(self) -> int | None:
         """The number of training examples, if the method knows it."""
         return None
+
+    def _has_scored(self, loader: DataLoader[Any]) -> bool:  # noqa: ARG002
+        """Whether the scores can be those of these training data, as far as the method knows."""
+        return True
 
     def _model_copy(self) -> ModelCopy | None:
         """A copy of the model for predictions at its checkpoints; None if the method has none."""

@@ -15,7 +15,10 @@ from lightning_trak.outputs.margins import log_odds, logistic_loss, nan_unless
 from lightning_trak.running.annotated import AnnotatedBatch
 
 PREDICTED = "predicted"
-_OTHERWISE = "for other tasks write a ModelOutput of your own, or use NegativeLoss"
+_OTHERWISE = (
+    "labels.argmax(1) makes indices of one-hot labels; for several labels of an example take MultiLabelMargin, for"
+    " numbers RegressionOutput, for any other loss NegativeLoss"
+)
 
 
 class ClassificationMargin(LabelledOutput):
@@ -28,6 +31,7 @@ class ClassificationMargin(LabelledOutput):
     Batches are tuples ``(inputs, ..., labels)``, for ``module(inputs, ...)``, or mappings with labels, whose other
     items are the module's keywords. The module returns logits, as a tensor, in ``.logits``, under ``"logits"`` or first
     of a tuple: ``(batch, classes)`` with class indices as labels, or ``(batch,)`` or ``(batch, 1)`` with labels 0, 1.
+    If it returns probabilities, pass a ``forward`` that returns their logarithms (of one probability, the log-odds).
 
     A label outside the classes, such as an ignored index, has no margin: the output is NaN, so that featurizing stops
     and names the example and its label. Leave such examples out of the dataset.

@@ -52,9 +52,7 @@ def declared_output(
                 f" configure_model_output(), or {otherwise}"
             )
         output = module.configure_model_output()
-    if not isinstance(output, ModelOutput):
-        raise TypeError(f"the model output must be a ModelOutput, got {type(output).__name__}")
-    return output
+    return _checked(output, "the model output")
 
 
 def trained_output(module: nn.Module, output: ModelOutput | None = None) -> ModelOutput:
@@ -90,9 +88,7 @@ def target_output(output: ModelOutput | None, trained: ModelOutput) -> ModelOutp
     """
     if output is None:
         return None
-    if not isinstance(output, ModelOutput):
-        raise TypeError(f"output must be a ModelOutput, got {type(output).__name__}")
-    if not output.context_size:
+    if not _checked(output, "output").context_size:
         return output
     if output.fingerprint() == trained.fingerprint():
         return None
@@ -101,3 +97,13 @@ def target_output(output: ModelOutput | None, trained: ModelOutput) -> ModelOutp
         " store whose training examples have this output, and leave output= out there, or give an output without"
         " context_size"
     )
+
+
+def _checked(output: ModelOutput, what: str) -> ModelOutput:
+    """A user's output, which may be anything."""
+    if isinstance(output, ModelOutput):
+        return output
+    if isinstance(output, type):
+        name = output.__name__
+        raise TypeError(f"{what} must be a ModelOutput, got the class {name}: make an object of it, {name}(...)")
+    raise TypeError(f"{what} must be a ModelOutput, got {type(output).__name__}")

@@ -20,6 +20,8 @@ from typing_extensions import override
 
 
 class _Call(NamedTuple):
+    """A call of ``F.linear``: names of its parameters, and its tensors in the graph; see :class:`LinearGradient`."""
+
     weight: str
     bias: str | None
     inputs: Tensor

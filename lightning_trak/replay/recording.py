@@ -204,7 +204,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
         ) from error
     except DamagedFileError as error:
         raise ValueError(
-            f'"{path / MANIFEST}" is not the manifest of a recording: it {error.reason}; restore it from a copy'
+            f'"{path / MANIFEST}" is not the manifest of a recording: it {error.reason}; restore it from a copy,'
+            " or name a directory that TrainingRecorder has written"
         ) from error
     return {name: value for name, value in manifest.items() if name != "checksum"}
 

@@ -266,7 +266,7 @@ class Reverse:
         blocks = self._products.blocks(outputs, wanted, vectors, count, audit=kind not in self._audited)
         for rows, products in blocks:
             parts = iter(products)
-            for name, product in zip(inputs, parts, strict=False):
+            for name, product in zip(inputs, parts, strict=False):  # takes no more of the parts than there are inputs
                 if product is not None:
                     _sums(cotangents, name, product[0], count)[rows] += product
             if (weights := next(parts)) is not None:

@@ -290,7 +290,7 @@ def _label(name: str) -> str:
 def _wrapped(picture: Picture) -> list[str]:
     """The title in lines that are as wide as an image."""
     lines = map(printable, picture.title.split("\n"))
-    return [part for line in lines for part in textwrap.wrap(line, 15, max_lines=3) or [""]]
+    return [part for line in lines for part in textwrap.wrap(line, 15, max_lines=5) or [""]]
 
 
 def _picture(example: "Example", name: str, *more: str) -> Picture:

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import TypeVar
 
+from lightning_trak.checks import positive
+
 T = TypeVar("T")
 Part = str | tuple[int, int]
 
@@ -20,7 +22,8 @@ def share(items: Sequence[T], part: Part | None) -> list[T]:
     if part is None:
         return list(items)
     try:
-        number, count = map(int, part.split("/") if isinstance(part, str) else part)
+        numbers = map(int, part.split("/")) if isinstance(part, str) else part
+        number, count = (positive("part", number) for number in numbers)
     except (ValueError, TypeError):
         number, count = 0, 0
     if not 1 <= number <= count:

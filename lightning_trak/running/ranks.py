@@ -60,7 +60,7 @@ class Ranks(NamedTuple):
         return gathered  # type: ignore[return-value]
 
     def require_same_weights(self, digest: object) -> None:
-        """Check that the model has the same weights on every rank. All ranks call this.
+        """Check that the model has the same weights on every rank; see :meth:`require_same`.
 
         Args:
             digest: of this rank's weights.
@@ -68,14 +68,27 @@ class Ranks(NamedTuple):
         Raises:
             ValueError: on every rank, if they differ.
         """
+        advice = (
+            "Each process makes the model itself, and all must make the same: call lightning.seed_everything(seed)"
+            " before the model is made, or load the same checkpoint in all"
+        )
+        self.require_same(digest, "the model has other weights", advice)
+
+    def require_same(self, digest: object, what: str, advice: str) -> None:
+        """Check that something is the same on all ranks. All of them call this.
+
+        Args:
+            digest: of what this rank has.
+            what: how the error begins, such as "the model has other weights".
+            advice: what to do then, for the error.
+
+        Raises:
+            ValueError: on every rank, if digests differ.
+        """
         found = self.gather(digest)
         if found.count(found[0]) < len(found):
-            differing = [rank for rank, other in enumerate(found) if other != found[0]]
-            raise ValueError(
-                f"the model has other weights on rank {differing[0]} than on rank 0. Each process makes the model"
-                " itself, and all must make the same: call lightning.seed_everything(seed) before the model is made,"
-                " or load the same checkpoint in all"
-            )
+            differing = next(rank for rank, other in enumerate(found) if other != found[0])
+            raise ValueError(f"{what} on rank {differing} than on rank 0. {advice}")
 
     def all_true(self, condition: bool) -> bool:
         """Whether the condition holds on every rank."""

@@ -34,7 +34,8 @@ def smaller_scorer(store: FeatureStore, curved: FeatureStore | None = None) -> t
     n, k = store.num_examples * (1 if curved is None else 2), store.read_stored(0, 0).k
     if n >= k:
         return PrimalScorer
-    rank_zero_info(f"TRAK: solves {n} x {n} (examples) instead of {k} x {k} (features), since n is smaller")
+    rows = "examples" if curved is None else "two rows for each example"
+    rank_zero_info(f"TRAK: solves {n} x {n} ({rows}) instead of {k} x {k} (features), since n is smaller")
     return DualScorer
 
 
@@ -98,7 +99,8 @@ class DualScorer(TRAKScorer):
 
     def products_with_others(self, checkpoint: int, prepared: Any, features: Tensor) -> Tensor:
         """See :meth:`Scorer.products_with_others`. The stored features of the checkpoint are read."""
-        (targets, solved), features = prepared, self._working(features)
+        targets, solved = prepared
+        features = self._working(features)
         own = self._products_between(checkpoint, targets, features)
         products = self._products(checkpoint, features, Ranks())
         return self._damped(checkpoint).outside(solved, own, products).to(targets)
@@ -130,13 +132,14 @@ class DualScorer(TRAKScorer):
 
     def _kernel(self, checkpoint: int, ranks: Ranks) -> Tensor:
         """Inner products of the features of all rows of K: float64, shape ``(n, n)``, on the CPU."""
-        *others, last = (source for source, _ in self.sources)
+        stores = [source for source, _ in self.sources]
+        *others, keeper = stores  # the store that keeps it adds its own digest to the key
         about = "".join(f":{other.digest(checkpoint)}" for other in others)
 
         def make() -> dict[str, Tensor]:
-            return {"kernel": kernel_matrix([*others, last], checkpoint, self._device, ranks).cpu()}
+            return {"kernel": kernel_matrix(stores, checkpoint, self._device, ranks).cpu()}
 
-        return self._kept(last, checkpoint, "kernel", about, ranks, make)["kernel"]
+        return self._kept(keeper, checkpoint, "kernel", about, ranks, make)["kernel"]
 
     def _products(self, checkpoint: int, targets: Tensor, ranks: Ranks) -> Tensor:
         """Inner products of the features of targets and of all rows of K: float64, ``(num_targets, n)``."""

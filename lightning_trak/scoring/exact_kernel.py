@@ -88,7 +88,7 @@ class ExactKernelScorer(DualScorer):
         return self.sources[self._blocks[block][0]][0]
 
     def _make_block(self, checkpoint: int, block: int) -> Tensor:
-        """The inner products of a block of examples and all examples up to its last, float64."""
+        """The inner products of a block's rows of the kernel and all rows up to its last: float64, ``(rows, last)``."""
         forms, mine = self._forms(checkpoint), self._stored(checkpoint, block)
         parts = []
         for other in range(block + 1):
@@ -120,32 +120,31 @@ class ExactKernelScorer(DualScorer):
         shards = [source.read(checkpoint, shard).features for shard in self._blocks[block][1]]
         return torch.cat(shards).to(self._device)
 
-    def _starts(self) -> Iterator[tuple[int, range]]:
-        """Each block of rows, and the positions of its examples."""
-        for number, (before, shards) in enumerate(self._blocks):
-            source, start = self._source(number), before * self.store.num_examples
-            yield number, range(start + source.shard(shards[0]).start, start + source.shard(shards[-1]).stop)
+    def _rows_of_blocks(self) -> Iterator[tuple[int, range]]:
+        """The number of each block, and its rows of the kernel. The rows of a source stand together."""
+        for block, (number, shards) in enumerate(self._blocks):
+            source, start = self._source(block), number * self.store.num_examples
+            yield block, range(start + source.shard(shards[0]).start, start + source.shard(shards[-1]).stop)
 
     def _kernel(self, checkpoint: int, ranks: Ranks) -> Tensor:
         """See DualScorer. It is put together from its blocks; those that are missing are made."""
         self.make_kernels(self._device, ranks)
         kernel = torch.empty(self.num_rows, self.num_rows, dtype=torch.float64)
-        for number, examples in self._starts():
-            stored = self._source(number).read_extra(checkpoint, _name(number), self._key(checkpoint, number))
+        for block, rows in self._rows_of_blocks():
+            stored = self._source(block).read_extra(checkpoint, _name(block), self._key(checkpoint, block))
             if stored is None:
-                raise RuntimeError(f"block {number} of the kernel has disappeared; score again, which makes it again")
-            rows = slice(examples.start, examples.stop)
-            kernel[rows, : examples.stop] = stored["products"]
-            kernel[: examples.start, rows] = stored["products"][:, : examples.start].T
+                raise RuntimeError(f"block {block} of the kernel has disappeared; score again, which makes it again")
+            kernel[rows.start : rows.stop, : rows.stop] = stored["products"]
+            kernel[: rows.start, rows.start : rows.stop] = stored["products"][:, : rows.start].T
         return kernel
 
     def _products(self, checkpoint: int, targets: Tensor, ranks: Ranks) -> Tensor:
         """See DualScorer."""
         forms, found = self._forms(checkpoint), targets.new_zeros(len(targets), self.num_rows).double()
-        blocks = dict(self._starts())
-        for number in ranks.share(len(blocks)):
-            examples = blocks[number]
-            found[:, examples.start : examples.stop] = inner_products(forms, targets, self._stored(checkpoint, number))
+        rows_of = dict(self._rows_of_blocks())
+        for block in ranks.share(len(rows_of)):
+            rows = rows_of[block]
+            found[:, rows.start : rows.stop] = inner_products(forms, targets, self._stored(checkpoint, block))
         return ranks.sum(found)
 
     def paired(self, checkpoint: int, first: Tensor, second: Tensor) -> Tensor:

@@ -100,6 +100,7 @@ def test_a_configuration_in_another_encoding(refused, tmp_path):
     ("arguments", "said"),
     [
         (["--method.projection", "SparseProjection", "--method.projection.dim", "0"], "`dim` to be a positive integer"),
+        (["--data.batch_size", "0", "--method.checkpoints", "[a.pt]"], "batch_size should be a positive integer value"),
         (["--method.checkpoints", "[a.pt]", "--scores", "."], '"." is a directory, and a file of scores would take'),
     ],
 )

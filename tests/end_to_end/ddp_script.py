@@ -3,13 +3,20 @@
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, DistributedSampler, Subset, TensorDataset
 
-from lightning_trak import TRAK, GradientCosine, TracIn
+from lightning_trak import TRAK, GradientCosine, TracIn, TrainingRecorder
 from lightning_trak.cleaning import duplicates, harmful
-from lightning_trak.methods import RepresentationSimilarity, TrainingLoss
+from lightning_trak.methods import (
+    EKFACInfluence,
+    InfluenceFunction,
+    Metagradient,
+    RepresentationSimilarity,
+    TrainingLoss,
+)
 from lightning_trak.outputs import CausalLMMargin, ClassificationMargin, ContrastiveMargin
 from lightning_trak.projections import SparseProjection
 from lightning_trak.scoring import gram
@@ -113,13 +120,19 @@ def main(root: Path) -> None:
         alone = TRAK(make_model(), checkpoints, root / "alone", projection=SparseProjection(32))
         alone.featurize(make_trainer(), train)
         results["alone"] = alone.score(make_trainer(), targets)
-    for name, other in {"TRAK": TRAK, "RepresentationSimilarity": RepresentationSimilarity}.items():
-        own = make_model(seed=trainer.global_rank)
-        options = {"store": root / "other weights"} if other is TRAK else {}
-        try:
-            other(own, **options).attribute(trainer, train, targets)
-        except ValueError as error:
-            results[f"{name} with other weights"] = str(error)
+    own = make_model(seed=trainer.global_rank)
+    recording = root / f"recording-{trainer.global_rank}"
+    make_trainer(max_epochs=1, callbacks=[TrainingRecorder(recording)]).fit(own, DataLoader(train, batch_size=27))
+    for method in (
+        TRAK(own, store=root / "other weights"),
+        RepresentationSimilarity(own),
+        EKFACInfluence(own),
+        InfluenceFunction(own),
+        Metagradient(own, recording, check_smooth=False),
+    ):
+        with pytest.raises(ValueError, match="than on rank 0") as refused:
+            method.attribute(trainer, train, Subset(targets, [0]))
+        results[f"{type(method).__name__} with other weights"] = str(refused.value)
     torch.save(results, root / f"rank-{trainer.global_rank}.pt")
 
 

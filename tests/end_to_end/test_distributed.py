@@ -102,10 +102,13 @@ def test_both_ranks_get_the_scores_of_one_process(runs, name):
         close(rank[name], expected)
 
 
-@pytest.mark.parametrize("method", ["TRAK", "RepresentationSimilarity"])
+@pytest.mark.parametrize(
+    "method", ["TRAK", "RepresentationSimilarity", "EKFACInfluence", "InfluenceFunction", "Metagradient"]
+)
 def test_models_with_other_weights_are_refused_on_both_ranks(runs, method):
+    what = "the recording is of another run" if method == "Metagradient" else "the model has other weights"
     for rank in runs[0]:
-        assert "the model has other weights on rank 1 than on rank 0" in rank[f"{method} with other weights"]
+        assert f"{what} on rank 1 than on rank 0" in rank[f"{method} with other weights"]
 
 
 def test_both_ranks_use_the_same_principal_directions(runs):

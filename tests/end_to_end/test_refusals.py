@@ -137,6 +137,11 @@ def test_fewer_examples_than_features_without_damping_is_an_error(tmp_path, chec
         ({"seed": 1.5}, TypeError, "expected seed as an integer, got 1.5"),
         ({"seed": True}, TypeError, "expected seed as an integer, got True"),
         ({"output": "margin"}, TypeError, "must be a ModelOutput, got str"),
+        (
+            {"output": ClassificationMargin},
+            TypeError,
+            r"got the class ClassificationMargin: make an object of it, Class",
+        ),
     ],
 )
 def test_bad_options(tmp_path, checkpoints, options, error, match):

@@ -67,7 +67,7 @@ def test_the_last_part_makes_the_kernels(tmp_path):
     assert len(list(tmp_path.rglob("kernel-*"))) == 2
 
 
-@pytest.mark.parametrize("part", ["0/3", "4/3", (0, 1), "3", "a/b", 3, "1/0"])
+@pytest.mark.parametrize("part", ["0/3", "4/3", (0, 1), "3", "a/b", 3, "1/0", (True, 3), (1.5, 3)])
 def test_a_part_that_does_not_exist_is_refused_before_the_work(tmp_path, part):
     with pytest.raises(ValueError, match="part must be"):
         featurize(tmp_path / "store", part=part)

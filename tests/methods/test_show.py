@@ -8,7 +8,7 @@ import lightning as L
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset, random_split
 
 from lightning_trak import TRAK
 from lightning_trak.methods import EKFACInfluence, RandomScores
@@ -200,3 +200,39 @@ def test_a_terminal_with_ipython_gets_a_table(trak, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: SimpleNamespace()))
     trak.show(SCORES, TRAIN, TARGETS, shown=[0])
     assert capsys.readouterr().out.startswith("target 0")
+
+
+class Split(L.LightningDataModule):
+    """Draws another split each time that a Trainer sets it up, unless the generator has a seed."""
+
+    def __init__(self, seed=None):
+        super().__init__()
+        self.seed = seed
+
+    def setup(self, stage):
+        generator = None if self.seed is None else torch.Generator().manual_seed(self.seed)
+        self.train, self.targets = random_split(TRAIN, [40, 10], generator)
+
+    def train_dataloader(self):
+        return DataLoader(self.train, batch_size=10)
+
+    def predict_dataloader(self):
+        return DataLoader(self.targets, batch_size=10)
+
+
+@pytest.mark.parametrize("seed", [None, 0])
+def test_a_data_module_that_draws_other_data_than_were_scored(tmp_path, seed, recwarn):
+    data, trainer = Split(seed), make_trainer()
+    data.setup("fit")
+    trak = TRAK(make_model(), CHECKPOINTS, tmp_path / "store", projection=SparseProjection(8))
+    trak.featurize(trainer, data.train_dataloader())
+    scores = trak.score(trainer, data.predict_dataloader())
+    trainer.predict(trak.scorer(), datamodule=data)
+    trak.show(scores, data, data, predictions=False)
+    told = [str(warning.message) for warning in recwarn if "data module gives other" in str(warning.message)]
+    assert len(told) == (seed is None)
+
+
+def test_a_number_of_targets_in_place_of_positions(trak):
+    with pytest.raises(TypeError, match=r"shown takes positions of targets, such as shown=\[3\], got 3"):
+        trak.show(SCORES, TRAIN, TARGETS, shown=3)

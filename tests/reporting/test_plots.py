@@ -62,6 +62,12 @@ def test_titles_do_not_overlap(k):
     assert max(tops) - min(tops) < 1  # pixels: images of a row are level
 
 
+def test_a_title_holds_prediction_and_label():
+    picture = Picture(torch.zeros(8, 8), "a car\npredicted automobile (36.9%), labelled truck (20.4%)")
+    figure = plot_pictures([picture], {"proponents": [[picture]]})
+    assert figure.subfigs[0].axes[0].get_title().endswith("labelled truck\n(20.4%)")
+
+
 def test_outcomes_are_bars_of_means_with_a_dot_for_each_model():
     outcomes = {"traced": torch.tensor([[0.9, 1.0], [0.1, 0.3]]), "others": torch.tensor([[0.8, 0.8], [0.6, 0.9]])}
     figure = plot_outcomes(["nothing", "TRAK"], outcomes, "share answered")

@@ -27,6 +27,7 @@ from lightning_trak.methods.questions import Asked
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import target_output, trained_output
 from lightning_trak.running.data import Data
+from lightning_trak.running.ranks import Ranks
 from lightning_trak.running.strategies import require_whole_parameters
 from lightning_trak.running.trainers import trainer_of
 from lightning_trak.scoring.groups import Collected, RowBlock, Sums, row_blocks
@@ -48,7 +49,8 @@ class Influence(DataMethod):
     """Base of influence methods: tau(x)_i = g(x)^T (H + lambda I)^-1 g_i Q_i (Koh and Liang 2017, arXiv 1703.04730).
 
     g is the gradient of the output, without projection, and H is a curvature matrix of the *sum* of the training
-    losses. Scores are averaged over checkpoints. Each process computes all of them.
+    losses. Scores are averaged over checkpoints. Each process computes all of them; all must call, because they compare
+    their models first.
 
     Args:
         model: as for :class:`~lightning_trak.TRAK`; it is not touched.
@@ -123,10 +125,10 @@ class Influence(DataMethod):
             in the unit of the output.
 
         Raises:
-            ValueError: if a gradient is not finite, the inverse cannot be applied (see the solvers), or the output
-                depends on other weights than those of the model's copy, on the rest of the batch or on chance. Outputs
-                and gradients of two examples of each dataset, drawn by the seed at each checkpoint, are compared with
-                those of each alone by autograd.
+            ValueError: if a gradient is not finite, the inverse cannot be applied (see the solvers), ranks have models
+                with other weights, or the output depends on other weights than those of the model's copy, on the rest
+                of the batch or on chance. Outputs and gradients of two examples of each dataset, drawn by the seed at
+                each checkpoint, are compared with those of each alone by autograd.
         """
         require_whole_parameters(trainer)
         scored = train if asked.candidates is None else asked.candidates
@@ -171,7 +173,9 @@ class Influence(DataMethod):
         return (scores / len(self.checkpoints)).abs()
 
     def _passes(self, trainer: L.Trainer, train: Examples) -> Passes:
-        passes = Passes(self._model_copy(self._selection()), self.seed, trainer, train)
+        model = self._model_copy(self._selection())
+        Ranks.of(trainer).require_same_weights(model.streams)
+        passes = Passes(model, self.seed, trainer, train)
         passes.noise_level = self._noise_level(passes)
         return passes
 

@@ -1,7 +1,5 @@
 """A mean of two Hessians."""
 
-import copy
-
 import torch
 from torch import Tensor
 
@@ -10,18 +8,18 @@ from lightning_trak.scoring.damping import Damping, absolute_damping
 
 
 class MixedHessian(Hessian):
-    """share H' + (1 - share) H + lambda I.
+    """(1 - share) H + share H' + lambda I, for two Hessians of the same parameters at the same checkpoint.
 
     Args:
         first: H.
-        second: H', at the same checkpoint.
-        share: of H'.
+        second: H'.
+        share: that of H', in [0, 1].
         damping: as for :class:`Hessian`, relative to the mean eigenvalue of the mean.
         level: what the automatic damping is multiplied by.
     """
 
     def __init__(self, first: Hessian, second: Hessian, share: float, damping: Damping, level: float) -> None:
-        vars(self).update(vars(copy.copy(first)))
+        vars(self).update(vars(first))  # what a solver reads is that of H, up to what follows
         self._first, self._second, self._share = first, second, share
         weights = torch.cat([(1 - share) * first.weights, share * second.weights])
         self.ridge = absolute_damping(damping, weights, first.passes.size, first.passes.where, level)
