@@ -9,6 +9,7 @@ from lightning_trak.methods.influence.hessian import Hessian
 
 _COUNT = 512
 _BYTES = 1 << 30  # the gradients of the landmarks are kept in this much memory, at most
+_SMALL = 100  # an eigenvalue this much smaller than lambda changes the inverse by a hundredth
 
 
 def landmark_preconditioner(hessian: Hessian) -> Callable[[Tensor], Tensor]:
@@ -29,9 +30,11 @@ def landmark_preconditioner(hessian: Hessian) -> Callable[[Tensor], Tensor]:
     fitting = max(1, _BYTES // (passes.size * passes.dtype.itemsize))
     factor = hessian.heaviest(min(_COUNT, fitting))
     values, vectors = torch.linalg.eigh((factor @ factor.T).double())
-    # With a smaller lambda, 1 / lambda would be so large that its rounding exceeds the inverse of the largest value.
-    ridge = max(hessian.ridge, 100 * torch.finfo(passes.dtype).eps * float(values[-1]))
-    kept = values > ridge  # dividing the others by lambda alone is near enough
+    # Values below this are rounding. With a smaller lambda, 1 / lambda would be so large that its rounding exceeds the
+    # inverse of the largest value.
+    smallest = 100 * torch.finfo(passes.dtype).eps * float(values[-1])
+    ridge = max(hessian.ridge, smallest)
+    kept = values > max(ridge / _SMALL, smallest)
     basis = (vectors[:, kept] / values[kept].sqrt()).T.to(factor) @ factor
     removed = (1 / ridge - 1 / (values[kept] + ridge)).to(factor)
 
