@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks import lag, other_seeds, tasks
@@ -27,6 +27,7 @@ from benchmarks.other_seeds import FIRST_SEED, TARGETS, Setting
 from benchmarks.truth import MODELS, SUBSETS, Truth, kept, quiet, trainer_for
 from lightning_trak import Metagradient
 from lightning_trak.metrics.functional.bootstrap import crossed_bootstrap_interval
+from lightning_trak.outputs import RegressionOutput
 from lightning_trak.scoring import combine_runs, combine_scores
 from lightning_trak.texts.tables import Table
 
@@ -75,6 +76,11 @@ class Result:
     gain: tuple[float, float, float]
 
 
+def squared_errors(module: nn.Module, batch: Any) -> Tensor:
+    """The loss of each example of a regression."""
+    return (module(batch[0]) - batch[1]).square()
+
+
 def scores_of(setting: Setting, number: int) -> dict[str, Tensor]:
     """The scores of one run by all methods that take one."""
     task = setting.task
@@ -91,6 +97,7 @@ def scores_of(setting: Setting, number: int) -> dict[str, Tensor]:
             HALF_END: {"first_steps": half, "last_steps": max(1, round(half / 10))},
         }
         options: dict[str, Any] = {"order": "average", "check_smooth": False, "progress_bar": False}
+        options["losses"] = squared_errors if isinstance(task.output, RegressionOutput) else None
         found = {
             name: Metagradient(module, folder, output=task.output, **options, **part).attribute(
                 trainer, loader, DataLoader(targets, batch_size=TARGETS)
