@@ -1,6 +1,6 @@
 """Which part of a run says what models of half the data do? LDS of metagradients of a whole run, and of its first half.
 
-    python -m benchmarks.first_half --out first_half_output            # some forty minutes on one core
+    python -m benchmarks.first_half --out first_half_output            # about half an hour on one core
     python -m benchmarks.first_half --out first_half_output --quick    # one task, few retrained models
 
 The truth is the outputs of models retrained on random halves, for as many epochs as the recorded runs: half as many
