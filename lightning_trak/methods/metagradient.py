@@ -62,7 +62,10 @@ class Metagradient(DataMethod):
             if its weight were spread over all steps. This says more of runs with other seeds, and less of this one. It
             takes one more pass over the training data for each epoch, and is exact up to the change of the weights
             within an epoch; see :mod:`lightning_trak.replay.average_order`.
-        last_steps: differentiate only this many steps of a run, the last ones; default: all.
+        first_steps: differentiate only this many steps of a run, the first ones, as if training had ended there;
+            default: all. For models that are trained on half of the data for as many epochs, take half of the steps:
+            these models take no more (docs/one_run.md has the evidence).
+        last_steps: differentiate only this many of these steps, the last ones; default: all.
         block_size: how many targets go through the graph of a step at once; default: as many as fit in half a gigabyte.
         micro_batch_size: how many examples are differentiated at once; default: those of a batch of training. A smaller
             number takes less memory. Scores are the same up to rounding.
@@ -84,7 +87,7 @@ class Metagradient(DataMethod):
         scores = method.attribute(trainer, train_loader, targets)
     """
 
-    _shown = ("model", "recordings", "output", "order", "last_steps")
+    _shown = ("model", "recordings", "output", "order", "first_steps", "last_steps")
     _without_candidates = (
         "it differentiates by the weights of examples in the recorded run, and others have none. TRAK, TracIn,"
         " GradientDot, GradientCosine and influence functions score examples that are not in the training set"
@@ -98,6 +101,7 @@ class Metagradient(DataMethod):
         output: ModelOutput | None = None,
         losses: Callable[[nn.Module, Any], Tensor] | None = None,
         order: Order = "recorded",
+        first_steps: int | None = None,
         last_steps: int | None = None,
         block_size: int | None = None,
         micro_batch_size: int | None = None,
@@ -115,7 +119,8 @@ class Metagradient(DataMethod):
             self.output.loss(torch.zeros(1))  # refuses before long work if the output does not determine the loss
         self.losses = losses
         directories = [recording] if isinstance(recording, (str, os.PathLike)) else list(recording)
-        self.recordings = [Recording(directory) for directory in directories]
+        self.first_steps = None if first_steps is None else positive("first_steps", first_steps)
+        self.recordings = [Recording(directory, self.first_steps) for directory in directories]
         if not self.recordings:
             raise ValueError("recording is empty; pass the directory of a TrainingRecorder, or several")
         if len({run.path.resolve() for run in self.recordings}) < len(self.recordings):
@@ -125,11 +130,15 @@ class Metagradient(DataMethod):
         self.last_steps = None if last_steps is None else positive("last_steps", last_steps)
         for run in self.recordings:
             run.require_finished()
-            if self.last_steps is not None and self.last_steps > run.num_steps:
-                raise ValueError(
-                    f'last_steps is {last_steps}, but the run in "{run.path}" has {run.num_steps} steps; take a'
-                    " smaller number, or None for all"
-                )
+            for name, steps, most in (
+                ("first_steps", self.first_steps, run.recorded_steps),
+                ("last_steps", self.last_steps, run.num_steps),
+            ):
+                if steps is not None and steps > most:
+                    raise ValueError(
+                        f'{name} is {steps}, but the run in "{run.path}" has {most} steps; take a smaller number, or'
+                        " None for all"
+                    )
         self.block_size = None if block_size is None else positive("block_size", block_size)
         self.micro_batch_size = None if micro_batch_size is None else positive("micro_batch_size", micro_batch_size)
         self.check_smooth = check_smooth

@@ -71,7 +71,7 @@ class AverageOrder:
         uses: Counter[int] = Counter()
         epochs: Counter[int] = Counter()
         size = 0
-        for record in map(player.recording.record, range(self._total)):
+        for record in map(player.recording.record, range(player.recording.recorded_steps)):
             epochs[record.epoch] += 1
             for micro in record.micro_batches:
                 uses.update(micro.positions)

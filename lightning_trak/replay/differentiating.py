@@ -94,6 +94,7 @@ class Differentiated:
         self._average: AverageOrder | None = None
         if average_order:
             self._average = AverageOrder(self._reverse, player, losses, datamodule, first, block, micro_batch)
+        self._last = player.state_before(recording.num_steps)
         self._require_derivative(losses, datamodule)
         self.rounds_steps = player.update.rounding > 0
         self.normalizes_batches = player.normalizes_batches(structures)
@@ -108,7 +109,7 @@ class Differentiated:
         def loss(module: nn.Module, weights: Tensor) -> Tensor:
             return (weights * losses_of(losses, module, copy.deepcopy(batch), len(positions))).mean()
 
-        player.load(recording.state(recording.num_steps))
+        player.load(self._last)
         player.arrange(record)
         self._reverse.track()
         parameters = [player.parameters[name] for name in self._tracked]
@@ -187,7 +188,7 @@ class Differentiated:
 
         An example that several steps use comes as often.
         """
-        player, last = self._player, self._recording.state(self._recording.num_steps)
+        player, last = self._player, self._last
         num_targets = num_examples(targets)
         together = max(1, COTANGENT_BYTES // max(1, last.nbytes))
         for part in modules_of(output):
@@ -210,7 +211,7 @@ class Differentiated:
             datamodule: the data module that gave it, if there is one.
         """
         player = self._player
-        player.load(self._recording.state(self._recording.num_steps))
+        player.load(self._last)
         player.module.eval()
         found = []
         for batch in targets_alone(player, targets, datamodule):

@@ -161,6 +161,18 @@ class Player:
         """A copy of the current state."""
         return TrainingState.of(self.module, self._optimizer, self.parameters)
 
+    def state_before(self, step: int) -> TrainingState:
+        """The state before a step: the recorded one, or computed again from the one before it."""
+        start = max(recorded for recorded in self.recording.state_steps if recorded <= step)
+        state = self.recording.state(start)
+        if start == step:
+            return state
+        self.load(state)
+        self.open(map(self.recording.record, range(start, step)))
+        for number in range(start, step):
+            self.step(self.recording.record(number))
+        return self.state
+
     def step(self, record: StepRecord, remember: bool = False, loss: Loss | None = None) -> Played | None:
         """Do a step again. Its batches come from :meth:`open`.
 

@@ -99,19 +99,23 @@ class Recording:
 
     Args:
         directory: the directory, on a disk.
+        first_steps: how many steps are read, the first ones: as if the run had ended there. Default: all.
 
     Attributes:
         path: the directory.
         manifest: the content of its manifest.
+        recorded_steps: the number of optimizer steps that are recorded.
 
     Raises:
         FileNotFoundError: if there is no recording.
         ValueError: if the manifest was altered, or has a format that this version cannot read.
     """
 
-    def __init__(self, directory: str | os.PathLike[str]) -> None:
+    def __init__(self, directory: str | os.PathLike[str], first_steps: int | None = None) -> None:
         self.path = local_directory(directory, "recording")
         self.manifest = read_manifest(self.path)
+        self.recorded_steps = stop_of(self.manifest)
+        self._first_steps = first_steps
         self._parts: dict[str, _Part] = {}
 
     @property
@@ -122,13 +126,14 @@ class Recording:
 
     @property
     def num_steps(self) -> int:
-        """The number of optimizer steps."""
-        return stop_of(self.manifest)
+        """The number of optimizer steps that are read."""
+        return self.recorded_steps if self._first_steps is None else min(self._first_steps, self.recorded_steps)
 
     @property
     def state_steps(self) -> list[int]:
-        """The steps before which there is a full state, in order. The last is that at the end of training."""
-        return sorted({step for part in self.manifest["parts"] for step in part["states"]})
+        """The steps before which there is a full state, in order. The last is that at the end, if all are read."""
+        steps = {step for part in self.manifest["parts"] for step in part["states"]}
+        return sorted(step for step in steps if step <= self.num_steps)
 
     def require_finished(self) -> None:
         """Check that the run has ended.

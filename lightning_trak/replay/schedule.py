@@ -34,7 +34,7 @@ def backwards(first: int, stop: int, states: Sequence[int], held: int) -> Iterat
 
     Args:
         first: the last step to visit.
-        stop: the first step to visit, plus one. There is a full state before it.
+        stop: the first step to visit, plus one.
         states: the steps before which there are full states, in order.
         held: the number of states that are kept in memory for a segment, or for a piece of one; at least 2.
     """

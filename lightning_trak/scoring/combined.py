@@ -15,8 +15,9 @@ def combine_scores(scores: Tensor, others: Tensor) -> Tensor:
     with the scores change nothing of their order. Each target is treated alone.
 
     Meant for :class:`~lightning_trak.methods.ExactKernel` or :class:`~lightning_trak.TRAK` as the first, and
-    ``Metagradient(..., order="average")`` of the same model as the second, for questions about other seeds. A
-    metagradient of a run that is not smooth has little in common with the first, and so does little harm.
+    ``Metagradient(..., order="average")`` of the same model as the second, for questions about other seeds. For models
+    of halves of the data, give it ``first_steps=`` half of the steps: these models take no more. A metagradient of a
+    run that is not smooth has little in common with the first, and so does little harm.
 
     Args:
         scores: shape ``(num_targets, num_train)``.
@@ -56,8 +57,9 @@ def combine_runs(scores: Sequence[Tensor], *others: Sequence[Tensor]) -> Tensor:
     a run counts little. All targets count the same: the scores to predict are centred, and have the norm 1.
 
     Meant for questions about other seeds. The first method is ``Metagradient(..., order="average")`` at each of some
-    runs, and the others are the same with ``last_steps=`` a tenth of the steps, and
-    :class:`~lightning_trak.methods.ExactKernel` or :class:`~lightning_trak.TRAK` at the end of each run.
+    runs, for models of halves of the data with ``first_steps=`` half of the steps. The others are the same with
+    ``last_steps=`` a tenth of these steps, and :class:`~lightning_trak.methods.ExactKernel` or
+    :class:`~lightning_trak.TRAK` at the end of each run.
 
     Args:
         scores: of the first method, at each run ``(num_targets, num_train)``. Two runs at least, with other seeds.

@@ -85,6 +85,27 @@ def test_parts_of_the_run_add_up(recorded: Any, tmp_path: Path) -> None:
     torch.testing.assert_close(attribute(middle, tmp_path / "half", trainer), half, rtol=1e-10, atol=1e-13)
 
 
+@pytest.mark.parametrize("order", ["recorded", "average"])
+@pytest.mark.parametrize("last_steps", [None, 2])
+def test_first_steps_are_a_shorter_run(order: str, last_steps: int | None, recorded: Any, tmp_path: Path) -> None:
+    module, directory, trainer, _ = recorded
+    train(Net(optimizer=OPTIMIZERS["adam"]), DATA, tmp_path, max_epochs=2)
+    assert 6 not in Recording(directory).state_steps
+    options = {"order": order, "last_steps": last_steps}
+    assert torch.equal(
+        attribute(module, directory, trainer, first_steps=6, **options), attribute(module, tmp_path, trainer, **options)
+    )
+
+
+def test_with_the_average_order_examples_count_that_come_later(recorded: Any) -> None:
+    module, directory, trainer, _ = recorded
+    early = {place for micro in Recording(directory).record(0).micro_batches for place in micro.positions}
+    own = attribute(module, directory, trainer, first_steps=1)
+    assert set(own.abs().sum(0).nonzero().flatten().tolist()) == early
+    average = attribute(module, directory, trainer, first_steps=1, order="average")
+    assert len(early) < NUM_TRAIN == len(average.abs().sum(0).nonzero())
+
+
 def test_float32_agrees_with_float64(tmp_path: Path) -> None:
     found = []
     for precision in ("32-true", "64-true"):
@@ -249,7 +270,11 @@ def test_what_does_not_fit_the_recording(recorded: Any, tmp_path: Path) -> None:
         attribute(module, directory, trainer, nan)
     with pytest.raises(ValueError, match=r"last_steps is 13, but the run in .* has 12 steps; take a smaller number"):
         attribute(module, directory, trainer, last_steps=13)
-    for name in ("last_steps", "block_size", "micro_batch_size"):
+    with pytest.raises(ValueError, match=r"first_steps is 13, but the run in .* has 12 steps; take a smaller number"):
+        attribute(module, directory, trainer, first_steps=13)
+    with pytest.raises(ValueError, match=r"last_steps is 5, but the run in .* has 4 steps; take a smaller number"):
+        attribute(module, directory, trainer, first_steps=4, last_steps=5)
+    for name in ("first_steps", "last_steps", "block_size", "micro_batch_size"):
         with pytest.raises(ValueError, match=f"`{name}` to be a positive integer"):
             attribute(module, directory, trainer, **{name: 0})
     with pytest.raises(FileNotFoundError, match="is not a directory that TrainingRecorder has written"):

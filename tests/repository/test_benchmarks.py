@@ -11,6 +11,7 @@ import torch
 from benchmarks import (
     ablations,
     damping,
+    first_half,
     lag,
     methods,
     one_run,
@@ -148,6 +149,18 @@ def test_other_seeds(tmp_path):
         for method, (mean, _, _) in line["gain"].items():
             assert mean == pytest.approx(line["lds"][method] - line["lds"][other_seeds.KERNEL])
     assert len((tmp_path / "other_seeds.md").read_text().splitlines()) == 4
+
+
+def test_first_half(tmp_path):
+    first_half.main(["--quick", "--out", str(tmp_path)])
+    single, together = json.loads((tmp_path / "first_half.json").read_text())
+    assert (single["runs"], single["repeats"], together["runs"], together["repeats"]) == (1, 2, 2, 1)
+    for line in (single, together):
+        assert set(line["lds"]) == set(first_half.METHODS)
+        low, mean, high = (line["gain"][place] for place in (1, 0, 2))
+        assert low <= mean <= high
+        assert mean == pytest.approx(line["lds"][first_half.COMBINED] - line["lds"][first_half.KERNEL])
+    assert len((tmp_path / "first_half.md").read_text().splitlines()) == 4
 
 
 @pytest.mark.parametrize("number", [1, 3])
