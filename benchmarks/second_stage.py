@@ -59,7 +59,7 @@ def measured(task: Task, truth: Truth, candidates: int) -> tuple[list[str], list
     best = exact.topk(TOP, dim=1).indices
     rescored: list[str] = []
     with tempfile.TemporaryDirectory() as store:
-        trak = TRAK(model, truth.states[:1], Path(store) / "features", output=task.output, lag=1)
+        trak = TRAK(model, truth.states[:1], Path(store) / "features", output=task.output, temperature=1, lag=1)
         trak.featurize(trainer, train)
         for rescore in (None, 100, candidates):
             started = time.process_time()
