@@ -33,8 +33,8 @@ class ConvolutionLayer(Layer, covers=[*_TYPES]):
     def _has_small_patches(self, call: LayerCall) -> bool:
         """Whether products with patches take less time on a CPU than a convolution.
 
-        They do if an output has fewer positions than channels: then a copy of the patches is smaller than the gradients.
-        Kernels of one element need no copy, and with few channels of the input, convolutions are slow.
+        They do if an output has fewer positions than channels: then copies of patches are smaller than the gradients.
+        Kernels of one element need no copies, and with few channels of the input, convolutions are slow.
         """
         weight = self.module.weight
         positions = call.output_gradient[:, 0].numel() // call.size
