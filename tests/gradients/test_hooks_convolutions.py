@@ -15,7 +15,7 @@ SIZE = 3
 @pytest.fixture(params=["patches, an example at a time", "patches, all examples at once", "a convolution"])
 def _way(request, monkeypatch):
     if request.param == "a convolution":
-        monkeypatch.setattr(convolution, "_MOST_BYTES", 0)
+        monkeypatch.setattr(convolution, "_FEW_CHANNELS", 0)  # unless an output has few positions
     elif request.param == "patches, an example at a time":
         monkeypatch.setattr(convolution, "_CPU_BYTES", 1)
 

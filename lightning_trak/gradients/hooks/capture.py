@@ -31,7 +31,12 @@ class CaptureOutputGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, output: Tensor, anchor: Tensor, inputs: Tensor, receive: Callable[[Tensor, Tensor], None]
+        ctx: Any,
+        output: Tensor,
+        anchor: Tensor,
+        inputs: Tensor,
+        receive: Callable[[Tensor, Tensor], None],
+        input_gradient: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Return ``output``, which now depends on ``anchor``, so that the backward pass reaches it.
 
@@ -41,16 +46,19 @@ class CaptureOutputGradient(torch.autograd.Function):
             anchor: a leaf that requires a gradient but never gets one.
             inputs: the layer's input.
             receive: called in the backward pass with the layer's input and the gradient of its output.
+            input_gradient: gives the gradient of ``inputs`` for a gradient of ``output``, which then depends on them
+                here alone; None: autograd has recorded how the output depends on them.
         """
         del anchor  # only its edge in autograd's graph is needed
         ctx.mark_dirty(output)
         ctx.save_for_backward(inputs)
-        ctx.receive = receive
+        ctx.receive, ctx.input_gradient = receive, input_gradient
         return output
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, Tensor | None, None, None]:
         """Call ``receive``, and pass the gradient on."""
         (inputs,) = ctx.saved_tensors
         ctx.receive(inputs, gradient)
-        return gradient, None, None, None
+        own = ctx.input_gradient is not None and ctx.needs_input_grad[2]
+        return gradient, None, ctx.input_gradient(gradient) if own else None, None, None

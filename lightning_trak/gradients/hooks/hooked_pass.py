@@ -97,8 +97,11 @@ class HookedPass:
             )
         call = _Call(tracked, output.shape[:1].numel() // self._size, inputs.shape, output.shape)
         self._calls.append(call)
+        input_gradient = None if how is not None else tracked.layer.input_gradient()
+        if input_gradient is not None:
+            output = output.detach()
         captured: Tensor = CaptureOutputGradient.apply(  # type: ignore[no-untyped-call]
-            output, self._anchor, inputs, partial(self._on_backward, call)
+            output, self._anchor, inputs, partial(self._on_backward, call), input_gradient
         )
         return captured
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -135,6 +136,13 @@ class Layer(ABC):
 
     def refusal(self) -> str | None:
         """Why hooks cannot differentiate this module, although its type is covered. Default: None, they can."""
+        return None
+
+    def input_gradient(self) -> Callable[[Tensor], Tensor] | None:
+        """A function from the output's gradient to the input's, where it is faster than autograd. Default: None.
+
+        It is made in the forward pass, since sharded models have their weights only then.
+        """
         return None
 
     def has_rows(self, parameter: str) -> bool:  # noqa: ARG002

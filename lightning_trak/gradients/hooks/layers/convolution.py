@@ -13,8 +13,8 @@ from lightning_trak.compatibility import explicit_padding
 from lightning_trak.gradients.hooks.layers.base import Layer, LayerCall
 
 _TYPES = [nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d]
-_CPU_BYTES = 1 << 21  # of patches that are copied at a time, so that they stay in cache
-_MOST_BYTES = 1 << 23  # of the patches of one example; with more, a convolution is faster
+_CPU_BYTES = 1 << 22  # of patches that are copied at a time, so that they stay in cache
+_FEW_CHANNELS = 8  # with fewer, a convolution does not fill the vectors of a CPU
 
 
 class ConvolutionLayer(Layer, covers=[*_TYPES]):
@@ -26,19 +26,31 @@ class ConvolutionLayer(Layer, covers=[*_TYPES]):
         """Shape ``(size, *weight.shape)`` for the weight; for the bias, a sum over positions."""
         if parameter == "bias":
             return self._images(call.output_gradient, call.size).flatten(3).sum((1, 3))
-        patches_bytes = self.module.weight[0].numel() * call.output_gradient[:, 0].nbytes // call.size
-        if call.inputs.device.type == "cpu" and self.has_factors() and patches_bytes <= _MOST_BYTES:
-            return self._products(call, max(1, _CPU_BYTES // patches_bytes))
+        if call.inputs.device.type == "cpu" and self.has_factors() and self._has_small_patches(call):
+            return self._products(call)
         return self._kernels(call, self.module.weight.shape)
 
-    def _products(self, call: LayerCall, step: int) -> Tensor:
-        """The weight's gradients as products of :meth:`factors`, with the patches of ``step`` examples at a time."""
+    def _has_small_patches(self, call: LayerCall) -> bool:
+        """Whether products with patches take less time on a CPU than a convolution.
+
+        They do if an output has fewer positions than channels: then copies of patches are smaller than the gradients.
+        Kernels of one element need no copies, and with few channels of the input, convolutions are slow.
+        """
+        weight = self.module.weight
+        positions = call.output_gradient[:, 0].numel() // call.size
+        return weight[0, 0].numel() == 1 or positions < len(weight) or weight.shape[1] < _FEW_CHANNELS
+
+    def _products(self, call: LayerCall) -> Tensor:
+        """The weight's gradients as products of :meth:`factors`, with the patches of a few examples at a time."""
+        weight = self.module.weight
+        # Before the patches, which would else take a part of the memory of the last kernels, which is in cache.
+        kernels = call.output_gradient.new_empty(call.size, *weight.shape)
         output_gradients, patches = self._by_position(call.output_gradient, call.size), self._patches(call.inputs)
-        kernels = patches.new_empty(call.size, *self.module.weight.shape)
+        step = max(1, _CPU_BYTES * call.size // (weight[0].numel() * call.output_gradient[:, 0].nbytes))
         images = len(patches) // call.size  # of an example
         for start in range(0, call.size, step):
             stop = min(start + step, call.size)
-            copied = patches[start * images : stop * images].flatten(1, self.module.weight.ndim - 1)
+            copied = patches[start * images : stop * images].flatten(1, weight.ndim - 1)
             inputs = self._by_position(copied, stop - start)
             torch.bmm(output_gradients[start:stop].mT, inputs, out=kernels[start:stop].flatten(2))
         return kernels

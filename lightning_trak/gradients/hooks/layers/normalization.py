@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -96,3 +98,14 @@ class BatchNormLayer(_OverChannels, covers=[nn.BatchNorm1d, nn.BatchNorm2d, nn.B
     def normalized(self, inputs: Tensor) -> Tensor:
         """The input relative to the running statistics."""
         return F.batch_norm(inputs, self.module.running_mean, self.module.running_var, eps=self.module.eps)
+
+    def input_gradient(self) -> Callable[[Tensor], Tensor]:
+        """The gradient times the scale of each channel. Autograd would also sum over positions, for parameters."""
+        weight, variance = self.module.weight, cast(Tensor, self.module.running_var)
+        with torch.no_grad():
+            scale = (variance.to(torch.promote_types(weight.dtype, torch.float32)) + self.module.eps).rsqrt() * weight
+
+        def scaled(gradient: Tensor) -> Tensor:
+            return (gradient * scale.view(-1, *[1] * (gradient.ndim - 2))).to(gradient.dtype)
+
+        return scaled
