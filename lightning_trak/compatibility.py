@@ -1,4 +1,4 @@
-"""All private names of Python, PyTorch, Lightning, accelerate and jsonargparse that this package uses.
+"""All private names of PyTorch, Lightning, accelerate and jsonargparse that this package uses.
 
 A new version of a library may drop a private name without notice. So each is used only here, behind a function or a
 name that says what it is for. ``tests/repository/test_compatibility.py`` tries each with the installed version. If a
@@ -9,10 +9,6 @@ private names, and ``running`` needs Lightning's. The only exception is ``metric
 uses names that torchmetrics has for classes derived from ``Metric`` (``_plot``, ``_is_synced``, ``_apply``).
 """
 
-import ctypes
-import random
-import struct
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -42,7 +38,6 @@ __all__ = [
     "WRAPPERS",
     "BatchNorm",
     "InfiniteBarrier",
-    "PythonRandomState",
     "TorchDispatchMode",
     "after_signal_handlers",
     "apply_to_tensors",
@@ -64,7 +59,6 @@ __all__ = [
     "original_module",
     "original_optimizer",
     "parts_that_a_run_changes",
-    "python_random_reader",
     "registered",
     "replaced_parameter",
     "restore_train_loader",
@@ -79,36 +73,6 @@ __all__ = [
     "tree_map",
     "with_index_sampler",
 ]
-
-# Python
-
-_TWISTER = struct.Struct("=625I")
-
-PythonRandomState = tuple[bytes, float | None]
-
-
-def python_random_reader() -> Callable[[], PythonRandomState]:
-    """A function that reads the state of Python's ``random``, in about a microsecond.
-
-    ``random.getstate`` makes 625 objects, which takes long for the step of a small model. CPython keeps the same
-    numbers behind the head of the generator. Where they are not found there, the function asks ``getstate``.
-
-    Returns:
-        A function without arguments. It gives the position among the numbers and the 624 numbers, uint32 in the
-        machine's order of bytes, and the Gaussian number that waits, or None.
-    """
-    generator: Any = random.getstate.__self__  # type: ignore[attr-defined]
-
-    def ask() -> PythonRandomState:
-        _, (*numbers, position), gauss = random.getstate()
-        return _TWISTER.pack(position, *numbers), gauss
-
-    def look() -> PythonRandomState:
-        return ctypes.string_at(id(generator) + object.__basicsize__, _TWISTER.size), generator.gauss_next
-
-    large_enough = type(generator).__basicsize__ >= object.__basicsize__ + _TWISTER.size
-    return look if sys.implementation.name == "cpython" and large_enough and look() == ask() else ask
-
 
 # PyTorch
 

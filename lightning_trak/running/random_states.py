@@ -3,6 +3,7 @@
 import ctypes
 import random
 import struct
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -11,16 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_trak.compatibility import PythonRandomState, collect_rng_states, python_random_reader, set_rng_states
+from lightning_trak.compatibility import collect_rng_states, set_rng_states
 
 # States of the generators that a step has drawn from, by the name of the generator, uint8.
 RandomStates = Mapping[str, Tensor]
 
 _PYTHON = struct.Struct("<i625I?d")
 _NUMPY = struct.Struct("<iid")
-_MERSENNE_TWISTER = 2500  # bytes of the state: 624 numbers and a position
+_TWISTER = struct.Struct("=625I")  # a Mersenne Twister: a position, and 624 numbers
 
-_python_state = python_random_reader()
+_PythonState = tuple[bytes, float | None]
 
 
 @contextmanager
@@ -89,7 +90,7 @@ def _read_numpy(device: torch.device, last: _NumPyState | None) -> _NumPyState:
         )
     # numpy.random.get_state makes 624 numbers, which takes long for the step of a small model. Without it: no Gaussian
     # number waits if none did and nothing was drawn, since they are drawn in pairs.
-    memory = ctypes.string_at(generator.ctypes.state_address, _MERSENNE_TWISTER)
+    memory = ctypes.string_at(generator.ctypes.state_address, _TWISTER.size)
     if last is not None and memory == last.memory and not last.has_gauss:
         return last
     state: dict[str, Any] = np.random.get_state(legacy=False)  # noqa: NPY002
@@ -109,13 +110,39 @@ def _restore_numpy(packed: Tensor, device: torch.device) -> None:
     np.random.set_state(("MT19937", key, position, has_gauss, gauss))  # noqa: NPY002
 
 
-def _read_python(device: torch.device, last: PythonRandomState | None) -> PythonRandomState:
+def _python_reader() -> Callable[[], _PythonState]:
+    """A function that reads the state of Python's ``random``, in about a microsecond.
+
+    ``random.getstate`` makes 625 objects, which takes long for the step of a small model. CPython keeps the same
+    numbers behind the head of the generator. Where they are not found there, the function asks ``getstate``.
+
+    Returns:
+        A function without arguments. It gives the position among the numbers and the 624 numbers, uint32 in the
+        machine's order of bytes, and the Gaussian number that waits, or None.
+    """
+    generator: Any = random.getstate.__self__  # type: ignore[attr-defined]
+
+    def ask() -> _PythonState:
+        _, (*numbers, position), gauss = random.getstate()
+        return _TWISTER.pack(position, *numbers), gauss
+
+    def look() -> _PythonState:
+        return ctypes.string_at(id(generator) + object.__basicsize__, _TWISTER.size), generator.gauss_next
+
+    large_enough = type(generator).__basicsize__ >= object.__basicsize__ + _TWISTER.size
+    return look if sys.implementation.name == "cpython" and large_enough and look() == ask() else ask
+
+
+read_python = _python_reader()
+
+
+def _read_python(device: torch.device, last: _PythonState | None) -> _PythonState:
     del device, last
-    return _python_state()
+    return read_python()
 
 
-def _pack_python(state: PythonRandomState) -> Tensor:
-    (position, *numbers), gauss = struct.unpack("=625I", state[0]), state[1]
+def _pack_python(state: _PythonState) -> Tensor:
+    (position, *numbers), gauss = _TWISTER.unpack(state[0]), state[1]
     return _tensor(_PYTHON.pack(random.Random.VERSION, *numbers, position, gauss is not None, gauss or 0.0))
 
 

@@ -3,7 +3,6 @@
 import copy
 import random
 import signal
-import struct
 from contextlib import suppress
 
 import lightning as L
@@ -302,16 +301,6 @@ def test_random_states():
     assert draw() != first
     compatibility.set_rng_states(states)
     assert draw() == first
-
-
-def test_the_state_of_pythons_generator():
-    read = compatibility.python_random_reader()
-    random.seed(3)
-    for _ in range(700):  # more numbers than the generator makes at once
-        before, (_, (*numbers, position), gauss) = read(), random.getstate()
-        assert before == (struct.pack("=625I", position, *numbers), gauss)
-        random.gauss(0, 1)
-        assert read() != before
 
 
 def test_optimizers_and_schedulers():

@@ -1,11 +1,13 @@
 """Random states are the user's, whatever happens."""
 
 import random
+import struct
 
 import numpy as np
 import pytest
 import torch
 
+from lightning_trak.running import random_states
 from lightning_trak.running.random_states import RandomWatch, isolated_random_states, restore_random_states
 
 
@@ -57,6 +59,16 @@ def test_a_watch_notices_who_draws(name):
         DRAWS[name]()
         restore_random_states(states, cpu)
         assert DRAWS[name]() == expected
+
+
+def test_the_state_of_pythons_generator():
+    with isolated_random_states():
+        random.seed(3)
+        for _ in range(700):  # more numbers than the generator makes at once
+            before, (_, (*numbers, position), gauss) = random_states.read_python(), random.getstate()
+            assert before == (struct.pack("=625I", position, *numbers), gauss)
+            random.gauss(0, 1)
+            assert random_states.read_python() != before
 
 
 def test_random_numbers_of_a_gpu_are_refused_on_a_cpu():
