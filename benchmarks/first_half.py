@@ -9,11 +9,10 @@ and gentle trainings of `benchmarks.lag`. The directory gets `first_half.json` a
 """
 
 import argparse
-import json
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +22,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks import lag, other_seeds, tasks
 from benchmarks.one_run import fit
-from benchmarks.other_seeds import FIRST_SEED, TARGETS, Setting
+from benchmarks.other_seeds import FIRST_SEED, TARGETS, Result, Setting, difference, gained, label, save
 from benchmarks.truth import MODELS, SUBSETS, Truth, kept, quiet, trainer_for
 from lightning_trak import Metagradient
-from lightning_trak.metrics.functional.bootstrap import crossed_bootstrap_interval
 from lightning_trak.outputs import RegressionOutput
 from lightning_trak.scoring import combine_runs, combine_scores
 from lightning_trak.texts.tables import Table
@@ -50,30 +48,6 @@ def make_settings() -> list[tuple[Setting, int]]:
         if (factor, random_labels) != (1, 0):
             gentle.append((Setting(", ".join([name, *how]), task, lag.SEEDS, 2), lag.MODELS))
     return known + gentle
-
-
-@dataclass
-class Result:
-    """One line of the table.
-
-    Attributes:
-        setting: its name.
-        seeds: models of each half.
-        runs: how many runs the scores are of.
-        repeats: how many such lines it is the mean of.
-        ceiling: the LDS that a perfect method can be expected to have.
-        lds: by method, means over targets.
-        gain: the LDS of combined scores of the first half minus that of Gauss-Newton scores, with the ends of its 95%
-            interval over targets and halves.
-    """
-
-    setting: str
-    seeds: int
-    runs: int
-    repeats: int
-    ceiling: float
-    lds: dict[str, float]
-    gain: tuple[float, float, float]
 
 
 def squared_errors(module: nn.Module, batch: Any) -> Tensor:
@@ -122,8 +96,7 @@ def results(setting: Setting, truth: Truth, runs: Sequence[dict[str, Tensor]]) -
 def measured(setting: Setting, truth: Truth, scores: Sequence[dict[str, Tensor]], runs: int) -> Result:
     """A line of the table: means over repeats."""
     found = {name: torch.stack([truth.table(own[name]) for own in scores]).mean(0) for name in METHODS}
-    difference = found[COMBINED] - found[KERNEL]
-    gain = (float(difference.mean()), *map(float, crossed_bootstrap_interval(difference)))
+    gain = {COMBINED: gained(found[COMBINED], found[KERNEL])}
     ceiling = float(truth.measure(scores[0][KERNEL]).noise_ceiling())
     lds = {name: float(table.mean()) for name, table in found.items()}
     return Result(setting.name, setting.seeds, runs, len(scores), ceiling, lds, gain)
@@ -131,14 +104,9 @@ def measured(setting: Setting, truth: Truth, scores: Sequence[dict[str, Tensor]]
 
 def table(found: list[Result]) -> str:
     """Markdown."""
-    rows = []
-    for row in found:
-        name = f"- {row.runs} runs together"
-        if row.runs == 1:
-            name = f"{row.setting} ({row.repeats}; {row.seeds}, {row.ceiling:.2f})"
-        rows.append(
-            (name, *(f"{row.lds[method]:.3f}" for method in METHODS), "{:+.3f} ({:+.3f} to {:+.3f})".format(*row.gain))
-        )
+    rows = [
+        (label(row), *(f"{row.lds[method]:.3f}" for method in METHODS), difference(row.gain[COMBINED])) for row in found
+    ]
     return Table(("task (runs; models of each half, ceiling)", *METHODS, "gain"), rows).markdown() + "\n"
 
 
@@ -162,9 +130,7 @@ def main(arguments: list[str] | None = None) -> None:
         truth = replace(truth, outputs=truth.outputs[:TARGETS])
         for result in results(setting, truth, [scores_of(setting, number) for number in range(setting.runs)]):
             found.append(result)
-            (args.out / "first_half.json").write_text(json.dumps([asdict(line) for line in found], indent=1))
-            (args.out / "first_half.md").write_text(table(found))
-            print(table([result]).splitlines()[-1], flush=True)
+            save(found, args.out / "first_half", table)
 
 
 if __name__ == "__main__":

@@ -213,11 +213,23 @@ def measured(setting: Setting, truth: Truth, scores: Sequence[dict[str, Tensor]]
     gain = {}
     for name in (COMBINED, RUNS):
         if name in tables:
-            difference = tables[name] - tables[KERNEL]
-            gain[name] = (float(difference.mean()), *map(float, crossed_bootstrap_interval(difference)))
+            gain[name] = gained(tables[name], tables[KERNEL])
     ceiling = float(truth.measure(scores[0][KERNEL]).noise_ceiling())
     lds = {name: float(table.mean()) for name, table in tables.items()}
     return Result(setting.name, setting.seeds, runs, len(scores), ceiling, lds, gain)
+
+
+def gained(scores: Tensor, others: Tensor) -> tuple[float, float, float]:
+    """The mean difference of two tables of LDS, with the ends of its 95% interval over targets and halves."""
+    apart = scores - others
+    return float(apart.mean()), *map(float, crossed_bootstrap_interval(apart))
+
+
+def save(found: list[Result], path: Path, table: Callable[[list[Result]], str]) -> None:
+    """Write all lines to ``path`` with the endings .json and .md, and print the last one."""
+    path.with_suffix(".json").write_text(json.dumps([asdict(line) for line in found], indent=1))
+    path.with_suffix(".md").write_text(table(found))
+    print(table(found[-1:]).splitlines()[-1], flush=True)
 
 
 def table(found: list[Result]) -> str:
@@ -225,18 +237,23 @@ def table(found: list[Result]) -> str:
     columns = "task (runs; models of each half, ceiling)", *METHODS[:-2], "gain", MEAN, RUNS, "gain"
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for row in found:
-        name = f"- {row.runs} runs together"
-        if row.runs == 1:
-            name = f"{row.setting} ({row.repeats}; {row.seeds}, {row.ceiling:.2f})"
         cells = [f"{row.lds[method]:.3f}" for method in METHODS[:-2]]
-        cells += [_difference(row.gain[COMBINED])]
-        more = [f"{row.lds[MEAN]:.3f}", f"{row.lds[RUNS]:.3f}", _difference(row.gain[RUNS])] if RUNS in row.lds else []
+        cells += [difference(row.gain[COMBINED])]
+        more = [f"{row.lds[MEAN]:.3f}", f"{row.lds[RUNS]:.3f}", difference(row.gain[RUNS])] if RUNS in row.lds else []
         cells += more or [""] * 3
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append(f"| {label(row)} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def _difference(gain: tuple[float, float, float]) -> str:
+def label(row: Result) -> str:
+    """The first cell of a line."""
+    if row.runs > 1:
+        return f"- {row.runs} runs together"
+    return f"{row.setting} ({row.repeats}; {row.seeds}, {row.ceiling:.2f})"
+
+
+def difference(gain: tuple[float, float, float]) -> str:
+    """A difference with its interval."""
     return "{:+.3f} ({:+.3f} to {:+.3f})".format(*gain)
 
 
@@ -260,9 +277,7 @@ def main(arguments: list[str] | None = None) -> None:
         truth = replace(truth, outputs=truth.outputs[:TARGETS])
         for result in results(setting, truth):
             found.append(result)
-            (args.out / "other_seeds.json").write_text(json.dumps([asdict(line) for line in found], indent=1))
-            (args.out / "other_seeds.md").write_text(table(found))
-            print(table([result]).splitlines()[-1], flush=True)
+            save(found, args.out / "other_seeds", table)
 
 
 if __name__ == "__main__":

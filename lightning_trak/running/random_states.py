@@ -133,12 +133,12 @@ def _python_reader() -> Callable[[], _PythonState]:
     return look if sys.implementation.name == "cpython" and large_enough and look() == ask() else ask
 
 
-read_python = _python_reader()
+python_state = _python_reader()
 
 
 def _read_python(device: torch.device, last: _PythonState | None) -> _PythonState:
     del device, last
-    return read_python()
+    return python_state()
 
 
 def _pack_python(state: _PythonState) -> Tensor:

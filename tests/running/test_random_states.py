@@ -65,10 +65,10 @@ def test_the_state_of_pythons_generator():
     with isolated_random_states():
         random.seed(3)
         for _ in range(700):  # more numbers than the generator makes at once
-            before, (_, (*numbers, position), gauss) = random_states.read_python(), random.getstate()
+            before, (_, (*numbers, position), gauss) = random_states.python_state(), random.getstate()
             assert before == (struct.pack("=625I", position, *numbers), gauss)
             random.gauss(0, 1)
-            assert random_states.read_python() != before
+            assert random_states.python_state() != before
 
 
 def test_random_numbers_of_a_gpu_are_refused_on_a_cpu():
