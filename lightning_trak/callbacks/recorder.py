@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import os
-from operator import attrgetter
+from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from lightning_trak.callbacks.recordable import group_settings, require_plain, require_real
+from lightning_trak.callbacks.recordable import require_plain, require_real
 from lightning_trak.callbacks.runs import RunCallback, run_from
+from lightning_trak.callbacks.step_options import StepOptions
 from lightning_trak.compatibility import change_train_loader, restore_train_loader
 from lightning_trak.replay.optimizers.base import optimizer_name
-from lightning_trak.replay.player import canonical_module_name, describe_parameters
+from lightning_trak.replay.player import describe_parameters
 from lightning_trak.replay.recording import Recording, Spacing, check_spacing, keeps_state
 from lightning_trak.replay.records import MicroBatch, Settings, StepRecord, Structure
 from lightning_trak.replay.states import TrainingState, difference, named_parameters
@@ -31,9 +31,6 @@ from lightning_trak.texts.display import Displayed
 
 # Of weights that went through a checkpoint. With precision="64-true", Lightning loads it into a module in float32.
 _ROUNDING = 1e-6
-
-
-_requires_grad, _training = attrgetter("requires_grad"), attrgetter("training")
 
 
 class TrainingRecorder(Displayed, RunCallback):
@@ -112,8 +109,8 @@ class TrainingRecorder(Displayed, RunCallback):
     def _forget(self) -> None:
         """Begin a new step."""
         self._micro: list[MicroBatch] = []
-        self._pending: MicroBatch | None = None
-        self._numbers: tuple[Structure, Settings] | None = None
+        self._drawn: Sequence[int] | None = None  # positions of the batch that is trained on
+        self._options: tuple[Structure, Settings] | None = None
 
     @property
     @override
@@ -149,13 +146,10 @@ class TrainingRecorder(Displayed, RunCallback):
         self._forget()
         run, step, environment = self._about(trainer, pl_module), trainer.global_step, environment_of(trainer)
         (optimizer,) = trainer.optimizers
-        self._modules = list(pl_module.named_modules())
-        self._module_parts = [part for _, part in self._modules]
         self._parameters = named_parameters(pl_module)
-        self._names = {parameter: name for name, parameter in self._parameters.items()}
-        self._known: dict[Any, Any] = {}
         self._watch = RandomWatch(trainer.strategy.root_device)
-        self._structure(optimizer), self._settings(trainer, optimizer)  # fail now, not after the first step
+        self._step_options = StepOptions(trainer, pl_module, self._parameters, optimizer)
+        self._step_options.read()  # fail now, not after the first step
         state = self._state(trainer, pl_module)
         if step:
             earlier = [*self._resumed_runs, *([self._run] if self._run else [])]
@@ -209,75 +203,40 @@ class TrainingRecorder(Displayed, RunCallback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Note the random states before the step."""
         if self._writer is not None:
-            self._pending = MicroBatch(self._positions.take(), batch_idx)
+            self._drawn = self._positions.take()
             self._watch.before()
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Note the hyperparameters, before schedulers change them for the next step."""
         if self._writer is not None:
-            self._numbers = self._structure(optimizer), self._settings(trainer, optimizer)
+            self._options = self._step_options.read()
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Record the batch, and the step if the optimizer has made one."""
-        if self._writer is None or self._pending is None:
+        writer = self._writer
+        if writer is None:
             return
-        self._micro.append(MicroBatch(self._pending.positions, batch_idx, self._watch.drawn()))
-        self._pending = None
-        if self._numbers is None:  # gradients are accumulating
+        if self._drawn is None:  # a batch that is None is not trained on
+            self._positions.take()
             return
-        writer, (structure, settings) = self._writer, self._numbers
+        self._micro.append(MicroBatch(self._drawn, batch_idx, self._watch.drawn()))
+        self._drawn = None
+        if self._options is None:  # gradients are accumulating
+            return
         step = writer.num_steps
         if step != trainer.global_step - 1:
             raise RuntimeError(f"expected step {step} to end, but the Trainer has taken {trainer.global_step} steps")
-        writer.add_step(StepRecord(step, trainer.current_epoch, structure, settings, tuple(self._micro)))
+        writer.add_step(StepRecord(step, trainer.current_epoch, *self._options, tuple(self._micro)))
         self._forget()
         if keeps_state(step + 1, self.spacing):
             writer.add_state(self._state(trainer, pl_module))
 
     def _state(self, trainer: Trainer, module: LightningModule) -> TrainingState:
         return TrainingState.of(module, trainer.optimizers[0], self._parameters).to_cpu()
-
-    def _structure(self, optimizer: Optimizer) -> Structure:
-        groups = [group["params"] for group in optimizer.param_groups]
-        key = (
-            tuple(tuple(map(id, group)) for group in groups),
-            tuple(map(_requires_grad, self._names)),
-            tuple(map(_training, self._module_parts)),
-        )
-        if key not in self._known:
-            unknown = sum(parameter not in self._names for group in groups for parameter in group)
-            if unknown:
-                raise ValueError(
-                    f"{type(optimizer).__name__} trains {unknown} tensors that are not parameters of the module;"
-                    " register them, so that they are recorded"
-                )
-            self._known[key] = Structure(
-                tuple(tuple(self._names[parameter] for parameter in group) for group in groups),
-                tuple(name for parameter, name in self._names.items() if not parameter.requires_grad),
-                tuple(canonical_module_name(name) for name, part in self._modules if not part.training),
-            )
-        return self._known[key]  # type: ignore[no-any-return]
-
-    def _settings(self, trainer: Trainer, optimizer: Optimizer) -> Settings:
-        key = (
-            tuple(tuple(map(_hashable, group.values())) for group in optimizer.param_groups),
-            trainer.accumulate_grad_batches,
-            trainer.gradient_clip_val,
-            trainer.gradient_clip_algorithm,
-        )
-        if key not in self._known:
-            clip_by = trainer.gradient_clip_algorithm or "norm"
-            self._known[key] = Settings(
-                group_settings(optimizer),
-                trainer.accumulate_grad_batches,
-                float(trainer.gradient_clip_val or 0),
-                str(getattr(clip_by, "value", clip_by)),
-            )
-        return self._known[key]  # type: ignore[no-any-return]
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -324,10 +283,3 @@ class TrainingRecorder(Displayed, RunCallback):
             self._writer.close()
             self._writer = None
         self._loader, self._opened = None, False
-
-
-def _hashable(setting: Any) -> Any:
-    """Something that tells a hyperparameter from others; nothing of the parameters, which are part of the structure."""
-    if isinstance(setting, list):
-        return None if setting and isinstance(setting[0], Tensor) else tuple(setting)
-    return setting

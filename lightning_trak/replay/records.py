@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,8 +16,7 @@ from lightning_trak.running.random_states import RandomStates
 from lightning_trak.storage.schemas import Schema, anything, integer, items, one_of, record, text
 
 
-@dataclass(frozen=True)
-class MicroBatch:
+class MicroBatch(NamedTuple):
     """A batch of training. With gradient accumulation, several make up an optimizer step.
 
     Attributes:
@@ -24,9 +25,9 @@ class MicroBatch:
         random_states: the states of the generators that ``training_step`` drew from, before it did.
     """
 
-    positions: list[int]
+    positions: Sequence[int]
     batch_idx: int
-    random_states: RandomStates = field(default_factory=dict)
+    random_states: RandomStates = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,7 @@ class Settings:
     clip_by: str
 
 
-@dataclass(frozen=True)
-class StepRecord:
+class StepRecord(NamedTuple):
     """An optimizer step.
 
     Attributes:
@@ -106,6 +106,11 @@ _tables: dict[str, Schema] = {
 def pack_steps(steps: Sequence[StepRecord]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Steps as tensors by name, and as tables in JSON's types: equal structures and settings are kept once."""
     micro = [batch for step in steps for batch in step.micro_batches]
+    positions = array("q")  # most of the numbers, so not one by one
+    for batch in micro:
+        positions.extend(batch.positions)
+    drawn = torch.empty(len(positions), dtype=torch.int64)
+    drawn.numpy()[:] = positions
     structures, settings = _Table(), _Table()
     rows = [
         [step.epoch, structures.row(step.structure), settings.row(step.settings), len(step.micro_batches)]
@@ -114,7 +119,7 @@ def pack_steps(steps: Sequence[StepRecord]) -> tuple[dict[str, Tensor], dict[str
     tensors = {
         "steps": torch.tensor(rows, dtype=torch.int64).reshape(-1, 4),
         "batches": torch.tensor([[len(b.positions), b.batch_idx] for b in micro], dtype=torch.int64).reshape(-1, 2),
-        "positions": torch.tensor([position for b in micro for position in b.positions], dtype=torch.int64),
+        "positions": drawn,
     }
     for name in sorted({name for batch in micro for name in batch.random_states}):
         drawing = [number for number, batch in enumerate(micro) if name in batch.random_states]

@@ -141,7 +141,7 @@ class Reverse:
                     " amplifies each change so much that it cannot be followed; train with a smaller learning rate, or"
                     " differentiate the last steps alone (last_steps=)"
                 )
-            weights.append((piece.micro.positions[piece.rows], by_weight))
+            weights.append((list(piece.micro.positions[piece.rows]), by_weight))
         return weights
 
     def _gradients(self, played: Played, pieces: Sequence[_Piece]) -> tuple[dict[str, Tensor], _Graph | None]:

@@ -6,13 +6,14 @@ import os
 import uuid
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 from lightning_trak.checks import require_bool
 from lightning_trak.replay.recording import FORMAT_VERSION, MANIFEST, Spacing, read_manifest, stop_of
 from lightning_trak.replay.records import StepRecord, pack_steps
 from lightning_trak.replay.states import TrainingState
-from lightning_trak.storage.files import load_metadata, remove_leftovers, save_tensors, write_json
+from lightning_trak.storage.files import json_text, remove_leftovers, save_tensors, write_atomically
 from lightning_trak.storage.locks import Lock, hold
 from lightning_trak.storage.paths import local_directory
 from lightning_trak.storage.schemas import with_checksum
@@ -22,7 +23,8 @@ from lightning_trak.storage.schemas import with_checksum
 BUFFER_BYTES, _FIRST_BYTES, _WAITING = 1 << 26, 1 << 22, 4
 
 
-class _Batch(NamedTuple):
+@dataclass
+class _Batch:
     """What becomes a file.
 
     Attributes:
@@ -31,9 +33,9 @@ class _Batch(NamedTuple):
         nbytes: the size of all.
     """
 
-    steps: list[StepRecord]
-    states: dict[int, TrainingState]
-    nbytes: int
+    steps: list[StepRecord] = field(default_factory=list)
+    states: dict[int, TrainingState] = field(default_factory=dict)
+    nbytes: int = 0
 
 
 class RecordingWriter:
@@ -52,12 +54,13 @@ class RecordingWriter:
         self._spacing = spacing
         self._lock: Lock | None = None
         self._manifest: dict[str, Any] = {}
+        self._content = b""  # of the manifest's file
         self._writing: tuple[Future[None], _Batch] | None = None
         self._clear()
 
     def _clear(self) -> None:
         """Begin to collect the steps and states that follow those of the manifest."""
-        self._waiting = _Batch([], {}, 0)
+        self._waiting = _Batch()
         self._written = 0  # bytes
         self._num_steps = stop_of(self._manifest)
         self._state_steps = {step for part in self._manifest.get("parts", ()) for step in part["states"]}
@@ -161,12 +164,12 @@ class RecordingWriter:
         """Add the record of the next step."""
         self._waiting.steps.append(step)
         self._num_steps += 1
-        self._added(
-            sum(
-                8 * len(batch.positions) + sum(state.nbytes for state in batch.random_states.values())
-                for batch in step.micro_batches
-            )
-        )
+        nbytes = 0
+        for batch in step.micro_batches:
+            nbytes += 8 * len(batch.positions)
+            for state in batch.random_states.values():
+                nbytes += state.nbytes
+        self._added(nbytes)
 
     def add_state(self, state: TrainingState) -> None:
         """Add the full state before the next step."""
@@ -175,15 +178,15 @@ class RecordingWriter:
         self._added(state.nbytes)
 
     def _added(self, nbytes: int) -> None:
-        self._waiting = waiting = self._waiting._replace(nbytes=self._waiting.nbytes + nbytes)
+        self._waiting.nbytes += nbytes
         if self._writing is not None and self._writing[0].done():
             self._settle()
-        if waiting.nbytes > min(BUFFER_BYTES, max(_FIRST_BYTES, self._written // _WAITING)):
+        if self._waiting.nbytes > min(BUFFER_BYTES, max(_FIRST_BYTES, self._written // _WAITING)):
             self._settle()
             thread = ThreadPoolExecutor(1)  # for this file only: an idle thread would be there when workers are forked
             self._writing = thread.submit(self._write, self._waiting), self._waiting
             thread.shutdown(wait=False)
-            self._waiting = _Batch([], {}, 0)
+            self._waiting = _Batch()
 
     def _settle(self) -> None:
         """Wait for the thread, and raise its error."""
@@ -211,11 +214,12 @@ class RecordingWriter:
         self._settle()
         if self._manifest and (self._waiting.steps or self._waiting.states or finished):
             self._write(self._waiting, finished)
-            self._waiting = _Batch([], {}, 0)
+            self._waiting = _Batch()
 
     def _write(self, batch: _Batch, finished: bool = False) -> None:
-        current = read_manifest(self.path)
-        if current["writer"] != self._manifest["writer"]:
+        path = self.path / MANIFEST
+        unchanged = path.exists() and path.read_bytes() == self._content
+        if not unchanged and read_manifest(self.path)["writer"] != self._manifest["writer"]:
             raise ValueError(
                 f'another run took "{self.path}" after this one began, so steps before {self.num_steps} were not'
                 " recorded; give each run its own directory"
@@ -234,14 +238,13 @@ class RecordingWriter:
             tensors |= {f"state/{step}/{name}": tensor for name, tensor in state.tensors()}
         file = f"part-{first:08d}-{stop:08d}.safetensors"
         try:
-            save_tensors(self.path / file, tensors, **tables)
+            digest = save_tensors(self.path / file, tensors, **tables)
         except OSError as error:
             reason = (
                 f'the recording "{self.path / file}" was not written: {error}; free some space or correct the'
                 " permissions, then resume the run from a checkpoint: what was recorded earlier is complete"
             )
             raise (OSError(error.errno, reason) if error.errno else OSError(reason)) from error
-        digest = load_metadata(self.path / file)["sha256"]
         return {"file": file, "sha256": digest, "first": first, "stop": stop, "states": sorted(batch.states)}
 
     def close(self) -> None:
@@ -290,5 +293,6 @@ class RecordingWriter:
         self._clear()
 
     def _replace(self, manifest: dict[str, Any]) -> None:
-        write_json(self.path / MANIFEST, with_checksum(manifest))
-        self._manifest = manifest
+        content = json_text(with_checksum(manifest)).encode()
+        write_atomically(self.path / MANIFEST, lambda temporary: temporary.write_bytes(content))
+        self._manifest, self._content = manifest, content

@@ -21,7 +21,7 @@ class PositionLog:
     """
 
     def __init__(self) -> None:
-        self._drawn: deque[list[int]] = deque()
+        self._drawn: deque[Sequence[int]] = deque()
 
     def watched(self, loader: Any) -> DataLoader[Any]:
         """A copy of a loader that notes what it draws here. It shares the dataset and the samplers.
@@ -47,7 +47,7 @@ class PositionLog:
         watched: DataLoader[Any] = with_index_sampler(copy.copy(loader), lambda sampler: _Watched(sampler, self))
         return watched
 
-    def take(self) -> list[int]:
+    def take(self) -> Sequence[int]:
         """The positions of the next batch.
 
         Raises:
@@ -71,7 +71,7 @@ class PositionLog:
             ValueError: if the sampler draws something else than positions.
         """
         try:
-            self._drawn.append(array("q", positions).tolist())
+            self._drawn.append(array("q", positions))
         except (TypeError, OverflowError) as error:
             raise ValueError(
                 f"the loader's sampler draws {positions!r:.80}, which are not positions in the dataset; use a dataset"

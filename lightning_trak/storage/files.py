@@ -226,13 +226,19 @@ def _require_file(path: Path) -> None:
         raise DamagedFileError(path, f"is {kind_of(mode)}, not a file")
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor], replace: bool = True, **metadata: Any) -> None:
-    """Write a safetensors file as :func:`write_atomically` does, with a checksum and metadata in JSON's types."""
+def save_tensors(path: Path, tensors: dict[str, Tensor], replace: bool = True, **metadata: Any) -> str:
+    """Write a safetensors file as :func:`write_atomically` does, with a checksum and metadata in JSON's types.
+
+    Returns:
+        The checksum of the tensors, which the file has as ``"sha256"``.
+    """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    content = with_checksum({"sha256": tensor_digest(tensors), **metadata})
+    digest = tensor_digest(tensors)
+    content = with_checksum({"sha256": digest, **metadata})
     # One entry, since safetensors writes several entries in any order. Equal content should give equal files.
     header = {"lightning_trak": json.dumps(content)}
     write_atomically(path, lambda temporary: save_file(tensors, temporary, header), replace)
+    return digest
 
 
 def load_tensors(path: Path, verify: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -50,7 +50,7 @@ def write(path, steps=4):
 
 
 def same_steps(found, expected):
-    assert [vars(one) | {"micro_batches": 0} for one in found] == [vars(one) | {"micro_batches": 0} for one in expected]
+    assert [one[:-1] for one in found] == [one[:-1] for one in expected]
     for one, other in zip(found, expected, strict=True):
         for mine, theirs in zip(one.micro_batches, other.micro_batches, strict=True):
             assert (mine.positions, mine.batch_idx) == (theirs.positions, theirs.batch_idx)

@@ -20,7 +20,7 @@ def test_positions_come_in_order_and_an_unfinished_pass_is_forgotten():
     passes = iter(watched)
     next(passes)
     for batch in watched:
-        assert log.take() == batch.tolist()
+        assert list(log.take()) == batch.tolist()
     with pytest.raises(RuntimeError, match="has no positions"):
         log.take()
     list(loader)
