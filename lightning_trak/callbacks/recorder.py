@@ -236,7 +236,7 @@ class TrainingRecorder(Displayed, RunCallback):
             writer.add_state(self._state(trainer, pl_module))
 
     def _state(self, trainer: Trainer, module: LightningModule) -> TrainingState:
-        return TrainingState.of(module, trainer.optimizers[0], self._parameters).to_cpu()
+        return TrainingState.of(module, trainer.optimizers[0], self._parameters)
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

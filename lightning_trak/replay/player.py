@@ -159,7 +159,7 @@ class Player:
     @property
     def state(self) -> TrainingState:
         """A copy of the current state."""
-        return TrainingState.of(self.module, self._optimizer, self.parameters)
+        return TrainingState.of(self.module, self._optimizer, self.parameters).copy()
 
     def state_before(self, step: int) -> TrainingState:
         """The state before a step: the recorded one, or computed again from the one before it."""

@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor
 
 from lightning_trak.checks import positive
+from lightning_trak.replay.flat_states import Layout, layouts_schema, unpack_state
 from lightning_trak.replay.records import StepRecord, unpack_steps
 from lightning_trak.replay.states import TrainingState
 from lightning_trak.storage.files import DamagedFileError, load_tensors, read_json
@@ -28,7 +29,7 @@ from lightning_trak.storage.paths import local_directory
 from lightning_trak.storage.schemas import anything, boolean, integer, items, record, sealed, sha256, text
 from lightning_trak.storage.schemas import parameters as parameters_schema
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 
 _PARTS_KEPT = 3
@@ -91,6 +92,7 @@ class _Part(NamedTuple):
     """The content of a file of steps and states."""
 
     tensors: dict[str, Tensor]
+    layouts: list[Layout]
     records: list[StepRecord]
 
 
@@ -169,11 +171,8 @@ class Recording:
             ValueError: if the file was altered or replaced.
         """
         part = next(part for part in reversed(self.manifest["parts"]) if step in part["states"])
-        prefix = f"state/{step}/"
-        tensors = self._load(part).tensors
-        return TrainingState.from_tensors(
-            {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-        )
+        content = self._load(part)
+        return unpack_state(step, content.tensors, content.layouts)
 
     def _load(self, part: dict[str, Any]) -> _Part:
         """A part of the recording. The last few are kept, since their states and steps are read one after the other."""
@@ -184,12 +183,13 @@ class Recording:
             if metadata["sha256"] != part["sha256"]:
                 raise DamagedFileError(path, "was replaced: it is not the file that the manifest names")
             try:
+                layouts_schema("layouts", metadata.get("layouts"))
                 records = unpack_steps(part["first"], tensors, metadata)
             except (KeyError, IndexError, RuntimeError, ValueError) as error:
                 raise DamagedFileError(path, f"does not hold step records: {error}") from error
             while len(self._parts) >= _PARTS_KEPT:
                 del self._parts[next(iter(self._parts))]
-            self._parts[file] = _Part(tensors, records)
+            self._parts[file] = _Part(tensors, metadata["layouts"], records)
         return self._parts[file]
 
 

@@ -25,7 +25,7 @@ def named_buffers(module: nn.Module) -> dict[str, Tensor]:
 
 @dataclass
 class TrainingState:
-    """Copies of all tensors that a step of training changes.
+    """All tensors that a step of training changes.
 
     Attributes:
         parameters: by canonical name.
@@ -38,23 +38,20 @@ class TrainingState:
     moments: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     @classmethod
-    def of(
-        cls, module: nn.Module, optimizer: Optimizer, parameters: Mapping[str, Tensor] | None = None
-    ) -> TrainingState:
-        """Copy the state of a module and its optimizer, on their device.
+    def of(cls, module: nn.Module, optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> TrainingState:
+        """The state of a module and its optimizer, which changes with their next step.
 
         Args:
             module: the module.
             optimizer: its optimizer.
-            parameters: those of the module, for callers that know them; default: :func:`named_parameters`.
+            parameters: the module's :func:`named_parameters`.
         """
-        parameters = named_parameters(module) if parameters is None else parameters
         moments = {
-            name: {key: value.detach().clone() for key, value in state.items() if isinstance(value, Tensor)}
+            name: {key: value.detach() for key, value in state.items() if isinstance(value, Tensor)}
             for name, parameter in parameters.items()
             if (state := optimizer.state.get(parameter))
         }
-        return cls(_copies(parameters), _copies(named_buffers(module)), moments)
+        return cls(_detached(parameters), _detached(named_buffers(module)), moments)
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> TrainingState:
@@ -81,9 +78,9 @@ class TrainingState:
         """The number of bytes of all tensors."""
         return sum(tensor.nbytes for _, tensor in self.tensors())
 
-    def to_cpu(self) -> TrainingState:
-        """The state in the memory of the host."""
-        return TrainingState.from_tensors({name: tensor.cpu() for name, tensor in self.tensors()})
+    def copy(self) -> TrainingState:
+        """Copies of the tensors, on their devices."""
+        return TrainingState.from_tensors({name: tensor.clone() for name, tensor in self.tensors()})
 
     @torch.no_grad()
     def load(
@@ -117,8 +114,8 @@ class TrainingState:
                 }
 
 
-def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+def _detached(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lightning_trak.checks import require_bool
+from lightning_trak.replay.flat_states import FlatState, pack_states
 from lightning_trak.replay.recording import FORMAT_VERSION, MANIFEST, Spacing, read_manifest, stop_of
 from lightning_trak.replay.records import StepRecord, pack_steps
 from lightning_trak.replay.states import TrainingState
@@ -34,7 +35,7 @@ class _Batch:
     """
 
     steps: list[StepRecord] = field(default_factory=list)
-    states: dict[int, TrainingState] = field(default_factory=dict)
+    states: dict[int, FlatState] = field(default_factory=dict)
     nbytes: int = 0
 
 
@@ -172,10 +173,11 @@ class RecordingWriter:
         self._added(nbytes)
 
     def add_state(self, state: TrainingState) -> None:
-        """Add the full state before the next step."""
-        self._waiting.states[self._num_steps] = state
+        """Add a copy of the full state before the next step."""
+        flat = FlatState.of(state)
+        self._waiting.states[self._num_steps] = flat
         self._state_steps.add(self._num_steps)
-        self._added(state.nbytes)
+        self._added(flat.nbytes)
 
     def _added(self, nbytes: int) -> None:
         self._waiting.nbytes += nbytes
@@ -234,11 +236,10 @@ class RecordingWriter:
         first = stop_of(self._manifest)
         stop = first + len(batch.steps)
         tensors, tables = pack_steps(batch.steps)
-        for step, state in batch.states.items():
-            tensors |= {f"state/{step}/{name}": tensor for name, tensor in state.tensors()}
+        states, layouts = pack_states(batch.states)
         file = f"part-{first:08d}-{stop:08d}.safetensors"
         try:
-            digest = save_tensors(self.path / file, tensors, **tables)
+            digest = save_tensors(self.path / file, tensors | states, **tables, **layouts)
         except OSError as error:
             reason = (
                 f'the recording "{self.path / file}" was not written: {error}; free some space or correct the'

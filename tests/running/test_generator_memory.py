@@ -48,7 +48,7 @@ def test_the_numbers_are_found_in_memory():
         2,
         2,
         2,
-    ]  # three in a state of Python
+    ]  # a state of Python: 3
 
 
 def test_without_known_memory_the_state_is_asked_for():
