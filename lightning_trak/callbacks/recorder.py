@@ -45,7 +45,7 @@ class TrainingRecorder(Displayed, RunCallback):
     frozen and which modules in eval mode. At some steps, and at the first and the last: all weights, buffers and the
     optimizer's state. For the run: precision, device, versions, and eight examples to recognize the data.
 
-    **Cost.** A step takes about 0.2 ms, 8 bytes an example, and 5 KB for each generator of the CPU that it draws from.
+    **Cost.** A step takes about 0.1 ms, 8 bytes an example, and 5 KB for each generator of the CPU that it draws from.
     A full state takes the bytes of weights and optimizer together (3 numbers a weight for Adam), and the time to copy
     it; a thread writes it. A run of T steps has about sqrt(T) of them with ``"sqrt"``, log2(T) with ``"log"``. Up to
     64 MB wait in memory and as many are being written, and all are written before Lightning saves a checkpoint.

@@ -31,8 +31,14 @@ class FlatState(NamedTuple):
     layout: Layout
 
     @classmethod
-    def of(cls, state: TrainingState) -> FlatState:
-        """Copy a state."""
+    def of(cls, state: TrainingState, spare: FlatState | None = None) -> FlatState:
+        """Copy a state.
+
+        Args:
+            state: the state.
+            spare: another copy that nobody needs any more. Its memory is used again, if it fits: the operating system
+                takes longer to give new memory than the copy takes.
+        """
         groups: dict[Any, list[Tensor]] = {}
         numbers: dict[Any, int] = {}
         layout: Layout = []
@@ -40,7 +46,12 @@ class FlatState(NamedTuple):
             kind = tensor.dtype, tensor.device
             layout.append([numbers.setdefault(kind, len(numbers)), name, list(tensor.shape)])
             groups.setdefault(kind, []).append(tensor.reshape(-1))
-        return cls([torch.cat(group).cpu() for group in groups.values()], layout)
+        kinds = [(tensor.dtype, tensor.device) for tensor in spare.tensors] if spare else []
+        if spare is None or spare.layout != layout or kinds != list(groups):
+            return cls([torch.cat(group).cpu() for group in groups.values()], layout)
+        for group, out in zip(groups.values(), spare.tensors, strict=True):
+            torch.cat(group, out=out)
+        return spare
 
     @property
     def nbytes(self) -> int:

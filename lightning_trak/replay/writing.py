@@ -62,6 +62,7 @@ class RecordingWriter:
     def _clear(self) -> None:
         """Begin to collect the steps and states that follow those of the manifest."""
         self._waiting = _Batch()
+        self._spare: list[FlatState] = []  # written states, whose memory is used again
         self._written = 0  # bytes
         self._num_steps = stop_of(self._manifest)
         self._state_steps = {step for part in self._manifest.get("parts", ()) for step in part["states"]}
@@ -174,7 +175,7 @@ class RecordingWriter:
 
     def add_state(self, state: TrainingState) -> None:
         """Add a copy of the full state before the next step."""
-        flat = FlatState.of(state)
+        flat = FlatState.of(state, self._spare.pop() if self._spare else None)
         self._waiting.states[self._num_steps] = flat
         self._state_steps.add(self._num_steps)
         self._added(flat.nbytes)
@@ -188,7 +189,7 @@ class RecordingWriter:
             thread = ThreadPoolExecutor(1)  # for this file only: an idle thread would be there when workers are forked
             self._writing = thread.submit(self._write, self._waiting), self._waiting
             thread.shutdown(wait=False)
-            self._waiting = _Batch()
+            self._waiting, self._spare = _Batch(), []
 
     def _settle(self) -> None:
         """Wait for the thread, and raise its error."""
@@ -202,6 +203,7 @@ class RecordingWriter:
             later = self._waiting
             self._waiting = _Batch(batch.steps + later.steps, batch.states | later.states, batch.nbytes + later.nbytes)
             raise error
+        self._spare = list(batch.states.values())
 
     def flush(self, finished: bool = False) -> None:
         """Write what waits in memory.
@@ -253,7 +255,7 @@ class RecordingWriter:
         try:
             self._settle()
         finally:
-            self._manifest = {}
+            self._manifest, self._spare = {}, []
             if self._lock is not None:
                 self._lock.close()
                 self._lock = None

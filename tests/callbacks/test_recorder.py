@@ -14,7 +14,15 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, Subset, WeightedRandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    SequentialSampler,
+    Subset,
+    WeightedRandomSampler,
+    default_collate,
+)
 
 from lightning_trak import TrainingRecorder
 from lightning_trak.replay import Recording, replay
@@ -81,6 +89,16 @@ def test_positions_are_those_of_the_batches(name: str, tmp_path: Path) -> None:
     assert [micro.positions for record in found for micro in record.micro_batches] == seen.positions
     assert [record.epoch for record in found] == sorted(list(range(3)) * (len(found) // 3))
     assert replay(Net(), tmp_path, trainer, DATA, progress_bar=False).identical
+
+
+def test_a_batch_that_is_none_is_left_out(tmp_path: Path) -> None:
+    def collate(examples: list[Any]) -> Any:
+        return None if len(examples) == 3 else default_collate(examples)
+
+    seen, loader = Seen(), DataLoader(DATA, batch_sampler=Odd(), collate_fn=collate)
+    trainer = train(Net(), DATA, tmp_path, loader=lambda data: loader, callbacks=[seen])
+    assert [micro.positions for record in records(tmp_path) for micro in record.micro_batches] == seen.positions
+    assert replay(Net(), tmp_path, trainer, loader, progress_bar=False).identical
 
 
 def test_recording_changes_nothing_about_training(tmp_path: Path) -> None:
