@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from lightning_trak.callbacks.recordable import group_settings, require_plain, require_real
+from lightning_trak.callbacks.recordable import group_settings, require_plain, require_real, require_same_batches
 from lightning_trak.callbacks.runs import RunCallback, run_from
 from lightning_trak.compatibility import change_train_loader, restore_train_loader
 from lightning_trak.replay.optimizers.base import optimizer_name
@@ -190,6 +190,7 @@ class TrainingRecorder(Displayed, RunCallback):
                 " augmentation, so their steps cannot be repeated; train without random augmentation, or augment in"
                 " training_step, whose random numbers are recorded"
             )
+        require_same_batches(trainer, module, loader)
         return {
             "optimizer": optimizer_name(type(trainer.optimizers[0])),
             "precision": str(trainer.precision),

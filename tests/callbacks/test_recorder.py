@@ -226,6 +226,11 @@ class Augmented(torch.utils.data.Dataset[Any]):
         return (inputs + torch.randn(4), *rest)
 
 
+class AugmentsOnTheDevice(Net):
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return [batch[0] + torch.randn_like(batch[0]), *batch[1:]] if self.training else batch
+
+
 def tensor_rate(module: Net) -> Any:
     return torch.optim.SGD(module.parameters(), lr=torch.tensor(0.1))
 
@@ -239,6 +244,7 @@ def foreign(module: Net) -> Any:
     [
         (Manual, {}, "uses manual optimization"),
         (OwnStep, {}, "overrides optimizer_step"),
+        (AugmentsOnTheDevice, {}, "on_after_batch_transfer draws random numbers.*augment in training_step"),
         (Half, {"precision": "32-true"}, "got torch.bfloat16"),
         (Hooked, {}, "net.0.weight.* has a gradient hook"),
         (Net, {"precision": "bf16-mixed"}, "precision 'bf16-mixed' rounds"),
