@@ -134,6 +134,23 @@ class ClassificationMargin(LabelledOutput):
             f" {classes - 1}; leave such examples out of the dataset"
         )
 
+    def suspicion(self, module: nn.Module, batch: Any) -> str | None:
+        """Says that the module returns probabilities of the classes in place of logits, if so."""
+        logits, _ = self._predict(module, batch)
+        if logits.ndim != 2 or logits.shape[1] < 2 or not logits.is_floating_point():
+            return None
+        total = logits.double().sum(1)
+        if (logits < 0).any() or not torch.allclose(
+            total, torch.ones_like(total), atol=4 * torch.finfo(logits.dtype).eps
+        ):
+            return None
+        return (
+            f"{type(module).__name__} returns probabilities: they are at least 0 and sum to 1. {type(self).__name__}"
+            " takes them for logits, and makes probabilities of them again. Return logits, or pass forward=, a function"
+            " (module, batch) that returns the logarithms of the probabilities. Only if training gives the"
+            " probabilities to a cross-entropy as if they were logits, this is the output that was trained"
+        )
+
     def probabilities(self, module: nn.Module, batch: Any) -> Tensor:
         """The probability of each class, shape ``(batch, classes)``, in float32 or better."""
         logits = _both_logits(self._logits(module, batch))

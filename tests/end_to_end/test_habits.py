@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, random_split
 
 from lightning_trak import TRAK, AttributionMixin
 from lightning_trak.features.model import ModelCopy
+from lightning_trak.methods import InfluenceFunction
 from lightning_trak.outputs import ClassificationMargin, NegativeLoss
 from lightning_trak.projections import IdentityProjection, SparseProjection
 from tests.lit import TARGETS, TRAIN, LitNet, attribute, beyond_hooks, make_data, make_model, make_trainer, open_store
@@ -120,6 +121,18 @@ def test_a_random_model_is_refused(tmp_path, checkpoints):
     trak = TRAK(Noisy(), checkpoints, tmp_path, **OPTIONS)
     with pytest.raises(ValueError, match="output of Noisy is random in eval mode"):
         trak.featurize(make_trainer(), TRAIN)
+
+
+def test_a_model_that_returns_probabilities_is_told(tmp_path, checkpoints, recwarn):
+    class Sure(LitNet):
+        def forward(self, inputs):
+            return super().forward(inputs).softmax(1)
+
+    TRAK(make_model(), checkpoints, tmp_path / "logits", **OPTIONS).featurize(make_trainer(), TRAIN)
+    assert not any("probabilities" in str(warning.message) for warning in recwarn)
+    for method in (TRAK(Sure(), checkpoints, tmp_path / "store", **OPTIONS), InfluenceFunction(Sure(), checkpoints)):
+        with pytest.warns(UserWarning, match=r"Sure returns probabilities.* forward="):
+            method.attribute(make_trainer(), TRAIN, TARGETS)
 
 
 def test_vmap_may_fail_at_any_batch(tmp_path, checkpoints, expected):

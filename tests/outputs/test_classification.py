@@ -182,6 +182,17 @@ def test_other_tasks_are_refused(logits, labels, message):
         ClassificationMargin().output(nn.Identity(), (torch.randn(logits), labels))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_probabilities_in_place_of_logits_are_suspicious(dtype):
+    output, labels = ClassificationMargin(), torch.tensor([2])
+    for _ in range(20):
+        logits = torch.randn(1, 5, dtype=dtype)
+        assert "returns probabilities" in output.suspicion(nn.Softmax(1), (logits, labels))
+        for right in (nn.Identity(), nn.LogSoftmax(1), nn.ReLU()):
+            assert output.suspicion(right, (logits, labels)) is None
+    assert output.suspicion(nn.Identity(), (torch.ones(1, 1), labels)) is None  # one logit has no sum
+
+
 @pytest.mark.parametrize(
     ("batch", "kind", "message"),
     [
