@@ -2,6 +2,7 @@
 
 import gc
 import os
+import threading
 import weakref
 
 import lightning as L
@@ -108,8 +109,8 @@ def test_layers_that_configure_model_makes(tmp_path):
 
 def test_a_model_that_cannot_be_copied_says_why(tmp_path, checkpoints):
     model = make_model()
-    model.last = model(TRAIN.tensors[0])
-    with pytest.raises(ValueError, match=r"LitNet cannot be copied: .*remove tensors with gradients"):
+    model.file = threading.Lock()
+    with pytest.raises(ValueError, match=r"LitNet cannot be copied: .*remove tensors with gradients, locks"):
         TRAK(model, checkpoints, tmp_path, **OPTIONS).featurize(make_trainer(), TRAIN)
 
 
