@@ -44,6 +44,11 @@ def copy_module(module: nn.Module, configure: bool = True) -> nn.Module:
             tensors without content.
     """
     _require_copyable(module)
+    with torch.inference_mode(False):  # the copy is differentiated later
+        return _copied(module, configure)
+
+
+def _copied(module: nn.Module, configure: bool) -> nn.Module:
     copied = _deepcopied(module)
     for part in copied.modules():
         # A LightningModule keeps the result of compile(), and that would run the original.
