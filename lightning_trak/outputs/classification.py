@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_trak.outputs.batches import LABELS_KEYS, Forward, LabelsKey, one_per_example, predict, without_labels
 from lightning_trak.outputs.labelled import LabelledOutput, beside_truth
 from lightning_trak.outputs.margins import log_odds, logistic_loss, nan_unless
+from lightning_trak.outputs.suspicions import ends_in_sigmoid, sums_to_one, takes_for_logits
 from lightning_trak.running.annotated import AnnotatedBatch
 
 PREDICTED = "predicted"
@@ -137,19 +138,11 @@ class ClassificationMargin(LabelledOutput):
     def suspicion(self, module: nn.Module, batch: Any) -> str | None:
         """Says that the module returns probabilities of the classes in place of logits, if so."""
         logits, _ = self._predict(module, batch)
-        if logits.ndim != 2 or logits.shape[1] < 2 or not logits.is_floating_point():
-            return None
-        total = logits.double().sum(1)
-        if (logits < 0).any() or not torch.allclose(
-            total, torch.ones_like(total), atol=4 * torch.finfo(logits.dtype).eps
-        ):
-            return None
-        return (
-            f"{type(module).__name__} returns probabilities: they are at least 0 and sum to 1. {type(self).__name__}"
-            " takes them for logits, and makes probabilities of them again. Return logits, or pass forward=, a function"
-            " (module, batch) that returns the logarithms of the probabilities. Only if training gives the"
-            " probabilities to a cross-entropy as if they were logits, this is the output that was trained"
-        )
+        if sums_to_one(logits):
+            return takes_for_logits(module, self, "the logarithms")
+        if logits.shape[1:].numel() == 1 and ends_in_sigmoid(logits):
+            return takes_for_logits(module, self, "the log-odds (torch.logit)")
+        return None
 
     def probabilities(self, module: nn.Module, batch: Any) -> Tensor:
         """The probability of each class, shape ``(batch, classes)``, in float32 or better."""

@@ -132,7 +132,7 @@ def test_a_model_that_returns_probabilities_is_told(tmp_path, checkpoints, recwa
     TRAK(make_model(), checkpoints, tmp_path / "logits", **OPTIONS).featurize(make_trainer(), TRAIN)
     assert not any("probabilities" in str(warning.message) for warning in recwarn)
     for method in (TRAK(Sure(), checkpoints, tmp_path / "store", **OPTIONS), InfluenceFunction(Sure(), checkpoints)):
-        with pytest.warns(UserWarning, match=r"Sure returns probabilities.* forward="):
+        with pytest.warns(UserWarning, match=r"Sure returns probabilities.*forward="):
             method.attribute(make_trainer(), TRAIN, TARGETS)
 
 
