@@ -55,6 +55,8 @@ def _copied(module: nn.Module, configure: bool) -> nn.Module:
         forget_compiled_call(part)
         forget_autocast(part)
         forget_redirection(part)
+        if is_a(part, L.LightningModule):  # a loss that is differentiated may be a training step, which logs
+            vars(part).update(log=_log_nothing, log_dict=_log_nothing)
     for parameter in copied.parameters():
         parameter.grad = None
     if configure:
@@ -110,6 +112,10 @@ def _deepcopied(module: nn.Module) -> nn.Module:
             f" {_some(shared)}; change __deepcopy__ so that it copies tensors too"
         )
     return copied
+
+
+def _log_nothing(*args: Any, **options: Any) -> None:
+    """Takes the place of ``log`` and ``log_dict``: Lightning refuses them in ``predict``."""
 
 
 def _computed(module: nn.Module) -> dict[int, Tensor]:

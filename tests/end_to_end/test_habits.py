@@ -13,7 +13,7 @@ from lightning_utilities.core.rank_zero import WarningCache
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, random_split
 
-from lightning_trak import TRAK, AttributionMixin
+from lightning_trak import TRAK, AttributionMixin, GradientDot
 from lightning_trak.features.model import ModelCopy
 from lightning_trak.methods import InfluenceFunction
 from lightning_trak.outputs import ClassificationMargin, NegativeLoss
@@ -134,6 +134,23 @@ def test_a_model_that_returns_probabilities_is_told(tmp_path, checkpoints, recwa
     for method in (TRAK(Sure(), checkpoints, tmp_path / "store", **OPTIONS), InfluenceFunction(Sure(), checkpoints)):
         with pytest.warns(UserWarning, match=r"Sure returns probabilities.*forward="):
             method.attribute(make_trainer(), TRAIN, TARGETS)
+
+
+def test_a_training_step_that_logs_may_be_the_loss(tmp_path, checkpoints):
+    class Logs(LitNet):
+        def training_step(self, batch):
+            loss = super().training_step(batch)
+            self.log("loss", loss, prog_bar=True)
+            self.log_dict({"again": loss})
+            return loss
+
+    def loss(module, batch):
+        return F.cross_entropy(module(batch[0]), batch[1], reduction="none")
+
+    output = NegativeLoss(lambda module, batch: module.training_step(batch))
+    found = GradientDot(Logs(), checkpoints, tmp_path / "step", output=output).attribute(make_trainer(), TRAIN, TARGETS)
+    method = GradientDot(LitNet(), checkpoints, tmp_path / "loss", output=NegativeLoss(loss))
+    torch.testing.assert_close(found, method.attribute(make_trainer(), TRAIN, TARGETS))
 
 
 def test_vmap_may_fail_at_any_batch(tmp_path, checkpoints, expected):
