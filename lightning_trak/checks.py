@@ -2,7 +2,7 @@
 
 import operator
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def positive(name: str, value: int) -> int:
@@ -66,3 +66,20 @@ def require_one_of(name: str, value: object, allowed: tuple[object, ...]) -> Non
     """
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
+
+
+def require_factory(name: str, factory: object) -> None:
+    """Check an argument that makes an object in each call. A module can be called, too, but makes nothing.
+
+    Args:
+        name: of the argument, for the error.
+        factory: what was given for it.
+
+    Raises:
+        TypeError: if it makes no objects.
+    """
+    if not callable(factory) or isinstance(factory, nn.Module):
+        raise TypeError(
+            f"{name} must be a function that makes a new object in each call, such as a class or a lambda; got a"
+            f" {type(factory).__name__}"
+        )

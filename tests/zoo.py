@@ -129,6 +129,18 @@ class _Reuse(nn.Module):
         return self.head(self.mix(hidden.mean((1, 2))))
 
 
+class _Scaled(nn.Module):
+    """A learned scale without dimensions, such as CLIP's temperature."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 4)
+        self.scale = nn.Parameter(torch.tensor(0.3))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.layer(inputs) * self.scale.exp()
+
+
 def _mlp() -> Specimen:
     module = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 4))
     return Specimen(module, ClassificationMargin(), (torch.randn(5, 6), torch.tensor([0, 1, 2, 3, 0])), 5)
@@ -228,6 +240,10 @@ def _reuse() -> Specimen:
     return Specimen(_Reuse(), ClassificationMargin(), batch, 4)
 
 
+def _scaled() -> Specimen:
+    return Specimen(_Scaled(), ClassificationMargin(), (torch.randn(5, 6), torch.tensor([0, 1, 2, 3, 0])), 5)
+
+
 ZOO: dict[str, Callable[[], Specimen]] = {
     "mlp": _mlp,
     "conv_batchnorm": _conv_batchnorm,
@@ -241,6 +257,7 @@ ZOO: dict[str, Callable[[], Specimen]] = {
     "convolutions": _convolutions,
     "normalizations": _normalizations,
     "reuse": _reuse,
+    "scaled": _scaled,
 }
 
 

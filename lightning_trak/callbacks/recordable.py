@@ -12,12 +12,17 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 
 from lightning_trak.compatibility import has_gradient_hooks
 from lightning_trak.packages import both, is_a, overrides
 from lightning_trak.replay.optimizers.base import optimizer_step
 from lightning_trak.replay.states import named_buffers, named_parameters
+from lightning_trak.running.batches import TransferHooks, on_device
+from lightning_trak.running.loading import batch_size_of, load, num_examples
+from lightning_trak.running.random_states import RandomWatch, isolated_random_states
 
+_TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 # Hooks of a LightningModule that take the step out of Lightning's hands, so that nobody knows what it did.
 _OWN_STEPS = ("backward", "configure_gradient_clipping", "optimizer_step", "optimizer_zero_grad")
 
@@ -53,6 +58,32 @@ def _reason(trainer: Trainer, module: LightningModule) -> str | None:
             " warm-up, and Trainer(gradient_clip_val=...) for clipping)"
         )
     return None
+
+
+def require_same_batches(trainer: Trainer, module: LightningModule, loader: DataLoader[Any]) -> None:
+    """Refuse batch transfer hooks that draw random numbers: they run before the step whose numbers are recorded."""
+    datamodule = trainer.datamodule  # type: ignore[attr-defined]
+    own = [
+        f"{type(owner).__name__}.{hook}"
+        for owner, base in ((datamodule, L.LightningDataModule), (module, L.LightningModule))
+        for hook in _TRANSFER_HOOKS
+        if owner is not None and overrides(owner, hook, base)
+    ]
+    if not own:
+        return
+    device = trainer.strategy.root_device
+    hooks, watch = TransferHooks(module, datamodule), RandomWatch(device)
+    (batch,) = load(loader, [range(min(batch_size_of(loader), num_examples(loader)))], num_workers=0)
+    with isolated_random_states():
+        watch.before()
+        for _ in on_device([batch], device, trainer.precision_plugin.convert_input, hooks):
+            pass
+        drawn = watch.drawn()
+    if drawn:
+        raise ValueError(
+            f"TrainingRecorder cannot record this run: {' or '.join(own)} draws random numbers, before the step, and"
+            " those of the step alone are recorded; augment in training_step"
+        )
 
 
 def require_real(module: LightningModule) -> None:

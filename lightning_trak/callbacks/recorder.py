@@ -6,13 +6,14 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from lightning_trak.callbacks.recordable import require_plain, require_real
+from lightning_trak.callbacks.recordable import require_plain, require_real, require_same_batches
 from lightning_trak.callbacks.runs import RunCallback, run_from
 from lightning_trak.callbacks.step_options import StepOptions
 from lightning_trak.compatibility import change_train_loader, restore_train_loader
@@ -51,7 +52,8 @@ class TrainingRecorder(Displayed, RunCallback):
     64 MB wait in memory and as many are being written, and all are written before Lightning saves a checkpoint.
 
     **Which weights.** Those that the optimizer updates. A callback that replaces them by an average when training ends
-    (``StochasticWeightAveraging``, ``WeightAveraging``) must be listed after this one; the average is not recorded.
+    (``StochasticWeightAveraging``, ``WeightAveraging``) must be listed after this one; the average is not recorded,
+    and a warning says so when training ends.
 
     **Which runs.** One process and one device; float32 or float64 weights without mixed precision; automatic
     optimization by one optimizer whose step is known (``SGD``, ``Adam``, ``AdamW``, ``Muon``, :class:`SmoothAdamW
@@ -182,6 +184,7 @@ class TrainingRecorder(Displayed, RunCallback):
                 " augmentation, so their steps cannot be repeated; train without random augmentation, or augment in"
                 " training_step, whose random numbers are recorded"
             )
+        require_same_batches(trainer, module, loader)
         return {
             "optimizer": optimizer_name(type(trainer.optimizers[0])),
             "precision": str(trainer.precision),
@@ -254,13 +257,26 @@ class TrainingRecorder(Displayed, RunCallback):
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Finish the recording of a run that was killed between its last checkpoint and its end.
+        """Finish the recording of a run that was killed between its last checkpoint and its end; look at the weights.
 
         A fit that continues from that checkpoint takes no step, so that it has no start.
         """
         if self._writer is not None and not self._opened and self._resumed_runs and trainer.global_step:
             self._open(self._writer, trainer, pl_module)
             self.on_train_end(trainer, pl_module)
+        if self._writer is not None and self._opened:
+            self._warn_of_other_weights(pl_module, self._writer.num_steps)
+
+    def _warn_of_other_weights(self, module: LightningModule, step: int) -> None:
+        """Callbacks may replace the weights when training has ended: by an average, or by those of the best epoch."""
+        last = Recording(self.directory).state(step).parameters
+        changed = [name for name, own in named_parameters(module).items() if not torch.equal(own.cpu(), last[name])]
+        if changed:
+            rank_zero_warn(
+                f'parameters such as "{changed[0]}" were changed after the last recorded step: perhaps'
+                " a callback put an average of the weights in their place, or those of the best epoch. What is made of"
+                " the recording, such as metagradients, is about the weights of the last step, and not about these"
+            )
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -23,6 +23,7 @@ from lightning_trak.compatibility import (
     left_by_fabric,
     set_device_mesh,
     transient_buffers,
+    tree_iter,
 )
 from lightning_trak.packages import is_a
 from lightning_trak.running.fsdp import is_sharded, shard_like
@@ -43,12 +44,19 @@ def copy_module(module: nn.Module, configure: bool = True) -> nn.Module:
             tensors without content.
     """
     _require_copyable(module)
+    with torch.inference_mode(False):  # the copy is differentiated later
+        return _copied(module, configure)
+
+
+def _copied(module: nn.Module, configure: bool) -> nn.Module:
     copied = _deepcopied(module)
     for part in copied.modules():
         # A LightningModule keeps the result of compile(), and that would run the original.
         forget_compiled_call(part)
         forget_autocast(part)
         forget_redirection(part)
+        if is_a(part, L.LightningModule):  # a loss that is differentiated may be a training step, which logs
+            vars(part).update(log=_log_nothing, log_dict=_log_nothing)
     for parameter in copied.parameters():
         parameter.grad = None
     if configure:
@@ -89,7 +97,8 @@ def _deepcopied(module: nn.Module) -> nn.Module:
     try:
         # torch cannot deepcopy every kind of sparse tensor.
         sparse = {id(buffer): buffer.clone() for buffer in module.buffers() if buffer.layout != torch.strided}
-        copied: nn.Module = copy.deepcopy(module, sparse | {id(left): None for left in left_by_fabric(module)})
+        left = {id(wrapper): None for wrapper in left_by_fabric(module)}
+        copied: nn.Module = copy.deepcopy(module, sparse | _computed(module) | left)
     except Exception as error:
         raise ValueError(
             f"attribution works on a copy of the model, but {name} cannot be copied: {error}; remove"
@@ -103,6 +112,25 @@ def _deepcopied(module: nn.Module) -> nn.Module:
             f" {_some(shared)}; change __deepcopy__ so that it copies tensors too"
         )
     return copied
+
+
+def _log_nothing(*args: Any, **options: Any) -> None:
+    """Takes the place of ``log`` and ``log_dict``: Lightning refuses them in ``predict``."""
+
+
+def _computed(module: nn.Module) -> dict[int, Tensor]:
+    """Copies of what earlier forward passes have computed and left on the module, by the id of the tensor.
+
+    Weights that are computed from others, as by ``torch.nn.utils.weight_norm``, are among them. torch cannot copy them
+    with their graphs. The copies are leaves that require gradients: if an output depends on one, and does not compute
+    it again, it is refused as a tensor that is no parameter.
+    """
+    kept = (value for part in module.modules() for value in tree_iter(dict(vars(part))))
+    return {
+        id(value): value.detach().clone().requires_grad_()
+        for value in kept
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
 
 
 def _configure(module: nn.Module) -> None:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_trak.features.model import ModelCopy
 from lightning_trak.gradients import LoopEngine
@@ -14,6 +15,8 @@ from lightning_trak.running.singles import Singles
 
 def require_sound(model: ModelCopy, layout: Layout | None, twice: Any, *others: Any) -> None:
     """Check that the output of an example depends only on the copy of the module, and on no other example.
+
+    What the output finds suspicious is warned of.
 
     Args:
         model: the model copy, at a checkpoint.
@@ -34,6 +37,9 @@ def require_sound(model: ModelCopy, layout: Layout | None, twice: Any, *others: 
         first = loop.sound(batches[0], 0, model.original)
         what = f"the output of {type(model.module).__name__}"
         require_repeatable(lambda: loop.alone(batches[0], 0).detach(), what, first)
+        suspicion = loop.suspicion(batches[0].take([0]))
+        if suspicion:
+            rank_zero_warn(suspicion)
         if not others or not first.isfinite().all():
             return  # another check refuses outputs that are not finite
         alone = torch.cat([first, loop.alone(batches[1], 0)])

@@ -103,7 +103,7 @@ class Audit:
                 lambda: reference.alone(source, row), f"{name}: the output of {type(reference.module).__name__}", alone
             )
             if not close(reference.alone(batch, number), alone, self._tolerance):
-                raise ValueError(_dependent(name, alone))
+                raise ValueError(_other_content(name, alone))
             if batch.size > 1 and not batch.is_one_by_one:
                 other = (number + 1) % batch.size
                 both = torch.cat([alone, reference.alone(batch, other)])
@@ -154,11 +154,11 @@ def kinks(dtype: torch.dtype) -> float:
     return {torch.float64: 1e-6, torch.float32: 0.05}.get(dtype, 0.5)
 
 
-def require_independent(reference: GradientEngine, pair: ExampleBatch, alone: Tensor, name: str) -> None:
+def require_independent(reference: LoopEngine, pair: ExampleBatch, alone: Tensor, name: str) -> None:
     """Check that the output of an example does not depend on the other examples in the batch.
 
     Args:
-        reference: an engine that computes outputs.
+        reference: the engine that takes examples alone.
         pair: two examples.
         alone: the output of each of them alone, shape ``(2,)``.
         name: the name of the first one in errors.
@@ -167,7 +167,10 @@ def require_independent(reference: GradientEngine, pair: ExampleBatch, alone: Te
         ValueError: if it depends on them, or the derivatives of its loss do.
     """
     if not reference.same_in_batch(pair, alone, reference.rounding):
-        raise ValueError(_dependent(name, alone))
+        same_content = pair.is_one_by_one or close(  # one of joined examples cannot be taken out
+            torch.cat([reference.alone(pair, number).detach() for number in range(2)]), alone, reference.rounding
+        )
+        raise ValueError((_dependent if same_content else _other_content)(name, alone))
     output = reference.output
     of_each = zip(*(output.derivatives(value) for value in torch.split(alone, 1)), strict=True)
     for together, apart in zip(output.derivatives(alone), map(torch.cat, of_each), strict=True):
@@ -178,10 +181,24 @@ def require_independent(reference: GradientEngine, pair: ExampleBatch, alone: Te
             )
 
 
+_PADDING = "padding that is not masked (mask it, pad all examples to one length, or use batch_size=1)"
+
+
 def _dependent(name: str, alone: Tensor) -> str:
     return (
-        f"{name}: its output is {float(alone[0]):.6g} alone and another number in a batch with another example. An"
-        " output that depends on the rest of the batch has no gradient of its own. Three causes are common: in-batch"
-        " contrastive losses (use ContrastiveMargin), batch normalisation without running statistics, and padding that"
-        " is not masked (mask it, pad all examples to one length, or use batch_size=1)"
+        f"{_differs(name, alone)}. An output that depends on the rest of the batch has no gradient of its own. Three"
+        " causes are common: in-batch contrastive losses (use ContrastiveMargin), batch normalisation without running"
+        f" statistics, and {_PADDING}"
     )
+
+
+def _other_content(name: str, alone: Tensor) -> str:
+    return (
+        f"{_differs(name, alone)}, because the batch holds other numbers than the examples have when they are loaded"
+        " alone. Three causes are common: items that differ each time that they are loaded (leave random augmentation"
+        f" out), a collate_fn that sorts, mixes or normalises the examples of a batch, and {_PADDING}"
+    )
+
+
+def _differs(name: str, alone: Tensor) -> str:
+    return f"{name}: its output is {float(alone[0]):.6g} alone and another number in a batch with another example"

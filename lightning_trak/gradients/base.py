@@ -161,6 +161,11 @@ class GradientEngine(ABC):
         with self._computing(), torch.enable_grad():
             return self.output.same_in_batch(self.module, batch.fresh(), alone, tolerance)
 
+    def suspicion(self, batch: ExampleBatch) -> str | None:
+        """See :meth:`ModelOutput.suspicion <lightning_trak.outputs.ModelOutput.suspicion>`."""
+        with self._computing(), torch.enable_grad():
+            return self.output.suspicion(self.module, batch.fresh())
+
     def on(self, module: nn.Module, output: ModelOutput) -> Self:
         """The same engine for a copy of the module and the output, without autocast."""
         return type(self)(module, output, self.names)

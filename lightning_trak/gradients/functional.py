@@ -57,4 +57,5 @@ class FunctionalEngine(GradientEngine):
 
     @staticmethod
     def _rows(gradient: Any) -> Tensor:
-        return in_real_numbers(gradient).flatten(1)
+        rows = in_real_numbers(gradient)
+        return rows.reshape(len(rows), -1)  # a parameter may have no dimensions

@@ -171,6 +171,18 @@ class ModelOutput(ABC):
         del module, batch
         return None
 
+    def suspicion(self, module: nn.Module, batch: Any) -> str | None:
+        """What the module probably returns by mistake, for a warning before long work; default: None.
+
+        Unlike :meth:`output`, this may look at the values of tensors.
+
+        Args:
+            module: the model, in eval mode.
+            batch: a batch of one example.
+        """
+        del module, batch
+        return None
+
     def make_context(self, module: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
         """What the output depends on beside the example: tensors from other training examples; nothing by default.
 

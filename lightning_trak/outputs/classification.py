@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_trak.outputs.batches import LABELS_KEYS, Forward, LabelsKey, one_per_example, predict, without_labels
 from lightning_trak.outputs.labelled import LabelledOutput, beside_truth
 from lightning_trak.outputs.margins import log_odds, logistic_loss, nan_unless
+from lightning_trak.outputs.suspicions import ends_in_sigmoid, sums_to_one, takes_for_logits
 from lightning_trak.running.annotated import AnnotatedBatch
 
 PREDICTED = "predicted"
@@ -133,6 +134,15 @@ class ClassificationMargin(LabelledOutput):
             f"its label is {label}, and the model has {classes} classes, 0 {'to' if classes > 2 else 'and'}"
             f" {classes - 1}; leave such examples out of the dataset"
         )
+
+    def suspicion(self, module: nn.Module, batch: Any) -> str | None:
+        """Says that the module returns probabilities of the classes in place of logits, if so."""
+        logits, _ = self._predict(module, batch)
+        if sums_to_one(logits):
+            return takes_for_logits(module, self, "the logarithms")
+        if logits.shape[1:].numel() == 1 and ends_in_sigmoid(logits):
+            return takes_for_logits(module, self, "the log-odds (torch.logit)")
+        return None
 
     def probabilities(self, module: nn.Module, batch: Any) -> Tensor:
         """The probability of each class, shape ``(batch, classes)``, in float32 or better."""

@@ -11,6 +11,7 @@ from lightning_trak.checks import require_one_of
 from lightning_trak.outputs.batches import LABELS_KEYS, Forward, LabelsKey
 from lightning_trak.outputs.margins import logistic_loss, nan_unless, pooled_margin
 from lightning_trak.outputs.predictions import Predictions, SeveralPredictions
+from lightning_trak.outputs.suspicions import ends_in_sigmoid, takes_for_logits
 
 _OTHERWISE = "for one label of several use ClassificationMargin, for other losses NegativeLoss"
 
@@ -86,6 +87,11 @@ class MultiLabelMargin(SeveralPredictions):
         if not len(wrong):
             return None
         return f"one of its labels is {wrong[0].item()}; expected 1, 0, or {self.ignore_index} where it is not known"
+
+    def suspicion(self, module: nn.Module, batch: Any) -> str | None:
+        """Says that the module returns probabilities of the labels in place of logits, if so."""
+        logits, _ = self._labelled(module, batch)
+        return takes_for_logits(module, self, "the log-odds (torch.logit)") if ends_in_sigmoid(logits) else None
 
     def loss(self, output: Tensor) -> Tensor:
         """The binary cross-entropy, reduced over the labels, at each margin; shape ``(batch,)``."""

@@ -64,6 +64,15 @@ def require_losses(played: Played, means: Sequence[float], dtype: torch.dtype) -
         if loss is None:
             continue
         expected = float(loss)
+        if math.isnan(mean) and not math.isnan(expected):
+            positions = ", ".join(map(str, played.record.micro_batches[number].positions))
+            raise ReplayError(
+                f"training_step returned {expected:.6g} for micro-batch {number} of step {played.record.step}, but the"
+                f" loss of an example is NaN. It is one of the training examples {positions:.200}. Perhaps the declared"
+                " output takes its labels from another part of the batch than training_step (labels_key= names the"
+                " part), or training_step leaves out examples that have no valid label; then pass losses=, a function"
+                " (module, batch) -> losses of shape (batch,) whose mean training_step returns"
+            )
         if not abs(mean - expected) <= relative * abs(expected) + absolute:
             raise ReplayError(
                 f"training_step returned {expected:.6g} for micro-batch {number} of step {played.record.step}, but"

@@ -75,9 +75,9 @@ class Counterfactuals(Displayed):
         **options: Any,
     ) -> None:
         num_train, num_targets = (_length(data) for data in (train, targets))
+        require_scores(scores, num_targets, num_train)
         if not scores or not ks:
             raise ValueError(f"expected the scores of some methods and some ks, got {len(scores)} and {len(ks)}")
-        require_scores(scores, num_targets, num_train)
         if num_references < 2:
             raise ValueError(
                 f"num_references must be at least 2, so that the noise can be measured; got {num_references}"

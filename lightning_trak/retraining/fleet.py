@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
+from lightning_trak.checks import require_factory
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import declared_output
 from lightning_trak.retraining.ensembles import FleetSplit, split_members
@@ -91,7 +92,7 @@ class RetrainingFleet(Displayed):
 
     Raises:
         ValueError: if the masks do not fit the training set, or a factory returns what cannot be trained.
-        TypeError: if the data or the output have a wrong type.
+        TypeError: if the data, the output or a factory have a wrong type.
 
     Example::
 
@@ -122,6 +123,8 @@ class RetrainingFleet(Displayed):
         keep_weights: bool = False,
         overwrite: bool = False,
     ) -> None:
+        require_factory("make_module", make_module)
+        require_factory("make_trainer", make_trainer)
         self.directory = local_directory(directory, "fleet")
         self.make_module = make_module
         self.make_trainer = make_trainer

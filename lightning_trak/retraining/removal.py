@@ -56,7 +56,13 @@ def ranked(scores: Tensor, k: int) -> Tensor:
 
 def require_scores(scores: Mapping[str, Tensor], num_targets: int, num_train: int) -> None:
     """Check that each method's scores are about these data."""
+    if not isinstance(scores, Mapping):
+        raise TypeError(
+            f'scores must be a dict of the scores of each method, such as {{"TRAK": scores}}; got a'
+            f" {type(scores).__name__}"
+        )
     for name, values in scores.items():
+        require_tensor(f"scores of {name}", values)
         if values.shape != (num_targets, num_train):
             raise ValueError(
                 f'scores of "{name}" must have shape (num_targets, num_train) = {(num_targets, num_train)}, got'

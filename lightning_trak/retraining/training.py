@@ -104,15 +104,17 @@ def shuffled_like(loader: DataLoader[Any]) -> Callable[[Dataset[Any]], DataLoade
     Raises:
         ValueError: if the loader has another order than sequential or random.
     """
-    sampler: Any = loader.sampler
+    batches: Any = loader.batch_sampler  # it has the order and size of batches, also if the user made it
+    sampler = getattr(batches, "sampler", loader.sampler)
     in_order = type(sampler) is SequentialSampler
     at_random = type(sampler) is RandomSampler and not sampler.replacement and len(sampler) == len(sampler.data_source)
-    if type(loader.batch_sampler) is not BatchSampler or not (in_order or at_random):
+    if type(batches) is not BatchSampler or not (in_order or at_random):
         raise ValueError(
-            f"train has a {type(loader.batch_sampler).__name__} with a {type(sampler).__name__}, and a subset may need"
-            " other ones: pass make_loader=, a function that makes the loader of a subset"
+            f"train has a {type(batches).__name__} with a {type(sampler).__name__}, and a subset may need other ones:"
+            " pass make_loader=, a function that makes the loader of a subset"
         )
-    return lambda dataset: like(loader, dataset, batch_size=loader.batch_size, shuffle=True, drop_last=loader.drop_last)
+    size, drop_last = batches.batch_size, batches.drop_last
+    return lambda dataset: like(loader, dataset, batch_size=size, shuffle=True, drop_last=drop_last)
 
 
 class _FromScratch(L.Callback):

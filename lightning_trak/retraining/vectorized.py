@@ -20,6 +20,7 @@ from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset, RandomSampler, default_collate
 
+from lightning_trak.checks import require_factory
 from lightning_trak.compatibility import tree_map
 from lightning_trak.gradients.leaves import apart_from, leaves_of
 from lightning_trak.gradients.substitution import Substituted
@@ -178,6 +179,7 @@ def train_together(
             alone.
         TypeError: if the module uses manual optimization, more than one optimizer, or hooks that only a Trainer calls.
     """
+    require_factory("make_module", make_module)
     num_train = len(cast(Any, dataset))
     if masks.shape != (len(seeds), num_train):
         raise ValueError(

@@ -50,7 +50,7 @@ def local_file(path: str | os.PathLike[str], what: str) -> Path:
 
 
 def local_directory(path: str | os.PathLike[str], what: str) -> Path:
-    """A directory on a disk that exists or can be made.
+    """A directory on a disk that exists or can be made: an absolute path, as the working directory may change later.
 
     Args:
         path: the path from the user.
@@ -60,7 +60,7 @@ def local_directory(path: str | os.PathLike[str], what: str) -> Path:
         ValueError: as :func:`local_path`.
         NotADirectoryError: if the path, or one of its parents, exists and is not a directory.
     """
-    directory = local_path(path, what)
+    directory = local_path(path, what).absolute()
     for part in (directory, *directory.parents):
         try:
             mode = part.stat().st_mode

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import is_dataclass
 from operator import attrgetter
+from pathlib import Path
 from typing import Any, ClassVar
 
 from lightning_trak.texts.printable import counted, printable, shortened
@@ -94,8 +95,9 @@ def _facts(holder: Any, names: Sequence[str]) -> dict[str, str]:
 
 def _short(value: Any) -> str:
     """A value in a few words: a plain one as it is, anything large by its size, anything else by its name."""
-    if isinstance(value, os.PathLike):
-        value = os.fspath(value)
+    if isinstance(value, os.PathLike):  # one below the working directory is shorter without it
+        below = Path(value).is_relative_to(Path.cwd())
+        value = os.path.relpath(value) if below else os.fspath(value)
     if isinstance(value, (str, bool, int, float)):
         return shortened(repr(value), _LONGEST)
     if hasattr(value, "shape") and hasattr(value, "dtype"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import random
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, StochasticWeightAveraging
 from torch import Tensor, nn
 from torch.utils.data import (
     BatchSampler,
@@ -138,6 +139,18 @@ def test_full_states_and_where_they_are(spacing: Any, expected: list[int], tmp_p
         assert all(torch.equal(found[name], tensor) for name, tensor in states.weights[step].items())
 
 
+def test_weights_that_are_replaced_at_the_end_are_told(tmp_path: Path) -> None:
+    module, average = Net(), StochasticWeightAveraging(0.1, swa_epoch_start=1)
+    with pytest.warns(UserWarning, match=r'"net.0.weight" were changed after the last .* weights of the last step'):
+        train(module, DATA, tmp_path / "averaged", callbacks=[average], max_epochs=3)
+    recording = Recording(tmp_path / "averaged")
+    last = recording.state(recording.num_steps).parameters["net.0.weight"]
+    assert not torch.equal(last, module.net[0].weight)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*after the last recorded step")
+        train(Net(), DATA, tmp_path / "plain")
+
+
 def test_accumulation_clipping_and_schedules(tmp_path: Path) -> None:
     def optimizers(module: Net) -> Any:
         optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
@@ -231,6 +244,11 @@ class Augmented(torch.utils.data.Dataset[Any]):
         return (inputs + torch.randn(4), *rest)
 
 
+class AugmentsOnTheDevice(Net):
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return [batch[0] + torch.randn_like(batch[0]), *batch[1:]] if self.training else batch
+
+
 def tensor_rate(module: Net) -> Any:
     return torch.optim.SGD(module.parameters(), lr=torch.tensor(0.1))
 
@@ -244,6 +262,7 @@ def foreign(module: Net) -> Any:
     [
         (Manual, {}, "uses manual optimization"),
         (OwnStep, {}, "overrides optimizer_step"),
+        (AugmentsOnTheDevice, {}, "on_after_batch_transfer draws random numbers.*augment in training_step"),
         (Half, {"precision": "32-true"}, "got torch.bfloat16"),
         (Hooked, {}, "net.0.weight.* has a gradient hook"),
         (Net, {"precision": "bf16-mixed"}, "precision 'bf16-mixed' rounds"),

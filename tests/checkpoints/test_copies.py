@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.utils.data import TensorDataset
 
-from lightning_trak import TRAK
+from lightning_trak import TRAK, GradientDot
 from lightning_trak.checkpoints.copies import Original, copy_module, state_digest
 from lightning_trak.methods import RepresentationSimilarity
 from lightning_trak.projections import IdentityProjection
@@ -331,3 +333,59 @@ def test_scripted_parts_without_weights_are_copied(tmp_path: Path) -> None:
         warnings.simplefilter("ignore", DeprecationWarning)
         found = scores(trained(Scripted), WEIGHTS, tmp_path / "scripted")
     assert torch.allclose(found, scores(make_model(), WEIGHTS, tmp_path / "plain"), rtol=1e-4, atol=1e-6)
+
+
+class KeepsActivations(LitNet):
+    """Keeps what it computes, as for a picture of it."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.hidden = self.first(inputs)
+        self.kept = [{"squares": self.hidden.square()}]
+        return super().forward(inputs)
+
+
+def with_norm() -> LitNet:
+    model = make_model()
+    nn.utils.weight_norm(model.first)
+    return model
+
+
+def pruned() -> LitNet:
+    model = make_model()
+    prune.random_unstructured(model.head, "weight", amount=0.3)
+    return model
+
+
+@pytest.mark.parametrize("make", [lambda: trained(KeepsActivations), with_norm, pruned])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+def test_what_a_forward_pass_left_on_the_module_is_no_matter(make: Any, tmp_path: Path) -> None:
+    model = make().double().eval()
+    inputs, labels = (part.double() if part.is_floating_point() else part for part in TRAIN.tensors)
+    output, parameters = model.configure_model_output(), list(model.parameters())
+    rows = []
+    for one in zip(inputs[:6, None], labels[:6, None], strict=True):
+        gradients = torch.autograd.grad(output.output(model, one), parameters)
+        rows.append(torch.cat([gradient.flatten() for gradient in gradients]))
+    kept = [value for part in model.modules() for value in vars(part).values() if isinstance(value, Tensor)]
+    assert kept
+    assert not any(tensor.is_leaf for tensor in kept)
+    data = TensorDataset(inputs[:6], labels[:6])
+    options: Any = {"projection": IdentityProjection(), "dtype": "float64", "effect_on": "output"}
+    found = GradientDot(model, store=tmp_path, **options).attribute(make_trainer(precision="64-true"), data, data)
+    values = output.output(model, [inputs[:6], labels[:6]]).detach()
+    expected = torch.stack(rows) @ (torch.stack(rows) * output.derivatives(values)[0][:, None]).T
+    torch.testing.assert_close(found, expected)
+
+
+def test_what_was_left_on_the_module_and_is_used_again_is_refused(tmp_path: Path) -> None:
+    class Generated(LitNet):
+        def generate(self) -> None:
+            self.weight = self.head.weight.square()
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.first(inputs) @ self.weight.T
+
+    model = Generated()
+    model.generate()
+    with pytest.raises(ValueError, match=r"depends on 1 tensors that require gradients and are not parameters"):
+        TRAK(model, store=tmp_path).featurize(make_trainer(), TRAIN)

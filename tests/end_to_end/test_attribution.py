@@ -48,6 +48,13 @@ def test_inference_mode_makes_no_difference(tmp_path, checkpoints, expected, inf
     assert torch.equal(scores, expected)
 
 
+def test_calls_in_inference_mode_give_the_same(tmp_path, checkpoints, expected):
+    """As in the hooks of a module that Lightning tests or validates."""
+    trak = TRAK(make_model(), checkpoints, tmp_path, projection=SparseProjection(32))
+    with torch.inference_mode():
+        assert torch.equal(trak.attribute(make_trainer(), TRAIN, TARGETS), expected)
+
+
 def test_checkpoints_of_every_kind_agree(tmp_path, checkpoints, expected):
     torch.save({"state_dict": checkpoints[0]}, tmp_path / "a.ckpt")
     scores = attribute(tmp_path, [tmp_path / "a.ckpt", checkpoints[1]])

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import threading
 import weakref
 
 import lightning as L
@@ -12,8 +13,9 @@ from lightning_utilities.core.rank_zero import WarningCache
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, random_split
 
-from lightning_trak import TRAK, AttributionMixin
+from lightning_trak import TRAK, AttributionMixin, GradientDot
 from lightning_trak.features.model import ModelCopy
+from lightning_trak.methods import InfluenceFunction
 from lightning_trak.outputs import ClassificationMargin, NegativeLoss
 from lightning_trak.projections import IdentityProjection, SparseProjection
 from tests.lit import TARGETS, TRAIN, LitNet, attribute, beyond_hooks, make_data, make_model, make_trainer, open_store
@@ -107,8 +109,8 @@ def test_layers_that_configure_model_makes(tmp_path):
 
 def test_a_model_that_cannot_be_copied_says_why(tmp_path, checkpoints):
     model = make_model()
-    model.last = model(TRAIN.tensors[0])
-    with pytest.raises(ValueError, match=r"LitNet cannot be copied: .*remove tensors with gradients"):
+    model.file = threading.Lock()
+    with pytest.raises(ValueError, match=r"LitNet cannot be copied: .*remove tensors with gradients, locks"):
         TRAK(model, checkpoints, tmp_path, **OPTIONS).featurize(make_trainer(), TRAIN)
 
 
@@ -120,6 +122,35 @@ def test_a_random_model_is_refused(tmp_path, checkpoints):
     trak = TRAK(Noisy(), checkpoints, tmp_path, **OPTIONS)
     with pytest.raises(ValueError, match="output of Noisy is random in eval mode"):
         trak.featurize(make_trainer(), TRAIN)
+
+
+def test_a_model_that_returns_probabilities_is_told(tmp_path, checkpoints, recwarn):
+    class Sure(LitNet):
+        def forward(self, inputs):
+            return super().forward(inputs).softmax(1)
+
+    TRAK(make_model(), checkpoints, tmp_path / "logits", **OPTIONS).featurize(make_trainer(), TRAIN)
+    assert not any("probabilities" in str(warning.message) for warning in recwarn)
+    for method in (TRAK(Sure(), checkpoints, tmp_path / "store", **OPTIONS), InfluenceFunction(Sure(), checkpoints)):
+        with pytest.warns(UserWarning, match=r"Sure returns probabilities.*forward="):
+            method.attribute(make_trainer(), TRAIN, TARGETS)
+
+
+def test_a_training_step_that_logs_may_be_the_loss(tmp_path, checkpoints):
+    class Logs(LitNet):
+        def training_step(self, batch):
+            loss = super().training_step(batch)
+            self.log("loss", loss, prog_bar=True)
+            self.log_dict({"again": loss})
+            return loss
+
+    def loss(module, batch):
+        return F.cross_entropy(module(batch[0]), batch[1], reduction="none")
+
+    output = NegativeLoss(lambda module, batch: module.training_step(batch))
+    found = GradientDot(Logs(), checkpoints, tmp_path / "step", output=output).attribute(make_trainer(), TRAIN, TARGETS)
+    method = GradientDot(LitNet(), checkpoints, tmp_path / "loss", output=NegativeLoss(loss))
+    torch.testing.assert_close(found, method.attribute(make_trainer(), TRAIN, TARGETS))
 
 
 def test_vmap_may_fail_at_any_batch(tmp_path, checkpoints, expected):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from lightning_trak import TRAK, GradientDot
 from lightning_trak.gradients import FunctionalEngine, HookEngine, LoopEngine
@@ -227,6 +227,27 @@ def test_padding_that_is_not_masked_is_refused(tmp_path):
         loader = DataLoader(texts, batch_size=size, collate_fn=collate)
         with pytest.raises(ValueError, match="padding that is not masked"):
             trak.featurize(make_trainer(), loader)
+
+
+def centred(items):
+    inputs, labels = default_collate(items)
+    return inputs - inputs.mean(0), labels
+
+
+class RandomItem(Dataset):
+    def __len__(self):
+        return len(TRAIN)
+
+    def __getitem__(self, index):
+        inputs, label = TRAIN[index]
+        return (inputs + torch.randn(6) if index == 2 else inputs), label
+
+
+@pytest.mark.parametrize("loader", [DataLoader(TRAIN, 5, collate_fn=centred), DataLoader(RandomItem(), 5)])
+def test_what_differs_before_the_model_sees_it_is_told_apart(tmp_path, checkpoints, loader):
+    trak = TRAK(LitNet(), checkpoints, tmp_path, projection=SparseProjection(16), audit=len(TRAIN))
+    with pytest.raises(ValueError, match=r"the batch holds other numbers .*augmentation.*collate_fn that .*normalises"):
+        trak.featurize(make_trainer(), loader)
 
 
 class Closure(LitNet):

@@ -56,10 +56,11 @@ def test_what_is_covered():
         "gpt_tied": ["positions"],
         "text_classifier": [f"encoder.self_attn.{name}" for name in attention],
         "two_tower": ["text.0.weight"],
+        "scaled": ["scale"],
     }
 
 
-@pytest.mark.parametrize("name", ["attention", "lstm", "gpt_tied", "text_classifier", "two_tower"])
+@pytest.mark.parametrize("name", ["attention", "lstm", "gpt_tied", "text_classifier", "two_tower", "scaled"])
 def test_vmap_takes_what_hooks_leave_out(name):
     dtype = torch.float32 if name == "lstm" else torch.float64  # vmap knows no LSTM in float64
     module, output, batch, size = specimen(name, dtype)

@@ -180,6 +180,14 @@ def test_other_losses_are_refused_and_can_be_named(tmp_path: Path) -> None:
     assert method.attribute(trainer, data, data).isfinite().all()
 
 
+def test_labels_from_a_wrong_part_of_the_batch_are_told(tmp_path: Path) -> None:
+    module = Net()
+    trainer = train(module, DATA, tmp_path / "recording")
+    positions = ClassificationMargin(forward=lambda module, batch: module(batch[0]))  # the last part is not the labels
+    with pytest.raises(ValueError, match=r"is NaN\. It is one of the training examples \d+, .*labels_key="):
+        attribute(module, tmp_path / "recording", trainer, output=positions)
+
+
 def test_gradients_that_a_hook_changes_are_noticed(tmp_path: Path) -> None:
     class Noise(L.Callback):
         def on_after_backward(self, trainer: L.Trainer, module: L.LightningModule) -> None:

@@ -182,6 +182,24 @@ def test_other_tasks_are_refused(logits, labels, message):
         ClassificationMargin().output(nn.Identity(), (torch.randn(logits), labels))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_probabilities_in_place_of_logits_are_suspicious(dtype):
+    output, labels = ClassificationMargin(), torch.tensor([2])
+    for _ in range(20):
+        logits = torch.randn(1, 5, dtype=dtype)
+        assert "returns probabilities" in output.suspicion(nn.Softmax(1), (logits, labels))
+        for right in (nn.Identity(), nn.LogSoftmax(1), nn.ReLU()):
+            assert output.suspicion(right, (logits, labels)) is None
+
+
+@pytest.mark.parametrize("last", [nn.Sigmoid(), nn.Sequential(nn.Sigmoid(), nn.Flatten(0))])
+def test_one_probability_in_place_of_a_logit_is_suspicious(last):
+    output, batch, layer = ClassificationMargin(), (torch.randn(1, 3), torch.tensor([1])), nn.Linear(3, 1)
+    assert "torch.logit" in output.suspicion(nn.Sequential(layer, last), batch)
+    assert output.suspicion(layer, batch) is None
+    assert output.suspicion(nn.Sequential(nn.Linear(3, 3), nn.Sigmoid(), layer), batch) is None
+
+
 @pytest.mark.parametrize(
     ("batch", "kind", "message"),
     [

@@ -105,3 +105,9 @@ def test_other_shapes_and_arguments_are_refused():
         MultiLabelMargin("none")
     with pytest.raises(ValueError, match="ignore_index other than 0 and 1"):
         MultiLabelMargin(ignore_index=0)
+
+
+def test_probabilities_in_place_of_logits_are_suspicious():
+    batch, layer = (torch.randn(1, 3), torch.tensor([[0, 1, 1, 0]])), nn.Linear(3, 4)
+    assert "MultiLabelMargin(forward=)" in MultiLabelMargin().suspicion(nn.Sequential(layer, nn.Sigmoid()), batch)
+    assert MultiLabelMargin().suspicion(layer, batch) is None

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import EarlyStopping
-from torch.utils.data import DataLoader, Subset, WeightedRandomSampler, default_collate
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Subset, WeightedRandomSampler, default_collate
 
 from lightning_trak import LinearDatamodelingScore
 from lightning_trak.outputs import ClassificationMargin, ContrastiveMargin, RegressionOutput
@@ -193,6 +193,16 @@ def test_nothing_is_used_twice(tmp_path, options, match):
     assert not (tmp_path / "failures").exists()
 
 
+def test_batches_of_a_batch_sampler_are_those_of_a_loader(whole, tmp_path):
+    batches = BatchSampler(RandomSampler(TRAIN), batch_size=4, drop_last=False)
+    assert torch.equal(
+        run(tmp_path / "fleet", train=DataLoader(TRAIN, batch_sampler=batches)).outputs, whole.outputs[..., :1]
+    )
+
+
+WEIGHTED = WeightedRandomSampler([1.0] * N, N)
+
+
 def backwards(items):
     return default_collate(items[::-1])
 
@@ -208,6 +218,8 @@ def used_trainer():
     [
         ({"make_trainer": used_trainer}, ValueError, "a Trainer that an earlier call has used"),
         ({"make_trainer": lambda: quiet_trainer(devices=2)}, ValueError, r'2 processes.*devices=1.*run\(part="1/2"\)'),
+        ({"make_module": LitNet()}, TypeError, "make_module must be a function that makes a new .* got a LitNet"),
+        ({"make_trainer": make_trainer()}, TypeError, "make_trainer must be a function .* got a Trainer"),
         ({"make_trainer": LitNet}, ValueError, r"make_trainer\(\) must return a Trainer, got LitNet"),
         ({"make_module": lambda: torch.nn.Linear(2, 2)}, ValueError, "must return a LightningModule, got Linear"),
         ({"masks": MASKS.int()}, ValueError, r"masks must be bool of shape \(num_subsets, 20\).*got int32"),
@@ -220,7 +232,8 @@ def used_trainer():
         ({"num_seeds": 0}, ValueError, "num_seeds must be at least 1"),
         ({"train": [1, 2]}, TypeError, "train must be a map-style Dataset or a DataLoader, got list"),
         ({"targets": L.LightningDataModule()}, TypeError, "targets must be a map-style Dataset or a DataLoader"),
-        ({"train": DataLoader(TRAIN, 4, sampler=WeightedRandomSampler([1.0] * N, N))}, ValueError, "make_loader="),
+        ({"train": DataLoader(TRAIN, 4, sampler=WEIGHTED)}, ValueError, "make_loader="),
+        ({"train": DataLoader(TRAIN, batch_sampler=BatchSampler(WEIGHTED, 4, False))}, ValueError, "make_loader="),
         (
             {"targets": DataLoader(TARGETS, 4, collate_fn=backwards)},
             ValueError,

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_trak import AttributionMixin
 from lightning_trak.outputs import ContrastiveMargin, NegativeLoss, RegressionOutput
 from lightning_trak.retraining import TailPatch, tail_patch
+from lightning_trak.scoring import TopK
 from tests.lit import TARGETS, TRAIN, LitNet, make_model, make_trainer
 
 RATE = 0.05
@@ -173,6 +174,8 @@ class ByHand(LitNet):
     [
         ({"scores": {"mine": torch.zeros(50, 13)}}, ValueError, r'scores of "mine" must have shape .* \(13, 50\)'),
         ({"scores": {}}, ValueError, "got 0 methods and k = 10"),
+        ({"scores": torch.zeros(13, 50)}, TypeError, "scores must be a dict of the scores .* got a Tensor"),
+        ({"scores": {"mine": TopK(*torch.zeros(2, 13, 3))}}, TypeError, "scores of mine.* as a .*Tensor, .* a TopK"),
         ({"k": 51}, ValueError, "k of 1 to 50, got 1 methods and k = 51"),
         ({"output": ContrastiveMargin()}, TypeError, "ContrastiveMargin compares with training examples"),
         ({"module": ByHand()}, TypeError, "ByHand uses manual optimization"),

@@ -311,7 +311,8 @@ def test_a_url_of_a_file_is_given_as_its_path():
 @pytest.mark.parametrize("path", ["a:/b", "a::b", "x/s3:y", "plain", "with space/ümlaut"])
 def test_other_paths_are_paths(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert local_directory(path, "store") == Path(path)
+    assert local_path(path, "store") == Path(path)
+    assert local_directory(path, "store") == tmp_path / path
 
 
 def _no_space(_):

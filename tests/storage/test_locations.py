@@ -10,12 +10,14 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.registry import known_implementations
 
+from lightning_trak import GradientDot
 from lightning_trak.callbacks.snapshots import TRAKCallback
 from lightning_trak.checkpoints.reading import resolve_checkpoints
 from lightning_trak.checkpoints.series import SnapshotSeries
 from lightning_trak.storage.locations import locate
 from lightning_trak.storage.paths import local_directory
 from tests.callback_nets import fit, steps
+from tests.lit import TARGETS, TRAIN, make_model, make_trainer
 from tests.snapshot_data import assert_equal, fill, make_state_dict
 
 ODD = [
@@ -139,3 +141,16 @@ def test_a_file_where_the_directory_should_be(tmp_path: Path) -> None:
     with pytest.raises(NotADirectoryError, match="run"):
         fit(TRAKCallback(tmp_path / "run/deeper"))
     assert (tmp_path / "run").read_text() == "mine"
+
+
+def test_a_directory_stays_where_it_is_if_the_working_directory_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    method = GradientDot(make_model(), store="run/features")
+    assert "store='run/features'" in repr(method)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert method.attribute(make_trainer(), TRAIN, TARGETS).shape == (len(TARGETS), len(TRAIN))
+    assert (tmp_path / "run/features/manifest.json").is_file()
+    assert not os.listdir()

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, Subset
 from typing_extensions import override
 
+from lightning_trak.checks import require_factory
 from lightning_trak.methods.base import MatrixMethod
 from lightning_trak.methods.examples import Examples, Rows, declared_rows
 from lightning_trak.packages import overrides
@@ -82,6 +83,8 @@ class DataShapley(MatrixMethod):
                 "expected permutations and step of at least 1 and a tolerance of at least 0, got"
                 f" {permutations=}, {step=}, {tolerance=}"
             )
+        require_factory("make_module", make_module)
+        require_factory("make_trainer", make_trainer)
         self.make_module = make_module
         self.make_trainer = make_trainer
         self.utility = utility
