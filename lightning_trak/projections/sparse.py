@@ -215,7 +215,7 @@ class BoundSparseProjection(BoundRandomProjection):
         features = features[:, placement.columns]
         dtype = torch.promote_types(gradients.dtype, features.dtype)
         stop = start + gradients.shape[1]
-        if gradients.device.type == "cpu" and not placement.small:
+        if gradients.device.type == "cpu" and not (placement.small and placement.folds):
             width = placement.sums
             wide = placement.folds or gradients.shape[1] > _FEW * width
             sums = gradients.new_zeros(len(gradients), 2 * width, dtype=dtype) if wide else features

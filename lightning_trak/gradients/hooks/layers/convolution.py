@@ -15,6 +15,7 @@ from lightning_trak.gradients.hooks.layers.base import Layer, LayerCall
 _TYPES = [nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d]
 _CPU_BYTES = 1 << 22  # of patches that are copied at a time, so that they stay in cache
 _FEW_CHANNELS = 8  # with fewer, a convolution does not fill the vectors of a CPU
+_MANY_CHANNELS = 256  # with as many of the output, products take much longer than copies of patches
 
 
 class ConvolutionLayer(Layer, covers=[*_TYPES]):
@@ -34,11 +35,13 @@ class ConvolutionLayer(Layer, covers=[*_TYPES]):
         """Whether products with patches take less time on a CPU than a convolution.
 
         They do if an output has fewer positions than channels: then copies of patches are smaller than the gradients.
-        Kernels of one element need no copies, and with few channels of the input, convolutions are slow.
+        They do if it has many channels, which each copy is multiplied with. Kernels of one element need no copies, and
+        with few channels of the input, convolutions are slow.
         """
         weight = self.module.weight
         positions = call.output_gradient[:, 0].numel() // call.size
-        return weight[0, 0].numel() == 1 or positions < len(weight) or weight.shape[1] < _FEW_CHANNELS
+        many = len(weight) >= _MANY_CHANNELS or len(weight) > positions
+        return many or weight.shape[1] < _FEW_CHANNELS or weight[0, 0].numel() == 1
 
     def _products(self, call: LayerCall) -> Tensor:
         """The weight's gradients as products of :meth:`factors`, with the patches of a few examples at a time."""
