@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_trak.callbacks.saving import on_rank_zero, require_storable, single_trigger
-from lightning_trak.checkpoints.copies import frozen_digest
+from lightning_trak.checkpoints.digests import frozen_digest
 from lightning_trak.checkpoints.manifest import ParameterGroup
 from lightning_trak.checkpoints.optimizers import parameter_groups, preconditioner_of, require_adam
 from lightning_trak.checkpoints.series import SnapshotSeries

@@ -1,7 +1,6 @@
 """Copies of the user's module, and loading weights into them. All work is done on such copies."""
 
 import copy
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,14 +11,14 @@ from torch import Tensor, nn
 from torch.jit import ScriptModule
 from torch.nn.parameter import is_lazy
 
-from lightning_trak.checkpoints.names import canonical_name
+from lightning_trak.checkpoints.digests import frozen_digest
+from lightning_trak.checkpoints.names import all_tensors, canonical_name
 from lightning_trak.checkpoints.weights import is_extra_state
 from lightning_trak.compatibility import (
     forget_autocast,
     forget_compiled_call,
     forget_redirection,
     has_gradient_hooks,
-    is_traceable_wrapper_subclass,
     left_by_fabric,
     set_device_mesh,
     transient_buffers,
@@ -27,7 +26,6 @@ from lightning_trak.compatibility import (
 )
 from lightning_trak.packages import is_a
 from lightning_trak.running.fsdp import is_sharded, shard_like
-from lightning_trak.storage.files import tensor_digest
 
 _told = WarningCache()  # gives each warning once
 
@@ -147,7 +145,7 @@ def _configure(module: nn.Module) -> None:
                 f"{name}.configure_model() fails without a device mesh: {error}; let it return early if"
                 " self.device_mesh is None, or use a Trainer with ModelParallelStrategy"
             ) from error
-    empty = [key for key, (_, tensor) in _tensors(module).items() if tensor.is_meta]
+    empty = [key for key, (_, tensor) in all_tensors(module).items() if tensor.is_meta]
     if empty:
         raise ValueError(
             f"this {name} has tensors on the meta device, without content: {_some(empty)}; pass a model whose tensors"
@@ -174,7 +172,7 @@ class Original:
         self._strict = bool(getattr(module, "strict_loading", True))
         self._overridden = type(module).load_state_dict is not nn.Module.load_state_dict  # may load only a part
         self._complete = self._strict and not self._overridden and not partial
-        tensors = _tensors(module)
+        tensors = all_tensors(module)
         self._without_content = [name for name, (_, tensor) in tensors.items() if tensor.is_meta]
         self._kept: dict[str, Tensor] = {}
         extra = {key: value for key, value in module.state_dict().items() if is_extra_state(key)} if everything else {}
@@ -184,7 +182,7 @@ class Original:
     @torch.no_grad()
     def restore(self) -> None:
         """Put back the state that is kept. A buffer whose shape has changed is a cache that has grown: it stays."""
-        tensors = _tensors(self._module)
+        tensors = all_tensors(self._module)
         for name, original in self._kept.items():
             raw, current = tensors.get(name, (name, None))
             if current is None or current.shape != original.shape:
@@ -210,7 +208,7 @@ class Original:
         Raises:
             ValueError: if the weights do not fit the module, or it has other frozen parameters.
         """
-        module, tensors = self._module, _tensors(self._module)
+        module, tensors = self._module, all_tensors(self._module)
         targets: dict[str, Any] = module.state_dict() | dict(tensors.values())
         own = {canonical_name(raw): raw for raw in targets}
         given = {own.get(canonical_name(raw), raw): tensor for raw, tensor in weights.items()}
@@ -274,7 +272,7 @@ class Original:
         return problems, unexpected
 
     def _keep(self, names: Iterable[str]) -> None:
-        tensors = _tensors(self._module)
+        tensors = all_tensors(self._module)
         for name in map(canonical_name, names):
             _, tensor = tensors.get(name, (name, None))
             if tensor is not None and not tensor.is_meta and name not in self._kept:
@@ -283,82 +281,11 @@ class Original:
                 self._kept[name] = original.clone() if is_sharded(original) else original.to("cpu", copy=True)
 
 
-def state_digest(module: nn.Module, given: Iterable[str] = ()) -> str:
-    """SHA-256 over the present parameters and buffers, except those that a checkpoint replaces.
-
-    This digest and that of the checkpoint together identify all tensors of the module after loading.
-
-    Args:
-        module: a copy of the user's module. If it is sharded, all ranks must call this.
-        given: the names in the checkpoint.
-
-    Returns:
-        A digest that is the same for equal names, dtypes, shapes and bytes. A tied tensor counts under each of its
-        names.
-
-    Raises:
-        ValueError: if a tensor has no content.
-    """
-    return _digest({name: tensor for name, (_, tensor) in _tensors(module).items()}, given)
-
-
-def frozen_digest(module: nn.Module, given: Iterable[str]) -> str:
-    """SHA-256 over the parameters that a snapshot leaves out.
-
-    Args:
-        module: the module.
-        given: the names in the snapshot.
-    """
-    parameters = module.named_parameters(remove_duplicate=False)
-    return _digest({canonical_name(name): parameter for name, parameter in parameters}, given)
-
-
-def _digest(tensors: Mapping[str, Tensor], given: Iterable[str]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(set(tensors) - set(map(canonical_name, given))):
-        parts = {f"{name}{suffix}": part for suffix, part in _plain(name, tensors[name].detach()).items()}
-        digest.update(tensor_digest(parts).encode())
-    return digest.hexdigest()
-
-
-def _plain(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """The plain tensors that make up a tensor of any kind, by the suffix that each adds to its name."""
-    if tensor.is_meta:
-        raise ValueError(f"{name} is on the meta device, without content")
-    if is_sharded(tensor):
-        return {"": tensor.full_tensor()}  # type: ignore[attr-defined]
-    if is_traceable_wrapper_subclass(tensor):
-        parts = {part: getattr(tensor, part) for part in tensor.__tensor_flatten__()[0]}
-    elif tensor.is_quantized:
-        parts = {"int": tensor.int_repr(), "values": tensor.dequantize()}
-    elif tensor.layout == torch.sparse_coo:
-        whole = tensor.coalesce()
-        parts = {"indices": whole.indices(), "values": whole.values()}
-    elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
-        parts = {"rows": tensor.crow_indices(), "columns": tensor.col_indices(), "values": tensor.values()}
-    elif tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
-        parts = {"columns": tensor.ccol_indices(), "rows": tensor.row_indices(), "values": tensor.values()}
-    else:
-        return {"": tensor.resolve_conj().resolve_neg()}
-    shape = f" {tensor.layout} {list(tensor.shape)} "
-    return {
-        f"{shape}{part}{suffix}": plain
-        for part, value in parts.items()
-        for suffix, plain in _plain(name, value).items()
-    }
-
-
-def _tensors(module: nn.Module) -> dict[str, tuple[str, Tensor]]:
-    """Canonical name -> (name, tensor) for all parameters and buffers; tied ones appear under each of their names."""
-    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    return {canonical_name(raw): (raw, tensor) for raw, tensor in named}
-
-
 def _plain_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
     """The plain, dense parameters and buffers that have memory."""
     return [
         (name, tensor)
-        for name, (_, tensor) in _tensors(module).items()
+        for name, (_, tensor) in all_tensors(module).items()
         if type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided and tensor.data_ptr()
     ]
 

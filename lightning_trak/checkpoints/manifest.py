@@ -69,7 +69,7 @@ class Snapshot:
         parameter_groups: settings of each parameter group of each optimizer.
         preconditioner: the file of what the optimizer multiplies gradients by; None if it was not kept.
         frozen: checksum of the parameters that the snapshot leaves out because training does not change them,
-            :func:`~lightning_trak.checkpoints.copies.frozen_digest`; None if it has all.
+            :func:`~lightning_trak.checkpoints.digests.frozen_digest`; None if it has all.
     """
 
     file: str

@@ -1,11 +1,8 @@
-"""Names of parameters without what wrappers add."""
+"""Names of tensors without what wrappers add."""
 
-from collections.abc import Mapping
-
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_trak.compatibility import WRAPPERS
-from lightning_trak.storage.files import tensor_digest
 
 
 def canonical_name(name: str) -> str:
@@ -14,6 +11,7 @@ def canonical_name(name: str) -> str:
     return ".".join([*(module for module in modules if module not in WRAPPERS), last])
 
 
-def weights_digest(weights: Mapping[str, Tensor]) -> str:
-    """SHA-256 over the weights of a checkpoint. It is the same for weights of the module and of a wrapper around it."""
-    return tensor_digest({canonical_name(name): tensor for name, tensor in weights.items()})
+def all_tensors(module: nn.Module) -> dict[str, tuple[str, Tensor]]:
+    """Canonical name -> (name, tensor) for all parameters and buffers; tied ones appear under each of their names."""
+    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    return {canonical_name(raw): (raw, tensor) for raw, tensor in named}

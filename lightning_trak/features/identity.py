@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from lightning_trak.checkpoints.base import Checkpoint
-from lightning_trak.checkpoints.copies import state_digest
-from lightning_trak.checkpoints.names import weights_digest
+from lightning_trak.checkpoints.digests import state_digest, weights_digest
 from lightning_trak.features.growth import describe_data
 from lightning_trak.features.model import ModelCopy
 from lightning_trak.features.settings import FeatureSettings

@@ -12,7 +12,7 @@ from typing_extensions import Self
 
 from lightning_trak.checkpoints.base import Checkpoint
 from lightning_trak.checkpoints.copies import Original, copy_module
-from lightning_trak.checkpoints.names import weights_digest
+from lightning_trak.checkpoints.digests import weights_digest
 from lightning_trak.gradients import ParameterSelection, select_parameters
 from lightning_trak.gradients.base import real_shape
 from lightning_trak.gradients.batch import ExampleBatch, Layout, infer_batch_size
@@ -32,7 +32,7 @@ class ModelCopy:
         module: the trained model.
         output: the scalar output to differentiate.
         checkpoints: the weights, one set per checkpoint.
-        digests: the digests of their weights, :func:`~lightning_trak.checkpoints.names.weights_digest`.
+        digests: the digests of their weights, :func:`~lightning_trak.checkpoints.digests.weights_digest`.
         parameters: which parameters to differentiate, see :func:`~lightning_trak.gradients.select_parameters`.
         keep: whether to keep the weights of all checkpoints in memory, for repeated use.
 
@@ -186,6 +186,6 @@ def stream_of(digest: str) -> int:
     """The number of a checkpoint for random draws.
 
     Args:
-        digest: of its weights, :func:`~lightning_trak.checkpoints.names.weights_digest`.
+        digest: of its weights, :func:`~lightning_trak.checkpoints.digests.weights_digest`.
     """
     return int(digest[:15], 16)

@@ -14,7 +14,8 @@ from torch.nn.utils import prune
 from torch.utils.data import TensorDataset
 
 from lightning_trak import TRAK, GradientDot
-from lightning_trak.checkpoints.copies import Original, copy_module, state_digest
+from lightning_trak.checkpoints.copies import Original, copy_module
+from lightning_trak.checkpoints.digests import state_digest
 from lightning_trak.methods import RepresentationSimilarity
 from lightning_trak.projections import IdentityProjection
 from tests.lit import TARGETS, TRAIN, LitNet, make_checkpoints, make_model, make_trainer

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 import lightning_trak
 from lightning_trak import GradientDot
-from lightning_trak.checkpoints.names import weights_digest
+from lightning_trak.checkpoints.digests import weights_digest
 from lightning_trak.features.model import stream_of
 from lightning_trak.projections import IdentityProjection, Projection
 from tests.fuzz.data import Collate, Examples

@@ -11,7 +11,7 @@ from trak.projectors import AbstractProjector
 from trak.score_computers import BasicScoreComputer
 
 from lightning_trak import TRAK
-from lightning_trak.checkpoints.names import weights_digest
+from lightning_trak.checkpoints.digests import weights_digest
 from lightning_trak.features.model import stream_of
 from lightning_trak.gradients import select_parameters
 from lightning_trak.projections import GaussianProjection, Projection, RademacherProjection
