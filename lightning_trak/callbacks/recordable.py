@@ -22,7 +22,6 @@ from lightning_trak.running.batches import TransferHooks, on_device
 from lightning_trak.running.loading import batch_size_of, load, num_examples
 from lightning_trak.running.random_states import RandomWatch, isolated_random_states
 
-_TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 # Hooks of a LightningModule that take the step out of Lightning's hands, so that nobody knows what it did.
 _OWN_STEPS = ("backward", "configure_gradient_clipping", "optimizer_step", "optimizer_zero_grad")
 
@@ -62,17 +61,12 @@ def _reason(trainer: Trainer, module: LightningModule) -> str | None:
 
 def require_same_batches(trainer: Trainer, module: LightningModule, loader: DataLoader[Any]) -> None:
     """Refuse batch transfer hooks that draw random numbers: they run before the step whose numbers are recorded."""
-    datamodule = trainer.datamodule  # type: ignore[attr-defined]
-    own = [
-        f"{type(owner).__name__}.{hook}"
-        for owner, base in ((datamodule, L.LightningDataModule), (module, L.LightningModule))
-        for hook in _TRANSFER_HOOKS
-        if owner is not None and overrides(owner, hook, base)
-    ]
+    hooks = TransferHooks(module, trainer.datamodule)  # type: ignore[attr-defined]
+    own = hooks.overridden()
     if not own:
         return
     device = trainer.strategy.root_device
-    hooks, watch = TransferHooks(module, datamodule), RandomWatch(device)
+    watch = RandomWatch(device)
     (batch,) = load(loader, [range(min(batch_size_of(loader), num_examples(loader)))], num_workers=0)
     with isolated_random_states():
         watch.before()

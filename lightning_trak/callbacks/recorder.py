@@ -274,8 +274,8 @@ class TrainingRecorder(Displayed, RunCallback):
         if changed:
             rank_zero_warn(
                 f'parameters such as "{changed[0]}" were changed after the last recorded step: perhaps'
-                " a callback put an average of the weights in their place, or those of the best epoch. What is made of"
-                " the recording, such as metagradients, is about the weights of the last step, and not about these"
+                " a callback put an average of the weights in their place, or those of the best epoch. Metagradients of"
+                " this recording are about the weights of the last step, not about these"
             )
 
     @override

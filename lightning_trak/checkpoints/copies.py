@@ -26,6 +26,7 @@ from lightning_trak.compatibility import (
 )
 from lightning_trak.packages import is_a
 from lightning_trak.running.fsdp import is_sharded, shard_like
+from lightning_trak.running.training_step import silence
 
 _told = WarningCache()  # gives each warning once
 
@@ -53,8 +54,8 @@ def _copied(module: nn.Module, configure: bool) -> nn.Module:
         forget_compiled_call(part)
         forget_autocast(part)
         forget_redirection(part)
-        if is_a(part, L.LightningModule):  # a loss that is differentiated may be a training step, which logs
-            vars(part).update(log=_log_nothing, log_dict=_log_nothing)
+        if is_a(part, L.LightningModule):
+            silence(part)  # a loss may call its training step, and Lightning refuses logs in ``predict``
     for parameter in copied.parameters():
         parameter.grad = None
     if configure:
@@ -110,10 +111,6 @@ def _deepcopied(module: nn.Module) -> nn.Module:
             f" {_some(shared)}; change __deepcopy__ so that it copies tensors too"
         )
     return copied
-
-
-def _log_nothing(*args: Any, **options: Any) -> None:
-    """Takes the place of ``log`` and ``log_dict``: Lightning refuses them in ``predict``."""
 
 
 def _computed(module: nn.Module) -> dict[int, Tensor]:

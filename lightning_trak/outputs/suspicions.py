@@ -41,6 +41,5 @@ def takes_for_logits(module: nn.Module, output: object, inverse: str) -> str:
     return (
         f"{type(module).__name__} returns probabilities, and {name} takes them for logits, of which it makes"
         f" probabilities again. Return logits, or pass {name}(forward=), a function (module, batch) that returns"
-        f" {inverse} of the probabilities. Only if training takes the probabilities for logits, too, is this the output"
-        " that was trained"
+        f" {inverse} of the probabilities. If training takes them for logits, too, ignore this warning"
     )

@@ -12,6 +12,8 @@ from lightning_trak.packages import is_a, overrides
 from lightning_trak.running.annotated import AnnotatedBatch
 from lightning_trak.running.singles import Singles
 
+_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+
 
 class TransferHooks:
     """The batch transfer hooks that Lightning would call: the data module's if it overrides them, else the module's.
@@ -51,6 +53,15 @@ class TransferHooks:
         if isinstance(batch, AnnotatedBatch):
             return batch._replace(batch=self.after(batch.batch, dataloader_idx))
         return self._owner("on_after_batch_transfer").on_after_batch_transfer(batch, dataloader_idx)
+
+    def overridden(self) -> list[str]:
+        """The hooks that are the user's own, each with its class."""
+        owners = {hook: self._owner(hook) for hook in _HOOKS}
+        return [
+            f"{type(owner).__name__}.{hook}"
+            for hook, owner in owners.items()
+            if overrides(owner, hook, L.LightningDataModule if owner is self._datamodule else L.LightningModule)
+        ]
 
     def _owner(self, hook: str) -> Any:
         own = self._datamodule is not None and overrides(self._datamodule, hook, L.LightningDataModule)

@@ -11,7 +11,7 @@ Module = TypeVar("Module", bound=L.LightningModule)
 
 
 class _WithoutTrainer:
-    """What a LightningModule knows of its step. It logs nothing."""
+    """What a LightningModule knows of its step."""
 
     place = 0, 0
 
@@ -23,11 +23,14 @@ class _WithoutTrainer:
     def global_step(self) -> int:
         return self.place[1]
 
-    def log(self, *args: Any, **kwargs: Any) -> None:
-        pass
 
-    def log_dict(self, *args: Any, **kwargs: Any) -> None:
-        pass
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    pass
+
+
+def silence(module: L.LightningModule) -> None:
+    """Let a module's ``log`` and ``log_dict`` do nothing, for a ``training_step`` that no Trainer calls."""
+    vars(module).update(log=_nothing, log_dict=_nothing)
 
 
 def without_trainer(module: Module) -> Module:
@@ -38,6 +41,7 @@ def without_trainer(module: Module) -> Module:
     """
     kind = type(module)
     module.__class__ = type(kind.__name__, (_WithoutTrainer, kind), {})
+    silence(module)
     return module
 
 

@@ -15,7 +15,7 @@ from lightning_trak.gradients.hooks.layers.base import Layer, LayerCall
 _TYPES = [nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d]
 _CPU_BYTES = 1 << 22  # of patches that are copied at a time, so that they stay in cache
 _FEW_CHANNELS = 8  # with fewer, a convolution does not fill the vectors of a CPU
-_MANY_CHANNELS = 256  # with as many of the output, products take much longer than copies of patches
+_MANY_CHANNELS = 256  # of the output: with these, products take much longer than copies of patches
 
 
 class ConvolutionLayer(Layer, covers=[*_TYPES]):
@@ -27,16 +27,16 @@ class ConvolutionLayer(Layer, covers=[*_TYPES]):
         """Shape ``(size, *weight.shape)`` for the weight; for the bias, a sum over positions."""
         if parameter == "bias":
             return self._images(call.output_gradient, call.size).flatten(3).sum((1, 3))
-        if call.inputs.device.type == "cpu" and self.has_factors() and self._has_small_patches(call):
+        if call.inputs.device.type == "cpu" and self.has_factors() and self._suits_products(call):
             return self._products(call)
         return self._kernels(call, self.module.weight.shape)
 
-    def _has_small_patches(self, call: LayerCall) -> bool:
+    def _suits_products(self, call: LayerCall) -> bool:
         """Whether products with patches take less time on a CPU than a convolution.
 
-        They do if an output has fewer positions than channels: then copies of patches are smaller than the gradients.
-        They do if it has many channels, which each copy is multiplied with. Kernels of one element need no copies, and
-        with few channels of the input, convolutions are slow.
+        Products need copies of the patches. These cost little if the output has many channels, since each copy is
+        multiplied with all of them, or fewer positions than channels, since the gradients are then larger than the
+        copies. Kernels of one element need no copies. If the input has few channels, convolutions are slow.
         """
         weight = self.module.weight
         positions = call.output_gradient[:, 0].numel() // call.size
