@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -14,6 +14,7 @@ from lightning_trak.features.finiteness import NotFiniteExamples, describe, not_
 from lightning_trak.features.rows import Features, RoundedFeatures, without
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.running.ranges import Stop
+from lightning_trak.running.threads import compute_threads
 from lightning_trak.running.transfer import HostCopy, Waiting, beside
 
 _HOPELESS = 100  # examples
@@ -93,7 +94,7 @@ class ShardWriter:
                     rounded = partial(_Rounded, *rounded())  # rounded here, so that the thread only writes
             # The thread ends with the shard. Its tensor operations start a pool of OpenMP threads, and while there are
             # more of these than cores, those of the main thread sleep after every operation instead of waiting.
-            thread = ThreadPoolExecutor(1)
+            thread = compute_threads(1)
             self._writing = thread.submit(self._write, checkpoint, number, rounded, engine)
             thread.shutdown(wait=False)
         return True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from lightning_trak.replay.flat_states import FlatState, pack_states
 from lightning_trak.replay.recording import FORMAT_VERSION, MANIFEST, Spacing, read_manifest, stop_of
 from lightning_trak.replay.records import StepRecord, pack_steps
 from lightning_trak.replay.states import TrainingState
+from lightning_trak.running.threads import compute_threads
 from lightning_trak.storage.files import json_text, remove_leftovers, save_tensors, write_atomically
 from lightning_trak.storage.locks import Lock, hold
 from lightning_trak.storage.paths import local_directory
@@ -186,7 +187,7 @@ class RecordingWriter:
             self._settle()
         if self._waiting.nbytes > min(BUFFER_BYTES, max(_FIRST_BYTES, self._written // _WAITING)):
             self._settle()
-            thread = ThreadPoolExecutor(1)  # for this file only: an idle thread would be there when workers are forked
+            thread = compute_threads(1)  # for this file only: an idle thread would be there when workers are forked
             self._writing = thread.submit(self._write, self._waiting), self._waiting
             thread.shutdown(wait=False)
             self._waiting, self._spare = _Batch(), []

@@ -4,7 +4,6 @@ import copy
 import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -40,6 +39,7 @@ from lightning_trak.running.loaders import as_loader
 from lightning_trak.running.loading import batch_size_of, load, num_examples
 from lightning_trak.running.ordering import require_order
 from lightning_trak.running.parts import Part, share
+from lightning_trak.running.threads import compute_threads
 from lightning_trak.running.trainers import quiet
 from lightning_trak.storage.paths import local_directory
 from lightning_trak.texts.display import Displayed
@@ -282,8 +282,8 @@ class RetrainingFleet(Displayed):
             else:
                 self.store.write(member, row, record | {"seed": self._seed_of(member)}, state)
 
-        with ThreadPoolExecutor() as pool:  # waiting for the disk takes the time
-            list(pool.map(keep, group, outputs, weights))
+        with compute_threads() as threads:  # waiting for the disk takes the time
+            list(threads.map(keep, group, outputs, weights))
 
     def _failed(self, member: Member, error: Exception) -> None:
         self.store.record_failure(member, error)

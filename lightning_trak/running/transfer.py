@@ -3,13 +3,14 @@
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
+
+from lightning_trak.running.threads import compute_threads
 
 T = TypeVar("T")
 
@@ -119,7 +120,7 @@ class Upload:
 def ahead(items: Iterable[T]) -> Iterator[T]:
     """Yield the items. While one is in use, a thread fetches the next."""
     iterator = iter(items)
-    with ThreadPoolExecutor(1) as thread:
+    with compute_threads(1) as thread:
         coming = thread.submit(lambda: list(itertools.islice(iterator, 1)))
         while found := coming.result():
             coming = thread.submit(lambda: list(itertools.islice(iterator, 1)))
