@@ -97,7 +97,7 @@ def require_step(
     Raises:
         ReplayError: if they differ by more than rounding.
     """
-    before, later = dict(played.before.tensors()), dict(after.tensors())
+    later = dict(after.tensors())
     kinds: dict[str, list[str]] = defaultdict(list)
     for name in outputs:
         kinds["weights" if name.startswith("parameter/") else name.rpartition("/")[2]].append(name)
@@ -106,6 +106,7 @@ def require_step(
         expected = [later[name].to(outputs[name].device) for name in names]
         if _equal_up_to_rounding(new, expected, dtype):
             continue
+        before = dict(played.before.tensors())
         old = [
             before[name].to(own.device) if name in before else torch.zeros_like(own)
             for name, own in zip(names, new, strict=True)
@@ -135,14 +136,15 @@ def _equal_up_to_rounding(new: Sequence[Tensor], expected: Sequence[Tensor], dty
     """Whether tensors are obviously equal, judged in their own precision, which takes a third of the time."""
     if not all(tensor.is_floating_point() for tensor in expected):
         return False
-    off = _norm([one - other for one, other in zip(new, expected, strict=True)])
-    size = _norm(expected)
+    off = _norm([torch.dist(one, other) for one, other in zip(new, expected, strict=True)])
+    size = _norm([torch.linalg.vector_norm(tensor) for tensor in expected])
     # Beyond these bounds, squares could be infinite or zero.
     return 1e-15 < size < 1e15 and off <= _ROUNDINGS * torch.finfo(dtype).eps * size
 
 
-def _norm(tensors: Sequence[Tensor]) -> float:
-    return float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(tensor) for tensor in tensors])))
+def _norm(norms: Sequence[Tensor]) -> float:
+    """The norm of tensors that have these norms."""
+    return float(torch.linalg.vector_norm(torch.stack(list(norms))))
 
 
 def _distance(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:

@@ -2,11 +2,12 @@
 
 The update maps weights, moments and the gradient to the next weights and moments. For most optimizers, each number of
 the results depends on the same number of these tensors alone. Then the derivative is a tensor for each pair of them,
-and going back for many targets is a product with these tensors.
+and going back for many targets is a product with these tensors. Where the update is linear, they are single numbers.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_trak.replay.clipping import clipped
+from lightning_trak.replay.optimizers.base import Factors
 from lightning_trak.replay.player import Player
 from lightning_trak.replay.products import Products
 from lightning_trak.replay.records import StepRecord
@@ -71,6 +73,7 @@ class Update:
         inputs: for each parameter the leaves that its update starts from, by the names of cotangents.
         outputs: for each parameter the results, by the names of cotangents.
         elementwise: whether each number of the results depends on the same number of the inputs alone.
+        factors: of a linear update, in place of a graph, by the names of parameters.
         known: the numbers of the derivative that were found, by the names of the results that have cotangents.
     """
 
@@ -79,6 +82,7 @@ class Update:
     inputs: dict[str, dict[str, Tensor]]
     outputs: dict[str, dict[str, Tensor]]
     elementwise: bool
+    factors: dict[str, Factors]
     known: dict[frozenset[str], dict[str, list[Term]]] = field(default_factory=dict)
 
     @classmethod
@@ -94,24 +98,28 @@ class Update:
         step = player.update
         inputs: dict[str, dict[str, Tensor]] = {}
         outputs: dict[str, dict[str, Tensor]] = {}
+        factors: dict[str, Factors] = {}
         with torch.inference_mode(False), torch.enable_grad():
             gradients = {name: gradient.detach().requires_grad_() for name, gradient in sums.items()}
             bounded = clipped(gradients, record.settings.clip, record.settings.clip_by)
             for names, group in zip(record.structure.groups, record.settings.groups, strict=True):
+                factors_of = functools.cache(functools.partial(step.factors, group=group))
                 for name in names:
                     if name not in bounded:
                         continue
-                    gradient = bounded[name].detach().requires_grad_()
-                    parameter, kept = player.parameters[name], dict(before.moments.get(name, {}))
-                    inputs[name] = {f"gradient/{name}": gradient, f"parameter/{name}": parameter}
-                    for key in step.moments:
-                        if key in kept:
-                            leaf = kept[key].to(player.device).detach().requires_grad_()
-                            kept[key] = inputs[name][f"moment/{name}/{key}"] = leaf
-                    new, moments = step.update(parameter, gradient, kept, group)
-                    outputs[name] = {f"parameter/{name}": new}
-                    outputs[name] |= {f"moment/{name}/{key}": moment for key, moment in moments.items()}
-        return cls(gradients, bounded, inputs, outputs, step.elementwise)
+                    kept = before.moments.get(name, {})
+                    own = {"parameter": player.parameters[name], "gradient": bounded[name]}
+                    own |= {key: kept[key].to(player.device) for key in step.moments if key in kept}
+                    own = {key: tensor.detach().requires_grad_(not step.linear) for key, tensor in own.items()}
+                    if step.linear:
+                        factors[name] = factors_of(frozenset(kept))
+                        results = {key: _weighted_sum(own, terms) for key, terms in factors[name].items()}
+                    else:
+                        new, moments = step.update(own["parameter"], own["gradient"], {**kept, **own}, group)
+                        results = {"parameter": new, **moments}
+                    inputs[name] = {_key(key, name): tensor for key, tensor in own.items()}
+                    outputs[name] = {_key(key, name): tensor for key, tensor in results.items()}
+        return cls(gradients, bounded, inputs, outputs, step.elementwise, factors)
 
     def back(self, block: Block, products: Products) -> Cotangents:
         """Go back through the update.
@@ -128,7 +136,8 @@ class Update:
         cotangents, count = block.cotangents, block.num_targets
         # For a few targets, to find the numbers takes longer than to go through the graph.
         many = count > 1 + max(map(len, self.outputs.values()), default=0)
-        found = self._multiply(block) if self.elementwise and many else self._differentiate(block, products)
+        known = self.factors or (self.elementwise and many)
+        found = self._multiply(block) if known else self._differentiate(block, products)
         gradients = {name: found.pop(key) for name in self.gradients if (key := f"gradient/{name}") in found}
         for key in {*_joined(self.inputs), *_joined(self.outputs)}:
             cotangents.pop(key, None)
@@ -188,6 +197,11 @@ class Update:
             return self.known[names]
         inputs = _joined(self.inputs)
         terms: dict[str, list[Term]] = {}
+        for name, factors in self.factors.items():
+            for result, own_factors in factors.items():
+                if (key := _key(result, name)) in names:
+                    for own, factor in own_factors.items():
+                        terms.setdefault(_key(own, name), []).append((key, factor))
         for number in range(max(map(len, self.outputs.values()), default=0)):
             chosen = {}  # one result of each parameter, so that one pass finds the derivatives of all of them
             for name, outputs in self.outputs.items():
@@ -208,6 +222,20 @@ class Update:
             own_terms.sort(key=lambda term: not _is_one(term[1]))
         self.known[names] = terms
         return terms
+
+
+def _key(kind: str, name: str) -> str:
+    """The name of a cotangent: of ``"parameter"``, ``"gradient"`` or a moment of a parameter."""
+    return f"{kind}/{name}" if kind in ("parameter", "gradient") else f"moment/{name}/{kind}"
+
+
+@torch.no_grad()
+def _weighted_sum(tensors: Mapping[str, Tensor], factors: Mapping[str, float]) -> Tensor:
+    (first, factor), *others = sorted(factors.items(), key=lambda term: term[1] != 1)
+    total = tensors[first] if factor == 1 else tensors[first] * factor
+    for key, factor in others:
+        total = torch.add(total, tensors[key], alpha=factor)
+    return total
 
 
 def _joined(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:

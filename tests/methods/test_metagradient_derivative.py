@@ -16,6 +16,7 @@ from lightning_trak import Metagradient
 from lightning_trak.replay import OptimizerStep
 from lightning_trak.replay.group_norm import PlainGroupNorm
 from lightning_trak.replay.optimizers.sgd import SGDStep
+from lightning_trak.replay.player import ReplayError
 from lightning_trak.replay.products import Products
 from tests.methods.metagradients import (
     DATA,
@@ -282,9 +283,14 @@ def test_an_override_is_not_taken_for_elementwise(tmp_path: Path) -> None:
 
     try:
         assert SGDStep.elementwise
+        assert SGDStep.linear
         assert not NormalizedStep.elementwise
+        assert not NormalizedStep.linear
         module, targets = make(), make_data(9, seed=5)
         trainer = train(module, DATA, tmp_path)
         require_derivative(make, attribute(module, tmp_path, trainer, targets), {}, targets)
+        NormalizedStep.linear = True
+        with pytest.raises(ReplayError, match="the gradient of the examples' losses gives a step that differs"):
+            attribute(module, tmp_path, trainer, targets)
     finally:
         OptimizerStep.known.pop(Normalized)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 Moments = Mapping[str, Tensor]
+Factors = dict[str, dict[str, float]]  # of a linear update: for each result, those of the tensors before it
 
 
 class OptimizerStep(ABC):
@@ -27,17 +29,21 @@ class OptimizerStep(ABC):
         elementwise: whether each number of the results depends on the same number of parameter, gradient and moments
             alone, as in SGD and Adam. Many targets then take less time. A class that overrides :meth:`update` has to
             say it again.
+        linear: whether each result is a sum of parameter, gradient and moments, each times a factor that follows from
+            the hyperparameters alone, as in SGD. One target then takes less time, too.
     """
 
     moments: ClassVar[tuple[str, ...]] = ()
     rounding: ClassVar[float] = 0.0
     elementwise: ClassVar[bool] = False
+    linear: ClassVar[bool] = False
     known: ClassVar[dict[type[Optimizer], type[OptimizerStep]]] = {}
 
     def __init_subclass__(cls, optimizer: type[Optimizer] | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "update" in vars(cls) and "elementwise" not in vars(cls):
-            cls.elementwise = False  # what a base class says is about its own update
+        if "update" in vars(cls):  # what a base class says is about its own update
+            cls.elementwise = vars(cls).get("elementwise", False)
+            cls.linear = vars(cls).get("linear", False)
         if optimizer is not None:
             OptimizerStep.known[optimizer] = cls
 
@@ -56,6 +62,27 @@ class OptimizerStep(ABC):
         Returns:
             The new parameter, and the new values of :attr:`moments`.
         """
+
+    @torch.no_grad()
+    def factors(self, kept: Collection[str], group: Mapping[str, Any]) -> Factors:
+        """The factors of a :attr:`linear` update: its results at unit vectors.
+
+        Args:
+            kept: names of the moments that the optimizer keeps for the parameter before the step.
+            group: the hyperparameters.
+
+        Returns:
+            For ``"parameter"`` and each moment after the step, the factors of ``"parameter"``, ``"gradient"`` and
+            moments before it, without those that are 0.
+        """
+        names = ["parameter", "gradient", *(name for name in self.moments if name in kept)]
+        parameter, gradient, *moments = torch.eye(len(names), dtype=torch.float64)
+        new, changed = self.update(parameter, gradient, dict(zip(names[2:], moments, strict=True)), group)
+        results = {"parameter": new, **changed}
+        return {
+            result: {name: factor for name, factor in zip(names, values.tolist(), strict=True) if factor}
+            for result, values in results.items()
+        }
 
 
 def optimizer_step(optimizer: type[Optimizer]) -> OptimizerStep:

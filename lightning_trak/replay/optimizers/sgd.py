@@ -14,7 +14,7 @@ class SGDStep(OptimizerStep, optimizer=torch.optim.SGD):
     """SGD with momentum, dampening, Nesterov momentum and weight decay, as ``torch.optim.SGD`` documents it."""
 
     moments = ("momentum_buffer",)
-    elementwise = True
+    elementwise = linear = True
 
     @override
     def update(
