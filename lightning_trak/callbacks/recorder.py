@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from typing_extensions import override
@@ -106,6 +107,7 @@ class TrainingRecorder(Displayed, RunCallback):
         self._positions = PositionLog()
         self._loader: DataLoader[Any] | None = None
         self._opened = False
+        self._last: dict[str, Tensor] = {}  # the weights when training has ended
         self._forget()
 
     def _forget(self) -> None:
@@ -251,9 +253,11 @@ class TrainingRecorder(Displayed, RunCallback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the rest, and the state at the end."""
         if self._writer is not None:
+            state = self._state(trainer, pl_module)
             if not self._writer.has_state(self._writer.num_steps):
-                self._writer.add_state(self._state(trainer, pl_module))
+                self._writer.add_state(state)
             self._writer.flush(finished=True)
+            self._last = {name: tensor.to("cpu", copy=True) for name, tensor in state.parameters.items()}
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -264,13 +268,14 @@ class TrainingRecorder(Displayed, RunCallback):
         if self._writer is not None and not self._opened and self._resumed_runs and trainer.global_step:
             self._open(self._writer, trainer, pl_module)
             self.on_train_end(trainer, pl_module)
-        if self._writer is not None and self._opened:
-            self._warn_of_other_weights(pl_module, self._writer.num_steps)
+        self._warn_of_other_weights(pl_module)
 
-    def _warn_of_other_weights(self, module: LightningModule, step: int) -> None:
+    def _warn_of_other_weights(self, module: LightningModule) -> None:
         """Callbacks may replace the weights when training has ended: by an average, or by those of the best epoch."""
-        last = Recording(self.directory).state(step).parameters
-        changed = [name for name, own in named_parameters(module).items() if not torch.equal(own.cpu(), last[name])]
+        now = named_parameters(module)
+        changed = [
+            name for name, last in self._last.items() if name not in now or not torch.equal(now[name].cpu(), last)
+        ]
         if changed:
             rank_zero_warn(
                 f'parameters such as "{changed[0]}" were changed after the last recorded step: perhaps'
@@ -298,4 +303,4 @@ class TrainingRecorder(Displayed, RunCallback):
         if self._writer is not None:
             self._writer.close()
             self._writer = None
-        self._loader, self._opened = None, False
+        self._loader, self._opened, self._last = None, False, {}

@@ -146,6 +146,13 @@ def test_weights_that_are_replaced_at_the_end_are_told(tmp_path: Path) -> None:
     recording = Recording(tmp_path / "averaged")
     last = recording.state(recording.num_steps).parameters["net.0.weight"]
     assert not torch.equal(last, module.net[0].weight)
+
+    class Renames(Callback):
+        def on_train_end(self, trainer: L.Trainer, module: Any) -> None:
+            nn.utils.parametrizations.weight_norm(module.net[0])
+
+    with pytest.warns(UserWarning, match='"net.0.weight" were changed after the last recorded step'):
+        train(Net(), DATA, tmp_path / "renamed", callbacks=[Renames()])
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*after the last recorded step")
         train(Net(), DATA, tmp_path / "plain")
