@@ -108,15 +108,15 @@ class Update:
                     if name not in bounded:
                         continue
                     kept = before.moments.get(name, {})
-                    own = {"parameter": player.parameters[name], "gradient": bounded[name]}
-                    own |= {key: kept[key].to(player.device) for key in step.moments if key in kept}
+                    moments = {key: kept[key].to(player.device) for key in step.moments if key in kept}
+                    own = {"parameter": player.parameters[name], "gradient": bounded[name], **moments}
                     own = {key: tensor.detach().requires_grad_(not step.linear) for key, tensor in own.items()}
                     if step.linear:
                         factors[name] = factors_of(frozenset(kept))
                         results = {key: _weighted_sum(own, terms) for key, terms in factors[name].items()}
                     else:
-                        new, moments = step.update(own["parameter"], own["gradient"], {**kept, **own}, group)
-                        results = {"parameter": new, **moments}
+                        new, changed = step.update(own["parameter"], own["gradient"], {**kept, **own}, group)
+                        results = {"parameter": new, **{key: own[key] for key in moments}, **changed}
                     inputs[name] = {_key(key, name): tensor for key, tensor in own.items()}
                     outputs[name] = {_key(key, name): tensor for key, tensor in results.items()}
         return cls(gradients, bounded, inputs, outputs, step.elementwise, factors)

@@ -150,6 +150,15 @@ def scheduled(module: Net) -> Any:
     return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
 
+def paused(module: Net) -> Any:
+    """The third step is without momentum."""
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 0.1, total_steps=6, pct_start=0.5, base_momentum=0.0, max_momentum=0.9
+    )
+    return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
 OPTIMIZERS: dict[str, Callable[[Net], Any]] = {
     "sgd": sgd(),
     "momentum": sgd(momentum=0.9, dampening=0.3, weight_decay=0.01),
@@ -161,4 +170,5 @@ OPTIMIZERS: dict[str, Callable[[Net], Any]] = {
     "smooth adamw": adam(SmoothAdamW, eps_root=1e-4, weight_decay=0.1),
     "groups": groups,
     "schedule": scheduled,
+    "paused momentum": paused,
 }

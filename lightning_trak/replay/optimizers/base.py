@@ -60,7 +60,7 @@ class OptimizerStep(ABC):
             group: the hyperparameters.
 
         Returns:
-            The new parameter, and the new values of :attr:`moments`.
+            The new parameter, and the new values of :attr:`moments`. Those that are left out stay as they are.
         """
 
     @torch.no_grad()
@@ -76,9 +76,10 @@ class OptimizerStep(ABC):
             moments before it, without those that are 0.
         """
         names = ["parameter", "gradient", *(name for name in self.moments if name in kept)]
-        parameter, gradient, *moments = torch.eye(len(names), dtype=torch.float64)
-        new, changed = self.update(parameter, gradient, dict(zip(names[2:], moments, strict=True)), group)
-        results = {"parameter": new, **changed}
+        parameter, gradient, *units = torch.eye(len(names), dtype=torch.float64)
+        moments = dict(zip(names[2:], units, strict=True))
+        new, changed = self.update(parameter, gradient, moments, group)
+        results = {"parameter": new, **moments, **changed}
         return {
             result: {name: factor for name, factor in zip(names, values.tolist(), strict=True) if factor}
             for result, values in results.items()
