@@ -25,7 +25,7 @@ from lightning_trak.replay.recording import Recording
 from lightning_trak.replay.reverse import Reverse
 from lightning_trak.replay.schedule import backwards
 from lightning_trak.replay.states import TrainingState
-from lightning_trak.replay.targets import differentiable, output_at, targets_alone
+from lightning_trak.replay.targets import differentiable, output_at, require_unchanged, targets_alone
 from lightning_trak.replay.updating import Block, Cotangents
 from lightning_trak.running.loading import load, num_examples
 from lightning_trak.running.ordering import require_order
@@ -237,6 +237,7 @@ class Differentiated:
             totals = totals or [gradient.new_zeros(len(block.span), *gradient.shape) for gradient in found]
             for total, gradient in zip(totals, found, strict=True):
                 total[row].add_(gradient, alpha=weight)
+        require_unchanged(player.parameters, self._last.parameters)
         return dict(zip(names, totals, strict=True))
 
     def _back(self, cotangents: Cotangents, count: int, state_bytes: int) -> Iterator[tuple[list[int], Tensor]]:

@@ -27,7 +27,7 @@ from lightning_trak.replay.products import Products
 from lightning_trak.replay.records import MicroBatch, StepRecord
 from lightning_trak.replay.states import TrainingState
 from lightning_trak.replay.statistics import RunningStatistics
-from lightning_trak.replay.targets import differentiable
+from lightning_trak.replay.targets import differentiable, require_unchanged
 from lightning_trak.replay.updating import Block, Cotangents, Update
 from lightning_trak.running.random_states import restore_random_states
 
@@ -120,6 +120,7 @@ class Reverse:
         if sum(block.num_targets for block in blocks) > 1:
             self._try_apart(played, pieces)
         sums, only_graph = self._gradients(played, pieces)
+        require_unchanged(player.parameters, played.before.parameters)
         self._require_known_buffers(played, after)
         update = Update.of(player, played.record, played.before, sums)
         results = {key: result for group in update.outputs.values() for key, result in group.items()}

@@ -219,6 +219,17 @@ def test_buffers_that_training_changes_are_noticed(tmp_path: Path) -> None:
         attribute(module, tmp_path, trainer)
 
 
+def test_weights_that_a_forward_pass_changes_are_noticed(tmp_path: Path) -> None:
+    class Codes(nn.Embedding):
+        def forward(self, inputs: Tensor) -> Tensor:
+            return super().forward((inputs > 0).long()).sum(1)
+
+    module = Net(lambda: nn.Sequential(Codes(2, 3, max_norm=0.5)))
+    trainer = train(module, DATA, tmp_path)
+    with pytest.raises(ValueError, match=r'changes the parameter "net\.0\.weight" in place'):
+        attribute(module, tmp_path, trainer)
+
+
 def test_gradients_through_detached_numbers_are_noticed(tmp_path: Path) -> None:
     class Focal(Net):
         def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
