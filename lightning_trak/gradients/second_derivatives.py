@@ -43,8 +43,10 @@ def has_derivative(
     """Whether autograd's derivative of a gradient is that of its differences, in float64.
 
     The gradient is that of a scalar by some parameters. Its derivative by these parameters, and by another variable, is
-    compared along one random direction, as an inner product with a random vector. A gradient with jumps, or one that
-    cannot be computed in float64, has no differences to compare with; it passes.
+    compared along one random direction, as an inner product with a random vector. Weights whose gradient is exactly
+    zero stay where they are, since training does not move them either: the row of ``nn.Embedding(padding_idx=)`` is
+    read, but has no gradient. A gradient with jumps, or one that cannot be computed in float64, has no differences to
+    compare with; it passes.
 
     Args:
         module: the module. A copy of it is used.
@@ -61,26 +63,30 @@ def has_derivative(
     variable = variable.detach().double().requires_grad_()
     leaves = [variable, *(by if by_parameters else ())]
     generator = torch.Generator().manual_seed(0)
-    along = [_direction(leaf, generator) for leaf in leaves]
     vectors = [torch.randn(part.shape, generator=generator, dtype=torch.float64).to(part) for part in by]
     buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
 
-    def product(create_graph: bool = False) -> Tensor:
+    def gradient(create_graph: bool = False) -> tuple[Tensor | None, ...]:
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)
         with precision.active(), isolated_random_states(), unchanged(module), torch.enable_grad():
             value = scalar(module, variable)
-            slopes = torch.autograd.grad(value, by, create_graph=create_graph, allow_unused=True)
-        pairs = [(slope, vector) for slope, vector in zip(slopes, vectors, strict=True) if slope is not None]
-        return (
-            torch.stack([(slope * vector).sum() for slope, vector in pairs]).sum() if pairs else variable.new_zeros(())
-        )
+            return torch.autograd.grad(value, by, create_graph=create_graph, allow_unused=True)
+
+    def product(slopes: Sequence[Tensor | None]) -> Tensor:
+        with torch.enable_grad():
+            terms = [(one * other).sum() for one, other in zip(slopes, vectors, strict=True) if one is not None]
+            return torch.stack(terms).sum() if terms else variable.new_zeros(())
 
     differences: list[float] = []
     try:
         exact = 0.0
-        start = product(create_graph=True)
+        slopes = gradient(create_graph=True)
+        along = [_direction(variable, generator)]
+        if by_parameters:
+            along += [_moving(slope, _direction(leaf, generator)) for leaf, slope in zip(by, slopes, strict=True)]
+        start = product(slopes)
         if start.requires_grad:
             found = torch.autograd.grad(start, leaves, allow_unused=True)
             exact = sum(float((part * way).sum()) for part, way in zip(found, along, strict=True) if part is not None)
@@ -90,7 +96,7 @@ def has_derivative(
             ends = []
             for sign in (1, -1):
                 with _moved(leaves, along, sign * step):
-                    ends.append(float(product()))
+                    ends.append(float(product(gradient())))
             differences.append((ends[0] - ends[1]) / (2 * step))
             if _near(differences[-1], exact):
                 return True
@@ -108,6 +114,11 @@ def _direction(leaf: Tensor, generator: torch.Generator) -> Tensor:
     """A random direction, of the size of the tensor."""
     size = float(leaf.detach().norm()) / max(1, leaf.numel()) ** 0.5 or 1.0
     return size * torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf)
+
+
+def _moving(slope: Tensor | None, along: Tensor) -> Tensor:
+    """A direction without the weights that have no gradient."""
+    return torch.zeros_like(along) if slope is None else torch.where(slope.detach() == 0, 0.0, along)
 
 
 def _near(one: float, other: float) -> bool:

@@ -117,6 +117,17 @@ class Tied(nn.Module):
         return self.head(self.second(self.first(inputs).tanh()).tanh())
 
 
+class Padded(nn.Module):
+    """Mean embeddings. The row of the padding counts, but has no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(2, 4, padding_idx=0), nn.Linear(4, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(self.embed((inputs > 0).long()).mean(1).tanh())
+
+
 NETS: dict[str, Callable[[], nn.Module]] = {
     "dropout": lambda: layers(nn.Dropout(0.3)),
     "batch norm": lambda: layers(nn.BatchNorm1d(6)),
@@ -127,6 +138,7 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "attention": Attention,
     "recurrent": Recurrent,
     "tied, frozen and unused weights": Tied,
+    "padding": Padded,
 }
 
 
