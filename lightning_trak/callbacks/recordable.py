@@ -11,6 +11,7 @@ from lightning.pytorch.plugins.precision import DoublePrecision, Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
@@ -81,12 +82,18 @@ def require_same_batches(trainer: Trainer, module: LightningModule, loader: Data
 
 
 def require_real(module: LightningModule) -> None:
-    """Refuse parameters that are not of real numbers in float32 or in float64, or that have hooks."""
+    """Refuse parameters that are not of real numbers in float32 or in float64, or that have hooks or no shape yet."""
     hooked = [name for name, parameter in named_parameters(module).items() if has_gradient_hooks(parameter)]
     if hooked:
         raise ValueError(
             f'TrainingRecorder cannot record this run: the parameter "{hooked[0]}" has a gradient hook, which a'
             " repeated step would not call; remove it"
+        )
+    lazy = [name for name, parameter in named_parameters(module).items() if is_lazy(parameter)]
+    if lazy:
+        raise ValueError(
+            f'TrainingRecorder cannot record this run: the parameter "{lazy[0]}" of a lazy layer has no shape yet; call'
+            " the module with a batch before training, which gives it one"
         )
     dtypes = {parameter.dtype for parameter in module.parameters() if parameter.requires_grad}
     if len(dtypes) != 1 or not dtypes <= {torch.float32, torch.float64}:

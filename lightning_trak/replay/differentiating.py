@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
@@ -273,7 +274,24 @@ class Differentiated:
                 after = player.state if after is None else after
                 made = played.pop(step)
                 step_back = self._reverse.step if self._average is None else self._average.step
-                yield from step_back(made, after, blocks)
+                with _twice():
+                    found = step_back(made, after, blocks)
+                yield from found
                 after = made.before
                 bar.update()
         bar.close()
+
+
+@contextmanager
+def _twice() -> Iterator[None]:
+    """Explain PyTorch's error about an operation of the model that has no second derivative."""
+    try:
+        yield
+    except RuntimeError as error:  # NotImplementedError is one
+        if "derivative for" not in str(error):
+            raise
+        raise ReplayError(
+            f"a step of training is differentiated through its gradient, and PyTorch cannot: {error} Train with another"
+            " operation (of nn.EmbeddingBag: nn.Embedding and a sum), or use a method that differentiates once, such as"
+            " TRAK"
+        ) from error

@@ -272,6 +272,7 @@ def foreign(module: Net) -> Any:
         (AugmentsOnTheDevice, {}, "on_after_batch_transfer draws random numbers.*augment in training_step"),
         (Half, {"precision": "32-true"}, "got torch.bfloat16"),
         (Hooked, {}, "net.0.weight.* has a gradient hook"),
+        (lambda: Net(lambda: nn.LazyLinear(3)), {}, "net.weight.* of a lazy layer has no shape yet"),
         (Net, {"precision": "bf16-mixed"}, "precision 'bf16-mixed' rounds"),
         (Net, {"precision": "bf16-true"}, "precision 'bf16-true' rounds"),
         (Net, {"overfit_batches": 2}, "made a new loader"),

@@ -263,6 +263,17 @@ def test_which_layers_take_many_targets_at_once(net: str, tmp_path: Path, monkey
     assert found[0] or net == "functional"  # of which some versions of torch have a wrong second derivative
 
 
+def test_operations_without_a_second_derivative_are_named(tmp_path: Path) -> None:
+    class Bag(nn.EmbeddingBag):
+        def forward(self, inputs: Tensor) -> Tensor:
+            return super().forward((inputs > 0).long())
+
+    module = Net(lambda: Bag(2, 3))
+    trainer = train(module, DATA, tmp_path)
+    with pytest.raises(ReplayError, match=r"PyTorch cannot: the derivative for '_embedding_bag_backward' is not"):
+        attribute(module, tmp_path, trainer)
+
+
 @pytest.mark.parametrize("shape", [(3, 4), (3, 4, 5), (3, 4, 2, 3)])
 def test_group_norm_is_torchs(shape: tuple[int, ...]) -> None:
     inputs, weight, bias = torch.randn(shape).double(), torch.randn(4).double(), torch.randn(4).double()
