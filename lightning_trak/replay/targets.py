@@ -14,6 +14,7 @@ from torch.backends import cudnn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 
+from lightning_trak.compatibility import BatchNorm
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.evaluating import exact_attention, unchanged
 from lightning_trak.replay.group_norm import PlainGroupNorm
@@ -70,7 +71,15 @@ def targets_alone(
         targets: the loader of the targets.
         datamodule: the data module that gave it, if there is one.
         numbers: which targets; default: all.
+
+    Raises:
+        ValueError: if batch normalization makes the outputs of a batch depend on each other in eval mode, too.
     """
+    if any(isinstance(part, BatchNorm) and part.running_mean is None for part in player.module.modules()):
+        raise ValueError(
+            f"{type(player.module).__name__} has no output for one target alone, since batch normalization without"
+            " running statistics needs the rest of the batch; use track_running_stats=True or another normalization"
+        )
     numbers = range(num_examples(targets)) if numbers is None else numbers
     return player.moved(load(targets, [[number] for number in numbers]), datamodule)
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils.data import TensorDataset
 
 from lightning_trak import Metagradient
@@ -100,3 +101,10 @@ def test_without_the_training_losses_it_is_refused(recorded):
     direction = DirectionOutput("net.2", torch.ones(3), forward=lambda module, batch: module(batch[0]))
     with pytest.raises(TypeError, match=r"DirectionOutput is an output of targets alone.*losses="):
         attribute(recorded, output=direction)
+
+
+def test_a_target_needs_no_other_targets(tmp_path):
+    module = Tagger(lambda: nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3, track_running_stats=False)))
+    trainer = train(module, TAGGED, tmp_path)
+    with pytest.raises(ValueError, match=r"Tagger has no output for one target alone.*track_running_stats=True"):
+        attribute((module, tmp_path, trainer))
