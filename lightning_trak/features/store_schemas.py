@@ -60,7 +60,8 @@ KIND = DirectoryKind(
     files=(
         r"engine-[0-9a-f]{16}\.json",
         r"examples\.safetensors",
-        r"checkpoint-[^/]{1,16}/(shard-\d{5,}|context|projection|gram-(gauss_newton|identity)|kernel(-\d{5,})?)\.safetensors",
+        r"checkpoint-[^/]{1,16}/(shard-\d{5,}|context|projection|residuals)\.safetensors",
+        r"checkpoint-[^/]{1,16}/(gram-(gauss_newton|identity)|kernel(-\d{5,})?)\.safetensors",
     ),
     readers="readers.lock",
 )
