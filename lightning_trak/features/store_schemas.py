@@ -3,6 +3,7 @@
 from typing import Any
 
 from lightning_trak.features.dtypes import NAMES
+from lightning_trak.features.engines import ENGINES
 from lightning_trak.storage import schemas
 from lightning_trak.storage.manifests import DirectoryKind
 
@@ -79,7 +80,6 @@ SHARD_HEADER = {
     "rounding_error": schemas.number(0, 1e3),
     "skipped": schemas.items(schemas.integer(0, _MAX_SIZE)),
 }
-ENGINES = ("hooks", "functional", "loop")
 ENGINE = schemas.record(
     {
         "engine": schemas.one_of(*ENGINES),
