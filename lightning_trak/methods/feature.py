@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import Unpack, override
 
 from lightning_trak.checkpoints.of_model import checkpoints_of
-from lightning_trak.checkpoints.reading import masks_of
+from lightning_trak.checkpoints.reading import CheckpointsLike, masks_of
 from lightning_trak.compatibility import original_module
 from lightning_trak.features.dtypes import Dtype, feature_dtype
 from lightning_trak.features.engines import EngineName
@@ -24,7 +24,6 @@ from lightning_trak.features.rows import Features
 from lightning_trak.features.settings import FeatureSettings
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.gradients import ParameterSelection
-from lightning_trak.methods.options import Checkpoints
 from lightning_trak.methods.scored import ScoredMethod
 from lightning_trak.methods.token_scores import TokenMethod
 from lightning_trak.outputs import ModelOutput
@@ -61,7 +60,7 @@ class FeatureMethod(ScoredMethod, TokenMethod):
     def __init__(
         self,
         model: nn.Module,
-        checkpoints: Checkpoints | None = None,
+        checkpoints: CheckpointsLike | None = None,
         store: str | Path | None = None,
         *,
         output: ModelOutput | None = None,
