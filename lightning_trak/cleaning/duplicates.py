@@ -93,7 +93,7 @@ def near_duplicates(
     num_checkpoints: int,
     threshold: float,
     device: torch.device,
-    ranks: Ranks = Ranks(),  # noqa: B008
+    ranks: Ranks = Ranks(),
 ) -> tuple[Tensor, Tensor]:
     """Groups of examples with vectors in nearly the same direction.
 

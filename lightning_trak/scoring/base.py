@@ -31,7 +31,7 @@ class Scorer(ABC):
         self.store = store
         self._device = torch.device("cpu")
 
-    def fit(self, device: torch.device, ranks: Ranks = Ranks()) -> None:  # noqa: ARG002, B008
+    def fit(self, device: torch.device, ranks: Ranks = Ranks()) -> None:  # noqa: ARG002
         """Get ready to score.
 
         Args:
@@ -86,7 +86,7 @@ class Scorer(ABC):
         directions: Sequence[Tensor],
         top_k: int | None = None,
         largest: bool | None = None,
-        ranks: Ranks = Ranks(),  # noqa: B008
+        ranks: Ranks = Ranks(),
         columns: Sums | None = None,
     ) -> Scores:
         """Scores against the whole training set.
@@ -117,7 +117,7 @@ class Scorer(ABC):
         count: int,
         top_k: int | None = None,
         largest: bool | None = None,
-        ranks: Ranks = Ranks(),  # noqa: B008
+        ranks: Ranks = Ranks(),
         columns: Sums | None = None,
     ) -> Scores:
         """Scores against examples that are not in the store, as if they were added to the training set.
@@ -142,7 +142,7 @@ class Scorer(ABC):
         blocks = self._blocks_of_others(prepared, others, ranks)
         return collect(blocks, directions[0], count, top_k, largest, ranks, columns)
 
-    def self_scores(self, ranks: Ranks = Ranks()) -> Tensor:  # noqa: B008
+    def self_scores(self, ranks: Ranks = Ranks()) -> Tensor:
         """The score of each training example at itself.
 
         It is the diagonal of the scores whose targets are the training set; that matrix is never formed.

@@ -61,7 +61,7 @@ class DualScorer(TRAKScorer):
         directions: Sequence[Tensor],
         top_k: int | None = None,
         largest: bool | None = None,
-        ranks: Ranks = Ranks(),  # noqa: B008
+        ranks: Ranks = Ranks(),
         columns: Sums | None = None,
     ) -> Scores:
         """See :meth:`Scorer.score`."""

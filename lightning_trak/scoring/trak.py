@@ -94,7 +94,7 @@ class TRAKScorer(Scorer):
         self._systems: dict[int, tuple[System, float]] = {}  # with their dampings, of as many checkpoints as fit
         self._keeps = True  # until a matrix cannot be written
 
-    def fit(self, device: torch.device, ranks: Ranks = Ranks()) -> None:  # noqa: B008
+    def fit(self, device: torch.device, ranks: Ranks = Ranks()) -> None:
         """Make and factor the matrices.
 
         Args:
@@ -137,7 +137,7 @@ class TRAKScorer(Scorer):
         seen[curved.skipped] = False
         return dispersion(torch.cat(found)[seen])
 
-    def _system(self, checkpoint: int, ranks: Ranks = Ranks()) -> tuple[System, float]:  # noqa: B008
+    def _system(self, checkpoint: int, ranks: Ranks = Ranks()) -> tuple[System, float]:
         """The factored matrix of a checkpoint, and its damping. It is made again if others have taken its place."""
         if checkpoint not in self._systems:
             while len(self._systems) >= max(1, _SYSTEM_BYTES // (8 * self.num_rows**2)):

@@ -41,7 +41,7 @@ def by_all_pairs(matrices, threshold):
     return firsts, torch.where(alike, cosines, 0.0).amax(1)
 
 
-def find(matrices, step, threshold, ranks=Ranks()):  # noqa: B008
+def find(matrices, step, threshold, ranks=Ranks()):
     read = lambda checkpoint, span: matrices[checkpoint][span.start : span.stop]  # noqa: E731
     return near_duplicates(read, spans(len(matrices[0]), step), len(matrices), threshold, CPU, ranks)
 
