@@ -137,7 +137,7 @@ class FeatureBuffer:
         self._places = places
         self._copies: list[list[tuple[Tensor, HostCopy]]] = [[] for _ in places]
 
-    def add(self, checkpoint: int, number: int, positions: Tensor, rows: Features, engine: str) -> bool:  # noqa: ARG002, D102
+    def add(self, checkpoint: int, number: int, positions: Tensor, rows: Features, engine: str) -> bool:  # noqa: D102
         self._copies[checkpoint].append((positions, HostCopy.start(rows)))
         return True
 

@@ -95,7 +95,7 @@ class Int8(Quantizer):
         units = torch.where(largest > 0, scales, 1.0).unsqueeze(1)
         return Quantized((rows / units).round_().clamp_(-127, 127).to(torch.int8), scales)
 
-    def dequantize(self, quantized: Quantized, k: int) -> Tensor:  # noqa: ARG002, D102
+    def dequantize(self, quantized: Quantized, k: int) -> Tensor:  # noqa: D102
         return quantized.codes.to(torch.float32).mul_(quantized.scales.unsqueeze(1))
 
 

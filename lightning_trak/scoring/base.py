@@ -31,7 +31,7 @@ class Scorer(ABC):
         self.store = store
         self._device = torch.device("cpu")
 
-    def fit(self, device: torch.device, ranks: Ranks = Ranks()) -> None:  # noqa: ARG002
+    def fit(self, device: torch.device, ranks: Ranks = Ranks()) -> None:
         """Get ready to score.
 
         Args:
@@ -57,7 +57,7 @@ class Scorer(ABC):
         The features of the rows are on the device of :meth:`fit` and in the precision of the directions.
         """
 
-    def finish(self, sums: Tensor, loss_gradients: Callable[[], Tensor]) -> Tensor:  # noqa: ARG002
+    def finish(self, sums: Tensor, loss_gradients: Callable[[], Tensor]) -> Tensor:
         """Turn sums over checkpoints into scores; by default they are the scores.
 
         Args:
@@ -219,7 +219,7 @@ class Scorer(ABC):
         assert total is not None
         return self.finish(total, self._loss_gradients_of(shard))
 
-    def own_products(self, checkpoint: int, shards: Sequence[int], ranks: Ranks) -> Iterator[Tensor]:  # noqa: ARG002
+    def own_products(self, checkpoint: int, shards: Sequence[int], ranks: Ranks) -> Iterator[Tensor]:
         """d_m(i) . phi_m(i) w_m(i) of the training examples of some shards, before :meth:`finish`.
 
         Args:
@@ -235,11 +235,11 @@ class Scorer(ABC):
 
     # Parts of these.
 
-    def prepare_others(self, directions: Sequence[Tensor], ranks: Ranks) -> Sequence[Any]:  # noqa: ARG002
+    def prepare_others(self, directions: Sequence[Tensor], ranks: Ranks) -> Sequence[Any]:
         """What :meth:`products_with_others` needs of the targets, for each checkpoint. Default: their directions."""
         return directions
 
-    def products_with_others(self, checkpoint: int, prepared: Any, features: Tensor) -> Tensor:  # noqa: ARG002
+    def products_with_others(self, checkpoint: int, prepared: Any, features: Tensor) -> Tensor:
         """d_m(x) . phi of features that need not be in the store, before :meth:`weights` and :meth:`finish`.
 
         Args:
@@ -252,7 +252,7 @@ class Scorer(ABC):
         """
         return prepared @ self._working(features).to(prepared).T  # type: ignore[no-any-return]
 
-    def paired(self, checkpoint: int, first: Tensor, second: Tensor) -> Tensor:  # noqa: ARG002
+    def paired(self, checkpoint: int, first: Tensor, second: Tensor) -> Tensor:
         """Inner products of two sets of features, row by row: both ``(n, k)``, the result float64 ``(n,)``."""
         return (first.to(second) * second).sum(1, dtype=torch.float64)
 

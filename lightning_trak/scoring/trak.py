@@ -223,7 +223,7 @@ class TRAKScorer(Scorer):
         """Preconditioned features, see :meth:`precondition`."""
         return self.precondition(checkpoint, targets.features)
 
-    def weights(self, checkpoint: int, rows: Features | StoredFeatures) -> Tensor | None:  # noqa: ARG002
+    def weights(self, checkpoint: int, rows: Features | StoredFeatures) -> Tensor | None:
         """Q, or None if the average of Q is multiplied later, by :meth:`finish`."""
         if self.loss_gradients == "averaged":
             return None

@@ -300,10 +300,10 @@ class HookEngine(GradientEngine):
                 stack.callback(module.register_forward_hook(self._thaw, always_call=True).remove)
             yield
 
-    def _freeze(self, module: nn.Module, args: Any) -> None:  # noqa: ARG002
+    def _freeze(self, module: nn.Module, args: Any) -> None:
         self._require_grad(module, False)
 
-    def _thaw(self, module: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG002
+    def _thaw(self, module: nn.Module, args: Any, output: Any) -> None:
         self._require_grad(module, True)
 
     def _require_grad(self, module: nn.Module, requires: bool) -> None:

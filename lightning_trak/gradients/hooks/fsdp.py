@@ -48,7 +48,7 @@ class ShardedHookEngine(HookEngine):
         with exact_attention(), torch.autocast(device, self.autocast, enabled=self.autocast is not None):
             yield
 
-    def _shapes(self, batch: ExampleBatch) -> Shapes:  # noqa: ARG002
+    def _shapes(self, batch: ExampleBatch) -> Shapes:
         """One key for all batches. Shared outputs are found once, in the first :meth:`check`, on the same examples."""
         return ()
 
@@ -60,7 +60,7 @@ class ShardedHookEngine(HookEngine):
         yield
 
     @contextmanager
-    def _differentiating(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:  # noqa: ARG002
+    def _differentiating(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
         yield
 
     def _on_any_rank(self, needed: bool) -> bool:
