@@ -12,7 +12,7 @@ from lightning_trak.packages import is_a, overrides
 from lightning_trak.running.annotated import AnnotatedBatch
 from lightning_trak.running.singles import Singles
 
-_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
 
 class TransferHooks:
@@ -47,7 +47,7 @@ class TransferHooks:
 
     def overridden(self) -> list[str]:
         """The hooks that are the user's own, each with its class."""
-        owners = {hook: self._owner(hook) for hook in _HOOKS}
+        owners = {hook: self._owner(hook) for hook in TRANSFER_HOOKS}
         return [
             f"{type(owner).__name__}.{hook}"
             for hook, owner in owners.items()
