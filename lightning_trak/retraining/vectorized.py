@@ -38,7 +38,7 @@ from lightning_trak.retraining.stacked_optimizers import (
 from lightning_trak.retraining.training import FactoryError
 from lightning_trak.running.random_states import isolated_random_states
 from lightning_trak.running.training_step import set_place, training_loss, without_trainer
-from lightning_trak.texts.messages import listed
+from lightning_trak.texts.messages import in_one_line, listed
 
 
 class _Call(nn.Module):
@@ -111,7 +111,7 @@ class StackedModules:
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:  # vmap cannot branch on values, and lacks some operations
-                reason = f"{type(error).__name__}: {error}".splitlines()[0][:200].rstrip(".")
+                reason = in_one_line(error).rstrip(".")
                 raise FactoryError(
                     f"torch.func.vmap cannot run many {type(self.stacked).__name__} at once: {reason}. Train them one"
                     " at a time (leave together= out)"
