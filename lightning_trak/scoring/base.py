@@ -204,16 +204,14 @@ class Scorer(ABC):
         Args:
             directions: of the targets, ``(num_targets, k)`` for each checkpoint.
             shard: which shard.
-            rows: yields its rows at each checkpoint, on the directions' device.
+            rows: yields its rows at each checkpoint, on the directions' device, and then those of other shards.
 
         Returns:
             Shape ``(num_targets, len(examples))``.
         """
         total: Tensor | None = None
-        for checkpoint, (direction, stored) in enumerate(
-            zip(directions, rows, strict=False)
-        ):  # rows of other shards follow
-            products = [self._product(checkpoint, direction, part) for part in stored.blocks()]
+        for checkpoint, direction in enumerate(directions):
+            products = [self._product(checkpoint, direction, part) for part in next(rows).blocks()]
             product = products[0] if len(products) == 1 else torch.cat(products, 1)
             total = product if total is None else total.add_(product)
         assert total is not None
