@@ -97,16 +97,14 @@ class ScoredMethod(Method):
             raise ValueError(f"attribute takes one set of targets, got {count} loaders; use score for several")
         asked: Any = dict(question)
         candidates = asked.pop("candidates", None)
-        if asked or interval is not None:  # refused before the features are made
-            target_output(asked.get("output"), self.output)
-            columns = Examples(train if candidates is None else candidates, "fit", trainer)
-            train_columns(None, asked.get("train_groups"), len(columns))
-            (rows,) = target_rows(question, [len(Examples(targets, "predict", trainer))])
-            require_interval(interval, rows)
+        # What cannot be answered is refused before the features are made.
+        target_output(asked.get("output"), self.output)
+        columns = Examples(train if candidates is None else candidates, "fit", trainer)
+        train_columns(None, asked.get("train_groups"), len(columns))
+        (rows,) = target_rows(question, [len(Examples(targets, "predict", trainer))])
+        require_interval(interval, rows)
         self.featurize(trainer, train)
         found = self.score(trainer, targets, top_k, largest, train=candidates, interval=interval, **asked)
-        if isinstance(found, list):
-            raise ValueError(f"attribute takes one set of targets, got {len(found)} loaders; use score for several")
         return cast("Scores | Interval", found)
 
     @overload
