@@ -44,8 +44,10 @@ def has_derivative(
     """Whether autograd's derivative of a gradient is that of its differences, in float64.
 
     The gradient is that of a scalar by some parameters. Its derivative by these parameters, and by another variable, is
-    compared along one random direction, as an inner product with a random vector. A gradient with jumps, or one that
-    cannot be computed in float64, has no differences to compare with; it passes.
+    compared along one random direction, as an inner product with a random vector. Weights whose gradient is exactly
+    zero stay where they are, since training does not move them either: the row of ``nn.Embedding(padding_idx=)`` is
+    read, but has no gradient. A gradient with jumps, or one that cannot be computed in float64, has no differences to
+    compare with; it passes.
 
     Args:
         module: the module. A copy of it is used.
@@ -96,13 +98,16 @@ class _Gradient:
         self._variable = variable.detach().double().requires_grad_()
         self._leaves = [self._variable, *(self._by if by_parameters else ())]
         generator = torch.Generator().manual_seed(0)
-        self._along = [_direction(leaf, generator) for leaf in self._leaves]
         self._vectors = [torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p) for p in self._by]
+        self._along = [_direction(leaf, generator) for leaf in self._leaves]
         self._buffers = [(buffer, buffer.clone()) for buffer in self._module.buffers()]
 
     def derivative(self) -> float:
-        """Autograd's derivative of the inner product along the direction."""
-        product = self._product(create_graph=True)
+        """Autograd's derivative of the inner product along the direction, which loses weights without a gradient."""
+        slopes = self._slopes(create_graph=True)
+        if len(self._along) > 1:
+            self._along[1:] = [_moving(slope, way) for slope, way in zip(slopes, self._along[1:], strict=True)]
+        product = self._product(slopes)
         if not product.requires_grad:
             return 0.0
         found = torch.autograd.grad(product, self._leaves, allow_unused=True)
@@ -113,16 +118,19 @@ class _Gradient:
         ends = []
         for sign in (1, -1):
             with _moved(self._leaves, self._along, sign * step):
-                ends.append(float(self._product()))
+                ends.append(float(self._product(self._slopes())))
         return (ends[0] - ends[1]) / (2 * step)
 
-    def _product(self, create_graph: bool = False) -> Tensor:
+    def _slopes(self, create_graph: bool = False) -> tuple[Tensor | None, ...]:
         with torch.no_grad():
             for buffer, before in self._buffers:
                 buffer.copy_(before)
         with self._precision.active(), isolated_random_states(), unchanged(self._module), torch.enable_grad():
             value = self._scalar(self._module, self._variable)
-            slopes = torch.autograd.grad(value, self._by, create_graph=create_graph, allow_unused=True)
+            return torch.autograd.grad(value, self._by, create_graph=create_graph, allow_unused=True)
+
+    def _product(self, slopes: Sequence[Tensor | None]) -> Tensor:
+        with torch.enable_grad():
             pairs = zip(slopes, self._vectors, strict=True)
             terms = [(slope * vector).sum() for slope, vector in pairs if slope is not None]
             return torch.stack(terms).sum() if terms else self._variable.new_zeros(())
@@ -132,6 +140,11 @@ def _direction(leaf: Tensor, generator: torch.Generator) -> Tensor:
     """A random direction, of the size of the tensor."""
     size = float(leaf.detach().norm()) / max(1, leaf.numel()) ** 0.5 or 1.0
     return size * torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf)
+
+
+def _moving(slope: Tensor | None, along: Tensor) -> Tensor:
+    """A direction without the weights that have no gradient."""
+    return torch.zeros_like(along) if slope is None else torch.where(slope.detach() == 0, 0.0, along)
 
 
 def _near(one: float, other: float) -> bool:
