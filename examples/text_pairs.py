@@ -29,7 +29,7 @@ from lightning_trak.retraining import RetrainingFleet, random_subsets
 class LitPairs(AttributionMixin, L.LightningModule):
     """A Hugging Face encoder that classifies pairs of texts."""
 
-    def __init__(self, pretrained: str | None, vocab_size: int, lr: float) -> None:  # noqa: ARG002
+    def __init__(self, pretrained: str | None, vocab_size: int, lr: float) -> None:
         super().__init__()
         self.save_hyperparameters()
         if pretrained is None:

@@ -161,7 +161,7 @@ class FabricSnapshots:
     ) -> None:
         self.close()
 
-    def _count(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa: ARG002
+    def _count(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Count a step, and note its learning rates. A scheduler may change them before the snapshot is taken."""
         self._step += 1
         number = next(number for number, own in enumerate(self._optimizers) if own is optimizer)

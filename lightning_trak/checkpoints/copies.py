@@ -1,7 +1,7 @@
 """Copies of the user's module, and loading weights into them. All work is done on such copies."""
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.jit import ScriptModule
 from torch.nn.parameter import is_lazy
 
+from lightning_trak.checkpoints.base import Checkpoint
 from lightning_trak.checkpoints.digests import frozen_digest
 from lightning_trak.checkpoints.names import all_tensors, canonical_name
 from lightning_trak.checkpoints.weights import is_extra_state
@@ -276,6 +277,22 @@ class Original:
                 original = tensor.detach()
                 # This rank's part of a sharded tensor is small, so it stays on the device.
                 self._kept[name] = original.clone() if is_sharded(original) else original.to("cpu", copy=True)
+
+
+def load_each(module: nn.Module, checkpoints: Sequence[Checkpoint]) -> Iterator[Checkpoint]:
+    """Load one checkpoint after another, and yield each when the module has its weights.
+
+    Args:
+        module: a copy of the user's module that has not been changed yet.
+        checkpoints: the checkpoints.
+
+    Raises:
+        ValueError: if the weights do not fit the module, or it has other frozen parameters.
+    """
+    original = Original(module, partial=any(checkpoint.frozen is not None for checkpoint in checkpoints))
+    for checkpoint in checkpoints:
+        original.load(checkpoint.load(), checkpoint.name, checkpoint.frozen)
+        yield checkpoint
 
 
 def _plain_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:

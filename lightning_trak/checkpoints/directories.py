@@ -9,6 +9,7 @@ from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_trak.checkpoints.base import Checkpoint, CheckpointFormat
 from lightning_trak.checkpoints.formats import load_torch, read_torch, state_dict
@@ -46,12 +47,14 @@ class CheckpointDirectory(CheckpointFormat):
     """
 
     @classmethod
-    def recognizes(cls, location: str) -> bool:  # noqa: D102
+    @override
+    def recognizes(cls, location: str) -> bool:
         filesystem, path = locate(location)
         return bool(filesystem.isdir(path)) and MANIFEST not in _Directory.read(location).names
 
     @classmethod
-    def find(cls, location: str, weights_only: bool) -> list[Checkpoint]:  # noqa: D102
+    @override
+    def find(cls, location: str, weights_only: bool) -> list[Checkpoint]:
         found = _Directory.read(location)
         kinds: dict[str, tuple[list[str], Callable[[], list[Checkpoint]]]] = {
             "of ModelCheckpoint": (found.ending(".ckpt"), partial(_lightning, found, weights_only)),

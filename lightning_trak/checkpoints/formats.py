@@ -15,6 +15,7 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 from lightning_utilities.core.rank_zero import WarningCache
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_trak.checkpoints.base import Checkpoint, CheckpointFormat
 from lightning_trak.checkpoints.series import SnapshotSeries
@@ -28,12 +29,14 @@ class SnapshotDirectory(CheckpointFormat):
     """A directory that :class:`~lightning_trak.TRAKCallback` has written: all its snapshots."""
 
     @classmethod
-    def recognizes(cls, location: str) -> bool:  # noqa: D102
+    @override
+    def recognizes(cls, location: str) -> bool:
         del location
         return True  # this format is asked last
 
     @classmethod
-    def find(cls, location: str, weights_only: bool) -> list[Checkpoint]:  # noqa: D102
+    @override
+    def find(cls, location: str, weights_only: bool) -> list[Checkpoint]:
         del weights_only
         series = SnapshotSeries(location)
         snapshots = series.read().snapshots
@@ -59,11 +62,13 @@ class SafetensorsFile(CheckpointFormat):
     """A ``.safetensors`` file. One that a fleet has written says which training examples its model has seen."""
 
     @classmethod
-    def recognizes(cls, location: str) -> bool:  # noqa: D102
+    @override
+    def recognizes(cls, location: str) -> bool:
         return _is_file(location, ".safetensors")
 
     @classmethod
-    def find(cls, location: str, weights_only: bool) -> list[Checkpoint]:  # noqa: D102
+    @override
+    def find(cls, location: str, weights_only: bool) -> list[Checkpoint]:
         del weights_only
         filesystem, path = locate(location)
 
@@ -78,11 +83,13 @@ class TorchFile(CheckpointFormat):
     """A Lightning ``.ckpt`` file, or a file of ``torch.save``: its ``"state_dict"`` if it has one, else all of it."""
 
     @classmethod
-    def recognizes(cls, location: str) -> bool:  # noqa: D102
+    @override
+    def recognizes(cls, location: str) -> bool:
         return _is_file(location, ".ckpt", ".pt", ".pth", ".bin")
 
     @classmethod
-    def find(cls, location: str, weights_only: bool) -> list[Checkpoint]:  # noqa: D102
+    @override
+    def find(cls, location: str, weights_only: bool) -> list[Checkpoint]:
         filesystem, path = locate(location)
         return [Checkpoint(PurePosixPath(path).name, partial(read_torch, filesystem, path, location, weights_only))]
 

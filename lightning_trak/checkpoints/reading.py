@@ -14,7 +14,7 @@ from lightning_trak.checkpoints.base import Checkpoint, CheckpointFormat
 from lightning_trak.checkpoints.formats import state_dict
 
 CheckpointSource = str | os.PathLike[str] | Mapping[str, Tensor]
-CheckpointsLike = CheckpointSource | Sequence[CheckpointSource]
+CheckpointsLike = Sequence[CheckpointSource] | CheckpointSource  # in this order a command line can tell them apart
 
 
 def resolve_checkpoints(checkpoints: CheckpointsLike, weights_only: bool = True) -> list[Checkpoint]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lightning_trak.checkpoints.subsets import TrainingSubset
 from lightning_trak.compatibility import EXTRA_STATE, is_traceable_wrapper_subclass
-from lightning_trak.storage.files import tensor_digest, write_atomically
+from lightning_trak.storage.files import all_tensors, tensor_digest, write_atomically
 from lightning_trak.storage.locations import locate, require_regular
 
 _HEADER = "lightning_trak"
@@ -133,7 +133,7 @@ def read_safetensors(
             with open(path, "rb") as opened:  # safetensors would say "no such file" if reading is not permitted
                 _require_size(os.fstat(opened.fileno()).st_size, size, location)
             with safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                tensors = all_tensors(file)
                 metadata = file.metadata() or {}
         else:
             content = filesystem.cat_file(path)

@@ -74,7 +74,7 @@ def duplicates(
             )
         method.featurize(trainer, train)
         store = method.open_store(trainer)
-        vectors, spans, count = _stored(store, device), _shards(store), store.num_checkpoints
+        (vectors, spans), count = _stored(store, device), store.num_checkpoints
     elif isinstance(method, RepresentationMethod):
         matrices = [found for (found,) in method.represent(trainer, examples)]
         vectors, count = (lambda checkpoint, span: matrices[checkpoint][span.start : span.stop]), len(matrices)
@@ -93,7 +93,7 @@ def near_duplicates(
     num_checkpoints: int,
     threshold: float,
     device: torch.device,
-    ranks: Ranks = Ranks(),  # noqa: B008
+    ranks: Ranks = Ranks(),
 ) -> tuple[Tensor, Tensor]:
     """Groups of examples with vectors in nearly the same direction.
 
@@ -163,22 +163,18 @@ def _unit(vectors: Tensor, device: torch.device) -> Tensor:
     return torch.where(norms > 0, scaled / norms, 0.0).float()
 
 
-def _stored(store: FeatureStore, device: torch.device) -> Vectors:
-    """The features in a store."""
+def _stored(store: FeatureStore, device: torch.device) -> tuple[Vectors, list[range]]:
+    """The features in a store, and blocks of its examples, none of which is in two shards."""
+    k = store.read_stored(0, 0).k
+    shards = {span: shard for shard in range(store.num_shards) for span in _cut(store.shard(shard), k)}
 
     def read(checkpoint: int, span: range) -> Tensor:
-        shard = span.start // store.shard_size
+        shard = shards[span]
         start = store.shard(shard).start
         rows = store.read_stored(checkpoint, shard)[span.start - start : span.stop - start]
         return rows.moved(lambda tensor: tensor.to(device)).decode().features
 
-    return read
-
-
-def _shards(store: FeatureStore) -> list[range]:
-    """Blocks of the examples of a store, none of which is in two shards."""
-    k = store.read_stored(0, 0).k
-    return [span for shard in range(store.num_shards) for span in _cut(store.shard(shard), k)]
+    return read, list(shards)
 
 
 def _cut(examples: range, k: int) -> list[range]:

@@ -15,7 +15,7 @@ from lightning_trak.gradients import (
 )
 from lightning_trak.gradients.base import EngineError
 from lightning_trak.gradients.batch import ExampleBatch
-from lightning_trak.texts.messages import with_reasons
+from lightning_trak.texts.messages import in_one_line, with_reasons
 
 EngineName = Literal["auto", "functional", "hooks", "loop"]
 # From the fastest to the most general.
@@ -75,7 +75,7 @@ def _checked_hooks(
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:  # an error of the model itself comes again with the next engine
-            return None, f"hooks fail on the first examples: {error}".splitlines()[0][:200]
+            return None, f"hooks fail on the first examples: {in_one_line(error)}"
     if wrong:
         return None, with_reasons(wrong)
     return engine, report

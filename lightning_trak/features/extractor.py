@@ -154,7 +154,13 @@ class FeatureExtractor:
         audit = Audit(engine, self._reference(engine.autocast), self.projection.sketch, self.model.original)
         for number, twice in audited.items():
             single = None if twice is None else ExampleBatch(twice, 2, self.layout).take([0])
-            audit(batch, number, sketches, outputs, names[number], single)
+            audit(*self._compared(batch, number, sketches, outputs), names[number], single)
+
+    def _compared(
+        self, batch: ExampleBatch, number: int, sketches: Tensor, outputs: Tensor
+    ) -> tuple[ExampleBatch, int, Tensor, Tensor]:
+        """What :class:`Audit` takes for one example: a batch, the example's number in it, features and outputs."""
+        return batch, number, sketches, outputs
 
     def _projected(self, batch: ExampleBatch, projection: BoundProjection) -> tuple[GradientEngine, Tensor, Tensor]:
         """The engine that was used, and the examples' projected gradients and outputs."""

@@ -134,13 +134,23 @@ class ExtractorModule(PredictModule):
         extractor = self._extractor = self._new_extractor(model, self._engine, self._bind(checkpoint))
         if self.settings.projection.sample_size:
             self._enter_projection(checkpoint, made)
-        if self._train_loader is None:
-            if first:
-                require_same_outputs(extractor, self._store, checkpoint)
-            if asked is not model:
-                engine = make_engine(cast(EngineName, self.engine_name), asked, self._autocast)
-                self._extractor = self._new_extractor(asked, engine, extractor.projection)
+        if self._train_loader is not None:
+            self._begin_shards(extractor, checkpoint, made)
             return
+        if first:
+            require_same_outputs(extractor, self._store, checkpoint)
+        if asked is not model:
+            engine = make_engine(cast(EngineName, self.engine_name), asked, self._autocast)
+            self._extractor = self._new_extractor(asked, engine, extractor.projection)
+
+    def _begin_shards(self, extractor: FeatureExtractor, checkpoint: int, made: dict[str, dict[str, Tensor]]) -> None:
+        """Check the shards that the store has before others are added, and store what was made for the others.
+
+        Args:
+            extractor: the extractor at the checkpoint.
+            checkpoint: the number of the checkpoint.
+            made: extras that the store did not have, by name.
+        """
         if checkpoint in self._begun and self._store.repeatable:
             shard = self._begun[checkpoint]
             require_as_before(extractor, self._store, (checkpoint, shard), *self._first_of(shard), made)

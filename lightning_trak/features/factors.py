@@ -1,6 +1,6 @@
 """Exact gradients in a store: each parameter's in its shortest form."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,7 +11,6 @@ from typing_extensions import override
 
 from lightning_trak.features.extractor import FeatureExtractor
 from lightning_trak.gradients import GradientEngine
-from lightning_trak.gradients.audit import Audit
 from lightning_trak.gradients.batch import ExampleBatch
 from lightning_trak.gradients.hooks.factors import GradientForms, find_forms
 from lightning_trak.projections.base import BoundProjection
@@ -51,18 +50,8 @@ class FactorExtractor(FeatureExtractor):
         return stored, self._forms.collect(engine, batch, stored).to(self._working)
 
     @override
-    def _audit(
-        self,
-        engine: GradientEngine,
-        batch: ExampleBatch,
-        sketches: Tensor,
-        outputs: Tensor,
-        audited: Mapping[int, Any],
-        names: Mapping[int, str],
-    ) -> None:
-        audit = Audit(engine, self._reference(engine.autocast), self.projection, self.model.original)
-        for number, twice in audited.items():
-            pair = [number, (number + 1) % batch.size][: batch.size]  # whole gradients of a batch may not fit in memory
-            single = None if twice is None else ExampleBatch(twice, 2, self.layout).take([0])
-            gradients = self._forms.gradients(sketches[pair])
-            audit(batch.take(pair), 0, gradients, outputs[pair], names[number], single)
+    def _compared(
+        self, batch: ExampleBatch, number: int, sketches: Tensor, outputs: Tensor
+    ) -> tuple[ExampleBatch, int, Tensor, Tensor]:
+        pair = [number, (number + 1) % batch.size][: batch.size]  # whole gradients of a batch may not fit in memory
+        return batch.take(pair), 0, self._forms.gradients(sketches[pair]), outputs[pair]

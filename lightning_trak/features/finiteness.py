@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,6 +58,22 @@ class NotFiniteError(ValueError):
         if reason is None:
             return self
         return NotFiniteError(f"{self}. Example {first}: {reason}", self.positions, self.checkpoint)
+
+
+@contextmanager
+def explaining(model: ModelCopy, loader: DataLoader[Any]) -> Iterator[None]:
+    """Add to a :class:`NotFiniteError` the reason that the model output gives. Not for sharded models.
+
+    Args:
+        model: the model copy.
+        loader: the loader whose dataset holds the examples.
+    """
+    try:
+        yield
+    except NotFiniteError as error:
+        if model.sharded:
+            raise
+        raise error.explained(model, loader) from error
 
 
 def not_finite(rows: Features) -> Tensor:

@@ -1,31 +1,29 @@
-"""Makes features: of training examples in a store, and of targets in memory."""
+"""Makes features of training examples, in a store."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_trak.checkpoints.base import Checkpoint
 from lightning_trak.checkpoints.subsets import require_same_data
 from lightning_trak.checks import positive, require_one_of
-from lightning_trak.features.engines import EngineName, following_engine, make_engine
-from lightning_trak.features.extractor_module import AUDITED_TOGETHER
+from lightning_trak.features.engines import EngineName, make_engine
 from lightning_trak.features.featurizing import OnNan
-from lightning_trak.features.finiteness import NotFiniteError
+from lightning_trak.features.finiteness import explaining
 from lightning_trak.features.fsdp import ANOTHER_STRATEGY, ShardedModelCopy
 from lightning_trak.features.identity import Contents, identity
 from lightning_trak.features.model import ModelCopy
 from lightning_trak.features.precision import precision_of
 from lightning_trak.features.predict import FeaturizeModule
-from lightning_trak.features.rows import Features, in_order
+from lightning_trak.features.refuted import next_engine, refuted_engine
 from lightning_trak.features.settings import FeatureSettings
-from lightning_trak.features.sinks import FeatureBuffer, ShardWriter
+from lightning_trak.features.sinks import ShardWriter
 from lightning_trak.features.skipping import require_finite_or_skipped, require_none_skipped
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.features.work import Samples, default_shard_size, missing_shards, progress
@@ -33,11 +31,10 @@ from lightning_trak.gradients import ParameterSelection
 from lightning_trak.gradients.separable import separable
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.running.annotated import numbered
-from lightning_trak.running.chunks import chunked
 from lightning_trak.running.data import Data, datamodule_of, single_loader
-from lightning_trak.running.loading import batch_size_of, num_examples
+from lightning_trak.running.loading import num_examples
 from lightning_trak.running.parts import Part, share
-from lightning_trak.running.ranges import Range, Stop, batch_ranges, share_out
+from lightning_trak.running.ranges import Range, Stop, share_out
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.running.stopping import Interruption
 from lightning_trak.running.strategies import refuse_spawning, shards_model
@@ -46,7 +43,7 @@ from lightning_trak.texts.printable import counted
 
 
 class FeaturePipeline:
-    """Makes features with ``trainer.predict``.
+    """Makes the features of a store with ``trainer.predict``.
 
     Args:
         model: the trained model, which is never changed.
@@ -60,6 +57,7 @@ class FeaturePipeline:
 
     Attributes:
         settings: how features are made.
+        user: as given.
     """
 
     def __init__(
@@ -80,7 +78,7 @@ class FeaturePipeline:
         self._directory = directory
         self.settings = settings
         self._parameters = parameters
-        self._user = user
+        self.user = user
 
     def copy_model(self, trainer: L.Trainer | None = None, keep: bool = False) -> ModelCopy:
         """Make a copy of the model for differentiation.
@@ -155,7 +153,7 @@ class FeaturePipeline:
             depends_on,
             count,
             shard_size,
-            user=self._user,
+            user=self.user,
             sample=sample,
             overwrite=overwrite,
         )
@@ -188,28 +186,29 @@ class FeaturePipeline:
         while any(missing := missing_shards(store, extras, part)):
             jobs, stop = self._shard_jobs(missing, store), Stop()
             interruption = Interruption(stop)
-            with _explaining(model, loader), ShardWriter(store, on_nan == "skip", stop) as writer:
+            with explaining(model, loader), ShardWriter(store, on_nan == "skip", stop) as writer:
                 module = FeaturizeModule.of(trainer)(
                     writer, "Featurizing", loaded, stop, model, self.settings, store, datamodule, loaded, engine
                 )
                 predict_over(trainer, module, share_out(loaded, jobs, trainer, model.sharded, stop), interruption)
-            interruption.raise_if_received(Ranks.of(trainer), lambda: progress(store))
-            used = self._refuted(module, trainer)
-            if used is None:
-                with _explaining(model, loader):
-                    require_finite_or_skipped(writer.not_finite, on_nan, model, store, Ranks.of(trainer))
+            ranks = Ranks.of(trainer)  # its processes run now
+            interruption.raise_if_received(ranks, lambda: progress(store))
+            wrong = refuted_engine(module, ranks)
+            if wrong is None:
+                with explaining(model, loader):
+                    require_finite_or_skipped(writer.not_finite, on_nan, model, store, ranks)
                 break
-            engine = self._next_engine(*used, trainer, store)
+            engine = self._next_engine(*wrong, ranks, store)
         if part is None:
             store.require_complete()
         elif not store.complete:
-            rank_zero_info(f"{self._user}: part {part} is done; {progress(store)}")
+            rank_zero_info(f"{self.user}: part {part} is done; {progress(store)}")
 
     def _announce(self, store: FeatureStore, model: ModelCopy, extras: Sequence[str], part: Part | None) -> None:
         """Log what there is to do."""
         total = sum(parameter.numel() for parameter in self._model.parameters())
         rank_zero_info(
-            f"{self._user}: {counted(store.num_examples, 'example')} at"
+            f"{self.user}: {counted(store.num_examples, 'example')} at"
             f" {counted(len(store.first), 'checkpoint')}, gradients of {model.size} of"
             f" {counted(total, 'parameter')}, {type(self.settings.projection).__name__} to"
             f" {counted(self.dim(model), 'feature')}: {sum(map(len, missing_shards(store, extras, part)))} of"
@@ -217,7 +216,7 @@ class FeaturePipeline:
         )
         if extras and store.begun_with < store.num_examples:
             rank_zero_info(
-                f"{self._user}: the {' and the '.join(extras)} stay fitted to the {store.begun_with} examples that the"
+                f"{self.user}: the {' and the '.join(extras)} stay fitted to the {store.begun_with} examples that the"
                 " store began with"
             )
 
@@ -227,68 +226,6 @@ class FeaturePipeline:
             [Range(number, store.shard(number), self.settings.draw(c, store.shard(number))) for number in numbers]
             for c, numbers in enumerate(missing)
         ]
-
-    def target_features(
-        self,
-        trainer: L.Trainer,
-        loader: DataLoader[Any],
-        blocks: Iterable[range],
-        model: ModelCopy,
-        store: FeatureStore,
-        datamodule: L.LightningDataModule | None,
-        output: ModelOutput | None = None,
-        of: str = "",
-    ) -> Iterator[Iterator[Features]]:
-        """The features of targets, or of other examples, computed one block after another.
-
-        Args:
-            trainer: the Trainer that runs the work.
-            loader: the loader of the targets.
-            blocks: the positions of the targets in each block.
-            model: the copy from :meth:`copy_model`.
-            store: the store from :meth:`open_complete`.
-            datamodule: the data module that gave the loader, if there is one. It may have batch transfer hooks of its
-                own.
-            output: of the targets, if it is another one than that of the training examples.
-            of: for errors, what follows the number of an example.
-
-        Yields:
-            On every rank, the features of a block at each checkpoint. Rows are in the order of the dataset.
-        """
-        engine: EngineName | None = None
-        loaded = separable(loader)
-        for examples in blocks:
-            while True:
-                buffer, stop = FeatureBuffer([f"{of} {place}".strip() for place in model.places]), Stop()
-                jobs = self._target_jobs(examples, loader, store)
-                module = FeaturizeModule.of(trainer)(
-                    buffer, "Scoring", loaded, stop, model, self.settings, store, datamodule, None, engine, output
-                )
-                predict_over(trainer, module, share_out(loaded, jobs, trainer, model.sharded, stop))
-                used = self._refuted(module, trainer)
-                if used is None:
-                    break
-                engine = self._next_engine(*used, trainer, None)
-            asked = model if output is None else model.with_output(output)
-            yield self._gathered(buffer, examples, loader, asked, Ranks.of(trainer))
-
-    def _target_jobs(self, examples: range, loader: DataLoader[Any], store: FeatureStore) -> list[list[Range]]:
-        """The ranges of the targets at each checkpoint."""
-        parts, draw, size = chunked(examples, AUDITED_TOGETHER), self.settings.draw, batch_size_of(loader)
-        return [
-            batch_ranges(examples, size, {i for part in parts for i in draw(checkpoint, part)})
-            for checkpoint in range(store.num_checkpoints)
-        ]
-
-    @staticmethod
-    def _gathered(
-        buffer: FeatureBuffer, examples: range, loader: DataLoader[Any], model: ModelCopy, ranks: Ranks
-    ) -> Iterator[Features]:
-        """The features from all ranks, one checkpoint after another."""
-        for checkpoint in range(len(model.places)):
-            with _explaining(model, loader):
-                own = buffer.take(checkpoint)
-            yield in_order([part for found in ranks.gather(own) for part in found], examples)
 
     def open(self, model: ModelCopy, trainer: L.Trainer | None = None) -> FeatureStore:
         """Open the store for reading, and check that it was made with this model and these settings.
@@ -302,7 +239,7 @@ class FeaturePipeline:
             ValueError: if it was made with other settings.
         """
         depends_on = self._identity(model, trainer)
-        store = FeatureStore(self._directory, depends_on, None, read_only=True, user=self._user)
+        store = FeatureStore(self._directory, depends_on, None, read_only=True, user=self.user)
         self._require_unchanged(store, trainer)
         self._require_own_subsets(store.num_examples, store.data)
         return store
@@ -363,34 +300,11 @@ class FeaturePipeline:
                 " ModelParallelStrategy splits them: use strategy='ddp' or a single device, or another directory"
             )
 
-    @staticmethod
-    def _refuted(module: FeaturizeModule, trainer: L.Trainer) -> tuple[EngineName, str] | None:
-        """The engine that a rank has found to be wrong, and why. All ranks get the same answer."""
-        reports = Ranks.of(trainer).gather((module.engine_name, module.refuted))
-        found = [(name, reason) for name, reason in reports if name is not None and reason is not None]
-        return found[0] if found else None
-
-    def _next_engine(self, used: EngineName, reason: str, trainer: L.Trainer, store: FeatureStore | None) -> EngineName:
-        """The engine that replaces one that is wrong. If there is a store, it keeps a note of that."""
-        following = following_engine(used)
-        if store is not None and used not in store.refuted_engines():
+    def _next_engine(self, used: EngineName, reason: str, ranks: Ranks, store: FeatureStore) -> EngineName:
+        """The engine that replaces one that is wrong. The store keeps a note of that."""
+        following = next_engine(used, reason, self.user, "all features of the store")
+        if used not in store.refuted_engines():
             store.refute_engine(used, reason, following)
             store.remove_extra("projection")  # it was fitted to gradients of the wrong engine
-        what = "features of targets" if store is None else "all features of the store"
-        rank_zero_warn(
-            f"{self._user}: engine {used!r} cannot differentiate this model correctly, so {what} are computed"
-            f" again with engine {following!r}: {reason}"
-        )
-        Ranks.of(trainer).barrier()
-        return following if store is None else cast(EngineName, store.settle_engine())
-
-
-@contextmanager
-def _explaining(model: ModelCopy, loader: DataLoader[Any]) -> Iterator[None]:
-    """If a feature is not finite, add the reason that the model output gives to the error."""
-    try:
-        yield
-    except NotFiniteError as error:
-        if model.sharded:
-            raise
-        raise error.explained(model, loader) from error
+        ranks.barrier()
+        return cast(EngineName, store.settle_engine())

@@ -87,7 +87,7 @@ class FeaturizeModule(ExtractorModule):
             return super()._new_extractor(model, engine, projection)
         return ShardedFeatureExtractor(model, engine, projection, self.settings.dtype.floating, self._layout)
 
-    def on_predict_batch_start(self, batch: IndexedBatch, batch_idx: int, dataloader_idx: int = 0) -> None:  # noqa: ARG002
+    def on_predict_batch_start(self, batch: IndexedBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Show the task on the progress bar instead of "Predicting DataLoader 0"."""
         bar, text = self.trainer.progress_bar_callback, f"{self._task}, checkpoint {dataloader_idx + 1}"
         if batch_idx == 0 and is_a(bar, TQDMProgressBar):
@@ -96,7 +96,7 @@ class FeaturizeModule(ExtractorModule):
             assert bar.progress is not None
             bar.progress.update(bar.predict_progress_bar_id, description=text)
 
-    def predict_step(self, batch: IndexedBatch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:  # noqa: ARG002
+    def predict_step(self, batch: IndexedBatch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Give the batch's features to the sink. Return its positions: Lightning warns about None."""
         if self.refuted is None:
             try:

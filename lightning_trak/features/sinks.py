@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_trak.features.finiteness import NotFiniteExamples, describe, not_finite, require_finite
 from lightning_trak.features.rows import Features, RoundedFeatures, without
@@ -39,7 +40,7 @@ class _Rounded(NamedTuple):
     not_finite: list[int]
 
 
-class ShardWriter:
+class ShardWriter(Sink):
     """Collects rows until a shard is complete. Then it checks the shard, and writes it while the next one is computed.
 
     A shard with an example that is not finite is left out, or written with zeros for this example.
@@ -76,7 +77,8 @@ class ShardWriter:
         if writing is not None:
             writing.result()
 
-    def add(self, checkpoint: int, number: int, positions: Tensor, rows: Features, engine: str) -> bool:  # noqa: D102
+    @override
+    def add(self, checkpoint: int, number: int, positions: Tensor, rows: Features, engine: str) -> bool:
         shard = self.store.shard(number)
         if int(positions[0]) == shard.start:
             self._parts = []
@@ -126,7 +128,7 @@ class ShardWriter:
             self.store.save(checkpoint, number, rows, engine, left_out)
 
 
-class FeatureBuffer:
+class FeatureBuffer(Sink):
     """Keeps rows in memory.
 
     Args:
@@ -137,7 +139,8 @@ class FeatureBuffer:
         self._places = places
         self._copies: list[list[tuple[Tensor, HostCopy]]] = [[] for _ in places]
 
-    def add(self, checkpoint: int, number: int, positions: Tensor, rows: Features, engine: str) -> bool:  # noqa: ARG002, D102
+    @override
+    def add(self, checkpoint: int, number: int, positions: Tensor, rows: Features, engine: str) -> bool:
         self._copies[checkpoint].append((positions, HostCopy.start(rows)))
         return True
 

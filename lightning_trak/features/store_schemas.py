@@ -3,6 +3,7 @@
 from typing import Any
 
 from lightning_trak.features.dtypes import NAMES
+from lightning_trak.features.engines import ENGINES
 from lightning_trak.storage import schemas
 from lightning_trak.storage.manifests import DirectoryKind
 
@@ -60,7 +61,8 @@ KIND = DirectoryKind(
     files=(
         r"engine-[0-9a-f]{16}\.json",
         r"examples\.safetensors",
-        r"checkpoint-[^/]{1,16}/(shard-\d{5,}|context|projection|gram-(gauss_newton|identity)|kernel(-\d{5,})?)\.safetensors",
+        r"checkpoint-[^/]{1,16}/(shard-\d{5,}|context|projection|residuals)\.safetensors",
+        r"checkpoint-[^/]{1,16}/(gram-(gauss_newton|identity)|kernel(-\d{5,})?)\.safetensors",
     ),
     readers="readers.lock",
 )
@@ -78,7 +80,6 @@ SHARD_HEADER = {
     "rounding_error": schemas.number(0, 1e3),
     "skipped": schemas.items(schemas.integer(0, _MAX_SIZE)),
 }
-ENGINES = ("hooks", "functional", "loop")
 ENGINE = schemas.record(
     {
         "engine": schemas.one_of(*ENGINES),

@@ -142,6 +142,11 @@ class GradientEngine(ABC):
         return values
 
     @property
+    def device(self) -> torch.device:
+        """The device of the parameters."""
+        return next(iter(self.parameters.values())).device
+
+    @property
     def precision(self) -> torch.dtype:
         """The coarsest dtype that forward passes compute in. A layer, also a frozen one, may have one of its own."""
         dtypes = {p.dtype.to_real() for p in self.module.parameters() if p.is_floating_point() or p.is_complex()}
@@ -153,7 +158,7 @@ class GradientEngine(ABC):
 
         Accelerators may compute float32 as TF32, which has 10 bits.
         """
-        single = 1e-3 if next(iter(self.parameters.values())).device.type == "cpu" else 1e-2
+        single = 1e-3 if self.device.type == "cpu" else 1e-2
         return {torch.float64: 1e-7, torch.float32: single}.get(self.precision, 0.05)
 
     def same_in_batch(self, batch: ExampleBatch, alone: Tensor, tolerance: float) -> bool:
@@ -172,11 +177,10 @@ class GradientEngine(ABC):
 
     @contextmanager
     def _computing(self) -> Iterator[None]:
-        device = next(iter(self.parameters.values())).device.type
         with (
             unchanged(self.module, self.output),
             exact_attention(),
-            torch.autocast(device, self.autocast, enabled=self.autocast is not None),
+            torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None),
             explained_precision(self.module),
         ):
             yield

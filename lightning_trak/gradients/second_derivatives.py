@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lightning_trak.gradients.precision import WorkingPrecision
 from lightning_trak.outputs.evaluating import unchanged
 from lightning_trak.running.random_states import isolated_random_states
+from lightning_trak.texts.messages import in_one_line
 
 # Relative to the size of each tensor. Between two kinks, of which a model may have millions, only small steps fit. In a
 # model that rounds to float32 on its way, only large ones are seen.
@@ -55,59 +56,84 @@ def has_derivative(
         variable: a tensor that the scalar depends on, too.
         by_parameters: whether the derivative by the parameters is asked for; if not, only that by the variable.
     """
-    chosen = set(map(id, parameters))
-    names = [name for name, parameter in module.named_parameters() if id(parameter) in chosen]
-    module = copy.deepcopy(module).double()
-    precision = WorkingPrecision(module)
-    by = [module.get_parameter(name) for name in names]
-    variable = variable.detach().double().requires_grad_()
-    leaves = [variable, *(by if by_parameters else ())]
-    generator = torch.Generator().manual_seed(0)
-    vectors = [torch.randn(part.shape, generator=generator, dtype=torch.float64).to(part) for part in by]
-    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
-
-    def gradient(create_graph: bool = False) -> tuple[Tensor | None, ...]:
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
-        with precision.active(), isolated_random_states(), unchanged(module), torch.enable_grad():
-            value = scalar(module, variable)
-            return torch.autograd.grad(value, by, create_graph=create_graph, allow_unused=True)
-
-    def product(slopes: Sequence[Tensor | None]) -> Tensor:
-        with torch.enable_grad():
-            terms = [(one * other).sum() for one, other in zip(slopes, vectors, strict=True) if one is not None]
-            return torch.stack(terms).sum() if terms else variable.new_zeros(())
-
+    gradient = _Gradient(module, parameters, scalar, variable, by_parameters)
     differences: list[float] = []
     try:
-        exact = 0.0
-        slopes = gradient(create_graph=True)
-        along = [_direction(variable, generator)]
-        if by_parameters:
-            along += [_moving(slope, _direction(leaf, generator)) for leaf, slope in zip(by, slopes, strict=True)]
-        start = product(slopes)
-        if start.requires_grad:
-            found = torch.autograd.grad(start, leaves, allow_unused=True)
-            exact = sum(float((part * way).sum()) for part, way in zip(found, along, strict=True) if part is not None)
+        exact = gradient.derivative()
         if not math.isfinite(exact):
             return True  # other code refuses what is not finite
         for step in _STEPS:
-            ends = []
-            for sign in (1, -1):
-                with _moved(leaves, along, sign * step):
-                    ends.append(float(product(gradient())))
-            differences.append((ends[0] - ends[1]) / (2 * step))
+            differences.append(gradient.difference(step))
             if _near(differences[-1], exact):
                 return True
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError, ValueError) as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        rank_zero_info(f"the second derivative of {type(module).__name__} was not checked in float64: {reason}")
+        kind = type(module).__name__
+        rank_zero_info(f"the second derivative of {kind} was not checked in float64: {in_one_line(error)}")
         return True
     first, second, third = differences
     return not any(one and _near(one, other) for one, other in ((first, second), (second, third)))
+
+
+class _Gradient:
+    """The gradient of a scalar in float64, as its inner product with a random vector, along a random direction.
+
+    The arguments are those of :func:`has_derivative`.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        parameters: Iterable[Tensor],
+        scalar: Callable[[nn.Module, Tensor], Tensor],
+        variable: Tensor,
+        by_parameters: bool,
+    ) -> None:
+        chosen = set(map(id, parameters))
+        names = [name for name, parameter in module.named_parameters() if id(parameter) in chosen]
+        self._scalar, self._module = scalar, copy.deepcopy(module).double()
+        self._precision = WorkingPrecision(self._module)
+        self._by = [self._module.get_parameter(name) for name in names]
+        self._variable = variable.detach().double().requires_grad_()
+        self._leaves = [self._variable, *(self._by if by_parameters else ())]
+        generator = torch.Generator().manual_seed(0)
+        self._vectors = [torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p) for p in self._by]
+        self._along = [_direction(leaf, generator) for leaf in self._leaves]
+        self._buffers = [(buffer, buffer.clone()) for buffer in self._module.buffers()]
+
+    def derivative(self) -> float:
+        """Autograd's derivative of the inner product along the direction, which loses weights without a gradient."""
+        slopes = self._slopes(create_graph=True)
+        if len(self._along) > 1:
+            self._along[1:] = [_moving(slope, way) for slope, way in zip(slopes, self._along[1:], strict=True)]
+        product = self._product(slopes)
+        if not product.requires_grad:
+            return 0.0
+        found = torch.autograd.grad(product, self._leaves, allow_unused=True)
+        return sum(float((part * way).sum()) for part, way in zip(found, self._along, strict=True) if part is not None)
+
+    def difference(self, step: float) -> float:
+        """How much the inner product changes along the direction, by a step forwards and one backwards."""
+        ends = []
+        for sign in (1, -1):
+            with _moved(self._leaves, self._along, sign * step):
+                ends.append(float(self._product(self._slopes())))
+        return (ends[0] - ends[1]) / (2 * step)
+
+    def _slopes(self, create_graph: bool = False) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            for buffer, before in self._buffers:
+                buffer.copy_(before)
+        with self._precision.active(), isolated_random_states(), unchanged(self._module), torch.enable_grad():
+            value = self._scalar(self._module, self._variable)
+            return torch.autograd.grad(value, self._by, create_graph=create_graph, allow_unused=True)
+
+    def _product(self, slopes: Sequence[Tensor | None]) -> Tensor:
+        with torch.enable_grad():
+            pairs = zip(slopes, self._vectors, strict=True)
+            terms = [(slope * vector).sum() for slope, vector in pairs if slope is not None]
+            return torch.stack(terms).sum() if terms else self._variable.new_zeros(())
 
 
 def _direction(leaf: Tensor, generator: torch.Generator) -> Tensor:

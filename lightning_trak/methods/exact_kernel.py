@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from typing_extensions import Unpack, override
 
+from lightning_trak.checkpoints.reading import CheckpointsLike
 from lightning_trak.checks import require_one_of
 from lightning_trak.features.engines import EngineName
 from lightning_trak.features.featurizing import Featurizing
@@ -14,7 +15,6 @@ from lightning_trak.features.rows import Features
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.gradients import ParameterSelection
 from lightning_trak.methods.newton import CurvatureChoice, NewtonMethod
-from lightning_trak.methods.options import Checkpoints
 from lightning_trak.methods.rescoring import ExactScores
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.projections.factors import GradientFactors
@@ -76,7 +76,7 @@ class ExactKernel(NewtonMethod):
     def __init__(
         self,
         model: nn.Module,
-        checkpoints: Checkpoints | None = None,
+        checkpoints: CheckpointsLike | None = None,
         store: str | Path | None = None,
         *,
         output: ModelOutput | None = None,

@@ -137,7 +137,7 @@ class _MapModule(PredictModule):
         self._found = found
         self._alone: dict[int, Tensor] = {}  # rows of audited examples, until the batch that they are part of
 
-    def predict_step(self, batch: IndexedBatch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:  # noqa: ARG002
+    def predict_step(self, batch: IndexedBatch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Keep the batch's rows. Return its positions, because Lightning warns about None."""
         self.model.eval()
         (original,) = self._original

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import Unpack, override
 
 from lightning_trak.checkpoints.of_model import checkpoints_of
-from lightning_trak.checkpoints.reading import masks_of
+from lightning_trak.checkpoints.reading import CheckpointsLike, masks_of
 from lightning_trak.compatibility import original_module
 from lightning_trak.features.dtypes import Dtype, feature_dtype
 from lightning_trak.features.engines import EngineName
@@ -23,8 +23,8 @@ from lightning_trak.features.pipeline import FeaturePipeline
 from lightning_trak.features.rows import Features
 from lightning_trak.features.settings import FeatureSettings
 from lightning_trak.features.store import FeatureStore
+from lightning_trak.features.target_features import TargetFeatures
 from lightning_trak.gradients import ParameterSelection
-from lightning_trak.methods.options import Checkpoints
 from lightning_trak.methods.scored import ScoredMethod
 from lightning_trak.methods.token_scores import TokenMethod
 from lightning_trak.outputs import ModelOutput
@@ -61,7 +61,7 @@ class FeatureMethod(ScoredMethod, TokenMethod):
     def __init__(
         self,
         model: nn.Module,
-        checkpoints: Checkpoints | None = None,
+        checkpoints: CheckpointsLike | None = None,
         store: str | Path | None = None,
         *,
         output: ModelOutput | None = None,
@@ -148,11 +148,9 @@ class FeatureMethod(ScoredMethod, TokenMethod):
             ValueError: if the store was made with other settings.
         """
         trainer = trainer_of(trainer)
-        loader, pipeline = single_loader(data, "predict", trainer), self._pipeline()
-        model, examples = pipeline.copy_model(trainer), range(num_examples(loader))
-        store = pipeline.open_complete(model, trainer)
-        datamodule = datamodule_of(data)
-        (features,) = pipeline.target_features(trainer, loader, [examples], model, store, datamodule)
+        loader = single_loader(data, "predict", trainer)
+        target_features = TargetFeatures(self._pipeline(), trainer)
+        (features,) = target_features.make(loader, [range(num_examples(loader))], datamodule_of(data))
         return list(features)
 
     def self_influence(self, trainer: L.Trainer | None = None) -> Tensor:

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack, override
 
+from lightning_trak.checkpoints.reading import CheckpointsLike
 from lightning_trak.checks import require_one_of
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.gradients import select_parameters
 from lightning_trak.methods.feature import FeatureMethod
 from lightning_trak.methods.learning_rates import LearningRates, resolve_learning_rates
-from lightning_trak.methods.options import Checkpoints, FeatureOptions
+from lightning_trak.methods.options import FeatureOptions
 from lightning_trak.running.data import Data
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.running.trainers import trainer_of
@@ -34,7 +35,7 @@ class _GradientMethod(FeatureMethod):
     def __init__(
         self,
         model: nn.Module,
-        checkpoints: Checkpoints | None = None,
+        checkpoints: CheckpointsLike | None = None,
         store: str | Path | None = None,
         *,
         learning_rates: LearningRates | None = None,
@@ -105,7 +106,7 @@ class GradientDot(_GradientMethod):
     def __init__(
         self,
         model: nn.Module,
-        checkpoints: Checkpoints | None = None,
+        checkpoints: CheckpointsLike | None = None,
         store: str | Path | None = None,
         *,
         effect_on: EffectOn = "loss",
@@ -148,7 +149,7 @@ class TracIn(_GradientMethod):
     def __init__(
         self,
         model: nn.Module,
-        checkpoints: Checkpoints | None = None,
+        checkpoints: CheckpointsLike | None = None,
         store: str | Path | None = None,
         *,
         learning_rates: LearningRates = "snapshots",

@@ -8,6 +8,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
 from typing_extensions import override
 
+from lightning_trak.checkpoints.reading import CheckpointsLike
 from lightning_trak.checks import require_one_of
 from lightning_trak.features.dtypes import Dtype
 from lightning_trak.features.engines import EngineName
@@ -15,7 +16,6 @@ from lightning_trak.features.pipeline import FeaturePipeline
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.gradients import ParameterSelection
 from lightning_trak.methods.feature import FeatureMethod
-from lightning_trak.methods.options import Checkpoints
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.predictions import SeveralPredictions
 from lightning_trak.projections import Projection
@@ -41,7 +41,7 @@ class NewtonMethod(FeatureMethod):
     def __init__(
         self,
         model: nn.Module,
-        checkpoints: Checkpoints | None = None,
+        checkpoints: CheckpointsLike | None = None,
         store: str | Path | None = None,
         *,
         output: ModelOutput | None = None,

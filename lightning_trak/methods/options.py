@@ -1,16 +1,12 @@
 """The arguments that all methods over features share."""
 
-from collections.abc import Sequence
 from typing import TypedDict
 
-from lightning_trak.checkpoints.reading import CheckpointSource
 from lightning_trak.features.dtypes import Dtype
 from lightning_trak.features.engines import EngineName
 from lightning_trak.gradients import ParameterSelection
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.projections import Projection
-
-Checkpoints = Sequence[CheckpointSource] | CheckpointSource  # in this order a command line can tell them apart
 
 
 class FeatureOptions(TypedDict, total=False):

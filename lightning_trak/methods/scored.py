@@ -14,6 +14,7 @@ from lightning_trak.checks import positive
 from lightning_trak.features.pipeline import FeaturePipeline
 from lightning_trak.features.settings import FeatureSettings
 from lightning_trak.features.store import FeatureStore
+from lightning_trak.features.target_features import TargetFeatures
 from lightning_trak.methods.base import Method
 from lightning_trak.methods.examples import Examples
 from lightning_trak.methods.influence.passes import Passes, without_gradients
@@ -96,16 +97,14 @@ class ScoredMethod(Method):
             raise ValueError(f"attribute takes one set of targets, got {count} loaders; use score for several")
         asked: Any = dict(question)
         candidates = asked.pop("candidates", None)
-        if asked or interval is not None:  # refused before the features are made
-            target_output(asked.get("output"), self.output)
-            columns = Examples(train if candidates is None else candidates, "fit", trainer)
-            train_columns(None, asked.get("train_groups"), len(columns))
-            (rows,) = target_rows(question, [len(Examples(targets, "predict", trainer))])
-            require_interval(interval, rows)
+        # What cannot be answered is refused before the features are made.
+        target_output(asked.get("output"), self.output)
+        columns = Examples(train if candidates is None else candidates, "fit", trainer)
+        train_columns(None, asked.get("train_groups"), len(columns))
+        (rows,) = target_rows(question, [len(Examples(targets, "predict", trainer))])
+        require_interval(interval, rows)
         self.featurize(trainer, train)
         found = self.score(trainer, targets, top_k, largest, train=candidates, interval=interval, **asked)
-        if isinstance(found, list):
-            raise ValueError(f"attribute takes one set of targets, got {len(found)} loaders; use score for several")
         return cast("Scores | Interval", found)
 
     @overload
@@ -246,14 +245,14 @@ class ScoredMethod(Method):
         if output is not None:
             _require_whole_model(trainer)
         loaders, pipeline = target_loaders(data, trainer, output), self._pipeline()
-        model = pipeline.copy_model(trainer)
-        store = pipeline.open_complete(model, trainer)
+        features = TargetFeatures(pipeline, trainer)
+        store, datamodule = features.store, datamodule_of(data)
         num_columns = store.num_examples if others is None else len(others)
         columns = train_columns(positions, question.get("train_groups"), num_columns)
         rows = target_rows(question, [num_examples(loader) for loader in loaders])
-        scorer, datamodule = self.make_scorer(store), datamodule_of(data)
+        scorer = self.make_scorer(store)
         if second is not None:
-            second.require_possible(store, model.size, question)
+            second.require_possible(store, features.model.size, question)
         copy_model = partial(pipeline.copy_model, trainer)
         targets = [
             with_predictions(trainer, Examples(loader, "predict", trainer, datamodule), copy_model, output)
@@ -261,12 +260,9 @@ class ScoredMethod(Method):
         ]
         results: Sequence[Scores] = [
             score_targets(
-                trainer,
-                each.loader,
-                pipeline,
-                model,
-                store,
+                features,
                 scorer,
+                each.loader,
                 datamodule,
                 Kept(rescore or top_k, largest, sums, None if columns is None else columns.sums),
                 output,
@@ -278,11 +274,9 @@ class ScoredMethod(Method):
             results = [columns.named(result) for result in results]
         if second is not None:
             with without_gradients():
-                own, settings = pipeline.copy_model(trainer), self.settings
-                passes = Passes(own, settings.seed, trainer, second.train, settings.engine)
-                results = second.best(
-                    passes, cast(TRAKScorer, scorer), targets, cast(Any, results), largest, rows, output
-                )
+                passes = Passes(copy_model(), self.settings.seed, trainer, second.train, self.settings.engine)
+                best = cast("Sequence[TopK | BothEnds]", results)
+                results = second.best(passes, cast(TRAKScorer, scorer), targets, best, largest, rows, output)
         return results if holds_several(data) or len(results) > 1 else results[0]
 
     def _with_interval(

@@ -129,7 +129,7 @@ class Showing(Displayed):
         """The number of training examples, if the method knows it."""
         return None
 
-    def _has_scored(self, loader: DataLoader[Any]) -> bool:  # noqa: ARG002
+    def _has_scored(self, loader: DataLoader[Any]) -> bool:
         """Whether the scores can be those of these training data, as far as the method knows."""
         return True
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from lightning_trak.features.model import ModelCopy
 from lightning_trak.features.pipeline import FeaturePipeline
 from lightning_trak.features.rows import Features
 from lightning_trak.features.same_function import output_tolerance
 from lightning_trak.features.store import FeatureStore
+from lightning_trak.features.target_features import TargetFeatures
 from lightning_trak.methods.base import Method
 from lightning_trak.methods.stored_data import require_stored_data
 from lightning_trak.methods.tokens import TextTokens, find_tokens, require_tokens, target_loader, token_loader
@@ -116,10 +116,9 @@ class TokenMethod(Method):
                 " this object first, which does nothing if the store is complete"
             )
         require_whole_parameters(trainer)
-        output, pipeline = target_output(output, self.output), self._pipeline()
-        model = pipeline.copy_model(trainer)
-        store = pipeline.open_complete(model, trainer)
-        scorer, texts = self.make_scorer(store), single_loader(data, "fit", trainer)
+        output, features = target_output(output, self.output), TargetFeatures(self._pipeline(), trainer)
+        store, texts = features.store, single_loader(data, "fit", trainer)
+        scorer = self.make_scorer(store)
         if not scorer.additive:
             raise ValueError("soft_threshold moves scores towards zero, so that they are no sums: use soft_threshold=0")
         require_stored_data(texts, store, "score_tokens")
@@ -128,12 +127,12 @@ class TokenMethod(Method):
         rows, target_numbers = torch.unique(chosen[:, 0], return_inverse=True)
         union = torch.unique(chosen[:, 1])
         tokens = find_tokens(texts, trained, union.tolist())
-        splits = _Splits(trainer, pipeline, model, store, scorer, trained, tokens)
+        splits = _Splits(features, scorer, trained, tokens)
         subset = like(
             asked, Subset(asked.dataset, rows.tolist()), batch_size=batch_size_of(asked), collate_fn=asked.collate_fn
         )
-        features = splits.features(subset, [range(len(rows))], targets, output)
-        parts = splits.parts(list(next(features)), texts, data)
+        (directions,) = features.make(subset, [range(len(rows))], datamodule_of(targets), output)
+        parts = splits.parts(list(directions), texts, data)
         found = []
         for (target, text), number in zip(chosen.tolist(), target_numbers.tolist(), strict=True):
             own = tokens.of(text)
@@ -159,39 +158,18 @@ class _Splits:
     """Splits the scores of training texts.
 
     Args:
-        trainer: the Trainer that runs the work.
-        pipeline: makes features.
-        model: the copy from its ``copy_model``.
-        store: the store from its ``open_complete``.
+        features: makes features of targets and tokens.
         scorer: the scorer of the method.
         output: of the training texts.
         tokens: of the training texts.
     """
 
-    def __init__(
-        self,
-        trainer: L.Trainer,
-        pipeline: FeaturePipeline,
-        model: ModelCopy,
-        store: FeatureStore,
-        scorer: Scorer,
-        output: TokenOutput,
-        tokens: TextTokens,
-    ) -> None:
-        self._trainer, self._pipeline, self._model = trainer, pipeline, model
-        self._store, self._scorer, self._output = store, scorer, output
+    def __init__(self, features: TargetFeatures, scorer: Scorer, output: TokenOutput, tokens: TextTokens) -> None:
+        self._features, self._store = features, features.store
+        self._scorer, self._output = scorer, output
         self._tokens = tokens
         self._texts, self._numbers, counts = torch.unique(tokens.texts, return_inverse=True, return_counts=True)
         self._weights = output.weight(counts.double())  # of a token in each text
-
-    def features(
-        self, loader: DataLoader[Any], blocks: Sequence[range], data: Data, output: ModelOutput | None
-    ) -> Iterator[Iterator[Features]]:
-        """The features of blocks of a loader's examples, at one checkpoint after the other."""
-        datamodule = datamodule_of(data)
-        return self._pipeline.target_features(
-            self._trainer, loader, blocks, self._model, self._store, datamodule, output
-        )
 
     def parts(self, targets: list[Features], loader: DataLoader[Any], data: Data) -> Tensor:
         """The part of each token in the score of its text for each target.
@@ -204,7 +182,7 @@ class _Splits:
         Returns:
             float64, shape ``(num_targets, num_tokens)``, on the CPU.
         """
-        ranks, device = Ranks.of(self._trainer), self._trainer.strategy.root_device
+        ranks, device = Ranks.of(self._features.trainer), self._features.trainer.strategy.root_device
         self._scorer.fit(device, ranks)
         stored = [self._stored(checkpoint) for checkpoint in range(self._store.num_checkpoints)]
         with full_precision(device):
@@ -215,7 +193,8 @@ class _Splits:
             whole = [scores(rows.features).double().cpu() for scores, rows in zip(products, stored, strict=True)]
         found: list[list[_Terms]] = [[] for _ in stored]
         rows, blocks = token_loader(loader, self._tokens), self._blocks(targets[0].features)
-        for block, features in zip(blocks, self.features(rows, blocks, data, self._output.of_tokens()), strict=True):
+        made = self._features.make(rows, blocks, datamodule_of(data), self._output.of_tokens())
+        for block, features in zip(blocks, made, strict=True):
             numbers = self._numbers[block.start : block.stop]
             for checkpoint, (own, scores) in enumerate(zip(features, products, strict=True)):
                 with full_precision(device):
@@ -280,7 +259,7 @@ class _Splits:
             checkpoint, text = wrong[0].tolist()
             raise ValueError(
                 f"the tokens of training text {int(self._texts[text])} add up to an output of"
-                f" {float(sums[checkpoint, text]):.6g} {self._model.places[checkpoint]}, and in store"
+                f" {float(sums[checkpoint, text]):.6g} {self._features.model.places[checkpoint]}, and in store"
                 f' "{self._store.directory}" it is {float(kept[checkpoint, text]):.6g}: score_tokens needs the data and'
                 " the model that the store was made of"
             )

@@ -8,9 +8,9 @@ from typing import Any, cast
 import lightning as L
 from torch import Tensor, nn
 
+from lightning_trak.checkpoints.reading import CheckpointsLike
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.methods.newton import NewtonMethod
-from lightning_trak.methods.options import Checkpoints
 from lightning_trak.methods.rescoring import ExactScores
 from lightning_trak.projections import GaussianProjection
 from lightning_trak.running.data import Data
@@ -87,7 +87,7 @@ class TRAK(NewtonMethod):
     def paper(
         cls,
         model: nn.Module,
-        checkpoints: Checkpoints | None = None,
+        checkpoints: CheckpointsLike | None = None,
         store: str | Path | None = None,
         **options: Any,
     ) -> "TRAK":

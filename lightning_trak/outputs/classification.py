@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_trak.outputs.batches import LABELS_KEYS, Forward, LabelsKey, one_per_example, predict, without_labels
 from lightning_trak.outputs.labelled import LabelledOutput, beside_truth
-from lightning_trak.outputs.margins import log_odds, logistic_loss, nan_unless
+from lightning_trak.outputs.margins import binary_log_odds, log_odds, logistic_loss, nan_unless
 from lightning_trak.outputs.suspicions import ends_in_sigmoid, sums_to_one, takes_for_logits
 from lightning_trak.running.annotated import AnnotatedBatch
 
@@ -115,7 +115,7 @@ class ClassificationMargin(LabelledOutput):
         if self.against is not None:
             return _difference(_both_logits(logits), labels, self.against)
         if logits.ndim == 1 or logits.shape[1] == 1:
-            return _binary_margin(logits.reshape(-1), labels)
+            return binary_log_odds(logits.reshape(-1), labels)
         if labels.is_floating_point():
             raise ValueError(
                 f"expected labels as integer class indices for {logits.shape[1]} classes, received {labels.dtype};"
@@ -221,8 +221,3 @@ def _difference(logits: Tensor, labels: Tensor, against: int) -> Tensor:
     valid = (labels >= 0) & (labels < logits.shape[1]) & (labels != against)
     own = logits.gather(1, torch.where(valid, labels, 0).long().unsqueeze(1)).squeeze(1)
     return (own - logits[:, against]) * nan_unless(valid)
-
-
-def _binary_margin(logits: Tensor, labels: Tensor) -> Tensor:
-    sign = torch.where(labels == 1, 1.0, -1.0) * nan_unless((labels == 0) | (labels == 1))
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)) * sign

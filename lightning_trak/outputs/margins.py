@@ -27,6 +27,22 @@ def log_odds(logits: Tensor, labels: Tensor) -> Tensor:
     return margin
 
 
+def binary_log_odds(logits: Tensor, labels: Tensor, counted: Tensor | None = None) -> Tensor:
+    """Margin of each label 0 or 1, for ``p = sigmoid(logit)`` of label 1: the logit, or minus the logit.
+
+    Args:
+        logits: any shape.
+        labels: of the same shape.
+        counted: which labels count, bool of the same shape; default: all.
+
+    Returns:
+        The same shape, float32 or better. NaN, with NaN gradients, where a label that counts is neither 0 nor 1.
+    """
+    valid = (labels == 0) | (labels == 1)
+    signs = torch.where(labels == 1, 1.0, -1.0) * nan_unless(valid if counted is None else valid | ~counted)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)) * signs
+
+
 class _OwnAndOthers(torch.autograd.Function):
     """The label's logit and the logsumexp of the others, a few rows at a time.
 

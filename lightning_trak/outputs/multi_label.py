@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from lightning_trak.checks import require_one_of
 from lightning_trak.outputs.batches import LABELS_KEYS, Forward, LabelsKey
-from lightning_trak.outputs.margins import logistic_loss, nan_unless, pooled_margin
+from lightning_trak.outputs.margins import binary_log_odds, logistic_loss, pooled_margin
 from lightning_trak.outputs.predictions import Predictions, SeveralPredictions
 from lightning_trak.outputs.suspicions import ends_in_sigmoid, takes_for_logits
 
@@ -73,9 +72,8 @@ class MultiLabelMargin(SeveralPredictions):
                 f"expected logits and labels of one shape (batch, labels), received {tuple(logits.shape)} and"
                 f" {tuple(labels.shape)}; {_OTHERWISE}"
             )
-        has, counted = labels == 1, labels != self.ignore_index
-        signs = torch.where(has, 1.0, -1.0) * nan_unless(has | (labels == 0) | ~counted)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)) * signs, counted
+        counted = labels != self.ignore_index
+        return binary_log_odds(logits, labels, counted), counted
 
     def explain_nan(self, module: nn.Module, batch: Any) -> str | None:
         """Says that no label counts, or which one is neither 0 nor 1, if so."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_trak.outputs.batches import LABELS_KEYS, Forward, LabelsKey
-from lightning_trak.outputs.margins import log_odds, logistic_loss, nan_unless, pooled_margin
+from lightning_trak.outputs.margins import binary_log_odds, log_odds, logistic_loss, pooled_margin
 from lightning_trak.outputs.predictions import Predictions, SeveralPredictions
 
 _OTHERWISE = "for other tasks write a ModelOutput of your own, or use NegativeLoss"
@@ -64,9 +64,7 @@ class SegmentationMargin(SeveralPredictions):
         logits, labels = self._maps(module, batch)
         counted = labels != self.ignore_index
         if logits.shape[1] == 1:
-            valid = (labels == 0) | (labels == 1) | ~counted
-            signs = torch.where(labels == 1, 1.0, -1.0) * nan_unless(valid)
-            margins = logits.squeeze(1).to(torch.promote_types(logits.dtype, torch.float32)) * signs
+            margins = binary_log_odds(logits.squeeze(1), labels, counted)
         else:
             margins = log_odds(logits.movedim(1, -1), torch.where(counted, labels, 0))
         return margins.flatten(1), counted.flatten(1)

@@ -24,9 +24,9 @@ class IdentityProjection(Projection):
     def bind(
         self,
         shapes: Mapping[str, Sequence[int]],
-        seed: int,  # noqa: ARG002
-        checkpoint: int,  # noqa: ARG002
-        device: torch.device,  # noqa: ARG002
+        seed: int,
+        checkpoint: int,
+        device: torch.device,
     ) -> BoundProjection:
         """Give each parameter its place in the features, see :meth:`Projection.bind`. Nothing is random."""
         return BoundIdentityProjection(shapes)

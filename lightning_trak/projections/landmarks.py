@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_trak.projections.principal import with_fixed_signs
+
 # Squared length of a direction, relative to the longest one, below which it is rounding of float32 sketches.
 _ROUNDING = 1e-10
 _COLUMNS = 1 << 12  # converted to float64 at a time
@@ -96,9 +98,7 @@ class Landmarks:
         coefficients = scales * _coefficients(gram.cpu(), curvature.cpu()[:, None], width).to(gram)
         for some in columns:
             basis[some, : coefficients.shape[1]] = (self._rows[order, some].double().T @ coefficients).float()
-        # The sign of an eigenvector is arbitrary. Its largest entry is made positive.
-        largest = basis.gather(0, basis.abs().argmax(0, keepdim=True))
-        return torch.where(largest < 0, -basis, basis)
+        return with_fixed_signs(basis)
 
     def _ridge(self) -> Tensor:
         """What is added to the diagonal of H."""

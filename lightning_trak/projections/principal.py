@@ -50,7 +50,10 @@ class PrincipalAxes:
         floor = max(1e-6 * float(values[-1]), torch.finfo(torch.float64).tiny)
         half = sketch @ (vectors * values.clamp_min(floor).rsqrt())
         axes = torch.linalg.svd(half, full_matrices=False).U[:, : self._width]
-        # The sign of an eigenvector is arbitrary. Its largest entry is made positive.
-        largest = axes.gather(0, axes.abs().argmax(0, keepdim=True))
-        signed: Tensor = axes * largest.sign()
-        return signed.float().contiguous()
+        return with_fixed_signs(axes).float().contiguous()
+
+
+def with_fixed_signs(axes: Tensor) -> Tensor:
+    """Eigenvectors, as columns, whose signs are arbitrary: the largest entry of each is made positive."""
+    largest = axes.gather(0, axes.abs().argmax(0, keepdim=True))
+    return torch.where(largest < 0, -axes, axes)

@@ -12,6 +12,7 @@ from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 _BYTES = 1 << 21  # of float32 rows that are worked on at a time, in cache
 _DEVICE_BYTES = 1 << 25  # the same on a GPU, where many small operations take longer than one
@@ -95,7 +96,8 @@ class Int8(Quantizer):
         units = torch.where(largest > 0, scales, 1.0).unsqueeze(1)
         return Quantized((rows / units).round_().clamp_(-127, 127).to(torch.int8), scales)
 
-    def dequantize(self, quantized: Quantized, k: int) -> Tensor:  # noqa: ARG002, D102
+    @override
+    def dequantize(self, quantized: Quantized, k: int) -> Tensor:
         return quantized.codes.to(torch.float32).mul_(quantized.scales.unsqueeze(1))
 
 
@@ -135,7 +137,8 @@ class Int4(Quantizer):
             codes = torch.nn.functional.pad(codes, (0, 1), value=_ZERO)
         return Quantized(codes[:, ::2] | codes[:, 1::2] << 4, scales.squeeze(1))
 
-    def dequantize(self, quantized: Quantized, k: int) -> Tensor:  # noqa: D102
+    @override
+    def dequantize(self, quantized: Quantized, k: int) -> Tensor:
         codes, scales = quantized
         pairs = _pair_of_byte(codes.device).index_select(0, codes.flatten().int())
         return pairs.view(torch.float32).view(len(codes), -1)[:, :k].mul_(scales.unsqueeze(1))

@@ -111,25 +111,23 @@ class SparseProjection(RandomProjection):
 
 
 class Placement:
-    """Where the elements of a parameter go: a range of features, and random places in it.
+    """The features that the elements of a parameter are added to.
 
     Args:
         stream: random numbers of the parameter. The first word of block 1 of row b is the offset of block b; the second
             one of row j is the offset of part j of the sums.
         size: number of elements.
-        first: the first feature.
         width: number of features.
         device: where gradients are.
 
     Attributes:
-        columns: the range of features.
         sums: number of sums W.
         offsets: the offset of each block, in Python.
         small: whether there is one block at most.
     """
 
-    def __init__(self, stream: Stream, size: int, first: int, width: int, device: torch.device) -> None:
-        self.columns = slice(first, first + width)
+    def __init__(self, stream: Stream, size: int, width: int, device: torch.device) -> None:
+        self._width = width
         parts = math.ceil(_SUMS / width)
         self.sums = parts * width
         blocks = math.ceil(size / self.sums)
@@ -137,7 +135,7 @@ class Placement:
         # Multiply and shift: 32 uniform bits become an offset. Probabilities are even up to W / 2^32.
         self._offsets = words[:blocks, 0] * self.sums >> 32
         self.offsets: list[int] = self._offsets.tolist()
-        self._features: Tensor | None = None  # of each sum, from the first feature on; None: its own number
+        self._features: Tensor | None = None  # of each sum; None: its own number
         if parts > 1:
             sums = torch.arange(self.sums, device=device)
             self._features = (sums + (words[:parts, 1] * width >> 32).repeat_interleave(width)) % width
@@ -145,7 +143,7 @@ class Placement:
         self._all = self(torch.arange(size, device=device)) if self.small else None
 
     def __call__(self, elements: Tensor) -> Tensor:
-        """The features of some elements, from the first feature of the range on; int64 of any shape."""
+        """The features of some elements, int64 of any shape."""
         sums = (elements + self._offsets[elements // self.sums]) % self.sums
         return sums if self._features is None else self._features[sums]
 
@@ -181,7 +179,7 @@ class Placement:
         """Add sums up to features, of shapes (batch, W) and (batch, width)."""
         if self._features is None:
             return sums
-        folded = sums.new_zeros(len(sums), self.columns.stop - self.columns.start)
+        folded = sums.new_zeros(len(sums), self._width)
         _scatter(folded, self._features, sums)
         return folded
 
@@ -212,7 +210,6 @@ class BoundSparseProjection(BoundRandomProjection):
 
     def _add(self, features: Tensor, name: str, gradients: Tensor, start: int) -> None:
         placement = self._placement(name)
-        features = features[:, placement.columns]
         dtype = torch.promote_types(gradients.dtype, features.dtype)
         stop = start + gradients.shape[1]
         if gradients.device.type == "cpu" and not (placement.small and placement.folds):
@@ -257,7 +254,6 @@ class BoundSparseProjection(BoundRandomProjection):
             numbers: the indices of these rows, int64 of shape (batch, n). Rows with the same index are summed.
         """
         placement = self._placement(name)
-        features = features[:, placement.columns]
         columns = rows.shape[2]
         starts = numbers * columns
         drawn = self._config.signs_of_runs(self._streams[name], starts.flatten(), columns).view_as(rows)
@@ -268,7 +264,7 @@ class BoundSparseProjection(BoundRandomProjection):
     def _placement(self, name: str) -> Placement:
         if name not in self._placements:
             with torch.inference_mode(False):  # it is used outside the inference mode of this hook, too
-                self._placements[name] = Placement(self._streams[name], self.sizes[name], 0, self.dim, self._device)
+                self._placements[name] = Placement(self._streams[name], self.sizes[name], self.dim, self._device)
         return self._placements[name]
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from lightning_trak.retraining.results import Retrained, read_fleet
-from lightning_trak.storage.files import DamagedFileError, open_safetensors
+from lightning_trak.storage.files import DamagedFileError, all_tensors, open_safetensors
 from lightning_trak.storage.user_files import existing_path, unreadable
 
 
@@ -32,7 +32,7 @@ def load_ground_truth(path: str | Path) -> Retrained:
     )
     try:
         with open_safetensors(path) as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = all_tensors(file)
     except DamagedFileError as error:
         raise unreadable(error, expected) from error
     if missing := {"masks", "outputs"} - set(tensors):

@@ -120,7 +120,7 @@ def shuffled_like(loader: DataLoader[Any]) -> Callable[[Dataset[Any]], DataLoade
 class _FromScratch(L.Callback):
     """Raises an error if a fit continues from a checkpoint, for example because of SLURM's automatic requeueing."""
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.global_step or trainer.current_epoch:
             raise RuntimeError(
                 f"training began at step {trainer.global_step}, epoch {trainer.current_epoch}: the Trainer has found"

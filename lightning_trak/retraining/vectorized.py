@@ -36,9 +36,10 @@ from lightning_trak.retraining.stacked_optimizers import (
     trial_step,
 )
 from lightning_trak.retraining.training import FactoryError
+from lightning_trak.running.batches import TRANSFER_HOOKS
 from lightning_trak.running.random_states import isolated_random_states
 from lightning_trak.running.training_step import set_place, training_loss, without_trainer
-from lightning_trak.texts.messages import listed
+from lightning_trak.texts.messages import in_one_line, listed
 
 
 class _Call(nn.Module):
@@ -111,7 +112,7 @@ class StackedModules:
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:  # vmap cannot branch on values, and lacks some operations
-                reason = f"{type(error).__name__}: {error}".splitlines()[0][:200].rstrip(".")
+                reason = in_one_line(error).rstrip(".")
                 raise FactoryError(
                     f"torch.func.vmap cannot run many {type(self.stacked).__name__} at once: {reason}. Train them one"
                     " at a time (leave together= out)"
@@ -196,17 +197,8 @@ def train_together(
             modules.append(without_trainer(make_module()))
         _require_nothing_left_out(_skipped_hooks(modules[0]))
         members = torch.stack([mask.nonzero().flatten() for mask in masks])
-        first = tree_map(lambda value: _take(value, members[:, :batch_size]), data)
-        alone = {number: _alone(modules[number].to(device), first, number) for number in (0, len(seeds) - 1)}
-        require_same_settings(modules)
-        gradients = trial_gradients(modules[0], len(seeds))
-        steps = {n: trial_step(modules[n], {name: part[n] for name, part in gradients.items()}) for n in alone}
-        stack = StackedModules(modules, device, take=True)
-        _require_as_alone(stack, first, alone)
-        together = trial_step(cast(L.LightningModule, stack.stacked), gradients)
-        for number, step in steps.items():
-            require_same_step(together, step, number)
-        _fit(stack, data, masks, seeds, max_epochs, batch_size)
+        stack = _stacked(modules, tree_map(lambda value: _take(value, members[:, :batch_size]), data), device)
+        _fit(stack, data, members, seeds, max_epochs, batch_size)
     stack.stacked.eval()
     return stack
 
@@ -215,10 +207,9 @@ def train_together(
 _SKIPPED_HOOKS = (
     *("setup", "prepare_data", "configure_model", "configure_callbacks", "on_fit_start", "on_fit_end"),
     *("on_train_start", "on_train_end", "on_train_epoch_start", "on_train_epoch_end"),
-    *("on_train_batch_start", "on_train_batch_end", "on_before_batch_transfer", "transfer_batch_to_device"),
-    *("on_after_batch_transfer", "on_before_backward", "backward", "on_after_backward", "on_before_optimizer_step"),
-    *("optimizer_step", "on_before_zero_grad", "optimizer_zero_grad", "configure_gradient_clipping"),
-    *("lr_scheduler_step",),
+    *("on_train_batch_start", "on_train_batch_end", *TRANSFER_HOOKS),
+    *("on_before_backward", "backward", "on_after_backward", "on_before_optimizer_step", "optimizer_step"),
+    *("on_before_zero_grad", "optimizer_zero_grad", "configure_gradient_clipping", "lr_scheduler_step"),
 )
 
 
@@ -263,6 +254,30 @@ def _skipped_hooks(module: L.LightningModule) -> list[str]:
 def _require_nothing_left_out(left_out: Sequence[str]) -> None:
     if left_out:
         raise TypeError(f"training many modules at once leaves out {', '.join(left_out)}; train them one at a time")
+
+
+def _stacked(modules: list[L.LightningModule], batches: Any, device: torch.device | str) -> StackedModules:
+    """Stack modules, after the first and the last were compared with what they do alone.
+
+    Args:
+        modules: the modules, which are used up.
+        batches: a batch for each.
+        device: where they will be trained.
+
+    Raises:
+        FactoryError: if one does something else together with the others.
+    """
+    compared = (0, len(modules) - 1)
+    alone = {number: _alone(modules[number].to(device), batches, number) for number in compared}
+    require_same_settings(modules)
+    gradients = trial_gradients(modules[0], len(modules))
+    steps = {n: trial_step(modules[n], {name: part[n] for name, part in gradients.items()}) for n in compared}
+    stack = StackedModules(modules, device, take=True)
+    _require_as_alone(stack, batches, alone)
+    together = trial_step(cast(L.LightningModule, stack.stacked), gradients)
+    for number, step in steps.items():
+        require_same_step(together, step, number)
+    return stack
 
 
 class _Alone(NamedTuple):
@@ -359,11 +374,11 @@ def _only_looking(module: nn.Module, training: bool) -> Iterator[None]:
 
 
 def _fit(
-    stack: StackedModules, data: Any, masks: Tensor, seeds: Sequence[int], max_epochs: int, batch_size: int
+    stack: StackedModules, data: Any, members: Tensor, seeds: Sequence[int], max_epochs: int, batch_size: int
 ) -> None:
+    """Train stacked modules, each on its ``members``: positions of examples, shape ``(num_modules, size)``."""
     module = cast(L.LightningModule, stack.stacked)
     optimizer, schedulers = one_optimizer(module)
-    members = torch.stack([mask.nonzero().flatten() for mask in masks])
     orders = [torch.Generator().manual_seed(seed) for seed in seeds]
     steps = 0
     for epoch in range(max_epochs):

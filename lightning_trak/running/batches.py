@@ -6,13 +6,13 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.core.hooks import DataHooks
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_trak.packages import is_a, overrides
 from lightning_trak.running.annotated import AnnotatedBatch
 from lightning_trak.running.singles import Singles
 
-_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
 
 class TransferHooks:
@@ -32,31 +32,22 @@ class TransferHooks:
 
     def before(self, batch: Any, dataloader_idx: int = 0) -> Any:
         """Call ``on_before_batch_transfer``."""
-        if isinstance(batch, Singles):
-            return Singles(self.before(one, dataloader_idx) for one in batch)
-        if isinstance(batch, AnnotatedBatch):
-            return batch._replace(batch=self.before(batch.batch, dataloader_idx))
-        return self._owner("on_before_batch_transfer").on_before_batch_transfer(batch, dataloader_idx)
+        hook = self._owner("on_before_batch_transfer").on_before_batch_transfer
+        return _on_users_batches(lambda own: hook(own, dataloader_idx), batch)
 
     def transfer(self, batch: Any, device: torch.device, dataloader_idx: int = 0) -> Any:
         """Call ``transfer_batch_to_device``."""
-        if isinstance(batch, Singles):
-            return Singles(self.transfer(one, device, dataloader_idx) for one in batch)
-        if isinstance(batch, AnnotatedBatch):
-            return AnnotatedBatch(self.transfer(batch.batch, device, dataloader_idx), batch.notes.to(device))
-        return self._owner("transfer_batch_to_device").transfer_batch_to_device(batch, device, dataloader_idx)
+        hook = self._owner("transfer_batch_to_device").transfer_batch_to_device
+        return _on_users_batches(lambda own: hook(own, device, dataloader_idx), batch, lambda notes: notes.to(device))
 
     def after(self, batch: Any, dataloader_idx: int = 0) -> Any:
         """Call ``on_after_batch_transfer``."""
-        if isinstance(batch, Singles):
-            return Singles(self.after(one, dataloader_idx) for one in batch)
-        if isinstance(batch, AnnotatedBatch):
-            return batch._replace(batch=self.after(batch.batch, dataloader_idx))
-        return self._owner("on_after_batch_transfer").on_after_batch_transfer(batch, dataloader_idx)
+        hook = self._owner("on_after_batch_transfer").on_after_batch_transfer
+        return _on_users_batches(lambda own: hook(own, dataloader_idx), batch)
 
     def overridden(self) -> list[str]:
         """The hooks that are the user's own, each with its class."""
-        owners = {hook: self._owner(hook) for hook in _HOOKS}
+        owners = {hook: self._owner(hook) for hook in TRANSFER_HOOKS}
         return [
             f"{type(owner).__name__}.{hook}"
             for hook, owner in owners.items()
@@ -66,6 +57,17 @@ class TransferHooks:
     def _owner(self, hook: str) -> Any:
         own = self._datamodule is not None and overrides(self._datamodule, hook, L.LightningDataModule)
         return self._datamodule if own else self._module
+
+
+def _on_users_batches(
+    hook: Callable[[Any], Any], batch: Any, on_notes: Callable[[Tensor], Tensor] = lambda notes: notes
+) -> Any:
+    """Call a hook on the user's own batch, or on each of several, and put the results in their place."""
+    if isinstance(batch, Singles):
+        return Singles(_on_users_batches(hook, one, on_notes) for one in batch)
+    if isinstance(batch, AnnotatedBatch):
+        return AnnotatedBatch(_on_users_batches(hook, batch.batch, on_notes), on_notes(batch.notes))
+    return hook(batch)
 
 
 def on_device(

@@ -49,7 +49,7 @@ class PredictModule(_LightningModule):
         self._hooks = TransferHooks(model, datamodule)
         self._upload: Upload | None = None
 
-    def setup(self, stage: str) -> None:  # noqa: ARG002
+    def setup(self, stage: str) -> None:
         """Show the Trainer to the user's hooks, and check that all ranks have the same model.
 
         Lightning shows it to modules of its own package alone. No later hook runs on a rank without work.

@@ -31,7 +31,7 @@ class Scorer(ABC):
         self.store = store
         self._device = torch.device("cpu")
 
-    def fit(self, device: torch.device, ranks: Ranks = Ranks()) -> None:  # noqa: ARG002, B008
+    def fit(self, device: torch.device, ranks: Ranks = Ranks()) -> None:
         """Get ready to score.
 
         Args:
@@ -57,7 +57,7 @@ class Scorer(ABC):
         The features of the rows are on the device of :meth:`fit` and in the precision of the directions.
         """
 
-    def finish(self, sums: Tensor, loss_gradients: Callable[[], Tensor]) -> Tensor:  # noqa: ARG002
+    def finish(self, sums: Tensor, loss_gradients: Callable[[], Tensor]) -> Tensor:
         """Turn sums over checkpoints into scores; by default they are the scores.
 
         Args:
@@ -86,7 +86,7 @@ class Scorer(ABC):
         directions: Sequence[Tensor],
         top_k: int | None = None,
         largest: bool | None = None,
-        ranks: Ranks = Ranks(),  # noqa: B008
+        ranks: Ranks = Ranks(),
         columns: Sums | None = None,
     ) -> Scores:
         """Scores against the whole training set.
@@ -117,7 +117,7 @@ class Scorer(ABC):
         count: int,
         top_k: int | None = None,
         largest: bool | None = None,
-        ranks: Ranks = Ranks(),  # noqa: B008
+        ranks: Ranks = Ranks(),
         columns: Sums | None = None,
     ) -> Scores:
         """Scores against examples that are not in the store, as if they were added to the training set.
@@ -142,7 +142,7 @@ class Scorer(ABC):
         blocks = self._blocks_of_others(prepared, others, ranks)
         return collect(blocks, directions[0], count, top_k, largest, ranks, columns)
 
-    def self_scores(self, ranks: Ranks = Ranks()) -> Tensor:  # noqa: B008
+    def self_scores(self, ranks: Ranks = Ranks()) -> Tensor:
         """The score of each training example at itself.
 
         It is the diagonal of the scores whose targets are the training set; that matrix is never formed.
@@ -204,22 +204,20 @@ class Scorer(ABC):
         Args:
             directions: of the targets, ``(num_targets, k)`` for each checkpoint.
             shard: which shard.
-            rows: yields its rows at each checkpoint, on the directions' device.
+            rows: yields its rows at each checkpoint, on the directions' device, and then those of other shards.
 
         Returns:
             Shape ``(num_targets, len(examples))``.
         """
         total: Tensor | None = None
-        for checkpoint, (direction, stored) in enumerate(
-            zip(directions, rows, strict=False)
-        ):  # rows of other shards follow
-            products = [self._product(checkpoint, direction, part) for part in stored.blocks()]
+        for checkpoint, direction in enumerate(directions):
+            products = [self._product(checkpoint, direction, part) for part in next(rows).blocks()]
             product = products[0] if len(products) == 1 else torch.cat(products, 1)
             total = product if total is None else total.add_(product)
         assert total is not None
         return self.finish(total, self._loss_gradients_of(shard))
 
-    def own_products(self, checkpoint: int, shards: Sequence[int], ranks: Ranks) -> Iterator[Tensor]:  # noqa: ARG002
+    def own_products(self, checkpoint: int, shards: Sequence[int], ranks: Ranks) -> Iterator[Tensor]:
         """d_m(i) . phi_m(i) w_m(i) of the training examples of some shards, before :meth:`finish`.
 
         Args:
@@ -235,11 +233,11 @@ class Scorer(ABC):
 
     # Parts of these.
 
-    def prepare_others(self, directions: Sequence[Tensor], ranks: Ranks) -> Sequence[Any]:  # noqa: ARG002
+    def prepare_others(self, directions: Sequence[Tensor], ranks: Ranks) -> Sequence[Any]:
         """What :meth:`products_with_others` needs of the targets, for each checkpoint. Default: their directions."""
         return directions
 
-    def products_with_others(self, checkpoint: int, prepared: Any, features: Tensor) -> Tensor:  # noqa: ARG002
+    def products_with_others(self, checkpoint: int, prepared: Any, features: Tensor) -> Tensor:
         """d_m(x) . phi of features that need not be in the store, before :meth:`weights` and :meth:`finish`.
 
         Args:
@@ -252,7 +250,7 @@ class Scorer(ABC):
         """
         return prepared @ self._working(features).to(prepared).T  # type: ignore[no-any-return]
 
-    def paired(self, checkpoint: int, first: Tensor, second: Tensor) -> Tensor:  # noqa: ARG002
+    def paired(self, checkpoint: int, first: Tensor, second: Tensor) -> Tensor:
         """Inner products of two sets of features, row by row: both ``(n, k)``, the result float64 ``(n,)``."""
         return (first.to(second) * second).sum(1, dtype=torch.float64)
 

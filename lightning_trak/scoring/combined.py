@@ -124,8 +124,8 @@ def _non_negative(products: Tensor, aims: Tensor) -> Tensor:
         before = list(weights)
         for k, row in enumerate(rows):
             if row[k] > 0:
-                told = sum(entry * weight for entry, weight in zip(row, weights, strict=True)) - row[k] * weights[k]
-                weights[k] = max(0.0, (goals[k] - told) / row[k])
+                others = sum(entry * weight for entry, weight in zip(row, weights, strict=True)) - row[k] * weights[k]
+                weights[k] = max(0.0, (goals[k] - others) / row[k])
         if all(abs(new - old) <= 1e-12 * new for new, old in zip(weights, before, strict=True)):
             break
     return torch.tensor(weights, dtype=aims.dtype)

@@ -6,7 +6,6 @@ number of examples and the size of the matrix. The ridge, or lambda, is what is 
 """
 
 import sys
-from collections.abc import Sequence
 from numbers import Real
 from typing import Literal
 
@@ -48,11 +47,6 @@ def auto_damping(trace: Tensor, squared_weights: Tensor, size: int, noise: float
     """
     num_effective = trace.square() / squared_weights
     return float(1.75 * noise * size / num_effective)
-
-
-def ends(values: Sequence[float], digits: int = 2) -> str:
-    """The smallest and the largest number; or one, if both are rounded to the same."""
-    return " to ".join(dict.fromkeys(f"{value:.{digits}g}" for value in (min(values), max(values))))
 
 
 def absolute_damping(damping: Damping, weights: Tensor, size: int, where: str, noise: float = 1.0) -> float:

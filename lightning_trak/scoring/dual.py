@@ -52,7 +52,7 @@ class DualScorer(TRAKScorer):
         """n, the number of training examples, once for each source of K."""
         return sum(source.num_examples for source, _ in self.sources)
 
-    def precondition(self, checkpoint: int, features: Tensor) -> Tensor:  # noqa: ARG002
+    def precondition(self, checkpoint: int, features: Tensor) -> Tensor:
         """phi(x) of each target, in at least float32: :meth:`score` solves."""
         return self._working(features)
 
@@ -61,7 +61,7 @@ class DualScorer(TRAKScorer):
         directions: Sequence[Tensor],
         top_k: int | None = None,
         largest: bool | None = None,
-        ranks: Ranks = Ranks(),  # noqa: B008
+        ranks: Ranks = Ranks(),
         columns: Sums | None = None,
     ) -> Scores:
         """See :meth:`Scorer.score`."""
@@ -74,7 +74,7 @@ class DualScorer(TRAKScorer):
         self,
         directions: Sequence[Tensor],
         shard: int,
-        rows: Iterator[StoredFeatures],  # noqa: ARG002
+        rows: Iterator[StoredFeatures],
     ) -> Tensor:
         """See :meth:`Scorer.block`. The solutions are scores already, and no features are read."""
         examples, total = self.store.shard(shard), directions[0].new_zeros(())
@@ -145,7 +145,7 @@ class DualScorer(TRAKScorer):
         """Inner products of the features of targets and of all rows of K: float64, ``(num_targets, n)``."""
         return torch.cat([products_with(source, checkpoint, targets, ranks) for source, _ in self.sources], dim=1)
 
-    def _products_between(self, checkpoint: int, targets: Tensor, others: Tensor) -> Tensor:  # noqa: ARG002
+    def _products_between(self, checkpoint: int, targets: Tensor, others: Tensor) -> Tensor:
         """Inner products of targets with other examples, in float64, shape ``(num_targets, n)``."""
         return targets.double() @ others.double().T
 

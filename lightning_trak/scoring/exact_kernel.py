@@ -17,7 +17,7 @@ from lightning_trak.gradients.hooks.factors import GradientForms
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.scoring.base import full_precision, with_float64
 from lightning_trak.scoring.dual import DualScorer
-from lightning_trak.scoring.gram import row_blocks
+from lightning_trak.scoring.gram import shard_blocks
 from lightning_trak.scoring.inner_products import inner_products
 
 _FORMAT = 1  # of a block
@@ -45,7 +45,7 @@ class ExactKernelScorer(DualScorer):
         return [
             (number, shards)
             for number, (source, _) in enumerate(self.sources)
-            for shards in row_blocks(source.num_shards, source.shard_size)
+            for shards in shard_blocks(source.num_shards, source.shard_size)
         ]
 
     def make_kernels(self, device: torch.device, ranks: Ranks) -> None:

@@ -40,11 +40,11 @@ class GradientDotScorer(Scorer):
         scales = self.checkpoint_weights[checkpoint] * self._scales(features, loss_gradients.to(self._device))
         return features * scales.to(features).unsqueeze(1)
 
-    def weights(self, checkpoint: int, rows: Features) -> Tensor:  # noqa: ARG002
+    def weights(self, checkpoint: int, rows: Features) -> Tensor:
         """The factor that turns the features of each training example into g, ``(n,)``."""
         return self._scales(rows.features, rows.loss_gradients.to(self._device))
 
-    def _scales(self, features: Tensor, loss_gradients: Tensor) -> Tensor:  # noqa: ARG002
+    def _scales(self, features: Tensor, loss_gradients: Tensor) -> Tensor:
         return loss_gradients
 
 

@@ -85,7 +85,7 @@ def _merged(shards: Iterable[Features]) -> Iterator[Features]:
         yield Features.cat(parts)
 
 
-def row_blocks(num_shards: int, shard_size: int) -> list[range]:
+def shard_blocks(num_shards: int, shard_size: int) -> list[range]:
     """Shards in blocks of at least as many rows as :func:`gram_matrix` multiplies at a time.
 
     Products are rounded to the features' precision. Ranks share out blocks, not shards, so that the same rows are

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_trak.checkpoints.subsets import TrainingSubset
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.running.ranks import Ranks
-from lightning_trak.scoring.damping import ends
+from lightning_trak.texts.messages import extremes
 
 # Sums over all examples at each checkpoint, of R and of 1; and over those that its model has seen, of 1, Q^2 and R.
 _COLUMNS = ("curvatures", "examples", "seen", "seen_squares", "seen_curvatures")
@@ -136,13 +136,13 @@ class Noise:
         """The parts of :meth:`levels` that are not 1 by definition, for a log line; it starts with a space if any."""
         parts = []
         if weighted:
-            parts.append(f"the dispersion of the loss is {ends(self.dispersions)}")
+            parts.append(f"the dispersion of the loss is {extremes(self.dispersions)}")
         if len(self.sums) > 1:
             parts.append(f"the agreement of the checkpoints {self.agreement:.2g}")
         if min(self.shares) < 1:
-            parts.append(f"the share of the examples seen {ends(self.shares)}")
+            parts.append(f"the share of the examples seen {extremes(self.shares)}")
         if max(self.factors) > 1:
-            parts.append(f"the lag of the training {ends(self.factors)}")
+            parts.append(f"the lag of the training {extremes(self.factors)}")
         return f" ({', '.join(parts)})" if parts else ""
 
     def _covariances(self) -> tuple[Tensor, Tensor]:
@@ -157,7 +157,7 @@ def stored_noise(
     store: FeatureStore,
     subsets: Sequence[TrainingSubset | None],
     averages: bool,
-    ranks: Ranks = Ranks(),  # noqa: B008
+    ranks: Ranks = Ranks(),
 ) -> Noise:
     """What the automatic damping works against, from the loss gradients and curvatures of all training examples.
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from lightning_trak.features.rows import Features
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.running.ranks import Ranks
-from lightning_trak.scoring.gram import DampedGram, gram_matrix, row_blocks
+from lightning_trak.scoring.gram import DampedGram, gram_matrix, shard_blocks
 from lightning_trak.scoring.lag import residual_sums
 from lightning_trak.scoring.trak import TRAKScorer
 from lightning_trak.scoring.undamped import Undamped
@@ -82,7 +82,7 @@ class PrimalScorer(TRAKScorer):
     def _seen(self, source: FeatureStore, checkpoint: int, ranks: Ranks) -> Iterator[Features]:
         """This rank's share of the rows of examples that the checkpoint's model has seen, in blocks of shards."""
         subset = self.subsets[checkpoint]
-        blocks = row_blocks(source.num_shards, source.shard_size)
+        blocks = shard_blocks(source.num_shards, source.shard_size)
         for shard in (shard for part in ranks.share(len(blocks)) for shard in blocks[part]):
             rows, examples = source.read_stored(checkpoint, shard), source.shard(shard)
             if subset is not None:

@@ -10,10 +10,9 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_trak.features.model import ModelCopy
-from lightning_trak.features.pipeline import FeaturePipeline
 from lightning_trak.features.rows import Features, StoredFeatures
 from lightning_trak.features.store import FeatureStore
+from lightning_trak.features.target_features import TargetFeatures
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.running.chunks import chunked
 from lightning_trak.running.loading import batch_size_of, num_examples
@@ -57,25 +56,21 @@ class Others:
     def __len__(self) -> int:
         return num_examples(self.loader)
 
-    def features(
-        self, trainer: L.Trainer, pipeline: FeaturePipeline, model: ModelCopy, store: FeatureStore
-    ) -> Iterator[tuple[range, list[Features]]]:
+    def features(self, target_features: TargetFeatures) -> Iterator[tuple[range, list[Features]]]:
         """Positions and features at each checkpoint, rounded as in the store, a block at a time."""
-        rows, dtype = store.read_stored(0, 0), pipeline.settings.dtype
+        store, dtype = target_features.store, target_features.settings.dtype
+        rows = store.read_stored(0, 0)
         numbers = max(rows.k * store.num_checkpoints, 2 * store.num_examples if store.num_examples < rows.k else 0)
         blocks = _blocks(self.loader, numbers * max(4, dtype.floating.itemsize))
-        found = pipeline.target_features(trainer, self.loader, blocks, model, store, self.datamodule, of=" of train=")
+        found = target_features.make(self.loader, blocks, self.datamodule, of=" of train=")
         for examples, features in zip(blocks, found, strict=True):
             yield examples, [StoredFeatures.encode(part, dtype).decode() for part in features]
 
 
 def score_targets(
-    trainer: L.Trainer,
-    loader: DataLoader[Any],
-    pipeline: FeaturePipeline,
-    model: ModelCopy,
-    store: FeatureStore,
+    target_features: TargetFeatures,
     scorer: Scorer,
+    loader: DataLoader[Any],
     datamodule: L.LightningDataModule | None,
     kept: Kept,
     output: ModelOutput | None = None,
@@ -86,12 +81,9 @@ def score_targets(
     Targets that are added up are added before they are scored, where scores are linear in them.
 
     Args:
-        trainer: the Trainer that runs the work.
-        loader: the loader whose dataset holds the targets.
-        pipeline: makes their features.
-        model: the copy from the pipeline's ``copy_model``.
-        store: the store from its ``open_complete``.
+        target_features: makes their features.
         scorer: the scorer of the method.
+        loader: the loader whose dataset holds the targets.
         datamodule: the data module that gave the loader, if there is one.
         kept: what to keep of the scores.
         output: the output of the targets; None: that of the training examples.
@@ -103,8 +95,9 @@ def score_targets(
         ``kept.columns``, sums of its rows and columns.
     """
     top_k, largest, rows, columns = kept
+    store, trainer = target_features.store, target_features.trainer
     numbers = max(store.read_stored(0, 0).k * store.num_checkpoints, _numbers_kept(store, scorer, kept, others))
-    blocks = _blocks(loader, numbers * max(4, pipeline.settings.dtype.floating.itemsize))
+    blocks = _blocks(loader, numbers * max(4, target_features.settings.dtype.floating.itemsize))
     if others is not None and len(blocks) > 1 and (rows is None or not scorer.linear):
         rank_zero_info(
             f"features of the {len(others)} examples in train= are made {len(blocks)} times, once for every"
@@ -115,12 +108,12 @@ def score_targets(
         ranks = Ranks.of(trainer)
         if others is None:
             return scorer.score(directions, top_k, largest, ranks, columns)
-        features = others.features(trainer, pipeline, model, store)
+        features = others.features(target_features)
         return scorer.score_others(directions, features, len(others), top_k, largest, ranks, columns)
 
     parts: list[Scores] = []
     totals = None if rows is None else _Totals(rows)
-    features = pipeline.target_features(trainer, loader, blocks, model, store, datamodule, output)
+    features = target_features.make(loader, blocks, datamodule, output)
     for examples, found in zip(blocks, features, strict=True):
         scorer.fit(trainer.strategy.root_device, Ranks.of(trainer))
         directions = [scorer.directions(checkpoint, part) for checkpoint, part in enumerate(found)]

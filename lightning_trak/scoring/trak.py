@@ -14,7 +14,7 @@ from lightning_trak.features.rows import Features, StoredFeatures
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.scoring.base import Scorer, full_precision
-from lightning_trak.scoring.damping import Damping, auto_damping, ends
+from lightning_trak.scoring.damping import Damping, auto_damping
 from lightning_trak.scoring.gram import Curvature, DampedGram
 from lightning_trak.scoring.kernel import DampedKernel
 from lightning_trak.scoring.lag import Lag, find_lag
@@ -22,6 +22,7 @@ from lightning_trak.scoring.noise import Noise, stored_noise
 from lightning_trak.scoring.per_prediction import SEVERAL, WHOLE, dispersion
 from lightning_trak.scoring.temperature import Tempered
 from lightning_trak.scoring.undamped import System, Undamped
+from lightning_trak.texts.messages import extremes
 
 LossGradients = Literal["per_checkpoint", "averaged"]
 
@@ -94,7 +95,7 @@ class TRAKScorer(Scorer):
         self._systems: dict[int, tuple[System, float]] = {}  # with their dampings, of as many checkpoints as fit
         self._keeps = True  # until a matrix cannot be written
 
-    def fit(self, device: torch.device, ranks: Ranks = Ranks()) -> None:  # noqa: B008
+    def fit(self, device: torch.device, ranks: Ranks = Ranks()) -> None:
         """Make and factor the matrices.
 
         Args:
@@ -126,7 +127,7 @@ class TRAKScorer(Scorer):
         if self.damping == "auto" and self.noise is not None:
             place = "checkpoint" if len(dampings) == 1 else "checkpoints"
             about = self.noise.describe(self.curvature == "gauss_newton")
-            rank_zero_info(f"{self.user}: damping='auto' is {ends(dampings, 3)} at the {place}{about}")
+            rank_zero_info(f"{self.user}: damping='auto' is {extremes(dampings, 3)} at the {place}{about}")
 
     def _dispersion(self, curved: FeatureStore, checkpoint: int) -> float:
         """That of single predictions, over the examples that the checkpoint's model has seen."""
@@ -137,7 +138,7 @@ class TRAKScorer(Scorer):
         seen[curved.skipped] = False
         return dispersion(torch.cat(found)[seen])
 
-    def _system(self, checkpoint: int, ranks: Ranks = Ranks()) -> tuple[System, float]:  # noqa: B008
+    def _system(self, checkpoint: int, ranks: Ranks = Ranks()) -> tuple[System, float]:
         """The factored matrix of a checkpoint, and its damping. It is made again if others have taken its place."""
         if checkpoint not in self._systems:
             while len(self._systems) >= max(1, _SYSTEM_BYTES // (8 * self.num_rows**2)):
@@ -223,7 +224,7 @@ class TRAKScorer(Scorer):
         """Preconditioned features, see :meth:`precondition`."""
         return self.precondition(checkpoint, targets.features)
 
-    def weights(self, checkpoint: int, rows: Features | StoredFeatures) -> Tensor | None:  # noqa: ARG002
+    def weights(self, checkpoint: int, rows: Features | StoredFeatures) -> Tensor | None:
         """Q, or None if the average of Q is multiplied later, by :meth:`finish`."""
         if self.loss_gradients == "averaged":
             return None

@@ -257,7 +257,7 @@ def load_tensors(path: Path, verify: bool = True) -> tuple[dict[str, Tensor], di
     """
     with open_safetensors(path) as file:
         metadata = _header(path, file)
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors = all_tensors(file)
     if verify and metadata["sha256"] != tensor_digest(tensors):
         raise altered(path, "its checksum does not match its content")
     return tensors, metadata
@@ -305,6 +305,11 @@ def open_safetensors(path: Path) -> Iterator[Any]:
         if error.filename:
             raise
         raise OSError(f'"{path}" cannot be read: {error}') from error
+
+
+def all_tensors(file: Any) -> dict[str, Tensor]:
+    """The tensors of an open safetensors file, by name."""
+    return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
 
 
 def tensor_digest(tensors: dict[str, Tensor]) -> str:

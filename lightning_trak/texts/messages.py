@@ -1,4 +1,4 @@
-"""Parts of messages: the first of many names, names with reasons, and an error in one line."""
+"""Parts of messages: the first of many names, names with reasons, an error in one line, and the extremes of numbers."""
 
 from collections.abc import Mapping, Sequence
 
@@ -25,3 +25,17 @@ def with_reasons(reasons: Mapping[str, str]) -> str:
 def in_one_line(error: Exception) -> str:
     """The type of an error and the first line of its message, of at most 200 characters."""
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+
+def extremes(values: Sequence[float], digits: int = 2) -> str:
+    """The smallest and the largest number; or one, if both are rounded to the same.
+
+    Args:
+        values: the numbers.
+        digits: how many are shown of each.
+
+    Example:
+        >>> extremes([0.5, 1.25, 0.75])
+        '0.5 to 1.2'
+    """
+    return " to ".join(dict.fromkeys(f"{value:.{digits}g}" for value in (min(values), max(values))))

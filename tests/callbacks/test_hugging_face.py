@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lightning_trak import GradientDot, TracIn
 from lightning_trak.checkpoints.reading import resolve_checkpoints
 from lightning_trak.checkpoints.series import SnapshotSeries
+from lightning_trak.methods import KNNShapley, TrainingLoss
 from lightning_trak.outputs import ClassificationMargin
 from lightning_trak.projections import IdentityProjection
 from tests.lit import make_trainer
@@ -304,6 +305,23 @@ def test_only_what_is_trained_is_saved_and_the_rest_must_be_the_same(tmp_path: P
     for other in (frozen_body(seed=1), copy.deepcopy(trained).double()):
         with pytest.raises(ValueError, match="this Net has other frozen parameters than the model had in training"):
             TracIn(other, tmp_path / "part", tmp_path / "o", **EXACT).featurize(make_trainer(), DATA)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda *args: TrainingLoss(*args, output=ClassificationMargin()),
+        lambda *args: KNNShapley(*args, forward=lambda module, batch: module(**batch)),
+    ],
+    ids=["loss", "representations"],
+)
+def test_methods_without_gradients_load_what_is_trained(tmp_path: Path, make: Any) -> None:
+    found = []
+    for name, only in (("part", True), ("whole", False)):
+        model = frozen_body()
+        fit(tmp_path, TRAKTrainerCallback(tmp_path / name, trainable_only=only), model=model)
+        found.append(make(model, tmp_path / name).label_suspicion(make_trainer(), DATA))
+    torch.testing.assert_close(*found)
 
 
 def test_a_snapshot_of_a_part_after_a_whole_checkpoint(tmp_path: Path) -> None:

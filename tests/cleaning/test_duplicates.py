@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from scipy.sparse.csgraph import connected_components
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from lightning_trak import TRAK
 from lightning_trak.cleaning import duplicates
@@ -41,7 +41,7 @@ def by_all_pairs(matrices, threshold):
     return firsts, torch.where(alike, cosines, 0.0).amax(1)
 
 
-def find(matrices, step, threshold, ranks=Ranks()):  # noqa: B008
+def find(matrices, step, threshold, ranks=Ranks()):
     read = lambda checkpoint, span: matrices[checkpoint][span.start : span.stop]  # noqa: E731
     return near_duplicates(read, spans(len(matrices[0]), step), len(matrices), threshold, CPU, ranks)
 
@@ -135,6 +135,19 @@ def test_stored_features_tell_labels_apart(tmp_path, checkpoints, dtype):
         groups.setdefault(group, set()).add(int(firsts[position]))
     assert all(len(found) == 1 for found in groups.values())
     assert len(set.union(*groups.values())) == len(groups)
+
+
+def test_of_a_store_that_has_grown(tmp_path, checkpoints):
+    """Its shards are those of its parts, so that the number of a shard does not follow from its first example."""
+    data, trainer = planted(), make_trainer()
+    grown, made = (TRAK(make_model(), checkpoints, tmp_path / name) for name in ("grown", "made"))
+    grown.featurize(trainer, Subset(data, range(17)), shard_size=7)
+    for method in (grown, made):
+        method.featurize(trainer, data, shard_size=7)
+    found, expected = (duplicates(method, trainer, data, threshold=0.9) for method in (grown, made))
+    assert found.positions.tolist() == expected.positions.tolist()
+    assert found.groups == expected.groups
+    torch.testing.assert_close(found.scores, expected.scores, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("method", [RepresentationSimilarity, KNNShapley])

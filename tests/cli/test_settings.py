@@ -30,6 +30,17 @@ def test_settings_of_the_method(monkeypatch, capsys):
     assert found["projection"]["init_args"]["dim"] == 1024
 
 
+@pytest.mark.parametrize("method", ["TRAK", "EKFACInfluence", "TrainingLoss"])
+@pytest.mark.parametrize(
+    ("given", "expected"), [("[a.ckpt, b.ckpt]", ["a.ckpt", "b.ckpt"]), ("run/snapshots", "run/snapshots")]
+)
+def test_checkpoints_are_a_path_or_a_list(monkeypatch, capsys, method, given, expected):
+    settings = ["--method", method, "--method.checkpoints", given]
+    with pytest.raises(SystemExit, match="0"):
+        command_line(monkeypatch, "clean", "--config", CONFIG, *settings, "--print_config")
+    assert yaml.safe_load(capsys.readouterr().out)["method"]["init_args"]["checkpoints"] == expected
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8", "int4"])
 def test_every_dtype_has_a_name(monkeypatch, capsys, dtype):
     with pytest.raises(SystemExit, match="0"):

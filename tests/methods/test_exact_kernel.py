@@ -140,7 +140,7 @@ def test_the_features_of_targets_are_their_gradients(tmp_path, checkpoints):
 
 
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(module_of_kernel, "row_blocks", lambda shards, size: [range(i, i + 1) for i in range(shards)])
+    monkeypatch.setattr(module_of_kernel, "shard_blocks", lambda shards, size: [range(i, i + 1) for i in range(shards)])
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import copy
 
+import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
@@ -185,6 +186,14 @@ def test_attribute_takes_one_set_of_targets(tmp_path, checkpoints):
     loaders = [DataLoader(TARGETS), DataLoader(TARGETS)]
     with pytest.raises(ValueError, match="attribute takes one set of targets, got 2 loaders; use score"):
         method.attribute(make_trainer(), TRAIN, loaders)
+
+    class Several(L.LightningDataModule):
+        def predict_dataloader(self):
+            return loaders
+
+    with pytest.raises(ValueError, match="expected one set of targets, got 2 loaders"):
+        method.attribute(make_trainer(), TRAIN, Several())
+    assert not any(tmp_path.iterdir())
     method.featurize(make_trainer(), TRAIN)
     assert len(method.score(make_trainer(), loaders)) == 2
 

@@ -4,16 +4,21 @@ import errno
 import fcntl
 import os
 import signal
+from functools import partial
 from weakref import WeakValueDictionary
 
 import pytest
 import torch
 
+from lightning_trak import TRAK
 from lightning_trak.features.rows import Features
 from lightning_trak.features.store import FeatureStore
+from lightning_trak.methods import ExactKernel
+from lightning_trak.projections import SparseProjection
 from lightning_trak.retraining.members import Member, MemberStore
 from lightning_trak.storage import claims, discarding
 from tests.launch import run_script
+from tests.lit import TARGETS, TRAIN, make_model, make_trainer
 
 IDENTITY = {"seed": 0, "checkpoints": ["aa", "bb"]}
 MASKS = torch.tensor([[True, False, True], [False, True, True]])
@@ -146,3 +151,15 @@ def test_a_fleet_is_overwritten(tmp_path):
     fleet = MemberStore(tmp_path, FLEET | {"seed": 1}, MASKS, overwrite=True)
     assert names(tmp_path) == {"manifest.json", "masks.safetensors", "members/notes.txt"}
     assert not fleet.finished()
+
+
+@pytest.mark.parametrize(
+    "make", [TRAK, partial(TRAK, projection=SparseProjection(16)), ExactKernel], ids=["dual", "primal", "exact"]
+)
+def test_nothing_that_a_method_has_written_stays(tmp_path, checkpoints, make):
+    method = make(make_model(), checkpoints, tmp_path)
+    method.attribute(make_trainer(), TRAIN, TARGETS)
+    assert any("shard-00000" not in name for name in names(tmp_path))
+    FeatureStore(tmp_path, IDENTITY, 10, overwrite=True)
+    assert names(tmp_path) == {"manifest.json", "readers.lock"}
+    assert not list(tmp_path.glob("checkpoint-*"))

@@ -128,11 +128,11 @@ class HookEngine(GradientEngine):
         except EngineError as refusal:
             return wrong | dict.fromkeys(refusal.parameters or names, str(refusal))
         norms = {name: float(expected.norm()) for name, (_, expected) in pairs.items()}
+        allowed = max(tolerance, 8 * self._rounding_error)
         noise = 1e-5 * sum(norm**2 for norm in norms.values()) ** 0.5
         for name, (rows, expected) in pairs.items():
             error = float((rows - expected).norm())
-            rounding = rounding_of(self.precision, self.parameters[name].device)
-            if error > max(tolerance, 8 * rounding) * norms[name] + noise:
+            if error > allowed * norms[name] + noise:
                 wrong[name] = (
                     f"hooks give it a gradient that is off by {error:.3g}, and autograd's has norm {norms[name]:.3g}:"
                     " it is also used outside its module's forward, or examples are not in the first dimension"
@@ -144,11 +144,8 @@ class HookEngine(GradientEngine):
 
         The whole gradients of several examples may not fit in memory.
         """
-        parameters = list(self.parameters.values())
-        sketches = Sketches(
-            {name: parameter.shape for name, parameter in self.parameters.items()}, parameters[0].device
-        )
-        found, expected = torch.zeros(2, batch.size, sketches.dim, dtype=torch.float64, device=parameters[0].device)
+        sketches = Sketches({name: parameter.shape for name, parameter in self.parameters.items()}, self.device)
+        found, expected = torch.zeros(2, batch.size, sketches.dim, dtype=torch.float64, device=self.device)
         self.project(batch, sketches, found)
         with channels_last(self._reordered):  # otherwise, rounding could differ at a kink
             self._differentiate(batch, sketches, expected)
@@ -221,8 +218,14 @@ class HookEngine(GradientEngine):
 
     @property
     def _ownership_tolerance(self) -> float:
-        parameter = next(iter(self.parameters.values()))
-        return max(1e-6, min(0.05, 2**10 * rounding_of(self.precision, parameter.device)))
+        return max(1e-6, min(0.05, 2**10 * self._rounding_error))
+
+    @property
+    def _rounding_error(self) -> float:
+        """The relative rounding error of products in a forward pass. Accelerators may compute float32 as TF32."""
+        if self.precision == torch.float32 and self.device.type != "cpu":
+            return 2**-10
+        return torch.finfo(self.precision).eps
 
     def _require_unused_outside(self, gradients: Iterable[Tensor | None]) -> None:
         """Check that parameters get no gradients outside their layers. Inside, they are frozen."""
@@ -300,10 +303,10 @@ class HookEngine(GradientEngine):
                 stack.callback(module.register_forward_hook(self._thaw, always_call=True).remove)
             yield
 
-    def _freeze(self, module: nn.Module, args: Any) -> None:  # noqa: ARG002
+    def _freeze(self, module: nn.Module, args: Any) -> None:
         self._require_grad(module, False)
 
-    def _thaw(self, module: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG002
+    def _thaw(self, module: nn.Module, args: Any, output: Any) -> None:
         self._require_grad(module, True)
 
     def _require_grad(self, module: nn.Module, requires: bool) -> None:
@@ -324,10 +327,3 @@ class HookEngine(GradientEngine):
     def _differentiating(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
         with differentiating(self.module, parameters):
             yield
-
-
-def rounding_of(dtype: torch.dtype, device: torch.device) -> float:
-    """The relative rounding error of products in this dtype. Accelerators may compute float32 as TF32."""
-    if dtype == torch.float32 and device.type != "cpu":
-        return 2**-10
-    return torch.finfo(dtype).eps

@@ -44,11 +44,10 @@ class ShardedHookEngine(HookEngine):
     @contextmanager
     def _computing(self) -> Iterator[None]:
         """The context of forward passes. It does not restore attributes of the module, since FSDP2 changes them."""
-        device = next(iter(self.parameters.values())).device.type
-        with exact_attention(), torch.autocast(device, self.autocast, enabled=self.autocast is not None):
+        with exact_attention(), torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
             yield
 
-    def _shapes(self, batch: ExampleBatch) -> Shapes:  # noqa: ARG002
+    def _shapes(self, batch: ExampleBatch) -> Shapes:
         """One key for all batches. Shared outputs are found once, in the first :meth:`check`, on the same examples."""
         return ()
 
@@ -60,11 +59,11 @@ class ShardedHookEngine(HookEngine):
         yield
 
     @contextmanager
-    def _differentiating(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:  # noqa: ARG002
+    def _differentiating(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
         yield
 
     def _on_any_rank(self, needed: bool) -> bool:
-        flag = torch.tensor(int(needed), device=next(iter(self.parameters.values())).device)
+        flag = torch.tensor(int(needed), device=self.device)
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         return bool(flag)
 

@@ -62,7 +62,7 @@ class BM25(MatrixMethod):
         self.k1 = k1
         self.b = b
 
-    def matrix(self, trainer: L.Trainer, train: Examples, targets: Examples) -> Tensor:  # noqa: ARG002
+    def matrix(self, trainer: L.Trainer, train: Examples, targets: Examples) -> Tensor:
         """BM25 of each training text for each target; see :class:`~lightning_trak.methods.base.MatrixMethod`.
 
         Raises:

@@ -16,7 +16,9 @@ from lightning_trak.checks import require_factory
 from lightning_trak.methods.base import MatrixMethod
 from lightning_trak.methods.examples import Examples, Rows, declared_rows
 from lightning_trak.packages import overrides
+from lightning_trak.running.batches import TRANSFER_HOOKS
 from lightning_trak.running.data import Data
+from lightning_trak.running.loaders import like
 from lightning_trak.running.loading import batch_size_of
 from lightning_trak.running.random_states import isolated_random_states
 from lightning_trak.running.ranks import Ranks
@@ -174,10 +176,9 @@ class DataShapley(MatrixMethod):
 
 def _require_divisible(train: Examples) -> None:
     """Check that subsets of the data can be loaded as the whole is."""
-    hooks = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
     loader, datamodule = train.loader, train.datamodule
     if datamodule is not None:
-        own = [hook for hook in hooks if overrides(datamodule, hook, L.LightningDataModule)]
+        own = [hook for hook in TRANSFER_HOOKS if overrides(datamodule, hook, L.LightningDataModule)]
         if own:
             raise ValueError(
                 f"{type(datamodule).__name__} has {own[0]}, which is not called for subsets of its data: move it to the"
@@ -191,12 +192,5 @@ def _require_divisible(train: Examples) -> None:
 
 
 def _subset(loader: DataLoader[Any], members: list[int]) -> DataLoader[Any]:
-    return DataLoader(
-        Subset(loader.dataset, members),
-        batch_size=batch_size_of(loader),
-        shuffle=isinstance(loader.sampler, RandomSampler),
-        collate_fn=loader.collate_fn,
-        num_workers=loader.num_workers,
-        pin_memory=loader.pin_memory,
-        worker_init_fn=loader.worker_init_fn,
-    )
+    shuffle = isinstance(loader.sampler, RandomSampler)
+    return like(loader, Subset(loader.dataset, members), batch_size=batch_size_of(loader), shuffle=shuffle)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_trak.checkpoints.copies import Original, copy_module
+from lightning_trak.checkpoints.copies import copy_module, load_each
 from lightning_trak.checkpoints.names import canonical_name
 from lightning_trak.checkpoints.of_model import checkpoints_of
 from lightning_trak.checkpoints.reading import CheckpointsLike, masks_of
@@ -69,7 +69,6 @@ class RepresentationMethod(MatrixMethod):
         ``"bf16-true"``.
         """
         module = copy_module(self.model)
-        original = Original(module, partial=any(item.frozen is not None for item in self.checkpoints))
         layer = _find_layer(module, self.layer)
 
         def rows(module: nn.Module, batch: Any) -> Tensor:
@@ -77,8 +76,7 @@ class RepresentationMethod(MatrixMethod):
             pooled = self.pool(activations, batch)
             return pooled.to(torch.promote_types(pooled.dtype, torch.float32))
 
-        for checkpoint in self.checkpoints:
-            original.load(checkpoint.load(), checkpoint.name, checkpoint.frozen)
+        for checkpoint in load_each(module, self.checkpoints):
             what = f"the representation at {checkpoint.name}"
             yield tuple(examples.map(trainer, module, rows, what, self.model) for examples in data)
 

@@ -49,7 +49,7 @@ class SubsetMethod(MatrixMethod):
         if outputs.ndim == 3:
             self.outputs = self.outputs.mean(2)
 
-    def matrix(self, trainer: L.Trainer, train: Examples, targets: Examples) -> Tensor:  # noqa: ARG002
+    def matrix(self, trainer: L.Trainer, train: Examples, targets: Examples) -> Tensor:
         """Estimates from the masks and outputs; of the data, only the sizes are used.
 
         See :class:`~lightning_trak.methods.base.MatrixMethod`.

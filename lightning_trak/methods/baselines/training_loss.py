@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_trak.checkpoints.copies import Original, copy_module
+from lightning_trak.checkpoints.copies import copy_module, load_each
 from lightning_trak.checkpoints.of_model import checkpoints_of
 from lightning_trak.checkpoints.reading import CheckpointsLike
 from lightning_trak.compatibility import original_module
@@ -64,13 +64,11 @@ class TrainingLoss(LabelStatistic):
         """The loss of each training example in eval mode, averaged over checkpoints."""
         trainer = trainer_of(trainer)
         examples, module = Examples(train, "fit", trainer), copy_module(self.model)
-        original = Original(module)
 
         def losses(module: nn.Module, batch: Any) -> Tensor:
             return self.output.loss(self.output.output(module, batch))
 
         total = torch.zeros(len(examples), dtype=torch.float64)
-        for checkpoint in self.checkpoints:
-            original.load(checkpoint.load(), checkpoint.name)
+        for checkpoint in load_each(module, self.checkpoints):
             total += examples.map(trainer, module, losses, f"the loss at {checkpoint.name}", self.model).double()
         return total / len(self.checkpoints)

@@ -94,7 +94,7 @@ class Influence(DataMethod):
     def _prepare(self, passes: Passes) -> InverseProduct:
         """Do what a checkpoint needs before the targets come."""
 
-    def _noise_level(self, passes: Passes) -> float:  # noqa: ARG002
+    def _noise_level(self, passes: Passes) -> float:
         """What the automatic damping is multiplied by because there are several checkpoints, if the method needs it."""
         return 1.0
 

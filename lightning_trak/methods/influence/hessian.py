@@ -131,7 +131,7 @@ class Hessian:
         parameters: list[Tensor] = list(self.passes.parameters.values())
         output = self.passes.model.output
         multiply = self._exact if self.curvature == "exact" else self._gauss_newton
-        with self.passes.differentiable(), _twice():
+        with self.passes.differentiable(), _explaining_failures():
             model = self.passes.model
             if not self._has_derivative:
                 self._require_derivative(ExampleBatch(batch, size, self.passes.layout).take(slice(0, _CHECKED)))
@@ -214,8 +214,8 @@ def _dense(slopes: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 
 @contextmanager
-def _twice() -> Iterator[None]:
-    """Explain PyTorch's error about an operation of the model that has no second derivative."""
+def _explaining_failures() -> Iterator[None]:
+    """Explain PyTorch's error if an operation of the model has no second derivative."""
     try:
         yield
     except RuntimeError as error:  # NotImplementedError is one

@@ -19,10 +19,11 @@ class MixedHessian(Hessian):
     """
 
     def __init__(self, first: Hessian, second: Hessian, share: float, damping: Damping, level: float) -> None:
-        vars(self).update(vars(first))  # what a solver reads is that of H, up to what follows
+        # Not that of the base, which passes over the training data: both have done so.
         self._first, self._second, self._share = first, second, share
-        weights = torch.cat([(1 - share) * first.weights, share * second.weights])
-        self.ridge = absolute_damping(damping, weights, first.passes.size, first.passes.where, level)
+        self.passes, self.curvature, self.convergence = first.passes, first.curvature, first.convergence
+        self.weights = torch.cat([(1 - share) * first.weights, share * second.weights])
+        self.ridge = absolute_damping(damping, self.weights, self.passes.size, self.passes.where, level)
 
     def heaviest(self, count: int) -> Tensor:
         """Half of the rows from each, times the root of its share."""

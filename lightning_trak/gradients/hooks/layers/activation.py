@@ -13,7 +13,7 @@ class PReLULayer(Layer, covers=[nn.PReLU]):
     module: nn.PReLU
     parameter_names = ("weight",)
 
-    def gradient(self, parameter: str, call: LayerCall) -> Tensor:  # noqa: ARG002
+    def gradient(self, parameter: str, call: LayerCall) -> Tensor:
         """Shape ``(size, slopes)``: only negative inputs count."""
         products = call.output_gradient * call.inputs.clamp(max=0)
         slopes = self.module.num_parameters

@@ -145,7 +145,7 @@ class Layer(ABC):
         """
         return None
 
-    def has_rows(self, parameter: str) -> bool:  # noqa: ARG002
+    def has_rows(self, parameter: str) -> bool:
         """Whether :meth:`gradient_rows` is defined for a parameter. Default: it is not."""
         return False
 
@@ -162,7 +162,7 @@ class Layer(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} must define gradient_rows(), since its has_rows() is true")
 
-    def nonzero_rows(self, parameter: str, call: LayerCall) -> tuple[Tensor, Tensor] | None:  # noqa: ARG002
+    def nonzero_rows(self, parameter: str, call: LayerCall) -> tuple[Tensor, Tensor] | None:
         """The rows of G that are not zero, if they are few, for each example. Default: None, they are not few.
 
         Args:
@@ -177,10 +177,10 @@ class Layer(ABC):
 
     def projected_gradient(
         self,
-        parameter: str,  # noqa: ARG002
-        call: LayerCall,  # noqa: ARG002
-        left: Tensor,  # noqa: ARG002
-        right: Tensor,  # noqa: ARG002
+        parameter: str,
+        call: LayerCall,
+        left: Tensor,
+        right: Tensor,
     ) -> Tensor | None:
         """``left.T @ G @ right`` for each example, without G itself. Default: None, G must be formed.
 

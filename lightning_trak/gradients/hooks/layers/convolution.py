@@ -65,7 +65,7 @@ class ConvolutionLayer(Layer, covers=[*_TYPES]):
         """
         return parameter == "weight" and self.has_factors() and self.module.weight.device.type != "cpu"
 
-    def gradient_rows(self, parameter: str, call: LayerCall, rows: range) -> Tensor:  # noqa: ARG002
+    def gradient_rows(self, parameter: str, call: LayerCall, rows: range) -> Tensor:
         """Shape ``(size, len(rows), *weight.shape[1:])``. The rows are the kernels of some output channels."""
         shape = self.module.weight.shape
         some = call.output_gradient.narrow(1 - len(shape), rows.start, len(rows))

@@ -22,7 +22,7 @@ class EmbeddingLayer(Layer, covers=[nn.Embedding]):
             return "scale_grad_by_freq replaces the gradient"
         return None
 
-    def gradient(self, parameter: str, call: LayerCall) -> Tensor:  # noqa: ARG002
+    def gradient(self, parameter: str, call: LayerCall) -> Tensor:
         """Shape ``(size, ids * width)``. Each position's gradient is added to the row of its id."""
         gradients, ids = self._positions(call)
         count = self.module.num_embeddings
@@ -31,13 +31,13 @@ class EmbeddingLayer(Layer, covers=[nn.Embedding]):
         rows.index_add_(0, (ids + offsets).flatten(), gradients.flatten(0, 1))
         return rows.view(call.size, -1)
 
-    def nonzero_rows(self, parameter: str, call: LayerCall) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+    def nonzero_rows(self, parameter: str, call: LayerCall) -> tuple[Tensor, Tensor]:
         """Shapes ``(size, positions, width)`` and ``(size, positions)``."""
         return self._positions(call)
 
     def projected_gradient(
         self,
-        parameter: str,  # noqa: ARG002
+        parameter: str,
         call: LayerCall,
         left: Tensor,
         right: Tensor,

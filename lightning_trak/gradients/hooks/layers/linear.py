@@ -21,7 +21,7 @@ class LinearLayer(Layer, covers=[nn.Linear]):
         """True for the weight."""
         return parameter == "weight"
 
-    def gradient_rows(self, parameter: str, call: LayerCall, rows: range) -> Tensor:  # noqa: ARG002
+    def gradient_rows(self, parameter: str, call: LayerCall, rows: range) -> Tensor:
         """Shape ``(size, len(rows), columns)``."""
         all_rows, columns = self._rows_and_columns(call)
         return all_rows[:, :, rows.start : rows.stop].transpose(1, 2) @ columns

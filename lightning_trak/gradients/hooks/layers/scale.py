@@ -34,7 +34,7 @@ class ScaleLayer(Layer, covers_by_structure=True):
             arguments[0].POSITIONAL_ONLY,
         )
 
-    def gradient(self, parameter: str, call: LayerCall) -> Tensor:  # noqa: ARG002
+    def gradient(self, parameter: str, call: LayerCall) -> Tensor:
         """Shape ``(size, numel)``.
 
         Raises:
