@@ -95,7 +95,7 @@ class Update:
             before: the state before it.
             sums: the gradient of each parameter, before clipping.
         """
-        step = player.update
+        optimizer = player.update
         inputs: dict[str, dict[str, Tensor]] = {}
         outputs: dict[str, dict[str, Tensor]] = {}
         factors: dict[str, Factors] = {}
@@ -103,23 +103,23 @@ class Update:
             gradients = {name: gradient.detach().requires_grad_() for name, gradient in sums.items()}
             bounded = clipped(gradients, record.settings.clip, record.settings.clip_by)
             for names, group in zip(record.structure.groups, record.settings.groups, strict=True):
-                factors_of = functools.cache(functools.partial(step.factors, group=group))
+                factors_of = functools.cache(functools.partial(optimizer.factors, group=group))
                 for name in names:
                     if name not in bounded:
                         continue
                     kept = before.moments.get(name, {})
-                    moments = {key: kept[key].to(player.device) for key in step.moments if key in kept}
-                    own = {"parameter": player.parameters[name], "gradient": bounded[name], **moments}
-                    own = {key: tensor.detach().requires_grad_(not step.linear) for key, tensor in own.items()}
-                    if step.linear:
+                    own = {"parameter": player.parameters[name], "gradient": bounded[name]}
+                    own |= {key: kept[key].to(player.device) for key in optimizer.moments if key in kept}
+                    own = {key: tensor.detach().requires_grad_(not optimizer.linear) for key, tensor in own.items()}
+                    if optimizer.linear:
                         factors[name] = factors_of(frozenset(kept))
                         results = {key: _weighted_sum(own, terms) for key, terms in factors[name].items()}
                     else:
-                        new, changed = step.update(own["parameter"], own["gradient"], {**kept, **own}, group)
-                        results = {"parameter": new, **{key: own[key] for key in moments}, **changed}
+                        new, moments = optimizer.step(own["parameter"], own["gradient"], {**kept, **own}, group)
+                        results = {"parameter": new, **moments}
                     inputs[name] = {_key(key, name): tensor for key, tensor in own.items()}
                     outputs[name] = {_key(key, name): tensor for key, tensor in results.items()}
-        return cls(gradients, bounded, inputs, outputs, step.elementwise, factors)
+        return cls(gradients, bounded, inputs, outputs, optimizer.elementwise, factors)
 
     def back(self, block: Block, products: Products) -> Cotangents:
         """Go back through the update.

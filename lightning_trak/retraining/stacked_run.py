@@ -187,7 +187,7 @@ def _updated(
         for name in names:
             if name in bounded:
                 count = {"step": torch.tensor(counts[name])} if counts[name] else {}
-                after[name], moments[name] = update.update(
+                after[name], moments[name] = update.step(
                     parameters[name], bounded[name], {**kept[name], **count}, group
                 )
     return after, moments

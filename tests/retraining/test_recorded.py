@@ -69,6 +69,7 @@ RUNS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "tied weights": (NETS["tied, frozen and unused weights"], OPTIMIZERS["schedule"], {}),
     "attention": (lambda: without_dropout(NETS["attention"]()), OPTIMIZERS["amsgrad"], {}),
     "groups": (None, OPTIMIZERS["groups"], {"gradient_clip_val": 0.3}),
+    "paused momentum": (None, OPTIMIZERS["paused momentum"], {}),
     "accumulation": (None, smooth, {"accumulate_grad_batches": 2}),
 }
 

@@ -63,6 +63,13 @@ class OptimizerStep(ABC):
             The new parameter, and the new values of :attr:`moments`. Those that are left out stay as they are.
         """
 
+    def step(
+        self, parameter: Tensor, gradient: Tensor, kept: Moments, group: Mapping[str, Any]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The same as :meth:`update`, with the moments that it leaves out, as SGD without momentum does."""
+        new, changed = self.update(parameter, gradient, kept, group)
+        return new, {name: kept[name] for name in self.moments if name in kept} | changed
+
     @torch.no_grad()
     def factors(self, kept: Collection[str], group: Mapping[str, Any]) -> Factors:
         """The factors of a :attr:`linear` update: its results at unit vectors.
@@ -77,9 +84,8 @@ class OptimizerStep(ABC):
         """
         names = ["parameter", "gradient", *(name for name in self.moments if name in kept)]
         parameter, gradient, *units = torch.eye(len(names), dtype=torch.float64)
-        moments = dict(zip(names[2:], units, strict=True))
-        new, changed = self.update(parameter, gradient, moments, group)
-        results = {"parameter": new, **moments, **changed}
+        new, moments = self.step(parameter, gradient, dict(zip(names[2:], units, strict=True)), group)
+        results = {"parameter": new, **moments}
         return {
             result: {name: factor for name, factor in zip(names, values.tolist(), strict=True) if factor}
             for result, values in results.items()
