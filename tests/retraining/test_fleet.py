@@ -218,6 +218,8 @@ def used_trainer():
     [
         ({"make_trainer": used_trainer}, ValueError, "a Trainer that an earlier call has used"),
         ({"make_trainer": lambda: quiet_trainer(devices=2)}, ValueError, r'2 processes.*devices=1.*run\(part="1/2"\)'),
+        ({"make_trainer": lambda: quiet_trainer(fast_dev_run=True)}, ValueError, "fast_dev_run, which .* first"),
+        ({"make_trainer": lambda: quiet_trainer(overfit_batches=1)}, ValueError, "overfit_batches, which .* no ground"),
         ({"make_module": LitNet()}, TypeError, "make_module must be a function that makes a new .* got a LitNet"),
         ({"make_trainer": make_trainer()}, TypeError, "make_trainer must be a function .* got a Trainer"),
         ({"make_trainer": LitNet}, ValueError, r"make_trainer\(\) must return a Trainer, got LitNet"),
