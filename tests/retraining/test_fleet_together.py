@@ -227,8 +227,9 @@ def test_a_module_is_not_given_twice_here_either(tmp_path):
     fleet = make_fleet(tmp_path, lambda: next(modules))
     with pytest.raises(ValueError, match="of an earlier call again"):
         fleet.run(together=3, progress_bar=False)
-    with pytest.raises(ValueError, match="together must be at least 1"):
-        fleet.run(together=0)
+    for number in (0, True, 2.5):
+        with pytest.raises(ValueError, match="`together` to be a positive integer"):
+            fleet.run(together=number)
 
 
 class Halves(Net):
