@@ -98,7 +98,7 @@ def explain(
         An explanation for each of ``indices``, in that order.
 
     Raises:
-        ValueError: if the scores and the datasets have different sizes, or ``k`` is less than 1.
+        ValueError: if the scores and the datasets have different sizes, ``k`` is less than 1, or there are no indices.
         IndexError: if there is no target with one of the positions.
         TypeError: if ``describe`` returns something other than a str.
     """
@@ -110,6 +110,8 @@ def explain(
         )
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
+    if not len(indices):
+        raise ValueError("expected the position of at least one target, got none")
     for index in indices:
         if not 0 <= index < len(targets):
             raise IndexError(f"there is no target {index}: they are numbered from 0 to {len(targets) - 1}")
