@@ -309,7 +309,9 @@ def test_without_a_trainer(recorded: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(run(fleet), run(fleet_of(tmp_path / "again", Net(), recorded, MASKS[:1])))
     scores = {"none": torch.zeros(3, NUM_TRAIN)}
     ProponentRemoval(tmp_path / "top", Net(), recorded, None, DATA, TARGETS, scores, num_random=1)
-    with pytest.raises(TypeError, match="expected a Trainer first, got a TensorDataset"):
+    with pytest.raises(
+        TypeError, match=r"expected a Trainer of Lightning first, got an object of torch\.utils\.data\.dataset\.TensorD"
+    ):
         replay(Net(), recorded, DATA, DATA, **options)
     with pytest.raises(TypeError, match=r"`scores` as a torch\.Tensor, but got a topk"):
         fleet.lds(scores["none"].topk(2))
