@@ -132,9 +132,6 @@ class ProponentRemoval:
         require_scores(scores, num_targets, num_train)
         if not scores:
             raise ValueError("expected the scores of some methods, got none")
-        for name, values in scores.items():
-            if not values.isfinite().all():
-                raise ValueError(f'scores of "{name}" are not finite in {int((~values.isfinite()).sum())} places')
         random = random_removals(num_train, num_random, fraction, seed)
         self.removed = int((~random[0]).sum())
         self.methods = tuple(scores)
