@@ -54,6 +54,8 @@ def test_forgotten_data_are_refused(tmp_path):
         TypeError, match=r"expected a Trainer of Lightning first, got an object of torch\.utils\.data\.dataset\.TensorD"
     ):
         trak.featurize(TRAIN)
+    with pytest.raises(ValueError, match=r"expected a sequence of dampings, such as .*, got 0\.1"):
+        trak.score_dampings(data=TARGETS, dampings=0.1)
     with pytest.raises(ValueError, match="expected a sequence of dampings"):
         trak.score_dampings(None, TARGETS)
 
