@@ -158,6 +158,11 @@ def metasmoothness(
     words = f"metasmoothness {value:.2f} (smooth from {SMOOTH_VALUE}), noise ceiling {ceiling:.2f} ({SMOOTH_CEILING})."
     if smooth:
         verdict = f"This run is smooth: {words} Its metagradients can be expected to predict removals."
+    elif signal == 0:
+        verdict = (
+            "No output moves when examples are removed, so there is nothing to attribute: did the run train the"
+            " parameters that the output depends on, with learning rates above 0?"
+        )
     else:
         verdict = f"This run is not smooth: {words} {advice(recorded)}"
     return Smoothness(value, ceiling, signal**0.5, noise**0.5, smooth, verdict)
