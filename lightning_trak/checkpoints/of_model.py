@@ -88,6 +88,8 @@ def _of_whole(own: dict[str, Any], given: dict[str, Tensor], name: str, model: n
 
     DistributedDataParallel, an average of weights and the LightningModule around a network are such modules.
     """
+    if not own.keys().isdisjoint(given):  # these are the model's own weights, and something is wrong with them
+        return None
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in given.items():
         part, _, rest = key.partition(".")

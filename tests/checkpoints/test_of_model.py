@@ -148,6 +148,13 @@ def test_several_models_that_fit_are_refused():
         checkpoints_of(make_model(), both)[0].load()
 
 
+def test_own_weights_count_before_those_of_a_part():
+    own = nn.Linear(2, 1).state_dict()
+    weights = checkpoints_of(nn.Linear(2, 1), own | around(nn.Linear(2, 1).state_dict(), "old"))[0].load()
+    with pytest.raises(ValueError, match=r"Unexpected keys: old\.weight, old\.bias"):
+        Original(nn.Linear(2, 1)).load(weights, "it")
+
+
 def test_what_wraps_another_model_keeps_its_names():
     for trained in ({"module.weight": torch.ones(2, 3)}, {"module.bias": torch.ones(1)}, {"a.b": torch.ones(1)}):
         weights = checkpoints_of(nn.Linear(2, 1), trained)[0].load()
