@@ -290,6 +290,10 @@ def test_best_scores_that_do_not_fit_are_refused(tmp_path):
         log_attributions([logger], best, TRAIN, TRAIN)
     with pytest.raises(ValueError, match=r"the scores name training example \d+, and there are 13"):
         log_attributions([logger], best, TARGETS, TARGETS)
+    with pytest.raises(TypeError, match="by their positions, not by a mask"):
+        log_attributions([logger], best, TRAIN, TARGETS, shown=[True] * 13)
+    with pytest.raises(IndexError, match="there is no target -1"):
+        log_attributions([logger], best, TRAIN, TARGETS, shown=[-1])
 
 
 def test_tables_survive_awkward_cells():
