@@ -26,6 +26,21 @@ def positive(name: str, value: int) -> int:
     raise ValueError(f"Expected `{name}` to be a positive integer but got {value!r}.")
 
 
+def integer(name: str, value: int) -> int:
+    """An integer of any type, such as one of NumPy's, as an ``int``.
+
+    Args:
+        name: of the argument, for the error.
+        value: of the argument.
+
+    Raises:
+        TypeError: if the value is no integer. A bool does not count as one.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    return int(value)
+
+
 def whole_seed(name: str, value: int) -> int:
     """A seed of any integer type, such as one of NumPy's, as an ``int``.
 
