@@ -19,7 +19,7 @@ _WATCHES = (Checkpoint, DeviceStatsMonitor, LearningRateMonitor, ModelSummary, P
 
 _SETTINGS = (
     *("max_epochs", "max_steps", "min_epochs", "min_steps", "accumulate_grad_batches"),
-    *("gradient_clip_val", "gradient_clip_algorithm", "limit_train_batches", "limit_val_batches"),
+    *("gradient_clip_val", "gradient_clip_algorithm", "limit_train_batches", "limit_val_batches", "overfit_batches"),
 )
 
 
