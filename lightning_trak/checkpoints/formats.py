@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from fsspec.implementations.local import LocalFileSystem
 from lightning_utilities.core.rank_zero import WarningCache
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_trak.checkpoints.base import Checkpoint, CheckpointFormat
 from lightning_trak.checkpoints.series import SnapshotSeries
@@ -201,7 +201,7 @@ def state_dict(content: Any, source: str) -> dict[str, Tensor]:
             )
         content = content[named[0]]
     if not isinstance(content, Mapping):
-        advice = "; save its state_dict() in its place" if isinstance(content, nn.Module) else ""
+        advice = "; save its state_dict() in its place" if isinstance(content, torch.nn.Module) else ""
         raise TypeError(f"{source} must hold a state dict, got {type(content).__name__}{advice}")
     tensors = without_extra_state(content, source)
     if not tensors:
