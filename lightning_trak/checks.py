@@ -1,6 +1,7 @@
 """Checks of arguments that several functions share."""
 
 import operator
+from numbers import Integral
 
 from torch import Tensor, nn
 
@@ -25,6 +26,36 @@ def positive(name: str, value: int) -> int:
     raise ValueError(f"Expected `{name}` to be a positive integer but got {value!r}.")
 
 
+def integer(name: str, value: int) -> int:
+    """An integer of any type, such as one of NumPy's, as an ``int``.
+
+    Args:
+        name: of the argument, for the error.
+        value: of the argument.
+
+    Raises:
+        TypeError: if the value is no integer. A bool does not count as one.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    return int(value)
+
+
+def whole_seed(name: str, value: int) -> int:
+    """A seed of any integer type, such as one of NumPy's, as an ``int``.
+
+    Args:
+        name: of the argument, for the error.
+        value: of the argument.
+
+    Raises:
+        ValueError: if the value is not an integer from 0 to 2^32 - 2. The last seed of NumPy is one more.
+    """
+    if not isinstance(value, bool) and isinstance(value, Integral) and 0 <= value <= 2**32 - 2:
+        return int(value)
+    raise ValueError(f"{name} must be a whole number from 0 to {2**32 - 2}, got {value!r}")
+
+
 def require_bool(name: str, value: object) -> None:
     """Check a switch. A text such as ``"no"`` would count as true.
 
@@ -40,7 +71,9 @@ def require_bool(name: str, value: object) -> None:
 
 
 def require_tensor(name: str, value: object) -> None:
-    """Check that an argument is a tensor. Arrays and lists have other methods, and fail in the middle of a computation.
+    """Check that an argument is a tensor of real numbers.
+
+    Arrays and lists have other methods, and fail in the middle of a computation. torch drops imaginary parts.
 
     Args:
         name: of the argument, for the error.
@@ -51,6 +84,8 @@ def require_tensor(name: str, value: object) -> None:
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"Expected `{name}` as a torch.Tensor, but got a {type(value).__name__}.")
+    if value.is_complex():
+        raise TypeError(f"Expected `{name}` as real numbers, but got {value.dtype}.")
 
 
 def require_one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:

@@ -10,12 +10,15 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_trak.checks import positive, require_factory
 from lightning_trak.methods.base import Method
 from lightning_trak.metrics import LinearDatamodelingScore
 from lightning_trak.reporting.loggers.records import log_attributions, log_lds
 from lightning_trak.retraining import Retrained
-from lightning_trak.running.data import Data, single_loader
+from lightning_trak.running.data import Data, datamodule_of, single_loader
 from lightning_trak.texts.display import Displayed
+
+_SHOWN = ("k", "shown", "describe", "image")
 
 
 class AttributionEvaluation(Displayed, Callback):
@@ -37,6 +40,11 @@ class AttributionEvaluation(Displayed, Callback):
             members of the fleet are checkpoints of a method.
         **shown: ``k``, ``shown``, ``describe`` and ``image`` of
             :func:`~lightning_trak.reporting.loggers.log_attributions`.
+
+    Raises:
+        TypeError: if an argument has a wrong type or name, before training.
+        ValueError: if ``k`` is not positive. Before training, or after it with a data module: if ``retrained`` is of
+            other data, or of one target alone.
 
     Attributes:
         scores: by name of the method, for those that have run: a Tensor ``(num_targets, num_train)``.
@@ -66,6 +74,13 @@ class AttributionEvaluation(Displayed, Callback):
         retrained: Retrained | None = None,
         **shown: Any,
     ) -> None:
+        _require_methods(methods)
+        _require_shown(shown)
+        if retrained is not None and not isinstance(getattr(retrained, "masks", None), Tensor):
+            raise TypeError(
+                f"retrained must be the result of read_fleet or split_fleet, with masks and outputs; got a"
+                f" {type(retrained).__name__}"
+            )
         self.methods = methods
         self.train = train
         self.targets = targets
@@ -73,6 +88,12 @@ class AttributionEvaluation(Displayed, Callback):
         self.shown = shown
         self.scores: dict[str, Tensor] = {}
         self.lds: dict[str, LinearDatamodelingScore] = {}
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse data that do not fit before the training. A data module may not be ready yet."""
+        if datamodule_of(self.train) is None and datamodule_of(self.targets) is None:
+            self._datasets(trainer)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -91,8 +112,7 @@ class AttributionEvaluation(Displayed, Callback):
         Raises:
             ValueError: if ``retrained`` has a subset whose model is a checkpoint of a method.
         """
-        train = single_loader(self.train, "fit", trainer).dataset
-        targets = single_loader(self.targets, "predict", trainer).dataset
+        train, targets = self._datasets(trainer)
         for name, make_method in self.methods.items():
             method = make_method(module)
             lds = self._metric(method)  # raises before the work
@@ -106,11 +126,45 @@ class AttributionEvaluation(Displayed, Callback):
                 self.lds[name] = lds
                 log_lds(trainer.loggers, lds, f"lds/{name}", step)
 
+    def _datasets(self, trainer: Trainer) -> tuple[Any, Any]:
+        """The training set and the targets, which must be those of the ground truth."""
+        train: Any = single_loader(self.train, "fit", trainer).dataset
+        targets: Any = single_loader(self.targets, "predict", trainer).dataset
+        if self.retrained is not None:
+            truth = len(self.retrained.outputs), self.retrained.masks.shape[-1]
+            if truth != (len(targets), len(train)):
+                raise ValueError(
+                    f"retrained has the outputs at {truth[0]} targets of models of {truth[1]} training examples, but"
+                    f" there are {len(targets)} targets and {len(train)} training examples; pass the data of the fleet"
+                )
+            if len(targets) < 2:
+                raise ValueError("the interval of a linear datamodeling score needs at least 2 targets, got 1")
+        return train, targets
+
     def _metric(self, method: Method) -> LinearDatamodelingScore | None:
         if self.retrained is None:
             return None
         # Every process has all scores, so there is nothing to gather.
         return LinearDatamodelingScore(self.retrained.masks, used_masks=method.used_masks, sync_on_compute=False)
+
+
+def _require_methods(methods: object) -> None:
+    if not isinstance(methods, Mapping):
+        raise TypeError(
+            "methods must be a dict of functions that get the trained model and make a method, such as"
+            f' {{"TRAK": lambda model: TRAK(model, ...)}}; got a {type(methods).__name__}'
+        )
+    for name, make_method in methods.items():
+        require_factory(f"methods[{name!r}]", make_method)
+
+
+def _require_shown(shown: Mapping[str, Any]) -> None:
+    unknown = [name for name in shown if name not in _SHOWN]
+    if unknown:
+        raise TypeError(
+            f"AttributionEvaluation has no argument {unknown[0]!r}; what is shown takes {', '.join(_SHOWN)}"
+        )
+    positive("k", shown.get("k", 1))
 
 
 @contextmanager

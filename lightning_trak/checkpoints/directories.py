@@ -136,6 +136,11 @@ def _nothing(found: _Directory) -> str:
             f'"{found.location}" is one checkpoint that is split over files by torch.distributed: make one file of it'
             f" with `python -m lightning.pytorch.utilities.consolidate_checkpoint {found.location}`"
         )
+    if "zero_to_fp32.py" in found.names:  # DeepSpeed copies it to each checkpoint
+        return (
+            f'"{found.location}" is one checkpoint that DeepSpeed has split over files: in this directory, make whole'
+            " weights of it with `python zero_to_fp32.py . ../weights`, and pass what that has written"
+        )
     likely = next((name for name in ("checkpoints", "snapshots") if name in found.names), None)
     hint = f'did you mean "{found.location.rstrip("/")}/{likely}"?' if likely else _LIST
     return (

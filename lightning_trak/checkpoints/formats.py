@@ -39,6 +39,11 @@ class SnapshotDirectory(CheckpointFormat):
     def find(cls, location: str, weights_only: bool) -> list[Checkpoint]:
         del weights_only
         series = SnapshotSeries(location)
+        if series.filesystem.isfile(series.path("").rstrip("/")):
+            raise ValueError(
+                f'"{location}" is a file of no known kind: names of checkpoint files end in .safetensors, .ckpt, .pt,'
+                " .pth or .bin; rename it if torch.save wrote it"
+            )
         snapshots = series.read().snapshots
         if not snapshots:
             raise ValueError(
@@ -203,7 +208,8 @@ def state_dict(content: Any, source: str) -> dict[str, Tensor]:
             )
         content = content[named[0]]
     if not isinstance(content, Mapping):
-        raise TypeError(f"{source} must hold a state dict, got {type(content).__name__}")
+        advice = "; save its state_dict() in its place" if isinstance(content, torch.nn.Module) else ""
+        raise TypeError(f"{source} must hold a state dict, got {type(content).__name__}{advice}")
     tensors = without_extra_state(content, source)
     if not tensors:
         raise ValueError(f"the state dict in {source} is empty")

@@ -7,14 +7,18 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from lightning_utilities.core.rank_zero import WarningCache
 from torch import Tensor, nn
 
 from lightning_trak.checkpoints.base import Checkpoint
 from lightning_trak.checkpoints.formats import state_dict
 from lightning_trak.checkpoints.names import canonical_name
 from lightning_trak.checkpoints.reading import CheckpointsLike, resolve_checkpoints
+from lightning_trak.checkpoints.weights import is_extra_state
 
 CURRENT = "the model's current weights"
+
+_told = WarningCache()  # gives each warning once
 
 
 def checkpoints_of(
@@ -29,8 +33,9 @@ def checkpoints_of(
         weights_only: as there.
 
     Returns:
-        At least one checkpoint. Weights that were saved of a part of the model have the part's name in front: those of
-        ``self.model`` begin with ``model.``.
+        At least one checkpoint. Weights that were saved of a part of the model get the part's name in front: those of
+        ``self.model`` begin with ``model.``. Weights of a module around the model lose the model's name there, such as
+        the ``module.`` of DistributedDataParallel.
     """
     if checkpoints is None:
         return [Checkpoint(CURRENT, partial(_current, model), live=True)]
@@ -53,25 +58,66 @@ def _under_own_names(name: str, read: Callable[[], dict[str, Tensor]], model: nn
     """Read weights, and give them the names that they have in the model.
 
     Raises:
-        ValueError: if they may be those of several parts of the model.
+        ValueError: if they may be those of several parts of the model, or hold several models that fit.
     """
     weights = read()
     own: dict[str, Any] = {canonical_name(key): value for key, value in model.state_dict(keep_vars=True).items()}
     given = {canonical_name(key): value for key, value in weights.items()}
     if not given.keys() <= own.keys():
-        parts = list(dict.fromkeys(key.partition(".")[0] for key in own))
-        parts = [part for part in parts if all(f"{part}.{key}" in own for key in given)]
-        if len(parts) > 1:
-            parts = [part for part in parts if all(own[f"{part}.{key}"].shape == t.shape for key, t in given.items())]
-        if len(parts) > 1:
-            raise ValueError(
-                f"{name} fits several parts of {type(model).__name__}: {', '.join(parts)}; pass a state dict with the"
-                f" names of the whole model, such as {parts[0]}.{next(iter(given))}"
-            )
-        if parts:
-            weights = {f"{parts[0]}.{key}": tensor for key, tensor in given.items()}
-            given = weights
+        placed = _in_part(own, given, name, model) or _of_whole(own, given, name, model)
+        weights, given = (placed, placed) if placed else (weights, given)
     return weights | _tied(own, given)
+
+
+def _in_part(own: dict[str, Any], given: dict[str, Tensor], name: str, model: nn.Module) -> dict[str, Tensor] | None:
+    """Weights of a part of the model, with the part's name in front; None if they are not."""
+    parts = list(dict.fromkeys(key.partition(".")[0] for key in own))
+    parts = [part for part in parts if all(f"{part}.{key}" in own for key in given)]
+    if len(parts) > 1:
+        parts = [part for part in parts if all(own[f"{part}.{key}"].shape == t.shape for key, t in given.items())]
+    if len(parts) > 1:
+        raise ValueError(
+            f"{name} fits several parts of {type(model).__name__}: {', '.join(parts)}; pass a state dict with the"
+            f" names of the whole model, such as {parts[0]}.{next(iter(given))}"
+        )
+    return {f"{parts[0]}.{key}": tensor for key, tensor in given.items()} if parts else None
+
+
+def _of_whole(own: dict[str, Any], given: dict[str, Tensor], name: str, model: nn.Module) -> dict[str, Tensor] | None:
+    """Weights of a module that has the model as a part, without the part's name in front; None if they are not.
+
+    DistributedDataParallel, an average of weights and the LightningModule around a network are such modules.
+    """
+    if not own.keys().isdisjoint(given):  # these are the model's own weights, and something is wrong with them
+        return None
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in given.items():
+        part, _, rest = key.partition(".")
+        parts.setdefault(part, {})[rest] = tensor
+    fitting = [part for part, weights in parts.items() if _is_model(own, weights)]
+    if len(fitting) > 1:
+        raise ValueError(
+            f"{name} holds several models that fit {type(model).__name__}: {', '.join(fitting)}; pass a state dict of"
+            f" the one that you mean, without its name in front: {next(iter(parts[fitting[0]]))} in place of"
+            f" {fitting[0]}.{next(iter(parts[fitting[0]]))}"
+        )
+    if fitting:
+        unused = [key for key in given if key.partition(".")[0] != fitting[0]]
+        if unused:
+            more = f" and {len(unused) - 8} more" if len(unused) > 8 else ""
+            _told.warn(
+                f"the weights of {fitting[0]} in {name} are those of this {type(model).__name__}; the others are not"
+                f" used: {', '.join(unused[:8])}{more}"
+            )
+        return parts[fitting[0]]
+    return _in_part(own, next(iter(parts.values())), name, model) if len(parts) == 1 else None
+
+
+def _is_model(own: dict[str, Any], given: dict[str, Tensor]) -> bool:
+    """Whether weights have all names and shapes of the model, and no others. Tied ones may have one of their names."""
+    complete = given | _tied(own, given)
+    needed = {key for key in own if not is_extra_state(key)}
+    return complete.keys() == needed and all(own[key].shape == tensor.shape for key, tensor in complete.items())
 
 
 def _tied(own: dict[str, Any], given: dict[str, Tensor]) -> dict[str, Tensor]:

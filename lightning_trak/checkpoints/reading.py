@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_trak.checkpoints import directories  # noqa: F401  # makes its format known
 from lightning_trak.checkpoints.base import Checkpoint, CheckpointFormat
@@ -66,9 +66,10 @@ def resolve_checkpoints(checkpoints: CheckpointsLike, weights_only: bool = True)
             kind = next(kind for kind in CheckpointFormat.formats if kind.recognizes(location))
             resolved += kind.find(location, weights_only)
         else:
+            advice = "; pass its state_dict()" if isinstance(item, nn.Module) else ""
             raise TypeError(
                 f"checkpoint {position} must be the path of a directory of checkpoints, a .safetensors, .ckpt, .pt,"
-                f" .pth or .bin file, or a state dict, got {type(item).__name__}"
+                f" .pth or .bin file, or a state dict, got {type(item).__name__}{advice}"
             )
     return resolved
 

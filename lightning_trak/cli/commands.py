@@ -138,7 +138,7 @@ class AttributionCLI(LightningCLI):
         Raises:
             ValueError: if it is of another kind, or no checkpoints are named.
         """
-        method = self.config_init[self.subcommand].method(module)
+        method = self._required("method", self.config_init[self.subcommand].method)(module)
         if not isinstance(method, kind):
             name = type(method).__name__
             raise ValueError(f"{self.subcommand} needs a method over features, such as TRAK, and {name} has none")

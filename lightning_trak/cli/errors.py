@@ -24,8 +24,10 @@ from lightning_trak.packages import is_a
 TRACEBACK = "LIGHTNING_TRAK_TRACEBACK"
 USER_ERROR = 2
 _PACKAGE = str(Path(__file__).resolve().parents[1]) + os.sep
-# Classes that get their arguments, such as batch_size and lr, from a configuration, through the user's own classes.
-_CONFIGURED = ("torch.utils.data.", "torch.optim.")
+# Classes that get their arguments from a configuration, some through the user's own classes, such as batch_size and lr.
+_CONFIGURED = ("torch.utils.data.", "torch.optim.", "lightning.pytorch.loggers.", "lightning.pytorch.callbacks.")
+# Functions that check what a configuration says.
+_CHECKS = ("lightning.pytorch.trainer.connectors.", "lightning.fabric.utilities.seed")
 # A configuration may name the classes of these modules without their module.
 _NAMESPACES = (
     "lightning_trak",
@@ -69,11 +71,14 @@ def is_user_error(error: BaseException) -> bool:
     """Whether wrong arguments, files or data caused an error, so that its message says all.
 
     These are errors about a file, wrong settings of the Trainer, all that this package refuses, and arguments that
-    torch's loaders and optimizers refuse. Other errors, also those of the user's own code, need their traceback.
+    torch's loaders and optimizers or Lightning's loggers and callbacks refuse. Other errors, also those of the user's
+    own code, need their traceback.
     """
     if os.environ.get(TRACEBACK):
         return False
-    if is_a(error, MisconfigurationException) or (isinstance(error, OSError) and error.filename is not None):
+    if is_a(error, MisconfigurationException) or isinstance(error, FileNotFoundError):
+        return True
+    if isinstance(error, OSError) and error.filename is not None:
         return True
     expected = (ValueError, TypeError, IndexError, RuntimeError, OSError, ModuleNotFoundError)
     return isinstance(error, expected) and _refused(error.__traceback__)
@@ -116,6 +121,9 @@ def explain_refusal(message: str, options: Iterable[str]) -> str:
         The sentence, with the likely spelling of an unknown name.
     """
     options = list(options)
+    if found := re.search(r"Unexpected config: ?(.*)", message, re.DOTALL):
+        said = f"got {found[1].splitlines()[0]}" if found[1].strip() else "got an empty file"
+        return f"a configuration has sections, such as model: and data:, with settings in them; {said}"
     if found := re.search(r"Importing '[^']+' is not allowed, denied by .* denylist", message):
         return found[0]
     if found := re.search(r"Option '([\w.]+)' is not accepted", message):
@@ -177,12 +185,12 @@ def _arguments(classes: Sequence[str]) -> Iterator[str]:
 
 
 def _meant(name: str, known: Iterable[str]) -> str:
-    close = get_close_matches(name, list(dict.fromkeys(known)), n=1)
+    close = get_close_matches(name, list(dict.fromkeys(other for other in known if other != name)), n=1)
     return f"; did you mean '{close[0]}'?" if close else ""
 
 
 def _refused(traceback: TracebackType | None) -> bool:
-    """Whether a ``raise`` statement of this package, or of a constructor of torch's loaders or optimizers, was last."""
+    """Whether a ``raise`` statement of this package, or of others' constructors and checks of settings, was last."""
     if traceback is None:
         return False
     while traceback.tb_next is not None:
@@ -191,5 +199,6 @@ def _refused(traceback: TracebackType | None) -> bool:
     code = frame.f_code
     if dis.opname[code.co_code[traceback.tb_lasti]] != "RAISE_VARARGS":
         return False
-    configured = code.co_name == "__init__" and frame.f_globals["__name__"].startswith(_CONFIGURED)
+    module: str = frame.f_globals["__name__"]
+    configured = module.startswith(_CHECKS) or (code.co_name == "__init__" and module.startswith(_CONFIGURED))
     return configured or code.co_filename.startswith(_PACKAGE)

@@ -1,6 +1,8 @@
 """The settings that features depend on."""
 
+import operator
 from dataclasses import dataclass
+from numbers import Integral
 
 from lightning_trak.checks import require_one_of
 from lightning_trak.features.dtypes import FeatureDtype
@@ -49,8 +51,10 @@ class FeatureSettings:
                 " SparseProjection, or preconditioned=False"
             )
         require_one_of("engine", self.engine, ("auto", *ENGINES))
-        if not isinstance(self.audit, int) or self.audit < 0:
+        if not isinstance(self.audit, Integral) or self.audit < 0:
             raise ValueError(f"audit must be a number of examples, 0 for none, got {self.audit!r}")
+        for name in ("seed", "audit"):  # one of NumPy's integers could not be written to the manifest
+            object.__setattr__(self, name, operator.index(getattr(self, name)))
 
     def draw(self, checkpoint: int, examples: range) -> list[int]:
         """Choose the examples to audit at a checkpoint. Every run chooses the same ones."""

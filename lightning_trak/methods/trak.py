@@ -136,8 +136,8 @@ class TRAK(NewtonMethod):
             ValueError: if a value is not a damping, there is no value, the store was made with other settings, or a
                 Gram matrix is singular.
         """
-        if not dampings or isinstance(dampings, str):
-            raise ValueError(f"expected a sequence of dampings, got {dampings!r}")
+        if isinstance(dampings, str) or not isinstance(dampings, Sequence) or not dampings:
+            raise ValueError(f"expected a sequence of dampings, such as [0.1, 1, 10], got {dampings!r}")
         for damping in dampings:
             require_damping(damping)
         trainer = trainer_of(trainer)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
+from numbers import Real
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_trak.checks import integer, require_bool
 from lightning_trak.outputs.base import ModelOutput
 from lightning_trak.outputs.batches import call_module
 from lightning_trak.outputs.margins import logistic_loss, nan_unless
@@ -53,10 +56,12 @@ class ContrastiveMargin(ModelOutput):
         normalize: bool = True,
         tolerance: float = 1e-3,
     ) -> None:
+        context_size = integer("context_size", context_size)
+        require_bool("normalize", normalize)
         if context_size < 2:
             raise ValueError(f"expected context_size of at least 2, a pair and a negative, received {context_size}")
-        if not callable(temperature) and not temperature > 0:
-            raise ValueError(f"expected a positive temperature, received {temperature}")
+        if not callable(temperature) and not (isinstance(temperature, (Real, Tensor)) and 0 < temperature < math.inf):
+            raise ValueError(f"expected a positive temperature, received {temperature!r}")
         self.temperature = temperature
         self.context_size = context_size
         self.embed = embed

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from lightning_trak.checks import require_one_of
+from lightning_trak.checks import integer, require_one_of
 from lightning_trak.outputs.batches import LABELS_KEYS, Forward, LabelsKey
 from lightning_trak.outputs.margins import binary_log_odds, logistic_loss, pooled_margin
 from lightning_trak.outputs.predictions import Predictions, SeveralPredictions
@@ -46,6 +46,7 @@ class MultiLabelMargin(SeveralPredictions):
     ) -> None:
         super().__init__(forward, labels_key)
         require_one_of("reduction", reduction, ("mean", "sum"))
+        ignore_index = integer("ignore_index", ignore_index)
         if ignore_index in (0, 1):
             raise ValueError(f"expected ignore_index other than 0 and 1, which are labels, received {ignore_index}")
         self.reduction = reduction

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_trak.checks import integer
 from lightning_trak.outputs.batches import LABELS_KEYS, Forward, LabelsKey
 from lightning_trak.outputs.margins import binary_log_odds, log_odds, logistic_loss, pooled_margin
 from lightning_trak.outputs.predictions import Predictions, SeveralPredictions
@@ -45,7 +46,7 @@ class SegmentationMargin(SeveralPredictions):
         labels_key: LabelsKey = LABELS_KEYS,
     ) -> None:
         super().__init__(forward, labels_key)
-        self.ignore_index = ignore_index
+        self.ignore_index = integer("ignore_index", ignore_index)
 
     def output(self, module: nn.Module, batch: Any) -> Tensor:
         """The margin of each example's map of labels, shape ``(batch,)``.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,14 +22,15 @@ def span_labels(input_ids: Tensor | Sequence[int], positions: Positions) -> Tens
 
     Args:
         input_ids: the text as token ids, shape ``(length,)``.
-        positions: of the tokens that count, from 0: a range, a slice, or integers. The first token of a text is never
-            predicted, so that it does not count.
+        positions: of the tokens that count, from 0: a range, a slice, integers, or a mask, ``(length,)`` bools. The
+            first token of a text is never predicted, so that it does not count.
 
     Returns:
         int64, shape ``(length,)``.
 
     Raises:
-        ValueError: if the ids are no text, a position is outside of it, or no token is left that is predicted.
+        ValueError: if the ids are no text, a position is outside of it, a mask has another length, or no token is left
+            that is predicted.
 
     Example:
         >>> span_labels([5, 6, 7, 8], range(2, 4))
@@ -37,10 +38,7 @@ def span_labels(input_ids: Tensor | Sequence[int], positions: Positions) -> Tens
     """
     ids = token_ids(torch.as_tensor(input_ids).unsqueeze(0))[0]
     length = len(ids)
-    if isinstance(positions, slice):
-        chosen = list(range(length)[positions])
-    else:
-        chosen = [operator.index(position) for position in positions]
+    chosen = list(range(length)[positions]) if isinstance(positions, slice) else _numbers(positions, length)
     wrong = next((position for position in chosen if not 0 <= position < length), None)
     if wrong is not None:
         raise ValueError(f"positions name token {wrong}, and the text has {length}, from 0 to {length - 1}")
@@ -50,6 +48,16 @@ def span_labels(input_ids: Tensor | Sequence[int], positions: Positions) -> Tens
     labels = torch.full_like(ids, IGNORED)
     labels[chosen] = ids[chosen]
     return labels
+
+
+def _numbers(positions: Iterable[Any], length: int) -> list[int]:
+    """The positions as integers. A mask has a bool for each token; taken for integers, bools would be 0 and 1."""
+    given = list(positions)
+    if any(torch.as_tensor(each).dtype == torch.bool for each in given):
+        if len(given) != length:
+            raise ValueError(f"a mask of positions needs a bool for each of {length} tokens, got {len(given)}")
+        return [place for place, counts in enumerate(given) if counts]
+    return [operator.index(position) for position in given]
 
 
 def character_positions(offsets: Any, start: int, stop: int) -> list[int]:
@@ -72,7 +80,13 @@ def character_positions(offsets: Any, start: int, stop: int) -> list[int]:
     """
     if not 0 <= start < stop:
         raise ValueError(f"expected a range of characters from 0 on, got {start} to {stop}")
-    spans = torch.as_tensor(offsets).tolist()
+    ranges = torch.as_tensor(offsets)
+    if not len(ranges) or ranges.shape[1:] != (2,):
+        raise ValueError(
+            f"expected offsets of one text, of shape (length, 2), got {tuple(ranges.shape)}; a batch of texts is cut"
+            " with offsets[0], offsets[1] and so on"
+        )
+    spans = ranges.tolist()
     found = [place for place, (first, last) in enumerate(spans) if first < last and first < stop and last > start]
     if not found:
         raise ValueError(f"no token has a character from {start} to {stop}; the last ends at {max(map(max, spans))}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from abc import abstractmethod
 from typing import Any, Literal, NamedTuple
 
@@ -63,7 +64,12 @@ class TokenOutput(SeveralPredictions):
     ) -> None:
         super().__init__(forward, labels_key)
         require_one_of("reduction", reduction, tuple(_EXPONENTS))
-        self.pad_token_id = pad_token_id
+        if pad_token_id is not None and (isinstance(pad_token_id, bool) or not hasattr(pad_token_id, "__index__")):
+            raise TypeError(
+                "pad_token_id must be the id of one token, such as tokenizer.pad_token_id, or None; got"
+                f" {pad_token_id!r}"
+            )
+        self.pad_token_id = None if pad_token_id is None else operator.index(pad_token_id)
         self.reduction: Reduction = reduction
         self.per_token = per_token
 

@@ -16,6 +16,7 @@ from lightning_trak.replay.records import StepRecord
 from lightning_trak.running.data import Data, datamodule_of, single_loader
 from lightning_trak.running.random_states import isolated_random_states
 from lightning_trak.running.strategies import require_whole_parameters
+from lightning_trak.running.trainers import trainer_of
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Replayed:
 def replay(
     model: nn.Module,
     recording: str | os.PathLike[str],
-    trainer: L.Trainer,
+    trainer: L.Trainer | None,
     train: Data,
     *,
     tolerance: float | None = None,
@@ -52,7 +53,7 @@ def replay(
     Args:
         model: the LightningModule that was trained, or one of the same class and options. Its weights do not matter.
         recording: the directory of a :class:`~lightning_trak.TrainingRecorder`.
-        trainer: any Trainer. Its device is used, and it is left as it was.
+        trainer: any Trainer. Its device is used, and it is left as it was. None: a GPU if there is one.
         train: the training data, as they were recorded.
         tolerance: the largest allowed difference of a tensor from the recorded one, relative to its norm; default:
             1e-3 for a run in float32 and 1e-6 for one in float64. 0 demands the same bits.
@@ -69,6 +70,7 @@ def replay(
 
         assert replay(model, "run/recording", trainer, train_loader).identical
     """
+    trainer = trainer_of(trainer)
     require_whole_parameters(trainer)
     recorded = Recording(recording)
     recorded.require_finished()

@@ -31,6 +31,7 @@ from lightning_trak.replay.states import TrainingState
 from lightning_trak.running.data import Data, datamodule_of, single_loader
 from lightning_trak.running.random_states import isolated_random_states
 from lightning_trak.running.strategies import require_whole_parameters
+from lightning_trak.running.trainers import trainer_of
 
 # On handwritten digits, the value was within 0.1 of the LDS at 1% removed, for learning rates from 0.01 to 0.1.
 SMOOTH_VALUE = 0.8
@@ -67,7 +68,7 @@ class Smoothness:
 def metasmoothness(
     model: nn.Module,
     recording: str | os.PathLike[str],
-    trainer: L.Trainer,
+    trainer: L.Trainer | None,
     train: Data,
     targets: Data,
     *,
@@ -94,7 +95,7 @@ def metasmoothness(
     Args:
         model: the LightningModule that was trained, or one of the same class and options. Its weights do not matter.
         recording: the directory of a :class:`~lightning_trak.TrainingRecorder`.
-        trainer: any Trainer. Its device is used, and it is left as it was.
+        trainer: any Trainer. Its device is used, and it is left as it was. None: a GPU if there is one.
         train: the training data, as they were recorded.
         targets: the targets, for the ceiling. A few are enough.
         output: the scalar output; default: the model's ``configure_model_output()``.
@@ -120,6 +121,7 @@ def metasmoothness(
         print(found.verdict)
     """
     repeats = positive("repeats", repeats)
+    trainer = trainer_of(trainer)
     require_whole_parameters(trainer)
     own = original_module(model)
     output = copy.deepcopy(declared_output(own, output))
@@ -156,6 +158,11 @@ def metasmoothness(
     words = f"metasmoothness {value:.2f} (smooth from {SMOOTH_VALUE}), noise ceiling {ceiling:.2f} ({SMOOTH_CEILING})."
     if smooth:
         verdict = f"This run is smooth: {words} Its metagradients can be expected to predict removals."
+    elif signal == 0:
+        verdict = (
+            "No output moves when examples are removed, so there is nothing to attribute: did the run train the"
+            " parameters that the output depends on, with learning rates above 0?"
+        )
     else:
         verdict = f"This run is not smooth: {words} {advice(recorded)}"
     return Smoothness(value, ceiling, signal**0.5, noise**0.5, smooth, verdict)

@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import lightning as L
+import torch
 from torch import Tensor
 
 from lightning_trak.packages import is_a
@@ -81,6 +82,23 @@ def described(describe: Describe, item: Any) -> str:
     return text
 
 
+def require_positions(indices: Sequence[int], num_targets: int) -> None:
+    """Check the positions of targets to show.
+
+    Raises:
+        TypeError: if they are a mask, whose bools would count as 0 and 1.
+        ValueError: if there are none.
+        IndexError: if there is no target with one of the positions.
+    """
+    if not len(indices):
+        raise ValueError("expected the position of at least one target, got none")
+    for index in indices:
+        if torch.as_tensor(index).dtype == torch.bool:
+            raise TypeError("targets are named by their positions, not by a mask: use mask.nonzero().flatten()")
+        if not 0 <= index < num_targets:
+            raise IndexError(f"there is no target {index}: they are numbered from 0 to {num_targets - 1}")
+
+
 def explain(
     saved: SavedScores, indices: Sequence[int], k: int, train: Any, targets: Any, describe: Describe | None = None
 ) -> list[Explanation]:
@@ -98,9 +116,9 @@ def explain(
         An explanation for each of ``indices``, in that order.
 
     Raises:
-        ValueError: if the scores and the datasets have different sizes, or ``k`` is less than 1.
+        ValueError: if the scores and the datasets have different sizes, ``k`` is less than 1, or there are no indices.
         IndexError: if there is no target with one of the positions.
-        TypeError: if ``describe`` returns something other than a str.
+        TypeError: if ``describe`` returns something other than a str, or ``indices`` are a mask.
     """
     if (saved.num_targets, saved.num_train) != (len(targets), len(train)):
         raise ValueError(
@@ -110,9 +128,7 @@ def explain(
         )
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
-    for index in indices:
-        if not 0 <= index < len(targets):
-            raise IndexError(f"there is no target {index}: they are numbered from 0 to {len(targets) - 1}")
+    require_positions(indices, len(targets))
 
     def example(dataset: Any, index: int) -> Example:
         item = dataset[index]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_trak.checks import positive
 from lightning_trak.retraining.brittleness import Brittleness
 from lightning_trak.retraining.fleet import RetrainingFleet
 from lightning_trak.retraining.removal import removal_masks, require_scores
@@ -76,9 +77,11 @@ class Counterfactuals(Displayed):
     ) -> None:
         num_train, num_targets = (_length(data) for data in (train, targets))
         require_scores(scores, num_targets, num_train)
+        if not isinstance(ks, Sequence):
+            raise TypeError(f"expected ks as numbers of proponents, such as (10, 40), got {ks!r}")
         if not scores or not ks:
             raise ValueError(f"expected the scores of some methods and some ks, got {len(scores)} and {len(ks)}")
-        if num_references < 2:
+        if positive("num_references", num_references) < 2:
             raise ValueError(
                 f"num_references must be at least 2, so that the noise can be measured; got {num_references}"
             )

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from lightning_trak.checks import require_factory
+from lightning_trak.checks import positive, require_bool, require_factory, whole_seed
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import declared_output
 from lightning_trak.retraining.ensembles import FleetSplit, split_members
@@ -128,8 +128,9 @@ class RetrainingFleet(Displayed):
         self.directory = local_directory(directory, "fleet")
         self.make_module = make_module
         self.make_trainer = make_trainer
-        self.num_seeds = num_seeds
-        self.seed = seed
+        self.num_seeds = positive("num_seeds", num_seeds)
+        self.seed = seed = whole_seed("seed", seed)
+        require_bool("keep_weights", keep_weights)
         self.keep_weights = keep_weights
         self._overwrite = overwrite
         self._nothing_twice = NothingTwice()
@@ -141,8 +142,6 @@ class RetrainingFleet(Displayed):
         self._targets = _one_loader("targets", targets)
         require_order(self._targets, "the targets")
         self.masks = checked_masks(masks, num_examples(self._train))
-        if num_seeds < 1:
-            raise ValueError(f"num_seeds must be at least 1, got {num_seeds}")
         self._users_make_loader = make_loader
         self.make_loader = make_loader if make_loader is not None else shuffled_like(self._train)
         self.output = copy.deepcopy(declared_output(module, output))
@@ -227,7 +226,8 @@ class RetrainingFleet(Displayed):
         """
         members = share([Member(s, r) for r in range(self.num_seeds) for s in range(len(self.masks))], part)
         if together is not None:
-            self._require_trainable_together(together)
+            together = positive("together", together)
+            self._require_trainable_together()
         missing = set(self._missing(members))
         done = len(members) - len(missing)
         with tqdm(total=len(members), initial=done, desc="Retraining", disable=not progress_bar) as bar, quiet():
@@ -299,7 +299,15 @@ class RetrainingFleet(Displayed):
         return self._nothing_twice.trainer(self.make_trainer())
 
     def _loader_of(self, subset: int) -> DataLoader[Any]:
-        return self.make_loader(Subset(self._train.dataset, self.masks[subset].nonzero().flatten().tolist()))
+        loader = self.make_loader(Subset(self._train.dataset, self.masks[subset].nonzero().flatten().tolist()))
+        if not isinstance(loader, DataLoader):
+            raise FactoryError(f"make_loader() must return a DataLoader, got {type(loader).__name__}")
+        if loader.dataset is self._train.dataset:
+            raise FactoryError(
+                "make_loader() returned a loader of the whole training set, so all members would be trained on all"
+                " examples; make a loader of the dataset that is passed to it, which is the subset"
+            )
+        return loader
 
     def _train_alone(self, member: Member) -> _Trained:
         with seeded(self._seed_of(member)):
@@ -330,9 +338,7 @@ class RetrainingFleet(Displayed):
         weights = stack.state_dicts() if self.keep_weights else [None] * len(group)
         return _Trained(outputs, record, weights)
 
-    def _require_trainable_together(self, together: int) -> None:
-        if together < 1:
-            raise ValueError(f"together must be at least 1, got {together}")
+    def _require_trainable_together(self) -> None:
         if self.output.context_size:
             raise TypeError(
                 f"{type(self.output).__name__} compares with training examples, whose context is made for one module"

@@ -17,6 +17,7 @@ from lightning_trak.retraining.subsets import random_removals
 from lightning_trak.running.data import Data, single_loader
 from lightning_trak.running.loading import num_examples
 from lightning_trak.running.random_states import isolated_random_states
+from lightning_trak.running.trainers import trainer_of
 from lightning_trak.texts.tables import Cell, Table
 
 
@@ -78,7 +79,7 @@ class ProponentRemoval:
         directory: where members are kept, see :class:`RecordedFleet`.
         model: as for :class:`RecordedFleet`, and so are the next four.
         recording: the directory of the recording.
-        trainer: any Trainer of one process.
+        trainer: any Trainer of one process, or None.
         train: the training data.
         targets: the targets.
         scores: ``(num_targets, num_train)`` for each method by name; positive for examples that raise the output.
@@ -111,7 +112,7 @@ class ProponentRemoval:
         directory: str | os.PathLike[str],
         model: nn.Module,
         recording: str | os.PathLike[str],
-        trainer: L.Trainer,
+        trainer: L.Trainer | None,
         train: Data,
         targets: Data,
         scores: Mapping[str, Tensor],
@@ -121,8 +122,7 @@ class ProponentRemoval:
         seed: int = 0,
         **options: Any,
     ) -> None:
-        if not scores:
-            raise ValueError("expected the scores of some methods, got none")
+        trainer = trainer_of(trainer)
         self.num_random = positive("num_random", num_random)
         with isolated_random_states():
             num_train, num_targets = (
@@ -130,9 +130,8 @@ class ProponentRemoval:
                 for data, stage in ((train, "fit"), (targets, "predict"))
             )
         require_scores(scores, num_targets, num_train)
-        for name, values in scores.items():
-            if not values.isfinite().all():
-                raise ValueError(f'scores of "{name}" are not finite in {int((~values.isfinite()).sum())} places')
+        if not scores:
+            raise ValueError("expected the scores of some methods, got none")
         random = random_removals(num_train, num_random, fraction, seed)
         self.removed = int((~random[0]).sum())
         self.methods = tuple(scores)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lightning_trak.checks import positive
+from lightning_trak.checks import positive, require_tensor
 from lightning_trak.compatibility import original_module
 from lightning_trak.fingerprints import fingerprint, module_fingerprint
 from lightning_trak.metrics import LinearDatamodelingScore
@@ -32,6 +32,7 @@ from lightning_trak.running.loading import num_examples
 from lightning_trak.running.parts import Part, share
 from lightning_trak.running.random_states import isolated_random_states
 from lightning_trak.running.strategies import require_whole_parameters
+from lightning_trak.running.trainers import trainer_of
 from lightning_trak.storage.paths import local_directory
 from lightning_trak.texts.display import Displayed
 
@@ -52,7 +53,7 @@ class RecordedFleet(Displayed):
         directory: where members are kept, on a disk that all processes see. It may hold members from earlier runs.
         model: the LightningModule that was trained, or one of the same class and options. Its weights do not matter.
         recording: the directory of a :class:`~lightning_trak.TrainingRecorder`.
-        trainer: any Trainer of one process. Its device is used, and it is left as it was.
+        trainer: any Trainer of one process. Its device is used, and it is left as it was. None: a GPU if there is one.
         train: the training data, as they were recorded.
         targets: where outputs are kept. Each target is computed alone, in eval mode.
         masks: bool ``(num_members, num_train)``, false where an example's loss gets weight 0; see
@@ -90,7 +91,7 @@ class RecordedFleet(Displayed):
         directory: str | os.PathLike[str],
         model: nn.Module,
         recording: str | os.PathLike[str],
-        trainer: L.Trainer,
+        trainer: L.Trainer | None,
         train: Data,
         targets: Data,
         masks: Tensor,
@@ -99,6 +100,7 @@ class RecordedFleet(Displayed):
         losses: Callable[[nn.Module, Any], Tensor] | None = None,
         overwrite: bool = False,
     ) -> None:
+        trainer = trainer_of(trainer)
         require_whole_parameters(trainer)
         if trainer.world_size > 1:
             raise ValueError(
@@ -180,6 +182,7 @@ class RecordedFleet(Displayed):
             RuntimeError: if members are missing.
             ValueError: if the scores have another shape or are not finite.
         """
+        require_tensor("scores", scores)
         metric = LinearDatamodelingScore(self.masks)
         metric.update(scores.cpu(), self.outputs)
         return metric

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lightning_trak.checks import require_tensor
+from lightning_trak.checks import positive, require_tensor
 
 
 def removal_masks(scores: Tensor, k: int) -> Tensor:
@@ -68,6 +68,8 @@ def require_scores(scores: Mapping[str, Tensor], num_targets: int, num_train: in
                 f'scores of "{name}" must have shape (num_targets, num_train) = {(num_targets, num_train)}, got'
                 f" {tuple(values.shape)}"
             )
+        if not values.isfinite().all():
+            raise ValueError(f'scores of "{name}" are not finite in {int((~values.isfinite()).sum())} places')
 
 
 def _check(scores: Tensor, k: int) -> None:
@@ -77,5 +79,5 @@ def _check(scores: Tensor, k: int) -> None:
             f"scores must be numbers of shape (num_targets, num_train), got shape {tuple(scores.shape)} with"
             f" {int(scores.isnan().sum())} NaNs"
         )
-    if not 0 < k < scores.shape[1]:
-        raise ValueError(f"k must be at least 1 and less than the {scores.shape[1]} training examples, got {k}")
+    if not positive("k", k) < scores.shape[1]:
+        raise ValueError(f"k must be less than the {scores.shape[1]} training examples, got {k}")

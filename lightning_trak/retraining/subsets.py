@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from lightning_trak.checks import positive
+
 
 def random_subsets(num_train: int, num_subsets: int, fraction: float = 0.5, seed: int = 0) -> Tensor:
     """Subsets of one size, each drawn uniformly and without replacement, independently of the others.
@@ -25,12 +27,12 @@ def random_subsets(num_train: int, num_subsets: int, fraction: float = 0.5, seed
     Raises:
         ValueError: if there is no subset to draw, or a subset would be empty or everything.
     """
-    if num_subsets < 1:
-        raise ValueError(f"num_subsets must be at least 1, got {num_subsets}")
-    size = round(fraction * num_train)
+    num_train, num_subsets = positive("num_train", num_train), positive("num_subsets", num_subsets)
+    size = round(fraction * num_train) if 0 < fraction < 1 else 0
     if not 0 < size < num_train:
         raise ValueError(
-            f"subsets of fraction {fraction} of {num_train} examples hold {size}; expected some and not all of them"
+            f"expected a fraction in (0, 1) such that a subset holds some of {num_train} examples and not all, got"
+            f" {fraction}"
         )
     generator = torch.Generator().manual_seed(seed)
     return torch.stack([torch.randperm(num_train, generator=generator) < size for _ in range(num_subsets)])
@@ -55,16 +57,14 @@ def random_removals(num_train: int, num_subsets: int, fraction: float = 0.01, se
     Raises:
         ValueError: if there is no subset to draw, it would be empty, or there are not as many different ones.
     """
-    size = max(1, round(fraction * num_train))
-    if not 0 < fraction < 1 or size >= num_train:
+    num_train, num_subsets = positive("num_train", num_train), positive("num_subsets", num_subsets)
+    size = max(1, round(fraction * num_train)) if 0 < fraction < 1 else 0
+    if not 0 < size < num_train:
+        raise ValueError(f"expected a fraction in (0, 1) that leaves some of {num_train} examples, got {fraction}")
+    if num_subsets > math.comb(num_train, size):
         raise ValueError(
-            f"expected a fraction in (0, 1) that leaves some of {num_train} examples, got {fraction}, which removes"
-            f" {size}"
-        )
-    if not 1 <= num_subsets <= math.comb(num_train, size):
-        raise ValueError(
-            f"num_subsets must be at least 1, and there are {math.comb(num_train, size)} ways to remove {size} of"
-            f" {num_train} examples; got {num_subsets}"
+            f"expected different subsets, and there are {math.comb(num_train, size)} ways to remove {size} of"
+            f" {num_train} examples; got num_subsets={num_subsets}"
         )
     generator = torch.Generator().manual_seed(seed)
     removed: dict[tuple[int, ...], None] = {}

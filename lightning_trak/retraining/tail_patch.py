@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from lightning_trak.checkpoints.copies import Original, copy_module
+from lightning_trak.checks import positive, require_bool
 from lightning_trak.compatibility import original_module
 from lightning_trak.gradients.leaves import require_own_leaves
 from lightning_trak.gradients.precision import WorkingPrecision
@@ -142,7 +143,8 @@ def tail_patch(
     train_loader, target_loader = as_loader(train), as_loader(targets)
     num_train, num_targets = (num_examples(loader) for loader in (train_loader, target_loader))
     require_scores(scores, num_targets, num_train)
-    if not scores or not 0 < k <= num_train:
+    require_bool("jointly", jointly)
+    if not scores or positive("k", k) > num_train:
         raise ValueError(
             f"expected scores of at least one method and a k of 1 to {num_train}, got {len(scores)} methods and k = {k}"
         )
@@ -186,6 +188,9 @@ def _require_step(module: L.LightningModule, optimizer: Optimizer, output: Model
         raise TypeError(f"{type(module).__name__} uses manual optimization, so its step needs a Trainer")
     if output.context_size:
         raise TypeError(f"{type(output).__name__} compares with training examples; pass another output by output=")
+    if not isinstance(optimizer, Optimizer):
+        kind = f"the class {optimizer.__name__}" if isinstance(optimizer, type) else f"a {type(optimizer).__name__}"
+        raise TypeError(f"expected the optimizer that trained the module, such as trainer.optimizers[0], got {kind}")
     own = set(module.parameters())
     if not all(parameter in own for group in optimizer.param_groups for parameter in group["params"]):
         raise ValueError(

@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.utilities.seed import seed_everything
+from lightning.pytorch.callbacks import Timer
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
 
@@ -57,7 +58,7 @@ class NothingTwice:
 
         Raises:
             FactoryError: if it is not a Trainer; if it, a callback or its strategy was used or returned before; or if
-                it runs several processes.
+                it runs several processes, or would train on the first batches only.
         """
         if not is_a(trainer, L.Trainer):
             raise FactoryError(f"make_trainer() must return a Trainer, got {type(trainer).__name__}")
@@ -73,6 +74,12 @@ class NothingTwice:
             raise FactoryError(
                 f"make_trainer() returned a Trainer of {trainer.world_size} processes, but one process trains a member:"
                 ' use devices=1, and divide the members among processes by run(part="1/2") and run(part="2/2")'
+            )
+        if trainer.fast_dev_run or trainer.overfit_batches:  # type: ignore[attr-defined]
+            setting = "fast_dev_run" if trainer.fast_dev_run else "overfit_batches"  # type: ignore[attr-defined]
+            raise FactoryError(
+                f"make_trainer() returned a Trainer with {setting}, which trains on the first batches of a subset only,"
+                " so its members would be no ground truth: leave it out; max_epochs or max_steps make training shorter"
             )
         return trainer
 
@@ -135,7 +142,7 @@ def train_alone(module: L.LightningModule, trainer: L.Trainer, loader: DataLoade
         The number of optimizer steps, ``"steps"``, and of epochs, ``"epochs"``.
 
     Raises:
-        RuntimeError: if training took too few steps and no callback stopped it early.
+        RuntimeError: if training took too few steps and no callback stopped it early, or a clock did.
     """
     trainer.callbacks.append(_FromScratch())  # type: ignore[attr-defined]
     trainer.fit(module, loader)
@@ -143,13 +150,26 @@ def train_alone(module: L.LightningModule, trainer: L.Trainer, loader: DataLoade
         raise KeyboardInterrupt
     steps, epochs = trainer.global_step, trainer.current_epoch
     max_epochs = -1 if trainer.max_epochs is None else trainer.max_epochs
-    full = trainer.should_stop or 0 <= trainer.max_steps <= steps or 0 <= max_epochs <= epochs
-    if steps == 0 or not full:
+    full = 0 <= trainer.max_steps <= steps or 0 <= max_epochs <= epochs
+    if not full and _out_of_time(trainer):
         raise RuntimeError(
-            f"training took {steps} steps in {epochs} epochs, but the Trainer has max_steps={trainer.max_steps} and"
-            f" max_epochs={max_epochs}, over {len(loader)} batches; no callback stopped it early"
+            f"training took {steps} steps in {epochs} epochs, and was then stopped by max_time or a Timer: how far it"
+            " comes in that time depends on the machine, so its outputs are no ground truth; give it more time, or end"
+            " it by max_epochs or max_steps"
+        )
+    if steps == 0 or not (full or trainer.should_stop):
+        raise RuntimeError(
+            f"training took {steps} steps in {epochs} epochs, but the Trainer has max_steps={trainer.max_steps},"
+            f" max_epochs={max_epochs} and limit_train_batches={trainer.limit_train_batches}, over {len(loader)}"
+            " batches; no callback stopped it early"
         )
     return {"steps": steps, "epochs": epochs}
+
+
+def _out_of_time(trainer: L.Trainer) -> bool:
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    left = [callback.time_remaining() for callback in callbacks if is_a(callback, Timer)]
+    return any(seconds is not None and seconds <= 0 for seconds in left)
 
 
 def outputs_of(

@@ -36,9 +36,11 @@ def trainer_of(trainer: L.Trainer | None, progress_bar: bool = True) -> L.Traine
     """
     if trainer is not None:
         if isinstance(trainer, type) or not hasattr(trainer, "strategy"):
-            got = f"the class {trainer.__name__}" if isinstance(trainer, type) else f"a {type(trainer).__name__}"
+            kind = trainer if isinstance(trainer, type) else type(trainer)
+            got = "the class" if isinstance(trainer, type) else "an object of"
             raise TypeError(
-                f"expected a Trainer first, got {got}; without a Trainer, give the data by name,"
+                f"expected a Trainer of Lightning first, got {got} {kind.__module__}.{kind.__qualname__}; without a"
+                " Trainer, give the data by name,"
                 " as in featurize(data=...), score(data=...) or attribute(train=..., targets=...)"
             )
         return trainer

@@ -115,6 +115,16 @@ def test_a_sharded_checkpoint_is_refused(tmp_path: Path) -> None:
         resolve_checkpoints(tmp_path / "epoch=0-step=1.ckpt")
 
 
+def test_a_checkpoint_of_deepspeed_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "last.ckpt" / "checkpoint").mkdir(parents=True)
+    (tmp_path / "last.ckpt" / "zero_to_fp32.py").write_text("")
+    for directory in (tmp_path, tmp_path / "last.ckpt"):
+        with pytest.raises(
+            ValueError, match=r"last\.ckpt\" is one checkpoint that DeepSpeed has split .* zero_to_fp32\.py"
+        ):
+            resolve_checkpoints(directory)
+
+
 def test_code_in_a_file_runs_only_on_the_users_word(tmp_path: Path) -> None:
     content = {"state_dict": A, "global_step": 1, "epoch": 0, "hyper_parameters": L.Trainer}
     torch.save(content, tmp_path / "a.ckpt")

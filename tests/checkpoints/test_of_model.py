@@ -107,6 +107,62 @@ def test_a_part_alone_does_not_stand_for_the_rest(tmp_path):
         Original(copy_module(model)).load(weights, "it")
 
 
+def around(weights: dict[str, torch.Tensor], *names: str) -> dict[str, torch.Tensor]:
+    """The state dict of a module that has these weights as parts of some names."""
+    return {f"{name}.{key}": tensor for name in names for key, tensor in weights.items()}
+
+
+@pytest.mark.parametrize("prefix", ["module", "model", "_orig_mod.module", "module._orig_mod"])
+def test_weights_of_what_wraps_the_model(prefix, tmp_path):
+    model, trained = make_model(), make_model(seed=1).state_dict()
+    torch.save({"state_dict": around(trained, prefix)}, tmp_path / "wrapped.ckpt")
+    for source in (around(trained, prefix), tmp_path / "wrapped.ckpt"):
+        (wrapped,), (plain,) = checkpoints_of(model, source), checkpoints_of(model, trained)
+        assert_equal(wrapped.load(), trained)
+        assert wrapped.fingerprint() == plain.fingerprint()
+
+
+def test_weights_of_what_wraps_a_part_of_the_model():
+    torch.manual_seed(3)
+    trained = Tied().state_dict()
+    weights = checkpoints_of(Wrapping("model"), around(trained, "module"))[0].load()
+    assert_equal(weights, around(trained, "model"))
+
+
+def test_tied_weights_of_what_wraps_the_model():
+    weights = checkpoints_of(Tied(), {"module.embedding.weight": torch.ones(5, 3)})[0].load()
+    assert set(weights) == {"embedding.weight", "head.weight"}
+
+
+def test_an_average_of_weights_has_a_counter_beside_them():
+    model = make_model()
+    averaged = torch.optim.swa_utils.AveragedModel(make_model(seed=1))
+    with pytest.warns(UserWarning, match=r"weights of module in .* of this LitNet; the others .*: n_averaged"):
+        weights = checkpoints_of(model, averaged.state_dict())[0].load()
+    assert_equal(weights, averaged.module.state_dict())
+
+
+def test_several_models_that_fit_are_refused():
+    both = around(make_model().state_dict(), "model", "ema")
+    with pytest.raises(ValueError, match=r"several models that fit LitNet: model, ema; .* in place of model\.first"):
+        checkpoints_of(make_model(), both)[0].load()
+
+
+def test_own_weights_count_before_those_of_a_part():
+    own = nn.Linear(2, 1).state_dict()
+    weights = checkpoints_of(nn.Linear(2, 1), own | around(nn.Linear(2, 1).state_dict(), "old"))[0].load()
+    with pytest.raises(ValueError, match=r"Unexpected keys: old\.weight, old\.bias"):
+        Original(nn.Linear(2, 1)).load(weights, "it")
+
+
+def test_what_wraps_another_model_keeps_its_names():
+    for trained in ({"module.weight": torch.ones(2, 3)}, {"module.bias": torch.ones(1)}, {"a.b": torch.ones(1)}):
+        weights = checkpoints_of(nn.Linear(2, 1), trained)[0].load()
+        assert set(weights) == set(trained)
+        with pytest.raises(ValueError, match="does not fit Linear"):
+            Original(nn.Linear(2, 1)).load(weights, "it")
+
+
 @pytest.mark.slow
 def test_what_transformers_saves_is_read(tmp_path):
     from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel

@@ -182,6 +182,11 @@ def test_wrong_item(item: object) -> None:
         resolve_checkpoints([{"w": torch.ones(1)}, item])
 
 
+def test_a_model_is_no_state_dict() -> None:
+    with pytest.raises(TypeError, match=r"checkpoint 0 must be .*, got Linear; pass its state_dict\(\)"):
+        resolve_checkpoints(nn.Linear(1, 1))
+
+
 def test_wrong_state_dicts() -> None:
     with pytest.raises(TypeError, match="'epoch' is int"):
         resolve_checkpoints({"weight": torch.ones(1), "epoch": 3})
@@ -196,7 +201,7 @@ def test_file_without_a_state_dict(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r'list\.pt" must hold a state dict, got list'):
         resolve_checkpoints(tmp_path / "list.pt")[0].load()
     torch.save(nn.Linear(1, 1), tmp_path / "module.pt")
-    with pytest.raises(TypeError, match=r"module\.pt.*, got Linear"):
+    with pytest.raises(TypeError, match=r"module\.pt.*, got Linear; save its state_dict\(\)"):
         resolve_checkpoints(tmp_path / "module.pt", weights_only=False)[0].load()
     safetensors.torch.save_file({}, tmp_path / "none.safetensors")
     with pytest.raises(ValueError, match=r'none\.safetensors" is empty'):
@@ -224,7 +229,7 @@ def test_directory_without_manifest(directory: str) -> None:
 
 def test_file_in_place_of_a_directory(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("weights?")
-    with pytest.raises(FileNotFoundError, match=r"notes\.txt\" is not a directory .*: it has no manifest\.json"):
+    with pytest.raises(ValueError, match=r"notes\.txt\" is a file of no known kind: .* \.safetensors, .*rename it"):
         resolve_checkpoints(tmp_path / "notes.txt")
 
 

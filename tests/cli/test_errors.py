@@ -1,6 +1,7 @@
 """What the command line says about wrong arguments: one line, status 2, and the likely spelling."""
 
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -17,11 +18,11 @@ FILE = {
 
 
 @pytest.fixture
-def refused(tmp_path, monkeypatch, capsys):
-    """Runs a command with sections of a file; gives the one line that it must print, without the program."""
+def error(tmp_path, monkeypatch, capsys):
+    """Runs a command with sections of a file; gives the one line that it must print."""
     monkeypatch.chdir(tmp_path)
 
-    def refused(*arguments, **sections):
+    def error(*arguments, **sections):
         (tmp_path / "config.yaml").write_text(yaml.dump(FILE | sections))
         monkeypatch.setattr(sys, "argv", ["lightning-trak", *arguments])
         monkeypatch.setattr(sys, "path", list(sys.path))
@@ -29,7 +30,17 @@ def refused(tmp_path, monkeypatch, capsys):
             main()
         assert end.value.code == 2
         (line,) = capsys.readouterr().err.splitlines()
-        program, _, said = line.partition(": error: ")
+        return line
+
+    return error
+
+
+@pytest.fixture
+def refused(error):
+    """As ``error``, for what the parser refuses; gives the line without the program."""
+
+    def refused(*arguments, **sections):
+        program, _, said = error(*arguments, **sections).partition(": error: ")
         assert said.endswith(f" (see {program} --help)")
         return said
 
@@ -77,6 +88,7 @@ WITH_FILE = ["score", "--config", "config.yaml"]
             "no 'LitDigit' in examples.digits; did you mean 'LitDigits'",
         ),
         (WITH_FILE, {"model": "exmples.digits.LitDigits"}, "no module 'exmples'; did you mean 'examples'?"),
+        (WITH_FILE, method(model="x"), "lightning_trak.TRAK has no argument 'model' (see"),
         (WITH_FILE, method(stor="x"), "lightning_trak.TRAK has no argument 'stor'; did you mean 'store'?"),
         (
             WITH_FILE,
@@ -96,25 +108,39 @@ def test_a_configuration_in_another_encoding(refused, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("content", "said"), [("", "got an empty file"), ("model", "got model"), ("- a", "got - a")])
+def test_a_file_without_sections(refused, tmp_path, content, said):
+    (tmp_path / "other.yaml").write_text(content)
+    line = refused("score", "--config", "other.yaml")
+    assert line.startswith("a configuration has sections, such as model: and data:, with settings in them; " + said)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["--method.projection", "SparseProjection", "--method.projection.dim", "0"], "`dim` to be a positive integer"),
         (["--data.batch_size", "0", "--method.checkpoints", "[a.pt]"], "batch_size should be a positive integer value"),
         (["--method.checkpoints", "[a.pt]", "--scores", "."], '"." is a directory, and a file of scores would take'),
+        (["--seed_everything", "-1"], "-1 is not in bounds"),
+        (["--trainer.accelerator", "quantum"], "selected an invalid accelerator name: `accelerator='quantum'`"),
+        pytest.param(
+            ["--trainer.logger", "CometLogger"],
+            "Requirement 'comet-ml",
+            marks=pytest.mark.skipif(find_spec("comet_ml") is not None, reason="the package is there"),
+        ),
     ],
 )
-def test_what_classes_and_commands_refuse_is_one_line(tmp_path, monkeypatch, capsys, arguments, said):
-    monkeypatch.chdir(tmp_path)
+def test_what_classes_and_commands_refuse_is_one_line(error, arguments, said):
     torch.save({}, "a.pt")
-    monkeypatch.setattr(sys, "argv", ["lightning-trak", "score", "--config", "config.yaml", *arguments])
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    (tmp_path / "config.yaml").write_text(yaml.dump(FILE))
-    with pytest.raises(SystemExit) as end:
-        main()
-    assert end.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert said in line
+    assert said in error(*WITH_FILE, *arguments)
+
+
+@pytest.mark.slow
+def test_a_section_that_is_null(error):
+    for section in ("model", "data", "method"):
+        said = f"score needs `{section}`: give a class with --{section}"
+        assert said in error(*WITH_FILE, **({"method": method(checkpoints=["a.pt"])["method"]} | {section: None}))
 
 
 def test_several_numbers_are_one_list():

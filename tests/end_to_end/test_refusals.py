@@ -1,6 +1,7 @@
 """Bad input is a clear error, and nothing on disk is lost."""
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -147,6 +148,13 @@ def test_fewer_examples_than_features_without_damping_is_an_error(tmp_path, chec
 def test_bad_options(tmp_path, checkpoints, options, error, match):
     with pytest.raises(error, match=match):
         TRAK(make_model(), checkpoints, tmp_path, **options)
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path, checkpoints):
+    options = {"seed": np.int64(3), "audit": np.int64(1), "damping": np.float32(0.5)}
+    found = attribute(tmp_path, checkpoints, **options)
+    again = attribute(tmp_path, checkpoints, seed=3, audit=1, damping=0.5)  # the same store
+    torch.testing.assert_close(found, again)
 
 
 def test_a_model_without_an_output_is_refused(tmp_path, checkpoints):

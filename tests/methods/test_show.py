@@ -149,6 +149,8 @@ def test_a_data_module_describes_its_items(trak, capsys):
         (SCORES * torch.nan, {}, ValueError, "scores of target 0 are NaN"),
         ([SCORES, SCORES], {}, TypeError, r"expected the scores of one set of targets, .* got a list"),
         (SCORES, {"shown": [13]}, IndexError, "there is no target 13"),
+        (SCORES, {"shown": torch.arange(13) < 2}, TypeError, "by their positions, not by a mask"),
+        (SCORES, {"shown": [True, False]}, TypeError, "by their positions, not by a mask"),
         (SCORES, {"k": 0}, ValueError, "k must be at least 1"),
         (SCORES, {"out": "a.pdf"}, ValueError, r"out must end in \.png or \.html"),
         (SCORES, {"out": "a.png"}, ValueError, "holds no image"),

@@ -50,8 +50,12 @@ def test_forgotten_data_are_refused(tmp_path):
     for call in (trak.featurize, trak.score, trak.attribute, trak.target_features):
         with pytest.raises(TypeError, match="there are no data"):
             call()
-    with pytest.raises(TypeError, match="expected a Trainer first, got a TensorDataset"):
+    with pytest.raises(
+        TypeError, match=r"expected a Trainer of Lightning first, got an object of torch\.utils\.data\.dataset\.TensorD"
+    ):
         trak.featurize(TRAIN)
+    with pytest.raises(ValueError, match=r"expected a sequence of dampings, such as .*, got 0\.1"):
+        trak.score_dampings(data=TARGETS, dampings=0.1)
     with pytest.raises(ValueError, match="expected a sequence of dampings"):
         trak.score_dampings(None, TARGETS)
 

@@ -65,3 +65,10 @@ def test_what_is_no_tensor_is_refused(name, make):
     function(right)
     with pytest.raises((TypeError, ValueError), match=r"^Expected .*torch\..* but got a (ndarray|list)"):
         function(make(right))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_complex_numbers_are_refused(name):
+    function, right = FUNCTIONS[name]
+    with pytest.raises(TypeError, match=r"real numbers, but got torch\.complex64"):
+        function(right.to(torch.complex64))

@@ -232,6 +232,13 @@ def test_results_that_are_refused(wrap, kind, message):
 
 
 def test_arguments_are_checked():
+    for wrong in ("0.1", float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"positive temperature, received {wrong!r}"):
+            ContrastiveMargin(temperature=wrong)
+    with pytest.raises(TypeError, match=r"context_size must be an integer, got 2\.5"):
+        ContrastiveMargin(context_size=2.5)
+    with pytest.raises(TypeError, match="normalize must be True or False; got 'no'"):
+        ContrastiveMargin(normalize="no")
     with pytest.raises(ValueError, match="positive temperature, received 0"):
         ContrastiveMargin(temperature=0)
     with pytest.raises(ValueError, match="context_size of at least 2"):

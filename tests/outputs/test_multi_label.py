@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import grad, vmap
 
-from lightning_trak.outputs import ClassificationMargin, MultiLabelMargin
+from lightning_trak.outputs import ClassificationMargin, MultiLabelMargin, SegmentationMargin
 
 
 def losses(logits, labels, reduction="mean"):
@@ -103,6 +103,10 @@ def test_other_shapes_and_arguments_are_refused():
             MultiLabelMargin().output(nn.Identity(), (torch.randn(logits), torch.ones(labels)))
     with pytest.raises(ValueError, match="reduction must be one of 'mean', 'sum'"):
         MultiLabelMargin("none")
+    for kind in (MultiLabelMargin, SegmentationMargin):
+        for wrong in (None, "255", True, 255.0):
+            with pytest.raises(TypeError, match=f"ignore_index must be an integer, got {wrong!r}"):
+                kind(ignore_index=wrong)
     with pytest.raises(ValueError, match="ignore_index other than 0 and 1"):
         MultiLabelMargin(ignore_index=0)
 

@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -87,7 +88,13 @@ def test_labels_of_few_bits(dtype):
     torch.testing.assert_close(Seq2SeqLMMargin().output(module, decoder | {"labels": ids.to(dtype)}), expected)
 
 
-@pytest.mark.parametrize("positions", [range(2, 4), slice(2, 4), [3, 2], torch.tensor([2, 3]), slice(-3, -1)])
+MASK = [False, False, True, True, False]
+
+
+@pytest.mark.parametrize(
+    "positions",
+    [range(2, 4), slice(2, 4), [3, 2], torch.tensor([2, 3]), slice(-3, -1), MASK, torch.tensor(MASK), np.array(MASK)],
+)
 def test_a_span_is_a_target_of_its_tokens(positions):
     ids, model = torch.tensor([5, 6, 7, 8, 1]), in_double()
     labels = span_labels(ids, positions)
@@ -103,6 +110,8 @@ def test_a_span_is_a_target_of_its_tokens(positions):
         ([-1], "positions name token -1"),
         ([0], "the first token alone, which is never predicted"),
         ([], "positions name no token"),
+        (MASK[1:], "a mask of positions needs a bool for each of 5 tokens, got 4"),
+        ([False] * 5, "positions name no token"),
         (slice(7, 9), "positions name no token"),
     ],
 )
@@ -132,3 +141,14 @@ def test_spans_of_characters_by_a_tokenizer():
         character_positions([(0, 0), (0, 4)], 90, 95)
     with pytest.raises(ValueError, match="got 3 to 3"):
         character_positions([(0, 4)], 3, 3)
+    for offsets, shape in (([], r"\(0,\)"), ([[(0, 4), (4, 6)]], r"\(1, 2, 2\)")):
+        with pytest.raises(ValueError, match=rf"offsets of one text, of shape \(length, 2\), got {shape}"):
+            character_positions(offsets, 1, 2)
+
+
+@pytest.mark.parametrize("wrong", ["[PAD]", "0", [0, 1], 1.0, True])
+def test_what_is_no_id_of_padding_is_refused(wrong):
+    for output in (CausalLMMargin, CausalLMLogLikelihood, Seq2SeqLMMargin):
+        with pytest.raises(TypeError, match="pad_token_id must be the id of one token"):
+            output(pad_token_id=wrong)
+    assert CausalLMMargin(np.int64(3)).fingerprint() == CausalLMMargin(3).fingerprint()

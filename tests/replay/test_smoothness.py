@@ -92,6 +92,14 @@ def test_linear_regression_answers_in_proportion(tmp_path: Path) -> None:
     assert found.verdict.startswith("This run is smooth")
 
 
+def test_a_run_that_learned_nothing_is_not_called_rough(tmp_path: Path) -> None:
+    module = Net(optimizer=lambda module: torch.optim.SGD(module.parameters(), lr=0.0))
+    found = measured(module, tmp_path, train(module, DATA, tmp_path), repeats=1)
+    assert not found.smooth
+    assert found.moved == 0
+    assert found.verdict.startswith("No output moves when examples are removed")
+
+
 def make_mlp(rate: float) -> DigitsMLP:
     torch.manual_seed(0)
     module = DigitsMLP()

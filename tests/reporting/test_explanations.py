@@ -138,5 +138,7 @@ def test_texts_are_escaped_cut_and_described_by_the_user():
         plot_explanations(explanations)
     (mine,) = explain(saved, [0], 1, train, targets, describe=str.upper)
     assert mine.target.text == "A TARGET"
+    with pytest.raises(ValueError, match="at least one target, got none"):
+        explain(saved, [], 1, train, targets)
     with pytest.raises(ValueError, match="k must be at least 1, got 0"):
         explain(saved, [0], 0, train, targets)

@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoa
 from matplotlib.image import imread
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from lightning_trak import TRAK, LinearDatamodelingScore, TRAKCallback
 from lightning_trak.callbacks import AttributionEvaluation
@@ -290,6 +290,10 @@ def test_best_scores_that_do_not_fit_are_refused(tmp_path):
         log_attributions([logger], best, TRAIN, TRAIN)
     with pytest.raises(ValueError, match=r"the scores name training example \d+, and there are 13"):
         log_attributions([logger], best, TARGETS, TARGETS)
+    with pytest.raises(TypeError, match="by their positions, not by a mask"):
+        log_attributions([logger], best, TRAIN, TARGETS, shown=[True] * 13)
+    with pytest.raises(IndexError, match="there is no target -1"):
+        log_attributions([logger], best, TRAIN, TARGETS, shown=[-1])
 
 
 def test_tables_survive_awkward_cells():
@@ -346,6 +350,38 @@ def test_callback_evaluates_when_fit_has_ended(tmp_path):
     trainer.fit_loop.max_epochs = 3
     trainer.fit(model, DataLoader(TRAIN, batch_size=8))  # the Trainer goes on as ever
     assert trainer.global_step == 21
+
+
+TRUTH = Retrained(MASKS, OUTPUTS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "match"),
+    [
+        (({"random": RandomScores()}, TRAIN, TARGETS), {}, r"methods\['random'\] must be a function .* got a RandomSc"),
+        (([RandomScores], TRAIN, TARGETS), {}, "methods must be a dict of functions .* got a list"),
+        (({}, TRAIN, TARGETS, (MASKS, OUTPUTS)), {}, "retrained must be the result of read_fleet .* got a tuple"),
+        (({}, TRAIN, TARGETS), {"imgae": image}, "no argument 'imgae'; what is shown takes k, shown, describe, image"),
+    ],
+)
+def test_what_the_callback_refuses_when_it_is_made(arguments, options, match):
+    with pytest.raises(TypeError, match=match):
+        AttributionEvaluation(*arguments, **options)
+
+
+@pytest.mark.parametrize(
+    ("train", "targets", "retrained", "match"),
+    [
+        (TARGETS, TRAIN, TRUTH, r"at \d+ targets of models of \d+ training examples, but there are \d+ targets and"),
+        (TRAIN, Subset(TARGETS, [0]), Retrained(MASKS, OUTPUTS[:1]), "needs at least 2 targets, got 1"),
+    ],
+)
+def test_what_the_callback_refuses_before_training(train, targets, retrained, match):
+    evaluation = AttributionEvaluation({"random": lambda model: RandomScores()}, train, targets, retrained)
+    trainer = make_trainer(max_epochs=1, callbacks=[evaluation])
+    with pytest.raises(ValueError, match=match):
+        trainer.fit(LitNet(), DataLoader(TRAIN, batch_size=8))
+    assert trainer.global_step == 0
 
 
 def test_callback_leaves_a_trial_run_alone(tmp_path):

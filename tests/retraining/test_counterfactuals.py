@@ -34,7 +34,7 @@ def test_targets_take_turns_where_they_share_a_set():
 @pytest.mark.parametrize(
     ("scores", "k", "match"),
     [
-        (torch.zeros(2, 3), 0, "less than the 3 training examples"),
+        (torch.zeros(2, 3), 0, "`k` to be a positive integer but got 0"),
         (torch.zeros(2, 3), 3, "less than the 3 training examples, got 3"),
         (torch.zeros(3), 1, r"got shape \(3,\)"),
         (torch.tensor([[torch.nan, 1]]), 1, "with 1 NaNs"),
@@ -182,7 +182,10 @@ def test_nothing_can_flip_that_is_wrong_already():
         ({"scores": {"mine": torch.zeros(8, 3)}}, r'scores of "mine" must have shape .* = \(3, 8\), got \(8, 3\)'),
         ({"scores": {}}, "got 0 and 2"),
         ({"ks": ()}, "got 2 and 0"),
+        ({"scores": {"mine": torch.full((3, 8), torch.nan)}}, 'scores of "mine" are not finite in 24 places'),
         ({"ks": (8,)}, "less than the 8 training examples"),
+        ({"ks": (1.5,)}, "`k` to be a positive integer but got 1.5"),
+        ({"num_references": 2.5}, "`num_references` to be a positive integer but got 2.5"),
         ({"num_references": 1}, "num_references must be at least 2"),
     ],
 )
@@ -190,6 +193,11 @@ def test_bad_arguments_leave_nothing_behind(tmp_path, options, match):
     with pytest.raises(ValueError, match=match):
         counterfactuals(tmp_path / "fleet", **options)
     assert not (tmp_path / "fleet").exists()
+
+
+def test_numbers_of_proponents_are_several(tmp_path):
+    with pytest.raises(TypeError, match=r"expected ks as numbers of proponents, such as \(10, 40\), got 3"):
+        counterfactuals(tmp_path, ks=3)
 
 
 def test_an_estimate_of_no_targets_is_not_written():

@@ -6,13 +6,14 @@ import signal
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import Timer
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_trak.retraining import read_fleet
 from lightning_trak.retraining.members import Member
 from tests.lit import LitNet
 from tests.lit import make_trainer as quiet_trainer
-from tests.retraining.small_fleet import LOADER, MASKS, TARGETS, TRAIN, N, make_fleet, make_trainer, run
+from tests.retraining.small_fleet import EPOCHS, LOADER, MASKS, TARGETS, TRAIN, N, make_fleet, make_trainer, run
 
 
 class Flaky(LitNet):
@@ -68,9 +69,14 @@ def test_an_interrupt_stops_the_fleet(tmp_path):
         (
             lambda: quiet_trainer(max_epochs=0),
             LOADER,
-            "training took 0 steps in 0 epochs.*max_epochs=0, over 3 batches",
+            "training took 0 steps in 0 epochs.*max_epochs=0 and .*, over 3 batches",
         ),
         (make_trainer, DataLoader(TRAIN, batch_size=16, drop_last=True), "training took 0 steps .*over 0 batches"),
+        (
+            lambda: quiet_trainer(max_epochs=EPOCHS, limit_train_batches=0),
+            LOADER,
+            "training took 0 steps .*limit_train_batches=0",
+        ),
     ],
 )
 def test_training_that_does_not_happen_is_a_failure(tmp_path, make_trainer, train, match):
@@ -78,6 +84,19 @@ def test_training_that_does_not_happen_is_a_failure(tmp_path, make_trainer, trai
     with pytest.raises(RuntimeError, match=match):
         fleet.run(progress_bar=False, retries=0)
     assert not fleet.store.finished()
+
+
+@pytest.mark.filterwarnings("ignore:.*")
+@pytest.mark.parametrize("interval", ["step", "epoch"])
+def test_training_that_a_clock_stops_is_a_failure(tmp_path, interval):
+    def timed(seconds):
+        return quiet_trainer(max_epochs=EPOCHS, callbacks=[Timer({"seconds": seconds}, interval)])
+
+    late = make_fleet(tmp_path / "late", make_trainer=lambda: timed(0))
+    with pytest.raises(RuntimeError, match=r"stopped by max_time or a Timer: .* depends on the machine"):
+        late.run(progress_bar=False, retries=0)
+    in_time = run(tmp_path / "in_time", make_trainer=lambda: timed(3600))
+    torch.testing.assert_close(in_time.outputs, run(tmp_path / "untimed").outputs, rtol=0, atol=0)
 
 
 def test_training_that_goes_on_from_elsewhere_is_a_failure(tmp_path):

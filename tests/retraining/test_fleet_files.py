@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 
+import numpy as np
 import pytest
 import torch
 
@@ -148,6 +149,12 @@ def real_fleet(directory, seed=0):
 
     masks = torch.ones(1, 6, dtype=torch.bool)
     return RetrainingFleet(directory, LitNet, trainer, make_data(6), make_data(3, seed=1), masks, seed=seed)
+
+
+def test_a_seed_of_numpy_is_a_seed(tmp_path):
+    fleet = real_fleet(tmp_path, seed=np.int64(3))
+    fleet.run(progress_bar=False)
+    torch.testing.assert_close(real_fleet(tmp_path, seed=3).outputs, fleet.outputs)
 
 
 def test_a_fleet_must_have_a_directory(tmp_path, monkeypatch):

@@ -183,7 +183,6 @@ def of(**hyperparameters):
             "another gradient_clip_algorithm|made with gradient_clip_algorithm",
         ),
         ({}, {"limit_train_batches": 1}, r"made with limit_train_batches 1\.0, this one has limit_train_batches 1"),
-        ({}, {"overfit_batches": 1}, "made with .*overfit_batches|made with limit_"),
         ({}, {"callbacks": stopping()}, "another callbacks|callbacks"),
         ({"callbacks": stopping()}, {"callbacks": stopping(patience=5)}, "callbacks.*EarlyStopping"),
         ({}, {"callbacks": lambda: [StochasticWeightAveraging(swa_lrs=0.1)]}, "StochasticWeightAveraging"),

@@ -196,6 +196,10 @@ class Clipping(Net):
         pass
 
 
+def limited(batches):
+    return quiet_trainer(max_epochs=1, limit_train_batches=batches)
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [
@@ -204,6 +208,8 @@ class Clipping(Net):
         ({"make_trainer": lambda: quiet_trainer(max_steps=5)}, "max_steps=5 of the Trainer, max_epochs=-1 of the Tr"),
         ({"make_trainer": lambda: quiet_trainer(max_epochs=1, callbacks=[L.pytorch.callbacks.Timer()])}, "out Timer"),
         ({"train": DataLoader(TRAIN, batch_size=5, drop_last=True)}, "drop_last=True of the loader"),
+        ({"make_trainer": lambda: limited(1)}, r"leaves out limit_train_batches=1 of the Trainer; train them one"),
+        ({"make_trainer": lambda: limited(0.5)}, r"leaves out limit_train_batches=0\.5 of the Trainer; train them one"),
         ({"train": DataLoader(TRAIN, collate_fn=lambda items: items)}, "leaves out the loader's collate_fn"),
         ({"make_loader": lambda data: DataLoader(data, batch_size=4)}, "leaves out the order of SequentialSampler"),
         ({"output": ContrastiveMargin(context_size=5)}, "ContrastiveMargin compares with training examples"),
@@ -221,8 +227,9 @@ def test_a_module_is_not_given_twice_here_either(tmp_path):
     fleet = make_fleet(tmp_path, lambda: next(modules))
     with pytest.raises(ValueError, match="of an earlier call again"):
         fleet.run(together=3, progress_bar=False)
-    with pytest.raises(ValueError, match="together must be at least 1"):
-        fleet.run(together=0)
+    for number in (0, True, 2.5):
+        with pytest.raises(ValueError, match="`together` to be a positive integer"):
+            fleet.run(together=number)
 
 
 class Halves(Net):

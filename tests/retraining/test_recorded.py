@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from lightning_trak import LinearDatamodelingScore, Metagradient
-from lightning_trak.replay import SmoothAdamW
+from lightning_trak.replay import SmoothAdamW, metasmoothness, replay
 from lightning_trak.retraining import ProponentRemoval, RecordedFleet, RetrainingFleet, random_removals, read_fleet
 from tests.callback_nets import make_trainer
 from tests.methods.metagradients import DATA, NETS, OPTIMIZERS, TARGETS, outputs
@@ -296,3 +296,23 @@ def test_without_the_top_examples(recorded: Path, tmp_path: Path) -> None:
     for fraction in (0.0, 1.0, 0.99):
         with pytest.raises(ValueError, match="expected a fraction"):
             removal(scores, fraction=fraction)
+    with pytest.raises(TypeError, match=r"scores must be a dict of the scores of each method, .* got a Tensor"):
+        removal(scores["opposite"])
+    with pytest.raises(ValueError, match="expected the scores of some methods, got none"):
+        removal({})
+
+
+def test_without_a_trainer(recorded: Path, tmp_path: Path) -> None:
+    options = {"progress_bar": False}
+    assert replay(Net(), recorded, None, DATA, **options).identical
+    assert metasmoothness(Net(), recorded, None, DATA, TARGETS, repeats=1, **options).smooth
+    fleet = RecordedFleet(tmp_path / "fleet", Net(), recorded, None, DATA, TARGETS, MASKS[:1])
+    torch.testing.assert_close(run(fleet), run(fleet_of(tmp_path / "again", Net(), recorded, MASKS[:1])))
+    scores = {"none": torch.zeros(3, NUM_TRAIN)}
+    ProponentRemoval(tmp_path / "top", Net(), recorded, None, DATA, TARGETS, scores, num_random=1)
+    with pytest.raises(
+        TypeError, match=r"expected a Trainer of Lightning first, got an object of torch\.utils\.data\.dataset\.TensorD"
+    ):
+        replay(Net(), recorded, DATA, DATA, **options)
+    with pytest.raises(TypeError, match=r"`scores` as a torch\.Tensor, but got a topk"):
+        fleet.lds(scores["none"].topk(2))

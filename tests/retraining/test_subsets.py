@@ -1,9 +1,11 @@
 """Random subsets: of the right size, all different, uniform, the same for a seed."""
 
+import math
+
 import pytest
 import torch
 
-from lightning_trak.retraining import random_subsets
+from lightning_trak.retraining import random_removals, random_subsets
 
 
 @pytest.mark.parametrize(("fraction", "size"), [(0.5, 50), (0.1, 10), (0.333, 34), (0.8, 81)])
@@ -24,8 +26,22 @@ def test_random_subsets(fraction, size):
 
 @pytest.mark.parametrize(
     ("args", "match"),
-    [((10, 0), "num_subsets must be at least 1"), ((10, 3, 1.0), "hold 10"), ((10, 3, 0.01), "hold 0; expected some")],
+    [
+        ((10, 0), "`num_subsets` to be a positive integer but got 0"),
+        ((10, 2.5), "`num_subsets` to be a positive integer but got 2.5"),
+        (("10", 3), "`num_train` to be a positive integer but got '10'"),
+        ((10, 3, 1.0), r"fraction in \(0, 1\) .* some of 10 examples.*, got 1\.0"),
+        ((10, 3, math.nan), "some of 10 examples.*, got nan"),
+    ],
 )
-def test_subsets_that_do_not_exist(args, match):
+@pytest.mark.parametrize("draw", [random_subsets, random_removals])
+def test_subsets_that_do_not_exist(draw, args, match):
     with pytest.raises(ValueError, match=match):
-        random_subsets(*args)
+        draw(*args)
+
+
+def test_subsets_of_nothing_and_more_removals_than_there_are():
+    with pytest.raises(ValueError, match=r"some of 10 examples and not all, got 0\.01"):
+        random_subsets(10, 3, 0.01)
+    with pytest.raises(ValueError, match="10 ways to remove 1 of 10 examples; got num_subsets=11"):
+        random_removals(10, 11)

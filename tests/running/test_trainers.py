@@ -32,8 +32,18 @@ def test_without_one_there_is_one_on_one_device(caplog, monkeypatch, package):
 
 @pytest.mark.parametrize("wrong", [DataLoader(TRAIN), TRAIN, "cpu", L.Trainer])
 def test_something_else_is_refused(wrong):
-    with pytest.raises(TypeError, match=r"expected a Trainer first, got (a|the class) .*featurize\(data=\.\.\.\)"):
+    with pytest.raises(
+        TypeError, match=r"Trainer of Lightning first, got (an object of|the class) .*featurize\(data=\.\.\.\)"
+    ):
         trainer_of(wrong)
+
+
+def test_a_trainer_of_another_package_is_told_apart():
+    other = type("Trainer", (), {"__module__": "transformers.trainer"})()
+    with pytest.raises(
+        TypeError, match=r"Trainer of Lightning first, got an object of transformers\.trainer\.Trainer;"
+    ):
+        trainer_of(other)
 
 
 def test_one_of_several_processes_needs_one(monkeypatch):

@@ -12,7 +12,14 @@ from torch import Tensor
 
 from lightning_trak.metrics import LinearDatamodelingScore
 from lightning_trak.metrics.functional import DetectionCurve
-from lightning_trak.reporting.explanations import Describe, Example, Explanation, described, explained
+from lightning_trak.reporting.explanations import (
+    Describe,
+    Example,
+    Explanation,
+    described,
+    explained,
+    require_positions,
+)
 from lightning_trak.reporting.loggers.base import writers_for
 from lightning_trak.reporting.plots import Picture, plot_brittleness, plot_mislabel_curves, plot_pictures
 from lightning_trak.scoring.topk import BothEnds, Scores, TopK, rows_of, strongest
@@ -87,12 +94,14 @@ def log_attributions(
     Raises:
         TypeError: if ``describe`` returns something other than a str.
         ValueError: if the sizes of scores and datasets differ, or ``largest`` contradicts the scores.
+        IndexError: if there is no target with one of the positions.
     """
     _require_fit(scores, len(targets), len(train), largest)
+    rows = list(range(min(8, len(targets))) if shown is None else shown)
+    require_positions(rows, len(targets))
     writers = writers_for(loggers)
     if not writers:
         return
-    rows = list(range(min(8, len(targets))) if shown is None else shown)
     best = strongest(rows_of(scores, rows), k, largest)
     read_train, read_target = (cache(partial(_example, data, describe, image)) for data in (train, targets))
     explanations = [
