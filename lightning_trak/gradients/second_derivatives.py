@@ -34,6 +34,25 @@ CAUSES = (
 )
 
 
+@contextmanager
+def differentiating_twice(who: str, instead: str) -> Iterator[None]:
+    """Explain PyTorch's error about an operation of the model that has no second derivative.
+
+    Args:
+        who: what does so.
+        instead: a sentence that says what to do.
+
+    Raises:
+        ValueError: in place of PyTorch's error.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # NotImplementedError is one
+        if "derivative for" not in str(error):
+            raise
+        raise ValueError(f"{who} differentiates the model twice, and PyTorch cannot: {error} {instead}") from error
+
+
 def has_derivative(
     module: nn.Module,
     parameters: Iterable[Tensor],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
@@ -16,7 +15,7 @@ from tqdm import tqdm
 from lightning_trak.compatibility import tree_iter
 from lightning_trak.gradients.batch import Layout, find_layout
 from lightning_trak.gradients.precision import in_double
-from lightning_trak.gradients.second_derivatives import CAUSES, has_derivative
+from lightning_trak.gradients.second_derivatives import CAUSES, differentiating_twice, has_derivative
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.evaluating import exact_attention, modules_of, unchanged
 from lightning_trak.replay.average_order import AverageOrder
@@ -36,6 +35,10 @@ from lightning_trak.scoring.groups import Collected, RowBlock, Sums, row_blocks
 SEGMENT_BYTES = 1 << 30
 COTANGENT_BYTES = 1 << 31
 
+_INSTEAD = (
+    "Train with another operation (of nn.EmbeddingBag: nn.Embedding and a sum), or use a method that differentiates"
+    " once, such as TRAK"
+)
 _CHECKED = 4  # examples whose second derivatives are compared with differences of gradients
 
 
@@ -274,24 +277,9 @@ class Differentiated:
                 after = player.state if after is None else after
                 made = played.pop(step)
                 step_back = self._reverse.step if self._average is None else self._average.step
-                with _twice():
+                with differentiating_twice("Metagradient", _INSTEAD):
                     found = step_back(made, after, blocks)
                 yield from found
                 after = made.before
                 bar.update()
         bar.close()
-
-
-@contextmanager
-def _twice() -> Iterator[None]:
-    """Explain PyTorch's error about an operation of the model that has no second derivative."""
-    try:
-        yield
-    except RuntimeError as error:  # NotImplementedError is one
-        if "derivative for" not in str(error):
-            raise
-        raise ReplayError(
-            f"a step of training is differentiated through its gradient, and PyTorch cannot: {error} Train with another"
-            " operation (of nn.EmbeddingBag: nn.Embedding and a sum), or use a method that differentiates once, such as"
-            " TRAK"
-        ) from error

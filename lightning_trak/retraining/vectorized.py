@@ -231,14 +231,12 @@ def require_trainable_together(module: L.LightningModule, trainer: L.Trainer, lo
         "accumulate_grad_batches": (trainer.accumulate_grad_batches, 1),
         "max_steps": (trainer.max_steps, -1),
         "precision": (str(trainer.precision), "32-true"),
+        "limit_train_batches": (str(trainer.limit_train_batches), "1.0"),  # 1 means one batch
     }
-    # The number 1 means one batch, and 1.0 means all.
-    all_batches = isinstance(trainer.limit_train_batches, float) and trainer.limit_train_batches == 1
     left_out = [
         *_skipped_hooks(module),
         *(type(callback).__name__ for callback in callbacks if not is_a(callback, *harmless)),
-        *(f"{name}={value!r} of the Trainer" for name, (value, plain) in settings.items() if value != plain),
-        *([] if all_batches else [f"limit_train_batches={trainer.limit_train_batches} of the Trainer"]),
+        *(f"{name}={value} of the Trainer" for name, (value, plain) in settings.items() if value != plain),
         *(["max_epochs=-1 of the Trainer"] if (trainer.max_epochs or -1) < 1 else []),
         *([] if type(loader.sampler) is RandomSampler else [f"the order of {type(loader.sampler).__name__}"]),
         *([] if loader.collate_fn is default_collate else ["the loader's collate_fn"]),

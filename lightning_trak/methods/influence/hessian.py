@@ -1,7 +1,6 @@
 """The Hessian of the training loss: products with vectors, without ever forming it, or the matrix of a small model."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,7 +11,7 @@ from lightning_trak.features.rows import Features
 from lightning_trak.gradients.batch import ExampleBatch
 from lightning_trak.gradients.leaves import require_own_leaves
 from lightning_trak.gradients.precision import in_double, output_in_double
-from lightning_trak.gradients.second_derivatives import CAUSES, has_derivative
+from lightning_trak.gradients.second_derivatives import CAUSES, differentiating_twice, has_derivative
 from lightning_trak.methods.influence.passes import Passes
 from lightning_trak.outputs.evaluating import modules_of
 from lightning_trak.scoring.damping import Damping, absolute_damping
@@ -21,6 +20,10 @@ from lightning_trak.scoring.noise import Noise
 
 HessianCurvature = Literal["gauss_newton", "identity", "exact"]
 
+_INSTEAD = (
+    "Use EKFACInfluence, or Explicit() with curvature='gauss_newton', which differentiate once; or leave the parameters"
+    " before this operation out by parameters="
+)
 _CHECKED = 4  # examples whose second derivatives are compared with differences of gradients
 _TOGETHER = 32  # vectors multiplied at once, in the memory of as many backward passes
 
@@ -131,7 +134,7 @@ class Hessian:
         parameters: list[Tensor] = list(self.passes.parameters.values())
         output = self.passes.model.output
         multiply = self._exact if self.curvature == "exact" else self._gauss_newton
-        with self.passes.differentiable(), _explaining_failures():
+        with self.passes.differentiable(), differentiating_twice("this solver", _INSTEAD):
             model = self.passes.model
             if not self._has_derivative:
                 self._require_derivative(ExampleBatch(batch, size, self.passes.layout).take(slice(0, _CHECKED)))
@@ -211,18 +214,3 @@ def _vector_jacobian(outputs: Sequence[Tensor | None], inputs: Sequence[Tensor],
 def _dense(slopes: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Gradients of embeddings may come as sparse tensors."""
     return [slope.to_dense() if slope is not None and slope.is_sparse else slope for slope in slopes]
-
-
-@contextmanager
-def _explaining_failures() -> Iterator[None]:
-    """Explain PyTorch's error if an operation of the model has no second derivative."""
-    try:
-        yield
-    except RuntimeError as error:  # NotImplementedError is one
-        if "derivative for" not in str(error):
-            raise
-        raise ValueError(
-            f"this solver differentiates the model twice, and PyTorch cannot: {error} Use EKFACInfluence, or"
-            " Explicit() with curvature='gauss_newton', which differentiate once; or leave the parameters before this"
-            " operation out by parameters="
-        ) from error
