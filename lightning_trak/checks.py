@@ -1,7 +1,6 @@
 """Checks of arguments that several functions share."""
 
 import operator
-from numbers import Integral
 
 from torch import Tensor, nn
 
@@ -26,6 +25,11 @@ def positive(name: str, value: int) -> int:
     raise ValueError(f"Expected `{name}` to be a positive integer but got {value!r}.")
 
 
+def is_integer(value: object) -> bool:
+    """Whether a value is an integer of any type, such as one of NumPy's. A bool does not count as one."""
+    return not isinstance(value, bool) and hasattr(value, "__index__")
+
+
 def integer(name: str, value: int) -> int:
     """An integer of any type, such as one of NumPy's, as an ``int``.
 
@@ -36,9 +40,9 @@ def integer(name: str, value: int) -> int:
     Raises:
         TypeError: if the value is no integer. A bool does not count as one.
     """
-    if isinstance(value, bool) or not isinstance(value, Integral):
+    if not is_integer(value):
         raise TypeError(f"{name} must be an integer, got {value!r}")
-    return int(value)
+    return operator.index(value)
 
 
 def whole_seed(name: str, value: int) -> int:
@@ -51,8 +55,8 @@ def whole_seed(name: str, value: int) -> int:
     Raises:
         ValueError: if the value is not an integer from 0 to 2^32 - 2. The last seed of NumPy is one more.
     """
-    if not isinstance(value, bool) and isinstance(value, Integral) and 0 <= value <= 2**32 - 2:
-        return int(value)
+    if is_integer(value) and 0 <= value <= 2**32 - 2:
+        return operator.index(value)
     raise ValueError(f"{name} must be a whole number from 0 to {2**32 - 2}, got {value!r}")
 
 

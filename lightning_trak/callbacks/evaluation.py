@@ -78,7 +78,7 @@ class AttributionEvaluation(Displayed, Callback):
         _require_shown(shown)
         if retrained is not None and not isinstance(getattr(retrained, "masks", None), Tensor):
             raise TypeError(
-                f"retrained must be the result of read_fleet or split_fleet, with masks and outputs; got a"
+                "retrained must be the result of read_fleet or split_fleet, with masks and outputs; got a"
                 f" {type(retrained).__name__}"
             )
         self.methods = methods

@@ -2,9 +2,8 @@
 
 import operator
 from dataclasses import dataclass
-from numbers import Integral
 
-from lightning_trak.checks import require_one_of
+from lightning_trak.checks import is_integer, require_one_of
 from lightning_trak.features.dtypes import FeatureDtype
 from lightning_trak.features.engines import ENGINES, EngineName
 from lightning_trak.projections import Projection
@@ -43,7 +42,7 @@ class FeatureSettings:
                 f"expected projection as an object such as SparseProjection(8192), got {self.projection!r}: import its"
                 " class from lightning_trak.projections"
             )
-        if isinstance(self.seed, bool) or not hasattr(self.seed, "__index__"):
+        if not is_integer(self.seed):
             raise TypeError(f"expected seed as an integer, got {self.seed!r}")
         if self.preconditioned and self.projection.sample_size:
             raise ValueError(
@@ -51,7 +50,7 @@ class FeatureSettings:
                 " SparseProjection, or preconditioned=False"
             )
         require_one_of("engine", self.engine, ("auto", *ENGINES))
-        if not isinstance(self.audit, Integral) or self.audit < 0:
+        if not is_integer(self.audit) or self.audit < 0:
             raise ValueError(f"audit must be a number of examples, 0 for none, got {self.audit!r}")
         for name in ("seed", "audit"):  # one of NumPy's integers could not be written to the manifest
             object.__setattr__(self, name, operator.index(getattr(self, name)))

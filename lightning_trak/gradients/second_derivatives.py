@@ -39,8 +39,8 @@ def differentiating_twice(who: str, instead: str) -> Iterator[None]:
     """Explain PyTorch's error about an operation of the model that has no second derivative.
 
     Args:
-        who: what does so.
-        instead: a sentence that says what to do.
+        who: the subject of the message.
+        instead: its last sentence, what to do.
 
     Raises:
         ValueError: in place of PyTorch's error.

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_trak.checks import is_integer
 from lightning_trak.outputs.batches import LABELS_KEYS, Forward, LabelsKey, one_per_example, predict, without_labels
 from lightning_trak.outputs.labelled import LabelledOutput, beside_truth
 from lightning_trak.outputs.margins import binary_log_odds, log_odds, logistic_loss, nan_unless
@@ -91,7 +92,7 @@ class ClassificationMargin(LabelledOutput):
             if self.classes.count(given) != 1:
                 raise ValueError(f"{name}={given!r} is not one of the classes {list(self.classes)!r:.200}")
             return self.classes.index(given)
-        if isinstance(given, bool) or not hasattr(given, "__index__"):
+        if not is_integer(given):
             raise TypeError(f"expected {name} as the index or the name of a class, got {given!r}")
         index = operator.index(given)
         if index < 0 or (self.classes is not None and index >= len(self.classes)):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from lightning_trak.checks import require_one_of
+from lightning_trak.checks import is_integer, require_one_of
 from lightning_trak.outputs.batches import LABELS_KEYS, Forward, LabelsKey
 from lightning_trak.outputs.margins import log_odds, nan_unless
 from lightning_trak.outputs.predictions import Predictions, SeveralPredictions
@@ -64,7 +64,7 @@ class TokenOutput(SeveralPredictions):
     ) -> None:
         super().__init__(forward, labels_key)
         require_one_of("reduction", reduction, tuple(_EXPONENTS))
-        if pad_token_id is not None and (isinstance(pad_token_id, bool) or not hasattr(pad_token_id, "__index__")):
+        if pad_token_id is not None and not is_integer(pad_token_id):
             raise TypeError(
                 "pad_token_id must be the id of one token, such as tokenizer.pad_token_id, or None; got"
                 f" {pad_token_id!r}"

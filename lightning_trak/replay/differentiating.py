@@ -19,13 +19,13 @@ from lightning_trak.gradients.second_derivatives import CAUSES, differentiating_
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.evaluating import exact_attention, modules_of, unchanged
 from lightning_trak.replay.average_order import AverageOrder
-from lightning_trak.replay.losses import Losses, losses_of
+from lightning_trak.replay.losses import Losses, losses_of, require_unchanged
 from lightning_trak.replay.player import Played, Player, ReplayError
 from lightning_trak.replay.recording import Recording
 from lightning_trak.replay.reverse import Reverse
 from lightning_trak.replay.schedule import backwards
 from lightning_trak.replay.states import TrainingState
-from lightning_trak.replay.targets import differentiable, output_at, require_unchanged, targets_alone
+from lightning_trak.replay.targets import differentiable, output_at, targets_alone
 from lightning_trak.replay.updating import Block, Cotangents
 from lightning_trak.running.loading import load, num_examples
 from lightning_trak.running.ordering import require_order

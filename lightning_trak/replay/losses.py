@@ -1,4 +1,4 @@
-"""The training loss of each example, and whether training minimized the mean of these losses."""
+"""The training loss of each example, and whether a step of training went along the gradient of their mean."""
 
 from __future__ import annotations
 
@@ -130,6 +130,25 @@ def require_step(
             f'step {played.record.step} changed the parameter "{changed[0]}", which no example\'s loss depends on;'
             " the losses are not those that training_step minimizes"
         )
+
+
+def require_unchanged(parameters: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> None:
+    """Check that forward passes have left the weights as they were.
+
+    Args:
+        parameters: the weights, by name.
+        before: what they were.
+
+    Raises:
+        ReplayError: if one has changed.
+    """
+    for name, kept in before.items():
+        if not torch.equal(parameters[name], kept.to(parameters[name].device)):
+            raise ReplayError(
+                f'the forward pass changes the parameter "{name}" in place (nn.Embedding(max_norm=) and'
+                " weight.data.clamp_() do so), and autograd does not know the derivative of this change; compute"
+                " another tensor from the parameter instead, or use a method that differentiates once, such as TRAK"
+            )
 
 
 def _equal_up_to_rounding(new: Sequence[Tensor], expected: Sequence[Tensor], dtype: torch.dtype) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -18,7 +18,7 @@ from lightning_trak.compatibility import BatchNorm
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.evaluating import exact_attention, unchanged
 from lightning_trak.replay.group_norm import PlainGroupNorm
-from lightning_trak.replay.player import Player, ReplayError
+from lightning_trak.replay.player import Player
 from lightning_trak.running.loading import load, num_examples
 
 
@@ -37,25 +37,6 @@ def differentiable(player: Player) -> Iterator[None]:
         if any(issubclass(kind, nn.GroupNorm) for kind in player.kinds):
             stack.enter_context(PlainGroupNorm())
         yield
-
-
-def require_unchanged(parameters: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> None:
-    """Check that forward passes have left the weights as they were.
-
-    Args:
-        parameters: the weights, by name.
-        before: what they were.
-
-    Raises:
-        ReplayError: if one has changed.
-    """
-    for name, kept in before.items():
-        if not torch.equal(parameters[name], kept.to(parameters[name].device)):
-            raise ReplayError(
-                f'the forward pass changes the parameter "{name}" in place (nn.Embedding(max_norm=) and'
-                " weight.data.clamp_() do so), and autograd does not know the derivative of this change; compute"
-                " another tensor from the parameter instead, or use a method that differentiates once, such as TRAK"
-            )
 
 
 def targets_alone(

@@ -195,13 +195,24 @@ class Update:
         """
         if names in self.known:
             return self.known[names]
-        inputs = _joined(self.inputs)
-        terms: dict[str, list[Term]] = {}
+        terms = self._linear_terms(names) if self.factors else self._elementwise_terms(names)
+        for own_terms in terms.values():  # a sum that starts with a factor of 1 takes one pass less
+            own_terms.sort(key=lambda term: not _is_one(term[1]))
+        self.known[names] = terms
+        return terms
+
+    def _linear_terms(self, names: frozenset[str]) -> dict[str, list[Term]]:
+        terms: dict[str, list[Term]] = defaultdict(list)
         for name, factors in self.factors.items():
             for result, own_factors in factors.items():
                 if (key := _key(result, name)) in names:
                     for own, factor in own_factors.items():
-                        terms.setdefault(_key(own, name), []).append((key, factor))
+                        terms[_key(own, name)].append((key, factor))
+        return terms
+
+    def _elementwise_terms(self, names: frozenset[str]) -> dict[str, list[Term]]:
+        inputs = _joined(self.inputs)
+        terms: dict[str, list[Term]] = defaultdict(list)
         for number in range(max(map(len, self.outputs.values()), default=0)):
             chosen = {}  # one result of each parameter, so that one pass finds the derivatives of all of them
             for name, outputs in self.outputs.items():
@@ -217,10 +228,7 @@ class Update:
             for name, (key, _) in chosen.items():
                 for own in self.inputs[name]:
                     if (derivative := derivatives[own]) is not None:
-                        terms.setdefault(own, []).append((key, _number(derivative)))
-        for own_terms in terms.values():  # a sum that starts with a factor of 1 takes one pass less
-            own_terms.sort(key=lambda term: not _is_one(term[1]))
-        self.known[names] = terms
+                        terms[own].append((key, _number(derivative)))
         return terms
 
 

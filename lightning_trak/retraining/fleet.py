@@ -22,6 +22,7 @@ from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import declared_output
 from lightning_trak.retraining.ensembles import FleetSplit, split_members
 from lightning_trak.retraining.identity import describe_loader, describe_module, describe_trainer
+from lightning_trak.retraining.left_out import require_trainable_together
 from lightning_trak.retraining.members import Member, MemberStore, not_finite
 from lightning_trak.retraining.subsets import checked_masks
 from lightning_trak.retraining.training import (
@@ -32,7 +33,7 @@ from lightning_trak.retraining.training import (
     shuffled_like,
     train_alone,
 )
-from lightning_trak.retraining.vectorized import require_trainable_together, train_together
+from lightning_trak.retraining.vectorized import train_together
 from lightning_trak.running.chunks import chunked
 from lightning_trak.running.content import fingerprint
 from lightning_trak.running.loaders import as_loader

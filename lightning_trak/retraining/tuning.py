@@ -2,13 +2,12 @@
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from lightning_trak.checks import require_tensor
+from lightning_trak.checks import is_integer, require_tensor
 from lightning_trak.metrics import LinearDatamodelingScore
 from lightning_trak.metrics.functional.bootstrap import crossed_bootstrap_interval
 from lightning_trak.metrics.functional.ranking import spearman_corrcoef, spearman_influence
@@ -142,7 +141,7 @@ def _require_enough(candidates: object, num_subsets: int, outputs: Tensor, folds
         raise TypeError(f"expected candidates as a mapping from names to scores, got a {type(candidates).__name__}")
     if not candidates:
         raise ValueError("expected at least one candidate, got none")
-    if isinstance(folds, bool) or not isinstance(folds, Integral) or folds < 2:
+    if not is_integer(folds) or folds < 2:
         raise ValueError(f"folds must be a whole number from 2 on, got {folds}")
     if num_subsets < _LEAST * folds:
         raise ValueError(

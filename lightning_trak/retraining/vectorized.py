@@ -14,11 +14,10 @@ from typing import Any, NamedTuple, cast
 import lightning as L
 import torch
 from lightning.fabric.utilities import move_data_to_device
-from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.data import DataLoader, Dataset, RandomSampler, default_collate
+from torch.utils.data import Dataset, default_collate
 
 from lightning_trak.checks import require_factory
 from lightning_trak.compatibility import tree_map
@@ -26,7 +25,7 @@ from lightning_trak.gradients.leaves import apart_from, leaves_of
 from lightning_trak.gradients.substitution import Substituted
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.evaluating import exact_attention, unchanged
-from lightning_trak.packages import is_a, overrides
+from lightning_trak.retraining.left_out import require_nothing_left_out, skipped_hooks
 from lightning_trak.retraining.stacked_optimizers import (
     advance,
     one_optimizer,
@@ -36,7 +35,6 @@ from lightning_trak.retraining.stacked_optimizers import (
     trial_step,
 )
 from lightning_trak.retraining.training import FactoryError
-from lightning_trak.running.batches import TRANSFER_HOOKS
 from lightning_trak.running.random_states import isolated_random_states
 from lightning_trak.running.training_step import set_place, training_loss, without_trainer
 from lightning_trak.texts.messages import in_one_line, listed
@@ -195,64 +193,12 @@ def train_together(
         for seed in seeds:
             torch.manual_seed(seed)
             modules.append(without_trainer(make_module()))
-        _require_nothing_left_out(_skipped_hooks(modules[0]))
+        require_nothing_left_out(skipped_hooks(modules[0]))
         members = torch.stack([mask.nonzero().flatten() for mask in masks])
         stack = _stacked(modules, tree_map(lambda value: _take(value, members[:, :batch_size]), data), device)
         _fit(stack, data, members, seeds, max_epochs, batch_size)
     stack.stacked.eval()
     return stack
-
-
-# Hooks that a Trainer calls and `train_together` does not.
-_SKIPPED_HOOKS = (
-    *("setup", "prepare_data", "configure_model", "configure_callbacks", "on_fit_start", "on_fit_end"),
-    *("on_train_start", "on_train_end", "on_train_epoch_start", "on_train_epoch_end"),
-    *("on_train_batch_start", "on_train_batch_end", *TRANSFER_HOOKS),
-    *("on_before_backward", "backward", "on_after_backward", "on_before_optimizer_step", "optimizer_step"),
-    *("on_before_zero_grad", "optimizer_zero_grad", "configure_gradient_clipping", "lr_scheduler_step"),
-)
-
-
-def require_trainable_together(module: L.LightningModule, trainer: L.Trainer, loader: DataLoader[Any]) -> None:
-    """Check that :func:`train_together` does all that a Trainer would do.
-
-    Args:
-        module: one like those to be trained.
-        trainer: the Trainer that would train one of them.
-        loader: the loader that it would be trained on.
-
-    Raises:
-        TypeError: if it would leave out something that the Trainer does, naming it.
-    """
-    harmless = (ProgressBar, ModelSummary, Checkpoint)
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    settings = {
-        "gradient_clip_val": (trainer.gradient_clip_val, None),
-        "accumulate_grad_batches": (trainer.accumulate_grad_batches, 1),
-        "max_steps": (trainer.max_steps, -1),
-        "precision": (str(trainer.precision), "32-true"),
-        "limit_train_batches": (str(trainer.limit_train_batches), "1.0"),  # 1 means one batch
-    }
-    left_out = [
-        *_skipped_hooks(module),
-        *(type(callback).__name__ for callback in callbacks if not is_a(callback, *harmless)),
-        *(f"{name}={value} of the Trainer" for name, (value, plain) in settings.items() if value != plain),
-        *(["max_epochs=-1 of the Trainer"] if (trainer.max_epochs or -1) < 1 else []),
-        *([] if type(loader.sampler) is RandomSampler else [f"the order of {type(loader.sampler).__name__}"]),
-        *([] if loader.collate_fn is default_collate else ["the loader's collate_fn"]),
-        *([f"drop_last={loader.drop_last} of the loader"] if loader.drop_last or not loader.batch_size else []),
-    ]
-    _require_nothing_left_out(left_out)
-
-
-def _skipped_hooks(module: L.LightningModule) -> list[str]:
-    """The names of the hooks of a module that a Trainer would call."""
-    return [f"{type(module).__name__}.{hook}" for hook in _SKIPPED_HOOKS if overrides(module, hook, L.LightningModule)]
-
-
-def _require_nothing_left_out(left_out: Sequence[str]) -> None:
-    if left_out:
-        raise TypeError(f"training many modules at once leaves out {', '.join(left_out)}; train them one at a time")
 
 
 def _stacked(modules: list[L.LightningModule], batches: Any, device: torch.device | str) -> StackedModules:
