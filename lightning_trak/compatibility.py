@@ -25,7 +25,7 @@ from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcess
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning_utilities.core.inheritance import get_all_subclasses
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor, nn, optim
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_iter, tree_map
@@ -56,6 +56,7 @@ __all__ = [
     "is_running",
     "is_traceable_wrapper_subclass",
     "left_by_fabric",
+    "muon_orthogonalized",
     "original_function",
     "original_module",
     "original_optimizer",
@@ -113,6 +114,11 @@ def original_module(model: nn.Module) -> nn.Module:
 def original_optimizer(optimizer: Any) -> Any:
     """The optimizer that was given to ``fabric.setup``; otherwise the optimizer itself."""
     return optimizer.optimizer if is_a(optimizer, _FabricOptimizer) else optimizer
+
+
+def muon_orthogonalized(matrix: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """A matrix as ``torch.optim.Muon`` orthogonalizes it, bfloat16. The options are Muon's ``ns_...`` and ``eps``."""
+    return optim._muon._zeropower_via_newtonschulz(matrix, coefficients, steps, eps)
 
 
 def original_function(function: Any) -> Any:

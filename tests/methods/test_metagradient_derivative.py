@@ -140,6 +140,15 @@ def test_muon_without_rounding(options: dict[str, Any], tmp_path: Path, monkeypa
     require_derivative(make, scores, {})
 
 
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+def test_muon_with_rounding_that_iterations_amplify(tmp_path: Path) -> None:
+    body = lambda: nn.Sequential(nn.Linear(4, 5, bias=False), nn.Tanh(), nn.Linear(5, 3, bias=False))  # noqa: E731
+    module = Net(body, lambda module: torch.optim.Muon(module.parameters(), lr=0.01))
+    trainer = train(module, DATA, tmp_path)
+    with pytest.warns(UserWarning, match="scores are those of the same steps without rounding"):
+        assert attribute(module, tmp_path, trainer).isfinite().all()
+
+
 class Slowed(torch.optim.SGD):
     """SGD with half of the gradient."""
 

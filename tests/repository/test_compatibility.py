@@ -51,6 +51,17 @@ def test_compiled_modules_and_functions():
     assert not compatibility.is_compiled(plain)
 
 
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+def test_orthogonalized_as_by_muon():
+    parameter, gradient = nn.Parameter(torch.zeros(5, 4)), torch.randn(5, 4)
+    parameter.grad = gradient.clone()
+    optimizer = torch.optim.Muon([parameter], lr=1, weight_decay=0, momentum=0, nesterov=False)
+    optimizer.step()
+    (group,) = optimizer.param_groups
+    expected = compatibility.muon_orthogonalized(gradient, group["ns_coefficients"], group["ns_steps"], group["eps"])
+    torch.testing.assert_close(-parameter.detach() / (5 / 4) ** 0.5, expected.float())
+
+
 @pytest.mark.parametrize(("trainings", "own"), [(1, False), (2, False), (1, True)])
 def test_autocast_that_accelerate_leaves(trainings, own):
     accelerate = pytest.importorskip("accelerate")

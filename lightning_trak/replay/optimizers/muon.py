@@ -8,16 +8,17 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_trak.compatibility import muon_orthogonalized
 from lightning_trak.replay.optimizers.base import Moments, OptimizerStep
 
-_ORTHOGONALIZED = 0.2  # torch iterates in bfloat16, and the iterations amplify its rounding
+_ORTHOGONALIZED = 0.2  # other hardware may round otherwise in bfloat16, and the iterations amplify it
 
 
 class MuonStep(OptimizerStep, optimizer=getattr(torch.optim, "Muon", None)):
     """Muon, as ``torch.optim.Muon`` documents it (Jordan et al. 2024).
 
-    torch orthogonalizes in bfloat16. A function that is rounded has no derivative, so that of the same function without
-    the rounding is taken.
+    torch orthogonalizes in bfloat16. The step is torch's, with its rounding. A function that is rounded has no
+    derivative, so that of the same function without the rounding is taken.
     """
 
     moments = ("momentum_buffer",)
@@ -31,7 +32,11 @@ class MuonStep(OptimizerStep, optimizer=getattr(torch.optim, "Muon", None)):
         buffer = kept.get("momentum_buffer", torch.zeros_like(gradient))
         buffer = momentum * buffer + (1 - momentum) * gradient
         update = (1 - momentum) * gradient + momentum * buffer if group["nesterov"] else buffer
-        update = _orthogonalized(update, group["ns_coefficients"], group["ns_steps"], group["eps"])
+        options = group["ns_coefficients"], group["ns_steps"], group["eps"]
+        smooth = _orthogonalized(update, *options)
+        with torch.no_grad():
+            rounding = muon_orthogonalized(update, *options) - smooth
+        update = smooth + rounding
         lr = group["lr"]
         rows, columns = parameter.shape
         adjusted = {
