@@ -34,9 +34,8 @@ def _memory(address: int, size: int) -> Any:
     return (ctypes.c_char * size).from_address(address)
 
 
-def torch_look(device: torch.device) -> Look:
+def torch_look() -> Look:
     """A look at torch's generator of the CPU."""
-    del device
     return _torch_look(torch.default_generator, _torch_start())
 
 
@@ -70,13 +69,12 @@ def _torch_start() -> int | None:
     return start
 
 
-def numpy_look(device: torch.device) -> Look:
+def numpy_look() -> Look:
     """A look at ``numpy.random``.
 
     Raises:
         ValueError: by the look, if the generator is not a Mersenne Twister.
     """
-    del device
     generator: Any = None
     first: Any = None
     position: Any = None
@@ -109,9 +107,8 @@ def cuda_look(device: torch.device) -> Look:
     return lambda: torch.cuda.get_rng_state(device).numpy().tobytes()
 
 
-def python_look(device: torch.device) -> Look:
+def python_look() -> Look:
     """A look at Python's ``random``."""
-    del device
     generator: Any = random.getstate.__self__  # type: ignore[attr-defined]
     large_enough = type(generator).__basicsize__ >= object.__basicsize__ + 4 * (1 + _COUNT)
     if sys.implementation.name == "cpython" and large_enough:
