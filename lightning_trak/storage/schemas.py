@@ -166,6 +166,19 @@ def record(
     return check
 
 
+def versioned(version: int, schema: Schema) -> Schema:
+    """Content with a ``"format"``. In another format than ``version``, nothing else of it is looked at."""
+    any_version = record({"format": integer(0, 1 << 62)}, others=anything)
+
+    def check(field: str, value: Any) -> None:
+        any_version(field, value)
+        if value["format"] != version:
+            raise ValueError(f"it has format {value['format']}, but this version reads format {version}")
+        schema(field, value)
+
+    return check
+
+
 def with_checksum(content: dict[str, Any]) -> dict[str, Any]:
     """Content with its own checksum, as :func:`sealed` expects."""
     return content | {"checksum": _checksum(content)}
