@@ -52,7 +52,6 @@ class AverageOrder:
         first: the first step that is differentiated.
         block: how many targets go through a graph at once; None: as many as fit in memory.
         micro_batch: how many examples are differentiated at once; None: those of a batch of training.
-        window: the number of steps in a window; None: as :data:`WINDOWS` says.
     """
 
     def __init__(
@@ -64,7 +63,6 @@ class AverageOrder:
         first: int,
         block: int | None,
         micro_batch: int | None,
-        window: int | None = None,
     ) -> None:
         self._reverse, self._player, self._losses, self._datamodule = reverse, player, losses, datamodule
         self._first, self._total = first, player.recording.num_steps
@@ -76,7 +74,7 @@ class AverageOrder:
             for micro in record.micro_batches:
                 uses.update(micro.positions)
                 size = max(size, len(micro.positions))
-        self._window = window or min(max(epochs.values()), -(-self._total // WINDOWS))
+        self._window = min(max(epochs.values()), -(-self._total // WINDOWS))
         self._shares = {position: count / uses.total() for position, count in uses.items()}
         # In a random order, since some layers normalize over a batch, and a dataset may be sorted.
         order = torch.tensor(sorted(uses))[torch.randperm(len(uses), generator=torch.Generator().manual_seed(0))]
