@@ -211,7 +211,7 @@ class Player:
         losses: list[Tensor | None] = []
         for micro, batch in zip(record.micro_batches, batches, strict=True):
             restore_random_states(micro.random_states, self.device)
-            with self.computing(), _explained():
+            with self.computing():
                 value = loss(batch, micro)
             losses.append(None if value is None else value.detach().clone())
             if value is not None:
@@ -306,16 +306,3 @@ def describe_parameters(module: nn.Module) -> list[Any]:
 def canonical_module_name(name: str) -> str:
     """The name of a submodule, without the parts that wrappers add."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
-
-
-@contextmanager
-def _explained() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        if "not attached to a `Trainer`" not in str(error):
-            raise
-        raise ReplayError(
-            "training_step uses self.trainer, which a repeated step does not have; self.current_epoch,"
-            " self.global_step and self.log are allowed: store what else it needs in the module"
-        ) from error
