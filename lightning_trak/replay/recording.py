@@ -172,7 +172,7 @@ class Recording:
                 found: StepRecord = self._load(part).records[step - part["first"]]
                 if found.step == step:
                     return found
-        raise ValueError(f'recording "{self.path}" lacks step {step}')
+        raise ValueError(f'recording "{self.path}" lacks step {step}; restore it from a copy, or record the run again')
 
     def state(self, step: int) -> TrainingState:
         """The full state before a step that :attr:`state_steps` names, on the CPU.

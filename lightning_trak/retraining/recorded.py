@@ -225,7 +225,8 @@ class RecordedFleet(Displayed):
         if failed:
             raise RuntimeError(
                 f"{len(failed)} of {len(members)} members failed, all others are finished:"
-                f" {self.store.describe(failed)}"
+                f' {self.store.describe(failed)}. See their tracebacks in "{self.store.directory}/failures", and run'
+                " again to retry"
             )
 
     def _train(self, group: list[Member], together: bool) -> None:
