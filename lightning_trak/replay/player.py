@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -134,13 +134,16 @@ class Player:
 
     def open(self, records: Iterable[StepRecord]) -> None:
         """Begin to load the batches of some steps, in this order."""
-        batches = load(self.loader, (batch.positions for record in records for batch in record.micro_batches))
-        self._batches = self.moved(batches, self._datamodule)
+        self._batches = self.batches_of(batch.positions for record in records for batch in record.micro_batches)
 
     def batches(self, record: StepRecord) -> Iterator[Any]:
         """The next batches of :meth:`open`, which are those of a step, on the device."""
         for _ in record.micro_batches:
             yield next(self._batches)
+
+    def batches_of(self, positions: Iterable[Sequence[int]]) -> Iterator[Any]:
+        """Batches of training examples at some positions, on the device."""
+        return self.moved(load(self.loader, positions), self._datamodule)
 
     def moved(self, batches: Iterable[Any], datamodule: L.LightningDataModule | None) -> Iterator[Any]:
         """Move batches to the device, as the Trainer does.

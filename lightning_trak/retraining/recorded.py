@@ -19,6 +19,7 @@ from lightning_trak.metrics import LinearDatamodelingScore
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import declared_output
 from lightning_trak.replay.losses import Losses, declared_losses
+from lightning_trak.replay.player import Player
 from lightning_trak.replay.recording import Recording
 from lightning_trak.replay.reweighted import Reweighted
 from lightning_trak.retraining.members import Member, MemberStore, not_finite
@@ -123,8 +124,8 @@ class RecordedFleet(Displayed):
             loader = single_loader(train, "fit", trainer)
             self._targets = single_loader(targets, "predict", trainer)
             self._target_module = datamodule_of(targets)
-            per_example = declared_losses(self.output, losses)
-            self._run = Reweighted(module, recorded, loader, datamodule_of(train), self._device, per_example)
+            player = Player(module, recorded, loader, datamodule_of(train), self._device)
+            self._run = Reweighted(player, declared_losses(self.output, losses))
             self.masks = checked_masks(masks, self._run.num_train)
             self._environment = rounding_of(self._device)
             self._identity = self._describe(module, recorded, losses)
