@@ -17,7 +17,7 @@ from lightning_trak.methods.base import DataMethod
 from lightning_trak.methods.examples import Examples
 from lightning_trak.methods.questions import Asked
 from lightning_trak.outputs import ModelOutput
-from lightning_trak.outputs.mixin import declared_output, target_output, trained_output
+from lightning_trak.outputs.mixin import declared_output, require_alone, target_output, trained_output
 from lightning_trak.replay.differentiating import Differentiated
 from lightning_trak.replay.losses import Losses, declared_losses
 from lightning_trak.replay.player import Player
@@ -111,11 +111,7 @@ class Metagradient(DataMethod):
     ) -> None:
         self.model = original_module(model)
         self.output = (trained_output if losses is None else declared_output)(self.model, output)
-        if self.output.context_size:
-            raise TypeError(
-                f"{type(self.output).__name__} compares with training examples, and its derivative through them is not"
-                " known; pass another output by output="
-            )
+        require_alone(self.output)
         if losses is None:
             self.output.loss(torch.zeros(1))  # refuses before long work if the output does not determine the loss
         self.losses = losses

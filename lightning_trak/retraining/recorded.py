@@ -17,7 +17,7 @@ from lightning_trak.compatibility import original_module
 from lightning_trak.fingerprints import fingerprint, module_fingerprint
 from lightning_trak.metrics import LinearDatamodelingScore
 from lightning_trak.outputs import ModelOutput
-from lightning_trak.outputs.mixin import declared_output
+from lightning_trak.outputs.mixin import declared_output, require_alone
 from lightning_trak.replay.losses import Losses, declared_losses
 from lightning_trak.replay.player import Player
 from lightning_trak.replay.recording import Recording
@@ -112,11 +112,7 @@ class RecordedFleet(Displayed):
         self._overwrite = overwrite
         module = original_module(model)
         self.output = copy.deepcopy(declared_output(module, output))
-        if self.output.context_size:
-            raise TypeError(
-                f"{type(self.output).__name__} compares with training examples, whose context is not recorded; pass"
-                " another output by output="
-            )
+        require_alone(self.output)
         recorded = Recording(recording)
         recorded.require_finished()
         self._device = trainer.strategy.root_device
