@@ -6,7 +6,6 @@ import signal
 
 import pytest
 import torch
-from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
 
 from lightning_trak import TRAK
@@ -19,22 +18,12 @@ from lightning_trak.outputs import ClassificationMargin
 from lightning_trak.projections import PrincipalProjection, SparseProjection
 from lightning_trak.running import content
 from lightning_trak.storage.files import tensor_digest
+from tests.features.small_net import draw, make_net
 from tests.launch import run_script
 from tests.lit import TARGETS, make_trainer, open_store
 
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
 DATA = TensorDataset(draw(30, 6), draw(30, 3, seed=1).argmax(1))
 FEW = Subset(DATA, range(21))
-
-
-def make_net(seed=0):
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
 
 
 WEIGHTS = [make_net(seed).state_dict() for seed in range(3)]
