@@ -181,7 +181,7 @@ def versioned(version: int, schema: Schema) -> Schema:
 
 def with_checksum(content: dict[str, Any]) -> dict[str, Any]:
     """Content with its own checksum, as :func:`sealed` expects."""
-    return content | {"checksum": _checksum(content)}
+    return content | {"checksum": json_digest(content)}
 
 
 def sealed(fields: Mapping[str, Schema], others: Schema | None = None) -> Schema:
@@ -190,11 +190,12 @@ def sealed(fields: Mapping[str, Schema], others: Schema | None = None) -> Schema
 
     def check(field: str, value: Any) -> None:
         schema(field, value)
-        if value["checksum"] != _checksum({name: found for name, found in value.items() if name != "checksum"}):
+        if value["checksum"] != json_digest({name: found for name, found in value.items() if name != "checksum"}):
             raise ValueError("its checksum does not match its content")
 
     return check
 
 
-def _checksum(content: dict[str, Any]) -> str:
+def json_digest(content: Any) -> str:
+    """SHA-256 of content in JSON's types."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
