@@ -13,10 +13,10 @@ from typing_extensions import override
 
 from lightning_trak.checkpoints.base import Checkpoint, CheckpointFormat
 from lightning_trak.checkpoints.formats import load_torch, read_torch, state_dict
-from lightning_trak.checkpoints.series import MANIFEST
 from lightning_trak.checkpoints.weights import read_safetensors
 from lightning_trak.storage.files import tensor_digest
 from lightning_trak.storage.locations import locate
+from lightning_trak.storage.manifests import MANIFEST
 from lightning_trak.storage.schemas import anything, parse_json, record, text
 from lightning_trak.texts.messages import listed
 

@@ -25,12 +25,12 @@ from lightning_trak.replay.flat_states import Layout, layouts_schema, unpack_sta
 from lightning_trak.replay.records import StepRecord, unpack_steps
 from lightning_trak.replay.states import TrainingState
 from lightning_trak.storage.files import DamagedFileError, load_tensors, read_json
+from lightning_trak.storage.manifests import MANIFEST
 from lightning_trak.storage.paths import local_directory
 from lightning_trak.storage.schemas import anything, boolean, integer, items, record, sealed, sha256, text, versioned
 from lightning_trak.storage.schemas import parameters as parameters_schema
 
 FORMAT_VERSION = 2
-MANIFEST = "manifest.json"
 
 _PARTS_KEPT = 3
 
