@@ -8,7 +8,6 @@ The truth comes from models retrained on random halves. The directory gets `abla
 and `ablations.png`. It also keeps the truth.
 """
 
-import argparse
 import json
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -20,10 +19,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks.command_line import begin, options
 from benchmarks.methods import SEEDS, small
 from benchmarks.stores import featurize
 from benchmarks.tasks import Task, make_tasks
-from benchmarks.truth import MODELS, SUBSETS, Truth, kept, quiet, train_all
+from benchmarks.truth import MODELS, SUBSETS, Truth, kept, train_all
 from lightning_trak.features.rows import Features
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.projections import SparseProjection
@@ -204,13 +204,8 @@ def plot(found: list[Result], ceiling: float, path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("ablations_output"), help="where everything is written")
-    parser.add_argument("--quick", action="store_true", help="a tiny net, 200 digits, 20 halves")
-    args = parser.parse_args(arguments)
-    quiet()
-    torch.set_num_threads(1)  # the nets are too small for more threads
-    args.out.mkdir(parents=True, exist_ok=True)
+    parser = options(__doc__, "ablations_output", quick="a tiny net, 200 digits, 20 halves")
+    args = begin(parser, arguments)
     task = make_tasks()[TASK]
     task = small(task) if args.quick else task
     truth = kept(args.out, task, *((20, 2, 2) if args.quick else (SUBSETS, SEEDS[TASK], MODELS)))

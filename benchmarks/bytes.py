@@ -9,23 +9,21 @@ which are the same for any number of examples. Seconds are CPU time, for feature
 all targets. Everything is written to the directory: `bytes.json`, `bytes.md` and `bytes.png`.
 """
 
-import argparse
-import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-import torch
 from torch.utils.data import DataLoader
 
+from benchmarks.command_line import begin, difference, options, save
 from benchmarks.methods import small
 from benchmarks.tasks import Task, make_tasks
-from benchmarks.truth import MODELS, SUBSETS, Truth, kept, quiet, trainer_for
+from benchmarks.truth import MODELS, SUBSETS, Truth, kept, trainer_for
 from lightning_trak import TRAK
 from lightning_trak.features.dtypes import Dtype
 from lightning_trak.methods import ExactKernel
@@ -124,7 +122,7 @@ def table(found: list[Result]) -> str:
         "|---" * 10 + "|",
     ]
     for row in found:
-        ahead = "" if row.setting == OLD else f"{row.ahead:+.3f} ({row.ahead_low:+.3f} to {row.ahead_high:+.3f})"
+        ahead = "" if row.setting == OLD else difference(row.ahead, row.ahead_low, row.ahead_high)
         cells = [
             *(
                 row.task,
@@ -171,27 +169,20 @@ def plot(found: list[Result], path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("bytes_output"), help="where everything is written")
+    parser = options(__doc__, "bytes_output", quick="a tiny net, 200 digits, two models, 20 halves")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, help="tasks; default: all")
     parser.add_argument("--models", nargs="+", type=int, default=[1, MODELS], help="numbers of models averaged")
     parser.add_argument(
         "--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="settings; default: all"
     )
-    parser.add_argument("--quick", action="store_true", help="a tiny net, 200 digits, two models, 20 halves")
-    args = parser.parse_args(arguments)
-    quiet()
-    torch.set_num_threads(1)
-    args.out.mkdir(parents=True, exist_ok=True)
+    args = begin(parser, arguments)
     found: list[Result] = []
     for name in ("digits MLP",) if args.quick else args.tasks:
         task = small(make_tasks()[name]) if args.quick else make_tasks()[name]
         truth = kept(args.out, task, *((20, 2, 2) if args.quick else (SUBSETS, SEEDS, MODELS)))
         for result in results(task, truth, (1, 2) if args.quick else tuple(args.models), args.settings):
             found.append(result)
-            print(table([result]).splitlines()[-1], flush=True)
-            (args.out / "bytes.json").write_text(json.dumps(list(map(asdict, found)), indent=1))
-    (args.out / "bytes.md").write_text(table(found))
+            save(found, args.out / "bytes", table)
     plot(found, args.out / "bytes.png")
 
 

@@ -9,11 +9,9 @@ k / (2 n_eff), and of ``damping="auto"`` together with ``temperature="auto"``. W
 models is measured, and their mean is taken.
 """
 
-import argparse
-import json
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from unittest.mock import patch
@@ -22,8 +20,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from benchmarks.command_line import begin, options, save
 from benchmarks.tasks import Task, make_tasks
-from benchmarks.truth import MODELS, SUBSETS, Truth, kept, quiet, trainer_for
+from benchmarks.truth import MODELS, SUBSETS, Truth, kept, trainer_for
 from lightning_trak import TRAK
 from lightning_trak.methods import ExactKernel
 from lightning_trak.scoring import trak
@@ -133,14 +132,10 @@ def table(results: list[Result]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     tasks = make_tasks()
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("damping_output"), help="where everything is written")
+    parser = options(__doc__, "damping_output", quick="20 halves once, 2 models")
     parser.add_argument("--tasks", nargs="+", choices=tasks, help="tasks; default: all, or one with --quick")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: both")
-    parser.add_argument("--quick", action="store_true", help="20 halves once, 2 models")
-    args = parser.parse_args(arguments)
-    quiet()
-    args.out.mkdir(parents=True, exist_ok=True)
+    args = begin(parser, arguments)
     wide = (20, 1, 2) if args.quick else (SUBSETS, SEEDS, MODELS)
     results: list[Result] = []
     for name in tqdm(args.tasks or (["diabetes"] if args.quick else list(tasks))):
@@ -148,9 +143,7 @@ def main(arguments: list[str] | None = None) -> None:
         for method in args.methods:
             for result in results_of(method, tasks[name], truth):
                 results.append(result)
-                print(table([result]).splitlines()[-1], flush=True)
-                (args.out / "damping.json").write_text(json.dumps([asdict(row) for row in results], indent=1))
-    (args.out / "damping.md").write_text(table(results))
+                save(results, args.out / "damping", table)
     print(table(results))
 
 

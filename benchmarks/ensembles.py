@@ -7,20 +7,19 @@ data. Both are measured on other halves. Then the scores of the ten models are c
 say, :func:`~lightning_trak.retraining.informed_scores`, and measured on the halves that are left.
 """
 
-import argparse
-import json
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from benchmarks.command_line import begin, difference, options, save
 from benchmarks.methods import small
 from benchmarks.stores import featurize
 from benchmarks.tasks import Task, make_tasks
-from benchmarks.truth import SUBSETS, TOGETHER, Truth, kept, quiet
+from benchmarks.truth import SUBSETS, TOGETHER, Truth, kept
 from lightning_trak.features.rows import Features
 from lightning_trak.projections import SparseProjection
 from lightning_trak.retraining import informed_scores, random_subsets, train_together
@@ -124,22 +123,17 @@ def table(found: Sequence[Result]) -> str:
     """Markdown."""
     lines = ["| task | scores | LDS | compared with | difference (95%) |", "|---|---|---|---|---|"]
     for result in found:
-        difference = f"{result.lds - result.baseline:+.3f} ({result.low:+.3f} to {result.high:+.3f})"
-        lines.append(f"| {result.task} | {result.scores} | {result.lds:.3f} | {result.baseline:.3f} | {difference} |")
-    return "\n".join(lines)
+        gain = difference(result.lds - result.baseline, result.low, result.high)
+        lines.append(f"| {result.task} | {result.scores} | {result.lds:.3f} | {result.baseline:.3f} | {gain} |")
+    return "\n".join(lines) + "\n"
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("ensembles_output"), help="where everything is written")
+    parser = options(__doc__, "ensembles_output", quick="a tiny net, 200 digits, 20 halves")
     parser.add_argument("--tasks", nargs="+", default=TASKS, help="tasks")
     parser.add_argument("--k", type=int, default=2048, help="number of features")
-    parser.add_argument("--quick", action="store_true", help="a tiny net, 200 digits, 20 halves")
-    args = parser.parse_args(arguments)
-    quiet()
-    torch.set_num_threads(1)  # the nets are too small for more threads
-    args.out.mkdir(parents=True, exist_ok=True)
+    args = begin(parser, arguments)
     found: list[Result] = []
     for name in args.tasks[:1] if args.quick else args.tasks:
         task = make_tasks()[name]
@@ -150,9 +144,7 @@ def main(arguments: list[str] | None = None) -> None:
             torch.save(train_halves(task, 2 * len(truth.states)), path)
         for result in ensembles(task, truth, torch.load(path), 64 if args.quick else args.k):
             found.append(result)
-            (args.out / "ensembles.json").write_text(json.dumps([asdict(line) for line in found], indent=1))
-            print(table([result]).splitlines()[-1], flush=True)
-    (args.out / "ensembles.md").write_text(table(found) + "\n")
+            save(found, args.out / "ensembles", table)
 
 
 if __name__ == "__main__":

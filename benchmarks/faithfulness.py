@@ -8,7 +8,6 @@ halves, with three seeds each. Their outputs are the truth. Everything is writte
 `faithfulness.md` (the tables) and `faithfulness.png`.
 """
 
-import argparse
 import json
 import tempfile
 from collections.abc import Iterator
@@ -19,9 +18,10 @@ import matplotlib.pyplot as plt
 import torch
 from tqdm import tqdm
 
+from benchmarks.command_line import begin, options
 from benchmarks.stores import featurize
 from benchmarks.tasks import Task, make_tasks
-from benchmarks.truth import MODELS, SUBSETS, Truth, quiet, retrain
+from benchmarks.truth import MODELS, SUBSETS, Truth, retrain
 from lightning_trak.projections import (
     GaussianProjection,
     KroneckerProjection,
@@ -153,13 +153,9 @@ def plot(results: list[Result], path: Path) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     tasks = make_tasks()
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("faithfulness_output"), help="where everything is written")
+    parser = options(__doc__, "faithfulness_output", quick="one projection, 20 halves once")
     parser.add_argument("--tasks", nargs="+", choices=tasks, help="tasks; default: all, or two with --quick")
-    parser.add_argument("--quick", action="store_true", help="one projection, 20 halves once")
-    args = parser.parse_args(arguments)
-    quiet()
-    args.out.mkdir(parents=True, exist_ok=True)
+    args = begin(parser, arguments, one_thread=False)
     subsets, seeds = (20, 1) if args.quick else (SUBSETS, SEEDS)
     results: list[Result] = []
     for name in args.tasks or (("cancer", "diabetes") if args.quick else tasks):

@@ -8,9 +8,7 @@ steps. The tasks are those of `benchmarks.other_seeds` whose runs are trained as
 and gentle trainings of `benchmarks.lag`. The directory gets `first_half.json` and `first_half.md`.
 """
 
-import argparse
 import tempfile
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,9 +19,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks import lag, other_seeds, tasks
+from benchmarks.command_line import begin, difference, options, save
 from benchmarks.one_run import fit
-from benchmarks.other_seeds import FIRST_SEED, TARGETS, Result, Setting, difference, gained, label, save
-from benchmarks.truth import MODELS, SUBSETS, Truth, kept, quiet, trainer_for
+from benchmarks.other_seeds import FIRST_SEED, TARGETS, Result, Setting, gained, label
+from benchmarks.truth import MODELS, SUBSETS, Truth, kept, trainer_for
 from lightning_trak import Metagradient
 from lightning_trak.outputs import RegressionOutput
 from lightning_trak.scoring import combine_runs, combine_scores
@@ -105,21 +104,16 @@ def measured(setting: Setting, truth: Truth, scores: Sequence[dict[str, Tensor]]
 def table(found: list[Result]) -> str:
     """Markdown."""
     rows = [
-        (label(row), *(f"{row.lds[method]:.3f}" for method in METHODS), difference(row.gain[COMBINED])) for row in found
+        (label(row), *(f"{row.lds[method]:.3f}" for method in METHODS), difference(*row.gain[COMBINED]))
+        for row in found
     ]
     return Table(("task (runs; models of each half, ceiling)", *METHODS, "gain"), rows).markdown() + "\n"
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("first_half_output"), help="where everything is written")
-    parser.add_argument("--quick", action="store_true", help="one perceptron alone, few retrained models")
-    args = parser.parse_args(arguments)
-    quiet()
-    warnings.filterwarnings("ignore", ".*batch normalization.*")
-    torch.set_num_threads(1)  # the nets are too small for more threads
-    args.out.mkdir(parents=True, exist_ok=True)
+    parser = options(__doc__, "first_half_output", quick="one perceptron alone, few retrained models")
+    args = begin(parser, arguments)
     settings = make_settings()
     if args.quick:
         mlp = next(setting for setting, _ in settings if setting.task.name == "MLP")

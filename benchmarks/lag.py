@@ -8,11 +8,9 @@ the outputs of models retrained on random halves in the same way. Exact Gauss-Ne
 measured lag. With one model, each model is measured, and the mean is taken.
 """
 
-import argparse
-import json
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -20,9 +18,10 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
+from benchmarks.command_line import begin, options, save
 from benchmarks.methods import small
 from benchmarks.tasks import Task, make_tasks
-from benchmarks.truth import SUBSETS, Truth, kept, quiet, trainer_for
+from benchmarks.truth import SUBSETS, Truth, kept, trainer_for
 from benchmarks.twins import twin
 from lightning_trak.methods import ExactKernel
 from lightning_trak.scoring.lag import Lag
@@ -134,13 +133,8 @@ def table(results: list[Result]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("lag_output"), help="where everything is written")
-    parser.add_argument("--quick", action="store_true", help="a tiny net at two learning rates, 20 halves, 2 models")
-    args = parser.parse_args(arguments)
-    quiet()
-    torch.set_num_threads(1)  # the nets are too small for more threads
-    args.out.mkdir(parents=True, exist_ok=True)
+    parser = options(__doc__, "lag_output", quick="a tiny net at two learning rates, 20 halves, 2 models")
+    args = begin(parser, arguments)
     results: list[Result] = []
     for name, *how in tqdm(SETTINGS[:2] if args.quick else SETTINGS):
         task = make_tasks()[name]
@@ -148,9 +142,7 @@ def main(arguments: list[str] | None = None) -> None:
         truth = kept(args.out, task, *((20, 1, 2) if args.quick else (SUBSETS, SEEDS, MODELS)))
         for result in results_of((name, *how), task, truth):
             results.append(result)
-            print(table([result]).splitlines()[-1], flush=True)
-            (args.out / "lag.json").write_text(json.dumps([asdict(line) for line in results], indent=1))
-            (args.out / "lag.md").write_text(table(results))
+            save(results, args.out / "lag", table)
 
 
 if __name__ == "__main__":

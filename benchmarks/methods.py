@@ -9,7 +9,6 @@ training of the models that it needs plus its own time, in units of the training
 `methods.json`, `methods.md` (the tables) and `methods.png`. It also keeps the truth.
 """
 
-import argparse
 import json
 import tempfile
 import time
@@ -28,9 +27,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
+from benchmarks.command_line import begin, difference, options
 from benchmarks.labels import Curve, label_curves
 from benchmarks.tasks import Task, make_tasks
-from benchmarks.truth import MODELS, SUBSETS, Truth, kept, outputs_of, quiet, trainer_for
+from benchmarks.truth import MODELS, SUBSETS, Truth, kept, outputs_of, trainer_for
 from examples.digits import LitDigits
 from lightning_trak import TRAK, TRAKCallback
 from lightning_trak.gradients import last_layer
@@ -225,7 +225,7 @@ def tables(found: list[Result], ceilings: dict[str, float], units: dict[str, flo
             "|---" * 10 + "|",
         ]
         for row in sorted((row for row in found if row.task == task), key=lambda row: -row.lds):
-            behind = f"{row.behind:+.3f} ({row.behind_low:+.3f} to {row.behind_high:+.3f})"
+            behind = difference(row.behind, row.behind_low, row.behind_high)
             cells = [
                 *(row.method, row.checkpoints or "", row.runs or "", row.retrained or ""),
                 *(f"{row.own_seconds:.1f}", f"{row.seconds:.1f}", f"{row.cost:.1f}"),
@@ -311,22 +311,17 @@ def small(task: Task) -> Task:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("methods_output"), help="where everything is written")
+    parser = options(__doc__, "methods_output", quick="a tiny net, 200 digits, two models, 20 halves")
     parser.add_argument("--tasks", nargs="+", choices=SEEDS, help="tasks; default: all, or the first with --quick")
-    parser.add_argument("--quick", action="store_true", help="a tiny net, 200 digits, two models, 20 halves")
     parser.add_argument("--draw", type=Path, help="a methods.json: draw its picture, and measure nothing")
-    args = parser.parse_args(arguments)
-    args.out.mkdir(parents=True, exist_ok=True)
+    args = begin(parser, arguments)
     if args.draw:
         kept_results = json.loads(args.draw.read_text())
         plot(
             [Result(**row) for row in kept_results["results"]], kept_results["noise_ceilings"], args.out / "methods.png"
         )
         return
-    quiet()
-    torch.set_num_threads(1)  # the nets are too small for more threads
-    threadpool_limits(1)  # the same for NumPy: its threads would use CPU time while they wait
+    threadpool_limits(1)  # one thread for NumPy, too: others would use CPU time while they wait
     found = []
     ceilings, units = {}, {}
     for name in args.tasks or list(SEEDS)[: 1 if args.quick else None]:

@@ -8,7 +8,6 @@ denominators stay). "Other seeds": models trained on random halves with seeds of
 `one_run.json`, `one_run.md` (the tables: LDS, and whether each run is smooth) and `one_run.png`.
 """
 
-import argparse
 import json
 import tempfile
 import time
@@ -25,8 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from benchmarks.command_line import begin, options
 from benchmarks.tasks import LitText, Task, _patches, _texts
-from benchmarks.truth import outputs_of, quiet, train_all, trainer_for
+from benchmarks.truth import outputs_of, train_all, trainer_for
 from examples.digits import LitDigits, make_data
 from lightning_trak import TRAK, LinearDatamodelingScore, Metagradient, TrainingRecorder, TRAKCallback
 from lightning_trak.methods import EKFACInfluence, ExactKernel, Method, TracIn
@@ -326,14 +326,9 @@ def plot(found: list[Result], path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("one_run_output"), help="where everything is written")
+    parser = options(__doc__, "one_run_output", quick="the first task alone, few retrained models")
     parser.add_argument("--members", type=int, default=30, help="retrained runs for each fraction")
-    parser.add_argument("--quick", action="store_true", help="the first task alone, few retrained models")
-    args = parser.parse_args(arguments)
-    quiet()
-    torch.set_num_threads(1)
-    args.out.mkdir(parents=True, exist_ok=True)
+    args = begin(parser, arguments)
     found: list[Result] = []
     verdicts: list[Verdict] = []
     for task, losses in make_tasks()[: 1 if args.quick else None]:

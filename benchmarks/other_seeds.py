@@ -8,12 +8,9 @@ half. The recorded runs have seeds of their own. Some are smooth twins: a fracti
 more epochs. The directory gets `other_seeds.json` and `other_seeds.md`.
 """
 
-import argparse
-import json
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,9 +20,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks import one_run, tasks
+from benchmarks.command_line import begin, difference, options, save
 from benchmarks.one_run import SmoothConvNet, SmoothMLP, image_losses
 from benchmarks.tasks import Task
-from benchmarks.truth import MODELS, SUBSETS, Truth, kept, quiet, trainer_for
+from benchmarks.truth import MODELS, SUBSETS, Truth, kept, trainer_for
 from benchmarks.twins import twin
 from lightning_trak import Metagradient
 from lightning_trak.methods import ExactKernel
@@ -225,21 +223,14 @@ def gained(scores: Tensor, others: Tensor) -> tuple[float, float, float]:
     return float(apart.mean()), *map(float, crossed_bootstrap_interval(apart))
 
 
-def save(found: list[Result], path: Path, table: Callable[[list[Result]], str]) -> None:
-    """Write all lines to ``path`` with the endings .json and .md, and print the last one."""
-    path.with_suffix(".json").write_text(json.dumps([asdict(line) for line in found], indent=1))
-    path.with_suffix(".md").write_text(table(found))
-    print(table(found[-1:]).splitlines()[-1], flush=True)
-
-
 def table(found: list[Result]) -> str:
     """Markdown."""
     columns = "task (runs; models of each half, ceiling)", *METHODS[:-2], "gain", MEAN, RUNS, "gain"
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for row in found:
         cells = [f"{row.lds[method]:.3f}" for method in METHODS[:-2]]
-        cells += [difference(row.gain[COMBINED])]
-        more = [f"{row.lds[MEAN]:.3f}", f"{row.lds[RUNS]:.3f}", difference(row.gain[RUNS])] if RUNS in row.lds else []
+        cells += [difference(*row.gain[COMBINED])]
+        more = [f"{row.lds[MEAN]:.3f}", f"{row.lds[RUNS]:.3f}", difference(*row.gain[RUNS])] if RUNS in row.lds else []
         cells += more or [""] * 3
         lines.append(f"| {label(row)} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -252,21 +243,10 @@ def label(row: Result) -> str:
     return f"{row.setting} ({row.repeats}; {row.seeds}, {row.ceiling:.2f})"
 
 
-def difference(gain: tuple[float, float, float]) -> str:
-    """A difference with its interval."""
-    return "{:+.3f} ({:+.3f} to {:+.3f})".format(*gain)
-
-
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("other_seeds_output"), help="where everything is written")
-    parser.add_argument("--quick", action="store_true", help="the MLP alone, few retrained models")
-    args = parser.parse_args(arguments)
-    quiet()
-    warnings.filterwarnings("ignore", ".*batch normalization.*")
-    torch.set_num_threads(1)  # the nets are too small for more threads
-    args.out.mkdir(parents=True, exist_ok=True)
+    parser = options(__doc__, "other_seeds_output", quick="the MLP alone, few retrained models")
+    args = begin(parser, arguments)
     settings = make_settings()
     if args.quick:
         (mlp,) = (setting for setting in settings if setting.task.name == "MLP")

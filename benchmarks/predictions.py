@@ -7,13 +7,10 @@ Language models of several kinds, on texts of several lengths; sets of labels, m
 has no projection here, and all its other defaults. The truth is the outputs of models retrained on random halves.
 """
 
-import argparse
-import json
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
@@ -24,8 +21,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
+from benchmarks.command_line import begin, difference, options, save
 from benchmarks.tasks import CHARACTERS, LitText, Task, _texts, make_tasks
-from benchmarks.truth import MODELS, SUBSETS, Truth, kept, quiet, trainer_for
+from benchmarks.truth import MODELS, SUBSETS, Truth, kept, trainer_for
 from lightning_trak import TRAK
 from lightning_trak.outputs import CausalLMMargin, MultiLabelMargin, SegmentationMargin
 from lightning_trak.outputs.predictions import SeveralPredictions
@@ -261,7 +259,7 @@ def table(results: list[Result]) -> str:
     """Markdown."""
     rows = []
     for r in results:
-        gain = "{:+.3f} ({:+.3f} to {:+.3f})".format(*r.gain)
+        gain = difference(*r.gain)
         best = f"{r.single / r.best:.2f}"
         rows.append((r.task, r.predictions, r.models, f"{r.whole:.3f}", f"{r.single:.3f}", gain, best))
     heads = ("task", "T", "M", "of the whole", "of single predictions", "gain", "of the best damping")
@@ -271,14 +269,9 @@ def table(results: list[Result]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     tasks = text_tasks() | other_tasks()
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("predictions_output"), help="where everything is written")
+    parser = options(__doc__, "predictions_output", quick="one task, two epochs, 20 halves, 2 models")
     parser.add_argument("--tasks", nargs="+", choices=tasks, default=list(tasks), help="default: all")
-    parser.add_argument("--quick", action="store_true", help="one task, two epochs, 20 halves, 2 models")
-    args = parser.parse_args(arguments)
-    quiet()
-    torch.set_num_threads(1)  # the nets are too small for more threads
-    args.out.mkdir(parents=True, exist_ok=True)
+    args = begin(parser, arguments)
     results: list[Result] = []
     for name in tqdm(["chains 4"] if args.quick else args.tasks):
         wide = (SUBSETS, 3, MODELS) if name == "text" else (60, 2, MODELS)
@@ -286,9 +279,7 @@ def main(arguments: list[str] | None = None) -> None:
         truth = kept(args.out, task, *((20, 1, 2) if args.quick else wide))
         for result in results_of(task, truth):
             results.append(result)
-            print(table([result]).splitlines()[-1], flush=True)
-            (args.out / "predictions.json").write_text(json.dumps([asdict(line) for line in results], indent=1))
-            (args.out / "predictions.md").write_text(table(results))
+            save(results, args.out / "predictions", table)
 
 
 if __name__ == "__main__":

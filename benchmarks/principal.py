@@ -8,7 +8,6 @@ wide sketch of the gradients of all training examples, as `PrincipalProjection` 
 last column is the difference from `SparseProjection(4096)`, with a 95% interval.
 """
 
-import argparse
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,9 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.command_line import begin, difference, options
 from benchmarks.stores import featurize
 from benchmarks.tasks import Task, make_tasks
-from benchmarks.truth import SUBSETS, Truth, kept, quiet
+from benchmarks.truth import SUBSETS, Truth, kept
 from lightning_trak.features.rows import Features
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.projections import SparseProjection
@@ -86,8 +86,8 @@ def rows(task: Task, truth: Truth) -> Iterator[str]:
 
     def line(name: str, dim: int, scores: Tensor) -> str:
         lds = float(truth.measure(scores).compute())
-        difference, low, high = truth.difference(scores, baseline)
-        return f"| {task.name} | {name} | {dim} | {lds:.3f} | {difference:+.3f} ({low:+.3f} to {high:+.3f}) |"
+        gain = difference(*truth.difference(scores, baseline))
+        return f"| {task.name} | {name} | {dim} | {lds:.3f} | {gain} |"
 
     for dim in RANDOM:
         train, targets = sketched(task, truth, dim)
@@ -109,12 +109,9 @@ def rows(task: Task, truth: Truth) -> Iterator[str]:
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     tasks = make_tasks()
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("principal_output"), help="where everything is written")
+    parser = options(__doc__, "principal_output")
     parser.add_argument("--tasks", nargs="+", choices=tasks, default=TASKS)
-    args = parser.parse_args(arguments)
-    quiet()
-    args.out.mkdir(parents=True, exist_ok=True)
+    args = begin(parser, arguments, one_thread=False)
     lines = ["| task | features | k | LDS | difference |", "|---|---|---|---|---|"]
     for name in args.tasks:
         truth = kept(args.out, tasks[name], SUBSETS, SEEDS, MODELS)

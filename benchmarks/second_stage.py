@@ -8,7 +8,6 @@ on these targets; "explicit" factors the matrix, where it is small enough. The s
 training examples of each target by stored features, before and after rescoring, with the exact best ten.
 """
 
-import argparse
 import tempfile
 import time
 from dataclasses import replace
@@ -19,8 +18,9 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
+from benchmarks.command_line import begin, options
 from benchmarks.tasks import Task, make_tasks
-from benchmarks.truth import MODELS, SUBSETS, Truth, kept, quiet, trainer_for
+from benchmarks.truth import MODELS, SUBSETS, Truth, kept, trainer_for
 from lightning_trak import TRAK
 from lightning_trak.methods import ConjugateGradient, Explicit, InfluenceFunction
 
@@ -78,16 +78,12 @@ def first_targets(task: Task, truth: Truth, count: int) -> tuple[Task, Truth]:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("second_stage_output"), help="where the truth is kept")
+    parser = options(__doc__, "second_stage_output")
     parser.add_argument("--tasks", nargs="+", choices=SEEDS, default=list(SEEDS), help="tasks; default: all")
     parser.add_argument("--targets", type=int, default=20, help="number of targets")
     parser.add_argument("--candidates", type=int, default=1000, help="candidates that are scored again")
-    args = parser.parse_args(arguments)
-    quiet()
-    torch.set_num_threads(1)
+    args = begin(parser, arguments)
     threadpool_limits(1)
-    args.out.mkdir(parents=True, exist_ok=True)
     solved = ["| task | n | p | preconditioner | iterations (most) | seconds | LDS |", "|---" * 7 + "|"]
     rescored = ["| task | rescored | seconds | of the exact best ten |", "|---" * 4 + "|"]
     for name in args.tasks:

@@ -115,5 +115,6 @@ def trainer_for(task: Task, **options: Any) -> L.Trainer:
 
 def quiet() -> None:
     """Silence the log lines of Lightning, and the known warnings of the measured settings."""
-    warnings.filterwarnings("ignore", ".*LeafSpec.*|.*does not have many workers.*|.*ill-conditioned.*")
+    for known in ("LeafSpec", "does not have many workers", "ill-conditioned", "batch normalization"):
+        warnings.filterwarnings("ignore", f".*{known}.*")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)

@@ -7,12 +7,9 @@ The truth is the outputs of models retrained on random halves as the original is
 its number of epochs, which are half as many steps.
 """
 
-import argparse
-import json
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
@@ -20,9 +17,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from benchmarks.command_line import begin, difference, options, save
 from benchmarks.methods import small
 from benchmarks.tasks import Task, make_tasks
-from benchmarks.truth import MODELS, SUBSETS, Truth, kept, quiet, trainer_for
+from benchmarks.truth import MODELS, SUBSETS, Truth, kept, trainer_for
 from lightning_trak import TRAK
 from lightning_trak.methods import ExactKernel
 from lightning_trak.retraining import train_together
@@ -125,30 +123,23 @@ def table(found: list[Result]) -> str:
     """Markdown."""
     lines = ["| task | run | models | training loss | LDS | minus all originals (95%) |", "|---" * 6 + "|"]
     for row in found:
-        gain = f"{row.gain:+.3f} ({row.low:+.3f} to {row.high:+.3f})"
+        gain = difference(row.gain, row.low, row.high)
         lines.append(f"| {row.task} | {row.run} | {row.models} | {row.loss:.4f} | {row.lds:.3f} | {gain} |")
-    return "\n".join(lines)
+    return "\n".join(lines) + "\n"
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("twins_output"), help="where everything is written")
+    parser = options(__doc__, "twins_output", quick="a tiny net, 200 digits, 20 halves")
     parser.add_argument("--tasks", nargs="+", default=TASKS, help="tasks")
-    parser.add_argument("--quick", action="store_true", help="a tiny net, 200 digits, 20 halves")
-    args = parser.parse_args(arguments)
-    quiet()
-    torch.set_num_threads(1)  # the nets are too small for more threads
-    args.out.mkdir(parents=True, exist_ok=True)
+    args = begin(parser, arguments)
     found: list[Result] = []
     for name in args.tasks[:1] if args.quick else args.tasks:
         task = small(make_tasks()[name]) if args.quick else make_tasks()[name]
         truth = kept(args.out, task, *((20, 2, 2) if args.quick else (SUBSETS, 3, MODELS)))
         for result in results(task, truth, 2 if args.quick else COUNT):
             found.append(result)
-            (args.out / "twins.json").write_text(json.dumps([asdict(line) for line in found], indent=1))
-            print(table([result]).splitlines()[-1], flush=True)
-    (args.out / "twins.md").write_text(table(found) + "\n")
+            save(found, args.out / "twins", table)
 
 
 if __name__ == "__main__":

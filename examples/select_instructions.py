@@ -30,8 +30,6 @@ from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    DataCollatorForSeq2Seq,
-    PreTrainedTokenizerBase,
     PrinterCallback,
     Trainer,
     TrainerCallback,
@@ -41,10 +39,8 @@ from transformers import (
 )
 
 from examples.common import begin, make_trainer, read_rows
-from examples.language_model import LitCausalLM, small_gpt2
-from examples.peft_lora import encode
+from examples.peft_lora import learn_skills, make_loader
 from examples.skills import SKILLS, Row, instruction, named
-from examples.texts import learn_tokenizer
 from lightning_trak import GradientCosine
 from lightning_trak.callbacks.hugging_face import TRAKTrainerCallback
 from lightning_trak.methods import BM25, RandomScores
@@ -58,19 +54,6 @@ def response_losses(module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     logits, labels = module(**inputs).logits[:, :-1], batch["labels"][:, 1:]
     losses = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=-100)
     return losses.sum(1) / (labels != -100).sum(1)
-
-
-def make_loader(rows: list[Row], tokenizer: PreTrainedTokenizerBase, **options: Any) -> DataLoader:
-    examples = [encode(row, tokenizer) for row in rows]
-    return DataLoader(examples, collate_fn=DataCollatorForSeq2Seq(tokenizer), **options)
-
-
-def learn_skills(rows: list[Row]) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    """A small GPT-2 that has learned these rows, and its tokenizer."""
-    tokenizer = learn_tokenizer((f"{row['instruction']}\nAnswer: {row['response']}" for row in rows), vocab_size=700)
-    base = LitCausalLM(small_gpt2(len(tokenizer), length=32), lr=2e-3)
-    make_trainer(1).fit(base, make_loader(rows, tokenizer, batch_size=64))
-    return base.network, tokenizer
 
 
 def tune(

@@ -25,7 +25,7 @@ from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcess
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning_utilities.core.inheritance import get_all_subclasses
-from torch import Generator, Tensor, nn, optim
+from torch import Tensor, nn, optim
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_iter, tree_map
@@ -39,7 +39,6 @@ __all__ = [
     "BatchNorm",
     "InfiniteBarrier",
     "TorchDispatchMode",
-    "address_of_generator",
     "after_signal_handlers",
     "apply_to_tensors",
     "change_train_loader",
@@ -170,12 +169,6 @@ def hooks_of(module: nn.Module) -> dict[str, list[Callable[..., Any]]]:
         Lists under ``"forward pre hooks"``, ``"forward hooks"``, ``"backward pre hooks"`` and ``"backward hooks"``.
     """
     return {kind: list(getattr(module, attribute).values()) for kind, attribute in _HOOKS.items()}
-
-
-def address_of_generator(generator: Generator) -> int:
-    """Where in memory torch keeps a random generator."""
-    address: int = cast(Any, generator)._cdata
-    return address
 
 
 def has_gradient_hooks(tensor: Tensor) -> bool:

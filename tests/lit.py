@@ -7,7 +7,7 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_trak import TRAK, AttributionMixin
 from lightning_trak.features import FeatureStore
@@ -83,6 +83,19 @@ def make_trainer(**options: Any) -> L.Trainer:
 
 
 TRAIN, TARGETS = make_data(50), make_data(13, seed=1)
+
+
+class ScaledData(L.LightningDataModule):
+    """These data, with a batch transfer hook of its own."""
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(TRAIN, batch_size=16)
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(TARGETS, batch_size=16)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return batch[0] / 3, batch[1]
 
 
 def attribute(

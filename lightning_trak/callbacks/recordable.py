@@ -104,7 +104,10 @@ def require_real(module: LightningModule) -> None:
         )
     for name, buffer in named_buffers(module).items():
         if buffer.layout != torch.strided or buffer.is_complex() or type(buffer) not in (Tensor, nn.Parameter):
-            raise ValueError(f'TrainingRecorder cannot keep the buffer "{name}", which is not a plain dense tensor')
+            raise ValueError(
+                f'TrainingRecorder cannot keep the buffer "{name}", which is not a plain dense tensor of real numbers;'
+                " register one that is"
+            )
 
 
 def group_settings(optimizer: Optimizer) -> tuple[dict[str, Any], ...]:

@@ -132,7 +132,9 @@ class TrainingRecorder(Displayed, RunCallback):
         require_plain(trainer, pl_module)
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         if sum(isinstance(callback, TrainingRecorder) for callback in callbacks) > 1:
-            raise ValueError("the Trainer has several TrainingRecorders; one records all that the others would")
+            raise ValueError(
+                "the Trainer has several TrainingRecorders; keep one, which records all that the others would"
+            )
         self._writer = RecordingWriter(self.directory, self.spacing)
         change_train_loader(trainer, self._watched)
 

@@ -28,8 +28,10 @@ from lightning_trak.compatibility import (
 from lightning_trak.packages import is_a
 from lightning_trak.running.fsdp import is_sharded, shard_like
 from lightning_trak.running.training_step import silence
+from lightning_trak.texts.messages import listed
 
 _told = WarningCache()  # gives each warning once
+_NAMED = 8  # tensors in a message
 
 
 def copy_module(module: nn.Module, configure: bool = True) -> nn.Module:
@@ -69,20 +71,21 @@ def _require_copyable(module: nn.Module) -> None:
     lazy = [key for key, parameter in module.named_parameters() if is_lazy(parameter)]
     if lazy:
         raise ValueError(
-            f"this {name} has parameters that are not initialized yet: {_some(lazy)}; run a batch through it first"
+            f"this {name} has parameters that are not initialized yet: {listed(lazy, _NAMED)}; run a batch through it"
+            " first"
         )
     hooked = [key for key, parameter in module.named_parameters() if has_gradient_hooks(parameter)]
     if hooked:
         raise ValueError(
-            f"parameters of {name} have gradient hooks: {_some(hooked)}; attribution works on a copy, which has no"
-            " such hooks, so its gradients may differ from those of training; remove the hooks, or leave these"
+            f"parameters of {name} have gradient hooks: {listed(hooked, _NAMED)}; attribution works on a copy, which"
+            " has no such hooks, so its gradients may differ from those of training; remove the hooks, or leave these"
             " parameters out with parameters="
         )
     scripted = _scripted(module)
     if scripted:
         raise ValueError(
             f"parts of {name} were compiled by torch.jit, which does not let them be copied and differentiated:"
-            f" {_some(scripted)}; pass a model of plain modules with the same weights"
+            f" {listed(scripted, _NAMED)}; pass a model of plain modules with the same weights"
         )
     if any(is_sharded(parameter) for parameter in module.parameters()):
         raise ValueError(
@@ -109,7 +112,7 @@ def _deepcopied(module: nn.Module) -> nn.Module:
     if shared:
         raise ValueError(
             f"attribution works on a copy of the model, but a deepcopy of {name} shares tensors with it:"
-            f" {_some(shared)}; change __deepcopy__ so that it copies tensors too"
+            f" {listed(shared, _NAMED)}; change __deepcopy__ so that it copies tensors too"
         )
     return copied
 
@@ -146,8 +149,8 @@ def _configure(module: nn.Module) -> None:
     empty = [key for key, (_, tensor) in all_tensors(module).items() if tensor.is_meta]
     if empty:
         raise ValueError(
-            f"this {name} has tensors on the meta device, without content: {_some(empty)}; pass a model whose tensors"
-            " are in memory, for example model.to_empty(device='cpu'): the checkpoints are loaded into them"
+            f"this {name} has tensors on the meta device, without content: {listed(empty, _NAMED)}; pass a model whose"
+            " tensors are in memory, for example model.to_empty(device='cpu'): the checkpoints are loaded into them"
         )
 
 
@@ -222,7 +225,9 @@ class Original:
         found = {id(tensor) for raw, tensor in tensors.values() if raw in given}
         empty = [name for name in self._without_content if name in tensors and id(tensors[name][1]) not in found]
         if empty:
-            problems.append(f"Missing keys of tensors that are on the meta device, without content: {_some(empty)}")
+            problems.append(
+                f"Missing keys of tensors that are on the meta device, without content: {listed(empty, _NAMED)}"
+            )
         lines = [problem for problem in problems if problem]
         if lines:
             raise ValueError(
@@ -235,7 +240,7 @@ class Original:
                 " in the same dtype with the same adapters"
             )
         if unexpected:
-            _told.warn(f"{name} has entries that {type(module).__name__} does not use: {_some(unexpected)}")
+            _told.warn(f"{name} has entries that {type(module).__name__} does not use: {listed(unexpected, _NAMED)}")
 
     def _load(
         self, given: Mapping[str, Tensor], targets: Mapping[str, Any], whole: bool
@@ -261,9 +266,9 @@ class Original:
                 missing, unexpected = self._module.load_state_dict(parts, strict=False)
                 missing = [raw for raw in missing if not is_extra_state(raw)]
                 if self._strict and missing and whole:
-                    problems.append(f"Missing keys: {_some(missing)}")
+                    problems.append(f"Missing keys: {listed(missing, _NAMED)}")
                 if unexpected and (self._strict or len(unexpected) == len(given)):
-                    problems.append(f"Unexpected keys: {_some(unexpected)}")
+                    problems.append(f"Unexpected keys: {listed(unexpected, _NAMED)}")
         except RuntimeError as error:
             reasons = [line.strip() for line in str(error).splitlines()]
             problems += reasons[1:] if reasons[0].startswith("Error(s) in loading") else reasons
@@ -337,8 +342,3 @@ def _misfit(name: str, tensor: Tensor, like: Any) -> str | None:
     if not like.ndim and tensor.ndim == 1 and len(tensor) != 1:
         return f"size mismatch for {name}: it has {len(tensor)} numbers, but the model has a single number"
     return None
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    return ", ".join(names[:8]) + more

@@ -13,11 +13,12 @@ from typing_extensions import override
 
 from lightning_trak.checkpoints.base import Checkpoint, CheckpointFormat
 from lightning_trak.checkpoints.formats import load_torch, read_torch, state_dict
-from lightning_trak.checkpoints.series import MANIFEST
 from lightning_trak.checkpoints.weights import read_safetensors
 from lightning_trak.storage.files import tensor_digest
 from lightning_trak.storage.locations import locate
+from lightning_trak.storage.manifests import MANIFEST
 from lightning_trak.storage.schemas import anything, parse_json, record, text
+from lightning_trak.texts.messages import listed
 
 _STEP = re.compile(r"checkpoint[-_](\d+)")  # of Hugging Face and of accelerate
 _LIST = "pass a list of the paths that you mean, in their order"
@@ -119,8 +120,7 @@ class _Directory(NamedTuple):
         """What it holds, for messages."""
         if not self.names:
             return "it is empty"
-        more = f" and {len(self.names) - 5} more" if len(self.names) > 5 else ""
-        return f"it holds {', '.join(self.names[:5])}{more}"
+        return f"it holds {listed(self.names, most=5)}"
 
 
 def _nothing(found: _Directory) -> str:

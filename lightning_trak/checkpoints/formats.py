@@ -212,7 +212,7 @@ def state_dict(content: Any, source: str) -> dict[str, Tensor]:
         raise TypeError(f"{source} must hold a state dict, got {type(content).__name__}{advice}")
     tensors = without_extra_state(content, source)
     if not tensors:
-        raise ValueError(f"the state dict in {source} is empty")
+        raise ValueError(f"the state dict in {source} is empty; save the state_dict() of the trained module")
     extra = [name for name in content if is_extra_state(name)]
     if extra:
         _warned.warn(

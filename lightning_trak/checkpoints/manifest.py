@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lightning_trak.storage.schemas import (
-    anything,
     integer,
     items,
     parse_json,
@@ -16,6 +15,7 @@ from lightning_trak.storage.schemas import (
     sealed,
     sha256,
     text,
+    versioned,
     with_checksum,
 )
 
@@ -184,14 +184,9 @@ def _require_name(field: str, found: str, expected: str) -> None:
         raise ValueError(f"{field}.file must be {expected!r}, which follows from its step, got {found!r:.80}")
 
 
-_current = sealed({"format": _count, "run": _name, "writer": _name, "snapshots": _snapshots})
-
-
-def _manifest(field: str, value: Any) -> None:
-    record({"format": _count}, others=anything)(field, value)
-    if value["format"] != FORMAT_VERSION:
-        raise ValueError(f"it has format {value['format']}, but this version reads format {FORMAT_VERSION}")
-    _current(field, value)
+_manifest = versioned(
+    FORMAT_VERSION, sealed({"format": _count, "run": _name, "writer": _name, "snapshots": _snapshots})
+)
 
 
 def _parse(entry: dict[str, Any]) -> Snapshot:

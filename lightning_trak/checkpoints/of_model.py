@@ -15,6 +15,7 @@ from lightning_trak.checkpoints.formats import state_dict
 from lightning_trak.checkpoints.names import canonical_name
 from lightning_trak.checkpoints.reading import CheckpointsLike, resolve_checkpoints
 from lightning_trak.checkpoints.weights import is_extra_state
+from lightning_trak.texts.messages import listed
 
 CURRENT = "the model's current weights"
 
@@ -104,10 +105,9 @@ def _of_whole(own: dict[str, Any], given: dict[str, Tensor], name: str, model: n
     if fitting:
         unused = [key for key in given if key.partition(".")[0] != fitting[0]]
         if unused:
-            more = f" and {len(unused) - 8} more" if len(unused) > 8 else ""
             _told.warn(
                 f"the weights of {fitting[0]} in {name} are those of this {type(model).__name__}; the others are not"
-                f" used: {', '.join(unused[:8])}{more}"
+                f" used: {listed(unused, most=8)}"
             )
         return parts[fitting[0]]
     return _in_part(own, next(iter(parts.values())), name, model) if len(parts) == 1 else None

@@ -43,8 +43,7 @@ from lightning_trak.checks import require_bool
 from lightning_trak.storage.files import remove_leftovers, write_atomically, write_json
 from lightning_trak.storage.locations import locate, require_regular
 from lightning_trak.storage.locks import Lock, hold
-
-MANIFEST = "manifest.json"
+from lightning_trak.storage.manifests import MANIFEST
 
 
 class SnapshotSeries:

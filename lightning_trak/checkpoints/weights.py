@@ -142,7 +142,7 @@ def read_safetensors(
             header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
             metadata = header.get("__metadata__", {})
     except (SafetensorError, KeyError) as error:  # KeyError: safetensors knows the dtype, torch does not
-        raise ValueError(f'"{location}" is truncated or not a safetensors file: {error}') from error
+        raise ValueError(f'"{location}" is truncated or not a safetensors file: {error}; {_ADVICE}') from error
     try:
         own = json.loads(metadata.pop(_HEADER, '{"sha256": null}'))
         for name, (dtype, shape) in own.get("as_bytes", {}).items():
@@ -194,7 +194,7 @@ def read_about(location: str) -> tuple[str | None, TrainingSubset | None]:
     try:
         metadata = json.loads(content).get("__metadata__", {})
     except (AttributeError, ValueError) as error:
-        raise ValueError(f'"{location}" is truncated or not a safetensors file: {error!r}') from error
+        raise ValueError(f'"{location}" is truncated or not a safetensors file: {error!r}; {_ADVICE}') from error
     try:
         own = json.loads(metadata.get(_HEADER, "{}"))
         subset = own.get("subset")

@@ -26,15 +26,21 @@ def read_positions(path: str | Path) -> list[int]:
     try:
         lines = place.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
-        raise ValueError(f'"{place}" is not a CSV file in UTF-8: {error}') from error
+        raise ValueError(f'"{place}" is not a CSV file in UTF-8: {error}; save it in UTF-8') from error
     head = lines[0] if lines else ""
     rows = csv.DictReader(lines, delimiter=next((mark for mark in ",;\t" if mark in head), ","))
     if "position" not in (rows.fieldnames or ()):
-        raise ValueError(f'"{place}" has no column `position` in its first line, which is {shortened(head, 80)!r}')
+        raise ValueError(
+            f'"{place}" has no column `position` in its first line, which is {shortened(head, 80)!r}; name the columns'
+            " there"
+        )
     positions = []
     for number, row in enumerate(rows, 2):
         text = (row["position"] or "").strip()
         if not text.isascii() or not text.isdigit():
-            raise ValueError(f'"{place}" has {shortened(text, 40)!r} as the position of row {number}, not an integer')
+            raise ValueError(
+                f'"{place}" has {shortened(text, 40)!r} as the position of row {number}, not an integer; positions of'
+                " training examples are counted from 0"
+            )
         positions.append(int(text))
     return positions

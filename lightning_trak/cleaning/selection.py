@@ -142,5 +142,8 @@ def _checked(scores: Tensor, count: int, method: LabelStatistic) -> Tensor:
     finite = scores.isfinite()
     if not finite.all():
         first = int(finite.logical_not().nonzero()[0])
-        raise ValueError(f"the number of {name} for training example {first} is {float(scores[first])}, not finite")
+        raise ValueError(
+            f"the number of {name} for training example {first} is {float(scores[first])}, not finite; look for NaN in"
+            " the weights or the data"
+        )
     return scores.double()

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from lightning_trak.features.rows import Features
 from lightning_trak.running.loading import load
+from lightning_trak.texts.messages import listed
 
 if TYPE_CHECKING:
     from lightning_trak.features.model import ModelCopy
@@ -113,8 +114,7 @@ def named(positions: Sequence[int]) -> str:
     """The features of some examples, in words; of many, only the first are named."""
     if len(positions) == 1:
         return f"the feature of example {positions[0]}"
-    more = f" and {len(positions) - _NAMED} more" if len(positions) > _NAMED else ""
-    return f"the features of {len(positions)} examples ({', '.join(map(str, positions[:_NAMED]))}{more})"
+    return f"the features of {len(positions)} examples ({listed(list(map(str, positions)), _NAMED)})"
 
 
 def _are(positions: Sequence[int]) -> str:

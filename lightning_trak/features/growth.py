@@ -20,7 +20,7 @@ from typing import Any
 
 from lightning_trak.running.content import MANY
 
-Part = dict[str, Any]  # num_examples, and digests of some of them: sample
+DataPart = dict[str, Any]  # num_examples, and digests of some of them: sample
 Sample = Callable[[int], list[str] | None]
 
 
@@ -47,24 +47,20 @@ class ShardRanges:
         """The number of the part that a shard belongs to."""
         return bisect_right(self._firsts, shard) - 1
 
-    def first(self, part: int) -> int:
-        """The number of the first shard of a part."""
-        return self._firsts[part]
-
     def __getitem__(self, shard: int) -> range:
         part = self.part(shard)
         start = self._starts[part] + (shard - self._firsts[part]) * self._shard_size
         return range(start, min(start + self._shard_size, self._stops[part]))
 
 
-def settled_parts(directory: Path, manifest: dict[str, Any]) -> list[Part]:
+def settled_parts(directory: Path, manifest: dict[str, Any]) -> list[DataPart]:
     """The parts of a store's data that count: up to the last one that has a shard.
 
     Args:
         directory: the store.
         manifest: its manifest.
     """
-    parts: list[Part] = manifest["data"]
+    parts: list[DataPart] = manifest["data"]
     if len(parts) == 1:
         return parts if any(directory.glob("checkpoint-*/shard-*")) else []
     ranges = ShardRanges([part["num_examples"] for part in parts], manifest["shard_size"])
@@ -74,18 +70,18 @@ def settled_parts(directory: Path, manifest: dict[str, Any]) -> list[Part]:
     return [] if last is None else parts[: ranges.part(last) + 1]
 
 
-def last_part(directory: Path, manifest: dict[str, Any]) -> Part:
+def last_part(directory: Path, manifest: dict[str, Any]) -> DataPart:
     """The data that a store has, with all that were added to them.
 
     Args:
         directory: the store.
         manifest: its manifest.
     """
-    parts: list[Part] = settled_parts(directory, manifest) or manifest["data"]
+    parts: list[DataPart] = settled_parts(directory, manifest) or manifest["data"]
     return parts[-1]
 
 
-def parts_with(settled: list[Part], num_examples: int | None, sample: Sample | None) -> list[Part] | None:
+def parts_with(settled: list[DataPart], num_examples: int | None, sample: Sample | None) -> list[DataPart] | None:
     """The parts of a store that a run goes on with.
 
     Args:
@@ -110,7 +106,7 @@ def parts_with(settled: list[Part], num_examples: int | None, sample: Sample | N
     )
 
 
-def describe_data(theirs: list[Part], mine: list[Part]) -> tuple[str, str]:
+def describe_data(theirs: list[DataPart], mine: list[DataPart]) -> tuple[str, str]:
     """Describe the data of a store and those of a run that cannot go on with it."""
     before, now = theirs[-1]["num_examples"], mine[-1]["num_examples"]
     if before == now:

@@ -23,8 +23,6 @@ is refused. If it is an extra, it is made again.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +39,7 @@ from lightning_trak.storage.claims import ClaimedDirectory
 from lightning_trak.storage.files import altered, load_metadata, save_tensors, tensor_digest
 from lightning_trak.storage.manifests import read_manifest
 from lightning_trak.storage.paths import local_directory
+from lightning_trak.storage.schemas import json_digest
 from lightning_trak.texts.printable import counted
 
 
@@ -119,7 +118,7 @@ class FeatureStore(StoredExtras):
         self.num_examples: int = self._parts[-1]["num_examples"]
         self._ranges = ShardRanges([part["num_examples"] for part in self._parts], self.shard_size)
         self.num_shards = self._ranges.count
-        self.key = _digest([manifest["identity"], self._parts[0]])
+        self.key = json_digest([manifest["identity"], self._parts[0]])
         self._k: int | None = None  # features per example, known once a shard was read or written
 
     @staticmethod
@@ -165,7 +164,7 @@ class FeatureStore(StoredExtras):
     def _key_of(self, shard: int) -> str:
         """A digest of what the features of a shard depend on, other than the checkpoint."""
         part = self._ranges.part(shard)
-        return _digest([self.key, *self._parts[1 : part + 1]]) if part else self.key
+        return json_digest([self.key, *self._parts[1 : part + 1]]) if part else self.key
 
     def _shard_path(self, checkpoint: int, shard: int) -> Path:
         return self._path(checkpoint, f"shard-{shard:05d}")
@@ -394,7 +393,3 @@ class FeatureStore(StoredExtras):
         with advice():
             sums = [load_metadata(self._shard_path(checkpoint, shard))["sha256"] for shard in shards]
         return tensor_digest({"sums": torch.frombuffer(bytearray("".join(sums), "ascii"), dtype=torch.uint8)})
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -42,6 +42,7 @@ from lightning_trak.fingerprints.classes import (
 )
 from lightning_trak.packages import is_a
 from lightning_trak.storage.files import tensor_digest
+from lightning_trak.storage.schemas import json_digest
 
 # Installed packages whose objects are values. Objects of other packages may hold clocks, paths and counters, which
 # differ in the next process. For these, only the class counts, unless the value has an owner.
@@ -53,7 +54,7 @@ _VALUES = (
 
 def digest(content: Any) -> str:
     """A short digest of content in JSON's types."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    return json_digest(content)[:16]
 
 
 class Fingerprint:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 from lightning_trak.checkpoints.base import Checkpoint
+from lightning_trak.texts.messages import listed
 
 LearningRates = float | Sequence[float] | Literal["snapshots"]
 
@@ -63,9 +64,9 @@ def _recorded(checkpoint: Checkpoint, selected: Callable[[], Iterable[str]]) -> 
         members.setdefault(tuple(sorted(rates)), []).append(name)
     distinct = sorted(members)
     if len(distinct) > 1 or len(distinct[0]) != 1:
-        listed = "; ".join(f"{_and(rates)} ({_few(members[rates])})" for rates in distinct)
+        found = "; ".join(f"{_and(rates)} ({listed(members[rates])})" for rates in distinct)
         raise ValueError(
-            f"the selected parameters had several learning rates at {checkpoint.name}: {listed}. Features project all"
+            f"the selected parameters had several learning rates at {checkpoint.name}: {found}. Features project all"
             " gradients together and cannot be weighed apart: make one TracIn for the parameters of each rate, by"
             " parameters= and with a store of its own, and add the scores; or pass learning_rates=, one number for each"
             " checkpoint"
@@ -75,7 +76,3 @@ def _recorded(checkpoint: Checkpoint, selected: Callable[[], Iterable[str]]) -> 
 
 def _and(rates: tuple[float, ...]) -> str:
     return " and ".join(f"{rate:g}" for rate in rates) or "none"
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -17,9 +17,10 @@ from lightning_trak.methods.base import DataMethod
 from lightning_trak.methods.examples import Examples
 from lightning_trak.methods.questions import Asked
 from lightning_trak.outputs import ModelOutput
-from lightning_trak.outputs.mixin import declared_output, target_output, trained_output
+from lightning_trak.outputs.mixin import declared_output, require_alone, target_output, trained_output
 from lightning_trak.replay.differentiating import Differentiated
 from lightning_trak.replay.losses import Losses, declared_losses
+from lightning_trak.replay.player import Player
 from lightning_trak.replay.recording import Recording
 from lightning_trak.replay.reweighted import Reweighted
 from lightning_trak.replay.smoothness import SMOOTH_VALUE, advice, quick_value
@@ -110,11 +111,7 @@ class Metagradient(DataMethod):
     ) -> None:
         self.model = original_module(model)
         self.output = (trained_output if losses is None else declared_output)(self.model, output)
-        if self.output.context_size:
-            raise TypeError(
-                f"{type(self.output).__name__} compares with training examples, and its derivative through them is not"
-                " known; pass another output by output="
-            )
+        require_alone(self.output)
         if losses is None:
             self.output.loss(torch.zeros(1))  # refuses before long work if the output does not determine the loss
         self.losses = losses
@@ -213,22 +210,21 @@ class Metagradient(DataMethod):
             "the recording is of another run",
             "Each process reads the recording itself: give all of them the directory of the same run",
         )
-        device = trainer.strategy.root_device
-        runs = [self._differentiated(recording, train, device) for recording in self.recordings]
+
+        def player(recording: Recording) -> Player:
+            return Player(self.model, recording, train.loader, train.datamodule, trainer.strategy.root_device)
+
+        runs = [self._differentiated(player(recording)) for recording in self.recordings]
         if self.check_smooth:
             for recording in self.recordings:
-                self._warn_if_not_smooth(recording, train, device)
+                self._warn_if_not_smooth(player(recording))
         return runs
 
-    def _differentiated(self, recording: Recording, train: Examples, device: torch.device) -> Differentiated:
+    def _differentiated(self, player: Player) -> Differentiated:
         run = Differentiated(
-            self.model,
-            recording,
-            train.loader,
-            train.datamodule,
-            device,
+            player,
             self._losses(),
-            first=self._first(recording),
+            first=self._first(player.recording),
             block=self.block_size,
             micro_batch=self.micro_batch_size,
             progress_bar=self.progress_bar,
@@ -248,9 +244,9 @@ class Metagradient(DataMethod):
             )
         return run
 
-    def _warn_if_not_smooth(self, recording: Recording, train: Examples, device: torch.device) -> None:
-        again = self.model, recording, train.loader, train.datamodule, device, self._losses()
-        value = quick_value(Reweighted(*again, first=self._first(recording), check_losses=False))
+    def _warn_if_not_smooth(self, player: Player) -> None:
+        recording = player.recording
+        value = quick_value(Reweighted(player, self._losses(), first=self._first(recording), check_losses=False))
         if not value >= SMOOTH_VALUE:
             warnings.warn(
                 f'the run in "{recording.path}" is not smooth: metasmoothness {value:.2f}, smooth from {SMOOTH_VALUE}.'

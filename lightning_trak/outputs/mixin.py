@@ -75,6 +75,19 @@ def trained_output(module: nn.Module, output: ModelOutput | None = None) -> Mode
     return output
 
 
+def require_alone(output: ModelOutput) -> None:
+    """Check that the output of an example depends on no other training examples.
+
+    Raises:
+        TypeError: if it does, as that of :class:`~lightning_trak.outputs.ContrastiveMargin`.
+    """
+    if output.context_size:
+        raise TypeError(
+            f"{type(output).__name__} compares with training examples, which are not known here; pass another output by"
+            " output="
+        )
+
+
 def target_output(output: ModelOutput | None, trained: ModelOutput) -> ModelOutput | None:
     """The output of targets, if it is another one than that of the training examples; else None.
 

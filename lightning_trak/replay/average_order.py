@@ -23,7 +23,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
-import lightning as L
 import torch
 from torch import Tensor
 
@@ -34,7 +33,6 @@ from lightning_trak.replay.reverse import Reverse
 from lightning_trak.replay.states import TrainingState
 from lightning_trak.replay.targets import differentiable
 from lightning_trak.replay.updating import Block, Cotangents
-from lightning_trak.running.loading import load
 from lightning_trak.running.random_states import restore_random_states
 
 # A window is an epoch long, or shorter, so that a run has at least this many windows.
@@ -48,11 +46,9 @@ class AverageOrder:
         reverse: the reverse pass through recorded steps.
         player: does the steps, and has the module.
         losses: ``(module, batch) -> losses`` of shape ``(batch,)``, the training loss of each example.
-        datamodule: the data module that gave the training data, if there is one.
         first: the first step that is differentiated.
         block: how many targets go through a graph at once; None: as many as fit in memory.
         micro_batch: how many examples are differentiated at once; None: those of a batch of training.
-        window: the number of steps in a window; None: as :data:`WINDOWS` says.
     """
 
     def __init__(
@@ -60,13 +56,11 @@ class AverageOrder:
         reverse: Reverse,
         player: Player,
         losses: Losses,
-        datamodule: L.LightningDataModule | None,
         first: int,
         block: int | None,
         micro_batch: int | None,
-        window: int | None = None,
     ) -> None:
-        self._reverse, self._player, self._losses, self._datamodule = reverse, player, losses, datamodule
+        self._reverse, self._player, self._losses = reverse, player, losses
         self._first, self._total = first, player.recording.num_steps
         uses: Counter[int] = Counter()
         epochs: Counter[int] = Counter()
@@ -76,7 +70,7 @@ class AverageOrder:
             for micro in record.micro_batches:
                 uses.update(micro.positions)
                 size = max(size, len(micro.positions))
-        self._window = window or min(max(epochs.values()), -(-self._total // WINDOWS))
+        self._window = min(max(epochs.values()), -(-self._total // WINDOWS))
         self._shares = {position: count / uses.total() for position, count in uses.items()}
         # In a random order, since some layers normalize over a batch, and a dataset may be sorted.
         order = torch.tensor(sorted(uses))[torch.randperm(len(uses), generator=torch.Generator().manual_seed(0))]
@@ -121,8 +115,7 @@ class AverageOrder:
         self._reverse.track()
         parameters = [player.parameters[name] for name in self._sums]
         drawn = next((micro.random_states for micro in middle.record.micro_batches if micro.random_states), {})
-        batches = player.moved(load(player.loader, self._batches), self._datamodule)
-        for positions, batch in zip(self._batches, batches, strict=True):
+        for positions, batch in zip(self._batches, player.batches_of(self._batches), strict=True):
             restore_random_states(drawn, player.device)
             with self._products.measuring(), differentiable(player):
                 losses = losses_of(self._losses, player.module, batch, len(positions))

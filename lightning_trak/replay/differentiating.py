@@ -21,13 +21,12 @@ from lightning_trak.outputs.evaluating import exact_attention, modules_of, uncha
 from lightning_trak.replay.average_order import AverageOrder
 from lightning_trak.replay.losses import Losses, losses_of, require_unchanged
 from lightning_trak.replay.player import Played, Player, ReplayError
-from lightning_trak.replay.recording import Recording
 from lightning_trak.replay.reverse import Reverse
 from lightning_trak.replay.schedule import backwards
 from lightning_trak.replay.states import TrainingState
 from lightning_trak.replay.targets import differentiable, output_at, targets_alone
 from lightning_trak.replay.updating import Block, Cotangents
-from lightning_trak.running.loading import load, num_examples
+from lightning_trak.running.loading import num_examples
 from lightning_trak.running.ordering import require_order
 from lightning_trak.scoring.groups import Collected, RowBlock, Sums, row_blocks
 
@@ -46,11 +45,7 @@ class Differentiated:
     """A recorded run that can be differentiated.
 
     Args:
-        model: the user's module. It is not touched.
-        recording: the recording, of a run that has ended.
-        loader: the training data, as they were recorded.
-        datamodule: the data module that gave them, if there is one.
-        device: the device to compute on.
+        player: does the steps of the run, which has ended.
         losses: ``(module, batch) -> losses`` of shape ``(batch,)``.
         first: the first step that is differentiated.
         block: how many targets go through a graph at once; None: as many as fit in memory.
@@ -63,17 +58,12 @@ class Differentiated:
         rounds_steps: whether the optimizer's own steps are rounded more than the weights are.
 
     Raises:
-        ReplayError: if the module or the data are not those of the recording, or autograd does not have the second
-            derivatives of the losses.
+        ReplayError: if autograd does not have the second derivatives of the losses.
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        recording: Recording,
-        loader: DataLoader[Any],
-        datamodule: L.LightningDataModule | None,
-        device: torch.device,
+        player: Player,
         losses: Losses,
         *,
         first: int,
@@ -82,33 +72,33 @@ class Differentiated:
         progress_bar: bool,
         average_order: bool = False,
     ) -> None:
-        self._recording, self._first, self._progress_bar = recording, first, progress_bar
-        self._player = player = Player(model, recording, loader, datamodule, device)
+        recording = player.recording
+        self._player, self._recording, self._first, self._progress_bar = player, recording, first, progress_bar
         structures = {recording.record(step).structure for step in range(first, recording.num_steps)}
         trained = {name for structure in structures for name in structure.trained}
         self._tracked = [name for name in player.parameters if name in trained]
-        require_order(loader, "the training data")
+        require_order(player.loader, "the training data")
         self._layout: Layout | None = None
         probe = [[0], [0, 0], [0, 0, 0]] if micro_batch else [[0]]
-        one, *several = player.moved(load(loader, probe), datamodule)
+        one, *several = player.batches_of(probe)
         if micro_batch:
             self._layout = find_layout(*several)
         self._example_bytes = sum(part.nbytes for part in tree_iter(one) if isinstance(part, Tensor))
         self._reverse = Reverse(player, losses, self._tracked, block, micro_batch, self._layout)
         self._average: AverageOrder | None = None
         if average_order:
-            self._average = AverageOrder(self._reverse, player, losses, datamodule, first, block, micro_batch)
+            self._average = AverageOrder(self._reverse, player, losses, first, block, micro_batch)
         self._last = player.state_before(recording.num_steps)
-        self._require_derivative(losses, datamodule)
+        self._require_derivative(losses)
         self.rounds_steps = player.update.rounding > 0
         self.normalizes_batches = player.normalizes_batches(structures)
 
-    def _require_derivative(self, losses: Losses, datamodule: L.LightningDataModule | None) -> None:
+    def _require_derivative(self, losses: Losses) -> None:
         """Check that the gradient of the losses has the derivative that autograd gives, on a few examples."""
         player, recording = self._player, self._recording
         record = recording.record(recording.num_steps - 1)
         positions = record.micro_batches[0].positions[:_CHECKED]
-        (batch,) = map(in_double, player.moved(load(player.loader, [positions]), datamodule))
+        (batch,) = map(in_double, player.batches_of([positions]))
 
         def loss(module: nn.Module, weights: Tensor) -> Tensor:
             return (weights * losses_of(losses, module, copy.deepcopy(batch), len(positions))).mean()

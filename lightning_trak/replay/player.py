@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -134,13 +134,16 @@ class Player:
 
     def open(self, records: Iterable[StepRecord]) -> None:
         """Begin to load the batches of some steps, in this order."""
-        batches = load(self.loader, (batch.positions for record in records for batch in record.micro_batches))
-        self._batches = self.moved(batches, self._datamodule)
+        self._batches = self.batches_of(batch.positions for record in records for batch in record.micro_batches)
 
     def batches(self, record: StepRecord) -> Iterator[Any]:
         """The next batches of :meth:`open`, which are those of a step, on the device."""
         for _ in record.micro_batches:
             yield next(self._batches)
+
+    def batches_of(self, positions: Iterable[Sequence[int]]) -> Iterator[Any]:
+        """Batches of training examples at some positions, on the device."""
+        return self.moved(load(self.loader, positions), self._datamodule)
 
     def moved(self, batches: Iterable[Any], datamodule: L.LightningDataModule | None) -> Iterator[Any]:
         """Move batches to the device, as the Trainer does.
@@ -211,7 +214,7 @@ class Player:
         losses: list[Tensor | None] = []
         for micro, batch in zip(record.micro_batches, batches, strict=True):
             restore_random_states(micro.random_states, self.device)
-            with self.computing(), _explained():
+            with self.computing():
                 value = loss(batch, micro)
             losses.append(None if value is None else value.detach().clone())
             if value is not None:
@@ -306,16 +309,3 @@ def describe_parameters(module: nn.Module) -> list[Any]:
 def canonical_module_name(name: str) -> str:
     """The name of a submodule, without the parts that wrappers add."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
-
-
-@contextmanager
-def _explained() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        if "not attached to a `Trainer`" not in str(error):
-            raise
-        raise ReplayError(
-            "training_step uses self.trainer, which a repeated step does not have; self.current_epoch,"
-            " self.global_step and self.log are allowed: store what else it needs in the module"
-        ) from error

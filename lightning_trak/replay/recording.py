@@ -25,12 +25,12 @@ from lightning_trak.replay.flat_states import Layout, layouts_schema, unpack_sta
 from lightning_trak.replay.records import StepRecord, unpack_steps
 from lightning_trak.replay.states import TrainingState
 from lightning_trak.storage.files import DamagedFileError, load_tensors, read_json
+from lightning_trak.storage.manifests import MANIFEST
 from lightning_trak.storage.paths import local_directory
-from lightning_trak.storage.schemas import anything, boolean, integer, items, record, sealed, sha256, text
+from lightning_trak.storage.schemas import anything, boolean, integer, items, record, sealed, sha256, text, versioned
 from lightning_trak.storage.schemas import parameters as parameters_schema
 
 FORMAT_VERSION = 2
-MANIFEST = "manifest.json"
 
 _PARTS_KEPT = 3
 
@@ -38,7 +38,15 @@ Spacing = Literal["sqrt", "log"] | int
 
 _count = integer(0, 1 << 62)
 _environment = record({"first": _count}, others=anything)
-_part = record({"file": text(r"part-\d+-\d+\.safetensors"), "sha256": sha256, "first": _count, "stop": _count})
+_part = record(
+    {
+        "file": text(r"part-\d+-\d+\.safetensors"),
+        "sha256": sha256,
+        "first": _count,
+        "stop": _count,
+        "states": items(_count),
+    }
+)
 _run = record(
     {
         "optimizer": text(),
@@ -48,17 +56,20 @@ _run = record(
         "parameters": parameters_schema,
     }
 )
-_schema = sealed(
-    {
-        "format": _count,
-        "id": text(r"[0-9a-f]{32}"),
-        "writer": text(),
-        "spacing": anything,
-        "run": _run,
-        "environments": items(_environment),
-        "parts": items(record({"states": items(_count)}, others=anything)),
-        "finished": boolean,
-    }
+_manifest = versioned(
+    FORMAT_VERSION,
+    sealed(
+        {
+            "format": _count,
+            "id": text(r"[0-9a-f]{32}"),
+            "writer": text(),
+            "spacing": anything,
+            "run": _run,
+            "environments": items(_environment),
+            "parts": items(_part),
+            "finished": boolean,
+        }
+    ),
 )
 
 
@@ -161,7 +172,7 @@ class Recording:
                 found: StepRecord = self._load(part).records[step - part["first"]]
                 if found.step == step:
                     return found
-        raise ValueError(f'recording "{self.path}" lacks step {step}')
+        raise ValueError(f'recording "{self.path}" lacks step {step}; restore it from a copy, or record the run again')
 
     def state(self, step: int) -> TrainingState:
         """The full state before a step that :attr:`state_steps` names, on the CPU.
@@ -201,7 +212,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         ValueError: if it was altered, or has a format that this version cannot read.
     """
     try:
-        manifest: dict[str, Any] = read_json(path / MANIFEST, _check)
+        manifest: dict[str, Any] = read_json(path / MANIFEST, _manifest)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f'"{path}" is not a directory that TrainingRecorder has written: it has no {MANIFEST}; check the path, or'
@@ -213,15 +224,6 @@ def read_manifest(path: Path) -> dict[str, Any]:
             " or name a directory that TrainingRecorder has written"
         ) from error
     return {name: value for name, value in manifest.items() if name != "checksum"}
-
-
-def _check(field: str, value: Any) -> None:
-    record({"format": _count}, others=anything)(field, value)
-    if value["format"] != FORMAT_VERSION:
-        raise ValueError(f"it has format {value['format']}, but this version reads format {FORMAT_VERSION}")
-    _schema(field, value)
-    for number, part in enumerate(value["parts"]):
-        _part(f"{field}.parts[{number}]", {name: part[name] for name in part if name != "states"})
 
 
 def stop_of(manifest: dict[str, Any]) -> int:

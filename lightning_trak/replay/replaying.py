@@ -91,7 +91,10 @@ def replay(
             compared = player.require_close(record.step + 1, tolerance)
             if compared is not None:
                 if tolerance == 0 and not compared.identical:
-                    raise ReplayError(f"before step {record.step + 1}, {compared.name} has other bits than recorded")
+                    raise ReplayError(
+                        f"before step {record.step + 1}, {compared.name} has other bits than recorded; leave"
+                        " tolerance=0 out to allow for rounding"
+                    )
                 found.append(compared)
     return Replayed(
         total, len(found), all(one.identical for one in found), max((one.largest for one in found), default=0.0)

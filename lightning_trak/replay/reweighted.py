@@ -12,14 +12,13 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.evaluating import modules_of
 from lightning_trak.replay.losses import Losses, losses_of, require_losses, require_step
 from lightning_trak.replay.player import Loss, Player
-from lightning_trak.replay.recording import Recording
 from lightning_trak.replay.records import MicroBatch, StepRecord
 from lightning_trak.replay.states import TrainingState
 from lightning_trak.replay.targets import differentiable, output_at, targets_alone
@@ -30,40 +29,25 @@ class Reweighted:
     """Trains a recorded run again with other weights of its examples.
 
     Args:
-        model: the user's module. It is not touched.
-        recording: the recording, of a run that has ended.
-        loader: the training data, as they were recorded.
-        datamodule: the data module that gave them, if there is one.
-        device: the device to compute on.
+        player: does the steps of the run, which has ended.
         losses: ``(module, batch) -> losses`` of shape ``(batch,)``, the training loss of each example.
         first: the first step whose examples are weighted. Training begins with the last full state before it.
         check_losses: whether the first call of :meth:`train` checks the losses. False saves about two trainings, for
             callers that check them themselves.
 
     Attributes:
-        player: does the steps, and has the module.
+        player: as given.
         num_train: the number of weights.
         recording: the recording.
         losses: as given.
 
     Raises:
-        ReplayError: if the module or the data are not those of the recording.
+        ValueError: if the loader's collate function changes the order of examples.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        recording: Recording,
-        loader: DataLoader[Any],
-        datamodule: L.LightningDataModule | None,
-        device: torch.device,
-        losses: Losses,
-        *,
-        first: int = 0,
-        check_losses: bool = True,
-    ) -> None:
-        require_order(loader, "the training data")
-        self.player = Player(model, recording, loader, datamodule, device)
+    def __init__(self, player: Player, losses: Losses, *, first: int = 0, check_losses: bool = True) -> None:
+        require_order(player.loader, "the training data")
+        self.player, recording = player, player.recording
         self.num_train: int = recording.run["num_train"]
         self.recording, self.losses, self._check_losses = recording, losses, check_losses
         self._first, self._start = first, max(step for step in recording.state_steps if step <= first)

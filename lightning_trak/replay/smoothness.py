@@ -21,10 +21,11 @@ from tqdm import tqdm
 from lightning_trak.checks import positive
 from lightning_trak.compatibility import original_module
 from lightning_trak.outputs import ModelOutput
-from lightning_trak.outputs.mixin import declared_output
+from lightning_trak.outputs.mixin import declared_output, require_alone
 from lightning_trak.replay.losses import declared_losses
 from lightning_trak.replay.optimizers.base import optimizer_name
 from lightning_trak.replay.optimizers.smooth import SmoothAdamW
+from lightning_trak.replay.player import Player
 from lightning_trak.replay.recording import Recording
 from lightning_trak.replay.reweighted import Reweighted
 from lightning_trak.replay.states import TrainingState
@@ -125,15 +126,15 @@ def metasmoothness(
     require_whole_parameters(trainer)
     own = original_module(model)
     output = copy.deepcopy(declared_output(own, output))
-    if output.context_size:
-        raise TypeError(f"{type(output).__name__} compares with training examples; pass another output by output=")
+    require_alone(output)
     recorded = Recording(recording)
     recorded.require_finished()
     with isolated_random_states(), torch.inference_mode(False):
         train_loader, target_loader = single_loader(train, "fit", trainer), single_loader(targets, "predict", trainer)
         train_module, target_module = (datamodule_of(data) for data in (train, targets))
         device = trainer.strategy.root_device
-        run = Reweighted(own, recorded, train_loader, train_module, device, declared_losses(output, losses))
+        player = Player(own, recorded, train_loader, train_module, device)
+        run = Reweighted(player, declared_losses(output, losses))
         run.skipped()
         base = run.player.state
         before = run.outputs(output, target_loader, target_module)

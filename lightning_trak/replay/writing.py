@@ -11,12 +11,13 @@ from typing import Any
 
 from lightning_trak.checks import require_bool
 from lightning_trak.replay.flat_states import FlatState, pack_states
-from lightning_trak.replay.recording import FORMAT_VERSION, MANIFEST, Spacing, read_manifest, stop_of
+from lightning_trak.replay.recording import FORMAT_VERSION, Spacing, read_manifest, stop_of
 from lightning_trak.replay.records import StepRecord, pack_steps
 from lightning_trak.replay.states import TrainingState
 from lightning_trak.running.threads import compute_threads
 from lightning_trak.storage.files import json_text, remove_leftovers, save_tensors, write_atomically
 from lightning_trak.storage.locks import Lock, hold
+from lightning_trak.storage.manifests import MANIFEST
 from lightning_trak.storage.paths import local_directory
 from lightning_trak.storage.schemas import with_checksum
 

@@ -216,7 +216,7 @@ def plot_mislabel_curves(curves: Mapping[str, "DetectionCurve"]) -> "Figure":
         ModuleNotFoundError: if matplotlib is not installed.
     """
     if not curves:
-        raise ValueError("there are no curves to draw")
+        raise ValueError("there are no curves to draw; pass at least one")
     many = len(curves) > 4  # a legend of so many would cover the curves
     figure = _figure(figsize=(7.5 if many else 5, 4.5), layout="constrained")
     axis = figure.subplots()

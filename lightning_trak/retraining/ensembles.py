@@ -75,7 +75,7 @@ def split_members(store: MemberStore, num_subsets: int, num_seeds: int, outputs:
     if num_subsets > outputs.shape[1] or num_seeds > outputs.shape[2]:
         raise ValueError(
             f'fleet "{store.directory}" has {outputs.shape[1]} subsets with {outputs.shape[2]} models each, fewer than'
-            f" {num_subsets=} or {num_seeds=}"
+            f" {num_subsets=} or {num_seeds=}; ask for fewer, or train more"
         )
     checkpoints = [store.weights(Member(subset, seed)) for seed in range(num_seeds) for subset in range(num_subsets)]
     used = set(used_subsets(store.masks, store.masks[:num_subsets]))

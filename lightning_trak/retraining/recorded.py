@@ -17,8 +17,9 @@ from lightning_trak.compatibility import original_module
 from lightning_trak.fingerprints import fingerprint, module_fingerprint
 from lightning_trak.metrics import LinearDatamodelingScore
 from lightning_trak.outputs import ModelOutput
-from lightning_trak.outputs.mixin import declared_output
+from lightning_trak.outputs.mixin import declared_output, require_alone
 from lightning_trak.replay.losses import Losses, declared_losses
+from lightning_trak.replay.player import Player
 from lightning_trak.replay.recording import Recording
 from lightning_trak.replay.reweighted import Reweighted
 from lightning_trak.retraining.members import Member, MemberStore, not_finite
@@ -111,11 +112,7 @@ class RecordedFleet(Displayed):
         self._overwrite = overwrite
         module = original_module(model)
         self.output = copy.deepcopy(declared_output(module, output))
-        if self.output.context_size:
-            raise TypeError(
-                f"{type(self.output).__name__} compares with training examples, whose context is not recorded; pass"
-                " another output by output="
-            )
+        require_alone(self.output)
         recorded = Recording(recording)
         recorded.require_finished()
         self._device = trainer.strategy.root_device
@@ -123,8 +120,8 @@ class RecordedFleet(Displayed):
             loader = single_loader(train, "fit", trainer)
             self._targets = single_loader(targets, "predict", trainer)
             self._target_module = datamodule_of(targets)
-            per_example = declared_losses(self.output, losses)
-            self._run = Reweighted(module, recorded, loader, datamodule_of(train), self._device, per_example)
+            player = Player(module, recorded, loader, datamodule_of(train), self._device)
+            self._run = Reweighted(player, declared_losses(self.output, losses))
             self.masks = checked_masks(masks, self._run.num_train)
             self._environment = rounding_of(self._device)
             self._identity = self._describe(module, recorded, losses)
@@ -225,7 +222,8 @@ class RecordedFleet(Displayed):
         if failed:
             raise RuntimeError(
                 f"{len(failed)} of {len(members)} members failed, all others are finished:"
-                f" {self.store.describe(failed)}"
+                f' {self.store.describe(failed)}. See their tracebacks in "{self.store.directory}/failures", and run'
+                " again to retry"
             )
 
     def _train(self, group: list[Member], together: bool) -> None:

@@ -69,7 +69,9 @@ def require_scores(scores: Mapping[str, Tensor], num_targets: int, num_train: in
                 f" {tuple(values.shape)}"
             )
         if not values.isfinite().all():
-            raise ValueError(f'scores of "{name}" are not finite in {int((~values.isfinite()).sum())} places')
+            raise ValueError(
+                f'scores of "{name}" are not finite in {int((~values.isfinite()).sum())} places; score again'
+            )
 
 
 def _check(scores: Tensor, k: int) -> None:

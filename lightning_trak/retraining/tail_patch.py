@@ -23,7 +23,7 @@ from lightning_trak.gradients.precision import WorkingPrecision
 from lightning_trak.gradients.trials import require_repeatable, trying
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.evaluating import exact_attention, unchanged
-from lightning_trak.outputs.mixin import declared_output
+from lightning_trak.outputs.mixin import declared_output, require_alone
 from lightning_trak.packages import is_a
 from lightning_trak.retraining.estimates import Estimate, mean_of
 from lightning_trak.retraining.removal import ranked, require_scores
@@ -186,8 +186,7 @@ def _steps(scores: Tensor, k: int, jointly: bool) -> list[list[Step]]:
 def _require_step(module: L.LightningModule, optimizer: Optimizer, output: ModelOutput) -> None:
     if not module.automatic_optimization:
         raise TypeError(f"{type(module).__name__} uses manual optimization, so its step needs a Trainer")
-    if output.context_size:
-        raise TypeError(f"{type(output).__name__} compares with training examples; pass another output by output=")
+    require_alone(output)
     if not isinstance(optimizer, Optimizer):
         kind = f"the class {optimizer.__name__}" if isinstance(optimizer, type) else f"a {type(optimizer).__name__}"
         raise TypeError(f"expected the optimizer that trained the module, such as trainer.optimizers[0], got {kind}")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_trak.packages import is_a, overrides
 from lightning_trak.running.annotated import AnnotatedBatch
+from lightning_trak.running.ranges import IndexedBatch
 from lightning_trak.running.singles import Singles
 
 TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
@@ -18,8 +19,8 @@ TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_af
 class TransferHooks:
     """The batch transfer hooks that Lightning would call: the data module's if it overrides them, else the module's.
 
-    They get the user's own batch, also of an :class:`~lightning_trak.running.annotated.AnnotatedBatch` and of
-    :class:`~lightning_trak.running.singles.Singles`.
+    They get the user's own batch, also of an :class:`~lightning_trak.running.ranges.IndexedBatch`, of an
+    :class:`~lightning_trak.running.annotated.AnnotatedBatch` and of :class:`~lightning_trak.running.singles.Singles`.
 
     Args:
         module: the model. If it is not a LightningModule, Lightning's default hooks are used.
@@ -63,6 +64,8 @@ def _on_users_batches(
     hook: Callable[[Any], Any], batch: Any, on_notes: Callable[[Tensor], Tensor] = lambda notes: notes
 ) -> Any:
     """Call a hook on the user's own batch, or on each of several, and put the results in their place."""
+    if isinstance(batch, IndexedBatch):
+        return batch._replace(batch=_on_users_batches(hook, batch.batch, on_notes))
     if isinstance(batch, Singles):
         return Singles(_on_users_batches(hook, one, on_notes) for one in batch)
     if isinstance(batch, AnnotatedBatch):

@@ -1,15 +1,13 @@
 """Looks at the global random generators, quick enough for each step of a small model.
 
 A look is a function. If it gives the same twice, the generator's state has not changed. If not, the state may have
-changed. ``get_state`` of torch, NumPy and Python tells more, but it takes long, since it makes a copy or many objects.
-
-All three are Mersenne Twisters. Each number that is drawn moves a position on, and after 624 of them, all 624 are made
-anew. So a look reads the position and the first few numbers, where they lie in memory. It also reads the second
-Gaussian number that may wait. Where the numbers are not found, it asks for the state.
+changed. To ask NumPy and Python for their states takes long, since they make many objects. Both are Mersenne Twisters:
+each number that is drawn moves a position on, and after 624 of them, all 624 are made anew. So a look reads the
+position and the first few numbers, where they lie in memory, and the second Gaussian number that may wait. Where the
+numbers are not found, it asks for the state.
 """
 
 import ctypes
-import functools
 import random
 import struct
 import sys
@@ -19,64 +17,27 @@ from typing import Any
 import numpy as np
 import torch
 
-from lightning_trak.compatibility import address_of_generator
-
 Look = Callable[[], Any]
 
 _COUNT = 624
 _FIRST = struct.Struct("=16I")  # a few numbers
-_HEAD = 512  # bytes of a generator of torch among which the numbers begin. They alone take more.
-_FIRST_IN_STATE = slice(24, 24 + 16 * 8)  # the few numbers, as int64
-_BEFORE, _BEHIND = 20, 28  # bytes around all numbers: seed and position; Gaussian numbers that wait
 
 
 def _memory(address: int, size: int) -> Any:
     return (ctypes.c_char * size).from_address(address)
 
 
-def torch_look(device: torch.device) -> Look:
-    """A look at torch's generator of the CPU."""
-    del device
-    return _torch_look(torch.default_generator, _torch_start())
+def torch_look() -> Look:
+    """A look at torch's generator of the CPU, whose state is quickly copied."""
+    return lambda: torch.get_rng_state().numpy().tobytes()
 
 
-def _torch_look(generator: torch.Generator, start: int | None) -> Look:
-    if start is None:
-        return lambda: generator.get_state().numpy().tobytes()
-    numbers = address_of_generator(generator) + start
-    first, last = _memory(numbers - _BEFORE, _BEFORE + _FIRST.size), _memory(numbers + 4 * _COUNT, _BEHIND)
-    return lambda: (first.raw, last.raw)
-
-
-@functools.cache
-def _torch_start() -> int | None:
-    """Where a generator of torch has its numbers, in bytes from its address. Tried with a generator of its own.
-
-    Returns:
-        None if they are not found, or if a look misses a number that is drawn.
-    """
-    generator = torch.Generator()
-    first = generator.get_state()[_FIRST_IN_STATE].view(torch.int64).tolist()
-    start = ctypes.string_at(address_of_generator(generator), _HEAD).find(_FIRST.pack(*first))
-    if start < _BEFORE:
-        return None
-    look = _torch_look(generator, start)
-    for dtype in (torch.float32, torch.float64):
-        for draw in (torch.rand, torch.randn, torch.randn):  # the last takes the Gaussian number that waits
-            before = look()
-            draw(1, generator=generator, dtype=dtype)
-            if look() == before:
-                return None
-    return start
-
-
-def numpy_look(device: torch.device) -> Look:
+def numpy_look() -> Look:
     """A look at ``numpy.random``.
 
     Raises:
         ValueError: by the look, if the generator is not a Mersenne Twister.
     """
-    del device
     generator: Any = None
     first: Any = None
     position: Any = None
@@ -109,9 +70,8 @@ def cuda_look(device: torch.device) -> Look:
     return lambda: torch.cuda.get_rng_state(device).numpy().tobytes()
 
 
-def python_look(device: torch.device) -> Look:
+def python_look() -> Look:
     """A look at Python's ``random``."""
-    del device
     generator: Any = random.getstate.__self__  # type: ignore[attr-defined]
     large_enough = type(generator).__basicsize__ >= object.__basicsize__ + 4 * (1 + _COUNT)
     if sys.implementation.name == "cpython" and large_enough:

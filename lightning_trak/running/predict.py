@@ -1,7 +1,7 @@
 """The LightningModule that ``trainer.predict`` runs for this package."""
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 import lightning as L
@@ -11,7 +11,6 @@ from typing_extensions import Self
 
 from lightning_trak.packages import is_a, own
 from lightning_trak.running.batches import TransferHooks, on_device
-from lightning_trak.running.ranges import IndexedBatch
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.running.transfer import Upload
 from lightning_trak.storage.files import tensor_digest
@@ -73,18 +72,17 @@ class PredictModule(_LightningModule):
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Call the user's hook on the user's batch."""
-        return _inside(batch, lambda users: self._hooks.before(users, dataloader_idx))
+        return self._hooks.before(batch, dataloader_idx)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Call the user's hook on the user's batch, while the device computes."""
         if self._upload is None:
             self._upload = Upload(device)
-        upload = self._upload
-        return _inside(batch, lambda users: upload(lambda: self._hooks.transfer(users, device, dataloader_idx)))
+        return self._upload(lambda: self._hooks.transfer(batch, device, dataloader_idx))
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Call the user's hook on the user's batch."""
-        return _inside(batch, lambda users: self._hooks.after(users, dataloader_idx))
+        return self._hooks.after(batch, dataloader_idx)
 
     def on_device(self, batches: Iterable[Any]) -> Iterator[Any]:
         """Move batches of the user's loader to the device. The Trainer must be running.
@@ -98,8 +96,3 @@ class PredictModule(_LightningModule):
 @functools.cache
 def _derived(cls: Any, base: Any) -> Any:
     return type(cls.__name__, (cls, base), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
-
-
-def _inside(batch: Any, hook: Callable[[Any], Any]) -> Any:
-    """Apply a hook to the user's batch, which may be inside an :class:`IndexedBatch`."""
-    return batch._replace(batch=hook(batch.batch)) if isinstance(batch, IndexedBatch) else hook(batch)

@@ -4,6 +4,7 @@ import random
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,56 +39,34 @@ class _Generator(NamedTuple):
 
     Attributes:
         make_look: makes a look at it, see :mod:`~lightning_trak.running.generator_memory`.
-        read: its state for a device as bytes.
+        read: its state as bytes.
         restore: set it to such bytes.
     """
 
-    make_look: Callable[[torch.device], Look]
-    read: Callable[[torch.device], Tensor]
-    restore: Callable[[Tensor, torch.device], None]
+    make_look: Callable[[], Look]
+    read: Callable[[], Tensor]
+    restore: Callable[[Tensor], None]
 
 
-def _read_torch(device: torch.device) -> Tensor:
-    del device
-    return torch.get_rng_state()
-
-
-def _restore_torch(packed: Tensor, device: torch.device) -> None:
-    del device
-    torch.set_rng_state(packed)
-
-
-def _read_cuda(device: torch.device) -> Tensor:
-    return torch.cuda.get_rng_state(device)
-
-
-def _restore_cuda(packed: Tensor, device: torch.device) -> None:
-    torch.cuda.set_rng_state(packed, device)
-
-
-def _read_numpy(device: torch.device) -> Tensor:
-    del device
+def _read_numpy() -> Tensor:
     state: dict[str, Any] = np.random.get_state(legacy=False)  # noqa: NPY002
     own = state["state"]
     return _tensor(_NUMPY.pack(own["pos"], state["has_gauss"], state["gauss"]) + own["key"].astype("<u4").tobytes())
 
 
-def _restore_numpy(packed: Tensor, device: torch.device) -> None:
-    del device
+def _restore_numpy(packed: Tensor) -> None:
     content = packed.numpy().tobytes()
     position, has_gauss, gauss = _NUMPY.unpack_from(content)
     key = np.frombuffer(content, "<u4", offset=_NUMPY.size).astype(np.uint32)
     np.random.set_state(("MT19937", key, position, has_gauss, gauss))  # noqa: NPY002
 
 
-def _read_python(device: torch.device) -> Tensor:
-    del device
+def _read_python() -> Tensor:
     version, numbers, gauss = random.getstate()
     return _tensor(_PYTHON.pack(version, *numbers, gauss is not None, gauss or 0.0))
 
 
-def _restore_python(packed: Tensor, device: torch.device) -> None:
-    del device
+def _restore_python(packed: Tensor) -> None:
     version, *numbers, has_gauss, gauss = _PYTHON.unpack(packed.numpy().tobytes())
     random.setstate((version, tuple(numbers), gauss if has_gauss else None))
 
@@ -96,16 +75,20 @@ def _tensor(content: bytes) -> Tensor:
     return torch.frombuffer(bytearray(content), dtype=torch.uint8)
 
 
-_GENERATORS = {
-    "torch": _Generator(torch_look, _read_torch, _restore_torch),
-    "cuda": _Generator(cuda_look, _read_cuda, _restore_cuda),
-    "numpy": _Generator(numpy_look, _read_numpy, _restore_numpy),
-    "python": _Generator(python_look, _read_python, _restore_python),
-}
-
-
 def _generators(device: torch.device) -> dict[str, _Generator]:
-    return {name: generator for name, generator in _GENERATORS.items() if name != "cuda" or device.type == "cuda"}
+    """The generators that computations on a device draw from, by name."""
+    found = {
+        "torch": _Generator(torch_look, torch.get_rng_state, torch.set_rng_state),
+        "numpy": _Generator(numpy_look, _read_numpy, _restore_numpy),
+        "python": _Generator(python_look, _read_python, _restore_python),
+    }
+    if device.type == "cuda":
+        found["cuda"] = _Generator(
+            partial(cuda_look, device),
+            partial(torch.cuda.get_rng_state, device),
+            partial(torch.cuda.set_rng_state, device=device),
+        )
+    return found
 
 
 class RandomWatch:
@@ -118,11 +101,10 @@ class RandomWatch:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
         self._generators = _generators(device)
-        self._looks = [generator.make_look(device) for generator in self._generators.values()]
+        self._looks = [generator.make_look() for generator in self._generators.values()]
         self._seen = [look() for look in self._looks]
-        self._states = {name: generator.read(device) for name, generator in self._generators.items()}
+        self._states = {name: generator.read() for name, generator in self._generators.items()}
 
     def before(self) -> None:
         """Call this before a step."""
@@ -144,7 +126,7 @@ class RandomWatch:
         found = {}
         for (name, generator), new, old in zip(self._generators.items(), seen, self._seen, strict=True):
             if new != old:
-                before, after = self._states[name], generator.read(self._device)
+                before, after = self._states[name], generator.read()
                 if not torch.equal(before, after):
                     found[name], self._states[name] = before, after
         self._seen = seen
@@ -168,4 +150,4 @@ def restore_random_states(states: RandomStates, device: torch.device) -> None:
             ' with accelerator="gpu"'
         )
     for name, state in states.items():
-        generators[name].restore(state, device)
+        generators[name].restore(state)

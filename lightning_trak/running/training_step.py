@@ -63,11 +63,22 @@ def training_step_of(module: L.LightningModule) -> Callable[[Any, int], Tensor |
 
     Args:
         module: a module from :func:`without_trainer`.
+
+    Raises:
+        ValueError: by the function, if the step needs the Trainer.
     """
     takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
 
     def step(batch: Any, batch_idx: int) -> Tensor | None:
-        result: Any = module.training_step(batch, batch_idx) if takes_index else module.training_step(batch)
+        try:
+            result: Any = module.training_step(batch, batch_idx) if takes_index else module.training_step(batch)
+        except RuntimeError as error:
+            if "not attached to a `Trainer`" not in str(error):
+                raise
+            raise ValueError(
+                f"training_step of {type(module).__name__} uses self.trainer, which it does not have here;"
+                " self.current_epoch, self.global_step and self.log are allowed: store what else it needs in the module"
+            ) from error
         loss: Tensor | None = result.get("loss") if isinstance(result, dict) else result
         return loss
 
@@ -85,16 +96,7 @@ def training_loss(module: L.LightningModule, batch: Any, batch_idx: int = 0) -> 
     Raises:
         ValueError: if the step returns no loss, or needs the Trainer.
     """
-    name = type(module).__name__
-    try:
-        loss = training_step_of(module)(batch, batch_idx)
-    except RuntimeError as error:
-        if "not attached to a `Trainer`" not in str(error):
-            raise
-        raise ValueError(
-            f"training_step of {name} uses self.trainer, which it does not have here; self.current_epoch,"
-            " self.global_step and self.log are allowed"
-        ) from error
+    loss = training_step_of(module)(batch, batch_idx)
     if loss is None:
-        raise ValueError(f"training_step of {name} returned no loss; return a scalar tensor")
+        raise ValueError(f"training_step of {type(module).__name__} returned no loss; return a scalar tensor")
     return loss

@@ -37,8 +37,6 @@ same holds if a user has no permission to lock the manifest.
 from __future__ import annotations
 
 import errno
-import hashlib
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -51,7 +49,7 @@ from lightning_trak.storage.files import json_text, remove_leftovers, write_atom
 from lightning_trak.storage.locks import Lock
 from lightning_trak.storage.manifests import MANIFEST, DirectoryKind, read_manifest
 from lightning_trak.storage.paths import local_directory
-from lightning_trak.storage.schemas import are_same, as_json, parse_json, with_checksum
+from lightning_trak.storage.schemas import are_same, as_json, json_digest, parse_json, with_checksum
 
 # The locks of this process, by process id and file. Runs of one process share a lock, and the newest may replace it.
 _held: WeakValueDictionary[tuple[int, int, int], Lock] = WeakValueDictionary()
@@ -121,7 +119,7 @@ class ClaimedDirectory:
                 pass
             if kind.readers is not None and not (self.path / kind.readers).exists():
                 (self.path / kind.readers).touch()
-        self.key = hashlib.sha256(json.dumps(self.manifest["identity"], sort_keys=True).encode()).hexdigest()
+        self.key = json_digest(self.manifest["identity"])
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_lock": None, "_extend": None, "_own": None}  # a copy holds no lock, and claims nothing

@@ -166,9 +166,22 @@ def record(
     return check
 
 
+def versioned(version: int, schema: Schema) -> Schema:
+    """Content with a ``"format"``. In another format than ``version``, nothing else of it is looked at."""
+    any_version = record({"format": integer(0, 1 << 62)}, others=anything)
+
+    def check(field: str, value: Any) -> None:
+        any_version(field, value)
+        if value["format"] != version:
+            raise ValueError(f"it has format {value['format']}, but this version reads format {version}")
+        schema(field, value)
+
+    return check
+
+
 def with_checksum(content: dict[str, Any]) -> dict[str, Any]:
     """Content with its own checksum, as :func:`sealed` expects."""
-    return content | {"checksum": _checksum(content)}
+    return content | {"checksum": json_digest(content)}
 
 
 def sealed(fields: Mapping[str, Schema], others: Schema | None = None) -> Schema:
@@ -177,11 +190,12 @@ def sealed(fields: Mapping[str, Schema], others: Schema | None = None) -> Schema
 
     def check(field: str, value: Any) -> None:
         schema(field, value)
-        if value["checksum"] != _checksum({name: found for name, found in value.items() if name != "checksum"}):
+        if value["checksum"] != json_digest({name: found for name, found in value.items() if name != "checksum"}):
             raise ValueError("its checksum does not match its content")
 
     return check
 
 
-def _checksum(content: dict[str, Any]) -> str:
+def json_digest(content: Any) -> str:
+    """SHA-256 of content in JSON's types."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

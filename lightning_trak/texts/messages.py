@@ -4,17 +4,17 @@ from collections.abc import Mapping, Sequence
 
 
 def listed(names: Sequence[str], most: int = 3) -> str:
-    """Names with commas between them; ``...`` stands for those after the first few.
+    """The first few names, with commas between them, and the number of the others.
 
     Args:
         names: the names.
         most: how many are named.
 
     Example:
-        >>> listed(["a", "b", "c"], most=2)
-        'a, b, ...'
+        >>> listed(["a", "b", "c", "d"], most=2)
+        'a, b and 2 more'
     """
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def with_reasons(reasons: Mapping[str, str]) -> str:

@@ -3,7 +3,6 @@
 A script of its own: children are forked before torch has started any thread.
 """
 
-import multiprocessing
 import signal
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from lightning_trak.replay import Recording, replay, writing
 from tests.callback_nets import make_trainer
-from tests.killing import die_in_file_operation
+from tests.killing import die_in_file_operation, run_forked
 from tests.replay.runs import Net, make_data, train
 
 CHECKPOINT = "checkpoints/last.ckpt"
@@ -38,28 +37,20 @@ def job(directory: Path, die_at: int | None) -> None:
 
 def main() -> None:
     root = Path(sys.argv[1])
-    context = multiprocessing.get_context("fork")
-
-    def attempt(directory: Path, die_at: int | None) -> int:
-        process = context.Process(target=job, args=(directory, die_at))
-        process.start()
-        process.join()
-        return int(process.exitcode or 0)
-
-    assert attempt(root / "whole", None) == 0
+    assert run_forked(job, root / "whole", None) == 0
     whole = dict(Recording(root / "whole/run").state(12).tensors())
     resumed = number = 0
     for number in range(19, 1000, 14):
         directory = root / str(number)
-        code = attempt(directory, number)
+        code = run_forked(job, directory, number)
         if code == 0:
             break
         assert code == -signal.SIGKILL
         if not (directory / CHECKPOINT).exists():  # nothing to continue
             continue
         resumed += 1
-        assert attempt(directory, number + 5) in (0, -signal.SIGKILL)  # killed again, perhaps
-        assert attempt(directory, None) == 0
+        assert run_forked(job, directory, number + 5) in (0, -signal.SIGKILL)  # killed again, perhaps
+        assert run_forked(job, directory, None) == 0
         recording = Recording(directory / "run")
         recording.require_finished()
         found = dict(recording.state(12).tensors())

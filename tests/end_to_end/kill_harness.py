@@ -3,7 +3,6 @@
 A script of its own: children are forked before torch has started any thread.
 """
 
-import multiprocessing
 import random
 import signal
 import sys
@@ -16,7 +15,7 @@ from torch.utils.data import DataLoader
 from lightning_trak import TRAK
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.projections import SparseProjection
-from tests.killing import die_in_file_operation
+from tests.killing import die_in_file_operation, run_forked
 from tests.lit import make_checkpoints, make_data, make_model, make_trainer
 
 NUM_SHARDS = 24  # 12 at each of two checkpoints
@@ -50,27 +49,22 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def main() -> None:
     root = Path(sys.argv[1])
-    context = multiprocessing.get_context("fork")
     checkpoints = torch.load(root / "checkpoints.pt")
     draw = random.Random(int(sys.argv[2]))
 
-    def attempt(folder: Path, die_at: int | None, patience: float | None) -> tuple[int | None, set[str]]:
+    def attempt(folder: Path, die_at: int | None, patience: float | None = None) -> tuple[int, set[str]]:
         """Run the job; returns its exit code, and the shards that it computed. Kills it after ``patience`` seconds."""
         journal = folder / "journal"
         journal.unlink(missing_ok=True)
         before = finished(folder)
-        process = context.Process(target=job, args=(folder, journal, checkpoints, die_at))
-        process.start()
-        process.join(patience)
-        process.kill()
-        process.join()
+        code = run_forked(job, folder, journal, checkpoints, die_at, patience=patience)
         computed = journal.read_text().split() if journal.exists() else []
         assert len(computed) == len(set(computed)), "a shard was computed twice in one run"
         assert not before & set(computed), f"finished shards were computed again: {before & set(computed)}"
-        return process.exitcode, set(computed)
+        return code, set(computed)
 
     (root / "whole").mkdir()
-    code, computed = attempt(root / "whole", None, None)
+    code, computed = attempt(root / "whole", None)
     assert code == 0
     assert len(computed) == NUM_SHARDS
 
@@ -88,14 +82,14 @@ def main() -> None:
     assert sum(code == -signal.SIGKILL for _, _, code, _, _ in killed_with) >= 4
     assert any(before < after < NUM_SHARDS for _, _, _, before, after in killed_with), "no kill left a part"
     # Once all shards are there, what is left to interrupt is scoring: the Gram matrices and the scores.
-    code, _ = attempt(root / "killed", None, None)
+    code, _ = attempt(root / "killed", None)
     assert code == 0
     for path in (root / "killed" / "store").rglob("gram-*"):
         path.unlink()
-    code, computed = attempt(root / "killed", draw.randrange(1, 6), None)
+    code, computed = attempt(root / "killed", draw.randrange(1, 6))
     assert code == -signal.SIGKILL
     assert not computed
-    code, computed = attempt(root / "killed", None, None)
+    code, computed = attempt(root / "killed", None)
     assert code == 0
     assert not computed
     assert contents(root / "killed") == contents(root / "whole"), "not bit-identical to the uninterrupted run"

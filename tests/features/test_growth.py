@@ -2,11 +2,9 @@
 
 import json
 import pickle
-import signal
 
 import pytest
 import torch
-from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
 
 from lightning_trak import TRAK
@@ -19,22 +17,11 @@ from lightning_trak.outputs import ClassificationMargin
 from lightning_trak.projections import PrincipalProjection, SparseProjection
 from lightning_trak.running import content
 from lightning_trak.storage.files import tensor_digest
-from tests.launch import run_script
+from tests.features.small_net import draw, make_net
 from tests.lit import TARGETS, make_trainer, open_store
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
 
 DATA = TensorDataset(draw(30, 6), draw(30, 3, seed=1).argmax(1))
 FEW = Subset(DATA, range(21))
-
-
-def make_net(seed=0):
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
 
 
 WEIGHTS = [make_net(seed).state_dict() for seed in range(3)]
@@ -268,31 +255,6 @@ def test_a_run_that_is_stopped_while_the_store_grows_loses_nothing(tmp_path, mon
     alone = make(tmp_path / "alone", WEIGHTS[:2])
     featurize(alone)
     torch.testing.assert_close(trak.score(make_trainer(), TARGETS), alone.score(make_trainer(), TARGETS))
-
-
-@pytest.mark.slow
-def test_a_process_that_is_killed_while_the_store_grows_loses_nothing(tmp_path):
-    trak = make(tmp_path, WEIGHTS[:2])
-    featurize(trak, FEW)
-    before = contents(tmp_path)
-    script = tmp_path / "killed.py"
-    script.write_text(
-        "import os; from pathlib import Path; from lightning_trak.features.store import FeatureStore\n"
-        "from tests.features.test_growth import featurize, make\n"
-        "write, left = FeatureStore.save, [3]\n"
-        "def kill(*args):\n"
-        "    left[0] -= 1\n"
-        "    write(*args) if left[0] else os.kill(os.getpid(), 9)\n"
-        f"FeatureStore.save = kill; featurize(make(Path({str(tmp_path)!r})))"
-    )
-    assert run_script(script) == -signal.SIGKILL
-    assert {path for path in before if path.read_bytes() != before[path]} == {tmp_path / "manifest.json"}
-    with pytest.raises(RuntimeError, match="lacks 2 of 10 shards"):
-        trak.score(make_trainer(), TARGETS)
-    featurize(make(tmp_path))
-    alone = make(tmp_path / "alone")
-    featurize(alone)
-    torch.testing.assert_close(make(tmp_path).score(make_trainer(), TARGETS), alone.score(make_trainer(), TARGETS))
 
 
 IDENTITY = {"seed": 0, "checkpoints": ["aa", "bb"]}

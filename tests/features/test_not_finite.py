@@ -11,25 +11,16 @@ from lightning_trak.features.store import FeatureStore
 from lightning_trak.methods import ExactKernel, GradientCosine
 from lightning_trak.outputs import ClassificationMargin
 from lightning_trak.projections import KroneckerProjection, PrincipalProjection, SparseProjection
+from tests.features.small_net import draw, make_net
 from tests.lit import TARGETS, make_trainer
 
 BAD = [0, 7, 8, 22, 29]
 GOOD = [position for position in range(30) if position not in BAD]
 
 
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
 INPUTS, LABELS = draw(30, 6), draw(30, 3, seed=1).argmax(1)
 INPUTS[BAD, [0, 1, 2, 3, 4]] = torch.tensor([torch.nan, torch.inf, torch.nan, -torch.inf, torch.nan])
 DATA = TensorDataset(INPUTS, LABELS)
-
-
-def make_net(seed=0):
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
 
 
 WEIGHTS = [make_net(seed).state_dict() for seed in range(2)]

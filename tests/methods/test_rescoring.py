@@ -15,7 +15,7 @@ from lightning_trak.methods.influence import base, landmark_preconditioner, prod
 from lightning_trak.outputs import ClassificationMargin, ContrastiveMargin
 from lightning_trak.projections import IdentityProjection, Projection, SparseProjection
 from lightning_trak.scoring import TopK
-from tests.lit import TARGETS, TRAIN, LitNet, make_checkpoints, make_data, make_model, make_trainer
+from tests.lit import TARGETS, TRAIN, LitNet, ScaledData, make_checkpoints, make_data, make_model, make_trainer
 
 K = 16
 
@@ -178,26 +178,16 @@ def test_the_engine_of_the_store_is_used(tmp_path, monkeypatch, engine):
 
 
 def test_a_new_object_needs_the_data_and_a_data_module_will_do(tmp_path):
-    class Scaled(L.LightningDataModule):
-        def train_dataloader(self):
-            return DataLoader(TRAIN, batch_size=16)
-
-        def predict_dataloader(self):
-            return DataLoader(TARGETS, batch_size=16)
-
-        def on_after_batch_transfer(self, batch, dataloader_idx):
-            return batch[0] / 3, batch[1]
-
-    expected = make_trak(tmp_path, train=Scaled()).score(double(), Scaled(), top_k=5, rescore=20)
+    expected = make_trak(tmp_path, train=ScaledData()).score(double(), ScaledData(), top_k=5, rescore=20)
     trak = TRAK(make_model(), make_checkpoints(2), tmp_path / "store", projection=SparseProjection(K), damping=0.05)
     with pytest.raises(ValueError, match="rescore needs the training data: pass train="):
-        trak.score(double(), Scaled(), top_k=5, rescore=20)
-    found = trak.score(double(), Scaled(), top_k=5, rescore=20, train=Scaled())
+        trak.score(double(), ScaledData(), top_k=5, rescore=20)
+    found = trak.score(double(), ScaledData(), top_k=5, rescore=20, train=ScaledData())
     assert torch.equal(found.indices, expected.indices)
     with pytest.raises(
         ValueError, match=r"output of training example 0 at checkpoint 0 .* needs the data and the model"
     ):
-        trak.score(double(), Scaled(), top_k=5, rescore=20, train=TRAIN)  # the same items, but not the same batches
+        trak.score(double(), ScaledData(), top_k=5, rescore=20, train=TRAIN)  # the same items, but not the same batches
 
 
 def changed(position: int) -> TensorDataset:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_trak.replay.losses import declared_losses
+from lightning_trak.replay.player import Player
 from lightning_trak.replay.recording import Recording
 from lightning_trak.replay.reweighted import Reweighted
 from lightning_trak.replay.states import TrainingState
@@ -26,7 +27,7 @@ WEIGHTS[[1, 5]] = 0.0
 def reweighted(module: Any, directory: Path, data: Any = DATA, losses: Any = None) -> Reweighted:
     losses = declared_losses(module.configure_model_output(), losses)
     loader = DataLoader(data, batch_size=4)
-    return Reweighted(module, Recording(directory), loader, None, torch.device("cpu"), losses)
+    return Reweighted(Player(module, Recording(directory), loader, None, torch.device("cpu")), losses)
 
 
 def require_trained_by_hand(make: Any, directory: Path, **options: Any) -> None:

@@ -16,6 +16,7 @@ from examples.digits import make_data as make_digits
 from lightning_trak import Metagradient
 from lightning_trak.replay import Recording, SmoothAdamW, Smoothness, metasmoothness, smoothness
 from lightning_trak.replay.losses import declared_losses
+from lightning_trak.replay.player import Player
 from lightning_trak.replay.reweighted import Reweighted
 from lightning_trak.replay.smoothness import advice, agreement, noise_ceiling, quick_value
 from lightning_trak.replay.states import TrainingState
@@ -69,7 +70,7 @@ def test_value_is_that_of_trainings_by_hand(tmp_path: Path) -> None:
         states.append(TrainingState({name: part.detach() for name, part in module.named_parameters()}, {}))
     module = Net()
     losses = declared_losses(module.configure_model_output(), None)
-    run = Reweighted(module, Recording(tmp_path), shuffled(DATA), None, CPU, losses)
+    run = Reweighted(Player(module, Recording(tmp_path), shuffled(DATA), None, CPU), losses)
     assert quick_value(run, seed=7) == pytest.approx(agreement(*states), abs=1e-9)
     assert measured(module, tmp_path, trainer, repeats=1, seed=7).value == pytest.approx(agreement(*states), abs=1e-9)
 
@@ -164,7 +165,10 @@ def test_the_steps_that_are_differentiated_are_judged(last: int, tmp_path: Path)
     trainer = train(Net(), DATA, tmp_path)
     module, recording = Net(), Recording(tmp_path)
     losses = declared_losses(module.configure_model_output(), None)
-    run = Reweighted(module, recording, shuffled(DATA), None, CPU, losses, first=6 - last)
+    run, quick = (
+        Reweighted(Player(module, recording, shuffled(DATA), None, CPU), losses, first=6 - last, check_losses=checks)
+        for checks in (True, False)
+    )
     direction = torch.randn(NUM_TRAIN, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     outputs = []
     for sign in (1, -1):
@@ -174,7 +178,6 @@ def test_the_steps_that_are_differentiated_are_judged(last: int, tmp_path: Path)
     expected = method.attribute(trainer, DATA, TARGETS) @ direction
     torch.testing.assert_close((outputs[0] - outputs[1]) / 2e-5, expected, rtol=1e-6, atol=1e-9)
     # the check without that of the losses starts from the same base
-    quick = Reweighted(module, recording, shuffled(DATA), None, CPU, losses, first=6 - last, check_losses=False)
     quick.skipped()
     end = recording.state(6).parameters
     assert all(torch.equal(part, end[name]) for name, part in quick.player.state.parameters.items())

@@ -136,14 +136,6 @@ def test_hooks_on_a_tensor():
     assert not compatibility.has_gradient_hooks(parameter)
 
 
-def test_the_address_of_a_generator():
-    generator, other = torch.Generator(), torch.Generator()
-    address = compatibility.address_of_generator(generator)
-    assert address != compatibility.address_of_generator(other)
-    generator.manual_seed(1), torch.rand(700, generator=generator), generator.set_state(other.get_state())
-    assert compatibility.address_of_generator(generator) == address
-
-
 def test_a_function_is_applied_to_all_tensors():
     module = net()
     weight = module[0].weight

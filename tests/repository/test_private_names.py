@@ -46,7 +46,6 @@ NAMES = {
     "_compiled_call_impl": ("torch", module, "is_compiled"),
     "_non_persistent_buffers_set": ("torch", module, "transient_buffers"),
     "_reversed_padding_repeated_twice": ("torch", lambda: nn.Conv1d(1, 1, 1), "explicit_padding"),
-    "_cdata": ("torch", torch.Generator, "address_of_generator"),
     "_orig_mod": ("torch", lambda: torch.compile(module()), "original_module"),
     "_torchdynamo_orig_callable": ("torch", lambda: torch.compile(module), "original_function"),
     "_checkpoint_wrapped_module": ("torch", lambda: checkpoint_wrapper(module()), "WRAPPERS"),

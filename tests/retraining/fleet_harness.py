@@ -3,18 +3,16 @@
 A script of its own: children are forked before torch has started any thread.
 """
 
-import multiprocessing
 import os
 import random
 import signal
 import sys
 from pathlib import Path
-from typing import Any
 
 from torch.utils.data import DataLoader
 
 from lightning_trak.retraining import RetrainingFleet, random_subsets
-from tests.killing import die_in_file_operation
+from tests.killing import context, die_in_file_operation, run_forked
 from tests.lit import LitNet, make_data, make_trainer
 
 MEMBERS = 12
@@ -52,36 +50,25 @@ def members(folder: Path) -> dict[str, bytes]:
 
 def main() -> None:
     root = Path(sys.argv[1])
-    context = multiprocessing.get_context("fork")
     draw = random.Random(int(sys.argv[2]))
-
-    def start(folder: Path, die_at: int | None = None, part: str | None = None, together: int | None = None) -> Any:
-        process = context.Process(target=job, args=(folder, die_at, part, together))
-        process.start()
-        return process
 
     def attempt(folder: Path, die_at: int | None, patience: float | None = None, together: int | None = None) -> int:
         """Run the fleet, and kill it after ``patience`` seconds; its exit code."""
         (folder / JOURNAL).unlink(missing_ok=True)
         before = members(folder)
-        process = start(folder, die_at, together=together)
-        process.join(patience)
-        process.kill()
-        process.join()
+        code = run_forked(job, folder, die_at, None, together, patience=patience)
         after = members(folder)
         assert {name: after[name] for name in before} == before, "what was finished has changed"
         assert all(whole[name] == content for name, content in after.items()), "a member is not what it should be"
-        if process.exitcode == 0 and together is None:
+        if code == 0 and together is None:
             trained = len((folder / JOURNAL).read_text().split()) if (folder / JOURNAL).exists() else 0
             assert trained == MEMBERS - len(before), "a finished member was trained again"
-        return int(process.exitcode)
+        return code
 
     for together in (None, 4):
         folder = root / f"whole-{together}"
         folder.mkdir()
-        process = start(folder, together=together)
-        process.join()
-        assert process.exitcode == 0
+        assert run_forked(job, folder, None, None, together) == 0
         whole = members(folder)
         assert len(whole) == MEMBERS
 
@@ -102,7 +89,10 @@ def main() -> None:
     # Two processes at once on the two halves of a fleet, one of which dies.
     shared = root / "shared"
     shared.mkdir()
-    processes = [start(shared, part="1/2"), start(shared, die_at=9, part="2/2")]
+    parts = (None, "1/2"), (9, "2/2")
+    processes = [context.Process(target=job, args=(shared, die_at, part, None)) for die_at, part in parts]
+    for process in processes:
+        process.start()
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0, -signal.SIGKILL]

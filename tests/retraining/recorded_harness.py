@@ -3,14 +3,13 @@
 A script of its own: children are forked before torch has started any thread.
 """
 
-import multiprocessing
 import signal
 import sys
 from pathlib import Path
 
 from lightning_trak.retraining import RecordedFleet, random_removals
 from tests.callback_nets import make_trainer
-from tests.killing import die_in_file_operation
+from tests.killing import die_in_file_operation, run_forked
 from tests.replay.runs import NUM_TRAIN, Net, make_data, train
 
 MEMBERS = 6
@@ -33,20 +32,15 @@ def members(folder: Path) -> dict[str, bytes]:
 
 def main() -> None:
     root = Path(sys.argv[1])
-    context = multiprocessing.get_context("fork")
 
     def attempt(folder: Path, die_at: int | None, together: int | None) -> int:
         before = members(folder)
-        process = context.Process(target=job, args=(folder, root / "recording", die_at, together))
-        process.start()
-        process.join()
+        code = run_forked(job, folder, root / "recording", die_at, together)
         after = members(folder)
         assert {name: after[name] for name in before} == before, "what was finished has changed"
-        return int(process.exitcode or 0)
+        return code
 
-    recorder = context.Process(target=train, args=(Net(), make_data(), root / "recording"))
-    recorder.start()
-    recorder.join()
+    assert run_forked(train, Net(), make_data(), root / "recording") == 0
     for together, kills in ((None, (3, 10, 6)), (4, (10,))):
         whole, killed = root / f"whole-{together}", root / f"killed-{together}"
         assert attempt(whole, None, together) == 0

@@ -60,7 +60,10 @@ class SubsetMethod(MatrixMethod):
         self._require_training_set(train)
         num_targets = len(targets)
         if num_targets != len(self.outputs):
-            raise ValueError(f"the outputs have {len(self.outputs)} targets, the data have {num_targets}")
+            raise ValueError(
+                f"the outputs have {len(self.outputs)} targets, the data have {num_targets}; pass the targets of the"
+                " outputs, in their order"
+            )
         return self.estimate()
 
     @override
@@ -84,7 +87,10 @@ class SubsetMethod(MatrixMethod):
 
     def _require_training_set(self, train: Examples) -> None:
         if len(train) != self.masks.shape[1]:
-            raise ValueError(f"the masks have {self.masks.shape[1]} training examples, the data have {len(train)}")
+            raise ValueError(
+                f"the masks have {self.masks.shape[1]} training examples, the data have {len(train)}; pass the training"
+                " set that the masks are of"
+            )
 
     @abstractmethod
     def estimate(self) -> Tensor:

@@ -19,7 +19,7 @@ from lightning_trak.methods import Arnoldi, ConjugateGradient, Explicit, Influen
 from lightning_trak.methods.influence import base
 from lightning_trak.outputs import ContrastiveMargin, ModelOutput, NegativeLoss, RegressionOutput
 from lightning_trak.projections import IdentityProjection
-from tests.lit import TARGETS, TRAIN, LitNet, make_checkpoints, make_data, make_model, make_trainer
+from tests.lit import TARGETS, TRAIN, LitNet, ScaledData, make_checkpoints, make_data, make_model, make_trainer
 from tests.methods import test_logistic
 from tests.methods.test_logistic import LitLogistic, closed_form, fit
 
@@ -262,18 +262,8 @@ def test_the_users_module_and_random_state_are_left_alone(inference):
 
 
 def test_a_data_modules_transfer_hooks_are_called():
-    class Scaled(L.LightningDataModule):
-        def train_dataloader(self):
-            return DataLoader(TRAIN, batch_size=16)
-
-        def predict_dataloader(self):
-            return DataLoader(TARGETS, batch_size=16)
-
-        def on_after_batch_transfer(self, batch, dataloader_idx):
-            return batch[0] / 3, batch[1]
-
     method = InfluenceFunction(make_model(), make_checkpoints(1), solver=Explicit())
-    scores = method.attribute(double_trainer(), Scaled(), Scaled())
+    scores = method.attribute(double_trainer(), ScaledData(), ScaledData())
     train, targets = (TensorDataset(data.tensors[0].double() / 3, data.tensors[1]) for data in (TRAIN, TARGETS))
     torch.testing.assert_close(scores, method.attribute(double_trainer(), train, targets))
 
