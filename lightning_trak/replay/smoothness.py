@@ -21,7 +21,7 @@ from tqdm import tqdm
 from lightning_trak.checks import positive
 from lightning_trak.compatibility import original_module
 from lightning_trak.outputs import ModelOutput
-from lightning_trak.outputs.mixin import declared_output
+from lightning_trak.outputs.mixin import fixed_output
 from lightning_trak.replay.losses import declared_losses
 from lightning_trak.replay.optimizers.base import optimizer_name
 from lightning_trak.replay.optimizers.smooth import SmoothAdamW
@@ -124,7 +124,7 @@ def metasmoothness(
     trainer = trainer_of(trainer)
     require_whole_parameters(trainer)
     own = original_module(model)
-    output = copy.deepcopy(declared_output(own, output))
+    output = copy.deepcopy(fixed_output(own, output))
     if output.context_size:
         raise TypeError(f"{type(output).__name__} compares with training examples; pass another output by output=")
     recorded = Recording(recording)

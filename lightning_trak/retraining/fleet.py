@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from lightning_trak.checks import positive, require_bool, require_factory, whole_seed
 from lightning_trak.outputs import ModelOutput
-from lightning_trak.outputs.mixin import declared_output
+from lightning_trak.outputs.mixin import fixed_output
 from lightning_trak.retraining.ensembles import FleetSplit, split_members
 from lightning_trak.retraining.identity import describe_loader, describe_module, describe_trainer
 from lightning_trak.retraining.left_out import require_trainable_together
@@ -145,7 +145,7 @@ class RetrainingFleet(Displayed):
         self.masks = checked_masks(masks, num_examples(self._train))
         self._users_make_loader = make_loader
         self.make_loader = make_loader if make_loader is not None else shuffled_like(self._train)
-        self.output = copy.deepcopy(declared_output(module, output))
+        self.output = copy.deepcopy(fixed_output(module, output))
         self._identity = self._describe(module, trainer) | describe_module(module, again, make_module, trainer)
         # Members have consecutive seeds, so that no two share one; the first may be any fixed number.
         self._first_seed = random.Random(f"fleet {seed}").getrandbits(32)

@@ -17,7 +17,7 @@ from lightning_trak.compatibility import original_module
 from lightning_trak.fingerprints import fingerprint, module_fingerprint
 from lightning_trak.metrics import LinearDatamodelingScore
 from lightning_trak.outputs import ModelOutput
-from lightning_trak.outputs.mixin import declared_output
+from lightning_trak.outputs.mixin import fixed_output
 from lightning_trak.replay.losses import Losses, declared_losses
 from lightning_trak.replay.recording import Recording
 from lightning_trak.replay.reweighted import Reweighted
@@ -110,7 +110,7 @@ class RecordedFleet(Displayed):
         self.directory = local_directory(os.fspath(directory), "fleet")
         self._overwrite = overwrite
         module = original_module(model)
-        self.output = copy.deepcopy(declared_output(module, output))
+        self.output = copy.deepcopy(fixed_output(module, output))
         if self.output.context_size:
             raise TypeError(
                 f"{type(self.output).__name__} compares with training examples, whose context is not recorded; pass"

@@ -248,6 +248,7 @@ def used_trainer():
             "targets changes the order of the",
         ),
         ({"output": F.relu}, TypeError, "must be a ModelOutput, got function"),
+        ({"output": ClassificationMargin(labels="predicted")}, TypeError, "may be about another class at each of them"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(tmp_path, options, error, match):
