@@ -13,7 +13,7 @@ from lightning_trak.reporting.items import describe_item, find_image
 from lightning_trak.reporting.scores import SavedScores
 from lightning_trak.scoring.topk import TopK
 from lightning_trak.texts.printable import counted
-from lightning_trak.texts.tables import Table
+from lightning_trak.texts.tables import Cell, Table
 
 Describe = Callable[[Any], str]
 
@@ -68,7 +68,7 @@ def explanations_table(explanations: Sequence[Explanation]) -> Table:
         explanations: what to show.
     """
     columns = ("target", "target_text", "prediction", "group", "rank", "position", "score", "text")
-    rows = [
+    rows: list[tuple[Cell, ...]] = [
         (
             int(each.position),
             each.target.text,

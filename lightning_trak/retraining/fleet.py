@@ -71,8 +71,9 @@ class RetrainingFleet(Displayed):
         directory: where members are kept, on a disk that all processes see. It may hold members from earlier runs.
         make_module: makes a new LightningModule in each call.
         make_trainer: makes a new Trainer of one process in each call, with new callbacks. Switch its progress bar,
-            logger and checkpoints off unless you want them for each member. One Trainer and two modules more are made
-            at the start, to record their settings.
+            logger and checkpoints off unless you want them for each member. If a callback or a scheduler needs
+            validation data, such as EarlyStopping, give the module a ``val_dataloader()``. One Trainer and two modules
+            more are made at the start, to record their settings.
         train: the whole training set: a map-style Dataset, or a DataLoader over it.
         targets: where outputs are kept: a Dataset or DataLoader; outputs are in the order of its dataset.
         masks: bool ``(num_subsets, num_train)``, true where a subset holds the example; see
