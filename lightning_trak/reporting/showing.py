@@ -61,7 +61,7 @@ def show(explanations: Sequence[Explanation], title: str, out: str | os.PathLike
             plot_explanations(explanations).savefig(path, format="png", dpi=150)
         else:
             text = explanations_table(explanations).csv() if kind == ".csv" else page(explanations, title)
-            path.write_text(text, encoding="utf-8")
+            path.write_text(text, encoding="utf-8", newline="")
 
     write_atomically(local_file(out, "file"), write)
 

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from lightning_trak.checks import positive, require_bool, require_factory, whole_seed
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import fixed_output
+from lightning_trak.packages import is_a
 from lightning_trak.retraining.ensembles import FleetSplit, split_members
 from lightning_trak.retraining.identity import describe_loader, describe_module, describe_trainer
 from lightning_trak.retraining.left_out import require_trainable_together
@@ -362,5 +363,6 @@ class RetrainingFleet(Displayed):
 
 def _one_loader(name: str, data: Any) -> DataLoader[Any]:
     if not isinstance(data, (DataLoader, Dataset)):
-        raise TypeError(f"{name} must be a map-style Dataset or a DataLoader, got {type(data).__name__}")
+        loaders = "; pass what its dataloader methods return" if is_a(data, L.LightningDataModule) else ""
+        raise TypeError(f"{name} must be a map-style Dataset or a DataLoader, got {type(data).__name__}{loaders}")
     return as_loader(data)
