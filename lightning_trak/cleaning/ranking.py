@@ -68,7 +68,8 @@ class Ranking:
 
         Returns:
             A row for each example: its position and score; its group, label and text, if there are any. The label is
-            the last element of a tuple if that is a number, or what a mapping has under ``"label"`` or ``"labels"``.
+            the last element of a tuple if that is a number, or what a mapping has under ``"label"`` or ``"labels"``; of
+            several labels as zeros and ones, the positions of the ones.
 
         Raises:
             TypeError: if ``describe`` returns something other than a str.

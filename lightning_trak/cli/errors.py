@@ -130,6 +130,8 @@ def explain_refusal(message: str, options: Iterable[str]) -> str:
         name = found[1].partition(".")[0]
         classes = re.findall(r"given class_path '([\w.]+)'", message[: found.start()])
         classes = classes[-1:] or re.findall(r"class_path='([\w.]+)'", message[found.end() :])[:1]
+        if classes and classes[0].endswith((".LightningModule", ".LightningDataModule")):
+            return f"'{name}' is given before its class: put --config, or the option that names the class, first"
         return f"{classes[0] if classes else 'the class'} has no argument '{name}'" + _meant(
             name, [*_arguments(classes), "init_args"]
         )

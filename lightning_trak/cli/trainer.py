@@ -158,7 +158,7 @@ class AttributionTrainer(L.Trainer):
             scores: file that score has written.
             targets: positions of the targets.
             k: number of proponents, and of opponents, for each target.
-            out: file to write, .png or .html; default: a table in the terminal.
+            out: file to write, .png, .html or .csv; default: a table in the terminal.
             predictions: whether to run the model at the checkpoints of the method, and show what it predicts.
             method: the method that has the checkpoints.
         """

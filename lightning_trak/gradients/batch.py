@@ -144,7 +144,10 @@ class ExampleBatch:
 
         def collect(part: Any) -> Any:
             if not isinstance(part, Tensor):
-                raise TypeError(f"vmap cannot map over a list of {type(part[0]).__name__}; use engine='loop'")
+                raise TypeError(
+                    f"vmap cannot map over the list of {type(part[0]).__name__} in the batch; if the model does not"
+                    " need it, let the collate_fn leave it out, or else use engine='loop'"
+                )
             found.append(part)
             return part
 

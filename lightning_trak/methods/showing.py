@@ -55,7 +55,8 @@ class Showing(Displayed):
                 groups have no examples to show.
             train: the training data, in the order of those that were scored. They may be another view of the same
                 examples, such as images without normalization.
-            targets: the targets that were scored. For predictions they must be what the model takes.
+            targets: the targets that were scored. For predictions they must be what the model takes: give the loader,
+                rather than its dataset, if it has a ``collate_fn`` of its own.
             shown: positions of the targets to show; default: the first 5.
             k: how many proponents, and how many opponents, each target gets.
             largest: for the best scores at one end: the ``largest`` that ``score`` got.
@@ -63,7 +64,8 @@ class Showing(Displayed):
             predictions: whether to run the model at each checkpoint, and show what it predicts.
             describe: makes a text of an item of either dataset. Default: the ``describe`` of the data module or of the
                 model, or else strings and numbers that the item holds.
-            out: file to write: ``.png`` for a picture (extra ``plots``), ``.html`` for a page that needs no other file.
+            out: file to write: ``.png`` for a picture (extra ``plots``), ``.html`` for a page that needs no other file,
+                ``.csv`` for a table with a row for each proponent and opponent.
             trainer: runs the model. None: one on a single device.
 
         Raises:

@@ -155,7 +155,7 @@ def call_module(module: nn.Module, inputs: Any) -> Any:
             raise
         raise TypeError(
             f"{error}: the batch holds other things than {type(module).__name__} takes; pass forward=, a function of"
-            " (module, batch) that makes the call"
+            " (module, batch) that makes the call: if it takes the whole batch, lambda module, batch: module(batch)"
         ) from error
     raise TypeError(
         f"cannot tell how to call {type(module).__name__} on a {type(inputs).__name__}; expected a tuple, list, mapping"

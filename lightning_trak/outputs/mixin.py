@@ -88,6 +88,26 @@ def require_alone(output: ModelOutput) -> None:
         )
 
 
+def fixed_output(module: nn.Module, output: ModelOutput | None = None) -> ModelOutput:
+    """The output to compare between models: :func:`declared_output`, which must ask the same of all of them.
+
+    Args:
+        module: a module with :class:`AttributionMixin`, if no output is given.
+        output: takes the place of the module's own.
+
+    Raises:
+        TypeError: if there is none, it is not a ModelOutput, or its labels are what each model predicts.
+    """
+    output = declared_output(module, output)
+    if output.predicts_labels:
+        raise TypeError(
+            f'outputs of several models are compared here, and {type(output).__name__}(labels="predicted") may be about'
+            " another class at each of them: name the class, as in labels=3, or give targets whose labels are the"
+            " predictions that you ask about"
+        )
+    return output
+
+
 def target_output(output: ModelOutput | None, trained: ModelOutput) -> ModelOutput | None:
     """The output of targets, if it is another one than that of the training examples; else None.
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from lightning_trak.checks import positive
 from lightning_trak.compatibility import original_module
 from lightning_trak.outputs import ModelOutput
-from lightning_trak.outputs.mixin import declared_output, require_alone
+from lightning_trak.outputs.mixin import fixed_output, require_alone
 from lightning_trak.replay.losses import declared_losses
 from lightning_trak.replay.optimizers.base import optimizer_name
 from lightning_trak.replay.optimizers.smooth import SmoothAdamW
@@ -125,7 +125,7 @@ def metasmoothness(
     trainer = trainer_of(trainer)
     require_whole_parameters(trainer)
     own = original_module(model)
-    output = copy.deepcopy(declared_output(own, output))
+    output = copy.deepcopy(fixed_output(own, output))
     require_alone(output)
     recorded = Recording(recording)
     recorded.require_finished()

@@ -13,6 +13,7 @@ from lightning_trak.reporting.items import describe_item, find_image
 from lightning_trak.reporting.scores import SavedScores
 from lightning_trak.scoring.topk import TopK
 from lightning_trak.texts.printable import counted
+from lightning_trak.texts.tables import Cell, Table
 
 Describe = Callable[[Any], str]
 
@@ -58,6 +59,31 @@ class Explanation(NamedTuple):
     target: Example
     groups: dict[str, list[Entry]]
     prediction: str | None = None
+
+
+def explanations_table(explanations: Sequence[Explanation]) -> Table:
+    """Explanations as a table with a row for each proponent and opponent, such as for a spreadsheet.
+
+    Args:
+        explanations: what to show.
+    """
+    columns = ("target", "target_text", "prediction", "group", "rank", "position", "score", "text")
+    rows: list[tuple[Cell, ...]] = [
+        (
+            int(each.position),
+            each.target.text,
+            each.prediction or "",
+            name,
+            rank,
+            entry.position,
+            entry.score,
+            entry.example.text,
+        )
+        for each in explanations
+        for name, entries in each.groups.items()
+        for rank, entry in enumerate(entries, 1)
+    ]
+    return Table(columns, rows)
 
 
 def describe_of(*holders: object) -> Describe | None:

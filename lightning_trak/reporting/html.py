@@ -55,8 +55,9 @@ section { border-top: 1px solid #ccc; margin-top: 1.5rem; padding-top: 1rem; max
 _POSITIVE, _NEGATIVE = "31, 119, 180", "255, 127, 14"  # blue and orange, which all eyes tell apart
 _DARKEST = 0.75  # opacity of the largest score; the text stays readable
 _LEGEND = (
-    "Training on an example with a positive score helps the target, on one with a negative score it harms it."
-    " Proponents have the highest scores, opponents the lowest. #n is the position in the training set, from 0."
+    "Training on an example with a positive score raises the model's output at the target, on one with a negative score"
+    " lowers it. Proponents have the highest scores, opponents the lowest. #n is the position in the training set, from"
+    " 0."
 )
 _PREDICTED = " Below a target is what the model predicts for it, on average over the checkpoints."
 _SMALL = 64  # pixels: images up to this width are enlarged without smoothing

@@ -7,17 +7,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_MOST_LABELS = 100  # of an item: a longer vector of zeros and ones is data
+
 
 def describe_item(item: Any) -> str:
     """The strings and numbers in an item, such as ``"label: 3"``. If it holds none, the shapes of its arrays.
 
-    If the last element of a tuple or list is a number, it is taken for the label.
+    If the last element of a tuple or list is a number, it is taken for the label; zeros and ones are taken for several.
 
     Args:
         item: of a dataset, before collation.
     """
     fields = _fields(item)
-    texts = [(name, text) for name, value in fields if (text := _text(value)) is not None]
+    texts = [(name, text) for name, value in fields if (text := _text_of(name, value)) is not None]
     if not texts:
         texts = [(name, _shape(value)) for name, value in fields]
     return ", ".join(f"{name}: {text}" if name else text for name, text in texts)
@@ -32,15 +34,16 @@ def item_label(item: Any) -> int | float | str | None:
     """The label of an item; None if it has none.
 
     It is what a mapping has under ``"label"`` or ``"labels"``, or the last element of a tuple or list, if that is a
-    number. In a mapping it may be a string.
+    number, or a vector of zeros and ones: then the label is the positions of the ones, as in ``"0 3"``. In a mapping it
+    may be a string.
 
     Args:
         item: of a dataset, before collation.
     """
     if isinstance(item, Mapping):
         named = item.get("label", item.get("labels"))
-        return named if isinstance(named, str) else _number(named)
-    return _number(item[-1]) if isinstance(item, (tuple, list)) and len(item) > 1 else None
+        return named if isinstance(named, str) else _label(named)
+    return _label(item[-1]) if isinstance(item, (tuple, list)) and len(item) > 1 else None
 
 
 def find_image(item: Any) -> Tensor | None:
@@ -63,8 +66,8 @@ def _fields(item: Any) -> list[tuple[str, Any]]:
     if not isinstance(item, (tuple, list)):
         return [("", item)]
     *rest, last = item
-    if rest and _text(last) is not None and not isinstance(last, str):
-        return [("label", last), *(("", value) for value in rest)]
+    if rest and _label(last) is not None:
+        return [("label" if _number(last) is not None else "labels", last), *(("", value) for value in rest)]
     return [("", value) for value in item]
 
 
@@ -74,6 +77,27 @@ def _text(value: Any) -> str | None:
         return " ".join(value.split())
     number = _number(value)
     return f"{number:g}" if isinstance(number, float) else None if number is None else str(number)
+
+
+def _text_of(name: str, value: Any) -> str | None:
+    """As :func:`_text`; several labels, too."""
+    text = _text(value)
+    return _several(value) if text is None and name in ("label", "labels") else text
+
+
+def _label(value: Any) -> int | float | str | None:
+    number = _number(value)
+    return _several(value) if number is None else number
+
+
+def _several(value: Any) -> str | None:
+    """The positions of the ones among a few zeros and ones, as a text; None for anything else."""
+    if not isinstance(value, (Tensor, np.ndarray)) or value.ndim != 1 or not 1 < len(value) <= _MOST_LABELS:
+        return None
+    labels = torch.as_tensor(value)
+    if not bool(((labels == 0) | (labels == 1)).all()):
+        return None
+    return " ".join(str(position) for position in labels.nonzero().flatten().tolist()) or "none"
 
 
 def _number(value: Any) -> int | float | None:

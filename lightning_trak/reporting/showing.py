@@ -8,38 +8,38 @@ from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_only
 
-from lightning_trak.reporting.explanations import Explanation
+from lightning_trak.reporting.explanations import Explanation, explanations_table
 from lightning_trak.reporting.html import page, part
 from lightning_trak.reporting.plots import plot_explanations
 from lightning_trak.reporting.terminal import table
 from lightning_trak.storage.files import write_atomically
 from lightning_trak.storage.paths import local_file
 
-KINDS = (".png", ".html")
+KINDS = (".png", ".html", ".csv")
 
 
 def kind_of_file(out: str | os.PathLike[str] | None) -> str | None:
     """The kind of the file that a user wants; None: no file.
 
     Raises:
-        ValueError: if it is another kind than ``.png`` and ``.html``.
+        ValueError: if it is another kind than ``.png``, ``.html`` and ``.csv``.
     """
     kind = None if out is None else Path(out).suffix
     if kind not in (None, *KINDS):
-        raise ValueError(f'out must end in .png or .html, got "{out}"; for a table in the terminal, leave it out')
+        raise ValueError(f'out must end in .png, .html or .csv, got "{out}"; for a table in the terminal, leave it out')
     return kind
 
 
 @rank_zero_only
 def show(explanations: Sequence[Explanation], title: str, out: str | os.PathLike[str] | None = None) -> None:
-    """Show explanations: as HTML in a notebook, as a table in a terminal, or as a picture or page in a file.
+    """Show explanations: as HTML in a notebook, as a table in a terminal, or as a picture, page or table in a file.
 
     Of several processes, the first one shows them.
 
     Args:
         explanations: what to show.
         title: of a page.
-        out: file to write, ``.png`` or ``.html``. A file that is there already is replaced.
+        out: file to write, ``.png``, ``.html`` or ``.csv``. A file that is there already is replaced.
 
     Raises:
         ValueError: if ``out`` is another kind of file, or there is no image for a picture.
@@ -60,7 +60,8 @@ def show(explanations: Sequence[Explanation], title: str, out: str | os.PathLike
         if kind == ".png":
             plot_explanations(explanations).savefig(path, format="png", dpi=150)
         else:
-            path.write_text(page(explanations, title), encoding="utf-8")
+            text = explanations_table(explanations).csv() if kind == ".csv" else page(explanations, title)
+            path.write_text(text, encoding="utf-8", newline="")
 
     write_atomically(local_file(out, "file"), write)
 

@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from lightning_trak.checks import positive, require_bool, require_factory, whole_seed
 from lightning_trak.outputs import ModelOutput
-from lightning_trak.outputs.mixin import declared_output
+from lightning_trak.outputs.mixin import fixed_output
+from lightning_trak.packages import is_a
 from lightning_trak.retraining.ensembles import FleetSplit, split_members
 from lightning_trak.retraining.identity import describe_loader, describe_module, describe_trainer
 from lightning_trak.retraining.left_out import require_trainable_together
@@ -71,8 +72,9 @@ class RetrainingFleet(Displayed):
         directory: where members are kept, on a disk that all processes see. It may hold members from earlier runs.
         make_module: makes a new LightningModule in each call.
         make_trainer: makes a new Trainer of one process in each call, with new callbacks. Switch its progress bar,
-            logger and checkpoints off unless you want them for each member. One Trainer and two modules more are made
-            at the start, to record their settings.
+            logger and checkpoints off unless you want them for each member. If a callback or a scheduler needs
+            validation data, such as EarlyStopping, give the module a ``val_dataloader()``. One Trainer and two modules
+            more are made at the start, to record their settings.
         train: the whole training set: a map-style Dataset, or a DataLoader over it.
         targets: where outputs are kept: a Dataset or DataLoader; outputs are in the order of its dataset.
         masks: bool ``(num_subsets, num_train)``, true where a subset holds the example; see
@@ -145,7 +147,7 @@ class RetrainingFleet(Displayed):
         self.masks = checked_masks(masks, num_examples(self._train))
         self._users_make_loader = make_loader
         self.make_loader = make_loader if make_loader is not None else shuffled_like(self._train)
-        self.output = copy.deepcopy(declared_output(module, output))
+        self.output = copy.deepcopy(fixed_output(module, output))
         self._identity = self._describe(module, trainer) | describe_module(module, again, make_module, trainer)
         # Members have consecutive seeds, so that no two share one; the first may be any fixed number.
         self._first_seed = random.Random(f"fleet {seed}").getrandbits(32)
@@ -361,5 +363,6 @@ class RetrainingFleet(Displayed):
 
 def _one_loader(name: str, data: Any) -> DataLoader[Any]:
     if not isinstance(data, (DataLoader, Dataset)):
-        raise TypeError(f"{name} must be a map-style Dataset or a DataLoader, got {type(data).__name__}")
+        loaders = "; pass what its dataloader methods return" if is_a(data, L.LightningDataModule) else ""
+        raise TypeError(f"{name} must be a map-style Dataset or a DataLoader, got {type(data).__name__}{loaders}")
     return as_loader(data)

@@ -17,7 +17,7 @@ from lightning_trak.compatibility import original_module
 from lightning_trak.fingerprints import fingerprint, module_fingerprint
 from lightning_trak.metrics import LinearDatamodelingScore
 from lightning_trak.outputs import ModelOutput
-from lightning_trak.outputs.mixin import declared_output, require_alone
+from lightning_trak.outputs.mixin import fixed_output, require_alone
 from lightning_trak.replay.losses import Losses, declared_losses
 from lightning_trak.replay.player import Player
 from lightning_trak.replay.recording import Recording
@@ -111,7 +111,7 @@ class RecordedFleet(Displayed):
         self.directory = local_directory(os.fspath(directory), "fleet")
         self._overwrite = overwrite
         module = original_module(model)
-        self.output = copy.deepcopy(declared_output(module, output))
+        self.output = copy.deepcopy(fixed_output(module, output))
         require_alone(self.output)
         recorded = Recording(recording)
         recorded.require_finished()

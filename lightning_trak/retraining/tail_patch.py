@@ -23,7 +23,7 @@ from lightning_trak.gradients.precision import WorkingPrecision
 from lightning_trak.gradients.trials import require_repeatable, trying
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.evaluating import exact_attention, unchanged
-from lightning_trak.outputs.mixin import declared_output, require_alone
+from lightning_trak.outputs.mixin import fixed_output, require_alone
 from lightning_trak.packages import is_a
 from lightning_trak.retraining.estimates import Estimate, mean_of
 from lightning_trak.retraining.removal import ranked, require_scores
@@ -139,7 +139,7 @@ def tail_patch(
     """
     if is_a(optimizer, LightningOptimizer):
         optimizer = optimizer.optimizer
-    module, output = cast(L.LightningModule, original_module(module)), declared_output(module, output)
+    module, output = cast(L.LightningModule, original_module(module)), fixed_output(module, output)
     train_loader, target_loader = as_loader(train), as_loader(targets)
     num_train, num_targets = (num_examples(loader) for loader in (train_loader, target_loader))
     require_scores(scores, num_targets, num_train)

@@ -19,6 +19,8 @@ from lightning_trak.scoring.topk import Scores
 from lightning_trak.scoring.trak import TRAKScorer
 from lightning_trak.scoring.undamped import Undamped
 
+_LONG = 10**12  # operations for a Gram matrix: some ten seconds on one core
+
 
 def smaller_scorer(store: FeatureStore, curved: FeatureStore | None = None) -> type[TRAKScorer]:
     """The scorer whose system is the smaller one: the dual if K is made of fewer rows than there are features.
@@ -33,6 +35,11 @@ def smaller_scorer(store: FeatureStore, curved: FeatureStore | None = None) -> t
     store.require_complete()
     n, k = store.num_examples * (1 if curved is None else 2), store.read_stored(0, 0).k
     if n >= k:
+        if n * k**2 > _LONG:
+            rank_zero_info(
+                f"TRAK: solves {k} x {k} (features), with a Gram matrix of {store.num_examples} examples at each"
+                " checkpoint, which is made once and kept in the store; a projection to fewer features takes less time"
+            )
         return PrimalScorer
     rows = "examples" if curved is None else "two rows for each example"
     rank_zero_info(f"TRAK: solves {n} x {n} ({rows}) instead of {k} x {k} (features), since n is smaller")

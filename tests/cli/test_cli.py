@@ -184,7 +184,7 @@ def test_a_store_that_is_not_finished_is_named_in_one_line(run, refused, tmp_pat
 def test_show_as_a_picture(folder, run, refused, scored):
     run("show", *SMALL, "--targets", "[0, 5]", "--out", "run/shown.png")
     assert imread(folder / "run/shown.png").std() > 0.1
-    assert 'out must end in .png or .html, got "shown.gif"' in refused("show", *SMALL, "--out", "shown.gif")
+    assert 'out must end in .png, .html or .csv, got "shown.gif"' in refused("show", *SMALL, "--out", "shown.gif")
 
 
 class Page(HTMLParser):

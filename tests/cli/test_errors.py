@@ -63,6 +63,7 @@ WITH_FILE = ["score", "--config", "config.yaml"]
             {},
             "no subcommand 'scor', expected fit, featurize, score, evaluate, show, clean; did you mean 'score'?",
         ),
+        (["score", "--data.batch_size", "3", "--config", "c.yaml"], {}, "'batch_size' is given before its class"),
         (["score", "--topk", "3"], {}, "no option '--topk'; did you mean '--top_k'?"),
         (["score", "--train", "3"], {}, "no option '--train'; did you mean '--trainer'?"),
         (

@@ -1,5 +1,6 @@
 """show: targets, their strongest examples and what the model predicts."""
 
+import csv
 import re
 import sys
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from lightning_trak import TRAK
 from lightning_trak.methods import EKFACInfluence, RandomScores
 from lightning_trak.outputs import ClassificationMargin, NegativeLoss, RegressionOutput
 from lightning_trak.projections import SparseProjection
+from lightning_trak.reporting.items import describe_item
 from lightning_trak.scoring import BothEnds, TopK
 from tests.lit import TARGETS, TRAIN, make_checkpoints, make_model, make_trainer
 
@@ -113,6 +115,20 @@ def test_outputs_and_methods_without_predictions(tmp_path, capsys):
     assert capsys.readouterr().out.count("predicted") == 5
 
 
+def test_a_table_in_a_file(trak, tmp_path):
+    trak.show(SCORES, TRAIN, TARGETS, shown=torch.tensor([3, 7]), k=2, out=tmp_path / "top.csv")
+    with open(tmp_path / "top.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    names = [(row["target"], row["group"], row["rank"]) for row in rows]
+    assert names == [(t, g, r) for t in ("3", "7") for g in ("proponents", "opponents") for r in ("1", "2")]
+    best = SCORES[3].topk(2)
+    assert [int(row["position"]) for row in rows[:2]] == best.indices.tolist()
+    assert [float(row["score"]) for row in rows[:2]] == best.values.tolist()
+    assert rows[0]["prediction"].startswith("predicted ")
+    assert rows[0]["target_text"] == describe_item(TARGETS[3])
+    assert rows[0]["text"] == describe_item(TRAIN[int(best.indices[0])])
+
+
 def test_nothing_of_the_users_changes(trak, capsys):
     trainer, model = make_trainer(), trak.model.train()
     before, state = torch.get_rng_state(), {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -152,7 +168,7 @@ def test_a_data_module_describes_its_items(trak, capsys):
         (SCORES, {"shown": torch.arange(13) < 2}, TypeError, "by their positions, not by a mask"),
         (SCORES, {"shown": [True, False]}, TypeError, "by their positions, not by a mask"),
         (SCORES, {"k": 0}, ValueError, "k must be at least 1"),
-        (SCORES, {"out": "a.pdf"}, ValueError, r"out must end in \.png or \.html"),
+        (SCORES, {"out": "a.pdf"}, ValueError, r"out must end in \.png, \.html or \.csv"),
         (SCORES, {"out": "a.png"}, ValueError, "holds no image"),
         (SCORES, {"describe": lambda item: 3}, TypeError, "describe must return a str"),
     ],

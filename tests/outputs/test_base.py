@@ -19,7 +19,7 @@ from lightning_trak.outputs import (
     RegressionOutput,
     Seq2SeqLMMargin,
 )
-from lightning_trak.outputs.mixin import AttributionMixin
+from lightning_trak.outputs.mixin import AttributionMixin, fixed_output
 from lightning_trak.outputs.negative_loss import _told
 
 
@@ -306,6 +306,13 @@ def test_the_mixin_hands_out_the_declared_output():
             return ClassificationMargin()
 
     assert isinstance(LitNet().configure_model_output(), ClassificationMargin)
+
+
+def test_outputs_of_several_models_are_about_one_class():
+    named = ClassificationMargin(labels=2)
+    assert fixed_output(nn.Linear(1, 1), named) is named
+    with pytest.raises(TypeError, match="may be about another class at each of them: name the class"):
+        fixed_output(nn.Linear(1, 1), ClassificationMargin(labels="predicted"))
 
 
 def test_the_mixin_says_what_to_do_when_nothing_is_declared():

@@ -150,6 +150,8 @@ def test_forward_calls_the_model_in_any_way():
     torch.testing.assert_close(output.output(module, Graph(x, y)), ClassificationMargin().output(module, (x, y)))
     with pytest.raises(TypeError, match=r"cannot tell how to call Named on a Graph.*pass forward="):
         ClassificationMargin(labels_key="y").output(module, Graph(x, y))
+    with pytest.raises(TypeError, match=r"other things than Named takes; .* lambda module, batch: module\(batch\)"):
+        ClassificationMargin().output(module, {"ids": x, "labels": y})
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,8 @@ from lightning_trak.scoring import TopK
         ),
         ({"input_ids": torch.arange(9), "mask": [1, 1]}, "input_ids: int64 (9,), mask: list of 2"),
         (("a sentence", 0.5), "label: 0.5, a sentence"),
+        ((torch.zeros(1, 8, 8), torch.tensor([1.0, 0.0, 1.0])), "labels: 0 2"),
+        ({"image": torch.zeros(1, 8, 8), "labels": np.array([0, 1])}, "labels: 1"),
         (("a question", "an answer"), "a question, an answer"),
         (torch.zeros(2, 5), "float32 (2, 5)"),
         (np.zeros((3, 2)), "float64 (3, 2)"),

@@ -239,7 +239,7 @@ def used_trainer():
         ({"make_loader": lambda subset: subset}, ValueError, r"make_loader\(\) must return a DataLoader, got Subset"),
         ({"make_loader": lambda _: LOADER}, ValueError, r"make_loader\(\) returned a loader of the whole training set"),
         ({"train": [1, 2]}, TypeError, "train must be a map-style Dataset or a DataLoader, got list"),
-        ({"targets": L.LightningDataModule()}, TypeError, "targets must be a map-style Dataset or a DataLoader"),
+        ({"targets": L.LightningDataModule()}, TypeError, "must be a .* pass what its dataloader methods return"),
         ({"train": DataLoader(TRAIN, 4, sampler=WEIGHTED)}, ValueError, "make_loader="),
         ({"train": DataLoader(TRAIN, batch_sampler=BatchSampler(WEIGHTED, 4, False))}, ValueError, "make_loader="),
         (
@@ -248,6 +248,7 @@ def used_trainer():
             "targets changes the order of the",
         ),
         ({"output": F.relu}, TypeError, "must be a ModelOutput, got function"),
+        ({"output": ClassificationMargin(labels="predicted")}, TypeError, "may be about another class at each of them"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(tmp_path, options, error, match):

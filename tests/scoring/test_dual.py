@@ -1,5 +1,7 @@
 """Fewer training examples than features: scores by n x n systems, against float64 references and the primal."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -224,6 +226,11 @@ def test_the_choice_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr("lightning_trak.scoring.dual.rank_zero_info", told.append)
     fitted(make_store(tmp_path))
     assert told == ["TRAK: solves 30 x 30 (examples) instead of 70 x 70 (features), since n is smaller"]
+    many = SimpleNamespace(
+        num_examples=50_000, require_complete=lambda: None, read_stored=lambda *_: SimpleNamespace(k=16_384)
+    )
+    assert smaller_scorer(many) is PrimalScorer
+    assert "solves 16384 x 16384 (features), with a Gram matrix of 50000 examples" in told[1]
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_info
+from lightning_utilities.core.rank_zero import rank_zero_debug
 from torch import Tensor
 from torch.func import jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -50,7 +50,7 @@ def gradient_products(
     reason = _reason_for_gradients(passes, directions, examples)
     count = f"{len(directions)} target{'s' if len(directions) > 1 else ''}"
     if reason is None:
-        rank_zero_info(f"scores at {passes.where}: forward-mode products for {count}")
+        rank_zero_debug(f"scores at {passes.where}: forward-mode products for {count}")
         done = 0
         for part, (batch, size) in passes.parts(examples, chosen):
             try:
@@ -65,7 +65,7 @@ def gradient_products(
             done += len(part)
         chosen = chosen[done:]
     if reason is not None:
-        rank_zero_info(f"scores at {passes.where}: products with the examples' gradients for {count}: {reason}")
+        rank_zero_debug(f"scores at {passes.where}: products with the examples' gradients for {count}: {reason}")
         for part, rows in passes.rows(examples, chosen):
             yield part, rows._replace(features=rows.features @ directions.T)
 

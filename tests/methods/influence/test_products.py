@@ -25,7 +25,7 @@ def both(monkeypatch, caplog, model: nn.Module, **options) -> tuple[Tensor, Tens
     expected = scores_of(model, **options)
     monkeypatch.setattr(products, "break_even", lambda passes: 100)
     caplog.clear()
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.DEBUG, logger="lightning.pytorch"):
         found = scores_of(model, **options)
     return expected, found, caplog.text
 
@@ -137,7 +137,7 @@ def test_the_choice_depends_on_cost(caplog):
             patch.setattr(products, "break_even", noted)
             method.attribute(make_trainer(), TRAIN, TARGETS)
 
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.DEBUG, logger="lightning.pytorch"):
         limit_of(wide)
         assert "forward-mode products for 13 targets" in caplog.text
         limit_of(deep)
