@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_trak.cleaning.ranking import Ranking
 from lightning_trak.methods import BM25, LabelStatistic, Method, RepresentationSimilarity
 from lightning_trak.outputs import DiffusionMean, ModelOutput
+from lightning_trak.outputs.base import better_when_higher
 from lightning_trak.running.data import Data, single_loader
 from lightning_trak.running.trainers import trainer_of
 from lightning_trak.scoring.groups import Groups, Labels, require_groups
@@ -133,8 +134,7 @@ def _require_better_when_higher(method: Method) -> None:
         )
     if not isinstance(output, ModelOutput) or getattr(method, "effect_on", "output") == "loss":
         return
-    slopes, _ = output.derivatives(torch.linspace(-8, 8, 33))
-    if (slopes < 0).any():
+    if not better_when_higher(output):
         name = type(output).__name__
         raise ValueError(
             f"the loss can rise with {name}, so that a mean of its scores does not say what helps: use TracIn,"
