@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
@@ -24,8 +26,8 @@ def warn_of_other_loss(model: ModelCopy, examples: ExampleBatch, together: int) 
     """Warn if ``training_step`` minimizes another loss than that of the output.
 
     Another factor is no other loss: a mean and a sum, or a square and its half, give the same Newton step. Nothing is
-    said where the two cannot be compared: if the output makes one prediction of several, or if the step is random,
-    fails without a training run, or returns no number.
+    said where the two cannot be compared: if the output makes one prediction of several, if the step is random, fails
+    without a training run or returns no number, or if there are several processes.
 
     Args:
         model: the copy of the model, at a checkpoint. Whatever the step does to its weights, they are loaded again.
@@ -39,10 +41,12 @@ def warn_of_other_loss(model: ModelCopy, examples: ExampleBatch, together: int) 
         return
     if not module.automatic_optimization:
         return
-    batches = [examples.take([0]), examples.take([examples.size - 1])]
-    if together > 1:
-        batches.append(examples.take(slice(0, together)))
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        return  # a step may wait for the other processes, and each comes here in its own time
     try:
+        batches = [examples.take([0]), examples.take([examples.size - 1])]
+        if together > 1:
+            batches.append(examples.take(slice(0, together)))
         losses, returned = _compared(model, module, batches)
     except torch.cuda.OutOfMemoryError:
         raise
@@ -72,11 +76,13 @@ def _compared(
     """The losses of the examples of each batch by the output, and what ``training_step`` returns for the batch.
 
     Raises:
-        ValueError: if the step returns no number, or another one the second time.
+        ValueError: if a loss is not finite, or the step returns no number, or another one the second time.
     """
     output = model.output
     with model.differentiable(), isolated_random_states(), unchanged(module, output), exact_attention():
         losses = [output.loss(output.output(module, batch.fresh())).tolist() for batch in batches]
+        if not all(map(math.isfinite, chain(*losses))):
+            raise ValueError("an example has no loss")  # another check names it
         silence(module)
         step = training_step_of(module)
         returned = [_number(step, batch) for batch in batches]

@@ -153,6 +153,16 @@ def test_what_the_step_does_to_the_copy_is_undone(method, tmp_path):
     assert not hasattr(average, "calls")
 
 
+def test_an_example_without_an_output_is_named_and_not_compared(tmp_path):
+    labels = TRAIN.tensors[1].clone()
+    labels[0] = -100  # which training leaves out
+    trak = METHODS["TRAK"](Trained(), tmp_path / "store")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "training_step")
+        with pytest.raises(ValueError, match="its label is -100"):
+            trak.featurize(make_trainer(), TensorDataset(TRAIN.tensors[0], labels))
+
+
 def test_targets_are_not_compared(tmp_path):
     trak = METHODS["TRAK"](Smoothed(), tmp_path / "store")
     with pytest.warns(UserWarning, match="minimizes another loss"):
