@@ -13,6 +13,8 @@ from typing_extensions import override
 from lightning_trak.checks import positive, require_factory
 from lightning_trak.methods.base import Method
 from lightning_trak.metrics import LinearDatamodelingScore
+from lightning_trak.outputs import ModelOutput
+from lightning_trak.outputs.base import better_when_higher
 from lightning_trak.reporting.loggers.records import log_attributions, log_lds
 from lightning_trak.retraining import Retrained
 from lightning_trak.running.data import Data, datamodule_of, single_loader
@@ -110,7 +112,8 @@ class AttributionEvaluation(Displayed, Callback):
             module: the trained module. The functions in ``methods`` get it.
 
         Raises:
-            ValueError: if ``retrained`` has a subset whose model is a checkpoint of a method.
+            ValueError: if ``retrained`` has a subset whose model is a checkpoint of a method, or a method is about the
+                loss where that is not better when the output is higher.
         """
         train, targets = self._datasets(trainer)
         for name, make_method in self.methods.items():
@@ -144,6 +147,13 @@ class AttributionEvaluation(Displayed, Callback):
     def _metric(self, method: Method) -> LinearDatamodelingScore | None:
         if self.retrained is None:
             return None
+        output = getattr(method, "output", None)
+        about_loss = getattr(method, "effect_on", "output") == "loss"
+        if about_loss and isinstance(output, ModelOutput) and not better_when_higher(output):
+            raise ValueError(
+                f"scores of {type(method).__name__} are about the loss, which can rise with {type(output).__name__},"
+                ' and retrained has outputs: give the method effect_on="output"'
+            )
         # Every process has all scores, so there is nothing to gather.
         return LinearDatamodelingScore(self.retrained.masks, used_masks=method.used_masks, sync_on_compute=False)
 

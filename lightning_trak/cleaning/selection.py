@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from lightning_trak.cleaning.ranking import Ranking
-from lightning_trak.methods import LabelStatistic, Method
-from lightning_trak.outputs import ModelOutput
+from lightning_trak.methods import BM25, LabelStatistic, Method, RepresentationSimilarity
+from lightning_trak.outputs import DiffusionMean, ModelOutput
+from lightning_trak.outputs.base import better_when_higher
 from lightning_trak.running.data import Data, single_loader
 from lightning_trak.running.trainers import trainer_of
 from lightning_trak.scoring.groups import Groups, Labels, require_groups
@@ -50,8 +51,14 @@ def harmful(method: Method, trainer: L.Trainer | None, train: Data, validation: 
         The ranking; empty if no mean score is negative.
 
     Raises:
-        ValueError: if scores are about an output that is not better when it is higher, or are not finite.
+        ValueError: if scores are about an output that is not better when it is higher, say nothing about the effect of
+            training, or are not finite.
     """
+    if isinstance(method, (BM25, RepresentationSimilarity)):
+        raise ValueError(
+            f"scores of {type(method).__name__} say how alike examples are, not what training on them does, so that a"
+            " negative one is no harm: use a method that attributes outputs, such as TRAK or EKFACInfluence"
+        )
     trainer = trainer_of(trainer)
     dataset: Any = single_loader(train, "fit", trainer).dataset
     scores = _mean_scores(method, trainer, train, validation, len(dataset))
@@ -121,10 +128,13 @@ def _require_better_when_higher(method: Method) -> None:
         ValueError: if the method is about such an output.
     """
     output = getattr(method, "output", None)
+    if isinstance(output, DiffusionMean):
+        raise ValueError(
+            "DiffusionMean says how far a prediction moves, not whether it gets better: use DiffusionLoss as the output"
+        )
     if not isinstance(output, ModelOutput) or getattr(method, "effect_on", "output") == "loss":
         return
-    slopes, _ = output.derivatives(torch.linspace(-8, 8, 33))
-    if (slopes < 0).any():
+    if not better_when_higher(output):
         name = type(output).__name__
         raise ValueError(
             f"the loss can rise with {name}, so that a mean of its scores does not say what helps: use TracIn,"

@@ -20,6 +20,7 @@ from lightning_trak.features.same_function import keep_examples, keeps_examples,
 from lightning_trak.features.settings import FeatureSettings
 from lightning_trak.features.soundness import require_sound
 from lightning_trak.features.store import FeatureStore
+from lightning_trak.features.training_loss import warn_of_other_loss
 from lightning_trak.gradients import GradientEngine
 from lightning_trak.gradients.batch import ExampleBatch, Layout, find_layout
 from lightning_trak.outputs import ModelOutput
@@ -72,6 +73,7 @@ class ExtractorModule(PredictModule):
         self._store = store
         self._train_loader = train_loader
         self._alone_and_together: tuple[Any, ...] | None = None
+        self._few: ExampleBatch | None = None  # training examples whose loss is not yet compared with training_step's
         self._begun = {} if train_loader is None else store.begun()
         self._layout: Layout | None = None
         self._autocast: torch.dtype | None = None
@@ -129,6 +131,9 @@ class ExtractorModule(PredictModule):
         self._entered.add(checkpoint)
         if first and self._alone_and_together is not None:
             require_sound(asked, self._layout, *self._alone_and_together)
+        if self._few is not None and self._train_loader is not None:
+            warn_of_other_loss(model, self._few, batch_size_of(self._train_loader))
+            self._few = None
         if self._engine is None:
             self._engine = self._settle_engine()
         extractor = self._extractor = self._new_extractor(model, self._engine, self._bind(checkpoint))
@@ -187,6 +192,8 @@ class ExtractorModule(PredictModule):
                 "examples differ each time that they are loaded, so the ranks of a sharded model would see different"
                 " data: give data without random augmentation"
             )
+        if self._train_loader is not None and not self.copied.sharded:
+            self._few = ExampleBatch(first, len(some), self._layout)
         if is_one_by_one(loader):
             if batch_size_of(loader) == 1:  # the user's model never gets a batch of several
                 self._alone_and_together = (twice,)

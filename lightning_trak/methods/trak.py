@@ -58,7 +58,8 @@ class TRAK(NewtonMethod):
             example adds depends on models that have not seen it, which are less sure. 1: Q as it is. ``"auto"``: 1.43
             for one checkpoint; for several, it is larger if they differ more; and it grows with the lag
             (:attr:`~lightning_trak.scoring.noise.Noise.temperature`). K and the damping do not change. If R is the
-            same for all examples, as for a squared error, ``"auto"`` is 1, and a number divides the scores. None:
+            same for all examples, ``"auto"`` is 1; a number then divides the scores of a squared error, and does not
+            change those of :class:`~lightning_trak.outputs.NegativeLoss`. None:
             ``"auto"`` with ``damping="auto"`` and ``loss_gradients="per_checkpoint"``, else 1.
         lag: how far each training is from its end, at least 1. The automatic damping and temperature grow with it.
             ``"auto"`` measures it by the Newton step of the residuals: 1 after most trainings, and up to 16 after a

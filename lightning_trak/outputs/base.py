@@ -221,6 +221,12 @@ def close(values: Tensor, expected: Tensor, tolerance: float) -> bool:
     )
 
 
+def better_when_higher(output: ModelOutput) -> bool:
+    """Whether the loss never rises with the output, by its slope at some values. It does with a residual."""
+    slopes, _ = output.derivatives(torch.linspace(-8, 8, 33))
+    return bool((slopes >= 0).all())
+
+
 def _float_copy(output: Tensor) -> Tensor:
     """A detached copy in float32 or better, which autograd can save even if ``output`` is an inference tensor."""
     return output.detach().clone().to(torch.promote_types(output.dtype, torch.float32))

@@ -7,9 +7,16 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_trak import TRAK, GradientDot
 from lightning_trak.cleaning import harmful, useful, wrong_labels
-from lightning_trak.methods import BM25, Explicit, InfluenceFunction, LabelStatistic, TrainingLoss
+from lightning_trak.methods import (
+    BM25,
+    Explicit,
+    InfluenceFunction,
+    LabelStatistic,
+    RepresentationSimilarity,
+    TrainingLoss,
+)
 from lightning_trak.methods.base import MatrixMethod
-from lightning_trak.outputs import NegativeLoss, RegressionOutput
+from lightning_trak.outputs import DiffusionMean, NegativeLoss, RegressionOutput
 from lightning_trak.projections import SparseProjection
 from lightning_trak.scoring import Groups
 from tests.lit import TARGETS, TRAIN, make_model, make_trainer
@@ -139,6 +146,23 @@ def test_outputs_that_are_not_better_when_higher(tmp_path, checkpoints):
     fits = NegativeLoss(lambda module, batch: (module(batch[0])[:, 0] - batch[1]) ** 2)
     method = TRAK(make_model(), checkpoints, tmp_path / "fits", projection=SparseProjection(32), output=fits)
     assert len(useful(method, make_trainer(), TRAIN, TARGETS)) == 50
+
+
+def test_similar_examples_are_not_harmful(checkpoints):
+    alike = RepresentationSimilarity(make_model(), checkpoints, similarity="l2")  # all scores are negative
+    for method in (alike, BM25(0)):
+        with pytest.raises(ValueError, match=r"say how alike examples are, not what training on them does"):
+            harmful(method, make_trainer(), TRAIN, TARGETS)
+    assert len(useful(alike, make_trainer(), TRAIN, TARGETS)) == 50  # the most similar first
+
+
+def test_a_mean_prediction_is_not_better_when_higher(tmp_path, checkpoints):
+    output = DiffusionMean(torch.linspace(0.99, 0.01, 10), [2])
+    for effect_on in ("output", "loss"):
+        method = GradientDot(make_model(), checkpoints, tmp_path, output=output, effect_on=effect_on)
+        for function in (harmful, useful):
+            with pytest.raises(ValueError, match="DiffusionMean says how far a prediction moves, not whether it gets"):
+                function(method, make_trainer(), TRAIN, TARGETS)
 
 
 @pytest.mark.parametrize(

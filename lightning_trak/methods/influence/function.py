@@ -39,9 +39,9 @@ class InfluenceFunction(Influence):
             negative eigenvalues where the weights are no minimum: see
             :class:`~lightning_trak.methods.influence.hessian.Hessian`.
         damping: lambda relative to the mean eigenvalue of the Gauss-Newton matrix, also where ``curvature="exact"``;
-            ``"auto"`` is the rule of :func:`~lightning_trak.scoring.damping.auto_damping`; with several checkpoints it
-            takes one more pass over the training set at each. For a model trained with weight decay w on the mean of n
-            losses, n w is the lambda of its objective.
+            ``"auto"`` is the rule of :func:`~lightning_trak.scoring.damping.auto_damping`, without TRAK's lag; with
+            several checkpoints it takes one more pass over the training set at each. For a model trained with weight
+            decay w on the mean of n losses, n w is the lambda of its objective.
         **options: ``output``, ``parameters``, ``seed`` and ``weights_only``, see
             :class:`~lightning_trak.methods.influence.base.Influence`.
 

@@ -18,6 +18,7 @@ from lightning_trak.features.extractor import GRADIENT_BYTES, FeatureExtractor
 from lightning_trak.features.finiteness import require_finite
 from lightning_trak.features.model import ModelCopy
 from lightning_trak.features.rows import Features
+from lightning_trak.features.training_loss import warn_of_other_loss
 from lightning_trak.gradients.base import differentiating
 from lightning_trak.gradients.batch import ExampleBatch, Layout, find_layout
 from lightning_trak.gradients.precision import WorkingPrecision
@@ -116,6 +117,9 @@ class Passes:
             if self.engine_name is None:
                 ((batch, size),) = self.batches(self.train, [range(min(2, len(self.train)))])
                 self.use_engine(choose_engine(model, ExampleBatch(batch, size, self.layout)).name)
+                ((batch, size),) = self.batches(self.train, [spread(len(self.train), FEW)])
+                few = ExampleBatch(batch, size, self.layout)
+                warn_of_other_loss(model, few, batch_size_of(self.train.loader))
 
     def use_engine(self, name: EngineName) -> None:
         """Use this engine to differentiate from now on."""

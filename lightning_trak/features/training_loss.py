@@ -1,0 +1,106 @@
+"""Compares the loss that an output declares with the loss that ``training_step`` returns."""
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from lightning_trak.features.model import ModelCopy
+from lightning_trak.gradients.batch import ExampleBatch
+from lightning_trak.outputs.evaluating import exact_attention, unchanged
+from lightning_trak.packages import is_a, overrides
+from lightning_trak.running.random_states import isolated_random_states
+from lightning_trak.running.training_step import silence, training_step_of
+from lightning_trak.texts.printable import counted
+
+_RELATIVE, _ABSOLUTE = 2e-2, 1e-4  # the losses of a sure model are all rounding
+
+
+def warn_of_other_loss(model: ModelCopy, examples: ExampleBatch, together: int) -> None:
+    """Warn if ``training_step`` minimizes another loss than that of the output.
+
+    Another factor is no other loss: a mean and a sum, or a square and its half, give the same Newton step. Nothing is
+    said where the two cannot be compared: if the output makes one prediction of several, if the step is random, fails
+    without a training run or returns no number, or if there are several processes.
+
+    Args:
+        model: the copy of the model, at a checkpoint. Whatever the step does to its weights, they are loaded again.
+        examples: some training examples.
+        together: how many of them the model can take together.
+    """
+    module, output = model.module, model.output
+    if examples.is_one_by_one or output.averages or output.context_size or output.numbered:
+        return
+    if not is_a(module, L.LightningModule) or not overrides(module, "training_step", L.LightningModule):
+        return
+    if not module.automatic_optimization:
+        return
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        return  # a step may wait for the other processes, and each comes here in its own time
+    try:
+        batches = [examples.take([0]), examples.take([examples.size - 1])]
+        if together > 1:
+            batches.append(examples.take(slice(0, together)))
+        losses, returned = _compared(model, module, batches)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception:  # the step may need anything that only a training run has
+        return
+    finally:
+        model.load(model.checkpoint or 0, model.device)
+    sums = [math.fsum(part) for part in losses]
+    means = [total / len(part) for total, part in zip(sums, losses, strict=True)]
+    if not _proportional(returned, means) and not _proportional(returned, sums):
+        name = type(output).__name__
+        pairs = "; ".join(
+            f"{step:.4g} and {mean:.4g} for {counted(batch.size, 'training example')}"
+            for batch, step, mean in zip(batches, returned, means, strict=True)
+        )
+        rank_zero_warn(
+            f"training_step of {type(module).__name__} minimizes another loss than that of {name}, from which scores"
+            f" are made. In eval mode, the two are {pairs}. Class weights, label smoothing, another kind of loss or a"
+            " second one do this, and scores leave them out. NegativeLoss takes any loss of each example, also one"
+            " times a weight. If training_step only adds a penalty on the weights, ignore this warning"
+        )
+
+
+def _compared(
+    model: ModelCopy, module: L.LightningModule, batches: Sequence[ExampleBatch]
+) -> tuple[list[list[float]], list[float]]:
+    """The losses of the examples of each batch by the output, and what ``training_step`` returns for the batch.
+
+    Raises:
+        ValueError: if a loss is not finite, or the step returns no number, or another one the second time.
+    """
+    output = model.output
+    with model.differentiable(), isolated_random_states(), unchanged(module, output), exact_attention():
+        losses = [output.loss(output.output(module, batch.fresh())).tolist() for batch in batches]
+        if not all(map(math.isfinite, chain(*losses))):
+            raise ValueError("an example has no loss")  # another check names it
+        silence(module)
+        step = training_step_of(module)
+        returned = [_number(step, batch) for batch in batches]
+        if not math.isclose(_number(step, batches[-1]), returned[-1], rel_tol=1e-4):
+            raise ValueError("training_step is random")
+    return losses, returned
+
+
+def _number(step: Callable[[Any, int], Tensor | None], batch: ExampleBatch) -> float:
+    loss = step(batch.fresh(), 0)
+    if loss is None or not math.isfinite(loss.item()):
+        raise ValueError("training_step returns no number")
+    return loss.item()
+
+
+def _proportional(returned: Sequence[float], expected: Sequence[float]) -> bool:
+    """Whether some numbers are others times a factor, up to rounding."""
+    total = math.fsum(expected)
+    factor = max(0.0, math.fsum(returned) / total) if total > 0 else 0.0
+    off = max(abs(one - factor * other) for one, other in zip(returned, expected, strict=True))
+    return off <= _RELATIVE * max(map(abs, returned)) + _ABSOLUTE

@@ -1,0 +1,26 @@
+"""Which scores may be measured on the outputs of retrained models."""
+
+import pytest
+import torch
+
+from lightning_trak import GradientDot
+from lightning_trak.callbacks import AttributionEvaluation
+from lightning_trak.outputs import RegressionOutput
+from lightning_trak.retraining import Retrained, random_subsets
+from tests.lit import TARGETS, TRAIN, LitNet, make_trainer
+
+
+def test_scores_about_a_loss_that_can_rise_with_the_output_are_refused(tmp_path):
+    truth = Retrained(random_subsets(len(TRAIN), 6), torch.randn(len(TARGETS), 6, 1))
+
+    def evaluation(effect_on):
+        output = RegressionOutput(lambda module, batch: module(batch[0])[:, 0])
+        methods = {"dot": lambda model: GradientDot(model, None, tmp_path, output=output, effect_on=effect_on)}
+        return AttributionEvaluation(methods, TRAIN, TARGETS, truth)
+
+    with pytest.raises(ValueError, match=r'can rise with RegressionOutput, .* give the method effect_on="output"'):
+        evaluation("loss").evaluate(make_trainer(), LitNet())
+    assert not list(tmp_path.iterdir())
+    measured = evaluation("output")
+    measured.evaluate(make_trainer(), LitNet())
+    assert set(measured.lds) == {"dot"}
