@@ -31,7 +31,7 @@ class AttributionTrainer(L.Trainer):
         datamodule: L.LightningDataModule,
         shard_size: int | None = None,
         overwrite: bool = False,
-        on_nan: OnNan = "raise",
+        on_nan: OnNan | None = None,
         part: str | None = None,
     ) -> None:
         """Store the features of the training data at every checkpoint. An interrupted call is continued.

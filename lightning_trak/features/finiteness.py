@@ -171,8 +171,8 @@ class NotFiniteExamples:
         first = next(checkpoint for checkpoint in sorted(self.found) if every[0] in self.found[checkpoint])
         raise NotFiniteError(
             f"{'; '.join(parts)}: look for NaN or huge values in these examples or the weights, or use a dtype with a"
-            ' larger range, or leave these examples out with on_nan="skip"; nothing of their shards was written,'
-            " and other shards are kept",
+            ' larger range, or leave these examples out with featurize(on_nan="skip"); nothing of their shards was'
+            " written, and other shards are kept",
             every,
             first,
         )

@@ -113,7 +113,7 @@ class FeaturePipeline:
         shard_size: int | None,
         require_enough: Callable[[int, int], None],
         overwrite: bool = False,
-        on_nan: OnNan = "raise",
+        on_nan: OnNan | None = None,
         part: Part | None = None,
     ) -> None:
         """Store the features of the training set at every checkpoint. An interrupted call is continued.
@@ -132,7 +132,7 @@ class FeaturePipeline:
             ValueError: if the store was made with other settings, an example's features are not finite, or the
                 strategy splits the model in a way that cannot be differentiated.
         """
-        require_one_of("on_nan", on_nan, ("raise", "skip"))
+        require_one_of("on_nan", on_nan, ("raise", "skip", None))
         share([], part)  # raises before the work if there is no such part
         refuse_spawning(trainer)
         shards_model(trainer)
@@ -171,11 +171,13 @@ class FeaturePipeline:
         trainer: L.Trainer,
         data: Data | None,
         loader: DataLoader[Any],
-        on_nan: OnNan,
+        on_nan: OnNan | None,
         part: Part | None,
     ) -> None:
         """Compute what a store lacks, or a part of it; see :meth:`featurize`."""
         self._require_engine(store, model.sharded)
+        if on_nan is None:
+            on_nan = "skip" if store.skipped else "raise"
         if on_nan == "raise":
             require_none_skipped(store)
         needed = {"context": model.output.context_size, "projection": self.settings.projection.sample_size}

@@ -18,8 +18,8 @@ def require_none_skipped(store: FeatureStore) -> None:
     skipped = store.skipped
     if skipped:
         raise NotFiniteError(
-            f'{named(skipped)} were left out by an earlier run with on_nan="skip": use on_nan="skip" to go on without'
-            " them, or another directory or overwrite=True after the data were corrected",
+            f'an earlier run with on_nan="skip" has left out {named(skipped)}: leave on_nan out to go on without them,'
+            " or use another directory or overwrite=True after the data were corrected",
             skipped,
         )
 

@@ -6,6 +6,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from lightning_trak import TRAK
+from lightning_trak.cleaning import duplicates
 from lightning_trak.features.finiteness import NotFiniteError
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.methods import ExactKernel, GradientCosine
@@ -47,8 +48,10 @@ def test_all_are_named_and_all_other_shards_are_kept(tmp_path):
     assert caught.value.positions == [0, 7, 8, 22]
     assert sorted(path.name for path in tmp_path.rglob("shard-*")) == ["shard-00003.safetensors"] * 2
     featurize(trak, Subset(DATA, range(29)), on_nan="skip")
-    with pytest.raises(NotFiniteError, match='were left out by an earlier run with on_nan="skip"') as caught:
-        featurize(trak, Subset(DATA, range(29)))
+    with pytest.raises(
+        NotFiniteError, match='an earlier run with on_nan="skip" has left out the features of 4'
+    ) as caught:
+        featurize(trak, Subset(DATA, range(29)), on_nan="raise")
     assert caught.value.positions == [0, 7, 8, 22]
 
 
@@ -191,3 +194,14 @@ def test_rescoring_needs_all_examples(tmp_path):
         trak.score(make_trainer(), TARGETS, top_k=2, largest=True, rescore=4)
     with pytest.raises(ValueError, match="on_nan"):
         featurize(trak, on_nan="ignore")
+
+
+@pytest.mark.filterwarnings("ignore:TRAK")
+def test_calls_that_featurize_go_on_without_what_was_left_out(tmp_path):
+    trak, train = make(tmp_path), DataLoader(DATA, batch_size=4)
+    with pytest.raises(NotFiniteError, match=r"leave these examples out with featurize\(on_nan=\"skip\"\)"):
+        trak.attribute(make_trainer(), train, TARGETS)
+    featurize(trak, on_nan="skip")
+    torch.testing.assert_close(trak.attribute(make_trainer(), train, TARGETS), trak.score(make_trainer(), TARGETS))
+    assert not trak.label_suspicion(make_trainer(), train)[BAD].any()
+    assert not set(duplicates(trak, make_trainer(), train).positions.tolist()) & set(BAD)
