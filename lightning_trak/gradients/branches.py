@@ -1,0 +1,69 @@
+"""Values of tensors that Python code asks for under ``vmap``, where each example may have its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from lightning_trak.compatibility import values_under_vmap
+
+_ASKING = frozenset(
+    [
+        Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__, Tensor.__contains__, Tensor.item,
+        Tensor.tolist, Tensor.is_nonzero, Tensor.equal, Tensor.allclose, torch.is_nonzero, torch.equal, torch.allclose,
+    ]
+)  # fmt: skip
+
+
+class DifferentValues(Exception):  # noqa: N818
+    """Python code has asked for a value that is not the same for all examples.
+
+    Args:
+        groups: the numbers of the examples with one value, for each value.
+    """
+
+    def __init__(self, groups: list[list[int]]) -> None:
+        super().__init__(f"the forward pass depends on a value with {len(groups)} different numbers in the batch")
+        self.groups = groups
+
+
+class CommonValues(TorchFunctionMode):
+    """Inside this context, Python code under ``vmap`` gets a value of a tensor that is the same for all examples.
+
+    Without it, ``if mask.all():`` and ``.item()`` are errors under ``vmap``. Models of transformers look in this way
+    whether a batch has padding at all. If all examples have the same value, all of them take the same path through the
+    code, and the value is what each of them would have alone.
+
+    Raises:
+        DifferentValues: if examples have different values. Those with the same value can be mapped over together.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Give the value of the first example, if it is that of all."""
+        del types
+        if func in _ASKING:
+            args = tuple(_common(part) if isinstance(part, Tensor) else part for part in args)
+        return func(*args, **(kwargs or {}))
+
+
+def _common(tensor: Tensor) -> Tensor:
+    """The value of a tensor that is the same for all examples.
+
+    Raises:
+        DifferentValues: if it is not.
+    """
+    values = values_under_vmap(tensor)
+    if values is None:
+        return tensor
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for number, row in enumerate(values.reshape(len(values), -1).tolist()):
+        groups.setdefault(tuple(row), []).append(number)
+    if len(groups) > 1:
+        raise DifferentValues(list(groups.values()))
+    return values[0]
