@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,8 +13,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lightning_trak.gradients.base import EngineError, GradientEngine, in_real_numbers
 from lightning_trak.gradients.batch import ExampleBatch
 from lightning_trak.gradients.branches import CommonValues, DifferentValues
+from lightning_trak.gradients.new_tensors import NewTensorsOfExamples
 from lightning_trak.gradients.substitution import Substituted
 from lightning_trak.texts.messages import in_one_line
+
+# What vmap says if results of examples are written into a tensor that all of them share.
+_NOT_OF_EXAMPLES = "is not possible because there exists a Tensor `other` in extra_args that has more elements"
 
 
 class FunctionalEngine(GradientEngine):
@@ -38,12 +43,19 @@ class FunctionalEngine(GradientEngine):
         values = torch.cat([values for values, _ in parts])[order]
         return values, {name: torch.cat([rows[name] for _, rows in parts])[order] for name in self.parameters}
 
-    def _vectorized(self, batch: ExampleBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def _vectorized(self, batch: ExampleBatch, copied: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
+        """All examples in one vectorised call.
+
+        Args:
+            batch: the examples.
+            copied: whether each example has its own copy of the tensors that the forward pass makes.
+        """
+
         def scalar(parameters: dict[str, Tensor], example: list[Tensor]) -> Tensor:
             remaining = iter(example)
             one = batch.rebuild(lambda _: next(remaining).unsqueeze(0), 1)
             replaced = ((self.parameters[name], tracked) for name, tracked in parameters.items())
-            with Substituted(replaced), CommonValues():
+            with Substituted(replaced), CommonValues(), NewTensorsOfExamples(example[0]) if copied else nullcontext():
                 values = self.outputs(ExampleBatch(one, 1, batch.layout))
             self._require_one_each(values, 1)
             return values.squeeze(0)
@@ -57,6 +69,8 @@ class FunctionalEngine(GradientEngine):
             except (torch.cuda.OutOfMemoryError, ValueError, TypeError, DifferentValues):
                 raise  # errors of this package and of the user's code: their messages are clear already
             except Exception as error:
+                if _NOT_OF_EXAMPLES in str(error) and not copied:
+                    return self._vectorized(batch, copied=True)
                 raise self._translated(error) from error
         return values, {name: self._rows(gradient) for name, gradient in gradients.items()}
 
