@@ -81,6 +81,9 @@ class Audit:
         if same_output and self._explained_by_kinks(source, row, features[number]):
             return
         if isinstance(self._engine, LoopEngine):
+            again = self._projected(self._reference.one(batch, number)[1], features)
+            if same_output and float((features[number] - again).norm()) <= self._tolerance * float(again.norm()):
+                raise ValueError(_other_content(_OTHER_GRADIENT.format(name)))
             raise ValueError(
                 f"{name}: the output or its gradient changes each time that it is computed. Draw random numbers from a"
                 " generator with a fixed seed, leave noise out in eval mode, and keep no state between calls"
@@ -132,7 +135,7 @@ class Audit:
         except (RuntimeError, TypeError, ValueError):  # such as a model that casts to float32 itself
             return
         if _distance(here, alone) > self._tolerance * _norm(alone):
-            raise ValueError(_other_content(f"{name}: its gradient is not the same alone and in a batch with others"))
+            raise ValueError(_other_content(_OTHER_GRADIENT.format(name)))
 
     def _in_double(self) -> tuple[nn.Module, ModelOutput]:
         return copy.deepcopy(self._reference.module).double(), output_in_double(self._reference.output)
@@ -207,6 +210,7 @@ def require_independent(reference: LoopEngine, pair: ExampleBatch, alone: Tensor
             )
 
 
+_OTHER_GRADIENT = "{}: its gradient is not the same alone and in a batch with others"
 _PADDING = "padding that is not masked (mask it, pad all examples to one length, or use batch_size=1)"
 
 

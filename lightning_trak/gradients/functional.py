@@ -17,10 +17,6 @@ from lightning_trak.gradients.new_tensors import NewTensorsOfExamples
 from lightning_trak.gradients.substitution import Substituted
 from lightning_trak.texts.messages import in_one_line
 
-# What vmap says if results of examples are written into a tensor that all of them share.
-_NOT_OF_EXAMPLES = "is not possible because there exists a Tensor `other` in extra_args that has more elements"
-
-
 class FunctionalEngine(GradientEngine):
     """Vectorised gradients: ``vmap(grad_and_value(output))`` over the examples of a batch.
 
@@ -69,7 +65,7 @@ class FunctionalEngine(GradientEngine):
             except (torch.cuda.OutOfMemoryError, ValueError, TypeError, DifferentValues):
                 raise  # errors of this package and of the user's code: their messages are clear already
             except Exception as error:
-                if _NOT_OF_EXAMPLES in str(error) and not copied:
+                if not copied:
                     return self._vectorized(batch, copied=True)
                 raise self._translated(error) from error
         return values, {name: self._rows(gradient) for name, gradient in gradients.items()}

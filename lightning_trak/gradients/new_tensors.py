@@ -15,12 +15,14 @@ _MAKING = frozenset(
         torch.empty_like, Tensor.new_zeros, Tensor.new_ones, Tensor.new_full, Tensor.new_empty,
     ]
 )  # fmt: skip
+_RECURRENT = frozenset([torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu])
 
 
 class NewTensorsOfExamples(TorchFunctionMode):
     """Inside this context under ``vmap``, each example has its own copy of the tensors that code makes.
 
-    Without it, ``outputs = torch.zeros(...)`` belongs to all examples, and ``outputs[0] = result`` is an error.
+    Without it, ``outputs = torch.zeros(...)`` belongs to all examples, and ``outputs[0] = result`` is an error. The
+    same goes for the first state of a recurrent layer, which PyTorch's own code writes into.
 
     Args:
         like: any tensor that has a value for each example.
@@ -33,10 +35,15 @@ class NewTensorsOfExamples(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Call the operation. A new tensor becomes one of each example by adding zero."""
+        """Call the operation. A tensor becomes one of each example by adding zero."""
         del types
+        if func in _RECURRENT:  # called with (inputs, states, ...)
+            inputs, states, *others = args
+            states = tuple(map(self._of_examples, states)) if isinstance(states, tuple) else self._of_examples(states)
+            args = inputs, states, *others
         made = func(*args, **(kwargs or {}))
-        if func not in _MAKING or "out" in (kwargs or {}):
-            return made
-        zero = self._zero.to(made)
-        return made.logical_or(zero) if made.dtype == torch.bool else made + zero
+        return self._of_examples(made) if func in _MAKING and "out" not in (kwargs or {}) else made
+
+    def _of_examples(self, tensor: Tensor) -> Tensor:
+        zero = self._zero.to(tensor)
+        return tensor.logical_or(zero) if tensor.dtype == torch.bool else tensor + zero
