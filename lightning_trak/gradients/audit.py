@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import torch
 from torch import Tensor, nn
@@ -215,7 +216,7 @@ _PADDING = "padding that is not masked (mask it, pad all examples to one length,
 
 
 def _norm(gradients: dict[str, Tensor]) -> float:
-    return sum(float(row.norm()) ** 2 for row in gradients.values()) ** 0.5
+    return math.hypot(*(float(row.norm()) for row in gradients.values()))
 
 
 def _distance(gradients: dict[str, Tensor], expected: dict[str, Tensor]) -> float:

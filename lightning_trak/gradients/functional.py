@@ -17,6 +17,7 @@ from lightning_trak.gradients.new_tensors import NewTensorsOfExamples
 from lightning_trak.gradients.substitution import Substituted
 from lightning_trak.texts.messages import in_one_line
 
+
 class FunctionalEngine(GradientEngine):
     """Vectorised gradients: ``vmap(grad_and_value(output))`` over the examples of a batch.
 
