@@ -14,9 +14,14 @@ from lightning_trak.compatibility import values_under_vmap
 _ASKING = frozenset(
     [
         Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__, Tensor.__contains__, Tensor.item,
-        Tensor.tolist, Tensor.is_nonzero, Tensor.equal, Tensor.allclose, torch.is_nonzero, torch.equal, torch.allclose,
+        Tensor.tolist, Tensor.__format__, Tensor.is_nonzero, Tensor.equal, Tensor.allclose, torch.is_nonzero,
+        torch.equal, torch.allclose,
     ]
 )  # fmt: skip
+
+
+# What vmap says about values of a tensor in the place of a size, and about results whose shape depends on values.
+_NEEDING = ("calling .item() on a Tensor", "dynamic shape", "to vmap over `mask` in torch.masked_select")
 
 
 class DifferentValues(Exception):  # noqa: N818
@@ -36,7 +41,8 @@ class CommonValues(TorchFunctionMode):
 
     Without it, ``if mask.all():`` and ``.item()`` are errors under ``vmap``. Models of transformers look in this way
     whether a batch has padding at all. If all examples have the same value, all of them take the same path through the
-    code, and the value is what each of them would have alone.
+    code, and the value is what each of them would have alone. The same goes for sizes, and for masks and indices where
+    the shape of the result depends on them.
 
     Raises:
         DifferentValues: if examples have different values. Those with the same value can be mapped over together.
@@ -45,11 +51,28 @@ class CommonValues(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Give the value of the first example, if it is that of all."""
+        """Give the value of the first example where one is needed, if it is that of all."""
         del types
+        kwargs = kwargs or {}
         if func in _ASKING:
-            args = tuple(_common(part) if isinstance(part, Tensor) else part for part in args)
-        return func(*args, **(kwargs or {}))
+            return func(*(_common(part) if isinstance(part, Tensor) else part for part in args), **kwargs)
+        try:
+            return func(*args, **kwargs)
+        except RuntimeError as error:
+            if not any(words in str(error) for words in _NEEDING):
+                raise
+            return func(*_with_common(args), **{name: _with_common(part) for name, part in kwargs.items()})
+
+
+def _with_common(part: Any) -> Any:
+    """Arguments in which integers and masks have their values. No gradient flows through them."""
+    if isinstance(part, Tensor) and not part.is_floating_point() and not part.is_complex():
+        return _common(part)
+    if type(part) in (list, tuple):
+        return type(part)(map(_with_common, part))
+    if isinstance(part, slice):
+        return slice(*map(_with_common, (part.start, part.stop, part.step)))
+    return part
 
 
 def _common(tensor: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import vmap
 
@@ -29,6 +30,21 @@ class Masked(nn.Module):
             hidden = hidden * mask.unsqueeze(-1) / 2
         longest = int(lengths.max())
         return self.head(hidden[:, :longest].sum(1))
+
+
+class Sized(nn.Module):
+    """Takes values as sizes, masks as indices, and turns integers into vectors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(3, 5), nn.Linear(5, 3)
+
+    def forward(self, inputs: Tensor, lengths: Tensor) -> Tensor:
+        inputs = inputs[:, : lengths.max()]
+        mask = torch.arange(lengths.max()) < lengths.unsqueeze(1)
+        hidden = torch.zeros_like(self.inner(inputs))
+        hidden[mask] = self.inner(inputs[mask]).tanh()
+        return self.head(hidden.sum(1) * F.one_hot(lengths, 5) + hidden[:, mask[0].nonzero()[:, 0]].mean(1))
 
 
 class Filling(nn.Module):
@@ -67,6 +83,7 @@ class Recurrent(nn.Module):
     "module",
     [
         Masked(),
+        Sized(),
         Filling(),
         *(Recurrent(kind, learned) for kind in (nn.LSTM, nn.GRU, nn.RNN) for learned in (False, True)),
     ],
