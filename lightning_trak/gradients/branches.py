@@ -61,7 +61,15 @@ class CommonValues(TorchFunctionMode):
         except RuntimeError as error:
             if not any(words in str(error) for words in _NEEDING):
                 raise
+            if func is Tensor.__setitem__ and _fills(*args):
+                tensor, mask, value = args
+                return tensor.masked_fill_(mask.reshape(*mask.shape, *[1] * (tensor.ndim - mask.ndim)), value)
             return func(*_with_common(args), **{name: _with_common(part) for name, part in kwargs.items()})
+
+
+def _fills(tensor: Tensor, index: Any, value: Any) -> bool:
+    """Whether ``tensor[index] = value`` writes a number where a mask is true, which needs no values of the mask."""
+    return isinstance(index, Tensor) and index.dtype == torch.bool and isinstance(value, (int, float))
 
 
 def _with_common(part: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
@@ -67,7 +67,8 @@ class FunctionalEngine(GradientEngine):
                 raise  # errors of this package and of the user's code: their messages are clear already
             except Exception as error:
                 if not copied:
-                    return self._vectorized(batch, copied=True)
+                    with suppress(EngineError):  # the first error says more
+                        return self._vectorized(batch, copied=True)
                 raise self._translated(error) from error
         return values, {name: self._rows(gradient) for name, gradient in gradients.items()}
 
