@@ -32,7 +32,9 @@ class DifferentValues(Exception):  # noqa: N818
     """
 
     def __init__(self, groups: list[list[int]]) -> None:
-        super().__init__(f"the forward pass depends on a value with {len(groups)} different numbers in the batch")
+        super().__init__(
+            "the forward pass asks for a value, as with .item() or a mask as index, that is another one for most examples"
+        )
         self.groups = groups
 
 
