@@ -33,7 +33,8 @@ class DifferentValues(Exception):  # noqa: N818
 
     def __init__(self, groups: list[list[int]]) -> None:
         super().__init__(
-            "the forward pass asks for a value, as with .item() or a mask as index, that is another one for most examples"
+            "the forward pass asks for a value, as with .item() or a mask as index, that is another one for most of the"
+            " examples"
         )
         self.groups = groups
 
@@ -63,13 +64,13 @@ class CommonValues(TorchFunctionMode):
         except RuntimeError as error:
             if not any(words in str(error) for words in _NEEDING):
                 raise
-            if func is Tensor.__setitem__ and _fills(*args):
+            if func is Tensor.__setitem__ and _fills(*args[1:]):
                 tensor, mask, value = args
                 return tensor.masked_fill_(mask.reshape(*mask.shape, *[1] * (tensor.ndim - mask.ndim)), value)
             return func(*_with_common(args), **{name: _with_common(part) for name, part in kwargs.items()})
 
 
-def _fills(tensor: Tensor, index: Any, value: Any) -> bool:
+def _fills(index: Any, value: Any) -> bool:
     """Whether ``tensor[index] = value`` writes a number where a mask is true, which needs no values of the mask."""
     return isinstance(index, Tensor) and index.dtype == torch.bool and isinstance(value, (int, float))
 
