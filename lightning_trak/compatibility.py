@@ -26,6 +26,7 @@ from lightning.pytorch.strategies.launchers.subprocess_script import _Subprocess
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning_utilities.core.inheritance import get_all_subclasses
 from torch import Tensor, nn, optim
+from torch._C import _functorch as functorch
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_iter, tree_map
@@ -72,6 +73,7 @@ __all__ = [
     "transient_buffers",
     "tree_iter",
     "tree_map",
+    "values_under_vmap",
     "with_index_sampler",
 ]
 
@@ -210,6 +212,23 @@ def explicit_padding(convolution: nn.Module) -> list[int]:
         convolution: a convolution of ``torch.nn``. ``padding="same"`` is converted to numbers.
     """
     return list(cast(Any, convolution)._reversed_padding_repeated_twice)
+
+
+def values_under_vmap(tensor: Tensor) -> Tensor | None:
+    """The values of a tensor for all examples, inside ``torch.func.vmap``.
+
+    Args:
+        tensor: what a function that ``vmap`` maps has computed, perhaps inside ``torch.func.grad``.
+
+    Returns:
+        Shape ``(size, ...)``; None if the tensor is the same for all examples, or belongs to ``vmap`` inside ``vmap``.
+    """
+    found, mapped = tensor, []
+    while functorch.is_functorch_wrapped_tensor(found):
+        if functorch.is_batchedtensor(found):
+            mapped.append(functorch.maybe_get_bdim(found))
+        found = functorch.get_unwrapped(found)
+    return found.detach().movedim(mapped[0], 0) if len(mapped) == 1 else None
 
 
 def with_index_sampler(loader: Any, change: Callable[[Any], Any]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_trak.gradients.base import EngineError, GradientEngine, in_real_numbers
 from lightning_trak.gradients.batch import ExampleBatch
+from lightning_trak.gradients.branches import CommonValues, DifferentValues
+from lightning_trak.gradients.new_tensors import NewTensorsOfExamples
 from lightning_trak.gradients.substitution import Substituted
 from lightning_trak.texts.messages import in_one_line
 
@@ -18,17 +21,38 @@ from lightning_trak.texts.messages import in_one_line
 class FunctionalEngine(GradientEngine):
     """Vectorised gradients: ``vmap(grad_and_value(output))`` over the examples of a batch.
 
-    The gradients take ``size x (selected parameters)`` numbers of memory. ``vmap`` cannot run models whose control flow
-    depends on data; use :class:`~lightning_trak.gradients.loop.LoopEngine` for these.
+    The gradients take ``size x (selected parameters)`` numbers of memory. If the model's control flow depends on data,
+    the examples that take the same path are differentiated together. ``vmap`` cannot run models where almost every
+    example takes a path of its own, nor tensors with a shape that depends on data; use
+    :class:`~lightning_trak.gradients.loop.LoopEngine` for these.
     """
 
     def __call__(self, batch: ExampleBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """All examples in one vectorised call."""
+        """All examples in one vectorised call, or in one for each path through the model."""
+        try:
+            return self._vectorized(batch)
+        except DifferentValues as paths:
+            if len(paths.groups) > max(2, batch.size // 2):
+                raise self._translated(paths) from paths
+            numbers = torch.tensor([number for group in paths.groups for number in group], device=self.device)
+            parts = [self(batch.take(group)) for group in paths.groups]
+        order = numbers.argsort()
+        values = torch.cat([values for values, _ in parts])[order]
+        return values, {name: torch.cat([rows[name] for _, rows in parts])[order] for name in self.parameters}
+
+    def _vectorized(self, batch: ExampleBatch, copied: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
+        """All examples in one vectorised call.
+
+        Args:
+            batch: the examples.
+            copied: whether each example has its own copy of the tensors that the forward pass makes.
+        """
 
         def scalar(parameters: dict[str, Tensor], example: list[Tensor]) -> Tensor:
             remaining = iter(example)
             one = batch.rebuild(lambda _: next(remaining).unsqueeze(0), 1)
-            with Substituted((self.parameters[name], tracked) for name, tracked in parameters.items()):
+            replaced = ((self.parameters[name], tracked) for name, tracked in parameters.items())
+            with Substituted(replaced), CommonValues(), NewTensorsOfExamples(example[0]) if copied else nullcontext():
                 values = self.outputs(ExampleBatch(one, 1, batch.layout))
             self._require_one_each(values, 1)
             return values.squeeze(0)
@@ -39,9 +63,12 @@ class FunctionalEngine(GradientEngine):
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
             try:
                 gradients, values = vmap(grad_and_value(scalar), in_dims=(None, 0))(parameters, batch.rows())
-            except (torch.cuda.OutOfMemoryError, ValueError, TypeError):
+            except (torch.cuda.OutOfMemoryError, ValueError, TypeError, DifferentValues):
                 raise  # errors of this package and of the user's code: their messages are clear already
             except Exception as error:
+                if not copied:
+                    with suppress(EngineError):  # the first error says more
+                        return self._vectorized(batch, copied=True)
                 raise self._translated(error) from error
         return values, {name: self._rows(gradient) for name, gradient in gradients.items()}
 

@@ -18,7 +18,8 @@ class ModelOutput(ABC):
     """A scalar output f of the model per example, through which the training loss depends on the parameters.
 
     A subclass gives :meth:`output` and :meth:`loss`; the derivatives of the loss follow by autograd. Gradient engines
-    call :meth:`output` under ``torch.func.vmap`` or with real batches, so it may not branch on the values of tensors.
+    call :meth:`output` under ``torch.func.vmap`` or with real batches. Where it branches on the values of tensors,
+    examples that take different paths are computed apart, or one by one.
     The output of an example that has none (an ignored label, say) should be NaN: featurizing then stops and names it.
 
     Attributes:

@@ -126,6 +126,7 @@ def _borrowed(trainer: L.Trainer, ours: PredictModule, interruption: Interruptio
         with (interruption or Interruption()).watching(trainer), isolated_random_states(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*RangeLoader.*")  # a loader may be empty
             warnings.filterwarnings("ignore", ".*LeafSpec.*")  # caused by Lightning itself
+            warnings.filterwarnings("ignore", ".*implemented the batching rule.*")  # vmap's, and no user can change it
             yield
     finally:
         for part, attributes in before:

@@ -80,6 +80,39 @@ def test_a_shortcut_that_is_announced_and_not_defined_is_an_error(monkeypatch):
         layer(module[1]).factors(LayerCall(torch.ones(1, 4), torch.ones(1, 3), 1))
 
 
+class ScaledEmbedding(nn.Embedding):
+    """As in Gemma and BART."""
+
+    def forward(self, ids):
+        return super().forward(ids) * 3.5
+
+
+class OtherEmbedding(nn.Embedding):
+    def forward(self, ids):
+        return super().forward(ids).tanh()
+
+
+@pytest.mark.parametrize("projection", [IdentityProjection(), SparseProjection(32), KroneckerProjection(2, 3)])
+def test_embeddings_that_scale_their_rows(projection):
+    module = nn.Sequential(ScaledEmbedding(9, 4, padding_idx=0), nn.Flatten(), nn.Linear(12, 3)).double()
+    batch = ExampleBatch((torch.tensor([[0, 3, 8], [3, 3, 1]]), torch.tensor([0, 2])), 2)
+    names = select_parameters(module)
+    assert not HookEngine.uncovered(module, names)
+    engine, loop = (kind(module, ClassificationMargin(), names) for kind in (HookEngine, LoopEngine))
+    bound = projection.bind({name: p.shape for name, p in engine.parameters.items()}, 0, 0, torch.device("cpu"))
+    found, expected = torch.zeros(2, batch.size, bound.dim, dtype=torch.float64)
+    engine.project(batch, bound, found)
+    loop.project(batch, bound, expected)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_other_types_derived_from_embeddings_are_refused():
+    module = nn.Sequential(OtherEmbedding(9, 4), nn.Flatten(), nn.Linear(12, 3))
+    batch = ExampleBatch((torch.tensor([[0, 3, 8], [3, 3, 1]]), torch.tensor([0, 2])), 2)
+    wrong = HookEngine(module, ClassificationMargin(), select_parameters(module)).check(batch)
+    assert "OtherEmbedding does not multiply the rows of its weight" in wrong["0.weight"]
+
+
 def test_a_class_without_gradient_cannot_be_used():
     class Empty(Layer, covers=[Bilinear]):
         parameter_names = ("form",)

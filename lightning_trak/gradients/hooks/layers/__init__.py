@@ -3,7 +3,7 @@
 from lightning_trak.gradients.hooks.layers.activation import PReLULayer
 from lightning_trak.gradients.hooks.layers.base import Layer, LayerCall, layer_of
 from lightning_trak.gradients.hooks.layers.convolution import ConvolutionLayer
-from lightning_trak.gradients.hooks.layers.embedding import EmbeddingLayer
+from lightning_trak.gradients.hooks.layers.embedding import EmbeddingLayer, ScaledEmbeddingLayer
 from lightning_trak.gradients.hooks.layers.linear import LinearLayer, TransposedLinearLayer
 from lightning_trak.gradients.hooks.layers.normalization import (
     BatchNormLayer,
@@ -25,6 +25,7 @@ __all__ = [
     "PReLULayer",
     "RMSNormLayer",
     "ScaleLayer",
+    "ScaledEmbeddingLayer",
     "TransposedLinearLayer",
     "layer_of",
 ]

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_trak.compatibility import replaced_parameter
+from lightning_trak.gradients.base import EngineError
 from lightning_trak.gradients.hooks.layers.base import Layer, LayerCall
 
 
@@ -53,3 +58,30 @@ class EmbeddingLayer(Layer, covers=[nn.Embedding]):
         if self.module.padding_idx is not None:
             gradients = gradients * (ids != self.module.padding_idx).unsqueeze(-1)
         return gradients, ids
+
+
+class ScaledEmbeddingLayer(EmbeddingLayer, covers_by_structure=True):
+    """A type derived from ``nn.Embedding`` that multiplies the rows, as Gemma and BART do.
+
+    The factors are the output for a weight of ones. Each time, the output for the own weight must be their product.
+    """
+
+    @classmethod
+    def recognizes(cls, module: nn.Module) -> bool:
+        """Whether the module is an embedding with one parameter and a forward of one argument."""
+        return (
+            isinstance(module, nn.Embedding)
+            and [name for name, _ in module.named_parameters()] == ["weight"]
+            and len(inspect.signature(module.forward).parameters) == 1
+        )
+
+    def _positions(self, call: LayerCall) -> tuple[Tensor, Tensor]:
+        own = self.module.weight.detach()
+        with torch.no_grad():
+            outputs = self.module.forward(call.inputs)
+            with replaced_parameter(self.module, "weight", own.new_ones(1, 1).expand_as(own)):
+                factors = self.module.forward(call.inputs)
+            plain = F.embedding(call.inputs, own)
+        if not outputs.shape == factors.shape == plain.shape or not torch.allclose(outputs, factors * plain, rtol=1e-2):
+            raise EngineError(f"{type(self.module).__name__} does not multiply the rows of its weight by factors")
+        return super()._positions(LayerCall(call.inputs, call.output_gradient * factors, call.size))
