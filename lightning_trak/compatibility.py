@@ -215,10 +215,7 @@ def explicit_padding(convolution: nn.Module) -> list[int]:
 
 
 def values_under_vmap(tensor: Tensor) -> Tensor | None:
-    """The values of a tensor for all examples, inside ``torch.func.vmap``.
-
-    Args:
-        tensor: what a function that ``vmap`` maps has computed, perhaps inside ``torch.func.grad``.
+    """The values for all examples of a tensor that ``torch.func.vmap`` computes, perhaps with ``torch.func.grad``.
 
     Returns:
         Shape ``(size, ...)``; None if the tensor is the same for all examples, or belongs to ``vmap`` inside ``vmap``.

@@ -320,7 +320,7 @@ def test_a_tail_patch_that_would_step_on_the_original_is_refused():
     data, scores = make_data(6), {"own": torch.eye(6)}
     for make, message in (
         (NoisyStep, "the output of NoisyStep is random in eval mode"),
-        (ClosureStep, r"reads lower.bias, lower.weight, upper.bias, ... of the module that was passed"),
+        (ClosureStep, r"reads lower.bias, lower.weight, upper.bias and 1 more of the module that was passed"),
     ):
         model = make()
         with pytest.raises(ValueError, match=message):

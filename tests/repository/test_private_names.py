@@ -48,6 +48,8 @@ NAMES = {
     "_reversed_padding_repeated_twice": ("torch", lambda: nn.Conv1d(1, 1, 1), "explicit_padding"),
     "_orig_mod": ("torch", lambda: torch.compile(module()), "original_module"),
     "_torchdynamo_orig_callable": ("torch", lambda: torch.compile(module), "original_function"),
+    "_muon": ("torch", lambda: torch.optim, "muon_orthogonalized"),
+    "_zeropower_via_newtonschulz": ("torch", lambda: torch.optim._muon, "muon_orthogonalized"),
     "_checkpoint_wrapped_module": ("torch", lambda: checkpoint_wrapper(module()), "WRAPPERS"),
     "_data_connector": ("lightning", make_trainer, "parts_that_a_run_changes"),
     "_logger_connector": ("lightning", make_trainer, "parts_that_a_run_changes"),

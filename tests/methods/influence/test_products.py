@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from lightning_utilities.core import rank_zero
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -25,7 +26,7 @@ def both(monkeypatch, caplog, model: nn.Module, **options) -> tuple[Tensor, Tens
     expected = scores_of(model, **options)
     monkeypatch.setattr(products, "break_even", lambda passes: 100)
     caplog.clear()
-    with caplog.at_level(logging.DEBUG, logger="lightning.pytorch"):
+    with caplog.at_level(logging.DEBUG, logger=rank_zero.log.name):
         found = scores_of(model, **options)
     return expected, found, caplog.text
 
@@ -137,7 +138,7 @@ def test_the_choice_depends_on_cost(caplog):
             patch.setattr(products, "break_even", noted)
             method.attribute(make_trainer(), TRAIN, TARGETS)
 
-    with caplog.at_level(logging.DEBUG, logger="lightning.pytorch"):
+    with caplog.at_level(logging.DEBUG, logger=rank_zero.log.name):
         limit_of(wide)
         assert "forward-mode products for 13 targets" in caplog.text
         limit_of(deep)
