@@ -201,6 +201,7 @@ class GradientCosine(_GradientMethod):
 
         If it is high, no other example moves the parameters in the same direction. The score of an example at itself
         says nothing here, because it is the same for all. Training examples are compared by their stored gradients.
+        Those that were left out are the least suspicious.
 
         Raises:
             ValueError: if there is only one training example; and as :meth:`score`.
@@ -208,7 +209,8 @@ class GradientCosine(_GradientMethod):
         trainer = trainer_of(trainer)
         self.featurize(trainer, train)
         store, ranks = self.open_store(trainer), Ranks.of(trainer)
-        if store.num_examples < 2:
+        num_others = store.num_examples - len(store.skipped) - 1
+        if num_others < 1:
             raise ValueError("there is only one training example, and nothing to compare it with")
         scorer = self._scorer(store, self.checkpoint_weights, "loss")
         scorer.fit(trainer.strategy.root_device, ranks)
@@ -219,5 +221,7 @@ class GradientCosine(_GradientMethod):
             best = cast(TopK, scorer.score(directions, _NEIGHBOURS + 1, True, ranks))
             itself = best.indices == torch.tensor(store.shard(shard)).unsqueeze(1)
             others = best.values.masked_fill(itself, -torch.inf)
-            suspicion.append(-others.topk(min(_NEIGHBOURS, store.num_examples - 1), dim=1).values.mean(1))
-        return torch.cat(suspicion)
+            suspicion.append(-others.topk(min(_NEIGHBOURS, num_others), dim=1).values.mean(1))
+        found = torch.cat(suspicion)
+        found[store.skipped] = found.min()
+        return found

@@ -205,3 +205,14 @@ def test_calls_that_featurize_go_on_without_what_was_left_out(tmp_path):
     torch.testing.assert_close(trak.attribute(make_trainer(), train, TARGETS), trak.score(make_trainer(), TARGETS))
     assert not trak.label_suspicion(make_trainer(), train)[BAD].any()
     assert not set(duplicates(trak, make_trainer(), train).positions.tolist()) & set(BAD)
+
+
+@pytest.mark.filterwarnings("ignore:TRAK")
+def test_examples_left_out_are_neither_suspicious_nor_neighbours(tmp_path):
+    few, good = Subset(DATA, range(10)), [1, 2, 3, 4, 5, 6, 9]
+    cosine, alone = make(tmp_path / "cosine", GradientCosine), make(tmp_path / "alone", GradientCosine)
+    featurize(cosine, few, on_nan="skip")
+    suspicion = cosine.label_suspicion(make_trainer(), few)
+    expected = alone.label_suspicion(make_trainer(), Subset(DATA, good))
+    torch.testing.assert_close(suspicion[good], expected)
+    assert suspicion[[0, 7, 8]].eq(expected.min()).all()
