@@ -49,13 +49,8 @@ def make(size=5):
     return module, ExampleBatch((inputs, torch.arange(size) % 3), size)
 
 
-@pytest.mark.parametrize(
-    "projection", [IdentityProjection(), SparseProjection(32), KroneckerProjection(2, 3), KroneckerProjection(2, 3, 16)]
-)
-def test_its_gradient_is_enough_for_every_projection(projection, monkeypatch):
-    cover()
-    monkeypatch.setattr(projector, "_CPU_BYTES", 1)  # one example at a time
-    module, batch = make()
+def require_as_by_loop(module, batch, projection):
+    """Hooks give the same projected gradients as a loop over examples. Returns their engine."""
     names = select_parameters(module)
     engine, loop = (kind(module, ClassificationMargin(), names) for kind in (HookEngine, LoopEngine))
     bound = projection.bind({name: p.shape for name, p in engine.parameters.items()}, 0, 0, torch.device("cpu"))
@@ -63,7 +58,17 @@ def test_its_gradient_is_enough_for_every_projection(projection, monkeypatch):
     engine.project(batch, bound, found)
     loop.project(batch, bound, expected)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
-    assert engine.check(batch) == {}
+    return engine
+
+
+@pytest.mark.parametrize(
+    "projection", [IdentityProjection(), SparseProjection(32), KroneckerProjection(2, 3), KroneckerProjection(2, 3, 16)]
+)
+def test_its_gradient_is_enough_for_every_projection(projection, monkeypatch):
+    cover()
+    monkeypatch.setattr(projector, "_CPU_BYTES", 1)  # one example at a time
+    module, batch = make()
+    assert require_as_by_loop(module, batch, projection).check(batch) == {}
 
 
 def test_a_shortcut_that_is_announced_and_not_defined_is_an_error(monkeypatch):
@@ -96,14 +101,8 @@ class OtherEmbedding(nn.Embedding):
 def test_embeddings_that_scale_their_rows(projection):
     module = nn.Sequential(ScaledEmbedding(9, 4, padding_idx=0), nn.Flatten(), nn.Linear(12, 3)).double()
     batch = ExampleBatch((torch.tensor([[0, 3, 8], [3, 3, 1]]), torch.tensor([0, 2])), 2)
-    names = select_parameters(module)
-    assert not HookEngine.uncovered(module, names)
-    engine, loop = (kind(module, ClassificationMargin(), names) for kind in (HookEngine, LoopEngine))
-    bound = projection.bind({name: p.shape for name, p in engine.parameters.items()}, 0, 0, torch.device("cpu"))
-    found, expected = torch.zeros(2, batch.size, bound.dim, dtype=torch.float64)
-    engine.project(batch, bound, found)
-    loop.project(batch, bound, expected)
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    assert not HookEngine.uncovered(module, select_parameters(module))
+    require_as_by_loop(module, batch, projection)
 
 
 def test_other_types_derived_from_embeddings_are_refused():
