@@ -30,7 +30,7 @@ def options(description: str, out: str, quick: str | None = None) -> argparse.Ar
 def begin(
     parser: argparse.ArgumentParser, arguments: Sequence[str] | None, one_thread: bool = True
 ) -> argparse.Namespace:
-    """Read the command line, make the folder, and be :func:`~benchmarks.truth.quiet`.
+    """Read the command line, make the folder, and silence log lines.
 
     Args:
         parser: made by :func:`options`.

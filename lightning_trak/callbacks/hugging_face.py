@@ -20,6 +20,7 @@ from lightning_trak.checkpoints.manifest import ParameterGroup
 from lightning_trak.checkpoints.optimizers import parameter_groups, preconditioner_of, require_adam
 from lightning_trak.checkpoints.series import SnapshotSeries
 from lightning_trak.running.fsdp import is_sharded
+from lightning_trak.running.ranks import is_one_of_several
 
 try:
     from accelerate.optimizer import AcceleratedOptimizer
@@ -249,7 +250,7 @@ def _on_rank_zero(state: TrainerState, action: Callable[[], T]) -> T:
 
 
 def _broadcast(value: Any) -> Any:
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if not is_one_of_several():
         return value
     held = [value]
     dist.broadcast_object_list(held, src=0)

@@ -33,8 +33,8 @@ class DifferentValues(Exception):  # noqa: N818
 
     def __init__(self, groups: list[list[int]]) -> None:
         super().__init__(
-            "the forward pass asks for a value, as with .item() or a mask as index, that is another one for most of the"
-            " examples"
+            "the forward pass asks for a value, such as .item() or a mask as an index, and most of the examples have"
+            " different ones"
         )
         self.groups = groups
 

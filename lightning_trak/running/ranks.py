@@ -12,6 +12,11 @@ T = TypeVar("T")
 _SUM_BYTES = 1 << 26  # a CPU tensor is summed on the device in pieces of this size
 
 
+def is_one_of_several() -> bool:
+    """Whether this process is one of several in a process group."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 class Ranks(NamedTuple):
     """The rank of this process and the world size, as a Trainer sees them.
 

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import lightning as L
-import torch.distributed as dist
 from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
 from lightning.pytorch.profilers import PassThroughProfiler
 
@@ -16,6 +15,7 @@ from lightning_trak.compatibility import is_running, parts_that_a_run_changes
 from lightning_trak.packages import is_a
 from lightning_trak.running.predict import PredictModule
 from lightning_trak.running.random_states import isolated_random_states
+from lightning_trak.running.ranks import is_one_of_several
 from lightning_trak.running.stopping import Interruption
 from lightning_trak.running.strategies import refuse_spawning
 
@@ -44,8 +44,7 @@ def trainer_of(trainer: L.Trainer | None, progress_bar: bool = True) -> L.Traine
                 " as in featurize(data=...), score(data=...) or attribute(train=..., targets=...)"
             )
         return trainer
-    together = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    if together or os.environ.get("WORLD_SIZE", "") not in ("", "1"):  # torchrun sets it
+    if is_one_of_several() or os.environ.get("WORLD_SIZE", "") not in ("", "1"):  # torchrun sets it
         raise ValueError(
             "this is one of several processes, and without a Trainer each would do all of the work: give the Trainer"
             " whose processes share it"

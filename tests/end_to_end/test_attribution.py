@@ -235,7 +235,7 @@ def test_a_plain_module_with_an_output(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["auto", "loop"])  # "auto" takes hooks where they cover the model
+@pytest.mark.parametrize("engine", ["auto", "hooks", "loop"])
 @pytest.mark.parametrize("name", ZOO)
 def test_every_architecture_end_to_end(tmp_path, name, engine):
     """Under inference mode, from a real loader, against features computed by hand."""

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import signal
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from lightning_trak.projections import PrincipalProjection, SparseProjection
 from lightning_trak.running import content
 from lightning_trak.storage.files import tensor_digest
 from tests.features.small_net import draw, make_net
+from tests.launch import run_script
 from tests.lit import TARGETS, make_trainer, open_store
 
 DATA = TensorDataset(draw(30, 6), draw(30, 3, seed=1).argmax(1))
@@ -258,6 +260,31 @@ def test_a_run_that_is_stopped_while_the_store_grows_loses_nothing(tmp_path, mon
 
 
 IDENTITY = {"seed": 0, "checkpoints": ["aa", "bb"]}
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_while_the_store_grows_loses_nothing(tmp_path):
+    trak = make(tmp_path, WEIGHTS[:2])
+    featurize(trak, FEW)
+    before = contents(tmp_path)
+    script = tmp_path / "killed.py"
+    script.write_text(
+        "import os; from pathlib import Path; from lightning_trak.features.store import FeatureStore\n"
+        "from tests.features.test_growth import featurize, make\n"
+        "write, left = FeatureStore.save, [3]\n"
+        "def kill(*args):\n"
+        "    left[0] -= 1\n"
+        "    write(*args) if left[0] else os.kill(os.getpid(), 9)\n"
+        f"FeatureStore.save = kill; featurize(make(Path({str(tmp_path)!r})))"
+    )
+    assert run_script(script) == -signal.SIGKILL
+    assert {path for path in before if path.read_bytes() != before[path]} == {tmp_path / "manifest.json"}
+    with pytest.raises(RuntimeError, match="lacks 2 of 10 shards"):
+        trak.score(make_trainer(), TARGETS)
+    featurize(make(tmp_path))
+    alone = make(tmp_path / "alone")
+    featurize(alone)
+    torch.testing.assert_close(make(tmp_path).score(make_trainer(), TARGETS), alone.score(make_trainer(), TARGETS))
 
 
 def sample(count, mark=""):

@@ -16,9 +16,9 @@ from typing_extensions import Self
 from lightning_trak.features.engines import EngineName, choose_engine, make_engine
 from lightning_trak.features.extractor import GRADIENT_BYTES, FeatureExtractor
 from lightning_trak.features.finiteness import require_finite
+from lightning_trak.features.loss_comparison import warn_of_other_loss
 from lightning_trak.features.model import ModelCopy
 from lightning_trak.features.rows import Features
-from lightning_trak.features.training_loss import warn_of_other_loss
 from lightning_trak.gradients.base import differentiating
 from lightning_trak.gradients.batch import ExampleBatch, Layout, find_layout
 from lightning_trak.gradients.precision import WorkingPrecision

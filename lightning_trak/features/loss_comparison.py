@@ -7,7 +7,6 @@ from typing import Any
 
 import lightning as L
 import torch
-import torch.distributed as dist
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
@@ -16,6 +15,7 @@ from lightning_trak.gradients.batch import ExampleBatch
 from lightning_trak.outputs.evaluating import exact_attention, unchanged
 from lightning_trak.packages import is_a, overrides
 from lightning_trak.running.random_states import isolated_random_states
+from lightning_trak.running.ranks import is_one_of_several
 from lightning_trak.running.training_step import silence, training_step_of
 from lightning_trak.texts.printable import counted
 
@@ -41,7 +41,7 @@ def warn_of_other_loss(model: ModelCopy, examples: ExampleBatch, together: int) 
         return
     if not module.automatic_optimization:
         return
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if is_one_of_several():
         return  # a step may wait for the other processes, and each comes here in its own time
     try:
         batches = [examples.take([0]), examples.take([examples.size - 1])]
