@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_trak.cleaning.inspected import read_positions
 from lightning_trak.cli.clean import Find, find_examples, require_options, write_ranking
-from lightning_trak.features.featurizing import OnNan
+from lightning_trak.features.passes.options import OnNan
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.methods import FeatureMethod, LabelStatistic
 from lightning_trak.metrics import LinearDatamodelingScore

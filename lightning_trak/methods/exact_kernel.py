@@ -10,7 +10,7 @@ from typing_extensions import Unpack, override
 from lightning_trak.checkpoints.reading import CheckpointsLike
 from lightning_trak.checks import require_one_of
 from lightning_trak.features.engines import EngineName
-from lightning_trak.features.featurizing import Featurizing
+from lightning_trak.features.passes.options import Featurizing
 from lightning_trak.features.rows import Features
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.gradients import ParameterSelection

@@ -11,10 +11,10 @@ from torch.utils.data import DataLoader, Subset
 from typing_extensions import Unpack
 
 from lightning_trak.checks import positive
-from lightning_trak.features.pipeline import FeaturePipeline
+from lightning_trak.features.passes.pipeline import FeaturePipeline
+from lightning_trak.features.passes.target_features import TargetFeatures
 from lightning_trak.features.settings import FeatureSettings
 from lightning_trak.features.store import FeatureStore
-from lightning_trak.features.target_features import TargetFeatures
 from lightning_trak.methods.base import Method
 from lightning_trak.methods.examples import Examples
 from lightning_trak.methods.influence.passes import Passes, without_gradients

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from lightning_trak.features.pipeline import FeaturePipeline
+from lightning_trak.features.checks.same_function import output_tolerance
+from lightning_trak.features.passes.pipeline import FeaturePipeline
+from lightning_trak.features.passes.target_features import TargetFeatures
 from lightning_trak.features.rows import Features
-from lightning_trak.features.same_function import output_tolerance
 from lightning_trak.features.store import FeatureStore
-from lightning_trak.features.target_features import TargetFeatures
 from lightning_trak.methods.base import Method
 from lightning_trak.methods.stored_data import require_stored_data
 from lightning_trak.methods.tokens import TextTokens, find_tokens, require_tokens, target_loader, token_loader

@@ -7,8 +7,8 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_trak.compatibility import drawn_batches
-from lightning_trak.features.extractor_module import AUDITED_TOGETHER, ExtractorModule
 from lightning_trak.features.finiteness import require_finite
+from lightning_trak.features.passes.extractor_module import AUDITED_TOGETHER, ExtractorModule
 from lightning_trak.features.precision import precision_of
 from lightning_trak.gradients.base import EngineError
 from lightning_trak.gradients.batch import infer_batch_size

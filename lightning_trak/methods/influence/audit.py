@@ -5,8 +5,8 @@ from typing import Any, cast
 
 import torch
 
+from lightning_trak.features.checks.soundness import require_sound
 from lightning_trak.features.engines import EngineName, following_engine
-from lightning_trak.features.soundness import require_sound
 from lightning_trak.gradients.base import EngineError
 from lightning_trak.methods.examples import Examples
 from lightning_trak.methods.influence.passes import Passes

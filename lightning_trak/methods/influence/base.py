@@ -12,9 +12,9 @@ from typing_extensions import override
 from lightning_trak.checkpoints.of_model import checkpoints_of
 from lightning_trak.checkpoints.reading import CheckpointsLike, masks_of
 from lightning_trak.compatibility import original_module
-from lightning_trak.features.identity import Contents
 from lightning_trak.features.model import ModelCopy
 from lightning_trak.features.rows import Features
+from lightning_trak.features.store.identity import Contents
 from lightning_trak.gradients import ParameterSelection
 from lightning_trak.methods.base import DataMethod
 from lightning_trak.methods.examples import Examples

@@ -13,10 +13,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 from typing_extensions import Self
 
+from lightning_trak.features.checks.loss_comparison import warn_of_other_loss
 from lightning_trak.features.engines import EngineName, choose_engine, make_engine
 from lightning_trak.features.extractor import GRADIENT_BYTES, FeatureExtractor
 from lightning_trak.features.finiteness import require_finite
-from lightning_trak.features.loss_comparison import warn_of_other_loss
 from lightning_trak.features.model import ModelCopy
 from lightning_trak.features.rows import Features
 from lightning_trak.gradients.base import differentiating

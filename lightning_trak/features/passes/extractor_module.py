@@ -10,16 +10,21 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lightning_trak.features.checks.loss_comparison import warn_of_other_loss
+from lightning_trak.features.checks.same_function import (
+    keep_examples,
+    keeps_examples,
+    require_as_before,
+    require_same_outputs,
+)
+from lightning_trak.features.checks.soundness import require_sound
 from lightning_trak.features.engines import EngineName, choose_engine, how, make_engine
 from lightning_trak.features.extractor import FeatureExtractor
 from lightning_trak.features.factors import FactorExtractor
-from lightning_trak.features.loss_comparison import warn_of_other_loss
 from lightning_trak.features.model import ModelCopy
 from lightning_trak.features.precision import autocast_of
 from lightning_trak.features.rows import Features
-from lightning_trak.features.same_function import keep_examples, keeps_examples, require_as_before, require_same_outputs
 from lightning_trak.features.settings import FeatureSettings
-from lightning_trak.features.soundness import require_sound
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.gradients import GradientEngine
 from lightning_trak.gradients.batch import ExampleBatch, Layout, find_layout

@@ -10,10 +10,10 @@ from torch.utils.data import DataLoader
 
 from lightning_trak.features.engines import EngineName
 from lightning_trak.features.extractor import FeatureExtractor
-from lightning_trak.features.extractor_module import ExtractorModule
 from lightning_trak.features.fsdp import ANOTHER_STRATEGY, ShardedFeatureExtractor, ShardedModelCopy, sharded_engine
 from lightning_trak.features.model import ModelCopy
-from lightning_trak.features.sinks import Sink
+from lightning_trak.features.passes.extractor_module import ExtractorModule
+from lightning_trak.features.passes.sinks import Sink
 from lightning_trak.gradients import GradientEngine, coverage_report
 from lightning_trak.gradients.base import EngineError
 from lightning_trak.packages import is_a
