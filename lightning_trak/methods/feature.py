@@ -30,9 +30,9 @@ from lightning_trak.methods.token_scores import TokenMethod
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import trained_output
 from lightning_trak.projections import Projection, SparseProjection
-from lightning_trak.running.content import prefix_digests
-from lightning_trak.running.data import Data, datamodule_of, single_loader
-from lightning_trak.running.loading import num_examples
+from lightning_trak.running.data.content import prefix_digests
+from lightning_trak.running.data.loading import num_examples
+from lightning_trak.running.data.sources import Data, datamodule_of, single_loader
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.running.strategies import refuse_spawning
 from lightning_trak.running.trainers import trainer_of

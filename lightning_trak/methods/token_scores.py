@@ -25,9 +25,9 @@ from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import target_output
 from lightning_trak.outputs.tokens import TokenOutput
 from lightning_trak.running.chunks import chunked
-from lightning_trak.running.data import Data, datamodule_of, single_loader
-from lightning_trak.running.loaders import like
-from lightning_trak.running.loading import batch_size_of, num_examples
+from lightning_trak.running.data.loaders import like
+from lightning_trak.running.data.loading import batch_size_of, num_examples
+from lightning_trak.running.data.sources import Data, datamodule_of, single_loader
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.running.strategies import require_whole_parameters
 from lightning_trak.running.trainers import trainer_of

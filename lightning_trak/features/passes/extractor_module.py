@@ -31,11 +31,11 @@ from lightning_trak.gradients.batch import ExampleBatch, Layout, find_layout
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.projections.base import BoundProjection
 from lightning_trak.projections.factors import BoundGradientFactors
-from lightning_trak.running.content import FEW, spread, warn_of_random_items
-from lightning_trak.running.loading import batch_size_of, load, num_examples, sample_batches
+from lightning_trak.running.data.content import FEW, spread, warn_of_random_items
+from lightning_trak.running.data.loading import batch_size_of, load, num_examples, sample_batches
+from lightning_trak.running.data.singles import Singles, is_one_by_one, joined
 from lightning_trak.running.predict import PredictModule
 from lightning_trak.running.ranks import Ranks
-from lightning_trak.running.singles import Singles, is_one_by_one, joined
 from lightning_trak.texts.printable import counted
 
 AUDITED_TOGETHER = 1024  # targets are audited in groups of this size, as shards are

@@ -18,12 +18,14 @@ from lightning_trak.gradients import GradientEngine, coverage_report
 from lightning_trak.gradients.base import EngineError
 from lightning_trak.packages import is_a
 from lightning_trak.projections.base import BoundProjection
-from lightning_trak.running.ranges import IndexedBatch, RangeLoader, Stop
+from lightning_trak.running.data.ranges import IndexedBatch, RangeLoader, Stop
 from lightning_trak.running.ranks import Ranks
 
 
 class FeaturizeModule(ExtractorModule):
-    """Featurizes :class:`~lightning_trak.running.ranges.IndexedBatch`. The m-th dataloader is for the m-th checkpoint.
+    """Featurizes batches of :class:`~lightning_trak.running.data.ranges.IndexedBatch`.
+
+    The m-th dataloader is for the m-th checkpoint.
 
     Args:
         sink: takes the features.

@@ -30,11 +30,11 @@ from lightning_trak.features.store.identity import Contents, identity
 from lightning_trak.gradients import ParameterSelection
 from lightning_trak.gradients.separable import separable
 from lightning_trak.outputs import ModelOutput
-from lightning_trak.running.annotated import numbered
-from lightning_trak.running.data import Data, datamodule_of, single_loader
-from lightning_trak.running.loading import num_examples
+from lightning_trak.running.data.annotated import numbered
+from lightning_trak.running.data.loading import num_examples
+from lightning_trak.running.data.ranges import Range, Stop, share_out
+from lightning_trak.running.data.sources import Data, datamodule_of, single_loader
 from lightning_trak.running.parts import Part, share
-from lightning_trak.running.ranges import Range, Stop, share_out
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.running.stopping import Interruption
 from lightning_trak.running.strategies import refuse_spawning, shards_model

@@ -18,8 +18,8 @@ from lightning_trak.features.rows import Features, in_order
 from lightning_trak.gradients.separable import separable
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.running.chunks import chunked
-from lightning_trak.running.loading import batch_size_of
-from lightning_trak.running.ranges import Range, Stop, batch_ranges, share_out
+from lightning_trak.running.data.loading import batch_size_of
+from lightning_trak.running.data.ranges import Range, Stop, batch_ranges, share_out
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.running.trainers import predict_over
 
