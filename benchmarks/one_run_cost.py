@@ -22,7 +22,8 @@ from lightning_trak.outputs import ClassificationMargin
 from lightning_trak.replay import Recording
 
 TASK, TARGETS, QUICK_TARGETS = "written digits", 100, 5
-RECORDED = TASK, "photographs conv"  # steps of two lengths
+# Steps of two lengths; and a run ten times as long, since a run of T steps has sqrt(T) full states.
+RECORDED = (TASK, 1), (TASK, 10), ("photographs conv", 1)
 STEPS, QUICK_STEPS = (100, 1_000, 10_000), (20, 80)
 BATCH = 10
 
@@ -72,12 +73,13 @@ def _fit(
 
 def _times(run: Run, name: str) -> list[Row]:
     tasks = make_tasks()
-    return [row for task in RECORDED for row in _recording(run, tasks[task], name)] + _scores(run, tasks[TASK], name)
+    recorded = [row for task, times in RECORDED for row in _recording(run, tasks[task], times, name)]
+    return recorded + _scores(run, tasks[TASK], name)
 
 
-def _recording(run: Run, task: Task, name: str) -> list[Row]:
-    """Times with a recorder as multiples of those without."""
-    epochs = 1 if run.quick else task.max_epochs
+def _recording(run: Run, task: Task, times: int, name: str) -> list[Row]:
+    """Times with a recorder as multiples of those without, for so many times the task's epochs."""
+    epochs = times if run.quick else times * task.max_epochs
     loader = DataLoader(task.train, batch_size=task.batch_size, shuffle=True)
     fit = partial(_fit, accelerator=run.device.type)
     with tempfile.TemporaryDirectory(dir=run.out) as folder:
@@ -89,9 +91,10 @@ def _recording(run: Run, task: Task, name: str) -> list[Row]:
         measured = ratios(lambda: fit(task.make_module(), loader, epochs), {"record": record}, run.repetitions)
         started = time.perf_counter()
         fit(task.make_module(), loader, epochs)
-        step = (time.perf_counter() - started) / (epochs * len(loader))
-    named = {f"{name}: TrainingRecorder, {task.name}": measured["record"]}
-    return rows("one_run", named, f"of a training of {epochs * len(loader)} steps of about {1e3 * step:.1f} ms")
+        steps = epochs * len(loader)
+        step = (time.perf_counter() - started) / steps
+    named = {f"{name}: TrainingRecorder, {task.name}, {steps} steps": measured["record"]}
+    return rows("one_run", named, f"of a training with steps of about {1e3 * step:.1f} ms")
 
 
 def _scores(run: Run, task: Task, name: str) -> list[Row]:
