@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lightning_trak import TRAK
+from lightning_trak import TRAK, GradientDot
 from lightning_trak.gradients import HookEngine
 from lightning_trak.methods import ExactKernel
 from lightning_trak.projections import KroneckerProjection, SparseProjection
@@ -50,6 +50,15 @@ def test_the_choice_is_said_and_kept(tmp_path, checkpoints, caplog, make, engine
     other.featurize(make_trainer(), TRAIN)
     expected = other.score(make_trainer(), TARGETS)
     torch.testing.assert_close(scores, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_lines_of_the_log_name_the_method(tmp_path, checkpoints, caplog):
+    method = GradientDot(make_model(), checkpoints, tmp_path, projection=SparseProjection(32))
+    with caplog.at_level(logging.INFO):
+        method.featurize(make_trainer(), TRAIN)
+    assert {record.message.split(":")[0] for record in caplog.records if "gradients" in record.message} == {
+        "GradientDot"
+    }
 
 
 def test_the_engine_that_was_checked_goes_on(tmp_path, checkpoints, monkeypatch):

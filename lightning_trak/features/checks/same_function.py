@@ -36,7 +36,7 @@ def keep_examples(extractor: FeatureExtractor, store: FeatureStore, batch: Any, 
     try:
         store.write_examples(pack(ExampleBatch(batch, size, extractor.layout)))
     except NotStorableError as error:
-        rank_zero_info(f"TRAK: the check of outputs before scoring will be skipped: {error}")
+        rank_zero_info(f"{store.user}: the check of outputs before scoring will be skipped: {error}")
 
 
 def keeps_examples(store: FeatureStore) -> bool:
@@ -61,7 +61,7 @@ def require_same_outputs(extractor: FeatureExtractor, store: FeatureStore, check
     try:
         examples = unpack(packed)
     except NotStorableError as error:
-        rank_zero_info(f"TRAK: the check of outputs before scoring is skipped: {error}")
+        rank_zero_info(f"{store.user}: the check of outputs before scoring is skipped: {error}")
         return
     examples = replace(examples, content=move_data_to_device(examples.content, extractor.model.device))
     outputs = extractor.outputs_alone(examples).cpu()

@@ -241,7 +241,7 @@ class ExtractorModule(PredictModule):
         if fitted is None:
             projection = self.settings.projection
             name, count = type(projection).__name__, counted(projection.sample_size, "training example")
-            rank_zero_info(f"TRAK: fitting {name} to up to {count} {self.copied.place}")
+            rank_zero_info(f"{self._store.user}: fitting {name} to up to {count} {self.copied.place}")
             batches = self._sample(checkpoint, "projection", projection.sample_size)
             made["projection"] = fitted = extractor.fit_projection(batches)
         extractor.projection.set_fit(fitted)
@@ -280,7 +280,8 @@ class ExtractorModule(PredictModule):
             choice = choose_engine(self.copied, self._first_two(self._train_loader), self._autocast)
             self.engine_name = choice.name
             rank_zero_info(
-                f"TRAK: gradients by {how(choice.name, self._autocast)}, chosen by engine='auto': {choice.reason}"
+                f"{self._store.user}: gradients by {how(choice.name, self._autocast)}, chosen by engine='auto':"
+                f" {choice.reason}"
             )
             return choice.engine
         self.engine_name = self.engine_name or "functional"

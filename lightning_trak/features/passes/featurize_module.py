@@ -78,8 +78,8 @@ class FeaturizeModule(ExtractorModule):
         if self._train_loader is not None:
             report = coverage_report({}, self.copied.sizes)
             rank_zero_info(
-                f"TRAK: gradients by module hooks, because the model is sharded: {report} and agree with the gradients"
-                " of FSDP2 on the first examples"
+                f"{self._store.user}: gradients by module hooks, because the model is sharded: {report} and agree with"
+                " the gradients of FSDP2 on the first examples"
             )
             self._store.settle_engine("hooks")
         return engine

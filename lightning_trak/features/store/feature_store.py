@@ -54,13 +54,14 @@ class FeatureStore(StoredExtras):
         num_examples: size of the training set; None: that of an existing store.
         shard_size: examples per shard of a new store. An existing store keeps its own size.
         read_only: whether the store must exist already. Its manifest is then not written.
-        user: the name of the method that opens the store, in errors.
+        user: the name of the method that opens the store, in messages.
         sample: digests of some of the first examples of the training set, given how many. A store whose data have
             grown at their end can go on with it. None: data are compared by their size alone.
         overwrite: whether to delete what is not of this run: a store of another identity or of other data, and features
             at other checkpoints.
 
     Attributes:
+        user: as given.
         key: a digest of the identity and of the data that the store began with. Extras are stored with it.
         checkpoints: the keys of the run's checkpoints.
         first: the position of the first checkpoint of each kind. Others have the same features.
@@ -91,6 +92,7 @@ class FeatureStore(StoredExtras):
         content = {"identity": shared, "shard_size": shard_size, "data": new}
 
         self.directory = path = local_directory(directory, "store")
+        self.user = user
 
         def extend(manifest: dict[str, Any], content: dict[str, Any]) -> dict[str, Any] | None:
             settled = settled_parts(path, manifest) or (manifest["data"] if read_only else None)
