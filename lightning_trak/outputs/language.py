@@ -43,8 +43,8 @@ class _Causal(TokenOutput):
         """See :meth:`TokenOutput.tokens`."""
         inputs, given = self._split(batch)
         labels = token_ids(given)
-        if labels.shape[1] < 2:
-            raise ValueError("expected texts of at least two tokens, received one: the first token is never predicted")
+        if not labels.shape[1]:
+            raise ValueError("expected texts of at least two tokens, received texts without any")
         counted, present = self._counted(labels), torch.ones_like(labels)
         attention = batch.get("attention_mask") if isinstance(batch, Mapping) else None
         if attention is not None:

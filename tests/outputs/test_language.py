@@ -185,7 +185,7 @@ def test_tokens_left_out_may_have_infinite_margins():
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
-        (torch.zeros(2, 1).long(), "at least two tokens"),
+        (torch.zeros(2, 0).long(), "at least two tokens"),
         (torch.zeros(5).long(), r"token ids of shape \(batch, length\), received torch.int64 of shape \(5,\)"),
         (
             (torch.zeros(2, 3).long(), torch.zeros(2, 4).long()),
