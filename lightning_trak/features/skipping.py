@@ -53,4 +53,6 @@ def require_finite_or_skipped(
                 skipped,
                 min(found.found),
             )
-        rank_zero_warn(f"TRAK: {named(skipped)} are not finite; their scores are 0, and they are never among the top_k")
+        rank_zero_warn(
+            f"TRAK leaves out {named(skipped)}: not finite, so their scores are 0 and they are never among the top_k"
+        )

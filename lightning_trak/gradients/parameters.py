@@ -61,8 +61,8 @@ def select_parameters(module: nn.Module, selection: ParameterSelection = None) -
     return found
 
 
-def _patterns(selection: Sequence[str]) -> list[str]:
-    """A sequence of patterns as a list."""
+def _patterns(selection: Sequence[str] | nn.Module) -> list[str]:
+    """A sequence of patterns as a list; a module, which is none, is refused."""
     found = list(selection) if isinstance(selection, Iterable) else [selection]
     if not all(isinstance(pattern, str) for pattern in found):
         raise TypeError(
@@ -75,9 +75,7 @@ def _patterns(selection: Sequence[str]) -> list[str]:
 def _matching(parameters: Sequence[_Named], patterns: Sequence[str]) -> list[_Named]:
     """The parameters with a name that fits one of the patterns."""
     return [
-        entry
-        for entry in parameters
-        if any(fnmatchcase(name, pattern) for name in entry.names for pattern in patterns)
+        entry for entry in parameters if any(fnmatchcase(name, pattern) for name in entry.names for pattern in patterns)
     ]
 
 

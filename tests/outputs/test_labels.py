@@ -135,7 +135,7 @@ def test_a_bad_label_is_named(classes, label, message):
     [
         ([1, 9, 2], "one of its labels is 9, and the vocabulary has 4 tokens, 0 to 3"),
         ([1, -1, 2], "one of its labels is -1, and the vocabulary has 4 tokens"),
-        ([1, -100, 3], "none of its tokens counts, as all are masked, labelled -100 or pad_token_id=3, or first in the"),
+        ([1, -100, 3], "none of its tokens counts, as all are masked, labelled -100 or pad_token_id=3, or first"),
         ([-100, 1, 3], None),
     ],
 )
