@@ -61,15 +61,16 @@ def select_parameters(module: nn.Module, selection: ParameterSelection = None) -
     return found
 
 
-def _patterns(selection: Sequence[str] | nn.Module) -> list[str]:
-    """A sequence of patterns as a list; a module, which is none, is refused."""
+def _patterns(selection: object) -> list[str]:
+    """A sequence of patterns as a list."""
     found = list(selection) if isinstance(selection, Iterable) else [selection]
-    if not all(isinstance(pattern, str) for pattern in found):
+    patterns = [pattern for pattern in found if isinstance(pattern, str)]
+    if len(patterns) < len(found):
         raise TypeError(
             "expected parameters as patterns for names, such as ['head.*'], or as a function (name, parameter) -> bool,"
             f" got {selection!r:.200}"
         )
-    return found
+    return patterns
 
 
 def _matching(parameters: Sequence[_Named], patterns: Sequence[str]) -> list[_Named]:
