@@ -121,7 +121,7 @@ class Packed(nn.Module):
         self.words, self.over, self.head = nn.Embedding(5, 4), nn.GRU(4, 4, batch_first=True), nn.Linear(4, 3)
 
     def forward(self, ids, lengths):
-        packed = pack_padded_sequence(self.words(ids), lengths.tolist(), batch_first=True, enforce_sorted=False)
+        packed = pack_padded_sequence(self.words(ids), lengths, batch_first=True, enforce_sorted=False)
         return self.head(self.over(packed)[1][-1])
 
 
