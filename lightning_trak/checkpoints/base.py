@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -25,6 +25,7 @@ class Checkpoint:
         subset: the training examples that the model has seen; None: all of them.
         live: whether these are the weights of a model in memory, which may change between two reads.
         read_file: reads another file of the series; None if this is not a snapshot of one.
+        adapter: the settings of PEFT's adapter, if these are its weights alone; None if not.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Checkpoint:
     subset: TrainingSubset | None = None
     live: bool = False
     read_file: Callable[[TensorFile], dict[str, Tensor]] | None = None
+    adapter: Mapping[str, Any] | None = None
 
     def load(self) -> dict[str, Tensor]:
         """Read the state dict: name -> CPU tensor, under the names that were saved. Do not write into the tensors.
@@ -48,6 +50,11 @@ class Checkpoint:
     def frozen(self) -> str | None:
         """The checksum of the parameters that it leaves out because they were frozen; None if it has all."""
         return None if self.record is None else self.record.frozen
+
+    @property
+    def partial(self) -> bool:
+        """Whether it leaves out parameters, which are then those of the model."""
+        return self.frozen is not None or self.adapter is not None
 
     def kept_preconditioner(self) -> TensorFile:
         """The file of what the optimizer multiplied gradients by.

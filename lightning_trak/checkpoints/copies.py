@@ -165,7 +165,7 @@ class Original:
     Args:
         module: a copy of the user's module that has not been changed yet.
         everything: whether to keep the whole state, for :meth:`restore`.
-        partial: whether a checkpoint may leave out frozen parameters, see :meth:`load`.
+        partial: whether a checkpoint may leave out parameters, see :meth:`load`.
     """
 
     def __init__(self, module: nn.Module, everything: bool = False, partial: bool = False) -> None:
@@ -196,7 +196,7 @@ class Original:
         if self._extra_state:
             self._module.load_state_dict(copy.deepcopy(self._extra_state), strict=False)
 
-    def load(self, weights: Mapping[str, Tensor], name: str, frozen: str | None = None) -> None:
+    def load(self, weights: Mapping[str, Tensor], name: str, frozen: str | None = None, partial: bool = False) -> None:
         """Restore the module and load a state dict. Either may come from a compiled or wrapped module.
 
         The module keeps its own extra state.
@@ -204,7 +204,8 @@ class Original:
         Args:
             weights: a state dict.
             name: the name of the checkpoint in errors.
-            frozen: :func:`frozen_digest` of the parameters that the state dict leaves out; None if it must have all.
+            frozen: :func:`frozen_digest` of the parameters that the state dict leaves out, if it is known.
+            partial: whether the state dict may leave out parameters.
 
         Raises:
             ValueError: if the weights do not fit the module, or it has other frozen parameters.
@@ -220,7 +221,7 @@ class Original:
         problems = [_misfit(raw, tensor, targets.get(raw)) for raw, tensor in given.items()]
         if len(given) < len(weights):
             problems.append("some of its names differ only in what wrappers add")
-        refusals, unexpected = self._load(given, targets, whole=frozen is None)
+        refusals, unexpected = self._load(given, targets, whole=not partial)
         problems += refusals
         found = {id(tensor) for raw, tensor in tensors.values() if raw in given}
         empty = [name for name in self._without_content if name in tensors and id(tensors[name][1]) not in found]
@@ -294,9 +295,9 @@ def load_each(module: nn.Module, checkpoints: Sequence[Checkpoint]) -> Iterator[
     Raises:
         ValueError: if the weights do not fit the module, or it has other frozen parameters.
     """
-    original = Original(module, partial=any(checkpoint.frozen is not None for checkpoint in checkpoints))
+    original = Original(module, partial=any(checkpoint.partial for checkpoint in checkpoints))
     for checkpoint in checkpoints:
-        original.load(checkpoint.load(), checkpoint.name, checkpoint.frozen)
+        original.load(checkpoint.load(), checkpoint.name, checkpoint.frozen, checkpoint.partial)
         yield checkpoint
 
 

@@ -25,7 +25,8 @@ _LIST = "pass a list of the paths that you mean, in their order"
 # The names of transformers, in the order in which it looks for them.
 _SAFETENSORS, _TORCH = "model.safetensors", "pytorch_model.bin"
 _MODELS = (_SAFETENSORS, f"{_SAFETENSORS}.index.json", _TORCH, f"{_TORCH}.index.json")
-_ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
+_ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")  # of PEFT
+_ADAPTER_SETTINGS = "adapter_config.json"
 _WEIGHTS = (".safetensors", ".pt", ".pth", ".bin")
 
 # File names without a path, so that an index cannot name a file elsewhere.
@@ -44,7 +45,8 @@ class CheckpointDirectory(CheckpointFormat):
     - an output directory of the Trainer of Hugging Face, or of accelerate: its folders ``checkpoint-500``,
       ``checkpoint-1000``, ... in the order of their numbers;
     - one such folder, or any other to which ``save_pretrained`` wrote a model: ``model.safetensors`` or
-      ``pytorch_model.bin``, each also in several parts with an index.
+      ``pytorch_model.bin``, each also in several parts with an index; or the weights of an adapter of PEFT alone,
+      ``adapter_model.safetensors`` or ``adapter_model.bin``.
     """
 
     @classmethod
@@ -114,7 +116,7 @@ class _Directory(NamedTuple):
 
     def models(self) -> list[str]:
         """Names of the files of one saved model, the one to read first."""
-        return [name for name in _MODELS if name in self.names]
+        return [name for name in (*_MODELS, *_ADAPTERS) if name in self.names]
 
     def held(self) -> str:
         """What it holds, for messages."""
@@ -125,12 +127,6 @@ class _Directory(NamedTuple):
 
 def _nothing(found: _Directory) -> str:
     """Why a directory holds no checkpoints that can be read."""
-    adapters = [name for name in _ADAPTERS if name in found.names]
-    if adapters:
-        return (
-            f'"{found.location}" holds an adapter alone ({adapters[0]}), not the model: load it into your model, and'
-            " leave checkpoints out, or pass copies of its state_dict()"
-        )
     if ".metadata" in found.names or any(name.endswith(".distcp") for name in found.names):
         return (
             f'"{found.location}" is one checkpoint that is split over files by torch.distributed: make one file of it'
@@ -221,7 +217,19 @@ def _model(found: _Directory, weights_only: bool) -> Checkpoint:
     )
     if name.endswith(".json"):
         _parts(found, name)  # raises now if a part is missing
-    return Checkpoint(f"{PurePosixPath(found.path).name}/{name}", read)
+    adapter = _adapter_settings(found) if name in _ADAPTERS else None
+    return Checkpoint(f"{PurePosixPath(found.path).name}/{name}", read, adapter=adapter)
+
+
+def _adapter_settings(found: _Directory) -> dict[str, Any]:
+    filesystem, path, location = found.place(_ADAPTER_SETTINGS)
+    if _ADAPTER_SETTINGS not in found.names:
+        raise FileNotFoundError(f'"{location}", the settings of the adapter, is missing; copy the whole directory')
+    try:
+        settings: dict[str, Any] = parse_json(filesystem.cat_file(path), record({}, others=anything))
+    except ValueError as error:
+        raise ValueError(f'"{location}" does not hold the settings of an adapter: {error}; save it again') from error
+    return settings
 
 
 def _reader(found: _Directory, name: str, weights_only: bool) -> Callable[[], dict[str, Tensor]]:

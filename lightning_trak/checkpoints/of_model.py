@@ -10,6 +10,7 @@ from typing import Any
 from lightning_utilities.core.rank_zero import WarningCache
 from torch import Tensor, nn
 
+from lightning_trak.checkpoints.adapters import adapter_under_own_names
 from lightning_trak.checkpoints.base import Checkpoint
 from lightning_trak.checkpoints.formats import state_dict
 from lightning_trak.checkpoints.names import canonical_name
@@ -40,14 +41,15 @@ def checkpoints_of(
     """
     if checkpoints is None:
         return [Checkpoint(CURRENT, partial(_current, model), live=True)]
-    found = resolve_checkpoints(checkpoints, weights_only)
-    # What TRAKCallback saves is the whole model, under its own names.
-    return [
-        checkpoint
-        if checkpoint.record
-        else replace(checkpoint, read=partial(_under_own_names, checkpoint.name, checkpoint.read, model))
-        for checkpoint in found
-    ]
+    return [_for_model(checkpoint, model) for checkpoint in resolve_checkpoints(checkpoints, weights_only)]
+
+
+def _for_model(checkpoint: Checkpoint, model: nn.Module) -> Checkpoint:
+    if checkpoint.record:  # what TRAKCallback saves is the whole model, under its own names
+        return checkpoint
+    if checkpoint.adapter is not None:
+        return replace(checkpoint, read=partial(adapter_under_own_names, checkpoint, model))
+    return replace(checkpoint, read=partial(_under_own_names, checkpoint.name, checkpoint.read, model))
 
 
 def _current(model: nn.Module) -> dict[str, Tensor]:

@@ -64,7 +64,7 @@ class ModelCopy:
     ) -> None:
         self.original = module
         self.module = self._copy(module)
-        self._loading = Original(self.module, partial=any(item.frozen is not None for item in checkpoints))
+        self._loading = Original(self.module, partial=any(item.partial for item in checkpoints))
         self.output = copy.deepcopy(output)
         self.checkpoints = checkpoints
         self._digests = digests
@@ -121,7 +121,7 @@ class ModelCopy:
                         f"the weights {self.places[number]} have changed since this TRAK was made; make a new one"
                     )
                 self._weights[number] = weights
-            self._loading.load(self._weights[number], checkpoint.name, checkpoint.frozen)
+            self._loading.load(self._weights[number], checkpoint.name, checkpoint.frozen, checkpoint.partial)
             self.module.eval()
             for part in modules_of(self.output):
                 part.to(device).eval()

@@ -41,19 +41,17 @@ def select_parameters(module: nn.Module, selection: ParameterSelection = None) -
     if selection is None:
         chosen = [entry for entry in parameters if entry.parameter.requires_grad]
         advice = "no parameter of the model requires gradients; name some with parameters="
-    elif callable(selection):
+    elif callable(selection) and not isinstance(selection, nn.Module):
         chosen = [entry for entry in parameters if any(selection(name, entry.parameter) for name in entry.names)]
         advice = f"parameters= chose none of the model's parameters: {known}"
     else:
         patterns = [selection] if isinstance(selection, str) else _patterns(selection)
         for pattern in patterns:
-            if not any(fnmatchcase(name, pattern) for entry in parameters for name in entry.names):
-                raise ValueError(f"parameters={pattern!r} matches no parameter; the model has: {known}")
-        chosen = [
-            entry
-            for entry in parameters
-            if any(fnmatchcase(name, pattern) for name in entry.names for pattern in patterns)
-        ]
+            if not _matching(parameters, [pattern]):
+                within = f"{pattern.rstrip('.')}.*"
+                hint = f"; did you mean {within!r}?" if _matching(parameters, [within]) else ""
+                raise ValueError(f"parameters={pattern!r} matches no parameter; the model has: {known}{hint}")
+        chosen = _matching(parameters, patterns)
         advice = f"parameters={selection!r} chose none of the model's parameters: {known}"
     if not chosen:
         raise ValueError(advice)
@@ -63,15 +61,23 @@ def select_parameters(module: nn.Module, selection: ParameterSelection = None) -
     return found
 
 
-def _patterns(selection: Sequence[str]) -> list[str]:
+def _patterns(selection: object) -> list[str]:
     """A sequence of patterns as a list."""
     found = list(selection) if isinstance(selection, Iterable) else [selection]
-    if not all(isinstance(pattern, str) for pattern in found):
+    patterns = [pattern for pattern in found if isinstance(pattern, str)]
+    if len(patterns) < len(found):
         raise TypeError(
             "expected parameters as patterns for names, such as ['head.*'], or as a function (name, parameter) -> bool,"
             f" got {selection!r:.200}"
         )
-    return found
+    return patterns
+
+
+def _matching(parameters: Sequence[_Named], patterns: Sequence[str]) -> list[_Named]:
+    """The parameters with a name that fits one of the patterns."""
+    return [
+        entry for entry in parameters if any(fnmatchcase(name, pattern) for name in entry.names for pattern in patterns)
+    ]
 
 
 def _named(module: nn.Module) -> list[_Named]:

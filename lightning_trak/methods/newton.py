@@ -1,11 +1,13 @@
 """What TRAK with and without a projection share: a Newton step for each training example."""
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, TypeVar, cast
 
+import lightning as L
 from lightning_utilities.core.rank_zero import rank_zero_info
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_trak.checkpoints.reading import CheckpointsLike
@@ -19,6 +21,8 @@ from lightning_trak.methods.feature import FeatureMethod
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.predictions import SeveralPredictions
 from lightning_trak.projections import Projection
+from lightning_trak.running.data.sources import Data
+from lightning_trak.running.trainers import trainer_of
 from lightning_trak.scoring.damping import Damping, require_damping
 from lightning_trak.scoring.gram import Curvature
 from lightning_trak.scoring.lag import Lag, require_lag
@@ -116,6 +120,19 @@ class NewtonMethod(FeatureMethod):
         if self.curvature == "per_prediction":
             rank_zero_info(f"{type(self).__name__}: now the curvature of single predictions, a row for each example")
             yield self._curvature_pipeline()
+
+    @override
+    def label_suspicion(self, trainer: L.Trainer | None = None, train: Data | None = None) -> Tensor:
+        """Call :meth:`featurize`, which does nothing if the store is complete; then the size of the self-influence.
+
+        Temperature and lag are 1: the question is what this model makes of a label, not another one. At a higher
+        temperature, the examples that the model is surest of look as suspicious as wrong labels.
+        """
+        trainer = trainer_of(trainer)
+        self.featurize(trainer, train)
+        of_this_model = copy.copy(self)
+        of_this_model.temperature = of_this_model.lag = 1.0
+        return of_this_model.self_influence(trainer).abs()
 
     def _step(self) -> tuple[Curvature, Damping, LossGradients, float]:
         """The settings of the step. The rows of single predictions have R = 1."""

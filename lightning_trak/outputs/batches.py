@@ -39,6 +39,9 @@ def _checked(key: Any) -> Key:
     )
 
 
+_UNLABELLED = '; for targets without labels take ClassificationMargin(labels="predicted")'
+
+
 def split_labels(batch: Any, labels_keys: tuple[Key, ...]) -> tuple[Any, Tensor]:
     """Take the labels out of a batch.
 
@@ -56,7 +59,9 @@ def split_labels(batch: Any, labels_keys: tuple[Key, ...]) -> tuple[Any, Tensor]
         TypeError: if the batch is of another kind, or the labels are not a tensor.
     """
     if isinstance(batch, (tuple, list)) and len(batch) < 2 and not any(map(callable, labels_keys)):
-        raise ValueError(f"expected a batch (inputs, ..., labels), received a {type(batch).__name__} of {len(batch)}")
+        raise ValueError(
+            f"expected a batch (inputs, ..., labels), received a {type(batch).__name__} of {len(batch)}{_UNLABELLED}"
+        )
     key = next((key for key in labels_keys if has_key(batch, key)), None)
     if key is None and isinstance(batch, (tuple, list)) and not any(isinstance(key, int) for key in labels_keys):
         key = -1
@@ -128,7 +133,7 @@ def _without(batch: Any, keys: tuple[Key, ...]) -> Exception:
     if isinstance(batch, Mapping):
         return ValueError(
             f"expected the labels under {_either(keys)} in the batch, received the keys"
-            f" {', '.join(printable(str(name)) for name in batch)}; name the right one with labels_key="
+            f" {', '.join(printable(str(name)) for name in batch)}; name the right one with labels_key={_UNLABELLED}"
         )
     if isinstance(batch, (tuple, list)):
         return ValueError(

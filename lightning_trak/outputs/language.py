@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -43,8 +44,8 @@ class _Causal(TokenOutput):
         """See :meth:`TokenOutput.tokens`."""
         inputs, given = self._split(batch)
         labels = token_ids(given)
-        if labels.shape[1] < 2:
-            raise ValueError("expected texts of at least two tokens, received one: the first token is never predicted")
+        if not labels.shape[1]:
+            raise ValueError("expected texts of at least two tokens, received texts without any")
         counted, present = self._counted(labels), torch.ones_like(labels)
         attention = batch.get("attention_mask") if isinstance(batch, Mapping) else None
         if attention is not None:
@@ -65,6 +66,21 @@ class _Causal(TokenOutput):
         following = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
         return logits, following, F.pad(counted[:, 1:], (0, 1), value=False)
 
+    def suspicion(self, module: nn.Module, batch: Any) -> str | None:
+        """Says that the module predicts tokens from later ones, if so."""
+        other = _with_another_end(batch)
+        if other is None:
+            return None
+        one, two = (self._aligned(module, given)[0].detach()[:, :-1] for given in (batch, other))
+        rounding = min(0.05, 2**10 * torch.finfo(one.dtype).eps)
+        if (one - two).nan_to_num().abs().max() <= rounding * one.abs().max():
+            return None
+        return (
+            f"{type(module).__name__} predicts tokens from later ones, so that it is no causal language model, and"
+            f" {type(self).__name__} reads its logits as if it were: those at t - 1 against token t. For a masked"
+            " language model take SegmentationMargin, with logits of shape (batch, vocabulary, length)"
+        )
+
     def _split(self, batch: Any) -> tuple[Any, Tensor]:
         """The module's inputs without the labels, and the labels, which are the ids unless given."""
         if isinstance(batch, Tensor):
@@ -83,6 +99,22 @@ class _Causal(TokenOutput):
                 " further inputs, such as attention_mask, in a mapping"
             )
         return split_labels(batch, self.labels_key)
+
+
+def _with_another_end(batch: Any) -> Any:
+    """A batch with its first token in the place of the last; None if that is not known to be another text."""
+    if isinstance(batch, MutableMapping):
+        ids = batch.get("input_ids")
+    else:
+        ids = batch[0] if type(batch) in (tuple, list) else batch
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.shape[1] < 3 or bool((ids[:, 0] == ids[:, -1]).any()):
+        return None
+    changed = torch.cat([ids[:, :-1], ids[:, :1]], dim=1)
+    if isinstance(batch, MutableMapping):
+        other = copy.copy(batch)
+        other["input_ids"] = changed
+        return other
+    return changed if isinstance(batch, Tensor) else (changed, *batch[1:])
 
 
 class CausalLMMargin(_Margin, _Causal):

@@ -38,6 +38,14 @@ class NegativeLoss(LinearLossOutput):
     """
 
     def __init__(self, loss_fn: Callable[[nn.Module, Any], Tensor]) -> None:
+        # Other packages take a loss of outputs and labels here.
+        if str(getattr(loss_fn, "__module__", "")).startswith("torch.nn."):
+            name = getattr(loss_fn, "__name__", type(loss_fn).__name__)
+            raise TypeError(
+                f"NegativeLoss calls loss_fn(module, batch), and {name} of torch takes outputs and labels: write a"
+                " function that calls the module, such as lambda module, batch: F.cross_entropy(module(batch[0]),"
+                " batch[1], reduction='none')"
+            )
         self.loss_fn = loss_fn
 
     def output(self, module: nn.Module, batch: Any) -> Tensor:

@@ -117,7 +117,10 @@ class TokenOutput(SeveralPredictions):
         vocabulary, labels = logits.shape[-1], labels[counted]
         if not len(labels):
             skipped = "-100" if self.pad_token_id is None else f"-100 or pad_token_id={self.pad_token_id}"
-            return f"none of its tokens counts, as all are masked or labelled {skipped}; leave it out of the dataset"
+            return (
+                f"none of its tokens counts, as all are masked, labelled {skipped}, or first in the text; leave it out"
+                " of the dataset"
+            )
         outside = labels[(labels < 0) | (labels >= vocabulary)].tolist()
         if outside:
             most = vocabulary - 1

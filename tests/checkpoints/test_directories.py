@@ -212,9 +212,16 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
         resolve_checkpoints(tmp_path)
 
 
-def test_an_adapter_alone_is_refused(tmp_path: Path) -> None:
+def test_an_adapter_comes_with_its_settings(tmp_path: Path) -> None:
     save_file(A, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match="holds an adapter alone"):
+    with pytest.raises(FileNotFoundError, match=r'adapter_config.json", the settings of the adapter, is missing'):
+        resolve_checkpoints(tmp_path)
+    (tmp_path / "adapter_config.json").write_text('{"r": 2}')
+    (found,) = resolve_checkpoints(tmp_path)
+    assert found.partial
+    assert found.adapter == {"r": 2}
+    (tmp_path / "adapter_config.json").write_text("[]")
+    with pytest.raises(ValueError, match="does not hold the settings of an adapter"):
         resolve_checkpoints(tmp_path)
 
 

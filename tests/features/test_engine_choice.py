@@ -7,10 +7,14 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_trak import TRAK, GradientDot
 from lightning_trak.gradients import HookEngine
 from lightning_trak.methods import ExactKernel
+from lightning_trak.outputs import ClassificationMargin
 from lightning_trak.projections import KroneckerProjection, SparseProjection
 from tests.lit import TARGETS, TRAIN, LitNet, beyond_hooks, make_model, make_trainer
 
@@ -116,3 +120,25 @@ def test_a_choice_that_was_deleted_is_read_from_the_shards(tmp_path, checkpoints
     choice.unlink()
     again = kind(make_model(), checkpoints, tmp_path)
     assert torch.equal(again.attribute(make_trainer(), TRAIN, TARGETS), expected)
+
+
+class Packed(nn.Module):
+    """A recurrent network over packed texts. Every batch has other shapes."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.over, self.head = nn.Embedding(5, 4), nn.GRU(4, 4, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, ids, lengths):
+        packed = pack_padded_sequence(self.words(ids), lengths, batch_first=True, enforce_sorted=False)
+        return self.head(self.over(packed)[1][-1])
+
+
+def test_shapes_that_differ_from_batch_to_batch_are_warned_of_once(tmp_path):
+    lengths = torch.arange(12) % 5 + 1
+    ids = torch.arange(5) * (torch.arange(5) < lengths[:, None])
+    data = TensorDataset(ids, lengths, torch.zeros(12, dtype=torch.int64))
+    trak = TRAK(Packed(), store=tmp_path / "store", output=ClassificationMargin())
+    with pytest.warns(UserWarning, match="vmap cannot differentiate Packed") as told:
+        trak.featurize(None, DataLoader(data, batch_size=3))
+    assert sum("vmap cannot differentiate" in str(warning.message) for warning in told) == 1

@@ -188,7 +188,7 @@ def test_a_model_whose_weights_are_not_finite_has_nothing_to_score(tmp_path):
 
 def test_rescoring_needs_all_examples(tmp_path):
     trak = make(tmp_path)
-    with pytest.warns(UserWarning, match="their scores are 0, and they are never among the top_k"):
+    with pytest.warns(UserWarning, match="their scores are 0 and they are never among the top_k"):
         featurize(trak, on_nan="skip")
     with pytest.raises(ValueError, match="has left out 5 examples whose gradients are not finite"):
         trak.score(make_trainer(), TARGETS, top_k=2, largest=True, rescore=4)

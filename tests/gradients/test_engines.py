@@ -125,6 +125,10 @@ def test_selection_by_pattern():
     assert list(select_parameters(module, lambda name, parameter: parameter.numel() == 1)) == ["lora_a.bias"]
     with pytest.raises(ValueError, match=r"'head.\*' matches no parameter; the model has: base.weight"):
         select_parameters(module, ["base.*", "head.*"])
+    with pytest.raises(ValueError, match=r"'base' matches no parameter; .*; did you mean 'base.\*'\?"):
+        select_parameters(module, "base")
+    with pytest.raises(TypeError, match=r"expected parameters as patterns for names, .* got Linear"):
+        select_parameters(module, module["base"])
     with pytest.raises(ValueError, match="chose none"):
         select_parameters(module, lambda name, parameter: False)
     with pytest.raises(ValueError, match="no parameter of the model requires gradients"):

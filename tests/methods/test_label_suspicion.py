@@ -1,5 +1,6 @@
 """How suspicious each label is, by every method, against what it is by definition."""
 
+import copy
 import inspect
 
 import pytest
@@ -26,7 +27,7 @@ from lightning_trak.methods import (
 )
 from lightning_trak.methods.baselines import knn_shapley, similarity
 from lightning_trak.methods.baselines.knn_shapley import knn_shapley_values
-from lightning_trak.outputs import ContrastiveMargin, DirectionOutput, RegressionOutput
+from lightning_trak.outputs import ClassificationMargin, ContrastiveMargin, DirectionOutput, RegressionOutput
 from lightning_trak.projections import SparseProjection
 from lightning_trak.replay import differentiating
 from tests.lit import TRAIN, LitNet, make_data, make_model, make_trainer
@@ -35,6 +36,7 @@ from tests.replay.runs import Net
 from tests.replay.runs import train as train_recorded
 
 SMALL = {"projection": SparseProjection(32), "dtype": "float32"}
+AS_IT_IS = {"temperature": 1, "lag": 1}
 
 
 def test_every_method_says_or_refuses():
@@ -51,10 +53,10 @@ def test_every_method_says_or_refuses():
 @pytest.mark.parametrize(
     "make",
     [
-        lambda model, weights, path: TRAK(model, weights, path, **SMALL),
+        lambda model, weights, path: TRAK(model, weights, path, **SMALL, **AS_IT_IS),
         lambda model, weights, path: GradientDot(model, weights, path, **SMALL),
         lambda model, weights, path: TracIn(model, weights, path, learning_rates=[0.3, 0.1], **SMALL),
-        lambda model, weights, path: ExactKernel(model, weights, path),
+        lambda model, weights, path: ExactKernel(model, weights, path, **AS_IT_IS),
         lambda model, weights, path: EKFACInfluence(model, weights, parameters=["first.*", "head.*"]),
         lambda model, weights, path: InfluenceFunction(model, weights, solver=Explicit()),
     ],
@@ -77,6 +79,27 @@ def test_the_convergence_is_that_of_the_training_examples(checkpoints):
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * float(expected.max()))
 
 
+@pytest.mark.parametrize("kind", [TRAK, ExactKernel])
+def test_labels_that_a_model_has_memorised(tmp_path, kind):
+    """At a temperature above 1, right labels of which the model is sure are more suspicious than the wrong ones."""
+    centres, labels = 2 * torch.randn(4, 10), torch.arange(200) % 4
+    inputs, wrong = centres[labels] + torch.randn(200, 10), torch.arange(0, 200, 10)
+    labels[wrong] = (labels[wrong] + 1 + torch.arange(20) % 3) % 4
+    model, checkpoints = nn.Sequential(nn.Linear(10, 64), nn.ReLU(), nn.Linear(64, 4)), []
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for step in range(400):
+        optimizer.zero_grad()
+        F.cross_entropy(model(inputs), labels).backward()
+        optimizer.step()
+        if step in (20, 399):
+            checkpoints.append(copy.deepcopy(model.state_dict()))
+    assert (model(inputs).argmax(1) == labels).all()
+    method = kind(model, checkpoints, tmp_path, output=ClassificationMargin())
+    suspicion = method.label_suspicion(None, TensorDataset(inputs, labels))
+    assert torch.isin(suspicion.topk(20).indices, wrong).sum() > 15
+    assert torch.isin(method.self_influence().topk(20).indices, wrong).sum() < 5
+
+
 class LitScalar(LitNet):
     """A regression, whose scores have the sign of the residual."""
 
@@ -95,7 +118,7 @@ def test_a_residual_has_a_sign_and_suspicion_has_none(tmp_path, kind):
     method = (
         InfluenceFunction(model, weights, solver=Explicit())
         if kind == "influence"
-        else TRAK(model, weights, tmp_path, **SMALL)
+        else TRAK(model, weights, tmp_path, **SMALL, **AS_IT_IS)
     )
     own = method.attribute(make_trainer(), data, data).diagonal()
     assert (own < 0).any()

@@ -238,7 +238,7 @@ def test_regression_refuses_more_than_one_number_per_example(prediction, target,
 def test_fingerprints_are_json_and_tell_configurations_apart():
     outputs = [
         *OUTPUTS,
-        NegativeLoss(F.cross_entropy),
+        NegativeLoss(lambda module, batch: F.cross_entropy(module(batch[0]), batch[1], reduction="none")),
         ClassificationMargin(forward=F.linear),
         ClassificationMargin(labels_key="target"),
         CausalLMMargin(pad_token_id=0),
@@ -330,7 +330,8 @@ def test_fingerprints_tell_functions_of_one_name_apart():
     first, second = make(1)
     assert first.fingerprint() != second.fingerprint()
     assert first.fingerprint() == make(1)[0].fingerprint()
-    smooth, plain = (NegativeLoss(nn.CrossEntropyLoss(label_smoothing=value)) for value in (0.1, 0.0))
+    losses = [nn.CrossEntropyLoss(label_smoothing=value) for value in (0.1, 0.0)]
+    smooth, plain = (NegativeLoss(lambda module, batch, loss=loss: loss(module(batch[0]), batch[1])) for loss in losses)
     assert smooth.fingerprint() != plain.fingerprint()
     powers = [NegativeLoss(functools.partial(torch.pow, exponent=value)) for value in (2, 3)]
     assert powers[0].fingerprint() != powers[1].fingerprint()

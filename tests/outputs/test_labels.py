@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from lightning_trak.outputs import CausalLMMargin, ClassificationMargin, NegativeLoss, RegressionOutput, Seq2SeqLMMargin
@@ -134,7 +135,7 @@ def test_a_bad_label_is_named(classes, label, message):
     [
         ([1, 9, 2], "one of its labels is 9, and the vocabulary has 4 tokens, 0 to 3"),
         ([1, -1, 2], "one of its labels is -1, and the vocabulary has 4 tokens"),
-        ([1, -100, 3], "none of its tokens counts, as all are masked or labelled -100 or pad_token_id=3"),
+        ([1, -100, 3], "none of its tokens counts, as all are masked, labelled -100 or pad_token_id=3, or first"),
         ([-100, 1, 3], None),
     ],
 )
@@ -145,6 +146,18 @@ def test_a_text_without_a_margin_is_named(labels, message):
     _compare(output.explain_nan(Scaled(), batch), message)
     batch = torch.zeros(1, 2, 4), torch.tensor([labels[1:]])
     _compare(Seq2SeqLMMargin(pad_token_id=3).explain_nan(Scaled(), batch), message)
+
+
+def test_a_text_of_one_token_is_named():
+    output, batch = CausalLMMargin(), (torch.zeros(2, 1, 4), torch.tensor([[1], [2]]))
+    assert output.output(Scaled(), batch).isnan().all()
+    assert "first in the text" in output.explain_nan(Scaled(), (batch[0][:1], batch[1][:1]))
+
+
+@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(reduction="none"), F.cross_entropy])
+def test_a_loss_of_outputs_and_labels_is_refused(loss):
+    with pytest.raises(TypeError, match=r"calls loss_fn\(module, batch\), and \w+ of torch takes outputs and labels"):
+        NegativeLoss(loss)
 
 
 def test_a_bad_target_is_named():

@@ -185,7 +185,7 @@ def test_tokens_left_out_may_have_infinite_margins():
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
-        (torch.zeros(2, 1).long(), "at least two tokens"),
+        (torch.zeros(2, 0).long(), "at least two tokens"),
         (torch.zeros(5).long(), r"token ids of shape \(batch, length\), received torch.int64 of shape \(5,\)"),
         (
             (torch.zeros(2, 3).long(), torch.zeros(2, 4).long()),
@@ -203,6 +203,22 @@ def test_tokens_left_out_may_have_infinite_margins():
 def test_causal_batches_that_are_refused(batch, message):
     with pytest.raises(ValueError, match=message):
         CausalLMMargin().output(Bigram(), batch)
+
+
+class BothWays(Bigram):
+    """Also looks at the next token, as a masked language model does."""
+
+    def forward(self, input_ids):
+        logits = super().forward(input_ids)["logits"]
+        return logits + 0.1 * logits.roll(-1, 1)
+
+
+@pytest.mark.parametrize("wrap", [lambda ids: ids, lambda ids: (ids,), lambda ids: {"input_ids": ids}])
+def test_a_model_that_looks_ahead_is_suspicious(wrap):
+    batch = wrap(torch.tensor([[1, 4, 2, 3]]))
+    assert "BothWays predicts tokens from later ones" in CausalLMMargin().suspicion(BothWays(), batch)
+    assert CausalLMMargin().suspicion(Bigram(), batch) is None
+    assert CausalLMMargin().suspicion(BothWays(), wrap(torch.tensor([[1, 4]]))) is None  # too short to tell
 
 
 def test_seq2seq_needs_labels():

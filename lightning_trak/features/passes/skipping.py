@@ -54,5 +54,6 @@ def require_finite_or_skipped(
                 min(found.found),
             )
         rank_zero_warn(
-            f"{store.user}: {named(skipped)} are not finite; their scores are 0, and they are never among the top_k"
+            f"{store.user} leaves out {named(skipped)}: not finite, so their scores are 0 and they are never among the"
+            " top_k"
         )

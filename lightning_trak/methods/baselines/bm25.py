@@ -1,7 +1,8 @@
 """BM25: training texts that share rare words with the target."""
 
 import re
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from functools import partial
 from typing import Any, cast
 
 import lightning as L
@@ -58,7 +59,7 @@ class BM25(MatrixMethod):
     def __init__(self, text: Callable[[Any], Text] | str | int, *, k1: float = 1.2, b: float = 0.75) -> None:
         if not k1 >= 0 or not 0 <= b <= 1:
             raise ValueError(f"expected k1 of at least 0 and b from 0 to 1, got k1={k1} and b={b}")
-        self.text = text if callable(text) else lambda item: item[text]
+        self.text = text if callable(text) else partial(_at, text)
         self.k1 = k1
         self.b = b
 
@@ -91,6 +92,19 @@ class BM25(MatrixMethod):
         with isolated_random_states():
             batches = load(loader, (part.examples for part in ranges), collate_fn=list)
             return [list(_tokens(self.text(item))) for batch in batches for item in batch]
+
+
+def _at(key: str | int, item: Any) -> Any:
+    try:
+        return item[key]
+    except (IndexError, KeyError, TypeError) as error:
+        kind = (
+            f"has the keys {', '.join(map(str, item))}" if isinstance(item, Mapping) else f"is a {type(item).__name__}"
+        )
+        raise ValueError(
+            f"BM25 looks for the text of an item at {key!r}, and the item {kind}: give the key or position of the text,"
+            " or a function of the item"
+        ) from error
 
 
 def _tokens(text: Any) -> Iterable[Hashable]:

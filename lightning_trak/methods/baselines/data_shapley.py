@@ -1,5 +1,6 @@
 """Data Shapley: an example's average contribution as the training set grows in random orders."""
 
+import math
 import random
 from collections.abc import Callable
 from typing import Any
@@ -8,6 +9,7 @@ from weakref import WeakValueDictionary
 import lightning as L
 import numpy as np
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, Subset
 from typing_extensions import override
@@ -115,6 +117,9 @@ class DataShapley(MatrixMethod):
         def utility(members: list[int]) -> Tensor:
             return self._retrain(train.loader, members, targets)
 
+        models = self.permutations * (math.ceil(total / self.step) - 1) + 1
+        most = "up to " if self.tolerance else ""
+        rank_zero_info(f"DataShapley: {most}{models:,} models to train, nearly all on a part of the training set")
         orders = torch.Generator().manual_seed(self.seed)
         nothing, everything = utility([]), utility(list(range(total)))
         values = torch.zeros(len(targets), total, dtype=torch.float64)

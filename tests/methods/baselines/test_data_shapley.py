@@ -1,5 +1,6 @@
 """Data Shapley against the definition, by brute force."""
 
+import logging
 import random
 from itertools import combinations
 from math import comb
@@ -113,11 +114,13 @@ def count_trainings(data, **options):
     return method.attribute(make_trainer(), data, TARGETS), trained
 
 
-def test_truncation_saves_trainings_and_leaves_the_rest_without_a_change():
+def test_truncation_saves_trainings_and_leaves_the_rest_without_a_change(caplog):
     labels = torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0], dtype=torch.float64)
     data = TensorDataset(torch.zeros(5, 2, dtype=torch.float64), labels)
-    values, trained = count_trainings(data)
+    with caplog.at_level(logging.INFO):
+        values, trained = count_trainings(data)
     assert trained == [5, 1, 2, 3, 4, 1, 2, 3, 4]
+    assert "DataShapley: 9 models to train" in caplog.text
     torch.testing.assert_close(values, torch.ones(3, 5))
     values, trained = count_trainings(data, tolerance=2.5)  # 2 of 5 missing is near enough
     assert trained == [5, 1, 2, 3, 1, 2, 3]
