@@ -1,8 +1,15 @@
 """Checks of arguments that several functions share."""
 
+import difflib
+import inspect
 import operator
+from collections.abc import Iterable, Mapping
+from types import FunctionType
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
+
+_Class = TypeVar("_Class", bound=type)
 
 
 def positive(name: str, value: int) -> int:
@@ -122,3 +129,52 @@ def require_factory(name: str, factory: object) -> None:
             f"{name} must be a function that makes a new object in each call, such as a class or a lambda; got a"
             f" {type(factory).__name__}"
         )
+
+
+def require_known(where: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Check the names of keyword arguments: a misspelt one must not be left unanswered.
+
+    Args:
+        where: they are given, for the error, such as ``"score"``.
+        given: their names.
+        known: all names that there are.
+
+    Raises:
+        TypeError: if there is another one.
+    """
+    names = sorted(known)
+    for name in given:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names)}"
+            raise TypeError(f"{where} got an unexpected keyword argument {name!r}: {hint}")
+
+
+def require_options(made: object, options: Mapping[str, Any], known: type) -> None:
+    """Check what a constructor passes on as ``**options``. Python's error would name a base class that takes them.
+
+    Args:
+        made: the object that is being made.
+        options: what was given.
+        known: a TypedDict of all options.
+
+    Raises:
+        TypeError: if there is another one. It names the object's class, and the nearest name of an argument.
+    """
+    signature = inspect.signature(type(made)).parameters.values()
+    own = [argument.name for argument in signature if argument.kind is not argument.VAR_KEYWORD]
+    taken = [name for name in options if name in known.__annotations__]
+    require_known(type(made).__name__, options.keys() - taken, [*own, *known.__annotations__])
+
+
+def own_constructor(cls: _Class) -> _Class:
+    """Give a class a copy of the constructor that it inherits, so that errors about its arguments name this class."""
+    inherited = cls.__init__  # type: ignore[misc]
+    assert isinstance(inherited, FunctionType)
+    copied = FunctionType(
+        inherited.__code__, inherited.__globals__, "__init__", inherited.__defaults__, inherited.__closure__
+    )
+    copied.__kwdefaults__, copied.__annotations__ = inherited.__kwdefaults__, inherited.__annotations__
+    copied.__doc__, copied.__module__, copied.__qualname__ = None, cls.__module__, f"{cls.__qualname__}.__init__"
+    cls.__init__ = copied  # type: ignore[misc]
+    return cls

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_trak.checks import positive, require_factory
+from lightning_trak.checks import positive, require_factory, require_known
 from lightning_trak.methods.base import Method
 from lightning_trak.metrics import LinearDatamodelingScore
 from lightning_trak.outputs import ModelOutput
@@ -169,11 +169,7 @@ def _require_methods(methods: object) -> None:
 
 
 def _require_shown(shown: Mapping[str, Any]) -> None:
-    unknown = [name for name in shown if name not in _SHOWN]
-    if unknown:
-        raise TypeError(
-            f"AttributionEvaluation has no argument {unknown[0]!r}; what is shown takes {', '.join(_SHOWN)}"
-        )
+    require_known("AttributionEvaluation", shown, ("methods", "train", "targets", "retrained", *_SHOWN))
     positive("k", shown.get("k", 1))
 
 

@@ -9,6 +9,7 @@ import lightning as L
 from torch import Tensor, nn
 
 from lightning_trak.checkpoints.reading import CheckpointsLike
+from lightning_trak.checks import own_constructor
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.methods.newton import NewtonMethod
 from lightning_trak.methods.rescoring import ExactScores
@@ -21,6 +22,7 @@ from lightning_trak.scoring.dual import smaller_scorer
 from lightning_trak.scoring.trak import TRAKScorer
 
 
+@own_constructor
 class TRAK(NewtonMethod):
     """TRAK: by how much would the output at the target change if the training example counted once more?
 

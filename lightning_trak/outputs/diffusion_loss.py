@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from lightning_trak.checks import own_constructor
 from lightning_trak.outputs.diffusion import DiffusionOutput
 from lightning_trak.outputs.linear import LinearLossOutput
 
 
+@own_constructor
 class DiffusionLoss(DiffusionOutput, LinearLossOutput):
     r"""The negative noise-prediction loss at given timesteps.
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from lightning_trak.checks import own_constructor
 from lightning_trak.outputs.diffusion import DiffusionOutput
 from lightning_trak.outputs.surrogate import SurrogateOutput
 
 
+@own_constructor
 class DiffusionMean(DiffusionOutput, SurrogateOutput):
     r"""The output of the diffusion attribution score: the mean of the prediction's d elements.
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from lightning_trak.checks import own_constructor
 from lightning_trak.outputs.diffusion import DiffusionOutput
 from lightning_trak.outputs.surrogate import SurrogateOutput
 
 
+@own_constructor
 class DiffusionSquare(DiffusionOutput, SurrogateOutput):
     r"""The output of D-TRAK, :math:`f = \mathrm{mean}_{t, \epsilon} |\epsilon_\theta(x_t, t)|^2 / d`.
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_trak.checks import own_constructor
 from lightning_trak.outputs.batches import LABELS_KEYS, Forward, LabelsKey, has_key, predict, split_labels
 from lightning_trak.outputs.linear import LinearLossOutput
 from lightning_trak.outputs.margins import log_odds, logistic_loss, token_log_likelihoods
@@ -85,6 +86,7 @@ class _Causal(TokenOutput):
         return split_labels(batch, self.labels_key)
 
 
+@own_constructor
 class CausalLMMargin(_Margin, _Causal):
     r"""Margin of a causal language model, :math:`f = \mathrm{mean}_t [\log p_t - \log(1 - p_t)]`.
 
@@ -150,6 +152,7 @@ class CausalLMLogLikelihood(LinearLossOutput, _Causal):
         return token_log_likelihoods(logits, labels, counted)
 
 
+@own_constructor
 class Seq2SeqLMMargin(_Margin):
     r"""Margin of an encoder-decoder language model, :math:`f = \mathrm{mean}_t [\log p_t - \log(1 - p_t)]`.
 

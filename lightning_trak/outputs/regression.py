@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_trak.checks import own_constructor
 from lightning_trak.outputs.batches import one_per_example, predict, without_labels
 from lightning_trak.outputs.labelled import LabelledOutput, beside_truth
 
 
+@own_constructor
 class RegressionOutput(LabelledOutput):
     r"""Signed residual :math:`f` = prediction - target, with the squared error :math:`l = f^2/2`: Q = -f and R = 1.
 

@@ -1,15 +1,13 @@
 """Shapley values of the training examples for a nearest-neighbour classifier on representations."""
 
-from typing import Any
-
 import lightning as L
 import torch
 from torch import Tensor, nn
-from typing_extensions import override
+from typing_extensions import Unpack, override
 
 from lightning_trak.checkpoints.reading import CheckpointsLike
-from lightning_trak.checks import positive, require_one_of
-from lightning_trak.methods.baselines.representations import RepresentationMethod
+from lightning_trak.checks import positive, require_one_of, require_options
+from lightning_trak.methods.baselines.representations import RepresentationMethod, RepresentationOptions
 from lightning_trak.methods.baselines.similarity import SIMILARITIES, Similarity, similarity_matrix
 from lightning_trak.methods.examples import Examples
 from lightning_trak.running.data import Data
@@ -47,8 +45,9 @@ class KNNShapley(RepresentationMethod):
         *,
         k: int = 10,
         similarity: Similarity = "l2",
-        **options: Any,
+        **options: Unpack[RepresentationOptions],
     ) -> None:
+        require_options(self, options, RepresentationOptions)
         require_one_of("similarity", similarity, SIMILARITIES)
         super().__init__(model, checkpoints, **options)
         self.k = positive("k", k)

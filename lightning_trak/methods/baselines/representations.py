@@ -1,7 +1,7 @@
 """Representations: the input of one layer, as a vector for each example."""
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypedDict
 
 import lightning as L
 import torch
@@ -18,6 +18,16 @@ from lightning_trak.methods.examples import Examples, declared_rows
 from lightning_trak.outputs.batches import LABELS_KEYS, Forward, LabelsKey, as_keys, one_per_example, split_labels
 
 Pool = Callable[[Tensor, Any], Tensor]
+
+
+class RepresentationOptions(TypedDict, total=False):
+    """Keyword arguments of every method that compares representations, see :class:`RepresentationMethod`."""
+
+    layer: str | None
+    forward: Forward | None
+    pool: Pool | None
+    labels_key: LabelsKey
+    weights_only: bool
 
 
 class RepresentationMethod(MatrixMethod):
