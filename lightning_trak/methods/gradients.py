@@ -16,6 +16,7 @@ from lightning_trak.gradients import select_parameters
 from lightning_trak.methods.feature import FeatureMethod
 from lightning_trak.methods.learning_rates import LearningRates, resolve_learning_rates
 from lightning_trak.methods.options import FeatureOptions
+from lightning_trak.methods.showing import LOWERS_LOSS, RAISES_OUTPUT
 from lightning_trak.running.data import Data
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.running.trainers import trainer_of
@@ -64,6 +65,11 @@ class _GradientMethod(FeatureMethod):
                 learning_rates, self.checkpoints, lambda: select_parameters(self.model, self.parameters)
             )
         )
+
+    @property
+    @override
+    def meaning(self) -> str:
+        return LOWERS_LOSS if self.effect_on == "loss" else RAISES_OUTPUT
 
     @override
     def self_influence(self, trainer: L.Trainer | None = None) -> Tensor:

@@ -16,6 +16,7 @@ from lightning_trak.compatibility import original_module
 from lightning_trak.methods.base import DataMethod
 from lightning_trak.methods.examples import Examples
 from lightning_trak.methods.questions import Asked
+from lightning_trak.methods.showing import RAISES_OUTPUT
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import declared_output, require_alone, target_output, trained_output
 from lightning_trak.replay.differentiating import Differentiated
@@ -140,6 +141,11 @@ class Metagradient(DataMethod):
         self.micro_batch_size = None if micro_batch_size is None else positive("micro_batch_size", micro_batch_size)
         self.check_smooth = check_smooth
         self.progress_bar = progress_bar
+
+    @property
+    @override
+    def meaning(self) -> str:
+        return RAISES_OUTPUT
 
     def _target_output(self, output: ModelOutput | None) -> ModelOutput | None:
         return target_output(output, self.output)

@@ -16,6 +16,7 @@ from lightning_trak.features.pipeline import FeaturePipeline
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.gradients import ParameterSelection
 from lightning_trak.methods.feature import FeatureMethod
+from lightning_trak.methods.showing import RAISES_OUTPUT
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.predictions import SeveralPredictions
 from lightning_trak.projections import Projection
@@ -82,6 +83,11 @@ class NewtonMethod(FeatureMethod):
             audit=audit,
         )
         self.curvature = self._chosen(curvature)
+
+    @property
+    @override
+    def meaning(self) -> str:
+        return RAISES_OUTPUT
 
     def _chosen(self, curvature: CurvatureChoice) -> Curvature | Literal["per_prediction"]:
         """The curvature, if it is possible here.

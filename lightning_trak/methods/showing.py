@@ -22,9 +22,23 @@ from lightning_trak.scoring.topk import BothEnds, Scores, TopK
 from lightning_trak.texts.display import Displayed
 from lightning_trak.texts.printable import counted
 
+RAISES_OUTPUT = (
+    "Training on an example with a positive score raises the model's output at the target, on one with a negative score"
+    " lowers it."
+)
+LOWERS_LOSS = (
+    "Training on an example with a positive score lowers the model's loss at the target, on one with a negative score"
+    " raises it."
+)
+
 
 class Showing(Displayed):
     """The part of all methods that shows results: in a notebook, in a terminal or in a file."""
+
+    @property
+    def meaning(self) -> str:
+        """A sentence for readers of scores that says what a positive one means; empty if that is not known."""
+        return ""
 
     def show(
         self,
@@ -101,7 +115,7 @@ class Showing(Displayed):
         if predictions:
             texts = self.describe_predictions(trainer, targets, chosen, output)
             explanations = [each._replace(prediction=text) for each, text in zip(explanations, texts, strict=True)]
-        show(explanations, f"{saved.method}: {counted(saved.num_train, 'training example')}", out)
+        show(explanations, f"{saved.method}: {counted(saved.num_train, 'training example')}", out, self.meaning)
 
     def describe_predictions(
         self,

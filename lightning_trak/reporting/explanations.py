@@ -61,6 +61,17 @@ class Explanation(NamedTuple):
     prediction: str | None = None
 
 
+def heading(group: str, entries: Sequence[Entry]) -> str:
+    """The name of a group of entries, and whether none of its scores has the sign that readers expect.
+
+    Args:
+        group: ``"proponents"`` or ``"opponents"``.
+        entries: of the group.
+    """
+    sign, name = (1, "positive") if group == "proponents" else (-1, "negative")
+    return group if any(entry.score * sign > 0 for entry in entries) else f"{group} (no score is {name})"
+
+
 def explanations_table(explanations: Sequence[Explanation]) -> Table:
     """Explanations as a table with a row for each proponent and opponent, such as for a spreadsheet.
 

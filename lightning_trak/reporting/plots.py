@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from lightning_trak.retraining import Brittleness
 
 _STYLES = {
-    "proponents": ("tab:green", "proponents: raise the output"),
-    "opponents": ("tab:red", "opponents: lower it"),
+    "proponents": ("tab:green", "proponents: highest scores"),
+    "opponents": ("tab:red", "opponents: lowest scores"),
 }
 
 
@@ -51,7 +51,7 @@ def plot_attributions(
         targets: images ``(num_targets, height, width)`` or ``(num_targets, 1 or 3, height, width)``, with values in
             [0, 1].
         train: images of the whole training set, of the same form.
-        scores: ``(num_targets, num_train)``; a positive score says that training on the example raises the output.
+        scores: ``(num_targets, num_train)``.
         k: how many proponents and how many opponents each target gets.
         target_names: titles of the targets, such as their labels.
         train_names: titles of the training images; the score stands below. Default: their positions.

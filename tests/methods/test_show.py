@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset, random_split
 
-from lightning_trak import TRAK
-from lightning_trak.methods import EKFACInfluence, RandomScores
+from lightning_trak import TRAK, GradientDot
+from lightning_trak.methods import EKFACInfluence, RandomScores, RepresentationSimilarity
 from lightning_trak.outputs import ClassificationMargin, NegativeLoss, RegressionOutput
 from lightning_trak.projections import SparseProjection
 from lightning_trak.reporting.items import describe_item
@@ -254,3 +254,17 @@ def test_a_data_module_that_draws_other_data_than_were_scored(tmp_path, seed, re
 def test_a_number_of_targets_in_place_of_positions(trak):
     with pytest.raises(TypeError, match=r"shown takes positions of targets, such as shown=\[3\], got 3"):
         trak.show(SCORES, TRAIN, TARGETS, shown=3)
+
+
+def test_the_meaning_of_scores_is_that_of_the_method(tmp_path):
+    model, options = make_model(), {"projection": SparseProjection(8)}
+    trak = TRAK(model, store=tmp_path, **options)
+    dot = GradientDot(model, store=tmp_path, **options)
+    alike = RepresentationSimilarity(model)
+    assert "positive score raises the model's output" in trak.meaning
+    assert "positive score lowers the model's loss" in dot.meaning
+    assert GradientDot(model, store=tmp_path, effect_on="output", **options).meaning == trak.meaning
+    out = tmp_path / "shown.html"
+    alike.show(alike.attribute(make_trainer(), TRAIN, TARGETS), TRAIN, TARGETS, out=out, predictions=False)
+    assert "how alike the example and the target are" in out.read_text()
+    assert "raise" not in out.read_text()

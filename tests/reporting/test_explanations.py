@@ -144,3 +144,17 @@ def test_texts_are_escaped_cut_and_described_by_the_user():
         explain(saved, [], 1, train, targets)
     with pytest.raises(ValueError, match="k must be at least 1, got 0"):
         explain(saved, [0], 0, train, targets)
+
+
+def test_what_scores_mean_is_said_as_it_is(tmp_path):
+    meaning = "Scores are <minus> distances."
+    SavedScores(torch.tensor([[-0.5, -2.0]]), 2, "Distance", meaning=meaning).save(tmp_path / "scores")
+    saved = SavedScores.load(tmp_path / "scores")
+    assert saved.meaning == meaning
+    (explanation,) = explain(saved, [0], 1, ["one", "two"], ["a target"])
+    text = page([explanation], "Distance", saved.meaning)
+    assert "<p>Scores are &lt;minus&gt; distances. Proponents have the highest scores for a target" in text
+    assert "raise" not in text
+    assert "<h3>proponents (no score is positive)</h3>" in text
+    assert "<h3>opponents</h3>" in text
+    assert "  proponents (no score is positive)\n" in table([explanation])

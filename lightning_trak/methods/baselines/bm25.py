@@ -8,6 +8,7 @@ import lightning as L
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
+from typing_extensions import override
 
 from lightning_trak.methods.base import MatrixMethod
 from lightning_trak.methods.examples import Examples
@@ -61,6 +62,11 @@ class BM25(MatrixMethod):
         self.text = text if callable(text) else lambda item: item[text]
         self.k1 = k1
         self.b = b
+
+    @property
+    @override
+    def meaning(self) -> str:
+        return "A score says how many words the two texts share, and how rare ones, and nothing about training."
 
     def matrix(self, trainer: L.Trainer, train: Examples, targets: Examples) -> Tensor:
         """BM25 of each training text for each target; see :class:`~lightning_trak.methods.base.MatrixMethod`.

@@ -103,6 +103,14 @@ class DataShapley(MatrixMethod):
         with isolated_random_states():
             return declared_output(self.make_module(), otherwise="pass utility=")
 
+    @property
+    @override
+    def meaning(self) -> str:
+        return (
+            "An example with a positive score raises the utility at the target, which by default is the model's output,"
+            " on average over smaller training sets; one with a negative score lowers it."
+        )
+
     def matrix(self, trainer: L.Trainer, train: Examples, targets: Examples) -> Tensor:
         """Estimated Shapley values; see :class:`~lightning_trak.methods.base.MatrixMethod`.
 

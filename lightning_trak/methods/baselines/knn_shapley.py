@@ -53,6 +53,14 @@ class KNNShapley(RepresentationMethod):
         self.k = positive("k", k)
         self.similarity: Similarity = similarity
 
+    @property
+    @override
+    def meaning(self) -> str:
+        return (
+            "An example with a positive score adds votes for the target's label among its nearest neighbours, one with"
+            " a negative score takes them away. Scores say nothing about training."
+        )
+
     def matrix(self, trainer: L.Trainer, train: Examples, targets: Examples) -> Tensor:
         """Shapley values, averaged over checkpoints; see :class:`~lightning_trak.methods.base.MatrixMethod`."""
         train_labels, target_labels = (self.labels(trainer, examples) for examples in (train, targets))

@@ -27,6 +27,11 @@ class RandomScores(MatrixMethod):
     def __init__(self, seed: int = 0) -> None:
         self._stream = Stream.derive("random scores", seed, 0, "")
 
+    @property
+    @override
+    def meaning(self) -> str:
+        return "Scores are random numbers, which mean nothing."
+
     def matrix(self, trainer: L.Trainer, train: Examples, targets: Examples) -> Tensor:
         """Random scores of the shape that the data ask for; see :class:`~lightning_trak.methods.base.MatrixMethod`."""
         num_train, num_targets = len(train), len(targets)

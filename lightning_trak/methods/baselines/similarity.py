@@ -59,6 +59,11 @@ class RepresentationSimilarity(RepresentationMethod):
         super().__init__(model, checkpoints, **options)
         self.similarity: Similarity = similarity
 
+    @property
+    @override
+    def meaning(self) -> str:
+        return "A score says how alike the example and the target are to the model, and nothing about training."
+
     def matrix(self, trainer: L.Trainer, train: Examples, targets: Examples) -> Tensor:
         """Similarities, averaged over checkpoints; see :class:`~lightning_trak.methods.base.MatrixMethod`."""
         scores = torch.zeros(len(targets), len(train))

@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from lightning_trak.methods.base import MatrixMethod
 from lightning_trak.methods.examples import Examples
+from lightning_trak.methods.showing import RAISES_OUTPUT
 from lightning_trak.running.data import Data
 from lightning_trak.running.trainers import trainer_of
 
@@ -48,6 +49,11 @@ class SubsetMethod(MatrixMethod):
         self.outputs = outputs.detach().cpu().double()
         if outputs.ndim == 3:
             self.outputs = self.outputs.mean(2)
+
+    @property
+    @override
+    def meaning(self) -> str:
+        return RAISES_OUTPUT
 
     def matrix(self, trainer: L.Trainer, train: Examples, targets: Examples) -> Tensor:
         """Estimates from the masks and outputs; of the data, only the sizes are used.

@@ -24,6 +24,7 @@ from lightning_trak.methods.influence.products import gradient_products
 from lightning_trak.methods.influence.solvers import InverseProduct
 from lightning_trak.methods.predictions import with_predictions
 from lightning_trak.methods.questions import Asked
+from lightning_trak.methods.showing import RAISES_OUTPUT
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import target_output, trained_output
 from lightning_trak.running.data import Data
@@ -84,6 +85,11 @@ class Influence(DataMethod):
             )
         self.parameters = parameters
         self.seed = seed
+
+    @property
+    @override
+    def meaning(self) -> str:
+        return RAISES_OUTPUT
 
     @override
     def _model_copy(self, parameters: ParameterSelection = None) -> ModelCopy:
