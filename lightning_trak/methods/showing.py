@@ -20,6 +20,7 @@ from lightning_trak.running.data import Data, datamodule_of
 from lightning_trak.running.trainers import trainer_of
 from lightning_trak.scoring.topk import BothEnds, Scores, TopK
 from lightning_trak.texts.display import Displayed
+from lightning_trak.texts.messages import in_one_line
 from lightning_trak.texts.printable import counted
 
 RAISES_OUTPUT = (
@@ -30,6 +31,10 @@ LOWERS_LOSS = (
     "Training on an example with a positive score lowers the model's loss at the target, on one with a negative score"
     " raises it."
 )
+
+
+class _NoBatchesError(ValueError):
+    """The model cannot be run on what a dataset without a loader gives."""
 
 
 class Showing(Displayed):
@@ -70,7 +75,8 @@ class Showing(Displayed):
             train: the training data, in the order of those that were scored. They may be another view of the same
                 examples, such as images without normalization.
             targets: the targets that were scored. For predictions they must be what the model takes: give the loader,
-                rather than its dataset, if it has a ``collate_fn`` of its own.
+                rather than its dataset, if it has a ``collate_fn`` of its own. On a dataset that the model cannot be
+                run on, predictions are left out with a warning.
             shown: positions of the targets to show; default: the first 5.
             k: how many proponents, and how many opponents, each target gets.
             largest: for the best scores at one end: the ``largest`` that ``score`` got.
@@ -113,8 +119,12 @@ class Showing(Displayed):
                 stacklevel=2,
             )
         if predictions:
-            texts = self.describe_predictions(trainer, targets, chosen, output)
-            explanations = [each._replace(prediction=text) for each, text in zip(explanations, texts, strict=True)]
+            try:
+                texts = self.describe_predictions(trainer, targets, chosen, output)
+            except _NoBatchesError as error:
+                warnings.warn(f"no predictions are shown: {error}", stacklevel=2)
+            else:
+                explanations = [each._replace(prediction=text) for each, text in zip(explanations, texts, strict=True)]
         show(explanations, f"{saved.method}: {counted(saved.num_train, 'training example')}", out, self.meaning)
 
     def describe_predictions(
@@ -134,12 +144,23 @@ class Showing(Displayed):
 
         Returns:
             A text for each position; None if the method has no checkpoints, or the output no predictions.
+
+        Raises:
+            ValueError: if targets are a dataset without a loader, and the model cannot be run on it.
         """
         model = self._model_copy()
         if model is None:
             return [None] * len(positions)
         trainer = trainer_of(trainer, progress_bar=False)
-        return described_predictions(trainer, Examples(targets, "predict", trainer), positions, model, output)
+        try:
+            return described_predictions(trainer, Examples(targets, "predict", trainer), positions, model, output)
+        except Exception as error:
+            if isinstance(targets, DataLoader) or datamodule_of(targets) is not None:
+                raise
+            raise _NoBatchesError(
+                f"the model cannot be run on batches of the targets as they are ({in_one_line(error)}): give the"
+                " DataLoader of the targets, with its collate_fn, in the place of the dataset, or predictions=False"
+            ) from error
 
     def _num_train(self) -> int | None:
         """The number of training examples, if the method knows it."""

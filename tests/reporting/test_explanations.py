@@ -91,7 +91,7 @@ def test_scores_come_back_from_the_file(tmp_path):
     full.save(tmp_path / "full")
     found = SavedScores.load(tmp_path / "full")
     assert torch.equal(found.scores, full.scores)
-    assert found[1:] == (9, "TRAK", True, None)
+    assert found[1:] == (9, "TRAK", True, None, "")
     best = found.best(1, 20)
     assert best["proponents"].indices.tolist() == full.scores[1].argsort(descending=True).tolist()
     assert best["opponents"].indices.tolist() == full.scores[1].argsort().tolist()
