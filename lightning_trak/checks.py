@@ -4,6 +4,7 @@ import difflib
 import inspect
 import operator
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from types import FunctionType
 from typing import Any, TypeVar
 
@@ -50,6 +51,22 @@ def integer(name: str, value: int) -> int:
     if not is_integer(value):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     return operator.index(value)
+
+
+def real(name: str, value: float) -> float:
+    """A number of any type, such as one of NumPy's or a Tensor of one, as a ``float``.
+
+    Args:
+        name: of the argument, for the error.
+        value: of the argument.
+
+    Raises:
+        TypeError: if the value is no number. A bool does not count as one.
+    """
+    if not isinstance(value, (str, bool)):
+        with suppress(TypeError, ValueError):
+            return float(value)
+    raise TypeError(f"{name} must be a number, got {value!r:.80}")
 
 
 def whole_seed(name: str, value: int) -> int:

@@ -9,7 +9,7 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_trak.checkpoints.reading import CheckpointsLike
-from lightning_trak.checks import require_one_of
+from lightning_trak.checks import real, require_one_of
 from lightning_trak.features.dtypes import Dtype
 from lightning_trak.features.engines import EngineName
 from lightning_trak.features.pipeline import FeaturePipeline
@@ -62,7 +62,7 @@ class NewtonMethod(FeatureMethod):
     ) -> None:
         require_one_of("curvature", curvature, ("gauss_newton", "identity", "per_prediction", "auto"))
         require_one_of("loss_gradients", loss_gradients, ("per_checkpoint", "averaged"))
-        if not 0 <= soft_threshold < float("inf"):
+        if not 0 <= real("soft_threshold", soft_threshold) < float("inf"):
             raise ValueError(f"soft_threshold must be at least 0, and finite, got {soft_threshold}")
         self.damping = require_damping(damping)
         self.loss_gradients: LossGradients = loss_gradients

@@ -13,7 +13,8 @@ from lightning_trak.features.model import ModelCopy
 from lightning_trak.methods.examples import Examples
 from lightning_trak.methods.predictions import described_predictions
 from lightning_trak.outputs import ModelOutput
-from lightning_trak.reporting.explanations import Describe, describe_of, explain
+from lightning_trak.outputs.mixin import target_output
+from lightning_trak.reporting.explanations import Describe, describe_of, explain, require_positions
 from lightning_trak.reporting.scores import SavedScores
 from lightning_trak.reporting.showing import kind_of_file, show
 from lightning_trak.running.data import Data, datamodule_of
@@ -152,8 +153,11 @@ class Showing(Displayed):
         if model is None:
             return [None] * len(positions)
         trainer = trainer_of(trainer, progress_bar=False)
+        examples, output = Examples(targets, "predict", trainer), target_output(output, model.output)
+        if len(positions):
+            require_positions(positions, len(examples))
         try:
-            return described_predictions(trainer, Examples(targets, "predict", trainer), positions, model, output)
+            return described_predictions(trainer, examples, positions, model, output)
         except Exception as error:
             if isinstance(targets, DataLoader) or datamodule_of(targets) is not None:
                 raise

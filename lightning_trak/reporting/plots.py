@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from lightning_trak.checks import positive, require_tensor
 from lightning_trak.scoring.topk import block_top_k
 from lightning_trak.texts.printable import printable, shortened
 
@@ -63,9 +64,14 @@ def plot_attributions(
         ValueError: if the shape of ``scores`` is not that of targets and training images.
         ModuleNotFoundError: if matplotlib is not installed.
     """
+    for what, tensor in (("targets", targets), ("train", train), ("scores", scores)):
+        require_tensor(what, tensor)
     if scores.shape != (len(targets), len(train)):
         raise ValueError(f"expected scores of shape {(len(targets), len(train))}, got {tuple(scores.shape)}")
-    k = min(k, len(train))
+    for what, names, images in (("target_names", target_names, targets), ("train_names", train_names, train)):
+        if names is not None and len(names) != len(images):
+            raise ValueError(f"expected {what} of {len(images)} images, got {len(names)}")
+    k = min(positive("k", k), len(train))
 
     def picture(index: int, value: float) -> Picture:
         name = train_names[index] if train_names else f"#{index}"

@@ -93,7 +93,7 @@ class Counterfactuals(Displayed):
                 f"num_references must be at least 2, so that the noise can be measured; got {num_references}"
             )
         self.methods = tuple(scores)
-        self.ks = tuple(sorted(set(ks)))
+        self.ks = tuple(sorted({positive("k", k) for k in ks}))
         self.num_references = num_references
         removed = [removal_masks(values.cpu(), k) for values in scores.values() for k in self.ks]
         masks = torch.cat([torch.ones(num_references, num_train, dtype=torch.bool), *removed])

@@ -167,7 +167,7 @@ def test_a_data_module_describes_its_items(trak, capsys):
         (SCORES, {"shown": [13]}, IndexError, "there is no target 13"),
         (SCORES, {"shown": torch.arange(13) < 2}, TypeError, "by their positions, not by a mask"),
         (SCORES, {"shown": [True, False]}, TypeError, "by their positions, not by a mask"),
-        (SCORES, {"k": 0}, ValueError, "k must be at least 1"),
+        (SCORES, {"k": 0}, ValueError, "`k` to be a positive integer"),
         (SCORES, {"out": "a.pdf"}, ValueError, r"out must end in \.png, \.html or \.csv"),
         (SCORES, {"out": "a.png"}, ValueError, "holds no image"),
         (SCORES, {"describe": lambda item: 3}, TypeError, "describe must return a str"),

@@ -142,7 +142,7 @@ def test_texts_are_escaped_cut_and_described_by_the_user():
     assert mine.target.text == "A TARGET"
     with pytest.raises(ValueError, match="at least one target, got none"):
         explain(saved, [], 1, train, targets)
-    with pytest.raises(ValueError, match="k must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="`k` to be a positive integer but got 0"):
         explain(saved, [0], 0, train, targets)
 
 

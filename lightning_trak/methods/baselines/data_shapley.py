@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, Subset
 from typing_extensions import override
 
-from lightning_trak.checks import positive, require_factory, whole_seed
+from lightning_trak.checks import positive, real, require_factory, whole_seed
 from lightning_trak.methods.base import MatrixMethod
 from lightning_trak.methods.examples import Examples, Rows, declared_rows
 from lightning_trak.outputs import ModelOutput
@@ -82,7 +82,7 @@ class DataShapley(MatrixMethod):
         tolerance: float = 0.0,
         seed: int = 0,
     ) -> None:
-        if not tolerance >= 0:
+        if not real("tolerance", tolerance) >= 0:
             raise ValueError(f"tolerance must be at least 0, got {tolerance}")
         require_factory("make_module", make_module)
         require_factory("make_trainer", make_trainer)

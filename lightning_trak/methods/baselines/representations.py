@@ -62,6 +62,9 @@ class RepresentationMethod(MatrixMethod):
     ) -> None:
         self.model = original_module(model)
         self.checkpoints = checkpoints_of(self.model, checkpoints, weights_only)
+        for name, function in (("forward", forward), ("pool", pool)):
+            if function is not None and not callable(function):
+                raise TypeError(f"{name} must be a function, got {function!r:.80}")
         self.layer = layer
         self.forward: Forward = forward or declared_rows(self.model, "pass forward=")
         self.pool = pool or mean_pool
@@ -101,6 +104,11 @@ class RepresentationMethod(MatrixMethod):
             raise ValueError(
                 f"the labels are {labels.dtype}, as the Trainer's precision makes them, in which different labels may"
                 " become equal: give them as integers, or use a Trainer of another precision"
+            )
+        if labels.is_floating_point() and bool((labels != labels.round()).any()):
+            raise ValueError(
+                "the labels are real numbers, which are equal by chance alone: similar examples are compared by their"
+                " classes; name the classes with labels_key=, such as a function of the batch"
             )
         return one_per_example("labels", labels, "similar examples are compared by one label each")
 

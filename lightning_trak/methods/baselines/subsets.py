@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_trak.checks import require_tensor
 from lightning_trak.methods.base import MatrixMethod
 from lightning_trak.methods.examples import Examples
 from lightning_trak.methods.showing import RAISES_OUTPUT
@@ -30,6 +31,8 @@ class SubsetMethod(MatrixMethod):
     _without_output = "outputs= holds the outputs that are attributed"
 
     def __init__(self, masks: Tensor, outputs: Tensor) -> None:
+        require_tensor("masks", masks)
+        require_tensor("outputs", outputs)
         if masks.dtype != torch.bool or masks.ndim != 2:
             raise ValueError(
                 f"expected masks as bool (num_subsets, num_train), got {masks.dtype} {tuple(masks.shape)}; turn zeros"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_trak.checks import positive
 from lightning_trak.methods.influence.hessian import Hessian
 from lightning_trak.methods.influence.solvers import InverseProduct, Solver
 from lightning_trak.texts.printable import counted
@@ -38,6 +39,10 @@ class Arnoldi(Solver):
 
     num_iterations: int = 100
     rank: int = 50
+
+    def __post_init__(self) -> None:
+        for name in ("num_iterations", "rank"):
+            positive(name, getattr(self, name))
 
     def prepare(self, hessian: Hessian) -> InverseProduct:
         """Iterate; no further pass is needed for the targets.

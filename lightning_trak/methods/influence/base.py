@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from lightning_trak.checkpoints.of_model import checkpoints_of
 from lightning_trak.checkpoints.reading import CheckpointsLike, masks_of
+from lightning_trak.checks import integer
 from lightning_trak.compatibility import original_module
 from lightning_trak.features.identity import Contents
 from lightning_trak.features.model import ModelCopy
@@ -84,7 +85,7 @@ class Influence(DataMethod):
                 " or checkpoints of models that were trained on all data"
             )
         self.parameters = parameters
-        self.seed = seed
+        self.seed = integer("seed", seed)
 
     @property
     @override
