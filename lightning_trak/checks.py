@@ -3,7 +3,7 @@
 import difflib
 import inspect
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from types import FunctionType
 from typing import Any, TypeVar
@@ -148,40 +148,27 @@ def require_factory(name: str, factory: object) -> None:
         )
 
 
-def require_known(where: str, given: Iterable[str], known: Iterable[str]) -> None:
-    """Check the names of keyword arguments: a misspelt one must not be left unanswered.
+def require_options(called: Callable[..., Any], options: Iterable[str], known: type) -> None:
+    """Check the names of what a function, method or constructor takes as ``**options``.
+
+    A misspelt name must not be left unanswered, and Python's error would name another function, which takes them.
 
     Args:
-        where: they are given, for the error, such as ``"score"``.
-        given: their names.
-        known: all names that there are.
-
-    Raises:
-        TypeError: if there is another one.
-    """
-    names = sorted(known)
-    for name in given:
-        if name not in names:
-            near = difflib.get_close_matches(name, names, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names)}"
-            raise TypeError(f"{where} got an unexpected keyword argument {name!r}: {hint}")
-
-
-def require_options(made: object, options: Mapping[str, Any], known: type) -> None:
-    """Check what a constructor passes on as ``**options``. Python's error would name a base class that takes them.
-
-    Args:
-        made: the object that is being made.
-        options: what was given.
+        called: what the user has called.
+        options: the names that were given.
         known: a TypedDict of all options.
 
     Raises:
-        TypeError: if there is another one. It names the object's class, and the nearest name of an argument.
+        TypeError: if there is another one. It says the nearest name of an argument, if one is near.
     """
-    signature = inspect.signature(type(made)).parameters.values()
-    own = [argument.name for argument in signature if argument.kind is not argument.VAR_KEYWORD]
-    taken = [name for name in options if name in known.__annotations__]
-    require_known(type(made).__name__, options.keys() - taken, [*own, *known.__annotations__])
+    signature = inspect.signature(called).parameters.values()
+    own = {argument.name for argument in signature if argument.kind is not argument.VAR_KEYWORD}
+    for name in options:
+        if name not in known.__annotations__:
+            names = sorted({*own, *known.__annotations__})
+            near = difflib.get_close_matches(name, names, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names)}"
+            raise TypeError(f"{called.__name__} got an unexpected keyword argument {name!r}: {hint}")
 
 
 def own_constructor(cls: _Class) -> _Class:

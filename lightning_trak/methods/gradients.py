@@ -44,7 +44,7 @@ class _GradientMethod(FeatureMethod):
         preconditioned: bool = False,
         **options: Unpack[FeatureOptions],
     ) -> None:
-        require_options(self, options, FeatureOptions)
+        require_options(type(self), options, FeatureOptions)
         require_one_of("effect_on", effect_on, ("loss", "output"))
         super().__init__(model, checkpoints, store, **options)
         if preconditioned:

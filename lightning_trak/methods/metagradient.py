@@ -115,7 +115,11 @@ class Metagradient(DataMethod):
         require_alone(self.output)
         if losses is None:
             self.output.loss(torch.zeros(1))  # refuses before long work if the output does not determine the loss
+        if losses is not None and not callable(losses):
+            raise TypeError(f"losses must be a function of a module and a batch, got {losses!r:.80}")
         self.losses = losses
+        if not isinstance(recording, (str, os.PathLike, Sequence)):
+            raise TypeError(f"expected the directory of a recording, or several, got a {type(recording).__name__}")
         directories = [recording] if isinstance(recording, (str, os.PathLike)) else list(recording)
         self.first_steps = None if first_steps is None else positive("first_steps", first_steps)
         self.recordings = [Recording(directory, self.first_steps) for directory in directories]

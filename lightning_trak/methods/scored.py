@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from typing_extensions import Unpack
 
-from lightning_trak.checks import positive, require_known
+from lightning_trak.checks import positive, require_options
 from lightning_trak.features.pipeline import FeaturePipeline
 from lightning_trak.features.settings import FeatureSettings
 from lightning_trak.features.store import FeatureStore
@@ -230,7 +230,7 @@ class ScoredMethod(Method):
                 not fit the data. With ``rescore``: if the method cannot rescore, ``train`` is not known, or other data
                 than the store's, or an exact score cannot be computed.
         """
-        require_known("score", question, Question.__annotations__)
+        require_options(self.score, question, Question)
         require_ends(top_k, largest)
         trainer = trainer_of(trainer)
         if interval is not None:

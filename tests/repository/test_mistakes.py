@@ -17,6 +17,7 @@ from lightning_trak.methods import (
     InfluenceFunction,
     KNNShapley,
     LiSSA,
+    Metagradient,
     RandomScores,
 )
 from lightning_trak.metrics.functional import bootstrap_interval, flip_labels
@@ -49,6 +50,9 @@ def ranking():
         (lambda: InfluenceFunction(make_model(), seed="a"), TypeError, "seed must be an integer, got 'a'"),
         (lambda: TRAK(make_model(), store=5), TypeError, "expected the path of a store, got a int"),
         (lambda: TRAK(make_model(), store="x", soft_threshold="a"), TypeError, "soft_threshold must be a number"),
+        (lambda: TRAK(make_model(), store="x").featurize(prt="1/2"), TypeError, "featurize got .*did you mean 'part'"),
+        (lambda: TRAK(make_model(), store="x").scorer(0), ValueError, "top_k must be at least 1, got 0"),
+        (lambda: Metagradient(make_model(), 5), TypeError, "expected the directory of a recording, or several, got a"),
         (lambda: KNNShapley(make_model(), pool="mean"), TypeError, "pool must be a function, got 'mean'"),
         (lambda: Datamodels(MASKS.numpy(), SCORES), TypeError, "`masks` as a torch.Tensor, but got a ndarray"),
         (lambda: Datamodels(MASKS, SCORES[:, :4].numpy()), TypeError, "`outputs` as a torch.Tensor"),

@@ -47,7 +47,7 @@ class KNNShapley(RepresentationMethod):
         similarity: Similarity = "l2",
         **options: Unpack[RepresentationOptions],
     ) -> None:
-        require_options(self, options, RepresentationOptions)
+        require_options(type(self), options, RepresentationOptions)
         require_one_of("similarity", similarity, SIMILARITIES)
         super().__init__(model, checkpoints, **options)
         self.k = positive("k", k)

@@ -54,7 +54,7 @@ class RepresentationSimilarity(RepresentationMethod):
         similarity: Similarity = "cosine",
         **options: Unpack[RepresentationOptions],
     ) -> None:
-        require_options(self, options, RepresentationOptions)
+        require_options(type(self), options, RepresentationOptions)
         require_one_of("similarity", similarity, SIMILARITIES)
         super().__init__(model, checkpoints, **options)
         self.similarity: Similarity = similarity

@@ -64,7 +64,7 @@ class EKFACInfluence(Influence):
         damping: float = 0.1,
         **options: Unpack[InfluenceOptions],
     ) -> None:
-        require_options(self, options, InfluenceOptions)
+        require_options(type(self), options, InfluenceOptions)
         require_one_of("curvature", curvature, ("gauss_newton", "empirical"))
         if isinstance(damping, str) or not 0 <= damping < float("inf"):
             raise ValueError(f"damping must be a number of at least 0, got {damping!r}")

@@ -68,7 +68,7 @@ class InfluenceFunction(Influence):
         damping: Damping = "auto",
         **options: Unpack[InfluenceOptions],
     ) -> None:
-        require_options(self, options, InfluenceOptions)
+        require_options(type(self), options, InfluenceOptions)
         require_one_of("curvature", curvature, ("gauss_newton", "exact"))
         super().__init__(model, checkpoints, **options)
         if curvature == "exact":
