@@ -105,7 +105,9 @@ def write_page(
     """The page that `lightning-trak show --out` makes; its address."""
     saved = SavedScores(scores, len(train), "TRAK")
     explanations = explain(saved, shown, k, train, targets)
-    path.write_text(page(explanations, f"TRAK: {len(train)} training examples", RAISES_OUTPUT))
+    path.write_text(
+        page(explanations, f"TRAK: {len(train)} training examples", RAISES_OUTPUT)
+    )
     return path.as_uri()
 
 
