@@ -74,7 +74,7 @@ class Showing(Displayed):
             scores: what ``score`` or ``attribute`` has returned: all scores, or the best of each target. Scores of
                 groups have no examples to show.
             train: the training data, in the order of those that were scored. They may be another view of the same
-                examples, such as images without normalization.
+                examples, such as images without normalization. Of a matrix with columns of some examples alone: these.
             targets: the targets that were scored. For predictions they must be what the model takes: give the loader,
                 rather than its dataset, if it has a ``collate_fn`` of its own. On a dataset that the model cannot be
                 run on, predictions are left out with a warning.
@@ -105,7 +105,13 @@ class Showing(Displayed):
             )
         trainer = trainer_of(trainer, progress_bar=False)
         train_set, target_set = Examples(train, "fit", trainer), Examples(targets, "predict", trainer)
-        num_train = self._num_train()
+        num_train = None if isinstance(scores, Tensor) else self._num_train()  # a matrix has its own number
+        if isinstance(scores, Tensor) and scores.ndim == 2 and scores.shape[1] != len(train_set):
+            raise ValueError(
+                f"the scores have {scores.shape[1]} columns, and train has {counted(len(train_set), 'example')}: give"
+                " the examples that were scored, such as Subset(train, positions) or the candidates; columns of groups"
+                " have no examples to show"
+            )
         saved = SavedScores(scores, len(train_set) if num_train is None else num_train, type(self).__name__, largest)
         saved.require_scores("cannot show these scores")
         chosen = range(min(5, len(target_set))) if shown is None else list(shown)

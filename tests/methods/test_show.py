@@ -160,7 +160,7 @@ def test_a_data_module_describes_its_items(trak, capsys):
 @pytest.mark.parametrize(
     ("scores", "options", "error", "reason"),
     [
-        (SCORES[:, :9], {}, ValueError, "of 13 targets and 9 training examples|are of 9 training examples, not 50"),
+        (SCORES[:, :9], {}, ValueError, "the scores have 9 columns, and train has 50 examples: give"),
         (SCORES[:3], {}, ValueError, "the scores are of 3 targets and 50 training examples, the data hold 13 and 50"),
         (SCORES * torch.nan, {}, ValueError, "scores of target 0 are NaN"),
         ([SCORES, SCORES], {}, TypeError, r"expected the scores of one set of targets, .* got a list"),
@@ -288,3 +288,15 @@ def test_a_dataset_whose_items_need_a_collate_function(capsys):
         method.describe_predictions(make_trainer(), Items(), [1, 2])
     with pytest.raises(TypeError, match="keyword argument 'name'"):  # a loader says how batches are made
         method.show(SCORES, TRAIN, DataLoader(Items(), batch_size=2), shown=[2, 3], k=1)
+
+
+def test_scores_of_some_examples_alone(trak, capsys):
+    some = torch.utils.data.Subset(TRAIN, [7, 2, 3])
+    trak.featurize(make_trainer(), TRAIN)
+    for scores in (trak.score(make_trainer(), TARGETS, train=some), SCORES[:, [7, 2, 3]]):
+        trak.show(scores, some, TARGETS, shown=[0], k=1, predictions=False)
+        assert f"{int(scores[0].argmax())}  " in capsys.readouterr().out
+        with pytest.raises(
+            ValueError, match=r"the scores have 3 columns, and train has 50 examples: give the examples"
+        ):
+            trak.show(scores, TRAIN, TARGETS)

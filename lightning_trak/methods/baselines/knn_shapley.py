@@ -82,6 +82,8 @@ class KNNShapley(RepresentationMethod):
         trainer = trainer_of(trainer)
         examples = Examples(train, "fit", trainer)
         labels, count = self.labels(trainer, examples), len(examples)
+        if count < 2:
+            raise ValueError("there is only one training example, and nothing to compare it with")
         values = torch.zeros(count, dtype=torch.float64)
         for (vectors,) in self.represent(trainer, examples):
             for start in range(0, count, _TARGETS):
