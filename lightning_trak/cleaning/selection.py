@@ -134,7 +134,7 @@ def _require_better_when_higher(method: Method) -> None:
     """
     if not isinstance(method, Method):
         raise TypeError(
-            f"harmful and useful examples are found by a method that scores targets, such as TRAK(model, ...),"
+            "harmful and useful examples are found by a method that scores targets, such as TRAK(model, ...),"
             f" {_got(method)}"
         )
     output = getattr(method, "output", None)
