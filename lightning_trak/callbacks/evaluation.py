@@ -18,7 +18,7 @@ from lightning_trak.outputs.base import better_when_higher
 from lightning_trak.reporting.explanations import Describe
 from lightning_trak.reporting.loggers.records import log_attributions, log_lds
 from lightning_trak.retraining import Retrained
-from lightning_trak.running.data import Data, datamodule_of, single_loader
+from lightning_trak.running.data.sources import Data, datamodule_of, single_loader
 from lightning_trak.texts.display import Displayed
 
 

@@ -20,7 +20,7 @@ from lightning_trak.packages import both, is_a, overrides
 from lightning_trak.replay.optimizers.base import optimizer_step
 from lightning_trak.replay.states import named_buffers, named_parameters
 from lightning_trak.running.batches import TransferHooks, on_device
-from lightning_trak.running.loading import batch_size_of, load, num_examples
+from lightning_trak.running.data.loading import batch_size_of, load, num_examples
 from lightning_trak.running.random_states import RandomWatch, isolated_random_states
 
 # Hooks of a LightningModule that take the step out of Lightning's hands, so that nobody knows what it did.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.replay.player import Played, ReplayError
 from lightning_trak.replay.states import TrainingState
-from lightning_trak.running.loading import LEAVES_OUT
+from lightning_trak.running.data.loading import LEAVES_OUT
 
 # (module, batch) -> the training loss of each example, of shape (batch,)
 Losses = Callable[[nn.Module, Any], Tensor]

@@ -11,7 +11,7 @@ from lightning_trak.checks import require_tensor
 from lightning_trak.methods.base import MatrixMethod
 from lightning_trak.methods.examples import Examples
 from lightning_trak.methods.showing import RAISES_OUTPUT
-from lightning_trak.running.data import Data
+from lightning_trak.running.data.sources import Data
 from lightning_trak.running.trainers import trainer_of
 
 
