@@ -34,6 +34,7 @@ from examples.facts import make_facts
 from examples.language_model import LitCausalLM, small_gpt2
 from lightning_trak import TRAK, TRAKCallback
 from lightning_trak.callbacks import AttributionEvaluation
+from lightning_trak.methods.showing import RAISES_OUTPUT
 from lightning_trak.reporting.explanations import explain
 from lightning_trak.reporting.html import page
 from lightning_trak.reporting.scores import SavedScores
@@ -104,7 +105,9 @@ def write_page(
     """The page that `lightning-trak show --out` makes; its address."""
     saved = SavedScores(scores, len(train), "TRAK")
     explanations = explain(saved, shown, k, train, targets)
-    path.write_text(page(explanations, f"TRAK: {len(train)} training examples"))
+    path.write_text(
+        page(explanations, f"TRAK: {len(train)} training examples", RAISES_OUTPUT)
+    )
     return path.as_uri()
 
 

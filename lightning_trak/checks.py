@@ -1,6 +1,11 @@
 """Checks of arguments that several functions share."""
 
+import difflib
+import inspect
 import operator
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -43,6 +48,22 @@ def integer(name: str, value: int) -> int:
     if not is_integer(value):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     return operator.index(value)
+
+
+def real(name: str, value: float) -> float:
+    """A number of any type, such as one of NumPy's or a Tensor of one, as a ``float``.
+
+    Args:
+        name: of the argument, for the error.
+        value: of the argument.
+
+    Raises:
+        TypeError: if the value is no number. A bool does not count as one.
+    """
+    if not isinstance(value, (str, bool)):
+        with suppress(TypeError, ValueError):
+            return float(value)
+    raise TypeError(f"{name} must be a number, got {value!r:.80}")
 
 
 def whole_seed(name: str, value: int) -> int:
@@ -122,3 +143,26 @@ def require_factory(name: str, factory: object) -> None:
             f"{name} must be a function that makes a new object in each call, such as a class or a lambda; got a"
             f" {type(factory).__name__}"
         )
+
+
+def require_options(called: Callable[..., Any], options: Iterable[str], known: type) -> None:
+    """Check the names of what a function, method or constructor takes as ``**options``.
+
+    A misspelt name must not be left unanswered, and Python's error would name another function, which takes them.
+
+    Args:
+        called: what the user has called.
+        options: the names that were given.
+        known: a TypedDict of all options.
+
+    Raises:
+        TypeError: if there is another one. It says the nearest name of an argument, if one is near.
+    """
+    signature = inspect.signature(called).parameters.values()
+    own = {argument.name for argument in signature if argument.kind is not argument.VAR_KEYWORD}
+    for name in options:
+        if name not in known.__annotations__:
+            names = sorted({*own, *known.__annotations__})
+            near = difflib.get_close_matches(name, names, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names)}"
+            raise TypeError(f"{called.__name__} got an unexpected keyword argument {name!r}: {hint}")

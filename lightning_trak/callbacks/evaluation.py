@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypedDict
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
-from typing_extensions import override
+from typing_extensions import Unpack, override
 
-from lightning_trak.checks import positive, require_factory
+from lightning_trak.checks import positive, require_factory, require_options
 from lightning_trak.methods.base import Method
 from lightning_trak.metrics import LinearDatamodelingScore
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.base import better_when_higher
+from lightning_trak.reporting.explanations import Describe
 from lightning_trak.reporting.loggers.records import log_attributions, log_lds
 from lightning_trak.retraining import Retrained
 from lightning_trak.running.data.sources import Data, datamodule_of, single_loader
 from lightning_trak.texts.display import Displayed
 
-_SHOWN = ("k", "shown", "describe", "image")
+
+class Shown(TypedDict, total=False):
+    """What :class:`AttributionEvaluation` passes on to :func:`~lightning_trak.reporting.loggers.log_attributions`."""
+
+    k: int
+    shown: Sequence[int] | None
+    describe: Describe | None
+    image: Callable[[Any], Tensor] | None
 
 
 class AttributionEvaluation(Displayed, Callback):
@@ -74,10 +82,11 @@ class AttributionEvaluation(Displayed, Callback):
         train: Data,
         targets: Data,
         retrained: Retrained | None = None,
-        **shown: Any,
+        **shown: Unpack[Shown],
     ) -> None:
         _require_methods(methods)
-        _require_shown(shown)
+        require_options(type(self), shown, Shown)
+        positive("k", shown.get("k", 1))
         if retrained is not None and not isinstance(getattr(retrained, "masks", None), Tensor):
             raise TypeError(
                 "retrained must be the result of read_fleet or split_fleet, with masks and outputs; got a"
@@ -166,15 +175,6 @@ def _require_methods(methods: object) -> None:
         )
     for name, make_method in methods.items():
         require_factory(f"methods[{name!r}]", make_method)
-
-
-def _require_shown(shown: Mapping[str, Any]) -> None:
-    unknown = [name for name in shown if name not in _SHOWN]
-    if unknown:
-        raise TypeError(
-            f"AttributionEvaluation has no argument {unknown[0]!r}; what is shown takes {', '.join(_SHOWN)}"
-        )
-    positive("k", shown.get("k", 1))
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_trak.checkpoints.adapters import adapter_under_own_names
 from lightning_trak.checkpoints.base import Checkpoint
 from lightning_trak.checkpoints.formats import state_dict
+from lightning_trak.checkpoints.manifest import Snapshot, TensorFile
 from lightning_trak.checkpoints.names import canonical_name
 from lightning_trak.checkpoints.reading import CheckpointsLike, resolve_checkpoints
 from lightning_trak.checkpoints.weights import is_extra_state
@@ -45,11 +46,69 @@ def checkpoints_of(
 
 
 def _for_model(checkpoint: Checkpoint, model: nn.Module) -> Checkpoint:
-    if checkpoint.record:  # what TRAKCallback saves is the whole model, under its own names
-        return checkpoint
+    if checkpoint.record is not None:
+        return _of_trained(checkpoint, checkpoint.record, model)
     if checkpoint.adapter is not None:
         return replace(checkpoint, read=partial(adapter_under_own_names, checkpoint, model))
     return replace(checkpoint, read=partial(_under_own_names, checkpoint.name, checkpoint.read, model))
+
+
+def _of_trained(checkpoint: Checkpoint, record: Snapshot, model: nn.Module) -> Checkpoint:
+    """A snapshot of TRAKCallback, which has all names of the module that was trained: the model, or one around it.
+
+    Raises:
+        ValueError: if the module around the model has left out frozen parameters, or has several such models.
+    """
+    own = {canonical_name(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trained = {name for group in record.parameter_groups for name in group.parameters}
+    if not own or not own.isdisjoint(trained):
+        return checkpoint
+    end = "." + min(own)
+    parts = [name.removesuffix(end) for name in sorted(trained) if name.endswith(end)]
+    parts = [part for part in parts if all(f"{part}.{name}" in trained for name in own)]
+    if not parts:
+        return checkpoint
+    kind = type(model).__name__
+    if len(parts) > 1 or record.frozen is not None:
+        problem = (
+            f"has several models that fit {kind}: {', '.join(parts)}"
+            if len(parts) > 1
+            else f"leaves out frozen parameters of the module whose {parts[0]} is this {kind}"
+        )
+        raise ValueError(
+            f"{checkpoint.name} {problem}; pass the module that was trained as the model, with output= if it declares"
+            " none"
+        )
+    prefix = f"{parts[0]}."
+    groups = tuple(
+        replace(group, parameters=tuple(name.removeprefix(prefix) for name in group.parameters))
+        for group in record.parameter_groups
+    )
+    return replace(
+        checkpoint,
+        read=partial(_inside, prefix, checkpoint.name, kind, checkpoint.read),
+        record=replace(record, parameter_groups=groups),
+        read_file=None
+        if checkpoint.read_file is None
+        else partial(_inside, prefix, checkpoint.name, kind, checkpoint.read_file),
+    )
+
+
+def _inside(
+    prefix: str, name: str, kind: str, read: Callable[..., dict[str, Tensor]], *file: TensorFile
+) -> dict[str, Tensor]:
+    """The tensors of a part of the module that was saved, without the part's name in front."""
+    tensors = {canonical_name(key): tensor for key, tensor in read(*file).items()}
+    _tell_unused(prefix.removesuffix("."), name, kind, [key for key in tensors if not key.startswith(prefix)])
+    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+
+
+def _tell_unused(part: str, name: str, kind: str, unused: list[str]) -> None:
+    if unused:
+        _told.warn(
+            f"the weights of {part} in {name} are those of this {kind}; the others are not used:"
+            f" {listed(unused, most=8)}"
+        )
 
 
 def _current(model: nn.Module) -> dict[str, Tensor]:
@@ -106,11 +165,7 @@ def _of_whole(own: dict[str, Any], given: dict[str, Tensor], name: str, model: n
         )
     if fitting:
         unused = [key for key in given if key.partition(".")[0] != fitting[0]]
-        if unused:
-            _told.warn(
-                f"the weights of {fitting[0]} in {name} are those of this {type(model).__name__}; the others are not"
-                f" used: {listed(unused, most=8)}"
-            )
+        _tell_unused(fitting[0], name, type(model).__name__, unused)
         return parts[fitting[0]]
     return _in_part(own, next(iter(parts.values())), name, model) if len(parts) == 1 else None
 

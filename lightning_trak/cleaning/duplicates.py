@@ -10,6 +10,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from lightning_trak.checks import real
 from lightning_trak.cleaning.ranking import Ranking
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.methods import FeatureMethod
@@ -62,7 +63,7 @@ def duplicates(
         TypeError: if the method has no vectors.
         ValueError: if the threshold is out of range, or the method keeps gradients as factors (ExactKernel).
     """
-    if not 0 < threshold <= 1:
+    if not 0 < real("threshold", threshold) <= 1:
         raise ValueError(f"threshold must be above 0 and up to 1, got {threshold}")
     trainer = trainer_of(trainer)
     examples, device = Examples(train, "fit", trainer), with_float64(trainer.strategy.root_device)

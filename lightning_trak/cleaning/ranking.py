@@ -179,7 +179,10 @@ def _of_one_type(cells: list[Any]) -> list[Any]:
 
 
 def _as_flags(wrong: Tensor | Sequence[int], count: int) -> Tensor:
-    given = torch.as_tensor(wrong).cpu()
+    try:
+        given = torch.as_tensor(wrong).cpu()
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise TypeError(f"expected wrong as bools or as positions, got {wrong!r:.80}") from error
     if given.dtype == torch.bool:
         if given.shape != (count,):
             raise ValueError(f"expected wrong as a bool for each of {count} examples, got shape {tuple(given.shape)}")

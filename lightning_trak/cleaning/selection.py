@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_trak.cleaning.ranking import Ranking
 from lightning_trak.methods import BM25, LabelStatistic, Method, RepresentationSimilarity
-from lightning_trak.outputs import DiffusionMean, ModelOutput
+from lightning_trak.outputs import DiffusionMean, DirectionOutput, ModelOutput
 from lightning_trak.outputs.base import better_when_higher
 from lightning_trak.running.data.sources import Data, single_loader
 from lightning_trak.running.trainers import trainer_of
@@ -32,6 +32,8 @@ def wrong_labels(method: LabelStatistic, trainer: L.Trainer | None, train: Data)
     Raises:
         ValueError: if the method says nothing about labels, or a suspicion is not finite.
     """
+    if not isinstance(method, LabelStatistic):
+        raise TypeError(f"wrong_labels takes a method, such as TRAK(model, ...) or TrainingLoss(model), {_got(method)}")
     trainer = trainer_of(trainer)
     dataset: Any = single_loader(train, "fit", trainer).dataset
     suspicion = _checked(method.label_suspicion(trainer, train), len(dataset), method)
@@ -43,6 +45,8 @@ def harmful(method: Method, trainer: L.Trainer | None, train: Data, validation: 
 
     Args:
         method: what scores. If a higher output need not be a better fit, as for a residual, it must be about the loss.
+            Of Datamodels and EmpiricalInfluence nobody knows which outputs they were given: these must be better when
+            they are higher.
         trainer: as for the method; None: a new one on a single device.
         train: the training data.
         validation: the targets, as for the method. They should not be training examples.
@@ -125,12 +129,23 @@ def _require_better_when_higher(method: Method) -> None:
     """Refuse scores of an output that can rise while the loss rises.
 
     Raises:
+        TypeError: if there are no scores.
         ValueError: if the method is about such an output.
     """
+    if not isinstance(method, Method):
+        raise TypeError(
+            "harmful and useful examples are found by a method that scores targets, such as TRAK(model, ...),"
+            f" {_got(method)}"
+        )
     output = getattr(method, "output", None)
     if isinstance(output, DiffusionMean):
         raise ValueError(
             "DiffusionMean says how far a prediction moves, not whether it gets better: use DiffusionLoss as the output"
+        )
+    if isinstance(output, DirectionOutput):
+        raise ValueError(
+            "DirectionOutput says how far activations point in a direction, not whether the model gets better: use the"
+            ' output that the model was trained on, or take the scores of attribute(..., aggregate="mean") as they are'
         )
     if not isinstance(output, ModelOutput) or getattr(method, "effect_on", "output") == "loss":
         return
@@ -138,8 +153,13 @@ def _require_better_when_higher(method: Method) -> None:
         name = type(output).__name__
         raise ValueError(
             f"the loss can rise with {name}, so that a mean of its scores does not say what helps: use TracIn,"
-            " GradientDot or GradientCosine, which are about the loss, or NegativeLoss as the output"
+            " GradientDot or GradientCosine, which are about the loss, or NegativeLoss as the output (of DataShapley,"
+            " a utility= that is higher where the model is better)"
         )
+
+
+def _got(method: object) -> str:
+    return f"got the class {method.__name__}" if isinstance(method, type) else f"got a {type(method).__name__}"
 
 
 def _checked(scores: Tensor, count: int, method: LabelStatistic) -> Tensor:

@@ -69,7 +69,9 @@ class AttributionTrainer(L.Trainer):
         single_loader(datamodule, "predict", self)  # as does this, if there are several loaders
         found = method.score(self, datamodule, top_k, largest, rescore, None if rescore is None else datamodule)
         num_train = FeatureStore.size_of(method.store)
-        saved = SavedScores(found, num_train, type(method).__name__, largest is not False, method.used_masks)
+        saved = SavedScores(
+            found, num_train, type(method).__name__, largest is not False, method.used_masks, method.meaning
+        )
         if self.is_global_zero:
             saved.save(scores)
             print(f"{_heading(saved)}, {counted(num_train, 'training example')}, in {printable(scores)}")
@@ -170,7 +172,7 @@ class AttributionTrainer(L.Trainer):
         if predictions and method is not None:
             texts = method.describe_predictions(self, datamodule, targets)
             explanations = [each._replace(prediction=text) for each, text in zip(explanations, texts, strict=True)]
-        show(explanations, f"{saved.method}: {counted(saved.num_train, 'training example')}", out)
+        show(explanations, f"{saved.method}: {counted(saved.num_train, 'training example')}", out, saved.meaning)
 
 
 def _heading(saved: SavedScores) -> str:

@@ -7,6 +7,7 @@ import lightning as L
 from torch import Tensor
 from typing_extensions import Unpack, override
 
+from lightning_trak.checks import require_options
 from lightning_trak.methods.examples import Examples
 from lightning_trak.methods.questions import (
     Asked,
@@ -14,7 +15,6 @@ from lightning_trak.methods.questions import (
     is_positions,
     require_ends,
     require_interval,
-    require_known,
     target_rows,
 )
 from lightning_trak.methods.showing import Showing
@@ -153,7 +153,7 @@ class Method(Showing, LabelStatistic):
         Raises:
             ValueError: if the method cannot answer this, or groups do not fit the data.
         """
-        require_known(question, AttributedQuestion)
+        require_options(self.attribute, question, AttributedQuestion)
         require_ends(top_k, largest)
         trainer = trainer_of(trainer)
         if train is None or targets is None:

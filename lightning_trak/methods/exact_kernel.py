@@ -8,7 +8,7 @@ from torch import nn
 from typing_extensions import Unpack, override
 
 from lightning_trak.checkpoints.reading import CheckpointsLike
-from lightning_trak.checks import require_one_of
+from lightning_trak.checks import require_one_of, require_options
 from lightning_trak.features.engines import EngineName
 from lightning_trak.features.passes.options import Featurizing
 from lightning_trak.features.rows import Features
@@ -137,6 +137,7 @@ class ExactKernel(NewtonMethod):
             ValueError: if the store was made with other settings, a gradient is not finite, an example has more
                 positions than the first ones, or the strategy splits the model.
         """
+        require_options(self.featurize, how, Featurizing)
         trainer = trainer_of(trainer)
         require_whole_parameters(trainer)
         super().featurize(trainer, data, shard_size, **how)

@@ -13,6 +13,7 @@ from typing_extensions import Unpack, override
 
 from lightning_trak.checkpoints.of_model import checkpoints_of
 from lightning_trak.checkpoints.reading import CheckpointsLike, masks_of
+from lightning_trak.checks import require_options
 from lightning_trak.compatibility import original_module
 from lightning_trak.features.dtypes import Dtype, feature_dtype
 from lightning_trak.features.engines import EngineName
@@ -25,6 +26,7 @@ from lightning_trak.features.settings import FeatureSettings
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.features.store.identity import Contents
 from lightning_trak.gradients import ParameterSelection
+from lightning_trak.methods.questions import require_ends
 from lightning_trak.methods.scored import ScoredMethod
 from lightning_trak.methods.token_scores import TokenMethod
 from lightning_trak.outputs import ModelOutput
@@ -126,6 +128,7 @@ class FeatureMethod(ScoredMethod, TokenMethod):
             ValueError: if the store was made with other settings, an example's features are not finite, the strategy
                 splits the model in another way, or it shards a model that hooks do not cover.
         """
+        require_options(self.featurize, how, Featurizing)
         trainer = trainer_of(trainer)
         for pipeline in self._pipelines():
             pipeline.featurize(trainer, data, shard_size, self._require_enough, **how)
@@ -211,6 +214,7 @@ class FeatureMethod(ScoredMethod, TokenMethod):
             top_k: keep only this many training examples at each end of the scores of a target.
             largest: whether ``top_k`` keeps the highest scores or the lowest; default: both.
         """
+        require_ends(top_k, largest)
         pipeline = self._pipeline()
         model = pipeline.copy_model(keep=True)
         store = pipeline.open(model)

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from typing_extensions import Unpack, override
 
 from lightning_trak.checkpoints.reading import CheckpointsLike
-from lightning_trak.checks import require_one_of
+from lightning_trak.checks import require_one_of, require_options
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.gradients import select_parameters
 from lightning_trak.methods.feature import FeatureMethod
 from lightning_trak.methods.learning_rates import LearningRates, resolve_learning_rates
 from lightning_trak.methods.options import FeatureOptions
+from lightning_trak.methods.showing import LOWERS_LOSS, RAISES_OUTPUT
 from lightning_trak.running.data.sources import Data
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.running.trainers import trainer_of
@@ -43,6 +44,7 @@ class _GradientMethod(FeatureMethod):
         preconditioned: bool = False,
         **options: Unpack[FeatureOptions],
     ) -> None:
+        require_options(type(self), options, FeatureOptions)
         require_one_of("effect_on", effect_on, ("loss", "output"))
         super().__init__(model, checkpoints, store, **options)
         if preconditioned:
@@ -64,14 +66,27 @@ class _GradientMethod(FeatureMethod):
             )
         )
 
+    @property
+    @override
+    def meaning(self) -> str:
+        return LOWERS_LOSS if self.effect_on == "loss" else RAISES_OUTPUT
+
     @override
     def self_influence(self, trainer: L.Trainer | None = None) -> Tensor:
+        self._require_plain_gradients()
+        return super().self_influence(trainer)
+
+    @override
+    def label_suspicion(self, trainer: L.Trainer | None = None, train: Data | None = None) -> Tensor:
+        self._require_plain_gradients()  # before the store is made
+        return super().label_suspicion(trainer, train)
+
+    def _require_plain_gradients(self) -> None:
         if self.settings.preconditioned:
             raise ValueError(
                 "the store has preconditioned gradients, and self-influence also needs them as they are: score the"
                 " training data as targets, or use preconditioned=False"
             )
-        return super().self_influence(trainer)
 
     def make_scorer(self, store: FeatureStore) -> GradientDotScorer:
         """Products or cosines of gradients."""

@@ -16,6 +16,7 @@ from lightning_trak.compatibility import original_module
 from lightning_trak.methods.base import DataMethod
 from lightning_trak.methods.examples import Examples
 from lightning_trak.methods.questions import Asked
+from lightning_trak.methods.showing import RAISES_OUTPUT
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import declared_output, require_alone, target_output, trained_output
 from lightning_trak.replay.differentiating import Differentiated
@@ -114,7 +115,11 @@ class Metagradient(DataMethod):
         require_alone(self.output)
         if losses is None:
             self.output.loss(torch.zeros(1))  # refuses before long work if the output does not determine the loss
+        if losses is not None and not callable(losses):
+            raise TypeError(f"losses must be a function of a module and a batch, got {losses!r:.80}")
         self.losses = losses
+        if not isinstance(recording, (str, os.PathLike, Sequence)):
+            raise TypeError(f"expected the directory of a recording, or several, got a {type(recording).__name__}")
         directories = [recording] if isinstance(recording, (str, os.PathLike)) else list(recording)
         self.first_steps = None if first_steps is None else positive("first_steps", first_steps)
         self.recordings = [Recording(directory, self.first_steps) for directory in directories]
@@ -140,6 +145,11 @@ class Metagradient(DataMethod):
         self.micro_batch_size = None if micro_batch_size is None else positive("micro_batch_size", micro_batch_size)
         self.check_smooth = check_smooth
         self.progress_bar = progress_bar
+
+    @property
+    @override
+    def meaning(self) -> str:
+        return RAISES_OUTPUT
 
     def _target_output(self, output: ModelOutput | None) -> ModelOutput | None:
         return target_output(output, self.output)

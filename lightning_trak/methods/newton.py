@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_trak.checkpoints.reading import CheckpointsLike
-from lightning_trak.checks import require_one_of
+from lightning_trak.checks import real, require_one_of
 from lightning_trak.features.dtypes import Dtype
 from lightning_trak.features.engines import EngineName
 from lightning_trak.features.passes.pipeline import FeaturePipeline
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.gradients import ParameterSelection
 from lightning_trak.methods.feature import FeatureMethod
+from lightning_trak.methods.showing import RAISES_OUTPUT
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.predictions import SeveralPredictions
 from lightning_trak.projections import Projection
@@ -65,7 +66,7 @@ class NewtonMethod(FeatureMethod):
     ) -> None:
         require_one_of("curvature", curvature, ("gauss_newton", "identity", "per_prediction", "auto"))
         require_one_of("loss_gradients", loss_gradients, ("per_checkpoint", "averaged"))
-        if not 0 <= soft_threshold < float("inf"):
+        if not 0 <= real("soft_threshold", soft_threshold) < float("inf"):
             raise ValueError(f"soft_threshold must be at least 0, and finite, got {soft_threshold}")
         self.damping = require_damping(damping)
         self.loss_gradients: LossGradients = loss_gradients
@@ -86,6 +87,11 @@ class NewtonMethod(FeatureMethod):
             audit=audit,
         )
         self.curvature = self._chosen(curvature)
+
+    @property
+    @override
+    def meaning(self) -> str:
+        return RAISES_OUTPUT
 
     def _chosen(self, curvature: CurvatureChoice) -> Curvature | Literal["per_prediction"]:
         """The curvature, if it is possible here.

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import operator
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
@@ -72,20 +71,6 @@ class Asked(NamedTuple):
     def num_rows(self, num_targets: int) -> int:
         """How many rows the scores have."""
         return num_targets if self.rows is None else self.rows.count
-
-
-def require_known(question: Mapping[str, Any], known: type[Question]) -> None:
-    """Check that each keyword argument is one that the question has: a misspelt one must not be left unanswered.
-
-    Raises:
-        TypeError: if there is another one.
-    """
-    names = list(known.__annotations__)
-    for name in question:
-        if name not in names:
-            near = difflib.get_close_matches(name, names, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(names))}"
-            raise TypeError(f"unexpected keyword argument {name!r}: {hint}")
 
 
 def require_ends(top_k: int | None, largest: bool | None) -> None:

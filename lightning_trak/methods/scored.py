@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from typing_extensions import Unpack
 
-from lightning_trak.checks import positive
+from lightning_trak.checks import positive, require_options
 from lightning_trak.features.passes.pipeline import FeaturePipeline
 from lightning_trak.features.passes.target_features import TargetFeatures
 from lightning_trak.features.settings import FeatureSettings
@@ -26,7 +26,6 @@ from lightning_trak.methods.questions import (
     is_positions,
     require_ends,
     require_interval,
-    require_known,
     target_rows,
     train_columns,
 )
@@ -231,7 +230,7 @@ class ScoredMethod(Method):
                 not fit the data. With ``rescore``: if the method cannot rescore, ``train`` is not known, or other data
                 than the store's, or an exact score cannot be computed.
         """
-        require_known(question, Question)
+        require_options(self.score, question, Question)
         require_ends(top_k, largest)
         trainer = trainer_of(trainer)
         if interval is not None:

@@ -13,18 +13,38 @@ from lightning_trak.features.model import ModelCopy
 from lightning_trak.methods.examples import Examples
 from lightning_trak.methods.predictions import described_predictions
 from lightning_trak.outputs import ModelOutput
-from lightning_trak.reporting.explanations import Describe, describe_of, explain
+from lightning_trak.outputs.mixin import target_output
+from lightning_trak.reporting.explanations import Describe, describe_of, explain, require_positions
 from lightning_trak.reporting.scores import SavedScores
 from lightning_trak.reporting.showing import kind_of_file, show
 from lightning_trak.running.data.sources import Data, datamodule_of
 from lightning_trak.running.trainers import trainer_of
 from lightning_trak.scoring.topk import BothEnds, Scores, TopK
 from lightning_trak.texts.display import Displayed
+from lightning_trak.texts.messages import in_one_line
 from lightning_trak.texts.printable import counted
+
+RAISES_OUTPUT = (
+    "Training on an example with a positive score raises the model's output at the target, on one with a negative score"
+    " lowers it."
+)
+LOWERS_LOSS = (
+    "Training on an example with a positive score lowers the model's loss at the target, on one with a negative score"
+    " raises it."
+)
+
+
+class _NoBatchesError(ValueError):
+    """The model cannot be run on what a dataset without a loader gives."""
 
 
 class Showing(Displayed):
     """The part of all methods that shows results: in a notebook, in a terminal or in a file."""
+
+    @property
+    def meaning(self) -> str:
+        """A sentence for readers of scores that says what a positive one means; empty if that is not known."""
+        return ""
 
     def show(
         self,
@@ -54,9 +74,10 @@ class Showing(Displayed):
             scores: what ``score`` or ``attribute`` has returned: all scores, or the best of each target. Scores of
                 groups have no examples to show.
             train: the training data, in the order of those that were scored. They may be another view of the same
-                examples, such as images without normalization.
+                examples, such as images without normalization. Of a matrix with columns of some examples alone: these.
             targets: the targets that were scored. For predictions they must be what the model takes: give the loader,
-                rather than its dataset, if it has a ``collate_fn`` of its own.
+                rather than its dataset, if it has a ``collate_fn`` of its own. On a dataset that the model cannot be
+                run on, predictions are left out with a warning.
             shown: positions of the targets to show; default: the first 5.
             k: how many proponents, and how many opponents, each target gets.
             largest: for the best scores at one end: the ``largest`` that ``score`` got.
@@ -84,7 +105,13 @@ class Showing(Displayed):
             )
         trainer = trainer_of(trainer, progress_bar=False)
         train_set, target_set = Examples(train, "fit", trainer), Examples(targets, "predict", trainer)
-        num_train = self._num_train()
+        num_train = None if isinstance(scores, Tensor) else self._num_train()  # a matrix has its own number
+        if isinstance(scores, Tensor) and scores.ndim == 2 and scores.shape[1] != len(train_set):
+            raise ValueError(
+                f"the scores have {scores.shape[1]} columns, and train has {counted(len(train_set), 'example')}: give"
+                " the examples that were scored, such as Subset(train, positions) or the candidates; columns of groups"
+                " have no examples to show"
+            )
         saved = SavedScores(scores, len(train_set) if num_train is None else num_train, type(self).__name__, largest)
         saved.require_scores("cannot show these scores")
         chosen = range(min(5, len(target_set))) if shown is None else list(shown)
@@ -99,9 +126,13 @@ class Showing(Displayed):
                 stacklevel=2,
             )
         if predictions:
-            texts = self.describe_predictions(trainer, targets, chosen, output)
-            explanations = [each._replace(prediction=text) for each, text in zip(explanations, texts, strict=True)]
-        show(explanations, f"{saved.method}: {counted(saved.num_train, 'training example')}", out)
+            try:
+                texts = self.describe_predictions(trainer, targets, chosen, output)
+            except _NoBatchesError as error:
+                warnings.warn(f"no predictions are shown: {error}", stacklevel=2)
+            else:
+                explanations = [each._replace(prediction=text) for each, text in zip(explanations, texts, strict=True)]
+        show(explanations, f"{saved.method}: {counted(saved.num_train, 'training example')}", out, self.meaning)
 
     def describe_predictions(
         self,
@@ -120,12 +151,26 @@ class Showing(Displayed):
 
         Returns:
             A text for each position; None if the method has no checkpoints, or the output no predictions.
+
+        Raises:
+            ValueError: if targets are a dataset without a loader, and the model cannot be run on it.
         """
         model = self._model_copy()
         if model is None:
             return [None] * len(positions)
         trainer = trainer_of(trainer, progress_bar=False)
-        return described_predictions(trainer, Examples(targets, "predict", trainer), positions, model, output)
+        examples, output = Examples(targets, "predict", trainer), target_output(output, model.output)
+        if len(positions):
+            require_positions(positions, len(examples))
+        try:
+            return described_predictions(trainer, examples, positions, model, output)
+        except Exception as error:
+            if isinstance(targets, DataLoader) or datamodule_of(targets) is not None:
+                raise
+            raise _NoBatchesError(
+                f"the model cannot be run on batches of the targets as they are ({in_one_line(error)}): give the"
+                " DataLoader of the targets, with its collate_fn, in the place of the dataset, or predictions=False"
+            ) from error
 
     def _num_train(self) -> int | None:
         """The number of training examples, if the method knows it."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Adam, AdamW
 from tqdm import tqdm
 
-from lightning_trak.checks import positive
+from lightning_trak.checks import integer, positive
 from lightning_trak.compatibility import original_module
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import fixed_output, require_alone
@@ -138,7 +138,7 @@ def metasmoothness(
         run.skipped()
         base = run.player.state
         before = run.outputs(output, target_loader, target_module)
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(integer("seed", seed))
         values, moved, rounded = [], [], []
 
         def movement(weights: Tensor, start: TrainingState | None = None) -> Tensor:
@@ -177,7 +177,7 @@ def quick_value(run: Reweighted, seed: int = 0) -> float:
         seed: of the direction.
     """
     run.skipped()
-    return _value(run, run.player.state, torch.Generator().manual_seed(seed))
+    return _value(run, run.player.state, torch.Generator().manual_seed(integer("seed", seed)))
 
 
 def agreement(base: TrainingState, once: TrainingState, twice: TrainingState) -> float:

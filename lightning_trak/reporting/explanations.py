@@ -8,6 +8,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from lightning_trak.checks import positive
 from lightning_trak.packages import is_a
 from lightning_trak.reporting.items import describe_item, find_image
 from lightning_trak.reporting.scores import SavedScores
@@ -59,6 +60,17 @@ class Explanation(NamedTuple):
     target: Example
     groups: dict[str, list[Entry]]
     prediction: str | None = None
+
+
+def heading(group: str, entries: Sequence[Entry]) -> str:
+    """The name of a group of entries, and whether none of its scores has the sign that readers expect.
+
+    Args:
+        group: ``"proponents"`` or ``"opponents"``.
+        entries: of the group.
+    """
+    sign, name = (1, "positive") if group == "proponents" else (-1, "negative")
+    return group if any(entry.score * sign > 0 for entry in entries) else f"{group} (no score is {name})"
 
 
 def explanations_table(explanations: Sequence[Explanation]) -> Table:
@@ -119,6 +131,8 @@ def require_positions(indices: Sequence[int], num_targets: int) -> None:
     if not len(indices):
         raise ValueError("expected the position of at least one target, got none")
     for index in indices:
+        if not hasattr(index, "__index__"):
+            raise TypeError(f"targets are named by their positions, which are integers, got {index!r:.80}")
         if torch.as_tensor(index).dtype == torch.bool:
             raise TypeError("targets are named by their positions, not by a mask: use mask.nonzero().flatten()")
         if not 0 <= index < num_targets:
@@ -152,8 +166,7 @@ def explain(
             f" {counted(saved.num_train, 'training example')}, the data hold"
             f" {len(targets)} and {len(train)}; score again, or give the data that were scored"
         )
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
+    k = positive("k", k)
     require_positions(indices, len(targets))
 
     def example(dataset: Any, index: int) -> Example:

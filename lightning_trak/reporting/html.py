@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_trak.reporting.explanations import Example, Explanation
+from lightning_trak.reporting.explanations import Example, Explanation, heading
 from lightning_trak.reporting.tokens import NO_TEXT, ScoredText, largest_score
 from lightning_trak.texts.printable import printable, printable_piece, shortened
 
@@ -55,38 +55,40 @@ section { border-top: 1px solid #ccc; margin-top: 1.5rem; padding-top: 1rem; max
 _POSITIVE, _NEGATIVE = "31, 119, 180", "255, 127, 14"  # blue and orange, which all eyes tell apart
 _DARKEST = 0.75  # opacity of the largest score; the text stays readable
 _LEGEND = (
-    "Training on an example with a positive score raises the model's output at the target, on one with a negative score"
-    " lowers it. Proponents have the highest scores, opponents the lowest. #n is the position in the training set, from"
-    " 0."
+    "Proponents have the highest scores for a target, opponents the lowest. #n is the position in the training set,"
+    " from 0."
 )
-_PREDICTED = " Below a target is what the model predicts for it, on average over the checkpoints."
+_PREDICTED = "Below a target is what the model predicts for it, on average over the checkpoints."
 _SMALL = 64  # pixels: images up to this width are enlarged without smoothing
 
 
-def page(explanations: Sequence[Explanation], title: str) -> str:
+def page(explanations: Sequence[Explanation], title: str, meaning: str = "") -> str:
     """Explanations as an HTML page. It needs no other file: it contains the images as data. Texts are escaped.
 
     Args:
         explanations: what to show.
         title: of the page.
+        meaning: a sentence that says what a positive score means.
 
     Raises:
         ModuleNotFoundError: if there are images and Pillow is not installed.
     """
-    return _document(title, "", part(explanations, title))
+    return _document(title, "", part(explanations, title, meaning))
 
 
-def part(explanations: Sequence[Explanation], title: str) -> str:
+def part(explanations: Sequence[Explanation], title: str, meaning: str = "") -> str:
     """Explanations as a part of a page, such as the output of a notebook's cell. Colours are those around it.
 
     Args:
         explanations: what to show.
         title: above them.
+        meaning: a sentence that says what a positive score means.
 
     Raises:
         ModuleNotFoundError: if there are images and Pillow is not installed.
     """
-    legend = _LEGEND + (_PREDICTED if any(each.prediction is not None for each in explanations) else "")
+    predicted = _PREDICTED if any(each.prediction is not None for each in explanations) else ""
+    legend = " ".join(filter(None, (html.escape(printable(meaning)), _LEGEND, predicted)))
     sections = "\n".join(_section(explanation) for explanation in explanations)
     return (
         f'<div class="attributions">\n<style>{STYLE}</style>\n'
@@ -156,7 +158,8 @@ def _section(explanation: Explanation) -> str:
         figures = "\n".join(
             _figure(entry.example, f"<b>{entry.score:+.3g}</b> #{entry.position}<br>") for entry in entries
         )
-        groups.append(f'<div class="group {name}">\n<h3>{name}</h3>\n<div class="row">\n{figures}\n</div>\n</div>')
+        head = f"<h3>{heading(name, entries)}</h3>"
+        groups.append(f'<div class="group {name}">\n{head}\n<div class="row">\n{figures}\n</div>\n</div>')
     return f'<section class="{kind}">\n{target}\n<div class="groups">\n' + "\n".join(groups) + "\n</div>\n</section>"
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from lightning_trak.checks import positive, require_tensor
 from lightning_trak.scoring.topk import block_top_k
 from lightning_trak.texts.printable import printable, shortened
 
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
     from lightning_trak.retraining import Brittleness
 
 _STYLES = {
-    "proponents": ("tab:green", "proponents: raise the output"),
-    "opponents": ("tab:red", "opponents: lower it"),
+    "proponents": ("tab:green", "proponents: highest scores"),
+    "opponents": ("tab:red", "opponents: lowest scores"),
 }
 
 
@@ -51,7 +52,7 @@ def plot_attributions(
         targets: images ``(num_targets, height, width)`` or ``(num_targets, 1 or 3, height, width)``, with values in
             [0, 1].
         train: images of the whole training set, of the same form.
-        scores: ``(num_targets, num_train)``; a positive score says that training on the example raises the output.
+        scores: ``(num_targets, num_train)``.
         k: how many proponents and how many opponents each target gets.
         target_names: titles of the targets, such as their labels.
         train_names: titles of the training images; the score stands below. Default: their positions.
@@ -63,9 +64,14 @@ def plot_attributions(
         ValueError: if the shape of ``scores`` is not that of targets and training images.
         ModuleNotFoundError: if matplotlib is not installed.
     """
+    for what, tensor in (("targets", targets), ("train", train), ("scores", scores)):
+        require_tensor(what, tensor)
     if scores.shape != (len(targets), len(train)):
         raise ValueError(f"expected scores of shape {(len(targets), len(train))}, got {tuple(scores.shape)}")
-    k = min(k, len(train))
+    for what, names, images in (("target_names", target_names, targets), ("train_names", train_names, train)):
+        if names is not None and len(names) != len(images):
+            raise ValueError(f"expected {what} of {len(images)} images, got {len(names)}")
+    k = min(positive("k", k), len(train))
 
     def picture(index: int, value: float) -> Picture:
         name = train_names[index] if train_names else f"#{index}"

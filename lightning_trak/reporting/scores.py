@@ -13,7 +13,8 @@ from lightning_trak.storage.schemas import boolean, integer, record, sha256, tex
 from lightning_trak.storage.user_files import existing_path, unreadable
 
 _ABOUT = record(
-    {"sha256": sha256, "checksum": sha256, "num_train": integer(1, 1 << 40), "method": text(), "largest": boolean}
+    {"sha256": sha256, "checksum": sha256, "num_train": integer(1, 1 << 40), "method": text(), "largest": boolean},
+    {"meaning": text()},
 )
 
 
@@ -22,7 +23,7 @@ class SavedScores(NamedTuple):
 
     The safetensors file holds ``scores``, or ``values`` and ``indices`` of the best, of both ends with
     ``opponent_values`` and ``opponent_indices`` of the lowest; and ``used_masks`` if there are any. Its metadata hold
-    ``num_train``, ``largest``, ``method`` and checksums.
+    ``num_train``, ``largest``, ``method``, ``meaning`` and checksums.
 
     Attributes:
         scores: ``(num_targets, num_train)``, or the best few of each target.
@@ -31,6 +32,7 @@ class SavedScores(NamedTuple):
         largest: of one end, whether it is the highest scores (true) or the lowest.
         used_masks: bool ``(num_used, num_train)``, subsets whose models the scores were made with; None if there are
             none.
+        meaning: a sentence that says what a positive score means; empty if that is not known.
     """
 
     scores: Scores
@@ -38,6 +40,7 @@ class SavedScores(NamedTuple):
     method: str
     largest: bool = True
     used_masks: Tensor | None = None
+    meaning: str = ""
 
     @classmethod
     def load(cls, path: str | Path) -> "SavedScores":
@@ -57,7 +60,8 @@ class SavedScores(NamedTuple):
             raise unreadable(error, "score again") from error
         except (KeyError, ValueError) as error:
             raise ValueError(f'"{path}" is not a file of `lightning-trak score`: {error}') from error
-        saved = cls(scores, about["num_train"], about["method"], about["largest"], tensors.get("used_masks"))
+        used, meaning = tensors.get("used_masks"), about.get("meaning", "")
+        saved = cls(scores, about["num_train"], about["method"], about["largest"], used, meaning)
         saved.require_scores(f'"{path}" is wrong')
         return saved
 
@@ -74,7 +78,14 @@ class SavedScores(NamedTuple):
         tensors = _tensors_of(self.scores)
         if self.used_masks is not None:
             tensors["used_masks"] = self.used_masks
-        save_tensors(path, tensors, num_train=self.num_train, method=self.method, largest=self.largest)
+        save_tensors(
+            path,
+            tensors,
+            num_train=self.num_train,
+            method=self.method,
+            largest=self.largest,
+            meaning=self.meaning,
+        )
 
     def require_scores(self, problem: str) -> None:
         """Check the scores, so that every position in them is one of a training example.

@@ -31,7 +31,9 @@ def kind_of_file(out: str | os.PathLike[str] | None) -> str | None:
 
 
 @rank_zero_only
-def show(explanations: Sequence[Explanation], title: str, out: str | os.PathLike[str] | None = None) -> None:
+def show(
+    explanations: Sequence[Explanation], title: str, out: str | os.PathLike[str] | None = None, meaning: str = ""
+) -> None:
     """Show explanations: as HTML in a notebook, as a table in a terminal, or as a picture, page or table in a file.
 
     Of several processes, the first one shows them.
@@ -40,6 +42,7 @@ def show(explanations: Sequence[Explanation], title: str, out: str | os.PathLike
         explanations: what to show.
         title: of a page.
         out: file to write, ``.png``, ``.html`` or ``.csv``. A file that is there already is replaced.
+        meaning: a sentence of a page that says what a positive score means.
 
     Raises:
         ValueError: if ``out`` is another kind of file, or there is no image for a picture.
@@ -51,7 +54,7 @@ def show(explanations: Sequence[Explanation], title: str, out: str | os.PathLike
         if _in_notebook():
             from IPython.display import display
 
-            display({"text/html": part(explanations, title), "text/plain": text}, raw=True)
+            display({"text/html": part(explanations, title, meaning), "text/plain": text}, raw=True)
         else:
             print(text)
         return
@@ -60,7 +63,7 @@ def show(explanations: Sequence[Explanation], title: str, out: str | os.PathLike
         if kind == ".png":
             plot_explanations(explanations).savefig(path, format="png", dpi=150)
         else:
-            text = explanations_table(explanations).csv() if kind == ".csv" else page(explanations, title)
+            text = explanations_table(explanations).csv() if kind == ".csv" else page(explanations, title, meaning)
             path.write_text(text, encoding="utf-8", newline="")
 
     write_atomically(local_file(out, "file"), write)

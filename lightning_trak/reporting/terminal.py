@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from lightning_trak.reporting.explanations import Explanation
+from lightning_trak.reporting.explanations import Explanation, heading
 from lightning_trak.reporting.tokens import NO_TEXT, ScoredText, largest_score
 from lightning_trak.texts.printable import printable, printable_piece, shortened
 
@@ -26,7 +26,7 @@ def table(explanations: Sequence[Explanation], width: int = 100) -> str:
         if explanation.prediction is not None:
             lines += [" " * len(head) + shortened(explanation.prediction, width - len(head))]
         for name, entries in explanation.groups.items():
-            lines += [f"  {name}", "    rank  position       score  example"]
+            lines += [f"  {heading(name, entries)}", "    rank  position       score  example"]
             lines += [
                 f"    {rank:4}  {entry.position:8}  {entry.score:+10.3g}  {shortened(entry.example.text, width - 32)}"
                 for rank, entry in enumerate(entries, 1)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_trak.checks import positive
+from lightning_trak.outputs import ModelOutput
 from lightning_trak.retraining.brittleness import Brittleness
 from lightning_trak.retraining.fleet import RetrainingFleet
 from lightning_trak.retraining.removal import removal_masks, require_scores
@@ -37,7 +38,10 @@ class Counterfactuals(Displayed):
         num_seeds: models for each method, target and k.
         num_references: groups of ``num_seeds`` models that are trained on everything, at least 2. Their outputs are the
             reference for all targets, and the differences between the groups show the noise.
-        **options: ``seed``, ``output`` and ``make_loader``, as for :class:`RetrainingFleet`.
+        seed: as for :class:`RetrainingFleet`, and so are the next two.
+        output: the output whose fall is measured.
+        make_loader: makes the loader of a subset.
+        overwrite: as for :class:`RetrainingFleet`.
 
     Attributes:
         fleet: trains the models. Its first subsets are the references; a subset for each method, k and target follows,
@@ -73,7 +77,10 @@ class Counterfactuals(Displayed):
         *,
         num_seeds: int = 3,
         num_references: int = 5,
-        **options: Any,
+        seed: int = 0,
+        output: ModelOutput | None = None,
+        make_loader: Callable[[Dataset[Any]], DataLoader[Any]] | None = None,
+        overwrite: bool = False,
     ) -> None:
         num_train, num_targets = (_length(data) for data in (train, targets))
         require_scores(scores, num_targets, num_train)
@@ -86,12 +93,22 @@ class Counterfactuals(Displayed):
                 f"num_references must be at least 2, so that the noise can be measured; got {num_references}"
             )
         self.methods = tuple(scores)
-        self.ks = tuple(sorted(set(ks)))
+        self.ks = tuple(sorted({positive("k", k) for k in ks}))
         self.num_references = num_references
         removed = [removal_masks(values.cpu(), k) for values in scores.values() for k in self.ks]
         masks = torch.cat([torch.ones(num_references, num_train, dtype=torch.bool), *removed])
         self.fleet = RetrainingFleet(
-            directory, make_module, make_trainer, train, targets, masks, num_seeds=num_seeds, **options
+            directory,
+            make_module,
+            make_trainer,
+            train,
+            targets,
+            masks,
+            num_seeds=num_seeds,
+            seed=seed,
+            output=output,
+            make_loader=make_loader,
+            overwrite=overwrite,
         )
 
     def run(self, *args: Any, **options: Any) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from lightning_trak.checks import positive, require_bool, require_factory, whole_seed
+from lightning_trak.checks import integer, positive, require_bool, require_factory, whole_seed
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import fixed_output
 from lightning_trak.packages import is_a
@@ -145,6 +145,8 @@ class RetrainingFleet(Displayed):
         self._targets = _one_loader("targets", targets)
         require_order(self._targets, "the targets")
         self.masks = checked_masks(masks, num_examples(self._train))
+        if make_loader is not None:
+            require_factory("make_loader", make_loader)
         self._users_make_loader = make_loader
         self.make_loader = make_loader if make_loader is not None else shuffled_like(self._train)
         self.output = copy.deepcopy(fixed_output(module, output))
@@ -227,6 +229,8 @@ class RetrainingFleet(Displayed):
             ValueError: if the part does not exist, or a factory returns the same object twice.
             TypeError: if training members together would leave out something that a Trainer does, naming it.
         """
+        if integer("retries", retries) < 0:
+            raise ValueError(f"retries must be at least 0, got {retries}")
         members = share([Member(s, r) for r in range(self.num_seeds) for s in range(len(self.masks))], part)
         if together is not None:
             together = positive("together", together)

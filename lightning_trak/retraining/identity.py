@@ -22,6 +22,10 @@ _SETTINGS = (
     *("gradient_clip_val", "gradient_clip_algorithm", "limit_train_batches", "limit_val_batches", "overfit_batches"),
 )
 
+# These change when callbacks and schedulers see a validation, and which random numbers are left for the next epoch. At
+# Lightning's defaults they are left out.
+_UNUSUAL = {"val_check_interval": 1.0, "check_val_every_n_epoch": 1, "reload_dataloaders_every_n_epochs": 0}
+
 
 def describe_module(
     module: L.LightningModule, again: Any, make_module: Callable[[], Any], trainer: L.Trainer
@@ -106,6 +110,10 @@ def describe_trainer(trainer: L.Trainer) -> dict[str, Any]:
     """The settings of a Trainer that change training, and the callbacks that may change it."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     settings = {name: fingerprint(getattr(trainer, name)) for name in _SETTINGS}
+    for name, usual in _UNUSUAL.items():
+        value = getattr(trainer, name)
+        if str(value) != str(usual):  # a val_check_interval of 1 is a validation after each batch
+            settings[name] = fingerprint(value)
     acting = [
         callback
         for callback in callbacks

@@ -1,7 +1,7 @@
 """How far the outputs of one recorded run move without the strongest proponents of each target."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_trak.checks import positive
+from lightning_trak.outputs import ModelOutput
 from lightning_trak.retraining.estimates import Estimate, mean_of
 from lightning_trak.retraining.recorded import RecordedFleet
 from lightning_trak.retraining.removal import removal_masks, require_scores
@@ -86,7 +87,9 @@ class ProponentRemoval:
         fraction: of the training data that is removed, in (0, 1); at least one example.
         num_random: how many random sets are removed.
         seed: of the random sets.
-        **options: ``output`` and ``losses``, as for :class:`RecordedFleet`.
+        output: as for :class:`RecordedFleet`.
+        losses: as for :class:`RecordedFleet`.
+        overwrite: as for :class:`RecordedFleet`.
 
     Attributes:
         fleet: trains the members. Its first mask keeps everything; random sets follow, then a mask for each method and
@@ -120,7 +123,9 @@ class ProponentRemoval:
         fraction: float = 0.01,
         num_random: int = 20,
         seed: int = 0,
-        **options: Any,
+        output: ModelOutput | None = None,
+        losses: Callable[[nn.Module, Any], Tensor] | None = None,
+        overwrite: bool = False,
     ) -> None:
         trainer = trainer_of(trainer)
         self.num_random = positive("num_random", num_random)
@@ -137,7 +142,18 @@ class ProponentRemoval:
         self.methods = tuple(scores)
         top = [removal_masks(values.cpu(), self.removed) for values in scores.values()]
         masks = torch.cat([torch.ones(1, num_train, dtype=torch.bool), random, *top])
-        self.fleet = RecordedFleet(directory, model, recording, trainer, train, targets, masks, **options)
+        self.fleet = RecordedFleet(
+            directory,
+            model,
+            recording,
+            trainer,
+            train,
+            targets,
+            masks,
+            output=output,
+            losses=losses,
+            overwrite=overwrite,
+        )
 
     def run(self, *args: Any, **options: Any) -> None:
         """Train the members that are missing; arguments as for :meth:`RecordedFleet.run`."""

@@ -108,7 +108,7 @@ class RecordedFleet(Displayed):
                 f"the Trainer has {trainer.world_size} processes, but one process trains a member: use devices=1, and"
                 ' divide the members among processes by run(part="1/2") and run(part="2/2")'
             )
-        self.directory = local_directory(os.fspath(directory), "fleet")
+        self.directory = local_directory(directory, "fleet")
         self._overwrite = overwrite
         module = original_module(model)
         self.output = copy.deepcopy(fixed_output(module, output))

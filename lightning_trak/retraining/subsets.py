@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_trak.checks import positive
+from lightning_trak.checks import integer, positive, real
 
 
 def random_subsets(num_train: int, num_subsets: int, fraction: float = 0.5, seed: int = 0) -> Tensor:
@@ -28,13 +28,13 @@ def random_subsets(num_train: int, num_subsets: int, fraction: float = 0.5, seed
         ValueError: if there is no subset to draw, or a subset would be empty or everything.
     """
     num_train, num_subsets = positive("num_train", num_train), positive("num_subsets", num_subsets)
-    size = round(fraction * num_train) if 0 < fraction < 1 else 0
+    size = round(fraction * num_train) if 0 < real("fraction", fraction) < 1 else 0
     if not 0 < size < num_train:
         raise ValueError(
             f"expected a fraction in (0, 1) such that a subset holds some of {num_train} examples and not all, got"
             f" {fraction}"
         )
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(integer("seed", seed))
     return torch.stack([torch.randperm(num_train, generator=generator) < size for _ in range(num_subsets)])
 
 
@@ -58,7 +58,7 @@ def random_removals(num_train: int, num_subsets: int, fraction: float = 0.01, se
         ValueError: if there is no subset to draw, it would be empty, or there are not as many different ones.
     """
     num_train, num_subsets = positive("num_train", num_train), positive("num_subsets", num_subsets)
-    size = max(1, round(fraction * num_train)) if 0 < fraction < 1 else 0
+    size = max(1, round(fraction * num_train)) if 0 < real("fraction", fraction) < 1 else 0
     if not 0 < size < num_train:
         raise ValueError(f"expected a fraction in (0, 1) that leaves some of {num_train} examples, got {fraction}")
     if num_subsets > math.comb(num_train, size):
@@ -66,7 +66,7 @@ def random_removals(num_train: int, num_subsets: int, fraction: float = 0.01, se
             f"expected different subsets, and there are {math.comb(num_train, size)} ways to remove {size} of"
             f" {num_train} examples; got num_subsets={num_subsets}"
         )
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(integer("seed", seed))
     removed: dict[tuple[int, ...], None] = {}
     while len(removed) < num_subsets:
         drawn = torch.randperm(num_train, generator=generator)[:size]

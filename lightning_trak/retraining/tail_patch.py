@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from lightning_trak.checkpoints.copies import Original, copy_module
-from lightning_trak.checks import positive, require_bool
+from lightning_trak.checks import positive, require_bool, require_one_of
 from lightning_trak.compatibility import original_module
 from lightning_trak.gradients.leaves import require_own_leaves
 from lightning_trak.gradients.precision import WorkingPrecision
@@ -60,6 +60,7 @@ class TailPatch:
 
     def lead(self, method: str, confidence: float = 0.95, num_bootstraps: int = 2000, seed: int = 0) -> Estimate:
         """The mean rise of one method minus that of each method, paired by target; shapes ``(num_methods,)``."""
+        require_one_of("method", method, self.methods)
         return mean_of(self.rises[self.methods.index(method)] - self.rises, confidence, num_bootstraps, seed)
 
     def table(self, method: str | None = None) -> Table:

@@ -7,7 +7,7 @@ from typing import Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from lightning_trak.checks import is_integer, require_tensor
+from lightning_trak.checks import integer, is_integer, require_tensor
 from lightning_trak.metrics import LinearDatamodelingScore
 from lightning_trak.metrics.functional.bootstrap import crossed_bootstrap_interval
 from lightning_trak.metrics.functional.ranking import spearman_corrcoef, spearman_influence
@@ -124,7 +124,8 @@ def tune(
         except ValueError as error:
             raise ValueError(f"candidate {name!r} cannot be measured: {error}") from error
         predictions[name], truth = metric.predictions[0], metric.outputs[0]
-    fold_of = torch.randperm(len(masks), generator=torch.Generator().manual_seed(seed)).to(masks.device) % folds
+    generator = torch.Generator().manual_seed(integer("seed", seed))
+    fold_of = torch.randperm(len(masks), generator=generator).to(masks.device) % folds
     tables = {name: _table(rows, truth) for name, rows in predictions.items()}
     choices, held_out = [], []
     for fold in range(folds):

@@ -19,7 +19,7 @@ from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import Dataset, default_collate
 
-from lightning_trak.checks import require_factory
+from lightning_trak.checks import integer, positive, require_factory, require_tensor
 from lightning_trak.compatibility import tree_map
 from lightning_trak.gradients.leaves import apart_from, leaves_of
 from lightning_trak.gradients.substitution import Substituted
@@ -179,7 +179,9 @@ def train_together(
         TypeError: if the module uses manual optimization, more than one optimizer, or hooks that only a Trainer calls.
     """
     require_factory("make_module", make_module)
-    num_train = len(cast(Any, dataset))
+    require_tensor("masks", masks)
+    max_epochs, batch_size = positive("max_epochs", max_epochs), positive("batch_size", batch_size)
+    seeds, num_train = [integer("seeds", seed) for seed in seeds], len(cast(Any, dataset))
     if masks.shape != (len(seeds), num_train):
         raise ValueError(
             f"expected {len(seeds)} subsets, one for each seed, of {num_train} examples, got {tuple(masks.shape)}"

@@ -14,8 +14,11 @@ def local_path(path: str | os.PathLike[str], what: str) -> Path:
         what: what the path is for, such as ``"store"``, in messages.
 
     Raises:
+        TypeError: if it is no path.
         ValueError: if the path is empty or a URL, or if the user in ``~user`` is unknown.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"expected the path of a {what}, got a {type(path).__name__}")
     if not os.fspath(path) or "\0" in str(path):
         raise ValueError(f'expected the path of a {what}, got {str(path)!r}; "." is the working directory')
     # A Path turns "s3://bucket" into "s3:/bucket". A drive such as "C:/" has one letter.

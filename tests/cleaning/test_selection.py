@@ -9,6 +9,7 @@ from lightning_trak import TRAK, GradientDot
 from lightning_trak.cleaning import harmful, useful, wrong_labels
 from lightning_trak.methods import (
     BM25,
+    DataShapley,
     Explicit,
     InfluenceFunction,
     LabelStatistic,
@@ -16,10 +17,10 @@ from lightning_trak.methods import (
     TrainingLoss,
 )
 from lightning_trak.methods.base import MatrixMethod
-from lightning_trak.outputs import DiffusionMean, NegativeLoss, RegressionOutput
+from lightning_trak.outputs import DiffusionMean, DirectionOutput, NegativeLoss, RegressionOutput
 from lightning_trak.projections import SparseProjection
 from lightning_trak.scoring import Groups
-from tests.lit import TARGETS, TRAIN, make_model, make_trainer
+from tests.lit import TARGETS, TRAIN, LitNet, make_model, make_trainer
 
 
 class Given(MatrixMethod):
@@ -163,6 +164,35 @@ def test_a_mean_prediction_is_not_better_when_higher(tmp_path, checkpoints):
         for function in (harmful, useful):
             with pytest.raises(ValueError, match="DiffusionMean says how far a prediction moves, not whether it gets"):
                 function(method, make_trainer(), TRAIN, TARGETS)
+
+
+def test_utilities_that_are_not_better_when_higher():
+    class Regression(LitNet):
+        def configure_model_output(self):
+            return RegressionOutput(lambda module, batch: module(batch[0])[:, 0])
+
+    def never():
+        raise AssertionError("trained")
+
+    with pytest.raises(ValueError, match=r"the loss can rise with RegressionOutput.* a utility= that is higher"):
+        harmful(DataShapley(Regression, never), make_trainer(), TRAIN, TARGETS)
+    with pytest.raises(AssertionError, match="trained"):
+        harmful(DataShapley(LitNet, never), make_trainer(), TRAIN, TARGETS)
+
+
+def test_a_direction_is_not_better_when_higher():
+    method = Given([[1.0]])
+    method.output = DirectionOutput("body", torch.ones(3))
+    with pytest.raises(ValueError, match="DirectionOutput says how far activations point in a direction, not whether"):
+        harmful(method, make_trainer(), data(1), data(1))
+
+
+def test_what_is_no_method():
+    for function in (harmful, useful):
+        with pytest.raises(TypeError, match=r"by a method that scores targets, such as .*, got a TrainingLoss"):
+            function(TrainingLoss(make_model()), make_trainer(), TRAIN, TARGETS)
+    with pytest.raises(TypeError, match=r"such as .*, got the class TRAK"):
+        wrong_labels(TRAK, make_trainer(), TRAIN)
 
 
 @pytest.mark.parametrize(

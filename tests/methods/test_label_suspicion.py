@@ -163,8 +163,9 @@ def test_cosines_of_few_examples(tmp_path, checkpoints):
     found = GradientCosine(make_model(), checkpoints, tmp_path / "three", **SMALL).label_suspicion(make_trainer(), few)
     assert found.isfinite().all()
     method = GradientCosine(make_model(), checkpoints, tmp_path / "one", **SMALL)
-    with pytest.raises(ValueError, match="only one training example"):
-        method.label_suspicion(make_trainer(), Subset(TRAIN, [0]))
+    for alone in (method, KNNShapley(make_model(), checkpoints)):
+        with pytest.raises(ValueError, match="only one training example"):
+            alone.label_suspicion(make_trainer(), Subset(TRAIN, [0]))
 
 
 class Alone(nn.Module):

@@ -183,6 +183,9 @@ def test_a_store_is_of_one_kind_of_gradients(run, tmp_path):
         GradientDot(model, directory, tmp_path, **EXACT).score(make_trainer(), TARGETS)
     with pytest.raises(ValueError, match="self-influence also needs them as they are"):
         method.self_influence(make_trainer())
+    with pytest.raises(ValueError, match="self-influence also needs them as they are"):
+        GradientDot(model, directory, tmp_path / "no", preconditioned=True, **EXACT).label_suspicion(None, TRAIN)
+    assert not (tmp_path / "no").exists()
 
 
 def test_what_is_not_kept_is_refused(run, tmp_path):

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset, random_split
 
-from lightning_trak import TRAK
-from lightning_trak.methods import EKFACInfluence, RandomScores
+from lightning_trak import TRAK, GradientDot
+from lightning_trak.methods import EKFACInfluence, RandomScores, RepresentationSimilarity
 from lightning_trak.outputs import ClassificationMargin, NegativeLoss, RegressionOutput
 from lightning_trak.projections import SparseProjection
 from lightning_trak.reporting.items import describe_item
@@ -160,14 +160,14 @@ def test_a_data_module_describes_its_items(trak, capsys):
 @pytest.mark.parametrize(
     ("scores", "options", "error", "reason"),
     [
-        (SCORES[:, :9], {}, ValueError, "of 13 targets and 9 training examples|are of 9 training examples, not 50"),
+        (SCORES[:, :9], {}, ValueError, "the scores have 9 columns, and train has 50 examples: give"),
         (SCORES[:3], {}, ValueError, "the scores are of 3 targets and 50 training examples, the data hold 13 and 50"),
         (SCORES * torch.nan, {}, ValueError, "scores of target 0 are NaN"),
         ([SCORES, SCORES], {}, TypeError, r"expected the scores of one set of targets, .* got a list"),
         (SCORES, {"shown": [13]}, IndexError, "there is no target 13"),
         (SCORES, {"shown": torch.arange(13) < 2}, TypeError, "by their positions, not by a mask"),
         (SCORES, {"shown": [True, False]}, TypeError, "by their positions, not by a mask"),
-        (SCORES, {"k": 0}, ValueError, "k must be at least 1"),
+        (SCORES, {"k": 0}, ValueError, "`k` to be a positive integer"),
         (SCORES, {"out": "a.pdf"}, ValueError, r"out must end in \.png, \.html or \.csv"),
         (SCORES, {"out": "a.png"}, ValueError, "holds no image"),
         (SCORES, {"describe": lambda item: 3}, TypeError, "describe must return a str"),
@@ -254,3 +254,49 @@ def test_a_data_module_that_draws_other_data_than_were_scored(tmp_path, seed, re
 def test_a_number_of_targets_in_place_of_positions(trak):
     with pytest.raises(TypeError, match=r"shown takes positions of targets, such as shown=\[3\], got 3"):
         trak.show(SCORES, TRAIN, TARGETS, shown=3)
+
+
+def test_the_meaning_of_scores_is_that_of_the_method(tmp_path):
+    model, options = make_model(), {"projection": SparseProjection(8)}
+    trak = TRAK(model, store=tmp_path, **options)
+    dot = GradientDot(model, store=tmp_path, **options)
+    alike = RepresentationSimilarity(model)
+    assert "positive score raises the model's output" in trak.meaning
+    assert "positive score lowers the model's loss" in dot.meaning
+    assert GradientDot(model, store=tmp_path, effect_on="output", **options).meaning == trak.meaning
+    out = tmp_path / "shown.html"
+    alike.show(alike.attribute(make_trainer(), TRAIN, TARGETS), TRAIN, TARGETS, out=out, predictions=False)
+    assert "how alike the example and the target are" in out.read_text()
+    assert "raise" not in out.read_text()
+
+
+def test_a_dataset_whose_items_need_a_collate_function(capsys):
+    class Items:
+        def __len__(self):
+            return len(TARGETS)
+
+        def __getitem__(self, position):
+            return {"inputs": torch.zeros(position + 1), "name": f"item {position}"}
+
+    method = EKFACInfluence(make_model(), CHECKPOINTS)
+    with pytest.warns(
+        UserWarning, match=r"no predictions are shown: .* keyword argument 'name'.* give the DataLoader of"
+    ):
+        method.show(SCORES, TRAIN, Items(), shown=[2, 3], k=1)
+    assert "target 2  name: item 2" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="give the DataLoader of the targets"):
+        method.describe_predictions(make_trainer(), Items(), [1, 2])
+    with pytest.raises(TypeError, match="keyword argument 'name'"):  # a loader says how batches are made
+        method.show(SCORES, TRAIN, DataLoader(Items(), batch_size=2), shown=[2, 3], k=1)
+
+
+def test_scores_of_some_examples_alone(trak, capsys):
+    some = torch.utils.data.Subset(TRAIN, [7, 2, 3])
+    trak.featurize(make_trainer(), TRAIN)
+    for scores in (trak.score(make_trainer(), TARGETS, train=some), SCORES[:, [7, 2, 3]]):
+        trak.show(scores, some, TARGETS, shown=[0], k=1, predictions=False)
+        assert f"{int(scores[0].argmax())}  " in capsys.readouterr().out
+        with pytest.raises(
+            ValueError, match=r"the scores have 3 columns, and train has 50 examples: give the examples"
+        ):
+            trak.show(scores, TRAIN, TARGETS)

@@ -91,7 +91,7 @@ def test_scores_come_back_from_the_file(tmp_path):
     full.save(tmp_path / "full")
     found = SavedScores.load(tmp_path / "full")
     assert torch.equal(found.scores, full.scores)
-    assert found[1:] == (9, "TRAK", True, None)
+    assert found[1:] == (9, "TRAK", True, None, "")
     best = found.best(1, 20)
     assert best["proponents"].indices.tolist() == full.scores[1].argsort(descending=True).tolist()
     assert best["opponents"].indices.tolist() == full.scores[1].argsort().tolist()
@@ -142,5 +142,19 @@ def test_texts_are_escaped_cut_and_described_by_the_user():
     assert mine.target.text == "A TARGET"
     with pytest.raises(ValueError, match="at least one target, got none"):
         explain(saved, [], 1, train, targets)
-    with pytest.raises(ValueError, match="k must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="`k` to be a positive integer but got 0"):
         explain(saved, [0], 0, train, targets)
+
+
+def test_what_scores_mean_is_said_as_it_is(tmp_path):
+    meaning = "Scores are <minus> distances."
+    SavedScores(torch.tensor([[-0.5, -2.0]]), 2, "Distance", meaning=meaning).save(tmp_path / "scores")
+    saved = SavedScores.load(tmp_path / "scores")
+    assert saved.meaning == meaning
+    (explanation,) = explain(saved, [0], 1, ["one", "two"], ["a target"])
+    text = page([explanation], "Distance", saved.meaning)
+    assert "<p>Scores are &lt;minus&gt; distances. Proponents have the highest scores for a target" in text
+    assert "raise" not in text
+    assert "<h3>proponents (no score is positive)</h3>" in text
+    assert "<h3>opponents</h3>" in text
+    assert "  proponents (no score is positive)\n" in table([explanation])

@@ -361,7 +361,7 @@ TRUTH = Retrained(MASKS, OUTPUTS)
         (({"random": RandomScores()}, TRAIN, TARGETS), {}, r"methods\['random'\] must be a function .* got a RandomSc"),
         (([RandomScores], TRAIN, TARGETS), {}, "methods must be a dict of functions .* got a list"),
         (({}, TRAIN, TARGETS, (MASKS, OUTPUTS)), {}, "retrained must be the result of read_fleet .* got a tuple"),
-        (({}, TRAIN, TARGETS), {"imgae": image}, "no argument 'imgae'; what is shown takes k, shown, describe, image"),
+        (({}, TRAIN, TARGETS), {"imgae": image}, "AttributionEvaluation got .* 'imgae': did you mean 'image'"),
     ],
 )
 def test_what_the_callback_refuses_when_it_is_made(arguments, options, match):

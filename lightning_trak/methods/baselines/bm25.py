@@ -2,19 +2,20 @@
 
 import re
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from functools import partial
 from typing import Any, cast
 
 import lightning as L
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
+from typing_extensions import override
 
 from lightning_trak.methods.base import MatrixMethod
 from lightning_trak.methods.examples import Examples
 from lightning_trak.running.data.loading import batch_size_of, load, num_examples
 from lightning_trak.running.data.ranges import batch_ranges
 from lightning_trak.running.random_states import isolated_random_states
+from lightning_trak.texts.messages import listed
 
 Text = str | Tensor | Iterable[Hashable]
 
@@ -59,9 +60,14 @@ class BM25(MatrixMethod):
     def __init__(self, text: Callable[[Any], Text] | str | int, *, k1: float = 1.2, b: float = 0.75) -> None:
         if not k1 >= 0 or not 0 <= b <= 1:
             raise ValueError(f"expected k1 of at least 0 and b from 0 to 1, got k1={k1} and b={b}")
-        self.text = text if callable(text) else partial(_at, text)
+        self.text = text
         self.k1 = k1
         self.b = b
+
+    @property
+    @override
+    def meaning(self) -> str:
+        return "A score says how many words the two texts share, and how rare ones, and nothing about training."
 
     def matrix(self, trainer: L.Trainer, train: Examples, targets: Examples) -> Tensor:
         """BM25 of each training text for each target; see :class:`~lightning_trak.methods.base.MatrixMethod`.
@@ -91,20 +97,19 @@ class BM25(MatrixMethod):
         ranges = batch_ranges(range(num_examples(loader)), batch_size_of(loader))
         with isolated_random_states():
             batches = load(loader, (part.examples for part in ranges), collate_fn=list)
-            return [list(_tokens(self.text(item))) for batch in batches for item in batch]
+            return [list(_tokens(self._text_of(item))) for batch in batches for item in batch]
 
-
-def _at(key: str | int, item: Any) -> Any:
-    try:
-        return item[key]
-    except (IndexError, KeyError, TypeError) as error:
-        kind = (
-            f"has the keys {', '.join(map(str, item))}" if isinstance(item, Mapping) else f"is a {type(item).__name__}"
-        )
-        raise ValueError(
-            f"BM25 looks for the text of an item at {key!r}, and the item {kind}: give the key or position of the text,"
-            " or a function of the item"
-        ) from error
+    def _text_of(self, item: Any) -> Any:
+        if callable(self.text):
+            return self.text(item)
+        try:
+            return item[self.text]
+        except (IndexError, KeyError, TypeError) as error:
+            keys = f" with {listed(list(map(repr, item)))}" if isinstance(item, Mapping) else ""
+            raise TypeError(
+                f"text={self.text!r:.80} names nothing in an item of the data, which is a {type(item).__name__}{keys}:"
+                " give a key or an index of the items, or a function of an item"
+            ) from error
 
 
 def _tokens(text: Any) -> Iterable[Hashable]:

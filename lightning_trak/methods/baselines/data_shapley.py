@@ -14,9 +14,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, Subset
 from typing_extensions import override
 
-from lightning_trak.checks import require_factory
+from lightning_trak.checks import positive, real, require_factory, whole_seed
 from lightning_trak.methods.base import MatrixMethod
 from lightning_trak.methods.examples import Examples, Rows, declared_rows
+from lightning_trak.outputs import ModelOutput
+from lightning_trak.outputs.mixin import declared_output
 from lightning_trak.packages import overrides
 from lightning_trak.running.batches import TRANSFER_HOOKS
 from lightning_trak.running.data.loaders import like
@@ -82,21 +84,34 @@ class DataShapley(MatrixMethod):
         tolerance: float = 0.0,
         seed: int = 0,
     ) -> None:
-        if permutations < 1 or step < 1 or not tolerance >= 0:
-            raise ValueError(
-                "expected permutations and step of at least 1 and a tolerance of at least 0, got"
-                f" {permutations=}, {step=}, {tolerance=}"
-            )
+        if not real("tolerance", tolerance) >= 0:
+            raise ValueError(f"tolerance must be at least 0, got {tolerance}")
         require_factory("make_module", make_module)
         require_factory("make_trainer", make_trainer)
         self.make_module = make_module
         self.make_trainer = make_trainer
         self.utility = utility
-        self.permutations = permutations
-        self.step = step
+        self.permutations = positive("permutations", permutations)
+        self.step = positive("step", step)
         self.tolerance = tolerance
-        self.seed = seed
+        self.seed = whole_seed("seed", seed)
         self._made: WeakValueDictionary[int, Any] = WeakValueDictionary()
+
+    @property
+    def output(self) -> ModelOutput | None:
+        """The output that new modules declare; None where ``utility`` takes its place."""
+        if self.utility is not None:
+            return None
+        with isolated_random_states():
+            return declared_output(self.make_module(), otherwise="pass utility=")
+
+    @property
+    @override
+    def meaning(self) -> str:
+        return (
+            "An example with a positive score raises the utility at the target, which by default is the model's output,"
+            " on average over smaller training sets; one with a negative score lowers it."
+        )
 
     def matrix(self, trainer: L.Trainer, train: Examples, targets: Examples) -> Tensor:
         """Estimated Shapley values; see :class:`~lightning_trak.methods.base.MatrixMethod`.

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_trak.checks import positive
 from lightning_trak.methods.baselines.subsets import SubsetMethod
 
 
@@ -29,7 +30,7 @@ class Datamodels(SubsetMethod):
 
     def __init__(self, masks: Tensor, outputs: Tensor, *, folds: int = 5, n_jobs: int = 1, **options: Any) -> None:
         super().__init__(masks, outputs)
-        if not 2 <= folds <= len(masks):
+        if not 2 <= positive("folds", folds) <= len(masks):
             raise ValueError(f"folds must be from 2 to the number of subsets, {len(masks)}; got {folds}")
         self.folds = folds
         self.n_jobs = n_jobs

@@ -1,15 +1,13 @@
 """Shapley values of the training examples for a nearest-neighbour classifier on representations."""
 
-from typing import Any
-
 import lightning as L
 import torch
 from torch import Tensor, nn
-from typing_extensions import override
+from typing_extensions import Unpack, override
 
 from lightning_trak.checkpoints.reading import CheckpointsLike
-from lightning_trak.checks import positive, require_one_of
-from lightning_trak.methods.baselines.representations import RepresentationMethod
+from lightning_trak.checks import positive, require_one_of, require_options
+from lightning_trak.methods.baselines.representations import RepresentationMethod, RepresentationOptions
 from lightning_trak.methods.baselines.similarity import SIMILARITIES, Similarity, similarity_matrix
 from lightning_trak.methods.examples import Examples
 from lightning_trak.running.data.sources import Data
@@ -47,12 +45,21 @@ class KNNShapley(RepresentationMethod):
         *,
         k: int = 10,
         similarity: Similarity = "l2",
-        **options: Any,
+        **options: Unpack[RepresentationOptions],
     ) -> None:
+        require_options(type(self), options, RepresentationOptions)
         require_one_of("similarity", similarity, SIMILARITIES)
         super().__init__(model, checkpoints, **options)
         self.k = positive("k", k)
         self.similarity: Similarity = similarity
+
+    @property
+    @override
+    def meaning(self) -> str:
+        return (
+            "An example with a positive score adds votes for the target's label among its nearest neighbours, one with"
+            " a negative score takes them away. Scores say nothing about training."
+        )
 
     def matrix(self, trainer: L.Trainer, train: Examples, targets: Examples) -> Tensor:
         """Shapley values, averaged over checkpoints; see :class:`~lightning_trak.methods.base.MatrixMethod`."""
@@ -75,6 +82,8 @@ class KNNShapley(RepresentationMethod):
         trainer = trainer_of(trainer)
         examples = Examples(train, "fit", trainer)
         labels, count = self.labels(trainer, examples), len(examples)
+        if count < 2:
+            raise ValueError("there is only one training example, and nothing to compare it with")
         values = torch.zeros(count, dtype=torch.float64)
         for (vectors,) in self.represent(trainer, examples):
             for start in range(0, count, _TARGETS):

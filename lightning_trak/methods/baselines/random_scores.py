@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_trak.checks import integer
 from lightning_trak.methods.base import MatrixMethod
 from lightning_trak.methods.examples import Examples
 from lightning_trak.projections.philox import Stream
@@ -25,7 +26,12 @@ class RandomScores(MatrixMethod):
     """
 
     def __init__(self, seed: int = 0) -> None:
-        self._stream = Stream.derive("random scores", seed, 0, "")
+        self._stream = Stream.derive("random scores", integer("seed", seed), 0, "")
+
+    @property
+    @override
+    def meaning(self) -> str:
+        return "Scores are random numbers, which mean nothing."
 
     def matrix(self, trainer: L.Trainer, train: Examples, targets: Examples) -> Tensor:
         """Random scores of the shape that the data ask for; see :class:`~lightning_trak.methods.base.MatrixMethod`."""

@@ -1,7 +1,7 @@
 """Representations: the input of one layer, as a vector for each example."""
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypedDict
 
 import lightning as L
 import torch
@@ -18,6 +18,16 @@ from lightning_trak.methods.examples import Examples, declared_rows
 from lightning_trak.outputs.batches import LABELS_KEYS, Forward, LabelsKey, as_keys, one_per_example, split_labels
 
 Pool = Callable[[Tensor, Any], Tensor]
+
+
+class RepresentationOptions(TypedDict, total=False):
+    """Keyword arguments of every method that compares representations, see :class:`RepresentationMethod`."""
+
+    layer: str | None
+    forward: Forward | None
+    pool: Pool | None
+    labels_key: LabelsKey
+    weights_only: bool
 
 
 class RepresentationMethod(MatrixMethod):
@@ -52,6 +62,9 @@ class RepresentationMethod(MatrixMethod):
     ) -> None:
         self.model = original_module(model)
         self.checkpoints = checkpoints_of(self.model, checkpoints, weights_only)
+        for name, function in (("forward", forward), ("pool", pool)):
+            if function is not None and not callable(function):
+                raise TypeError(f"{name} must be a function, got {function!r:.80}")
         self.layer = layer
         self.forward: Forward = forward or declared_rows(self.model, "pass forward=")
         self.pool = pool or mean_pool
@@ -91,6 +104,11 @@ class RepresentationMethod(MatrixMethod):
             raise ValueError(
                 f"the labels are {labels.dtype}, as the Trainer's precision makes them, in which different labels may"
                 " become equal: give them as integers, or use a Trainer of another precision"
+            )
+        if labels.is_floating_point() and bool((labels != labels.round()).any()):
+            raise ValueError(
+                "the labels are real numbers, which are equal by chance alone: similar examples are compared by their"
+                " classes; name the classes with labels_key=, such as a function of the batch"
             )
         return one_per_example("labels", labels, "similar examples are compared by one label each")
 

@@ -1,16 +1,16 @@
 """Similarity of representations: training examples that look like the target to the model."""
 
-from typing import Any, Literal
+from typing import Literal
 
 import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from typing_extensions import override
+from typing_extensions import Unpack, override
 
 from lightning_trak.checkpoints.reading import CheckpointsLike
-from lightning_trak.checks import require_one_of
-from lightning_trak.methods.baselines.representations import RepresentationMethod
+from lightning_trak.checks import require_one_of, require_options
+from lightning_trak.methods.baselines.representations import RepresentationMethod, RepresentationOptions
 from lightning_trak.methods.examples import Examples
 from lightning_trak.running.data.sources import Data
 from lightning_trak.running.trainers import trainer_of
@@ -52,11 +52,17 @@ class RepresentationSimilarity(RepresentationMethod):
         checkpoints: CheckpointsLike | None = None,
         *,
         similarity: Similarity = "cosine",
-        **options: Any,
+        **options: Unpack[RepresentationOptions],
     ) -> None:
+        require_options(type(self), options, RepresentationOptions)
         require_one_of("similarity", similarity, SIMILARITIES)
         super().__init__(model, checkpoints, **options)
         self.similarity: Similarity = similarity
+
+    @property
+    @override
+    def meaning(self) -> str:
+        return "A score says how alike the example and the target are to the model, and nothing about training."
 
     def matrix(self, trainer: L.Trainer, train: Examples, targets: Examples) -> Tensor:
         """Similarities, averaged over checkpoints; see :class:`~lightning_trak.methods.base.MatrixMethod`."""

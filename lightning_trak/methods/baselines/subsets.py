@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_trak.checks import require_tensor
 from lightning_trak.methods.base import MatrixMethod
 from lightning_trak.methods.examples import Examples
+from lightning_trak.methods.showing import RAISES_OUTPUT
 from lightning_trak.running.data.sources import Data
 from lightning_trak.running.trainers import trainer_of
 
@@ -29,6 +31,8 @@ class SubsetMethod(MatrixMethod):
     _without_output = "outputs= holds the outputs that are attributed"
 
     def __init__(self, masks: Tensor, outputs: Tensor) -> None:
+        require_tensor("masks", masks)
+        require_tensor("outputs", outputs)
         if masks.dtype != torch.bool or masks.ndim != 2:
             raise ValueError(
                 f"expected masks as bool (num_subsets, num_train), got {masks.dtype} {tuple(masks.shape)}; turn zeros"
@@ -48,6 +52,11 @@ class SubsetMethod(MatrixMethod):
         self.outputs = outputs.detach().cpu().double()
         if outputs.ndim == 3:
             self.outputs = self.outputs.mean(2)
+
+    @property
+    @override
+    def meaning(self) -> str:
+        return RAISES_OUTPUT
 
     def matrix(self, trainer: L.Trainer, train: Examples, targets: Examples) -> Tensor:
         """Estimates from the masks and outputs; of the data, only the sizes are used.

@@ -1,5 +1,6 @@
 """Arnoldi iteration: the inverse of the Hessian in the span of its leading eigenvectors."""
 
+import math
 import random
 import warnings
 from dataclasses import dataclass
@@ -7,8 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_trak.checks import positive
 from lightning_trak.methods.influence.hessian import Hessian
 from lightning_trak.methods.influence.solvers import InverseProduct, Solver
+from lightning_trak.texts.printable import counted
+
+_CHECKED = 4  # targets whose scores are compared with better ones
+_STEPS = 3  # of conjugate gradients, to the better ones
+_ROUGH = 0.02  # of the size of scores
 
 
 @dataclass(frozen=True)
@@ -17,10 +24,13 @@ class Arnoldi(Solver):
 
     The Hessian is projected to the Krylov space of a random vector, of ``num_iterations`` dimensions, and the
     eigenvectors of that matrix with the ``rank`` largest absolute eigenvalues are kept. What lies outside their span is
-    left out: the method takes its inverse as zero. If both numbers are the number of parameters, nothing is left out.
+    left out: the method takes its inverse as zero. If the space is closed under multiplication with the Hessian before
+    that, to the precision of the gradients, and all of it is kept, nothing is left out: beyond it the Hessian is zero.
     Holds ``num_iterations`` vectors of all parameters.
 
     Directions in which the damped Hessian is negative are left out too, with a warning: there the loss has no minimum.
+    If there are none, the scores of the first targets are compared with better ones, by five more passes, and a warning
+    says if they are off by more than 2%.
 
     Args:
         num_iterations: passes over the training data.
@@ -30,13 +40,17 @@ class Arnoldi(Solver):
     num_iterations: int = 100
     rank: int = 50
 
+    def __post_init__(self) -> None:
+        for name in ("num_iterations", "rank"):
+            positive(name, getattr(self, name))
+
     def prepare(self, hessian: Hessian) -> InverseProduct:
         """Iterate; no further pass is needed for the targets.
 
         Raises:
-            ValueError: if no direction with positive eigenvalue is found.
+            ValueError: if no direction with positive eigenvalue is found, or a product is not finite.
         """
-        basis, projected = self._iterate(hessian)
+        basis, projected, closed = self._iterate(hessian)
         values, vectors = torch.linalg.eigh(projected)
         leading = values.abs().argsort(descending=True)[: self.rank]
         kept = leading[values[leading] + hessian.ridge > 0]
@@ -54,19 +68,80 @@ class Arnoldi(Solver):
             )
         directions = vectors[:, kept].T.to(basis) @ basis
         inverse = (1 / (values[kept] + hessian.ridge)).to(basis)
-        return lambda rows, _: (rows @ directions.T * inverse) @ directions
+        checked = len(kept) < len(leading)
+        whole = closed and hessian.ridge > 0 and len(leading) == len(basis)
 
-    def _iterate(self, hessian: Hessian) -> tuple[Tensor, Tensor]:
-        """An orthonormal basis of the Krylov space, ``(m, p)``, and H in it, float64 ``(m, m)``."""
+        def multiply(rows: Tensor, _targets: range) -> Tensor:
+            nonlocal checked
+            solved: Tensor = (rows @ directions.T * inverse) @ directions
+            if whole:
+                outside = rows
+                for _ in range(2):  # once is not enough, as in the iteration
+                    outside = outside - (outside @ basis.T) @ basis
+                solved += outside / hessian.ridge
+            if not checked:
+                checked = True
+                self._warn_if_rough(hessian, rows[:_CHECKED], solved[:_CHECKED], whole)
+            return solved
+
+        return multiply
+
+    def _warn_if_rough(self, hessian: Hessian, rows: Tensor, solved: Tensor, whole: bool) -> None:
+        """Compare scores with those of a better solution, and warn if they are far off.
+
+        The better one is a few steps of conjugate gradients away. Directions that were left out have nearly one
+        curvature, mostly that of the damping, so that few steps say nearly all about them.
+
+        Args:
+            hessian: the Hessian.
+            rows: gradients of some targets.
+            solved: what this solver makes of them.
+            whole: whether nothing was left out on purpose.
+        """
+        missing, residuals = torch.zeros_like(rows), rows - hessian.damped_product(solved)
+        directions, squares = residuals, residuals.square().sum(1, keepdim=True)
+        for _ in range(_STEPS):
+            products = hessian.damped_product(directions)
+            lengths = _ratio(squares, (directions * products).sum(1, keepdim=True))
+            missing, residuals = missing + lengths * directions, residuals - lengths * products
+            before, squares = squares, residuals.square().sum(1, keepdim=True)
+            directions = residuals + _ratio(squares, before) * directions
+        off, size = 0.0, 0.0
+        for _, train in hessian.passes.rows(hessian.passes.train):
+            gradients = train.features * train.loss_gradients.unsqueeze(1)
+            off += float((gradients @ missing.T).double().square().sum())
+            size += float((gradients @ (solved + missing).T).double().square().sum())
+        if off <= _ROUGH**2 * size:
+            return
+        share = (off / size) ** 0.5 if size else math.inf
+        more = 'use a Trainer with precision="64-true"' if whole else "use a larger num_iterations and a larger rank"
+        warnings.warn(
+            f"scores at {hessian.passes.where} are off by about {share:.0%} of their size, judged by those of"
+            f" {counted(len(rows), 'target')}, because {self} leaves directions out: {more}, or ConjugateGradient()",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+    def _iterate(self, hessian: Hessian) -> tuple[Tensor, Tensor, bool]:
+        """An orthonormal basis of the Krylov space, ``(m, p)``, H in it, float64 ``(m, m)``, and whether it is closed.
+
+        It is closed if H multiplies none of its vectors out of it.
+        """
         passes = hessian.passes
         dimension = min(self.num_iterations, passes.size)
         generator = torch.Generator().manual_seed(random.Random(passes.key("arnoldi")).getrandbits(63))
         vector = torch.randn(passes.size, generator=generator, dtype=passes.dtype).to(passes.device)
         basis = torch.zeros(dimension, passes.size, dtype=passes.dtype, device=passes.device)
         projected = torch.zeros(dimension, dimension, dtype=torch.float64, device=passes.device)
+        closed = dimension == passes.size
         for step in range(dimension):
             basis[step] = vector / vector.norm()
             vector = hessian.product(basis[step : step + 1])[0]
+            if not bool(vector.isfinite().all()):
+                raise ValueError(
+                    f"a product with the Hessian at {passes.where} is not finite: look for NaN and very large numbers"
+                    ' in the weights and the data, or use a Trainer with precision="64-true"'
+                )
             length = vector.norm()
             known = basis[: step + 1]
             for _ in range(2):  # once is not enough: rounding brings back what was removed
@@ -75,8 +150,13 @@ class Arnoldi(Solver):
                 vector = vector - overlaps @ known
             # What is left is rounding: the space is closed under multiplication with H.
             if vector.norm() <= 10 * torch.finfo(passes.dtype).eps * length * dimension**0.5:
-                basis, projected = known, projected[: step + 1, : step + 1]
+                basis, projected, closed = known, projected[: step + 1, : step + 1], True
                 break
             if step + 1 < dimension:
                 projected[step + 1, step] = vector.norm()
-        return basis, (projected + projected.T) / 2
+        return basis, (projected + projected.T) / 2, closed
+
+
+def _ratio(one: Tensor, other: Tensor) -> Tensor:
+    """One number divided by the other; 0 where nothing is left to divide, or curvature is negative."""
+    return torch.where(other <= 0, 0.0, one / other)

@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from lightning_trak.checkpoints.of_model import checkpoints_of
 from lightning_trak.checkpoints.reading import CheckpointsLike, masks_of
+from lightning_trak.checks import integer
 from lightning_trak.compatibility import original_module
 from lightning_trak.features.model import ModelCopy
 from lightning_trak.features.rows import Features
@@ -24,6 +25,7 @@ from lightning_trak.methods.influence.products import gradient_products
 from lightning_trak.methods.influence.solvers import InverseProduct
 from lightning_trak.methods.predictions import with_predictions
 from lightning_trak.methods.questions import Asked
+from lightning_trak.methods.showing import RAISES_OUTPUT
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import target_output, trained_output
 from lightning_trak.running.data.sources import Data
@@ -83,7 +85,12 @@ class Influence(DataMethod):
                 " or checkpoints of models that were trained on all data"
             )
         self.parameters = parameters
-        self.seed = seed
+        self.seed = integer("seed", seed)
+
+    @property
+    @override
+    def meaning(self) -> str:
+        return RAISES_OUTPUT
 
     @override
     def _model_copy(self, parameters: ParameterSelection = None) -> ModelCopy:

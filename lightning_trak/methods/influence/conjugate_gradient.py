@@ -9,7 +9,7 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
-from lightning_trak.checks import positive, require_one_of
+from lightning_trak.checks import positive, real, require_one_of
 from lightning_trak.methods.influence.ekfac_preconditioner import ekfac_preconditioner
 from lightning_trak.methods.influence.hessian import Convergence, Hessian
 from lightning_trak.methods.influence.landmark_preconditioner import landmark_preconditioner
@@ -52,7 +52,7 @@ class ConjugateGradient(Solver):
 
     def __post_init__(self) -> None:
         positive("max_iterations", self.max_iterations)
-        if not 0 < self.tolerance < 1:
+        if not 0 < real("tolerance", self.tolerance) < 1:
             raise ValueError(f"tolerance must be between 0 and 1, got {self.tolerance!r}")
         if self.preconditioner is not None:
             require_one_of("preconditioner", self.preconditioner, tuple(_PRECONDITIONERS))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from lightning_trak.checkpoints.reading import CheckpointsLike
-from lightning_trak.checks import require_one_of
+from lightning_trak.checks import require_one_of, require_options
 from lightning_trak.gradients import select_parameters
 from lightning_trak.methods.influence.base import Influence, InfluenceOptions
 from lightning_trak.methods.influence.blocks import Block, find_blocks
@@ -64,6 +64,7 @@ class EKFACInfluence(Influence):
         damping: float = 0.1,
         **options: Unpack[InfluenceOptions],
     ) -> None:
+        require_options(type(self), options, InfluenceOptions)
         require_one_of("curvature", curvature, ("gauss_newton", "empirical"))
         if isinstance(damping, str) or not 0 <= damping < float("inf"):
             raise ValueError(f"damping must be a number of at least 0, got {damping!r}")

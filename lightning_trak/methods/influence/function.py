@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack, override
 
 from lightning_trak.checkpoints.reading import CheckpointsLike
-from lightning_trak.checks import require_one_of
+from lightning_trak.checks import require_one_of, require_options
 from lightning_trak.methods.examples import Examples
 from lightning_trak.methods.influence.base import Influence, InfluenceOptions
 from lightning_trak.methods.influence.conjugate_gradient import ConjugateGradient
@@ -68,6 +68,7 @@ class InfluenceFunction(Influence):
         damping: Damping = "auto",
         **options: Unpack[InfluenceOptions],
     ) -> None:
+        require_options(type(self), options, InfluenceOptions)
         require_one_of("curvature", curvature, ("gauss_newton", "exact"))
         super().__init__(model, checkpoints, **options)
         if curvature == "exact":

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_trak.checks import positive
+from lightning_trak.checks import positive, real
 from lightning_trak.methods.influence.hessian import Hessian
 from lightning_trak.methods.influence.solvers import InverseProduct, Solver
 
@@ -43,8 +43,10 @@ class LiSSA(Solver):
     def __post_init__(self) -> None:
         for name in ("depth", "repeats", "batch_size"):
             positive(name, getattr(self, name))
-        if self.scale is not None and not 0 < self.scale < math.inf:
+        if self.scale is not None and not 0 < real("scale", self.scale) < math.inf:
             raise ValueError(f"scale must be above 0 and finite, or None; got {self.scale!r}")
+        if not real("tolerance", self.tolerance) >= 0:
+            raise ValueError(f"tolerance must be at least 0, got {self.tolerance!r}")
 
     def prepare(self, hessian: Hessian) -> InverseProduct:
         """Find the scale."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_trak.checks import require_tensor
+from lightning_trak.checks import integer, real, require_tensor
 
 _MAX_COUNTS = 2**24  # resampling counts held at once: 128 MiB of float64
 _LEAST_ERROR = 0.25  # of a replicate's standard error, relative to the table's
@@ -47,7 +47,8 @@ def bootstrap_interval(
         raise ValueError(f"Expected a sample in the last dimension, but got shape {tuple(values.shape)}.")
     tail = _tail(confidence, num_bootstraps)
     values, size = values.double(), values.shape[-1]
-    drawn = torch.randint(size, (num_bootstraps, size), generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(integer("seed", seed))
+    drawn = torch.randint(size, (num_bootstraps, size), generator=generator)
     if weights is None:
         means = torch.stack([values[..., row].mean(-1) for row in drawn.to(values.device)], dim=-1)
     else:
@@ -63,7 +64,7 @@ def bootstrap_interval(
 
 def _tail(confidence: float, num_bootstraps: int) -> float:
     """The probability of either tail, if it can be estimated."""
-    if not 0 < confidence < 1:
+    if not 0 < real("confidence", confidence) < 1:
         raise ValueError(f"Expected `confidence` strictly between 0 and 1, but got {confidence}.")
     tail = (1 - confidence) / 2
     if num_bootstraps * tail < 1:
@@ -149,7 +150,7 @@ def crossed_bootstrap_interval(
     values = values - center
     r, c = values.shape
     error = _mean_and_error(values, values.new_ones(1, r), values.new_ones(1, c))[1]
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(integer("seed", seed))
     ratios = []
     at_once = max(1, _MAX_COUNTS // (r + c))
     for done in range(0, num_bootstraps, at_once):

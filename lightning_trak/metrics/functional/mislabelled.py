@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_trak.checks import require_tensor
+from lightning_trak.checks import integer, require_tensor
 from lightning_trak.texts.display import tuple_line
 
 
@@ -136,7 +136,7 @@ def flip_labels(labels: Tensor, fraction: float = 0.1, seed: int = 0) -> tuple[T
         raise ValueError(
             f"Expected labels to flip, but got {len(labels)} of {len(classes)} classes and `fraction` {fraction}."
         )
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(integer("seed", seed))
     mislabelled = torch.randperm(len(labels), generator=generator) < count
     shift = torch.randint(1, len(classes), (len(labels),), generator=generator)
     wrong = classes[(place + shift) % len(classes)].to(labels.device)

@@ -102,10 +102,15 @@ def writers_for(loggers: Iterable[Logger]) -> list[LoggerWriter]:
     """
     if getattr(rank_zero_only, "rank", 0):
         return []
+    if not isinstance(loggers, Iterable):
+        raise TypeError(f"loggers must be a list of loggers, such as trainer.loggers, got a {type(loggers).__name__}")
     return [_writer_of(logger)(logger) for logger in loggers]
 
 
 def _writer_of(logger: Logger) -> type[LoggerWriter]:
     """The writer of the closest class."""
     kinds = {twin: writer for kind, writer in LoggerWriter.kinds.items() for twin in both(kind)}
-    return next(kinds[kind] for kind in type(logger).__mro__ if kind in kinds)
+    found = next((kinds[kind] for kind in type(logger).__mro__ if kind in kinds), None)
+    if found is None:
+        raise TypeError(f"loggers must be loggers of Lightning, such as trainer.loggers, got a {type(logger).__name__}")
+    return found

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
+from lightning_trak.checks import positive
 from lightning_trak.metrics import LinearDatamodelingScore
 from lightning_trak.metrics.functional import DetectionCurve
 from lightning_trak.reporting.explanations import (
@@ -96,6 +97,9 @@ def log_attributions(
         ValueError: if the sizes of scores and datasets differ, or ``largest`` contradicts the scores.
         IndexError: if there is no target with one of the positions.
     """
+    if not isinstance(scores, (Tensor, TopK, BothEnds)):
+        raise TypeError(f"expected scores as score or attribute returns them, got a {type(scores).__name__}")
+    k = positive("k", k)
     _require_fit(scores, len(targets), len(train), largest)
     rows = list(range(min(8, len(targets))) if shown is None else shown)
     require_positions(rows, len(targets))

@@ -198,7 +198,7 @@ def test_a_data_module():
 
 
 def test_bad_options_and_data():
-    with pytest.raises(ValueError, match=r"got permutations=100, step=0, tolerance=0.0"):
+    with pytest.raises(ValueError, match=r"`step` to be a positive integer but got 0"):
         DataShapley(Ridge, quick, step=0)
 
     class Contrastive(Ridge):
