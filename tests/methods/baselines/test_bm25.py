@@ -102,7 +102,7 @@ def test_bad_options_and_texts():
         BM25("text", k1=-1)
     with pytest.raises(ValueError, match=r"got k1=1.2 and b=2"):
         BM25("text", b=2)
-    with pytest.raises(TypeError, match="text='txt' names nothing in .* a dict with 'text', 'ids': give a key"):
+    with pytest.raises(TypeError, match=r"text='txt' names nothing in .* a dict with 'text', 'ids': give a key"):
         BM25("txt").attribute(make_trainer(), Texts(TRAIN), Texts(TARGETS))
     with pytest.raises(TypeError, match="expected a string or a sequence of tokens from text=, got bytes"):
         BM25(lambda item: item["text"].encode()).attribute(make_trainer(), Texts(TRAIN), Texts(TARGETS))
