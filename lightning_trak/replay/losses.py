@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -11,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_trak.outputs import ModelOutput
-from lightning_trak.replay.player import Played, ReplayError
+from lightning_trak.replay.player import Played, Player, ReplayError
+from lightning_trak.replay.records import StepRecord
 from lightning_trak.replay.states import TrainingState
 from lightning_trak.running.loading import LEAVES_OUT
+from lightning_trak.running.random_states import restore_random_states
 
 # (module, batch) -> the training loss of each example, of shape (batch,)
 Losses = Callable[[nn.Module, Any], Tensor]
@@ -26,6 +29,45 @@ _ROUNDINGS = 8  # of the dtype, relative to the norm of the weights or of a mome
 def declared_losses(output: ModelOutput, losses: Losses | None) -> Losses:
     """The training losses that a user gives, or those that an output declares."""
     return losses or (lambda module, batch: output.loss(output.output(module, batch)))
+
+
+def training_losses(player: Player, output: ModelOutput, losses: Losses | None) -> Losses:
+    """The training losses that a user gives, or those that an output declares, times a factor.
+
+    An output declares its loss up to a factor: the half of a squared error stands for the squared error. The factor is
+    what makes the mean of the losses of two batches the loss of training. If there is none, it is 1, and
+    :func:`require_losses` will say how the losses differ.
+
+    Args:
+        player: does the steps of the run. Its state changes.
+        output: the output.
+        losses: ``(module, batch) -> losses`` of shape ``(batch,)``; they are taken as they are.
+    """
+    declared = declared_losses(output, losses)
+    if losses is not None:
+        return declared
+    recording = player.recording
+    player.load(recording.state(max(recording.state_steps)))
+    ratios = [_ratio(player, recording.record(step), declared) for step in (0, recording.num_steps - 1)]
+    factor, relative = ratios[0], _LOSS_ERRORS[player.dtype][0]
+    if not 0 < factor < math.inf or math.isclose(factor, 1, rel_tol=relative):
+        return declared
+    if any(not math.isclose(ratio, factor, rel_tol=relative) for ratio in ratios):
+        return declared
+    return lambda module, batch: factor * declared(module, batch)
+
+
+def _ratio(player: Player, record: StepRecord, losses: Losses) -> float:
+    """The loss of training for a batch of a step, divided by the mean of the examples' losses; NaN if it has none."""
+    player.arrange(record)
+    player.open([record])
+    batch, micro = next(player.batches(record)), record.micro_batches[0]
+    restore_random_states(micro.random_states, player.device)
+    loss = player.training_loss(copy.deepcopy(batch), micro)
+    restore_random_states(micro.random_states, player.device)
+    with player.computing():
+        mean = float(losses_of(losses, player.module, batch, len(micro.positions)).detach().mean())
+    return float(loss.detach()) / mean if loss is not None and mean else math.nan
 
 
 def losses_of(losses: Losses, module: nn.Module, batch: Any, expected: int) -> Tensor:
@@ -76,9 +118,11 @@ def require_losses(played: Played, means: Sequence[float], dtype: torch.dtype) -
         if not abs(mean - expected) <= relative * abs(expected) + absolute:
             raise ReplayError(
                 f"training_step returned {expected:.6g} for micro-batch {number} of step {played.record.step}, but"
-                f" the mean of the examples' losses is {mean:.6g}. The loss of an example is that of the declared"
-                " output: if training minimizes something else (another factor, label smoothing, a penalty), pass"
-                " losses=, a function (module, batch) -> losses of shape (batch,) whose mean training_step returns"
+                f" the mean of the examples' losses is {mean:.6g}. The loss of an example is what losses= gives, or"
+                " else that of the declared output. If training minimizes something else (label smoothing, a penalty,"
+                " a mean over the pixels or tokens of the whole batch), pass losses=, a function (module, batch) ->"
+                " losses of shape (batch,) whose mean training_step returns. If there is none, as for a Dice loss of"
+                " the whole batch, use a method that needs no recording, such as TRAK"
             )
 
 
@@ -111,6 +155,12 @@ def require_step(
             before[name].to(own.device) if name in before else torch.zeros_like(own)
             for name, own in zip(names, new, strict=True)
         ]
+        if kind == "weights":
+            noise = _moments_of_rounding(outputs, later, dtype)
+            new = [
+                torch.where(noise[name], two, one) if name in noise else one
+                for name, one, two in zip(names, new, expected, strict=True)
+            ]
         off, moved = _distance(new, expected), _distance(expected, old)
         size = _distance(expected, [torch.zeros_like(tensor) for tensor in expected])
         if not off <= (_STEP_ERRORS[dtype] + rounding) * moved + _ROUNDINGS * torch.finfo(dtype).eps * size:
@@ -149,6 +199,30 @@ def require_unchanged(parameters: Mapping[str, Tensor], before: Mapping[str, Ten
                 " weight.data.clamp_() do so), and autograd does not know the derivative of this change; compute"
                 " another tensor from the parameter instead, or use a method that differentiates once, such as TRAK"
             )
+
+
+def _moments_of_rounding(
+    outputs: Mapping[str, Tensor], later: Mapping[str, Tensor], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Where all moments of a weight are zero up to rounding, by the names of parameters.
+
+    The gradient of a bias before batch normalization is an example. Adam divides it by its own size, and so makes a
+    whole step of what is rounding. Two ways to add up the same losses then give two steps.
+    """
+    names: dict[str, list[str]] = defaultdict(list)
+    for name in outputs:
+        if name.startswith("moment/") and later[name].is_floating_point():
+            names[name.rpartition("/")[2]].append(name)
+    found: dict[str, Tensor] = {}
+    for kind in names.values():
+        zeros = {name: torch.zeros_like(later[name]) for name in kind}
+        bound = _ROUNDINGS * torch.finfo(dtype).eps * _distance([later[name] for name in kind], list(zeros.values()))
+        for name in kind:
+            parameter = name.rpartition("/")[0].replace("moment/", "parameter/", 1)
+            if parameter in outputs and later[name].shape == outputs[parameter].shape:
+                small = later[name].to(outputs[parameter].device).abs() <= bound
+                found[parameter] = found.get(parameter, small) & small
+    return found
 
 
 def _equal_up_to_rounding(new: Sequence[Tensor], expected: Sequence[Tensor], dtype: torch.dtype) -> bool:

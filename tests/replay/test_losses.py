@@ -1,5 +1,6 @@
 """Whether a step by the examples' losses is the step of training, at any scale of weights and moments."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -34,3 +35,16 @@ def test_a_step_that_is_not_finite_is_noticed(value: float) -> None:
     after = torch.ones(3)
     with pytest.raises(ReplayError, match=r"step 3 moved the weights"):
         check("parameter/a", 0.9 * after, after, torch.tensor([1.0, value, 1.0]))
+
+
+@pytest.mark.parametrize("moment", [1e-9, 1e-3])
+def test_a_step_of_adam_that_is_made_of_rounding_may_differ(moment: float) -> None:
+    # The gradient of a bias before batch normalization is rounding, of either sign; Adam makes a whole step of it.
+    names = ["parameter/a", "moment/a/exp_avg", "moment/a/exp_avg_sq"]
+    before = TrainingState.from_tensors({"parameter/a": torch.ones(3)})
+    tensors = [torch.tensor([0.9, 1.1, 0.9]), torch.tensor([1.0, -1.0, moment]), torch.tensor([1.0, 1.0, moment**2])]
+    after = TrainingState.from_tensors(dict(zip(names, tensors, strict=True)))
+    new = dict(after.tensors()) | {names[0]: torch.tensor([0.9, 1.1, 1.1])}
+    played: Any = SimpleNamespace(record=SimpleNamespace(step=3), before=before)
+    with nullcontext() if moment < 1e-6 else pytest.raises(ReplayError, match="moved the weights"):
+        require_step(played, after, new, torch.float32, 0.0)
