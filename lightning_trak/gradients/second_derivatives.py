@@ -50,7 +50,8 @@ def differentiating_twice(who: str, instead: str) -> Iterator[None]:
     except RuntimeError as error:  # NotImplementedError is one
         if "derivative for" not in str(error):
             raise
-        raise ValueError(f"{who} differentiates the model twice, and PyTorch cannot: {error} {instead}") from error
+        reason = str(error).rstrip(".")
+        raise ValueError(f"{who} differentiates the model twice, and PyTorch cannot: {reason}. {instead}") from error
 
 
 def has_derivative(
