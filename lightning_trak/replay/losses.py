@@ -177,8 +177,9 @@ def require_step(
     ]
     if changed:
         raise ReplayError(
-            f'step {played.record.step} changed the parameter "{changed[0]}", which no example\'s loss depends on;'
-            " the losses are not those that training_step minimizes"
+            f'step {played.record.step} changed the parameter "{changed[0]}", through which no gradient of an'
+            " example's loss goes: the losses are not those that training_step minimizes, or training_step assigns"
+            " weights itself, such as those of a target network or of an average, whose derivative is not known"
         )
 
 

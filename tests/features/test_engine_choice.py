@@ -7,6 +7,8 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pack_padded_sequence
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_trak import TRAK
 from lightning_trak.gradients import HookEngine
@@ -18,6 +20,29 @@ from tests.lit import TARGETS, TRAIN, LitNet, beyond_hooks, make_model, make_tra
 def chosen(store):
     (path,) = store.glob("engine-*.json")
     return json.loads(path.read_text())["engine"]
+
+
+class Scaled(LitNet):
+    """Has a parameter of its own, which no layer holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.factor = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, inputs):
+        return super().forward(inputs) * self.factor
+
+
+class Packed(LitNet):
+    """Packs sequences, of whose lengths vmap complains in another way for each batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm = torch.nn.LSTM(2, 3, batch_first=True)
+
+    def forward(self, sequences, lengths):
+        packed = pack_padded_sequence(sequences, lengths, batch_first=True, enforce_sorted=False)
+        return self.lstm(packed)[1][0][-1]
 
 
 class Bypassing(LitNet):
@@ -50,6 +75,24 @@ def test_the_choice_is_said_and_kept(tmp_path, checkpoints, caplog, make, engine
     other.featurize(make_trainer(), TRAIN)
     expected = other.score(make_trainer(), TARGETS)
     torch.testing.assert_close(scores, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_the_log_says_what_vmap_covers_beside_hooks(tmp_path, caplog):
+    with caplog.at_level(logging.INFO):
+        TRAK(Scaled(), [Scaled().state_dict()], tmp_path, projection=SparseProjection(8)).featurize(
+            make_trainer(), TRAIN
+        )
+    assert "module hooks, chosen by engine='auto': hooks cover 6 of 7 parameters, and vmap covers factor" in caplog.text
+
+
+def test_one_reason_for_the_loop_gives_one_warning(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    lengths = 1 + torch.arange(20) % 6
+    data = TensorDataset(torch.randn(20, 6, 2, generator=generator), lengths, lengths % 3)
+    trak = TRAK(Packed(), [Packed().state_dict()], tmp_path, projection=SparseProjection(8))
+    with pytest.warns(UserWarning, match="vmap cannot differentiate Packed.*Reason: RuntimeError") as caught:
+        trak.featurize(make_trainer(), DataLoader(data, batch_size=4))
+    assert sum("vmap cannot" in str(warning.message) for warning in caught) == 1
 
 
 def test_the_engine_that_was_checked_goes_on(tmp_path, checkpoints, monkeypatch):
