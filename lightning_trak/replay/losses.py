@@ -35,39 +35,54 @@ def training_losses(player: Player, output: ModelOutput, losses: Losses | None) 
     """The training losses that a user gives, or those that an output declares, times a factor.
 
     An output declares its loss up to a factor: the half of a squared error stands for the squared error. The factor is
-    what makes the mean of the losses of two batches the loss of training. If there is none, it is 1, and
-    :func:`require_losses` will say how the losses differ.
+    what makes the mean of the losses of two batches the loss of training.
 
     Args:
         player: does the steps of the run. Its state changes.
         output: the output.
         losses: ``(module, batch) -> losses`` of shape ``(batch,)``; they are taken as they are.
+
+    Raises:
+        ReplayError: if they are not those that training minimizes, judged by the last batch, before longer work.
     """
     declared = declared_losses(output, losses)
-    if losses is not None:
-        return declared
     recording = player.recording
-    player.load(recording.state(max(recording.state_steps)))
-    ratios = [_ratio(player, recording.record(step), declared) for step in (0, recording.num_steps - 1)]
-    factor, relative = ratios[0], _LOSS_ERRORS[player.dtype][0]
-    if not 0 < factor < math.inf or math.isclose(factor, 1, rel_tol=relative):
-        return declared
-    if any(not math.isclose(ratio, factor, rel_tol=relative) for ratio in ratios):
-        return declared
-    return lambda module, batch: factor * declared(module, batch)
+    state = recording.state(max(recording.state_steps))
+    first, last = (recording.record(step) for step in (0, recording.num_steps - 1))
+    loss, mean = _compared(player, state, last, declared)
+    factor = 1.0
+    if losses is None and loss is not None:
+        other_loss, other_mean = _compared(player, state, first, declared)
+        factor = _factor([(loss, mean), (other_loss or math.nan, other_mean)], _LOSS_ERRORS[player.dtype][0])
+    require_losses(last, [loss], [factor * mean], player.dtype)
+    return declared if factor == 1 else lambda module, batch: factor * declared(module, batch)
 
 
-def _ratio(player: Player, record: StepRecord, losses: Losses) -> float:
-    """The loss of training for a batch of a step, divided by the mean of the examples' losses; NaN if it has none."""
+def _compared(player: Player, state: TrainingState, record: StepRecord, losses: Losses) -> tuple[float | None, float]:
+    """What ``training_step`` returns at a state for the first batch of a step, and the mean of the examples' losses."""
     player.arrange(record)
     player.open([record])
     batch, micro = next(player.batches(record)), record.micro_batches[0]
-    restore_random_states(micro.random_states, player.device)
-    loss = player.training_loss(copy.deepcopy(batch), micro)
-    restore_random_states(micro.random_states, player.device)
-    with player.computing():
-        mean = float(losses_of(losses, player.module, batch, len(micro.positions)).detach().mean())
-    return float(loss.detach()) / mean if loss is not None and mean else math.nan
+
+    def value(loss: Callable[[Any], Tensor | None]) -> float | None:
+        player.load(state)  # a forward pass may change buffers
+        restore_random_states(micro.random_states, player.device)
+        with player.computing():
+            found = loss(copy.deepcopy(batch))
+        return None if found is None else float(found.detach())
+
+    mean = value(lambda batch: losses_of(losses, player.module, batch, len(micro.positions)).mean())
+    assert mean is not None
+    return value(lambda batch: player.training_loss(batch, micro)), mean
+
+
+def _factor(pairs: Sequence[tuple[float, float]], tolerance: float) -> float:
+    """The factor between the numbers of all pairs; 1 if they have no common one."""
+    ratios = [loss / mean if mean else math.nan for loss, mean in pairs]
+    same = all(math.isclose(ratio, ratios[0], rel_tol=tolerance) for ratio in ratios)
+    if not same or not 0 < ratios[0] < math.inf or math.isclose(ratios[0], 1, rel_tol=tolerance):
+        return 1.0
+    return ratios[0]
 
 
 def losses_of(losses: Losses, module: nn.Module, batch: Any, expected: int) -> Tensor:
@@ -90,11 +105,14 @@ def losses_of(losses: Losses, module: nn.Module, batch: Any, expected: int) -> T
     return found
 
 
-def require_losses(played: Played, means: Sequence[float], dtype: torch.dtype) -> None:
+def require_losses(
+    record: StepRecord, losses: Sequence[Tensor | float | None], means: Sequence[float], dtype: torch.dtype
+) -> None:
     """Check that the means of the examples' losses are what ``training_step`` returned.
 
     Args:
-        played: the step.
+        record: the step.
+        losses: what ``training_step`` returned for each micro-batch; None if it returned none.
         means: the mean of the losses of each micro-batch.
         dtype: the dtype of the weights.
 
@@ -102,14 +120,14 @@ def require_losses(played: Played, means: Sequence[float], dtype: torch.dtype) -
         ReplayError: if they differ by more than rounding.
     """
     relative, absolute = _LOSS_ERRORS[dtype]
-    for number, (loss, mean) in enumerate(zip(played.losses, means, strict=True)):
+    for number, (loss, mean) in enumerate(zip(losses, means, strict=True)):
         if loss is None:
             continue
         expected = float(loss)
         if math.isnan(mean) and not math.isnan(expected):
-            positions = ", ".join(map(str, played.record.micro_batches[number].positions))
+            positions = ", ".join(map(str, record.micro_batches[number].positions))
             raise ReplayError(
-                f"training_step returned {expected:.6g} for micro-batch {number} of step {played.record.step}, but the"
+                f"training_step returned {expected:.6g} for micro-batch {number} of step {record.step}, but the"
                 f" loss of an example is NaN. It is one of the training examples {positions:.200}. Perhaps the declared"
                 " output takes its labels from another part of the batch than training_step (labels_key= names the"
                 " part), or training_step leaves out examples that have no valid label; then pass losses=, a function"
@@ -117,7 +135,7 @@ def require_losses(played: Played, means: Sequence[float], dtype: torch.dtype) -
             )
         if not abs(mean - expected) <= relative * abs(expected) + absolute:
             raise ReplayError(
-                f"training_step returned {expected:.6g} for micro-batch {number} of step {played.record.step}, but"
+                f"training_step returned {expected:.6g} for micro-batch {number} of step {record.step}, but"
                 f" the mean of the examples' losses is {mean:.6g}. The loss of an example is what losses= gives, or"
                 " else that of the declared output. If training minimizes something else (label smoothing, a penalty,"
                 " a mean over the pixels or tokens of the whole batch), pass losses=, a function (module, batch) ->"

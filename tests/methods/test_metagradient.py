@@ -155,9 +155,14 @@ class Squared(Linear):
         return F.mse_loss(self(batch[0]).squeeze(-1), batch[1])
 
 
-def test_other_losses_are_refused_and_can_be_named(tmp_path: Path) -> None:
+def test_other_losses_are_refused_and_can_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = Penalty()
     trainer = train(module, DATA, tmp_path / "penalty")
+    with monkeypatch.context() as patch:  # before the longer work of the check whether the run is smooth
+        patch.setattr("lightning_trak.methods.metagradient.quick_value", None)
+        method = Metagradient(module, tmp_path / "penalty", progress_bar=False)
+        with pytest.raises(ValueError, match="training_step returned"):
+            method.attribute(trainer, DATA, TARGETS)
     with pytest.raises(ValueError, match=r"training_step returned .* the mean of the examples' losses is .*losses="):
         attribute(module, tmp_path / "penalty", trainer)
 
