@@ -18,6 +18,7 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
+from lightning_trak.checkpoints.copies import computed
 from lightning_trak.gradients.precision import WorkingPrecision
 from lightning_trak.outputs.evaluating import unchanged
 from lightning_trak.running.random_states import isolated_random_states
@@ -112,7 +113,7 @@ class _Gradient:
     ) -> None:
         chosen = set(map(id, parameters))
         names = [name for name, parameter in module.named_parameters() if id(parameter) in chosen]
-        self._scalar, self._module = scalar, copy.deepcopy(module).double()
+        self._scalar, self._module = scalar, copy.deepcopy(module, computed(module)).double()
         self._precision = WorkingPrecision(self._module)
         self._by = [self._module.get_parameter(name) for name in names]
         self._variable = variable.detach().double().requires_grad_()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_trak.outputs import ModelOutput
+from lightning_trak.outputs.evaluating import unchanged
 from lightning_trak.replay.player import Played, Player, ReplayError
 from lightning_trak.replay.records import StepRecord
 from lightning_trak.replay.states import TrainingState
@@ -67,7 +68,7 @@ def _compared(player: Player, state: TrainingState, record: StepRecord, losses: 
     def value(loss: Callable[[Any], Tensor | None]) -> float | None:
         player.load(state)  # a forward pass may change buffers
         restore_random_states(micro.random_states, player.device)
-        with player.computing():
+        with player.computing(), unchanged(player.module):
             found = loss(copy.deepcopy(batch))
         return None if found is None else float(found.detach())
 

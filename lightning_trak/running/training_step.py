@@ -35,7 +35,7 @@ class _StepTrainer:
         if name.startswith("__"):
             raise AttributeError(name)
         raise ValueError(
-            f"training_step uses self.trainer.{name}, which it does not have here; self.current_epoch,"
+            f"the module uses self.trainer.{name}, which it does not have here; self.current_epoch,"
             " self.global_step, self.log and self.logger are allowed, and in a recorded run self.optimizers() for its"
             " learning rate: store what else it needs in the module"
         )

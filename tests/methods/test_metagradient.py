@@ -274,7 +274,7 @@ def test_the_step_knows_where_it_is(tmp_path: Path) -> None:
 
     module = NeedsTrainer()
     trainer = train(module, DATA, tmp_path / "trainer")
-    with pytest.raises(ValueError, match=r"training_step uses self\.trainer\.max_epochs"):
+    with pytest.raises(ValueError, match=r"the module uses self\.trainer\.max_epochs"):
         attribute(module, tmp_path / "trainer", trainer)
 
 

@@ -1,15 +1,18 @@
 """Whether a step by the examples' losses is the step of training, at any scale of weights and moments."""
 
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from lightning_trak.replay.losses import require_step
-from lightning_trak.replay.player import ReplayError
+from lightning_trak.replay import Recording
+from lightning_trak.replay.losses import require_step, training_losses
+from lightning_trak.replay.player import Player, ReplayError
 from lightning_trak.replay.states import TrainingState
+from tests.replay.runs import Net, make_data, shuffled, train
 
 
 def check(name: str, before: torch.Tensor, after: torch.Tensor, new: torch.Tensor) -> None:
@@ -48,3 +51,17 @@ def test_a_step_of_adam_that_is_made_of_rounding_may_differ(moment: float) -> No
     played: Any = SimpleNamespace(record=SimpleNamespace(step=3), before=before)
     with nullcontext() if moment < 1e-6 else pytest.raises(ReplayError, match="moved the weights"):
         require_step(played, after, new, torch.float32, 0.0)
+
+
+def test_comparing_losses_leaves_nothing_on_the_module(tmp_path: Path) -> None:
+    class Keeps(Net):
+        def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+            self.kept = super().training_step(batch, batch_idx)
+            return self.kept
+
+    module, data = Keeps(), make_data()
+    train(module, data, tmp_path)
+    player = Player(module, Recording(tmp_path), shuffled(data), None, torch.device("cpu"))
+    del player.module.kept  # of training
+    training_losses(player, module.configure_model_output(), None)
+    assert not hasattr(player.module, "kept")
