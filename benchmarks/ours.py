@@ -9,9 +9,9 @@ from benchmarks.models import Precision, Workload
 from lightning_trak.checkpoints.reading import resolve_checkpoints
 from lightning_trak.features.engines import EngineName, make_engine
 from lightning_trak.features.extractor import FeatureExtractor
-from lightning_trak.features.identity import Contents
 from lightning_trak.features.model import ModelCopy
 from lightning_trak.features.rows import Features
+from lightning_trak.features.store.identity import Contents
 from lightning_trak.projections import KroneckerProjection, Projection, SparseProjection
 
 K = 2048

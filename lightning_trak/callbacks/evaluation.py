@@ -17,7 +17,7 @@ from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.base import better_when_higher
 from lightning_trak.reporting.loggers.records import log_attributions, log_lds
 from lightning_trak.retraining import Retrained
-from lightning_trak.running.data import Data, datamodule_of, single_loader
+from lightning_trak.running.data.sources import Data, datamodule_of, single_loader
 from lightning_trak.texts.display import Displayed
 
 _SHOWN = ("k", "shown", "describe", "image")

@@ -20,7 +20,7 @@ from lightning_trak.packages import both, is_a, overrides
 from lightning_trak.replay.optimizers.base import optimizer_step
 from lightning_trak.replay.states import named_buffers, named_parameters
 from lightning_trak.running.batches import TransferHooks, on_device
-from lightning_trak.running.loading import batch_size_of, load, num_examples
+from lightning_trak.running.data.loading import batch_size_of, load, num_examples
 from lightning_trak.running.random_states import RandomWatch, isolated_random_states
 
 # Hooks of a LightningModule that make other gradients than Lightning does. An optimizer_step or optimizer_zero_grad of

@@ -25,10 +25,10 @@ from lightning_trak.replay.recording import Recording, Spacing, check_spacing, k
 from lightning_trak.replay.records import MicroBatch, Settings, StepRecord, Structure
 from lightning_trak.replay.states import TrainingState, difference, named_parameters
 from lightning_trak.replay.writing import RecordingWriter
-from lightning_trak.running.content import sample_digest
+from lightning_trak.running.data.content import sample_digest
+from lightning_trak.running.data.loading import num_examples
+from lightning_trak.running.data.positions import PositionLog
 from lightning_trak.running.environment import environment_of
-from lightning_trak.running.loading import num_examples
-from lightning_trak.running.positions import PositionLog
 from lightning_trak.running.random_states import RandomWatch
 from lightning_trak.texts.display import Displayed
 

@@ -38,7 +38,7 @@ class TrainingSubset:
 
     Attributes:
         mask: bool ``(num_train,)``, true where the model was trained on the example.
-        data: digest of the whole training set, :func:`~lightning_trak.running.content.fingerprint`; None if unknown.
+        data: digest of the whole training set, :func:`~lightning_trak.running.data.content.fingerprint`; None if unknown.
     """
 
     mask: Tensor

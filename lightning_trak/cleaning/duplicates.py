@@ -17,7 +17,7 @@ from lightning_trak.methods.baselines.representations import RepresentationMetho
 from lightning_trak.methods.examples import Examples
 from lightning_trak.projections.factors import GradientFactors
 from lightning_trak.running.chunks import chunked
-from lightning_trak.running.data import Data
+from lightning_trak.running.data.sources import Data
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.running.trainers import trainer_of
 from lightning_trak.scoring.base import full_precision, with_float64

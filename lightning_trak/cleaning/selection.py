@@ -12,7 +12,7 @@ from lightning_trak.cleaning.ranking import Ranking
 from lightning_trak.methods import BM25, LabelStatistic, Method, RepresentationSimilarity
 from lightning_trak.outputs import DiffusionMean, ModelOutput
 from lightning_trak.outputs.base import better_when_higher
-from lightning_trak.running.data import Data, single_loader
+from lightning_trak.running.data.sources import Data, single_loader
 from lightning_trak.running.trainers import trainer_of
 from lightning_trak.scoring.groups import Groups, Labels, require_groups
 

@@ -14,7 +14,7 @@ from lightning_trak.methods import LabelStatistic, Method
 from lightning_trak.reporting.explanations import Describe
 from lightning_trak.reporting.items import item_label
 from lightning_trak.reporting.plots import plot_mislabel_curves
-from lightning_trak.running.data import single_loader
+from lightning_trak.running.data.sources import single_loader
 from lightning_trak.scoring.groups import Label
 from lightning_trak.storage.files import write_atomically
 from lightning_trak.storage.paths import local_file

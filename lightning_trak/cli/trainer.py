@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_trak.cleaning.inspected import read_positions
 from lightning_trak.cli.clean import Find, find_examples, require_options, write_ranking
-from lightning_trak.features.featurizing import OnNan
+from lightning_trak.features.passes.options import OnNan
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.methods import FeatureMethod, LabelStatistic
 from lightning_trak.metrics import LinearDatamodelingScore
@@ -15,7 +15,7 @@ from lightning_trak.reporting.explanations import describe_of, explain
 from lightning_trak.reporting.scores import SavedScores
 from lightning_trak.reporting.showing import kind_of_file, show
 from lightning_trak.retraining.ground_truth import load_ground_truth
-from lightning_trak.running.data import single_loader
+from lightning_trak.running.data.sources import single_loader
 from lightning_trak.storage.paths import local_file
 from lightning_trak.texts.printable import counted, printable
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_trak.features.rows import Features
-from lightning_trak.running.loading import load
+from lightning_trak.running.data.loading import load
 from lightning_trak.texts.messages import listed
 
 if TYPE_CHECKING:

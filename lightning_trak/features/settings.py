@@ -7,7 +7,7 @@ from lightning_trak.checks import is_integer, require_one_of
 from lightning_trak.features.dtypes import FeatureDtype
 from lightning_trak.features.engines import ENGINES, EngineName
 from lightning_trak.projections import Projection
-from lightning_trak.running.ranges import draw_audited
+from lightning_trak.running.data.ranges import draw_audited
 
 
 @dataclass(frozen=True)

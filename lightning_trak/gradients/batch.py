@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from lightning_trak.fingerprints.digests import content_digest
-from lightning_trak.running.loading import LEAVES_OUT
-from lightning_trak.running.singles import Singles
+from lightning_trak.running.data.loading import LEAVES_OUT
+from lightning_trak.running.data.singles import Singles
 
 Path = tuple[Any, ...]
 # The kind of a part of a batch: a tensor with a row for each example, a list with an item for each example, a part that

@@ -6,10 +6,10 @@ from torch.utils.data import DataLoader, default_collate
 
 from lightning_trak.fingerprints.digests import content_digest
 from lightning_trak.gradients.batch import ExampleBatch, Layout, find_layout, infer_batch_size
-from lightning_trak.running.content import FEW, spread
-from lightning_trak.running.loading import LEAVES_OUT, batch_size_of, function_name, load, num_examples
+from lightning_trak.running.data.content import FEW, spread
+from lightning_trak.running.data.loading import LEAVES_OUT, batch_size_of, function_name, load, num_examples
+from lightning_trak.running.data.singles import is_one_by_one, one_by_one
 from lightning_trak.running.random_states import isolated_random_states
-from lightning_trak.running.singles import is_one_by_one, one_by_one
 
 
 def separable(loader: DataLoader[Any]) -> DataLoader[Any]:
@@ -22,7 +22,7 @@ def separable(loader: DataLoader[Any]) -> DataLoader[Any]:
         loader: the loader.
 
     Returns:
-        The same loader, or one of :class:`~lightning_trak.running.singles.Singles`.
+        The same loader, or one of :class:`~lightning_trak.running.data.singles.Singles`.
 
     Raises:
         ValueError: if the collate function leaves examples out.

@@ -19,7 +19,7 @@ from lightning_trak.methods.questions import (
 )
 from lightning_trak.methods.showing import Showing
 from lightning_trak.outputs import ModelOutput
-from lightning_trak.running.data import Data
+from lightning_trak.running.data.sources import Data
 from lightning_trak.running.trainers import trainer_of
 from lightning_trak.scoring.groups import train_sums
 from lightning_trak.scoring.intervals import Interval, bounds, columns_of, with_bounds

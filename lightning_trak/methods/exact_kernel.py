@@ -10,7 +10,7 @@ from typing_extensions import Unpack, override
 from lightning_trak.checkpoints.reading import CheckpointsLike
 from lightning_trak.checks import require_one_of
 from lightning_trak.features.engines import EngineName
-from lightning_trak.features.featurizing import Featurizing
+from lightning_trak.features.passes.options import Featurizing
 from lightning_trak.features.rows import Features
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.gradients import ParameterSelection
@@ -18,7 +18,7 @@ from lightning_trak.methods.newton import CurvatureChoice, NewtonMethod
 from lightning_trak.methods.rescoring import ExactScores
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.projections.factors import GradientFactors
-from lightning_trak.running.data import Data
+from lightning_trak.running.data.sources import Data
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.running.strategies import require_whole_parameters
 from lightning_trak.running.trainers import trainer_of

@@ -14,11 +14,11 @@ from lightning_trak.methods.tokens import target_loader
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.evaluating import exact_attention
 from lightning_trak.outputs.mixin import declared_output
-from lightning_trak.running.annotated import numbered
-from lightning_trak.running.data import Data, datamodule_of, single_loader
-from lightning_trak.running.loading import LEAVES_OUT, batch_size_of, num_examples
+from lightning_trak.running.data.annotated import numbered
+from lightning_trak.running.data.loading import LEAVES_OUT, batch_size_of, num_examples
+from lightning_trak.running.data.ranges import IndexedBatch, batch_ranges, draw_audited, share_out
+from lightning_trak.running.data.sources import Data, datamodule_of, single_loader
 from lightning_trak.running.predict import PredictModule
-from lightning_trak.running.ranges import IndexedBatch, batch_ranges, draw_audited, share_out
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.running.strategies import require_whole_parameters
 from lightning_trak.running.trainers import predict_over

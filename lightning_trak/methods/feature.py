@@ -16,23 +16,23 @@ from lightning_trak.checkpoints.reading import CheckpointsLike, masks_of
 from lightning_trak.compatibility import original_module
 from lightning_trak.features.dtypes import Dtype, feature_dtype
 from lightning_trak.features.engines import EngineName
-from lightning_trak.features.featurizing import Featurizing
-from lightning_trak.features.identity import Contents
 from lightning_trak.features.model import ModelCopy
-from lightning_trak.features.pipeline import FeaturePipeline
+from lightning_trak.features.passes.options import Featurizing
+from lightning_trak.features.passes.pipeline import FeaturePipeline
+from lightning_trak.features.passes.target_features import TargetFeatures
 from lightning_trak.features.rows import Features
 from lightning_trak.features.settings import FeatureSettings
 from lightning_trak.features.store import FeatureStore
-from lightning_trak.features.target_features import TargetFeatures
+from lightning_trak.features.store.identity import Contents
 from lightning_trak.gradients import ParameterSelection
 from lightning_trak.methods.scored import ScoredMethod
 from lightning_trak.methods.token_scores import TokenMethod
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import trained_output
 from lightning_trak.projections import Projection, SparseProjection
-from lightning_trak.running.content import prefix_digests
-from lightning_trak.running.data import Data, datamodule_of, single_loader
-from lightning_trak.running.loading import num_examples
+from lightning_trak.running.data.content import prefix_digests
+from lightning_trak.running.data.loading import num_examples
+from lightning_trak.running.data.sources import Data, datamodule_of, single_loader
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.running.strategies import refuse_spawning
 from lightning_trak.running.trainers import trainer_of
@@ -120,7 +120,7 @@ class FeatureMethod(ScoredMethod, TokenMethod):
             shard_size: examples per file if the store is new. A rank does a whole file at a time. Default: about 1024,
                 or a quarter of the data if that is less.
             **how: ``overwrite``, ``on_nan`` and ``part``, see
-                :class:`~lightning_trak.features.featurizing.Featurizing`.
+                :class:`~lightning_trak.features.passes.options.Featurizing`.
 
         Raises:
             ValueError: if the store was made with other settings, an example's features are not finite, the strategy

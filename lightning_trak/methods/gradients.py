@@ -16,7 +16,7 @@ from lightning_trak.gradients import select_parameters
 from lightning_trak.methods.feature import FeatureMethod
 from lightning_trak.methods.learning_rates import LearningRates, resolve_learning_rates
 from lightning_trak.methods.options import FeatureOptions
-from lightning_trak.running.data import Data
+from lightning_trak.running.data.sources import Data
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.running.trainers import trainer_of
 from lightning_trak.scoring.gradient import EffectOn, GradientCosineScorer, GradientDotScorer

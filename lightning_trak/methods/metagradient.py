@@ -24,9 +24,9 @@ from lightning_trak.replay.player import Player
 from lightning_trak.replay.recording import Recording
 from lightning_trak.replay.reweighted import Reweighted
 from lightning_trak.replay.smoothness import SMOOTH_VALUE, advice, quick_value
-from lightning_trak.running.annotated import annotated
-from lightning_trak.running.content import fingerprint
-from lightning_trak.running.data import Data
+from lightning_trak.running.data.annotated import annotated
+from lightning_trak.running.data.content import fingerprint
+from lightning_trak.running.data.sources import Data
 from lightning_trak.running.random_states import isolated_random_states
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.running.strategies import require_whole_parameters

@@ -12,7 +12,7 @@ from lightning_trak.checkpoints.reading import CheckpointsLike
 from lightning_trak.checks import require_one_of
 from lightning_trak.features.dtypes import Dtype
 from lightning_trak.features.engines import EngineName
-from lightning_trak.features.pipeline import FeaturePipeline
+from lightning_trak.features.passes.pipeline import FeaturePipeline
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.gradients import ParameterSelection
 from lightning_trak.methods.feature import FeatureMethod

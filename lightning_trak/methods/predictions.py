@@ -10,10 +10,10 @@ from torch.utils.data import Subset
 from lightning_trak.features.model import ModelCopy
 from lightning_trak.methods.examples import Examples
 from lightning_trak.outputs import ModelOutput
-from lightning_trak.running.annotated import annotated
 from lightning_trak.running.chunks import chunked
-from lightning_trak.running.loaders import like
-from lightning_trak.running.loading import batch_size_of
+from lightning_trak.running.data.annotated import annotated
+from lightning_trak.running.data.loaders import like
+from lightning_trak.running.data.loading import batch_size_of
 
 _TOGETHER = 1 << 16  # targets whose probabilities are in memory at once
 
@@ -33,7 +33,7 @@ def with_predictions(
         output: the output of the targets; None: that of the training examples.
 
     Returns:
-        The targets as they are, or with a :class:`~lightning_trak.running.annotated.AnnotatedBatch` for each batch.
+        The targets as they are, or with a :class:`~lightning_trak.running.data.annotated.AnnotatedBatch` for each batch.
 
     Raises:
         ValueError: if a probability is not finite.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_trak.methods.examples import Examples
 from lightning_trak.outputs import ModelOutput
-from lightning_trak.running.data import Data
+from lightning_trak.running.data.sources import Data
 from lightning_trak.scoring.groups import Aggregate, Groups, Labels, Sums, target_sums, train_sums
 from lightning_trak.scoring.intervals import require_resampling
 from lightning_trak.scoring.topk import BothEnds, Scores, TopK

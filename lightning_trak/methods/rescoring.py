@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_trak.features.checks.same_function import output_tolerance
 from lightning_trak.features.rows import Features
-from lightning_trak.features.same_function import output_tolerance
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.methods.examples import Examples
 from lightning_trak.methods.influence.audit import audit

@@ -11,10 +11,10 @@ from torch.utils.data import DataLoader, Subset
 from typing_extensions import Unpack
 
 from lightning_trak.checks import positive
-from lightning_trak.features.pipeline import FeaturePipeline
+from lightning_trak.features.passes.pipeline import FeaturePipeline
+from lightning_trak.features.passes.target_features import TargetFeatures
 from lightning_trak.features.settings import FeatureSettings
 from lightning_trak.features.store import FeatureStore
-from lightning_trak.features.target_features import TargetFeatures
 from lightning_trak.methods.base import Method
 from lightning_trak.methods.examples import Examples
 from lightning_trak.methods.influence.passes import Passes, without_gradients
@@ -34,9 +34,9 @@ from lightning_trak.methods.rescoring import ExactScores, SecondStage
 from lightning_trak.methods.tokens import target_loaders
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import target_output
-from lightning_trak.running.data import Data, datamodule_of
-from lightning_trak.running.loaders import holds_several, like
-from lightning_trak.running.loading import batch_size_of, num_examples
+from lightning_trak.running.data.loaders import holds_several, like
+from lightning_trak.running.data.loading import batch_size_of, num_examples
+from lightning_trak.running.data.sources import Data, datamodule_of
 from lightning_trak.running.strategies import require_whole_parameters, shards_model
 from lightning_trak.running.trainers import trainer_of
 from lightning_trak.scoring.base import Scorer

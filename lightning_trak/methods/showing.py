@@ -16,7 +16,7 @@ from lightning_trak.outputs import ModelOutput
 from lightning_trak.reporting.explanations import Describe, describe_of, explain
 from lightning_trak.reporting.scores import SavedScores
 from lightning_trak.reporting.showing import kind_of_file, show
-from lightning_trak.running.data import Data, datamodule_of
+from lightning_trak.running.data.sources import Data, datamodule_of
 from lightning_trak.running.trainers import trainer_of
 from lightning_trak.scoring.topk import BothEnds, Scores, TopK
 from lightning_trak.texts.display import Displayed

@@ -5,8 +5,8 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from lightning_trak.features.store import FeatureStore
-from lightning_trak.running.content import sample_digest
-from lightning_trak.running.loading import num_examples
+from lightning_trak.running.data.content import sample_digest
+from lightning_trak.running.data.loading import num_examples
 
 
 def require_stored_data(loader: DataLoader[Any], store: FeatureStore, user: str) -> None:

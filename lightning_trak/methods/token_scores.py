@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from lightning_trak.features.pipeline import FeaturePipeline
+from lightning_trak.features.checks.same_function import output_tolerance
+from lightning_trak.features.passes.pipeline import FeaturePipeline
+from lightning_trak.features.passes.target_features import TargetFeatures
 from lightning_trak.features.rows import Features
-from lightning_trak.features.same_function import output_tolerance
 from lightning_trak.features.store import FeatureStore
-from lightning_trak.features.target_features import TargetFeatures
 from lightning_trak.methods.base import Method
 from lightning_trak.methods.stored_data import require_stored_data
 from lightning_trak.methods.tokens import TextTokens, find_tokens, require_tokens, target_loader, token_loader
@@ -25,9 +25,9 @@ from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import target_output
 from lightning_trak.outputs.tokens import TokenOutput
 from lightning_trak.running.chunks import chunked
-from lightning_trak.running.data import Data, datamodule_of, single_loader
-from lightning_trak.running.loaders import like
-from lightning_trak.running.loading import batch_size_of, num_examples
+from lightning_trak.running.data.loaders import like
+from lightning_trak.running.data.loading import batch_size_of, num_examples
+from lightning_trak.running.data.sources import Data, datamodule_of, single_loader
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.running.strategies import require_whole_parameters
 from lightning_trak.running.trainers import trainer_of

@@ -12,9 +12,9 @@ from torch.utils.data import DataLoader
 
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.tokens import TokenOutput
-from lightning_trak.running.annotated import annotated
-from lightning_trak.running.data import Data, as_loaders, single_loader
-from lightning_trak.running.loading import load, num_examples
+from lightning_trak.running.data.annotated import annotated
+from lightning_trak.running.data.loading import load, num_examples
+from lightning_trak.running.data.sources import Data, as_loaders, single_loader
 from lightning_trak.running.random_states import isolated_random_states
 from lightning_trak.running.trainers import trainer_of
 

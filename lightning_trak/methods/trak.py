@@ -13,7 +13,7 @@ from lightning_trak.features.store import FeatureStore
 from lightning_trak.methods.newton import NewtonMethod
 from lightning_trak.methods.rescoring import ExactScores
 from lightning_trak.projections import GaussianProjection
-from lightning_trak.running.data import Data
+from lightning_trak.running.data.sources import Data
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.running.trainers import trainer_of
 from lightning_trak.scoring.damping import Damping, require_damping

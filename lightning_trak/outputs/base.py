@@ -27,7 +27,7 @@ class ModelOutput(ABC):
         for_targets: whether it is an output of targets alone, because training did not act on it.
         predicts_labels: whether labels are what the model predicts. Of several checkpoints, the class with the highest
             mean of :meth:`probabilities` is then the label at all of them: batches come as
-            :class:`~lightning_trak.running.annotated.AnnotatedBatch`.
+            :class:`~lightning_trak.running.data.annotated.AnnotatedBatch`.
         numbered: whether it depends on the position of an example in the training set: batches come as AnnotatedBatch,
             with positions as their notes.
         averages: whether the loss may be a mean over several predictions for an example, such as its tokens. R is then

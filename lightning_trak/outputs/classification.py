@@ -14,7 +14,7 @@ from lightning_trak.outputs.batches import LABELS_KEYS, Forward, LabelsKey, one_
 from lightning_trak.outputs.labelled import LabelledOutput, beside_truth
 from lightning_trak.outputs.margins import binary_log_odds, log_odds, logistic_loss, nan_unless
 from lightning_trak.outputs.suspicions import ends_in_sigmoid, sums_to_one, takes_for_logits
-from lightning_trak.running.annotated import AnnotatedBatch
+from lightning_trak.running.data.annotated import AnnotatedBatch
 
 PREDICTED = "predicted"
 _OTHERWISE = (

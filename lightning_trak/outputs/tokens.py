@@ -15,7 +15,7 @@ from lightning_trak.checks import is_integer, require_one_of
 from lightning_trak.outputs.batches import LABELS_KEYS, Forward, LabelsKey
 from lightning_trak.outputs.margins import log_odds, nan_unless
 from lightning_trak.outputs.predictions import Predictions, SeveralPredictions
-from lightning_trak.running.annotated import AnnotatedBatch
+from lightning_trak.running.data.annotated import AnnotatedBatch
 
 IGNORED = -100  # the label that torch.nn.CrossEntropyLoss and Hugging Face leave out
 Reduction = Literal["mean", "sum", "sqrt"]

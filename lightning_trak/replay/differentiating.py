@@ -26,8 +26,8 @@ from lightning_trak.replay.schedule import backwards
 from lightning_trak.replay.states import TrainingState
 from lightning_trak.replay.targets import differentiable, output_at, targets_alone
 from lightning_trak.replay.updating import Block, Cotangents
-from lightning_trak.running.loading import num_examples
-from lightning_trak.running.ordering import require_order
+from lightning_trak.running.data.loading import num_examples
+from lightning_trak.running.data.ordering import require_order
 from lightning_trak.scoring.groups import Collected, RowBlock, Sums, row_blocks
 
 # States and batches of a segment are kept in memory up to this size, and so are the cotangents of one reverse pass.

@@ -16,7 +16,7 @@ from lightning_trak.outputs.evaluating import unchanged
 from lightning_trak.replay.player import Played, Player, ReplayError
 from lightning_trak.replay.records import StepRecord
 from lightning_trak.replay.states import TrainingState
-from lightning_trak.running.loading import LEAVES_OUT
+from lightning_trak.running.data.loading import LEAVES_OUT
 from lightning_trak.running.random_states import restore_random_states
 
 # (module, batch) -> the training loss of each example, of shape (batch,)

@@ -23,8 +23,8 @@ from lightning_trak.replay.recording import Recording
 from lightning_trak.replay.records import MicroBatch, StepRecord, Structure
 from lightning_trak.replay.states import Difference, TrainingState, difference, named_parameters
 from lightning_trak.running.batches import TransferHooks, on_device
-from lightning_trak.running.content import sample_digest
-from lightning_trak.running.loading import load, num_examples
+from lightning_trak.running.data.content import sample_digest
+from lightning_trak.running.data.loading import load, num_examples
 from lightning_trak.running.random_states import restore_random_states
 from lightning_trak.running.training_step import set_place, training_step_of, without_trainer
 

@@ -22,7 +22,7 @@ from lightning_trak.replay.player import Loss, Player
 from lightning_trak.replay.records import MicroBatch, StepRecord
 from lightning_trak.replay.states import TrainingState
 from lightning_trak.replay.targets import differentiable, output_at, targets_alone
-from lightning_trak.running.ordering import require_order
+from lightning_trak.running.data.ordering import require_order
 
 
 class Reweighted:

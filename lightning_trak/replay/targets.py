@@ -19,7 +19,7 @@ from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.evaluating import exact_attention, unchanged
 from lightning_trak.replay.group_norm import PlainGroupNorm
 from lightning_trak.replay.player import Player
-from lightning_trak.running.loading import load, num_examples
+from lightning_trak.running.data.loading import load, num_examples
 
 
 @contextmanager

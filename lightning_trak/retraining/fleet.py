@@ -36,10 +36,10 @@ from lightning_trak.retraining.training import (
 )
 from lightning_trak.retraining.vectorized import train_together
 from lightning_trak.running.chunks import chunked
-from lightning_trak.running.content import fingerprint
-from lightning_trak.running.loaders import as_loader
-from lightning_trak.running.loading import batch_size_of, load, num_examples
-from lightning_trak.running.ordering import require_order
+from lightning_trak.running.data.content import fingerprint
+from lightning_trak.running.data.loaders import as_loader
+from lightning_trak.running.data.loading import batch_size_of, load, num_examples
+from lightning_trak.running.data.ordering import require_order
 from lightning_trak.running.parts import Part, share
 from lightning_trak.running.threads import compute_threads
 from lightning_trak.running.trainers import quiet

@@ -14,8 +14,8 @@ from lightning_trak.retraining.estimates import Estimate, mean_of
 from lightning_trak.retraining.recorded import RecordedFleet
 from lightning_trak.retraining.removal import removal_masks, require_scores
 from lightning_trak.retraining.subsets import random_removals
-from lightning_trak.running.data import Data, single_loader
-from lightning_trak.running.loading import num_examples
+from lightning_trak.running.data.loading import num_examples
+from lightning_trak.running.data.sources import Data, single_loader
 from lightning_trak.running.random_states import isolated_random_states
 from lightning_trak.running.trainers import trainer_of
 from lightning_trak.texts.tables import Cell, Table

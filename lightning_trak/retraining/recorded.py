@@ -26,10 +26,10 @@ from lightning_trak.retraining.members import Member, MemberStore, not_finite
 from lightning_trak.retraining.stacked_run import StackedRun
 from lightning_trak.retraining.subsets import checked_masks
 from lightning_trak.running.chunks import chunked
-from lightning_trak.running.content import sample_digest
-from lightning_trak.running.data import Data, datamodule_of, single_loader
+from lightning_trak.running.data.content import sample_digest
+from lightning_trak.running.data.loading import num_examples
+from lightning_trak.running.data.sources import Data, datamodule_of, single_loader
 from lightning_trak.running.environment import rounding_of
-from lightning_trak.running.loading import num_examples
 from lightning_trak.running.parts import Part, share
 from lightning_trak.running.random_states import isolated_random_states
 from lightning_trak.running.strategies import require_whole_parameters

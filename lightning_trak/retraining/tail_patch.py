@@ -28,8 +28,8 @@ from lightning_trak.packages import is_a
 from lightning_trak.retraining.estimates import Estimate, mean_of
 from lightning_trak.retraining.removal import ranked, require_scores
 from lightning_trak.running.batches import TransferHooks, on_device
-from lightning_trak.running.loaders import as_loader
-from lightning_trak.running.loading import load, num_examples
+from lightning_trak.running.data.loaders import as_loader
+from lightning_trak.running.data.loading import load, num_examples
 from lightning_trak.running.random_states import isolated_random_states
 from lightning_trak.running.training_step import set_place, training_loss, without_trainer
 from lightning_trak.texts.tables import Table

@@ -18,7 +18,7 @@ from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.evaluating import exact_attention
 from lightning_trak.packages import is_a
 from lightning_trak.running.batches import TransferHooks, on_device
-from lightning_trak.running.loaders import like
+from lightning_trak.running.data.loaders import like
 from lightning_trak.running.random_states import isolated_random_states
 
 

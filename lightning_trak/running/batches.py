@@ -9,9 +9,9 @@ from lightning.pytorch.core.hooks import DataHooks
 from torch import Tensor, nn
 
 from lightning_trak.packages import is_a, overrides
-from lightning_trak.running.annotated import AnnotatedBatch
-from lightning_trak.running.ranges import IndexedBatch
-from lightning_trak.running.singles import Singles
+from lightning_trak.running.data.annotated import AnnotatedBatch
+from lightning_trak.running.data.ranges import IndexedBatch
+from lightning_trak.running.data.singles import Singles
 
 TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
@@ -19,8 +19,8 @@ TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_af
 class TransferHooks:
     """The batch transfer hooks that Lightning would call: the data module's if it overrides them, else the module's.
 
-    They get the user's own batch, also of an :class:`~lightning_trak.running.ranges.IndexedBatch`, of an
-    :class:`~lightning_trak.running.annotated.AnnotatedBatch` and of :class:`~lightning_trak.running.singles.Singles`.
+    They get the user's own batch, also of an :class:`~lightning_trak.running.data.ranges.IndexedBatch`, of an
+    :class:`~lightning_trak.running.data.annotated.AnnotatedBatch` and of :class:`~lightning_trak.running.data.singles.Singles`.
 
     Args:
         module: the model. If it is not a LightningModule, Lightning's default hooks are used.
@@ -79,7 +79,7 @@ def on_device(
     """Yield batches as a Trainer gives them to the model.
 
     Args:
-        batches: batches as the loader collates them, see :func:`~lightning_trak.running.loading.load`.
+        batches: batches as the loader collates them, see :func:`~lightning_trak.running.data.loading.load`.
         device: the device.
         convert: gives a batch the precision of the weights, as ``convert_input`` of a Trainer's precision plugin does.
         hooks: the hooks that move the batches.

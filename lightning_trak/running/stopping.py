@@ -13,7 +13,7 @@ import lightning as L
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_trak.compatibility import after_signal_handlers
-from lightning_trak.running.ranges import Stop
+from lightning_trak.running.data.ranges import Stop
 from lightning_trak.running.ranks import Ranks
 
 

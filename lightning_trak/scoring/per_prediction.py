@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.predictions import SeveralPredictions
 from lightning_trak.projections.philox import Stream, signs
-from lightning_trak.running.annotated import AnnotatedBatch
+from lightning_trak.running.data.annotated import AnnotatedBatch
 
 WHOLE = 0.1  # c
 SEVERAL = 0.5  # what the automatic damping is multiplied by

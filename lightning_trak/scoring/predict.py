@@ -7,15 +7,15 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_trak.compatibility import drawn_batches
-from lightning_trak.features.extractor_module import AUDITED_TOGETHER, ExtractorModule
 from lightning_trak.features.finiteness import require_finite
+from lightning_trak.features.passes.extractor_module import AUDITED_TOGETHER, ExtractorModule
 from lightning_trak.features.precision import precision_of
 from lightning_trak.gradients.base import EngineError
 from lightning_trak.gradients.batch import infer_batch_size
 from lightning_trak.gradients.separable import separable
-from lightning_trak.running.loading import LEAVES_OUT, batch_size_of
+from lightning_trak.running.data.loading import LEAVES_OUT, batch_size_of
+from lightning_trak.running.data.singles import Singles, is_one_by_one
 from lightning_trak.running.ranks import Ranks
-from lightning_trak.running.singles import Singles, is_one_by_one
 from lightning_trak.running.strategies import shards_model
 from lightning_trak.scoring.base import Scorer
 from lightning_trak.scoring.topk import Scores

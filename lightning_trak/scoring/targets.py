@@ -10,12 +10,12 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lightning_trak.features.passes.target_features import TargetFeatures
 from lightning_trak.features.rows import Features, StoredFeatures
 from lightning_trak.features.store import FeatureStore
-from lightning_trak.features.target_features import TargetFeatures
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.running.chunks import chunked
-from lightning_trak.running.loading import batch_size_of, num_examples
+from lightning_trak.running.data.loading import batch_size_of, num_examples
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.scoring.base import Scorer
 from lightning_trak.scoring.groups import Sums

@@ -15,7 +15,7 @@ from lightning_trak.gradients.batch import ExampleBatch
 from lightning_trak.methods import GradientCosine, GradientDot
 from lightning_trak.outputs import ClassificationMargin
 from lightning_trak.projections import GaussianProjection, IdentityProjection, KroneckerProjection, SparseProjection
-from lightning_trak.running import content
+from lightning_trak.running.data import content
 from tests.lit import TARGETS, TRAIN, LitNet, attribute, beyond_hooks, make_data, make_model, make_trainer, open_store
 from tests.zoo import ZOO, specimen
 

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 from lightning_trak import TRAK
 from lightning_trak.methods import RepresentationSimilarity
 from lightning_trak.projections import SparseProjection
-from lightning_trak.running.ranges import Range, share_out
+from lightning_trak.running.data.ranges import Range, share_out
 from tests.end_to_end.test_fsdp import TARGETS, TRAIN, Net
 from tests.lit import LitNet, OwnLinear, make_data, make_trainer
 

@@ -264,7 +264,7 @@ def test_a_store_that_cannot_be_written_can_be_scored(tmp_path, checkpoints, exp
     def refuse(*args):
         raise PermissionError("read only")
 
-    monkeypatch.setattr("lightning_trak.features.store.FeatureStore.write_extra", refuse)
+    monkeypatch.setattr("lightning_trak.features.store.feature_store.FeatureStore.write_extra", refuse)
     with pytest.warns(UserWarning, match="Gram matrix cannot be kept .*: read only"):
         assert torch.equal(trak.score(make_trainer(), TARGETS), expected)
 

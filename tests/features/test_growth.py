@@ -10,13 +10,13 @@ from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
 
 from lightning_trak import TRAK
 from lightning_trak.features.extractor import FeatureExtractor
-from lightning_trak.features.growth import ShardRanges
 from lightning_trak.features.rows import Features
 from lightning_trak.features.store import FeatureStore
+from lightning_trak.features.store.growth import ShardRanges
 from lightning_trak.methods import ExactKernel, GradientDot
 from lightning_trak.outputs import ClassificationMargin
 from lightning_trak.projections import PrincipalProjection, SparseProjection
-from lightning_trak.running import content
+from lightning_trak.running.data import content
 from lightning_trak.storage.files import tensor_digest
 from tests.features.small_net import draw, make_net
 from tests.launch import run_script

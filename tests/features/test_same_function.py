@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_trak import TRAK
-from lightning_trak.features.stored_examples import NotStorableError, pack, unpack
+from lightning_trak.features.store.examples import NotStorableError, pack, unpack
 from lightning_trak.gradients.batch import ExampleBatch, find_layout
 from lightning_trak.outputs import ClassificationMargin
 from lightning_trak.projections import SparseProjection

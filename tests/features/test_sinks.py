@@ -5,11 +5,11 @@ import threading
 import pytest
 import torch
 
-from lightning_trak.features import sinks
+from lightning_trak.features.passes import sinks
+from lightning_trak.features.passes.sinks import ShardWriter
 from lightning_trak.features.rows import Features
-from lightning_trak.features.sinks import ShardWriter
 from lightning_trak.features.store import FeatureStore
-from lightning_trak.running.ranges import Stop
+from lightning_trak.running.data.ranges import Stop
 
 IDENTITY = {
     "seed": 0,

@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_trak.fingerprints.digests import content_digest
-from lightning_trak.running.content import fingerprint, sample_digest
+from lightning_trak.running.data.content import fingerprint, sample_digest
 from tests.launch import ROOT
 from tests.lit import TRAIN
 

@@ -8,7 +8,7 @@ import torch
 
 from lightning_trak.outputs import CausalLMLogLikelihood, CausalLMMargin, Seq2SeqLMMargin
 from lightning_trak.outputs.spans import character_positions, span_labels, span_target
-from lightning_trak.running.annotated import AnnotatedBatch
+from lightning_trak.running.data.annotated import AnnotatedBatch
 from tests.causal_texts import CausalNet, make_texts, margins, pad, pad_left
 from tests.outputs.test_language import VOCABULARY, Bigram, Translator
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from lightning_trak import TRAK
 from lightning_trak.projections import SparseProjection
-from lightning_trak.running import content
+from lightning_trak.running.data import content
 from lightning_trak.running.stopping import Terminated
 from tests.lit import TARGETS, TRAIN, make_checkpoints, make_model, make_trainer
 from tests.running.test_stopping import FEW, Signalling, shards

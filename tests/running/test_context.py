@@ -3,7 +3,7 @@
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_trak.running.loading import sample_batches
+from lightning_trak.running.data.loading import sample_batches
 
 
 def test_every_example_is_drawn_equally_often():

@@ -21,7 +21,7 @@ from torch.utils.data import (
 from lightning_trak import TRAK
 from lightning_trak.outputs import ClassificationMargin
 from lightning_trak.projections import SparseProjection
-from lightning_trak.running.ranges import Range, share_out
+from lightning_trak.running.data.ranges import Range, share_out
 from tests.lit import TARGETS, TRAIN, LitNet, attribute, make_data, make_model, make_trainer
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}

@@ -10,7 +10,7 @@ from lightning_trak import TRAK
 from lightning_trak.callbacks import AttributionEvaluation
 from lightning_trak.methods import RepresentationSimilarity
 from lightning_trak.projections import SparseProjection
-from lightning_trak.running.data import as_loaders
+from lightning_trak.running.data.sources import as_loaders
 from tests.lit import TARGETS, TRAIN, make_data, make_model, make_trainer
 
 ALL = make_data(60)

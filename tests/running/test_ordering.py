@@ -5,7 +5,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 from lightning_trak.methods import Metagradient
-from lightning_trak.running.ordering import require_order
+from lightning_trak.running.data.ordering import require_order
 from tests.callback_nets import make_trainer
 from tests.replay.runs import Net, make_data, train
 

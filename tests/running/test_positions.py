@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from lightning_trak.running.positions import PositionLog
+from lightning_trak.running.data.positions import PositionLog
 from lightning_trak.running.random_states import RandomWatch, restore_random_states
 
 CPU = torch.device("cpu")

@@ -16,8 +16,8 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from lightning_trak.running.loaders import as_loader
-from lightning_trak.running.loading import batch_size_of
+from lightning_trak.running.data.loaders import as_loader
+from lightning_trak.running.data.loading import batch_size_of
 from tests.lit import TRAIN, attribute
 
 COUNT = len(TRAIN)

@@ -18,7 +18,7 @@ HANDLERS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SI
 
 @pytest.fixture(autouse=True)
 def a_store_compares_few_items(monkeypatch):
-    monkeypatch.setattr("lightning_trak.running.content.MANY", FEW)
+    monkeypatch.setattr("lightning_trak.running.data.content.MANY", FEW)
 
 
 @pytest.fixture(autouse=True)

@@ -11,9 +11,9 @@ import torch
 from torch.utils.data import DataLoader, Subset
 
 from lightning_trak import TrainingRecorder
-from lightning_trak.running.loaders import as_loader
-from lightning_trak.running.loading import load
-from lightning_trak.running.streaming import StreamingItems
+from lightning_trak.running.data.loaders import as_loader
+from lightning_trak.running.data.loading import load
+from lightning_trak.running.data.streaming import StreamingItems
 from tests.lit import TARGETS, TRAIN, attribute, make_model, make_trainer
 
 litdata = pytest.importorskip("litdata", reason="litdata is not installed")

@@ -16,8 +16,8 @@ from lightning_trak.outputs import (
 )
 from lightning_trak.outputs.margins import logistic_loss
 from lightning_trak.projections import IdentityProjection, PrincipalProjection, SparseProjection
-from lightning_trak.running.annotated import AnnotatedBatch
-from lightning_trak.running.content import prefix_digests
+from lightning_trak.running.data.annotated import AnnotatedBatch
+from lightning_trak.running.data.content import prefix_digests
 from lightning_trak.scoring import DualScorer, PrimalScorer
 from lightning_trak.scoring.per_prediction import PredictionCurvature
 from tests.causal_texts import CausalNet, gradients, loader, make_texts, margins, pad, pad_left

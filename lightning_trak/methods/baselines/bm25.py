@@ -11,9 +11,9 @@ from torch.utils.data import DataLoader
 
 from lightning_trak.methods.base import MatrixMethod
 from lightning_trak.methods.examples import Examples
-from lightning_trak.running.loading import batch_size_of, load, num_examples
+from lightning_trak.running.data.loading import batch_size_of, load, num_examples
+from lightning_trak.running.data.ranges import batch_ranges
 from lightning_trak.running.random_states import isolated_random_states
-from lightning_trak.running.ranges import batch_ranges
 
 Text = str | Tensor | Iterable[Hashable]
 

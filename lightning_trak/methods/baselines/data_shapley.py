@@ -17,9 +17,9 @@ from lightning_trak.methods.base import MatrixMethod
 from lightning_trak.methods.examples import Examples, Rows, declared_rows
 from lightning_trak.packages import overrides
 from lightning_trak.running.batches import TRANSFER_HOOKS
-from lightning_trak.running.data import Data
-from lightning_trak.running.loaders import like
-from lightning_trak.running.loading import batch_size_of
+from lightning_trak.running.data.loaders import like
+from lightning_trak.running.data.loading import batch_size_of
+from lightning_trak.running.data.sources import Data
 from lightning_trak.running.random_states import isolated_random_states
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.running.trainers import trainer_of

@@ -12,7 +12,7 @@ from lightning_trak.checks import positive, require_one_of
 from lightning_trak.methods.baselines.representations import RepresentationMethod
 from lightning_trak.methods.baselines.similarity import SIMILARITIES, Similarity, similarity_matrix
 from lightning_trak.methods.examples import Examples
-from lightning_trak.running.data import Data
+from lightning_trak.running.data.sources import Data
 from lightning_trak.running.trainers import trainer_of
 
 _TARGETS = 256

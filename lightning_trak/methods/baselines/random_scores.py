@@ -8,7 +8,7 @@ from typing_extensions import override
 from lightning_trak.methods.base import MatrixMethod
 from lightning_trak.methods.examples import Examples
 from lightning_trak.projections.philox import Stream
-from lightning_trak.running.data import Data
+from lightning_trak.running.data.sources import Data
 from lightning_trak.running.trainers import trainer_of
 
 

@@ -12,7 +12,7 @@ from lightning_trak.checkpoints.reading import CheckpointsLike
 from lightning_trak.checks import require_one_of
 from lightning_trak.methods.baselines.representations import RepresentationMethod
 from lightning_trak.methods.examples import Examples
-from lightning_trak.running.data import Data
+from lightning_trak.running.data.sources import Data
 from lightning_trak.running.trainers import trainer_of
 
 Similarity = Literal["dot", "cosine", "l2"]

@@ -15,7 +15,7 @@ from lightning_trak.methods.base import LabelStatistic
 from lightning_trak.methods.examples import Examples
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import trained_output
-from lightning_trak.running.data import Data
+from lightning_trak.running.data.sources import Data
 from lightning_trak.running.trainers import trainer_of
 
 

@@ -5,12 +5,12 @@ from typing import Any, cast
 
 import torch
 
+from lightning_trak.features.checks.soundness import require_sound
 from lightning_trak.features.engines import EngineName, following_engine
-from lightning_trak.features.soundness import require_sound
 from lightning_trak.gradients.base import EngineError
 from lightning_trak.methods.examples import Examples
 from lightning_trak.methods.influence.passes import Passes
-from lightning_trak.running.ranges import draw_audited
+from lightning_trak.running.data.ranges import draw_audited
 
 
 def audit(passes: Passes, examples: Examples) -> None:

@@ -12,9 +12,9 @@ from typing_extensions import override
 from lightning_trak.checkpoints.of_model import checkpoints_of
 from lightning_trak.checkpoints.reading import CheckpointsLike, masks_of
 from lightning_trak.compatibility import original_module
-from lightning_trak.features.identity import Contents
 from lightning_trak.features.model import ModelCopy
 from lightning_trak.features.rows import Features
+from lightning_trak.features.store.identity import Contents
 from lightning_trak.gradients import ParameterSelection
 from lightning_trak.methods.base import DataMethod
 from lightning_trak.methods.examples import Examples
@@ -26,7 +26,7 @@ from lightning_trak.methods.predictions import with_predictions
 from lightning_trak.methods.questions import Asked
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import target_output, trained_output
-from lightning_trak.running.data import Data
+from lightning_trak.running.data.sources import Data
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.running.strategies import require_whole_parameters
 from lightning_trak.running.trainers import trainer_of

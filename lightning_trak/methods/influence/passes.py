@@ -13,10 +13,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 from typing_extensions import Self
 
+from lightning_trak.features.checks.loss_comparison import warn_of_other_loss
 from lightning_trak.features.engines import EngineName, choose_engine, make_engine
 from lightning_trak.features.extractor import GRADIENT_BYTES, FeatureExtractor
 from lightning_trak.features.finiteness import require_finite
-from lightning_trak.features.loss_comparison import warn_of_other_loss
 from lightning_trak.features.model import ModelCopy
 from lightning_trak.features.rows import Features
 from lightning_trak.gradients.base import differentiating
@@ -30,10 +30,10 @@ from lightning_trak.packages import both, is_a
 from lightning_trak.projections import IdentityProjection
 from lightning_trak.running.batches import TransferHooks, on_device
 from lightning_trak.running.chunks import chunked
-from lightning_trak.running.content import FEW, spread
-from lightning_trak.running.loading import batch_size_of, load, sample_batches
+from lightning_trak.running.data.content import FEW, spread
+from lightning_trak.running.data.loading import batch_size_of, load, sample_batches
+from lightning_trak.running.data.singles import is_one_by_one
 from lightning_trak.running.random_states import isolated_random_states
-from lightning_trak.running.singles import is_one_by_one
 
 
 class Passes:

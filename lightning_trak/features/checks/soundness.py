@@ -10,7 +10,7 @@ from lightning_trak.gradients import LoopEngine
 from lightning_trak.gradients.audit import require_independent
 from lightning_trak.gradients.batch import ExampleBatch, Layout
 from lightning_trak.gradients.trials import require_repeatable
-from lightning_trak.running.singles import Singles
+from lightning_trak.running.data.singles import Singles
 
 
 def require_sound(model: ModelCopy, layout: Layout | None, twice: Any, *others: Any) -> None:
@@ -23,7 +23,7 @@ def require_sound(model: ModelCopy, layout: Layout | None, twice: Any, *others: 
         layout: which parts of a batch belong to single examples.
         twice: a batch that holds the first example twice.
         others: a batch that holds another example twice, and a batch of both examples, which is in
-            :class:`~lightning_trak.running.singles.Singles` if it cannot be taken apart. Without them the second check
+            :class:`~lightning_trak.running.data.singles.Singles` if it cannot be taken apart. Without them the second check
             is left out.
 
     Raises:

@@ -15,7 +15,7 @@ Completion protocol: a shard is written under a temporary name, flushed and rena
 is complete. A process that is killed at any moment leaves complete shards and, at worst, a hidden temporary folder. The
 next run removes that folder. A shard's range depends only on the manifest, so any number of ranks, now or in a later
 run, can share out the missing shards. If data are appended, their shards come after the old ones, see
-:mod:`lightning_trak.features.growth`.
+:mod:`lightning_trak.features.store.growth`.
 
 Every file states in its header what it is, and has a checksum. A file that was altered, moved or copied from elsewhere
 is refused. If it is an extra, it is made again.
@@ -30,11 +30,11 @@ from typing import Any
 import torch
 
 from lightning_trak.features.dtypes import FeatureDtype, feature_dtype
-from lightning_trak.features.extras import StoredExtras, advice, require_place
-from lightning_trak.features.growth import Sample, ShardRanges, last_part, parts_with, settled_parts
-from lightning_trak.features.identity import describe_difference
 from lightning_trak.features.rows import Features, RoundedFeatures, StoredFeatures, misfit
-from lightning_trak.features.store_schemas import KIND, SHARD_HEADER
+from lightning_trak.features.store.extras import StoredExtras, advice, require_place
+from lightning_trak.features.store.growth import Sample, ShardRanges, last_part, parts_with, settled_parts
+from lightning_trak.features.store.identity import describe_difference
+from lightning_trak.features.store.schemas import KIND, SHARD_HEADER
 from lightning_trak.storage.claims import ClaimedDirectory
 from lightning_trak.storage.files import altered, load_metadata, save_tensors, tensor_digest
 from lightning_trak.storage.manifests import read_manifest

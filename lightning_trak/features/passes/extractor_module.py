@@ -10,27 +10,32 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lightning_trak.features.checks.loss_comparison import warn_of_other_loss
+from lightning_trak.features.checks.same_function import (
+    keep_examples,
+    keeps_examples,
+    require_as_before,
+    require_same_outputs,
+)
+from lightning_trak.features.checks.soundness import require_sound
 from lightning_trak.features.engines import EngineName, choose_engine, how, make_engine
 from lightning_trak.features.extractor import FeatureExtractor
 from lightning_trak.features.factors import FactorExtractor
-from lightning_trak.features.loss_comparison import warn_of_other_loss
 from lightning_trak.features.model import ModelCopy
 from lightning_trak.features.precision import autocast_of
 from lightning_trak.features.rows import Features
-from lightning_trak.features.same_function import keep_examples, keeps_examples, require_as_before, require_same_outputs
 from lightning_trak.features.settings import FeatureSettings
-from lightning_trak.features.soundness import require_sound
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.gradients import GradientEngine
 from lightning_trak.gradients.batch import ExampleBatch, Layout, find_layout
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.projections.base import BoundProjection
 from lightning_trak.projections.factors import BoundGradientFactors
-from lightning_trak.running.content import FEW, spread, warn_of_random_items
-from lightning_trak.running.loading import batch_size_of, load, num_examples, sample_batches
+from lightning_trak.running.data.content import FEW, spread, warn_of_random_items
+from lightning_trak.running.data.loading import batch_size_of, load, num_examples, sample_batches
+from lightning_trak.running.data.singles import Singles, is_one_by_one, joined
 from lightning_trak.running.predict import PredictModule
 from lightning_trak.running.ranks import Ranks
-from lightning_trak.running.singles import Singles, is_one_by_one, joined
 from lightning_trak.texts.printable import counted
 
 AUDITED_TOGETHER = 1024  # targets are audited in groups of this size, as shards are

@@ -7,19 +7,19 @@ import lightning as L
 from torch.utils.data import DataLoader
 
 from lightning_trak.features.engines import EngineName
-from lightning_trak.features.extractor_module import AUDITED_TOGETHER
 from lightning_trak.features.finiteness import explaining
 from lightning_trak.features.model import ModelCopy
-from lightning_trak.features.pipeline import FeaturePipeline
-from lightning_trak.features.predict import FeaturizeModule
-from lightning_trak.features.refuted import next_engine, refuted_engine
+from lightning_trak.features.passes.extractor_module import AUDITED_TOGETHER
+from lightning_trak.features.passes.featurize_module import FeaturizeModule
+from lightning_trak.features.passes.pipeline import FeaturePipeline
+from lightning_trak.features.passes.refuted import next_engine, refuted_engine
+from lightning_trak.features.passes.sinks import FeatureBuffer
 from lightning_trak.features.rows import Features, in_order
-from lightning_trak.features.sinks import FeatureBuffer
 from lightning_trak.gradients.separable import separable
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.running.chunks import chunked
-from lightning_trak.running.loading import batch_size_of
-from lightning_trak.running.ranges import Range, Stop, batch_ranges, share_out
+from lightning_trak.running.data.loading import batch_size_of
+from lightning_trak.running.data.ranges import Range, Stop, batch_ranges, share_out
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.running.trainers import predict_over
 

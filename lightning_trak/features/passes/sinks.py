@@ -14,7 +14,7 @@ from typing_extensions import override
 from lightning_trak.features.finiteness import NotFiniteExamples, describe, not_finite, require_finite
 from lightning_trak.features.rows import Features, RoundedFeatures, without
 from lightning_trak.features.store import FeatureStore
-from lightning_trak.running.ranges import Stop
+from lightning_trak.running.data.ranges import Stop
 from lightning_trak.running.threads import compute_threads
 from lightning_trak.running.transfer import HostCopy, Waiting, beside
 

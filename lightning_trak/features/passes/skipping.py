@@ -2,9 +2,9 @@
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from lightning_trak.features.featurizing import OnNan
 from lightning_trak.features.finiteness import NotFiniteError, NotFiniteExamples, named
 from lightning_trak.features.model import ModelCopy
+from lightning_trak.features.passes.options import OnNan
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.running.ranks import Ranks
 

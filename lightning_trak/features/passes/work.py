@@ -6,8 +6,8 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from lightning_trak.features.store import FeatureStore
-from lightning_trak.running.content import prefix_digests, warn_of_random_items
-from lightning_trak.running.loading import batch_size_of, num_examples
+from lightning_trak.running.data.content import prefix_digests, warn_of_random_items
+from lightning_trak.running.data.loading import batch_size_of, num_examples
 from lightning_trak.running.parts import Part, share
 
 

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 from lightning_trak.checkpoints.base import Checkpoint
 from lightning_trak.checkpoints.digests import state_digest, weights_digest
-from lightning_trak.features.growth import describe_data
 from lightning_trak.features.model import ModelCopy
 from lightning_trak.features.settings import FeatureSettings
+from lightning_trak.features.store.growth import describe_data
 from lightning_trak.fingerprints import difference, module_fingerprint
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.texts.messages import listed

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from lightning_trak.running.loaders import like
-from lightning_trak.running.loading import batch_size_of
+from lightning_trak.running.data.loaders import like
+from lightning_trak.running.data.loading import batch_size_of
 
 
 class Singles(list[Any]):

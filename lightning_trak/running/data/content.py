@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader
 
 from lightning_trak.fingerprints.digests import content_digest
 from lightning_trak.running.chunks import chunked
-from lightning_trak.running.loading import load, num_examples
+from lightning_trak.running.data.loading import load, num_examples
 from lightning_trak.running.random_states import isolated_random_states
 
 FEW = 8  # items that every call compares

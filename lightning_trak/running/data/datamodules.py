@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader
 
 from lightning_trak.compatibility import InfiniteBarrier, starts_script_again
 from lightning_trak.packages import overrides
-from lightning_trak.running.content import sample_digest
-from lightning_trak.running.loaders import plain_loaders
+from lightning_trak.running.data.content import sample_digest
+from lightning_trak.running.data.loaders import plain_loaders
 from lightning_trak.running.random_states import isolated_random_states
 
 _HOOKS = {"fit": "train_dataloader", "predict": "predict_dataloader"}

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_trak.running.chunks import chunked
-from lightning_trak.running.loading import batch_size_of, load
+from lightning_trak.running.data.loading import batch_size_of, load
 from lightning_trak.running.ranks import Ranks
 
 

@@ -7,8 +7,8 @@ import lightning as L
 from torch.utils.data import DataLoader
 
 from lightning_trak.packages import is_a
-from lightning_trak.running.datamodules import loaders_of
-from lightning_trak.running.loaders import PlainData, plain_loaders
+from lightning_trak.running.data.datamodules import loaders_of
+from lightning_trak.running.data.loaders import PlainData, plain_loaders
 
 Data = PlainData | L.LightningDataModule
 
@@ -17,11 +17,11 @@ def as_loaders(data: Data | Sequence[DataLoader[Any]] | None, stage: str, traine
     """Make loaders of map-style datasets from what a user passes as data.
 
     Args:
-        data: the data as in :func:`~lightning_trak.running.loaders.as_loader`, a sequence of them, or a
+        data: the data as in :func:`~lightning_trak.running.data.loaders.as_loader`, a sequence of them, or a
             LightningDataModule. None, when the user forgot them, is refused.
         stage: ``"fit"`` uses a data module's ``train_dataloader()``, ``"predict"`` its ``predict_dataloader()``.
         trainer: the Trainer that a data module is attached to; see
-            :func:`~lightning_trak.running.datamodules.loaders_of`.
+            :func:`~lightning_trak.running.data.datamodules.loaders_of`.
 
     Raises:
         TypeError: if the data are none of these, or a dataset has no positions (an IterableDataset).

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from lightning_trak.features.store_schemas import ENGINE, HEADER
+from lightning_trak.features.store.schemas import ENGINE, HEADER
 from lightning_trak.storage import schemas
 from lightning_trak.storage.files import (
     DamagedFileError,

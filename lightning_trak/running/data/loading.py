@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from lightning_trak.running.chunks import chunked
-from lightning_trak.running.loaders import DEFAULT_BATCH_SIZE, like
+from lightning_trak.running.data.loaders import DEFAULT_BATCH_SIZE, like
 
 LEAVES_OUT = (
     "scores belong to positions in the dataset, so the collate function must not leave examples out. Take them out of"

@@ -14,27 +14,27 @@ from lightning_trak.checkpoints.base import Checkpoint
 from lightning_trak.checkpoints.subsets import require_same_data
 from lightning_trak.checks import positive, require_one_of
 from lightning_trak.features.engines import EngineName, make_engine
-from lightning_trak.features.featurizing import OnNan
 from lightning_trak.features.finiteness import explaining
 from lightning_trak.features.fsdp import ANOTHER_STRATEGY, ShardedModelCopy
-from lightning_trak.features.identity import Contents, identity
 from lightning_trak.features.model import ModelCopy
+from lightning_trak.features.passes.featurize_module import FeaturizeModule
+from lightning_trak.features.passes.options import OnNan
+from lightning_trak.features.passes.refuted import next_engine, refuted_engine
+from lightning_trak.features.passes.sinks import ShardWriter
+from lightning_trak.features.passes.skipping import require_finite_or_skipped, require_none_skipped
+from lightning_trak.features.passes.work import Samples, default_shard_size, missing_shards, progress
 from lightning_trak.features.precision import precision_of
-from lightning_trak.features.predict import FeaturizeModule
-from lightning_trak.features.refuted import next_engine, refuted_engine
 from lightning_trak.features.settings import FeatureSettings
-from lightning_trak.features.sinks import ShardWriter
-from lightning_trak.features.skipping import require_finite_or_skipped, require_none_skipped
 from lightning_trak.features.store import FeatureStore
-from lightning_trak.features.work import Samples, default_shard_size, missing_shards, progress
+from lightning_trak.features.store.identity import Contents, identity
 from lightning_trak.gradients import ParameterSelection
 from lightning_trak.gradients.separable import separable
 from lightning_trak.outputs import ModelOutput
-from lightning_trak.running.annotated import numbered
-from lightning_trak.running.data import Data, datamodule_of, single_loader
-from lightning_trak.running.loading import num_examples
+from lightning_trak.running.data.annotated import numbered
+from lightning_trak.running.data.loading import num_examples
+from lightning_trak.running.data.ranges import Range, Stop, share_out
+from lightning_trak.running.data.sources import Data, datamodule_of, single_loader
 from lightning_trak.running.parts import Part, share
-from lightning_trak.running.ranges import Range, Stop, share_out
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.running.stopping import Interruption
 from lightning_trak.running.strategies import refuse_spawning, shards_model
@@ -124,7 +124,7 @@ class FeaturePipeline:
             shard_size: examples per file if the store is new; None: about 1024, or a quarter of the data.
             require_enough: called with the number of examples and the number of features; raises if there are too few
                 examples.
-            overwrite: see :class:`~lightning_trak.features.featurizing.Featurizing`.
+            overwrite: see :class:`~lightning_trak.features.passes.options.Featurizing`.
             on_nan: see there.
             part: see there.
 

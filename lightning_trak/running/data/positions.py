@@ -11,7 +11,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from lightning_trak.compatibility import with_index_sampler
-from lightning_trak.running.loaders import as_loader
+from lightning_trak.running.data.loaders import as_loader
 
 
 class PositionLog:

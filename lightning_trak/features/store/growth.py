@@ -18,7 +18,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from lightning_trak.running.content import MANY
+from lightning_trak.running.data.content import MANY
 
 DataPart = dict[str, Any]  # num_examples, and digests of some of them: sample
 Sample = Callable[[int], list[str] | None]

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_trak.compatibility import tree_iter
-from lightning_trak.running.content import spread
-from lightning_trak.running.loading import batch_size_of, load, num_examples
+from lightning_trak.running.data.content import spread
+from lightning_trak.running.data.loading import batch_size_of, load, num_examples
 from lightning_trak.running.random_states import isolated_random_states
 
 _MOST = 8  # examples that are compared

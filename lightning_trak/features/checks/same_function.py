@@ -11,7 +11,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from lightning_trak.features.extractor import FeatureExtractor
 from lightning_trak.features.rows import without
 from lightning_trak.features.store import FeatureStore
-from lightning_trak.features.stored_examples import NotStorableError, pack, unpack
+from lightning_trak.features.store.examples import NotStorableError, pack, unpack
 from lightning_trak.gradients.batch import ExampleBatch
 from lightning_trak.outputs.base import close
 

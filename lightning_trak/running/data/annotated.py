@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_trak.running.loaders import like
-from lightning_trak.running.loading import batch_size_of, num_examples
+from lightning_trak.running.data.loaders import like
+from lightning_trak.running.data.loading import batch_size_of, num_examples
 
 
 class AnnotatedBatch(NamedTuple):

@@ -10,20 +10,20 @@ from torch.utils.data import DataLoader
 
 from lightning_trak.features.engines import EngineName
 from lightning_trak.features.extractor import FeatureExtractor
-from lightning_trak.features.extractor_module import ExtractorModule
 from lightning_trak.features.fsdp import ANOTHER_STRATEGY, ShardedFeatureExtractor, ShardedModelCopy, sharded_engine
 from lightning_trak.features.model import ModelCopy
-from lightning_trak.features.sinks import Sink
+from lightning_trak.features.passes.extractor_module import ExtractorModule
+from lightning_trak.features.passes.sinks import Sink
 from lightning_trak.gradients import GradientEngine, coverage_report
 from lightning_trak.gradients.base import EngineError
 from lightning_trak.packages import is_a
 from lightning_trak.projections.base import BoundProjection
-from lightning_trak.running.ranges import IndexedBatch, RangeLoader, Stop
+from lightning_trak.running.data.ranges import IndexedBatch, RangeLoader, Stop
 from lightning_trak.running.ranks import Ranks
 
 
 class FeaturizeModule(ExtractorModule):
-    """Featurizes :class:`~lightning_trak.running.ranges.IndexedBatch`. The m-th dataloader is for the m-th checkpoint.
+    """Featurizes :class:`~lightning_trak.running.data.ranges.IndexedBatch`. The m-th dataloader is for the m-th checkpoint.
 
     Args:
         sink: takes the features.

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightning_trak.packages import is_a
-from lightning_trak.running.samplers import require_whole
-from lightning_trak.running.streaming import StreamingItems, is_streaming
+from lightning_trak.running.data.samplers import require_whole
+from lightning_trak.running.data.streaming import StreamingItems, is_streaming
 
 DEFAULT_BATCH_SIZE = 32
 

@@ -3,7 +3,7 @@
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_trak.features.engines import EngineName, following_engine
-from lightning_trak.features.predict import FeaturizeModule
+from lightning_trak.features.passes.featurize_module import FeaturizeModule
 from lightning_trak.running.ranks import Ranks
 
 

@@ -1,0 +1,1 @@
+"""Passes of ``trainer.predict`` over data: they fill a store, or make features of targets in memory."""

@@ -1,0 +1,1 @@
+"""The user's data: which loaders are accepted, and how their examples are loaded, in which order."""
