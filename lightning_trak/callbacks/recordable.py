@@ -23,8 +23,9 @@ from lightning_trak.running.batches import TransferHooks, on_device
 from lightning_trak.running.data.loading import batch_size_of, load, num_examples
 from lightning_trak.running.random_states import RandomWatch, isolated_random_states
 
-# Hooks of a LightningModule that take the step out of Lightning's hands, so that nobody knows what it did.
-_OWN_STEPS = ("backward", "configure_gradient_clipping", "optimizer_step", "optimizer_zero_grad")
+# Hooks of a LightningModule that make other gradients than Lightning does. An optimizer_step or optimizer_zero_grad of
+# its own may change learning rates, which are recorded; if it does more, the repeated run differs, and is refused.
+_OWN_GRADIENTS = ("backward", "configure_gradient_clipping")
 
 
 def require_plain(trainer: Trainer, module: LightningModule) -> None:
@@ -51,11 +52,11 @@ def _reason(trainer: Trainer, module: LightningModule) -> str | None:
         return f"{name} uses manual optimization, so its steps are not known; use automatic optimization"
     if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
         return "training_step takes dataloader_iter, so the examples of a batch are not known; let it take a batch"
-    own = [hook for hook in _OWN_STEPS if overrides(module, hook, L.LightningModule)]
+    own = [hook for hook in _OWN_GRADIENTS if overrides(module, hook, L.LightningModule)]
     if own:
         return (
-            f"{name} overrides {own[0]}, so it is not known how a step is made; leave it out (use a scheduler for"
-            " warm-up, and Trainer(gradient_clip_val=...) for clipping)"
+            f"{name} overrides {own[0]}, so it is not known which gradients a step is made of; leave it out (use"
+            " Trainer(gradient_clip_val=...) for clipping)"
         )
     return None
 

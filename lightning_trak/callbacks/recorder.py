@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from lightning_trak.callbacks.between_steps import BetweenSteps
 from lightning_trak.callbacks.recordable import require_plain, require_real, require_same_batches
 from lightning_trak.callbacks.runs import RunCallback, run_from
 from lightning_trak.callbacks.step_options import StepOptions
@@ -156,6 +157,7 @@ class TrainingRecorder(Displayed, RunCallback):
         self._watch = RandomWatch(trainer.strategy.root_device)
         self._step_options = StepOptions(trainer, pl_module, self._parameters, optimizer)
         self._step_options.read()  # fail now, not after the first step
+        self._between = BetweenSteps()
         state = self._state(trainer, pl_module)
         if step:
             earlier = [*self._resumed_runs, *([self._run] if self._run else [])]
@@ -210,6 +212,7 @@ class TrainingRecorder(Displayed, RunCallback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Note the random states before the step."""
         if self._writer is not None:
+            self._between.begin(self._parameters)
             self._drawn = self._positions.take()
             self._watch.before()
 
@@ -239,6 +242,7 @@ class TrainingRecorder(Displayed, RunCallback):
             raise RuntimeError(f"expected step {step} to end, but the Trainer has taken {trainer.global_step} steps")
         writer.add_step(StepRecord(step, trainer.current_epoch, *self._options, tuple(self._micro)))
         self._forget()
+        self._between.end(self._parameters)
         if keeps_state(step + 1, self.spacing):
             writer.add_state(self._state(trainer, pl_module))
 

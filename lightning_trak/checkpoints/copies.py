@@ -101,7 +101,7 @@ def _deepcopied(module: nn.Module) -> nn.Module:
         # torch cannot deepcopy every kind of sparse tensor.
         sparse = {id(buffer): buffer.clone() for buffer in module.buffers() if buffer.layout != torch.strided}
         left = {id(wrapper): None for wrapper in left_by_fabric(module)}
-        copied: nn.Module = copy.deepcopy(module, sparse | _computed(module) | left)
+        copied: nn.Module = copy.deepcopy(module, sparse | computed(module) | left)
     except Exception as error:
         raise ValueError(
             f"attribution works on a copy of the model, but {name} cannot be copied: {error}; remove"
@@ -117,12 +117,12 @@ def _deepcopied(module: nn.Module) -> nn.Module:
     return copied
 
 
-def _computed(module: nn.Module) -> dict[int, Tensor]:
+def computed(module: nn.Module) -> dict[int, Tensor]:
     """Copies of what earlier forward passes have computed and left on the module, by the id of the tensor.
 
-    Weights that are computed from others, as by ``torch.nn.utils.weight_norm``, are among them. torch cannot copy them
-    with their graphs. The copies are leaves that require gradients: if an output depends on one, and does not compute
-    it again, it is refused as a tensor that is no parameter.
+    It is a memo for ``copy.deepcopy``, which cannot copy tensors with their graphs. Weights that are computed from
+    others, as by ``torch.nn.utils.weight_norm``, are among them. The copies are leaves that require gradients: if an
+    output depends on one, and does not compute it again, it is refused as a tensor that is no parameter.
     """
     kept = (value for part in module.modules() for value in tree_iter(dict(vars(part))))
     return {

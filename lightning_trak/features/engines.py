@@ -15,7 +15,7 @@ from lightning_trak.gradients import (
 )
 from lightning_trak.gradients.base import EngineError
 from lightning_trak.gradients.batch import ExampleBatch
-from lightning_trak.texts.messages import in_one_line, with_reasons
+from lightning_trak.texts.messages import in_one_line, listed, with_reasons
 
 EngineName = Literal["auto", "functional", "hooks", "loop"]
 # From the fastest to the most general.
@@ -78,6 +78,9 @@ def _checked_hooks(
             return None, f"hooks fail on the first examples: {in_one_line(error)}"
     if wrong:
         return None, with_reasons(wrong)
+    if left_out:
+        covered = len(model.names) - len(left_out)
+        report = f"hooks cover {covered} of {len(model.names)} parameters, and vmap covers {listed(list(left_out))}"
     return engine, report
 
 

@@ -21,7 +21,7 @@ from lightning_trak.gradients.batch import ExampleBatch, Layout
 from lightning_trak.projections.base import BoundProjection, SampleBatch
 from lightning_trak.texts.messages import in_one_line
 
-_warned: set[str] = set()  # of which model, and why
+_warned: set[tuple[str, str]] = set()  # models and reasons that a warning has named
 
 # Bytes that the per-example gradients of a sub-batch may take. Larger batches are cut.
 GRADIENT_BYTES = 1 << 29
@@ -193,17 +193,17 @@ class FeatureExtractor:
             EngineError: if the loop must not replace the engine.
         """
         kind = type(self.model.module).__name__
-        reason = in_one_line(error)
+        cause = error.__cause__ if isinstance(error, EngineError) and isinstance(error.__cause__, Exception) else error
+        reason = in_one_line(cause)
         if not (self.falls_back and isinstance(self.engine, FunctionalEngine)):
             if isinstance(error, EngineError):
                 raise error
             engine = "module hooks" if self._hooks else "vmap"
             raise EngineError(f"{engine} cannot differentiate {kind}: {reason}") from error
-        # Each batch decides for itself: its features must not depend on the batches before it. Shapes differ from batch
-        # to batch, and are no reason to warn again.
-        known = re.sub(r"\d+", "", f"{kind} {reason}")
-        if known not in _warned:
-            _warned.add(known)
+        # Each batch decides for itself: its features must not depend on the batches before it.
+        seen = kind, re.sub(r"\d+", "", reason)  # batches differ in the sizes that an error tells
+        if seen not in _warned:
+            _warned.add(seen)
             rank_zero_warn(
                 f"vmap cannot differentiate {kind}, so its examples are differentiated one by one, which is slow;"
                 f" use engine='loop' to do this without a warning. Reason: {reason}"

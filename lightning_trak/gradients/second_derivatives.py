@@ -18,6 +18,7 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
+from lightning_trak.checkpoints.copies import computed
 from lightning_trak.gradients.precision import WorkingPrecision
 from lightning_trak.outputs.evaluating import unchanged
 from lightning_trak.running.random_states import isolated_random_states
@@ -50,7 +51,8 @@ def differentiating_twice(who: str, instead: str) -> Iterator[None]:
     except RuntimeError as error:  # NotImplementedError is one
         if "derivative for" not in str(error):
             raise
-        raise ValueError(f"{who} differentiates the model twice, and PyTorch cannot: {error} {instead}") from error
+        reason = str(error).rstrip(".")
+        raise ValueError(f"{who} differentiates the model twice, and PyTorch cannot: {reason}. {instead}") from error
 
 
 def has_derivative(
@@ -111,7 +113,7 @@ class _Gradient:
     ) -> None:
         chosen = set(map(id, parameters))
         names = [name for name, parameter in module.named_parameters() if id(parameter) in chosen]
-        self._scalar, self._module = scalar, copy.deepcopy(module).double()
+        self._scalar, self._module = scalar, copy.deepcopy(module, computed(module)).double()
         self._precision = WorkingPrecision(self._module)
         self._by = [self._module.get_parameter(name) for name in names]
         self._variable = variable.detach().double().requires_grad_()

@@ -20,7 +20,7 @@ from lightning_trak.methods.showing import RAISES_OUTPUT
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import declared_output, require_alone, target_output, trained_output
 from lightning_trak.replay.differentiating import Differentiated
-from lightning_trak.replay.losses import Losses, declared_losses
+from lightning_trak.replay.losses import Losses, training_losses
 from lightning_trak.replay.player import Player
 from lightning_trak.replay.recording import Recording
 from lightning_trak.replay.reweighted import Reweighted
@@ -207,8 +207,8 @@ class Metagradient(DataMethod):
             parts = [run.own_scores(copy.deepcopy(self.output), examples.loader, examples.datamodule) for run in runs]
             return torch.stack(parts).mean(0).abs()
 
-    def _losses(self) -> Losses:
-        return declared_losses(copy.deepcopy(self.output), self.losses)
+    def _losses(self, player: Player) -> Losses:
+        return training_losses(player, copy.deepcopy(self.output), self.losses)
 
     def _first(self, recording: Recording) -> int:
         return 0 if self.last_steps is None else recording.num_steps - self.last_steps
@@ -233,7 +233,7 @@ class Metagradient(DataMethod):
     def _differentiated(self, player: Player) -> Differentiated:
         run = Differentiated(
             player,
-            self._losses(),
+            self._losses(player),
             first=self._first(player.recording),
             block=self.block_size,
             micro_batch=self.micro_batch_size,
@@ -256,7 +256,7 @@ class Metagradient(DataMethod):
 
     def _warn_if_not_smooth(self, player: Player) -> None:
         recording = player.recording
-        value = quick_value(Reweighted(player, self._losses(), first=self._first(recording), check_losses=False))
+        value = quick_value(Reweighted(player, self._losses(player), first=self._first(recording), check_losses=False))
         if not value >= SMOOTH_VALUE:
             warnings.warn(
                 f'the run in "{recording.path}" is not smooth: metasmoothness {value:.2f}, smooth from {SMOOTH_VALUE}.'

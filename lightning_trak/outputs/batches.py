@@ -94,9 +94,7 @@ def without_labels(batch: Any, labels_keys: tuple[Key, ...]) -> Any:
     Raises:
         ValueError: if what would be left out are not labels, one for each example.
     """
-    alone = isinstance(batch, (tuple, list)) and len(batch) == 1
-    unlabelled = isinstance(batch, Mapping) and not any(has_key(batch, key) for key in labels_keys)
-    if isinstance(batch, Tensor) or alone or unlabelled or not labels_keys:
+    if not has_labels(batch, labels_keys):
         return batch
     inputs, labels = split_labels(batch, labels_keys)
     if labels.ndim > 2 or (labels.ndim == 2 and labels.shape[1] != 1):
@@ -105,6 +103,20 @@ def without_labels(batch: Any, labels_keys: tuple[Key, ...]) -> Any:
             " example: say with labels_key= where they are, or labels_key=None if the batch has none"
         )
     return inputs
+
+
+def has_labels(batch: Any, labels_keys: tuple[Key, ...]) -> bool:
+    """Whether a batch has labels. Of a tuple of several elements, the last one counts as such.
+
+    Args:
+        batch: as for :func:`without_labels`.
+        labels_keys: as for :func:`without_labels`.
+    """
+    if isinstance(batch, Tensor) or not labels_keys:
+        return False
+    if isinstance(batch, (tuple, list)):
+        return len(batch) != 1
+    return any(has_key(batch, key) for key in labels_keys)
 
 
 def has_key(batch: Any, key: Key) -> bool:

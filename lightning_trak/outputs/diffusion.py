@@ -132,11 +132,16 @@ class DiffusionOutput(ModelOutput):
 
     def _clean(self, batch: Any) -> Tensor:
         alone = batch[0] if isinstance(batch, (tuple, list)) and len(batch) == 1 else batch
-        if (self.clean is None or self.denoise is None) and not isinstance(alone, Tensor):
+        advice = {
+            "clean": "clean=, a function of the batch that returns the examples",
+            "denoise": "denoise=, which says what the model takes beside them: for nothing else, lambda module, noisy,"
+            " timesteps, batch: module(noisy, timesteps)",
+        }
+        missing = [text for name, text in advice.items() if getattr(self, name) is None]
+        if missing and not isinstance(alone, Tensor):
             raise ValueError(
                 f"expected a batch that holds the examples alone, a Tensor, received a {type(batch).__name__}; pass"
-                " clean=, a function of the batch that returns the examples, and denoise=, a function of (module,"
-                " noisy, timesteps, batch) that says what else the model takes"
+                f" {', and '.join(missing)}"
             )
         clean = alone if self.clean is None else self.clean(batch)
         if not isinstance(clean, Tensor) or clean.ndim < 2 or not clean.is_floating_point():

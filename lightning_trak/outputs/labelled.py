@@ -13,10 +13,10 @@ from lightning_trak.outputs.batches import (
     Forward,
     LabelsKey,
     as_keys,
+    has_labels,
     one_per_example,
     predict,
     split_labels,
-    without_labels,
 )
 
 
@@ -41,7 +41,7 @@ class LabelledOutput(ModelOutput):
 
     def truth(self, batch: Any) -> Tensor | None:
         """The labels of a batch, one for each example; None if it has none."""
-        if without_labels(batch, self.labels_key) is batch:
+        if not has_labels(batch, self.labels_key):
             return None
         _, labels = split_labels(batch, self.labels_key)
         return one_per_example("labels", labels, "there is one label for each prediction")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -11,9 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_trak.outputs import ModelOutput
-from lightning_trak.replay.player import Played, ReplayError
+from lightning_trak.outputs.evaluating import unchanged
+from lightning_trak.replay.player import Played, Player, ReplayError
+from lightning_trak.replay.records import StepRecord
 from lightning_trak.replay.states import TrainingState
 from lightning_trak.running.data.loading import LEAVES_OUT
+from lightning_trak.running.random_states import restore_random_states
 
 # (module, batch) -> the training loss of each example, of shape (batch,)
 Losses = Callable[[nn.Module, Any], Tensor]
@@ -26,6 +30,60 @@ _ROUNDINGS = 8  # of the dtype, relative to the norm of the weights or of a mome
 def declared_losses(output: ModelOutput, losses: Losses | None) -> Losses:
     """The training losses that a user gives, or those that an output declares."""
     return losses or (lambda module, batch: output.loss(output.output(module, batch)))
+
+
+def training_losses(player: Player, output: ModelOutput, losses: Losses | None) -> Losses:
+    """The training losses that a user gives, or those that an output declares, times a factor.
+
+    An output declares its loss up to a factor: the half of a squared error stands for the squared error. The factor is
+    what makes the mean of the losses of two batches the loss of training.
+
+    Args:
+        player: does the steps of the run. Its state changes.
+        output: the output.
+        losses: ``(module, batch) -> losses`` of shape ``(batch,)``; they are taken as they are.
+
+    Raises:
+        ReplayError: if they are not those that training minimizes, judged by the last batch, before longer work.
+    """
+    declared = declared_losses(output, losses)
+    recording = player.recording
+    state = recording.state(max(recording.state_steps))
+    first, last = (recording.record(step) for step in (0, recording.num_steps - 1))
+    loss, mean = _compared(player, state, last, declared)
+    factor = 1.0
+    if losses is None and loss is not None:
+        other_loss, other_mean = _compared(player, state, first, declared)
+        factor = _factor([(loss, mean), (other_loss or math.nan, other_mean)], _LOSS_ERRORS[player.dtype][0])
+    require_losses(last, [loss], [factor * mean], player.dtype)
+    return declared if factor == 1 else lambda module, batch: factor * declared(module, batch)
+
+
+def _compared(player: Player, state: TrainingState, record: StepRecord, losses: Losses) -> tuple[float | None, float]:
+    """What ``training_step`` returns at a state for the first batch of a step, and the mean of the examples' losses."""
+    player.arrange(record)
+    player.open([record])
+    batch, micro = next(player.batches(record)), record.micro_batches[0]
+
+    def value(loss: Callable[[Any], Tensor | None]) -> float | None:
+        player.load(state)  # a forward pass may change buffers
+        restore_random_states(micro.random_states, player.device)
+        with player.computing(), unchanged(player.module):
+            found = loss(copy.deepcopy(batch))
+        return None if found is None else float(found.detach())
+
+    mean = value(lambda batch: losses_of(losses, player.module, batch, len(micro.positions)).mean())
+    assert mean is not None
+    return value(lambda batch: player.training_loss(batch, micro)), mean
+
+
+def _factor(pairs: Sequence[tuple[float, float]], tolerance: float) -> float:
+    """The factor between the numbers of all pairs; 1 if they have no common one."""
+    ratios = [loss / mean if mean else math.nan for loss, mean in pairs]
+    same = all(math.isclose(ratio, ratios[0], rel_tol=tolerance) for ratio in ratios)
+    if not same or not 0 < ratios[0] < math.inf or math.isclose(ratios[0], 1, rel_tol=tolerance):
+        return 1.0
+    return ratios[0]
 
 
 def losses_of(losses: Losses, module: nn.Module, batch: Any, expected: int) -> Tensor:
@@ -48,11 +106,14 @@ def losses_of(losses: Losses, module: nn.Module, batch: Any, expected: int) -> T
     return found
 
 
-def require_losses(played: Played, means: Sequence[float], dtype: torch.dtype) -> None:
+def require_losses(
+    record: StepRecord, losses: Sequence[Tensor | float | None], means: Sequence[float], dtype: torch.dtype
+) -> None:
     """Check that the means of the examples' losses are what ``training_step`` returned.
 
     Args:
-        played: the step.
+        record: the step.
+        losses: what ``training_step`` returned for each micro-batch; None if it returned none.
         means: the mean of the losses of each micro-batch.
         dtype: the dtype of the weights.
 
@@ -60,14 +121,14 @@ def require_losses(played: Played, means: Sequence[float], dtype: torch.dtype) -
         ReplayError: if they differ by more than rounding.
     """
     relative, absolute = _LOSS_ERRORS[dtype]
-    for number, (loss, mean) in enumerate(zip(played.losses, means, strict=True)):
+    for number, (loss, mean) in enumerate(zip(losses, means, strict=True)):
         if loss is None:
             continue
         expected = float(loss)
         if math.isnan(mean) and not math.isnan(expected):
-            positions = ", ".join(map(str, played.record.micro_batches[number].positions))
+            positions = ", ".join(map(str, record.micro_batches[number].positions))
             raise ReplayError(
-                f"training_step returned {expected:.6g} for micro-batch {number} of step {played.record.step}, but the"
+                f"training_step returned {expected:.6g} for micro-batch {number} of step {record.step}, but the"
                 f" loss of an example is NaN. It is one of the training examples {positions:.200}. Perhaps the declared"
                 " output takes its labels from another part of the batch than training_step (labels_key= names the"
                 " part), or training_step leaves out examples that have no valid label; then pass losses=, a function"
@@ -75,10 +136,12 @@ def require_losses(played: Played, means: Sequence[float], dtype: torch.dtype) -
             )
         if not abs(mean - expected) <= relative * abs(expected) + absolute:
             raise ReplayError(
-                f"training_step returned {expected:.6g} for micro-batch {number} of step {played.record.step}, but"
-                f" the mean of the examples' losses is {mean:.6g}. The loss of an example is that of the declared"
-                " output: if training minimizes something else (another factor, label smoothing, a penalty), pass"
-                " losses=, a function (module, batch) -> losses of shape (batch,) whose mean training_step returns"
+                f"training_step returned {expected:.6g} for micro-batch {number} of step {record.step}, but"
+                f" the mean of the examples' losses is {mean:.6g}. The loss of an example is what losses= gives, or"
+                " else that of the declared output. If training minimizes something else (label smoothing, a penalty,"
+                " a mean over the pixels or tokens of the whole batch), pass losses=, a function (module, batch) ->"
+                " losses of shape (batch,) whose mean training_step returns. If there is none, as for a Dice loss of"
+                " the whole batch, use a method that needs no recording, such as TRAK"
             )
 
 
@@ -111,6 +174,12 @@ def require_step(
             before[name].to(own.device) if name in before else torch.zeros_like(own)
             for name, own in zip(names, new, strict=True)
         ]
+        if kind == "weights":
+            noise = _moments_of_rounding(outputs, later, dtype)
+            new = [
+                torch.where(noise[name], two, one) if name in noise else one
+                for name, one, two in zip(names, new, expected, strict=True)
+            ]
         off, moved = _distance(new, expected), _distance(expected, old)
         size = _distance(expected, [torch.zeros_like(tensor) for tensor in expected])
         if not off <= (_STEP_ERRORS[dtype] + rounding) * moved + _ROUNDINGS * torch.finfo(dtype).eps * size:
@@ -127,8 +196,9 @@ def require_step(
     ]
     if changed:
         raise ReplayError(
-            f'step {played.record.step} changed the parameter "{changed[0]}", which no example\'s loss depends on;'
-            " the losses are not those that training_step minimizes"
+            f'step {played.record.step} changed the parameter "{changed[0]}", through which no gradient of an'
+            " example's loss goes: the losses are not those that training_step minimizes, or training_step assigns"
+            " weights itself, such as those of a target network or of an average, whose derivative is not known"
         )
 
 
@@ -149,6 +219,30 @@ def require_unchanged(parameters: Mapping[str, Tensor], before: Mapping[str, Ten
                 " weight.data.clamp_() do so), and autograd does not know the derivative of this change; compute"
                 " another tensor from the parameter instead, or use a method that differentiates once, such as TRAK"
             )
+
+
+def _moments_of_rounding(
+    outputs: Mapping[str, Tensor], later: Mapping[str, Tensor], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Where all moments of a weight are zero up to rounding, by the names of parameters.
+
+    The gradient of a bias before batch normalization is an example. Adam divides it by its own size, and so makes a
+    whole step of what is rounding. Two ways to add up the same losses then give two steps.
+    """
+    names: dict[str, list[str]] = defaultdict(list)
+    for name in outputs:
+        if name.startswith("moment/") and later[name].is_floating_point():
+            names[name.rpartition("/")[2]].append(name)
+    found: dict[str, Tensor] = {}
+    for kind in names.values():
+        zeros = {name: torch.zeros_like(later[name]) for name in kind}
+        bound = _ROUNDINGS * torch.finfo(dtype).eps * _distance([later[name] for name in kind], list(zeros.values()))
+        for name in kind:
+            parameter = name.rpartition("/")[0].replace("moment/", "parameter/", 1)
+            if parameter in outputs and later[name].shape == outputs[parameter].shape:
+                small = later[name].to(outputs[parameter].device).abs() <= bound
+                found[parameter] = found.get(parameter, small) & small
+    return found
 
 
 def _equal_up_to_rounding(new: Sequence[Tensor], expected: Sequence[Tensor], dtype: torch.dtype) -> bool:

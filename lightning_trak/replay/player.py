@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from lightning_trak.checkpoints.copies import copy_module
 from lightning_trak.compatibility import WRAPPERS, BatchNorm, original_module
-from lightning_trak.gradients.leaves import require_own_leaves
+from lightning_trak.gradients.leaves import apart_from, require_own_leaves
 from lightning_trak.packages import is_a
 from lightning_trak.replay.optimizers.base import optimizer_named, optimizer_step
 from lightning_trak.replay.recording import Recording
@@ -87,6 +87,7 @@ class Player:
         if not is_a(original, L.LightningModule):
             raise TypeError(f"expected the LightningModule that was trained, got a {type(original).__name__}")
         self.recording, self.loader, self.device = recording, loader, device
+        self._original = original
         run = recording.run
         self._optimizer_kind = optimizer_named(run["optimizer"])
         self.update = optimizer_step(self._optimizer_kind)
@@ -207,7 +208,7 @@ class Player:
         Returns:
             The loss of each micro-batch, before division; None if there was none.
         """
-        loss = loss or self._training_loss
+        loss = loss or self.training_loss
         self.arrange(record)
         optimizer, settings = self._optimizer, record.settings
         optimizer.zero_grad()
@@ -229,10 +230,15 @@ class Player:
         optimizer.zero_grad()
         return losses
 
-    def _training_loss(self, batch: Any, micro: MicroBatch) -> Tensor | None:
-        loss = self._loss_of(batch, micro.batch_idx)
-        if loss is not None and not self._leaves_checked:
-            require_own_leaves(loss, self.module)
+    def training_loss(self, batch: Any, micro: MicroBatch) -> Tensor | None:
+        """What ``training_step`` returns for a batch, which it may change; None if it skips the batch."""
+        if self._leaves_checked:
+            return self._loss_of(batch, micro.batch_idx)
+        with apart_from(self._original, self.module) as made:
+            # A copy is made here, so that a model may differentiate by its own input.
+            loss = self._loss_of(copy.deepcopy(batch), micro.batch_idx)
+        if loss is not None:
+            require_own_leaves(loss, self.module, made=made)
             self._leaves_checked = True
         return loss
 
@@ -251,7 +257,7 @@ class Player:
             self._optimizer.state = before
         for own, group in zip(self._optimizer.param_groups, groups, strict=True):
             own.update(group)
-        set_place(self.module, record.epoch, record.step)
+        set_place(self.module, record.epoch, record.step, self._optimizer)
 
     def normalizes_batches(self, structures: Iterable[Structure]) -> bool:
         """Whether batch normalization makes the examples of a batch depend on each other, in one of some steps."""

@@ -157,7 +157,7 @@ class Reverse:
             means[piece.number] += float(graph.losses.detach().sum()) / len(piece.micro.positions)
             for name, gradient in graph.gradients.items():
                 sums[name] = sums[name] + gradient if name in sums else gradient
-        require_losses(played, means, self._player.dtype)
+        require_losses(played.record, played.losses, means, self._player.dtype)
         return sums, graph if only else None
 
     def track(self) -> None:

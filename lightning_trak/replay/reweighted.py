@@ -94,7 +94,9 @@ class Reweighted:
             after = player.state
             player.load(played.before)
             means = player.descend(record, played.batches, self.loss(record, ones, empty))
-            require_losses(played, [0.0 if mean is None else float(mean) for mean in means], player.dtype)
+            require_losses(
+                played.record, played.losses, [0.0 if mean is None else float(mean) for mean in means], player.dtype
+            )
             require_step(played, after, dict(player.state.tensors()), player.dtype, player.update.rounding)
             player.load(after)
         self._skipped = skipped

@@ -22,7 +22,7 @@ from lightning_trak.checks import integer, positive
 from lightning_trak.compatibility import original_module
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import fixed_output, require_alone
-from lightning_trak.replay.losses import declared_losses
+from lightning_trak.replay.losses import training_losses
 from lightning_trak.replay.optimizers.base import optimizer_name
 from lightning_trak.replay.optimizers.smooth import SmoothAdamW
 from lightning_trak.replay.player import Player
@@ -134,7 +134,7 @@ def metasmoothness(
         train_module, target_module = (datamodule_of(data) for data in (train, targets))
         device = trainer.strategy.root_device
         player = Player(own, recorded, train_loader, train_module, device)
-        run = Reweighted(player, declared_losses(output, losses))
+        run = Reweighted(player, training_losses(player, output, losses))
         run.skipped()
         base = run.player.state
         before = run.outputs(output, target_loader, target_module)

@@ -18,7 +18,7 @@ from lightning_trak.fingerprints import fingerprint, module_fingerprint
 from lightning_trak.metrics import LinearDatamodelingScore
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import fixed_output, require_alone
-from lightning_trak.replay.losses import Losses, declared_losses
+from lightning_trak.replay.losses import Losses, training_losses
 from lightning_trak.replay.player import Player
 from lightning_trak.replay.recording import Recording
 from lightning_trak.replay.reweighted import Reweighted
@@ -121,7 +121,7 @@ class RecordedFleet(Displayed):
             self._targets = single_loader(targets, "predict", trainer)
             self._target_module = datamodule_of(targets)
             player = Player(module, recorded, loader, datamodule_of(train), self._device)
-            self._run = Reweighted(player, declared_losses(self.output, losses))
+            self._run = Reweighted(player, training_losses(player, self.output, losses))
             self.masks = checked_masks(masks, self._run.num_train)
             self._environment = rounding_of(self._device)
             self._identity = self._describe(module, recorded, losses)

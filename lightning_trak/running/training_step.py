@@ -4,24 +4,74 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import lightning as L
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import Self
 
 Module = TypeVar("Module", bound=L.LightningModule)
+
+
+class _StepTrainer:
+    """What a step may read of a Trainer, where there is none: its place, the optimizer, and a logger that does nothing.
+
+    Args:
+        epoch: the number of the epoch.
+        step: the number of optimizer steps so far.
+        optimizer: has the hyperparameters of the step; None if they are not known.
+    """
+
+    def __init__(self, epoch: int = 0, step: int = 0, optimizer: Optimizer | None = None) -> None:
+        self.current_epoch, self.global_step = epoch, step
+        self.global_rank = self.local_rank = 0
+        self.world_size, self.is_global_zero = 1, True
+        self.logger = DummyLogger()
+        self.loggers = [self.logger]
+        if optimizer is not None:
+            self.optimizers = [optimizer]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise ValueError(
+            f"the module uses self.trainer.{name}, which it does not have here; self.current_epoch,"
+            " self.global_step, self.log and self.logger are allowed, and in a recorded run self.optimizers() for its"
+            " learning rate: store what else it needs in the module"
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self  # the optimizer is only read
 
 
 class _WithoutTrainer:
     """What a LightningModule knows of its step."""
 
-    place = 0, 0
+    place = _StepTrainer()
+
+    @property
+    def trainer(self) -> _StepTrainer:
+        return self.place
 
     @property
     def current_epoch(self) -> int:
-        return self.place[0]
+        return self.place.current_epoch
 
     @property
     def global_step(self) -> int:
-        return self.place[1]
+        return self.place.global_step
+
+    @property
+    def logger(self) -> DummyLogger:
+        return self.place.logger
+
+    @property
+    def loggers(self) -> list[DummyLogger]:
+        return self.place.loggers
+
+    def optimizers(self, use_pl_optimizer: bool = True) -> Optimizer:
+        del use_pl_optimizer
+        return self.place.optimizers[0]
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
@@ -45,15 +95,16 @@ def without_trainer(module: Module) -> Module:
     return module
 
 
-def set_place(module: L.LightningModule, epoch: int, step: int) -> None:
-    """Set what ``current_epoch`` and ``global_step`` are.
+def set_place(module: L.LightningModule, epoch: int, step: int, optimizer: Optimizer | None = None) -> None:
+    """Set what ``current_epoch`` and ``global_step`` are, and ``optimizers()``.
 
     Args:
         module: a module from :func:`without_trainer`.
         epoch: the number of the epoch.
         step: the number of optimizer steps so far.
+        optimizer: has the hyperparameters of the step; it must not be changed.
     """
-    cast(Any, module).place = epoch, step
+    cast(Any, module).place = _StepTrainer(epoch, step, optimizer)
 
 
 def training_step_of(module: L.LightningModule) -> Callable[[Any, int], Tensor | None]:

@@ -221,9 +221,9 @@ class Manual(Net):
         self.automatic_optimization = False
 
 
-class OwnStep(Net):
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        super().optimizer_step(*args, **kwargs)
+class OwnClipping(Net):
+    def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
+        super().configure_gradient_clipping(*args, **kwargs)
 
 
 class Half(Net):
@@ -268,7 +268,7 @@ def foreign(module: Net) -> Any:
     ("module", "options", "message"),
     [
         (Manual, {}, "uses manual optimization"),
-        (OwnStep, {}, "overrides optimizer_step"),
+        (OwnClipping, {}, "overrides configure_gradient_clipping"),
         (AugmentsOnTheDevice, {}, "on_after_batch_transfer draws random numbers.*augment in training_step"),
         (Half, {"precision": "32-true"}, "got torch.bfloat16"),
         (Hooked, {}, "net.0.weight.* has a gradient hook"),

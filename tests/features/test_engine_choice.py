@@ -7,14 +7,12 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_trak import TRAK, GradientDot
 from lightning_trak.gradients import HookEngine
 from lightning_trak.methods import ExactKernel
-from lightning_trak.outputs import ClassificationMargin
 from lightning_trak.projections import KroneckerProjection, SparseProjection
 from tests.lit import TARGETS, TRAIN, LitNet, beyond_hooks, make_model, make_trainer
 
@@ -22,6 +20,29 @@ from tests.lit import TARGETS, TRAIN, LitNet, beyond_hooks, make_model, make_tra
 def chosen(store):
     (path,) = store.glob("engine-*.json")
     return json.loads(path.read_text())["engine"]
+
+
+class Scaled(LitNet):
+    """Has a parameter of its own, which no layer holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.factor = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, inputs):
+        return super().forward(inputs) * self.factor
+
+
+class Packed(LitNet):
+    """Packs sequences, of whose lengths vmap complains in another way for each batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm = torch.nn.LSTM(2, 3, batch_first=True)
+
+    def forward(self, sequences, lengths):
+        packed = pack_padded_sequence(sequences, lengths, batch_first=True, enforce_sorted=False)
+        return self.lstm(packed)[1][0][-1]
 
 
 class Bypassing(LitNet):
@@ -63,6 +84,24 @@ def test_lines_of_the_log_name_the_method(tmp_path, checkpoints, caplog):
     assert {record.message.split(":")[0] for record in caplog.records if "gradients" in record.message} == {
         "GradientDot"
     }
+
+
+def test_the_log_says_what_vmap_covers_beside_hooks(tmp_path, caplog):
+    with caplog.at_level(logging.INFO):
+        TRAK(Scaled(), [Scaled().state_dict()], tmp_path, projection=SparseProjection(8)).featurize(
+            make_trainer(), TRAIN
+        )
+    assert "module hooks, chosen by engine='auto': hooks cover 6 of 7 parameters, and vmap covers factor" in caplog.text
+
+
+def test_one_reason_for_the_loop_gives_one_warning(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    lengths = 1 + torch.arange(20) % 6
+    data = TensorDataset(torch.randn(20, 6, 2, generator=generator), lengths, lengths % 3)
+    trak = TRAK(Packed(), [Packed().state_dict()], tmp_path, projection=SparseProjection(8))
+    with pytest.warns(UserWarning, match="vmap cannot differentiate Packed.*Reason: RuntimeError") as caught:
+        trak.featurize(make_trainer(), DataLoader(data, batch_size=4))
+    assert sum("vmap cannot" in str(warning.message) for warning in caught) == 1
 
 
 def test_the_engine_that_was_checked_goes_on(tmp_path, checkpoints, monkeypatch):
@@ -120,25 +159,3 @@ def test_a_choice_that_was_deleted_is_read_from_the_shards(tmp_path, checkpoints
     choice.unlink()
     again = kind(make_model(), checkpoints, tmp_path)
     assert torch.equal(again.attribute(make_trainer(), TRAIN, TARGETS), expected)
-
-
-class Packed(nn.Module):
-    """A recurrent network over packed texts. Every batch has other shapes."""
-
-    def __init__(self):
-        super().__init__()
-        self.words, self.over, self.head = nn.Embedding(5, 4), nn.GRU(4, 4, batch_first=True), nn.Linear(4, 3)
-
-    def forward(self, ids, lengths):
-        packed = pack_padded_sequence(self.words(ids), lengths, batch_first=True, enforce_sorted=False)
-        return self.head(self.over(packed)[1][-1])
-
-
-def test_shapes_that_differ_from_batch_to_batch_are_warned_of_once(tmp_path):
-    lengths = torch.arange(12) % 5 + 1
-    ids = torch.arange(5) * (torch.arange(5) < lengths[:, None])
-    data = TensorDataset(ids, lengths, torch.zeros(12, dtype=torch.int64))
-    trak = TRAK(Packed(), store=tmp_path / "store", output=ClassificationMargin())
-    with pytest.warns(UserWarning, match="vmap cannot differentiate Packed") as told:
-        trak.featurize(None, DataLoader(data, batch_size=3))
-    assert sum("vmap cannot differentiate" in str(warning.message) for warning in told) == 1

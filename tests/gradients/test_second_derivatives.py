@@ -103,6 +103,12 @@ def test_what_cannot_be_computed_in_float64_passes():
     assert holds(Net(lambda z: torch.relu(z) @ torch.diag(single)))
 
 
+def test_what_a_forward_pass_has_left_on_the_module_does_no_harm():
+    module = Net(torch.relu)
+    module.kept = module(torch.randn(2, 4))  # with its graph, as the state of a torchmetrics metric
+    assert holds(module)
+
+
 def test_the_module_and_the_random_state_stay():
     module = Net(SMOOTH["dropout"])
     before, state = {name: part.clone() for name, part in module.state_dict().items()}, torch.get_rng_state()

@@ -17,6 +17,7 @@ from lightning_trak.outputs import ClassificationMargin, NegativeLoss, Regressio
 from lightning_trak.projections import SparseProjection
 from lightning_trak.reporting.items import describe_item
 from lightning_trak.scoring import BothEnds, TopK
+from tests.graphs import Data
 from tests.lit import TARGETS, TRAIN, make_checkpoints, make_model, make_trainer
 
 CHECKPOINTS = make_checkpoints(2)
@@ -52,6 +53,12 @@ def test_a_table_with_predictions_in_a_terminal(trak, capsys):
         assert ranks == order[:2].tolist()
         ranks = [int(line.split()[1]) for line in lines[start + 8 : start + 10]]
         assert ranks == order.flip(0)[:2].tolist()
+
+
+def test_training_data_may_be_a_list_of_objects(trak, capsys):
+    graphs = [Data(x=inputs, y=label) for inputs, label in TRAIN]
+    trak.show(SCORES, graphs, TARGETS, shown=[0], k=1, describe=lambda item: type(item).__name__)
+    assert re.search(r"1 +\d+ +[+]\S+  Data\n", capsys.readouterr().out)
 
 
 def test_the_best_of_both_ends_or_of_one(trak, capsys):

@@ -141,7 +141,7 @@ def test_batches_that_do_not_fit_are_refused(batch, error, message):
 
 def test_a_condition_is_not_dropped(images):
     output = DiffusionLoss(ALPHAS, STEPS, clean=lambda batch: batch[0])
-    with pytest.raises(ValueError, match=r"received a list; pass clean=.*denoise="):
+    with pytest.raises(ValueError, match=r"received a list; pass denoise="):
         output.output(Denoiser().double(), [images, torch.zeros(4)])
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_trak.outputs import CausalLMMargin, ClassificationMargin, NegativeLoss, RegressionOutput, Seq2SeqLMMargin
+from tests.graphs import Data
 
 Reversed = namedtuple("Reversed", ["labels", "inputs"])
 
@@ -173,3 +174,9 @@ def _compare(found, message):
     assert (found is None) == (message is None)
     if message is not None:
         assert found.startswith(message)
+
+
+def test_the_truth_of_an_object_is_its_attribute():
+    batch = Data(x=torch.randn(2, 4), y=torch.tensor([1, 0]))
+    output = ClassificationMargin(forward=lambda module, batch: module(batch.x), labels_key="y")
+    assert output.prediction(nn.Linear(4, 3), batch)[:, :2].tolist() == [[1, 1], [1, 0]]

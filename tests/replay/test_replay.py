@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from lightning.pytorch.loggers.logger import DummyLogger
 from torch import nn
 
 from lightning_trak.replay import replay
@@ -55,6 +56,50 @@ def test_random_numbers_that_are_not_recorded_are_noticed(tmp_path):
     trainer = train(module, DATA, tmp_path)
     with pytest.raises(ValueError, match="random numbers of a generator of its own"):
         replay(module, tmp_path, trainer, DATA, progress_bar=False)
+
+
+def test_a_step_may_read_its_learning_rate_and_its_logger(tmp_path):
+    class Reads(Net):
+        def training_step(self, batch, batch_idx):
+            rate = self.optimizers().param_groups[0]["lr"]
+            assert rate == self.trainer.optimizers[0].param_groups[0]["lr"]
+            self.logger.experiment.add_scalar("rate", rate, self.trainer.global_step)
+            return super().training_step(batch, batch_idx) * (1 + rate)
+
+    def falling(module):
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+        return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)]
+
+    module = Reads(optimizer=falling)
+    trainer = train(module, DATA, tmp_path, logger=DummyLogger())
+    assert replay(module, tmp_path, trainer, DATA, tolerance=0, progress_bar=False).identical
+
+
+def test_a_step_s_own_hooks_may_set_the_learning_rate(tmp_path):
+    class WarmUp(Net):
+        def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure):
+            for group in optimizer.param_groups:
+                group["lr"] = 0.1 * min(1.0, (self.trainer.global_step + 1) / 4)
+            optimizer.step(closure=optimizer_closure)
+
+        def optimizer_zero_grad(self, epoch, batch_idx, optimizer):
+            optimizer.zero_grad(set_to_none=True)
+
+    module = WarmUp()
+    trainer = train(module, DATA, tmp_path)
+    assert replay(module, tmp_path, trainer, DATA, tolerance=0, progress_bar=False).identical
+
+
+def test_a_model_may_differentiate_by_its_input(tmp_path):
+    class Physics(Net):
+        def training_step(self, batch, batch_idx):
+            inputs = batch[0].requires_grad_()
+            slopes = torch.autograd.grad(self(inputs).sum(), inputs, create_graph=True)[0]
+            return super().training_step(batch, batch_idx) + slopes.square().mean()
+
+    module = Physics()
+    trainer = train(module, DATA, tmp_path)
+    assert replay(module, tmp_path, trainer, DATA, tolerance=0, progress_bar=False).identical
 
 
 def test_the_user_s_module_is_left_alone(tmp_path):

@@ -122,7 +122,7 @@ class Branches(Net):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (AsksTheTrainer, "AsksTheTrainer uses self.trainer, which it does not have here; self.current_epoch"),
+        (AsksTheTrainer, "uses self.trainer.max_epochs, which it does not have here; self.current_epoch"),
         (Branches, "cannot run many Branches at once: .*data-dependent control flow.* one at a time"),
     ],
 )

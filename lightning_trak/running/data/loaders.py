@@ -108,9 +108,11 @@ def _is_dataset(data: Any) -> bool:
 
 
 def _is_list_of_examples(data: Any) -> bool:
-    """Whether this is a list of tuples, lists or mappings of the same form, and not a batch."""
+    """Whether this is a list of tuples, lists or mappings of the same form, or of objects of a class; not a batch."""
     if not isinstance(data, list) or not data:
         return False
+    if _is_object(data[0]):  # such as graphs
+        return all(type(item) is type(data[0]) for item in data)
 
     def form(item: Any) -> Any:
         return type(item), (set(item) if isinstance(item, Mapping) else len(item))
@@ -118,6 +120,13 @@ def _is_list_of_examples(data: Any) -> bool:
     if not all(isinstance(item, (tuple, list, Mapping)) for item in data):
         return False
     return all(form(item) == form(data[0]) for item in data) and not _looks_like_a_batch(data)
+
+
+def _is_object(item: Any) -> bool:
+    """Whether an item is of a class that says how an example looks, and not a value, a container or a model."""
+    other = (Tensor, np.ndarray, np.generic, tuple, list, Mapping, Path, torch.nn.Module)
+    known = type(item).__module__ == "builtins" or isinstance(item, other)
+    return not known and not is_a(item, CombinedLoader, L.LightningDataModule)
 
 
 def _looks_like_a_batch(data: Any) -> bool:
@@ -174,7 +183,8 @@ def _reason(data: Any) -> str:
         if not data:
             return "it is empty; pass at least one example"
         return (
-            "a list must hold loaders, datasets or examples. Examples must be tuples, lists or dicts of the same form."
+            "a list must hold loaders, datasets or examples. Examples must be tuples, lists or dicts of the same form,"
+            " or objects of one class."
             " Tensors of the same length are not accepted, because they may be a single batch. For a batch (inputs,"
             " labels), use torch.utils.data.TensorDataset(inputs, labels); for other lists of examples, use"
             " DataLoader(examples, batch_size=..., collate_fn=...)"
