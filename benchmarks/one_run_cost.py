@@ -79,7 +79,7 @@ def _times(run: Run, name: str) -> list[Row]:
 
 def _recording(run: Run, task: Task, times: int, name: str) -> list[Row]:
     """Times with a recorder as multiples of those without, for so many times the task's epochs."""
-    epochs = times if run.quick else times * task.max_epochs
+    epochs = min(times, 2) if run.quick else times * task.max_epochs
     loader = DataLoader(task.train, batch_size=task.batch_size, shuffle=True)
     fit = partial(_fit, accelerator=run.device.type)
     with tempfile.TemporaryDirectory(dir=run.out) as folder:
