@@ -5,10 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, TypeVar, cast
 
-import lightning as L
 from lightning_utilities.core.rank_zero import rank_zero_info
-from torch import Tensor, nn
-from typing_extensions import override
+from torch import nn
+from typing_extensions import Self, override
 
 from lightning_trak.checkpoints.reading import CheckpointsLike
 from lightning_trak.checks import real, require_one_of
@@ -22,8 +21,6 @@ from lightning_trak.methods.showing import RAISES_OUTPUT
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.predictions import SeveralPredictions
 from lightning_trak.projections import Projection
-from lightning_trak.running.data.sources import Data
-from lightning_trak.running.trainers import trainer_of
 from lightning_trak.scoring.damping import Damping, require_damping
 from lightning_trak.scoring.gram import Curvature
 from lightning_trak.scoring.lag import Lag, require_lag
@@ -128,17 +125,14 @@ class NewtonMethod(FeatureMethod):
             yield self._curvature_pipeline()
 
     @override
-    def label_suspicion(self, trainer: L.Trainer | None = None, train: Data | None = None) -> Tensor:
-        """Call :meth:`featurize`, which does nothing if the store is complete; then the size of the self-influence.
+    def _judging_labels(self) -> Self:
+        """At temperature and lag 1: the question is what this model makes of a label, not another one.
 
-        Temperature and lag are 1: the question is what this model makes of a label, not another one. At a higher
-        temperature, the examples that the model is surest of look as suspicious as wrong labels.
+        At a higher temperature, the examples that the model is surest of look as suspicious as wrong labels.
         """
-        trainer = trainer_of(trainer)
-        self.featurize(trainer, train)
         of_this_model = copy.copy(self)
         of_this_model.temperature = of_this_model.lag = 1.0
-        return of_this_model.self_influence(trainer).abs()
+        return of_this_model
 
     def _step(self) -> tuple[Curvature, Damping, LossGradients, float]:
         """The settings of the step. The rows of single predictions have R = 1."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import lightning as L
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -164,6 +165,8 @@ class Showing(Displayed):
             require_positions(positions, len(examples))
         try:
             return described_predictions(trainer, examples, positions, model, output)
+        except torch.cuda.OutOfMemoryError:
+            raise
         except Exception as error:
             if isinstance(targets, DataLoader) or datamodule_of(targets) is not None:
                 raise
