@@ -123,6 +123,7 @@ def _run(script: str | Path, arguments: list[str], log: Path, environment: dict[
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(ROOT)
+    multiprocessing.set_start_method(None, force=True)  # workers of loaders start as they do for users
     torch.set_num_threads(1)
     sys.argv = [str(script), *arguments]
     if isinstance(script, Path):
