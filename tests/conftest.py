@@ -1,6 +1,7 @@
 import functools
 import gc
 import logging
+import os
 import random
 import uuid
 import warnings
@@ -46,6 +47,10 @@ def pytest_runtest_call() -> None:
 # Every new Trainer reads the metadata of all installed packages, to find callbacks of theirs. That takes longer than
 # all else in making a Trainer, and what is installed stays the same here.
 registry.entry_points = functools.cache(registry.entry_points)
+
+# To flush a file protects it from a power cut, which no test makes, and takes longer than to write it. The descriptor
+# is still checked, and other processes of the tests do flush.
+os.fsync = os.fstat
 
 
 @pytest.fixture(params=["local", "file", "memory"])
