@@ -10,6 +10,8 @@ PYTHON ?= python3
 FUZZ_EXAMPLES ?= 1000
 MATRIX_TESTS ?= tests
 BIN := .venv/bin
+# Python compiles what is imported, when it is first imported. Most modules never are.
+INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
 
 .PHONY: demo test test-fast test-matrix fuzz lint docs clean
 
@@ -35,7 +37,7 @@ test-matrix: .matrix/oldest/.done .matrix/newest/.done
 	$(PYTHON) -m venv --clear .matrix/$*
 	awk -F== 'NR == FNR { varied[$$1]; next } !($$1 in varied)' constraints-oldest.txt constraints.txt > .matrix/$*/constraints.txt
 	test $* = newest || cat constraints-oldest.txt >> .matrix/$*/constraints.txt
-	.matrix/$*/bin/python -m pip install --quiet --disable-pip-version-check --constraint .matrix/$*/constraints.txt --editable ".[test]"
+	.matrix/$*/bin/python $(INSTALL) --constraint .matrix/$*/constraints.txt --editable ".[test]"
 	touch $@
 
 fuzz: .venv/.test
@@ -56,7 +58,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv .venv
 
 .venv/.%: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[$*]"
+	$(BIN)/python $(INSTALL) --constraint constraints.txt --editable ".[$*]"
 	touch $@
 
 clean:
