@@ -20,7 +20,7 @@ from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import fixed_output, require_alone
 from lightning_trak.replay.losses import Losses, training_losses
 from lightning_trak.replay.player import Player
-from lightning_trak.replay.recording import Recording
+from lightning_trak.replay.recording.reading import Recording
 from lightning_trak.replay.reweighted import Reweighted
 from lightning_trak.retraining.members import Member, MemberStore, not_finite
 from lightning_trak.retraining.stacked_run import StackedRun

@@ -16,12 +16,12 @@ from torch.utils.data import DataLoader
 
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.evaluating import modules_of
-from lightning_trak.replay.clipping import clipped
 from lightning_trak.replay.optimizers.base import OptimizerStep
+from lightning_trak.replay.optimizers.clipping import clipped
 from lightning_trak.replay.player import ReplayError
-from lightning_trak.replay.records import StepRecord
+from lightning_trak.replay.recording.records import StepRecord
+from lightning_trak.replay.recording.states import named_parameters
 from lightning_trak.replay.reweighted import Reweighted, checked_weights
-from lightning_trak.replay.states import named_parameters
 from lightning_trak.replay.targets import differentiable, targets_alone
 from lightning_trak.retraining.vectorized import StackedModules
 from lightning_trak.running.random_states import restore_random_states

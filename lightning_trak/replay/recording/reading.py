@@ -21,9 +21,9 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor
 
 from lightning_trak.checks import positive
-from lightning_trak.replay.flat_states import Layout, layouts_schema, unpack_state
-from lightning_trak.replay.records import StepRecord, unpack_steps
-from lightning_trak.replay.states import TrainingState
+from lightning_trak.replay.recording.flat_states import Layout, layouts_schema, unpack_state
+from lightning_trak.replay.recording.records import StepRecord, unpack_steps
+from lightning_trak.replay.recording.states import TrainingState
 from lightning_trak.storage.files import DamagedFileError, load_tensors, read_json
 from lightning_trak.storage.manifests import MANIFEST
 from lightning_trak.storage.paths import local_directory

@@ -20,15 +20,15 @@ import torch
 from torch import Tensor
 
 from lightning_trak.gradients.batch import ExampleBatch, Layout
-from lightning_trak.replay.linear_layers import LinearCalls, LinearGradient
 from lightning_trak.replay.losses import Losses, losses_of, require_losses, require_step, require_unchanged
 from lightning_trak.replay.player import Played, Player, ReplayError
-from lightning_trak.replay.products import Products
-from lightning_trak.replay.records import MicroBatch, StepRecord
-from lightning_trak.replay.states import TrainingState
-from lightning_trak.replay.statistics import RunningStatistics
+from lightning_trak.replay.recording.records import MicroBatch, StepRecord
+from lightning_trak.replay.recording.states import TrainingState
+from lightning_trak.replay.reverse.linear_layers import LinearCalls, LinearGradient
+from lightning_trak.replay.reverse.products import Products
+from lightning_trak.replay.reverse.running_statistics import RunningStatistics
+from lightning_trak.replay.reverse.update import Block, Cotangents, Update
 from lightning_trak.replay.targets import differentiable
-from lightning_trak.replay.updating import Block, Cotangents, Update
 from lightning_trak.running.random_states import restore_random_states
 
 

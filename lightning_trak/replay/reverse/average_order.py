@@ -28,11 +28,11 @@ from torch import Tensor
 
 from lightning_trak.replay.losses import Losses, losses_of
 from lightning_trak.replay.player import Played, Player, ReplayError
-from lightning_trak.replay.products import Products
-from lightning_trak.replay.reverse import Reverse
-from lightning_trak.replay.states import TrainingState
+from lightning_trak.replay.recording.states import TrainingState
+from lightning_trak.replay.reverse.products import Products
+from lightning_trak.replay.reverse.step import Reverse
+from lightning_trak.replay.reverse.update import Block, Cotangents
 from lightning_trak.replay.targets import differentiable
-from lightning_trak.replay.updating import Block, Cotangents
 from lightning_trak.running.random_states import restore_random_states
 
 # A window is an epoch long, or shorter, so that a run has at least this many windows.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_trak.compatibility import BatchNorm
-from lightning_trak.replay.states import named_buffers
+from lightning_trak.replay.recording.states import named_buffers
 
 
 class RunningStatistics:

@@ -17,12 +17,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_trak.replay.clipping import clipped
 from lightning_trak.replay.optimizers.base import Factors
+from lightning_trak.replay.optimizers.clipping import clipped
 from lightning_trak.replay.player import Player
-from lightning_trak.replay.products import Products
-from lightning_trak.replay.records import StepRecord
-from lightning_trak.replay.states import TrainingState
+from lightning_trak.replay.recording.records import StepRecord
+from lightning_trak.replay.recording.states import TrainingState
+from lightning_trak.replay.reverse.products import Products
 
 # Cotangents of targets, each (num_targets, *shape), by the names of TrainingState.tensors(). Those missing are zero.
 Cotangents = dict[str, Tensor]

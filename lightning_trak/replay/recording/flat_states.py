@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_trak.replay.states import TrainingState
+from lightning_trak.replay.recording.states import TrainingState
 from lightning_trak.storage.schemas import integer, items, row, text
 
 # Which tensors the long ones consist of, in order: each one's long tensor, name and shape, in JSON's types.

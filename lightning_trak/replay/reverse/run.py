@@ -18,14 +18,14 @@ from lightning_trak.gradients.precision import in_double
 from lightning_trak.gradients.second_derivatives import CAUSES, differentiating_twice, has_derivative
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.evaluating import exact_attention, modules_of, unchanged
-from lightning_trak.replay.average_order import AverageOrder
 from lightning_trak.replay.losses import Losses, losses_of, require_unchanged
 from lightning_trak.replay.player import Played, Player, ReplayError
-from lightning_trak.replay.reverse import Reverse
-from lightning_trak.replay.schedule import backwards
-from lightning_trak.replay.states import TrainingState
+from lightning_trak.replay.recording.states import TrainingState
+from lightning_trak.replay.reverse.average_order import AverageOrder
+from lightning_trak.replay.reverse.schedule import backwards
+from lightning_trak.replay.reverse.step import Reverse
+from lightning_trak.replay.reverse.update import Block, Cotangents
 from lightning_trak.replay.targets import differentiable, output_at, targets_alone
-from lightning_trak.replay.updating import Block, Cotangents
 from lightning_trak.running.data.loading import num_examples
 from lightning_trak.running.data.ordering import require_order
 from lightning_trak.scoring.groups import Collected, RowBlock, Sums, row_blocks
@@ -51,7 +51,7 @@ class Differentiated:
         block: how many targets go through a graph at once; None: as many as fit in memory.
         micro_batch: how many examples are differentiated at once; None: those of a batch of training.
         progress_bar: whether to show a progress bar.
-        average_order: whether examples count in all steps, see :mod:`lightning_trak.replay.average_order`.
+        average_order: whether examples count in all steps, see :mod:`lightning_trak.replay.reverse.average_order`.
 
     Attributes:
         normalizes_batches: whether training used batch normalization in train mode.
