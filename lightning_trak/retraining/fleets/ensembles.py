@@ -7,8 +7,8 @@ from torch import Tensor
 
 from lightning_trak.checks import positive
 from lightning_trak.metrics.functional import used_subsets
-from lightning_trak.retraining.members import Member, MemberStore
-from lightning_trak.retraining.results import Retrained, open_fleet
+from lightning_trak.retraining.fleets.members import Member, MemberStore
+from lightning_trak.retraining.fleets.results import Retrained, open_fleet
 from lightning_trak.texts.display import tuple_line
 
 

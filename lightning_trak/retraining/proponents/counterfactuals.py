@@ -11,9 +11,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_trak.checks import positive
 from lightning_trak.outputs import ModelOutput
-from lightning_trak.retraining.brittleness import Brittleness
-from lightning_trak.retraining.fleet import RetrainingFleet
-from lightning_trak.retraining.removal import removal_masks, require_scores
+from lightning_trak.retraining.fleets.fleet import RetrainingFleet
+from lightning_trak.retraining.proponents.brittleness import Brittleness
+from lightning_trak.retraining.proponents.masks import removal_masks, require_scores
 from lightning_trak.texts.display import Displayed
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from lightning_trak.retraining.results import Retrained, read_fleet
+from lightning_trak.retraining.fleets.results import Retrained, read_fleet
 from lightning_trak.storage.files import DamagedFileError, all_tensors, open_safetensors
 from lightning_trak.storage.user_files import existing_path, unreadable
 

@@ -22,9 +22,9 @@ from lightning_trak.replay.losses import Losses, training_losses
 from lightning_trak.replay.player import Player
 from lightning_trak.replay.recording.reading import Recording
 from lightning_trak.replay.reweighted import Reweighted
-from lightning_trak.retraining.members import Member, MemberStore, not_finite
-from lightning_trak.retraining.stacked_run import StackedRun
-from lightning_trak.retraining.subsets import checked_masks
+from lightning_trak.retraining.fleets.members import Member, MemberStore, not_finite
+from lightning_trak.retraining.fleets.subsets import checked_masks
+from lightning_trak.retraining.training.stacked_run import StackedRun
 from lightning_trak.running.chunks import chunked
 from lightning_trak.running.data.content import sample_digest
 from lightning_trak.running.data.loading import num_examples

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_trak.compatibility import configure_optimizers, configure_schedulers
-from lightning_trak.retraining.training import FactoryError
+from lightning_trak.retraining.training.alone import FactoryError
 from lightning_trak.texts.messages import listed
 
 _ROUNDING = 1e-5

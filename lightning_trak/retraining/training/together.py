@@ -25,8 +25,9 @@ from lightning_trak.gradients.leaves import apart_from, leaves_of
 from lightning_trak.gradients.substitution import Substituted
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.evaluating import exact_attention, unchanged
-from lightning_trak.retraining.left_out import require_nothing_left_out, skipped_hooks
-from lightning_trak.retraining.stacked_optimizers import (
+from lightning_trak.retraining.training.alone import FactoryError
+from lightning_trak.retraining.training.left_out import require_nothing_left_out, skipped_hooks
+from lightning_trak.retraining.training.stacked_optimizers import (
     advance,
     one_optimizer,
     require_same_settings,
@@ -34,7 +35,6 @@ from lightning_trak.retraining.stacked_optimizers import (
     trial_gradients,
     trial_step,
 )
-from lightning_trak.retraining.training import FactoryError
 from lightning_trak.running.random_states import isolated_random_states
 from lightning_trak.running.training_step import set_place, training_loss, without_trainer
 from lightning_trak.texts.messages import in_one_line, listed

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_trak.retraining.members import KIND, Member, MemberStore
+from lightning_trak.retraining.fleets.members import KIND, Member, MemberStore
 from lightning_trak.storage.files import DamagedFileError, load_tensors
 from lightning_trak.storage.manifests import read_manifest
 from lightning_trak.storage.paths import local_directory

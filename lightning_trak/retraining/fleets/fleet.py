@@ -21,12 +21,11 @@ from lightning_trak.checks import integer, positive, require_bool, require_facto
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import fixed_output
 from lightning_trak.packages import is_a
-from lightning_trak.retraining.ensembles import FleetSplit, split_members
-from lightning_trak.retraining.identity import describe_loader, describe_module, describe_trainer
-from lightning_trak.retraining.left_out import require_trainable_together
-from lightning_trak.retraining.members import Member, MemberStore, not_finite
-from lightning_trak.retraining.subsets import checked_masks
-from lightning_trak.retraining.training import (
+from lightning_trak.retraining.fleets.ensembles import FleetSplit, split_members
+from lightning_trak.retraining.fleets.identity import describe_loader, describe_module, describe_trainer
+from lightning_trak.retraining.fleets.members import Member, MemberStore, not_finite
+from lightning_trak.retraining.fleets.subsets import checked_masks
+from lightning_trak.retraining.training.alone import (
     FactoryError,
     NothingTwice,
     outputs_of,
@@ -34,7 +33,8 @@ from lightning_trak.retraining.training import (
     shuffled_like,
     train_alone,
 )
-from lightning_trak.retraining.vectorized import train_together
+from lightning_trak.retraining.training.left_out import require_trainable_together
+from lightning_trak.retraining.training.together import train_together
 from lightning_trak.running.chunks import chunked
 from lightning_trak.running.data.content import fingerprint
 from lightning_trak.running.data.loaders import as_loader

@@ -26,7 +26,7 @@ from lightning_trak.outputs.evaluating import exact_attention, unchanged
 from lightning_trak.outputs.mixin import fixed_output, require_alone
 from lightning_trak.packages import is_a
 from lightning_trak.retraining.estimates import Estimate, mean_of
-from lightning_trak.retraining.removal import ranked, require_scores
+from lightning_trak.retraining.proponents.masks import ranked, require_scores
 from lightning_trak.running.batches import TransferHooks, on_device
 from lightning_trak.running.data.loaders import as_loader
 from lightning_trak.running.data.loading import load, num_examples

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from lightning_trak.checks import positive
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.retraining.estimates import Estimate, mean_of
-from lightning_trak.retraining.recorded import RecordedFleet
-from lightning_trak.retraining.removal import removal_masks, require_scores
-from lightning_trak.retraining.subsets import random_removals
+from lightning_trak.retraining.fleets.recorded import RecordedFleet
+from lightning_trak.retraining.fleets.subsets import random_removals
+from lightning_trak.retraining.proponents.masks import removal_masks, require_scores
 from lightning_trak.running.data.loading import num_examples
 from lightning_trak.running.data.sources import Data, single_loader
 from lightning_trak.running.random_states import isolated_random_states

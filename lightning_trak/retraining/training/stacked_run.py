@@ -23,7 +23,7 @@ from lightning_trak.replay.recording.records import StepRecord
 from lightning_trak.replay.recording.states import named_parameters
 from lightning_trak.replay.reweighted import Reweighted, checked_weights
 from lightning_trak.replay.targets import differentiable, targets_alone
-from lightning_trak.retraining.vectorized import StackedModules
+from lightning_trak.retraining.training.together import StackedModules
 from lightning_trak.running.random_states import restore_random_states
 from lightning_trak.running.training_step import set_place
 
