@@ -23,10 +23,10 @@ from lightning_trak.running.ranks import Ranks
 from lightning_trak.running.strategies import require_whole_parameters
 from lightning_trak.running.trainers import trainer_of
 from lightning_trak.scoring.damping import Damping, require_damping
-from lightning_trak.scoring.exact_kernel import ExactKernelScorer, stored_forms
-from lightning_trak.scoring.lag import Lag
-from lightning_trak.scoring.temperature import Temperature
-from lightning_trak.scoring.trak import LossGradients
+from lightning_trak.scoring.newton.exact_kernel import ExactKernelScorer, stored_forms
+from lightning_trak.scoring.newton.lag import Lag
+from lightning_trak.scoring.newton.temperature import Temperature
+from lightning_trak.scoring.newton.trak import LossGradients
 
 
 class ExactKernel(NewtonMethod):

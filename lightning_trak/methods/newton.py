@@ -22,11 +22,11 @@ from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.predictions import SeveralPredictions
 from lightning_trak.projections import Projection
 from lightning_trak.scoring.damping import Damping, require_damping
-from lightning_trak.scoring.gram import Curvature
-from lightning_trak.scoring.lag import Lag, require_lag
-from lightning_trak.scoring.per_prediction import PredictionCurvature
-from lightning_trak.scoring.temperature import Temperature, Tempered, require_temperature, tempered
-from lightning_trak.scoring.trak import LossGradients, TRAKScorer
+from lightning_trak.scoring.newton.gram import Curvature
+from lightning_trak.scoring.newton.lag import Lag, require_lag
+from lightning_trak.scoring.newton.per_prediction import PredictionCurvature
+from lightning_trak.scoring.newton.temperature import Temperature, Tempered, require_temperature, tempered
+from lightning_trak.scoring.newton.trak import LossGradients, TRAKScorer
 
 AnyScorer = TypeVar("AnyScorer", bound=TRAKScorer)
 CurvatureChoice = Curvature | Literal["per_prediction", "auto"]

@@ -22,12 +22,12 @@ from lightning_trak.methods.questions import Question
 from lightning_trak.methods.stored_data import require_stored_data
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.scoring.damping import Damping
-from lightning_trak.scoring.gram import Curvature
 from lightning_trak.scoring.groups import Sums
-from lightning_trak.scoring.per_prediction import WHOLE
-from lightning_trak.scoring.temperature import Tempered
+from lightning_trak.scoring.newton.gram import Curvature
+from lightning_trak.scoring.newton.per_prediction import WHOLE
+from lightning_trak.scoring.newton.temperature import Tempered
+from lightning_trak.scoring.newton.trak import LossGradients, TRAKScorer
 from lightning_trak.scoring.topk import BothEnds, TopK
-from lightning_trak.scoring.trak import LossGradients, TRAKScorer
 
 _SOLVER = ConjugateGradient(max_iterations=1000, preconditioner="landmarks", strict=True)
 
@@ -37,15 +37,15 @@ class ExactScores:
     """TRAK's scores without a projection: tau(x)_i = 1/M sum_m g_m(x)^T (G_m + lambda_m I)^-1 g_m(i) Q_m(i).
 
     g is the whole gradient of the output, and G_m = sum_j R_m(j) g_m(j) g_m(j)^T over all training examples, or a mean
-    of this matrix and that of single predictions, see :mod:`lightning_trak.scoring.per_prediction`. The inverse is
-    applied to the gradients of targets by conjugate gradients, in float32, or in float64 with ``precision="64-true"``;
-    see :class:`~lightning_trak.methods.influence.ConjugateGradient`.
+    of this matrix and that of single predictions, see :mod:`lightning_trak.scoring.newton.per_prediction`. The inverse
+    is applied to the gradients of targets by conjugate gradients, in float32, or in float64 with
+    ``precision="64-true"``; see :class:`~lightning_trak.methods.influence.ConjugateGradient`.
 
     lambda is that of the stored features: with k of them, a damping that is a number is a share of trace / k. A
     projection keeps the trace, and the same share of trace / p, with p parameters, would be a smaller lambda.
 
     Attributes:
-        curvature: as for :class:`~lightning_trak.scoring.trak.TRAKScorer`, and so are the others.
+        curvature: as for :class:`~lightning_trak.scoring.newton.trak.TRAKScorer`, and so are the others.
         damping: lambda.
         loss_gradients: how Q is averaged.
         soft_threshold: by how much scores move towards zero.

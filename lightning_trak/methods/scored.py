@@ -40,9 +40,9 @@ from lightning_trak.running.strategies import require_whole_parameters, shards_m
 from lightning_trak.running.trainers import trainer_of
 from lightning_trak.scoring.base import Scorer
 from lightning_trak.scoring.intervals import Interval, bounds, columns_of, with_bounds
+from lightning_trak.scoring.newton.trak import TRAKScorer
 from lightning_trak.scoring.targets import Kept, Others, score_targets
 from lightning_trak.scoring.topk import BothEnds, Scores, TopK
-from lightning_trak.scoring.trak import TRAKScorer
 
 
 class ScoredMethod(Method):

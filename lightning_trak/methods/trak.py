@@ -17,8 +17,8 @@ from lightning_trak.running.data.sources import Data
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.running.trainers import trainer_of
 from lightning_trak.scoring.damping import Damping, require_damping
-from lightning_trak.scoring.dual import smaller_scorer
-from lightning_trak.scoring.trak import TRAKScorer
+from lightning_trak.scoring.newton.dual import smaller_scorer
+from lightning_trak.scoring.newton.trak import TRAKScorer
 
 
 class TRAK(NewtonMethod):
@@ -46,8 +46,9 @@ class TRAK(NewtonMethod):
         curvature: the matrix K: ``"gauss_newton"`` is sum_j R_j phi_j phi_j^T; ``"identity"``, as published, takes
             R_j = 1. ``"per_prediction"`` is for outputs whose loss adds up several predictions for an example, such as
             tokens, pixels or labels: each counts as a classification of its own, too, see
-            :mod:`lightning_trak.scoring.per_prediction`. It needs a second row of features for each example, which
-            takes as many bytes and as much time. ``"auto"`` is that where it is possible, else ``"gauss_newton"``.
+            :mod:`lightning_trak.scoring.newton.per_prediction`. It needs a second row of features for each example,
+            which takes as many bytes and as much time. ``"auto"`` is that where it is possible, else
+            ``"gauss_newton"``.
         damping: lambda relative to the mean eigenvalue of K; ``"auto"`` chooses it from the features and the number of
             checkpoints (:func:`~lightning_trak.scoring.damping.auto_damping`). Where models were retrained,
             :meth:`score_dampings` and :func:`~lightning_trak.retraining.tune` can choose it.
@@ -57,14 +58,14 @@ class TRAK(NewtonMethod):
         temperature: outputs f of training examples are divided by this before Q is taken of them, because what an
             example adds depends on models that have not seen it, which are less sure. 1: Q as it is. ``"auto"``: 1.43
             for one checkpoint; for several, it is larger if they differ more; and it grows with the lag
-            (:attr:`~lightning_trak.scoring.noise.Noise.temperature`). K and the damping do not change. If R is the
-            same for all examples, ``"auto"`` is 1; a number then divides the scores of a squared error, and does not
-            change those of :class:`~lightning_trak.outputs.NegativeLoss`. None:
+            (:attr:`~lightning_trak.scoring.newton.noise.Noise.temperature`). K and the damping do not change. If R is
+            the same for all examples, ``"auto"`` is 1; a number then divides the scores of a squared error, and does
+            not change those of :class:`~lightning_trak.outputs.NegativeLoss`. None:
             ``"auto"`` with ``damping="auto"`` and ``loss_gradients="per_checkpoint"``, else 1.
         lag: how far each training is from its end, at least 1. The automatic damping and temperature grow with it.
             ``"auto"`` measures it by the Newton step of the residuals: 1 after most trainings, and up to 16 after a
-            short or gentle one (:mod:`lightning_trak.scoring.lag`). For models that were trained more gently than
-            those that are asked about, such as a :class:`~lightning_trak.callbacks.SmoothTwin`, 1 is better.
+            short or gentle one (:mod:`lightning_trak.scoring.newton.lag`). For models that were trained more gently
+            than those that are asked about, such as a :class:`~lightning_trak.callbacks.SmoothTwin`, 1 is better.
         parameters: which parameters to differentiate, by name pattern; default: all that require gradients.
         engine: how gradients are computed: ``"auto"``, ``"functional"``, ``"hooks"`` or ``"loop"``, see
             :class:`~lightning_trak.features.settings.FeatureSettings`.

@@ -8,10 +8,10 @@ from torch import Tensor
 from lightning_trak.features.rows import Features
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.running.ranks import Ranks
-from lightning_trak.scoring.gram import DampedGram, gram_matrix, shard_blocks
-from lightning_trak.scoring.lag import residual_sums
-from lightning_trak.scoring.trak import TRAKScorer
-from lightning_trak.scoring.undamped import Undamped
+from lightning_trak.scoring.newton.gram import DampedGram, gram_matrix, shard_blocks
+from lightning_trak.scoring.newton.lag import residual_sums
+from lightning_trak.scoring.newton.trak import TRAKScorer
+from lightning_trak.scoring.newton.undamped import Undamped
 
 
 class PrimalScorer(TRAKScorer):
@@ -48,7 +48,7 @@ class PrimalScorer(TRAKScorer):
         return Undamped(gram.trace(), squared_weights, factor, residual_step)
 
     def _gram(self, checkpoint: int, ranks: Ranks) -> tuple[Tensor, Tensor]:
-        """See :func:`~lightning_trak.scoring.gram.gram_matrix`; of several sources, each with its share."""
+        """See :func:`~lightning_trak.scoring.newton.gram.gram_matrix`; of several sources, each with its share."""
         gram, squared_weights = self._gram_of(self.store, checkpoint, ranks)
         for source, share in self.sources[1:]:
             more, weights = self._gram_of(source, checkpoint, ranks)
@@ -65,7 +65,7 @@ class PrimalScorer(TRAKScorer):
         return kept["gram"], kept["squared_weights"]
 
     def _pull(self, checkpoint: int, ranks: Ranks) -> tuple[Tensor, Tensor]:
-        """See :func:`~lightning_trak.scoring.lag.residual_sums`."""
+        """See :func:`~lightning_trak.scoring.newton.lag.residual_sums`."""
 
         def make() -> dict[str, Tensor]:
             sums = residual_sums(self._seen(self.store, checkpoint, ranks), self.num_features, self._device)

@@ -30,8 +30,8 @@ class Noise:
     Attributes:
         sums: one float64 Tensor ``(M, M + 5)``: products of R between checkpoints, and what :meth:`total` names. The
             sums of several processes can be added up.
-        lags: how far each checkpoint's training is from its end, see :mod:`lightning_trak.scoring.lag`: 1 until they
-            are known.
+        lags: how far each checkpoint's training is from its end, see :mod:`lightning_trak.scoring.newton.lag`: 1 until
+            they are known.
         scale: what all levels are multiplied by.
         known: the dispersion at each checkpoint, if it is known from elsewhere.
     """

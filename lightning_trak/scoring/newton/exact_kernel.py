@@ -16,9 +16,9 @@ from lightning_trak.features.store import FeatureStore
 from lightning_trak.gradients.hooks.factors import GradientForms
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.scoring.base import full_precision, with_float64
-from lightning_trak.scoring.dual import DualScorer
-from lightning_trak.scoring.gram import shard_blocks
-from lightning_trak.scoring.inner_products import inner_products
+from lightning_trak.scoring.newton.dual import DualScorer
+from lightning_trak.scoring.newton.gram import shard_blocks
+from lightning_trak.scoring.newton.inner_products import inner_products
 
 _FORMAT = 1  # of a block
 _AUDITED = 2  # inner products of each pair of blocks are computed again from whole gradients

@@ -11,13 +11,13 @@ from lightning_trak.features.rows import StoredFeatures
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.scoring.base import full_precision
-from lightning_trak.scoring.gram import require_convex
 from lightning_trak.scoring.groups import Sums
-from lightning_trak.scoring.kernel import DampedKernel, kernel_matrix, products_with
-from lightning_trak.scoring.primal import PrimalScorer
+from lightning_trak.scoring.newton.gram import require_convex
+from lightning_trak.scoring.newton.kernel import DampedKernel, kernel_matrix, products_with
+from lightning_trak.scoring.newton.primal import PrimalScorer
+from lightning_trak.scoring.newton.trak import TRAKScorer
+from lightning_trak.scoring.newton.undamped import Undamped
 from lightning_trak.scoring.topk import Scores
-from lightning_trak.scoring.trak import TRAKScorer
-from lightning_trak.scoring.undamped import Undamped
 
 _LONG = 10**12  # operations for a Gram matrix: some ten seconds on one core
 

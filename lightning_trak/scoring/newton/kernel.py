@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.running.ranks import Ranks
-from lightning_trak.scoring.gram import DampedGram
+from lightning_trak.scoring.newton.gram import DampedGram
 
 _STRIP_BYTES = 1 << 28  # of features of all examples, in float64
 _STRIPS = 16  # at least this many for the ranks to share, if they are not too narrow
@@ -38,7 +38,7 @@ class DampedKernel:
         damping: lambda relative to the mean eigenvalue of Phi^T R Phi, which is its trace divided by ``dim``.
         dim: k, the number of features.
         precision: dtype of the features.
-        rounding_error: as for :class:`~lightning_trak.scoring.gram.DampedGram`.
+        rounding_error: as for :class:`~lightning_trak.scoring.newton.gram.DampedGram`.
         name: what to call the matrix in errors.
         device: where systems are solved.
 
@@ -71,7 +71,7 @@ class DampedKernel:
         self._factor = DampedGram(weighted, damping, precision, name, dim, rounding_error)
 
     def effective_dimension(self) -> float:
-        """See :meth:`~lightning_trak.scoring.gram.DampedGram.effective_dimension`: K has the eigenvalues of S."""
+        """As :meth:`~lightning_trak.scoring.newton.gram.DampedGram.effective_dimension`: K has the eigenvalues of S."""
         return self._factor.effective_dimension()
 
     def squared_step(self, residuals: Tensor, kernel: Tensor) -> float:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.scoring.damping import Damping
-from lightning_trak.scoring.noise import Noise
+from lightning_trak.scoring.newton.noise import Noise
 
 Temperature = float | Literal["auto"]
 
@@ -26,7 +26,7 @@ class Tempered:
 
     Attributes:
         output: gives l.
-        temperature: T; ``"auto"`` is :attr:`~lightning_trak.scoring.noise.Noise.temperature`.
+        temperature: T; ``"auto"`` is :attr:`~lightning_trak.scoring.newton.noise.Noise.temperature`.
     """
 
     output: ModelOutput

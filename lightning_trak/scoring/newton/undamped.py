@@ -6,9 +6,9 @@ from typing import Generic, TypeVar
 
 from torch import Tensor
 
-from lightning_trak.scoring.gram import DampedGram
-from lightning_trak.scoring.kernel import DampedKernel
-from lightning_trak.scoring.lag import alignment
+from lightning_trak.scoring.newton.gram import DampedGram
+from lightning_trak.scoring.newton.kernel import DampedKernel
+from lightning_trak.scoring.newton.lag import alignment
 
 System = DampedGram | DampedKernel
 AnySystem = TypeVar("AnySystem", DampedGram, DampedKernel)
@@ -43,7 +43,7 @@ class Undamped(Generic[AnySystem]):
         return self._kept[damping]
 
     def alignment(self, damping: float, scaled: bool) -> float:
-        """See :func:`~lightning_trak.scoring.lag.alignment`, at a relative damping."""
+        """See :func:`~lightning_trak.scoring.newton.lag.alignment`, at a relative damping."""
         system = self.damped(damping)
         step, squares = self.residual_step(system)
         return alignment(step, system.effective_dimension(), squares / float(self.trace), scaled)

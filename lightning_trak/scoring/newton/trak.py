@@ -15,13 +15,13 @@ from lightning_trak.features.store import FeatureStore
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.scoring.base import Scorer, full_precision
 from lightning_trak.scoring.damping import Damping, auto_damping
-from lightning_trak.scoring.gram import Curvature, DampedGram
-from lightning_trak.scoring.kernel import DampedKernel
-from lightning_trak.scoring.lag import Lag, find_lag
-from lightning_trak.scoring.noise import Noise, stored_noise
-from lightning_trak.scoring.per_prediction import SEVERAL, WHOLE, dispersion
-from lightning_trak.scoring.temperature import Tempered
-from lightning_trak.scoring.undamped import System, Undamped
+from lightning_trak.scoring.newton.gram import Curvature, DampedGram
+from lightning_trak.scoring.newton.kernel import DampedKernel
+from lightning_trak.scoring.newton.lag import Lag, find_lag
+from lightning_trak.scoring.newton.noise import Noise, stored_noise
+from lightning_trak.scoring.newton.per_prediction import SEVERAL, WHOLE, dispersion
+from lightning_trak.scoring.newton.temperature import Tempered
+from lightning_trak.scoring.newton.undamped import System, Undamped
 from lightning_trak.texts.messages import extremes
 
 LossGradients = Literal["per_checkpoint", "averaged"]
@@ -45,7 +45,7 @@ class TRAKScorer(Scorer):
 
     Args:
         store: complete features of the training set.
-        curvature: how K weighs examples, see :func:`~lightning_trak.scoring.gram.gram_matrix`.
+        curvature: how K weighs examples, see :func:`~lightning_trak.scoring.newton.gram.gram_matrix`.
         damping: lambda_m relative to the mean eigenvalue of K_m; ``"auto"`` chooses it for each checkpoint, see
             :func:`~lightning_trak.scoring.damping.auto_damping`.
         loss_gradients: how Q is averaged: ``"per_checkpoint"`` as above; ``"averaged"`` as published (arXiv 2303.14186,
@@ -57,10 +57,10 @@ class TRAKScorer(Scorer):
         tempered: what gives Q in the place of the stored one, with loss_gradients="per_checkpoint". K_m, and with it
             lambda_m, stay as they are. Default: the stored Q.
         lag: how far each training is from its end, where something is chosen by it; ``"auto"`` measures it, see
-            :mod:`lightning_trak.scoring.lag`.
+            :mod:`lightning_trak.scoring.newton.lag`.
         averages: whether each example's loss is a mean over several predictions, such as its tokens.
         curved: features of single predictions for the same examples, which K_m is made of, too, see
-            :mod:`lightning_trak.scoring.per_prediction`. The lag is not measured then. Default: K_m is as above.
+            :mod:`lightning_trak.scoring.newton.per_prediction`. The lag is not measured then. Default: K_m is as above.
     """
 
     user: ClassVar[str] = "TRAK"  # in log lines
