@@ -16,7 +16,7 @@ from lightning_trak.features.engines import EngineName
 from lightning_trak.features.passes.pipeline import FeaturePipeline
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.gradients import ParameterSelection
-from lightning_trak.methods.feature import FeatureMethod
+from lightning_trak.methods.features.base import FeatureMethod
 from lightning_trak.methods.showing import RAISES_OUTPUT
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.predictions import SeveralPredictions

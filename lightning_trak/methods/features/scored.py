@@ -17,6 +17,7 @@ from lightning_trak.features.settings import FeatureSettings
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.methods.base import Method
 from lightning_trak.methods.examples import Examples
+from lightning_trak.methods.features.rescoring import ExactScores, SecondStage
 from lightning_trak.methods.influence.passes import Passes, without_gradients
 from lightning_trak.methods.predictions import with_predictions
 from lightning_trak.methods.questions import (
@@ -29,7 +30,6 @@ from lightning_trak.methods.questions import (
     target_rows,
     train_columns,
 )
-from lightning_trak.methods.rescoring import ExactScores, SecondStage
 from lightning_trak.methods.tokens import target_loaders
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import target_output
@@ -198,8 +198,8 @@ class ScoredMethod(Method):
             largest: whether ``top_k`` keeps only the highest scores, or only the lowest; default: both.
             rescore: score this many candidates at each end exactly, those that are best by the stored features, and
                 keep the best ``top_k`` of them. Only :class:`~lightning_trak.TRAK` can do this; see
-                :class:`~lightning_trak.methods.rescoring.ExactScores`. It takes several passes over the training data
-                at each checkpoint, and a Trainer whose strategy keeps the model whole.
+                :class:`~lightning_trak.methods.features.rescoring.ExactScores`. It takes several passes over the
+                training data at each checkpoint, and a Trainer whose strategy keeps the model whole.
             train: the examples to score the targets against; default: all training examples. Positions of some of them,
                 as integers; or other examples, as data: candidates for training, which are scored as if they were added
                 to the training set, with the curvature of the store. Their features are made a block at a time, again

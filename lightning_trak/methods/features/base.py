@@ -26,8 +26,8 @@ from lightning_trak.features.settings import FeatureSettings
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.features.store.identity import Contents
 from lightning_trak.gradients import ParameterSelection
+from lightning_trak.methods.features.scored import ScoredMethod
 from lightning_trak.methods.questions import require_ends
-from lightning_trak.methods.scored import ScoredMethod
 from lightning_trak.methods.token_scores import TokenMethod
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import trained_output

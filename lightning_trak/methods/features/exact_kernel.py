@@ -14,8 +14,8 @@ from lightning_trak.features.passes.options import Featurizing
 from lightning_trak.features.rows import Features
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.gradients import ParameterSelection
-from lightning_trak.methods.newton import CurvatureChoice, NewtonMethod
-from lightning_trak.methods.rescoring import ExactScores
+from lightning_trak.methods.features.newton import CurvatureChoice, NewtonMethod
+from lightning_trak.methods.features.rescoring import ExactScores
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.projections.factors import GradientFactors
 from lightning_trak.running.data.sources import Data

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from lightning_trak.checkpoints.reading import CheckpointsLike
 from lightning_trak.features.store import FeatureStore
-from lightning_trak.methods.newton import NewtonMethod
-from lightning_trak.methods.rescoring import ExactScores
+from lightning_trak.methods.features.newton import NewtonMethod
+from lightning_trak.methods.features.rescoring import ExactScores
 from lightning_trak.projections import GaussianProjection
 from lightning_trak.running.data.sources import Data
 from lightning_trak.running.ranks import Ranks
