@@ -2,7 +2,7 @@
 
 import pytest
 
-from lightning_trak.replay.recording.reading import keeps_state
+from lightning_trak.replay.recording.spacing import keeps_state
 from lightning_trak.replay.reverse.schedule import backwards
 
 

@@ -13,14 +13,12 @@ systems have no locks, so the manifest also names its writer. A process that fin
 
 from __future__ import annotations
 
-import math
 import os
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from lightning_trak.checks import positive
 from lightning_trak.replay.recording.flat_states import Layout, layouts_schema, unpack_state
 from lightning_trak.replay.recording.records import StepRecord, unpack_steps
 from lightning_trak.replay.recording.states import TrainingState
@@ -33,8 +31,6 @@ from lightning_trak.storage.schemas import parameters as parameters_schema
 FORMAT_VERSION = 2
 
 _PARTS_KEPT = 3
-
-Spacing = Literal["sqrt", "log"] | int
 
 _count = integer(0, 1 << 62)
 _environment = record({"first": _count}, others=anything)
@@ -71,32 +67,6 @@ _manifest = versioned(
         }
     ),
 )
-
-
-def check_spacing(spacing: Any) -> Spacing:
-    """A spacing of full states, checked.
-
-    Raises:
-        ValueError: if it is neither ``"sqrt"`` nor ``"log"`` nor a positive integer.
-    """
-    if spacing in ("sqrt", "log"):
-        return spacing  # type: ignore[no-any-return]
-    if isinstance(spacing, str):
-        raise ValueError(f'spacing must be "sqrt", "log" or a positive integer, got {spacing!r}')
-    return positive("spacing", spacing)
-
-
-def keeps_state(step: int, spacing: Spacing) -> bool:
-    """Whether a full state is kept before a step.
-
-    With ``"sqrt"`` at the squares, so that T steps have sqrt(T) states at most 2 sqrt(T) steps apart, whatever T will
-    be; with ``"log"`` at the powers of two; with a number n before every n-th step.
-    """
-    if spacing == "sqrt":
-        return math.isqrt(step) ** 2 == step
-    if spacing == "log":
-        return step & (step - 1) == 0
-    return step % int(spacing) == 0
 
 
 class _Part(NamedTuple):

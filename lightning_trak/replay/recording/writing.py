@@ -11,8 +11,9 @@ from typing import Any
 
 from lightning_trak.checks import require_bool
 from lightning_trak.replay.recording.flat_states import FlatState, pack_states
-from lightning_trak.replay.recording.reading import FORMAT_VERSION, Spacing, read_manifest, stop_of
+from lightning_trak.replay.recording.reading import FORMAT_VERSION, read_manifest, stop_of
 from lightning_trak.replay.recording.records import StepRecord, pack_steps
+from lightning_trak.replay.recording.spacing import Spacing
 from lightning_trak.replay.recording.states import TrainingState
 from lightning_trak.running.threads import compute_threads
 from lightning_trak.storage.files import json_text, remove_leftovers, save_tensors, write_atomically
