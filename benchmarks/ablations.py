@@ -28,9 +28,9 @@ from lightning_trak.features.rows import Features
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.projections import SparseProjection
 from lightning_trak.scoring.damping import auto_damping
-from lightning_trak.scoring.gram import Curvature, DampedGram, gram_matrix
-from lightning_trak.scoring.noise import Noise
-from lightning_trak.scoring.temperature import Tempered
+from lightning_trak.scoring.newton.gram import Curvature, DampedGram, gram_matrix
+from lightning_trak.scoring.newton.noise import Noise
+from lightning_trak.scoring.newton.temperature import Tempered
 
 TASK = "digits MLP"
 SETTINGS = {"defaults": 1024, "published": 128}  # k where it is not varied; the published LDS falls at larger k

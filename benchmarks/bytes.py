@@ -27,7 +27,7 @@ from benchmarks.truth import MODELS, SUBSETS, Truth, kept, trainer_for
 from lightning_trak import TRAK
 from lightning_trak.features.dtypes import Dtype
 from lightning_trak.methods import ExactKernel
-from lightning_trak.methods.feature import FeatureMethod
+from lightning_trak.methods.features.base import FeatureMethod
 from lightning_trak.projections import KroneckerProjection, PrincipalProjection, Projection, SparseProjection
 
 TASKS = ("written digits", "photographs MLP", "photographs conv")

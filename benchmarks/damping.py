@@ -25,8 +25,8 @@ from benchmarks.tasks import Task, make_tasks
 from benchmarks.truth import MODELS, SUBSETS, Truth, kept, trainer_for
 from lightning_trak import TRAK
 from lightning_trak.methods import ExactKernel
-from lightning_trak.scoring import trak
 from lightning_trak.scoring.damping import Damping
+from lightning_trak.scoring.newton import trak
 from lightning_trak.texts.tables import Table
 
 SEEDS = 3

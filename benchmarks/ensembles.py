@@ -24,7 +24,7 @@ from lightning_trak.features.rows import Features
 from lightning_trak.projections import SparseProjection
 from lightning_trak.retraining import informed_scores, random_subsets, train_together
 from lightning_trak.scoring.damping import auto_damping
-from lightning_trak.scoring.gram import DampedGram, gram_matrix
+from lightning_trak.scoring.newton.gram import DampedGram, gram_matrix
 
 TASKS = ("digits MLP", "written digits")
 SEEDS = {"digits MLP": 5}  # other tasks: 3 models of each half

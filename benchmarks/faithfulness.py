@@ -31,8 +31,8 @@ from lightning_trak.projections import (
 )
 from lightning_trak.scoring import smaller_scorer
 from lightning_trak.scoring.damping import Damping
-from lightning_trak.scoring.gram import Curvature
-from lightning_trak.scoring.temperature import tempered
+from lightning_trak.scoring.newton.gram import Curvature
+from lightning_trak.scoring.newton.temperature import tempered
 
 SEEDS = 3
 GRID: tuple[float, ...] = (0.01, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)

@@ -11,7 +11,7 @@ from benchmarks.memory import MIB, reset_peak, status
 from benchmarks.timing import seconds
 from lightning_trak.features.dtypes import DtypeName, feature_dtype
 from lightning_trak.features.rows import Features, StoredFeatures
-from lightning_trak.scoring.gram import DampedGram, gram_matrix
+from lightning_trak.scoring.newton.gram import DampedGram, gram_matrix
 
 ROWS = 1024  # a shard
 

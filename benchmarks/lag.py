@@ -24,7 +24,7 @@ from benchmarks.tasks import Task, make_tasks
 from benchmarks.truth import SUBSETS, Truth, kept, trainer_for
 from benchmarks.twins import twin
 from lightning_trak.methods import ExactKernel
-from lightning_trak.scoring.lag import Lag
+from lightning_trak.scoring.newton.lag import Lag
 from lightning_trak.texts.tables import Table
 
 MODELS, SEEDS = 4, 2

@@ -29,7 +29,7 @@ from lightning_trak import Metagradient
 from lightning_trak.methods import ExactKernel
 from lightning_trak.metrics.functional.bootstrap import crossed_bootstrap_interval
 from lightning_trak.scoring import combine_runs, combine_scores
-from lightning_trak.scoring.lag import Lag
+from lightning_trak.scoring.newton.lag import Lag
 
 TARGETS = 50
 FIRST_SEED = 500  # of the recorded runs

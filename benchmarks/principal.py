@@ -24,8 +24,8 @@ from lightning_trak.outputs import ModelOutput
 from lightning_trak.projections import SparseProjection
 from lightning_trak.projections.landmarks import Landmarks
 from lightning_trak.scoring.damping import absolute_damping
-from lightning_trak.scoring.noise import Noise
-from lightning_trak.scoring.temperature import Tempered
+from lightning_trak.scoring.newton.noise import Noise
+from lightning_trak.scoring.newton.temperature import Tempered
 
 TASKS = ("photographs conv", "photographs MLP")
 SEEDS, MODELS = 3, 10

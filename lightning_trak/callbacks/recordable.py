@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from lightning_trak.compatibility import has_gradient_hooks
 from lightning_trak.packages import both, is_a, overrides
 from lightning_trak.replay.optimizers.base import optimizer_step
-from lightning_trak.replay.states import named_buffers, named_parameters
+from lightning_trak.replay.recording.states import named_buffers, named_parameters
 from lightning_trak.running.batches import TransferHooks, on_device
 from lightning_trak.running.data.loading import batch_size_of, load, num_examples
 from lightning_trak.running.random_states import RandomWatch, isolated_random_states

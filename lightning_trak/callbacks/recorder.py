@@ -21,10 +21,11 @@ from lightning_trak.callbacks.step_options import StepOptions
 from lightning_trak.compatibility import change_train_loader, restore_train_loader
 from lightning_trak.replay.optimizers.base import optimizer_name
 from lightning_trak.replay.player import describe_parameters
-from lightning_trak.replay.recording import Recording, Spacing, check_spacing, keeps_state
-from lightning_trak.replay.records import MicroBatch, Settings, StepRecord, Structure
-from lightning_trak.replay.states import TrainingState, difference, named_parameters
-from lightning_trak.replay.writing import RecordingWriter
+from lightning_trak.replay.recording.reading import Recording
+from lightning_trak.replay.recording.records import MicroBatch, Settings, StepRecord, Structure
+from lightning_trak.replay.recording.spacing import Spacing, check_spacing, keeps_state
+from lightning_trak.replay.recording.states import TrainingState, difference, named_parameters
+from lightning_trak.replay.recording.writing import RecordingWriter
 from lightning_trak.running.data.content import sample_digest
 from lightning_trak.running.data.loading import num_examples
 from lightning_trak.running.data.positions import PositionLog

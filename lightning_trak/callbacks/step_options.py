@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_trak.callbacks.recordable import group_settings
 from lightning_trak.replay.player import canonical_module_name
-from lightning_trak.replay.records import Settings, Structure
+from lightning_trak.replay.recording.records import Settings, Structure
 
 _requires_grad, _training = attrgetter("requires_grad"), attrgetter("training")
 _NO_PARAMETERS = {"params": None}

@@ -14,7 +14,7 @@ from lightning_trak.metrics import LinearDatamodelingScore
 from lightning_trak.reporting.explanations import describe_of, explain
 from lightning_trak.reporting.scores import SavedScores
 from lightning_trak.reporting.showing import kind_of_file, show
-from lightning_trak.retraining.ground_truth import load_ground_truth
+from lightning_trak.retraining.fleets.ground_truth import load_ground_truth
 from lightning_trak.running.data.sources import single_loader
 from lightning_trak.storage.paths import local_file
 from lightning_trak.texts.printable import counted, printable

@@ -9,9 +9,10 @@ from lightning_trak.methods.baselines.knn_shapley import KNNShapley
 from lightning_trak.methods.baselines.random_scores import RandomScores
 from lightning_trak.methods.baselines.similarity import RepresentationSimilarity
 from lightning_trak.methods.baselines.training_loss import TrainingLoss
-from lightning_trak.methods.exact_kernel import ExactKernel
-from lightning_trak.methods.feature import FeatureMethod
-from lightning_trak.methods.gradients import GradientCosine, GradientDot, TracIn
+from lightning_trak.methods.features.base import FeatureMethod
+from lightning_trak.methods.features.exact_kernel import ExactKernel
+from lightning_trak.methods.features.gradients import GradientCosine, GradientDot, TracIn
+from lightning_trak.methods.features.trak import TRAK
 from lightning_trak.methods.influence import (
     Arnoldi,
     ConjugateGradient,
@@ -21,7 +22,6 @@ from lightning_trak.methods.influence import (
     LiSSA,
 )
 from lightning_trak.methods.metagradient import Metagradient
-from lightning_trak.methods.trak import TRAK
 
 __all__ = [
     "BM25",

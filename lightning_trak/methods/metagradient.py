@@ -19,10 +19,10 @@ from lightning_trak.methods.questions import Asked
 from lightning_trak.methods.showing import RAISES_OUTPUT
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import declared_output, require_alone, target_output, trained_output
-from lightning_trak.replay.differentiating import Differentiated
 from lightning_trak.replay.losses import Losses, training_losses
 from lightning_trak.replay.player import Player
-from lightning_trak.replay.recording import Recording
+from lightning_trak.replay.recording.reading import Recording
+from lightning_trak.replay.reverse.run import Differentiated
 from lightning_trak.replay.reweighted import Reweighted
 from lightning_trak.replay.smoothness import SMOOTH_VALUE, advice, quick_value
 from lightning_trak.running.data.annotated import annotated
@@ -63,7 +63,7 @@ class Metagradient(DataMethod):
         order: ``"recorded"``: what an example did in the steps whose batches held it. ``"average"``: what it would do
             if its weight were spread over all steps. This says more of runs with other seeds, and less of this one. It
             takes one more pass over the training data for each epoch, and is exact up to the change of the weights
-            within an epoch; see :mod:`lightning_trak.replay.average_order`.
+            within an epoch; see :mod:`lightning_trak.replay.reverse.average_order`.
         first_steps: differentiate only this many steps of a run, the first ones, as if training had ended there;
             default: all. For models that are trained on half of the data for as many epochs, take half of the steps:
             these models take no more (docs/one_run.md has the evidence).

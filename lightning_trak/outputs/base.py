@@ -31,7 +31,8 @@ class ModelOutput(ABC):
         numbered: whether it depends on the position of an example in the training set: batches come as AnnotatedBatch,
             with positions as their notes.
         averages: whether the loss may be a mean over several predictions for an example, such as its tokens. R is then
-            not the variance of Q, and the automatic damping does not follow the :mod:`~lightning_trak.scoring.lag`.
+            not the variance of Q, and the automatic damping does not follow the
+            :mod:`~lightning_trak.scoring.newton.lag`.
 
     Example:
         >>> import torch

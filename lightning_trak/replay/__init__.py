@@ -2,7 +2,7 @@
 
 from lightning_trak.replay.optimizers import OptimizerStep
 from lightning_trak.replay.optimizers.smooth import SmoothAdamW
-from lightning_trak.replay.recording import Recording
+from lightning_trak.replay.recording.reading import Recording
 from lightning_trak.replay.replaying import Replayed, replay
 from lightning_trak.replay.smoothness import Smoothness, metasmoothness
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.evaluating import unchanged
 from lightning_trak.replay.player import Played, Player, ReplayError
-from lightning_trak.replay.records import StepRecord
-from lightning_trak.replay.states import TrainingState
+from lightning_trak.replay.recording.records import StepRecord
+from lightning_trak.replay.recording.states import TrainingState
 from lightning_trak.running.data.loading import LEAVES_OUT
 from lightning_trak.running.random_states import restore_random_states
 

@@ -19,9 +19,9 @@ from lightning_trak.compatibility import WRAPPERS, BatchNorm, original_module
 from lightning_trak.gradients.leaves import apart_from, require_own_leaves
 from lightning_trak.packages import is_a
 from lightning_trak.replay.optimizers.base import optimizer_named, optimizer_step
-from lightning_trak.replay.recording import Recording
-from lightning_trak.replay.records import MicroBatch, StepRecord, Structure
-from lightning_trak.replay.states import Difference, TrainingState, difference, named_parameters
+from lightning_trak.replay.recording.reading import Recording
+from lightning_trak.replay.recording.records import MicroBatch, StepRecord, Structure
+from lightning_trak.replay.recording.states import Difference, TrainingState, difference, named_parameters
 from lightning_trak.running.batches import TransferHooks, on_device
 from lightning_trak.running.data.content import sample_digest
 from lightning_trak.running.data.loading import load, num_examples

@@ -11,8 +11,8 @@ from torch import nn
 from tqdm import tqdm
 
 from lightning_trak.replay.player import Player, ReplayError
-from lightning_trak.replay.recording import Recording
-from lightning_trak.replay.records import StepRecord
+from lightning_trak.replay.recording.reading import Recording
+from lightning_trak.replay.recording.records import StepRecord
 from lightning_trak.running.data.sources import Data, datamodule_of, single_loader
 from lightning_trak.running.random_states import isolated_random_states
 from lightning_trak.running.strategies import require_whole_parameters

@@ -2,7 +2,7 @@
 
 Training is a function of the weights w of the examples: the loss of a batch is sum_i w_i l_i / (size of the batch),
 with the size that was recorded, whatever the weights are. Order, batches, random numbers and hyperparameters are those
-of the recording. This is the function that :mod:`~lightning_trak.replay.differentiating` differentiates at w = 1.
+of the recording. This is the function that :mod:`~lightning_trak.replay.reverse.run` differentiates at w = 1.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.evaluating import modules_of
 from lightning_trak.replay.losses import Losses, losses_of, require_losses, require_step
 from lightning_trak.replay.player import Loss, Player
-from lightning_trak.replay.records import MicroBatch, StepRecord
-from lightning_trak.replay.states import TrainingState
+from lightning_trak.replay.recording.records import MicroBatch, StepRecord
+from lightning_trak.replay.recording.states import TrainingState
 from lightning_trak.replay.targets import differentiable, output_at, targets_alone
 from lightning_trak.running.data.ordering import require_order
 

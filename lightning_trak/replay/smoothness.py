@@ -26,9 +26,9 @@ from lightning_trak.replay.losses import training_losses
 from lightning_trak.replay.optimizers.base import optimizer_name
 from lightning_trak.replay.optimizers.smooth import SmoothAdamW
 from lightning_trak.replay.player import Player
-from lightning_trak.replay.recording import Recording
+from lightning_trak.replay.recording.reading import Recording
+from lightning_trak.replay.recording.states import TrainingState
 from lightning_trak.replay.reweighted import Reweighted
-from lightning_trak.replay.states import TrainingState
 from lightning_trak.running.data.sources import Data, datamodule_of, single_loader
 from lightning_trak.running.random_states import isolated_random_states
 from lightning_trak.running.strategies import require_whole_parameters

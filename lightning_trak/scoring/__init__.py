@@ -2,13 +2,13 @@
 
 from lightning_trak.scoring.base import Scorer
 from lightning_trak.scoring.combined import combine_runs, combine_scores
-from lightning_trak.scoring.dual import DualScorer, smaller_scorer
 from lightning_trak.scoring.gradient import GradientCosineScorer, GradientDotScorer
 from lightning_trak.scoring.groups import Groups, aggregate_scores
 from lightning_trak.scoring.intervals import Interval
-from lightning_trak.scoring.primal import PrimalScorer
+from lightning_trak.scoring.newton.dual import DualScorer, smaller_scorer
+from lightning_trak.scoring.newton.primal import PrimalScorer
+from lightning_trak.scoring.newton.trak import TRAKScorer
 from lightning_trak.scoring.topk import BothEnds, TopK
-from lightning_trak.scoring.trak import TRAKScorer
 
 __all__ = [
     "BothEnds",

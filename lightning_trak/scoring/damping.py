@@ -40,7 +40,8 @@ def auto_damping(trace: Tensor, squared_weights: Tensor, size: int, noise: float
         trace: sum_j w_j, the trace of K.
         squared_weights: sum_j w_j^2.
         size: the number of K's rows.
-        noise: how noisy the scores are that the damping is for, see :class:`~lightning_trak.scoring.noise.Noise`.
+        noise: how noisy the scores are that the damping is for, see
+            :class:`~lightning_trak.scoring.newton.noise.Noise`.
 
     Returns:
         The damping; not a number if K is zero.
@@ -57,7 +58,7 @@ def absolute_damping(damping: Damping, weights: Tensor, size: int, where: str, n
         weights: what each example adds to the matrix's trace: w_j, shape ``(n,)``.
         size: the number of the matrix's rows.
         where: what to call the matrix in errors.
-        noise: for ``"auto"``, see :class:`~lightning_trak.scoring.noise.Noise`.
+        noise: for ``"auto"``, see :class:`~lightning_trak.scoring.newton.noise.Noise`.
 
     Raises:
         ValueError: if the matrix is zero.

@@ -11,7 +11,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
-from lightning_trak.replay import Recording, replay, writing
+from lightning_trak.replay import Recording, replay
+from lightning_trak.replay.recording import writing
 from tests.callback_nets import make_trainer
 from tests.killing import die_in_file_operation, run_forked
 from tests.replay.runs import Net, make_data, train

@@ -6,7 +6,7 @@ from torch.utils.data import DataLoader
 
 from lightning_trak import TrainingRecorder, TRAKCallback
 from lightning_trak.checkpoints import resolve_checkpoints
-from lightning_trak.replay.recording import Recording
+from lightning_trak.replay.recording.reading import Recording
 from tests.lit import TRAIN, LitNet, make_trainer
 
 KINDS = {"snapshots": TRAKCallback, "recording": TrainingRecorder}

@@ -22,7 +22,7 @@ from lightning_trak.cleaning.inspected import read_positions
 from lightning_trak.methods import RepresentationSimilarity
 from lightning_trak.projections import SparseProjection
 from lightning_trak.reporting.scores import SavedScores
-from lightning_trak.retraining.members import Member, MemberStore
+from lightning_trak.retraining.fleets.members import Member, MemberStore
 from tests.cli.command_line import CONFIG, command_line
 from tests.launch import ROOT
 from tests.lit import make_trainer

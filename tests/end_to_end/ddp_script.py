@@ -19,7 +19,7 @@ from lightning_trak.methods import (
 )
 from lightning_trak.outputs import CausalLMMargin, ClassificationMargin, ContrastiveMargin
 from lightning_trak.projections import SparseProjection
-from lightning_trak.scoring import gram
+from lightning_trak.scoring.newton import gram
 from tests.causal_texts import loader, make_texts
 from tests.end_to_end.test_distributed import (
     CLASSES,

@@ -9,8 +9,8 @@ from lightning_trak.gradients.base import EngineError
 from lightning_trak.gradients.batch import ExampleBatch
 from lightning_trak.gradients.hooks.factors import GradientForm, GradientForms, find_forms
 from lightning_trak.outputs import ClassificationMargin
-from lightning_trak.scoring import inner_products as module_of_products
-from lightning_trak.scoring.inner_products import inner_products
+from lightning_trak.scoring.newton import inner_products as module_of_products
+from lightning_trak.scoring.newton.inner_products import inner_products
 from tests.lit import OwnLinear
 from tests.zoo import Specimen, specimen
 

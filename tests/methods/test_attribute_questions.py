@@ -20,7 +20,6 @@ from lightning_trak.methods.influence import base
 from lightning_trak.metrics.functional import bootstrap_interval
 from lightning_trak.outputs import ClassificationMargin
 from lightning_trak.projections import IdentityProjection
-from lightning_trak.replay import differentiating
 from lightning_trak.scoring import Groups, aggregate_scores
 from tests.lit import TARGETS, TRAIN, LitNet, make_checkpoints, make_data, make_model, make_trainer
 from tests.methods import metagradients
@@ -99,7 +98,7 @@ def test_metagradients(tmp_path, monkeypatch):
     groups, full = torch.tensor([0, 1, 0, 1, 0]), attribute()
     sources = Groups([None, *(number % 3 for number in range(1, full.shape[1]))])
     require_sums(attribute, full, groups, sources, Groups(groups, torch.linspace(-1, 1, 5)))
-    monkeypatch.setattr(differentiating, "COTANGENT_BYTES", 1)  # a group at a time
+    monkeypatch.setattr("lightning_trak.replay.reverse.run.COTANGENT_BYTES", 1)  # a group at a time
     close(attribute(aggregate="sum", groups=groups), aggregate_scores(full, "sum", groups))
     with pytest.raises(ValueError, match="Metagradient takes no candidates=: it differentiates by the weights"):
         attribute(candidates=metagradients.DATA)

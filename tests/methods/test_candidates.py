@@ -46,7 +46,7 @@ def test_the_dual_is_the_primal(tmp_path, monkeypatch):
     method = make(tmp_path, "dual", projection=IdentityProjection(), dtype=torch.float64)
     trainer, output = make_trainer(), ClassificationMargin(labels=1)
     dual = method.score(trainer, TARGETS, train=NEW, output=output)
-    monkeypatch.setattr("lightning_trak.methods.trak.smaller_scorer", lambda *_: PrimalScorer)
+    monkeypatch.setattr("lightning_trak.methods.features.trak.smaller_scorer", lambda *_: PrimalScorer)
     close(dual, method.score(trainer, TARGETS, train=NEW, output=output))
 
 

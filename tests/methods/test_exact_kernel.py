@@ -13,7 +13,7 @@ from lightning_trak.features.store import FeatureStore
 from lightning_trak.methods import ExactKernel
 from lightning_trak.outputs import ClassificationMargin
 from lightning_trak.projections import IdentityProjection
-from lightning_trak.scoring import exact_kernel as module_of_kernel
+from lightning_trak.scoring.newton import exact_kernel as module_of_kernel
 from tests.lit import TARGETS, TRAIN, beyond_hooks, make_checkpoints, make_model, make_trainer, open_store
 
 

@@ -29,7 +29,6 @@ from lightning_trak.methods.baselines import knn_shapley, similarity
 from lightning_trak.methods.baselines.knn_shapley import knn_shapley_values
 from lightning_trak.outputs import ClassificationMargin, ContrastiveMargin, DirectionOutput, RegressionOutput
 from lightning_trak.projections import SparseProjection
-from lightning_trak.replay import differentiating
 from tests.lit import TRAIN, LitNet, make_data, make_model, make_trainer
 from tests.methods.metagradients import DATA
 from tests.replay.runs import Net
@@ -134,7 +133,7 @@ def test_metagradients_of_each_example_by_its_own_weight(tmp_path, monkeypatch, 
     train_recorded(module, DATA, directory=tmp_path / "recording")
     method = Metagradient(module, tmp_path / "recording", check_smooth=False, progress_bar=False)
     expected = method.attribute(make_trainer(), DATA, DATA).diagonal()
-    monkeypatch.setattr(differentiating, "COTANGENT_BYTES", bytes_of_targets)
+    monkeypatch.setattr("lightning_trak.replay.reverse.run.COTANGENT_BYTES", bytes_of_targets)
     found = method.label_suspicion(make_trainer(), DATA)
     torch.testing.assert_close(found, expected.abs(), rtol=1e-4, atol=1e-7)
 

@@ -45,7 +45,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Net, Path, L.Tra
 def test_spacing_does_not_matter(spacing: Any, recorded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = train(Net(optimizer=OPTIMIZERS["adam"]), DATA, tmp_path, spacing, max_epochs=4)
     assert torch.equal(attribute(Net(), tmp_path, trainer), recorded[3])
-    monkeypatch.setattr("lightning_trak.replay.differentiating.SEGMENT_BYTES", 1)  # as few states in memory as possible
+    monkeypatch.setattr("lightning_trak.replay.reverse.run.SEGMENT_BYTES", 1)  # as few states in memory as possible
     assert torch.equal(attribute(Net(), tmp_path, trainer), recorded[3])
 
 
@@ -56,7 +56,7 @@ def test_spacing_does_not_matter(spacing: Any, recorded: Any, tmp_path: Path, mo
 def test_blocks_do_not_matter(options: dict[str, int], recorded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     module, directory, trainer, expected = recorded
     torch.testing.assert_close(attribute(module, directory, trainer, **options), expected, rtol=1e-10, atol=1e-13)
-    monkeypatch.setattr("lightning_trak.replay.differentiating.COTANGENT_BYTES", 1)  # a reverse pass for each target
+    monkeypatch.setattr("lightning_trak.replay.reverse.run.COTANGENT_BYTES", 1)  # a reverse pass for each target
     torch.testing.assert_close(attribute(module, directory, trainer, **options), expected, rtol=1e-10, atol=1e-13)
 
 

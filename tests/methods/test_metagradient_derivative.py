@@ -17,7 +17,7 @@ from lightning_trak.replay import OptimizerStep
 from lightning_trak.replay.group_norm import PlainGroupNorm
 from lightning_trak.replay.optimizers.sgd import SGDStep
 from lightning_trak.replay.player import ReplayError
-from lightning_trak.replay.products import Products
+from lightning_trak.replay.reverse.products import Products
 from tests.methods.metagradients import (
     DATA,
     DIRECTION,
@@ -264,7 +264,7 @@ def test_which_layers_take_many_targets_at_once(net: str, tmp_path: Path, monkey
             super()._audit(*args)
             found.append(self.batched)
 
-    monkeypatch.setattr("lightning_trak.replay.reverse.Products", Watched)
+    monkeypatch.setattr("lightning_trak.replay.reverse.step.Products", Watched)
     module = Net(NETS.get(net, lambda: layers(Functional())))
     trainer = train(module, DATA, tmp_path)
     scores = attribute(module, tmp_path, trainer)

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_trak import TRAK
-from lightning_trak.methods import Explicit, GradientDot, InfluenceFunction, TracIn, rescoring
+from lightning_trak.methods import Explicit, GradientDot, InfluenceFunction, TracIn
+from lightning_trak.methods.features import rescoring
 from lightning_trak.methods.influence import base, landmark_preconditioner, products
 from lightning_trak.outputs import ClassificationMargin, ContrastiveMargin
 from lightning_trak.projections import IdentityProjection, Projection, SparseProjection

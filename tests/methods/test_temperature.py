@@ -8,8 +8,8 @@ from lightning_trak import TRAK
 from lightning_trak.methods import ExactKernel
 from lightning_trak.outputs import RegressionOutput
 from lightning_trak.projections import IdentityProjection, SparseProjection
-from lightning_trak.scoring.noise import Noise
-from lightning_trak.scoring.temperature import Tempered
+from lightning_trak.scoring.newton.noise import Noise
+from lightning_trak.scoring.newton.temperature import Tempered
 from tests.lit import TARGETS, TRAIN, make_checkpoints, make_model, make_trainer, stored
 
 METHODS = {

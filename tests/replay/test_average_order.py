@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset, TensorDataset, WeightedRandomSampler
 
 from lightning_trak import Metagradient
-from lightning_trak.replay import average_order
+from lightning_trak.replay.reverse import average_order
 from tests.methods.metagradients import DATA, DIRECTION, NETS, STEP, TARGETS, attribute, layers, outputs, sgd
 from tests.replay.runs import Net, ThawAndFreeze, make_data, sgd_of_trained, shuffled, train
 

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from lightning_trak.replay.flat_states import FlatState, pack_states, unpack_state
-from lightning_trak.replay.states import TrainingState, difference
+from lightning_trak.replay.recording.flat_states import FlatState, pack_states, unpack_state
+from lightning_trak.replay.recording.states import TrainingState, difference
 
 
 def state(seed, dtype=torch.float32, moments=True):

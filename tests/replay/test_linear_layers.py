@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_trak.replay.linear_layers import LinearCalls
-from lightning_trak.replay.reverse import Reverse
+from lightning_trak.replay.reverse.linear_layers import LinearCalls
+from lightning_trak.replay.reverse.step import Reverse
 from tests.methods.metagradients import DATA, attribute
 from tests.replay.runs import Net, train
 
@@ -152,5 +152,5 @@ def test_scores_are_those_of_one_target_after_the_other(
     monkeypatch.setattr(Reverse, "_try_apart", noted)
     found = attribute(module, tmp_path, trainer, **options)
     assert set(kinds) == {name == "usual"}
-    monkeypatch.setattr("lightning_trak.replay.differentiating.COTANGENT_BYTES", 1)  # a reverse pass for each target
+    monkeypatch.setattr("lightning_trak.replay.reverse.run.COTANGENT_BYTES", 1)  # a reverse pass for each target
     torch.testing.assert_close(found, attribute(module, tmp_path, trainer, **options), rtol=1e-10, atol=1e-13)

@@ -11,7 +11,7 @@ import torch
 from lightning_trak.replay import Recording
 from lightning_trak.replay.losses import require_step, training_losses
 from lightning_trak.replay.player import Player, ReplayError
-from lightning_trak.replay.states import TrainingState
+from lightning_trak.replay.recording.states import TrainingState
 from tests.replay.runs import Net, make_data, shuffled, train
 
 

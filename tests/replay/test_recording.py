@@ -7,10 +7,18 @@ import threading
 import pytest
 import torch
 
-from lightning_trak.replay import Recording, writing
-from lightning_trak.replay.records import MicroBatch, Settings, StepRecord, Structure, pack_steps, unpack_steps
-from lightning_trak.replay.states import TrainingState, difference
-from lightning_trak.replay.writing import RecordingWriter
+from lightning_trak.replay import Recording
+from lightning_trak.replay.recording import writing
+from lightning_trak.replay.recording.records import (
+    MicroBatch,
+    Settings,
+    StepRecord,
+    Structure,
+    pack_steps,
+    unpack_steps,
+)
+from lightning_trak.replay.recording.states import TrainingState, difference
+from lightning_trak.replay.recording.writing import RecordingWriter
 from lightning_trak.storage.files import load_tensors, save_tensors
 
 RUN = {"optimizer": "torch.optim.sgd.SGD", "precision": "64-true", "num_train": 9, "data": "x", "parameters": []}
@@ -98,7 +106,7 @@ def test_two_runs_at_once(tmp_path):
 
 
 def test_a_run_whose_directory_was_taken_writes_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr("lightning_trak.replay.writing.hold", lambda *args: None)  # a file system without locks
+    monkeypatch.setattr(writing, "hold", lambda *args: None)  # a file system without locks
     first, second = RecordingWriter(tmp_path, 1), RecordingWriter(tmp_path, 1)
     first.begin(RUN, {})
     second.begin(RUN, {})

@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader
 
 from lightning_trak.replay.losses import declared_losses
 from lightning_trak.replay.player import Player
-from lightning_trak.replay.recording import Recording
+from lightning_trak.replay.recording.reading import Recording
+from lightning_trak.replay.recording.states import TrainingState
 from lightning_trak.replay.reweighted import Reweighted
-from lightning_trak.replay.states import TrainingState
 from tests.methods.metagradients import DATA, NETS, OPTIMIZERS, TARGETS, outputs
 from tests.replay.runs import NUM_TRAIN, Net, train
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from lightning_trak.replay.recording import keeps_state
-from lightning_trak.replay.schedule import backwards
+from lightning_trak.replay.recording.spacing import keeps_state
+from lightning_trak.replay.reverse.schedule import backwards
 
 
 def play(first, stop, states, held):

@@ -17,9 +17,9 @@ from lightning_trak import Metagradient
 from lightning_trak.replay import Recording, SmoothAdamW, Smoothness, metasmoothness, smoothness
 from lightning_trak.replay.losses import declared_losses
 from lightning_trak.replay.player import Player
+from lightning_trak.replay.recording.states import TrainingState
 from lightning_trak.replay.reweighted import Reweighted
 from lightning_trak.replay.smoothness import advice, agreement, noise_ceiling, quick_value
-from lightning_trak.replay.states import TrainingState
 from tests.methods.metagradients import Linear
 from tests.replay.runs import NUM_TRAIN, Net, make_data, shuffled, train
 

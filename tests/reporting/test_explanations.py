@@ -14,7 +14,7 @@ from lightning_trak.reporting.items import describe_item, find_image
 from lightning_trak.reporting.plots import plot_explanations
 from lightning_trak.reporting.scores import SavedScores
 from lightning_trak.reporting.terminal import table
-from lightning_trak.retraining.ground_truth import load_ground_truth
+from lightning_trak.retraining.fleets.ground_truth import load_ground_truth
 from lightning_trak.scoring import TopK
 
 

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from lightning_trak.reporting.scores import SavedScores
-from lightning_trak.retraining.ground_truth import load_ground_truth
+from lightning_trak.retraining.fleets.ground_truth import load_ground_truth
 from lightning_trak.scoring.topk import BothEnds, TopK
 from lightning_trak.storage.files import save_tensors
 

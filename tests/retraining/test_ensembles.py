@@ -13,8 +13,9 @@ from lightning_trak.checkpoints import resolve_checkpoints
 from lightning_trak.methods import EKFACInfluence, GradientDot, InfluenceFunction, TracIn
 from lightning_trak.outputs import ClassificationMargin
 from lightning_trak.projections import SparseProjection
-from lightning_trak.retraining import RetrainingFleet, members, random_subsets, read_fleet, split_fleet
-from lightning_trak.retraining.members import Member
+from lightning_trak.retraining import RetrainingFleet, random_subsets, read_fleet, split_fleet
+from lightning_trak.retraining.fleets import members
+from lightning_trak.retraining.fleets.members import Member
 from tests.lit import LitNet, make_data, make_trainer, open_store
 from tests.retraining.test_fleet_together import Net
 

@@ -16,7 +16,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Subset, We
 from lightning_trak import LinearDatamodelingScore
 from lightning_trak.outputs import ClassificationMargin, ContrastiveMargin, RegressionOutput
 from lightning_trak.retraining import read_fleet
-from lightning_trak.retraining.members import Member
+from lightning_trak.retraining.fleets.members import Member
 from tests.lit import LitNet, make_data
 from tests.lit import make_trainer as quiet_trainer
 from tests.retraining.small_fleet import EPOCHS, LOADER, MASKS, TARGETS, TRAIN, N, files, make_fleet, make_trainer, run

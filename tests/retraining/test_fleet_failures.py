@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Timer
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_trak.retraining import read_fleet
-from lightning_trak.retraining.members import Member
+from lightning_trak.retraining.fleets.members import Member
 from tests.lit import LitNet
 from tests.lit import make_trainer as quiet_trainer
 from tests.retraining.small_fleet import EPOCHS, LOADER, MASKS, TARGETS, TRAIN, N, make_fleet, make_trainer, run

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lightning_trak.retraining import RetrainingFleet, read_fleet
-from lightning_trak.retraining.members import Member, MemberStore
+from lightning_trak.retraining.fleets.members import Member, MemberStore
 from lightning_trak.storage.files import save_tensors
 from tests.lit import LitNet, make_data, make_trainer
 from tests.storage.test_mutations import FLEET, MASKS, contents, make_fleet

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_trak.retraining import RetrainingFleet, random_subsets, read_fleet
-from lightning_trak.retraining.members import Member
+from lightning_trak.retraining.fleets.members import Member
 from tests.launch import ROOT
 from tests.lit import LitNet, make_data, make_trainer
 from tests.retraining import fleet_script

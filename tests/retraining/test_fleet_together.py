@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Sampler
 from lightning_trak import AttributionMixin
 from lightning_trak.outputs import ClassificationMargin, ContrastiveMargin
 from lightning_trak.retraining import RetrainingFleet, random_subsets, train_together
-from lightning_trak.retraining.members import Member
+from lightning_trak.retraining.fleets.members import Member
 from tests.lit import make_data
 from tests.lit import make_trainer as quiet_trainer
 

@@ -143,7 +143,9 @@ def test_a_trained_module_is_the_same_as_a_new_one(tmp_path: Path) -> None:
 def elsewhere(monkeypatch: pytest.MonkeyPatch, **values: Any) -> None:
     from lightning_trak.running.environment import rounding_of
 
-    monkeypatch.setattr("lightning_trak.retraining.recorded.rounding_of", lambda device: rounding_of(device) | values)
+    monkeypatch.setattr(
+        "lightning_trak.retraining.fleets.recorded.rounding_of", lambda device: rounding_of(device) | values
+    )
 
 
 @pytest.mark.parametrize("field", ["hardware", "torch", "device"])

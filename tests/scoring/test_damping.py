@@ -13,8 +13,8 @@ from lightning_trak.methods.influence import InfluenceFunction
 from lightning_trak.outputs import ClassificationMargin
 from lightning_trak.scoring import PrimalScorer
 from lightning_trak.scoring.damping import absolute_damping, auto_damping, require_damping
-from lightning_trak.scoring.gram import gram_matrix
-from lightning_trak.scoring.noise import Noise
+from lightning_trak.scoring.newton.gram import gram_matrix
+from lightning_trak.scoring.newton.noise import Noise
 
 CPU = torch.device("cpu")
 

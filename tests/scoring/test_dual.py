@@ -12,12 +12,12 @@ from lightning_trak.features.store import FeatureStore
 from lightning_trak.projections import IdentityProjection
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.scoring import DualScorer, PrimalScorer, smaller_scorer
-from lightning_trak.scoring import kernel as kernel_module
-from lightning_trak.scoring import trak as trak_module
 from lightning_trak.scoring.damping import auto_damping
-from lightning_trak.scoring.gram import DampedGram, gram_matrix
-from lightning_trak.scoring.kernel import DampedKernel, kernel_matrix
-from lightning_trak.scoring.noise import Noise
+from lightning_trak.scoring.newton import kernel as kernel_module
+from lightning_trak.scoring.newton import trak as trak_module
+from lightning_trak.scoring.newton.gram import DampedGram, gram_matrix
+from lightning_trak.scoring.newton.kernel import DampedKernel, kernel_matrix
+from lightning_trak.scoring.newton.noise import Noise
 from tests.lit import TARGETS, make_checkpoints, make_data, make_model, make_trainer, open_store
 
 CPU = torch.device("cpu")
@@ -184,7 +184,7 @@ def test_blocks_of_any_size_give_the_kernel(tmp_path, monkeypatch, rows):
 def test_the_kernel_is_kept_for_every_curvature(tmp_path, monkeypatch):
     store, made = make_store(tmp_path), []
     real = kernel_matrix
-    monkeypatch.setattr("lightning_trak.scoring.dual.kernel_matrix", lambda *a: made.append(a) or real(*a))
+    monkeypatch.setattr("lightning_trak.scoring.newton.dual.kernel_matrix", lambda *a: made.append(a) or real(*a))
     fitted(store)
     assert len(made) == M
     fitted(store, curvature="identity")
@@ -223,7 +223,7 @@ def test_negative_curvature_is_refused(tmp_path):
 
 def test_the_choice_is_told(tmp_path, monkeypatch):
     told = []
-    monkeypatch.setattr("lightning_trak.scoring.dual.rank_zero_info", told.append)
+    monkeypatch.setattr("lightning_trak.scoring.newton.dual.rank_zero_info", told.append)
     fitted(make_store(tmp_path))
     assert told == ["TRAK: solves 30 x 30 (examples) instead of 70 x 70 (features), since n is smaller"]
     many = SimpleNamespace(

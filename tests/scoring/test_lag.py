@@ -17,11 +17,11 @@ from lightning_trak.outputs import (
     SegmentationMargin,
 )
 from lightning_trak.scoring import DualScorer, PrimalScorer
-from lightning_trak.scoring import gram as gram_module
-from lightning_trak.scoring.gram import DampedGram, gram_matrix
-from lightning_trak.scoring.lag import alignment, find_lag, residual_sums
-from lightning_trak.scoring.noise import Noise
-from lightning_trak.scoring.temperature import Tempered
+from lightning_trak.scoring.newton import gram as gram_module
+from lightning_trak.scoring.newton.gram import DampedGram, gram_matrix
+from lightning_trak.scoring.newton.lag import alignment, find_lag, residual_sums
+from lightning_trak.scoring.newton.noise import Noise
+from lightning_trak.scoring.newton.temperature import Tempered
 
 CPU = torch.device("cpu")
 N, K = 400, 20
@@ -220,14 +220,14 @@ def test_order_and_shards_do_not_matter(tmp_path):
 def test_factors_that_are_made_again_keep_their_damping(tmp_path, monkeypatch):
     store = store_of(tmp_path, logistic(4), logistic(8))
     expected = scores(fitted(store), 2)
-    monkeypatch.setattr("lightning_trak.scoring.trak._SYSTEM_BYTES", 0)
+    monkeypatch.setattr("lightning_trak.scoring.newton.trak._SYSTEM_BYTES", 0)
     torch.testing.assert_close(scores(fitted(store), 2), expected)
 
 
 def test_the_sums_of_residuals_are_kept_with_the_gram_matrix(tmp_path, monkeypatch):
     store = store_of(tmp_path, logistic(4))
     expected = fitted(store).noise.lags
-    monkeypatch.setattr("lightning_trak.scoring.primal.residual_sums", None)
+    monkeypatch.setattr("lightning_trak.scoring.newton.primal.residual_sums", None)
     assert fitted(store).noise.lags == expected
 
 
@@ -258,7 +258,7 @@ def test_directions_are_the_shares_of_eigenvalues(monkeypatch):
 
 def test_residuals_are_read_where_something_is_chosen_by_them(tmp_path, monkeypatch):
     store = store_of(tmp_path, logistic(4))
-    monkeypatch.setattr("lightning_trak.scoring.primal.residual_sums", None)
+    monkeypatch.setattr("lightning_trak.scoring.newton.primal.residual_sums", None)
     fitted(store, 0.5)
     with pytest.raises(TypeError):
         fitted(store)

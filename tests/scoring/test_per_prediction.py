@@ -19,7 +19,7 @@ from lightning_trak.projections import IdentityProjection, PrincipalProjection, 
 from lightning_trak.running.data.annotated import AnnotatedBatch
 from lightning_trak.running.data.content import prefix_digests
 from lightning_trak.scoring import DualScorer, PrimalScorer
-from lightning_trak.scoring.per_prediction import PredictionCurvature
+from lightning_trak.scoring.newton.per_prediction import PredictionCurvature
 from tests.causal_texts import CausalNet, gradients, loader, make_texts, margins, pad, pad_left
 from tests.lit import make_model, make_trainer
 

@@ -11,7 +11,7 @@ from lightning_trak.features.rows import Features, StoredFeatures
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.scoring import GradientCosineScorer, GradientDotScorer, PrimalScorer
-from lightning_trak.scoring.gram import DampedGram, gram_matrix
+from lightning_trak.scoring.newton.gram import DampedGram, gram_matrix
 from lightning_trak.scoring.topk import TopK, block_top_k, merge_top_k
 
 N, K, M = 50, 6, 3
@@ -116,7 +116,7 @@ def test_merging_keeps_global_positions():
 def test_the_gram_matrix_is_read_again_only_if_features_changed(store, monkeypatch):
     calls = []
     monkeypatch.setattr(
-        "lightning_trak.scoring.primal.gram_matrix", lambda *args: calls.append(args) or gram_matrix(*args)
+        "lightning_trak.scoring.newton.primal.gram_matrix", lambda *args: calls.append(args) or gram_matrix(*args)
     )
 
     def fit():
@@ -287,9 +287,9 @@ def test_the_damping_that_was_chosen_is_told(tmp_path, monkeypatch, dampings, la
     for checkpoint in range(len(dampings)):
         phi = torch.randn(8, K, generator=torch.Generator().manual_seed(checkpoint))
         store.write(checkpoint, 0, Features(phi, *torch.full((3, 8), 0.5)))
-    monkeypatch.setattr("lightning_trak.scoring.trak.rank_zero_info", told.append)
-    monkeypatch.setattr("lightning_trak.scoring.trak.auto_damping", lambda *args: next(chosen))
-    monkeypatch.setattr("lightning_trak.scoring.trak.find_lag", lambda aligned: lag)
+    monkeypatch.setattr("lightning_trak.scoring.newton.trak.rank_zero_info", told.append)
+    monkeypatch.setattr("lightning_trak.scoring.newton.trak.auto_damping", lambda *args: next(chosen))
+    monkeypatch.setattr("lightning_trak.scoring.newton.trak.find_lag", lambda aligned: lag)
     PrimalScorer(store, "gauss_newton", "auto", "per_checkpoint", 0.0).fit(CPU)
     assert told == [f"TRAK: {said}"]
 
@@ -353,7 +353,7 @@ def test_a_panel_of_the_gram_matrix_gives_what_the_whole_gives(monkeypatch):
     phi, curvatures = torch.randn(50, 11, dtype=torch.float64), torch.rand(50, dtype=torch.float64)
     expected = (phi * curvatures[:, None]).T @ phi
     for columns in (1, 4, 11, 20):
-        monkeypatch.setattr("lightning_trak.scoring.gram._COLUMNS", columns)
+        monkeypatch.setattr("lightning_trak.scoring.newton.gram._COLUMNS", columns)
         gram, _ = gram_matrix([Features(phi, curvatures, curvatures, curvatures)], "gauss_newton", 11, CPU)
         torch.testing.assert_close(gram, expected)
         assert torch.equal(gram, gram.T)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from lightning_trak.features.store import FeatureStore
-from lightning_trak.retraining.members import Member, MemberStore
+from lightning_trak.retraining.fleets.members import Member, MemberStore
 from tests.killing import context
 
 MASKS = torch.tensor([[True, False, True]])

@@ -10,7 +10,7 @@ import torch
 from lightning_trak.features.rows import Features
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.retraining import read_fleet
-from lightning_trak.retraining.members import Member, MemberStore
+from lightning_trak.retraining.fleets.members import Member, MemberStore
 from lightning_trak.storage.files import write_json
 from lightning_trak.storage.schemas import boolean, integer, items, one_of, parse_json, record, text, with_checksum
 

@@ -15,7 +15,7 @@ from lightning_trak.features.rows import Features
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.methods import ExactKernel
 from lightning_trak.projections import SparseProjection
-from lightning_trak.retraining.members import Member, MemberStore
+from lightning_trak.retraining.fleets.members import Member, MemberStore
 from lightning_trak.storage import claims, discarding
 from tests.launch import run_script
 from tests.lit import TARGETS, TRAIN, make_model, make_trainer

@@ -16,7 +16,7 @@ from lightning_trak.methods.influence.blocks import Block, find_blocks
 from lightning_trak.methods.influence.eigenbases import Basis, fit_bases, unseen_uses
 from lightning_trak.methods.influence.passes import Passes
 from lightning_trak.methods.influence.solvers import InverseProduct
-from lightning_trak.scoring.gram import require_convex
+from lightning_trak.scoring.newton.gram import require_convex
 from lightning_trak.texts.messages import with_reasons
 
 EKFACCurvature = Literal["gauss_newton", "empirical"]

@@ -16,7 +16,7 @@ from lightning_trak.methods.influence.solvers import InverseProduct, Solver
 from lightning_trak.methods.questions import Asked
 from lightning_trak.running.data.sources import Data
 from lightning_trak.scoring.damping import Damping, require_damping
-from lightning_trak.scoring.noise import Noise
+from lightning_trak.scoring.newton.noise import Noise
 
 
 class InfluenceFunction(Influence):

@@ -15,8 +15,8 @@ from lightning_trak.gradients.second_derivatives import CAUSES, differentiating_
 from lightning_trak.methods.influence.passes import Passes
 from lightning_trak.outputs.evaluating import modules_of
 from lightning_trak.scoring.damping import Damping, absolute_damping
-from lightning_trak.scoring.gram import gram_matrix, require_convex
-from lightning_trak.scoring.noise import Noise
+from lightning_trak.scoring.newton.gram import gram_matrix, require_convex
+from lightning_trak.scoring.newton.noise import Noise
 
 HessianCurvature = Literal["gauss_newton", "identity", "exact"]
 

@@ -48,7 +48,7 @@ class Passes:
 
     Attributes:
         noise_level: what the automatic damping is multiplied by, beside the dispersion of the loss, see
-            :class:`~lightning_trak.scoring.noise.Noise`; 1 until it is known.
+            :class:`~lightning_trak.scoring.newton.noise.Noise`; 1 until it is known.
         begun_with: how many of the first training examples the output's context comes from; None: all.
 
     Raises:

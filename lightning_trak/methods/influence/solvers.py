@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_trak.methods.influence.hessian import Hessian
-from lightning_trak.scoring.gram import DampedGram
+from lightning_trak.scoring.newton.gram import DampedGram
 
 InverseProduct = Callable[[Tensor, range], Tensor]
 """Takes rows, ``(n, p)``, and the numbers of their targets, for messages; applies (H + lambda I)^-1 to each row."""

@@ -1,0 +1,1 @@
+"""The files of a recorded run: what they hold, reading them, and writing them."""

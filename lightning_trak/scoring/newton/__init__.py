@@ -1,0 +1,1 @@
+"""What the scores of TRAK are made of: one Newton step for each training example."""

@@ -1,0 +1,240 @@
+"""TRAK scores from stored features: one Newton step for each training example, averaged over checkpoints."""
+
+import warnings
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import ClassVar, Literal, cast
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from lightning_trak.checkpoints.subsets import TrainingSubset
+from lightning_trak.features.rows import Features, StoredFeatures
+from lightning_trak.features.store import FeatureStore
+from lightning_trak.running.ranks import Ranks
+from lightning_trak.scoring.base import Scorer, full_precision
+from lightning_trak.scoring.damping import Damping, auto_damping
+from lightning_trak.scoring.newton.gram import Curvature, DampedGram
+from lightning_trak.scoring.newton.kernel import DampedKernel
+from lightning_trak.scoring.newton.lag import Lag, find_lag
+from lightning_trak.scoring.newton.noise import Noise, stored_noise
+from lightning_trak.scoring.newton.per_prediction import SEVERAL, WHOLE, dispersion
+from lightning_trak.scoring.newton.temperature import Tempered
+from lightning_trak.scoring.newton.undamped import System, Undamped
+from lightning_trak.texts.messages import extremes
+
+LossGradients = Literal["per_checkpoint", "averaged"]
+
+
+_CACHE_FORMAT = 3  # of a stored Gram matrix; one of another format is made again
+_SYSTEM_BYTES = 1 << 32  # of factors in memory; those of more checkpoints are made again when they are needed
+
+
+class TRAKScorer(Scorer):
+    """tau(x)_i = 1/M sum_m phi_m(x)^T (K_m + lambda_m I)^-1 phi_m(i) Q_m(i).
+
+    A positive score says that training on i raises the output at x, in the unit of the output. K_m = sum_j R_m(j)
+    phi_m(j) phi_m(j)^T, a sum over the examples that model m has seen, is the Hessian of the linearised model's loss.
+    So tau(x)_i is what training example i adds to the output at x by one Newton step (Pregibon 1981; Park et al. 2023,
+    arXiv 2303.14186, section 3).
+
+    K_m has a row for each feature, and :class:`~lightning_trak.scoring.PrimalScorer` factors it. If there are fewer
+    training examples than features, the same scores come from a matrix with a row for each example, see
+    :class:`~lightning_trak.scoring.DualScorer`. :func:`~lightning_trak.scoring.smaller_scorer` chooses between them.
+
+    Args:
+        store: complete features of the training set.
+        curvature: how K weighs examples, see :func:`~lightning_trak.scoring.newton.gram.gram_matrix`.
+        damping: lambda_m relative to the mean eigenvalue of K_m; ``"auto"`` chooses it for each checkpoint, see
+            :func:`~lightning_trak.scoring.damping.auto_damping`.
+        loss_gradients: how Q is averaged: ``"per_checkpoint"`` as above; ``"averaged"`` as published (arXiv 2303.14186,
+            section 3): the average of phi^T K^-1 phi over checkpoints times the average of Q.
+        soft_threshold: scores move towards zero by this much, and stop there: the paper's optional sparsification. If
+            fewer than ``top_k`` scores are left, the rest are zeros of arbitrary training examples.
+        subsets: for each checkpoint, the examples that its model has seen; None: all. An example that it has not seen
+            is not part of K_m, and is scored, too: by the step of adding it. Default: all models have seen all.
+        tempered: what gives Q in the place of the stored one, with loss_gradients="per_checkpoint". K_m, and with it
+            lambda_m, stay as they are. Default: the stored Q.
+        lag: how far each training is from its end, where something is chosen by it; ``"auto"`` measures it, see
+            :mod:`lightning_trak.scoring.newton.lag`.
+        averages: whether each example's loss is a mean over several predictions, such as its tokens.
+        curved: features of single predictions for the same examples, which K_m is made of, too, see
+            :mod:`lightning_trak.scoring.newton.per_prediction`. The lag is not measured then. Default: K_m is as above.
+    """
+
+    user: ClassVar[str] = "TRAK"  # in log lines
+
+    def __init__(
+        self,
+        store: FeatureStore,
+        curvature: Curvature,
+        damping: Damping,
+        loss_gradients: LossGradients,
+        soft_threshold: float,
+        subsets: Sequence[TrainingSubset | None] | None = None,
+        tempered: Tempered | None = None,
+        lag: Lag = "auto",
+        averages: bool = False,
+        curved: FeatureStore | None = None,
+    ) -> None:
+        super().__init__(store)
+        self.curved = curved
+        # What K_m is made of, each with its share.
+        self.sources = [(store, 1.0)] if curved is None else [(store, WHOLE), (curved, 1 - WHOLE)]
+        self.curvature: Curvature = curvature
+        self.damping: Damping = damping
+        self.loss_gradients = loss_gradients
+        self.soft_threshold = soft_threshold
+        self.subsets = [None] * store.num_checkpoints if subsets is None else subsets
+        self.tempered = tempered
+        self.lag: Lag = lag
+        self.averages = averages
+        self.noise: Noise | None = None  # of the training examples, where something is chosen by it
+        self._lags_known: set[int] = set()  # checkpoints
+        self._systems: dict[int, tuple[System, float]] = {}  # with their dampings, of as many checkpoints as fit
+        self._keeps = True  # until a matrix cannot be written
+
+    def fit(self, device: torch.device, ranks: Ranks = Ranks()) -> None:
+        """Make and factor the matrices.
+
+        Args:
+            device: where scores will be computed.
+            ranks: the processes that share the work; all must call this.
+
+        Raises:
+            RuntimeError: if the store is incomplete.
+            ValueError: if a matrix cannot be factored.
+        """
+        before = self._device
+        super().fit(device, ranks)
+        if self._systems and self._device == before:
+            return
+        self._systems = {}
+        chooses = self.tempered is not None and self.tempered.automatic
+        if self.noise is None and (self.damping == "auto" or chooses):
+            self.noise = stored_noise(self.store, self.subsets, self.averages, ranks)
+            if self.curved is not None:
+                self.noise.scale = SEVERAL
+                self.noise.known = [self._dispersion(self.curved, number) for number in range(len(self.subsets))]
+            if self.lag != "auto":
+                self.noise.lags = [self.lag] * self.store.num_checkpoints
+        dampings = [self._system(checkpoint, ranks)[1] for checkpoint in range(self.store.num_checkpoints)]
+        if self.tempered is not None:
+            self._settled = self.tempered.settled(self.noise)
+        if chooses:
+            rank_zero_info(f"{self.user}: temperature='auto' is {self._settled.temperature:.3g}")
+        if self.damping == "auto" and self.noise is not None:
+            place = "checkpoint" if len(dampings) == 1 else "checkpoints"
+            about = self.noise.describe(self.curvature == "gauss_newton")
+            rank_zero_info(f"{self.user}: damping='auto' is {extremes(dampings, 3)} at the {place}{about}")
+
+    def _dispersion(self, curved: FeatureStore, checkpoint: int) -> float:
+        """That of single predictions, over the examples that the checkpoint's model has seen."""
+        found = [curved.read_stored(checkpoint, shard).outputs for shard in range(curved.num_shards)]
+        seen, subset = torch.ones(curved.num_examples, dtype=torch.bool), self.subsets[checkpoint]
+        if subset is not None:
+            seen &= subset.mask
+        seen[curved.skipped] = False
+        return dispersion(torch.cat(found)[seen])
+
+    def _system(self, checkpoint: int, ranks: Ranks = Ranks()) -> tuple[System, float]:
+        """The factored matrix of a checkpoint, and its damping. It is made again if others have taken its place."""
+        if checkpoint not in self._systems:
+            while len(self._systems) >= max(1, _SYSTEM_BYTES // (8 * self.num_rows**2)):
+                del self._systems[next(iter(self._systems))]
+            self._systems[checkpoint] = self._factored(checkpoint, ranks)
+        return self._systems[checkpoint]
+
+    def _factored(self, checkpoint: int, ranks: Ranks) -> tuple[System, float]:
+        """See :meth:`_system`. The lag of the checkpoint is found first, where something is chosen by it."""
+        matrix, noise, weighted = self._undamped(checkpoint, ranks), self.noise, self.curvature == "gauss_newton"
+
+        def automatic(factor: float = 1.0) -> float:
+            level = factor * cast(Noise, noise).levels(weighted)[checkpoint]
+            return auto_damping(matrix.trace, matrix.squared_weights, self.num_features, level)
+
+        measured = self.lag == "auto" and self.curved is None
+        if measured and noise is not None and weighted and checkpoint not in self._lags_known:
+            scaled = bool(noise.scaled[checkpoint])
+            noise.lags[checkpoint] = find_lag(lambda factor: matrix.alignment(automatic(factor), scaled))
+            self._lags_known.add(checkpoint)
+        damping = automatic() if self.damping == "auto" else self.damping
+        return matrix.damped(damping), damping
+
+    @abstractmethod
+    def _undamped(self, checkpoint: int, ranks: Ranks) -> Undamped[DampedGram] | Undamped[DampedKernel]:
+        """The matrix of a checkpoint. All ranks make it together."""
+
+    def _about(self, checkpoint: int) -> tuple[torch.dtype, float, str]:
+        """The dtype of the features, by how much they are rounded, and what to call their matrix in errors."""
+        precision = self.store.read_stored(checkpoint, 0).dtype.floating
+        error = max(store.rounding_error(checkpoint) for store, _ in self.sources)
+        return precision, error, f"checkpoint {checkpoint}"
+
+    @property
+    @abstractmethod
+    def num_rows(self) -> int:
+        """The number of rows of the matrix that is factored."""
+
+    @property
+    def num_features(self) -> int:
+        """k, the size of K."""
+        return self.store.read_stored(0, 0).k
+
+    @property
+    def linear(self) -> bool:
+        """Not if scores are moved towards zero."""
+        return not self.soft_threshold
+
+    @property
+    def additive(self) -> bool:
+        """Not if scores are moved towards zero."""
+        return not self.soft_threshold
+
+    def _kept(
+        self,
+        store: FeatureStore,
+        checkpoint: int,
+        name: str,
+        about: str,
+        ranks: Ranks,
+        make: Callable[[], dict[str, Tensor]],
+    ) -> dict[str, Tensor]:
+        """A matrix from the cache of a store. If one rank does not find it there, all make it."""
+        key = f"{_CACHE_FORMAT}:{store.digest(checkpoint)}{about}"
+        stored = store.read_extra(checkpoint, name, key)
+        if ranks.all_true(stored is not None) and stored is not None:
+            return stored
+        with full_precision(self._device):
+            made = make()
+        if ranks.rank == 0 and self._keeps:
+            try:
+                store.write_extra(checkpoint, name, made, key)
+            except OSError as error:  # the store may be read-only, or the disk full
+                self._keeps = False
+                warnings.warn(f"the Gram matrix cannot be kept and will be made again next time: {error}", stacklevel=2)
+        return made
+
+    @abstractmethod
+    def precondition(self, checkpoint: int, features: Tensor) -> Tensor:
+        """What :meth:`score` takes for each target: shape ``(num_targets, k)``, in at least float32."""
+
+    def directions(self, checkpoint: int, targets: Features) -> Tensor:
+        """Preconditioned features, see :meth:`precondition`."""
+        return self.precondition(checkpoint, targets.features)
+
+    def weights(self, checkpoint: int, rows: Features | StoredFeatures) -> Tensor | None:
+        """Q, or None if the average of Q is multiplied later, by :meth:`finish`."""
+        if self.loss_gradients == "averaged":
+            return None
+        if self.tempered is None:
+            return rows.loss_gradients
+        return self._settled.loss_gradients(rows.outputs)
+
+    def finish(self, sums: Tensor, loss_gradients: Callable[[], Tensor]) -> Tensor:
+        """The mean over checkpoints, times the mean of Q if that is averaged apart, and moved towards zero if asked."""
+        scores = sums / self.store.num_checkpoints
+        if self.loss_gradients == "averaged":
+            scores *= loss_gradients().to(scores)
+        return torch.nn.functional.softshrink(scores, self.soft_threshold) if self.soft_threshold else scores
