@@ -51,6 +51,9 @@ class Metagradient(DataMethod):
     :class:`~lightning_trak.replay.SmoothAdamW`) or half precision make it large and useless. The mean of several runs
     says more of yet other runs.
 
+    If the loss of an example depends on the rest of its batch, as with in-batch negatives, w_i multiplies the example's
+    own loss, and its part in the losses of others is left out. A warning says so.
+
     Each step is checked against the recorded run: the loss that ``training_step`` returned must be the mean of the
     examples' losses, and the optimizer's step must be the one that is differentiated.
 

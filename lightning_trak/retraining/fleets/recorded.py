@@ -47,6 +47,9 @@ class RecordedFleet(Displayed):
     scores about one run, such as those of :class:`~lightning_trak.methods.Metagradient`. The truth for other seeds is
     that of :class:`RetrainingFleet`.
 
+    An example with weight 0 is still in its batch. If the losses of others depend on it, members do not show what its
+    removal from the data does, and a warning says so.
+
     Members are files, as those of :class:`RetrainingFleet` are, and are read by the same functions. All members of a
     fleet are trained on one kind of hardware, with one version of torch: on other hardware, outputs move by rounding
     that training amplifies, and this can be as large as what removing examples does.
