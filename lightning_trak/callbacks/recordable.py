@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+from lightning_trak.checkpoints.copies import copy_module
 from lightning_trak.compatibility import has_gradient_hooks
 from lightning_trak.packages import both, is_a, overrides
 from lightning_trak.replay.optimizers.base import optimizer_step
@@ -22,6 +23,7 @@ from lightning_trak.replay.recording.states import named_buffers, named_paramete
 from lightning_trak.running.batches import TransferHooks, on_device
 from lightning_trak.running.data.loading import batch_size_of, load, num_examples
 from lightning_trak.running.random_states import RandomWatch, isolated_random_states
+from lightning_trak.running.training_step import NeedsTrainerError, set_place, training_step_of, without_trainer
 
 # Hooks of a LightningModule that make other gradients than Lightning does. An optimizer_step or optimizer_zero_grad of
 # its own may change learning rates, which are recorded; if it does more, the repeated run differs, and is refused.
@@ -63,23 +65,57 @@ def _reason(trainer: Trainer, module: LightningModule) -> str | None:
 
 def require_same_batches(trainer: Trainer, module: LightningModule, loader: DataLoader[Any]) -> None:
     """Refuse batch transfer hooks that draw random numbers: they run before the step whose numbers are recorded."""
-    hooks = TransferHooks(module, trainer.datamodule)  # type: ignore[attr-defined]
-    own = hooks.overridden()
+    own = _transfer_hooks(trainer, module).overridden()
     if not own:
         return
-    device = trainer.strategy.root_device
-    watch = RandomWatch(device)
-    (batch,) = load(loader, [range(min(batch_size_of(loader), num_examples(loader)))], num_workers=0)
+    watch = RandomWatch(trainer.strategy.root_device)
     with isolated_random_states():
+        batch = _first_batch(loader)
         watch.before()
-        for _ in on_device([batch], device, trainer.precision_plugin.convert_input, hooks):
-            pass
+        _on_device(batch, trainer, module)
         drawn = watch.drawn()
     if drawn:
         raise ValueError(
             f"TrainingRecorder cannot record this run: {' or '.join(own)} draws random numbers, before the step, and"
             " those of the step alone are recorded; augment in training_step"
         )
+
+
+def require_step_alone(trainer: Trainer, module: LightningModule, loader: DataLoader[Any]) -> None:
+    """Refuse a ``training_step`` that reads of its Trainer what a repeated step does not have.
+
+    A copy of the module takes a step without the Trainer. Other errors say nothing, since hooks that come later may
+    make what the step needs.
+    """
+    try:
+        copied = without_trainer(cast(L.LightningModule, copy_module(module, configure=False)))
+        set_place(copied, trainer.current_epoch, trainer.global_step, trainer.optimizers[0])
+        with (
+            isolated_random_states(),
+            trainer.precision_plugin.train_step_context(),
+            torch.compiler.set_stance("force_eager"),
+        ):
+            training_step_of(copied)(_on_device(_first_batch(loader), trainer, module), 0)
+    except NeedsTrainerError as error:
+        raise ValueError(f"TrainingRecorder cannot record this run, whose steps are repeated alone: {error}") from error
+    except Exception:
+        return
+
+
+def _transfer_hooks(trainer: Trainer, module: LightningModule) -> TransferHooks:
+    return TransferHooks(module, trainer.datamodule)  # type: ignore[attr-defined]
+
+
+def _first_batch(loader: DataLoader[Any]) -> Any:
+    first = range(min(batch_size_of(loader), num_examples(loader)))
+    (batch,) = load(loader, [first], num_workers=min(1, loader.num_workers))
+    return batch
+
+
+def _on_device(batch: Any, trainer: Trainer, module: LightningModule) -> Any:
+    convert, hooks = trainer.precision_plugin.convert_input, _transfer_hooks(trainer, module)
+    (moved,) = on_device([batch], trainer.strategy.root_device, convert, hooks)
+    return moved
 
 
 def require_real(module: LightningModule) -> None:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_trak.callbacks.between_steps import BetweenSteps
-from lightning_trak.callbacks.recordable import require_plain, require_real, require_same_batches
+from lightning_trak.callbacks.recordable import require_plain, require_real, require_same_batches, require_step_alone
 from lightning_trak.callbacks.runs import RunCallback, run_from
 from lightning_trak.callbacks.step_options import StepOptions
 from lightning_trak.compatibility import change_train_loader, restore_train_loader
@@ -61,7 +61,8 @@ class TrainingRecorder(Displayed, RunCallback):
     **Which runs.** One process and one device; float32 or float64 weights without mixed precision; automatic
     optimization by one optimizer whose step is known (``SGD``, ``Adam``, ``AdamW``, ``Muon``, :class:`SmoothAdamW
     <lightning_trak.replay.SmoothAdamW>` and what :class:`~lightning_trak.replay.OptimizerStep` adds); one DataLoader
-    over a map-style dataset whose items are the same each time. Other runs are refused before training.
+    over a map-style dataset whose items are the same each time; a ``training_step`` that needs no Trainer, which a copy
+    of the module tries once. Other runs are refused before training.
 
     **Which directory.** A directory belongs to one run, and another run in it is refused.
     ``trainer.fit(ckpt_path=...)`` continues the recording. Nothing is recorded with ``fast_dev_run``.
@@ -192,6 +193,7 @@ class TrainingRecorder(Displayed, RunCallback):
                 " training_step, whose random numbers are recorded"
             )
         require_same_batches(trainer, module, loader)
+        require_step_alone(trainer, module, loader)
         return {
             "optimizer": optimizer_name(type(trainer.optimizers[0])),
             "precision": str(trainer.precision),

@@ -65,7 +65,7 @@ class Audit:
         """
         source, row = (batch, number) if single is None else (single, 0)
         alone, gradients = self._reference.one(source, row, self._original)
-        if not bool(alone.isfinite()) or not bool(features[number].isfinite().all()):
+        if not bool(outputs[number].isfinite()) or not bool(features[number].isfinite().all()):
             return  # other code refuses what is not finite, and names the example
         expected = self._projected(gradients, features)
         noise = 1e-2 * self._tolerance * float(features.norm(dim=1).nan_to_num(0, 0, 0).max())

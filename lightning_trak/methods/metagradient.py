@@ -19,6 +19,7 @@ from lightning_trak.methods.questions import Asked
 from lightning_trak.methods.showing import RAISES_OUTPUT
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import declared_output, require_alone, target_output, trained_output
+from lightning_trak.replay.coupling import coupling
 from lightning_trak.replay.losses import Losses, training_losses
 from lightning_trak.replay.player import Player
 from lightning_trak.replay.recording.reading import Recording
@@ -49,6 +50,9 @@ class Metagradient(DataMethod):
     removals only if training is smooth; a large learning rate, Adam without ``eps_root`` (see
     :class:`~lightning_trak.replay.SmoothAdamW`) or half precision make it large and useless. The mean of several runs
     says more of yet other runs.
+
+    If the loss of an example depends on the rest of its batch, as with in-batch negatives, w_i multiplies the example's
+    own loss, and its part in the losses of others is left out. A warning says so.
 
     Each step is checked against the recorded run: the loss that ``training_step`` returned must be the mean of the
     examples' losses, and the optimizer's step must be the one that is differentiated.
@@ -231,9 +235,11 @@ class Metagradient(DataMethod):
         return runs
 
     def _differentiated(self, player: Player) -> Differentiated:
+        losses = self._losses(player)
+        coupled = coupling(player, losses)
         run = Differentiated(
             player,
-            self._losses(player),
+            losses,
             first=self._first(player.recording),
             block=self.block_size,
             micro_batch=self.micro_batch_size,
@@ -245,6 +251,10 @@ class Metagradient(DataMethod):
                 "the model has batch normalization in train mode: an example with weight 0 is still part of the"
                 " batch's statistics, so scores say what its loss did, not what its removal from the data does",
                 stacklevel=7,
+            )
+        if coupled:
+            warnings.warn(
+                f"{coupled}, so scores say what its own loss did, not what its removal from the data does", stacklevel=7
             )
         if run.rounds_steps:
             warnings.warn(

@@ -13,6 +13,10 @@ from typing_extensions import Self
 Module = TypeVar("Module", bound=L.LightningModule)
 
 
+class NeedsTrainerError(ValueError):
+    """A step reads of its Trainer what it does not have without one."""
+
+
 class _StepTrainer:
     """What a step may read of a Trainer, where there is none: its place, the optimizer, and a logger that does nothing.
 
@@ -34,7 +38,7 @@ class _StepTrainer:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        raise ValueError(
+        raise NeedsTrainerError(
             f"the module uses self.trainer.{name}, which it does not have here; self.current_epoch,"
             " self.global_step, self.log and self.logger are allowed, and in a recorded run self.optimizers() for its"
             " learning rate: store what else it needs in the module"
@@ -116,7 +120,7 @@ def training_step_of(module: L.LightningModule) -> Callable[[Any, int], Tensor |
         module: a module from :func:`without_trainer`.
 
     Raises:
-        ValueError: by the function, if the step needs the Trainer.
+        NeedsTrainerError: by the function, if the step needs the Trainer.
     """
     takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
 
@@ -126,7 +130,7 @@ def training_step_of(module: L.LightningModule) -> Callable[[Any, int], Tensor |
         except RuntimeError as error:
             if "not attached to a `Trainer`" not in str(error):
                 raise
-            raise ValueError(
+            raise NeedsTrainerError(
                 f"training_step of {type(module).__name__} uses self.trainer, which it does not have here;"
                 " self.current_epoch, self.global_step and self.log are allowed: store what else it needs in the module"
             ) from error
@@ -145,7 +149,7 @@ def training_loss(module: L.LightningModule, batch: Any, batch_idx: int = 0) -> 
         batch_idx: the number of the batch.
 
     Raises:
-        ValueError: if the step returns no loss, or needs the Trainer.
+        ValueError: if the step returns no loss, or needs the Trainer (``NeedsTrainerError``).
     """
     loss = training_step_of(module)(batch, batch_idx)
     if loss is None:

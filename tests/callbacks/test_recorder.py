@@ -256,6 +256,11 @@ class AugmentsOnTheDevice(Net):
         return [batch[0] + torch.randn_like(batch[0]), *batch[1:]] if self.training else batch
 
 
+class ReadsTheTrainer(Net):
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) * (2 if self.trainer.training else 1)
+
+
 def tensor_rate(module: Net) -> Any:
     return torch.optim.SGD(module.parameters(), lr=torch.tensor(0.1))
 
@@ -270,6 +275,7 @@ def foreign(module: Net) -> Any:
         (Manual, {}, "uses manual optimization"),
         (OwnClipping, {}, "overrides configure_gradient_clipping"),
         (AugmentsOnTheDevice, {}, "on_after_batch_transfer draws random numbers.*augment in training_step"),
+        (ReadsTheTrainer, {}, r"repeated alone: the module uses self\.trainer\.training.*store what else it needs"),
         (Half, {"precision": "32-true"}, "got torch.bfloat16"),
         (Hooked, {}, "net.0.weight.* has a gradient hook"),
         (lambda: Net(lambda: nn.LazyLinear(3)), {}, "net.weight.* of a lazy layer has no shape yet"),
@@ -297,6 +303,18 @@ def test_runs_that_are_refused_before_training(module: Any, options: Any, messag
     with pytest.raises((ValueError, TypeError), match=message):
         train(module(), DATA, tmp_path / "run", callbacks=[NoStep()], **options)
     train(Net(), DATA, tmp_path / "run")  # the directory is free
+
+
+def test_a_step_that_hooks_prepare_is_recorded(tmp_path: Path) -> None:
+    class Prepared(Net):
+        def on_train_epoch_start(self) -> None:
+            self.factor = 2.0
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            return super().training_step(batch, batch_idx) * self.factor
+
+    train(Prepared(), DATA, tmp_path)
+    assert Recording(tmp_path).num_steps == 6
 
 
 def test_several_processes_are_refused(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 from lightning_trak import TRAK, GradientDot
 from lightning_trak.gradients import FunctionalEngine, HookEngine, LoopEngine
 from lightning_trak.gradients.hooks.layers import LinearLayer
+from lightning_trak.methods.influence import InfluenceFunction
 from lightning_trak.outputs import ClassificationMargin, NegativeLoss
 from lightning_trak.projections import IdentityProjection, SparseProjection
 from tests.lit import TARGETS, TRAIN, LitNet, attribute, make_checkpoints, make_model, make_trainer, open_store
@@ -205,6 +206,22 @@ def test_outputs_that_depend_on_the_rest_of_the_batch_are_refused(tmp_path, outp
         ValueError, match=r"depends on the rest of the batch.*use ContrastiveMargin|returned a scalar|per"
     ):
         trak.featurize(make_trainer(), TRAIN)
+
+
+def scaled(module, batch):
+    losses = F.cross_entropy(module.head(module.first(batch[0])), batch[1], reduction="none")
+    return losses / losses.detach().std()  # NaN for one example
+
+
+@pytest.mark.filterwarnings("ignore:.*degrees of freedom")
+def test_outputs_that_exist_only_in_batches_are_refused(tmp_path):
+    module, output = InBatch(), NegativeLoss(scaled)
+    trak = TRAK(module, [module.state_dict()], tmp_path, output=output, projection=SparseProjection(16))
+    with pytest.raises(ValueError, match=r"its output is nan alone and another number in a batch"):
+        trak.featurize(make_trainer(), TRAIN)
+    influence = InfluenceFunction(module, [module.state_dict()], output=output)
+    with pytest.raises(ValueError, match=r"its output is nan alone and another number in a batch"):
+        influence.attribute(make_trainer(), TRAIN, TARGETS)
 
 
 def test_padding_that_is_not_masked_is_refused(tmp_path):

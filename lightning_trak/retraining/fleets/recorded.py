@@ -18,6 +18,7 @@ from lightning_trak.fingerprints import fingerprint, module_fingerprint
 from lightning_trak.metrics import LinearDatamodelingScore
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import fixed_output, require_alone
+from lightning_trak.replay.coupling import coupling
 from lightning_trak.replay.losses import Losses, training_losses
 from lightning_trak.replay.player import Player
 from lightning_trak.replay.recording.reading import Recording
@@ -45,6 +46,9 @@ class RecordedFleet(Displayed):
     recorded size. So members differ in nothing but the examples that are taken away. This is the ground truth for
     scores about one run, such as those of :class:`~lightning_trak.methods.Metagradient`. The truth for other seeds is
     that of :class:`RetrainingFleet`.
+
+    An example with weight 0 is still in its batch. If the losses of others depend on it, members do not show what its
+    removal from the data does, and a warning says so.
 
     Members are files, as those of :class:`RetrainingFleet` are, and are read by the same functions. All members of a
     fleet are trained on one kind of hardware, with one version of torch: on other hardware, outputs move by rounding
@@ -210,8 +214,8 @@ class RecordedFleet(Displayed):
         missing = [member for member in members if member not in self.store]
         if not missing:
             return
-        self._warn()
         with isolated_random_states(), torch.inference_mode(False):
+            self._warn()
             self._run.skipped()
             with tqdm(total=len(members), desc="Repeating", disable=not progress_bar) as bar:
                 for group in groups:
@@ -250,6 +254,12 @@ class RecordedFleet(Displayed):
             warnings.warn(
                 "the model has batch normalization in train mode: an example with weight 0 is still part of the batch's"
                 " statistics, so members show what its loss did, not what its removal from the data does",
+                stacklevel=3,
+            )
+        coupled = coupling(self._run.player, self._run.losses)
+        if coupled:
+            warnings.warn(
+                f"{coupled}, so members show what its own loss did, not what its removal from the data does",
                 stacklevel=3,
             )
         recorded = self._run.recording.manifest["environments"][-1]

@@ -1,0 +1,99 @@
+"""Whether the training loss of an example depends on the rest of its batch.
+
+In-batch negatives, risk sets and denominators of a whole batch do this. The weight of an example then multiplies its
+own loss alone, and with weight 0 it still changes the losses of others. Scores and members of a fleet are right about
+these weights. They may say little about training without the example.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_info
+from torch import Tensor
+
+from lightning_trak.outputs.evaluating import unchanged
+from lightning_trak.replay.losses import Losses, losses_of
+from lightning_trak.replay.player import Player
+from lightning_trak.replay.recording.records import StepRecord
+from lightning_trak.running.data.content import FEW, spread
+from lightning_trak.running.random_states import restore_random_states
+
+_TOLERANCE = 1e-2  # of the largest loss; less does not matter
+
+
+def coupling(player: Player, losses: Losses) -> str | None:
+    """How the losses of a batch depend on each other, in words; None if they do not, or do not exist in eval mode.
+
+    In the batches of a few steps, one half is kept, and copies of one of its examples replace the other half. The size
+    of the batch and its random numbers stay the same. In eval mode, running statistics of batch normalization do not
+    depend on the batch.
+
+    Args:
+        player: does the steps of the run. Its state changes.
+        losses: ``(module, batch) -> losses`` of shape ``(batch,)``.
+    """
+    recording = player.recording
+    states = sorted(recording.state_steps)
+    player.load(recording.state(states[len(states) // 2]))  # losses may be alike at the start, and 0 at the end
+    steps = spread(recording.num_steps, FEW)  # several, since a batch without an event has no risk set
+    halves = [_Half(recording.record(step), number % 2) for number, step in enumerate(steps)]
+    halves = [half for half in halves if half.kept]
+    batches = player.batches_of(positions for half in halves for positions in (half.positions, half.replaced))
+    try:
+        for half in halves:
+            found = half.compare(player, losses, batches)
+            if found:
+                return found
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # some modules have no losses in eval mode
+        rank_zero_info(
+            "it is not checked whether the losses of a batch depend on each other, because they cannot be computed in"
+            f" eval mode: {type(error).__name__}: {error}"
+        )
+    return None
+
+
+class _Half:
+    """A half of a step's first batch.
+
+    Args:
+        record: the step.
+        side: which half.
+    """
+
+    def __init__(self, record: StepRecord, side: int) -> None:
+        self._record = record
+        self._micro = record.micro_batches[0]
+        self.positions = self._micro.positions
+        # By the parity of the ones in a row's number: neighbours are apart, and so are the rows of two equal halves.
+        ours = [row.bit_count() % 2 == side for row in range(len(self.positions))]
+        self.kept = [row for row, own in enumerate(ours) if own]
+        self._copied = self.positions[self.kept[0] if self.kept else 0]
+        self.replaced = [position if own else self._copied for position, own in zip(self.positions, ours, strict=True)]
+
+    def compare(self, player: Player, losses: Losses, batches: Iterator[Any]) -> str | None:
+        """How the losses of this half depend on the other half, in words; None if they do not."""
+        player.arrange(self._record)
+        player.module.eval()
+
+        def values() -> Tensor:
+            restore_random_states(self._micro.random_states, player.device)
+            with player.computing(), unchanged(player.module):
+                return losses_of(losses, player.module, next(batches), len(self.positions)).detach().cpu()[self.kept]
+
+        together, apart = values(), values()
+        off = (together - apart).abs()
+        if not together.isfinite().all() or off.max() <= _TOLERANCE * together.abs().max():
+            return None
+        row = int(off.argmax())
+        return (
+            "the training loss of an example depends on the rest of its batch, as with in-batch negatives, risk sets, a"
+            " mean over the whole batch or padding that is not masked: that of example"
+            f" {self.positions[self.kept[row]]} is {together[row]:.4g} in its batch, and {apart[row]:.4g} if copies of"
+            f" example {self._copied} replace half of the batch. An example with weight 0 is still part of the losses"
+            " of others"
+        )
