@@ -3,8 +3,8 @@
     python -m docs.pictures    # from the root of the repository; two minutes
 
 It trains a perceptron on digits and a small language model on invented facts, and
-takes pictures of the pages and of TensorBoard. It needs Chromium or Chrome on the PATH,
-the extra `test`, and `pip install playwright`.
+takes pictures of the pages, of a notebook's cell and of TensorBoard. It needs Chromium
+or Chrome on the PATH, the extra `test`, and `pip install playwright`.
 """
 
 import shutil
@@ -23,7 +23,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from playwright.sync_api import Browser, sync_playwright
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from examples.common import make_trainer
 from examples.counterfactuals import DigitsMLP
@@ -41,6 +41,10 @@ from lightning_trak.reporting.scores import SavedScores
 from lightning_trak.retraining import RetrainingFleet, random_subsets, read_fleet
 
 OUT = Path(__file__).parent / "pictures"
+CELL = (
+    '<pre style="background: #f4f4f4; padding: .5rem">'
+    "trak.show(top, train, targets)</pre>"
+)
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
@@ -111,6 +115,22 @@ def write_page(
     return path.as_uri()
 
 
+def write_cell(path: Path, run: Path) -> str:
+    """A notebook's cell and what `show` displays below it; the address of the page.
+
+    Args:
+        path: of the page.
+        run: where `digits` has trained.
+    """
+    train, targets = make_data()
+    few = TensorDataset(*targets[[0, 27]])
+    trak = TRAK(DigitsMLP(), run / "snapshots", run / "features")
+    top = trak.score(data=few, top_k=5)
+    trak.show(top, train, few, describe=lambda item: f"a {item[1]}", out=path)
+    path.write_text(path.read_text().replace("<body>", f"<body>{CELL}", 1))
+    return path.as_uri()
+
+
 @contextmanager
 def tensorboard(logs: Path) -> Iterator[str]:
     """TensorBoard on a free port; its address."""
@@ -170,6 +190,7 @@ def main() -> None:
         run = Path(directory)
         shown = write_page(run / "show.html", *digits(run), shown=[2], k=4)
         photograph(browser, shown, "show", 920)
+        photograph(browser, write_cell(run / "cell.html", run), "notebook", 960)
         sentences = write_page(run / "facts.html", *facts(run), shown=[0, 1], k=3)
         photograph(browser, sentences, "sentence", 920)
         with tensorboard(run / "logs") as address:

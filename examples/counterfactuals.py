@@ -99,8 +99,7 @@ def main(arguments: list[str] | None = None) -> None:
     store = {"checkpoints": snapshots, "store": run / "spoilt/features"}
     suspicions = {}
     for name, method in (("TRAK", TRAK(model, **store)), ("gradient dot", GradientDot(model, **store))):
-        method.featurize(trainer, DataLoader(spoilt, batch_size=100))
-        suspicions[f"self-influence, {name}"] = method.self_influence(trainer)
+        suspicions[f"self-influence, {name}"] = method.label_suspicion(trainer, DataLoader(spoilt, batch_size=100))
     suspicions["loss"] = -margins(model, spoilt)
     curves = {name: mislabel_detection_curve(values, wrong) for name, values in suspicions.items()}
     for name, curve in curves.items():

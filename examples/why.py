@@ -26,7 +26,7 @@ from lightning_trak.scoring import BothEnds, Groups
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("why_output"), help="where everything is written")
+    parser.add_argument("--out", type=Path, default=Path("demo_output/why"), help="where everything is written")
     parser.add_argument("--epochs", type=int, default=8, help="epochs of training")
     args = parser.parse_args(arguments)
     run = common.begin(args.out)

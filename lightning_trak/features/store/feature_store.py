@@ -239,7 +239,7 @@ class FeatureStore(StoredExtras):
         others = {path.name for path in self.directory.glob("checkpoint-*")} - {self.folder(c).name for c in empty}
         about = f", all those at {counted(len(empty), 'checkpoint')}: {', '.join(map(str, empty))}" if empty else ""
         if empty and others:
-            about += f", whose weights or buffers it does not have (it has {len(others)} other checkpoints)"
+            about += f", whose weights or buffers it does not have (it has {counted(len(others), 'other checkpoint')})"
         raise RuntimeError(
             f'store "{self.directory}" lacks {sum(missing)} of {self.num_shards * len(self.first)} shards{about};'
             " call featurize again to finish it before scoring"
