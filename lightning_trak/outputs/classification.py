@@ -219,6 +219,7 @@ def _both_logits(logits: Tensor) -> Tensor:
 def _difference(logits: Tensor, labels: Tensor, against: int) -> Tensor:
     """The log-probability of each label minus that of another class, in float32 or better; NaN if they are the same."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    valid = (labels >= 0) & (labels < logits.shape[1]) & (labels != against)
-    own = logits.gather(1, torch.where(valid, labels, 0).long().unsqueeze(1)).squeeze(1)
+    classes = labels.long()
+    valid = (classes == labels) & (classes >= 0) & (classes < logits.shape[1]) & (classes != against)
+    own = logits.gather(1, torch.where(valid, classes, 0).unsqueeze(1)).squeeze(1)
     return (own - logits[:, against]) * nan_unless(valid)

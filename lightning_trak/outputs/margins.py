@@ -21,8 +21,9 @@ def log_odds(logits: Tensor, labels: Tensor) -> Tensor:
     Returns:
         Shape ``(...)``, float32 or better. NaN, with NaN gradients, where a label is outside ``0..classes - 1``.
     """
+    labels = labels.long()  # in uint8, 256 classes would be 0
     valid = (labels >= 0) & (labels < logits.shape[-1])
-    own, others = _OwnAndOthers.apply(logits, torch.where(valid, labels, 0).long())  # type: ignore[no-untyped-call]
+    own, others = _OwnAndOthers.apply(logits, torch.where(valid, labels, 0))  # type: ignore[no-untyped-call]
     margin: Tensor = (own - others) * nan_unless(valid)
     return margin
 

@@ -15,7 +15,7 @@ class Estimate(NamedTuple):
 
     Attributes:
         mean: over the targets.
-        low: lower end of the interval.
+        low: lower end of the interval; NaN if there is one target.
         high: upper end.
     """
 
@@ -26,8 +26,8 @@ class Estimate(NamedTuple):
     def written(self, form: str, *place: int) -> str:
         """The mean at a place with its interval, such as ``"1.08 (0.82 to 1.35)"``.
 
-        If both ends of the interval round to the mean, the interval is left out. If there are no targets, the text is
-        empty.
+        If both ends of the interval round to the mean, or are not known, the interval is left out. If there are no
+        targets, the text is empty.
 
         Args:
             form: a format specification, such as ``".2f"``.
@@ -36,7 +36,7 @@ class Estimate(NamedTuple):
         if math.isnan(self.mean[place]):
             return ""
         mean, low, high = (format(float(values[place]), form) for values in self)
-        return mean if low == mean == high else f"{mean} ({low} to {high})"
+        return mean if low == mean == high or math.isnan(self.low[place]) else f"{mean} ({low} to {high})"
 
 
 def mean_of(values: Tensor, confidence: float = 0.95, num_bootstraps: int = 2000, seed: int = 0) -> Estimate:

@@ -95,7 +95,7 @@ def _scale(tau: Tensor, masks: Tensor, outputs: Tensor) -> Tensor:
     Raises:
         ValueError: if the predictions of the scores do not rise with the outputs.
     """
-    centred, predicted = outputs - outputs.mean(1, keepdim=True), tau @ (masks - masks.mean(0)).T
+    centred, predicted = _centred(outputs), tau @ (masks - masks.mean(0)).T
     weights = _precisions(centred)
     covariance = (weights * centred * predicted).sum()
     if not covariance > 0:
@@ -105,6 +105,12 @@ def _scale(tau: Tensor, masks: Tensor, outputs: Tensor) -> Tensor:
             " order in all arguments"
         )
     return covariance / (weights * predicted.square()).sum()
+
+
+def _centred(outputs: Tensor) -> Tensor:
+    """Outputs minus the mean of their target; exactly 0 where all are the same, whose mean may be rounded."""
+    offsets = outputs - outputs[:, :1]
+    return offsets - offsets.mean(1, keepdim=True)
 
 
 def _precisions(centred: Tensor) -> Tensor:
@@ -120,7 +126,7 @@ def _best_noise(tau: Tensor, masks: Tensor, outputs: Tensor, scale: Tensor) -> f
     counts less half a standard error over models.
     """
     errors = torch.zeros(len(_NOISES), len(masks), dtype=torch.float64, device=masks.device)
-    spread = outputs.var(1, keepdim=True)
+    spread = _centred(outputs).var(1, keepdim=True)
     varying = spread > 0
     for fold in range(_FOLDS):
         left_out = torch.arange(len(masks), device=masks.device) % _FOLDS == fold
@@ -145,7 +151,7 @@ class _Regression:
 
     def __init__(self, tau: Tensor, masks: Tensor, outputs: Tensor, scale: Tensor) -> None:
         self._mean_mask, self._mean_output = masks.mean(0), outputs.mean(1, keepdim=True)
-        self._masks, centred = masks - self._mean_mask, outputs - self._mean_output
+        self._masks, centred = masks - self._mean_mask, _centred(outputs)
         self._scale, weights = scale, _precisions(centred)
         self._residuals = weights.sqrt() * (centred / scale - tau @ self._masks.T)
         size = tau.abs() ** 1.5

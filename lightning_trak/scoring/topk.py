@@ -9,6 +9,8 @@ from torch import Tensor
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.texts.display import best_line, best_table
 
+_FEW = 8  # if scores are more than this many times those that are kept, these are chosen before they are sorted
+
 
 class TopK(NamedTuple):
     """The training examples with the highest (or lowest) scores.
@@ -62,23 +64,49 @@ Scores = Tensor | TopK | BothEnds
 
 
 def merge_top_k(parts: list[TopK], k: int, largest: bool) -> TopK:
-    """The best ``k`` of several candidate lists of the same targets.
+    """The best ``k`` of several candidate lists of the same targets. Of equal scores, the first positions are best.
 
     Args:
         parts: candidates, each ``(num_targets, any number)``.
         k: how many to keep; fewer are returned when there are fewer.
         largest: whether high scores are best.
     """
-    values = torch.cat([part.values for part in parts], dim=1)
-    indices = torch.cat([part.indices for part in parts], dim=1)
-    best = values.topk(min(k, values.shape[1]), dim=1, largest=largest)
-    return TopK(best.values, indices.gather(1, best.indices))
+    indices, order = torch.cat([part.indices for part in parts], dim=1).sort(dim=1)
+    values = torch.cat([part.values for part in parts], dim=1).gather(1, order)
+    return _sorted(values, indices, k, largest)
 
 
 def block_top_k(scores: Tensor, start: int, k: int, largest: bool) -> TopK:
-    """The best ``k`` of a block of scores ``(num_targets, n)`` whose first column is training example ``start``."""
-    best = scores.topk(min(k, scores.shape[1]), dim=1, largest=largest)
-    return TopK(best.values, best.indices + start)
+    """The best ``k`` of a block of scores ``(num_targets, n)`` whose first column is training example ``start``.
+
+    Of equal scores, the first are best, so that no result depends on how scores are cut into blocks.
+    """
+    if 0 < _FEW * k < scores.shape[1]:
+        columns = _best_columns(scores, k, largest)
+        scores = scores.gather(1, columns)
+    else:
+        columns = torch.arange(scores.shape[1], device=scores.device).expand(scores.shape)
+    return _sorted(scores, columns + start, k, largest)
+
+
+def _sorted(values: Tensor, indices: Tensor, k: int, largest: bool) -> TopK:
+    """The best ``k`` of scores that stand in the order of their positions."""
+    best = values.sort(dim=1, descending=largest, stable=True)
+    return TopK(best.values[:, :k], indices.gather(1, best.indices[:, :k]))
+
+
+def _best_columns(scores: Tensor, k: int, largest: bool) -> Tensor:
+    """The columns of the best ``k`` scores, ascending; a stable sort of all scores takes ten times as long.
+
+    ``topk`` takes any of several equal scores. Only the last place is open: where its score stands, the first columns
+    with this score are taken.
+    """
+    best = scores.topk(k, dim=1, largest=largest)
+    last = best.values[:, -1:]
+    places = torch.arange(scores.shape[1], 0, -1, dtype=torch.int32, device=scores.device)
+    first = torch.where(scores == last, places, 0).topk(k, dim=1).indices
+    number = torch.arange(k, device=scores.device) - (best.values != last).sum(dim=1, keepdim=True)
+    return torch.where(number < 0, best.indices, first.gather(1, number.clamp(min=0))).sort(dim=1).values
 
 
 class Best:

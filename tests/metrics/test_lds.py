@@ -227,6 +227,7 @@ def test_the_plain_bootstrap():
     torch.testing.assert_close(bootstrap_interval(values[0] - values[1]), -difference.flip(0))
     with pytest.raises(ValueError, match=r"sample in the last dimension, but got shape \(3, 0\)"):
         bootstrap_interval(torch.zeros(3, 0))
+    assert bootstrap_interval(torch.ones(3, 1)).isnan().all()
     with pytest.raises(ValueError, match=r"at least 200.*confidence 0.99, but got 50"):
         bootstrap_interval(values, 0.99, 50)
 
@@ -332,3 +333,15 @@ class TestNoiseCeiling:
     def test_shape(self, shape):
         with pytest.raises(ValueError, match="at least 3 subsets and 2 seeds, but got"):
             noise_ceiling(torch.zeros(shape))
+
+
+def test_one_huge_score_counts_the_same_wherever_it_stands():
+    generator = torch.Generator().manual_seed(0)
+    masks = half_subsets(20, 2000, generator)
+    scores = torch.randn(1, 2000, dtype=torch.float64, generator=generator)
+    scores[0, 0] = 1e9
+    outputs = scores.clamp(max=10) @ masks.double().T
+    first = linear_datamodeling_score(scores, outputs, masks)
+    last = linear_datamodeling_score(scores.flip(1), outputs, masks.flip(1))
+    assert first == last
+    assert float(first) == pytest.approx(scipy_lds(scores, outputs, masks)[0])

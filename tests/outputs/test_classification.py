@@ -223,3 +223,9 @@ def test_batches_without_labels_are_refused(batch, kind, message):
 def test_results_without_logits_are_refused(wrap):
     with pytest.raises(TypeError, match=r"Named returned a (dict|tuple) without logits.*forward="):
         ClassificationMargin().output(Named(wrap), (torch.randn(3, 4), torch.zeros(3).long()))
+
+
+def test_a_fraction_is_no_class_to_compare():
+    output = ClassificationMargin(lambda module, batch: batch[0], against=2)
+    found = output.output(nn.Identity(), (torch.randn(2, 3), torch.tensor([0.5, 1.0])))
+    assert found.isnan().tolist() == [True, False]

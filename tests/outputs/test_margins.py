@@ -66,3 +66,10 @@ def test_half_precision_is_summed_in_float32():
     logits.requires_grad_()
     (gradient,) = torch.autograd.grad(margins.log_odds(logits, labels).sum(), logits)
     assert gradient.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("dtype", "label"), [(torch.int8, 100), (torch.uint8, 240)])
+def test_labels_of_few_bits_may_stand_for_more_classes_than_their_dtype_can_count(dtype, label):
+    logits = torch.randn(2, 300, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([label, 7])
+    assert torch.equal(margins.log_odds(logits, labels.to(dtype)), margins.log_odds(logits, labels))

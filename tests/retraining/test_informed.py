@@ -132,3 +132,16 @@ def test_what_is_refused(change, message):
 def test_scores_that_are_no_tensor():
     with pytest.raises(TypeError, match="expected scores as a tensor, got a list"):
         informed_scores([[1.0]], MASKS, make()[1])
+
+
+@pytest.mark.parametrize("constant", [0.1, 1 / 3, 1e6 / 3])
+def test_a_target_whose_outputs_are_all_the_same_changes_no_other(constant):
+    """Their mean is rounded, and what is left is no variance to divide by."""
+    scores, outputs = make()
+    scores = torch.cat([scores, scores[:1]])
+
+    def informed_by(value):
+        constants = torch.full((1, 30), value, dtype=torch.float64)
+        return informed_scores(scores, MASKS[:30], torch.cat([outputs[:, :30], constants]))
+
+    torch.testing.assert_close(informed_by(constant), informed_by(0.0))

@@ -199,3 +199,11 @@ def test_what_cannot_be(changes, error, match):
     }
     with pytest.raises(error, match=match):
         tail_patch(**(given | changes))
+
+
+def test_one_target_has_a_mean_and_no_interval():
+    patch = TailPatch(("one",), torch.tensor([[1.5]], dtype=torch.float64))
+    rise = patch.rise()
+    assert rise.low.isnan().all()
+    assert rise.high.isnan().all()
+    assert rise.written(".1f", 0) == "1.5"

@@ -194,7 +194,8 @@ class ScoredMethod(Method):
             data: the targets: a DataLoader, a sequence of them, a map-style Dataset or a LightningDataModule (its
                 ``predict_dataloader``).
             top_k: keep only this many training examples with the highest scores of each target (proponents), and as
-                many with the lowest (opponents), in one pass. The full matrix is then never in memory.
+                many with the lowest (opponents), in one pass. The full matrix is then never in memory. Of equal scores,
+                the first positions are kept.
             largest: whether ``top_k`` keeps only the highest scores, or only the lowest; default: both.
             rescore: score this many candidates at each end exactly, those that are best by the stored features, and
                 keep the best ``top_k`` of them. Only :class:`~lightning_trak.TRAK` can do this; see

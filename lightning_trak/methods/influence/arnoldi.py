@@ -1,6 +1,5 @@
 """Arnoldi iteration: the inverse of the Hessian in the span of its leading eigenvectors."""
 
-import math
 import random
 import warnings
 from dataclasses import dataclass
@@ -10,12 +9,8 @@ from torch import Tensor
 
 from lightning_trak.checks import positive
 from lightning_trak.methods.influence.hessian import Hessian
+from lightning_trak.methods.influence.score_error import ROUGH, score_error
 from lightning_trak.methods.influence.solvers import InverseProduct, Solver
-from lightning_trak.texts.printable import counted
-
-_CHECKED = 4  # targets whose scores are compared with better ones
-_STEPS = 3  # of conjugate gradients, to the better ones
-_ROUGH = 0.02  # of the size of scores
 
 
 @dataclass(frozen=True)
@@ -81,16 +76,13 @@ class Arnoldi(Solver):
                 solved += outside / hessian.ridge
             if not checked:
                 checked = True
-                self._warn_if_rough(hessian, rows[:_CHECKED], solved[:_CHECKED], whole)
+                self._warn_if_rough(hessian, rows, solved, whole)
             return solved
 
         return multiply
 
     def _warn_if_rough(self, hessian: Hessian, rows: Tensor, solved: Tensor, whole: bool) -> None:
-        """Compare scores with those of a better solution, and warn if they are far off.
-
-        The better one is a few steps of conjugate gradients away. Directions that were left out have nearly one
-        curvature, mostly that of the damping, so that few steps say nearly all about them.
+        """Warn if the scores of the first targets are far off.
 
         Args:
             hessian: the Hessian.
@@ -98,26 +90,12 @@ class Arnoldi(Solver):
             solved: what this solver makes of them.
             whole: whether nothing was left out on purpose.
         """
-        missing, residuals = torch.zeros_like(rows), rows - hessian.damped_product(solved)
-        directions, squares = residuals, residuals.square().sum(1, keepdim=True)
-        for _ in range(_STEPS):
-            products = hessian.damped_product(directions)
-            lengths = _ratio(squares, (directions * products).sum(1, keepdim=True))
-            missing, residuals = missing + lengths * directions, residuals - lengths * products
-            before, squares = squares, residuals.square().sum(1, keepdim=True)
-            directions = residuals + _ratio(squares, before) * directions
-        off, size = 0.0, 0.0
-        for _, train in hessian.passes.rows(hessian.passes.train):
-            gradients = train.features * train.loss_gradients.unsqueeze(1)
-            off += float((gradients @ missing.T).double().square().sum())
-            size += float((gradients @ (solved + missing).T).double().square().sum())
-        if off <= _ROUGH**2 * size:
+        error = score_error(hessian, rows, solved)
+        if error.share <= ROUGH:
             return
-        share = (off / size) ** 0.5 if size else math.inf
         more = 'use a Trainer with precision="64-true"' if whole else "use a larger num_iterations and a larger rank"
         warnings.warn(
-            f"scores at {hessian.passes.where} are off by about {share:.0%} of their size, judged by those of"
-            f" {counted(len(rows), 'target')}, because {self} leaves directions out: {more}, or ConjugateGradient()",
+            f"{error.message}, because {self} leaves directions out: {more}, or ConjugateGradient()",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -155,8 +133,3 @@ class Arnoldi(Solver):
             if step + 1 < dimension:
                 projected[step + 1, step] = vector.norm()
         return basis, (projected + projected.T) / 2, closed
-
-
-def _ratio(one: Tensor, other: Tensor) -> Tensor:
-    """One number divided by the other; 0 where nothing is left to divide, or curvature is negative."""
-    return torch.where(other <= 0, 0.0, one / other)

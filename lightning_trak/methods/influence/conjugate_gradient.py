@@ -13,6 +13,7 @@ from lightning_trak.checks import positive, real, require_one_of
 from lightning_trak.methods.influence.ekfac_preconditioner import ekfac_preconditioner
 from lightning_trak.methods.influence.hessian import Convergence, Hessian
 from lightning_trak.methods.influence.landmark_preconditioner import landmark_preconditioner
+from lightning_trak.methods.influence.score_error import ROUGH, possible_score_error
 from lightning_trak.methods.influence.solvers import INDEFINITE, InverseProduct, Solver
 
 _PRECONDITIONERS = {"landmarks": landmark_preconditioner, "ekfac": ekfac_preconditioner}
@@ -36,13 +37,15 @@ class ConjugateGradient(Solver):
 
     Residuals are in the norm of M^-1, sqrt(r^T M^-1 r), relative to the target's gradient; without a preconditioner,
     M is the identity. When the iterations end, the residual is computed afresh from the solution. It is in the
-    ``convergence`` of :class:`~lightning_trak.methods.InfluenceFunction`, and in a log line.
+    ``convergence`` of :class:`~lightning_trak.methods.InfluenceFunction`, and in a log line. Where the damping is so
+    small that scores may be off by more than 2% even with this residual, they are compared with better ones, by five
+    more passes, and a warning says if they are.
 
     Args:
         max_iterations: passes over the training data, at most, for a block of targets.
         tolerance: stop when the residual is this small.
         preconditioner: ``"landmarks"``, ``"ekfac"``, or None for plain conjugate gradients.
-        strict: whether it is an error if the tolerance is not reached, rather than a warning.
+        strict: whether it is an error if the tolerance is not reached or scores are off, rather than a warning.
     """
 
     max_iterations: int = 100
@@ -62,7 +65,7 @@ class ConjugateGradient(Solver):
 
         Raises:
             ValueError: from the function that is returned: if the matrix is not positive definite, or, with
-                ``strict``, the tolerance is not reached.
+                ``strict``, the tolerance is not reached or scores are off.
         """
         precondition = _PRECONDITIONERS[self.preconditioner](hessian) if self.preconditioner else torch.clone
         return lambda rows, targets: self._solve(hessian, precondition, rows, targets)
@@ -101,17 +104,24 @@ class ConjugateGradient(Solver):
         relative = _inner(left, precondition(left)) / start.clamp_min(torch.finfo(start.dtype).tiny)
         residuals = relative.sqrt().flatten().cpu()  # not a number where the preconditioner is not positive
         stopped = (~(squared <= goal)).flatten().cpu()
-        self._report(Convergence(hessian.passes.where, targets, iterations, residuals), hessian, stopped)
+        found = Convergence(hessian.passes.where, targets, iterations, residuals)
+        if self._report(found, hessian, stopped):
+            error = possible_score_error(hessian, rows, solution, left, ROUGH)
+            if error is not None and error.share > ROUGH:
+                self._complain(
+                    f"{error.message}, because the damped Hessian is ill-conditioned: use a larger damping, or"
+                    " a smaller tolerance with Trainer(precision='64-true')"
+                )
         return solution
 
-    def _report(self, found: Convergence, hessian: Hessian, stopped: Tensor) -> None:
-        """Log how the iterations went, and warn or raise if the tolerance was not reached."""
+    def _report(self, found: Convergence, hessian: Hessian, stopped: Tensor) -> bool:
+        """Log how the iterations went, and return whether the tolerance was reached. If not, warn or raise."""
         hessian.convergence.append(found)
         rank_zero_info(f"conjugate gradients at {found}")
         allowed = torch.where(stopped, 0.0, _DRIFT * self.tolerance)
         bad = (~(found.residuals <= allowed)).nonzero().flatten()
         if len(bad) == 0:
-            return
+            return True
         worst = int(bad[found.residuals[bad].argmax()])
         more = f" ({len(bad)} targets in all)" if len(bad) > 1 else ""
         what = (
@@ -119,14 +129,18 @@ class ConjugateGradient(Solver):
         )
         advice = "more max_iterations or a larger damping" if stopped[worst] else "precision='64-true' or more damping"
         plain = "" if self.preconditioner or not stopped[worst] else ", or preconditioner='landmarks'"
-        message = (
+        self._complain(
             f"conjugate gradients at {found.where} {what} at a relative residual of"
             f" {float(found.residuals[worst]):.2g} for target {found.targets[worst]}{more}, above"
             f" {self.tolerance:g}: use {advice}{plain}"
         )
+        return False
+
+    def _complain(self, message: str) -> None:
+        """Warn, or raise if strict."""
         if self.strict:
             raise ValueError(message)
-        warnings.warn(message, RuntimeWarning, stacklevel=2)
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
 def _inner(left: Tensor, right: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_trak.checks import positive, real
 from lightning_trak.methods.influence.hessian import Hessian
+from lightning_trak.methods.influence.score_error import possible_score_error
 from lightning_trak.methods.influence.solvers import InverseProduct, Solver
 
 _POWER_ITERATIONS = 10
@@ -31,7 +32,8 @@ class LiSSA(Solver):
         scale: what H + lambda I is divided by; default: 1 / the step size with which stochastic gradient descent on
             least squares converges fastest, ``n max_j w_j / b + (1 - 1 / b) |H| + lambda`` with ``w_j = R_j |g_j|^2``
             (Ma, Bassily and Belkin 2018, arXiv 1712.06559).
-        tolerance: warn if the residual is larger than this, relative to the target's gradient.
+        tolerance: warn if the residual is larger than this, relative to the target's gradient, or the error of scores,
+            relative to their size. The latter is measured by five more passes where the residual leaves room for it.
     """
 
     depth: int = 1000
@@ -74,12 +76,15 @@ class LiSSA(Solver):
                 )
             )
         if error > self.tolerance:
-            warnings.warn(
-                f"LiSSA at {hessian.passes.where} has a relative residual of {error:.2g} after {self.depth} steps: use"
-                f" more depth or repeats; {advice}",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            what = f"LiSSA at {hessian.passes.where} has a relative residual of {error:.2g}"
+        else:
+            found = possible_score_error(hessian, rows, solution, residual, self.tolerance)
+            if found is None or found.share <= self.tolerance:
+                return solution
+            what = f"{found.message}, by LiSSA"
+        warnings.warn(
+            f"{what} after {self.depth} steps: use more depth or repeats; {advice}", RuntimeWarning, stacklevel=2
+        )
         return solution
 
     def _run(self, hessian: Hessian, rows: Tensor, scale: float, repeat: int) -> Tensor:

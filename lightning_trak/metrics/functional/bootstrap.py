@@ -30,7 +30,7 @@ def bootstrap_interval(
         weights: ``(size,)``, positive: each value is drawn with its weight, and the mean is weighted. Default: equal.
 
     Returns:
-        ``(2, ...)`` float64: lower and upper end.
+        ``(2, ...)`` float64: lower and upper end; NaN for a sample of one value, which does not show how values vary.
 
     Raises:
         ValueError: If there is no sample, the replicates are too few to reach the tails, or the weights do not fit.
@@ -47,6 +47,8 @@ def bootstrap_interval(
         raise ValueError(f"Expected a sample in the last dimension, but got shape {tuple(values.shape)}.")
     tail = _tail(confidence, num_bootstraps)
     values, size = values.double(), values.shape[-1]
+    if size == 1:
+        return values.new_full((2, *values.shape[:-1]), torch.nan)
     generator = torch.Generator().manual_seed(integer("seed", seed))
     drawn = torch.randint(size, (num_bootstraps, size), generator=generator)
     if weights is None:

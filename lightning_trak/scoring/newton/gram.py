@@ -40,20 +40,28 @@ def gram_matrix(
     squared_weights = torch.zeros((), dtype=torch.float64, device=device)
     for rows in _merged(shards):
         features = rows.features.to(device)
-        features = features.to(torch.promote_types(features.dtype, torch.float32))
+        features, unit = _in_range(features.to(torch.promote_types(features.dtype, torch.float32)))
+        weighted, scale = features, unit.square()
         if curvature == "gauss_newton":
             require_convex(rows.curvatures, 'curvature="identity"')
-            weighted = features * rows.curvatures.to(features).unsqueeze(1)
-        else:
-            weighted = features
+            curvatures, unit = _in_range(rows.curvatures.to(features))
+            weighted, scale = features * curvatures.unsqueeze(1), scale * unit
         for panel in panels:  # the lower triangle
-            total[panel, : panel.stop] += weighted[:, panel].T @ features[:, : panel.stop]
-        squared_weights += (weighted * features).sum(1, dtype=torch.float64).square().sum()
+            product = weighted[:, panel].T @ features[:, : panel.stop]
+            total[panel, : panel.stop].addcmul_(product.double(), scale)
+        squared_weights += ((weighted * features).sum(1, dtype=torch.float64) * scale).square().sum()
     for panel in panels:
         square = total[panel, panel]
         square.copy_(square.tril() + square.tril(-1).T)
         total[panel, panel.stop :] = total[panel.stop :, panel].T
     return total, squared_weights
+
+
+def _in_range(numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers divided by a power of two, so that products neither underflow nor overflow, and that power in float64."""
+    largest = torch.stack(numbers.aminmax()).abs().amax().double()
+    unit = torch.where(largest > 0, largest / largest.frexp().mantissa, 1.0).clamp(2.0**-126, 2.0**126)
+    return numbers / unit.to(numbers), unit
 
 
 def require_convex(curvatures: Tensor, instead: str) -> None:

@@ -39,9 +39,9 @@ def test_a_closed_space_leaves_nothing_out(factor):
 def test_what_is_left_out_is_measured():
     model = saturated(factor=1)
     exact = scores(model, Explicit(), "64-true", damping=0.01)
-    with pytest.warns(RuntimeWarning, match="are off by about 11% of their size.* use a larger num_iterations and a"):
+    with pytest.warns(RuntimeWarning, match="are off by about 15% of their size.* use a larger num_iterations and a"):
         found = scores(model, Arnoldi(100, 50), damping=0.01)
-    assert 0.1 < float((found - exact)[:4].norm() / exact[:4].norm()) < 0.12
+    assert 0.14 < float(((found - exact)[:4].norm(dim=1) / exact[:4].norm(dim=1)).max()) < 0.16
 
 
 def test_products_that_are_not_finite_are_refused():
