@@ -22,8 +22,8 @@ from lightning_trak.methods.base import Method
 from lightning_trak.methods.stored_data import require_stored_data
 from lightning_trak.methods.tokens import TextTokens, find_tokens, require_tokens, target_loader, token_loader
 from lightning_trak.outputs import ModelOutput
+from lightning_trak.outputs.language.tokens import TokenOutput
 from lightning_trak.outputs.mixin import target_output
-from lightning_trak.outputs.tokens import TokenOutput
 from lightning_trak.running.chunks import chunked
 from lightning_trak.running.data.loaders import like
 from lightning_trak.running.data.loading import batch_size_of, num_examples

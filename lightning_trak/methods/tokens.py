@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_trak.outputs import ModelOutput
-from lightning_trak.outputs.tokens import TokenOutput
+from lightning_trak.outputs.language.tokens import TokenOutput
 from lightning_trak.running.data.annotated import annotated
 from lightning_trak.running.data.loading import load, num_examples
 from lightning_trak.running.data.sources import Data, as_loaders, single_loader

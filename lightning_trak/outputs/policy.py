@@ -20,7 +20,7 @@ from lightning_trak.outputs.batches import (
     predict,
     split_labels,
 )
-from lightning_trak.outputs.language import CausalLMMargin
+from lightning_trak.outputs.language.causal import CausalLMMargin
 from lightning_trak.outputs.linear import LinearLossOutput
 from lightning_trak.outputs.margins import token_log_likelihoods
 

@@ -19,7 +19,7 @@ class RegressionOutput(LabelledOutput):
     prediction; unlike the prediction itself, f alone determines the loss.
 
     Batches are tuples ``(inputs, ..., targets)`` or mappings with targets, as for
-    :class:`~lightning_trak.outputs.classification.ClassificationMargin`; the module returns one prediction per example,
+    :class:`~lightning_trak.outputs.ClassificationMargin`; the module returns one prediction per example,
     ``(batch,)`` or ``(batch, 1)``, as a tensor, as ``logits`` of an object or mapping, or first of a tuple.
 
     Args:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_trak.outputs.tokens import IGNORED, token_ids
+from lightning_trak.outputs.language.tokens import IGNORED, token_ids
 
 Positions = range | slice | Sequence[int] | Tensor
 

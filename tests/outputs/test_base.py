@@ -250,7 +250,7 @@ def test_fingerprints_are_json_and_tell_configurations_apart():
     texts = [json.dumps(output.fingerprint(), sort_keys=True) for output in outputs]
     assert len(set(texts)) == len(texts)
     assert json.dumps(ClassificationMargin().fingerprint(), sort_keys=True) == texts[0]
-    assert json.loads(texts[0])["class"] == "lightning_trak.outputs.classification.ClassificationMargin"
+    assert json.loads(texts[0])["class"] == "lightning_trak.outputs.classification.single_label.ClassificationMargin"
 
 
 def test_fingerprint_of_a_users_output():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lightning_trak.outputs.diffusion import DiffusionOutput
+from lightning_trak.outputs.diffusion.base import DiffusionOutput
 from lightning_trak.outputs.surrogate import SurrogateOutput
 
 
@@ -30,7 +30,7 @@ class DiffusionMean(DiffusionOutput, SurrogateOutput):
     The code also scales the gradient at each timestep to length 1, and residuals over timesteps to length 1. This is
     left out.
 
-    The arguments are those of :class:`~lightning_trak.outputs.diffusion.DiffusionOutput`.
+    The arguments are those of :class:`~lightning_trak.outputs.diffusion.base.DiffusionOutput`.
     """
 
     def measure(self, prediction: Tensor, target: Tensor) -> Tensor:

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from lightning_trak.checks import integer, require_one_of
 from lightning_trak.outputs.batches import LABELS_KEYS, Forward, LabelsKey
+from lightning_trak.outputs.classification.suspicions import ends_in_sigmoid, takes_for_logits
 from lightning_trak.outputs.margins import binary_log_odds, logistic_loss, pooled_margin
 from lightning_trak.outputs.predictions import Predictions, SeveralPredictions
-from lightning_trak.outputs.suspicions import ends_in_sigmoid, takes_for_logits
 
 _OTHERWISE = "for one label of several use ClassificationMargin, for other losses NegativeLoss"
 

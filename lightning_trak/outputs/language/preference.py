@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_trak.checkpoints.copies import copy_module
 from lightning_trak.outputs.base import ModelOutput
 from lightning_trak.outputs.batches import Forward, one_per_example
-from lightning_trak.outputs.language import CausalLMMargin
+from lightning_trak.outputs.language.causal import CausalLMMargin
 from lightning_trak.outputs.margins import logistic_loss, token_log_likelihoods
 
 Reference = nn.Module | Callable[[nn.Module, Any], Any]

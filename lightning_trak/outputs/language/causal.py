@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_trak.outputs.batches import LABELS_KEYS, Forward, LabelsKey, has_key, predict, split_labels
+from lightning_trak.outputs.language.tokens import IGNORED, Reduction, TokenOutput, Tokens, require_logits, token_ids
 from lightning_trak.outputs.linear import LinearLossOutput
 from lightning_trak.outputs.margins import log_odds, logistic_loss, token_log_likelihoods
-from lightning_trak.outputs.tokens import IGNORED, Reduction, TokenOutput, Tokens, require_logits, token_ids
 
 
 class _Margin(TokenOutput):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lightning_trak.outputs.diffusion import DiffusionOutput
+from lightning_trak.outputs.diffusion.base import DiffusionOutput
 from lightning_trak.outputs.linear import LinearLossOutput
 
 
@@ -21,7 +21,7 @@ class DiffusionLoss(DiffusionOutput, LinearLossOutput):
     Training draws other timesteps and noises, so give :class:`~lightning_trak.methods.Metagradient` the training losses
     by ``losses=``.
 
-    The arguments are those of :class:`~lightning_trak.outputs.diffusion.DiffusionOutput`.
+    The arguments are those of :class:`~lightning_trak.outputs.diffusion.base.DiffusionOutput`.
     """
 
     def measure(self, prediction: Tensor, target: Tensor) -> Tensor:

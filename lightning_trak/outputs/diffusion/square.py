@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lightning_trak.outputs.diffusion import DiffusionOutput
+from lightning_trak.outputs.diffusion.base import DiffusionOutput
 from lightning_trak.outputs.surrogate import SurrogateOutput
 
 
@@ -20,7 +20,7 @@ class DiffusionSquare(DiffusionOutput, SurrogateOutput):
     scores :math:`\phi(x)^T (\Phi^T \Phi + \lambda I)^{-1} \phi_i`. The paper reads a positive score as: training on i
     lowers the loss at x.
 
-    The arguments are those of :class:`~lightning_trak.outputs.diffusion.DiffusionOutput`.
+    The arguments are those of :class:`~lightning_trak.outputs.diffusion.base.DiffusionOutput`.
     """
 
     def measure(self, prediction: Tensor, target: Tensor) -> Tensor:

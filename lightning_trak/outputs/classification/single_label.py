@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from lightning_trak.checks import is_integer
 from lightning_trak.outputs.batches import LABELS_KEYS, Forward, LabelsKey, one_per_example, predict, without_labels
+from lightning_trak.outputs.classification.suspicions import ends_in_sigmoid, sums_to_one, takes_for_logits
 from lightning_trak.outputs.labelled import LabelledOutput, beside_truth
 from lightning_trak.outputs.margins import binary_log_odds, log_odds, logistic_loss, nan_unless
-from lightning_trak.outputs.suspicions import ends_in_sigmoid, sums_to_one, takes_for_logits
 from lightning_trak.running.data.annotated import AnnotatedBatch
 
 PREDICTED = "predicted"
