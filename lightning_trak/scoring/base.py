@@ -61,7 +61,7 @@ class Scorer(ABC):
         """Turn sums over checkpoints into scores; by default they are the scores.
 
         Args:
-            sums: of some training examples, shape ``(..., n)``.
+            sums: of some training examples, shape ``(..., n)``. Scores may take their place in memory.
             loss_gradients: gives the mean of their Q over checkpoints, shape ``(n,)``.
 
         Returns:
@@ -73,6 +73,11 @@ class Scorer(ABC):
     def linear(self) -> bool:
         """Whether the scores of a sum of directions are the sum of their scores."""
         return True
+
+    @property
+    def remade_bytes(self) -> int:
+        """Bytes of each matrix that is made again for every block of targets; 0 if none is."""
+        return 0
 
     @property
     def additive(self) -> bool:
@@ -250,6 +255,13 @@ class Scorer(ABC):
         """
         return prepared @ self._working(features).to(prepared).T  # type: ignore[no-any-return]
 
+    def products_with_itself(self, checkpoint: int, rows: Features) -> Tensor:
+        """d_m(i) . phi_m(i) of some training examples, before :meth:`weights` and :meth:`finish`: shape ``(n,)``.
+
+        The features are on the device of :meth:`fit`, in at least float32.
+        """
+        return (self.directions(checkpoint, rows) * rows.features).sum(1)
+
     def paired(self, checkpoint: int, first: Tensor, second: Tensor) -> Tensor:
         """Inner products of two sets of features, row by row: both ``(n, k)``, the result float64 ``(n,)``."""
         return (first.to(second) * second).sum(1, dtype=torch.float64)
@@ -304,7 +316,7 @@ class Scorer(ABC):
 
     def _own_product(self, checkpoint: int, rows: Features) -> Tensor:
         rows = rows._replace(features=self._working(rows.features))
-        products = (self.directions(checkpoint, rows) * rows.features).sum(1)
+        products = self.products_with_itself(checkpoint, rows)
         weights = self.weights(checkpoint, rows)
         return products if weights is None else products * weights.to(products)
 

@@ -21,7 +21,8 @@ from lightning_trak.scoring.base import Scorer
 from lightning_trak.scoring.groups import Sums
 from lightning_trak.scoring.topk import Scores, best_of, join
 
-# Targets are scored in blocks whose features take this much memory; a few copies of them are made on the way.
+# Targets are scored in blocks whose features take this much memory, or as much as a matrix that each block makes again:
+# so this takes about as long as to solve for the targets. A few copies of the features are made on the way.
 TARGET_BYTES = 1 << 28
 
 
@@ -61,7 +62,7 @@ class Others:
         store, dtype = target_features.store, target_features.settings.dtype
         rows = store.read_stored(0, 0)
         numbers = max(rows.k * store.num_checkpoints, 2 * store.num_examples if store.num_examples < rows.k else 0)
-        blocks = _blocks(self.loader, numbers * max(4, dtype.floating.itemsize))
+        blocks = _blocks(self.loader, numbers * max(4, dtype.floating.itemsize), TARGET_BYTES)
         found = target_features.make(self.loader, blocks, self.datamodule, of=" of train=")
         for examples, features in zip(blocks, found, strict=True):
             yield examples, [StoredFeatures.encode(part, dtype).decode() for part in features]
@@ -97,7 +98,8 @@ def score_targets(
     top_k, largest, rows, columns = kept
     store, trainer = target_features.store, target_features.trainer
     numbers = max(store.read_stored(0, 0).k * store.num_checkpoints, _numbers_kept(store, scorer, kept, others))
-    blocks = _blocks(loader, numbers * max(4, target_features.settings.dtype.floating.itemsize))
+    itemsize = max(4, target_features.settings.dtype.floating.itemsize)
+    blocks = _blocks(loader, numbers * itemsize, max(TARGET_BYTES, scorer.remade_bytes))
     if others is not None and len(blocks) > 1 and (rows is None or not scorer.linear):
         rank_zero_info(
             f"features of the {len(others)} examples in train= are made {len(blocks)} times, once for every"
@@ -163,7 +165,7 @@ def _numbers_kept(store: FeatureStore, scorer: Scorer, kept: Kept, others: Other
     return numbers + (0 if kept.columns is None else kept.columns.count)
 
 
-def _blocks(loader: DataLoader[Any], bytes_each: int) -> list[range]:
-    """Positions of targets, as many whole batches at a time as fit in memory."""
+def _blocks(loader: DataLoader[Any], bytes_each: int, total: int) -> list[range]:
+    """Positions of targets, as many whole batches at a time as fit in ``total`` bytes."""
     batch = batch_size_of(loader)
-    return chunked(range(num_examples(loader)), batch * max(1, TARGET_BYTES // (batch * bytes_each)))
+    return chunked(range(num_examples(loader)), batch * max(1, total // (batch * bytes_each)))

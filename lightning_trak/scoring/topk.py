@@ -136,8 +136,17 @@ class Best:
         for number, (largest, best) in enumerate(self._ends):
             if left_out is not None:
                 scores = scores.masked_fill(left_out.to(scores.device), -torch.inf if largest else torch.inf)
-            block = block_top_k(scores, start, self.k, largest)
-            self._ends[number] = largest, block if best is None else merge_top_k([best, block], self.k, largest)
+            if best is None or best.values.shape[1] < self.k or not scores.is_cpu:  # another device must not wait
+                block = block_top_k(scores, start, self.k, largest)
+                self._ends[number] = largest, block if best is None else merge_top_k([best, block], self.k, largest)
+                continue
+            # Later blocks seldom have a score that is kept, and to look for the first takes a twentieth of the time.
+            last = best.values[:, -1]
+            better = scores.amax(1) > last if largest else scores.amin(1) < last
+            rows = better.nonzero().flatten()
+            block = block_top_k(scores[rows], start, self.k, largest)
+            merged = merge_top_k([TopK(best.values[rows], best.indices[rows]), block], self.k, largest)
+            best.values[rows], best.indices[rows] = merged
 
     def merged(self, ranks: Ranks, like: Tensor) -> TopK | BothEnds:
         """The best of all ranks, on the CPU. All must call this.

@@ -11,7 +11,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
 from lightning_trak import TRAK
 from lightning_trak.features.extractor import FeatureExtractor
 from lightning_trak.features.rows import Features
-from lightning_trak.features.store import FeatureStore
+from lightning_trak.features.store import FeatureStore, feature_store
 from lightning_trak.features.store.growth import ShardRanges
 from lightning_trak.methods import ExactKernel, GradientDot
 from lightning_trak.outputs import ClassificationMargin
@@ -104,6 +104,19 @@ def test_a_checkpoint_that_is_listed_twice_is_made_once(tmp_path, computed):
     featurize(twice)
     assert len(computed) == 2 * count
     assert len(list((tmp_path / "twice").glob("checkpoint-*"))) == 1
+
+
+def test_a_finished_store_is_looked_through_once(tmp_path, monkeypatch):
+    featurize(make(tmp_path))
+    read, load = [], feature_store.load_metadata
+
+    def counting(path):
+        read.append(path)
+        return load(path)
+
+    monkeypatch.setattr(feature_store, "load_metadata", counting)
+    featurize(make(tmp_path))
+    assert len(read) == len(set(read)) == 3 * 4
 
 
 def test_weights_under_the_names_of_a_wrapper_are_the_same_checkpoint(tmp_path):

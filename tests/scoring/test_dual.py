@@ -5,20 +5,23 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from lightning_trak import TRAK
 from lightning_trak.features.rows import Features
 from lightning_trak.features.store import FeatureStore
-from lightning_trak.projections import IdentityProjection
+from lightning_trak.projections import IdentityProjection, SparseProjection
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.scoring import DualScorer, PrimalScorer, smaller_scorer
+from lightning_trak.scoring import targets as targets_module
 from lightning_trak.scoring.damping import auto_damping
 from lightning_trak.scoring.newton import kernel as kernel_module
 from lightning_trak.scoring.newton import trak as trak_module
 from lightning_trak.scoring.newton.gram import DampedGram, gram_matrix
 from lightning_trak.scoring.newton.kernel import DampedKernel, kernel_matrix
 from lightning_trak.scoring.newton.noise import Noise
-from tests.lit import TARGETS, make_checkpoints, make_data, make_model, make_trainer, open_store
+from lightning_trak.scoring.newton.trak import TRAKScorer
+from tests.lit import TARGETS, TRAIN, make_checkpoints, make_data, make_model, make_trainer, open_store
 
 CPU = torch.device("cpu")
 N, K, M = 30, 70, 2
@@ -263,3 +266,25 @@ def test_factors_that_do_not_fit_in_memory_are_made_again(tmp_path, k, monkeypat
     assert torch.equal(scorer.score([scorer.precondition(c, rows) for c, rows in enumerate(targets)]), scores)
     assert torch.equal(scorer.self_scores(), own)
     assert len(scorer._systems) == 1
+
+
+@pytest.mark.parametrize("k", [40, 70])
+def test_blocks_of_targets_are_larger_where_each_makes_factors_again(tmp_path, k, monkeypatch):
+    checkpoints = make_checkpoints(3)
+    trak = TRAK(make_model(), checkpoints, tmp_path, projection=SparseProjection(k), damping=0.1, temperature=1)
+    trak.featurize(make_trainer(), TRAIN)
+    loader, made, factored = DataLoader(TARGETS, batch_size=5), [], TRAKScorer._factored
+    expected = trak.score(make_trainer(), loader)
+
+    def counting(self, checkpoint, ranks):
+        made.append(checkpoint)
+        return factored(self, checkpoint, ranks)
+
+    monkeypatch.setattr(TRAKScorer, "_factored", counting)
+    monkeypatch.setattr(targets_module, "TARGET_BYTES", 1)  # a block for each batch
+    assert_close(trak.score(make_trainer(), loader), expected.double(), 1e-5)
+    assert made == [0, 1, 2]
+    monkeypatch.setattr(trak_module, "_SYSTEM_BYTES", 2 * 8 * min(k, len(TRAIN)) ** 2)  # two of three
+    made.clear()
+    assert_close(trak.score(make_trainer(), loader), expected.double(), 1e-5)
+    assert made == [0, 1, 2, 1, 2]

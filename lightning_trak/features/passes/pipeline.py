@@ -176,10 +176,10 @@ class FeaturePipeline:
     ) -> None:
         """Compute what a store lacks, or a part of it; see :meth:`featurize`."""
         self._require_engine(store, model.sharded)
-        if on_nan is None:
-            on_nan = "skip" if store.skipped else "raise"
         if on_nan == "raise":
             require_none_skipped(store)
+        elif on_nan is None:
+            on_nan = "skip" if store.skipped else "raise"
         needed = {"context": model.output.context_size, "projection": self.settings.projection.sample_size}
         extras = [name for name, size in needed.items() if size]
         self._announce(store, model, extras, part)

@@ -8,7 +8,7 @@ from typing_extensions import Unpack, override
 from lightning_trak.checkpoints.reading import CheckpointsLike
 from lightning_trak.checks import positive, require_one_of, require_options
 from lightning_trak.methods.baselines.representations import RepresentationMethod, RepresentationOptions
-from lightning_trak.methods.baselines.similarity import SIMILARITIES, Similarity, similarity_matrix
+from lightning_trak.methods.baselines.similarity import SIMILARITIES, Similarity, similarities
 from lightning_trak.methods.examples import Examples
 from lightning_trak.running.data.sources import Data
 from lightning_trak.running.trainers import trainer_of
@@ -66,9 +66,7 @@ class KNNShapley(RepresentationMethod):
         train_labels, target_labels = (self.labels(trainer, examples) for examples in (train, targets))
         values = torch.zeros(len(targets), len(train))
         for train_vectors, target_vectors in self.represent(trainer, train, targets):
-            for start in range(0, len(targets), _TARGETS):
-                block = slice(start, start + _TARGETS)
-                nearness = similarity_matrix(target_vectors[block], train_vectors, self.similarity)
+            for block, nearness in similarities(target_vectors, train_vectors, self.similarity, _TARGETS):
                 values[block] += knn_shapley_values(nearness, target_labels[block, None] == train_labels, self.k)
         return values / len(self.checkpoints)
 
@@ -86,15 +84,12 @@ class KNNShapley(RepresentationMethod):
             raise ValueError("there is only one training example, and nothing to compare it with")
         values = torch.zeros(count, dtype=torch.float64)
         for (vectors,) in self.represent(trainer, examples):
-            for start in range(0, count, _TARGETS):
-                block = slice(start, start + _TARGETS)
-                others = torch.ones(len(labels[block]), count, dtype=torch.bool)
-                others[range(len(others)), range(start, start + len(others))] = False
-                nearness = similarity_matrix(vectors[block], vectors, self.similarity)[others].view(len(others), -1)
-                agrees = (labels[block, None] == labels)[others].view(len(others), -1)
-                found = torch.zeros_like(others, dtype=torch.float64)
-                found[others] = knn_shapley_values(nearness, agrees, self.k).flatten()
-                values += found.sum(0)
+            for block, nearness in similarities(vectors, vectors, self.similarity, _TARGETS):
+                agrees = labels[block, None] == labels
+                # As the last of all, and with another label, an example changes no value of the others.
+                nearness[:, block].fill_diagonal_(-torch.inf)
+                agrees[:, block].fill_diagonal_(False)
+                values += knn_shapley_values(nearness, agrees, self.k).sum(0)
         return -values / len(self.checkpoints)
 
 

@@ -1,5 +1,6 @@
 """Similarity of representations: training examples that look like the target to the model."""
 
+from collections.abc import Iterator
 from typing import Literal
 
 import lightning as L
@@ -18,8 +19,9 @@ from lightning_trak.running.trainers import trainer_of
 Similarity = Literal["dot", "cosine", "l2"]
 SIMILARITIES = ("dot", "cosine", "l2")
 
-# Targets are compared in blocks, whose working memory is in float64.
+# Targets are compared in blocks, whose working memory is in float64: this many, or fewer with more training examples.
 _TARGETS = 1024
+_EXAMPLES = 1 << 15
 _NEIGHBOURS = 10
 
 
@@ -68,9 +70,8 @@ class RepresentationSimilarity(RepresentationMethod):
         """Similarities, averaged over checkpoints; see :class:`~lightning_trak.methods.base.MatrixMethod`."""
         scores = torch.zeros(len(targets), len(train))
         for train_vectors, target_vectors in self.represent(trainer, train, targets):
-            for start in range(0, len(targets), _TARGETS):
-                block = slice(start, start + _TARGETS)
-                scores[block] += similarity_matrix(target_vectors[block], train_vectors, self.similarity)
+            for block, similar in similarities(target_vectors, train_vectors, self.similarity, _TARGETS):
+                scores[block] += similar
         return scores / len(self.checkpoints)
 
     @override
@@ -91,13 +92,10 @@ class RepresentationSimilarity(RepresentationMethod):
             raise ValueError(f"all {len(labels)} examples have the label {labels[0].item()}: none can be wrong")
         scores = torch.zeros(len(examples), dtype=torch.float64)
         for (vectors,) in self.represent(trainer, examples):
-            for start in range(0, len(examples), _TARGETS):
-                block = slice(start, start + _TARGETS)
-                similar = similarity_matrix(vectors[block], vectors, self.similarity)
+            for block, similar in similarities(vectors, vectors, self.similarity, _TARGETS):
                 same = labels[block, None] == labels
-                own = torch.arange(len(similar))
                 foreign = _mean_of_best(similar, ~same)
-                same[own, own + start] = False
+                same[:, block].fill_diagonal_(False)
                 alone = ~same.any(1)
                 kindred = _mean_of_best(similar, same).where(~alone, similar.amin(1))
                 scores[block] += foreign - kindred
@@ -111,6 +109,29 @@ def _mean_of_best(similar: Tensor, among: Tensor) -> Tensor:
     return best.where(there, 0.0).sum(1) / there.sum(1)
 
 
+def similarities(
+    targets: Tensor, train: Tensor, similarity: Similarity, at_once: int
+) -> Iterator[tuple[slice, Tensor]]:
+    """:func:`similarity_matrix`, some targets at a time.
+
+    Args:
+        targets: shape ``(num_targets, width)``.
+        train: shape ``(num_train, width)``.
+        similarity: which kind.
+        at_once: targets in a block. With more than 32,768 training examples, blocks have fewer, and the same size.
+
+    Yields:
+        Which targets, and their rows of the matrix.
+    """
+    own = targets is train
+    train = _comparable(train, similarity)
+    targets = train if own else _comparable(targets, similarity)
+    step = max(1, min(at_once, at_once * _EXAMPLES // len(train)))
+    for start in range(0, len(targets), step):
+        block = slice(start, min(start + step, len(targets)))
+        yield block, _compared(targets[block], train, similarity)
+
+
 def similarity_matrix(targets: Tensor, train: Tensor, similarity: Similarity) -> Tensor:
     """Similarity of every target with every training example.
 
@@ -122,9 +143,12 @@ def similarity_matrix(targets: Tensor, train: Tensor, similarity: Similarity) ->
     Returns:
         float64, shape ``(num_targets, num_train)``: in float32 the distances of near neighbours would be all rounding.
     """
-    targets, train = targets.double(), train.double()
-    if similarity == "l2":
-        return -torch.cdist(targets, train)
-    if similarity == "cosine":
-        targets, train = F.normalize(targets), F.normalize(train)
-    return targets @ train.T
+    return _compared(_comparable(targets, similarity), _comparable(train, similarity), similarity)
+
+
+def _comparable(vectors: Tensor, similarity: Similarity) -> Tensor:
+    return F.normalize(vectors.double()) if similarity == "cosine" else vectors.double()
+
+
+def _compared(targets: Tensor, train: Tensor, similarity: Similarity) -> Tensor:
+    return -torch.cdist(targets, train) if similarity == "l2" else targets @ train.T

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from functools import cache
+from typing import cast
 
 from torch import Tensor
 
@@ -29,6 +30,10 @@ class PrimalScorer(TRAKScorer):
     def precondition(self, checkpoint: int, features: Tensor) -> Tensor:
         """(K_m + lambda_m I)^-1 phi(x) of each target: shape ``(num_targets, k)``, in at least float32."""
         return self._system(checkpoint)[0].solve(self._working(features))
+
+    def products_with_itself(self, checkpoint: int, rows: Features) -> Tensor:
+        """See :meth:`Scorer.products_with_itself`. It takes half the time of :meth:`precondition`."""
+        return cast(DampedGram, self._system(checkpoint)[0]).own(rows.features)
 
     def _undamped(self, checkpoint: int, ranks: Ranks) -> Undamped[DampedGram]:
         gram, squared_weights = (tensor.to(self._device) for tensor in self._gram(checkpoint, ranks))

@@ -141,10 +141,20 @@ class TRAKScorer(Scorer):
     def _system(self, checkpoint: int, ranks: Ranks = Ranks()) -> tuple[System, float]:
         """The factored matrix of a checkpoint, and its damping. It is made again if others have taken its place."""
         if checkpoint not in self._systems:
-            while len(self._systems) >= max(1, _SYSTEM_BYTES // (8 * self.num_rows**2)):
-                del self._systems[next(iter(self._systems))]
+            while len(self._systems) >= max(1, _SYSTEM_BYTES // self._system_bytes):
+                self._systems.popitem()  # the last one: checkpoints come in order again and again
             self._systems[checkpoint] = self._factored(checkpoint, ranks)
         return self._systems[checkpoint]
+
+    @property
+    def _system_bytes(self) -> int:
+        return int(8 * self.num_rows**2)
+
+    @property
+    def remade_bytes(self) -> int:
+        """See :attr:`Scorer.remade_bytes`: that of the factors which do not fit in memory together."""
+        fit = self._system_bytes * self.store.num_checkpoints <= max(_SYSTEM_BYTES, self._system_bytes)
+        return 0 if fit else self._system_bytes
 
     def _factored(self, checkpoint: int, ranks: Ranks) -> tuple[System, float]:
         """See :meth:`_system`. The lag of the checkpoint is found first, where something is chosen by it."""
@@ -234,7 +244,7 @@ class TRAKScorer(Scorer):
 
     def finish(self, sums: Tensor, loss_gradients: Callable[[], Tensor]) -> Tensor:
         """The mean over checkpoints, times the mean of Q if that is averaged apart, and moved towards zero if asked."""
-        scores = sums / self.store.num_checkpoints
+        scores = sums.div_(self.store.num_checkpoints)
         if self.loss_gradients == "averaged":
             scores *= loss_gradients().to(scores)
         return torch.nn.functional.softshrink(scores, self.soft_threshold) if self.soft_threshold else scores

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from lightning_trak.methods import KNNShapley, RepresentationSimilarity
+from lightning_trak.methods.baselines import similarity
 from lightning_trak.methods.baselines.knn_shapley import knn_shapley_values
 from lightning_trak.outputs import ContrastiveMargin
 from tests.lit import TARGETS, TRAIN, LitNet, make_data, make_model, make_trainer
@@ -267,3 +268,14 @@ def test_a_collate_function_that_changes_the_order_is_refused(method, which, che
     data[which] = DataLoader(data[which], batch_size=8, collate_fn=by_length)
     with pytest.raises(ValueError, match=r"is not that of the example alone.* changes the order"):
         method(make_model(), checkpoints).attribute(make_trainer(), **data)
+
+
+@pytest.mark.parametrize("kind", ["dot", "cosine", "l2"])
+def test_more_training_examples_are_compared_with_fewer_targets_at_once(monkeypatch, kind):
+    monkeypatch.setattr(similarity, "_EXAMPLES", 20)
+    generator = torch.Generator().manual_seed(0)
+    targets, train = (torch.randn(count, 3, generator=generator) for count in (9, 40))
+    blocks = list(similarity.similarities(targets, train, kind, at_once=8))
+    assert [(block.start, block.stop) for block, _ in blocks] == [(0, 4), (4, 8), (8, 9)]
+    found, expected = torch.cat([rows for _, rows in blocks]), similarity.similarity_matrix(targets, train, kind)
+    torch.testing.assert_close(found, expected)
