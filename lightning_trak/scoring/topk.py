@@ -142,8 +142,8 @@ class Best:
                 continue
             # Later blocks seldom have a score that is kept, and to look for the first takes a twentieth of the time.
             last = best.values[:, -1]
-            better = scores.amax(1) > last if largest else scores.amin(1) < last
-            rows = better.nonzero().flatten()
+            kept = scores.amax(1) <= last if largest else scores.amin(1) >= last
+            rows = (~kept).nonzero().flatten()  # those with NaN, too
             block = block_top_k(scores[rows], start, self.k, largest)
             merged = merge_top_k([TopK(best.values[rows], best.indices[rows]), block], self.k, largest)
             best.values[rows], best.indices[rows] = merged

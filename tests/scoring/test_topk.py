@@ -47,3 +47,13 @@ def test_constant_scores_keep_their_order():
     ends = best_of(constant, 3, None, left_out=torch.arange(100) < 2)
     assert ends.proponents.indices.tolist() == ends.opponents.indices.tolist() == [[2, 3, 4]] * 2
     assert best_of(constant, 0, True).indices.shape == (2, 0)
+
+
+def test_a_score_that_is_no_number_is_found_in_any_block(scores):
+    scores[3, 150] = torch.nan
+    blocks, whole = Best(3, True), Best(3, True)
+    whole.add(scores, 0)
+    for start in range(0, 200, 50):
+        blocks.add(scores[:, start : start + 50], start)
+    assert blocks.merged(Ranks(), scores).indices[3, 0] == 150
+    assert torch.equal(blocks.merged(Ranks(), scores).indices, whole.merged(Ranks(), scores).indices)
