@@ -214,8 +214,9 @@ def plot_mislabel_curves(curves: Mapping[str, "DetectionCurve"]) -> "Figure":
             :func:`~lightning_trak.metrics.functional.mislabel_detection_curve`.
 
     Returns:
-        A matplotlib figure. Its legend shows the area under each curve. Dashed lines are what is expected at random,
-        and what is best, for each fraction of wrong labels among the curves.
+        A matplotlib figure: on the left whole curves, on the right the same enlarged, around the fraction of wrong
+        labels, where good methods differ. The legend shows the area under each curve. Gray lines are what is expected
+        at random, and what is best, for each fraction of wrong labels among the curves.
 
     Raises:
         ValueError: if there are no curves.
@@ -223,22 +224,22 @@ def plot_mislabel_curves(curves: Mapping[str, "DetectionCurve"]) -> "Figure":
     """
     if not curves:
         raise ValueError("there are no curves to draw; pass at least one")
-    many = len(curves) > 4  # a legend of so many would cover the curves
-    figure = _figure(figsize=(7.5 if many else 5, 4.5), layout="constrained")
-    axis = figure.subplots()
-    for number, (name, curve) in enumerate(curves.items()):
-        label, style = _label(f"{name}: area {float(curve.area):.3f}"), "-" if number < 10 else "-."  # of ten colours
-        axis.plot(curve.inspected.tolist(), curve.found.tolist(), label=label, linestyle=style)
-    axis.plot([0, 1], [0, 1], color="gray", linestyle="--", label="at random: area 0.500")
-    for share in sorted({float(curve.share) for curve in curves.values()}):
-        label = f"at best: area {1 - share / 2:.3f}"
-        axis.plot([0, share, 1], [0, 1, 1], color="gray", linestyle=":", label=label)
-    axis.set_xlabel("examples inspected, most suspicious first")
-    axis.set_ylabel("wrong labels found")
-    if many:
-        figure.legend(loc="outside right upper", frameon=False)
-    else:
-        axis.legend(loc="lower right")
+    shares = sorted({float(curve.share) for curve in curves.values()})
+    figure = _figure(figsize=(9, 4.5 + 0.1 * len(curves)), layout="constrained")
+    whole, enlarged = figure.subplots(1, 2)
+    for axis in (whole, enlarged):
+        for number, (name, curve) in enumerate(curves.items()):
+            style = "-" if number < 10 else "-."  # there are ten colours
+            label = _label(f"{name}: area {float(curve.area):.3f}")
+            axis.plot(curve.inspected.tolist(), curve.found.tolist(), label=label, linestyle=style)
+        axis.plot([0, 1], [0, 1], color="gray", linestyle="--", label="at random: area 0.500")
+        for share in shares:
+            label = f"at best: area {1 - share / 2:.3f}"
+            axis.plot([0, share, 1], [0, 1, 1], color="gray", linestyle=":", label=label)
+        axis.set_xlabel("examples inspected, most suspicious first")
+    whole.set_ylabel("wrong labels found")
+    enlarged.set(xlim=(shares[0] / 2, min(1, 2 * shares[-1])), ylim=(0.5, 1.01), title="enlarged")
+    figure.legend(*whole.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     return _plain(figure)
 
 

@@ -220,15 +220,15 @@ def test_the_picture_has_the_curve_and_both_limits():
     found = ranking([3.0, 2.0, 1.0, 0.0], order=[1, 0, 2, 3])
     figure = found.plot([1], "TRAK")
     assert isinstance(figure, Figure)
-    (axis,) = figure.axes
-    curve, random, best = axis.lines
-    assert list(curve.get_xdata()) == [0, 0.25, 0.5, 0.75, 1]
-    assert list(curve.get_ydata()) == [0, 1, 1, 1, 1]
-    assert (list(random.get_xdata()), list(random.get_ydata())) == ([0, 1], [0, 1])
-    assert (list(best.get_xdata()), list(best.get_ydata())) == ([0, 0.25, 1], [0, 1, 1])
-    texts = [text.get_text() for text in axis.get_legend().get_texts()]
+    for axis in figure.axes:  # the whole, and enlarged
+        curve, random, best = axis.lines
+        assert list(curve.get_xdata()) == [0, 0.25, 0.5, 0.75, 1]
+        assert list(curve.get_ydata()) == [0, 1, 1, 1, 1]
+        assert (list(random.get_xdata()), list(random.get_ydata())) == ([0, 1], [0, 1])
+        assert (list(best.get_xdata()), list(best.get_ydata())) == ([0, 0.25, 1], [0, 1, 1])
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
     assert texts == ["TRAK: area 0.875", "at random: area 0.500", "at best: area 0.875"]
-    assert found.plot([1]).axes[0].get_legend().get_texts()[0].get_text() == "suspicion: area 0.875"
+    assert found.plot([1]).legends[0].get_texts()[0].get_text() == "suspicion: area 0.875"
 
 
 def test_a_table_for_a_terminal_fits():

@@ -103,21 +103,32 @@ def test_brittleness_is_drawn_as_it_is(tmp_path):
 
 def test_detection_curves_are_drawn_with_their_areas():
     curve = mislabel_detection_curve(torch.tensor([3.0, 1.0, 2.0]), torch.tensor([True, False, False]))
-    axis = plot_mislabel_curves({"loss": curve}).axes[0]
-    assert list(axis.lines[0].get_xdata()) == curve.inspected.tolist()
-    assert list(axis.lines[0].get_ydata()) == curve.found.tolist()
-    assert axis.get_legend().get_texts()[0].get_text() == "loss: area 0.833"
+    figure = plot_mislabel_curves({"loss": curve})
+    for axis in figure.axes:
+        assert list(axis.lines[0].get_xdata()) == curve.inspected.tolist()
+        assert list(axis.lines[0].get_ydata()) == curve.found.tolist()
+        assert axis.get_legend() is None  # it would cover curves
+    assert figure.legends[0].get_texts()[0].get_text() == "loss: area 0.833"
 
 
-def test_many_detection_curves_have_their_legend_beside_them():
+def test_many_detection_curves_differ_in_their_style():
     curve = mislabel_detection_curve(torch.tensor([3.0, 1.0, 2.0]), torch.tensor([True, False, False]))
     figure = plot_mislabel_curves({f"method {number}": curve for number in range(11)})
-    axis = figure.axes[0]
-    assert axis.get_legend() is None
     assert len(figure.legends[0].get_texts()) == 13  # with what is random, and what is best
-    assert len({(line.get_color(), line.get_linestyle()) for line in axis.lines}) == 13
+    for axis in figure.axes:
+        assert len({(line.get_color(), line.get_linestyle()) for line in axis.lines}) == 13
     with pytest.raises(ValueError, match="there are no curves to draw"):
         plot_mislabel_curves({})
+
+
+def test_detection_curves_are_enlarged_where_good_ones_differ():
+    wrong = torch.arange(100) < 5
+    curve = mislabel_detection_curve(wrong.float(), wrong)
+    whole, enlarged = plot_mislabel_curves({"loss": curve}).axes
+    assert whole.get_xlim()[1] >= 1
+    assert enlarged.get_xlim() == pytest.approx((0.025, 0.1))
+    assert enlarged.get_ylim()[0] == 0.5
+    assert plot_mislabel_curves({"more": curve._replace(share=torch.tensor(0.6))}).axes[1].get_xlim()[1] == 1
 
 
 def test_histograms_leave_nans_out():

@@ -11,6 +11,7 @@ import torch
 from benchmarks import (
     ablations,
     damping,
+    evaluation,
     first_half,
     lag,
     methods,
@@ -122,6 +123,18 @@ def test_ablations(tmp_path):
     for _, published in ablations.LITERATURE.values():
         assert all(f"{lds:.3f}" in table for lds in published.values())
     assert (tmp_path / "ablations.png").stat().st_size > 10_000
+
+
+def test_evaluation(tmp_path, capsys):
+    evaluation.main(["--quick", "--out", str(tmp_path)])
+    text = (tmp_path / "evaluation.md").read_text()
+    assert text in capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line]
+    sizes, methods = rows[2 : 2 + len(evaluation.PARTS)], rows[4 + len(evaluation.PARTS) :]
+    lds = {name: value for name, value, _ in methods}
+    assert sizes[-2][3] == lds[evaluation.BEST]  # all of the truth
+    assert [row[6] for row in sizes] == ["20", "20", "20", "40", "60", "60", "60"]
+    assert [bool(row[5]) for row in sizes] == [False, False, False, True, True, True, True]  # one seed has no ceiling
 
 
 def test_one_run(tmp_path):
