@@ -107,7 +107,7 @@ class LinearDatamodelingScore(Displayed, Metric):
         _validate_unused(masks, used_masks)
         _validate_constant_rows(constant_rows)
         self.constant_rows = constant_rows
-        self.register_buffer("masks", masks, persistent=False)
+        self.register_buffer("masks", masks.clone(), persistent=False)
         # States of other subsets are then neither merged with these nor loaded, and a MetricCollection, which shares
         # states that are equal after the first update, does not take them for the same.
         self.add_state("subsets", default=_subsets_digest(masks), dist_reduce_fx=_same_subsets)

@@ -179,9 +179,11 @@ class TestMetric:
         torch.testing.assert_close(metric.compute(), linear_datamodeling_score(*task))
         assert metric._to_sync  # compute still asks the other processes
 
-    def test_outputs_may_be_overwritten_after_update(self, task):
+    def test_what_was_passed_may_be_overwritten(self, task):
         scores, outputs, masks = task
-        outputs, metric = outputs[..., 0].double(), LinearDatamodelingScore(masks)
+        given = masks.clone()
+        outputs, metric = outputs[..., 0].double(), LinearDatamodelingScore(given)
+        given.logical_not_()
         buffer = torch.empty(6, NUM_SUBSETS, dtype=torch.float64)
         for batch in (slice(0, 6), slice(6, 12)):
             buffer.copy_(outputs[batch])
