@@ -53,8 +53,8 @@ class AttributionEvaluation(Displayed, Callback):
 
     Raises:
         TypeError: if an argument has a wrong type or name, before training.
-        ValueError: if ``k`` is not positive. Before training, or after it with a data module: if ``retrained`` is of
-            other data, or of one target alone.
+        ValueError: if ``k`` is not positive, or if ``retrained`` has fewer than 3 subsets, or equal ones. Before
+            training, or after it with a data module: if ``retrained`` is of other data, or of one target alone.
 
     Attributes:
         scores: by name of the method, for those that have run: a Tensor ``(num_targets, num_train)``.
@@ -92,6 +92,8 @@ class AttributionEvaluation(Displayed, Callback):
                 "retrained must be the result of read_fleet or split_fleet, with masks and outputs; got a"
                 f" {type(retrained).__name__}"
             )
+        if retrained is not None:
+            LinearDatamodelingScore(retrained.masks)  # raises now, not after the training
         self.methods = methods
         self.train = train
         self.targets = targets

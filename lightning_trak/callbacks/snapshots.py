@@ -49,8 +49,9 @@ class TRAKCallback(Displayed, RunCallback):
 
     **Which run.** A directory belongs to one run. It is an error to start another run in it, even if the first has
     saved nothing yet. In that last case, on file systems without locks, it is the first run that ends with an error.
-    ``trainer.fit(ckpt_path=...)`` continues the series, and so does a second call of ``fit``: snapshots of steps later
-    than the resumed one are removed from the manifest. ``validate``, ``test`` and ``predict`` do not change it.
+    ``trainer.fit(ckpt_path=...)`` continues the series, and so does a second call of ``fit`` for the same module:
+    snapshots of steps later than the resumed one are removed from the manifest. Another module is another run.
+    ``validate``, ``test`` and ``predict`` do not change it.
 
     Args:
         dirpath: directory of the snapshots: a local path, or a URL that fsspec understands.
@@ -113,6 +114,7 @@ class TRAKCallback(Displayed, RunCallback):
         self.overwrite = overwrite
         self.exist_ok = exist_ok
         self._series: SnapshotSeries | None = None  # None: nothing is to be saved
+        self._module: int | None = None  # id() of the module of the last fit, which a Trainer keeps until the next
         self._saved_step = 0
         self._seen_step = 0
         self._saved_time = 0.0
@@ -159,7 +161,8 @@ class TRAKCallback(Displayed, RunCallback):
         if self.preconditioner:
             require_adam(trainer.optimizers)
         series, step, state_dict = self._series, trainer.global_step, _gather(trainer)
-        self._run, self._saved_step = _on_rank_zero(trainer, lambda: self._open(series, step, state_dict))
+        again, self._module = self._module == id(pl_module), id(pl_module)
+        self._run, self._saved_step = _on_rank_zero(trainer, lambda: self._open(series, step, state_dict, again))
         self._seen_step = trainer.global_step
         self._saved_time = time.monotonic()
         self._groups = {
@@ -167,11 +170,11 @@ class TRAKCallback(Displayed, RunCallback):
             for position, optimizer in enumerate(trainer.optimizers)
         }
 
-    def _open(self, series: SnapshotSeries, step: int, state_dict: dict[str, Any]) -> tuple[str, int]:
+    def _open(self, series: SnapshotSeries, step: int, state_dict: dict[str, Any], again: bool) -> tuple[str, int]:
         require_storable(state_dict)
         if self._resumed_runs:
             manifest = series.resume(self._resumed_runs, step, self.overwrite)
-        elif self._run is not None and self._saved_step <= step:  # fit again with the same Trainer
+        elif again and self._run is not None and self._saved_step <= step:  # with the same Trainer
             manifest = series.resume([self._run], step, self.overwrite)
         elif self.exist_ok:
             manifest = series.resume([run_from(step, without_extra_state(state_dict, "it"))], step, self.overwrite)

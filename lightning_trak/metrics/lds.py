@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from lightning_trak.metrics.functional.lds import (
     _validate_masks,
 )
 from lightning_trak.metrics.functional.noise_ceiling import noise_ceiling
-from lightning_trak.metrics.functional.used_subsets import _validate_unused
+from lightning_trak.metrics.functional.used_subsets import _same_subsets, _subsets_digest, _validate_unused
 from lightning_trak.texts.display import Displayed
 
 if TYPE_CHECKING:
@@ -50,7 +50,8 @@ class LinearDatamodelingScore(Displayed, Metric):
 
     Args:
         masks: bool ``(num_subsets, num_train)``, true where the subset holds the example. It moves between
-            devices with the metric and is not part of its ``state_dict``.
+            devices with the metric and is not part of its ``state_dict``. Targets of a metric with other masks are
+            refused, in another process, in ``merge_state`` and, by a RuntimeError, in ``load_state_dict``.
         constant_rows: how to treat a target whose predicted or true outputs are the same for all subsets, and which has
             no rank correlation. ``"zero"`` counts it as 0, so that every method is averaged over the same targets
             and none gains by predicting nothing; ``"ignore"`` leaves it out; ``"error"`` refuses it in ``update``.
@@ -89,6 +90,7 @@ class LinearDatamodelingScore(Displayed, Metric):
     plot_upper_bound: float = 1.0
 
     masks: Tensor
+    subsets: Tensor
     predictions: list[Tensor]
     outputs: list[Tensor]
     ceilings: list[Tensor]
@@ -105,7 +107,10 @@ class LinearDatamodelingScore(Displayed, Metric):
         _validate_unused(masks, used_masks)
         _validate_constant_rows(constant_rows)
         self.constant_rows = constant_rows
-        self.register_buffer("masks", masks, persistent=False)
+        self.register_buffer("masks", masks.clone(), persistent=False)
+        # States of other subsets are then neither merged with these nor loaded, and a MetricCollection, which shares
+        # states that are equal after the first update, does not take them for the same.
+        self.add_state("subsets", default=_subsets_digest(masks), dist_reduce_fx=_same_subsets)
         self.add_state("predictions", default=[], dist_reduce_fx="cat")
         self.add_state("outputs", default=[], dist_reduce_fx="cat")
         self.add_state("ceilings", default=[], dist_reduce_fx="cat")
@@ -132,12 +137,38 @@ class LinearDatamodelingScore(Displayed, Metric):
         self.outputs.append(averaged)
         self.ceilings.append(ceilings)
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Add a batch of targets, as :meth:`update` does, and give :meth:`compute` of this batch alone."""
+        before = self.__dict__.copy()  # torchmetrics sets the states aside, and after an error leaves them there
+        try:
+            return super().forward(*args, **kwargs)
+        except BaseException:
+            self.__dict__.update(before)
+            raise
+
+    def reset(self) -> None:
+        """Forget all targets."""
+        # torchmetrics would empty the lists, which others may have: `Running`, and metrics of a `MetricCollection`.
+        self.predictions, self.outputs, self.ceilings = [], [], []
+        super().reset()
+
+    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
+        """Add the targets of another metric before these, as :meth:`torchmetrics.Metric.merge_state` does.
+
+        Raises:
+            ValueError: If its masks are others.
+        """
+        super().merge_state(incoming_state)
+        self._computed = None
+
     def compute(self) -> Tensor:
         """Mean over all targets: float64 scalar, NaN if ``constant_rows="ignore"`` left no target."""
         return self._per_target().nanmean()
 
     def per_target(self) -> Tensor:
         """Each target's rank correlation, ``(num_targets,)`` float64, in the order of updates and then of processes.
+
+        ``merge_state`` puts the targets of the other metric first.
 
         Targets left out by ``constant_rows="ignore"`` are NaN. All processes must call it together.
         """
@@ -220,13 +251,44 @@ class LinearDatamodelingScore(Displayed, Metric):
         super().sync(*args, **kwargs)
 
     @contextmanager
-    def _synced(self) -> Iterator[None]:
-        # Unlike `sync_context`, this restores the local state after an error too.
-        self.sync(dist_sync_fn=self.dist_sync_fn, should_sync=self.sync_on_compute)
+    def sync_context(
+        self,
+        dist_sync_fn: Callable[..., Any] | None = None,
+        process_group: Any | None = None,
+        should_sync: bool = True,
+        should_unsync: bool = True,
+        distributed_available: Callable[[], bool] | None = None,
+    ) -> Iterator[None]:
+        """As :meth:`torchmetrics.Metric.sync_context`, but the local state comes back after an error too."""
+        self.sync(dist_sync_fn, process_group, should_sync, distributed_available)
         try:
             yield
         finally:
-            self.unsync(should_unsync=self._is_synced)
+            self.unsync(should_unsync=self._is_synced and should_unsync)
+
+    def _synced(self) -> AbstractContextManager[None]:
+        return self.sync_context(self.dist_sync_fn, should_sync=self.sync_on_compute)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        saved = state_dict.get(f"{prefix}subsets", self.subsets)
+        try:
+            _same_subsets(torch.stack([self.subsets, saved.to(self.subsets)]))
+        except ValueError as error:
+            error_msgs.append(str(error))
+            return
+        self._computed = None
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     def _targets(self) -> tuple[Tensor, Tensor]:
         if not len(self.predictions) or not len(dim_zero_cat(self.predictions)):

@@ -10,6 +10,13 @@ from lightning_trak.retraining import Retrained, random_subsets
 from tests.lit import TARGETS, TRAIN, LitNet, make_trainer
 
 
+@pytest.mark.parametrize("rows", [[0, 1], [0, 1, 2, 1]])
+def test_subsets_without_a_score_are_refused_before_training(rows):
+    masks = random_subsets(len(TRAIN), 3)[rows]
+    with pytest.raises(ValueError, match=r"at least 3 subsets|Expected different subsets"):
+        AttributionEvaluation({}, TRAIN, TARGETS, Retrained(masks, torch.zeros(len(TARGETS), len(rows), 1)))
+
+
 def test_scores_about_a_loss_that_can_rise_with_the_output_are_refused(tmp_path):
     truth = Retrained(random_subsets(len(TRAIN), 6), torch.randn(len(TARGETS), 6, 1))
 

@@ -50,6 +50,14 @@ def test_fit_again_trains_on(tmp_path: Path) -> None:
     assert steps(tmp_path) == [5, 10, 12, 15, 20]
 
 
+def test_fit_again_of_another_module_is_another_run(tmp_path: Path) -> None:
+    trainer = fit(TRAKCallback(tmp_path))
+    trainer.fit_loop.max_epochs = 5
+    with pytest.raises(ValueError, match="holds 3 snapshots of another run, up to step 12"):
+        trainer.fit(Net(), loader())
+    assert steps(tmp_path) == [4, 8, 12]
+
+
 @pytest.mark.parametrize("changed", [{}, {"every_n_train_steps": 2}])
 def test_resume_continues_the_series(changed: dict[str, Any], tmp_path: Path) -> None:
     keep_all = ModelCheckpoint(tmp_path / "lightning", filename="{epoch}", save_top_k=-1)

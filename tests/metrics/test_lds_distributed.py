@@ -51,8 +51,15 @@ def run_rank(rank, init_file):
             local = sum(stop - start for start, stop in shares[rank])
             assert sum(map(len, metric.predictions)) == local  # what was gathered is let go, after an error too
             metric.reset()
-        with pytest.raises(RuntimeError, match="none were seen"):
-            metric.per_target()
+        for without_targets in (metric.per_target, metric.compute):
+            with pytest.raises(RuntimeError, match="none were seen"):
+                without_targets()
+        metric.update(scores[rank::2], outputs[rank::2])
+        torch.testing.assert_close(metric.compute(), linear_datamodeling_score(scores, outputs, masks))
+        metric = LinearDatamodelingScore(masks.flip(rank))
+        metric.update(scores, outputs)
+        with pytest.raises(ValueError, match="the same `masks`, but theirs differ"):
+            metric.compute()
     finally:
         dist.destroy_process_group()
 

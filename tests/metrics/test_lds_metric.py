@@ -13,12 +13,14 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader, TensorDataset
-from torchmetrics import MetricCollection
+from torchmetrics import Metric, MetricCollection
+from torchmetrics.wrappers import Running
 
 from lightning_trak.metrics import LinearDatamodelingScore
 from lightning_trak.metrics.functional import linear_datamodeling_interval, linear_datamodeling_score, noise_ceiling
 
 NUM_SUBSETS, NUM_TRAIN = 16, 30
+merges = pytest.mark.skipif(not hasattr(Metric, "merge_state"), reason="this torchmetrics does not merge states")
 
 
 def draw_masks(generator):
@@ -147,6 +149,72 @@ class TestMetric:
         result = collection.compute()
         torch.testing.assert_close(result["a"], linear_datamodeling_score(*task))
         torch.testing.assert_close(result["b"], linear_datamodeling_score(scores, outputs, other))
+
+    @pytest.mark.parametrize("size", [0, 3])
+    def test_collection_shares_no_states_of_other_masks(self, task, size):
+        scores, outputs, masks = task
+        collection = MetricCollection({"a": LinearDatamodelingScore(masks), "b": LinearDatamodelingScore(~masks)})
+        zeros = torch.zeros(size, NUM_TRAIN)  # of which both metrics make the same predictions
+        collection.update(zeros, outputs[:size])
+        collection.update(scores, outputs)
+        everything = torch.cat([zeros, scores]), torch.cat([outputs[:size], outputs])
+        for name, subsets in (("a", masks), ("b", ~masks)):
+            torch.testing.assert_close(collection.compute()[name], linear_datamodeling_score(*everything, subsets))
+
+    def test_running_window(self, task):
+        scores, outputs, masks = task
+        metric = Running(LinearDatamodelingScore(masks), window=2)
+        for batch in (slice(0, 4), slice(4, 8), slice(8, 12)):
+            metric.update(scores[batch], outputs[batch])
+        torch.testing.assert_close(metric.compute(), linear_datamodeling_score(scores[4:], outputs[4:], masks))
+
+    @pytest.mark.parametrize("batch", ["not finite", "empty"])
+    def test_refused_forward_loses_nothing(self, task, batch):
+        scores, outputs, masks = task
+        metric = LinearDatamodelingScore(masks)
+        metric.update(scores, outputs)
+        bad = (scores[:0], outputs[:0]) if batch == "empty" else (scores / 0, outputs)
+        with pytest.raises((ValueError, RuntimeError), match=r"finite|none were seen"):
+            metric(*bad)
+        torch.testing.assert_close(metric.compute(), linear_datamodeling_score(*task))
+        assert metric._to_sync  # compute still asks the other processes
+
+    def test_what_was_passed_may_be_overwritten(self, task):
+        scores, outputs, masks = task
+        given = masks.clone()
+        outputs, metric = outputs[..., 0].double(), LinearDatamodelingScore(given)
+        given.logical_not_()
+        buffer = torch.empty(6, NUM_SUBSETS, dtype=torch.float64)
+        for batch in (slice(0, 6), slice(6, 12)):
+            buffer.copy_(outputs[batch])
+            metric.update(scores[batch], buffer)
+        torch.testing.assert_close(metric.compute(), linear_datamodeling_score(scores, outputs, masks))
+
+    @merges
+    def test_merged_and_loaded_targets_count_after_compute(self, task):
+        scores, outputs, masks = task
+        first, second = LinearDatamodelingScore(masks), LinearDatamodelingScore(masks)
+        first.update(scores[:5], outputs[:5])
+        second.update(scores[5:], outputs[5:])
+        first.compute()
+        first.merge_state(second)
+        torch.testing.assert_close(first.compute(), linear_datamodeling_score(*task))
+        second.persistent(True)
+        first.load_state_dict(second.state_dict())
+        torch.testing.assert_close(first.compute(), second.compute())
+
+    @merges
+    def test_targets_of_other_masks_are_refused(self, task):
+        scores, outputs, masks = task
+        metric, other = LinearDatamodelingScore(masks), LinearDatamodelingScore(masks.flip(0))
+        for each in (metric, other):
+            each.update(scores, outputs)
+        other.persistent(True)
+        with pytest.raises(ValueError, match="the same `masks`, but theirs differ"):
+            metric.merge_state(other)
+        with pytest.raises(RuntimeError, match="the same `masks`, but theirs differ"):
+            metric.load_state_dict(other.state_dict())
+        torch.testing.assert_close(metric.compute(), linear_datamodeling_score(*task))
 
     def test_gradients_are_not_followed(self, task):
         scores = task[0].clone().requires_grad_()

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lightning_trak.retraining import random_removals, random_subsets
+from lightning_trak.retraining.fleets.subsets import checked_masks
 
 
 @pytest.mark.parametrize(("fraction", "size"), [(0.5, 50), (0.1, 10), (0.333, 34), (0.8, 81)])
@@ -45,3 +46,10 @@ def test_subsets_of_nothing_and_more_removals_than_there_are():
         random_subsets(10, 3, 0.01)
     with pytest.raises(ValueError, match="10 ways to remove 1 of 10 examples; got num_subsets=11"):
         random_removals(10, 11)
+
+
+def test_subsets_of_a_fleet_do_not_change_with_those_that_were_passed():
+    masks = random_subsets(10, 3)
+    kept = checked_masks(masks, 10)
+    masks.logical_not_()
+    assert torch.equal(kept, random_subsets(10, 3))

@@ -17,7 +17,8 @@ class Datamodels(SubsetMethod):
     arXiv 2202.00622, section 2), which shrinks them towards zero.
 
     scikit-learn's ``LassoCV`` fits, with an intercept, and chooses the
-    penalty of each target by cross-validation. Needs the extra ``datamodels``.
+    penalty of each target by cross-validation. Needs the extra ``datamodels``. An example that is in all subsets, or in
+    none, gets 0: they do not show what it does.
 
     Args:
         masks: bool ``(num_subsets, num_train)``.

@@ -147,7 +147,8 @@ def similarity_matrix(targets: Tensor, train: Tensor, similarity: Similarity) ->
 
 
 def _comparable(vectors: Tensor, similarity: Similarity) -> Tensor:
-    return F.normalize(vectors.double()) if similarity == "cosine" else vectors.double()
+    vectors = vectors.double()
+    return F.normalize(vectors, eps=torch.finfo(torch.float64).tiny) if similarity == "cosine" else vectors
 
 
 def _compared(targets: Tensor, train: Tensor, similarity: Similarity) -> Tensor:

@@ -99,7 +99,8 @@ def _predict_subsets(scores: Tensor, masks: Tensor) -> Tensor:
 def _linear_datamodeling_score_update(scores: Tensor, outputs: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     """Validate, and reduce to predicted and true outputs, both ``(num_targets, num_subsets)`` in float64."""
     _validate_inputs(scores, outputs, masks)
-    outputs = outputs.detach().double()
+    # A copy, since the metric keeps it, and the caller may write the next batch into the same tensor.
+    outputs = outputs.detach().to(torch.float64, copy=True)
     return _predict_subsets(scores.detach(), masks), outputs.mean(dim=2) if outputs.ndim == 3 else outputs
 
 

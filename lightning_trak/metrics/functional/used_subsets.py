@@ -1,6 +1,8 @@
-"""Subsets that scores were made from, which can no longer measure them."""
+"""Whether subsets are equal to others: to those that scores were made from, or to those of another metric."""
 
 from __future__ import annotations
+
+import hashlib
 
 import numpy as np
 import torch
@@ -52,3 +54,23 @@ def _validate_unused(masks: Tensor, used_masks: Tensor | None) -> None:
             f" rows {named} of `masks`. Scores predict models that they were made with better than new ones. Measure"
             " them on other subsets: a fleet's `split` gives checkpoints, and the ground truth of all other subsets."
         )
+
+
+def _subsets_digest(masks: Tensor) -> Tensor:
+    """SHA-256 of the subsets in their order, float64 ``(32,)``: a number for each byte."""
+    digest = hashlib.sha256(f"{tuple(masks.shape)}".encode() + _packed(masks).tobytes()).digest()
+    return torch.tensor(list(digest), dtype=torch.float64, device=masks.device)
+
+
+def _same_subsets(digests: Tensor) -> Tensor:
+    """The digest that all rows are equal to.
+
+    Raises:
+        ValueError: If they differ.
+    """
+    if bool((digests != digests[0]).any()):
+        raise ValueError(
+            "Expected targets of metrics with the same `masks`, but theirs differ: their outputs are those of models of"
+            " other subsets. Measure them apart."
+        )
+    return digests[0]

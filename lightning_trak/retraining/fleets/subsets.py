@@ -75,7 +75,7 @@ def random_removals(num_train: int, num_subsets: int, fraction: float = 0.01, se
 
 
 def checked_masks(masks: Tensor, num_train: int) -> Tensor:
-    """Masks that a user gives, on the CPU.
+    """A copy of masks that a user gives, on the CPU.
 
     Raises:
         ValueError: if they are not subsets of the training set, each with an example.
@@ -83,7 +83,7 @@ def checked_masks(masks: Tensor, num_train: int) -> Tensor:
     if isinstance(masks, Tensor) and masks.dtype == torch.bool and masks.ndim == 2 and masks.shape[1] == num_train:
         sizes = masks.sum(1).tolist()
         if sizes and min(sizes):
-            return masks.cpu()
+            return masks.cpu().clone()
         received = f"subsets of sizes {sizes[:5]}"
     elif isinstance(masks, Tensor):
         received = f"{str(masks.dtype).removeprefix('torch.')} of shape {tuple(masks.shape)}"

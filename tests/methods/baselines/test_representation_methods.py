@@ -279,3 +279,10 @@ def test_more_training_examples_are_compared_with_fewer_targets_at_once(monkeypa
     assert [(block.start, block.stop) for block, _ in blocks] == [(0, 4), (4, 8), (8, 9)]
     found, expected = torch.cat([rows for _, rows in blocks]), similarity.similarity_matrix(targets, train, kind)
     torch.testing.assert_close(found, expected)
+
+
+def test_cosines_of_tiny_representations():
+    vectors = torch.tensor([[3.0, 4.0], [4.0, 3.0], [0.0, 0.0]])
+    for scale in (1.0, 1e-20):
+        found = similarity.similarity_matrix(scale * vectors[:1], scale * vectors, "cosine")
+        torch.testing.assert_close(found, torch.tensor([[1.0, 0.96, 0.0]]).double(), rtol=1e-6, atol=0)
