@@ -11,9 +11,8 @@ from lightning_trak.features.dtypes import feature_dtype
 from lightning_trak.features.rows import Features, StoredFeatures
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.running.ranks import Ranks
-from lightning_trak.scoring import GradientCosineScorer, GradientDotScorer, PrimalScorer, topk
+from lightning_trak.scoring import GradientCosineScorer, GradientDotScorer, PrimalScorer
 from lightning_trak.scoring.newton.gram import DampedGram, gram_matrix
-from lightning_trak.scoring.topk import Best, TopK, block_top_k, merge_top_k
 
 N, K, M = 50, 6, 3
 CPU = torch.device("cpu")
@@ -104,32 +103,6 @@ def test_top_k_is_the_top_of_the_full_matrix(store, k, largest):
     assert torch.equal(found.indices, expected.indices)
     assert torch.equal(found.values, expected.values)
     assert found.indices.dtype == torch.int64
-
-
-@pytest.mark.parametrize("sign", [1, -1])
-def test_top_k_sorts_only_rows_with_a_better_score(sign, monkeypatch):
-    sorted_rows = []
-
-    def counting(scores, *options):
-        sorted_rows.append(len(scores))
-        return block_top_k(scores, *options)
-
-    monkeypatch.setattr(topk, "block_top_k", counting)
-    best = Best(2, largest=sign > 0)
-    for start, block in enumerate([[[5.0, 1, 4], [1, 1, 2]], [[3, 0, 4], [1, 0, 3]], [[0, 0, 0], [1, 1, 1]]]):
-        best.add(sign * torch.tensor(block), 3 * start)
-    found = best.merged(Ranks(), torch.zeros(2, 1))
-    assert (sign * found.values).tolist() == [[5, 4], [3, 2]]
-    assert found.indices.tolist() == [[0, 2], [5, 2]]
-    assert sorted_rows == [2, 1, 0]
-
-
-def test_merging_keeps_global_positions():
-    parts = [block_top_k(torch.tensor([[1.0, 5.0]]), 0, 1, True), block_top_k(torch.tensor([[4.0, 9.0]]), 2, 2, True)]
-    merged = merge_top_k(parts, 2, True)
-    assert isinstance(merged, TopK)
-    assert merged.indices.tolist() == [[3, 1]]
-    assert merged.values.tolist() == [[9.0, 5.0]]
 
 
 def test_the_gram_matrix_is_read_again_only_if_features_changed(store, monkeypatch):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lightning_trak.running.ranks import Ranks
+from lightning_trak.scoring import topk
 from lightning_trak.scoring.topk import Best, TopK, best_of, block_top_k, merge_top_k
 
 
@@ -57,3 +58,29 @@ def test_a_score_that_is_no_number_is_found_in_any_block(scores):
         blocks.add(scores[:, start : start + 50], start)
     assert blocks.merged(Ranks(), scores).indices[3, 0] == 150
     assert torch.equal(blocks.merged(Ranks(), scores).indices, whole.merged(Ranks(), scores).indices)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_top_k_sorts_only_rows_with_a_better_score(sign, monkeypatch):
+    sorted_rows = []
+
+    def counting(scores, *options):
+        sorted_rows.append(len(scores))
+        return block_top_k(scores, *options)
+
+    monkeypatch.setattr(topk, "block_top_k", counting)
+    best = Best(2, largest=sign > 0)
+    for start, block in enumerate([[[5.0, 1, 4], [1, 1, 2]], [[3, 0, 4], [1, 0, 3]], [[0, 0, 0], [1, 1, 1]]]):
+        best.add(sign * torch.tensor(block), 3 * start)
+    found = best.merged(Ranks(), torch.zeros(2, 1))
+    assert (sign * found.values).tolist() == [[5, 4], [3, 2]]
+    assert found.indices.tolist() == [[0, 2], [5, 2]]
+    assert sorted_rows == [2, 1, 0]
+
+
+def test_merging_keeps_global_positions():
+    parts = [block_top_k(torch.tensor([[1.0, 5.0]]), 0, 1, True), block_top_k(torch.tensor([[4.0, 9.0]]), 2, 2, True)]
+    merged = merge_top_k(parts, 2, True)
+    assert isinstance(merged, TopK)
+    assert merged.indices.tolist() == [[3, 1]]
+    assert merged.values.tolist() == [[9.0, 5.0]]
