@@ -12,24 +12,26 @@ MATRIX_TESTS ?= tests
 BIN := .venv/bin
 # Python compiles what is imported, when it is first imported. Most modules never are.
 INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
+# Two processes each take half of the tests, and then what the other has left, so that most fixtures are made once. Each
+# gets one thread: more would only wait for each other.
+PYTEST := -m pytest --numprocesses 2 --dist worksteal
 
 .PHONY: demo test test-fast test-matrix fuzz lint docs clean
 
 demo: .venv/.demo
 	$(BIN)/python -m examples.digits --out demo_output
 
-# One thread in each of two test processes: more would only wait for each other.
 test: .venv/.test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
 
 test-fast: .venv/.test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m "not slow"
 
 # Both ends run, and then it fails if one has failed.
 test-matrix: .matrix/oldest/.done .matrix/newest/.done
 	failed=0; for end in oldest newest; do \
 	  .matrix/$$end/bin/python -c "import lightning, torch; print('$$end: torch', torch.__version__, 'lightning', lightning.__version__)"; \
-	  OMP_NUM_THREADS=1 .matrix/$$end/bin/python -m pytest $(MATRIX_TESTS) --numprocesses 2 -m "not slow" || failed=1; \
+	  OMP_NUM_THREADS=1 .matrix/$$end/bin/python $(PYTEST) $(MATRIX_TESTS) -m "not slow" || failed=1; \
 	done; exit $$failed
 
 # The newest versions are those that pip finds: touch pyproject.toml to look again.
@@ -41,7 +43,7 @@ test-matrix: .matrix/oldest/.done .matrix/newest/.done
 	touch $@
 
 fuzz: .venv/.test
-	OMP_NUM_THREADS=1 FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest tests/fuzz --numprocesses 2
+	OMP_NUM_THREADS=1 FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python $(PYTEST) tests/fuzz
 
 lint: .venv/.lint
 	$(BIN)/ruff check .
