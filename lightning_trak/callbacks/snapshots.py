@@ -161,8 +161,8 @@ class TRAKCallback(Displayed, RunCallback):
         if self.preconditioner:
             require_adam(trainer.optimizers)
         series, step, state_dict = self._series, trainer.global_step, _gather(trainer)
-        again, self._module = self._module == id(pl_module), id(pl_module)
-        self._run, self._saved_step = _on_rank_zero(trainer, lambda: self._open(series, step, state_dict, again))
+        same_module, self._module = self._module == id(pl_module), id(pl_module)
+        self._run, self._saved_step = _on_rank_zero(trainer, lambda: self._open(series, step, state_dict, same_module))
         self._seen_step = trainer.global_step
         self._saved_time = time.monotonic()
         self._groups = {
@@ -170,11 +170,13 @@ class TRAKCallback(Displayed, RunCallback):
             for position, optimizer in enumerate(trainer.optimizers)
         }
 
-    def _open(self, series: SnapshotSeries, step: int, state_dict: dict[str, Any], again: bool) -> tuple[str, int]:
+    def _open(
+        self, series: SnapshotSeries, step: int, state_dict: dict[str, Any], same_module: bool
+    ) -> tuple[str, int]:
         require_storable(state_dict)
         if self._resumed_runs:
             manifest = series.resume(self._resumed_runs, step, self.overwrite)
-        elif again and self._run is not None and self._saved_step <= step:  # with the same Trainer
+        elif same_module and self._run is not None and self._saved_step <= step:  # fit again with the same Trainer
             manifest = series.resume([self._run], step, self.overwrite)
         elif self.exist_ok:
             manifest = series.resume([run_from(step, without_extra_state(state_dict, "it"))], step, self.overwrite)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 
+from lightning_trak.metrics.functional.equal_subsets import _same_subsets, _subsets_digest, _validate_unused
 from lightning_trak.metrics.functional.lds import (
     ConstantRows,
     _linear_datamodeling_score_compute,
@@ -21,7 +22,6 @@ from lightning_trak.metrics.functional.lds import (
     _validate_masks,
 )
 from lightning_trak.metrics.functional.noise_ceiling import noise_ceiling
-from lightning_trak.metrics.functional.used_subsets import _same_subsets, _subsets_digest, _validate_unused
 from lightning_trak.texts.display import Displayed
 
 if TYPE_CHECKING:

@@ -21,8 +21,8 @@ from lightning_trak.scoring.base import Scorer
 from lightning_trak.scoring.groups import Sums
 from lightning_trak.scoring.topk import Scores, best_of, join
 
-# Targets are scored in blocks whose features take this much memory, or as much as a matrix that each block makes again:
-# so this takes about as long as to solve for the targets. A few copies of the features are made on the way.
+# Targets are scored in blocks whose features take this much memory. Where each block makes a matrix again, they take as
+# much as the matrix, so that making it is not most of the work. A few copies of the features are made on the way.
 TARGET_BYTES = 1 << 28
 
 

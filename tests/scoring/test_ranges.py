@@ -22,3 +22,10 @@ def test_a_gram_matrix_has_the_square_of_the_scale_of_its_features(scale, curvat
     found, found_squares = gram(scale, curvature)
     assert torch.equal(found, expected * factor)
     assert torch.equal(found_squares, squared_weights * factor**2)
+
+
+def test_blocks_without_examples_add_nothing():
+    none = Features(torch.empty(0, 5), *[torch.empty(0)] * 3)
+    gram, squared_weights = gram_matrix([none], "gauss_newton", 5, torch.device("cpu"))
+    assert torch.equal(gram, torch.zeros(5, 5).double())
+    assert float(squared_weights) == 0

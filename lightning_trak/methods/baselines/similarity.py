@@ -112,7 +112,7 @@ def _mean_of_best(similar: Tensor, among: Tensor) -> Tensor:
 def similarities(
     targets: Tensor, train: Tensor, similarity: Similarity, at_once: int
 ) -> Iterator[tuple[slice, Tensor]]:
-    """:func:`similarity_matrix`, some targets at a time.
+    """Similarity of every target with every training example, some targets at a time.
 
     Args:
         targets: shape ``(num_targets, width)``.
@@ -121,7 +121,8 @@ def similarities(
         at_once: targets in a block. With more than 32,768 training examples, blocks have fewer, and the same size.
 
     Yields:
-        Which targets, and their rows of the matrix.
+        Which targets, and their similarities, float64, shape ``(targets of the block, num_train)``: in float32 the
+        distances of near neighbours would be all rounding.
     """
     own = targets is train
     train = _comparable(train, similarity)
@@ -130,20 +131,6 @@ def similarities(
     for start in range(0, len(targets), step):
         block = slice(start, min(start + step, len(targets)))
         yield block, _compared(targets[block], train, similarity)
-
-
-def similarity_matrix(targets: Tensor, train: Tensor, similarity: Similarity) -> Tensor:
-    """Similarity of every target with every training example.
-
-    Args:
-        targets: shape ``(num_targets, width)``.
-        train: shape ``(num_train, width)``.
-        similarity: which kind.
-
-    Returns:
-        float64, shape ``(num_targets, num_train)``: in float32 the distances of near neighbours would be all rounding.
-    """
-    return _compared(_comparable(targets, similarity), _comparable(train, similarity), similarity)
 
 
 def _comparable(vectors: Tensor, similarity: Similarity) -> Tensor:

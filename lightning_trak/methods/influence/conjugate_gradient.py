@@ -13,7 +13,7 @@ from lightning_trak.checks import positive, real, require_one_of
 from lightning_trak.methods.influence.ekfac_preconditioner import ekfac_preconditioner
 from lightning_trak.methods.influence.hessian import Convergence, Hessian
 from lightning_trak.methods.influence.landmark_preconditioner import landmark_preconditioner
-from lightning_trak.methods.influence.score_error import ROUGH, possible_score_error
+from lightning_trak.methods.influence.score_error import ROUGH, large_score_error
 from lightning_trak.methods.influence.solvers import INDEFINITE, InverseProduct, Solver
 
 _PRECONDITIONERS = {"landmarks": landmark_preconditioner, "ekfac": ekfac_preconditioner}
@@ -106,8 +106,8 @@ class ConjugateGradient(Solver):
         stopped = (~(squared <= goal)).flatten().cpu()
         found = Convergence(hessian.passes.where, targets, iterations, residuals)
         if self._report(found, hessian, stopped):
-            error = possible_score_error(hessian, rows, solution, left, ROUGH)
-            if error is not None and error.share > ROUGH:
+            error = large_score_error(hessian, rows, solution, left, ROUGH)
+            if error is not None:
                 self._complain(
                     f"{error.message}, because the damped Hessian is ill-conditioned: use a larger damping, or"
                     " a smaller tolerance with Trainer(precision='64-true')"

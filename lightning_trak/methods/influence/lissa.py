@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_trak.checks import positive, real
 from lightning_trak.methods.influence.hessian import Hessian
-from lightning_trak.methods.influence.score_error import possible_score_error
+from lightning_trak.methods.influence.score_error import large_score_error
 from lightning_trak.methods.influence.solvers import InverseProduct, Solver
 
 _POWER_ITERATIONS = 10
@@ -78,8 +78,8 @@ class LiSSA(Solver):
         if error > self.tolerance:
             what = f"LiSSA at {hessian.passes.where} has a relative residual of {error:.2g}"
         else:
-            found = possible_score_error(hessian, rows, solution, residual, self.tolerance)
-            if found is None or found.share <= self.tolerance:
+            found = large_score_error(hessian, rows, solution, residual, self.tolerance)
+            if found is None:
                 return solution
             what = f"{found.message}, by LiSSA"
         warnings.warn(

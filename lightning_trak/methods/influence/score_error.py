@@ -59,11 +59,12 @@ def score_error(hessian: Hessian, rows: Tensor, solved: Tensor) -> ScoreError:
     return ScoreError(share, f"scores at {where} are off by about {share:.0%} of their size, judged by {judged}")
 
 
-def possible_score_error(
+def large_score_error(
     hessian: Hessian, rows: Tensor, solved: Tensor, residuals: Tensor, allowed: float
 ) -> ScoreError | None:
-    """:func:`score_error` of the targets whose residuals leave room for more than ``allowed``; None if there are none.
+    """The error of scores, if it is larger than ``allowed``; else None.
 
+    It is measured for the targets whose residuals leave room for it, and costs nothing if there are none.
     With A = H + lambda I, a solution x whose residual is r has an error e with e^T A e = r^T A^-1 r <= |r|^2 / lambda,
     if H has no negative eigenvalue. Relative to x^T A x, this bounds the error of the target's score at itself, and of
     its scores for training examples that carry the curvature.
@@ -73,14 +74,17 @@ def possible_score_error(
         rows: as for :func:`score_error`.
         solved: as for :func:`score_error`.
         residuals: r, shape ``(n, p)``.
-        allowed: the error that need not be measured.
+        allowed: the largest error, relative to the size of scores, that needs no word.
     """
     squares = residuals.double().square().sum(1)
     most = hessian.ridge * (rows.double() * solved.double()).sum(1).clamp_min(0) * allowed**2
     excess = squares - most
     worst = excess.topk(min(_CHECKED, len(rows))).indices
     worst = worst[excess[worst] > 0]
-    return score_error(hessian, rows[worst], solved[worst]) if len(worst) else None
+    if len(worst) == 0:
+        return None
+    error = score_error(hessian, rows[worst], solved[worst])
+    return error if error.share > allowed else None
 
 
 def _ratio(one: Tensor, other: Tensor) -> Tensor:

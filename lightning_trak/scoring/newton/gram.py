@@ -39,6 +39,8 @@ def gram_matrix(
     panels = [slice(start, min(start + _COLUMNS, dim)) for start in range(0, dim, _COLUMNS)]
     squared_weights = torch.zeros((), dtype=torch.float64, device=device)
     for rows in _merged(shards):
+        if len(rows.features) == 0:  # none was trained on at this checkpoint, or all were left out
+            continue
         features = rows.features.to(device)
         features, unit = _in_range(features.to(torch.promote_types(features.dtype, torch.float32)))
         weighted, scale = features, unit.square()

@@ -85,7 +85,7 @@ class PredictionCurvature(ModelOutput):
 
 
 def dispersion(values: Tensor) -> float:
-    """The dispersion of single predictions, sum Q^2 / sum R, as ``noise.py`` has it.
+    """The dispersion of single predictions, sum Q^2 / sum R, see :mod:`~lightning_trak.scoring.newton.noise`.
 
     Each example counts alike, so that a few with wrong labels do not decide.
 

@@ -14,6 +14,7 @@ from lightning_trak.methods.baselines import similarity
 from lightning_trak.methods.baselines.knn_shapley import knn_shapley_values
 from lightning_trak.outputs import ContrastiveMargin
 from tests.lit import TARGETS, TRAIN, LitNet, make_data, make_model, make_trainer
+from tests.methods.baselines.test_representation_inputs import matrix
 from tests.zoo import specimen
 
 
@@ -277,12 +278,12 @@ def test_more_training_examples_are_compared_with_fewer_targets_at_once(monkeypa
     targets, train = (torch.randn(count, 3, generator=generator) for count in (9, 40))
     blocks = list(similarity.similarities(targets, train, kind, at_once=8))
     assert [(block.start, block.stop) for block, _ in blocks] == [(0, 4), (4, 8), (8, 9)]
-    found, expected = torch.cat([rows for _, rows in blocks]), similarity.similarity_matrix(targets, train, kind)
-    torch.testing.assert_close(found, expected)
+    expected = matrix(targets.double(), train.double(), kind)
+    torch.testing.assert_close(torch.cat([rows for _, rows in blocks]), expected)
 
 
 def test_cosines_of_tiny_representations():
     vectors = torch.tensor([[3.0, 4.0], [4.0, 3.0], [0.0, 0.0]])
     for scale in (1.0, 1e-20):
-        found = similarity.similarity_matrix(scale * vectors[:1], scale * vectors, "cosine")
+        ((_, found),) = similarity.similarities(scale * vectors[:1], scale * vectors, "cosine", at_once=1)
         torch.testing.assert_close(found, torch.tensor([[1.0, 0.96, 0.0]]).double(), rtol=1e-6, atol=0)
