@@ -116,7 +116,7 @@ class AdvantageLogLikelihood(LinearLossOutput):
                 raise ValueError(f"expected {len(labels)} advantages, one for each action, received {len(advantages)}")
             logits, labels, advantages = logits.unsqueeze(1), labels.unsqueeze(1), advantages.unsqueeze(1)
             return logits, labels, torch.ones_like(labels, dtype=torch.bool), advantages
-        logits, labels, counted = self.texts._aligned(module, rest)
+        logits, labels, counted = self.texts.aligned(module, rest)
         if advantages.shape == labels.shape:
             advantages = F.pad(advantages[:, 1:], (0, 1))  # that of the token which a position predicts
         elif advantages.shape in (labels.shape[:1], (len(labels), 1)):

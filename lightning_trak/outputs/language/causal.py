@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_trak.outputs.batches import LABELS_KEYS, Forward, LabelsKey, has_key, predict, split_labels
-from lightning_trak.outputs.language.tokens import IGNORED, Reduction, TokenOutput, Tokens, require_logits, token_ids
+from lightning_trak.outputs.batches import LABELS_KEYS, Forward, LabelsKey, has_key, split_labels
+from lightning_trak.outputs.language.tokens import IGNORED, Reduction, TokenOutput, Tokens, token_ids
 from lightning_trak.outputs.linear import LinearLossOutput
 from lightning_trak.outputs.margins import log_odds, logistic_loss, token_log_likelihoods
 
@@ -58,10 +58,9 @@ class _Causal(TokenOutput):
         predicted = (present == 1) & (F.pad(present[:, :-1], (1, 0)) == 1)  # the first token never is
         return Tokens(inputs, labels, counted & predicted, present.cumsum(1) - 1)
 
-    def _aligned(self, module: nn.Module, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
-        inputs, labels, counted, _ = self.tokens(batch)
-        logits = predict(module, batch, inputs, self.forward)
-        require_logits(logits, labels)
+    def aligned(self, module: nn.Module, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """See :meth:`TokenOutput.aligned`."""
+        logits, labels, counted = super().aligned(module, batch)
         # The last position predicts nothing. A slice of the logits would cost a copy of them.
         following = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
         return logits, following, F.pad(counted[:, 1:], (0, 1), value=False)
@@ -71,7 +70,7 @@ class _Causal(TokenOutput):
         other = _with_another_end(batch)
         if other is None:
             return None
-        one, two = (self._aligned(module, given)[0].detach()[:, :-1] for given in (batch, other))
+        one, two = (self.aligned(module, given)[0].detach()[:, :-1] for given in (batch, other))
         rounding = min(0.05, 2**10 * torch.finfo(one.dtype).eps)
         if (one - two).nan_to_num().abs().max() <= rounding * one.abs().max():
             return None
@@ -207,9 +206,3 @@ class Seq2SeqLMMargin(_Margin):
             inputs = batch
         labels = token_ids(given)
         return Tokens(inputs, labels, self._counted(labels), torch.ones_like(labels).cumsum(1) - 1)
-
-    def _aligned(self, module: nn.Module, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
-        inputs, labels, counted, _ = self.tokens(batch)
-        logits = predict(module, batch, inputs, self.forward)
-        require_logits(logits, labels)
-        return logits, labels, counted
