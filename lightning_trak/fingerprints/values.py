@@ -79,9 +79,7 @@ class Fingerprint:
         self.storages: set[int] = set()
         self._weights = True
         self._found: dict[str, list[Any]] = {}
-        self._alive: dict[
-            int, Any
-        ] = {}  # objects with an entry are kept alive, so that no other object gets the same id
+        self._alive: dict[int, Any] = {}  # by id: objects with an entry, so that no other object gets the same id
         self._queue: list[tuple[str, Callable[[Any], Any], Any]] = []
         self._open: set[int] = set()
 

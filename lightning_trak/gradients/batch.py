@@ -215,7 +215,7 @@ class ExampleBatch:
                     f" {LEAVES_OUT if len(part) < self.size else 'change the collate_fn'}"
                 )
             return True
-        if len(part) == self.size > 1 and part and all(isinstance(item, _PLAIN) for item in part):
+        if len(part) == self.size > 1 and all(isinstance(item, _PLAIN) for item in part):
             raise ValueError(
                 f"{_named(path)} has as many items as the batch has examples. It is not clear whether each item belongs"
                 " to one example or to all of them: make it a tensor, or leave it out of the batch"

@@ -175,13 +175,7 @@ class Layer(ABC):
         """
         return None
 
-    def projected_gradient(
-        self,
-        parameter: str,
-        call: LayerCall,
-        left: Tensor,
-        right: Tensor,
-    ) -> Tensor | None:
+    def projected_gradient(self, parameter: str, call: LayerCall, left: Tensor, right: Tensor) -> Tensor | None:
         """``left.T @ G @ right`` for each example, without G itself. Default: None, G must be formed.
 
         Args:
