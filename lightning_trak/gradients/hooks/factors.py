@@ -245,8 +245,7 @@ def _shortest(form: GradientForm) -> GradientForm:
 def _parts(layer: Layer, attribute: str, kind: str, call: LayerCall) -> tuple[Tensor, Tensor]:
     """A and B of the product A^T B, or the rows that are not zero and their indices."""
     if kind == "factors":
-        outputs, inputs = layer.factors(call)
-        return (inputs, outputs) if layer.rows_are_inputs else (outputs, inputs)
+        return layer.matrix_factors(call)
     nonzero = layer.nonzero_rows(attribute, call)
     if nonzero is None:
         raise EngineError(f"{type(layer).__name__} gave rows for the first examples, and none for this one")

@@ -207,6 +207,11 @@ class Layer(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} must define factors(), since its has_factors() is true")
 
+    def matrix_factors(self, call: LayerCall) -> tuple[Tensor, Tensor]:
+        """The two :meth:`factors`: first that of the rows of the weight's matrix, then that of its columns."""
+        outputs, inputs = self.factors(call)
+        return (inputs, outputs) if self.rows_are_inputs else (outputs, inputs)
+
 
 def layer_of(module: nn.Module) -> Layer | None:
     """The layer of a module: by the class that covers its type, or else recognizes it; None if no class does."""
