@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_trak.checkpoints.copies import copy_module
 from lightning_trak.checkpoints.names import canonical_name
 from lightning_trak.compatibility import apply_to_tensors, set_device_mesh
 from lightning_trak.features.extractor import FeatureExtractor
@@ -79,10 +78,6 @@ class ShardedModelCopy(ModelCopy):
                 f" {coverage_report(left_out, self.sizes)}. Or {_OTHERWISE}"
             )
         self._shards = False
-
-    @staticmethod
-    def _copy(module: nn.Module) -> nn.Module:
-        return copy_module(module, configure=False)
 
     def shard(self, mesh: DeviceMesh | None, device: torch.device) -> None:
         """Let the module shard itself, once the processes run. A second call does nothing.
