@@ -194,8 +194,12 @@ class FeatureStore(StoredExtras):
 
     def begun(self) -> dict[int, int]:
         """The number of the first existing shard, for each checkpoint that has any."""
-        there = {c: sorted(set(range(self.num_shards)) - set(self.missing(c))) for c in self.first}
+        there = {checkpoint: self._existing(checkpoint) for checkpoint in self.first}
         return {checkpoint: shards[0] for checkpoint, shards in there.items() if shards}
+
+    def _existing(self, checkpoint: int) -> list[int]:
+        """The numbers of the shards of a checkpoint that are not :meth:`missing`."""
+        return sorted(set(range(self.num_shards)) - set(self.missing(checkpoint)))
 
     @property
     def data(self) -> str | None:
@@ -299,11 +303,7 @@ class FeatureStore(StoredExtras):
             "rounding_error": rows.error,
             "skipped": list(skipped),
         }
-        place: dict[str, Any] = {
-            "checkpoint": self.checkpoints[checkpoint],
-            "name": path.stem,
-            "key": self._key_of(shard),
-        }
+        place = self._about(checkpoint, path.stem, self._key_of(shard))
         save_tensors(path, rows.stored.tensors, **place, engine=engine, **about)
 
     def read(self, checkpoint: int, shard: int) -> Features:
@@ -373,7 +373,7 @@ class FeatureStore(StoredExtras):
         """Positions of the examples that have no features at one or more of the checkpoints, in order."""
         found: set[int] = set()
         for checkpoint in self.first:
-            for shard in set(range(self.num_shards)) - set(self.missing(checkpoint)):
+            for shard in self._existing(checkpoint):
                 found.update(self.skipped_of(checkpoint, shard))
         return sorted(found)
 
