@@ -113,7 +113,7 @@ class ShardedModelCopy(ModelCopy):
         self._shards = True
 
 
-def sharded_engine(model: ModelCopy, examples: ExampleBatch, autocast: torch.dtype | None = None) -> ShardedHookEngine:
+def sharded_engine(model: ModelCopy, examples: ExampleBatch, autocast: torch.dtype | None) -> ShardedHookEngine:
     """Make hooks for a sharded model, and check them against the gradients that FSDP2 computes.
 
     Args:

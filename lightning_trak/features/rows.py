@@ -169,9 +169,7 @@ def in_order(parts: list[tuple[Tensor, Features]], examples: range) -> Features:
     return Features(*(column[order] for column in Features.cat([rows for _, rows in parts])))
 
 
-def misfit(
-    tensors: dict[str, Tensor], count: int, dtype: FeatureDtype | None = None, k: int | None = None
-) -> str | None:
+def misfit(tensors: dict[str, Tensor], count: int, dtype: FeatureDtype | None, k: int | None) -> str | None:
     """Describe what is wrong with the rows of a shard; None if nothing is wrong.
 
     Args:

@@ -48,7 +48,7 @@ class Audit:
         features: Tensor,
         outputs: Tensor,
         name: str,
-        single: ExampleBatch | None = None,
+        single: ExampleBatch | None,
     ) -> None:
         """Compare one example.
 

@@ -100,7 +100,7 @@ def predict_over(
 
 
 @contextmanager
-def _borrowed(trainer: L.Trainer, ours: PredictModule, interruption: Interruption | None = None) -> Iterator[None]:
+def _borrowed(trainer: L.Trainer, ours: PredictModule, interruption: Interruption | None) -> Iterator[None]:
     """Prepare the user's Trainer for :func:`predict_over`, and restore it afterwards."""
     limit = trainer.limit_predict_batches
     if limit != 1.0 or isinstance(limit, int):  # 1 is one batch, 1.0 is all of them
