@@ -169,16 +169,16 @@ def in_order(parts: list[tuple[Tensor, Features]], examples: range) -> Features:
     return Features(*(column[order] for column in Features.cat([rows for _, rows in parts])))
 
 
-def misfit(tensors: dict[str, Tensor], count: int, dtype: FeatureDtype | None, k: int | None) -> str | None:
+def misfit(tensors: dict[str, Tensor], count: int, dtype: FeatureDtype, k: int | None) -> str | None:
     """Describe what is wrong with the rows of a shard; None if nothing is wrong.
 
     Args:
         tensors: the columns by name, as :attr:`StoredFeatures.tensors`.
         count: expected number of rows.
-        dtype: how features are stored; None: as floats.
+        dtype: how features are stored.
         k: expected number of features per example; None for any.
     """
-    quantized = dtype is not None and dtype.quantizer is not None
+    quantized = dtype.quantizer is not None
     names = {*Features._fields, "scales"} if quantized else set(Features._fields)
     if set(tensors) != names:
         return f"it holds {', '.join(sorted(tensors))}, not {', '.join(sorted(names))}"
@@ -187,14 +187,12 @@ def misfit(tensors: dict[str, Tensor], count: int, dtype: FeatureDtype | None, k
         return f"its features have shape {tuple(features.shape)}, not (examples, k)"
     if len(features) != count:
         return f"it holds {len(features)} examples, not {count}"
-    expected = features.dtype if dtype is None else dtype.codes
-    if features.dtype != expected or not (quantized or features.is_floating_point()):
-        wanted = "floating-point numbers" if dtype is None else str(expected).removeprefix("torch.")
-        return f"its features are {str(features.dtype).removeprefix('torch.')}, not {wanted}"
-    columns = None if k is None else k if dtype is None else dtype.columns(k)
-    if columns not in (None, features.shape[1]):
+    if features.dtype != dtype.codes:
+        found, wanted = (str(each).removeprefix("torch.") for each in (features.dtype, dtype.codes))
+        return f"its features are {found}, not {wanted}"
+    if k is not None and features.shape[1] != dtype.columns(k):
         what = "bytes" if quantized else "features"
-        return f"it has {features.shape[1]} {what} per example, but other shards have {columns}"
+        return f"it has {features.shape[1]} {what} per example, but other shards have {dtype.columns(k)}"
     for name, column in tensors.items():
         if name != "features" and (column.shape != (count,) or not column.is_floating_point()):
             return f"its {name} are {column.dtype} of shape {tuple(column.shape)}, not numbers of shape ({count},)"
