@@ -269,8 +269,6 @@ class FeatureStore(StoredExtras):
         Raises:
             ValueError: if the number of rows is not that of the shard's examples, or they do not fit the store.
         """
-        if len(rows.features) != len(self.shard(shard)):
-            raise ValueError(f"shard {shard} holds {len(self.shard(shard))} examples, got {len(rows.features)} rows")
         reason = misfit(rows._asdict(), len(self.shard(shard)), feature_dtype(self._dtype.floating), self._k)
         if reason is not None:
             raise ValueError(f"shard {shard} of checkpoint {checkpoint} cannot be written: {reason}")
