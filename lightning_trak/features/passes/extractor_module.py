@@ -309,4 +309,4 @@ class ExtractorModule(PredictModule):
 
     def _batches(self, loader: DataLoader[Any], positions: list[list[int]]) -> Iterator[Any]:
         """Load examples at some positions to the device, one batch for each list."""
-        return self.on_device(load(loader, positions, num_workers=min(1, loader.num_workers)))
+        return self.on_device(load(loader, positions, one_worker=True))
