@@ -128,7 +128,7 @@ class CausalLMMargin(_Margin, _Causal):
     has no margin: the output is NaN, so that featurizing stops and names the example.
 
     Batches are a tensor of token ids ``(batch, length)``, a tuple ``(ids,)`` or ``(ids, labels)``, or a mapping of the
-    module's keywords; labels are aligned with the ids as in Hugging Face, default to the ids, and are not passed on.
+    module's keywords. Labels are aligned with the ids as in Hugging Face, default to the ids, and are not passed on.
     The module returns logits ``(batch, length, vocabulary)``, as a tensor, as ``logits`` or first of a tuple.
 
     Args:
@@ -187,9 +187,9 @@ class Seq2SeqLMMargin(_Margin):
     As :class:`CausalLMMargin`, but logits at t are read against the label at t, and a token counts if its label is not
     -100 or ``pad_token_id``; ``attention_mask`` is the encoder's.
 
-    Batches are mappings of the module's keywords with labels, which are passed on (Hugging Face models make the
-    decoder's input from them) unless ``decoder_input_ids`` are given; or tuples of the module's positional arguments,
-    the decoder's input included, and then the labels.
+    Batches are mappings of the module's keywords with labels. The labels are passed on, since Hugging Face models make
+    the decoder's input from them, unless ``decoder_input_ids`` are given. Or batches are tuples of the module's
+    positional arguments, the decoder's input included, and then the labels.
 
     Args:
         pad_token_id: a label to leave out, for labels padded with it rather than with -100.
