@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_trak.fingerprints.digests import content_digest
 from lightning_trak.running.data.loading import LEAVES_OUT
 from lightning_trak.running.data.singles import Singles
 
@@ -158,10 +157,6 @@ class ExampleBatch:
         """The shapes of all tensors of the batch."""
         self._require_together()
         return self.size, *_shapes(self.content)
-
-    def equals(self, other: ExampleBatch) -> bool:
-        """Whether two batches have the same content."""
-        return content_digest(self.content) == content_digest(other.content)
 
     def _require_together(self) -> None:
         if self.is_one_by_one and self.size > 1:
