@@ -63,7 +63,7 @@ class ModelCopy:
         keep: bool = False,
     ) -> None:
         self.original = module
-        self.module = copy_module(module, configure=not self.sharded)  # that would shard the copy before processes run
+        self.module = copy_module(module, configure=not self.sharded)  # a sharded one is configured once processes run
         self._loading = Original(self.module, partial=any(item.partial for item in checkpoints))
         self.output = copy.deepcopy(output)
         self.checkpoints = checkpoints
