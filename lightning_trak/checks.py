@@ -20,19 +20,17 @@ def positive(name: str, value: int) -> int:
     Raises:
         ValueError: if the value is not a positive integer. A bool does not count as one.
     """
-    if not isinstance(value, bool):
-        try:
-            number = operator.index(value)
-        except TypeError:
-            number = 0
-        if number > 0:
-            return number
+    if is_integer(value) and operator.index(value) > 0:
+        return operator.index(value)
     raise ValueError(f"Expected `{name}` to be a positive integer but got {value!r}.")
 
 
 def is_integer(value: object) -> bool:
     """Whether a value is an integer of any type, such as one of NumPy's. A bool does not count as one."""
-    return not isinstance(value, bool) and hasattr(value, "__index__")
+    with suppress(TypeError):  # a Tensor of a fraction has ``__index__``, too
+        operator.index(value)  # type: ignore[arg-type]
+        return not isinstance(value, bool)
+    return False
 
 
 def integer(name: str, value: int) -> int:

@@ -48,6 +48,7 @@ __all__ = [
     "configure_schedulers",
     "drawn_batches",
     "explicit_padding",
+    "forget_autocast",
     "forget_compiled_call",
     "forget_redirection",
     "has_gradient_hooks",
@@ -57,6 +58,7 @@ __all__ = [
     "is_traceable_wrapper_subclass",
     "left_by_fabric",
     "muon_orthogonalized",
+    "option_names",
     "original_function",
     "original_module",
     "original_optimizer",
@@ -392,9 +394,5 @@ def skip_completion(parser: Any, option: str) -> None:
 
 
 def option_names(parser: Any) -> set[str]:
-    """The names of a parser's options and arguments, such as ``"--model"`` and ``"model"``.
-
-    Args:
-        parser: an ``ArgumentParser`` of jsonargparse, or of a derived class.
-    """
+    """The names of the options and arguments of an ``ArgumentParser``, such as ``"--model"`` and ``"model"``."""
     return {name for action in parser._actions for name in (*action.option_strings, action.dest)}

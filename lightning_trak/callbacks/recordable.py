@@ -108,7 +108,7 @@ def _transfer_hooks(trainer: Trainer, module: LightningModule) -> TransferHooks:
 
 def _first_batch(loader: DataLoader[Any]) -> Any:
     first = range(min(batch_size_of(loader), num_examples(loader)))
-    (batch,) = load(loader, [first], num_workers=min(1, loader.num_workers))
+    (batch,) = load(loader, [first], one_worker=True)
     return batch
 
 

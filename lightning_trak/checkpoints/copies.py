@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_trak.checkpoints.base import Checkpoint
 from lightning_trak.checkpoints.digests import frozen_digest
-from lightning_trak.checkpoints.names import all_tensors, canonical_name
+from lightning_trak.checkpoints.names import canonical_name, named_tensors
 from lightning_trak.checkpoints.weights import is_extra_state
 from lightning_trak.compatibility import (
     forget_autocast,
@@ -146,7 +146,7 @@ def _configure(module: nn.Module) -> None:
                 f"{name}.configure_model() fails without a device mesh: {error}; let it return early if"
                 " self.device_mesh is None, or use a Trainer with ModelParallelStrategy"
             ) from error
-    empty = [key for key, (_, tensor) in all_tensors(module).items() if tensor.is_meta]
+    empty = [key for key, (_, tensor) in named_tensors(module).items() if tensor.is_meta]
     if empty:
         raise ValueError(
             f"this {name} has tensors on the meta device, without content: {listed(empty, _NAMED)}; pass a model whose"
@@ -173,7 +173,7 @@ class Original:
         self._strict = bool(getattr(module, "strict_loading", True))
         self._overridden = type(module).load_state_dict is not nn.Module.load_state_dict  # may load only a part
         self._complete = self._strict and not self._overridden and not partial
-        tensors = all_tensors(module)
+        tensors = named_tensors(module)
         self._without_content = [name for name, (_, tensor) in tensors.items() if tensor.is_meta]
         self._kept: dict[str, Tensor] = {}
         extra = {key: value for key, value in module.state_dict().items() if is_extra_state(key)} if everything else {}
@@ -183,7 +183,7 @@ class Original:
     @torch.no_grad()
     def restore(self) -> None:
         """Put back the state that is kept. A buffer whose shape has changed is a cache that has grown: it stays."""
-        tensors = all_tensors(self._module)
+        tensors = named_tensors(self._module)
         for name, original in self._kept.items():
             raw, current = tensors.get(name, (name, None))
             if current is None or current.shape != original.shape:
@@ -210,7 +210,7 @@ class Original:
         Raises:
             ValueError: if the weights do not fit the module, or it has other frozen parameters.
         """
-        module, tensors = self._module, all_tensors(self._module)
+        module, tensors = self._module, named_tensors(self._module)
         targets: dict[str, Any] = module.state_dict() | dict(tensors.values())
         own = {canonical_name(raw): raw for raw in targets}
         given = {own.get(canonical_name(raw), raw): tensor for raw, tensor in weights.items()}
@@ -276,7 +276,7 @@ class Original:
         return problems, unexpected
 
     def _keep(self, names: Iterable[str]) -> None:
-        tensors = all_tensors(self._module)
+        tensors = named_tensors(self._module)
         for name in map(canonical_name, names):
             _, tensor = tensors.get(name, (name, None))
             if tensor is not None and not tensor.is_meta and name not in self._kept:
@@ -305,7 +305,7 @@ def _plain_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
     """The plain, dense parameters and buffers that have memory."""
     return [
         (name, tensor)
-        for name, (_, tensor) in all_tensors(module).items()
+        for name, (_, tensor) in named_tensors(module).items()
         if type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided and tensor.data_ptr()
     ]
 

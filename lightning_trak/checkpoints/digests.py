@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from lightning_trak.checkpoints.names import all_tensors, canonical_name
+from lightning_trak.checkpoints.names import canonical_name, named_tensors
 from lightning_trak.compatibility import is_traceable_wrapper_subclass
 from lightning_trak.running.fsdp import is_sharded
 from lightning_trak.storage.files import tensor_digest
@@ -33,7 +33,7 @@ def state_digest(module: nn.Module, given: Iterable[str] = ()) -> str:
     Raises:
         ValueError: if a tensor has no content.
     """
-    return _digest({name: tensor for name, (_, tensor) in all_tensors(module).items()}, given)
+    return _digest({name: tensor for name, (_, tensor) in named_tensors(module).items()}, given)
 
 
 def frozen_digest(module: nn.Module, given: Iterable[str]) -> str:

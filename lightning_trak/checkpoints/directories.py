@@ -12,8 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_trak.checkpoints.base import Checkpoint, CheckpointFormat
-from lightning_trak.checkpoints.formats import load_torch, read_torch, state_dict
-from lightning_trak.checkpoints.weights import read_safetensors
+from lightning_trak.checkpoints.formats import load_torch, read_weights, state_dict
 from lightning_trak.storage.files import tensor_digest
 from lightning_trak.storage.locations import locate
 from lightning_trak.storage.manifests import MANIFEST
@@ -69,8 +68,8 @@ class CheckpointDirectory(CheckpointFormat):
             others = [name for name in found.ending(*_WEIGHTS) if name not in found.models()]
             present |= {"of another kind": others} if others else {}
         if len(present) > 1:
-            listed = " and ".join(f'"{names[0]}" ({kind})' for kind, names in present.items())
-            raise ValueError(f'"{location}" holds checkpoints of several kinds, {listed}: {_LIST}')
+            firsts = " and ".join(f'"{names[0]}" ({kind})' for kind, names in present.items())
+            raise ValueError(f'"{location}" holds checkpoints of several kinds, {firsts}: {_LIST}')
         if not present:
             raise ValueError(_nothing(found))
         (kind,) = present
@@ -187,7 +186,7 @@ def _saved(found: _Directory, name: str, weights_only: bool) -> _Saved:
     step, epoch = (content.get(key) if isinstance(content, Mapping) else None for key in ("global_step", "epoch"))
     if type(step) is not int or type(epoch) is not int:
         raise ValueError(f'"{place[2]}" does not say its epoch and global_step as Lightning\'s files do: {_LIST}')
-    return _Saved(step, epoch, name.startswith("last"), name, partial(read_torch, *place, weights_only))
+    return _Saved(step, epoch, name.startswith("last"), name, partial(read_weights, *place, weights_only))
 
 
 # --- Hugging Face -------------------------------------------------------------------------------------------------
@@ -210,13 +209,10 @@ def _model(found: _Directory, weights_only: bool) -> Checkpoint:
     if several:
         raise ValueError(f'"{found.location}" holds several models, such as {several[0]}: {_LIST}')
     name = found.models()[0]
-    read = (
-        partial(_read_parts, found, name, weights_only)
-        if name.endswith(".json")
-        else _reader(found, name, weights_only)
-    )
+    read = partial(read_weights, *found.place(name), weights_only)
     if name.endswith(".json"):
         _parts(found, name)  # raises now if a part is missing
+        read = partial(_read_parts, found, name, weights_only)
     adapter = _adapter_settings(found) if name in _ADAPTERS else None
     return Checkpoint(f"{PurePosixPath(found.path).name}/{name}", read, adapter=adapter)
 
@@ -230,13 +226,6 @@ def _adapter_settings(found: _Directory) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f'"{location}" does not hold the settings of an adapter: {error}; save it again') from error
     return settings
-
-
-def _reader(found: _Directory, name: str, weights_only: bool) -> Callable[[], dict[str, Tensor]]:
-    if not name.endswith(".safetensors"):
-        return partial(read_torch, *found.place(name), weights_only)
-    filesystem, path, location = found.place(name)
-    return lambda: state_dict(read_safetensors(filesystem, path, location), f'"{location}"')
 
 
 def _parts(found: _Directory, index: str) -> dict[str, list[str]]:
@@ -261,7 +250,7 @@ def _parts(found: _Directory, index: str) -> dict[str, list[str]]:
 def _read_parts(found: _Directory, index: str, weights_only: bool) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     for file, names in _parts(found, index).items():
-        tensors = _reader(found, file, weights_only)()
+        tensors = read_weights(*found.place(file), weights_only)
         lost = [name for name in names if name not in tensors]
         if lost:
             raise ValueError(

@@ -74,13 +74,9 @@ class SafetensorsFile(CheckpointFormat):
     @classmethod
     @override
     def find(cls, location: str, weights_only: bool) -> list[Checkpoint]:
-        del weights_only
         filesystem, path = locate(location)
-
-        def read() -> dict[str, Tensor]:
-            return state_dict(read_safetensors(filesystem, path, location), f'"{location}"')
-
         _, subset = read_about(location)
+        read = partial(read_weights, filesystem, path, location, weights_only)
         return [Checkpoint(PurePosixPath(path).name, read, subset=subset)]
 
 
@@ -96,7 +92,7 @@ class TorchFile(CheckpointFormat):
     @override
     def find(cls, location: str, weights_only: bool) -> list[Checkpoint]:
         filesystem, path = locate(location)
-        return [Checkpoint(PurePosixPath(path).name, partial(read_torch, filesystem, path, location, weights_only))]
+        return [Checkpoint(PurePosixPath(path).name, partial(read_weights, filesystem, path, location, weights_only))]
 
 
 def _is_file(location: str, *suffixes: str) -> bool:
@@ -113,9 +109,14 @@ def _is_file(location: str, *suffixes: str) -> bool:
     return not filesystem.isdir(path)
 
 
-def read_torch(filesystem: Any, path: str, location: str, weights_only: bool) -> dict[str, Tensor]:
-    """The weights in a file of ``torch.save``; the arguments are those of :func:`load_torch`."""
-    return state_dict(load_torch(filesystem, path, location, weights_only), f'"{location}"')
+def read_weights(filesystem: Any, path: str, location: str, weights_only: bool) -> dict[str, Tensor]:
+    """The weights in a file of safetensors or of ``torch.save``; the arguments are those of :func:`load_torch`."""
+    content: Any
+    if PurePosixPath(location).suffix.lower() == ".safetensors":  # the path may be what a link leads to
+        content = read_safetensors(filesystem, path, location)
+    else:
+        content = load_torch(filesystem, path, location, weights_only)
+    return state_dict(content, f'"{location}"')
 
 
 def load_torch(filesystem: Any, path: str, location: str, weights_only: bool) -> Any:

@@ -11,7 +11,7 @@ def canonical_name(name: str) -> str:
     return ".".join([*(module for module in modules if module not in WRAPPERS), last])
 
 
-def all_tensors(module: nn.Module) -> dict[str, tuple[str, Tensor]]:
+def named_tensors(module: nn.Module) -> dict[str, tuple[str, Tensor]]:
     """Canonical name -> (name, tensor) for all parameters and buffers; tied ones appear under each of their names."""
     named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
     return {canonical_name(raw): (raw, tensor) for raw, tensor in named}

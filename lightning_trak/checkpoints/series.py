@@ -38,9 +38,9 @@ from lightning_trak.checkpoints.manifest import (
     file_name,
     preconditioner_name,
 )
-from lightning_trak.checkpoints.weights import pack, read_safetensors, without_extra_state
+from lightning_trak.checkpoints.weights import pack, read_safetensors, without_extra_state, write_safetensors
 from lightning_trak.checks import require_bool
-from lightning_trak.storage.files import remove_leftovers, write_atomically, write_json
+from lightning_trak.storage.files import remove_leftovers, write_json
 from lightning_trak.storage.locations import locate, require_regular
 from lightning_trak.storage.locks import Lock, hold
 from lightning_trak.storage.manifests import MANIFEST
@@ -262,11 +262,11 @@ class SnapshotSeries:
         return manifest
 
     def _write_tensors(self, file: str, tensors: Mapping[str, Tensor]) -> TensorFile:
-        packed, metadata, checksum = pack(tensors)
         path = self.path(file)
         if self._local:
-            write_atomically(Path(path), lambda temporary: safetensors.torch.save_file(packed, temporary, metadata))
+            checksum = write_safetensors(Path(path), tensors)
             return TensorFile(file, os.stat(path).st_size, checksum)
+        packed, metadata, checksum = pack(tensors)
         content = safetensors.torch.save(packed, metadata)
         self.filesystem.pipe_file(path, content)
         return TensorFile(file, len(content), checksum)

@@ -243,9 +243,9 @@ class _SampleBatch(SampleBatch):
         parts = []
         for rows, part in self.extractor._parts(self.examples):
             _, features, outputs = self.extractor._projected(part, projection)
-            parts.append(Features(features, outputs, *model.output.derivatives(outputs)))
-            kept = self._kept(~not_finite(parts[-1]), rows)
-            parts[-1] = Features(*(column[kept] for column in parts[-1]))
+            made = Features(features, outputs, *model.output.derivatives(outputs))
+            kept = self._kept(~not_finite(made), rows)
+            parts.append(Features(*(column[kept] for column in made)))
         found = Features.cat(parts)
         return found.features, found.loss_gradients, found.curvatures
 

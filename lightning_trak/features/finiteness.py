@@ -47,7 +47,7 @@ class NotFiniteError(ValueError):
             loader: the loader whose dataset holds the example.
         """
         first = self.positions[0]
-        (batch,) = load(loader, [[first]], num_workers=0)
+        (batch,) = load(loader, [[first]], one_worker=True)
         if self.checkpoint is not None:
             model.load(self.checkpoint, torch.device("cpu"))
         model.module.cpu().eval()

@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_trak.checkpoints.copies import copy_module
 from lightning_trak.checkpoints.names import canonical_name
 from lightning_trak.compatibility import apply_to_tensors, set_device_mesh
 from lightning_trak.features.extractor import FeatureExtractor
@@ -80,10 +79,6 @@ class ShardedModelCopy(ModelCopy):
             )
         self._shards = False
 
-    @staticmethod
-    def _copy(module: nn.Module) -> nn.Module:
-        return copy_module(module, configure=False)
-
     def shard(self, mesh: DeviceMesh | None, device: torch.device) -> None:
         """Let the module shard itself, once the processes run. A second call does nothing.
 
@@ -118,7 +113,7 @@ class ShardedModelCopy(ModelCopy):
         self._shards = True
 
 
-def sharded_engine(model: ModelCopy, examples: ExampleBatch, autocast: torch.dtype | None = None) -> ShardedHookEngine:
+def sharded_engine(model: ModelCopy, examples: ExampleBatch, autocast: torch.dtype | None) -> ShardedHookEngine:
     """Make hooks for a sharded model, and check them against the gradients that FSDP2 computes.
 
     Args:

@@ -63,7 +63,7 @@ class ModelCopy:
         keep: bool = False,
     ) -> None:
         self.original = module
-        self.module = self._copy(module)
+        self.module = copy_module(module, configure=not self.sharded)  # a sharded one is configured once processes run
         self._loading = Original(self.module, partial=any(item.partial for item in checkpoints))
         self.output = copy.deepcopy(output)
         self.checkpoints = checkpoints
@@ -80,10 +80,6 @@ class ModelCopy:
         self._recurrent = any(isinstance(part, nn.RNNBase) for part in self.module.modules())
         self.checkpoint: int | None = None
         self.device = torch.device("cpu")
-
-    @staticmethod
-    def _copy(module: nn.Module) -> nn.Module:
-        return copy_module(module)
 
     def with_output(self, output: ModelOutput) -> Self:
         """The same copy of the module, at its current checkpoint, with a copy of another output."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,53 +43,46 @@ class StoredFeatures:
     Attributes:
         codes: the stored features, shape ``(n, dtype.columns(k))``.
         scales: of the codes, shape ``(n,)``; None if floats are stored.
-        scalars: outputs, loss gradients and curvatures as in :class:`Features`.
+        outputs: as in :class:`Features`, like the next two.
+        loss_gradients: Q = -dl/df.
+        curvatures: R = d2l/df2.
         dtype: how features are stored.
         k: number of features per example.
     """
 
     codes: Tensor
     scales: Tensor | None
-    scalars: tuple[Tensor, Tensor, Tensor]
+    outputs: Tensor
+    loss_gradients: Tensor
+    curvatures: Tensor
     dtype: FeatureDtype
     k: int
 
     @classmethod
     def encode(cls, rows: Features, dtype: FeatureDtype) -> StoredFeatures:
         """Round features to what is stored."""
-        features, *scalars = rows
-        return cls(*dtype.encode(features), (scalars[0], scalars[1], scalars[2]), dtype, features.shape[1])
+        return cls(*dtype.encode(rows.features), *rows[1:], dtype, rows.features.shape[1])
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], dtype: FeatureDtype, k: int) -> StoredFeatures:
         """The rows with these columns, see :meth:`tensors`."""
-        outputs, loss_gradients, curvatures = (tensors[name] for name in Features._fields[1:])
-        return cls(tensors["features"], tensors.get("scales"), (outputs, loss_gradients, curvatures), dtype, k)
+        columns = {name: tensors[name] for name in Features._fields[1:]}
+        return cls(tensors["features"], tensors.get("scales"), **columns, dtype=dtype, k=k)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The columns by name."""
         scales = {} if self.scales is None else {"scales": self.scales}
-        return dict(zip(Features._fields, (self.codes, *self.scalars), strict=True)) | scales
+        return {"features": self.codes, **self._scalars, **scales}
 
     @property
-    def outputs(self) -> Tensor:
-        """As in :class:`Features`."""
-        return self.scalars[0]
-
-    @property
-    def loss_gradients(self) -> Tensor:
-        """Q = -dl/df, shape ``(n,)``."""
-        return self.scalars[1]
-
-    @property
-    def curvatures(self) -> Tensor:
-        """R = d2l/df2, shape ``(n,)``."""
-        return self.scalars[2]
+    def _scalars(self) -> dict[str, Tensor]:
+        """Outputs, loss gradients and curvatures, by name."""
+        return {name: getattr(self, name) for name in Features._fields[1:]}
 
     def decode(self) -> Features:
         """The rows with features in ``dtype.floating``."""
-        return Features(self.dtype.decode(self.codes, self.scales, self.k), *self.scalars)
+        return Features(self.dtype.decode(self.codes, self.scales, self.k), **self._scalars)
 
     def blocks(self) -> Iterator[Features]:
         """The same rows a few at a time, so that only a little is decoded at any time."""
@@ -104,10 +97,7 @@ class StoredFeatures:
 
     def __getitem__(self, rows: slice | Tensor) -> StoredFeatures:
         """Some of the rows: a slice, or a bool mask of shape ``(n,)``."""
-        scales = None if self.scales is None else self.scales[rows]
-        outputs, loss_gradients, curvatures = self.scalars
-        scalars = (outputs[rows], loss_gradients[rows], curvatures[rows])
-        return replace(self, codes=self.codes[rows], scales=scales, scalars=scalars)
+        return self._each(lambda column: column[rows])
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> StoredFeatures:
         """The rows after ``move``, such as a copy to a device, of the codes and scales. The scalars stay."""
@@ -115,8 +105,12 @@ class StoredFeatures:
 
     def on_host(self) -> StoredFeatures:
         """The rows on the CPU."""
-        outputs, loss_gradients, curvatures = (column.cpu() for column in self.scalars)
-        return replace(self.moved(Tensor.cpu), scalars=(outputs, loss_gradients, curvatures))
+        return self._each(Tensor.cpu)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> StoredFeatures:
+        """The rows after a change of all columns."""
+        scalars: dict[str, Any] = {name: change(column) for name, column in self._scalars.items()}
+        return replace(self.moved(change), **scalars)
 
     def rounding_error(self, rows: Features) -> float:
         """The root mean square of |stored - given| / |given| over rows, of features that were given to :meth:`encode`.
@@ -175,18 +169,16 @@ def in_order(parts: list[tuple[Tensor, Features]], examples: range) -> Features:
     return Features(*(column[order] for column in Features.cat([rows for _, rows in parts])))
 
 
-def misfit(
-    tensors: dict[str, Tensor], count: int, dtype: FeatureDtype | None = None, k: int | None = None
-) -> str | None:
+def misfit(tensors: dict[str, Tensor], count: int, dtype: FeatureDtype, k: int | None) -> str | None:
     """Describe what is wrong with the rows of a shard; None if nothing is wrong.
 
     Args:
         tensors: the columns by name, as :attr:`StoredFeatures.tensors`.
         count: expected number of rows.
-        dtype: how features are stored; None: as floats.
+        dtype: how features are stored.
         k: expected number of features per example; None for any.
     """
-    quantized = dtype is not None and dtype.quantizer is not None
+    quantized = dtype.quantizer is not None
     names = {*Features._fields, "scales"} if quantized else set(Features._fields)
     if set(tensors) != names:
         return f"it holds {', '.join(sorted(tensors))}, not {', '.join(sorted(names))}"
@@ -195,14 +187,12 @@ def misfit(
         return f"its features have shape {tuple(features.shape)}, not (examples, k)"
     if len(features) != count:
         return f"it holds {len(features)} examples, not {count}"
-    expected = features.dtype if dtype is None else dtype.codes
-    if features.dtype != expected or not (quantized or features.is_floating_point()):
-        wanted = "floating-point numbers" if dtype is None else str(expected).removeprefix("torch.")
-        return f"its features are {str(features.dtype).removeprefix('torch.')}, not {wanted}"
-    columns = None if k is None else k if dtype is None else dtype.columns(k)
-    if columns not in (None, features.shape[1]):
+    if features.dtype != dtype.codes:
+        found, wanted = (str(each).removeprefix("torch.") for each in (features.dtype, dtype.codes))
+        return f"its features are {found}, not {wanted}"
+    if k is not None and features.shape[1] != dtype.columns(k):
         what = "bytes" if quantized else "features"
-        return f"it has {features.shape[1]} {what} per example, but other shards have {columns}"
+        return f"it has {features.shape[1]} {what} per example, but other shards have {dtype.columns(k)}"
     for name, column in tensors.items():
         if name != "features" and (column.shape != (count,) or not column.is_floating_point()):
             return f"its {name} are {column.dtype} of shape {tuple(column.shape)}, not numbers of shape ({count},)"

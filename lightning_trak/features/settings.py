@@ -1,9 +1,8 @@
 """The settings that features depend on."""
 
-import operator
 from dataclasses import dataclass
 
-from lightning_trak.checks import is_integer, require_one_of
+from lightning_trak.checks import integer, is_integer, require_one_of
 from lightning_trak.features.dtypes import FeatureDtype
 from lightning_trak.features.engines import ENGINES, EngineName
 from lightning_trak.projections import Projection
@@ -42,8 +41,6 @@ class FeatureSettings:
                 f"expected projection as an object such as SparseProjection(8192), got {self.projection!r}: import its"
                 " class from lightning_trak.projections"
             )
-        if not is_integer(self.seed):
-            raise TypeError(f"expected seed as an integer, got {self.seed!r}")
         if self.preconditioned and self.projection.sample_size:
             raise ValueError(
                 f"{type(self.projection).__name__} is fitted to gradients that are not preconditioned: use"
@@ -53,7 +50,7 @@ class FeatureSettings:
         if not is_integer(self.audit) or self.audit < 0:
             raise ValueError(f"audit must be a number of examples, 0 for none, got {self.audit!r}")
         for name in ("seed", "audit"):  # one of NumPy's integers could not be written to the manifest
-            object.__setattr__(self, name, operator.index(getattr(self, name)))
+            object.__setattr__(self, name, integer(name, getattr(self, name)))
 
     def draw(self, checkpoint: int, examples: range) -> list[int]:
         """Choose the examples to audit at a checkpoint. Every run chooses the same ones."""

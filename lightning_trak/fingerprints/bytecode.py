@@ -14,22 +14,10 @@ from typing import Any
 # Methods that change a container. Methods that change a tensor end in an underscore.
 _MUTATORS = frozenset(
     [
-        *(
-            "__setitem__",
-            "add",
-            "append",
-            "appendleft",
-            "clear",
-            "discard",
-            "extend",
-            "insert",
-            "pop",
-            "popitem",
-            "popleft",
-        ),
-        *("remove", "reverse", "setdefault", "sort", "update"),
+        "__setitem__", "add", "append", "appendleft", "clear", "discard", "extend", "insert", "pop", "popitem",
+        "popleft", "remove", "reverse", "setdefault", "sort", "update",
     ]
-)
+)  # fmt: skip
 _STORES = ("STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "STORE_DEREF")
 _LOADS = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF")
 _ATTRIBUTES = ("STORE_ATTR", "DELETE_ATTR", "LOAD_ATTR", "LOAD_METHOD")
@@ -144,9 +132,8 @@ def _owner(instructions: list[dis.Instruction], index: int) -> Any:
         loads = [i for i in range(index) if instructions[i].opname == "LOAD_ATTR" and instructions[i].argval == name]
         index = loads[-1] - 1 if loads else 0
     before = instructions[index - 1].argval if index else None
-    return (
-        before[-1] if isinstance(before, tuple) and before else before
-    )  # newer versions of Python load two variables at once
+    # Newer versions of Python load two variables at once.
+    return before[-1] if isinstance(before, tuple) and before else before
 
 
 def _mutated(instructions: list[dis.Instruction], start: int) -> bool:

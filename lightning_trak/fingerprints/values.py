@@ -79,9 +79,7 @@ class Fingerprint:
         self.storages: set[int] = set()
         self._weights = True
         self._found: dict[str, list[Any]] = {}
-        self._alive: dict[
-            int, Any
-        ] = {}  # objects with an entry are kept alive, so that no other object gets the same id
+        self._alive: dict[int, Any] = {}  # by id: objects with an entry, so that no other object gets the same id
         self._queue: list[tuple[str, Callable[[Any], Any], Any]] = []
         self._open: set[int] = set()
 
@@ -132,11 +130,11 @@ class Fingerprint:
             content = value.tolist() if value.dtype.hasobject else hashlib.sha256(value.tobytes()).hexdigest()[:16]
             return [str(value.dtype), list(value.shape), self.value(content, owner)]
         if isinstance(value, nn.Module):
-            return self.module(value)
+            return self._module(value)
         if isinstance(value, enum.Enum):
             return [name_of(type(value)), value.name, self.value(value.value, owner)]
         if isinstance(value, type):
-            return self.class_(value)
+            return self._class_name(value)
         if isinstance(value, types.FunctionType):
             return self._function(value)
         if isinstance(value, types.MethodType):
@@ -170,16 +168,16 @@ class Fingerprint:
         known = tensor.is_meta or (tensor.requires_grad and bool(self.storages)) or address(tensor) in self.storages
         return described if known else [*described, tensor_digest({"": tensor})[:16]]
 
-    def module(self, module: nn.Module) -> Any:
+    def _module(self, module: nn.Module) -> Any:
         """A module, by its class, options, code and weights."""
         weights = tensor_digest(dict(_tensors(module)))[:16] if self._weights else ""
         return [name_of(type(module)), digest(self._describe_module(module, self)), weights]
 
-    def _bound_to(self, owner: Any, strict: str | None) -> Any:
+    def _bound_to(self, value: Any, owner: str | None) -> Any:
         """The object that a method is bound to. Weights of a LightningModule are left out: checkpoints hold them."""
-        before, self._weights = self._weights, self._weights and not is_a(owner, L.LightningModule)
+        before, self._weights = self._weights, self._weights and not is_a(value, L.LightningModule)
         try:
-            return self.value(owner, strict)
+            return self.value(value, owner)
         finally:
             self._weights = before
 
@@ -193,12 +191,12 @@ class Fingerprint:
             reduced = copyreg.dispatch_table[cls](value) if cls in copyreg.dispatch_table else value.__reduce_ex__(4)
         except Exception as error:
             if owner is None:
-                return self.instance_of(cls)
+                return self._instance_of(cls)
             raise TypeError(
                 f"{owner} is or holds a {cls.__name__}, which cannot be compared between runs"
                 f" ({error}); expected values, functions, modules and objects that can be pickled"
             ) from error
-        name, own = self.instance_of(cls)
+        name, own = self._instance_of(cls)
         if isinstance(reduced, str):  # its name in its module
             return {"class": name, "named": reduced}
         make, arguments, state, items, pairs = (*reduced, None, None, None)[:5]
@@ -222,14 +220,14 @@ class Fingerprint:
                         self.value(function)
         return name_of(cls)
 
-    def instance_of(self, cls: type) -> list[Any]:
+    def _instance_of(self, cls: type) -> list[Any]:
         """The class of an object: its name, its attributes, and its methods, without those that made the object."""
         # Code may also change attributes of a class through the name of the class.
         changed = changed_by_use(cls) | changed_in(codes_of(cls, lambda name: name not in INITIAL), "other")
         held = {name: self.value(value) for name, value in attributes_of(cls).items() if name not in changed}
         return [self.methods(cls, lambda name: name not in INITIAL), held]
 
-    def class_(self, cls: type) -> str:
+    def _class_name(self, cls: type) -> str:
         """A class itself, by its name. If it is not of an installed package, everything that it defines counts, too."""
         if is_installed(cls.__module__):
             return name_of(cls)
@@ -239,7 +237,7 @@ class Fingerprint:
 
     def _class(self, cls: type) -> Any:
         self.methods(cls, INITIAL.__contains__)
-        return [self.instance_of(cls), [self.value(base) for base in cls.__bases__]]
+        return [self._instance_of(cls), [self.value(base) for base in cls.__bases__]]
 
     def _note(self, label: str, describe: Callable[[Any], Any], value: Any) -> None:
         if id(value) not in self._alive:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +48,7 @@ class Audit:
         features: Tensor,
         outputs: Tensor,
         name: str,
-        single: ExampleBatch | None = None,
+        single: ExampleBatch | None,
     ) -> None:
         """Compare one example.
 
@@ -128,7 +129,7 @@ class Audit:
         try:
             reference = self._reference.on(*self._in_double())
             (_, here), (_, alone) = (
-                reference.one(ExampleBatch(in_double(whole.content), whole.size, whole.layout), place)
+                reference.one(replace(whole, content=in_double(whole.content)), place)
                 for whole, place in ((batch, number), (source, row))
             )
         except torch.cuda.OutOfMemoryError:
@@ -164,7 +165,7 @@ class Audit:
         if self._dtype == torch.float64:
             return False
         pair = batch.take([number, (number + 1) % batch.size] if batch.size > 1 else [number])
-        pair = ExampleBatch(in_double(pair.content), pair.size, pair.layout)
+        pair = replace(pair, content=in_double(pair.content))
         module, output = self._in_double()
         try:
             rows = self._engine.on(module, output)(pair)[1]

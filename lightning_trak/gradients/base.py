@@ -188,8 +188,7 @@ class GradientEngine(ABC):
     def _require_one_each(self, values: Tensor, size: int) -> None:
         if values.shape != (size,):
             examples = "one example" if size == 1 else f"{size} examples"
-            each = "one scalar per example"
             raise ValueError(
                 f"{type(self.output).__name__}.output returned shape {tuple(values.shape)} for a batch of {examples};"
-                f" expected ({size},): {each}"
+                f" expected ({size},): one scalar per example"
             )

@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_trak.fingerprints.digests import content_digest
 from lightning_trak.running.data.loading import LEAVES_OUT
 from lightning_trak.running.data.singles import Singles
 
@@ -159,10 +158,6 @@ class ExampleBatch:
         self._require_together()
         return self.size, *_shapes(self.content)
 
-    def equals(self, other: ExampleBatch) -> bool:
-        """Whether two batches have the same content."""
-        return content_digest(self.content) == content_digest(other.content)
-
     def _require_together(self) -> None:
         if self.is_one_by_one and self.size > 1:
             raise ValueError(
@@ -215,7 +210,7 @@ class ExampleBatch:
                     f" {LEAVES_OUT if len(part) < self.size else 'change the collate_fn'}"
                 )
             return True
-        if len(part) == self.size > 1 and part and all(isinstance(item, _PLAIN) for item in part):
+        if len(part) == self.size > 1 and all(isinstance(item, _PLAIN) for item in part):
             raise ValueError(
                 f"{_named(path)} has as many items as the batch has examples. It is not clear whether each item belongs"
                 " to one example or to all of them: make it a tensor, or leave it out of the batch"

@@ -58,7 +58,7 @@ def require_own_leaves(
     leaves = [leaf for leaf in leaves_of(value) if id(leaf) not in own]
     foreign = [leaf for leaf in leaves if not (_has_memory(leaf) and _address(leaf) in made)]
     if foreign:
-        shapes = ", ".join(str(tuple(leaf.shape)) for leaf in foreign[:3]) + (", ..." if len(foreign) > 3 else "")
+        shapes = listed([str(tuple(leaf.shape)) for leaf in foreign])
         raise ValueError(
             f"the output of {type(module).__name__} depends on {len(foreign)} tensors that require gradients and are"
             f" not parameters of the copy that is differentiated, of shapes {shapes}. If they belong to the model:"

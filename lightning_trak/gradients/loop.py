@@ -82,9 +82,8 @@ class LoopEngine(GradientEngine):
         frozen = [name for name, parameter in self.parameters.items() if not parameter.requires_grad]
         if frozen:
             raise ValueError(
-                f"the forward pass of {type(self.module).__name__} turned requires_grad off for"
-                f" {listed(frozen)}: freeze parameters before the forward"
-                " pass, and leave these out with parameters="
+                f"the forward pass of {type(self.module).__name__} turned requires_grad off for {listed(frozen)}:"
+                " freeze parameters before the forward pass, and leave these out with parameters="
             )
 
     def _takes(self, batch: ExampleBatch) -> bool:

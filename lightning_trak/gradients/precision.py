@@ -43,11 +43,7 @@ class WorkingPrecision:
 
         If the weights were float32 from the start, the batch is not changed.
         """
-        if not self._converts:
-            return batch
-        return apply_to_collection(
-            batch, Tensor, lambda tensor: tensor.to(self.dtype) if tensor.is_floating_point() else tensor
-        )
+        return _converted(batch, self.dtype) if self._converts else batch
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -62,8 +58,12 @@ class WorkingPrecision:
 
 def in_double(content: Any) -> Any:
     """A batch, or any structure of tensors, with floating-point numbers in float64."""
+    return _converted(content, torch.float64)
+
+
+def _converted(content: Any, dtype: torch.dtype) -> Any:
     return apply_to_collection(
-        content, Tensor, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor
+        content, Tensor, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor
     )
 
 

@@ -32,7 +32,7 @@ def separable(loader: DataLoader[Any]) -> DataLoader[Any]:
     some = spread(num_examples(loader), FEW)  # a graph of one node does not show that it is a graph
     try:
         with isolated_random_states():
-            two, three, several = load(loader, [[0, 0], [0, 0, 0], some], num_workers=min(1, loader.num_workers))
+            two, three, several = load(loader, [[0, 0], [0, 0, 0], some], one_worker=True)
     except Exception:
         if batch_size_of(loader) != 1:
             raise

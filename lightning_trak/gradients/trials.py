@@ -46,7 +46,7 @@ def require_repeatable(run: Callable[[], Tensor], what: str, first: Tensor | Non
         again = run()
         same = again.shape == first.shape
         drawn = any(not torch.equal(old, new) for old, new in zip(before, _random_states(), strict=True))
-        if not same or _distance(again, first) > allowed * _norm(first):
+        if not same or torch.dist(again.double(), first.double()) > allowed * first.double().norm():
             if not drawn:
                 raise ValueError(
                     f"{what} changes from one forward pass to the next, although no random numbers were drawn. Perhaps"
@@ -64,11 +64,3 @@ def require_repeatable(run: Callable[[], Tensor], what: str, first: Tensor | Non
 def _random_states() -> list[Tensor]:
     states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return [torch.get_rng_state(), *states]
-
-
-def _distance(left: Tensor, right: Tensor) -> float:
-    return _norm(left.double() - right.double())
-
-
-def _norm(tensor: Tensor) -> float:
-    return float(tensor.double().norm())

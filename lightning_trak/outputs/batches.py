@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from lightning_trak.checks import is_integer
 from lightning_trak.texts.printable import printable
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -31,7 +32,7 @@ def as_keys(labels_key: LabelsKey) -> tuple[Key, ...]:
 def _checked(key: Any) -> Key:
     if isinstance(key, str) or callable(key):
         return cast(Key, key)
-    if hasattr(key, "__index__") and not isinstance(key, bool):
+    if is_integer(key):
         return operator.index(key)
     raise TypeError(
         "expected labels_key as a key or attribute, a position in a tuple, or a function of the batch, received"

@@ -32,10 +32,10 @@ class ContrastiveMargin(ModelOutput):
     5.1.1). The two have one loss together as a function of f alone if each is given half of it: :math:`l = 2 \log(1 +
     e^{-f/2})`, so Q = 1 - p and R = p(1 - p)/2 with p = sigmoid(f/2).
 
-    The bank holds embeddings of training pairs at the current checkpoint, as constants: it stands for the rest of the
-    training batch. A bank entry that equals the pair in both embeddings is the pair itself (or a copy, which is as
-    right an answer) and no negative; it is recognised by value, so that an example's output depends on the example and
-    the bank alone, and not on where in the data or in a batch it stands. A pair without any negative gives NaN.
+    The bank holds embeddings of training pairs at the current checkpoint, as constants. It stands for the rest of the
+    training batch. An entry that equals the pair in both embeddings is the pair itself, or a copy, which is as right an
+    answer: it is no negative. Only values are compared, so the output of an example does not depend on its place in the
+    data or in a batch. A pair without any negative gives NaN.
 
     Args:
         temperature: T, or a function of the module, e.g. ``lambda clip: 1 / clip.logit_scale.exp()`` if it is learned.

@@ -55,7 +55,7 @@ def declared_output(
     return _checked(output, "the model output")
 
 
-def trained_output(module: nn.Module, output: ModelOutput | None = None) -> ModelOutput:
+def trained_output(module: nn.Module, output: ModelOutput | None) -> ModelOutput:
     """The output of training examples: :func:`declared_output`, which must be one that training acted on.
 
     Args:
@@ -88,7 +88,7 @@ def require_alone(output: ModelOutput) -> None:
         )
 
 
-def fixed_output(module: nn.Module, output: ModelOutput | None = None) -> ModelOutput:
+def fixed_output(module: nn.Module, output: ModelOutput | None) -> ModelOutput:
     """The output to compare between models: :func:`declared_output`, which must ask the same of all of them.
 
     Args:

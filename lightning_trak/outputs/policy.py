@@ -34,13 +34,16 @@ class AdvantageLogLikelihood(LinearLossOutput):
     drew the actions. The training loss is :math:`l = -f`; Q = 1, and R is set to 1: see
     :class:`~lightning_trak.outputs.linear.LinearLossOutput`. Advantages are constants.
 
-    Batches are mappings with ``advantages`` or ``advantage``, or tuples that end with them. The rest is a batch as for
-    :class:`~lightning_trak.outputs.CausalLMMargin` with ``actions="tokens"``: each token is an action, it counts if its
-    label is not -100 and it is in ``attention_mask``, and advantages are of shape ``(batch,)`` or, aligned with the
-    labels, ``(batch, length)``. With ``actions="one"``, it is a batch as for
-    :class:`~lightning_trak.outputs.ClassificationMargin`: the label is the action, an index, and advantages are of
-    shape ``(batch,)``. An advantage that is not finite, an action outside the logits, and a text without a token that
-    counts give no output: featurizing stops and names the example.
+    Batches are mappings with ``advantages`` or ``advantage``, or tuples that end with them.
+
+    - With ``actions="tokens"``, the rest is a batch as for :class:`~lightning_trak.outputs.CausalLMMargin`, and each
+      token is an action. It counts if its label is not -100 and it is in ``attention_mask``. Advantages are of shape
+      ``(batch,)`` or, aligned with the labels, ``(batch, length)``.
+    - With ``actions="one"``, the rest is a batch as for :class:`~lightning_trak.outputs.ClassificationMargin`. The
+      label is the action, an index. Advantages are of shape ``(batch,)``.
+
+    An advantage that is not finite, an action outside the logits, and a text without a token that counts give no
+    output: featurizing stops and names the example.
 
     Args:
         actions: ``"tokens"``: the tokens of a text; ``"one"``: one action for each example.
@@ -116,7 +119,7 @@ class AdvantageLogLikelihood(LinearLossOutput):
                 raise ValueError(f"expected {len(labels)} advantages, one for each action, received {len(advantages)}")
             logits, labels, advantages = logits.unsqueeze(1), labels.unsqueeze(1), advantages.unsqueeze(1)
             return logits, labels, torch.ones_like(labels, dtype=torch.bool), advantages
-        logits, labels, counted = self.texts._aligned(module, rest)
+        logits, labels, counted = self.texts.aligned(module, rest)
         if advantages.shape == labels.shape:
             advantages = F.pad(advantages[:, 1:], (0, 1))  # that of the token which a position predicts
         elif advantages.shape in (labels.shape[:1], (len(labels), 1)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,7 +25,12 @@ class RandomProjection(Projection):
         dim: number of features k.
         cache_bytes: bytes of blocks to keep between batches. The other blocks are generated again for each batch.
             Features do not depend on this number.
+
+    Attributes:
+        value_dtype: dtype of the random values in a block.
     """
+
+    value_dtype: ClassVar[torch.dtype]
 
     dim: int = 2048
     cache_bytes: int = field(default=1 << 30, compare=False, kw_only=True)
@@ -36,11 +42,6 @@ class RandomProjection(Projection):
     @abstractmethod
     def values_per_row(self) -> int:
         """Random values in a block for each of its rows."""
-
-    @property
-    @abstractmethod
-    def bytes_per_row(self) -> int:
-        """Bytes of a block for each of its rows."""
 
     @abstractmethod
     def block(self, stream: Stream, rows: range, device: torch.device) -> Tensor:
@@ -93,7 +94,7 @@ class BoundRandomProjection(BoundProjection):
             return block[wanted]
         # The first blocks are kept. Every batch asks for the blocks in the same order, so a cache that drops the least
         # recently used block would always drop the block that is needed next.
-        kept = length * self._config.bytes_per_row <= self._cache_left
+        kept = length * self._config.values_per_row * self._config.value_dtype.itemsize <= self._cache_left
         drawn = slice(0, length) if kept else wanted
         with torch.inference_mode(False):  # the cache may use the block outside the inference mode of this hook
             rows = range(first + drawn.start, first + drawn.stop)

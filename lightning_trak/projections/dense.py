@@ -20,15 +20,12 @@ class DenseProjection(RandomProjection):
     An entry depends only on its stream, row and column. With a larger ``dim``, the first columns stay the same.
     """
 
+    value_dtype = torch.float32
+
     @property
     def values_per_row(self) -> int:
         """Random values in a block for each of its rows: ``dim``."""
         return self.dim
-
-    @property
-    def bytes_per_row(self) -> int:
-        """Bytes of a block for each of its rows: 4 for each feature."""
-        return 4 * self.dim
 
     def bind(
         self, shapes: Mapping[str, Sequence[int]], seed: int, checkpoint: int, device: torch.device

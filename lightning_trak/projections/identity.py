@@ -22,11 +22,7 @@ class IdentityProjection(Projection):
     """
 
     def bind(
-        self,
-        shapes: Mapping[str, Sequence[int]],
-        seed: int,
-        checkpoint: int,
-        device: torch.device,
+        self, shapes: Mapping[str, Sequence[int]], seed: int, checkpoint: int, device: torch.device
     ) -> BoundProjection:
         """Give each parameter its place in the features, see :meth:`Projection.bind`. Nothing is random."""
         return BoundIdentityProjection(shapes)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from lightning_trak.checks import require_one_of
 from lightning_trak.projections.base import BoundProjection, Projection, SampleBatch
 from lightning_trak.projections.dense import RademacherProjection
 from lightning_trak.projections.identity import IdentityProjection
@@ -54,8 +56,7 @@ class KroneckerProjection(Projection):
 
     def __post_init__(self) -> None:
         self._require_positive("left", "right", "sample")
-        if self.axes not in ("random", "principal"):
-            raise ValueError(f"Expected `axes` to be 'random' or 'principal' but got {self.axes!r}.")
+        require_one_of("axes", self.axes, ("random", "principal"))
         if self.dim is not None:
             self._require_positive("dim")
 
@@ -121,13 +122,7 @@ class BoundKroneckerProjection(BoundProjection):
         if not self._principal:
             return super().fit(batches)
         found = {
-            (name, side): PrincipalAxes(
-                width,
-                lambda columns, name=name, side=side, length=length: self._signs(  # type: ignore[misc]
-                    f"PrincipalAxes/{side}", name, length, columns
-                ),
-                length,
-            )
+            (name, side): PrincipalAxes(width, partial(self._signs, f"PrincipalAxes/{side}", name, length), length)
             for name in self._matrices
             for side, length, width in self._sides(name)
         }

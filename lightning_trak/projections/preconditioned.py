@@ -46,10 +46,4 @@ class PreconditionedProjection(BoundProjection):
                 f" {self._place}, so that it is not known how it would scale them: train longer before the snapshot, or"
                 " leave this parameter out with parameters="
             )
-        self._projection.add_(features, name, gradients * factor, self._rows(name, start, gradients.shape[1]))
-
-    def _rows(self, name: str, start: int, size: int) -> range | None:
-        if size == self.sizes[name]:
-            return None
-        width = self._row_sizes[name]
-        return range(start // width, (start + size) // width)
+        self._projection._add(features, name, gradients * factor, start)

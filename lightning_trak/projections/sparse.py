@@ -65,16 +65,13 @@ class SparseProjection(RandomProjection):
             one byte for each element.
     """
 
+    value_dtype = torch.int8
+
     dim: int = 16384
 
     @property
     def values_per_row(self) -> int:
         """Random values in a block for each of its rows: a sign."""
-        return 1
-
-    @property
-    def bytes_per_row(self) -> int:
-        """Bytes of a block for each of its rows."""
         return 1
 
     def block(self, stream: Stream, rows: range, device: torch.device) -> Tensor:

@@ -107,8 +107,8 @@ class RandomWatch:
         self._states = {name: generator.read() for name, generator in self._generators.items()}
 
     def before(self) -> None:
-        """Call this before a step."""
-        self._changed()
+        """Call this before a step, so that what others have drawn is not taken for its draws."""
+        self.drawn()
 
     def drawn(self) -> dict[str, Tensor]:
         """Call this after a step.
@@ -116,10 +116,6 @@ class RandomWatch:
         Returns:
             The states before the step, for :func:`restore_random_states`, of the generators that it has drawn from.
         """
-        return self._changed()
-
-    def _changed(self) -> dict[str, Tensor]:
-        """The earlier states of the generators that have changed since the last call."""
         seen = [look() for look in self._looks]
         if seen == self._seen:
             return {}

@@ -36,8 +36,8 @@ def shards_model(trainer: L.Trainer) -> bool:
         raise ValueError(
             f"ModelParallelStrategy has tensor_parallel_size={size} ('auto' is the number of devices of a node), but"
             " per-example gradients cannot be computed for layers that tensor parallelism splits: use"
-            " tensor_parallel_size=1 with"
-            f" data_parallel_size={trainer.num_nodes * strategy.num_processes}, which is FSDP2, or strategy='ddp'"
+            f" tensor_parallel_size=1 with data_parallel_size={trainer.num_nodes * strategy.num_processes}, which is"
+            " FSDP2, or strategy='ddp'"
         )
     return True
 

@@ -40,8 +40,8 @@ def trainer_of(trainer: L.Trainer | None, progress_bar: bool = True) -> L.Traine
             got = "the class" if isinstance(trainer, type) else "an object of"
             raise TypeError(
                 f"expected a Trainer of Lightning first, got {got} {kind.__module__}.{kind.__qualname__}; without a"
-                " Trainer, give the data by name,"
-                " as in featurize(data=...), score(data=...) or attribute(train=..., targets=...)"
+                " Trainer, give the data by name, as in featurize(data=...), score(data=...) or attribute(train=...,"
+                " targets=...)"
             )
         return trainer
     if is_one_of_several() or os.environ.get("WORLD_SIZE", "") not in ("", "1"):  # torchrun sets it
@@ -100,7 +100,7 @@ def predict_over(
 
 
 @contextmanager
-def _borrowed(trainer: L.Trainer, ours: PredictModule, interruption: Interruption | None = None) -> Iterator[None]:
+def _borrowed(trainer: L.Trainer, ours: PredictModule, interruption: Interruption | None) -> Iterator[None]:
     """Prepare the user's Trainer for :func:`predict_over`, and restore it afterwards."""
     limit = trainer.limit_predict_batches
     if limit != 1.0 or isinstance(limit, int):  # 1 is one batch, 1.0 is all of them

@@ -135,8 +135,8 @@ def test_fewer_examples_than_features_without_damping_is_an_error(tmp_path, chec
             r"object such as SparseProjection\(8192\), got 8192",
         ),
         ({"projection": GaussianProjection}, TypeError, "expected projection as an object .*got <class"),
-        ({"seed": 1.5}, TypeError, "expected seed as an integer, got 1.5"),
-        ({"seed": True}, TypeError, "expected seed as an integer, got True"),
+        ({"seed": 1.5}, TypeError, "seed must be an integer, got 1.5"),
+        ({"seed": True}, TypeError, "seed must be an integer, got True"),
         ({"output": "margin"}, TypeError, "must be a ModelOutput, got str"),
         (
             {"output": ClassificationMargin},

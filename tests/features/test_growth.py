@@ -272,7 +272,7 @@ def test_a_run_that_is_stopped_while_the_store_grows_loses_nothing(tmp_path, mon
     torch.testing.assert_close(trak.score(make_trainer(), TARGETS), alone.score(make_trainer(), TARGETS))
 
 
-IDENTITY = {"seed": 0, "checkpoints": ["aa", "bb"]}
+IDENTITY = {"seed": 0, "dtype": "float32", "checkpoints": ["aa", "bb"]}
 
 
 @pytest.mark.slow

@@ -1,9 +1,13 @@
 """Training examples whose features are not finite: all are named, or they are left out."""
 
+import os
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from lightning_trak import TRAK
 from lightning_trak.cleaning import duplicates
@@ -216,3 +220,22 @@ def test_examples_left_out_are_neither_suspicious_nor_neighbours(tmp_path):
     expected = alone.label_suspicion(make_trainer(), Subset(DATA, good))
     torch.testing.assert_close(suspicion[good], expected)
     assert suspicion[[0, 7, 8]].eq(expected.min()).all()
+
+
+class ProcessOfItem(Dataset):
+    """Each item is the process that loads it."""
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, position):
+        return os.getpid()
+
+
+def test_a_worker_loads_the_example_whose_reason_is_asked_for():
+    """A dataset that opens files at first use must not open them in this process, before workers are forked."""
+    output = SimpleNamespace(explain_nan=lambda module, batch: f"loaded by {batch.item()}")
+    model = SimpleNamespace(module=nn.Linear(1, 1), output=output, differentiable=nullcontext)
+    error = NotFiniteError("not finite", [2]).explained(model, DataLoader(ProcessOfItem(), num_workers=1))
+    assert "Example 2: loaded by " in str(error)
+    assert not str(error).endswith(f" {os.getpid()}")

@@ -72,7 +72,7 @@ def test_missing_shards_are_named(store):
 
 
 def test_the_wrong_number_of_rows_is_refused(store):
-    with pytest.raises(ValueError, match="shard 2 holds 2 examples, got 3 rows"):
+    with pytest.raises(ValueError, match="shard 2 of checkpoint 0 cannot be written: it holds 3 examples, not 2"):
         store.write(0, 2, rows(3))
 
 

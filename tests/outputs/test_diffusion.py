@@ -162,6 +162,7 @@ def test_predictions_that_do_not_fit_are_refused(images):
         ({"timesteps": [-1]}, r"received \[-1\]"),
         ({"timesteps": [1.5]}, r"received \[1.5\]"),
         ({"timesteps": [True]}, r"received \[True\]"),
+        ({"timesteps": torch.tensor([0.5])}, r"received \[tensor\(0.5"),
         ({"alphas_cumprod": torch.ones(3, 3)}, r"shape \(T,\).*received shape \(3, 3\)"),
         ({"alphas_cumprod": torch.tensor([0.5, torch.nan])}, "numbers from 0 to 1, received other numbers"),
         ({"alphas_cumprod": torch.linspace(1e-4, 2, 10)}, "received other numbers"),

@@ -116,5 +116,5 @@ def test_they_must_be_found_first():
 
 
 def test_an_unknown_kind_is_refused():
-    with pytest.raises(ValueError, match="'random' or 'principal'"):
+    with pytest.raises(ValueError, match="axes must be one of 'random', 'principal'; got"):
         KroneckerProjection(axes="pca")

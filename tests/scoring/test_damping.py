@@ -63,7 +63,7 @@ def test_no_scale_and_no_order_matters():
 
 
 def test_each_checkpoint_gets_its_own(tmp_path):
-    store = FeatureStore(tmp_path, {"checkpoints": ["a", "b"]}, 20, shard_size=8)
+    store = FeatureStore(tmp_path, {"checkpoints": ["a", "b"], "dtype": "float32"}, 20, shard_size=8)
     phi = torch.randn(2, 20, 4)
     curvatures = torch.stack([torch.ones(20), torch.rand(20) ** 8])
     for checkpoint in range(2):

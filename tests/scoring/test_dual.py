@@ -29,7 +29,8 @@ N, K, M = 30, 70, 2
 
 def make_store(directory, n=N, k=K, dtype=torch.float32, shard_size=8, no_curvature=()):
     generator = torch.Generator().manual_seed(0)
-    store = FeatureStore(directory, {"checkpoints": ["a", "b"][:M]}, n, shard_size=shard_size)
+    identity = {"checkpoints": ["a", "b"][:M], "dtype": str(dtype).removeprefix("torch.")}
+    store = FeatureStore(directory, identity, n, shard_size=shard_size)
     spectrum = torch.logspace(0, -1.5, k, dtype=torch.float64)
     for checkpoint in range(M):
         phi = torch.randn(n, k, generator=generator, dtype=torch.float64) * spectrum * 10.0**checkpoint

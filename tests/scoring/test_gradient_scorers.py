@@ -19,7 +19,8 @@ def make_rows(n, seed=0, dtype=torch.float32):
 
 
 def make_scores(tmp_path, kind, rows, targets, effect_on="loss"):
-    store = FeatureStore(tmp_path, {"checkpoints": ["a"]}, N, shard_size=8)
+    identity = {"checkpoints": ["a"], "dtype": str(rows.features.dtype).removeprefix("torch.")}
+    store = FeatureStore(tmp_path, identity, N, shard_size=8)
     for shard in range(store.num_shards):
         part = store.shard(shard)
         store.write(0, shard, Features(*(column[part.start : part.stop] for column in rows)))

@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def store(tmp_path):
     generator = torch.Generator().manual_seed(0)
-    store = FeatureStore(tmp_path, {"checkpoints": ["a", "b", "c"]}, N, shard_size=8)
+    store = FeatureStore(tmp_path, {"checkpoints": ["a", "b", "c"], "dtype": "float32"}, N, shard_size=8)
     for checkpoint in range(M):
         scale = 10.0 ** (checkpoint - 1)  # checkpoints whose gradients differ a lot in size
         for shard in range(store.num_shards):
@@ -135,7 +135,8 @@ class OneOf(Ranks):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_gram_matrix_does_not_depend_on_the_number_of_ranks(tmp_path, monkeypatch, shard_size, dtype):
     n, generator = 2500 if shard_size > 1 else 1100, torch.Generator().manual_seed(0)
-    store = FeatureStore(tmp_path, {"checkpoints": ["a"]}, n, shard_size=shard_size)
+    identity = {"checkpoints": ["a"], "dtype": str(dtype).removeprefix("torch.")}
+    store = FeatureStore(tmp_path, identity, n, shard_size=shard_size)
     phi, curvatures = torch.randn(n, K, generator=generator, dtype=dtype), torch.rand(n, generator=generator)
     zeros, shards = torch.zeros(n), []
     for shard in range(store.num_shards):
@@ -288,7 +289,8 @@ def test_self_scores_that_overflow_are_named(store):
     ],
 )
 def test_the_damping_that_was_chosen_is_told(tmp_path, monkeypatch, dampings, lag, said):
-    store, told, chosen = FeatureStore(tmp_path, {"checkpoints": ["a"] * len(dampings)}, 8, 8), [], iter(dampings)
+    identity = {"checkpoints": ["a"] * len(dampings), "dtype": "float32"}
+    store, told, chosen = FeatureStore(tmp_path, identity, 8, 8), [], iter(dampings)
     for checkpoint in range(len(dampings)):
         phi = torch.randn(8, K, generator=torch.Generator().manual_seed(checkpoint))
         store.write(checkpoint, 0, Features(phi, *torch.full((3, 8), 0.5)))

@@ -27,7 +27,8 @@ Open = Callable[[Path, int], Any]
 
 
 def open_store(directory: Path, seed: int) -> FeatureStore:
-    return FeatureStore(directory, {"seed": seed, "checkpoints": ["a"]}, 10, shard_size=5, user="run")
+    identity = {"seed": seed, "dtype": "float32", "checkpoints": ["a"]}
+    return FeatureStore(directory, identity, 10, shard_size=5, user="run")
 
 
 def open_fleet(directory: Path, seed: int) -> MemberStore:

@@ -20,7 +20,7 @@ from lightning_trak.storage import claims, discarding
 from tests.launch import run_script
 from tests.lit import TARGETS, TRAIN, make_model, make_trainer
 
-IDENTITY = {"seed": 0, "checkpoints": ["aa", "bb"]}
+IDENTITY = {"seed": 0, "dtype": "float32", "checkpoints": ["aa", "bb"]}
 MASKS = torch.tensor([[True, False, True], [False, True, True]])
 FLEET = {"num_targets": 2, "seed": 0}
 
@@ -30,7 +30,7 @@ def rows(count):
 
 
 def open_store(directory, seed=0, checkpoints=("aa", "bb"), size=10, **options):
-    return FeatureStore(directory, {"seed": seed, "checkpoints": list(checkpoints)}, size, 4, **options)
+    return FeatureStore(directory, IDENTITY | {"seed": seed, "checkpoints": list(checkpoints)}, size, 4, **options)
 
 
 def fill(store):

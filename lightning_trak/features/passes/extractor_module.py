@@ -26,6 +26,7 @@ from lightning_trak.features.precision import autocast_of
 from lightning_trak.features.rows import Features
 from lightning_trak.features.settings import FeatureSettings
 from lightning_trak.features.store import FeatureStore
+from lightning_trak.fingerprints.digests import content_digest
 from lightning_trak.gradients import GradientEngine
 from lightning_trak.gradients.batch import ExampleBatch, Layout, find_layout
 from lightning_trak.outputs import ModelOutput
@@ -184,7 +185,7 @@ class ExtractorModule(PredictModule):
         twice, thrice, other, pair, first, again = self._batches(loader, probes)
         self.forget_batches()
         self._layout = find_layout(twice, thrice)
-        self.repeatable = ExampleBatch(first, len(some)).equals(ExampleBatch(again, len(some)))
+        self.repeatable = content_digest(first) == content_digest(again)
         if self._train_loader is None and not self.repeatable:
             warn_of_random_items("the data to score")
         if self._train_loader is not None and self._store.repeatable and not self.repeatable:
@@ -309,4 +310,4 @@ class ExtractorModule(PredictModule):
 
     def _batches(self, loader: DataLoader[Any], positions: list[list[int]]) -> Iterator[Any]:
         """Load examples at some positions to the device, one batch for each list."""
-        return self.on_device(load(loader, positions, num_workers=min(1, loader.num_workers)))
+        return self.on_device(load(loader, positions, one_worker=True))

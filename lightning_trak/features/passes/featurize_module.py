@@ -1,6 +1,5 @@
 """The LightningModule that makes and keeps features when ``trainer.predict`` runs it."""
 
-import hashlib
 from typing import Any, cast
 
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
@@ -20,6 +19,7 @@ from lightning_trak.packages import is_a
 from lightning_trak.projections.base import BoundProjection
 from lightning_trak.running.data.ranges import IndexedBatch, RangeLoader, Stop
 from lightning_trak.running.ranks import Ranks
+from lightning_trak.storage.schemas import json_digest
 
 
 class FeaturizeModule(ExtractorModule):
@@ -57,17 +57,16 @@ class FeaturizeModule(ExtractorModule):
         """Check that all ranks of a sharded model will load the same ranges. Otherwise FSDP2 would mix up their data.
 
         Raises:
-            RuntimeError: if the ranges differ.
+            ValueError: if the ranges differ.
         """
         if self.copied.sharded:
             loaders = cast(list[RangeLoader], self.trainer.predict_dataloaders)
             plan = [[(part.examples.start, part.examples.stop) for part in loader.ranges] for loader in loaders]
-            digest = hashlib.sha256(repr(plan).encode()).hexdigest()
-            if len(set(Ranks.of(self.trainer).gather(digest))) > 1:
-                raise RuntimeError(
-                    "the ranks of a sharded model see different shards as missing in the store: put it on a disk that"
-                    " all ranks share, and let no other run write to it"
-                )
+            Ranks.of(self.trainer).require_same(
+                json_digest(plan),
+                "other shards are missing in the store of a sharded model",
+                "Put it on a disk that all ranks share, and let no other run write to it",
+            )
 
     def _settle_engine(self) -> GradientEngine:
         """Use hooks for sharded models. All ranks set them up on the same examples."""
@@ -120,15 +119,13 @@ class FeaturizeModule(ExtractorModule):
                 self._alone[int(batch.positions[0])] = alone
             return
         found = {row: self._alone.pop(i) for row, i in enumerate(batch.positions.tolist()) if i in self._alone}
-        rows = self.featurize(batch.batch, batch.positions, {row: self._trusted(one) for row, one in found.items()})
+        if not self.repeatable:
+            found = dict.fromkeys(found)  # loaded again, an example is another one: the audit takes it from its batch
+        rows = self.featurize(batch.batch, batch.positions, found)
         if batch.number is not None and not self._sink.add(
             checkpoint, batch.number, batch.positions, rows, cast(EngineName, self.engine_name)
         ):
             raise EngineError("another process has found that this engine gets a gradient wrong")
-
-    def _trusted(self, alone: Any) -> Any:
-        """The example alone. None if the data differ each time: then the audit takes it from its batch."""
-        return alone if self.repeatable else None
 
     def _give_up(self, error: EngineError) -> None:
         """Stop, and leave the rest to the next engine.

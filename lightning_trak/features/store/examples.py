@@ -99,10 +99,7 @@ def _type(name: str, base: Any) -> Any:
     found: Any = sys.modules.get(module)
     for part in qualified.split("."):
         found = getattr(found, part, None)
-    if (
-        not isinstance(found, type)
-        or not issubclass(found, base)
-        or (base is object and not dataclasses.is_dataclass(found))
-    ):
+    fits = isinstance(found, type) and issubclass(found, base)
+    if not fits or (base is object and not dataclasses.is_dataclass(found)):
         raise NotStorableError(f"the type {qualified} of {module} is not known in this process")
     return found

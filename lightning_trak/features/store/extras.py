@@ -49,14 +49,15 @@ class StoredExtras:
     def _path(self, checkpoint: int, name: str) -> Path:
         return self.folder(checkpoint) / f"{name}.safetensors"
 
-    def write_extra(self, checkpoint: int, name: str, tensors: dict[str, Tensor], key: str = "") -> None:
+    def write_extra(self, checkpoint: int, name: str, tensors: dict[str, Tensor], key: str) -> None:
         """Write tensors that belong to a checkpoint as a whole. ``key`` identifies what they were made from."""
         save_tensors(self._path(checkpoint, name), tensors, **self._about(checkpoint, name, key))
 
     def _about(self, checkpoint: int, name: str, key: str) -> dict[str, Any]:
+        """What the header of a file says of it, see :func:`require_place`."""
         return {"checkpoint": self.checkpoints[checkpoint], "name": name, "key": key}
 
-    def settle_extra(self, checkpoint: int, name: str, tensors: dict[str, Tensor], key: str = "") -> None:
+    def settle_extra(self, checkpoint: int, name: str, tensors: dict[str, Tensor], key: str) -> None:
         """Write an extra as :meth:`write_extra` does, unless another process was faster. Read it before you use it.
 
         Processes that make it from the same data may round differently, and all must use the same one.
@@ -72,7 +73,7 @@ class StoredExtras:
         for path in self.directory.glob(f"checkpoint-*/{name}.safetensors"):
             path.unlink(missing_ok=True)
 
-    def read_extra(self, checkpoint: int, name: str, key: str = "") -> dict[str, Tensor] | None:
+    def read_extra(self, checkpoint: int, name: str, key: str) -> dict[str, Tensor] | None:
         """Read tensors that :meth:`write_extra` wrote.
 
         Returns:

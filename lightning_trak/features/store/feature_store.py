@@ -48,9 +48,9 @@ class FeatureStore(StoredExtras):
 
     Args:
         directory: a local or mounted directory. It is made on first use.
-        identity: everything that the features depend on, as values for JSON: seed, projection, ... An existing store
-            must have been made with the same identity, other than ``"checkpoints"``: the keys of the run's checkpoints,
-            in its order.
+        identity: everything that the features depend on, as values for JSON: ``"dtype"``, seed, projection, ... An
+            existing store must have been made with the same identity, other than ``"checkpoints"``: the keys of the
+            run's checkpoints, in its order.
         num_examples: size of the training set; None: that of an existing store.
         shard_size: examples per shard of a new store. An existing store keeps its own size.
         read_only: whether the store must exist already. Its manifest is then not written.
@@ -194,8 +194,12 @@ class FeatureStore(StoredExtras):
 
     def begun(self) -> dict[int, int]:
         """The number of the first existing shard, for each checkpoint that has any."""
-        there = {c: sorted(set(range(self.num_shards)) - set(self.missing(c))) for c in self.first}
+        there = {checkpoint: self._existing(checkpoint) for checkpoint in self.first}
         return {checkpoint: shards[0] for checkpoint, shards in there.items() if shards}
+
+    def _existing(self, checkpoint: int) -> list[int]:
+        """The numbers of the shards of a checkpoint that are not :meth:`missing`."""
+        return sorted(set(range(self.num_shards)) - set(self.missing(checkpoint)))
 
     @property
     def data(self) -> str | None:
@@ -248,7 +252,7 @@ class FeatureStore(StoredExtras):
     @property
     def rounds_features(self) -> bool:
         """Whether features are stored as integers."""
-        return self._dtype is not None and self._dtype.quantizer is not None
+        return self._dtype.quantizer is not None
 
     def write(self, checkpoint: int, shard: int, rows: Features, engine: str = "", skipped: Sequence[int] = ()) -> None:
         """Write a complete shard: :meth:`round` and :meth:`save` in one."""
@@ -265,14 +269,10 @@ class FeatureStore(StoredExtras):
         Raises:
             ValueError: if the number of rows is not that of the shard's examples, or they do not fit the store.
         """
-        if len(rows.features) != len(self.shard(shard)):
-            raise ValueError(f"shard {shard} holds {len(self.shard(shard))} examples, got {len(rows.features)} rows")
-        dtype = self._dtype
-        floating = None if dtype is None else feature_dtype(dtype.floating)
-        reason = misfit(rows._asdict(), len(self.shard(shard)), floating, self._k)
+        reason = misfit(rows._asdict(), len(self.shard(shard)), feature_dtype(self._dtype.floating), self._k)
         if reason is not None:
             raise ValueError(f"shard {shard} of checkpoint {checkpoint} cannot be written: {reason}")
-        stored = StoredFeatures.encode(rows, dtype or feature_dtype(rows.features.dtype))
+        stored = StoredFeatures.encode(rows, self._dtype)
         self._k = stored.k
         return RoundedFeatures(stored.on_host(), stored.rounding_error(rows))
 
@@ -299,11 +299,7 @@ class FeatureStore(StoredExtras):
             "rounding_error": rows.error,
             "skipped": list(skipped),
         }
-        place: dict[str, Any] = {
-            "checkpoint": self.checkpoints[checkpoint],
-            "name": path.stem,
-            "key": self._key_of(shard),
-        }
+        place = self._about(checkpoint, path.stem, self._key_of(shard))
         save_tensors(path, rows.stored.tensors, **place, engine=engine, **about)
 
     def read(self, checkpoint: int, shard: int) -> Features:
@@ -327,8 +323,8 @@ class FeatureStore(StoredExtras):
             tensors, metadata = self._load(path)
             require_place(path, metadata, self.checkpoints[checkpoint], self._key_of(shard), **SHARD_HEADER)
             dtype = feature_dtype(metadata["dtype"])
-            if self._dtype not in (None, dtype):
-                raise altered(path, f"its features are {dtype.name}, not {self._dtype and self._dtype.name}")
+            if dtype != self._dtype:
+                raise altered(path, f"its features are {dtype.name}, not {self._dtype.name}")
             if self._k not in (None, metadata["k"]):
                 raise altered(path, f"it has {metadata['k']} features per example, but other shards have {self._k}")
             reason = misfit(tensors, len(self.shard(shard)), dtype, metadata["k"])
@@ -338,10 +334,9 @@ class FeatureStore(StoredExtras):
         return StoredFeatures.from_tensors(tensors, dtype, metadata["k"])
 
     @property
-    def _dtype(self) -> FeatureDtype | None:
-        """How features are stored, if the manifest says so."""
-        name = self._directory.manifest["identity"].get("dtype")
-        return None if name is None else feature_dtype(name)
+    def _dtype(self) -> FeatureDtype:
+        """How features are stored."""
+        return feature_dtype(self._directory.manifest["identity"]["dtype"])
 
     def rounding_error(self, checkpoint: int) -> float:
         """How much rounding to integers has changed the rows: root mean square, relative to each row's norm.
@@ -373,7 +368,7 @@ class FeatureStore(StoredExtras):
         """Positions of the examples that have no features at one or more of the checkpoints, in order."""
         found: set[int] = set()
         for checkpoint in self.first:
-            for shard in set(range(self.num_shards)) - set(self.missing(checkpoint)):
+            for shard in self._existing(checkpoint):
                 found.update(self.skipped_of(checkpoint, shard))
         return sorted(found)
 

@@ -101,9 +101,9 @@ def parts_with(settled: list[DataPart], num_examples: int | None, sample: Sample
     before = settled[-1]["sample"]
     if sample(size) != before or (before is None and num_examples > size):
         return None
-    return (
-        settled if num_examples == size else [*settled, {"num_examples": num_examples, "sample": sample(num_examples)}]
-    )
+    if num_examples == size:
+        return settled
+    return [*settled, {"num_examples": num_examples, "sample": sample(num_examples)}]
 
 
 def describe_data(theirs: list[DataPart], mine: list[DataPart]) -> tuple[str, str]:

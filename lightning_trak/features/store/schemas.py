@@ -32,11 +32,8 @@ _SEALED = schemas.sealed(
         "shard_size": schemas.integer(1, _MAX_SIZE),
         "data": _data,
         "identity": schemas.record(
-            {},
-            optional={
-                "dtype": schemas.one_of(*NAMES),
-                "parameters": schemas.parameters,
-            },
+            {"dtype": schemas.one_of(*NAMES)},
+            optional={"parameters": schemas.parameters},
             others=schemas.anything,
         ),
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -316,14 +316,12 @@ class HookEngine(GradientEngine):
     @contextmanager
     def _eager(self, parameters: Iterable[nn.Parameter] = ()) -> Iterator[None]:
         """Let only these parameters require gradients, and turn off compiled code, since it could skip the hooks."""
-        with ExitStack() as stack:
-            stack.enter_context(self._differentiating(parameters))
-            stack.enter_context(torch.enable_grad())
-            if is_compiled(self.module):
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
+        with (
+            self._differentiating(parameters),
+            torch.enable_grad(),
+            torch.compiler.set_stance("force_eager") if is_compiled(self.module) else nullcontext(),
+        ):
             yield
 
-    @contextmanager
-    def _differentiating(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-        with differentiating(self.module, parameters):
-            yield
+    def _differentiating(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
+        return differentiating(self.module, parameters)

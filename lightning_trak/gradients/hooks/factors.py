@@ -92,7 +92,6 @@ class GradientForms:
     """
 
     def __init__(self, forms: Sequence[GradientForm]) -> None:
-        self._forms = list(forms)
         self._places: dict[str, tuple[GradientForm, slice]] = {}
         start = 0
         for form in forms:
@@ -107,15 +106,15 @@ class GradientForms:
     @property
     def are_whole(self) -> bool:
         """Whether all are the gradients themselves, so that any engine can give them."""
-        return all(form.kind == "gradient" for form in self._forms)
+        return all(form.kind == "gradient" for form, _ in self)
 
     def gradients(self, stored: Tensor) -> Tensor:
         """The whole gradients of some examples, shape ``(n, p)``."""
-        return torch.cat([form.gradients(stored[:, columns]) for form, columns in self._places.values()], dim=1)
+        return torch.cat([form.gradients(stored[:, columns]) for form, columns in self], dim=1)
 
     def to_tensors(self) -> dict[str, Tensor]:
         """The forms as tensors for a file."""
-        content = json.dumps([asdict(form) for form in self._forms]).encode()
+        content = json.dumps([asdict(form) for form, _ in self]).encode()
         return {"forms": torch.frombuffer(bytearray(content), dtype=torch.uint8)}
 
     @classmethod
@@ -126,7 +125,7 @@ class GradientForms:
     def merged(self, other: GradientForms) -> GradientForms:
         """Forms for the examples of both: the larger number of positions, or the gradient where kinds differ."""
         merged = []
-        for mine, theirs in zip(self._forms, other._forms, strict=True):
+        for (mine, _), (theirs, _) in zip(self, other, strict=True):
             if mine.kind == theirs.kind:
                 merged.append(replace(mine, positions=max(mine.positions, theirs.positions)))
             else:
@@ -245,8 +244,7 @@ def _shortest(form: GradientForm) -> GradientForm:
 def _parts(layer: Layer, attribute: str, kind: str, call: LayerCall) -> tuple[Tensor, Tensor]:
     """A and B of the product A^T B, or the rows that are not zero and their indices."""
     if kind == "factors":
-        outputs, inputs = layer.factors(call)
-        return (inputs, outputs) if layer.rows_are_inputs else (outputs, inputs)
+        return layer.matrix_factors(call)
     nonzero = layer.nonzero_rows(attribute, call)
     if nonzero is None:
         raise EngineError(f"{type(layer).__name__} gave rows for the first examples, and none for this one")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -58,9 +58,8 @@ class ShardedHookEngine(HookEngine):
     def _frozen_inside(self) -> Iterator[None]:
         yield
 
-    @contextmanager
-    def _differentiating(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-        yield
+    def _differentiating(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def _on_any_rank(self, needed: bool) -> bool:
         flag = torch.tensor(int(needed), device=self.device)

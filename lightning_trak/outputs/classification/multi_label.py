@@ -18,16 +18,16 @@ _OTHERWISE = "for one label of several use ClassificationMargin, for other losse
 class MultiLabelMargin(SeveralPredictions):
     r"""Log-odds of all labels of an example together, :math:`f = \log p - \log(1 - p)`.
 
-    With :math:`p_c` the probability that the model gives to what is known of label c, p is their geometric mean, so
-    that the loss is the mean binary cross-entropy, :math:`l = -\log p = -\mathrm{mean}_c \log p_c = \log(1 + e^{-f})`,
-    as ``binary_cross_entropy_with_logits`` takes it. With ``reduction="sum"`` p is their product, the probability of
-    the whole set of labels, and the loss is the sum. Then Q = 1 - p and R = p(1 - p), as for
+    :math:`p_c` is the probability that the model gives to what is known of label c, and p is their geometric mean. So
+    the loss is the mean binary cross-entropy, :math:`l = -\log p = -\mathrm{mean}_c \log p_c = \log(1 + e^{-f})`, as
+    ``binary_cross_entropy_with_logits`` takes it. With ``reduction="sum"`` p is their product, the probability of the
+    whole set of labels, and the loss is the sum. Then Q = 1 - p and R = p(1 - p), as for
     :class:`~lightning_trak.outputs.ClassificationMargin`, which this is for one label.
 
-    Batches are tuples ``(inputs, ..., labels)`` or mappings with labels, as for ``ClassificationMargin``; the module
-    returns logits ``(batch, labels)``, and labels are of this shape: 1 where the example has the label, else 0. Any
-    other value than these and ``ignore_index`` has no margin, nor has an example without any label that counts: the
-    output is NaN, so that featurizing stops and names the example.
+    Batches are tuples ``(inputs, ..., labels)`` or mappings with labels, as for ``ClassificationMargin``. The module
+    returns logits ``(batch, labels)``. Labels are of this shape: 1 where the example has the label, else 0. Other
+    values than these and ``ignore_index`` have no margin, and neither has an example without any label that counts. The
+    output is then NaN, so that featurizing stops and names the example.
 
     Args:
         reduction: ``"mean"`` or ``"sum"`` over the labels, as in the training loss.

@@ -18,9 +18,9 @@ _OTHERWISE = "for other tasks write a ModelOutput of your own, or use NegativeLo
 class SegmentationMargin(SeveralPredictions):
     r"""Log-odds of the labels of all pixels of an example, :math:`f = \log p - \log(1 - p)`.
 
-    With :math:`p_i` the probability of the label of pixel i, p is their geometric mean over the pixels that count, so
-    that the loss is the mean cross-entropy of a pixel, :math:`l = -\log p = -\mathrm{mean}_i \log p_i = \log(1 +
-    e^{-f})`. Then Q = 1 - p and R = p(1 - p), as for :class:`~lightning_trak.outputs.ClassificationMargin`, which this
+    :math:`p_i` is the probability of the label of pixel i, and p is their geometric mean over the pixels that count. So
+    the loss is the mean cross-entropy of a pixel, :math:`l = -\log p = -\mathrm{mean}_i \log p_i = \log(1 + e^{-f})`.
+    Then Q = 1 - p and R = p(1 - p), as for :class:`~lightning_trak.outputs.ClassificationMargin`, which this
     is for one pixel.
 
     ``cross_entropy`` of a batch takes the mean over the pixels of all its images together. This is the mean over
@@ -29,8 +29,8 @@ class SegmentationMargin(SeveralPredictions):
     Batches are tuples ``(inputs, ..., labels)`` or mappings with labels, as for ``ClassificationMargin``. The module
     returns logits ``(batch, classes, *positions)`` for labels ``(batch, *positions)``, class indices; or, for labels
     0 and 1, ``(batch, 1, *positions)``. Positions are those of an image, a volume or a sequence. A label outside the
-    classes has no margin, nor has an example without any label that counts: the output is NaN, so that featurizing
-    stops and names the example.
+    classes has no margin, and neither has an example without any label that counts. The output is then NaN, so that
+    featurizing stops and names the example.
 
     Args:
         ignore_index: a label that does not count, such as 255 on the borders of objects.

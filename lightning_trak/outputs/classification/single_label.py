@@ -127,7 +127,7 @@ class ClassificationMargin(LabelledOutput):
     def explain_nan(self, module: nn.Module, batch: Any) -> str | None:
         """Says that the label is outside the classes, if so."""
         logits, labels = self._predict(module, batch)
-        classes = logits.shape[1] if logits.ndim == 2 and logits.shape[1] > 1 else 2
+        classes = _num_classes(logits)
         label = labels.flatten()[0].item()
         if label in range(classes):
             return None if label != self.against else f"its label is {label}, which is compared with itself (against=)"
@@ -196,7 +196,7 @@ class ClassificationMargin(LabelledOutput):
 
     def _require_classes(self, logits: Tensor) -> None:
         """Check that the model has the classes that are named."""
-        count = logits.shape[1] if logits.ndim == 2 and logits.shape[1] > 1 else 2
+        count = _num_classes(logits)
         for name, given in (("labels", self.labels), ("against", self.against)):
             if isinstance(given, int) and given >= count:
                 raise ValueError(f"{name} is class {given}, but the model has {count} classes, 0 to {count - 1}")
@@ -206,6 +206,11 @@ class ClassificationMargin(LabelledOutput):
     def loss(self, output: Tensor) -> Tensor:
         """The cross-entropy at each margin, shape ``(batch,)``."""
         return logistic_loss(output)
+
+
+def _num_classes(logits: Tensor) -> int:
+    """The number of classes; a single logit is that of one of two."""
+    return logits.shape[1] if logits.ndim == 2 and logits.shape[1] > 1 else 2
 
 
 def _both_logits(logits: Tensor) -> Tensor:

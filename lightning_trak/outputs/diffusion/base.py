@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_trak.checks import positive, require_one_of
+from lightning_trak.checks import is_integer, positive, require_one_of
 from lightning_trak.outputs.base import ModelOutput
 
 Denoise = Callable[[nn.Module, Tensor, Tensor, Any], Any]
@@ -61,10 +61,9 @@ class DiffusionOutput(ModelOutput):
                 f" {'other numbers' if alphas.ndim == 1 and len(alphas) else f'shape {tuple(alphas.shape)}'}"
             )
         steps = list(timesteps)
-        whole = all(hasattr(step, "__index__") and not isinstance(step, bool) for step in steps)
-        if not steps or not whole or not all(0 <= step < len(alphas) for step in steps):
+        if not steps or not all(is_integer(step) and 0 <= step < len(alphas) for step in steps):
             raise ValueError(f"expected timesteps from 0 to {len(alphas) - 1}, at least one, received {steps}")
-        if isinstance(seed, bool) or not hasattr(seed, "__index__") or seed < 0:
+        if not is_integer(seed) or seed < 0:
             raise ValueError(f"expected seed as an integer that is not negative, received {seed!r}")
         require_one_of("prediction_type", prediction_type, ("epsilon", "v_prediction", "sample"))
         self.timesteps = [int(step) for step in steps]

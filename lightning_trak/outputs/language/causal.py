@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_trak.outputs.batches import LABELS_KEYS, Forward, LabelsKey, has_key, predict, split_labels
-from lightning_trak.outputs.language.tokens import IGNORED, Reduction, TokenOutput, Tokens, require_logits, token_ids
+from lightning_trak.outputs.batches import LABELS_KEYS, Forward, LabelsKey, has_key, split_labels
+from lightning_trak.outputs.language.tokens import IGNORED, Reduction, TokenOutput, Tokens, token_ids
 from lightning_trak.outputs.linear import LinearLossOutput
 from lightning_trak.outputs.margins import log_odds, logistic_loss, token_log_likelihoods
 
@@ -58,10 +58,9 @@ class _Causal(TokenOutput):
         predicted = (present == 1) & (F.pad(present[:, :-1], (1, 0)) == 1)  # the first token never is
         return Tokens(inputs, labels, counted & predicted, present.cumsum(1) - 1)
 
-    def _aligned(self, module: nn.Module, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
-        inputs, labels, counted, _ = self.tokens(batch)
-        logits = predict(module, batch, inputs, self.forward)
-        require_logits(logits, labels)
+    def aligned(self, module: nn.Module, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """See :meth:`TokenOutput.aligned`."""
+        logits, labels, counted = super().aligned(module, batch)
         # The last position predicts nothing. A slice of the logits would cost a copy of them.
         following = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
         return logits, following, F.pad(counted[:, 1:], (0, 1), value=False)
@@ -71,7 +70,7 @@ class _Causal(TokenOutput):
         other = _with_another_end(batch)
         if other is None:
             return None
-        one, two = (self._aligned(module, given)[0].detach()[:, :-1] for given in (batch, other))
+        one, two = (self.aligned(module, given)[0].detach()[:, :-1] for given in (batch, other))
         rounding = min(0.05, 2**10 * torch.finfo(one.dtype).eps)
         if (one - two).nan_to_num().abs().max() <= rounding * one.abs().max():
             return None
@@ -129,7 +128,7 @@ class CausalLMMargin(_Margin, _Causal):
     has no margin: the output is NaN, so that featurizing stops and names the example.
 
     Batches are a tensor of token ids ``(batch, length)``, a tuple ``(ids,)`` or ``(ids, labels)``, or a mapping of the
-    module's keywords; labels are aligned with the ids as in Hugging Face, default to the ids, and are not passed on.
+    module's keywords. Labels are aligned with the ids as in Hugging Face, default to the ids, and are not passed on.
     The module returns logits ``(batch, length, vocabulary)``, as a tensor, as ``logits`` or first of a tuple.
 
     Args:
@@ -188,9 +187,9 @@ class Seq2SeqLMMargin(_Margin):
     As :class:`CausalLMMargin`, but logits at t are read against the label at t, and a token counts if its label is not
     -100 or ``pad_token_id``; ``attention_mask`` is the encoder's.
 
-    Batches are mappings of the module's keywords with labels, which are passed on (Hugging Face models make the
-    decoder's input from them) unless ``decoder_input_ids`` are given; or tuples of the module's positional arguments,
-    the decoder's input included, and then the labels.
+    Batches are mappings of the module's keywords with labels. The labels are passed on, since Hugging Face models make
+    the decoder's input from them, unless ``decoder_input_ids`` are given. Or batches are tuples of the module's
+    positional arguments, the decoder's input included, and then the labels.
 
     Args:
         pad_token_id: a label to leave out, for labels padded with it rather than with -100.
@@ -207,9 +206,3 @@ class Seq2SeqLMMargin(_Margin):
             inputs = batch
         labels = token_ids(given)
         return Tokens(inputs, labels, self._counted(labels), torch.ones_like(labels).cumsum(1) - 1)
-
-    def _aligned(self, module: nn.Module, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
-        inputs, labels, counted, _ = self.tokens(batch)
-        logits = predict(module, batch, inputs, self.forward)
-        require_logits(logits, labels)
-        return logits, labels, counted

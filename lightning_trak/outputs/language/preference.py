@@ -18,7 +18,7 @@ from lightning_trak.outputs.margins import logistic_loss, token_log_likelihoods
 Reference = nn.Module | Callable[[nn.Module, Any], Any]
 
 _SIDES = ("chosen", "rejected")
-_STORED = tuple(f"ref_{side}_logps" for side in _SIDES)
+_STORED = {side: f"ref_{side}_logps" for side in _SIDES}  # the reference's log-likelihoods in a batch
 
 
 class PreferenceMargin(ModelOutput):
@@ -104,12 +104,12 @@ class PreferenceMargin(ModelOutput):
         return own - reference
 
     def _log_likelihood(self, texts: CausalLMMargin, module: nn.Module, text: Any) -> Tensor:
-        return token_log_likelihoods(*texts._aligned(module, text)).sum(-1)
+        return token_log_likelihoods(*texts.aligned(module, text)).sum(-1)
 
     def _of_reference(self, module: nn.Module, batch: Any, side: str, text: Any) -> Tensor:
         """The reference's log-likelihood of each text of a side, a constant."""
         if self.reference is None:
-            name = f"ref_{side}_logps"
+            name = _STORED[side]
             if not isinstance(batch, Mapping) or not isinstance(batch.get(name), Tensor):
                 raise ValueError(
                     f"expected the reference's log-likelihoods in the batch, a Tensor under {name!r}; put them there,"
@@ -146,7 +146,7 @@ class PreferenceMargin(ModelOutput):
             raise ValueError(
                 f"expected chosen_input_ids and rejected_input_ids in the batch, received {', '.join(map(str, batch))}"
             )
-        known = (*_STORED,) if self.reference is None else ()
+        known = _STORED.values() if self.reference is None else ()
         others = [name for name in batch if name not in known and not name.startswith(("chosen_", "rejected_"))]
         if others:
             raise ValueError(

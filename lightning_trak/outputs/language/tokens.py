@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from lightning_trak.checks import is_integer, require_one_of
-from lightning_trak.outputs.batches import LABELS_KEYS, Forward, LabelsKey
+from lightning_trak.outputs.batches import LABELS_KEYS, Forward, LabelsKey, predict
 from lightning_trak.outputs.margins import log_odds, nan_unless
 from lightning_trak.outputs.predictions import Predictions, SeveralPredictions
 from lightning_trak.running.data.annotated import AnnotatedBatch
@@ -107,13 +107,13 @@ class TokenOutput(SeveralPredictions):
 
     def predictions(self, module: nn.Module, batch: Any) -> Predictions:
         """See :meth:`SeveralPredictions.predictions <lightning_trak.outputs.predictions.SeveralPredictions>`."""
-        logits, labels, counted = self._aligned(module, batch)
+        logits, labels, counted = self.aligned(module, batch)
         margins = log_odds(logits, torch.where(counted, labels, 0))
         return Predictions.of(margins, counted, _EXPONENTS[self.reduction])
 
     def explain_nan(self, module: nn.Module, batch: Any) -> str | None:
         """Says that no token counts, or which label is outside the vocabulary, if so."""
-        logits, labels, counted = self._aligned(module, batch.batch if isinstance(batch, AnnotatedBatch) else batch)
+        logits, labels, counted = self.aligned(module, batch.batch if isinstance(batch, AnnotatedBatch) else batch)
         vocabulary, labels = logits.shape[-1], labels[counted]
         if not len(labels):
             skipped = "-100" if self.pad_token_id is None else f"-100 or pad_token_id={self.pad_token_id}"
@@ -140,25 +140,32 @@ class TokenOutput(SeveralPredictions):
             ValueError: if batch, labels or attention mask are not as the class describes.
         """
 
-    @abstractmethod
-    def _aligned(self, module: nn.Module, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def aligned(self, module: nn.Module, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Logits, the label of each, and whether it counts: ``(batch, length[, vocabulary])``."""
+        inputs, labels, counted, _ = self.tokens(batch)
+        logits = predict(module, batch, inputs, self.forward)
+        if logits.ndim != 3 or logits.shape[:2] != labels.shape:
+            raise ValueError(
+                f"expected logits of shape ({labels.shape[0]}, {labels.shape[1]}, vocabulary), for labels of shape"
+                f" {tuple(labels.shape)}, received {tuple(logits.shape)}; pass forward= if the module returns others"
+            )
+        return logits, labels, counted
 
     @abstractmethod
     def _values(self, logits: Tensor, labels: Tensor, counted: Tensor) -> Tensor:
         """f_t of the tokens that count, anything elsewhere; shape ``(batch, length)``."""
 
     def _asked(self, module: nn.Module, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """As :meth:`_aligned`; with ``per_token``, only the token that a row is for counts."""
+        """As :meth:`aligned`; with ``per_token``, only the token that a row is for counts."""
         if not self.per_token:
-            return self._aligned(module, batch)
+            return self.aligned(module, batch)
         if not isinstance(batch, AnnotatedBatch):
             raise ValueError(
                 f"{type(self).__name__}(per_token=True) needs a row for each token, but received a"
                 f" {type(batch).__name__}: give it as output= to score of a method over features, or to attribute of"
                 " influence functions or Metagradient, which make the rows"
             )
-        logits, labels, counted = self._aligned(module, batch.batch)
+        logits, labels, counted = self.aligned(module, batch.batch)
         token, total = torch.split(batch.notes, 1, dim=1)  # which of the tokens that count, and how many count
         place, known = counted.cumsum(-1) - 1 == token, counted.sum(-1, keepdim=True) == total
         return logits, labels, counted & place & known
@@ -180,12 +187,3 @@ def token_ids(labels: Tensor) -> Tensor:
             f" {tuple(labels.shape)}"
         )
     return labels.long()
-
-
-def require_logits(logits: Tensor, labels: Tensor) -> None:
-    """Raise a ValueError unless logits are of shape ``(batch, length, vocabulary)``, for the labels' shape."""
-    if logits.ndim != 3 or logits.shape[:2] != labels.shape:
-        raise ValueError(
-            f"expected logits of shape ({labels.shape[0]}, {labels.shape[1]}, vocabulary), for labels of shape"
-            f" {tuple(labels.shape)}, received {tuple(logits.shape)}; pass forward= if the module returns others"
-        )

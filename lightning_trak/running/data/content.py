@@ -75,4 +75,4 @@ def spread(total: int, count: int) -> list[int]:
 
 def _digests(loader: DataLoader[Any], batches: list[list[int]]) -> list[str]:
     with isolated_random_states():
-        return [content_digest(batch) for batch in load(loader, batches, num_workers=min(1, loader.num_workers))]
+        return [content_digest(batch) for batch in load(loader, batches, one_worker=True)]

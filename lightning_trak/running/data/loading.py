@@ -40,10 +40,17 @@ class _Batches(Sampler[list[int]]):
 def load(
     loader: DataLoader[Any],
     batches: Iterable[Sequence[int]],
-    num_workers: int | None = None,
+    one_worker: bool = False,
     collate_fn: Callable[[list[Any]], Any] | None = None,
 ) -> DataLoader[Any]:
     """A loader with the settings of the given one that yields exactly these batches of dataset positions.
+
+    Args:
+        loader: the loader.
+        batches: the positions in each batch.
+        one_worker: whether one worker is enough, as for few batches. If the loader has workers, this process loads
+            nothing itself: a dataset that opens files at first use must not open them before workers are forked.
+        collate_fn: takes the place of the loader's.
 
     Raises:
         ValueError: if examples hold lists, and the default collate function would make batches of them. While batches
@@ -55,7 +62,7 @@ def load(
         loader,
         loader.dataset,
         batch_sampler=_Batches(batches),
-        num_workers=loader.num_workers if num_workers is None else num_workers,
+        num_workers=min(1, loader.num_workers) if one_worker else loader.num_workers,
         collate_fn=_Collate(collate_fn or loader.collate_fn),
         generator=torch.Generator(),  # the workers' base seed must not come from the user's random state
     )

@@ -35,7 +35,7 @@ def require_order(loader: DataLoader[Any], what: str) -> None:
     positions = spread(total, count)
     with isolated_random_states():
         singles = ([position] for position in positions)
-        batch, *alone = map(_tensors, load(loader, [positions, *singles], num_workers=min(1, loader.num_workers)))
+        batch, *alone = map(_tensors, load(loader, [positions, *singles], one_worker=True))
     for number, whole in enumerate(batch):
         rows = [tensors[number] for tensors in alone if len(tensors) == len(batch)]
         if len(rows) == len(positions) and _permuted(whole, rows):

@@ -92,15 +92,15 @@ class RangeLoader:
         ranges: Sequence[Range],
         turns: Sequence[int],
         trainer: L.Trainer,
-        even: bool = False,
-        stop: Stop | None = None,
+        even: bool,
+        stop: Stop,
     ) -> None:
         self.loader = loader
         self.ranges = ranges
         self.turns = turns
         self.trainer = trainer
         self.even = even
-        self.stop = stop or Stop()
+        self.stop = stop
 
     def _own(self, rank: int) -> Iterator[Range]:
         for part, turn in zip(self.ranges, self.turns, strict=True):

@@ -38,9 +38,8 @@ class StreamingItems(Dataset[Any]):
         opened = _closed_copy(dataset)
         opened.get_len(1, 1)  # the share of this rank, but it also reads the index of all chunks
         chunks = opened.shuffler.cache.get_chunk_intervals()
-        self._length: int = sum(
-            chunk.roi_end_idx - chunk.roi_start_idx for chunk in chunks
-        )  # less than all in a subsample
+        # Fewer than all in a subsample.
+        self._length: int = sum(chunk.roi_end_idx - chunk.roi_start_idx for chunk in chunks)
 
     def __len__(self) -> int:
         return self._length

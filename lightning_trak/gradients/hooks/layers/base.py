@@ -175,13 +175,7 @@ class Layer(ABC):
         """
         return None
 
-    def projected_gradient(
-        self,
-        parameter: str,
-        call: LayerCall,
-        left: Tensor,
-        right: Tensor,
-    ) -> Tensor | None:
+    def projected_gradient(self, parameter: str, call: LayerCall, left: Tensor, right: Tensor) -> Tensor | None:
         """``left.T @ G @ right`` for each example, without G itself. Default: None, G must be formed.
 
         Args:
@@ -212,6 +206,11 @@ class Layer(ABC):
             ``(size, positions, inputs)``.
         """
         raise NotImplementedError(f"{type(self).__name__} must define factors(), since its has_factors() is true")
+
+    def matrix_factors(self, call: LayerCall) -> tuple[Tensor, Tensor]:
+        """The two :meth:`factors`: first that of the rows of the weight's matrix, then that of its columns."""
+        outputs, inputs = self.factors(call)
+        return (inputs, outputs) if self.rows_are_inputs else (outputs, inputs)
 
 
 def layer_of(module: nn.Module) -> Layer | None:

@@ -40,13 +40,7 @@ class EmbeddingLayer(Layer, covers=[nn.Embedding]):
         """Shapes ``(size, positions, width)`` and ``(size, positions)``."""
         return self._positions(call)
 
-    def projected_gradient(
-        self,
-        parameter: str,
-        call: LayerCall,
-        left: Tensor,
-        right: Tensor,
-    ) -> Tensor:
+    def projected_gradient(self, parameter: str, call: LayerCall, left: Tensor, right: Tensor) -> Tensor:
         """Shape ``(size, l, r)``. The row of an id in G is multiplied by the same row of ``left``."""
         gradients, ids = self._positions(call)
         return left[ids].transpose(1, 2) @ (gradients @ right)

@@ -14,7 +14,7 @@ class LinearLayer(Layer, covers=[nn.Linear]):
         """Shape ``(size, rows, columns)`` for the weight; for the bias, a sum over positions."""
         if parameter == "bias":
             return _positions(call.output_gradient, call.size).sum(1)
-        rows, columns = self._rows_and_columns(call)
+        rows, columns = self.matrix_factors(call)
         return rows.transpose(1, 2) @ columns
 
     def has_rows(self, parameter: str) -> bool:
@@ -23,14 +23,14 @@ class LinearLayer(Layer, covers=[nn.Linear]):
 
     def gradient_rows(self, parameter: str, call: LayerCall, rows: range) -> Tensor:
         """Shape ``(size, len(rows), columns)``."""
-        all_rows, columns = self._rows_and_columns(call)
+        all_rows, columns = self.matrix_factors(call)
         return all_rows[:, :, rows.start : rows.stop].transpose(1, 2) @ columns
 
     def projected_gradient(self, parameter: str, call: LayerCall, left: Tensor, right: Tensor) -> Tensor | None:
         """Shape ``(size, l, r)``. Both factors of the weight's gradient are projected, and then multiplied."""
         if parameter != "weight":
             return None
-        rows, columns = self._rows_and_columns(call)
+        rows, columns = self.matrix_factors(call)
         return (rows @ left).transpose(1, 2) @ (columns @ right)
 
     def has_factors(self) -> bool:
@@ -40,10 +40,6 @@ class LinearLayer(Layer, covers=[nn.Linear]):
     def factors(self, call: LayerCall) -> tuple[Tensor, Tensor]:
         """The output's gradients and the inputs, by position."""
         return _positions(call.output_gradient, call.size), _positions(call.inputs, call.size)
-
-    def _rows_and_columns(self, call: LayerCall) -> tuple[Tensor, Tensor]:
-        outputs, inputs = self.factors(call)
-        return (inputs, outputs) if self.rows_are_inputs else (outputs, inputs)
 
 
 class TransposedLinearLayer(LinearLayer, covers=["transformers.pytorch_utils.Conv1D"]):
