@@ -27,6 +27,7 @@ from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnect
 from lightning_utilities.core.inheritance import get_all_subclasses
 from torch import Tensor, nn, optim
 from torch._C import _functorch as functorch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack as outside_vmap
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_iter, tree_map
@@ -62,6 +63,7 @@ __all__ = [
     "original_function",
     "original_module",
     "original_optimizer",
+    "outside_vmap",
     "parts_that_a_run_changes",
     "registered",
     "replaced_parameter",
@@ -217,16 +219,14 @@ def explicit_padding(convolution: nn.Module) -> list[int]:
 
 
 def values_under_vmap(tensor: Tensor) -> Tensor | None:
-    """The values for all examples of a tensor that ``torch.func.vmap`` computes, perhaps with ``torch.func.grad``.
+    """The values for all examples, ``(size, ...)``, of a tensor that ``vmap`` computes, perhaps with ``grad``.
 
-    Returns:
-        Shape ``(size, ...)``; None if the tensor is the same for all examples, or belongs to ``vmap`` inside ``vmap``.
+    None if they are the same for all examples, or belong to ``vmap`` inside ``vmap``. Read them :data:`outside_vmap`.
     """
     found, mapped = tensor, []
     while functorch.is_functorch_wrapped_tensor(found):
-        if functorch.is_batchedtensor(found):
-            mapped.append(functorch.maybe_get_bdim(found))
-        found = functorch.get_unwrapped(found)
+        axis, found = functorch.maybe_get_bdim(found), functorch.get_unwrapped(found)
+        mapped += [axis] if axis >= 0 else []
     return found.detach().movedim(mapped[0], 0) if len(mapped) == 1 else None
 
 

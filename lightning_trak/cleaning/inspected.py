@@ -24,9 +24,17 @@ def read_positions(path: str | Path) -> list[int]:
     """
     place = existing_path(path, "give a CSV file with a column `position`, such as one that `clean` has written")
     try:
-        lines = place.read_text(encoding="utf-8-sig").splitlines()
+        content = place.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f'"{place}" is not a CSV file in UTF-8: {error}; save it in UTF-8') from error
+    usual = csv.field_size_limit(len(content))  # texts may be longer than usual
+    try:
+        return _positions(place, content.splitlines())
+    finally:
+        csv.field_size_limit(usual)
+
+
+def _positions(place: Path, lines: list[str]) -> list[int]:
     head = lines[0] if lines else ""
     rows = csv.DictReader(lines, delimiter=next((mark for mark in ",;\t" if mark in head), ","))
     if "position" not in (rows.fieldnames or ()):

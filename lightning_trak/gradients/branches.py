@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from lightning_trak.compatibility import values_under_vmap
+from lightning_trak.compatibility import outside_vmap, values_under_vmap
 
 _ASKING = frozenset(
     [
@@ -92,12 +92,13 @@ def _common(tensor: Tensor) -> Tensor:
     Raises:
         DifferentValues: if it is not.
     """
-    values = values_under_vmap(tensor)
-    if values is None:
-        return tensor
-    groups: dict[tuple[Any, ...], list[int]] = {}
-    for number, row in enumerate(values.reshape(len(values), -1).tolist()):
-        groups.setdefault(tuple(row), []).append(number)
-    if len(groups) > 1:
-        raise DifferentValues(list(groups.values()))
-    return values[0]
+    with outside_vmap():
+        values = values_under_vmap(tensor)
+        if values is None:
+            return tensor
+        groups: dict[tuple[Any, ...], list[int]] = {}
+        for number, row in enumerate(values.reshape(len(values), -1).tolist()):
+            groups.setdefault(tuple(row), []).append(number)
+        if len(groups) > 1:
+            raise DifferentValues(list(groups.values()))
+        return values[0]

@@ -6,6 +6,7 @@ import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,7 +54,7 @@ def span_labels(input_ids: Tensor | Sequence[int], positions: Positions) -> Tens
 def _numbers(positions: Iterable[Any], length: int) -> list[int]:
     """The positions as integers. A mask has a bool for each token; taken for integers, bools would be 0 and 1."""
     given = list(positions)
-    if any(torch.as_tensor(each).dtype == torch.bool for each in given):
+    if any(np.asarray(each).dtype == bool for each in given):
         if len(given) != length:
             raise ValueError(f"a mask of positions needs a bool for each of {length} tokens, got {len(given)}")
         return [place for place, counts in enumerate(given) if counts]

@@ -247,7 +247,9 @@ def test_positions_come_back_from_the_file(tmp_path):
     order = [5, 2, 9, *(i for i in range(12) if i not in (5, 2, 9))]
     ranking([float(12 - i) for i in range(12)], texts, order=order)[:3].to_csv(path, describe=lambda item: item[0])
     assert read_positions(path) == [5, 2, 9]
-    for content in ("position\n3\n", "\ufefftext;position\nx;3\n", "position\tscore\r\n 3 \t0.5\r\n", "position\n"):
+    long = f"position,text\n3,{'x' * 200_000}\n"  # more than the csv module takes by default
+    separated = "\ufefftext;position\nx;3\n", "position\tscore\r\n 3 \t0.5\r\n"
+    for content in ("position\n3\n", *separated, long, "position\n"):
         path.write_text(content, encoding="utf-8")
         assert read_positions(path) == ([3] if "3" in content else [])
 

@@ -31,6 +31,7 @@ from lightning_trak.storage.schemas import parameters as parameters_schema
 FORMAT_VERSION = 2
 
 _PARTS_KEPT = 3
+_ADVICE = "restore it from a copy, or record the run again"
 
 _count = integer(0, 1 << 62)
 _environment = record({"first": _count}, others=anything)
@@ -142,7 +143,7 @@ class Recording:
                 found: StepRecord = self._load(part).records[step - part["first"]]
                 if found.step == step:
                     return found
-        raise ValueError(f'recording "{self.path}" lacks step {step}; restore it from a copy, or record the run again')
+        raise ValueError(f'recording "{self.path}" lacks step {step}; {_ADVICE}')
 
     def state(self, step: int) -> TrainingState:
         """The full state before a step that :attr:`state_steps` names, on the CPU.
@@ -159,19 +160,28 @@ class Recording:
         """A part of the recording. The last few are kept, since their states and steps are read one after the other."""
         file = part["file"]
         if file not in self._parts:
-            path = self.path / file
-            tensors, metadata = load_tensors(path)
-            if metadata["sha256"] != part["sha256"]:
-                raise DamagedFileError(path, "was replaced: it is not the file that the manifest names")
             try:
-                layouts_schema("layouts", metadata.get("layouts"))
-                records = unpack_steps(part["first"], tensors, metadata)
-            except (KeyError, IndexError, RuntimeError, ValueError) as error:
-                raise DamagedFileError(path, f"does not hold step records: {error}") from error
+                loaded = _read_part(self.path / file, part)
+            except FileNotFoundError as error:
+                raise FileNotFoundError(f'recording "{self.path}" lacks its file "{file}"; {_ADVICE}') from error
+            except DamagedFileError as error:
+                raise ValueError(f"{error}; {_ADVICE}") from error
             while len(self._parts) >= _PARTS_KEPT:
                 del self._parts[next(iter(self._parts))]
-            self._parts[file] = _Part(tensors, metadata["layouts"], records)
+            self._parts[file] = loaded
         return self._parts[file]
+
+
+def _read_part(path: Path, part: dict[str, Any]) -> _Part:
+    tensors, metadata = load_tensors(path)
+    if metadata["sha256"] != part["sha256"]:
+        raise DamagedFileError(path, "was replaced: it is not the file that the manifest names")
+    try:
+        layouts_schema("layouts", metadata.get("layouts"))
+        records = unpack_steps(part["first"], tensors, metadata)
+    except (KeyError, IndexError, RuntimeError, ValueError) as error:
+        raise DamagedFileError(path, f"does not hold step records: {error}") from error
+    return _Part(tensors, metadata["layouts"], records)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

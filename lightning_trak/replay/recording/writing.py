@@ -232,9 +232,16 @@ class RecordingWriter:
                 " recorded; give each run its own directory"
             )
         parts = list(self._manifest["parts"])
-        if batch.steps or batch.states:
-            parts.append(self._write_part(batch))
-        self._replace(self._manifest | {"parts": parts, "finished": finished})
+        try:
+            if batch.steps or batch.states:
+                parts.append(self._write_part(batch))
+            self._replace(self._manifest | {"parts": parts, "finished": finished})
+        except OSError as error:
+            reason = (
+                f'the recording "{self.path}" was not written: {error}; free some space or correct the permissions,'
+                " then resume the run from a checkpoint: what was recorded earlier is complete"
+            )
+            raise (OSError(error.errno, reason) if error.errno else OSError(reason)) from error
         self._written += batch.nbytes
 
     def _write_part(self, batch: _Batch) -> dict[str, Any]:
@@ -243,14 +250,7 @@ class RecordingWriter:
         tensors, tables = pack_steps(batch.steps)
         states, layouts = pack_states(batch.states)
         file = f"part-{first:08d}-{stop:08d}.safetensors"
-        try:
-            digest = save_tensors(self.path / file, tensors | states, **tables, **layouts)
-        except OSError as error:
-            reason = (
-                f'the recording "{self.path / file}" was not written: {error}; free some space or correct the'
-                " permissions, then resume the run from a checkpoint: what was recorded earlier is complete"
-            )
-            raise (OSError(error.errno, reason) if error.errno else OSError(reason)) from error
+        digest = save_tensors(self.path / file, tensors | states, **tables, **layouts)
         return {"file": file, "sha256": digest, "first": first, "stop": stop, "states": sorted(batch.states)}
 
     def close(self) -> None:

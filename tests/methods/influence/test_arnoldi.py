@@ -1,5 +1,6 @@
 """Arnoldi iteration says where it is rough, and is exact where its space is closed."""
 
+import re
 import warnings
 
 import pytest
@@ -39,9 +40,13 @@ def test_a_closed_space_leaves_nothing_out(factor):
 def test_what_is_left_out_is_measured():
     model = saturated(factor=1)
     exact = scores(model, Explicit(), "64-true", damping=0.01)
-    with pytest.warns(RuntimeWarning, match="are off by about 15% of their size.* use a larger num_iterations and a"):
+    said = r"are off by about (\d+)% of their size.* use a larger num_iterations and a"
+    with pytest.warns(RuntimeWarning, match=said) as caught:
         found = scores(model, Arnoldi(100, 50), damping=0.01)
-    assert 0.14 < float(((found - exact)[:4].norm(dim=1) / exact[:4].norm(dim=1)).max()) < 0.16
+    (percent,) = (int(match[1]) for warning in caught if (match := re.search(said, str(warning.message))))
+    error = float(((found - exact)[:4].norm(dim=1) / exact[:4].norm(dim=1)).max())
+    assert error > 0.1  # how large it is depends on the rounding of the version of torch
+    assert percent == pytest.approx(100 * error, abs=1)
 
 
 def test_products_that_are_not_finite_are_refused():
