@@ -437,3 +437,15 @@ def test_rounding_that_shows_in_the_scores_warns_or_is_refused(tmp_path, wide):
         ValueError, match=r"changes scores .* checkpoint 0 by about 6\d% of their size: .*larger damping"
     ):
         fit("int4", 0.001)
+
+
+def test_the_lag_is_searched_where_rounding_would_change_scores(tmp_path, wide, monkeypatch):
+    """The damping that the lag gives is what counts, not those that are tried on the way."""
+    monkeypatch.setattr("lightning_trak.scoring.newton.undamped.alignment", lambda *about: 1e3)
+    rows = Features.cat([wide._replace(loss_gradients=torch.zeros(600))] * 3)  # more examples have a smaller damping
+    store = stored_as(tmp_path, rows, "int4", shard_size=600)
+    with pytest.raises(ValueError, match=r"changes scores .* by about \d\d% .* larger damping"):
+        PrimalScorer(store, "gauss_newton", "auto", "per_checkpoint", 0.0, lag=1).fit(CPU)
+    scorer = PrimalScorer(store, "gauss_newton", "auto", "per_checkpoint", 0.0)
+    scorer.fit(CPU)
+    assert scorer.noise.lags == [16]
