@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -94,7 +95,7 @@ def require_bool(name: str, value: object) -> None:
 
 
 def require_tensor(name: str, value: object) -> None:
-    """Check that an argument is a tensor of real numbers.
+    """Check that an argument is a dense tensor of real numbers.
 
     Arrays and lists have other methods, and fail in the middle of a computation. torch drops imaginary parts.
 
@@ -109,6 +110,8 @@ def require_tensor(name: str, value: object) -> None:
         raise TypeError(f"Expected `{name}` as a torch.Tensor, but got a {type(value).__name__}.")
     if value.is_complex():
         raise TypeError(f"Expected `{name}` as real numbers, but got {value.dtype}.")
+    if value.layout != torch.strided:
+        raise TypeError(f"Expected `{name}` as a dense tensor, but got {value.layout}. Use `.to_dense()`.")
 
 
 def require_one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:

@@ -14,10 +14,12 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
+from lightning_trak.compatibility import BatchNorm
 from lightning_trak.outputs.evaluating import unchanged
 from lightning_trak.replay.losses import Losses, losses_of
 from lightning_trak.replay.player import Player
 from lightning_trak.replay.recording.records import StepRecord
+from lightning_trak.replay.recording.states import TrainingState
 from lightning_trak.running.data.content import FEW, spread
 from lightning_trak.running.random_states import restore_random_states
 
@@ -25,11 +27,11 @@ _TOLERANCE = 1e-2  # of the largest loss; less does not matter
 
 
 def coupling(player: Player, losses: Losses) -> str | None:
-    """How the losses of a batch depend on each other, in words; None if they do not, or do not exist in eval mode.
+    """How the losses of a batch depend on each other, in words; None if they do not, or cannot be computed.
 
     In the batches of a few steps, one half is kept, and copies of one of its examples replace the other half. The size
-    of the batch and its random numbers stay the same. In eval mode, running statistics of batch normalization do not
-    depend on the batch.
+    of the batch, its random numbers and the module's state stay the same, and modules are in the mode that they were
+    trained in. Only batch normalization, of which callers warn by themselves, takes its running statistics.
 
     Args:
         player: does the steps of the run. Its state changes.
@@ -37,22 +39,22 @@ def coupling(player: Player, losses: Losses) -> str | None:
     """
     recording = player.recording
     states = sorted(recording.state_steps)
-    player.load(recording.state(states[len(states) // 2]))  # losses may be alike at the start, and 0 at the end
+    state = recording.state(states[len(states) // 2])  # losses may be alike at the start, and 0 at the end
     steps = spread(recording.num_steps, FEW)  # several, since a batch without an event has no risk set
     halves = [_Half(recording.record(step), number % 2) for number, step in enumerate(steps)]
     halves = [half for half in halves if half.kept]
     batches = player.batches_of(positions for half in halves for positions in (half.positions, half.replaced))
     try:
         for half in halves:
-            found = half.compare(player, losses, batches)
+            found = half.compare(player, state, losses, batches)
             if found:
                 return found
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # some modules have no losses in eval mode
+    except Exception as error:  # some losses refuse copies of one example
         rank_zero_info(
-            "it is not checked whether the losses of a batch depend on each other, because they cannot be computed in"
-            f" eval mode: {type(error).__name__}: {error}"
+            "it is not checked whether the losses of a batch depend on each other, because they cannot be computed for"
+            f" copies of one example: {type(error).__name__}: {error}"
         )
     return None
 
@@ -75,12 +77,15 @@ class _Half:
         self._copied = self.positions[self.kept[0] if self.kept else 0]
         self.replaced = [position if own else self._copied for position, own in zip(self.positions, ours, strict=True)]
 
-    def compare(self, player: Player, losses: Losses, batches: Iterator[Any]) -> str | None:
+    def compare(self, player: Player, state: TrainingState, losses: Losses, batches: Iterator[Any]) -> str | None:
         """How the losses of this half depend on the other half, in words; None if they do not."""
-        player.arrange(self._record)
-        player.module.eval()
 
         def values() -> Tensor:
+            player.load(state)  # each time, since a pass in train mode may change buffers
+            player.arrange(self._record)
+            for part in player.module.modules():
+                if isinstance(part, BatchNorm):
+                    part.eval()
             restore_random_states(self._micro.random_states, player.device)
             with player.computing(), unchanged(player.module):
                 return losses_of(losses, player.module, next(batches), len(self.positions)).detach().cpu()[self.kept]

@@ -22,7 +22,7 @@ def rows(count: int, seed: int = 0) -> Features:
 def header(store, k=4):
     """The header of shard 0 of checkpoint 1."""
     place = {"checkpoint": "bb", "name": "shard-00000", "key": store.key, "engine": ""}
-    return place | {"dtype": "float32", "k": k, "rounding_error": 0.0, "skipped": []}
+    return place | {"dtype": "float32", "k": k, "skipped": []}
 
 
 def contents(store):

@@ -82,8 +82,8 @@ def test_rows_that_do_not_fit_are_neither_written_nor_read(store, change, said):
         {"extra": 1},
         {"dtype": "int2"},
         {"k": 0},
-        {"rounding_error": -1},
-        {"rounding_error": None},
+        {"skipped": [-1]},
+        {"skipped": None},
     ],
 )
 def test_a_header_of_another_kind_is_refused(store, about):
@@ -101,7 +101,7 @@ def test_a_shard_with_other_columns_is_refused(store):
         store.read(1, 0)
 
 
-@pytest.mark.parametrize("field", ["checkpoint", "engine", "dtype", "k", "rounding_error", "skipped"])
+@pytest.mark.parametrize("field", ["checkpoint", "engine", "dtype", "k", "skipped"])
 def test_a_header_that_lacks_a_field_is_refused(store, field):
     about = header(store)
     del about[field]

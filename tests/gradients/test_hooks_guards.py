@@ -274,6 +274,34 @@ def test_rows_that_change_places_are_found():
         engine(ExampleBatch((inputs, torch.tensor([0, 1, 2])), 3))
 
 
+class _Cancelling(nn.Module):
+    """What reaches the first layer is the difference of two gradients that are ten thousand times larger."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.wide, self.head = nn.Linear(4, 4), nn.Linear(4, 2, bias=False), nn.Linear(2, 3)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.normal_(generator=generator)
+            self.wide.weight[1] = -self.wide.weight[0]
+            self.head.weight[:, 1] = (1 + 1e-4) * self.head.weight[:, 0]
+
+    def forward(self, x):
+        return self.head(self.wide(torch.tanh(self.inner(x))))
+
+
+@pytest.mark.parametrize("size", [2, 40])
+def test_rows_whose_gradients_cancel_are_those_of_their_examples(size):
+    module, generator = _Cancelling(), torch.Generator().manual_seed(1)
+    batch = torch.randn(size, 4, generator=generator), torch.randint(0, 3, (size,), generator=generator)
+    names = select_parameters(module, "inner.*")
+    _, found = HookEngine(module, ClassificationMargin(), names)(ExampleBatch(batch, size))
+    _, expected = LoopEngine(module, ClassificationMargin(), names)(ExampleBatch(batch, size))
+    for name, rows in expected.items():
+        torch.testing.assert_close(found[name], rows, rtol=0.01, atol=0.01 * float(rows.abs().max()))
+
+
 class _Unpadded(nn.Module):
     """Drops padding before a layer, so that an example has as many rows as it has tokens."""
 

@@ -72,3 +72,15 @@ def test_complex_numbers_are_refused(name):
     function, right = FUNCTIONS[name]
     with pytest.raises(TypeError, match=r"real numbers, but got torch\.complex64"):
         function(right.to(torch.complex64))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS | WITHOUT_NUMBERS)
+def test_sparse_tensors_are_refused(name):
+    function, right = (FUNCTIONS | WITHOUT_NUMBERS)[name]
+    with pytest.raises(TypeError, match=r"Expected `.*` as a dense tensor, but got torch.sparse_coo. Use `.to_dense"):
+        function(right.to_sparse())
+
+
+def test_scores_are_no_booleans():
+    with pytest.raises(TypeError, match=r"Expected `scores` as numbers, but got torch\.bool"):
+        linear_datamodeling_score(SCORES > 0, OUTPUTS, MASKS)

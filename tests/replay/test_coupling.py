@@ -17,7 +17,7 @@ from lightning_trak.replay.coupling import coupling
 from lightning_trak.replay.player import Player
 from lightning_trak.retraining import RecordedFleet
 from tests.callback_nets import make_trainer
-from tests.methods.metagradients import DATA, NETS, TARGETS, attribute
+from tests.methods.metagradients import DATA, NETS, TARGETS, attribute, layers
 from tests.replay.runs import NUM_TRAIN, Net, shuffled, train
 
 
@@ -91,6 +91,16 @@ def in_train_mode(module: nn.Module, batch: Any) -> Tensor:
     return mean(module, batch)
 
 
+def mixed_in_train_mode(module: nn.Module, batch: Any) -> Tensor:
+    return mixed(module, batch) if module.training else plain(module, batch)
+
+
+def distinct(module: nn.Module, batch: Any) -> Tensor:
+    if len(batch[0].unique(dim=0)) < len(batch[0]):
+        raise ValueError("examples are repeated")
+    return mean(module, batch)
+
+
 class Drawing(Net):
     """Its step draws a number, so that the random states before each step are recorded."""
 
@@ -112,7 +122,18 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-COUPLED = [risk_sets, in_batch_negatives, class_weights, hardest, neighbours, halves, mixed, mean]
+COUPLED = [
+    risk_sets,
+    in_batch_negatives,
+    class_weights,
+    hardest,
+    neighbours,
+    halves,
+    mixed,
+    mean,
+    in_train_mode,
+    mixed_in_train_mode,
+]
 
 
 @pytest.mark.parametrize("losses", COUPLED)
@@ -120,7 +141,7 @@ def test_losses_that_depend_on_the_batch_are_noticed(recorded: Path, losses: Any
     assert "depends on the rest of its batch" in str(found(Drawing(), recorded, losses))
 
 
-@pytest.mark.parametrize("losses", [plain, total, noisy, penalty, in_train_mode])
+@pytest.mark.parametrize("losses", [plain, total, noisy, penalty, distinct])
 def test_other_losses_are_not(recorded: Path, losses: Any) -> None:
     assert found(Drawing(), recorded, losses) is None
 
@@ -129,6 +150,24 @@ def test_other_losses_are_not(recorded: Path, losses: Any) -> None:
 def test_layers_are_no_coupling(tmp_path: Path, net: str) -> None:
     train(Net(NETS[net]), DATA, tmp_path)
     assert found(Net(NETS[net]), tmp_path, plain) is None
+
+
+class Counting(nn.Module):
+    """A layer whose passes in train mode change what the next one gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("passes", torch.zeros(()))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self.training:
+            self.passes += 1
+        return inputs * (1 + self.passes)
+
+
+def test_buffers_that_change_are_no_coupling(tmp_path: Path) -> None:
+    train(Net(lambda: layers(Counting())), DATA, tmp_path)
+    assert found(Net(lambda: layers(Counting())), tmp_path, plain) is None
 
 
 def test_a_batch_of_one_example(tmp_path: Path) -> None:

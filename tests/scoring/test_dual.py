@@ -207,15 +207,15 @@ def test_no_damping_is_refused(tmp_path):
 def test_too_little_damping_for_the_features_is_refused_in_their_own_unit():
     phi = torch.randn(20, 5, dtype=torch.float64) @ torch.randn(5, 200, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"singular to the precision of its torch.float32 features.*now 1e-07"):
-        DampedKernel(phi @ phi.T, torch.ones(20), 1e-7, 200, torch.float32, 0.0, "checkpoint 0", CPU)
+        DampedKernel(phi @ phi.T, torch.ones(20), 1e-7, 200, torch.float32, "checkpoint 0", CPU)
 
 
 def test_kernels_that_mean_nothing_are_refused():
     for kernel, match in [(torch.zeros(3, 3), "is zero"), (torch.full((3, 3), torch.nan), "not fin")]:
         with pytest.raises(ValueError, match=match):
-            DampedKernel(kernel.double(), torch.ones(3), 1.0, 10, torch.float32, 0.0, "x", CPU)
+            DampedKernel(kernel.double(), torch.ones(3), 1.0, 10, torch.float32, "x", CPU)
     with pytest.raises(ValueError, match="is zero"):
-        DampedKernel(torch.eye(3).double(), torch.zeros(3), 1.0, 10, torch.float32, 0.0, "x", CPU)
+        DampedKernel(torch.eye(3).double(), torch.zeros(3), 1.0, 10, torch.float32, "x", CPU)
 
 
 def test_negative_curvature_is_refused(tmp_path):

@@ -5,6 +5,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from torch.linalg import solve_triangular
 
 from lightning_trak.features.dtypes import feature_dtype
@@ -13,6 +14,8 @@ from lightning_trak.features.store import FeatureStore
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.scoring import GradientCosineScorer, GradientDotScorer, PrimalScorer
 from lightning_trak.scoring.newton.gram import DampedGram, gram_matrix
+from lightning_trak.scoring.newton.kernel import DampedKernel
+from lightning_trak.scoring.newton.rounding import score_error
 
 N, K, M = 50, 6, 3
 CPU = torch.device("cpu")
@@ -369,14 +372,46 @@ def test_a_panel_of_the_gram_matrix_gives_what_the_whole_gives(monkeypatch):
 @pytest.mark.parametrize("damping", [1.0, 0.1])
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
 def test_the_error_of_scores_is_foreseen(wide, damping, dtype):
-    """Scores of training examples for each other, with weights R, as DampedGram estimates their error."""
-    stored = StoredFeatures.encode(wide, feature_dtype(dtype))
-    weights, scores = wide.curvatures.double().sqrt(), []
-    for phi in (wide.features.double(), stored.decode().features.double()):
-        gram = DampedGram((phi * wide.curvatures.double()[:, None]).T @ phi, damping, torch.float32, "x")
-        scores.append(weights[:, None] * (gram.solve(wide.features.double()) @ phi.T) * weights)
+    """Scores of training examples for each other, with weights R, as score_error estimates their error."""
+    real, foreseen = real_and_foreseen(wide, dtype, damping)
+    assert 0.8 * real < foreseen < 1.3 * real
+
+
+def real_and_foreseen(rows, dtype, damping):
+    """By how much rounding changes scores, and what is foreseen by the primal, or by the dual for few examples."""
+    stored = StoredFeatures.encode(rows, feature_dtype(dtype))
+    weights, scores, (n, k) = rows.curvatures.double(), [], rows.features.shape
+    for phi in (rows.features.double(), stored.decode().features.double()):
+        gram = DampedGram((phi * weights[:, None]).T @ phi, damping, torch.float64, "x")
+        products = gram.solve(rows.features.double()) @ phi.T
+        scores.append(weights.sqrt()[:, None] * products * weights.sqrt())
     real = float((scores[1] - scores[0]).norm() / scores[0].norm())
-    foreseen = gram._score_error(damping, stored.rounding_error(wide))
+    if n < k:
+        kernel = DampedKernel(phi @ phi.T, weights, damping, k, torch.float64, "x", CPU)
+        return real, score_error(stored.rounding(rows), kernel, damping, n, lambda targets: targets.double() @ phi.T)
+    return real, score_error(stored.rounding(rows), gram, damping, n, Tensor.double)
+
+
+@pytest.mark.parametrize("damping", [1e-4, 1e-2, 1.0])
+@pytest.mark.parametrize("n", [300, 40])
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_columns_that_rounding_removes_are_foreseen(dtype, n, damping):
+    """The first column is so large that rounding leaves nothing of the next fifty. The last fifty are zero."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(n, 101, generator=generator)
+    features[:, 0] = 1000 + 100 * features[:, 0]
+    features[:, 51:] = 0
+    real, foreseen = real_and_foreseen(Features(features, *torch.rand(3, n, generator=generator)), dtype, damping)
+    assert 0.7 * real < foreseen < 1.3 * real
+
+
+@pytest.mark.parametrize("damping", [1e-2, 0.1, 1.0])
+@pytest.mark.parametrize("n", [300, 40])
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_columns_of_unequal_size_are_foreseen(dtype, n, damping):
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(n, 101, generator=generator) / torch.arange(1, 102)
+    real, foreseen = real_and_foreseen(Features(features, *torch.rand(3, n, generator=generator)), dtype, damping)
     assert 0.8 * real < foreseen < 1.3 * real
 
 
@@ -394,7 +429,23 @@ def test_rounding_that_shows_in_the_scores_warns_or_is_refused(tmp_path, wide):
         RuntimeWarning, match=r"changes scores .* checkpoint 0 by about 4\d% .* use a dtype of more bits"
     ):
         fit("int4", 0.01)
+    large = torch.cat([torch.full((600, 1), 300.0), wide.features], dim=1)
+    stores["removed"] = stored_as(tmp_path / "large", wide._replace(features=large), "int4")
+    with pytest.raises(ValueError, match=r"changes scores .* checkpoint 0 by about 100% .* use a dtype of more bits"):
+        fit("removed", 1e-4)
     with pytest.raises(
-        ValueError, match=r"changes scores .* checkpoint 0 by about 6\d% of their size .*larger damping"
+        ValueError, match=r"changes scores .* checkpoint 0 by about 6\d% of their size: .*larger damping"
     ):
         fit("int4", 0.001)
+
+
+def test_the_lag_is_searched_where_rounding_would_change_scores(tmp_path, wide, monkeypatch):
+    """The damping that the lag gives is what counts, not those that are tried on the way."""
+    monkeypatch.setattr("lightning_trak.scoring.newton.undamped.alignment", lambda *about: 1e3)
+    rows = Features.cat([wide._replace(loss_gradients=torch.zeros(600))] * 3)  # more examples have a smaller damping
+    store = stored_as(tmp_path, rows, "int4", shard_size=600)
+    with pytest.raises(ValueError, match=r"changes scores .* by about \d\d% .* larger damping"):
+        PrimalScorer(store, "gauss_newton", "auto", "per_checkpoint", 0.0, lag=1).fit(CPU)
+    scorer = PrimalScorer(store, "gauss_newton", "auto", "per_checkpoint", 0.0)
+    scorer.fit(CPU)
+    assert scorer.noise.lags == [16]

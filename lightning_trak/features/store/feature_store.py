@@ -28,9 +28,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lightning_trak.features.dtypes import FeatureDtype, feature_dtype
-from lightning_trak.features.rows import Features, RoundedFeatures, StoredFeatures, misfit
+from lightning_trak.features.rows import Features, RoundedFeatures, Rounding, StoredFeatures, misfit
 from lightning_trak.features.store.extras import StoredExtras, advice, require_place
 from lightning_trak.features.store.growth import Sample, ShardRanges, last_part, parts_with, settled_parts
 from lightning_trak.features.store.identity import describe_difference
@@ -274,7 +275,7 @@ class FeatureStore(StoredExtras):
             raise ValueError(f"shard {shard} of checkpoint {checkpoint} cannot be written: {reason}")
         stored = StoredFeatures.encode(rows, self._dtype)
         self._k = stored.k
-        return RoundedFeatures(stored.on_host(), stored.rounding_error(rows))
+        return RoundedFeatures(stored.on_host(), stored.rounding(rows))
 
     def save(
         self, checkpoint: int, shard: int, rows: RoundedFeatures, engine: str = "", skipped: Sequence[int] = ()
@@ -293,14 +294,9 @@ class FeatureStore(StoredExtras):
         """
         self._directory.require_unchanged()
         path = self._shard_path(checkpoint, shard)
-        about: dict[str, Any] = {
-            "dtype": rows.stored.dtype.name,
-            "k": rows.stored.k,
-            "rounding_error": rows.error,
-            "skipped": list(skipped),
-        }
+        about: dict[str, Any] = {"dtype": rows.stored.dtype.name, "k": rows.stored.k, "skipped": list(skipped)}
         place = self._about(checkpoint, path.stem, self._key_of(shard))
-        save_tensors(path, rows.stored.tensors, **place, engine=engine, **about)
+        save_tensors(path, rows.tensors, **place, engine=engine, **about)
 
     def read(self, checkpoint: int, shard: int) -> Features:
         """The rows of a shard. Features that are stored as integers are decoded; see :meth:`read_stored` for the rest.
@@ -318,6 +314,11 @@ class FeatureStore(StoredExtras):
             ValueError: if the file is truncated, altered or belongs elsewhere.
             OSError: if the file cannot be read.
         """
+        tensors, metadata = self._read(checkpoint, shard)
+        return StoredFeatures.from_tensors(tensors, self._dtype, metadata["k"])
+
+    def _read(self, checkpoint: int, shard: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The tensors and the header of a shard."""
         path = self._shard_path(checkpoint, shard)
         with advice():
             tensors, metadata = self._load(path)
@@ -331,20 +332,19 @@ class FeatureStore(StoredExtras):
             if reason is not None:
                 raise altered(path, reason)
         self._k = metadata["k"]
-        return StoredFeatures.from_tensors(tensors, dtype, metadata["k"])
+        return tensors, metadata
 
     @property
     def _dtype(self) -> FeatureDtype:
         """How features are stored."""
         return feature_dtype(self._directory.manifest["identity"]["dtype"])
 
-    def rounding_error(self, checkpoint: int) -> float:
-        """How much rounding to integers has changed the rows: root mean square, relative to each row's norm.
-
-        0 if floats are stored.
-        """
-        shares = (self._shard_metadata(checkpoint, shard)["rounding_error"] for shard in range(self.num_shards))
-        return float((sum(len(self.shard(i)) * share**2 for i, share in enumerate(shares)) / self.num_examples) ** 0.5)
+    def rounding(self, checkpoint: int) -> Rounding | None:
+        """What rounding to integers has changed in the rows, in float64; None if floats are stored."""
+        if not self.rounds_features:
+            return None
+        shards = (self._read(checkpoint, shard)[0]["rounding"].double() for shard in range(self.num_shards))
+        return Rounding(*sum(shards, torch.zeros(())))
 
     def engine_of(self, checkpoint: int, shard: int) -> str:
         """The engine that computed the gradients of a shard, see :meth:`write`."""

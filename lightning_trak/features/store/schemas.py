@@ -7,7 +7,7 @@ from lightning_trak.features.engines import ENGINES
 from lightning_trak.storage import schemas
 from lightning_trak.storage.manifests import DirectoryKind
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 _MAX_SIZE = 1 << 40
 
 
@@ -74,7 +74,6 @@ SHARD_HEADER = {
     "engine": schemas.text(),
     "dtype": schemas.one_of(*NAMES),
     "k": schemas.integer(1, _MAX_SIZE),
-    "rounding_error": schemas.number(0, 1e3),
     "skipped": schemas.items(schemas.integer(0, _MAX_SIZE)),
 }
 ENGINE = schemas.record(

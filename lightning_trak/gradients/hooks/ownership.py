@@ -10,11 +10,17 @@ from torch import Tensor
 from lightning_trak.gradients.hooks.capture import CaptureOutputGradient
 from lightning_trak.gradients.leaves import graph_nodes
 
+_LEVELS = 32  # of weights. The squares of gradients times the largest one, 2^31, are in the range of float32
+
 
 def example_weights(size: int, like: Tensor) -> Tensor:
-    """A weight for each example, different enough to tell them apart, shape ``(size,)``."""
-    generator = torch.Generator().manual_seed(0)
-    return (1 + torch.rand(size, generator=generator, dtype=torch.float64)).to(like)
+    """A weight for each example, shape ``(size,)``: few have the same one, in no order.
+
+    They are powers of two, by which a backward pass multiplies without rounding. Other weights would round anew, and
+    where large numbers cancel, rounding may be as large as what is left.
+    """
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(0))
+    return (2 ** (order % _LEVELS)).to(like)
 
 
 def row_norms(gradient: Tensor) -> Tensor:
@@ -37,11 +43,11 @@ def misplaced(norms: Tensor, weighted: Tensor, weights: Tensor) -> float:
             example follow each other.
 
     Returns:
-        The largest difference from the expected norms, relative to the largest of them.
+        The largest difference of the norms from those by the weights, divided by these, relative to the largest norm.
     """
-    expected = norms * weights.repeat_interleave(len(norms) // len(weights)).to(norms)
-    largest = expected.max()
-    return float((weighted - expected).abs().max() / largest) if largest > 0 else 0.0
+    found = weighted / weights.repeat_interleave(len(norms) // len(weights)).to(weighted)
+    largest = norms.max()
+    return float((found - norms).abs().max() / largest) if largest > 0 else 0.0
 
 
 # Operations that may pick or order rows by the values of tensors. The user's autograd functions may do the same; those

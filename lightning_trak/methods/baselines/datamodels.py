@@ -53,11 +53,20 @@ class Datamodels(SubsetMethod):
         masks = self.masks.double().numpy()
         scores = torch.zeros(len(self.outputs), masks.shape[1])
         # If the output never changes, all coefficients are 0, and LassoCV cannot choose a penalty.
-        changing = (self.outputs != self.outputs[:, :1]).any(1).nonzero().flatten()
+        units = self.outputs.amax(1) - self.outputs.amin(1)
+        changing = units.nonzero().flatten()
+
+        def fit(target: int) -> Tensor:
+            unit = float(units[target])  # LassoCV tries no penalty below 1e-15
+            options = self.options
+            if not isinstance(options.get("alphas", 0), int | None):
+                options = options | {"alphas": torch.as_tensor(options["alphas"]).double().numpy() / unit}
+            found = LassoCV(cv=self.folds, **options).fit(masks, self.outputs[target].numpy() / unit)
+            return torch.as_tensor(found.coef_) * unit
+
         fits = Parallel(n_jobs=self.n_jobs, prefer="threads")(  # the solver lets other threads run
-            delayed(LassoCV(cv=self.folds, **self.options).fit)(masks, self.outputs[target].numpy())
-            for target in changing
+            delayed(fit)(target) for target in changing.tolist()
         )
-        for target, fit in zip(changing, fits, strict=True):
-            scores[target] = torch.as_tensor(fit.coef_)
+        for target, coefficients in zip(changing, fits, strict=True):
+            scores[target] = coefficients
         return scores

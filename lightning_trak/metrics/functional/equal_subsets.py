@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_trak.checks import require_tensor
+
 
 def used_subsets(masks: Tensor, used_masks: Tensor) -> list[int]:
     """The subsets that are among those that were used to make scores.
@@ -32,6 +34,7 @@ def used_subsets(masks: Tensor, used_masks: Tensor) -> list[int]:
         [2]
     """
     for name, value in (("masks", masks), ("used_masks", used_masks)):
+        require_tensor(name, value)
         if value.dtype != torch.bool or value.ndim != 2 or value.shape[1] != masks.shape[-1]:
             raise ValueError(
                 f"Expected `{name}` of dtype torch.bool and shape `(num_subsets, num_train)` with the same num_train,"

@@ -24,6 +24,7 @@ def _validate_masks(masks: Tensor) -> None:
             f"Expected `masks` of dtype torch.bool, but got {received}. Turn zeros and ones into "
             "booleans with `.bool()`, and lists of indices into masks with `masks[subset, indices] = True`."
         )
+    require_tensor("masks", masks)
     if masks.ndim != 2 or masks.shape[0] < 3:
         raise ValueError(
             "Expected `masks` of shape `(num_subsets, num_train)` with at least 3 subsets (a rank correlation "
@@ -46,6 +47,8 @@ def _validate_inputs(scores: Tensor, outputs: Tensor, masks: Tensor) -> None:
     num_subsets, num_train = masks.shape
     require_tensor("scores", scores)
     require_tensor("outputs", outputs)
+    if scores.dtype == torch.bool:
+        raise TypeError("Expected `scores` as numbers, but got torch.bool. Turn booleans into numbers with `.float()`.")
     if scores.ndim != 2 or scores.shape[1] != num_train:
         transposed = scores.ndim == 2 and scores.shape[1] == num_subsets
         hint = " Is `masks` transposed?" if transposed else ""

@@ -14,6 +14,7 @@ Curvature = Literal["gauss_newton", "identity"]
 
 _COLUMNS = 256  # of a panel of the Gram matrix: enough for fast products, few enough to leave out almost half of them
 _ROWS = 1024  # multiplied or solved at a time: enough to outweigh passes over k x k numbers, few enough to copy
+PROBES = 32  # random vectors that a trace is estimated with
 
 
 def gram_matrix(
@@ -114,8 +115,6 @@ class DampedGram:
         name: what to call the matrix in errors.
         size: the number of rows by which the trace is divided for the mean eigenvalue. The dual's matrix has the trace
             of a larger one, whose other eigenvalues are zero. Default: k.
-        rounding_error: by how much the features were rounded to integers, relative to each row's norm (root mean
-            square); 0 for floats.
 
     Attributes:
         ridge: lambda itself.
@@ -133,7 +132,6 @@ class DampedGram:
         precision: torch.dtype,
         name: str,
         size: int | None = None,
-        rounding_error: float = 0.0,
     ) -> None:
         if damping < 0:
             raise ValueError(f"damping must be at least 0, got {damping}")
@@ -156,8 +154,6 @@ class DampedGram:
         self._factor, self._scale = factor, scale
         self.largest, self.smallest = self._extreme_eigenvalues()
         self._require_precise(precision, name, advice)
-        share = self._score_error(damping * share_of_size, rounding_error * share_of_size**0.5)
-        self._require_little_rounding(share, name, damping)
 
     @property
     def _condition(self) -> str:
@@ -183,35 +179,6 @@ class DampedGram:
                 stacklevel=3,
             )
 
-    def _require_little_rounding(self, share: float, name: str, damping: float) -> None:
-        """Refuse scores that rounding to integers changes by more than a half, and warn from a fifth on."""
-        message = (
-            f"rounding the features to integers changes scores with the Gram matrix of {name} by about {share:.0%} of"
-            f" their size ({self._condition}): use a dtype of more bits or a larger damping (now {damping:g})"
-        )
-        if share > 0.5:
-            raise ValueError(message)
-        if share > 0.2:
-            warnings.warn(message, RuntimeWarning, stacklevel=3)
-
-    def _score_error(self, damping: float, rounding_error: float, probes: int = 32) -> float:
-        """What rounding adds to the scores of the training examples for each other, relative to their root mean square.
-
-        An error e_i that has no preferred direction and |e_i| = d |phi_i| adds d^2 |phi_i|^2 |A^-1 phi_x|^2 / k to the
-        square of the score phi_x^T A^-1 phi_i on average, for A = K + lambda I. Summed over i and x with weights R this
-        is d^2 tr(K A^-2) in units of K's mean eigenvalue, and the squares of scores sum to tr(K A^-1 K A^-1). Random
-        signs z estimate both traces: K A^-1 z = z - lambda A^-1 z.
-        """
-        if not rounding_error:
-            return 0.0
-        generator = torch.Generator().manual_seed(0)
-        signs = torch.randint(0, 2, (len(self._factor), probes), generator=generator) * 2 - 1
-        signs = signs.to(self._factor)
-        solved = self._solve(signs)
-        filtered = signs - damping * solved
-        noise = (solved * filtered).sum().clamp_min(0)
-        return float(rounding_error * (noise / filtered.square().sum()).sqrt())
-
     def _extreme_eigenvalues(self, steps: int = 20) -> tuple[float, float]:
         """Estimates of the largest and smallest eigenvalue, by power iteration on the matrix and on its inverse."""
         generator = torch.Generator().manual_seed(0)
@@ -221,6 +188,29 @@ class DampedGram:
             largest = self._factor @ (self._factor.mT @ (largest / largest.norm()))
             smallest = self._solve(smallest / smallest.norm())
         return float(largest.norm()), float(1 / smallest.norm())
+
+    @property
+    def trace(self) -> float:
+        """The trace of K."""
+        return float(self._scale) * len(self._factor)
+
+    def squared_scores(self) -> float:
+        """An estimate of tr (K A^-1)^2 for A = K + lambda I: the sum of squares of sqrt(R_x R_i) phi_x^T A^-1 phi_i."""
+        signs = random_signs(PROBES, len(self._factor)).to(self._factor)
+        filtered = signs - self.ridge * self.solve(signs)
+        return float(filtered.square().sum(1).mean())
+
+    def squared_effects(self, targets: Tensor) -> Tensor:
+        """The sum of R_i (phi_i^T A^-1 x)^2 over the training examples, for each target x.
+
+        Args:
+            targets: float64, shape ``(num_targets, k)``.
+
+        Returns:
+            Shape ``(num_targets,)``.
+        """
+        solved = self.solve(targets)
+        return (solved * (targets - self.ridge * solved)).sum(1)
 
     def squared_step(self, pull: Tensor) -> float:
         """How long a Newton step is: lambda |(K + lambda I)^-1 pull|^2, for a float64 vector ``(k,)``."""
@@ -262,6 +252,11 @@ class DampedGram:
     def _half_solve(self, columns: Tensor) -> Tensor:
         half: Tensor = torch.linalg.solve_triangular(self._factor, columns, upper=False)
         return half
+
+
+def random_signs(count: int, size: int) -> Tensor:
+    """The same vectors of +1 and -1 at each call: int64, shape ``(count, size)``."""
+    return torch.randint(0, 2, (count, size), generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
 def _require_nonzero(gram: Tensor, scale: Tensor, name: str) -> None:

@@ -38,7 +38,6 @@ class DampedKernel:
         damping: lambda relative to the mean eigenvalue of Phi^T R Phi, which is its trace divided by ``dim``.
         dim: k, the number of features.
         precision: dtype of the features.
-        rounding_error: as for :class:`~lightning_trak.scoring.newton.gram.DampedGram`.
         name: what to call the matrix in errors.
         device: where systems are solved.
 
@@ -53,7 +52,6 @@ class DampedKernel:
         damping: float,
         dim: int,
         precision: torch.dtype,
-        rounding_error: float,
         name: str,
         device: torch.device,
     ) -> None:
@@ -68,11 +66,31 @@ class DampedKernel:
         self._roots = curvatures.clamp(min=1e-60 * curvatures.max()).sqrt()
         weighted = kernel.to(device) * self._roots
         weighted *= self._roots.unsqueeze(1)
-        self._factor = DampedGram(weighted, damping, precision, name, dim, rounding_error)
+        self._factor = DampedGram(weighted, damping, precision, name, dim)
 
     def effective_dimension(self) -> float:
         """As :meth:`~lightning_trak.scoring.newton.gram.DampedGram.effective_dimension`: K has the eigenvalues of S."""
         return self._factor.effective_dimension()
+
+    @property
+    def trace(self) -> float:
+        """The trace of S, which is that of Phi^T R Phi."""
+        return self._factor.trace
+
+    def squared_scores(self) -> float:
+        """As :meth:`~lightning_trak.scoring.newton.gram.DampedGram.squared_scores`."""
+        return self._factor.squared_scores()
+
+    def squared_effects(self, products: Tensor) -> Tensor:
+        """As :meth:`~lightning_trak.scoring.newton.gram.DampedGram.squared_effects`.
+
+        Args:
+            products: b of each target, float64, shape ``(num_targets, n)``.
+
+        Returns:
+            Shape ``(num_targets,)``.
+        """
+        return self._factor.solve(products * self._roots).square().sum(1)
 
     def squared_step(self, residuals: Tensor, kernel: Tensor) -> float:
         """How long the Newton step of residuals is: lambda |(Phi^T R Phi + lambda I)^-1 Phi^T residuals|^2.

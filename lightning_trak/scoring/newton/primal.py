@@ -37,7 +37,7 @@ class PrimalScorer(TRAKScorer):
 
     def _undamped(self, checkpoint: int, ranks: Ranks) -> Undamped[DampedGram]:
         gram, squared_weights = (tensor.to(self._device) for tensor in self._gram(checkpoint, ranks))
-        precision, error, place = self._about(checkpoint)
+        about = self._about(checkpoint)
 
         @cache  # all ranks must make it together, however many dampings each tries
         def residuals() -> tuple[Tensor, Tensor]:
@@ -48,9 +48,12 @@ class PrimalScorer(TRAKScorer):
             return system.squared_step(pull.to(self._device)), float(squares)
 
         def factor(damping: float) -> DampedGram:
-            return DampedGram(gram, damping, precision, place, rounding_error=error)
+            return DampedGram(gram, damping, *about)
 
         return Undamped(gram.trace(), squared_weights, factor, residual_step)
+
+    def _prepared(self, checkpoint: int, ranks: Ranks, targets: Tensor) -> Tensor:
+        return targets.to(self._device)
 
     def _gram(self, checkpoint: int, ranks: Ranks) -> tuple[Tensor, Tensor]:
         """See :func:`~lightning_trak.scoring.newton.gram.gram_matrix`; of several sources, each with its share."""

@@ -3,6 +3,7 @@
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import ClassVar, Literal, cast
 
 import torch
@@ -20,6 +21,7 @@ from lightning_trak.scoring.newton.kernel import DampedKernel
 from lightning_trak.scoring.newton.lag import Lag, find_lag
 from lightning_trak.scoring.newton.noise import Noise, stored_noise
 from lightning_trak.scoring.newton.per_prediction import SEVERAL, WHOLE, dispersion
+from lightning_trak.scoring.newton.rounding import require_little_rounding, score_error
 from lightning_trak.scoring.newton.temperature import Tempered
 from lightning_trak.scoring.newton.undamped import System, Undamped
 from lightning_trak.texts.messages import extremes
@@ -119,7 +121,10 @@ class TRAKScorer(Scorer):
                 self.noise.known = [self._dispersion(self.curved, number) for number in range(len(self.subsets))]
             if self.lag != "auto":
                 self.noise.lags = [self.lag] * self.store.num_checkpoints
-        dampings = [self._system(checkpoint, ranks)[1] for checkpoint in range(self.store.num_checkpoints)]
+        dampings = []
+        for checkpoint in range(self.store.num_checkpoints):
+            dampings.append(self._system(checkpoint, ranks)[1])
+            self._require_little_rounding(checkpoint, ranks)
         if self.tempered is not None:
             self._settled = self.tempered.settled(self.noise)
         if chooses:
@@ -176,11 +181,24 @@ class TRAKScorer(Scorer):
     def _undamped(self, checkpoint: int, ranks: Ranks) -> Undamped[DampedGram] | Undamped[DampedKernel]:
         """The matrix of a checkpoint. All ranks make it together."""
 
-    def _about(self, checkpoint: int) -> tuple[torch.dtype, float, str]:
-        """The dtype of the features, by how much they are rounded, and what to call their matrix in errors."""
-        precision = self.store.read_stored(checkpoint, 0).dtype.floating
-        error = max(store.rounding_error(checkpoint) for store, _ in self.sources)
-        return precision, error, f"checkpoint {checkpoint}"
+    def _about(self, checkpoint: int) -> tuple[torch.dtype, str]:
+        """The dtype of the features, and what to call their matrix in errors."""
+        return self.store.read_stored(checkpoint, 0).dtype.floating, f"checkpoint {checkpoint}"
+
+    def _require_little_rounding(self, checkpoint: int, ranks: Ranks) -> None:
+        """See :func:`~lightning_trak.scoring.newton.rounding.require_little_rounding`."""
+        system, damping = self._system(checkpoint, ranks)
+        for source, _ in self.sources:
+            rounding = source.rounding(checkpoint)
+            if rounding is not None:
+                share = score_error(
+                    rounding, system, damping, source.num_examples, partial(self._prepared, checkpoint, ranks)
+                )
+                require_little_rounding(share, self._about(checkpoint)[1], damping)
+
+    @abstractmethod
+    def _prepared(self, checkpoint: int, ranks: Ranks, targets: Tensor) -> Tensor:
+        """What the system of a checkpoint takes of targets: float64 features ``(num_targets, k)``. All call this."""
 
     @property
     @abstractmethod

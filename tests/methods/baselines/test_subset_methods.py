@@ -61,6 +61,17 @@ def test_datamodels_recover_a_sparse_truth():
     torch.testing.assert_close(Datamodels(masks, outputs, n_jobs=2).estimate(), found)
 
 
+@pytest.mark.parametrize("options", [{}, {"alphas": [0.02, 0.1]}], ids=str)
+def test_the_size_of_outputs_makes_no_difference(options):
+    _, masks, outputs = sparse_truth(2, 12, 60, noise=0.5)
+    expected = Datamodels(masks, outputs, **options).estimate()
+    if options:
+        options = {"alphas": [1e-30 * alpha for alpha in options["alphas"]]}
+    found = Datamodels(masks, outputs.double() * 1e-30, **options).estimate()
+    assert expected.any()
+    torch.testing.assert_close(found * 1e30, expected, rtol=1e-4, atol=1e-6)
+
+
 def test_a_target_whose_output_never_changes():
     _, masks, outputs = sparse_truth(2, 10, 40, noise=0.1)
     outputs[1] = 0.7

@@ -1,0 +1,59 @@
+"""What rounding to integers changes in TRAK's scores, by what it has changed in each column of the features."""
+
+import warnings
+from collections.abc import Callable
+
+from torch import Tensor
+
+from lightning_trak.features.rows import Rounding
+from lightning_trak.scoring.newton.gram import PROBES, random_signs
+from lightning_trak.scoring.newton.undamped import System
+
+
+def score_error(
+    rounding: Rounding, system: System, damping: float, num_examples: int, prepared: Callable[[Tensor], Tensor]
+) -> float:
+    """What rounding adds to the scores of the training examples for each other, relative to their root mean square.
+
+    It does two things. Errors e_i add e_i^T A^-1 phi_x to the score phi_i^T A^-1 phi_x, for A = K + lambda I. Summed
+    with weights R, the squares are tr(E A^-1 K A^-1) on average, for errors that are independent between columns, with
+    variances E: random x with these variances, as targets, estimate it. And a column of which less is kept than lost
+    has no part in K and in the scores, where it had about (e / (e + lambda))^2 in their squares, with e what it had in
+    K. Examples that are fewer than such columns have that part in as many directions only.
+
+    Args:
+        rounding: of the features, in float64.
+        system: K + lambda I.
+        damping: lambda, relative to the mean eigenvalue of K.
+        num_examples: the number of examples in K.
+        prepared: from the features of targets, float64, ``(num_targets, k)``, to what the system takes.
+    """
+    kept, lost = (part / rounding.kept.sum() for part in rounding)
+    targets = random_signs(PROBES, len(lost)) * lost.sqrt()
+    noise = system.trace * float(system.squared_effects(prepared(targets)).mean())
+    gone = lost > kept
+    columns = max(1.0, int(gone.sum()) / num_examples)  # for each direction
+    shares = lost / (lost + kept + damping / (len(lost) * columns))
+    missing = float(shares[gone].square().sum()) / columns
+    return float(((max(noise, 0.0) + missing) / (system.squared_scores() + missing)) ** 0.5)
+
+
+def require_little_rounding(share: float, name: str, damping: float) -> None:
+    """Refuse scores that rounding to integers changes by more than a half, and warn from a fifth on.
+
+    Args:
+        share: see :func:`score_error`.
+        name: of the checkpoint in errors.
+        damping: as for :func:`score_error`.
+
+    Raises:
+        ValueError: if it is more than a half.
+    """
+    message = (
+        f"rounding the features to integers changes scores with the Gram matrix of {name} by about {share:.0%} of"
+        f" their size: use a dtype of more bits or a larger damping (now {damping:g})"
+    )
+    if share > 0.5:
+        raise ValueError(message)
+    if share > 0.2:
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
