@@ -159,6 +159,7 @@ class Measured:
     def __init__(self, task: Task, truth: Truth, directory: Path) -> None:
         self.task, self.truth, self.directory = task, truth, directory
         self.train = DataLoader(task.train, batch_size=task.batch_size, shuffle=True)
+        self.examples = DataLoader(task.train, batch_size=100, shuffle=True)
         self.targets = DataLoader(task.targets, batch_size=100)
         self.trainer = trainer_for(task)
         self.reference: dict[int, Tensor] = {}
@@ -177,7 +178,7 @@ class Measured:
     def run(self, name: str, method: Method, checkpoints: int = 0, runs: int = 0, retrained: int = 0) -> Result:
         """Attribute and compare."""
         started = time.process_time()
-        scores = method.attribute(self.trainer, self.train, self.targets)
+        scores = method.attribute(self.trainer, self.examples, self.targets)
         own = time.process_time() - started
         if name == "TRAK":
             self.reference[checkpoints] = scores

@@ -1,7 +1,7 @@
 """Linear datamodeling score for one training run, and for other seeds: metagradients beside other methods.
 
     python -m benchmarks.one_run --out one_run_output            # some minutes on one core
-    python -m benchmarks.one_run --out one_run_output --quick    # one task, few retrained models
+    python -m benchmarks.one_run --out one_run_output --quick    # one task, few epochs and models
 
 Two truths. "This run": the recorded run again, with the same seed and order, and weights 0 on some of the examples (the
 denominators stay). "Other seeds": models trained on random halves with seeds of their own. The directory gets
@@ -12,8 +12,8 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,7 @@ def text_losses(module: nn.Module, batch: Any) -> Tensor:
     return F.cross_entropy(module(ids)[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none").mean(1)
 
 
+@cache
 def make_tasks(num_targets: int = TARGETS) -> list[tuple[Task, Callable[[nn.Module, Any], Tensor]]]:
     """The tasks, each with the loss of each example."""
 
@@ -326,12 +327,15 @@ def plot(found: list[Result], path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = options(__doc__, "one_run_output", quick="the first task alone, few retrained models")
+    parser = options(__doc__, "one_run_output", quick="the first task alone, 5 epochs, few retrained models")
     parser.add_argument("--members", type=int, default=30, help="retrained runs for each fraction")
     args = begin(parser, arguments)
     found: list[Result] = []
     verdicts: list[Verdict] = []
-    for task, losses in make_tasks()[: 1 if args.quick else None]:
+    tasks = make_tasks()
+    if args.quick:
+        tasks = [(replace(task, max_epochs=5), losses) for task, losses in tasks[:1]]
+    for task, losses in tasks:
         with tempfile.TemporaryDirectory() as folder:
             own, verdict = results(task, losses, 5 if args.quick else args.members, Path(folder))
         found, verdicts = [*found, *own], [*verdicts, verdict]

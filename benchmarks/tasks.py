@@ -6,6 +6,7 @@ All data come with scikit-learn or with Python itself. The first tasks are small
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pydoc_data.topics import topics as pages
 
 import lightning as L
@@ -154,6 +155,7 @@ class Task:
     batch_size: int
 
 
+@cache
 def make_tasks() -> dict[str, Task]:
     """All tasks by name."""
     margin = ClassificationMargin()

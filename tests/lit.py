@@ -1,5 +1,7 @@
 """A small Lightning model, data for it, and checkpoints of it."""
 
+import copy
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,11 @@ def make_data(size: int, seed: int = 0) -> TensorDataset:
 
 def make_model(seed: int = 0, steps: int = 30) -> LitNet:
     """A net trained for some steps in plain torch."""
+    return copy.deepcopy(_trained(seed, steps))
+
+
+@functools.cache
+def _trained(seed: int, steps: int) -> LitNet:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = LitNet()

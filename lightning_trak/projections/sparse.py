@@ -258,6 +258,19 @@ class BoundSparseProjection(BoundRandomProjection):
         part = rows.to(torch.promote_types(rows.dtype, features.dtype)) * drawn
         _scatter(features, targets.flatten(1), part.flatten(1))
 
+    def add_joined_(self, features: Tensor, names: Sequence[str], gradients: Tensor) -> None:
+        """Add the gradients of several small parameters by one operation.
+
+        Args:
+            features: features so far, float32 or float64 of shape (batch, dim).
+            names: names of the parameters.
+            gradients: their flattened gradients side by side, of shape (batch, n).
+        """
+        targets = torch.cat([self._placement(name).between(0, self.sizes[name]) for name in names])
+        drawn = torch.cat([block for name in names for _, block in self._blocks(name, 0, self.sizes[name])])
+        part = gradients.to(torch.promote_types(gradients.dtype, features.dtype)) * drawn
+        _scatter(features, targets, part)
+
     def _placement(self, name: str) -> Placement:
         if name not in self._placements:
             with torch.inference_mode(False):  # it is used outside the inference mode of this hook, too

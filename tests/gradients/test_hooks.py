@@ -1,5 +1,7 @@
 """The hook engine against the loop engine in float64, over the zoo and Hugging Face models."""
 
+from collections import Counter
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -137,9 +139,19 @@ def test_streaming_equals_projecting_the_rows(name, projection, monkeypatch):
     expected = torch.ones(size, bound.dim, dtype=torch.float64)
     for key, row in rows.items():
         bound.add_(expected, key, row)
-    # All examples at once, a few of them, and a few of their rows; zero rows added, or left out.
-    for limit, rows, drawing in ((1 << 23, 32, 1 << 30), (400, 32, 1 << 30), (400, 3, 1 << 30), (1 << 23, 32, 0)):
+    # All examples at once, a few of them, and a few of their rows; small gradients added by themselves, or several at
+    # once; zero rows added, or left out.
+    large, never = 1 << 23, 1 << 30
+    for limit, rows, drawing, small in (
+        (large, 32, never, 64),
+        (400, 32, never, 64),
+        (400, 3, never, 64),
+        (2000, 32, never, 1),
+        (large, 32, 0, 64),
+        (large, 32, never, large),
+    ):
         monkeypatch.setattr(projector, "_CPU_BYTES", limit)
+        monkeypatch.setattr(projector, "_SMALL", small)
         monkeypatch.setattr(projector, "_CPU_ROWS", rows)
         monkeypatch.setattr(projector, "_DRAWING", drawing)
         features = torch.ones(size, bound.dim, dtype=torch.float64)
@@ -209,6 +221,32 @@ def test_streaming_never_holds_the_gradients_of_a_batch(monkeypatch):
     with _Live() as live:
         engine(ExampleBatch(batch, size))
     assert live.largest >= size * 64 * 64
+
+
+class _Counted(TorchDispatchMode):
+    """How often operations ran, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_gradients_of_small_layers_are_added_by_one_operation():
+    """And for one position, they take no matrix products, which are slow if they are small."""
+    module = nn.Sequential(*(nn.Linear(8, 8) for _ in range(10)), nn.Linear(8, 3))
+    batch = ExampleBatch((torch.randn(4, 8), torch.tensor([0, 1, 2, 0])), 4)
+    engine = HookEngine(module, ClassificationMargin(), select_parameters(module))
+    shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
+    bound = SparseProjection(32).bind(shapes, 0, 0, torch.device("cpu"))
+    engine.project(batch, bound, torch.zeros(4, 32))  # draws the signs
+    with _Counted() as counted:
+        engine.project(batch, bound, torch.zeros(4, 32))
+    assert counted.counts["scatter_add_"] == 1
+    assert counted.counts["bmm"] == 0
 
 
 def test_a_few_rows_of_all_examples_are_formed_together(monkeypatch):

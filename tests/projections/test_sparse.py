@@ -145,3 +145,18 @@ def test_a_gradient_of_few_rows(least, columns, monkeypatch):
     features = torch.ones(2, 12, dtype=torch.float64)
     bound.add_sparse_(features, "a", rows, numbers)
     torch.testing.assert_close(features, project(bound, {"a": dense.flatten(1)}, torch.float64) + 1)
+
+
+@pytest.mark.parametrize("dim", [12, 60])
+def test_gradients_of_several_parameters_side_by_side(dim, monkeypatch):
+    monkeypatch.setattr(SUMS, 50)  # more sums than features, or as many
+    sizes = {"a": 30, "b": 7, "c": 40}
+    bound = bind(SparseProjection(dim), sizes)
+    gradients = random_gradients(3, sizes)
+    names = ["c", "a", "c"]
+    found = torch.ones(3, dim)
+    bound.add_joined_(found, names, torch.cat([gradients[name] for name in names], 1))
+    expected = torch.ones(3, dim)
+    for name in names:
+        bound.add_(expected, name, gradients[name])
+    torch.testing.assert_close(found, expected)

@@ -34,7 +34,7 @@ class HookEngine(GradientEngine):
 
     All parameters are frozen inside their layers, so the backward pass computes gradients of activations only. A
     layer's gradient is used as soon as the backward pass reaches the layer. So :meth:`project` holds the gradients of
-    one parameter at a time, for a few examples.
+    one parameter at a time, for a few examples, or those of several small parameters.
 
     Three mistakes would give wrong gradients that look right. Each of them is checked:
 
@@ -97,7 +97,10 @@ class HookEngine(GradientEngine):
 
     def project(self, batch: ExampleBatch, projection: BoundProjection, features: Tensor) -> Tensor:
         """Project a layer's gradients when the backward pass reaches it, see :meth:`GradientEngine.project`."""
-        return self.backward(batch, LayerProjector(projection, features, self.parameters))
+        projector = LayerProjector(projection, features, self.parameters)
+        values = self.backward(batch, projector)
+        projector.flush()
+        return values
 
     def check(self, batch: ExampleBatch, tolerance: float = 1e-3) -> dict[str, str]:
         """Compare the gradients of the first two examples with those of autograd.

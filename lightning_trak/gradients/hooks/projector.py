@@ -18,6 +18,9 @@ from lightning_trak.projections.sparse import BoundSparseProjection
 # which threads share out. Elsewhere, few kernels are better.
 _CPU_BYTES = 10 << 20
 _ACCELERATOR_BYTES = 1 << 28
+# A parameter is small if the gradients of this many like it are formed at a time. Those are added by one operation: in
+# models of many small layers, an operation for each would take longer than the additions.
+_SMALL = 64
 # Rows of a gradient are formed in multiples of this number: products with fewer or other rows are slow.
 _CPU_ROWS, _ACCELERATOR_ROWS = 32, 1024
 # To draw the target of an element takes about as long as to form and add 50 elements, and it takes about 32 bytes.
@@ -38,7 +41,7 @@ def _keep_freed_memory() -> None:
 
 
 class LayerProjector:
-    """Adds the projected gradients of each layer call to the features.
+    """Adds the projected gradients of each layer call to the features; those of small parameters in :meth:`flush`.
 
     Args:
         projection: a projection that is bound to the parameters.
@@ -54,6 +57,8 @@ class LayerProjector:
         cpu = features.device.type == "cpu"
         self._bytes = _CPU_BYTES if cpu else _ACCELERATOR_BYTES
         self._rows = _CPU_ROWS if cpu else _ACCELERATOR_ROWS
+        self._small: list[tuple[str, Tensor]] = []  # gradients of small parameters that are not added yet
+        self._small_bytes = 0
         if cpu:
             _keep_freed_memory()
 
@@ -66,8 +71,16 @@ class LayerProjector:
         """
         for attribute, name in tracked.parameters.items():
             arguments = tracked.layer, attribute, name, call
-            if not (self._add_core(*arguments) or self._add_sparse(*arguments)):
+            if not (self._add_core(*arguments) or self._add_sparse(*arguments) or self._keep_small(*arguments)):
                 self._add_dense(*arguments)
+
+    def flush(self) -> None:
+        """Add the gradients that are kept. Call it after the backward pass."""
+        if self._small:
+            assert isinstance(self._projection, BoundSparseProjection)
+            names, gradients = zip(*self._small, strict=True)
+            self._projection.add_joined_(self._features, names, torch.cat(gradients, 1))
+            self._small, self._small_bytes = [], 0
 
     def _add_core(self, layer: Layer, attribute: str, name: str, call: LayerCall) -> bool:
         """Project both sides of a gradient without forming it. Returns False if it must be formed."""
@@ -93,6 +106,17 @@ class LayerProjector:
         for start in range(0, self._size, step):
             some = slice(start, start + step)
             self._projection.add_sparse_(self._features[some], name, rows[some], indices[some])
+        return True
+
+    def _keep_small(self, layer: Layer, attribute: str, name: str, call: LayerCall) -> bool:
+        """Keep the gradients of a small parameter for :meth:`flush`. Returns False if it is not small."""
+        size = self._size * self._parameters[name].numel() * call.output_gradient.element_size()
+        if not isinstance(self._projection, BoundSparseProjection) or _SMALL * size > self._bytes:
+            return False
+        if self._small_bytes + size > self._bytes:
+            self.flush()
+        self._small.append((name, layer.gradient(attribute, call).reshape(self._size, -1)))
+        self._small_bytes += size
         return True
 
     def _add_dense(self, layer: Layer, attribute: str, name: str, call: LayerCall) -> None:

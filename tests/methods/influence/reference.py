@@ -40,7 +40,7 @@ def influence(solver, curvature="gauss_newton"):
 METHODS = {
     "explicit": influence(Explicit()),
     "conjugate_gradient": influence(ConjugateGradient(tolerance=1e-6)),
-    "lissa": influence(LiSSA(depth=300, batch_size=N)),
+    "lissa": influence(LiSSA(depth=120, batch_size=N)),
     "arnoldi": influence(Arnoldi(100, 100)),
 }
 

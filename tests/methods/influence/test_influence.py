@@ -213,7 +213,7 @@ def test_neither_batches_nor_order_nor_blocks_change_the_scores(monkeypatch, sol
     method = InfluenceFunction(make_model(), make_checkpoints(2), solver=solver, curvature="gauss_newton", damping=20.0)
     expected = method.attribute(double_trainer(), TRAIN, TARGETS)
     monkeypatch.setattr(base, "TARGET_BYTES", 5 * 8 * 150)
-    train = DataLoader(TRAIN, batch_size=7, shuffle=True)
+    train = DataLoader(TRAIN, batch_size=20, shuffle=True)
     scores = method.attribute(double_trainer(), train, DataLoader(TARGETS, batch_size=3, shuffle=True))
     torch.testing.assert_close(scores, expected, rtol=1e-6, atol=1e-9)
 

@@ -14,8 +14,7 @@ class LinearLayer(Layer, covers=[nn.Linear]):
         """Shape ``(size, rows, columns)`` for the weight; for the bias, a sum over positions."""
         if parameter == "bias":
             return _positions(call.output_gradient, call.size).sum(1)
-        rows, columns = self.matrix_factors(call)
-        return rows.transpose(1, 2) @ columns
+        return _summed_products(*self.matrix_factors(call))
 
     def has_rows(self, parameter: str) -> bool:
         """True for the weight."""
@@ -24,7 +23,7 @@ class LinearLayer(Layer, covers=[nn.Linear]):
     def gradient_rows(self, parameter: str, call: LayerCall, rows: range) -> Tensor:
         """Shape ``(size, len(rows), columns)``."""
         all_rows, columns = self.matrix_factors(call)
-        return all_rows[:, :, rows.start : rows.stop].transpose(1, 2) @ columns
+        return _summed_products(all_rows[:, :, rows.start : rows.stop], columns)
 
     def projected_gradient(self, parameter: str, call: LayerCall, left: Tensor, right: Tensor) -> Tensor | None:
         """Shape ``(size, l, r)``. Both factors of the weight's gradient are projected, and then multiplied."""
@@ -51,3 +50,9 @@ class TransposedLinearLayer(LinearLayer, covers=["transformers.pytorch_utils.Con
 def _positions(tensor: Tensor, size: int) -> Tensor:
     """Shape ``(size, positions, width)``."""
     return tensor.reshape(size, -1, tensor.shape[-1])
+
+
+def _summed_products(rows: Tensor, columns: Tensor) -> Tensor:
+    """The sum of outer products over positions, shape ``(size, rows, columns)``."""
+    # For one position there is no sum. Many small matrix products would take several times as long, for the same bits.
+    return rows.mT * columns if rows.shape[1] == 1 else rows.mT @ columns
