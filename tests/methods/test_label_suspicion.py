@@ -208,7 +208,8 @@ def test_a_residual_has_a_sign_and_suspicion_has_none(tmp_path, kind):
     own = method.attribute(make_trainer(), data, data).diagonal()
     assert (own < 0).any()
     assert (own > 0).any()
-    found, outputs = method.label_suspicion(make_trainer(), data), mean_outputs(model, weights, RegressionOutput(), data)
+    found = method.label_suspicion(make_trainer(), data)
+    outputs = mean_outputs(model, weights, RegressionOutput(), data)
     torch.testing.assert_close(found.double(), 0.5 * (outputs.abs() + own.abs()) ** 2, rtol=2e-4, atol=1e-6)
 
 

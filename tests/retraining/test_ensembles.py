@@ -148,7 +148,7 @@ def reference(trak, trainer, masks, damping):
 
 
 def test_labels_are_judged_without_what_a_model_has_learned_from_them(tmp_path, fleet):
-    """A model that has not seen an example says what it thinks of its label; of the others, the example is taken away."""
+    """Models that have not seen an example judge its label as they are; from the others the example is taken away."""
     checkpoints, trainer = fleet.split(2).checkpoints, make_trainer()
     found = make_trak(checkpoints, tmp_path / "both", damping=0.3).label_suspicion(trainer, TRAIN)
     outputs = torch.zeros(N)
