@@ -25,6 +25,7 @@ from lightning_trak.outputs.predictions import SeveralPredictions
 from lightning_trak.projections import Projection
 from lightning_trak.running.data.sources import Data
 from lightning_trak.running.ranks import Ranks
+from lightning_trak.running.strategies import refuse_spawning
 from lightning_trak.running.trainers import trainer_of
 from lightning_trak.scoring.damping import Damping, require_damping
 from lightning_trak.scoring.newton.gram import Curvature
@@ -142,11 +143,12 @@ class NewtonMethod(FeatureMethod):
         self.output.loss(torch.zeros(1))  # refuses before long work
         trainer = trainer_of(trainer)
         self.featurize(trainer, train)
+        refuse_spawning(trainer)
         of_this_model = copy.copy(self)
         of_this_model.temperature = of_this_model.lag = 1.0
         of_this_model.loss_gradients = "per_checkpoint"
         store, ranks = self.open_store(trainer), Ranks.of(trainer)
-        scorer = of_this_model.make_scorer(store)
+        scorer = cast(TRAKScorer, of_this_model.make_scorer(store))
         scorer.fit(trainer.strategy.root_device, ranks)
         losses = self.output.loss(scorer.outputs_without_itself(ranks))
         if scorer.skipped is not None:
