@@ -2,8 +2,7 @@
 
 A perceptron learns scikit-learn's handwritten digits. The targets are some held-out digits that it classifies
 correctly. TRAK, two similarities and chance each name the training images that count most for a target. These are
-removed, and new models are trained without them. Then some labels are made wrong, to see how soon self-influence finds
-them.
+removed, and new models are trained without them. Then some labels are made wrong, to see how soon they are found.
 
     python -m examples.counterfactuals
 """
@@ -97,9 +96,12 @@ def main(arguments: list[str] | None = None) -> None:
     spoilt = TensorDataset(train.tensors[0], labels)
     model, snapshots = train_runs(spoilt, run / "spoilt", args.runs)
     store = {"checkpoints": snapshots, "store": run / "spoilt/features"}
-    suspicions = {}
-    for name, method in (("TRAK", TRAK(model, **store)), ("gradient dot", GradientDot(model, **store))):
-        suspicions[f"self-influence, {name}"] = method.label_suspicion(trainer, DataLoader(spoilt, batch_size=100))
+    methods = {
+        "loss without the image, TRAK": TRAK(model, **store),
+        "self-influence, gradient dot": GradientDot(model, **store),
+    }
+    loader = DataLoader(spoilt, batch_size=100)
+    suspicions = {name: method.label_suspicion(trainer, loader) for name, method in methods.items()}
     suspicions["loss"] = -margins(model, spoilt)
     curves = {name: mislabel_detection_curve(values, wrong) for name, values in suspicions.items()}
     for name, curve in curves.items():

@@ -26,6 +26,7 @@ class Checkpoint:
         live: whether these are the weights of a model in memory, which may change between two reads.
         read_file: reads another file of the series; None if this is not a snapshot of one.
         adapter: the settings of PEFT's adapter, if these are its weights alone; None if not.
+        final: whether this is where its training ended: no later checkpoint of the same directory is known.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Checkpoint:
     live: bool = False
     read_file: Callable[[TensorFile], dict[str, Tensor]] | None = None
     adapter: Mapping[str, Any] | None = None
+    final: bool = True
 
     def load(self) -> dict[str, Tensor]:
         """Read the state dict: name -> CPU tensor, under the names that were saved. Do not write into the tensors.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -64,7 +65,8 @@ def resolve_checkpoints(checkpoints: CheckpointsLike, weights_only: bool = True)
         elif isinstance(item, (str, os.PathLike)):
             location = os.fspath(item)
             kind = next(kind for kind in CheckpointFormat.formats if kind.recognizes(location))
-            resolved += kind.find(location, weights_only)
+            *earlier, last = kind.find(location, weights_only)
+            resolved += [*(replace(checkpoint, final=False) for checkpoint in earlier), last]
         else:
             advice = "; pass its state_dict()" if isinstance(item, nn.Module) else ""
             raise TypeError(

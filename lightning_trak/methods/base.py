@@ -33,11 +33,17 @@ class LabelStatistic(ABC):
     def label_suspicion(self, trainer: L.Trainer | None = None, train: Data | None = None) -> Tensor:
         """How suspicious the label of each training example is.
 
-        Methods that attribute outputs to training examples give the size of the self-influence, which is an example's
-        score at itself. Examples with a high one are learned on their own, not from what they share with others. They
-        are often rare or have a wrong label (Koh and Liang 2017, arXiv 1703.04730, section 5.4; Pruthi et al. 2020,
-        arXiv 2002.08484, section 4.1). The size is taken because the score of a residual has the residual's sign.
-        Other methods say in this method what they give.
+        Methods by a Newton step (TRAK, ExactKernel, influence functions) give the loss that the model would have at the
+        example, had it not been trained on it: that of the output minus the example's score at itself, both averaged
+        over checkpoints. It is high if the rest of the data speak against the label, also where the model has learned
+        the label by heart. Of a squared error it is that of the deleted residual (Cook and Weisberg 1982, "Residuals
+        and Influence in Regression", section 2.2).
+
+        Other methods that attribute outputs or losses to training examples give the size of the self-influence, which
+        is an example's score at itself. Examples with a high one are learned on their own, not from what they share
+        with others. They are often rare or have a wrong label (Koh and Liang 2017, arXiv 1703.04730, section 5.4;
+        Pruthi et al. 2020, arXiv 2002.08484, section 4.1). The size is taken because the score of a residual has the
+        residual's sign. All others say in this method what they give.
 
         Args:
             trainer: any Trainer, which is left as it was.

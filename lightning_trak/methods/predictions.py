@@ -1,4 +1,4 @@
-"""What all checkpoints together predict for targets: the class that all explain, and words for people."""
+"""What the trained models predict for targets: the class that all checkpoints explain, and words for people."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -21,10 +21,11 @@ _TOGETHER = 1 << 16  # targets whose probabilities are in memory at once
 def with_predictions(
     trainer: L.Trainer, targets: Examples, copy_model: Callable[[], ModelCopy], output: ModelOutput | None
 ) -> Examples:
-    """The targets, with the labels that the ensemble of all checkpoints predicts, if the output asks for these.
+    """The targets, with the labels that the trained models predict, if the output asks for these.
 
-    The label is the class with the highest mean probability over checkpoints; of equal ones, the first. A single
-    checkpoint needs none: the output takes what it predicts.
+    The label is the class with the highest mean probability over the models at the ends of their runs; of equal ones,
+    the first. All checkpoints explain it, also earlier ones, where the model may have predicted another. A single
+    checkpoint needs no labels: the output takes what it predicts.
 
     Args:
         trainer: runs the passes. Its ranks share them, and get the same labels.
@@ -42,14 +43,13 @@ def with_predictions(
     if output is None or not output.predicts_labels:
         return targets
     model = copy_model()
-    count = len(model.checkpoints)
-    if count == 1:
+    if len(model.checkpoints) == 1:
         return targets
     asked = model.with_output(output).output
     labels = []
     for part in chunked(range(len(targets)), _TOGETHER):
         sums = torch.zeros((), dtype=torch.float64)
-        for checkpoint in range(count):
+        for checkpoint in _ends(model):
             model.load(checkpoint, trainer.strategy.root_device)
             what = f"the prediction {model.place}"
             sums = sums + targets.map(trainer, model.module, asked.probabilities, what, model.original, part)
@@ -60,7 +60,7 @@ def with_predictions(
 def described_predictions(
     trainer: L.Trainer, targets: Examples, positions: Sequence[int], model: ModelCopy, output: ModelOutput | None
 ) -> list[str | None]:
-    """What the model predicts for some targets, on average over checkpoints, in words.
+    """What the models at the ends of their runs predict for some targets, on average, in words.
 
     Args:
         trainer: runs the passes.
@@ -84,9 +84,15 @@ def described_predictions(
     size = min(len(subset), max(2, batch_size_of(loader)))
     chosen = Examples(like(loader, subset, batch_size=size), "predict", trainer, targets.datamodule)
     sums = torch.zeros((), dtype=torch.float64)
-    for checkpoint in range(len(model.checkpoints)):
+    ends = _ends(model)
+    for checkpoint in ends:
         model.load(checkpoint, trainer.strategy.root_device)
         what = f"the prediction {model.place}"
         sums = sums + chosen.map(trainer, model.module, cast(Any, asked.prediction), what, model.original)
-    means = sums / len(model.checkpoints)
+    means = sums / len(ends)
     return [asked.describe_prediction(row) for row in means[: len(positions)]]
+
+
+def _ends(model: ModelCopy) -> list[int]:
+    """The checkpoints of models at the ends of their runs: people ask about these, not about what came before."""
+    return [number for number, checkpoint in enumerate(model.checkpoints) if checkpoint.final]

@@ -142,7 +142,7 @@ class Showing(Displayed):
         positions: Sequence[int],
         output: ModelOutput | None = None,
     ) -> list[str | None]:
-        """What the model predicts for some targets, on average over checkpoints, in words.
+        """What the trained model predicts for some targets, in words; of several runs, what they predict on average.
 
         Args:
             trainer: runs the model. None: one on a single device.

@@ -40,7 +40,10 @@ def _checked(key: Any) -> Key:
     )
 
 
-_UNLABELLED = '; for targets without labels take ClassificationMargin(labels="predicted")'
+_UNLABELLED = (
+    '; for targets without labels take ClassificationMargin(labels="predicted") as the output, or, of a method that'
+    " compares representations, forward="
+)
 
 
 def split_labels(batch: Any, labels_keys: tuple[Key, ...]) -> tuple[Any, Tensor]:

@@ -1,7 +1,10 @@
 """Why did the models predict this? All checkpoints explain the class that they predict together."""
 
+import re
+
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset, get_worker_info
 
@@ -62,6 +65,31 @@ def test_influence_functions_explain_it_too(checkpoints, ensemble):
     method, trainer = EKFACInfluence(make_model(), checkpoints), make_trainer()
     expected = method.attribute(trainer, TRAIN, TensorDataset(INPUTS, ensemble))
     close(method.attribute(trainer, TRAIN, IMAGES, output=PREDICTED), expected)
+
+
+def test_the_ends_of_the_runs_predict_and_not_what_came_before(tmp_path, capsys):
+    """Two runs with two checkpoints each, in directories as the Trainer of Hugging Face makes them."""
+    weights, model = make_checkpoints(4), make_model()
+    for number in (0, 2):  # early models, which are sure of other classes
+        weights[number] = {name: -3 * value if "head" in name else value for name, value in weights[number].items()}
+    for number, state in enumerate(weights):
+        place = tmp_path / f"run{number // 2}" / f"checkpoint-{number + 1}"
+        place.mkdir(parents=True)
+        save_file(state, place / "model.safetensors")
+    found = []
+    for state in weights:
+        model.load_state_dict(state)
+        found.append(model.eval()(INPUTS).softmax(1).detach())
+    probabilities = (found[1] + found[3]) / 2
+    labels = probabilities.argmax(1)
+    assert (labels != torch.stack(found).mean(0).argmax(1)).any()
+    trak = make(tmp_path, [tmp_path / "run0", tmp_path / "run1"])
+    assert len(trak.checkpoints) == 4
+    scores = trak.score(make_trainer(), TensorDataset(INPUTS, labels))
+    close(trak.score(make_trainer(), IMAGES, output=PREDICTED), scores)
+    trak.show(scores, TRAIN, IMAGES, shown=range(len(INPUTS)), output=PREDICTED)
+    shown = re.findall(r"predicted (\d) \((.*)%\)", capsys.readouterr().out)
+    assert shown == [(f"{row.argmax()}", f"{100 * row.max():.1f}") for row in probabilities]
 
 
 class Dicts(Dataset):

@@ -100,7 +100,7 @@ def test_counterfactuals(tmp_path, capsys):
         ("trained again on everything", "0"),
     ]
     areas = dict(re.findall(r"^ +(.+?) +area under the detection curve (\S+), at best 0.950$", printed, re.M))
-    assert list(areas) == ["self-influence, TRAK", "self-influence, gradient dot", "loss"]
+    assert list(areas) == ["loss without the image, TRAK", "self-influence, gradient dot", "loss"]
     assert all(0 <= float(area) <= 0.95 for area in areas.values())
     assert {path.name for path in tmp_path.rglob("*.png")} >= {"curves-step-0.png"}
 

@@ -147,6 +147,19 @@ def reference(trak, trainer, masks, damping):
     return np.mean(scores, axis=0)
 
 
+def test_labels_are_judged_without_what_a_model_has_learned_from_them(tmp_path, fleet):
+    """Models that have not seen an example judge its label as they are; from the others the example is taken away."""
+    checkpoints, trainer = fleet.split(2).checkpoints, make_trainer()
+    found = make_trak(checkpoints, tmp_path / "both", damping=0.3).label_suspicion(trainer, TRAIN)
+    outputs = torch.zeros(N)
+    for number, checkpoint in enumerate(checkpoints):
+        trak = make_trak([checkpoint], tmp_path / f"{number}", damping=0.3)
+        own = trak.attribute(trainer, TRAIN, TRAIN).diagonal()
+        (shard,) = [rows.outputs for rows in trak.target_features(trainer, TRAIN)]
+        outputs += (shard - own * MASKS[number]) / 2
+    torch.testing.assert_close(found.float(), ClassificationMargin().loss(outputs), rtol=2e-2, atol=1e-3)
+
+
 def test_each_checkpoint_has_the_curvature_of_its_own_examples(tmp_path, fleet):
     checkpoints, _ = fleet.split(2)
     trainer = make_trainer()

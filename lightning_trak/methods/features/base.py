@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import lightning as L
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from typing_extensions import Self, Unpack, override
+from typing_extensions import Unpack, override
 
 from lightning_trak.checkpoints.of_model import checkpoints_of
 from lightning_trak.checkpoints.reading import CheckpointsLike, masks_of
@@ -205,11 +205,7 @@ class FeatureMethod(ScoredMethod, TokenMethod):
         """Call :meth:`featurize`, which does nothing if the store is complete; then the size of the self-influence."""
         trainer = trainer_of(trainer)
         self.featurize(trainer, train)
-        return self._judging_labels().self_influence(trainer).abs()
-
-    def _judging_labels(self) -> Self:
-        """This method with the settings by which labels are judged; by default its own."""
-        return self
+        return self.self_influence(trainer).abs()
 
     def scorer(self, top_k: int | None = None, largest: bool | None = None) -> ScoreModule:
         """A module for ``trainer.predict(method.scorer(), loader)``. It returns the scores of each batch.

@@ -5,9 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, TypeVar, cast
 
+import lightning as L
+import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
-from torch import nn
-from typing_extensions import Self, override
+from torch import Tensor, nn
+from typing_extensions import override
 
 from lightning_trak.checkpoints.reading import CheckpointsLike
 from lightning_trak.checks import real, require_one_of
@@ -21,6 +23,10 @@ from lightning_trak.methods.showing import RAISES_OUTPUT
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.predictions import SeveralPredictions
 from lightning_trak.projections import Projection
+from lightning_trak.running.data.sources import Data
+from lightning_trak.running.ranks import Ranks
+from lightning_trak.running.strategies import refuse_spawning
+from lightning_trak.running.trainers import trainer_of
 from lightning_trak.scoring.damping import Damping, require_damping
 from lightning_trak.scoring.newton.gram import Curvature
 from lightning_trak.scoring.newton.lag import Lag, require_lag
@@ -125,14 +131,29 @@ class NewtonMethod(FeatureMethod):
             yield self._curvature_pipeline()
 
     @override
-    def _judging_labels(self) -> Self:
-        """At temperature and lag 1: the question is what this model makes of a label, not another one.
+    def label_suspicion(self, trainer: L.Trainer | None = None, train: Data | None = None) -> Tensor:
+        """The loss at each example, had the model not been trained on it; see :meth:`LabelStatistic.label_suspicion`.
 
-        At a higher temperature, the examples that the model is surest of look as suspicious as wrong labels.
+        It is taken at temperature and lag 1: the question is what this model makes of a label, not another one. Those
+        that were left out are the least suspicious.
+
+        Raises:
+            TypeError: if the output does not determine the loss.
         """
+        self.output.loss(torch.zeros(1))  # refuses before long work
+        trainer = trainer_of(trainer)
+        self.featurize(trainer, train)
+        refuse_spawning(trainer)
         of_this_model = copy.copy(self)
         of_this_model.temperature = of_this_model.lag = 1.0
-        return of_this_model
+        of_this_model.loss_gradients = "per_checkpoint"
+        store, ranks = self.open_store(trainer), Ranks.of(trainer)
+        scorer = cast(TRAKScorer, of_this_model.make_scorer(store))
+        scorer.fit(trainer.strategy.root_device, ranks)
+        losses = self.output.loss(scorer.outputs_without_itself(ranks))
+        if scorer.skipped is not None:
+            losses[scorer.skipped] = losses[~scorer.skipped].min()
+        return losses
 
     def _step(self) -> tuple[Curvature, Damping, LossGradients, float]:
         """The settings of the step. The rows of single predictions have R = 1."""

@@ -158,26 +158,30 @@ class Influence(DataMethod):
 
     @override
     def label_suspicion(self, trainer: L.Trainer | None = None, train: Data | None = None) -> Tensor:
-        """The size of each example's score at itself; see :class:`~lightning_trak.methods.base.LabelStatistic`.
+        """The loss at each example, had the model not been trained on it, see :meth:`LabelStatistic.label_suspicion`.
 
         The inverse is applied to the gradient of every training example: once to all for EK-FAC and ``Explicit``, but
         by as many iterations as for a target for the other solvers.
+
+        Raises:
+            TypeError: if the output does not determine the loss.
         """
+        self.output.loss(torch.zeros(1))  # refuses before long work
         trainer = trainer_of(trainer)
         require_whole_parameters(trainer)
         examples = Examples(train, "fit", trainer)
         with without_gradients():
             passes = self._passes(trainer, examples)
-            scores = torch.zeros(len(examples), dtype=passes.dtype)
+            outputs = torch.zeros(len(examples), dtype=passes.dtype)  # without the example itself
             for checkpoint in range(len(self.checkpoints)):
                 passes.enter(checkpoint)
                 audit(passes, examples)
                 inverse = self._prepare(passes)
                 for block in target_blocks(passes, examples):
                     rows = Features.cat([rows for _, rows in passes.rows(examples, block.members)])
-                    products = (inverse(rows.features, block.span) * rows.features).sum(1) * rows.loss_gradients
-                    scores[block.members] += products.cpu()
-        return (scores / len(self.checkpoints)).abs()
+                    added = (inverse(rows.features, block.span) * rows.features).sum(1) * rows.loss_gradients
+                    outputs[block.members] += (rows.outputs - added).cpu()
+        return self.output.loss(outputs / len(self.checkpoints))
 
     def _passes(self, trainer: L.Trainer, train: Examples) -> Passes:
         model = self._model_copy(self._selection())

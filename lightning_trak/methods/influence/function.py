@@ -86,7 +86,7 @@ class InfluenceFunction(Influence):
 
     @override
     def label_suspicion(self, trainer: L.Trainer | None = None, train: Data | None = None) -> Tensor:
-        """The size of each example's score at itself, see :meth:`Influence.label_suspicion`."""
+        """See :meth:`Influence.label_suspicion`."""
         self.convergence = []
         return super().label_suspicion(trainer, train)
 

@@ -48,8 +48,8 @@ class ClassificationMargin(LabelledOutput):
         labels_key: where the labels are: a key or attribute, a position in a tuple, or a function of the batch; of
             several, the first that the batch has. None, with ``labels``: the batches have none.
         labels: in place of the batch's labels: ``"predicted"``, the class that the model predicts (of several
-            checkpoints, the one with the highest mean probability: all explain the same class); or a class, the same
-            for all targets, as index or name.
+            checkpoints in a directory, the last one; of several directories or files, the class with the highest mean
+            probability: all explain the same class); or a class, the same for all targets, as index or name.
         against: the class that the label is compared with, as index or name; default: all others together.
         classes: the names of all classes, in the order of the logits, if classes are given by name.
     """

@@ -220,6 +220,35 @@ class TRAKScorer(Scorer):
         """Not if scores are moved towards zero."""
         return not self.soft_threshold
 
+    def outputs_without_itself(self, ranks: Ranks = Ranks()) -> Tensor:
+        """The output that the models would have at each training example without the example.
+
+        It is f(i) minus what the example adds to it, its score at itself, averaged over checkpoints. A model that has
+        not seen the example has this output already.
+
+        Args:
+            ranks: the processes that share the shards; all must call this.
+
+        Returns:
+            On every rank a CPU Tensor ``(num_train,)`` in float64, in the unit of the output.
+
+        Raises:
+            ValueError: if Q is averaged apart, so that no checkpoint has scores of its own.
+        """
+        if self.loss_gradients == "averaged":
+            raise ValueError('loss_gradients="averaged" gives no scores of single checkpoints')
+        shards = ranks.share(self.store.num_shards)
+        outputs = torch.zeros(self.store.num_examples, dtype=torch.float64)
+        with full_precision(self._device):
+            for checkpoint, subset in enumerate(self.subsets):
+                for shard, products in zip(shards, self.own_products(checkpoint, shards, ranks), strict=True):
+                    examples, added = self.store.shard(shard), products.cpu().double()
+                    span = slice(examples.start, examples.stop)
+                    if subset is not None:
+                        added = added * subset.mask[span]
+                    outputs[span] += self.store.read_stored(checkpoint, shard).outputs.cpu() - added
+        return ranks.sum(outputs) / self.store.num_checkpoints
+
     def _kept(
         self,
         store: FeatureStore,
