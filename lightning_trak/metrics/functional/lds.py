@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_trak.checks import require_tensor
+from lightning_trak.checks import require_one_of, require_tensor
 from lightning_trak.metrics.functional.bootstrap import crossed_bootstrap_interval
+from lightning_trak.metrics.functional.equal_subsets import _packed
 from lightning_trak.metrics.functional.ranking import spearman_corrcoef, spearman_influence
 
 ConstantRows = Literal["zero", "ignore", "error"]
@@ -33,7 +33,7 @@ def _validate_masks(masks: Tensor) -> None:
     if (sizes == 0).any():
         raise ValueError(f"Expected every subset to hold training examples, but row {int(sizes.argmin())} is empty.")
     seen: dict[bytes, int] = {}
-    for row, packed in enumerate(np.packbits(masks.cpu().numpy(), axis=1)):
+    for row, packed in enumerate(_packed(masks)):
         first = seen.setdefault(packed.tobytes(), row)
         if first != row:
             raise ValueError(
@@ -140,11 +140,6 @@ def _linear_datamodeling_score_interval(
     return crossed_bootstrap_interval(table, confidence, num_bootstraps, seed).clamp(-1, 1)
 
 
-def _validate_constant_rows(constant_rows: str) -> None:
-    if constant_rows not in ("zero", "ignore", "error"):
-        raise ValueError(f"Expected `constant_rows` to be 'zero', 'ignore' or 'error', but got {constant_rows!r}.")
-
-
 def linear_datamodeling_score(
     scores: Tensor,
     outputs: Tensor,
@@ -188,9 +183,8 @@ def linear_datamodeling_score(
         >>> linear_datamodeling_score(scores, outputs, masks, reduction="none")
         tensor([0.9487, 0.8000], dtype=torch.float64)
     """
-    _validate_constant_rows(constant_rows)
-    if reduction not in ("mean", "none"):
-        raise ValueError(f"Expected `reduction` to be 'mean' or 'none', but got {reduction!r}.")
+    require_one_of("constant_rows", constant_rows, get_args(ConstantRows))
+    require_one_of("reduction", reduction, ("mean", "none"))
     _validate_masks(masks)
     predictions, outputs = _linear_datamodeling_score_update(scores, outputs, masks)
     if not len(predictions):
@@ -246,7 +240,7 @@ def linear_datamodeling_interval(
         >>> bool(low < linear_datamodeling_score(scores, outputs, masks) < high)
         True
     """
-    _validate_constant_rows(constant_rows)
+    require_one_of("constant_rows", constant_rows, get_args(ConstantRows))
     _validate_masks(masks)
     predictions, outputs = _linear_datamodeling_score_update(scores, outputs, masks)
     return _linear_datamodeling_score_interval(predictions, outputs, constant_rows, confidence, num_bootstraps, seed)
