@@ -32,7 +32,7 @@ from lightning_trak.running.ranks import Ranks
 from lightning_trak.running.strategies import require_whole_parameters
 from lightning_trak.running.trainers import trainer_of
 from lightning_trak.scoring.base import Scorer, full_precision
-from lightning_trak.scoring.topk import BothEnds, TopK
+from lightning_trak.scoring.topk import BothEnds, TopK, all_indices
 
 Pairs = TopK | BothEnds | Sequence[tuple[int, int]] | Tensor
 
@@ -273,8 +273,7 @@ def _as_pairs(pairs: Any, num_targets: int, num_train: int) -> Tensor:
         ValueError: if there is none, or a position is out of range.
     """
     if isinstance(pairs, (TopK, BothEnds)):
-        ends = pairs if isinstance(pairs, BothEnds) else (pairs,)
-        best = torch.cat([end.indices for end in ends], dim=1)  # of few texts, one may be at both ends
+        best = all_indices(pairs)  # of few texts, one may be at both ends
         if len(best) != num_targets:
             raise ValueError(
                 f"the best scores are those of {len(best)} rows, and there are {num_targets} targets: score each"

@@ -1,6 +1,6 @@
 """The best few scores of each target, kept while blocks of scores stream by."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -194,9 +194,18 @@ def rows_of(scores: Scores, rows: slice | list[int]) -> Scores:
     """The scores of some targets."""
     if isinstance(scores, Tensor):
         return scores[rows]
-    if isinstance(scores, BothEnds):
-        return BothEnds(*(TopK(end.values[rows], end.indices[rows]) for end in scores))
-    return TopK(scores.values[rows], scores.indices[rows])
+    return each_end(scores, lambda end: TopK(end.values[rows], end.indices[rows]))
+
+
+def each_end(best: TopK | BothEnds, change: Callable[[TopK], TopK]) -> TopK | BothEnds:
+    """Change the scores of one end, or those of both ends in the same way."""
+    return BothEnds(*map(change, best)) if isinstance(best, BothEnds) else change(best)
+
+
+def all_indices(best: TopK | BothEnds) -> Tensor:
+    """The training examples of all ends side by side, shape ``(num_targets, k)`` or ``(num_targets, 2 k)``."""
+    ends = best if isinstance(best, BothEnds) else (best,)
+    return torch.cat([end.indices for end in ends], dim=1)
 
 
 def strongest(scores: Scores, k: int, largest: bool = True) -> dict[str, TopK]:
@@ -209,7 +218,6 @@ def strongest(scores: Scores, k: int, largest: bool = True) -> dict[str, TopK]:
     """
     if isinstance(scores, Tensor):
         return {"proponents": block_top_k(scores, 0, k, True), "opponents": block_top_k(scores, 0, k, False)}
-    if isinstance(scores, BothEnds):
-        ends = scores._asdict()
-        return {name: TopK(end.values[:, :k], end.indices[:, :k]) for name, end in ends.items()}
-    return {"proponents" if largest else "opponents": TopK(scores.values[:, :k], scores.indices[:, :k])}
+    one_end = {"proponents" if largest else "opponents": scores}
+    ends = scores._asdict() if isinstance(scores, BothEnds) else one_end
+    return {name: TopK(end.values[:, :k], end.indices[:, :k]) for name, end in ends.items()}
