@@ -21,7 +21,7 @@ from lightning_trak.methods.showing import Showing
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.running.data.sources import Data
 from lightning_trak.running.trainers import trainer_of
-from lightning_trak.scoring.groups import train_sums
+from lightning_trak.scoring.groups import added_up, train_sums
 from lightning_trak.scoring.intervals import Interval, bounds, columns_of, with_bounds
 from lightning_trak.scoring.topk import BothEnds, Scores, TopK, best_of
 
@@ -256,10 +256,8 @@ class MatrixMethod(DataMethod):
     """
 
     def _scores(self, trainer: L.Trainer, train: Examples, targets: Examples, asked: Asked) -> Tensor:
-        found = matrix = self.matrix(trainer, train, targets)
-        for dim, sums in enumerate((asked.rows, asked.columns)):
-            found = found if sums is None else sums.added(found, dim)
-        return found.to(matrix.dtype)
+        matrix = self.matrix(trainer, train, targets)
+        return added_up(matrix, asked.rows, asked.columns).to(matrix.dtype)
 
     @abstractmethod
     def matrix(self, trainer: L.Trainer, train: Examples, targets: Examples) -> Tensor:

@@ -41,7 +41,7 @@ def collect(
     if columns is not None:
         totals = torch.zeros(len(like), columns.count, dtype=torch.float64, device=like.device)
         for examples, block in blocks:
-            columns.add_(totals, block, examples, 1)
+            columns.add_(totals, block, slice(examples.start, examples.stop), 1)
         scores = ranks.sum(totals.to("cpu", like.dtype))
         return scores if top_k is None else best_of(scores, top_k, largest, left_out)
     if top_k is None:
