@@ -3,9 +3,11 @@
 import difflib
 import inspect
 import operator
+import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from typing import Any
+from numbers import Real
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -62,6 +64,24 @@ def real(name: str, value: float) -> float:
         with suppress(TypeError, ValueError):
             return float(value)
     raise TypeError(f"{name} must be a number, got {value!r:.80}")
+
+
+def number_or_auto(name: str, value: float | Literal["auto"], least: float) -> float | Literal["auto"]:
+    """A finite number as a ``float``, or ``"auto"``.
+
+    Args:
+        name: of the argument, for the error.
+        value: of the argument.
+        least: the smallest number that is allowed.
+
+    Raises:
+        ValueError: if it is smaller, NaN or infinite, a bool, or another word than "auto".
+    """
+    if value == "auto":
+        return value
+    if isinstance(value, bool) or not isinstance(value, Real) or not least <= value <= sys.float_info.max:
+        raise ValueError(f"{name} must be at least {least:g} and finite, or 'auto'; got {value!r}")
+    return float(value)
 
 
 def whole_seed(name: str, value: int) -> int:
