@@ -193,7 +193,7 @@ class DataMethod(Method):
         "its scores are not about an output of the model. TRAK, TracIn, GradientDot, GradientCosine, influence"
         " functions and Metagradient take it"
     )
-    _without_candidates: ClassVar[str] = (
+    _without_candidates: ClassVar[str | None] = (  # None: the method scores them
         "it scores training examples alone. TRAK, TracIn, GradientDot, GradientCosine and influence functions score"
         " examples that are not in the training set"
     )
@@ -211,8 +211,8 @@ class DataMethod(Method):
         """See :meth:`attribute`."""
         output = self._target_output(question.get("output"))
         candidates = question.get("candidates")
-        if candidates is not None:
-            self._require_candidates()
+        if candidates is not None and self._without_candidates is not None:
+            raise ValueError(f"{type(self).__name__} takes no candidates=: {self._without_candidates}")
         columns, rows = Examples(train, "fit", trainer), Examples(targets, "predict", trainer, output=output)
         others = None if candidates is None else Examples(candidates, "fit", trainer)
         (sums,) = target_rows(question, [len(rows)])
@@ -243,10 +243,6 @@ class DataMethod(Method):
         if output is not None:
             raise ValueError(f"{type(self).__name__} takes no output=: {self._without_output}")
         return None
-
-    def _require_candidates(self) -> None:
-        """Raise if the method cannot score examples that are not in the training set."""
-        raise ValueError(f"{type(self).__name__} takes no candidates=: {self._without_candidates}")
 
 
 class MatrixMethod(DataMethod):
