@@ -15,7 +15,7 @@ from torch.func import vmap
 from torch.utils.data import DataLoader
 
 from lightning_trak.outputs import ModelOutput
-from lightning_trak.outputs.evaluating import modules_of
+from lightning_trak.outputs.evaluating import modules_in_eval
 from lightning_trak.replay.losses import is_other_step
 from lightning_trak.replay.optimizers.base import OptimizerStep
 from lightning_trak.replay.optimizers.clipping import clipped
@@ -89,8 +89,7 @@ class StackedRun:
             On the CPU, ``(num_members, num_targets)``. Some may not be finite.
         """
         player = self._player
-        for part in modules_of(output):
-            part.to(player.device).eval()
+        modules_in_eval(output, player.device)
         self._stack.stacked.eval()
         with differentiable(player), torch.no_grad():
             found = [self._stack.outputs(output, batch) for batch in targets_alone(player, targets, datamodule)]
