@@ -1,11 +1,11 @@
-"""Checks of arguments that several functions share."""
+"""Checks that several functions share: of arguments, and of packages that not all users need."""
 
 import difflib
 import inspect
 import operator
 import sys
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from numbers import Real
 from typing import Any, Literal
 
@@ -161,6 +161,23 @@ def require_factory(name: str, factory: object) -> None:
             f"{name} must be a function that makes a new object in each call, such as a class or a lambda; got a"
             f" {type(factory).__name__}"
         )
+
+
+@contextmanager
+def needs_extra(extra: str, reason: str) -> Iterator[None]:
+    """Import a package of an extra inside this context.
+
+    Args:
+        extra: of this package.
+        reason: what needs which package.
+
+    Raises:
+        ModuleNotFoundError: if it is not installed. The error says how to install it.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f'{reason}: pip install "lightning-trak[{extra}]"') from error
 
 
 def require_options(called: Callable[..., Any], options: Iterable[str], known: type) -> None:

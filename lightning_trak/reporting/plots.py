@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from lightning_trak.checks import positive, require_tensor
+from lightning_trak.checks import needs_extra, positive, require_tensor
 from lightning_trak.scoring.topk import block_top_k
 from lightning_trak.texts.printable import printable, shortened
 
@@ -270,10 +270,8 @@ def _figure(width: float, height: float) -> "Figure":
     Raises:
         ModuleNotFoundError: if matplotlib is not installed.
     """
-    try:
+    with needs_extra("plots", "pictures need matplotlib"):
         from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError('pictures need matplotlib: pip install "lightning-trak[plots]"') from error
     return Figure(figsize=(width, height), layout="constrained")
 
 
