@@ -46,9 +46,9 @@ def collect(
         return scores if top_k is None else best_of(scores, top_k, largest, left_out)
     if top_k is None:
         return ranks.sum(_all(blocks, like, count))
-    best = Best(top_k if left_out is None else min(top_k, int((~left_out).sum())), largest)
+    best = Best(top_k, largest, left_out)
     for examples, block in blocks:
-        best.add(block, examples.start, None if left_out is None else left_out[examples.start : examples.stop])
+        best.add(block, examples.start)
     return best.merged(ranks, like)
 
 

@@ -113,29 +113,30 @@ class Best:
     """Keeps the best of blocks of scores that stream by: at one end, or at both.
 
     Args:
-        k: how many at each end.
+        k: how many at each end; fewer if there are fewer.
         largest: which end; None: both.
+        left_out: training examples that are never among the best, bool, shape ``(num_train,)``; None: none.
     """
 
-    def __init__(self, k: int, largest: bool | None) -> None:
-        self.k = k
+    def __init__(self, k: int, largest: bool | None, left_out: Tensor | None = None) -> None:
+        self.k = k if left_out is None else min(k, int((~left_out).sum()))
+        self._left_out = left_out
         self._both = largest is None
         self._ends: list[tuple[bool, TopK | None]] = [
             (end, None) for end in ((True, False) if largest is None else (largest,))
         ]
 
-    def add(self, scores: Tensor, start: int, left_out: Tensor | None = None) -> None:
+    def add(self, scores: Tensor, start: int) -> None:
         """Take a block of scores.
 
         Args:
             scores: ``(num_targets, n)``, whose first column is training example ``start``.
             start: its position.
-            left_out: columns that are never among the best, bool, shape ``(n,)``. In all blocks, at least ``k`` columns
-                must be left.
         """
         for number, (largest, best) in enumerate(self._ends):
-            if left_out is not None:
-                scores = scores.masked_fill(left_out.to(scores.device), -torch.inf if largest else torch.inf)
+            if self._left_out is not None:
+                out = self._left_out[start : start + scores.shape[1]].to(scores.device)
+                scores = scores.masked_fill(out, -torch.inf if largest else torch.inf)
             if best is None or best.values.shape[1] < self.k or not scores.is_cpu:  # another device must not wait
                 block = block_top_k(scores, start, self.k, largest)
                 self._ends[number] = largest, block if best is None else merge_top_k([best, block], self.k, largest)
@@ -172,8 +173,8 @@ def best_of(scores: Tensor, k: int, largest: bool | None, left_out: Tensor | Non
         largest: which end; None: both.
         left_out: columns that are never among the best, bool, shape ``(n,)``.
     """
-    best = Best(k if left_out is None else min(k, int((~left_out).sum())), largest)
-    best.add(scores, 0, left_out)
+    best = Best(k, largest, left_out)
+    best.add(scores, 0)
     return best.merged(Ranks(), scores)
 
 
