@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from typing import Any, ClassVar, overload
 
 import lightning as L
+import torch
 from torch import Tensor
 from typing_extensions import Unpack, override
 
@@ -22,8 +23,8 @@ from lightning_trak.outputs import ModelOutput
 from lightning_trak.running.data.sources import Data
 from lightning_trak.running.trainers import trainer_of
 from lightning_trak.scoring.groups import added_up, train_sums
-from lightning_trak.scoring.intervals import Interval, bounds, columns_of, with_bounds
-from lightning_trak.scoring.topk import BothEnds, Scores, TopK, best_of
+from lightning_trak.scoring.intervals import Interval, bounds, with_bounds
+from lightning_trak.scoring.topk import BothEnds, Scores, TopK, all_indices, best_of
 
 
 class LabelStatistic(ABC):
@@ -227,7 +228,7 @@ class DataMethod(Method):
         if top_k is None:
             return with_bounds(total, bounds(found, sums, mean, interval))
         best = best_of(total, top_k, largest)
-        kept = columns_of(best)
+        kept = torch.unique(all_indices(best))
         return with_bounds(best, bounds(found[:, kept], sums, mean, interval), kept)
 
     @abstractmethod

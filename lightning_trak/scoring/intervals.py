@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_trak.metrics.functional import bootstrap_interval
 from lightning_trak.scoring.groups import Sums
-from lightning_trak.scoring.topk import BothEnds, Scores, TopK, all_indices, each_end
+from lightning_trak.scoring.topk import Scores, TopK, each_end
 from lightning_trak.texts.display import tuple_line
 
 _COLUMNS = 2048  # at once: each has as many numbers as there are replicates
@@ -75,12 +75,6 @@ def bounds(scores: Tensor, rows: Sums, mean: bool, confidence: float) -> tuple[T
         ends.append(torch.cat(parts, dim=1))
     low, high = torch.stack(ends, dim=1).to(scores.dtype)
     return low, high
-
-
-def columns_of(best: TopK | BothEnds) -> Tensor:
-    """The columns that are kept for any group, in order."""
-    columns: Tensor = torch.unique(all_indices(best))
-    return columns
 
 
 def with_bounds(found: Scores, ends: tuple[Tensor, Tensor], positions: Tensor | None = None) -> Interval:

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any, cast, overload
 
 import lightning as L
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from typing_extensions import Unpack
@@ -35,10 +36,10 @@ from lightning_trak.running.data.loading import batch_size_of, num_examples
 from lightning_trak.running.data.sources import Data, datamodule_of
 from lightning_trak.running.strategies import require_whole_parameters, shards_model
 from lightning_trak.running.trainers import trainer_of
-from lightning_trak.scoring.intervals import Interval, bounds, columns_of, with_bounds
+from lightning_trak.scoring.intervals import Interval, bounds, with_bounds
 from lightning_trak.scoring.newton.trak import TRAKScorer
 from lightning_trak.scoring.targets import Kept, Others, score_targets
-from lightning_trak.scoring.topk import BothEnds, Scores, TopK
+from lightning_trak.scoring.topk import BothEnds, Scores, TopK, all_indices
 
 
 class ScoredMethod(TokenMethod):
@@ -298,7 +299,7 @@ class ScoredMethod(TokenMethod):
         each: Any = {name: value for name, value in question.items() if name not in ("aggregate", "groups")}
         positions = None
         if top_k is not None and question.get("train_groups") is None:
-            positions = columns_of(cast("TopK | BothEnds", found))
+            positions = torch.unique(all_indices(cast("TopK | BothEnds", found)))
             others = _others_in(train, trainer)
             train = positions if others is None else _some(others, positions, trainer)
         scores = self.score(trainer, data, train=train, **each)

@@ -119,6 +119,13 @@ def _linear_datamodeling_score_compute(predictions: Tensor, outputs: Tensor, con
     return values.nan_to_num(nan=0.0) if constant_rows == "zero" else values
 
 
+def _linear_datamodeling_score_table(predictions: Tensor, outputs: Tensor, constant_rows: ConstantRows) -> Tensor:
+    """Each target's rank correlation plus the influence of each subset on it, whose mean over subsets is 0."""
+    values = _linear_datamodeling_score_compute(predictions, outputs, constant_rows)
+    # A constant row has no influence; under "zero" it stays 0 whatever the subsets.
+    return values[:, None] + spearman_influence(predictions, outputs).nan_to_num(nan=0.0)
+
+
 def _linear_datamodeling_score_interval(
     predictions: Tensor,
     outputs: Tensor,
@@ -127,16 +134,13 @@ def _linear_datamodeling_score_interval(
     num_bootstraps: int,
     seed: int,
 ) -> Tensor:
-    values = _linear_datamodeling_score_compute(predictions, outputs, constant_rows)
-    # A constant row has no influence; under "zero" it stays 0 whatever the subsets.
-    influence = spearman_influence(predictions, outputs).nan_to_num(nan=0.0)
-    counted = ~values.isnan()
-    if counted.sum() < 2:
+    table = _linear_datamodeling_score_table(predictions, outputs, constant_rows)
+    table = table[~table.isnan().any(dim=1)]
+    if len(table) < 2:
         raise ValueError(
-            f"Expected at least 2 targets for an interval over targets and subsets, but got {int(counted.sum())} "
+            f"Expected at least 2 targets for an interval over targets and subsets, but got {len(table)} "
             f"(constant_rows={constant_rows!r})."
         )
-    table = (values[:, None] + influence)[counted]
     return crossed_bootstrap_interval(table, confidence, num_bootstraps, seed).clamp(-1, 1)
 
 
