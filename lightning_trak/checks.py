@@ -1,11 +1,13 @@
-"""Checks of arguments that several functions share."""
+"""Checks that several functions share: of arguments, and of packages that not all users need."""
 
 import difflib
 import inspect
 import operator
-from collections.abc import Callable, Iterable
-from contextlib import suppress
-from typing import Any
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from numbers import Real
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +65,24 @@ def real(name: str, value: float) -> float:
         with suppress(TypeError, ValueError):
             return float(value)
     raise TypeError(f"{name} must be a number, got {value!r:.80}")
+
+
+def number_or_auto(name: str, value: float | Literal["auto"], least: float) -> float | Literal["auto"]:
+    """A finite number as a ``float``, or ``"auto"``.
+
+    Args:
+        name: of the argument, for the error.
+        value: of the argument.
+        least: the smallest number that is allowed.
+
+    Raises:
+        ValueError: if it is smaller, NaN or infinite, a bool, or another word than "auto".
+    """
+    if value == "auto":
+        return value
+    if isinstance(value, bool) or not isinstance(value, Real) or not least <= value <= sys.float_info.max:
+        raise ValueError(f"{name} must be at least {least:g} and finite, or 'auto'; got {value!r}")
+    return float(value)
 
 
 def whole_seed(name: str, value: int) -> int:
@@ -144,6 +164,23 @@ def require_factory(name: str, factory: object) -> None:
             f"{name} must be a function that makes a new object in each call, such as a class or a lambda; got a"
             f" {type(factory).__name__}"
         )
+
+
+@contextmanager
+def needs_extra(extra: str, reason: str) -> Iterator[None]:
+    """Import a package of an extra inside this context.
+
+    Args:
+        extra: of this package.
+        reason: what needs which package.
+
+    Raises:
+        ModuleNotFoundError: if it is not installed. The error says how to install it.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f'{reason}: pip install "lightning-trak[{extra}]"') from error
 
 
 def require_options(called: Callable[..., Any], options: Iterable[str], known: type) -> None:

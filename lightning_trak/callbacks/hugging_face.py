@@ -65,9 +65,9 @@ class TRAKTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
             :class:`~lightning_trak.GradientCosine`.
 
     Raises:
-        ValueError: if several triggers are given, or one is not positive. When training starts: if the directory holds
-            snapshots of another run, another run is writing to it, a learning rate is not finite, or nothing is
-            trained. At a snapshot: if another run has taken the directory.
+        ValueError: if several triggers are given, or one is not a positive integer. When training starts: if the
+            directory holds snapshots of another run, another run is writing to it, a learning rate is not finite, or
+            nothing is trained. At a snapshot: if another run has taken the directory.
         TypeError: when training starts, if the state dict has entries that are not dense tensors; or with
             ``preconditioner=True``, if the optimizer is another one.
         RuntimeError: when training starts, if FSDP, tensor parallelism or DeepSpeed ZeRO stage 3 shard the weights.

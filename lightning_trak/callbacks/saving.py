@@ -4,32 +4,36 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_trak.checkpoints.weights import is_extra_state, without_extra_state
+from lightning_trak.checks import positive
 
 T = TypeVar("T")
 
 
-def single_trigger(kind: str, counts: Mapping[str, int | None], seconds: Mapping[str, float | None] = {}) -> str | None:
+def single_trigger(kind: str, counts: Mapping[str, int | None], interval: timedelta | None = None) -> str | None:
     """The name of the only trigger that the user gave; None if there is none.
 
     Args:
         kind: the class of the callback, for errors.
         counts: numbers of epochs or steps by the name of the trigger.
-        seconds: times by the name of the trigger.
+        interval: the trigger ``train_time_interval``.
 
     Raises:
-        ValueError: if several triggers are given, or one is not positive.
+        ValueError: if several triggers are given, a number is not a positive integer, or the time is negative.
     """
-    given = {name: value for name, value in {**counts, **seconds}.items() if value is not None}
+    given = [name for name, value in {**counts, "train_time_interval": interval}.items() if value is not None]
     if len(given) > 1:
         raise ValueError(f"expected at most one trigger, got {' and '.join(sorted(given))}; use a {kind} for each")
-    for name, value in given.items():
-        if value < (1 if name in counts else 0):
-            raise ValueError(f"expected a positive {name}, got {value}")
+    for name, count in counts.items():
+        if count is not None:
+            positive(name, count)
+    if interval is not None and interval < timedelta():
+        raise ValueError(f"train_time_interval must not be negative, got {interval}")
     return next(iter(given), None)
 
 

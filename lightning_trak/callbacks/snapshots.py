@@ -69,9 +69,10 @@ class TRAKCallback(Displayed, RunCallback):
             option. Another run is refused.
 
     Raises:
-        ValueError: if several triggers are given, or one is not positive. In ``setup``: if two callbacks of a Trainer
-            have the same directory. When training starts: if the directory holds snapshots of another run, another run
-            is writing to it, or a learning rate is not finite. At a snapshot: if another run has taken the directory.
+        ValueError: if several triggers are given, one is not a positive integer, or the time is negative. In ``setup``:
+            if two callbacks of a Trainer have the same directory. When training starts: if the directory holds
+            snapshots of another run, another run is writing to it, or a learning rate is not finite. At a snapshot: if
+            another run has taken the directory.
         TypeError: when training starts, if the state dict has entries that are not dense tensors; or with
             ``preconditioner=True``, if an optimizer is another one than Adam or AdamW.
         OSError: on all ranks, if a snapshot cannot be written.
@@ -99,11 +100,8 @@ class TRAKCallback(Displayed, RunCallback):
         overwrite: bool = False,
         exist_ok: bool = False,
     ) -> None:
-        trigger = single_trigger(
-            type(self).__name__,
-            {"every_n_epochs": every_n_epochs, "every_n_train_steps": every_n_train_steps},
-            {"train_time_interval": None if train_time_interval is None else train_time_interval.total_seconds()},
-        )
+        counts = {"every_n_epochs": every_n_epochs, "every_n_train_steps": every_n_train_steps}
+        trigger = single_trigger(type(self).__name__, counts, train_time_interval)
         super().__init__()
         self.dirpath = os.fspath(dirpath)
         self.every_n_epochs = every_n_epochs if trigger else 1

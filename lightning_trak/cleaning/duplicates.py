@@ -94,7 +94,7 @@ def near_duplicates(
     num_checkpoints: int,
     threshold: float,
     device: torch.device,
-    ranks: Ranks = Ranks(),
+    ranks: Ranks,
 ) -> tuple[Tensor, Tensor]:
     """Groups of examples with vectors in nearly the same direction.
 

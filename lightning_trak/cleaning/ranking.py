@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_trak.checks import needs_extra
 from lightning_trak.metrics.functional import DetectionCurve, mislabel_detection_curve
 from lightning_trak.reporting.explanations import Describe, described
 from lightning_trak.reporting.items import item_label, item_text
@@ -107,13 +108,9 @@ class Ranking:
             TypeError: if ``describe`` returns something other than a str.
             ValueError: if the path is a URL.
         """
-        try:
+        with needs_extra("parquet", "Parquet files, other than CSV files, need pyarrow"):
             import pyarrow as pa
             from pyarrow import parquet
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                'Parquet files need pyarrow: pip install "lightning-trak[parquet]"; or write a CSV file'
-            ) from error
         place = local_file(path, "file")
         columns = {name: _of_one_type(cells) for name, cells in self._columns(describe).items()}
         types = {"position": pa.int64(), "score": pa.float64()}

@@ -8,7 +8,7 @@ from typing import Any, Literal, cast
 
 import lightning as L
 
-from lightning_trak.checks import positive
+from lightning_trak.checks import needs_extra, positive
 from lightning_trak.cleaning import Ranking, duplicates, harmful, useful, wrong_labels
 from lightning_trak.methods import LabelStatistic, Method
 from lightning_trak.reporting.explanations import Describe
@@ -140,7 +140,5 @@ def _labels(dataset: Any) -> list[Label]:
 def _require_package(package: str, extra: str, path: str | None, suffix: str) -> None:
     if path is None or Path(path).suffix != suffix:
         return
-    try:
+    with needs_extra(extra, f"{suffix} needs {package}"):
         import_module(package)
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f'{suffix} needs {package}: pip install "lightning-trak[{extra}]"') from error

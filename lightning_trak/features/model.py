@@ -17,7 +17,7 @@ from lightning_trak.gradients import ParameterSelection, select_parameters
 from lightning_trak.gradients.base import real_shape
 from lightning_trak.gradients.batch import ExampleBatch, Layout, infer_batch_size
 from lightning_trak.outputs import ModelOutput
-from lightning_trak.outputs.evaluating import exact_attention, modules_of
+from lightning_trak.outputs.evaluating import exact_attention, modules_in_eval
 from lightning_trak.projections.base import BoundProjection, Projection
 from lightning_trak.projections.preconditioned import PreconditionedProjection
 from lightning_trak.texts.messages import listed
@@ -86,8 +86,7 @@ class ModelCopy:
         other = copy.copy(self)
         with torch.inference_mode(False):  # autograd saves the tensors of the output
             other.output = copy.deepcopy(output)
-        for part in modules_of(other.output):
-            part.to(self.device).eval()
+        modules_in_eval(other.output, self.device)
         return other
 
     @property
@@ -119,8 +118,7 @@ class ModelCopy:
                 self._weights[number] = weights
             self._loading.load(self._weights[number], checkpoint.name, checkpoint.frozen, checkpoint.partial)
             self.module.eval()
-            for part in modules_of(self.output):
-                part.to(device).eval()
+            modules_in_eval(self.output, device)
         self.checkpoint, self.device = number, device
 
     @contextmanager

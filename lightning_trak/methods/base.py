@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from typing import Any, ClassVar, overload
 
 import lightning as L
+import torch
 from torch import Tensor
 from typing_extensions import Unpack, override
 
@@ -21,9 +22,9 @@ from lightning_trak.methods.showing import Showing
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.running.data.sources import Data
 from lightning_trak.running.trainers import trainer_of
-from lightning_trak.scoring.groups import train_sums
-from lightning_trak.scoring.intervals import Interval, bounds, columns_of, with_bounds
-from lightning_trak.scoring.topk import BothEnds, Scores, TopK, best_of
+from lightning_trak.scoring.groups import added_up, train_sums
+from lightning_trak.scoring.intervals import Interval, bounds, with_bounds
+from lightning_trak.scoring.topk import BothEnds, Scores, TopK, all_indices, best_of
 
 
 class LabelStatistic(ABC):
@@ -199,7 +200,7 @@ class DataMethod(Method):
         "its scores are not about an output of the model. TRAK, TracIn, GradientDot, GradientCosine, influence"
         " functions and Metagradient take it"
     )
-    _without_candidates: ClassVar[str] = (
+    _without_candidates: ClassVar[str | None] = (  # None: the method scores them
         "it scores training examples alone. TRAK, TracIn, GradientDot, GradientCosine and influence functions score"
         " examples that are not in the training set"
     )
@@ -217,8 +218,8 @@ class DataMethod(Method):
         """See :meth:`attribute`."""
         output = self._target_output(question.get("output"))
         candidates = question.get("candidates")
-        if candidates is not None:
-            self._require_candidates()
+        if candidates is not None and self._without_candidates is not None:
+            raise ValueError(f"{type(self).__name__} takes no candidates=: {self._without_candidates}")
         columns, rows = Examples(train, "fit", trainer), Examples(targets, "predict", trainer, output=output)
         others = None if candidates is None else Examples(candidates, "fit", trainer)
         (sums,) = target_rows(question, [len(rows)])
@@ -233,7 +234,7 @@ class DataMethod(Method):
         if top_k is None:
             return with_bounds(total, bounds(found, sums, mean, interval))
         best = best_of(total, top_k, largest)
-        kept = columns_of(best)
+        kept = torch.unique(all_indices(best))
         return with_bounds(best, bounds(found[:, kept], sums, mean, interval), kept)
 
     @abstractmethod
@@ -250,10 +251,6 @@ class DataMethod(Method):
             raise ValueError(f"{type(self).__name__} takes no output=: {self._without_output}")
         return None
 
-    def _require_candidates(self) -> None:
-        """Raise if the method cannot score examples that are not in the training set."""
-        raise ValueError(f"{type(self).__name__} takes no candidates=: {self._without_candidates}")
-
 
 class MatrixMethod(DataMethod):
     """Base of the methods that make the whole matrix of scores at once, also for a few of its numbers.
@@ -262,10 +259,8 @@ class MatrixMethod(DataMethod):
     """
 
     def _scores(self, trainer: L.Trainer, train: Examples, targets: Examples, asked: Asked) -> Tensor:
-        found = matrix = self.matrix(trainer, train, targets)
-        for dim, sums in enumerate((asked.rows, asked.columns)):
-            found = found if sums is None else sums.added(found, dim)
-        return found.to(matrix.dtype)
+        matrix = self.matrix(trainer, train, targets)
+        return added_up(matrix, asked.rows, asked.columns).to(matrix.dtype)
 
     @abstractmethod
     def matrix(self, trainer: L.Trainer, train: Examples, targets: Examples) -> Tensor:

@@ -5,10 +5,11 @@ from typing import Any, cast
 
 import lightning as L
 import torch
+from torch import Tensor
 from torch.utils.data import Subset
 
 from lightning_trak.features.model import ModelCopy
-from lightning_trak.methods.examples import Examples
+from lightning_trak.methods.examples import Examples, Rows
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.running.chunks import chunked
 from lightning_trak.running.data.annotated import annotated
@@ -46,14 +47,8 @@ def with_predictions(
     if len(model.checkpoints) == 1:
         return targets
     asked = model.with_output(output).output
-    labels = []
-    for part in chunked(range(len(targets)), _TOGETHER):
-        sums = torch.zeros((), dtype=torch.float64)
-        for checkpoint in _ends(model):
-            model.load(checkpoint, trainer.strategy.root_device)
-            what = f"the prediction {model.place}"
-            sums = sums + targets.map(trainer, model.module, asked.probabilities, what, model.original, part)
-        labels.append(sums.argmax(1))
+    parts = chunked(range(len(targets)), _TOGETHER)
+    labels = [_means(trainer, targets, model, asked.probabilities, part).argmax(1) for part in parts]
     return Examples(annotated(targets.loader, torch.cat(labels).unsqueeze(1)), "predict", trainer, targets.datamodule)
 
 
@@ -83,14 +78,21 @@ def described_predictions(
     subset: Subset[Any] = Subset(cast(Any, loader.dataset), [*positions, positions[-1]])
     size = min(len(subset), max(2, batch_size_of(loader)))
     chosen = Examples(like(loader, subset, batch_size=size), "predict", trainer, targets.datamodule)
+    means = _means(trainer, chosen, model, cast(Rows, asked.prediction))
+    return [asked.describe_prediction(row) for row in means[: len(positions)]]
+
+
+def _means(
+    trainer: L.Trainer, targets: Examples, model: ModelCopy, predict: Rows, positions: range | None = None
+) -> Tensor:
+    """The means of predictions over the models at the ends of their runs, see :meth:`Examples.map`."""
     sums = torch.zeros((), dtype=torch.float64)
     ends = _ends(model)
     for checkpoint in ends:
         model.load(checkpoint, trainer.strategy.root_device)
         what = f"the prediction {model.place}"
-        sums = sums + chosen.map(trainer, model.module, cast(Any, asked.prediction), what, model.original)
-    means = sums / len(ends)
-    return [asked.describe_prediction(row) for row in means[: len(positions)]]
+        sums = sums + targets.map(trainer, model.module, predict, what, model.original, positions)
+    return sums / len(ends)
 
 
 def _ends(model: ModelCopy) -> list[int]:

@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_trak.checks import is_integer
 from lightning_trak.methods.examples import Examples
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.running.data.sources import Data
 from lightning_trak.scoring.groups import Aggregate, Groups, Labels, Sums, target_sums, train_sums
 from lightning_trak.scoring.intervals import require_resampling
-from lightning_trak.scoring.topk import BothEnds, Scores, TopK
+from lightning_trak.scoring.topk import Scores, TopK, each_end
 
 Positions = Sequence[int] | Tensor
 
@@ -80,7 +81,7 @@ def require_ends(top_k: int | None, largest: bool | None) -> None:
         TypeError: if one of them is of another type.
         ValueError: if the two do not fit together.
     """
-    if top_k is not None and (isinstance(top_k, bool) or not hasattr(top_k, "__index__")):
+    if top_k is not None and not is_integer(top_k):
         raise TypeError(f"top_k is a number of training examples, got a {type(top_k).__name__}")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1, got {top_k}")
@@ -120,9 +121,8 @@ class Columns(NamedTuple):
         """The scores, with positions of training examples in the place of numbers of columns."""
         if self.positions is None or isinstance(scores, Tensor):
             return scores
-        if isinstance(scores, BothEnds):
-            return BothEnds(*(TopK(end.values, self.positions[end.indices]) for end in scores))
-        return TopK(scores.values, self.positions[scores.indices])
+        positions = self.positions
+        return each_end(scores, lambda end: TopK(end.values, positions[end.indices]))
 
 
 def is_positions(train: Any) -> bool:

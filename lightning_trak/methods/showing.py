@@ -20,7 +20,7 @@ from lightning_trak.reporting.scores import SavedScores
 from lightning_trak.reporting.showing import kind_of_file, show
 from lightning_trak.running.data.sources import Data, datamodule_of
 from lightning_trak.running.trainers import trainer_of
-from lightning_trak.scoring.topk import BothEnds, Scores, TopK
+from lightning_trak.scoring.topk import Scores
 from lightning_trak.texts.display import Displayed
 from lightning_trak.texts.messages import in_one_line
 from lightning_trak.texts.printable import counted
@@ -99,11 +99,6 @@ class Showing(Displayed):
         kind_of_file(out)  # raises before the work
         if isinstance(shown, int):
             raise TypeError(f"shown takes positions of targets, such as shown=[{shown}], got {shown}")
-        if not isinstance(scores, (Tensor, TopK, BothEnds)):
-            raise TypeError(
-                "expected the scores of one set of targets, as score or attribute returns them, got a"
-                f" {type(scores).__name__}"
-            )
         trainer = trainer_of(trainer, progress_bar=False)
         train_set, target_set = Examples(train, "fit", trainer), Examples(targets, "predict", trainer)
         num_train = None if isinstance(scores, Tensor) else self._num_train()  # a matrix has its own number

@@ -32,7 +32,7 @@ from lightning_trak.running.ranks import Ranks
 from lightning_trak.running.strategies import require_whole_parameters
 from lightning_trak.running.trainers import trainer_of
 from lightning_trak.scoring.base import Scorer, full_precision
-from lightning_trak.scoring.topk import BothEnds, TopK
+from lightning_trak.scoring.topk import BothEnds, TopK, all_indices
 
 Pairs = TopK | BothEnds | Sequence[tuple[int, int]] | Tensor
 
@@ -62,7 +62,7 @@ class TokenMethod(Method):
     """Methods over stored features: they can say which tokens of a training text made its score."""
 
     output: ModelOutput
-    _train: Data | None
+    _train: Data | None  # what featurize got last
 
     @abstractmethod
     def make_scorer(self, store: FeatureStore) -> Scorer:
@@ -71,6 +71,20 @@ class TokenMethod(Method):
     @abstractmethod
     def _pipeline(self) -> FeaturePipeline:
         """What makes features."""
+
+    def _training_data(self, train: Data | None, user: str) -> Data:
+        """The training data that are given, or those that featurize got last.
+
+        Raises:
+            ValueError: if there are neither.
+        """
+        data = self._train if train is None else train
+        if data is None:
+            raise ValueError(
+                f"{user} needs the training data: pass train=, the same data as to featurize, or call featurize of this"
+                " object first, which does nothing if the store is complete"
+            )
+        return data
 
     def score_tokens(
         self,
@@ -109,12 +123,7 @@ class TokenMethod(Method):
                 or a text has another output than in the store.
         """
         trainer, trained = trainer_of(trainer), require_tokens(self.output)
-        data = self._train if train is None else train
-        if data is None:
-            raise ValueError(
-                "score_tokens needs the training data: pass train=, the same data as to featurize, or call featurize of"
-                " this object first, which does nothing if the store is complete"
-            )
+        data = self._training_data(train, "score_tokens")
         require_whole_parameters(trainer)
         output, features = target_output(output, self.output), TargetFeatures(self._pipeline(), trainer)
         store, texts = features.store, single_loader(data, "fit", trainer)
@@ -273,8 +282,7 @@ def _as_pairs(pairs: Any, num_targets: int, num_train: int) -> Tensor:
         ValueError: if there is none, or a position is out of range.
     """
     if isinstance(pairs, (TopK, BothEnds)):
-        ends = pairs if isinstance(pairs, BothEnds) else (pairs,)
-        best = torch.cat([end.indices for end in ends], dim=1)  # of few texts, one may be at both ends
+        best = all_indices(pairs)  # of few texts, one may be at both ends
         if len(best) != num_targets:
             raise ValueError(
                 f"the best scores are those of {len(best)} rows, and there are {num_targets} targets: score each"

@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 
+from lightning_trak.checks import require_one_of
 from lightning_trak.metrics.functional.equal_subsets import _same_subsets, _subsets_digest, _validate_unused
 from lightning_trak.metrics.functional.lds import (
     ConstantRows,
     _linear_datamodeling_score_compute,
     _linear_datamodeling_score_interval,
     _linear_datamodeling_score_update,
-    _validate_constant_rows,
     _validate_masks,
 )
 from lightning_trak.metrics.functional.noise_ceiling import noise_ceiling
@@ -105,7 +105,7 @@ class LinearDatamodelingScore(Displayed, Metric):
         super().__init__(**kwargs)
         _validate_masks(masks)
         _validate_unused(masks, used_masks)
-        _validate_constant_rows(constant_rows)
+        require_one_of("constant_rows", constant_rows, get_args(ConstantRows))
         self.constant_rows = constant_rows
         self.register_buffer("masks", masks.clone(), persistent=False)
         # States of other subsets are then neither merged with these nor loaded, and a MetricCollection, which shares

@@ -57,6 +57,12 @@ def modules_of(owner: object) -> list[nn.Module]:
     return [value for value in vars(owner).values() if isinstance(value, nn.Module)]
 
 
+def modules_in_eval(owner: object, device: torch.device) -> None:
+    """Move the modules that an object has as attributes to a device, and set them to eval mode."""
+    for part in modules_of(owner):
+        part.to(device).eval()
+
+
 def _parts(owner: object) -> Iterable[object]:
     if isinstance(owner, nn.Module):
         return owner.modules()

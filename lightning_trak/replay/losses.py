@@ -182,7 +182,7 @@ def require_step(
             ]
         off, moved = _distance(new, expected), _distance(expected, old)
         size = _distance(expected, [torch.zeros_like(tensor) for tensor in expected])
-        if not off <= (_STEP_ERRORS[dtype] + rounding) * moved + _ROUNDINGS * torch.finfo(dtype).eps * size:
+        if is_other_step(off, moved, size, dtype, rounding):
             raise ReplayError(
                 f"step {played.record.step} moved the {kind} by {moved:.3g}, but the gradient of the"
                 f" examples' losses gives a step that differs from it by {off:.3g}: training_step, a hook"
@@ -200,6 +200,19 @@ def require_step(
             " example's loss goes: the losses are not those that training_step minimizes, or training_step assigns"
             " weights itself, such as those of a target network or of an average, whose derivative is not known"
         )
+
+
+def is_other_step(off: float, moved: float, size: float, dtype: torch.dtype, rounding: float = 0.0) -> bool:
+    """Whether a step differs from another one by more than rounding.
+
+    Args:
+        off: the norm of the difference.
+        moved: the norm of the step.
+        size: the norm of what the step changes.
+        dtype: the dtype of the weights.
+        rounding: by how much the optimizer rounds its step, relative to the step.
+    """
+    return not off <= (_STEP_ERRORS[dtype] + rounding) * moved + _ROUNDINGS * torch.finfo(dtype).eps * size
 
 
 def require_unchanged(parameters: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> None:

@@ -282,21 +282,20 @@ class Player:
         ):
             yield
 
-    def compare(self, step: int) -> Difference | None:
-        """Compare the current state with the recorded one; None if none is recorded before this step."""
-        if step not in self.recording.state_steps:
-            return None
-        return difference(self.state, self.recording.state(step))
-
     def require_close(self, step: int, tolerance: float | None = None) -> Difference | None:
         """Check that the current state is the recorded one, up to rounding.
+
+        Returns:
+            How far they are apart; None if no state is recorded before this step.
 
         Raises:
             ReplayError: if a tensor differs by more than ``tolerance``, relative to its norm.
         """
-        found = self.compare(step)
+        if step not in self.recording.state_steps:
+            return None
+        found = difference(self.state, self.recording.state(step))
         tolerance = TOLERANCES.get(self.dtype, 0.0) if tolerance is None else tolerance
-        if found is not None and found.largest > tolerance:
+        if found.largest > tolerance:
             raise ReplayError(
                 f"the recorded run cannot be repeated: before step {step}, {found.name} differs from the recorded one"
                 f" by {found.largest:.2g} of its norm, more than {tolerance:.2g}. Perhaps training used something that"

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_trak.outputs import ModelOutput
-from lightning_trak.outputs.evaluating import modules_of
+from lightning_trak.outputs.evaluating import modules_in_eval
 from lightning_trak.replay.losses import Losses, losses_of, require_losses, require_step
 from lightning_trak.replay.player import Loss, Player
 from lightning_trak.replay.recording.records import MicroBatch, StepRecord
@@ -150,8 +150,7 @@ class Reweighted:
             ValueError: if an output is not one number, or not finite.
         """
         player = self.player
-        for part in modules_of(output):
-            part.to(player.device).eval()
+        modules_in_eval(output, player.device)
         player.module.eval()
         with differentiable(player), torch.no_grad():
             found = [

@@ -139,6 +139,20 @@ def require_positions(indices: Sequence[int], num_targets: int) -> None:
             raise IndexError(f"there is no target {index}: they are numbered from 0 to {num_targets - 1}")
 
 
+def require_data(saved: SavedScores, train: Any, targets: Any) -> None:
+    """Check that scores are of as many training examples and targets as there are.
+
+    Raises:
+        ValueError: if they are not.
+    """
+    if (saved.num_targets, saved.num_train) != (len(targets), len(train)):
+        raise ValueError(
+            f"the scores are of {counted(saved.num_targets, 'target')} and"
+            f" {counted(saved.num_train, 'training example')}, the data hold"
+            f" {len(targets)} and {len(train)}; score again, or give the data that were scored"
+        )
+
+
 def explain(
     saved: SavedScores, indices: Sequence[int], k: int, train: Any, targets: Any, describe: Describe | None = None
 ) -> list[Explanation]:
@@ -160,12 +174,7 @@ def explain(
         IndexError: if there is no target with one of the positions.
         TypeError: if ``describe`` returns something other than a str, or ``indices`` are a mask.
     """
-    if (saved.num_targets, saved.num_train) != (len(targets), len(train)):
-        raise ValueError(
-            f"the scores are of {counted(saved.num_targets, 'target')} and"
-            f" {counted(saved.num_train, 'training example')}, the data hold"
-            f" {len(targets)} and {len(train)}; score again, or give the data that were scored"
-        )
+    require_data(saved, train, targets)
     k = positive("k", k)
     require_positions(indices, len(targets))
 

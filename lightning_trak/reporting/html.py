@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lightning_trak.checks import needs_extra
 from lightning_trak.reporting.explanations import Example, Explanation, heading
 from lightning_trak.reporting.tokens import NO_TEXT, ScoredText, largest_score
 from lightning_trak.texts.printable import printable, printable_piece, shortened
@@ -175,10 +176,8 @@ def _figure(example: Example, caption: str, prediction: str | None = None) -> st
 
 def _png(image: Tensor) -> bytes:
     """An image as a PNG file with 8 bits per channel."""
-    try:
+    with needs_extra("plots", "pages with images need Pillow"):
         from PIL import Image
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError('pages with images need Pillow: pip install "lightning-trak[plots]"') from error
     pixels = (image * 255).round().to(torch.uint8)
     rows = pixels.permute(1, 2, 0) if pixels.ndim == 3 else pixels
     file = io.BytesIO()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from lightning_trak.checks import positive, require_tensor
+from lightning_trak.checks import needs_extra, positive, require_tensor
 from lightning_trak.scoring.topk import block_top_k
 from lightning_trak.texts.printable import printable, shortened
 
@@ -105,7 +105,7 @@ def plot_pictures(targets: Sequence[Picture], rows: Mapping[str, Sequence[Sequen
     lines = max(title.count("\n") for title in titles)  # every group gets as many, so that the images are level
     deepest = max(len(_wrapped(picture)) for group in (targets, *chain(*rows.values())) for picture in group)
     height = (1.15 + 0.13 * deepest) * len(targets) + 0.25 + 0.15 * lines
-    figure = _figure(figsize=(1.0 * (sum(counts) + 1.2), height), layout="constrained")
+    figure = _figure(1.0 * (sum(counts) + 1.2), height)
     left, *parts = cast(Any, figure.subfigures(1, 1 + len(counts), width_ratios=[1.2, *counts], wspace=0.05))
     left.suptitle("target" + "\n" * lines, fontsize=10)
     for axis, target in zip(left.subplots(len(targets), 1, squeeze=False)[:, 0], targets, strict=True):
@@ -158,7 +158,7 @@ def plot_brittleness(brittleness: "Brittleness") -> "Figure":
         A matplotlib figure with a line for each method. Vertical bars are intervals; methods are shifted sideways a
         little, so that their bars do not overlap.
     """
-    figure = _figure(figsize=(10, 4), layout="constrained")
+    figure = _figure(10, 4)
     left, right = figure.subplots(1, 2)
     for axis, estimate in ((left, brittleness.drop()), (right, brittleness.flips())):
         axis.set_xscale("log")
@@ -192,7 +192,7 @@ def plot_outcomes(sets: Sequence[str], outcomes: Mapping[str, Tensor], label: st
     Returns:
         A matplotlib figure with a row for each set.
     """
-    figure = _figure(figsize=(6.4, 0.9 + 0.34 * len(sets)), layout="constrained")
+    figure = _figure(6.4, 0.9 + 0.34 * len(sets))
     axis, width = figure.subplots(), 0.8 / len(outcomes)
     for number, (name, values) in enumerate(outcomes.items()):
         places = [row + (number + 0.5) * width - 0.4 for row in range(len(sets))]
@@ -225,7 +225,7 @@ def plot_mislabel_curves(curves: Mapping[str, "DetectionCurve"]) -> "Figure":
     if not curves:
         raise ValueError("there are no curves to draw; pass at least one")
     shares = sorted({float(curve.share) for curve in curves.values()})
-    figure = _figure(figsize=(9, 4.5 + 0.1 * len(curves)), layout="constrained")
+    figure = _figure(9, 4.5 + 0.1 * len(curves))
     whole, enlarged = figure.subplots(1, 2)
     for axis in (whole, enlarged):
         for number, (name, curve) in enumerate(curves.items()):
@@ -254,7 +254,7 @@ def plot_histogram(values: Tensor, label: str) -> "Figure":
         A matplotlib figure.
     """
     known = values[~values.isnan()].double().cpu()
-    figure = _figure(figsize=(5, 3.5), layout="constrained")
+    figure = _figure(5, 3.5)
     axis = figure.subplots()
     axis.hist(known.tolist(), bins=min(30, max(5, len(known) // 5)), color="tab:blue", alpha=0.7)
     axis.axvline(float(known.mean()), color="black", linestyle="--", label=f"mean {float(known.mean()):.3f}")
@@ -264,17 +264,15 @@ def plot_histogram(values: Tensor, label: str) -> "Figure":
     return _plain(figure)
 
 
-def _figure(**options: Any) -> "Figure":
-    """A figure that needs no display.
+def _figure(width: float, height: float) -> "Figure":
+    """A figure of some inches that needs no display.
 
     Raises:
         ModuleNotFoundError: if matplotlib is not installed.
     """
-    try:
+    with needs_extra("plots", "pictures need matplotlib"):
         from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError('pictures need matplotlib: pip install "lightning-trak[plots]"') from error
-    return Figure(**options)
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _plain(figure: "Figure") -> "Figure":

@@ -94,8 +94,14 @@ class SavedScores(NamedTuple):
             problem: the beginning of the error.
 
         Raises:
+            TypeError: if they are not scores of one set of targets.
             ValueError: if they cannot be scores of ``num_train`` training examples.
         """
+        if not isinstance(self.scores, (Tensor, TopK, BothEnds)):
+            raise TypeError(
+                "expected the scores of one set of targets, as score or attribute returns them, got a"
+                f" {type(self.scores).__name__}"
+            )
         if fault := _fault(self):
             raise ValueError(f"{problem}: {fault}; score again")
 
@@ -176,5 +182,5 @@ def _top_k_fault(top: TopK, num_train: int, largest: bool) -> str | None:
         return "it names a training example twice for one target"
     steps = values.diff(dim=1)
     if (steps > 0 if largest else steps < 0).any():
-        return f"its scores do not have the {'highest' if largest else 'lowest'} first"
+        return f"its scores do not have the {'highest' if largest else 'lowest'} first, as largest={largest} says"
     return None

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from lightning_trak.checks import require_tensor
 from lightning_trak.metrics import LinearDatamodelingScore
 
 _MIN_MEMBERS = 5  # with fewer, nothing can be held out to choose the noise
@@ -69,8 +70,7 @@ def informed_scores(scores: Tensor, masks: Tensor, outputs: Tensor) -> Tensor:
         lds = LinearDatamodelingScore(fleet.masks[50:], used_masks=fleet.masks[:50])
         lds.update(scores, fleet.outputs[:, 50:])
     """
-    if not isinstance(scores, Tensor):
-        raise TypeError(f"expected scores as a tensor, got a {type(scores).__name__}")
+    require_tensor("scores", scores)
     if not scores.is_floating_point():
         raise ValueError(f"expected scores of a floating-point dtype, got {scores.dtype}")
     known = LinearDatamodelingScore(masks).to(masks.device)

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_trak.checks import integer, is_integer, require_tensor
 from lightning_trak.metrics import LinearDatamodelingScore
 from lightning_trak.metrics.functional.bootstrap import crossed_bootstrap_interval
-from lightning_trak.metrics.functional.ranking import spearman_corrcoef, spearman_influence
+from lightning_trak.metrics.functional.lds import _linear_datamodeling_score_table as _table
 from lightning_trak.texts.tables import Cell, Table
 
 Name = TypeVar("Name", bound=Hashable)
@@ -126,11 +126,11 @@ def tune(
         predictions[name], truth = metric.predictions[0], metric.outputs[0]
     generator = torch.Generator().manual_seed(integer("seed", seed))
     fold_of = torch.randperm(len(masks), generator=generator).to(masks.device) % folds
-    tables = {name: _table(rows, truth) for name, rows in predictions.items()}
+    tables = {name: _table(rows, truth, "zero") for name, rows in predictions.items()}
     choices, held_out = [], []
     for fold in range(folds):
         left_out = fold_of == fold
-        others = {name: _table(rows[:, ~left_out], truth[:, ~left_out]) for name, rows in predictions.items()}
+        others = {name: _table(rows[:, ~left_out], truth[:, ~left_out], "zero") for name, rows in predictions.items()}
         choices.append(_best(others))
         held_out.append(tables[choices[-1]][:, left_out])
     measured = {name: _measured(table, confidence, seed) for name, table in tables.items()}
@@ -157,15 +157,6 @@ def _require_enough(candidates: object, num_subsets: int, outputs: Tensor, folds
 def _best(tables: Mapping[Name, Tensor]) -> Name:
     """The name with the highest LDS; the first of several."""
     return max(tables, key=lambda name: float(tables[name].mean()))
-
-
-def _table(predictions: Tensor, outputs: Tensor) -> Tensor:
-    """The rank correlation of each target plus the influence of each subset on it, whose mean over subsets is 0.
-
-    A constant row counts as 0, as in the metric.
-    """
-    values, influence = spearman_corrcoef(predictions, outputs), spearman_influence(predictions, outputs)
-    return (values[:, None] + influence).nan_to_num(nan=0.0)
 
 
 def _measured(table: Tensor, confidence: float, seed: int) -> Measured:

@@ -317,8 +317,7 @@ class Scorer(ABC):
     def _own_product(self, checkpoint: int, rows: Features) -> Tensor:
         rows = rows._replace(features=self._working(rows.features))
         products = self.products_with_itself(checkpoint, rows)
-        weights = self.weights(checkpoint, rows)
-        return products if weights is None else products * weights.to(products)
+        return products * self.example_weights(checkpoint, rows).to(products)
 
     def _blocks_of_others(
         self, prepared: Sequence[Any], others: Iterable[tuple[range, Sequence[Features]]], ranks: Ranks

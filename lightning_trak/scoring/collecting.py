@@ -41,14 +41,14 @@ def collect(
     if columns is not None:
         totals = torch.zeros(len(like), columns.count, dtype=torch.float64, device=like.device)
         for examples, block in blocks:
-            columns.add_(totals, block, examples, 1)
+            columns.add_(totals, block, slice(examples.start, examples.stop), 1)
         scores = ranks.sum(totals.to("cpu", like.dtype))
         return scores if top_k is None else best_of(scores, top_k, largest, left_out)
     if top_k is None:
         return ranks.sum(_all(blocks, like, count))
-    best = Best(top_k if left_out is None else min(top_k, int((~left_out).sum())), largest)
+    best = Best(top_k, largest, left_out)
     for examples, block in blocks:
-        best.add(block, examples.start, None if left_out is None else left_out[examples.start : examples.stop])
+        best.add(block, examples.start)
     return best.merged(ranks, like)
 
 

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lightning_trak.checks import require_tensor
+
 
 def combine_scores(scores: Tensor, others: Tensor) -> Tensor:
     """Let scores count more where those of another method agree.
@@ -158,9 +160,7 @@ def _standardised(rows: Tensor) -> Tensor:
 
 
 def _checked(name: str, scores: Tensor) -> Tensor:
-    if not isinstance(scores, Tensor) or scores.is_complex():
-        received = scores.dtype if isinstance(scores, Tensor) else type(scores).__name__
-        raise TypeError(f"expected {name} as a tensor of real numbers, got {received}")
+    require_tensor(name, scores)
     if scores.ndim != 2 or not scores.numel():
         raise ValueError(f"expected {name} of shape (num_targets, num_train), got {tuple(scores.shape)}")
     result = scores.detach().cpu().double()

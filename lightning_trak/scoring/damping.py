@@ -5,11 +5,11 @@ divided by its size. ``damping=0.1`` adds a tenth of that. So it means the same 
 number of examples and the size of the matrix. The ridge, or lambda, is what is added, in the units of the matrix.
 """
 
-import sys
-from numbers import Real
 from typing import Literal
 
 from torch import Tensor
+
+from lightning_trak.checks import number_or_auto
 
 Damping = float | Literal["auto"]
 
@@ -20,11 +20,7 @@ def require_damping(damping: Damping) -> Damping:
     Raises:
         ValueError: if it is negative, NaN or infinite, a bool, or another word than "auto".
     """
-    if damping == "auto":
-        return damping
-    if isinstance(damping, bool) or not isinstance(damping, Real) or not 0 <= damping <= sys.float_info.max:
-        raise ValueError(f"damping must be at least 0, or 'auto'; got {damping!r}, which is no finite number from 0 on")
-    return float(damping)
+    return number_or_auto("damping", damping, 0)
 
 
 def auto_damping(trace: Tensor, squared_weights: Tensor, size: int, noise: float = 1.0) -> float:

@@ -119,21 +119,21 @@ class Sums:
         """The sums of the rows (``dim`` 0) or columns (1) of a whole matrix, float64."""
         shape = [self.count, matrix.shape[1]] if dim == 0 else [len(matrix), self.count]
         totals = torch.zeros(shape, dtype=torch.float64)
-        self.add_(totals, matrix, range(matrix.shape[dim]), dim)
+        self.add_(totals, matrix, slice(None), dim)
         return totals
 
-    def add_(self, totals: Tensor, part: Tensor, span: range, dim: int) -> None:
+    def add_(self, totals: Tensor, part: Tensor, which: slice | Tensor, dim: int) -> None:
         """Add some entries to float64 totals.
 
         Args:
             totals: of size ``count`` in ``dim``.
-            part: the entries of ``span``, in ``dim``.
-            span: which entries.
+            part: the entries, in ``dim``.
+            which: which entries they are.
             dim: 0 for rows, 1 for columns.
         """
-        numbers = self.numbers[span.start : span.stop]
+        numbers = self.numbers[which]
         inside = (numbers >= 0).nonzero().flatten()
-        weights = self.weights[span.start : span.stop][inside].to(part.device)
+        weights = self.weights[which][inside].to(part.device)
         chosen = part.index_select(dim, inside.to(part.device)).double()
         totals.index_add_(
             dim, numbers[inside].to(part.device), chosen * (weights.unsqueeze(1) if dim == 0 else weights)
@@ -213,12 +213,12 @@ class Collected:
             positions: of training examples.
             part: shape ``(len(span), len(positions))``.
         """
-        numbers, part = torch.as_tensor(positions, dtype=torch.int64), part.cpu().to(self._totals.dtype)
-        if self._columns is not None:
-            part = part * self._columns.weights[numbers]
-            numbers = self._columns.numbers[numbers]
-            part, numbers = part[:, numbers >= 0], numbers[numbers >= 0]
-        self._totals[span.start : span.stop].index_add_(1, numbers, part)
+        rows, part = self._totals[span.start : span.stop], part.cpu()
+        examples = torch.as_tensor(positions, dtype=torch.int64)
+        if self._columns is None:
+            rows.index_add_(1, examples, part.to(self._dtype))
+        else:
+            self._columns.add_(rows, part, examples, 1)
 
     def scores(self) -> Tensor:
         """What was added up."""
@@ -299,13 +299,15 @@ def aggregate_scores(
     require_tensor("scores", scores)
     if scores.ndim != 2:
         raise ValueError(f"expected scores of shape (num_targets, num_train), got {tuple(scores.shape)}")
-    result = scores.double()
-    for dim, sums in enumerate(
-        (target_sums(aggregate, groups, len(scores)), train_sums(train_groups, scores.shape[1]))
-    ):
-        if sums is not None:
-            result = sums.added(result.cpu(), dim)
-    return result
+    rows, columns = target_sums(aggregate, groups, len(scores)), train_sums(train_groups, scores.shape[1])
+    return added_up(scores.double().cpu(), rows, columns)
+
+
+def added_up(scores: Tensor, rows: Sums | None, columns: Sums | None) -> Tensor:
+    """A whole matrix on the CPU, or sums of its rows and columns in float64."""
+    for dim, sums in enumerate((rows, columns)):
+        scores = scores if sums is None else sums.added(scores, dim)
+    return scores
 
 
 def _as_list(labels: Any) -> list[Label | None]:

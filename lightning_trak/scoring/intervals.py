@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_trak.metrics.functional import bootstrap_interval
 from lightning_trak.scoring.groups import Sums
-from lightning_trak.scoring.topk import BothEnds, Scores, TopK
+from lightning_trak.scoring.topk import Scores, TopK, each_end
 from lightning_trak.texts.display import tuple_line
 
 _COLUMNS = 2048  # at once: each has as many numbers as there are replicates
@@ -77,13 +77,6 @@ def bounds(scores: Tensor, rows: Sums, mean: bool, confidence: float) -> tuple[T
     return low, high
 
 
-def columns_of(best: TopK | BothEnds) -> Tensor:
-    """The columns that are kept for any group, in order."""
-    ends = best if isinstance(best, BothEnds) else (best,)
-    columns: Tensor = torch.unique(torch.cat([end.indices.flatten() for end in ends]))
-    return columns
-
-
 def with_bounds(found: Scores, ends: tuple[Tensor, Tensor], positions: Tensor | None = None) -> Interval:
     """Put scores and the ends of their intervals together.
 
@@ -98,12 +91,9 @@ def with_bounds(found: Scores, ends: tuple[Tensor, Tensor], positions: Tensor | 
 
 def _at(scores: Scores, end: Tensor, positions: Tensor | None) -> Scores:
     """The ends of the intervals of some scores, in their form."""
-    if isinstance(scores, Tensor):
-        return end
-    if isinstance(scores, BothEnds):
-        proponents, opponents = (_at(one, end, positions) for one in scores)
-        assert isinstance(proponents, TopK)
-        assert isinstance(opponents, TopK)
-        return BothEnds(proponents, opponents)
-    columns = scores.indices if positions is None else torch.searchsorted(positions, scores.indices)
-    return TopK(end.gather(1, columns), scores.indices)
+
+    def at(best: TopK) -> TopK:
+        columns = best.indices if positions is None else torch.searchsorted(positions, best.indices)
+        return TopK(end.gather(1, columns), best.indices)
+
+    return end if isinstance(scores, Tensor) else each_end(scores, at)

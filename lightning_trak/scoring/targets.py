@@ -150,7 +150,7 @@ class _Totals:
             self._sums = [part.new_zeros(self._rows.count, part.shape[1], dtype=torch.float64) for part in tensors]
             self._dtypes = [part.dtype for part in tensors]
         for total, part in zip(self._sums, tensors, strict=True):
-            self._rows.add_(total, part, examples, 0)
+            self._rows.add_(total, part, slice(examples.start, examples.stop), 0)
 
     def tensors(self) -> list[Tensor]:
         """The sums, in the dtypes of what was added."""

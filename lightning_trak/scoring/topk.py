@@ -1,6 +1,6 @@
 """The best few scores of each target, kept while blocks of scores stream by."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -113,29 +113,30 @@ class Best:
     """Keeps the best of blocks of scores that stream by: at one end, or at both.
 
     Args:
-        k: how many at each end.
+        k: how many at each end; fewer if there are fewer.
         largest: which end; None: both.
+        left_out: training examples that are never among the best, bool, shape ``(num_train,)``; None: none.
     """
 
-    def __init__(self, k: int, largest: bool | None) -> None:
-        self.k = k
+    def __init__(self, k: int, largest: bool | None, left_out: Tensor | None = None) -> None:
+        self.k = k if left_out is None else min(k, int((~left_out).sum()))
+        self._left_out = left_out
         self._both = largest is None
         self._ends: list[tuple[bool, TopK | None]] = [
             (end, None) for end in ((True, False) if largest is None else (largest,))
         ]
 
-    def add(self, scores: Tensor, start: int, left_out: Tensor | None = None) -> None:
+    def add(self, scores: Tensor, start: int) -> None:
         """Take a block of scores.
 
         Args:
             scores: ``(num_targets, n)``, whose first column is training example ``start``.
             start: its position.
-            left_out: columns that are never among the best, bool, shape ``(n,)``. In all blocks, at least ``k`` columns
-                must be left.
         """
         for number, (largest, best) in enumerate(self._ends):
-            if left_out is not None:
-                scores = scores.masked_fill(left_out.to(scores.device), -torch.inf if largest else torch.inf)
+            if self._left_out is not None:
+                out = self._left_out[start : start + scores.shape[1]].to(scores.device)
+                scores = scores.masked_fill(out, -torch.inf if largest else torch.inf)
             if best is None or best.values.shape[1] < self.k or not scores.is_cpu:  # another device must not wait
                 block = block_top_k(scores, start, self.k, largest)
                 self._ends[number] = largest, block if best is None else merge_top_k([best, block], self.k, largest)
@@ -172,8 +173,8 @@ def best_of(scores: Tensor, k: int, largest: bool | None, left_out: Tensor | Non
         largest: which end; None: both.
         left_out: columns that are never among the best, bool, shape ``(n,)``.
     """
-    best = Best(k if left_out is None else min(k, int((~left_out).sum())), largest)
-    best.add(scores, 0, left_out)
+    best = Best(k, largest, left_out)
+    best.add(scores, 0)
     return best.merged(Ranks(), scores)
 
 
@@ -194,9 +195,18 @@ def rows_of(scores: Scores, rows: slice | list[int]) -> Scores:
     """The scores of some targets."""
     if isinstance(scores, Tensor):
         return scores[rows]
-    if isinstance(scores, BothEnds):
-        return BothEnds(*(TopK(end.values[rows], end.indices[rows]) for end in scores))
-    return TopK(scores.values[rows], scores.indices[rows])
+    return each_end(scores, lambda end: TopK(end.values[rows], end.indices[rows]))
+
+
+def each_end(best: TopK | BothEnds, change: Callable[[TopK], TopK]) -> TopK | BothEnds:
+    """Change the scores of one end, or those of both ends in the same way."""
+    return BothEnds(*map(change, best)) if isinstance(best, BothEnds) else change(best)
+
+
+def all_indices(best: TopK | BothEnds) -> Tensor:
+    """The training examples of all ends side by side, shape ``(num_targets, k)`` or ``(num_targets, 2 k)``."""
+    ends = best if isinstance(best, BothEnds) else (best,)
+    return torch.cat([end.indices for end in ends], dim=1)
 
 
 def strongest(scores: Scores, k: int, largest: bool = True) -> dict[str, TopK]:
@@ -209,7 +219,6 @@ def strongest(scores: Scores, k: int, largest: bool = True) -> dict[str, TopK]:
     """
     if isinstance(scores, Tensor):
         return {"proponents": block_top_k(scores, 0, k, True), "opponents": block_top_k(scores, 0, k, False)}
-    if isinstance(scores, BothEnds):
-        ends = scores._asdict()
-        return {name: TopK(end.values[:, :k], end.indices[:, :k]) for name, end in ends.items()}
-    return {"proponents" if largest else "opponents": TopK(scores.values[:, :k], scores.indices[:, :k])}
+    one_end = {"proponents" if largest else "opponents": scores}
+    ends = scores._asdict() if isinstance(scores, BothEnds) else one_end
+    return {name: TopK(end.values[:, :k], end.indices[:, :k]) for name, end in ends.items()}

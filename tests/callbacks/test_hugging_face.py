@@ -242,8 +242,8 @@ def test_after_an_error_the_directory_is_free_for_the_same_run(tmp_path: Path) -
     ("options", "message"),
     [
         ({"every_n_epochs": 1, "every_n_train_steps": 2}, "at most one trigger, got every_n_epochs and every_n_train"),
-        ({"every_n_epochs": 0}, "positive every_n_epochs, got 0"),
-        ({"every_n_train_steps": -1}, "positive every_n_train_steps, got -1"),
+        ({"every_n_epochs": 0}, "Expected `every_n_epochs` to be a positive integer but got 0"),
+        ({"every_n_train_steps": -1}, "Expected `every_n_train_steps` to be a positive integer but got -1"),
     ],
 )
 def test_wrong_arguments(options: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -228,9 +228,10 @@ def test_relative_directory_is_settled_when_fit_begins(tmp_path: Path, monkeypat
     [
         ({"every_n_epochs": 1, "every_n_train_steps": 2}, "every_n_epochs and every_n_train_steps"),
         ({"every_n_epochs": 1, "train_time_interval": timedelta(1)}, "every_n_epochs and train_time_interval"),
-        ({"every_n_epochs": 0}, "expected a positive every_n_epochs, got 0"),
-        ({"every_n_train_steps": -1}, "expected a positive every_n_train_steps, got -1"),
-        ({"train_time_interval": timedelta(seconds=-1)}, "expected a positive train_time_interval, got -1"),
+        ({"every_n_epochs": 0}, "Expected `every_n_epochs` to be a positive integer but got 0"),
+        ({"every_n_train_steps": -1}, "Expected `every_n_train_steps` to be a positive integer but got -1"),
+        ({"every_n_train_steps": 2.5}, "Expected `every_n_train_steps` to be a positive integer but got 2.5"),
+        ({"train_time_interval": timedelta(seconds=-1)}, "train_time_interval must not be negative, got -1 day"),
     ],
 )
 def test_wrong_arguments(options: dict[str, Any], message: str, tmp_path: Path) -> None:

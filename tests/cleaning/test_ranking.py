@@ -169,7 +169,10 @@ def test_an_empty_ranking_is_a_file_with_a_header(tmp_path):
 
 def test_parquet_without_pyarrow(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ModuleNotFoundError, match=r'need pyarrow: pip install "lightning-trak\[parquet\]"; or write a'):
+    with pytest.raises(
+        ModuleNotFoundError,
+        match=r'Parquet files, other than CSV files, need pyarrow: pip install "lightning-trak\[parquet\]"$',
+    ):
         ranking([1.0]).to_parquet(tmp_path / "out.parquet")
     assert list(tmp_path.iterdir()) == []
 

@@ -127,7 +127,7 @@ def test_fewer_examples_than_features_without_damping_is_an_error(tmp_path, chec
         ({"dtype": torch.int8}, ValueError, "dtype must be one of"),
         ({"dtype": "int2"}, ValueError, "dtype must be one of .* 'int8', 'int4', .* got 'int2'"),
         ({"damping": -1.0}, ValueError, "damping must be at least 0"),
-        ({"damping": "Auto"}, ValueError, "damping must be at least 0, or 'auto'; got 'Auto'"),
+        ({"damping": "Auto"}, ValueError, "damping must be at least 0 and finite, or 'auto'; got 'Auto'"),
         ({"soft_threshold": -1.0}, ValueError, "soft_threshold must be at least 0"),
         (
             {"projection": 8192},

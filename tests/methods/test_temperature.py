@@ -113,7 +113,7 @@ def fitted(method, store):
 
 
 @pytest.mark.parametrize("method", [TRAK, ExactKernel])
-@pytest.mark.parametrize("temperature", [0, -1.5, 0.5, "on", float("nan"), float("inf"), "high", True])
+@pytest.mark.parametrize("temperature", [0, -1.5, 0.5, "on", float("nan"), float("inf"), "high", True, 10**400])
 def test_what_is_no_temperature_is_refused(tmp_path, method, temperature):
     with pytest.raises(ValueError, match="temperature must be at least 1 and finite, or 'auto'"):
         method(make_model(), store=tmp_path, temperature=temperature)

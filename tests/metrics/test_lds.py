@@ -200,11 +200,11 @@ class TestWrongInput:
             linear_datamodeling_score(scores, outputs, masks)
 
     def test_options(self, task):
-        with pytest.raises(ValueError, match="'zero', 'ignore' or 'error', but got 'drop'"):
+        with pytest.raises(ValueError, match="constant_rows must be one of 'zero', 'ignore', 'error'; got 'drop'"):
             linear_datamodeling_score(*task, constant_rows="drop")
-        with pytest.raises(ValueError, match="'zero', 'ignore' or 'error', but got 'drop'"):
+        with pytest.raises(ValueError, match="constant_rows must be one of 'zero', 'ignore', 'error'; got 'drop'"):
             LinearDatamodelingScore(task[2], constant_rows="drop")
-        with pytest.raises(ValueError, match="'mean' or 'none', but got 'sum'"):
+        with pytest.raises(ValueError, match="reduction must be one of 'mean', 'none'; got 'sum'"):
             linear_datamodeling_score(*task, reduction="sum")
         with pytest.raises(ValueError, match="between 0 and 1, but got 95"):
             linear_datamodeling_interval(*task, confidence=95)

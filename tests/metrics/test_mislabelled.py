@@ -65,7 +65,8 @@ def test_flipped_labels_are_other_classes_drawn_uniformly(classes):
 
 
 def test_nothing_to_flip_is_an_error():
-    for labels, fraction in ((torch.zeros(9, dtype=torch.int64), 0.1), (torch.arange(9), 0.01), (torch.arange(9), 1.5)):
+    nine = torch.arange(9)
+    for labels, fraction in ((torch.zeros_like(nine), 0.1), (nine, 0.01), (nine, 1.5), (nine, float("nan"))):
         with pytest.raises(ValueError, match="Expected labels to flip"):
             flip_labels(labels, fraction)
     with pytest.raises(ValueError, match="Expected integer `labels`"):

@@ -250,7 +250,7 @@ def test_one_seed_has_no_noise_ceiling_and_names_are_positions(tmp_path):
         rows = list(csv.reader(file))[1:]
     assert len(rows) == 8 * 2 * 50  # all examples there are
     assert all(row[1] == f"#{row[0]}" and row[5] == f"#{row[4]}" for row in rows)
-    with pytest.raises(ValueError, match=r"expected scores of shape \(13, 50\), got \(50, 13\)"):
+    with pytest.raises(ValueError, match="the scores are of 13 training examples, not 50"):
         log_attributions([logger], SCORES.T, TRAIN, TARGETS)
 
 
@@ -275,20 +275,20 @@ def test_both_ends_give_the_rows_of_all_scores(tmp_path):
     log_attributions([logger], ends, TRAIN, TARGETS, k=2, shown=[3, 0], describe=describe)
     with (tmp_path / "run/attributions/table-step-0.csv").open() as file:
         assert list(csv.reader(file))[1:] == [list(map(str, row)) for row in expected_rows()]
-    with pytest.raises(ValueError, match="opponents: pass largest=False"):
+    with pytest.raises(ValueError, match="do not have the highest first, as largest=True says"):
         log_attributions([logger], BothEnds(*ends[::-1]), TRAIN, TARGETS)
 
 
 def test_best_scores_that_do_not_fit_are_refused(tmp_path):
     best, worst = (TopK(*SCORES.topk(5, largest=largest)) for largest in (True, False))
     logger = CSVLogger(tmp_path)
-    with pytest.raises(ValueError, match="rise from first to last, so they are opponents: pass largest=False"):
+    with pytest.raises(ValueError, match="do not have the highest first, as largest=True says"):
         log_attributions([logger], worst, TRAIN, TARGETS)
-    with pytest.raises(ValueError, match="fall from first to last, so they are proponents: leave largest=True"):
+    with pytest.raises(ValueError, match="do not have the lowest first, as largest=False says"):
         log_attributions([logger], best, TRAIN, TARGETS, largest=False)
-    with pytest.raises(ValueError, match="expected the best scores of 50 targets, got those of 13"):
+    with pytest.raises(ValueError, match="of 13 targets and 50 training examples, the data hold 50 and 50"):
         log_attributions([logger], best, TRAIN, TRAIN)
-    with pytest.raises(ValueError, match=r"the scores name training example \d+, and there are 13"):
+    with pytest.raises(ValueError, match=r"it has indices from \d+ to \d+, of 13 training examples"):
         log_attributions([logger], best, TARGETS, TARGETS)
     with pytest.raises(TypeError, match="by their positions, not by a mask"):
         log_attributions([logger], best, TRAIN, TARGETS, shown=[True] * 13)

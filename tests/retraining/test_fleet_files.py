@@ -47,7 +47,8 @@ def test_a_torn_note_of_a_failure_hides_nothing(tmp_path, note):
     for read in (lambda: read_fleet(tmp_path), lambda: store.outputs(2)):
         with pytest.raises(RuntimeError, match=said):
             read()
-    assert "failed, but the note" in store.describe([Member(1, 1), Member(0, 0)])
+    with pytest.raises(RuntimeError, match=r"2 of 2 members failed.*failed, but the note"):
+        store.require_trained([Member(1, 1), Member(0, 0)])
     store.record_failure(Member(0, 0), RuntimeError("again"))
     assert store.failure(Member(0, 0))["attempts"] == 1
 

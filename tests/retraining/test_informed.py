@@ -130,7 +130,7 @@ def test_what_is_refused(change, message):
 
 
 def test_scores_that_are_no_tensor():
-    with pytest.raises(TypeError, match="expected scores as a tensor, got a list"):
+    with pytest.raises(TypeError, match=r"Expected `scores` as a torch\.Tensor, but got a list"):
         informed_scores([[1.0]], MASKS, make()[1])
 
 

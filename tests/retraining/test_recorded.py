@@ -287,7 +287,7 @@ def test_without_the_top_examples(recorded: Path, tmp_path: Path) -> None:
     assert bool((mean <= high).all())
     assert float(mean[0]) == pytest.approx(float((loss.changes[0] - loss.random).mean()))
     assert [row[0] for row in effect.table().rows] == ["metagradient", "opposite", "random examples"]
-    with pytest.raises(ValueError, match='of must be "output" or "loss"'):
+    with pytest.raises(ValueError, match="of must be one of 'output', 'loss'; got"):
         first.effect(of="accuracy")
     with pytest.raises(ValueError, match='scores of "short" must have shape'):
         removal({"short": scores["opposite"][:, 1:]})

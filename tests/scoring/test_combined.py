@@ -61,7 +61,7 @@ def test_equal_scores_stay() -> None:
         (OTHERS[0], ValueError, r"others of shape \(num_targets, num_train\), got \(9,\)"),
         (OTHERS[:, :0], ValueError, r"got \(4, 0\)"),
         (OTHERS.index_fill(0, torch.tensor([1]), torch.nan), ValueError, "others of target 1 are not finite"),
-        (OTHERS.numpy(), TypeError, "others as a tensor of real numbers, got ndarray"),
+        (OTHERS.numpy(), TypeError, "`others` as a torch.Tensor, but got a ndarray"),
         (OTHERS + 0j, TypeError, "got torch.complex64"),
     ],
 )
@@ -136,7 +136,7 @@ def test_targets_with_equal_scores_tell_nothing() -> None:
         ([[SCORES, OTHERS[:2]]], ValueError, r"method 0 have the shapes \[\(4, 9\), \(2, 9\)\]"),
         ([[SCORES, OTHERS], [SCORES]], ValueError, r"method 1 .* \(1, 4, 9\), method 0 of \(2, 4, 9\)"),
         ([[SCORES, OTHERS.log()]], ValueError, "scores of method 0 at run 1 of target 0 are not finite"),
-        ([[SCORES, None]], TypeError, "method 0 at run 1 as a tensor of real numbers, got NoneType"),
+        ([[SCORES, None]], TypeError, "method 0 at run 1` as a torch.Tensor, but got a NoneType"),
         ([[SCORES, -SCORES]], ValueError, "no method predicts the first one's scores at another run"),
     ],
 )

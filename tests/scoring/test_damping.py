@@ -93,11 +93,11 @@ def test_each_checkpoint_gets_its_own(tmp_path):
 def test_damping_that_is_no_number_is_refused_at_construction(tmp_path, damping):
     model = torch.nn.Linear(2, 2)
     weights = [model.state_dict()]
-    with pytest.raises(ValueError, match="damping must be at least 0, or 'auto'; got"):
+    with pytest.raises(ValueError, match="damping must be at least 0 and finite, or 'auto'; got"):
         require_damping(damping)
-    with pytest.raises(ValueError, match="damping must be at least 0, or 'auto'; got"):
+    with pytest.raises(ValueError, match="damping must be at least 0 and finite, or 'auto'; got"):
         TRAK(model, weights, tmp_path, output=ClassificationMargin(), damping=damping)
-    with pytest.raises(ValueError, match="damping must be at least 0, or 'auto'; got"):
+    with pytest.raises(ValueError, match="damping must be at least 0 and finite, or 'auto'; got"):
         InfluenceFunction(model, weights, output=ClassificationMargin(), damping=damping)
 
 

@@ -202,7 +202,7 @@ def test_a_given_lag_takes_the_place_of_the_measured_one(tmp_path):
     assert scorer._system(0)[1] == pytest.approx(3 * one._system(0)[1])
 
 
-@pytest.mark.parametrize("lag", [0, 0.9, -2, float("nan"), float("inf"), "Auto", None, True])
+@pytest.mark.parametrize("lag", [0, 0.9, -2, float("nan"), float("inf"), "Auto", None, True, 10**400])
 def test_what_is_no_lag_is_refused_at_construction(tmp_path, lag):
     model = torch.nn.Linear(2, 2)
     with pytest.raises(ValueError, match="lag must be at least 1 and finite, or 'auto'; got"):

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from lightning_trak.checks import needs_extra
 from lightning_trak.methods.base import MatrixMethod
 from lightning_trak.methods.examples import Examples
 from lightning_trak.running.data.loading import batch_size_of, load, num_examples
@@ -76,10 +77,8 @@ class BM25(MatrixMethod):
             ModuleNotFoundError: if bm25s is not installed.
             TypeError: if ``text`` gives neither a string nor tokens.
         """
-        try:
+        with needs_extra("text", "BM25 needs bm25s"):
             import bm25s
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError('BM25 needs bm25s: pip install "lightning-trak[text]"') from error
         documents, queries = self._tokenize(train.loader), self._tokenize(targets.loader)
         numbers: dict[Hashable, int] = {}
         documents_as_numbers = [[numbers.setdefault(token, len(numbers)) for token in text] for text in documents]

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_trak.checks import positive
+from lightning_trak.checks import needs_extra, positive
 from lightning_trak.methods.baselines.subsets import SubsetMethod
 
 
@@ -43,13 +43,9 @@ class Datamodels(SubsetMethod):
         Raises:
             ModuleNotFoundError: if scikit-learn is not installed.
         """
-        try:
+        with needs_extra("datamodels", "Datamodels needs scikit-learn"):
             from sklearn.linear_model import LassoCV
             from sklearn.utils.parallel import Parallel, delayed
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                'Datamodels needs scikit-learn: pip install "lightning-trak[datamodels]"'
-            ) from error
         masks = self.masks.double().numpy()
         scores = torch.zeros(len(self.outputs), masks.shape[1])
         # If the output never changes, all coefficients are 0, and LassoCV cannot choose a penalty.

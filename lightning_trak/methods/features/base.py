@@ -28,7 +28,6 @@ from lightning_trak.features.store.identity import Contents
 from lightning_trak.gradients import ParameterSelection
 from lightning_trak.methods.features.scored import ScoredMethod
 from lightning_trak.methods.questions import require_ends
-from lightning_trak.methods.token_scores import TokenMethod
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import trained_output
 from lightning_trak.projections import Projection, SparseProjection
@@ -42,7 +41,7 @@ from lightning_trak.scoring.predict import ScoreModule
 from lightning_trak.storage.paths import local_directory
 
 
-class FeatureMethod(ScoredMethod, TokenMethod):
+class FeatureMethod(ScoredMethod):
     """Attributes a trained model's outputs to its training examples, with features on disk.
 
     Several methods can share a store, because features do not depend on how they are scored. The model, its mode,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_trak.checkpoints.reading import CheckpointsLike
-from lightning_trak.checks import real, require_one_of
+from lightning_trak.checks import number_or_auto, real, require_one_of
 from lightning_trak.features.dtypes import Dtype
 from lightning_trak.features.engines import EngineName
 from lightning_trak.features.passes.pipeline import FeaturePipeline
@@ -29,7 +29,7 @@ from lightning_trak.running.strategies import refuse_spawning
 from lightning_trak.running.trainers import trainer_of
 from lightning_trak.scoring.damping import Damping, require_damping
 from lightning_trak.scoring.newton.gram import Curvature
-from lightning_trak.scoring.newton.lag import Lag, require_lag
+from lightning_trak.scoring.newton.lag import Lag
 from lightning_trak.scoring.newton.per_prediction import PredictionCurvature
 from lightning_trak.scoring.newton.temperature import Temperature, Tempered, require_temperature, tempered
 from lightning_trak.scoring.newton.trak import LossGradients, TRAKScorer
@@ -75,7 +75,7 @@ class NewtonMethod(FeatureMethod):
         self.loss_gradients: LossGradients = loss_gradients
         self.soft_threshold = soft_threshold
         self.temperature = require_temperature(temperature, loss_gradients)
-        self.lag = require_lag(lag)
+        self.lag = number_or_auto("lag", lag, 1)
         super().__init__(
             model,
             checkpoints,

@@ -27,7 +27,7 @@ from lightning_trak.scoring.newton.gram import Curvature
 from lightning_trak.scoring.newton.per_prediction import WHOLE
 from lightning_trak.scoring.newton.temperature import Tempered
 from lightning_trak.scoring.newton.trak import LossGradients, TRAKScorer
-from lightning_trak.scoring.topk import BothEnds, TopK
+from lightning_trak.scoring.topk import BothEnds, TopK, all_indices
 
 _SOLVER = ConjugateGradient(max_iterations=1000, preconditioner="landmarks", strict=True)
 
@@ -199,7 +199,7 @@ class _Candidates:
 
     def __init__(self, best: TopK | BothEnds, dtype: torch.dtype) -> None:
         self.kept = best.indices.shape[1]
-        indices = torch.cat([end.indices for end in best], dim=1) if isinstance(best, BothEnds) else best.indices
+        indices = all_indices(best)
         self.indices = indices.sort(dim=1).values
         self.repeated = torch.zeros_like(indices, dtype=torch.bool)
         self.repeated[:, 1:] = self.indices.diff(dim=1) == 0

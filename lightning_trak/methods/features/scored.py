@@ -6,16 +6,14 @@ from functools import partial
 from typing import Any, cast, overload
 
 import lightning as L
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from typing_extensions import Unpack
 
 from lightning_trak.checks import positive, require_options
-from lightning_trak.features.passes.pipeline import FeaturePipeline
 from lightning_trak.features.passes.target_features import TargetFeatures
 from lightning_trak.features.settings import FeatureSettings
-from lightning_trak.features.store import FeatureStore
-from lightning_trak.methods.base import Method
 from lightning_trak.methods.examples import Examples
 from lightning_trak.methods.features.rescoring import ExactScores, SecondStage
 from lightning_trak.methods.influence.passes import Passes, without_gradients
@@ -30,41 +28,30 @@ from lightning_trak.methods.questions import (
     target_rows,
     train_columns,
 )
+from lightning_trak.methods.token_scores import TokenMethod
 from lightning_trak.methods.tokens import target_loaders
-from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import target_output
 from lightning_trak.running.data.loaders import holds_several, like
 from lightning_trak.running.data.loading import batch_size_of, num_examples
 from lightning_trak.running.data.sources import Data, datamodule_of
 from lightning_trak.running.strategies import require_whole_parameters, shards_model
 from lightning_trak.running.trainers import trainer_of
-from lightning_trak.scoring.base import Scorer
-from lightning_trak.scoring.intervals import Interval, bounds, columns_of, with_bounds
+from lightning_trak.scoring.intervals import Interval, bounds, with_bounds
 from lightning_trak.scoring.newton.trak import TRAKScorer
 from lightning_trak.scoring.targets import Kept, Others, score_targets
-from lightning_trak.scoring.topk import BothEnds, Scores, TopK
+from lightning_trak.scoring.topk import BothEnds, Scores, TopK, all_indices
 
 
-class ScoredMethod(Method):
+class ScoredMethod(TokenMethod):
     """What all methods over stored features share once the features are there: from targets to scores."""
 
-    output: ModelOutput
     settings: FeatureSettings
-    _train: Data | None  # what featurize got last
 
     @abstractmethod
     def featurize(
         self, trainer: L.Trainer | None = None, data: Data | None = None, shard_size: int | None = None
     ) -> None:
         """Compute and store the features of the training set."""
-
-    @abstractmethod
-    def _pipeline(self) -> FeaturePipeline:
-        """What makes features."""
-
-    @abstractmethod
-    def make_scorer(self, store: FeatureStore) -> Scorer:
-        """Make the scorer of this method for a complete store."""
 
     def _exact_scores(self) -> ExactScores:
         """How candidates are scored exactly.
@@ -312,7 +299,7 @@ class ScoredMethod(Method):
         each: Any = {name: value for name, value in question.items() if name not in ("aggregate", "groups")}
         positions = None
         if top_k is not None and question.get("train_groups") is None:
-            positions = columns_of(cast("TopK | BothEnds", found))
+            positions = torch.unique(all_indices(cast("TopK | BothEnds", found)))
             others = _others_in(train, trainer)
             train = positions if others is None else _some(others, positions, trainer)
         scores = self.score(trainer, data, train=train, **each)
@@ -335,12 +322,8 @@ class ScoredMethod(Method):
                 " give the training data by train="
             )
         require_whole_parameters(trainer)
-        if train is None and self._train is None:
-            raise ValueError(
-                "rescore needs the training data: pass train=, the same data as to featurize, or call featurize of this"
-                " object first, which does nothing if the store is complete"
-            )
-        return SecondStage(exact, train or Examples(cast(Data, self._train), "fit", trainer), top_k)
+        train = train or Examples(self._training_data(None, "rescore"), "fit", trainer)
+        return SecondStage(exact, train, top_k)
 
 
 def _require_whole_model(trainer: L.Trainer) -> None:

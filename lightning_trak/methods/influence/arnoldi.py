@@ -1,6 +1,5 @@
 """Arnoldi iteration: the inverse of the Hessian in the span of its leading eigenvectors."""
 
-import random
 import warnings
 from dataclasses import dataclass
 
@@ -107,8 +106,7 @@ class Arnoldi(Solver):
         """
         passes = hessian.passes
         dimension = min(self.num_iterations, passes.size)
-        generator = torch.Generator().manual_seed(random.Random(passes.key("arnoldi")).getrandbits(63))
-        vector = torch.randn(passes.size, generator=generator, dtype=passes.dtype).to(passes.device)
+        vector = passes.random_vector("arnoldi")
         basis = torch.zeros(dimension, passes.size, dtype=passes.dtype, device=passes.device)
         projected = torch.zeros(dimension, dimension, dtype=torch.float64, device=passes.device)
         closed = dimension == passes.size

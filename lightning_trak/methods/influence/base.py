@@ -64,6 +64,7 @@ class Influence(DataMethod):
     """
 
     _shown = ("model", "checkpoints", "output", "curvature", "damping", "solver")
+    _without_candidates = None
 
     def __init__(
         self,
@@ -110,9 +111,6 @@ class Influence(DataMethod):
 
     def _target_output(self, output: ModelOutput | None) -> ModelOutput | None:
         return target_output(output, self.output)
-
-    def _require_candidates(self) -> None:
-        pass
 
     def _scores(self, trainer: L.Trainer, train: Examples, targets: Examples, asked: Asked) -> Tensor:
         """Products of gradients with the inverse, averaged over checkpoints.

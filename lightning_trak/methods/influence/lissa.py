@@ -104,9 +104,7 @@ class LiSSA(Solver):
     def _default_scale(self, hessian: Hessian) -> float:
         count = len(hessian.passes.train)
         batch = min(self.batch_size, count)
-        generator = torch.Generator().manual_seed(random.Random(hessian.passes.key("power")).getrandbits(63))
-        vector = torch.randn(1, hessian.passes.size, generator=generator, dtype=hessian.passes.dtype)
-        vector = vector.to(hessian.passes.device)
+        vector = hessian.passes.random_vector("power").unsqueeze(0)
         for _ in range(_POWER_ITERATIONS):
             vector = hessian.product(vector / vector.norm())
         return count * float(hessian.weights.max()) / batch + (1 - 1 / batch) * float(vector.norm()) + hessian.ridge

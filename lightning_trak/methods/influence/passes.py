@@ -1,6 +1,7 @@
 """Passes over data with the model at one checkpoint."""
 
 import copy
+import random
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -104,6 +105,11 @@ class Passes:
     def key(self, purpose: str) -> str:
         """The key of random draws for a purpose at this checkpoint."""
         return f"{self._seed}/{self.model.checkpoint}/{purpose}"
+
+    def random_vector(self, purpose: str) -> Tensor:
+        """A normal vector over all parameters, ``(p,)``, drawn for a purpose at this checkpoint."""
+        generator = torch.Generator().manual_seed(random.Random(self.key(purpose)).getrandbits(63))
+        return torch.randn(self.size, generator=generator, dtype=self.dtype).to(self.device)
 
     def enter(self, checkpoint: int) -> None:
         """Load the weights of a checkpoint, and compute the output's context from the training data there."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 
@@ -49,18 +51,12 @@ def bootstrap_interval(
     values, size = values.double(), values.shape[-1]
     if size == 1:
         return values.new_full((2, *values.shape[:-1]), torch.nan)
-    generator = torch.Generator().manual_seed(integer("seed", seed))
-    drawn = torch.randint(size, (num_bootstraps, size), generator=generator)
-    if weights is None:
-        means = torch.stack([values[..., row].mean(-1) for row in drawn.to(values.device)], dim=-1)
-    else:
-        if weights.shape != (size,) or not bool((weights > 0).all()):
-            raise ValueError(f"Expected {size} positive weights, but got {weights.tolist()!r:.200}.")
-        weights, parts = weights.to(values), []
-        for rows in torch.split(drawn.to(values.device), max(1, _MAX_COUNTS // size)):
-            counts = values.new_zeros(rows.shape).scatter_add_(1, rows, torch.ones_like(rows).to(values))
-            parts.append((values * weights) @ counts.T / (counts @ weights))
-        means = torch.cat(parts, dim=-1)
+    weights = torch.ones(size) if weights is None else weights
+    if weights.shape != (size,) or not bool((weights > 0).all()):
+        raise ValueError(f"Expected {size} positive weights, but got {weights.tolist()!r:.200}.")
+    weights = weights.to(values)
+    drawn = _drawn((size,), num_bootstraps, seed, values.device)
+    means = torch.cat([(values * weights) @ counts.T / (counts @ weights) for (counts,) in drawn], dim=-1)
     return means.quantile(values.new_tensor([tail, 1 - tail]), dim=-1)
 
 
@@ -105,9 +101,21 @@ def _mean_and_error(values: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tens
     return mean, variance.clamp(min=torch.finfo(values.dtype).tiny).sqrt()
 
 
-def _draw_counts(replicates: int, size: int, generator: torch.Generator) -> Tensor:
+def _counts(replicates: int, size: int, generator: torch.Generator) -> Tensor:
     drawn = torch.randint(size, (replicates, size), generator=generator)
     return torch.zeros(replicates, size, dtype=torch.float64).scatter_add_(1, drawn, torch.ones_like(drawn).double())
+
+
+def _drawn(sizes: Sequence[int], num_bootstraps: int, seed: int, device: torch.device) -> Iterator[list[Tensor]]:
+    """How often replicates draw each value of samples of these sizes: of each sample ``(replicates, size)``.
+
+    As many replicates at a time as fit in memory.
+    """
+    generator = torch.Generator().manual_seed(integer("seed", seed))
+    at_once = max(1, _MAX_COUNTS // sum(sizes))
+    for done in range(0, num_bootstraps, at_once):
+        replicates = min(at_once, num_bootstraps - done)
+        yield [_counts(replicates, size, generator).to(device) for size in sizes]
 
 
 def crossed_bootstrap_interval(
@@ -152,12 +160,8 @@ def crossed_bootstrap_interval(
     values = values - center
     r, c = values.shape
     error = _mean_and_error(values, values.new_ones(1, r), values.new_ones(1, c))[1]
-    generator = torch.Generator().manual_seed(integer("seed", seed))
     ratios = []
-    at_once = max(1, _MAX_COUNTS // (r + c))
-    for done in range(0, num_bootstraps, at_once):
-        replicates = min(at_once, num_bootstraps - done)
-        rows, columns = (_draw_counts(replicates, size, generator).to(values.device) for size in (r, c))
+    for rows, columns in _drawn((r, c), num_bootstraps, seed, values.device):
         mean, replicate_error = _mean_and_error(values, rows, columns)
         ratios.append(mean / replicate_error.clamp(min=_LEAST_ERROR * error))
     quantiles = torch.cat(ratios).quantile(values.new_tensor([1 - tail, tail]))

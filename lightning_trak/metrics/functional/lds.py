@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_trak.checks import require_tensor
+from lightning_trak.checks import require_one_of, require_tensor
 from lightning_trak.metrics.functional.bootstrap import crossed_bootstrap_interval
+from lightning_trak.metrics.functional.equal_subsets import _packed
 from lightning_trak.metrics.functional.ranking import spearman_corrcoef, spearman_influence
 
 ConstantRows = Literal["zero", "ignore", "error"]
@@ -34,7 +34,7 @@ def _validate_masks(masks: Tensor) -> None:
     if (sizes == 0).any():
         raise ValueError(f"Expected every subset to hold training examples, but row {int(sizes.argmin())} is empty.")
     seen: dict[bytes, int] = {}
-    for row, packed in enumerate(np.packbits(masks.cpu().numpy(), axis=1)):
+    for row, packed in enumerate(_packed(masks)):
         first = seen.setdefault(packed.tobytes(), row)
         if first != row:
             raise ValueError(
@@ -122,6 +122,13 @@ def _linear_datamodeling_score_compute(predictions: Tensor, outputs: Tensor, con
     return values.nan_to_num(nan=0.0) if constant_rows == "zero" else values
 
 
+def _linear_datamodeling_score_table(predictions: Tensor, outputs: Tensor, constant_rows: ConstantRows) -> Tensor:
+    """Each target's rank correlation plus the influence of each subset on it, whose mean over subsets is 0."""
+    values = _linear_datamodeling_score_compute(predictions, outputs, constant_rows)
+    # A constant row has no influence; under "zero" it stays 0 whatever the subsets.
+    return values[:, None] + spearman_influence(predictions, outputs).nan_to_num(nan=0.0)
+
+
 def _linear_datamodeling_score_interval(
     predictions: Tensor,
     outputs: Tensor,
@@ -130,22 +137,14 @@ def _linear_datamodeling_score_interval(
     num_bootstraps: int,
     seed: int,
 ) -> Tensor:
-    values = _linear_datamodeling_score_compute(predictions, outputs, constant_rows)
-    # A constant row has no influence; under "zero" it stays 0 whatever the subsets.
-    influence = spearman_influence(predictions, outputs).nan_to_num(nan=0.0)
-    counted = ~values.isnan()
-    if counted.sum() < 2:
+    table = _linear_datamodeling_score_table(predictions, outputs, constant_rows)
+    table = table[~table.isnan().any(dim=1)]
+    if len(table) < 2:
         raise ValueError(
-            f"Expected at least 2 targets for an interval over targets and subsets, but got {int(counted.sum())} "
+            f"Expected at least 2 targets for an interval over targets and subsets, but got {len(table)} "
             f"(constant_rows={constant_rows!r})."
         )
-    table = (values[:, None] + influence)[counted]
     return crossed_bootstrap_interval(table, confidence, num_bootstraps, seed).clamp(-1, 1)
-
-
-def _validate_constant_rows(constant_rows: str) -> None:
-    if constant_rows not in ("zero", "ignore", "error"):
-        raise ValueError(f"Expected `constant_rows` to be 'zero', 'ignore' or 'error', but got {constant_rows!r}.")
 
 
 def linear_datamodeling_score(
@@ -191,9 +190,8 @@ def linear_datamodeling_score(
         >>> linear_datamodeling_score(scores, outputs, masks, reduction="none")
         tensor([0.9487, 0.8000], dtype=torch.float64)
     """
-    _validate_constant_rows(constant_rows)
-    if reduction not in ("mean", "none"):
-        raise ValueError(f"Expected `reduction` to be 'mean' or 'none', but got {reduction!r}.")
+    require_one_of("constant_rows", constant_rows, get_args(ConstantRows))
+    require_one_of("reduction", reduction, ("mean", "none"))
     _validate_masks(masks)
     predictions, outputs = _linear_datamodeling_score_update(scores, outputs, masks)
     if not len(predictions):
@@ -249,7 +247,7 @@ def linear_datamodeling_interval(
         >>> bool(low < linear_datamodeling_score(scores, outputs, masks) < high)
         True
     """
-    _validate_constant_rows(constant_rows)
+    require_one_of("constant_rows", constant_rows, get_args(ConstantRows))
     _validate_masks(masks)
     predictions, outputs = _linear_datamodeling_score_update(scores, outputs, masks)
     return _linear_datamodeling_score_interval(predictions, outputs, constant_rows, confidence, num_bootstraps, seed)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_trak.checks import integer, require_tensor
+from lightning_trak.checks import integer, real, require_tensor
 from lightning_trak.texts.display import tuple_line
 
 
@@ -131,8 +131,8 @@ def flip_labels(labels: Tensor, fraction: float = 0.1, seed: int = 0) -> tuple[T
     if labels.ndim != 1 or labels.is_floating_point():
         raise ValueError(f"Expected integer `labels` of shape `(num_train,)`, but got {labels.dtype} {labels.shape}.")
     classes, place = torch.unique(labels.cpu(), return_inverse=True)
-    count = round(fraction * len(labels))
-    if len(classes) < 2 or not 0 < count <= len(labels):
+    count = round(fraction * len(labels)) if 0 < real("fraction", fraction) <= 1 else 0
+    if len(classes) < 2 or not count:
         raise ValueError(
             f"Expected labels to flip, but got {len(labels)} of {len(classes)} classes and `fraction` {fraction}."
         )

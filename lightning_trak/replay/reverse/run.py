@@ -17,7 +17,7 @@ from lightning_trak.gradients.batch import Layout, find_layout
 from lightning_trak.gradients.precision import in_double
 from lightning_trak.gradients.second_derivatives import CAUSES, differentiating_twice, has_derivative
 from lightning_trak.outputs import ModelOutput
-from lightning_trak.outputs.evaluating import exact_attention, modules_of, unchanged
+from lightning_trak.outputs.evaluating import exact_attention, modules_in_eval, unchanged
 from lightning_trak.replay.losses import Losses, losses_of, require_unchanged
 from lightning_trak.replay.player import Played, Player, ReplayError
 from lightning_trak.replay.recording.states import TrainingState
@@ -185,8 +185,7 @@ class Differentiated:
         player, last = self._player, self._last
         num_targets = num_examples(targets)
         together = max(1, COTANGENT_BYTES // max(1, last.nbytes))
-        for part in modules_of(output):
-            part.to(player.device).eval()
+        modules_in_eval(output, player.device)
         for block in row_blocks(rows, num_targets, together):
             player.load(last)
             batches = targets_alone(player, targets, datamodule, block.members)

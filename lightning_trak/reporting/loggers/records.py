@@ -19,12 +19,13 @@ from lightning_trak.reporting.explanations import (
     Explanation,
     described,
     explained,
+    require_data,
     require_positions,
 )
 from lightning_trak.reporting.loggers.base import writers_for
 from lightning_trak.reporting.plots import Picture, plot_brittleness, plot_mislabel_curves, plot_pictures
-from lightning_trak.scoring.topk import BothEnds, Scores, TopK, rows_of, strongest
-from lightning_trak.texts.printable import counted
+from lightning_trak.reporting.scores import SavedScores
+from lightning_trak.scoring.topk import Scores
 from lightning_trak.texts.tables import Cell, Table
 
 if TYPE_CHECKING:
@@ -94,34 +95,26 @@ def log_attributions(
 
     Raises:
         TypeError: if ``describe`` returns something other than a str.
-        ValueError: if the sizes of scores and datasets differ, or ``largest`` contradicts the scores.
+        ValueError: if the sizes of scores and datasets differ, ``largest`` contradicts the scores, or one is not
+            finite.
         IndexError: if there is no target with one of the positions.
     """
-    if not isinstance(scores, (Tensor, TopK, BothEnds)):
-        raise TypeError(f"expected scores as score or attribute returns them, got a {type(scores).__name__}")
     k = positive("k", k)
-    _require_fit(scores, len(targets), len(train), largest)
+    saved = SavedScores(scores, len(train), "", largest)
+    saved.require_scores("cannot log these scores")
+    require_data(saved, train, targets)
     rows = list(range(min(8, len(targets))) if shown is None else shown)
     require_positions(rows, len(targets))
     writers = writers_for(loggers)
     if not writers:
         return
-    best = strongest(rows_of(scores, rows), k, largest)
     read_train, read_target = (cache(partial(_example, data, describe, image)) for data in (train, targets))
-    explanations = [
-        explained(
-            row,
-            {kind: TopK(*(part[number] for part in top)) for kind, top in best.items()},
-            read_target(row),
-            read_train,
-        )
-        for number, row in enumerate(rows)
-    ]
+    explanations = [explained(row, saved.best(row, k), read_target(row), read_train) for row in rows]
     table = _table(explanations)
     for writer in writers:
         writer.table(f"{name}/table", table, step)
     if image is not None:
-        figure = _figure(explanations, best)
+        figure = _figure(explanations)
         for writer in writers:
             writer.figure(f"{name}/images", figure, step)
     for writer in writers:
@@ -144,7 +137,7 @@ def _table(explanations: Sequence[Explanation]) -> Table:
     return Table(("target", "target is", "kind", "rank", "example", "example is", "score"), cells)
 
 
-def _figure(explanations: Sequence[Explanation], kinds: Iterable[str]) -> Figure:
+def _figure(explanations: Sequence[Explanation]) -> Figure:
     """Targets beside the images of their proponents and opponents."""
 
     def picture(example: Example, *more: str) -> Picture:
@@ -157,31 +150,9 @@ def _figure(explanations: Sequence[Explanation], kinds: Iterable[str]) -> Figure
             kind: [
                 [picture(entry.example, f"{entry.score:+.2g}") for entry in each.groups[kind]] for each in explanations
             ]
-            for kind in kinds
+            for kind in explanations[0].groups
         },
     )
-
-
-def _require_fit(scores: Scores, num_targets: int, num_train: int, largest: bool) -> None:
-    if isinstance(scores, BothEnds):
-        for end, highest in zip(scores, (True, False), strict=True):
-            _require_fit(end, num_targets, num_train, highest)
-        return
-    if isinstance(scores, Tensor):
-        if scores.shape != (num_targets, num_train):
-            raise ValueError(f"expected scores of shape {(num_targets, num_train)}, got {tuple(scores.shape)}")
-        return
-    values, indices = scores
-    if len(values) != num_targets:
-        raise ValueError(f"expected the best scores of {counted(num_targets, 'target')}, got those of {len(values)}")
-    if indices.numel() and int(indices.max()) >= num_train:
-        raise ValueError(f"the scores name training example {int(indices.max())}, and there are {num_train}")
-    steps = values.diff(dim=1)
-    if (steps > 0 if largest else steps < 0).any():
-        raise ValueError(
-            f"the best scores of a target {'rise' if largest else 'fall'} from first to last, so they are"
-            f" {'opponents: pass largest=False' if largest else 'proponents: leave largest=True'}"
-        )
 
 
 def log_brittleness(loggers: Loggers, brittleness: Brittleness, name: str = "counterfactuals", step: int = 0) -> None:

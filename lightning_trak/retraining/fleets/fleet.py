@@ -235,25 +235,17 @@ class RetrainingFleet(Displayed):
         if together is not None:
             together = positive("together", together)
             self._require_trainable_together()
-        missing = set(self._missing(members))
+        missing = set(self.store.missing(members))
         done = len(members) - len(missing)
         with tqdm(total=len(members), initial=done, desc="Retraining", disable=not progress_bar) as bar, quiet():
             for _ in range(1 + retries):
                 for group in self._groups(members, together or 1):
-                    if self._missing(group):  # another process may have trained some meanwhile
+                    if self.store.missing(group):  # another process may have trained some meanwhile
                         self._attempt(group, together is not None)
-                    found = missing.intersection(group).difference(self._missing(group))
+                    found = missing.intersection(group).difference(self.store.missing(group))
                     missing -= found
                     bar.update(len(found))
-        if missing:
-            raise RuntimeError(
-                f"{len(missing)} of {len(members)} members failed, all others are finished:"
-                f' {self.store.describe(sorted(missing))}. See their tracebacks in "{self.directory}/failures", and run'
-                " again to retry"
-            )
-
-    def _missing(self, members: Sequence[Member]) -> list[Member]:
-        return [member for member in members if member not in self.store]
+        self.store.require_trained(members)
 
     def _groups(self, members: list[Member], size: int) -> Iterator[list[Member]]:
         """Members to be trained at once: on subsets of one size, which training together requires.
@@ -275,10 +267,10 @@ class RetrainingFleet(Displayed):
         except FactoryError:
             raise
         except Exception as error:  # one member's error must not stop the others
-            for member in self._missing(group):
+            for member in self.store.missing(group):
                 self._failed(member, error)
             return
-        missing = self._missing(group)
+        missing = self.store.missing(group)
 
         def keep(member: Member, row: Tensor, state: dict[str, Any] | None) -> None:
             if member not in missing:

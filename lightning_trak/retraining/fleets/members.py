@@ -185,6 +185,25 @@ class MemberStore:
             return self._weights_path(member).exists() and "weights" in load_metadata(self._path(member))
         return True  # reading it raises the error that says what to do
 
+    def missing(self, members: Iterable[Member]) -> list[Member]:
+        """Those of some members that are not complete."""
+        return [member for member in members if member not in self]
+
+    def require_trained(self, members: Sequence[Member]) -> None:
+        """Check that the training of some members has not failed.
+
+        Raises:
+            RuntimeError: if some are not complete. The error names a few, those that failed first.
+        """
+        missing = self.missing(members)
+        if missing:
+            failed = self._failed()
+            named = self._describe(sorted(missing, key=lambda member: (member not in failed, member)), len(missing))
+            raise RuntimeError(
+                f"{len(missing)} of {len(members)} members failed, all others are finished: {named}. See their"
+                f' tracebacks in "{self.directory}/failures", and run again to retry'
+            )
+
     def write(
         self,
         member: Member,
@@ -326,12 +345,8 @@ class MemberStore:
     def _failure_path(self, member: Member) -> Path:
         return self.directory / "failures" / f"{member.stem}.json"
 
-    def describe(self, members: Sequence[Member]) -> str:
-        """The first few members as text for an error message, each with its failure. Failed members come first."""
-        failed = self._failed()
-        return self._describe(sorted(members, key=lambda member: member not in failed), len(members))
-
     def _describe(self, members: Sequence[Member], count: int) -> str:
+        """The first few members as text for an error message, each with its failure."""
         named = "; ".join(map(self._with_failure, members[:_NUM_NAMED]))
         return named + (f"; and {count - _NUM_NAMED} more" if count > _NUM_NAMED else "")
 

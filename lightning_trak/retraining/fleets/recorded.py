@@ -211,24 +211,17 @@ class RecordedFleet(Displayed):
         # Groups do not depend on which members are missing, so that each is trained with the same others, to the same
         # bits, however often the run is interrupted.
         groups = chunked(members, size)
-        missing = [member for member in members if member not in self.store]
-        if not missing:
+        if not self.store.missing(members):
             return
         with isolated_random_states(), torch.inference_mode(False):
             self._warn()
             self._run.skipped()
             with tqdm(total=len(members), desc="Repeating", disable=not progress_bar) as bar:
                 for group in groups:
-                    if any(member not in self.store for member in group):
+                    if self.store.missing(group):
                         self._train(group, together is not None)
                     bar.update(len(group))
-        failed = [member for member in members if member not in self.store]
-        if failed:
-            raise RuntimeError(
-                f"{len(failed)} of {len(members)} members failed, all others are finished:"
-                f' {self.store.describe(failed)}. See their tracebacks in "{self.store.directory}/failures", and run'
-                " again to retry"
-            )
+        self.store.require_trained(members)
 
     def _train(self, group: list[Member], together: bool) -> None:
         weights = self.masks[[member.subset for member in group]].float()

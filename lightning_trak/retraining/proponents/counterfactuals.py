@@ -14,6 +14,8 @@ from lightning_trak.outputs import ModelOutput
 from lightning_trak.retraining.fleets.fleet import RetrainingFleet
 from lightning_trak.retraining.proponents.brittleness import Brittleness
 from lightning_trak.retraining.proponents.masks import removal_masks, require_scores
+from lightning_trak.running.data.loaders import as_loader
+from lightning_trak.running.data.loading import num_examples
 from lightning_trak.texts.display import Displayed
 
 
@@ -82,7 +84,7 @@ class Counterfactuals(Displayed):
         make_loader: Callable[[Dataset[Any]], DataLoader[Any]] | None = None,
         overwrite: bool = False,
     ) -> None:
-        num_train, num_targets = (_length(data) for data in (train, targets))
+        num_train, num_targets = (num_examples(as_loader(data)) for data in (train, targets))
         require_scores(scores, num_targets, num_train)
         if not isinstance(ks, Sequence):
             raise TypeError(f"expected ks as numbers of proponents, such as (10, 40), got {ks!r}")
@@ -130,8 +132,3 @@ class Counterfactuals(Displayed):
         own = torch.arange(num_targets)  # each target by the models that were trained without its proponents
         outputs = removed[own, :, :, own].permute(1, 2, 0, 3)
         return Brittleness(self.methods, self.ks, outputs, found[:, : self.num_references], threshold)
-
-
-def _length(data: Any) -> int:
-    dataset: Any = data.dataset if isinstance(data, DataLoader) else data
-    return len(dataset)

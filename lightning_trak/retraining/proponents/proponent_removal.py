@@ -9,7 +9,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from lightning_trak.checks import positive
+from lightning_trak.checks import positive, require_one_of
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.retraining.estimates import Estimate, mean_of
 from lightning_trak.retraining.fleets.recorded import RecordedFleet
@@ -169,8 +169,7 @@ class ProponentRemoval:
             RuntimeError: if members are missing.
             ValueError: if ``of`` is something else.
         """
-        if of not in ("output", "loss"):
-            raise ValueError(f'of must be "output" or "loss", got {of!r}')
+        require_one_of("of", of, ("output", "loss"))
         found = self.fleet.outputs[..., 0].double()
         if of == "loss":
             found = torch.stack([self.fleet.output.loss(column) for column in found.T], 1)

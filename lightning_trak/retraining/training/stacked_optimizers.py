@@ -16,6 +16,10 @@ from lightning_trak.retraining.training.alone import FactoryError
 from lightning_trak.texts.messages import listed
 
 _ROUNDING = 1e-5
+_SAME = (
+    "the optimizer must have the same groups and settings for all modules, and treat each element of a parameter by"
+    " itself, without norms or shapes"
+)
 
 
 def one_optimizer(module: L.LightningModule) -> tuple[Optimizer, list[LRSchedulerConfig]]:
@@ -83,7 +87,7 @@ def require_same_settings(modules: Sequence[L.LightningModule]) -> None:
     """
     first, *others = (_new_optimizer(module)[1] for module in modules)
     for number, own in enumerate(others, 1):
-        _require_none(_differing(first, own), number)
+        require_none(_differing(first, own), number, _SAME)
 
 
 def trial_gradients(module: L.LightningModule, count: int) -> dict[str, Tensor]:
@@ -143,7 +147,7 @@ def require_same_step(together: TrialStep, alone: TrialStep, number: int) -> Non
         for name, own in alone.after.items()
         if not torch.allclose(together.after[name][number], own, rtol=_ROUNDING, atol=_ROUNDING * 1e-3, equal_nan=True)
     ]
-    _require_none(_differing(together.settings, alone.settings) + wrong, number)
+    require_none(_differing(together.settings, alone.settings) + wrong, number, _SAME)
 
 
 def _new_optimizer(module: L.LightningModule) -> tuple[Optimizer, Settings]:
@@ -164,13 +168,21 @@ def _differing(settings: Settings, others: Settings) -> list[str]:
     return [f"the settings of {name}" for name, own in settings.items() if others.get(name) != own]
 
 
-def _require_none(wrong: list[str], number: int) -> None:
+def require_none(wrong: Sequence[str], number: int, advice: str) -> None:
+    """Refuse a module that does something else together with the others than alone.
+
+    Args:
+        wrong: what differs.
+        number: of the module.
+        advice: what to do about it.
+
+    Raises:
+        FactoryError: if anything differs.
+    """
     if wrong:
         raise FactoryError(
-            f"{listed(wrong)} of module {number} differs between training"
-            " together with the others and training alone: the optimizer must have the same groups and settings for all"
-            " modules, and treat each element of a parameter by itself, without norms or shapes; or train the modules"
-            " one at a time"
+            f"{listed(wrong)} of module {number} differs between training together with the others and training alone:"
+            f" {advice}, or train the modules one at a time"
         )
 
 

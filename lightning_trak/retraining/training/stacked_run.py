@@ -15,7 +15,8 @@ from torch.func import vmap
 from torch.utils.data import DataLoader
 
 from lightning_trak.outputs import ModelOutput
-from lightning_trak.outputs.evaluating import modules_of
+from lightning_trak.outputs.evaluating import modules_in_eval
+from lightning_trak.replay.losses import is_other_step
 from lightning_trak.replay.optimizers.base import OptimizerStep
 from lightning_trak.replay.optimizers.clipping import clipped
 from lightning_trak.replay.player import ReplayError
@@ -26,8 +27,6 @@ from lightning_trak.replay.targets import differentiable, targets_alone
 from lightning_trak.retraining.training.together import StackedModules
 from lightning_trak.running.random_states import restore_random_states
 from lightning_trak.running.training_step import set_place
-
-_STEP_ERRORS = {torch.float32: 2e-2, torch.float64: 1e-6}
 
 
 class StackedRun:
@@ -90,8 +89,7 @@ class StackedRun:
             On the CPU, ``(num_members, num_targets)``. Some may not be finite.
         """
         player = self._player
-        for part in modules_of(output):
-            part.to(player.device).eval()
+        modules_in_eval(output, player.device)
         self._stack.stacked.eval()
         with differentiable(player), torch.no_grad():
             found = [self._stack.outputs(output, batch) for batch in targets_alone(player, targets, datamodule)]
@@ -163,8 +161,7 @@ class StackedRun:
                 off += float((self._parameters[name].detach()[row] - tensor).double().square().sum())
                 moved += float((before[name].to(tensor.device) - tensor).double().square().sum())
                 size += float(tensor.double().square().sum())
-            rounding = 8 * torch.finfo(player.dtype).eps * size**0.5
-            if not off**0.5 <= _STEP_ERRORS[player.dtype] * moved**0.5 + rounding:
+            if is_other_step(off**0.5, moved**0.5, size**0.5, player.dtype):
                 raise ReplayError(
                     f"the first step of a member differs between training together and alone by {off**0.5:.3g}, where"
                     f" the weights move by {moved**0.5:.3g}: perhaps vmap draws other random numbers (dropout on a"

@@ -30,6 +30,7 @@ from lightning_trak.retraining.training.left_out import require_nothing_left_out
 from lightning_trak.retraining.training.stacked_optimizers import (
     advance,
     one_optimizer,
+    require_none,
     require_same_settings,
     require_same_step,
     trial_gradients,
@@ -37,7 +38,7 @@ from lightning_trak.retraining.training.stacked_optimizers import (
 )
 from lightning_trak.running.random_states import isolated_random_states
 from lightning_trak.running.training_step import set_place, training_loss, without_trainer
-from lightning_trak.texts.messages import in_one_line, listed
+from lightning_trak.texts.messages import in_one_line
 
 
 class _Call(nn.Module):
@@ -289,12 +290,8 @@ def _require_as_alone(stack: StackedModules, batches: Any, alone: dict[int, _Alo
             error = own.norm() if gradients is None else (gradients[number].to_dense() - own.to_dense()).norm()
             if error > 1e-2 * own.norm() + 1e-3 * whole:
                 wrong.append(f"the gradient of {name}")
-        if wrong:
-            raise FactoryError(
-                f"{listed(wrong)} of module {number} differs between training"
-                " together with the others and training alone: keep what differs from module to module in parameters"
-                " and buffers (register_buffer), not in plain attributes, or train the modules one at a time"
-            )
+        keep = "keep what differs from module to module in parameters and buffers (register_buffer)"
+        require_none(wrong, number, f"{keep}, not in plain attributes")
 
 
 def _losses(stack: StackedModules, batches: Any, number: int = 0) -> Tensor:

@@ -9,7 +9,6 @@ evidence.
 
 import math
 from collections.abc import Callable, Iterable
-from numbers import Real
 from typing import Literal
 
 import torch
@@ -22,19 +21,6 @@ Lag = float | Literal["auto"]
 _DIRECTIONS = 0.6  # sum h (1 - h) / sum h for h = e / (e + lambda), K's eigenvalues e: found by measurement
 _STEP = 4.0  # from one damping to the next, until the lag is surrounded
 _MOST = _STEP**2  # of the lag
-
-
-def require_lag(lag: Lag) -> Lag:
-    """The lag, if it is one.
-
-    Raises:
-        ValueError: if it is less than 1 or infinite, or another word than "auto".
-    """
-    if lag == "auto":
-        return lag
-    if isinstance(lag, bool) or not isinstance(lag, Real) or not 1 <= lag < math.inf:
-        raise ValueError(f"lag must be at least 1 and finite, or 'auto'; got {lag!r}")
-    return float(lag)
 
 
 def residual_sums(shards: Iterable[Features], dim: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -157,7 +157,7 @@ def stored_noise(
     store: FeatureStore,
     subsets: Sequence[TrainingSubset | None],
     averages: bool,
-    ranks: Ranks = Ranks(),
+    ranks: Ranks,
 ) -> Noise:
     """What the automatic damping works against, from the loss gradients and curvatures of all training examples.
 

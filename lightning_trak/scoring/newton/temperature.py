@@ -6,13 +6,12 @@ above 1 before the loss is differentiated, as margins are to calibrate a classif
 That this is done, and the values of T, were found by measurement: docs/faithfulness.md has the evidence.
 """
 
-import math
 from dataclasses import dataclass, replace
-from numbers import Real
 from typing import Literal
 
 from torch import Tensor
 
+from lightning_trak.checks import number_or_auto
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.scoring.damping import Damping
 from lightning_trak.scoring.newton.noise import Noise
@@ -88,9 +87,7 @@ def require_temperature(temperature: Temperature | None, loss_gradients: str) ->
     """
     if temperature is None:
         return None
-    number = isinstance(temperature, Real) and not isinstance(temperature, bool) and 1 <= temperature < math.inf
-    if temperature != "auto" and not number:
-        raise ValueError(f"temperature must be at least 1 and finite, or 'auto'; got {temperature!r}")
+    temperature = number_or_auto("temperature", temperature, 1)
     if temperature != 1 and loss_gradients == "averaged":
         raise ValueError(
             f"temperature={temperature!r} needs loss_gradients='per_checkpoint': as published, Q is averaged as it is"
