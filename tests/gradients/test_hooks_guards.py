@@ -8,6 +8,7 @@ from torch import nn
 from lightning_trak.gradients import HookEngine, Layer, LoopEngine, MixedEngine, coverage_report, select_parameters
 from lightning_trak.gradients.batch import ExampleBatch
 from lightning_trak.gradients.hooks.layers import layer_of
+from lightning_trak.gradients.hooks.ownership import example_weights
 from lightning_trak.outputs import ClassificationMargin
 from tests.gradients.no_hooks import assert_no_hooks
 from tests.zoo import specimen
@@ -300,6 +301,38 @@ def test_rows_whose_gradients_cancel_are_those_of_their_examples(size):
     _, expected = LoopEngine(module, ClassificationMargin(), names)(ExampleBatch(batch, size))
     for name, rows in expected.items():
         torch.testing.assert_close(found[name], rows, rtol=0.01, atol=0.01 * float(rows.abs().max()))
+
+
+class _Averaging(nn.Module):
+    """Has several rows for an example."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.inner(x).mean(1)
+
+
+def test_rows_in_float16_are_those_of_their_examples():
+    """Large weights of examples would be out of range."""
+    generator = torch.Generator().manual_seed(0)
+    module = _Averaging().half()
+    batch = torch.randn(40, 5, 4, generator=generator).half(), torch.randint(0, 3, (40,), generator=generator)
+    names = select_parameters(module)
+    _, found = HookEngine(module, ClassificationMargin(), names)(ExampleBatch(batch, 40))
+    _, expected = LoopEngine(module, ClassificationMargin(), names)(ExampleBatch(batch, 40))
+    for name, rows in expected.items():
+        torch.testing.assert_close(found[name], rows, rtol=0.01, atol=0.01)
+
+
+def test_examples_of_one_weight_have_different_ones_in_the_next_check():
+    like = torch.zeros(100, dtype=torch.float64)
+    first, second = (example_weights(100, like, torch.float32, number) for number in (0, 1))
+    assert len(example_weights(32, like, torch.float32, 0).unique()) == 32
+    together = [(weights[:, None] == weights).fill_diagonal_(False) for weights in (first, second)]
+    assert together[0].any()
+    assert (together[0] & together[1]).sum() < together[0].sum() / 4
 
 
 class _Unpadded(nn.Module):

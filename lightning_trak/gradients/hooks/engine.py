@@ -68,6 +68,7 @@ class HookEngine(GradientEngine):
         self._tracked = {each.module: each for each in tracked}
         self._shared: dict[Shapes, SharedOutputs] = {}
         self._proven: set[tuple[int, tuple[Signature, ...]]] = set()
+        self._proofs = 0
         self._reordered = reordered(module)
 
     @staticmethod
@@ -203,12 +204,13 @@ class HookEngine(GradientEngine):
                 return values
             signatures = batch.size, hooks.signatures
             unproven = self._on_any_rank(self._unproven(values, *signatures))
-            weights = example_weights(batch.size, values)
+            weights = example_weights(batch.size, values, self.precision, self._proofs)
             if unproven:
                 hooks.backward_weighted(values, weights)
             self._require_unused_outside(hooks.backward(values, outside))
             if unproven:
                 hooks.require_owned(weights, self._ownership_tolerance)
+                self._proofs += 1
                 self._proven.add(signatures)
         return values.detach()
 

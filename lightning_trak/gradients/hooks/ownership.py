@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -13,14 +14,21 @@ from lightning_trak.gradients.leaves import graph_nodes
 _LEVELS = 32  # of weights. The squares of gradients times the largest one, 2^31, are in the range of float32
 
 
-def example_weights(size: int, like: Tensor) -> Tensor:
-    """A weight for each example, shape ``(size,)``: few have the same one, in no order.
+def example_weights(size: int, like: Tensor, precision: torch.dtype, number: int) -> Tensor:
+    """A weight for each example, shape ``(size,)``: few have the same one, and others each time.
 
     They are powers of two, by which a backward pass multiplies without rounding. Other weights would round anew, and
     where large numbers cancel, rounding may be as large as what is left.
+
+    Args:
+        size: the number of examples.
+        like: a tensor of the weights' dtype and device.
+        precision: the dtype of the backward pass. In float16, fewer powers of two are in range.
+        number: of the check. Each has another order.
     """
-    order = torch.randperm(size, generator=torch.Generator().manual_seed(0))
-    return (2 ** (order % _LEVELS)).to(like)
+    levels = min(_LEVELS, int(math.log2(torch.finfo(precision).max)) // 2)
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(number))
+    return (2 ** (order % levels)).to(like)
 
 
 def row_norms(gradient: Tensor) -> Tensor:
