@@ -1,18 +1,32 @@
 """Group normalization in operations that can be differentiated twice for many cotangents at once."""
 
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from typing_extensions import override
 
-from lightning_trak.replay.replaced_function import ReplacedFunction
 
-
-def plain_group_norm() -> ReplacedFunction:
+class PlainGroupNorm(TorchFunctionMode):
     """A mode in which ``F.group_norm`` is made of means and products.
 
     The second derivative of torch's own is wrong for many cotangents at once (torch 2.13), so that they would have to
     be computed one after the other.
     """
-    return ReplacedFunction(F.group_norm, _group_norm)
+
+    @override
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        return (_group_norm if func is F.group_norm else func)(*args, **(kwargs or {}))
 
 
 def _group_norm(

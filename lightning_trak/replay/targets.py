@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from lightning_trak.compatibility import BatchNorm
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.evaluating import exact_attention, unchanged
-from lightning_trak.replay.group_norm import plain_group_norm
+from lightning_trak.replay.group_norm import PlainGroupNorm
 from lightning_trak.replay.player import Player
 from lightning_trak.running.data.loading import load, num_examples
 
@@ -35,7 +35,7 @@ def differentiable(player: Player) -> Iterator[None]:
         if any(issubclass(kind, nn.RNNBase) for kind in player.kinds):
             stack.enter_context(cudnn.flags(enabled=False))
         if any(issubclass(kind, nn.GroupNorm) for kind in player.kinds):
-            stack.enter_context(plain_group_norm())
+            stack.enter_context(PlainGroupNorm())
         yield
 
 

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset, WeightedRandomSa
 
 from lightning_trak import Metagradient
 from lightning_trak.replay import OptimizerStep
-from lightning_trak.replay.group_norm import plain_group_norm
+from lightning_trak.replay.group_norm import PlainGroupNorm
 from lightning_trak.replay.optimizers.sgd import SGDStep
 from lightning_trak.replay.player import ReplayError
 from lightning_trak.replay.reverse.products import Products
@@ -288,7 +288,7 @@ def test_group_norm_is_torchs(shape: tuple[int, ...]) -> None:
     inputs, weight, bias = torch.randn(shape).double(), torch.randn(4).double(), torch.randn(4).double()
     for options in ({}, {"weight": weight}, {"weight": weight, "bias": bias, "eps": 0.1}):
         expected = F.group_norm(inputs, 2, **options)
-        with plain_group_norm():
+        with PlainGroupNorm():
             found = F.group_norm(inputs, 2, **options)
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
 

@@ -9,14 +9,14 @@ matrices, in the memory of the sums.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from lightning_trak.replay.replaced_function import ReplacedFunction
+from torch.overrides import TorchFunctionMode
+from typing_extensions import override
 
 
 class _Call(NamedTuple):
@@ -28,7 +28,7 @@ class _Call(NamedTuple):
     results: Tensor
 
 
-class LinearCalls(ReplacedFunction):
+class LinearCalls(TorchFunctionMode):
     """A mode in which calls of ``F.linear`` with some parameters are noted, and get these parameters without a graph.
 
     Args:
@@ -36,9 +36,19 @@ class LinearCalls(ReplacedFunction):
     """
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
-        super().__init__(F.linear, self._linear)
+        super().__init__()
         self._names = {parameter: name for name, parameter in parameters.items()}
         self._calls: list[_Call] = []
+
+    @override
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        return (self._linear if func is F.linear else func)(*args, **(kwargs or {}))
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if weight not in self._names or (bias is not None and bias not in self._names):
