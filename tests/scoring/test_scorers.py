@@ -5,17 +5,14 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 from torch.linalg import solve_triangular
 
 from lightning_trak.features.dtypes import feature_dtype
 from lightning_trak.features.rows import Features, StoredFeatures
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.running.ranks import Ranks
-from lightning_trak.scoring import GradientCosineScorer, GradientDotScorer, PrimalScorer
+from lightning_trak.scoring import GradientDotScorer, PrimalScorer
 from lightning_trak.scoring.newton.gram import DampedGram, gram_matrix
-from lightning_trak.scoring.newton.kernel import DampedKernel
-from lightning_trak.scoring.newton.rounding import score_error
 
 N, K, M = 50, 6, 3
 CPU = torch.device("cpu")
@@ -304,61 +301,6 @@ def test_the_damping_that_was_chosen_is_told(tmp_path, monkeypatch, dampings, la
     assert told == [f"TRAK: {said}"]
 
 
-@pytest.fixture
-def wide():
-    """Exact rows and curvatures with eigenvalues from 1 to 1e-4, as random projections spread them."""
-    generator = torch.Generator().manual_seed(0)
-    turn = torch.linalg.qr(torch.randn(200, 200, generator=generator))[0]
-    phi = torch.randn(600, 200, generator=generator) @ torch.diag(torch.logspace(0, -2, 200)) @ turn
-    return Features(phi, *torch.rand(3, 600, generator=generator))
-
-
-def stored_as(tmp_path, rows, dtype, shard_size=100):
-    store = FeatureStore(tmp_path / dtype, {"checkpoints": ["a"], "dtype": dtype}, len(rows.features), shard_size)
-    for shard in range(store.num_shards):
-        part = store.shard(shard)
-        store.write(0, shard, Features(*(column[part.start : part.stop] for column in rows)))
-    return store
-
-
-SCORERS = {
-    "trak": lambda store: PrimalScorer(store, "gauss_newton", 1.0, "per_checkpoint", 0.0),
-    "averaged": lambda store: PrimalScorer(store, "identity", 1.0, "averaged", 0.0),
-    "dot": lambda store: GradientDotScorer(store, [1.0], "loss"),
-    "cosine": lambda store: GradientCosineScorer(store, [1.0], "output"),
-}
-
-
-@pytest.mark.parametrize("name", list(SCORERS))
-@pytest.mark.parametrize(("dtype", "share"), [("int8", 0.01), ("int4", 0.12)])
-def test_scores_from_integers_are_those_from_floats_up_to_rounding(tmp_path, wide, name, dtype, share):
-    exact, rounded = (SCORERS[name](stored_as(tmp_path, wide, kind)) for kind in ("float32", dtype))
-    targets = Features(wide.features[:20] + wide.features[20:40], *wide[1:])._replace(loss_gradients=torch.ones(20))
-    for scorer in (exact, rounded):
-        scorer.fit(CPU)
-    expected, found = (scorer.score([scorer.directions(0, targets)]) for scorer in (exact, rounded))
-    assert share / 5 < float((found - expected).norm() / expected.norm()) < share
-    assert float(torch.corrcoef(torch.stack([found.flatten(), expected.flatten()]))[0, 1]) > 1 - share**2
-    own, expected = rounded.self_scores(), exact.self_scores()
-    assert float((own - expected).norm() / expected.norm()) < share
-
-
-@pytest.mark.parametrize("dtype", ["float32", "int8", "int4"])
-def test_blocks_of_a_shard_give_the_scores_of_the_whole(tmp_path, wide, dtype, monkeypatch):
-    store, targets = stored_as(tmp_path, wide, dtype, shard_size=600), Features(*(part[:7] for part in wide))
-
-    def scores():
-        scorer = PrimalScorer(store, "gauss_newton", 1.0, "averaged", 0.0)
-        monkeypatch.setattr(store, "read_extra", lambda *args: None)
-        scorer.fit(CPU)
-        return scorer.score([scorer.directions(0, targets)]), scorer.self_scores()
-
-    whole = scores()
-    monkeypatch.setattr("lightning_trak.features.rows._BLOCK_BYTES", 200 * 4 * 37)
-    for found, expected in zip(scores(), whole, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
-
-
 def test_a_panel_of_the_gram_matrix_gives_what_the_whole_gives(monkeypatch):
     phi, curvatures = torch.randn(50, 11, dtype=torch.float64), torch.rand(50, dtype=torch.float64)
     expected = (phi * curvatures[:, None]).T @ phi
@@ -367,85 +309,3 @@ def test_a_panel_of_the_gram_matrix_gives_what_the_whole_gives(monkeypatch):
         gram, _ = gram_matrix([Features(phi, curvatures, curvatures, curvatures)], "gauss_newton", 11, CPU)
         torch.testing.assert_close(gram, expected)
         assert torch.equal(gram, gram.T)
-
-
-@pytest.mark.parametrize("damping", [1.0, 0.1])
-@pytest.mark.parametrize("dtype", ["int8", "int4"])
-def test_the_error_of_scores_is_foreseen(wide, damping, dtype):
-    """Scores of training examples for each other, with weights R, as score_error estimates their error."""
-    real, foreseen = real_and_foreseen(wide, dtype, damping)
-    assert 0.8 * real < foreseen < 1.3 * real
-
-
-def real_and_foreseen(rows, dtype, damping):
-    """By how much rounding changes scores, and what is foreseen by the primal, or by the dual for few examples."""
-    stored = StoredFeatures.encode(rows, feature_dtype(dtype))
-    weights, scores, (n, k) = rows.curvatures.double(), [], rows.features.shape
-    for phi in (rows.features.double(), stored.decode().features.double()):
-        gram = DampedGram((phi * weights[:, None]).T @ phi, damping, torch.float64, "x")
-        products = gram.solve(rows.features.double()) @ phi.T
-        scores.append(weights.sqrt()[:, None] * products * weights.sqrt())
-    real = float((scores[1] - scores[0]).norm() / scores[0].norm())
-    if n < k:
-        kernel = DampedKernel(phi @ phi.T, weights, damping, k, torch.float64, "x", CPU)
-        return real, score_error(stored.rounding(rows), kernel, damping, n, lambda targets: targets.double() @ phi.T)
-    return real, score_error(stored.rounding(rows), gram, damping, n, Tensor.double)
-
-
-@pytest.mark.parametrize("damping", [1e-4, 1e-2, 1.0])
-@pytest.mark.parametrize("n", [300, 40])
-@pytest.mark.parametrize("dtype", ["int8", "int4"])
-def test_columns_that_rounding_removes_are_foreseen(dtype, n, damping):
-    """The first column is so large that rounding leaves nothing of the next fifty. The last fifty are zero."""
-    generator = torch.Generator().manual_seed(0)
-    features = torch.randn(n, 101, generator=generator)
-    features[:, 0] = 1000 + 100 * features[:, 0]
-    features[:, 51:] = 0
-    real, foreseen = real_and_foreseen(Features(features, *torch.rand(3, n, generator=generator)), dtype, damping)
-    assert 0.7 * real < foreseen < 1.3 * real
-
-
-@pytest.mark.parametrize("damping", [1e-2, 0.1, 1.0])
-@pytest.mark.parametrize("n", [300, 40])
-@pytest.mark.parametrize("dtype", ["int8", "int4"])
-def test_columns_of_unequal_size_are_foreseen(dtype, n, damping):
-    generator = torch.Generator().manual_seed(0)
-    features = torch.randn(n, 101, generator=generator) / torch.arange(1, 102)
-    real, foreseen = real_and_foreseen(Features(features, *torch.rand(3, n, generator=generator)), dtype, damping)
-    assert 0.8 * real < foreseen < 1.3 * real
-
-
-def test_rounding_that_shows_in_the_scores_warns_or_is_refused(tmp_path, wide):
-    stores = {dtype: stored_as(tmp_path, wide, dtype) for dtype in ("int8", "int4")}
-
-    def fit(dtype, damping):
-        PrimalScorer(stores[dtype], "gauss_newton", damping, "per_checkpoint", 0.0).fit(CPU)
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        fit("int4", 1.0)
-        fit("int8", 1e-3)
-    with pytest.warns(
-        RuntimeWarning, match=r"changes scores .* checkpoint 0 by about 4\d% .* use a dtype of more bits"
-    ):
-        fit("int4", 0.01)
-    large = torch.cat([torch.full((600, 1), 300.0), wide.features], dim=1)
-    stores["removed"] = stored_as(tmp_path / "large", wide._replace(features=large), "int4")
-    with pytest.raises(ValueError, match=r"changes scores .* checkpoint 0 by about 100% .* use a dtype of more bits"):
-        fit("removed", 1e-4)
-    with pytest.raises(
-        ValueError, match=r"changes scores .* checkpoint 0 by about 6\d% of their size: .*larger damping"
-    ):
-        fit("int4", 0.001)
-
-
-def test_the_lag_is_searched_where_rounding_would_change_scores(tmp_path, wide, monkeypatch):
-    """The damping that the lag gives is what counts, not those that are tried on the way."""
-    monkeypatch.setattr("lightning_trak.scoring.newton.undamped.alignment", lambda *about: 1e3)
-    rows = Features.cat([wide._replace(loss_gradients=torch.zeros(600))] * 3)  # more examples have a smaller damping
-    store = stored_as(tmp_path, rows, "int4", shard_size=600)
-    with pytest.raises(ValueError, match=r"changes scores .* by about \d\d% .* larger damping"):
-        PrimalScorer(store, "gauss_newton", "auto", "per_checkpoint", 0.0, lag=1).fit(CPU)
-    scorer = PrimalScorer(store, "gauss_newton", "auto", "per_checkpoint", 0.0)
-    scorer.fit(CPU)
-    assert scorer.noise.lags == [16]
