@@ -65,7 +65,7 @@ class Ranking:
         """The examples as a small table, whose ``markdown()`` and ``csv()`` are harmless texts.
 
         Args:
-            describe: makes a text of an item. Default: the strings that items hold, if there are any.
+            describe: makes a text of an item. Default: the strings and numbers of an item that holds a string.
 
         Returns:
             A row for each example: its position and score; its group, label and text, if there are any. The label is

@@ -161,7 +161,7 @@ class AttributionTrainer(L.Trainer):
             targets: positions of the targets.
             k: number of proponents, and of opponents, for each target.
             out: file to write, .png, .html or .csv; default: a table in the terminal.
-            predictions: whether to run the model at the checkpoints of the method, and show what it predicts.
+            predictions: whether to run the trained model, and show what it predicts.
             method: the method that has the checkpoints.
         """
         kind_of_file(out)  # raises before the work

@@ -67,8 +67,8 @@ class Showing(Displayed):
         In a notebook they are the output of the cell, with images if items hold any; in a terminal, a table; with
         ``out``, a file.
 
-        Predictions are means over the checkpoints of the method. They need an output that overrides
-        :meth:`~lightning_trak.outputs.ModelOutput.prediction`, as
+        Predictions are those of the last checkpoint of a directory; of several runs, means. They need an output that
+        overrides :meth:`~lightning_trak.outputs.ModelOutput.prediction`, as
         :class:`~lightning_trak.outputs.ClassificationMargin` does.
 
         Args:
@@ -83,7 +83,7 @@ class Showing(Displayed):
             k: how many proponents, and how many opponents, each target gets.
             largest: for the best scores at one end: the ``largest`` that ``score`` got.
             output: of the targets, if ``score`` got one.
-            predictions: whether to run the model at each checkpoint, and show what it predicts.
+            predictions: whether to run the trained model, and show what it predicts.
             describe: makes a text of an item of either dataset. Default: the ``describe`` of the data module or of the
                 model, or else strings and numbers that the item holds.
             out: file to write: ``.png`` for a picture (extra ``plots``), ``.html`` for a page that needs no other file,

@@ -59,7 +59,7 @@ _LEGEND = (
     "Proponents have the highest scores for a target, opponents the lowest. #n is the position in the training set,"
     " from 0."
 )
-_PREDICTED = "Below a target is what the model predicts for it, on average over the checkpoints."
+_PREDICTED = "Below a target is what the trained model predicts for it; of several runs, what they predict on average."
 _SMALL = 64  # pixels: images up to this width are enlarged without smoothing
 
 

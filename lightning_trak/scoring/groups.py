@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_trak.checks import require_one_of, require_tensor
 from lightning_trak.running.chunks import chunked
+from lightning_trak.texts.printable import counted
 
 Aggregate = Literal["mean", "sum"]
 Label = int | str
@@ -239,7 +240,8 @@ def require_groups(name: str, groups: Groups | Labels, count: int, what: str) ->
     """
     found = groups if isinstance(groups, Groups) else Groups(groups)
     if len(found.numbers) != count:
-        raise ValueError(f"{name} has {len(found.numbers)} labels, and there are {count} {what}: give one for each")
+        labels = counted(len(found.numbers), "label")
+        raise ValueError(f"{name} has {labels}, and there are {count} {what}: give one for each")
     return found
 
 

@@ -223,6 +223,7 @@ def test_methods_of_another_size():
     ("groups", "match"),
     [
         (["a"] * 4, "groups has 4 labels, and there are 3 training examples"),
+        (["a"], "groups has 1 label, and there are 3 training examples"),
         (Groups(["a", "b", "a"], weights=[1, 2, 1]), "groups have weights, which say nothing about how many"),
         ([None] * 3, "there are no groups"),
     ],

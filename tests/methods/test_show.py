@@ -207,7 +207,7 @@ def test_pages_and_notebooks_hold_the_same(trak, tmp_path, monkeypatch):
     assert page.startswith("<!DOCTYPE html>")
     assert page.count("<section") == 2
     assert page.count("predicted ") == 2
-    assert "on average over the checkpoints" in page
+    assert "the trained model predicts for it; of several runs" in page
 
     shown = []
     display = SimpleNamespace(display=lambda data, raw: shown.append((data, raw)))

@@ -152,3 +152,15 @@ def test_the_lag_is_searched_where_rounding_would_change_scores(tmp_path, wide, 
     scorer = PrimalScorer(store, "gauss_newton", "auto", "per_checkpoint", 0.0)
     scorer.fit(CPU)
     assert scorer.noise.lags == [16]
+
+
+def test_of_several_checkpoints_there_is_one_warning(tmp_path, wide):
+    """About that whose scores rounding changes most."""
+    store = FeatureStore(tmp_path / "s", {"checkpoints": ["a", "b", "c"], "dtype": "int4"}, 600, 600)
+    noise = torch.randn(600, 200, generator=torch.Generator().manual_seed(0)) / 10
+    for checkpoint, features in enumerate((wide.features + noise, wide.features, wide.features + noise)):
+        store.write(checkpoint, 0, wide._replace(features=features))
+    with pytest.warns(RuntimeWarning) as caught:
+        PrimalScorer(store, "gauss_newton", 0.01, "per_checkpoint", 0.0).fit(CPU)
+    (message,) = [str(warning.message) for warning in caught if "changes scores" in str(warning.message)]
+    assert "checkpoint 1 by about" in message

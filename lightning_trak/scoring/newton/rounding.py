@@ -1,7 +1,8 @@
 """What rounding to integers changes in TRAK's scores, by what it has changed in each column of the features."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -38,22 +39,37 @@ def score_error(
     return float(((max(noise, 0.0) + missing) / (system.squared_scores() + missing)) ** 0.5)
 
 
-def require_little_rounding(share: float, name: str, damping: float) -> None:
-    """Refuse scores that rounding to integers changes by more than a half, and warn from a fifth on.
+class RoundingEffect(NamedTuple):
+    """What rounding changes in the scores of a checkpoint.
 
-    Args:
+    Attributes:
         share: see :func:`score_error`.
         name: of the checkpoint in errors.
         damping: as for :func:`score_error`.
-
-    Raises:
-        ValueError: if it is more than a half.
     """
-    message = (
-        f"rounding the features to integers changes scores with the Gram matrix of {name} by about {share:.0%} of"
-        f" their size: use a dtype of more bits or a larger damping (now {damping:g})"
-    )
-    if share > 0.5:
-        raise ValueError(message)
-    if share > 0.2:
-        warnings.warn(message, RuntimeWarning, stacklevel=3)
+
+    share: float
+    name: str
+    damping: float
+
+    def __str__(self) -> str:
+        return (
+            f"rounding the features to integers changes scores with the Gram matrix of {self.name} by about"
+            f" {self.share:.0%} of their size: use a dtype of more bits or a larger damping (now {self.damping:g})"
+        )
+
+    def require_small(self) -> None:
+        """Refuse scores of which rounding changes more than a half.
+
+        Raises:
+            ValueError: if it does.
+        """
+        if self.share > 0.5:
+            raise ValueError(str(self))
+
+
+def warn_of_rounding(effects: Sequence[RoundingEffect]) -> None:
+    """Warn of the largest effect if it is above a fifth."""
+    worst = max(effects, default=None)
+    if worst is not None and worst.share > 0.2:
+        warnings.warn(str(worst), RuntimeWarning, stacklevel=2)

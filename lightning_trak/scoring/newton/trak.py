@@ -2,7 +2,7 @@
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import ClassVar, Literal, cast
 
@@ -21,7 +21,7 @@ from lightning_trak.scoring.newton.kernel import DampedKernel
 from lightning_trak.scoring.newton.lag import Lag, find_lag
 from lightning_trak.scoring.newton.noise import Noise, stored_noise
 from lightning_trak.scoring.newton.per_prediction import SEVERAL, WHOLE, dispersion
-from lightning_trak.scoring.newton.rounding import require_little_rounding, score_error
+from lightning_trak.scoring.newton.rounding import RoundingEffect, score_error, warn_of_rounding
 from lightning_trak.scoring.newton.temperature import Tempered
 from lightning_trak.scoring.newton.undamped import System, Undamped
 from lightning_trak.texts.messages import extremes
@@ -121,10 +121,13 @@ class TRAKScorer(Scorer):
                 self.noise.known = [self._dispersion(self.curved, number) for number in range(len(self.subsets))]
             if self.lag != "auto":
                 self.noise.lags = [self.lag] * self.store.num_checkpoints
-        dampings = []
+        dampings, effects = [], []
         for checkpoint in range(self.store.num_checkpoints):
             dampings.append(self._system(checkpoint, ranks)[1])
-            self._require_little_rounding(checkpoint, ranks)
+            for effect in self._rounding(checkpoint, ranks):
+                effect.require_small()
+                effects.append(effect)
+        warn_of_rounding(effects)
         if self.tempered is not None:
             self._settled = self.tempered.settled(self.noise)
         if chooses:
@@ -185,8 +188,8 @@ class TRAKScorer(Scorer):
         """The dtype of the features, and what to call their matrix in errors."""
         return self.store.read_stored(checkpoint, 0).dtype.floating, f"checkpoint {checkpoint}"
 
-    def _require_little_rounding(self, checkpoint: int, ranks: Ranks) -> None:
-        """See :func:`~lightning_trak.scoring.newton.rounding.require_little_rounding`."""
+    def _rounding(self, checkpoint: int, ranks: Ranks) -> Iterator[RoundingEffect]:
+        """What rounding changes in the scores of a checkpoint, for each source of features. All ranks call this."""
         system, damping = self._system(checkpoint, ranks)
         for source, _ in self.sources:
             rounding = source.rounding(checkpoint)
@@ -194,7 +197,7 @@ class TRAKScorer(Scorer):
                 share = score_error(
                     rounding, system, damping, source.num_examples, partial(self._prepared, checkpoint, ranks)
                 )
-                require_little_rounding(share, self._about(checkpoint)[1], damping)
+                yield RoundingEffect(share, self._about(checkpoint)[1], damping)
 
     @abstractmethod
     def _prepared(self, checkpoint: int, ranks: Ranks, targets: Tensor) -> Tensor:
