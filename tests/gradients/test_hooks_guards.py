@@ -9,7 +9,7 @@ from lightning_trak.gradients import HookEngine, Layer, LoopEngine, MixedEngine,
 from lightning_trak.gradients.batch import ExampleBatch
 from lightning_trak.gradients.hooks.layers import layer_of
 from lightning_trak.gradients.hooks.ownership import example_weights
-from lightning_trak.outputs import ClassificationMargin
+from lightning_trak.outputs import ClassificationMargin, NegativeLoss
 from tests.gradients.no_hooks import assert_no_hooks
 from tests.zoo import specimen
 
@@ -324,6 +324,23 @@ def test_rows_in_float16_are_those_of_their_examples():
     _, expected = LoopEngine(module, ClassificationMargin(), names)(ExampleBatch(batch, 40))
     for name, rows in expected.items():
         torch.testing.assert_close(found[name], rows, rtol=0.01, atol=0.01)
+
+
+@pytest.mark.parametrize("scale", [1e-21, 1e-22, 1e12, 1e18])
+def test_rows_whose_gradients_have_no_squares_are_those_of_their_examples(scale):
+    """Such squares are out of the range of float32."""
+    generator = torch.Generator().manual_seed(0)
+    module = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(generator=generator)
+    output = NegativeLoss(lambda net, batch: scale * F.cross_entropy(net(batch[0]), batch[1], reduction="none"))
+    batch = torch.randn(40, 6, generator=generator), torch.randint(0, 3, (40,), generator=generator)
+    names = select_parameters(module)
+    _, found = HookEngine(module, output, names)(ExampleBatch(batch, 40))
+    _, expected = LoopEngine(module, output, names)(ExampleBatch(batch, 40))
+    for name, rows in expected.items():
+        torch.testing.assert_close(found[name] / scale, rows / scale, rtol=1e-4, atol=1e-4)
 
 
 def test_examples_of_one_weight_have_different_ones_in_the_next_check():
