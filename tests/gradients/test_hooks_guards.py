@@ -1,5 +1,7 @@
 """What the hook engine refuses, what it notices, and what it leaves behind: nothing."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -263,12 +265,15 @@ class _Sorted(nn.Module):
         return self.head(torch.tanh(self.inner(x[order]))[order.argsort()])
 
 
-def test_rows_that_change_places_are_found():
+@pytest.mark.parametrize("number", [3.0, math.nan])
+def test_rows_that_change_places_are_found(number):
+    """Also if another example has no finite gradient."""
     module = _Sorted()
     engine = HookEngine(module, ClassificationMargin(), select_parameters(module))
     ordered = torch.tensor([1.0, 2.0, 3.0])[:, None] * torch.ones(3, 4)
     engine(ExampleBatch((ordered, torch.tensor([0, 1, 2])), 3))
     inputs = torch.tensor([3.0, 1.0, 2.0])[:, None] * torch.ones(3, 4)  # the same shapes
+    inputs[0, 3] = number
     with pytest.raises(
         ValueError, match=r"rows of the output of inner, of shape \(3, 4\), do not belong to the 3 exam"
     ):
@@ -314,16 +319,22 @@ class _Averaging(nn.Module):
         return self.inner(x).mean(1)
 
 
-def test_rows_in_float16_are_those_of_their_examples():
-    """Large weights of examples would be out of range."""
+@pytest.mark.parametrize("scale", [1, 3e4])
+def test_rows_in_float16_are_those_of_their_examples(scale):
+    """Large weights of examples would be out of range, and large gradients are with any weight."""
     generator = torch.Generator().manual_seed(0)
     module = _Averaging().half()
     batch = torch.randn(40, 5, 4, generator=generator).half(), torch.randint(0, 3, (40,), generator=generator)
+
+    def loss(net, batch):
+        return scale * F.cross_entropy(net(batch[0]).float(), batch[1], reduction="none")
+
+    output = NegativeLoss(loss)
     names = select_parameters(module)
-    _, found = HookEngine(module, ClassificationMargin(), names)(ExampleBatch(batch, 40))
-    _, expected = LoopEngine(module, ClassificationMargin(), names)(ExampleBatch(batch, 40))
+    _, found = HookEngine(module, output, names)(ExampleBatch(batch, 40))
+    _, expected = LoopEngine(module, output, names)(ExampleBatch(batch, 40))
     for name, rows in expected.items():
-        torch.testing.assert_close(found[name], rows, rtol=0.01, atol=0.01)
+        torch.testing.assert_close(found[name], rows, rtol=0.01, atol=0.01 * scale)
 
 
 @pytest.mark.parametrize("scale", [1e-21, 1e-22, 1e12, 1e18])

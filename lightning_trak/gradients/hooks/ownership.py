@@ -52,10 +52,13 @@ def misplaced(norms: Tensor, weighted: Tensor, weights: Tensor) -> float:
 
     Returns:
         The largest difference of the norms from those by the weights, divided by these, relative to the largest norm.
+        Rows with a norm that is not finite do not count: an example may have no finite gradient.
     """
     found = weighted / weights.repeat_interleave(len(norms) // len(weights)).to(weighted)
+    known = norms.isfinite() & found.isfinite()
+    off, norms = (torch.where(known, each, 0) for each in ((found - norms).abs(), norms))
     largest = norms.max()
-    return float((found - norms).abs().max() / largest) if largest > 0 else 0.0
+    return float(off.max() / largest) if largest > 0 else 0.0
 
 
 # Operations that may pick or order rows by the values of tensors. The user's autograd functions may do the same; those
