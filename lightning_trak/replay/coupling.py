@@ -7,14 +7,17 @@ these weights. They may say little about training without the example.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
-from lightning_trak.compatibility import BatchNorm
+from lightning_trak.compatibility import BatchNorm, collect_rng_states
+from lightning_trak.fingerprints.digests import content_digest
 from lightning_trak.outputs.evaluating import unchanged
 from lightning_trak.replay.losses import Losses, losses_of
 from lightning_trak.replay.player import Player
@@ -31,7 +34,9 @@ def coupling(player: Player, losses: Losses) -> str | None:
 
     In the batches of a few steps, one half is kept, and copies of one of its examples replace the other half. The size
     of the batch, its random numbers and the module's state stay the same, and modules are in the mode that they were
-    trained in. Only batch normalization, of which callers warn by themselves, takes its running statistics.
+    trained in. Only batch normalization, of which callers warn by themselves, takes its running statistics. If random
+    numbers would not go to the same places, as in dropout of texts that are padded to another length, modules are in
+    eval mode.
 
     Args:
         player: does the steps of the run. Its state changes.
@@ -51,10 +56,10 @@ def coupling(player: Player, losses: Losses) -> str | None:
                 return found
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # some losses refuse copies of one example
+    except Exception as error:  # some losses refuse copies of one example, or do not exist in eval mode
         rank_zero_info(
             "it is not checked whether the losses of a batch depend on each other, because they cannot be computed for"
-            f" copies of one example: {type(error).__name__}: {error}"
+            f" copies of one example, or in eval mode: {type(error).__name__}: {error}"
         )
     return None
 
@@ -79,18 +84,26 @@ class _Half:
 
     def compare(self, player: Player, state: TrainingState, losses: Losses, batches: Iterator[Any]) -> str | None:
         """How the losses of this half depend on the other half, in words; None if they do not."""
+        whole, replaced = next(batches), next(batches)
 
-        def values() -> Tensor:
+        def values(batch: Any, training: bool) -> tuple[Tensor, str]:
+            """The losses, and a digest of what the places of random numbers follow from."""
             player.load(state)  # each time, since a pass in train mode may change buffers
             player.arrange(self._record)
             for part in player.module.modules():
-                if isinstance(part, BatchNorm):
+                if isinstance(part, BatchNorm) or not training:
                     part.eval()
             restore_random_states(self._micro.random_states, player.device)
+            shapes: list[torch.Size] = []
+            batch = copy.deepcopy(batch)  # losses may change it
+            apply_to_collection(batch, Tensor, lambda tensor: shapes.append(tensor.shape))
             with player.computing(), unchanged(player.module):
-                return losses_of(losses, player.module, next(batches), len(self.positions)).detach().cpu()[self.kept]
+                found = losses_of(losses, player.module, batch, len(self.positions)).detach().cpu()[self.kept]
+            return found, content_digest([shapes, collect_rng_states()])
 
-        together, apart = values(), values()
+        (together, places), (apart, others) = values(whole, True), values(replaced, True)
+        if places != others:
+            together, apart = (values(batch, False)[0] for batch in (whole, replaced))
         off = (together - apart).abs()
         if not together.isfinite().all() or off.max() <= _TOLERANCE * together.abs().max():
             return None

@@ -109,8 +109,8 @@ class Drawing(Net):
         return super().training_step(batch, batch_idx)
 
 
-def found(net: Net, directory: Path, losses: Any) -> str | None:
-    player = Player(net, Recording(directory), shuffled(DATA), None, torch.device("cpu"))
+def found(net: Net, directory: Path, losses: Any, loader: DataLoader[Any] | None = None) -> str | None:
+    player = Player(net, Recording(directory), loader or shuffled(DATA), None, torch.device("cpu"))
     torch.manual_seed(0)
     return coupling(player, losses)
 
@@ -168,6 +168,38 @@ class Counting(nn.Module):
 def test_buffers_that_change_are_no_coupling(tmp_path: Path) -> None:
     train(Net(lambda: layers(Counting())), DATA, tmp_path)
     assert found(Net(lambda: layers(Counting())), tmp_path, plain) is None
+
+
+def padded(items: list[Any]) -> list[Tensor]:
+    texts, labels = zip(*items, strict=True)
+    return [nn.utils.rnn.pad_sequence(list(texts), batch_first=True), torch.stack(labels)]
+
+
+class Texts(nn.Module):
+    """Drops embeddings of tokens, perhaps of those alone that are no padding."""
+
+    def __init__(self, unpads: bool) -> None:
+        super().__init__()
+        self.unpads = unpads
+        self.embedding, self.dropout, self.head = nn.Embedding(20, 4), nn.Dropout(0.3), nn.Linear(4, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden, kept = self.embedding(ids), ids > 0
+        dropped = torch.zeros_like(hidden)
+        dropped[kept] = self.dropout(hidden[kept]) if self.unpads else self.dropout(hidden)[kept]
+        return self.head(dropped.sum(1))
+
+
+@pytest.mark.parametrize("unpads", [False, True])
+def test_dropout_of_padded_texts_is_no_coupling(tmp_path: Path, unpads: bool) -> None:
+    """The copies change the number of tokens, so that other ones are dropped."""
+    generator = torch.Generator().manual_seed(0)
+    texts = [torch.randint(1, 20, (length,), generator=generator) for length in range(2, 2 + NUM_TRAIN)]
+    data = list(zip(texts, DATA.tensors[1], strict=True))
+    train(Net(lambda: Texts(unpads)), data, tmp_path, loader=lambda data: shuffled(data, collate_fn=padded))
+    net, loader = Net(lambda: Texts(unpads)), shuffled(data, collate_fn=padded)
+    assert found(net, tmp_path, plain, loader) is None
+    assert "depends on the rest of its batch" in str(found(net, tmp_path, mean, loader))
 
 
 def test_a_batch_of_one_example(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_trak.gradients.hooks.capture import CaptureOutputGradient
 from lightning_trak.gradients.leaves import graph_nodes
 
-_LEVELS = 32  # of weights. The squares of gradients times the largest one, 2^31, are in the range of float32
+_LEVELS = 32  # of weights. Gradients times the largest one, 2^31, are in the range of float32
 
 
 def example_weights(size: int, like: Tensor, precision: torch.dtype, number: int) -> Tensor:
@@ -32,9 +32,9 @@ def example_weights(size: int, like: Tensor, precision: torch.dtype, number: int
 
 
 def row_norms(gradient: Tensor) -> Tensor:
-    """The norm of each row, in at least float32, shape ``(rows,)``."""
+    """The sum of each row's absolute values, in at least float32, shape ``(rows,)``. Squares may be out of range."""
     dtype = torch.promote_types(gradient.dtype, torch.float32)
-    norms: Tensor = torch.linalg.vector_norm(gradient.reshape(len(gradient), -1), dim=1, dtype=dtype)
+    norms: Tensor = torch.linalg.vector_norm(gradient.reshape(len(gradient), -1), ord=1, dim=1, dtype=dtype)
     return norms
 
 
@@ -52,10 +52,13 @@ def misplaced(norms: Tensor, weighted: Tensor, weights: Tensor) -> float:
 
     Returns:
         The largest difference of the norms from those by the weights, divided by these, relative to the largest norm.
+        Rows with a norm that is not finite do not count: an example may have no finite gradient.
     """
     found = weighted / weights.repeat_interleave(len(norms) // len(weights)).to(weighted)
+    known = norms.isfinite() & found.isfinite()
+    off, norms = (torch.where(known, each, 0) for each in ((found - norms).abs(), norms))
     largest = norms.max()
-    return float((found - norms).abs().max() / largest) if largest > 0 else 0.0
+    return float(off.max() / largest) if largest > 0 else 0.0
 
 
 # Operations that may pick or order rows by the values of tensors. The user's autograd functions may do the same; those
