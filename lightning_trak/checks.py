@@ -2,8 +2,8 @@
 
 import difflib
 import inspect
+import math
 import operator
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from numbers import Real
@@ -80,9 +80,13 @@ def number_or_auto(name: str, value: float | Literal["auto"], least: float) -> f
     """
     if value == "auto":
         return value
-    if isinstance(value, bool) or not isinstance(value, Real) or not least <= value <= sys.float_info.max:
+    number = math.nan
+    if isinstance(value, Real) and not isinstance(value, bool):
+        with suppress(OverflowError):  # of an integer that no float reaches
+            number = float(value)
+    if not least <= number < math.inf:
         raise ValueError(f"{name} must be at least {least:g} and finite, or 'auto'; got {value!r}")
-    return float(value)
+    return number
 
 
 def whole_seed(name: str, value: int) -> int:

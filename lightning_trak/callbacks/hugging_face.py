@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_trak.callbacks.saving import on_rank_zero, require_storable, single_trigger
+from lightning_trak.callbacks.saving import intervals, on_rank_zero, require_storable
 from lightning_trak.checkpoints.digests import frozen_digest
 from lightning_trak.checkpoints.manifest import ParameterGroup
 from lightning_trak.checkpoints.optimizers import parameter_groups, preconditioner_of, require_adam
@@ -92,11 +92,9 @@ class TRAKTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         trainable_only: bool = False,
         preconditioner: bool = False,
     ) -> None:
-        counts = {"every_n_epochs": every_n_epochs, "every_n_train_steps": every_n_train_steps}
-        trigger = single_trigger(type(self).__name__, counts)
+        epochs, steps = intervals(type(self).__name__, every_n_epochs, every_n_train_steps)
         self.dirpath = os.fspath(dirpath)
-        self.every_n_epochs = every_n_epochs if trigger else 1
-        self.every_n_train_steps = every_n_train_steps
+        self.every_n_epochs, self.every_n_train_steps = epochs, steps
         self.save_last = save_last
         self.trainable_only = trainable_only
         self.preconditioner = preconditioner

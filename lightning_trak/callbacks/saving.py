@@ -15,26 +15,30 @@ from lightning_trak.checks import positive
 T = TypeVar("T")
 
 
-def single_trigger(kind: str, counts: Mapping[str, int | None], interval: timedelta | None = None) -> str | None:
-    """The name of the only trigger that the user gave; None if there is none.
+def intervals(
+    kind: str, every_n_epochs: int | None, every_n_train_steps: int | None, train_time_interval: timedelta | None = None
+) -> tuple[int | None, int | None]:
+    """The numbers of epochs and of steps between snapshots as ``int``; without any trigger, each epoch.
 
     Args:
         kind: the class of the callback, for errors.
-        counts: numbers of epochs or steps by the name of the trigger.
-        interval: the trigger ``train_time_interval``.
+        every_n_epochs: as the user gave it.
+        every_n_train_steps: as the user gave it.
+        train_time_interval: as the user gave it.
 
     Raises:
         ValueError: if several triggers are given, a number is not a positive integer, or the time is negative.
     """
-    given = [name for name, value in {**counts, "train_time_interval": interval}.items() if value is not None]
+    counts = {"every_n_epochs": every_n_epochs, "every_n_train_steps": every_n_train_steps}
+    given = [
+        name for name, value in {**counts, "train_time_interval": train_time_interval}.items() if value is not None
+    ]
     if len(given) > 1:
         raise ValueError(f"expected at most one trigger, got {' and '.join(sorted(given))}; use a {kind} for each")
-    for name, count in counts.items():
-        if count is not None:
-            positive(name, count)
-    if interval is not None and interval < timedelta():
-        raise ValueError(f"train_time_interval must not be negative, got {interval}")
-    return next(iter(given), None)
+    epochs, steps = (None if count is None else positive(name, count) for name, count in counts.items())
+    if train_time_interval is not None and train_time_interval < timedelta():
+        raise ValueError(f"train_time_interval must not be negative, got {train_time_interval}")
+    return (epochs if given else 1), steps
 
 
 def require_storable(state_dict: Mapping[str, Any]) -> None:

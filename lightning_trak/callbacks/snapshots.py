@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_trak.callbacks.runs import RunCallback, run_from
-from lightning_trak.callbacks.saving import on_rank_zero, require_storable, single_trigger
+from lightning_trak.callbacks.saving import intervals, on_rank_zero, require_storable
 from lightning_trak.checkpoints.manifest import ParameterGroup
 from lightning_trak.checkpoints.optimizers import parameter_groups, preconditioner_of, require_adam
 from lightning_trak.checkpoints.series import SnapshotSeries
@@ -100,12 +100,10 @@ class TRAKCallback(Displayed, RunCallback):
         overwrite: bool = False,
         exist_ok: bool = False,
     ) -> None:
-        counts = {"every_n_epochs": every_n_epochs, "every_n_train_steps": every_n_train_steps}
-        trigger = single_trigger(type(self).__name__, counts, train_time_interval)
+        epochs, steps = intervals(type(self).__name__, every_n_epochs, every_n_train_steps, train_time_interval)
         super().__init__()
         self.dirpath = os.fspath(dirpath)
-        self.every_n_epochs = every_n_epochs if trigger else 1
-        self.every_n_train_steps = every_n_train_steps
+        self.every_n_epochs, self.every_n_train_steps = epochs, steps
         self.train_time_interval = train_time_interval
         self.save_last = save_last
         self.preconditioner = preconditioner

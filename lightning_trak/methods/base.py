@@ -37,8 +37,8 @@ class LabelStatistic(ABC):
         Methods by a Newton step (TRAK, ExactKernel, influence functions) give the loss that the model would have at the
         example, had it not been trained on it: that of the output minus the example's score at itself, both averaged
         over checkpoints. It is high if the rest of the data speak against the label, also where the model has learned
-        the label by heart. Of a squared error it is that of the deleted residual (Cook and Weisberg 1982, "Residuals
-        and Influence in Regression", section 2.2).
+        the label by heart. Of a squared error it is that of the deleted residual, to first order in the leverage (Cook
+        and Weisberg 1982, "Residuals and Influence in Regression", section 2.2).
 
         Other methods that attribute outputs or losses to training examples give the size of the self-influence, which
         is an example's score at itself. Examples with a high one are learned on their own, not from what they share

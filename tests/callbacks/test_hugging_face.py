@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -233,6 +234,12 @@ def test_after_an_error_the_directory_is_free_for_the_same_run(tmp_path: Path) -
     fit(tmp_path, callback, resume=str(tmp_path / "out" / "checkpoint-4"))
     assert steps(tmp_path / "s") == [4, 8, 12]
     del callback
+
+
+def test_the_trainer_can_store_integers_of_numpy(tmp_path: Path) -> None:
+    for name in ("every_n_epochs", "every_n_train_steps"):
+        callback = TRAKTrainerCallback(tmp_path, **{name: np.int64(2)})
+        assert json.loads(json.dumps(callback.state()))["args"][name] == 2
 
 
 # --- refusals -----------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging
@@ -46,6 +47,12 @@ def test_triggers(options: dict[str, Any], expected: list[int], tmp_path: Path) 
         assert weights.keys() == true.keys()
         assert all(torch.equal(weights[name], true[name]) for name in true)
         Net().load_state_dict(weights)
+
+
+def test_integers_of_numpy_have_the_state_of_others(tmp_path: Path) -> None:
+    for name in ("every_n_epochs", "every_n_train_steps"):
+        one, other = (TRAKCallback(tmp_path, **{name: number}) for number in (5, np.int64(5)))
+        assert one.state_key == other.state_key
 
 
 def test_epochs_count_those_completed(tmp_path: Path) -> None:

@@ -58,14 +58,14 @@ def test_the_store_knows_what_rounding_has_changed(tmp_path, dtype):
         norms = exact.norm(dim=1, keepdim=True)
         kept += (found / norms).square().sum(0)
         lost += ((found - exact) / norms).square().sum(0)
-    rounding = store.rounding(0)
+    rounding = store.rounding(0, range(store.num_shards))
     torch.testing.assert_close(rounding.kept, kept, rtol=1e-5, atol=0)
     torch.testing.assert_close(rounding.lost, lost, rtol=1e-4, atol=1e-12)
     assert ERRORS[dtype] / 2 < float(lost.sum() / store.num_examples) ** 0.5 < ERRORS[dtype]
 
 
 def test_floats_are_not_rounded(tmp_path):
-    assert make_store(tmp_path, "float32").rounding(0) is None
+    assert make_store(tmp_path, "float32").rounding(0, [0]) is None
 
 
 def test_rounding_changes_nothing_in_rows_of_zeros():

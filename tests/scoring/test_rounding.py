@@ -9,6 +9,7 @@ from torch import Tensor
 from lightning_trak.features.dtypes import feature_dtype
 from lightning_trak.features.rows import Features, StoredFeatures
 from lightning_trak.features.store import FeatureStore
+from lightning_trak.running.ranks import Ranks
 from lightning_trak.scoring import GradientCosineScorer, GradientDotScorer, PrimalScorer
 from lightning_trak.scoring.newton.gram import DampedGram
 from lightning_trak.scoring.newton.kernel import DampedKernel
@@ -140,6 +141,29 @@ def test_rounding_that_shows_in_the_scores_warns_or_is_refused(tmp_path, wide):
         ValueError, match=r"changes scores .* checkpoint 0 by about 6\d% of their size: .*larger damping"
     ):
         fit("int4", 0.001)
+
+
+class OneOf(Ranks):
+    """A rank whose sums stay its own part."""
+
+    def sum(self, tensor):
+        return tensor
+
+    def all_true(self, value):
+        return value
+
+
+def test_ranks_share_the_shards(tmp_path, wide, monkeypatch):
+    """Each reads a few files of a large store, also where the matrix is there already."""
+    store, shards = stored_as(tmp_path, wide, "int4"), []
+    monkeypatch.setattr(store, "_read", lambda m, shard, read=store._read: shards.append(shard) or read(m, shard))
+    for ranks in (Ranks(), OneOf(1, 4)):
+        shards.clear()
+        PrimalScorer(store, "gauss_newton", 1.0, "per_checkpoint", 0.0).fit(CPU, ranks)
+    assert set(shards) == {0, 1, 5}  # the first one says how many features there are
+    parts = [store.rounding(0, Ranks(rank, 7).share(6)) for rank in range(7)]
+    for total, *columns in zip(store.rounding(0, range(6)), *parts, strict=True):
+        torch.testing.assert_close(sum(columns), total)
 
 
 def test_the_lag_is_searched_where_rounding_would_change_scores(tmp_path, wide, monkeypatch):

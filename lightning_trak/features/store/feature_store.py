@@ -23,7 +23,7 @@ is refused. If it is an extra, it is made again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -339,12 +339,12 @@ class FeatureStore(StoredExtras):
         """How features are stored."""
         return feature_dtype(self._directory.manifest["identity"]["dtype"])
 
-    def rounding(self, checkpoint: int) -> Rounding | None:
-        """What rounding to integers has changed in the rows, in float64; None if floats are stored."""
+    def rounding(self, checkpoint: int, shards: Iterable[int]) -> Rounding | None:
+        """What rounding to integers has changed in the rows of some shards, in float64; None if floats are stored."""
         if not self.rounds_features:
             return None
-        shards = (self._read(checkpoint, shard)[0]["rounding"].double() for shard in range(self.num_shards))
-        return Rounding(*sum(shards, torch.zeros(())))
+        found = (self._read(checkpoint, shard)[0]["rounding"].double() for shard in shards)
+        return Rounding(*sum(found, torch.zeros(2, self.read_stored(checkpoint, 0).k, dtype=torch.float64)))
 
     def engine_of(self, checkpoint: int, shard: int) -> str:
         """The engine that computed the gradients of a shard, see :meth:`write`."""

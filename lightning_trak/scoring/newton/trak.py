@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_trak.checkpoints.subsets import TrainingSubset
-from lightning_trak.features.rows import Features, StoredFeatures
+from lightning_trak.features.rows import Features, Rounding, StoredFeatures
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.scoring.base import Scorer, full_precision
@@ -192,11 +192,10 @@ class TRAKScorer(Scorer):
         """What rounding changes in the scores of a checkpoint, for each source of features. All ranks call this."""
         system, damping = self._system(checkpoint, ranks)
         for source, _ in self.sources:
-            rounding = source.rounding(checkpoint)
-            if rounding is not None:
-                share = score_error(
-                    rounding, system, damping, source.num_examples, partial(self._prepared, checkpoint, ranks)
-                )
+            part = source.rounding(checkpoint, ranks.share(source.num_shards))
+            if part is not None:
+                rounding, prepared = Rounding(*map(ranks.sum, part)), partial(self._prepared, checkpoint, ranks)
+                share = score_error(rounding, system, damping, source.num_examples, prepared)
                 yield RoundingEffect(share, self._about(checkpoint)[1], damping)
 
     @abstractmethod
