@@ -41,8 +41,8 @@ def _checked(key: Any) -> Key:
 
 
 _UNLABELLED = (
-    '; for targets without labels give, of a classifier, output=ClassificationMargin(labels="predicted"), of a'
-    " regression, any number as the label, and of a method that compares representations, forward="
+    '; for targets without labels, a classifier takes output=ClassificationMargin(labels="predicted"), a regression any'
+    " number as the label, and a method that compares representations forward="
 )
 
 
