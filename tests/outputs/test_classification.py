@@ -206,7 +206,7 @@ def test_one_probability_in_place_of_a_logit_is_suspicious(last):
     ("batch", "kind", "message"),
     [
         (torch.randn(3, 4), TypeError, r"expected a batch \(inputs, ..., labels\).*received a Tensor"),
-        ((torch.randn(3, 4),), ValueError, r"a tuple of 1; for targets .* labels .*\"predicted\".* regression, any"),
+        ((torch.randn(3, 4),), ValueError, r"a tuple of 1; for targets .* labels, .*\"predicted\".* regression any"),
         ({"x": torch.randn(3, 4), "y": 1}, ValueError, r"under 'labels' or 'label'.*keys x, y; .*labels_key="),
         ((torch.randn(3, 4), ["cat", "dog", "cat"]), TypeError, r"labels as a Tensor, received a list"),
         ("text", TypeError, r"received a str"),
