@@ -15,7 +15,7 @@ _LEVELS = 32  # of weights. Gradients times the largest one, 2^31, are in the ra
 
 
 def example_weights(size: int, like: Tensor, precision: torch.dtype, number: int) -> Tensor:
-    """A weight for each example, shape ``(size,)``: few have the same one, and others each time.
+    """A weight for each example, shape ``(size,)``. In a large batch a few share one, and other ones each time.
 
     They are powers of two, by which a backward pass multiplies without rounding. Other weights would round anew, and
     where large numbers cancel, rounding may be as large as what is left.
@@ -52,7 +52,8 @@ def misplaced(norms: Tensor, weighted: Tensor, weights: Tensor) -> float:
 
     Returns:
         The largest difference of the norms from those by the weights, divided by these, relative to the largest norm.
-        Rows with a norm that is not finite do not count: an example may have no finite gradient.
+        Rows with a norm that is not finite do not count: an example may have no finite gradient, or its weight may take
+        it out of range.
     """
     found = weighted / weights.repeat_interleave(len(norms) // len(weights)).to(weighted)
     known = norms.isfinite() & found.isfinite()

@@ -16,11 +16,13 @@ def score_error(
 ) -> float:
     """What rounding adds to the scores of the training examples for each other, relative to their root mean square.
 
-    It does two things. Errors e_i add e_i^T A^-1 phi_x to the score phi_i^T A^-1 phi_x, for A = K + lambda I. Summed
-    with weights R, the squares are tr(E A^-1 K A^-1) on average, for errors that are independent between columns, with
-    variances E: random x with these variances, as targets, estimate it. And a column of which less is kept than lost
-    has no part in K and in the scores, where it had about (e / (e + lambda))^2 in their squares, with e what it had in
-    K. Examples that are fewer than such columns have that part in as many directions only.
+    Rounding adds errors e_i: the score phi_i^T A^-1 phi_x, for A = K + lambda I, changes by e_i^T A^-1 phi_x. Summed
+    with weights R, the squares of these changes are tr(E A^-1 K A^-1) on average, if errors are independent between
+    columns and have variances E. Random targets with these variances estimate it.
+
+    Rounding also removes columns: one of which less is kept than lost has no part in K and in the scores. If it had c
+    in K, it had about (c / (c + lambda))^2 in the squares of the scores. If there are more such columns than examples,
+    together they had only as many directions as there are examples.
 
     Args:
         rounding: of the features, in float64.
