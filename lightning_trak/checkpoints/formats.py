@@ -58,7 +58,7 @@ class SnapshotDirectory(CheckpointFormat):
             )
         name = PurePosixPath(series.url).name
         return [
-            Checkpoint(f"{name}/{entry.file}", partial(series.load, entry), entry, read_file=series.load_file)
+            Checkpoint(f"{name}/{entry.file}", partial(series.load, entry), entry, read_file=series.load)
             for entry in snapshots
         ]
 
@@ -131,8 +131,7 @@ def load_torch(filesystem: Any, path: str, location: str, weights_only: bool) ->
     Raises:
         ValueError: if the file is damaged, or can only be read with ``weights_only=False``.
     """
-    if isinstance(filesystem, LocalFileSystem):
-        require_regular(path)
+    require_regular(filesystem, path)
     _require_intact(filesystem, path, location, filesystem.checksum(path))
     try:
         if isinstance(filesystem, LocalFileSystem):

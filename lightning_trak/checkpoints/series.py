@@ -78,8 +78,7 @@ class SnapshotSeries:
             ValueError: if the file is not a manifest, was altered, or has a format that this version cannot read.
         """
         try:
-            if self._local:
-                require_regular(self.path(MANIFEST))
+            require_regular(self.filesystem, self.path(MANIFEST))
             content = self.filesystem.cat_file(self.path(MANIFEST))
         except (FileNotFoundError, NotADirectoryError) as error:
             found = "it does not exist" if not self.filesystem.exists(self._root) else f"it has no {MANIFEST}"
@@ -96,17 +95,13 @@ class SnapshotSeries:
                 " of the snapshots"
             ) from error
 
-    def load(self, snapshot: Snapshot) -> dict[str, Tensor]:
-        """Read the state dict of a snapshot, as :func:`~lightning_trak.checkpoints.weights.read_safetensors` does.
+    def load(self, stored: TensorFile) -> dict[str, Tensor]:
+        """Read the tensors of a file, as :func:`~lightning_trak.checkpoints.weights.read_safetensors` does.
 
         Raises:
-            FileNotFoundError: if its file no longer exists.
-            ValueError: if the file was altered or replaced.
+            FileNotFoundError: if the file no longer exists.
+            ValueError: if it was altered or replaced.
         """
-        return self.load_file(TensorFile(snapshot.file, snapshot.size, snapshot.sha256))
-
-    def load_file(self, stored: TensorFile) -> dict[str, Tensor]:
-        """Read the tensors of a file, as :meth:`load` does."""
         location = f"{self.directory}/{stored.file}"
         return read_safetensors(
             self.filesystem, self.path(stored.file), location, size=stored.size, digest=stored.sha256

@@ -128,8 +128,8 @@ def read_safetensors(
         ValueError: if the file is truncated, altered or not a safetensors file.
     """
     try:
+        require_regular(filesystem, path)
         if isinstance(filesystem, LocalFileSystem):
-            require_regular(path)
             with open(path, "rb") as opened:  # safetensors would say "no such file" if reading is not permitted
                 _require_size(os.fstat(opened.fileno()).st_size, size, location)
             with safe_open(path, framework="pt") as file:
@@ -186,8 +186,7 @@ def read_about(location: str) -> tuple[str | None, TrainingSubset | None]:
         ValueError: if the file is not a safetensors file, or its header was altered.
     """
     filesystem, path = locate(location)
-    if isinstance(filesystem, LocalFileSystem):
-        require_regular(path)
+    require_regular(filesystem, path)
     with filesystem.open(path, "rb") as file:
         size = int.from_bytes(file.read(8), "little")
         content = file.read(size) if size <= _MAX_HEADER_BYTES else b""

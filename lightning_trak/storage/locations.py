@@ -58,13 +58,13 @@ def locate(location: str | os.PathLike[str]) -> tuple[Any, str]:
     return filesystem, str(path)
 
 
-def require_regular(path: str) -> None:
-    """Check that a local path is a regular file or does not exist. A pipe, for example, would block the reader.
+def require_regular(filesystem: Any, path: str) -> None:
+    """Check that a path, if it is local, is a regular file or does not exist. A pipe would block the reader.
 
     Raises:
         ValueError: if it is something else, or a broken link.
     """
-    if os.path.lexists(path) and not os.path.isfile(path):
+    if isinstance(filesystem, LocalFileSystem) and os.path.lexists(path) and not os.path.isfile(path):
         found = "a directory" if os.path.isdir(path) else "a link to nothing" if os.path.islink(path) else "no file"
         raise ValueError(f'"{path}" is {found}, and a file was expected; move it away')
 
