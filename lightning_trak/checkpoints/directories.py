@@ -58,9 +58,10 @@ class CheckpointDirectory(CheckpointFormat):
     @override
     def find(cls, location: str, weights_only: bool) -> list[Checkpoint]:
         found = _Directory.read(location)
+        steps = found.steps()
         kinds: dict[str, tuple[list[str], Callable[[], list[Checkpoint]]]] = {
             "of ModelCheckpoint": (found.ending(".ckpt"), partial(_lightning, found, weights_only)),
-            "of Hugging Face": (found.steps(), partial(_steps, found, weights_only)),
+            "of Hugging Face": (steps, lambda: [_model(found.inside(name), weights_only) for name in steps]),
             "a saved model": (found.models(), lambda: [_model(found, weights_only)]),
         }
         present = {kind: names for kind, (names, _) in kinds.items() if names}
@@ -190,10 +191,6 @@ def _saved(found: _Directory, name: str, weights_only: bool) -> _Saved:
 
 
 # --- Hugging Face -------------------------------------------------------------------------------------------------
-
-
-def _steps(found: _Directory, weights_only: bool) -> list[Checkpoint]:
-    return [_model(found.inside(name), weights_only) for name in found.steps()]
 
 
 def _model(found: _Directory, weights_only: bool) -> Checkpoint:
