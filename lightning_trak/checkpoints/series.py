@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-from fsspec.implementations.local import LocalFileSystem
 from lightning.pytorch.utilities import rank_zero_warn
 from safetensors import SafetensorError
 from torch import Tensor
@@ -41,7 +40,7 @@ from lightning_trak.checkpoints.manifest import (
 from lightning_trak.checkpoints.weights import pack, read_safetensors, without_extra_state, write_safetensors
 from lightning_trak.checks import require_bool
 from lightning_trak.storage.files import remove_leftovers, write_json
-from lightning_trak.storage.locations import locate, require_regular
+from lightning_trak.storage.locations import locate
 from lightning_trak.storage.locks import Lock, hold
 from lightning_trak.storage.manifests import MANIFEST
 
@@ -54,10 +53,9 @@ class SnapshotSeries:
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
-        self.directory = os.fspath(directory)
-        self.filesystem, root = locate(directory)
+        self._location = locate(directory)
+        self.filesystem, root, self.directory = self._location
         self._root = root.rstrip("/")
-        self._local = isinstance(self.filesystem, LocalFileSystem)
         self._writer: str | None = None
         self._lock: Lock | None = None
 
@@ -78,7 +76,7 @@ class SnapshotSeries:
             ValueError: if the file is not a manifest, was altered, or has a format that this version cannot read.
         """
         try:
-            require_regular(self.filesystem, self.path(MANIFEST))
+            self._location.inside(MANIFEST).require_regular()
             content = self.filesystem.cat_file(self.path(MANIFEST))
         except (FileNotFoundError, NotADirectoryError) as error:
             found = "it does not exist" if not self.filesystem.exists(self._root) else f"it has no {MANIFEST}"
@@ -102,10 +100,7 @@ class SnapshotSeries:
             FileNotFoundError: if the file no longer exists.
             ValueError: if it was altered or replaced.
         """
-        location = f"{self.directory}/{stored.file}"
-        return read_safetensors(
-            self.filesystem, self.path(stored.file), location, size=stored.size, digest=stored.sha256
-        )
+        return read_safetensors(self._location.inside(stored.file), stored.size, stored.sha256)
 
     def begin(self, overwrite: bool = False) -> str:
         """Start the series of a new run, and hold the directory until :meth:`close`.
@@ -227,7 +222,7 @@ class SnapshotSeries:
         """Take the lock. Returns whether this file system has locks."""
         if self._lock is not None:
             return True
-        if not self._local:
+        if not self._location.is_local:
             return False
         self._lock = hold(Path(self._root), self.directory, "snapshots")
         return self._lock is not None
@@ -249,7 +244,7 @@ class SnapshotSeries:
         )
 
     def _start(self, run: str, snapshots: tuple[Snapshot, ...]) -> Manifest:
-        if self._local:
+        if self._location.is_local:
             remove_leftovers(Path(self._root))
         self._writer = uuid.uuid4().hex
         manifest = Manifest(run, self._writer, snapshots)
@@ -258,7 +253,7 @@ class SnapshotSeries:
 
     def _write_tensors(self, file: str, tensors: Mapping[str, Tensor]) -> TensorFile:
         path = self.path(file)
-        if self._local:
+        if self._location.is_local:
             checksum = write_safetensors(Path(path), tensors)
             return TensorFile(file, os.stat(path).st_size, checksum)
         packed, metadata, checksum = pack(tensors)
@@ -269,7 +264,7 @@ class SnapshotSeries:
     def _replace_manifest(self, manifest: Manifest) -> None:
         content = manifest.to_json()  # never write what could not be read again
         path = self.path(MANIFEST)
-        if self._local:
+        if self._location.is_local:
             write_json(Path(path), content)
         else:
             self.filesystem.makedirs(self._root, exist_ok=True)
