@@ -143,9 +143,7 @@ class SnapshotWriter:
             if trainable_only:
                 self._frozen = frozen_digest(training.module, weights)
             known = [run_from(step, tensors)] if exist_ok and not runs else runs
-            if not known:
-                return series.begin(overwrite), -1
-            manifest = series.resume(known, step, overwrite)
+            manifest = series.open(known, step, overwrite)
             return manifest.run, max((snapshot.step for snapshot in manifest.snapshots), default=-1)
 
         try:

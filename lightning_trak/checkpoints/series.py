@@ -102,52 +102,16 @@ class SnapshotSeries:
         """
         return read_safetensors(self._location.inside(stored.file), stored.size, stored.sha256)
 
-    def begin(self, overwrite: bool = False) -> str:
-        """Start the series of a new run, and hold the directory until :meth:`close`.
-
-        Args:
-            overwrite: whether to delete the snapshots of another run.
-
-        Returns:
-            The new run's identifier.
-
-        Raises:
-            ValueError: if the directory holds snapshots already, or another run is writing to it.
-        """
-        require_bool("overwrite", overwrite)
-        held = self._hold()
-        existing = self._existing()
-        run = uuid.uuid4().hex
-        if existing is not None and existing.snapshots:
-            self._take_over(existing, run, held and overwrite)
-            return run
-        if existing is not None and not held:
-            rank_zero_warn(
-                f'another run has begun in "{self.directory}" and has saved no snapshot yet; this run takes the'
-                " directory: if the other run is still going, it ends with an error at its first snapshot"
-            )
-        self._start(run, ())
-        return run
-
-    def _take_over(self, existing: Manifest, run: str, overwrite: bool) -> Manifest:
-        """Delete the snapshots of another run, if that is allowed."""
-        if not overwrite:
-            self.close()
-            raise ValueError(self._occupied(existing))
-        manifest = self._start(run, ())
-        for file in (file for snapshot in existing.snapshots for file in snapshot.files):
-            Path(self.path(file)).unlink(missing_ok=True)
-        return manifest
-
-    def resume(self, runs: Sequence[str], step: int, overwrite: bool = False) -> Manifest:
-        """Continue the series of a run at an optimizer step, and hold the directory until :meth:`close`.
+    def open(self, runs: Sequence[str] = (), step: int = 0, overwrite: bool = False) -> Manifest:
+        """Start or continue the series of a run at an optimizer step, and hold the directory until :meth:`close`.
 
         Snapshots of later steps are removed from the manifest. Their files stay until the resumed run saves the same
         steps.
 
         Args:
-            runs: identifiers that the run may have here; an empty directory takes the first.
-            step: optimizer steps that the resumed run has taken.
+            runs: identifiers that the run may have here; an empty directory takes the first. If there are none, the run
+                is new and gets one.
+            step: optimizer steps that the run has taken.
             overwrite: whether to delete the snapshots of another run.
 
         Raises:
@@ -155,12 +119,23 @@ class SnapshotSeries:
         """
         require_bool("overwrite", overwrite)
         held = self._hold()
-        existing = self._existing()
+        existing, run = self._existing(), runs[0] if runs else uuid.uuid4().hex
         if existing is None or not existing.snapshots:
-            return self._start(runs[0], ())
-        if existing.run not in runs:
-            return self._take_over(existing, runs[0], held and overwrite)
-        return self._start(existing.run, tuple(s for s in existing.snapshots if s.step <= step))
+            if existing is not None and not runs and not held:
+                rank_zero_warn(
+                    f'another run has begun in "{self.directory}" and has saved no snapshot yet; this run takes the'
+                    " directory: if the other run is still going, it ends with an error at its first snapshot"
+                )
+            return self._start(run, ())
+        if existing.run in runs:
+            return self._start(existing.run, tuple(s for s in existing.snapshots if s.step <= step))
+        if not (overwrite and held):
+            self.close()
+            raise ValueError(self._occupied(existing))
+        manifest = self._start(run, ())
+        for file in (file for snapshot in existing.snapshots for file in snapshot.files):
+            Path(self.path(file)).unlink(missing_ok=True)
+        return manifest
 
     def save(
         self,
@@ -182,7 +157,7 @@ class SnapshotSeries:
             frozen: checksum of the parameters that the state dict leaves out; None if it has all.
 
         Raises:
-            FileNotFoundError: if neither :meth:`begin` nor :meth:`resume` has made a manifest.
+            FileNotFoundError: if :meth:`open` has made no manifest.
             ValueError: if another run has taken the directory in the meantime.
             TypeError: if an entry of the state dict is not a dense tensor.
             OSError: if it cannot be written; earlier snapshots are not changed.
