@@ -73,7 +73,8 @@ class SafetensorsFile(CheckpointFormat):
     @classmethod
     @override
     def find(cls, location: str, weights_only: bool) -> list[Checkpoint]:
-        found, (_, subset) = locate(location), read_about(location)
+        found = locate(location)
+        _, subset = read_about(location)
         return [Checkpoint(PurePosixPath(found.path).name, partial(read_weights, found, weights_only), subset=subset)]
 
 
