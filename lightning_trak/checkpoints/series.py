@@ -21,6 +21,7 @@ import json
 import os
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -118,8 +119,10 @@ class SnapshotSeries:
             ValueError: if the directory holds snapshots of another run, or another run is writing to it.
         """
         require_bool("overwrite", overwrite)
-        held = self._hold()
-        existing, run = self._existing(), runs[0] if runs else uuid.uuid4().hex
+        held, run = self._hold(), runs[0] if runs else uuid.uuid4().hex
+        existing: Manifest | None = None
+        with suppress(FileNotFoundError):
+            existing = self.read()
         if existing is None or not existing.snapshots:
             if existing is not None and not runs and not held:
                 rank_zero_warn(
@@ -201,12 +204,6 @@ class SnapshotSeries:
             return False
         self._lock = hold(Path(self._root), self.directory, "snapshots")
         return self._lock is not None
-
-    def _existing(self) -> Manifest | None:
-        try:
-            return self.read()
-        except FileNotFoundError:
-            return None
 
     def _occupied(self, manifest: Manifest) -> str:
         return (
