@@ -37,7 +37,7 @@ def assert_equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
 
 def fill(directory: str | Path, steps: tuple[int, ...] = (10, 20)) -> SnapshotSeries:
     series = SnapshotSeries(directory)
-    series.begin()
+    series.open()
     for step in steps:
         series.save(make_state_dict(step), step, step // 10, GROUPS)
     return series

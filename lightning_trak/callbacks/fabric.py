@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from lightning.fabric.strategies.deepspeed import DeepSpeedStrategy
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import Self
 
-from lightning_trak.callbacks.saving import on_rank_zero, require_storable
-from lightning_trak.checkpoints.manifest import ParameterGroup
-from lightning_trak.checkpoints.optimizers import parameter_groups, preconditioner_of, require_adam
-from lightning_trak.checkpoints.series import SnapshotSeries
+from lightning_trak.callbacks.saving import SnapshotWriter, Training, gather_state_dict
+from lightning_trak.checkpoints.optimizers import require_adam
 from lightning_trak.compatibility import original_module, original_optimizer
 from lightning_trak.packages import is_a
 from lightning_trak.running.fsdp import is_sharded
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
-
-T = TypeVar("T")
 
 
 class FabricSnapshots:
@@ -95,11 +89,10 @@ class FabricSnapshots:
                     "FabricSnapshots cannot keep the preconditioner of an optimizer whose state is sharded: use DDP or"
                     " one device, or leave preconditioner=True out"
                 )
-        self._series: SnapshotSeries | None = None  # None: not inside with
+        self._training = Training(self._model, self._optimizers, self._weights, fabric.is_global_zero, fabric.broadcast)
+        self._writer: SnapshotWriter | None = None  # None: not inside with
         self._run: str | None = None
         self._step = 0
-        self._saved_step = -1
-        self._groups: dict[int, list[ParameterGroup]] = {}  # of each optimizer, at its last step
         self._watches: list[Any] = []
 
     def _require_optimizers(self) -> None:
@@ -127,32 +120,16 @@ class FabricSnapshots:
         Raises:
             RuntimeError: inside ``with``, which has taken the directory for a new run.
         """
-        if self._series is not None:
+        if self._writer is not None:
             raise RuntimeError("load the state before with: FabricSnapshots has begun a new run already")
         self._run, self._step = state["run"], state["step"]
 
     def __enter__(self) -> Self:
-        if self._series is not None:
+        if self._writer is not None:
             raise RuntimeError("this FabricSnapshots is inside with already; make another one for another training")
-        series, weights = SnapshotSeries(self.fabric.broadcast(self.dirpath)), self._weights()
-
-        def begin() -> tuple[str, int]:
-            require_storable(weights)
-            if self._run is None:
-                return series.begin(), -1
-            manifest = series.resume([self._run], self._step)
-            return manifest.run, max((snapshot.step for snapshot in manifest.snapshots), default=-1)
-
-        self._groups = {
-            number: parameter_groups(number, optimizer, self._model)
-            for number, optimizer in enumerate(self._optimizers)
-        }
-        self._series = series
-        try:
-            self._run, self._saved_step = self._on_rank_zero(begin)
-        except BaseException:
-            self.close()
-            raise
+        runs = [] if self._run is None else [self._run]
+        writer = SnapshotWriter(self._training, self.dirpath, self._step, runs, preconditioner=self.preconditioner)
+        self._writer, self._run = writer, writer.run
         self._watches = [optimizer.register_step_post_hook(self._count) for optimizer in self._optimizers]
         return self
 
@@ -162,10 +139,9 @@ class FabricSnapshots:
         self.close()
 
     def _count(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """Count a step, and note its learning rates. A scheduler may change them before the snapshot is taken."""
         self._step += 1
-        number = next(number for number, own in enumerate(self._optimizers) if own is optimizer)
-        self._groups[number] = parameter_groups(number, optimizer, self._model)
+        if self._writer is not None:
+            self._writer.note(self._training, optimizer)
 
     def save(self, epoch: int = 0) -> None:
         """Save a snapshot. All ranks must call this. A step is never saved twice.
@@ -178,30 +154,20 @@ class FabricSnapshots:
             ValueError: if ``epoch`` is not a whole number of at least 0, or another run has taken the directory.
             OSError: on all ranks, if the snapshot cannot be written.
         """
-        series, step = self._series, self._step
         if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
             raise ValueError(f"epoch must be the number of completed epochs, 0 or more, got {epoch!r}")
-        if series is None:
+        if self._writer is None:
             raise RuntimeError("call save inside with: with FabricSnapshots(...) as snapshots: ... snapshots.save()")
-        if step <= self._saved_step:
-            return
-        weights, groups = self._weights(), [group for groups in self._groups.values() for group in groups]
-
-        def write() -> str:
-            also = preconditioner_of(self._optimizers, self._model) if self.preconditioner else None
-            return series.save(weights, step, epoch, groups, also).file
-
-        self._on_rank_zero(write)
-        self._saved_step = step
+        self._writer.save(self._training, self._step, epoch)
 
     def close(self) -> None:
         """Release the directory, so that another run may write to it. ``with`` does this at its end."""
         for watch in self._watches:
             watch.remove()
         self._watches = []
-        if self._series is not None:
-            self._series.close()
-            self._series = None
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
 
     def _sharded(self) -> nn.Module | None:
         """The module whose parameters are sharded; None if each rank has the whole model."""
@@ -214,7 +180,4 @@ class FabricSnapshots:
         sharded = self._sharded()
         if sharded is None:
             return self._model.state_dict()
-        return get_model_state_dict(sharded, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-
-    def _on_rank_zero(self, action: Callable[[], T]) -> T:
-        return on_rank_zero(action, self.fabric.is_global_zero, self.fabric.broadcast)
+        return gather_state_dict(sharded)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_warn
@@ -14,11 +13,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_trak.callbacks.saving import intervals, on_rank_zero, require_storable
-from lightning_trak.checkpoints.digests import frozen_digest
-from lightning_trak.checkpoints.manifest import ParameterGroup
-from lightning_trak.checkpoints.optimizers import parameter_groups, preconditioner_of, require_adam
-from lightning_trak.checkpoints.series import SnapshotSeries
+from lightning_trak.callbacks.saving import SnapshotWriter, Training, intervals
 from lightning_trak.running.fsdp import is_sharded
 from lightning_trak.running.ranks import is_one_of_several
 
@@ -30,8 +25,6 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         f'TRAKTrainerCallback needs {error.name}: pip install "transformers[torch]"', name=error.name
     ) from error
-
-T = TypeVar("T")
 
 
 class TRAKTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # transformers is not typed
@@ -98,11 +91,8 @@ class TRAKTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         self.save_last = save_last
         self.trainable_only = trainable_only
         self.preconditioner = preconditioner
-        self._series: SnapshotSeries | None = None  # None: training has not begun, or has ended
+        self._writer: SnapshotWriter | None = None  # of the last training
         self._run: str | None = None
-        self._saved_step = 0
-        self._frozen: str | None = None
-        self._groups: list[ParameterGroup] = []  # at the last step
 
     @override
     def state(self) -> dict[str, Any]:
@@ -119,34 +109,28 @@ class TRAKTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
     ) -> None:
         """Start the series, or continue it if the Trainer resumes from a checkpoint."""
         self._close()
-        model, optimizer = kwargs["model"], _unwrapped(kwargs["optimizer"])
+        model = kwargs["model"]
         _require_whole(model)
-        self._groups = parameter_groups(0, optimizer, model)
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ValueError("no parameter of the model requires gradients, so there is nothing to take snapshots of")
-        if self.preconditioner:
-            require_adam([optimizer])
-        series = self._series = SnapshotSeries(self.dirpath)
-        runs = _runs(state.stateful_callbacks, type(self).__name__) if state.global_step else []
-
-        def begin() -> tuple[str, int]:
-            weights = self._weights(model)
-            require_storable(weights)
-            if self.trainable_only:
-                self._frozen = frozen_digest(model, weights)
-            if not runs:
-                return series.begin(), 0
-            manifest = series.resume(runs, state.global_step)
-            return manifest.run, max((snapshot.step for snapshot in manifest.snapshots), default=0)
-
-        self._run, self._saved_step = _on_rank_zero(state, begin)
+        self._writer = SnapshotWriter(
+            self._training(state, **kwargs),
+            self.dirpath,
+            state.global_step,
+            _runs(state.stateful_callbacks, type(self).__name__) if state.global_step else [],
+            preconditioner=self.preconditioner,
+            trainable_only=self.trainable_only,
+        )
+        self._run = self._writer.run
 
     @override
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Note the learning rates of this step. The scheduler changes them before the snapshot is taken."""
-        self._groups = parameter_groups(0, _unwrapped(kwargs["optimizer"]), kwargs["model"])
+        if self._writer is not None:
+            training = self._training(state, **kwargs)
+            self._writer.note(training, training.optimizers[0])
 
     @override
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -172,7 +156,7 @@ class TRAKTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Save the last step, and release the directory."""
-        if self.save_last and state.global_step > self._saved_step:
+        if self.save_last and self._writer is not None and state.global_step > self._writer.saved_step:
             if args.load_best_model_at_end and state.best_model_checkpoint is not None:
                 rank_zero_warn(
                     f"the snapshot of the last step, {state.global_step}, was not saved: the Trainer has already"
@@ -182,30 +166,25 @@ class TRAKTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
                 self._save(state, **kwargs)
         self._close()
 
-    def _save(self, state: TrainerState, model: nn.Module, optimizer: Optimizer, **_: Any) -> None:
-        if self._series is None or state.global_step <= self._saved_step:
-            return
-        series, step, epoch, groups = self._series, state.global_step, _completed(state), self._groups
+    def _save(self, state: TrainerState, **kwargs: Any) -> None:
+        if self._writer is not None and state.global_step:
+            self._writer.save(self._training(state, **kwargs), state.global_step, _completed(state))
 
-        def save() -> str:
-            also = preconditioner_of([_unwrapped(optimizer)], model) if self.preconditioner else None
-            return series.save(self._weights(model), step, epoch, groups, also, self._frozen).file
+    def _training(self, state: TrainerState, model: nn.Module, optimizer: Optimizer, **_: Any) -> Training:
+        def weights() -> dict[str, Any]:
+            whole: dict[str, Any] = model.state_dict()
+            if not self.trainable_only:
+                return whole
+            parameters = model.named_parameters(remove_duplicate=False)
+            frozen = {name for name, parameter in parameters if not parameter.requires_grad}
+            return {name: tensor for name, tensor in whole.items() if name not in frozen}
 
-        _on_rank_zero(state, save)
-        self._saved_step = step
-
-    def _weights(self, model: nn.Module) -> dict[str, Any]:
-        weights: dict[str, Any] = model.state_dict()
-        if not self.trainable_only:
-            return weights
-        parameters = model.named_parameters(remove_duplicate=False)
-        frozen = {name for name, parameter in parameters if not parameter.requires_grad}
-        return {name: tensor for name, tensor in weights.items() if name not in frozen}
+        inner = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+        return Training(model, [inner], weights, state.is_world_process_zero, _broadcast)
 
     def _close(self) -> None:
-        if self._series is not None:
-            self._series.close()
-            self._series = None
+        if self._writer is not None:
+            self._writer.close()
 
 
 def _runs(states: dict[str, Any], name: str) -> list[str]:
@@ -218,11 +197,6 @@ def _runs(states: dict[str, Any], name: str) -> list[str]:
 def _completed(state: TrainerState) -> int:
     """The epochs completed. ``state.epoch`` is a sum of fractions."""
     return int(state.epoch + 1e-6)
-
-
-def _unwrapped(optimizer: Optimizer) -> Optimizer:
-    inner: Optimizer = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
-    return inner
 
 
 def _require_whole(model: nn.Module) -> None:
@@ -241,10 +215,6 @@ def _require_whole(model: nn.Module) -> None:
             f"{where}: train with DDP or on one device, or let the Trainer save whole checkpoints and pass their files"
             " as checkpoints"
         )
-
-
-def _on_rank_zero(state: TrainerState, action: Callable[[], T]) -> T:
-    return on_rank_zero(action, state.is_world_process_zero, _broadcast)
 
 
 def _broadcast(value: Any) -> Any:

@@ -12,13 +12,11 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from lightning_trak.checkpoints.copies import copy_module
 from lightning_trak.compatibility import has_gradient_hooks
 from lightning_trak.packages import both, is_a, overrides
-from lightning_trak.replay.optimizers.base import optimizer_step
 from lightning_trak.replay.recording.states import named_buffers, named_parameters
 from lightning_trak.running.batches import TransferHooks, on_device
 from lightning_trak.running.data.loading import batch_size_of, load, num_examples
@@ -145,23 +143,3 @@ def require_real(module: LightningModule) -> None:
                 f'TrainingRecorder cannot keep the buffer "{name}", which is not a plain dense tensor of real numbers;'
                 " register one that is"
             )
-
-
-def group_settings(optimizer: Optimizer) -> tuple[dict[str, Any], ...]:
-    """The hyperparameters of each group.
-
-    Raises:
-        ValueError: if a step of the optimizer cannot be repeated or differentiated.
-    """
-    optimizer_step(type(optimizer))
-    found = []
-    for group in optimizer.param_groups:
-        settings = {name: value for name, value in group.items() if name != "params"}
-        for name, value in settings.items():
-            if not isinstance(value, (bool, int, float, str, tuple, list, type(None))):
-                raise ValueError(
-                    f"{type(optimizer).__name__} has {name}={value!r:.40}, a {type(value).__name__}; TrainingRecorder"
-                    " needs plain numbers"
-                )
-        found.append(settings)
-    return tuple(found)

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.optim import Optimizer
 
-from lightning_trak.checkpoints.weights import is_extra_state, without_extra_state
+from lightning_trak.callbacks.runs import run_from
+from lightning_trak.checkpoints.digests import frozen_digest
+from lightning_trak.checkpoints.optimizers import parameter_groups, preconditioner_of, require_adam
+from lightning_trak.checkpoints.series import SnapshotSeries
+from lightning_trak.checkpoints.weights import without_extra_state
 from lightning_trak.checks import positive
 
 T = TypeVar("T")
@@ -30,9 +38,8 @@ def intervals(
         ValueError: if several triggers are given, a number is not a positive integer, or the time is negative.
     """
     counts = {"every_n_epochs": every_n_epochs, "every_n_train_steps": every_n_train_steps}
-    given = [
-        name for name, value in {**counts, "train_time_interval": train_time_interval}.items() if value is not None
-    ]
+    triggers = {**counts, "train_time_interval": train_time_interval}
+    given = [name for name, value in triggers.items() if value is not None]
     if len(given) > 1:
         raise ValueError(f"expected at most one trigger, got {' and '.join(sorted(given))}; use a {kind} for each")
     epochs, steps = (None if count is None else positive(name, count) for name, count in counts.items())
@@ -41,41 +48,140 @@ def intervals(
     return (epochs if given else 1), steps
 
 
-def require_storable(state_dict: Mapping[str, Any]) -> None:
-    """Check a module's state dict when training starts, so that it does not fail hours later.
+@dataclass(frozen=True)
+class Training:
+    """What is trained and on which rank, whichever Trainer trains it.
 
-    Raises:
-        TypeError: if it has entries that are not dense tensors.
-    """
-    without_extra_state(state_dict, "the module's state dict")
-    extra = [name for name in state_dict if is_extra_state(name)]
-    if extra:
-        rank_zero_warn(
-            f"snapshots leave out the extra state of modules: {', '.join(extra)}; the model that is given for"
-            " attribution keeps its own"
-        )
-
-
-def on_rank_zero(action: Callable[[], T], is_rank_zero: bool, broadcast: Callable[[Any], Any]) -> T:
-    """Run an action on rank zero. All ranks get its result or its error, so no rank waits for one that has failed.
-
-    Args:
-        action: what rank zero does. Its result must be picklable.
+    Attributes:
+        module: the module, which gives parameters their names.
+        optimizers: its optimizers.
+        weights: gives the state dict to save, at least on rank zero. All ranks call it.
         is_rank_zero: whether this is rank zero.
         broadcast: gives all ranks what rank zero has. All ranks call it.
     """
-    outcome: T | Exception | None = None
-    failure: Exception | None = None
-    if is_rank_zero:
+
+    module: nn.Module
+    optimizers: Sequence[Optimizer]
+    weights: Callable[[], Mapping[str, Any]]
+    is_rank_zero: bool
+    broadcast: Callable[[Any], Any]
+
+    def on_rank_zero(self, action: Callable[[], T]) -> T:
+        """Run an action on rank zero. All ranks get its picklable result or its error, so that none waits in vain."""
+        outcome: T | Exception | None = None
+        failure: Exception | None = None
+        if self.is_rank_zero:
+            try:
+                outcome = action()
+            except Exception as error:
+                failure = error
+                outcome = _portable(error)
+        outcome = self.broadcast(outcome)
+        if isinstance(outcome, Exception):
+            raise failure or outcome
+        return cast(T, outcome)
+
+
+def gather_state_dict(sharded: nn.Module) -> dict[str, Any]:
+    """The whole state dict of a module that FSDP shards, on the CPU of rank zero. All ranks must call this."""
+    return get_model_state_dict(sharded, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+class SnapshotWriter:
+    """Writes the snapshots of a training from its start until :meth:`close`. All ranks make one and call its methods.
+
+    Args:
+        training: what is trained.
+        directory: directory of the snapshots. That of rank zero counts.
+        step: optimizer steps taken.
+        runs: the runs that this one may continue; empty: it is a new one.
+        preconditioner: whether to keep what the optimizers multiply gradients by.
+        trainable_only: whether the state dict leaves out the parameters that are not trained.
+        overwrite: whether to delete the snapshots of another run.
+        exist_ok: whether a new run takes the directory of one that started from the same weights.
+
+    Attributes:
+        run: identifier of the run.
+        saved_step: the step of the last snapshot; -1 if there is none.
+
+    Raises:
+        TypeError: if the state dict has entries that are not dense tensors, or an optimizer has no preconditioner.
+        ValueError: if the directory belongs to another run, or a learning rate is not finite.
+    """
+
+    def __init__(
+        self,
+        training: Training,
+        directory: str,
+        step: int,
+        runs: Sequence[str],
+        *,
+        preconditioner: bool,
+        trainable_only: bool = False,
+        overwrite: bool = False,
+        exist_ok: bool = False,
+    ) -> None:
+        if preconditioner:
+            require_adam(training.optimizers)
+        self._preconditioner = preconditioner
+        self._series: SnapshotSeries | None = SnapshotSeries(training.broadcast(directory))
+        self._frozen: str | None = None
+        self._groups = {  # of each optimizer, at its last step
+            position: parameter_groups(position, optimizer, training.module)
+            for position, optimizer in enumerate(training.optimizers)
+        }
+        series, weights = self._series, training.weights()
+
+        def start() -> tuple[str, int]:
+            tensors = without_extra_state(weights, "the module's state dict")  # fails now, not hours later
+            extra = [name for name in weights if name not in tensors]
+            if extra:
+                rank_zero_warn(
+                    f"snapshots leave out the extra state of modules: {', '.join(extra)}; the model that is given for"
+                    " attribution keeps its own"
+                )
+            if trainable_only:
+                self._frozen = frozen_digest(training.module, weights)
+            known = [run_from(step, tensors)] if exist_ok and not runs else runs
+            manifest = series.open(known, step, overwrite)
+            return manifest.run, max((snapshot.step for snapshot in manifest.snapshots), default=-1)
+
         try:
-            outcome = action()
-        except Exception as error:
-            failure = error
-            outcome = _portable(error)
-    outcome = broadcast(outcome)
-    if isinstance(outcome, Exception):
-        raise failure or outcome
-    return cast(T, outcome)
+            self.run, self.saved_step = training.on_rank_zero(start)
+        except BaseException:
+            self.close()
+            raise
+
+    def note(self, training: Training, optimizer: Optimizer) -> None:
+        """Note the learning rates of an optimizer's step. A scheduler may change them before the snapshot is taken."""
+        for position, candidate in enumerate(training.optimizers):
+            if candidate is optimizer:
+                self._groups[position] = parameter_groups(position, optimizer, training.module)
+
+    def save(self, training: Training, step: int, epoch: int) -> None:
+        """Save a snapshot, unless its step has one or the writer is closed.
+
+        Raises:
+            ValueError: if another run has taken the directory.
+            OSError: on all ranks, if the snapshot cannot be written.
+        """
+        if self._series is None or step <= self.saved_step:
+            return
+        series, weights = self._series, training.weights()
+        groups = [group for groups in self._groups.values() for group in groups]
+
+        def write() -> str:
+            also = preconditioner_of(training.optimizers, training.module) if self._preconditioner else None
+            return series.save(weights, step, epoch, groups, also, self._frozen).file
+
+        training.on_rank_zero(write)
+        self.saved_step = step
+
+    def close(self) -> None:
+        """Release the directory, so that another run may write to it."""
+        if self._series is not None:
+            self._series.close()
+            self._series = None
 
 
 def _portable(error: Exception) -> Exception:

@@ -4,26 +4,19 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_trak.callbacks.runs import RunCallback, run_from
-from lightning_trak.callbacks.saving import intervals, on_rank_zero, require_storable
-from lightning_trak.checkpoints.manifest import ParameterGroup
-from lightning_trak.checkpoints.optimizers import parameter_groups, preconditioner_of, require_adam
+from lightning_trak.callbacks.runs import RunCallback
+from lightning_trak.callbacks.saving import SnapshotWriter, Training, gather_state_dict, intervals
 from lightning_trak.checkpoints.series import SnapshotSeries
-from lightning_trak.checkpoints.weights import without_extra_state
 from lightning_trak.packages import is_a
 from lightning_trak.texts.display import Displayed
-
-T = TypeVar("T")
 
 
 class TRAKCallback(Displayed, RunCallback):
@@ -109,12 +102,10 @@ class TRAKCallback(Displayed, RunCallback):
         self.preconditioner = preconditioner
         self.overwrite = overwrite
         self.exist_ok = exist_ok
-        self._series: SnapshotSeries | None = None  # None: nothing is to be saved
+        self._writer: SnapshotWriter | None = None  # of the last fit
         self._module: int | None = None  # id() of the module of the last fit, which a Trainer keeps until the next
-        self._saved_step = 0
         self._seen_step = 0
         self._saved_time = 0.0
-        self._groups: dict[int, list[ParameterGroup]] = {}  # of each optimizer, at its last step
 
     @property
     @override
@@ -144,48 +135,37 @@ class TRAKCallback(Displayed, RunCallback):
                 "TRAKCallback cannot keep the preconditioner of an optimizer whose state is sharded: use DDP or one"
                 " device, or leave preconditioner=True out"
             )
-        self._series = SnapshotSeries(trainer.strategy.broadcast(self.dirpath))
+        url = SnapshotSeries(trainer.strategy.broadcast(self.dirpath)).url
         others = [other for other in trainer.callbacks if other is not self]  # type: ignore[attr-defined]
-        if any(SnapshotSeries(o.dirpath).url == self._series.url for o in others if isinstance(o, TRAKCallback)):
+        if any(SnapshotSeries(o.dirpath).url == url for o in others if isinstance(o, TRAKCallback)):
             raise ValueError(f'two TRAKCallbacks write to "{self.dirpath}"; give each its own directory')
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start or continue the series."""
-        if self._series is None:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        if self.preconditioner:
-            require_adam(trainer.optimizers)
-        series, step, state_dict = self._series, trainer.global_step, _gather(trainer)
-        same_module, self._module = self._module == id(pl_module), id(pl_module)
-        self._run, self._saved_step = _on_rank_zero(trainer, lambda: self._open(series, step, state_dict, same_module))
-        self._seen_step = trainer.global_step
+        self._seen_step = step = trainer.global_step
+        runs, before = self._resumed_runs, self._writer
+        if not runs and before is not None and self._module == id(pl_module) and before.saved_step <= step:
+            runs = [before.run]  # fit again with the same Trainer
+        self._writer = SnapshotWriter(
+            _training(trainer),
+            self.dirpath,
+            step,
+            runs,
+            preconditioner=self.preconditioner,
+            overwrite=self.overwrite,
+            exist_ok=self.exist_ok,
+        )
+        self._run, self._module = self._writer.run, id(pl_module)
         self._saved_time = time.monotonic()
-        self._groups = {
-            position: parameter_groups(position, optimizer, pl_module)
-            for position, optimizer in enumerate(trainer.optimizers)
-        }
-
-    def _open(
-        self, series: SnapshotSeries, step: int, state_dict: dict[str, Any], same_module: bool
-    ) -> tuple[str, int]:
-        require_storable(state_dict)
-        if self._resumed_runs:
-            manifest = series.resume(self._resumed_runs, step, self.overwrite)
-        elif same_module and self._run is not None and self._saved_step <= step:  # fit again with the same Trainer
-            manifest = series.resume([self._run], step, self.overwrite)
-        elif self.exist_ok:
-            manifest = series.resume([run_from(step, without_extra_state(state_dict, "it"))], step, self.overwrite)
-        else:
-            return series.begin(self.overwrite), 0
-        return manifest.run, max((snapshot.step for snapshot in manifest.snapshots), default=0)
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Note the learning rate of this step. A scheduler may change it before the snapshot is taken."""
-        for position, candidate in enumerate(trainer.optimizers):
-            if candidate is optimizer:
-                self._groups[position] = parameter_groups(position, optimizer, pl_module)
+        if self._writer is not None:
+            self._writer.note(_training(trainer), optimizer)
 
     @override
     def on_train_batch_end(
@@ -221,14 +201,8 @@ class TRAKCallback(Displayed, RunCallback):
             self._save(trainer, trainer.current_epoch)
 
     def _save(self, trainer: Trainer, epoch: int) -> None:
-        step = trainer.global_step
-        if self._series is None or step <= self._saved_step:
-            return
-        series, state_dict = self._series, _gather(trainer)
-        groups = [group for groups in self._groups.values() for group in groups]
-        also = preconditioner_of(trainer.optimizers, trainer.lightning_module) if self.preconditioner else None
-        _on_rank_zero(trainer, lambda: series.save(state_dict, step, epoch, groups, also).file)
-        self._saved_step = step
+        if self._writer is not None and trainer.global_step:
+            self._writer.save(_training(trainer), trainer.global_step, epoch)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -241,19 +215,18 @@ class TRAKCallback(Displayed, RunCallback):
         self._close()
 
     def _close(self) -> None:
-        if self._series is not None:
-            self._series.close()
-            self._series = None
+        if self._writer is not None:
+            self._writer.close()
 
 
-def _on_rank_zero(trainer: Trainer, action: Callable[[], T]) -> T:
-    return on_rank_zero(action, trainer.is_global_zero, trainer.strategy.broadcast)
-
-
-def _gather(trainer: Trainer) -> dict[str, Any]:
-    """The module's whole state dict, at least on rank zero. All ranks must call this."""
+def _training(trainer: Trainer) -> Training:
     strategy = trainer.strategy
-    if is_a(strategy, FSDPStrategy, ModelParallelStrategy) and strategy.model is not None:
-        # If configured for sharded checkpoints, lightning_module_state_dict() gives only this rank's part.
-        return get_model_state_dict(strategy.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    return strategy.lightning_module_state_dict()
+
+    def weights() -> dict[str, Any]:
+        if is_a(strategy, FSDPStrategy, ModelParallelStrategy) and strategy.model is not None:
+            # If configured for sharded checkpoints, lightning_module_state_dict() gives only this rank's part.
+            return gather_state_dict(strategy.model)
+        return strategy.lightning_module_state_dict()
+
+    module = trainer.lightning_module
+    return Training(module, trainer.optimizers, weights, trainer.is_global_zero, strategy.broadcast)

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_trak.callbacks.recordable import group_settings
+from lightning_trak.replay.optimizers.base import optimizer_step
 from lightning_trak.replay.player import canonical_module_name
 from lightning_trak.replay.recording.records import Settings, Structure
 
@@ -86,8 +86,28 @@ class StepOptions:
         trainer = self._trainer
         clip_by = trainer.gradient_clip_algorithm or "norm"
         return Settings(
-            group_settings(self._optimizer),
+            _group_settings(self._optimizer),
             trainer.accumulate_grad_batches,
             float(trainer.gradient_clip_val or 0),
             str(getattr(clip_by, "value", clip_by)),
         )
+
+
+def _group_settings(optimizer: Optimizer) -> tuple[dict[str, Any], ...]:
+    """The hyperparameters of each group.
+
+    Raises:
+        ValueError: if a step of the optimizer cannot be repeated or differentiated.
+    """
+    optimizer_step(type(optimizer))
+    found = []
+    for group in optimizer.param_groups:
+        settings = {name: value for name, value in group.items() if name != "params"}
+        for name, value in settings.items():
+            if not isinstance(value, (bool, int, float, str, tuple, list, type(None))):
+                raise ValueError(
+                    f"{type(optimizer).__name__} has {name}={value!r:.40}, a {type(value).__name__}; TrainingRecorder"
+                    " needs plain numbers"
+                )
+        found.append(settings)
+    return tuple(found)

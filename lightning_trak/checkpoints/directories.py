@@ -14,7 +14,7 @@ from typing_extensions import override
 from lightning_trak.checkpoints.base import Checkpoint, CheckpointFormat
 from lightning_trak.checkpoints.formats import load_torch, read_weights, state_dict
 from lightning_trak.storage.files import tensor_digest
-from lightning_trak.storage.locations import locate
+from lightning_trak.storage.locations import Location, locate
 from lightning_trak.storage.manifests import MANIFEST
 from lightning_trak.storage.schemas import anything, parse_json, record, text
 from lightning_trak.texts.messages import listed
@@ -51,16 +51,17 @@ class CheckpointDirectory(CheckpointFormat):
     @classmethod
     @override
     def recognizes(cls, location: str) -> bool:
-        filesystem, path = locate(location)
+        filesystem, path, _ = locate(location)
         return bool(filesystem.isdir(path)) and MANIFEST not in _Directory.read(location).names
 
     @classmethod
     @override
     def find(cls, location: str, weights_only: bool) -> list[Checkpoint]:
         found = _Directory.read(location)
+        steps = found.steps()
         kinds: dict[str, tuple[list[str], Callable[[], list[Checkpoint]]]] = {
             "of ModelCheckpoint": (found.ending(".ckpt"), partial(_lightning, found, weights_only)),
-            "of Hugging Face": (found.steps(), partial(_steps, found, weights_only)),
+            "of Hugging Face": (steps, lambda: [_model(found.inside(name), weights_only) for name in steps]),
             "a saved model": (found.models(), lambda: [_model(found, weights_only)]),
         }
         present = {kind: names for kind, (names, _) in kinds.items() if names}
@@ -80,29 +81,24 @@ class _Directory(NamedTuple):
     """A directory and the names in it.
 
     Attributes:
-        location: as the user named it.
-        filesystem: an fsspec file system.
-        path: on this file system.
+        location: of the directory.
         names: of files and folders, sorted.
     """
 
-    location: str
-    filesystem: Any
-    path: str
+    location: Location
     names: list[str]
 
     @classmethod
     def read(cls, location: str) -> _Directory:
-        filesystem, path = locate(location)
-        entries = filesystem.ls(path, detail=False)
-        return cls(location, filesystem, path.rstrip("/"), sorted(PurePosixPath(str(entry)).name for entry in entries))
+        found = locate(location)
+        entries = found.filesystem.ls(found.path, detail=False)
+        return cls(found, sorted(PurePosixPath(str(entry)).name for entry in entries))
 
     def inside(self, name: str) -> _Directory:
-        return _Directory.read(f"{self.location.rstrip('/')}/{name}")
+        return _Directory.read(self.location.inside(name).name)
 
-    def place(self, name: str) -> tuple[Any, str, str]:
-        """The file system of a file, its path there, and its name in messages."""
-        return self.filesystem, f"{self.path}/{name}", f"{self.location.rstrip('/')}/{name}"
+    def is_directory(self, name: str) -> bool:
+        return bool(self.location.filesystem.isdir(self.location.inside(name).path))
 
     def ending(self, *suffixes: str) -> list[str]:
         """Names of entries that have one of these suffixes and are not hidden."""
@@ -111,7 +107,7 @@ class _Directory(NamedTuple):
     def steps(self) -> list[str]:
         """Names of the folders of single steps, in the order of their numbers."""
         found = [(int(match[1]), name) for name in self.names if (match := _STEP.fullmatch(name))]
-        return [name for _, name in sorted(found) if self.filesystem.isdir(f"{self.path}/{name}")]
+        return [name for _, name in sorted(found) if self.is_directory(name)]
 
     def models(self) -> list[str]:
         """Names of the files of one saved model, the one to read first."""
@@ -137,7 +133,7 @@ def _nothing(found: _Directory) -> str:
             " weights of it with `python zero_to_fp32.py . ../weights`, and pass what that has written"
         )
     likely = next((name for name in ("checkpoints", "snapshots") if name in found.names), None)
-    hint = f'did you mean "{found.location.rstrip("/")}/{likely}"?' if likely else _LIST
+    hint = f'did you mean "{found.location.inside(likely)}"?' if likely else _LIST
     return (
         f'"{found.location}" holds no checkpoints: expected the snapshots of a TRAKCallback ({MANIFEST}), .ckpt files,'
         f" folders checkpoint-500 and so on, or {_SAFETENSORS} or {_TORCH}, but {found.held()}; {hint}"
@@ -174,26 +170,22 @@ def _lightning(found: _Directory, weights_only: bool) -> list[Checkpoint]:
                 f'"{same.name}" and "{file.name}" in "{found.location}" are both of step {file.step}, with other'
                 f" weights, so they are of several runs: {_LIST}"
             )
-    folder = PurePosixPath(found.path).name
+    folder = PurePosixPath(found.location.path).name
     return [Checkpoint(f"{folder}/{file.name}", file.read) for file in kept]
 
 
 def _saved(found: _Directory, name: str, weights_only: bool) -> _Saved:
-    place = found.place(name)
-    if found.filesystem.isdir(place[1]):
+    if found.is_directory(name):
         raise ValueError(_nothing(found.inside(name)))
-    content = load_torch(*place, weights_only)
+    file = found.location.inside(name)
+    content = load_torch(file, weights_only)
     step, epoch = (content.get(key) if isinstance(content, Mapping) else None for key in ("global_step", "epoch"))
     if type(step) is not int or type(epoch) is not int:
-        raise ValueError(f'"{place[2]}" does not say its epoch and global_step as Lightning\'s files do: {_LIST}')
-    return _Saved(step, epoch, name.startswith("last"), name, partial(read_weights, *place, weights_only))
+        raise ValueError(f'"{file}" does not say its epoch and global_step as Lightning\'s files do: {_LIST}')
+    return _Saved(step, epoch, name.startswith("last"), name, partial(read_weights, file, weights_only))
 
 
 # --- Hugging Face -------------------------------------------------------------------------------------------------
-
-
-def _steps(found: _Directory, weights_only: bool) -> list[Checkpoint]:
-    return [_model(found.inside(name), weights_only) for name in found.steps()]
 
 
 def _model(found: _Directory, weights_only: bool) -> Checkpoint:
@@ -209,16 +201,16 @@ def _model(found: _Directory, weights_only: bool) -> Checkpoint:
     if several:
         raise ValueError(f'"{found.location}" holds several models, such as {several[0]}: {_LIST}')
     name = found.models()[0]
-    read = partial(read_weights, *found.place(name), weights_only)
+    read = partial(read_weights, found.location.inside(name), weights_only)
     if name.endswith(".json"):
         _parts(found, name)  # raises now if a part is missing
         read = partial(_read_parts, found, name, weights_only)
     adapter = _adapter_settings(found) if name in _ADAPTERS else None
-    return Checkpoint(f"{PurePosixPath(found.path).name}/{name}", read, adapter=adapter)
+    return Checkpoint(f"{PurePosixPath(found.location.path).name}/{name}", read, adapter=adapter)
 
 
 def _adapter_settings(found: _Directory) -> dict[str, Any]:
-    filesystem, path, location = found.place(_ADAPTER_SETTINGS)
+    filesystem, path, location = found.location.inside(_ADAPTER_SETTINGS)
     if _ADAPTER_SETTINGS not in found.names:
         raise FileNotFoundError(f'"{location}", the settings of the adapter, is missing; copy the whole directory')
     try:
@@ -230,7 +222,7 @@ def _adapter_settings(found: _Directory) -> dict[str, Any]:
 
 def _parts(found: _Directory, index: str) -> dict[str, list[str]]:
     """The names of the tensors in each part of a model, as its index says."""
-    filesystem, path, location = found.place(index)
+    filesystem, path, location = found.location.inside(index)
     try:
         weight_map: dict[str, str] = parse_json(filesystem.cat_file(path), _index)["weight_map"]
     except ValueError as error:
@@ -250,7 +242,7 @@ def _parts(found: _Directory, index: str) -> dict[str, list[str]]:
 def _read_parts(found: _Directory, index: str, weights_only: bool) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     for file, names in _parts(found, index).items():
-        tensors = read_weights(*found.place(file), weights_only)
+        tensors = read_weights(found.location.inside(file), weights_only)
         lost = [name for name in names if name not in tensors]
         if lost:
             raise ValueError(

@@ -12,7 +12,6 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from fsspec.implementations.local import LocalFileSystem
 from lightning_utilities.core.rank_zero import WarningCache
 from torch import Tensor
 from typing_extensions import override
@@ -20,7 +19,7 @@ from typing_extensions import override
 from lightning_trak.checkpoints.base import Checkpoint, CheckpointFormat
 from lightning_trak.checkpoints.series import SnapshotSeries
 from lightning_trak.checkpoints.weights import is_extra_state, read_about, read_safetensors, without_extra_state
-from lightning_trak.storage.locations import locate, require_regular
+from lightning_trak.storage.locations import Location, locate
 
 _warned = WarningCache()  # gives each warning once
 
@@ -58,7 +57,7 @@ class SnapshotDirectory(CheckpointFormat):
             )
         name = PurePosixPath(series.url).name
         return [
-            Checkpoint(f"{name}/{entry.file}", partial(series.load, entry), entry, read_file=series.load_file)
+            Checkpoint(f"{name}/{entry.file}", partial(series.load, entry), entry, read_file=series.load)
             for entry in snapshots
         ]
 
@@ -74,10 +73,9 @@ class SafetensorsFile(CheckpointFormat):
     @classmethod
     @override
     def find(cls, location: str, weights_only: bool) -> list[Checkpoint]:
-        filesystem, path = locate(location)
+        found = locate(location)
         _, subset = read_about(location)
-        read = partial(read_weights, filesystem, path, location, weights_only)
-        return [Checkpoint(PurePosixPath(path).name, read, subset=subset)]
+        return [Checkpoint(PurePosixPath(found.path).name, partial(read_weights, found, weights_only), subset=subset)]
 
 
 class TorchFile(CheckpointFormat):
@@ -91,8 +89,8 @@ class TorchFile(CheckpointFormat):
     @classmethod
     @override
     def find(cls, location: str, weights_only: bool) -> list[Checkpoint]:
-        filesystem, path = locate(location)
-        return [Checkpoint(PurePosixPath(path).name, partial(read_weights, filesystem, path, location, weights_only))]
+        found = locate(location)
+        return [Checkpoint(PurePosixPath(found.path).name, partial(read_weights, found, weights_only))]
 
 
 def _is_file(location: str, *suffixes: str) -> bool:
@@ -103,39 +101,37 @@ def _is_file(location: str, *suffixes: str) -> bool:
     """
     if PurePosixPath(location).suffix.lower() not in suffixes:
         return False
-    filesystem, path = locate(location)
+    filesystem, path, _ = locate(location)
     if not filesystem.exists(path):
         raise FileNotFoundError(f'checkpoint "{location}" does not exist; check the path')
     return not filesystem.isdir(path)
 
 
-def read_weights(filesystem: Any, path: str, location: str, weights_only: bool) -> dict[str, Tensor]:
+def read_weights(location: Location, weights_only: bool) -> dict[str, Tensor]:
     """The weights in a file of safetensors or of ``torch.save``; the arguments are those of :func:`load_torch`."""
     content: Any
-    if PurePosixPath(location).suffix.lower() == ".safetensors":  # the path may be what a link leads to
-        content = read_safetensors(filesystem, path, location)
+    if PurePosixPath(location.name).suffix.lower() == ".safetensors":  # the path may be what a link leads to
+        content = read_safetensors(location)
     else:
-        content = load_torch(filesystem, path, location, weights_only)
+        content = load_torch(location, weights_only)
     return state_dict(content, f'"{location}"')
 
 
-def load_torch(filesystem: Any, path: str, location: str, weights_only: bool) -> Any:
+def load_torch(location: Location, weights_only: bool) -> Any:
     """The content of a file of ``torch.save``, with its tensors on the CPU.
 
     Args:
-        filesystem: a file system from :func:`~lightning_trak.storage.locations.locate`.
-        path: of the file on this file system.
-        location: the name of the file in messages.
+        location: of the file.
         weights_only: False lets the file run code.
 
     Raises:
         ValueError: if the file is damaged, or can only be read with ``weights_only=False``.
     """
-    if isinstance(filesystem, LocalFileSystem):
-        require_regular(path)
-    _require_intact(filesystem, path, location, filesystem.checksum(path))
+    filesystem, path, _ = location
+    location.require_regular()
+    _require_intact(location, filesystem.checksum(path))
     try:
-        if isinstance(filesystem, LocalFileSystem):
+        if location.is_local:
             # With mmap only the weights are read from disk, not the optimizer's state. Old formats do not allow mmap.
             return torch.load(path, "cpu", weights_only=weights_only, mmap=zipfile.is_zipfile(path))
         with filesystem.open(path, "rb") as file:
@@ -153,20 +149,18 @@ def load_torch(filesystem: Any, path: str, location: str, weights_only: bool) ->
 
 
 @functools.cache  # each version of a file is checked once
-def _require_intact(filesystem: Any, path: str, location: str, version: object) -> None:
+def _require_intact(location: Location, version: object) -> None:
     """Compare what a file of ``torch.save`` holds with the checksums in it, which ``torch.load`` does not do.
 
     Args:
-        filesystem: as for :func:`load_torch`.
-        path: as for :func:`load_torch`.
-        location: as for :func:`load_torch`.
+        location: of the file.
         version: differs when the file has changed.
 
     Raises:
         ValueError: if the file was altered.
     """
     del version
-    with filesystem.open(path, "rb") as file:
+    with location.filesystem.open(location.path, "rb") as file:
         try:
             damaged = _damaged_part(file)
         except Exception as error:  # zipfile raises many types of errors

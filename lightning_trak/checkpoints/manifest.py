@@ -57,13 +57,10 @@ class TensorFile:
 
 
 @dataclass(frozen=True)
-class Snapshot:
-    """An entry of the manifest.
+class Snapshot(TensorFile):
+    """An entry of the manifest: the file of the state dict, and what belongs to it.
 
     Attributes:
-        file: name of the safetensors file in the directory.
-        size: of the file, in bytes.
-        sha256: checksum of the state dict, :func:`~lightning_trak.storage.files.tensor_digest`.
         step: optimizer steps taken, as ``trainer.global_step`` counts them (over all optimizers).
         epoch: training epochs completed.
         parameter_groups: settings of each parameter group of each optimizer.
@@ -72,9 +69,6 @@ class Snapshot:
             :func:`~lightning_trak.checkpoints.digests.frozen_digest`; None if it has all.
     """
 
-    file: str
-    size: int
-    sha256: str
     step: int
     epoch: int
     parameter_groups: tuple[ParameterGroup, ...]

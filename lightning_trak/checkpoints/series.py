@@ -21,11 +21,11 @@ import json
 import os
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-from fsspec.implementations.local import LocalFileSystem
 from lightning.pytorch.utilities import rank_zero_warn
 from safetensors import SafetensorError
 from torch import Tensor
@@ -41,7 +41,7 @@ from lightning_trak.checkpoints.manifest import (
 from lightning_trak.checkpoints.weights import pack, read_safetensors, without_extra_state, write_safetensors
 from lightning_trak.checks import require_bool
 from lightning_trak.storage.files import remove_leftovers, write_json
-from lightning_trak.storage.locations import locate, require_regular
+from lightning_trak.storage.locations import locate
 from lightning_trak.storage.locks import Lock, hold
 from lightning_trak.storage.manifests import MANIFEST
 
@@ -54,10 +54,9 @@ class SnapshotSeries:
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
-        self.directory = os.fspath(directory)
-        self.filesystem, root = locate(directory)
+        self._location = locate(directory)
+        self.filesystem, root, self.directory = self._location
         self._root = root.rstrip("/")
-        self._local = isinstance(self.filesystem, LocalFileSystem)
         self._writer: str | None = None
         self._lock: Lock | None = None
 
@@ -78,8 +77,7 @@ class SnapshotSeries:
             ValueError: if the file is not a manifest, was altered, or has a format that this version cannot read.
         """
         try:
-            if self._local:
-                require_regular(self.path(MANIFEST))
+            self._location.inside(MANIFEST).require_regular()
             content = self.filesystem.cat_file(self.path(MANIFEST))
         except (FileNotFoundError, NotADirectoryError) as error:
             found = "it does not exist" if not self.filesystem.exists(self._root) else f"it has no {MANIFEST}"
@@ -96,81 +94,51 @@ class SnapshotSeries:
                 " of the snapshots"
             ) from error
 
-    def load(self, snapshot: Snapshot) -> dict[str, Tensor]:
-        """Read the state dict of a snapshot, as :func:`~lightning_trak.checkpoints.weights.read_safetensors` does.
+    def load(self, stored: TensorFile) -> dict[str, Tensor]:
+        """Read the tensors of a file, as :func:`~lightning_trak.checkpoints.weights.read_safetensors` does.
 
         Raises:
-            FileNotFoundError: if its file no longer exists.
-            ValueError: if the file was altered or replaced.
+            FileNotFoundError: if the file no longer exists.
+            ValueError: if it was altered or replaced.
         """
-        return self.load_file(TensorFile(snapshot.file, snapshot.size, snapshot.sha256))
+        return read_safetensors(self._location.inside(stored.file), stored.size, stored.sha256)
 
-    def load_file(self, stored: TensorFile) -> dict[str, Tensor]:
-        """Read the tensors of a file, as :meth:`load` does."""
-        location = f"{self.directory}/{stored.file}"
-        return read_safetensors(
-            self.filesystem, self.path(stored.file), location, size=stored.size, digest=stored.sha256
-        )
-
-    def begin(self, overwrite: bool = False) -> str:
-        """Start the series of a new run, and hold the directory until :meth:`close`.
-
-        Args:
-            overwrite: whether to delete the snapshots of another run.
-
-        Returns:
-            The new run's identifier.
-
-        Raises:
-            ValueError: if the directory holds snapshots already, or another run is writing to it.
-        """
-        require_bool("overwrite", overwrite)
-        held = self._hold()
-        existing = self._existing()
-        run = uuid.uuid4().hex
-        if existing is not None and existing.snapshots:
-            self._take_over(existing, run, held and overwrite)
-            return run
-        if existing is not None and not held:
-            rank_zero_warn(
-                f'another run has begun in "{self.directory}" and has saved no snapshot yet; this run takes the'
-                " directory: if the other run is still going, it ends with an error at its first snapshot"
-            )
-        self._start(run, ())
-        return run
-
-    def _take_over(self, existing: Manifest, run: str, overwrite: bool) -> Manifest:
-        """Delete the snapshots of another run, if that is allowed."""
-        if not overwrite:
-            self.close()
-            raise ValueError(self._occupied(existing))
-        manifest = self._start(run, ())
-        for file in (file for snapshot in existing.snapshots for file in snapshot.files):
-            Path(self.path(file)).unlink(missing_ok=True)
-        return manifest
-
-    def resume(self, runs: Sequence[str], step: int, overwrite: bool = False) -> Manifest:
-        """Continue the series of a run at an optimizer step, and hold the directory until :meth:`close`.
+    def open(self, runs: Sequence[str] = (), step: int = 0, overwrite: bool = False) -> Manifest:
+        """Start or continue the series of a run at an optimizer step, and hold the directory until :meth:`close`.
 
         Snapshots of later steps are removed from the manifest. Their files stay until the resumed run saves the same
         steps.
 
         Args:
-            runs: identifiers that the run may have here; an empty directory takes the first.
-            step: optimizer steps that the resumed run has taken.
+            runs: identifiers that the run may have here; an empty directory takes the first. If there are none, the run
+                is new and gets one.
+            step: optimizer steps that the run has taken.
             overwrite: whether to delete the snapshots of another run.
 
         Raises:
             ValueError: if the directory holds snapshots of another run, or another run is writing to it.
         """
         require_bool("overwrite", overwrite)
-        held = self._hold()
-        existing = self._existing()
+        held, run = self._hold(), runs[0] if runs else uuid.uuid4().hex
+        existing: Manifest | None = None
+        with suppress(FileNotFoundError):
+            existing = self.read()
         if existing is None or not existing.snapshots:
-            return self._start(runs[0], ())
-        if existing.run not in runs:
-            return self._take_over(existing, runs[0], held and overwrite)
-        return self._start(existing.run, tuple(s for s in existing.snapshots if s.step <= step))
+            if existing is not None and not runs and not held:
+                rank_zero_warn(
+                    f'another run has begun in "{self.directory}" and has saved no snapshot yet; this run takes the'
+                    " directory: if the other run is still going, it ends with an error at its first snapshot"
+                )
+            return self._start(run, ())
+        if existing.run in runs:
+            return self._start(existing.run, tuple(s for s in existing.snapshots if s.step <= step))
+        if not (overwrite and held):
+            self.close()
+            raise ValueError(self._occupied(existing))
+        manifest = self._start(run, ())
+        for file in (file for snapshot in existing.snapshots for file in snapshot.files):
+            Path(self.path(file)).unlink(missing_ok=True)
+        return manifest
 
     def save(
         self,
@@ -192,7 +160,7 @@ class SnapshotSeries:
             frozen: checksum of the parameters that the state dict leaves out; None if it has all.
 
         Raises:
-            FileNotFoundError: if neither :meth:`begin` nor :meth:`resume` has made a manifest.
+            FileNotFoundError: if :meth:`open` has made no manifest.
             ValueError: if another run has taken the directory in the meantime.
             TypeError: if an entry of the state dict is not a dense tensor.
             OSError: if it cannot be written; earlier snapshots are not changed.
@@ -232,16 +200,10 @@ class SnapshotSeries:
         """Take the lock. Returns whether this file system has locks."""
         if self._lock is not None:
             return True
-        if not self._local:
+        if not self._location.is_local:
             return False
         self._lock = hold(Path(self._root), self.directory, "snapshots")
         return self._lock is not None
-
-    def _existing(self) -> Manifest | None:
-        try:
-            return self.read()
-        except FileNotFoundError:
-            return None
 
     def _occupied(self, manifest: Manifest) -> str:
         return (
@@ -254,7 +216,7 @@ class SnapshotSeries:
         )
 
     def _start(self, run: str, snapshots: tuple[Snapshot, ...]) -> Manifest:
-        if self._local:
+        if self._location.is_local:
             remove_leftovers(Path(self._root))
         self._writer = uuid.uuid4().hex
         manifest = Manifest(run, self._writer, snapshots)
@@ -263,7 +225,7 @@ class SnapshotSeries:
 
     def _write_tensors(self, file: str, tensors: Mapping[str, Tensor]) -> TensorFile:
         path = self.path(file)
-        if self._local:
+        if self._location.is_local:
             checksum = write_safetensors(Path(path), tensors)
             return TensorFile(file, os.stat(path).st_size, checksum)
         packed, metadata, checksum = pack(tensors)
@@ -274,7 +236,7 @@ class SnapshotSeries:
     def _replace_manifest(self, manifest: Manifest) -> None:
         content = manifest.to_json()  # never write what could not be read again
         path = self.path(MANIFEST)
-        if self._local:
+        if self._location.is_local:
             write_json(Path(path), content)
         else:
             self.filesystem.makedirs(self._root, exist_ok=True)

@@ -15,14 +15,13 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from fsspec.implementations.local import LocalFileSystem
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lightning_trak.checkpoints.subsets import TrainingSubset
 from lightning_trak.compatibility import EXTRA_STATE, is_traceable_wrapper_subclass
 from lightning_trak.storage.files import all_tensors, tensor_digest, write_atomically
-from lightning_trak.storage.locations import locate, require_regular
+from lightning_trak.storage.locations import Location, locate
 
 _HEADER = "lightning_trak"
 _MAX_HEADER_BYTES = 100_000_000  # as in safetensors
@@ -108,15 +107,11 @@ def pack(
     return stored, aliases | {_HEADER: header}, digest
 
 
-def read_safetensors(
-    filesystem: Any, path: str, location: str, size: int | None = None, digest: str | None = None
-) -> dict[str, Tensor]:
+def read_safetensors(location: Location, size: int | None = None, digest: str | None = None) -> dict[str, Tensor]:
     """Read a safetensors file, tied tensors included, and check it against its checksum if it has one.
 
     Args:
-        filesystem: a file system from :func:`~lightning_trak.storage.locations.locate`.
-        path: the path of the file on this file system.
-        location: the name of the file in messages.
+        location: of the file.
         size: the number of bytes that the file must have; default: any.
         digest: the checksum that the state dict must have; default: the one in the file's header, if there is one.
 
@@ -128,15 +123,15 @@ def read_safetensors(
         ValueError: if the file is truncated, altered or not a safetensors file.
     """
     try:
-        if isinstance(filesystem, LocalFileSystem):
-            require_regular(path)
-            with open(path, "rb") as opened:  # safetensors would say "no such file" if reading is not permitted
+        location.require_regular()
+        if location.is_local:
+            with open(location.path, "rb") as opened:  # safetensors would say "no such file" without permission to read
                 _require_size(os.fstat(opened.fileno()).st_size, size, location)
-            with safe_open(path, framework="pt") as file:
+            with safe_open(location.path, framework="pt") as file:
                 tensors = all_tensors(file)
                 metadata = file.metadata() or {}
         else:
-            content = filesystem.cat_file(path)
+            content = location.filesystem.cat_file(location.path)
             _require_size(len(content), size, location)
             tensors = safetensors.torch.load(content)
             header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
@@ -185,10 +180,9 @@ def read_about(location: str) -> tuple[str | None, TrainingSubset | None]:
         FileNotFoundError: if the file does not exist.
         ValueError: if the file is not a safetensors file, or its header was altered.
     """
-    filesystem, path = locate(location)
-    if isinstance(filesystem, LocalFileSystem):
-        require_regular(path)
-    with filesystem.open(path, "rb") as file:
+    found = locate(location)
+    found.require_regular()
+    with found.filesystem.open(found.path, "rb") as file:
         size = int.from_bytes(file.read(8), "little")
         content = file.read(size) if size <= _MAX_HEADER_BYTES else b""
     try:
@@ -203,7 +197,7 @@ def read_about(location: str) -> tuple[str | None, TrainingSubset | None]:
         raise ValueError(f'the header of "{location}" was altered: {error}; {_ADVICE}') from error
 
 
-def _require_size(found: int, expected: int | None, location: str) -> None:
+def _require_size(found: int, expected: int | None, location: Location) -> None:
     if expected is not None and found != expected:
         raise ValueError(
             f'"{location}" is truncated or was replaced: it has {found} bytes, but its manifest says {expected};'

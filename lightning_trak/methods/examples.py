@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from lightning_trak.gradients.trials import require_repeatable, trying
 from lightning_trak.methods.tokens import target_loader
@@ -72,11 +73,15 @@ class Examples:
     def __len__(self) -> int:
         return num_examples(self.loader)
 
+    def with_loader(self, loader: DataLoader[Any]) -> "Examples":
+        """What another loader makes of the same data, with the transfer hooks of these."""
+        other = copy.copy(self)
+        other.loader = loader
+        return other
+
     def numbered(self) -> "Examples":
         """The same examples in batches with their positions, for outputs that are ``numbered``."""
-        other = copy.copy(self)
-        other.loader = numbered(self.loader)
-        return other
+        return self.with_loader(numbered(self.loader))
 
     def map(
         self,

@@ -185,17 +185,12 @@ class Metagradient(DataMethod):
             fingerprint(targets.loader, "the targets")  # warns if they are not the same twice
             runs = self._runs(trainer, train)
             output, loader = asked.output or self.output, targets.loader
-            if output.predicts_labels and len(runs) > 1:
-                loader = annotated(loader, self._predicted(runs, output, targets).unsqueeze(1))
+            if output.predicts_labels and len(runs) > 1:  # all explain the class with the highest mean probability
+                found = [run.probabilities(copy.deepcopy(output), loader, targets.datamodule) for run in runs]
+                loader = annotated(loader, torch.stack(found).double().mean(0).argmax(1).unsqueeze(1))
             sums = asked.rows, asked.columns
             parts = [run.scores(copy.deepcopy(output), loader, targets.datamodule, *sums) for run in runs]
             return torch.stack(parts).mean(0)
-
-    @staticmethod
-    def _predicted(runs: list[Differentiated], output: ModelOutput, targets: Examples) -> Tensor:
-        """The class of each target with the highest mean probability over the runs, so that all explain the same."""
-        parts = [run.probabilities(copy.deepcopy(output), targets.loader, targets.datamodule) for run in runs]
-        return torch.stack(parts).double().mean(0).argmax(1)
 
     @override
     def label_suspicion(self, trainer: L.Trainer | None = None, train: Data | None = None) -> Tensor:

@@ -49,7 +49,7 @@ def with_predictions(
     asked = model.with_output(output).output
     parts = chunked(range(len(targets)), _TOGETHER)
     labels = [_means(trainer, targets, model, asked.probabilities, part).argmax(1) for part in parts]
-    return Examples(annotated(targets.loader, torch.cat(labels).unsqueeze(1)), "predict", trainer, targets.datamodule)
+    return targets.with_loader(annotated(targets.loader, torch.cat(labels).unsqueeze(1)))
 
 
 def described_predictions(
@@ -77,7 +77,7 @@ def described_predictions(
     # The last one counts twice, because a model may need more than one example.
     subset: Subset[Any] = Subset(cast(Any, loader.dataset), [*positions, positions[-1]])
     size = min(len(subset), max(2, batch_size_of(loader)))
-    chosen = Examples(like(loader, subset, batch_size=size), "predict", trainer, targets.datamodule)
+    chosen = targets.with_loader(like(loader, subset, batch_size=size))
     means = _means(trainer, chosen, model, cast(Rows, asked.prediction))
     return [asked.describe_prediction(row) for row in means[: len(positions)]]
 
@@ -87,14 +87,10 @@ def _means(
 ) -> Tensor:
     """The means of predictions over the models at the ends of their runs, see :meth:`Examples.map`."""
     sums = torch.zeros((), dtype=torch.float64)
-    ends = _ends(model)
+    # People ask about the ends of runs, not about what came before.
+    ends = [number for number, checkpoint in enumerate(model.checkpoints) if checkpoint.final]
     for checkpoint in ends:
         model.load(checkpoint, trainer.strategy.root_device)
         what = f"the prediction {model.place}"
         sums = sums + targets.map(trainer, model.module, predict, what, model.original, positions)
     return sums / len(ends)
-
-
-def _ends(model: ModelCopy) -> list[int]:
-    """The checkpoints of models at the ends of their runs: people ask about these, not about what came before."""
-    return [number for number, checkpoint in enumerate(model.checkpoints) if checkpoint.final]

@@ -137,9 +137,7 @@ class TokenMethod(Method):
         union = torch.unique(chosen[:, 1])
         tokens = find_tokens(texts, trained, union.tolist())
         splits = _Splits(features, scorer, trained, tokens)
-        subset = like(
-            asked, Subset(asked.dataset, rows.tolist()), batch_size=batch_size_of(asked), collate_fn=asked.collate_fn
-        )
+        subset = like(asked, Subset(asked.dataset, rows.tolist()), batch_size=batch_size_of(asked))
         (directions,) = features.make(subset, [range(len(rows))], datamodule_of(targets), output)
         parts = splits.parts(list(directions), texts, data)
         found = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 from fsspec import available_protocols, get_filesystem_class
@@ -16,7 +16,44 @@ _URL = re.compile(r"[A-Za-z][\w+.-]+(://|::.*://)", re.DOTALL)
 _LOCAL_URL = re.compile(r"(file|local)://|file:(?=/)")
 
 
-def locate(location: str | os.PathLike[str]) -> tuple[Any, str]:
+class Location(NamedTuple):
+    """A place for a file or directory, which messages show as the user wrote it.
+
+    Attributes:
+        filesystem: an fsspec file system.
+        path: on this file system.
+        name: as the user wrote it.
+    """
+
+    filesystem: Any
+    path: str
+    name: str
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is a path of this machine."""
+        return isinstance(self.filesystem, LocalFileSystem)
+
+    def inside(self, name: str) -> Location:
+        """The place of a file or directory in this directory."""
+        return self._replace(path=f"{self.path.rstrip('/')}/{name}", name=f"{self.name.rstrip('/')}/{name}")
+
+    def require_regular(self) -> None:
+        """Check that a local path is a regular file or does not exist. A pipe, for example, would block the reader.
+
+        Raises:
+            ValueError: if it is something else, or a broken link.
+        """
+        path = self.path
+        if self.is_local and os.path.lexists(path) and not os.path.isfile(path):
+            found = "a directory" if os.path.isdir(path) else "a link to nothing" if os.path.islink(path) else "no file"
+            raise ValueError(f'"{path}" is {found}, and a file was expected; move it away')
+
+
+def locate(location: str | os.PathLike[str]) -> Location:
     """Find the file system of a path or URL.
 
     A text that does not begin like a URL is a local path, even with special characters: ``a::b``, ``50%``, ``#1``.
@@ -24,9 +61,6 @@ def locate(location: str | os.PathLike[str]) -> tuple[Any, str]:
 
     Args:
         location: a path, or a URL that fsspec understands, such as ``s3://bucket/run`` or ``file:///home/me/run``.
-
-    Returns:
-        The fsspec file system, and the path in it.
 
     Raises:
         TypeError: if the location is not text.
@@ -40,12 +74,12 @@ def locate(location: str | os.PathLike[str]) -> tuple[Any, str]:
         raise ValueError(f"expected a path or URL, got {text!r}")
     local_url = _LOCAL_URL.match(text)
     if local_url:
-        return _local(unquote(text[local_url.end() :]))
+        return _local(unquote(text[local_url.end() :]), text)
     scheme, found, rest = text.partition(":/")
     if found and not rest.startswith("/") and scheme in available_protocols():
         raise ValueError(f'"{text}" is a URL that pathlib has shortened; pass it as text, "{scheme}://{rest}"')
     if not _URL.match(text):
-        return _local(text)
+        return _local(text, text)
     try:
         _require_chain(text.split("::"))
         filesystem, path = url_to_fs(text)
@@ -55,22 +89,11 @@ def locate(location: str | os.PathLike[str]) -> tuple[Any, str]:
         raise ValueError(
             f'fsspec does not understand the URL "{text}" ({error}); use a path, or a URL such as "s3://bucket/run"'
         ) from error
-    return filesystem, str(path)
+    return Location(filesystem, str(path), text)
 
 
-def require_regular(path: str) -> None:
-    """Check that a local path is a regular file or does not exist. A pipe, for example, would block the reader.
-
-    Raises:
-        ValueError: if it is something else, or a broken link.
-    """
-    if os.path.lexists(path) and not os.path.isfile(path):
-        found = "a directory" if os.path.isdir(path) else "a link to nothing" if os.path.islink(path) else "no file"
-        raise ValueError(f'"{path}" is {found}, and a file was expected; move it away')
-
-
-def _local(path: str) -> tuple[LocalFileSystem, str]:
-    return LocalFileSystem(), os.path.realpath(os.path.expanduser(path))
+def _local(path: str, name: str) -> Location:
+    return Location(LocalFileSystem(), os.path.realpath(os.path.expanduser(path)), name)
 
 
 def _require_chain(bits: list[str]) -> None:

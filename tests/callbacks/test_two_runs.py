@@ -53,14 +53,14 @@ def save(series: SnapshotSeries, seed: int, step: int) -> None:
 
 def test_an_empty_series_of_a_run_that_is_going(shared: Shared) -> None:
     first, second = SnapshotSeries(shared.directory), SnapshotSeries(shared.directory)
-    run = first.begin()
+    run = first.open().run
     if shared.locks:
         with pytest.raises(ValueError, match=GOING):
-            second.begin()
+            second.open()
         loser, winner, expected = second, first, run
     else:
         with pytest.warns(UserWarning, match="another run has begun in .* ends with an error at its first"):
-            expected = second.begin()
+            expected = second.open().run
         loser, winner = first, second
     save(winner, 1, 10)
     with pytest.raises((ValueError, FileNotFoundError)):
@@ -76,18 +76,18 @@ def test_an_empty_series_of_a_run_that_is_going(shared: Shared) -> None:
 
 def test_both_resume(shared: Shared) -> None:
     series = SnapshotSeries(shared.directory)
-    run = series.begin()
+    run = series.open().run
     save(series, 1, 10)
     series.close()
 
     first, second = SnapshotSeries(shared.directory), SnapshotSeries(shared.directory)
-    first.resume([run], 10)
+    first.open([run], 10)
     if shared.locks:
         with pytest.raises(ValueError, match=GOING):
-            second.resume([run], 10)
+            second.open([run], 10)
         winner, loser = first, second
     else:
-        second.resume([run], 10)
+        second.open([run], 10)
         winner, loser = second, first
     with pytest.raises(ValueError, match=TAKEN):
         save(loser, 3, 20)
@@ -99,26 +99,26 @@ def test_both_resume(shared: Shared) -> None:
 
 def test_a_resumed_run_meets_a_new_one(shared: Shared) -> None:
     old, new = SnapshotSeries(shared.directory), SnapshotSeries(shared.directory)
-    old.resume(["old"], 5)  # from a checkpoint, into an empty directory
+    old.open(["old"], 5)  # from a checkpoint, into an empty directory
     if shared.locks:
         with pytest.raises(ValueError, match=GOING):
-            new.begin()
+            new.open()
         save(old, 1, 10)
         assert old.read().run == "old"
     else:
         with pytest.warns(UserWarning, match="another run has begun"):
-            run = new.begin()
+            run = new.open().run
         with pytest.raises(ValueError, match=TAKEN):
             save(old, 1, 10)
         save(new, 2, 10)
         assert new.read().run == run
         with pytest.raises(ValueError, match="holds 1 snapshots of another run"):
-            SnapshotSeries(shared.directory).resume(["old"], 5)
+            SnapshotSeries(shared.directory).open(["old"], 5)
 
 
 def test_a_writer_needs_to_begin(shared: Shared) -> None:
     series = SnapshotSeries(shared.directory)
-    series.begin()
+    series.open()
     before = series.filesystem.cat_file(series.path("manifest.json"))
     with pytest.raises(ValueError, match=TAKEN):
         save(SnapshotSeries(shared.directory), 1, 10)
@@ -130,15 +130,15 @@ def test_a_writer_needs_to_begin(shared: Shared) -> None:
 
 def test_a_refused_run_does_not_keep_the_directory(tmp_path: Path) -> None:
     series = SnapshotSeries(tmp_path)
-    run = series.begin()
+    run = series.open().run
     save(series, 1, 10)
     series.close()
     refused = SnapshotSeries(tmp_path)
     with pytest.raises(ValueError, match="holds 1 snapshots of another run"):
-        refused.begin()
+        refused.open()
     with pytest.raises(ValueError, match="holds 1 snapshots of another run"):
-        refused.resume(["other"], 10)
-    SnapshotSeries(tmp_path).resume([run], 10)
+        refused.open(["other"], 10)
+    SnapshotSeries(tmp_path).open([run], 10)
 
 
 # --- two Trainers -------------------------------------------------------------------------------------------------
@@ -237,7 +237,7 @@ KILLED = """
     from lightning_trak.checkpoints.series import SnapshotSeries
 
     series = SnapshotSeries(sys.argv[1])
-    Path(sys.argv[2]).write_text(series.begin())
+    Path(sys.argv[2]).write_text(series.open().run)
     signal.pause()
 """
 
@@ -254,10 +254,10 @@ def test_other_processes(tmp_path: Path) -> None:
     try:
         run = pipe.read_text()
         with pytest.raises(ValueError, match=GOING):
-            SnapshotSeries(directory).begin()
+            SnapshotSeries(directory).open()
         assert SnapshotSeries(directory).read().run == run
     finally:
         process.kill()
         process.join()
-    assert SnapshotSeries(directory).begin() != run
+    assert SnapshotSeries(directory).open().run != run
     assert json.loads((directory / "manifest.json").read_text())["snapshots"] == []

@@ -234,7 +234,7 @@ def test_every_dtype_comes_back(dtype: torch.dtype, shape: tuple[int, ...], dire
     tensor = numbers.to(dtype)
     state_dict = {"a": tensor, "b": tensor, "c": numbers}
     series = SnapshotSeries(directory)
-    series.begin()
+    series.open()
     series.save(state_dict, 1, 1, [])
     checkpoint = resolve_checkpoints(directory)[0]
     assert checkpoint.load().keys() == state_dict.keys()
@@ -254,7 +254,7 @@ def test_lazy_signs_and_views_are_told_apart(tmp_path: Path) -> None:
         "e": torch.ones(1).expand(4),
     }
     series = SnapshotSeries(tmp_path)
-    series.begin()
+    series.open()
     series.save(state_dict, 1, 1, [])
     checkpoint = resolve_checkpoints(tmp_path)[0]
     assert_equal(checkpoint.load(), state_dict)

@@ -80,7 +80,7 @@ def test_what_is_not_clear_is_refused(tmp_path, parts, frozen, match):
     module = nn.ModuleDict({part: nn.Linear(2, 1) for part in parts})
     names = tuple(name for name, _ in module.named_parameters())
     series = SnapshotSeries(tmp_path)
-    series.begin()
+    series.open()
     series.save(module.state_dict(), 1, 1, [ParameterGroup(0, "SGD", 0.1, 0.0, names)], frozen=frozen)
     series.close()
     with pytest.raises(ValueError, match=match):

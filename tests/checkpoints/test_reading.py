@@ -32,7 +32,7 @@ def write_all_kinds(state_dict: dict[str, Tensor], folder: Path) -> list[Path]:
         torch.save(state_dict, path)
     torch.save(state_dict, paths[4], _use_new_zipfile_serialization=False)
     series = SnapshotSeries(folder / "series")
-    series.begin()
+    series.open()
     return [*paths, folder / "series" / series.save(state_dict, 1, 1, []).file]
 
 
@@ -234,7 +234,7 @@ def test_file_in_place_of_a_directory(tmp_path: Path) -> None:
 
 
 def test_series_without_snapshots(directory: str) -> None:
-    SnapshotSeries(directory).begin()
+    SnapshotSeries(directory).open()
     with pytest.raises(ValueError, match="holds no snapshots yet"):
         resolve_checkpoints(directory)
 
@@ -282,7 +282,7 @@ def test_damaged_manifest(content: str, reason: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=reason):
         resolve_checkpoints(tmp_path)
     with pytest.raises(ValueError, match=reason):
-        SnapshotSeries(tmp_path).begin()
+        SnapshotSeries(tmp_path).open()
     assert (tmp_path / "manifest.json").read_text() == content
 
 

@@ -82,7 +82,7 @@ def test_ties_follow_the_convention_of_safetensors(tmp_path: Path) -> None:
     assert_equal(resolve_checkpoints(tmp_path / "theirs.safetensors")[0].load(), dict(model.state_dict()))
 
     series = SnapshotSeries(tmp_path / "ours")
-    series.begin()
+    series.open()
     snapshot = series.save(model.state_dict(), 1, 1, [])
     clone = nn.ModuleDict({"embed": nn.Linear(3, 4), "head": nn.Linear(3, 4)})
     clone["head"].weight = clone["embed"].weight
@@ -102,19 +102,19 @@ def test_begin_refuses_another_runs_snapshots(directory: str) -> None:
     fill(directory)
     before = SnapshotSeries(directory).read()
     with pytest.raises(ValueError, match=re.escape(f'"{directory}" holds 2 snapshots of another run, up to step 20')):
-        SnapshotSeries(directory).begin()
+        SnapshotSeries(directory).open()
     assert SnapshotSeries(directory).read() == before
 
 
 def test_begin_accepts_a_series_without_snapshots(directory: str) -> None:
-    first = SnapshotSeries(directory).begin()
-    assert SnapshotSeries(directory).begin() != first
+    first = SnapshotSeries(directory).open().run
+    assert SnapshotSeries(directory).open().run != first
 
 
 def test_resume_drops_later_entries_only(directory: str) -> None:
     series = fill(directory, (10, 20, 30))
     run = series.read().run
-    assert [snapshot.step for snapshot in series.resume(["other", run], 25).snapshots] == [10, 20]
+    assert [snapshot.step for snapshot in series.open(["other", run], 25).snapshots] == [10, 20]
     assert [snapshot.step for snapshot in series.read().snapshots] == [10, 20]
     assert series.read().run == run
     series.save(make_state_dict(31), 30, 3, GROUPS)
@@ -124,13 +124,13 @@ def test_resume_drops_later_entries_only(directory: str) -> None:
 def test_resume_refuses_another_runs_snapshots(tmp_path: Path) -> None:
     series = fill(tmp_path)
     with pytest.raises(ValueError, match="holds 2 snapshots of another run"):
-        series.resume(["unknown"], 20)
+        series.open(["unknown"], 20)
     assert len(series.read().snapshots) == 2
 
 
 def test_resume_in_an_empty_directory_keeps_the_runs_name(directory: str) -> None:
     series = SnapshotSeries(directory)
-    assert series.resume(["mine", "other"], 20).run == "mine"
+    assert series.open(["mine", "other"], 20).run == "mine"
     assert series.read().run == "mine"
 
 
@@ -205,7 +205,7 @@ KILLED = """
 
     directory, stage = sys.argv[1:]
     series = SnapshotSeries(directory)
-    run = series.begin()
+    run = series.open().run
     for step in (1, 2):
         series.save({"weight": torch.full((1000,), float(step))}, step, step, [])
 
@@ -240,7 +240,7 @@ def test_a_killed_process_leaves_earlier_snapshots_and_resumes(stage: str, tmp_p
     assert [float(c.load()["weight"].mean()) for c in resolve_checkpoints(directory)] == [1, 2]
     assert list(directory.glob(".*.tmp"))
     series = SnapshotSeries(directory)
-    series.resume([series.read().run], 2)
+    series.open([series.read().run], 2)
     assert not list(directory.glob(".snapshot-*"))
     series.save({"weight": torch.full((1000,), 3.0)}, 3, 3, [])
     assert [float(c.load()["weight"].mean()) for c in resolve_checkpoints(directory)] == [1, 2, 3]

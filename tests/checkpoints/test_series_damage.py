@@ -119,7 +119,7 @@ def test_a_wrong_field_is_named(mutate: Callable[[dict[str, Any]], None], field:
     mutate(manifest)
     content = json.dumps(with_checksum(manifest))
     (tmp_path / MANIFEST).write_text(content)
-    for use in (resolve_checkpoints, lambda path: SnapshotSeries(path).begin()):
+    for use in (resolve_checkpoints, lambda path: SnapshotSeries(path).open()):
         with pytest.raises(ValueError, match=rf'(?s)"{tmp_path}/{MANIFEST}" is not the manifest.*{field}'):
             use(tmp_path)
     assert (tmp_path / MANIFEST).read_text() == content  # nothing is lost
@@ -206,7 +206,7 @@ def test_swapped_files_are_named(tmp_path: Path) -> None:
 def test_the_file_of_another_series_is_named(tmp_path: Path) -> None:
     fill(tmp_path / "a")
     series = SnapshotSeries(tmp_path / "b")
-    series.begin()
+    series.open()
     series.save({"w": make_state_dict()["a.weight"]}, 20, 2, GROUPS)
     shutil.copy(tmp_path / "b" / FILE, tmp_path / "a" / FILE)
     with pytest.raises(ValueError, match=rf"{FILE}\" is truncated or was replaced: .* bytes"):
@@ -216,7 +216,7 @@ def test_the_file_of_another_series_is_named(tmp_path: Path) -> None:
 def test_a_tied_name_that_leads_elsewhere_is_noticed(tmp_path: Path) -> None:
     """The header says which names share a tensor; it is under the checksum as the tensors are."""
     series = SnapshotSeries(tmp_path)
-    series.begin()
+    series.open()
     weight = make_state_dict()["a.weight"]
     series.save({"a": weight, "b": weight, "c": weight + 1}, 1, 1, [])
     path = tmp_path / "snapshot-00000001.safetensors"

@@ -21,7 +21,7 @@ class Scheduled(LitNet):
 
 def make_series(directory, *groups_of_snapshots):
     series = SnapshotSeries(directory)
-    series.begin()
+    series.open()
     for step, groups in enumerate(groups_of_snapshots):
         series.save(make_model(seed=step).state_dict(), step + 1, 0, groups)
     return directory

@@ -46,7 +46,7 @@ def names(tmp_path, monkeypatch):
     group = ParameterGroup(0, "SGD", 0.1, 0.0, tuple(name for name, _ in LitNet().named_parameters()))
     for seed, run in enumerate(("run", "run1", "run2")):
         series = SnapshotSeries(f"{run}/snapshots")
-        series.begin()
+        series.open()
         series.save(make_model(seed).state_dict(), 1, 1, [group])
     torch.save({"state_dict": make_model(3).state_dict()}, "a.ckpt")
     save_file(make_model(4).state_dict(), "b.safetensors")

@@ -44,7 +44,7 @@ def test_odd_names_are_paths(name: str, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
     spellings = [tmp_path / name, f"{tmp_path}/{name}/", (tmp_path / name).as_uri(), f"./{name}"]
     for spelling in spellings:
-        filesystem, path = locate(spelling)
+        filesystem, path, _ = locate(spelling)
         assert isinstance(filesystem, LocalFileSystem)
         assert path == str(tmp_path / name)
     fill(spellings[0], (10,))

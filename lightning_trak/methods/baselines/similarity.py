@@ -1,7 +1,7 @@
 """Similarity of representations: training examples that look like the target to the model."""
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, get_args
 
 import lightning as L
 import torch
@@ -17,7 +17,7 @@ from lightning_trak.running.data.sources import Data
 from lightning_trak.running.trainers import trainer_of
 
 Similarity = Literal["dot", "cosine", "l2"]
-SIMILARITIES = ("dot", "cosine", "l2")
+SIMILARITIES = get_args(Similarity)
 
 # Targets are compared in blocks, whose working memory is in float64: this many, or fewer with more training examples.
 _TARGETS = 1024

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypedDict
 
 import lightning as L
 from torch import Tensor, nn
@@ -39,6 +39,19 @@ from lightning_trak.running.strategies import refuse_spawning
 from lightning_trak.running.trainers import trainer_of
 from lightning_trak.scoring.predict import ScoreModule
 from lightning_trak.storage.paths import local_directory
+
+
+class FeatureOptions(TypedDict, total=False):
+    """The keyword arguments of all methods over features, see :class:`~lightning_trak.methods.FeatureMethod`."""
+
+    output: ModelOutput | None
+    projection: Projection | None
+    parameters: ParameterSelection
+    engine: EngineName
+    seed: int
+    dtype: Dtype | None
+    weights_only: bool
+    audit: int
 
 
 class FeatureMethod(ScoredMethod):

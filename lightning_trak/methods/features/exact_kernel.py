@@ -142,7 +142,7 @@ class ExactKernel(NewtonMethod):
         require_whole_parameters(trainer)
         super().featurize(trainer, data, shard_size, **how)
         store, ranks = self._open(trainer), Ranks.of(trainer)
-        complete = store.complete and self._curvature_complete
+        complete = store.complete and (self.curvature != "per_prediction" or self._open_curved().complete)
         if how.get("part") is None or ranks.all_true(complete):  # else the last part makes the kernels
             self.make_scorer(store).make_kernels(trainer.strategy.root_device, ranks)
 

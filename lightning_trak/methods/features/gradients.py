@@ -13,9 +13,8 @@ from lightning_trak.checkpoints.reading import CheckpointsLike
 from lightning_trak.checks import require_one_of, require_options
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.gradients import select_parameters
-from lightning_trak.methods.features.base import FeatureMethod
+from lightning_trak.methods.features.base import FeatureMethod, FeatureOptions
 from lightning_trak.methods.features.learning_rates import LearningRates, resolve_learning_rates
-from lightning_trak.methods.features.options import FeatureOptions
 from lightning_trak.methods.showing import LOWERS_LOSS, RAISES_OUTPUT
 from lightning_trak.running.data.sources import Data
 from lightning_trak.running.ranks import Ranks

@@ -168,11 +168,6 @@ class NewtonMethod(FeatureMethod):
         """The output whose gradients are the rows of single predictions."""
         return PredictionCurvature(cast(SeveralPredictions, self.output), self.settings.seed)
 
-    @property
-    def _curvature_complete(self) -> bool:
-        """Whether the store has all rows of single predictions, if it needs any."""
-        return self.curvature != "per_prediction" or self._open_curved().complete
-
     def _open_curved(self) -> FeatureStore:
         """The store of the rows of single predictions, which may be incomplete.
 

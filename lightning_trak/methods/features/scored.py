@@ -301,7 +301,7 @@ class ScoredMethod(TokenMethod):
         if top_k is not None and question.get("train_groups") is None:
             positions = torch.unique(all_indices(cast("TopK | BothEnds", found)))
             others = _others_in(train, trainer)
-            train = positions if others is None else _some(others, positions, trainer)
+            train = positions if others is None else _some(others, positions)
         scores = self.score(trainer, data, train=train, **each)
         return with_bounds(found, bounds(scores, rows, aggregate == "mean", interval), positions)
 
@@ -341,8 +341,7 @@ def _others_in(train: Any, trainer: L.Trainer) -> Examples | None:
     return train if isinstance(train, Examples) else Examples(train, "fit", trainer)
 
 
-def _some(examples: Examples, positions: Tensor, trainer: L.Trainer) -> Examples:
-    """Some of the examples."""
+def _some(examples: Examples, positions: Tensor) -> Examples:
     loader = examples.loader
-    some = like(loader, Subset(loader.dataset, positions.tolist()), batch_size=batch_size_of(loader))
-    return Examples(some, "fit", trainer, examples.datamodule)
+    some = Subset(loader.dataset, positions.tolist())
+    return examples.with_loader(like(loader, some, batch_size=batch_size_of(loader)))

@@ -1,11 +1,12 @@
 """The eigenbases of EK-FAC: eigenvectors of two small matrices for each layer, and the curvature along them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from lightning_trak.features.rows import Features
 from lightning_trak.gradients import HookEngine
 from lightning_trak.gradients.batch import ExampleBatch
 from lightning_trak.gradients.hooks.layers import LayerCall
@@ -22,29 +23,56 @@ class Basis(NamedTuple):
     """Eigenvectors of a layer's covariances.
 
     Attributes:
+        block: the layer.
         outputs: of the output gradients, in columns.
         inputs: of the inputs, in columns.
     """
 
+    block: Block
     outputs: Tensor
     inputs: Tensor
 
-    def rotate(self, matrices: Tensor) -> Tensor:
-        """Coordinates of matrices ``(n, outputs, inputs)`` in the basis of the Kronecker products."""
-        return self.outputs.T @ matrices @ self.inputs
+    def rotate(self, parts: dict[str, Tensor]) -> Tensor:
+        """Coordinates ``(n, outputs, inputs)`` of rows by parameter, in the basis of the Kronecker products."""
+        return self.outputs.T @ self.block.gather(parts) @ self.inputs
 
-    def divide(self, matrices: Tensor, values: Tensor) -> Tensor:
-        """Divide the coordinates of matrices by values of shape ``(outputs, inputs)``, and rotate back."""
-        return self.outputs @ (self.rotate(matrices) / values.to(matrices)) @ self.inputs.T
 
-    def diagonal(self, matrices: Tensor, counts: Tensor) -> Tensor:
-        """The sum of squared coordinates, each matrix weighted by its count: ``(outputs, inputs)``.
+def diagonals(
+    passes: Passes, bases: Sequence[Basis], counts: Callable[[Features], Tensor], others: Iterable[str] = ()
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """The diagonal of the curvature, in float64: one pass over the training data.
 
-        Args:
-            matrices: shape ``(n, outputs, inputs)``.
-            counts: shape ``(n,)``.
-        """
-        return (self.rotate(matrices).square_() * counts.view(-1, 1, 1)).sum(0)
+    Args:
+        passes: the model at a checkpoint, and the training data.
+        bases: of layers.
+        counts: what the squared gradient of each example counts, ``(n,)``.
+        others: names of parameters outside of these layers.
+
+    Returns:
+        In each basis, ``(outputs, inputs)``; and of the other parameters by name, ``(numel,)``.
+    """
+    found = [torch.zeros(len(basis.outputs), len(basis.inputs), device=passes.device).double() for basis in bases]
+    rest = {name: torch.zeros(passes.model.sizes[name], device=passes.device).double() for name in others}
+    for _, rows in passes.rows(passes.train):
+        own, parts = counts(rows), passes.split(rows.features)
+        for basis, total in zip(bases, found, strict=True):
+            total += (basis.rotate(parts).square_() * own.view(-1, 1, 1)).sum(0)
+        for name, total in rest.items():
+            total += own.to(rows.features) @ parts[name].flatten(1).square()
+    return found, rest
+
+
+def divided(
+    passes: Passes, rows: Tensor, bases: Sequence[Basis], values: Sequence[Tensor], rest: Mapping[str, Tensor]
+) -> Tensor:
+    """Rows ``(n, p)`` divided by a diagonal, as :func:`diagonals` returns it."""
+    solved = torch.empty_like(rows)
+    source, target = passes.split(rows), passes.split(solved)
+    for basis, own in zip(bases, values, strict=True):
+        basis.block.scatter(basis.outputs @ (basis.rotate(source) / own.to(rows)) @ basis.inputs.T, target)
+    for name, own in rest.items():
+        target[name].flatten(1).copy_(source[name].flatten(1) / own.to(rows))
+    return solved
 
 
 def unseen_uses(passes: Passes, blocks: list[Block]) -> dict[str, str]:
@@ -81,7 +109,10 @@ def fit_bases(
         for _ in passes.rows(passes.train):  # names the example
             pass
         raise ValueError(f"activations or gradients at {passes.where} are too large for their covariances")
-    return [Basis(*(torch.linalg.eigh(part)[1].to(passes.dtype) for part in pair)) for pair in covariances.pairs]
+    return [
+        Basis(block, *(torch.linalg.eigh(part)[1].to(passes.dtype) for part in pair))
+        for block, pair in zip(blocks, covariances.pairs, strict=True)
+    ]
 
 
 def _engine(passes: Passes, blocks: list[Block], output: ModelOutput) -> HookEngine:

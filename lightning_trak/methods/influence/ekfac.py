@@ -4,7 +4,6 @@ import warnings
 from collections.abc import Callable
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
@@ -12,8 +11,8 @@ from lightning_trak.checkpoints.reading import CheckpointsLike
 from lightning_trak.checks import require_one_of, require_options
 from lightning_trak.gradients import select_parameters
 from lightning_trak.methods.influence.base import Influence, InfluenceOptions
-from lightning_trak.methods.influence.blocks import Block, find_blocks
-from lightning_trak.methods.influence.eigenbases import Basis, fit_bases, unseen_uses
+from lightning_trak.methods.influence.blocks import find_blocks
+from lightning_trak.methods.influence.eigenbases import diagonals, divided, fit_bases, unseen_uses
 from lightning_trak.methods.influence.passes import Passes
 from lightning_trak.methods.influence.solvers import InverseProduct
 from lightning_trak.scoring.newton.gram import require_convex
@@ -96,24 +95,16 @@ class EKFACInfluence(Influence):
                 f" {with_reasons(unseen)}"
             )
         bases = fit_bases(passes, blocks, self._squared_weights)
-        damped = []
-        for block, values in zip(blocks, self._eigenvalues(passes, blocks, bases), strict=True):
+        found, _ = diagonals(passes, bases, lambda rows: self._squared_weights(rows.loss_gradients, rows.curvatures))
+        for block, values in zip(blocks, found, strict=True):
             if not values.any():
                 raise ValueError(
                     f"there is no curvature in {block.tracked.path} at {passes.where}: the output does not depend on"
                     " it, or the loss is linear in the output; leave it out by parameters=, or use"
                     " curvature='empirical'"
                 )
-            damped.append(values + self.damping * values.mean())
-
-        def inverse(rows: Tensor, targets: range) -> Tensor:  # noqa: ARG001
-            solved = torch.empty_like(rows)
-            source, target = passes.split(rows), passes.split(solved)
-            for block, basis, values in zip(blocks, bases, damped, strict=True):
-                block.scatter(basis.divide(block.gather(source), values), target)
-            return solved
-
-        return inverse
+        damped = [values + self.damping * values.mean() for values in found]
+        return lambda rows, _: divided(passes, rows, bases, damped, {})
 
     def _squared_weights(self, loss_gradients: Tensor, curvatures: Tensor) -> Tensor:
         """What an example's squared gradient counts: R, or Q squared."""
@@ -121,13 +112,3 @@ class EKFACInfluence(Influence):
             return loss_gradients.square()
         require_convex(curvatures, 'curvature="empirical"')
         return curvatures
-
-    def _eigenvalues(self, passes: Passes, blocks: list[Block], bases: list[Basis]) -> list[Tensor]:
-        """The curvature's diagonal of each layer, float64 ``(outputs, inputs)``: another pass."""
-        totals = [torch.zeros(len(basis.outputs), len(basis.inputs), device=passes.device).double() for basis in bases]
-        for _, rows in passes.rows(passes.train):
-            counts = self._squared_weights(rows.loss_gradients, rows.curvatures)
-            parts = passes.split(rows.features)
-            for block, basis, total in zip(blocks, bases, totals, strict=True):
-                total += basis.diagonal(block.gather(parts), counts)
-        return totals

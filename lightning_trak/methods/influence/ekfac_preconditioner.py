@@ -6,8 +6,8 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
-from lightning_trak.methods.influence.blocks import Block, find_blocks
-from lightning_trak.methods.influence.eigenbases import Basis, fit_bases, unseen_uses
+from lightning_trak.methods.influence.blocks import find_blocks
+from lightning_trak.methods.influence.eigenbases import Basis, diagonals, divided, fit_bases, unseen_uses
 from lightning_trak.methods.influence.hessian import Hessian
 from lightning_trak.texts.messages import in_one_line, with_reasons
 
@@ -31,34 +31,16 @@ def ekfac_preconditioner(hessian: Hessian) -> Callable[[Tensor], Tensor]:
         The function that applies it to rows ``(n, p)``.
     """
     passes = hessian.passes
-    blocks, bases, left_out = _bases(hessian)
-    covered = [torch.zeros(len(basis.outputs), len(basis.inputs), device=passes.device).double() for basis in bases]
-    rest = {name: torch.zeros(size, device=passes.device).double() for name, size in passes.model.sizes.items()}
-    rest = {name: total for name, total in rest.items() if name in left_out}
-    for _, rows in passes.rows(passes.train):
-        counts, parts = hessian.counts(rows.curvatures), passes.split(rows.features)
-        for block, basis, total in zip(blocks, bases, covered, strict=True):
-            total += basis.diagonal(block.gather(parts), counts)
-        for name, total in rest.items():
-            total += counts.to(rows.features) @ parts[name].flatten(1).square()
+    bases, left_out = _bases(hessian)
+    covered, rest = diagonals(passes, bases, lambda rows: hessian.counts(rows.curvatures), left_out)
     ridge = max(hessian.ridge, torch.finfo(passes.dtype).eps * float(hessian.weights.max()))  # without damping too
     covered = [total + ridge for total in covered]
     rest = {name: total + ridge for name, total in rest.items()}
-
-    def apply(rows: Tensor) -> Tensor:
-        solved = torch.empty_like(rows)
-        source, target = passes.split(rows), passes.split(solved)
-        for block, basis, values in zip(blocks, bases, covered, strict=True):
-            block.scatter(basis.divide(block.gather(source), values), target)
-        for name, values in rest.items():
-            target[name].flatten(1).copy_(source[name].flatten(1) / values.to(rows))
-        return solved
-
-    return apply
+    return lambda rows: divided(passes, rows, bases, covered, rest)
 
 
-def _bases(hessian: Hessian) -> tuple[list[Block], list[Basis], dict[str, str]]:
-    """The layers that EK-FAC covers, their bases, and the other parameters, each with the reason."""
+def _bases(hessian: Hessian) -> tuple[list[Basis], dict[str, str]]:
+    """The bases of the layers that EK-FAC covers, and the other parameters, each with the reason."""
     passes = hessian.passes
     blocks, left_out = find_blocks(passes.model.module, passes.model.names)
     for block in blocks:
@@ -80,11 +62,10 @@ def _bases(hessian: Hessian) -> tuple[list[Block], list[Basis], dict[str, str]]:
     except Exception as error:  # the preconditioner is no part of the result
         reason = f"hooks fail: {in_one_line(error)}"
         left_out |= {name: reason for block in blocks for name in block.names}
-        blocks, bases = [], []
     if left_out:
         rank_zero_info(
             f"conjugate gradients at {passes.where}: EK-FAC covers {len(passes.model.names) - len(left_out)} of"
             f" {len(passes.model.names)} parameters, and the others are divided by the diagonal:"
             f" {with_reasons(left_out)}"
         )
-    return blocks, bases, left_out
+    return bases, left_out

@@ -3,7 +3,7 @@
 import lightning as L
 import torch
 from torch import Tensor, nn
-from typing_extensions import Unpack, override
+from typing_extensions import Unpack
 
 from lightning_trak.checkpoints.reading import CheckpointsLike
 from lightning_trak.checks import require_one_of, require_options
@@ -13,8 +13,6 @@ from lightning_trak.methods.influence.conjugate_gradient import ConjugateGradien
 from lightning_trak.methods.influence.hessian import Convergence, Hessian, HessianCurvature
 from lightning_trak.methods.influence.passes import Passes
 from lightning_trak.methods.influence.solvers import InverseProduct, Solver
-from lightning_trak.methods.questions import Asked
-from lightning_trak.running.data.sources import Data
 from lightning_trak.scoring.damping import Damping, require_damping
 from lightning_trak.scoring.newton.noise import Noise
 
@@ -80,15 +78,9 @@ class InfluenceFunction(Influence):
         self.damping = require_damping(damping)
         self.convergence: list[Convergence] = []
 
-    def _scores(self, trainer: L.Trainer, train: Examples, targets: Examples, asked: Asked) -> Tensor:
+    def _passes(self, trainer: L.Trainer, train: Examples) -> Passes:
         self.convergence = []
-        return super()._scores(trainer, train, targets, asked)
-
-    @override
-    def label_suspicion(self, trainer: L.Trainer | None = None, train: Data | None = None) -> Tensor:
-        """See :meth:`Influence.label_suspicion`."""
-        self.convergence = []
-        return super().label_suspicion(trainer, train)
+        return super()._passes(trainer, train)
 
     def _noise_level(self, passes: Passes) -> float:
         """For the automatic damping of several checkpoints, which takes one pass over the training set at each."""

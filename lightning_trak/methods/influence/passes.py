@@ -1,6 +1,7 @@
 """Passes over data with the model at one checkpoint."""
 
 import copy
+import itertools
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -181,15 +182,9 @@ class Passes:
         if positions is None:
             together = 1 if is_one_by_one(loader) else batch_size_of(loader)
             positions = chunked(range(len(examples)), together)
-        sizes: list[int] = []
-
-        def noted() -> Iterator[Sequence[int]]:
-            for batch in positions:
-                sizes.append(len(batch))
-                yield batch
-
-        for batch in self._on_device(load(loader, noted()), examples):
-            yield batch, sizes.pop(0)
+        asked, loaded = itertools.tee(positions)  # workers draw positions ahead of time
+        for batch, part in zip(self._on_device(load(loader, loaded), examples), asked, strict=True):
+            yield batch, len(part)
 
     def _learn(self, examples: Examples) -> tuple[DataLoader[Any], Layout]:
         """Find a loader whose batches can be taken apart, and how it collates examples, which must stay the same.

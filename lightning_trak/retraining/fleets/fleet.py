@@ -38,7 +38,7 @@ from lightning_trak.retraining.training.together import train_together
 from lightning_trak.running.chunks import chunked
 from lightning_trak.running.data.content import fingerprint
 from lightning_trak.running.data.loaders import as_loader
-from lightning_trak.running.data.loading import batch_size_of, load, num_examples
+from lightning_trak.running.data.loading import batch_size_of, load, num_examples, sample_batches
 from lightning_trak.running.data.ordering import require_order
 from lightning_trak.running.parts import Part, share
 from lightning_trak.running.threads import compute_threads
@@ -352,9 +352,7 @@ class RetrainingFleet(Displayed):
 
     def _context_batches(self) -> DataLoader[Any]:
         """The same random training examples for every member, so that all members have the same output."""
-        total = self.masks.shape[1]
-        sample = random.Random(f"{self.seed}/context").sample(range(total), min(self.output.context_size, total))
-        return load(self._train, chunked(sample, batch_size_of(self._train)))
+        return load(self._train, sample_batches(self._train, self.output.context_size, f"{self.seed}/context"))
 
 
 def _one_loader(name: str, data: Any) -> DataLoader[Any]:

@@ -223,9 +223,7 @@ class _Patch:
 
     def step(self, batch: Any) -> None:
         self.original.restore()
-        self.optimizer.load_state_dict(
-            copy.deepcopy(self.state)
-        )  # load_state_dict does not copy, and a step writes to the state
+        self.optimizer.load_state_dict(copy.deepcopy(self.state))  # it does not copy, and a step writes to the state
         self.optimizer.zero_grad()
         with self._computing():
             loss = training_loss(self.module, batch)

@@ -6,7 +6,6 @@ targets.
 
 import random
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import lightning as L
@@ -20,7 +19,7 @@ from lightning_trak.compatibility import InfiniteBarrier, starts_script_again
 from lightning_trak.packages import overrides
 from lightning_trak.running.data.content import sample_digest
 from lightning_trak.running.data.loaders import plain_loaders
-from lightning_trak.running.random_states import isolated_random_states
+from lightning_trak.running.random_states import RandomWatch, isolated_random_states
 
 _HOOKS = {"fit": "train_dataloader", "predict": "predict_dataloader"}
 
@@ -56,7 +55,9 @@ def loaders_of(datamodule: L.LightningDataModule, stage: str, trainer: L.Trainer
         with isolated_random_states():
             if not met:
                 _prepare(datamodule, trainer)
-            drawn = _draws_numbers(lambda: datamodule.setup(TrainerFn(stage)))
+            watch = RandomWatch(torch.device("cpu"))
+            datamodule.setup(TrainerFn(stage))
+            drawn = watch.drawn()
         found = _require(datamodule, hook)
         now = _ask(datamodule, _HOOKS["fit"])
         if trained is not None and now is not None and not _same(trained, now):
@@ -118,18 +119,6 @@ def _is_repeatable(
         twin.setup(TrainerFn(stage))
         other = _ask(twin, _HOOKS[stage])
     return other is not None and _same(found, other)
-
-
-def _draws_numbers(call: Callable[[], None]) -> bool:
-    """Whether a call draws random numbers."""
-
-    def states() -> tuple[Any, ...]:
-        numpy = np.random.get_state(legacy=False)["state"]  # noqa: NPY002
-        return torch.get_rng_state().tolist(), random.getstate(), numpy["pos"], numpy["key"].tolist()
-
-    before = states()
-    call()
-    return states() != before
 
 
 def _prepare(datamodule: L.LightningDataModule, trainer: L.Trainer) -> None:
