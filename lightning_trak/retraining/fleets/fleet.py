@@ -226,7 +226,8 @@ class RetrainingFleet(Displayed):
         Raises:
             RuntimeError: at the end, if members failed, naming them. All others are then finished. Tracebacks are in
                 the folder ``failures``.
-            ValueError: if the part does not exist, or a factory returns the same object twice.
+            ValueError: if the part does not exist, or a factory returns the same object twice; or if members are to be
+                trained together on items that are augmented at random.
             TypeError: if training members together would leave out something that a Trainer does, naming it.
         """
         if integer("retries", retries) < 0:
@@ -297,8 +298,11 @@ class RetrainingFleet(Displayed):
     def _new_trainer(self) -> L.Trainer:
         return self._nothing_twice.trainer(self.make_trainer())
 
+    def _subset(self, subset: int) -> Subset[Any]:
+        return Subset(self._train.dataset, self.masks[subset].nonzero().flatten().tolist())
+
     def _loader_of(self, subset: int) -> DataLoader[Any]:
-        loader = self.make_loader(Subset(self._train.dataset, self.masks[subset].nonzero().flatten().tolist()))
+        loader = self.make_loader(self._subset(subset))
         if not isinstance(loader, DataLoader):
             raise FactoryError(f"make_loader() must return a DataLoader, got {type(loader).__name__}")
         if loader.dataset is self._train.dataset:
@@ -344,7 +348,7 @@ class RetrainingFleet(Displayed):
                 " at a time; train without together="
             )
         with seeded(self.seed), quiet():
-            require_trainable_together(self._new_module(), self._new_trainer(), self._loader_of(0))
+            require_trainable_together(self._new_module(), self._new_trainer(), self._loader_of(0), self._subset(0))
 
     def _target_batches(self) -> DataLoader[Any]:
         positions = range(num_examples(self._targets))

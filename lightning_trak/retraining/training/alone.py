@@ -113,15 +113,18 @@ def shuffled_like(loader: DataLoader[Any]) -> Callable[[Dataset[Any]], DataLoade
     """
     batches: Any = loader.batch_sampler  # it has the order and size of batches, also if the user made it
     sampler = getattr(batches, "sampler", loader.sampler)
-    in_order = type(sampler) is SequentialSampler
-    at_random = type(sampler) is RandomSampler and not sampler.replacement and len(sampler) == len(sampler.data_source)
-    if type(batches) is not BatchSampler or not (in_order or at_random):
+    if type(batches) is not BatchSampler or not (type(sampler) is SequentialSampler or is_permuting(sampler)):
         raise ValueError(
             f"train has a {type(batches).__name__} with a {type(sampler).__name__}, and a subset may need other ones:"
             " pass make_loader=, a function that makes the loader of a subset"
         )
     size, drop_last = batches.batch_size, batches.drop_last
     return lambda dataset: like(loader, dataset, batch_size=size, shuffle=True, drop_last=drop_last)
+
+
+def is_permuting(sampler: Any) -> bool:
+    """Whether a sampler draws each example once, in random order."""
+    return type(sampler) is RandomSampler and not sampler.replacement and len(sampler) == len(sampler.data_source)
 
 
 class _FromScratch(L.Callback):
