@@ -252,6 +252,16 @@ def test_random_augmentation_is_refused(tmp_path):
     assert fleet.outputs.isfinite().all()
 
 
+def test_an_output_that_is_not_one_number_a_target_stops_the_fleet(tmp_path):
+    class Transposed(ClassificationMargin):
+        def output(self, module, batch):
+            return super().output(module, batch)[:, None]
+
+    fleet = make_fleet(tmp_path, output=Transposed())
+    with pytest.raises(ValueError, match=r"returned shape \(15, 1\) for .* expected one number per target"):
+        fleet.run(together=3, progress_bar=False)
+
+
 def test_a_module_is_not_given_twice_here_either(tmp_path):
     modules = iter([Net(), Net(), *[Net()] * 3])
     fleet = make_fleet(tmp_path, lambda: next(modules))

@@ -25,7 +25,7 @@ from lightning_trak.gradients.leaves import apart_from, leaves_of
 from lightning_trak.gradients.substitution import Substituted
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.evaluating import exact_attention, unchanged
-from lightning_trak.retraining.training.alone import FactoryError
+from lightning_trak.retraining.training.alone import FactoryError, require_own_seed
 from lightning_trak.retraining.training.left_out import require_nothing_left_out, skipped_hooks
 from lightning_trak.retraining.training.stacked_optimizers import (
     advance,
@@ -204,6 +204,7 @@ def train_together(
         for seed in seeds:
             torch.manual_seed(seed)
             modules.append(without_trainer(make_module()))
+            require_own_seed(seed)
         require_nothing_left_out(skipped_hooks(modules[0]))
         members = torch.stack([mask.nonzero().flatten() for mask in masks])
         stack = _stacked(modules, tree_map(lambda value: _take(value, members[:, :batch_size]), data), device)
