@@ -98,6 +98,7 @@ def test_a_module_that_sets_the_seed_is_refused():
 
     with pytest.raises(ValueError, match="sets the random seed 7"):
         train_together(same, DATA, SUBSETS, SEEDS, max_epochs=1, batch_size=8)
+    assert len(train_together(Net, DATA, SUBSETS[:1], [-3], max_epochs=1, batch_size=8)) == 1
 
 
 def test_what_does_not_fit_is_refused():

@@ -202,9 +202,9 @@ def train_together(
     with isolated_random_states():
         modules = []
         for seed in seeds:
-            torch.manual_seed(seed)
+            own = torch.manual_seed(seed).initial_seed()  # of a negative seed, another number
             modules.append(without_trainer(make_module()))
-            require_own_seed(seed)
+            require_own_seed(own)
         require_nothing_left_out(skipped_hooks(modules[0]))
         members = torch.stack([mask.nonzero().flatten() for mask in masks])
         stack = _stacked(modules, tree_map(lambda value: _take(value, members[:, :batch_size]), data), device)
