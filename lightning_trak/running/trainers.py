@@ -61,6 +61,12 @@ def trainer_of(trainer: L.Trainer | None, progress_bar: bool = True) -> L.Traine
         )
 
 
+def first_batches_alone(trainer: L.Trainer) -> str | None:
+    """The setting, if there is one, that lets a Trainer train on the first batches of its data alone."""
+    settings = ("fast_dev_run", "overfit_batches")
+    return next((name for name in settings if getattr(trainer, name)), None)
+
+
 # Messages of all of Lightning go through the logger of the package that was imported last.
 _LOGGERS = ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric")
 

@@ -5,6 +5,7 @@ import torch
 
 from lightning_trak import GradientDot
 from lightning_trak.callbacks import AttributionEvaluation
+from lightning_trak.methods import EmpiricalInfluence
 from lightning_trak.outputs import RegressionOutput
 from lightning_trak.retraining import Retrained, random_subsets
 from tests.lit import TARGETS, TRAIN, LitNet, make_trainer
@@ -31,3 +32,19 @@ def test_scores_about_a_loss_that_can_rise_with_the_output_are_refused(tmp_path)
     measured = evaluation("output")
     measured.evaluate(make_trainer(), LitNet())
     assert set(measured.lds) == {"dot"}
+
+
+def test_scores_learned_from_retrained_models_are_not_measured_on_them():
+    outputs = torch.randn(len(TARGETS), 20, 1, generator=torch.Generator().manual_seed(0))
+    truth = Retrained(random_subsets(len(TRAIN), 20), outputs)
+
+    def measured(learned, held_out):
+        methods = {"influence": lambda _: EmpiricalInfluence(truth.masks[learned], truth.outputs[:, learned])}
+        retrained = Retrained(truth.masks[held_out], truth.outputs[:, held_out])
+        evaluation = AttributionEvaluation(methods, TRAIN, TARGETS, retrained)
+        evaluation.evaluate(make_trainer(), LitNet())
+        return evaluation.lds["influence"]
+
+    with pytest.raises(ValueError, match=r"2 of 6 were: rows 0, 1 of `masks`"):
+        measured(slice(0, 16), slice(14, 20))
+    assert measured(slice(0, 14), slice(14, 20)).compute().abs() < 0.5  # the outputs are noise

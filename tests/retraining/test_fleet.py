@@ -164,6 +164,9 @@ def test_everything_around_is_as_it_was(tmp_path, monkeypatch):
 ONCE = {"module": LitNet(), "network": LitNet().head, "trainer": make_trainer(), "callback": EarlyStopping("loss")}
 
 
+GENERATOR = torch.Generator()
+
+
 class Wrapper(LitNet):
     def __init__(self):
         super().__init__()
@@ -183,6 +186,7 @@ class Wrapper(LitNet):
             {"make_trainer": lambda: quiet_trainer(callbacks=[ONCE["callback"]])},
             "a Trainer with the same EarlyStopping",
         ),
+        ({"make_loader": lambda data: DataLoader(data, generator=GENERATOR)}, "with the generator of an earlier call"),
     ],
 )
 def test_nothing_is_used_twice(tmp_path, options, match):
@@ -191,6 +195,63 @@ def test_nothing_is_used_twice(tmp_path, options, match):
         fleet.run(progress_bar=False)
     assert not fleet.store.finished()
     assert not (tmp_path / "failures").exists()
+
+
+def test_no_factory_and_no_hook_sets_the_seed(tmp_path):
+    def same(made):
+        L.seed_everything(7, verbose=False)
+        return made
+
+    class SameOrder(LitNet):
+        def on_fit_start(self):
+            torch.manual_seed(7)
+
+    class Fixed(LitNet):
+        """Its fixed random numbers leave the global state alone."""
+
+        def on_fit_start(self):
+            with torch.random.fork_rng():
+                torch.manual_seed(7)
+
+    seed = r"sets the random seed 7, .* repetitions would hide the noise of training; leave it out"
+    for number, factories in enumerate(
+        ({"make_module": lambda: same(LitNet())}, {"make_trainer": lambda: same(make_trainer())})
+    ):
+        for of_the_fleet in (0, 7):
+            with pytest.raises(ValueError, match=seed):
+                run(tmp_path / f"{number}-{of_the_fleet}", seed=of_the_fleet, **factories)
+    for number, late in enumerate(
+        ({"make_loader": lambda data: same(DataLoader(data, batch_size=4))}, {"make_module": SameOrder})
+    ):
+        fleet = make_fleet(tmp_path / f"late-{number}", **late)
+        with pytest.raises(ValueError, match=seed):
+            fleet.run(progress_bar=False)
+        assert not fleet.store.finished()
+        assert not (fleet.directory / "failures").exists()
+    assert len(run(tmp_path / "fixed", Fixed, masks=MASKS[:1]).outputs)
+
+
+class Transposed(ClassificationMargin):
+    def output(self, module, batch):
+        return super().output(module, batch)[:, None]
+
+
+class Mean(ClassificationMargin):
+    def output(self, module, batch):
+        return super().output(module, batch).mean(0)
+
+
+class Short(ClassificationMargin):
+    def output(self, module, batch):
+        return super().output(module, batch)[1:]
+
+
+@pytest.mark.parametrize(("output", "shape"), [(Transposed(), r"\(4, 1\)"), (Mean(), r"\(\)"), (Short(), r"\(3,\)")])
+def test_an_output_that_is_not_one_number_a_target_stops_the_fleet(tmp_path, output, shape):
+    fleet = make_fleet(tmp_path, targets=DataLoader(TARGETS, batch_size=4), output=output)
+    with pytest.raises(ValueError, match=rf"returned shape {shape} for the first of 2 batches of 7 targets; expected"):
+        fleet.run(progress_bar=False)
+    assert not fleet.store.finished()
 
 
 def test_batches_of_a_batch_sampler_are_those_of_a_loader(whole, tmp_path):

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler
 
 from lightning_trak import AttributionMixin
 from lightning_trak.outputs import ClassificationMargin, ContrastiveMargin
@@ -196,6 +196,24 @@ class Clipping(Net):
         pass
 
 
+class Noisy(Dataset):
+    """Examples with new noise each time."""
+
+    def __init__(self, examples):
+        self.examples = examples
+
+    def __len__(self):
+        return len(self.examples)
+
+    def __getitem__(self, position):
+        inputs, label = self.examples[position]
+        return inputs + torch.randn_like(inputs), label
+
+
+def drawn(data, **options):
+    return DataLoader(data, batch_size=4, sampler=RandomSampler(data, **options))
+
+
 def limited(batches):
     return quiet_trainer(max_epochs=1, limit_train_batches=batches)
 
@@ -212,6 +230,9 @@ def limited(batches):
         ({"make_trainer": lambda: limited(0.5)}, r"leaves out limit_train_batches=0\.5 of the Trainer; train them one"),
         ({"train": DataLoader(TRAIN, collate_fn=lambda items: items)}, "leaves out the loader's collate_fn"),
         ({"make_loader": lambda data: DataLoader(data, batch_size=4)}, "leaves out the order of SequentialSampler"),
+        ({"make_loader": lambda data: DataLoader(Noisy(data), 4, shuffle=True)}, "the Noisy that make_loader makes of"),
+        ({"make_loader": lambda data: drawn(data, replacement=True)}, "out replacement or num_samples of the Random"),
+        ({"make_loader": lambda data: drawn(data, num_samples=5)}, "out replacement or num_samples of the RandomSampl"),
         ({"output": ContrastiveMargin(context_size=5)}, "ContrastiveMargin compares with training examples"),
     ],
 )
@@ -220,6 +241,25 @@ def test_what_would_be_left_out_is_refused(tmp_path, options, match):
     with pytest.raises(TypeError, match=match):
         fleet.run(together=3)
     assert not list(tmp_path.glob("failures/*"))
+
+
+def test_random_augmentation_is_refused(tmp_path):
+    fleet = make_fleet(tmp_path, train=DataLoader(Noisy(TRAIN), batch_size=4))
+    with pytest.raises(ValueError, match=r"perhaps because of random augmentation.* load each item once.* together="):
+        fleet.run(together=3, progress_bar=False)
+    assert not list(tmp_path.glob("failures/*"))
+    fleet.run(progress_bar=False)
+    assert fleet.outputs.isfinite().all()
+
+
+def test_an_output_that_is_not_one_number_a_target_stops_the_fleet(tmp_path):
+    class Transposed(ClassificationMargin):
+        def output(self, module, batch):
+            return super().output(module, batch)[:, None]
+
+    fleet = make_fleet(tmp_path, output=Transposed())
+    with pytest.raises(ValueError, match=r"returned shape \(15, 1\) for .* expected one number per target"):
+        fleet.run(together=3, progress_bar=False)
 
 
 def test_a_module_is_not_given_twice_here_either(tmp_path):

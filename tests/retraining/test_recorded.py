@@ -17,6 +17,7 @@ from lightning_trak import LinearDatamodelingScore, Metagradient
 from lightning_trak.replay import SmoothAdamW, metasmoothness, replay
 from lightning_trak.retraining import ProponentRemoval, RecordedFleet, RetrainingFleet, random_removals, read_fleet
 from tests.callback_nets import make_trainer
+from tests.lit import LitNet
 from tests.methods.metagradients import DATA, NETS, OPTIMIZERS, TARGETS, outputs
 from tests.replay.runs import NUM_TRAIN, Net, make_data, shuffled, train
 
@@ -184,7 +185,7 @@ def test_another_configuration_is_refused(recorded: Path, tmp_path: Path) -> Non
     with pytest.raises(ValueError, match="losses"):
         run(fleet_of(tmp_path / "fleet", Net(), recorded, losses=lambda module, batch: module(batch[0])[:, 0]))
     with pytest.raises(ValueError, match="another directory"):
-        RetrainingFleet(tmp_path / "fleet", Net, make_trainer, DATA, TARGETS, MASKS).run(progress_bar=False)
+        RetrainingFleet(tmp_path / "fleet", LitNet, make_trainer, DATA, TARGETS, MASKS).run(progress_bar=False)
 
 
 def test_what_does_not_fit_is_refused(recorded: Path, tmp_path: Path) -> None:

@@ -91,6 +91,16 @@ def test_global_random_state_is_left_alone():
     assert torch.equal(before, torch.random.get_rng_state())
 
 
+def test_a_module_that_sets_the_seed_is_refused():
+    def same():
+        torch.manual_seed(7)
+        return Net()
+
+    with pytest.raises(ValueError, match="sets the random seed 7"):
+        train_together(same, DATA, SUBSETS, SEEDS, max_epochs=1, batch_size=8)
+    assert len(train_together(Net, DATA, SUBSETS[:1], [-3], max_epochs=1, batch_size=8)) == 1
+
+
 def test_what_does_not_fit_is_refused():
     uneven = SUBSETS.clone()
     uneven[0, uneven[0].nonzero()[0]] = False

@@ -26,7 +26,7 @@ from lightning_trak.running.data.loading import batch_size_of
 from lightning_trak.running.data.sources import Data
 from lightning_trak.running.random_states import isolated_random_states
 from lightning_trak.running.ranks import Ranks
-from lightning_trak.running.trainers import trainer_of
+from lightning_trak.running.trainers import first_batches_alone, trainer_of
 
 
 class DataShapley(MatrixMethod):
@@ -173,6 +173,12 @@ class DataShapley(MatrixMethod):
                 raise ValueError(
                     f"expected Trainers of one process from make_trainer, got one of {trainer.world_size}; the work is"
                     " shared out over the processes of the Trainer that attribute() is given"
+                )
+            setting = first_batches_alone(trainer)
+            if setting is not None:
+                raise ValueError(
+                    f"make_trainer returned a Trainer with {setting}, which trains on the first batches of a subset"
+                    " only: leave it out; max_epochs or max_steps make training shorter"
                 )
             if members:
                 trainer.fit(module, _subset(loader, members))

@@ -58,6 +58,11 @@ class SubsetMethod(MatrixMethod):
     def meaning(self) -> str:
         return RAISES_OUTPUT
 
+    @property
+    @override
+    def used_masks(self) -> Tensor:
+        return self.masks
+
     def matrix(self, trainer: L.Trainer, train: Examples, targets: Examples) -> Tensor:
         """Estimates from the masks and outputs; of the data, only the sizes are used.
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import lightning as L
-import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
@@ -28,7 +27,9 @@ from lightning_trak.retraining.fleets.subsets import checked_masks
 from lightning_trak.retraining.training.alone import (
     FactoryError,
     NothingTwice,
+    joined,
     outputs_of,
+    require_own_seed,
     seeded,
     shuffled_like,
     train_alone,
@@ -94,7 +95,8 @@ class RetrainingFleet(Displayed):
         store: the members on disk.
 
     Raises:
-        ValueError: if the masks do not fit the training set, or a factory returns what cannot be trained.
+        ValueError: if the masks do not fit the training set, or a factory returns what cannot be trained, or sets the
+            random seed.
         TypeError: if the data, the output or a factory have a wrong type.
 
     Example::
@@ -139,8 +141,10 @@ class RetrainingFleet(Displayed):
         self._nothing_twice = NothingTwice()
         with seeded(seed), quiet():
             module, trainer = self._new_module(), self._new_trainer()
+            require_own_seed(seed)
         with seeded(seed + 1), quiet():
             again = make_module()
+            require_own_seed(seed + 1)
         self._train = _one_loader("train", train)
         self._targets = _one_loader("targets", targets)
         require_order(self._targets, "the targets")
@@ -226,7 +230,9 @@ class RetrainingFleet(Displayed):
         Raises:
             RuntimeError: at the end, if members failed, naming them. All others are then finished. Tracebacks are in
                 the folder ``failures``.
-            ValueError: if the part does not exist, or a factory returns the same object twice.
+            ValueError: if the part does not exist; if a factory returns the same object twice; if a factory or a hook
+                sets the random seed; if the output is not one number per target; or if members are to be trained
+                together on items that are augmented at random.
             TypeError: if training members together would leave out something that a Trainer does, naming it.
         """
         if integer("retries", retries) < 0:
@@ -297,8 +303,11 @@ class RetrainingFleet(Displayed):
     def _new_trainer(self) -> L.Trainer:
         return self._nothing_twice.trainer(self.make_trainer())
 
+    def _subset(self, subset: int) -> Subset[Any]:
+        return Subset(self._train.dataset, self.masks[subset].nonzero().flatten().tolist())
+
     def _loader_of(self, subset: int) -> DataLoader[Any]:
-        loader = self.make_loader(Subset(self._train.dataset, self.masks[subset].nonzero().flatten().tolist()))
+        loader = self.make_loader(self._subset(subset))
         if not isinstance(loader, DataLoader):
             raise FactoryError(f"make_loader() must return a DataLoader, got {type(loader).__name__}")
         if loader.dataset is self._train.dataset:
@@ -306,12 +315,14 @@ class RetrainingFleet(Displayed):
                 "make_loader() returned a loader of the whole training set, so all members would be trained on all"
                 " examples; make a loader of the dataset that is passed to it, which is the subset"
             )
+        self._nothing_twice.loader(loader)
         return loader
 
     def _train_alone(self, member: Member) -> _Trained:
-        with seeded(self._seed_of(member)):
+        seed = self._seed_of(member)
+        with seeded(seed):
             module, trainer = self._new_module(), self._new_trainer()
-            record = train_alone(module, trainer, self._loader_of(member.subset))
+            record = train_alone(module, trainer, self._loader_of(member.subset), seed)
             device = trainer.strategy.root_device
             # Copied, because half weights become float32 when the outputs are computed.
             weights = copy.deepcopy(module.state_dict()) if self.keep_weights else None
@@ -319,9 +330,9 @@ class RetrainingFleet(Displayed):
         return _Trained(outputs[None], record | {"together": 1}, [weights])
 
     def _train_together(self, group: list[Member]) -> _Trained:
-        trainer, loader = self._new_trainer(), self._loader_of(group[0].subset)
-        device, max_epochs = trainer.strategy.root_device, cast(int, trainer.max_epochs)
         with seeded(self.seed):
+            trainer, loader = self._new_trainer(), self._loader_of(group[0].subset)
+            device, max_epochs = trainer.strategy.root_device, cast(int, trainer.max_epochs)
             stack = train_together(
                 self._new_module,
                 self._train.dataset,
@@ -332,7 +343,8 @@ class RetrainingFleet(Displayed):
                 device=device,
             )
             batches = (move_data_to_device(batch, device) for batch in self._target_batches())
-            outputs = torch.cat([stack.outputs(self.output, batch).float().cpu() for batch in batches], dim=1)
+            found = [stack.outputs(self.output, batch).float().cpu() for batch in batches]
+            outputs = joined(found, self.output, (len(group), num_examples(self._targets)))
         record = {"steps": max_epochs * len(loader), "epochs": max_epochs, "together": len(group)}
         weights = stack.state_dicts() if self.keep_weights else [None] * len(group)
         return _Trained(outputs, record, weights)
@@ -344,7 +356,7 @@ class RetrainingFleet(Displayed):
                 " at a time; train without together="
             )
         with seeded(self.seed), quiet():
-            require_trainable_together(self._new_module(), self._new_trainer(), self._loader_of(0))
+            require_trainable_together(self._new_module(), self._new_trainer(), self._loader_of(0), self._subset(0))
 
     def _target_batches(self) -> DataLoader[Any]:
         positions = range(num_examples(self._targets))

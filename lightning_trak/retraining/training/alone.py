@@ -2,7 +2,7 @@
 
 import os
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +19,9 @@ from lightning_trak.outputs.evaluating import exact_attention
 from lightning_trak.packages import is_a
 from lightning_trak.running.batches import TransferHooks, on_device
 from lightning_trak.running.data.loaders import like
+from lightning_trak.running.data.loading import num_examples
 from lightning_trak.running.random_states import isolated_random_states
+from lightning_trak.running.trainers import first_batches_alone
 
 
 class FactoryError(ValueError):
@@ -75,13 +77,27 @@ class NothingTwice:
                 f"make_trainer() returned a Trainer of {trainer.world_size} processes, but one process trains a member:"
                 ' use devices=1, and divide the members among processes by run(part="1/2") and run(part="2/2")'
             )
-        if trainer.fast_dev_run or trainer.overfit_batches:  # type: ignore[attr-defined]
-            setting = "fast_dev_run" if trainer.fast_dev_run else "overfit_batches"  # type: ignore[attr-defined]
+        setting = first_batches_alone(trainer)
+        if setting is not None:
             raise FactoryError(
                 f"make_trainer() returned a Trainer with {setting}, which trains on the first batches of a subset only,"
                 " so its members would be no ground truth: leave it out; max_epochs or max_steps make training shorter"
             )
         return trainer
+
+    def loader(self, loader: DataLoader[Any]) -> None:
+        """Check and remember the random generator of a loader from ``make_loader``, if it has one.
+
+        Raises:
+            FactoryError: if an earlier loader has it.
+        """
+        if loader.generator is not None:
+            self._note(
+                loader.generator,
+                "make_loader() returned a loader with the generator of an earlier call, so the order of a member's data"
+                " would depend on which members were trained before it; leave generator= out, or make a new one in each"
+                " call",
+            )
 
     def _note(self, thing: object, message: str) -> None:
         if self._seen.get(id(thing)) is thing:
@@ -113,9 +129,7 @@ def shuffled_like(loader: DataLoader[Any]) -> Callable[[Dataset[Any]], DataLoade
     """
     batches: Any = loader.batch_sampler  # it has the order and size of batches, also if the user made it
     sampler = getattr(batches, "sampler", loader.sampler)
-    in_order = type(sampler) is SequentialSampler
-    at_random = type(sampler) is RandomSampler and not sampler.replacement and len(sampler) == len(sampler.data_source)
-    if type(batches) is not BatchSampler or not (in_order or at_random):
+    if type(batches) is not BatchSampler or not (type(sampler) is SequentialSampler or is_permuting(sampler)):
         raise ValueError(
             f"train has a {type(batches).__name__} with a {type(sampler).__name__}, and a subset may need other ones:"
             " pass make_loader=, a function that makes the loader of a subset"
@@ -124,10 +138,39 @@ def shuffled_like(loader: DataLoader[Any]) -> Callable[[Dataset[Any]], DataLoade
     return lambda dataset: like(loader, dataset, batch_size=size, shuffle=True, drop_last=drop_last)
 
 
+def is_permuting(sampler: Any) -> bool:
+    """Whether a sampler draws each example once, in random order."""
+    return type(sampler) is RandomSampler and not sampler.replacement and len(sampler) == len(sampler.data_source)
+
+
+def require_own_seed(seed: int) -> None:
+    """Check that nothing has replaced the seed that :func:`seeded` or ``torch.manual_seed`` has set.
+
+    Raises:
+        FactoryError: if something has.
+    """
+    if torch.initial_seed() != seed:
+        raise FactoryError(
+            f"make_module(), make_trainer(), make_loader() or a hook of the module sets the random seed"
+            f" {torch.initial_seed()}, such as by seed_everything or torch.manual_seed, so all members would have the"
+            " same initialisation or order of data, and repetitions would hide the noise of training; leave it out,"
+            " since each member has a seed of its own (random numbers that should be fixed: draw them within"
+            " torch.random.fork_rng)"
+        )
+
+
 class _FromScratch(L.Callback):
-    """Raises an error if a fit continues from a checkpoint, for example because of SLURM's automatic requeueing."""
+    """Raises an error if a fit continues from a checkpoint, for example because of SLURM's automatic requeueing.
+
+    Args:
+        seed: of the member. Another one is refused, too.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        require_own_seed(self._seed)
         if trainer.global_step or trainer.current_epoch:
             raise RuntimeError(
                 f"training began at step {trainer.global_step}, epoch {trainer.current_epoch}: the Trainer has found"
@@ -135,16 +178,23 @@ class _FromScratch(L.Callback):
             )
 
 
-def train_alone(module: L.LightningModule, trainer: L.Trainer, loader: DataLoader[Any]) -> dict[str, int]:
+def train_alone(module: L.LightningModule, trainer: L.Trainer, loader: DataLoader[Any], seed: int) -> dict[str, int]:
     """Fit a new module with a new Trainer.
+
+    Args:
+        module: the module.
+        trainer: the Trainer.
+        loader: the training data.
+        seed: the random seed that was set before the module was made.
 
     Returns:
         The number of optimizer steps, ``"steps"``, and of epochs, ``"epochs"``.
 
     Raises:
         RuntimeError: if training took too few steps and no callback stopped it early, or a clock did.
+        FactoryError: if something has set another seed before the first step.
     """
-    trainer.callbacks.append(_FromScratch())  # type: ignore[attr-defined]
+    trainer.callbacks.append(_FromScratch(seed))  # type: ignore[attr-defined]
     trainer.fit(module, loader)
     if trainer.interrupted:
         raise KeyboardInterrupt
@@ -203,4 +253,24 @@ def outputs_of(
             output.set_context(output.make_context(module, moved(context)))
         found = [output.output(module, batch).float().cpu() for batch in moved(targets)]
     module.cpu()
-    return torch.cat(found)
+    return joined(found, output, (num_examples(targets),))
+
+
+def joined(found: Sequence[Tensor], output: ModelOutput, shape: tuple[int, ...]) -> Tensor:
+    """Outputs of batches of targets as one tensor.
+
+    Args:
+        found: of each batch, with the targets in the last dimension.
+        output: the output.
+        shape: of the result.
+
+    Raises:
+        FactoryError: if the output does not give one number per target.
+    """
+    if any(values.ndim != len(shape) for values in found) or sum(values.shape[-1] for values in found) != shape[-1]:
+        received = tuple(found[0].shape[len(shape) - 1 :])
+        raise FactoryError(
+            f"{type(output).__name__}.output returned shape {received} for the first of {len(found)} batches of"
+            f" {shape[-1]} targets; expected one number per target, shape (batch,)"
+        )
+    return torch.cat(list(found), dim=-1)

@@ -5,9 +5,10 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar
-from torch.utils.data import DataLoader, RandomSampler, default_collate
+from torch.utils.data import DataLoader, RandomSampler, Subset, default_collate
 
 from lightning_trak.packages import is_a, overrides
+from lightning_trak.retraining.training.alone import is_permuting
 from lightning_trak.running.batches import TRANSFER_HOOKS
 
 # Hooks that a Trainer calls and `train_together` does not.
@@ -20,13 +21,16 @@ _SKIPPED_HOOKS = (
 )
 
 
-def require_trainable_together(module: L.LightningModule, trainer: L.Trainer, loader: DataLoader[Any]) -> None:
+def require_trainable_together(
+    module: L.LightningModule, trainer: L.Trainer, loader: DataLoader[Any], subset: Subset[Any]
+) -> None:
     """Check that :func:`train_together` does all that a Trainer would do.
 
     Args:
         module: one like those to be trained.
         trainer: the Trainer that would train one of them.
         loader: the loader that it would be trained on.
+        subset: the examples that the loader was made for.
 
     Raises:
         TypeError: if it would leave out something that the Trainer does, naming it.
@@ -45,11 +49,26 @@ def require_trainable_together(module: L.LightningModule, trainer: L.Trainer, lo
         *(type(callback).__name__ for callback in callbacks if not is_a(callback, *harmless)),
         *(f"{name}={value} of the Trainer" for name, (value, plain) in settings.items() if value != plain),
         *(["max_epochs=-1 of the Trainer"] if (trainer.max_epochs or -1) < 1 else []),
-        *([] if type(loader.sampler) is RandomSampler else [f"the order of {type(loader.sampler).__name__}"]),
+        *_own_dataset(loader, subset),
+        *_own_order(loader),
         *([] if loader.collate_fn is default_collate else ["the loader's collate_fn"]),
         *([f"drop_last={loader.drop_last} of the loader"] if loader.drop_last or not loader.batch_size else []),
     ]
     require_nothing_left_out(left_out)
+
+
+def _own_dataset(loader: DataLoader[Any], subset: Subset[Any]) -> list[str]:
+    own: Any = loader.dataset  # it may change the items, for example at random
+    same = type(own) is Subset and own.dataset is subset.dataset and list(own.indices) == list(subset.indices)
+    return [] if same else [f"the {type(own).__name__} that make_loader makes of the subset"]
+
+
+def _own_order(loader: DataLoader[Any]) -> list[str]:
+    if is_permuting(loader.sampler):
+        return []
+    if type(loader.sampler) is RandomSampler:
+        return ["replacement or num_samples of the RandomSampler"]
+    return [f"the order of {type(loader.sampler).__name__}"]
 
 
 def skipped_hooks(module: L.LightningModule) -> list[str]:

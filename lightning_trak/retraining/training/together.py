@@ -17,7 +17,7 @@ from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from lightning_trak.checks import integer, positive, require_factory, require_tensor
 from lightning_trak.compatibility import tree_map
@@ -25,7 +25,7 @@ from lightning_trak.gradients.leaves import apart_from, leaves_of
 from lightning_trak.gradients.substitution import Substituted
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.evaluating import exact_attention, unchanged
-from lightning_trak.retraining.training.alone import FactoryError
+from lightning_trak.retraining.training.alone import FactoryError, require_own_seed
 from lightning_trak.retraining.training.left_out import require_nothing_left_out, skipped_hooks
 from lightning_trak.retraining.training.stacked_optimizers import (
     advance,
@@ -36,6 +36,7 @@ from lightning_trak.retraining.training.stacked_optimizers import (
     trial_gradients,
     trial_step,
 )
+from lightning_trak.running.data.content import sample_digest
 from lightning_trak.running.random_states import isolated_random_states
 from lightning_trak.running.training_step import set_place, training_loss, without_trainer
 from lightning_trak.texts.messages import in_one_line
@@ -162,7 +163,8 @@ def train_together(
     Args:
         make_module: makes a module, in its own random initialisation. Its ``training_step`` may use ``batch_idx``,
             ``self.current_epoch`` and ``self.global_step``, but no Trainer.
-        dataset: the whole training set, of items that ``default_collate`` can put together; it is held in memory.
+        dataset: the whole training set, of items that ``default_collate`` can put together; it is held in memory. So
+            items may not be augmented at random.
         masks: bool ``(num_modules, num_train)``, true where the subset of a module holds the example; the subsets are
             of one size.
         seeds: of each module: its initialisation, and the order of its examples.
@@ -174,9 +176,9 @@ def train_together(
         The trained modules, in eval mode.
 
     Raises:
-        ValueError: if the subsets differ in size, or do not fit the seeds or the dataset; or if the first or the last
-            module has another loss, other gradients, or another step of its optimizer, together with the others than
-            alone.
+        ValueError: if the subsets differ in size, or do not fit the seeds or the dataset; if items are augmented at
+            random; or if the first or the last module has another loss, other gradients, or another step of its
+            optimizer, together with the others than alone.
         TypeError: if the module uses manual optimization, more than one optimizer, or hooks that only a Trainer calls.
     """
     require_factory("make_module", make_module)
@@ -190,12 +192,19 @@ def train_together(
     sizes = torch.unique(masks.sum(1))
     if len(sizes) != 1 or sizes[0] == 0:
         raise ValueError(f"modules are trained together on subsets of one size, got sizes {sizes.tolist()}")
+    if sample_digest(DataLoader(dataset)) is None:
+        raise FactoryError(
+            "items of the dataset are not the same when they are loaded again, perhaps because of random augmentation."
+            " Training many modules at once would load each item once, for all modules and epochs: train them one at a"
+            " time (leave together= out)"
+        )
     data = move_data_to_device(default_collate([dataset[i] for i in range(num_train)]), torch.device(device))
     with isolated_random_states():
         modules = []
         for seed in seeds:
-            torch.manual_seed(seed)
+            own = torch.manual_seed(seed).initial_seed()  # of a negative seed, another number
             modules.append(without_trainer(make_module()))
+            require_own_seed(own)
         require_nothing_left_out(skipped_hooks(modules[0]))
         members = torch.stack([mask.nonzero().flatten() for mask in masks])
         stack = _stacked(modules, tree_map(lambda value: _take(value, members[:, :batch_size]), data), device)

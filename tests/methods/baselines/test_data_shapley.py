@@ -211,6 +211,8 @@ def test_bad_options_and_data():
         DataShapley(Ridge, quick, utility=lambda module, batch: batch[0]).attribute(make_trainer(), TRAIN, TARGETS)
     with pytest.raises(ValueError, match="make_trainer, got one of 2"):
         DataShapley(Ridge, lambda: make_trainer(devices=2)).attribute(make_trainer(), TRAIN, TARGETS)
+    with pytest.raises(ValueError, match="a Trainer with overfit_batches, which trains on the first batches"):
+        DataShapley(Ridge, lambda: make_trainer(overfit_batches=1)).attribute(make_trainer(), TRAIN, TARGETS)
     weighted = DataLoader(TRAIN, sampler=WeightedRandomSampler([1.0] * 4, 4))
     with pytest.raises(ValueError, match="the loader has a WeightedRandomSampler"):
         DataShapley(Ridge, quick).attribute(make_trainer(), weighted, TARGETS)
