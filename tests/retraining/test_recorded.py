@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -84,6 +85,37 @@ def test_together_is_the_same_as_alone(name: str, tmp_path: Path) -> None:
     together = run(fleet_of(tmp_path / "together", Net(net), tmp_path / "recording"), together=3)
     torch.testing.assert_close(together, alone, rtol=1e-6, atol=1e-6)
     assert (alone - alone.mean(1, keepdim=True)).abs().max() > 1e-3
+
+
+class Scheduled(Net):
+    """Its batches depend on the mode and the epoch, and its loss on the learning rate."""
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return [batch[0] * (1 + self.current_epoch), *batch[1:]] if self.training else batch
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.losses(batch).mean()
+
+    def losses(self, batch: Any) -> Tensor:
+        rate = self.optimizers().param_groups[0]["lr"]
+        return rate * F.cross_entropy(self(batch[0]), batch[1], reduction="none")
+
+
+def test_members_together_know_mode_epoch_and_learning_rate(tmp_path: Path) -> None:
+    train(Scheduled(optimizer=OPTIMIZERS["schedule"]), DATA, tmp_path / "recording")
+    alone, together = (
+        run(
+            fleet_of(
+                tmp_path / name,
+                Scheduled(),
+                tmp_path / "recording",
+                losses=lambda module, batch: module.losses(batch),
+            ),
+            together=size,
+        )
+        for name, size in (("alone", None), ("together", 3))
+    )
+    torch.testing.assert_close(together, alone, rtol=1e-6, atol=1e-6)
 
 
 def test_other_random_numbers_together_are_refused(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.evaluating import modules_in_eval
-from lightning_trak.replay.losses import is_other_step
+from lightning_trak.replay.comparison import is_other_step
 from lightning_trak.replay.optimizers.base import OptimizerStep
 from lightning_trak.replay.optimizers.clipping import clipped
 from lightning_trak.replay.player import ReplayError
@@ -90,7 +90,8 @@ class StackedRun:
         """
         player = self._player
         modules_in_eval(output, player.device)
-        self._stack.stacked.eval()
+        for module in (self._stack.stacked, player.module):  # the player's has the hooks that move targets
+            module.eval()
         with differentiable(player), torch.no_grad():
             found = [self._stack.outputs(output, batch) for batch in targets_alone(player, targets, datamodule)]
         for number, values in enumerate(found):
@@ -109,7 +110,7 @@ class StackedRun:
             part.training = own.training
         for name, parameter in player.parameters.items():
             self._parameters[name].requires_grad_(parameter.requires_grad)
-        set_place(cast(L.LightningModule, stacked), record.epoch, record.step)
+        set_place(cast(L.LightningModule, stacked), record.epoch, record.step, player.optimizer)
 
     def _step(self, record: StepRecord, batches: Iterator[Any], skipped: set[tuple[int, int]]) -> None:
         player = self._player
