@@ -11,6 +11,7 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.prune
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -65,10 +66,17 @@ def without_dropout(module: nn.Module) -> nn.Module:
     return module
 
 
+def pruned() -> nn.Module:
+    """Its weights are computed from others, and kept on the layer with their graph."""
+    layer = nn.utils.prune.l1_unstructured(nn.Linear(4, 5), "weight", 0.3)
+    return nn.Sequential(layer, nn.Tanh(), nn.Linear(5, 3))
+
+
 RUNS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     **{net: (NETS[net], None, {}) for net in ("dropout", "batch norm", "group norm", "convolutions")},
     "tied weights": (NETS["tied, frozen and unused weights"], OPTIMIZERS["schedule"], {}),
     "attention": (lambda: without_dropout(NETS["attention"]()), OPTIMIZERS["amsgrad"], {}),
+    "pruned weights": (pruned, None, {}),
     "groups": (None, OPTIMIZERS["groups"], {"gradient_clip_val": 0.3}),
     "paused momentum": (None, OPTIMIZERS["paused momentum"], {}),
     "accumulation": (None, smooth, {"accumulate_grad_batches": 2}),

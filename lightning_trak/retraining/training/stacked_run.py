@@ -197,7 +197,7 @@ def _require_functional(run: Reweighted) -> None:
     name = type(update).__name__
     if update.rounding > 0:
         raise TypeError(f"{name} rounds its steps, so members together would differ from others; leave together= out")
-    last = run.recording.state(run.recording.num_steps)
+    last = run.recording.state(max(run.recording.state_steps))
     others = {key for moments in last.moments.values() for key in moments} - {*update.moments, "step"}
     if others:
         raise TypeError(
