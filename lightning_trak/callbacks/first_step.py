@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import cast
 
 import torch
@@ -38,7 +39,7 @@ def require_repeatable(
     other = other_step(
         dict(before.tensors()), dict(found.tensors()), dict(after.tensors()), player.dtype, player.update.rounding
     )
-    if other is not None:
+    if other is not None and math.isfinite(other.off):  # else training diverges, whoever does it
         raise ValueError(
             f"TrainingRecorder cannot record this run, because a copy of the module takes another step {step}: the"
             f" {other.kind} should move by {other.moved:.3g}, and are off by {other.off:.3g}. Perhaps a hook or a"
