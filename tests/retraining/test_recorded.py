@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.nn.utils.prune
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -142,6 +143,19 @@ def test_other_random_numbers_together_are_refused(tmp_path: Path) -> None:
     else:  # the same numbers as one at a time
         alone.run(progress_bar=False)
         torch.testing.assert_close(fleet.outputs, alone.outputs)
+
+
+def test_checkpointed_activations_together_are_refused(tmp_path: Path) -> None:
+    class Checkpointed(nn.Sequential):
+        def forward(self, inputs: Tensor) -> Tensor:
+            return torch.utils.checkpoint.checkpoint(super().forward, inputs, use_reentrant=False)
+
+    def net() -> nn.Module:
+        return Checkpointed(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+
+    train(Net(net), DATA, tmp_path / "recording")
+    with pytest.raises(ValueError, match=r"together cannot be differentiated: .* leave together= out"):
+        fleet_of(tmp_path / "fleet", Net(net), tmp_path / "recording").run(together=5, progress_bar=False)
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ All members share their batches, so a step of a small model takes little longer 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import lightning as L
@@ -24,9 +24,11 @@ from lightning_trak.replay.recording.records import StepRecord
 from lightning_trak.replay.recording.states import named_parameters
 from lightning_trak.replay.reweighted import Reweighted, checked_weights
 from lightning_trak.replay.targets import differentiable, targets_alone
+from lightning_trak.retraining.training.alone import FactoryError
 from lightning_trak.retraining.training.together import StackedModules
 from lightning_trak.running.random_states import restore_random_states
 from lightning_trak.running.training_step import set_place
+from lightning_trak.texts.messages import in_one_line
 
 
 class StackedRun:
@@ -126,7 +128,7 @@ class StackedRun:
                 weights = self._weights[:, micro.positions].to(losses)
                 total = (weights * losses).sum() / size / record.settings.accumulate
                 tensors = [self._parameters[name] for name in trained]
-                gradients = torch.autograd.grad(total, tensors, allow_unused=True)
+                gradients = _gradients(total, tensors)
             for name, gradient in zip(trained, gradients, strict=True):
                 if gradient is not None:
                     sums[name] = sums[name] + gradient if name in sums else gradient
@@ -168,6 +170,23 @@ class StackedRun:
                     f" the weights move by {moved**0.5:.3g}: perhaps vmap draws other random numbers (dropout on a"
                     " GPU or within attention), or the module branches on values; leave together= out"
                 )
+
+
+def _gradients(total: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """The gradients of all members, whose losses are added up.
+
+    Raises:
+        FactoryError: if operations are left to the backward pass, which is no longer that of many members at once.
+    """
+    try:
+        return torch.autograd.grad(total, parameters, allow_unused=True)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise FactoryError(
+            f"the losses of members together cannot be differentiated: {in_one_line(error)}. Activation checkpointing"
+            " is a common cause; leave together= out"
+        ) from error
 
 
 def _updated(
