@@ -116,6 +116,7 @@ class TrainingRecorder(Displayed, RunCallback):
         self._positions = PositionLog()
         self._loader: DataLoader[Any] | None = None
         self._opened = False
+        self._start: tuple[dict[str, Any], TrainingState] | None = None  # the run and its first state
         self._last: dict[str, Tensor] = {}  # the weights when training has ended
         self._forget()
 
@@ -171,8 +172,9 @@ class TrainingRecorder(Displayed, RunCallback):
         self._watch = RandomWatch(trainer.strategy.root_device)
         self._step_options = StepOptions(trainer, pl_module, self._parameters, optimizer)
         self._step_options.read()  # fail now, not after the first step
-        self._between, self._first = BetweenSteps(), step
+        self._between = BetweenSteps()
         state = self._state(trainer, pl_module)
+        self._start = run, state.copy()
         if step:
             earlier = [*self._resumed_runs, *([self._run] if self._run else [])]
             self._run = writer.resume(earlier, step, run, environment)
@@ -261,13 +263,14 @@ class TrainingRecorder(Displayed, RunCallback):
                 f" counts {trainer.global_step} with it; perhaps optimizer_step of {type(pl_module).__name__} takes no"
                 " step for some batches: let training_step return None for them, or use accumulate_grad_batches"
             )
-        writer.add_step(StepRecord(step, trainer.current_epoch, *self._options, tuple(self._micro)))
+        record = StepRecord(step, trainer.current_epoch, *self._options, tuple(self._micro))
+        writer.add_step(record)
         self._forget()
         self._between.end(self._parameters, last=trainer.fit_loop.epoch_loop.done)
-        if step == self._first:
-            writer.flush()
-            after = self._state(trainer, pl_module)
-            require_repeatable(trainer, pl_module, Recording(self.directory), step, after)
+        if self._start is not None:
+            run, before = self._start
+            require_repeatable(trainer, pl_module, run, record, before, self._state(trainer, pl_module))
+            self._start = None
         if keeps_state(step + 1, self.spacing):
             writer.add_state(self._state(trainer, pl_module))
 
@@ -336,4 +339,4 @@ class TrainingRecorder(Displayed, RunCallback):
         if self._writer is not None:
             self._writer.close()
             self._writer = None
-        self._loader, self._opened, self._last = None, False, {}
+        self._loader, self._opened, self._start, self._last = None, False, None, {}
