@@ -7,6 +7,7 @@ from typing import Any, cast
 import lightning as L
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.plugins.precision import DoublePrecision, Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
@@ -15,7 +16,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader
 
 from lightning_trak.checkpoints.copies import copy_module
-from lightning_trak.compatibility import has_gradient_hooks
+from lightning_trak.compatibility import BatchNorm, has_gradient_hooks
 from lightning_trak.packages import both, is_a, overrides
 from lightning_trak.replay.recording.states import named_buffers, named_parameters
 from lightning_trak.running.batches import TransferHooks, on_device
@@ -52,6 +53,12 @@ def _reason(trainer: Trainer, module: LightningModule) -> str | None:
         return f"{name} uses manual optimization, so its steps are not known; use automatic optimization"
     if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
         return "training_step takes dataloader_iter, so the examples of a batch are not known; let it take a batch"
+    averages = any(is_a(callback, StochasticWeightAveraging) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    if averages and any(isinstance(part, BatchNorm) for part in module.modules()):
+        return (
+            "StochasticWeightAveraging ends with an epoch that computes the statistics of batch normalization anew,"
+            " which a repeated run would not do; train without it"
+        )
     own = [hook for hook in _OWN_GRADIENTS if overrides(module, hook, L.LightningModule)]
     if own:
         return (
@@ -93,7 +100,7 @@ def require_step_alone(trainer: Trainer, module: LightningModule, loader: DataLo
             trainer.precision_plugin.train_step_context(),
             torch.compiler.set_stance("force_eager"),
         ):
-            training_step_of(copied)(_on_device(_first_batch(loader), trainer, module), 0)
+            training_step_of(copied)(_on_device(_first_batch(loader), trainer, copied), 0)
     except NeedsTrainerError as error:
         raise ValueError(f"TrainingRecorder cannot record this run, whose steps are repeated alone: {error}") from error
     except Exception:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_trak.callbacks.between_steps import BetweenSteps
+from lightning_trak.callbacks.first_step import require_repeatable
 from lightning_trak.callbacks.recordable import require_plain, require_real, require_same_batches, require_step_alone
 from lightning_trak.callbacks.runs import RunCallback, run_from
 from lightning_trak.callbacks.step_options import StepOptions
@@ -55,14 +57,17 @@ class TrainingRecorder(Displayed, RunCallback):
     64 MB wait in memory and as many are being written, and all are written before Lightning saves a checkpoint.
 
     **Which weights.** Those that the optimizer updates. A callback that replaces them by an average when training ends
-    (``StochasticWeightAveraging``, ``WeightAveraging``) must be listed after this one; the average is not recorded,
+    (``StochasticWeightAveraging``, ``WeightAveraging``) should be listed after this one; the average is not recorded,
     and a warning says so when training ends.
 
     **Which runs.** One process and one device; float32 or float64 weights without mixed precision; automatic
     optimization by one optimizer whose step is known (``SGD``, ``Adam``, ``AdamW``, ``Muon``, :class:`SmoothAdamW
     <lightning_trak.replay.SmoothAdamW>` and what :class:`~lightning_trak.replay.OptimizerStep` adds); one DataLoader
     over a map-style dataset whose items are the same each time; a ``training_step`` that needs no Trainer, which a copy
-    of the module tries once. Other runs are refused before training.
+    of the module tries once. Other runs are refused before training. When the first step has ended, a copy of the
+    module repeats it, which takes the memory of a second training for this time. If the copy takes another step, as
+    where a hook changes gradients, the run is refused; so is one whose weights change between the first two steps or
+    between two epochs.
 
     **Which directory.** A directory belongs to one run, and another run in it is refused.
     ``trainer.fit(ckpt_path=...)`` continues the recording. Nothing is recorded with ``fast_dev_run``.
@@ -80,7 +85,8 @@ class TrainingRecorder(Displayed, RunCallback):
 
     Raises:
         ValueError: if ``spacing`` is none of these. Before training: if the run is of another kind, if the directory
-            holds another run, or if another run is writing to it. During training: if another run takes the directory.
+            holds another run, or if another run is writing to it. During training: if another run takes the directory,
+            if the first step cannot be repeated, or if weights or data change between epochs.
         TypeError: before training, if the data have no positions.
         OSError: if the recording cannot be written.
 
@@ -110,6 +116,7 @@ class TrainingRecorder(Displayed, RunCallback):
         self._positions = PositionLog()
         self._loader: DataLoader[Any] | None = None
         self._opened = False
+        self._start: tuple[dict[str, Any], TrainingState] | None = None  # the run and its first state
         self._last: dict[str, Tensor] = {}  # the weights when training has ended
         self._forget()
 
@@ -139,10 +146,16 @@ class TrainingRecorder(Displayed, RunCallback):
                 "the Trainer has several TrainingRecorders; keep one, which records all that the others would"
             )
         self._writer = RecordingWriter(self.directory, self.spacing)
-        change_train_loader(trainer, self._watched)
+        change_train_loader(trainer, functools.partial(self._watched, trainer))
 
-    def _watched(self, loader: Any) -> Any:
+    def _watched(self, trainer: Trainer, loader: Any) -> Any:
         self._loader = self._positions.watched(loader)
+        if self._opened and (num_examples(self._loader), sample_digest(self._loader)) != self._data:
+            raise ValueError(
+                f"TrainingRecorder cannot record this run: from epoch {trainer.current_epoch} on, the loader has other"
+                " data, and all steps are repeated with the same; train with one dataset of all examples, and let a"
+                " sampler choose among them"
+            )
         return self._loader
 
     @override
@@ -161,6 +174,7 @@ class TrainingRecorder(Displayed, RunCallback):
         self._step_options.read()  # fail now, not after the first step
         self._between = BetweenSteps()
         state = self._state(trainer, pl_module)
+        self._start = run, state.copy()
         if step:
             earlier = [*self._resumed_runs, *([self._run] if self._run else [])]
             self._run = writer.resume(earlier, step, run, environment)
@@ -194,6 +208,7 @@ class TrainingRecorder(Displayed, RunCallback):
             )
         require_same_batches(trainer, module, loader)
         require_step_alone(trainer, module, loader)
+        self._data = num_examples(loader), digest
         return {
             "optimizer": optimizer_name(type(trainer.optimizers[0])),
             "precision": str(trainer.precision),
@@ -215,7 +230,7 @@ class TrainingRecorder(Displayed, RunCallback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Note the random states before the step."""
         if self._writer is not None:
-            self._between.begin(self._parameters)
+            self._between.begin(pl_module)
             self._drawn = self._positions.take()
             self._watch.before()
 
@@ -223,6 +238,7 @@ class TrainingRecorder(Displayed, RunCallback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Note the hyperparameters, before schedulers change them for the next step."""
         if self._writer is not None:
+            self._between.require_unchanged()
             self._options = self._step_options.read()
 
     @override
@@ -242,10 +258,19 @@ class TrainingRecorder(Displayed, RunCallback):
             return
         step = writer.num_steps
         if step != trainer.global_step - 1:
-            raise RuntimeError(f"expected step {step} to end, but the Trainer has taken {trainer.global_step} steps")
-        writer.add_step(StepRecord(step, trainer.current_epoch, *self._options, tuple(self._micro)))
+            raise ValueError(
+                f"TrainingRecorder cannot record this run: {step} steps were recorded before this one, but the Trainer"
+                f" counts {trainer.global_step} with it; perhaps optimizer_step of {type(pl_module).__name__} takes no"
+                " step for some batches: let training_step return None for them, or use accumulate_grad_batches"
+            )
+        record = StepRecord(step, trainer.current_epoch, *self._options, tuple(self._micro))
+        writer.add_step(record)
         self._forget()
-        self._between.end(self._parameters)
+        self._between.end(self._parameters, last=trainer.fit_loop.epoch_loop.done)
+        if self._start is not None:
+            run, before = self._start
+            require_repeatable(trainer, pl_module, run, record, before, self._state(trainer, pl_module))
+            self._start = None
         if keeps_state(step + 1, self.spacing):
             writer.add_state(self._state(trainer, pl_module))
 
@@ -263,7 +288,10 @@ class TrainingRecorder(Displayed, RunCallback):
         """Write the rest, and the state at the end."""
         if self._writer is not None:
             state = self._state(trainer, pl_module)
-            if not self._writer.has_state(self._writer.num_steps):
+            self._between.begin(pl_module)
+            if self._between.changed:
+                self._warn_of_other_weights(self._between.changed)
+            elif not self._writer.has_state(self._writer.num_steps):
                 self._writer.add_state(state)
             self._writer.flush(finished=True)
             self._last = {name: tensor.to("cpu", copy=True) for name, tensor in state.parameters.items()}
@@ -277,20 +305,19 @@ class TrainingRecorder(Displayed, RunCallback):
         if self._writer is not None and not self._opened and self._resumed_runs and trainer.global_step:
             self._open(self._writer, trainer, pl_module)
             self.on_train_end(trainer, pl_module)
-        self._warn_of_other_weights(pl_module)
+        now = named_parameters(pl_module)
+        for name, last in self._last.items():
+            if name not in now or not torch.equal(now[name].cpu(), last):
+                self._warn_of_other_weights(name)
+                break
 
-    def _warn_of_other_weights(self, module: LightningModule) -> None:
+    def _warn_of_other_weights(self, name: str) -> None:
         """Callbacks may replace the weights when training has ended: by an average, or by those of the best epoch."""
-        now = named_parameters(module)
-        changed = [
-            name for name, last in self._last.items() if name not in now or not torch.equal(now[name].cpu(), last)
-        ]
-        if changed:
-            rank_zero_warn(
-                f'parameters such as "{changed[0]}" were changed after the last recorded step: perhaps'
-                " a callback put an average of the weights in their place, or those of the best epoch. Metagradients of"
-                " this recording are about the weights of the last step, not about these"
-            )
+        rank_zero_warn(
+            f'parameters such as "{name}" were changed after the last recorded step: perhaps'
+            " a callback put an average of the weights in their place, or those of the best epoch. Metagradients of"
+            " this recording are about the weights of the last step, not about these"
+        )
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -312,4 +339,4 @@ class TrainingRecorder(Displayed, RunCallback):
         if self._writer is not None:
             self._writer.close()
             self._writer = None
-        self._loader, self._opened, self._last = None, False, {}
+        self._loader, self._opened, self._start, self._last = None, False, None, {}

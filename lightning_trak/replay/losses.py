@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.evaluating import unchanged
+from lightning_trak.replay.comparison import other_step
 from lightning_trak.replay.player import Played, Player, ReplayError
 from lightning_trak.replay.recording.records import StepRecord
 from lightning_trak.replay.recording.states import TrainingState
@@ -23,8 +23,6 @@ from lightning_trak.running.random_states import restore_random_states
 Losses = Callable[[nn.Module, Any], Tensor]
 
 _LOSS_ERRORS = {torch.float32: (1e-4, 1e-6), torch.float64: (1e-9, 1e-12)}
-_STEP_ERRORS = {torch.float32: 2e-2, torch.float64: 1e-6}
-_ROUNDINGS = 8  # of the dtype, relative to the norm of the weights or of a moment
 
 
 def declared_losses(output: ModelOutput, losses: Losses | None) -> Losses:
@@ -160,35 +158,14 @@ def require_step(
     Raises:
         ReplayError: if they differ by more than rounding.
     """
-    later = dict(after.tensors())
-    kinds: dict[str, list[str]] = defaultdict(list)
-    for name in outputs:
-        kinds["weights" if name.startswith("parameter/") else name.rpartition("/")[2]].append(name)
-    for kind, names in kinds.items():
-        new = [outputs[name].detach() for name in names]
-        expected = [later[name].to(outputs[name].device) for name in names]
-        if _equal_up_to_rounding(new, expected, dtype):
-            continue
-        before = dict(played.before.tensors())
-        old = [
-            before[name].to(own.device) if name in before else torch.zeros_like(own)
-            for name, own in zip(names, new, strict=True)
-        ]
-        if kind == "weights":
-            noise = _moments_of_rounding(outputs, later, dtype)
-            new = [
-                torch.where(noise[name], two, one) if name in noise else one
-                for name, one, two in zip(names, new, expected, strict=True)
-            ]
-        off, moved = _distance(new, expected), _distance(expected, old)
-        size = _distance(expected, [torch.zeros_like(tensor) for tensor in expected])
-        if is_other_step(off, moved, size, dtype, rounding):
-            raise ReplayError(
-                f"step {played.record.step} moved the {kind} by {moved:.3g}, but the gradient of the"
-                f" examples' losses gives a step that differs from it by {off:.3g}: training_step, a hook"
-                " or a callback adds something to the gradient, or the losses are not those that training_step"
-                " minimizes"
-            )
+    other = other_step(dict(played.before.tensors()), outputs, dict(after.tensors()), dtype, rounding)
+    if other is not None:
+        raise ReplayError(
+            f"step {played.record.step} moved the {other.kind} by {other.moved:.3g}, but the gradient of the"
+            f" examples' losses gives a step that differs from it by {other.off:.3g}: training_step, a hook"
+            " or a callback adds something to the gradient, or the losses are not those that training_step"
+            " minimizes"
+        )
     changed = [
         name
         for name, old in played.before.parameters.items()
@@ -200,19 +177,6 @@ def require_step(
             " example's loss goes: the losses are not those that training_step minimizes, or training_step assigns"
             " weights itself, such as those of a target network or of an average, whose derivative is not known"
         )
-
-
-def is_other_step(off: float, moved: float, size: float, dtype: torch.dtype, rounding: float = 0.0) -> bool:
-    """Whether a step differs from another one by more than rounding.
-
-    Args:
-        off: the norm of the difference.
-        moved: the norm of the step.
-        size: the norm of what the step changes.
-        dtype: the dtype of the weights.
-        rounding: by how much the optimizer rounds its step, relative to the step.
-    """
-    return not off <= (_STEP_ERRORS[dtype] + rounding) * moved + _ROUNDINGS * torch.finfo(dtype).eps * size
 
 
 def require_unchanged(parameters: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> None:
@@ -232,47 +196,3 @@ def require_unchanged(parameters: Mapping[str, Tensor], before: Mapping[str, Ten
                 " weight.data.clamp_() do so), and autograd does not know the derivative of this change; compute"
                 " another tensor from the parameter instead, or use a method that differentiates once, such as TRAK"
             )
-
-
-def _moments_of_rounding(
-    outputs: Mapping[str, Tensor], later: Mapping[str, Tensor], dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """Where all moments of a weight are zero up to rounding, by the names of parameters.
-
-    The gradient of a bias before batch normalization is an example. Adam divides it by its own size, and so makes a
-    whole step of what is rounding. Two ways to add up the same losses then give two steps.
-    """
-    names: dict[str, list[str]] = defaultdict(list)
-    for name in outputs:
-        if name.startswith("moment/") and later[name].is_floating_point():
-            names[name.rpartition("/")[2]].append(name)
-    found: dict[str, Tensor] = {}
-    for kind in names.values():
-        zeros = {name: torch.zeros_like(later[name]) for name in kind}
-        bound = _ROUNDINGS * torch.finfo(dtype).eps * _distance([later[name] for name in kind], list(zeros.values()))
-        for name in kind:
-            parameter = name.rpartition("/")[0].replace("moment/", "parameter/", 1)
-            if parameter in outputs and later[name].shape == outputs[parameter].shape:
-                small = later[name].to(outputs[parameter].device).abs() <= bound
-                found[parameter] = found.get(parameter, small) & small
-    return found
-
-
-def _equal_up_to_rounding(new: Sequence[Tensor], expected: Sequence[Tensor], dtype: torch.dtype) -> bool:
-    """Whether tensors are obviously equal, judged in their own precision, which takes a third of the time."""
-    if not all(tensor.is_floating_point() for tensor in expected):
-        return False
-    off = _norm([torch.dist(one, other) for one, other in zip(new, expected, strict=True)])
-    size = _norm([torch.linalg.vector_norm(tensor) for tensor in expected])
-    # Beyond these bounds, squares could be infinite or zero.
-    return 1e-15 < size < 1e15 and off <= _ROUNDINGS * torch.finfo(dtype).eps * size
-
-
-def _norm(norms: Sequence[Tensor]) -> float:
-    """The norm of tensors that have these norms."""
-    return float(torch.linalg.vector_norm(torch.stack(list(norms))))
-
-
-def _distance(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
-    squares = (float((one.double() - other.double()).square().sum()) for one, other in zip(first, second, strict=True))
-    return math.sqrt(sum(squares))

@@ -18,6 +18,7 @@ from lightning_trak.checkpoints.copies import copy_module
 from lightning_trak.compatibility import WRAPPERS, BatchNorm, original_module
 from lightning_trak.gradients.leaves import apart_from, require_own_leaves
 from lightning_trak.packages import is_a
+from lightning_trak.replay.comparison import other_step
 from lightning_trak.replay.optimizers.base import optimizer_named, optimizer_step
 from lightning_trak.replay.recording.reading import Recording
 from lightning_trak.replay.recording.records import MicroBatch, StepRecord, Structure
@@ -68,6 +69,7 @@ class Player:
     Attributes:
         module: the copy.
         kinds: the types of its submodules.
+        optimizer: its optimizer.
         dtype: the dtype of the parameters that training changes.
 
     Raises:
@@ -106,7 +108,7 @@ class Player:
         self._batches: Iterator[Any] = iter(())
         self._leaves_checked = False
         first = recording.record(0)
-        self._structure, self._optimizer = first.structure, self._made(first)
+        self._structure, self.optimizer = first.structure, self._made(first)
         trained = [name for group in first.structure.groups for name in group]
         trained.sort(key=lambda name: name in first.structure.frozen)  # frozen ones may have another dtype
         self.dtype = self.parameters[trained[0]].dtype
@@ -158,12 +160,13 @@ class Player:
 
     def load(self, state: TrainingState) -> None:
         """Set module and optimizer to a state."""
-        state.load(self.module, self._optimizer, self.parameters)
+        self._loaded = state
+        state.load(self.module, self.optimizer, self.parameters)
 
     @property
     def state(self) -> TrainingState:
         """A copy of the current state."""
-        return TrainingState.of(self.module, self._optimizer, self.parameters).copy()
+        return TrainingState.of(self.module, self.optimizer, self.parameters).copy()
 
     def state_before(self, step: int) -> TrainingState:
         """The state before a step: the recorded one, or computed again from the one before it."""
@@ -210,7 +213,7 @@ class Player:
         """
         loss = loss or self.training_loss
         self.arrange(record)
-        optimizer, settings = self._optimizer, record.settings
+        optimizer, settings = self.optimizer, record.settings
         optimizer.zero_grad()
         losses: list[Tensor | None] = []
         for micro, batch in zip(record.micro_batches, batches, strict=True):
@@ -252,12 +255,12 @@ class Player:
         for name, parameter in self.parameters.items():
             parameter.requires_grad_(name not in frozen)
         if structure != self._structure:
-            before = self._optimizer.state
-            self._structure, self._optimizer = structure, self._made(record)
-            self._optimizer.state = before
-        for own, group in zip(self._optimizer.param_groups, groups, strict=True):
+            before = self.optimizer.state
+            self._structure, self.optimizer = structure, self._made(record)
+            self.optimizer.state = before
+        for own, group in zip(self.optimizer.param_groups, groups, strict=True):
             own.update(group)
-        set_place(self.module, record.epoch, record.step, self._optimizer)
+        set_place(self.module, record.epoch, record.step, self.optimizer)
 
     def normalizes_batches(self, structures: Iterable[Structure]) -> bool:
         """Whether batch normalization makes the examples of a batch depend on each other, in one of some steps."""
@@ -289,16 +292,28 @@ class Player:
             How far they are apart; None if no state is recorded before this step.
 
         Raises:
-            ReplayError: if a tensor differs by more than ``tolerance``, relative to its norm.
+            ReplayError: if a tensor differs by more than ``tolerance``, relative to its norm; by default, also if the
+                weights differ by more than rounding, relative to how far they moved since :meth:`load`.
         """
         if step not in self.recording.state_steps:
             return None
-        found = difference(self.state, self.recording.state(step))
-        tolerance = TOLERANCES.get(self.dtype, 0.0) if tolerance is None else tolerance
-        if found.largest > tolerance:
+        own, recorded = self.state, self.recording.state(step)
+        found = difference(own, recorded)
+        largest = TOLERANCES.get(self.dtype, 0.0) if tolerance is None else tolerance
+        off = None
+        if found.largest > largest:
+            off = (
+                f"{found.name} differs from the recorded one by {found.largest:.2g} of its norm, more than"
+                f" {largest:.2g}"
+            )
+        elif tolerance is None and not found.identical:  # steps may be so small that the norm says nothing
+            before, now, right = (dict(state.tensors()) for state in (self._loaded, own, recorded))
+            other = other_step(before, now, right, self.dtype, self.update.rounding)
+            if other is not None:
+                off = f"the {other.kind} should have moved by {other.moved:.3g}, and are off by {other.off:.3g}"
+        if off is not None:
             raise ReplayError(
-                f"the recorded run cannot be repeated: before step {step}, {found.name} differs from the recorded one"
-                f" by {found.largest:.2g} of its norm, more than {tolerance:.2g}. Perhaps training used something that"
+                f"the recorded run cannot be repeated: before step {step}, {off}. Perhaps training used something that"
                 " is not recorded: random numbers of a generator of its own, hooks or callbacks that change weights or"
                 " gradients, a state outside of parameters and buffers, other code or data; or the device computes"
                 " with other rounding, and training amplifies it"

@@ -63,6 +63,11 @@ class AugmentsOnTheDevice(Net):
         return [batch[0] + torch.randn_like(batch[0]), *batch[1:]] if self.training else batch
 
 
+class TransfersByTheTrainer(Net):
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return [2 * batch[0], *batch[1:]] if self.trainer.training else batch
+
+
 class ReadsTheTrainer(Net):
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         return super().training_step(batch, batch_idx) * (2 if self.trainer.training else 1)
@@ -82,6 +87,7 @@ def foreign(module: Net) -> Any:
         (Manual, {}, "uses manual optimization"),
         (OwnClipping, {}, "overrides configure_gradient_clipping"),
         (AugmentsOnTheDevice, {}, "on_after_batch_transfer draws random numbers.*augment in training_step"),
+        (TransfersByTheTrainer, {}, r"repeated alone: the module uses self\.trainer\.training"),
         (ReadsTheTrainer, {}, r"repeated alone: the module uses self\.trainer\.training.*store what else it needs"),
         (Half, {"precision": "32-true"}, "got torch.bfloat16"),
         (Hooked, {}, "net.0.weight.* has a gradient hook"),

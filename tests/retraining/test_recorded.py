@@ -10,6 +10,9 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+import torch.nn.functional as F
+import torch.nn.utils.prune
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -65,10 +68,17 @@ def without_dropout(module: nn.Module) -> nn.Module:
     return module
 
 
+def pruned() -> nn.Module:
+    """Its weights are computed from others, and kept on the layer with their graph."""
+    layer = nn.utils.prune.l1_unstructured(nn.Linear(4, 5), "weight", 0.3)
+    return nn.Sequential(layer, nn.Tanh(), nn.Linear(5, 3))
+
+
 RUNS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     **{net: (NETS[net], None, {}) for net in ("dropout", "batch norm", "group norm", "convolutions")},
     "tied weights": (NETS["tied, frozen and unused weights"], OPTIMIZERS["schedule"], {}),
     "attention": (lambda: without_dropout(NETS["attention"]()), OPTIMIZERS["amsgrad"], {}),
+    "pruned weights": (pruned, None, {}),
     "groups": (None, OPTIMIZERS["groups"], {"gradient_clip_val": 0.3}),
     "paused momentum": (None, OPTIMIZERS["paused momentum"], {}),
     "accumulation": (None, smooth, {"accumulate_grad_batches": 2}),
@@ -87,6 +97,37 @@ def test_together_is_the_same_as_alone(name: str, tmp_path: Path) -> None:
     assert (alone - alone.mean(1, keepdim=True)).abs().max() > 1e-3
 
 
+class Scheduled(Net):
+    """Its batches depend on the mode and the epoch, and its loss on the learning rate."""
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return [batch[0] * (1 + self.current_epoch), *batch[1:]] if self.training else batch
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.losses(batch).mean()
+
+    def losses(self, batch: Any) -> Tensor:
+        rate = self.optimizers().param_groups[0]["lr"]
+        return rate * F.cross_entropy(self(batch[0]), batch[1], reduction="none")
+
+
+def test_members_together_know_mode_epoch_and_learning_rate(tmp_path: Path) -> None:
+    train(Scheduled(optimizer=OPTIMIZERS["schedule"]), DATA, tmp_path / "recording")
+    alone, together = (
+        run(
+            fleet_of(
+                tmp_path / name,
+                Scheduled(),
+                tmp_path / "recording",
+                losses=lambda module, batch: module.losses(batch),
+            ),
+            together=size,
+        )
+        for name, size in (("alone", None), ("together", 3))
+    )
+    torch.testing.assert_close(together, alone, rtol=1e-6, atol=1e-6)
+
+
 def test_other_random_numbers_together_are_refused(tmp_path: Path) -> None:
     """Which numbers dropout within attention draws under vmap depends on the version of torch."""
     train(Net(NETS["attention"]), DATA, tmp_path / "recording")
@@ -103,6 +144,19 @@ def test_other_random_numbers_together_are_refused(tmp_path: Path) -> None:
     else:  # the same numbers as one at a time
         alone.run(progress_bar=False)
         torch.testing.assert_close(fleet.outputs, alone.outputs)
+
+
+def test_checkpointed_activations_together_are_refused(tmp_path: Path) -> None:
+    class Checkpointed(nn.Sequential):
+        def forward(self, inputs: Tensor) -> Tensor:
+            return torch.utils.checkpoint.checkpoint(super().forward, inputs, use_reentrant=False)
+
+    def net() -> nn.Module:
+        return Checkpointed(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+
+    train(Net(net), DATA, tmp_path / "recording")
+    with pytest.raises(ValueError, match=r"together cannot be differentiated: .* leave together= out"):
+        fleet_of(tmp_path / "fleet", Net(net), tmp_path / "recording").run(together=5, progress_bar=False)
 
 
 @pytest.mark.slow

@@ -28,10 +28,11 @@ def test_positions_come_in_order_and_an_unfinished_pass_is_forgotten():
         log.take()
 
 
-def test_a_sampler_without_positions():
+@pytest.mark.parametrize("drawn", [["a", "b"], [1, -1], [0, 2]])
+def test_a_sampler_without_positions(drawn):
     class Names(Sampler):
         def __iter__(self):
-            return iter(["a", "b"])
+            return iter(drawn)
 
     watched = PositionLog().watched(DataLoader({"a": 1, "b": 2}, batch_size=2, sampler=Names()))
     with pytest.raises(ValueError, match="are not positions in the dataset"):

@@ -92,10 +92,21 @@ class TrainingState:
             module: a module with parameters and buffers of the same names and shapes.
             optimizer: gets copies of the moments; None: only the module is loaded.
             parameters: as in :meth:`of`.
+
+        Raises:
+            ValueError: if the module lacks a tensor.
         """
         parameters = named_parameters(module) if parameters is None else parameters
         for own, kept in ((parameters, self.parameters), (named_buffers(module), self.buffers)):
             for name, tensor in kept.items():
+                if name not in own:
+                    raise ValueError(
+                        f'{type(module).__name__} lacks the tensor "{name}" of the recorded state; if a forward pass'
+                        " makes it, call the module with a batch first; if training made it, as pruning does, train"
+                        " without"
+                    )
+                if own[name].shape != tensor.shape:  # a buffer that grows
+                    own[name].data = tensor.to(own[name].device)
                 own[name].copy_(tensor)
         if optimizer is not None:
             optimizer.state.clear()

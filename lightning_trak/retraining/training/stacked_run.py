@@ -5,7 +5,7 @@ All members share their batches, so a step of a small model takes little longer 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import lightning as L
@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.evaluating import modules_in_eval
-from lightning_trak.replay.losses import is_other_step
+from lightning_trak.replay.comparison import is_other_step
 from lightning_trak.replay.optimizers.base import OptimizerStep
 from lightning_trak.replay.optimizers.clipping import clipped
 from lightning_trak.replay.player import ReplayError
@@ -24,9 +24,11 @@ from lightning_trak.replay.recording.records import StepRecord
 from lightning_trak.replay.recording.states import named_parameters
 from lightning_trak.replay.reweighted import Reweighted, checked_weights
 from lightning_trak.replay.targets import differentiable, targets_alone
+from lightning_trak.retraining.training.alone import FactoryError
 from lightning_trak.retraining.training.together import StackedModules
 from lightning_trak.running.random_states import restore_random_states
 from lightning_trak.running.training_step import set_place
+from lightning_trak.texts.messages import in_one_line
 
 
 class StackedRun:
@@ -90,7 +92,8 @@ class StackedRun:
         """
         player = self._player
         modules_in_eval(output, player.device)
-        self._stack.stacked.eval()
+        for module in (self._stack.stacked, player.module):  # the player's has the hooks that move targets
+            module.eval()
         with differentiable(player), torch.no_grad():
             found = [self._stack.outputs(output, batch) for batch in targets_alone(player, targets, datamodule)]
         for number, values in enumerate(found):
@@ -109,7 +112,7 @@ class StackedRun:
             part.training = own.training
         for name, parameter in player.parameters.items():
             self._parameters[name].requires_grad_(parameter.requires_grad)
-        set_place(cast(L.LightningModule, stacked), record.epoch, record.step)
+        set_place(cast(L.LightningModule, stacked), record.epoch, record.step, player.optimizer)
 
     def _step(self, record: StepRecord, batches: Iterator[Any], skipped: set[tuple[int, int]]) -> None:
         player = self._player
@@ -125,7 +128,7 @@ class StackedRun:
                 weights = self._weights[:, micro.positions].to(losses)
                 total = (weights * losses).sum() / size / record.settings.accumulate
                 tensors = [self._parameters[name] for name in trained]
-                gradients = torch.autograd.grad(total, tensors, allow_unused=True)
+                gradients = _gradients(total, tensors)
             for name, gradient in zip(trained, gradients, strict=True):
                 if gradient is not None:
                     sums[name] = sums[name] + gradient if name in sums else gradient
@@ -169,6 +172,23 @@ class StackedRun:
                 )
 
 
+def _gradients(total: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """The gradients of all members, whose losses are added up.
+
+    Raises:
+        FactoryError: if operations are left to the backward pass, which is no longer that of many members at once.
+    """
+    try:
+        return torch.autograd.grad(total, parameters, allow_unused=True)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise FactoryError(
+            f"the losses of members together cannot be differentiated: {in_one_line(error)}. Activation checkpointing"
+            " is a common cause; leave together= out"
+        ) from error
+
+
 def _updated(
     update: OptimizerStep,
     record: StepRecord,
@@ -196,7 +216,7 @@ def _require_functional(run: Reweighted) -> None:
     name = type(update).__name__
     if update.rounding > 0:
         raise TypeError(f"{name} rounds its steps, so members together would differ from others; leave together= out")
-    last = run.recording.state(run.recording.num_steps)
+    last = run.recording.state(max(run.recording.state_steps))
     others = {key for moments in last.moments.values() for key in moments} - {*update.moments, "step"}
     if others:
         raise TypeError(

@@ -19,6 +19,7 @@ from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from lightning_trak.checkpoints.copies import computed
 from lightning_trak.checks import integer, positive, require_factory, require_tensor
 from lightning_trak.compatibility import tree_map
 from lightning_trak.gradients.leaves import apart_from, leaves_of
@@ -69,7 +70,7 @@ class StackedModules:
 
     def __init__(self, modules: Sequence[nn.Module], device: torch.device | str = "cpu", *, take: bool = False) -> None:
         states = [{name: tensor.detach() for name, tensor in _tensors(module)} for module in modules]
-        self.stacked = modules[0] if take else copy.deepcopy(modules[0])
+        self.stacked = modules[0] if take else copy.deepcopy(modules[0], computed(modules[0]))
         self._original = None if take else modules[0]
         for name, tensor in _tensors(self.stacked):
             tensor.data = torch.stack([state[name].to(device) for state in states])

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from lightning_trak.compatibility import with_index_sampler
 from lightning_trak.running.data.loaders import as_loader
+from lightning_trak.running.data.loading import num_examples
 
 
 class PositionLog:
@@ -44,7 +45,8 @@ class PositionLog:
             raise ValueError(
                 "the loader has in_order=False, so it is not known which batch holds which examples; use in_order=True"
             )
-        watched: DataLoader[Any] = with_index_sampler(copy.copy(loader), lambda sampler: _Watched(sampler, self))
+        total = num_examples(loader)
+        watched: DataLoader[Any] = with_index_sampler(copy.copy(loader), lambda sampler: _Watched(sampler, self, total))
         return watched
 
     def take(self) -> Sequence[int]:
@@ -64,31 +66,38 @@ class PositionLog:
         """Forget what an earlier pass over the data drew and did not use."""
         self._drawn.clear()
 
-    def note(self, positions: Sequence[Any]) -> None:
+    def note(self, positions: Sequence[Any], total: int) -> None:
         """Note the positions of a batch that was drawn.
 
+        Args:
+            positions: what the sampler draws.
+            total: the number of examples.
+
         Raises:
-            ValueError: if the sampler draws something else than positions.
+            ValueError: if these are not positions in the dataset.
         """
         try:
-            self._drawn.append(array("q", positions))
-        except (TypeError, OverflowError) as error:
+            drawn = array("q", positions)
+        except (TypeError, OverflowError):
+            drawn = array("q", [-1])
+        if drawn and not (min(drawn) >= 0 and max(drawn) < total):
             raise ValueError(
-                f"the loader's sampler draws {positions!r:.80}, which are not positions in the dataset; use a dataset"
-                " with items 0, 1, ..."
-            ) from error
+                f"the loader's sampler draws {positions!r:.80}, which are not positions in the dataset of {total}"
+                " examples; use a dataset with items 0, 1, ..., and a sampler that draws these numbers"
+            )
+        self._drawn.append(drawn)
 
 
 class _Watched:
     """A batch sampler that notes what another one draws."""
 
-    def __init__(self, sampler: Any, log: PositionLog) -> None:
-        self._sampler, self._log = sampler, log
+    def __init__(self, sampler: Any, log: PositionLog, total: int) -> None:
+        self._sampler, self._log, self._total = sampler, log, total
 
     def __iter__(self) -> Iterator[Any]:
         self._log.begin()
         for positions in self._sampler:
-            self._log.note(positions)
+            self._log.note(positions, self._total)
             yield positions
 
     def __len__(self) -> int:
