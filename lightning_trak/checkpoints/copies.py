@@ -286,7 +286,7 @@ class Original:
 
 
 def load_each(module: nn.Module, checkpoints: Sequence[Checkpoint]) -> Iterator[Checkpoint]:
-    """Load one checkpoint after another, and yield each when the module has its weights.
+    """Load one checkpoint after another, and yield each when the module has its weights and is in eval mode.
 
     Args:
         module: a copy of the user's module that has not been changed yet.
@@ -298,7 +298,18 @@ def load_each(module: nn.Module, checkpoints: Sequence[Checkpoint]) -> Iterator[
     original = Original(module, partial=any(checkpoint.partial for checkpoint in checkpoints))
     for checkpoint in checkpoints:
         original.load(checkpoint.load(), checkpoint.name, checkpoint.frozen, checkpoint.partial)
+        enter_eval(module)
         yield checkpoint
+
+
+def enter_eval(module: nn.Module) -> None:
+    """Set a module to eval mode after it got weights.
+
+    In eval mode, some modules keep what they made of their weights, as LeViT keeps its biases of attention. They let go
+    of it in train mode.
+    """
+    module.train()
+    module.eval()
 
 
 def _plain_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:

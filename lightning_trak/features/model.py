@@ -11,7 +11,7 @@ from torch.backends import cudnn
 from typing_extensions import Self
 
 from lightning_trak.checkpoints.base import Checkpoint
-from lightning_trak.checkpoints.copies import Original, copy_module
+from lightning_trak.checkpoints.copies import Original, copy_module, enter_eval
 from lightning_trak.checkpoints.digests import weights_digest
 from lightning_trak.gradients import ParameterSelection, select_parameters
 from lightning_trak.gradients.base import real_shape
@@ -117,7 +117,7 @@ class ModelCopy:
                     )
                 self._weights[number] = weights
             self._loading.load(self._weights[number], checkpoint.name, checkpoint.frozen, checkpoint.partial)
-            self.module.eval()
+            enter_eval(self.module)
             modules_in_eval(self.output, device)
         self.checkpoint, self.device = number, device
 

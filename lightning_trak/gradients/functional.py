@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.func import grad_and_value, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lightning_trak.gradients.already_tracked import AlreadyTracked
 from lightning_trak.gradients.base import EngineError, GradientEngine, in_real_numbers
 from lightning_trak.gradients.batch import ExampleBatch
 from lightning_trak.gradients.branches import CommonValues, DifferentValues
@@ -52,7 +53,8 @@ class FunctionalEngine(GradientEngine):
             remaining = iter(example)
             one = batch.rebuild(lambda _: next(remaining).unsqueeze(0), 1)
             replaced = ((self.parameters[name], tracked) for name, tracked in parameters.items())
-            with Substituted(replaced), CommonValues(), NewTensorsOfExamples(example[0]) if copied else nullcontext():
+            making = NewTensorsOfExamples(example[0]) if copied else nullcontext()
+            with Substituted(replaced), CommonValues(), AlreadyTracked(), making:
                 values = self.outputs(ExampleBatch(one, 1, batch.layout))
             self._require_one_each(values, 1)
             return values.squeeze(0)

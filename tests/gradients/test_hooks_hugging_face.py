@@ -88,6 +88,31 @@ def test_hooks_cover_it_and_agree_with_autograd_one_at_a_time(tmp_path, make):
     torch.testing.assert_close(scores["auto"], scores["loop"], rtol=1e-8, atol=1e-9 * largest)
 
 
+def falcon() -> nn.Module:  # linear layers of a type of its own
+    return transformers.FalconForCausalLM(transformers.FalconConfig(**SMALL))
+
+
+def opt() -> nn.Module:  # embeddings of positions of a type of its own
+    return transformers.OPTForCausalLM(transformers.OPTConfig(**SMALL, ffn_dim=24, word_embed_proj_dim=16))
+
+
+def whisper() -> nn.Module:
+    sizes = {f"{part}_{key}": 1 for part in ("encoder", "decoder") for key in ("layers", "attention_heads", "ffn_dim")}
+    config = transformers.WhisperConfig(**sizes, d_model=4, vocab_size=50, num_mel_bins=4, pad_token_id=0)
+    return transformers.WhisperForConditionalGeneration(config)
+
+
+def efficientnet() -> nn.Module:  # depthwise convolutions of a type of its own
+    config = transformers.EfficientNetConfig(width_coefficient=0.25, depth_coefficient=0.1, hidden_dim=320)
+    return transformers.EfficientNetForImageClassification(config)
+
+
+@pytest.mark.parametrize("make", [falcon, opt, whisper, efficientnet])
+def test_hooks_cover_types_of_transformers_itself(make):
+    module = make().eval()
+    assert not HookEngine.uncovered(module, select_parameters(module))
+
+
 # ---- Padding of any length, in batches of any size ----
 
 
@@ -106,7 +131,7 @@ def llama_with_lora() -> nn.Module:
     return peft.get_peft_model(llama(), config)
 
 
-LANGUAGE = [llama, tied_llama, biased_qwen, qwen, gemma, llama_with_lora]
+LANGUAGE = [llama, tied_llama, biased_qwen, qwen, gemma, llama_with_lora, falcon, opt]
 LENGTHS = (2, 9, 5, 3, 7)
 
 

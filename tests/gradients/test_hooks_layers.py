@@ -7,8 +7,10 @@ import torch
 from torch import nn
 
 from lightning_trak.gradients import HookEngine, Layer, LayerCall, LoopEngine, select_parameters
+from lightning_trak.gradients.base import EngineError
 from lightning_trak.gradients.batch import ExampleBatch
 from lightning_trak.gradients.hooks import projector
+from lightning_trak.gradients.hooks.layers import layer_of
 from lightning_trak.outputs import ClassificationMargin
 from lightning_trak.projections import IdentityProjection, KroneckerProjection, SparseProjection
 
@@ -110,6 +112,66 @@ def test_other_types_derived_from_embeddings_are_refused():
     batch = ExampleBatch((torch.tensor([[0, 3, 8], [3, 3, 1]]), torch.tensor([0, 2])), 2)
     wrong = HookEngine(module, ClassificationMargin(), select_parameters(module)).check(batch)
     assert "OtherEmbedding does not multiply the rows of its weight" in wrong["0.weight"]
+
+
+class Positions(nn.Embedding):
+    """As in BART and OPT: positions from a mask or from a number, with an offset."""
+
+    def forward(self, mask, start=0):
+        return super().forward(((mask.cumsum(1) * mask + start) % self.num_embeddings).long())
+
+
+class FirstRows(nn.Embedding):
+    """As in Whisper: all examples share the rows."""
+
+    def forward(self, mask, start=0):
+        return self.weight[start : start + mask.shape[1]]
+
+
+class Halved(nn.Embedding):
+    def forward(self, mask, start=0):
+        return self.weight[start : start + mask.shape[1]] / 2
+
+
+class WithIds(nn.Embedding):
+    def forward(self, mask, start=0):
+        return super().forward(mask.long()), start
+
+
+class Placed(nn.Module):
+    """Adds the embeddings of positions to those of words."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.words, self.places, self.head = nn.Embedding(9, 4), kind(6, 4, padding_idx=None), nn.Linear(12, 3)
+
+    def forward(self, ids):
+        return self.head((self.words(ids) + self.places((ids != 0).long(), start=2)).tanh().flatten(1))
+
+
+def placed(kind):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = Placed(kind).double()
+    return module, ExampleBatch((torch.tensor([[0, 3, 8], [3, 3, 1], [1, 0, 0]]), torch.tensor([0, 2, 1])), 3)
+
+
+@pytest.mark.parametrize("projection", [IdentityProjection(), SparseProjection(32), KroneckerProjection(2, 3)])
+@pytest.mark.parametrize("kind", [Positions, FirstRows])
+def test_embeddings_that_find_their_rows_themselves(kind, projection):
+    module, batch = placed(kind)
+    assert not HookEngine.uncovered(module, select_parameters(module))
+    require_as_by_loop(module, batch, projection)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [(Halved, "Halved changes the rows of its weight"), (WithIds, "WithIds returns more than rows of its weight")],
+)
+def test_embeddings_that_give_anything_else_are_refused(kind, message):
+    module, _ = placed(kind)
+    with pytest.raises(EngineError, match=message):
+        layer_of(module.places).inputs_of((torch.ones(2, 3),), {"start": 1})
 
 
 def test_a_class_without_gradient_cannot_be_used():

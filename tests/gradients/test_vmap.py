@@ -66,6 +66,18 @@ class Filling(nn.Module):
         return self.head(states.sum(1))
 
 
+class Checkpointed(nn.Module):
+    """Asks that gradients are tracked, as the models of transformers do for gradient checkpointing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(3, 5), nn.Linear(5, 3)
+
+    def forward(self, inputs: Tensor, lengths: Tensor) -> Tensor:
+        inputs = inputs.detach().requires_grad_()
+        return self.head(self.inner(inputs).requires_grad_(requires_grad=True).tanh().sum(1) / lengths.unsqueeze(1))
+
+
 class Recurrent(nn.Module):
     """Begins with zeros, or with a state that is learned."""
 
@@ -88,6 +100,7 @@ class Recurrent(nn.Module):
         Masked(),
         Sized(),
         Filling(),
+        Checkpointed(),
         *(Recurrent(kind, learned) for kind in (nn.LSTM, nn.GRU, nn.RNN) for learned in (False, True)),
     ],
     ids=lambda module: f"{type(module).__name__}-{type(getattr(module, 'layer', None)).__name__}",

@@ -86,7 +86,7 @@ class HookedPass:
         if output.numel() == 0:
             return output  # such as an expert that gets no tokens
         tracked = self._tracked[module]
-        inputs = (*args, *kwargs.values())[0]
+        inputs = tracked.layer.inputs_of(args, kwargs)
         how = self._expansions.get(module)
         if how is not None:
             inputs, output = expanded(inputs, self._size, how), expanded(output, self._size, how).clone()

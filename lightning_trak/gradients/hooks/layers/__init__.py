@@ -3,7 +3,7 @@
 from lightning_trak.gradients.hooks.layers.activation import PReLULayer
 from lightning_trak.gradients.hooks.layers.base import Layer, LayerCall, layer_of
 from lightning_trak.gradients.hooks.layers.convolution import ConvolutionLayer
-from lightning_trak.gradients.hooks.layers.embedding import EmbeddingLayer, ScaledEmbeddingLayer
+from lightning_trak.gradients.hooks.layers.embedding import EmbeddingLayer, LookupEmbeddingLayer, ScaledEmbeddingLayer
 from lightning_trak.gradients.hooks.layers.linear import LinearLayer, TransposedLinearLayer
 from lightning_trak.gradients.hooks.layers.normalization import (
     BatchNormLayer,
@@ -22,6 +22,7 @@ __all__ = [
     "LayerCall",
     "LayerNormLayer",
     "LinearLayer",
+    "LookupEmbeddingLayer",
     "PReLULayer",
     "RMSNormLayer",
     "ScaleLayer",

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -20,7 +20,7 @@ class LayerCall:
     the batch. The rows of one example follow each other, so ``reshape(size, -1, ...)`` separates the examples.
 
     Args:
-        inputs: the layer's first argument.
+        inputs: the layer's first argument, or what :meth:`Layer.inputs_of` makes of its arguments.
         output_gradient: the gradient of the sum of the model's outputs with respect to the layer's output.
         size: the number of examples.
     """
@@ -137,6 +137,16 @@ class Layer(ABC):
     def refusal(self) -> str | None:
         """Why hooks cannot differentiate this module, although its type is covered. Default: None, they can."""
         return None
+
+    def inputs_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+        """What :meth:`gradient` gets as ``call.inputs``. Default: the first argument.
+
+        Args:
+            args: the positional arguments of the module's forward.
+            kwargs: its keyword arguments.
+        """
+        inputs: Tensor = (*args, *kwargs.values())[0]
+        return inputs
 
     def input_gradient(self) -> Callable[[Tensor], Tensor] | None:
         """A function from the output's gradient to the input's, where it is faster than autograd. Default: None.

@@ -16,9 +16,10 @@ _TYPES = [nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2
 _CPU_BYTES = 1 << 22  # of patches that are copied at a time, so that they stay in cache
 _FEW_CHANNELS = 8  # with fewer, a convolution does not fill the vectors of a CPU
 _MANY_CHANNELS = 256  # of the output: with these, products take much longer than copies of patches
+_SAME = ["transformers.models.efficientnet.modeling_efficientnet.EfficientNetDepthwiseConv2d"]  # nn.Conv2d's forward
 
 
-class ConvolutionLayer(Layer, covers=[*_TYPES]):
+class ConvolutionLayer(Layer, covers=[*_TYPES, *_SAME]):
     """Convolutions with any stride, padding, dilation and number of groups."""
 
     module: Any  # one of six types without a common public base class

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -63,11 +65,7 @@ class ScaledEmbeddingLayer(EmbeddingLayer, covers_by_structure=True):
     @classmethod
     def recognizes(cls, module: nn.Module) -> bool:
         """Whether the module is an embedding with one parameter and a forward of one argument."""
-        return (
-            isinstance(module, nn.Embedding)
-            and [name for name, _ in module.named_parameters()] == ["weight"]
-            and len(inspect.signature(module.forward).parameters) == 1
-        )
+        return _derived(module) and len(inspect.signature(module.forward).parameters) == 1
 
     def _positions(self, call: LayerCall) -> tuple[Tensor, Tensor]:
         own = self.module.weight.detach()
@@ -79,3 +77,38 @@ class ScaledEmbeddingLayer(EmbeddingLayer, covers_by_structure=True):
         if not outputs.shape == factors.shape == plain.shape or not torch.allclose(outputs, factors * plain, rtol=1e-2):
             raise EngineError(f"{type(self.module).__name__} does not multiply the rows of its weight by factors")
         return super()._positions(LayerCall(call.inputs, call.output_gradient * factors, call.size))
+
+
+class LookupEmbeddingLayer(EmbeddingLayer, covers_by_structure=True):
+    """A type derived from ``nn.Embedding`` with a forward of several arguments, which picks rows of the weight by them.
+
+    Examples are the embeddings of positions of BART, OPT and Whisper. The output for a weight whose rows hold their own
+    numbers says which rows were picked.
+    """
+
+    @classmethod
+    def recognizes(cls, module: nn.Module) -> bool:
+        """Whether the module is an embedding with one parameter and a forward of several arguments."""
+        return _derived(module) and len(inspect.signature(module.forward).parameters) > 1
+
+    def inputs_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+        """The ids of the rows, in the shape of the output without its last dimension.
+
+        Raises:
+            EngineError: if the output is anything else than rows of the weight.
+        """
+        count, device = self.module.num_embeddings, self.module.weight.device
+        numbers = torch.arange(count, dtype=torch.float64, device=device)
+        # A second column shows whether rows are changed: it holds the numbers in the opposite order.
+        with torch.no_grad(), replaced_parameter(self.module, "weight", torch.stack([numbers, numbers.flip(0)], 1)):
+            found = self.module.forward(*args, **kwargs)
+        if not isinstance(found, Tensor) or not found.shape[-1:] == (2,):
+            raise EngineError(f"{type(self.module).__name__} returns more than rows of its weight")
+        ids = found[..., 0].long().clamp(0, count - 1)
+        if not torch.equal(found, torch.stack([ids, count - 1 - ids], -1).to(found.dtype)):
+            raise EngineError(f"{type(self.module).__name__} changes the rows of its weight")
+        return ids
+
+
+def _derived(module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding) and [name for name, _ in module.named_parameters()] == ["weight"]

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from lightning_trak.gradients.hooks.layers.base import Layer, LayerCall
 
 
-class LinearLayer(Layer, covers=[nn.Linear]):
+class LinearLayer(Layer, covers=[nn.Linear, "transformers.models.falcon.modeling_falcon.FalconLinear"]):
     """``nn.Linear`` on inputs of any rank. The weight's gradient is a sum of outer products over positions."""
 
     def gradient(self, parameter: str, call: LayerCall) -> Tensor:
